@@ -1,0 +1,163 @@
+"""The encoder's architecture as one frozen value, checked when it is made (no torch)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+LEVEL_SCALES = (4.0, 2.0, 1.0, 0.5)
+"""Scale of each level against the trunk's grid, finest first (SAM 3: four levels, SAM 3.1: the first three)."""
+
+LARGEST_SIDE = 8 * 1008
+"""Largest side in pixels; above it the finest feature map alone passes 5 GB and one head's scores 400 GB."""
+
+
+class ConfigError(ValueError):
+    """An architecture that cannot be built, or a file that does not hold one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Architecture of the SAM 3 image encoder; the defaults are the published model.
+
+    Args:
+        image_size: height and width in pixels of the input that the encoder is set to; an int means a square.
+        patch_size: side of a patch in pixels.
+        embed_dim: channels C of a token.
+        depth: number of transformer blocks.
+        num_heads: attention heads; head_dim is embed_dim / num_heads and a multiple of 4.
+        mlp_ratio: hidden channels of the MLP over embed_dim, rounded down.
+        window_size: side of an attention window, in patches.
+        global_blocks: indices of the blocks that attend over the whole grid.
+        pretrain_image_size: side in pixels of the pictures that the position embedding was trained on.
+        layer_norm_eps: epsilon of every LayerNorm.
+        d_model: channels of every feature map and position encoding.
+        scale_factors: scale of each level against the grid, finest first.
+        necks: names of the necks, the first being `sam3`.
+
+    Raises:
+        ConfigError: where a value cannot work, saying which and what would.
+    """
+
+    image_size: tuple[int, int] = (1008, 1008)
+    patch_size: int = 14
+    embed_dim: int = 1024
+    depth: int = 32
+    num_heads: int = 16
+    mlp_ratio: float = 4.625
+    window_size: int = 24
+    global_blocks: tuple[int, ...] = (7, 15, 23, 31)
+    pretrain_image_size: int = 336
+    layer_norm_eps: float = 1e-5
+    d_model: int = 256
+    scale_factors: tuple[float, ...] = LEVEL_SCALES
+    necks: tuple[str, ...] = ("sam3",)
+
+    def __post_init__(self) -> None:
+        for field in ("patch_size", "embed_dim", "depth", "num_heads", "window_size", "pretrain_image_size", "d_model"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{field} is {value!r}; it must be a whole number of at least 1")
+        for field in ("mlp_ratio", "layer_norm_eps"):
+            value = getattr(self, field)
+            if not isinstance(value, int | float) or not value > 0:
+                raise ConfigError(f"{field} is {value!r}; it must be a number above 0")
+        for field in ("global_blocks", "scale_factors", "necks"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        object.__setattr__(self, "image_size", check_image_size(self.image_size, self.patch_size))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.embed_dim % self.num_heads or self.head_dim % 4:
+            raise ConfigError(
+                f"embed_dim {self.embed_dim} over num_heads {self.num_heads} gives head_dim "
+                f"{self.embed_dim / self.num_heads:g}; rotary tables need a multiple of 4"
+            )
+        if self.pretrain_image_size % self.patch_size:
+            raise ConfigError(
+                f"pretrain_image_size {self.pretrain_image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if self.d_model % 4:
+            raise ConfigError(f"d_model is {self.d_model}; the sine position encoding needs a multiple of 4")
+        outside = [index for index in self.global_blocks if not 0 <= index < self.depth]
+        if outside:
+            raise ConfigError(f"global_blocks {outside} lie outside the {self.depth} blocks 0..{self.depth - 1}")
+        if not self.necks or not self.scale_factors:
+            raise ConfigError("an encoder needs at least one neck and one level")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Hidden channels of each MLP."""
+        return int(self.embed_dim * self.mlp_ratio)
+
+    @property
+    def pretrain_grid(self) -> int:
+        """Side of the trained position embedding, in patches."""
+        return self.pretrain_image_size // self.patch_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the token grid at `image_size`."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the config as plain JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EncoderConfig:
+        """Makes a config from JSON values; an unknown key is an error."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"a value has the wrong type: {error}") from None
+
+    @classmethod
+    def from_file(cls, path: Path) -> EncoderConfig:
+        """Reads an encoder.json; raises ConfigError naming the file."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{path}: not a readable JSON file ({error})") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: holds a {type(values).__name__}, expected an object of EncoderConfig's fields")
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+
+def check_image_size(size: Any, patch_size: int) -> tuple[int, int]:  # noqa: ANN401 - the seed takes int, tuple or list
+    """Returns (height, width) in pixels from an int, (h, w) or [h, w].
+
+    Raises:
+        ConfigError: not whole positive multiples of the patch (naming the nearest that are), or absurdly large.
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
+    if len(sides) != 2 or any(not isinstance(side, int) or isinstance(side, bool) for side in sides):
+        raise ConfigError(f"image size {size!r}: give a whole number or (height, width) in pixels")
+    for side in sides:
+        if side < 1:
+            raise ConfigError(f"image size {side}: a side must be at least one patch, {patch_size} pixels")
+        if side % patch_size:
+            below = side // patch_size * patch_size
+            nearest = f"{below} and {below + patch_size}" if below else f"{patch_size}"
+            raise ConfigError(f"image size {side} is not a multiple of the patch size {patch_size}; nearest: {nearest}")
+        if side > LARGEST_SIDE:
+            tokens = (sides[0] // patch_size) * (sides[1] // patch_size)
+            raise ConfigError(
+                f"image size {sides[0]}x{sides[1]} is above {LARGEST_SIDE} a side: in FP32 its finest feature map takes "
+                f"{tokens * 16 * 256 * 4 / 1e9:,.0f} GB and one head's attention scores {tokens**2 * 4 / 1e9:,.0f} GB"
+            )
+    return int(sides[0]), int(sides[1])

@@ -1,0 +1,140 @@
+"""The ViTDet necks: one trunk map in, feature maps at up to four scales with sine positions out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from neck.config import LEVEL_SCALES, EncoderConfig
+from neck.position import PositionEmbeddingSine
+from neck.trunk import ViTDetTrunk
+
+Outputs = tuple[list[Tensor], list[Tensor], list[Tensor] | None, list[Tensor] | None]
+
+
+def level_convs(scale: float, channels: int, d_model: int) -> nn.Sequential:
+    """The convolutions of one level: (B, channels, H, W) -> (B, d_model, scale H, scale W).
+
+    Raises:
+        NotImplementedError: a scale other than 4, 2, 1 and 0.5.
+    """
+    convs = nn.Sequential()
+    out = channels
+    if scale == 4.0:
+        convs.add_module("dconv_2x2_0", nn.ConvTranspose2d(channels, channels // 2, kernel_size=2, stride=2))
+        convs.add_module("gelu", nn.GELU())
+        convs.add_module("dconv_2x2_1", nn.ConvTranspose2d(channels // 2, channels // 4, kernel_size=2, stride=2))
+        out = channels // 4
+    elif scale == 2.0:
+        convs.add_module("dconv_2x2", nn.ConvTranspose2d(channels, channels // 2, kernel_size=2, stride=2))
+        out = channels // 2
+    elif scale == 0.5:
+        convs.add_module("maxpool_2x2", nn.MaxPool2d(kernel_size=2, stride=2))
+    elif scale != 1.0:
+        raise NotImplementedError(f"scale factor {scale}: only 4.0, 2.0, 1.0 and 0.5 exist")
+    convs.add_module("conv_1x1", nn.Conv2d(out, d_model, kernel_size=1))
+    convs.add_module("conv_3x3", nn.Conv2d(d_model, d_model, kernel_size=3, padding=1))
+    return convs
+
+
+class Sam3DualViTDetNeck(nn.Module):
+    """A trunk with SAM 3's neck and, for the tracker, SAM 2's neck of the same shape.
+
+    Args:
+        trunk: any module with `channel_list`, `set_imgsz` and a forward whose last entry is (B, C, H, W).
+        position_encoding: maps a feature map (B, C, H, W) to its positions (B, d_model, H, W).
+        d_model: channels of every feature map.
+        scale_factors: scale of each level against the trunk's grid, finest first.
+        add_sam2_neck: whether to add the second neck.
+
+    Raises:
+        NotImplementedError: a scale factor other than 4, 2, 1 and 0.5.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        position_encoding: nn.Module,
+        d_model: int,
+        scale_factors: Sequence[float] = LEVEL_SCALES,
+        add_sam2_neck: bool = False,
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.position_encoding = position_encoding
+        self.scale_factors = scale_factors
+        self.convs = self._new_convs(d_model)
+        self.sam2_convs = self._new_convs(d_model) if add_sam2_neck else None
+
+    def _new_convs(self, d_model: int) -> nn.ModuleList:
+        channels: int = self.trunk.channel_list[-1]  # type: ignore[index,assignment]
+        return nn.ModuleList(level_convs(scale, channels, d_model) for scale in self.scale_factors)
+
+    @property
+    def necks(self) -> dict[str, nn.ModuleList]:
+        """The convolutions of each neck by the neck's name, in the order of the file's outputs."""
+        necks = {"sam3": self.convs}
+        if self.sam2_convs is not None:
+            necks["sam2"] = self.sam2_convs
+        return necks
+
+    def forward(self, images: Tensor) -> Outputs:
+        """images (B, 3, H, W), normalised -> (sam3_feats, sam3_poss, sam2_feats, sam2_poss), finest level first."""
+        x = self.trunk(images)[-1]
+        sam3 = self.sam_forward_feature_levels(x, self.convs)
+        sam2 = self.sam_forward_feature_levels(x, self.sam2_convs) if self.sam2_convs is not None else (None, None)
+        return *sam3, *sam2
+
+    def sam_forward_feature_levels(self, x: Tensor, convs: Iterable[nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
+        """Runs one neck on the trunk's map x (B, C, H, W); each position takes its feature's dtype."""
+        feats = [conv(x) for conv in convs]
+        return feats, [self.position_encoding(feat).to(feat.dtype) for feat in feats]
+
+    def set_imgsz(self, imgsz: int | tuple[int, int] | list[int] = (1008, 1008)) -> None:
+        """Sets the trunk's image size in pixels."""
+        self.trunk.set_imgsz(imgsz)  # type: ignore[operator]
+
+
+class Sam3TriViTDetNeck(Sam3DualViTDetNeck):
+    """SAM 3.1's arrangement: necks `sam3`, `interactive` and `propagation`, three levels each.
+
+    The forward of the seed knows two necks; the third is reached through `necks` and `forward_necks`.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        position_encoding: nn.Module,
+        d_model: int,
+        scale_factors: Sequence[float] = LEVEL_SCALES[:3],
+    ) -> None:
+        super().__init__(trunk, position_encoding, d_model, scale_factors)
+        self.interactive_convs = self._new_convs(d_model)
+        self.propagation_convs = self._new_convs(d_model)
+
+    @property
+    def necks(self) -> dict[str, nn.ModuleList]:
+        """The convolutions of each neck by the neck's name."""
+        return {"sam3": self.convs, "interactive": self.interactive_convs, "propagation": self.propagation_convs}
+
+
+def forward_necks(encoder: Sam3DualViTDetNeck, images: Tensor) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """Runs every neck that the encoder has: name -> (features, positions), finest level first."""
+    x = encoder.trunk(images)[-1]
+    return {name: encoder.sam_forward_feature_levels(x, convs) for name, convs in encoder.necks.items()}
+
+
+def new_encoder(config: EncoderConfig) -> Sam3DualViTDetNeck:
+    """Builds the encoder of a config with untrained weights.
+
+    Raises:
+        NotImplementedError: a set of necks other than sam3, sam3 + sam2, or SAM 3.1's three.
+    """
+    trunk, position = ViTDetTrunk(config), PositionEmbeddingSine(config.d_model)
+    if config.necks in (("sam3",), ("sam3", "sam2")):
+        with_sam2 = "sam2" in config.necks
+        return Sam3DualViTDetNeck(trunk, position, config.d_model, config.scale_factors, with_sam2)
+    if config.necks == ("sam3", "interactive", "propagation"):
+        return Sam3TriViTDetNeck(trunk, position, config.d_model, config.scale_factors)
+    raise NotImplementedError(f"necks {config.necks}: known are sam3, sam3 + sam2, sam3 + interactive + propagation")

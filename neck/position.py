@@ -1,0 +1,41 @@
+"""Sine position encoding of a feature map; it depends on the map's shape alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class PositionEmbeddingSine(nn.Module):
+    """The sine encoding of DETR (Carion et al. 2020) with normalised coordinates.
+
+    Channels are the row's encoding, then the column's. Each is separable, so two small tables hold all of it.
+
+    Args:
+        num_pos_feats: channels of the encoding, half for y and half for x; a multiple of 4.
+        temperature: base of the geometric series of wavelengths.
+    """
+
+    def __init__(self, num_pos_feats: int, temperature: float = 10000.0) -> None:
+        super().__init__()
+        if num_pos_feats % 4:
+            raise ValueError(f"num_pos_feats is {num_pos_feats}; expected a multiple of 4")
+        self.num_pos_feats = num_pos_feats
+        self.temperature = temperature
+
+    def table(self, length: int) -> Tensor:
+        """Encoding of the coordinates 1..length along one axis: float64 (num_pos_feats / 2, length)."""
+        channels = self.num_pos_feats // 2
+        coordinate = torch.arange(1, length + 1, dtype=torch.float64) / (length + 1e-6) * (2 * math.pi)
+        exponent = torch.arange(0, channels, 2, dtype=torch.float64) / channels
+        angle = coordinate[None, :] / self.temperature ** exponent[:, None]  # (channels / 2, length)
+        return torch.stack((angle.sin(), angle.cos()), dim=1).flatten(0, 1)  # sin and cos interleaved
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns float32 (B, num_pos_feats, H, W) for a feature map x (B, C, H, W)."""
+        batch, _, height, width = x.shape
+        rows = self.table(height).to(x.device, torch.float32)[:, :, None].expand(-1, -1, width)
+        columns = self.table(width).to(x.device, torch.float32)[:, None, :].expand(-1, height, -1)
+        return torch.cat((rows, columns)).expand(batch, -1, -1, -1)
