@@ -1,0 +1,210 @@
+"""Exact rewrites of the encoder for deployment: each is an identity in real arithmetic.
+
+A rewritten module shares every weight with the plain one. Where a rewrite changes a large weight, it does so in the
+forward: written to a file, the change is folded into the weight while the weight is written, so nothing is held twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neck.necks import Sam3DualViTDetNeck
+from neck.position import PositionEmbeddingSine
+from neck.trunk import Attention, Block, ViTDetTrunk, cut_windows
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrites:
+    """Which rewrites to apply; all by default."""
+
+    window_major: bool = True
+    rope_halves: bool = True
+    fold_scale: bool = True
+    merge_upsampling: bool = True
+    position_tables: bool = True
+
+    @classmethod
+    def none(cls) -> Rewrites:
+        """No rewrite: the plain module, as `--no-rewrite` exports it."""
+        return cls(**{field.name: False for field in dataclasses.fields(cls)})
+
+
+def rewrite(encoder: Sam3DualViTDetNeck, rewrites: Rewrites) -> Sam3DualViTDetNeck:
+    """Returns the encoder rewritten for its present image size; the given one is left as it is.
+
+    A trunk or a position encoding that is not ours is kept untouched.
+    """
+    encoder = shallow_copy(encoder)
+    if isinstance(encoder.trunk, ViTDetTrunk):
+        encoder.trunk = rewrite_trunk(encoder.trunk, rewrites)
+        if rewrites.position_tables and isinstance(encoder.position_encoding, PositionEmbeddingSine):
+            height, width = encoder.trunk.grid
+            sizes = [(int(height * scale), int(width * scale)) for scale in encoder.scale_factors]
+            encoder.position_encoding = PositionTables(encoder.position_encoding, sizes)
+    if rewrites.merge_upsampling:
+        for name, module in list(encoder.named_children()):
+            if isinstance(module, nn.ModuleList):
+                setattr(encoder, name, nn.ModuleList(merge_upsampling(cast(nn.Sequential, level)) for level in module))
+    return encoder
+
+
+def rewrite_trunk(trunk: ViTDetTrunk, rewrites: Rewrites) -> ViTDetTrunk:
+    """Rewrites the attentions, then the token order where the grid divides by the window."""
+    trunk = shallow_copy(trunk)
+    blocks = []
+    for block in trunk.blocks:
+        block = shallow_copy(cast(Block, block))
+        if rewrites.rope_halves or rewrites.fold_scale:
+            block.attn = DeployAttention(block.attn, rewrites.rope_halves, rewrites.fold_scale)  # type: ignore[assignment]
+        blocks.append(block)
+    trunk.blocks = nn.ModuleList(blocks)
+    window = trunk.config.window_size
+    if rewrites.window_major and not any(side % window for side in trunk.grid):
+        trunk.__class__ = WindowMajorTrunk
+    return trunk
+
+
+def shallow_copy(module: Module) -> Module:
+    """A module with its own registry of children and buffers, the children, weights and buffers being shared."""
+    twin = copy.copy(module)
+    twin._modules = module._modules.copy()
+    twin._buffers = module._buffers.copy()
+    return twin
+
+
+class DeployAttention(nn.Module):
+    """Attention with halves instead of interleaved pairs, and the scale inside the query's weights.
+
+    Attention does not see the order of a head's channels as long as queries and keys agree, so the rows of their
+    weights are permuted from (2i, 2i + 1) to (i, i + D / 2) and the rotary needs no strided access.
+    """
+
+    order: Tensor  # (3 C,)
+    factor: Tensor  # (3 C,)
+
+    def __init__(self, attn: Attention, rope_halves: bool, fold_scale: bool) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = attn.num_heads, attn.qkv, attn.proj
+        self.rope_halves, self.fold_scale = rope_halves, fold_scale
+        self.scale = 1.0 if fold_scale else attn.scale
+        dim = attn.qkv.in_features
+        rows = torch.arange(2 * dim).view(2 * attn.num_heads, -1, 2).transpose(1, 2).flatten()  # per head of q and k
+        self.register_buffer("order", torch.cat((rows, torch.arange(2 * dim, 3 * dim))), persistent=False)
+        factor = torch.ones(3 * dim, dtype=attn.qkv.weight.dtype)
+        factor[:dim] = attn.scale
+        self.register_buffer("factor", factor, persistent=False)
+
+    def projection(self) -> tuple[Tensor, Tensor]:
+        """Weight (3 C, C) and bias (3 C,) of query, key and value after the rewrites."""
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if self.rope_halves:
+            weight, bias = weight.index_select(0, self.order), bias.index_select(0, self.order)
+        if self.fold_scale:
+            weight, bias = weight * self.factor[:, None], bias * self.factor
+        return weight, bias
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, N, C), cos and sin (N, D / 2) -> (B, N, C)."""
+        tokens, dim = x.shape[-2:]
+        # one reshape and one permute: three splits cost two more kernels a block in TensorRT-RTX 1.7
+        qkv = F.linear(x, *self.projection()).view(-1, tokens, 3, self.num_heads, dim // self.num_heads)
+        qk, value = qkv.permute(2, 0, 3, 1, 4).split((2, 1))  # (3, B, heads, N, D)
+        query, key = (self.turn(part.squeeze(0), cos, sin) for part in qk.split((1, 1)))
+        mixed = F.scaled_dot_product_attention(query, key, value.squeeze(0), scale=self.scale)
+        return self.proj(mixed.transpose(1, 2).reshape(-1, tokens, dim))
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turns the pairs of x (..., N, D) by the angles of cos, sin (N, D / 2)."""
+        if self.rope_halves:
+            first, second = x.chunk(2, dim=-1)
+            return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+
+class WindowMajorTrunk(ViTDetTrunk):
+    """The trunk with its tokens in window order from the patches to the neck.
+
+    Attention does not care for the order of its tokens, so two permutations take the place of two in every windowed
+    block. Shape letter W here: windows of one picture; n: tokens of one window.
+    """
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images (B, 3, 14 H, 14 W), normalised -> [features (B, C, H, W)]."""
+        window, (height, width) = self.config.window_size, self.grid
+        rows, columns, tokens = height // window, width // window, window * window
+        channels = self.config.embed_dim
+        x = self.patch_embed.proj(images).view(-1, channels, rows, window, columns, window)
+        x = x.permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, window, window, C)
+        x = self.ln_pre(self.add_position(x.reshape(-1, tokens, channels)))  # (B * W, n, C)
+        global_cos, global_sin = self.window_order(self.global_cos), self.window_order(self.global_sin)
+        for block in cast("list[Block]", self.blocks):
+            if block.window_size:
+                x = x + block.attn(block.norm1(x), self.window_cos, self.window_sin)
+            else:
+                normed = block.norm1(x).view(-1, height * width, channels)  # (B, W * n, C)
+                x = x + block.attn(normed, global_cos, global_sin).view(-1, tokens, channels)
+            x = x + block.mlp(block.norm2(x))
+        x = x.view(-1, rows, columns, window, window, channels).permute(0, 5, 1, 3, 2, 4)
+        return [x.reshape(-1, channels, height, width)]
+
+    def add_position(self, x: Tensor) -> Tensor:
+        """Adds the position embedding to x (B * W, n, C)."""
+        if self.config.pretrain_grid == self.config.window_size:
+            return x + self.pos_embed[:, 1:]  # every window sees the same tile
+        position = cut_windows(self.position(), self.config.window_size)  # (W, n, C)
+        return (x.view(-1, *position.shape) + position).view(-1, *position.shape[1:])
+
+    def window_order(self, table: Tensor) -> Tensor:
+        """Brings a rotary table (H * W, D / 2) into window order."""
+        return cut_windows(table.view(1, *self.grid, -1), self.config.window_size).flatten(0, 1)
+
+
+def merge_upsampling(level: nn.Sequential) -> nn.Sequential:
+    """Makes one ConvTranspose of a ConvTranspose and the 1x1 convolution after it (levels 4.0 and 2.0)."""
+    names = list(dict(level.named_children()))
+    position = names.index("conv_1x1")
+    before = level[position - 1] if position else None
+    if not isinstance(before, nn.ConvTranspose2d):
+        return level
+    point = cast(nn.Conv2d, level.conv_1x1)
+    upsample, mix = before.weight, point.weight[:, :, 0, 0]  # (C, M, 2, 2), (d_model, M)
+    merged = nn.ConvTranspose2d(before.in_channels, point.out_channels, 2, 2, device="meta")
+    merged.weight = nn.Parameter(torch.einsum("cmyx,dm->cdyx", upsample, mix), requires_grad=False)
+    merged.bias = nn.Parameter(mix @ cast(Tensor, before.bias) + cast(Tensor, point.bias), requires_grad=False)
+    children = {**dict(level.named_children()), names[position - 1]: merged}
+    del children["conv_1x1"]
+    short = nn.Sequential()
+    for name, module in children.items():
+        short.add_module(name, module)
+    return short
+
+
+class PositionTables(nn.Module):
+    """The sine positions of every level from one row and one column table, so that no full-size constant is made.
+
+    Args:
+        encoding: the encoding that the tables hold.
+        sizes: (height, width) of every feature map that will come.
+    """
+
+    def __init__(self, encoding: PositionEmbeddingSine, sizes: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        for length in sorted({side for size in sizes for side in size}):
+            self.register_buffer(f"table_{length}", encoding.table(length).float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (B, num_pos_feats, H, W) for a feature map x (B, C, H, W)."""
+        _, _, height, width = x.shape
+        rows, columns = (self.get_buffer(f"table_{length}").to(x.dtype) for length in (height, width))
+        pair = (rows[:, :, None].expand(-1, -1, width), columns[:, None, :].expand(-1, height, -1))
+        return torch.cat(pair).expand(x.shape[0], -1, -1, -1)
