@@ -70,6 +70,8 @@ def rewrite_trunk(trunk: ViTDetTrunk, rewrites: Rewrites) -> ViTDetTrunk:
     window = trunk.config.window_size
     if rewrites.window_major and not any(side % window for side in trunk.grid):
         trunk.__class__ = WindowMajorTrunk
+        for block in blocks:
+            block.__class__ = WindowMajorBlock
     return trunk
 
 
@@ -117,9 +119,9 @@ class DeployAttention(nn.Module):
         tokens, dim = x.shape[-2:]
         # one reshape and one permute: three splits cost two more kernels a block in TensorRT-RTX 1.7
         qkv = F.linear(x, *self.projection()).view(-1, tokens, 3, self.num_heads, dim // self.num_heads)
-        qk, value = qkv.permute(2, 0, 3, 1, 4).split((2, 1))  # (3, B, heads, N, D)
-        query, key = (self.turn(part.squeeze(0), cos, sin) for part in qk.split((1, 1)))
-        mixed = F.scaled_dot_product_attention(query, key, value.squeeze(0), scale=self.scale)
+        qk, value = qkv.permute(2, 0, 3, 1, 4).split((2, 1))  # (2, B, heads, N, D), (1, B, heads, N, D)
+        query, key = self.turn(qk, cos, sin).split((1, 1))
+        mixed = F.scaled_dot_product_attention(query.squeeze(0), key.squeeze(0), value.squeeze(0), scale=self.scale)
         return self.proj(mixed.transpose(1, 2).reshape(-1, tokens, dim))
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -129,6 +131,19 @@ class DeployAttention(nn.Module):
             return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+
+class WindowMajorBlock(Block):
+    """A block on tokens in window order: windows are rows already, and the whole grid is a reshape away."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B * W, n, C) -> (B * W, n, C); cos and sin have n rows, or W * n in a global block."""
+        normed = self.norm1(x)
+        if self.window_size:
+            x = x + self.attn(normed, cos, sin)
+        else:
+            x = x + self.attn(normed.view(-1, cos.shape[0], x.shape[-1]), cos, sin).view(-1, *x.shape[1:])
+        return x + self.mlp(self.norm2(x))
 
 
 class WindowMajorTrunk(ViTDetTrunk):
@@ -149,11 +164,9 @@ class WindowMajorTrunk(ViTDetTrunk):
         global_cos, global_sin = self.window_order(self.global_cos), self.window_order(self.global_sin)
         for block in cast("list[Block]", self.blocks):
             if block.window_size:
-                x = x + block.attn(block.norm1(x), self.window_cos, self.window_sin)
+                x = block(x, self.window_cos, self.window_sin)
             else:
-                normed = block.norm1(x).view(-1, height * width, channels)  # (B, W * n, C)
-                x = x + block.attn(normed, global_cos, global_sin).view(-1, tokens, channels)
-            x = x + block.mlp(block.norm2(x))
+                x = block(x, global_cos, global_sin)
         x = x.view(-1, rows, columns, window, window, channels).permute(0, 5, 1, 3, 2, 4)
         return [x.reshape(-1, channels, height, width)]
 
