@@ -97,6 +97,7 @@ class DeployAttention(nn.Module):
         super().__init__()
         self.num_heads, self.qkv, self.proj = attn.num_heads, attn.qkv, attn.proj
         self.rope_halves, self.fold_scale = rope_halves, fold_scale
+        self.rope = RotaryHalves() if rope_halves else attn.rope
         self.scale = 1.0 if fold_scale else attn.scale
         dim = attn.qkv.in_features
         rows = torch.arange(2 * dim).view(2 * attn.num_heads, -1, 2).transpose(1, 2).flatten()  # per head of q and k
@@ -120,17 +121,18 @@ class DeployAttention(nn.Module):
         # one reshape and one permute: three splits cost two more kernels a block in TensorRT-RTX 1.7
         qkv = F.linear(x, *self.projection()).view(-1, tokens, 3, self.num_heads, dim // self.num_heads)
         qk, value = qkv.permute(2, 0, 3, 1, 4).split((2, 1))  # (2, B, heads, N, D), (1, B, heads, N, D)
-        query, key = self.turn(qk, cos, sin).split((1, 1))
+        query, key = self.rope(qk, cos, sin).split((1, 1))
         mixed = F.scaled_dot_product_attention(query.squeeze(0), key.squeeze(0), value.squeeze(0), scale=self.scale)
         return self.proj(mixed.transpose(1, 2).reshape(-1, tokens, dim))
 
-    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turns the pairs of x (..., N, D) by the angles of cos, sin (N, D / 2)."""
-        if self.rope_halves:
-            first, second = x.chunk(2, dim=-1)
-            return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+class RotaryHalves(nn.Module):
+    """Turns the pairs (i, i + D / 2) of x (..., N, D) by the angles of cos, sin (N, D / 2)."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(..., N, D) -> (..., N, D)."""
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class WindowMajorBlock(Block):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ROPE_THETA = 10000.0
 
@@ -22,17 +22,21 @@ def axial_angles(height: int, width: int, head_dim: int, scale: tuple[float, flo
     Returns:
         float64 (height * width, head_dim / 2), tokens in row-major order.
     """
-    exponent = torch.arange(0, head_dim, 4, dtype=torch.float64) / head_dim
+    # on the CPU whatever the default device: a module made on `meta` still has real tables
+    exponent = torch.arange(0, head_dim, 4, dtype=torch.float64, device="cpu") / head_dim
     frequency = ROPE_THETA**-exponent  # (head_dim / 4,)
-    rows = torch.arange(height, dtype=torch.float64) * scale[0]
-    columns = torch.arange(width, dtype=torch.float64) * scale[1]
+    rows = torch.arange(height, dtype=torch.float64, device="cpu") * scale[0]
+    columns = torch.arange(width, dtype=torch.float64, device="cpu") * scale[1]
     by_column = (columns[:, None] * frequency).expand(height, width, -1)
     by_row = (rows[:, None, None] * frequency).expand(height, width, -1)
     return torch.cat((by_column, by_row), dim=-1).flatten(0, 1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the interleaved pairs (2i, 2i + 1) of x (..., N, D) by the angles of cos, sin (N, D / 2), in their dtype."""
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+class Rotary(nn.Module):
+    """Turns interleaved pairs of channels; a module without weights, so that a graph's nodes can be told by its path."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turns the pairs (2i, 2i + 1) of x (..., N, D) by the angles of cos, sin (N, D / 2), in their dtype."""
+        even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+        return turned.flatten(-2).to(x.dtype)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neck.config import EncoderConfig, check_image_size
-from neck.rope import axial_angles, rotate
+from neck.rope import Rotary, axial_angles
 
 
 class PatchEmbed(nn.Module):
@@ -35,13 +35,14 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim)
+        self.rope = Rotary()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, N, C), cos and sin (N, D / 2) -> (B, N, C)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, N, D)
         query, key, value = qkv.unbind(0)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = self.rope(query, cos, sin), self.rope(key, cos, sin)
         mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
         return self.proj(mixed.transpose(1, 2).flatten(-2))  # (B, heads, N, D) -> (B, N, C)
 

@@ -1,0 +1,128 @@
+"""The forms of attention: what of it is computed in FP32, which decides what TensorRT makes of it.
+
+Seen in the plans of TensorRT-RTX 1.7 (compute capability 8.9), FP16:
+
+    fp32acc    Attention, its inputs cast to FP32 and its output back: one fused kernel, both products accumulate in FP32
+    scores32   MatMul, Softmax in FP32, MatMul: one fused kernel, the first product accumulates in FP32
+    fused      the same without casts: one fused kernel, both products accumulate in FP16
+    unfused    the first MatMul and Softmax in FP32: kernels of their own, slow
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, cast
+
+import numpy as np
+import onnx_ir as ir
+
+from export.fold import add_initializer
+from export.trace import MODULE, ExportError
+
+AttentionForm = Literal["auto", "fp32acc", "scores32", "fused", "unfused"]
+AUTO = {"fp32": "fused", "fp16": "fp32acc", "bf16": "fused"}
+"""BF16 products always accumulate in FP32; a FP32 Attention node does not build, so FP32 takes MatMul and Softmax."""
+
+
+@dataclasses.dataclass
+class AttentionCore:
+    """softmax(scale * query key^T) value, whatever nodes it is made of; all (B, heads, N, D)."""
+
+    nodes: list[ir.Node]
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    scale: float
+    output: ir.Value
+
+
+def lower_attentions(graph: ir.Graph, precision: str, form: AttentionForm) -> set[ir.Node]:
+    """Puts every attention of the graph into a form; returns the nodes that the form wants in FP32.
+
+    Raises:
+        ExportError: fp32acc asked of an FP32 graph, where no builder takes the Attention node.
+    """
+    chosen = AUTO[precision] if form == "auto" else form
+    if precision == "fp32" and chosen == "fp32acc":
+        raise ExportError("--attention fp32acc is for fp16 and bf16: TensorRT does not build Attention in FP32")
+    islands: set[ir.Node] = set()
+    for core in find_attentions(graph):
+        nodes = _attention_node(core) if chosen == "fp32acc" else _primitives(graph, core)
+        wanted = {"fp32acc": ["Attention"], "scores32": ["Softmax"], "fused": [], "unfused": ["scores", "Softmax"]}[chosen]
+        for node in nodes:
+            node.metadata_props[MODULE] = core.nodes[-1].metadata_props.get(MODULE, "")
+        islands |= {node for node in nodes if node.op_type in wanted or node.name in wanted}
+        _replace(graph, core, nodes)
+    return islands
+
+
+def find_attentions(graph: ir.Graph) -> list[AttentionCore]:
+    """Every Attention node, and every Softmax between two MatMuls."""
+    cores = [_of_attention(node) if node.op_type == "Attention" else _of_softmax(node) for node in graph]
+    return [core for core in cores if core is not None]
+
+
+def _of_attention(node: ir.Node) -> AttentionCore:
+    query, key, value = (cast(ir.Value, value) for value in node.inputs[:3])
+    scale = node.attributes.get("scale")
+    head_dim = cast(int, cast(ir.Shape, query.shape)[-1])
+    return AttentionCore([node], query, key, value, scale.as_float() if scale else head_dim**-0.5, node.outputs[0])
+
+
+def _of_softmax(node: ir.Node) -> AttentionCore | None:
+    """The attention around a Softmax as `_primitives` writes it, or None."""
+    if node.op_type != "Softmax":
+        return None
+    scores = cast(ir.Value, node.inputs[0]).producer()
+    users = [user for user, _ in node.outputs[0].uses()]
+    if scores is None or scores.op_type != "MatMul" or len(users) != 1 or users[0].op_type != "MatMul":
+        return None
+    transpose = cast(ir.Value, scores.inputs[1]).producer()
+    if transpose is None or transpose.op_type != "Transpose":
+        return None
+    query, key, value = scores.inputs[0], transpose.inputs[0], users[0].inputs[1]
+    nodes, scale = [transpose, scores, node, users[0]], 1.0
+    scaling = cast(ir.Value, query).producer()
+    if scaling is not None and scaling.op_type == "Mul" and scaling.name and scaling.name.endswith("/scale"):
+        query, nodes = scaling.inputs[0], [scaling, *nodes]
+        scale = float(cast(ir.TensorProtocol, cast(ir.Value, scaling.inputs[1]).const_value).numpy())
+    assert query is not None and key is not None and value is not None
+    return AttentionCore(nodes, query, key, value, scale, users[0].outputs[0])
+
+
+def _attention_node(core: AttentionCore) -> list[ir.Node]:
+    # the scale is always written: without it TensorRT's parser adds layers of its own
+    return [ir.node("Attention", [core.query, core.key, core.value], {"scale": core.scale}, name="attention")]
+
+
+def _primitives(graph: ir.Graph, core: AttentionCore) -> list[ir.Node]:
+    nodes, query = [], core.query
+    if core.scale != 1.0:
+        factor = add_initializer(graph, "attention_scale", ir.tensor(np.float32(core.scale)))
+        nodes.append(ir.node("Mul", [query, factor], name="scale"))
+        query = nodes[-1].outputs[0]
+        query.shape, query.type = core.query.shape, core.query.type
+    *outer, tokens, head_dim = cast(ir.Shape, core.key.shape)
+    turned = ir.node("Transpose", [core.key], {"perm": [0, 1, 3, 2]}, name="transposed_key")
+    scores = ir.node("MatMul", [query, turned.outputs[0]], name="scores")
+    softmax = ir.node("Softmax", [scores.outputs[0]], {"axis": -1}, name="softmax")
+    mixed = ir.node("MatMul", [softmax.outputs[0], core.value], name="mixed")
+    turned.outputs[0].shape = ir.Shape([*outer, head_dim, tokens])
+    scores.outputs[0].shape = softmax.outputs[0].shape = ir.Shape([*outer, tokens, tokens])
+    for node in (turned, scores, softmax):
+        node.outputs[0].type = core.query.type
+    return [*nodes, turned, scores, softmax, mixed]
+
+
+def _replace(graph: ir.Graph, core: AttentionCore, nodes: list[ir.Node]) -> None:
+    last = nodes[-1].outputs[0]
+    last.shape, last.type, name = core.output.shape, core.output.type, core.output.name
+    path = core.nodes[-1].metadata_props.get(MODULE) or "attention"
+    graph.insert_after(core.nodes[-1], nodes)
+    ir.convenience.replace_all_uses_with(core.output, last, replace_graph_outputs=True)
+    graph.remove(list(reversed(core.nodes)), safe=True)
+    for node in nodes:
+        kind = node.name
+        node.name = f"{path}/{kind}"
+        node.outputs[0].name = f"{node.name}:0"
+    last.name = name if name and name not in {value.name for value in nodes[-1].inputs if value} else last.name

@@ -1,0 +1,176 @@
+"""Lowering of the canonical FP32 graph to the wanted precision, attention form and opset.
+
+TensorRT 11 has strong typing only: an engine computes in the types that the graph names. So precision is this pass, and
+it is the one place for it: `computes_in_fp32` says which nodes stay in FP32, `ATTENTION_FORMS` what becomes of attention.
+Between a node of one type and a node of the other stands a Cast; nothing else changes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+
+from export.attention import AttentionForm, lower_attentions
+from export.fold import add_initializer
+from export.trace import MODULE, ExportError
+from export.upsampling import Upsampling, lower_upsampling
+
+Precision = Literal["fp32", "fp16", "bf16"]
+TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+TORCH_TYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
+OPSETS = range(17, 25)
+"""17 has LayerNormalization (TensorRT 8.6); 24 is what TensorRT 11.4 reads."""
+
+FIRST_OPSET = {"Attention": 23, "Gelu": 20}
+
+
+def lower(
+    model: ir.Model,
+    precision: Precision,
+    *,
+    attention: AttentionForm = "auto",
+    keep_fp32: Sequence[str] = (),
+    output_precision: Precision | None = None,
+    opset: int | None = None,
+    upsampling: Upsampling = "auto",
+) -> None:
+    """Lowers a canonical model in place.
+
+    Args:
+        model: what `trace` made, or an FP32 file of ours.
+        precision: type of weights and activations outside the FP32 islands.
+        attention: form of the attentions; `auto` is fp32acc for fp16, fused for bf16 and fp32.
+        keep_fp32: paths of modules that stay in FP32, with wildcards (`trunk.blocks.31`, `convs.*`).
+        output_precision: type of the outputs, by default the graph's.
+        opset: by default 23 where Attention stays and 20 elsewhere.
+        upsampling: ConvTranspose (`deconv`) or 1x1 convolution with DepthToSpace (`conv`); `auto` is conv for bf16.
+
+    Raises:
+        ExportError: a pattern that names no module, an opset that cannot hold the graph, a file that is not FP32.
+    """
+    graph = model.graph
+    foreign = {value.dtype for value in graph.initializers.values()} & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+    if foreign:
+        raise ExportError(f"the model is {foreign.pop().name.lower()} already; precision is lowered from an FP32 model")
+    kept = _kept_modules(graph, keep_fp32)
+    islands = lower_attentions(graph, precision, attention)
+    lower_upsampling(graph, precision, upsampling)
+    if precision != "fp32":
+        _retype(graph, TYPES[precision], lambda node: computes_in_fp32(node) or node in islands or _module(node) in kept)
+    _retype_outputs(graph, TYPES[output_precision or precision])
+    _set_opset(model, opset)
+    for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]:
+        del graph.initializers[name]
+
+
+def computes_in_fp32(node: ir.Node) -> bool:
+    """Whether a node stays in FP32 whatever the precision; attention's islands come from its form.
+
+    LayerNormalization: its sums of squares pass 65504 at C = 1024 once activations pass 8; TensorRT keeps a HALF
+    LayerNormalization in HALF even with stash_type 1, and the Casts cost no kernel (TensorRT-RTX 1.7).
+    Rotary (`rope`): two products and a sum are rounded once instead of three times, at no kernel either.
+    Nodes of no module are the input's: uint8 pixels, normalised.
+    """
+    module = _module(node)
+    return node.op_type == "LayerNormalization" or module.endswith(".rope") or module == ""
+
+
+def _module(node: ir.Node) -> str:
+    return node.metadata_props.get(MODULE, "")
+
+
+def _kept_modules(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:
+    """Paths of all modules that the patterns name, with the modules inside them."""
+    modules = sorted({_module(node) for node in graph})
+    kept: set[str] = set()
+    for pattern in patterns:
+        found = {m for m in modules if fnmatch.fnmatchcase(m, pattern) or fnmatch.fnmatchcase(m, f"{pattern}.*")}
+        if not found:
+            known = ", ".join(sorted({".".join(m.split(".")[:3]) for m in modules if m})[:6])
+            raise ExportError(f"--keep-fp32 {pattern!r} names no module of the graph, which has {known}, ...")
+        kept |= found
+    return kept
+
+
+def _retype(graph: ir.Graph, low: ir.DataType, in_fp32: Callable[[ir.Node], bool]) -> None:
+    """Gives every node its type, with a Cast wherever a value passes from one type to the other."""
+    casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+    fp32 = {node for node in graph if in_fp32(node)}  # before anything changes
+    for node in list(graph):
+        wanted = ir.DataType.FLOAT if node in fp32 else low
+        if node.op_type != "Cast":
+            for position, value in enumerate(node.inputs):
+                if value is not None and value.dtype in TORCH_TYPES and value.dtype != wanted:
+                    key = (value, wanted)
+                    if key not in casts:
+                        casts[key] = _converted(graph, node, value, wanted)
+                    node.replace_input_with(position, casts[key])
+            for output in node.outputs:
+                if output.dtype == ir.DataType.FLOAT:
+                    output.type = ir.TensorType(wanted)
+
+
+def _converted(graph: ir.Graph, before: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """The value in another type: a converted weight, or a Cast in front of the node that reads it."""
+    suffix = dtype.name.lower()
+    if value.const_value is not None:
+        tensor = converted_weight(str(value.name), value.const_value, dtype)
+        return add_initializer(graph, f"{value.name}.{suffix}", tensor)
+    producer = value.producer()
+    node = ir.node("Cast", [value], {"to": dtype.value}, name=f"{before.name}/to_{suffix}")
+    node.metadata_props[MODULE] = _module(before)
+    output = node.outputs[0]
+    output.name, output.shape, output.type = f"{value.name}.{suffix}", value.shape, ir.TensorType(dtype)
+    if producer is None:
+        graph.insert_before(before, node)
+    else:
+        graph.insert_after(producer, node)
+    return output
+
+
+def converted_weight(name: str, tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTensor:
+    """A weight in another type, converted when it is read; one that overflows is then an error that names it."""
+
+    def convert() -> ir.TensorProtocol:
+        exact = tensor.raw if isinstance(tensor, TorchTensor) else torch.from_numpy(tensor.numpy())
+        converted = exact.contiguous().to(TORCH_TYPES[dtype])
+        if not converted.isfinite().all():
+            raise ExportError(
+                f"weight {name} has values of up to {exact.abs().max():.6g}, beyond {dtype.name.lower()}; "
+                f"keep its module in FP32 by --keep-fp32, or use --precision bf16"
+            )
+        return TorchTensor(converted)
+
+    return ir.LazyTensor(convert, dtype, ir.Shape(tensor.shape), name=name)
+
+
+def _retype_outputs(graph: ir.Graph, dtype: ir.DataType) -> None:
+    for position, value in enumerate(list(graph.outputs)):
+        if value.dtype == dtype or value.dtype not in TORCH_TYPES:
+            continue
+        name, producer = str(value.name), cast(ir.Node, value.producer())
+        value.name = f"{name}.{cast(ir.DataType, value.dtype).name.lower()}"
+        node = ir.node("Cast", [value], {"to": dtype.value}, name=f"{producer.name}/to_{dtype.name.lower()}")
+        node.metadata_props[MODULE] = _module(producer)
+        node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = name, value.shape, ir.TensorType(dtype)
+        graph.insert_after(producer, node)
+        graph.outputs[position] = node.outputs[0]
+
+
+def _set_opset(model: ir.Model, opset: int | None) -> None:
+    present = {node.op_type for node in model.graph}
+    opset = opset if opset is not None else 23 if "Attention" in present else 20
+    if opset not in OPSETS:
+        raise ExportError(f"opset {opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
+    if "Attention" in present and opset < 23:
+        raise ExportError(
+            f"opset {opset} has no Attention, which the fp32acc form needs: use --opset 23, or --attention scores32"
+        )
+    if opset < 20:
+        raise ExportError("later")
+    model.opset_imports[""] = opset
