@@ -1,0 +1,122 @@
+"""What the tensors of the encoder are called in each checkpoint format (no torch).
+
+Meta and Ultralytics use our own names under some prefix: `<prefix>trunk.*`, `<prefix>convs.*`. Hugging Face uses
+`<prefix>backbone.*`, `<prefix>neck.fpn_layers.*` and, elsewhere, `tracker_neck.fpn_layers.*`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+NECK_MODULES = {
+    "sam3": "convs",
+    "sam2": "sam2_convs",
+    "interactive": "interactive_convs",
+    "propagation": "propagation_convs",
+}
+"""Module of each neck in our encoder and in Meta's checkpoints."""
+
+HF_MODULES = {
+    "patch_embed.proj": ("embeddings.patch_embeddings.projection",),
+    "ln_pre": ("layer_norm",),
+    "norm1": ("layer_norm1",),
+    "attn.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    "attn.proj": ("attention.o_proj",),
+    "norm2": ("layer_norm2",),
+    "mlp.fc1": ("mlp.fc1",),
+    "mlp.fc2": ("mlp.fc2",),
+    "dconv_2x2_0": ("scale_layers.0",),
+    "dconv_2x2_1": ("scale_layers.2",),
+    "dconv_2x2": ("scale_layers.0",),
+    "conv_1x1": ("proj1",),
+    "conv_3x3": ("proj2",),
+}
+"""Our module inside the trunk, a block or a level -> Hugging Face's; several are concatenated in this order."""
+
+HF_POSITION = "embeddings.position_embeddings"
+
+TRUNK_KEYS = {
+    "meta": re.compile(r"((?:.*\.)?)trunk\.(?:pos_embed$|patch_embed\.proj\.|ln_pre\.|blocks\.\d+\.)"),
+    "hf": re.compile(r"((?:.*\.)?)backbone\.(?:embeddings\.\w+|layers\.\d+\.attention|layer_norm)\b"),
+}
+TRACKER_NECK_KEY = re.compile(r"((?:.*\.)?tracker_neck\.fpn_layers\.)\d+\.")
+
+BUFFERS = re.compile(r"freqs_cis|rotary_emb|rope_embeddings")
+"""Rotary tables that some files carry inside the trunk; ours are computed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where one encoder lies in a checkpoint.
+
+    Args:
+        source: `meta` (also Ultralytics) or `hf`.
+        prefix: what stands before `trunk.` or `backbone.`.
+        necks: the necks that the checkpoint has: name -> what stands before the level's index.
+    """
+
+    source: str
+    prefix: str
+    necks: dict[str, str]
+
+    @property
+    def trunk(self) -> str:
+        """What stands before the names inside the trunk."""
+        return self.prefix + ("trunk." if self.source == "meta" else "backbone.")
+
+    @property
+    def blocks(self) -> str:
+        """What stands before a block's index."""
+        return self.trunk + ("blocks." if self.source == "meta" else "layers.")
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        """The checkpoint's keys of our tensor `name`, such as `trunk.blocks.3.attn.qkv.weight`."""
+        if self.source == "meta":
+            return (self.prefix + name,)
+        if name == "trunk.pos_embed":
+            return (self.trunk + HF_POSITION,)
+        top, rest = name.split(".", 1)
+        if top == "trunk":
+            start = self.trunk
+            if rest.startswith("blocks."):
+                _, index, rest = rest.split(".", 2)
+                start = f"{self.blocks}{index}."
+        else:
+            index, rest = rest.split(".", 1)
+            neck = next(neck for neck, module in NECK_MODULES.items() if module == top)
+            start = f"{self.necks[neck]}{index}."
+        module, leaf = rest.rsplit(".", 1)
+        return tuple(f"{start}{theirs}.{leaf}" for theirs in HF_MODULES[module])
+
+    def shapes(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The shape that each of the checkpoint's keys of our tensor `name` must have, given ours."""
+        keys = self.keys(name)
+        if self.source == "hf" and name == "trunk.pos_embed":
+            shape = (shape[0], shape[1] - 1, *shape[2:])  # no class-token row
+        return dict.fromkeys(keys, (shape[0] // len(keys), *shape[1:]))
+
+
+def find_layouts(keys: Iterable[str]) -> list[Layout]:
+    """Every trunk in a checkpoint, told by its keys, with the necks beside it (there may be none)."""
+    keys = list(keys)
+    trackers = sorted({match[1] for key in keys if (match := TRACKER_NECK_KEY.match(key))})
+    layouts = []
+    for source, pattern in TRUNK_KEYS.items():
+        for prefix in sorted({match[1] for key in keys if (match := pattern.match(key))}):
+            if source == "meta":
+                choices = [{neck: f"{prefix}{module}." for neck, module in NECK_MODULES.items()}]
+            else:
+                sam3 = {"sam3": f"{prefix}neck.fpn_layers."}
+                choices = [{**sam3, "sam2": tracker} for tracker in trackers] or [sam3]
+            for necks in choices:
+                present = {neck: start for neck, start in necks.items() if count_indices(keys, start)}
+                layouts.append(Layout(source, prefix, present))
+    return layouts
+
+
+def count_indices(keys: Iterable[str], start: str) -> int:
+    """How many different numbers follow `start` in the keys."""
+    rests = (key[len(start) :].split(".", 1)[0] for key in keys if key.startswith(start))
+    return len({rest for rest in rests if rest.isdecimal()})
