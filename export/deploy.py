@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from export.rewrite import Rewrites, rewrite
 from export.signature import NECK_MODULES, Signature
 from neck.necks import Sam3DualViTDetNeck
+from neck.pictures import PIXEL_SCALE
 
 
 class DeployEncoder(nn.Module):
@@ -32,7 +33,8 @@ class DeployEncoder(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """image as the signature says -> the signature's outputs."""
         if self.signature.input == "uint8":
-            image = image.permute(0, 3, 1, 2).float() / 127.5 - 1
+            # to float first: TensorRT's Transpose takes no uint8
+            image = (image.float() * PIXEL_SCALE - 1).permute(0, 3, 1, 2)
         x = self.trunk(image)[-1]
         outputs: list[Tensor] = []
         for neck in self.signature.necks:

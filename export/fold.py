@@ -12,11 +12,14 @@ from onnx.reference import ReferenceEvaluator
 LAZY_BYTES = 1 << 16
 """Constants above this are computed when they are read; smaller ones at once."""
 
+GROWTH_BYTES = 1 << 10
+"""Up to this size a result may be larger than what it is computed from: shapes, not tables."""
+
 
 def fold_constants(model: ir.Model) -> None:
     """Replaces every node that depends on weights alone by an initializer.
 
-    A node whose result is large and larger than its inputs (Expand, Tile) stays, as the file would grow by it.
+    A node whose result is larger than its inputs (Expand, Tile) stays, as the file would grow by it.
     """
     graph = model.graph
     for node in list(graph):
@@ -24,6 +27,8 @@ def fold_constants(model: ir.Model) -> None:
             node = _as_cast(graph, node)
         if node.op_type == "Constant":
             _replace(graph, node, [_constant_value(node)])
+        elif any(value.is_graph_output() for value in node.outputs):
+            continue  # an output that is a weight is legal, but few tools take it
         elif all(value is None or value.const_value is not None for value in node.inputs):
             tensors = [None if value is None else value.const_value for value in node.inputs]
             folded = _fold(node, tensors, model.opset_imports[""])
@@ -53,7 +58,7 @@ def _fold(node: ir.Node, inputs: Sequence[ir.TensorProtocol | None], opset: int)
     evaluator = ReferenceEvaluator(ir.to_proto(node), opsets={"": opset})
     if size_in <= LAZY_BYTES:
         arrays = _run(evaluator, {name: tensor.numpy() for name, tensor in tensors.items()})
-        if sum(array.nbytes for array in arrays) > max(LAZY_BYTES, size_in):
+        if sum(array.nbytes for array in arrays) > max(GROWTH_BYTES, size_in):
             return None
         return [ir.tensor(np.ascontiguousarray(array)) for array in arrays]
     if len(node.outputs) > 1:

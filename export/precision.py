@@ -8,9 +8,11 @@ Between a node of one type and a node of the other stands a Cast; nothing else c
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, cast
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
@@ -25,8 +27,6 @@ TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.Data
 TORCH_TYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 OPSETS = range(17, 25)
 """17 has LayerNormalization (TensorRT 8.6); 24 is what TensorRT 11.4 reads."""
-
-FIRST_OPSET = {"Attention": 23, "Gelu": 20}
 
 
 def lower(
@@ -122,7 +122,7 @@ def _converted(graph: ir.Graph, before: ir.Node, value: ir.Value, dtype: ir.Data
         tensor = converted_weight(str(value.name), value.const_value, dtype)
         return add_initializer(graph, f"{value.name}.{suffix}", tensor)
     producer = value.producer()
-    node = ir.node("Cast", [value], {"to": dtype.value}, name=f"{before.name}/to_{suffix}")
+    node = ir.node("Cast", [value], {"to": dtype.value}, name=f"{value.name}/to_{suffix}")
     node.metadata_props[MODULE] = _module(before)
     output = node.outputs[0]
     output.name, output.shape, output.type = f"{value.name}.{suffix}", value.shape, ir.TensorType(dtype)
@@ -155,7 +155,7 @@ def _retype_outputs(graph: ir.Graph, dtype: ir.DataType) -> None:
             continue
         name, producer = str(value.name), cast(ir.Node, value.producer())
         value.name = f"{name}.{cast(ir.DataType, value.dtype).name.lower()}"
-        node = ir.node("Cast", [value], {"to": dtype.value}, name=f"{producer.name}/to_{dtype.name.lower()}")
+        node = ir.node("Cast", [value], {"to": dtype.value}, name=f"{name}/to_{dtype.name.lower()}")
         node.metadata_props[MODULE] = _module(producer)
         node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = name, value.shape, ir.TensorType(dtype)
         graph.insert_after(producer, node)
@@ -172,5 +172,33 @@ def _set_opset(model: ir.Model, opset: int | None) -> None:
             f"opset {opset} has no Attention, which the fp32acc form needs: use --opset 23, or --attention scores32"
         )
     if opset < 20:
-        raise ExportError("later")
+        _expand_gelu(model.graph)
     model.opset_imports[""] = opset
+
+
+def _expand_gelu(graph: ir.Graph) -> None:
+    """Writes every Gelu, which came with opset 20, as 0.5 x (1 + erf(x / sqrt 2))."""
+    for node in [node for node in graph if node.op_type == "Gelu"]:
+        x, old = cast(ir.Value, node.inputs[0]), node.outputs[0]
+        numpy_type = cast(ir.DataType, x.dtype).numpy()
+        factors = {"root": math.sqrt(0.5), "one": 1.0, "half": 0.5}
+        values = {
+            name: graph.initializers.get(f"gelu_{name}_{numpy_type}")
+            or add_initializer(graph, f"gelu_{name}_{numpy_type}", ir.tensor(np.asarray(factor, numpy_type)))
+            for name, factor in factors.items()
+        }
+        scaled = ir.node("Mul", [x, values["root"]])
+        erf = ir.node("Erf", [scaled.outputs[0]])
+        shifted = ir.node("Add", [erf.outputs[0], values["one"]])
+        product = ir.node("Mul", [x, shifted.outputs[0]])
+        halved = ir.node("Mul", [product.outputs[0], values["half"]])
+        chain = [scaled, erf, shifted, product, halved]
+        for step, new in enumerate(chain):
+            new.name, new.metadata_props[MODULE] = f"{node.name}/{new.op_type}_{step}", _module(node)
+            value = new.outputs[0]
+            value.name, value.shape, value.type = f"{new.name}:0", old.shape, old.type
+        graph.insert_after(node, chain)
+        name = old.name
+        ir.convenience.replace_all_uses_with(old, halved.outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        halved.outputs[0].name = name

@@ -123,7 +123,7 @@ class DeployAttention(nn.Module):
         qk, value = qkv.permute(2, 0, 3, 1, 4).split((2, 1))  # (2, B, heads, N, D), (1, B, heads, N, D)
         query, key = self.rope(qk, cos, sin).split((1, 1))
         mixed = F.scaled_dot_product_attention(query.squeeze(0), key.squeeze(0), value.squeeze(0), scale=self.scale)
-        return self.proj(mixed.transpose(1, 2).reshape(-1, tokens, dim))
+        return self.proj(mixed.transpose(1, 2).contiguous().view(-1, tokens, dim))
 
 
 class RotaryHalves(nn.Module):
@@ -162,7 +162,7 @@ class WindowMajorTrunk(ViTDetTrunk):
         channels = self.config.embed_dim
         x = self.patch_embed.proj(images).view(-1, channels, rows, window, columns, window)
         x = x.permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, window, window, C)
-        x = self.ln_pre(self.add_position(x.reshape(-1, tokens, channels)))  # (B * W, n, C)
+        x = self.ln_pre(self.add_position(x.contiguous().view(-1, tokens, channels)))  # (B * W, n, C)
         global_cos, global_sin = self.window_order(self.global_cos), self.window_order(self.global_sin)
         for block in cast("list[Block]", self.blocks):
             if block.window_size:
@@ -170,7 +170,7 @@ class WindowMajorTrunk(ViTDetTrunk):
             else:
                 x = block(x, global_cos, global_sin)
         x = x.view(-1, rows, columns, window, window, channels).permute(0, 5, 1, 3, 2, 4)
-        return [x.reshape(-1, channels, height, width)]
+        return [x.contiguous().view(-1, channels, height, width)]
 
     def add_position(self, x: Tensor) -> Tensor:
         """Adds the position embedding to x (B * W, n, C)."""

@@ -153,10 +153,10 @@ def _part(graph: ir.Graph, index: int, live: set[ir.Value]) -> list[ir.Node]:
 
 
 def dependent_values(graph: ir.Graph, roots: Iterable[ir.Value]) -> set[ir.Value]:
-    """The roots and every value computed from them."""
+    """The roots and every value computed from their numbers; a shape is the same for every block."""
     values = set(roots)
     for node in graph:
-        if any(value in values for value in node.inputs if value is not None):
+        if node.op_type != "Shape" and any(value in values for value in node.inputs if value is not None):
             values.update(node.outputs)
     return values
 

@@ -119,10 +119,24 @@ class Sam3TriViTDetNeck(Sam3DualViTDetNeck):
         return {"sam3": self.convs, "interactive": self.interactive_convs, "propagation": self.propagation_convs}
 
 
-def forward_necks(encoder: Sam3DualViTDetNeck, images: Tensor) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-    """Runs every neck that the encoder has: name -> (features, positions), finest level first."""
+def forward_necks(
+    encoder: Sam3DualViTDetNeck,
+    images: Tensor,
+    necks: Iterable[str] | None = None,
+    levels: Sequence[int] | None = None,
+) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """Runs the named necks, by default all that the encoder has, at the given levels, by default all.
+
+    Returns:
+        Name -> (features, positions), finest level first; each (B, d_model, scale H, scale W).
+    """
     x = encoder.trunk(images)[-1]
-    return {name: encoder.sam_forward_feature_levels(x, convs) for name, convs in encoder.necks.items()}
+    outputs = {}
+    for name in encoder.necks if necks is None else necks:
+        convs = encoder.necks[name]
+        chosen = convs if levels is None else [convs[level] for level in levels]
+        outputs[name] = encoder.sam_forward_feature_levels(x, chosen)
+    return outputs
 
 
 def new_encoder(config: EncoderConfig) -> Sam3DualViTDetNeck:

@@ -24,7 +24,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, 14 H, 14 W) -> (B, H, W, C)."""
-        return self.proj(images).permute(0, 2, 3, 1)
+        return self.proj(images).permute(0, 2, 3, 1).contiguous()
 
 
 class Attention(nn.Module):
@@ -40,11 +40,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, N, C), cos and sin (N, D / 2) -> (B, N, C)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, N, D)
+        tokens, dim = x.shape[-2:]
+        qkv = self.qkv(x).view(-1, tokens, 3, self.num_heads, dim // self.num_heads)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, N, D)
         query, key, value = qkv.unbind(0)
         query, key = self.rope(query, cos, sin), self.rope(key, cos, sin)
         mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
-        return self.proj(mixed.transpose(1, 2).flatten(-2))  # (B, heads, N, D) -> (B, N, C)
+        return self.proj(mixed.transpose(1, 2).contiguous().view(-1, tokens, dim))  # (B, heads, N, D) -> (B, N, C)
 
 
 class Mlp(nn.Module):
@@ -73,30 +75,31 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, H, W, C) -> (B, H, W, C)."""
-        _, height, width, _ = x.shape
+        _, height, width, channels = x.shape
         normed = self.norm1(x)
         if self.window_size:
             windows = self.attn(cut_windows(normed, self.window_size), cos, sin)
             x = x + join_windows(windows, self.window_size, height, width)
         else:
-            x = x + self.attn(normed.flatten(1, 2), cos, sin).unflatten(1, (height, width))
+            mixed = self.attn(normed.view(-1, height * width, channels), cos, sin)
+            x = x + mixed.view(-1, height, width, channels)
         return x + self.mlp(self.norm2(x))
 
 
 def cut_windows(x: Tensor, window: int) -> Tensor:
     """(B, H, W, C) -> (B * windows, window * window, C), padded with zeros at the bottom and right."""
     _, height, width, channels = x.shape
-    x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
-    x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window))  # (B, rows, window, columns, window, C)
-    return x.transpose(2, 3).reshape(-1, window * window, channels)
+    rows, columns = -(-height // window), -(-width // window)
+    x = F.pad(x, (0, 0, 0, columns * window - width, 0, rows * window - height))
+    x = x.view(-1, rows, window, columns, window, channels).transpose(2, 3)
+    return x.contiguous().view(-1, window * window, channels)
 
 
 def join_windows(windows: Tensor, window: int, height: int, width: int) -> Tensor:
     """(B * windows, window * window, C) -> (B, height, width, C): the inverse of cut_windows, padding dropped."""
-    rows, columns = -(-height // window), -(-width // window)
-    x = windows.reshape(-1, rows, columns, window, window, windows.shape[-1]).transpose(2, 3)
-    x = x.reshape(-1, rows * window, columns * window, windows.shape[-1])
-    return x[:, :height, :width]
+    rows, columns, channels = -(-height // window), -(-width // window), windows.shape[-1]
+    x = windows.view(-1, rows, columns, window, window, channels).transpose(2, 3)
+    return x.contiguous().view(-1, rows * window, columns * window, channels)[:, :height, :width]
 
 
 class ViTDetTrunk(nn.Module):

@@ -1,0 +1,100 @@
+"""The rounding simulation: an FP16 or BF16 graph that ONNX Runtime computes on a CPU with its roundings kept.
+
+ONNX Runtime's CPU provider runs an FP16 graph in FP32 and drops the roundings between nodes (1.31.1), so what it says of
+overflow is worth nothing. Here the same graph is FP32, and after every node whose result has a low precision stands the
+pair Cast down, Cast up. Sums inside a node are FP32: what a fused kernel accumulates in is not simulated.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import onnx_ir as ir
+
+LOW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+
+MOVES = frozenset(
+    {"Reshape", "Transpose", "Split", "Squeeze", "Unsqueeze", "Concat", "Expand", "Slice", "Identity", "MaxPool", "Pad"}
+    | {"DepthToSpace", "Flatten", "Tile", "Gather"}
+)
+"""Operators whose results are values of their inputs: rounded already."""
+
+
+def is_low_precision(model: ir.Model) -> bool:
+    """Whether any tensor of the graph is FP16 or BF16."""
+    return any(output.dtype in LOW for node in model.graph for output in node.outputs)
+
+
+def simulate(model: ir.Model) -> list[ir.Value]:
+    """Turns a low-precision model into its simulation, in place; the graph's outputs become FP32.
+
+    Returns:
+        Every value that was rounded, in the order of computation: where to look for the first that is not finite.
+    """
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        if value.dtype in LOW:
+            _cast_up_weight(graph, value)
+    rounded = []
+    for node in list(graph):
+        if node.op_type == "Cast" and node.inputs[0] in graph.initializers.values():
+            continue
+        for output in node.outputs:
+            if output.dtype in LOW:
+                low = cast(ir.DataType, output.dtype)
+                if node.op_type == "Cast":
+                    node.attributes.add(ir.AttrInt64("to", ir.DataType.FLOAT.value))
+                output.type = ir.TensorType(ir.DataType.FLOAT)
+                if node.op_type not in MOVES:
+                    rounded.append(_round(graph, node, output, low))
+    return rounded
+
+
+def _cast_up_weight(graph: ir.Graph, weight: ir.Value) -> None:
+    """Reads a low-precision weight as FP32, by a Cast that ONNX Runtime folds once."""
+    node = ir.node("Cast", [weight], {"to": ir.DataType.FLOAT.value}, name=f"{weight.name}/up")
+    up = node.outputs[0]
+    up.name, up.shape, up.type = f"{weight.name}.up", weight.shape, ir.TensorType(ir.DataType.FLOAT)
+    for user, position in list(weight.uses()):
+        if user is not node:
+            user.replace_input_with(position, up)
+    graph.insert_before(graph[0], node)
+
+
+def _round(graph: ir.Graph, node: ir.Node, output: ir.Value, low: ir.DataType) -> ir.Value:
+    """Puts Cast down, Cast up behind a value; returns the rounded one, which takes the value's name and users."""
+    name = str(output.name)
+    users, is_output = list(output.uses()), output.is_graph_output()
+    down = ir.node("Cast", [output], {"to": low.value}, name=f"{name}/down")
+    up = ir.node("Cast", [down.outputs[0]], {"to": ir.DataType.FLOAT.value}, name=f"{name}/up")
+    for new, dtype in ((down, low), (up, ir.DataType.FLOAT)):
+        new.outputs[0].shape, new.outputs[0].type = output.shape, ir.TensorType(dtype)
+        new.metadata_props.update(node.metadata_props)
+    output.name, down.outputs[0].name, up.outputs[0].name = f"{name}.exact", f"{name}.low", name
+    for user, position in users:
+        user.replace_input_with(position, up.outputs[0])
+    if is_output:
+        graph.outputs[list(graph.outputs).index(output)] = up.outputs[0]
+    graph.insert_after(node, [down, up])
+    return up.outputs[0]
+
+
+def watch_finite(graph: ir.Graph, values: list[ir.Value]) -> list[str]:
+    """Makes the sum of magnitudes of each value the graph's outputs; it is finite exactly where all its numbers are.
+
+    Returns:
+        The path of the module and the operator of each output.
+    """
+    names = []
+    watched = []
+    for value in values:
+        source = cast(ir.Node, value.producer())
+        rounded = cast(ir.Node, cast(ir.Value, cast(ir.Node, cast(ir.Value, source.inputs[0]).producer()).inputs[0]).producer())
+        node = ir.node("ReduceL1", [value], {"keepdims": 0}, name=f"{value.name}/finite")
+        node.outputs[0].name, node.outputs[0].type = f"{value.name}/finite", ir.TensorType(ir.DataType.FLOAT)
+        node.outputs[0].shape = ir.Shape([])
+        graph.insert_after(source, node)
+        watched.append(node.outputs[0])
+        names.append(rounded.name or "")
+    graph.outputs[:] = watched
+    return names
