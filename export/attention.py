@@ -2,7 +2,7 @@
 
 Seen in the plans of TensorRT-RTX 1.7 (compute capability 8.9), FP16:
 
-    fp32acc    Attention, its inputs cast to FP32 and its output back: one fused kernel, both products accumulate in FP32
+    fp32acc    Attention, its inputs cast to FP32, its output back: one fused kernel, both products accumulate in FP32
     scores32   MatMul, Softmax in FP32, MatMul: one fused kernel, the first product accumulates in FP32
     fused      the same without casts: one fused kernel, both products accumulate in FP16
     unfused    the first MatMul and Softmax in FP32: kernels of their own, slow
@@ -22,6 +22,8 @@ from export.trace import MODULE, ExportError
 AttentionForm = Literal["auto", "fp32acc", "scores32", "fused", "unfused"]
 AUTO = {"fp32": "fused", "fp16": "fp32acc", "bf16": "fused"}
 """BF16 products always accumulate in FP32; a FP32 Attention node does not build, so FP32 takes MatMul and Softmax."""
+IN_FP32 = {"fp32acc": ["Attention"], "scores32": ["Softmax"], "fused": [], "unfused": ["scores", "Softmax"]}
+"""Operators, or names given below, that each form computes in FP32."""
 
 
 @dataclasses.dataclass
@@ -40,7 +42,8 @@ def lower_attentions(graph: ir.Graph, precision: str, form: AttentionForm) -> se
     """Puts every attention of the graph into a form; returns the nodes that the form wants in FP32.
 
     Raises:
-        ExportError: fp32acc asked of an FP32 graph, where no builder takes the Attention node.
+        ExportError: fp32acc asked of an FP32 graph, where no builder takes the Attention node; an Attention of a
+            foreign trunk that is more than softmax(scale * query key^T) value.
     """
     chosen = AUTO[precision] if form == "auto" else form
     if precision == "fp32" and chosen == "fp32acc":
@@ -48,7 +51,7 @@ def lower_attentions(graph: ir.Graph, precision: str, form: AttentionForm) -> se
     islands: set[ir.Node] = set()
     for core in find_attentions(graph):
         nodes = _attention_node(core) if chosen == "fp32acc" else _primitives(graph, core)
-        wanted = {"fp32acc": ["Attention"], "scores32": ["Softmax"], "fused": [], "unfused": ["scores", "Softmax"]}[chosen]
+        wanted = IN_FP32[chosen]
         for node in nodes:
             node.metadata_props[MODULE] = core.nodes[-1].metadata_props.get(MODULE, "")
         islands |= {node for node in nodes if node.op_type in wanted or node.name in wanted}
@@ -64,8 +67,16 @@ def find_attentions(graph: ir.Graph) -> list[AttentionCore]:
 
 def _of_attention(node: ir.Node) -> AttentionCore:
     query, key, value = (cast(ir.Value, value) for value in node.inputs[:3])
-    scale = node.attributes.get("scale")
-    head_dim = cast(int, cast(ir.Shape, query.shape)[-1])
+    shape, scale = cast(ir.Shape, query.shape), node.attributes.get("scale")
+    # dropping a mask would give a file that computes something else
+    more = [value for value in node.inputs[3:] if value is not None] + [v for v in node.outputs[1:] if v.uses()]
+    heads = [len(cast(ir.Shape, value.shape)) == 4 and value.shape[1] == shape[1] for value in (query, key, value)]  # type: ignore[index]
+    if more or not all(heads) or node.attributes.get_int("is_causal", 0) or node.attributes.get_float("softcap", 0.0):
+        path = node.metadata_props.get(MODULE) or node.name
+        raise ExportError(
+            f"the attention of {path} has a mask, a cache, grouped heads or a cap; only plain ones can be lowered"
+        )
+    head_dim = cast(int, shape[-1])
     return AttentionCore([node], query, key, value, scale.as_float() if scale else head_dim**-0.5, node.outputs[0])
 
 
@@ -78,12 +89,16 @@ def _of_softmax(node: ir.Node) -> AttentionCore | None:
     if scores is None or scores.op_type != "MatMul" or len(users) != 1 or users[0].op_type != "MatMul":
         return None
     transpose = cast(ir.Value, scores.inputs[1]).producer()
-    if transpose is None or transpose.op_type != "Transpose":
+    if transpose is None or transpose.op_type != "Transpose" or users[0].inputs[0] is not node.outputs[0]:
+        return None
+    axes, axis = list(transpose.attributes.get_ints("perm", [])), node.attributes.get_int("axis", -1)
+    if axes != [0, 1, 3, 2] or axis not in (-1, 3) or any(len(n.outputs[0].uses()) > 1 for n in (scores, transpose)):
         return None
     query, key, value = scores.inputs[0], transpose.inputs[0], users[0].inputs[1]
     nodes, scale = [transpose, scores, node, users[0]], 1.0
     scaling = cast(ir.Value, query).producer()
-    if scaling is not None and scaling.op_type == "Mul" and scaling.name and scaling.name.endswith("/scale"):
+    ours = scaling is not None and scaling.op_type == "Mul" and (scaling.name or "").endswith("/scale")
+    if scaling is not None and ours and len(scaling.outputs[0].uses()) == 1:
         query, nodes = scaling.inputs[0], [scaling, *nodes]
         scale = float(cast(ir.TensorProtocol, cast(ir.Value, scaling.inputs[1]).const_value).numpy())
     assert query is not None and key is not None and value is not None

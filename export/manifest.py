@@ -45,8 +45,8 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def write_manifest(path: Path, kind: str, values: dict[str, Any], files: list[Path]) -> None:
-    """Writes a manifest that speaks of `files`, which lie beside it."""
+def write_manifest(path: Path, kind: str, values: dict[str, Any], files: list[Path]) -> dict[str, Any]:
+    """Writes a manifest that speaks of `files`, which lie beside it, and returns its content."""
     content = {
         "format": FORMAT,
         "kind": kind,
@@ -55,6 +55,15 @@ def write_manifest(path: Path, kind: str, values: dict[str, Any], files: list[Pa
         "files": [file_entry(file) for file in files],
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return content
+
+
+def replace_manifest(path: Path, content: dict[str, Any]) -> None:
+    """Puts new content in the place of a manifest, in one step."""
+    with staging(path) as folder:
+        staged = folder / path.name
+        staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        publish(folder, path)
 
 
 def read_manifest(path: Path, kind: str) -> dict[str, Any]:

@@ -20,7 +20,18 @@ import torch
 from export.attention import AttentionForm
 from export.deploy import DeployEncoder
 from export.fidelity import Verdict, check_overrides
-from export.manifest import data_path, file_entry, manifest_path, publish, staging, write_manifest
+from export.manifest import (
+    check_files,
+    data_path,
+    file_entry,
+    manifest_path,
+    publish,
+    read_manifest,
+    replace_manifest,
+    sha256,
+    staging,
+    write_manifest,
+)
 from export.precision import TORCH_TYPES, TYPES, Precision, lower
 from export.rewrite import Rewrites
 from export.signature import BatchRange, InputKind, Positions, Signature, encoder_signature
@@ -77,6 +88,11 @@ class ExportResult:
     manifest: dict[str, Any]
     verdict: Verdict | None
 
+    @property
+    def manifest_path(self) -> Path:
+        """Where the manifest lies."""
+        return manifest_path(self.path)
+
 
 class RejectedError(Exception):
     """The file does not compute what PyTorch computes; nothing was left under its name."""
@@ -132,10 +148,67 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
             if not verdict.passed:
                 raise RejectedError(options.output, verdict)
         report("hashes and manifest")
-        manifest = _manifest(options, encoder, signature, model, verdict) | {"weights": origin.result()}
-        write_manifest(manifest_path(staged), "onnx", manifest, sorted(folder.iterdir()))
+        values = _manifest(options, encoder, signature, model, verdict) | {"weights": origin.result()}
+        manifest = write_manifest(manifest_path(staged), "onnx", values, sorted(folder.iterdir()))
         publish(folder, options.output)
     return ExportResult(options.output, manifest, verdict)
+
+
+def verify_file(
+    path: Path,
+    checkpoint: Path | None = None,
+    images: Path | None = None,
+    tolerances: Mapping[str, float] | None = None,
+    report: Report = lambda line: None,
+) -> Verdict:
+    """Verifies a file that was exported before, and writes the verdict into its manifest.
+
+    Args:
+        path: the ONNX file.
+        checkpoint: its weights, where they are no longer where the manifest says.
+        images, tolerances, report: as in verify_onnx.
+
+    Raises:
+        ManifestError: the manifest is missing or the files are not those that it speaks of.
+        CheckpointError, ExportError: the weights cannot be read, or are not those that were exported.
+        RejectedError: the outputs left tolerance; the manifest says so too.
+    """
+    where = manifest_path(path)
+    if not path.is_file():
+        raise ExportError(f"{path}: no such file; export it by `neck-export onnx`")
+    manifest = read_manifest(where, "onnx")
+    report("hashes")
+    check_files(where, manifest)
+    report("weights")
+    encoder = manifest_encoder(where, manifest, checkpoint)
+    signature = Signature.from_dict(manifest["signature"])
+    verdict = verify_onnx(
+        path, signature, encoder, manifest["precision"], images=images, overrides=tolerances, report=report
+    )
+    replace_manifest(where, manifest | {"verification": verdict.to_dict()})
+    if not verdict.passed:
+        raise RejectedError(path, verdict)
+    return verdict
+
+
+def manifest_encoder(where: Path, manifest: Mapping[str, Any], checkpoint: Path | None = None) -> Sam3DualViTDetNeck:
+    """The plain encoder that a file was exported from, set to its image size.
+
+    Raises:
+        CheckpointError, ExportError: the weights cannot be read, or are not those that were exported.
+    """
+    config = EncoderConfig.from_dict(manifest["encoder"])
+    weights = manifest["weights"]
+    if weights["random"] and checkpoint is None:
+        return random_encoder(config, weights["seed"])
+    source = checkpoint or Path(weights["path"])
+    if not source.exists():
+        raise ExportError(f"{source}: the weights that {where.name} names are not there; say where by --checkpoint")
+    if not weights["random"] and sha256(find_file(source)) != weights["sha256"]:
+        raise ExportError(f"{source}: is not the checkpoint that was exported ({where.name} has its SHA-256)")
+    encoder = load_encoder(source, config, necks=config.necks)
+    encoder.set_imgsz(config.image_size)
+    return encoder
 
 
 def load(options: ExportOptions) -> Sam3DualViTDetNeck:

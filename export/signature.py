@@ -191,7 +191,7 @@ def choose_levels(asked: str, count: int) -> tuple[int, ...]:
     """The asked levels, finest first."""
     if asked == "all":
         return tuple(range(count))
-    if not re.fullmatch(r"\d+(,\d+)*", asked):
+    if not re.fullmatch(r" *\d+ *(, *\d+ *)*", asked):
         raise SignatureError(f"levels {asked!r}: expected indices with commas, such as 0,1,2")
     levels = sorted({int(level) for level in asked.split(",")})
     if levels[-1] >= count:

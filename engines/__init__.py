@@ -1,0 +1,1 @@
+"""From the ONNX file to a TensorRT engine, verified, profiled and deployed."""

@@ -1,0 +1,101 @@
+"""What this machine can do for the exporter, and what to install for the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+PACKAGES = {
+    "torch": "neck-export itself",
+    "onnx": "neck-export itself",
+    "onnx-ir": "neck-export itself",
+    "onnxruntime": "pip install 'neck-export[cpu]'",
+    "onnxruntime-gpu": "pip install 'neck-export[gpu]'",
+    "tensorrt": "pip install 'neck-export[gpu]'",
+    "tensorrt-rtx-cu13": "pip install 'neck-export[rtx]'",
+    "polygraphy": "pip install 'neck-export[rtx]' or '[gpu]'",
+}
+"""Distribution -> what installs it."""
+
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def examine() -> dict[str, Any]:
+    """Facts of this machine as JSON values: packages, GPU, driver, processor, memory, disk, and what each step lacks."""
+    packages = {name: installed_version(name) for name in PACKAGES}
+    gpus = gpu_names()
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
+        "driver": driver_version(),
+        "gpus": gpus,
+        "packages": packages,
+    }
+    found["can"] = abilities(packages, bool(gpus))
+    return found
+
+
+def installed_version(name: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def driver_version() -> str | None:
+    """The version of NVIDIA's kernel driver, or None."""
+    try:
+        match = re.search(r"Kernel Module\D*([\d.]+)", DRIVER.read_text())
+    except OSError:
+        return None
+    return match.group(1) if match else None
+
+
+def gpu_names() -> list[str]:
+    """Names and compute capabilities of the GPUs that torch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [f"{one.name}, compute capability {one.major}.{one.minor}" for one in properties]
+
+
+def abilities(packages: dict[str, str | None], gpu: bool) -> dict[str, str]:
+    """For each step `yes`, or what it lacks."""
+    runtime = packages["onnxruntime"] or packages["onnxruntime-gpu"]
+    builders = [name for name in ("tensorrt", "tensorrt-rtx-cu13") if packages[name]]
+    no_gpu = "no NVIDIA GPU that torch can use: look at the driver, or install torch's CUDA build"
+    return {
+        "export to ONNX": "yes",
+        "verify ONNX": "yes" if runtime else f"onnxruntime is missing: {PACKAGES['onnxruntime']}",
+        "build engines": "yes"
+        if packages["tensorrt-rtx-cu13"] or (packages["tensorrt"] and gpu)
+        else no_gpu
+        if builders
+        else f"no TensorRT: {PACKAGES['tensorrt']}, or {PACKAGES['tensorrt-rtx-cu13']} (builds without a GPU)",
+        "run, verify and profile engines": "yes" if builders and gpu else no_gpu if builders else "no TensorRT, see above",
+    }
+
+
+def report_lines(found: dict[str, Any]) -> list[str]:
+    """The facts for a screen."""
+    return [
+        f"Python {found['python']}, {found['system']}, {found['cores']} cores, {found['memory_gb']} GB memory, "
+        f"{found['disk_free_gb']} GB free here",
+        f"GPU      {'; '.join(found['gpus']) or 'none'}, driver {found['driver'] or 'none'}",
+        *(
+            f"package  {name} {version or 'not installed: ' + PACKAGES[name]}"
+            for name, version in found["packages"].items()
+        ),
+        *(f"{step:32} {answer}" for step, answer in found["can"].items()),
+    ]

@@ -1,0 +1,123 @@
+"""What an ONNX file holds: contract, graph, types, attention forms, and what its manifest says was verified."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from export.attention import find_attentions
+from export.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
+from export.trace import ExportError
+
+
+def read_graph(path: Path) -> ir.Model:
+    """Reads an ONNX file's graph; its weights stay in the file beside it.
+
+    Raises:
+        ExportError: no such file, not ONNX, or its weights are missing.
+    """
+    if not path.is_file():
+        raise ExportError(f"{path}: no such file; export it by `neck-export onnx`")
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf and onnx-ir raise many kinds
+        raise ExportError(f"{path}: is not a whole ONNX file ({type(error).__name__}); export it again") from None
+    external = {
+        tensor.path: tensor.offset + tensor.length
+        for value in model.graph.initializers.values()
+        if isinstance(tensor := value.const_value, ir.ExternalTensor) and tensor.offset is not None and tensor.length
+    }
+    for file in external:
+        if not Path(file).is_file():
+            raise ExportError(f"{path}: its weights {file} are missing; copy them beside it, or export it again")
+    return model
+
+
+def inspect_onnx(path: Path) -> dict[str, Any]:
+    """A summary of an ONNX file as JSON values.
+
+    Raises:
+        ExportError: the file cannot be read.
+    """
+    model = read_graph(path)
+    graph = model.graph
+    attentions = find_attentions(graph)
+    types: collections.Counter[str] = collections.Counter()
+    for value in graph.initializers.values():
+        if value.const_value is not None:
+            types[value.const_value.dtype.name.lower()] += value.const_value.nbytes
+    data = data_path(path)
+    found: dict[str, Any] = {
+        "file": str(path),
+        "bytes": path.stat().st_size + (data.stat().st_size if data.is_file() else 0),
+        "producer": model.producer_name or "unknown",
+        "opset": model.opset_imports.get(""),
+        "inputs": [describe(value) for value in graph.inputs],
+        "outputs": [describe(value) for value in graph.outputs],
+        "nodes": len(graph),
+        "operators": dict(collections.Counter(node.op_type for node in graph).most_common()),
+        "weight_bytes": dict(types.most_common()),
+        "attention": dict(collections.Counter(attention_form(core.nodes) for core in attentions)),
+    }
+    try:
+        manifest = read_manifest(manifest_path(path), "onnx")
+        check_files(manifest_path(path), manifest, hashes=False)
+        found["manifest"] = {key: manifest[key] for key in ("created", "versions", "precision", "weights", "verification")}
+    except ManifestError as error:
+        found["manifest"] = None
+        found["manifest_problem"] = str(error)
+    return found
+
+
+def describe(value: ir.Value) -> str:
+    """Name, type and shape of an input or output."""
+    shape = ", ".join(str(side) for side in value.shape or ())
+    return f"{value.name}: {value.dtype.name.lower() if value.dtype else 'unknown'} ({shape})"
+
+
+def attention_form(nodes: list[ir.Node]) -> str:
+    """Which form of export.attention the nodes of one attention have."""
+    by_type = {node.op_type: node for node in nodes}
+    if "Attention" in by_type:
+        value = by_type["Attention"].inputs[0]
+        return "fp32acc" if value is not None and value.dtype == ir.DataType.FLOAT else "Attention in low precision"
+    softmax = by_type["Softmax"].outputs[0]
+    scores = by_type["MatMul"] if "MatMul" in by_type else None
+    mixed = nodes[-1].outputs[0]
+    first = next(node for node in nodes if node.op_type == "MatMul").outputs[0]
+    if mixed.dtype == ir.DataType.FLOAT:
+        return "FP32"
+    if first.dtype == ir.DataType.FLOAT:
+        return "unfused"
+    return "scores32" if scores is not None and softmax.dtype == ir.DataType.FLOAT else "fused"
+
+
+def summary_lines(found: dict[str, Any]) -> list[str]:
+    """The summary for a screen."""
+    operators = ", ".join(f"{count} {name}" for name, count in list(found["operators"].items())[:8])
+    weights = ", ".join(f"{size / 1e6:,.1f} MB {name}" for name, size in found["weight_bytes"].items())
+    forms = ", ".join(f"{count} {name}" for name, count in found["attention"].items()) or "none"
+    lines = [
+        f"{found['file']}  {found['bytes'] / 1e6:,.1f} MB, by {found['producer']}, opset {found['opset']}",
+        *(f"  input   {line}" for line in found["inputs"]),
+        *(f"  output  {line}" for line in found["outputs"]),
+        f"  graph   {found['nodes']} nodes: {operators}",
+        f"  weights {weights}",
+        f"  attention {forms}",
+    ]
+    manifest = found["manifest"]
+    if manifest is None:
+        return [*lines, f"  not verified: {found['manifest_problem']}"]
+    weights_from = manifest["weights"]
+    origin = f"random, seed {weights_from['seed']}" if weights_from["random"] else weights_from["path"]
+    verification = manifest["verification"]
+    verdict = "verified" if verification["verified"] else "NOT VERIFIED"
+    return [
+        *lines,
+        f"  from    {origin}, {manifest['precision']}, {manifest['created']}",
+        f"  {verdict}: {verification.get('method') or verification.get('reason')}",
+        *(f"    {row['name']}: relative L2 {row['relative_l2']}" for row in verification.get("outputs", [])),
+    ]

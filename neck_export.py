@@ -1,0 +1,272 @@
+"""The command line: parses, calls one function of a stage, prints. No work of its own, no heavy import at the top."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from export.fidelity import Verdict
+
+app = typer.Typer(
+    help="SAM 3's image encoder: checkpoint -> verified ONNX -> TensorRT engine -> service.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich would take half of the time that --help takes
+)
+
+DEFAULT_CHECKPOINT = Path("sam3.pt")
+DEFAULT_ONNX = Path("build/sam3-encoder.onnx")
+
+
+def choices(name: str, *values: str) -> type[Enum]:
+    """An enumeration of strings for an option."""
+    return Enum(name, {value: value for value in values}, type=str)
+
+
+if TYPE_CHECKING:
+    Precision = Attention = Positions = Input = Upsampling = Any
+else:
+    Precision = choices("Precision", "fp32", "fp16", "bf16")
+    Attention = choices("Attention", "auto", "fp32acc", "scores32", "fused", "unfused")
+    Positions = choices("Positions", "graph", "file", "none")
+    Input = choices("Input", "float", "uint8")
+    Upsampling = choices("Upsampling", "auto", "deconv", "conv")
+
+
+@app.command()
+def onnx(
+    checkpoint: Annotated[
+        str | None, typer.Option(help="sam3.pt, .safetensors, a folder of shards, or `random` [default: sam3.pt here]")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="encoder.json, where the weights do not tell")] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Pixels: 1008, or height x width: 1008x672 [default: the config's, 1008]")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch size, or minimum:optimum:maximum")] = "1",
+    neck: Annotated[str, typer.Option(help="sam3, both, all, or names with commas")] = "sam3",
+    levels: Annotated[str, typer.Option(help="Levels with commas, 0 the finest")] = "all",
+    positions: Annotated[Positions, typer.Option(help="Position encodings: outputs, a file beside it, or none")] = "graph",
+    input: Annotated[Input, typer.Option(help="float: normalised (B, 3, H, W); uint8: pixels (B, H, W, 3)")] = "float",
+    precision: Annotated[Precision, typer.Option(help="Type of weights and activations")] = "fp32",
+    attention: Annotated[Attention, typer.Option(help="What of attention stays in FP32")] = "auto",
+    upsampling: Annotated[Upsampling, typer.Option(help="ConvTranspose, or 1x1 convolution and DepthToSpace")] = "auto",
+    keep_fp32: Annotated[list[str] | None, typer.Option(help="Module kept in FP32: trunk.blocks.31, convs.*")] = None,
+    output_dtype: Annotated[Precision | None, typer.Option(help="Type of the outputs [default: the precision's]")] = None,
+    opset: Annotated[str, typer.Option(help="17 to 24, or auto")] = "auto",
+    rewrite: Annotated[bool, typer.Option(help="The exact rewrites for deployment")] = True,
+    verify: Annotated[bool, typer.Option(help="Compare with PyTorch before the file gets its name")] = True,
+    images: Annotated[Path | None, typer.Option(help="Folder of pictures to verify on")] = None,
+    tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random weights")] = 0,
+    output: Annotated[Path, typer.Option(help="The file to write")] = DEFAULT_ONNX,
+) -> None:
+    """Exports the encoder to ONNX and proves it equal to PyTorch."""
+    with stage() as report:
+        from export.pipeline import ExportOptions, export_onnx
+        from export.rewrite import Rewrites
+        from export.signature import BatchRange
+        from neck.config import EncoderConfig
+
+        source = choose_checkpoint(checkpoint)
+        options = ExportOptions(
+            output=output,
+            checkpoint=source,
+            config=EncoderConfig.from_file(config) if config else None,
+            seed=seed,
+            image_size=parse_size(image_size) if image_size else None,
+            batch=BatchRange.parse(batch),
+            necks=neck,
+            levels=levels,
+            positions=text(positions),
+            input_kind=text(input),
+            precision=text(precision),
+            attention=text(attention),
+            upsampling=text(upsampling),
+            keep_fp32=tuple(keep_fp32 or ()),
+            output_precision=text(output_dtype) if output_dtype else None,
+            opset=parse_opset(opset),
+            rewrites=Rewrites() if rewrite else Rewrites.none(),
+            verify=verify,
+            images=images,
+            tolerances=parse_tolerances(tolerance),
+        )
+        result = export_onnx(options, report)
+    if result.verdict:
+        show_verdict(result.verdict)
+    else:
+        typer.echo("not verified: --no-verify")
+    for entry in result.manifest["files"]:
+        typer.echo(f"{result.path.with_name(entry['name'])}  {entry['bytes'] / 1e6:,.1f} MB")
+    typer.echo(result.manifest_path)
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="An ONNX file of neck-export")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Its weights [default: where the manifest says]")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of pictures to verify on")] = None,
+    tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
+) -> None:
+    """Compares a file with the plain PyTorch module and writes the verdict into its manifest."""
+    with stage() as report:
+        from export.pipeline import verify_file
+
+        verdict = verify_file(file, checkpoint, images, parse_tolerances(tolerance), report)
+    show_verdict(verdict)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An ONNX file")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+) -> None:
+    """Shows a file's contract, graph, precision and what was verified."""
+    with stage():
+        from export.inspect import inspect_onnx, summary_lines
+
+        found = inspect_onnx(file)
+    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(summary_lines(found)))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False) -> None:
+    """Tells what this machine can do and what to install for the rest."""
+    with stage():
+        from engines.doctor import examine, report_lines
+
+        found = examine()
+    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(report_lines(found)))
+
+
+def text(value: str | Enum) -> Any:  # noqa: ANN401 - one of a Literal's strings
+    """The string of a choice."""
+    return value.value if isinstance(value, Enum) else value
+
+
+def choose_checkpoint(asked: str | None) -> Path | None:
+    """The checkpoint to read, or None for random weights, saying so where nothing was asked."""
+    if asked == "random":
+        return None
+    if asked is not None:
+        return Path(asked)
+    if DEFAULT_CHECKPOINT.exists():
+        return DEFAULT_CHECKPOINT
+    typer.echo(f"no --checkpoint and no {DEFAULT_CHECKPOINT} here: exporting seeded RANDOM weights", err=True)
+    return None
+
+
+def parse_size(size: str) -> int | tuple[int, int]:
+    """Reads `1008` or `1008x672` (height x width)."""
+    sides = size.lower().split("x")
+    try:
+        numbers = [int(side) for side in sides]
+    except ValueError:
+        raise typer.BadParameter(f"{size!r}: expected pixels such as 1008 or 1008x672", param_hint="--image-size") from None
+    if len(numbers) > 2:
+        raise typer.BadParameter(f"{size!r}: expected one or two numbers", param_hint="--image-size")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def parse_opset(opset: str) -> int | None:
+    """Reads a number or `auto`."""
+    if opset == "auto":
+        return None
+    if not opset.isdecimal():
+        raise typer.BadParameter(f"{opset!r}: expected a number from 17 to 24, or auto", param_hint="--opset")
+    return int(opset)
+
+
+def parse_tolerances(given: list[str] | None) -> dict[str, float]:
+    """Reads NAME=VALUE pairs."""
+    pairs = {}
+    for pair in given or []:
+        name, _, value = pair.partition("=")
+        try:
+            pairs[name] = float(value)
+        except ValueError:
+            raise typer.BadParameter(f"{pair!r}: expected NAME=VALUE, such as sam3_feat_0=0.02") from None
+    return pairs
+
+
+@contextlib.contextmanager
+def stage() -> Iterator[Callable[[str], None]]:
+    """Runs a stage: shows its steps on a terminal, turns its errors into one or two lines and an exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        with progress() as report:
+            yield report
+    except (typer.BadParameter, typer.Exit):
+        raise
+    except MemoryError as error:
+        _fail(f"out of memory: {error or 'close other programs, or take a smaller --image-size or --batch'}")
+    except Exception as error:
+        verdict = getattr(error, "verdict", None)
+        if verdict is not None:
+            show_verdict(verdict, err=True)
+            _fail(str(error), 3)
+        if type(error).__module__.split(".")[0] not in {"neck", "export", "engines", "benchmarks"}:
+            raise  # a bug of ours: its traceback is wanted
+        _fail(str(error))
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Shows the present step with a clock on a terminal, and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda line: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        tasks: list[Any] = []
+
+        def report(line: str) -> None:
+            if tasks:
+                shown.update(tasks[-1], total=1, completed=1)
+            tasks.append(shown.add_task(line, total=None))
+
+        yield report
+        if tasks:
+            shown.update(tasks[-1], total=1, completed=1)
+
+
+def show_verdict(verdict: Verdict, err: bool = False) -> None:
+    """Prints the error figures of every output."""
+    typer.echo(verdict.method, err=err)
+    typer.echo(f"{'output':20} {'max abs':>10} {'mean abs':>10} {'rel. L2':>10} {'cosine':>11}  verdict", err=err)
+    for row in verdict.comparisons:
+        word = "ok" if row.passed else f"{row.non_finite} non-finite" if row.non_finite else "FAILED"
+        figures = f"{row.max_abs:10.2e} {row.mean_abs:10.2e} {row.relative_l2:10.2e} {row.cosine:11.8f}"
+        typer.echo(f"{row.name:20} {figures}  {word}", err=err)
+    if verdict.first_bad:
+        typer.echo(f"first tensor that is not finite: {verdict.first_bad}", err=err)
+
+
+def main() -> None:
+    """Entry point of `neck-export`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
