@@ -19,7 +19,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 from export.attention import AttentionForm, lower_attentions
 from export.fold import add_initializer
-from export.trace import MODULE, ExportError
+from export.trace import INPUT, MODULE, ExportError
 from export.upsampling import Upsampling, lower_upsampling
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -74,10 +74,10 @@ def computes_in_fp32(node: ir.Node) -> bool:
     LayerNormalization: its sums of squares pass 65504 at C = 1024 once activations pass 8; TensorRT keeps a HALF
     LayerNormalization in HALF even with stash_type 1, and the Casts cost no kernel (TensorRT-RTX 1.7).
     Rotary (`rope`): two products and a sum are rounded once instead of three times, at no kernel either.
-    Nodes of no module are the input's: uint8 pixels, normalised.
+    The input: uint8 pixels are normalised before they are rounded.
     """
     module = _module(node)
-    return node.op_type == "LayerNormalization" or module.endswith(".rope") or module == ""
+    return node.op_type == "LayerNormalization" or module.endswith(".rope") or module == INPUT
 
 
 def _module(node: ir.Node) -> str:

@@ -31,6 +31,9 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 MODULE = "neck.module"
 """Metadata key of a node: the path of the module that it comes from."""
 
+INPUT = "input"
+"""The path of nodes outside every module: they turn uint8 pixels into the normalised image."""
+
 BLOCKS = "trunk.blocks."
 
 
@@ -49,7 +52,7 @@ def trace(module: DeployEncoder) -> ir.Model:
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "['', '']"))
         node.metadata_props.clear()
-        node.metadata_props[MODULE] = scopes[-2] if len(scopes) > 1 else ""
+        node.metadata_props[MODULE] = (scopes[-2] if len(scopes) > 1 else "") or INPUT
     stamp_blocks(model.graph, kinds, module)
     fold_constants(model)
     tidy(model)
@@ -274,7 +277,7 @@ def name_nodes(graph: ir.Graph) -> None:
     seen: dict[str, int] = {}
     outputs = set(graph.outputs)
     for node in graph:
-        base = f"{node.metadata_props.get(MODULE) or 'encoder'}/{node.op_type}"
+        base = f"{node.metadata_props[MODULE]}/{node.op_type}"
         seen[base] = seen.get(base, -1) + 1
         node.name = f"{base}_{seen[base]}" if seen[base] else base
         for position, value in enumerate(node.outputs):
