@@ -7,14 +7,14 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from enum import Enum
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
 import typer
 
 if TYPE_CHECKING:
+    from engines.plan import PlanResult
     from export.fidelity import Verdict
 
 app = typer.Typer(
@@ -28,19 +28,10 @@ DEFAULT_CHECKPOINT = Path("sam3.pt")
 DEFAULT_ONNX = Path("build/sam3-encoder.onnx")
 
 
-def choices(name: str, *values: str) -> type[Enum]:
-    """An enumeration of strings for an option."""
-    return Enum(name, {value: value for value in values}, type=str)
-
-
-if TYPE_CHECKING:
-    Precision = Attention = Positions = Input = Upsampling = Any
-else:
-    Precision = choices("Precision", "fp32", "fp16", "bf16")
-    Attention = choices("Attention", "auto", "fp32acc", "scores32", "fused", "unfused")
-    Positions = choices("Positions", "graph", "file", "none")
-    Input = choices("Input", "float", "uint8")
-    Upsampling = choices("Upsampling", "auto", "deconv", "conv")
+Precision = Literal["fp32", "fp16", "bf16"]
+Attention = Literal["auto", "fp32acc", "scores32", "fused", "unfused"]
+Upsampling = Literal["auto", "deconv", "conv"]
+FlavorChoice = Literal["auto", "tensorrt", "rtx"]
 
 
 @app.command()
@@ -55,13 +46,19 @@ def onnx(
     batch: Annotated[str, typer.Option(help="Batch size, or minimum:optimum:maximum")] = "1",
     neck: Annotated[str, typer.Option(help="sam3, both, all, or names with commas")] = "sam3",
     levels: Annotated[str, typer.Option(help="Levels with commas, 0 the finest")] = "all",
-    positions: Annotated[Positions, typer.Option(help="Position encodings: outputs, a file beside it, or none")] = "graph",
-    input: Annotated[Input, typer.Option(help="float: normalised (B, 3, H, W); uint8: pixels (B, H, W, 3)")] = "float",
+    positions: Annotated[
+        Literal["graph", "file", "none"], typer.Option(help="Position encodings: outputs, a file beside it, or none")
+    ] = "graph",
+    input: Annotated[
+        Literal["float", "uint8"], typer.Option(help="float: normalised (B, 3, H, W); uint8: pixels (B, H, W, 3)")
+    ] = "float",
     precision: Annotated[Precision, typer.Option(help="Type of weights and activations")] = "fp32",
     attention: Annotated[Attention, typer.Option(help="What of attention stays in FP32")] = "auto",
     upsampling: Annotated[Upsampling, typer.Option(help="ConvTranspose, or 1x1 convolution and DepthToSpace")] = "auto",
     keep_fp32: Annotated[list[str] | None, typer.Option(help="Module kept in FP32: trunk.blocks.31, convs.*")] = None,
-    output_dtype: Annotated[Precision | None, typer.Option(help="Type of the outputs [default: the precision's]")] = None,
+    output_dtype: Annotated[
+        Precision | None, typer.Option(help="Type of the outputs [default: the precision's]")
+    ] = None,
     opset: Annotated[str, typer.Option(help="17 to 24, or auto")] = "auto",
     rewrite: Annotated[bool, typer.Option(help="The exact rewrites for deployment")] = True,
     verify: Annotated[bool, typer.Option(help="Compare with PyTorch before the file gets its name")] = True,
@@ -87,13 +84,13 @@ def onnx(
             batch=BatchRange.parse(batch),
             necks=neck,
             levels=levels,
-            positions=text(positions),
-            input_kind=text(input),
-            precision=text(precision),
-            attention=text(attention),
-            upsampling=text(upsampling),
+            positions=positions,
+            input_kind=input,
+            precision=precision,
+            attention=attention,
+            upsampling=upsampling,
             keep_fp32=tuple(keep_fp32 or ()),
-            output_precision=text(output_dtype) if output_dtype else None,
+            output_precision=output_dtype,
             opset=parse_opset(opset),
             rewrites=Rewrites() if rewrite else Rewrites.none(),
             verify=verify,
@@ -108,6 +105,105 @@ def onnx(
     for entry in result.manifest["files"]:
         typer.echo(f"{result.path.with_name(entry['name'])}  {entry['bytes'] / 1e6:,.1f} MB")
     typer.echo(result.manifest_path)
+
+
+@app.command()
+def trt(
+    model: Annotated[Path | None, typer.Argument(help="The ONNX file [default: the newest in build/]")] = None,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Compute in FP16")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in BF16")] = False,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Compute in FP32 [default: as the file]")] = False,
+    flavor: Annotated[FlavorChoice, typer.Option(help="auto: TensorRT where a GPU is, else TensorRT-RTX")] = "auto",
+    compute_capability: Annotated[str, typer.Option(help="GPUs to build for (RTX): 8.6,8.9,12.0")] = "",
+    batch: Annotated[str | None, typer.Option(help="Profile of a dynamic batch [default: the file's]")] = None,
+    attention: Annotated[Attention, typer.Option(help="Form, where an FP32 file is lowered")] = "auto",
+    upsampling: Annotated[Upsampling, typer.Option(help="Form, where an FP32 file is lowered")] = "auto",
+    keep_fp32: Annotated[list[str] | None, typer.Option(help="Module kept in FP32: trunk.blocks.31")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="File of measured kernels (TensorRT)")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="0 (fast build) to 5")] = None,
+    workspace_gib: Annotated[float | None, typer.Option(help="Scratch memory on the GPU")] = None,
+    version_compatible: Annotated[bool, typer.Option(help="The plan loads in later versions")] = False,
+    hardware_compatible: Annotated[
+        Literal["none", "ampere+", "same"], typer.Option(help="GPUs that the plan runs on (TensorRT)")
+    ] = "none",
+    tune: Annotated[bool, typer.Option(help="Build all forms, keep the fastest that passes (GPU)")] = False,
+    verify: Annotated[bool, typer.Option(help="Compare with PyTorch before the plan gets its name")] = True,
+    images: Annotated[Path | None, typer.Option(help="Folder of pictures to verify on")] = None,
+    tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
+    output: Annotated[Path | None, typer.Option(help="The plan [default: beside the ONNX file]")] = None,
+) -> None:
+    """Builds a TensorRT engine and proves it equal to PyTorch."""
+    chosen = [name for name, asked in (("fp16", fp16), ("bf16", bf16), ("fp32", fp32)) if asked]
+    if len(chosen) > 1:
+        raise typer.BadParameter(f"--{' and --'.join(chosen)}: choose one")
+    with stage() as report:
+        from engines.build import BuildOptions
+        from engines.plan import PlanOptions, make_plan, newest_onnx
+        from export.signature import BatchRange
+
+        onnx = model or newest_onnx(DEFAULT_ONNX.parent)
+        options = PlanOptions(
+            onnx=onnx,
+            output=output or onnx.with_suffix(".plan"),
+            precision=cast("Precision | None", chosen[0] if chosen else None),
+            flavor=flavor,
+            attention=attention,
+            upsampling=upsampling,
+            keep_fp32=tuple(keep_fp32 or ()),
+            build=BuildOptions(
+                batch=BatchRange.parse(batch) if batch else None,
+                compute_capabilities=tuple(part for part in compute_capability.split(",") if part),
+                optimization_level=optimization_level,
+                workspace_bytes=int(workspace_gib * 2**30) if workspace_gib else None,
+                version_compatible=version_compatible,
+                hardware_compatible=hardware_compatible,
+                timing_cache=timing_cache,
+            ),
+            verify=verify,
+            images=images,
+            tolerances=parse_tolerances(tolerance),
+        )
+        if tune:
+            from engines.tune import tune_plan, tuning_lines
+
+            tuning = tune_plan(options, report)
+            typer.echo("\n".join(tuning_lines(tuning)))
+            result = tuning.best
+        else:
+            result = make_plan(options, report)
+    show_plan(result)
+
+
+@app.command()
+def profile(
+    plan: Annotated[Path, typer.Argument(help="A plan of neck-export")],
+    batch: Annotated[int | None, typer.Option(help="Batch size [default: the profile's optimum]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+) -> None:
+    """Measures a plan's latency on the GPU: percentiles, transfers apart, memory, layers."""
+    with stage():
+        from engines.profiling import profile_lines, profile_plan
+
+        found = profile_plan(plan, batch=batch)
+    typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(profile_lines(found)))
+
+
+@app.command()
+def bisect(
+    file: Annotated[
+        Path, typer.Argument(help="An FP16 or BF16 ONNX file that leaves tolerance (made with --no-verify)")
+    ],
+    checkpoint: Annotated[Path | None, typer.Option(help="Its weights [default: where the manifest says]")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of pictures")] = None,
+    tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
+) -> None:
+    """Finds the block that first leaves tolerance, and the smallest FP32 island that mends the file."""
+    with stage() as report:
+        from engines.bisect import bisect as search
+        from engines.bisect import finding_lines
+
+        finding = search(file, checkpoint, images, parse_tolerances(tolerance), report)
+    typer.echo("\n".join(finding_lines(finding)))
 
 
 @app.command()
@@ -148,9 +244,24 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = Fa
     typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(report_lines(found)))
 
 
-def text(value: str | Enum) -> Any:  # noqa: ANN401 - one of a Literal's strings
-    """The string of a choice."""
-    return value.value if isinstance(value, Enum) else value
+def show_plan(result: PlanResult) -> None:
+    """Prints what a plan is made of and what was and was not verified."""
+    if result.reused:
+        typer.echo("nothing has changed: the plan that is there is kept")
+    elif result.reason:
+        typer.echo(f"built again: {result.reason}")
+    if result.verdict:
+        show_verdict(result.verdict)
+    checked = result.manifest["verification"]
+    typer.echo("the plan is verified" if checked["verified"] else f"the plan is {checked['reason']}")
+    graph = checked.get("onnx")
+    if graph:
+        typer.echo(f"its ONNX graph is {'verified' if graph['verified'] else 'NOT verified'}: {graph['method']}")
+    if result.sheet:
+        typer.echo(result.sheet.summary())
+        if warning := result.sheet.warning():
+            typer.echo(f"warning: {warning}", err=True)
+    typer.echo(f"{result.path}  {result.path.stat().st_size / 1e6:,.1f} MB")
 
 
 def choose_checkpoint(asked: str | None) -> Path | None:
@@ -171,7 +282,9 @@ def parse_size(size: str) -> int | tuple[int, int]:
     try:
         numbers = [int(side) for side in sides]
     except ValueError:
-        raise typer.BadParameter(f"{size!r}: expected pixels such as 1008 or 1008x672", param_hint="--image-size") from None
+        raise typer.BadParameter(
+            f"{size!r}: expected pixels such as 1008 or 1008x672", param_hint="--image-size"
+        ) from None
     if len(numbers) > 2:
         raise typer.BadParameter(f"{size!r}: expected one or two numbers", param_hint="--image-size")
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])

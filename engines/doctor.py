@@ -83,7 +83,11 @@ def abilities(packages: dict[str, str | None], gpu: bool) -> dict[str, str]:
         else no_gpu
         if builders
         else f"no TensorRT: {PACKAGES['tensorrt']}, or {PACKAGES['tensorrt-rtx-cu13']} (builds without a GPU)",
-        "run, verify and profile engines": "yes" if builders and gpu else no_gpu if builders else "no TensorRT, see above",
+        "run, verify and profile engines": "yes"
+        if builders and gpu
+        else no_gpu
+        if builders
+        else "no TensorRT, see above",
     }
 
 

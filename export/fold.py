@@ -34,14 +34,18 @@ def fold_constants(model: ir.Model) -> None:
             folded = _fold(node, tensors, model.opset_imports[""])
             if folded is not None:
                 _replace(graph, node, folded)
-    for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]:
+    for name in [
+        name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()
+    ]:
         del graph.initializers[name]
 
 
 def _as_cast(graph: ir.Graph, node: ir.Node) -> ir.Node:
     like = node.inputs[1]
     assert like is not None and like.dtype is not None
-    plain = ir.node("Cast", [node.inputs[0]], {"to": like.dtype.value}, outputs=None, metadata_props=node.metadata_props)
+    plain = ir.node(
+        "Cast", [node.inputs[0]], {"to": like.dtype.value}, outputs=None, metadata_props=node.metadata_props
+    )
     ir.convenience.replace_nodes_and_values(graph, node, [node], [plain], node.outputs, plain.outputs)
     return plain
 
@@ -90,10 +94,18 @@ def _run(evaluator: ReferenceEvaluator, feeds: dict[str, np.ndarray]) -> list[np
 
 
 def _replace(graph: ir.Graph, node: ir.Node, tensors: Sequence[ir.TensorProtocol]) -> None:
+    """Puts the tensors in the place of a node; one made of a module's weight takes the weight's name."""
+    weights = [value for value in node.inputs if value is not None and "." in str(value.name)]
+    source = max(weights, key=lambda value: cast(ir.TensorProtocol, value.const_value).nbytes, default=None)
+    values = []
     for old, tensor in zip(node.outputs, tensors, strict=True):
-        value = add_initializer(graph, str(old.name), tensor)
-        ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
+        values.append(add_initializer(graph, str((source or old).name), tensor))
+        ir.convenience.replace_all_uses_with(old, values[-1], replace_graph_outputs=True)
     graph.remove(node, safe=True)
+    if source is not None and source.is_initializer() and not source.uses() and not source.is_graph_output():
+        name = str(source.name)
+        del graph.initializers[name]
+        values[0].name = name
 
 
 def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:

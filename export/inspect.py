@@ -25,14 +25,19 @@ def read_graph(path: Path) -> ir.Model:
         model = ir.load(path)
     except Exception as error:  # protobuf and onnx-ir raise many kinds
         raise ExportError(f"{path}: is not a whole ONNX file ({type(error).__name__}); export it again") from None
-    external = {
-        tensor.path: tensor.offset + tensor.length
-        for value in model.graph.initializers.values()
-        if isinstance(tensor := value.const_value, ir.ExternalTensor) and tensor.offset is not None and tensor.length
-    }
-    for file in external:
-        if not Path(file).is_file():
+    if not len(model.graph) or not model.graph.outputs:
+        raise ExportError(f"{path}: is not a whole ONNX file (no outputs in it); export it again")
+    ends: dict[Path, int] = {}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            file = Path(tensor.path)
+            ends[file] = max(ends.get(file, 0), (tensor.offset or 0) + (tensor.length or 0))
+    for file, end in ends.items():
+        if not file.is_file():
             raise ExportError(f"{path}: its weights {file} are missing; copy them beside it, or export it again")
+        if file.stat().st_size < end:
+            raise ExportError(f"{file}: is cut off at {file.stat().st_size:,} of {end:,} bytes; copy it again")
     return model
 
 
@@ -65,10 +70,12 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
     try:
         manifest = read_manifest(manifest_path(path), "onnx")
         check_files(manifest_path(path), manifest, hashes=False)
-        found["manifest"] = {key: manifest[key] for key in ("created", "versions", "precision", "weights", "verification")}
-    except ManifestError as error:
+        keys = ("created", "versions", "precision", "weights", "verification")
+        found["manifest"] = {key: manifest[key] for key in keys}
+    except (ManifestError, KeyError) as error:
         found["manifest"] = None
-        found["manifest_problem"] = str(error)
+        missing = f"{manifest_path(path)}: says nothing of {error}; write the file again"
+        found["manifest_problem"] = missing if isinstance(error, KeyError) else str(error)
     return found
 
 
@@ -85,7 +92,7 @@ def attention_form(nodes: list[ir.Node]) -> str:
         value = by_type["Attention"].inputs[0]
         return "fp32acc" if value is not None and value.dtype == ir.DataType.FLOAT else "Attention in low precision"
     softmax = by_type["Softmax"].outputs[0]
-    scores = by_type["MatMul"] if "MatMul" in by_type else None
+    scores = by_type.get("MatMul")
     mixed = nodes[-1].outputs[0]
     first = next(node for node in nodes if node.op_type == "MatMul").outputs[0]
     if mixed.dtype == ir.DataType.FLOAT:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -82,6 +84,14 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         raise ManifestError(f"{path}: is not the manifest of a {kind} file; write the file again")
     if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
         raise ManifestError(f"{path}: manifest format {content.get('format')}, this program reads {FORMAT}; upgrade it")
+    files = content.get("files")
+    wanted = {"name": str, "bytes": int, "sha256": str}
+    named = isinstance(files, list) and all(
+        isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in wanted.items())
+        for entry in files
+    )
+    if not named:
+        raise ManifestError(f"{path}: lists no files with their bytes and SHA-256; write the file again")
     return content
 
 
@@ -103,7 +113,9 @@ def check_files(path: Path, manifest: dict[str, Any], hashes: bool = True) -> No
         if not file.is_file():
             raise ManifestError(f"{file}: is missing; the manifest {path.name} says it belongs here")
         if file.stat().st_size != entry["bytes"]:
-            raise ManifestError(f"{file}: has {file.stat().st_size} bytes, its manifest says {entry['bytes']}; write it again")
+            raise ManifestError(
+                f"{file}: has {file.stat().st_size} bytes, its manifest says {entry['bytes']}; write it again"
+            )
         if hashes and sha256(file) != entry["sha256"]:
             raise ManifestError(f"{file}: was changed after its manifest {path.name} was written; write it again")
 
@@ -112,15 +124,40 @@ def check_files(path: Path, manifest: dict[str, Any], hashes: bool = True) -> No
 def staging(target: Path) -> Iterator[Path]:
     """A temporary folder on the target's file system, removed whatever happens; publish what is done from it.
 
+    What a killed run left there is removed first. A living run holds a lock on its folder, which ends with it.
+
     Raises:
         OSError: the target's folder cannot be made or written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    prefix = f".{target.name}.staging-"
+    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
+        with contextlib.suppress(OSError), locked(left, wait=False):  # locked: another run is at work on the same file
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
-        yield folder
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # a file system without locks: then nothing is swept there either
+                stack.enter_context(locked(folder))
+            folder.mkdir(exist_ok=True)  # swept by a run that began between the two lines above
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Holds a folder's lock.
+
+    Raises:
+        OSError: another run holds it and `wait` is False, or the file system has no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def publish(staged: Path, target: Path) -> None:

@@ -24,7 +24,11 @@ from export.upsampling import Upsampling, lower_upsampling
 
 Precision = Literal["fp32", "fp16", "bf16"]
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-TORCH_TYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
+TORCH_TYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+}
 OPSETS = range(17, 25)
 """17 has LayerNormalization (TensorRT 8.6); 24 is what TensorRT 11.4 reads."""
 
@@ -61,10 +65,14 @@ def lower(
     islands = lower_attentions(graph, precision, attention)
     lower_upsampling(graph, precision, upsampling)
     if precision != "fp32":
-        _retype(graph, TYPES[precision], lambda node: computes_in_fp32(node) or node in islands or _module(node) in kept)
+        _retype(
+            graph, TYPES[precision], lambda node: computes_in_fp32(node) or node in islands or _module(node) in kept
+        )
     _retype_outputs(graph, TYPES[output_precision or precision])
     _set_opset(model, opset)
-    for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]:
+    for name in [
+        name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()
+    ]:
         del graph.initializers[name]
 
 

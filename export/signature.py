@@ -118,7 +118,10 @@ class Signature:
         """Neck by neck: its features, then its positions, finest level first."""
         kinds: tuple[Literal["feat", "pos"], ...] = ("feat", "pos") if self.positions == "graph" else ("feat",)
         return tuple(
-            spec for neck in self.necks for kind in kinds for spec in dataclasses.replace(self, necks=(neck,)).of_kind(kind)
+            spec
+            for neck in self.necks
+            for kind in kinds
+            for spec in dataclasses.replace(self, necks=(neck,)).of_kind(kind)
         )
 
     def to_dict(self) -> dict[str, Any]:

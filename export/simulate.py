@@ -1,8 +1,8 @@
 """The rounding simulation: an FP16 or BF16 graph that ONNX Runtime computes on a CPU with its roundings kept.
 
-ONNX Runtime's CPU provider runs an FP16 graph in FP32 and drops the roundings between nodes (1.31.1), so what it says of
-overflow is worth nothing. Here the same graph is FP32, and after every node whose result has a low precision stands the
-pair Cast down, Cast up. Sums inside a node are FP32: what a fused kernel accumulates in is not simulated.
+ONNX Runtime's CPU provider runs an FP16 graph in FP32 and drops the roundings between nodes (1.31.1), so what it says
+of overflow is worth nothing. Here the same graph is FP32, and after every node whose result has a low precision stands
+the pair Cast down, Cast up. Sums inside a node are FP32: what a fused kernel accumulates in is not simulated.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def watch_finite(graph: ir.Graph, values: list[ir.Value]) -> list[str]:
     watched = []
     for value in values:
         source = cast(ir.Node, value.producer())
-        rounded = cast(ir.Node, cast(ir.Value, cast(ir.Node, cast(ir.Value, source.inputs[0]).producer()).inputs[0]).producer())
+        rounded = cast(
+            ir.Node, cast(ir.Value, cast(ir.Node, cast(ir.Value, source.inputs[0]).producer()).inputs[0]).producer()
+        )
         node = ir.node("ReduceL1", [value], {"keepdims": 0}, name=f"{value.name}/finite")
         node.outputs[0].name, node.outputs[0].type = f"{value.name}/finite", ir.TensorType(ir.DataType.FLOAT)
         node.outputs[0].shape = ir.Shape([])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import copy
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
@@ -205,7 +204,9 @@ def _stamp(
 
     copies = []
     for node in part:
-        outputs = [ir.Value(name=f"block{index}_{value.name}", shape=value.shape, type=value.type) for value in node.outputs]
+        outputs = [
+            ir.Value(name=f"block{index}_{value.name}", shape=value.shape, type=value.type) for value in node.outputs
+        ]
         inputs = [mapped(value) for value in node.inputs]
         twin = ir.Node(node.domain, node.op_type, inputs, node.attributes.values(), outputs=outputs)
         twin.metadata_props[MODULE] = (node.metadata_props[MODULE] + ".").replace(old, new, 1)[:-1]

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import safetensors.numpy
 import torch
 
-from export.fidelity import Verdict, compare
+from export.fidelity import FidelityError, Verdict, compare
 from export.signature import Signature
 from export.simulate import is_low_precision, simulate, watch_finite
 from neck.necks import Sam3DualViTDetNeck, forward_necks
 from neck.pictures import find_pictures, load_pictures, normalise
+from neck.trunk import ViTDetTrunk
 
 Report = Callable[[str], None]
 """Takes a line that says what is being done."""
+
+MEMORY = Path("/proc/meminfo")
 
 SIMULATED = "simulated: every FP16 or BF16 rounding of the graph written out in FP32 ONNX Runtime"
 
@@ -85,8 +91,7 @@ def verify_onnx(
         FidelityError: outputs that the reference lacks, an override that fits none.
         PictureError: pictures that cannot be read.
     """
-    count = min(signature.batch.maximum, 2) if signature.batch.dynamic else signature.batch.optimum
-    count = max(count, signature.batch.minimum)
+    count = picture_count(signature)
     pixels = reference_pixels(signature, images, count)
     report("reference: the plain module in PyTorch FP32")
     encoder.set_imgsz(signature.image_size)
@@ -102,7 +107,7 @@ def verify_onnx(
         stored = safetensors.numpy.load_file(positions_path(path))
         shapes = {name: (count, *array.shape[1:]) for name, array in stored.items()}
         candidate |= {name: np.broadcast_to(array, shapes[name]) for name, array in stored.items()}
-    method = f"PyTorch FP32 against ONNX Runtime {ort.__version__}, {count} picture{'s' * (count > 1)}"
+    method = f"PyTorch FP32 against ONNX Runtime {require_runtime().__version__}, {count} picture{'s' * (count > 1)}"
     verdict = compare(reference, candidate, precision, f"{method}, {SIMULATED}" if low else method, overrides)
     if rounded and any(comparison.non_finite for comparison in verdict.comparisons):
         report("looking for the first tensor that is not finite")
@@ -115,15 +120,63 @@ def positions_path(path: Path) -> Path:
     return path.with_name(path.stem + ".positions.safetensors")
 
 
+def require_runtime() -> ModuleType:
+    """ONNX Runtime.
+
+    Raises:
+        FidelityError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise FidelityError(
+            "ONNX Runtime is not installed, so no file can be verified: pip install 'neck-export[cpu]', or --no-verify"
+        ) from None
+    return onnxruntime
+
+
+def check_memory(signature: Signature, encoder: Sam3DualViTDetNeck) -> None:
+    """Refuses at once where ONNX Runtime cannot hold a global block's scores and their softmax.
+
+    Raises:
+        FidelityError: saying what it takes and what is free.
+    """
+    if not isinstance(encoder.trunk, ViTDetTrunk) or not MEMORY.is_file():
+        return
+    found = re.search(r"MemAvailable: *(\d+) kB", MEMORY.read_text())
+    tokens, heads = math.prod(encoder.trunk.grid), encoder.trunk.config.num_heads
+    needed = 2 * picture_count(signature) * heads * tokens**2 * 4
+    if found and needed > int(found[1]) * 1024:
+        height, width = signature.image_size
+        raise FidelityError(
+            f"verification at {height}x{width} needs {needed / 1e9:,.0f} GB for one block's attention, "
+            f"{int(found[1]) / 1e6:,.0f} GB are free;\ntake a smaller --image-size or --batch, or --no-verify"
+        )
+
+
+def picture_count(signature: Signature) -> int:
+    """How many pictures a file is verified on: its batch, or two of a dynamic one where it takes them."""
+    batch = signature.batch
+    return max(batch.minimum, min(batch.maximum, 2)) if batch.dynamic else batch.optimum
+
+
 def run_model(model: ir.Model, folder: Path, image: np.ndarray) -> list[np.ndarray]:
-    """Runs a model whose external weights lie in `folder` in ONNX Runtime on the CPU."""
-    options = ort.SessionOptions()
+    """Runs a model whose external weights lie in `folder` in ONNX Runtime on the CPU.
+
+    Its run is one long call, during which Python sees no signal, so it has a thread of its own: Ctrl-C ends it at once.
+    """
+    ort = require_runtime()
+    options, run = ort.SessionOptions(), ort.RunOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-    session = ort.InferenceSession(
-        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return list(session.run(None, {"image": image}))
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    with ThreadPoolExecutor(1) as thread:
+        outputs = thread.submit(session.run, None, {"image": image}, run)
+        try:
+            return list(outputs.result())
+        except BaseException:
+            run.terminate = True
+            raise
 
 
 def first_non_finite(model: ir.Model, rounded: list[ir.Value], folder: Path, image: np.ndarray) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ class EncoderConfig:
                 raise ConfigError(f"{field} is {value!r}; it must be a whole number of at least 1")
         for field in ("mlp_ratio", "layer_norm_eps"):
             value = getattr(self, field)
-            if not isinstance(value, int | float) or not value > 0:
-                raise ConfigError(f"{field} is {value!r}; it must be a number above 0")
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise ConfigError(f"{field} is {value!r}; it must be a finite number above 0")
         for field in ("global_blocks", "scale_factors", "necks"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         object.__setattr__(self, "image_size", check_image_size(self.image_size, self.patch_size))
@@ -125,13 +126,15 @@ class EncoderConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> EncoderConfig:
-        """Reads an encoder.json; raises ConfigError naming the file."""
+        """Reads an encoder.json, or the manifest of an exported file; raises ConfigError naming the file."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ConfigError(f"{path}: not a readable JSON file ({error})") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: holds a {type(values).__name__}, expected an object of EncoderConfig's fields")
+        if isinstance(values.get("encoder"), dict):  # a manifest
+            values = values["encoder"]
         try:
             return cls.from_dict(values)
         except ConfigError as error:
@@ -150,14 +153,15 @@ def check_image_size(size: Any, patch_size: int) -> tuple[int, int]:  # noqa: AN
     for side in sides:
         if side < 1:
             raise ConfigError(f"image size {side}: a side must be at least one patch, {patch_size} pixels")
+    if max(sides) > LARGEST_SIDE:
+        tokens = (sides[0] // patch_size) * (sides[1] // patch_size)
+        raise ConfigError(
+            f"image size {sides[0]}x{sides[1]} is above {LARGEST_SIDE} a side: in FP32 its finest feature map takes "
+            f"{tokens * 16 * 256 * 4 / 1e9:,.0f} GB and one head's attention scores {tokens**2 * 4 / 1e9:,.0f} GB"
+        )
+    for side in sides:
         if side % patch_size:
             below = side // patch_size * patch_size
             nearest = f"{below} and {below + patch_size}" if below else f"{patch_size}"
             raise ConfigError(f"image size {side} is not a multiple of the patch size {patch_size}; nearest: {nearest}")
-        if side > LARGEST_SIDE:
-            tokens = (sides[0] // patch_size) * (sides[1] // patch_size)
-            raise ConfigError(
-                f"image size {sides[0]}x{sides[1]} is above {LARGEST_SIDE} a side: in FP32 its finest feature map takes "
-                f"{tokens * 16 * 256 * 4 / 1e9:,.0f} GB and one head's attention scores {tokens**2 * 4 / 1e9:,.0f} GB"
-            )
     return int(sides[0]), int(sides[1])

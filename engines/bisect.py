@@ -1,0 +1,252 @@
+"""Which block first leaves tolerance, and the smallest FP32 island that mends it: `neck-export bisect`."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx_ir as ir
+
+from export.deploy import DeployEncoder
+from export.fidelity import Comparison, compare_output, tolerance_for
+from export.inspect import read_graph
+from export.manifest import check_files, data_path, manifest_path, read_manifest
+from export.provenance import manifest_encoder
+from export.precision import lower
+from export.rewrite import Rewrites
+from export.signature import NECK_MODULES, Signature
+from export.simulate import is_low_precision, simulate
+from export.trace import BLOCKS, MODULE, trace
+from export.verify import Report, reference_pixels, run_model
+from neck.necks import Sam3DualViTDetNeck
+from neck.pictures import normalise
+
+MOST_MODULES = 8
+"""More FP32 modules than this are no island: BF16 is the answer then."""
+
+Runner = Callable[[ir.Model, Path, np.ndarray], list[np.ndarray]]
+"""Computes a typed model's outputs from the image; the model's weights lie in the folder."""
+
+
+class BisectError(RuntimeError):
+    """The file cannot be searched, or no small island mends it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What a search found.
+
+    Attributes:
+        figures: of each block and output, in the order of computation.
+        first_bad: path of the first module that leaves tolerance, None where none does.
+        keep_fp32: modules that bring every output back inside.
+        command: exports the mended file; None where nothing is wrong.
+    """
+
+    figures: tuple[Comparison, ...]
+    first_bad: str | None
+    keep_fp32: tuple[str, ...]
+    command: str | None
+
+
+def bisect(
+    path: Path,
+    checkpoint: Path | None = None,
+    images: Path | None = None,
+    overrides: Mapping[str, float] | None = None,
+    report: Report = lambda line: None,
+    run: Runner | None = None,
+) -> Finding:
+    """Finds the first module of a low-precision ONNX file that leaves tolerance, and what to keep in FP32.
+
+    The reference of a block is the same graph in FP32, which computes what PyTorch computes to 1e-6.
+
+    Args:
+        path: the ONNX file, with its manifest.
+        checkpoint: its weights, where they are no longer where the manifest says.
+        images: a folder of pictures; without one the shipped picture.
+        overrides: relative L2 by output name or wildcard.
+        report: told of every step.
+        run: computes a low-precision model; by default the rounding simulation in ONNX Runtime.
+
+    Raises:
+        BisectError: an FP32 file, or one that no few modules mend.
+        ManifestError, CheckpointError, ExportError: the file or its weights cannot be read.
+    """
+    where = manifest_path(path)
+    read_graph(path)
+    manifest = read_manifest(where, "onnx")
+    check_files(where, manifest)
+    if manifest["precision"] == "fp32":
+        raise BisectError(f"{path}: is FP32; only an fp16 or bf16 file has roundings to search")
+    with tempfile.TemporaryDirectory(prefix=".bisect.", dir=path.parent) as folder:
+        encoder = manifest_encoder(where, manifest, checkpoint)
+        search = Search(manifest, encoder, images, overrides or {}, Path(folder), report, run or run_simulated)
+        return search.find(path, checkpoint)
+
+
+def run_simulated(model: ir.Model, folder: Path, image: np.ndarray) -> list[np.ndarray]:
+    """Runs the model's rounding simulation in ONNX Runtime."""
+    if is_low_precision(model):
+        simulate(model)
+    return run_model(model, folder, image)
+
+
+class Search:
+    """One search: the FP32 reference once, then a trial for every set of FP32 modules."""
+
+    def __init__(
+        self,
+        manifest: dict[str, Any],
+        encoder: Sam3DualViTDetNeck,
+        images: Path | None,
+        overrides: Mapping[str, float],
+        folder: Path,
+        report: Report,
+        run: Runner,
+    ) -> None:
+        self.manifest, self.overrides, self.folder = manifest, overrides, folder
+        self.report, self.run = report, run
+        signature = Signature.from_dict(manifest["signature"])
+        count = signature.batch.minimum if signature.batch.dynamic else signature.batch.optimum
+        pixels = reference_pixels(signature, images, count)
+        self.image = pixels if signature.input == "uint8" else normalise(pixels).numpy()
+        self.outputs = [spec.name for spec in signature.outputs if "_feat_" in spec.name]
+        report("trace")
+        self.canonical = trace(DeployEncoder(encoder, signature, Rewrites(**manifest["rewrites"])))
+        report("reference: the same graph in FP32")
+        self.reference = self._outputs("fp32", ())
+
+    def find(self, path: Path, checkpoint: Path | None) -> Finding:
+        """Searches; see bisect."""
+        kept = tuple(self.manifest["keep_fp32"])
+        figures = self.trial(kept)
+        first = next((row.name for row in figures if not row.passed), None)
+        if first is None:
+            return Finding(tuple(figures), None, kept, None)
+        added: tuple[str, ...] = ()
+        trial = figures
+        while not self._mended(trial):
+            module = next((row.name for row in trial if not row.passed and row.name not in added), None)
+            if module is None or len(added) == MOST_MODULES:
+                raise BisectError(
+                    f"{path}: {first} is the first to leave tolerance, and keeping {', '.join(added)} in FP32 "
+                    f"does not mend it; export with --precision bf16"
+                )
+            added = (*added, module)
+            trial = self.trial((*kept, *added))
+        added = self._shrunk(kept, added)
+        return Finding(tuple(figures), first, (*kept, *added), self._command(path, checkpoint, (*kept, *added)))
+
+    def trial(self, keep_fp32: Sequence[str]) -> list[Comparison]:
+        """The figures of every block and output with some modules in FP32."""
+        self.report(f"trial: {', '.join(keep_fp32) or 'as it is'}")
+        precision = self.manifest["precision"]
+        found = self._outputs(precision, keep_fp32)
+        return [
+            compare_output(name, self.reference[name], array, tolerance_for(name, precision, self.overrides))
+            for name, array in found.items()
+        ]
+
+    def _mended(self, figures: Iterable[Comparison]) -> bool:
+        """Whether every output of the file is inside; blocks may be outside where nothing comes of it."""
+        modules = {self._level(name) for name in self.outputs}
+        return all(row.passed for row in figures if row.name in modules)
+
+    def _shrunk(self, kept: tuple[str, ...], added: tuple[str, ...]) -> tuple[str, ...]:
+        """Drops modules that are not needed, then takes a part of a module where a part is enough."""
+        for module in added:
+            fewer = tuple(other for other in added if other != module)
+            if fewer and self._mended(self.trial((*kept, *fewer))):
+                added = fewer
+        for module in added:
+            smaller = module
+            while (part := self._enough(kept, added, module, smaller)) is not None:
+                smaller = part
+            added = tuple(smaller if other == module else other for other in added)
+        return added
+
+    def _enough(self, kept: tuple[str, ...], added: tuple[str, ...], module: str, whole: str) -> str | None:
+        for part in self._children(whole):
+            if self._mended(self.trial((*kept, *(part if other == module else other for other in added)))):
+                return part
+        return None
+
+    def _children(self, module: str) -> list[str]:
+        paths = {node.metadata_props[MODULE] for node in self.canonical.graph}
+        below = {path[len(module) + 1 :].split(".")[0] for path in paths if path.startswith(module + ".")}
+        return [f"{module}.{name}" for name in sorted(below)]
+
+    def _outputs(self, precision: str, keep_fp32: Sequence[str]) -> dict[str, np.ndarray]:
+        """Every block's tokens and every output of the graph in one precision, by module path."""
+        model = self.canonical.clone()
+        options = {name: self.manifest[name] for name in ("attention", "upsampling")} if precision != "fp32" else {}
+        lower(model, cast(Any, precision), keep_fp32=keep_fp32, **options)
+        names = self._watch(model)
+        file = self.folder / "trial.onnx"
+        ir.save(model, file, external_data=data_path(file).name)
+        arrays = (run_model if precision == "fp32" else self.run)(ir.load(file), self.folder, self.image)
+        return {name: np.asarray(array, np.float32) for name, array in zip(names, arrays, strict=True)}
+
+    def _watch(self, model: ir.Model) -> list[str]:
+        """Makes the last value of every block an output, before the levels; returns the modules' paths."""
+        graph = model.graph
+        last: dict[str, ir.Value] = {}
+        for node in graph:
+            path = node.metadata_props[MODULE]
+            if path.startswith(BLOCKS) and node.op_type != "Cast":
+                last[".".join(path.split(".")[:3])] = node.outputs[0]
+        levels = {str(value.name): value for value in graph.outputs if value.name in self.outputs}
+        graph.outputs[:] = [*last.values(), *levels.values()]
+        return [*last, *(self._level(name) for name in levels)]
+
+    def _level(self, output: str) -> str:
+        """The module that gives an output of the file: sam3_feat_0 -> convs.0."""
+        neck, _, level = output.rsplit("_", 2)
+        return f"{NECK_MODULES[neck]}.{level}"
+
+    def _command(self, path: Path, checkpoint: Path | None, keep_fp32: Sequence[str]) -> str:
+        """The command that exports the mended file."""
+        manifest, signature = self.manifest, self.manifest["signature"]
+        weights = manifest["weights"]
+        words = ["neck-export", "onnx", "--config", str(manifest_path(path))]
+        if weights["random"] and checkpoint is None:
+            words += ["--checkpoint", "random", "--seed", str(weights["seed"])]
+        else:
+            words += ["--checkpoint", str(checkpoint or weights["path"])]
+        words += [
+            "--image-size",
+            "x".join(str(side) for side in signature["image_size"]),
+            "--batch",
+            signature["batch"],
+        ]
+        words += [
+            "--neck",
+            ",".join(signature["necks"]),
+            "--levels",
+            ",".join(str(level) for level in signature["levels"]),
+        ]
+        words += ["--positions", signature["positions"], "--input", signature["input"]]
+        words += ["--precision", manifest["precision"], "--attention", manifest["attention"]]
+        words += ["--upsampling", manifest["upsampling"], "--opset", str(manifest["opset"])]
+        if not any(manifest["rewrites"].values()):
+            words.append("--no-rewrite")
+        for module in keep_fp32:
+            words += ["--keep-fp32", module]
+        return shlex.join([*words, "--output", str(path.with_name(f"{path.stem}.mended.onnx"))])
+
+
+def finding_lines(finding: Finding) -> list[str]:
+    """The finding for a screen."""
+    lines = [f"{'module':20} {'rel. L2':>10} {'cosine':>11}"]
+    for row in finding.figures:
+        word = "" if row.passed else f"  {row.non_finite} non-finite" if row.non_finite else "  outside"
+        lines.append(f"{row.name:20} {row.relative_l2:10.2e} {row.cosine:11.8f}{word}")
+    if finding.first_bad is None:
+        return [*lines, "every block and output is within tolerance"]
+    return [*lines, f"first outside tolerance: {finding.first_bad}", f"mended by: {finding.command}"]

@@ -1,0 +1,380 @@
+"""ONNX file -> TensorRT plan, strongly typed, with its layer sheet."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import fnmatch
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from engines.flavor import Flavor, Gpu, choose_flavor
+from engines.graph import BuildError, Graph, read_graph
+from engines.layers import FIRST_LINE, LayerSheet, read_accumulations, sheet_from_log
+from export.signature import BATCH, BatchRange, TensorSpec
+
+Progress = Callable[[str, int, int], None]
+"""Called with a phase's name, its steps done and its steps in all; from the builder's thread."""
+
+TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+NUMPY = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "UINT8": "uint8", "INT32": "int32", "INT64": "int64"}
+SCORES = "*.attn/scores*"
+"""The matrix product that the attention form `unfused` keeps in FP32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """How to build.
+
+    Attributes:
+        precision: type that the graph's matrix products and convolutions must have.
+        batch: optimization profile of a file with dynamic batch; by default from 1 through 4 to 8.
+        compute_capabilities: GPUs to build for (RTX), such as ("8.9", "12.0"); empty is the flavour's default.
+        keep_fp32: paths of modules that are in FP32 all the same, with wildcards.
+        optimization_level: 0 (fast build) to 5; None is TensorRT's default.
+        workspace_bytes: limit of scratch memory on the GPU; None is no limit.
+        version_compatible: the plan loads in later TensorRT versions too.
+        hardware_compatible: `none`, `ampere+` (8.0 and later) or `same` (GPUs of this one's compute capability).
+        timing_cache: file that keeps measured kernels between builds; flavour, version and GPU enter its name.
+    """
+
+    precision: Literal["fp32", "fp16", "bf16"] = "fp16"
+    batch: BatchRange | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    keep_fp32: tuple[str, ...] = ()
+    optimization_level: int | None = None
+    workspace_bytes: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: Literal["none", "ampere+", "same"] = "none"
+    timing_cache: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON values; two builds are alike where these are (the timing cache's place aside)."""
+        values = dataclasses.asdict(self)
+        values["batch"] = None if self.batch is None else str(self.batch)
+        values["compute_capabilities"], values["keep_fp32"] = list(self.compute_capabilities), list(self.keep_fp32)
+        del values["timing_cache"]
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildResult:
+    """What was built, for the manifest.
+
+    Attributes:
+        plan, onnx: the files.
+        options: as asked.
+        flavor, version: which TensorRT.
+        compute_capabilities: GPUs that the plan is for; empty is the flavour's default.
+        gpu: the GPU at hand, or None.
+        inputs, outputs: tensors of the engine, the batch `batch` where it is dynamic.
+        seconds: of parsing and building; plan_bytes: size of the plan.
+        sheet: the layer sheet, None where the builder's log does not list the engine (TensorRT: ask the inspector).
+    """
+
+    plan: Path
+    onnx: Path
+    options: BuildOptions
+    flavor: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    gpu: Gpu | None
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    seconds: float
+    plan_bytes: int
+    sheet: LayerSheet | None
+
+
+class _Log:
+    """The builder's log: its last errors and the finished engine; the rest (2.7 MB) is dropped."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self.engine = ""
+
+    def take(self, severity: int, line: str) -> None:
+        if severity <= 1 and "cudaError 35" not in line:  # 35: no driver, which RTX does not need
+            self.errors.append(" ".join(line.split()))
+        elif line.startswith(FIRST_LINE):
+            self.engine = line
+
+    @property
+    def reason(self) -> str:
+        return self.errors[-1][:400] if self.errors else "it gave no reason"
+
+
+def build_plan(
+    onnx: Path,
+    plan: Path,
+    options: BuildOptions,
+    *,
+    flavor: Flavor | None = None,
+    progress: Progress | None = None,
+) -> BuildResult:
+    """Builds a plan, strongly typed, and reads its layer sheet.
+
+    The plan is written under a temporary name and renamed: until then an old plan stays whole. Of two builds of one plan
+    the last to finish wins. Ctrl-C stops the builder at its next step and leaves no file.
+
+    Args:
+        onnx: the file; typed as it shall run.
+        plan: the file to write.
+        options: how to build.
+        flavor: which TensorRT; by default the one that `choose_flavor` chooses.
+        progress: called as the build goes on.
+
+    Raises:
+        BuildError: a bad file, a graph that is not typed as asked, a builder that gave up, a full disk.
+        FlavorError: no TensorRT, or options that it does not have.
+    """
+    flavor = flavor or choose_flavor()
+    graph = read_graph(onnx, options.batch.optimum if options.batch else 1)
+    _check_attentions(onnx, graph, options)
+    targets = flavor.check_targets(options.compute_capabilities)
+    flavor.refuse(
+        {
+            "timing_cache": options.timing_cache is not None,
+            "hardware_compatible": options.hardware_compatible != "none",
+            "version_compatible": options.version_compatible,
+        }
+    )
+    started, log = time.perf_counter(), _Log()
+    builder, network, keep = _parse(onnx, flavor, log)
+    check_types(onnx, flavor.trt, network, options)
+    cancelled = threading.Event()
+    common = _common_options(onnx, flavor, network, options, _new_monitor(flavor.trt, progress, cancelled))
+    config = flavor.create_config(builder, network, targets, common)
+    with _disk_errors(plan), temporary(plan) as file:
+        _build(flavor.trt, builder, network, config, file, log, cancelled)
+        file.flush()
+        os.fsync(file.fileno())
+        seconds, size = time.perf_counter() - started, os.fstat(file.fileno()).st_size
+        sheet = None
+        if log.engine:
+            sheet = sheet_from_log(log.engine, read_accumulations(Path(file.name)), graph.attentions, graph.operations)
+        os.replace(file.name, plan)
+    _save_timing_cache(config, flavor, options)
+    inputs = _specs(network.get_input(index) for index in range(network.num_inputs))
+    outputs = _specs(network.get_output(index) for index in range(network.num_outputs))
+    del keep  # the parser owns the weights that the network refers to
+    about = (flavor.name, flavor.version, targets, flavor.gpu, inputs, outputs)
+    return BuildResult(plan, onnx, options, *about, seconds=seconds, plan_bytes=size, sheet=sheet)
+
+
+def _check_attentions(onnx: Path, graph: Graph, options: BuildOptions) -> None:
+    if graph.fp32_attentions:
+        raise BuildError(
+            f"{onnx}: {graph.fp32_attentions[0]} is an opset-23 Attention in FP32, which TensorRT does not build; "
+            f"export again with --attention {'auto' if options.precision == 'fp32' else 'scores32'}"
+        )
+
+
+def _parse(onnx: Path, flavor: Flavor, log: _Log) -> tuple[Any, Any, Any]:
+    """Returns builder, network and what must outlive them."""
+    trt = flavor.trt
+    logger = flavor.new_logger(log.take)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx)):
+        reasons = []
+        for index in range(parser.num_errors):
+            error = parser.get_error(index)
+            node = f"node {error.node_name()} ({error.node_operator()}): " if error.node_name() else ""
+            reasons.append(node + " ".join(error.desc().split())[:400])
+        reason = reasons[0] if reasons else log.reason
+        raise BuildError(f"{onnx}: TensorRT {flavor.version} cannot parse it: {reason}\nexport it again with --opset auto")
+    return builder, network, (logger, parser)
+
+
+def check_types(onnx: Path, trt: Any, network: Any, options: BuildOptions) -> None:  # noqa: ANN401
+    """Checks that the parsed graph computes in the type that was asked: a strongly typed engine is what its graph is.
+
+    Raises:
+        BuildError: naming the first matrix product or convolution that does not, or saying that there is none.
+    """
+    kinds = (trt.LayerType.MATRIX_MULTIPLY, trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION)
+    wanted = getattr(trt.DataType, TYPES[options.precision])
+    fp32 = [SCORES, *(f"{pattern}{end}" for pattern in options.keep_fp32 for end in ("/*", ".*"))]
+    seen = 0
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type not in kinds:
+            continue
+        tensor = layer.get_output(0)
+        seen += tensor.dtype == wanted
+        kept = tensor.dtype == trt.DataType.FLOAT and any(fnmatch.fnmatchcase(layer.name, name) for name in fp32)
+        if tensor.dtype != wanted and not kept:
+            raise BuildError(
+                f"{onnx}: {layer.name} computes in {tensor.dtype.name}, asked was {options.precision}; "
+                f"export again with --precision {options.precision}, or name what may stay by --keep-fp32"
+            )
+    if not seen:
+        raise BuildError(f"{onnx}: no matrix product or convolution in {options.precision}; not an image encoder")
+
+
+def _common_options(onnx: Path, flavor: Flavor, network: Any, options: BuildOptions, monitor: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Arguments that both of Polygraphy's config classes take."""
+    trt = flavor.trt
+    values: dict[str, Any] = {"progress_monitor": monitor, "profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
+    profile = _profile(onnx, network, options)
+    if profile is not None:
+        values["profiles"] = [profile]
+    if options.optimization_level is not None:
+        if not 0 <= options.optimization_level <= 5:
+            raise BuildError(f"optimization level {options.optimization_level}: expected 0 to 5")
+        values["builder_optimization_level"] = options.optimization_level
+    if options.workspace_bytes is not None:
+        values["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: options.workspace_bytes}
+    if options.version_compatible:
+        values["version_compatible"] = True
+    if options.hardware_compatible != "none":
+        level = trt.HardwareCompatibilityLevel
+        levels = {"ampere+": level.AMPERE_PLUS, "same": level.SAME_COMPUTE_CAPABILITY}
+        values["hardware_compatibility_level"] = levels[options.hardware_compatible]
+    cache = timing_cache_path(flavor, options)
+    if cache is not None and cache.exists():
+        values["load_timing_cache"] = str(cache)
+    return values
+
+
+def _profile(onnx: Path, network: Any, options: BuildOptions) -> Any:  # noqa: ANN401
+    """The optimization profile of a dynamic batch, or None for a fixed one."""
+    image = network.get_input(0)
+    if network.num_inputs != 1:
+        raise BuildError(f"{onnx}: has {network.num_inputs} inputs, expected the image alone; export it again")
+    shape = tuple(image.shape)
+    if -1 in shape[1:]:
+        raise BuildError(f"{onnx}: input {image.name} is {shape}; only the batch may be dynamic, so fix the image size")
+    if shape[0] != -1:
+        if options.batch is not None and str(options.batch) != str(shape[0]):
+            raise BuildError(f"{onnx}: its batch is {shape[0]}, asked was {options.batch}; export again with --batch {options.batch}")
+        return None
+    from polygraphy.backend.trt import Profile
+
+    batch = options.batch or BatchRange(1, 4, 8)
+    sizes = ((size, *shape[1:]) for size in (batch.minimum, batch.optimum, batch.maximum))
+    return Profile().add(image.name, *sizes)
+
+
+def _new_monitor(trt: Any, progress: Progress | None, cancelled: threading.Event) -> Any:  # noqa: ANN401
+    """A progress monitor that hands on outer phases and stops the build once `cancelled` is set."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.steps[name] = steps
+            if progress:
+                progress(name, 0, steps)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if progress:
+                progress(name, step + 1, self.steps.get(name, step + 1))
+            return not cancelled.is_set()
+
+        def phase_finish(self, name: str) -> None:
+            self.steps.pop(name, None)
+
+    return Monitor()
+
+
+def _build(trt: Any, builder: Any, network: Any, config: Any, file: IO[bytes], log: _Log, cancelled: threading.Event) -> None:  # noqa: ANN401
+    """Builds in a second thread, so that Ctrl-C reaches this one, and streams the plan into the file."""
+    failures: list[OSError] = []
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:  # RTX 1.7 calls a build whose stream took nothing a success
+                failures.append(error)
+                return 0
+
+    writer = Writer()
+    with ThreadPoolExecutor(1, "tensorrt") as thread:
+        done = thread.submit(builder.build_serialized_network_to_stream, network, config, writer)
+        try:
+            success = done.result()
+        except KeyboardInterrupt:
+            cancelled.set()  # leaving the block waits for the builder's next step
+            raise
+    if failures:
+        raise failures[0]
+    if not success or not file.tell():
+        raise BuildError(f"TensorRT built nothing: {log.reason}")
+
+
+@contextlib.contextmanager
+def temporary(target: Path) -> Iterator[IO[bytes]]:
+    """A file beside the target that is removed unless it was renamed; what killed builds left there is removed first.
+
+    A file of a living build is locked, so it is left alone.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for stale in target.parent.glob(f".{target.name}.*.building"):
+        with contextlib.suppress(OSError), stale.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stale.unlink()
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".building", dir=target.parent)
+    with open(descriptor, "wb") as file, open(name, "r+b") as named:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield named
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(plan: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise BuildError(f"{plan}: no space left on its disk; an older plan there is untouched") from None
+        raise BuildError(f"{plan}: cannot be written ({error.strerror})") from None
+
+
+def timing_cache_path(flavor: Flavor, options: BuildOptions) -> Path | None:
+    """The timing cache's file, with flavour, version and GPU in its name: times of another would mislead."""
+    if options.timing_cache is None:
+        return None
+    gpu = flavor.gpu.name.replace(" ", "-").replace("/", "-") if flavor.gpu else "none"
+    path = options.timing_cache
+    return path.with_name(f"{path.stem}.{flavor.name}-{flavor.version}-{gpu}{path.suffix}")
+
+
+def _save_timing_cache(config: Any, flavor: Flavor, options: BuildOptions) -> None:  # noqa: ANN401
+    path = timing_cache_path(flavor, options)
+    if path is None:
+        return
+    cache = config.get_timing_cache()
+    with _disk_errors(path), temporary(path) as file:
+        file.write(cache.serialize())
+        file.flush()
+        os.replace(file.name, path)
+
+
+def _specs(tensors: Iterator[Any]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(
+            tensor.name,
+            NUMPY.get(tensor.dtype.name, tensor.dtype.name),
+            tuple(BATCH if side == -1 else int(side) for side in tensor.shape),
+        )
+        for tensor in tensors
+    )

@@ -1,0 +1,235 @@
+"""TensorRT or TensorRT-RTX: chosen once, here. What differs between the two is behind `Flavor`."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+FlavorName = Literal["tensorrt", "rtx"]
+MODULES: dict[FlavorName, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+EXTRAS: dict[FlavorName, str] = {"tensorrt": "gpu", "rtx": "rtx"}
+OLDEST: dict[FlavorName, int] = {"tensorrt": 10, "rtx": 1}
+"""Oldest major version: TensorRT 10 has strong typing as 11 demands it."""
+
+POLYGRAPHY_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
+COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
+"""CUdevice_attribute values (cuda.h)."""
+
+
+class FlavorError(RuntimeError):
+    """Neither flavour of TensorRT can do what was asked on this machine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """The first NVIDIA GPU; `driver` is its version or `unknown`, `cuda` the newest CUDA version that the driver serves."""
+
+    name: str
+    compute_capability: str
+    driver: str
+    cuda: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Flavor:
+    """One installed TensorRT.
+
+    Attributes:
+        name: `tensorrt` or `rtx`.
+        trt: its Python module.
+        version: its version.
+        targets: compute capabilities that a plan can be built for; empty where it is the GPU at hand, whichever that is.
+        gpu: the GPU at hand, or None.
+    """
+
+    name: FlavorName
+    trt: Any
+    version: str
+    targets: tuple[str, ...]
+    gpu: Gpu | None
+
+    def check_targets(self, asked: Sequence[str]) -> tuple[str, ...]:
+        """The compute capabilities to build for, such as ("8.6", "12.0"); empty asks for the flavour's default.
+
+        Raises:
+            FlavorError: one that the flavour does not build for.
+        """
+        if not self.targets:
+            at_hand = self.gpu.compute_capability if self.gpu else "none"
+            if set(asked) - {at_hand}:
+                raise FlavorError(
+                    f"compute capability {', '.join(asked)}: TensorRT builds for the GPU at hand ({at_hand}) only; "
+                    f"leave it out, use --hardware-compatible, or --flavor rtx"
+                )
+            return (at_hand,)
+        unknown = [target for target in asked if target not in self.targets]
+        if unknown:
+            supported = ", ".join(self.targets)
+            raise FlavorError(
+                f"compute capability {', '.join(unknown)}: TensorRT-RTX {self.version} builds for {supported}"
+                + ("; Hopper needs --flavor tensorrt" if "9.0" in unknown else "")
+            )
+        return tuple(dict.fromkeys(asked))
+
+    def refuse(self, asked: dict[str, bool]) -> None:
+        """Refuses what the flavour would silently ignore.
+
+        Args:
+            asked: whether each of `timing_cache`, `hardware_compatible` and `version_compatible` is asked for.
+
+        Raises:
+            FlavorError: naming it, and what to do instead.
+        """
+        if self.name != "rtx":
+            return
+        if asked.get("timing_cache"):
+            raise FlavorError("--timing-cache: TensorRT-RTX measures nothing while it builds, so it keeps no cache; leave it out")
+        if asked.get("hardware_compatible"):
+            raise FlavorError("--hardware-compatible: TensorRT-RTX ignores it; name the GPUs with --compute-capability")
+        if asked.get("version_compatible") and self.gpu is None:
+            raise FlavorError("--version-compatible: TensorRT-RTX builds such plans only where a GPU is; leave it out")
+
+    def create_config(self, builder: Any, network: Any, targets: Sequence[str], common: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Makes the builder's config through Polygraphy; `common` are the arguments of both its config classes."""
+        from polygraphy.logger import G_LOGGER
+
+        with warnings.catch_warnings(), G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            # Polygraphy 0.53 makes an empty timing cache, which RTX calls deprecated since 1.2
+            warnings.simplefilter("ignore", DeprecationWarning)
+            if self.name == "rtx":
+                from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+                pairs = [tuple(int(part) for part in target.split(".")) for target in targets]
+                return CreateConfigRTX(compute_capabilities=pairs or None, **common)(builder, network)
+            from polygraphy.backend.trt import CreateConfig
+
+            return CreateConfig(**common)(builder, network)
+
+    def why_invalid(self, header: bytes) -> str | None:
+        """Why a plan cannot run on this machine, told by its first bytes; None where it can or where nothing tells.
+
+        TensorRT has no such check: there the manifest must say it. RTX tells it since 1.0 (seen in the API, not run on a GPU).
+        """
+        if self.name != "rtx":
+            return None
+        trt = self.trt
+        runtime = trt.Runtime(self.new_logger(lambda severity, line: None))
+        validity, diagnostics = runtime.get_engine_validity(header[: runtime.engine_header_size])
+        if validity != trt.EngineValidity.INVALID:
+            return None
+        reasons = trt.EngineInvalidityDiagnostics.__members__
+        told = [name.lower().replace("_", " ") for name, reason in reasons.items() if int(diagnostics) & int(reason)]
+        return ", ".join(told) or ("no reason given" if self.gpu else "no NVIDIA GPU here")
+
+    def new_logger(self, take: Callable[[int, str], None]) -> Any:  # noqa: ANN401
+        """A TensorRT logger that hands on severity (0 internal error, 1 error, 2 warning, 3 info, 4 verbose) and line."""
+        trt = self.trt
+
+        class Logger(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, line: str) -> None:  # noqa: ANN401
+                take(int(severity), line)
+
+        return Logger()
+
+
+def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto") -> Flavor:
+    """Chooses the TensorRT of this process and sets Polygraphy up for it.
+
+    Args:
+        asked: `auto` is TensorRT where it imports and a GPU is there, else TensorRT-RTX, which builds without one.
+
+    Raises:
+        FlavorError: what was asked is not installed, is too old or needs a GPU; it says what to install.
+    """
+    gpu = find_gpu()
+    names: tuple[FlavorName, ...] = (asked,) if asked != "auto" else (("tensorrt", "rtx") if gpu else ("rtx",))
+    reasons = []
+    for name in names:
+        if name == "tensorrt" and gpu is None:
+            raise FlavorError("flavour tensorrt needs an NVIDIA GPU with its driver; --flavor rtx builds without one")
+        module = _import(name, reasons)
+        if module is not None:
+            _set_polygraphy_up(name)
+            return Flavor(name, module, module.__version__, _targets(name, module), gpu)
+    extra = "" if asked == "tensorrt" else "pip install 'neck-export[rtx]' (builds without a GPU)"
+    if asked != "rtx":
+        extra += (" or " if extra else "") + "pip install 'neck-export[gpu]'" + ("" if gpu else " (with an NVIDIA GPU)")
+    raise FlavorError(f"no TensorRT: {'; '.join(reasons)}\n{extra}")
+
+
+def _import(name: FlavorName, reasons: list[str]) -> Any:  # noqa: ANN401
+    try:
+        module = importlib.import_module(MODULES[name])
+    except (ImportError, OSError, RuntimeError) as error:  # a wheel without its libraries raises any of them
+        reasons.append(f"{MODULES[name]} cannot be imported ({str(error).strip().splitlines()[0]})")
+        return None
+    if int(module.__version__.split(".")[0]) < OLDEST[name]:
+        reasons.append(f"{MODULES[name]} is {module.__version__}, expected {OLDEST[name]} or later")
+        return None
+    return module
+
+
+def _targets(name: FlavorName, module: Any) -> tuple[str, ...]:  # noqa: ANN401
+    """Compute capabilities that the flavour names: SM89 is 8.9, SM120 is 12.0."""
+    if name != "rtx":
+        return ()
+    numbers = sorted(int(name[2:]) for name in module.ComputeCapability.__members__ if name.startswith("SM"))
+    return tuple(f"{number // 10}.{number % 10}" for number in numbers)
+
+
+def _set_polygraphy_up(name: FlavorName) -> None:
+    """Polygraphy reads its switch when it is imported, once in a process."""
+    wanted = name == "rtx"
+    os.environ[POLYGRAPHY_SWITCH] = str(int(wanted))
+    from polygraphy import config
+
+    if "polygraphy.backend.trt" in sys.modules and bool(config.USE_TENSORRT_RTX) != wanted:
+        raise FlavorError(f"this process uses the other TensorRT already; start another for --flavor {name}")
+    config.USE_TENSORRT_RTX = wanted
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU and its driver are here."""
+    return find_gpu() is not None
+
+
+def find_gpu() -> Gpu | None:
+    """Asks the CUDA driver for its first GPU, without torch."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, version, count, major, minor = (ctypes.c_int() for _ in range(5))
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return None
+    name = ctypes.create_string_buffer(128)
+    cuda.cuDeviceGet(ctypes.byref(device), 0)
+    cuda.cuDeviceGetName(name, len(name), device)
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    cuda.cuDeviceGetAttribute(ctypes.byref(major), COMPUTE_CAPABILITY_MAJOR, device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(minor), COMPUTE_CAPABILITY_MINOR, device)
+    return Gpu(
+        name=name.value.decode(),
+        compute_capability=f"{major.value}.{minor.value}",
+        driver=_driver_version(),
+        cuda=f"{version.value // 1000}.{version.value % 1000 // 10}",
+    )
+
+
+def _driver_version() -> str:
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return "unknown"
+    text = ctypes.create_string_buffer(80)
+    failed = nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, len(text))
+    return "unknown" if failed else text.value.decode()

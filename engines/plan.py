@@ -1,0 +1,342 @@
+"""ONNX file -> plan that is known to compute what PyTorch computes: the function behind `neck-export trt`."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from engines.build import BuildError, BuildOptions, BuildResult, Progress, build_plan
+from engines.flavor import Flavor, choose_flavor
+from engines.graph import read_graph
+from engines.layers import LayerSheet
+from engines.verify import verify_plan
+from export.attention import AttentionForm
+from export.fidelity import Verdict
+from export.manifest import (
+    ManifestError,
+    check_files,
+    data_path,
+    manifest_path,
+    publish,
+    read_manifest,
+    staging,
+    write_manifest,
+)
+from export.pipeline import NUMPY_NAMES, RejectedError
+from export.provenance import manifest_encoder, tool_version
+from export.precision import Precision, lower
+from export.signature import BatchRange, Signature
+from export.trace import MODULE
+from export.upsampling import Upsampling
+from export.verify import Report, verify_onnx
+
+NO_GPU = "not verified: no NVIDIA driver"
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """What to build; the command line's options, whose help says more.
+
+    Attributes:
+        onnx: the ONNX file.
+        output: the plan to write.
+        precision: what the plan computes in; None is the file's.
+        attention, upsampling, keep_fp32: how an FP32 file is lowered to that precision.
+        build: the builder's options; its precision and batch are taken from the file.
+        verify: whether to compare the plan with PyTorch before it gets its name.
+    """
+
+    onnx: Path
+    output: Path
+    precision: Precision | None = None
+    flavor: Literal["auto", "tensorrt", "rtx"] = "auto"
+    attention: AttentionForm = "auto"
+    upsampling: Upsampling = "auto"
+    keep_fp32: tuple[str, ...] = ()
+    build: BuildOptions = dataclasses.field(default_factory=BuildOptions)
+    verify: bool = True
+    images: Path | None = None
+    tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanResult:
+    """What came of a build.
+
+    Attributes:
+        path: the plan.
+        manifest: its manifest.
+        sheet: its layer sheet, None where the builder told none.
+        verdict: what was verified: the plan where a GPU is, else the typed ONNX graph, else None.
+        reused: whether the plan was there already.
+        reason: why it was built, where another plan was there.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    sheet: LayerSheet | None
+    verdict: Verdict | None
+    reused: bool = False
+    reason: str | None = None
+
+
+def newest_onnx(folder: Path) -> Path:
+    """The newest ONNX file of a folder.
+
+    Raises:
+        BuildError: there is none.
+    """
+    files = sorted(folder.glob("*.onnx"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise BuildError(f"{folder}: holds no ONNX file; run `neck-export onnx` first, or name one")
+    return files[-1]
+
+
+def make_plan(options: PlanOptions, report: Report = lambda line: None, progress: Progress | None = None) -> PlanResult:
+    """Builds, verifies and files a plan, or returns the one that is there where nothing has changed.
+
+    Raises:
+        BuildError, FlavorError: what was asked cannot be built here.
+        ManifestError: the ONNX file is not the one that its manifest speaks of.
+        RejectedError: the plan, or without a GPU its ONNX graph, left tolerance; it stays as X.plan.rejected.
+    """
+    flavor = choose_flavor(options.flavor)
+    read_graph(options.onnx)  # whole, before anything long
+    source = read_source(options.onnx, report)
+    held = source["precision"] if source else typed_as(options.onnx)
+    precision = options.precision or held
+    key = reuse_key(options, flavor, source, precision)
+    found, reason = reusable(options, key)
+    if found:
+        return found
+    with staging(options.output) as folder:
+        typed = options.onnx
+        if precision != held:
+            report(f"precision pass: {held} to {precision}")
+            typed = lower_file(options, held, precision, folder)
+        report(f"build: {flavor.name} {flavor.version}")
+        staged = folder / options.output.name
+        build = dataclasses.replace(
+            options.build, precision=precision, batch=_batch(options, source), keep_fp32=_kept(options, source)
+        )
+        result = build_plan(typed, staged, build, flavor=flavor, progress=progress)
+        about = _manifest(options, source, result, key, precision)
+        write_manifest(manifest_path(staged), "plan", about | {"verification": {"verified": False}}, [staged])
+        verdict, verification = _verify(options, source, flavor, typed, staged, precision, report)
+        files = [staged]
+        if result.sheet:
+            files.append(layers_path(staged))
+            files[-1].write_text(json.dumps(result.sheet.to_dict()) + "\n", encoding="utf-8")
+        manifest = write_manifest(manifest_path(staged), "plan", about | {"verification": verification}, files)
+        if typed != options.onnx:
+            typed.unlink()
+            data_path(typed).unlink(missing_ok=True)
+        if verdict is not None and not verdict.passed:
+            raise _reject(options, folder, manifest, verdict)
+        publish_plan(folder, options.output)
+    return PlanResult(options.output, manifest, result.sheet, verdict, reason=reason)
+
+
+def layers_path(plan: Path) -> Path:
+    """Where a plan's layer sheet lies."""
+    return plan.with_name(plan.name + ".layers.json")
+
+
+def read_sheet(plan: Path) -> LayerSheet | None:
+    """The layer sheet beside a plan, or None."""
+    path = layers_path(plan)
+    return LayerSheet.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def read_source(onnx: Path, report: Report) -> dict[str, Any] | None:
+    """The ONNX file's manifest, its files checked byte for byte; None for a file that another tool wrote.
+
+    Raises:
+        ManifestError: damaged, or the file was changed after it was written.
+    """
+    where = manifest_path(onnx)
+    if not where.exists():
+        return None
+    manifest = read_manifest(where, "onnx")
+    report("hashes of the ONNX file")
+    check_files(where, manifest)
+    return manifest
+
+
+def typed_as(onnx: Path) -> Precision:
+    """The type that holds most of an ONNX file's weights."""
+    sizes: dict[str, int] = {"FLOAT": 0, "FLOAT16": 0, "BFLOAT16": 0}
+    for value in ir.load(onnx).graph.initializers.values():
+        if value.const_value is not None and value.const_value.dtype.name in sizes:
+            sizes[value.const_value.dtype.name] += value.const_value.nbytes
+    names: dict[str, Precision] = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
+    return names[max(sizes, key=lambda name: sizes[name])]
+
+
+def lower_file(options: PlanOptions, held: str, precision: Precision, folder: Path) -> Path:
+    """Writes an FP32 file in another precision into a folder.
+
+    Raises:
+        BuildError: the file is not FP32, or not one whose nodes tell their modules.
+    """
+    if held != "fp32":
+        raise BuildError(f"{options.onnx}: is {held}, asked was {precision}; export again with --precision {precision}")
+    model = ir.load(options.onnx)
+    if not any(MODULE in node.metadata_props for node in model.graph):
+        raise BuildError(
+            f"{options.onnx}: was not written by neck-export, so its nodes do not tell what must stay in FP32; "
+            f"build it as it is with --fp32, or export it with --precision {precision}"
+        )
+    lower(
+        model,
+        precision,
+        attention=options.attention,
+        keep_fp32=options.keep_fp32,
+        upsampling=options.upsampling,
+    )
+    typed = folder / f"{options.onnx.stem}.{precision}.onnx"
+    ir.save(model, typed, external_data=data_path(typed).name)
+    return typed
+
+
+def reuse_key(
+    options: PlanOptions, flavor: Flavor, source: dict[str, Any] | None, precision: Precision
+) -> dict[str, Any]:
+    """Everything that decides what a plan holds; two plans with equal keys are alike."""
+    onnx = source["files"] if source else [{"name": options.onnx.name, "bytes": options.onnx.stat().st_size}]
+    return {
+        "onnx": onnx,
+        "precision": precision,
+        "attention": options.attention,
+        "upsampling": options.upsampling,
+        "keep_fp32": list(options.keep_fp32),
+        "options": dataclasses.replace(options.build, precision=precision).to_dict(),
+        "flavor": flavor.name,
+        "tensorrt_version": flavor.version,
+        "gpu": dataclasses.asdict(flavor.gpu) if flavor.gpu else None,
+        "neck_export": tool_version(),
+    }
+
+
+def reusable(options: PlanOptions, key: dict[str, Any]) -> tuple[PlanResult | None, str | None]:
+    """The plan that is there, or why it must be built again; both None where there is none."""
+    if not options.output.exists():
+        return None, None
+    where = manifest_path(options.output)
+    try:
+        manifest = read_manifest(where, "plan")
+        check_files(where, manifest)
+    except ManifestError as error:
+        return None, str(error)
+    old = manifest.get("key", {})
+    for name, value in key.items():
+        if old.get(name) != value:
+            return None, f"{name} was {json.dumps(old.get(name))}, is {json.dumps(value)}"
+    if not any("sha256" in entry for entry in key["onnx"]):
+        return None, f"{options.onnx.name} has no manifest that tells whether it changed"
+    checked = manifest["verification"]
+    if options.verify and not checked["verified"] and not checked.get("onnx", {}).get("verified"):
+        return None, "it was not verified"
+    return PlanResult(options.output, manifest, read_sheet(options.output), None, reused=True), None
+
+
+def _batch(options: PlanOptions, source: dict[str, Any] | None) -> BatchRange | None:
+    """The range that the file was exported for, unless another is asked."""
+    if options.build.batch or not source:
+        return options.build.batch
+    batch = BatchRange.parse(source["signature"]["batch"])
+    return batch if batch.dynamic else None
+
+
+def _kept(options: PlanOptions, source: dict[str, Any] | None) -> tuple[str, ...]:
+    return (*options.keep_fp32, *(source["keep_fp32"] if source else ()))
+
+
+def _manifest(
+    options: PlanOptions, source: dict[str, Any] | None, result: BuildResult, key: dict[str, Any], precision: Precision
+) -> dict[str, Any]:
+    """What the plan's manifest says, its verification aside."""
+    return {
+        "key": key,
+        "precision": precision,
+        "flavor": result.flavor,
+        "tensorrt_version": result.version,
+        "compute_capabilities": list(result.compute_capabilities),
+        "gpu": dataclasses.asdict(result.gpu) if result.gpu else None,
+        "options": result.options.to_dict(),
+        "batch": str(result.options.batch or 1),
+        "inputs": [dataclasses.asdict(spec) for spec in result.inputs],
+        "outputs": [dataclasses.asdict(spec) for spec in result.outputs],
+        "build_seconds": round(result.seconds, 2),
+        "layers": result.sheet.summary() if result.sheet else None,
+        "onnx": key["onnx"][0],
+        "signature": _signature(source, precision).to_dict() if source else None,
+        "onnx_manifest": source,
+    }
+
+
+def _signature(source: dict[str, Any], precision: Precision) -> Signature:
+    """The plan's contract: the file's, its outputs in the plan's precision, positions only where they are outputs."""
+    signature = Signature.from_dict(source["signature"])
+    dtype = signature.dtype if precision == source["precision"] else NUMPY_NAMES[precision]
+    positions: Literal["graph", "none"] = "graph" if signature.positions == "graph" else "none"
+    return dataclasses.replace(signature, dtype=dtype, positions=positions)
+
+
+def _verify(
+    options: PlanOptions,
+    source: dict[str, Any] | None,
+    flavor: Flavor,
+    typed: Path,
+    staged: Path,
+    precision: Precision,
+    report: Report,
+) -> tuple[Verdict | None, dict[str, Any]]:
+    """The verdict on the plan where a GPU is, else on its ONNX graph, and what the manifest says of it."""
+    if not options.verify:
+        return None, {"verified": False, "reason": "not asked: --no-verify"}
+    if source is None:
+        reason = f"not verified: {options.onnx.name} has no manifest, so the weights to compare with are unknown"
+        return None, {"verified": False, "reason": reason}
+    if flavor.gpu is not None:
+        report("verify: the plan against PyTorch")
+        verdict = verify_plan(staged, images=options.images, overrides=options.tolerances, report=report)
+        return verdict, verdict.to_dict()
+    before = source["verification"]
+    if typed == options.onnx and before["verified"] and not options.images and not options.tolerances:
+        return None, {"verified": False, "reason": NO_GPU, "onnx": before}
+    report("verify: the ONNX graph against PyTorch, for want of a GPU")
+    encoder = manifest_encoder(manifest_path(options.onnx), source)
+    signature = _signature(source, precision)
+    verdict = verify_onnx(
+        typed, signature, encoder, precision, images=options.images, overrides=options.tolerances, report=report
+    )
+    return verdict, {"verified": False, "reason": NO_GPU, "onnx": verdict.to_dict()}
+
+
+def _reject(options: PlanOptions, folder: Path, manifest: dict[str, Any], verdict: Verdict) -> RejectedError:
+    """Files a plan that failed as X.plan.rejected, its figures beside it."""
+    rejected = options.output.with_name(options.output.name + ".rejected")
+    with staging(rejected) as other:
+        os.replace(folder / options.output.name, other / rejected.name)
+        values = {name: value for name, value in manifest.items() if name not in ("format", "kind", "created", "files")}
+        write_manifest(manifest_path(other / rejected.name), "plan", values, [other / rejected.name])
+        publish_plan(other, rejected)
+    return RejectedError(rejected, verdict)
+
+
+def publish_plan(folder: Path, target: Path) -> None:
+    """Publishes a plan with its manifest as one, also where another build of it ends at the same time."""
+    lock = os.open(target.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        publish(folder, target)
+    finally:
+        os.close(lock)

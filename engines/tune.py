@@ -1,0 +1,179 @@
+"""Builds a plan in every form that computes the same, and keeps the fastest that passes: `trt --tune`."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engines.build import BuildError
+from engines.flavor import FlavorError, choose_flavor
+from engines.plan import PlanOptions, PlanResult, make_plan, publish_plan, read_sheet, read_source, reuse_key
+from engines.profiling import ProfilingError, profile_plan
+from engines.session import SessionError
+from export.attention import AttentionForm
+from export.manifest import manifest_path, read_manifest
+from export.pipeline import RejectedError
+from export.upsampling import Upsampling
+from export.verify import Report
+
+ATTENTIONS: tuple[AttentionForm, ...] = ("fp32acc", "scores32", "fused")
+"""`unfused` is left out: it is the last resort for exactness, and slow by its making."""
+
+UPSAMPLINGS: tuple[Upsampling, ...] = ("deconv", "conv")
+
+
+class TuneError(RuntimeError):
+    """Nothing can be measured here, or no candidate passed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One candidate.
+
+    Attributes:
+        attention, upsampling: its forms.
+        latency_ms: median on the GPU, None where it was not measured.
+        worst_relative_l2: of all outputs against PyTorch, None where it was not built.
+        layers: the layer sheet's line.
+        problem: why it is out, None where it passed.
+    """
+
+    attention: str
+    upsampling: str
+    latency_ms: float | None = None
+    worst_relative_l2: float | None = None
+    layers: str | None = None
+    problem: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """All candidates, and the plan that was kept."""
+
+    rows: tuple[Row, ...]
+    best: PlanResult
+
+
+def tune_plan(
+    options: PlanOptions,
+    report: Report = lambda line: None,
+    *,
+    make: Callable[[PlanOptions, Report], PlanResult] = make_plan,
+    measure: Callable[[Path], float] | None = None,
+) -> Tuning:
+    """Builds, verifies and profiles every candidate; the fastest that passes gets the plan's name.
+
+    A run that was stopped goes on where it was: finished rows lie in X.plan.tuning/rows.json and hold while the ONNX
+    file, the options, TensorRT and the GPU stay the same.
+
+    Args:
+        options: as for make_plan; its attention and upsampling are what is tried.
+        report: told of every step.
+        make, measure: build and verify a candidate, and its median latency in ms; replaced in tests.
+
+    Raises:
+        TuneError: no GPU, a file that is not FP32, or no candidate that passes.
+    """
+    flavor = choose_flavor(options.flavor)
+    if flavor.gpu is None and measure is None:
+        raise TuneError("--tune measures every candidate, so it needs an NVIDIA GPU with its driver; build without it")
+    source = read_source(options.onnx, report)
+    if source is None or source["precision"] != "fp32" or options.precision in (None, "fp32"):
+        raise TuneError(f"{options.onnx}: --tune lowers an FP32 file of neck-export; export one, and add --fp16 or --bf16")
+    folder = options.output.with_name(options.output.name + ".tuning")
+    state = folder / "rows.json"
+    key = reuse_key(options, flavor, source, options.precision)
+    rows = finished_rows(state, key)
+    attentions = ATTENTIONS if options.precision == "fp16" else ("fused", "fp32acc")
+    for attention, upsampling in itertools.product(attentions, UPSAMPLINGS):
+        if any((row.attention, row.upsampling) == (attention, upsampling) for row in rows):
+            continue
+        report(f"candidate: {attention}, {upsampling}")
+        place = folder / f"{attention}-{upsampling}" / options.output.name
+        candidate = dataclasses.replace(options, attention=attention, upsampling=upsampling, output=place)
+        rows.append(try_candidate(candidate, report, make, measure or median_latency_ms))
+        state.parent.mkdir(parents=True, exist_ok=True)
+        saved = {"key": key, "rows": [dataclasses.asdict(row) for row in rows]}
+        state.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    best = fastest(rows)
+    if best is None:
+        reasons = "\n".join(tuning_rows(rows))
+        raise TuneError(f"{options.output}: no candidate passed\n{reasons}")
+    won = folder / f"{best.attention}-{best.upsampling}"
+    publish_plan(won, options.output)
+    shutil.rmtree(folder, ignore_errors=True)
+    manifest = read_manifest(manifest_path(options.output), "plan")
+    return Tuning(tuple(rows), PlanResult(options.output, manifest, read_sheet(options.output), None))
+
+
+def try_candidate(
+    options: PlanOptions,
+    report: Report,
+    make: Callable[[PlanOptions, Report], PlanResult],
+    measure: Callable[[Path], float],
+) -> Row:
+    """One row; a candidate that fails tells why instead of ending the run."""
+    row = Row(options.attention, options.upsampling)
+    try:
+        result = make(options, report)
+        worst = worst_relative_l2(result.manifest["verification"])
+        layers = result.sheet.summary() if result.sheet else None
+        row = dataclasses.replace(row, worst_relative_l2=worst, layers=layers)
+        return dataclasses.replace(row, latency_ms=measure(result.path))
+    except RejectedError as error:
+        worst = max(row.relative_l2 for row in error.verdict.comparisons)
+        problem = f"rejected: {len(error.verdict.failed_names)} outputs left tolerance"
+        return dataclasses.replace(row, worst_relative_l2=worst, problem=problem)
+    except (BuildError, FlavorError, ProfilingError, SessionError, MemoryError) as error:
+        return dataclasses.replace(row, problem=" ".join(str(error).split())[:200])
+
+
+def median_latency_ms(plan: Path) -> float:
+    """Median latency of a plan without transfers, by CUDA graph where it can be captured."""
+    return profile_plan(plan).median_ms
+
+
+def worst_relative_l2(verification: dict[str, Any]) -> float | None:
+    """The largest relative L2 of a verification's outputs, null figures being infinite."""
+    outputs = verification.get("outputs") or verification.get("onnx", {}).get("outputs") or []
+    figures = [math.inf if row["relative_l2"] is None else float(row["relative_l2"]) for row in outputs]
+    return max(figures, default=None)
+
+
+def finished_rows(state: Path, key: dict[str, Any]) -> list[Row]:
+    """Rows of an earlier run with the same key; none where it was another, or the file is damaged."""
+    try:
+        saved = json.loads(state.read_text(encoding="utf-8"))
+        return [Row(**row) for row in saved["rows"]] if saved["key"] == key else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def fastest(rows: list[Row]) -> Row | None:
+    """The fastest row that passed."""
+    passed = [row for row in rows if row.problem is None and row.latency_ms is not None]
+    return min(passed, key=lambda row: row.latency_ms or math.inf, default=None)
+
+
+def tuning_rows(rows: list[Row]) -> list[str]:
+    """The table of all candidates."""
+    lines = [f"{'attention':10} {'upsampling':10} {'ms':>8} {'worst L2':>9}  what became of it"]
+    for row in rows:
+        latency = "" if row.latency_ms is None else f"{row.latency_ms:.3f}"
+        worst = "" if row.worst_relative_l2 is None else f"{row.worst_relative_l2:.2e}"
+        outcome = row.problem or row.layers or "passed"
+        lines.append(f"{row.attention:10} {row.upsampling:10} {latency:>8} {worst:>9}  {outcome}")
+    return lines
+
+
+def tuning_lines(tuning: Tuning) -> list[str]:
+    """The table and what was kept."""
+    best = fastest(list(tuning.rows))
+    kept = f"kept: {best.attention}, {best.upsampling}" if best else "kept: none"
+    return [*tuning_rows(list(tuning.rows)), kept]

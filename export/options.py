@@ -1,0 +1,105 @@
+"""What an export is asked for, what of it is refused at once, and the encoder and signature that it names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from export.attention import AttentionForm
+from export.disk import check_targets
+from export.precision import OPSETS, Precision
+from export.provenance import encoder_config
+from export.rewrite import Rewrites
+from export.signature import BatchRange, InputKind, Positions, Signature, encoder_signature
+from export.trace import ExportError
+from export.upsampling import Upsampling
+from export.verify import require_runtime
+from neck.checkpoint import load_encoder, random_encoder
+from neck.config import EncoderConfig, check_image_size
+from neck.necks import Sam3DualViTDetNeck
+from neck.pictures import find_pictures
+
+NUMPY_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """What to export; the command line's options, whose help says more.
+
+    Attributes:
+        checkpoint: a checkpoint, or None for seeded random weights.
+        config: the architecture where the checkpoint does not tell it.
+        image_size: (height, width) in pixels, or None for the config's.
+        verify: whether to compare the file with PyTorch before it gets its name.
+    """
+
+    output: Path
+    checkpoint: Path | None = None
+    config: EncoderConfig | None = None
+    seed: int = 0
+    image_size: int | tuple[int, int] | None = None
+    batch: BatchRange = dataclasses.field(default_factory=BatchRange)
+    necks: str = "sam3"
+    levels: str = "all"
+    positions: Positions = "graph"
+    input_kind: InputKind = "float"
+    precision: Precision = "fp32"
+    attention: AttentionForm = "auto"
+    upsampling: Upsampling = "auto"
+    keep_fp32: tuple[str, ...] = ()
+    output_precision: Precision | None = None
+    opset: int | None = None
+    rewrites: Rewrites = dataclasses.field(default_factory=Rewrites)
+    verify: bool = True
+    images: Path | None = None
+    tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def check_options(options: ExportOptions) -> None:
+    """Refuses what is known to fail before the weights are read.
+
+    Raises:
+        ExportError, FidelityError, PictureError: what cannot be, and what can.
+    """
+    config = options.config or EncoderConfig()
+    if options.image_size is not None:
+        check_image_size(options.image_size, config.patch_size)
+    if options.opset is not None and options.opset not in OPSETS:
+        raise ExportError(f"opset {options.opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
+    check_targets(options.output, [options.checkpoint] if options.checkpoint else [])
+    if options.verify:
+        require_runtime()
+        if options.images is not None:
+            find_pictures(options.images)
+
+
+def load(options: ExportOptions) -> Sam3DualViTDetNeck:
+    """The plain encoder of an export, set to its image size."""
+    config = options.config or EncoderConfig()
+    if options.checkpoint is None:
+        named = [name for name in ("sam2", "interactive", "propagation") if name in options.necks]
+        dual = options.necks in ("both", "all") or named == ["sam2"]
+        necks = ("sam3", "sam2") if dual else ("sam3", "interactive", "propagation") if named else ("sam3",)
+        try:
+            encoder = random_encoder(dataclasses.replace(config, necks=necks), options.seed)
+        except NotImplementedError as error:
+            raise ExportError(f"random weights: {error}") from None
+    else:
+        encoder = load_encoder(options.checkpoint, options.config)
+    if options.image_size is not None:
+        encoder.set_imgsz(options.image_size)
+    return encoder
+
+
+def sign(options: ExportOptions, encoder: Sam3DualViTDetNeck) -> Signature:
+    """The signature of an export."""
+    return encoder_signature(
+        encoder_config(encoder),
+        necks=options.necks,
+        levels=options.levels,
+        positions=options.positions,
+        input_kind=options.input_kind,
+        batch=options.batch,
+        dtype=NUMPY_NAMES[options.output_precision or options.precision],
+    )

@@ -1,0 +1,175 @@
+"""What several test files share: the golden encoders, tiny encoders, and graphs that are traced once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from export.deploy import DeployEncoder
+from export.rewrite import Rewrites
+from export.signature import BatchRange, Signature, encoder_signature
+from export.trace import trace
+from neck.checkpoint import load_encoder, random_encoder
+from neck.config import EncoderConfig
+from neck.necks import Sam3DualViTDetNeck, forward_necks
+
+DATA = Path(__file__).parent / "data"
+GOLDEN_CASES = ("hf-dual", "meta-dual", "meta-padded", "meta-tri", "ultralytics-resized")
+
+GOLDEN_TOLERANCE = 2e-5
+"""Of each output's largest value: FP32 sums in another order over 4 blocks give up to 3e-6 (torch and ONNX Runtime)."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torchlib_registry() -> Iterator[None]:
+    """Lets torch.onnx.export parse its 497 functions once: 2 of the 5 seconds of every trace (torch 2.13)."""
+    from torch.onnx._internal.exporter import _registration
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            _registration.onnxscript_apis,
+            "get_torchlib_ops",
+            functools.cache(_registration.onnxscript_apis.get_torchlib_ops),
+        )
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """An encoder of a public implementation, set to the size that it was run at, and what it gave.
+
+    The encoder is shared by all tests: it must be left as it is.
+    """
+
+    config: EncoderConfig
+    encoder: Sam3DualViTDetNeck
+    image: Tensor
+    expected: dict[str, Tensor]
+
+
+@functools.cache
+def load_golden(case: str) -> Golden:
+    """Loads one case of tests/data; its config has the size, necks and levels that were run."""
+    folder = DATA / case
+    size = json.loads((folder / "case.json").read_text())["run_image_size"]
+    config = EncoderConfig.from_file(folder / "encoder.json")
+    encoder = load_encoder(next(folder.glob("checkpoint.*")), config)
+    encoder.set_imgsz(size)
+    expected = load_file(folder / "expected.safetensors")
+    config = dataclasses.replace(
+        config, image_size=(size, size), necks=tuple(encoder.necks), scale_factors=tuple(encoder.scale_factors)
+    )
+    return Golden(config, encoder, expected.pop("image"), expected)
+
+
+def tiny_config(**changes: Any) -> EncoderConfig:  # noqa: ANN401 - EncoderConfig's own fields
+    """A config of 4 blocks that runs in milliseconds; head_dim 8, so that the attention scale is no power of two."""
+    values: dict[str, Any] = {
+        "image_size": 112,
+        "embed_dim": 16,
+        "depth": 4,
+        "num_heads": 2,
+        "window_size": 4,
+        "global_blocks": (1, 3),
+        "pretrain_image_size": 56,
+        "d_model": 8,
+    }
+    return EncoderConfig(**{**values, **changes})
+
+
+def named_outputs(encoder: Sam3DualViTDetNeck, image: Tensor) -> dict[str, Tensor]:
+    """Runs the module and names its outputs as the file does."""
+    with torch.no_grad():
+        necks = forward_necks(encoder, image)
+    return {
+        f"{neck}_{kind}_{level}": tensor
+        for neck, both in necks.items()
+        for kind, tensors in zip(("feat", "pos"), both, strict=True)
+        for level, tensor in enumerate(tensors)
+    }
+
+
+def worst_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest error of any output, relative to that output's largest value; the names must be the same."""
+    assert sorted(found) == sorted(expected)
+    errors = [(found[name].double() - want.double()).abs().max() / want.abs().max() for name, want in expected.items()]
+    return float(torch.stack(errors).max())
+
+
+def run_onnx(path: Path, image: Tensor) -> dict[str, Tensor]:
+    """Runs a file in ONNX Runtime."""
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    values: list[NDArray[np.float32]] = session.run(names, {"image": image.numpy()})
+    return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A canonical graph and what it was traced from; `model` is a copy of the test's own."""
+
+    module: DeployEncoder
+    signature: Signature
+    model: ir.Model
+
+
+@functools.cache
+def _traced(encoder: Sam3DualViTDetNeck, signature: Signature, rewrites: Rewrites) -> tuple[DeployEncoder, ir.Model]:
+    module = DeployEncoder(encoder, signature, rewrites)
+    return module, trace(module)
+
+
+def traced(
+    encoder: Sam3DualViTDetNeck,
+    config: EncoderConfig,
+    rewrites: Rewrites | None = None,
+    batch: str = "1",
+    **asked: Any,  # noqa: ANN401 - encoder_signature's own options
+) -> Traced:
+    """Traces an encoder, once for all tests that ask for the same (a trace takes 3 s whatever the encoder's size)."""
+    asked.setdefault("necks", "all")
+    signature = encoder_signature(config, batch=BatchRange.parse(batch), **asked)
+    module, model = _traced(encoder, signature, rewrites or Rewrites())
+    return Traced(module, signature, model.clone())
+
+
+@functools.cache
+def shared_encoder(config: EncoderConfig) -> Sam3DualViTDetNeck:
+    """A random encoder that several tests look at and leave as it is."""
+    return random_encoder(config)
+
+
+@pytest.fixture(params=GOLDEN_CASES)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Each golden encoder."""
+    return load_golden(request.param)
+
+
+Save = Callable[[ir.Model], Path]
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Save:
+    """Saves a model with its weights beside it, under a name of its own."""
+    count = iter(range(100))
+
+    def write(model: ir.Model) -> Path:
+        path = tmp_path / f"model{next(count)}.onnx"
+        ir.save(model, path, external_data=f"{path.name}.data")
+        return path
+
+    return write

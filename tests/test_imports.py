@@ -1,0 +1,145 @@
+"""The floors of the house: imports run one way, down; importing is cheap where it must be, and does nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = ("neck", "export", "engines", "benchmarks", "neck_export")
+"""Bottom first: each may import those before it."""
+
+MOST_LINES = 280
+"""CONVENTIONS asks for about 250."""
+
+
+def sources(floor: str) -> list[Path]:
+    return sorted((ROOT / floor).rglob("*.py")) or [path for path in (ROOT / f"{floor}.py",) if path.exists()]
+
+
+def imported(path: Path, text: str) -> list[str]:
+    """Every module that a file imports, at any depth; relative imports by their full name."""
+    package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    names = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(".".join(filter(None, (package if node.level else "", node.module))))
+    return names
+
+
+def upward(path: Path, text: str, floor: str) -> list[str]:
+    """The imports of a file that go up, or out of the packages into the tests."""
+    above = (*FLOORS[FLOORS.index(floor) + 1 :], "tests", "conftest")
+    return [name for name in imported(path, text) if name.partition(".")[0] in above]
+
+
+FILES = [(floor, path) for floor in FLOORS for path in sources(floor)]
+each_file = pytest.mark.parametrize(("floor", "path"), FILES, ids=[str(path.relative_to(ROOT)) for _, path in FILES])
+
+
+@each_file
+def test_imports_run_down(floor: str, path: Path) -> None:
+    assert upward(path, path.read_text(encoding="utf-8"), floor) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import export.trace",
+        "from engines import build",
+        "def f():\n    from neck_export import main",
+        "import conftest",
+    ],
+)
+def test_an_upward_import_is_seen(text: str) -> None:
+    """The control."""
+    assert upward(ROOT / "neck" / "trunk.py", text, "neck")
+    assert not upward(ROOT / "neck" / "trunk.py", "from neck.rope import Rotary\nimport torch", "neck")
+
+
+@each_file
+def test_a_package_is_not_imported_through_its_own_init(floor: str, path: Path) -> None:
+    own = path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+    if path.name != "__init__.py" and own != ".":
+        assert own not in imported(path, path.read_text(encoding="utf-8"))
+
+
+@each_file
+def test_files_are_short(floor: str, path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+HEAVY = {
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "onnxscript",
+    "numpy",
+    "PIL",
+    "tensorrt",
+    "tensorrt_rtx",
+    "polygraphy",
+}
+
+
+def loaded_by(statement: str, *options: str) -> set[str]:
+    """Top-level modules that are loaded after a statement in a fresh interpreter."""
+    code = f"{statement}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    result = subprocess.run(
+        [sys.executable, *options, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    (line,) = result.stdout.splitlines()  # importing prints nothing
+    return set(line.split())
+
+
+@pytest.mark.parametrize("module", ["export.signature", "export.manifest"])
+def test_the_contract_does_not_load_torch(module: str) -> None:
+    assert not loaded_by(f"import {module}") & HEAVY
+
+
+def test_the_public_names_of_neck_are_there() -> None:
+    import neck
+
+    assert [getattr(neck, name).__name__ for name in neck.__all__] == neck.__all__
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        neck.other  # noqa: B018
+
+
+def test_a_heavy_import_is_seen() -> None:
+    """The control."""
+    assert "numpy" in loaded_by("import numpy")
+
+
+def test_the_front_door_does_not_load_torch() -> None:
+    if not (ROOT / "neck_export.py").exists():
+        pytest.skip("neck_export.py is not there")
+    assert not loaded_by("import neck_export") & HEAVY
+
+
+def test_importing_all_is_silent_and_writes_nothing() -> None:
+    """Every module of neck and export, with warnings as errors, and no file or setting left behind."""
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for floor in ("neck", "export")
+        for path in sources(floor)
+        if path.name != "__init__.py"
+    ]
+    before = sorted(ROOT.iterdir())
+    statement = (
+        "import torch, warnings, logging\n"
+        "threads, default, level = torch.get_num_threads(), torch.get_default_dtype(), logging.root.level\n"
+        f"import {', '.join(modules)}\n"
+        "assert (threads, default, level) == (torch.get_num_threads(), torch.get_default_dtype(), logging.root.level)\n"
+        "assert torch.is_grad_enabled()"
+    )
+    assert "torch" in loaded_by(statement, "-W", "error")
+    assert sorted(ROOT.iterdir()) == before
