@@ -12,6 +12,7 @@ BIN := .venv/bin
 
 demo: .venv/ready
 	$(BIN)/neck-export onnx --checkpoint random --precision fp16 --output build/sam3-encoder.onnx
+	$(BIN)/neck-export trt build/sam3-encoder.onnx --fp16
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q

@@ -26,6 +26,8 @@ app = typer.Typer(
 
 DEFAULT_CHECKPOINT = Path("sam3.pt")
 DEFAULT_ONNX = Path("build/sam3-encoder.onnx")
+OUT_OF_MEMORY = ("can't allocate memory", "bad allocation", "bad_alloc", "Failed to allocate memory")
+"""What torch and ONNX Runtime say, whose errors are no MemoryError."""
 
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -62,9 +64,11 @@ def onnx(
     opset: Annotated[str, typer.Option(help="17 to 24, or auto")] = "auto",
     rewrite: Annotated[bool, typer.Option(help="The exact rewrites for deployment")] = True,
     verify: Annotated[bool, typer.Option(help="Compare with PyTorch before the file gets its name")] = True,
-    images: Annotated[Path | None, typer.Option(help="Folder of pictures to verify on")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures to verify on: its first, as many as the batch takes")
+    ] = None,
     tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of random weights")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of random weights", min=0, max=2**31 - 1)] = 0,
     output: Annotated[Path, typer.Option(help="The file to write")] = DEFAULT_ONNX,
 ) -> None:
     """Exports the encoder to ONNX and proves it equal to PyTorch."""
@@ -314,15 +318,17 @@ def parse_tolerances(given: list[str] | None) -> dict[str, float]:
 @contextlib.contextmanager
 def stage() -> Iterator[Callable[[str], None]]:
     """Runs a stage: shows its steps on a terminal, turns its errors into one or two lines and an exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         with progress() as report:
             yield report
     except (typer.BadParameter, typer.Exit):
         raise
-    except MemoryError as error:
-        _fail(f"out of memory: {error or 'close other programs, or take a smaller --image-size or --batch'}")
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
     except Exception as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+            _fail("out of memory; close other programs, or take a smaller --image-size or --batch")
         verdict = getattr(error, "verdict", None)
         if verdict is not None:
             show_verdict(verdict, err=True)
@@ -330,6 +336,8 @@ def stage() -> Iterator[Callable[[str], None]]:
         if type(error).__module__.split(".")[0] not in {"neck", "export", "engines", "benchmarks"}:
             raise  # a bug of ours: its traceback is wanted
         _fail(str(error))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:

@@ -1,9 +1,9 @@
 """What the exporter itself costs at full size, against plain torch.onnx.export of the unrewritten module.
 
-    python -m benchmarks.export --runs 3 --verify
+    python -m benchmarks.export --runs 3 --all
 
-Each run is a process of its own, the two in turn, both from the same Meta-format checkpoint of random weights; wall time
-and peak resident memory are the operating system's figures for the whole process, imports and loading included.
+Each run is a process of its own, the two in turn, both from the same Meta-format checkpoint of random weights; wall
+time and peak resident memory are the operating system's figures for the whole process, imports and loading included.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import time
 from datetime import date
 from pathlib import Path
 
-PLAIN = "plain torch.onnx.export, FP32"
-OURS = "neck-export, FP16"
-VERIFIED = "neck-export, FP16, verified"
+PLAIN = "plain `torch.onnx.export`, FP32"
+OURS = "`neck-export onnx`, FP16, not verified"
+VERIFIED = "`neck-export onnx`, FP16, verified"
+PLAN = "`neck-export trt`, TensorRT-RTX plan of that file"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ def main() -> None:
     """Runs the comparison and prints a table and JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3, help="interleaved runs of each")
-    parser.add_argument("--verify", action="store_true", help="one more run with verification")
+    parser.add_argument("--all", action="store_true", help="also one export with verification, and a TensorRT-RTX plan")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint, by default one of random weights made for this")
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
@@ -50,8 +51,9 @@ def main() -> None:
             for name, found in runs.items():
                 found.append(measure(command(name, checkpoint, Path(folder)), Path(folder)))
                 print(f"{name}: {found[-1].wall_s:.1f} s, {found[-1].peak_bytes / 1e9:.2f} GB", flush=True)
-        if arguments.verify:
-            runs[VERIFIED] = [measure(command(VERIFIED, checkpoint, Path(folder)), Path(folder))]
+        for name in (VERIFIED, PLAN) if arguments.all else ():  # the plan is built from the verified file
+            runs[name] = [measure(command(name, checkpoint, Path(folder)), Path(folder), fresh=name != PLAN)]
+            print(f"{name}: {runs[name][-1].wall_s:.1f} s, {runs[name][-1].peak_bytes / 1e9:.2f} GB", flush=True)
         size = checkpoint.stat().st_size
     result = summary(runs, size)
     print("\n".join(table(result)))
@@ -76,22 +78,32 @@ def command(name: str, checkpoint: Path, folder: Path) -> list[str]:
     output = str(folder / "out" / "encoder.onnx")
     if name == PLAIN:
         return [sys.executable, "-m", "benchmarks.plain_export", str(checkpoint), output]
+    if name == PLAN:
+        return [sys.executable, "-m", "neck_export", "trt", output, "--flavor", "rtx"]
     options = ["--checkpoint", str(checkpoint), "--precision", "fp16", "--output", output]
     return [sys.executable, "-m", "neck_export", "onnx", *options, "--verify" if name == VERIFIED else "--no-verify"]
 
 
-def measure(arguments: list[str], folder: Path) -> Run:
-    """Runs one process to its end; raises CalledProcessError where it fails."""
+def measure(arguments: list[str], folder: Path, fresh: bool = True) -> Run:
+    """Runs one process to its end; raises CalledProcessError where it fails.
+
+    Args:
+        arguments: the command.
+        folder: its files go into the folder `out` in there.
+        fresh: whether that folder is emptied first.
+    """
     output = folder / "out"
     output.mkdir(exist_ok=True)
-    for file in output.iterdir():
+    for file in output.iterdir() if fresh else ():
         file.unlink()
     start = time.perf_counter()
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    with open(folder / "stderr", "wb") as errors:
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
     wall_s = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
+        sys.stderr.write((folder / "stderr").read_text(errors="replace"))
         raise subprocess.CalledProcessError(process.returncode, arguments)
     # ru_maxrss is in KiB on Linux
     return Run(wall_s, usage.ru_maxrss * 1024, sum(file.stat().st_size for file in output.iterdir()))

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
-import fcntl
 import fnmatch
 import os
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from engines.flavor import Flavor, Gpu, choose_flavor
 from engines.graph import BuildError, Graph, read_graph
-from engines.layers import FIRST_LINE, LayerSheet, read_accumulations, sheet_from_log
+from engines.layers import LayerSheet
+from engines.listing import read_accumulations, sheet_from_log
+from engines.stream import BuildLog, Progress, disk_errors, new_monitor, run_builder, temporary
 from export.signature import BATCH, BatchRange, TensorSpec
 
-Progress = Callable[[str, int, int], None]
-"""Called with a phase's name, its steps done and its steps in all; from the builder's thread."""
-
 TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
-NUMPY = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "UINT8": "uint8", "INT32": "int32", "INT64": "int64"}
+NUMPY = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "UINT8": "uint8",
+    "INT32": "int32",
+    "INT64": "int64",
+}
 SCORES = "*.attn/scores*"
 """The matrix product that the attention form `unfused` keeps in FP32."""
 
@@ -94,24 +95,6 @@ class BuildResult:
     sheet: LayerSheet | None
 
 
-class _Log:
-    """The builder's log: its last errors and the finished engine; the rest (2.7 MB) is dropped."""
-
-    def __init__(self) -> None:
-        self.errors: list[str] = []
-        self.engine = ""
-
-    def take(self, severity: int, line: str) -> None:
-        if severity <= 1 and "cudaError 35" not in line:  # 35: no driver, which RTX does not need
-            self.errors.append(" ".join(line.split()))
-        elif line.startswith(FIRST_LINE):
-            self.engine = line
-
-    @property
-    def reason(self) -> str:
-        return self.errors[-1][:400] if self.errors else "it gave no reason"
-
-
 def build_plan(
     onnx: Path,
     plan: Path,
@@ -122,8 +105,8 @@ def build_plan(
 ) -> BuildResult:
     """Builds a plan, strongly typed, and reads its layer sheet.
 
-    The plan is written under a temporary name and renamed: until then an old plan stays whole. Of two builds of one plan
-    the last to finish wins. Ctrl-C stops the builder at its next step and leaves no file.
+    The plan is written under a temporary name and renamed: until then an old plan stays whole. Of two builds of one
+    plan the last to finish wins. Ctrl-C stops the builder at its next step and leaves no file.
 
     Args:
         onnx: the file; typed as it shall run.
@@ -147,21 +130,21 @@ def build_plan(
             "version_compatible": options.version_compatible,
         }
     )
-    started, log = time.perf_counter(), _Log()
+    started, log = time.perf_counter(), BuildLog()
     builder, network, keep = _parse(onnx, flavor, log)
     check_types(onnx, flavor.trt, network, options)
     cancelled = threading.Event()
-    common = _common_options(onnx, flavor, network, options, _new_monitor(flavor.trt, progress, cancelled))
+    common = _common_options(onnx, flavor, network, options, new_monitor(flavor.trt, progress, cancelled))
     config = flavor.create_config(builder, network, targets, common)
-    with _disk_errors(plan), temporary(plan) as file:
-        _build(flavor.trt, builder, network, config, file, log, cancelled)
+    with disk_errors(plan), temporary(plan) as (file, path):
+        run_builder(flavor.trt, builder, network, config, file, log, cancelled)
         file.flush()
         os.fsync(file.fileno())
         seconds, size = time.perf_counter() - started, os.fstat(file.fileno()).st_size
         sheet = None
         if log.engine:
-            sheet = sheet_from_log(log.engine, read_accumulations(Path(file.name)), graph.attentions, graph.operations)
-        os.replace(file.name, plan)
+            sheet = sheet_from_log(log.engine, read_accumulations(path), graph.attentions, graph.operations)
+        os.replace(path, plan)
     _save_timing_cache(config, flavor, options)
     inputs = _specs(network.get_input(index) for index in range(network.num_inputs))
     outputs = _specs(network.get_output(index) for index in range(network.num_outputs))
@@ -178,7 +161,7 @@ def _check_attentions(onnx: Path, graph: Graph, options: BuildOptions) -> None:
         )
 
 
-def _parse(onnx: Path, flavor: Flavor, log: _Log) -> tuple[Any, Any, Any]:
+def _parse(onnx: Path, flavor: Flavor, log: BuildLog) -> tuple[Any, Any, Any]:
     """Returns builder, network and what must outlive them."""
     trt = flavor.trt
     logger = flavor.new_logger(log.take)
@@ -188,11 +171,13 @@ def _parse(onnx: Path, flavor: Flavor, log: _Log) -> tuple[Any, Any, Any]:
     if not parser.parse_from_file(str(onnx)):
         reasons = []
         for index in range(parser.num_errors):
-            error = parser.get_error(index)
-            node = f"node {error.node_name()} ({error.node_operator()}): " if error.node_name() else ""
-            reasons.append(node + " ".join(error.desc().split())[:400])
+            parser_error = parser.get_error(index)
+            name, kind = parser_error.node_name(), parser_error.node_operator()
+            reasons.append((f"node {name} ({kind}): " if name else "") + " ".join(parser_error.desc().split())[:400])
         reason = reasons[0] if reasons else log.reason
-        raise BuildError(f"{onnx}: TensorRT {flavor.version} cannot parse it: {reason}\nexport it again with --opset auto")
+        raise BuildError(
+            f"{onnx}: TensorRT {flavor.version} cannot parse it: {reason}\nexport it again with --opset auto"
+        )
     return builder, network, (logger, parser)
 
 
@@ -238,8 +223,10 @@ def _common_options(onnx: Path, flavor: Flavor, network: Any, options: BuildOpti
     if options.version_compatible:
         values["version_compatible"] = True
     if options.hardware_compatible != "none":
-        level = trt.HardwareCompatibilityLevel
-        levels = {"ampere+": level.AMPERE_PLUS, "same": level.SAME_COMPUTE_CAPABILITY}
+        levels = {
+            "ampere+": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
+            "same": trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY,
+        }
         values["hardware_compatibility_level"] = levels[options.hardware_compatible]
     cache = timing_cache_path(flavor, options)
     if cache is not None and cache.exists():
@@ -257,96 +244,15 @@ def _profile(onnx: Path, network: Any, options: BuildOptions) -> Any:  # noqa: A
         raise BuildError(f"{onnx}: input {image.name} is {shape}; only the batch may be dynamic, so fix the image size")
     if shape[0] != -1:
         if options.batch is not None and str(options.batch) != str(shape[0]):
-            raise BuildError(f"{onnx}: its batch is {shape[0]}, asked was {options.batch}; export again with --batch {options.batch}")
+            raise BuildError(
+                f"{onnx}: its batch is {shape[0]}, asked was {options.batch}; export again with --batch {options.batch}"
+            )
         return None
     from polygraphy.backend.trt import Profile
 
     batch = options.batch or BatchRange(1, 4, 8)
     sizes = ((size, *shape[1:]) for size in (batch.minimum, batch.optimum, batch.maximum))
     return Profile().add(image.name, *sizes)
-
-
-def _new_monitor(trt: Any, progress: Progress | None, cancelled: threading.Event) -> Any:  # noqa: ANN401
-    """A progress monitor that hands on outer phases and stops the build once `cancelled` is set."""
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
-
-        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            self.steps[name] = steps
-            if progress:
-                progress(name, 0, steps)
-
-        def step_complete(self, name: str, step: int) -> bool:
-            if progress:
-                progress(name, step + 1, self.steps.get(name, step + 1))
-            return not cancelled.is_set()
-
-        def phase_finish(self, name: str) -> None:
-            self.steps.pop(name, None)
-
-    return Monitor()
-
-
-def _build(trt: Any, builder: Any, network: Any, config: Any, file: IO[bytes], log: _Log, cancelled: threading.Event) -> None:  # noqa: ANN401
-    """Builds in a second thread, so that Ctrl-C reaches this one, and streams the plan into the file."""
-    failures: list[OSError] = []
-
-    class Writer(trt.IStreamWriter):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IStreamWriter.__init__(self)
-
-        def write(self, data: bytes) -> int:
-            try:
-                return file.write(data)
-            except OSError as error:  # RTX 1.7 calls a build whose stream took nothing a success
-                failures.append(error)
-                return 0
-
-    writer = Writer()
-    with ThreadPoolExecutor(1, "tensorrt") as thread:
-        done = thread.submit(builder.build_serialized_network_to_stream, network, config, writer)
-        try:
-            success = done.result()
-        except KeyboardInterrupt:
-            cancelled.set()  # leaving the block waits for the builder's next step
-            raise
-    if failures:
-        raise failures[0]
-    if not success or not file.tell():
-        raise BuildError(f"TensorRT built nothing: {log.reason}")
-
-
-@contextlib.contextmanager
-def temporary(target: Path) -> Iterator[IO[bytes]]:
-    """A file beside the target that is removed unless it was renamed; what killed builds left there is removed first.
-
-    A file of a living build is locked, so it is left alone.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.name}.*.building"):
-        with contextlib.suppress(OSError), stale.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stale.unlink()
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".building", dir=target.parent)
-    with open(descriptor, "wb") as file, open(name, "r+b") as named:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield named
-        finally:
-            Path(name).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _disk_errors(plan: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise BuildError(f"{plan}: no space left on its disk; an older plan there is untouched") from None
-        raise BuildError(f"{plan}: cannot be written ({error.strerror})") from None
 
 
 def timing_cache_path(flavor: Flavor, options: BuildOptions) -> Path | None:
@@ -363,10 +269,10 @@ def _save_timing_cache(config: Any, flavor: Flavor, options: BuildOptions) -> No
     if path is None:
         return
     cache = config.get_timing_cache()
-    with _disk_errors(path), temporary(path) as file:
+    with disk_errors(path), temporary(path) as (file, unfinished):
         file.write(cache.serialize())
         file.flush()
-        os.replace(file.name, path)
+        os.replace(unfinished, path)
 
 
 def _specs(tensors: Iterator[Any]) -> tuple[TensorSpec, ...]:

@@ -26,7 +26,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def examine() -> dict[str, Any]:
-    """Facts of this machine as JSON values: packages, GPU, driver, processor, memory, disk, and what each step lacks."""
+    """Facts of this machine as JSON values: packages, GPU, driver, memory, disk, and what each step lacks."""
     packages = {name: installed_version(name) for name in PACKAGES}
     gpus = gpu_names()
     found: dict[str, Any] = {

@@ -28,7 +28,7 @@ class FlavorError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """The first NVIDIA GPU; `driver` is its version or `unknown`, `cuda` the newest CUDA version that the driver serves."""
+    """The first NVIDIA GPU; `driver` is its version or `unknown`, `cuda` the newest CUDA that the driver serves."""
 
     name: str
     compute_capability: str
@@ -44,7 +44,7 @@ class Flavor:
         name: `tensorrt` or `rtx`.
         trt: its Python module.
         version: its version.
-        targets: compute capabilities that a plan can be built for; empty where it is the GPU at hand, whichever that is.
+        targets: compute capabilities that a plan can be built for; empty where it is the GPU at hand.
         gpu: the GPU at hand, or None.
     """
 
@@ -89,7 +89,9 @@ class Flavor:
         if self.name != "rtx":
             return
         if asked.get("timing_cache"):
-            raise FlavorError("--timing-cache: TensorRT-RTX measures nothing while it builds, so it keeps no cache; leave it out")
+            raise FlavorError(
+                "--timing-cache: TensorRT-RTX measures nothing while it builds, so it keeps no cache; leave it out"
+            )
         if asked.get("hardware_compatible"):
             raise FlavorError("--hardware-compatible: TensorRT-RTX ignores it; name the GPUs with --compute-capability")
         if asked.get("version_compatible") and self.gpu is None:
@@ -114,7 +116,7 @@ class Flavor:
     def why_invalid(self, header: bytes) -> str | None:
         """Why a plan cannot run on this machine, told by its first bytes; None where it can or where nothing tells.
 
-        TensorRT has no such check: there the manifest must say it. RTX tells it since 1.0 (seen in the API, not run on a GPU).
+        TensorRT has no such check: there the manifest must say it. That of RTX was not run on a GPU.
         """
         if self.name != "rtx":
             return None
@@ -128,10 +130,10 @@ class Flavor:
         return ", ".join(told) or ("no reason given" if self.gpu else "no NVIDIA GPU here")
 
     def new_logger(self, take: Callable[[int, str], None]) -> Any:  # noqa: ANN401
-        """A TensorRT logger that hands on severity (0 internal error, 1 error, 2 warning, 3 info, 4 verbose) and line."""
-        trt = self.trt
+        """A TensorRT logger that hands on severity (0, 1: error, 2: warning, 3: info, 4: verbose) and line."""
+        trt: Any = self.trt
 
-        class Logger(trt.ILogger):  # type: ignore[misc]
+        class Logger(trt.ILogger):  # type: ignore[name-defined]
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
@@ -152,7 +154,7 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto") -> Flavor:
     """
     gpu = find_gpu()
     names: tuple[FlavorName, ...] = (asked,) if asked != "auto" else (("tensorrt", "rtx") if gpu else ("rtx",))
-    reasons = []
+    reasons: list[str] = []
     for name in names:
         if name == "tensorrt" and gpu is None:
             raise FlavorError("flavour tensorrt needs an NVIDIA GPU with its driver; --flavor rtx builds without one")
@@ -190,11 +192,11 @@ def _set_polygraphy_up(name: FlavorName) -> None:
     """Polygraphy reads its switch when it is imported, once in a process."""
     wanted = name == "rtx"
     os.environ[POLYGRAPHY_SWITCH] = str(int(wanted))
-    from polygraphy import config
+    from polygraphy import config as polygraphy_config
 
-    if "polygraphy.backend.trt" in sys.modules and bool(config.USE_TENSORRT_RTX) != wanted:
+    if "polygraphy.backend.trt" in sys.modules and bool(polygraphy_config.USE_TENSORRT_RTX) != wanted:
         raise FlavorError(f"this process uses the other TensorRT already; start another for --flavor {name}")
-    config.USE_TENSORRT_RTX = wanted
+    polygraphy_config.USE_TENSORRT_RTX = wanted
 
 
 def has_gpu() -> bool:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, helper
 
 ELEMENT_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -79,7 +79,9 @@ def _check_weights(path: Path, graph: onnx.GraphProto) -> None:
         if not file.is_file():
             raise BuildError(f"No such file: {file}, the weights of {path.name}; copy both or export again")
         if file.stat().st_size < end:
-            raise BuildError(f"{file}: truncated, has {file.stat().st_size:,} of {end:,} bytes; copy it again or export again")
+            raise BuildError(
+                f"{file}: truncated, has {file.stat().st_size:,} of {end:,} bytes; copy it again or export again"
+            )
 
 
 def _types(graph: onnx.GraphProto) -> dict[str, int]:

@@ -1,8 +1,4 @@
-"""The layer sheet of a plan: what the builder made of the graph, without running it.
-
-Two sources give the same sheet: the builder's log (TensorRT-RTX prints the finished engine, GPU or not) and the engine
-inspector (TensorRT 10 and 11, where a GPU is; tested on hand-made JSON only).
-"""
+"""The layer sheet of a plan: what the builder made of the graph, told without running it."""
 
 from __future__ import annotations
 
@@ -10,10 +6,8 @@ import collections
 import dataclasses
 import json
 import math
-import mmap
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal
 
 GPUS = {
@@ -29,28 +23,10 @@ GPUS = {
     "RTX 4090": (165.2, 1008.0),
     "RTX 5090": (209.5, 1792.0),
 }
-"""Published, not measured: dense FP16 tensor TFLOP/s with FP32 accumulation, memory GB/s (NVIDIA's data sheets; SXM, 80 GB)."""
+"""Published, not measured (NVIDIA's data sheets; SXM, 80 GB): dense FP16 TFLOP/s with FP32 accumulation, GB/s."""
 
 ATTENTION_KERNEL = re.compile(r"mha|flash_?attention", re.IGNORECASE)
-ATTENTION_LAYER = re.compile(r"(^|[/_])(attention|softmax)(_\d+)?$", re.IGNORECASE)
-"""Names of ONNX layers of which every attention has one: Attention or Softmax, as this tool and torch name them."""
-
 BYTES = {"Float": 4, "Half": 2, "BFloat16": 2, "Int64": 8, "Int32": 4, "Int8": 1, "UInt8": 1, "Bool": 1, "FP8": 1}
-SPELLINGS = {"FP32": "Float", "FP16": "Half", "BF16": "BFloat16", "INT8": "Int8", "INT32": "Int32", "INT64": "Int64"}
-
-LINE = re.compile(
-    r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
-    r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: \d+, Metadata: (?P<metadata>.*)"
-)
-TENSOR = re.compile(r"\{ Name: (.*?), Dimensions: \[([-\d,]*)\],.*?Datatype: (\w+)")
-TRAITS = re.compile(rb"fmha::\w+?_(fp16|fp32|bf16)_traits,\s*fmha::\w+?_(fp16|fp32|bf16)_traits")
-ENTRY = re.compile(rb"__global__ void (\w+)\(")
-FIRST_LINE = "Layers:"
-"""How the builder's message begins that lists the finished engine."""
-
-
-class LayerSheetError(ValueError):
-    """A source that tells no layers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +78,7 @@ class Kernel:
     @property
     def modules(self) -> tuple[str, ...]:
         """Paths of the modules that it comes from, in order."""
-        return tuple(dict.fromkeys(name.rpartition("/")[0] or name for name in map(_unconverted, self.onnx)))
+        return tuple(dict.fromkeys(name.rpartition("/")[0] or name for name in map(unconverted, self.onnx)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,14 +104,16 @@ class LayerSheet:
 
     @property
     def accumulation(self) -> tuple[str, str] | None:
-        """Types in which the fused attentions' two products accumulate, the narrowest of all; None where one is not told.
+        """Types in which the fused attentions' two products accumulate, the narrowest of all; None where not told.
 
         BF16 products accumulate in FP32 (the tensor cores have no other way), so their traits say `fp32` here.
         """
         told = [kernel.accumulation for kernel in self.fused]
         if not told or None in told:
             return None
-        first, second = ("fp16" if "fp16" in types else "fp32" for types in zip(*(pair for pair in told if pair), strict=True))
+        first, second = (
+            "fp16" if "fp16" in types else "fp32" for types in zip(*(pair for pair in told if pair), strict=True)
+        )
         return first, second
 
     @property
@@ -176,14 +154,14 @@ class LayerSheet:
         """What is dangerous about the plan's attention, or None."""
         if any("fp16" in (kernel.accumulation or ()) for kernel in self.fused):
             return (
-                "attention accumulates in FP16: published SAM 3 engines of this kind lost the picture without an error (cosine "
-                "0.06, NVIDIA/TensorRT #4837). Export with --attention fp32acc, or trust only a plan that `verify` passed"
+                "attention accumulates in FP16: published SAM 3 engines of this kind lost the picture without an error "
+                "(cosine 0.06, NVIDIA/TensorRT #4837). Export with --attention fp32acc, or trust only a verified plan"
             )
         half = [kernel for kernel in self.fused if any(tensor.dtype == "Half" for tensor in kernel.inputs)]
         if half and self.accumulation is None:
             return (
-                "this plan does not tell what its FP16 attention accumulates in; FP16 there is known to lose the picture "
-                "(NVIDIA/TensorRT #4837), so trust only a plan that `verify` passed"
+                "this plan does not tell what its FP16 attention accumulates in; FP16 there is known to lose the "
+                "picture (NVIDIA/TensorRT #4837), so trust only a verified plan"
             )
         return None
 
@@ -226,122 +204,6 @@ class LayerSheet:
         return cls(values["source"], tuple(kernels), values["attentions"], values["operations"])
 
 
-def sheet_from_log(
-    log: str, accumulations: Mapping[str, tuple[str, str]], attentions: int | None = None, operations: int | None = None
-) -> LayerSheet:
-    """Reads the sheet from the builder's listing of the finished engine (RTX; DETAILED profiling verbosity, VERBOSE log).
-
-    Args:
-        log: the builder's message that begins with `Layers:`.
-        accumulations: what `read_accumulations` read from the plan.
-        attentions: how many the graph has; by default counted from the ONNX layers' names.
-        operations: as in LayerSheet.
-
-    Raises:
-        LayerSheetError: no kernel is listed.
-    """
-    kernels = []
-    for line in log.splitlines():
-        found = LINE.match(line)
-        if found is None or found["kind"] == "shape_call":  # computed on the host
-            continue
-        tensors = {
-            key: tuple(Tensor(name, _dims(dims), dtype) for name, dims, dtype in TENSOR.findall(found[key]))
-            for key in ("inputs", "constants", "outputs")
-        }
-        onnx, tactic = _onnx_layers(found["metadata"]), found["tactic"]
-        kernels.append(Kernel(found["name"], found["kind"], tactic, **tensors, onnx=onnx, accumulation=accumulations.get(tactic)))
-    return _sheet("builder log", kernels, attentions, operations)
-
-
-def sheet_from_inspector(
-    information: str,
-    accumulations: Mapping[str, tuple[str, str]],
-    attentions: int | None = None,
-    operations: int | None = None,
-) -> LayerSheet:
-    """Reads the sheet from EngineInspector.get_engine_information(JSON); untested on a GPU.
-
-    Args:
-        information: the JSON, of TensorRT 10 (`Bindings`) or 11 (`I/O Tensors`); only its `Layers` are read.
-        accumulations, attentions, operations: as in sheet_from_log.
-
-    Raises:
-        LayerSheetError: not JSON, or names alone, which a plan without detailed profiling verbosity gives.
-    """
-    try:
-        layers = json.loads(information)["Layers"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise LayerSheetError("the engine inspector gave no list of layers") from None
-    if any(not isinstance(layer, dict) for layer in layers):
-        raise LayerSheetError("the plan tells its layers' names alone; build it with detailed profiling verbosity")
-    kernels = []
-    for layer in layers:
-        tensors = {
-            key.lower(): tuple(Tensor(t["Name"], tuple(t["Dimensions"]), _dtype(t)) for t in layer.get(key, []))
-            for key in ("Inputs", "Constants", "Outputs")
-        }
-        tensors["constants"] += tuple(
-            Tensor(key, (layer[key]["Count"],), _spelled(layer[key]["Type"]))
-            for key in ("Weights", "Bias")
-            if layer.get(key, {}).get("Count")
-        )
-        tactic = layer.get("TacticName", "")
-        onnx = _onnx_layers(layer.get("Metadata", ""))
-        kernel = Kernel(layer["Name"], layer.get("LayerType", ""), tactic, **tensors, onnx=onnx)
-        kernels.append(dataclasses.replace(kernel, accumulation=accumulations.get(tactic)))
-    return _sheet("engine inspector", kernels, attentions, operations)
-
-
-def read_accumulations(plan: Path) -> dict[str, tuple[str, str]]:
-    """Types in which each attention kernel's first and second product accumulate, by the kernel's tactic name.
-
-    A plan of TensorRT-RTX holds its generated kernels as source, where `Kernel_traits_v2_flash_attention<fmha::
-    Ampere_hmma_fp32_traits, ...>` names both and the entry point after it carries the tactic's name. bf16 traits multiply
-    bf16 and accumulate in FP32. Plans of TensorRT hold none: the result is empty.
-    """
-    found: dict[str, tuple[str, str]] = {}
-    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for traits in TRAITS.finditer(data):
-            entry = ENTRY.search(data, traits.end())
-            if entry is not None:
-                first, second = ("fp16" if part == b"fp16" else "fp32" for part in traits.groups())
-                found[entry[1].decode()] = (first, second)
-    return found
-
-
-def _sheet(
-    source: Literal["builder log", "engine inspector"],
-    kernels: list[Kernel],
-    attentions: int | None,
-    operations: int | None,
-) -> LayerSheet:
-    if not kernels:
-        raise LayerSheetError(f"the {source} lists no kernel")
-    if attentions is None:
-        layers = {_unconverted(name) for kernel in kernels for name in kernel.onnx}
-        attentions = sum(bool(ATTENTION_LAYER.search(name)) for name in layers)
-    return LayerSheet(source, tuple(kernels), attentions, operations)
-
-
-def _unconverted(name: str) -> str:
+def unconverted(name: str) -> str:
     """The name of the node that a Cast of the precision pass (`node/to_float16`) stands at."""
     return re.sub(r"/to_(float|float16|bfloat16)$", "", name)
-
-
-def _onnx_layers(metadata: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(re.findall(r"\[ONNX Layer: (.*?)\]", metadata)))
-
-
-def _dims(text: str) -> tuple[int, ...]:
-    return tuple(int(side) for side in text.split(",") if side)
-
-
-def _dtype(tensor: Mapping[str, Any]) -> str:
-    """The type of a tensor in the inspector's JSON: `Datatype`, or a word of `Format/Datatype` (TensorRT 10)."""
-    words: Iterable[str] = tensor.get("Datatype", tensor.get("Format/Datatype", "")).split()
-    return next((spelled for spelled in map(_spelled, words) if spelled in BYTES), "?")
-
-
-def _spelled(word: str) -> str:
-    return SPELLINGS.get(word.upper(), word)

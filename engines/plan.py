@@ -301,7 +301,7 @@ def _verify(
 ) -> tuple[Verdict | None, dict[str, Any]]:
     """The verdict on the plan where a GPU is, else on its ONNX graph, and what the manifest says of it."""
     if not options.verify:
-        return None, {"verified": False, "reason": "not asked: --no-verify"}
+        return None, {"verified": False, "reason": "not verified: --no-verify"}
     if source is None:
         reason = f"not verified: {options.onnx.name} has no manifest, so the weights to compare with are unknown"
         return None, {"verified": False, "reason": reason}

@@ -396,7 +396,8 @@ def _memory(device: torch.device) -> str:
     if device.type != "cuda":
         return "device memory is not told"
     free, total = torch.cuda.mem_get_info(device)
-    return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB of device memory are free, is it taken by others?"
+    room = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB of device memory are free"
+    return f"{room}; if too little, end other programs or take a smaller batch"
 
 
 def _to_numpy(value: Tensor) -> np.ndarray:

@@ -93,9 +93,15 @@ def load(options: ExportOptions) -> Sam3DualViTDetNeck:
 
 
 def sign(options: ExportOptions, encoder: Sam3DualViTDetNeck) -> Signature:
-    """The signature of an export."""
-    return encoder_signature(
-        encoder_config(encoder),
+    """The signature of an export.
+
+    Raises:
+        SignatureError: a neck or level that the encoder does not have.
+        ExportError: a level that is empty at the image size.
+    """
+    config = encoder_config(encoder)
+    signature = encoder_signature(
+        config,
         necks=options.necks,
         levels=options.levels,
         positions=options.positions,
@@ -103,3 +109,8 @@ def sign(options: ExportOptions, encoder: Sam3DualViTDetNeck) -> Signature:
         batch=options.batch,
         dtype=NUMPY_NAMES[options.output_precision or options.precision],
     )
+    for level in signature.levels:
+        if not all(signature.level_sizes[level]):
+            (height, width), least = config.image_size, 2 * config.patch_size
+            raise ExportError(f"level {level} is empty at {height}x{width} pixels; its sides must be {least} at least")
+    return signature

@@ -27,7 +27,7 @@ from export.manifest import (
     staging,
     write_manifest,
 )
-from export.options import ExportOptions, check_options, load, sign
+from export.options import NUMPY_NAMES, ExportOptions, check_options, load, sign
 from export.precision import Precision, lower
 from export.provenance import (
     encoder_config,
@@ -45,6 +45,7 @@ from export.verify import Report, check_memory, positions_path, require_runtime,
 from neck.necks import Sam3DualViTDetNeck
 
 __all__ = [
+    "NUMPY_NAMES",
     "ExportOptions",
     "ExportResult",
     "RejectedError",

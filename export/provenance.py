@@ -99,18 +99,6 @@ def manifest_precision(where: Path, manifest: Mapping[str, Any]) -> Precision:
     return precision
 
 
-def manifest_precision(where: Path, manifest: Mapping[str, Any]) -> Precision:
-    """The precision that a manifest holds.
-
-    Raises:
-        ManifestError: it holds none that is known.
-    """
-    precision = manifest.get("precision")
-    if precision not in TYPES:
-        raise ManifestError(f"{where}: precision {precision!r}, expected {', '.join(TYPES)}; write the file again")
-    return precision
-
-
 def manifest_encoder(where: Path, manifest: Mapping[str, Any], checkpoint: Path | None = None) -> Sam3DualViTDetNeck:
     """The plain encoder that a file was exported from, set to its image size.
 

@@ -41,7 +41,7 @@ def simulate(model: ir.Model) -> list[ir.Value]:
             continue
         for output in node.outputs:
             if output.dtype in LOW:
-                low = cast(ir.DataType, output.dtype)
+                low = output.dtype
                 if node.op_type == "Cast":
                     node.attributes.add(ir.AttrInt64("to", ir.DataType.FLOAT.value))
                 output.type = ir.TensorType(ir.DataType.FLOAT)

@@ -31,7 +31,7 @@ def test_json_gives_the_same_config_again(size: Any) -> None:  # noqa: ANN401 - 
     again = EncoderConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert hash(again) == hash(config)
-    assert again != dataclasses.replace(config, image_size=112)  # the control
+    assert again != dataclasses.replace(config, image_size=(112, 112))  # the control
 
 
 @pytest.mark.parametrize("size", [336, (336, 336), [336, 336]])

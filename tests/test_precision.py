@@ -141,11 +141,12 @@ def test_low_precision_weights_are_the_rounded_weights(save: Save) -> None:
         loaded = ir.load(save(lowered(precision)))
         stored = {name: value.const_value for name, value in loaded.graph.initializers.items()}
         name = next(name for name in stored if name.startswith("sam2_convs.2.conv_3x3.weight"))
-        exact = golden.encoder.get_submodule("sam2_convs.2.conv_3x3").weight
-        assert stored[name] is not None
-        found = stored[name].numpy()  # type: ignore[union-attr]
+        exact = golden.encoder.get_parameter("sam2_convs.2.conv_3x3.weight")
+        tensor = stored[name]
+        assert tensor is not None
+        found = tensor.numpy()
         assert found.dtype == kind
-        assert np.array_equal(found, exact.detach().numpy().astype(kind))  # type: ignore[union-attr,operator]
+        assert np.array_equal(found, exact.numpy().astype(kind))
 
 
 def fp32_modules(made: ir.Model) -> set[str]:

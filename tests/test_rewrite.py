@@ -69,7 +69,7 @@ def test_identity_sees_a_small_change(size: tuple[int, int]) -> None:
     config = encoder.trunk.config
     assert not isinstance(config, Tensor | nn.Module)
     changed = random_encoder(config).double()
-    changed.get_submodule("trunk.blocks.0.attn.qkv").weight[0] *= 1 + 1e-9  # type: ignore[index]
+    changed.get_parameter("trunk.blocks.0.attn.qkv.weight")[0] *= 1 + 1e-9
     assert difference(rewrite(changed, Rewrites()), encoder, image) > TOLERANCE
 
 
@@ -92,10 +92,10 @@ def test_scale_and_order_go_into_the_projection() -> None:
     attention = rewrite(encoder, Rewrites()).get_submodule("trunk.blocks.0.attn")
     assert isinstance(attention, DeployAttention)
     weight, bias = attention.projection()
-    given = encoder.get_submodule("trunk.blocks.0.attn.qkv")
-    assert torch.equal(weight[1], given.weight[2] * 8**-0.5)  # type: ignore[index] # q of head 0: (0, 2, 4, 6, 1, ...)
-    assert torch.equal(weight[16 + 4], given.weight[16 + 1])  # type: ignore[index] # k
-    assert torch.equal(bias[32:], given.bias[32:])  # type: ignore[index] # v as it is
+    given, given_bias = (encoder.get_parameter(f"trunk.blocks.0.attn.qkv.{kind}") for kind in ("weight", "bias"))
+    assert torch.equal(weight[1], given[2] * 8**-0.5)  # q of head 0: (0, 2, 4, 6, 1, ...)
+    assert torch.equal(weight[16 + 4], given[16 + 1])  # k
+    assert torch.equal(bias[32:], given_bias[32:])  # v as it is
     assert attention.scale == 1.0
 
 

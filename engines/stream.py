@@ -1,0 +1,131 @@
+"""Runs the builder: its log, its progress, Ctrl-C, and the file that the plan is streamed into."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+from engines.graph import BuildError
+from engines.listing import FIRST_LINE
+
+Progress = Callable[[str, int, int], None]
+"""Called with a phase's name, its steps done and its steps in all; from the builder's thread."""
+
+BUILDING = ".building"
+"""How the name of an unfinished plan ends."""
+
+
+class BuildLog:
+    """The builder's log: its last errors and the finished engine; the rest (2.7 MB) is dropped."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self.engine = ""
+
+    def take(self, severity: int, line: str) -> None:
+        if severity <= 1 and "cudaError 35" not in line:  # 35: no driver, which RTX does not need
+            self.errors.append(" ".join(line.split()))
+        elif line.startswith(FIRST_LINE):
+            self.engine = line
+
+    @property
+    def reason(self) -> str:
+        return self.errors[-1][:400] if self.errors else "it gave no reason"
+
+
+def new_monitor(trt: Any, progress: Progress | None, cancelled: threading.Event) -> Any:  # noqa: ANN401
+    """A progress monitor that hands on outer phases and stops the build once `cancelled` is set."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.steps[name] = steps
+            if progress:
+                progress(name, 0, steps)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if progress:
+                progress(name, step + 1, self.steps.get(name, step + 1))
+            return not cancelled.is_set()
+
+        def phase_finish(self, name: str) -> None:
+            self.steps.pop(name, None)
+
+    return Monitor()
+
+
+def run_builder(
+    trt: Any,  # noqa: ANN401
+    builder: Any,  # noqa: ANN401
+    network: Any,  # noqa: ANN401
+    config: Any,  # noqa: ANN401
+    file: IO[bytes],
+    log: BuildLog,
+    cancelled: threading.Event,
+) -> None:
+    """Builds in a second thread, so that Ctrl-C reaches this one, and streams the plan into the file."""
+    failures: list[OSError] = []
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:  # RTX 1.7 calls a build whose stream took nothing a success
+                failures.append(error)
+                return 0
+
+    writer = Writer()
+    with ThreadPoolExecutor(1, "tensorrt") as thread:
+        done = thread.submit(builder.build_serialized_network_to_stream, network, config, writer)
+        try:
+            success = done.result()
+        except KeyboardInterrupt:
+            cancelled.set()  # leaving the block waits for the builder's next step
+            raise
+    if failures:
+        raise failures[0]
+    if not success or not file.tell():
+        raise BuildError(f"TensorRT built nothing: {log.reason}")
+
+
+@contextlib.contextmanager
+def temporary(target: Path) -> Iterator[tuple[IO[bytes], Path]]:
+    """A file beside the target and its path, removed unless it was renamed.
+
+    What killed builds left there is removed first; a living build's file is locked, so it is left alone.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for stale in target.parent.glob(f".{target.name}.*{BUILDING}"):
+        with contextlib.suppress(OSError), stale.open("rb") as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stale.unlink()
+    path = target.with_name(f".{target.name}.{secrets.token_hex(4)}{BUILDING}")
+    with path.open("xb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield file, path
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(plan: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "no space left for it" if full else f"cannot be written ({error.strerror})"
+        raise BuildError(f"{plan}: {reason}; nothing was written, an older plan there is untouched") from None

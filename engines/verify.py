@@ -1,0 +1,186 @@
+"""A plan against the plain PyTorch module: the same pictures through both, judged by export/fidelity."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engines.flavor import Flavor
+from engines.session import Session, open_plan
+from export.fidelity import Verdict, check_overrides, compare
+from export.manifest import manifest_path
+from export.pipeline import manifest_encoder
+from export.signature import Signature
+from export.verify import Report, reference_outputs, reference_pixels
+from neck.necks import Sam3DualViTDetNeck
+from neck.pictures import normalise
+
+Runner = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+"""Takes the image as the signature says and gives the outputs by name."""
+
+
+class VerifyError(RuntimeError):
+    """A plan that cannot be compared with PyTorch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What the plain module gives: made once, it serves every plan of the same size, necks and levels.
+
+    Attributes:
+        pixels: uint8 (B, H, W, 3).
+        outputs: float32 by name.
+        device: where it was computed.
+    """
+
+    pixels: np.ndarray
+    outputs: Mapping[str, np.ndarray]
+    device: str
+
+
+def make_reference(
+    encoder: Sam3DualViTDetNeck, signature: Signature, count: int, images: Path | None = None
+) -> Reference:
+    """Runs the plain module in FP32, without TF32, where its weights lie.
+
+    Args:
+        encoder: the plain encoder.
+        signature: which outputs, and the image's size.
+        count: how many pictures.
+        images: a folder of pictures; without one the shipped picture.
+
+    Raises:
+        PictureError: pictures that cannot be read.
+    """
+    pixels = reference_pixels(signature, images, count)
+    encoder.set_imgsz(signature.image_size)
+    with _exact_fp32():
+        outputs = reference_outputs(encoder, pixels, signature.necks, signature.levels)
+    return Reference(pixels, outputs, next(encoder.parameters()).device.type)
+
+
+def verify_runner(
+    run: Runner,
+    signature: Signature,
+    reference: Reference,
+    precision: str,
+    candidate: str,
+    overrides: Mapping[str, float] | None = None,
+) -> Verdict:
+    """Compares what a runner gives with the reference.
+
+    Args:
+        run: the candidate.
+        signature: its contract; positions in a file of their own are no outputs of it and are not compared.
+        reference: what PyTorch gives.
+        precision: which tolerances apply.
+        candidate: what runs, for the verdict's method.
+        overrides: relative L2 by output name or wildcard.
+
+    Raises:
+        VerifyError: other outputs than the signature's.
+        FidelityError: an override that fits none, outputs of another shape than the reference's.
+    """
+    names = [spec.name for spec in signature.outputs]
+    check_overrides(overrides or {}, names)
+    pixels = reference.pixels
+    outputs = run(pixels if signature.input == "uint8" else normalise(pixels).numpy())
+    if sorted(outputs) != sorted(names):
+        raise VerifyError(f"{candidate} gives {', '.join(outputs) or 'no output'}; expected {', '.join(names)}")
+    pictures = f"{len(pixels)} picture{'s' * (len(pixels) > 1)}"
+    method = f"PyTorch FP32 ({reference.device}) against {candidate}, {pictures}"
+    return compare(reference.outputs, {name: outputs[name] for name in names}, precision, method, overrides)
+
+
+def verify_plan(
+    plan: Path,
+    *,
+    encoder: Sam3DualViTDetNeck | None = None,
+    checkpoint: Path | None = None,
+    reference: Reference | None = None,
+    images: Path | None = None,
+    overrides: Mapping[str, float] | None = None,
+    report: Report = lambda line: None,
+    flavor: Flavor | None = None,
+) -> Verdict:
+    """Runs a plan on the GPU and compares its outputs with the plain module's; writes nothing.
+
+    Args:
+        plan: the plan, its manifest beside it.
+        encoder: the plain encoder; by default the one that the manifest tells of, on the CPU.
+        checkpoint: its weights, where they are no longer where the manifest says.
+        reference: what `make_reference` made for this signature; by default it is made here, which takes longest.
+        images: a folder of pictures; without one the shipped picture.
+        overrides: relative L2 by output name or wildcard.
+        report: told of every step.
+        flavor: which TensorRT; by default the one that built the plan.
+
+    Raises:
+        SessionError: the plan cannot run here.
+        VerifyError: nothing tells which encoder the plan holds, or its outputs are others.
+        FidelityError, PictureError, CheckpointError, ExportError: as the stages below say.
+    """
+    with open_plan(plan, flavor) as session:
+        manifest, here = session.manifest, describe(session.flavor)
+        signature = plan_signature(plan, manifest, known=encoder is not None or reference is not None)
+        check_overrides(overrides or {}, [spec.name for spec in signature.outputs])
+        if reference is None:
+            report("reference: the plain module in PyTorch FP32")
+            if encoder is None:
+                encoder = manifest_encoder(manifest_path(plan), manifest["onnx_manifest"], checkpoint)
+            reference = make_reference(encoder, signature, count_for(session.inputs[0].batch), images)
+        report(f"candidate: the plan in {here}")
+        return verify_runner(_runner(session), signature, reference, manifest["precision"], here, overrides)
+
+
+def plan_signature(plan: Path, manifest: Mapping[str, Any], known: bool) -> Signature:
+    """The contract that a plan's manifest tells.
+
+    Args:
+        plan, manifest: the plan and its manifest.
+        known: whether the caller has the encoder.
+
+    Raises:
+        VerifyError: the plan was built from a foreign ONNX file, so nothing tells what to compare with.
+    """
+    if not manifest.get("signature") or not (known or manifest.get("onnx_manifest")):
+        raise VerifyError(
+            f"{plan}: built from an ONNX file that neck-export did not write, so nothing tells what to compare "
+            f"with; export it by `neck-export onnx` and build that"
+        )
+    return Signature.from_dict(manifest["signature"])
+
+
+def _runner(session: Session) -> Runner:
+    return lambda image: session.infer({"image": image})
+
+
+def count_for(batch: tuple[int, int]) -> int:
+    """How many pictures to verify with: two where the batch is dynamic, to see that they do not mix, else its size."""
+    low, high = batch
+    return max(low, min(high, 2)) if low != high else low
+
+
+def describe(flavor: Flavor) -> str:
+    """The TensorRT and the GPU, for a verdict's method."""
+    name = "TensorRT-RTX" if flavor.name == "rtx" else "TensorRT"
+    gpu = flavor.gpu
+    on = f" on {gpu.name} (compute capability {gpu.compute_capability}, driver {gpu.driver})" if gpu else ""
+    return f"{name} {flavor.version}{on}"
+
+
+@contextlib.contextmanager
+def _exact_fp32() -> Iterator[None]:
+    """Turns TF32 off, which torch uses in convolutions on a GPU by default: it keeps 10 bits of 23."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

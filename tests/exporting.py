@@ -1,0 +1,119 @@
+"""What the tests of the pipeline and of the command line share: tiny exports, traced once, and the front door in-process."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import export.pipeline
+import neck_export
+from export.deploy import DeployEncoder
+from export.options import ExportOptions
+from export.trace import trace
+from neck.config import EncoderConfig
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(__file__).parent / "data"
+
+_traces: dict[tuple[Any, ...], ir.Model] = {}
+
+
+def quick_trace(module: DeployEncoder) -> ir.Model:
+    """`trace`, once for each module: the same weights, architecture and signature give the same graph."""
+    digest = hashlib.sha256()
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    key = (module.signature, getattr(module.trunk, "config", None), repr(module), digest.digest())
+    if key not in _traces:
+        _traces[key] = trace(module)
+    return _traces[key].clone()
+
+
+def trace_quickly(patch: pytest.MonkeyPatch) -> None:
+    """Puts `quick_trace` into the pipeline."""
+    patch.setattr(export.pipeline, "trace", quick_trace)
+
+
+def checkpoint_of(case: str) -> Path:
+    """The checkpoint of a golden case."""
+    return next((DATA / case).glob("checkpoint.*"))
+
+
+def config_of(case: str) -> Path:
+    """The encoder.json of a golden case."""
+    return DATA / case / "encoder.json"
+
+
+def golden_options(case: str, output: Path, **changes: Any) -> ExportOptions:  # noqa: ANN401 - ExportOptions' own fields
+    """Options that export all of a golden case."""
+    size = json.loads((DATA / case / "case.json").read_text())["run_image_size"]
+    config = EncoderConfig.from_file(config_of(case))
+    values: dict[str, Any] = {"config": config, "necks": "all", "image_size": size, **changes}
+    return ExportOptions(output, **{"checkpoint": checkpoint_of(case), **values})
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder, hidden ones too, with its content; a folder has a name that ends in a slash."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        found[f"{name}/" if path.is_dir() else name] = b"" if path.is_dir() else path.read_bytes()
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """What a command gave."""
+
+    code: int
+    out: str
+    err: str
+
+
+def neck_export_cli(*arguments: str | Path) -> Ran:
+    """Runs `neck-export` in this process; an exception that it should have told is raised."""
+    result = CliRunner().invoke(neck_export.app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Ran(result.exit_code, result.stdout, result.stderr)
+
+
+def plant(state: dict[str, torch.Tensor], prefix: str, block: int, factor: float) -> None:
+    """Scales one value channel of a block's attention up and its column of the projection down: the same function."""
+    qkv, proj = f"{prefix}trunk.blocks.{block}.attn.qkv.", f"{prefix}trunk.blocks.{block}.attn.proj.weight"
+    channels = state[proj].shape[1]
+    state[qkv + "weight"][2 * channels] *= factor
+    state[qkv + "bias"][2 * channels] *= factor
+    state[proj][:, 0] /= factor
+
+
+@functools.cache
+def golden_state(case: str) -> dict[str, torch.Tensor]:
+    """The state dict of a golden case in Meta's format; copy it before a change."""
+    return torch.load(checkpoint_of(case), weights_only=True)["model"]
+
+
+def save_state(path: Path, change: Callable[[dict[str, torch.Tensor]], None] | None = None) -> Path:
+    """Writes meta-dual's checkpoint, changed."""
+    state = {name: tensor.clone() for name, tensor in golden_state("meta-dual").items()}
+    if change:
+        change(state)
+    torch.save({"model": state}, path)
+    return path
+
+
+def random_outputs(seed: int = 0, **shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Named arrays of order 1."""
+    generator = np.random.default_rng(seed)
+    return {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}

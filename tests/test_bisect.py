@@ -1,0 +1,95 @@
+"""A planted fault is found in its block, and the proposed command mends the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DATA
+from typer.testing import CliRunner
+
+from engines.bisect import BisectError, bisect, finding_lines
+from export.manifest import manifest_path
+from export.pipeline import ExportOptions, export_onnx
+from neck.checkpoint import load_encoder, save_meta_checkpoint
+from neck.config import EncoderConfig
+from neck_export import app
+
+FAULTY = 2
+FACTOR = 2.0**16
+"""Values of the planted block times this pass 65504, and its projection divides it away: nothing changes in FP32."""
+
+CASE = DATA / "meta-dual"
+
+
+@pytest.fixture(scope="module")
+def config() -> EncoderConfig:
+    return EncoderConfig.from_file(CASE / "encoder.json")
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory, config: EncoderConfig) -> Path:
+    """An FP16 file, not verified, one of whose blocks overflows in its attention's values."""
+    folder = tmp_path_factory.mktemp("faulty")
+    encoder = load_encoder(CASE / "checkpoint.pt", config)
+    attention = encoder.trunk.blocks[FAULTY].attn
+    for linear in (attention.qkv, attention.proj):
+        for name, parameter in list(linear.named_parameters()):
+            setattr(linear, name, torch.nn.Parameter(parameter.clone(), requires_grad=False))
+    rows = slice(2 * config.embed_dim, None)
+    attention.qkv.weight[rows] *= FACTOR
+    attention.qkv.bias[rows] *= FACTOR
+    attention.proj.weight /= FACTOR
+    save_meta_checkpoint(encoder, folder / "faulty.pt")
+    options = ExportOptions(
+        output=folder / "faulty.onnx",
+        checkpoint=folder / "faulty.pt",
+        config=config,
+        precision="fp16",
+        verify=False,
+    )
+    return export_onnx(options).path
+
+
+def test_names_the_planted_block_and_its_command_passes(faulty: Path) -> None:
+    finding = bisect(faulty)
+    assert finding.first_bad == f"trunk.blocks.{FAULTY}"
+    assert finding.keep_fp32 == (f"trunk.blocks.{FAULTY}.attn",)  # the smallest: its MLP is sound
+    before = {row.name: row.passed for row in finding.figures}
+    assert all(before[f"trunk.blocks.{index}"] for index in range(FAULTY))
+    assert not before["convs.0"]
+    assert finding.command is not None
+    words = shlex.split(finding.command)
+    assert words[0] == "neck-export"
+    result = CliRunner().invoke(app, words[1:])
+    assert result.exit_code == 0, result.output
+    mended = Path(words[words.index("--output") + 1])
+    assert json.loads(manifest_path(mended).read_text())["verification"]["verified"]
+    assert "trunk.blocks.2.attn" in "\n".join(finding_lines(finding))
+
+
+def test_without_the_island_the_same_command_is_refused(faulty: Path, tmp_path: Path, config: EncoderConfig) -> None:
+    words = ["onnx", "--checkpoint", str(faulty.with_name("faulty.pt")), "--config", str(CASE / "encoder.json")]
+    result = CliRunner().invoke(app, [*words, "--precision", "fp16", "--output", str(tmp_path / "bad.onnx")])
+    assert result.exit_code == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sound_file_has_nothing_to_mend(tmp_path: Path, config: EncoderConfig) -> None:
+    options = ExportOptions(
+        output=tmp_path / "sound.onnx",
+        checkpoint=CASE / "checkpoint.pt",
+        config=config,
+        precision="fp16",
+        verify=False,
+    )
+    finding = bisect(export_onnx(options).path)
+    assert finding.first_bad is None and finding.command is None
+    assert "within tolerance" in finding_lines(finding)[-1]
+    fp32 = dataclasses.replace(options, output=tmp_path / "fp32.onnx", precision="fp32")
+    with pytest.raises(BisectError, match="is FP32"):
+        bisect(export_onnx(fp32).path)
