@@ -227,15 +227,22 @@ def verify(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An ONNX file")],
+    file: Annotated[Path, typer.Argument(help="An ONNX file or a plan")],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
 ) -> None:
-    """Shows a file's contract, graph, precision and what was verified."""
+    """Shows a file's contract, graph or kernels, and what was verified."""
     with stage():
-        from export.inspect import inspect_onnx, summary_lines
+        if file.suffix == ".plan":
+            from engines.inspect import inspect_plan, plan_lines
 
-        found = inspect_onnx(file)
-    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(summary_lines(found)))
+            found = inspect_plan(file)
+            lines = plan_lines(file, found)
+        else:
+            from export.inspect import inspect_onnx, summary_lines
+
+            found = inspect_onnx(file)
+            lines = summary_lines(found)
+    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(lines))
 
 
 @app.command()

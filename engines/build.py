@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import os
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from engines.flavor import Flavor, Gpu, choose_flavor
 from engines.graph import BuildError, Graph, read_graph
 from engines.layers import LayerSheet
 from engines.listing import read_accumulations, sheet_from_log
-from engines.stream import BuildLog, Progress, disk_errors, new_monitor, run_builder, temporary
+from engines.stream import Progress, Watch, disk_errors, new_monitor, run_builder, temporary
 from export.signature import BATCH, BatchRange, TensorSpec
 
 TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
@@ -124,26 +123,23 @@ def build_plan(
     _check_attentions(onnx, graph, options)
     targets = flavor.check_targets(options.compute_capabilities)
     flavor.refuse(
-        {
-            "timing_cache": options.timing_cache is not None,
-            "hardware_compatible": options.hardware_compatible != "none",
-            "version_compatible": options.version_compatible,
-        }
+        timing_cache=options.timing_cache is not None,
+        hardware_compatible=options.hardware_compatible != "none",
+        version_compatible=options.version_compatible,
     )
-    started, log = time.perf_counter(), BuildLog()
-    builder, network, keep = _parse(onnx, flavor, log)
+    started, watch = time.perf_counter(), Watch()
+    builder, network, keep = _parse(onnx, flavor, watch)
     check_types(onnx, flavor.trt, network, options)
-    cancelled = threading.Event()
-    common = _common_options(onnx, flavor, network, options, new_monitor(flavor.trt, progress, cancelled))
+    common = _common_options(onnx, flavor, network, options, new_monitor(flavor.trt, watch, progress))
     config = flavor.create_config(builder, network, targets, common)
     with disk_errors(plan), temporary(plan) as (file, path):
-        run_builder(flavor.trt, builder, network, config, file, log, cancelled)
+        run_builder(flavor.trt, builder, network, config, file, watch)
         file.flush()
         os.fsync(file.fileno())
         seconds, size = time.perf_counter() - started, os.fstat(file.fileno()).st_size
         sheet = None
-        if log.engine:
-            sheet = sheet_from_log(log.engine, read_accumulations(path), graph.attentions, graph.operations)
+        if watch.engine:
+            sheet = sheet_from_log(watch.engine, read_accumulations(path), graph.attentions, graph.operations)
         os.replace(path, plan)
     _save_timing_cache(config, flavor, options)
     inputs = _specs(network.get_input(index) for index in range(network.num_inputs))
@@ -161,10 +157,10 @@ def _check_attentions(onnx: Path, graph: Graph, options: BuildOptions) -> None:
         )
 
 
-def _parse(onnx: Path, flavor: Flavor, log: BuildLog) -> tuple[Any, Any, Any]:
+def _parse(onnx: Path, flavor: Flavor, watch: Watch) -> tuple[Any, Any, Any]:
     """Returns builder, network and what must outlive them."""
     trt = flavor.trt
-    logger = flavor.new_logger(log.take)
+    logger = flavor.new_logger(watch.take)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -174,7 +170,7 @@ def _parse(onnx: Path, flavor: Flavor, log: BuildLog) -> tuple[Any, Any, Any]:
             parser_error = parser.get_error(index)
             name, kind = parser_error.node_name(), parser_error.node_operator()
             reasons.append((f"node {name} ({kind}): " if name else "") + " ".join(parser_error.desc().split())[:400])
-        reason = reasons[0] if reasons else log.reason
+        reason = reasons[0] if reasons else watch.reason
         raise BuildError(
             f"{onnx}: TensorRT {flavor.version} cannot parse it: {reason}\nexport it again with --opset auto"
         )

@@ -77,24 +77,19 @@ class Flavor:
             )
         return tuple(dict.fromkeys(asked))
 
-    def refuse(self, asked: dict[str, bool]) -> None:
-        """Refuses what the flavour would silently ignore.
-
-        Args:
-            asked: whether each of `timing_cache`, `hardware_compatible` and `version_compatible` is asked for.
+    def refuse(self, *, timing_cache: bool, hardware_compatible: bool, version_compatible: bool) -> None:
+        """Refuses what is asked for and the flavour would silently ignore.
 
         Raises:
             FlavorError: naming it, and what to do instead.
         """
         if self.name != "rtx":
             return
-        if asked.get("timing_cache"):
-            raise FlavorError(
-                "--timing-cache: TensorRT-RTX measures nothing while it builds, so it keeps no cache; leave it out"
-            )
-        if asked.get("hardware_compatible"):
-            raise FlavorError("--hardware-compatible: TensorRT-RTX ignores it; name the GPUs with --compute-capability")
-        if asked.get("version_compatible") and self.gpu is None:
+        if timing_cache:
+            raise FlavorError("--timing-cache: TensorRT-RTX measures nothing while it builds; leave it out")
+        if hardware_compatible:
+            raise FlavorError("--hardware-compatible: TensorRT-RTX ignores it; name the GPUs by --compute-capability")
+        if version_compatible and self.gpu is None:
             raise FlavorError("--version-compatible: TensorRT-RTX builds such plans only where a GPU is; leave it out")
 
     def create_config(self, builder: Any, network: Any, targets: Sequence[str], common: dict[str, Any]) -> Any:  # noqa: ANN401
@@ -133,7 +128,7 @@ class Flavor:
         """A TensorRT logger that hands on severity (0, 1: error, 2: warning, 3: info, 4: verbose) and line."""
         trt: Any = self.trt
 
-        class Logger(trt.ILogger):  # type: ignore[name-defined]
+        class Logger(trt.ILogger):
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
@@ -162,10 +157,12 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto") -> Flavor:
         if module is not None:
             _set_polygraphy_up(name)
             return Flavor(name, module, module.__version__, _targets(name, module), gpu)
-    extra = "" if asked == "tensorrt" else "pip install 'neck-export[rtx]' (builds without a GPU)"
-    if asked != "rtx":
-        extra += (" or " if extra else "") + "pip install 'neck-export[gpu]'" + ("" if gpu else " (with an NVIDIA GPU)")
-    raise FlavorError(f"no TensorRT: {'; '.join(reasons)}\n{extra}")
+    remedies = {
+        "tensorrt": "pip install 'neck-export[gpu]' (needs an NVIDIA GPU)",
+        "rtx": "pip install 'neck-export[rtx]' (builds without a GPU)",
+    }
+    shown = " or ".join(remedy for name, remedy in remedies.items() if asked in ("auto", name))
+    raise FlavorError(f"no TensorRT: {'; '.join(reasons)}\n{shown}")
 
 
 def _import(name: FlavorName, reasons: list[str]) -> Any:  # noqa: ANN401
@@ -192,7 +189,10 @@ def _set_polygraphy_up(name: FlavorName) -> None:
     """Polygraphy reads its switch when it is imported, once in a process."""
     wanted = name == "rtx"
     os.environ[POLYGRAPHY_SWITCH] = str(int(wanted))
-    from polygraphy import config as polygraphy_config
+    try:
+        from polygraphy import config as polygraphy_config
+    except ImportError:
+        raise FlavorError(f"polygraphy is not installed: pip install 'neck-export[{EXTRAS[name]}]'") from None
 
     if "polygraphy.backend.trt" in sys.modules and bool(polygraphy_config.USE_TENSORRT_RTX) != wanted:
         raise FlavorError(f"this process uses the other TensorRT already; start another for --flavor {name}")

@@ -45,7 +45,7 @@ STATE = {
 """What nvidia-smi is asked."""
 
 
-class ProfileError(RuntimeError):
+class ProfilingError(RuntimeError):
     """A plan that cannot be profiled as asked."""
 
 
@@ -116,19 +116,19 @@ class Profile:
     layers: tuple[LayerTime, ...]
 
     @property
-    def best_ms(self) -> float:
+    def median_ms(self) -> float:
         """Median latency, with CUDA graph or without, whichever is less."""
         return min(latency.p50_ms for latency in (self.latency, self.graph_latency) if latency)
 
     @property
     def peak_share(self) -> float | None:
         """Operations per second over the measured peak, 0 to 1, at the best latency."""
-        return self.operations / self.best_ms / 1e9 / self.peak_tflops if self.operations else None
+        return self.operations / self.median_ms / 1e9 / self.peak_tflops if self.operations else None
 
     @property
     def bandwidth_share(self) -> float | None:
         """Bytes per second over the measured copy bandwidth; above 1 where tensors stay in the GPU's cache."""
-        return self.bytes_moved / self.best_ms / 1e6 / self.peak_gigabytes_per_s if self.bytes_moved else None
+        return self.bytes_moved / self.median_ms / 1e6 / self.peak_gigabytes_per_s if self.bytes_moved else None
 
     def images_per_s(self, latency: Latency) -> float:
         """Throughput of runs one after the other."""
@@ -136,7 +136,7 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         """The profile as JSON values, derived figures included."""
-        derived = {"best_ms": self.best_ms, "peak_share": self.peak_share, "bandwidth_share": self.bandwidth_share}
+        derived = {"median_ms": self.median_ms, "peak_share": self.peak_share, "bandwidth_share": self.bandwidth_share}
         rates = {"images_per_s": self.images_per_s(self.latency)}
         if self.graph_latency:
             rates["graph_images_per_s"] = self.images_per_s(self.graph_latency)
@@ -165,7 +165,7 @@ def profile_plan(
 
     Raises:
         SessionError: the plan cannot run here.
-        ProfileError: a batch that it does not take.
+        ProfilingError: a batch that it does not take.
     """
     with open_plan(plan, flavor) as session:
         port, optimum = session.inputs[0], _optimum(session)
@@ -254,13 +254,13 @@ def choose_batch(plan: Path, port: Port, optimum: int, asked: int | None) -> int
     """The batch to profile: what is asked, else the optimum.
 
     Raises:
-        ProfileError: the plan does not take it.
+        ProfilingError: the plan does not take it.
     """
     low, high = port.batch
     size = optimum if asked is None else asked
     if not low <= size <= high:
         takes = str(low) if low == high else f"{low} to {high}"
-        raise ProfileError(f"{plan}: takes a batch of {takes}, asked was {size}; build it again with --batch {size}")
+        raise ProfilingError(f"{plan}: takes a batch of {takes}, asked was {size}; build it again with --batch {size}")
     return size
 
 
@@ -460,7 +460,7 @@ def _summary_lines(profile: Profile) -> list[str]:
         f"{(profile.bytes_in + profile.bytes_out) / 1e6:,.1f} MB; loading took {profile.loaded_bytes / 1e6:,.1f} MB",
         f"measured here by torch: {profile.peak_tflops:.1f} TFLOP/s ({PEAK_SIDE}^3 {profile.precision} product), "
         f"{profile.peak_gigabytes_per_s:.0f} GB/s (copy)",
-        f"at the median of {profile.best_ms:.3f} ms: {', '.join(shares)}",
+        f"at the median of {profile.median_ms:.3f} ms: {', '.join(shares)}",
     ]
 
 

@@ -22,14 +22,20 @@ BUILDING = ".building"
 """How the name of an unfinished plan ends."""
 
 
-class BuildLog:
-    """The builder's log: its last errors and the finished engine; the rest (2.7 MB) is dropped."""
+class Watch:
+    """What is seen of a running build: its errors, the finished engine's listing, what our own callbacks raised.
+
+    The rest of the log (2.7 MB at full size) is dropped. Once `cancelled` is set, the builder stops at its next step.
+    """
 
     def __init__(self) -> None:
         self.errors: list[str] = []
         self.engine = ""
+        self.failures: list[BaseException] = []
+        self.cancelled = threading.Event()
 
     def take(self, severity: int, line: str) -> None:
+        """Takes a line of the log."""
         if severity <= 1 and "cudaError 35" not in line:  # 35: no driver, which RTX does not need
             self.errors.append(" ".join(line.split()))
         elif line.startswith(FIRST_LINE):
@@ -37,26 +43,33 @@ class BuildLog:
 
     @property
     def reason(self) -> str:
+        """The last error, in one line."""
         return self.errors[-1][:400] if self.errors else "it gave no reason"
 
 
-def new_monitor(trt: Any, progress: Progress | None, cancelled: threading.Event) -> Any:  # noqa: ANN401
-    """A progress monitor that hands on outer phases and stops the build once `cancelled` is set."""
+def new_monitor(trt: Any, watch: Watch, progress: Progress | None) -> Any:  # noqa: ANN401
+    """A progress monitor that hands on every phase and stops a cancelled build."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}
 
+        def tell(self, name: str, done: int) -> None:
+            try:
+                if progress:
+                    progress(name, done, self.steps.get(name, done))
+            except BaseException as error:  # through the builder's C++ it would end the process
+                watch.failures.append(error)
+                watch.cancelled.set()
+
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
             self.steps[name] = steps
-            if progress:
-                progress(name, 0, steps)
+            self.tell(name, 0)
 
         def step_complete(self, name: str, step: int) -> bool:
-            if progress:
-                progress(name, step + 1, self.steps.get(name, step + 1))
-            return not cancelled.is_set()
+            self.tell(name, step + 1)
+            return not watch.cancelled.is_set()
 
         def phase_finish(self, name: str) -> None:
             self.steps.pop(name, None)
@@ -64,19 +77,15 @@ def new_monitor(trt: Any, progress: Progress | None, cancelled: threading.Event)
     return Monitor()
 
 
-def run_builder(
-    trt: Any,  # noqa: ANN401
-    builder: Any,  # noqa: ANN401
-    network: Any,  # noqa: ANN401
-    config: Any,  # noqa: ANN401
-    file: IO[bytes],
-    log: BuildLog,
-    cancelled: threading.Event,
-) -> None:
-    """Builds in a second thread, so that Ctrl-C reaches this one, and streams the plan into the file."""
-    failures: list[OSError] = []
+def run_builder(trt: Any, builder: Any, network: Any, config: Any, file: IO[bytes], watch: Watch) -> None:  # noqa: ANN401
+    """Builds in a second thread, so that Ctrl-C reaches this one, and streams the plan into the file.
 
-    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+    Raises:
+        BuildError: the builder made nothing, or ran out of memory.
+        OSError: the file cannot take the plan.
+    """
+
+    class Writer(trt.IStreamWriter):
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
 
@@ -84,7 +93,7 @@ def run_builder(
             try:
                 return file.write(data)
             except OSError as error:  # RTX 1.7 calls a build whose stream took nothing a success
-                failures.append(error)
+                watch.failures.append(error)
                 return 0
 
     writer = Writer()
@@ -92,13 +101,15 @@ def run_builder(
         done = thread.submit(builder.build_serialized_network_to_stream, network, config, writer)
         try:
             success = done.result()
+        except MemoryError:
+            raise BuildError("out of memory while TensorRT built; at full size it takes about 2.5 GB") from None
         except KeyboardInterrupt:
-            cancelled.set()  # leaving the block waits for the builder's next step
+            watch.cancelled.set()  # leaving the block waits for the builder's next step
             raise
-    if failures:
-        raise failures[0]
+    if watch.failures:
+        raise watch.failures[0]
     if not success or not file.tell():
-        raise BuildError(f"TensorRT built nothing: {log.reason}")
+        raise BuildError(f"TensorRT built nothing: {watch.reason}")
 
 
 @contextlib.contextmanager
@@ -123,6 +134,7 @@ def temporary(target: Path) -> Iterator[tuple[IO[bytes], Path]]:
 
 @contextlib.contextmanager
 def disk_errors(plan: Path) -> Iterator[None]:
+    """Turns what a disk refuses into a BuildError that names the file."""
     try:
         yield
     except OSError as error:

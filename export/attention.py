@@ -11,6 +11,7 @@ Seen in the plans of TensorRT-RTX 1.7 (compute capability 8.9), FP16:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Literal, cast
 
 import numpy as np
@@ -38,8 +39,17 @@ class AttentionCore:
     output: ir.Value
 
 
-def lower_attentions(graph: ir.Graph, precision: str, form: AttentionForm) -> set[ir.Node]:
+def lower_attentions(
+    graph: ir.Graph, precision: str, form: AttentionForm, fp32_modules: Collection[str] = ()
+) -> set[ir.Node]:
     """Puts every attention of the graph into a form; returns the nodes that the form wants in FP32.
+
+    Args:
+        graph: the canonical graph, FP32.
+        precision: what the graph is lowered to.
+        form: the form.
+        fp32_modules: paths of modules that stay in FP32; their attentions become MatMul and Softmax, because no
+            TensorRT builds an Attention node whose inputs are FP32 in truth.
 
     Raises:
         ExportError: fp32acc asked of an FP32 graph, where no builder takes the Attention node; an Attention of a
@@ -50,7 +60,8 @@ def lower_attentions(graph: ir.Graph, precision: str, form: AttentionForm) -> se
         raise ExportError("--attention fp32acc is for fp16 and bf16: TensorRT does not build Attention in FP32")
     islands: set[ir.Node] = set()
     for core in find_attentions(graph):
-        nodes = _attention_node(core) if chosen == "fp32acc" else _primitives(graph, core)
+        kept = core.nodes[-1].metadata_props.get(MODULE) in fp32_modules
+        nodes = _attention_node(core) if chosen == "fp32acc" and not kept else _primitives(graph, core)
         wanted = IN_FP32[chosen]
         for node in nodes:
             node.metadata_props[MODULE] = core.nodes[-1].metadata_props.get(MODULE, "")

@@ -19,7 +19,8 @@ GROWTH_BYTES = 1 << 10
 def fold_constants(model: ir.Model) -> None:
     """Replaces every node that depends on weights alone by an initializer.
 
-    A node whose result is larger than its inputs (Expand, Tile) stays, as the file would grow by it.
+    A node whose result is larger than its inputs (Expand, Tile) stays, as the file would grow by it, unless it is
+    float64: the position tables of the plain module, which are cast to FP32 next.
     """
     graph = model.graph
     for node in list(graph):
@@ -62,14 +63,14 @@ def _fold(node: ir.Node, inputs: Sequence[ir.TensorProtocol | None], opset: int)
     evaluator = ReferenceEvaluator(ir.to_proto(node), opsets={"": opset})
     if size_in <= LAZY_BYTES:
         arrays = _run(evaluator, {name: tensor.numpy() for name, tensor in tensors.items()})
-        if sum(array.nbytes for array in arrays) > max(GROWTH_BYTES, size_in):
+        if _grows(arrays, max(GROWTH_BYTES, size_in)):
             return None
         return [ir.tensor(np.ascontiguousarray(array)) for array in arrays]
     if len(node.outputs) > 1:
         return None
     # the result's shape without its bytes: arrays of stride 0 take no memory
     (result,) = _run(evaluator, {name: _hollow(tensor) for name, tensor in tensors.items()})
-    if result.nbytes > size_in:
+    if _grows([result], size_in):
         return None
     if node.op_type in ("Shape", "Size"):  # known without the bytes
         return [ir.tensor(result)]
@@ -78,6 +79,11 @@ def _fold(node: ir.Node, inputs: Sequence[ir.TensorProtocol | None], opset: int)
         return ir.Tensor(_run(evaluator, {name: tensor.numpy() for name, tensor in tensors.items()})[0])
 
     return [ir.LazyTensor(compute, ir.DataType.from_numpy(result.dtype), ir.Shape(result.shape))]
+
+
+def _grows(arrays: Sequence[np.ndarray], limit: int) -> bool:
+    """Whether results would make the file grow; float64 tables never stay in the graph, where no builder takes them."""
+    return sum(array.nbytes for array in arrays if array.dtype != np.float64) > limit
 
 
 def _input_names(node: ir.Node) -> list[str]:

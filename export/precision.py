@@ -62,7 +62,7 @@ def lower(
     if foreign:
         raise ExportError(f"the model is {foreign.pop().name.lower()} already; precision is lowered from an FP32 model")
     kept = _kept_modules(graph, keep_fp32)
-    islands = lower_attentions(graph, precision, attention)
+    islands = lower_attentions(graph, precision, attention, kept)
     lower_upsampling(graph, precision, upsampling)
     if precision != "fp32":
         _retype(

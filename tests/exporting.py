@@ -1,4 +1,4 @@
-"""What the tests of the pipeline and of the command line share: tiny exports, traced once, and the front door in-process."""
+"""What the tests of the pipeline and of the command line share: tiny exports, traced once, and the front door."""
 
 from __future__ import annotations
 

@@ -87,7 +87,11 @@ def test_relative_l2_decides(precision: str) -> None:
 
 
 def test_tolerances_are_the_houses() -> None:
-    assert TOLERANCES == {"fp32": Tolerance(1e-4, 0.99999), "fp16": Tolerance(1e-2, 0.9995), "bf16": Tolerance(5e-2, 0.998)}
+    assert TOLERANCES == {
+        "fp32": Tolerance(1e-4, 0.99999),
+        "fp16": Tolerance(1e-2, 0.9995),
+        "bf16": Tolerance(5e-2, 0.998),
+    }
     assert POSITION_MAX_ABS["fp16"] == 2e-3
     assert POSITION_MAX_ABS["fp32"] == 1e-5
 
@@ -96,7 +100,9 @@ def test_cosine_decides_alone() -> None:
     """Where an override lets the L2 pass, the cosine that follows from it still tells another direction."""
     reference = random_outputs(x=(1, 8, 40, 40))["x"]
     for candidate, passes in ((noisy(reference, 0.3), True), (-reference, False), (np.roll(reference, 1), False)):
-        row = compare_output("x", reference, candidate, Tolerance(math.inf, tolerance_for("x", "fp32", {"x": 0.4}).cosine))
+        row = compare_output(
+            "x", reference, candidate, Tolerance(math.inf, tolerance_for("x", "fp32", {"x": 0.4}).cosine)
+        )
         assert row.passed == passes
         assert (row.cosine > 0.9) == passes
 

@@ -1,0 +1,50 @@
+"""What a plan holds, told by its manifest and its layer sheet: nothing is loaded, so no GPU is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engines.build import BuildError
+from engines.plan import read_sheet
+from export.manifest import check_files, manifest_path, read_manifest
+
+
+def inspect_plan(path: Path) -> dict[str, Any]:
+    """The manifest of a plan with its layer sheet, as JSON values.
+
+    Raises:
+        BuildError: no such file.
+        ManifestError: the manifest is missing or damaged, or the plan is not the one it speaks of.
+    """
+    if not path.is_file():
+        raise BuildError(f"{path}: no such file; build it by `neck-export trt`")
+    manifest = read_manifest(manifest_path(path), "plan")
+    check_files(manifest_path(path), manifest)
+    sheet = read_sheet(path)
+    return {**manifest, "file": str(path), "sheet": sheet.to_dict() if sheet else None}
+
+
+def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str]:
+    """The summary for a screen.
+
+    Args:
+        path: the plan.
+        found: what inspect_plan gave.
+        kernels: how many kernels to list, those first that move most.
+    """
+    gpus = ", ".join(found["compute_capabilities"]) or "the flavour's default"
+    checked = found["verification"]
+    tensors = [("input", spec) for spec in found["inputs"]] + [("output", spec) for spec in found["outputs"]]
+    lines = [
+        f"{path}  {found['files'][0]['bytes'] / 1e6:,.1f} MB, {found['flavor']} {found['tensorrt_version']}, "
+        f"{found['precision']}, batch {found['batch']}, for {gpus}, {found['created']}",
+        *(f"  {kind:7} {spec['name']}: {spec['dtype']} {tuple(spec['shape'])}" for kind, spec in tensors),
+        f"  from    {found['onnx']['name']}",
+        f"  plan    {'verified: ' + checked['method'] if checked['verified'] else checked['reason']}",
+    ]
+    if graph := checked.get("onnx"):
+        word = "verified" if graph["verified"] else "NOT verified"
+        lines.append(f"  graph   {word}: {graph.get('method') or graph.get('reason')}")
+    sheet = read_sheet(path)
+    return [*lines, "", sheet.table(kernels)] if sheet else [*lines, "  no layer sheet"]

@@ -1,0 +1,219 @@
+"""The layer sheet: what the builder makes of each attention form, and both sources read alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+from conftest import load_golden, traced
+
+from engines.flavor import has_gpu
+from engines.layers import GPUS, Kernel, LayerSheet, Tensor
+from engines.listing import LayerSheetError, read_accumulations, sheet_from_inspector, sheet_from_log
+from export.attention import AttentionForm
+from export.precision import Precision, lower
+from export.rewrite import Rewrites
+
+
+@functools.cache
+def sheet_of(precision: Precision, form: AttentionForm, rewrites: Rewrites | None = None) -> LayerSheet:
+    """The sheet of a golden encoder of four blocks."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    from engines.build import BuildOptions, build_plan
+
+    golden = load_golden("meta-dual")
+    model = traced(golden.encoder, golden.config, rewrites, necks="sam3", positions="none").model
+    lower(model, precision, attention=form)
+    with tempfile.TemporaryDirectory() as folder:
+        onnx = Path(folder, "x.onnx")
+        ir.save(model, onnx, external_data="x.onnx.data")
+        options = BuildOptions(precision=precision, compute_capabilities=("8.9",))
+        sheet = build_plan(onnx, Path(folder, "x.plan"), options).sheet
+    assert sheet is not None
+    return sheet
+
+
+FORMS = [
+    ("fp16", "fp32acc", 4, ("fp32", "fp32")),
+    ("fp16", "scores32", 4, ("fp32", "fp16")),
+    ("fp16", "fused", 4, ("fp16", "fp16")),
+    ("fp16", "unfused", 0, None),
+    ("bf16", "fused", 4, ("fp32", "fp32")),
+    ("fp32", "fused", 0, None),
+]
+"""DESIGN's table: precision, form, fused attentions of 4, what their two products accumulate in."""
+
+
+@pytest.mark.parametrize(("precision", "form", "fused", "accumulation"), FORMS)
+def test_each_form_becomes_what_the_design_says(
+    precision: Precision, form: AttentionForm, fused: int, accumulation: tuple[str, str] | None
+) -> None:
+    sheet = sheet_of(precision, form)
+    assert (sheet.attentions, len(sheet.fused), sheet.accumulation) == (4, fused, accumulation)
+    assert {kernel.accumulation for kernel in sheet.fused} == ({accumulation} if fused else set())
+    blocks = [module for kernel in sheet.fused for module in kernel.modules]
+    assert blocks == ([f"trunk.blocks.{index}.attn" for index in range(4)] if fused else [])
+    assert bool(sheet.warning()) == ("fp16" in (accumulation or ()))
+
+
+@pytest.mark.parametrize("form", ["fp32acc", "fused"])
+def test_the_plain_module_fuses_too(form: AttentionForm) -> None:
+    """`--no-rewrite`: its rotary is FP32 up to the attention, which must not cost the fusion."""
+    assert len(sheet_of("fp16", form, Rewrites.none()).fused) == 4
+
+
+def test_rewrites_save_kernels_and_bytes() -> None:
+    plain, rewritten = sheet_of("fp16", "fused", Rewrites.none()), sheet_of("fp16", "fused")
+    assert len(rewritten.kernels) <= len(plain.kernels)
+    assert rewritten.bytes_moved is not None and plain.bytes_moved is not None
+    assert rewritten.bytes_moved < plain.bytes_moved
+
+
+def test_summary_and_warning() -> None:
+    good, bad = sheet_of("fp16", "fp32acc"), sheet_of("fp16", "fused")
+    assert good.summary().startswith("fused attentions 4 of 4, accumulation FP32, ")
+    assert f"{len(good.kernels)} kernels" in good.summary() and "GB moved" in good.summary()
+    assert good.warning() is None
+    assert "#4837" in str(bad.warning()) and "accumulation FP16" in bad.summary()
+    assert "accumulation FP32 then FP16" in sheet_of("fp16", "scores32").summary()
+    assert sheet_of("fp16", "unfused").summary().startswith("fused attentions 0 of 4, ")
+
+
+def test_table_and_file() -> None:
+    sheet = sheet_of("fp16", "fp32acc")
+    lines = sheet.table().splitlines()
+    assert sum("  attention  " in line for line in lines) == 4
+    assert any("not measured" in line for line in lines) and any("trunk.blocks.3.mlp.fc1" in line for line in lines)
+    assert len(sheet.table(3).splitlines()) == len(lines) - len(sheet.kernels) + 3
+    saved = json.loads(json.dumps(sheet.to_dict()))
+    assert LayerSheet.from_dict(saved) == sheet
+    assert saved["fused"] == 4 and saved["bytes_moved"] == sheet.bytes_moved
+    saved["kernels"][0]["name"] = "another"
+    assert LayerSheet.from_dict(saved) != sheet
+
+
+def test_the_least_time_is_that_of_operations_or_bytes() -> None:
+    kernel = Kernel("k", "gemm", "", (Tensor("a", (1000, 1000), "Half"),), (), (), ("m/MatMul",))
+    by_bytes = LayerSheet("builder log", (kernel,) * 1000, 0, operations=1)
+    tflops, gigabytes = GPUS["L4"]
+    assert by_bytes.least_time_ms("L4") == pytest.approx(2e9 / (gigabytes * 1e9) * 1e3)
+    by_operations = dataclasses.replace(by_bytes, operations=10**13)
+    assert by_operations.least_time_ms("L4") == pytest.approx(10 / tflops * 1e3)
+    assert dataclasses.replace(by_bytes, operations=None).least_time_ms("L4") is None
+
+
+def _listed(name: str, dims: str) -> str:
+    order = "Strides: [1], StrideOrder: [0]"
+    return f"{{ Name: {name}, Dimensions: [{dims}], {order}, Datatype: Half, Format: (Arbitrary) Format with order = [1] }}"
+
+
+ATTENTION = "[ONNX Layer: trunk.blocks.0.attn/attention/to_float16]\x1f[ONNX Layer: trunk.blocks.0.attn/attention]"
+LOG = "\n".join(
+    [
+        "Layers:",
+        "Name: s, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, Metadata: ",
+        f"Name: _gemm_mha_v2_myl0_5, LayerType: kgen, Inputs: [ {_listed('q', '16,576,64')}, {_listed('k', '16,64,576')}], "
+        f"Constants: [ {_listed('c', '')}], Outputs: [ {_listed('o', '16,576,64')}], TacticName: _gemm_mha_v2_0x71, "
+        f"StreamId: 0, Metadata: {ATTENTION}",
+        f"Name: fc, LayerType: gemm, Inputs: [ {_listed('x', '-1,64')}], Constants: [], Outputs: [ {_listed('y', '-1,64')}], "
+        "TacticName: , StreamId: 0, Metadata: [ONNX Layer: trunk.blocks.0.mlp.fc1/MatMul]",
+        "",
+        "I/O Tensors:",
+    ]
+)
+"""As TensorRT-RTX 1.7 prints it."""
+
+
+def test_the_builders_listing_is_read() -> None:
+    sheet = sheet_from_log(LOG, {"_gemm_mha_v2_0x71": ("fp16", "fp32")})
+    mha, fc = sheet.kernels
+    assert (mha.attention, mha.accumulation, mha.modules) == (True, ("fp16", "fp32"), ("trunk.blocks.0.attn",))
+    assert mha.bytes == 3 * 16 * 576 * 64 * 2 + 2
+    assert not fc.attention and fc.bytes is None and fc.modules == ("trunk.blocks.0.mlp.fc1",)
+    assert sheet.attentions == 1 and sheet.accumulation == ("fp16", "fp32")
+    assert sheet.bytes_moved is None and "dynamic batch" in sheet.summary()
+
+
+def test_an_fp16_attention_that_does_not_tell_is_warned_of() -> None:
+    sheet = sheet_from_log(LOG, {})
+    assert "accumulation not told" in sheet.summary() and "does not tell" in str(sheet.warning())
+
+
+def test_a_log_without_the_engine_is_an_error() -> None:
+    with pytest.raises(LayerSheetError, match="lists no kernel"):
+        sheet_from_log("Layers:\n\nI/O Tensors:\n", {})
+
+
+def test_accumulations_are_read_from_the_kernels_source(tmp_path: Path) -> None:
+    plan = tmp_path / "x.plan"
+    kernel = "fmha::Ampere_hmma_{}_traits,\n\tfmha::Ampere_hmma_{}_traits,\n\tfalse,\n extern __global__ void {}(\n"
+    plan.write_bytes(
+        b"\0\xff" + kernel.format("fp32", "fp16", "a").encode() + b"\0" + kernel.format("bf16", "bf16", "b").encode()
+    )
+    assert read_accumulations(plan) == {"a": ("fp32", "fp16"), "b": ("fp32", "fp32")}
+    plan.write_bytes(b"\0\xff")
+    assert read_accumulations(plan) == {}
+
+
+def _layer(name: str, datatype: dict[str, str], **more: object) -> dict[str, object]:
+    tensor = {"Name": "t", "Dimensions": [1, 64, 8], "Location": "Device", **datatype}
+    return {"Name": name, "LayerType": "kgen", "Inputs": [tensor], "Outputs": [tensor], **more}
+
+
+@pytest.mark.parametrize(
+    ("datatype", "io"),
+    [
+        ({"Format/Datatype": "Row major linear FP16 format"}, "Bindings"),
+        ({"Datatype": "Half", "Format": "Linear"}, "I/O Tensors"),
+    ],
+)
+def test_the_inspectors_json_is_read(datatype: dict[str, str], io: str) -> None:
+    """Hand-made after NVIDIA's documentation: TensorRT 10 and 11; no GPU was at hand to make one."""
+    metadata = "[ONNX Layer: trunk.blocks.0.attn/attention]"
+    layers = [
+        _layer("_gemm_mha_v2", datatype, TacticName="fmha_v2_flash_attention_fp16_64", Metadata=metadata),
+        _layer("conv", datatype, Weights={"Type": "Half", "Count": 9}, Bias={"Type": "Half", "Count": 0}),
+    ]
+    sheet = sheet_from_inspector(json.dumps({"Layers": layers, io: []}), {})
+    mha, conv = sheet.kernels
+    assert (sheet.source, sheet.attentions, len(sheet.fused)) == ("engine inspector", 1, 1)
+    assert mha.modules == ("trunk.blocks.0.attn",) and mha.bytes == 2 * 512 * 2
+    assert conv.bytes == 2 * 512 * 2 + 9 * 2
+    assert "does not tell" in str(sheet.warning())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("", "no list"), ("{}", "no list"), ('{"Layers": ["conv_1"]}', "names alone"), ('{"Layers": []}', "no kernel")],
+)
+def test_an_inspector_that_tells_nothing_is_an_error(text: str, says: str) -> None:
+    with pytest.raises(LayerSheetError, match=says):
+        sheet_from_inspector(text, {})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU or driver here: the engine inspector needs a loaded engine")
+def test_the_inspector_and_the_log_agree(tmp_path: Path) -> None:
+    """On a GPU: an engine's JSON gives the attentions that its build counted."""
+    from engines.build import BuildOptions, build_plan
+    from engines.flavor import choose_flavor
+
+    golden = load_golden("meta-dual")
+    model = traced(golden.encoder, golden.config, necks="sam3", positions="none").model
+    lower(model, "fp16")
+    ir.save(model, tmp_path / "x.onnx", external_data="x.onnx.data")
+    flavor = choose_flavor()
+    result = build_plan(tmp_path / "x.onnx", tmp_path / "x.plan", BuildOptions(), flavor=flavor)
+    trt = flavor.trt
+    runtime = trt.Runtime(flavor.new_logger(lambda severity, line: None))
+    engine = runtime.deserialize_cuda_engine((tmp_path / "x.plan").read_bytes())
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    sheet = sheet_from_inspector(text, read_accumulations(tmp_path / "x.plan"))
+    assert sheet.attentions == 4
+    if result.sheet is not None:
+        assert len(sheet.fused) == len(result.sheet.fused)
