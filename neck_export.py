@@ -142,7 +142,8 @@ def trt(
         raise typer.BadParameter(f"--{' and --'.join(chosen)}: choose one")
     with stage() as report:
         from engines.build import BuildOptions
-        from engines.plan import PlanOptions, make_plan, newest_onnx
+        from engines.plan import PlanOptions, make_plan
+        from engines.source import newest_onnx
         from export.signature import BatchRange
 
         onnx = model or newest_onnx(DEFAULT_ONNX.parent)

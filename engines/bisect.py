@@ -16,12 +16,13 @@ from export.deploy import DeployEncoder
 from export.fidelity import Comparison, compare_output, tolerance_for
 from export.inspect import read_graph
 from export.manifest import check_files, data_path, manifest_path, read_manifest
-from export.provenance import manifest_encoder
 from export.precision import lower
+from export.provenance import manifest_encoder
 from export.rewrite import Rewrites
 from export.signature import NECK_MODULES, Signature
 from export.simulate import is_low_precision, simulate
-from export.trace import BLOCKS, MODULE, trace
+from export.tidy import MODULE
+from export.trace import BLOCKS, trace
 from export.verify import Report, reference_pixels, run_model
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import normalise

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import onnx_ir as ir
-
-from engines.build import BuildError, BuildOptions, BuildResult, Progress, build_plan
+from engines.build import BuildOptions, BuildResult, Progress, build_plan
 from engines.flavor import Flavor, choose_flavor
 from engines.graph import read_graph
 from engines.layers import LayerSheet
+from engines.source import lower_file, read_source, typed_as
 from engines.verify import verify_plan
 from export.attention import AttentionForm
 from export.fidelity import Verdict
@@ -30,10 +29,9 @@ from export.manifest import (
     write_manifest,
 )
 from export.pipeline import NUMPY_NAMES, RejectedError
+from export.precision import Precision
 from export.provenance import manifest_encoder, tool_version
-from export.precision import Precision, lower
 from export.signature import BatchRange, Signature
-from export.trace import MODULE
 from export.upsampling import Upsampling
 from export.verify import Report, verify_onnx
 
@@ -87,18 +85,6 @@ class PlanResult:
     reason: str | None = None
 
 
-def newest_onnx(folder: Path) -> Path:
-    """The newest ONNX file of a folder.
-
-    Raises:
-        BuildError: there is none.
-    """
-    files = sorted(folder.glob("*.onnx"), key=lambda file: file.stat().st_mtime)
-    if not files:
-        raise BuildError(f"{folder}: holds no ONNX file; run `neck-export onnx` first, or name one")
-    return files[-1]
-
-
 def make_plan(options: PlanOptions, report: Report = lambda line: None, progress: Progress | None = None) -> PlanResult:
     """Builds, verifies and files a plan, or returns the one that is there where nothing has changed.
 
@@ -120,7 +106,8 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
         typed = options.onnx
         if precision != held:
             report(f"precision pass: {held} to {precision}")
-            typed = lower_file(options, held, precision, folder)
+            forms = {"attention": options.attention, "keep_fp32": options.keep_fp32, "upsampling": options.upsampling}
+            typed = lower_file(options.onnx, held, precision, folder, **forms)
         report(f"build: {flavor.name} {flavor.version}")
         staged = folder / options.output.name
         build = dataclasses.replace(
@@ -153,57 +140,6 @@ def read_sheet(plan: Path) -> LayerSheet | None:
     """The layer sheet beside a plan, or None."""
     path = layers_path(plan)
     return LayerSheet.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-
-
-def read_source(onnx: Path, report: Report) -> dict[str, Any] | None:
-    """The ONNX file's manifest, its files checked byte for byte; None for a file that another tool wrote.
-
-    Raises:
-        ManifestError: damaged, or the file was changed after it was written.
-    """
-    where = manifest_path(onnx)
-    if not where.exists():
-        return None
-    manifest = read_manifest(where, "onnx")
-    report("hashes of the ONNX file")
-    check_files(where, manifest)
-    return manifest
-
-
-def typed_as(onnx: Path) -> Precision:
-    """The type that holds most of an ONNX file's weights."""
-    sizes: dict[str, int] = {"FLOAT": 0, "FLOAT16": 0, "BFLOAT16": 0}
-    for value in ir.load(onnx).graph.initializers.values():
-        if value.const_value is not None and value.const_value.dtype.name in sizes:
-            sizes[value.const_value.dtype.name] += value.const_value.nbytes
-    names: dict[str, Precision] = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
-    return names[max(sizes, key=lambda name: sizes[name])]
-
-
-def lower_file(options: PlanOptions, held: str, precision: Precision, folder: Path) -> Path:
-    """Writes an FP32 file in another precision into a folder.
-
-    Raises:
-        BuildError: the file is not FP32, or not one whose nodes tell their modules.
-    """
-    if held != "fp32":
-        raise BuildError(f"{options.onnx}: is {held}, asked was {precision}; export again with --precision {precision}")
-    model = ir.load(options.onnx)
-    if not any(MODULE in node.metadata_props for node in model.graph):
-        raise BuildError(
-            f"{options.onnx}: was not written by neck-export, so its nodes do not tell what must stay in FP32; "
-            f"build it as it is with --fp32, or export it with --precision {precision}"
-        )
-    lower(
-        model,
-        precision,
-        attention=options.attention,
-        keep_fp32=options.keep_fp32,
-        upsampling=options.upsampling,
-    )
-    typed = folder / f"{options.onnx.stem}.{precision}.onnx"
-    ir.save(model, typed, external_data=data_path(typed).name)
-    return typed
 
 
 def reuse_key(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 import time
@@ -44,6 +45,9 @@ STATE = {
 }
 """What nvidia-smi is asked."""
 
+STATE_SECONDS = 20.0
+"""It takes 0.1 to 2 s; a driver that hangs must not hold the profile."""
+
 
 class ProfilingError(RuntimeError):
     """A plan that cannot be profiled as asked."""
@@ -61,6 +65,10 @@ class Latency:
     p99_ms: float
     min_ms: float
     max_ms: float
+
+
+Measure = Callable[[Callable[[], object]], Latency]
+"""Times a piece of work."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,56 +173,68 @@ def profile_plan(
 
     Raises:
         SessionError: the plan cannot run here.
-        ProfilingError: a batch that it does not take.
+        ProfilingError: a batch that it does not take, or too little device memory to measure in.
     """
     with open_plan(plan, flavor) as session:
-        port, optimum = session.inputs[0], _optimum(session)
-        size = choose_batch(plan, port, optimum, batch)
-        image = make_input(port, size).to(session.device)
-        outputs = session.bind({port.name: image})
-        sheet = sheet or read_sheet(plan) or _inspect(session)
-        precision = session.manifest["precision"]
+        measure = functools.partial(_measure, session, runs, seconds)
+        try:
+            return _profile(session, batch, sheet or read_sheet(plan) or _inspect(session), measure, report)
+        except torch.OutOfMemoryError:
+            raise ProfilingError(
+                f"{plan}: out of device memory; profiling needs {3 * COPY_BYTES / 1e9:.1f} GB beside the plan, so end "
+                f"other programs or take a smaller --batch"
+            ) from None
 
-        def measure(work: Callable[[], object]) -> Latency:
-            return summarise(time_runs(_timer(session, work), runs=runs, seconds=seconds))
 
-        report("latency")
-        latency = measure(session.enqueue)
-        state = read_state(_timer(session, session.enqueue))
-        report("latency of a CUDA graph")
-        graph_latency, problem = _graph_latency(session, {port.name: image}, measure)
-        report("transfers")
-        tensors = {"in": [image], "out": list(outputs.values())}
-        copies = {way: measure(_copying(values, way == "in")) for way, values in tensors.items()}
-        report("the GPU's own peak")
-        tflops, gigabytes_per_s = _measure_peaks(PEAK_TYPES[precision], measure)
-        report("time per layer")
-        session.bind({port.name: image})
-        times = _layer_times(session)
-        engine, stat = session.engine, session.flavor.trt.EngineStat.TOTAL_WEIGHTS_SIZE
-        weights = engine.get_engine_stat(stat)
-        return Profile(
-            plan=str(plan),
-            batch=size,
-            precision=precision,
-            runtime=describe(session.flavor),
-            state=state,
-            latency=latency,
-            graph_latency=graph_latency,
-            graph_problem=problem,
-            copy_in=copies["in"],
-            copy_out=copies["out"],
-            bytes_in=_bytes(tensors["in"]),
-            bytes_out=_bytes(tensors["out"]),
-            weights_bytes=weights if weights >= 0 else None,
-            scratch_bytes=engine.get_device_memory_size_for_profile_v2(0),
-            loaded_bytes=session.loaded_bytes,
-            peak_tflops=tflops,
-            peak_gigabytes_per_s=gigabytes_per_s,
-            operations=scale_operations(sheet, port, optimum, size),
-            bytes_moved=sheet.bytes_moved if sheet else None,
-            layers=join_layers(times, sheet),
-        )
+def _measure(session: Session, runs: int, seconds: float, work: Callable[[], object]) -> Latency:
+    return summarise(time_runs(_timer(session, work), runs=runs, seconds=seconds))
+
+
+def _profile(
+    session: Session, batch: int | None, sheet: LayerSheet | None, measure: Measure, report: Report
+) -> Profile:
+    port, optimum = session.inputs[0], _optimum(session)
+    size = choose_batch(session.plan, port, optimum, batch)
+    image = make_input(port, size).to(session.device)
+    outputs = session.bind({port.name: image})
+    precision = session.manifest["precision"]
+    report("latency")
+    latency = measure(session.enqueue)
+    state = read_state(_timer(session, session.enqueue))
+    report("latency of a CUDA graph")
+    graph_latency, problem = _graph_latency(session, {port.name: image}, measure)
+    report("transfers")
+    tensors = {"in": [image], "out": list(outputs.values())}
+    copies = {way: measure(_copying(values, way == "in")) for way, values in tensors.items()}
+    report("the GPU's own peak")
+    tflops, gigabytes_per_s = _measure_peaks(PEAK_TYPES[precision], session.device, measure)
+    report("time per layer")
+    session.bind({port.name: image})
+    times = _layer_times(session)
+    engine, stat = session.engine, session.flavor.trt.EngineStat.TOTAL_WEIGHTS_SIZE
+    weights = engine.get_engine_stat(stat)
+    return Profile(
+        plan=str(session.plan),
+        batch=size,
+        precision=precision,
+        runtime=describe(session.flavor),
+        state=state,
+        latency=latency,
+        graph_latency=graph_latency,
+        graph_problem=problem,
+        copy_in=copies["in"],
+        copy_out=copies["out"],
+        bytes_in=_bytes(tensors["in"]),
+        bytes_out=_bytes(tensors["out"]),
+        weights_bytes=weights if weights >= 0 else None,
+        scratch_bytes=engine.get_device_memory_size_for_profile_v2(0),
+        loaded_bytes=session.loaded_bytes,
+        peak_tflops=tflops,
+        peak_gigabytes_per_s=gigabytes_per_s,
+        operations=scale_operations(sheet, port, optimum, size),
+        bytes_moved=sheet.bytes_moved if sheet else None,
+        layers=join_layers(times, sheet),
+    )
 
 
 def time_runs(
@@ -300,8 +320,11 @@ def read_state(run: Callable[[], object], command: str = "nvidia-smi") -> dict[s
     except OSError:
         return None
     with process:
+        started = time.monotonic()
         while process.poll() is None:
             run()
+            if time.monotonic() - started > STATE_SECONDS:
+                process.kill()
         output, _ = process.communicate()
     return parse_state(output) if process.returncode == 0 else None
 
@@ -353,7 +376,7 @@ def _timer(session: Session, work: Callable[[], object]) -> Callable[[], float]:
 
 
 def _graph_latency(
-    session: Session, inputs: Mapping[str, Tensor], measure: Callable[[Callable[[], object]], Latency]
+    session: Session, inputs: Mapping[str, Tensor], measure: Measure
 ) -> tuple[Latency | None, str | None]:
     try:
         captured = session.capture(inputs)
@@ -364,7 +387,7 @@ def _graph_latency(
 
 def _copying(tensors: Sequence[Tensor], to_gpu: bool) -> Callable[[], None]:
     """Copies tensors from or to page-locked memory of the host."""
-    pairs = [(value, torch.empty(value.shape, dtype=value.dtype, pin_memory=True)) for value in tensors]
+    pairs = [(value, value.cpu().pin_memory()) for value in tensors]
 
     def copy() -> None:
         for device, host in pairs:
@@ -374,12 +397,12 @@ def _copying(tensors: Sequence[Tensor], to_gpu: bool) -> Callable[[], None]:
     return copy
 
 
-def _measure_peaks(dtype: torch.dtype, measure: Callable[[Callable[[], object]], Latency]) -> tuple[float, float]:
+def _measure_peaks(dtype: torch.dtype, device: torch.device, measure: Measure) -> tuple[float, float]:
     """TFLOP/s of a large product without TF32, GB/s (read and written) of a large copy; both by torch."""
-    left, right = (torch.randn(PEAK_SIDE, PEAK_SIDE, device="cuda", dtype=dtype) for _ in range(2))
+    left, right = (torch.randn(PEAK_SIDE, PEAK_SIDE, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
     tflops = 2 * PEAK_SIDE**3 / measure(lambda: torch.mm(left, right, out=product)).p50_ms / 1e9
-    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return tflops, 2 * COPY_BYTES / measure(lambda: target.copy_(source)).p50_ms / 1e6
 

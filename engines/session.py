@@ -304,8 +304,8 @@ class Session:
         expected = ", ".join(map(str, self.inputs))
         if sorted(inputs) != sorted(port.name for port in self.inputs):
             raise SessionError(f"{self.plan}: got inputs {', '.join(inputs) or 'none'}; expected {expected}")
-        kinds = {type(value).__name__ for value in inputs.values()}
-        if kinds not in ({"ndarray"}, {"Tensor"}):
+        if not any(all(isinstance(value, kind) for value in inputs.values()) for kind in (np.ndarray, Tensor)):
+            kinds = {type(value).__name__ for value in inputs.values()}
             raise SessionError(
                 f"{self.plan}: got {', '.join(kinds)}; expected numpy arrays, or torch tensors on {self.device}"
             )

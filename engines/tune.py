@@ -13,9 +13,10 @@ from typing import Any
 
 from engines.build import BuildError
 from engines.flavor import FlavorError, choose_flavor
-from engines.plan import PlanOptions, PlanResult, make_plan, publish_plan, read_sheet, read_source, reuse_key
+from engines.plan import PlanOptions, PlanResult, make_plan, publish_plan, read_sheet, reuse_key
 from engines.profiling import ProfilingError, profile_plan
 from engines.session import SessionError
+from engines.source import read_source
 from export.attention import AttentionForm
 from export.manifest import manifest_path, read_manifest
 from export.pipeline import RejectedError
@@ -85,7 +86,9 @@ def tune_plan(
         raise TuneError("--tune measures every candidate, so it needs an NVIDIA GPU with its driver; build without it")
     source = read_source(options.onnx, report)
     if source is None or source["precision"] != "fp32" or options.precision in (None, "fp32"):
-        raise TuneError(f"{options.onnx}: --tune lowers an FP32 file of neck-export; export one, and add --fp16 or --bf16")
+        raise TuneError(
+            f"{options.onnx}: --tune lowers an FP32 file of neck-export; export one, and add --fp16 or --bf16"
+        )
     folder = options.output.with_name(options.output.name + ".tuning")
     state = folder / "rows.json"
     key = reuse_key(options, flavor, source, options.precision)

@@ -18,7 +18,8 @@ import numpy as np
 import onnx_ir as ir
 
 from export.fold import add_initializer
-from export.trace import MODULE, ExportError
+from export.tidy import MODULE
+from export.trace import ExportError
 
 AttentionForm = Literal["auto", "fp32acc", "scores32", "fused", "unfused"]
 AUTO = {"fp32": "fused", "fp16": "fp32acc", "bf16": "fused"}

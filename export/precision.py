@@ -18,8 +18,9 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
 from export.attention import AttentionForm, lower_attentions
-from export.fold import add_initializer
-from export.trace import INPUT, MODULE, ExportError
+from export.fold import LAZY_BYTES, add_initializer
+from export.tidy import INPUT, MODULE
+from export.trace import ExportError
 from export.upsampling import Upsampling, lower_upsampling
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -51,7 +52,7 @@ def lower(
         attention: form of the attentions; `auto` is fp32acc for fp16, fused for bf16 and fp32.
         keep_fp32: paths of modules that stay in FP32, with wildcards (`trunk.blocks.31`, `convs.*`).
         output_precision: type of the outputs, by default the graph's.
-        opset: by default 23 where Attention stays and 20 elsewhere.
+        opset: by default 23 where Attention stays, 22 for bf16 convolutions and 20 elsewhere.
         upsampling: ConvTranspose (`deconv`) or 1x1 convolution with DepthToSpace (`conv`); `auto` is conv for bf16.
 
     Raises:
@@ -141,7 +142,7 @@ def _converted(graph: ir.Graph, before: ir.Node, value: ir.Value, dtype: ir.Data
     return output
 
 
-def converted_weight(name: str, tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTensor:
+def converted_weight(name: str, tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
     """A weight in another type, converted when it is read; one that overflows is then an error that names it."""
 
     def convert() -> ir.TensorProtocol:
@@ -154,6 +155,8 @@ def converted_weight(name: str, tensor: ir.TensorProtocol, dtype: ir.DataType) -
             )
         return TorchTensor(exact.to(TORCH_TYPES[dtype]).contiguous())
 
+    if tensor.nbytes <= LAZY_BYTES:  # at once: what onnx-ir writes inside the graph would wrap the error
+        return convert()
     return ir.LazyTensor(convert, dtype, ir.Shape(tensor.shape), name=name)
 
 
@@ -177,13 +180,17 @@ def _retype_outputs(graph: ir.Graph, dtype: ir.DataType) -> None:
 
 def _set_opset(model: ir.Model, opset: int | None) -> None:
     present = {node.op_type for node in model.graph}
-    opset = opset if opset is not None else 23 if "Attention" in present else 20
+    convolutions = [node for node in model.graph if node.op_type in ("Conv", "ConvTranspose", "MaxPool")]
+    bf16 = any(node.outputs[0].dtype == ir.DataType.BFLOAT16 for node in convolutions)  # they take it from opset 22
+    opset = opset if opset is not None else 23 if "Attention" in present else 22 if bf16 else 20
     if opset not in OPSETS:
         raise ExportError(f"opset {opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
     if "Attention" in present and opset < 23:
         raise ExportError(
             f"opset {opset} has no Attention, which the fp32acc form needs: use --opset 23, or --attention scores32"
         )
+    if bf16 and opset < 22:
+        raise ExportError(f"opset {opset} has no BF16 convolutions: use --opset 22, or --precision fp16")
     if opset < 20:
         _expand_gelu(model.graph)
     model.opset_imports[""] = opset

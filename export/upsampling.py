@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.fold import add_initializer
-from export.trace import MODULE
+from export.tidy import MODULE
 
 Upsampling = Literal["auto", "deconv", "conv"]
 

@@ -26,6 +26,9 @@ from neck.config import EncoderConfig
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
 
+PREFIX = "detector.backbone.vision_backbone."
+"""Of the keys of meta-dual's checkpoint."""
+
 _traces: dict[tuple[Any, ...], ir.Model] = {}
 
 
@@ -34,7 +37,8 @@ def quick_trace(module: DeployEncoder) -> ir.Model:
     digest = hashlib.sha256()
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    key = (module.signature, getattr(module.trunk, "config", None), repr(module), digest.digest())
+    signature = dataclasses.replace(module.signature, dtype="float32")  # the graph is FP32 whatever the file will be
+    key = (signature, getattr(module.trunk, "config", None), repr(module), digest.digest())
     if key not in _traces:
         _traces[key] = trace(module)
     return _traces[key].clone()
@@ -89,13 +93,21 @@ def neck_export_cli(*arguments: str | Path) -> Ran:
     return Ran(result.exit_code, result.stdout, result.stderr)
 
 
-def plant(state: dict[str, torch.Tensor], prefix: str, block: int, factor: float) -> None:
-    """Scales one value channel of a block's attention up and its column of the projection down: the same function."""
-    qkv, proj = f"{prefix}trunk.blocks.{block}.attn.qkv.", f"{prefix}trunk.blocks.{block}.attn.proj.weight"
-    channels = state[proj].shape[1]
-    state[qkv + "weight"][2 * channels] *= factor
-    state[qkv + "bias"][2 * channels] *= factor
-    state[proj][:, 0] /= factor
+def plant_in_trunk(state: dict[str, torch.Tensor], factor: float = 2.0**16) -> None:
+    """Scales one value channel of block 2's attention up and its column of the projection down: the same function."""
+    attention = f"{PREFIX}trunk.blocks.2.attn."
+    channels = state[attention + "proj.weight"].shape[1]
+    for leaf in ("weight", "bias"):
+        state[f"{attention}qkv.{leaf}"][2 * channels] *= factor
+    state[attention + "proj.weight"][:, 0] /= factor
+
+
+def plant_in_neck(state: dict[str, torch.Tensor], factor: float = 2.0**16) -> None:
+    """The same between the two convolutions of level 2."""
+    level = f"{PREFIX}convs.2."
+    for leaf in ("weight", "bias"):
+        state[f"{level}conv_1x1.{leaf}"][0] *= factor
+    state[level + "conv_3x3.weight"][:, 0] /= factor
 
 
 @functools.cache

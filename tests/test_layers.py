@@ -108,8 +108,8 @@ def test_the_least_time_is_that_of_operations_or_bytes() -> None:
 
 
 def _listed(name: str, dims: str) -> str:
-    order = "Strides: [1], StrideOrder: [0]"
-    return f"{{ Name: {name}, Dimensions: [{dims}], {order}, Datatype: Half, Format: (Arbitrary) Format with order = [1] }}"
+    layout = "Strides: [1], StrideOrder: [0], Datatype: Half, Format: (Arbitrary) Format with stride order = [1,2,0]"
+    return f"{{ Name: {name}, Dimensions: [{dims}], {layout} }}"
 
 
 ATTENTION = "[ONNX Layer: trunk.blocks.0.attn/attention/to_float16]\x1f[ONNX Layer: trunk.blocks.0.attn/attention]"
@@ -117,11 +117,12 @@ LOG = "\n".join(
     [
         "Layers:",
         "Name: s, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, Metadata: ",
-        f"Name: _gemm_mha_v2_myl0_5, LayerType: kgen, Inputs: [ {_listed('q', '16,576,64')}, {_listed('k', '16,64,576')}], "
-        f"Constants: [ {_listed('c', '')}], Outputs: [ {_listed('o', '16,576,64')}], TacticName: _gemm_mha_v2_0x71, "
-        f"StreamId: 0, Metadata: {ATTENTION}",
-        f"Name: fc, LayerType: gemm, Inputs: [ {_listed('x', '-1,64')}], Constants: [], Outputs: [ {_listed('y', '-1,64')}], "
-        "TacticName: , StreamId: 0, Metadata: [ONNX Layer: trunk.blocks.0.mlp.fc1/MatMul]",
+        f"Name: _gemm_mha_v2_myl0_5, LayerType: kgen, Inputs: [ {_listed('q', '16,576,64')}, "
+        f"{_listed('k', '16,64,576')}], Constants: [ {_listed('c', '')}], Outputs: [ {_listed('o', '16,576,64')}], "
+        f"TacticName: _gemm_mha_v2_0x71, StreamId: 0, Metadata: {ATTENTION}",
+        f"Name: fc, LayerType: gemm, Inputs: [ {_listed('x', '-1,64')}], Constants: [], "
+        f"Outputs: [ {_listed('y', '-1,64')}], TacticName: , StreamId: 0, "
+        "Metadata: [ONNX Layer: trunk.blocks.0.mlp.fc1/MatMul]",
         "",
         "I/O Tensors:",
     ]

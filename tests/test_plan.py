@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from engines.build import BuildError, BuildOptions
 from engines.flavor import has_gpu
-from engines.plan import NO_GPU, PlanOptions, layers_path, make_plan, newest_onnx, read_sheet
+from engines.plan import NO_GPU, PlanOptions, layers_path, make_plan, read_sheet
+from engines.source import newest_onnx
 from export.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
 from export.pipeline import ExportOptions, RejectedError, export_onnx
 from export.signature import BatchRange

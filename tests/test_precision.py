@@ -19,7 +19,8 @@ from torch import Tensor
 from export.attention import find_attentions
 from export.precision import converted_weight, lower
 from export.simulate import simulate
-from export.trace import MODULE, ExportError
+from export.tidy import MODULE
+from export.trace import ExportError
 
 SAME = 1e-5
 """Of an output's largest value: the same FP32 sums in another order, over 4 blocks."""

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from exporting import trace_quickly
 from onnx import TensorProto, helper, numpy_helper
 
 import export.simulate
@@ -62,6 +63,11 @@ def overflow(low: str = "fp16") -> ir.Model:
 def run(model: ir.Model, image: np.ndarray) -> np.ndarray:
     (found,) = run_model(model, Path(), image.astype(np.float32))
     return found
+
+
+@pytest.fixture(autouse=True)
+def _trace_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace_quickly(monkeypatch)
 
 
 IMAGE = np.array([2.0, 300.0, -300.0, 0.1])
@@ -216,8 +222,8 @@ def check_errors(errors: Errors) -> None:
 
 @pytest.fixture(scope="module")
 def deep() -> tuple[Sam3DualViTDetNeck, EncoderConfig]:
-    """All 32 blocks of the published encoder, 64 channels wide, at the size where a global block sees 144 tokens."""
-    config = EncoderConfig(image_size=168, embed_dim=64, num_heads=2, d_model=32, window_size=6, pretrain_image_size=84)
+    """All 32 blocks of the published encoder, 64 channels wide, on a grid of 8 x 8."""
+    config = EncoderConfig(image_size=112, embed_dim=64, num_heads=2, d_model=32, window_size=4, pretrain_image_size=56)
     return random_encoder(config), config
 
 

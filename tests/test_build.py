@@ -1,0 +1,434 @@
+"""ONNX file -> plan by NVIDIA's own parser and builder (TensorRT-RTX, which needs no GPU), and what goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+from conftest import Golden, Save, load_golden, traced
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
+
+from engines.build import BuildOptions, BuildResult, build_plan
+from engines.flavor import FlavorError, choose_flavor, has_gpu
+from engines.graph import BuildError, read_graph
+from export.attention import AttentionForm
+from export.precision import Precision, lower
+from export.signature import BatchRange, TensorSpec
+
+ROOT = Path(__file__).parent.parent
+TARGETS = ("8.6", "8.9", "12.0")
+FORMS: list[tuple[Precision, AttentionForm]] = [
+    ("fp32", "fused"),
+    *(("fp16", form) for form in ("fp32acc", "scores32", "fused", "unfused")),
+    *(("bf16", form) for form in ("fp32acc", "scores32", "fused", "unfused")),
+]
+NECKS = (("meta-padded", "sam3"), ("meta-dual", "both"), ("meta-tri", "all"))
+"""One, two and three necks; the first has windows that do not divide its grid."""
+
+BATCHES = ("2", "1:2:3")
+POSITIONS = ("none", "graph")
+PRODUCT = list(itertools.product(range(len(FORMS)), range(len(NECKS)), range(2), range(2)))
+PAIRS = [(form, neck, (form + neck) % 2, (form // 2 + neck) % 2) for form in range(len(FORMS)) for neck in range(3)]
+"""27 of the 108: every two choices meet in one of them."""
+
+
+def test_the_default_builds_cover_every_pair() -> None:
+    for first, second in itertools.combinations(range(4), 2):
+        assert {(row[first], row[second]) for row in PAIRS} == {(row[first], row[second]) for row in PRODUCT}
+
+
+def typed_file(
+    save: Save,
+    precision: Precision = "fp16",
+    case: str = "meta-dual",
+    batch: str = "1",
+    **asked: Any,  # noqa: ANN401 - of `lower`
+) -> Path:
+    """A golden encoder's file: one neck, no positions, unless `signature` asks otherwise."""
+    golden = load_golden(case)
+    signature = {"necks": "sam3", "positions": "none", **asked.pop("signature", {})}
+    model = traced(golden.encoder, golden.config, batch=batch, **signature).model
+    lower(model, precision, **asked)
+    return save(model)
+
+
+@pytest.fixture
+def small(save: Save) -> Path:
+    """An FP16 file of one neck."""
+    return typed_file(save)
+
+
+def _build_matrix(save: Save, row: tuple[int, int, int, int]) -> None:
+    (precision, form), (case, necks) = FORMS[row[0]], NECKS[row[1]]
+    batch, positions = BATCHES[row[2]], POSITIONS[row[3]]
+    signature = {"necks": necks, "positions": positions}
+    path = typed_file(save, precision, case, batch, attention=form, signature=signature)
+    parsed = BatchRange.parse(batch)
+    options = BuildOptions(precision, parsed if parsed.dynamic else None, TARGETS)
+    result = build_plan(path, path.with_suffix(".plan"), options)
+    config = load_golden(case).config
+    assert result.compute_capabilities == TARGETS and result.plan_bytes == path.with_suffix(".plan").stat().st_size
+    assert result.inputs == (TensorSpec("image", "float32", (parsed.dim, 3, *config.image_size)),)
+    counted = {"sam3": 1, "both": 2, "all": 3}[necks] * len(config.scale_factors) * (1 + (positions == "graph"))
+    assert len(result.outputs) == counted
+    assert {spec.dtype for spec in result.outputs} == {
+        {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
+    }
+    assert result.sheet is not None and result.sheet.attentions == config.depth
+
+
+@pytest.mark.parametrize("row", PAIRS, ids=lambda row: "-".join(map(str, row)))
+def test_every_pair_of_choices_builds(save: Save, row: tuple[int, int, int, int]) -> None:
+    """Form x necks x batch x positions, for three GPUs each; build_plan itself checks the types."""
+    _build_matrix(save, row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", sorted(set(PRODUCT) - set(PAIRS)), ids=lambda row: "-".join(map(str, row)))
+def test_all_other_choices_build(save: Save, row: tuple[int, int, int, int]) -> None:
+    _build_matrix(save, row)
+
+
+@pytest.mark.parametrize(
+    ("precision", "asked"),
+    [
+        ("fp16", {"keep_fp32": ["trunk.blocks.1", "convs.0"]}),
+        ("fp16", {"keep_fp32": ["trunk.blocks.*.attn"]}),
+        ("bf16", {"keep_fp32": ["trunk.blocks.1"]}),
+        ("fp16", {"upsampling": "conv"}),
+        ("fp16", {"output_precision": "fp32"}),
+        ("fp16", {"signature": {"input_kind": "uint8"}}),
+        ("fp16", {"attention": "scores32", "opset": 20}),
+        ("fp16", {"opset": 24}),
+    ],
+    ids=str,
+)
+def test_other_exports_build(save: Save, precision: Precision, asked: dict[str, Any]) -> None:
+    path = typed_file(save, precision, **asked)
+    options = BuildOptions(precision, keep_fp32=tuple(asked.get("keep_fp32", ())), compute_capabilities=("8.9",))
+    result = build_plan(path, path.with_suffix(".plan"), options)
+    assert {spec.dtype for spec in result.outputs} == {
+        "float32" if "output_precision" in asked else {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    }
+    assert result.inputs[0].dtype == ("uint8" if "signature" in asked else "float32")
+
+
+@pytest.mark.parametrize(
+    ("held", "asked", "keep", "says"),
+    [
+        ("fp32", "fp16", (), r"trunk\.patch_embed\.proj/Conv computes in FLOAT, asked was fp16.*--precision fp16"),
+        ("fp16", "fp32", (), "computes in HALF, asked was fp32"),
+        ("bf16", "fp16", (), "computes in BF16, asked was fp16"),
+        ("fp32", "fp16", ("trunk", "convs.0"), r"convs\.1\..* computes in FLOAT"),
+        ("fp32", "fp16", ("trunk", "convs.*"), "no matrix product or convolution in fp16"),
+    ],
+)
+def test_types_other_than_asked_are_refused(
+    save: Save, held: Precision, asked: Precision, keep: tuple[str, ...], says: str
+) -> None:
+    path = typed_file(save, held)
+    with pytest.raises(BuildError, match=says):
+        build_plan(path, path.with_suffix(".plan"), BuildOptions(asked, keep_fp32=keep))
+    assert not path.with_suffix(".plan").exists()
+
+
+def test_result_and_options(small: Path, tmp_path: Path) -> None:
+    options = BuildOptions(optimization_level=1, workspace_bytes=1 << 30, compute_capabilities=("8.9",))
+    phases: dict[str, tuple[int, int]] = {}
+
+    def progress(phase: str, done: int, total: int) -> None:
+        assert 0 <= done <= total
+        phases[phase] = (done, total)
+
+    result = build_plan(small, tmp_path / "new" / "x.plan", options, progress=progress)
+    assert (result.flavor, result.onnx, result.gpu) == ("rtx", small, choose_flavor("rtx").gpu)
+    assert result.sheet is not None and result.sheet.operations and result.seconds > 0
+    assert phases["Building engine"][0] >= 5 and len(phases) > 3
+    assert options.to_dict() == {**BuildOptions().to_dict(), "optimization_level": 1, "workspace_bytes": 1 << 30} | {
+        "compute_capabilities": ["8.9"]
+    }
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.plan"]
+    weights = small.with_name(small.name + ".data").stat().st_size
+    assert result.plan_bytes > weights
+
+
+def test_plan_is_readable_by_others(small: Path, tmp_path: Path) -> None:
+    """A service under another user loads it: the umask decides, not a private temporary file."""
+    plan = build_plan(small, tmp_path / "x.plan", BuildOptions()).plan
+    (tmp_path / "plain").touch()
+    assert plan.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def _without_data(path: Path) -> Path:
+    path.with_name(path.name + ".data").unlink()
+    return path
+
+
+def _truncated(path: Path, keep: float) -> Path:
+    os.truncate(path, int(path.stat().st_size * keep))
+    return path
+
+
+def _outside(path: Path) -> Path:
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../secret.data"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: path.with_name("none.onnx"), "No such file: .*none.onnx; `neck-export onnx` writes it"),
+        (_without_data, "No such file: .*onnx.data, the weights of .*onnx; copy both or export again"),
+        (lambda path: _truncated(path, 0.5), "not a whole ONNX file.*export it again"),
+        (lambda path: _truncated(path, 0), "empty or truncated; export it again"),
+        (
+            lambda path: _truncated(path.with_name(path.name + ".data"), 0.5) and path,
+            r"truncated, has [\d,]+ of [\d,]+ by",
+        ),
+        (_outside, "'../secret.data', outside its folder"),
+    ],
+)
+def test_bad_files_are_told(small: Path, spoil: Any, says: str) -> None:  # noqa: ANN401
+    plan = small.with_suffix(".plan")
+    plan.write_bytes(b"old")
+    path = spoil(small)
+    if path.name.endswith(".data"):
+        path = small
+    with pytest.raises(BuildError, match=says) as caught:
+        build_plan(path, plan, BuildOptions())
+    assert len(str(caught.value).splitlines()) <= 2
+    assert plan.read_bytes() == b"old"
+
+
+def test_what_the_parser_refuses_is_told_with_the_node(small: Path) -> None:
+    model = onnx.load(small, load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
+    node.op_type = "NoSuchOperator"
+    onnx.save(model, small)
+    with pytest.raises(BuildError, match=rf"cannot parse it: node {node.name} \(NoSuchOperator\).*\n.*--opset auto"):
+        build_plan(small, small.with_suffix(".plan"), BuildOptions())
+
+
+def test_attention_in_fp32_is_told_before_the_builder_fails(golden_trace: ir.Model, save: Save) -> None:
+    golden_trace.opset_imports[""] = 23
+    path = save(golden_trace)
+    assert read_graph(path).fp32_attentions
+    with pytest.raises(BuildError, match=r"attn/.* is an opset-23 Attention in FP32.*--attention auto"):
+        build_plan(path, path.with_suffix(".plan"), BuildOptions("fp32"))
+
+
+@pytest.fixture
+def golden_trace() -> ir.Model:
+    """The canonical graph, not lowered: FP32 with Attention nodes."""
+    golden: Golden = load_golden("meta-dual")
+    return traced(golden.encoder, golden.config, necks="sam3", positions="none").model
+
+
+def test_what_the_builder_refuses_is_told(save: Save) -> None:
+    """TensorRT-RTX 1.7 has no BF16 ConvTranspose."""
+    path = typed_file(save, "bf16", upsampling="deconv")
+    with pytest.raises(BuildError, match=r"TensorRT built nothing: .*deconv"):
+        build_plan(path, path.with_suffix(".plan"), BuildOptions("bf16"))
+    assert not list(path.parent.glob("*.plan*")) and not list(path.parent.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (BuildOptions(compute_capabilities=("9.0",)), r"9\.0: TensorRT-RTX .* builds for 7\.5, 8\.0.*Hopper"),
+        (BuildOptions(compute_capabilities=("8.9", "nonsense")), "nonsense"),
+        (BuildOptions(timing_cache=Path("times.cache")), "--timing-cache"),
+        (BuildOptions(hardware_compatible="ampere+"), "--hardware-compatible"),
+        (BuildOptions(optimization_level=6), "optimization level 6: expected 0 to 5"),
+        (BuildOptions(batch=BatchRange.parse("1:4:8")), "its batch is 1, asked was 1:4:8; export again with --batch"),
+    ],
+)
+def test_options_that_cannot_be_met_are_refused(small: Path, options: BuildOptions, says: str) -> None:
+    with pytest.raises((BuildError, FlavorError), match=says):
+        build_plan(small, small.with_suffix(".plan"), options, flavor=choose_flavor("rtx"))
+
+
+def test_a_dynamic_image_size_is_refused(small: Path) -> None:
+    model = onnx.load(small, load_external_data=False)
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
+    del model.graph.value_info[:]
+    onnx.save(model, small)
+    with pytest.raises(BuildError):
+        build_plan(small, small.with_suffix(".plan"), BuildOptions())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_disk_that_refuses_leaves_the_old_plan(small: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    plan = small.with_suffix(".plan")
+    plan.write_bytes(b"old")
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    says = "no space left for it" if number == errno.ENOSPC else "cannot be written .Permission denied"
+    with pytest.raises(BuildError, match=f"{plan}: {says}.*older plan there is untouched"):
+        build_plan(small, plan, BuildOptions(compute_capabilities=("8.9",)))
+    assert plan.read_bytes() == b"old" and not list(plan.parent.glob(".*"))
+
+
+CHILD = """
+    import resource, sys, time
+    from pathlib import Path
+    from engines.build import BuildError, BuildOptions, build_plan
+    onnx, plan, step = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    def progress(phase, done, total):
+        if phase == "Building engine" and done == 1:
+            print("building", flush=True)
+            time.sleep(60 if step == "hang" else 1 if step == "slow" else 0)
+    if step == "small disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    try:
+        build_plan(onnx, plan, BuildOptions(compute_capabilities=("8.9",)), progress=progress)
+    except BuildError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+def _start(onnx_path: Path, plan: Path, step: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", textwrap.dedent(CHILD), str(onnx_path), str(plan), step]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_full_disk_is_told(small: Path, tmp_path: Path) -> None:
+    """The kernel itself refuses to write more than 1 MiB, in the midst of the builder's stream."""
+    plan = tmp_path / "x.plan"
+    with _start(small, plan, "small disk") as child:
+        _, stderr = child.communicate(timeout=120)
+    assert child.returncode == 1 and "no space left for it" in stderr and "Traceback" not in stderr
+    assert not list(tmp_path.glob("*.plan")) and not list(tmp_path.glob(".*"))
+
+
+def test_ctrl_c_stops_the_build_and_leaves_the_old_plan(small: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "x.plan"
+    plan.write_bytes(b"old")
+    with _start(small, plan, "slow") as child:
+        assert child.stdout is not None and child.stdout.readline() == "building\n"
+        sent = time.monotonic()
+        child.send_signal(signal.SIGINT)
+        _, stderr = child.communicate(timeout=60)
+    assert child.returncode == 130, stderr
+    assert time.monotonic() - sent < 10
+    assert plan.read_bytes() == b"old" and not list(tmp_path.glob(".*"))
+
+
+def test_after_kill_9_the_next_build_works_and_cleans_up(small: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "x.plan"
+    with _start(small, plan, "hang") as child:
+        assert child.stdout is not None and child.stdout.readline() == "building\n"
+        living = list(tmp_path.glob(".x.plan.*"))
+        build_plan(small, plan, BuildOptions(compute_capabilities=("8.9",)))
+        assert len(living) == 1 and living[0].exists()  # the other's file is left alone while it lives
+        child.kill()
+        child.communicate(timeout=60)
+    assert living[0].exists()
+    result = build_plan(small, plan, BuildOptions(compute_capabilities=("8.9",)))
+    assert not living[0].exists() and plan.stat().st_size == result.plan_bytes
+
+
+def test_two_builds_of_one_plan_end_whole(small: Path, tmp_path: Path) -> None:
+    plan, results = tmp_path / "x.plan", []
+    flavor = choose_flavor("rtx")
+
+    def build(target: str) -> None:
+        results.append(build_plan(small, plan, BuildOptions(compute_capabilities=(target,)), flavor=flavor))
+
+    threads = [threading.Thread(target=build, args=(target,)) for target in ("8.6", "12.0")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 2 and plan.stat().st_size in {result.plan_bytes for result in results}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_progress_that_raises_stops_the_build(small: Path) -> None:
+    def progress(phase: str, done: int, total: int) -> None:
+        raise ZeroDivisionError(phase)
+
+    with pytest.raises(ZeroDivisionError):
+        build_plan(small, small.with_suffix(".plan"), BuildOptions(), progress=progress)
+    assert not small.with_suffix(".plan").exists()
+
+
+def test_building_prints_nothing(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    build_plan(small, small.with_suffix(".plan"), BuildOptions(compute_capabilities=("8.9",)))
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_operations_are_counted(save: Save) -> None:
+    """Against the sum written out by hand for this encoder: 64 tokens, C = 32, 4 blocks, levels 32, 16, 8 and 4."""
+    tokens, c, hidden, windows = 64, 32, int(32 * 4.625), 4
+    block = tokens * (4 * c * c + 2 * c * hidden)
+    attention = 2 * c * (2 * tokens**2 + 2 * windows * (tokens // windows) ** 2)
+    patches = tokens * 3 * 14 * 14 * c
+    convs = sum(side * side * 16 * 16 * 9 for side in (32, 16, 8, 4))
+    # level 4.0: two transposed convolutions, level 2.0: one (merged with their 1x1); 1.0 and 0.5: the 1x1
+    convs += tokens * c * (c // 2) * 4 + 4 * tokens * (c // 2) * 16 * 4 + tokens * c * 16 * 4 + (64 + 16) * c * 16
+    expected = 2 * (4 * block + attention + patches + convs)
+    assert read_graph(typed_file(save)).operations == expected
+    dynamic = typed_file(save, batch="1:2:3")
+    assert read_graph(dynamic, batch=3).operations == 3 * expected
+
+
+@pytest.mark.slow
+def test_full_size(save: Save, tmp_path: Path) -> None:
+    """The published encoder in FP16, features only: the bars of the layer sheet."""
+    from export.deploy import DeployEncoder
+    from export.rewrite import Rewrites
+    from export.signature import encoder_signature
+    from export.trace import trace
+    from neck.checkpoint import random_encoder
+    from neck.config import EncoderConfig
+
+    config = EncoderConfig()
+    model = trace(DeployEncoder(random_encoder(config), encoder_signature(config, positions="none"), Rewrites()))
+    lower(model, "fp16")
+    path = save(model)
+    result: BuildResult = build_plan(path, tmp_path / "x.plan", BuildOptions(compute_capabilities=("8.9",)))
+    sheet = result.sheet
+    assert sheet is not None and sheet.bytes_moved is not None
+    assert sheet.summary().startswith("fused attentions 32 of 32, accumulation FP32, ")
+    assert len(sheet.kernels) <= 310 and sheet.bytes_moved <= 13.5e9
+    assert result.plan_bytes <= 1.05 * path.with_name(path.name + ".data").stat().st_size
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU or driver here: TensorRT builds for the GPU at hand only")
+def test_tensorrt_builds_for_the_gpu_at_hand(small: Path, tmp_path: Path) -> None:
+    """What only a GPU shows: the other flavour, its timing cache, version- and hardware-compatible plans."""
+    flavor = choose_flavor("tensorrt")
+    cache = tmp_path / "times.cache"
+    options = BuildOptions(timing_cache=cache, version_compatible=True, hardware_compatible="ampere+")
+    first = build_plan(small, tmp_path / "x.plan", options, flavor=flavor)
+    assert first.gpu is not None and first.compute_capabilities == (first.gpu.compute_capability,)
+    assert len(list(tmp_path.glob("times.tensorrt-*.cache"))) == 1
+    second = build_plan(small, tmp_path / "x.plan", dataclasses.replace(options), flavor=flavor)
+    assert second.seconds < first.seconds

@@ -1,0 +1,120 @@
+"""Tuning tries every form, survives failures, resumes, and keeps the fastest that passes; measuring is replaced here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from conftest import DATA
+
+from engines.build import BuildError
+from engines.flavor import has_gpu
+from engines.plan import PlanOptions, PlanResult, make_plan
+from engines.tune import Row, TuneError, Tuning, fastest, tune_plan, tuning_lines
+from export.fidelity import Tolerance, Verdict, compare_output
+from export.manifest import check_files, manifest_path, read_manifest
+from export.pipeline import ExportOptions, RejectedError, export_onnx
+from export.verify import Report
+from neck.config import EncoderConfig
+
+np = pytest.importorskip("numpy")
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
+
+CASE = DATA / "meta-dual"
+LATENCIES = {"fp32acc-deconv": 3.0, "fp32acc-conv": 2.0, "scores32-deconv": 5.0, "scores32-conv": 4.0}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = EncoderConfig.from_file(CASE / "encoder.json")
+    output = tmp_path_factory.mktemp("tune") / "encoder.onnx"
+    return export_onnx(ExportOptions(output=output, checkpoint=CASE / "checkpoint.pt", config=config)).path
+
+
+def options_for(source: Path, folder: Path) -> PlanOptions:
+    return PlanOptions(source, folder / "encoder.plan", precision="fp16", flavor="rtx", verify=False)
+
+
+def make(options: PlanOptions, report: Report) -> PlanResult:
+    """Builds, but the form `fused` is rejected with convolutions and does not build without."""
+    if options.attention == "fused":
+        if options.upsampling == "deconv":
+            raise BuildError("planted: the builder gave up")
+        row = compare_output("sam3_feat_0", np.ones(4), np.zeros(4), Tolerance(1e-2, 0.9995))
+        raise RejectedError(options.output, Verdict((row,), "planted"))
+    return make_plan(options, report)
+
+
+def measure(plan: Path) -> float:
+    return LATENCIES[plan.parent.name]
+
+
+def tune(source: Path, folder: Path) -> Tuning:
+    return tune_plan(options_for(source, folder), make=make, measure=measure)
+
+
+def test_the_fastest_that_passes_is_kept_and_the_others_are_told(source: Path, tmp_path: Path) -> None:
+    tuning = tune(source, tmp_path)
+    assert len(tuning.rows) == 6
+    manifest = read_manifest(manifest_path(tuning.best.path), "plan")
+    check_files(manifest_path(tuning.best.path), manifest)
+    assert (manifest["key"]["attention"], manifest["key"]["upsampling"]) == ("fp32acc", "conv")
+    text = "\n".join(tuning_lines(tuning))
+    assert "planted: the builder gave up" in text and "rejected: 1 outputs" in text and "kept: fp32acc, conv" in text
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "encoder.plan",
+        "encoder.plan.json",
+        "encoder.plan.layers.json",
+    }
+
+
+def test_a_stopped_run_goes_on_where_it_was(source: Path, tmp_path: Path) -> None:
+    tried: list[str] = []
+
+    def stop_at_third(plan: Path) -> float:
+        tried.append(plan.parent.name)
+        if len(tried) == 3:
+            raise KeyboardInterrupt
+        return measure(plan)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune_plan(options_for(source, tmp_path), make=make, measure=stop_at_third)
+    assert not (tmp_path / "encoder.plan").exists()
+    tuning = tune_plan(options_for(source, tmp_path), make=make, measure=stop_at_third)
+    assert tried == ["fp32acc-deconv", "fp32acc-conv", "scores32-deconv", "scores32-deconv", "scores32-conv"]
+    assert fastest(list(tuning.rows)) == next(row for row in tuning.rows if row.latency_ms == 2.0)
+
+
+def test_other_options_start_anew(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "encoder.plan.tuning"
+    folder.mkdir()
+    rows = [dataclasses.asdict(Row("fp32acc", "deconv", latency_ms=0.1))]
+    (folder / "rows.json").write_text(json.dumps({"key": {"other": 1}, "rows": rows}))
+    tuning = tune(source, tmp_path)
+    assert 0.1 not in [row.latency_ms for row in tuning.rows]
+
+
+def test_none_that_passes_is_an_error_with_the_table(source: Path, tmp_path: Path) -> None:
+    def refuse(options: PlanOptions, report: Report) -> PlanResult:
+        raise BuildError("planted")
+
+    with pytest.raises(TuneError, match="no candidate passed") as caught:
+        tune_plan(options_for(source, tmp_path), make=refuse, measure=measure)
+    assert str(caught.value).count("planted") == 6
+    assert not (tmp_path / "encoder.plan").exists()
+
+
+@pytest.mark.skipif(has_gpu(), reason="says what happens where no GPU is")
+def test_without_a_gpu_nothing_is_measured(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(TuneError, match="needs an NVIDIA GPU"):
+        tune_plan(options_for(source, tmp_path))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="tuning needs an NVIDIA GPU")
+def test_tuning_on_a_gpu(source: Path, tmp_path: Path) -> None:
+    tuning = tune_plan(dataclasses.replace(options_for(source, tmp_path), flavor="auto", verify=True))
+    assert tuning.best.path.is_file()
+    assert any(row.latency_ms for row in tuning.rows)
