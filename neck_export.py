@@ -187,7 +187,8 @@ def profile(
 ) -> None:
     """Measures a plan's latency on the GPU: percentiles, transfers apart, memory, layers."""
     with stage():
-        from engines.profiling import profile_lines, profile_plan
+        from engines.latency import profile_lines
+        from engines.profiling import profile_plan
 
         found = profile_plan(plan, batch=batch)
     typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(profile_lines(found)))
@@ -319,7 +320,9 @@ def parse_tolerances(given: list[str] | None) -> dict[str, float]:
         try:
             pairs[name] = float(value)
         except ValueError:
-            raise typer.BadParameter(f"{pair!r}: expected NAME=VALUE, such as sam3_feat_0=0.02") from None
+            raise typer.BadParameter(
+                f"{pair!r}: expected NAME=VALUE, such as sam3_feat_0=0.02", param_hint="--tolerance"
+            ) from None
     return pairs
 
 

@@ -1,6 +1,6 @@
 """Writes README's table of figures from the newest results in benchmarks/results.
 
-    python -m benchmarks.table [--check]
+python -m benchmarks.table [--check]
 """
 
 from __future__ import annotations

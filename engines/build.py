@@ -26,6 +26,9 @@ NUMPY = {
     "INT32": "int32",
     "INT64": "int64",
 }
+DEFAULT_BATCH = BatchRange(1, 4, 8)
+"""Optimization profile of a dynamic batch whose range nobody said."""
+
 SCORES = "*.attn/scores*"
 """The matrix product that the attention form `unfused` keeps in FP32."""
 
@@ -119,7 +122,7 @@ def build_plan(
         FlavorError: no TensorRT, or options that it does not have.
     """
     flavor = flavor or choose_flavor()
-    graph = read_graph(onnx, options.batch.optimum if options.batch else 1)
+    graph = read_graph(onnx, (options.batch or DEFAULT_BATCH).optimum)
     _check_attentions(onnx, graph, options)
     targets = flavor.check_targets(options.compute_capabilities)
     flavor.refuse(
@@ -246,7 +249,7 @@ def _profile(onnx: Path, network: Any, options: BuildOptions) -> Any:  # noqa: A
         return None
     from polygraphy.backend.trt import Profile
 
-    batch = options.batch or BatchRange(1, 4, 8)
+    batch = options.batch or DEFAULT_BATCH
     sizes = ((size, *shape[1:]) for size in (batch.minimum, batch.optimum, batch.maximum))
     return Profile().add(image.name, *sizes)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,12 @@ PACKAGES = {
     "polygraphy": "pip install 'neck-export[rtx]' or '[gpu]'",
 }
 """Distribution -> what installs it."""
+
+OTHER_NAMES = {
+    "tensorrt": ("tensorrt-cu12", "tensorrt-cu13"),
+    "tensorrt-rtx-cu13": ("tensorrt-rtx-cu12", "tensorrt-rtx"),
+}
+"""Distributions that bring the same module."""
 
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -44,17 +52,18 @@ def examine() -> dict[str, Any]:
 
 
 def installed_version(name: str) -> str | None:
-    """The version of an installed distribution, or None."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """The version of an installed distribution or one that brings the same module, or None."""
+    for one in (name, *OTHER_NAMES.get(name, ())):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(one)
+    return None
 
 
 def driver_version() -> str | None:
     """The version of NVIDIA's kernel driver, or None."""
     try:
-        match = re.search(r"Kernel Module\D*([\d.]+)", DRIVER.read_text())
+        # `... Kernel Module  535.161.08  ...`, or of the open driver `... Kernel Module for x86_64  550.54.15  ...`
+        match = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", DRIVER.read_text())
     except OSError:
         return None
     return match.group(1) if match else None
@@ -64,8 +73,10 @@ def gpu_names() -> list[str]:
     """Names and compute capabilities of the GPUs that torch sees."""
     import torch
 
-    if not torch.cuda.is_available():
-        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an old driver is told by the lines below, not by torch
+        if not torch.cuda.is_available():
+            return []
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return [f"{one.name}, compute capability {one.major}.{one.minor}" for one in properties]
 

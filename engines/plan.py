@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from engines.build import BuildOptions, BuildResult, Progress, build_plan
+import torch
+
+from engines.build import DEFAULT_BATCH, BuildOptions, BuildResult, Progress, build_plan
 from engines.flavor import Flavor, choose_flavor
 from engines.graph import read_graph
 from engines.layers import LayerSheet
@@ -199,6 +201,7 @@ def _manifest(
     options: PlanOptions, source: dict[str, Any] | None, result: BuildResult, key: dict[str, Any], precision: Precision
 ) -> dict[str, Any]:
     """What the plan's manifest says, its verification aside."""
+    first = result.inputs[0].shape[0]
     return {
         "key": key,
         "precision": precision,
@@ -207,7 +210,7 @@ def _manifest(
         "compute_capabilities": list(result.compute_capabilities),
         "gpu": dataclasses.asdict(result.gpu) if result.gpu else None,
         "options": result.options.to_dict(),
-        "batch": str(result.options.batch or 1),
+        "batch": str(result.options.batch or DEFAULT_BATCH) if isinstance(first, str) else str(first),
         "inputs": [dataclasses.asdict(spec) for spec in result.inputs],
         "outputs": [dataclasses.asdict(spec) for spec in result.outputs],
         "build_seconds": round(result.seconds, 2),
@@ -239,22 +242,30 @@ def _verify(
     if not options.verify:
         return None, {"verified": False, "reason": "not verified: --no-verify"}
     if source is None:
-        reason = f"not verified: {options.onnx.name} has no manifest, so the weights to compare with are unknown"
-        return None, {"verified": False, "reason": reason}
-    if flavor.gpu is not None:
+        unknown = f"not verified: {options.onnx.name} has no manifest, so the weights to compare with are unknown"
+        return None, {"verified": False, "reason": unknown}
+    reason = why_not_run(flavor)
+    if reason is None:
         report("verify: the plan against PyTorch")
         verdict = verify_plan(staged, images=options.images, overrides=options.tolerances, report=report)
         return verdict, verdict.to_dict()
     before = source["verification"]
     if typed == options.onnx and before["verified"] and not options.images and not options.tolerances:
-        return None, {"verified": False, "reason": NO_GPU, "onnx": before}
+        return None, {"verified": False, "reason": reason, "onnx": before}
     report("verify: the ONNX graph against PyTorch, for want of a GPU")
     encoder = manifest_encoder(manifest_path(options.onnx), source)
     signature = _signature(source, precision)
     verdict = verify_onnx(
         typed, signature, encoder, precision, images=options.images, overrides=options.tolerances, report=report
     )
-    return verdict, {"verified": False, "reason": NO_GPU, "onnx": verdict.to_dict()}
+    return verdict, {"verified": False, "reason": reason, "onnx": verdict.to_dict()}
+
+
+def why_not_run(flavor: Flavor) -> str | None:
+    """Why a plan cannot run here, in the words of its manifest; None where it can."""
+    if flavor.gpu is None:
+        return NO_GPU
+    return None if torch.cuda.is_available() else "not verified: torch is a CPU build; install its CUDA build"
 
 
 def _reject(options: PlanOptions, folder: Path, manifest: dict[str, Any], verdict: Verdict) -> RejectedError:

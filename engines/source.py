@@ -1,4 +1,4 @@
-"""The ONNX file that a plan is built from: which, whether it is whole, in which precision, and another of its weights."""
+"""The ONNX file that a plan is built from: which it is, whether it is whole, its precision, and the pass to another."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from engines.build import BuildError
+from engines.checks import SessionError
 from engines.flavor import FlavorError, choose_flavor
 from engines.plan import PlanOptions, PlanResult, make_plan, publish_plan, read_sheet, reuse_key
 from engines.profiling import ProfilingError, profile_plan
-from engines.session import SessionError
 from engines.source import read_source
 from export.attention import AttentionForm
 from export.manifest import manifest_path, read_manifest

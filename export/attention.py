@@ -83,13 +83,18 @@ def _of_attention(node: ir.Node) -> AttentionCore:
     # dropping a mask would give a file that computes something else
     more = [value for value in node.inputs[3:] if value is not None] + [v for v in node.outputs[1:] if v.uses()]
     heads = [len(cast(ir.Shape, value.shape)) == 4 and value.shape[1] == shape[1] for value in (query, key, value)]  # type: ignore[index]
-    if more or not all(heads) or node.attributes.get_int("is_causal", 0) or node.attributes.get_float("softcap", 0.0):
+    if more or not all(heads) or any(_number(node, name) for name in ("is_causal", "softcap")):
         path = node.metadata_props.get(MODULE) or node.name
         raise ExportError(
             f"the attention of {path} has a mask, a cache, grouped heads or a cap; only plain ones can be lowered"
         )
     head_dim = cast(int, shape[-1])
     return AttentionCore([node], query, key, value, scale.as_float() if scale else head_dim**-0.5, node.outputs[0])
+
+
+def _number(node: ir.Node, name: str) -> float:
+    attribute = node.attributes.get(name)
+    return 0.0 if attribute is None else float(attribute.value)
 
 
 def _of_softmax(node: ir.Node) -> AttentionCore | None:

@@ -93,7 +93,7 @@ def _input_names(node: ir.Node) -> list[str]:
 def _hollow(tensor: ir.TensorProtocol) -> np.ndarray:
     if tensor.nbytes <= LAZY_BYTES:
         return tensor.numpy()
-    return np.broadcast_to(np.zeros((), tensor.dtype.numpy()), tuple(int(side) for side in tensor.shape))
+    return np.broadcast_to(np.zeros((), tensor.dtype.numpy()), tensor.shape.numpy())
 
 
 def _run(evaluator: ReferenceEvaluator, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -121,7 +121,7 @@ def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir
     free, count = name, 0
     while free in graph.initializers:
         free, count = f"{name}_{count}", count + 1
-    shape = ir.Shape(tensor.shape)
+    shape = ir.Shape(tensor.shape.numpy())
     value = ir.Value(name=free, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

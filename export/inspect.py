@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from export.attention import find_attentions
 from export.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
 from export.trace import ExportError
+
+FORMS = {
+    (True, True, True): "FP32",
+    (True, True, False): "unfused",
+    (False, True, False): "scores32",
+    (False, False, False): "fused",
+}
+"""Which of the first product, the softmax and the second product are FP32 -> form of export.attention."""
 
 
 def read_graph(path: Path) -> ir.Model:
@@ -49,7 +57,6 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
     """
     model = read_graph(path)
     graph = model.graph
-    attentions = find_attentions(graph)
     types: collections.Counter[str] = collections.Counter()
     for value in graph.initializers.values():
         if value.const_value is not None:
@@ -65,7 +72,7 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
         "nodes": len(graph),
         "operators": dict(collections.Counter(node.op_type for node in graph).most_common()),
         "weight_bytes": dict(types.most_common()),
-        "attention": dict(collections.Counter(attention_form(core.nodes) for core in attentions)),
+        "attention": dict(collections.Counter(attention_forms(graph))),
     }
     try:
         manifest = read_manifest(manifest_path(path), "onnx")
@@ -85,21 +92,29 @@ def describe(value: ir.Value) -> str:
     return f"{value.name}: {value.dtype.name.lower() if value.dtype else 'unknown'} ({shape})"
 
 
-def attention_form(nodes: list[ir.Node]) -> str:
-    """Which form of export.attention the nodes of one attention have."""
-    by_type = {node.op_type: node for node in nodes}
-    if "Attention" in by_type:
-        value = by_type["Attention"].inputs[0]
-        return "fp32acc" if value is not None and value.dtype == ir.DataType.FLOAT else "Attention in low precision"
-    softmax = by_type["Softmax"].outputs[0]
-    scores = by_type.get("MatMul")
-    mixed = nodes[-1].outputs[0]
-    first = next(node for node in nodes if node.op_type == "MatMul").outputs[0]
-    if mixed.dtype == ir.DataType.FLOAT:
-        return "FP32"
-    if first.dtype == ir.DataType.FLOAT:
-        return "unfused"
-    return "scores32" if scores is not None and softmax.dtype == ir.DataType.FLOAT else "fused"
+def attention_forms(graph: ir.Graph) -> Iterator[str]:
+    """The form, as export.attention names it, of every attention of a graph."""
+    for node in graph:
+        if node.op_type == "Attention":
+            query = node.inputs[0]
+            yield "fp32acc" if query is not None and query.dtype == ir.DataType.FLOAT else "Attention in low precision"
+        elif node.op_type == "Softmax":
+            scores, mixed = _before_casts(node.inputs[0]), _after_casts(node.outputs[0])
+            if scores is not None and mixed is not None and scores.op_type == mixed.op_type == "MatMul":
+                in_fp32 = [one.outputs[0].dtype == ir.DataType.FLOAT for one in (scores, node, mixed)]
+                yield FORMS.get((in_fp32[0], in_fp32[1], in_fp32[2]), "other")
+
+
+def _before_casts(value: ir.Value | None) -> ir.Node | None:
+    node = value.producer() if value is not None else None
+    return _before_casts(node.inputs[0]) if node is not None and node.op_type == "Cast" else node
+
+
+def _after_casts(value: ir.Value) -> ir.Node | None:
+    users = [user for user, _ in value.uses()]
+    if len(users) != 1:
+        return None
+    return _after_casts(users[0].outputs[0]) if users[0].op_type == "Cast" else users[0]
 
 
 def summary_lines(found: dict[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from export.attention import AttentionForm
-from export.disk import check_targets
+from export.disk import check_targets, disk_errors
 from export.precision import OPSETS, Precision
 from export.provenance import encoder_config
 from export.rewrite import Rewrites
@@ -67,7 +67,8 @@ def check_options(options: ExportOptions) -> None:
         check_image_size(options.image_size, config.patch_size)
     if options.opset is not None and options.opset not in OPSETS:
         raise ExportError(f"opset {options.opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
-    check_targets(options.output, [options.checkpoint] if options.checkpoint else [])
+    with disk_errors(options.output):
+        check_targets(options.output, [options.checkpoint] if options.checkpoint else [])
     if options.verify:
         require_runtime()
         if options.images is not None:

@@ -30,6 +30,7 @@ TORCH_TYPES = {
     ir.DataType.FLOAT16: torch.float16,
     ir.DataType.BFLOAT16: torch.bfloat16,
 }
+LOW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 OPSETS = range(17, 25)
 """17 has LayerNormalization (TensorRT 8.6); 24 is what TensorRT 11.4 reads."""
 
@@ -59,9 +60,9 @@ def lower(
         ExportError: a pattern that names no module, an opset that cannot hold the graph, a file that is not FP32.
     """
     graph = model.graph
-    foreign = {value.dtype for value in graph.initializers.values()} & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
-    if foreign:
-        raise ExportError(f"the model is {foreign.pop().name.lower()} already; precision is lowered from an FP32 model")
+    low = next((value.dtype for value in graph.initializers.values() if value.dtype in LOW), None)
+    if low:
+        raise ExportError(f"the model is {low.name.lower()} already; precision is lowered from an FP32 model")
     kept = _kept_modules(graph, keep_fp32)
     islands = lower_attentions(graph, precision, attention, kept)
     lower_upsampling(graph, precision, upsampling)
@@ -157,7 +158,7 @@ def converted_weight(name: str, tensor: ir.TensorProtocol, dtype: ir.DataType) -
 
     if tensor.nbytes <= LAZY_BYTES:  # at once: what onnx-ir writes inside the graph would wrap the error
         return convert()
-    return ir.LazyTensor(convert, dtype, ir.Shape(tensor.shape), name=name)
+    return ir.LazyTensor(convert, dtype, ir.Shape(tensor.shape.numpy()), name=name)
 
 
 def as_torch(array: np.ndarray) -> torch.Tensor:
@@ -170,7 +171,7 @@ def _retype_outputs(graph: ir.Graph, dtype: ir.DataType) -> None:
         if value.dtype == dtype or value.dtype not in TORCH_TYPES:
             continue
         name, producer = str(value.name), cast(ir.Node, value.producer())
-        value.name = f"{name}.{cast(ir.DataType, value.dtype).name.lower()}"
+        value.name = f"{name}.{value.dtype.name.lower()}"
         node = ir.node("Cast", [value], {"to": dtype.value}, name=f"{name}/to_{dtype.name.lower()}")
         node.metadata_props[MODULE] = _module(producer)
         node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = name, value.shape, ir.TensorType(dtype)

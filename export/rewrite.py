@@ -108,7 +108,8 @@ class DeployAttention(nn.Module):
 
     def projection(self) -> tuple[Tensor, Tensor]:
         """Weight (3 C, C) and bias (3 C,) of query, key and value after the rewrites."""
-        weight, bias = self.qkv.weight, self.qkv.bias
+        weight: Tensor = self.qkv.weight
+        bias: Tensor = self.qkv.bias
         if self.rope_halves:
             weight, bias = weight.index_select(0, self.order), bias.index_select(0, self.order)
         if self.fold_scale:
@@ -165,10 +166,8 @@ class WindowMajorTrunk(ViTDetTrunk):
         x = self.ln_pre(self.add_position(x.contiguous().view(-1, tokens, channels)))  # (B * W, n, C)
         global_cos, global_sin = self.window_order(self.global_cos), self.window_order(self.global_sin)
         for block in cast("list[Block]", self.blocks):
-            if block.window_size:
-                x = block(x, self.window_cos, self.window_sin)
-            else:
-                x = block(x, global_cos, global_sin)
+            cos, sin = (self.window_cos, self.window_sin) if block.window_size else (global_cos, global_sin)
+            x = block(x, cos, sin)
         x = x.view(-1, rows, columns, window, window, channels).permute(0, 5, 1, 3, 2, 4)
         return [x.contiguous().view(-1, channels, height, width)]
 

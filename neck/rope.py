@@ -33,7 +33,7 @@ def axial_angles(height: int, width: int, head_dim: int, scale: tuple[float, flo
 
 
 class Rotary(nn.Module):
-    """Turns interleaved pairs of channels; a module without weights, so that a graph's nodes can be told by its path."""
+    """Turns interleaved pairs of channels; a module without weights, so that its path tells a graph's nodes."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turns the pairs (2i, 2i + 1) of x (..., N, D) by the angles of cos, sin (N, D / 2), in their dtype."""

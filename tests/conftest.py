@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
+from engines.flavor import Flavor, choose_flavor, has_gpu
 from export.deploy import DeployEncoder
 from export.rewrite import Rewrites
 from export.signature import BatchRange, Signature, encoder_signature
@@ -31,6 +32,8 @@ GOLDEN_CASES = ("hf-dual", "meta-dual", "meta-padded", "meta-tri", "ultralytics-
 
 GOLDEN_TOLERANCE = 2e-5
 """Of each output's largest value: FP32 sums in another order over 4 blocks give up to 3e-6 (torch and ONNX Runtime)."""
+
+GPU_MISSING = "needs an NVIDIA GPU with its driver, torch's CUDA build, and a TensorRT that runs on that GPU"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -177,3 +180,14 @@ def save(tmp_path: Path) -> Save:
         return path
 
     return write
+
+
+@pytest.fixture
+def gpu_flavor() -> Flavor:
+    """The TensorRT of this machine, where it can run plans."""
+    if not has_gpu() or not torch.cuda.is_available():
+        pytest.skip(GPU_MISSING)
+    flavor = choose_flavor("auto")
+    if flavor.gpu is None or (flavor.targets and flavor.gpu.compute_capability not in flavor.targets):
+        pytest.skip(GPU_MISSING)
+    return flavor

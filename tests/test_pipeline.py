@@ -459,7 +459,7 @@ def test_a_planted_overflow_is_refused(
 
 
 def test_onnx_runtime_alone_passes_a_planted_overflow(tmp_path: Path) -> None:
-    """The control, and why the simulation judges: nothing is seen between two convolutions (ONNX Runtime 1.31, x86-64)."""
+    """The control, and why the simulation judges: between two convolutions nothing is seen (1.31, x86-64)."""
     checkpoint = save_state(tmp_path / "planted.pt", plant_in_neck)
     options = golden_options("meta-dual", tmp_path / "x.onnx", checkpoint=checkpoint, precision="fp16")
     encoder = load(options)

@@ -185,8 +185,8 @@ def test_trt_straight_after_onnx_needs_no_argument(tmp_path: Path, monkeypatch: 
 
 
 def test_an_fp16_accumulating_plan_is_warned_of(exported: Path, tmp_path: Path) -> None:
-    words = ["trt", str(exported), "--fp16", "--attention", "fused", "--no-verify", "--output", str(tmp_path / "e.plan")]
-    result = CliRunner().invoke(app, words)
+    words = ["trt", str(exported), "--fp16", "--attention", "fused", "--no-verify"]
+    result = CliRunner().invoke(app, [*words, "--output", str(tmp_path / "e.plan")])
     assert result.exit_code == 0
     assert "accumulation FP16" in result.output and "#4837" in result.output
 

@@ -11,34 +11,34 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_session import L4, build_convolution, gpu_flavor, stand_in, write_plan
+from test_session import L4, build_convolution, stand_in, write_plan
 
+from engines.checks import Port, SessionError
 from engines.flavor import Flavor, choose_flavor
-from engines.layers import Kernel, LayerSheet, Tensor
-from engines.profiling import (
-    LAYER_RUNS,
+from engines.latency import (
     STATE,
     WARM_UP_RUNS,
     WARM_UP_SECONDS,
     Latency,
     LayerTime,
     Profile,
-    ProfilingError,
-    choose_batch,
     join_layers,
-    make_input,
-    new_profiler,
     parse_state,
     profile_lines,
-    profile_plan,
-    read_state,
-    scale_operations,
     summarise,
     time_runs,
 )
-from engines.session import Port, SessionError
-
-__all__ = ["gpu_flavor"]
+from engines.layers import Kernel, LayerSheet, Tensor
+from engines.profiling import (
+    LAYER_RUNS,
+    ProfilingError,
+    choose_batch,
+    make_input,
+    new_profiler,
+    profile_plan,
+    read_state,
+    scale_operations,
+)
 
 FIXED = Port("image", torch.float32, (2, 3, 8, 8), (2, 2))
 DYNAMIC = Port("image", torch.float32, (-1, 3, 8, 8), (1, 8))

@@ -22,22 +22,12 @@ import torch
 from onnx import TensorProto, helper
 
 from engines.build import BuildOptions, build_plan
+from engines.checks import Port, SessionError, check_gpu, check_plan, check_version, manifest_specs
 from engines.flavor import Flavor, Gpu, choose_flavor, has_gpu
-from engines.session import (
-    TYPES,
-    Port,
-    Session,
-    SessionError,
-    check_gpu,
-    check_plan,
-    check_version,
-    manifest_specs,
-    open_plan,
-)
+from engines.session import TYPES, Session, open_plan
 from export.manifest import manifest_path, write_manifest
 from export.signature import BatchRange
 
-GPU_MISSING = "needs an NVIDIA GPU with its driver, torch's CUDA build, and a TensorRT that runs on that GPU"
 L4 = Gpu("NVIDIA L4", "8.9", "570.86", "12.8")
 TARGETS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
@@ -188,17 +178,6 @@ def build_convolution(folder: Path, flavor: Flavor, batch: str = "1:2:3") -> Pat
     )
     write_manifest(manifest_path(result.plan), "plan", values, [result.plan])
     return result.plan
-
-
-@pytest.fixture
-def gpu_flavor() -> Flavor:
-    """The TensorRT of this machine, where it can run plans."""
-    if not has_gpu() or not torch.cuda.is_available():
-        pytest.skip(GPU_MISSING)
-    flavor = choose_flavor("auto")
-    if flavor.gpu is None or (flavor.targets and flavor.gpu.compute_capability not in flavor.targets):
-        pytest.skip(GPU_MISSING)
-    return flavor
 
 
 def test_a_whole_plan_passes_the_checks(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tuning tries every form, survives failures, resumes, and keeps the fastest that passes; measuring is replaced here."""
+"""Tuning tries every form, survives failures, resumes, keeps the fastest that passes; measuring is replaced here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import DATA
 
@@ -19,7 +20,6 @@ from export.pipeline import ExportOptions, RejectedError, export_onnx
 from export.verify import Report
 from neck.config import EncoderConfig
 
-np = pytest.importorskip("numpy")
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
 
 CASE = DATA / "meta-dual"

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import Save, run_onnx, shared_encoder, tiny_config, traced
-from test_session import L4, facts, gpu_flavor, stand_in, write_plan
+from test_session import L4, facts, stand_in, write_plan
 
 from engines import verify
 from engines.build import BuildOptions, build_plan
+from engines.checks import Port, SessionError
 from engines.flavor import Flavor
-from engines.session import Port, SessionError
 from engines.verify import (
     Runner,
     VerifyError,
@@ -32,8 +32,6 @@ from export.fidelity import FidelityError
 from export.manifest import manifest_path, write_manifest
 from export.precision import lower
 from export.signature import BatchRange, Signature
-
-__all__ = ["gpu_flavor"]
 
 CONFIG = tiny_config(num_heads=1)
 """One head of 16: RTX fuses attention from 16 on."""

@@ -1,0 +1,521 @@
+"""Bad input at the front door: one or two clear lines, the right exit code, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from exporting import (
+    DATA,
+    PREFIX,
+    ROOT,
+    Ran,
+    checkpoint_of,
+    config_of,
+    listing,
+    neck_export_cli,
+    quick_trace,
+    save_state,
+    trace_quickly,
+)
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+import export.pipeline
+from export.deploy import DeployEncoder
+from export.pipeline import verify_file
+from export.verify import run_model
+
+CONFIG = config_of("meta-dual")
+GOOD = checkpoint_of("meta-dual")
+State = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _trace_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace_quickly(monkeypatch)
+
+
+def run_export(folder: Path, *arguments: str | Path, checkpoint: str | Path = GOOD) -> Ran:
+    """Exports into `folder`/out; later arguments win."""
+    given = ("--checkpoint", checkpoint, "--config", CONFIG, "--output", folder / "out" / "x.onnx")
+    return neck_export_cli("onnx", *given, *arguments)
+
+
+def refused(ran: Ran, *words: str, code: int = 1) -> None:
+    """Checks that a command failed as one should."""
+    assert ran.code == code, ran
+    assert ran.out == ""
+    lines = ran.err.splitlines()
+    assert 1 <= len(lines) <= 2
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in ran.err
+    for word in words:
+        assert word in ran.err
+
+
+def nothing_written(folder: Path) -> None:
+    assert not folder.exists() or listing(folder) == {}
+
+
+# --- checkpoints
+
+
+class Malice:
+    """A pickle that makes a file where it is loaded with pickle's own loader."""
+
+    marker = Path("/tmp/neck-export-test-malice")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, (f"touch {self.marker}",))
+
+
+def bad_text(path: Path) -> Path:
+    path.write_text("not a checkpoint")
+    return path
+
+
+def bad_zip(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    return path
+
+
+def bad_empty(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+def bad_pickle(path: Path) -> Path:
+    path.write_bytes(pickle.dumps({"model": Malice()}))
+    return path
+
+
+def bad_zip_pickle(path: Path) -> Path:
+    torch.save({"model": Malice()}, path)
+    return path
+
+
+def truncated(suffix: str) -> Callable[[Path], Path]:
+    def make(path: Path) -> Path:
+        path = path.with_suffix(suffix)
+        if suffix == ".pt":
+            save_state(path)
+        else:
+            save_file(torch.load(GOOD, weights_only=True)["model"], path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+        return path
+
+    return make
+
+
+def other_model(path: Path) -> Path:
+    torch.save({"layer1.0.conv1.weight": torch.zeros(8, 3, 3, 3), "fc.bias": torch.zeros(10)}, path)
+    return path
+
+
+def changed(change: Callable[[State], Any]) -> Callable[[Path], Path]:
+    return lambda path: save_state(path, change)
+
+
+QKV = f"{PREFIX}trunk.blocks.3.attn.qkv.weight"
+CONV = f"{PREFIX}convs.1.conv_3x3.bias"
+
+
+def set_value(key: str, value: float) -> Callable[[State], None]:
+    def change(state: State) -> None:
+        state[key].view(-1)[5] = value
+
+    return change
+
+
+def misshape(state: State) -> None:
+    state[QKV] = state[QKV][:, :-1].clone()
+
+
+CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
+    "missing": (lambda path: path, ("No such file",)),
+    "folder": (lambda path: path.parent, ("No such file",)),
+    "empty": (bad_empty, ("is empty",)),
+    "text": (bad_text, ("not a checkpoint",)),
+    "zip": (bad_zip, ("zip archive",)),
+    "truncated-pt": (truncated(".pt"), ("truncated or damaged .pt",)),
+    "truncated-safetensors": (truncated(".safetensors"), ("truncated or damaged .safetensors",)),
+    "pickle": (bad_pickle, ("could run code",)),
+    "zip-pickle": (bad_zip_pickle, ("could run code",)),
+    "other-model": (other_model, ("another model", "layer1.0.conv1.weight")),
+    "missing-key": (changed(lambda state: state.pop(QKV)), ("missing", QKV)),
+    "misshapen": (changed(misshape), ("misshapen", QKV, "(96, 31)", "(96, 32)")),
+    "nan": (changed(set_value(QKV, np.nan)), ("NaN or infinity", QKV)),
+    "inf": (changed(set_value(CONV, np.inf)), ("NaN or infinity", CONV)),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_bad_checkpoint(kind: str, tmp_path: Path) -> None:
+    make, words = CHECKPOINTS[kind]
+    Malice.marker.unlink(missing_ok=True)
+    path = make(tmp_path / "bad.pt")
+    ran = run_export(tmp_path, checkpoint=path)
+    refused(ran, str(path), *words)
+    assert not Malice.marker.exists()
+    nothing_written(tmp_path / "out")
+
+
+def test_the_malice_would_run(tmp_path: Path) -> None:
+    """The control."""
+    pickle.loads(bad_pickle(tmp_path / "bad.pt").read_bytes())
+    assert Malice.marker.exists()
+    Malice.marker.unlink()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_checkpoints_are_fine(dtype: torch.dtype, tmp_path: Path) -> None:
+    def halve(state: State) -> None:
+        for name, tensor in state.items():
+            if tensor.is_floating_point():
+                state[name] = tensor.to(dtype)
+
+    ran = run_export(tmp_path, checkpoint=save_state(tmp_path / "half.pt", halve))
+    assert ran.code == 0, ran
+    assert ran.err == ""
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--image-size", "1000"), ("not a multiple of the patch size 14; nearest: 994 and 1008",)),
+        (("--image-size", "112x100"), ("nearest: 98 and 112",)),
+        (("--image-size", "5"), ("nearest: 14",)),
+        (("--image-size", "0"), ("image size 0", "at least one patch, 14 pixels")),
+        (("--image-size", "-14"), ("image size -14", "at least one patch, 14 pixels")),
+        (("--image-size", "14"), ("level 3 is empty at 14x14 pixels",)),
+        (("--image-size", "140000"), ("above 8064 a side", "GB")),
+        (("--image-size", "8064", "--batch", "64"), ("verification at 8064x8064 needs", "GB", "--no-verify")),
+        (("--neck", "sam4"), ("unknown neck 'sam4'; known are sam3, sam2, interactive, propagation, both, all",)),
+        (("--neck", ""), ("unknown neck ''",)),
+        (("--neck", "interactive"), ("neck interactive is not in the checkpoint, which has sam3, sam2",)),
+        (("--levels", "4"), ("level 4 does not exist; the encoder has levels 0 to 3",)),
+        (("--levels", "x"), ("levels 'x': expected indices with commas",)),
+        (("--levels", ""), ("levels ''",)),
+        (("--opset", "16"), ("opset 16: expected 17 to 24, or auto",)),
+        (("--opset", "99"), ("opset 99: expected 17 to 24, or auto",)),
+        (("--batch", "0"), ("expected 1 <= minimum",)),
+        (("--batch", "4:1"), ("expected a number or minimum:optimum:maximum",)),
+        (("--tolerance", "sam4=1"), ("names no output",)),
+        (("--tolerance", "sam3_feat_0=-1"), ("above 0",)),
+        (("--keep-fp32", "trunk.bocks.1", "--precision", "fp16"), ("names no module of the graph",)),
+        (("--attention", "fp32acc"), ("is for fp16 and bf16",)),
+        (
+            ("--attention", "fp32acc", "--precision", "fp16", "--opset", "20"),
+            ("use --opset 23, or --attention scores32",),
+        ),
+        (("--config", "/no/such.json"), ("/no/such.json", "not a readable JSON file")),
+        (("--config", str(DATA / "meta-dual" / "case.json")), ("unknown key",)),
+        (("--images", "/no/such/folder"), ("/no/such/folder cannot be listed",)),
+        (("--images", str(DATA / "meta-dual")), ("holds no picture",)),
+    ],
+)
+def test_bad_option(arguments: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
+    refused(run_export(tmp_path, *arguments), *words)
+    nothing_written(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--precision", "fp8"),
+        ("--precision", ""),
+        ("--attention", "fast"),
+        ("--positions", "graphs"),
+        ("--input", "int8"),
+        ("--image-size", "big"),
+        ("--image-size", "1x2x3"),
+        ("--image-size", "112x"),
+        ("--opset", "new"),
+        ("--tolerance", "sam3_feat_0"),
+        ("--tolerance", "sam3_feat_0=small"),
+        ("--seed", "-1"),
+        ("--seed", "99999999999"),
+        ("--no-such-option",),
+    ],
+)
+def test_usage(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    ran = run_export(tmp_path, *arguments)
+    assert ran.code == 2, ran
+    assert ran.out == ""
+    assert ran.err.startswith("Usage: ")
+    assert "Traceback" not in ran.err
+    if len(arguments) > 1:
+        assert arguments[0].strip("-").replace("-", "_") in ran.err.replace("-", "_")
+    nothing_written(tmp_path / "out")
+
+
+def test_sam2_asked_of_a_checkpoint_without(tmp_path: Path) -> None:
+    ran = run_export(tmp_path, "--neck", "both", checkpoint=checkpoint_of("meta-padded"))
+    refused(ran, "neck sam2 is not in the checkpoint, which has sam3")
+    nothing_written(tmp_path / "out")
+
+
+# --- pictures
+
+
+def exif_rotated(path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.fromarray(COLOURS).save(path.with_suffix(".jpg"), exif=exif)
+
+
+COLOURS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+PICTURES: dict[str, Callable[[Path], None]] = {
+    "16-bit": lambda path: shutil.copy(DATA / "pictures" / "rgb16.png", path) and None,
+    "16-bit-grey": lambda path: Image.fromarray(COLOURS[:, :, 0].astype(np.uint16) * 257).save(path),
+    "grey": lambda path: Image.fromarray(COLOURS[:, :, 0]).save(path),
+    "rgba": lambda path: Image.fromarray(np.dstack([COLOURS, COLOURS[:, :, 0]])).save(path),
+    "cmyk": lambda path: Image.fromarray(COLOURS).convert("CMYK").save(path.with_suffix(".jpg")),
+    "exif": exif_rotated,
+}
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_odd_pictures_work(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    PICTURES[kind](tmp_path / "pictures" / "odd.png")
+    ran = run_export(tmp_path, "--images", tmp_path / "pictures")
+    assert ran.code == 0, ran
+    assert ran.err == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", (DATA / "pictures" / "chelsea.png").read_bytes()[:5000]])
+def test_corrupt_pictures_are_told(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "bad.png").write_bytes(content)
+    refused(run_export(tmp_path, "--images", tmp_path / "pictures"), "bad.png")
+    nothing_written(tmp_path / "out")
+
+
+# --- the output's place
+
+
+def test_a_missing_folder_is_made(tmp_path: Path) -> None:
+    assert run_export(tmp_path, "--output", tmp_path / "a" / "b" / "x.onnx").code == 0
+    assert sorted(listing(tmp_path / "a" / "b")) == ["x.json", "x.onnx", "x.onnx.data"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file" / "x.onnx", tmp_path / "file" / "deeper" / "x.onnx"):
+        refused(
+            run_export(tmp_path, "--output", output), str(tmp_path / "file"), "not a folder; choose another --output"
+        )
+    refused(run_export(tmp_path, "--output", "/proc/no/x.onnx"), "/proc/no", "choose another --output")
+    refused(run_export(tmp_path, "--output", tmp_path / ("x" * 300)), "File name too long")
+    refused(run_export(tmp_path, "--output", tmp_path), "is a folder")
+    assert listing(tmp_path) == {"file": b"mine"}
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a small file system in memory with given options."""
+    places: list[Path] = []
+
+    def small(options: str) -> Path:
+        place = tmp_path / f"disk{len(places)}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("no mount command")
+        if done.returncode:
+            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+        places.append(place)
+        return place
+
+    yield small
+    for place in places:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_cannot_be_written(mount: Callable[[str], Path], tmp_path: Path) -> None:
+    place = mount("ro,size=4m")
+    refused(run_export(tmp_path, "--output", place / "x.onnx"), str(place), "Read-only file system; choose another")
+
+
+def test_too_small_a_disk_is_seen_before_the_work(
+    mount: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = mount("size=64k")
+    monkeypatch.setattr(export.pipeline, "trace", lambda module: pytest.fail("traced"))
+    ran = run_export(tmp_path, "--output", place / "x.onnx")
+    refused(ran, f"{place}: 0.00 GB are free, the file needs 0.00 GB; make room or choose another --output")
+    nothing_written(place)
+
+
+@pytest.mark.parametrize("room", [4096, 100_000, 400_000])
+@pytest.mark.parametrize("positions", ["graph", "file"])
+def test_a_disk_that_fills_while_it_is_written(
+    mount: Callable[[str], Path], positions: str, room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program takes all but `room` bytes after the check: the weights do not fit, or what comes after them."""
+    place = mount("size=2m")
+    old = run_export(tmp_path, "--output", place / "x.onnx", "--no-verify", "--precision", "fp16")
+    assert old.code == 0, old
+    before = listing(place)
+
+    def fill(module: DeployEncoder) -> ir.Model:
+        free = shutil.disk_usage(place).free
+        with open(place / "filler", "wb") as file:
+            file.write(bytes(max(0, free - room)))
+        return quick_trace(module)
+
+    monkeypatch.setattr(export.pipeline, "trace", fill)
+    ran = run_export(tmp_path, "--output", place / "x.onnx", "--positions", positions)
+    if ran.code == 0:
+        pytest.skip(f"{room} bytes hold the file")
+    refused(ran, f"{place}: the disk is full; make room or choose another --output")
+    (place / "filler").unlink()
+    assert listing(place) == before
+    assert verify_file(place / "x.onnx").passed
+
+
+# --- interrupted
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (MemoryError, 1)])
+def test_interrupted_while_writing(
+    error: type[BaseException], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ir.save has written some of the weights."""
+    assert run_export(tmp_path, "--no-verify").code == 0
+    before = listing(tmp_path / "out")
+    save = ir.save
+    written: list[str] = []
+
+    def stop(tensor: ir.TensorProtocol, _: object) -> None:
+        written.append(str(tensor.name))
+        if len(written) == 10:
+            raise error
+
+    monkeypatch.setattr(ir, "save", lambda model, path, **more: save(model, path, **more | {"callback": stop}))
+    refused(run_export(tmp_path, "--precision", "fp16"), code=code)
+    assert len(written) == 10
+    assert listing(tmp_path / "out") == before
+
+
+def test_out_of_memory_of_torch_and_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for message in ("DefaultCPUAllocator: can't allocate memory: you tried to allocate", "std::bad_alloc"):
+
+        def fail(module: DeployEncoder, message: str = message) -> None:
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(export.pipeline, "trace", fail)
+        refused(run_export(tmp_path), "out of memory; close other programs, or take a smaller --image-size or --batch")
+        nothing_written(tmp_path / "out")
+
+
+def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(module: DeployEncoder) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(export.pipeline, "trace", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_export(tmp_path)
+    nothing_written(tmp_path / "out")
+
+
+def test_onnx_runtime_is_interrupted_at_once() -> None:
+    """Its run is one long call; here of 40 products of 1000 x 1000."""
+    side, steps = 1000, 40
+    image = ir.val("image", ir.DataType.FLOAT, [side, side])
+    nodes, value = [], image
+    for _ in range(steps):
+        nodes.append(ir.node("MatMul", [value, image]))
+        value = nodes[-1].outputs[0]
+    value.name, value.shape, value.type = "y", image.shape, image.type
+    graph = ir.Graph([image], [value], nodes=nodes, opset_imports={"": 20}, name="long")
+    model, zeros = ir.Model(graph, ir_version=10), np.zeros((side, side), np.float32)
+    start = time.monotonic()
+    run_model(model, Path(), zeros)
+    whole = time.monotonic() - start
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        start = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, whole / 5)
+        with pytest.raises(KeyboardInterrupt):
+            run_model(model, Path(), zeros)
+        assert time.monotonic() - start < 0.7 * whole
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int, str, str]]:
+    """For each signal an export that it stopped midway: folder, exit code, output. All at once: each takes seconds."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in SIGNALS}
+    running = {}
+    for name, folder in folders.items():
+        (folder / "x.onnx").write_text("old")
+        command = [sys.executable, "-W", "error", "neck_export.py", "onnx", "--checkpoint", str(GOOD)]
+        command += ["--config", str(CONFIG), "--output", str(folder / "x.onnx")]
+        running[name] = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 120
+        waiting = dict(running)
+        while waiting and time.monotonic() < deadline:
+            for name in list(waiting):
+                if any(folders[name].glob(".x.onnx.staging-*")):
+                    waiting.pop(name).send_signal(getattr(signal, name))
+            time.sleep(0.02)
+        ends = {name: process.communicate(timeout=60) for name, process in running.items()}
+    finally:
+        for process in running.values():
+            process.kill()
+    return {name: (folders[name], running[name].returncode, *ends[name]) for name in SIGNALS}
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_stopped_midway(stopped: dict[str, tuple[Path, int, str, str]], name: str) -> None:
+    folder, code, out, err = stopped[name]
+    assert code == SIGNALS[name], err
+    assert out == ""
+    assert err == ("error: interrupted\n" if name == "SIGINT" else "")
+    assert listing(folder) == {"x.onnx": b"old"}
+
+
+def test_killed_midway(stopped: dict[str, tuple[Path, int, str, str]]) -> None:
+    """Nothing can clean up then; the old file is whole, and the next run cleans up and works."""
+    folder, code, _, _ = stopped["SIGKILL"]
+    assert code == SIGNALS["SIGKILL"]
+    assert (folder / "x.onnx").read_text() == "old"
+    assert len(list(folder.iterdir())) == 2
+    ran = run_export(folder, "--output", folder / "x.onnx")
+    assert ran.code == 0, ran
+    assert sorted(listing(folder)) == ["x.json", "x.onnx", "x.onnx.data"]

@@ -1,0 +1,330 @@
+"""The front door: help at once, the right exit codes, quiet where nobody watches, and it prints what was done."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from exporting import (
+    DATA,
+    ROOT,
+    checkpoint_of,
+    config_of,
+    golden_options,
+    listing,
+    neck_export_cli,
+    plant_in_neck,
+    save_state,
+    trace_quickly,
+)
+
+import export.pipeline
+import neck_export
+from export.manifest import read_manifest
+from export.options import ExportOptions
+from export.pipeline import ExportResult, export_onnx
+
+HEAVY = {"torch", "onnx", "onnx_ir", "onnxruntime", "numpy", "rich", "PIL", "safetensors", "tensorrt", "polygraphy"}
+COMMANDS = [command.callback.__name__ for command in neck_export.app.registered_commands if command.callback]
+GOLDEN = ("--checkpoint", checkpoint_of("meta-dual"), "--config", config_of("meta-dual"))
+
+
+@pytest.fixture(autouse=True)
+def _trace_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace_quickly(monkeypatch)
+
+
+def imported_by(*arguments: str) -> tuple[set[str], str]:
+    """Runs the front door and returns the modules that it imported, and what it printed."""
+    command = [sys.executable, "-W", "error", "-X", "importtime", "neck_export.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(re.findall(r"\| +([A-Za-z_]+)[\w.]*$", done.stderr, re.MULTILINE)), done.stdout
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("onnx", "--help")])
+def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    """Under 0.4 s: torch alone takes longer."""
+    modules, out = imported_by(*arguments)
+    assert out.startswith("Usage: ")
+    assert "typer" in modules
+    assert not modules & HEAVY
+
+
+def test_a_heavy_import_would_be_seen() -> None:
+    """The control."""
+    modules, _ = imported_by("doctor")
+    assert "torch" in modules
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command: str) -> None:
+    ran = neck_export_cli(command, "--help")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.startswith(f"Usage: root {command} ")
+    assert "--help" in ran.out
+
+
+def test_help_names_every_command() -> None:
+    assert {"onnx", "verify", "inspect", "doctor"} <= set(COMMANDS)
+    ran = neck_export_cli("--help")
+    assert ran.code == 0
+    assert all(re.search(rf"^  {command} +\w", ran.out, re.MULTILINE) for command in COMMANDS)
+    assert neck_export_cli("onnxx").code == 2
+    assert neck_export_cli().code == 2
+
+
+# --- onnx
+
+
+class Stub:
+    """Takes the place of export_onnx and keeps what it was asked."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.options = ExportOptions(Path())
+        patch.setattr(export.pipeline, "export_onnx", self)
+
+    def __call__(self, options: ExportOptions, report: object) -> ExportResult:
+        self.options = options
+        return ExportResult(options.output, {"files": [{"name": "sam3-encoder.onnx", "bytes": 5_000_000}]}, None)
+
+
+def test_bare_onnx_says_that_the_weights_are_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = Stub(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    ran = neck_export_cli("onnx")
+    assert ran.code == 0
+    assert ran.err == "no --checkpoint and no sam3.pt here: exporting seeded RANDOM weights\n"
+    assert ran.out.splitlines() == [
+        "not verified: --no-verify",
+        "build/sam3-encoder.onnx  5.0 MB",
+        "build/sam3-encoder.json",
+    ]
+    assert stub.options == ExportOptions(Path("build/sam3-encoder.onnx"))  # the defaults of both are the same
+
+    assert neck_export_cli("onnx", "--checkpoint", "random").err == ""  # asked for: nothing to say
+    assert stub.options.checkpoint is None
+    Path("sam3.pt").touch()
+    assert neck_export_cli("onnx").err == ""
+    assert stub.options.checkpoint == Path("sam3.pt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--image-size", "1008x672"), {"image_size": (1008, 672)}),
+        (("--image-size", "672"), {"image_size": 672}),
+        (("--batch", "1:4:8"), {"batch": ExportOptions(Path()).batch.parse("1:4:8")}),
+        (("--neck", "both", "--levels", "0,1"), {"necks": "both", "levels": "0,1"}),
+        (("--positions", "file", "--input", "uint8"), {"positions": "file", "input_kind": "uint8"}),
+        (("--precision", "fp16", "--attention", "scores32"), {"precision": "fp16", "attention": "scores32"}),
+        (("--upsampling", "conv", "--output-dtype", "fp32"), {"upsampling": "conv", "output_precision": "fp32"}),
+        (("--keep-fp32", "a", "--keep-fp32", "b.*"), {"keep_fp32": ("a", "b.*")}),
+        (("--opset", "20"), {"opset": 20}),
+        (("--opset", "auto"), {"opset": None}),
+        (("--no-rewrite",), {"rewrites": ExportOptions(Path()).rewrites.none()}),
+        (("--no-verify", "--seed", "7"), {"verify": False, "seed": 7}),
+        (("--images", "pictures"), {"images": Path("pictures")}),
+        (("--tolerance", "a=0.5", "--tolerance", "b*=1e-3"), {"tolerances": {"a": 0.5, "b*": 1e-3}}),
+        (("--checkpoint", "x.pt"), {"checkpoint": Path("x.pt")}),
+    ],
+)
+def test_options_arrive(arguments: tuple[str, ...], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = Stub(monkeypatch)
+    ran = neck_export_cli("onnx", "--checkpoint", "random", *arguments)
+    assert ran.code == 0, ran
+    assert {key: getattr(stub.options, key) for key in expected} == expected
+
+
+def test_onnx_prints_figures_and_files(tmp_path: Path) -> None:
+    output = tmp_path / "x.onnx"
+    ran = neck_export_cli("onnx", *GOLDEN, "--precision", "fp16", "--output", output)
+    assert (ran.code, ran.err) == (0, "")
+    method, header, *rows = ran.out.splitlines()
+    assert method.startswith("PyTorch FP32 against ONNX Runtime ")
+    assert "simulated" in method
+    assert header.split() == ["output", "max", "abs", "mean", "abs", "rel.", "L2", "cosine", "verdict"]
+    figures = read_manifest(tmp_path / "x.json", "onnx")["verification"]["outputs"]
+    assert [row.split()[0] for row in rows[:8]] == [row["name"] for row in figures]
+    assert [row.split()[-1] for row in rows[:8]] == ["ok"] * 8
+    assert float(rows[0].split()[3]) == pytest.approx(figures[0]["relative_l2"], rel=0.01)
+    assert [Path(row.split("  ")[0]) for row in rows[8:]] == [output, tmp_path / "x.onnx.data", tmp_path / "x.json"]
+
+    verified = neck_export_cli("verify", output)
+    assert (verified.code, verified.err) == (0, "")
+    assert verified.out.splitlines() == ran.out.splitlines()[:10]
+
+
+def test_exit_codes(tmp_path: Path) -> None:
+    output = tmp_path / "x.onnx"
+    assert neck_export_cli("onnx", *GOLDEN, "--output", output).code == 0
+    assert neck_export_cli("verify", output).code == 0
+    failed = neck_export_cli("verify", output, "--tolerance", "sam3_feat_1=1e-12")
+    assert failed.code == 3
+    assert failed.out == ""
+    assert "FAILED" in failed.err
+    assert failed.err.splitlines()[-1] == f"error: {output}: rejected, sam3_feat_1 left tolerance"
+    assert neck_export_cli("verify", tmp_path / "no.onnx").code == 1
+    assert neck_export_cli("verify").code == 2
+
+
+def test_a_real_run_is_quiet(tmp_path: Path) -> None:
+    """The whole program in a process of its own, warnings being errors: nothing on stderr, no colour."""
+    command = [sys.executable, "-W", "error", "neck_export.py", "onnx", *map(str, GOLDEN)]
+    command += ["--precision", "fp16", "--output", str(tmp_path / "x.onnx")]
+    colour = {**os.environ, "FORCE_COLOR": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, env=colour)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
+    assert "\r" not in done.stdout
+    assert len(done.stdout.splitlines()) == 13
+    assert sorted(listing(tmp_path)) == ["x.json", "x.onnx", "x.onnx.data"]
+
+
+def test_on_a_terminal_the_steps_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the quiet run."""
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with neck_export.progress() as report:
+            report("step one")
+            report("step two")
+        monkeypatch.undo()
+    shown = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert "step one" in shown
+    assert "step two" in shown
+
+
+# --- inspect
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An FP16 file that is left as it is."""
+    path = tmp_path_factory.mktemp("exported") / "x.onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        trace_quickly(patch)
+        export_onnx(golden_options("meta-dual", path, precision="fp16"))
+    return path
+
+
+def copied(exported: Path, folder: Path) -> Path:
+    for file in exported.parent.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder / exported.name
+
+
+def test_inspect(exported: Path) -> None:
+    ran = neck_export_cli("inspect", exported)
+    assert (ran.code, ran.err) == (0, "")
+    lines = ran.out.splitlines()
+    assert lines[0].startswith(f"{exported}  ")
+    assert lines[0].endswith("by neck-export, opset 23")
+    assert "  input   image: float (1, 3, 112, 112)" in lines
+    assert "  output  sam3_feat_0: float16 (1, 16, 32, 32)" in lines
+    assert "  output  sam2_pos_3: float16 (1, 16, 4, 4)" in lines
+    assert "  attention 4 fp32acc" in lines
+    assert f"  from    {checkpoint_of('meta-dual')}, fp16, " in ran.out
+    assert "\n  verified: PyTorch FP32 against ONNX Runtime " in ran.out
+
+
+def test_inspect_as_json(exported: Path) -> None:
+    ran = neck_export_cli("inspect", exported, "--json")
+    assert (ran.code, ran.err) == (0, "")
+    found = json.loads(ran.out)
+    assert found["nodes"] == sum(found["operators"].values()) > 100
+    assert found["bytes"] == exported.stat().st_size + exported.with_name("x.onnx.data").stat().st_size
+    assert found["manifest"]["precision"] == "fp16"
+    assert found["manifest"]["verification"]["verified"] is True
+    assert found["attention"] == {"fp32acc": 4}
+    assert found["weight_bytes"]["float16"] > found["weight_bytes"].get("float", 0)
+
+
+@pytest.mark.parametrize("form", ["fp32acc", "scores32", "fused", "unfused"])
+def test_inspect_tells_the_attention_form(form: str, tmp_path: Path) -> None:
+    output = tmp_path / "x.onnx"
+    ran = neck_export_cli(
+        "onnx", *GOLDEN, "--precision", "fp16", "--attention", form, "--no-verify", "--output", output
+    )
+    assert ran.code == 0, ran
+    assert json.loads(neck_export_cli("inspect", output, "--json").out)["attention"] == {form: 4}
+    assert "NOT VERIFIED: not asked: --no-verify" in neck_export_cli("inspect", output).out
+
+
+def test_inspect_without_a_manifest(exported: Path, tmp_path: Path) -> None:
+    path = copied(exported, tmp_path)
+    path.with_suffix(".json").unlink()
+    ran = neck_export_cli("inspect", path)
+    assert ran.code == 0
+    assert ran.out.splitlines()[-1].startswith(f"  not verified: {path.with_suffix('.json')}: the manifest is missing")
+    assert json.loads(neck_export_cli("inspect", path, "--json").out)["manifest"] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{}", "is not the manifest of a onnx file"),
+        ('{"kind": "onnx", "format": 1, "files": []}', "says nothing of 'created'"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_inspect_with_a_damaged_manifest(content: str, words: str, exported: Path, tmp_path: Path) -> None:
+    path = copied(exported, tmp_path)
+    path.with_suffix(".json").write_text(content)
+    ran = neck_export_cli("inspect", path)
+    assert ran.code == 0
+    assert words in ran.out.splitlines()[-1]
+
+
+def test_inspect_of_files_that_cannot_be_read(exported: Path, tmp_path: Path) -> None:
+    def refused(path: Path, words: str) -> None:
+        ran = neck_export_cli("inspect", path)
+        assert ran.code == 1
+        assert ran.out == ""
+        assert len(ran.err.splitlines()) == 1
+        assert ran.err.startswith("error: ")
+        assert words in ran.err
+
+    path = copied(exported, tmp_path)
+    data = path.with_name("x.onnx.data")
+    weights = data.read_bytes()
+    data.write_bytes(weights[:-1])
+    refused(path, f"is cut off at {len(weights) - 1:,} of {len(weights):,} bytes")
+    data.unlink()
+    refused(path, f"its weights {data} are missing")
+    refused(tmp_path / "no.onnx", "no such file")
+    refused(tmp_path, "no such file")
+    graph = path.read_bytes()
+    for content in (b"", b"text, no graph", graph[: len(graph) // 2], (DATA / "pictures" / "chelsea.png").read_bytes()):
+        path.write_bytes(content)
+        refused(path, "is not a whole ONNX file")
+
+
+def test_a_rejected_file_is_told_by_inspect(exported: Path, tmp_path: Path) -> None:
+    path = copied(exported, tmp_path)
+    assert neck_export_cli("verify", path, "--tolerance", "*_feat_*=1e-9").code == 3
+    ran = neck_export_cli("inspect", path)
+    assert ran.code == 0
+    assert "\n  NOT VERIFIED: PyTorch FP32 against" in ran.out
+
+
+def test_verify_of_a_planted_overflow_names_the_module(tmp_path: Path) -> None:
+    checkpoint, output = save_state(tmp_path / "planted.pt", plant_in_neck), tmp_path / "x.onnx"
+    made = neck_export_cli(
+        "onnx", "--checkpoint", checkpoint, *GOLDEN[2:], "--precision", "fp16", "--no-verify", "--output", output
+    )
+    assert made.code == 0, made
+    ran = neck_export_cli("verify", output)
+    assert ran.code == 3
+    assert "first tensor that is not finite: convs.2.conv_1x1/Conv" in ran.err
+    assert "256 non-finite" in ran.err or "non-finite" in ran.err
+    assert read_manifest(tmp_path / "x.json", "onnx")["verification"]["first_bad"].startswith("convs.2.conv_1x1")
