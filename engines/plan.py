@@ -10,14 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from engines.build import DEFAULT_BATCH, BuildOptions, BuildResult, Progress, build_plan
 from engines.flavor import Flavor, choose_flavor
 from engines.graph import read_graph
 from engines.layers import LayerSheet
 from engines.source import lower_file, read_source, typed_as
-from engines.verify import verify_plan
+from engines.verify import signature_of, verify_plan, why_not_run
 from export.attention import AttentionForm
 from export.fidelity import Verdict
 from export.manifest import (
@@ -30,14 +28,12 @@ from export.manifest import (
     staging,
     write_manifest,
 )
-from export.pipeline import NUMPY_NAMES, RejectedError
+from export.pipeline import RejectedError
 from export.precision import Precision
 from export.provenance import manifest_encoder, tool_version
-from export.signature import BatchRange, Signature
+from export.signature import BatchRange
 from export.upsampling import Upsampling
 from export.verify import Report, verify_onnx
-
-NO_GPU = "not verified: no NVIDIA driver"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,17 +212,9 @@ def _manifest(
         "build_seconds": round(result.seconds, 2),
         "layers": result.sheet.summary() if result.sheet else None,
         "onnx": key["onnx"][0],
-        "signature": _signature(source, precision).to_dict() if source else None,
+        "signature": signature_of(source, precision).to_dict() if source else None,
         "onnx_manifest": source,
     }
-
-
-def _signature(source: dict[str, Any], precision: Precision) -> Signature:
-    """The plan's contract: the file's, its outputs in the plan's precision, positions only where they are outputs."""
-    signature = Signature.from_dict(source["signature"])
-    dtype = signature.dtype if precision == source["precision"] else NUMPY_NAMES[precision]
-    positions: Literal["graph", "none"] = "graph" if signature.positions == "graph" else "none"
-    return dataclasses.replace(signature, dtype=dtype, positions=positions)
 
 
 def _verify(
@@ -254,18 +242,11 @@ def _verify(
         return None, {"verified": False, "reason": reason, "onnx": before}
     report("verify: the ONNX graph against PyTorch, for want of a GPU")
     encoder = manifest_encoder(manifest_path(options.onnx), source)
-    signature = _signature(source, precision)
+    signature = signature_of(source, precision)
     verdict = verify_onnx(
         typed, signature, encoder, precision, images=options.images, overrides=options.tolerances, report=report
     )
     return verdict, {"verified": False, "reason": reason, "onnx": verdict.to_dict()}
-
-
-def why_not_run(flavor: Flavor) -> str | None:
-    """Why a plan cannot run here, in the words of its manifest; None where it can."""
-    if flavor.gpu is None:
-        return NO_GPU
-    return None if torch.cuda.is_available() else "not verified: torch is a CPU build; install its CUDA build"
 
 
 def _reject(options: PlanOptions, folder: Path, manifest: dict[str, Any], verdict: Verdict) -> RejectedError:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from engines.flavor import Flavor
 from engines.session import Session, open_plan
 from export.fidelity import Verdict, check_overrides, compare
 from export.manifest import manifest_path
-from export.pipeline import manifest_encoder
+from export.options import NUMPY_NAMES
+from export.precision import Precision
+from export.provenance import manifest_encoder
 from export.signature import Signature
 from export.verify import Report, reference_outputs, reference_pixels
 from neck.necks import Sam3DualViTDetNeck
@@ -23,6 +25,9 @@ from neck.pictures import normalise
 
 Runner = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 """Takes the image as the signature says and gives the outputs by name."""
+
+
+NO_GPU = "not verified: no NVIDIA driver"
 
 
 class VerifyError(RuntimeError):
@@ -184,3 +189,18 @@ def _exact_fp32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def signature_of(source: dict[str, Any], precision: Precision) -> Signature:
+    """The plan's contract: the file's, its outputs in the plan's precision, positions only where they are outputs."""
+    signature = Signature.from_dict(source["signature"])
+    dtype = signature.dtype if precision == source["precision"] else NUMPY_NAMES[precision]
+    positions: Literal["graph", "none"] = "graph" if signature.positions == "graph" else "none"
+    return dataclasses.replace(signature, dtype=dtype, positions=positions)
+
+
+def why_not_run(flavor: Flavor) -> str | None:
+    """Why a plan cannot run here, in the words of its manifest; None where it can."""
+    if flavor.gpu is None:
+        return NO_GPU
+    return None if torch.cuda.is_available() else "not verified: torch is a CPU build; install its CUDA build"

@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from engines.build import BuildError, BuildOptions
 from engines.flavor import has_gpu
-from engines.plan import NO_GPU, PlanOptions, layers_path, make_plan, read_sheet
+from engines.plan import PlanOptions, layers_path, make_plan, read_sheet
 from engines.source import newest_onnx
+from engines.verify import NO_GPU
 from export.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
 from export.pipeline import ExportOptions, RejectedError, export_onnx
 from export.signature import BatchRange
