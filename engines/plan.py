@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from export.manifest import (
     ManifestError,
     check_files,
     data_path,
+    locked,
     manifest_path,
     publish,
     read_manifest,
@@ -262,9 +262,5 @@ def _reject(options: PlanOptions, folder: Path, manifest: dict[str, Any], verdic
 
 def publish_plan(folder: Path, target: Path) -> None:
     """Publishes a plan with its manifest as one, also where another build of it ends at the same time."""
-    lock = os.open(target.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(target.parent):
         publish(folder, target)
-    finally:
-        os.close(lock)

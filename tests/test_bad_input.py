@@ -183,12 +183,11 @@ def test_the_malice_would_run(tmp_path: Path) -> None:
     Malice.marker.unlink()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_checkpoints_are_fine(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_half_precision_checkpoints_are_fine(tmp_path: Path) -> None:
     def halve(state: State) -> None:
-        for name, tensor in state.items():
+        for index, (name, tensor) in enumerate(state.items()):
             if tensor.is_floating_point():
-                state[name] = tensor.to(dtype)
+                state[name] = tensor.to((torch.float16, torch.bfloat16)[index % 2])
 
     ran = run_export(tmp_path, checkpoint=save_state(tmp_path / "half.pt", halve))
     assert ran.code == 0, ran
@@ -284,8 +283,8 @@ def exif_rotated(path: Path) -> None:
 
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
-PICTURES: dict[str, Callable[[Path], None]] = {
-    "16-bit": lambda path: shutil.copy(DATA / "pictures" / "rgb16.png", path) and None,
+PICTURES: dict[str, Callable[[Path], object]] = {
+    "16-bit": lambda path: shutil.copy(DATA / "pictures" / "rgb16.png", path),
     "16-bit-grey": lambda path: Image.fromarray(COLOURS[:, :, 0].astype(np.uint16) * 257).save(path),
     "grey": lambda path: Image.fromarray(COLOURS[:, :, 0]).save(path),
     "rgba": lambda path: Image.fromarray(np.dstack([COLOURS, COLOURS[:, :, 0]])).save(path),

@@ -53,7 +53,7 @@ def test_command() -> None:
         ({"onnxruntime": "1.31.1", "tensorrt-rtx-cu13": "1.7"}, True, ("yes", "yes", "yes")),
     ],
 )
-def test_abilities(packages: dict[str, str], gpu: bool, expected: tuple[str, ...]) -> None:
+def test_abilities(packages: dict[str, str | None], gpu: bool, expected: tuple[str, ...]) -> None:
     found = abilities(NOTHING | packages, gpu)
     assert found["export to ONNX"] == "yes"
     for step, words in zip(("verify ONNX", "build engines", "run, verify and profile engines"), expected, strict=True):

@@ -223,7 +223,7 @@ def check_errors(errors: Errors) -> None:
 @pytest.fixture(scope="module")
 def deep() -> tuple[Sam3DualViTDetNeck, EncoderConfig]:
     """All 32 blocks of the published encoder, 64 channels wide, on a grid of 8 x 8."""
-    config = EncoderConfig(image_size=112, embed_dim=64, num_heads=2, d_model=32, window_size=4, pretrain_image_size=56)
+    config = EncoderConfig((112, 112), embed_dim=64, num_heads=2, d_model=32, window_size=4, pretrain_image_size=56)
     return random_encoder(config), config
 
 
@@ -236,5 +236,5 @@ def test_full_depth(deep: tuple[Sam3DualViTDetNeck, EncoderConfig], precision: P
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_full_size(precision: Precision, tmp_path: Path) -> None:
     """The published architecture at 336 pixels."""
-    config = EncoderConfig(image_size=336)
+    config = EncoderConfig(image_size=(336, 336))
     check_errors(errors_of(random_encoder(config), config, precision, tmp_path))
