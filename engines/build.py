@@ -6,7 +6,6 @@ import dataclasses
 import fnmatch
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,8 +144,8 @@ def build_plan(
             sheet = sheet_from_log(watch.engine, read_accumulations(path), graph.attentions, graph.operations)
         os.replace(path, plan)
     _save_timing_cache(config, flavor, options)
-    inputs = _specs(network.get_input(index) for index in range(network.num_inputs))
-    outputs = _specs(network.get_output(index) for index in range(network.num_outputs))
+    inputs = tuple(_spec(network.get_input(index)) for index in range(network.num_inputs))
+    outputs = tuple(_spec(network.get_output(index)) for index in range(network.num_outputs))
     del keep  # the parser owns the weights that the network refers to
     about = (flavor.name, flavor.version, targets, flavor.gpu, inputs, outputs)
     return BuildResult(plan, onnx, options, *about, seconds=seconds, plan_bytes=size, sheet=sheet)
@@ -274,12 +273,6 @@ def _save_timing_cache(config: Any, flavor: Flavor, options: BuildOptions) -> No
         os.replace(unfinished, path)
 
 
-def _specs(tensors: Iterator[Any]) -> tuple[TensorSpec, ...]:
-    return tuple(
-        TensorSpec(
-            tensor.name,
-            NUMPY.get(tensor.dtype.name, tensor.dtype.name),
-            tuple(BATCH if side == -1 else int(side) for side in tensor.shape),
-        )
-        for tensor in tensors
-    )
+def _spec(tensor: Any) -> TensorSpec:  # noqa: ANN401
+    kind = NUMPY.get(tensor.dtype.name, tensor.dtype.name)
+    return TensorSpec(tensor.name, kind, tuple(BATCH if side == -1 else int(side) for side in tensor.shape))

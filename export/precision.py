@@ -7,6 +7,7 @@ attention. Between a node of one type and a node of the other stands a Cast; not
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import math
 from collections.abc import Callable, Sequence
@@ -101,8 +102,9 @@ def _kept_modules(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:
     for pattern in patterns:
         found = {m for m in modules if fnmatch.fnmatchcase(m, pattern) or fnmatch.fnmatchcase(m, f"{pattern}.*")}
         if not found:
-            known = ", ".join(sorted({".".join(m.split(".")[:3]) for m in modules if m})[:6])
-            raise ExportError(f"--keep-fp32 {pattern!r} names no module of the graph, which has {known}, ...")
+            whole = {".".join(path.split(".")[:end]) for path in modules for end in range(1, path.count(".") + 2)}
+            near = difflib.get_close_matches(pattern, sorted(whole), n=4, cutoff=0.4) or sorted(whole)[:4]
+            raise ExportError(f"--keep-fp32 {pattern!r} names no module of the graph; near it: {', '.join(near)}")
         kept |= found
     return kept
 
