@@ -123,8 +123,17 @@ def _of_softmax(node: ir.Node) -> AttentionCore | None:
 
 
 def _attention_node(core: AttentionCore) -> list[ir.Node]:
+    nodes, inputs = [], []
+    for name, value in (("query", core.query), ("key", core.key), ("value", core.value)):
+        producer = value.producer()
+        if producer is not None and producer.metadata_props.get(MODULE, "").endswith(".rope"):
+            # the plain module's rotary is FP32 up to here; TensorRT builds no Attention without a rounding before it
+            nodes.append(ir.node("Identity", [value], name=f"rounded_{name}"))
+            nodes[-1].outputs[0].shape, nodes[-1].outputs[0].type = value.shape, value.type
+            value = nodes[-1].outputs[0]
+        inputs.append(value)
     # the scale is always written: without it TensorRT's parser adds layers of its own
-    return [ir.node("Attention", [core.query, core.key, core.value], {"scale": core.scale}, name="attention")]
+    return [*nodes, ir.node("Attention", inputs, {"scale": core.scale}, name="attention")]
 
 
 def _primitives(graph: ir.Graph, core: AttentionCore) -> list[ir.Node]:
