@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator
@@ -123,13 +124,23 @@ def temporary(target: Path) -> Iterator[tuple[IO[bytes], Path]]:
         with contextlib.suppress(OSError), stale.open("rb") as left:
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
             stale.unlink()
-    path = target.with_name(f".{target.name}.{secrets.token_hex(4)}{BUILDING}")
-    with path.open("xb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    path, file = _locked_file(target)
+    with file:
         try:
             yield file, path
         finally:
             path.unlink(missing_ok=True)
+
+
+def _locked_file(target: Path) -> tuple[Path, IO[bytes]]:
+    """A new file beside the target, locked; made again if another build took it for stale before it was locked."""
+    while True:
+        path = target.with_name(f".{target.name}.{secrets.token_hex(4)}{BUILDING}")
+        file = path.open("xb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return path, file
+        file.close()
 
 
 @contextlib.contextmanager

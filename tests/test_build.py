@@ -10,10 +10,9 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import onnx
 import onnx_ir as ir
@@ -22,6 +21,7 @@ from conftest import Golden, Save, load_golden, traced
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
 
+from engines import stream
 from engines.build import BuildOptions, BuildResult, build_plan
 from engines.flavor import FlavorError, choose_flavor, has_gpu
 from engines.graph import BuildError, read_graph
@@ -353,19 +353,33 @@ def test_after_kill_9_the_next_build_works_and_cleans_up(small: Path, tmp_path: 
 
 
 def test_two_builds_of_one_plan_end_whole(small: Path, tmp_path: Path) -> None:
-    plan, results = tmp_path / "x.plan", []
-    flavor = choose_flavor("rtx")
+    """The last to finish wins; neither takes the other's unfinished file for stale."""
+    plan = tmp_path / "x.plan"
+    children = [_start(small, plan, "slow") for _ in range(2)]
+    for child in children:
+        with child:
+            _, stderr = child.communicate(timeout=120)
+        assert child.returncode == 0, stderr
+    alone = build_plan(small, tmp_path / "alone.plan", BuildOptions(compute_capabilities=("8.9",)))
+    assert abs(plan.stat().st_size - alone.plan_bytes) < 4096
+    assert sorted(path.name for path in tmp_path.iterdir() if "plan" in path.name) == ["alone.plan", "x.plan"]
 
-    def build(target: str) -> None:
-        results.append(build_plan(small, plan, BuildOptions(compute_capabilities=(target,)), flavor=flavor))
 
-    threads = [threading.Thread(target=build, args=(target,)) for target in ("8.6", "12.0")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 2 and plan.stat().st_size in {result.plan_bytes for result in results}
-    assert not list(tmp_path.glob(".*"))
+def test_a_file_taken_for_stale_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, taken = stream.fcntl.flock, []
+
+    def lock_late(file: IO[bytes], how: int) -> None:
+        if not taken:
+            taken.extend(tmp_path.glob(f".*{stream.BUILDING}"))
+            taken[0].unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(stream.fcntl, "flock", lock_late)
+    with stream.temporary(tmp_path / "x.plan") as (_, path):
+        assert path.exists() and path != taken[0]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_progress_that_raises_stops_the_build(small: Path) -> None:
