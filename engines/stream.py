@@ -19,6 +19,8 @@ from engines.listing import FIRST_LINE
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, its steps done and its steps in all; from the builder's thread."""
 
+OUT_OF_MEMORY = "out of memory while TensorRT built; at full size it takes 3 GB, so close other programs"
+
 BUILDING = ".building"
 """How the name of an unfinished plan ends."""
 
@@ -103,14 +105,15 @@ def run_builder(trt: Any, builder: Any, network: Any, config: Any, file: IO[byte
         try:
             success = done.result()
         except MemoryError:
-            raise BuildError("out of memory while TensorRT built; at full size it takes about 2.5 GB") from None
+            raise BuildError(OUT_OF_MEMORY) from None
         except KeyboardInterrupt:
             watch.cancelled.set()  # leaving the block waits for the builder's next step
             raise
     if watch.failures:
         raise watch.failures[0]
     if not success or not file.tell():
-        raise BuildError(f"TensorRT built nothing: {watch.reason}")
+        short = any(word in line for line in watch.errors for word in ("bad_alloc", "OutOfMemory"))
+        raise BuildError(OUT_OF_MEMORY if short else f"TensorRT built nothing: {watch.reason}")
 
 
 @contextlib.contextmanager

@@ -382,6 +382,22 @@ def test_a_file_taken_for_stale_before_it_is_locked_is_made_again(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "line", ["Unexpected exception std::bad_alloc", "Error Code 2: OutOfMemory (Requested size ...)"]
+)
+def test_too_little_memory_is_told(tmp_path: Path, line: str) -> None:
+    """The words are RTX 1.7's under a limit of address space; under a tighter one it hangs, so its log is played here."""
+    watch = stream.Watch()
+
+    class Builder:
+        def build_serialized_network_to_stream(self, *_: object) -> bool:
+            watch.take(1, line)
+            return False
+
+    with (tmp_path / "plan").open("wb") as file, pytest.raises(BuildError, match="out of memory while TensorRT built"):
+        stream.run_builder(choose_flavor("rtx").trt, Builder(), None, None, file, watch)
+
+
 def test_a_progress_that_raises_stops_the_build(small: Path) -> None:
     def progress(phase: str, done: int, total: int) -> None:
         raise ZeroDivisionError(phase)
