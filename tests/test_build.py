@@ -386,7 +386,7 @@ def test_a_file_taken_for_stale_before_it_is_locked_is_made_again(
     "line", ["Unexpected exception std::bad_alloc", "Error Code 2: OutOfMemory (Requested size ...)"]
 )
 def test_too_little_memory_is_told(tmp_path: Path, line: str) -> None:
-    """The words are RTX 1.7's under a limit of address space; under a tighter one it hangs, so its log is played here."""
+    """RTX 1.7's words under a limit of address space; under a tighter one it hangs, so its log is played here."""
     watch = stream.Watch()
 
     class Builder:
