@@ -196,9 +196,7 @@ def profile(
 
 @app.command()
 def bisect(
-    file: Annotated[
-        Path, typer.Argument(help="An FP16 or BF16 ONNX file that leaves tolerance (made with --no-verify)")
-    ],
+    file: Annotated[Path, typer.Argument(help="An FP16 or BF16 ONNX file (made with --no-verify), or a plan (GPU)")],
     checkpoint: Annotated[Path | None, typer.Option(help="Its weights [default: where the manifest says]")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of pictures")] = None,
     tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,

@@ -12,6 +12,10 @@ from typing import Any, cast
 import numpy as np
 import onnx_ir as ir
 
+from engines.build import BuildOptions
+from engines.plan import PlanOptions, make_plan
+from engines.session import open_plan
+from engines.source import plan_source
 from export.deploy import DeployEncoder
 from export.fidelity import Comparison, compare_output, tolerance_for
 from export.inspect import read_graph
@@ -30,8 +34,9 @@ from neck.pictures import normalise
 MOST_MODULES = 8
 """More FP32 modules than this are no island: BF16 is the answer then."""
 
-Runner = Callable[[ir.Model, Path, np.ndarray], list[np.ndarray]]
-"""Computes a typed model's outputs from the image; the model's weights lie in the folder."""
+TRIAL = "trial.onnx"
+Runner = Callable[[ir.Model, Path, np.ndarray, Sequence[str]], list[np.ndarray]]
+"""Computes a typed model's outputs from the image; it lies in the folder as TRIAL, some of its modules in FP32."""
 
 
 class BisectError(RuntimeError):
@@ -63,26 +68,30 @@ def bisect(
     report: Report = lambda line: None,
     run: Runner | None = None,
 ) -> Finding:
-    """Finds the first module of a low-precision ONNX file that leaves tolerance, and what to keep in FP32.
+    """Finds the first module of a low-precision ONNX file or plan that leaves tolerance, and what to keep in FP32.
 
     The reference of a block is the same graph in FP32, which computes what PyTorch computes to 1e-6.
 
     Args:
-        path: the ONNX file, with its manifest.
+        path: the ONNX file or the plan, with its manifest.
         checkpoint: its weights, where they are no longer where the manifest says.
         images: a folder of pictures; without one the shipped picture.
         overrides: relative L2 by output name or wildcard.
         report: told of every step.
-        run: computes a low-precision model; by default the rounding simulation in ONNX Runtime.
+        run: computes a low-precision model; by default the rounding simulation in ONNX Runtime, of a plan the GPU.
 
     Raises:
         BisectError: an FP32 file, or one that no few modules mend.
         ManifestError, CheckpointError, ExportError: the file or its weights cannot be read.
     """
     where = manifest_path(path)
-    read_graph(path)
-    manifest = read_manifest(where, "onnx")
-    check_files(where, manifest)
+    if path.suffix == ".plan":
+        manifest = plan_source(where)
+        run = run or run_on_gpu
+    else:
+        read_graph(path)
+        manifest = read_manifest(where, "onnx")
+        check_files(where, manifest)
     if manifest["precision"] == "fp32":
         raise BisectError(f"{path}: is FP32; only an fp16 or bf16 file has roundings to search")
     with tempfile.TemporaryDirectory(prefix=".bisect.", dir=path.parent) as folder:
@@ -91,7 +100,16 @@ def bisect(
         return search.find(path, checkpoint)
 
 
-def run_simulated(model: ir.Model, folder: Path, image: np.ndarray) -> list[np.ndarray]:
+def run_on_gpu(model: ir.Model, folder: Path, image: np.ndarray, keep_fp32: Sequence[str]) -> list[np.ndarray]:
+    """Builds a plan of the trial and runs it on the GPU."""
+    build = BuildOptions(keep_fp32=tuple(keep_fp32))
+    options = PlanOptions(folder / TRIAL, (folder / TRIAL).with_suffix(".plan"), build=build, verify=False)
+    with open_plan(make_plan(options).path) as session:
+        outputs = session.infer({"image": image})
+    return [outputs[str(value.name)] for value in model.graph.outputs]
+
+
+def run_simulated(model: ir.Model, folder: Path, image: np.ndarray, keep_fp32: Sequence[str]) -> list[np.ndarray]:
     """Runs the model's rounding simulation in ONNX Runtime."""
     if is_low_precision(model):
         simulate(model)
@@ -189,9 +207,10 @@ class Search:
         options = {name: self.manifest[name] for name in ("attention", "upsampling")} if precision != "fp32" else {}
         lower(model, cast(Any, precision), keep_fp32=keep_fp32, **options)
         names = self._watch(model)
-        file = self.folder / "trial.onnx"
+        file = self.folder / TRIAL
         ir.save(model, file, external_data=data_path(file).name)
-        arrays = (run_model if precision == "fp32" else self.run)(ir.load(file), self.folder, self.image)
+        run = run_simulated if precision == "fp32" else self.run
+        arrays = run(ir.load(file), self.folder, self.image, keep_fp32)
         return {name: np.asarray(array, np.float32) for name, array in zip(names, arrays, strict=True)}
 
     def _watch(self, model: ir.Model) -> list[str]:

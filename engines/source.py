@@ -69,3 +69,16 @@ def lower_file(onnx: Path, held: Precision, precision: Precision, folder: Path, 
     typed = folder / f"{onnx.stem}.{precision}.onnx"
     ir.save(model, typed, external_data=data_path(typed).name)
     return typed
+
+
+def plan_source(where: Path) -> dict[str, Any]:
+    """The manifest of the ONNX file that a plan was built from, with the precision and the forms of the plan.
+
+    Raises:
+        BuildError: the plan was built from another tool's file.
+    """
+    manifest = read_manifest(where, "plan")
+    if manifest["onnx_manifest"] is None:
+        raise BuildError(f"{where}: the plan was built from a file without manifest, so its weights are unknown")
+    forms = {name: manifest["key"][name] for name in ("attention", "upsampling", "keep_fp32")}
+    return manifest["onnx_manifest"] | forms | {"precision": manifest["precision"]}

@@ -133,6 +133,7 @@ class EncoderConfig:
             raise ConfigError(f"{path}: not a readable JSON file ({error})") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: holds a {type(values).__name__}, expected an object of EncoderConfig's fields")
+        values = values.get("onnx_manifest") or values  # a plan's manifest holds its ONNX file's
         if isinstance(values.get("encoder"), dict):  # a manifest
             values = values["encoder"]
         try:

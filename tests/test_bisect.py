@@ -12,7 +12,9 @@ import torch
 from conftest import DATA
 from typer.testing import CliRunner
 
-from engines.bisect import BisectError, bisect, finding_lines
+from engines.bisect import BisectError, bisect, finding_lines, run_simulated
+from engines.flavor import has_gpu
+from engines.plan import PlanOptions, make_plan
 from export.manifest import manifest_path
 from export.pipeline import ExportOptions, export_onnx
 from neck.checkpoint import load_encoder, save_meta_checkpoint
@@ -93,3 +95,21 @@ def test_a_sound_file_has_nothing_to_mend(tmp_path: Path, config: EncoderConfig)
     fp32 = dataclasses.replace(options, output=tmp_path / "fp32.onnx", precision="fp32")
     with pytest.raises(BisectError, match="is FP32"):
         bisect(export_onnx(fp32).path)
+
+
+def test_a_plan_is_searched_as_its_graph_is(faulty: Path, tmp_path: Path) -> None:
+    """What a plan needs but a GPU: the same search, the trials in ONNX Runtime instead of on the GPU."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
+    plan = make_plan(PlanOptions(faulty, tmp_path / "faulty.plan", flavor="rtx", verify=False)).path
+    finding = bisect(plan, run=run_simulated)
+    assert finding.keep_fp32 == (f"trunk.blocks.{FAULTY}.attn",)
+    assert finding.command is not None
+    words = shlex.split(finding.command)
+    assert EncoderConfig.from_file(Path(words[words.index("--config") + 1])).depth == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="runs trial plans on an NVIDIA GPU")
+def test_a_plan_on_a_gpu(faulty: Path, tmp_path: Path) -> None:
+    plan = make_plan(PlanOptions(faulty, tmp_path / "faulty.plan", verify=False)).path
+    assert bisect(plan).first_bad == f"trunk.blocks.{FAULTY}"
