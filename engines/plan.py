@@ -113,8 +113,7 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
         )
         result = build_plan(typed, staged, build, flavor=flavor, progress=progress)
         about = _manifest(options, source, result, key, precision)
-        write_manifest(manifest_path(staged), "plan", about | {"verification": {"verified": False}}, [staged])
-        verdict, verification = _verify(options, source, flavor, typed, staged, precision, report)
+        verdict, verification = _verify(options, source, flavor, typed, staged, precision, about, report)
         files = [staged]
         if result.sheet:
             files.append(layers_path(staged))
@@ -224,6 +223,7 @@ def _verify(
     typed: Path,
     staged: Path,
     precision: Precision,
+    about: dict[str, Any],
     report: Report,
 ) -> tuple[Verdict | None, dict[str, Any]]:
     """The verdict on the plan where a GPU is, else on its ONNX graph, and what the manifest says of it."""
@@ -235,6 +235,8 @@ def _verify(
     reason = why_not_run(flavor)
     if reason is None:
         report("verify: the plan against PyTorch")
+        # a session loads no plan without its manifest; written here alone, since its SHA-256 reads the whole plan
+        write_manifest(manifest_path(staged), "plan", about | {"verification": {"verified": False}}, [staged])
         verdict = verify_plan(staged, images=options.images, overrides=options.tolerances, report=report)
         return verdict, verdict.to_dict()
     before = source["verification"]

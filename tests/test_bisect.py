@@ -8,8 +8,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import DATA
+from exporting import plant_in_trunk, save_state
 from typer.testing import CliRunner
 
 from engines.bisect import BisectError, bisect, finding_lines, run_simulated
@@ -17,13 +17,11 @@ from engines.flavor import has_gpu
 from engines.plan import PlanOptions, make_plan
 from export.manifest import manifest_path
 from export.pipeline import ExportOptions, export_onnx
-from neck.checkpoint import load_encoder, save_meta_checkpoint
 from neck.config import EncoderConfig
 from neck_export import app
 
 FAULTY = 2
-FACTOR = 2.0**16
-"""Values of the planted block times this pass 65504, and its projection divides it away: nothing changes in FP32."""
+"""The block that plant_in_trunk makes overflow in FP16, its function in FP32 unchanged."""
 
 CASE = DATA / "meta-dual"
 
@@ -37,16 +35,7 @@ def config() -> EncoderConfig:
 def faulty(tmp_path_factory: pytest.TempPathFactory, config: EncoderConfig) -> Path:
     """An FP16 file, not verified, one of whose blocks overflows in its attention's values."""
     folder = tmp_path_factory.mktemp("faulty")
-    encoder = load_encoder(CASE / "checkpoint.pt", config)
-    attention = encoder.trunk.blocks[FAULTY].attn
-    for linear in (attention.qkv, attention.proj):
-        for name, parameter in list(linear.named_parameters()):
-            setattr(linear, name, torch.nn.Parameter(parameter.clone(), requires_grad=False))
-    rows = slice(2 * config.embed_dim, None)
-    attention.qkv.weight[rows] *= FACTOR
-    attention.qkv.bias[rows] *= FACTOR
-    attention.proj.weight /= FACTOR
-    save_meta_checkpoint(encoder, folder / "faulty.pt")
+    save_state(folder / "faulty.pt", plant_in_trunk)
     options = ExportOptions(
         output=folder / "faulty.onnx",
         checkpoint=folder / "faulty.pt",

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import onnx
 import pytest
-import torch
 from conftest import DATA
+from exporting import plant_in_trunk, save_state
 from typer.testing import CliRunner
 
 from engines.build import BuildError, BuildOptions
@@ -23,7 +23,6 @@ from engines.verify import NO_GPU
 from export.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
 from export.pipeline import ExportOptions, RejectedError, export_onnx
 from export.signature import BatchRange
-from neck.checkpoint import load_encoder, save_meta_checkpoint
 from neck.config import EncoderConfig
 from neck_export import app
 
@@ -98,15 +97,7 @@ def test_a_plan_that_was_not_verified_is_built_again_when_that_is_asked(exported
 
 
 def test_a_graph_that_leaves_tolerance_stays_as_rejected_only(tmp_path: Path) -> None:
-    encoder = load_encoder(CASE / "checkpoint.pt", EncoderConfig.from_file(CONFIG))
-    attention = encoder.trunk.blocks[2].attn
-    for linear in (attention.qkv, attention.proj):
-        for name, parameter in list(linear.named_parameters()):
-            setattr(linear, name, torch.nn.Parameter(parameter.clone(), requires_grad=False))
-    attention.qkv.weight[64:] *= 2.0**16
-    attention.qkv.bias[64:] *= 2.0**16
-    attention.proj.weight /= 2.0**16
-    save_meta_checkpoint(encoder, tmp_path / "faulty.pt")
+    save_state(tmp_path / "faulty.pt", plant_in_trunk)
     source = export(tmp_path / "in" / "faulty.onnx", checkpoint=tmp_path / "faulty.pt")  # sound in FP32
     folder = tmp_path / "out"
     with pytest.raises(RejectedError) as caught:
