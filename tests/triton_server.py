@@ -1,0 +1,205 @@
+"""A real tritonserver for tests, with ONNX Runtime in place of the backends that need a GPU; needs `make .triton/ready`.
+
+with running(stand_in_repository(tmp_path, stand_in_plan(tmp_path))) as server:
+    ...  # server.http_url, server.grpc_url
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.client
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+from exporting import golden_options
+
+from export.manifest import manifest_path, read_manifest, write_manifest
+from export.options import ExportOptions
+from export.pipeline import export_onnx
+from export.signature import BatchRange
+
+ROOT = Path(__file__).parent.parent
+SERVER = ROOT / ".triton"
+STAND_IN = Path(__file__).parent / "stand_in_backend" / "model.py"
+START_S = 60
+"""Seconds that a server may take until it is ready; 2 on an idle machine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """A server that is running: `host:port` of both protocols, its log, its process."""
+
+    http_url: str
+    grpc_url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        """Status and body of a plain GET."""
+        connection = http.client.HTTPConnection(self.http_url, timeout=30)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it answers and every model is loaded."""
+        try:
+            return self.get("/v2/health/ready")[0] == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+
+def why_missing() -> str | None:
+    """Why no server can be started here, or None."""
+    return None if (SERVER / "ready").is_file() else "needs a Triton server; run `make .triton/ready`"
+
+
+@contextlib.contextmanager
+def running(repository: Path, *options: str, start_s: float = START_S) -> Iterator[Server]:
+    """Runs a server on ports of its own for as long as the block takes.
+
+    Args:
+        repository: the model repository.
+        options: further options, such as `--model-control-mode=poll`.
+        start_s: seconds that it may take until it is ready.
+
+    Raises:
+        RuntimeError: it ended or was not ready in time; the message holds the end of its log.
+    """
+    with tempfile.TemporaryDirectory(prefix="triton-") as name:
+        folder = Path(name)
+        backends = _backends(folder / "backends")
+        for attempt in range(3):
+            server = _start(repository, backends, folder / f"log{attempt}.txt", options)
+            try:
+                if _wait(server, start_s):
+                    yield server
+                    return
+            finally:
+                _stop(server.process)
+            text = server.log.read_text(errors="replace")
+            if "in use" not in text:  # another process was faster to take the port
+                break
+        raise RuntimeError(f"tritonserver was not ready within {start_s:g} s:\n{text[-3000:]}")
+
+
+def _backends(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "python").symlink_to(SERVER / "tritonserver" / "backends" / "python")
+    for name in ("tensorrt", "onnxruntime"):
+        (folder / name).mkdir()
+        shutil.copy(STAND_IN, folder / name)
+    return folder
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on just now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _start(repository: Path, backends: Path, log: Path, options: Sequence[str]) -> Server:
+    web, grpc = free_ports(2)
+    command = [
+        *((which, "--pdeathsig", "TERM") if (which := shutil.which("setpriv")) else ()),  # it never outlives the tests
+        SERVER / "tritonserver" / "bin" / "tritonserver",
+        f"--model-repository={repository}",
+        f"--backend-directory={backends}",
+        f"--backend-config=python,shm-region-prefix-name=neck-{web}-",
+        *("--http-address=127.0.0.1", f"--http-port={web}", "--grpc-address=127.0.0.1", f"--grpc-port={grpc}"),
+        *("--allow-metrics=false", "--disable-auto-complete-config", "--exit-timeout-secs=5"),
+        *options,
+    ]
+    # the Python backend finds its venv by the first `python3` on the path
+    environment = os.environ | {"PATH": f"{SERVER / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    return Server(f"127.0.0.1:{web}", f"127.0.0.1:{grpc}", log, process)
+
+
+def _wait(server: Server, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and server.process.poll() is None:
+        if server.ready:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def stand_in_options(output: Path, **changes: Any) -> ExportOptions:  # noqa: ANN401 - ExportOptions' own fields
+    """How the tests export the golden case meta-dual: both necks, dynamic batch 1:4:8, not verified."""
+    return golden_options("meta-dual", output, **{"batch": BatchRange(1, 4, 8), "verify": False, **changes})
+
+
+def stand_in_plan(folder: Path, name: str = "encoder", **changes: Any) -> Path:  # noqa: ANN401 - ExportOptions' own fields
+    """Writes NAME.plan and its manifest: an ONNX file's bytes, said to be a TensorRT plan.
+
+    Args:
+        folder: where to write it; NAME.onnx is left there too.
+        name: the files' name.
+        changes: fields of ExportOptions other than `stand_in_options` sets, such as `input_kind="uint8"`.
+    """
+    source = export_onnx(stand_in_options(folder / f"{name}.onnx", **changes)).path
+    plan = folder / f"{name}.plan"
+    onnx.save(onnx.load(source), plan, save_as_external_data=False)
+    return write_plan_manifest(plan, read_manifest(manifest_path(source), "onnx"))
+
+
+def write_plan_manifest(plan: Path, source: dict[str, Any], **changes: Any) -> Path:  # noqa: ANN401
+    """Writes the manifest that `neck-export trt` would write for a plan of this ONNX file."""
+    signature = source["signature"]
+    values = {
+        "key": {},
+        "precision": source["precision"],
+        "flavor": "tensorrt",
+        "tensorrt_version": "10.13.3.9",
+        "compute_capabilities": ["8.9"],
+        "gpu": {"name": "NVIDIA L4", "compute_capability": "8.9", "driver": "580.65.06", "cuda": "13.0"},
+        "options": {"version_compatible": False, "hardware_compatible": "none", "batch": signature["batch"]},
+        "batch": signature["batch"],
+        "inputs": signature["inputs"],
+        "outputs": signature["outputs"],
+        "build_seconds": 1.0,
+        "layers": None,
+        "onnx": source["files"][0],
+        "signature": signature,
+        "onnx_manifest": source,
+        "verification": {"verified": False, "reason": "not verified: a stand-in"},
+    }
+    write_manifest(manifest_path(plan), "plan", values | changes, [plan])
+    return plan
+
+
+def stand_in_repository(folder: Path, model: Path, **options: Any) -> Path:  # noqa: ANN401 - RepositoryOptions' fields
+    """Makes `folder`/model_repository serve a model, as `neck-export triton` does, and returns its path."""
+    from engines.triton import RepositoryOptions, make_repository
+
+    output = folder / "model_repository"
+    make_repository(RepositoryOptions(model=model, output=output, **options))
+    return output
