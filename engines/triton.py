@@ -1,0 +1,153 @@
+"""Plan or ONNX file -> Triton model repository: the function behind `neck-export triton`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engines.triton_config import ELSEWHERE, check_contract, engine_config, read_config, to_text
+from engines.triton_files import CONFIG, MANIFEST, disk_errors, install, lay_out, next_version, stage_beside, versions
+from engines.triton_source import Source, TritonError, check_same_encoder, choose_outputs, read_model, verification_note
+from export.manifest import ManifestError, locked, read_manifest
+
+__all__ = ["Repository", "RepositoryOptions", "TritonError", "make_repository"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RepositoryOptions:
+    """What to write.
+
+    Attributes:
+        model: X.plan or X.onnx, its manifest beside it.
+        output: the model repository's folder.
+        more: further plans of the same encoder for other compute capabilities.
+        name: the model's name: its folder and what clients ask for.
+        version: None is one above the highest that is there.
+        outputs: names or wildcards (`sam3_feat_*`); empty is all.
+        ensemble: also NAME-preprocess and NAME-pictures, which takes JPEG or PNG bytes.
+        queue_delay_us: how long a request waits for others to share a batch, where the batch is dynamic.
+        cuda_graphs: whether Triton captures CUDA graphs of a plan.
+        container: the Triton container that will serve, such as `25.09`; refused where known not to fit.
+        kubernetes: a folder for the Kubernetes files, or None.
+    """
+
+    model: Path
+    output: Path
+    more: tuple[Path, ...] = ()
+    name: str = "sam3-encoder"
+    version: int | None = None
+    outputs: tuple[str, ...] = ()
+    ensemble: bool = False
+    queue_delay_us: int = 1000
+    cuda_graphs: bool = True
+    container: str | None = None
+    kubernetes: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Repository:
+    """What was written.
+
+    Attributes:
+        path: the model repository.
+        name, version: the model and its new version.
+        config: its config.pbtxt.
+        files: every file that was written.
+        container: the Triton container that fits, None where none is known.
+        notes: what a user must know, one sentence each.
+    """
+
+    path: Path
+    name: str
+    version: int
+    config: Path
+    files: tuple[Path, ...]
+    container: str | None
+    notes: tuple[str, ...]
+
+
+def make_repository(options: RepositoryOptions, report: Callable[[str], None] = lambda line: None) -> Repository:
+    """Writes a model repository, or adds a version to the one that is there.
+
+    Everything is staged beside the repository and renamed in: a version is there whole or not at all, and those that
+    are there are never touched. Files are reflinks where the file system has them, else copies, never hard links.
+    (Where the folder above is another file system or cannot be written, the stage is a hidden folder of the model's: Triton
+    takes it for no version, but a polling server loads the running one once more.)
+
+    Raises:
+        TritonError: what was given cannot be served as asked, or the repository cannot be written.
+    """
+    _check_options(options)
+    report("hashes of the files")
+    source = read_model(options.model)
+    plans = check_same_encoder(source, [read_model(path) for path in options.more]) if options.more else {}
+    sources = list(plans.values()) or [source]
+    notes = [note for note in map(verification_note, sources) if note]
+    chosen = choose_outputs(source, options.outputs)
+    files = {capability: f"model_{capability}.plan" for capability in plans}
+    config = engine_config(
+        source, options.name, chosen, files, queue_delay_us=options.queue_delay_us, cuda_graphs=options.cuda_graphs
+    )
+    laid = [(plans[capability], file) for capability, file in files.items()]
+    laid = laid or [(source, "model.plan" if source.kind == "plan" else "model.onnx")]
+    with disk_errors(options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
+        with locked(options.output):
+            model = options.output / options.name
+            _check_held(model, config, source)
+            version = next_version(model, options.version)
+            report(f"version {version} of {options.name}")
+            with stage_beside(options.output, model) as stage:
+                lay_out(stage / "version", laid)
+                (stage / CONFIG).write_text(to_text(config), encoding="utf-8")
+                written = install(stage, model, version)
+    return Repository(options.output, options.name, version, model / CONFIG, tuple(written), None, tuple(notes))
+
+
+def _check_options(options: RepositoryOptions) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", options.name):
+        raise TritonError(f"name {options.name!r}: expected up to 63 letters, digits, dots, dashes and underscores")
+    if options.version is not None and not 1 <= options.version < 2**31:
+        raise TritonError(f"version {options.version}: expected a whole number from 1")
+    if options.queue_delay_us < 0:
+        raise TritonError(f"queue delay {options.queue_delay_us} us: expected 0 or more")
+    if options.output.exists() and not options.output.is_dir():
+        raise TritonError(f"{options.output}: is a file; name a folder for the model repository by --output")
+
+
+def _check_held(model: Path, config: Any, source: Source) -> None:  # noqa: ANN401
+    """Refuses a folder that holds something else than older versions of this model."""
+    if not model.exists():
+        return
+    if not model.is_dir():
+        raise TritonError(f"{model}: is a file; {ELSEWHERE}")
+    held = read_config(model / CONFIG)
+    if held is None:
+        if any(model.iterdir()):
+            raise TritonError(f"{model}: the folder holds another model (no {CONFIG}); {ELSEWHERE}")
+        return
+    check_contract(model, held, config)
+    for version in versions(model):
+        where = model / str(version) / MANIFEST
+        try:
+            old = read_manifest(where, source.kind)
+        except ManifestError as error:
+            raise TritonError(
+                f"{model}: the folder holds another model, not written by neck-export ({error}); {ELSEWHERE}"
+            ) from None
+        before, after = _shared(old), _shared(source.manifest)
+        different = [key for key in after if before[key] is not None and before[key] != after[key]]
+        if different:
+            raise TritonError(
+                f"{model}: the folder holds another model (version {version} has another {', '.join(different)}); "
+                f"{ELSEWHERE}"
+            )
+
+
+def _shared(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What all versions of a model have in common; their weights differ, or there were no need of a version."""
+    exported = manifest.get("onnx_manifest") if manifest["kind"] == "plan" else manifest
+    return {"precision": manifest.get("precision"), "encoder": (exported or {}).get("encoder")}
