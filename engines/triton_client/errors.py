@@ -1,0 +1,41 @@
+"""The one exception of the client, and how other libraries' errors become it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+
+class ClientError(RuntimeError):
+    """A request that cannot be made or was refused; the message says why and what to do."""
+
+
+def import_part(name: str, remedy: str) -> Any:  # noqa: ANN401 - a module
+    """Imports a part of tritonclient, or says what to install."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: what tritonclient makes of a missing `cuda`
+        raise ClientError(f"{name} cannot be used here ({one_line(error)}); {remedy}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without its line breaks."""
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+@contextlib.contextmanager
+def told(url: str) -> Iterator[None]:
+    """Turns what tritonclient and its transports raise into one sentence."""
+    try:
+        yield
+    except ClientError:
+        raise
+    except Exception as error:  # tritonclient's own, and those of gevent, geventhttpclient, json
+        status = error.status() if hasattr(error, "status") else "StatusCode.UNAVAILABLE"  # an InferenceServerException
+        if status in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
+            remedy = "start tritonserver, give its --url (HTTP has port 8000, gRPC 8001), or a longer --timeout"
+            raise ClientError(f"{url}: no answer ({type(error).__name__}: {one_line(error)}); {remedy}") from None
+        who = "the server refuses" if status else "the request cannot be sent"
+        raise ClientError(f"{url}: {who}: {one_line(error)}") from None

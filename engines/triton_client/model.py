@@ -1,0 +1,88 @@
+"""What the server says of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .errors import ClientError
+
+TYPES = {"FP32": np.float32, "FP16": np.float16, "UINT8": np.uint8, "BYTES": np.object_}
+"""Triton's names of the types that the encoder's files have, bfloat16 aside, which numpy lacks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """An input or output of the model: Triton's type name, and its shape, the batch first (-1 where dynamic)."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+    def bytes_of(self, batch: int) -> int:
+        """Bytes that it takes for a batch."""
+        return batch * math.prod(self.shape[1:]) * np.dtype(TYPES[self.datatype]).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What the server says of a model: it takes 1 to `max_batch` pictures, or only `max_batch` where it is fixed."""
+
+    image: Tensor
+    outputs: tuple[Tensor, ...]
+    max_batch: int
+    fixed: bool
+
+
+def describe(client: Any, name: str, version: str, outputs: Sequence[str], as_json: bool) -> Model:  # noqa: ANN401
+    """Asks the server what a model takes and gives.
+
+    Args:
+        client: tritonclient's.
+        name, version: the model; an empty version is the latest.
+        outputs: names or wildcards of the outputs that are wanted; empty for all.
+        as_json: whether the client must be asked for dicts (gRPC).
+
+    Raises:
+        ClientError: the model is not ready, or has no such outputs, or is no encoder.
+    """
+    asked = {"as_json": True} if as_json else {}
+    if not client.is_model_ready(name, version):
+        raise ClientError(_why_not_ready(client.get_model_repository_index(**asked), name, version))
+    metadata = client.get_model_metadata(name, version, **asked)
+    config = client.get_model_config(name, version, **asked)
+    inputs, found = (
+        [Tensor(one["name"], one["datatype"], tuple(map(int, one["shape"]))) for one in metadata[key]]
+        for key in ("inputs", "outputs")
+    )
+    names = [one.name for one in found]
+    unknown = [pattern for pattern in outputs if not fnmatch.filter(names, pattern)]
+    if unknown:
+        raise ClientError(f"{name} has no output {', '.join(unknown)}; it has {', '.join(names)}")
+    if len(inputs) != 1:
+        raise ClientError(f"{name} has {len(inputs)} inputs; an encoder or its ensemble has one, the picture")
+    chosen = [one for one in found if not outputs or any(fnmatch.fnmatchcase(one.name, each) for each in outputs)]
+    for one in (*inputs, *chosen):
+        if one.datatype not in TYPES:
+            raise ClientError(f"{one.name} is {one.datatype}, which numpy lacks; export with --output-dtype fp32")
+    first = inputs[0].shape[0]
+    most = first if first > 0 else int(config.get("config", config).get("max_batch_size", 1))
+    return Model(inputs[0], tuple(chosen), most, first > 0)
+
+
+def _why_not_ready(index: Any, name: str, version: str) -> str:  # noqa: ANN401 - a list (HTTP) or a dict (gRPC)
+    entries = index.get("models", []) if isinstance(index, dict) else index
+    here = [one for one in entries if one["name"] == name]
+    if not here:
+        ready = sorted({one["name"] for one in entries if one.get("state") == "READY"})
+        return f"the server has no model {name}; ready are {', '.join(ready) or 'none'}"
+    states = [
+        f"version {one.get('version', '?')} {one.get('state', '')} {one.get('reason', '')}".strip() for one in here
+    ]
+    which = f"version {version} of {name}" if version else name
+    return f"{which} is not ready; the server has {'; '.join(states)}"
