@@ -65,9 +65,10 @@ def compare_results(new: Result, old: Result) -> list[Change]:
     A row is its machine (processor, cores, GPU), backend, size and batch. It is slower where its median exceeds the old
     one by more than both runs' spreads together, a spread being the distance from the 25th to the 75th percentile of
     the row's own timed runs, LEAST_SPREAD of its median at least. Normal noise of 10 % exceeds that by chance in 5
-    rows of 100 at three runs each, in 2 at five, in 0.05 at ten (simulated); noise of 1 % never. It is less exact where an output's relative L2 grows by more than EXACT_FACTOR
-    above EXACT_FLOOR, or an output that passed does not. A row that was measured and now is not is lost; a row that
-    the new result was not asked for is not compared, nor is one that is new.
+    rows of 100 at three runs each, in 2 at five, in 0.05 at ten (simulated); noise of 1 % never. It is less exact where
+    an output's relative L2 grows by more than EXACT_FACTOR above EXACT_FLOOR, or an output that passed does not. A row
+    that was measured and now is not is lost; a row that the new result was not asked for is not compared, nor is one
+    that is new.
 
     Raises:
         BenchError: different encoders, or no row on the same machine.
