@@ -8,8 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engines.containers import choose_container
 from engines.triton_config import ELSEWHERE, check_contract, engine_config, read_config, to_text
-from engines.triton_files import CONFIG, MANIFEST, disk_errors, install, lay_out, next_version, stage_beside, versions
+from engines.triton_ensemble import PREPROCESS_MODEL, chosen_config, pictures_config, preprocess_config
+from engines.triton_files import (
+    CONFIG,
+    MANIFEST,
+    disk_errors,
+    install,
+    lay_out,
+    next_version,
+    replace_config,
+    stage_beside,
+    versions,
+)
 from engines.triton_source import Source, TritonError, check_same_encoder, choose_outputs, read_model, verification_note
 from export.manifest import ManifestError, locked, read_manifest
 
@@ -74,8 +86,8 @@ def make_repository(options: RepositoryOptions, report: Callable[[str], None] = 
 
     Everything is staged beside the repository and renamed in: a version is there whole or not at all, and those that
     are there are never touched. Files are reflinks where the file system has them, else copies, never hard links.
-    (Where the folder above is another file system or cannot be written, the stage is a hidden folder of the model's: Triton
-    takes it for no version, but a polling server loads the running one once more.)
+    (Where the folder above is another file system or cannot be written, the stage is a hidden folder of the model's:
+    Triton takes it for no version, but a polling server loads the running one once more.)
 
     Raises:
         TritonError: what was given cannot be served as asked, or the repository cannot be written.
@@ -85,26 +97,79 @@ def make_repository(options: RepositoryOptions, report: Callable[[str], None] = 
     source = read_model(options.model)
     plans = check_same_encoder(source, [read_model(path) for path in options.more]) if options.more else {}
     sources = list(plans.values()) or [source]
-    notes = [note for note in map(verification_note, sources) if note]
-    chosen = choose_outputs(source, options.outputs)
-    files = {capability: f"model_{capability}.plan" for capability in plans}
-    config = engine_config(
-        source, options.name, chosen, files, queue_delay_us=options.queue_delay_us, cuda_graphs=options.cuda_graphs
-    )
-    laid = [(plans[capability], file) for capability, file in files.items()]
-    laid = laid or [(source, "model.plan" if source.kind == "plan" else "model.onnx")]
+    container, notes = choose_container(sources, options.container)
+    notes += [note for note in map(verification_note, sources) if note]
+    models, more_notes = _models(options, source, plans)
     with disk_errors(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
         with locked(options.output):
-            model = options.output / options.name
-            _check_held(model, config, source)
-            version = next_version(model, options.version)
+            for model in models:
+                _check_held(options.output / model.name, model.config, source if model.files else None)
+            version = next_version(options.output / options.name, options.version)
             report(f"version {version} of {options.name}")
-            with stage_beside(options.output, model) as stage:
-                lay_out(stage / "version", laid)
-                (stage / CONFIG).write_text(to_text(config), encoding="utf-8")
-                written = install(stage, model, version)
-    return Repository(options.output, options.name, version, model / CONFIG, tuple(written), None, tuple(notes))
+            written: list[Path] = []
+            for model in models:
+                written += _write(options.output, model, version)
+    config = options.output / options.name / CONFIG
+    return Repository(options.output, options.name, version, config, tuple(written), container, (*notes, *more_notes))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """One model of the repository: the engine has `files`, with their names there; another at most one file."""
+
+    name: str
+    config: Any
+    files: tuple[tuple[Source, str], ...] = ()
+    script: Path | None = None
+
+
+def _models(options: RepositoryOptions, source: Source, plans: dict[str, Source]) -> tuple[list[_Model], list[str]]:
+    """The models to write, the engine first, since the others name it; and notes."""
+    chosen, notes = choose_outputs(source, options.outputs), []
+    files = {capability: f"model_{capability}.plan" for capability in plans}
+    listed = source.outputs if source.kind == "plan" else chosen
+    config = engine_config(
+        source, options.name, listed, files, queue_delay_us=options.queue_delay_us, cuda_graphs=options.cuda_graphs
+    )
+    laid = [(plans[capability], file) for capability, file in files.items()]
+    laid = laid or [(source, "model.plan" if source.kind == "plan" else "model.onnx")]
+    models = [_Model(options.name, config, files=tuple(laid))]
+    if len(listed) != len(chosen):
+        name = f"{options.name}-outputs"
+        models.append(_Model(name, chosen_config(source, name, options.name, chosen)))
+        names = ", ".join(spec.name for spec in chosen)
+        notes.append(
+            f"Triton demands that {options.name} lists all outputs of the plan; {name} answers with {names} alone"
+        )
+    if options.ensemble:
+        preprocess, pictures = f"{options.name}-preprocess", f"{options.name}-pictures"
+        models.append(_Model(preprocess, preprocess_config(source, preprocess), script=PREPROCESS_MODEL))
+        models.append(_Model(pictures, pictures_config(source, pictures, preprocess, options.name, chosen)))
+        notes.append(f"{preprocess} needs Pillow in the container's Python: pip install pillow (numpy is there)")
+    if source.batch.dynamic and source.batch.minimum > 1:
+        notes.append(f"requests must hold {source.batch.minimum} pictures at least: Triton fills no batch up")
+    return models, notes
+
+
+def _write(output: Path, model: _Model, version: int) -> list[Path]:
+    """Writes one model; one without a plan or ONNX file gets a version only where its file is new."""
+    folder = output / model.name
+    with stage_beside(output, folder) as stage:
+        (stage / CONFIG).write_text(to_text(model.config), encoding="utf-8")
+        if model.files:
+            lay_out(stage / "version", model.files)
+            return install(stage, folder, version)
+        there = versions(folder)
+        name, text = "README", "An ensemble has no file; Triton wants the folder.\n"
+        if model.script is not None:
+            name, text = "model.py", model.script.read_text(encoding="utf-8")
+        newest = folder / str(max(there, default=0)) / name
+        if newest.is_file() and newest.read_text(encoding="utf-8") == text:
+            return replace_config(stage / CONFIG, folder / CONFIG)
+        (stage / "version").mkdir()
+        (stage / "version" / name).write_text(text, encoding="utf-8")
+        return install(stage, folder, max(there, default=0) + 1)
 
 
 def _check_options(options: RepositoryOptions) -> None:
@@ -118,8 +183,8 @@ def _check_options(options: RepositoryOptions) -> None:
         raise TritonError(f"{options.output}: is a file; name a folder for the model repository by --output")
 
 
-def _check_held(model: Path, config: Any, source: Source) -> None:  # noqa: ANN401
-    """Refuses a folder that holds something else than older versions of this model."""
+def _check_held(model: Path, config: Any, source: Source | None) -> None:  # noqa: ANN401
+    """Refuses a folder that holds something else than older versions of this model; `source` is what an engine runs."""
     if not model.exists():
         return
     if not model.is_dir():
@@ -130,6 +195,8 @@ def _check_held(model: Path, config: Any, source: Source) -> None:  # noqa: ANN4
             raise TritonError(f"{model}: the folder holds another model (no {CONFIG}); {ELSEWHERE}")
         return
     check_contract(model, held, config)
+    if source is None:
+        return
     for version in versions(model):
         where = model / str(version) / MANIFEST
         try:

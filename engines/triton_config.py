@@ -15,9 +15,6 @@ MOST_CUDA_GRAPHS = 16
 ELSEWHERE = "choose another --name or --output"
 """What to do about a folder that is taken."""
 
-PICTURE = "picture"
-"""The ensemble's input: the bytes of one JPEG or PNG file per element."""
-
 
 def schema() -> Any:  # noqa: ANN401 - a generated module without types
     """Triton's protobuf module.
