@@ -1,0 +1,87 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "neck/error.hpp"
+#include "neck/manifest.hpp"
+#include "neck/tensor.hpp"
+
+struct CUstream_st;  // cudaStream_t is CUstream_st*; so this header needs none of CUDA's
+
+namespace neck {
+
+using Stream = CUstream_st*;
+
+struct EngineOptions {
+    int device = 0;              ///< CUDA's number of the GPU
+    bool cuda_graph = false;     ///< run by a CUDA graph, captured at the first run of each batch size
+    bool check_hashes = true;    ///< compare the plan's SHA-256 with its manifest's
+    std::int64_t max_batch = 0;  ///< memory is allocated for this batch; 0: for the largest that the plan takes
+};
+
+/// An output in device memory; valid until the engine's next run.
+struct DeviceTensor {
+    std::string name;
+    DataType type = DataType::float32;
+    Shape shape;
+    const void* data = nullptr;
+    std::size_t bytes = 0;
+};
+
+/// A plan in device memory, ready to run; for one thread at a time.
+///
+/// All device memory is allocated when it is made. Its own buffers are used by one run after the other: a run waits,
+/// on the GPU, for the run before it, on whichever stream that was.
+class Engine {
+public:
+    /// Checks the plan, its manifest, the GPU and TensorRT's version, then loads it.
+    /// \throws Error it cannot run here; the message says why and what to do.
+    explicit Engine(const std::filesystem::path& plan, const EngineOptions& options = {});
+    ~Engine();
+    Engine(Engine&&) noexcept;
+    Engine& operator=(Engine&&) noexcept;
+
+    const Manifest& manifest() const;
+    const Port& input() const;
+    const std::vector<Port>& outputs() const;
+
+    /// TensorRT and the GPU, such as `TensorRT 10.16.1.11 on NVIDIA L4 (compute capability 8.9)`.
+    const std::string& runtime() const;
+
+    /// What TensorRT warned of while loading.
+    const std::vector<std::string>& warnings() const;
+
+    /// Device memory that loading took.
+    std::size_t loaded_bytes() const;
+
+    /// Copies a batch from host memory to the engine's input.
+    /// \throws Error an input that the plan does not take.
+    void copy_in(const Tensor& image, Stream stream);
+
+    /// Starts a run of the engine's input; it returns before the run ends.
+    /// \throws Error a batch that the plan does not take, or a run that cannot be started.
+    void enqueue(std::int64_t batch, Stream stream);
+
+    /// The same with an input in device memory, which is read where it is (by a CUDA graph: copied first).
+    void enqueue(std::int64_t batch, Stream stream, const void* image);
+
+    /// The outputs of the last run where they are; work on that run's stream sees them.
+    std::vector<DeviceTensor> device_outputs() const;
+
+    /// Copies the outputs of the last run to host memory and waits for them.
+    std::vector<Tensor> copy_out(Stream stream);
+
+    /// copy_in, enqueue and copy_out.
+    std::vector<Tensor> infer(const Tensor& image, Stream stream);
+
+private:
+    class Impl;
+    std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace neck

@@ -1,0 +1,137 @@
+#include "command.hpp"
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <csignal>
+#include <iostream>
+#include <numeric>
+
+#include "neck/error.hpp"
+#include "neck/fidelity.hpp"
+#include "text.hpp"
+
+namespace neck {
+namespace {
+
+double percentile(const std::vector<double>& sorted, double share) {
+    const double place = share * static_cast<double>(sorted.size() - 1);
+    const auto below = static_cast<std::size_t>(place);
+    const std::size_t above = std::min(below + 1, sorted.size() - 1);
+    return sorted[below] + (sorted[above] - sorted[below]) * (place - static_cast<double>(below));
+}
+
+void append(std::vector<Tensor>& joined, std::vector<Tensor>&& part) {
+    if (joined.empty()) {
+        joined = std::move(part);
+        return;
+    }
+    for (std::size_t index = 0; index < joined.size(); ++index) {
+        joined[index].shape.at(0) += part.at(index).shape.at(0);
+        joined[index].data.insert(joined[index].data.end(), part[index].data.begin(), part[index].data.end());
+    }
+}
+
+Exit print_usage(const std::string& help, const std::string& why) {
+    std::cerr << why << "\n" << help;
+    return Exit::usage;
+}
+
+}  // namespace
+
+std::int64_t parse_count(const std::string& option, const std::string& text) {
+    std::int64_t value = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (error != std::errc() || end != text.data() + text.size() || value < 1 || value > 1'000'000) {
+        throw UsageError{option + " " + repr(text) + ": expected a number from 1 to 1000000"};
+    }
+    return value;
+}
+
+Latency summarise(std::vector<double> milliseconds) {
+    if (milliseconds.empty()) {
+        return {};
+    }
+    std::sort(milliseconds.begin(), milliseconds.end());
+    const double sum = std::accumulate(milliseconds.begin(), milliseconds.end(), 0.0);
+    return {sum / static_cast<double>(milliseconds.size()),
+            percentile(milliseconds, 0.5),
+            percentile(milliseconds, 0.9),
+            percentile(milliseconds, 0.95),
+            percentile(milliseconds, 0.99),
+            milliseconds.size()};
+}
+
+void print_latencies(const std::string& clock, const std::vector<std::pair<std::string, Latency>>& rows) {
+    std::cout << format("%-38s %8s %8s %8s %8s %8s %5s\n", ("milliseconds, by " + clock).c_str(), "p50", "p90", "p95",
+                        "p99", "mean", "runs");
+    for (const auto& [name, row] : rows) {
+        std::cout << format("%-38s %8.3f %8.3f %8.3f %8.3f %8.3f %5zu\n", name.c_str(), row.p50, row.p90, row.p95,
+                            row.p99, row.mean, row.runs);
+    }
+}
+
+void print_shapes(const std::vector<Tensor>& tensors) {
+    for (const Tensor& tensor : tensors) {
+        std::cout << format("%-20s ", tensor.name.c_str()) << tensor.describe() << "\n";
+    }
+}
+
+std::vector<Tensor> run_in_batches(const Tensor& image, const Port& input, std::int64_t asked,
+                                   const std::function<std::vector<Tensor>(const Tensor&)>& run) {
+    const std::int64_t count = image.shape.at(0);
+    const std::int64_t batch = asked > 0 ? asked : std::min(count, input.largest_batch);
+    const std::int64_t rest = count % std::max<std::int64_t>(1, batch);
+    if (batch < input.smallest_batch || batch > input.largest_batch || (rest > 0 && rest < input.smallest_batch)) {
+        throw Error(std::to_string(count) + " pictures in batches of " + std::to_string(batch) + ": the model takes " +
+                    input.describe() + "; give another --batch or number of pictures");
+    }
+    std::vector<Tensor> outputs;
+    for (std::int64_t first = 0; first < count; first += batch) {
+        const std::int64_t size = std::min(batch, count - first);
+        std::vector<Tensor> part = run(image.slice(first, size));
+        for (const Tensor& output : part) {
+            if (output.shape.empty() || output.shape[0] != size) {
+                throw Error("output " + output.name + " is " + output.describe() + " for a batch of " +
+                            std::to_string(size) + "; expected as many entries");
+            }
+        }
+        append(outputs, std::move(part));
+    }
+    return outputs;
+}
+
+Exit print_comparison(const Reference& reference, const std::vector<Tensor>& outputs, const std::string& precision,
+                      const std::string& runtime) {
+    const std::vector<Comparison> comparisons = compare(reference.outputs, outputs, precision);
+    const std::int64_t count = reference.pixels.shape[0];
+    std::cout << "PyTorch FP32 (reference) against " << runtime << ", " << count << " picture" << (count > 1 ? "s" : "")
+              << ", tolerances of " << precision << "\n";
+    write_table(std::cout, comparisons);
+    return passed(comparisons) ? Exit::done : Exit::not_equal;
+}
+
+int run_command(const std::string& name, const std::string& help, const std::function<Exit()>& command) {
+    // a reader that went away, such as `head`, is told below instead
+    std::signal(SIGPIPE, SIG_IGN);
+    Exit code = Exit::failed;
+    try {
+        code = command();
+    } catch (const UsageError& error) {
+        return print_usage(help, name + ": " + error.why);
+    } catch (const Error& error) {
+        std::cerr << name << ": " << error.what() << "\n";
+    } catch (const std::bad_alloc&) {
+        std::cerr << name << ": out of memory; end other programs or take a smaller batch\n";
+    } catch (const std::exception& error) {
+        std::cerr << name << ": " << one_line(error.what()) << "; this should not happen, please report it\n";
+    }
+    std::cout.flush();
+    if (!std::cout) {
+        std::cerr << name << ": standard output cannot be written (closed, or its disk is full)\n";
+        return Exit::failed;
+    }
+    return code;
+}
+
+}  // namespace neck

@@ -1,0 +1,60 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <type_traits>
+
+namespace neck {
+
+/// Throws where a call of the CUDA runtime failed.
+/// \param what begins the message: the plan, then what was tried.
+/// \throws Error
+void check(cudaError_t code, const std::string& what);
+
+/// `3.2 of 23.6 GB of device memory are free; if too little, ...`
+std::string memory_text();
+
+/// Frees what cudaMalloc gave.
+struct DeviceFree {
+    void operator()(std::byte* address) const { cudaFree(address); }
+};
+using DeviceMemory = std::unique_ptr<std::byte, DeviceFree>;
+
+/// \throws Error out of device memory.
+DeviceMemory allocate(std::size_t bytes, const std::string& plan);
+
+/// A CUDA handle and what ends it.
+template <typename Handle, cudaError_t (*destroy)(Handle)>
+struct Destroy {
+    using pointer = Handle;
+    void operator()(Handle handle) const { destroy(handle); }
+};
+template <typename Handle, cudaError_t (*destroy)(Handle)>
+using Owned = std::unique_ptr<std::remove_pointer_t<Handle>, Destroy<Handle, destroy>>;
+
+using OwnedStream = Owned<cudaStream_t, cudaStreamDestroy>;
+using OwnedEvent = Owned<cudaEvent_t, cudaEventDestroy>;
+using OwnedGraph = Owned<cudaGraph_t, cudaGraphDestroy>;
+using OwnedGraphExec = Owned<cudaGraphExec_t, cudaGraphExecDestroy>;
+
+OwnedStream make_stream(const std::string& what);
+
+/// \param flags cudaEventDefault, which tells times, or cudaEventDisableTiming.
+OwnedEvent make_event(const std::string& what, unsigned flags);
+
+/// Makes a GPU the thread's current one, and the one before it again at the end.
+class DeviceGuard {
+public:
+    DeviceGuard(int device, const std::string& what);
+    ~DeviceGuard();
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+private:
+    int before_ = 0;
+};
+
+}  // namespace neck

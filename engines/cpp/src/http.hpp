@@ -1,0 +1,48 @@
+#pragma once
+
+#include <curl/curl.h>
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "neck/triton.hpp"
+
+namespace neck {
+
+/// What a server answered; the status is any.
+struct Answer {
+    long status = 0;
+    std::string body;
+    std::size_t header_length = 0;  ///< of the JSON before binary tensors; 0: not told
+};
+
+/// HTTP to one server by libcurl; its connection is kept from call to call.
+class Http {
+public:
+    Http(std::string url, const TritonOptions& options);
+
+    const std::string& url() const { return url_; }
+
+    /// \throws Error the server cannot be reached, is too slow, or breaks off.
+    Answer get(const std::string& path);
+
+    /// Sends JSON, then bytes.
+    Answer post(const std::string& path, const std::string& json, const std::vector<std::byte>& bytes);
+
+    /// A part of a path, with all that is special in one escaped.
+    std::string escape(const std::string& part) const;
+
+private:
+    struct CurlEnd {
+        void operator()(CURL* handle) const { curl_easy_cleanup(handle); }
+    };
+    Answer perform(const std::string& path, curl_slist* headers);
+
+    std::string url_;
+    TritonOptions options_;
+    std::unique_ptr<CURL, CurlEnd> curl_;
+};
+
+}  // namespace neck

@@ -1,0 +1,51 @@
+#pragma once
+
+#include <NvInferRuntime.h>
+
+#include <filesystem>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "neck/manifest.hpp"
+#include "neck/tensor.hpp"
+
+namespace neck {
+
+/// Keeps what TensorRT warns of, and its last error.
+class Logger : public nvinfer1::ILogger {
+public:
+    void log(Severity severity, nvinfer1::AsciiChar const* message) noexcept override;
+
+    /// The last error, or that none was given.
+    std::string failure() const;
+
+    std::vector<std::string> warnings() const;
+
+private:
+    mutable std::mutex mutex_;  // TensorRT logs from threads of its own
+    std::string failure_ = "it gave no reason";
+    std::vector<std::string> warnings_;
+};
+
+/// A deserialised plan; the engine goes first, the logger last.
+struct LoadedEngine {
+    std::unique_ptr<Logger> logger;
+    std::unique_ptr<nvinfer1::IRuntime> runtime;
+    std::unique_ptr<nvinfer1::ICudaEngine> engine;
+    std::vector<Port> inputs;
+    std::vector<Port> outputs;
+};
+
+/// Loads a plan that passed the checks.
+/// \param version of TensorRT, for messages.
+/// \throws Error TensorRT cannot load it, or its tensors are not the manifest's.
+LoadedEngine load_engine(const std::filesystem::path& plan, const Manifest& manifest, const std::string& version);
+
+/// A context that runs in memory which the caller gives.
+/// \throws Error
+std::unique_ptr<nvinfer1::IExecutionContext> make_context(const LoadedEngine& loaded, void* memory, std::int64_t bytes,
+                                                          const std::string& plan);
+
+}  // namespace neck

@@ -1,0 +1,27 @@
+#pragma once
+
+#include <string>
+#include <string_view>
+
+namespace neck {
+
+/// 'text', as Python's repr writes it, so that odd bytes in a file's names do no harm on a terminal.
+std::string repr(std::string_view text);
+
+/// One line, runs of white space made one space, at most 400 bytes.
+std::string one_line(std::string_view text);
+
+/// printf into a string.
+[[gnu::format(printf, 1, 2)]] std::string format(const char* pattern, ...);
+
+/// `a, b, c`
+template <typename Range, typename Name>
+std::string joined(const Range& range, Name name_of_each) {
+    std::string text;
+    for (const auto& each : range) {
+        text += (text.empty() ? "" : ", ") + std::string(name_of_each(each));
+    }
+    return text;
+}
+
+}  // namespace neck

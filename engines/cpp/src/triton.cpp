@@ -1,0 +1,233 @@
+#include "neck/triton.hpp"
+
+#include <algorithm>
+#include <array>
+#include <nlohmann/json.hpp>
+#include <utility>
+
+#include "http.hpp"
+#include "text.hpp"
+
+namespace neck {
+namespace {
+
+using Json = nlohmann::json;
+
+struct Name {
+    std::string_view triton;
+    DataType type;
+};
+constexpr std::array<Name, 6> names{{{"FP32", DataType::float32},
+                                     {"FP16", DataType::float16},
+                                     {"BF16", DataType::bfloat16},
+                                     {"UINT8", DataType::uint8},
+                                     {"INT32", DataType::int32},
+                                     {"INT64", DataType::int64}}};
+
+std::string triton_name(DataType type) {
+    const auto found = std::find_if(names.begin(), names.end(), [&](const Name& name) { return name.type == type; });
+    return std::string(found->triton);
+}
+
+/// What is wrong with an answer, in the middle of a message.
+struct Fault {
+    std::string why;
+};
+
+Json parse(std::string_view text) {
+    Json json = Json::parse(text, nullptr, false);
+    if (!json.is_object()) {
+        throw Fault{"is no JSON object"};
+    }
+    return json;
+}
+
+std::string text_of(const Json& object, const char* key) {
+    const auto found = object.find(key);
+    return found != object.end() && found->is_string() ? found->get<std::string>() : std::string();
+}
+
+const Json& list_of(const Json& object, const char* key) {
+    const auto found = object.find(key);
+    if (found == object.end() || !found->is_array()) {
+        throw Fault{"has no list " + repr(key)};
+    }
+    return *found;
+}
+
+DataType type_of(const Json& tensor) {
+    const std::string text = text_of(tensor, "datatype");
+    const auto found = std::find_if(names.begin(), names.end(), [&](const Name& name) { return name.triton == text; });
+    if (found == names.end()) {
+        throw Fault{repr(text_of(tensor, "name")) + " is of type " + repr(text) +
+                    "; expected FP32, FP16, BF16, UINT8, INT32 or INT64"};
+    }
+    return found->type;
+}
+
+Shape shape_of(const Json& tensor) {
+    Shape shape;
+    for (const Json& side : list_of(tensor, "shape")) {
+        if (!side.is_number_integer()) {
+            throw Fault{repr(text_of(tensor, "name")) + " has a shape that is not of numbers"};
+        }
+        shape.push_back(side.get<std::int64_t>());
+    }
+    return shape;
+}
+
+std::vector<Port> read_ports(const Json& metadata, const char* key, std::int64_t largest_batch) {
+    std::vector<Port> ports;
+    for (const Json& tensor : list_of(metadata, key)) {
+        if (!tensor.is_object()) {
+            throw Fault{"has tensors that are no objects"};
+        }
+        Port port{text_of(tensor, "name"), type_of(tensor), shape_of(tensor)};
+        if (port.name.empty() || port.shape.empty()) {
+            throw Fault{"has a tensor without name or shape"};
+        }
+        port.largest_batch = port.shape[0] < 0 ? largest_batch : port.shape[0];
+        port.smallest_batch = port.shape[0] < 0 ? 1 : port.shape[0];
+        port.optimum_batch = port.smallest_batch;
+        ports.push_back(std::move(port));
+    }
+    return ports;
+}
+
+/// Bytes of an output after the JSON; Triton gives them in the order of the JSON.
+std::size_t binary_size(const Json& output) {
+    const auto parameters = output.find("parameters");
+    if (parameters != output.end() && parameters->is_object()) {
+        const auto size = parameters->find("binary_data_size");
+        if (size != parameters->end() && size->is_number_unsigned()) {
+            return size->get<std::size_t>();
+        }
+    }
+    throw Fault{repr(text_of(output, "name")) + " has no binary data"};
+}
+
+std::vector<Tensor> read_outputs(const Answer& answer) {
+    if (answer.header_length == 0 || answer.header_length > answer.body.size()) {
+        throw Fault{"does not say where its binary data begin (Inference-Header-Content-Length)"};
+    }
+    const Json json = parse(std::string_view(answer.body).substr(0, answer.header_length));
+    std::string_view rest = std::string_view(answer.body).substr(answer.header_length);
+    std::vector<Tensor> outputs;
+    for (const Json& output : list_of(json, "outputs")) {
+        if (!output.is_object()) {
+            throw Fault{"has outputs that are no objects"};
+        }
+        Tensor tensor{text_of(output, "name"), type_of(output), shape_of(output), {}};
+        const std::size_t size = binary_size(output);
+        if (size != bytes_of(tensor.type, tensor.shape) || size > rest.size()) {
+            throw Fault{repr(tensor.name) + " is " + tensor.describe() + ", but has " +
+                        std::to_string(std::min(size, rest.size())) + " bytes"};
+        }
+        const auto* begin = reinterpret_cast<const std::byte*>(rest.data());
+        tensor.data.assign(begin, begin + size);
+        rest.remove_prefix(size);
+        outputs.push_back(std::move(tensor));
+    }
+    if (!rest.empty()) {
+        throw Fault{"has " + std::to_string(rest.size()) + " bytes more than its outputs"};
+    }
+    return outputs;
+}
+
+/// The server's own words where it gives some.
+std::string server_error(const Answer& answer) {
+    const Json json = Json::parse(answer.body, nullptr, false);
+    const std::string told = json.is_object() ? text_of(json, "error") : std::string();
+    return one_line(told.empty() ? std::string_view(answer.body).substr(0, 400) : std::string_view(told));
+}
+
+std::string request_json(const Tensor& input, const std::vector<std::string>& outputs) {
+    Json request;
+    request["inputs"] = Json::array({{{"name", input.name},
+                                      {"datatype", triton_name(input.type)},
+                                      {"shape", input.shape},
+                                      {"parameters", {{"binary_data_size", input.data.size()}}}}});
+    if (outputs.empty()) {
+        request["parameters"]["binary_data_output"] = true;
+    }
+    for (const std::string& name : outputs) {
+        request["outputs"].push_back({{"name", name}, {"parameters", {{"binary_data", true}}}});
+    }
+    return request.dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
+}  // namespace
+
+class TritonClient::Impl {
+public:
+    Impl(std::string url, const TritonOptions& options) : http(std::move(url), options) {}
+
+    std::string path_of(const std::string& model, const std::string& version) const {
+        return "v2/models/" + http.escape(model) + (version.empty() ? "" : "/versions/" + http.escape(version));
+    }
+
+    /// \param use takes a good answer and may throw a Fault.
+    template <typename Use>
+    auto take(const std::string& path, const Answer& answer, Use use) {
+        const std::string address = http.url() + "/" + path;
+        if (answer.status != 200) {
+            throw Error(address + ": the server refuses (HTTP " + std::to_string(answer.status) +
+                        "): " + server_error(answer));
+        }
+        constexpr const char* hint = "; is it Triton with its binary tensor extension?";
+        try {
+            return use();
+        } catch (const Fault& fault) {
+            throw Error(address + ": the answer " + one_line(fault.why) + hint);
+        } catch (const Json::exception& error) {
+            throw Error(address + ": the answer cannot be read (" + one_line(error.what()) + ")" + hint);
+        } catch (const Error& error) {
+            throw Error(address + ": the answer cannot be read (" + one_line(error.what()) + ")" + hint);
+        }
+    }
+
+    Http http;
+};
+
+TritonClient::TritonClient(std::string url, TritonOptions options)
+    : impl_(std::make_unique<Impl>(std::move(url), options)) {}
+TritonClient::~TritonClient() = default;
+TritonClient::TritonClient(TritonClient&&) noexcept = default;
+TritonClient& TritonClient::operator=(TritonClient&&) noexcept = default;
+
+TritonModel TritonClient::model(const std::string& name, const std::string& version) {
+    const std::string path = impl_->path_of(name, version);
+    const Answer config = impl_->http.get(path + "/config");
+    const std::int64_t largest = impl_->take(path + "/config", config, [&] {
+        const Json json = parse(config.body);
+        const auto found = json.find("max_batch_size");
+        return found != json.end() && found->is_number_integer() ? std::max<std::int64_t>(1, found->get<std::int64_t>())
+                                                                 : 1;
+    });
+    const Answer answer = impl_->http.get(path);
+    return impl_->take(path, answer, [&] {
+        const Json json = parse(answer.body);
+        TritonModel model{text_of(json, "name"), {}, text_of(json, "platform"), {}, {}};
+        model.inputs = read_ports(json, "inputs", largest);
+        model.outputs = read_ports(json, "outputs", largest);
+        if (json.contains("versions")) {
+            for (const Json& each : list_of(json, "versions")) {
+                model.versions.push_back(each.is_string() ? each.get<std::string>() : "?");
+            }
+        }
+        return model;
+    });
+}
+
+std::vector<Tensor> TritonClient::infer(const std::string& model, const Tensor& input,
+                                        const std::vector<std::string>& outputs, const std::string& version) {
+    if (input.data.size() != bytes_of(input.type, input.shape)) {
+        throw Error("input " + input.name + " is " + input.describe() + ", but has " +
+                    std::to_string(input.data.size()) + " bytes");
+    }
+    const std::string path = impl_->path_of(model, version) + "/infer";
+    const Answer answer = impl_->http.post(path, request_json(input, outputs), input.data);
+    return impl_->take(path, answer, [&] { return read_outputs(answer); });
+}
+
+}  // namespace neck
