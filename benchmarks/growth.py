@@ -25,7 +25,7 @@ def growth_plot(result: Result, machine: dict[str, Any], sweep: str, width: floa
     if not lines:
         return None
     work = _closed_form(result, machine)
-    first = min((_place(row) for rows in lines.values() for row in rows))
+    first = min(_place(row) for rows in lines.values() for row in rows)
     base = work.get(first)
     curves = {
         backend: [(_value(_place(row), sweep), y) for row, y in zip(rows, _relative(rows, work, base), strict=True)]
