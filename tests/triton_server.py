@@ -1,4 +1,4 @@
-"""A real tritonserver for tests, with ONNX Runtime in place of the backends that need a GPU; needs `make .triton/ready`.
+"""A real tritonserver for tests, with ONNX Runtime in place of its GPU backends; needs `make .triton/ready`.
 
 with running(stand_in_repository(tmp_path, stand_in_plan(tmp_path))) as server:
     ...  # server.http_url, server.grpc_url
@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from exporting import golden_options
+import pytest
+from exporting import golden_options, trace_quickly
 
+from engines.triton import RepositoryOptions, make_repository
 from export.manifest import manifest_path, read_manifest, write_manifest
 from export.options import ExportOptions
 from export.pipeline import export_onnx
@@ -165,7 +167,9 @@ def stand_in_plan(folder: Path, name: str = "encoder", **changes: Any) -> Path: 
         name: the files' name.
         changes: fields of ExportOptions other than `stand_in_options` sets, such as `input_kind="uint8"`.
     """
-    source = export_onnx(stand_in_options(folder / f"{name}.onnx", **changes)).path
+    with pytest.MonkeyPatch.context() as patch:
+        trace_quickly(patch)
+        source = export_onnx(stand_in_options(folder / f"{name}.onnx", **changes)).path
     plan = folder / f"{name}.plan"
     onnx.save(onnx.load(source), plan, save_as_external_data=False)
     return write_plan_manifest(plan, read_manifest(manifest_path(source), "onnx"))
@@ -198,8 +202,6 @@ def write_plan_manifest(plan: Path, source: dict[str, Any], **changes: Any) -> P
 
 def stand_in_repository(folder: Path, model: Path, **options: Any) -> Path:  # noqa: ANN401 - RepositoryOptions' fields
     """Makes `folder`/model_repository serve a model, as `neck-export triton` does, and returns its path."""
-    from engines.triton import RepositoryOptions, make_repository
-
     output = folder / "model_repository"
     make_repository(RepositoryOptions(model=model, output=output, **options))
     return output

@@ -1,0 +1,167 @@
+"""What the tests of a running Triton server share: pictures, PyTorch's answers, clients that send without a pause."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import tritonclient.http
+from conftest import load_golden, named_outputs
+from PIL import Image
+from triton_server import Server
+
+from engines.triton_client.client import TritonClient
+from export.fidelity import compare
+from neck.pictures import normalise
+
+CLIENTS = 8
+PICTURES = 24
+FP32 = 1e-4
+"""Largest error of an answer over the largest value; other batch sizes sum in another order: up to 3e-6."""
+
+Arrays = dict[str, np.ndarray]
+
+
+def pictures_of(seed: int, count: int, size: int = 112) -> np.ndarray:
+    """Smooth random pictures, no two alike: uint8 (count, size, size, 3)."""
+    coarse = torch.rand((count, 3, 7, 7), generator=torch.Generator().manual_seed(seed))
+    smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
+    return (255 * smooth).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def reference(images: np.ndarray) -> Arrays:
+    """What the plain PyTorch module gives."""
+    return {
+        name: value.numpy()
+        for name, value in named_outputs(load_golden("meta-dual").encoder, torch.from_numpy(images)).items()
+    }
+
+
+def as_file(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+    """One picture as the bytes of a file."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind, quality=90)
+    return stream.getvalue()
+
+
+def passes(expected: Arrays, found: Arrays) -> bool:
+    """Whether answers are within the FP32 tolerance, and complete."""
+    return sorted(expected) == sorted(found) and compare(expected, found, "fp32", "test").passed
+
+
+@functools.cache
+def pixels() -> np.ndarray:
+    return pictures_of(0, PICTURES)
+
+
+@functools.cache
+def images() -> np.ndarray:
+    return normalise(pixels()).numpy()
+
+
+@functools.cache
+def expected() -> Arrays:
+    return reference(images())
+
+
+def part(indices: list[int]) -> Arrays:
+    return {name: value[indices] for name, value in expected().items()}
+
+
+def same(wanted: Arrays, found: Arrays) -> bool:
+    """`passes` in a tenth of its time, for thousands of answers."""
+    return sorted(wanted) == sorted(found) and all(
+        found[name].shape == value.shape
+        and float(np.abs(found[name] - value).max()) <= FP32 * float(np.abs(value).max())
+        for name, value in wanted.items()
+    )
+
+
+def client_of(server: Server, protocol: str = "http", **options: Any) -> TritonClient:  # noqa: ANN401
+    url = server.http_url if protocol == "http" else server.grpc_url
+    return TritonClient(url, protocol=protocol, timeout_s=60, **options)  # type: ignore[arg-type]
+
+
+def still_right(server: Server) -> bool:
+    """Whether the server lives and answers as PyTorch does."""
+    with client_of(server) as client:
+        return server.process.poll() is None and passes(part([3]), client.infer(images()[[3]]))
+
+
+def statistics_of(server: Server, model: str) -> tuple[int, int]:
+    """Requests that were answered, and executions that it took."""
+    with tritonclient.http.InferenceServerClient(server.http_url) as control:
+        rows = control.get_inference_statistics(model)["model_stats"]
+    return sum(row["inference_stats"]["success"]["count"] for row in rows), sum(row["execution_count"] for row in rows)
+
+
+@dataclasses.dataclass
+class Answers:
+    """What clients that send without a pause were answered; `wrong` and `failed` should stay empty."""
+
+    count: int = 0
+    versions: list[int] = dataclasses.field(default_factory=list)
+    wrong: list[str] = dataclasses.field(default_factory=list)
+    failed: list[str] = dataclasses.field(default_factory=list)
+
+
+def one_client(server: Server, number: int, stop: threading.Event, references: list[Arrays], answers: Answers) -> None:
+    """Sends requests of 1 to 3 pictures of its own choice and checks each answer against its own pictures."""
+    chance = np.random.default_rng(number)
+    try:
+        with client_of(server, "http" if number % 2 else "grpc") as client:
+            while not stop.is_set():
+                indices = chance.choice(PICTURES, size=int(chance.integers(1, 4)), replace=False).tolist()
+                found = client.infer(images()[indices])
+                wanted = [{name: value[indices] for name, value in one.items()} for one in references]
+                fits = [version for version, one in enumerate(wanted, start=1) if same(one, found)]
+                if len(fits) != 1:
+                    answers.wrong.append(f"client {number}, pictures {indices}: fits versions {fits}")
+                answers.versions.append(fits[0] if fits else 0)
+                answers.count += 1
+    except Exception as error:  # a thread's error would be lost
+        answers.failed.append(f"client {number}: {error!r}")
+
+
+class Load:
+    """Clients that send for as long as the block takes."""
+
+    def __init__(self, server: Server, references: list[Arrays], clients: int = CLIENTS) -> None:
+        self.stop, self.answers = threading.Event(), [Answers() for _ in range(clients)]
+        self.threads = [
+            threading.Thread(target=one_client, args=(server, number, self.stop, references, answers))
+            for number, answers in enumerate(self.answers)
+        ]
+
+    def __enter__(self) -> Load:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        for thread in self.threads:
+            thread.join(timeout=120)
+
+    def wait(self, seconds: float) -> None:
+        """Waits until every client had five more answers and the time is over, or one failed."""
+        before, end = [each.count for each in self.answers], time.monotonic() + seconds
+        while time.monotonic() < end + 60 and not self.faults:
+            more = all(now.count >= was + 5 for now, was in zip(self.answers, before, strict=True))
+            if more and time.monotonic() >= end:
+                return
+            time.sleep(0.02)
+
+    @property
+    def faults(self) -> list[str]:
+        return [text for each in self.answers for text in (*each.failed, *each.wrong)]
+
+    def newest(self) -> set[int]:
+        """The versions of every client's last answer."""
+        return {each.versions[-1] for each in self.answers}

@@ -1,0 +1,253 @@
+"""A real tritonserver with the shipped config, ONNX Runtime for its GPU backends: right answers, bad requests."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install 'neck-export[triton]'")
+
+import tritonclient.http
+from serving import as_file, client_of, expected, images, part, passes, pictures_of, pixels, reference, still_right
+from triton_server import Server, running, stand_in_plan, stand_in_repository, why_missing
+
+from engines.triton_client.errors import ClientError
+from export.fidelity import compare
+from neck.pictures import load_pictures, normalise
+
+pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="module")
+def plan(folder: Path) -> Path:
+    """The stand-in plan of meta-dual: float input, batch 1:4:8; its ONNX file lies beside it."""
+    return stand_in_plan(folder)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, plan: Path) -> Iterator[Server]:
+    """Serves the plan, the ONNX file that it came from, and a uint8 plan, each with its ensemble."""
+    stand_in_repository(folder, plan, ensemble=True)
+    stand_in_repository(folder, plan.with_suffix(".onnx"), name="onnx-encoder")
+    raw = stand_in_plan(folder, "raw", input_kind="uint8")
+    repository = stand_in_repository(folder, raw, name="raw-encoder", ensemble=True)
+    with running(repository) as one:
+        yield one
+
+
+WAYS = [("http", "none"), ("grpc", "none"), ("http", "system"), ("grpc", "system")]
+
+
+@pytest.mark.parametrize(("protocol", "memory"), WAYS)
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_answers_are_pytorchs(server: Server, protocol: str, memory: Any, batch: int) -> None:  # noqa: ANN401
+    wanted, others = list(range(batch)), list(range(batch, 2 * batch))
+    with client_of(server, protocol, memory=memory) as client:
+        for indices in (wanted, others, wanted):  # the same regions of memory with other content
+            found = client.infer(images()[indices])
+            assert passes(part(indices), found)
+    assert not passes(part(others), found)  # the control: other pictures have other features
+
+
+def test_shared_memory_is_given_back(server: Server) -> None:
+    with tritonclient.http.InferenceServerClient(server.http_url) as control:
+        with client_of(server, memory="system") as client:
+            client.infer(images()[:2])
+            held = [region["name"] for region in control.get_system_shared_memory_status()]
+            assert len(held) == 1 + len(expected()) and all(Path("/dev/shm", name).exists() for name in held)
+        assert control.get_system_shared_memory_status() == []
+    assert not any(Path("/dev/shm", name).exists() for name in held)
+
+
+def test_the_onnx_file_and_the_uint8_plan_answer_the_same(server: Server) -> None:
+    with client_of(server, model="onnx-encoder") as client:
+        assert passes(part([5, 6]), client.infer(images()[[5, 6]]))
+    for memory in ("none", "system"):
+        with client_of(server, model="raw-encoder", memory=memory) as client:
+            found = client.infer(pixels()[[5, 6]])
+        assert passes(part([5, 6]), found) and not passes(part([6, 5]), found)
+
+
+@pytest.mark.parametrize("model", ["sam3-encoder-pictures", "raw-encoder-pictures"])
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_the_ensemble_takes_picture_files(server: Server, tmp_path: Path, model: str, protocol: str) -> None:
+    """JPEG and PNG of the encoder's size, so that no resize stands between them and neck.pictures."""
+    paths = []
+    for index, kind in enumerate(["JPEG", "PNG", "JPEG"]):
+        paths.append(tmp_path / f"{index}.{kind.lower()}")
+        paths[-1].write_bytes(as_file(pixels()[index], kind))
+    wanted = reference(normalise(load_pictures(paths, (112, 112))).numpy())
+    with client_of(server, protocol, model=model) as client:
+        found = client.features(paths)
+        assert passes(wanted, found)
+        assert not passes(wanted, client.features([paths[1], paths[0], paths[2]]))
+
+
+def test_the_ensemble_resizes_as_neck_pictures_does(server: Server, tmp_path: Path) -> None:
+    """Its Pillow differs from torch by one level in 3 of 10,000 values: FP16's tolerance, not FP32's."""
+    path = tmp_path / "large.png"
+    path.write_bytes(as_file(pictures_of(7, 1, 301)[0]))
+    wanted = reference(normalise(load_pictures([path], (112, 112))).numpy())
+    with client_of(server, model="sam3-encoder-pictures") as client:
+        found = client.features([path])
+    assert compare(wanted, found, "fp16", "test").passed
+    assert not compare(part([0]), found, "fp16", "test").passed
+
+
+def test_a_bad_picture_is_told_and_spoils_no_other(server: Server) -> None:
+    with client_of(server, model="sam3-encoder-pictures") as client:
+        for data in (b"", b"no picture", as_file(pixels()[0])[:200]):
+            with pytest.raises(ClientError, match=r"refuses.*picture 2 of 2"):
+                client.infer(np.array([[as_file(pixels()[0])], [data]], dtype=np.object_))
+        good = client.infer(np.array([[as_file(pixels()[0])]], dtype=np.object_))
+    assert passes(part([0]), good)
+
+
+IMAGE_BYTES = 3 * 112 * 112 * 4
+
+
+def request(
+    shape: list[int],
+    data: bytes,
+    name: str = "image",
+    datatype: str = "FP32",
+    **more: Any,  # noqa: ANN401 - JSON
+) -> tuple[bytes, int]:
+    """Body of an HTTP request with a binary tensor, and the length of its JSON."""
+    tensor = {"name": name, "shape": shape, "datatype": datatype, "parameters": {"binary_data_size": len(data)}}
+    header = json.dumps({"inputs": [tensor], **more}).encode()
+    return header + data, len(header)
+
+
+def post(server: Server, body: bytes, header: int | None = None, model: str = "sam3-encoder") -> tuple[int, str]:
+    """Status and text of an answer to a raw request."""
+    connection = http.client.HTTPConnection(server.http_url, timeout=60)
+    headers = {} if header is None else {"Inference-Header-Content-Length": str(header)}
+    try:
+        connection.request("POST", f"/v2/models/{model}/infer", body, headers)
+        response = connection.getresponse()
+        return response.status, response.read().decode(errors="replace")
+    finally:
+        connection.close()
+
+
+SHAPE = [1, 3, 112, 112]
+ZEROS = bytes(IMAGE_BYTES)
+BAD = {
+    "height": (request([1, 3, 100, 112], bytes(3 * 100 * 112 * 4)), r"unexpected shape.*Expected \[-1,3,112,112\]"),
+    "no batch": (request([3, 112, 112], ZEROS), "unexpected shape"),
+    "huge side": (request([1, 3, 112, 2**40], ZEROS), "unexpected shape"),
+    "dtype": (request(SHAPE, ZEROS[::2], datatype="FP16"), "data-type is 'FP16'.*expects 'FP32'"),
+    "no dtype": (request(SHAPE, ZEROS, datatype="FP99"), "data-type is '<invalid>'.*expects 'FP32'"),
+    "input name": (request(SHAPE, ZEROS, name="picture"), "unexpected inference input 'picture'"),
+    "output name": (request(SHAPE, ZEROS, outputs=[{"name": "sam4_feat_0"}]), "output 'sam4_feat_0'"),
+    "batch": (request([9, 3, 112, 112], 9 * ZEROS), "batch-size must be <= 8"),
+    "batch of a million": (request([10**6, 3, 112, 112], ZEROS), "batch-size must be <= 8"),
+    "too few bytes": (request(SHAPE, ZEROS[4:]), "size mismatch.*Expected 150528, got 150524"),
+    "too many bytes": (request(SHAPE, ZEROS + bytes(4)), "size mismatch.*Expected 150528, got 150532"),
+    "64 MiB": (request(SHAPE, bytes(1 << 26)), "size mismatch.*Expected 150528, got 67108864"),
+    "64 MiB after it": ((request(SHAPE, ZEROS)[0] + bytes(1 << 26), request(SHAPE, ZEROS)[1]), "unexpected additional"),
+    "cut off": ((request(SHAPE, ZEROS)[0][:-10], request(SHAPE, ZEROS)[1]), "expecting 150528|additional bytes"),
+    "no input": ((b'{"inputs": []}', None), "expected 1 inputs but got 0"),
+    "header length": ((b"{}", 10**11), "inference header size should be in range"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_request_is_refused_in_words(server: Server, case: str) -> None:
+    (body, header), words = BAD[case]
+    status, text = post(server, body, header)
+    assert 400 <= status < 500
+    assert re.search(words, text)
+    assert still_right(server)
+
+
+def test_a_good_request_by_the_same_means(server: Server) -> None:
+    """The control."""
+    assert post(server, *request(SHAPE, images()[:1].tobytes()))[0] == 200
+
+
+@pytest.mark.parametrize("model", ["sam4-encoder", "sam3-encoder/versions/9", "sam3-encoder/versions/x"])
+def test_an_unknown_model_or_version_is_not_found(server: Server, model: str) -> None:
+    assert post(server, *request(SHAPE, ZEROS), model=model)[0] == 404
+    assert still_right(server)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b'{"inputs": 7}', bytes(range(256)) * 64, b'{"inputs": [{"name": "image"}]}']
+)
+def test_what_is_no_request_is_refused(server: Server, body: bytes) -> None:
+    """Triton 2.51 answers some of these with 500."""
+    status, text = post(server, body, len(body))
+    assert 400 <= status <= 500 and "error" in json.loads(text)
+    assert still_right(server)
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_the_client_tells_what_the_server_refuses(server: Server, protocol: str) -> None:
+    cases = [
+        (images()[:, :, :100], "batch-size must be <= 8|unexpected shape"),
+        (images()[:1, :, :100], "unexpected shape"),
+        (images()[:1].astype(np.float16), "data-type is 'FP16'"),
+        (images()[:9], "batch-size must be <= 8"),
+    ]
+    with client_of(server, protocol) as client:
+        for value, words in cases:
+            with pytest.raises(ClientError, match=f"server refuses.*({words})"):
+                client.infer(value)
+        assert passes(part([0]), client.infer(images()[:1]))
+
+
+def hurl(url: str, data: bytes, reset: bool = False) -> None:
+    """Sends bytes and closes the connection at once, politely or with a reset."""
+    host, port = url.split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        if reset:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.sendall(data)
+
+
+def head(length: int, header: int) -> bytes:
+    lines = f"POST /v2/models/sam3-encoder/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n"
+    return f"{lines}Inference-Header-Content-Length: {header}\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_half_sent_requests(server: Server, reset: bool) -> None:
+    body, header = request(SHAPE, ZEROS)
+    whole = head(len(body), header) + body
+    for sent in (1, 40, len(whole) - len(body), len(whole) - len(body) + header // 2, len(whole) // 2, len(whole) - 1):
+        hurl(server.http_url, whole[:sent], reset)
+        hurl(server.grpc_url, (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9) + b"\x00\xff\xff\x01")[:sent], reset)
+    hurl(server.http_url, head(1 << 40, header) + body, reset)  # says that a terabyte follows
+    hurl(server.http_url, bytes(1 << 20), reset)
+    assert still_right(server)
+
+
+def test_a_thousand_connections_opened_and_dropped(server: Server) -> None:
+    for url in (server.http_url, server.grpc_url):
+        host, port = url.split(":")
+        for lot in range(4):
+            many = [socket.create_connection((host, int(port)), timeout=30) for _ in range(250)]
+            for number, connection in enumerate(many):
+                if number % 2:
+                    connection.sendall(b"POST /v2/models/sam3-enc"[: number % 24])
+            if lot == 2:
+                assert still_right(server)  # while they are open
+            for connection in many:
+                connection.close()
+        assert still_right(server)
