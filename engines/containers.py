@@ -21,9 +21,9 @@ TENSORRT = {
 """TensorRT of Triton's containers, as far as it could be read on 2026-11-22.
 
 NVIDIA's own list (docs.nvidia.com/deeplearning/frameworks/support-matrix) was out of reach. The versions are what
-public projects wrote of nvcr.io/nvidia/tensorrt of the same month, which has the TensorRT of Triton's container (said by a
-maintainer in triton-inference-server/server issue 5812); months with contradicting or no statements are left out. The
-table in Triton's docs/introduction/compatibility.md is of the `trtllm` images, whose TensorRT is another.
+public projects wrote of nvcr.io/nvidia/tensorrt of the same month, which has the TensorRT of Triton's container (said
+by a maintainer in triton-inference-server/server issue 5812); months with contradicting or no statements are left
+out. The table in Triton's docs/introduction/compatibility.md is of the `trtllm` images, whose TensorRT is another.
 """
 
 ONNX_RUNTIME = {

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engines.containers import choose_container
+from engines.containers import choose_container, needs_compatible
+from engines.kubernetes import check_folder, kubernetes_files
+from engines.serving import Serving, kubernetes_name
 from engines.triton_config import ELSEWHERE, check_contract, engine_config, read_config, to_text
 from engines.triton_ensemble import PREPROCESS_MODEL, chosen_config, pictures_config, preprocess_config
 from engines.triton_files import (
@@ -21,6 +23,7 @@ from engines.triton_files import (
     replace_config,
     stage_beside,
     versions,
+    write_texts,
 )
 from engines.triton_source import Source, TritonError, check_same_encoder, choose_outputs, read_model, verification_note
 from export.manifest import ManifestError, locked, read_manifest
@@ -44,6 +47,9 @@ class RepositoryOptions:
         cuda_graphs: whether Triton captures CUDA graphs of a plan.
         container: the Triton container that will serve, such as `25.09`; refused where known not to fit.
         kubernetes: a folder for the Kubernetes files, or None.
+        gpus: of each pod, in those files.
+        storage: where the cluster finds the repository: `pvc://CLAIM[/FOLDER]` or `s3://BUCKET/FOLDER`; None is a
+            claim of the model's name.
     """
 
     model: Path
@@ -57,6 +63,8 @@ class RepositoryOptions:
     cuda_graphs: bool = True
     container: str | None = None
     kubernetes: Path | None = None
+    gpus: int = 1
+    storage: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +108,7 @@ def make_repository(options: RepositoryOptions, report: Callable[[str], None] = 
     container, notes = choose_container(sources, options.container)
     notes += [note for note in map(verification_note, sources) if note]
     models, more_notes = _models(options, source, plans)
+    cluster = _cluster_files(options, source, tuple(plans), container)
     with disk_errors(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
         with locked(options.output):
@@ -110,6 +119,9 @@ def make_repository(options: RepositoryOptions, report: Callable[[str], None] = 
             written: list[Path] = []
             for model in models:
                 written += _write(options.output, model, version)
+    if options.kubernetes is not None:
+        with disk_errors(options.kubernetes):
+            written += write_texts(options.kubernetes, cluster)
     config = options.output / options.name / CONFIG
     return Repository(options.output, options.name, version, config, tuple(written), container, (*notes, *more_notes))
 
@@ -150,6 +162,36 @@ def _models(options: RepositoryOptions, source: Source, plans: dict[str, Source]
     if source.batch.dynamic and source.batch.minimum > 1:
         notes.append(f"requests must hold {source.batch.minimum} pictures at least: Triton fills no batch up")
     return models, notes
+
+
+def _cluster_files(
+    options: RepositoryOptions, source: Source, capabilities: tuple[str, ...], container: str | None
+) -> dict[str, str]:
+    """The Kubernetes files by name, checked before anything is written; none where none were asked."""
+    if options.kubernetes is None:
+        return {}
+    if options.kubernetes.resolve().is_relative_to(options.output.resolve()):
+        raise TritonError(f"{options.kubernetes}: lies in the model repository, where Triton takes it for a model")
+    if container is None:
+        raise TritonError(
+            f"{source.path}: no Triton container with TensorRT {source.manifest['tensorrt_version']} is known here, so "
+            f"the Kubernetes files cannot name one; give it by --container"
+        )
+    serving = Serving(
+        model=options.name,
+        source=source,
+        capabilities=capabilities,
+        container=container,
+        storage=options.storage or f"pvc://{kubernetes_name(options.name)}-models",
+        gpus=options.gpus,
+        compatible=needs_compatible(source, container),
+        pillow=options.ensemble,
+    )
+    if source.kind == "plan" and not capabilities and not serving.any_ampere:
+        serving = dataclasses.replace(serving, capabilities=(source.compute_capability,))
+    files = kubernetes_files(serving)
+    check_folder(options.kubernetes, list(files))
+    return files
 
 
 def _write(output: Path, model: _Model, version: int) -> list[Path]:

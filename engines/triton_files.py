@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from engines.triton_config import ELSEWHERE
@@ -123,6 +123,15 @@ def replace_config(staged: Path, target: Path) -> list[Path]:
         return []
     os.replace(staged, target)
     return [target]
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> list[Path]:
+    """Writes text files, each replaced in one step."""
+    with staging(folder / "files") as stage:
+        for name, text in texts.items():
+            (stage / name).write_text(text, encoding="utf-8")
+            os.replace(stage / name, folder / name)
+    return [folder / name for name in texts]
 
 
 @contextlib.contextmanager
