@@ -31,7 +31,7 @@ WIDE, NARROW = 880.0, 336.0
 LOG_FROM = 15.0
 """From this ratio of slowest to fastest on, a linear axis would make the fast ones invisible."""
 
-LABELS, VALUES = 330.0, 96.0
+LABELS, VALUES = 330.0, 86.0
 """Columns left and right of the bars in a wide drawing."""
 
 KERNELS = 12
@@ -59,8 +59,8 @@ def latency_chart(result: Result, machine: dict[str, Any], width: float) -> str 
     axis(drawing, scale, top + 4, bottom, 4 if width == NARROW else 8, unit)
     order = numbers(result, machine)
     for row, (text_y, bar_y) in zip(rows, bands, strict=True):
-        name = f"{order[row['backend']]}  {row['label']}"
-        _labels(drawing, text_y, name, milliseconds(median_ms(row)))
+        name = f"{order[row['backend']]}. {row['label']}"
+        _labels(drawing, text_y, bar_y, name, milliseconds(median_ms(row)))
         _latency_bar(drawing, row, scale, bar_y)
     return drawing.markup()
 
@@ -70,7 +70,7 @@ def _time_axis(rows: Sequence[Row], width: float) -> tuple[Scale, str]:
     high = max(row["latency"]["p99_ms"] for row in rows)
     low = min(min(median_ms(row), row.get("floor_ms") or median_ms(row)) for row in rows)
     log = max(median_ms(row) for row in rows) > LOG_FROM * median_ms(rows[0])
-    start, end = (2.0, width - 14) if width == NARROW else (LABELS, width - VALUES)
+    start, end = (2.0, width - VALUES) if width == NARROW else (LABELS, width - VALUES)
     if log:
         return Scale(low / 1.2, high * 1.05, start, end, True), "milliseconds, logarithmic"
     return Scale(0, high * 1.02, start, end), "milliseconds"
@@ -83,11 +83,11 @@ def _band(width: float, top: float, index: int) -> tuple[float, float]:
     return top + 27 * index + 17, top + 27 * index + 6
 
 
-def _labels(drawing: Drawing, y: float, name: str, value: str) -> None:
-    """A row's name and its figure, at the two sides."""
-    room = drawing.width - text_width(value) - 16 if drawing.width == NARROW else LABELS - 14
-    drawing.text(2, y, fitted(name, room))
-    drawing.text(drawing.width - 4, y, value, "value", "end")
+def _labels(drawing: Drawing, text_y: float, bar_y: float, name: str, value: str) -> None:
+    """A row's name, beside its bar or above it, and its figure at the bar's right."""
+    narrow = drawing.width == NARROW
+    drawing.text(2, text_y, fitted(name, drawing.width - 4 if narrow else LABELS - 14))
+    drawing.text(drawing.width - 4, bar_y + 11.5, value, "value", "end")
 
 
 def _latency_bar(drawing: Drawing, row: Row, scale: Scale, y: float) -> None:
@@ -166,13 +166,13 @@ def _share_bars(
     drawing: Drawing, pairs: Sequence[tuple[str, float]], css: str, total: float, key: str, top: float
 ) -> float:
     """One bar for each pair of name and value; returns where they end."""
-    start, end = (2.0, drawing.width - 14) if drawing.width == NARROW else (LABELS, drawing.width - 2 * VALUES)
+    start, end = (2.0 if drawing.width == NARROW else LABELS, drawing.width - 1.6 * VALUES)
     scale = Scale(0, max(value for _, value in pairs), start, end)
     text_y = bar_y = top
     for index, (name, value) in enumerate(pairs):
         text_y, bar_y = _band(drawing.width, top, index)
         figure = milliseconds(value) if key == "ms" else scaled(value, "B")
-        _labels(drawing, text_y, name, f"{figure}, {percent(value / total)}")
+        _labels(drawing, text_y, bar_y, name, f"{figure}, {percent(value / total)}")
         drawing.rect(start, bar_y, scale(value) - start, 14, f"bar {css}", f"{name}: {figure}")
     return max(text_y, bar_y + 14)
 

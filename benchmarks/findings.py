@@ -128,7 +128,9 @@ def milliseconds(ms: float | None) -> str:
 
 def seconds(value: float | None) -> str:
     """A time given in seconds."""
-    return NOTHING if value is None else milliseconds(value * 1e3)
+    if value is None or value < 1:
+        return milliseconds(value and value * 1e3)
+    return f"{significant(value)} s"
 
 
 def scaled(value: float | None, unit: str) -> str:

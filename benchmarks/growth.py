@@ -39,13 +39,13 @@ def growth_plot(result: Result, machine: dict[str, Any], sweep: str, width: floa
     across, up = _scales([*closed, *(point for curve in curves.values() for point in curve)], area)
     _side_axis(drawing, across, area, sorted({x for curve in (closed, *curves.values()) for x, _ in curve}), name)
     up_axis(drawing, up, area, "times the first point, log")
-    if closed:
-        drawing.path([(across(x), up(y)) for x, y in closed], "line closed")
     order = numbers(result, machine)
     key = [
         (_curve(drawing, (across, up), curve, lines[backend], (order[backend], index)), label_of(result, backend))
         for index, (backend, curve) in enumerate(sorted(curves.items(), key=lambda pair: order[pair[0]]))
     ]
+    if closed:
+        drawing.path([(across(x), up(y)) for x, y in closed], "line closed")
     ends = spread_apart([point.y for point, _ in key], 14, area.top + 4, area.bottom)
     for (point, _), y in zip(key, ends, strict=True):
         drawing.text(area.right - 18, y + 4, str(point.number), "small value")

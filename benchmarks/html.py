@@ -36,6 +36,7 @@ from benchmarks.growth import growth_plot
 from benchmarks.plots import error_plot, roofline_plot
 from benchmarks.records import Result, of_machine
 from benchmarks.tables import (
+    costs_table,
     environment,
     errors_table,
     export_table,
@@ -94,17 +95,21 @@ def _view(result: Result, answer: Answer) -> dict[str, Any]:
     sections += [("roofline", "Roofline"), ("parts", "Where the time goes"), ("features", "Features")]
     sections += [("export", "Export")] if export else []
     kernels = of_machine(result, machine, "kernels")
+    compared = [(row, errors_table(row)) for row in ranked(result, machine)]
+    errors = [table for _, table in compared if table]
     return {
         "id": machine["id"],
         "name": machine["name"],
         **_answer(result, answer),
         "missing": gone,
-        "missing_names": ", ".join(dict.fromkeys(row[0] for row in gone.rows)) if gone else "",
+        "missing_names": "; ".join(dict.fromkeys(row[0] for row in gone.rows)) if gone else "",
         "sections": [*sections, ("environment", "Machine")],
         "latency": draw(latency_chart),
         "results": results_table(result, machine),
+        "costs": costs_table(result, machine),
         "accuracy": draw(error_plot),
-        "errors": [table for row in ranked(result, machine) if (table := errors_table(row))],
+        "errors": errors,
+        "open": next((table for row, table in compared if row is answer.best), None),
         "growth": growth,
         "roofline": draw(roofline_plot),
         "parts": draw(parts_chart),
@@ -141,7 +146,8 @@ def _answer(result: Result, answer: Answer) -> dict[str, Any]:
 
 def _facts(result: Result, best: Row) -> list[dict[str, str]]:
     latency, ratio = best["latency"], best.get("ratio")
-    spread = f"median of {latency['runs']} runs; p90 {milliseconds(latency['p90_ms'])}, p99 {milliseconds(latency['p99_ms'])}"
+    high = f"p90 {milliseconds(latency['p90_ms'])}, p99 {milliseconds(latency['p99_ms'])}"
+    spread = f"median of {latency['runs']} run{'s' * (latency['runs'] > 1)}; {high}"
     facts = [{"name": "Latency", "figure": milliseconds(latency["p50_ms"]), "note": spread}]
     if ratio:
         note = f"of the latency of {label_of(result, ratio['to'])}; {ratio['low']:.2f} to {ratio['high']:.2f} by round"

@@ -134,13 +134,13 @@ def roofline_plot(result: Result, machine: dict[str, Any], width: float) -> str 
     drawing = Drawing(width, size_class(width), f"Roofline of {machine['name']}, {len(rows)} backends")
     across = Scale(*log_range([*intensities, *ridge]), area.left, area.right, True)
     up = Scale(*log_range([*rates, *peaks.values()]), area.bottom, area.top, True)
-    axis(drawing, across, area.top, area.bottom, 4 if width == NARROW else 7, "operations per byte, log")
-    up_axis(drawing, up, area, "operations per second, log", "op/s")
+    axis(drawing, across, area.top, area.bottom, 4 if width == NARROW else 7, "FLOP per byte of least traffic, log")
+    up_axis(drawing, up, area, "FLOP per second, log", "FLOP/s")
     taken = [_ceiling(drawing, area, (across, up), (name, peaks[name]), copy_rate) for name in peaks]
     order, points = numbers(result, machine), []
     for row, rate, intensity in zip(rows, rates, intensities, strict=True):
         css = f"dot {row['precision']}{'' if row['passed'] else ' out'}"
-        title = f"{row['label']}: {scaled(rate, 'op/s')}"
+        title = f"{row['label']}: {scaled(rate, 'FLOP/s')}"
         shape = SHAPES.get(row["precision"], 3)
         points.append(Point(across(intensity), up(rate), order[row["backend"]], shape, css, title))
     _points(drawing, points, taken)
@@ -157,7 +157,7 @@ def _ceiling(
     left = max(across.low, up.low / copy_rate)
     points = [(left, left * copy_rate), (rate / copy_rate, rate), (across.high, rate)]
     drawing.path([(across(x), up(y)) for x, y in points if x >= left], f"line {name}")
-    text = f"{PRECISIONS.get(name, name)} {scaled(rate, 'op/s')}"
+    text = f"{PRECISIONS.get(name, name)} {scaled(rate, 'FLOP/s')}"
     drawing.text(area.right - 4, up(rate) - 5, text, "small quiet", "end")
     return area.right - 4 - text_width(text, SMALL), up(rate) - 16, area.right, up(rate) + 1
 
@@ -165,7 +165,7 @@ def _ceiling(
 def up_axis(drawing: Drawing, scale: Scale, area: Area, name: str, unit: str = "") -> None:
     for tick in scale.ticks(8):
         drawing.line(area.left, scale(tick), area.right, scale(tick), "grid")
-        text = tick_name(tick) if not unit else scaled(tick, "")
+        text = tick_name(tick) if not unit else scaled(tick, "").replace(".00", "").replace(".0 ", " ")
         drawing.text(area.left - 6, scale(tick) + 4, text.strip(), "small", "end")
     drawing.text(2, 12, name, "small")
 
@@ -180,7 +180,7 @@ def _points(drawing: Drawing, points: Sequence[Point], taken: list[Box]) -> None
         width = text_width(text, SMALL)
         dx, dy = PLACES[free_place(point.x, point.y, width, 13, boxes)]
         left = point.x + dx - (width if dx < 0 else 0)
-        if abs(dx) + abs(dy) > 24:
+        if dy or abs(dx) > 9:
             drawing.line(point.x, point.y, left + width / 2, point.y + dy, "leader")
         drawing.text(left, point.y + dy + 4, text, "small value")
         boxes.append((left, point.y + dy - 7, left + width, point.y + dy + 6))

@@ -147,9 +147,12 @@ def text_width(content: str, size: float = TEXT) -> float:
 
 
 def fitted(content: str, width: float, size: float = TEXT) -> str:
-    """A text cut to a width."""
-    most = max(4, int(width / (size * WIDTH_OF_EM)))
-    return content if len(content) <= most else content[: most - 3].rstrip(" ,") + "..."
+    """A text cut in its middle to fit a width: names often differ at the end."""
+    most = max(8, int(width / (size * WIDTH_OF_EM)))
+    if len(content) <= most:
+        return content
+    tail = (most - 3) // 2
+    return f"{content[: most - 3 - tail].rstrip(' ,')}...{content[-tail:].lstrip(' ,')}"
 
 
 def spread_apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

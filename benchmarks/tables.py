@@ -52,27 +52,34 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
     """Every measured row at the encoder's own size, fastest first."""
     rows, order = ranked(result, machine), numbers(result, machine)
     reference = next((label_of(result, row["ratio"]["to"]) for row in rows if row.get("ratio")), None)
-    head = (
-        "Backend",
-        "p50",
-        "p90",
-        "p95",
-        "p99",
-        "Images/s",
-        "Ratio to reference",
-        "Of the floor",
-        "Worst relative L2",
-    )
-    head += ("Verdict", "Host memory", "Device memory", "Load", "Build", "File", "Runs", "Warm-up")
+    head = ("Backend", "p50", "p90", "p95", "p99", "Ratio", "Of the floor", "Relative L2", "Verdict")
     cells = tuple(
         (
             f"{order[row['backend']]}. {row['label']}",
             *(milliseconds(row["latency"][f"p{percentile}_ms"]) for percentile in (50, 90, 95, 99)),
-            significant(row["images_per_s"]),
             ratio_figure(row),
             percent(row.get("share_of_floor")),
             error_figure(worst_error(row)),
             verdict(row),
+        )
+        for row in rows
+    )
+    size = size_name(result["encoder"]["image_size"], result["encoder"]["batch"])
+    caption = f"All measured backends at {size}. Relative L2 is the worst output's"
+    if reference:
+        caption += f"; the ratio is of latency to {reference}, by round: median (lowest to highest)"
+    warned = tuple(index for index, row in enumerate(rows) if not row["passed"])
+    return Table(f"{caption}.", head, cells, (0, 8), warned)
+
+
+def costs_table(result: Result, machine: dict[str, Any]) -> Table:
+    """What each measured row takes beside its time."""
+    order = numbers(result, machine)
+    head = ("Backend", "Images/s", "Peak host memory", "Peak device memory", "Load", "Build", "File", "Runs", "Warm-up")
+    cells = tuple(
+        (
+            f"{order[row['backend']]}. {row['label']}",
+            significant(row["images_per_s"]),
             scaled(row.get("peak_host_bytes"), "B"),
             scaled(row.get("peak_device_bytes"), "B"),
             seconds(row.get("load_s")),
@@ -81,14 +88,9 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
             str(row["latency"]["runs"]),
             NOTHING if row.get("warm_up_runs") is None else str(row["warm_up_runs"]),
         )
-        for row in rows
+        for row in ranked(result, machine)
     )
-    size = size_name(result["encoder"]["image_size"], result["encoder"]["batch"])
-    against = (
-        f"; the ratio is of latency to {reference}, round by round: median (lowest to highest)" if reference else ""
-    )
-    warned = tuple(index for index, row in enumerate(rows) if not row["passed"])
-    return Table(f"All measured backends at {size}{against}", head, cells, (0, 9), warned)
+    return Table("Throughput, memory, load and build time, size of the file, timed and warm-up runs", head, cells)
 
 
 def missing_table(result: Result, machine: dict[str, Any]) -> Table | None:
@@ -97,7 +99,11 @@ def missing_table(result: Result, machine: dict[str, Any]) -> Table | None:
         (row["label"], size_name(row["image_size"], row["batch"]), row["status"], row["reason"] or NOTHING)
         for row in missing(result, machine)
     )
-    return Table("Not measured", ("Backend", "Size", "Status", "Reason"), rows, (0, 1, 2, 3)) if rows else None
+    return (
+        Table("Asked for and not measured", ("Backend", "Size", "Status", "Reason"), rows, (0, 1, 2, 3))
+        if rows
+        else None
+    )
 
 
 def errors_table(row: Row) -> Table | None:
