@@ -1,0 +1,43 @@
+"""`neck-export bench`: every backend measured in turn, compared with PyTorch, set beside what the machine can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.errors import BenchError
+from benchmarks.jobs import Asked, Workplace
+from benchmarks.options import BenchOptions, check_options
+from benchmarks.result import make_result
+from benchmarks.run import Run
+from export.manifest import locked
+
+__all__ = ["BenchError", "BenchOptions", "run_bench"]
+
+
+def run_bench(options: BenchOptions, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Measures every backend and returns the result, in the form of benchmarks/result.schema.json.
+
+    Samples are stored as they come, so that a run that was killed goes on where it was when it is started again.
+
+    Args:
+        options: what to measure.
+        report: told of every step.
+
+    Raises:
+        BenchError: options that cannot be, no backend that can run here, another run at work in the same folder.
+    """
+    check_options(options)
+    work = options.output / "work"
+    names = ("checkpoint", "config", "seed", "necks", "levels", "positions", "images")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        asked = Asked(**{name: getattr(options, name) for name in names})
+        with locked(work, wait=False), Workplace(work, asked) as place, Run(options, place, report) as run:
+            run.measure()
+            return make_result(run)
+    except BlockingIOError:
+        raise BenchError(f"{work}: another run is at work there; wait for it or name another --output") from None
+    except OSError as error:
+        where, why = error.filename or work, error.strerror or str(error)
+        raise BenchError(f"{where}: {why}; mend it or name another --output") from None

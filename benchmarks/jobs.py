@@ -1,0 +1,173 @@
+"""What the backends of a benchmark run on: the work folder, the worker that fills it, the jobs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.backends import Backend
+from benchmarks.errors import BenchError
+from benchmarks.process import ROOT, Worker, WorkerError
+from export.signature import BatchRange, Positions, Signature, SignatureError, encoder_signature
+from neck.config import ConfigError, EncoderConfig
+
+PREPARE_SECONDS = 1800.0
+"""An export at full size takes half a minute, a plan on a small GPU many."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The encoder that is benchmarked, as the user names it."""
+
+    checkpoint: Path | None
+    config: EncoderConfig | None
+    seed: int
+    necks: str
+    levels: str
+    positions: Positions
+    images: Path | None
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it from another one, a changed checkpoint or exporter included."""
+        values = dataclasses.asdict(self)
+        for name in ("checkpoint", "images"):
+            path: Path | None = values[name]
+            values[name] = [str(path.resolve()), *path.stat()[6:9:2]] if path and path.exists() else str(path)
+        return {**values, "sources": sources_digest()}
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits of JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def sources_digest() -> str:
+    """Of the code that decides what is exported and run."""
+    files = [*(ROOT / "neck").glob("*.py"), *(ROOT / "export").glob("*.py"), *(ROOT / "engines").glob("*.py")]
+    files += [
+        ROOT / "benchmarks" / name for name in ("backends.py", "torch_runner.py", "file_runners.py", "prepare.py")
+    ]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:12]
+
+
+class Workplace:
+    """The folder OUTPUT/work/encoder-HASH and a worker that makes what lies in it; a context that ends the worker."""
+
+    def __init__(self, work: Path, asked: Asked) -> None:
+        self.asked = asked
+        self.folder = work / f"encoder-{digest(asked.identity())}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._worker: Worker | None = None
+        self._prepared: dict[str, Any] = {}
+
+    def ask(self, command: str, **values: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON values
+        """Asks the preparing worker, which is started again where it died."""
+        if self._worker is None:
+            self._worker = Worker(self.folder / "prepare.log")
+        try:
+            return self._worker.ask(command, PREPARE_SECONDS, **values)
+        except WorkerError:
+            self.rest()
+            raise
+
+    def rest(self) -> None:
+        """Ends the preparing worker; the next question starts one. What it holds is free for the backends."""
+        if self._worker:
+            self._worker.close()
+        self._worker = None
+
+    def prepare(self) -> dict[str, Any]:
+        """Finds or makes the weights.
+
+        Returns:
+            `weights`, `config`, `parameters` and `signature`, as prepare.make_weights.
+
+        Raises:
+            BenchError: they cannot be read or made.
+        """
+        try:
+            self._prepared = self.ask("weights", **self._encoder(), folder=str(self.folder), image_size=None, batch=1)
+        except WorkerError as error:
+            raise BenchError(f"the encoder cannot be made: {error}") from None
+        return self._prepared
+
+    def _encoder(self) -> dict[str, Any]:
+        asked = self.asked
+        config = asked.config.to_dict() if asked.config else None
+        values = {name: getattr(asked, name) for name in ("seed", "necks", "levels", "positions")}
+        return {**values, "config": config, "checkpoint": str(asked.checkpoint) if asked.checkpoint else None}
+
+    def sign(self, image_size: int | tuple[int, int] | None, batch: int) -> tuple[EncoderConfig, Signature]:
+        """Config and signature at a size; None is the config's own.
+
+        Raises:
+            BenchError: a size, neck or level that cannot be.
+        """
+        config = EncoderConfig.from_dict(self._prepared["config"])
+        try:
+            if image_size is not None:
+                config = dataclasses.replace(config, image_size=image_size)  # type: ignore[arg-type]
+            kept = {"necks": self.asked.necks, "levels": self.asked.levels, "positions": self.asked.positions}
+            signature = encoder_signature(config, batch=BatchRange(batch, batch, batch), **kept)  # type: ignore[arg-type]
+        except (ConfigError, SignatureError) as error:
+            raise BenchError(str(error)) from None
+        if not all(side for level in signature.levels for side in signature.level_sizes[level]):
+            raise BenchError(f"image size {config.image_size[0]}x{config.image_size[1]} leaves a level empty")
+        return config, signature
+
+    def job(self, backend: Backend, config: EncoderConfig, signature: Signature) -> dict[str, Any]:
+        """What a worker loads; the picture and the file are made where they are not there.
+
+        Raises:
+            WorkerError: they cannot be made.
+        """
+        batch, (height, width) = signature.batch.optimum, config.image_size
+        place = f"{height}x{width}-b{batch}"
+        values = {"batch": batch, "signature": signature.to_dict(), "config": config.to_dict()}
+        image = self.folder / f"image-{place}.npy"
+        images = str(self.asked.images) if self.asked.images else None
+        made: dict[str, Any] = {"build_s": None, "file_bytes": None}
+        if not image.is_file():
+            self.ask("image", **values, images=images, path=str(image))
+        if backend.file:
+            made |= self._file(backend, values, self.folder / f"{backend.module}-{backend.precision}-{place}")
+        return {
+            **dataclasses.asdict(backend),
+            **values,
+            "weights": self._prepared["weights"],
+            "image": str(image),
+            **made,
+        }
+
+    def _file(self, backend: Backend, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        if backend.runtime == "plan":
+            folder = folder.with_name(f"{folder.name}-plan")
+        asked = {**self._encoder(), **values, "checkpoint": self._prepared["weights"]}
+        asked |= {"image_size": values["config"]["image_size"], "path": str(folder / "encoder.onnx")}
+        kind = {"precision": backend.precision, "module": backend.module, "runtime": backend.runtime}
+        made = self.ask("file", **{**asked, **kind})
+        if backend.runtime != "plan":
+            return made
+        self.rest()  # one flavour of TensorRT to a process
+        path = folder / f"{backend.provider}.plan"
+        plan = self.ask("plan", onnx=made["onnx"], path=str(path), flavor=backend.provider)
+        self.rest()
+        return {**made, **plan, "build_s": made["build_s"] + plan["build_s"]}
+
+    def drop(self, config: EncoderConfig, signature: Signature) -> None:
+        """Removes the files of a point that nothing runs any more (1.8 GB each at full size)."""
+        height, width = config.image_size
+        for folder in self.folder.glob(f"*-{height}x{width}-b{signature.batch.optimum}*"):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+
+    def __enter__(self) -> Workplace:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.rest()

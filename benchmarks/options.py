@@ -1,0 +1,95 @@
+"""What a benchmark is asked for, and how often it runs things."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.errors import BenchError
+from export.signature import Positions
+from neck.config import EncoderConfig
+
+SIZES, BATCHES = (336, 672, 1008, 1344), (1, 2, 4, 8)
+"""The sweeps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchOptions:
+    """What to measure; the command line's options, whose help says more.
+
+    Attributes:
+        output: the folder; what a rerun goes on from lies in OUTPUT/work.
+        quick: few backends, no sweeps, on a CPU at 24 patches a side (336 px): the whole encoder in under 3 minutes.
+        checkpoint, config, seed, image_size, batch, necks, levels, positions: the encoder and its main point.
+        images: a folder of pictures; without one the shipped picture.
+        device: where; `auto` is the GPU where there is one.
+        backends: ids of those to measure; all, where none is named. The reference is always there.
+        rounds, runs, warm_up: how often; None is the device's default.
+        sweep: whether to sweep `sizes` and `batches`.
+        minutes: after so long no further backend is begun; its row says so.
+        timeout_s: how long a backend may take for one load or one round.
+        fresh: forget the samples of an earlier run of the same benchmark.
+        plan: a plan whose layer sheet goes into the report.
+        export: also measure the exporter itself (benchmarks/export.py); some minutes, at full size.
+        command: what the result says it was made by; by default this process's command line.
+    """
+
+    output: Path
+    quick: bool = False
+    checkpoint: Path | None = None
+    config: EncoderConfig | None = None
+    seed: int = 0
+    image_size: int | tuple[int, int] | None = None
+    batch: int = 1
+    necks: str = "sam3"
+    levels: str = "all"
+    positions: Positions = "graph"
+    images: Path | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    backends: tuple[str, ...] = ()
+    rounds: int | None = None
+    runs: int | None = None
+    warm_up: int | None = None
+    sweep: bool = True
+    sizes: tuple[int, ...] = SIZES
+    batches: tuple[int, ...] = BATCHES
+    minutes: float | None = None
+    timeout_s: float = 1200.0
+    fresh: bool = False
+    plan: Path | None = None
+    export: bool = False
+    command: str = ""
+
+    @property
+    def sweeps(self) -> list[tuple[str, int | tuple[int, int] | None, int]]:
+        """Sweep, image size and batch of every point of the sweeps."""
+        if self.quick or not self.sweep:
+            return []
+        sizes = [("image_size", size, self.batch) for size in self.sizes]
+        return [*sizes, *(("batch", self.image_size, batch) for batch in self.batches)]
+
+
+DEFAULTS = {
+    ("cpu", False): (5, 1, 1),
+    ("cpu", True): (3, 1, 1),
+    ("cuda", False): (10, 20, 10),
+    ("cuda", True): (5, 20, 10),
+}
+"""Rounds, runs in a round, warm-up runs, by device and `quick`; a GPU warms up for a second at least."""
+
+
+def check_options(options: BenchOptions) -> None:
+    """Refuses what cannot be.
+
+    Raises:
+        BenchError: saying what can.
+    """
+    counts = {name: getattr(options, name) for name in ("batch", "rounds", "runs", "warm_up")}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise BenchError(f"{name.replace('_', '-')} is {value}; it must be 1 at least")
+    if options.positions == "file":
+        raise BenchError("positions in a file are no output of a run; choose graph or none")
+    if options.export and options.config:
+        raise BenchError("the exporter is measured at full size; leave --export or --config out")
