@@ -212,17 +212,70 @@ def bisect(
 
 @app.command()
 def verify(
-    file: Annotated[Path, typer.Argument(help="An ONNX file of neck-export")],
+    file: Annotated[Path, typer.Argument(help="An ONNX file or a plan (GPU) of neck-export")],
     checkpoint: Annotated[Path | None, typer.Option(help="Its weights [default: where the manifest says]")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of pictures to verify on")] = None,
     tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
+    save_reference: Annotated[
+        Path | None, typer.Option(help="Keep the pictures and PyTorch's outputs, for `neck-engine --compare`: X.npz")
+    ] = None,
 ) -> None:
     """Compares a file with the plain PyTorch module and writes the verdict into its manifest."""
     with stage() as report:
-        from export.pipeline import verify_file
-
-        verdict = verify_file(file, checkpoint, images, parse_tolerances(tolerance), report)
+        if file.suffix == ".plan":
+            from engines.verify import verify_plan_file as check
+        else:
+            from export.pipeline import verify_file as check
+        verdict = check(file, checkpoint, images, parse_tolerances(tolerance), report, save=save_reference)
     show_verdict(verdict)
+    if save_reference:
+        typer.echo(save_reference)
+
+
+@app.command()
+def triton(
+    model: Annotated[Path, typer.Argument(help="A plan (TensorRT), or an ONNX file, of neck-export")],
+    more: Annotated[
+        list[Path] | None, typer.Option("--plan", help="Also this plan of the same encoder, for another GPU")
+    ] = None,
+    name: Annotated[str, typer.Option(help="The model's name in Triton")] = "sam3-encoder",
+    version: Annotated[int | None, typer.Option(help="Its version [default: one above the highest there]")] = None,
+    outputs: Annotated[list[str] | None, typer.Option(help="Outputs to answer with [default: all]")] = None,
+    ensemble: Annotated[bool, typer.Option(help="Also a model that takes JPEG or PNG bytes")] = False,
+    queue_delay_us: Annotated[int, typer.Option(help="How long a request may wait for a batch", min=0)] = 1000,
+    cuda_graphs: Annotated[bool, typer.Option(help="Run by CUDA graphs (plans)")] = True,
+    container: Annotated[str | None, typer.Option(help="The Triton release that will serve, such as 25.09")] = None,
+    kubernetes: Annotated[bool, typer.Option(help="Also a folder `kubernetes` beside the repository")] = False,
+    gpus: Annotated[int, typer.Option(help="GPUs of each pod, in the Kubernetes files", min=1)] = 1,
+    storage: Annotated[
+        str | None, typer.Option(help="Where pods find the repository: pvc://CLAIM[/FOLDER] or s3://BUCKET/FOLDER")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The model repository")] = Path("model_repository"),
+) -> None:
+    """Lays a plan or an ONNX file out for Triton, as a new version of its model."""
+    with stage() as report:
+        from engines.triton import RepositoryOptions, make_repository
+
+        options = RepositoryOptions(
+            model=model,
+            output=output,
+            more=tuple(more or ()),
+            name=name,
+            version=version,
+            outputs=tuple(outputs or ()),
+            ensemble=ensemble,
+            queue_delay_us=queue_delay_us,
+            cuda_graphs=cuda_graphs,
+            container=container,
+            kubernetes=output.absolute().parent / "kubernetes" if kubernetes else None,
+            gpus=gpus,
+            storage=storage,
+        )
+        made = make_repository(options, report)
+    for note in made.notes:
+        typer.echo(note)
+    for path in made.files:
+        typer.echo(path)
 
 
 @app.command()

@@ -14,11 +14,13 @@ import torch
 from engines.flavor import Flavor
 from engines.session import Session, open_plan
 from export.fidelity import Verdict, check_overrides, compare
-from export.manifest import manifest_path
+from export.manifest import manifest_path, read_manifest, replace_manifest
 from export.options import NUMPY_NAMES
+from export.pipeline import RejectedError
 from export.precision import Precision
 from export.provenance import manifest_encoder
-from export.signature import Signature
+from export.reference import check_reference, write_reference
+from export.signature import BatchRange, Signature
 from export.verify import Report, reference_outputs, reference_pixels
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import normalise
@@ -142,6 +144,47 @@ def verify_plan(
             reference = make_reference(encoder, signature, count_for(session.inputs[0].batch), images)
         report(f"candidate: the plan in {here}")
         return verify_runner(_runner(session), signature, reference, manifest["precision"], here, overrides)
+
+
+def verify_plan_file(
+    plan: Path,
+    checkpoint: Path | None = None,
+    images: Path | None = None,
+    overrides: Mapping[str, float] | None = None,
+    report: Report = lambda line: None,
+    *,
+    save: Path | None = None,
+) -> Verdict:
+    """Verifies a plan that was built before, on the GPU, and writes the verdict into its manifest.
+
+    Args:
+        plan, checkpoint, images, overrides, report: as in verify_plan.
+        save: where to keep the pictures and the plain module's outputs; written without a GPU too.
+
+    Raises:
+        ManifestError: the manifest is missing or speaks of another plan.
+        SessionError: the plan cannot run here.
+        RejectedError: the outputs left tolerance; the manifest says so too.
+        VerifyError, FidelityError, PictureError, CheckpointError, ExportError: as in verify_plan.
+    """
+    where = manifest_path(plan)
+    manifest = read_manifest(where, "plan")
+    reference = None
+    if save is not None:
+        check_reference(save)
+        signature = plan_signature(plan, manifest, known=False)
+        encoder = manifest_encoder(where, manifest["onnx_manifest"], checkpoint)
+        report("reference: the plain module in PyTorch FP32")
+        batch = BatchRange.parse(manifest["batch"])
+        reference = make_reference(encoder, signature, count_for((batch.minimum, batch.maximum)), images)
+        write_reference(save, reference.pixels, {spec.name: reference.outputs[spec.name] for spec in signature.outputs})
+    verdict = verify_plan(
+        plan, checkpoint=checkpoint, reference=reference, images=images, overrides=overrides, report=report
+    )
+    replace_manifest(where, manifest | {"verification": verdict.to_dict()})
+    if not verdict.passed:
+        raise RejectedError(plan, verdict)
+    return verdict
 
 
 def plan_signature(plan: Path, manifest: Mapping[str, Any], known: bool) -> Signature:

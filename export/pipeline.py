@@ -38,6 +38,7 @@ from export.provenance import (
     tool_version,
     weights_origin,
 )
+from export.reference import check_reference
 from export.rewrite import Rewrites
 from export.signature import Signature
 from export.trace import ExportError, trace
@@ -145,13 +146,15 @@ def verify_file(
     images: Path | None = None,
     tolerances: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
+    *,
+    save: Path | None = None,
 ) -> Verdict:
     """Verifies a file that was exported before, and writes the verdict into its manifest.
 
     Args:
         path: the ONNX file.
         checkpoint: its weights, where they are no longer where the manifest says.
-        images, tolerances, report: as in verify_onnx.
+        images, tolerances, report, save: as in verify_onnx.
 
     Raises:
         ManifestError: the manifest is missing or the files are not those that it speaks of.
@@ -162,6 +165,8 @@ def verify_file(
     if not path.is_file():
         raise ExportError(f"{path}: no such file; export it by `neck-export onnx`")
     require_runtime()
+    if save is not None:
+        check_reference(save)
     manifest = read_manifest(where, "onnx")
     signature = manifest_signature(where, manifest)
     check_overrides(tolerances or {}, [spec.name for spec in signature.outputs])
@@ -170,7 +175,9 @@ def verify_file(
     report("weights")
     encoder = manifest_encoder(where, manifest, checkpoint)
     precision = manifest_precision(where, manifest)
-    verdict = verify_onnx(path, signature, encoder, precision, images=images, overrides=tolerances, report=report)
+    verdict = verify_onnx(
+        path, signature, encoder, precision, images=images, overrides=tolerances, save=save, report=report
+    )
     replace_manifest(where, manifest | {"verification": verdict.to_dict()})
     if not verdict.passed:
         raise RejectedError(path, verdict)

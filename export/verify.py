@@ -16,6 +16,7 @@ import safetensors.numpy
 import torch
 
 from export.fidelity import FidelityError, Verdict, compare
+from export.reference import write_reference
 from export.signature import Signature
 from export.simulate import is_low_precision, simulate, watch_finite
 from neck.necks import Sam3DualViTDetNeck, forward_necks
@@ -72,6 +73,7 @@ def verify_onnx(
     *,
     images: Path | None = None,
     overrides: Mapping[str, float] | None = None,
+    save: Path | None = None,
     report: Report = lambda line: None,
 ) -> Verdict:
     """Compares an ONNX file's outputs with the plain module's.
@@ -85,6 +87,7 @@ def verify_onnx(
         precision: which tolerances apply.
         images: a folder of pictures; without one the shipped picture.
         overrides: relative L2 by output name or wildcard.
+        save: where to keep the pictures and the plain module's outputs.
         report: told of every step.
 
     Raises:
@@ -96,6 +99,8 @@ def verify_onnx(
     report("reference: the plain module in PyTorch FP32")
     encoder.set_imgsz(signature.image_size)
     reference = reference_outputs(encoder, pixels, signature.necks, signature.levels)
+    if save is not None:
+        write_reference(save, pixels, {spec.name: reference[spec.name] for spec in signature.outputs})
     image = pixels if signature.input == "uint8" else normalise(pixels).numpy()
     model = ir.load(path)
     low = is_low_precision(model)

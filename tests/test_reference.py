@@ -1,0 +1,113 @@
+"""reference.npz: the pictures and PyTorch's outputs, which a service compares its own with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_onnx, shared_encoder
+from exporting import golden_options, neck_export_cli, trace_quickly
+from test_session import facts, write_plan
+from test_verify_plan import CONFIG, OnnxSession, export, source
+
+from engines import verify
+from engines.verify import verify_plan_file
+from export.fidelity import FidelityError, compare
+from export.manifest import manifest_path, read_manifest, write_manifest
+from export.pipeline import RejectedError, export_onnx
+from export.reference import check_reference, write_reference
+from export.signature import BatchRange
+from neck.pictures import normalise
+
+
+def load(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """A reference, read as any reader of numpy's would."""
+    with np.load(path, allow_pickle=False) as stored:
+        arrays = dict(stored)
+    return arrays.pop("pixels"), arrays
+
+
+def test_verify_saves_what_it_compared_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace_quickly(monkeypatch)
+    output = tmp_path / "x.onnx"
+    export_onnx(golden_options("meta-dual", output, batch=BatchRange(1, 2, 3), verify=False))
+    saved = tmp_path / "kept" / "reference.npz"
+    ran = neck_export_cli("verify", output, "--save-reference", saved)
+    assert ran.code == 0
+    assert ran.out.splitlines()[-1] == str(saved)
+    pixels, expected = load(saved)
+    assert pixels.dtype == np.uint8
+    assert pixels.shape[0] == 2
+    assert len(expected) == 16
+    found = {name: value.numpy() for name, value in run_onnx(output, normalise(pixels)).items()}
+    assert compare(expected, found, "fp32", "x").passed
+    assert not compare(expected, {name: value[::-1] for name, value in found.items()}, "fp32", "x").passed
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize("name", ["reference.npy", "reference", "folder.npz"])
+def test_another_name_is_refused_before_the_work(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(FidelityError, match=r"a file that ends in \.npz"):
+        check_reference(tmp_path / name)
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FidelityError, match="cannot be written"):
+        write_reference(tmp_path / "file" / "reference.npz", np.zeros((1, 2, 2, 3), np.uint8), {})
+
+
+def plan_of(tmp_path: Path, save: Any, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: ANN401 - conftest's Save
+    """A plan whose engine is ONNX Runtime."""
+    path, signature = export(save)
+    plan = tmp_path / "x.plan"
+    plan.write_bytes(b"vtrt")
+    told = facts(signature=signature.to_dict(), onnx_manifest=source(), precision="fp32", batch="1:2:3")
+    write_manifest(manifest_path(plan), "plan", told, [plan])
+    monkeypatch.setattr(verify, "open_plan", lambda plan, flavor: OnnxSession(path, told))
+    return plan
+
+
+def test_a_plan_is_verified_again_and_its_manifest_says_so(
+    tmp_path: Path,
+    save: Any,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: ANN401
+) -> None:
+    plan = plan_of(tmp_path, save, monkeypatch)
+    saved = tmp_path / "reference.npz"
+    verdict = verify_plan_file(plan, save=saved)
+    assert verdict.passed
+    assert read_manifest(manifest_path(plan), "plan")["verification"] == verdict.to_dict()
+    pixels, expected = load(saved)
+    with torch.no_grad():
+        features = shared_encoder(CONFIG)(normalise(pixels))[0]
+    assert np.allclose(expected["sam3_feat_2"], features[2].numpy(), atol=1e-5)
+
+    with pytest.raises(RejectedError):
+        verify_plan_file(plan, overrides={"*_feat_*": 1e-12})
+    assert read_manifest(manifest_path(plan), "plan")["verification"]["verified"] is False
+
+
+def test_the_reference_of_a_plan_is_written_where_it_cannot_run(
+    tmp_path: Path,
+    save: Any,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: ANN401
+) -> None:
+    plan = plan_of(tmp_path, save, monkeypatch)
+    monkeypatch.undo()
+    saved = tmp_path / "reference.npz"
+    ran = neck_export_cli("verify", plan, "--save-reference", saved)
+    assert ran.code == 1
+    assert ran.err.startswith("error: ")
+    assert load(saved)[0].shape == (2, 112, 112, 3)
+
+
+def test_a_plan_without_a_manifest(tmp_path: Path) -> None:
+    ran = neck_export_cli("verify", tmp_path / "none.plan")
+    assert ran.code == 1
+    assert "the manifest is missing" in ran.err
+    assert neck_export_cli("verify", write_plan(tmp_path)).code == 1
