@@ -23,7 +23,7 @@ from benchmarks.findings import (
     worst_error,
 )
 from benchmarks.records import Result, of_machine
-from benchmarks.svg import SMALL, Drawing, Scale, fitted, text_width
+from benchmarks.svg import SMALL, Anchor, Drawing, Scale, fitted, text_width
 
 WIDE, NARROW = 880.0, 336.0
 """Pixels of a drawing: of the page on a screen, and of a phone of 360 pixels less its margins."""
@@ -204,7 +204,9 @@ def axis(drawing: Drawing, scale: Scale, top: float, bottom: float, most: int, n
     """Grid lines with their values below, and the axis's name."""
     for tick in scale.ticks(most):
         drawing.line(scale(tick), top, scale(tick), bottom, "grid")
-        drawing.text(scale(tick), bottom + 15, tick_name(tick), "small", "middle" if scale(tick) > 12 else "start")
+        x, half = scale(tick), text_width(tick_name(tick), SMALL) / 2
+        anchor: Anchor = "start" if x < half else "end" if x + half > drawing.width else "middle"
+        drawing.text(x, bottom + 15, tick_name(tick), "small", anchor)
     drawing.text(scale.end, bottom + 32, name, "small", "end")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,12 @@ def html_page(result: Result) -> str:
         result: a checked result.
     """
     template = Environment(
-        loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(PAGE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_tied,
     ).get_template("report.html.jinja")
     style = (PAGE / "style.css").read_text(encoding="utf-8")
     found = answers(result)
@@ -77,6 +83,13 @@ def html_page(result: Result) -> str:
         commands=commands(result),
         encoder=encoder_facts(result),
     )
+
+
+def _tied(value: object) -> object:
+    """Text whose figures stay on the line of their units."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return re.sub(r"(?<=\d) (?=(?:ms|s|[kMGT]?B|[kMGT]?FLOP|[kMGT])\b|%)", "\u00a0", value)
 
 
 def _view(result: Result, answer: Answer) -> dict[str, Any]:

@@ -52,15 +52,15 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
     """Every measured row at the encoder's own size, fastest first."""
     rows, order = ranked(result, machine), numbers(result, machine)
     reference = next((label_of(result, row["ratio"]["to"]) for row in rows if row.get("ratio")), None)
-    head = ("Backend", "p50", "p90", "p95", "p99", "Ratio", "Of the floor", "Relative L2", "Verdict")
+    head = ("Backend", "p50", "p90", "p95", "p99", "Ratio", "Relative L2", "Tolerance", "Of the floor")
     cells = tuple(
         (
             f"{order[row['backend']]}. {row['label']}",
             *(milliseconds(row["latency"][f"p{percentile}_ms"]) for percentile in (50, 90, 95, 99)),
             ratio_figure(row),
-            percent(row.get("share_of_floor")),
             error_figure(worst_error(row)),
-            verdict(row),
+            verdict(row).removesuffix(" tolerance"),
+            percent(row.get("share_of_floor")),
         )
         for row in rows
     )
@@ -69,13 +69,13 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
     if reference:
         caption += f"; the ratio is of latency to {reference}, by round: median (lowest to highest)"
     warned = tuple(index for index, row in enumerate(rows) if not row["passed"])
-    return Table(f"{caption}.", head, cells, (0, 8), warned)
+    return Table(f"{caption}.", head, cells, (0, 7), warned)
 
 
 def costs_table(result: Result, machine: dict[str, Any]) -> Table:
     """What each measured row takes beside its time."""
     order = numbers(result, machine)
-    head = ("Backend", "Images/s", "Peak host memory", "Peak device memory", "Load", "Build", "File", "Runs", "Warm-up")
+    head = ("Backend", "Images/s", "Host peak", "Device peak", "Load", "Build", "File", "Runs", "Warm-up")
     cells = tuple(
         (
             f"{order[row['backend']]}. {row['label']}",
@@ -90,7 +90,11 @@ def costs_table(result: Result, machine: dict[str, Any]) -> Table:
         )
         for row in ranked(result, machine)
     )
-    return Table("Throughput, memory, load and build time, size of the file, timed and warm-up runs", head, cells)
+    return Table(
+        "Throughput, peak memory of host and device, load and build time, size of the file, timed and warm-up runs",
+        head,
+        cells,
+    )
 
 
 def missing_table(result: Result, machine: dict[str, Any]) -> Table | None:
@@ -142,7 +146,8 @@ def growth_table(result: Result, machine: dict[str, Any], sweep: str) -> Table |
         cells.append((f"{order[backend]}. {label_of(result, backend)}", *figures))
     encoder, work = result["encoder"], of_machine(result, machine, "work")
     known = {(*point["image_size"], point["batch"]): point["operations"] for point in result["growth"]}
-    known[(*encoder["image_size"], encoder["batch"])] = work["operations"]
+    own = (*encoder["image_size"], encoder["batch"])
+    known[own] = work["operations"]
     cells.append(("operations", *(scaled(known.get(point), "FLOP") for point in points)))
     held = f"batch {points[0][2]}" if sweep == "image_size" else size_name(points[0])
     return Table(f"Latency, p50, at {held}", head, tuple(cells))
