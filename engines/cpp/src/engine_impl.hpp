@@ -1,0 +1,65 @@
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda.hpp"
+#include "neck/engine.hpp"
+#include "runtime.hpp"
+
+namespace neck {
+
+/// A context at one batch size, and the CUDA graph of its run where graphs are asked for.
+struct Prepared {
+    std::unique_ptr<nvinfer1::IExecutionContext> context;
+    OwnedGraphExec graph;
+};
+
+class Engine::Impl {
+public:
+    Impl(const std::filesystem::path& plan, const EngineOptions& options);
+    ~Impl();
+    Impl(const Impl&) = delete;
+    Impl& operator=(const Impl&) = delete;
+
+    void copy_in(const Tensor& image, cudaStream_t stream);
+    void enqueue(std::int64_t batch, cudaStream_t stream, const void* image);
+    std::vector<DeviceTensor> device_outputs() const;
+    std::vector<Tensor> copy_out(cudaStream_t stream);
+
+    Manifest manifest;
+    std::string runtime;
+    std::vector<std::string> warnings;
+    std::size_t loaded_bytes = 0;
+    const Port& input() const { return loaded_.inputs[0]; }
+    const std::vector<Port>& outputs() const { return loaded_.outputs; }
+
+private:
+    void load(const std::string& version);
+    void release();
+    void allocate_buffers();
+    void check_batch(const std::string& got, std::int64_t batch) const;
+    void bind(nvinfer1::IExecutionContext& context, std::int64_t batch, const void* image);
+    void run(nvinfer1::IExecutionContext& context, cudaStream_t stream);
+    Prepared& captured(std::int64_t batch);
+    void wait_before(cudaStream_t stream);
+    void mark_after(cudaStream_t stream);
+
+    std::string plan_;
+    EngineOptions options_;
+    std::int64_t largest_batch_ = 0;
+    std::int64_t last_batch_ = 0;
+    LoadedEngine loaded_;
+    DeviceMemory scratch_;
+    std::int64_t scratch_bytes_ = 0;
+    DeviceMemory input_;
+    std::vector<DeviceMemory> output_;
+    OwnedEvent done_;
+    OwnedStream capture_stream_;
+    std::unique_ptr<nvinfer1::IExecutionContext> context_;
+    std::map<std::int64_t, Prepared> graphs_;
+};
+
+}  // namespace neck

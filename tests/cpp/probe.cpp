@@ -1,0 +1,72 @@
+// Shows what the library reads, for tests/test_cpp.py to compare with Python's reading:
+//   probe half                        65536 float32: every half
+//   probe picture HEIGHT WIDTH FILE   uint8 pixels, then float32 normalised
+//   probe npz|plan|pictures FILE...   one line for each: what is in it, or the error
+#include <cstdio>
+#include <cstring>
+#include <iostream>
+#include <string>
+#include <vector>
+
+#include "neck/error.hpp"
+#include "neck/manifest.hpp"
+#include "neck/npz.hpp"
+#include "neck/picture.hpp"
+
+namespace {
+
+void write(const std::vector<std::byte>& data) { std::fwrite(data.data(), 1, data.size(), stdout); }
+
+void dump_halves() {
+    for (unsigned bits = 0; bits < 0x10000; ++bits) {
+        const float value = neck::half_to_float(static_cast<std::uint16_t>(bits));
+        std::fwrite(&value, sizeof value, 1, stdout);
+    }
+}
+
+std::string read(const std::string& kind, const std::string& file) {
+    std::string line = "read:";
+    if (kind == "npz") {
+        for (const neck::Tensor& tensor : neck::read_npz(file)) {
+            double sum = 0;
+            for (const float value : tensor.to_floats()) {
+                sum += value;
+            }
+            line += " " + tensor.name + " " + tensor.describe() + " sum " + std::to_string(sum) + ";";
+        }
+    } else if (kind == "plan") {
+        line += " " + neck::read_manifest(file).flavor;
+    } else {
+        line += " " + neck::read_picture(file, {16, 16}).describe();
+    }
+    return line;
+}
+
+}  // namespace
+
+int main(int count, char** values) {
+    const std::string kind = count > 1 ? values[1] : "";
+    if (kind == "half") {
+        dump_halves();
+        return 0;
+    }
+    try {
+        if (kind == "picture") {
+            const neck::Tensor pixels = neck::read_picture(values[4], {std::stoi(values[2]), std::stoi(values[3])});
+            write(pixels.data);
+            write(neck::normalise(pixels).data);
+            return 0;
+        }
+    } catch (const neck::Error& error) {
+        std::cerr << error.what() << "\n";
+        return 1;
+    }
+    for (int index = 2; index < count; ++index) {
+        try {
+            std::cout << read(kind, values[index]) << "\n";
+        } catch (const neck::Error& error) {
+            std::cout << "error: " << error.what() << "\n";
+        }
+    }
+    return 0;
+}

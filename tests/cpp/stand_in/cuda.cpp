@@ -1,0 +1,163 @@
+#include <cstdlib>
+#include <cstring>
+
+#include "state.hpp"
+
+namespace {
+
+std::string setting(const char* name, const char* otherwise) {
+    const char* value = std::getenv(name);
+    return value != nullptr ? value : otherwise;
+}
+
+int device_count() { return std::atoi(setting("STAND_IN_DEVICES", "1").c_str()); }
+
+}  // namespace
+
+namespace stand_in {
+
+State& state() {
+    static State only;
+    return only;
+}
+
+cudaStream_t real(cudaStream_t stream) { return stream != nullptr ? stream : &state().null_stream; }
+
+/// The code of a call, kept as cudaGetLastError's.
+cudaError_t give(cudaError_t code) {
+    if (code != cudaSuccess) {
+        state().last = code;
+    }
+    return code;
+}
+
+cudaError_t try_call(const char* function, cudaError_t code) {
+    return give(fails(function) ? code : cudaSuccess);
+}
+
+bool fails(const char* function) {
+    const std::string asked = setting("STAND_IN_FAIL", "");
+    const std::size_t colon = asked.find(':');
+    const int call = ++state().calls[function];
+    const bool now = asked.substr(0, colon) == function &&
+                     (colon == std::string::npos || std::atoi(asked.c_str() + colon + 1) == call);
+    state().failed = state().failed || now;
+    return now;
+}
+
+void start_over() {
+    state().calls.clear();
+    state().failed = false;
+}
+
+bool has_failed() { return state().failed; }
+
+int alive() { return state().alive; }
+
+void count(int change) { state().alive += change; }
+
+void queue(cudaStream_t stream, std::function<void()> work) {
+    stream = real(stream);
+    if (stream->capture != nullptr) {
+        stream->capture->work.push_back(std::move(work));
+        return;
+    }
+    stream->waiting.push_back(std::move(work));
+    ++stream->queued;
+}
+
+bool capturing(cudaStream_t stream) { return real(stream)->capture != nullptr; }
+
+}  // namespace stand_in
+
+using stand_in::give;
+using stand_in::state;
+using stand_in::try_call;
+
+cudaError_t cudaGetDeviceCount(int* count) {
+    *count = device_count();
+    return give(*count > 0 ? cudaSuccess : cudaErrorInsufficientDriver);
+}
+
+cudaError_t cudaGetDevice(int* device) {
+    *device = state().device;
+    return try_call("cudaGetDevice");
+}
+
+cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device >= device_count()) {
+        return give(cudaErrorInvalidDevice);
+    }
+    state().device = device;
+    return try_call("cudaSetDevice");
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int /*device*/) {
+    std::strcpy(properties->name, "NVIDIA L4");
+    return try_call("cudaGetDeviceProperties");
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
+    const std::string capability = setting("STAND_IN_CAPABILITY", "8.9");
+    const bool major = attribute == cudaDevAttrComputeCapabilityMajor;
+    *value = std::atoi(capability.c_str() + (major ? 0 : capability.find('.') + 1));
+    return try_call("cudaDeviceGetAttribute");
+}
+
+cudaError_t cudaGetLastError() { return std::exchange(state().last, cudaSuccess); }
+
+const char* cudaGetErrorString(cudaError_t code) {
+    switch (code) {
+        case cudaErrorMemoryAllocation:
+            return "out of memory";
+        case cudaErrorInsufficientDriver:
+            return "CUDA driver version is insufficient for CUDA runtime version";
+        case cudaErrorStreamCaptureUnsupported:
+            return "operation not permitted when stream is capturing";
+        default:
+            return "unspecified launch failure";
+    }
+}
+
+cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
+    *free = std::size_t{20'000'000'000};
+    *total = std::size_t{24'000'000'000};
+    return try_call("cudaMemGetInfo");
+}
+
+cudaError_t cudaMalloc(void** address, std::size_t size) {
+    if (try_call("cudaMalloc", cudaErrorMemoryAllocation) != cudaSuccess) {
+        return cudaErrorMemoryAllocation;
+    }
+    *address = std::malloc(size);
+    std::memset(*address, 0xff, size);  // not a number, until written
+    stand_in::count(1);
+    return cudaSuccess;
+}
+
+cudaError_t cudaFree(void* address) {
+    if (address != nullptr) {
+        for (cudaStream_t stream : state().streams) {
+            stream->run_to(stream->queued);
+        }
+        state().null_stream.run_to(state().null_stream.queued);
+        std::free(address);
+        stand_in::count(-1);
+    }
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t count, cudaMemcpyKind kind,
+                            cudaStream_t stream) {
+    if (try_call("cudaMemcpyAsync") != cudaSuccess) {
+        return cudaErrorLaunchFailure;
+    }
+    if (kind == cudaMemcpyHostToDevice) {  // of pageable memory: read before the call returns
+        const auto* begin = static_cast<const char*>(source);
+        const std::vector<char> staged(begin, begin + count);
+        stand_in::queue(stream, [=] { std::memcpy(target, staged.data(), staged.size()); });
+        return cudaSuccess;
+    }
+    stand_in::queue(stream, [=] { std::memcpy(target, source, count); });
+    return kind == cudaMemcpyDeviceToHost ? cudaStreamSynchronize(stream) : cudaSuccess;  // pageable: waits
+}

@@ -1,0 +1,178 @@
+#include "NvInferRuntime.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <sstream>
+
+#include "stand_in.hpp"
+
+namespace stand_in {
+
+struct Engine {
+    std::shared_ptr<const Program> program;
+    nvinfer1::ILogger& logger;
+
+    const TensorFacts& of(const char* name) const {
+        return *std::find_if(program->tensors.begin(), program->tensors.end(),
+                             [&](const TensorFacts& tensor) { return tensor.name == name; });
+    }
+};
+
+struct Context {
+    std::shared_ptr<const Program> program;
+    nvinfer1::ILogger& logger;
+    std::map<std::string, Bound> bound;
+    char* scratch = nullptr;
+    std::int64_t scratch_size = 0;
+    std::shared_ptr<int> changes = std::make_shared<int>(0);
+};
+
+}  // namespace stand_in
+
+namespace nvinfer1 {
+namespace {
+
+int version_part(std::size_t index) {
+    const char* text = std::getenv("STAND_IN_VERSION");
+    std::istringstream stream(text != nullptr ? text : "10.16.1.11");
+    std::string part;
+    for (std::size_t skipped = 0; skipped <= index; ++skipped) {
+        std::getline(stream, part, '.');
+    }
+    return std::atoi(part.c_str());
+}
+
+Dims dims_of(const std::vector<std::int64_t>& shape) {
+    Dims dims{static_cast<std::int32_t>(shape.size()), {}};
+    std::copy(shape.begin(), shape.end(), dims.d);
+    return dims;
+}
+
+}  // namespace
+
+IExecutionContext::~IExecutionContext() noexcept { stand_in::count(-1); }
+
+bool IExecutionContext::setInputShape(char const* name, Dims const& dims) noexcept {
+    ++*own->changes;
+    if (stand_in::fails("setInputShape")) {
+        own->logger.log(ILogger::Severity::kERROR, "Error Code 3: API Usage Error\n (the shape is not in the profile)");
+        return false;
+    }
+    for (const stand_in::TensorFacts& tensor : own->program->tensors) {
+        stand_in::Bound& bound = own->bound[tensor.name];
+        bound.shape = tensor.shape;
+        if (tensor.name == name) {
+            bound.shape.assign(dims.d, dims.d + dims.nbDims);
+        } else if (tensor.shape[0] < 0) {
+            bound.shape[0] = dims.d[0];
+        }
+    }
+    return true;
+}
+
+bool IExecutionContext::setTensorAddress(char const* name, void* data) noexcept {
+    ++*own->changes;
+    own->bound[name].data = data;
+    return !stand_in::fails("setTensorAddress");
+}
+
+void IExecutionContext::setDeviceMemoryV2(void* memory, std::int64_t size) noexcept {
+    own->scratch = static_cast<char*>(memory);
+    own->scratch_size = size;
+}
+
+bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
+    const bool whole = own->scratch_size >= own->program->scratch &&
+                       std::all_of(own->bound.begin(), own->bound.end(),
+                                   [](const auto& entry) { return entry.second.data != nullptr; });
+    if (!whole || stand_in::fails("enqueueV3")) {
+        own->logger.log(ILogger::Severity::kERROR, "Error Code 1: Cuda Runtime\n(out of memory)");
+        return false;
+    }
+    const auto work = [program = own->program, bound = own->bound, scratch = own->scratch, size = own->scratch_size,
+                       changes = own->changes, now = *own->changes, captured = stand_in::capturing(stream)] {
+        if (captured && *changes != now) {
+            std::fprintf(stderr, "stand-in: a CUDA graph is run after its context was changed\n");
+            std::abort();
+        }
+        std::memset(scratch, 7, static_cast<std::size_t>(scratch != nullptr ? size : 0));
+        program->run(bound);
+    };
+    stand_in::queue(stream, work);
+    return true;
+}
+
+ICudaEngine::~ICudaEngine() noexcept { stand_in::count(-1); }
+
+std::int32_t ICudaEngine::getNbIOTensors() const noexcept {
+    return static_cast<std::int32_t>(own->program->tensors.size());
+}
+
+char const* ICudaEngine::getIOTensorName(std::int32_t index) const noexcept {
+    return own->program->tensors[static_cast<std::size_t>(index)].name.c_str();
+}
+
+Dims ICudaEngine::getTensorShape(char const* name) const noexcept { return dims_of(own->of(name).shape); }
+
+DataType ICudaEngine::getTensorDataType(char const* name) const noexcept { return own->of(name).type; }
+
+TensorIOMode ICudaEngine::getTensorIOMode(char const* name) const noexcept {
+    return own->of(name).input ? TensorIOMode::kINPUT : TensorIOMode::kOUTPUT;
+}
+
+Dims ICudaEngine::getProfileShape(char const* name, std::int32_t /*profile*/, OptProfileSelector select) const noexcept {
+    Dims dims = dims_of(own->of(name).shape);
+    dims.d[0] = own->of(name).batch[static_cast<std::size_t>(select)];
+    return dims;
+}
+
+std::int64_t ICudaEngine::getDeviceMemorySizeV2() const noexcept { return own->program->scratch; }
+
+IExecutionContext* ICudaEngine::createExecutionContext(ExecutionContextAllocationStrategy strategy) noexcept {
+    if (stand_in::fails("createExecutionContext") || strategy != ExecutionContextAllocationStrategy::kUSER_MANAGED) {
+        own->logger.log(ILogger::Severity::kERROR, "Error Code 2: OutOfMemory");
+        return nullptr;
+    }
+    stand_in::count(1);
+    auto* context = new IExecutionContext;
+    context->own.reset(new stand_in::Context{own->program, own->logger, {}});
+    return context;
+}
+
+IRuntime::~IRuntime() noexcept { stand_in::count(-1); }
+
+void IRuntime::setEngineHostCodeAllowed(bool allowed) noexcept { host_code = allowed; }
+
+ICudaEngine* IRuntime::deserializeCudaEngine(void const* blob, std::size_t size) noexcept {
+    auto program = stand_in::read_program({static_cast<const char*>(blob), size});
+    if (!program || stand_in::fails("deserializeCudaEngine")) {
+        logger.log(ILogger::Severity::kERROR, "Error Code 4: Internal Error (the plan is\ncorrupt)");
+        return nullptr;
+    }
+    if (!program->warning.empty()) {
+        logger.log(ILogger::Severity::kWARNING, program->warning.c_str());
+    }
+    stand_in::count(1);
+    auto* engine = new ICudaEngine;
+    engine->own.reset(new stand_in::Engine{std::move(program), logger});
+    return engine;
+}
+
+IRuntime* createInferRuntime(ILogger& logger) noexcept {
+    if (stand_in::fails("createInferRuntime")) {
+        logger.log(ILogger::Severity::kERROR, "CUDA initialization failure");
+        return nullptr;
+    }
+    stand_in::count(1);
+    return new IRuntime(logger);
+}
+
+}  // namespace nvinfer1
+
+std::int32_t getInferLibMajorVersion() noexcept { return nvinfer1::version_part(0); }
+std::int32_t getInferLibMinorVersion() noexcept { return nvinfer1::version_part(1); }
+std::int32_t getInferLibPatchVersion() noexcept { return nvinfer1::version_part(2); }
+std::int32_t getInferLibBuildVersion() noexcept { return nvinfer1::version_part(3); }

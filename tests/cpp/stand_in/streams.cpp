@@ -1,0 +1,124 @@
+#include "state.hpp"
+
+using stand_in::real;
+using stand_in::state;
+using stand_in::try_call;
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned /*flags*/) {
+    if (try_call("cudaStreamCreateWithFlags") != cudaSuccess) {
+        return cudaErrorLaunchFailure;
+    }
+    *stream = new CUstream_st;
+    state().streams.insert(*stream);
+    stand_in::count(1);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    stream->run_to(stream->queued);
+    state().streams.erase(stream);
+    delete stream;
+    stand_in::count(-1);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    stream = real(stream);
+    stream->run_to(stream->queued);
+    return try_call("cudaStreamSynchronize");
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned /*flags*/) {
+    if (try_call("cudaStreamWaitEvent") != cudaSuccess) {
+        return cudaErrorLaunchFailure;
+    }
+    const CUevent_st now = *event;
+    stand_in::queue(stream, [now] {
+        if (now.stream != nullptr && state().streams.count(now.stream) > 0) {
+            now.stream->run_to(now.place);
+        }
+    });
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned /*flags*/) {
+    if (try_call("cudaEventCreateWithFlags") != cudaSuccess) {
+        return cudaErrorLaunchFailure;
+    }
+    *event = new CUevent_st;
+    stand_in::count(1);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    delete event;
+    stand_in::count(-1);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    stream = real(stream);
+    *event = {stream, stream->queued};
+    return try_call("cudaEventRecord");
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    if (event->stream != nullptr && (event->stream == &state().null_stream || state().streams.count(event->stream) > 0)) {
+        event->stream->run_to(event->place);
+    }
+    return try_call("cudaEventSynchronize");
+}
+
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t /*start*/, cudaEvent_t /*end*/) {
+    *milliseconds = 1.5F;
+    return try_call("cudaEventElapsedTime");
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode /*mode*/) {
+    if (try_call("cudaStreamBeginCapture", cudaErrorStreamCaptureUnsupported) != cudaSuccess) {
+        return cudaErrorStreamCaptureUnsupported;
+    }
+    stream->capture = new CUgraph_st;
+    stand_in::count(1);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+    *graph = std::exchange(stream->capture, nullptr);
+    if (try_call("cudaStreamEndCapture", cudaErrorStreamCaptureUnsupported) != cudaSuccess) {
+        cudaGraphDestroy(std::exchange(*graph, nullptr));
+        return cudaErrorStreamCaptureUnsupported;
+    }
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long /*flags*/) {
+    if (try_call("cudaGraphInstantiateWithFlags", cudaErrorMemoryAllocation) != cudaSuccess) {
+        return cudaErrorMemoryAllocation;
+    }
+    *exec = new CUgraphExec_st{graph->work};
+    stand_in::count(1);
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+    if (try_call("cudaGraphLaunch") != cudaSuccess) {
+        return cudaErrorLaunchFailure;
+    }
+    for (const std::function<void()>& work : exec->work) {
+        stand_in::queue(stream, work);
+    }
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    delete graph;
+    stand_in::count(-1);
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+    delete exec;
+    stand_in::count(-1);
+    return cudaSuccess;
+}

@@ -1,0 +1,200 @@
+// neck::Engine against the stand-ins: order on streams, graphs, batches, every call that can fail. tests/test_cpp.py
+// writes the plan (float32 (1 to 4, 3, 2, 2) in; float16 and float32 of 5 channels out) and runs this.
+#include <cstdlib>
+#include <functional>
+#include <iostream>
+#include <string>
+#include <vector>
+
+#include "cuda.hpp"
+#include "neck/engine.hpp"
+#include "stand_in.hpp"
+
+namespace {
+
+int failures = 0;
+
+void expect(bool right, const std::string& what) {
+    if (!right) {
+        std::cerr << "not so: " << what << "\n";
+        ++failures;
+    }
+}
+
+void expect_error(const std::function<void()>& call, const std::string& part) {
+    try {
+        call();
+        expect(false, "an error with '" + part + "'");
+    } catch (const neck::Error& error) {
+        expect(std::string(error.what()).find(part) != std::string::npos,
+               "'" + part + "' in '" + error.what() + "'");
+    }
+}
+
+neck::Tensor image_of(std::int64_t batch, float value) {
+    neck::Tensor image{"image", neck::DataType::float32, {batch, 3, 2, 2}, {}};
+    const std::vector<float> values(static_cast<std::size_t>(batch) * 12, value);
+    const auto* begin = reinterpret_cast<const std::byte*>(values.data());
+    image.data.assign(begin, begin + values.size() * sizeof(float));
+    return image;
+}
+
+/// The stand-in gives 2 * value + 0.25 for the second output.
+bool doubled(const std::vector<neck::Tensor>& outputs, std::int64_t batch, float value) {
+    bool right = outputs.size() == 2;
+    for (std::size_t index = 0; right && index < 2; ++index) {
+        right = outputs[index].shape == neck::Shape{batch, 5, 2, 2};
+        for (const float found : outputs[index].to_floats()) {
+            right = right && found == 2 * value + 0.25F * static_cast<float>(index);
+        }
+    }
+    return right;
+}
+
+using neck::OwnedStream;
+
+void test_batches(const std::string& plan, bool graph) {
+    neck::EngineOptions options;
+    options.cuda_graph = graph;
+    neck::Engine engine(plan, options);
+    const OwnedStream one = neck::make_stream("test");
+    const OwnedStream two = neck::make_stream("test");
+    expect_error([&] { engine.device_outputs(); }, "no outputs before its first run");
+    float value = 1;
+    for (const std::int64_t batch : {1, 4, 2, 1, 4, 3}) {  // back and forth: graphs are captured and used again
+        value += 1;
+        expect(doubled(engine.infer(image_of(batch, value), one.get()), batch, value), "the outputs of a batch");
+        expect(!doubled(engine.infer(image_of(batch, value), one.get()), batch, value + 1), "the control");
+    }
+    // copied in on one stream, run on another, read on the first: only the engine's own waits keep the order
+    engine.copy_in(image_of(2, 7), one.get());
+    engine.enqueue(2, two.get());
+    expect(doubled(engine.copy_out(one.get()), 2, 7), "order over two streams");
+    engine.copy_in(image_of(2, 8), two.get());
+    engine.enqueue(2, one.get());
+    engine.copy_in(image_of(2, 9), two.get());  // must not reach the run before
+    expect(doubled(engine.copy_out(two.get()), 2, 8), "an input that is overwritten after its run");
+    engine.enqueue(2, nullptr);  // the null stream
+    expect(doubled(engine.copy_out(nullptr), 2, 9), "the null stream");
+    engine.copy_in(image_of(1, 3), one.get());
+    engine.enqueue(1, one.get());  // left running: the engine waits before it frees its memory
+}
+
+void test_callers_memory(const std::string& plan, bool graph) {
+    neck::EngineOptions options;
+    options.cuda_graph = graph;
+    neck::Engine first(plan, options);
+    const OwnedStream stream = neck::make_stream("test");
+    const neck::Tensor image = image_of(3, 5);
+    const neck::DeviceMemory memory = neck::allocate(image.data.size(), "test");
+    neck::check(cudaMemcpyAsync(memory.get(), image.data.data(), image.data.size(), cudaMemcpyHostToDevice, stream.get()),
+                "test");
+    neck::Engine engine = std::move(first);
+    engine.enqueue(3, stream.get(), memory.get());
+    const std::vector<neck::DeviceTensor> outputs = engine.device_outputs();
+    expect(outputs.size() == 2 && outputs[0].bytes == 3 * 5 * 4 * 2 && outputs[1].bytes == 3 * 5 * 4 * 4, "the sizes");
+    std::vector<float> found(outputs[1].bytes / sizeof(float));
+    neck::check(cudaMemcpyAsync(found.data(), outputs[1].data, outputs[1].bytes, cudaMemcpyDeviceToHost, stream.get()),
+                "test");
+    expect(found.front() == 10.25F && found.back() == 10.25F, "outputs read where they are");
+    engine = neck::Engine(plan, options);  // the old one goes
+    expect(doubled(engine.infer(image, stream.get()), 3, 5), "an engine put in the place of another");
+}
+
+void test_refusals(const std::string& plan) {
+    neck::EngineOptions options;
+    options.max_batch = 2;
+    neck::Engine engine(plan, options);
+    const OwnedStream stream = neck::make_stream("test");
+    expect_error([&] { engine.infer(image_of(3, 1), stream.get()); },
+                 "image is float32 (3, 3, 2, 2); expected image: float32 (1 to 2, 3, 2, 2)");
+    expect_error([&] { engine.enqueue(0, stream.get()); }, "image is float32 (0, 3, 2, 2); expected image");
+    expect_error([&] { engine.enqueue(-1, stream.get()); }, "expected image");
+    neck::Tensor image = image_of(1, 1);
+    image.shape = {1, 3, 4, 1};
+    expect_error([&] { engine.infer(image, stream.get()); }, "image is float32 (1, 3, 4, 1); expected");
+    image.shape = {};
+    expect_error([&] { engine.infer(image, stream.get()); }, "image is float32 (); expected");
+    image = image_of(1, 1);
+    image.type = neck::DataType::int32;
+    expect_error([&] { engine.infer(image, stream.get()); }, "image is int32 (1, 3, 2, 2); expected");
+    image = image_of(1, 1);
+    image.data.pop_back();
+    expect_error([&] { engine.infer(image, stream.get()); }, "expected image");
+    expect(doubled(engine.infer(image_of(2, 1), stream.get()), 2, 1), "it goes on after a refusal");
+    options.max_batch = 5;
+    expect_error([&] { neck::Engine(plan, options); }, "a largest batch of 5 was asked; expected image: float32 (1 to 4");
+    options = {};
+    options.device = 3;
+    expect_error([&] { neck::Engine(plan, options); }, "there is no GPU 3; here are 1");
+}
+
+/// Lets every call of a function fail, one after the other, until none is left.
+void test_failures(const std::string& plan, const std::string& function, bool graph) {
+    const int before = stand_in::alive();
+    int seen = 0;
+    for (int call = 1;; ++call) {
+        unsetenv("STAND_IN_FAIL");
+        stand_in::start_over();
+        setenv("STAND_IN_FAIL", (function + ":" + std::to_string(call)).c_str(), 1);
+        std::string told;
+        try {
+            neck::EngineOptions options;
+            options.cuda_graph = graph;
+            neck::Engine engine(plan, options);
+            const OwnedStream stream = neck::make_stream("test");
+            const bool right = doubled(engine.infer(image_of(2, 6), stream.get()), 2, 6);
+            expect(right || stand_in::has_failed(), function + ": wrong outputs without a failure");
+        } catch (const neck::Error& error) {
+            told = error.what();
+        }
+        unsetenv("STAND_IN_FAIL");
+        expect(stand_in::alive() == before, function + ": something is left on the GPU after call " + std::to_string(call));
+        if (!stand_in::has_failed()) {
+            break;
+        }
+        ++seen;
+        const bool quiet = told.empty() && (function == "cudaEventSynchronize" || function == "cudaSetDevice" ||
+                                            function == "cudaGetDevice");  // in a destructor, which goes on
+        expect(quiet || told.find("; ") != std::string::npos || told.find("test") == 0,
+               function + ": no error with a remedy: '" + told + "'");
+        expect(told.find('\n') == std::string::npos, function + ": more than one line");
+        if (function == "cudaMalloc") {
+            expect(told.find("out of device memory; 20.0 of 24.0 GB of device memory are free; if too little, end other "
+                             "programs or take a smaller batch") != std::string::npos, told);
+        }
+        if (graph && function == "cudaStreamBeginCapture") {
+            expect(told.find("no CUDA graph can be captured (operation not permitted when stream is capturing); run it "
+                             "without one") != std::string::npos, told);
+        }
+    }
+    std::cout << function << (graph ? " (graph)" : "") << ": " << seen << " calls failed\n";
+    expect(seen > 0, function + " is never called");
+}
+
+}  // namespace
+
+int main(int count, char** values) {
+    if (count != 2) {
+        return 2;
+    }
+    const std::string plan = values[1];
+    for (const bool graph : {false, true}) {
+        test_batches(plan, graph);
+        test_callers_memory(plan, graph);
+        for (const char* function :
+             {"createInferRuntime", "deserializeCudaEngine", "createExecutionContext", "setInputShape", "setTensorAddress",
+              "enqueueV3", "cudaMalloc", "cudaMemGetInfo", "cudaMemcpyAsync", "cudaGetDevice", "cudaSetDevice",
+              "cudaGetDeviceProperties", "cudaDeviceGetAttribute", "cudaStreamCreateWithFlags", "cudaStreamSynchronize",
+              "cudaStreamWaitEvent", "cudaEventCreateWithFlags", "cudaEventRecord", "cudaEventSynchronize"}) {
+            test_failures(plan, function, graph);
+        }
+    }
+    for (const char* function :
+         {"cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiateWithFlags", "cudaGraphLaunch"}) {
+        test_failures(plan, function, true);
+    }
+    test_refusals(plan);
+    expect(stand_in::alive() == 0, "nothing is left on the GPU");
+    return failures == 0 ? 0 : 1;
+}
