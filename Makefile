@@ -7,15 +7,19 @@ BIN := .venv/bin
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,rtx,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,rtx,triton,bench,dev]'
 	touch $@
+
+# a real tritonserver for the tests (55 MB); without it they are skipped
+.triton/ready: tests/server-setup.sh
+	PYTHON=$(PYTHON) sh tests/server-setup.sh
 
 demo: .venv/ready
 	$(BIN)/neck-export onnx --checkpoint random --precision fp16 --output build/sam3-encoder.onnx
 	$(BIN)/neck-export trt build/sam3-encoder.onnx --fp16
 
 # a process a core, a file in one process (its traces are shared), one thread each
-test: .venv/ready
+test: .venv/ready .triton/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test-slow: .venv/ready
@@ -27,4 +31,4 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .triton build

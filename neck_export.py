@@ -222,11 +222,15 @@ def verify(
 ) -> None:
     """Compares a file with the plain PyTorch module and writes the verdict into its manifest."""
     with stage() as report:
+        tolerances = parse_tolerances(tolerance)
         if file.suffix == ".plan":
-            from engines.verify import verify_plan_file as check
+            from engines.verify import verify_plan_file
+
+            verdict = verify_plan_file(file, checkpoint, images, tolerances, report, save=save_reference)
         else:
-            from export.pipeline import verify_file as check
-        verdict = check(file, checkpoint, images, parse_tolerances(tolerance), report, save=save_reference)
+            from export.pipeline import verify_file
+
+            verdict = verify_file(file, checkpoint, images, tolerances, report, save=save_reference)
     show_verdict(verdict)
     if save_reference:
         typer.echo(save_reference)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_onnx, shared_encoder
+from conftest import Save, run_onnx, shared_encoder
 from exporting import golden_options, neck_export_cli, trace_quickly
 from test_session import facts, write_plan
 from test_verify_plan import CONFIG, OnnxSession, export, source
@@ -61,7 +60,7 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         write_reference(tmp_path / "file" / "reference.npz", np.zeros((1, 2, 2, 3), np.uint8), {})
 
 
-def plan_of(tmp_path: Path, save: Any, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: ANN401 - conftest's Save
+def plan_of(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A plan whose engine is ONNX Runtime."""
     path, signature = export(save)
     plan = tmp_path / "x.plan"
@@ -74,8 +73,8 @@ def plan_of(tmp_path: Path, save: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_plan_is_verified_again_and_its_manifest_says_so(
     tmp_path: Path,
-    save: Any,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: ANN401
+    save: Save,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = plan_of(tmp_path, save, monkeypatch)
     saved = tmp_path / "reference.npz"
@@ -94,8 +93,8 @@ def test_a_plan_is_verified_again_and_its_manifest_says_so(
 
 def test_the_reference_of_a_plan_is_written_where_it_cannot_run(
     tmp_path: Path,
-    save: Any,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: ANN401
+    save: Save,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = plan_of(tmp_path, save, monkeypatch)
     monkeypatch.undo()
