@@ -66,6 +66,14 @@ def images() -> np.ndarray:
 
 
 @functools.cache
+def files() -> np.ndarray:
+    """The same pictures as PNG files, one in a row."""
+    data = np.empty((PICTURES, 1), dtype=np.object_)
+    data[:, 0] = [as_file(one) for one in pixels()]
+    return data
+
+
+@functools.cache
 def expected() -> Arrays:
     return reference(images())
 
@@ -111,14 +119,17 @@ class Answers:
     failed: list[str] = dataclasses.field(default_factory=list)
 
 
-def one_client(server: Server, number: int, stop: threading.Event, references: list[Arrays], answers: Answers) -> None:
+def one_client(
+    server: Server, number: int, stop: threading.Event, references: list[Arrays], ensemble: bool, answers: Answers
+) -> None:
     """Sends requests of 1 to 3 pictures of its own choice and checks each answer against its own pictures."""
     chance = np.random.default_rng(number)
+    model, inputs = ("sam3-encoder-pictures", files()) if ensemble else ("sam3-encoder", images())
     try:
-        with client_of(server, "http" if number % 2 else "grpc") as client:
+        with client_of(server, "http" if number % 2 else "grpc", model=model) as client:
             while not stop.is_set():
                 indices = chance.choice(PICTURES, size=int(chance.integers(1, 4)), replace=False).tolist()
-                found = client.infer(images()[indices])
+                found = client.infer(inputs[indices])
                 wanted = [{name: value[indices] for name, value in one.items()} for one in references]
                 fits = [version for version, one in enumerate(wanted, start=1) if same(one, found)]
                 if len(fits) != 1:
@@ -130,12 +141,14 @@ def one_client(server: Server, number: int, stop: threading.Event, references: l
 
 
 class Load:
-    """Clients that send for as long as the block takes."""
+    """Clients that send for as long as the block takes, the first few of them picture files to the ensemble."""
 
-    def __init__(self, server: Server, references: list[Arrays], clients: int = CLIENTS) -> None:
+    def __init__(self, server: Server, references: list[Arrays], clients: int = CLIENTS, ensemble: int = 0) -> None:
         self.stop, self.answers = threading.Event(), [Answers() for _ in range(clients)]
         self.threads = [
-            threading.Thread(target=one_client, args=(server, number, self.stop, references, answers))
+            threading.Thread(
+                target=one_client, args=(server, number, self.stop, references, number < ensemble, answers)
+            )
             for number, answers in enumerate(self.answers)
         ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import json
 import re
 import socket
@@ -17,11 +18,26 @@ import pytest
 pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install 'neck-export[triton]'")
 
 import tritonclient.http
-from serving import as_file, client_of, expected, images, part, passes, pictures_of, pixels, reference, still_right
+from serving import (
+    as_file,
+    client_of,
+    expected,
+    files,
+    images,
+    part,
+    passes,
+    pictures_of,
+    pixels,
+    reference,
+    still_right,
+)
 from triton_server import Server, running, stand_in_plan, stand_in_repository, why_missing
 
+from engines.flavor import has_gpu
+from engines.triton_client.__main__ import main
 from engines.triton_client.errors import ClientError
 from export.fidelity import compare
+from export.signature import BatchRange
 from neck.pictures import load_pictures, normalise
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
@@ -40,12 +56,13 @@ def plan(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path, plan: Path) -> Iterator[Server]:
-    """Serves the plan, the ONNX file that it came from, and a uint8 plan, each with its ensemble."""
+    """Serves the plan, its ONNX file, a uint8 plan, and an FP16 plan with a fixed batch of 2."""
     stand_in_repository(folder, plan, ensemble=True)
     stand_in_repository(folder, plan.with_suffix(".onnx"), name="onnx-encoder")
     raw = stand_in_plan(folder, "raw", input_kind="uint8")
-    repository = stand_in_repository(folder, raw, name="raw-encoder", ensemble=True)
-    with running(repository) as one:
+    stand_in_repository(folder, raw, name="raw-encoder", ensemble=True)
+    pair = stand_in_plan(folder, "pair", batch=BatchRange(2, 2, 2), precision="fp16", necks="sam3", positions="none")
+    with running(stand_in_repository(folder, pair, name="pair-encoder")) as one:
         yield one
 
 
@@ -82,6 +99,88 @@ def test_the_onnx_file_and_the_uint8_plan_answer_the_same(server: Server) -> Non
         assert passes(part([5, 6]), found) and not passes(part([6, 5]), found)
 
 
+def test_a_fixed_batch_in_fp16(server: Server, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{index}.png" for index in range(4)]
+    for path, one in zip(paths, pixels(), strict=False):
+        path.write_bytes(as_file(one))
+    wanted = {name: value for name, value in part([0, 1, 2, 3]).items() if name.startswith("sam3_feat_")}
+    for memory in ("none", "system"):
+        with client_of(server, model="pair-encoder", memory=memory) as client:
+            found = client.features(paths)
+            assert {value.dtype for value in found.values()} == {np.dtype(np.float16)}
+            assert sorted(found) == sorted(wanted) and compare(wanted, found, "fp16", "test").passed
+            assert not compare(wanted, client.features(paths[::-1]), "fp16", "test").passed
+            with pytest.raises(ClientError, match="3 pictures: pair-encoder takes exactly 2 at once"):
+                client.features(paths[:3])
+            with pytest.raises(ClientError, match=r"unexpected shape.*Expected \[2,3,112,112\], got \[1,"):
+                client.infer(images()[:1])
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_the_command(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], protocol: str) -> None:
+    """More pictures than one batch holds, some of the outputs, saved."""
+    paths = [tmp_path / f"{index:02}.png" for index in range(11)]
+    for path, one in zip(paths, pixels(), strict=False):
+        path.write_bytes(as_file(one))
+    url = server.http_url if protocol == "http" else server.grpc_url
+    options = ["--url", url, "--protocol", protocol, "--shared-memory", "system", "--runs", "2"]
+    saved = tmp_path / "features.npz"
+    assert main([*map(str, paths), *options, "--outputs", "sam3_feat_*,sam2_pos_1", "--save", str(saved)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "sam3_feat_0: float32 (11, 16, 32, 32)" and lines[-1].startswith("4 requests, median ")
+    with np.load(saved) as file:
+        found = dict(file)
+    assert sorted(found) == ["sam2_pos_1", *(f"sam3_feat_{level}" for level in range(4))]
+    assert passes({name: part(list(range(11)))[name] for name in found}, found)
+    for more, words in ((["--outputs", "sam4_*"], "no output sam4_*; it has"), (["--save", "/no/f.npz"], "cannot be")):
+        assert main([str(paths[0]), *options, *more]) == 1
+        told = capsys.readouterr().err
+        assert words in told and len(told.splitlines()) == 1
+
+
+def test_picture_files_have_no_place_in_shared_memory(server: Server) -> None:
+    refused = pytest.raises(ClientError, match="no fixed size for shared memory")
+    with client_of(server, model="sam3-encoder-pictures", memory="system") as client, refused:
+        client.infer(files()[:1])
+
+
+def test_cuda_shared_memory_without_its_library(server: Server) -> None:
+    if importlib.util.find_spec("cuda"):
+        pytest.skip("CUDA's Python bindings are installed")
+    with pytest.raises(
+        ClientError, match=r"cuda_shared_memory cannot be used here.*pip install 'tritonclient\[cuda\]'"
+    ):
+        client_of(server, memory="cuda")
+
+
+@pytest.mark.gpu
+def test_answers_through_cuda_shared_memory(server: Server) -> None:
+    """The stand-in copies to the CPU and back; the memory, its handles and their way are the real ones."""
+    if not has_gpu() or not importlib.util.find_spec("cuda"):
+        pytest.skip("needs an NVIDIA GPU with its driver, and tritonclient[cuda]")
+    with client_of(server, memory="cuda") as client:
+        found = client.infer(images()[:3])
+    assert passes(part([0, 1, 2]), found) and not passes(part([3, 4, 5]), found)
+
+
+def test_a_server_that_dies(folder: Path, plan: Path) -> None:
+    """The next request is an error in words, and no shared memory is left."""
+    stand_in_repository(folder / "other", plan)
+    with running(folder / "other" / "model_repository") as other:
+        client = client_of(other, memory="system")
+        before = set(Path("/dev/shm").glob("neck-*"))
+        client.infer(images()[:1])
+        held = set(Path("/dev/shm").glob("neck-*")) - before
+        assert len(held) == 1 + len(expected())
+        other.process.terminate()
+        other.process.wait(timeout=60)
+        with pytest.raises(ClientError, match="no answer"):
+            client.infer(images()[:1])
+        with pytest.raises(ClientError, match="no answer"):
+            client.close()
+    assert not any(path.exists() for path in held)
+
+
 @pytest.mark.parametrize("model", ["sam3-encoder-pictures", "raw-encoder-pictures"])
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_the_ensemble_takes_picture_files(server: Server, tmp_path: Path, model: str, protocol: str) -> None:
@@ -98,7 +197,7 @@ def test_the_ensemble_takes_picture_files(server: Server, tmp_path: Path, model:
 
 
 def test_the_ensemble_resizes_as_neck_pictures_does(server: Server, tmp_path: Path) -> None:
-    """Its Pillow differs from torch by one level in 3 of 10,000 values: FP16's tolerance, not FP32's."""
+    """Its Pillow differs from torch by a level in 1 of 100 to 1000 values: FP16's tolerance, not FP32's."""
     path = tmp_path / "large.png"
     path.write_bytes(as_file(pictures_of(7, 1, 301)[0]))
     wanted = reference(normalise(load_pictures([path], (112, 112))).numpy())

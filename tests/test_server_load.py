@@ -120,17 +120,20 @@ def until(done: Callable[[], bool], load: Load, seconds: float = 60) -> None:
 def test_versions_change_under_load(
     tmp_path: Path, plan: Path, tuned: tuple[Path, Arrays], broken: Path, mode: str
 ) -> None:
-    repository = stand_in_repository(tmp_path, plan)
+    repository = stand_in_repository(tmp_path, plan, ensemble=True)
     explicit = mode == "explicit"
-    with running(repository, *CONTROL[mode]) as server, Load(server, [expected(), tuned[1]], clients=4) as load:
+    with (
+        running(repository, *CONTROL[mode]) as server,
+        Load(server, [expected(), tuned[1]], clients=4, ensemble=1) as load,
+    ):
         load.wait(0.5)
         assert load.newest() == {1}
 
-        stand_in_repository(tmp_path, tuned[0])  # version 2
+        stand_in_repository(tmp_path, tuned[0], ensemble=True)  # version 2
         assert not explicit or load_model(server) == ""
         until(lambda: load.newest() == {2}, load)
 
-        stand_in_repository(tmp_path, broken)  # version 3
+        stand_in_repository(tmp_path, broken, ensemble=True)  # version 3
         if explicit:
             assert "version 3 is at UNAVAILABLE" in load_model(server)
         until(lambda: "failed to load 'sam3-encoder' version 3" in server.log.read_text(), load)
@@ -149,7 +152,7 @@ def test_versions_change_under_load(
         assert load.newest() == {2}
 
         config.write_text(good)
-        stand_in_repository(tmp_path, plan)  # version 4, the first encoder again
+        stand_in_repository(tmp_path, plan, ensemble=True)  # version 4, the first encoder again
         assert not explicit or load_model(server) == ""
         until(lambda: load.newest() == {1}, load)
     assert load.faults == []

@@ -59,7 +59,7 @@ class TritonClient:
         try:
             self._shared = None if memory == "none" else SharedMemory(self._client, memory)
             with told(self.url):
-                self.model = describe(self._client, model, version, outputs, as_json=protocol == "grpc")
+                self.model = describe(self._client, model, version, outputs, self._limit.get("client_timeout"))
         except BaseException:
             self._client.close()
             raise
@@ -74,7 +74,8 @@ class TritonClient:
         """Gives shared memory back and closes the connection."""
         try:
             if self._shared:
-                self._shared.close()
+                with told(self.url):
+                    self._shared.close()
         finally:
             self._client.close()
 

@@ -39,20 +39,21 @@ class Model:
     fixed: bool
 
 
-def describe(client: Any, name: str, version: str, outputs: Sequence[str], as_json: bool) -> Model:  # noqa: ANN401
+def describe(client: Any, name: str, version: str, outputs: Sequence[str], grpc_timeout_s: float | None) -> Model:  # noqa: ANN401
     """Asks the server what a model takes and gives.
 
     Args:
         client: tritonclient's.
         name, version: the model; an empty version is the latest.
         outputs: names or wildcards of the outputs that are wanted; empty for all.
-        as_json: whether the client must be asked for dicts (gRPC).
+        grpc_timeout_s: seconds that each call of a gRPC client may take; None for an HTTP client, which knows its own.
 
     Raises:
         ClientError: the model is not ready, or has no such outputs, or is no encoder.
     """
-    asked = {"as_json": True} if as_json else {}
-    if not client.is_model_ready(name, version):
+    limit = {} if grpc_timeout_s is None else {"client_timeout": grpc_timeout_s}
+    asked: dict[str, Any] = {"as_json": True, **limit} if limit else {}
+    if not client.is_model_ready(name, version, **limit):
         raise ClientError(_why_not_ready(client.get_model_repository_index(**asked), name, version))
     metadata = client.get_model_metadata(name, version, **asked)
     config = client.get_model_config(name, version, **asked)

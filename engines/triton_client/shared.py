@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from typing import Any, Literal
 
@@ -54,9 +55,10 @@ class SharedMemory:
         return np.array(self._library.get_contents_as_numpy(handle, TYPES[tensor.datatype], shape))
 
     def close(self) -> None:
-        """Gives every region back."""
-        for tensor in list(self._regions):
-            self._give_back(tensor)
+        """Gives every region back, also where the server is gone."""
+        with contextlib.ExitStack() as stack:
+            for tensor in list(self._regions):
+                stack.callback(self._give_back, tensor)
 
     def _give_back(self, tensor: str) -> None:
         name, handle, _ = self._regions.pop(tensor)
