@@ -1,0 +1,337 @@
+"""Kubernetes files against Kubernetes' own schemas, KServe's and kustomize's against hand-written ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from test_triton import COMPATIBLE, write_plan
+
+from engines.kubernetes import HEADER
+from engines.triton import Repository, RepositoryOptions, TritonError, make_repository
+
+KUBERNETES = "1.31"
+"""Oldest version whose schemas the files must pass; the newest that the validator knows is tried, too."""
+
+
+def closed(**properties: Any) -> dict[str, Any]:  # noqa: ANN401
+    """An object with these fields and no other; those that begin with `!` are required."""
+    required = [name.removeprefix("!") for name in properties if name.startswith("!")]
+    fields = {name.removeprefix("!"): schema for name, schema in properties.items()}
+    return {"type": "object", "properties": fields, "required": required, "additionalProperties": False}
+
+
+def each(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": schema, "minItems": 1}
+
+
+TEXT, WHOLE, TRUTH, ANY = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}, {"type": "object"}
+TEXTS = {"type": "object", "additionalProperties": TEXT}
+METADATA = closed(**{"!name": TEXT, "labels": TEXTS, "annotations": TEXTS})
+
+SERVING_RUNTIME = closed(
+    **{"!apiVersion": {"const": "serving.kserve.io/v1alpha1"}, "!kind": {"const": "ServingRuntime"}},
+    **{"!metadata": METADATA},
+    **{
+        "!spec": closed(
+            annotations=TEXTS,
+            supportedModelFormats=each(closed(**{"!name": TEXT}, version=TEXT, autoSelect=TRUTH, priority=WHOLE)),
+            protocolVersions=each({"enum": ["v1", "v2", "grpc-v1", "grpc-v2"]}),
+            **{"!containers": each(ANY)},
+            volumes=each(ANY),
+        )
+    },
+)
+"""The fields of KServe's ServingRuntime that are used, as its documentation of serving.kserve.io/v1alpha1 has them.
+
+Containers, volumes and affinity are Kubernetes' own: they are checked inside a Pod (`as_pod`).
+"""
+
+INFERENCE_SERVICE = closed(
+    **{"!apiVersion": {"const": "serving.kserve.io/v1beta1"}, "!kind": {"const": "InferenceService"}},
+    **{"!metadata": METADATA},
+    **{
+        "!spec": closed(
+            **{
+                "!predictor": closed(
+                    minReplicas=WHOLE,
+                    maxReplicas=WHOLE,
+                    tolerations=each(ANY),
+                    affinity=ANY,
+                    **{
+                        "!model": closed(
+                            **{"!modelFormat": closed(**{"!name": TEXT}, version=TEXT)},
+                            runtime=TEXT,
+                            protocolVersion={"enum": ["v1", "v2", "grpc-v1", "grpc-v2"]},
+                            storageUri=TEXT,
+                        )
+                    },
+                )
+            }
+        )
+    },
+)
+
+KUSTOMIZATION = closed(
+    **{"!apiVersion": {"const": "kustomize.config.k8s.io/v1beta1"}, "!kind": {"const": "Kustomization"}},
+    **{"!resources": each(TEXT)},
+)
+
+OWN_SCHEMAS = {
+    "ServingRuntime": SERVING_RUNTIME,
+    "InferenceService": INFERENCE_SERVICE,
+    "Kustomization": KUSTOMIZATION,
+}
+
+
+def as_pod(document: dict[str, Any]) -> dict[str, Any]:
+    """What is Kubernetes' own in one of KServe's documents, as a Pod."""
+    spec = document["spec"].get("predictor", document["spec"])
+    container = {"name": "kserve-container", "image": "triton"}
+    own = {key: spec[key] for key in ("affinity", "tolerations", "volumes") if key in spec}
+    pod = {"containers": spec.get("containers", [container]), **own}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": document["metadata"], "spec": pod}
+
+
+def check(document: dict[str, Any], version: str = KUBERNETES) -> None:
+    """Checks one document strictly; a kind that has no schema fails."""
+    if document["kind"] in OWN_SCHEMAS:
+        jsonschema.validate(document, OWN_SCHEMAS[document["kind"]])
+        if document["kind"] != "Kustomization":
+            check(as_pod(document), version)
+        return
+    kubernetes_validate.validate(document, version, strict=True)
+
+
+def make(plan: Path, folder: Path, **changes: Any) -> Repository:  # noqa: ANN401
+    options = {"kubernetes": folder / "cluster", **changes}
+    return make_repository(RepositoryOptions(plan, folder / "repository", **options))
+
+
+def documents(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return {path.name: list(yaml.safe_load_all(path.read_text())) for path in sorted(folder.glob("*.yaml"))}
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    return write_plan(tmp_path / "in" / "encoder.plan")
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "ensemble": {"ensemble": True, "outputs": ("sam3_feat_*",)},
+    "gpus": {"gpus": 4},
+    "s3": {"storage": "s3://models.example.com:9000/sam3/encoder"},
+    "folder": {"storage": "pvc://shared/models/sam3"},
+    "mixed": {"more": True},
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_every_document_is_valid(case: str, plan: Path, tmp_path: Path) -> None:
+    changes = dict(CASES[case])
+    if changes.pop("more", False):
+        changes["more"] = (write_plan(tmp_path / "in" / "other.plan", compute_capabilities=["12.0"]),)
+    found = make(plan, tmp_path, **changes)
+    files = documents(tmp_path / "cluster")
+    kinds = {document["kind"] for content in files.values() for document in content}
+    stored = set() if case == "s3" else {"PersistentVolumeClaim"}
+    assert kinds == stored | set(OWN_SCHEMAS) | {
+        *("Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget"),
+    }
+    for version in (KUBERNETES, kubernetes_validate.latest_version()):
+        for content in files.values():
+            for document in content:
+                check(document, version)
+    assert files["kustomization.yaml"][0]["resources"] == [
+        name for name in ("deployment.yaml", "service.yaml", "autoscaler.yaml", "storage.yaml") if name in files
+    ]
+    assert {path for path in found.files if path.parent == tmp_path / "cluster"} == set(
+        (tmp_path / "cluster").iterdir()
+    )
+
+
+FAULTS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+    ("Deployment", lambda found: found["spec"].update(replica=3)),
+    ("Deployment", lambda found: found["spec"]["template"]["spec"]["containers"][0].update(limits={})),
+    ("Deployment", lambda found: found["spec"]["template"]["spec"]["containers"][0]["startupProbe"].update(path="/")),
+    ("Deployment", lambda found: found["spec"].pop("selector")),
+    ("Service", lambda found: found["spec"]["ports"][0].update(port="http")),
+    ("HorizontalPodAutoscaler", lambda found: found["spec"].update(maxReplicas="many")),
+    ("HorizontalPodAutoscaler", lambda found: found["spec"]["metrics"][0]["pods"].update(name="x")),
+    ("PersistentVolumeClaim", lambda found: found["spec"].update(accessModes="ReadWriteMany")),
+    ("PodDisruptionBudget", lambda found: found["spec"].update(minimum=1)),
+    ("ServingRuntime", lambda found: found["spec"].update(models=[])),
+    ("ServingRuntime", lambda found: found["spec"]["containers"][0].update(gpus=1)),
+    ("ServingRuntime", lambda found: found["spec"].pop("containers")),
+    ("InferenceService", lambda found: found["spec"]["predictor"]["model"].pop("modelFormat")),
+    ("InferenceService", lambda found: found["spec"]["predictor"]["model"].update(storageURI="x")),
+    ("InferenceService", lambda found: found["spec"]["predictor"]["affinity"].update(nodes=[])),
+    ("Kustomization", lambda found: found.update(resource=[])),
+    ("Deployment", lambda found: found.update(kind="Deploiment")),
+    ("InferenceService", lambda found: found.update(kind="InferenceServices")),
+]
+
+
+def test_a_planted_fault_is_seen(plan: Path, tmp_path: Path) -> None:
+    """The control: a wrong field, a missing one, or an unknown kind is not passed over."""
+    make(plan, tmp_path)
+    whole = {document["kind"]: document for content in documents(tmp_path / "cluster").values() for document in content}
+    failures = (
+        kubernetes_validate.ValidationError,
+        kubernetes_validate.SchemaNotFoundError,
+        jsonschema.ValidationError,
+    )
+    for kind, plant in FAULTS:
+        check(whole[kind])
+        faulty = copy.deepcopy(whole[kind])
+        plant(faulty)
+        with pytest.raises(failures):
+            check(faulty)
+
+
+def container_of(document: dict[str, Any]) -> dict[str, Any]:
+    return document["spec"]["template"]["spec"]["containers"][0]
+
+
+def test_a_pod_has_what_triton_needs(plan: Path, tmp_path: Path) -> None:
+    found = make(plan, tmp_path, gpus=2)
+    files = documents(tmp_path / "cluster")
+    (deployment,) = files["deployment.yaml"]
+    pod, container = deployment["spec"]["template"]["spec"], container_of(deployment)
+    assert found.container == "25.09" and container["image"] == "nvcr.io/nvidia/tritonserver:25.09-py3"
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "2"
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": 8000, "grpc": 8001, "metrics": 8002}
+    probes = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
+    ready, live = {"path": "/v2/health/ready", "port": "http"}, {"path": "/v2/health/live", "port": "http"}
+    assert probes == {"startup": ready, "readiness": ready, "liveness": live}
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+    assert volumes[mounts["/models"]]["persistentVolumeClaim"]["claimName"] == "sam3-encoder-models"
+    assert files["storage.yaml"][0]["metadata"]["name"] == "sam3-encoder-models"
+    drained = int(next(item for item in container["args"] if "exit-timeout" in item).partition("=")[2])
+    pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["terminationGracePeriodSeconds"] >= pause + drained
+    assert pod["securityContext"]["runAsNonRoot"] and container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert "--strict-readiness=false" in container["args"]
+    labels = deployment["spec"]["template"]["metadata"]["labels"].items()
+    assert deployment["spec"]["selector"]["matchLabels"].items() <= labels
+    assert files["service.yaml"][0]["spec"]["selector"].items() <= labels
+
+
+def expressions(document: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
+    affinity = document["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]
+    (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    return {item["key"]: (item["operator"], item["values"]) for item in term["matchExpressions"]}
+
+
+MAJOR, MINOR = "nvidia.com/gpu.compute.major", "nvidia.com/gpu.compute.minor"
+
+
+def test_mixed_gpu_generations(plan: Path, tmp_path: Path) -> None:
+    other = write_plan(tmp_path / "in" / "other.plan", compute_capabilities=["12.0"])
+    make(plan, tmp_path, more=(other,))
+    files = documents(tmp_path / "cluster")
+    ada, blackwell = files["deployment.yaml"]
+    assert expressions(ada) == {MAJOR: ("In", ["8"]), MINOR: ("In", ["9"])}
+    assert expressions(blackwell) == {MAJOR: ("In", ["12"]), MINOR: ("In", ["0"])}
+    selectors = [found["spec"]["selector"]["matchLabels"] for found in (ada, blackwell)]
+    assert selectors[0] != selectors[1]  # or each Deployment would count the other's pods
+    (service,) = files["service.yaml"]
+    assert all(service["spec"]["selector"].items() <= selector.items() for selector in selectors)
+    scaled = [
+        found["spec"]["scaleTargetRef"]["name"] for found in files["autoscaler.yaml"] if "metrics" in found["spec"]
+    ]
+    assert scaled == [found["metadata"]["name"] for found in (ada, blackwell)]
+    assert len([found for found in files["kserve.yaml"] if found["kind"] == "InferenceService"]) == 2
+
+
+def test_a_plan_for_every_gpu_from_ampere_on(tmp_path: Path) -> None:
+    options = {"version_compatible": False, "hardware_compatible": "ampere+"}
+    make(write_plan(tmp_path / "encoder.plan", options=options), tmp_path)
+    (deployment,) = documents(tmp_path / "cluster")["deployment.yaml"]
+    assert expressions(deployment) == {MAJOR: ("Gt", ["7"])} and deployment["metadata"]["name"] == "sam3-encoder"
+
+
+def test_the_autoscaler_asks_for_waiting_requests(plan: Path, tmp_path: Path) -> None:
+    make(plan, tmp_path, name="Our.Model_1")
+    text = (tmp_path / "cluster" / "autoscaler.yaml").read_text()
+    scaler = next(yaml.safe_load_all(text))
+    waiting, processor = scaler["spec"]["metrics"]
+    assert waiting["pods"]["metric"]["name"] == "nv_inference_pending_request_count"
+    assert waiting["pods"]["metric"]["selector"]["matchLabels"] == {"model": "Our.Model_1"}  # Triton's name
+    assert waiting["pods"]["target"]["averageValue"] == "8"  # one full batch
+    assert processor["resource"]["name"] == "cpu" and "prometheus-adapter" in text
+    assert scaler["metadata"]["name"] == "our-model-1-cc-8-9"  # Kubernetes' name
+
+
+def test_s3_and_a_folder_of_a_volume(plan: Path, tmp_path: Path) -> None:
+    make(plan, tmp_path, storage="s3://bucket/models")
+    files = documents(tmp_path / "cluster")
+    container = container_of(files["deployment.yaml"][0])
+    assert "--model-repository=s3://bucket/models" in container["args"] and "storage.yaml" not in files
+    assert all(entry["valueFrom"]["secretKeyRef"]["name"] == "sam3-encoder-s3" for entry in container["env"])
+    make(plan, tmp_path, storage="pvc://shared/models/sam3")
+    files = documents(tmp_path / "cluster")
+    mount = next(
+        mount for mount in container_of(files["deployment.yaml"][0])["volumeMounts"] if mount["name"] == "models"
+    )
+    assert mount["subPath"] == "models/sam3" and mount["readOnly"] is True
+    assert files["storage.yaml"][0]["metadata"]["name"] == "shared"
+    assert files["kserve.yaml"][1]["spec"]["predictor"]["model"]["storageUri"] == "pvc://shared/models/sam3"
+
+
+def test_the_ensembles_image_has_pillow(plan: Path, tmp_path: Path) -> None:
+    make(plan, tmp_path, ensemble=True)
+    files = documents(tmp_path / "cluster")
+    dockerfile = (tmp_path / "cluster" / "Dockerfile").read_text()
+    assert "FROM nvcr.io/nvidia/tritonserver:25.09-py3\n" in dockerfile and "pip install" in dockerfile
+    images = {
+        container_of(files["deployment.yaml"][0])["image"],
+        files["kserve.yaml"][0]["spec"]["containers"][0]["image"],
+    }
+    assert images == {"sam3-encoder-triton:25.09-py3"}
+
+
+def test_a_version_compatible_plan_tells_triton(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path / "encoder.plan", options=COMPATIBLE, tensorrt_version="10.9.0.34")
+    make(plan, tmp_path)
+    flag = "--backend-config=tensorrt,version-compatible=true"
+    assert flag in container_of(documents(tmp_path / "cluster")["deployment.yaml"][0])["args"]
+    make(write_plan(tmp_path / "other.plan"), tmp_path, name="other")
+    assert flag not in container_of(documents(tmp_path / "cluster")["deployment.yaml"][0])["args"]
+
+
+def test_what_is_refused(plan: Path, tmp_path: Path) -> None:
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"storage": "/mnt/models"}, "storage '/mnt/models': expected pvc://CLAIM"),
+        ({"storage": "pvc://Bad_Name"}, "expected pvc://CLAIM"),
+        ({"gpus": 0}, "0 GPUs per pod: expected 1 to 16"),
+        ({"kubernetes": tmp_path / "repository" / "cluster"}, "lies in the model repository"),
+        ({"kubernetes": plan}, "encoder.plan: is a file; name a folder by --kubernetes"),
+    ]
+    for changes, message in refused:
+        with pytest.raises(TritonError, match=message):
+            make(plan, tmp_path, **changes)
+    unknown = write_plan(tmp_path / "unknown.plan", tensorrt_version="11.4.0.106")
+    with pytest.raises(TritonError, match="no Triton container with TensorRT 11.4.0.106 is known.*by --container"):
+        make(unknown, tmp_path)
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "service.yaml").write_text("kind: Service\n")
+    with pytest.raises(TritonError, match=r"service\.yaml: is there and not written by neck-export"):
+        make(plan, tmp_path)
+    assert not (tmp_path / "repository").exists()
+    (tmp_path / "cluster" / "service.yaml").unlink()
+    make(unknown, tmp_path, container="27.01")
+    written = [path.read_text() for path in (tmp_path / "cluster").iterdir()]
+    assert written and all(text.startswith(HEADER) for text in written)
+    make(unknown, tmp_path, container="27.01")  # its own files are written again
+    assert not list((tmp_path / "cluster").glob(".*"))
