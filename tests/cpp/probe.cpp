@@ -2,12 +2,14 @@
 //   probe half                        65536 float32: every half
 //   probe picture HEIGHT WIDTH FILE   uint8 pixels, then float32 normalised
 //   probe npz|plan|pictures FILE...   one line for each: what is in it, or the error
+//   probe leak|overflow               does wrong what the sanitizers and the stand-ins must see
 #include <cstdio>
 #include <cstring>
 #include <iostream>
 #include <string>
 #include <vector>
 
+#include "cuda_runtime_api.h"
 #include "neck/error.hpp"
 #include "neck/manifest.hpp"
 #include "neck/npz.hpp"
@@ -49,6 +51,15 @@ int main(int count, char** values) {
     if (kind == "half") {
         dump_halves();
         return 0;
+    }
+    if (kind == "leak") {
+        cudaStream_t stream = nullptr;
+        return static_cast<int>(cudaStreamCreateWithFlags(&stream, 0));
+    }
+    if (kind == "overflow") {
+        void* memory = nullptr;
+        cudaMalloc(&memory, 4);
+        return static_cast<const volatile char*>(memory)[count + 2];
     }
     try {
         if (kind == "picture") {

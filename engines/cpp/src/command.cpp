@@ -1,5 +1,8 @@
 #include "command.hpp"
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -30,6 +33,21 @@ void append(std::vector<Tensor>& joined, std::vector<Tensor>&& part) {
         joined[index].shape.at(0) += part.at(index).shape.at(0);
         joined[index].data.insert(joined[index].data.end(), part[index].data.begin(), part[index].data.end());
     }
+}
+
+/// Gives closed standard streams to /dev/null, lest the next file or socket that is opened takes their number.
+/// \return whether standard output was open.
+bool fill_descriptors() {
+    bool open_out = true;
+    for (const int number : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
+        if (fcntl(number, F_GETFD) == -1) {
+            open_out = open_out && number != STDOUT_FILENO;
+            if (open("/dev/null", O_RDWR) != number) {  // NOLINT: it stays open
+                return false;
+            }
+        }
+    }
+    return open_out;
 }
 
 Exit print_usage(const std::string& help, const std::string& why) {
@@ -112,6 +130,10 @@ Exit print_comparison(const Reference& reference, const std::vector<Tensor>& out
 }
 
 int run_command(const std::string& name, const std::string& help, const std::function<Exit()>& command) {
+    if (!fill_descriptors()) {
+        std::cerr << name << ": standard output is closed\n";
+        return Exit::failed;
+    }
     // a reader that went away, such as `head`, is told below instead
     std::signal(SIGPIPE, SIG_IGN);
     Exit code = Exit::failed;
