@@ -22,6 +22,8 @@ POLL_SECONDS = 30
 PAUSE_SECONDS = 10
 """Before SIGTERM, so that the Service has left the pod out by then."""
 
+PILLOW = "pip install --no-cache-dir pillow"
+
 EXPLAINED = {
     "deployment.yaml": """
 # --strict-readiness=false: with it every pod is unready while a new version loads, and stays so if that one is broken,
@@ -71,10 +73,8 @@ def kubernetes_files(serving: Serving) -> dict[str, str]:
         name: HEADER + EXPLAINED.get(name, "").lstrip("\n") + _dump(content) for name, content in documents.items()
     }
     if serving.pillow:
-        files["Dockerfile"] = (
-            HEADER
-            + f"FROM {image(serving.container)}\nENV PIP_BREAK_SYSTEM_PACKAGES=1\nRUN pip install --no-cache-dir pillow\n"
-        )
+        steps = (f"FROM {image(serving.container)}", "ENV PIP_BREAK_SYSTEM_PACKAGES=1", f"RUN {PILLOW}")
+        files["Dockerfile"] = HEADER + "".join(f"{step}\n" for step in steps)
     return files
 
 

@@ -23,7 +23,7 @@ def schema() -> Any:  # noqa: ANN401 - a generated module without types
         TritonError: tritonclient is not installed.
     """
     try:
-        from tritonclient.grpc import model_config_pb2  # type: ignore[import-untyped]
+        from tritonclient.grpc import model_config_pb2
     except ImportError as error:
         raise TritonError(f"tritonclient is not installed ({error}): pip install 'neck-export[triton]'") from None
     return model_config_pb2
