@@ -303,6 +303,7 @@ def test_the_client_tells_what_the_server_refuses(server: Server, protocol: str)
         (images()[:1, :, :100], "unexpected shape"),
         (images()[:1].astype(np.float16), "data-type is 'FP16'"),
         (images()[:9], "batch-size must be <= 8"),
+        (np.repeat(images(), 20, axis=0), "batch-size must be <= 8"),  # 72 MB
     ]
     with client_of(server, protocol) as client:
         for value, words in cases:

@@ -158,3 +158,11 @@ def test_versions_change_under_load(
     assert load.faults == []
     for answers in load.answers:
         assert [fits for fits, _ in groupby(answers.versions)] == [1, 2, 1]
+
+
+def test_a_server_that_starts_with_a_broken_version_ends(tmp_path: Path, plan: Path, broken: Path) -> None:
+    """So a rolling update stops at its first pod, while those that run go on serving."""
+    stand_in_repository(tmp_path, plan)
+    repository = stand_in_repository(tmp_path, broken)
+    with pytest.raises(RuntimeError, match="failed to load 'sam3-encoder' version 2"), running(repository):
+        pass

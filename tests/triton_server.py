@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import http.client
 import os
+import re
 import shutil
 import signal
 import socket
@@ -80,7 +81,7 @@ def running(repository: Path, *options: str, start_s: float = START_S) -> Iterat
         start_s: seconds that it may take until it is ready.
 
     Raises:
-        RuntimeError: it ended or was not ready in time; the message holds the end of its log.
+        RuntimeError: it ended or was not ready in time; the message holds the errors of its log.
     """
     with tempfile.TemporaryDirectory(prefix="triton-") as name:
         folder = Path(name)
@@ -96,7 +97,8 @@ def running(repository: Path, *options: str, start_s: float = START_S) -> Iterat
             text = server.log.read_text(errors="replace")
             if "in use" not in text:  # another process was faster to take the port
                 break
-        raise RuntimeError(f"tritonserver was not ready within {start_s:g} s:\n{text[-3000:]}")
+        errors = [line for line in text.splitlines() if re.match(r"[EF]\d{4} |error", line)]
+        raise RuntimeError(f"tritonserver ended or was not ready within {start_s:g} s:\n" + "\n".join(errors or [text]))
 
 
 def _backends(folder: Path) -> Path:
