@@ -1,4 +1,4 @@
-"""Writes README's table of figures from the newest results in benchmarks/results.
+"""Writes README's tables of figures from the newest results in benchmarks/results.
 
 python -m benchmarks.table [--check]
 """
@@ -8,8 +8,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.changes import hardware
+from benchmarks.findings import (
+    error_figure,
+    label_of,
+    median_ms,
+    milliseconds,
+    missing,
+    ranked,
+    ratio_figure,
+    scaled,
+    size_name,
+    verdict,
+    worst_error,
+)
+from benchmarks.markdown import escaped, table_lines
+from benchmarks.records import Result, of_machine, read_result
+from benchmarks.tables import Table
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
@@ -17,12 +36,12 @@ BEGIN, END = "<!-- figures: python -m benchmarks.table -->\n", "<!-- end of figu
 
 
 def main() -> None:
-    """Writes the table, or with --check exits 1 where it is not what the results say."""
+    """Writes the tables, or with --check exits 1 where they are not what the results say."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     text = README.read_text(encoding="utf-8")
-    made = with_table(text, newest("export"))
+    made = with_table(text, newest("export"), newest_benches())
     if arguments.check:
         sys.exit(int(made != text))
     README.write_text(made, encoding="utf-8")
@@ -36,17 +55,58 @@ def newest(kind: str) -> dict[str, Any]:
     return json.loads(files[-1].read_text(encoding="utf-8"))
 
 
-def with_table(readme: str, result: dict[str, Any]) -> str:
-    """README with the table between its two marks."""
+def newest_benches(folder: Path = RESULTS) -> list[tuple[Result, dict[str, Any]]]:
+    """Each machine with the newest bench-DATE-*.json that measured it, GPUs first; empty where there is none.
+
+    Raises:
+        BenchError: a file of another form.
+    """
+    results = [read_result(path) for path in sorted(folder.glob("bench-*.json"))]
+    found: dict[tuple[Any, ...], tuple[Result, dict[str, Any]]] = {}
+    for result in sorted(results, key=lambda result: str(result["date"])):  # stable: of one day the last name stays
+        for machine in result["machines"]:
+            found[hardware(machine)] = (result, machine)
+    return sorted(found.values(), key=lambda pair: (pair[1]["environment"]["gpu"] is None, pair[1]["name"]))
+
+
+def with_table(readme: str, export: dict[str, Any], benches: Sequence[tuple[Result, dict[str, Any]]] = ()) -> str:
+    """README with the tables between its two marks."""
     before, _, rest = readme.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:
-        sys.exit(f"{README}: has no place for the table ({BEGIN.strip()})")
-    return before + BEGIN + "\n".join(table(result)) + "\n" + END + after
+        sys.exit(f"{README}: has no place for the tables ({BEGIN.strip()})")
+    blocks = [*(bench_lines(result, machine) for result, machine in benches), table(export)]
+    return before + BEGIN + "\n\n".join("\n".join(lines) for lines in blocks) + "\n" + END + after
+
+
+def bench_lines(result: Result, machine: dict[str, Any]) -> list[str]:
+    """The backends of one machine as Markdown, fastest first."""
+    encoder = result["encoder"]
+    date, command = (of_machine(result, machine, key) for key in ("date", "command"))
+    place = f"{size_name(encoder['image_size'], encoder['batch'])}, {machine['name']}, {date}"
+    rows = ranked(result, machine)
+    to = next((label_of(result, row["ratio"]["to"]) for row in rows if row.get("ratio")), "the reference")
+    head: tuple[str, ...] = ("", "latency, p50", f"ratio to {to}", "worst relative L2", "host peak", "device peak")
+    cells: tuple[tuple[str, ...], ...] = tuple(
+        (
+            row["label"],
+            milliseconds(median_ms(row)),
+            ratio_figure(row),
+            error_figure(worst_error(row)) + ("" if row["passed"] else f" ({verdict(row)})"),
+            scaled(row.get("peak_host_bytes"), "B"),
+            scaled(row.get("peak_device_bytes"), "B"),
+        )
+        for row in rows
+    )
+    if not any(row.get("peak_device_bytes") for row in rows):
+        head, cells = head[:-1], tuple(row[:-1] for row in cells)
+    lines = [f"The encoder, {escaped(place)}, `{' '.join(command.split())}`:", "", *table_lines(Table("", head, cells))]
+    gone = dict.fromkeys(row["label"] for row in missing(result, machine) if row["sweep"] is None)
+    return lines + ([f"\nNot measured there: {escaped('; '.join(gone))}."] if gone else [])
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """The table as Markdown."""
+    """The exporter's own cost as Markdown."""
     machine = result["machine"]
     lines = [
         f"Full size (1008 x 1008, sam3 neck with positions), {machine['processor']}, {machine['cores']} cores, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from typing import Any
 
@@ -37,7 +38,12 @@ LIMITS = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 def synthetic_result(
     seed: int = 0, gpu: bool = False, sweep: bool = True, scale: float = 1.0, levels: int = 4
 ) -> Result:
-    """A result of one machine; `scale` multiplies every latency."""
+    """A result of one machine; `scale` multiplies every latency. The caller's own to change."""
+    return copy.deepcopy(_made(seed, gpu, sweep, scale, levels))
+
+
+@functools.cache
+def _made(seed: int, gpu: bool, sweep: bool, scale: float, levels: int) -> Result:
     generator = np.random.default_rng(seed)
     rows = [_row(generator, *backend, scale=scale) for backend in BACKENDS]
     rows += [_missing(*backend) for backend in MISSING]
@@ -87,7 +93,7 @@ def synthetic_result(
         "export": None,
     }
     check_result(result, "synthetic")
-    return copy.deepcopy(result)
+    return result
 
 
 def synthetic_features(generator: np.random.Generator, levels: int = 4) -> dict[str, np.ndarray]:
