@@ -115,7 +115,7 @@ def significant(value: float, digits: int = 3) -> str:
         return "0"
     exponent = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
     if not -4 <= exponent < 7:
-        return f"{value:.{digits - 1}e}".replace("e-0", "e-").replace("e+0", "e")
+        return f"{value:.{digits - 1}e}".replace("e-0", "e-").replace("e+", "e")
     return f"{value:,.{max(0, digits - 1 - exponent)}f}"
 
 
