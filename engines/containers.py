@@ -11,12 +11,14 @@ TENSORRT = {
     "24.05": "10.0.1",
     "24.07": "10.2.0",
     "24.08": "10.3.0",
+    "24.12": "10.7.0",
     "25.01": "10.8.0",
     "25.06": "10.11.0",
     "25.08": "10.13.2",
     "25.09": "10.13.3",
     "25.11": "10.14.1",
     "25.12": "10.14.1",
+    "26.07": "11.1.0",
 }
 """TensorRT of Triton's containers, as far as it could be read on 2026-11-22.
 
@@ -109,7 +111,8 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
     if asked is None:
         fitting = [name for name, carried in TENSORRT.items() if carried == _short(version)]
         if not fitting and compatible:
-            fitting = [name for name, carried in TENSORRT.items() if _key(carried) > _key(version)]
+            later = [name for name, carried in TENSORRT.items() if _key(carried) > _key(version)]
+            fitting = [name for name in later if _key(TENSORRT[name])[0] == _key(version)[0]] or later
         if not fitting:
             return None, [f"no Triton container with {needed} is known here; NVIDIA's support matrix names it"]
         asked = fitting[-1]

@@ -26,8 +26,8 @@ PILLOW = "pip install --no-cache-dir pillow"
 
 EXPLAINED = {
     "deployment.yaml": """
-# --strict-readiness=false: with it every pod is unready while a new version loads, and stays so if that one is broken,
-# though the old one serves (Triton core, InferenceServer::IsReady). A model that fails at start-up ends the server.
+# --strict-readiness=false: if strict, a pod is unready while a version loads, and a broken new version makes every pod
+# unready for good though the old one serves (seen with Triton 2.51). A model that fails at start-up ends the server.
 # --model-control-mode=poll: versions are renamed into the repository whole, so none is seen half.
 # requests and limits of cpu and memory are estimates; measure yours.
 """,
@@ -244,8 +244,8 @@ def check_folder(folder: Path, files: Sequence[str]) -> None:
         TritonError: naming the first.
     """
     if folder.exists() and not folder.is_dir():
-        raise TritonError(f"{folder}: is a file; name a folder by --kubernetes")
+        raise TritonError(f"{folder}: is a file, where the Kubernetes files' folder goes; move it")
     for name in files:
         path = folder / name
         if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(HEADER[:30]):
-            raise TritonError(f"{path}: is there and not written by neck-export; move it, or name another --kubernetes")
+            raise TritonError(f"{path}: is there and not written by neck-export; move it, since it would be lost")

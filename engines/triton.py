@@ -11,11 +11,10 @@ from typing import Any
 from engines.containers import choose_container, needs_compatible
 from engines.kubernetes import check_folder, kubernetes_files
 from engines.serving import Serving, kubernetes_name
-from engines.triton_config import ELSEWHERE, check_contract, engine_config, read_config, to_text
+from engines.triton_config import engine_config, to_text
 from engines.triton_ensemble import PREPROCESS_MODEL, chosen_config, pictures_config, preprocess_config
 from engines.triton_files import (
     CONFIG,
-    MANIFEST,
     disk_errors,
     install,
     lay_out,
@@ -25,8 +24,9 @@ from engines.triton_files import (
     versions,
     write_texts,
 )
+from engines.triton_held import check_ensembles, check_held
 from engines.triton_source import Source, TritonError, check_same_encoder, choose_outputs, read_model, verification_note
-from export.manifest import ManifestError, locked, read_manifest
+from export.manifest import locked
 
 __all__ = ["Repository", "RepositoryOptions", "TritonError", "make_repository"]
 
@@ -113,7 +113,8 @@ def make_repository(options: RepositoryOptions, report: Callable[[str], None] = 
         options.output.mkdir(parents=True, exist_ok=True)
         with locked(options.output):
             for model in models:
-                _check_held(options.output / model.name, model.config, source if model.files else None)
+                check_held(options.output / model.name, model.config, source if model.files else None)
+            check_ensembles(options.output, models[0].config, [model.name for model in models])
             version = next_version(options.output / options.name, options.version)
             report(f"version {version} of {options.name}")
             written: list[Path] = []
@@ -147,6 +148,8 @@ def _models(options: RepositoryOptions, source: Source, plans: dict[str, Source]
     laid = [(plans[capability], file) for capability, file in files.items()]
     laid = laid or [(source, "model.plan" if source.kind == "plan" else "model.onnx")]
     models = [_Model(options.name, config, files=tuple(laid))]
+    if plans:
+        notes.append(f"GPUs of other compute capabilities than {', '.join(plans)} find no plan in {options.name}")
     if len(listed) != len(chosen):
         name = f"{options.name}-outputs"
         models.append(_Model(name, chosen_config(source, name, options.name, chosen)))
@@ -223,40 +226,3 @@ def _check_options(options: RepositoryOptions) -> None:
         raise TritonError(f"queue delay {options.queue_delay_us} us: expected 0 or more")
     if options.output.exists() and not options.output.is_dir():
         raise TritonError(f"{options.output}: is a file; name a folder for the model repository by --output")
-
-
-def _check_held(model: Path, config: Any, source: Source | None) -> None:  # noqa: ANN401
-    """Refuses a folder that holds something else than older versions of this model; `source` is what an engine runs."""
-    if not model.exists():
-        return
-    if not model.is_dir():
-        raise TritonError(f"{model}: is a file; {ELSEWHERE}")
-    held = read_config(model / CONFIG)
-    if held is None:
-        if any(model.iterdir()):
-            raise TritonError(f"{model}: the folder holds another model (no {CONFIG}); {ELSEWHERE}")
-        return
-    check_contract(model, held, config)
-    if source is None:
-        return
-    for version in versions(model):
-        where = model / str(version) / MANIFEST
-        try:
-            old = read_manifest(where, source.kind)
-        except ManifestError as error:
-            raise TritonError(
-                f"{model}: the folder holds another model, not written by neck-export ({error}); {ELSEWHERE}"
-            ) from None
-        before, after = _shared(old), _shared(source.manifest)
-        different = [key for key in after if before[key] is not None and before[key] != after[key]]
-        if different:
-            raise TritonError(
-                f"{model}: the folder holds another model (version {version} has another {', '.join(different)}); "
-                f"{ELSEWHERE}"
-            )
-
-
-def _shared(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What all versions of a model have in common; their weights differ, or there were no need of a version."""
-    exported = manifest.get("onnx_manifest") if manifest["kind"] == "plan" else manifest
-    return {"precision": manifest.get("precision"), "encoder": (exported or {}).get("encoder")}

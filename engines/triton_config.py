@@ -12,9 +12,6 @@ from export.signature import BatchRange, TensorSpec
 MOST_CUDA_GRAPHS = 16
 """Each keeps memory of its own: where the batch may be larger, only the profile's three sizes are captured."""
 
-ELSEWHERE = "choose another --name or --output"
-"""What to do about a folder that is taken."""
-
 
 def schema() -> Any:  # noqa: ANN401 - a generated module without types
     """Triton's protobuf module.
@@ -111,35 +108,6 @@ def read_config(path: Path) -> Any | None:  # noqa: ANN401
         return None
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
         raise TritonError(f"{path}: cannot be read as a Triton config ({error}); mend or move it") from None
-
-
-def contract(config: Any) -> dict[str, Any]:  # noqa: ANN401
-    """What clients and older versions of a model rely on, in words; outputs by name."""
-    names = schema().DataType.Name
-    tensors = {
-        f"{key} {tensor.name}": f"{names(tensor.data_type)} {list(tensor.dims)}"
-        for key in ("input", "output")
-        for tensor in getattr(config, key)
-    }
-    backend = config.platform or config.backend
-    return {"backend": backend, "max_batch_size": config.max_batch_size, **tensors}
-
-
-def check_contract(path: Path, old: Any, new: Any) -> None:  # noqa: ANN401
-    """Refuses a config that breaks clients or versions of the one that is there; outputs may come and go.
-
-    Raises:
-        TritonError: saying what differs.
-    """
-    before, after = contract(old), contract(new)
-    inputs = {key for key in {**before, **after} if not key.startswith("output ")}
-    shared = {key for key in before if key in after}
-    different = sorted(key for key in inputs | shared if before.get(key) != after.get(key))
-    if different or not any(key.startswith("output ") for key in shared):
-        told = [f"{key} was {before.get(key, 'absent')}, is {after.get(key, 'absent')}" for key in different]
-        raise TritonError(
-            f"{path}: the folder holds another model ({'; '.join(told) or 'no output in common'}); {ELSEWHERE}"
-        )
 
 
 def _preferred(batch: BatchRange) -> list[int]:

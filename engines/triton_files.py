@@ -12,12 +12,14 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from engines.triton_config import ELSEWHERE
 from engines.triton_source import Source, TritonError
-from export.manifest import staging
+from export.manifest import ManifestError, check_files, staging
 
 CONFIG = "config.pbtxt"
 MANIFEST = "manifest.json"
+
+ELSEWHERE = "choose another --name or --output"
+"""What to do about a folder that is taken."""
 
 FICLONE = 0x40049409
 """ioctl of linux/fs.h: a file that shares the blocks of another until one of them is written."""
@@ -83,7 +85,9 @@ def lay_out(folder: Path, sources: Sequence[tuple[Source, str]]) -> None:
             _copy(file, target)
             entries.append(entry | {"name": target.name})
         where = folder / (MANIFEST if index == 0 else f"{name}.json")
-        where.write_text(json.dumps(source.manifest | {"files": entries}, indent=1) + "\n", encoding="utf-8")
+        manifest = source.manifest | {"files": entries}
+        where.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        check_files(where, manifest, hashes=False)  # read_model compared the hashes; this sees a file replaced since
 
 
 def install(stage: Path, model: Path, version: int) -> list[Path]:
@@ -139,10 +143,12 @@ def disk_errors(output: Path) -> Iterator[None]:
     """Turns what the file system says into one sentence.
 
     Raises:
-        TritonError: for every OSError.
+        TritonError: for every OSError, and for a file that changed while it was copied.
     """
     try:
         yield
+    except ManifestError as error:
+        raise TritonError(str(error)) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TritonError(f"{output}: the disk is full; make room or choose another --output") from None

@@ -316,7 +316,7 @@ def test_what_is_refused(plan: Path, tmp_path: Path) -> None:
         ({"storage": "pvc://Bad_Name"}, "expected pvc://CLAIM"),
         ({"gpus": 0}, "0 GPUs per pod: expected 1 to 16"),
         ({"kubernetes": tmp_path / "repository" / "cluster"}, "lies in the model repository"),
-        ({"kubernetes": plan}, "encoder.plan: is a file; name a folder by --kubernetes"),
+        ({"kubernetes": plan}, "encoder.plan: is a file, where the Kubernetes"),
     ]
     for changes, message in refused:
         with pytest.raises(TritonError, match=message):

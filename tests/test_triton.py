@@ -222,6 +222,30 @@ def test_an_ensemble_from_pictures(plan: Path, tmp_path: Path) -> None:
     assert tensors(config_of(fixed, "fixed-pictures").input) == [("picture", string, [3])]
 
 
+def test_an_ensemble_is_not_left_without_its_outputs(onnx_file: Path, tmp_path: Path) -> None:
+    make(onnx_file, tmp_path, ensemble=True)
+    with pytest.raises(TritonError, match=r"sam3-encoder-pictures: answers with sam2_feat_0.*add --ensemble"):
+        make(onnx_file, tmp_path, outputs=("sam3_*",))
+    make(onnx_file, tmp_path)  # all that it asks for is there
+    found = make(onnx_file, tmp_path, outputs=("sam3_*",), ensemble=True)
+    assert len(config_of(found).output) == len(config_of(found, "sam3-encoder-pictures").output) == 8
+
+
+def test_a_plan_that_is_replaced_while_it_is_copied(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = engines.triton_files._copy
+
+    def other(file: Path, target: Path) -> None:
+        copy(file, target)
+        target.write_bytes(b"another build")
+
+    monkeypatch.setattr(engines.triton_files, "_copy", other)
+    with pytest.raises(TritonError, match="has 13 bytes, its manifest says 104"):
+        make(plan, tmp_path)
+    assert listing(tmp_path / "repository") == {}
+
+
 def test_a_new_preprocessing_is_a_new_version(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(plan, tmp_path, ensemble=True)
     newer = tmp_path / "model.py"
@@ -350,6 +374,7 @@ def test_several_plans_by_compute_capability(tmp_path: Path) -> None:
     first, second = plans(tmp_path, {"compute_capabilities": ["8.6"]})
     found = make(first, tmp_path, more=(second,))
     assert dict(config_of(found).cc_model_filenames) == {"8.9": "model_8.9.plan", "8.6": "model_8.6.plan"}
+    assert "GPUs of other compute capabilities than 8.9, 8.6 find no plan in sam3-encoder" in found.notes
     version = found.path / "sam3-encoder" / "1"
     assert (version / "model_8.6.plan").read_bytes() == b"ptrt 8.6"
     for where in (version / "manifest.json", version / "model_8.6.plan.json"):
@@ -519,6 +544,8 @@ COMPATIBLE = {"version_compatible": True, "hardware_compatible": "none"}
         ("10.13.3.9", {}, None, "25.09", "has TensorRT 10.13.3, as the plan needs"),
         ("10.13.3.9", {}, "25.09", "25.09", "as the plan needs"),
         ("10.14.1.48", {}, None, "25.12", "as the plan needs"),
+        ("11.1.0.106", {}, None, "26.07", "as the plan needs"),
+        ("10.15.1.29", COMPATIBLE, None, "26.07", "--backend-config=tensorrt,version-compatible=true"),
         ("11.4.0.106", {}, None, None, "no Triton container with TensorRT 11.4.0.106 exactly is known here"),
         ("11.4.0.106", {}, "27.01", "27.01", "which TensorRT is in container 27.01 is not known here"),
         ("10.9.0.34", COMPATIBLE, None, "25.12", "--backend-config=tensorrt,version-compatible=true"),
