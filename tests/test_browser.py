@@ -135,7 +135,7 @@ class Served:
 
 
 def changed(report: Path, tmp_path: Path, old: str, new: str) -> Path:
-    page = tmp_path / "changed.html"
+    page = tmp_path / f"changed{len(list(tmp_path.iterdir()))}.html"  # a browser may keep a page of the same name
     text = report.read_text(encoding="utf-8")
     assert old in text
     page.write_text(text.replace(old, new, 1), encoding="utf-8")
