@@ -83,6 +83,7 @@ def read_model(path: Path) -> Source:
         check_files(where, manifest)
         if path.name not in [entry["name"] for entry in manifest["files"]]:
             raise TritonError(f"{where}: does not speak of {path.name}; write the file again")
+        _check_facts(manifest)
         source = Source(path, kind, manifest, *_tensors(manifest))
         _check_tensors(source)
         verification_note(source)
@@ -177,6 +178,23 @@ def _refuse_rtx(path: Path, header: bytes, manifest: Mapping[str, Any]) -> None:
             f"{path}: is a plan of TensorRT-RTX, which Triton's tensorrt backend cannot load; build it on the serving "
             f"GPU by `neck-export trt --flavor tensorrt`, or serve the ONNX file"
         )
+
+
+def _check_facts(manifest: Mapping[str, Any]) -> None:
+    """Refuses a manifest whose facts are not of the kind that is read here."""
+    exported = manifest.get("onnx_manifest") if manifest["kind"] == "plan" else manifest
+    wanted: list[tuple[str, Any, type]] = []
+    if manifest["kind"] == "plan":
+        version, options = manifest["tensorrt_version"], manifest["options"]
+        if not re.fullmatch(r"\d+(\.\d+){2,3}", str(version)):
+            raise TypeError(f"tensorrt_version is {version!r}")
+        wanted += [("options", options, dict), ("version_compatible", options["version_compatible"], bool)]
+    if exported is not None:
+        wanted += [(key, exported[key], dict) for key in ("encoder", "weights")]
+        wanted.append(("opset", exported.get("opset", 0), int))
+    for name, value, kind in wanted:
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r}")
 
 
 def _tensors(manifest: Mapping[str, Any]) -> tuple[BatchRange, TensorSpec, tuple[TensorSpec, ...]]:

@@ -491,6 +491,26 @@ def test_a_manifest_that_does_not_fit(changes: dict[str, Any], message: str, pla
     assert not (tmp_path / "repository").exists()
 
 
+@pytest.mark.parametrize("value", [None, 3, "x", {"x": 3}], ids=str)
+def test_a_manifest_with_anything_in_it(value: Any, plan: Path, onnx_file: Path, tmp_path: Path) -> None:  # noqa: ANN401
+    """Each fact, missing or of another type, is served or refused, never a traceback."""
+    onnx = tmp_path / "onnx" / onnx_file.name
+    shutil.copytree(onnx_file.parent, onnx.parent)
+    refused = 0
+    for model in (plan, onnx):
+        where = manifest_path(model)
+        whole = json.loads(where.read_text())
+        for key in whole:
+            content = {name: fact for name, fact in whole.items() if name != key}
+            where.write_text(json.dumps(content if value is None else content | {key: value}))
+            try:
+                make(model, tmp_path / str(refused), kubernetes=tmp_path / "cluster")
+            except TritonError:
+                refused += 1
+        where.write_text(json.dumps(whole))
+    assert refused > 10
+
+
 def test_files_that_are_none(plan: Path, tmp_path: Path) -> None:
     with pytest.raises(TritonError, match="is a folder; name a plan"):
         make(tmp_path, tmp_path)
