@@ -283,6 +283,76 @@ def triton(
 
 
 @app.command()
+def bench(
+    files: Annotated[list[Path] | None, typer.Argument(help="With --merge: the report.json files")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A small size, few rounds, no sweeps: minutes")] = False,
+    checkpoint: Annotated[str | None, typer.Option(help="As of `onnx` [default: sam3.pt here]")] = None,
+    config: Annotated[Path | None, typer.Option(help="encoder.json, where the weights do not tell")] = None,
+    image_size: Annotated[str | None, typer.Option(help="Pixels: 1008, or height x width: 1008x672")] = None,
+    batch: Annotated[int, typer.Option(help="Pictures in a run", min=1)] = 1,
+    neck: Annotated[str, typer.Option(help="sam3, both, all, or names with commas")] = "sam3",
+    levels: Annotated[str, typer.Option(help="Levels with commas, 0 the finest")] = "all",
+    positions: Annotated[Literal["graph", "none"], typer.Option(help="Position encodings: outputs or none")] = "graph",
+    images: Annotated[Path | None, typer.Option(help="Folder of pictures to compare outputs on")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: the GPU where there is one")] = "auto",
+    backend: Annotated[list[str] | None, typer.Option(help="Measure this one [default: all; see report.md]")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Times that every backend has its turn", min=1)] = None,
+    sweep: Annotated[bool, typer.Option(help="Also 336 to 1344 pixels, and batches of 1 to 8")] = True,
+    minutes: Annotated[float | None, typer.Option(help="Begin no further backend after so long")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an interrupted run measured")] = False,
+    plan: Annotated[Path | None, typer.Option(help="A plan whose kernels go into the report")] = None,
+    export: Annotated[bool, typer.Option("--export", help="Also what the export costs, at full size")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Measure nothing: one report of several report.json")] = False,
+    compare: Annotated[Path | None, typer.Option(help="An older report.json: exit 3 where something got worse")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of report.json, report.md, report.html")] = Path("report"),
+) -> None:
+    """Measures every way to run the encoder here, and how exact each is; writes a report."""
+    if bool(files) != merge:
+        raise typer.BadParameter("give files with --merge, and --merge with files", param_hint="--merge")
+    with stage() as report:
+        from benchmarks.bench import BenchOptions, run_bench
+        from benchmarks.changes import compare_results
+        from benchmarks.records import merge_results, read_result
+        from benchmarks.report import check_folder, write_report
+        from neck.config import EncoderConfig
+
+        check_folder(output)
+        older = read_result(compare) if compare else None
+        if files:
+            result = merge_results([read_result(file) for file in files])
+        else:
+            options = BenchOptions(
+                output=output,
+                quick=quick,
+                checkpoint=choose_checkpoint(checkpoint),
+                config=EncoderConfig.from_file(config) if config else None,
+                image_size=parse_size(image_size) if image_size else None,
+                batch=batch,
+                necks=neck,
+                levels=levels,
+                positions=positions,
+                images=images,
+                device=device,
+                backends=tuple(backend or ()),
+                rounds=rounds,
+                sweep=sweep,
+                minutes=minutes,
+                fresh=fresh,
+                plan=plan,
+                export=export,
+            )
+            result = run_bench(options, report)
+        _, text, page = write_report(result, output)
+        changes = compare_results(result, older) if older else []
+    typer.echo(text.read_text(encoding="utf-8"))
+    typer.echo(page)
+    for change in changes:
+        typer.echo(change, err=True)
+    if changes:
+        raise typer.Exit(3)
+
+
+@app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="An ONNX file or a plan")],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,

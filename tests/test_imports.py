@@ -16,8 +16,8 @@ FLOORS = ("neck", "export", "engines", "benchmarks", "neck_export")
 MOST_LINES = 280
 """CONVENTIONS asks for about 250."""
 
-FRONT_DOOR_LINES = 520
-"""The command line has every option of eleven commands with its help, and little else."""
+FRONT_DOOR_LINES = 540
+"""The command line has every option of ten commands with its help, and little else."""
 
 
 def sources(floor: str) -> list[Path]:
