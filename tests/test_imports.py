@@ -17,7 +17,7 @@ MOST_LINES = 280
 """CONVENTIONS asks for about 250."""
 
 FRONT_DOOR_LINES = 540
-"""The command line has every option of ten commands with its help, and little else."""
+"""The command line has every option of nine commands with its help, and little else."""
 
 
 def sources(floor: str) -> list[Path]:
