@@ -1,32 +1,39 @@
 #!/bin/sh
 # Sets up .triton/: a real tritonserver (2.51, from the nvidia-pytriton wheel) and what its Python models import.
-# `sh tests/server-setup.sh [folder]` ends with folder/ready; PYTHON names the Python (3.10 to 3.12).
+# `sh tests/server-setup.sh [folder]` ends with folder/ready; where that cannot be, folder/why says why and the tests
+# that need it are skipped. PYTHON names the Python, else the first of python3, python3.12, 3.11, 3.10 that will do.
 set -eu
 cd "$(dirname "$0")/.."
 folder=${1:-.triton}
-python=${PYTHON:-python3}
 state=$(sha256sum tests/server-setup.sh | cut -d ' ' -f 1)  # a folder that another state of this file made is made again
 if [ -f "$folder/ready" ] && [ "$(cat "$folder/ready")" = "$state" ]; then
     touch "$folder/ready"
     exit 0
 fi
 rm -rf "$folder"
+mkdir -p "$folder"
+
+refuse() {
+    echo "$1" | tee "$folder/why" >&2
+    exit 0
+}
+
+for python in "${PYTHON:-python3}" python3.12 python3.11 python3.10 ''; do
+    [ -n "$python" ] || refuse "no Triton server: its stub and numpy 1 need Python 3.10 to 3.12 (set PYTHON)"
+    # numpy 2 would give the Python backend zero bytes without an error, and numpy 1 has no wheel for 3.13
+    "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && break
+done
 "$python" -m venv "$folder"
+# of pytriton the server alone is used; last, for pip would tell of its other dependencies
 pip="$folder/bin/python -m pip install --quiet --disable-pip-version-check"
-# numpy 2 would give the Python backend zero bytes without an error; of pytriton the server alone is used, last, for
-# pip would tell of its other dependencies
-$pip 'numpy<2' 'onnxruntime>=1.23' 'pillow>=11'
-$pip --no-deps nvidia-pytriton==0.7.0
-server=$("$folder/bin/python" -c 'import pathlib, sysconfig; print(pathlib.Path(sysconfig.get_paths()["purelib"], "pytriton", "tritonserver"))')
+$pip 'numpy<2' 'onnxruntime>=1.23' 'pillow>=11' && $pip --no-deps nvidia-pytriton==0.7.0 ||
+    refuse "no Triton server: pip could not install it (above)"
+server=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib") + "/pytriton/tritonserver")')
 version=$("$folder/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 stub=$server/python_backend_stubs/$version/triton_python_backend_stub
-if [ ! -f "$stub" ]; then
-    echo "server-setup: nvidia-pytriton 0.7.0 has no stub for Python $version; set PYTHON to one of 3.10 to 3.12" >&2
-    exit 1
-fi
+[ -f "$stub" ] || refuse "no Triton server: nvidia-pytriton 0.7.0 has no stub for Python $version"
 if ldd "$stub" | grep 'not found' >&2; then
-    echo "server-setup: install Python's shared library (Debian: libpython$version)" >&2
-    exit 1
+    refuse "no Triton server: its stub needs Python $version's shared library (Debian: libpython$version)"
 fi
 cp "$stub" "$server/backends/python/"
 ln -s "$(realpath --relative-to="$folder" "$server")" "$folder/tritonserver"

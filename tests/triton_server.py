@@ -68,7 +68,10 @@ class Server:
 
 def why_missing() -> str | None:
     """Why no server can be started here, or None."""
-    return None if (SERVER / "ready").is_file() else "needs a Triton server; run `make .triton/ready`"
+    if (SERVER / "ready").is_file():
+        return None
+    why = SERVER / "why"
+    return why.read_text().strip() if why.is_file() else "needs a Triton server; run `make .triton/ready`"
 
 
 @contextlib.contextmanager
