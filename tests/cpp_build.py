@@ -1,9 +1,9 @@
-"""Builds engines/cpp for tests/test_cpp.py, against the stand-ins or against what is at hand, and runs what it built."""
+"""Builds engines/cpp for tests/test_cpp.py, against the stand-ins or what is at hand, and runs what it built."""
 
 from __future__ import annotations
 
 import dataclasses
-import glob
+import importlib.util
 import json
 import os
 import shutil
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from export.manifest import manifest_path, write_manifest
+from export.manifest import locked, manifest_path, write_manifest
 
 ROOT = Path(__file__).parent.parent
 SOURCES, TESTS = ROOT / "engines" / "cpp", ROOT / "tests" / "cpp"
@@ -98,6 +99,19 @@ def build(folder: Path, *targets: str) -> None:
         raise RuntimeError(built.stdout[-6000:] + built.stderr[-2000:])
 
 
+def shared_programs(factory: pytest.TempPathFactory) -> Programs:
+    """All that tests/cpp builds, once for all processes of a test session.
+
+    NECK_CPP_BUILD names a folder that is kept from one session to the next.
+    """
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = Path(os.environ.get("NECK_CPP_BUILD") or shared / "cpp-build")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        return build_programs(folder)
+
+
 def build_programs(folder: Path) -> Programs:
     """Builds all against the stand-ins."""
     configured = cmake(TESTS, folder, f"-DNECK_ORT_INCLUDE={ort_include() or ''}")
@@ -123,10 +137,9 @@ def ort_library() -> Path:
 
 def rtx_library() -> Path | None:
     """TensorRT-RTX's library, which its wheel brings."""
-    found = glob.glob(
-        str(ROOT / ".venv" / "lib" / "python3*" / "site-packages" / "tensorrt_rtx_libs" / "libtensorrt_rtx.so.*")
-    )
-    return Path(found[0]) if found else None
+    spec = importlib.util.find_spec("tensorrt_rtx_libs")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return next((path for folder in folders for path in Path(folder).glob("libtensorrt_rtx.so.*")), None)
 
 
 def facts(**changes: Any) -> dict[str, Any]:  # noqa: ANN401

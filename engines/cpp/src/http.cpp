@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <cstdio>
 #include <utility>
 
 #include "neck/error.hpp"
@@ -72,6 +73,15 @@ std::size_t on_send(char* target, std::size_t size, std::size_t count, void* use
         skip -= part.size();
     }
     return 0;
+}
+
+/// Goes back to the beginning: a kept connection that the server has closed meanwhile is opened anew.
+int on_seek(void* user, curl_off_t offset, int origin) {
+    if (origin != SEEK_SET || offset < 0) {
+        return CURL_SEEKFUNC_CANTSEEK;
+    }
+    static_cast<Source*>(user)->sent = static_cast<std::size_t>(offset);
+    return CURL_SEEKFUNC_OK;
 }
 
 void start_curl() {
@@ -175,6 +185,8 @@ Answer Http::post(const std::string& path, const std::string& json, const std::v
     set(curl_.get(), CURLOPT_POSTFIELDSIZE_LARGE, static_cast<curl_off_t>(total));
     set(curl_.get(), CURLOPT_READFUNCTION, &on_send);
     set(curl_.get(), CURLOPT_READDATA, static_cast<void*>(&source));
+    set(curl_.get(), CURLOPT_SEEKFUNCTION, &on_seek);
+    set(curl_.get(), CURLOPT_SEEKDATA, static_cast<void*>(&source));
     return perform(path, headers.get());
 }
 

@@ -53,6 +53,9 @@ const Json& list_at(const Json& object, const char* key) {
 
 Manifest::Spec read_spec(const Json& port) {
     Manifest::Spec spec{text_at(port, "name"), text_at(port, "dtype"), {}};
+    if (!plain(spec.name) || !plain(spec.dtype)) {
+        throw Fault{"a tensor has the odd name " + repr(spec.name)};
+    }
     for (const Json& side : list_at(port, "shape")) {
         if (!side.is_string() && !side.is_number_integer()) {
             throw Fault{"the shape of " + spec.name + " has " + side.type_name() + ", expected numbers"};
@@ -70,7 +73,7 @@ std::string read_verification(const Json& content) {
     }
     const auto text = [&](const char* key) {
         const auto value = found->find(key);
-        return value != found->end() && value->is_string() ? value->get<std::string>() : std::string();
+        return value != found->end() && value->is_string() ? one_line(value->get<std::string>()) : std::string();
     };
     const auto verified = found->find("verified");
     if (verified != found->end() && verified->is_boolean() && verified->get<bool>()) {

@@ -101,6 +101,9 @@ Tensor read_member(const Bytes& file, const Member& member) {
     if (name.size() > 4 && name.compare(name.size() - 4, 4, ".npy") == 0) {
         name.resize(name.size() - 4);
     }
+    if (!plain(name)) {
+        throw NpzFault{"has an array with the odd name " + repr(name)};
+    }
     const std::string_view content = content_of(file, member);
     try {
         return parse_array(name, content);

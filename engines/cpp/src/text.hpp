@@ -5,10 +5,13 @@
 
 namespace neck {
 
-/// 'text', as Python's repr writes it, so that odd bytes in a file's names do no harm on a terminal.
+/// 'text', as Python's repr writes it, so that odd bytes in a file do no harm on a terminal.
 std::string repr(std::string_view text);
 
-/// One line, runs of white space made one space, at most 400 bytes.
+/// Whether a name is UTF-8 without quotes, backslashes and control characters, so that it can be shown as it is.
+bool plain(std::string_view name);
+
+/// One line of UTF-8, runs of white space made one space, about 400 bytes at most.
 std::string one_line(std::string_view text);
 
 /// printf into a string.

@@ -47,6 +47,14 @@ std::string text_of(const Json& object, const char* key) {
     return found != object.end() && found->is_string() ? found->get<std::string>() : std::string();
 }
 
+std::string name_of(const Json& object) {
+    const std::string name = text_of(object, "name");
+    if (name.empty() || !plain(name)) {
+        throw Fault{"has the odd name " + repr(name)};
+    }
+    return name;
+}
+
 const Json& list_of(const Json& object, const char* key) {
     const auto found = object.find(key);
     if (found == object.end() || !found->is_array()) {
@@ -82,9 +90,9 @@ std::vector<Port> read_ports(const Json& metadata, const char* key, std::int64_t
         if (!tensor.is_object()) {
             throw Fault{"has tensors that are no objects"};
         }
-        Port port{text_of(tensor, "name"), type_of(tensor), shape_of(tensor)};
-        if (port.name.empty() || port.shape.empty()) {
-            throw Fault{"has a tensor without name or shape"};
+        Port port{name_of(tensor), type_of(tensor), shape_of(tensor)};
+        if (port.shape.empty()) {
+            throw Fault{"has a tensor without shape"};
         }
         port.largest_batch = port.shape[0] < 0 ? largest_batch : port.shape[0];
         port.smallest_batch = port.shape[0] < 0 ? 1 : port.shape[0];
@@ -117,7 +125,7 @@ std::vector<Tensor> read_outputs(const Answer& answer) {
         if (!output.is_object()) {
             throw Fault{"has outputs that are no objects"};
         }
-        Tensor tensor{text_of(output, "name"), type_of(output), shape_of(output), {}};
+        Tensor tensor{name_of(output), type_of(output), shape_of(output), {}};
         const std::size_t size = binary_size(output);
         if (size != bytes_of(tensor.type, tensor.shape) || size > rest.size()) {
             throw Fault{repr(tensor.name) + " is " + tensor.describe() + ", but has " +
@@ -207,7 +215,7 @@ TritonModel TritonClient::model(const std::string& name, const std::string& vers
     const Answer answer = impl_->http.get(path);
     return impl_->take(path, answer, [&] {
         const Json json = parse(answer.body);
-        TritonModel model{text_of(json, "name"), {}, text_of(json, "platform"), {}, {}};
+        TritonModel model{name_of(json), {}, one_line(text_of(json, "platform")), {}, {}};
         model.inputs = read_ports(json, "inputs", largest);
         model.outputs = read_ports(json, "outputs", largest);
         if (json.contains("versions")) {

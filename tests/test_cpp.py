@@ -1,0 +1,573 @@
+"""The C++ library and neck-engine against stand-ins of TensorRT and CUDA, with sanitizers."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import subprocess
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cpp_build import (
+    PLAN,
+    VERSION,
+    Programs,
+    settings,
+    shared_programs,
+    spoil,
+    stand_in_outputs,
+    why_missing,
+    write_plan,
+)
+from PIL import Image
+from serving import pictures_of
+from typer.testing import CliRunner
+
+import neck_export
+from engines.checks import SessionError, check_plan
+from engines.flavor import Flavor, Gpu
+from export.fidelity import compare
+from export.manifest import manifest_path
+from neck.pictures import normalise, read_picture
+
+pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
+
+L4 = Gpu("NVIDIA L4", "8.9", "570.86", "12.8")
+MUTANTS = 250
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    return shared_programs(tmp_path_factory)
+
+
+def write_picture(path: Path, size: int = 16, mode: str = "RGB", **options: Any) -> Path:  # noqa: ANN401
+    Image.fromarray(pictures_of(1, 1, size)[0]).convert(mode).save(path, **options)
+    return path
+
+
+def write_reference(folder: Path, count: int = 2, change: float = 0.0, **more: np.ndarray) -> Path:
+    """A reference of `count` pictures for the stand-in's plan; `change` is added to its first output."""
+    pixels = pictures_of(2, count, 16)
+    outputs = stand_in_outputs(pixels)
+    outputs["sam3_feat_0"] = outputs["sam3_feat_0"] + np.float32(change)
+    path = folder / "reference.npz"
+    np.savez(path, allow_pickle=False, pixels=pixels, **{**outputs, **more})
+    return path
+
+
+def test_the_engine_does_right_and_every_call_may_fail(programs: Programs, tmp_path: Path) -> None:
+    """Order on streams, CUDA graphs, batches, refusals; then each call of CUDA and TensorRT fails in its turn."""
+    text = b"stand-in\ninput image float32 -1,3,2,2 1,2,4\noutput half float16 -1,5,2,2\noutput full float32 -1,5,2,2\n"
+    sides = ["batch", 5, 2, 2]
+    plan = write_plan(
+        tmp_path,
+        text + b"scratch 1000\n",
+        inputs=[{"name": "image", "dtype": "float32", "shape": ["batch", 3, 2, 2]}],
+        outputs=[
+            {"name": "half", "dtype": "float16", "shape": sides},
+            {"name": "full", "dtype": "float32", "shape": sides},
+        ],
+    )
+    ran = programs.run("test_engine", plan)
+    assert (ran.code, ran.err) == (0, "")
+    assert "cudaMalloc: 4 calls failed" in ran.out  # scratch, input, two outputs
+    assert "cudaGraphInstantiateWithFlags (graph): 1 calls failed" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("fault", "seen"), [("leak", "stand-in: 1 things were left"), ("overflow", "AddressSanitizer")]
+)
+def test_leaks_and_overflows_are_seen(programs: Programs, fault: str, seen: str) -> None:
+    """The control."""
+    ran = programs.run("probe", fault)
+    assert ran.code != 0
+    assert seen in ran.err
+
+
+Spoil = Callable[[Path], object]
+FILES: list[tuple[str, Spoil]] = [
+    ("no plan", lambda plan: plan.unlink()),
+    ("a rejected plan", lambda plan: plan.rename(plan.with_name("x.plan.rejected"))),
+    ("an empty plan", lambda plan: plan.write_bytes(b"")),
+    ("a folder", lambda plan: (plan.unlink(), plan.mkdir())),
+    ("a changed plan", lambda plan: plan.write_bytes(PLAN.replace(b"1000", b"1001"))),
+    ("a cut plan", lambda plan: plan.write_bytes(PLAN[:-1])),
+    ("no manifest", lambda plan: manifest_path(plan).unlink()),
+    ("a manifest that is a list", lambda plan: manifest_path(plan).write_text("[]")),
+    ("a manifest of another kind", lambda plan: spoil(plan, kind="onnx")),
+    ("a newer manifest", lambda plan: spoil(plan, format=2)),
+    ("a manifest without format", lambda plan: spoil(plan, format=None)),
+    ("a manifest without files", lambda plan: spoil(plan, files=None)),
+    ("files without names", lambda plan: spoil(plan, files=[{"bytes": 1}])),
+    ("no file at all", lambda plan: spoil(plan, files=[])),
+    ("a file elsewhere", lambda plan: spoil(plan, files=[{"name": "../x", "bytes": 1, "sha256": "0"}])),
+    ("a file that is missing", lambda plan: spoil(plan, files=[{"name": "y", "bytes": 1, "sha256": "0"}])),
+    ("no inputs", lambda plan: spoil(plan, inputs=None)),
+    ("no flavour", lambda plan: spoil(plan, flavor=None)),
+    ("no version", lambda plan: spoil(plan, tensorrt_version=None)),
+    ("no options", lambda plan: spoil(plan, options=None)),
+    ("no compute capabilities", lambda plan: spoil(plan, compute_capabilities=None)),
+    ("the magic of another flavour", lambda plan: spoil(plan, flavor="rtx")),
+    ("an older TensorRT's plan", lambda plan: spoil(plan, tensorrt_version="10.9.0.34")),
+    ("a newer TensorRT's plan", lambda plan: spoil(plan, tensorrt_version="11.4.0.106")),
+    ("a later compatible plan", lambda plan: later(plan, "11.4.0.106")),
+    ("another GPU's plan", lambda plan: spoil(plan, compute_capabilities=["8.6", "12.0"])),
+]
+
+
+def later(plan: Path, version: str) -> None:
+    options = {"version_compatible": True, "hardware_compatible": "none"}
+    spoil(plan, tensorrt_version=version, options=options)
+
+
+def python_says(plan: Path, gpu: Gpu = L4, version: str = VERSION) -> str | None:
+    """What Python's check of a plan raises."""
+    try:
+        check_plan(plan, Flavor("tensorrt", None, version, (), gpu))
+    except SessionError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(("name", "change"), FILES, ids=[name for name, _ in FILES])
+def test_a_bad_plan_is_refused_in_pythons_words(programs: Programs, tmp_path: Path, name: str, change: Spoil) -> None:
+    plan = write_plan(tmp_path)
+    assert python_says(plan) is None
+    change(plan)
+    ran = programs.run("neck-engine", plan)
+    assert ran.code == 1
+    assert ran.error == python_says(plan)
+    assert ran.out == ""
+
+
+@pytest.mark.parametrize("text", [b"{", b"\xff\xfe", b"", b"[" * 100_000, b'{"kind": "plan", "format": 1e999}'])
+def test_a_manifest_that_is_no_json_is_refused(programs: Programs, tmp_path: Path, text: bytes) -> None:
+    plan = write_plan(tmp_path)
+    manifest_path(plan).write_bytes(text)
+    ran = programs.run("neck-engine", plan)
+    assert ran.code == 1
+    assert ran.error.startswith(f"{plan}.json: the manifest cannot be read (")
+    assert ran.error.endswith("); write the file again")
+
+
+BAD_VALUES: list[tuple[str, Any]] = [
+    ("inputs", 3),
+    ("inputs", [3]),
+    ("inputs", [{"name": "image", "dtype": "float32", "shape": [1.5]}]),
+    ("outputs", [{"name": 1, "dtype": "float32", "shape": []}]),
+    ("options", []),
+    ("options", {"version_compatible": True}),
+    ("compute_capabilities", "8.9"),
+    ("tensorrt_version", 10),
+    ("tensorrt_version", "10.x"),
+    ("batch", 1),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_VALUES)
+def test_a_manifest_with_odd_values_is_refused(programs: Programs, tmp_path: Path, key: str, value: Any) -> None:  # noqa: ANN401
+    plan = write_plan(tmp_path)
+    spoil(plan, **{key: value})
+    ran = programs.run("neck-engine", plan)
+    assert ran.code == 1
+    assert ran.error.startswith(f"{plan}.json: not as neck-export writes it (")
+    assert ran.error.endswith("; build x.plan again")
+
+
+def test_a_machine_that_cannot_run_it_is_told_in_pythons_words(programs: Programs, tmp_path: Path) -> None:
+    plan = write_plan(tmp_path)
+    ran = programs.run("neck-engine", plan, STAND_IN_DEVICES="0")
+    assert ran.code == 1
+    wanted = f"{plan}: no NVIDIA GPU with a driver here; without one a plan can be built, not run"
+    assert ran.error == f"{wanted} (CUDA driver version is insufficient for CUDA runtime version)"
+    ran = programs.run("neck-engine", plan, STAND_IN_CAPABILITY="7.5")
+    assert ran.error == python_says(plan, Gpu("NVIDIA L4", "7.5", "", ""))
+    ran = programs.run("neck-engine", plan, STAND_IN_VERSION="11.4.0.106")
+    assert ran.error == python_says(plan, version="11.4.0.106")
+    assert (
+        programs.run("neck-engine", plan, "--device", 1).error
+        == f"{plan}: there is no GPU 1; here are 1, counted from 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("plan_of", "capability", "runs"),
+    [
+        ({"options": {"version_compatible": False, "hardware_compatible": "ampere+"}}, "8.0", True),
+        ({"options": {"version_compatible": False, "hardware_compatible": "ampere+"}}, "7.5", False),
+        ({"compute_capabilities": []}, "12.1", True),
+        ({"compute_capabilities": []}, "7.5", False),
+        ({"compute_capabilities": ["8.6", "8.9"]}, "8.6", True),
+        (
+            {"options": {"version_compatible": True, "hardware_compatible": "none"}, "tensorrt_version": "10.2.0.1"},
+            "8.9",
+            True,
+        ),
+    ],
+)
+def test_other_gpus_and_versions(
+    programs: Programs, tmp_path: Path, plan_of: dict[str, Any], capability: str, runs: bool
+) -> None:
+    plan = write_plan(tmp_path, **plan_of)
+    said = python_says(plan, Gpu("NVIDIA L4", capability, "", ""))
+    ran = programs.run("neck-engine", plan, "--runs", 1, STAND_IN_CAPABILITY=capability)
+    assert (said is None, ran.code) == (runs, 0 if runs else 1)
+    if not runs:
+        assert ran.error == said
+
+
+LOAD_FAILURES = [
+    (
+        "deserializeCudaEngine",
+        f"TensorRT {VERSION} cannot load it (Error Code 4: Internal Error (the plan is corrupt)); ",
+    ),
+    ("createInferRuntime", f"TensorRT {VERSION} cannot load it (CUDA initialization failure); "),
+    ("cudaMalloc:2", "out of device memory; "),
+    ("enqueueV3", "the run failed (Error Code 1: Cuda Runtime (out of memory)); "),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), LOAD_FAILURES)
+def test_a_load_or_run_that_fails_is_told_in_pythons_words(
+    programs: Programs, tmp_path: Path, call: str, message: str
+) -> None:
+    plan = write_plan(tmp_path)
+    memory = "20.0 of 24.0 GB of device memory are free; if too little, end other programs or take a smaller batch"
+    ran = programs.run("neck-engine", plan, STAND_IN_FAIL=call)
+    assert (ran.code, ran.error) == (1, f"{plan}: {message}{memory}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (PLAN.replace(b"8,4,4", b"8,4,2"), "x.plan.json: its tensors are not the engine's; build x.plan again"),
+        (PLAN.replace(b"float16", b"int8"), "sam3_feat_0 is of another type (-1, 8, 4, 4); expected a batch of"),
+        (PLAN.replace(b"-1,8,4,4", b"-1,-1,4,4"), "sam3_feat_0 is float16 (-1, -1, 4, 4); expected a batch of"),
+    ],
+)
+def test_an_engine_that_is_not_its_manifests_is_refused(
+    programs: Programs, tmp_path: Path, text: bytes, message: str
+) -> None:
+    ran = programs.run("neck-engine", write_plan(tmp_path, text))
+    assert ran.code == 1
+    assert message in ran.error
+
+
+def test_a_picture_is_run(programs: Programs, tmp_path: Path) -> None:
+    plan, picture = write_plan(tmp_path, PLAN + b"warn other GPU\n"), write_picture(tmp_path / "a.png")
+    ran = programs.run("neck-engine", plan, picture, "--batch", 3, "--runs", 7, "--graph")
+    assert ran.code == 0
+    assert ran.err == "neck-engine: TensorRT warns: other GPU\n"
+    lines = ran.out.splitlines()
+    assert lines[0] == f"{plan}: fp16, TensorRT {VERSION} on NVIDIA L4 (compute capability 8.9)"
+    assert [line.split(maxsplit=1) for line in lines[1:4]] == [
+        ["image", "float32 (3, 3, 16, 16)"],
+        ["sam3_feat_0", "float16 (3, 8, 4, 4)"],
+        ["sam3_pos_0", "float32 (3, 8, 4, 4)"],
+    ]
+    assert lines[4].split()[-6:] == ["p50", "p90", "p95", "p99", "mean", "runs"]
+    assert lines[5] == "a run, CUDA graph, batch 3                1.500    1.500    1.500    1.500    1.500     7"
+
+
+@pytest.mark.parametrize("options", [[], ["--graph"], ["--batch", 1], ["--batch", 2]])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_outputs_are_compared_with_the_reference(
+    programs: Programs, tmp_path: Path, options: list[Any], count: int
+) -> None:
+    plan, reference = write_plan(tmp_path), write_reference(tmp_path, count)
+    ran = programs.run("neck-engine", plan, "--compare", reference, "--runs", 1, *options)
+    assert (ran.code, ran.err) == (0, "")
+    wrong = programs.run("neck-engine", plan, "--compare", reference, "--runs", 1, *options, STAND_IN_NUDGE="0.05")
+    assert wrong.code == 3
+    assert wrong.out.count("FAILED") == 2
+    assert "p50" not in wrong.out  # a wrong engine is not timed
+
+
+def test_the_figures_are_pythons(programs: Programs, tmp_path: Path) -> None:
+    reference = write_reference(tmp_path, change=1e-3)
+    ran = programs.run("neck-engine", write_plan(tmp_path), "--compare", reference, "--runs", 1)
+    assert ran.code == 0
+    with np.load(reference) as stored:
+        expected = dict(stored)
+    found = stand_in_outputs(expected.pop("pixels"))
+    found["sam3_feat_0"] = found["sam3_feat_0"].astype(np.float16)
+    verdict = compare(expected, found, "fp16", "method")
+    shown = CliRunner().invoke(_app(verdict))
+    assert shown.output.splitlines()[1:] == ran.out.splitlines()[5:8]
+
+
+def _app(verdict: Any) -> Any:  # noqa: ANN401
+    """A command that prints a verdict as `neck-export verify` does."""
+    import typer
+
+    app = typer.Typer()
+    app.command()(lambda: neck_export.show_verdict(verdict))
+    return app
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"pixels": np.zeros((1, 16, 16, 3), np.float32)}, "is no reference, which has uint8 `pixels`"),
+        ({"sam3_pos_0": np.zeros((2, 8, 4, 5), np.float32)}, "is (2, 8, 4, 4), the reference (2, 8, 4, 5)"),
+        ({"sam3_pos_0": np.zeros((3, 8, 4, 4), np.float32)}, "is (3, 8, 4, 4), but pixels are (2, 16, 16, 3)"),
+        ({"sam3_pos_0": np.zeros((2, 8, 4, 4))}, "'sam3_pos_0' is of type '\\'<f8\\''; expected uint8"),
+        (
+            {"sam3_pos_0": np.zeros((2, 8, 4, 4), np.uint8)},
+            "output sam3_pos_0 is not in the reference, which has sam3_feat_0",
+        ),
+        ({"sam3_pos_0": np.zeros((4, 4, 8, 2), np.float32).T}, "'sam3_pos_0' is in Fortran order"),
+        ({"pixels": np.zeros((2, 8, 16, 3), np.uint8)}, "Pixels are uint8 (2, 8, 16, 3); the model takes 16 x 16"),
+    ],
+)
+def test_a_reference_of_another_kind_is_refused(
+    programs: Programs, tmp_path: Path, arrays: dict[str, np.ndarray], message: str
+) -> None:
+    path = write_reference(tmp_path)
+    with np.load(path) as stored:
+        np.savez(path.with_name("other.npz"), allow_pickle=False, **{**stored, **arrays})
+    ran = programs.run("neck-engine", write_plan(tmp_path), "--compare", path.with_name("other.npz"))
+    assert ran.code == 1
+    assert message in ran.error
+
+
+def test_a_reference_that_is_not_finite_or_left_out_fails(programs: Programs, tmp_path: Path) -> None:
+    plan, path = write_plan(tmp_path), write_reference(tmp_path)
+    assert programs.run("neck-engine", plan, "--compare", path, STAND_IN_NUDGE="nan").code == 3
+    ran = programs.run("neck-engine", plan, "--compare", path, STAND_IN_NUDGE="inf")
+    assert ran.code == 3
+    assert "256 non-finite" in ran.out
+    assert "2" in ran.out
+    ran = programs.run("neck-engine", plan, "--compare", path, "--batch", 5)
+    assert ran.error == (
+        "2 pictures in batches of 5: the model takes image: float32 (1 to 4, 3, 16, 16); "
+        "give another --batch or number of pictures"
+    )
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def write_png(path: Path, depth: int, color: int, samples: np.ndarray, extra: bytes = b"") -> Path:
+    """A PNG that Pillow does not write, such as 16-bit colour."""
+    height, width = samples.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2" if depth == 16 else "u1").tobytes() for row in samples)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
+
+
+def deep(channels: int) -> np.ndarray:
+    return np.random.default_rng(channels).integers(0, 65536, (9, 7, channels))
+
+
+Write = Callable[[Path], Path]
+PICTURES: list[tuple[str, Write]] = [
+    *[
+        (f"{mode}.png", lambda path, mode=mode: write_picture(path, 20, mode))
+        for mode in ("RGB", "RGBA", "L", "LA", "1", "P")
+    ],
+    ("grey-16.png", lambda path: write_png(path, 16, 0, deep(1))),
+    ("colour-16.png", lambda path: write_png(path, 16, 2, deep(3))),
+    ("alpha-16.png", lambda path: write_png(path, 16, 6, deep(4))),
+    ("clear.png", lambda path: write_png(path, 8, 2, deep(3) >> 8, chunk(b"tRNS", bytes([0, 1, 0, 2, 0, 3])))),
+    ("gamma.png", lambda path: write_png(path, 8, 2, deep(3) >> 8, chunk(b"gAMA", struct.pack(">I", 20000)))),
+    ("P-clear.png", lambda path: write_picture(path, 20, "P", transparency=3)),
+    ("RGB.jpg", lambda path: write_picture(path, 33)),
+    ("sub.jpg", lambda path: write_picture(path, 33, subsampling=2, quality=60)),
+    ("grey.jpg", lambda path: write_picture(path, 33, "L")),
+    ("progressive.jpg", lambda path: write_picture(path, 33, progressive=True)),
+]
+
+
+@pytest.mark.parametrize(("name", "write"), PICTURES, ids=[name for name, _ in PICTURES])
+def test_pixels_are_pythons(programs: Programs, tmp_path: Path, name: str, write: Write) -> None:
+    """Bit for bit, before and after the normalisation."""
+    path = write(tmp_path / name)
+    pixels = read_picture(path)
+    height, width = pixels.shape[:2]
+    ended = subprocess.run(
+        [programs.path("probe"), "picture", str(height), str(width), path], capture_output=True, env=settings({})
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout[: pixels.size] == pixels.tobytes()
+    assert ended.stdout[pixels.size :] == normalise(pixels[None]).numpy().tobytes()
+
+
+def turned(path: Path, **options: Any) -> Path:  # noqa: ANN401
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return write_picture(path, exif=exif, **options)
+
+
+BAD_PICTURES: list[tuple[str, Write, str]] = [
+    ("none.png", lambda path: path, "cannot be opened (No such file or directory); check the path"),
+    ("folder.png", lambda path: (path.mkdir(), path)[1], "cannot be opened (Is a directory); check the path"),
+    ("pipe.png", lambda path: (os.mkfifo(path), path)[1], "cannot be opened (Invalid argument); check the path"),
+    ("empty.png", lambda path: (path.touch(), path)[1], "is empty (0 bytes); fetch or save it again."),
+    ("a.gif", write_picture, "is damaged or in no known format (PNG, JPEG); fetch it again or convert it to PNG."),
+    ("wide.png", lambda path: write_picture(path, 17), "is 17 x 17 pixels (height x width), the model takes 16 x 16; "),
+    ("wide.jpg", lambda path: write_picture(path, 15), "is 15 x 15 pixels (height x width), the model takes 16 x 16; "),
+    ("turned.jpg", turned, "is to be turned (EXIF orientation 6); save it upright."),
+    ("turned.png", turned, "is to be turned (EXIF orientation 6); save it upright."),
+    ("cmyk.jpg", lambda path: write_picture(path, 16, "CMYK"), "is a CMYK JPEG; save it as RGB."),
+    ("cut.png", lambda path: cut(write_picture(path)), "is damaged ("),
+    ("cut.jpg", lambda path: cut(write_picture(path)), "is damaged ("),
+    ("huge.png", lambda path: write_png(path, 8, 2, np.zeros((16, 0, 3))), "is damaged ("),
+]
+
+
+def cut(path: Path) -> Path:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 3 // 4])
+    return path
+
+
+@pytest.mark.parametrize(("name", "write", "message"), BAD_PICTURES, ids=[name for name, _, _ in BAD_PICTURES])
+def test_a_bad_picture_is_refused(programs: Programs, tmp_path: Path, name: str, write: Write, message: str) -> None:
+    picture = write(tmp_path / name)
+    ran = programs.run("neck-engine", write_plan(tmp_path / "plan"), picture)
+    assert ran.code == 1
+    assert ran.error.startswith(f"{picture} {message}")
+
+
+def test_halves_are_numpys(programs: Programs) -> None:
+    ended = subprocess.run([programs.path("probe"), "half"], capture_output=True, env=settings({}))
+    found = np.frombuffer(ended.stdout, np.float32)
+    with np.errstate(invalid="ignore"):
+        wanted = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
+    assert np.array_equal(found, wanted, equal_nan=True)
+    assert np.array_equal(np.signbit(found), np.signbit(wanted))
+
+
+def mutants(data: bytes, seed: int, count: int = MUTANTS) -> list[bytes]:
+    """The file cut anywhere, with bytes changed, removed, repeated, or with the largest numbers in it."""
+    chance, made = random.Random(seed), []
+    for number in range(count):
+        copy = bytearray(data)
+        place = chance.randrange(len(copy))
+        if number % 5 == 0:
+            del copy[place:]
+        elif number % 5 == 1:
+            copy[place : place + 4] = b"\xff" * chance.choice([1, 2, 4, 8])
+        elif number % 5 == 2:
+            del copy[place : place + chance.randrange(1, 9)]
+        elif number % 5 == 3:
+            copy[place:place] = copy[place : place + 40]
+        else:
+            for _ in range(chance.randrange(1, 6)):
+                copy[chance.randrange(len(copy))] = chance.randrange(256)
+        made.append(bytes(copy))
+    return made
+
+
+def small_npz(path: Path) -> Path:
+    np.savez(path, allow_pickle=False, pixels=np.zeros((1, 2, 2, 3), np.uint8), a=np.arange(6, dtype=np.float32))
+    return path
+
+
+def one_plan(path: Path) -> Path:
+    return manifest_path(write_plan(path.parent))
+
+
+@pytest.mark.parametrize(
+    ("kind", "write"),
+    [
+        ("npz", lambda folder: small_npz(folder / "x.npz")),
+        ("pictures", lambda folder: write_picture(folder / "x.png")),
+        ("pictures", lambda folder: write_picture(folder / "x.jpg")),
+        ("pictures", lambda folder: turned(folder / "x.png")),
+        ("plan", lambda folder: one_plan(folder / "x")),
+    ],
+    ids=["npz", "png", "jpeg", "exif", "manifest"],
+)
+def test_damaged_files_do_no_harm(programs: Programs, tmp_path: Path, kind: str, write: Write) -> None:
+    """Each is read or refused in one line; the sanitizers see the rest."""
+    whole = write(tmp_path)
+    files = []
+    for number, data in enumerate([whole.read_bytes(), *mutants(whole.read_bytes(), seed=7)]):
+        folder = tmp_path / f"mutant{number}"
+        folder.mkdir()
+        files.append(folder / (whole.name if kind != "plan" else "x.plan"))
+        files[-1].write_bytes(data if kind != "plan" else PLAN)
+        if kind == "plan":
+            manifest_path(files[-1]).write_bytes(data)
+    ran = programs.run("probe", kind, *files)
+    assert (ran.code, ran.err) == (0, "")
+    lines = ran.out.splitlines()
+    assert len(lines) == len(files)
+    assert lines[0].startswith("read:") or "EXIF orientation 6" in lines[0]
+    errors = [line for line in lines[1:] if line.startswith("error: ")]
+    assert len(errors) > MUTANTS // 2
+    assert all(line.startswith("read:") for line in lines[1:] if line not in errors)
+
+
+def test_arrays_are_numpys(programs: Programs, tmp_path: Path) -> None:
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.array(3, np.int64),
+        "c": np.zeros((0, 4), np.uint8),
+        "d": np.arange(5, dtype=np.int32),
+        "e": np.array([1.5, -2], np.float16),
+    }
+    np.savez(tmp_path / "x.npz", allow_pickle=False, **arrays)
+    ran = programs.run("probe", "npz", tmp_path / "x.npz")
+    wanted = [f"{name} {value.dtype} {value.shape} sum {float(value.sum()):.6f};" for name, value in arrays.items()]
+    assert ran.out == f"read: {' '.join(wanted)}\n"
+    np.savez_compressed(tmp_path / "y.npz", allow_pickle=False, **arrays)
+    assert "'a.npy' is compressed or encrypted" in programs.run("probe", "npz", tmp_path / "y.npz").out
+
+
+def test_a_changed_byte_of_an_array_is_seen(programs: Programs, tmp_path: Path) -> None:
+    path = small_npz(tmp_path / "x.npz")
+    data = path.read_bytes()
+    place = data.index(np.arange(6, dtype=np.float32).tobytes())
+    path.write_bytes(data[:place] + b"\x01" + data[place + 1 :])
+    assert "is damaged: the CRC of 'a.npy' is another" in programs.run("probe", "npz", path).out
+
+
+def test_a_closed_or_full_standard_output_is_an_error(programs: Programs, tmp_path: Path) -> None:
+    command, plan = programs.path("neck-engine"), write_plan(tmp_path)
+    for target, message in ((">&-", "standard output is closed"), (">/dev/full", "standard output cannot be written")):
+        shell = f'exec "$0" "$1" --runs 1 {target}'
+        ended = subprocess.run(["sh", "-c", shell, command, plan], capture_output=True, text=True, env=settings({}))
+        assert ended.returncode == 1
+        assert message in ended.stderr
+        assert plan.read_bytes() == PLAN
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([command, plan, "--runs", "1"], stdout=writer, stderr=subprocess.PIPE, env=settings({}))
+    os.close(writer)
+    assert ended.returncode == 1
+    assert b"standard output cannot be written" in ended.stderr
+
+
+USAGE: list[list[Any]] = [[], ["a", "b", "c"], ["x", "--batch", "0"], ["x", "--runs", "many"], ["x", "--other"]]
+
+
+@pytest.mark.parametrize("arguments", [*USAGE, ["x", "--compare"], ["x", "--batch", "99999999999999999999"]])
+def test_wrong_usage_is_told(programs: Programs, arguments: list[Any]) -> None:
+    ran = programs.run("neck-engine", *arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("neck-engine: ")
+    assert "Usage: neck-engine PLAN" in ran.err
+
+
+def test_the_help_and_the_manifest_need_no_gpu(programs: Programs, tmp_path: Path) -> None:
+    assert programs.run("neck-engine", "--help", STAND_IN_DEVICES="0").out.startswith("Usage: neck-engine PLAN")
+    plan = write_plan(tmp_path)
+    ran = programs.run("neck-engine", plan, "--manifest", STAND_IN_DEVICES="0")
+    assert ran.code == 0
+    lines = [" ".join(line.split()) for line in ran.out.splitlines()]
+    assert lines[1:5] == [f"TensorRT tensorrt {VERSION}", "compute capability 8.9", "precision fp16", "batch 1:2:4"]
+    assert lines[7:] == ["verification verified: by hand", "files whole: x.plan"]
+    spoil(plan, files=[])
+    assert programs.run("neck-engine", plan, "--manifest").code == 1

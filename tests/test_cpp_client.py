@@ -1,0 +1,285 @@
+"""neck-triton: the C++ client against the real tritonserver, and against servers that misbehave."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cpp_build import Programs, shared_programs, why_missing
+from PIL import Image
+
+if why_missing() is not None:
+    pytest.skip(str(why_missing()), allow_module_level=True)
+pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install 'neck-export[triton]'")
+
+import triton_server
+from serving import expected, pixels
+from triton_server import running, stand_in_plan, stand_in_repository
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    return shared_programs(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The real server with meta-dual, float (1:4:8) and uint8 (fixed at 2) inputs."""
+    if triton_server.why_missing():
+        pytest.skip(str(triton_server.why_missing()))
+    from export.signature import BatchRange
+
+    folder = tmp_path_factory.mktemp("cpp-server")
+    repository = stand_in_repository(folder, stand_in_plan(folder))
+    raw = stand_in_plan(folder, "raw", input_kind="uint8", batch=BatchRange(2, 2, 2))
+    stand_in_repository(folder, raw, name="raw-encoder")
+    with running(repository) as server:
+        yield server.http_url
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    """Twelve pictures and what plain PyTorch gives for them."""
+    return write_reference(tmp_path / "reference.npz", 12)
+
+
+def write_reference(path: Path, count: int, first: int = 0) -> Path:
+    outputs = {name: value[first : first + count] for name, value in expected().items()}
+    np.savez(path, allow_pickle=False, pixels=pixels()[:count], **outputs)
+    return path
+
+
+@pytest.mark.parametrize("options", [[], ["--batch", 1], ["--batch", 5], ["--model", "raw-encoder", "--batch", 2]])
+def test_answers_are_pytorchs(programs: Programs, url: str, reference: Path, options: list[Any]) -> None:
+    ran = programs.run("neck-triton", url, "--compare", reference, "--runs", 2, *options)
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.count("  ok\n") == 16
+    assert re.search(r"sam3_feat_0 +float32 \(12, 8, 32, 32\)", ran.out)
+    assert "a request, batch" in ran.out
+
+
+def test_answers_to_other_pictures_fail(programs: Programs, url: str, tmp_path: Path) -> None:
+    """The control: the outputs of pictures 4 to 7 for pictures 0 to 3."""
+    other = write_reference(tmp_path / "other.npz", 4, first=4)
+    ran = programs.run("neck-triton", url, "--compare", other)
+    assert ran.code == 3
+    assert ran.out.count("FAILED") >= 8
+
+
+def test_a_picture_is_sent(programs: Programs, url: str, tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    Image.fromarray(pixels()[0]).save(picture)
+    one = write_reference(tmp_path / "one.npz", 1)
+    ran = programs.run("neck-triton", f"http://{url}/", picture, "--compare", one, "--runs", 1, "--model-version", 1)
+    assert ran.code == 0
+    assert ran.out.startswith(f"sam3-encoder in Triton at http://{url}/ (tensorrt_plan)\n")
+    Image.fromarray(pixels()[1]).save(picture)
+    assert programs.run("neck-triton", url, picture, "--compare", one).code == 3
+    Image.fromarray(pixels()[0][:100]).save(picture)
+    ran = programs.run("neck-triton", url, picture)
+    assert ran.code == 1
+    assert ran.error.startswith(f"{picture} is 100 x 112 pixels (height x width), the model takes 112 x 112; ")
+
+
+def test_the_servers_own_words_are_shown(programs: Programs, url: str, reference: Path) -> None:
+    ran = programs.run("neck-triton", url, "--compare", reference, "--model", "no such/model")
+    assert ran.code == 1
+    assert "HTTP 4" in ran.error
+    assert "unknown model: 'no such" in ran.error
+    ran = programs.run("neck-triton", url, "--compare", reference, "--model-version", 7)
+    assert ran.code == 1
+    assert "is not found" in ran.error or "is not available" in ran.error or "is not at ready" in ran.error
+    ran = programs.run("neck-triton", url, "--compare", reference, "--batch", 9)
+    assert (ran.code, "the model takes image: float32 (1 to 8, 3, 112, 112)" in ran.error) == (1, True)
+
+
+Answer = tuple[int, dict[str, str], bytes]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers as the test's `answers` say: by the end of the path, (status, headers, body)."""
+
+    answers: dict[str, Answer]
+    stall: threading.Event
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.reply()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.reply()
+
+    def reply(self) -> None:
+        status, headers, body = self.answers[self.path.rpartition("/")[2]]
+        if status == 0:  # no answer at all
+            self.stall.wait(30)
+            return
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+        self.close_connection = True
+
+    def log_message(self, *arguments: object) -> None:
+        """Says nothing."""
+
+
+@contextlib.contextmanager
+def serving(answers: dict[str, Answer]) -> Iterator[str]:
+    stall = threading.Event()
+    kind = type("Answers", (Handler,), {"answers": answers, "stall": stall})
+    with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}"
+        finally:
+            stall.set()
+            server.shutdown()
+            thread.join()
+
+
+def tensor(name: str, *shape: int, datatype: str = "FP32", **more: Any) -> dict[str, Any]:  # noqa: ANN401
+    return {"name": name, "datatype": datatype, "shape": shape, **more}
+
+
+def model_of(*outputs: dict[str, Any]) -> dict[str, Any]:
+    image = tensor("image", -1, 16, 16, 3, datatype="UINT8")
+    return {"name": "m", "versions": ["1"], "platform": "p", "inputs": [image], "outputs": list(outputs)}
+
+
+def answer(header: Any, body: bytes = b"", status: int = 200, length: int | None = None) -> Answer:  # noqa: ANN401
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    told = len(text) if length is None else length
+    return status, {"Inference-Header-Content-Length": str(told)}, text + body
+
+
+FEAT = np.arange(4, dtype=np.float32)
+FEAT_BYTES = {"parameters": {"binary_data_size": 16}}
+GOOD: dict[str, Answer] = {
+    "config": answer({"max_batch_size": 4}),
+    "m": answer(model_of(tensor("feat", -1, 4))),
+    "infer": answer({"outputs": [tensor("feat", 1, 4, **FEAT_BYTES)]}, FEAT.tobytes()),
+}
+
+
+def ask(programs: Programs, folder: Path, answers: dict[str, Answer], *options: Any) -> Any:  # noqa: ANN401
+    """Sends a reference of one picture to a server of these answers."""
+    reference = folder / "reference.npz"
+    np.savez(reference, allow_pickle=False, pixels=np.zeros((1, 16, 16, 3), np.uint8), feat=FEAT[None])
+    with serving(answers) as url:
+        return programs.run("neck-triton", url, "--compare", reference, "--model", "m", "--runs", 1, *options)
+
+
+def infer(header: Any, body: bytes = FEAT.tobytes(), **more: Any) -> dict[str, Answer]:  # noqa: ANN401
+    return {**GOOD, "infer": answer(header, body, **more)}
+
+
+def outputs(*specs: dict[str, Any]) -> dict[str, Any]:
+    return {"outputs": list(specs)}
+
+
+def test_a_server_that_behaves_is_understood(programs: Programs, tmp_path: Path) -> None:
+    """The control of all below."""
+    ran = ask(programs, tmp_path, GOOD)
+    assert (ran.code, ran.err) == (0, "")
+    wrong = infer(outputs(tensor("feat", 1, 4, **FEAT_BYTES)), (FEAT + 1).tobytes())
+    assert ask(programs, tmp_path, wrong).code == 3
+
+
+def huge(side: int) -> dict[str, Any]:
+    return tensor("feat", side, side, side, parameters={"binary_data_size": 16})
+
+
+BAD: list[tuple[str, dict[str, Answer], str]] = [
+    ("404", {**GOOD, "config": (404, {}, b'{"error": "no model m"}')}, r"the server refuses \(HTTP 404\): no model m"),
+    ("500", {**GOOD, "infer": (500, {}, b"<html>\n broken\xff </html>")}, r"HTTP 500\): <html> broken\\xff </html>"),
+    ("503 without a word", {**GOOD, "infer": (503, {}, b"")}, r"the server refuses \(HTTP 503\): "),
+    ("302", {**GOOD, "m": (302, {"Location": "/v2/other"}, b"")}, r"the server refuses \(HTTP 302\)"),
+    ("no JSON", {**GOOD, "m": answer(b"hello")}, "the answer is no JSON object"),
+    ("deep JSON", {**GOOD, "m": answer(b"[" * 100_000)}, "the answer is no JSON object"),
+    ("no inputs", {**GOOD, "m": answer({"name": "m"})}, "the answer has no list 'inputs'"),
+    ("odd inputs", {**GOOD, "m": answer({"name": "m", "inputs": [3]})}, "has tensors that are no objects"),
+    (
+        "text",
+        {**GOOD, "m": answer(model_of(tensor("t", 1, datatype="BYTES")))},
+        "'t' is of type 'BYTES'; expected FP32",
+    ),
+    ("odd name", {**GOOD, "m": answer(model_of(tensor("\x1b[2J", 1)))}, r"has the odd name '\\x1b\[2J'"),
+    ("odd shape", {**GOOD, "m": answer(model_of({**tensor("t"), "shape": ["x"]}))}, "a shape that is not of numbers"),
+    ("odd version", {**GOOD, "m": answer({**model_of(), "versions": 3})}, "the answer has no list 'versions'"),
+    (
+        "no picture",
+        {**GOOD, "m": answer({**model_of(), "inputs": [tensor("x", 4)]})},
+        "takes x: float32 .4., no picture",
+    ),
+    ("two inputs", {**GOOD, "m": answer({**model_of(), "inputs": [tensor("x", 4)] * 2})}, "m takes 2 inputs"),
+    ("too few bytes", infer(outputs(tensor("feat", 1, 4, **FEAT_BYTES)), b"123"), r"\(1, 4\), but has 3 bytes"),
+    ("too many bytes", infer(outputs(tensor("feat", 1, 4, **FEAT_BYTES)), FEAT.tobytes() + b"12"), "has 2 bytes more"),
+    ("wrong size", infer(outputs(tensor("feat", 1, 5, **FEAT_BYTES))), r"\(1, 5\), but has 16 bytes"),
+    ("wrong batch", infer(outputs(tensor("feat", 2, 2, **FEAT_BYTES))), "for a batch of 1; expected as many"),
+    ("huge shape", infer(outputs(huge(2**40))), "a tensor cannot be float32"),
+    ("negative shape", infer(outputs(huge(-1))), "a tensor cannot be float32"),
+    ("beyond int64", infer(outputs(huge(2**64))), "the answer"),
+    ("JSON data", infer(outputs(tensor("feat", 1, 4, data=[0, 1, 2, 3]))), "'feat' has no binary data"),
+    ("no header length", {**GOOD, "infer": (200, {}, GOOD["infer"][2])}, "does not say where its binary data begin"),
+    ("long header", infer(outputs(), length=10**6), "does not say where its binary data begin"),
+    ("negative header", infer(outputs(), length=-5), "does not say where its binary data begin"),
+    ("cut header", infer(outputs(tensor("feat", 1, 4, **FEAT_BYTES)), length=9), "the answer is no JSON object"),
+    ("other output", infer(outputs(tensor("other", 1, 4, **FEAT_BYTES))), "output other is not in the reference"),
+    ("half an answer", {**GOOD, "infer": (200, {"Content-Length": "99999"}, b"{")}, "does Triton's HTTP port answer"),
+]
+
+
+@pytest.mark.parametrize(("name", "answers", "message"), BAD, ids=[name for name, _, _ in BAD])
+def test_a_server_that_misbehaves_is_refused(
+    programs: Programs, tmp_path: Path, name: str, answers: dict[str, Answer], message: str
+) -> None:
+    ran = ask(programs, tmp_path, answers)
+    assert ran.code == 1
+    assert re.search(message, ran.error), ran.error
+
+
+def test_no_outputs_are_no_success(programs: Programs, tmp_path: Path) -> None:
+    assert ask(programs, tmp_path, infer(outputs(), b"")).code == 3
+
+
+def test_a_server_that_says_nothing_is_given_up(programs: Programs, tmp_path: Path) -> None:
+    for silent in ("config", "infer"):
+        ran = ask(programs, tmp_path, {**GOOD, silent: (0, {}, b"")}, "--timeout", 300)
+        assert ran.code == 1
+        assert re.search(
+            r"nothing whole came within 300 ms; is the server overloaded, or the timeout too short\?", ran.error
+        )
+
+
+def test_no_server(programs: Programs, tmp_path: Path) -> None:
+    def ask_at(url: str) -> Any:  # noqa: ANN401
+        return programs.run("neck-triton", url, "--compare", tmp_path / "reference.npz")
+
+    assert "cannot be read (No such file or directory)" in ask_at("localhost:1").error
+    np.savez(tmp_path / "reference.npz", allow_pickle=False, pixels=np.zeros((1, 16, 16, 3), np.uint8), feat=FEAT[None])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody else can take it
+        ran = ask_at(f"127.0.0.1:{taken.getsockname()[1]}")
+    assert ran.code == 1
+    assert ran.error.endswith("is the server up, and the address right?")
+    for address in ("file:///etc/passwd", "gopher://x", "http://[", ""):
+        ran = ask_at(address)
+        assert ran.code == 1, address
+        assert "; " in ran.error
+    assert programs.run("neck-triton").code == 2
+    assert programs.run("neck-triton", "localhost:1").code == 2
+    assert programs.run("neck-triton", "x", "y", "--precision", "int8").code == 2
+    assert programs.run("neck-triton", "--help").out.startswith("Usage: neck-triton URL")
