@@ -75,7 +75,8 @@ def compare_results(new: Result, old: Result) -> list[Change]:
     """
     refuse_other_encoder(new, old, "the new result", "the old one")
     before = {_key(old, row): row for row in old["rows"] if row["status"] == "measured"}
-    pairs = [(before[key], row) for row in new["rows"] if (key := _key(new, row)) in before]
+    after = {_key(new, row): row for row in new["rows"]}  # a sweep tells the row at the encoder's own size again
+    pairs = [(before[key], row) for key, row in after.items() if key in before]
     if not pairs:
         raise BenchError(
             f"the two results have no measured row in common: the new one is of {_machines(new)}, the old one of "

@@ -11,8 +11,10 @@ from typing import Any
 
 from benchmarks.findings import (
     PRECISIONS,
+    SECOND,
     Row,
     error_figure,
+    may_be_used,
     median_ms,
     milliseconds,
     numbers,
@@ -50,13 +52,13 @@ def latency_chart(result: Result, machine: dict[str, Any], width: float) -> str 
     entries += [("whisker", "p50, p90, p95, p99")]
     if any(row.get("floor_ms") for row in rows):
         entries.append(("floor", "floor"))
-    if any(not row["passed"] for row in rows):
+    if not all(may_be_used(row) for row in rows):
         entries.append(("bar out", "not within tolerance"))
     top = legend(drawing, entries, 14)
     scale, unit = _time_axis(rows, width)
     bands = [_band(width, top + 8, index) for index in range(len(rows))]
     bottom = bands[-1][1] + 20
-    axis(drawing, scale, top + 4, bottom, 4 if width == NARROW else 8, unit)
+    axis(drawing, scale, top + 4, bottom, 4 if width == NARROW else 8, unit, time_unit(scale.high)[1])
     order = numbers(result, machine)
     for row, (text_y, bar_y) in zip(rows, bands, strict=True):
         name = f"{order[row['backend']]}. {row['label']}"
@@ -72,8 +74,8 @@ def _time_axis(rows: Sequence[Row], width: float) -> tuple[Scale, str]:
     log = max(median_ms(row) for row in rows) > LOG_FROM * median_ms(rows[0])
     start, end = (2.0, width - VALUES) if width == NARROW else (LABELS, width - VALUES)
     if log:
-        return Scale(low / 1.2, high * 1.05, start, end, True), "milliseconds, logarithmic"
-    return Scale(0, high * 1.02, start, end), "milliseconds"
+        return Scale(low / 1.2, high * 1.05, start, end, True), f"{time_unit(high)[0]}, logarithmic"
+    return Scale(0, high * 1.02, start, end), time_unit(high)[0]
 
 
 def _band(width: float, top: float, index: int) -> tuple[float, float]:
@@ -94,7 +96,7 @@ def _latency_bar(drawing: Drawing, row: Row, scale: Scale, y: float) -> None:
     latency = row["latency"]
     told = ", ".join(f"{key} {milliseconds(latency[f'{key}_ms'])}" for key in ("p50", "p90", "p95", "p99"))
     title = f"{row['label']}: {told}; {verdict(row)}, worst relative L2 {error_figure(worst_error(row))}"
-    out = "" if row["passed"] else " out"
+    out = "" if may_be_used(row) else " out"
     drawing.rect(scale.start, y, scale(latency["p50_ms"]) - scale.start, 14, f"bar {row['precision']}{out}", title)
     middle = y + 7
     drawing.line(scale(latency["p50_ms"]), middle, scale(latency["p99_ms"]), middle, "whisker")
@@ -200,13 +202,18 @@ def legend(drawing: Drawing, entries: Sequence[tuple[str, str]], y: float) -> fl
     return y + 8
 
 
-def axis(drawing: Drawing, scale: Scale, top: float, bottom: float, most: int, name: str) -> None:
-    """Grid lines with their values below, and the axis's name."""
+def time_unit(most_ms: float) -> tuple[str, float]:
+    """The unit of an axis of times that reaches so far, and its milliseconds."""
+    return ("seconds", 1e3) if most_ms >= SECOND else ("milliseconds", 1.0)
+
+
+def axis(drawing: Drawing, scale: Scale, top: float, bottom: float, most: int, name: str, unit: float = 1.0) -> None:
+    """Grid lines with their values below, divided by `unit`, and the axis's name."""
     for tick in scale.ticks(most):
         drawing.line(scale(tick), top, scale(tick), bottom, "grid")
-        x, half = scale(tick), text_width(tick_name(tick), SMALL) / 2
+        x, half = scale(tick), text_width(tick_name(tick / unit), SMALL) / 2
         anchor: Anchor = "start" if x < half else "end" if x + half > drawing.width else "middle"
-        drawing.text(x, bottom + 15, tick_name(tick), "small", anchor)
+        drawing.text(x, bottom + 15, tick_name(tick / unit), "small", anchor)
     drawing.text(scale.end, bottom + 32, name, "small", "end")
 
 

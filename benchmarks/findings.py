@@ -12,6 +12,9 @@ from benchmarks.records import Result
 Row = dict[str, Any]
 
 PRECISIONS = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
+SECOND = 1000.0
+"""From so many ms on, times are told in s."""
+
 NOTHING = "-"
 """Shown where there is no figure."""
 
@@ -40,8 +43,8 @@ def answers(result: Result) -> list[Answer]:
 
 def _answer(result: Result, machine: dict[str, Any]) -> Answer:
     measured = ranked(result, machine)
-    best = next((row for row in measured if row["passed"]), None)
-    outside = next((row for row in measured if not row["passed"]), None)
+    best = next((row for row in measured if may_be_used(row)), None)
+    outside = next((row for row in measured if not may_be_used(row)), None)
     if best and outside and median_ms(outside) >= median_ms(best):
         outside = None
     return Answer(machine, best, outside, tuple(missing(result, machine)))
@@ -91,13 +94,30 @@ def median_ms(row: Row) -> float:
 
 
 def worst_error(row: Row) -> float | None:
-    """The largest relative L2 of any output, infinite where a value is not finite, None where none was compared."""
+    """The largest relative L2 of any output, infinite where a value is not finite, None where none was compared.
+
+    The reference has none by definition.
+    """
     errors = row.get("errors") or []
+    if not errors and is_reference(row):
+        return 0.0
     return max((math.inf if e["relative_l2"] is None else e["relative_l2"] for e in errors), default=None)
+
+
+def is_reference(row: Row) -> bool:
+    """Whether the row is what all others are compared with."""
+    return bool(row.get("ratio")) and row["ratio"]["to"] == row["backend"]
+
+
+def may_be_used(row: Row) -> bool:
+    """Whether a row is within tolerance, or the reference itself."""
+    return bool(row.get("passed")) or (row.get("passed") is None and is_reference(row))
 
 
 def verdict(row: Row) -> str:
     """Whether a row is within tolerance, in words."""
+    if row.get("passed") is None and is_reference(row):
+        return "reference"
     return {True: "within tolerance", False: "outside tolerance", None: "not compared"}[row.get("passed")]
 
 
@@ -120,17 +140,15 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def milliseconds(ms: float | None) -> str:
-    """A time with its unit: s from 10 s on."""
+    """A time with its unit, ms or s."""
     if ms is None:
         return NOTHING
-    return f"{significant(ms / 1e3)} s" if ms >= 1e4 else f"{significant(ms)} ms"
+    return f"{significant(ms / 1e3)} s" if ms >= SECOND else f"{significant(ms)} ms"
 
 
 def seconds(value: float | None) -> str:
     """A time given in seconds."""
-    if value is None or value < 1:
-        return milliseconds(value and value * 1e3)
-    return f"{significant(value)} s"
+    return NOTHING if value is None else milliseconds(value * 1e3)
 
 
 def scaled(value: float | None, unit: str) -> str:
@@ -160,9 +178,9 @@ def numbers(result: Result, machine: dict[str, Any]) -> dict[str, int]:
     return {backend: index for index, backend in enumerate(dict.fromkeys(backends), 1)}
 
 
-def ratio_figure(row: Row) -> str:
+def ratio_figure(row: Row, name: str = "ratio") -> str:
     """The ratio to the row that it is compared with, and its range over the rounds."""
-    ratio = row.get("ratio")
+    ratio = row.get(name)
     if not ratio:
         return NOTHING
     return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"

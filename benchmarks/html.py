@@ -44,6 +44,7 @@ from benchmarks.tables import (
     growth_table,
     missing_table,
     parts_table,
+    plain_table,
     results_table,
 )
 
@@ -120,6 +121,7 @@ def _view(result: Result, answer: Answer) -> dict[str, Any]:
         "latency": draw(latency_chart),
         "results": results_table(result, machine),
         "costs": costs_table(result, machine),
+        "plain": plain_table(result, machine),
         "accuracy": draw(error_plot),
         "errors": errors,
         "open": next((table for row, table in compared if row is answer.best), None),
@@ -168,7 +170,7 @@ def _facts(result: Result, best: Row) -> list[dict[str, str]]:
     if best.get("share_of_floor") is not None:
         note = f"of this machine's limit: the floor is {milliseconds(best.get('floor_ms'))} at its own measured rates"
         facts.append({"name": "Reached", "figure": percent(best["share_of_floor"]), "note": note})
-    limits = [error["tolerance"]["relative_l2"] for error in best["errors"] if error.get("tolerance")]
+    limits = [error["tolerance"]["relative_l2"] for error in best["errors"] or [] if error.get("tolerance")]
     note = "relative L2 of the worst output" + (f"; tolerance {error_figure(max(limits))}" if limits else "")
     return [*facts, {"name": "Error", "figure": error_figure(worst_error(best)), "note": note}]
 

@@ -16,6 +16,7 @@ from benchmarks.tables import (
     growth_table,
     missing_table,
     parts_table,
+    plain_table,
     results_table,
 )
 
@@ -42,6 +43,7 @@ def markdown_page(result: Result) -> str:
         tables: list[tuple[str, Table | None]] = [
             ("Latency and error", results_table(result, machine)),
             ("Costs", costs_table(result, machine)),
+            ("What the rewrites buy", plain_table(result, machine)),
             ("Not measured", missing_table(result, machine)),
             ("Growth with image size", growth_table(result, machine, "image_size")),
             ("Growth with batch", growth_table(result, machine, "batch")),

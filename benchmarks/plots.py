@@ -7,11 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.charts import LOG_FROM, NARROW, axis, size_class, tick_name
+from benchmarks.charts import LOG_FROM, NARROW, axis, size_class, tick_name, time_unit
 from benchmarks.findings import (
     PRECISIONS,
     Row,
     error_figure,
+    may_be_used,
     median_ms,
     milliseconds,
     numbers,
@@ -20,7 +21,7 @@ from benchmarks.findings import (
     worst_error,
 )
 from benchmarks.records import Result, of_machine
-from benchmarks.svg import PLACES, SMALL, TEXT, Drawing, Scale, fitted, free_place, log_range, text_width
+from benchmarks.svg import PLACES, SMALL, TEXT, Drawing, Scale, fitted, free_place, log_range, spread_apart, text_width
 
 KEY = 330.0
 """Column of the key at the right of a wide drawing; in a narrow one it stands below."""
@@ -73,8 +74,17 @@ def error_plot(result: Result, machine: dict[str, Any], width: float) -> str | N
     low, high = log_range(finite or [1e-6, 1.0])
     bands = 22 * (0.0 in errors), 22 * (math.inf in errors)
     across = _latency_scale(rows, area)
+    unit = time_unit(across.high)
     up = Scale(low, high, area.bottom - bands[0], area.top + bands[1], True)
-    axis(drawing, across, area.top, area.bottom, 4 if width == NARROW else 7, f"latency p50, ms{', log' * across.log}")
+    axis(
+        drawing,
+        across,
+        area.top,
+        area.bottom,
+        4 if width == NARROW else 7,
+        f"latency p50, {unit[0]}{', log' * across.log}",
+        unit[1],
+    )
     up_axis(drawing, up, area, "worst relative L2 of any output")
     taken = [_tolerance_line(drawing, up(value), area, name) for name, value in tolerances.items()]
     for there, place, name in ((bands[0], area.bottom, "0"), (bands[1], area.top + 11, "not fin.")):
@@ -83,7 +93,7 @@ def error_plot(result: Result, machine: dict[str, Any], width: float) -> str | N
     order, points = numbers(result, machine), []
     for row, error in zip(rows, errors, strict=True):
         y = area.bottom - 5 if error == 0 else area.top + 7 if math.isinf(error) else up(error)
-        css = f"dot {row['precision']}{'' if row['passed'] else ' out'}"
+        css = f"dot {row['precision']}{'' if may_be_used(row) else ' out'}"
         title = f"{row['label']}: {milliseconds(median_ms(row))}, relative L2 {error_figure(error)}"
         x = across(median_ms(row))
         points.append(Point(x, y, order[row["backend"]], SHAPES.get(row["precision"], 3), css, title))
@@ -96,7 +106,7 @@ def _tolerances(rows: Sequence[Row]) -> dict[str, float]:
     """The relative L2 that each precision is held to, as its rows were."""
     found: dict[str, float] = {}
     for row in rows:
-        limits = [error["tolerance"]["relative_l2"] for error in row["errors"] if error.get("tolerance")]
+        limits = [error["tolerance"]["relative_l2"] for error in row["errors"] or [] if error.get("tolerance")]
         if limits:
             found[f"{PRECISIONS.get(row['precision'], row['precision'])} tolerance"] = max(limits)
     return found
@@ -121,7 +131,8 @@ def roofline_plot(result: Result, machine: dict[str, Any], width: float) -> str 
     Bytes are the least ones, so a point's place across says what the work could reach, not what the backend moved.
     """
     rows, roof = ranked(result, machine), machine["roofline"]
-    peaks = {name: rate for name, rate in (roof or {}).get("flops_per_s", {}).items() if rate}
+    used = {row["precision"] for row in rows}
+    peaks = {name: rate for name, rate in (roof or {}).get("flops_per_s", {}).items() if rate and name in used}
     if not rows or not peaks or not roof["copy_bytes_per_s"]:
         return None
     work, copy_rate = of_machine(result, machine, "work"), roof["copy_bytes_per_s"]
@@ -136,10 +147,14 @@ def roofline_plot(result: Result, machine: dict[str, Any], width: float) -> str 
     up = Scale(*log_range([*rates, *peaks.values()]), area.bottom, area.top, True)
     axis(drawing, across, area.top, area.bottom, 4 if width == NARROW else 7, "FLOP per byte of least traffic, log")
     up_axis(drawing, up, area, "FLOP per second, log", "FLOP/s")
-    taken = [_ceiling(drawing, area, (across, up), (name, peaks[name]), copy_rate) for name in peaks]
+    labels = spread_apart([up(rate) - 5 for rate in peaks.values()], 14, area.top + 8, area.bottom)
+    taken = [
+        _ceiling(drawing, area, (across, up), (name, rate), copy_rate, label)
+        for (name, rate), label in zip(peaks.items(), labels, strict=True)
+    ]
     order, points = numbers(result, machine), []
     for row, rate, intensity in zip(rows, rates, intensities, strict=True):
-        css = f"dot {row['precision']}{'' if row['passed'] else ' out'}"
+        css = f"dot {row['precision']}{'' if may_be_used(row) else ' out'}"
         title = f"{row['label']}: {scaled(rate, 'FLOP/s')}"
         shape = SHAPES.get(row["precision"], 3)
         points.append(Point(across(intensity), up(rate), order[row["backend"]], shape, css, title))
@@ -149,7 +164,7 @@ def roofline_plot(result: Result, machine: dict[str, Any], width: float) -> str 
 
 
 def _ceiling(
-    drawing: Drawing, area: Area, scales: tuple[Scale, Scale], peak: tuple[str, float], copy_rate: float
+    drawing: Drawing, area: Area, scales: tuple[Scale, Scale], peak: tuple[str, float], copy_rate: float, label: float
 ) -> Box:
     """One precision's roof: the copy rate up to the ridge, then the product rate."""
     across, up = scales
@@ -158,8 +173,8 @@ def _ceiling(
     points = [(left, left * copy_rate), (rate / copy_rate, rate), (across.high, rate)]
     drawing.path([(across(x), up(y)) for x, y in points if x >= left], f"line {name}")
     text = f"{PRECISIONS.get(name, name)} {scaled(rate, 'FLOP/s')}"
-    drawing.text(area.right - 4, up(rate) - 5, text, "small quiet", "end")
-    return area.right - 4 - text_width(text, SMALL), up(rate) - 16, area.right, up(rate) + 1
+    drawing.text(area.right - 4, label, text, "small quiet", "end")
+    return area.right - 4 - text_width(text, SMALL), label - 11, area.right, label + 6
 
 
 def up_axis(drawing: Drawing, scale: Scale, area: Area, name: str, unit: str = "") -> None:

@@ -11,6 +11,7 @@ from benchmarks.findings import (
     Row,
     error_figure,
     label_of,
+    may_be_used,
     median_ms,
     milliseconds,
     missing,
@@ -68,14 +69,14 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
     caption = f"All measured backends at {size}. Relative L2 is the worst output's"
     if reference:
         caption += f"; the ratio is of latency to {reference}, by round: median (lowest to highest)"
-    warned = tuple(index for index, row in enumerate(rows) if not row["passed"])
+    warned = tuple(index for index, row in enumerate(rows) if not may_be_used(row))
     return Table(f"{caption}.", head, cells, (0, 7), warned)
 
 
 def costs_table(result: Result, machine: dict[str, Any]) -> Table:
     """What each measured row takes beside its time."""
     order = numbers(result, machine)
-    head = ("Backend", "Images/s", "Host peak", "Device peak", "Load", "Build", "File", "Runs", "Warm-up")
+    head = ("Backend", "Images/s", "Host peak", "Device peak", "Load", "Build", "File", "Runs", "Warm-up", "Note")
     cells = tuple(
         (
             f"{order[row['backend']]}. {row['label']}",
@@ -87,6 +88,7 @@ def costs_table(result: Result, machine: dict[str, Any]) -> Table:
             scaled(row.get("file_bytes"), "B"),
             str(row["latency"]["runs"]),
             NOTHING if row.get("warm_up_runs") is None else str(row["warm_up_runs"]),
+            row.get("note") or "",
         )
         for row in ranked(result, machine)
     )
@@ -99,15 +101,25 @@ def costs_table(result: Result, machine: dict[str, Any]) -> Table:
 
 def missing_table(result: Result, machine: dict[str, Any]) -> Table | None:
     """What was asked for and not measured, with the reasons."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for row in missing(result, machine):
+        sizes = groups.setdefault((row["label"], row["status"], row["reason"] or NOTHING), [])
+        size = size_name(row["image_size"], row["batch"])
+        sizes += [size] if size not in sizes else []
+    rows = tuple((label, "; ".join(sizes), status, reason) for (label, status, reason), sizes in groups.items())
+    head = ("Backend", "Size", "Status", "Reason")
+    return Table("Asked for and not measured", head, rows, (0, 1, 2, 3)) if rows else None
+
+
+def plain_table(result: Result, machine: dict[str, Any]) -> Table | None:
+    """What the exact rewrites buy: each rewritten row's latency over its plain twin's."""
     rows = tuple(
-        (row["label"], size_name(row["image_size"], row["batch"]), row["status"], row["reason"] or NOTHING)
-        for row in missing(result, machine)
+        (row["label"], label_of(result, row["ratio_to_plain"]["to"]), ratio_figure(row, "ratio_to_plain"))
+        for row in ranked(result, machine)
+        if row.get("ratio_to_plain")
     )
-    return (
-        Table("Asked for and not measured", ("Backend", "Size", "Status", "Reason"), rows, (0, 1, 2, 3))
-        if rows
-        else None
-    )
+    caption = "Latency of the rewritten module over that of the plain one, by round: median (lowest to highest)"
+    return Table(caption, ("Backend", "Plain", "Ratio"), rows, (0, 1)) if rows else None
 
 
 def errors_table(row: Row) -> Table | None:

@@ -129,7 +129,7 @@ def _row(
     latency = vars(summarise(times))
     floor = 12.0 if precision == "fp32" else 6.0
     names = [f"sam3_{kind}_{level}" for kind in ("feat", "pos") for level in range(4)]
-    errors = [_error(name, error, precision) for name in names]
+    errors = [_error(name, error, precision) for name in names] if error else None  # the reference is not compared
     return {
         "machine": "m0",
         "backend": backend,
@@ -152,7 +152,7 @@ def _row(
         "peak_host_bytes": 4_100_000_000,
         "peak_device_bytes": None,
         "errors": errors,
-        "passed": all(entry["passed"] for entry in errors),
+        "passed": all(entry["passed"] for entry in errors) if errors else None,
         "ratio": {"to": "eager-fp32", "median": ms / 100, "low": ms / 103, "high": ms / 97},
         "floor_ms": floor,
         "share_of_floor": min(1.0, floor / latency["p50_ms"]),

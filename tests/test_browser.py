@@ -112,8 +112,11 @@ class Served:
         asked = self.asked
 
         class Handler(http.server.SimpleHTTPRequestHandler):
-            def log_message(self, format: str, *arguments: object) -> None:
+            def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
                 asked.append(self.path)
+
+            def log_message(self, format: str, *arguments: object) -> None:
+                """Says nothing."""
 
         handler = functools.partial(Handler, directory=str(folder))
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -28,6 +28,7 @@ from benchmarks.findings import (
     answer_sentence,
     answers,
     error_figure,
+    may_be_used,
     milliseconds,
     percent,
     ranked,
@@ -35,6 +36,7 @@ from benchmarks.findings import (
     seconds,
     significant,
     swept,
+    verdict,
     worst_error,
 )
 from benchmarks.growth import growth_plot
@@ -44,6 +46,7 @@ from benchmarks.plots import error_plot, roofline_plot
 from benchmarks.records import Result, merge_results, read_result
 from benchmarks.report import check_folder, write_report
 from benchmarks.svg import Scale, fitted, linear_ticks, log_ticks, spread_apart
+from benchmarks.tables import missing_table
 
 HOSTILE = '<script>alert("x")</script> & | `a` "quoted"\n\x1b[31m'
 
@@ -99,11 +102,26 @@ def test_a_row_that_leaves_tolerance_is_no_answer() -> None:
 def test_a_row_that_was_never_compared_is_no_answer() -> None:
     result = synthetic_result()
     for row in result["rows"]:
-        row |= {"passed": None, "errors": []}
+        row |= {"passed": None, "errors": None}
+    (answer,) = answers(result)
+    assert answer.best and answer.best["backend"] == "eager-fp32"  # the reference needs no comparison
+    assert "was not compared" in html_page(result)
+    for row in result["rows"]:
+        row["ratio"] = None
     (answer,) = answers(result)
     assert answer.best is None and answer.fastest_outside
     assert "no backend was measured within tolerance" in answer_sentence(result, answer)
-    assert "was not compared" in html_page(result)
+
+
+def test_the_reference_may_be_the_answer() -> None:
+    result = synthetic_result()
+    row = next(row for row in result["rows"] if row["backend"] == "eager-fp32" and row["sweep"] is None)
+    row["latency"]["p50_ms"] = 1.0
+    (answer,) = answers(result)
+    assert answer.best is row and answer.fastest_outside is None
+    assert verdict(row) == "reference" and worst_error(row) == 0
+    row["passed"] = False  # a verdict is a verdict
+    assert answers(result)[0].best is not row
 
 
 @pytest.mark.parametrize("change", [without_rows, unmeasured])
@@ -150,6 +168,8 @@ def test_an_error_that_is_not_finite_is_the_worst() -> None:
         (significant(math.inf), "not finite"),
         (milliseconds(None), "-"),
         (milliseconds(26.34), "26.3 ms"),
+        (milliseconds(999.4), "999 ms"),
+        (milliseconds(8460), "8.46 s"),
         (milliseconds(38600), "38.6 s"),
         (seconds(0.25), "250 ms"),
         (seconds(2.5), "2.50 s"),
@@ -165,6 +185,25 @@ def test_an_error_that_is_not_finite_is_the_worst() -> None:
 )
 def test_figures_are_shown_alike(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+def test_what_the_rewrites_buy_is_told_where_a_plain_twin_was_measured() -> None:
+    result = synthetic_result()
+    assert "What the rewrites buy" not in markdown_page(result)
+    row = next(row for row in result["rows"] if row["backend"] == "ort-cpu-rewritten-fp32")
+    row["ratio_to_plain"] = {"to": "ort-cpu-plain-fp32", "median": 0.961, "low": 0.95, "high": 0.974}
+    row["note"] = "loaded 3 times in 3 rounds"
+    for shown in (html_page(result), markdown_page(result)):
+        assert "0.96 (0.95 to 0.97)" in shown and row["note"] in shown
+
+
+def test_what_is_missing_at_every_point_is_told_once() -> None:
+    result = synthetic_result()
+    gone = next(row for row in result["rows"] if row["status"] == "unavailable")
+    result["rows"] += [{**gone, "sweep": "batch", "batch": batch} for batch in (1, 2, 4)]
+    table = missing_table(result, result["machines"][0])
+    assert table and len(table.rows) == 2
+    assert table.rows[0][1] == "1008 x 1008, batch 1; 1008 x 1008, batch 2; 1008 x 1008, batch 4"
 
 
 # charts
@@ -206,7 +245,7 @@ def test_a_chart_shows_the_figures(name: str) -> None:
     one, other = synthetic_result(gpu=True), synthetic_result(seed=5, gpu=True, scale=3.0)
     other["work"]["parts"][1]["ms"] *= 2
     for row in other["rows"]:
-        for error in row["errors"]:
+        for error in row["errors"] or []:
             error["relative_l2"] *= 1.5
         if row["sweep"]:
             row["latency"]["p50_ms"] *= 1.7
@@ -242,7 +281,7 @@ def test_kernels_without_times_are_drawn_by_bytes() -> None:
 
 def test_bars_are_as_long_as_the_latencies() -> None:
     result = synthetic_result()
-    rows = [row for row in ranked(result, result["machines"][0]) if row["passed"]]
+    rows = [row for row in ranked(result, result["machines"][0]) if may_be_used(row)]
     root = ElementTree.fromstring(draw("latency", result) or "")
     bars = [bar for bar in root.iter("rect") if bar.find("title") is not None and "out" not in (bar.get("class") or "")]
     lengths = [float(bar.get("width") or 0) / row["latency"]["p50_ms"] for bar, row in zip(bars, rows, strict=True)]
@@ -314,6 +353,19 @@ def test_a_long_name_keeps_its_end() -> None:
     assert "..." in cut and cut.startswith("torch") and cut.endswith("FP32") and len(cut) <= 23
 
 
+def test_long_times_are_drawn_in_seconds() -> None:
+    for name in ("latency", "error"):
+        assert "seconds" not in re.findall("[a-z]+", draw(name, synthetic_result()) or "")
+        assert "seconds" in re.findall("[a-z]+", draw(name, synthetic_result(scale=100.0)) or "")
+
+
+def test_a_roof_that_no_row_could_reach_is_not_drawn() -> None:
+    result = synthetic_result()
+    assert "BF16 930 GFLOP/s" in (draw("roofline", result) or "")
+    result["rows"] = [row for row in result["rows"] if row["precision"] == "fp32"]
+    assert "BF16" not in (draw("roofline", result) or "")
+
+
 # the page and the Markdown
 
 
@@ -370,7 +422,7 @@ def test_every_row_every_reason_and_every_output_is_on_both_pages() -> None:
             assert row["label"] in shown
             assert row["reason"] is None or row["reason"] in shown
         for name in ("sam3\\_feat\\_3", "sam3\\_pos\\_0") if shown is text else ("sam3_feat_3", "sam3_pos_0"):
-            assert shown.count(name) >= 8
+            assert shown.count(name) >= 7
         for part in ("Imaginary GPU", "Imaginary processor", "1.31.1", "not installed", result["command"], LABEL):
             assert part in shown
 
@@ -392,7 +444,7 @@ def test_hostile_text_is_shown_and_not_run() -> None:
     lines = text.splitlines()
     (head,) = [index for index, line in enumerate(lines) if line.startswith("| Backend | Images/s")]
     for line in lines[head : head + 10]:
-        assert len(re.findall(r"(?<!\\)\|", line)) == 10
+        assert len(re.findall(r"(?<!\\)\|", line)) == 11
 
 
 def test_markdown_marks_are_escaped() -> None:

@@ -256,6 +256,13 @@ def test_errors_that_are_no_longer_measured_are_told() -> None:
     assert change.kind == "lost" and "errors were not measured" in str(change)
 
 
+def test_a_point_that_a_sweep_tells_again_is_told_once() -> None:
+    new = synthetic_result(scale=2.0)
+    new["rows"] = [row for row in new["rows"] if row["backend"] == "eager-fp32" and row["sweep"] is None]
+    new["rows"].append({**new["rows"][0], "sweep": "batch"})
+    assert len(compare_results(new, synthetic_result())) == 1
+
+
 def test_backends_that_were_not_asked_for_are_not_compared() -> None:
     new = synthetic_result(scale=2.0)
     new["rows"] = [row for row in new["rows"] if row["backend"] == "eager-fp32" and row["sweep"] is None]
