@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -238,4 +238,6 @@ def open_runner(job: Mapping[str, Any]) -> Runner:
         return TorchRunner(job)
     from benchmarks.file_runners import OpenVinoRunner, OrtRunner, PlanRunner
 
-    return {"ort": OrtRunner, "openvino": OpenVinoRunner, "plan": PlanRunner}[job["runtime"]](job)
+    makers: dict[str, Callable[[Mapping[str, Any]], Runner]]
+    makers = {"ort": OrtRunner, "openvino": OpenVinoRunner, "plan": PlanRunner}
+    return makers[job["runtime"]](job)

@@ -6,15 +6,24 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.backends import Backend
+from benchmarks.environment import available_bytes
 from benchmarks.errors import BenchError
 from benchmarks.process import ROOT, Worker, WorkerError
+from export.manifest import data_path
 from export.signature import BatchRange, Positions, Signature, SignatureError, encoder_signature
 from neck.config import ConfigError, EncoderConfig
+
+Job = dict[str, Any] | WorkerError
+"""What a worker loads, or why it cannot be made."""
+
+ROOM_BYTES = 8 << 30
+"""An export at full size takes up to 2.4 GB."""
 
 PREPARE_SECONDS = 1800.0
 """An export at full size takes half a minute, a plan on a small GPU many."""
@@ -37,7 +46,8 @@ class Asked:
         values = dataclasses.asdict(self)
         for name in ("checkpoint", "images"):
             path: Path | None = values[name]
-            values[name] = [str(path.resolve()), *path.stat()[6:9:2]] if path and path.exists() else str(path)
+            if path and path.exists():
+                values[name] = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
         return {**values, "sources": sources_digest()}
 
 
@@ -48,11 +58,23 @@ def digest(values: Mapping[str, Any]) -> str:
 
 def sources_digest() -> str:
     """Of the code that decides what is exported and run."""
-    files = [*(ROOT / "neck").glob("*.py"), *(ROOT / "export").glob("*.py"), *(ROOT / "engines").glob("*.py")]
-    files += [
-        ROOT / "benchmarks" / name for name in ("backends.py", "torch_runner.py", "file_runners.py", "prepare.py")
-    ]
+    engines = ("build", "plan", "session", "flavor")
+    own = ("backends", "torch_runner", "file_runners", "prepare")
+    files = [*(ROOT / "neck").glob("*.py"), *(ROOT / "export").glob("*.py")]
+    files += [ROOT / "engines" / f"{name}.py" for name in engines]
+    files += [ROOT / "benchmarks" / f"{name}.py" for name in own]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:12]
+
+
+def seconds_path(path: Path) -> Path:
+    """Beside an ONNX file that is whole: the seconds that its export took."""
+    return path.with_suffix(".seconds")
+
+
+def about_file(path: Path) -> dict[str, Any]:
+    """`onnx`, `build_s` (by whichever run exported it) and `file_bytes` of an exported file."""
+    size = path.stat().st_size + data_path(path).stat().st_size
+    return {"onnx": str(path), "build_s": float(seconds_path(path).read_text()), "file_bytes": size}
 
 
 class Workplace:
@@ -120,44 +142,65 @@ class Workplace:
             raise BenchError(f"image size {config.image_size[0]}x{config.image_size[1]} leaves a level empty")
         return config, signature
 
-    def job(self, backend: Backend, config: EncoderConfig, signature: Signature) -> dict[str, Any]:
-        """What a worker loads; the picture and the file are made where they are not there.
+    def jobs(self, backends: Sequence[Backend], config: EncoderConfig, signature: Signature) -> dict[str, Job]:
+        """What a worker loads, by backend; the picture and the files are made where they are not there.
 
-        Raises:
-            WorkerError: they cannot be made.
+        Two files are made at a time, since an export keeps one core busy, but plans one by one: their builder measures.
         """
         batch, (height, width) = signature.batch.optimum, config.image_size
         place = f"{height}x{width}-b{batch}"
         values = {"batch": batch, "signature": signature.to_dict(), "config": config.to_dict()}
         image = self.folder / f"image-{place}.npy"
         images = str(self.asked.images) if self.asked.images else None
-        made: dict[str, Any] = {"build_s": None, "file_bytes": None}
         if not image.is_file():
-            self.ask("image", **values, images=images, path=str(image))
-        if backend.file:
-            made |= self._file(backend, values, self.folder / f"{backend.module}-{backend.precision}-{place}")
-        return {
-            **dataclasses.asdict(backend),
-            **values,
-            "weights": self._prepared["weights"],
-            "image": str(image),
-            **made,
-        }
-
-    def _file(self, backend: Backend, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        if backend.runtime == "plan":
-            folder = folder.with_name(f"{folder.name}-plan")
-        asked = {**self._encoder(), **values, "checkpoint": self._prepared["weights"]}
-        asked |= {"image_size": values["config"]["image_size"], "path": str(folder / "encoder.onnx")}
-        kind = {"precision": backend.precision, "module": backend.module, "runtime": backend.runtime}
-        made = self.ask("file", **{**asked, **kind})
-        if backend.runtime != "plan":
-            return made
-        self.rest()  # one flavour of TensorRT to a process
-        path = folder / f"{backend.provider}.plan"
-        plan = self.ask("plan", onnx=made["onnx"], path=str(path), flavor=backend.provider)
+            try:
+                self.ask("image", **values, images=images, path=str(image))
+            except WorkerError as error:
+                raise BenchError(f"the picture cannot be made: {error}") from None
         self.rest()
+        values |= {"weights": self._prepared["weights"], "image": str(image)}
+        folders = {
+            one.id: self.folder / f"{one.module}-{one.precision}-{place}{'-plan' * (one.runtime == 'plan')}"
+            for one in backends
+            if one.file
+        }
+        firsts = {folder: one for one in reversed(backends) if (folder := folders.get(one.id))}
+        at_once = 1 if any(one.runtime == "plan" for one in backends) or available_bytes() < ROOM_BYTES else 2
+        with ThreadPoolExecutor(at_once) as pool:
+            files = dict(zip(firsts, pool.map(lambda at: self._file(firsts[at], values, at), firsts), strict=True))
+        found: dict[str, Job] = {}
+        for one in backends:
+            made: Job = files[folders[one.id]] if one.file else {"build_s": None, "file_bytes": None}
+            if one.runtime == "plan" and not isinstance(made, WorkerError):
+                made = self._plan(one, made, folders[one.id])
+            found[one.id] = made if isinstance(made, WorkerError) else {**dataclasses.asdict(one), **values, **made}
+        return found
+
+    def _file(self, backend: Backend, values: Mapping[str, Any], folder: Path) -> Job:
+        """The ONNX file of a backend, by a worker of its own."""
+        path = folder / "encoder.onnx"
+        if seconds_path(path).is_file():
+            return about_file(path)
+        folder.mkdir(exist_ok=True)
+        asked = {**self._encoder(), **values, "checkpoint": self._prepared["weights"]}
+        asked |= {"image_size": values["config"]["image_size"], "path": str(path)}
+        asked |= {name: getattr(backend, name) for name in ("precision", "module", "runtime")}
+        return self._by_itself(folder, "file", asked)
+
+    def _plan(self, backend: Backend, made: Mapping[str, Any], folder: Path) -> Job:
+        """The plan of a file, by a worker of its own: one flavour of TensorRT to a process."""
+        path = folder / f"{backend.provider}.plan"
+        plan = self._by_itself(folder, "plan", {"onnx": made["onnx"], "path": str(path), "flavor": backend.provider})
+        if isinstance(plan, WorkerError):
+            return plan
         return {**made, **plan, "build_s": made["build_s"] + plan["build_s"]}
+
+    def _by_itself(self, folder: Path, command: str, asked: Mapping[str, Any]) -> Job:
+        with Worker(folder.with_name(f"{folder.name}.log")) as worker:
+            try:
+                return worker.ask(command, PREPARE_SECONDS, **asked)
+            except WorkerError as error:
+                return error
 
     def drop(self, config: EncoderConfig, signature: Signature) -> None:
         """Removes the files of a point that nothing runs any more (1.8 GB each at full size)."""

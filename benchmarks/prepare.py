@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from export.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
+from benchmarks.jobs import about_file, seconds_path
 from export.options import ExportOptions, load, sign
-from export.pipeline import export_onnx
+from export.pipeline import export_onnx, write_onnx
 from export.provenance import encoder_config
 from export.rewrite import Rewrites
 from export.signature import BatchRange, Signature
@@ -80,31 +80,31 @@ def make_image(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_file(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Exports the ONNX file of a backend, or finds the one that was exported before; not verified, the rows are.
+    """Exports the ONNX file of a backend.
+
+    It is not verified, its row is; nor hashed, but for a plan, whose builder checks that.
 
     Args:
         asked: as `make_weights`, and `path`, `precision`, `module`, `runtime`.
 
     Returns:
-        `onnx`, `build_s` (the export's, by whichever run exported it), `file_bytes`.
+        As `about_file`.
     """
-    path, took = Path(asked["path"]), Path(asked["path"]).with_suffix(".seconds")
-    with contextlib.suppress(ManifestError, OSError, ValueError):
-        check_files(manifest_path(path), read_manifest(manifest_path(path), "onnx"), hashes=False)
-        return _about(path, float(took.read_text()))
+    path = Path(asked["path"])
     start = time.perf_counter()
     # ONNX Runtime's GPU providers need not know Attention (opset 23); TensorRT builds the form that `auto` takes
     form: Any = "scores32" if asked["precision"] != "fp32" and asked["runtime"] != "plan" else "auto"
     rewrites = Rewrites() if asked["module"] == "rewritten" else Rewrites.none()
     options = _options(asked, path)
-    export_onnx(dataclasses.replace(options, precision=asked["precision"], attention=form, rewrites=rewrites))
-    took.write_text(f"{time.perf_counter() - start}\n")
-    return _about(path, float(took.read_text()))
-
-
-def _about(path: Path, seconds: float) -> dict[str, Any]:
-    size = path.stat().st_size + data_path(path).stat().st_size
-    return {"onnx": str(path), "build_s": seconds, "file_bytes": size}
+    options = dataclasses.replace(options, precision=asked["precision"], attention=form, rewrites=rewrites)
+    if asked["runtime"] == "plan":
+        export_onnx(options)  # a plan's builder wants the manifest
+    else:
+        encoder = load(options)
+        signature = sign(options, encoder)
+        write_onnx(encoder, signature, path, precision=options.precision, attention=form, rewrites=rewrites)
+    seconds_path(path).write_text(f"{time.perf_counter() - start}\n")  # last: it says that the file is whole
+    return about_file(path)
 
 
 def make_plan_file(asked: Mapping[str, Any]) -> dict[str, Any]:

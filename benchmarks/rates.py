@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-PRODUCT_SECONDS = 0.25
-"""A product is made larger until it takes about so long; a rate that small ones reach says little."""
+PRODUCT_SECONDS = 0.05
+"""A product is made larger until it takes so long at least; a rate that small ones reach says little."""
 
 LARGEST = {"cpu": 4096, "cuda": 8192}
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
@@ -50,12 +50,12 @@ def best_of(work: Callable[[], object], device: str) -> float:
 
 
 def _product_rate(dtype: torch.dtype, device: str) -> float:
-    side, best = 512, 0.0
+    side, best = 256, 0.0
     while True:
         left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         seconds = best_of(lambda a=left, b=right: torch.mm(a, b), device)  # type: ignore[misc]
         best = max(best, 2 * side**3 / seconds)
-        if side >= LARGEST[device] or 8 * seconds > 4 * PRODUCT_SECONDS:
+        if side >= LARGEST[device] or seconds > PRODUCT_SECONDS:
             return best
         side *= 2
 

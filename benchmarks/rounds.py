@@ -46,10 +46,10 @@ class Pace:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A backend at a point: `job` makes what it loads, `needed` is the memory that it likely takes."""
+    """A backend at a point: `job` is what it loads, `needed` the memory that it likely takes."""
 
     backend: Backend
-    job: Callable[[], Mapping[str, Any]]
+    job: Mapping[str, Any]
     needed: int
 
 
@@ -61,7 +61,6 @@ class Point:
         folder: for the workers' outputs and logs.
         candidates: the reference first.
         keep: which outputs stay in `folder` for the report's pictures.
-        made: called once every job is made.
     """
 
     def __init__(
@@ -73,14 +72,12 @@ class Point:
         pace: Pace,
         report: Report,
         keep: Callable[[str], bool],
-        made: Callable[[], None],
     ) -> None:
         self.name, self.folder, self.samples, self.pace = name, folder, samples, pace
         self.candidates = {one.backend.id: one for one in candidates}
-        self.report, self.keep, self.made = report, keep, made
+        self.report, self.keep = report, keep
         self._loaded: dict[str, Worker] = {}
         self._needed = {one.backend.id: one.needed for one in candidates}
-        self._jobs: dict[str, Mapping[str, Any]] = {}
 
     def measure(self, parts_runs: int = 0) -> None:
         """Measures the rounds that the samples lack.
@@ -89,8 +86,6 @@ class Point:
             parts_runs: runs of the reference that tell the time of each part; 0 for none.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.samples.rounds(self.name) < self.pace.rounds:
-            self._make_jobs()
         try:
             for number in range(self.samples.rounds(self.name), self.pace.rounds):
                 self.report(f"{self.name}: round {number + 1} of {self.pace.rounds}")
@@ -104,16 +99,6 @@ class Point:
             for name in list(self._loaded):
                 self._unload(name)
         self._drop_outputs()
-
-    def _make_jobs(self) -> None:
-        """Makes what the backends load, before the first is timed."""
-        for name, candidate in self.candidates.items():
-            if not self._given_up(name):
-                try:
-                    self._jobs[name] = candidate.job()
-                except WorkerError as error:
-                    self._give_up(name, f"what it runs cannot be made: {error}")
-        self.made()
 
     def _given_up(self, name: str) -> bool:
         return self.samples.last("failed", point=self.name, backend=name) is not None
@@ -158,7 +143,7 @@ class Point:
         candidate = self.candidates[name]
         if not self._make_room(name):
             return False
-        job = self._jobs[name]
+        job = candidate.job
         cuda = candidate.backend.device == "cuda"
         worker = Worker(self.folder / f"{name}.log", {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor" / name)})
         self._loaded[name] = worker

@@ -47,6 +47,7 @@ class Run:
         environment, device: the machine.
         prepared: what `Workplace.prepare` found.
         config, signature: of the main point.
+        points: of the sweeps.
         backends, unavailable: all that the result lists; id -> reason of those that cannot run here.
         pace, sweep_pace: how often things run.
         folder, samples: of this benchmark.
@@ -54,7 +55,6 @@ class Run:
     """
 
     main: Place
-    swept: list[Place]
 
     def __init__(self, options: BenchOptions, place: Workplace, report: Report) -> None:
         started = time.monotonic()
@@ -68,6 +68,8 @@ class Run:
         self.device: Device = _device(options, facts["cuda"])
         self.prepared = place.prepare()
         self.config, self.signature = place.sign(self._main_size(), options.batch)
+        self.points = self._sweep_points()
+        self.swept: list[Place] = []
         named = options.backends or (QUICK[self.device] if options.quick else ())
         self.backends = choose_backends(self.device, named)
         reasons = {one.id: why_unavailable(one, facts, one.id in options.backends) for one in self.backends}
@@ -117,9 +119,10 @@ class Run:
         """Measures what the samples lack."""
         self._measure_rates("before")
         self.main = self._measure(self.config, self.signature, None, self.pace, self.available())
-        points = [self._sweep(*point) for point in self.options.sweeps]
-        self.swept = [point for point in points if point]
-        self._measure_rates("after")
+        for sweep, config, signature in self.points:
+            self.swept.append(self._measure(config, signature, sweep, self.sweep_pace, self.swept_backends()))
+        if not self.options.quick:
+            self._measure_rates("after")
 
     def available(self) -> list[Backend]:
         """The backends that can run here."""
@@ -148,25 +151,45 @@ class Run:
             encoder_parts(config, signature, batch),
         )
 
-        def candidate(backend: Backend) -> Candidate:
-            needed = needed_bytes(backend, config, signature, batch)
-            return Candidate(backend, lambda: self.place.job(backend, config, signature), needed)
-
-        keep: Callable[[str], bool] = (lambda name: False) if sweep else (lambda name: "_feat_" in name)
-        candidates = [candidate(one) for one in backends]
-        about = (self.samples, pace, self.report, keep, self.place.rest)
-        point = Point(place.name, self.folder / place.slug, candidates, *about)
-        point.measure(0 if sweep else PARTS_RUNS[self.device])
+        if self.samples.rounds(place.name) < pace.rounds:
+            candidates = self._candidates(place.name, config, signature, backends)
+            # the features of the main point become pictures
+            keep: Callable[[str], bool] = (lambda name: False) if sweep else (lambda name: "_feat_" in name)
+            point = Point(place.name, self.folder / place.slug, candidates, self.samples, pace, self.report, keep)
+            point.measure(0 if sweep else PARTS_RUNS[self.device])
         if sweep:
             self.place.drop(config, signature)
         return place
 
-    def _sweep(self, sweep: str, size: int | tuple[int, int] | None, batch: int) -> Place | None:
-        """One point of a sweep; None where it is the main point."""
-        config, signature = self.place.sign(size if size is not None else self._main_size(), batch)
-        if (config.image_size, batch) == (self.config.image_size, self.options.batch):
-            return None
-        return self._measure(config, signature, sweep, self.sweep_pace, self.swept_backends())
+    def _candidates(
+        self, point: str, config: EncoderConfig, signature: Signature, backends: Sequence[Backend]
+    ) -> list[Candidate]:
+        """The backends of a point with what they load; one whose file cannot be made has failed."""
+        self.report(f"{point}: pictures and files")
+        candidates = []
+        living = [one for one in backends if self.samples.last("failed", point=point, backend=one.id) is None]
+        jobs = self.place.jobs(living, config, signature)
+        for one in living:
+            job = jobs[one.id]
+            if isinstance(job, WorkerError):
+                reason = f"what it runs cannot be made: {job}"
+                self.samples.add("failed", point=point, backend=one.id, status="failed", reason=reason)
+            else:
+                candidates.append(Candidate(one, job, needed_bytes(one, config, signature, signature.batch.optimum)))
+        return candidates
+
+    def _sweep_points(self) -> list[tuple[str, EncoderConfig, Signature]]:
+        """Sweep, config and signature of every point that is not the main one.
+
+        Raises:
+            BenchError: a size that cannot be, before anything is measured.
+        """
+        points = []
+        for sweep, size, batch in self.options.sweeps:
+            config, signature = self.place.sign(size if size is not None else self._main_size(), batch)
+            if (config.image_size, batch) != (self.config.image_size, self.options.batch):
+                points.append((sweep, config, signature))
+        return points
 
     def swept_backends(self) -> list[Backend]:
         """What the sweeps measure."""

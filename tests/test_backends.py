@@ -1,0 +1,290 @@
+"""The ways to run the encoder: which are listed, what each computes, and the worker that a backend runs in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import named_outputs, shared_encoder, tiny_config
+
+from benchmarks.backends import REFERENCE, Backend, backends_for, choose_backends, open_runner, why_unavailable
+from benchmarks.errors import BenchError
+from benchmarks.file_runners import RunnerError
+from benchmarks.process import ROOT, Worker, WorkerError
+from benchmarks.torch_runner import OTHER, TorchRunner, make_module
+from benchmarks.worker import OUT_OF_MEMORY, peak_bytes
+from export.fidelity import compare
+from export.options import ExportOptions
+from export.pipeline import export_onnx
+from export.rewrite import Rewrites
+from export.signature import encoder_signature
+from neck.checkpoint import save_meta_checkpoint
+
+CONFIG = tiny_config()
+
+NOTHING: dict[str, Any] = {
+    "cuda": False,
+    "cpu_computes": {"bf16": False, "fp16": False},
+    "compilers": {"cpu": "no compiler", "cuda": "no Triton"},
+    "providers": None,
+    "openvino": None,
+    "plans": {"tensorrt": "no GPU", "rtx": "no GPU"},
+}
+"""A machine with PyTorch alone."""
+
+EVERYTHING: dict[str, Any] = {
+    "cuda": True,
+    "cpu_computes": {"bf16": True, "fp16": True},
+    "compilers": {"cpu": None, "cuda": None},
+    "providers": ["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"],
+    "openvino": ["FP32", "BF16"],
+    "plans": {"tensorrt": None, "rtx": None},
+}
+
+
+def named(name: str) -> Backend:
+    return next(one for one in (*backends_for("cpu"), *backends_for("cuda")) if one.id == name)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What every backend of a tiny encoder runs on; the file is the rewritten FP32 one."""
+    folder = tmp_path_factory.mktemp("job")
+    encoder = shared_encoder(CONFIG)
+    save_meta_checkpoint(encoder, folder / "weights.pt")
+    image = torch.randn(1, 3, *CONFIG.image_size, generator=torch.Generator().manual_seed(0))
+    np.save(folder / "image.npy", image.numpy())
+    options = ExportOptions(folder / "encoder.onnx", checkpoint=folder / "weights.pt", config=CONFIG, verify=False)
+    export_onnx(options)
+    return {
+        "weights": str(folder / "weights.pt"),
+        "image": str(folder / "image.npy"),
+        "onnx": str(options.output),
+        "config": CONFIG.to_dict(),
+        "signature": encoder_signature(CONFIG).to_dict(),
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(job: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The plain module's outputs."""
+    outputs = named_outputs(shared_encoder(CONFIG), torch.from_numpy(np.load(job["image"])))
+    return {name: value.numpy() for name, value in outputs.items()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eager-fp32",
+        "eager-rewritten-fp32",
+        "eager-fp16",
+        "eager-rewritten-fp16",
+        "eager-bf16",
+        "eager-rewritten-bf16",
+        "ort-cpu-rewritten-fp32",
+        "openvino-rewritten-fp32",
+    ],
+)
+def test_every_backend_computes_the_encoder(name: str, job: dict[str, Any], expected: dict[str, np.ndarray]) -> None:
+    backend = named(name)
+    if backend.runtime == "openvino":
+        pytest.importorskip("openvino")
+    runner = open_runner({**job, **dataclasses.asdict(backend)})
+    assert runner.load() is None
+    runner.run()
+    runner.run()
+    found = runner.outputs()
+    assert list(found) == [spec.name for spec in encoder_signature(CONFIG).outputs]
+    assert all(array.dtype == np.float32 for array in found.values())
+    verdict = compare(expected, found, backend.precision, name)
+    assert verdict.passed
+    if backend.precision == "fp32":
+        errors = {one.name: one.relative_l2 for one in verdict.comparisons}
+        assert errors["sam3_feat_0"] > 0 or name == REFERENCE
+    else:  # it was not computed in FP32
+        assert not compare(expected, found, "fp32", name).passed
+    assert runner.device_bytes() is None
+    moved = {one: np.roll(array, 1, axis=-1) for one, array in found.items()}
+    assert not compare(expected, moved, backend.precision, name).passed
+    runner.close()
+
+
+def test_a_rewritten_module_rewrites_its_weights_once(job: dict[str, Any]) -> None:
+    module = make_module({**job, **dataclasses.asdict(named("eager-rewritten-fp32"))})
+    attention = module.trunk.blocks[0].attn  # type: ignore[union-attr, index]
+    weight, _ = attention.projection()
+    assert weight is attention.qkv.weight
+    assert not torch.equal(weight, shared_encoder(CONFIG).trunk.blocks[0].attn.qkv.weight)  # type: ignore[union-attr, index]
+
+
+def test_the_parts_of_a_run_are_timed(job: dict[str, Any]) -> None:
+    runner = TorchRunner({**job, **dataclasses.asdict(named("eager-fp32"))})
+    runner.load()
+    found = runner.parts_ms()
+    assert found is not None
+    levels = {f"level {level}" for level in range(4)}
+    assert set(found) == {"patch", "windowed", "global", "positions", OTHER, *levels}
+    assert all(value > 0 for name, value in found.items() if name != OTHER)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in runner.module.modules())
+
+
+def test_a_precision_that_openvino_does_not_take_is_refused(job: dict[str, Any]) -> None:
+    openvino = pytest.importorskip("openvino")
+    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU computes BF16")
+    runner = open_runner({**job, **dataclasses.asdict(named("openvino-rewritten-bf16"))})
+    with pytest.raises(RunnerError, match="computes in f32, asked was bf16"):
+        runner.load()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_a_machine_lacks_is_said(device: Any) -> None:  # noqa: ANN401 - a literal
+    backends = backends_for(device)
+    assert backends[0].id == REFERENCE and backends[0].device == device
+    assert len({one.id for one in backends}) == len(backends)
+    reasons = {one.id: why_unavailable(one, NOTHING) for one in backends}
+    able = {name for name, reason in reasons.items() if reason is None}
+    assert able == ({"eager-fp32", "eager-rewritten-fp32"} if device == "cpu" else set())
+    assert all(why_unavailable(one, EVERYTHING) is None for one in backends if one.id != "ort-cpu-rewritten-fp16")
+
+
+def test_an_fp16_file_on_a_cpu_does_not_pose_as_fp16() -> None:
+    reason = why_unavailable(named("ort-cpu-rewritten-fp16"), EVERYTHING, named=True)
+    assert reason is not None and "computes an FP16 file in FP32" in reason
+
+
+def test_what_is_slow_runs_where_it_is_named() -> None:
+    backend = next(one for one in backends_for("cpu") if one.id == "eager-bf16")
+    reason = why_unavailable(backend, NOTHING)
+    assert reason is not None and "--backends" in reason
+    assert why_unavailable(backend, NOTHING, named=True) is None
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(BenchError, match=r"no backend eager-fp8 on cpu; there are .*eager-bf16"):
+        choose_backends("cpu", ["eager-fp8"])
+    chosen = choose_backends("cpu", ["ort-cpu-plain-fp32"])
+    assert [one.id for one in chosen] == [REFERENCE, "ort-cpu-plain-fp32"]
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator[Worker]:
+    with Worker(tmp_path / "worker.log") as made:
+        yield made
+
+
+def test_a_worker_runs_a_backend(worker: Worker, job: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
+    values = {**job, **dataclasses.asdict(named("ort-cpu-rewritten-fp32"))}
+    assert worker.ask("load", 60, job=values, most_bytes=None)["load_s"] > 0
+    assert len(worker.ask("run", 60, count=3)["times_ms"]) == 3
+    names = worker.ask("outputs", 60, folder=str(tmp_path / "out"))["names"]
+    found = {name: np.load(tmp_path / "out" / f"{name}.npy") for name in names}
+    assert compare(expected, found, "fp32", "worker").passed
+    peak = worker.ask("memory", 60)["peak_host_bytes"]
+    assert 20e6 < peak < peak_bytes()  # onnxruntime without torch is less than this process
+
+
+def test_out_of_memory_is_an_answer(worker: Worker, job: dict[str, Any], tmp_path: Path) -> None:
+    """A picture of 8 GB (of holes in the file) where the worker may take 2."""
+    huge = np.lib.format.open_memmap(tmp_path / "huge.npy", mode="w+", dtype=np.float32, shape=(2 << 30,))
+    del huge
+    values = {**job, **dataclasses.asdict(named("ort-cpu-rewritten-fp32"))}
+    with pytest.raises(WorkerError, match="out of memory") as error:
+        worker.ask("load", 60, job={**values, "image": str(tmp_path / "huge.npy")}, most_bytes=2 << 30)
+    assert error.value.memory
+    with pytest.raises(WorkerError) as error:
+        worker.ask("load", 60, job={**values, "image": str(tmp_path / "nowhere.npy")}, most_bytes=2 << 30)
+    assert not error.value.memory
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "OutOfMemoryError CUDA out of memory. Tried to allocate 2.00 GiB",
+        "RuntimeError [enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory",
+        "RuntimeException bad allocation: std::bad_alloc",
+        "RuntimeException Failed to allocate memory for requested buffer of size 3439853568",
+    ],
+)
+def test_what_runtimes_say_when_memory_is_out(text: str) -> None:
+    assert OUT_OF_MEMORY.search(text)
+    assert not OUT_OF_MEMORY.search("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_an_exception_costs_one_answer(worker: Worker, job: dict[str, Any]) -> None:
+    values = {**job, **dataclasses.asdict(named("ort-cpu-rewritten-fp32"))}
+    with pytest.raises(WorkerError, match="File doesn't exist") as error:
+        worker.ask("load", 60, job={**values, "onnx": "/nowhere.onnx"}, most_bytes=None)
+    assert not error.value.memory
+    assert worker.ask("load", 60, job=values, most_bytes=None)["load_s"] > 0
+
+
+def test_a_killed_worker_is_told(worker: Worker) -> None:
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(WorkerError, match=r"killed \(SIGKILL\) in `facts`, most likely because memory") as error:
+        worker.ask("facts", 60)
+    assert error.value.memory
+
+
+def test_a_crash_is_told(worker: Worker) -> None:
+    os.kill(worker.pid, signal.SIGABRT)
+    with pytest.raises(WorkerError, match=r"crashed \(SIGABRT\) in `facts`"):
+        worker.ask("facts", 60)
+
+
+def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("raise SystemExit('planted')\n")
+    with (
+        Worker(tmp_path / "log", {"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as broken,
+        pytest.raises(WorkerError, match="ended with exit status 1 in `facts`; planted"),
+    ):
+        broken.ask("facts", 60)
+
+
+def test_a_worker_that_hangs_is_ended(worker: Worker) -> None:
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(WorkerError, match=r"no answer to `facts` in 0.5 s; it was ended"):
+        worker.ask("facts", 0.5)
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker.pid, 0)
+
+
+def test_what_libraries_print_is_no_answer(tmp_path: Path) -> None:
+    """A module that prints when it is imported, as some runtimes do."""
+    (tmp_path / "onnxruntime.py").write_text("print('hello')\nraise ImportError('planted')\n")
+    with (
+        Worker(tmp_path / "log", {"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as worker,
+        pytest.raises(WorkerError, match="ImportError: planted"),
+    ):
+        backend = dataclasses.asdict(named("ort-cpu-rewritten-fp32"))
+        worker.ask("load", 60, job={**backend, "onnx": "", "image": ""}, most_bytes=None)
+    assert "hello" in (tmp_path / "log").read_text()
+
+
+def test_plain_and_rewritten_differ_by_the_module_alone() -> None:
+    plain, rewritten = named("ort-cpu-plain-fp32"), named("ort-cpu-rewritten-fp32")
+    same = {"id": "", "label": "", "module": ""}
+    assert json.dumps(dataclasses.asdict(plain) | same) == json.dumps(dataclasses.asdict(rewritten) | same)
+    assert Rewrites() != Rewrites.none()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["eager-fp16", "eager-rewritten-bf16", "compile-max-rewritten-fp16"])
+def test_backends_on_a_gpu(name: str, job: dict[str, Any], expected: dict[str, np.ndarray]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU that torch can use")
+    backend = next(one for one in backends_for("cuda") if one.id == name)
+    runner = open_runner({**job, **dataclasses.asdict(backend)})
+    runner.load()
+    runner.run()
+    assert compare(expected, runner.outputs(), backend.precision, name).passed
+    used = runner.device_bytes()
+    assert used is not None and used > 0

@@ -1,0 +1,452 @@
+"""The benchmark as a whole on tiny encoders: real workers, real files, every backend that a CPU has."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+import benchmarks.rounds
+import benchmarks.run
+from benchmarks.backends import REFERENCE, Backend, backends_for
+from benchmarks.bench import run_bench
+from benchmarks.errors import BenchError
+from benchmarks.jobs import Workplace
+from benchmarks.options import BenchOptions
+from benchmarks.process import ROOT, Worker
+from benchmarks.records import check_result
+from benchmarks.roofline import encoder_parts, floor_ms, total_operations
+from benchmarks.rounds import Candidate, Pace, Point
+from benchmarks.rows import best_rates, ratio
+from benchmarks.samples import Samples
+from engines.latency import summarise
+from export.manifest import locked
+from export.signature import encoder_signature
+
+CONFIG = tiny_config()
+ORT = "ort-cpu-rewritten-fp32"
+NAMES = [REFERENCE, "eager-rewritten-fp32", "ort-cpu-plain-fp32", ORT]
+
+SECONDS = 120.0
+"""A hang would else hold the tests."""
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all runs of this file, so that the weights and files are made once."""
+    return tmp_path_factory.mktemp("bench")
+
+
+def options_for(output: Path, **changes: Any) -> BenchOptions:  # noqa: ANN401 - BenchOptions' own fields
+    values = {"config": CONFIG, "device": "cpu", "sweep": False, "rounds": 2, "backends": (ORT,), "timeout_s": SECONDS}
+    return BenchOptions(output, **{**values, **changes})  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """A finished run: its result, and the samples that it left."""
+
+    options: BenchOptions
+    result: dict[str, Any]
+    samples: Path
+
+    def rows(self, sweep: str | None = None) -> dict[tuple[str, int, int], dict[str, Any]]:
+        chosen = [row for row in self.result["rows"] if row["sweep"] == sweep]
+        return {(row["backend"], row["image_size"][0], row["batch"]): row for row in chosen}
+
+
+def samples_of(output: Path) -> Path:
+    """The file that was written last."""
+    return max(output.glob("work/run-*/samples.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+
+
+@pytest.fixture(scope="module")
+def ran(output: Path) -> Ran:
+    """Four backends and a sweep."""
+    options = options_for(
+        output, backends=tuple(NAMES[1:]), sweep=True, sizes=(56, 112), batches=(1,), command="neck-export bench"
+    )
+    return Ran(options, run_bench(options), samples_of(output))
+
+
+def lines_of(path: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if line.get("sample") == kind]
+
+
+def test_the_result_has_the_form_of_a_results_file(ran: Ran) -> None:
+    check_result(json.loads(json.dumps(ran.result)), "the result")
+    assert ran.result["command"] == "neck-export bench"
+    encoder = ran.result["encoder"]
+    assert encoder["checkpoint"] == "random (seed 0)" and encoder["image_size"] == [112, 112]
+    assert ran.result["machines"][0]["environment"]["versions"]["torch"]
+    damaged = {**ran.result, "schema": 2}
+    with pytest.raises(BenchError):
+        check_result(damaged, "the result")
+
+
+def test_backends_take_turns(ran: Ran) -> None:
+    order = [line["backend"] for line in lines_of(ran.samples, "times") if line["point"] == "112x112 batch 1"]
+    assert order == NAMES * 2
+
+
+def test_rows_have_every_figure(ran: Ran) -> None:
+    rows = ran.rows()
+    assert [name for name, _, _ in rows] == NAMES
+    for (name, _, _), row in rows.items():
+        assert row["status"] == "measured" and len(row["times_ms"]) == 2 and row["warm_up_runs"] == 1
+        assert row["latency"] == dataclasses.asdict(summarise(row["times_ms"]))
+        assert row["images_per_s"] == pytest.approx(1e3 / np.mean(row["times_ms"]))
+        assert row["peak_host_bytes"] > 20e6 and row["peak_device_bytes"] is None and row["load_s"] > 0
+        assert (row["file_bytes"] is not None and row["build_s"] > 0) == name.startswith("ort")
+        assert row["floor_ms"] > 0 and row["share_of_floor"] == row["floor_ms"] / row["latency"]["p50_ms"]
+        assert {error["name"] for error in row["errors"]} == (
+            set() if name == REFERENCE else {spec.name for spec in encoder_signature(CONFIG).outputs}
+        )
+        assert row["passed"] is (None if name == REFERENCE else True)
+
+
+def test_ratios_are_round_by_round(ran: Ran) -> None:
+    rows = ran.rows()
+    one, other = (rows[name, 112, 1] for name in (ORT, REFERENCE))
+    ratios = sorted(a / b for a, b in zip(one["times_ms"], other["times_ms"], strict=True))
+    assert one["ratio"] == {"to": REFERENCE, "median": np.mean(ratios), "low": ratios[0], "high": ratios[1]}
+    assert one["ratio_to_plain"]["to"] == "ort-cpu-plain-fp32" and other["ratio_to_plain"] is None
+    assert rows["eager-rewritten-fp32", 112, 1]["ratio_to_plain"]["to"] == REFERENCE
+
+
+def test_sweeps_are_beside_the_closed_form(ran: Ran) -> None:
+    for sweep, points in (("image_size", [(56, 1), (112, 1)]), ("batch", [(112, 1)])):
+        rows = ran.rows(sweep)
+        for name in (REFERENCE, ORT):
+            assert [key[1:] for key in rows if key[0] == name] == points
+        assert all(row["status"] == "measured" and row["passed"] is not False for row in rows.values())
+        assert "eager-rewritten-fp32" not in {key[0] for key in rows}
+    growth = {(point["image_size"][0], point["batch"]): point["operations"] for point in ran.result["growth"]}
+    assert sorted(growth) == [(56, 1), (112, 1)] and growth[112, 1] > 4 * growth[56, 1]
+    assert not list(ran.options.output.glob("work/encoder-*/*-56x56-*/*.onnx"))  # the disk is given back
+
+
+def test_work_and_time_of_each_part(ran: Ran) -> None:
+    work = ran.result["work"]
+    parts = encoder_parts(CONFIG, encoder_signature(CONFIG), 1, rewritten=False)
+    assert work["operations"] == total_operations(parts) == sum(part["operations"] for part in work["parts"])
+    assert all(part["ms"] > 0 for part in work["parts"] if part["operations"])
+    row, roofline = ran.rows()[ORT, 112, 1], ran.result["machines"][0]["roofline"]
+    least = encoder_parts(CONFIG, encoder_signature(CONFIG), 1)
+    assert row["floor_ms"] == floor_ms(least, "fp32", roofline["flops_per_s"], roofline["copy_bytes_per_s"])
+
+
+def test_pictures_of_the_features(ran: Ran) -> None:
+    features = ran.result["features"]
+    passed = [row for row in ran.rows().values() if row["passed"]]
+    assert features["candidate"] == min(passed, key=lambda row: row["latency"]["p50_ms"])["backend"]
+    assert [level["name"] for level in features["levels"]] == [f"sam3_feat_{level}" for level in range(4)]
+
+
+def test_a_rerun_measures_nothing_again(ran: Ran) -> None:
+    said: list[str] = []
+    before = ran.samples.read_bytes()
+    again = run_bench(ran.options, said.append)
+    assert ran.samples.read_bytes() == before
+    assert again == {**ran.result, "machines": again["machines"]}
+    assert any("goes on after 4 rounds" in line for line in said)
+
+
+def test_other_options_begin_anew(ran: Ran) -> None:
+    one = run_bench(options_for(ran.options.output, rounds=1))
+    assert len(one["rows"][0]["times_ms"]) == 1
+    assert samples_of(ran.options.output) != ran.samples and ran.samples.is_file()
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from benchmarks.bench import run_bench
+from benchmarks.options import BenchOptions
+from neck.config import EncoderConfig
+config = EncoderConfig.from_file(Path(sys.argv[2]))
+options = {"device": "cpu", "sweep": False, "rounds": 60, "backends": (sys.argv[3],)}
+run_bench(BenchOptions(Path(sys.argv[1]), config=config, **options))
+"""
+
+
+def workers_of(log: Path) -> list[int]:
+    """Processes that write into a folder's logs."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            target = os.readlink(process / "fd" / "2")
+        except OSError:
+            continue
+        if target.startswith(str(log)):
+            found.append(int(process.name))
+    return found
+
+
+@pytest.mark.usefixtures("ran")
+def test_a_killed_run_goes_on(output: Path, tmp_path: Path) -> None:
+    config = tmp_path / "encoder.json"
+    config.write_text(json.dumps(CONFIG.to_dict()))
+    known = set(output.glob("work/run-*"))
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(output), str(config), ORT], cwd=ROOT)
+    try:
+        ends = time.monotonic() + SECONDS
+        rounds = 0
+        while rounds < 3 and process.poll() is None and time.monotonic() < ends:
+            time.sleep(0.02)
+            new = [folder / "samples.jsonl" for folder in set(output.glob("work/run-*")) - known]
+            rounds = len(lines_of(new[0], "round")) if new and new[0].is_file() else 0
+    finally:
+        process.kill()
+        process.wait()
+    (samples,) = new
+    data = samples.read_bytes()
+    samples.write_bytes(data + b'{"sample": "times", "po')  # cut in the middle of a line
+    before = lines_of(tmp_path_copy(tmp_path, data), "times")
+    done = len(lines_of(tmp_path_copy(tmp_path, data), "round"))
+    assert 3 <= done < 60
+    while workers_of(samples.parent) and time.monotonic() < ends:
+        time.sleep(0.02)
+    assert not workers_of(samples.parent)  # they ended with it
+
+    said: list[str] = []
+    result = run_bench(options_for(output, rounds=60), said.append)
+    assert any(f"goes on after {done} rounds" in line for line in said)
+    rows = {row["backend"]: row for row in result["rows"]}
+    kept = [time for line in before if line["backend"] == ORT and line["round"] < done for time in line["times_ms"]]
+    assert rows[ORT]["times_ms"][:done] == kept and len(rows[ORT]["times_ms"]) == 60
+    assert rows[ORT]["note"].startswith("loaded 2 times") and rows[ORT]["passed"]
+
+
+def tmp_path_copy(folder: Path, data: bytes) -> Path:
+    """The whole lines of a file that may have been cut."""
+    path = folder / "copy.jsonl"
+    path.write_bytes(data[: data.rfind(b"\n") + 1])
+    return path
+
+
+@pytest.mark.usefixtures("ran")
+def test_out_of_memory_costs_one_row(output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One backend is given a picture of 8 GB (of holes in the file) where a worker may take 3."""
+    huge = np.lib.format.open_memmap(tmp_path / "huge.npy", mode="w+", dtype=np.float32, shape=(2 << 30,))
+    del huge
+    make = Workplace.jobs
+
+    def jobs(place: Workplace, *rest: Any) -> dict[str, Any]:  # noqa: ANN401
+        found = make(place, *rest)
+        return {**found, ORT: {**found[ORT], "image": str(tmp_path / "huge.npy")}}  # type: ignore[dict-item]
+
+    monkeypatch.setattr(Workplace, "jobs", jobs)
+    monkeypatch.setattr(benchmarks.rounds, "available_bytes", lambda: 3 << 30)
+    said: list[str] = []
+    result = run_bench(options_for(output, backends=(ORT, "ort-cpu-plain-fp32"), fresh=True), said.append)
+    rows = {row["backend"]: row for row in result["rows"]}
+    assert rows[ORT]["status"] == "failed" and "out of memory" in rows[ORT]["reason"]
+    assert rows[ORT]["latency"] is None
+    assert all(rows[name]["passed"] in (True, None) for name in (REFERENCE, "ort-cpu-plain-fp32"))
+    assert len(rows["ort-cpu-plain-fp32"]["times_ms"]) == 2
+    assert any("once more with the others unloaded" in line for line in said)
+    check_result(result, "the result")
+
+
+@pytest.mark.usefixtures("ran")
+@pytest.mark.parametrize("kills", [1, 2])
+def test_a_killed_backend_is_tried_once_more_alone(kills: int, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask, left = Worker.ask, [kills]
+
+    def asked(worker: Worker, command: str, timeout_s: float, **values: Any) -> dict[str, Any]:  # noqa: ANN401
+        if command == "run" and worker.log.stem == ORT and left[0]:
+            left[0] -= 1
+            os.kill(worker.pid, signal.SIGKILL)
+        return ask(worker, command, timeout_s, **values)
+
+    monkeypatch.setattr(Worker, "ask", asked)
+    rows = {row["backend"]: row for row in run_bench(options_for(output, fresh=True))["rows"]}
+    assert rows[REFERENCE]["status"] == "measured"
+    assert rows[ORT]["status"] == ("measured" if kills == 1 else "failed")
+    assert kills == 1 or "SIGKILL" in rows[ORT]["reason"]
+
+
+@pytest.mark.usefixtures("ran")
+def test_a_size_too_large_for_memory_is_refused_before_it_runs(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = benchmarks.run.needed_bytes
+
+    def estimate(backend: Backend, config: Any, *rest: Any) -> int:  # noqa: ANN401
+        return 1 << 60 if config.image_size == (56, 56) and backend.id == ORT else needed(backend, config, *rest)
+
+    monkeypatch.setattr(benchmarks.run, "needed_bytes", estimate)
+    options = options_for(output, sweep=True, sizes=(56,), batches=(), rounds=1, fresh=True)
+    row = next(row for row in run_bench(options)["rows"] if row["sweep"] and row["backend"] == ORT)
+    assert row["status"] == "unavailable" and "needs about 1152921504.6 GB of memory" in row["reason"]
+
+
+class FakeWorker:
+    """Answers at once; it says which are loaded."""
+
+    loaded: list[str] = []  # noqa: RUF012 - shared on purpose, emptied by the test
+    history: list[str] = []  # noqa: RUF012
+
+    def __init__(self, log: Path, environment: dict[str, str]) -> None:
+        self.name = log.stem
+        self.loaded.append(self.name)
+        self.history.append(f"+{self.name}")
+
+    def ask(self, command: str, timeout_s: float, **values: Any) -> dict[str, Any]:  # noqa: ANN401
+        if command == "outputs":
+            Path(values["folder"]).mkdir()
+            np.save(Path(values["folder"]) / "x.npy", np.ones(3, np.float32))
+        if command == "run":
+            self.history.append(self.name)
+        return {
+            "load": {"load_s": 1.0, "build_s": None},
+            "run": {"times_ms": [1.0]},
+            "outputs": {"names": ["x"]},
+            "memory": {"peak_host_bytes": 10 << 30, "peak_device_bytes": None},
+        }[command]
+
+    def close(self) -> None:
+        self.loaded.remove(self.name)
+        self.history.append(f"-{self.name}")
+
+
+def fake_point(
+    folder: Path, needed: int, monkeypatch: pytest.MonkeyPatch, ends: float = 1e18, machine: int = 25
+) -> Samples:
+    """Three backends that take 10 GB each on a machine of so many."""
+    FakeWorker.loaded, FakeWorker.history = [], []
+    monkeypatch.setattr(benchmarks.rounds, "Worker", FakeWorker)
+    monkeypatch.setattr(benchmarks.rounds, "available_bytes", lambda: (machine - 10 * len(FakeWorker.loaded)) << 30)
+    samples = Samples(folder / "samples.jsonl", "key")
+    names = [REFERENCE, "b", "c"]
+    backend = backends_for("cpu")[0]
+    job = {"build_s": None, "file_bytes": None}
+    candidates = [Candidate(dataclasses.replace(backend, id=name), job, needed) for name in names]
+    pace = Pace(rounds=2, runs=1, warm_up=1, warm_up_s=0.0, timeout_s=1.0, ends=ends)
+    keep: Callable[[str], bool] = lambda name: True  # noqa: E731
+    Point("p", folder / "p", candidates, samples, pace, print, keep).measure()
+    samples.close()
+    return samples
+
+
+def test_where_memory_is_short_the_furthest_turn_is_unloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = fake_point(tmp_path, 10 << 30, monkeypatch)
+    a, b, c = REFERENCE, "b", "c"
+    first = [f"+{a}", a, a, f"+{b}", b, b, f"-{b}", f"+{c}", c, c]  # a warm-up run and a timed one after each load
+    second = [a, f"-{a}", f"+{b}", b, b, c]
+    assert FakeWorker.history[: len(first) + len(second)] == first + second
+    assert not FakeWorker.loaded
+    assert [len(samples.all("load", backend=name)) for name in (a, b, c)] == [1, 2, 1]
+    assert all(len(samples.times("p", name)) == 2 for name in (a, b, c))
+
+
+def test_what_fits_stays_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control."""
+    samples = fake_point(tmp_path, 1 << 20, monkeypatch, machine=100)
+    assert [len(samples.all("load", backend=name)) for name in (REFERENCE, "b", "c")] == [1, 1, 1]
+
+
+def test_backends_that_are_not_begun_in_time_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = fake_point(tmp_path, 1 << 20, monkeypatch, ends=0.0)
+    assert FakeWorker.history == []
+    line = samples.last("failed", backend="b")
+    assert line is not None and line["status"] == "unavailable" and "--minutes" in line["reason"]
+
+
+@pytest.mark.parametrize("first", ['{"schema": 99, "kind": "bench-samples", "key": "key"}', "[1]", "no JSON"])
+def test_samples_of_another_schema_are_left_alone(first: str, tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_text(first + "\n")
+    with pytest.raises(BenchError, match=r"samples\.jsonl: .*move it away or name another --output"):
+        Samples(path, "key")
+    assert path.read_text() == first + "\n"
+
+
+def test_samples_are_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    samples = Samples(path, "key")
+    assert not samples.resumed
+    samples.add("times", point="p", backend="a", round=0, times_ms=[2.0])
+    samples.add("times", point="p", backend="a", round=1, times_ms=[8.0])
+    samples.add("times", point="p", backend="b", round=0, times_ms=[1.0])
+    samples.close()
+    with path.open("ab") as file:
+        file.write(b'{"sample": "round"')
+    again = Samples(path, "key")
+    assert again.resumed and again.times("p", "a") == [[2.0], [8.0]] and again.rounds("p") == 0
+    assert ratio(again, "p", "a", "b") == {"to": "b", "median": 2.0, "low": 2.0, "high": 2.0}
+    again.add("times", point="p", backend="a", round=1, times_ms=[4.0])  # the round was cut and is measured again
+    again.close()
+    assert again.times("p", "a") == [[2.0], [4.0]]
+    with pytest.raises(BenchError, match="expected"):
+        Samples(path, "another key")
+
+
+def test_the_best_rates_count() -> None:
+    one = {"device": "cpu", "flops_per_s": {"fp32": 1.0, "bf16": 4.0}, "copy_bytes_per_s": 5.0}
+    other = {"device": "cpu", "flops_per_s": {"fp32": 2.0, "bf16": 3.0}, "copy_bytes_per_s": 4.0}
+    assert best_rates([one, other]) == {
+        "device": "cpu",
+        "flops_per_s": {"fp32": 2.0, "bf16": 4.0},
+        "copy_bytes_per_s": 5.0,
+    }
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": ({"backends": ("tensorflow",)}, "no backend tensorflow on cpu; there are"),
+    "unavailable": (
+        {"backends": ("ort-cpu-rewritten-fp16",)},
+        "no backend can run here: .*fp16: .*FP32",
+    ),
+    "size": ({"image_size": 100}, "image size 100 is not a multiple"),
+    "sweep": ({"sweep": True, "sizes": (112, 20160)}, "image size 20160x20160 is above 8064"),
+    "neck": ({"necks": "sam4"}, "sam4"),
+    "rounds": ({"rounds": 0}, "rounds is 0; it must be 1 at least"),
+    "export": ({"export": True}, "leave --export or --config out"),
+    "checkpoint": ({"checkpoint": Path("nowhere.pt")}, "nowhere.pt"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_options_are_refused(case: str, output: Path) -> None:
+    changes, told = BAD[case]
+    with pytest.raises(BenchError, match=told):
+        run_bench(options_for(output, **changes))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    with locked(tmp_path / "work"), pytest.raises(BenchError, match="another run is at work there"):
+        run_bench(options_for(tmp_path))
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "report").write_text("mine")
+    with pytest.raises(BenchError, match=r"report.*name another --output"):
+        run_bench(options_for(tmp_path / "report"))
+    assert (tmp_path / "report").read_text() == "mine"
+
+
+@pytest.mark.gpu
+def test_a_gpu_fills_its_rows(tmp_path: Path) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU that torch can use")
+    options = options_for(tmp_path, device="cuda", quick=True, backends=(), timeout_s=600.0)
+    result = run_bench(options)
+    check_result(result, "the result")
+    rows = {row["backend"]: row for row in result["rows"]}
+    assert rows[REFERENCE]["peak_device_bytes"] > 0
+    assert rows["eager-fp16"]["status"] == "measured" and rows["eager-fp16"]["share_of_floor"] > 0
