@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.charts import LOG_FROM, NARROW, axis, size_class, tick_name, time_unit
+from benchmarks.charts import NARROW, axis, size_class, tick_name, time_unit
 from benchmarks.findings import (
     PRECISIONS,
     Row,
@@ -23,11 +23,17 @@ from benchmarks.findings import (
 from benchmarks.records import Result, of_machine
 from benchmarks.svg import PLACES, SMALL, TEXT, Drawing, Scale, fitted, free_place, log_range, spread_apart, text_width
 
-KEY = 330.0
+KEY = 390.0
 """Column of the key at the right of a wide drawing; in a narrow one it stands below."""
 
 HEIGHT = {True: 300.0, False: 380.0}
 """Of the plot itself, narrow or not."""
+
+LOG_PLOT_FROM = 3.0
+"""Points need no axis that begins at 0, as bars do: they are told apart better on a logarithmic one."""
+
+RIGHT_OF_POINTS = 4.0
+"""Room for their numbers, as a factor of the logarithmic axis."""
 
 SHAPES = {"fp32": 0, "fp16": 1, "bf16": 2}
 
@@ -76,15 +82,8 @@ def error_plot(result: Result, machine: dict[str, Any], width: float) -> str | N
     across = _latency_scale(rows, area)
     unit = time_unit(across.high)
     up = Scale(low, high, area.bottom - bands[0], area.top + bands[1], True)
-    axis(
-        drawing,
-        across,
-        area.top,
-        area.bottom,
-        4 if width == NARROW else 7,
-        f"latency p50, {unit[0]}{', log' * across.log}",
-        unit[1],
-    )
+    name = f"latency p50, {unit[0]}{', log' * across.log}"
+    axis(drawing, across, area.top, area.bottom, 4 if width == NARROW else 7, name, unit[1])
     up_axis(drawing, up, area, "worst relative L2 of any output")
     taken = [_tolerance_line(drawing, up(value), area, name) for name, value in tolerances.items()]
     for there, place, name in ((bands[0], area.bottom, "0"), (bands[1], area.top + 11, "not fin.")):
@@ -120,7 +119,7 @@ def _tolerance_line(drawing: Drawing, y: float, area: Area, name: str) -> Box:
 
 def _latency_scale(rows: Sequence[Row], area: Area) -> Scale:
     medians = [median_ms(row) for row in rows]
-    if max(medians) > LOG_FROM * min(medians):
+    if max(medians) > LOG_PLOT_FROM * min(medians):
         return Scale(*log_range(medians), area.left, area.right, True)
     return Scale(0, max(medians) * 1.12, area.left, area.right)
 
@@ -143,29 +142,29 @@ def roofline_plot(result: Result, machine: dict[str, Any], width: float) -> str 
     ridge = [rate / copy_rate for rate in peaks.values()]
     area = plot_area(width)
     drawing = Drawing(width, size_class(width), f"Roofline of {machine['name']}, {len(rows)} backends")
-    across = Scale(*log_range([*intensities, *ridge]), area.left, area.right, True)
+    across = Scale(*log_range([*intensities, *ridge, RIGHT_OF_POINTS * max(intensities)]), area.left, area.right, True)
     up = Scale(*log_range([*rates, *peaks.values()]), area.bottom, area.top, True)
     axis(drawing, across, area.top, area.bottom, 4 if width == NARROW else 7, "FLOP per byte of least traffic, log")
     up_axis(drawing, up, area, "FLOP per second, log", "FLOP/s")
-    labels = spread_apart([up(rate) - 5 for rate in peaks.values()], 14, area.top + 8, area.bottom)
-    taken = [
+    taken = 0.0
+    for name, rate in sorted(peaks.items(), key=lambda peak: -peak[1]):
+        label = up(rate) - 5 if up(rate) - 5 > taken + 14 else up(rate) + 14  # below its line where two are close
+        taken = label
         _ceiling(drawing, area, (across, up), (name, rate), copy_rate, label)
-        for (name, rate), label in zip(peaks.items(), labels, strict=True)
-    ]
     order, points = numbers(result, machine), []
     for row, rate, intensity in zip(rows, rates, intensities, strict=True):
         css = f"dot {row['precision']}{'' if may_be_used(row) else ' out'}"
         title = f"{row['label']}: {scaled(rate, 'FLOP/s')}"
         shape = SHAPES.get(row["precision"], 3)
         points.append(Point(across(intensity), up(rate), order[row["backend"]], shape, css, title))
-    _points(drawing, points, taken)
+    _stacked_points(drawing, points, area)
     plot_key(drawing, area, [(point, row["label"]) for point, row in zip(points, rows, strict=True)])
     return drawing.markup()
 
 
 def _ceiling(
     drawing: Drawing, area: Area, scales: tuple[Scale, Scale], peak: tuple[str, float], copy_rate: float, label: float
-) -> Box:
+) -> None:
     """One precision's roof: the copy rate up to the ridge, then the product rate."""
     across, up = scales
     name, rate = peak
@@ -173,8 +172,8 @@ def _ceiling(
     points = [(left, left * copy_rate), (rate / copy_rate, rate), (across.high, rate)]
     drawing.path([(across(x), up(y)) for x, y in points if x >= left], f"line {name}")
     text = f"{PRECISIONS.get(name, name)} {scaled(rate, 'FLOP/s')}"
-    drawing.text(area.right - 4, label, text, "small quiet", "end")
-    return area.right - 4 - text_width(text, SMALL), label - 11, area.right, label + 6
+    beside = min(across(rate / copy_rate) + 6, area.right - 4 - text_width(text, SMALL))
+    drawing.text(beside, label, text, "small quiet")
 
 
 def up_axis(drawing: Drawing, scale: Scale, area: Area, name: str, unit: str = "") -> None:
@@ -198,7 +197,21 @@ def _points(drawing: Drawing, points: Sequence[Point], taken: list[Box]) -> None
         if dy or abs(dx) > 9:
             drawing.line(point.x, point.y, left + width / 2, point.y + dy, "leader")
         drawing.text(left, point.y + dy + 4, text, "small value")
-        boxes.append((left, point.y + dy - 7, left + width, point.y + dy + 6))
+        boxes.append((left - 4, point.y + dy - 7, left + width + 4, point.y + dy + 6))
+
+
+def _stacked_points(drawing: Drawing, points: Sequence[Point], area: Area) -> None:
+    """Marks that stand in columns, each column's numbers in a list beside it."""
+    for point in points:
+        drawing.mark(point.x, point.y, point.shape, point.css, point.title)
+    rightmost = max(point.x for point in points)
+    for x in sorted({point.x for point in points}):
+        column = [point for point in points if point.x == x]
+        side = 1 if x == rightmost else -1
+        places = spread_apart([point.y for point in column], 13, area.top + 8, area.bottom - 8)
+        for point, y in zip(column, places, strict=True):
+            drawing.line(x + 6 * side, point.y, x + 18 * side, y, "leader")
+            drawing.text(x + 20 * side, y + 4, str(point.number), "small value", "start" if side > 0 else "end")
 
 
 def plot_key(drawing: Drawing, area: Area, entries: Sequence[tuple[Point, str]], dashed: str | None = None) -> None:
@@ -209,7 +222,8 @@ def plot_key(drawing: Drawing, area: Area, entries: Sequence[tuple[Point, str]],
     for point, label in sorted(entries, key=lambda entry: entry[0].number):
         drawing.mark(x + 6, y - 4, point.shape, point.css)
         drawing.text(x + 32, y, str(point.number), "small value", "end")
-        drawing.text(x + 40, y, fitted(label, room, TEXT), "")
+        size, css = (SMALL, "small key") if narrow else (TEXT, "")
+        drawing.text(x + 40, y, fitted(label, room, size), css)
         y += 21
     if dashed:
         drawing.line(x, y - 4, x + 32, y - 4, "line closed")

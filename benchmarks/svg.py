@@ -159,16 +159,33 @@ def spread_apart(wanted: Sequence[float], gap: float, low: float, high: float) -
     """Places near the wanted ones, `gap` apart at least and within the limits as far as there is room."""
     order = sorted(range(len(wanted)), key=lambda index: wanted[index])
     gap = min(gap, (high - low) / max(1, len(wanted) - 1))
-    places = [min(max(wanted[index], low), high) for index in order]
-    for index in range(1, len(places)):
-        places[index] = max(places[index], places[index - 1] + gap)
-    if places and places[-1] > high:
-        places[-1] = high
-        for index in range(len(places) - 2, -1, -1):
-            places[index] = min(places[index], places[index + 1] - gap)
+    blocks: list[list[int]] = []  # of neighbours that touch; each is centred on what its members want
+    for index in order:
+        blocks.append([index])
+        while len(blocks) > 1 and _start(blocks[-1], wanted, gap) < _start(blocks[-2], wanted, gap) + gap * len(
+            blocks[-2]
+        ):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
     found = [0.0] * len(wanted)
-    for index, place in zip(order, places, strict=True):
-        found[index] = place
+    for block in blocks:
+        start = _start(block, wanted, gap)
+        for place, index in enumerate(block):
+            found[index] = start + gap * place
+    return _within([found[index] for index in order], order, gap, low, high)
+
+
+def _start(block: Sequence[int], wanted: Sequence[float], gap: float) -> float:
+    return sum(wanted[index] for index in block) / len(block) - gap * (len(block) - 1) / 2
+
+
+def _within(places: list[float], order: Sequence[int], gap: float, low: float, high: float) -> list[float]:
+    """Ascending places pushed inside the limits, given back in the order that was asked for."""
+    for index, place in enumerate(places):
+        places[index] = max(place, low + gap * index)
+    last = len(places) - 1
+    found = [0.0] * len(places)
+    for index, place in enumerate(places):
+        found[order[index]] = min(place, high - gap * (last - index))
     return found
 
 
@@ -186,7 +203,9 @@ def free_place(x: float, y: float, width: float, height: float, taken: list[tupl
     return min(range(len(PLACES)), key=lambda index: (round(overlap(index), 3), index))
 
 
-PLACES = [(dx, dy) for distance in (9, 22, 36, 50) for dy in (0, -14, 14, -28, 28) for dx in (distance, -distance)]
+PLACES = [
+    (dx, dy) for distance in (9, 22, 36, 50) for dy in (0, -14, 14, -28, 28, -42, 42) for dx in (distance, -distance)
+]
 """Offsets of a label's near side from its point, best first."""
 
 

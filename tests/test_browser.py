@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import http.server
 import itertools
@@ -304,3 +305,18 @@ def test_a_report_of_two_machines_and_one_without_rows_open(browser: Chrome, tmp
         assert len(browser.find_elements("css selector", ".answer")) == len(result["machines"])
         assert browser.execute_script(OVERFLOW) == 0 and browser.execute_script(OVERLAPS) == []
         assert complaints(browser) == []
+
+
+@pytest.mark.parametrize("width", [PHONE, SCREEN])
+def test_many_close_backends_are_told_apart(browser: Chrome, tmp_path: Path, width: int) -> None:
+    result = synthetic_result(gpu=True)
+    measured = [row for row in result["rows"] if row["status"] == "measured" and row["sweep"] is None]
+    for index in range(10):
+        row = copy.deepcopy(measured[index % 7])
+        row |= {"backend": f"{row['backend']}-{index}", "label": f"{row['label']}, number {index}"}
+        row["latency"]["p50_ms"] *= 1 + index / 50
+        result["rows"].append(row)
+    page = tmp_path / "report.html"
+    page.write_text(html_page(result), encoding="utf-8")
+    opened(browser, page, width)
+    assert browser.execute_script(OVERLAPS) == []

@@ -345,6 +345,8 @@ def test_labels_are_spread_apart() -> None:
     assert all(b - a >= 14 - 1e-9 for a, b in zip(sorted(places), sorted(places)[1:], strict=False))
     assert all(0 <= place <= 100 for place in spread_apart([99, 99, 99], 14, 0, 100))
     assert spread_apart([], 14, 0, 100) == []
+    assert spread_apart([50, 50, 50], 10, 0, 100) == [40, 50, 60]  # around the place that they want
+    assert spread_apart([80, 20, 50], 10, 0, 100) == [80, 20, 50]
 
 
 def test_a_long_name_keeps_its_end() -> None:
