@@ -1,0 +1,196 @@
+"""engines/cpp against what is real here: ONNX Runtime, NVIDIA's headers and libraries, an installation, a GPU.
+
+What must be at hand, else the test is skipped: NECK_ORT_INCLUDE names the folder of onnxruntime_c_api.h (Debian's
+libonnxruntime-dev), NECK_TENSORRT_INCLUDE those of NvInferRuntime.h with colons between them, NECK_CUDA_ROOT the CUDA
+runtime's include and lib; TensorRT_ROOT and CUDAToolkit_ROOT a whole SDK, for the test that runs a plan on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cpp_build import (
+    SOURCES,
+    TESTS,
+    Programs,
+    build,
+    cmake,
+    ort_include,
+    ort_library,
+    rtx_library,
+    shared_programs,
+    why_missing,
+    write_plan,
+)
+from exporting import neck_export_cli
+from test_session import build_convolution
+
+from engines.flavor import Flavor, choose_flavor, find_gpu
+
+pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
+
+ENGINE_SOURCES = ("checks", "cuda", "engine", "runs", "runtime", "neck_engine")
+"""Those that include NVIDIA's headers."""
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    return shared_programs(tmp_path_factory)
+
+
+def nvidia_includes() -> list[Path]:
+    """Folders of NVIDIA's TensorRT headers; skips where there is none, or none of CUDA's."""
+    named = [Path(path) for path in os.environ.get("NECK_TENSORRT_INCLUDE", "").split(os.pathsep) if path]
+    found = [path for path in named if (path / "NvInferRuntime.h").is_file()]
+    if not found or not (cuda_root() / "include" / "cuda_runtime_api.h").is_file():
+        pytest.skip("needs NVIDIA's headers: NECK_TENSORRT_INCLUDE (NvInferRuntime.h) and NECK_CUDA_ROOT")
+    return found
+
+
+def cuda_root() -> Path:
+    return Path(os.environ.get("NECK_CUDA_ROOT", "/usr/local/cuda"))
+
+
+@pytest.mark.parametrize("name", ENGINE_SOURCES)
+def test_the_sources_compile_with_nvidias_headers(name: str) -> None:
+    for include in nvidia_includes():
+        folders = [f"-I{SOURCES / 'include'}", "-isystem", include, "-isystem", cuda_root() / "include"]
+        flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+        ended = subprocess.run(
+            ["c++", *flags, *folders, SOURCES / "src" / f"{name}.cpp"], capture_output=True, text=True
+        )
+        assert (ended.returncode, ended.stderr) == (0, ""), include
+
+
+def test_a_real_rtx_plan_without_a_gpu_is_told(tmp_path: Path) -> None:
+    """Linked with TensorRT-RTX's own library. Its headers come with its SDK alone; TensorRT's serve up to here."""
+    include, library = nvidia_includes()[-1], rtx_library()
+    cudart = sorted((cuda_root() / "lib").glob("libcudart.so*"))
+    if library is None or not cudart:
+        pytest.skip("needs the tensorrt_rtx wheel, and NECK_CUDA_ROOT/lib/libcudart.so")
+    if find_gpu() is not None:
+        pytest.skip("is for machines without a GPU")
+    configured = cmake(
+        SOURCES,
+        tmp_path / "build",
+        "-DCMAKE_BUILD_TYPE=Debug",
+        "-DNECK_BUILD_CLIENT=OFF",
+        f"-DNECK_TENSORRT_INCLUDE_DIR={include}",
+        f"-DNECK_TENSORRT_LIBRARY={library}",
+        f"-DNECK_CUDA_INCLUDE_DIR={cuda_root() / 'include'}",
+        f"-DNECK_CUDART_LIBRARY={cudart[0]}",
+    )
+    assert configured.returncode == 0, configured.stderr
+    assert "neck-engine: rtx" in configured.stdout
+    build(tmp_path / "build")
+    plan = build_convolution(tmp_path, choose_flavor("rtx"))
+    environment = os.environ | {"LD_LIBRARY_PATH": f"{library.parent}:{cudart[0].parent}"}
+    ended = subprocess.run([tmp_path / "build" / "neck-engine", plan], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 1
+    wanted = f"{plan}: no NVIDIA GPU with a driver here; without one a plan can be built, not run"
+    assert ended.stderr.startswith(f"neck-engine: {wanted} (")
+    other = write_plan(tmp_path / "other")
+    ended = subprocess.run([tmp_path / "build" / "neck-engine", other], capture_output=True, text=True, env=environment)
+    assert "is of flavour tensorrt, this program is of rtx" in ended.stderr
+
+
+@pytest.mark.parametrize("input_kind", ["float", "uint8"])
+def test_a_plan_that_computes_equals_pytorch(programs: Programs, tmp_path: Path, input_kind: str) -> None:
+    """An encoder as the stand-in's plan, run by ONNX Runtime, against what `verify --save-reference` saved."""
+    if ort_include() is None:
+        pytest.skip("needs onnxruntime_c_api.h; apt install libonnxruntime-dev, or NECK_ORT_INCLUDE")
+    pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install 'neck-export[triton]'")
+    from triton_server import stand_in_plan
+
+    plan = stand_in_plan(tmp_path, input_kind=input_kind)
+    reference = tmp_path / "reference.npz"
+    assert neck_export_cli("verify", plan.with_suffix(".onnx"), "--save-reference", reference).code == 0
+    environment = {"STAND_IN_VERSION": "10.13.3.9", "STAND_IN_ORT": str(ort_library())}
+    for options in ([], ["--graph"], ["--batch", "1"]):
+        ran = programs.run("neck-engine", plan, "--compare", reference, "--runs", 1, *options, **environment)
+        assert (ran.code, ran.err) == (0, "")
+        assert ran.out.count("  ok\n") == 16
+    with np.load(reference) as stored:
+        arrays = dict(stored)
+    arrays["sam2_feat_3"] = arrays["sam2_feat_3"] * np.float32(1.001)  # the planted error: relative L2 1e-3
+    np.savez(reference, allow_pickle=False, **arrays)
+    ran = programs.run("neck-engine", plan, "--compare", reference, **environment)
+    assert ran.code == 3
+    failed = [line.split()[0] for line in ran.out.splitlines() if line.endswith("FAILED")]
+    assert failed == ["sam2_feat_3"]
+
+
+CONSUMER = """
+cmake_minimum_required(VERSION 3.20)
+project(consumer LANGUAGES CXX)
+find_package(neck 0.1 REQUIRED)
+add_executable(consumer main.cpp)
+target_link_libraries(consumer PRIVATE neck::client)
+"""
+MAIN = """
+#include <neck/picture.hpp>
+#include <neck/triton.hpp>
+int main() {
+    try {
+        neck::TritonClient("localhost:1").model("x");
+    } catch (const neck::Error&) {
+        return 0;
+    }
+    return 1;
+}
+"""
+
+
+def test_what_is_installed_can_be_built_with(tmp_path: Path) -> None:
+    """The client alone, which needs nothing of NVIDIA's."""
+    options = ["-DNECK_BUILD_ENGINE=OFF", "-DCMAKE_CXX_FLAGS=-O0", "-DCMAKE_BUILD_TYPE=None"]
+    assert cmake(SOURCES, tmp_path / "build", *options, f"-DCMAKE_INSTALL_PREFIX={tmp_path / 'there'}").returncode == 0
+    build(tmp_path / "build", "install")
+    source = tmp_path / "consumer"
+    source.mkdir()
+    (source / "CMakeLists.txt").write_text(CONSUMER)
+    (source / "main.cpp").write_text(MAIN)
+    configured = cmake(source, tmp_path / "built", f"-DCMAKE_PREFIX_PATH={tmp_path / 'there'}")
+    assert configured.returncode == 0, configured.stderr
+    build(tmp_path / "built")
+    assert subprocess.run([tmp_path / "built" / "consumer"]).returncode == 0
+    helped = subprocess.run([tmp_path / "there" / "bin" / "neck-triton", "--help"], capture_output=True, text=True)
+    assert helped.stdout.startswith("Usage: neck-triton")
+
+
+def test_a_missing_sdk_is_told_with_what_to_give(tmp_path: Path) -> None:
+    nothing = ["-DCMAKE_FIND_ROOT_PATH=/nothing", "-DCMAKE_FIND_ROOT_PATH_MODE_INCLUDE=ONLY"]
+    given = [f"-DTensorRT_ROOT={TESTS / 'stand_in'}", "-DNECK_TENSORRT_LIBRARY=stand_in"]
+    configured = cmake(SOURCES, tmp_path, *given, "-DNECK_CUDA_INCLUDE_DIR=NECK_CUDA_INCLUDE_DIR-NOTFOUND")
+    if "neck-engine: " in configured.stdout:
+        configured = cmake(SOURCES, tmp_path, *given, *nothing)
+    assert configured.returncode != 0
+    text = " ".join(configured.stderr.split())
+    assert "give -DTensorRT_ROOT=... -DCUDAToolkit_ROOT=..., or build the Triton client alone" in text
+
+
+@pytest.mark.gpu
+def test_a_plan_runs_on_the_gpu(gpu_flavor: Flavor, tmp_path: Path) -> None:
+    """The convolution's known sums, by the real library, with CUDA graphs and without."""
+    roots = [os.environ.get(name) for name in ("TensorRT_ROOT", "CUDAToolkit_ROOT")]
+    if not all(roots):
+        pytest.skip("needs TensorRT's SDK and CUDA's: TensorRT_ROOT, CUDAToolkit_ROOT")
+    configured = cmake(SOURCES, tmp_path / "build", f"-DNECK_FLAVOR={gpu_flavor.name}", "-DNECK_BUILD_CLIENT=OFF")
+    assert configured.returncode == 0, configured.stderr
+    build(tmp_path / "build")
+    plan = build_convolution(tmp_path, gpu_flavor)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    image = pixels.astype(np.float32) * np.float32(2 / 255) - np.float32(1)
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, allow_pickle=False, pixels=pixels, sum=image.sum(axis=3, dtype=np.float32)[:, None])
+    wrong = tmp_path / "wrong.npz"
+    np.savez(wrong, allow_pickle=False, pixels=pixels, sum=image.sum(axis=3, dtype=np.float32)[:, None] + 0.01)
+    for options in ([], ["--graph"], ["--batch", "1"]):
+        command = [tmp_path / "build" / "neck-engine", plan, *options, "--compare"]
+        ended = subprocess.run([*command, reference], capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr + ended.stdout
+        assert subprocess.run([*command, wrong], capture_output=True).returncode == 3
