@@ -7,17 +7,79 @@ import sys
 from pathlib import Path
 
 import pytest
+from synthetic import LABEL, synthetic_result
 
+from benchmarks.errors import BenchError
 from benchmarks.export import OURS, PLAIN, Run, measure, summary, table
-from benchmarks.table import README, newest, with_table
+from benchmarks.records import read_result
+from benchmarks.table import README, RESULTS, bench_lines, newest, newest_benches, with_table
 
 
 def test_readme_shows_the_newest_results() -> None:
     text = README.read_text(encoding="utf-8")
-    result = newest("export")
-    assert with_table(text, result) == text
+    result, benches = newest("export"), newest_benches()
+    assert with_table(text, result, benches) == text
     result["rows"][OURS]["median_wall_s"] += 1
-    assert with_table(text, result) != text
+    assert with_table(text, result, benches) != text
+
+
+def test_readme_shows_each_machines_newest_benchmark(tmp_path: Path) -> None:
+    """On synthetic results, as it does whether or not any were committed."""
+    old, new, other = synthetic_result(), synthetic_result(1), synthetic_result(2, gpu=True)
+    old["date"], new["date"] = "2026-01-01", "2026-01-03"
+    other["machines"][0]["name"] = "a machine with a GPU"
+    for name, result in (("z", old), ("a", new), ("m", other)):
+        (tmp_path / f"bench-{result['date']}-{name}.json").write_text(json.dumps(result), encoding="utf-8")
+    (tmp_path / "export-2026-01-01.json").write_text("{}", encoding="utf-8")
+    benches = newest_benches(tmp_path)
+    assert [(result["date"], machine["name"]) for result, machine in benches] == [
+        (other["date"], "a machine with a GPU"),
+        ("2026-01-03", new["machines"][0]["name"]),
+    ]
+    made = with_table(README.read_text(encoding="utf-8"), newest("export"), benches)
+    assert with_table(made, newest("export"), benches) == made  # a second writing changes nothing
+    assert made.count("ratio to PyTorch eager, plain, FP32") == 2
+    assert made.count("neck-export trt") == README.read_text(encoding="utf-8").count("neck-export trt")
+    row = next(row for row in new["rows"] if row["backend"] == "openvino-fp32")
+    assert (
+        f"| OpenVINO CPU, rewritten, FP32 | {row['latency']['p50_ms']:.1f} ms | 0.44 (0.43 to 0.45) | 1.4e-6 |" in made
+    )
+    row["latency"]["p50_ms"] += 1
+    assert with_table(made, newest("export"), [benches[0], (new, new["machines"][0])]) != made
+
+
+def test_no_benchmark_leaves_the_readme_as_it_is(tmp_path: Path) -> None:
+    assert newest_benches(tmp_path) == []
+    text = README.read_text(encoding="utf-8")
+    without = with_table(text, newest("export"))
+    assert without.count("Worst relative L2") == 0 and "median wall, s" in without
+
+
+def test_a_damaged_benchmark_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bench-2026-01-01-x.json").write_text('{"kind": "bench"')
+    with pytest.raises(BenchError, match=r"bench-2026-01-01-x\.json: is no whole JSON file"):
+        newest_benches(tmp_path)
+
+
+def test_a_row_that_must_not_be_used_says_so_in_the_readme() -> None:
+    result = synthetic_result()
+    lines = bench_lines(result, result["machines"][0])
+    assert any(
+        line.startswith("| OpenVINO CPU, rewritten, BF16") and "8.0e-2 (outside tolerance)" in line for line in lines
+    )
+    assert lines[-1].startswith("\nNot measured there: TensorRT plan, rewritten, FP16;")
+    assert not any("device peak" in line for line in lines)
+    for row in result["rows"]:
+        row["peak_device_bytes"] = 2_000_000_000 if row["status"] == "measured" else None
+    assert any("device peak" in line for line in bench_lines(result, result["machines"][0]))
+
+
+def test_committed_benchmarks_are_measured_ones() -> None:
+    for path in RESULTS.glob("bench-*.json"):
+        result = read_result(path)
+        assert LABEL not in path.read_text(encoding="utf-8")
+        assert path.name.startswith(f"bench-{result['date'][:10]}")
+        assert path.stat().st_size < 2 << 20
 
 
 def test_results_say_when_where_and_how() -> None:
