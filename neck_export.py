@@ -271,7 +271,7 @@ def triton(
             queue_delay_us=queue_delay_us,
             cuda_graphs=cuda_graphs,
             container=container,
-            kubernetes=output.absolute().parent / "kubernetes" if kubernetes else None,
+            kubernetes=output.parent / "kubernetes" if kubernetes else None,
             gpus=gpus,
             storage=storage,
         )
