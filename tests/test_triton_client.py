@@ -20,12 +20,15 @@ from PIL import Image
 
 pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install 'neck-export[triton]'")
 
+from tritonclient.utils import InferenceServerException
+
 import engines.triton_client
 from engines.triton_client.__main__ import main
 from engines.triton_client.client import TritonClient
 from engines.triton_client.errors import ClientError
 from engines.triton_client.model import Model, Tensor, describe
 from engines.triton_client.pictures import normalise, read_pixels
+from engines.triton_client.shared import SharedMemory
 from neck import pictures
 
 CHELSEA = Path(__file__).parent / "data" / "pictures" / "chelsea.png"
@@ -222,3 +225,47 @@ def test_a_model_is_described(timeout_s: float | None) -> None:
 def test_a_model_that_cannot_be_used_is_told(client: Any, words: str, timeout_s: float | None) -> None:  # noqa: ANN401
     with pytest.raises(ClientError, match=words):
         describe(client, "m", "", ["sam3_*"], timeout_s)
+
+
+class Regions:
+    """What `SharedMemory` asks of a tritonclient, whose server refuses some times to forget a region."""
+
+    def __init__(self, refusals: list[str]) -> None:
+        self.refusals, self.known, self.calls = refusals, set[str](), 0
+
+    def register_system_shared_memory(self, name: str, key: str, size: int) -> None:
+        self.known.add(name)
+
+    def unregister_system_shared_memory(self, name: str) -> None:
+        self.calls += 1
+        if self.refusals:
+            raise InferenceServerException(self.refusals.pop(0), "StatusCode.INTERNAL")
+        self.known.remove(name)
+
+
+IN_USE = "Cannot unregister shared memory region 'x', it is currently in use."
+
+
+def test_a_region_in_use_is_given_back_a_little_later() -> None:
+    """Seen with Triton 2.51 now and then over gRPC: the answer comes before the region is free."""
+    client = Regions([IN_USE] * 2)
+    memory = SharedMemory(client, "system")
+    value, tensor = np.arange(6, dtype=np.float32).reshape(2, 3), Tensor("x", "FP32", (-1, 3))
+    name, size = memory.put("x", value)
+    assert size == 24 and client.known == {name}
+    assert np.array_equal(memory.get(tensor, 2), value)
+    assert memory.put("x", value + 1) == (name, size)  # the same region again
+    other, _ = memory.put("x", value[:1])  # another size, another region
+    assert client.known == {other} and client.calls == 3
+    memory.close()
+    assert client.known == set() and not Path("/dev/shm", name).exists() and not Path("/dev/shm", other).exists()
+
+
+def test_every_region_is_freed_here_whatever_the_server_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.triton_client.shared.IN_USE_WAITS_S", (0.0, 0.0))
+    for refusals, calls in ((["no such thing"], 2), ([IN_USE] * 3, 4)):
+        memory = SharedMemory(client := Regions(refusals), "system")
+        names = [memory.reserve(tensor, 8)[0] for tensor in "ab"]
+        with pytest.raises(InferenceServerException):
+            memory.close()
+        assert client.calls == calls and not any(Path("/dev/shm", name).exists() for name in names)

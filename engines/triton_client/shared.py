@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import uuid
 from typing import Any, Literal
 
@@ -13,6 +14,9 @@ from .model import TYPES, Tensor
 
 Memory = Literal["none", "system", "cuda"]
 
+IN_USE_WAITS_S = (0.001, 0.01, 0.1, 1.0)
+"""Over gRPC Triton (2.51) answers before it lets go of a request's regions, which then cannot be unregistered yet."""
+
 
 class SharedMemory:
     """Regions of shared memory, one a tensor, known to the server until they are closed."""
@@ -22,6 +26,7 @@ class SharedMemory:
         self._library = import_part(
             f"tritonclient.utils.{folder}", "pip install 'tritonclient[cuda]', on a GPU machine"
         )
+        self._refusal = import_part("tritonclient.utils", "pip install tritonclient").InferenceServerException
         self._client, self._kind = client, kind
         self._regions: dict[str, tuple[str, Any, int]] = {}
 
@@ -62,8 +67,19 @@ class SharedMemory:
 
     def _give_back(self, tensor: str) -> None:
         name, handle, _ = self._regions.pop(tensor)
-        forget = "unregister_system_shared_memory" if self._kind == "system" else "unregister_cuda_shared_memory"
         try:
-            getattr(self._client, forget)(name)
+            self._unregister(name)
         finally:
             self._library.destroy_shared_memory_region(handle)
+
+    def _unregister(self, name: str) -> None:
+        unregister = getattr(self._client, f"unregister_{self._kind}_shared_memory")
+        for wait_s in IN_USE_WAITS_S:
+            try:
+                unregister(name)
+                return
+            except self._refusal as error:
+                if "in use" not in str(error):
+                    raise
+            time.sleep(wait_s)
+        unregister(name)
