@@ -17,10 +17,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from conftest import tiny_config
 from PIL import Image
 from synthetic import LABEL, synthetic_features, synthetic_result
 
 from benchmarks import report
+from benchmarks.bench import run_bench
+from benchmarks.changes import compare_results
 from benchmarks.charts import NARROW, WIDE, kernels_chart, latency_chart, parts_chart
 from benchmarks.errors import BenchError
 from benchmarks.features import NOT_FINITE, feature_pictures
@@ -42,6 +45,7 @@ from benchmarks.findings import (
 from benchmarks.growth import growth_plot
 from benchmarks.html import html_page
 from benchmarks.markdown import escaped, markdown_page
+from benchmarks.options import BenchOptions
 from benchmarks.plots import error_plot, roofline_plot
 from benchmarks.records import Result, merge_results, read_result
 from benchmarks.report import check_folder, write_report
@@ -620,3 +624,45 @@ def test_features_that_cannot_be_drawn_are_refused(
 ) -> None:
     with pytest.raises(BenchError, match=message):
         feature_pictures(reference, candidate, "noise", "x")
+
+
+# a real run
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A benchmark of a tiny encoder that was really run here; sweeps take a minute more and are in test_bench."""
+    options = BenchOptions(
+        tmp_path_factory.mktemp("bench"),
+        config=tiny_config(),
+        device="cpu",
+        backends=("eager-rewritten-fp32",),
+        rounds=2,
+        sweep=False,
+        timeout_s=120.0,
+    )
+    return run_bench(options)
+
+
+def test_a_measured_result_becomes_a_report(measured: Result, tmp_path: Path) -> None:
+    path, markdown, page = write_report(measured, tmp_path)
+    assert read_result(path) == json.loads(json.dumps(measured))
+    for text in (markdown.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")):
+        for row in measured["rows"]:
+            assert row["label"] in text
+    machine = measured["machines"][0]
+    assert [row["backend"] for row in ranked(measured, machine)] != []
+    for name in ("latency", "parts", "error", "roofline"):
+        assert draw(name, measured), name
+    assert measured["features"]["levels"] and Tags(page.read_text(encoding="utf-8")).open == []
+
+
+def test_a_measured_result_is_no_worse_than_itself(measured: Result) -> None:
+    assert compare_results(measured, measured) == []
+    worse = json.loads(json.dumps(measured))
+    for row in worse["rows"]:
+        row["times_ms"] = [time * 3 for time in row["times_ms"]]
+        row["latency"]["p50_ms"] *= 3
+    assert {change.kind for change in compare_results(worse, measured)} == {"slower"}
+    with pytest.raises(BenchError, match="are there twice"):
+        merge_results([measured, measured])
