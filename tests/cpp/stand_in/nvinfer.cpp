@@ -98,7 +98,9 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
             std::fprintf(stderr, "stand-in: a CUDA graph is run after its context was changed\n");
             std::abort();
         }
-        std::memset(scratch, 7, static_cast<std::size_t>(scratch != nullptr ? size : 0));
+        if (scratch != nullptr) {
+            std::memset(scratch, 7, static_cast<std::size_t>(size));
+        }
         program->run(bound);
     };
     stand_in::queue(stream, work);
