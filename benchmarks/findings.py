@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from benchmarks.records import Result
 Row = dict[str, Any]
 
 PRECISIONS = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
+REASONS = 3
+"""How many reasons the first screen gives; all of them stand in a table below."""
+
 SECOND = 1000.0
 """From so many ms on, times are told in s."""
 
@@ -59,6 +63,27 @@ def ranked(result: Result, machine: dict[str, Any]) -> list[Row]:
 def missing(result: Result, machine: dict[str, Any]) -> list[Row]:
     """The machine's rows that were not measured, those of the sweeps too."""
     return [row for row in _rows(result, machine) if row["status"] != "measured"]
+
+
+def missing_sentence(result: Result, machine: dict[str, Any]) -> str:
+    """How many backends were not measured at all, those that failed by name, and why in short."""
+    backends = {row["backend"] for row in _rows(result, machine)}
+    done = {row["backend"] for row in _rows(result, machine) if row["status"] == "measured"}
+    gone = {row["backend"]: row for row in missing(result, machine)}
+    points = [row for row in missing(result, machine) if row["backend"] in done]
+    failed = [row["label"] for name, row in gone.items() if row["status"] == "failed" and name not in done]
+    reasons = collections.Counter(row["reason"] for name, row in gone.items() if name not in done)
+    told = [f"failed: {', '.join(failed)}"] if failed else []
+    told += [f"{count} for {_brief(reason)}" for reason, count in reasons.most_common(REASONS) if reason]
+    text = f"{len(backends - done)} of {len(backends)} backends were not measured here"
+    text += f" ({'; '.join(told)})." if told else "."
+    return text + (f" Of the sweeps {len(points)} rows were not measured." if points else "")
+
+
+def _brief(reason: str, most: int = 70) -> str:
+    """The first sentence or clause of a reason."""
+    first = reason.partition("; ")[0].partition(", so ")[0]
+    return first if len(first) <= most else first[: most - 3].rsplit(" ", 1)[0] + "..."
 
 
 def swept(result: Result, machine: dict[str, Any], sweep: str) -> dict[str, list[Row]]:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import re
 
-from benchmarks.findings import answer_sentence, answers, error_figure, median_ms, milliseconds, ranked, worst_error
+from benchmarks.findings import (
+    answer_sentence,
+    answers,
+    error_figure,
+    median_ms,
+    milliseconds,
+    missing_sentence,
+    ranked,
+    worst_error,
+)
 from benchmarks.html import TITLE, about, commands, encoder_facts, method
 from benchmarks.records import Result, of_machine
 from benchmarks.tables import (
@@ -33,6 +42,8 @@ def markdown_page(result: Result) -> str:
     lines = [MARK, f"# {TITLE}", "", escaped(about(result)), ""]
     for answer in answers(result):
         lines += [f"**{escaped(answer_sentence(result, answer))}**", ""]
+        if answer.missing:
+            lines += [escaped(missing_sentence(result, answer.machine)), ""]
         if answer.fastest_outside:
             row = answer.fastest_outside
             latency, error = milliseconds(median_ms(row)), error_figure(worst_error(row))

@@ -33,6 +33,7 @@ from benchmarks.findings import (
     error_figure,
     may_be_used,
     milliseconds,
+    missing_sentence,
     percent,
     ranked,
     scaled,
@@ -199,6 +200,24 @@ def test_what_the_rewrites_buy_is_told_where_a_plain_twin_was_measured() -> None
     row["note"] = "loaded 3 times in 3 rounds"
     for shown in (html_page(result), markdown_page(result)):
         assert "0.96 (0.95 to 0.97)" in shown and row["note"] in shown
+
+
+def test_what_is_missing_is_told_in_short() -> None:
+    result = synthetic_result()
+    machine = result["machines"][0]
+    assert missing_sentence(result, machine) == (
+        "2 of 10 backends were not measured here (failed: torch.compile max-autotune, rewritten, FP32; 1 for no NVIDIA "
+        "driver on this machine; 1 for killed by signal 9: out of memory)."
+    )
+    gone = next(row for row in result["rows"] if row["status"] == "unavailable")
+    reason = "this CPU has no BF16 matrix instructions, so torch would emulate them; name it by --backends"
+    result["rows"] += [{**gone, "backend": f"b{index}", "label": f"b{index}", "reason": reason} for index in range(20)]
+    sentence = missing_sentence(result, machine)
+    assert "22 of 30" in sentence and "20 for this CPU has no BF16 matrix instructions;" in sentence
+    assert len(sentence) < 300
+    late = {"backend": "eager-fp32", "label": "PyTorch eager", "sweep": "image_size", "image_size": [1344, 1344]}
+    result["rows"].append({**gone, **late, "status": "failed", "reason": "out of memory"})
+    assert missing_sentence(result, machine).endswith(" Of the sweeps 1 rows were not measured.")
 
 
 def test_what_is_missing_at_every_point_is_told_once() -> None:
