@@ -74,7 +74,10 @@ def missing_sentence(result: Result, machine: dict[str, Any]) -> str:
     failed = [row["label"] for name, row in gone.items() if row["status"] == "failed" and name not in done]
     reasons = collections.Counter(row["reason"] for name, row in gone.items() if name not in done)
     told = [f"failed: {', '.join(failed)}"] if failed else []
-    told += [f"{count} for {_brief(reason)}" for reason, count in reasons.most_common(REASONS) if reason]
+    known = reasons.most_common(REASONS)
+    told += [f"{count}: {_brief(reason or 'no reason told')}" for reason, count in known]
+    rest = reasons.total() - sum(count for _, count in known)
+    told += [f"{rest} for other reasons"] if rest else []
     text = f"{len(backends - done)} of {len(backends)} backends were not measured here"
     text += f" ({'; '.join(told)})." if told else "."
     return text + (f" Of the sweeps {len(points)} rows were not measured." if points else "")

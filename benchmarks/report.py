@@ -34,7 +34,8 @@ def write_report(result: Result, folder: Path) -> tuple[Path, Path, Path]:
     try:
         check_folder(folder)
         markdown, page, data = (folder / name for name in NAMES)
-        texts = {markdown: markdown_page(result), page: html_page(result), data: json_text(result)}
+        stored = json_text(result)  # first: it refuses what the pages would show
+        texts = {markdown: markdown_page(result), page: html_page(result), data: stored}
         with staging(data) as staged:
             for path, text in texts.items():
                 _write(staged / path.name, text)
@@ -68,8 +69,15 @@ def check_folder(folder: Path) -> None:
 
 
 def json_text(result: Result) -> str:
-    """A result as it is stored."""
-    return json.dumps(result, indent=1, allow_nan=False) + "\n"
+    """A result as it is stored.
+
+    Raises:
+        BenchError: a figure that is not finite, which JSON cannot hold.
+    """
+    try:
+        return json.dumps(result, indent=1, allow_nan=False) + "\n"
+    except ValueError:
+        raise BenchError("the result has a figure that is not finite, which JSON cannot hold; make it null") from None
 
 
 def _write(path: Path, text: str) -> None:
