@@ -200,6 +200,7 @@ def test_a_model_is_described(timeout_s: float | None) -> None:
     assert feature.bytes_of(3) == 3 * 16 * 2
     fixed = describe(stand_in(most=0, inputs=[IMAGE | {"shape": ["4", "3", "8", "8"]}]), "m", "", [], timeout_s)
     assert fixed.max_batch == 4 and fixed.fixed
+    assert describe(stand_in(most=0), "m", "", [], timeout_s).max_batch == 1  # a batch that Triton knows nothing of
 
 
 @pytest.mark.parametrize(

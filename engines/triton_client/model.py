@@ -72,7 +72,7 @@ def describe(client: Any, name: str, version: str, outputs: Sequence[str], grpc_
         if one.datatype not in TYPES:
             raise ClientError(f"{one.name} is {one.datatype}, which numpy lacks; export with --output-dtype fp32")
     first = inputs[0].shape[0]
-    most = first if first > 0 else int(config.get("config", config).get("max_batch_size", 1))
+    most = first if first > 0 else max(1, int(config.get("config", config).get("max_batch_size", 1)))
     return Model(inputs[0], tuple(chosen), most, first > 0)
 
 
