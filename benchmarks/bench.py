@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -29,11 +30,9 @@ def run_bench(options: BenchOptions, report: Callable[[str], None] = lambda line
     """
     check_options(options)
     work = options.output / "work"
-    names = ("checkpoint", "config", "seed", "necks", "levels", "positions", "images")
     try:
         work.mkdir(parents=True, exist_ok=True)
-        asked = Asked(**{name: getattr(options, name) for name in names})
-        with locked(work, wait=False), Workplace(work, asked) as place, Run(options, place, report) as run:
+        with locked(work, wait=False), Workplace(work, asked_of(options)) as place, Run(options, place, report) as run:
             run.measure()
             return make_result(run)
     except BlockingIOError:
@@ -41,3 +40,8 @@ def run_bench(options: BenchOptions, report: Callable[[str], None] = lambda line
     except OSError as error:
         where, why = error.filename or work, error.strerror or str(error)
         raise BenchError(f"{where}: {why}; mend it or name another --output") from None
+
+
+def asked_of(options: BenchOptions) -> Asked:
+    """The encoder that the options name."""
+    return Asked(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Asked)})

@@ -57,6 +57,12 @@ class Worker:
         """Its process."""
         return self._process.pid
 
+    def resident_bytes(self) -> int:
+        """Memory that it holds now, mapped files included; 0 where the system does not tell or it is gone."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return 0
+
     def ask(self, command: str, timeout_s: float, **asked: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON values
         """Sends a command and waits for the answer.
 

@@ -183,18 +183,19 @@ class Point:
         return self._given_up(name) or self.samples.last("errors", point=self.name, backend=name) is not None
 
     def _make_room(self, name: str) -> bool:
-        """Unloads others until there is memory: first those whose turn is furthest away."""
-        order = list(self.candidates)
-        needed = self._needed[name]
+        """Unloads others until there is memory, first those whose turn is furthest away; none where it is in vain."""
+        order, needed = list(self.candidates), self._needed[name]
+        most = available_bytes() + sum(worker.resident_bytes() for worker in self._loaded.values())
+        if most < needed:
+            self._give_up(
+                name, f"needs about {needed / 1e9:.1f} GB of memory, {most / 1e9:.1f} GB are free", "unavailable"
+            )
+            return False
         while available_bytes() < needed + SPARE_BYTES and self._loaded:
             place = order.index(name)
             furthest = max(self._loaded, key=lambda other: (order.index(other) - place) % len(order))
             self.report(f"{furthest}: unloaded, {name} needs its memory")
             self._unload(furthest)
-        if available_bytes() < needed:
-            free = available_bytes() / 1e9
-            self._give_up(name, f"needs about {needed / 1e9:.1f} GB of memory, {free:.1f} GB are free", "unavailable")
-            return False
         return True
 
     def _unload(self, name: str) -> None:

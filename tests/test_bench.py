@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,16 @@ from conftest import tiny_config
 import benchmarks.rounds
 import benchmarks.run
 from benchmarks.backends import REFERENCE, Backend, backends_for
-from benchmarks.bench import run_bench
+from benchmarks.bench import asked_of, run_bench
 from benchmarks.errors import BenchError
 from benchmarks.jobs import Workplace
 from benchmarks.options import BenchOptions
-from benchmarks.process import ROOT, Worker
+from benchmarks.process import ROOT, WorkerError
 from benchmarks.records import check_result
 from benchmarks.roofline import encoder_parts, floor_ms, total_operations
 from benchmarks.rounds import Candidate, Pace, Point
 from benchmarks.rows import best_rates, ratio
+from benchmarks.run import Run
 from benchmarks.samples import Samples
 from engines.latency import summarise
 from export.manifest import locked
@@ -69,6 +69,13 @@ class Ran:
 def samples_of(output: Path) -> Path:
     """The file that was written last."""
     return max(output.glob("work/run-*/samples.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+
+
+@pytest.fixture
+def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates that nobody measured, where they are not what is tested."""
+    known = {"device": "cpu", "flops_per_s": {"fp32": 1e11, "bf16": 1e9, "fp16": 1e9}, "copy_bytes_per_s": 1e10}
+    monkeypatch.setattr(Run, "_measure_rates", lambda run, when: run.samples.add("rates", when=when, **known))
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +171,7 @@ def test_a_rerun_measures_nothing_again(ran: Ran) -> None:
     assert any("goes on after 4 rounds" in line for line in said)
 
 
+@pytest.mark.usefixtures("known_rates")
 def test_other_options_begin_anew(ran: Ran) -> None:
     one = run_bench(options_for(ran.options.output, rounds=1))
     assert len(one["rows"][0]["times_ms"]) == 1
@@ -173,7 +181,7 @@ def test_other_options_begin_anew(ran: Ran) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from benchmarks.bench import run_bench
+from benchmarks.bench import asked_of, run_bench
 from benchmarks.options import BenchOptions
 from neck.config import EncoderConfig
 config = EncoderConfig.from_file(Path(sys.argv[2]))
@@ -195,7 +203,7 @@ def workers_of(log: Path) -> list[int]:
     return found
 
 
-@pytest.mark.usefixtures("ran")
+@pytest.mark.usefixtures("ran", "known_rates")
 def test_a_killed_run_goes_on(output: Path, tmp_path: Path) -> None:
     config = tmp_path / "encoder.json"
     config.write_text(json.dumps(CONFIG.to_dict()))
@@ -237,59 +245,32 @@ def tmp_path_copy(folder: Path, data: bytes) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("ran")
+@pytest.mark.usefixtures("ran", "known_rates")
 def test_out_of_memory_costs_one_row(output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One backend is given a picture of 8 GB (of holes in the file) where a worker may take 3."""
+    """One backend is given a picture of 8 GB (of holes in the file) where a worker may take 3; one needs more than there is."""
     huge = np.lib.format.open_memmap(tmp_path / "huge.npy", mode="w+", dtype=np.float32, shape=(2 << 30,))
     del huge
-    make = Workplace.jobs
+    make, needed, plain = Workplace.jobs, benchmarks.run.needed_bytes, "ort-cpu-plain-fp32"
 
     def jobs(place: Workplace, *rest: Any) -> dict[str, Any]:  # noqa: ANN401
         found = make(place, *rest)
         return {**found, ORT: {**found[ORT], "image": str(tmp_path / "huge.npy")}}  # type: ignore[dict-item]
 
+    def estimate(backend: Backend, *rest: Any) -> int:  # noqa: ANN401
+        return 1 << 60 if backend.id == plain else needed(backend, *rest)
+
     monkeypatch.setattr(Workplace, "jobs", jobs)
+    monkeypatch.setattr(benchmarks.run, "needed_bytes", estimate)
     monkeypatch.setattr(benchmarks.rounds, "available_bytes", lambda: 3 << 30)
     said: list[str] = []
-    result = run_bench(options_for(output, backends=(ORT, "ort-cpu-plain-fp32"), fresh=True), said.append)
+    result = run_bench(options_for(output, backends=(ORT, plain), rounds=3), said.append)
     rows = {row["backend"]: row for row in result["rows"]}
     assert rows[ORT]["status"] == "failed" and "out of memory" in rows[ORT]["reason"]
-    assert rows[ORT]["latency"] is None
-    assert all(rows[name]["passed"] in (True, None) for name in (REFERENCE, "ort-cpu-plain-fp32"))
-    assert len(rows["ort-cpu-plain-fp32"]["times_ms"]) == 2
+    assert rows[plain]["status"] == "unavailable" and "needs about 1152921504.6 GB of memory" in rows[plain]["reason"]
+    assert rows[ORT]["latency"] is None is rows[plain]["latency"]
+    assert rows[REFERENCE]["status"] == "measured" and len(rows[REFERENCE]["times_ms"]) == 3
     assert any("once more with the others unloaded" in line for line in said)
     check_result(result, "the result")
-
-
-@pytest.mark.usefixtures("ran")
-@pytest.mark.parametrize("kills", [1, 2])
-def test_a_killed_backend_is_tried_once_more_alone(kills: int, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask, left = Worker.ask, [kills]
-
-    def asked(worker: Worker, command: str, timeout_s: float, **values: Any) -> dict[str, Any]:  # noqa: ANN401
-        if command == "run" and worker.log.stem == ORT and left[0]:
-            left[0] -= 1
-            os.kill(worker.pid, signal.SIGKILL)
-        return ask(worker, command, timeout_s, **values)
-
-    monkeypatch.setattr(Worker, "ask", asked)
-    rows = {row["backend"]: row for row in run_bench(options_for(output, fresh=True))["rows"]}
-    assert rows[REFERENCE]["status"] == "measured"
-    assert rows[ORT]["status"] == ("measured" if kills == 1 else "failed")
-    assert kills == 1 or "SIGKILL" in rows[ORT]["reason"]
-
-
-@pytest.mark.usefixtures("ran")
-def test_a_size_too_large_for_memory_is_refused_before_it_runs(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = benchmarks.run.needed_bytes
-
-    def estimate(backend: Backend, config: Any, *rest: Any) -> int:  # noqa: ANN401
-        return 1 << 60 if config.image_size == (56, 56) and backend.id == ORT else needed(backend, config, *rest)
-
-    monkeypatch.setattr(benchmarks.run, "needed_bytes", estimate)
-    options = options_for(output, sweep=True, sizes=(56,), batches=(), rounds=1, fresh=True)
-    row = next(row for row in run_bench(options)["rows"] if row["sweep"] and row["backend"] == ORT)
-    assert row["status"] == "unavailable" and "needs about 1152921504.6 GB of memory" in row["reason"]
 
 
 class FakeWorker:
@@ -297,17 +278,24 @@ class FakeWorker:
 
     loaded: list[str] = []  # noqa: RUF012 - shared on purpose, emptied by the test
     history: list[str] = []  # noqa: RUF012
+    kills: dict[str, int] = {}  # noqa: RUF012 - how many runs of a backend end it
 
     def __init__(self, log: Path, environment: dict[str, str]) -> None:
         self.name = log.stem
         self.loaded.append(self.name)
         self.history.append(f"+{self.name}")
 
+    def resident_bytes(self) -> int:
+        return 10 << 30
+
     def ask(self, command: str, timeout_s: float, **values: Any) -> dict[str, Any]:  # noqa: ANN401
         if command == "outputs":
             Path(values["folder"]).mkdir()
             np.save(Path(values["folder"]) / "x.npy", np.ones(3, np.float32))
         if command == "run":
+            if self.kills.get(self.name, 0):
+                self.kills[self.name] -= 1
+                raise WorkerError("killed (SIGKILL)", memory=True)
             self.history.append(self.name)
         return {
             "load": {"load_s": 1.0, "build_s": None},
@@ -355,6 +343,26 @@ def test_what_fits_stays_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """The control."""
     samples = fake_point(tmp_path, 1 << 20, monkeypatch, machine=100)
     assert [len(samples.all("load", backend=name)) for name in (REFERENCE, "b", "c")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_a_killed_backend_is_tried_once_more_alone(kills: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeWorker, "kills", {"b": kills})
+    samples = fake_point(tmp_path, 1 << 20, monkeypatch, machine=100)
+    a, b, c = REFERENCE, "b", "c"
+    alone = ["+b", f"-{b}", f"-{a}", "+b"]
+    assert FakeWorker.history[:7] == [f"+{a}", a, a, *alone]
+    failed = samples.last("failed", backend=b)
+    assert (failed is None) == (kills == 1) and len(samples.times("p", b)) == (2 if kills == 1 else 0)
+    assert failed is None or "SIGKILL" in failed["reason"]
+    assert all(len(samples.times("p", name)) == 2 for name in (a, c))
+
+
+def test_what_cannot_fit_unloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = fake_point(tmp_path, 26 << 30, monkeypatch)
+    assert FakeWorker.history == []
+    line = samples.last("failed", backend="b")
+    assert line is not None and "needs about 27.9 GB of memory, 26.8 GB are free" in line["reason"]
 
 
 def test_backends_that_are_not_begun_in_time_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,22 +413,36 @@ def test_the_best_rates_count() -> None:
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"backends": ("tensorflow",)}, "no backend tensorflow on cpu; there are"),
-    "unavailable": (
-        {"backends": ("ort-cpu-rewritten-fp16",)},
-        "no backend can run here: .*fp16: .*FP32",
-    ),
+    "unavailable": ({"backends": ("ort-cpu-rewritten-fp16",)}, "no backend can run here: .*fp16: .*FP32"),
     "size": ({"image_size": 100}, "image size 100 is not a multiple"),
     "sweep": ({"sweep": True, "sizes": (112, 20160)}, "image size 20160x20160 is above 8064"),
-    "neck": ({"necks": "sam4"}, "sam4"),
-    "rounds": ({"rounds": 0}, "rounds is 0; it must be 1 at least"),
-    "export": ({"export": True}, "leave --export or --config out"),
-    "checkpoint": ({"checkpoint": Path("nowhere.pt")}, "nowhere.pt"),
 }
 
 
+@pytest.fixture(scope="module")
+def place(output: Path) -> Iterator[Workplace]:
+    """The tiny encoder's."""
+    with Workplace(output / "work", asked_of(options_for(output))) as made:
+        yield made
+
+
 @pytest.mark.parametrize("case", BAD)
-def test_bad_options_are_refused(case: str, output: Path) -> None:
+def test_bad_options_are_refused(case: str, output: Path, place: Workplace) -> None:
     changes, told = BAD[case]
+    with pytest.raises(BenchError, match=told):
+        Run(options_for(output, **changes), place, print)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rounds": 0}, "rounds is 0; it must be 1 at least"),
+        ({"export": True}, "leave --export or --config out"),
+        ({"positions": "file"}, "positions in a file are no output of a run"),
+        ({"checkpoint": Path("nowhere.pt")}, "the encoder cannot be made: .*nowhere.pt"),
+    ],
+)
+def test_bad_options_are_refused_at_once(changes: dict[str, Any], told: str, output: Path) -> None:
     with pytest.raises(BenchError, match=told):
         run_bench(options_for(output, **changes))
 
