@@ -1,8 +1,8 @@
 """Triton python-backend model: JPEG or PNG bytes -> the encoder's input. Needs numpy and Pillow in the server's Python.
 
 It runs inside the server, so it imports nothing of neck-export; what it does is neck/pictures.py's, and a test keeps
-the two alike. The resize is exact where torch is installed beside it; Pillow's rounds otherwise: one level in 34 of 112896
-values of photographs, up to two levels in 1.2 % of noise (12 cases).
+the two alike. The resize is exact where torch is installed beside it; Pillow's rounds otherwise: by one level in 34 of
+112896 values of photographs, by up to two levels in 1.2 % of noise (12 cases).
 """
 
 from __future__ import annotations
