@@ -26,6 +26,7 @@ from cpp_build import (
 )
 from PIL import Image
 from serving import pictures_of
+from test_session import TARGETS, StandIn
 from typer.testing import CliRunner
 
 import neck_export
@@ -126,10 +127,14 @@ def later(plan: Path, version: str) -> None:
     spoil(plan, tensorrt_version=version, options=options)
 
 
-def python_says(plan: Path, gpu: Gpu = L4, version: str = VERSION) -> str | None:
+def tensorrt(gpu: Gpu = L4, version: str = VERSION) -> Flavor:
+    return Flavor("tensorrt", None, version, (), gpu)
+
+
+def python_says(plan: Path, flavor: Flavor | None = None) -> str | None:
     """What Python's check of a plan raises."""
     try:
-        check_plan(plan, Flavor("tensorrt", None, version, (), gpu))
+        check_plan(plan, flavor or tensorrt())
     except SessionError as error:
         return str(error)
     return None
@@ -187,9 +192,9 @@ def test_a_machine_that_cannot_run_it_is_told_in_pythons_words(programs: Program
     wanted = f"{plan}: no NVIDIA GPU with a driver here; without one a plan can be built, not run"
     assert ran.error == f"{wanted} (CUDA driver version is insufficient for CUDA runtime version)"
     ran = programs.run("neck-engine", plan, STAND_IN_CAPABILITY="7.5")
-    assert ran.error == python_says(plan, Gpu("NVIDIA L4", "7.5", "", ""))
+    assert ran.error == python_says(plan, tensorrt(Gpu("NVIDIA L4", "7.5", "", "")))
     ran = programs.run("neck-engine", plan, STAND_IN_VERSION="11.4.0.106")
-    assert ran.error == python_says(plan, version="11.4.0.106")
+    assert ran.error == python_says(plan, tensorrt(version="11.4.0.106"))
     assert (
         programs.run("neck-engine", plan, "--device", 1).error
         == f"{plan}: there is no GPU 1; here are 1, counted from 0"
@@ -215,11 +220,42 @@ def test_other_gpus_and_versions(
     programs: Programs, tmp_path: Path, plan_of: dict[str, Any], capability: str, runs: bool
 ) -> None:
     plan = write_plan(tmp_path, **plan_of)
-    said = python_says(plan, Gpu("NVIDIA L4", capability, "", ""))
+    said = python_says(plan, tensorrt(Gpu("NVIDIA L4", capability, "", "")))
     ran = programs.run("neck-engine", plan, "--runs", 1, STAND_IN_CAPABILITY=capability)
     assert (said is None, ran.code) == (runs, 0 if runs else 1)
     if not runs:
         assert ran.error == said
+
+
+RTX = {"flavor": "rtx", "tensorrt_version": "1.7.1.116"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes"),
+    [
+        ("8.9", {}),
+        ("8.6", {}),
+        ("9.0", {}),
+        ("8.0", {"compute_capabilities": []}),
+        ("7.5", {"compute_capabilities": []}),
+        ("8.9", {"flavor": "tensorrt"}),
+        ("8.9", {"tensorrt_version": "1.2.0.3"}),  # RTX tells itself which it loads
+    ],
+)
+def test_rtx_plans_are_checked_as_python_does(
+    programs: Programs, tmp_path: Path, capability: str, changes: dict[str, Any]
+) -> None:
+    plan = write_plan(tmp_path, b"vtrt " + PLAN, **{**RTX, **changes})
+    gpu = Gpu("NVIDIA L4", capability, "", "")
+    said = python_says(plan, StandIn("rtx", None, "1.7.1.116", TARGETS, gpu))
+    environment = {"STAND_IN_VERSION": "1.7.1.116", "STAND_IN_CAPABILITY": capability}
+    ran = programs.run("neck-engine-rtx", plan, "--runs", 1, **environment)
+    assert ran.code == (0 if said is None else 1)
+    if said is None:
+        assert "TensorRT-RTX 1.7.1.116 on NVIDIA L4" in ran.out
+    else:
+        assert ran.error == said
+    assert programs.run("neck-engine", plan).code == 1  # the other flavour's program
 
 
 LOAD_FAILURES = [

@@ -67,15 +67,18 @@ void test_batches(const std::string& plan, bool graph) {
         expect(!doubled(engine.infer(image_of(batch, value), one.get()), batch, value + 1), "the control");
     }
     // copied in on one stream, run on another, read on the first: only the engine's own waits keep the order
-    engine.copy_in(image_of(2, 7), one.get());
+    engine.copy_in(image_of(2, 17), one.get());
     engine.enqueue(2, two.get());
-    expect(doubled(engine.copy_out(one.get()), 2, 7), "order over two streams");
-    engine.copy_in(image_of(2, 8), two.get());
+    expect(doubled(engine.copy_out(one.get()), 2, 17), "order over two streams");
+    engine.copy_in(image_of(2, 27), one.get());
+    engine.enqueue(2, two.get());
+    expect(doubled(engine.copy_out(two.get()), 2, 27), "an input from another stream");
+    engine.copy_in(image_of(2, 18), two.get());
     engine.enqueue(2, one.get());
-    engine.copy_in(image_of(2, 9), two.get());  // must not reach the run before
-    expect(doubled(engine.copy_out(two.get()), 2, 8), "an input that is overwritten after its run");
+    engine.copy_in(image_of(2, 19), two.get());  // must not reach the run before
+    expect(doubled(engine.copy_out(two.get()), 2, 18), "an input that is overwritten after its run");
     engine.enqueue(2, nullptr);  // the null stream
-    expect(doubled(engine.copy_out(nullptr), 2, 9), "the null stream");
+    expect(doubled(engine.copy_out(nullptr), 2, 19), "the null stream");
     engine.copy_in(image_of(1, 3), one.get());
     engine.enqueue(1, one.get());  // left running: the engine waits before it frees its memory
 }

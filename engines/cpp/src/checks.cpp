@@ -97,12 +97,14 @@ Gpu find_gpu(const std::filesystem::path& plan, int device) {
     return gpu;
 }
 
-void check_gpu(const std::filesystem::path& plan, const Manifest& manifest, const Gpu& gpu) {
+void check_gpu(const std::filesystem::path& plan, const Manifest& manifest, const Gpu& gpu,
+               const std::string& version) {
     const std::vector<std::string>& built = manifest.compute_capabilities;
     const std::string here = gpu.capability();
     const bool rtx = manifest.flavor == "rtx";
     if (rtx && gpu.major == 9 && gpu.minor == 0) {
-        throw Error(plan.string() + ": TensorRT-RTX does not run on " + gpu.describe() + "; use --flavor tensorrt");
+        throw Error(plan.string() + ": TensorRT-RTX " + version + " does not run on " + gpu.describe() +
+                    "; use --flavor tensorrt");
     }
     // RTX's default is 8.0 and later; TensorRT's hardware compatibility `same` is the rule without it, too
     const bool later = manifest.hardware_compatible == "ampere+" || built.empty();

@@ -32,6 +32,6 @@ void check_version(const std::filesystem::path& plan, const Manifest& manifest, 
 Gpu find_gpu(const std::filesystem::path& plan, int device);
 
 /// \throws Error a GPU that the plan was not built for.
-void check_gpu(const std::filesystem::path& plan, const Manifest& manifest, const Gpu& gpu);
+void check_gpu(const std::filesystem::path& plan, const Manifest& manifest, const Gpu& gpu, const std::string& version);
 
 }  // namespace neck

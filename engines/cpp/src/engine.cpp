@@ -13,7 +13,7 @@ Engine::Impl::Impl(const std::filesystem::path& plan, const EngineOptions& optio
     const std::string version = version_here();
     check_version(plan, manifest, flavor_here(), version);
     const Gpu gpu = find_gpu(plan, options.device);
-    check_gpu(plan, manifest, gpu);
+    check_gpu(plan, manifest, gpu, version);
     runtime = std::string(flavor_here() == "rtx" ? "TensorRT-RTX " : "TensorRT ") + version + " on " + gpu.name +
               " (compute capability " + gpu.capability() + ")";
     const DeviceGuard guard(options.device, plan_);

@@ -95,7 +95,7 @@ template <typename Value>
 void set(CURL* curl, CURLoption option, Value value) {
     const CURLcode code = curl_easy_setopt(curl, option, value);
     if (code != CURLE_OK) {
-        throw Error(std::string("libcurl refuses a setting (") + curl_easy_strerror(code) + "); 7.85 or later is needed");
+        throw Error(std::string("libcurl refuses a setting (") + curl_easy_strerror(code) + ")");
     }
 }
 
@@ -138,7 +138,11 @@ Answer Http::perform(const std::string& path, curl_slist* headers) {
     std::array<char, CURL_ERROR_SIZE> reason{};
     const std::string address = url_ + "/" + path;
     set(curl, CURLOPT_URL, address.c_str());
+#if LIBCURL_VERSION_NUM >= 0x075500
     set(curl, CURLOPT_PROTOCOLS_STR, "http,https");
+#else
+    set(curl, CURLOPT_PROTOCOLS, static_cast<long>(CURLPROTO_HTTP | CURLPROTO_HTTPS));
+#endif
     set(curl, CURLOPT_HTTPHEADER, headers);
     set(curl, CURLOPT_NOSIGNAL, 1L);
     set(curl, CURLOPT_ERRORBUFFER, reason.data());
