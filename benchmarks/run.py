@@ -192,9 +192,11 @@ class Run:
         return points
 
     def swept_backends(self) -> list[Backend]:
-        """What the sweeps measure."""
-        named = (REFERENCE, *SWEPT[self.device])
-        return [one for one in self.available() if one.id in named]
+        """What the sweeps measure: those of SWEPT that are asked; where none is, all asked that need no compiler."""
+        asked = [one for one in self.available() if one.id != REFERENCE]
+        swept = [one for one in asked if one.id in SWEPT[self.device]]
+        swept = swept or [one for one in asked if one.runtime not in ("compile", "compile-max")]
+        return [one for one in self.available() if one.id == REFERENCE or one in swept]
 
     def __enter__(self) -> Run:
         return self

@@ -247,7 +247,7 @@ def tmp_path_copy(folder: Path, data: bytes) -> Path:
 
 @pytest.mark.usefixtures("ran", "known_rates")
 def test_out_of_memory_costs_one_row(output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One backend is given a picture of 8 GB (of holes in the file) where a worker may take 3; one needs more than there is."""
+    """One is given a picture of 8 GB (of holes in the file) where a worker may take 3, one needs more than there is."""
     huge = np.lib.format.open_memmap(tmp_path / "huge.npy", mode="w+", dtype=np.float32, shape=(2 << 30,))
     del huge
     make, needed, plain = Workplace.jobs, benchmarks.run.needed_bytes, "ort-cpu-plain-fp32"
