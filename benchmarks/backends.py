@@ -199,7 +199,7 @@ def _torch_lacks(backend: Backend, facts: Mapping[str, Any], named: bool) -> str
     if slow and not named:
         return (
             f"this CPU has no {NAMES[backend.precision]} matrix instructions, so torch would emulate them, slower than "
-            f"FP32; name it by --backends to measure it all the same"
+            f"FP32; name it by --backend to measure it all the same"
         )
     return facts["compilers"][backend.device] if backend.runtime != "eager" else None
 

@@ -205,9 +205,9 @@ class Workplace:
     def drop(self, config: EncoderConfig, signature: Signature) -> None:
         """Removes the files of a point that nothing runs any more (1.8 GB each at full size)."""
         height, width = config.image_size
-        for folder in self.folder.glob(f"*-{height}x{width}-b{signature.batch.optimum}*"):
-            if folder.is_dir():
-                shutil.rmtree(folder)
+        place = f"{height}x{width}-b{signature.batch.optimum}"
+        for folder in (*self.folder.glob(f"*-{place}"), *self.folder.glob(f"*-{place}-plan")):
+            shutil.rmtree(folder)
 
     def __enter__(self) -> Workplace:
         return self

@@ -95,9 +95,11 @@ class Point:
                 if parts_runs and number == self.pace.rounds - 1 and not self._given_up(REFERENCE):
                     self._measure_parts(parts_runs)
                 self.samples.add("round", point=self.name, round=number)
-        finally:
             for name in list(self._loaded):
                 self._unload(name)
+        finally:
+            for name in list(self._loaded):  # interrupted: they may be in the middle of a run
+                self._end(name)
         self._drop_outputs()
 
     def _given_up(self, name: str) -> bool:

@@ -35,7 +35,9 @@ from neck.config import EncoderConfig
 MAIN_SHARE = 0.6
 """Of a run of `minutes`, where sweeps follow the main point."""
 
-SWEEP_ROUNDS, SWEEP_RUNS, SWEEP_WARM_UP = {"cpu": 2, "cuda": 3}, 5, 3
+SWEEP_ROUNDS, SWEEP_RUNS, SWEEP_WARM_UP = {"cpu": 1, "cuda": 3}, 5, 3
+"""A CPU takes minutes for a batch of 8 at full size."""
+
 PARTS_RUNS = {"cpu": 1, "cuda": 5}
 
 

@@ -14,7 +14,7 @@ KIND = "bench-samples"
 
 
 class Samples:
-    """The lines of one benchmark; `key` says of which.
+    """The lines of one benchmark; `key` says of which. A context that closes the file.
 
     A round that was cut is measured again whole, since a ratio is of runs in the same round.
 
@@ -84,6 +84,12 @@ class Samples:
         """Milliseconds of a backend, round by round; a round that was measured twice counts as it was last."""
         found = {line["round"]: line["times_ms"] for line in self.all("times", point=point, backend=backend)}
         return [found[number] for number in sorted(found)]
+
+    def __enter__(self) -> Samples:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Closes the file."""

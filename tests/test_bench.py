@@ -323,8 +323,8 @@ def fake_point(
     candidates = [Candidate(dataclasses.replace(backend, id=name), job, needed) for name in names]
     pace = Pace(rounds=2, runs=1, warm_up=1, warm_up_s=0.0, timeout_s=1.0, ends=ends)
     keep: Callable[[str], bool] = lambda name: True  # noqa: E731
-    Point("p", folder / "p", candidates, samples, pace, print, keep).measure()
-    samples.close()
+    with samples:
+        Point("p", folder / "p", candidates, samples, pace, print, keep).measure()
     return samples
 
 
@@ -363,6 +363,22 @@ def test_what_cannot_fit_unloads_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert FakeWorker.history == []
     line = samples.last("failed", backend="b")
     assert line is not None and "needs about 27.9 GB of memory, 26.8 GB are free" in line["reason"]
+
+
+def test_an_interrupted_run_ends_its_workers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes in the middle of a run, whose answer must not be taken for that of a later question."""
+    ask = FakeWorker.ask
+
+    def asked(worker: FakeWorker, command: str, timeout_s: float, **values: Any) -> dict[str, Any]:  # noqa: ANN401
+        if worker.name == "c" and command == "run":
+            raise KeyboardInterrupt
+        assert command != "memory"
+        return ask(worker, command, timeout_s, **values)
+
+    monkeypatch.setattr(FakeWorker, "ask", asked)
+    with pytest.raises(KeyboardInterrupt):
+        fake_point(tmp_path, 1 << 20, monkeypatch, machine=100)
+    assert not FakeWorker.loaded and FakeWorker.history[-1].startswith("-")
 
 
 def test_backends_that_are_not_begun_in_time_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
