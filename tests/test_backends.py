@@ -18,6 +18,7 @@ from conftest import named_outputs, shared_encoder, tiny_config
 from benchmarks.backends import REFERENCE, Backend, backends_for, choose_backends, open_runner, why_unavailable
 from benchmarks.errors import BenchError
 from benchmarks.file_runners import RunnerError
+from benchmarks.jobs import Asked, Workplace
 from benchmarks.process import ROOT, Worker, WorkerError
 from benchmarks.torch_runner import OTHER, TorchRunner, make_module
 from benchmarks.worker import OUT_OF_MEMORY, peak_bytes
@@ -267,6 +268,37 @@ def test_what_libraries_print_is_no_answer(tmp_path: Path) -> None:
         backend = dataclasses.asdict(named("ort-cpu-rewritten-fp32"))
         worker.ask("load", 60, job={**backend, "onnx": "", "image": ""}, most_bytes=None)
     assert "hello" in (tmp_path / "log").read_text()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    wide = tiny_config(embed_dim=32, depth=2, global_blocks=(1,))  # TensorRT fuses heads of 16 channels or more
+    asked = Asked(None, wide, seed=0, necks="sam3", levels="all", positions="graph", images=None)
+    with Workplace(tmp_path_factory.mktemp("work"), asked) as made:
+        made.prepare()
+        yield made
+
+
+def test_a_plan_is_built_for_its_backend(place: Workplace, worker: Worker) -> None:
+    """TensorRT-RTX builds without a GPU; what runs the plan says that there is none."""
+    pytest.importorskip("tensorrt_rtx")
+    backend = named("rtx-rewritten-fp16")
+    made = place.jobs([backend], *place.sign(None, 1))[backend.id]
+    assert isinstance(made, dict)
+    kernels = place.ask("kernels", plan=made["plan"])["kernels"]
+    assert kernels and all(set(one) == {"name", "kind", "ms", "bytes"} for one in kernels)
+    assert made["build_s"] > 0 and made["file_bytes"] == Path(made["plan"]).stat().st_size
+    if not torch.cuda.is_available():
+        with pytest.raises(WorkerError, match=r"SessionError: .*no NVIDIA GPU"):
+            worker.ask("load", 60, job=made, most_bytes=None)
+
+
+def test_a_file_that_cannot_be_made_is_one_backends_matter(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(place._prepared, "weights", "/nowhere.pt")
+    backends = [named("eager-fp32"), named("ort-cpu-plain-fp32")]
+    made = place.jobs(backends, *place.sign(None, 1))
+    assert isinstance(made["ort-cpu-plain-fp32"], WorkerError) and "nowhere.pt" in str(made["ort-cpu-plain-fp32"])
+    assert isinstance(made["eager-fp32"], dict)
 
 
 def test_plain_and_rewritten_differ_by_the_module_alone() -> None:
