@@ -20,7 +20,17 @@ from benchmarks.features import feature_pictures
 from benchmarks.process import ROOT, WorkerError
 from benchmarks.roofline import encoder_parts, total_bytes, total_operations
 from benchmarks.rounds import Pace
-from benchmarks.rows import MACHINE, Place, best_candidate, best_rates, empty_row, make_row, plain_twin, work_of
+from benchmarks.rows import (
+    MACHINE,
+    Place,
+    best_candidate,
+    best_rates,
+    empty_row,
+    make_row,
+    plain_twin,
+    raise_rates,
+    work_of,
+)
 from benchmarks.run import Run
 from neck.pictures import find_pictures
 
@@ -35,6 +45,7 @@ def make_result(run: Run) -> dict[str, Any]:
     """
     rates = best_rates(run.samples.all("rates"))
     roofline = {name: rates[name] for name in ("device", "flops_per_s", "copy_bytes_per_s")}
+    roofline = raise_rates(roofline, [run.main, *run.swept], run.available(), run.samples)
     rows = _all_rows(run, roofline)
     machine = {"id": MACHINE, "name": machine_name(run.environment), "environment": run.environment}
     plain = encoder_parts(run.config, run.signature, run.options.batch, rewritten=False)

@@ -151,6 +151,24 @@ def best_rates(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**first, "flops_per_s": flops, "copy_bytes_per_s": max(one["copy_bytes_per_s"] for one in found)}
 
 
+def raise_rates(
+    roofline: Mapping[str, Any], places: Sequence[Place], backends: Sequence[Backend], samples: Samples
+) -> dict[str, Any]:
+    """The rates, none less than what a backend reached on the whole encoder: a product is a sample of the machine only.
+
+    Returns:
+        The roofline, with `reached_by`: the backend that raised a precision's rate, None where the product stands.
+    """
+    flops, reached_by = dict(roofline["flops_per_s"]), dict.fromkeys(roofline["flops_per_s"])
+    for place in places:
+        for one in backends:
+            for times in samples.times(place.name, one.id):
+                reached = total_operations(place.parts) / min(times) * 1e3
+                if reached > flops[one.precision]:
+                    flops[one.precision], reached_by[one.precision] = reached, one.id
+    return {**roofline, "flops_per_s": flops, "reached_by": reached_by}
+
+
 def work_of(run: Sequence[Part], point: str, samples: Samples) -> dict[str, Any]:
     """Operations and least bytes of the reference by part, with the milliseconds of each where they were measured."""
     line = samples.last("parts", point=point)

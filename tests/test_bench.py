@@ -27,7 +27,7 @@ from benchmarks.process import ROOT, WorkerError
 from benchmarks.records import check_result
 from benchmarks.roofline import encoder_parts, floor_ms, total_operations
 from benchmarks.rounds import Candidate, Pace, Point
-from benchmarks.rows import best_rates, ratio
+from benchmarks.rows import Place, best_rates, raise_rates, ratio
 from benchmarks.run import Run
 from benchmarks.samples import Samples
 from engines.latency import summarise
@@ -168,7 +168,7 @@ def test_a_rerun_measures_nothing_again(ran: Ran) -> None:
     again = run_bench(ran.options, said.append)
     assert ran.samples.read_bytes() == before
     assert again == {**ran.result, "machines": again["machines"]}
-    assert any("goes on after 4 rounds" in line for line in said)
+    assert any("goes on after 3 rounds" in line for line in said)
 
 
 @pytest.mark.usefixtures("known_rates")
@@ -425,6 +425,20 @@ def test_the_best_rates_count() -> None:
         "flops_per_s": {"fp32": 2.0, "bf16": 4.0},
         "copy_bytes_per_s": 5.0,
     }
+
+
+def test_no_rate_is_less_than_what_a_backend_reached(tmp_path: Path) -> None:
+    place = Place("p", (112, 112), 1, None, encoder_parts(CONFIG, encoder_signature(CONFIG), 1))
+    operations = total_operations(place.parts)
+    known = {"flops_per_s": {"fp32": operations * 100.0, "bf16": 1.0}}
+    with Samples(tmp_path / "samples.jsonl", "key") as samples:
+        samples.add("times", point="p", backend=REFERENCE, round=0, times_ms=[20.0, 40.0])
+        slower = raise_rates(known, [place], backends_for("cpu"), samples)
+        assert slower == {**known, "reached_by": {"fp32": None, "bf16": None}}
+        samples.add("times", point="p", backend=ORT, round=0, times_ms=[50.0, 5.0])
+        raised = raise_rates(known, [place], backends_for("cpu"), samples)
+    assert raised["flops_per_s"] == {"fp32": pytest.approx(operations * 200.0), "bf16": 1.0}
+    assert raised["reached_by"] == {"fp32": ORT, "bf16": None}
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
