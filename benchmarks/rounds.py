@@ -34,6 +34,7 @@ class Pace:
         warm_up: runs after each load that are not counted; on a GPU for `warm_up_s` seconds at least.
         timeout_s: how long a worker may take for one answer.
         ends: when no further backend is begun, in `time.monotonic` seconds.
+        rounds_end: when no further round is begun, the first aside.
     """
 
     rounds: int
@@ -42,6 +43,7 @@ class Pace:
     warm_up_s: float
     timeout_s: float
     ends: float
+    rounds_end: float = float("inf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +90,18 @@ class Point:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             for number in range(self.samples.rounds(self.name), self.pace.rounds):
+                if number and time.monotonic() > self.pace.rounds_end:
+                    self.report(
+                        f"{self.name}: {number} of {self.pace.rounds} rounds, the time is over; a rerun goes on"
+                    )
+                    break
                 self.report(f"{self.name}: round {number + 1} of {self.pace.rounds}")
                 for name in self.candidates:
                     if not self._given_up(name):
                         self._visit(name, number)
-                if parts_runs and number == self.pace.rounds - 1 and not self._given_up(REFERENCE):
-                    self._measure_parts(parts_runs)
                 self.samples.add("round", point=self.name, round=number)
+            if parts_runs and not self._given_up(REFERENCE) and not self.samples.last("parts", point=self.name):
+                self._measure_parts(parts_runs)
             for name in list(self._loaded):
                 self._unload(name)
         finally:

@@ -38,6 +38,9 @@ MAIN_SHARE = 0.6
 SWEEP_ROUNDS, SWEEP_RUNS, SWEEP_WARM_UP = {"cpu": 1, "cuda": 3}, 5, 3
 """A CPU takes minutes for a batch of 8 at full size."""
 
+QUICK_SECONDS = 135.0
+"""After so long `--quick` begins no further round, so that it ends within three minutes on a slow machine, too."""
+
 PARTS_RUNS = {"cpu": 1, "cuda": 5}
 
 
@@ -223,7 +226,8 @@ def _paces(options: BenchOptions, device: Device, started: float) -> tuple[Pace,
     main_ends = started + MAIN_SHARE * 60 * options.minutes if options.minutes and options.sweeps else ends
     warm_up_s = 1.0 if device == "cuda" else 0.0
     sweep_rounds = min(rounds, SWEEP_ROUNDS[device])
+    rounds_end = started + QUICK_SECONDS if options.quick else float("inf")
     return (
-        Pace(rounds, runs, warm_up, warm_up_s, options.timeout_s, main_ends),
+        Pace(rounds, runs, warm_up, warm_up_s, options.timeout_s, main_ends, rounds_end),
         Pace(sweep_rounds, min(runs, SWEEP_RUNS), min(warm_up, SWEEP_WARM_UP), warm_up_s, options.timeout_s, ends),
     )

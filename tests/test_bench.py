@@ -310,7 +310,7 @@ class FakeWorker:
 
 
 def fake_point(
-    folder: Path, needed: int, monkeypatch: pytest.MonkeyPatch, ends: float = 1e18, machine: int = 25
+    folder: Path, needed: int, monkeypatch: pytest.MonkeyPatch, ends: float = 1e18, machine: int = 25, **pace: float
 ) -> Samples:
     """Three backends that take 10 GB each on a machine of so many."""
     FakeWorker.loaded, FakeWorker.history = [], []
@@ -321,10 +321,10 @@ def fake_point(
     backend = backends_for("cpu")[0]
     job = {"build_s": None, "file_bytes": None}
     candidates = [Candidate(dataclasses.replace(backend, id=name), job, needed) for name in names]
-    pace = Pace(rounds=2, runs=1, warm_up=1, warm_up_s=0.0, timeout_s=1.0, ends=ends)
+    paces = Pace(rounds=2, runs=1, warm_up=1, warm_up_s=0.0, timeout_s=1.0, ends=ends, **pace)
     keep: Callable[[str], bool] = lambda name: True  # noqa: E731
     with samples:
-        Point("p", folder / "p", candidates, samples, pace, print, keep).measure()
+        Point("p", folder / "p", candidates, samples, paces, print, keep).measure()
     return samples
 
 
@@ -356,6 +356,11 @@ def test_a_killed_backend_is_tried_once_more_alone(kills: int, tmp_path: Path, m
     assert (failed is None) == (kills == 1) and len(samples.times("p", b)) == (2 if kills == 1 else 0)
     assert failed is None or "SIGKILL" in failed["reason"]
     assert all(len(samples.times("p", name)) == 2 for name in (a, c))
+
+
+def test_where_the_time_is_over_there_are_fewer_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = fake_point(tmp_path, 1 << 20, monkeypatch, machine=100, rounds_end=0.0)
+    assert samples.rounds("p") == 1 and len(samples.times("p", "c")) == 1
 
 
 def test_what_cannot_fit_unloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
