@@ -26,8 +26,7 @@ void expect_error(const std::function<void()>& call, const std::string& part) {
         call();
         expect(false, "an error with '" + part + "'");
     } catch (const neck::Error& error) {
-        expect(std::string(error.what()).find(part) != std::string::npos,
-               "'" + part + "' in '" + error.what() + "'");
+        expect(std::string(error.what()).find(part) != std::string::npos, "'" + part + "' in '" + error.what() + "'");
     }
 }
 
@@ -90,8 +89,9 @@ void test_callers_memory(const std::string& plan, bool graph) {
     const OwnedStream stream = neck::make_stream("test");
     const neck::Tensor image = image_of(3, 5);
     const neck::DeviceMemory memory = neck::allocate(image.data.size(), "test");
-    neck::check(cudaMemcpyAsync(memory.get(), image.data.data(), image.data.size(), cudaMemcpyHostToDevice, stream.get()),
-                "test");
+    neck::check(
+        cudaMemcpyAsync(memory.get(), image.data.data(), image.data.size(), cudaMemcpyHostToDevice, stream.get()),
+        "test");
     neck::Engine engine = std::move(first);
     engine.enqueue(3, stream.get(), memory.get());
     const std::vector<neck::DeviceTensor> outputs = engine.device_outputs();
@@ -126,7 +126,8 @@ void test_refusals(const std::string& plan) {
     expect_error([&] { engine.infer(image, stream.get()); }, "expected image");
     expect(doubled(engine.infer(image_of(2, 1), stream.get()), 2, 1), "it goes on after a refusal");
     options.max_batch = 5;
-    expect_error([&] { neck::Engine(plan, options); }, "a largest batch of 5 was asked; expected image: float32 (1 to 4");
+    expect_error([&] { neck::Engine(plan, options); },
+                 "a largest batch of 5 was asked; expected image: float32 (1 to 4");
     options = {};
     options.device = 3;
     expect_error([&] { neck::Engine(plan, options); }, "there is no GPU 3; here are 1");
@@ -152,7 +153,8 @@ void test_failures(const std::string& plan, const std::string& function, bool gr
             told = error.what();
         }
         unsetenv("STAND_IN_FAIL");
-        expect(stand_in::alive() == before, function + ": something is left on the GPU after call " + std::to_string(call));
+        expect(stand_in::alive() == before,
+               function + ": something is left on the GPU after call " + std::to_string(call));
         if (!stand_in::has_failed()) {
             break;
         }
@@ -163,12 +165,15 @@ void test_failures(const std::string& plan, const std::string& function, bool gr
                function + ": no error with a remedy: '" + told + "'");
         expect(told.find('\n') == std::string::npos, function + ": more than one line");
         if (function == "cudaMalloc") {
-            expect(told.find("out of device memory; 20.0 of 24.0 GB of device memory are free; if too little, end other "
-                             "programs or take a smaller batch") != std::string::npos, told);
+            expect(
+                told.find("out of device memory; 20.0 of 24.0 GB of device memory are free; if too little, end other "
+                          "programs or take a smaller batch") != std::string::npos,
+                told);
         }
         if (graph && function == "cudaStreamBeginCapture") {
             expect(told.find("no CUDA graph can be captured (operation not permitted when stream is capturing); run it "
-                             "without one") != std::string::npos, told);
+                             "without one") != std::string::npos,
+                   told);
         }
     }
     std::cout << function << (graph ? " (graph)" : "") << ": " << seen << " calls failed\n";
@@ -186,10 +191,11 @@ int main(int count, char** values) {
         test_batches(plan, graph);
         test_callers_memory(plan, graph);
         for (const char* function :
-             {"createInferRuntime", "deserializeCudaEngine", "createExecutionContext", "setInputShape", "setTensorAddress",
-              "enqueueV3", "cudaMalloc", "cudaMemGetInfo", "cudaMemcpyAsync", "cudaGetDevice", "cudaSetDevice",
-              "cudaGetDeviceProperties", "cudaDeviceGetAttribute", "cudaStreamCreateWithFlags", "cudaStreamSynchronize",
-              "cudaStreamWaitEvent", "cudaEventCreateWithFlags", "cudaEventRecord", "cudaEventSynchronize"}) {
+             {"createInferRuntime", "deserializeCudaEngine", "createExecutionContext", "setInputShape",
+              "setTensorAddress", "enqueueV3", "cudaMalloc", "cudaMemGetInfo", "cudaMemcpyAsync", "cudaGetDevice",
+              "cudaSetDevice", "cudaGetDeviceProperties", "cudaDeviceGetAttribute", "cudaStreamCreateWithFlags",
+              "cudaStreamSynchronize", "cudaStreamWaitEvent", "cudaEventCreateWithFlags", "cudaEventRecord",
+              "cudaEventSynchronize"}) {
             test_failures(plan, function, graph);
         }
     }

@@ -24,8 +24,9 @@ std::string memory_text() {
         cudaGetLastError();
         return "device memory is not told";
     }
-    return format("%.1f of %.1f GB of device memory are free; if too little, end other programs or take a smaller batch",
-                  static_cast<double>(free_bytes) / 1e9, static_cast<double>(total_bytes) / 1e9);
+    return format(
+        "%.1f of %.1f GB of device memory are free; if too little, end other programs or take a smaller batch",
+        static_cast<double>(free_bytes) / 1e9, static_cast<double>(total_bytes) / 1e9);
 }
 
 DeviceMemory allocate(std::size_t bytes, const std::string& plan) {

@@ -98,7 +98,7 @@ bool passed(const std::vector<Comparison>& comparisons) {
 void write_table(std::ostream& out, const std::vector<Comparison>& comparisons) {
     out << format("%-20s %10s %10s %10s %11s  verdict\n", "output", "max abs", "mean abs", "rel. L2", "cosine");
     for (const Comparison& row : comparisons) {
-        const std::string word = row.passed()       ? "ok"
+        const std::string word = row.passed()         ? "ok"
                                  : row.non_finite > 0 ? std::to_string(row.non_finite) + " non-finite"
                                                       : "FAILED";
         out << format("%-20s %10.2e %10.2e %10.2e %11.8f  %s\n", row.name.c_str(), row.max_abs, row.mean_abs,

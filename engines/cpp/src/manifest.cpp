@@ -111,8 +111,8 @@ Json parse(const fs::path& path) {
     const bool known = format_found != content.end() && format_found->is_number_integer();
     if (!known || format_found->get<std::int64_t>() > format_here) {
         const std::string got = format_found == content.end() ? "None" : one_line(format_found->dump());
-        throw Error(path.string() + ": manifest format " + got + ", this program reads " +
-                    std::to_string(format_here) + "; upgrade it");
+        throw Error(path.string() + ": manifest format " + got + ", this program reads " + std::to_string(format_here) +
+                    "; upgrade it");
     }
     return content;
 }
@@ -220,8 +220,8 @@ Manifest read_manifest(const fs::path& plan, bool hashes) {
         throw Error(manifest.path.string() + ": not as neck-export writes it (" + one_line(fault.why) + "); build " +
                     plan.filename().string() + " again");
     } catch (const Json::exception& error) {
-        throw Error(manifest.path.string() + ": not as neck-export writes it (" + one_line(error.what()) +
-                    "); build " + plan.filename().string() + " again");
+        throw Error(manifest.path.string() + ": not as neck-export writes it (" + one_line(error.what()) + "); build " +
+                    plan.filename().string() + " again");
     }
     if ((header == rtx_magic) != (manifest.flavor == "rtx")) {
         throw Error(plan.string() + ": begins with b" + repr(header) + ", no plan of flavour " + manifest.flavor +

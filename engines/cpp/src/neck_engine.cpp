@@ -188,14 +188,15 @@ Exit run(const Arguments& arguments) {
     const neck::OwnedStream stream = neck::make_stream(arguments.plan);
     const neck::Tensor pixels = choose_pixels(arguments, engine.input(), reference);
     const neck::Tensor image = neck::prepare(pixels, engine.input());
-    const std::vector<neck::Tensor> outputs = neck::run_in_batches(
-        image, engine.input(), arguments.batch,
-        [&](const neck::Tensor& part) { return engine.infer(part, stream.get()); });
+    const std::vector<neck::Tensor> outputs =
+        neck::run_in_batches(image, engine.input(), arguments.batch,
+                             [&](const neck::Tensor& part) { return engine.infer(part, stream.get()); });
     std::cout << arguments.plan << ": " << engine.manifest().precision << ", " << engine.runtime() << "\n"
               << neck::format("%-20s ", image.name.c_str()) << image.describe() << "\n";
     neck::print_shapes(outputs);
-    const Exit code = reference ? neck::print_comparison(*reference, outputs, engine.manifest().precision, engine.runtime())
-                                : Exit::done;
+    const Exit code = reference
+                          ? neck::print_comparison(*reference, outputs, engine.manifest().precision, engine.runtime())
+                          : Exit::done;
     if (code != Exit::done) {
         return code;
     }
@@ -204,14 +205,15 @@ Exit run(const Arguments& arguments) {
     const neck::Latency latency =
         measure(stream.get(), arguments.runs, arguments.plan, [&] { engine.enqueue(batch, stream.get()); });
     const neck::Tensor part = image.slice(0, batch);
-    const neck::Latency whole =
-        measure(stream.get(), std::min<std::int64_t>(arguments.runs, 20), arguments.plan,
-                [&] { engine.infer(part, stream.get()); });
-    neck::print_latencies("CUDA events", {{std::string("a run, ") + (arguments.graph ? "CUDA graph" : "kernel by kernel") +
-                                               ", batch " + std::to_string(batch),
-                                           latency},
-                                          {"copy in, run, copy out", whole}});
-    std::cout << neck::format("device memory: loading took %.1f MB\n", static_cast<double>(engine.loaded_bytes()) / 1e6);
+    const neck::Latency whole = measure(stream.get(), std::min<std::int64_t>(arguments.runs, 20), arguments.plan,
+                                        [&] { engine.infer(part, stream.get()); });
+    neck::print_latencies(
+        "CUDA events", {{std::string("a run, ") + (arguments.graph ? "CUDA graph" : "kernel by kernel") + ", batch " +
+                             std::to_string(batch),
+                         latency},
+                        {"copy in, run, copy out", whole}});
+    std::cout << neck::format("device memory: loading took %.1f MB\n",
+                              static_cast<double>(engine.loaded_bytes()) / 1e6);
     return Exit::done;
 }
 

@@ -136,17 +136,17 @@ Exit run(const Arguments& arguments) {
                           " inputs; expected one, a picture");
     }
     const neck::Port& input = model.inputs[0];
-    const neck::Tensor pixels =
-        arguments.picture
-            ? neck::repeat(neck::read_picture(*arguments.picture, neck::picture_size(input)),
-                           arguments.batch > 0 ? arguments.batch : input.smallest_batch)
-            : reference->pixels;
+    const neck::Tensor pixels = arguments.picture
+                                    ? neck::repeat(neck::read_picture(*arguments.picture, neck::picture_size(input)),
+                                                   arguments.batch > 0 ? arguments.batch : input.smallest_batch)
+                                    : reference->pixels;
     const neck::Tensor image = neck::prepare(pixels, input);
     std::vector<double> milliseconds;
     const auto send = [&](const neck::Tensor& part) {
         const auto start = std::chrono::steady_clock::now();
         std::vector<neck::Tensor> outputs = client.infer(arguments.model, part, {}, arguments.version);
-        milliseconds.push_back(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
+        milliseconds.push_back(
+            std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
         return outputs;
     };
     const std::vector<neck::Tensor> outputs = neck::run_in_batches(image, input, arguments.batch, send);

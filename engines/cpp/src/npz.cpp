@@ -72,7 +72,7 @@ DataType parse_type(std::string_view text) {
         }
     }
     throw NpzFault{"is of type " + repr(text.substr(0, std::min<std::size_t>(text.find(','), 20))) +
-                "; expected uint8, int32, int64, float16 or float32"};
+                   "; expected uint8, int32, int64, float16 or float32"};
 }
 
 Tensor parse_array(std::string name, std::string_view content) {
@@ -86,7 +86,8 @@ Tensor parse_array(std::string name, std::string_view content) {
     if (value_of(header, "'fortran_order'").substr(0, 5) != "False") {
         throw NpzFault{"is in Fortran order; save numpy.ascontiguousarray of it"};
     }
-    Tensor tensor{std::move(name), parse_type(value_of(header, "'descr'")), parse_shape(value_of(header, "'shape'")), {}};
+    Tensor tensor{
+        std::move(name), parse_type(value_of(header, "'descr'")), parse_shape(value_of(header, "'shape'")), {}};
     const std::string_view data = content.substr(start + header.size());
     if (data.size() != bytes_of(tensor.type, tensor.shape)) {
         throw NpzFault{"has " + std::to_string(data.size()) + " bytes, not those of " + tensor.describe()};

@@ -37,7 +37,8 @@ Shape shape_of(const nvinfer1::Dims& dims) { return {dims.d, dims.d + std::max(0
 Port read_port(const nvinfer1::ICudaEngine& engine, const char* name, const std::filesystem::path& plan) {
     const Shape shape = shape_of(engine.getTensorShape(name));
     const auto type = type_of(engine.getTensorDataType(name));
-    const bool fixed = !shape.empty() && std::all_of(shape.begin() + 1, shape.end(), [](auto side) { return side >= 0; });
+    const bool fixed =
+        !shape.empty() && std::all_of(shape.begin() + 1, shape.end(), [](auto side) { return side >= 0; });
     if (!type || !fixed) {
         throw Error(plan.string() + ": " + name + " is " + (type ? std::string(name_of(*type)) : "of another type") +
                     " " + to_text(shape) + "; expected a batch of float32, float16, bfloat16, uint8, int32, int64");

@@ -16,7 +16,8 @@ struct Kind {
     std::string_view name;
     std::size_t bytes;
 };
-constexpr std::array<Kind, 6> kinds{{{"float32", 4}, {"float16", 2}, {"bfloat16", 2}, {"uint8", 1}, {"int32", 4}, {"int64", 8}}};
+constexpr std::array<Kind, 6> kinds{
+    {{"float32", 4}, {"float16", 2}, {"bfloat16", 2}, {"uint8", 1}, {"int32", 4}, {"int64", 8}}};
 
 float float_of(std::uint32_t bits) {
     float value = 0;
@@ -96,7 +97,8 @@ std::vector<float> Tensor::to_floats() const {
             convert<std::uint16_t>(data, floats, half_to_float);
             break;
         case DataType::bfloat16:
-            convert<std::uint16_t>(data, floats, [](std::uint16_t bits) { return float_of(std::uint32_t{bits} << 16U); });
+            convert<std::uint16_t>(data, floats,
+                                   [](std::uint16_t bits) { return float_of(std::uint32_t{bits} << 16U); });
             break;
         case DataType::uint8:
             convert<std::uint8_t>(data, floats, [](std::uint8_t value) { return static_cast<float>(value); });
@@ -118,7 +120,8 @@ Tensor Tensor::slice(std::int64_t first, std::int64_t count) const {
     }
     const std::size_t each = data.size() / static_cast<std::size_t>(shape[0]);
     const auto begin = data.begin() + static_cast<std::ptrdiff_t>(each * static_cast<std::size_t>(first));
-    Tensor part{name, type, shape, {begin, begin + static_cast<std::ptrdiff_t>(each * static_cast<std::size_t>(count))}};
+    Tensor part{
+        name, type, shape, {begin, begin + static_cast<std::ptrdiff_t>(each * static_cast<std::size_t>(count))}};
     part.shape[0] = count;
     return part;
 }

@@ -11,7 +11,12 @@ constexpr std::size_t longest_line = 400;
 /// Bytes of the UTF-8 letter that begins the text; 0 where none does.
 std::size_t letter_size(std::string_view text) {
     const auto first = static_cast<unsigned char>(text[0]);
-    const std::size_t size = first < 0x80 ? 1 : first < 0xc2 ? 0 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : first < 0xf5 ? 4 : 0;
+    const std::size_t size = first < 0x80   ? 1
+                             : first < 0xc2 ? 0
+                             : first < 0xe0 ? 2
+                             : first < 0xf0 ? 3
+                             : first < 0xf5 ? 4
+                                            : 0;
     if (size > text.size()) {
         return 0;
     }

@@ -22,7 +22,8 @@ Directory find_directory(const Bytes& file) {
         throw NpzFault{"is no .npz file, or its end is missing"};
     }
     Directory directory{file.number(end + 10, 2), file.number(end + 16, 4)};
-    if ((directory.entries == 0xffff || directory.offset == large) && end >= 20 && file.number(end - 20, 4) == 0x07064b50) {
+    if ((directory.entries == 0xffff || directory.offset == large) && end >= 20 &&
+        file.number(end - 20, 4) == 0x07064b50) {
         const std::uint64_t record = file.number(end - 20 + 8, 8);
         if (file.number(record, 4) != 0x06064b50) {
             throw NpzFault{"is damaged: its zip64 directory is not where it should be"};
@@ -103,7 +104,8 @@ std::string_view content_of(const Bytes& file, const Member& member) {
     if (file.number(member.header, 4) != 0x04034b50) {
         throw NpzFault{"is damaged: " + shown + " is not where its directory says"};
     }
-    const std::uint64_t start = member.header + 30 + file.number(member.header + 26, 2) + file.number(member.header + 28, 2);
+    const std::uint64_t start =
+        member.header + 30 + file.number(member.header + 26, 2) + file.number(member.header + 28, 2);
     const std::string_view content = file.cut(start, member.size);
     if (crc32_z(0, reinterpret_cast<const Bytef*>(content.data()), content.size()) != member.crc) {
         throw NpzFault{"is damaged: the CRC of " + shown + " is another"};

@@ -31,9 +31,7 @@ cudaError_t give(cudaError_t code) {
     return code;
 }
 
-cudaError_t try_call(const char* function, cudaError_t code) {
-    return give(fails(function) ? code : cudaSuccess);
-}
+cudaError_t try_call(const char* function, cudaError_t code) { return give(fails(function) ? code : cudaSuccess); }
 
 bool fails(const char* function) {
     const std::string asked = setting("STAND_IN_FAIL", "");

@@ -125,7 +125,8 @@ TensorIOMode ICudaEngine::getTensorIOMode(char const* name) const noexcept {
     return own->of(name).input ? TensorIOMode::kINPUT : TensorIOMode::kOUTPUT;
 }
 
-Dims ICudaEngine::getProfileShape(char const* name, std::int32_t /*profile*/, OptProfileSelector select) const noexcept {
+Dims ICudaEngine::getProfileShape(char const* name, std::int32_t /*profile*/,
+                                  OptProfileSelector select) const noexcept {
     Dims dims = dims_of(own->of(name).shape);
     dims.d[0] = own->of(name).batch[static_cast<std::size_t>(select)];
     return dims;

@@ -63,7 +63,8 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-    if (event->stream != nullptr && (event->stream == &state().null_stream || state().streams.count(event->stream) > 0)) {
+    if (event->stream != nullptr &&
+        (event->stream == &state().null_stream || state().streams.count(event->stream) > 0)) {
         event->stream->run_to(event->place);
     }
     return try_call("cudaEventSynchronize");
