@@ -101,7 +101,7 @@ def _rows(run: Run, place: Place, roofline: dict[str, Any], pace: Pace) -> list[
             rows.append(empty_row(one, place, "unavailable", run.unavailable[one.id]))
         else:
             twin = plain_twin(one, run.available())
-            rows.append(make_row(one, place, run.samples, roofline, pace.warm_up, twin))
+            rows.append(make_row(one, place, run.samples, roofline, pace, twin))
     return rows
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.backends import REFERENCE, Backend
 from benchmarks.roofline import Part, floor_ms, total_bytes, total_operations
+from benchmarks.rounds import Pace
 from benchmarks.samples import Samples
 from engines.latency import summarise
 
@@ -64,7 +65,7 @@ def make_row(
     place: Place,
     samples: Samples,
     roofline: Mapping[str, Any],
-    warm_up: int,
+    pace: Pace,
     plain: str | None = None,
 ) -> dict[str, Any]:
     """The row of a backend at a point.
@@ -73,7 +74,7 @@ def make_row(
         backend, place: which.
         samples: what was measured.
         roofline: the machine's rates.
-        warm_up: runs after each load that were not counted.
+        pace: how often it was to run.
         plain: the backend that differs by the plain module alone, for `ratio_to_plain`.
     """
     where = {"point": place.name, "backend": backend.id}
@@ -90,7 +91,7 @@ def make_row(
     return {
         **empty_row(backend, place, "measured", None),
         "times_ms": times,
-        "warm_up_runs": warm_up,
+        "warm_up_runs": pace.warm_up,
         "latency": dataclasses.asdict(latency),
         "images_per_s": place.batch * 1e3 / latency.mean_ms,
         **{name: loads[0][name] if loads else None for name in ("load_s", "build_s", "file_bytes")},
@@ -101,7 +102,7 @@ def make_row(
         "ratio_to_plain": ratio(samples, place.name, backend.id, plain) if plain else None,
         "floor_ms": floor,
         "share_of_floor": floor / latency.p50_ms if floor else None,
-        "note": _note(backend.id, len(loads), len(rounds), warm_up),
+        "note": _note(backend.id, len(loads), len(rounds), pace),
     }
 
 
@@ -110,15 +111,14 @@ def _largest(lines: Sequence[Mapping[str, Any]], name: str) -> int | None:
     return max(found) if found else None
 
 
-def _note(name: str, loads: int, rounds: int, warm_up: int) -> str | None:
-    if name == REFERENCE:
-        return "the reference of all errors and ratios"
-    if loads <= 1:
-        return None
-    return (
-        f"loaded {loads} times in {rounds} rounds, memory being short or the run resumed; {warm_up} warm-up run"
-        f"{'s' * (warm_up > 1)} after each load"
-    )
+def _note(name: str, loads: int, rounds: int, pace: Pace) -> str | None:
+    notes = ["the reference of all errors and ratios"] if name == REFERENCE else []
+    if loads > 1:
+        warm_up = f"{pace.warm_up} warm-up run{'s' * (pace.warm_up > 1)} after each load"
+        notes.append(f"loaded {loads} times in {rounds} rounds, memory being short or the run resumed; {warm_up}")
+    if rounds < pace.rounds:
+        notes.append(f"{rounds} of {pace.rounds} rounds, the time being over; a rerun goes on")
+    return "; ".join(notes) or None
 
 
 def ratio(samples: Samples, point: str, name: str, to: str) -> dict[str, Any] | None:

@@ -75,14 +75,14 @@ class Worker:
         }
         if command in own:
             return own[command](asked)
-        from benchmarks import prepare
+        from benchmarks.prepare import make_file, make_image, make_plan_file, make_weights, read_kernels
 
         return {
-            "weights": prepare.make_weights,
-            "image": prepare.make_image,
-            "file": prepare.make_file,
-            "plan": prepare.make_plan_file,
-            "kernels": prepare.read_kernels,
+            "weights": make_weights,
+            "image": make_image,
+            "file": make_file,
+            "plan": make_plan_file,
+            "kernels": read_kernels,
         }[command](asked)
 
     def load(self, asked: Mapping[str, Any]) -> dict[str, Any]:

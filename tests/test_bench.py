@@ -235,7 +235,7 @@ def test_a_killed_run_goes_on(output: Path, tmp_path: Path) -> None:
     rows = {row["backend"]: row for row in result["rows"]}
     kept = [time for line in before if line["backend"] == ORT and line["round"] < done for time in line["times_ms"]]
     assert rows[ORT]["times_ms"][:done] == kept and len(rows[ORT]["times_ms"]) == 60
-    assert rows[ORT]["note"].startswith("loaded 2 times") and rows[ORT]["passed"]
+    assert rows[ORT]["note"].startswith("loaded 2 times in 60 rounds") and rows[ORT]["passed"]
 
 
 def tmp_path_copy(folder: Path, data: bytes) -> Path:
