@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.export import processor
+from benchmarks.process import SETTINGS
 from engines.doctor import driver_version, installed_version
 
 VERSIONS = {
@@ -54,6 +55,7 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "gpu": _gpu(),
         "versions": package_versions(),
+        "settings": dict(SETTINGS),
     }
 
 

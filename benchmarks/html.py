@@ -212,6 +212,13 @@ def method(result: Result) -> list[str]:
     lines = ["All backends ran in turn, round by round, so that the machine's drift falls on all alike."]
     if runs:
         lines.append(f"Timed runs of a backend: {_range(runs)}; warm-up runs before: {_range(warm) or 'not told'}.")
+    settings = {
+        f"{name}={value}"
+        for machine in result["machines"]
+        for name, value in machine["environment"].get("settings", {}).items()
+    }
+    if settings:
+        lines.append(f"Every backend ran in a process of its own with {', '.join(sorted(settings))}.")
     return [
         *lines,
         "A ratio is taken round by round: its median, with the lowest and highest round in brackets.",
