@@ -17,8 +17,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 
 SETTINGS = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""Of every worker's environment: malloc asks for huge pages. Without, where a process's weights happened to lie moved all
-of its matrix products by up to 9 % (ONNX Runtime 1.32, two sessions of the same products), more than what is compared."""
+"""Of every worker's environment: malloc asks for huge pages. Without, where a process's weights happened to lie moved
+all of its matrix products by up to 9 % (ONNX Runtime 1.32, two sessions of the same products), more than what is
+compared."""
 
 
 class WorkerError(RuntimeError):
