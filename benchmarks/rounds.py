@@ -146,9 +146,10 @@ class Point:
         worker = self._loaded[name]
         found = worker.ask("run", self.pace.timeout_s, count=self.pace.runs)
         self.samples.add("times", point=self.name, backend=name, round=number, times_ms=found["times_ms"])
+        self._compare(name, worker)
 
     def _load(self, name: str) -> bool:
-        """Loads, warms up, and where it was not done yet compares the outputs."""
+        """Loads and warms up."""
         candidate = self.candidates[name]
         if not self._make_room(name):
             return False
@@ -158,15 +159,15 @@ class Point:
         self._loaded[name] = worker
         loaded = worker.ask("load", self.pace.timeout_s, job=job, most_bytes=None if cuda else available_bytes())
         least_s = self.pace.warm_up_s if cuda else 0.0
-        worker.ask("run", self.pace.timeout_s, count=self.pace.warm_up, least_s=least_s)
+        if self.pace.warm_up:
+            worker.ask("run", self.pace.timeout_s, count=self.pace.warm_up, least_s=least_s)
         build_s = loaded["build_s"] if loaded["build_s"] is not None else job["build_s"]
         values = {"load_s": loaded["load_s"], "build_s": build_s, "file_bytes": job["file_bytes"]}
         self.samples.add("load", point=self.name, backend=name, **values)
-        self._compare(name, worker)
         return True
 
     def _compare(self, name: str, worker: Worker) -> None:
-        """Writes the outputs and their error figures against the reference's."""
+        """Where it was not done yet, writes the outputs and their error figures against the reference's."""
         folder, reference = self.folder / name, self.folder / REFERENCE
         wanted = any(not self._judged(other) for other in self.candidates)
         if not (wanted if name == REFERENCE else not self._judged(name)):

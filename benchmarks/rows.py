@@ -114,7 +114,7 @@ def _largest(lines: Sequence[Mapping[str, Any]], name: str) -> int | None:
 def _note(name: str, loads: int, rounds: int, pace: Pace) -> str | None:
     notes = ["the reference of all errors and ratios"] if name == REFERENCE else []
     if loads > 1:
-        warm_up = f"{pace.warm_up} warm-up run{'s' * (pace.warm_up > 1)} after each load"
+        warm_up = f"{pace.warm_up} warm-up run{'s' * (pace.warm_up != 1)} after each load"
         notes.append(f"loaded {loads} times in {rounds} rounds, memory being short or the run resumed; {warm_up}")
     if rounds < pace.rounds:
         notes.append(f"{rounds} of {pace.rounds} rounds, the time being over; a rerun goes on")

@@ -38,7 +38,7 @@ MAIN_SHARE = 0.6
 SWEEP_ROUNDS, SWEEP_RUNS, SWEEP_WARM_UP = {"cpu": 1, "cuda": 3}, 5, 3
 """A CPU takes minutes for a batch of 8 at full size."""
 
-QUICK_SECONDS = 135.0
+QUICK_SECONDS = 110.0
 """After so long `--quick` begins no further round, so that it ends within three minutes on a slow machine, too."""
 
 PARTS_RUNS = {"cpu": 1, "cuda": 5}
