@@ -78,7 +78,7 @@ def about_file(path: Path) -> dict[str, Any]:
 
 
 class Workplace:
-    """The folder OUTPUT/work/encoder-HASH and a worker that makes what lies in it; a context that ends the worker."""
+    """A folder for one encoder and a worker that makes what lies in it; a context that ends the worker."""
 
     def __init__(self, work: Path, asked: Asked) -> None:
         self.asked = asked

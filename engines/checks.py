@@ -11,11 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.flavor import Flavor, FlavorError, choose_flavor
+from engines.flavor import RTX_MAGIC, Flavor, FlavorError, choose_flavor
 from export.manifest import ManifestError, check_files, manifest_path, read_manifest
-
-MAGIC = b"vtrt"
-"""First bytes of a TensorRT-RTX plan (1.7); TensorRT's begin otherwise."""
 
 
 class SessionError(RuntimeError):
@@ -64,7 +61,7 @@ def check_plan(plan: Path, flavor: Flavor | None = None) -> tuple[Flavor, dict[s
     header, where = _read_header(plan), manifest_path(plan)
     try:
         manifest = read_manifest(where, "plan")
-        if (header[:4] == MAGIC) != (manifest["flavor"] == "rtx"):
+        if header.startswith(RTX_MAGIC) != (manifest["flavor"] == "rtx"):
             raise SessionError(
                 f"{plan}: begins with {header[:4]!r}, no plan of flavour {manifest['flavor']}; build it again"
             )

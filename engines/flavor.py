@@ -17,6 +17,9 @@ EXTRAS: dict[FlavorName, str] = {"tensorrt": "gpu", "rtx": "rtx"}
 OLDEST: dict[FlavorName, int] = {"tensorrt": 10, "rtx": 1}
 """Oldest major version: TensorRT 10 has strong typing as 11 demands it."""
 
+RTX_MAGIC = b"vtrt"
+"""First bytes of a TensorRT-RTX plan (1.7); TensorRT's begin otherwise."""
+
 POLYGRAPHY_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
 """CUdevice_attribute values (cuda.h)."""

@@ -8,11 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from engines.flavor import RTX_MAGIC
 from export.manifest import ManifestError, check_files, manifest_path, read_manifest
 from export.signature import BatchRange, Signature, TensorSpec
-
-RTX_MAGIC = b"vtrt"
-"""First bytes of a TensorRT-RTX plan (1.7)."""
 
 DATA_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "uint8": "TYPE_UINT8"}
 """Triton's name of each type that a file's tensors may have."""
