@@ -66,6 +66,16 @@ std::int64_t parse_count(const std::string& option, const std::string& text) {
     return value;
 }
 
+std::vector<std::string> parse_options(int count, char** values, const option* options,
+                                       const std::function<void(int)>& take) {
+    opterr = 0;
+    int letter = 0;
+    while ((letter = getopt_long(count, values, "", options, nullptr)) != -1) {
+        take(letter);
+    }
+    return {values + optind, values + count};
+}
+
 Latency summarise(std::vector<double> milliseconds) {
     if (milliseconds.empty()) {
         return {};

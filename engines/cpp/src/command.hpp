@@ -1,5 +1,7 @@
 #pragma once
 
+#include <getopt.h>
+
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -22,6 +24,11 @@ struct UsageError {
 /// A whole number above 0, such as the value of `--batch`.
 /// \throws UsageError
 std::int64_t parse_count(const std::string& option, const std::string& text);
+
+/// Reads the options of a command line, each taken by its letter with its value in `optarg`.
+/// \return what is no option.
+std::vector<std::string> parse_options(int count, char** values, const option* options,
+                                       const std::function<void(int)>& take);
 
 /// Milliseconds of runs; percentiles are interpolated.
 struct Latency {

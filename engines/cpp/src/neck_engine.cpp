@@ -88,20 +88,17 @@ Arguments parse(int count, char** values) {
                                              {"help", no_argument, nullptr, 'h'},
                                              {nullptr, 0, nullptr, 0}}};
     Arguments arguments;
-    opterr = 0;
-    int option = 0;
-    while ((option = getopt_long(count, values, "", options.data(), nullptr)) != -1) {
-        take_option(arguments, option);
-    }
+    const std::vector<std::string> rest =
+        neck::parse_options(count, values, options.data(), [&](int option) { take_option(arguments, option); });
     if (arguments.help) {
         return arguments;
     }
-    if (optind >= count || count - optind > 2) {
+    if (rest.empty() || rest.size() > 2) {
         throw neck::UsageError{"expected PLAN and at most one PICTURE"};
     }
-    arguments.plan = values[optind];
-    if (count - optind == 2) {
-        arguments.picture = values[optind + 1];
+    arguments.plan = rest[0];
+    if (rest.size() == 2) {
+        arguments.picture = rest[1];
     }
     return arguments;
 }
