@@ -41,12 +41,16 @@ def onnx(
     checkpoint: Annotated[
         str | None, typer.Option(help="sam3.pt, .safetensors, a folder of shards, or `random` [default: sam3.pt here]")
     ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A folder of PEFT: its LoRA is merged into the weights")] = None,
+    adapter_alpha: Annotated[
+        float | None, typer.Option(help="lora_alpha of an adapter inside the checkpoint, where nothing tells it")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="encoder.json, where the weights do not tell")] = None,
     image_size: Annotated[
         str | None, typer.Option(help="Pixels: 1008, or height x width: 1008x672 [default: the config's, 1008]")
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch size, or minimum:optimum:maximum")] = "1",
-    neck: Annotated[str, typer.Option(help="sam3, both, all, or names with commas")] = "sam3",
+    neck: Annotated[str, typer.Option(help="both, all, or names with commas; auto: sam3, or what is there")] = "auto",
     levels: Annotated[str, typer.Option(help="Levels with commas, 0 the finest")] = "all",
     positions: Annotated[
         Literal["graph", "file", "none"], typer.Option(help="Position encodings: outputs, a file beside it, or none")
@@ -83,6 +87,8 @@ def onnx(
             output=output,
             checkpoint=source,
             config=EncoderConfig.from_file(config) if config else None,
+            adapter=adapter,
+            adapter_alpha=adapter_alpha,
             seed=seed,
             image_size=parse_size(image_size) if image_size else None,
             batch=BatchRange.parse(batch),
@@ -102,6 +108,8 @@ def onnx(
             tolerances=parse_tolerances(tolerance),
         )
         result = export_onnx(options, report)
+    for note in result.manifest.get("notes", ()):
+        typer.echo(f"note: {note}")
     if result.verdict:
         show_verdict(result.verdict)
     else:
@@ -214,6 +222,7 @@ def bisect(
 def verify(
     file: Annotated[Path, typer.Argument(help="An ONNX file or a plan (GPU) of neck-export")],
     checkpoint: Annotated[Path | None, typer.Option(help="Its weights [default: where the manifest says]")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="What was merged [default: where the manifest says]")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of pictures to verify on")] = None,
     tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
     save_reference: Annotated[
@@ -226,11 +235,13 @@ def verify(
         if file.suffix == ".plan":
             from engines.run.verify import verify_plan_file
 
-            verdict = verify_plan_file(file, checkpoint, images, tolerances, report, save=save_reference)
+            verdict = verify_plan_file(
+                file, checkpoint, images, tolerances, report, adapter=adapter, save=save_reference
+            )
         else:
             from export.pipeline import verify_file
 
-            verdict = verify_file(file, checkpoint, images, tolerances, report, save=save_reference)
+            verdict = verify_file(file, checkpoint, images, tolerances, report, adapter=adapter, save=save_reference)
     show_verdict(verdict)
     if save_reference:
         typer.echo(save_reference)
@@ -290,7 +301,7 @@ def bench(
     config: Annotated[Path | None, typer.Option(help="encoder.json, where the weights do not tell")] = None,
     image_size: Annotated[str | None, typer.Option(help="Pixels: 1008, or height x width: 1008x672")] = None,
     batch: Annotated[int, typer.Option(help="Pictures in a run", min=1)] = 1,
-    neck: Annotated[str, typer.Option(help="sam3, both, all, or names with commas")] = "sam3",
+    neck: Annotated[str, typer.Option(help="both, all, or names with commas; auto: sam3, or what is there")] = "auto",
     levels: Annotated[str, typer.Option(help="Levels with commas, 0 the finest")] = "all",
     positions: Annotated[Literal["graph", "none"], typer.Option(help="Position encodings: outputs or none")] = "graph",
     images: Annotated[Path | None, typer.Option(help="Folder of pictures to compare outputs on")] = None,

@@ -42,7 +42,7 @@ class BenchOptions:
     seed: int = 0
     image_size: int | tuple[int, int] | None = None
     batch: int = 1
-    necks: str = "sam3"
+    necks: str = "auto"
     levels: str = "all"
     positions: Positions = "graph"
     images: Path | None = None

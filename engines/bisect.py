@@ -239,6 +239,8 @@ class Search:
             words += ["--checkpoint", "random", "--seed", str(weights["seed"])]
         else:
             words += ["--checkpoint", str(checkpoint or weights["path"])]
+            words += ["--adapter", weights["adapter"]["path"]] if "adapter" in weights else []
+            words += ["--adapter-alpha", str(weights["adapter_alpha"])] if "adapter_alpha" in weights else []
         words += [
             "--image-size",
             "x".join(str(side) for side in signature["image_size"]),

@@ -110,6 +110,7 @@ def verify_plan(
     *,
     encoder: Sam3DualViTDetNeck | None = None,
     checkpoint: Path | None = None,
+    adapter: Path | None = None,
     reference: Reference | None = None,
     images: Path | None = None,
     overrides: Mapping[str, float] | None = None,
@@ -121,7 +122,7 @@ def verify_plan(
     Args:
         plan: the plan, its manifest beside it.
         encoder: the plain encoder; by default the one that the manifest tells of, on the CPU.
-        checkpoint: its weights, where they are no longer where the manifest says.
+        checkpoint, adapter: its weights and the adapter in them, where they are no longer where the manifest says.
         reference: what `make_reference` made for this signature; by default it is made here, which takes longest.
         images: a folder of pictures; without one the shipped picture.
         overrides: relative L2 by output name or wildcard.
@@ -140,7 +141,7 @@ def verify_plan(
         if reference is None:
             report("reference: the plain module in PyTorch FP32")
             if encoder is None:
-                encoder = manifest_encoder(manifest_path(plan), manifest["onnx_manifest"], checkpoint)
+                encoder = manifest_encoder(manifest_path(plan), manifest["onnx_manifest"], checkpoint, adapter)
             reference = make_reference(encoder, signature, count_for(session.inputs[0].batch), images)
         report(f"candidate: the plan in {here}")
         return verify_runner(_runner(session), signature, reference, manifest["precision"], here, overrides)
@@ -153,12 +154,13 @@ def verify_plan_file(
     overrides: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     *,
+    adapter: Path | None = None,
     save: Path | None = None,
 ) -> Verdict:
     """Verifies a plan that was built before, on the GPU, and writes the verdict into its manifest.
 
     Args:
-        plan, checkpoint, images, overrides, report: as in verify_plan.
+        plan, checkpoint, images, overrides, report, adapter: as in verify_plan.
         save: where to keep the pictures and the plain module's outputs; written without a GPU too.
 
     Raises:
@@ -173,13 +175,19 @@ def verify_plan_file(
     if save is not None:
         check_reference(save)
         signature = plan_signature(plan, manifest, known=False)
-        encoder = manifest_encoder(where, manifest["onnx_manifest"], checkpoint)
+        encoder = manifest_encoder(where, manifest["onnx_manifest"], checkpoint, adapter)
         report("reference: the plain module in PyTorch FP32")
         batch = BatchRange.parse(manifest["batch"])
         reference = make_reference(encoder, signature, count_for((batch.minimum, batch.maximum)), images)
         write_reference(save, reference.pixels, {spec.name: reference.outputs[spec.name] for spec in signature.outputs})
     verdict = verify_plan(
-        plan, checkpoint=checkpoint, reference=reference, images=images, overrides=overrides, report=report
+        plan,
+        checkpoint=checkpoint,
+        adapter=adapter,
+        reference=reference,
+        images=images,
+        overrides=overrides,
+        report=report,
     )
     replace_manifest(where, manifest | {"verification": verdict.to_dict()})
     if not verdict.passed:
