@@ -26,7 +26,7 @@ from neck.keys import NECK_MODULES, Layout, find_layouts, listing
 from neck.necks import Sam3DualViTDetNeck, new_encoder
 from neck.weightfile import CheckpointError, read_tensors
 from neck.weights.adapters import check_base, find_adapter
-from neck.weights.hf_config import hf_config_file, read_hf_config
+from neck.weights.hf_config import hf_config_file, picture_notes, read_hf_config
 from neck.weights.merging import Changes, merge, merge_notes, plan_changes
 from neck.weights.tables import check_tables, is_table
 
@@ -73,8 +73,13 @@ def load_encoder(
     chosen = _choose_necks(path, layout, necks)
     facts = infer_fields(layout, chosen, tensors)
     said_by = "--config"
-    if config is None and layout.source == "hf" and (file := hf_config_file(path)).is_file():
-        config, said_by = read_hf_config(file, facts), file.name
+    if layout.source == "hf":
+        file = hf_config_file(path)
+        if config is None and file.is_file():
+            config, said_by = read_hf_config(file, facts), file.name
+        elif config is None:
+            notes.append(f"{path}: no {file.name} beside it; heads, window, theta and eps are taken as SAM 3's")
+        notes += picture_notes(file.parent)
     if config is not None:
         check_config(path, layout, config, said_by, facts)
     if layout.gaps and config is None:
@@ -100,7 +105,7 @@ def load_encoder(
         notes += merge_notes(lora, changes, ignored)
     if layout.gaps:
         notes.append(f"{path}: blocks {', '.join(map(str, layout.indices))} are taken as 0 to {config.depth - 1}")
-    encoder.load_state_dict(_convert(path, layout, tensors, list(wanted), changes), assign=True)
+    encoder.load_state_dict(_convert(path, layout, tensors, list(wanted), changes, notes), assign=True)
     return encoder.requires_grad_(False).eval()
 
 
@@ -172,15 +177,20 @@ def _check_tensors(
 
 
 def _convert(
-    path: Path, layout: Layout, tensors: dict[str, Tensor], names: Sequence[str], changes: Changes
+    path: Path, layout: Layout, tensors: dict[str, Tensor], names: Sequence[str], changes: Changes, notes: list[str]
 ) -> dict[str, Tensor]:
     """Our state dict out of the checkpoint's tensors, which are dropped as they are used."""
-    converted, bad = {}, []
+    converted, bad, constant = {}, [], []
     for name in names:
         keys = layout.keys(name)
         parts = [tensors.pop(key).to(torch.float32) for key in keys]
-        # min and max carry NaN and infinity, at the speed of memory; isfinite takes 28 times as long (torch 2.13)
-        bad += [key for key, part in zip(keys, parts, strict=True) if not _is_finite(part)]
+        for key, part in zip(keys, parts, strict=True):
+            # min and max carry NaN and infinity, at the speed of memory; isfinite takes 28 times as long (torch 2.13)
+            low, high = (float(bound) for bound in torch.aminmax(part))
+            if not (math.isfinite(low) and math.isfinite(high)):
+                bad.append(key)
+            elif low == high and part.dim() > 1:
+                constant.append(key)
         parts = [merge(part, changes[key]) if key in changes else part for key, part in zip(keys, parts, strict=True)]
         if name == "trunk.pos_embed" and not layout.class_row:
             parts = [torch.cat((torch.zeros_like(parts[0][:, :1]), parts[0]), dim=1)]  # the class-token row
@@ -189,11 +199,9 @@ def _convert(
         raise CheckpointError(
             f"{path}: NaN or infinity in {len(bad)} of the encoder's tensors: {listing(bad)}; use a sound checkpoint"
         )
+    if constant:
+        notes.append(f"{path}: {listing(constant)} hold one value only; a download that was cut, or never trained?")
     return converted
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return all(math.isfinite(bound) for bound in torch.aminmax(tensor))
 
 
 def random_encoder(config: EncoderConfig, seed: int = 0) -> Sam3DualViTDetNeck:

@@ -197,3 +197,69 @@ def test_a_neck_module_that_is_not_known_is_refused(folder: Path) -> None:
     save_file({**state, "neck.norm.weight": torch.ones(8)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"not known in a SAM 3 encoder .*: neck\.norm\.weight"):
         load_encoder(folder)
+
+
+# -- what no comparison of two encoders built from the same file shows is said --
+
+
+def notes_of(path: Path, config: EncoderConfig | None = None) -> list[str]:
+    notes: list[str] = []
+    load_encoder(path, config, notes=notes)
+    return notes
+
+
+def test_weights_without_their_config_are_said_to_be_taken_as_sam3s(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_encoder(folder).trunk.config
+    assert isinstance(config, EncoderConfig)
+    monkeypatch.setattr("neck.checkpoint.published_config", lambda path, layout, facts: config)
+    (folder / "config.json").unlink()
+    monkeypatch.setattr("neck.checkpoint.level_scales", lambda *given: config.scale_factors)
+    assert notes_of(folder) == [
+        f"{folder}: no config.json beside it; heads, window, theta and eps are taken as SAM 3's"
+    ]
+    assert notes_of(folder, config) == []  # the control
+
+
+@pytest.mark.parametrize(
+    ("name", "entries", "said"),
+    [
+        ("preprocessor_config.json", {"image_mean": [0.485, 0.456, 0.406]}, "image_mean [0.485, 0.456, 0.406]"),
+        ("processor_config.json", {"image_processor": {"image_std": [1, 1, 1]}}, "image_std [1, 1, 1]"),
+        ("preprocessor_config.json", {"do_normalize": False}, "do_normalize False"),
+        ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5], "rescale_factor": 0.00392156862745098}, None),
+        ("preprocessor_config.json", [1], None),
+    ],
+)
+def test_another_normalisation_is_said(folder: Path, name: str, entries: object, said: str | None) -> None:
+    (folder / name).write_text(json.dumps(entries))
+    notes = notes_of(folder)
+    if said is None:
+        assert notes == []
+    else:
+        assert len(notes) == 1 and said in notes[0] and "mean 0.5 and std 0.5" in notes[0]
+
+
+def test_matrices_of_one_value_are_said(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    key = "backbone.layers.1.mlp.fc2.weight"
+    save_file({**state, key: torch.zeros_like(state[key])}, folder / "model.safetensors")
+    assert notes_of(folder) == [f"{folder}: {key} hold one value only; a download that was cut, or never trained?"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.1.rotary_emb.gain",  # was passed over, as was all with rotary_emb in its name
+        "layers.0.attention.q_norm.weight",
+        "layers.0.attention.rel_pos_h",
+        "layers.2.layer_scale1.lambda1",
+        "layer_norm_post.weight",
+    ],
+)
+def test_a_tensor_that_the_trunk_does_not_use_is_refused(folder: Path, name: str) -> None:
+    state = load_file(folder / "model.safetensors")
+    save_file({**state, f"backbone.{name}": torch.ones(8)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"not known in a SAM 3 encoder .*: backbone.{name}"):
+        load_encoder(folder)

@@ -37,6 +37,15 @@ FIXED: dict[str, Any] = {"hidden_act": "gelu", "num_channels": 3, "qkv_bias": Tr
 USED_NECK = {"fpn_hidden_size": "d_model", "scale_factors": "scale_factors"}
 """Entry of the vision config around the backbone -> our field."""
 
+NORMALISED: dict[str, Any] = {
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "do_rescale": True,
+}
+"""Entries of a picture processor as SAM 3 has them."""
+
 IRRELEVANT_NECK = ("backbone_config", "backbone_feature_sizes", "hidden_act", "layer_norm_eps")
 """Entries of the vision config that its modules do not read, or whose own entries are read."""
 
@@ -164,3 +173,18 @@ def _refuse_unknown(file: Path, section: dict[str, Any], known: set[str]) -> Non
             f"{file}: {', '.join(unknown[:8])} in its {section.get('model_type', 'backbone_config')} may change the "
             "encoder and is not known here;\nremove what changes nothing, or pass --config with the architecture"
         )
+
+
+def picture_notes(folder: Path) -> list[str]:
+    """Where a fine-tune's pictures were normalised otherwise than here, which no comparison of encoders shows."""
+    notes = []
+    for name, inner in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        try:
+            told = json.loads((folder / name).read_text(encoding="utf-8"))
+            told = told.get(inner, {}) if inner else told
+            other = [f"{key} {told[key]!r}" for key, ours in NORMALISED.items() if told.get(key, ours) != ours]
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue  # not there, or nothing that can be told
+        if other:
+            notes.append(f"{folder / name}: {', '.join(other)}; here pictures are normalised by mean 0.5 and std 0.5")
+    return notes
