@@ -310,12 +310,12 @@ def test_no_such_file(tmp_path: Path) -> None:
         ("empty.pt", b"", "empty"),
         ("empty.safetensors", b"", "empty"),
         ("notes.pt", b"these are not weights\n", "not a checkpoint"),
-        ("page.safetensors", b"<!DOCTYPE html><html>", "not a checkpoint"),
+        ("page.safetensors", b"<!DOCTYPE html><html>", "not a checkpoint but a web page"),
         ("short.pt", b"PK", "not a checkpoint"),
-        ("other.json", b'{"weights": {}}', "not a safetensors index"),
+        ("other.json", b'{"weights": {}}', "not an index of shards"),
         ("other.json", b'{"weight_map": {"a": 1}}', "names the shard 1"),
-        ("other.json", b'{"weight_map": ["a"]}', "not a safetensors index"),
-        ("cut.json", b'{"weight_map": {"a":', "not a safetensors index"),
+        ("other.json", b'{"weight_map": ["a"]}', "not an index of shards"),
+        ("cut.json", b'{"weight_map": {"a":', "not an index of shards"),
     ],
 )
 def test_no_checkpoint_at_all(name: str, content: bytes, says: str, tmp_path: Path) -> None:
