@@ -14,10 +14,10 @@ from torch import Tensor
 from neck.weights.foreign import file_of, folder_of, missing
 from neck.weights.names import unwrap_names
 from neck.weights.records import StandIn
-from neck.weights.states import choose_state, find_states
+from neck.weights.states import Entries, choose_state, find_states
 from neck.weights.torchfile import ADVICE, CheckpointError, TorchFile
 
-__all__ = ["CheckpointError", "State", "find_file", "read_state", "read_tensors"]
+__all__ = ["CheckpointError", "State", "find_file", "name_state", "read_state", "read_tensors"]
 
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 FOLDER_NAMES = (
@@ -74,6 +74,15 @@ def read_state(path: Path, state: str | None = None) -> State:
         return State(unwrap_names(path, _read_shards(path)))
     found = _read_file(path, head, state)
     return dataclasses.replace(found, tensors=unwrap_names(path, found.tensors))
+
+
+def name_state(path: Path, state: str | None = None) -> tuple[str, tuple[str, ...]]:
+    """Name and others of the state that read_state would read; no tensor is read."""
+    path = find_file(path)
+    if not _head(path).startswith((b"PK\x03\x04", b"\x80")):
+        return "", ()
+    _, _, name, others = _open_torch(path, state)
+    return name, others
 
 
 def find_file(path: Path) -> Path:
@@ -154,6 +163,19 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path, asked: str | None) -> State:
+    file, states, name, others = _open_torch(path, asked)
+    entries = states[name]
+    if entries.others:
+        listed = ", ".join(f"{key} is a {kind}" for key, kind in list(entries.others.items())[:4])
+        raise CheckpointError(
+            f"{path}: {len(entries.others)} of its tensors are not plain ones ({listed}): quantised, sparse or cut\n"
+            f"between processes; gather and dequantise them where they were made, then {ADVICE}"
+        )
+    return State({key: file.tensor(record) for key, record in entries.tensors.items()}, name, others)
+
+
+def _open_torch(path: Path, asked: str | None) -> tuple[TorchFile, dict[str, Entries], str, tuple[str, ...]]:
+    """The file, its states, the place of the one to read, and the places of the others that hold an encoder."""
     file = TorchFile(path)
     if not isinstance(file.root, dict | StandIn):
         raise CheckpointError(f"{path}: holds a {type(file.root).__name__}, expected a dict of tensors or a module")
@@ -163,12 +185,4 @@ def _read_torch(path: Path, asked: str | None) -> State:
         shown = ", ".join(repr(key[:40]) for key in keys[:8]) or "nothing"
         raise CheckpointError(f"{path}: no tensors in it (its keys: {shown}); expected a state dict or a module")
     name = choose_state(path, states, asked)
-    entries = states[name]
-    if entries.others:
-        listed = ", ".join(f"{key} is a {kind}" for key, kind in list(entries.others.items())[:4])
-        raise CheckpointError(
-            f"{path}: {len(entries.others)} of its tensors are not plain ones ({listed}): quantised, sparse or cut\n"
-            f"between processes; gather and dequantise them where they were made, then {ADVICE}"
-        )
-    others = tuple(place for place, found in states.items() if found.fits and place != name)
-    return State({key: file.tensor(record) for key, record in entries.tensors.items()}, name, others)
+    return file, states, name, tuple(place for place, found in states.items() if found.fits and place != name)
