@@ -1,8 +1,8 @@
 """Pickles that want to run code, or to cost time and memory; and the process that reads each under a guard.
 
 `python tests/hostile.py FOLDER [SCALE]` writes them there, reads each as `--checkpoint` would, and prints a JSON line
-for each: what came of it, seconds, peak memory, and every audit event that reading may not raise. SCALE 1 is the size at
-which seconds and memory are worth a look; the tests take a smaller one.
+for each: what came of it, seconds, peak memory, and every audit event that reading may not raise. SCALE 1 is the size
+at which seconds and memory are worth a look; the tests take a smaller one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Whether a tensor's numbers lie in the mapped file, as the kernel tells: no figure of memory is judged."""
+"""Whether tensors' numbers lie in the mapped file, as the kernel tells: no figure of memory is judged."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -9,12 +10,10 @@ from torch import Tensor
 MAPS = Path("/proc/self/maps")
 
 
-def is_mapped(tensor: Tensor, path: Path) -> bool:
-    """Whether all of a contiguous tensor lies in one region that this process has mapped from the file."""
-    start = tensor.data_ptr()
-    for line in MAPS.read_text().splitlines():
-        region, *_, name = line.split(maxsplit=5)
-        first, last = (int(side, 16) for side in region.split("-"))
-        if name == str(path.resolve()) and first <= start and start + tensor.nbytes <= last:
-            return True
-    return False
+def are_mapped(tensors: Iterable[Tensor], path: Path) -> list[bool]:
+    """Of each contiguous tensor, whether all of it lies in a region that this process has mapped from the file."""
+    lines = [line.split(maxsplit=5) for line in MAPS.read_text().splitlines()]
+    regions = [line[0].split("-") for line in lines if line[-1] == str(path.resolve())]
+    spans = [(int(first, 16), int(last, 16)) for first, last in regions]
+    places = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors]
+    return [any(first <= start and end <= last for first, last in spans) for start, end in places]

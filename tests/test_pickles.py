@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from hostile import CANARY, FOUR, bodies
-from mapped import MAPS, is_mapped
+from mapped import MAPS, are_mapped
 from torch import Tensor, nn
 
 from neck.checkpoint import load_encoder
@@ -94,7 +94,7 @@ def test_limits(
 ) -> None:  # fmt: skip
     path = tmp_path / "x.pt"
     torch.save(content, path)
-    with pytest.raises(CheckpointError, match="no tensors|no SAM 3"):  # the control
+    with pytest.raises(CheckpointError, match=r"no tensors|no SAM 3"):  # the control
         load_encoder(path)
     monkeypatch.setattr(module, limit, 10)
     with pytest.raises(CheckpointError, match=f"refused, .*{says}"):
@@ -197,7 +197,11 @@ def assert_as_torch(path: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("old", [False, True])
 def test_tensors_are_torchs(old: bool, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
-    torch.save(tensors(), path, _use_new_zipfile_serialization=not old)
+    # torch 2.13 writes the types since 2.3 into an old file, too, and cannot read them there
+    kept = {
+        name: value for name, value in tensors().items() if not (old and name.startswith(("torch.uint16", "torch.f")))
+    }
+    torch.save(kept, path, _use_new_zipfile_serialization=not old)
     found = assert_as_torch(path)
     assert found["plain"].data_ptr() == found["shared"].data_ptr()
     assert found["part"].data_ptr() == found["plain"].data_ptr() + 5 * 4
@@ -268,6 +272,6 @@ def test_tensors_beside_objects_stay_mapped(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     state = {"a": torch.ones(100), "b": torch.ones(10, 10)}
     torch.save({"model": state, "args": argparse.Namespace(x=1), "when": datetime.datetime(2026, 1, 1)}, path)
-    assert all(is_mapped(value, path) for value in read_state(path).tensors.values())
+    assert all(are_mapped(read_state(path).tensors.values(), path))
     torch.save(state, path, _use_new_zipfile_serialization=False)
-    assert not any(is_mapped(value, path) for value in read_state(path).tensors.values())  # the control
+    assert not any(are_mapped(read_state(path).tensors.values(), path))  # the control
