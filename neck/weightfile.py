@@ -19,13 +19,8 @@ from neck.weights.torchfile import ADVICE, CheckpointError, TorchFile
 
 __all__ = ["CheckpointError", "State", "find_file", "name_state", "read_state", "read_tensors"]
 
-INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-FOLDER_NAMES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
+INDEX_NAME = "model.safetensors.index.json"
+FOLDER_NAMES = (INDEX_NAME, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 """What a folder of Hugging Face's is read by, the first that is there."""
 
 LARGEST_HEADER = 100_000_000
@@ -124,12 +119,12 @@ def _read_file(path: Path, head: bytes, state: str | None) -> State:
         if state is not None:
             raise CheckpointError(f"{path}: a .safetensors has one state; leave --state out")
         return State(_read_safetensors(path))
+    if known := file_of(path, head):
+        raise CheckpointError(known)
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return _read_torch(path, state)
     raise CheckpointError(
-        file_of(path, head)
-        or f"{path}: not a checkpoint, it begins with {head[:9]!r}; expected a PyTorch .pt, a .safetensors or "
-        f"{INDEX_NAMES[0]}"
+        f"{path}: not a checkpoint, it begins with {head[:9]!r}; expected a PyTorch .pt, a .safetensors or {INDEX_NAME}"
     )
 
 

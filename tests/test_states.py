@@ -24,6 +24,8 @@ from mapped import MAPS, are_mapped
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks.measure.prepare import make_weights
+from benchmarks.measure.torch_runner import make_module
 from export.contract.manifest import ManifestError
 from export.graph.trace import ExportError
 from export.options import ExportOptions, check_options
@@ -473,6 +475,17 @@ def test_the_manifest_is_silent_where_there_is_one_state(tmp_path: Path) -> None
         weights = weights_origin(save(content, tmp_path / "x.pt"), 0)
         assert weights.get("state") == state and not {"other_states", "prefix"} & set(weights)
     assert state_line({"name": "x.safetensors", "random": False}) is None
+
+
+def test_a_benchmark_maps_the_state_that_was_asked_for(tmp_path: Path) -> None:
+    ema = {f"a.{name}": value for name, value in plain(2.0).items()}
+    path = save({"model": plain(), "ema": ema}, tmp_path / "x.pt")
+    asked = {"checkpoint": str(path), "config": CONFIG.to_dict(), "seed": 0, "image_size": None, "batch": 1}
+    asked |= {"necks": "all", "levels": "all", "positions": "none", "folder": str(tmp_path)}
+    for chosen, factor in (({"state": "ema", "prefix": "a."}, 2.0), ({"state": None, "prefix": None}, 1.0)):
+        made = make_weights({**asked, **chosen})
+        module = make_module({**made, "module": "plain", "precision": "fp32", "device": "cpu"})
+        assert torch.equal(module.trunk.pos_embed, plain(factor)["trunk.pos_embed"])  # type: ignore[arg-type]
 
 
 def test_random_weights_have_no_state(tmp_path: Path) -> None:
