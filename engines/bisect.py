@@ -241,6 +241,7 @@ class Search:
             words += ["--checkpoint", str(checkpoint or weights["path"])]
             words += ["--adapter", weights["adapter"]["path"]] if "adapter" in weights else []
             words += ["--adapter-alpha", str(weights["adapter_alpha"])] if "adapter_alpha" in weights else []
+            words += [word for key in ("state", "prefix") if weights.get(key) for word in (f"--{key}", weights[key])]
         words += [
             "--image-size",
             "x".join(str(side) for side in signature["image_size"]),

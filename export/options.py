@@ -30,6 +30,7 @@ class ExportOptions:
 
     Attributes:
         checkpoint: a checkpoint, or None for seeded random weights.
+        state, prefix: which state of the checkpoint, and which encoder of the state, where it holds several.
         config: the architecture where the checkpoint does not tell it.
         adapter: a folder of PEFT whose LoRA is merged into the checkpoint's weights.
         adapter_alpha: lora_alpha of an adapter that the checkpoint itself holds.
@@ -40,6 +41,8 @@ class ExportOptions:
 
     output: Path
     checkpoint: Path | None = None
+    state: str | None = None
+    prefix: str | None = None
     config: EncoderConfig | None = None
     adapter: Path | None = None
     adapter_alpha: float | None = None
@@ -73,6 +76,8 @@ def check_options(options: ExportOptions) -> None:
         check_image_size(options.image_size, config.patch_size)
     if options.opset is not None and options.opset not in OPSETS:
         raise ExportError(f"opset {options.opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
+    if options.checkpoint is None and (options.state is not None or options.prefix is not None):
+        raise ExportError("random weights have no --state or --prefix; leave them out, or name a --checkpoint")
     with disk_errors(options.output):
         check_targets(options.output, [options.checkpoint] if options.checkpoint else [])
     if options.adapter is not None:
@@ -109,6 +114,8 @@ def load(options: ExportOptions, notes: list[str] | None = None) -> Sam3DualViTD
             options.checkpoint,
             options.config,
             lambda there: choose_necks(options.necks, there),
+            state=options.state,
+            prefix=options.prefix,
             adapter=options.adapter,
             adapter_alpha=options.adapter_alpha,
             notes=notes,

@@ -18,7 +18,7 @@ from neck.checkpoint import load_encoder, random_encoder
 from neck.config import ConfigError, EncoderConfig
 from neck.necks import Sam3DualViTDetNeck
 from neck.trunk import ViTDetTrunk
-from neck.weightfile import find_file
+from neck.weightfile import find_file, name_state
 from neck.weights.adapters import adapter_files
 
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
@@ -26,22 +26,43 @@ PACKAGES = ("torch", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
 
 
 def weights_origin(
-    checkpoint: Path | None, seed: int, adapter: Path | None = None, adapter_alpha: float | None = None
+    checkpoint: Path | None,
+    seed: int,
+    state: str | None = None,
+    prefix: str | None = None,
+    adapter: Path | None = None,
+    adapter_alpha: float | None = None,
 ) -> dict[str, Any]:
     """Where weights came from: a seed, or a file with its SHA-256 and, for an index, those of its shards.
 
-    Also the adapter that was merged into them: its folder and files, or the alpha of one inside the checkpoint.
+    Args:
+        state, prefix: what was asked for, as load_encoder takes them; the state that was read is told, and the others.
+        adapter, adapter_alpha: what was merged into them: a folder, or an adapter inside the checkpoint.
     """
     if checkpoint is None:
         return {"random": True, "seed": seed}
     path = find_file(checkpoint)
     shards = [file_entry(path.with_name(name)) for name in shard_names(path)]
-    more: dict[str, Any] = {"shards": shards} if shards else {}
+    name, others = name_state(path, state)
+    told: dict[str, Any] = {"shards": shards, "state": name, "other_states": list(others), "prefix": prefix}
+    told["adapter_alpha"] = adapter_alpha
     if adapter is not None:
-        more["adapter"] = {"path": str(adapter.resolve()), "files": list(map(file_entry, adapter_files(adapter)))}
-    if adapter_alpha is not None:
-        more["adapter_alpha"] = adapter_alpha
-    return {"random": False, "path": str(path.resolve()), **file_entry(path), **more}
+        told["adapter"] = {"path": str(adapter.resolve()), "files": list(map(file_entry, adapter_files(adapter)))}
+    return {
+        "random": False,
+        "path": str(path.resolve()),
+        **file_entry(path),
+        **{key: value for key, value in told.items() if value},
+    }
+
+
+def state_line(weights: Mapping[str, Any]) -> str | None:
+    """Which state of a file was read and which others it has; None where there was nothing to choose."""
+    others = weights.get("other_states")
+    if not others and not weights.get("state"):
+        return None
+    there = f"; other states with an encoder there: {', '.join(others)} (--state)" if others else ""
+    return f"weights: state {weights.get('state') or '(the file itself)'} of {weights['name']}{there}"
 
 
 def shard_names(path: Path) -> list[str]:
@@ -134,6 +155,14 @@ def manifest_precision(where: Path, manifest: Mapping[str, Any]) -> Precision:
     return precision
 
 
+def _chosen(where: Path, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The state and prefix that were exported, as load_encoder takes them."""
+    chosen = {key: weights[key] for key in ("state", "prefix") if weights.get(key) is not None}
+    if not all(isinstance(value, str) for value in chosen.values()):
+        raise ManifestError(f"{where}: its weights' state or prefix is no text; write the file again")
+    return chosen
+
+
 def manifest_encoder(
     where: Path, manifest: Mapping[str, Any], checkpoint: Path | None = None, adapter: Path | None = None
 ) -> Sam3DualViTDetNeck:
@@ -165,8 +194,13 @@ def manifest_encoder(
         raise ExportError(f"{source}: the weights that {where.name} names are not there; say where by --checkpoint")
     if not is_origin(weights, source):
         raise ExportError(f"{source}: is not the checkpoint that was exported ({where.name} has its SHA-256)")
-    folder = merged_adapter(where, weights, adapter)
-    alpha = weights.get("adapter_alpha")
-    encoder = load_encoder(source, config, necks=config.necks, adapter=folder, adapter_alpha=alpha)
+    encoder = load_encoder(
+        source,
+        config,
+        config.necks,
+        adapter=merged_adapter(where, weights, adapter),
+        adapter_alpha=weights.get("adapter_alpha"),
+        **_chosen(where, weights),
+    )
     encoder.set_imgsz(config.image_size)
     return encoder

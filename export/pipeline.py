@@ -101,8 +101,8 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         check_memory(signature, encoder)
     with disk_errors(options.output), ThreadPoolExecutor(1) as background, staging(options.output) as folder:
         check_room(options.output, encoder, signature, options.precision)
-        asked = (options.checkpoint, options.seed, options.adapter, options.adapter_alpha)
-        origin = background.submit(weights_origin, *asked)
+        asked = (options.checkpoint, options.seed, options.state, options.prefix)
+        origin = background.submit(weights_origin, *asked, options.adapter, options.adapter_alpha)
         staged = folder / options.output.name
         model = write_onnx(
             encoder,

@@ -26,6 +26,8 @@ from neck.keys import NECK_MODULES, Layout, find_layouts, listing
 from neck.necks import Sam3DualViTDetNeck, new_encoder
 from neck.weightfile import CheckpointError, read_tensors
 from neck.weights.adapters import check_base, find_adapter
+from neck.weights.copies import chosen_by_prefix, without_copies
+from neck.weights.foreign import channels_last, quantised
 from neck.weights.hf_config import hf_config_file, picture_notes, read_hf_config
 from neck.weights.merging import Changes, merge, merge_notes, plan_changes
 from neck.weights.tables import check_tables, is_table
@@ -43,6 +45,8 @@ def load_encoder(
     config: EncoderConfig | None = None,
     necks: Sequence[str] | Choose | None = None,
     *,
+    state: str | None = None,
+    prefix: str | None = None,
     adapter: Path | None = None,
     adapter_alpha: float | None = None,
     notes: list[str] | None = None,
@@ -56,6 +60,8 @@ def load_encoder(
         config: the architecture; None infers it. Its necks are not used, its levels only where their number fits.
         necks: names of the necks to load, or what chooses them from those that are there; None means all. The
             others need not be whole. The class is Sam3DualViTDetNeck for sam3 and sam3 + sam2, else a subclass.
+        state: which state of a training file, as read_state takes it.
+        prefix: which encoder of a state that holds several: what stands before `trunk.` or `backbone.`.
         adapter: a folder that PEFT saved, whose LoRA is merged into the weights.
         adapter_alpha: lora_alpha of an adapter that the checkpoint itself holds, where nothing beside it tells.
         notes: takes what the user should know: what was merged or ignored, and another size than was trained.
@@ -68,8 +74,14 @@ def load_encoder(
     """
     path, notes = Path(path), [] if notes is None else notes
     check_base(path)
-    tensors, lora = find_adapter(path, read_tensors(path), adapter, adapter_alpha)
-    layout = with_class_row(_find_layout(path, tensors), tensors)
+    tensors, lora = find_adapter(path, read_tensors(path, state), adapter, adapter_alpha)
+    layout = with_class_row(_find_layout(path, tensors, prefix), tensors)
+    for problem in (
+        quantised(tensors, (layout.trunk, *layout.necks.values())),
+        channels_last(tensors, layout.keys("trunk.patch_embed.proj.weight")),
+    ):
+        if problem:
+            raise CheckpointError(f"{path}: {problem}")
     chosen = _choose_necks(path, layout, necks)
     facts = infer_fields(layout, chosen, tensors)
     said_by = "--config"
@@ -109,14 +121,17 @@ def load_encoder(
     return encoder.requires_grad_(False).eval()
 
 
-def _find_layout(path: Path, tensors: dict[str, Tensor]) -> Layout:
+def _find_layout(path: Path, tensors: dict[str, Tensor], prefix: str | None) -> Layout:
     layouts = find_layouts(tensors)
     complete = [layout for layout in layouts if layout.necks]
+    if prefix is not None:
+        complete = chosen_by_prefix(path, complete, prefix)
+    complete = without_copies(complete, tensors)
     if len(complete) == 1:
         return complete[0]
     if complete:
         found = " and ".join(f"{layout.trunk}* with {', '.join(layout.necks.values())}*" for layout in complete)
-        raise CheckpointError(f"{path}: holds more than one encoder ({found}); save the wanted one alone")
+        raise CheckpointError(f"{path}: holds more than one encoder ({found}); choose by --prefix")
     if layouts:
         what = f"a trunk ({layouts[0].trunk}*) but no SAM 3 neck beside it"
     else:
