@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
+from export import interrupt
+
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "neck-export":  # not where a program imports it
+    interrupt.take_over()  # before the imports that take time
+
 import contextlib
 import json
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
 import typer
@@ -454,7 +459,6 @@ def parse_tolerances(given: list[str] | None) -> dict[str, float]:
 @contextlib.contextmanager
 def stage() -> Iterator[Callable[[str], None]]:
     """Runs a stage: shows its steps on a terminal, turns its errors into one or two lines and an exit code."""
-    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         with progress() as report:
             yield report
@@ -472,12 +476,6 @@ def stage() -> Iterator[Callable[[str], None]]:
         if type(error).__module__.split(".")[0] not in {"neck", "export", "engines", "benchmarks"}:
             raise  # a bug of ours: its traceback is wanted
         _fail(str(error))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
@@ -522,7 +520,11 @@ def show_verdict(verdict: Verdict, err: bool = False) -> None:
 
 def main() -> None:
     """Entry point of `neck-export`."""
-    app()
+    interrupt.take_over()
+    try:
+        app()
+    finally:
+        interrupt.ignore()  # while Python ends
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +18,7 @@ from engines.source import plan_source
 from export.deploy import DeployEncoder
 from export.fidelity import Comparison, compare_output, tolerance_for
 from export.inspect import read_graph
-from export.manifest import check_files, data_path, manifest_path, read_manifest
+from export.manifest import check_files, data_path, manifest_path, read_manifest, staging
 from export.precision import lower
 from export.provenance import manifest_encoder
 from export.rewrite import Rewrites
@@ -94,9 +93,9 @@ def bisect(
         check_files(where, manifest)
     if manifest["precision"] == "fp32":
         raise BisectError(f"{path}: is FP32; only an fp16 or bf16 file has roundings to search")
-    with tempfile.TemporaryDirectory(prefix=".bisect.", dir=path.parent) as folder:
+    with staging(path.with_name(f"{path.name}.bisect")) as folder:
         encoder = manifest_encoder(where, manifest, checkpoint)
-        search = Search(manifest, encoder, images, overrides or {}, Path(folder), report, run or run_simulated)
+        search = Search(manifest, encoder, images, overrides or {}, folder, report, run or run_simulated)
         return search.find(path, checkpoint)
 
 

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from engines.graph import BuildError
 from engines.listing import FIRST_LINE
+from export import interrupt
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, its steps done and its steps in all; from the builder's thread."""
@@ -127,22 +128,22 @@ def temporary(target: Path) -> Iterator[tuple[IO[bytes], Path]]:
         with contextlib.suppress(OSError), stale.open("rb") as left:
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
             stale.unlink()
-    path, file = _locked_file(target)
-    with file:
+    path = target.with_name(f".{target.name}.{secrets.token_hex(4)}{BUILDING}")
+    with interrupt.removing(path):
         try:
-            yield file, path
+            with _locked_file(path) as file:
+                yield file, path
         finally:
             path.unlink(missing_ok=True)
 
 
-def _locked_file(target: Path) -> tuple[Path, IO[bytes]]:
-    """A new file beside the target, locked; made again if another build took it for stale before it was locked."""
+def _locked_file(path: Path) -> IO[bytes]:
+    """A new file, locked; made again if another build took it for stale before it was locked."""
     while True:
-        path = target.with_name(f".{target.name}.{secrets.token_hex(4)}{BUILDING}")
         file = path.open("xb")
         fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
-            return path, file
+            return file
         file.close()
 
 

@@ -133,10 +133,8 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         manifest = write_manifest(manifest_path(staged), "onnx", values, sorted(folder.iterdir()))
         kept = {file.name for file in folder.iterdir()}
         with locked(options.output.parent):
-            publish(folder, options.output)
-            for file in target_files(options.output):
-                if file.name not in kept:
-                    file.unlink(missing_ok=True)  # of an export with other --positions
+            # what is not kept: of an export with other --positions
+            publish(folder, options.output, [file for file in target_files(options.output) if file.name not in kept])
     return ExportResult(options.output, manifest, verdict)
 
 

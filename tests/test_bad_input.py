@@ -7,7 +7,6 @@ import pickle
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -21,7 +20,6 @@ import torch
 from exporting import (
     DATA,
     PREFIX,
-    ROOT,
     Ran,
     checkpoint_of,
     config_of,
@@ -468,53 +466,3 @@ def test_onnx_runtime_is_interrupted_at_once() -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int, str, str]]:
-    """For each signal an export that it stopped midway: folder, exit code, output. All at once: each takes seconds."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in SIGNALS}
-    running = {}
-    for name, folder in folders.items():
-        (folder / "x.onnx").write_text("old")
-        command = [sys.executable, "-W", "error", "neck_export.py", "onnx", "--checkpoint", str(GOOD)]
-        command += ["--config", str(CONFIG), "--output", str(folder / "x.onnx")]
-        running[name] = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 120
-        waiting = dict(running)
-        while waiting and time.monotonic() < deadline:
-            for name in list(waiting):
-                if any(folders[name].glob(".x.onnx.staging-*")):
-                    waiting.pop(name).send_signal(getattr(signal, name))
-            time.sleep(0.02)
-        ends = {name: process.communicate(timeout=60) for name, process in running.items()}
-    finally:
-        for process in running.values():
-            process.kill()
-    return {name: (folders[name], running[name].returncode, *ends[name]) for name in SIGNALS}
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_stopped_midway(stopped: dict[str, tuple[Path, int, str, str]], name: str) -> None:
-    folder, code, out, err = stopped[name]
-    assert code == SIGNALS[name], err
-    assert out == ""
-    assert err == ("error: interrupted\n" if name == "SIGINT" else "")
-    assert listing(folder) == {"x.onnx": b"old"}
-
-
-def test_killed_midway(stopped: dict[str, tuple[Path, int, str, str]]) -> None:
-    """Nothing can clean up then; the old file is whole, and the next run cleans up and works."""
-    folder, code, _, _ = stopped["SIGKILL"]
-    assert code == SIGNALS["SIGKILL"]
-    assert (folder / "x.onnx").read_text() == "old"
-    assert len(list(folder.iterdir())) == 2
-    ran = run_export(folder, "--output", folder / "x.onnx")
-    assert ran.code == 0, ran
-    assert sorted(listing(folder)) == ["x.json", "x.onnx", "x.onnx.data"]
