@@ -186,7 +186,7 @@ def _ort(act: Callable[[], None]) -> None:
 
 
 def _builder(act: Callable[[], None]) -> None:
-    from engines.stream import Watch
+    from engines.builder.plan_stream import Watch
 
     take = Watch.take
 
@@ -215,9 +215,9 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     forks = Forks(work, results)
     if bare:
-        from export import interrupt
+        import export.contract.interrupt
 
-        interrupt.take_over = lambda: None
+        export.contract.interrupt.take_over_signals = lambda: None
         forks.waiting = [moment for moment in MOMENTS if moment.argument == "typer"]
     sys.addaudithook(forks.hook)
     onnx = work / "x.onnx"

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import pytest
 from synthetic import synthetic_result
 
-from benchmarks.html import html_page
-from benchmarks.records import merge_results
-from benchmarks.report import write_report
+from benchmarks.report.html import html_page
+from benchmarks.report.report_files import write_report
+from benchmarks.results.result_files import merge_results
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

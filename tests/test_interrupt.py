@@ -16,8 +16,8 @@ import pytest
 from exporting import ROOT, checkpoint_of, config_of, listing, neck_export_cli, trace_quickly
 from interrupting import MOMENTS, Moment
 
-from export import interrupt
-from export.manifest import check_files, read_manifest
+from export.contract.interrupt import take_over_signals
+from export.contract.manifest import check_files, read_manifest
 
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
 LINES = {"SIGINT": "error: interrupted\n", "SIGTERM": "", "SIGKILL": ""}
@@ -91,6 +91,7 @@ def test_killed_midway(
 
 SCRIPT = """
     import os, signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the background of a script has it ignored
     def hook(event, arguments):
         if event == "import" and arguments[0] == "typer":
             os.kill(os.getpid(), signal.SIGINT)
@@ -114,27 +115,38 @@ def test_a_signal_that_the_caller_ignores_stays_ignored() -> None:
     """As under nohup, or in the background of a script."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        interrupt.take_over()
+        take_over_signals()
         assert all(signal.getsignal(number) is signal.SIG_IGN for number in before)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+TAKEN = """import os, signal
+from export.contract.interrupt import ignore_signals, take_over_signals
+signal.signal(signal.SIGINT, signal.default_int_handler)
+take_over_signals()
+"""
+DONE = "ignore_signals()\n"
+SENT = "os.kill(os.getpid(), signal.SIGINT)\n"
+
+
 def test_after_the_work_a_signal_changes_nothing() -> None:
-    """Python's own end takes a tenth of a second after torch; the files are there, so the exit status is 0."""
-    script = "import os, signal\nfrom export import interrupt\ninterrupt.take_over()\ninterrupt.ignore()\n"
-    script += "os.kill(os.getpid(), signal.SIGINT)\n"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=HANGS_S, check=False)
+    """Python's own end takes a tenth of a second; the files are there, so the exit status is 0."""
+    done = subprocess.run(
+        [sys.executable, "-c", TAKEN + DONE + SENT],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=HANGS_S,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_on_a_terminal_the_cursor_comes_back() -> None:
     """A progress display hides it."""
-    script = "import os, signal\nfrom export import interrupt\ninterrupt.take_over()\n"
-    script += "os.kill(os.getpid(), signal.SIGINT)\n"
     ours, theirs = os.openpty()
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stderr=theirs, timeout=HANGS_S, check=False)
+    done = subprocess.run([sys.executable, "-c", TAKEN + SENT], cwd=ROOT, stderr=theirs, timeout=HANGS_S, check=False)
     assert done.returncode == 130
     assert os.read(ours, 1000) == b"\r\n\x1b[?25herror: interrupted\r\n"
     os.close(ours)

@@ -1,0 +1,185 @@
+"""The JSON beside every file: what it holds, where it came from, what was verified (no torch)."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from export.contract.interrupt import removed_on_signal, signals_held
+
+FORMAT = 1
+"""Version of the manifest; readers refuse a newer one."""
+
+
+class ManifestError(ValueError):
+    """A manifest that is missing, damaged, or does not describe the files beside it."""
+
+
+def manifest_path(path: Path) -> Path:
+    """Where the manifest of a file lies: X.onnx -> X.json, X.plan -> X.plan.json."""
+    return path.with_suffix(".json") if path.suffix == ".onnx" else path.with_name(path.name + ".json")
+
+
+def data_path(path: Path) -> Path:
+    """Where the external weights of an ONNX file lie."""
+    return path.with_name(path.name + ".data")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, read once in pieces of 4 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file: name, bytes, SHA-256."""
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def write_manifest(path: Path, kind: str, values: dict[str, Any], files: list[Path]) -> dict[str, Any]:
+    """Writes a manifest that speaks of `files`, which lie beside it, and returns its content."""
+    content = {
+        "format": FORMAT,
+        "kind": kind,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **values,
+        "files": [file_entry(file) for file in files],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return content
+
+
+def replace_manifest(path: Path, content: dict[str, Any]) -> None:
+    """Puts new content in the place of a manifest, in one step."""
+    with staging(path) as folder:
+        staged = folder / path.name
+        staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        publish(folder, path)
+
+
+def read_manifest(path: Path, kind: str) -> dict[str, Any]:
+    """Reads a manifest.
+
+    Raises:
+        ManifestError: missing, not JSON, of another kind, or newer than this program.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ManifestError(f"{path}: the manifest is missing; it is written beside the file by neck-export") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ManifestError(f"{path}: the manifest cannot be read ({error}); write the file again") from None
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        raise ManifestError(f"{path}: is not the manifest of a {kind} file; write the file again")
+    if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
+        raise ManifestError(f"{path}: manifest format {content.get('format')}, this program reads {FORMAT}; upgrade it")
+    files = content.get("files")
+    wanted = {"name": str, "bytes": int, "sha256": str}
+    named = isinstance(files, list) and all(
+        isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in wanted.items())
+        for entry in files
+    )
+    if not named:
+        raise ManifestError(f"{path}: lists no files with their bytes and SHA-256; write the file again")
+    return content
+
+
+def check_files(path: Path, manifest: dict[str, Any], hashes: bool = True) -> None:
+    """Checks that the files which a manifest speaks of are there and unchanged.
+
+    Args:
+        path: the manifest.
+        manifest: its content.
+        hashes: also compare SHA-256, which reads every byte; else the sizes alone.
+
+    Raises:
+        ManifestError: a file that is missing, changed, or named outside the manifest's folder.
+    """
+    for entry in manifest["files"]:
+        if Path(entry["name"]).name != entry["name"]:
+            raise ManifestError(f"{path}: names {entry['name']!r}, a path outside its folder; write the file again")
+        file = path.with_name(entry["name"])
+        if not file.is_file():
+            raise ManifestError(f"{file}: is missing; the manifest {path.name} says it belongs here")
+        if file.stat().st_size != entry["bytes"]:
+            raise ManifestError(
+                f"{file}: has {file.stat().st_size} bytes, its manifest says {entry['bytes']}; write it again"
+            )
+        if hashes and sha256(file) != entry["sha256"]:
+            raise ManifestError(f"{file}: was changed after its manifest {path.name} was written; write it again")
+
+
+@contextlib.contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A temporary folder on the target's file system, removed whatever happens; publish what is done from it.
+
+    What a killed run left there is removed first. A living run holds a lock on its folder, which ends with it.
+
+    Raises:
+        OSError: the target's folder cannot be made or written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}.staging-"
+    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
+        with contextlib.suppress(OSError), locked(left, wait=False):  # locked: another run is at work on the same file
+            shutil.rmtree(left, ignore_errors=True)
+    folder = target.with_name(f"{prefix}{secrets.token_hex(4)}")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(removed_on_signal(folder))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+        with contextlib.suppress(OSError):  # a file system without locks: then nothing is swept there either
+            stack.enter_context(locked(folder))
+        folder.mkdir(mode=0o700, exist_ok=True)  # swept by a run that began between the two lines above
+        yield folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Holds a folder's lock.
+
+    Raises:
+        OSError: another run holds it and `wait` is False, or the file system has no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def publish(staged: Path, target: Path, gone: Iterable[Path] = ()) -> None:
+    """Moves the files of a staging folder beside the target, the target itself last.
+
+    The old target goes first: after a crash there is the old file with all that belongs to it, or none. `gone` are
+    files of the old target that the new one lacks.
+    """
+    files = sorted(staged.iterdir(), key=lambda file: file.name == target.name)
+    for file in files:
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+    with signals_held():
+        target.unlink(missing_ok=True)
+        for file in files:
+            os.replace(file, target.with_name(file.name))
+        for file in gone:
+            file.unlink(missing_ok=True)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
