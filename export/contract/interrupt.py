@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
-from types import FrameType
+
+TYPE_CHECKING = False  # as type checkers know it: typing and pathlib would take most of the time that this file takes,
+if TYPE_CHECKING:  # during which Ctrl-C is Python's
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import FrameType
 
 _unfinished: list[Path] = []
 _held = 0

@@ -176,9 +176,8 @@ def run_model(model: ir.Model, folder: Path, image: np.ndarray) -> list[np.ndarr
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     with ThreadPoolExecutor(1) as thread:
-        outputs = thread.submit(session.run, None, {"image": image}, run)
         try:
-            return list(outputs.result())
+            return list(thread.submit(session.run, None, {"image": image}, run).result())
         except BaseException:
             run.terminate = True
             raise
