@@ -28,7 +28,7 @@ from export.proof.fidelity import Comparison, compare_output, tolerance_for
 from export.proof.rounding_simulation import is_low_precision, simulate
 from export.proof.verify import Report, reference_pixels, run_model
 from neck.necks import Sam3DualViTDetNeck
-from neck.pictures import normalise
+from neck.pictures import PictureFolder, normalise
 
 MOST_MODULES = 8
 """More FP32 modules than this are no island: BF16 is the answer then."""
@@ -62,7 +62,7 @@ class Finding:
 def bisect(
     path: Path,
     checkpoint: Path | None = None,
-    images: Path | None = None,
+    images: Path | PictureFolder | None = None,
     overrides: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     run: Runner | None = None,
@@ -122,7 +122,7 @@ class Search:
         self,
         manifest: dict[str, Any],
         encoder: Sam3DualViTDetNeck,
-        images: Path | None,
+        images: Path | PictureFolder | None,
         overrides: Mapping[str, float],
         folder: Path,
         report: Report,
@@ -132,7 +132,7 @@ class Search:
         self.report, self.run = report, run
         signature = Signature.from_dict(manifest["signature"])
         count = signature.batch.minimum if signature.batch.dynamic else signature.batch.optimum
-        pixels = reference_pixels(signature, images, count)
+        pixels = reference_pixels(signature, images, count, report)
         self.image = pixels if signature.input == "uint8" else normalise(pixels).numpy()
         self.outputs = [spec.name for spec in signature.outputs if "_feat_" in spec.name]
         report("trace")

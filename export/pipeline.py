@@ -44,6 +44,7 @@ from export.proof.fidelity import Verdict, check_overrides
 from export.proof.reference import check_reference
 from export.proof.verify import Report, check_memory, positions_path, require_runtime, verify_onnx
 from neck.necks import Sam3DualViTDetNeck
+from neck.pictures import PictureFolder
 
 __all__ = [
     "NUMPY_NAMES",
@@ -141,7 +142,7 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
 def verify_file(
     path: Path,
     checkpoint: Path | None = None,
-    images: Path | None = None,
+    images: Path | PictureFolder | None = None,
     tolerances: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     *,

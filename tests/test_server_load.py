@@ -26,7 +26,7 @@ from neck.checkpoint import load_encoder
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 
-LOAD_S = float(os.environ.get("NECK_LOAD_SECONDS", "15"))
+LOAD_S = float(os.environ.get("NECK_LOAD_SECONDS", "5"))
 """How long the server is kept under load."""
 
 CONTROL = {
