@@ -18,6 +18,7 @@ WANTS = (
     (r"Chromium", "a browser", "apt-get install chromium chromium-driver fonts-dejavu-core"),
     (r"[Tt]riton ?server|nvidia-pytriton", "a Triton server", "make .triton/ready"),
     (r"tmpfs|mount", "the right to mount a tmpfs", "run as root"),
+    (r"/proc\b", "Linux's /proc", "-"),
     (r"without a GPU|where no GPU is", "a machine without a GPU", "-"),
     (r"\bGPU\b|cuda", "an NVIDIA GPU", "run `pytest -m gpu` on a machine with its driver"),
     (r"TensorRT-RTX|tensorrt_rtx", "TensorRT-RTX", "pip install '.[rtx]'"),
