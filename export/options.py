@@ -18,7 +18,7 @@ from export.proof.verify import require_runtime
 from neck.checkpoint import load_encoder, random_encoder
 from neck.config import EncoderConfig, check_image_size
 from neck.necks import Sam3DualViTDetNeck
-from neck.pictures import find_pictures
+from neck.pictures import PictureFolder, find_pictures
 from neck.weights.adapters import adapter_files
 
 NUMPY_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -61,7 +61,7 @@ class ExportOptions:
     opset: int | None = None
     rewrites: Rewrites = dataclasses.field(default_factory=Rewrites)
     verify: bool = True
-    images: Path | None = None
+    images: Path | PictureFolder | None = None
     tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -87,7 +87,7 @@ def check_options(options: ExportOptions) -> None:
     if options.verify:
         require_runtime()
         if options.images is not None:
-            find_pictures(options.images)
+            find_pictures(PictureFolder.of(options.images).path)
 
 
 def load(options: ExportOptions, notes: list[str] | None = None) -> Sam3DualViTDetNeck:

@@ -44,6 +44,7 @@ from export.proof.fidelity import Verdict, check_overrides
 from export.proof.reference import check_reference
 from export.proof.verify import Report, check_memory, positions_path, require_runtime, verify_onnx
 from neck.necks import Sam3DualViTDetNeck
+from neck.pictures import PictureFolder
 
 __all__ = [
     "NUMPY_NAMES",
@@ -135,17 +136,15 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         manifest = write_manifest(manifest_path(staged), "onnx", values, sorted(folder.iterdir()))
         kept = {file.name for file in folder.iterdir()}
         with locked(options.output.parent):
-            publish(folder, options.output)
-            for file in target_files(options.output):
-                if file.name not in kept:
-                    file.unlink(missing_ok=True)  # of an export with other --positions
+            # what is not kept: of an export with other --positions
+            publish(folder, options.output, [file for file in target_files(options.output) if file.name not in kept])
     return ExportResult(options.output, manifest, verdict)
 
 
 def verify_file(
     path: Path,
     checkpoint: Path | None = None,
-    images: Path | None = None,
+    images: Path | PictureFolder | None = None,
     tolerances: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     *,

@@ -23,7 +23,7 @@ from export.proof.fidelity import Verdict, check_overrides, compare
 from export.proof.reference import check_reference, write_reference
 from export.proof.verify import Report, reference_outputs, reference_pixels
 from neck.necks import Sam3DualViTDetNeck
-from neck.pictures import normalise
+from neck.pictures import PictureFolder, normalise
 
 Runner = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 """Takes the image as the signature says and gives the outputs by name."""
@@ -44,15 +44,17 @@ class Reference:
         pixels: uint8 (B, H, W, 3).
         outputs: float32 by name.
         device: where it was computed.
+        notes: what is to be said of the pictures.
     """
 
     pixels: np.ndarray
     outputs: Mapping[str, np.ndarray]
     device: str
+    notes: tuple[str, ...] = ()
 
 
 def make_reference(
-    encoder: Sam3DualViTDetNeck, signature: Signature, count: int, images: Path | None = None
+    encoder: Sam3DualViTDetNeck, signature: Signature, count: int, images: Path | PictureFolder | None = None
 ) -> Reference:
     """Runs the plain module in FP32, without TF32, where its weights lie.
 
@@ -65,11 +67,12 @@ def make_reference(
     Raises:
         PictureError: pictures that cannot be read.
     """
-    pixels = reference_pixels(signature, images, count)
+    notes: list[str] = []
+    pixels = reference_pixels(signature, images, count, notes.append)
     encoder.set_imgsz(signature.image_size)
     with _exact_fp32():
         outputs = reference_outputs(encoder, pixels, signature.necks, signature.levels)
-    return Reference(pixels, outputs, next(encoder.parameters()).device.type)
+    return Reference(pixels, outputs, next(encoder.parameters()).device.type, tuple(notes))
 
 
 def verify_runner(
@@ -101,7 +104,7 @@ def verify_runner(
     if sorted(outputs) != sorted(names):
         raise VerifyError(f"{candidate} gives {', '.join(outputs) or 'no output'}; expected {', '.join(names)}")
     pictures = f"{len(pixels)} picture{'s' * (len(pixels) > 1)}"
-    method = f"PyTorch FP32 ({reference.device}) against {candidate}, {pictures}"
+    method = "; ".join([f"PyTorch FP32 ({reference.device}) against {candidate}, {pictures}", *reference.notes])
     return compare(reference.outputs, {name: outputs[name] for name in names}, precision, method, overrides)
 
 
@@ -112,7 +115,7 @@ def verify_plan(
     checkpoint: Path | None = None,
     adapter: Path | None = None,
     reference: Reference | None = None,
-    images: Path | None = None,
+    images: Path | PictureFolder | None = None,
     overrides: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     flavor: Flavor | None = None,
@@ -150,7 +153,7 @@ def verify_plan(
 def verify_plan_file(
     plan: Path,
     checkpoint: Path | None = None,
-    images: Path | None = None,
+    images: Path | PictureFolder | None = None,
     overrides: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     *,
