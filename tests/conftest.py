@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engines.builder.flavor import Flavor, choose_flavor, has_gpu
+from engines.builder.flavor import Flavor, choose_flavor
+from engines.builder.gpu import has_gpu
 from export.contract.signature import BatchRange, Signature, encoder_signature
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites

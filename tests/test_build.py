@@ -22,9 +22,11 @@ from conftest import Golden, Save, load_golden, traced
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
 
 from engines.builder import plan_stream as stream
-from engines.builder.build import BuildOptions, BuildResult, build_plan
-from engines.builder.flavor import FlavorError, choose_flavor, has_gpu
+from engines.builder.build import BuildResult, build_plan
+from engines.builder.flavor import FlavorError, choose_flavor
+from engines.builder.gpu import has_gpu
 from engines.builder.onnx_graph import BuildError, read_graph
+from engines.builder.options import BuildOptions
 from export.contract.signature import BatchRange, TensorSpec
 from export.lowering.attention import AttentionForm
 from export.lowering.precision import Precision, lower
@@ -294,7 +296,9 @@ def test_a_disk_that_refuses_leaves_the_old_plan(small: Path, monkeypatch: pytes
 CHILD = """
     import resource, sys, time
     from pathlib import Path
-    from engines.builder.build import BuildError, BuildOptions, build_plan
+    from engines.builder.build import build_plan
+    from engines.builder.onnx_graph import BuildError
+    from engines.builder.options import BuildOptions
     onnx, plan, step = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     def progress(phase, done, total):
         if phase == "Building engine" and done == 1:
