@@ -161,7 +161,7 @@ def test_onnx_prints_figures_and_files(tmp_path: Path) -> None:
 
     verified = neck_export_cli("verify", output)
     assert (verified.code, verified.err) == (0, "")
-    assert verified.out.splitlines() == ran.out.splitlines()[:10]
+    assert verified.out.splitlines() == ran.out.splitlines()[1:11]
 
 
 def test_exit_codes(tmp_path: Path) -> None:
