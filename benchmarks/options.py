@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.errors import BenchError
 from export.contract.signature import Positions
@@ -15,6 +16,16 @@ SIZES, BATCHES = (336, 672, 1008, 1344), (1, 2, 4, 8)
 """The sweeps."""
 
 
+SELECTION = ("state", "prefix", "adapter", "adapter_alpha")
+"""Which weights of a checkpoint, and what is merged into them: options of the same names of load_encoder."""
+
+
+def selection(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The SELECTION among JSON values, as load_encoder takes it."""
+    adapter = Path(asked["adapter"]) if asked["adapter"] else None
+    return {**{name: asked[name] for name in SELECTION}, "adapter": adapter}
+
+
 @dataclasses.dataclass(frozen=True)
 class BenchOptions:
     """What to measure; the command line's options, whose help says more.
@@ -22,7 +33,7 @@ class BenchOptions:
     Attributes:
         output: the folder; what a rerun goes on from lies in OUTPUT/work.
         quick: few backends, no sweeps, on a CPU at 24 patches a side (336 px): the whole encoder in under 3 minutes.
-        checkpoint, state, prefix, config, seed: the encoder.
+        checkpoint, state, prefix, adapter, adapter_alpha, config, seed: the encoder.
         image_size, batch, necks, levels, positions: its main point.
         images: a folder of pictures; without one the shipped picture.
         picture_range: of pictures deeper than 8 bits.
@@ -43,6 +54,8 @@ class BenchOptions:
     checkpoint: Path | None = None
     state: str | None = None
     prefix: str | None = None
+    adapter: Path | None = None
+    adapter_alpha: float | None = None
     config: EncoderConfig | None = None
     seed: int = 0
     image_size: int | tuple[int, int] | None = None

@@ -60,6 +60,8 @@ def bisect(
     overrides: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     run: Runner | None = None,
+    *,
+    adapter: Path | None = None,
 ) -> Finding:
     """Finds the first module of a low-precision ONNX file or plan that leaves tolerance, and what to keep in FP32.
 
@@ -67,7 +69,8 @@ def bisect(
 
     Args:
         path: the ONNX file or the plan, with its manifest.
-        checkpoint: its weights, where they are no longer where the manifest says.
+        checkpoint, adapter: its weights and what was merged into them, where they are no longer where the manifest
+            says.
         images: a folder of pictures; without one the shipped picture.
         overrides: relative L2 by output name or wildcard.
         report: told of every step.
@@ -88,9 +91,9 @@ def bisect(
     if manifest["precision"] == "fp32":
         raise BisectError(f"{path}: is FP32; only an fp16 or bf16 file has roundings to search")
     with staging(path.with_name(f"{path.name}.bisect")) as folder:
-        encoder = manifest_encoder(where, manifest, checkpoint)
+        encoder = manifest_encoder(where, manifest, checkpoint, adapter)
         search = Search(manifest, encoder, images, overrides or {}, folder, report, run or run_simulated)
-        return search.find(path, checkpoint)
+        return search.find(path, checkpoint, adapter)
 
 
 class Search:
@@ -118,7 +121,7 @@ class Search:
         report("reference: the same graph in FP32")
         self.reference = self._outputs("fp32", ())
 
-    def find(self, path: Path, checkpoint: Path | None) -> Finding:
+    def find(self, path: Path, checkpoint: Path | None, adapter: Path | None = None) -> Finding:
         """Searches; see bisect."""
         kept = tuple(self.manifest["keep_fp32"])
         figures = self.trial(kept)
@@ -137,7 +140,9 @@ class Search:
             added = (*added, module)
             trial = self.trial((*kept, *added))
         added = self._shrunk(kept, added)
-        return Finding(tuple(figures), first, (*kept, *added), self._command(path, checkpoint, (*kept, *added)))
+        return Finding(
+            tuple(figures), first, (*kept, *added), self._command(path, checkpoint, adapter, (*kept, *added))
+        )
 
     def trial(self, keep_fp32: Sequence[str]) -> list[Comparison]:
         """The figures of every block and output with some modules in FP32."""
@@ -207,7 +212,7 @@ class Search:
         neck, _, level = output.rsplit("_", 2)
         return f"{NECK_MODULES[neck]}.{level}"
 
-    def _command(self, path: Path, checkpoint: Path | None, keep_fp32: Sequence[str]) -> str:
+    def _command(self, path: Path, checkpoint: Path | None, adapter: Path | None, keep_fp32: Sequence[str]) -> str:
         """The command that exports the mended file."""
         manifest, signature = self.manifest, self.manifest["signature"]
         weights = manifest["weights"]
@@ -216,7 +221,7 @@ class Search:
             words += ["--checkpoint", "random", "--seed", str(weights["seed"])]
         else:
             words += ["--checkpoint", str(checkpoint or weights["path"])]
-            words += ["--adapter", weights["adapter"]["path"]] if "adapter" in weights else []
+            words += ["--adapter", str(adapter or weights["adapter"]["path"])] if "adapter" in weights else []
             words += ["--adapter-alpha", str(weights["adapter_alpha"])] if "adapter_alpha" in weights else []
             words += [word for key in ("state", "prefix") if weights.get(key) for word in (f"--{key}", weights[key])]
         words += [

@@ -84,6 +84,8 @@ def check_options(options: ExportOptions) -> None:
         if options.checkpoint is None:
             raise ExportError(f"{options.adapter}: random weights take no adapter; give its base by --checkpoint")
         adapter_files(options.adapter)
+    elif options.checkpoint is None and options.adapter_alpha is not None:
+        raise ExportError("random weights hold no adapter; leave --adapter-alpha out")
     if options.verify:
         require_runtime()
         if options.images is not None:

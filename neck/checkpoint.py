@@ -116,7 +116,7 @@ def load_encoder(
         changes, ignored = plan_changes(path, lora, layout, chosen, expected)
         notes += merge_notes(lora, changes, ignored)
     if layout.gaps:
-        notes.append(f"{path}: blocks {', '.join(map(str, layout.indices))} are taken as 0 to {config.depth - 1}")
+        notes.append(f"{path}: blocks {listing(map(str, layout.indices), 40)} are taken as 0 to {config.depth - 1}")
     encoder.load_state_dict(_convert(path, layout, tensors, list(wanted), changes, notes), assign=True)
     return encoder.requires_grad_(False).eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,10 @@ from exporting import checkpoint_of, config_of, listing, neck_export_cli, trace_
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.measure.prepare import make_weights
+from benchmarks.measure.torch_runner import make_module
+from benchmarks.measure.work_folder import Asked, digest
+from benchmarks.options import SELECTION
 from export.contract.manifest import file_entry
 from export.graph.trace import ExportError
 from export.origin import merged_adapter
@@ -366,12 +371,20 @@ def test_an_export_says_what_was_merged_and_verify_merges_it_again(
     change_config(moved, lora_alpha=7)
     ran = neck_export_cli("verify", output, "--adapter", moved)
     assert ran.code == 1 and "is not the adapter that was merged (x.json has its SHA-256)" in ran.err
+    output.with_suffix(".json").write_text(json.dumps({**manifest, "precision": "fp16"}))
+    for given, says in (((), "is not there; say where by --adapter"), (("--adapter", moved), "is not the adapter")):
+        ran = neck_export_cli("bisect", output, *given)
+        assert ran.code == 1 and says in ran.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("--checkpoint", "random", "--adapter", ADAPTERS / "plain"), "random weights take no adapter"),
+        (
+            ("--checkpoint", "random", "--adapter-alpha", "8"),
+            "random weights hold no adapter; leave --adapter-alpha out",
+        ),
         (("--checkpoint", CASE, "--adapter", ADAPTERS), "no PEFT adapter, it has no adapter_config.json"),
         (("--checkpoint", CASE, "--adapter", ADAPTERS / "dora"), "DoRA"),
         (("--checkpoint", CASE, "--adapter-alpha", "8"), "leave --adapter-alpha out"),
@@ -400,3 +413,24 @@ def test_a_file_without_adapters_takes_none_at_verify(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"x\.json names no adapter that was merged; leave --adapter out"):
         merged_adapter(tmp_path / "x.json", manifest, ADAPTERS / "plain")
     assert merged_adapter(tmp_path / "x.json", manifest) is None
+
+
+def test_a_benchmark_merges_the_adapter(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"checkpoint": str(CASE), "config": None, "seed": 0, "image_size": None, "batch": 1}
+    asked |= {"necks": "all", "levels": "all", "positions": "none", "folder": str(tmp_path), **dict.fromkeys(SELECTION)}
+    weights = {}
+    for adapter in (None, str(ADAPTERS / "rslora")):
+        made = make_weights({**asked, "adapter": adapter})
+        module = make_module({**made, "module": "plain", "precision": "fp32", "device": "cpu"})
+        weights[adapter] = module.state_dict()["trunk.blocks.0.mlp.fc2.weight"]
+        wanted = load_encoder(CASE, adapter=Path(adapter) if adapter else None).state_dict()
+        assert torch.equal(weights[adapter], wanted["trunk.blocks.0.mlp.fc2.weight"])
+    assert not torch.equal(*weights.values())  # the control
+
+
+def test_another_adapter_is_another_benchmark(adapter: Path) -> None:
+    asked = Asked(CASE, None, 0, "all", "all", "none", None, adapter=adapter)
+    before = digest(asked.identity())
+    assert digest(asked.identity()) == before != digest(dataclasses.replace(asked, adapter=None).identity())
+    change_config(adapter, lora_alpha=70)
+    assert digest(asked.identity()) != before

@@ -393,6 +393,7 @@ def test_module_of_another_kind(tmp_path: Path) -> None:
         ({}, "no tensors"),
         ({"epoch": 3}, "no tensors"),
         ([torch.zeros(2)], "holds a list"),
+        (torch.zeros(2), "holds a tensor"),
     ],
 )
 def test_checkpoint_of_another_model(state: object, says: str, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure.prepare import make_weights
 from benchmarks.measure.torch_runner import make_module
+from benchmarks.options import SELECTION
 from export.contract.manifest import ManifestError
 from export.graph.trace import ExportError
 from export.options import ExportOptions, check_options
@@ -168,6 +169,15 @@ def test_two_tensors_of_one_name(tmp_path: Path) -> None:
     message = error_of(save({**state, two: state[one] + 1}, tmp_path / "x.pt"))
     assert f"{one} and {two} are two tensors of one name" in message
     assert_is(load(save({**state, two: state[one]}, tmp_path / "same.pt")), state)  # the same tensor twice
+
+
+def test_names_are_one_line_in_a_message(tmp_path: Path) -> None:
+    """Line ends and a terminal's control letters, which a hostile file may put into a name."""
+    state = {**plain(), "trunk.blocks.0.a\nb\x1b[31m": torch.ones(1)}
+    for path in (save(state, tmp_path / "x.pt"), tmp_path / "x.safetensors"):
+        if not path.exists():
+            save_file({name: value.clone() for name, value in state.items()}, path)
+        assert error_of(path).endswith(r": trunk.blocks.0.a\nb\x1b[31m")
 
 
 def test_names_elsewhere_may_be_alike(tmp_path: Path) -> None:
@@ -490,8 +500,9 @@ def test_a_benchmark_maps_the_state_that_was_asked_for(tmp_path: Path) -> None:
     path = save({"model": plain(), "ema": ema}, tmp_path / "x.pt")
     asked = {"checkpoint": str(path), "config": CONFIG.to_dict(), "seed": 0, "image_size": None, "batch": 1}
     asked |= {"necks": "all", "levels": "all", "positions": "none", "folder": str(tmp_path)}
+    plainly = dict.fromkeys(SELECTION)
     for chosen, factor in (({"state": "ema", "prefix": "a."}, 2.0), ({"state": None, "prefix": None}, 1.0)):
-        made = make_weights({**asked, **chosen})
+        made = make_weights({**asked, **plainly, **chosen})
         module = make_module({**made, "module": "plain", "precision": "fp32", "device": "cpu"})
         assert torch.equal(module.trunk.pos_embed, plain(factor)["trunk.pos_embed"])  # type: ignore[arg-type]
 

@@ -205,7 +205,7 @@ def _pair(where: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[T
 def _read_scaling(file: Path) -> Scaling:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not a readable JSON file ({error}); save the adapter again") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
