@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.builder.onnx_source import plan_source
+from engines.builder.plan_kind import is_plan
 from engines.trials import TRIAL, Runner, run_on_gpu, run_simulated
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest, staging
 from export.contract.signature import NECK_MODULES, Signature
@@ -81,7 +82,7 @@ def bisect(
         ManifestError, CheckpointError, ExportError: the file or its weights cannot be read.
     """
     where = manifest_path(path)
-    if path.suffix == ".plan":
+    if is_plan(path):
         manifest = plan_source(where)
         run = run or functools.partial(run_on_gpu, plan=read_manifest(where, "plan"))
     else:

@@ -199,6 +199,7 @@ def _convert(
     for name in names:
         keys = layout.keys(name)
         parts = [tensors.pop(key).to(torch.float32) for key in keys]
+        parts = [merge(part, changes[key]) if key in changes else part for key, part in zip(keys, parts, strict=True)]
         for key, part in zip(keys, parts, strict=True):
             # min and max carry NaN and infinity, at the speed of memory; isfinite takes 28 times as long (torch 2.13)
             low, high = (float(bound) for bound in torch.aminmax(part))
@@ -206,7 +207,6 @@ def _convert(
                 bad.append(key)
             elif low == high and part.dim() > 1:
                 constant.append(key)
-        parts = [merge(part, changes[key]) if key in changes else part for key, part in zip(keys, parts, strict=True)]
         if name == "trunk.pos_embed" and not layout.class_row:
             parts = [torch.cat((torch.zeros_like(parts[0][:, :1]), parts[0]), dim=1)]  # the class-token row
         converted[name] = torch.cat(parts) if len(parts) > 1 else parts[0]

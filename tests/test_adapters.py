@@ -189,6 +189,40 @@ def test_alpha_and_adapters_that_have_no_place(tmp_path: Path) -> None:
         load_encoder(ADAPTERS / "plain")
 
 
+@pytest.mark.parametrize("alpha", [0.0, -4.0, float("nan"), float("inf")])
+def test_an_alpha_that_is_none(alpha: float, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"--adapter-alpha is {alpha}, expected a number above 0"):
+        load_encoder(save_unmerged(tmp_path / "x", "rslora"), adapter_alpha=alpha)
+
+
+def test_alpha_where_a_config_tells_it(tmp_path: Path) -> None:
+    """It would drop the config's patterns and rsLoRA."""
+    folder = save_unmerged(tmp_path / "x", "rslora")
+    shutil.copy(ADAPTERS / "rslora" / "adapter_config.json", folder)
+    with pytest.raises(
+        CheckpointError, match=r"adapter_config\.json: tells its adapter's alpha; leave --adapter-alpha"
+    ):
+        load_encoder(folder, adapter_alpha=4)
+
+
+def test_a_merge_that_overflows_is_refused(adapter: Path) -> None:
+    change_tensors(adapter, lambda state: {key: value * 1e30 for key, value in state.items()})
+    assert "NaN or infinity in 16 of the encoder's tensors" in refused(adapter)
+
+
+def test_a_base_whose_adapter_was_taken_out_is_said(tmp_path: Path) -> None:
+    folder, notes = save_unmerged(tmp_path / "x", "rslora"), list[str]()
+    state = load_file(folder / "model.safetensors")
+    save_file({key: value for key, value in state.items() if "lora_" not in key}, folder / "model.safetensors")
+    found = load_encoder(folder, notes=notes).state_dict()
+    assert_equal(dict(found), dict(load_encoder(CASE).state_dict()))
+    assert notes == [f"{folder}: the base of an adapter that is not in it (base_layer in its names); taken as it is"]
+    with pytest.raises(CheckpointError, match="leave --adapter-alpha out"):
+        load_encoder(folder, adapter_alpha=4)
+    found = load_encoder(folder, adapter=ADAPTERS / "rslora").state_dict()
+    assert_equal(dict(found), weights_of(merged_by_peft("rslora"), tmp_path / "merged"))
+
+
 def test_two_adapters_in_a_file_are_not_guessed_between(tmp_path: Path) -> None:
     folder = save_unmerged(tmp_path / "x", "rslora")
     state = load_file(folder / "model.safetensors")

@@ -178,6 +178,8 @@ def test_names_are_one_line_in_a_message(tmp_path: Path) -> None:
         if not path.exists():
             save_file({name: value.clone() for name, value in state.items()}, path)
         assert error_of(path).endswith(r": trunk.blocks.0.a\nb\x1b[31m")
+    message = error_of(save({"a\nb": plain(), "\x1b[31m": plain(2.0)}, tmp_path / "states.pt"))
+    assert "(a?b, ?[31m); choose by --state" in message
 
 
 def test_names_elsewhere_may_be_alike(tmp_path: Path) -> None:
@@ -458,6 +460,20 @@ def test_copies_that_differ_are_listed_and_the_prefix_chooses(tmp_path: Path) ->
     assert_is(load(path, prefix="model."), state)
     message = error_of(path, prefix="emma.")
     assert "no encoder under the prefix 'emma.'" in message and "'ema.', 'model.'" in message
+
+
+def test_a_tracker_neck_goes_with_the_trunk_of_its_own_model(tmp_path: Path) -> None:
+    """Two of transformers' trackers in one state: four pairs of names, two encoders."""
+    config, state = EncoderConfig.from_file(config_of("hf-tracker")), load_file(checkpoint_of("hf-tracker"))
+    other = {name: value * 2 for name, value in state.items()}
+    both = {f"{start}.{name}": value for start, part in (("b", state), ("a", other)) for name, value in part.items()}
+    path = save(both, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="more than one encoder") as caught:
+        load_encoder(path, config)
+    assert str(caught.value).count(" with ") == 2
+    for prefix, part in (("a", other), ("b", state)):
+        expected = load_encoder(save(part, tmp_path / f"{prefix}.pt"), config).state_dict()
+        assert_is(load_encoder(path, config, prefix=prefix), expected)
 
 
 def test_an_exact_prefix_comes_first(tmp_path: Path) -> None:

@@ -167,8 +167,9 @@ def _export(run: Run) -> dict[str, Any] | None:
     if not path.is_file():
         run.report("the exporter itself, against plain torch.onnx.export")
         command = [sys.executable, "-m", "benchmarks.export", "--runs", "1", "--json", str(path)]
-        # what it costs does not depend on the values, so where a state has to be chosen, random ones do
-        plain = run.options.checkpoint and run.options.state is None and run.options.prefix is None
+        # what it costs does not depend on the values, so where something has to be chosen, random ones do
+        chosen = (run.options.state, run.options.prefix, run.options.adapter_alpha)
+        plain = run.options.checkpoint and all(choice is None for choice in chosen)
         checkpoint = ["--checkpoint", str(run.options.checkpoint)] if plain else []
         done = subprocess.run([*command, *checkpoint], cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:

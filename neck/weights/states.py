@@ -125,7 +125,8 @@ def choose_state(path: Path, states: Mapping[str, Entries], asked: str | None) -
     chosen = _by_words([(place, place.split(".") if place else []) for place in fitting])
     if chosen is None:
         raise CheckpointError(
-            f"{path}: holds several states with an encoder ({', '.join(fitting[:MOST_LISTED])}); choose by --state NAME"
+            f"{path}: holds several states with an encoder ({', '.join(map(shown, fitting[:MOST_LISTED]))}); "
+            "choose by --state NAME"
         )
     return chosen
 
