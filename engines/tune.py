@@ -44,6 +44,7 @@ class Row:
         worst_relative_l2: of all outputs against PyTorch, None where it was not built.
         layers: the layer sheet's line.
         problem: why it is out, None where it passed.
+        residual: type of the blocks' sums; an `auto` that left tolerance in FP16 was built again in FP32.
     """
 
     attention: str
@@ -52,6 +53,7 @@ class Row:
     worst_relative_l2: float | None = None
     layers: str | None = None
     problem: str | None = None
+    residual: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +130,8 @@ def try_candidate(
         result = make(options, report)
         worst = worst_relative_l2(result.manifest["verification"])
         layers = result.sheet.summary() if result.sheet else None
-        row = dataclasses.replace(row, worst_relative_l2=worst, layers=layers)
+        residual = result.manifest.get("residual", "auto")
+        row = dataclasses.replace(row, worst_relative_l2=worst, layers=layers, residual=residual)
         return dataclasses.replace(row, latency_ms=measure(result.path))
     except RejectedError as error:
         worst = max(row.relative_l2 for row in error.verdict.comparisons)
@@ -172,6 +175,7 @@ def tuning_rows(rows: list[Row]) -> list[str]:
         latency = "" if row.latency_ms is None else f"{row.latency_ms:.3f}"
         worst = "" if row.worst_relative_l2 is None else f"{row.worst_relative_l2:.2e}"
         outcome = row.problem or row.layers or "passed"
+        outcome += ", residual sums in FP32" if row.residual == "fp32" else ""
         lines.append(f"{row.attention:10} {row.upsampling:10} {latency:>8} {worst:>9}  {outcome}")
     return lines
 

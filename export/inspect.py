@@ -10,7 +10,9 @@ from typing import Any
 import onnx_ir as ir
 
 from export.contract.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
+from export.contract.readers import ReaderError
 from export.graph.trace import ExportError
+from export.proof.who_reads import check_claims, graph_needs, read_by
 
 FORMS = {
     (True, True, True): "FP32",
@@ -74,11 +76,16 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
         "weight_bytes": dict(types.most_common()),
         "attention": dict(collections.Counter(attention_forms(graph))),
     }
+    needs = graph_needs(model)
+    found["read_by"], found["readers_problem"] = read_by(needs), None
     try:
         manifest = read_manifest(manifest_path(path), "onnx")
         check_files(manifest_path(path), manifest, hashes=False)
         keys = ("created", "versions", "precision", "weights", "verification")
         found["manifest"] = {key: manifest[key] for key in keys}
+        check_claims(manifest_path(path), manifest, needs)
+    except ReaderError as error:
+        found["readers_problem"] = str(error)
     except (ManifestError, KeyError) as error:
         found["manifest"] = None
         missing = f"{manifest_path(path)}: says nothing of {error}; write the file again"
@@ -129,6 +136,8 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
         f"  graph   {found['nodes']} nodes: {operators}",
         f"  weights {weights}",
         f"  attention {forms}",
+        f"  {found['read_by']}",
+        *(f"  WRONG: {line}" for line in (found["readers_problem"] or "").splitlines()),
     ]
     manifest = found["manifest"]
     if manifest is None:

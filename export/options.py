@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from export.contract.readers import Reader, find_readers
 from export.contract.signature import BatchRange, InputKind, Positions, Signature, encoder_signature
 from export.graph.rewrite import Rewrites
 from export.graph.trace import ExportError
 from export.lowering.attention import AttentionForm
-from export.lowering.precision import OPSETS, Precision
+from export.lowering.for_readers import Form, choose_form
+from export.lowering.precision import OPSETS, Precision, Residual, check_residual
 from export.lowering.upsampling import Upsampling
 from export.origin import encoder_config
 from export.output_files import check_targets, disk_errors
@@ -31,6 +33,8 @@ class ExportOptions:
         checkpoint: a checkpoint, or None for seeded random weights.
         config: the architecture where the checkpoint does not tell it.
         image_size: (height, width) in pixels, or None for the config's.
+        residual: type of the blocks' residual sums; `auto` is the precision's, and FP32 where verification fails.
+        readers: who shall read the file, names with commas; empty leaves the form to `attention` and `opset`.
         verify: whether to compare the file with PyTorch before it gets its name.
     """
 
@@ -50,6 +54,8 @@ class ExportOptions:
     keep_fp32: tuple[str, ...] = ()
     output_precision: Precision | None = None
     opset: int | None = None
+    residual: Residual = "auto"
+    readers: str = ""
     rewrites: Rewrites = dataclasses.field(default_factory=Rewrites)
     verify: bool = True
     images: Path | None = None
@@ -60,19 +66,35 @@ def check_options(options: ExportOptions) -> None:
     """Refuses what is known to fail before the weights are read.
 
     Raises:
-        ExportError, FidelityError, PictureError: what cannot be, and what can.
+        ExportError, ReaderError, FidelityError, PictureError: what cannot be, and what can.
     """
     config = options.config or EncoderConfig()
     if options.image_size is not None:
         check_image_size(options.image_size, config.patch_size)
     if options.opset is not None and options.opset not in OPSETS:
         raise ExportError(f"opset {options.opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
+    check_residual(options.precision, options.residual)
+    form_of(options)
     with disk_errors(options.output):
         check_targets(options.output, [options.checkpoint] if options.checkpoint else [])
     if options.verify:
         require_runtime()
         if options.images is not None:
             find_pictures(options.images)
+
+
+def form_of(options: ExportOptions) -> Form:
+    """The attention form and opset of an export: as asked, or what its readers share.
+
+    Raises:
+        ReaderError: a reader that is not known, or readers that share no form.
+    """
+    return choose_form(asked_readers(options), options.precision, options.attention, options.opset)
+
+
+def asked_readers(options: ExportOptions) -> tuple[Reader, ...]:
+    """The readers that an export was asked for."""
+    return find_readers(options.readers) if options.readers else ()
 
 
 def load(options: ExportOptions) -> Sam3DualViTDetNeck:

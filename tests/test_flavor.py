@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from engines.builder import flavor as flavor_module
-from engines.builder.build import TYPES, BuildOptions, timing_cache_path
+from engines.builder.build import BuildOptions, timing_cache_path
 from engines.builder.flavor import Flavor, FlavorError, Gpu, choose_flavor, find_gpu, has_gpu
+from engines.builder.parsed_network import TYPES
 
 ENGINES = Path(__file__).parent.parent / "engines"
 API = Path(__file__).parent / "data" / "tensorrt-api"

@@ -18,6 +18,14 @@ class BuildError(RuntimeError):
     """The plan could not be built; the message says which file, why, and what to do."""
 
 
+class RefusedError(BuildError):
+    """TensorRT does not take the graph: its `reason`, in a line, and whether another form of attention may help."""
+
+    def __init__(self, message: str, reason: str, by_form: bool = True) -> None:
+        super().__init__(message)
+        self.reason, self.by_form = reason, by_form
+
+
 @dataclasses.dataclass(frozen=True)
 class Graph:
     """An ONNX file without its weights.

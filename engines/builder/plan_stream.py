@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from engines.builder.onnx_graph import BuildError
+from engines.builder.onnx_graph import BuildError, RefusedError
 from engines.sheet.read_layers import FIRST_LINE
 
 Progress = Callable[[str, int, int], None]
@@ -113,7 +113,9 @@ def run_builder(trt: Any, builder: Any, network: Any, config: Any, file: IO[byte
         raise watch.failures[0]
     if not success or not file.tell():
         short = any(word in line for line in watch.errors for word in ("bad_alloc", "OutOfMemory"))
-        raise BuildError(OUT_OF_MEMORY if short else f"TensorRT built nothing: {watch.reason}")
+        if short:
+            raise BuildError(OUT_OF_MEMORY)
+        raise RefusedError(f"TensorRT built nothing: {watch.reason}", watch.reason)
 
 
 @contextlib.contextmanager
