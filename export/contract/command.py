@@ -55,6 +55,7 @@ def export_command(
         words += ["--checkpoint", "random", "--seed", str(weights["seed"])]
     else:
         words += ["--checkpoint", str(checkpoint or weights["path"])]
+        words += [word for key in ("state", "prefix") if weights.get(key) for word in (f"--{key}", weights[key])]
     for name, value in options.items():
         words += [f"--{name}", value]
     if not any(manifest["rewrites"].values()):
