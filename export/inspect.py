@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from export.contract.command import export_again
 from export.contract.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
 from export.contract.readers import ReaderError
 from export.graph.trace import ExportError
@@ -31,12 +32,13 @@ def read_graph(path: Path) -> ir.Model:
     """
     if not path.is_file():
         raise ExportError(f"{path}: no such file; export it by `neck-export onnx`")
+    again = f"export it again: {export_again(path)}"
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf and onnx-ir raise many kinds
-        raise ExportError(f"{path}: is not a whole ONNX file ({type(error).__name__}); export it again") from None
+        raise ExportError(f"{path}: is not a whole ONNX file ({type(error).__name__}); {again}") from None
     if not len(model.graph) or not model.graph.outputs:
-        raise ExportError(f"{path}: is not a whole ONNX file (no outputs in it); export it again")
+        raise ExportError(f"{path}: is not a whole ONNX file (no outputs in it); {again}")
     ends: dict[Path, int] = {}
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -45,7 +47,7 @@ def read_graph(path: Path) -> ir.Model:
             ends[file] = max(ends.get(file, 0), (tensor.offset or 0) + (tensor.length or 0))
     for file, end in ends.items():
         if not file.is_file():
-            raise ExportError(f"{path}: its weights {file} are missing; copy them beside it, or export it again")
+            raise ExportError(f"{path}: its weights {file} are missing; copy them beside it, or {again}")
         if file.stat().st_size < end:
             raise ExportError(f"{file}: is cut off at {file.stat().st_size:,} of {end:,} bytes; copy it again")
     return model

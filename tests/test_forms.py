@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,17 +13,22 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+import typer
 from exporting import golden_options, trace_quickly
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
 
 import engines.plan
+import neck_export
 from engines.builder import forms
+from engines.builder.build import BuildOptions
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.forms import ORDER, forms_to_try, held_form, relower_file
 from engines.builder.onnx_graph import BuildError, RefusedError
 from engines.plan import PlanOptions, make_plan
 from export.contract.manifest import manifest_path, read_manifest
+from export.contract.signature import BatchRange
+from export.graph.trace import ExportError
 from export.pipeline import export_onnx
 
 Exported = Callable[..., Path]
@@ -236,3 +242,25 @@ def test_the_manifest_tells_the_forms(exported: Exported) -> None:
     manifest = read_manifest(manifest_path(exported()), "onnx")
     assert (manifest["attention"], manifest["attention_form"], manifest["residual"]) == ("auto", "fp32acc", "fp16")
     assert json.dumps(manifest["readers"])
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "says"),
+    [
+        ({}, {"precision": "bf16"}, "--precision bf16 --attention auto"),
+        ({}, {"build": BuildOptions(batch=BatchRange(1, 4, 8))}, "--batch 1:4:8"),
+        ({}, {"residual": "fp32"}, "--residual fp32"),
+    ],
+)
+def test_messages_that_say_export_again_name_a_command_that_works(
+    exported: Exported, tmp_path: Path, options: dict[str, Any], change: dict[str, Any], says: str
+) -> None:
+    with pytest.raises((BuildError, ExportError)) as caught:
+        make_plan(options_of(exported(**options), tmp_path, **{"verify": False, **change}))
+    message = str(caught.value)
+    assert says in message and len(message.splitlines()) <= 2
+    if "neck-export onnx" in message:
+        words = shlex.split(message[message.index("neck-export onnx") :])[2:]
+        command = typer.main.get_command(neck_export.app).commands["onnx"]  # type: ignore[attr-defined]
+        parsed = command.make_context("onnx", words).params
+        assert parsed["output"] == exported(**options) and parsed["checkpoint"]

@@ -17,8 +17,8 @@ from export.graph.trace import ExportError
 from export.lowering.precision import Precision, Residual, lower
 from export.pipeline import RejectedError, export_onnx
 
-AMOUNT = 350.0
-"""Worst relative L2 of FP16 about 1.2e-2 and of FP32 sums about 8e-3; the tolerance is 1e-2."""
+AMOUNT = 800.0
+"""Worst relative L2 of FP16 sums 1.4e-2, of FP32 sums 8.7e-3 (rounding simulation); the tolerance is 1e-2."""
 
 
 def plant_in_residual(state: dict[str, torch.Tensor], amount: float = AMOUNT) -> None:

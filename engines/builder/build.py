@@ -152,7 +152,7 @@ def _check_attentions(onnx: Path, graph: Graph, options: BuildOptions) -> None:
     if graph.fp32_attentions:
         form = "auto" if options.precision == "fp32" else "scores32"
         raise BuildError(
-            f"{onnx}: {graph.fp32_attentions[0]} is an opset-23 Attention in FP32, which TensorRT does not build;\n"
+            f"{onnx}: {graph.fp32_attentions[0]} is an opset-23 Attention in FP32, which TensorRT does not build; "
             f"export it again: {export_again(onnx, attention=form, opset='auto')}"
         )
 
@@ -213,7 +213,9 @@ def _profile(onnx: Path, network: Any, options: BuildOptions) -> Any:  # noqa: A
     """The optimization profile of a dynamic batch, or None for a fixed one."""
     image = network.get_input(0)
     if network.num_inputs != 1:
-        raise BuildError(f"{onnx}: has {network.num_inputs} inputs, expected the image alone; export it again")
+        raise BuildError(
+            f"{onnx}: has {network.num_inputs} inputs, expected the image alone; export it by `neck-export onnx`"
+        )
     shape = tuple(image.shape)
     if -1 in shape[1:]:
         raise BuildError(f"{onnx}: input {image.name} is {shape}; only the batch may be dynamic, so fix the image size")
@@ -221,7 +223,7 @@ def _profile(onnx: Path, network: Any, options: BuildOptions) -> Any:  # noqa: A
         if options.batch is not None and str(options.batch) != str(shape[0]):
             raise BuildError(
                 f"{onnx}: its batch is {shape[0]}, asked was {options.batch}; "
-                f"export it again: {export_again(onnx, batch=str(options.batch))}"
+                f"export again with --batch {options.batch}: {export_again(onnx, batch=str(options.batch))}"
             )
         return None
     from polygraphy.backend.trt import Profile

@@ -111,9 +111,7 @@ def _check_readable(source: Source, container: str, carried: str) -> list[str]:
     try:
         needs = graph_needs(ir.load(source.path))
     except Exception as error:  # protobuf and onnx-ir raise many kinds
-        raise TritonError(
-            f"{source.path}: is not a whole ONNX file ({type(error).__name__}); export it again"
-        ) from None
+        raise TritonError(f"{source.path}: is not a whole ONNX file ({type(error).__name__}); copy it again") from None
     reader = line_of("onnxruntime-gpu", carried)
     reason = why_not(reader, needs) if reader else "what it reads is not known here"
     if reader and reason is None:
