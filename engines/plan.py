@@ -35,6 +35,7 @@ from export.origin import manifest_encoder, tool_version
 from export.pipeline import RejectedError
 from export.proof.fidelity import Verdict
 from export.proof.verify import Report, verify_onnx
+from neck.pictures import PictureFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class PlanOptions:
     residual: Residual = "auto"
     build: BuildOptions = dataclasses.field(default_factory=BuildOptions)
     verify: bool = True
-    images: Path | None = None
+    images: Path | PictureFolder | None = None
     tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 

@@ -46,6 +46,7 @@ from export.proof.reference import check_reference
 from export.proof.verify import Report, check_memory, positions_path, require_runtime, verify_onnx
 from export.proof.who_reads import check_claims, graph_needs, read_by, require
 from neck.necks import Sam3DualViTDetNeck
+from neck.pictures import PictureFolder
 
 __all__ = [
     "NUMPY_NAMES",
@@ -62,12 +63,11 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult:
-    """What came of an export: the file, its manifest, the verdict, None where none was asked, and what changed it."""
+    """What came of an export: the file, its manifest, and the verdict, None where none was asked."""
 
     path: Path
     manifest: dict[str, Any]
     verdict: Verdict | None
-    notes: tuple[str, ...] = ()
 
     @property
     def manifest_path(self) -> Path:
@@ -75,10 +75,10 @@ class ExportResult:
         return manifest_path(self.path)
 
     @property
-    def lines(self) -> list[str]:
-        """What changed the file, and who reads it."""
+    def read_by(self) -> str | None:
+        """Who reads the file, in one line."""
         readers = self.manifest.get("readers")
-        return [*self.notes, *([readers["says"]] if readers else [])]
+        return readers["says"] if readers else None
 
 
 class RejectedError(Exception):
@@ -102,34 +102,35 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
     """
     check_options(options)
     report("weights: " + (str(options.checkpoint) if options.checkpoint else f"random, seed {options.seed}"))
-    encoder = load(options)
+    notes: list[str] = []
+    encoder = load(options, notes)
     signature = sign(options, encoder)
     check_overrides(options.tolerances, [spec.name for spec in signature.outputs])
     if options.verify:
         check_memory(signature, encoder)
     with disk_errors(options.output), ThreadPoolExecutor(1) as background, staging(options.output) as folder:
         check_room(options.output, encoder, signature, options.precision)
-        origin = background.submit(weights_origin, options.checkpoint, options.seed, options.state, options.prefix)
+        asked = (options.checkpoint, options.seed, options.state, options.prefix)
+        origin = background.submit(weights_origin, *asked, options.adapter, options.adapter_alpha)
         staged = folder / options.output.name
         residual: Residual = options.residual
-        notes: tuple[str, ...] = ()
         model, verdict = _written(options, encoder, signature, staged, residual, report)
         if verdict and not verdict.passed and (options.residual, options.precision) == ("auto", "fp16"):
-            residual, notes = "fp32", (f"{', '.join(verdict.failed_names)} left tolerance: residual sums now in FP32",)
-            report(notes[0])
+            residual = "fp32"
+            notes.append(f"{', '.join(verdict.failed_names)} left tolerance: residual sums now in FP32")
+            report(notes[-1])
             model, verdict = _written(options, encoder, signature, staged, residual, report)
         if verdict and not verdict.passed:
             raise RejectedError(options.output, verdict)
         report("hashes and manifest")
-        values = export_facts(options, encoder, signature, model, residual, verdict) | {"weights": origin.result()}
+        values = export_facts(options, encoder, signature, model, residual, verdict)
+        values |= {"weights": origin.result(), "notes": notes}
         manifest = write_manifest(manifest_path(staged), "onnx", values, sorted(folder.iterdir()))
         kept = {file.name for file in folder.iterdir()}
         with locked(options.output.parent):
-            publish(folder, options.output)
-            for file in target_files(options.output):
-                if file.name not in kept:
-                    file.unlink(missing_ok=True)  # of an export with other --positions
-    return ExportResult(options.output, manifest, verdict, notes)
+            # what is not kept: of an export with other --positions
+            publish(folder, options.output, [file for file in target_files(options.output) if file.name not in kept])
+    return ExportResult(options.output, manifest, verdict)
 
 
 def _written(
@@ -175,10 +176,11 @@ def _written(
 def verify_file(
     path: Path,
     checkpoint: Path | None = None,
-    images: Path | None = None,
+    images: Path | PictureFolder | None = None,
     tolerances: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     *,
+    adapter: Path | None = None,
     save: Path | None = None,
     readers: str = "",
 ) -> Verdict:
@@ -187,7 +189,8 @@ def verify_file(
     Args:
         path: the ONNX file.
         readers: who must be able to read the graph, names with commas.
-        checkpoint: its weights, where they are no longer where the manifest says.
+        checkpoint, adapter: its weights and the adapter that was merged, where they are no longer where the manifest
+            says.
         images, tolerances, report, save: as in verify_onnx.
 
     Raises:
@@ -217,7 +220,7 @@ def verify_file(
     check_claims(where, manifest, needs)
     require(asked, needs, str(path), f"it is {read_by(needs)}")
     report("weights")
-    encoder = manifest_encoder(where, manifest, checkpoint)
+    encoder = manifest_encoder(where, manifest, checkpoint, adapter)
     precision = manifest_precision(where, manifest)
     verdict = verify_onnx(
         path, signature, encoder, precision, images=images, overrides=tolerances, save=save, report=report

@@ -55,6 +55,8 @@ def export_command(
         words += ["--checkpoint", "random", "--seed", str(weights["seed"])]
     else:
         words += ["--checkpoint", str(checkpoint or weights["path"])]
+        words += ["--adapter", weights["adapter"]["path"]] if "adapter" in weights else []
+        words += ["--adapter-alpha", str(weights["adapter_alpha"])] if "adapter_alpha" in weights else []
         words += [word for key in ("state", "prefix") if weights.get(key) for word in (f"--{key}", weights[key])]
     for name, value in options.items():
         words += [f"--{name}", value]
