@@ -289,8 +289,8 @@ def test_the_inspector_and_the_log_agree(tmp_path: Path) -> None:
 
 
 INSPECTED = Path(__file__).parent / "data" / "inspector"
-"""What the engine inspector prints, in its shapes and our names, written by hand: NVIDIA/TensorRT #4020 (10.1) and #4397
-(10.10, there as a log); of 11 the listed API alone."""
+"""What the engine inspector prints, in its shapes and our names, by hand: NVIDIA/TensorRT #4020 (10.1) and #4397 (10.10,
+there as a log); of 11 the listed API alone."""
 
 
 def inspected(version: str) -> LayerSheet:
