@@ -20,9 +20,11 @@ from conftest import Golden, Save, load_golden, traced
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
 
 from engines.builder import plan_stream as stream
-from engines.builder.build import BuildOptions, BuildResult, build_plan
-from engines.builder.flavor import FlavorError, choose_flavor, has_gpu
+from engines.builder.build import BuildResult, build_plan
+from engines.builder.flavor import FlavorError, choose_flavor
+from engines.builder.gpu import has_gpu
 from engines.builder.onnx_graph import BuildError, read_graph
+from engines.builder.options import BuildOptions
 from export.contract.signature import BatchRange, TensorSpec
 from export.lowering.attention import AttentionForm
 from export.lowering.precision import Precision, lower
@@ -296,7 +298,9 @@ CHILD = """
     import os, resource, signal, sys, time
     from pathlib import Path
     import engines.builder.build
-    from engines.builder.build import BuildError, BuildOptions, build_plan
+    from engines.builder.build import build_plan
+    from engines.builder.onnx_graph import BuildError
+    from engines.builder.options import BuildOptions
     onnx, plan, step = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     watches, made = [], engines.builder.build.Watch
     def watched():

@@ -21,10 +21,10 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip i
 import engines.plan
 import neck_export
 from engines.builder import forms
-from engines.builder.build import BuildOptions
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.forms import ORDER, forms_to_try, held_form, relower_file
 from engines.builder.onnx_graph import BuildError, RefusedError
+from engines.builder.options import BuildOptions
 from engines.plan import PlanOptions, make_plan
 from export.contract.manifest import manifest_path, read_manifest
 from export.contract.signature import BatchRange

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 from conftest import load_golden, traced
 
-from engines.builder.flavor import has_gpu
+from engines.builder.gpu import has_gpu
 from engines.sheet.layer_sheet import GPUS, Kernel, LayerSheet, Tensor
 from engines.sheet.read_layers import LayerSheetError, read_accumulations, sheet_from_inspector, sheet_from_log
 from export.graph.rewrite import Rewrites
@@ -24,7 +24,8 @@ from export.lowering.precision import Precision, lower
 def sheet_of(precision: Precision, form: AttentionForm, rewrites: Rewrites | None = None) -> LayerSheet:
     """The sheet of a golden encoder of four blocks."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from engines.builder.build import BuildOptions, build_plan
+    from engines.builder.build import build_plan
+    from engines.builder.options import BuildOptions
 
     golden = load_golden("meta-dual")
     model = traced(golden.encoder, golden.config, rewrites, necks="sam3", positions="none").model
@@ -269,8 +270,9 @@ def test_waiting_is_no_kernel() -> None:
 @pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU or driver here: the engine inspector needs a loaded engine")
 def test_the_inspector_and_the_log_agree(tmp_path: Path) -> None:
     """On a GPU: an engine's JSON gives the attentions that its build counted."""
-    from engines.builder.build import BuildOptions, build_plan
+    from engines.builder.build import build_plan
     from engines.builder.flavor import choose_flavor
+    from engines.builder.options import BuildOptions
 
     golden = load_golden("meta-dual")
     model = traced(golden.encoder, golden.config, necks="sam3", positions="none").model
@@ -289,7 +291,7 @@ def test_the_inspector_and_the_log_agree(tmp_path: Path) -> None:
 
 
 INSPECTED = Path(__file__).parent / "data" / "inspector"
-"""What the engine inspector prints, in its shapes and our names, by hand: NVIDIA/TensorRT #4020 (10.1) and #4397 (10.10,
+"""What the engine inspector prints, in its shapes and our names, by hand: NVIDIA/TensorRT #4020 (10.1), #4397 (10.10,
 there as a log); of 11 the listed API alone."""
 
 

@@ -133,7 +133,8 @@ def test_the_files_compute_what_pytorch_computes(
 @pytest.mark.parametrize(("precision", "reader"), FORMS)
 def test_where_rtx_takes_them_the_real_builder_builds(save: Save, precision: Precision, reader: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
-    from engines.builder.build import BuildOptions, build_plan
+    from engines.builder.build import build_plan
+    from engines.builder.options import BuildOptions
 
     model = written_for(reader, precision, tiny("uint8", "graph"))
     assert why_not(find_readers("tensorrt-rtx")[0], graph_needs(model)) is None

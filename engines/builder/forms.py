@@ -13,10 +13,11 @@ from typing import Any, cast
 
 import onnx_ir as ir
 
-from engines.builder.build import BuildOptions, BuildResult, build_plan
+from engines.builder.build import BuildResult, build_plan
 from engines.builder.flavor import Flavor
 from engines.builder.onnx_graph import BuildError, RefusedError
 from engines.builder.onnx_source import lower_file
+from engines.builder.options import BuildOptions
 from engines.builder.plan_stream import Progress
 from export.contract.command import export_again
 from export.graph.cleanup import MODULE

@@ -55,7 +55,7 @@ def sheet_from_log(
     for fields in filter(None, map(_fields, log.splitlines())):
         if fields["LayerType"] in NO_KERNELS:
             continue
-        tensors = {
+        tensors: dict[str, Any] = {
             key.lower(): tuple(
                 Tensor(name, _dims(dims), _first_type(words))
                 for name, dims, words in TENSOR.findall(fields.get(key, ""))
@@ -63,8 +63,8 @@ def sheet_from_log(
             for key in ("Inputs", "Constants", "Outputs")
         }
         onnx, tactic = _onnx_layers(fields["Metadata"]), fields.get("TacticName", "").partition(", ")[0]
-        about = {"onnx": onnx, "accumulation": accumulations.get(tactic)}
-        kernels.append(Kernel(fields["Name"], fields["LayerType"], tactic, **tensors, **about))
+        tensors |= {"onnx": onnx, "accumulation": accumulations.get(tactic)}
+        kernels.append(Kernel(fields["Name"], fields["LayerType"], tactic, **tensors))
     return _sheet("builder log", kernels, attentions, operations)
 
 
@@ -145,22 +145,24 @@ def _fields(line: str) -> dict[str, str] | None:
 
 def _inspected(layer: Mapping[str, Any], accumulations: Mapping[str, tuple[str, str]]) -> Kernel:
     """A kernel of the inspector's JSON; what has another form than expected counts as not told."""
-    tensors = {key.lower(): tuple(map(_tensor, _list(layer.get(key)))) for key in ("Inputs", "Constants", "Outputs")}
+    tensors: dict[str, Any] = {
+        key.lower(): tuple(map(_tensor, _list(layer.get(key)))) for key in ("Inputs", "Constants", "Outputs")
+    }
     for key in ("Weights", "Bias"):
-        weight = layer.get(key)
-        count = weight.get("Count") if isinstance(weight, Mapping) else None
+        weight: dict[str, Any] = layer[key] if isinstance(layer.get(key), dict) else {}
+        count = weight.get("Count")
         if isinstance(count, int) and count:
             tensors["constants"] += (Tensor(key, (count,), _first_type(_text(weight.get("Type")))),)
     tactic, onnx = _text(layer.get("TacticName")), _onnx_layers(_text(layer.get("Metadata")))
-    about = {"onnx": onnx, "accumulation": accumulations.get(tactic)}
-    return Kernel(_text(layer.get("Name")), _text(layer.get("LayerType")), tactic, **tensors, **about)
+    tensors |= {"onnx": onnx, "accumulation": accumulations.get(tactic)}
+    return Kernel(_text(layer.get("Name")), _text(layer.get("LayerType")), tactic, **tensors)
 
 
 def _tensor(told: Any) -> Tensor:  # noqa: ANN401 - of JSON
     """A tensor of the inspector's JSON; its size is not told where its sides are no numbers."""
     values = told if isinstance(told, Mapping) else {}
-    sides = values.get("Dimensions")
-    known = isinstance(sides, list) and all(type(side) is int for side in sides)
+    sides = _list(values.get("Dimensions")) or [None]
+    known = all(type(side) is int for side in sides)
     words = _text(values.get("Datatype")) or _text(values.get("Format/Datatype"))
     return Tensor(_text(values.get("Name")), tuple(sides) if known else (-1,), _first_type(words))
 
