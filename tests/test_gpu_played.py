@@ -6,6 +6,7 @@ A played plan carries its ONNX file, and a run is its rounding simulation in ONN
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 from pathlib import Path
@@ -370,3 +371,22 @@ def test_doctor_names_what_runs_here() -> None:
         ran = neck_export_cli("doctor")
     assert "NVIDIA H100 80GB HBM3, compute capability 9.0" in ran.out
     assert "TensorRT-RTX does not run on compute capability 9.0: pip install 'neck-export[gpu]'" in ran.out
+
+
+def test_triton_needs_pythons_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's launchers are C that includes Python.h: without it every compiled row failed, and late."""
+    found = importlib.util.find_spec
+    for name in ("cc", "gcc"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found("json" if name == "triton" else name))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with play("11.4"):
+        from benchmarks.measure.environment import capabilities
+
+        assert capabilities()["compilers"]["cuda"] == "torch.compile needs Python.h: apt-get install python3-dev"
+        (tmp_path / "Python.h").touch()
+        assert capabilities()["compilers"]["cuda"] is None
+        assert capabilities()["plans"]["tensorrt"] is None

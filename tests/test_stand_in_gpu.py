@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +17,7 @@ from stand_in_gpu import builder, device, play, runtime
 from stand_in_gpu.state import Played
 from stand_in_gpu.tensorrt import API, LISTINGS, new_module, read_listing
 
+ROOT = Path(__file__).parent.parent
 ARGUMENTS: dict[str, list[list[str]]] = json.loads((API / "arguments.json").read_text(encoding="utf-8"))
 LISTED = [read_listing(version) for version in LISTINGS]
 CONSTRUCTED = {"Builder", "OnnxParser", "Runtime"}
@@ -109,6 +114,14 @@ def test_torchs_surface_is_torchs() -> None:
         real = getattr(torch.cuda, name)
         known = {*inspect.signature(real.__new__).parameters, *inspect.signature(real.__init__).parameters}
         assert set([*inspect.signature(made.__init__).parameters][1:]) <= known, name
+
+
+def test_a_process_that_a_test_starts_plays_too() -> None:
+    """By this hook `bench` is driven, whose backends have a process each."""
+    program = "import tensorrt, torch; print(tensorrt.__version__, torch.ones(2, device='cuda').device)"
+    variables = {**os.environ, **play.environment("10.16")}
+    ran = subprocess.run([sys.executable, "-c", program], env=variables, cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout.split() == ["10.16.1.11", "cuda:0"], ran.stderr
 
 
 def test_device_memory_is_told_from_the_hosts() -> None:

@@ -58,6 +58,13 @@ def new_state(version: str, device: Device | None) -> State:
     return State(numbers, "rtx" if version.startswith("rtx") else "tensorrt", device)
 
 
+def environment(version: str) -> dict[str, str]:
+    """Variables with which a Python process that a test starts, and every one that it starts, plays a version too."""
+    site, tests = Path(__file__).parent / "site", Path(__file__).parent.parent
+    paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths), "NECK_PLAYED": version, "NECK_PLAYED_TESTS": str(tests)}
+
+
 def put_smi(folder: Path, patch: pytest.MonkeyPatch) -> None:
     """Puts an nvidia-smi onto the path."""
     command = folder / "nvidia-smi"
