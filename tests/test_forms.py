@@ -25,6 +25,7 @@ from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.forms import ORDER, forms_to_try, held_form, relower_file
 from engines.builder.onnx_graph import BuildError, RefusedError
 from engines.builder.options import BuildOptions
+from engines.builder.parsed_network import keep_attentions_whole
 from engines.plan import PlanOptions, make_plan
 from export.contract.manifest import manifest_path, read_manifest
 from export.contract.signature import BatchRange
@@ -129,6 +130,24 @@ def test_the_default_is_built_as_it_is(exported: Exported, tmp_path: Path) -> No
     made = make_plan(options_of(exported(), tmp_path))
     assert made.notes == [] and made.manifest["attention_form"] == "fp32acc"
     assert made.sheet is not None and made.sheet.accumulation == ("fp32", "fp32")
+
+
+def test_parsed_attentions_may_not_be_taken_apart(exported: Exported) -> None:
+    """By the real parser: four attentions, each told so; a module without attention layers has none."""
+    trt = choose_flavor("rtx").trt
+    logger = choose_flavor("rtx").new_logger(lambda severity, line: None)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse_from_file(str(exported()))
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    entries = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
+    for entry in entries:
+        entry.__class__ = trt.IAttentionInputLayer
+        entry.attention.decomposable = True
+    assert keep_attentions_whole(trt, network) == len(entries) == 4
+    assert not any(entry.attention.decomposable for entry in entries)
+    assert keep_attentions_whole(SimpleNamespace(), network) == 0
 
 
 @pytest.mark.parametrize(("refused", "last"), [(1, "scores32"), (2, "unfused"), (3, None)])

@@ -22,13 +22,15 @@ def keep_attentions_whole(trt: Any, network: Any) -> int:  # noqa: ANN401
     Returns:
         How many there are; none where the API has no attention layers (TensorRT before 10.14).
     """
-    kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
-    layers = [network.get_layer(index) for index in range(network.num_layers)] if kind is not None else []
-    attentions = [layer for layer in layers if layer.type == kind]
-    for layer in attentions:
-        layer.__class__ = trt.IAttentionInputLayer  # the bindings give the base class
-        layer.attention.decomposable = False
-    return len(attentions)
+    if not hasattr(trt, "IAttentionInputLayer") or not hasattr(trt.LayerType, "ATTENTION_INPUT"):
+        return 0
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    entries = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
+    for entry in entries:
+        entry.__class__ = trt.IAttentionInputLayer  # the bindings give the base class
+        if hasattr(entry.attention, "decomposable"):
+            entry.attention.decomposable = False
+    return len(entries)
 
 
 def check_types(onnx: Path, trt: Any, network: Any, precision: str, keep_fp32: Sequence[str]) -> None:  # noqa: ANN401
