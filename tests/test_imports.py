@@ -152,6 +152,11 @@ def test_the_contract_does_not_load_torch(module: str) -> None:
     assert not loaded_by(f"import {module}") & HEAVY
 
 
+def test_the_benchmark_does_not_load_jsonschema() -> None:
+    """A bare GPU machine has none."""
+    assert "jsonschema" not in loaded_by("import benchmarks.bench, benchmarks.report.report_files")
+
+
 def test_the_public_names_of_neck_are_there() -> None:
     import neck
 
