@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import pickle
@@ -12,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from neck.checkpoint import CheckpointError, load_encoder, random_encoder, save_meta_checkpoint
+from neck.checkpoint import CheckpointError, even_noise, load_encoder, random_encoder, save_meta_checkpoint
 from neck.config import EncoderConfig
 from neck.necks import Sam3DualViTDetNeck, Sam3TriViTDetNeck, forward_necks
 
@@ -548,6 +550,22 @@ def test_weights_are_mapped_and_not_copied(kind: str, tmp_path: Path) -> None:
     # float16 becomes float32 once (negative control: there the growth is seen)
     assert 1.9 * size < grown < 2.3 * size if kind == "float16" else grown < 0.1 * size
     assert encoder.trunk.grid == (8, 8)
+
+
+def test_random_weights_are_the_same_bits_everywhere() -> None:
+    """Found on an x86-64 CPU with AVX2; torch's normal_ has other bits under ATEN_CPU_CAPABILITY=default (2.13)."""
+    digest = hashlib.sha256()
+    for name, tensor in random_encoder(tiny_config(), seed=3).state_dict().items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    assert digest.hexdigest() == "893725dc655c2ba7e7ac936137cdc536945c60a8cb65a10c27a3850bd3495e0f"
+
+
+def test_noise_is_bell_shaped() -> None:
+    noise = even_noise((0, 1), 100_000, mean=1.0, std=0.1).astype(np.float64)
+    assert noise.mean() == pytest.approx(1.0, abs=2e-3) and noise.std() == pytest.approx(0.1, rel=1e-2)
+    inside = [float((abs(noise - 1.0) < limit * 0.1).mean()) for limit in (1, 2, 3.5)]
+    assert inside == [pytest.approx(0.669, abs=5e-3), pytest.approx(0.958, abs=5e-3), 1.0]  # a normal's: 0.683, 0.954
+    assert abs(np.corrcoef(noise[1:], noise[:-1])[0, 1]) < 0.02
 
 
 def test_random_encoder_is_seeded() -> None:
