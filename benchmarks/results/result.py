@@ -45,10 +45,8 @@ def make_result(run: Run) -> dict[str, Any]:
     Raises:
         BenchError: nothing could be measured, or a plan or the exporter's benchmark that was asked for fails.
     """
-    rates = best_rates(run.samples.all("rates"))
-    roofline = {name: rates[name] for name in ("device", "flops_per_s", "copy_bytes_per_s")}
-    roofline = raise_rates(roofline, [run.main, *run.swept], run.available(), run.samples)
-    rows = _all_rows(run, roofline)
+    roofline = _roofline(run)
+    rows = all_rows(run)
     environment = run.environment if can_check() else {**run.environment, "form": UNCHECKED}
     machine = {"id": MACHINE, "name": machine_name(run.environment), "environment": environment}
     plain = encoder_parts(run.config, run.signature, run.options.batch, rewritten=False)
@@ -82,8 +80,19 @@ def _encoder(run: Run) -> dict[str, Any]:
     }
 
 
-def _all_rows(run: Run, roofline: dict[str, Any]) -> list[dict[str, Any]]:
-    """The main point's rows, then sweep by sweep; the main point is a point of each sweep that has its size."""
+def _roofline(run: Run) -> dict[str, Any]:
+    rates = best_rates(run.samples.all("rates"))
+    roofline = {name: rates[name] for name in ("device", "flops_per_s", "copy_bytes_per_s")}
+    return raise_rates(roofline, [run.main, *run.swept], run.available(), run.samples)
+
+
+def all_rows(run: Run) -> list[dict[str, Any]]:
+    """The main point's rows, then sweep by sweep; the main point is a point of each sweep that has its size.
+
+    Raises:
+        BenchError: nothing could be measured.
+    """
+    roofline = _roofline(run)
     rows = _rows(run, run.main, roofline, run.pace)
     if not any(row["status"] == "measured" for row in rows):
         reasons = "; ".join(f"{row['backend']}: {row['reason']}" for row in rows)
