@@ -41,6 +41,10 @@ def onnx(
     checkpoint: Annotated[
         str | None, typer.Option(help="sam3.pt, .safetensors, a folder of shards, or `random` [default: sam3.pt here]")
     ] = None,
+    state: Annotated[
+        str | None, typer.Option(help="Which state of a training file: ema [default: model's, or the only one]")
+    ] = None,
+    prefix: Annotated[str | None, typer.Option(help="Which encoder of a state that holds several: detector.")] = None,
     config: Annotated[Path | None, typer.Option(help="encoder.json, where the weights do not tell")] = None,
     image_size: Annotated[
         str | None, typer.Option(help="Pixels: 1008, or height x width: 1008x672 [default: the config's, 1008]")
@@ -75,6 +79,7 @@ def onnx(
     with stage() as report:
         from export.contract.signature import BatchRange
         from export.graph.rewrite import Rewrites
+        from export.origin import state_line
         from export.pipeline import ExportOptions, export_onnx
         from neck.config import EncoderConfig
 
@@ -82,6 +87,8 @@ def onnx(
         options = ExportOptions(
             output=output,
             checkpoint=source,
+            state=state,
+            prefix=prefix,
             config=EncoderConfig.from_file(config) if config else None,
             seed=seed,
             image_size=parse_size(image_size) if image_size else None,
@@ -102,6 +109,9 @@ def onnx(
             tolerances=parse_tolerances(tolerance),
         )
         result = export_onnx(options, report)
+        chosen = state_line(result.manifest["weights"])
+    if chosen:
+        typer.echo(chosen)
     if result.verdict:
         show_verdict(result.verdict)
     else:
@@ -287,6 +297,10 @@ def bench(
     files: Annotated[list[Path] | None, typer.Argument(help="With --merge: the report.json files")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small size, few rounds, no sweeps: minutes")] = False,
     checkpoint: Annotated[str | None, typer.Option(help="As of `onnx` [default: sam3.pt here]")] = None,
+    state: Annotated[
+        str | None, typer.Option(help="Which state of a training file: ema [default: model's, or the only one]")
+    ] = None,
+    prefix: Annotated[str | None, typer.Option(help="Which encoder of a state that holds several: detector.")] = None,
     config: Annotated[Path | None, typer.Option(help="encoder.json, where the weights do not tell")] = None,
     image_size: Annotated[str | None, typer.Option(help="Pixels: 1008, or height x width: 1008x672")] = None,
     batch: Annotated[int, typer.Option(help="Pictures in a run", min=1)] = 1,
@@ -325,6 +339,8 @@ def bench(
                 output=output,
                 quick=quick,
                 checkpoint=choose_checkpoint(checkpoint),
+                state=state,
+                prefix=prefix,
                 config=EncoderConfig.from_file(config) if config else None,
                 image_size=parse_size(image_size) if image_size else None,
                 batch=batch,

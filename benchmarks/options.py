@@ -21,7 +21,8 @@ class BenchOptions:
     Attributes:
         output: the folder; what a rerun goes on from lies in OUTPUT/work.
         quick: few backends, no sweeps, on a CPU at 24 patches a side (336 px): the whole encoder in under 3 minutes.
-        checkpoint, config, seed, image_size, batch, necks, levels, positions: the encoder and its main point.
+        checkpoint, state, prefix, config, seed: the encoder.
+        image_size, batch, necks, levels, positions: its main point.
         images: a folder of pictures; without one the shipped picture.
         device: where; `auto` is the GPU where there is one.
         backends: ids of those to measure; all, where none is named. The reference is always there.
@@ -39,6 +40,8 @@ class BenchOptions:
     output: Path
     quick: bool = False
     checkpoint: Path | None = None
+    state: str | None = None
+    prefix: str | None = None
     config: EncoderConfig | None = None
     seed: int = 0
     image_size: int | tuple[int, int] | None = None

@@ -239,6 +239,7 @@ class Search:
             words += ["--checkpoint", "random", "--seed", str(weights["seed"])]
         else:
             words += ["--checkpoint", str(checkpoint or weights["path"])]
+            words += [word for key in ("state", "prefix") if weights.get(key) for word in (f"--{key}", weights[key])]
         words += [
             "--image-size",
             "x".join(str(side) for side in signature["image_size"]),

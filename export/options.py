@@ -29,6 +29,7 @@ class ExportOptions:
 
     Attributes:
         checkpoint: a checkpoint, or None for seeded random weights.
+        state, prefix: which state of the checkpoint, and which encoder of the state, where it holds several.
         config: the architecture where the checkpoint does not tell it.
         image_size: (height, width) in pixels, or None for the config's.
         verify: whether to compare the file with PyTorch before it gets its name.
@@ -36,6 +37,8 @@ class ExportOptions:
 
     output: Path
     checkpoint: Path | None = None
+    state: str | None = None
+    prefix: str | None = None
     config: EncoderConfig | None = None
     seed: int = 0
     image_size: int | tuple[int, int] | None = None
@@ -67,6 +70,8 @@ def check_options(options: ExportOptions) -> None:
         check_image_size(options.image_size, config.patch_size)
     if options.opset is not None and options.opset not in OPSETS:
         raise ExportError(f"opset {options.opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
+    if options.checkpoint is None and (options.state is not None or options.prefix is not None):
+        raise ExportError("random weights have no --state or --prefix; leave them out, or name a --checkpoint")
     with disk_errors(options.output):
         check_targets(options.output, [options.checkpoint] if options.checkpoint else [])
     if options.verify:
@@ -87,7 +92,7 @@ def load(options: ExportOptions) -> Sam3DualViTDetNeck:
         except NotImplementedError as error:
             raise ExportError(f"random weights: {error}") from None
     else:
-        encoder = load_encoder(options.checkpoint, options.config)
+        encoder = load_encoder(options.checkpoint, options.config, state=options.state, prefix=options.prefix)
     if options.image_size is not None:
         encoder.set_imgsz(options.image_size)
     return encoder

@@ -18,19 +18,41 @@ from neck.checkpoint import load_encoder, random_encoder
 from neck.config import ConfigError, EncoderConfig
 from neck.necks import Sam3DualViTDetNeck
 from neck.trunk import ViTDetTrunk
-from neck.weightfile import find_file
+from neck.weightfile import find_file, name_state
 
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
 """Distributions whose versions the manifest keeps, those that are installed."""
 
 
-def weights_origin(checkpoint: Path | None, seed: int) -> dict[str, Any]:
-    """Where weights came from: a seed, or a file with its SHA-256 and, for an index, those of its shards."""
+def weights_origin(
+    checkpoint: Path | None, seed: int, state: str | None = None, prefix: str | None = None
+) -> dict[str, Any]:
+    """Where weights came from: a seed, or a file with its SHA-256 and, for an index, those of its shards.
+
+    Args:
+        state, prefix: what was asked for, as load_encoder takes them; the state that was read is told, and the others.
+    """
     if checkpoint is None:
         return {"random": True, "seed": seed}
     path = find_file(checkpoint)
     shards = [file_entry(path.with_name(name)) for name in shard_names(path)]
-    return {"random": False, "path": str(path.resolve()), **file_entry(path), **({"shards": shards} if shards else {})}
+    name, others = name_state(path, state)
+    told = {"shards": shards, "state": name, "other_states": list(others), "prefix": prefix}
+    return {
+        "random": False,
+        "path": str(path.resolve()),
+        **file_entry(path),
+        **{key: value for key, value in told.items() if value},
+    }
+
+
+def state_line(weights: Mapping[str, Any]) -> str | None:
+    """Which state of a file was read and which others it has; None where there was nothing to choose."""
+    others = weights.get("other_states")
+    if not others and not weights.get("state"):
+        return None
+    there = f"; other states with an encoder there: {', '.join(others)} (--state)" if others else ""
+    return f"weights: state {weights.get('state') or '(the file itself)'} of {weights['name']}{there}"
 
 
 def shard_names(path: Path) -> list[str]:
@@ -99,6 +121,14 @@ def manifest_precision(where: Path, manifest: Mapping[str, Any]) -> Precision:
     return precision
 
 
+def _chosen(where: Path, weights: Mapping[str, Any]) -> dict[str, str]:
+    """The state and prefix that were exported, as load_encoder takes them."""
+    chosen = {key: weights[key] for key in ("state", "prefix") if weights.get(key) is not None}
+    if not all(isinstance(value, str) for value in chosen.values()):
+        raise ManifestError(f"{where}: its weights' state or prefix is no text; write the file again")
+    return chosen
+
+
 def manifest_encoder(where: Path, manifest: Mapping[str, Any], checkpoint: Path | None = None) -> Sam3DualViTDetNeck:
     """The plain encoder that a file was exported from, set to its image size.
 
@@ -124,6 +154,6 @@ def manifest_encoder(where: Path, manifest: Mapping[str, Any], checkpoint: Path 
         raise ExportError(f"{source}: the weights that {where.name} names are not there; say where by --checkpoint")
     if not is_origin(weights, source):
         raise ExportError(f"{source}: is not the checkpoint that was exported ({where.name} has its SHA-256)")
-    encoder = load_encoder(source, config, necks=config.necks)
+    encoder = load_encoder(source, config, necks=config.necks, **_chosen(where, weights))
     encoder.set_imgsz(config.image_size)
     return encoder

@@ -100,7 +100,7 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         check_memory(signature, encoder)
     with disk_errors(options.output), ThreadPoolExecutor(1) as background, staging(options.output) as folder:
         check_room(options.output, encoder, signature, options.precision)
-        origin = background.submit(weights_origin, options.checkpoint, options.seed)
+        origin = background.submit(weights_origin, options.checkpoint, options.seed, options.state, options.prefix)
         staged = folder / options.output.name
         model = write_onnx(
             encoder,

@@ -19,6 +19,8 @@ from neck.config import LEVEL_SCALES, ConfigError, EncoderConfig
 from neck.keys import BUFFERS, Layout, count_indices, find_layouts
 from neck.necks import Sam3DualViTDetNeck, new_encoder
 from neck.weightfile import CheckpointError, read_tensors
+from neck.weights.copies import chosen_by_prefix, without_copies
+from neck.weights.foreign import channels_last, quantised
 
 __all__ = ["CheckpointError", "load_encoder", "random_encoder", "save_meta_checkpoint"]
 
@@ -32,7 +34,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def load_encoder(
-    path: Path, config: EncoderConfig | None = None, necks: Sequence[str] | None = None
+    path: Path,
+    config: EncoderConfig | None = None,
+    necks: Sequence[str] | None = None,
+    *,
+    state: str | None = None,
+    prefix: str | None = None,
 ) -> Sam3DualViTDetNeck:
     """Loads the image encoder from a checkpoint of Meta, Ultralytics or Hugging Face.
 
@@ -43,6 +50,8 @@ def load_encoder(
         config: the architecture; None infers it. Its necks are not used, its levels only where their number fits.
         necks: names of the necks to load; None means all. The encoder is the smallest that has them, so it always
             has `sam3`, and all three of SAM 3.1's where one of the others is named.
+        state: which state of a training file, as read_state takes it.
+        prefix: which encoder of a state that holds several: what stands before `trunk.` or `backbone.`.
 
     Returns:
         The encoder in float32, in eval mode, without gradients.
@@ -51,8 +60,14 @@ def load_encoder(
         CheckpointError: what is wrong with the file, the tensors or the config, and what to do.
     """
     path = Path(path)
-    tensors = read_tensors(path)
-    layout = _find_layout(path, tensors)
+    tensors = read_tensors(path, state)
+    layout = _find_layout(path, tensors, prefix)
+    for problem in (
+        quantised(tensors, (layout.trunk, *layout.necks.values())),
+        channels_last(tensors, layout.keys("trunk.patch_embed.proj.weight")),
+    ):
+        if problem:
+            raise CheckpointError(f"{path}: {problem}")
     arrangement = _choose_necks(path, layout, necks)
     facts = infer_fields(layout, arrangement, tensors)
     said_by = "--config"
@@ -77,14 +92,17 @@ def load_encoder(
     return encoder.requires_grad_(False).eval()
 
 
-def _find_layout(path: Path, tensors: dict[str, Tensor]) -> Layout:
+def _find_layout(path: Path, tensors: dict[str, Tensor], prefix: str | None) -> Layout:
     layouts = find_layouts(tensors)
     complete = [layout for layout in layouts if layout.necks]
+    if prefix is not None:
+        complete = chosen_by_prefix(path, complete, prefix)
+    complete = without_copies(complete, tensors)
     if len(complete) == 1:
         return complete[0]
     if complete:
         found = " and ".join(f"{layout.trunk}* with {', '.join(layout.necks.values())}*" for layout in complete)
-        raise CheckpointError(f"{path}: holds more than one encoder ({found}); save the wanted one alone")
+        raise CheckpointError(f"{path}: holds more than one encoder ({found}); choose by --prefix")
     if layouts:
         what = f"a trunk ({layouts[0].trunk}*) but no SAM 3 neck beside it"
     else:

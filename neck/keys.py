@@ -43,6 +43,9 @@ TRUNK_KEYS = {
 }
 TRACKER_NECK_KEY = re.compile(r"((?:.*\.)?tracker_neck\.fpn_layers\.)\d+\.")
 
+MOST_LAYOUTS = 16
+"""Trunks that are looked at; each costs a look at all keys, and a file may name thousands."""
+
 BUFFERS = re.compile(r"freqs_cis|rotary_emb|rope_embeddings")
 """Rotary tables that some files carry inside the trunk; ours are computed."""
 
@@ -101,10 +104,10 @@ class Layout:
 def find_layouts(keys: Iterable[str]) -> list[Layout]:
     """Every trunk in a checkpoint, told by its keys, with the necks beside it (there may be none)."""
     keys = list(keys)
-    trackers = sorted({match[1] for key in keys if (match := TRACKER_NECK_KEY.match(key))})
+    trackers = sorted({match[1] for key in keys if (match := TRACKER_NECK_KEY.match(key))})[:MOST_LAYOUTS]
     layouts = []
     for source, pattern in TRUNK_KEYS.items():
-        for prefix in sorted({match[1] for key in keys if (match := pattern.match(key))}):
+        for prefix in sorted({match[1] for key in keys if (match := pattern.match(key))})[:MOST_LAYOUTS]:
             if source == "meta":
                 choices = [{neck: f"{prefix}{module}." for neck, module in NECK_MODULES.items()}]
             else:

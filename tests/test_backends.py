@@ -72,6 +72,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     export_onnx(options)
     return {
         "weights": str(folder / "weights.pt"),
+        "state": None,
+        "prefix": None,
         "image": str(folder / "image.npy"),
         "onnx": str(options.output),
         "config": CONFIG.to_dict(),

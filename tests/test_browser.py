@@ -186,6 +186,20 @@ def test_a_page_that_scrolls_sideways_is_seen(browser: Chrome, report: Path, tmp
     assert browser.execute_script(OVERFLOW) > 0
 
 
+SCROLLING = """
+for (const details of document.querySelectorAll('details')) details.open = true;
+return [...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth).length
+"""
+"""How many tables are wider than their place."""
+
+
+def test_every_table_fits_a_screen(browser: Chrome, report: Path) -> None:
+    opened(browser, report)
+    assert browser.execute_script(SCROLLING) == 0
+    opened(browser, report, PHONE)
+    assert browser.execute_script(SCROLLING) > 0  # the control
+
+
 @pytest.mark.parametrize("width", [PHONE, SCREEN])
 @pytest.mark.parametrize("seed", [0, 3])
 def test_no_text_of_a_chart_lies_over_another(browser: Chrome, tmp_path: Path, width: int, seed: int) -> None:

@@ -76,7 +76,7 @@ class Session:
         with contextlib.suppress(OSError):
             found_at.unlink()
         command = [sys.executable, "-m", "benchmarks.gpu.stage", stage.name, "--output", str(self.output)]
-        command += ["--device", self.device, "--minutes", str(max(limit - LATE_SECONDS, 1.0) / 60)]
+        command += ["--device", self.device, "--ends", repr(time.time() + limit - LATE_SECONDS)]
         command += ["--config", str(self.config)] if self.config else []
         problem = run_limited(command, limit, found_at.with_suffix(".log"), os.environ)
         found = _json(found_at)

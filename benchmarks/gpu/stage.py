@@ -1,6 +1,6 @@
 """One stage of a session, in a process of its own: what it found goes into OUTPUT/stages/NAME.json.
 
-python -m benchmarks.gpu.stage NAME --output build/gpu --device cuda --minutes 2
+python -m benchmarks.gpu.stage NAME --output build/gpu --device cuda --ends 1790000000
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -40,14 +41,14 @@ class Asked:
     Attributes:
         output: the session's folder.
         device: where the encoder runs.
-        minutes: after so many it should be done; a little later it is ended.
+        ends: when it should be done, in `time.time` seconds; a little later it is ended.
         config: another encoder than the full one.
         command: what the results say that they were measured by.
     """
 
     output: Path
     device: Device
-    minutes: float
+    ends: float
     config: Path | None
     command: str = "make gpu"
 
@@ -59,7 +60,8 @@ class Asked:
     def options(self, **changes: Any) -> BenchOptions:  # noqa: ANN401 - BenchOptions' own fields
         """The benchmark of the encoder, the main point alone."""
         config = EncoderConfig.from_file(self.config) if self.config else None
-        values: dict[str, Any] = {"sweep": False, "minutes": self.minutes, **PACE[self.device], **changes}
+        minutes = max(0.0, self.ends - time.time()) / 60
+        values: dict[str, Any] = {"sweep": False, "minutes": minutes, **PACE[self.device], **changes}
         return BenchOptions(self.output, config=config, device=self.device, command=self.command, **values)
 
     def found(self, name: str) -> Found:
@@ -182,11 +184,11 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
-    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--ends", type=float, required=True)
     parser.add_argument("--config", type=Path)
     told = parser.parse_args()
     stage = next(one for one in plan(told.device) if one.name == told.name)
-    asked = Asked(told.output, told.device, told.minutes, told.config)
+    asked = Asked(told.output, told.device, told.ends, told.config)
     try:
         found = run_stage(stage, asked)
         (asked.folder / f"{stage.name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

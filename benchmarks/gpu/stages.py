@@ -58,7 +58,7 @@ def plan(device: Device) -> tuple[Stage, ...]:
     )
 
 
-REPORT = Stage("report", "results, report, this page", 0.3, 0.5)
+REPORT = Stage("report", "results, report, this page", 0.3, 0.8)
 
 QUICK_BUILD_S = 20.0
 """`points` takes the fastest backend that was built in so long: at each of its four points it is built again."""

@@ -28,10 +28,11 @@ def make_weights(asked: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint that every backend maps: the user's, or random weights that are written once.
 
     Args:
-        asked: `checkpoint`, `config`, `seed`, `image_size`, `necks`, `levels`, `positions`, `batch`, `folder`.
+        asked: `checkpoint`, `state`, `prefix`, `config`, `seed`, `image_size`, `necks`, `levels`, `positions`, `batch`,
+            `folder`.
 
     Returns:
-        `weights`, `config`, `parameters`, `signature` as JSON values.
+        `weights`, `state`, `prefix`, `config`, `parameters`, `signature` as JSON values.
     """
     made = Path(asked["folder"]) / "weights.pt"
     if asked["checkpoint"] is None and made.is_file():
@@ -42,6 +43,8 @@ def make_weights(asked: Mapping[str, Any]) -> dict[str, Any]:
         save_meta_checkpoint(encoder, made)
     return {
         "weights": str(options.checkpoint or made),
+        "state": options.state,
+        "prefix": options.prefix,
         "config": encoder_config(encoder).to_dict(),
         "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
         "signature": sign(options, encoder).to_dict(),
@@ -53,6 +56,8 @@ def _options(asked: Mapping[str, Any], output: Path) -> ExportOptions:
     return ExportOptions(
         output,
         checkpoint=Path(checkpoint) if checkpoint else None,
+        state=asked["state"],
+        prefix=asked["prefix"],
         config=EncoderConfig.from_dict(config) if config else None,
         seed=asked["seed"],
         image_size=tuple(asked["image_size"]) if asked["image_size"] else None,

@@ -41,6 +41,8 @@ class Asked:
     levels: str
     positions: Positions
     images: Path | None
+    state: str | None = None
+    prefix: str | None = None
 
     def identity(self) -> dict[str, Any]:
         """What tells it from another one, a changed checkpoint or exporter included."""
@@ -121,7 +123,7 @@ class Workplace:
     def _encoder(self) -> dict[str, Any]:
         asked = self.asked
         config = asked.config.to_dict() if asked.config else None
-        values = {name: getattr(asked, name) for name in ("seed", "necks", "levels", "positions")}
+        values = {name: getattr(asked, name) for name in ("state", "prefix", "seed", "necks", "levels", "positions")}
         return {**values, "config": config, "checkpoint": str(asked.checkpoint) if asked.checkpoint else None}
 
     def sign(self, image_size: int | tuple[int, int] | None, batch: int) -> tuple[EncoderConfig, Signature]:
@@ -158,7 +160,7 @@ class Workplace:
             except WorkerError as error:
                 raise BenchError(f"the picture cannot be made: {error}") from None
         self.rest()
-        values |= {"weights": self._prepared["weights"], "image": str(image)}
+        values |= {name: self._prepared[name] for name in ("weights", "state", "prefix")} | {"image": str(image)}
         folders = {
             one.id: self.folder / f"{one.module}-{one.precision}-{place}{'-plan' * (one.runtime == 'plan')}"
             for one in backends

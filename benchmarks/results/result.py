@@ -68,8 +68,10 @@ def make_result(run: Run) -> dict[str, Any]:
 
 def _encoder(run: Run) -> dict[str, Any]:
     options, signature = run.options, run.signature
+    random = f"random (seed {options.seed})"
+    chosen = [f"{key} {getattr(options, key)}" for key in ("state", "prefix") if getattr(options, key) is not None]
     return {
-        "checkpoint": str(options.checkpoint) if options.checkpoint else f"random (seed {options.seed})",
+        "checkpoint": ", ".join([str(options.checkpoint), *chosen]) if options.checkpoint else random,
         "image_size": list(run.config.image_size),
         "batch": options.batch,
         "necks": list(signature.necks),
@@ -175,7 +177,9 @@ def _export(run: Run) -> dict[str, Any] | None:
     if not path.is_file():
         run.report("the exporter itself, against plain torch.onnx.export")
         command = [sys.executable, "-m", "benchmarks.export", "--runs", "1", "--json", str(path)]
-        checkpoint = ["--checkpoint", str(run.options.checkpoint)] if run.options.checkpoint else []
+        # what it costs does not depend on the values, so where a state has to be chosen, random ones do
+        plain = run.options.checkpoint and run.options.state is None and run.options.prefix is None
+        checkpoint = ["--checkpoint", str(run.options.checkpoint)] if plain else []
         done = subprocess.run([*command, *checkpoint], cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
