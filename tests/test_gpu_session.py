@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tiny_config
+from gpu_rehearsal import Base, can_unshare, make_base, run_session
 from synthetic import synthetic_result
 
 import benchmarks.gpu.session
 from benchmarks.gpu.gpu_tests import checks, files_with_gpu_tests
 from benchmarks.gpu.page import MOST_LINES, page_lines
-from benchmarks.gpu.session import Session
-from benchmarks.gpu.stages import MINUTES, REPORT, fitting, plan, table, time_limit
+from benchmarks.gpu.session import RESERVE_BYTES, Session
+from benchmarks.gpu.stages import INSTALL_MINUTES, MINUTES, REPORT, fitting, plan, table, time_limit
+from benchmarks.gpu.start import install, read_kit
 from benchmarks.measure.backends import backends_for
-from benchmarks.results.result_files import check_result
+from benchmarks.results.result_files import check_result, read_result
 
 ROOT = Path(__file__).parent.parent
 STAGES = [one.name for one in plan("cuda")]
 
 
 def test_the_plan_of_time_fits() -> None:
-    assert sum(one.minutes for one in plan("cuda")) <= MINUTES == 9
+    total = INSTALL_MINUTES + sum(one.minutes for one in plan("cuda"))
+    assert round(total, 6) <= MINUTES == 9
     assert all(one.minutes <= one.most for one in plan("cuda"))
-    assert table()[-1].split()[1] == f"{sum(one.minutes for one in plan('cuda')):.1f}"
+    assert table()[-1].split()[1] == f"{total:.1f}"
     drops = [one.drop for one in plan("cuda") if one.drop is not None]
     assert len(set(drops)) == len(drops)
 
@@ -47,6 +52,7 @@ def test_the_reports_time_is_kept_for_it() -> None:
     eager = next(one for one in plan("cuda") if one.name == "eager")
     assert time_limit(eager, 1e9) == 60 * eager.most
     assert time_limit(eager, 100.0) == 100.0 - 60 * REPORT.most
+    assert time_limit(eager, 1e9, 2.0) == 120 * eager.most
     assert time_limit(eager, 10.0) == 0.0 and time_limit(REPORT, 10.0) == 10.0
 
 
@@ -81,18 +87,28 @@ def test_a_stage_is_ended_with_all_that_it_started(code: str, seconds: str, told
 
 
 class Stages:
-    """Stages that only say what became of them; each takes a second of a clock of their own."""
+    """Stages that only say what became of them; each takes the minutes that are expected, of a clock of their own."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ran: list[str] = []
         self.become: dict[str, dict[str, Any] | str] = {}
+        self.clock = 0.0
+        monkeypatch.setattr(benchmarks.gpu.session, "time", self)
         monkeypatch.setattr(benchmarks.gpu.session, "run_limited", self.run)
         monkeypatch.setattr(benchmarks.gpu.session, "adopt_orphans", lambda: None)
+
+    def time(self) -> float:
+        return self.clock
+
+    monotonic = time
 
     def run(self, command: list[str], seconds: float, log: Path, environment: object) -> str | None:
         name = command[3]
         self.ran.append(name)
-        assert 0 < float(command[command.index("--ends") + 1]) - time.time() < seconds or seconds < 10
+        assert 0 < float(command[command.index("--ends") + 1]) - self.clock < seconds
+        expected = 60 * next(one.minutes for one in plan("cuda") if one.name == name)
+        assert expected <= seconds + 1e-6
+        self.clock += expected
         became = self.become.get(name, {"outcome": "done", "reason": None})
         if isinstance(became, str):
             return became
@@ -105,10 +121,11 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     return Stages(monkeypatch)
 
 
-def session(folder: Path, minutes: float = 9.5) -> Session:
+def session(folder: Path, minutes: float = MINUTES - INSTALL_MINUTES, wheel: str = "0") -> Session:
     """One whose time begins now."""
     (folder / "stages").mkdir(exist_ok=True)
-    return Session(folder, "cuda", time.time() + 60 * minutes, None, {"x.whl": "0"})
+    clock = benchmarks.gpu.session.time.time()
+    return Session(folder, "cuda", clock + 60 * minutes, None, {"x.whl": wheel})
 
 
 def test_a_session_runs_every_stage(stages: Stages, tmp_path: Path) -> None:
@@ -139,8 +156,7 @@ def test_a_second_call_goes_on(stages: Stages, tmp_path: Path) -> None:
     assert session(tmp_path).run() == 0
     assert stages.ran == ["compiled", "tuned", "report"]
     stages.ran = []
-    other = Session(tmp_path, "cuda", time.time() + 600, None, {"x.whl": "1"})  # the control: another kit begins anew
-    assert other.run() == 0 and stages.ran == STAGES
+    assert session(tmp_path, wheel="1").run() == 0 and stages.ran == STAGES  # the control: another kit begins anew
 
 
 def test_what_there_is_no_time_for_is_said(stages: Stages, tmp_path: Path) -> None:
@@ -214,3 +230,115 @@ def test_tests_that_ended_count(tmp_path: Path) -> None:
     }
     assert checks(tmp_path / "nowhere") == []
     assert "tests/test_session.py" in files_with_gpu_tests() and "tests/test_position.py" not in files_with_gpu_tests()
+
+
+FAULT = """
+import sys
+if "benchmarks.measure.worker" in sys.orig_argv:
+    import importlib.abc, importlib.machinery, os, subprocess, time
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name != "benchmarks.measure.torch_runner":
+                return None
+            spec = importlib.machinery.PathFinder.find_spec(name, path)
+            run = spec.loader.exec_module
+            def exec_module(module):
+                run(module)
+                load = module.TorchRunner.load
+                def broken(runner):
+                    if runner.job["id"] == "eager-bf16":
+                        subprocess.Popen(["sleep", "86399"], start_new_session=True)
+                        time.sleep(86399)
+                    if runner.job["id"] == "eager-fp16":
+                        os.kill(os.getpid(), 9)
+                    if runner.job["id"] == "eager-rewritten-fp16":
+                        bytearray(1 << 60)
+                    return load(runner)
+                module.TorchRunner.load = broken
+            spec.loader.exec_module = exec_module
+            return spec
+    sys.meta_path.insert(0, Finder())
+"""
+"""One backend hangs, with a child in a session of its own, one is killed, one is out of memory."""
+
+SPARE_BYTES = 1 << 20
+"""Of a disk that fills: the main point's outputs take half of it, those of a batch of 8 more than all."""
+
+bare_machine = pytest.mark.skipif(not can_unshare(), reason="needs `unshare` and leave to make namespaces")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bare:
+    """A bare machine's Python, its kit, and the tiny encoder."""
+
+    base: Base
+    kit: Path
+    config: Path
+
+    def run(self, output: Path, minutes: float = 27.0, **options: Any) -> subprocess.CompletedProcess[str]:  # noqa: ANN401
+        """Runs a session; prints what it said, for a reader of a rehearsal."""
+        told = ["--config", str(self.config), "--minutes", str(minutes)]
+        ran = run_session(self.base, self.kit, output, *told, **options)
+        print(ran.stdout, ran.stderr, f"exit code {ran.returncode}", sep="\n")
+        return ran
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
+    folder = tmp_path_factory.mktemp("bare")
+    base = make_base(folder)
+    command = [sys.executable, "-m", "benchmarks.gpu.kit", "--output", str(folder / "kit"), "--there", str(base.there)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    config = tiny_config(depth=2, global_blocks=(1,))
+    (folder / "encoder.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    yield Bare(base, folder / "kit", folder / "encoder.json")
+
+
+@bare_machine
+@pytest.mark.slow
+def test_rehearsal(bare: Bare, tmp_path: Path) -> None:
+    """Without network, on the kit and this Python alone: every stage is done or says why not; so does a second call."""
+    ran = bare.run(tmp_path / "out")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    stages = json.loads((tmp_path / "out" / "session.json").read_text())["stages"]
+    assert [stages[name]["outcome"] for name in STAGES] == ["done"] * 6 + ["unavailable", "done"]
+    assert "no NVIDIA GPU" in stages["tuned"]["reason"]
+    result = read_result(tmp_path / "out" / "report.json")
+    rows = {row["backend"]: row["status"] for row in result["rows"] if row["sweep"] is None}
+    assert set(rows.values()) == {"measured", "unavailable"} and rows["compile-rewritten-fp32"] == "measured"
+    assert {row["batch"] for row in result["rows"] if row["sweep"] == "batch" and row["status"] == "measured"} == {4, 8}
+    assert len((tmp_path / "out" / "page.txt").read_text().splitlines()) <= MOST_LINES
+    assert {one["outcome"] for one in result["checks"]} == {"not run"}
+    again = bare.run(tmp_path / "out")
+    assert again.returncode == 0 and again.stdout.count(" (at most ") == 1  # the report
+
+
+@bare_machine
+@pytest.mark.slow
+def test_rehearsal_with_backends_that_hang_die_and_run_out_of_memory(bare: Bare, tmp_path: Path) -> None:
+    ran = bare.run(tmp_path / "out", fault=FAULT)
+    assert ran.returncode == 1
+    result = read_result(tmp_path / "out" / "report.json")
+    rows = {row["backend"]: row for row in result["rows"] if row["sweep"] is None}
+    assert "no answer to `load`" in rows["eager-bf16"]["reason"] and "SIGKILL" in rows["eager-fp16"]["reason"]
+    assert "out of memory" in rows["eager-rewritten-fp16"]["reason"]
+    for name in ("eager-fp32", "eager-rewritten-fp32", "eager-rewritten-bf16"):
+        assert rows[name]["status"] == "measured"
+    left = subprocess.run(["pgrep", "-f", "^sleep 86399"], capture_output=True, text=True)
+    assert left.stdout == ""  # neither of the hanging backend's processes
+    page = (tmp_path / "out" / "page.txt").read_text()
+    assert "eager failed" in page and "eager-bf16: no answer" in page
+
+
+@bare_machine
+@pytest.mark.slow
+def test_rehearsal_on_a_disk_that_fills(bare: Bare, tmp_path: Path) -> None:
+    """The disk holds the environment, the reserve, and not all outputs: what was measured before is in the report."""
+    site = install(bare.kit, read_kit(bare.kit), tmp_path / "measured")
+    held = sum(-(-path.stat().st_size // 4096) * 4096 for path in site.rglob("*")) + RESERVE_BYTES
+    ran = bare.run(tmp_path / "out", disk=held + SPARE_BYTES)
+    assert ran.returncode == 1 and "No space left on device" in ran.stdout
+    kept = tmp_path / "out.kept"
+    assert (kept / "page.txt").read_text().count("No space left") >= 1
+    rows = read_result(kept / "report.json")["rows"]
+    assert any(row["status"] == "measured" for row in rows) and any(row["status"] == "failed" for row in rows)

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 
 from benchmarks.gpu.children import adopt_orphans, run_limited
 from benchmarks.gpu.page import page_lines
-from benchmarks.gpu.stages import FOLDER, REPORT, Device, Stage, fitting, plan, table, time_limit
+from benchmarks.gpu.stages import FOLDER, MINUTES, REPORT, Device, Stage, fitting, plan, table, time_limit
 from benchmarks.measure.work_folder import digest, sources_digest
 
 LEAST_SECONDS = 5.0
@@ -47,6 +47,7 @@ class Session:
 
     def __init__(self, output: Path, device: Device, ends: float, config: Path | None, kit: dict[str, Any]) -> None:
         self.output, self.device, self.ends, self.config = output, device, ends, config
+        self.scale = max(1.0, self._left() / 60 / MINUTES)
         told = config.read_text(encoding="utf-8") if config else None
         self.key = digest({"device": device, "config": told, "kit": kit, "sources": sources_digest()})
         self.stages: dict[str, dict[str, Any]] = self._read()
@@ -55,10 +56,9 @@ class Session:
         """Runs what an earlier call has not done; the exit code says whether all is done."""
         adopt_orphans()
         wanted = [one for one in plan(self.device) if not self._done(one)]
-        kept = fitting(wanted, self._left() / 60)
         with self._reserve():
-            for stage in wanted:
-                if stage not in kept:
+            for place, stage in enumerate(wanted):
+                if stage not in fitting(wanted[place:], self._left() / 60):
                     self._note(stage, "left out", "the time is short; a second call runs it")
                 elif stage != REPORT and not self._stage(stage):
                     return self._end()
@@ -67,7 +67,7 @@ class Session:
 
     def _stage(self, stage: Stage) -> bool:
         """Runs one stage; False where nothing can be measured here."""
-        limit = time_limit(stage, self._left())
+        limit = time_limit(stage, self._left(), self.scale)
         if limit < LEAST_SECONDS:
             self._note(stage, "left out", "the time was over; a second call runs it")
             return True
