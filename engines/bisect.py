@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +15,7 @@ from engines.builder.build import BuildOptions
 from engines.builder.onnx_source import plan_source
 from engines.plan import PlanOptions, make_plan
 from engines.run.session import open_plan
-from export.contract.manifest import check_files, data_path, manifest_path, read_manifest
+from export.contract.manifest import check_files, data_path, manifest_path, read_manifest, staging
 from export.contract.signature import NECK_MODULES, Signature
 from export.graph.cleanup import MODULE
 from export.graph.deployed_module import DeployEncoder
@@ -29,7 +28,7 @@ from export.proof.fidelity import Comparison, compare_output, tolerance_for
 from export.proof.rounding_simulation import is_low_precision, simulate
 from export.proof.verify import Report, reference_pixels, run_model
 from neck.necks import Sam3DualViTDetNeck
-from neck.pictures import normalise
+from neck.pictures import PictureFolder, normalise
 
 MOST_MODULES = 8
 """More FP32 modules than this are no island: BF16 is the answer then."""
@@ -63,7 +62,7 @@ class Finding:
 def bisect(
     path: Path,
     checkpoint: Path | None = None,
-    images: Path | None = None,
+    images: Path | PictureFolder | None = None,
     overrides: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     run: Runner | None = None,
@@ -94,9 +93,9 @@ def bisect(
         check_files(where, manifest)
     if manifest["precision"] == "fp32":
         raise BisectError(f"{path}: is FP32; only an fp16 or bf16 file has roundings to search")
-    with tempfile.TemporaryDirectory(prefix=".bisect.", dir=path.parent) as folder:
+    with staging(path.with_name(f"{path.name}.bisect")) as folder:
         encoder = manifest_encoder(where, manifest, checkpoint)
-        search = Search(manifest, encoder, images, overrides or {}, Path(folder), report, run or run_simulated)
+        search = Search(manifest, encoder, images, overrides or {}, folder, report, run or run_simulated)
         return search.find(path, checkpoint)
 
 
@@ -123,7 +122,7 @@ class Search:
         self,
         manifest: dict[str, Any],
         encoder: Sam3DualViTDetNeck,
-        images: Path | None,
+        images: Path | PictureFolder | None,
         overrides: Mapping[str, float],
         folder: Path,
         report: Report,
@@ -133,7 +132,7 @@ class Search:
         self.report, self.run = report, run
         signature = Signature.from_dict(manifest["signature"])
         count = signature.batch.minimum if signature.batch.dynamic else signature.batch.optimum
-        pixels = reference_pixels(signature, images, count)
+        pixels = reference_pixels(signature, images, count, report)
         self.image = pixels if signature.input == "uint8" else normalise(pixels).numpy()
         self.outputs = [spec.name for spec in signature.outputs if "_feat_" in spec.name]
         report("trace")
@@ -239,6 +238,8 @@ class Search:
             words += ["--checkpoint", "random", "--seed", str(weights["seed"])]
         else:
             words += ["--checkpoint", str(checkpoint or weights["path"])]
+            words += ["--adapter", weights["adapter"]["path"]] if "adapter" in weights else []
+            words += ["--adapter-alpha", str(weights["adapter_alpha"])] if "adapter_alpha" in weights else []
             words += [word for key in ("state", "prefix") if weights.get(key) for word in (f"--{key}", weights[key])]
         words += [
             "--image-size",

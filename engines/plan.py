@@ -34,6 +34,7 @@ from export.origin import manifest_encoder, tool_version
 from export.pipeline import RejectedError
 from export.proof.fidelity import Verdict
 from export.proof.verify import Report, verify_onnx
+from neck.pictures import PictureFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class PlanOptions:
     keep_fp32: tuple[str, ...] = ()
     build: BuildOptions = dataclasses.field(default_factory=BuildOptions)
     verify: bool = True
-    images: Path | None = None
+    images: Path | PictureFolder | None = None
     tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 

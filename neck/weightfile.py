@@ -23,6 +23,9 @@ INDEX_NAME = "model.safetensors.index.json"
 FOLDER_NAMES = (INDEX_NAME, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 """What a folder of Hugging Face's is read by, the first that is there."""
 
+TORCH_STARTS = (b"PK\x03\x04", b"\x80")
+"""A zip archive, or a pickle of protocol 2 and later."""
+
 LARGEST_HEADER = 100_000_000
 """Bytes of the largest header that safetensors itself accepts."""
 
@@ -74,7 +77,8 @@ def read_state(path: Path, state: str | None = None) -> State:
 def name_state(path: Path, state: str | None = None) -> tuple[str, tuple[str, ...]]:
     """Name and others of the state that read_state would read; no tensor is read."""
     path = find_file(path)
-    if not _head(path).startswith((b"PK\x03\x04", b"\x80")):
+    head = _head(path)
+    if _is_safetensors(head) or not head.startswith(TORCH_STARTS):
         return "", ()
     _, _, name, others = _open_torch(path, state)
     return name, others
@@ -121,7 +125,7 @@ def _read_file(path: Path, head: bytes, state: str | None) -> State:
         return State(_read_safetensors(path))
     if known := file_of(path, head):
         raise CheckpointError(known)
-    if head.startswith((b"PK\x03\x04", b"\x80")):
+    if head.startswith(TORCH_STARTS):
         return _read_torch(path, state)
     raise CheckpointError(
         f"{path}: not a checkpoint, it begins with {head[:9]!r}; expected a PyTorch .pt, a .safetensors or {INDEX_NAME}"

@@ -20,12 +20,13 @@ from mapped import MAPS, are_mapped
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from neck.checkpoint import CheckpointError, even_noise, load_encoder, random_encoder, save_meta_checkpoint
+from neck.checkpoint import CheckpointError, load_encoder, random_encoder, save_meta_checkpoint
 from neck.config import EncoderConfig
-from neck.necks import Sam3DualViTDetNeck, Sam3TriViTDetNeck, forward_necks
+from neck.necks import Sam3AnyViTDetNeck, Sam3DualViTDetNeck, Sam3TriViTDetNeck, forward_necks
+from neck.noise import even_noise
 
 DATA = Path(__file__).parent / "data"
-CASES = ("hf-dual", "meta-dual", "meta-padded", "meta-tri", "ultralytics-resized")
+CASES = ("hf-dual", "hf-tracker", "meta-dual", "meta-padded", "meta-tri", "ultralytics-resized")
 
 TOLERANCE = 2e-5
 """Of each output's largest value: FP32 sums in another order over 4 blocks give up to 1e-6."""
@@ -58,6 +59,8 @@ def worst_error(encoder: Sam3DualViTDetNeck, case: str) -> float:
     for neck, (feats, poss) in outputs.items():
         for level, (feat, pos) in enumerate(zip(feats, poss, strict=True)):
             found[f"{neck}_feat_{level}"], found[f"{neck}_pos_{level}"] = feat, pos
+    if not any("_pos_" in name for name in expected):  # a tracker of transformers gives features alone
+        found = {name: tensor for name, tensor in found.items() if "_pos_" not in name}
     assert set(found) == set(expected)
     return max(float((found[name] - ours).abs().max() / ours.abs().max()) for name, ours in expected.items())
 
@@ -94,9 +97,10 @@ def test_outputs_are_upstreams(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["trunk.blocks.3.attn.qkv.bias", "trunk.pos_embed", "convs.1.dconv_2x2.weight"])
+@pytest.mark.parametrize("name", ["trunk.blocks.2.attn.qkv.bias", "trunk.pos_embed", "convs.1.dconv_2x2.weight"])
 def test_a_changed_weight_is_seen(case: str, name: str) -> None:
     encoder = load_encoder(checkpoint_of(case), config_of(case))
+    name = name if encoder.convs or name.startswith("trunk") else f"sam2_{name}"
     encoder.get_parameter(name).mul_(1.01)
     assert worst_error(encoder, case) > TOLERANCE
 
@@ -181,9 +185,12 @@ def test_other_float_types_become_float32(case: str, dtype: torch.dtype, tmp_pat
     ("case", "asked", "loaded", "kind"),
     [
         ("meta-dual", ("sam3",), ("sam3",), Sam3DualViTDetNeck),
-        ("meta-dual", ("sam2",), ("sam3", "sam2"), Sam3DualViTDetNeck),
+        ("meta-dual", ("sam2",), ("sam2",), Sam3AnyViTDetNeck),
         ("meta-tri", ("sam3",), ("sam3",), Sam3DualViTDetNeck),
-        ("meta-tri", ("propagation",), ("sam3", "interactive", "propagation"), Sam3TriViTDetNeck),
+        ("meta-tri", ("propagation",), ("propagation",), Sam3AnyViTDetNeck),
+        ("meta-tri", ("interactive", "sam3"), ("sam3", "interactive"), Sam3AnyViTDetNeck),
+        ("meta-tri", None, ("sam3", "interactive", "propagation"), Sam3TriViTDetNeck),
+        ("hf-tracker", None, ("sam2",), Sam3AnyViTDetNeck),
         ("meta-padded", None, ("sam3",), Sam3DualViTDetNeck),
     ],
 )
@@ -289,7 +296,6 @@ def test_given_config_wins_over_hugging_faces(hf_folder: Path) -> None:
         (json.dumps(hf_config(hidden_size=64)), "config.json contradicts the tensors: it says embed_dim 64"),
         (json.dumps(hf_config(window_size=None)), "window_size is None"),
         (json.dumps(hf_config(hidden_act="relu")), "hidden_act 'relu'"),
-        (json.dumps(hf_config(rope_theta=100.0)), "rope_theta 100.0"),
     ],
 )
 def test_bad_hugging_face_config(hf_folder: Path, text: str, says: str) -> None:

@@ -44,7 +44,7 @@ def test_every_backend_of_the_plan_is_one(device: Any) -> None:  # noqa: ANN401 
 
 def test_where_time_is_short_the_least_wanted_is_left_out() -> None:
     assert fitting(plan("cuda"), 9.0) == list(plan("cuda"))
-    assert [one.name for one in fitting(plan("cuda"), 7.5)] == [name for name in STAGES if name != "tuned"]
+    assert [one.name for one in fitting(plan("cuda"), 8.0)] == [name for name in STAGES if name != "tuned"]
     assert [one.name for one in fitting(plan("cuda"), 0.0)] == ["doctor", "weights", "eager", "report"]
 
 

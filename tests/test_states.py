@@ -281,6 +281,14 @@ def test_files_of_one_state(name: str, tmp_path: Path) -> None:
     assert "one state; leave --state out" in error_of(tmp_path / name, state="model")
 
 
+def test_safetensors_whose_length_looks_like_a_pickle(tmp_path: Path) -> None:
+    header = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(0x80)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert path.read_bytes()[:2] == b"\x80\x00"
+    assert name_state(path) == ("", ()) and read_tensors(path)["x"].tolist() == [0.0]
+
+
 # -- what lies beside the tensors, and modules --
 
 
@@ -435,7 +443,7 @@ def test_copies_that_differ_are_listed_and_the_prefix_chooses(tmp_path: Path) ->
     message = error_of(path)
     assert "more than one encoder" in message and "ema.trunk.*" in message and "model.trunk.*" in message
     assert "--prefix" in message
-    for prefix in ("ema.", "ema", "em"[:3] + "a"):
+    for prefix in ("ema.", "ema"):
         assert_is(load(path, prefix=prefix), other)
     assert_is(load(path, prefix="model."), state)
     message = error_of(path, prefix="emma.")

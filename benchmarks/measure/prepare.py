@@ -21,7 +21,7 @@ from export.pipeline import export_onnx, write_onnx
 from export.proof.verify import reference_pixels
 from neck.checkpoint import save_meta_checkpoint
 from neck.config import EncoderConfig
-from neck.pictures import normalise
+from neck.pictures import PictureFolder, ValueRange, normalise
 
 
 def make_weights(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,12 +73,13 @@ def make_image(asked: Mapping[str, Any]) -> dict[str, Any]:
     """The normalised picture of a size and batch: float32 (B, 3, H, W) as .npy.
 
     Args:
-        asked: `signature`, `batch`, `images` (a folder or None), `path`.
+        asked: `signature`, `batch`, `images` (a folder or None), `picture_range` (two numbers or None), `path`.
     """
     path = Path(asked["path"])
     if not path.is_file():
         signature = Signature.from_dict(asked["signature"])
-        images = Path(asked["images"]) if asked["images"] else None
+        ends = asked["picture_range"]
+        images = PictureFolder(Path(asked["images"]), ValueRange(*ends) if ends else None) if asked["images"] else None
         with _whole(path) as staged, staged.open("wb") as file:
             np.save(file, normalise(reference_pixels(signature, images, asked["batch"])).numpy())
     return {"path": str(path)}

@@ -19,6 +19,7 @@ from benchmarks.measure.worker_process import ROOT, Worker, WorkerError
 from export.contract.manifest import data_path
 from export.contract.signature import BatchRange, Positions, Signature, SignatureError, encoder_signature
 from neck.config import ConfigError, EncoderConfig
+from neck.pictures import ValueRange
 
 Job = dict[str, Any] | WorkerError
 """What a worker loads, or why it cannot be made."""
@@ -41,6 +42,7 @@ class Asked:
     levels: str
     positions: Positions
     images: Path | None
+    picture_range: ValueRange | None = None
     state: str | None = None
     prefix: str | None = None
 
@@ -154,9 +156,10 @@ class Workplace:
         values = {"batch": batch, "signature": signature.to_dict(), "config": config.to_dict()}
         image = self.folder / f"image-{place}.npy"
         images = str(self.asked.images) if self.asked.images else None
+        ends = dataclasses.astuple(self.asked.picture_range) if self.asked.picture_range else None
         if not image.is_file():
             try:
-                self.ask("image", **values, images=images, path=str(image))
+                self.ask("image", **values, images=images, picture_range=ends, path=str(image))
             except WorkerError as error:
                 raise BenchError(f"the picture cannot be made: {error}") from None
         self.rest()

@@ -33,7 +33,7 @@ from benchmarks.results.rows import (
     work_of,
 )
 from benchmarks.roofline import encoder_parts, total_bytes, total_operations
-from neck.pictures import find_pictures
+from neck.pictures import find_pictures, read_picture
 
 SHIPPED = "astronaut.jpg (NASA)"
 UNCHECKED = "not checked against result.schema.json, jsonschema being not installed"
@@ -164,9 +164,17 @@ def _features(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not found[name] or set(found[REFERENCE]) < set(found[name]):
         run.report("no pictures of the features: the outputs of an earlier run are gone (--fresh measures them again)")
         return None
+    return feature_pictures(found[REFERENCE], found[name], _picture(run), name)
+
+
+def _picture(run: Run) -> str:
+    """The first picture's name, and where it is deeper than 8 bits what became of its values."""
     images = run.options.images
-    picture = find_pictures(images)[0].name if images else SHIPPED
-    return feature_pictures(found[REFERENCE], found[name], picture, name)
+    if images is None:
+        return SHIPPED
+    path, notes = find_pictures(images)[0], list[str]()
+    read_picture(path, run.options.picture_range, notes.append)
+    return notes[0] if notes else path.name
 
 
 def _export(run: Run) -> dict[str, Any] | None:

@@ -20,6 +20,12 @@ OLDEST: dict[FlavorName, int] = {"tensorrt": 10, "rtx": 1}
 RTX_MAGIC = b"vtrt"
 """First bytes of a TensorRT-RTX plan (1.7); TensorRT's begin otherwise."""
 
+JETSONS = ("7.2", "8.7", "10.1", "11.0")
+"""Xavier, Orin, and Thor by its two names (https://developer.nvidia.com/cuda/gpus)."""
+JETSON = "; {} is a Jetson's: build on the device, with --flavor tensorrt and without --compute-capability"
+OTHERS = {"9.0": "; Hopper needs --flavor tensorrt"} | {one: JETSON.format(one) for one in JETSONS}
+"""What to do for GPUs that TensorRT-RTX does not build for."""
+
 POLYGRAPHY_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
 """CUdevice_attribute values (cuda.h)."""
@@ -69,6 +75,7 @@ class Flavor:
                 raise FlavorError(
                     f"compute capability {', '.join(asked)}: TensorRT builds for the GPU at hand ({at_hand}) only; "
                     f"leave it out, use --hardware-compatible, or --flavor rtx"
+                    + "".join(JETSON.format(target) for target in asked if target in JETSONS)
                 )
             return (at_hand,)
         unknown = [target for target in asked if target not in self.targets]
@@ -76,7 +83,7 @@ class Flavor:
             supported = ", ".join(self.targets)
             raise FlavorError(
                 f"compute capability {', '.join(unknown)}: TensorRT-RTX {self.version} builds for {supported}"
-                + ("; Hopper needs --flavor tensorrt" if "9.0" in unknown else "")
+                + "".join(OTHERS.get(target, "") for target in unknown)
             )
         return tuple(dict.fromkeys(asked))
 

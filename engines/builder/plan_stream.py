@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from engines.builder.onnx_graph import BuildError
 from engines.sheet.read_layers import FIRST_LINE
+from export.contract.interrupt import removed_on_signal
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, its steps done and its steps in all; from the builder's thread."""
@@ -127,23 +128,16 @@ def temporary(target: Path) -> Iterator[tuple[IO[bytes], Path]]:
         with contextlib.suppress(OSError), stale.open("rb") as left:
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
             stale.unlink()
-    path, file = _locked_file(target)
-    with file:
-        try:
-            yield file, path
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _locked_file(target: Path) -> tuple[Path, IO[bytes]]:
-    """A new file beside the target, locked; made again if another build took it for stale before it was locked."""
     while True:
         path = target.with_name(f".{target.name}.{secrets.token_hex(4)}{BUILDING}")
-        file = path.open("xb")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:
-            return path, file
-        file.close()
+        with removed_on_signal(path), path.open("xb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if os.fstat(file.fileno()).st_nlink:  # else another build took it for stale before it was locked
+                    yield file, path
+                    return
+            finally:
+                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from engines.builder.flavor import RTX_MAGIC, Flavor, FlavorError, choose_flavor
+from engines.builder.onnx_graph import BuildError
+from engines.builder.plan_kind import is_plan
 from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest
 
 
@@ -60,6 +62,7 @@ def check_plan(plan: Path, flavor: Flavor | None = None) -> tuple[Flavor, dict[s
     """
     header, where = _read_header(plan), manifest_path(plan)
     try:
+        is_plan(plan)
         manifest = read_manifest(where, "plan")
         if header.startswith(RTX_MAGIC) != (manifest["flavor"] == "rtx"):
             raise SessionError(
@@ -73,7 +76,7 @@ def check_plan(plan: Path, flavor: Flavor | None = None) -> tuple[Flavor, dict[s
         flavor = flavor or choose_flavor(manifest["flavor"])
         check_version(plan, manifest, flavor)
         check_gpu(plan, manifest, flavor)
-    except (ManifestError, FlavorError) as error:
+    except (BuildError, ManifestError, FlavorError) as error:
         raise SessionError(str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         why = f"lacks {error}" if isinstance(error, KeyError) else str(error)
