@@ -108,8 +108,9 @@ class Session:
         return exit_code(self.stages)
 
     def _done(self, stage: Stage) -> bool:
+        """Whether an earlier call has it; the machine may be another one, so that it is looked at again."""
         told = self.stages.get(stage.name, {})
-        return stage != REPORT and told.get("outcome") in ("done", "unavailable")
+        return stage.name != "doctor" and stage != REPORT and told.get("outcome") in ("done", "unavailable")
 
     def _found(self, name: str) -> Path:
         return self.output / FOLDER / f"{name}.json"

@@ -72,7 +72,8 @@ class Asked:
 
 def doctor(asked: Asked) -> Found:
     """The machine: what it is, what it reaches, who else is there."""
-    return {"outcome": "done", **examine(asked.device)}
+    found = examine(asked.device)
+    return {"outcome": "failed" if found["fatal"] else "done", **found}
 
 
 def weights(asked: Asked) -> Found:
