@@ -121,22 +121,22 @@ def _cpu_compiler() -> str | None:
     """What torch.compile lacks on the CPU."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++")):
         return "torch.compile needs a C++ compiler here: apt-get install g++"
-    return _lacks_header()
+    return _header_problem()
 
 
-def _lacks_header() -> str | None:
-    """What is compiled for the CPU is an extension of Python; so is what launches Triton's kernels (triton 3.6)."""
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        return "torch.compile needs Python.h: apt-get install python3-dev"
-    return None
+def _header_problem() -> str | None:
+    """What is said where Python's headers are missing: Inductor's C++ and Triton's launchers include them."""
+    found = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return None if found else "torch.compile needs Python.h: apt-get install python3-dev"
 
 
 def _gpu_compiler() -> str | None:
+    """What torch.compile lacks on a GPU."""
     if importlib.util.find_spec("triton") is None:
         return "torch.compile needs Triton's compiler here: pip install triton"
     if not any(shutil.which(name) for name in (os.environ.get("CC") or "gcc", "clang", "cc")):
         return "torch.compile needs a C compiler for Triton: apt-get install gcc"
-    return _lacks_header()
+    return _header_problem()
 
 
 def _providers() -> list[str] | None:
