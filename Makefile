@@ -34,7 +34,8 @@ GPU_MINUTES ?= 9
 GPU_DEVICE ?= cuda
 GPU_OUTPUT ?= build/gpu
 gpu:
-	$(PYTHON) -m benchmarks.gpu.start --kit build/gpu-kit --output $(GPU_OUTPUT) --minutes $(GPU_MINUTES) --device $(GPU_DEVICE)
+	$(PYTHON) -m benchmarks.gpu.start --kit build/gpu-kit --output $(GPU_OUTPUT) --minutes $(GPU_MINUTES) \
+	  --device $(GPU_DEVICE) $(GPU_OPTIONS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
