@@ -47,7 +47,7 @@ class PositionEmbeddingSine(nn.Module):
         key = (length, str(device))
         if torch.compiler.is_exporting() or key not in self._tables:
             table = self.table(length, device).to(torch.float32)
-            if torch.compiler.is_compiling():  # a tensor of the trace is none of this module's
+            if torch.compiler.is_compiling() or type(table) is not Tensor:  # a trace's own
                 return table
             self._tables[key] = table
         return self._tables[key]

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neck.position import PositionEmbeddingSine
 
@@ -95,3 +96,6 @@ def test_an_exported_graph_does_not_depend_on_what_ran_before() -> None:
     graphs = [torch.export.export(one, (x,)) for one in (fresh, used)]
     assert str(graphs[0].graph) == str(graphs[1].graph) and not graphs[1].constants
     assert torch.equal(fresh(x), expected)  # and leaves no tensor of its own behind
+    with FakeTensorMode():
+        PositionEmbeddingSine.forward(fake := PositionEmbeddingSine(8), torch.zeros(1, 2, 4, 6))
+    assert not fake._tables
