@@ -19,6 +19,7 @@ import benchmarks.gpu.session
 from benchmarks.gpu.gpu_tests import checks, files_with_gpu_tests
 from benchmarks.gpu.page import MOST_LINES, page_lines
 from benchmarks.gpu.session import RESERVE_BYTES, Session
+from benchmarks.gpu.stage import Asked
 from benchmarks.gpu.stages import INSTALL_MINUTES, MINUTES, REPORT, fitting, plan, table, time_limit
 from benchmarks.gpu.start import install, read_kit
 from benchmarks.measure.backends import backends_for
@@ -84,6 +85,22 @@ def test_a_stage_is_ended_with_all_that_it_started(code: str, seconds: str, told
     command = [sys.executable, "-c", LIMITED, str(tmp_path / "log"), code, seconds]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ran.stdout.splitlines() == [told, "0"], ran.stderr
+
+
+def test_a_stage_may_print_where_the_disk_is_full(tmp_path: Path) -> None:
+    """Its log is a device that is always full."""
+    command = [sys.executable, "-c", LIMITED, "/dev/full", "print('last words', flush=True); sys.exit(5)", "60"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ran.stdout.splitlines() == ["ended with exit status 5: last words", "0"], ran.stderr
+
+
+def test_what_a_full_disk_cut_is_as_if_it_was_not_there(tmp_path: Path) -> None:
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "points.json").touch()
+    asked = Asked(tmp_path, "cpu", 0.0, None)
+    assert asked.found("points") == asked.found("weights") == {}
+    (tmp_path / "stages" / "points.json").write_text('{"fastest": "eager-fp16"}', encoding="utf-8")
+    assert asked.found("points") == {"fastest": "eager-fp16"}
 
 
 class Stages:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +17,10 @@ import psutil
 PR_SET_CHILD_SUBREAPER = 36
 WAIT_SECONDS = 5.0
 """For what was killed to be gone; what the kernel holds longer is left to it."""
+
+
+TAIL_BYTES = 1 << 12
+"""Of what a process prints, kept for its last words."""
 
 
 def adopt_orphans() -> None:
@@ -53,29 +59,31 @@ def run_limited(command: Sequence[str], seconds: float, log: Path, environment: 
     Returns:
         None where it ended with exit status 0, else what became of it.
     """
-    started = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        try:
-            out = stack.enter_context(log.open("ab"))
-        except OSError:  # a full disk must not keep a stage from running
-            out = subprocess.DEVNULL  # type: ignore[assignment]
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=dict(environment))
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return f"ended after {time.monotonic() - started:.0f} s, its time being over"
-        finally:
-            end_all()
+    started, tail = time.monotonic(), bytearray()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(environment))
+    reader = threading.Thread(target=_keep, args=(process, log, tail), daemon=True)
+    reader.start()
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return f"ended after {time.monotonic() - started:.0f} s, its time being over"
+    finally:
+        end_all()
+        reader.join(WAIT_SECONDS)  # all who could write are gone
     if code == 0:
         return None
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
-    return f"ended with exit status {code}: {last_line(log)}"
+    lines = tail.decode(errors="replace").strip().splitlines()
+    return f"ended with exit status {code}: {lines[-1][:400] if lines else 'it said nothing'}"
 
 
-def last_line(log: Path) -> str:
-    """What a process said last."""
-    with contextlib.suppress(OSError):
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1][:400] if lines else "it said nothing"
-    return "its log cannot be read"
+def _keep(process: subprocess.Popen[bytes], log: Path, tail: bytearray) -> None:
+    """Writes what a process prints into its log while there is room; on a full disk, too, it may print, and its last
+    words are kept."""
+    assert process.stdout is not None
+    while piece := os.read(process.stdout.fileno(), 1 << 16):
+        tail += piece
+        del tail[:-TAIL_BYTES]
+        with contextlib.suppress(OSError), log.open("ab") as file:
+            file.write(piece)

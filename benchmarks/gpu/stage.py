@@ -6,6 +6,7 @@ python -m benchmarks.gpu.stage NAME --output build/gpu --device cuda --ends 1790
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -66,8 +67,10 @@ class Asked:
 
     def found(self, name: str) -> Found:
         """What an earlier stage found."""
-        path = self.folder / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        with contextlib.suppress(OSError, ValueError):  # not run, or cut by a full disk
+            found: Found = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            return found
+        return {}
 
 
 def doctor(asked: Asked) -> Found:
