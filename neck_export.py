@@ -170,8 +170,8 @@ def trt(
     if len(chosen) > 1:
         raise typer.BadParameter(f"--{' and --'.join(chosen)}: choose one")
     with stage() as report:
-        from engines.builder.build import BuildOptions
         from engines.builder.onnx_source import newest_onnx
+        from engines.builder.options import BuildOptions
         from engines.plan import PlanOptions, make_plan
         from export.contract.signature import BatchRange
 
@@ -449,6 +449,8 @@ def show_plan(result: PlanResult) -> None:
         typer.echo(result.sheet.summary())
         if warning := result.sheet.warning():
             typer.echo(f"warning: {warning}", err=True)
+    elif reason := result.manifest.get("no_layers"):
+        typer.echo(f"no layer sheet: {reason}")
     typer.echo(f"{result.path}  {result.path.stat().st_size / 1e6:,.1f} MB")
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
 
-from engines.builder.build import BuildOptions
 from engines.builder.onnx_source import plan_source
-from engines.plan import PlanOptions, make_plan
-from engines.run.session import open_plan
+from engines.trials import TRIAL, Runner, run_on_gpu, run_simulated
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest, staging
 from export.contract.signature import NECK_MODULES, Signature
 from export.graph.cleanup import MODULE
@@ -25,17 +24,12 @@ from export.inspect import read_graph
 from export.lowering.precision import lower
 from export.origin import manifest_encoder
 from export.proof.fidelity import Comparison, compare_output, tolerance_for
-from export.proof.rounding_simulation import is_low_precision, simulate
-from export.proof.verify import Report, reference_pixels, run_model
+from export.proof.verify import Report, reference_pixels
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import PictureFolder, normalise
 
 MOST_MODULES = 8
 """More FP32 modules than this are no island: BF16 is the answer then."""
-
-TRIAL = "trial.onnx"
-Runner = Callable[[ir.Model, Path, np.ndarray, Sequence[str]], list[np.ndarray]]
-"""Computes a typed model's outputs from the image; it lies in the folder as TRIAL, some of its modules in FP32."""
 
 
 class BisectError(RuntimeError):
@@ -86,7 +80,7 @@ def bisect(
     where = manifest_path(path)
     if path.suffix == ".plan":
         manifest = plan_source(where)
-        run = run or run_on_gpu
+        run = run or functools.partial(run_on_gpu, plan=read_manifest(where, "plan"))
     else:
         read_graph(path)
         manifest = read_manifest(where, "onnx")
@@ -97,22 +91,6 @@ def bisect(
         encoder = manifest_encoder(where, manifest, checkpoint)
         search = Search(manifest, encoder, images, overrides or {}, folder, report, run or run_simulated)
         return search.find(path, checkpoint)
-
-
-def run_on_gpu(model: ir.Model, folder: Path, image: np.ndarray, keep_fp32: Sequence[str]) -> list[np.ndarray]:
-    """Builds a plan of the trial and runs it on the GPU."""
-    build = BuildOptions(keep_fp32=tuple(keep_fp32))
-    options = PlanOptions(folder / TRIAL, (folder / TRIAL).with_suffix(".plan"), build=build, verify=False)
-    with open_plan(make_plan(options).path) as session:
-        outputs = session.infer({"image": image})
-    return [outputs[str(value.name)] for value in model.graph.outputs]
-
-
-def run_simulated(model: ir.Model, folder: Path, image: np.ndarray, keep_fp32: Sequence[str]) -> list[np.ndarray]:
-    """Runs the model's rounding simulation in ONNX Runtime."""
-    if is_low_precision(model):
-        simulate(model)
-    return run_model(model, folder, image)
 
 
 class Search:

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from skips import summary_lines
 from torch import Tensor
 
-from engines.builder.flavor import Flavor, choose_flavor, has_gpu
+from engines.builder.flavor import Flavor, choose_flavor
+from engines.builder.gpu import has_gpu
 from export.contract.signature import BatchRange, Signature, encoder_signature
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites

@@ -20,9 +20,11 @@ from conftest import Golden, Save, load_golden, traced
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
 
 from engines.builder import plan_stream as stream
-from engines.builder.build import BuildOptions, BuildResult, build_plan
-from engines.builder.flavor import FlavorError, choose_flavor, has_gpu
+from engines.builder.build import BuildResult, build_plan
+from engines.builder.flavor import FlavorError, choose_flavor
+from engines.builder.gpu import has_gpu
 from engines.builder.onnx_graph import BuildError, read_graph
+from engines.builder.options import BuildOptions
 from export.contract.signature import BatchRange, TensorSpec
 from export.lowering.attention import AttentionForm
 from export.lowering.precision import Precision, lower
@@ -164,6 +166,21 @@ def test_result_and_options(small: Path, tmp_path: Path) -> None:
     assert result.plan_bytes > weights
 
 
+def test_nvidias_own_config_has_the_flags(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read from the real object: no TF32, and a plan whose runs allocate nothing, else no CUDA graph takes them."""
+    flavor, configs = choose_flavor("rtx"), []
+
+    def watched(trt: Any, builder: Any, network: Any, config: Any, file: Any, watch: Any) -> None:  # noqa: ANN401
+        configs.append(config)
+        raise BuildError("seen")
+
+    monkeypatch.setattr("engines.builder.build.run_builder", watched)
+    with pytest.raises(BuildError, match="seen"):
+        build_plan(small, small.with_suffix(".plan"), BuildOptions(), flavor=flavor)
+    flags = flavor.trt.BuilderFlag
+    assert not configs[0].get_flag(flags.TF32) and configs[0].get_flag(flags.REQUIRE_USER_ALLOCATION)
+
+
 def test_plan_is_readable_by_others(small: Path, tmp_path: Path) -> None:
     """A service under another user loads it: the umask decides, not a private temporary file."""
     plan = build_plan(small, tmp_path / "x.plan", BuildOptions()).plan
@@ -293,7 +310,9 @@ CHILD = """
     import os, resource, signal, sys, time
     from pathlib import Path
     import engines.builder.build
-    from engines.builder.build import BuildError, BuildOptions, build_plan
+    from engines.builder.build import build_plan
+    from engines.builder.onnx_graph import BuildError
+    from engines.builder.options import BuildOptions
     onnx, plan, step = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     watches, made = [], engines.builder.build.Watch
     def watched():

@@ -34,7 +34,7 @@ from serving import (
 )
 from triton_server import Server, running, stand_in_plan, stand_in_repository, why_missing
 
-from engines.builder.flavor import has_gpu
+from engines.builder.gpu import has_gpu
 from engines.service.triton_client.__main__ import main
 from engines.service.triton_client.errors import ClientError
 from export.contract.signature import BatchRange

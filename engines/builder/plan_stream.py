@@ -88,6 +88,31 @@ def run_builder(trt: Any, builder: Any, network: Any, config: Any, file: IO[byte
         BuildError: the builder made nothing, or ran out of memory.
         OSError: the file cannot take the plan.
     """
+    streams = hasattr(trt, "IStreamWriter") and hasattr(builder, "build_serialized_network_to_stream")
+    with ThreadPoolExecutor(1, "tensorrt") as thread:
+        if streams:
+            writer = _new_writer(trt, file, watch)
+            done = thread.submit(builder.build_serialized_network_to_stream, network, config, writer)
+        else:  # before TensorRT 10.13: the whole plan is in memory once more
+            done = thread.submit(builder.build_serialized_network, network, config)
+        try:
+            built = done.result()
+        except MemoryError:
+            raise BuildError(OUT_OF_MEMORY) from None
+        except KeyboardInterrupt:
+            watch.cancelled.set()  # leaving the block waits for the builder's next step
+            raise
+    if watch.failures:
+        raise watch.failures[0]
+    if built is not None and not streams:
+        file.write(built)
+    if not built or not file.tell():
+        short = any(word in line for line in watch.errors for word in ("bad_alloc", "OutOfMemory"))
+        raise BuildError(OUT_OF_MEMORY if short else f"TensorRT built nothing: {watch.reason}")
+
+
+def _new_writer(trt: Any, file: IO[bytes], watch: Watch) -> Any:  # noqa: ANN401
+    """Takes the plan's bytes as the builder gives them."""
 
     class Writer(trt.IStreamWriter):
         def __init__(self) -> None:
@@ -100,21 +125,7 @@ def run_builder(trt: Any, builder: Any, network: Any, config: Any, file: IO[byte
                 watch.failures.append(error)
                 return 0
 
-    writer = Writer()
-    with ThreadPoolExecutor(1, "tensorrt") as thread:
-        done = thread.submit(builder.build_serialized_network_to_stream, network, config, writer)
-        try:
-            success = done.result()
-        except MemoryError:
-            raise BuildError(OUT_OF_MEMORY) from None
-        except KeyboardInterrupt:
-            watch.cancelled.set()  # leaving the block waits for the builder's next step
-            raise
-    if watch.failures:
-        raise watch.failures[0]
-    if not success or not file.tell():
-        short = any(word in line for line in watch.errors for word in ("bad_alloc", "OutOfMemory"))
-        raise BuildError(OUT_OF_MEMORY if short else f"TensorRT built nothing: {watch.reason}")
+    return Writer()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from engines.builder.flavor import Flavor
+from engines.run.plan_checks import read_header, why_other_gpu
 from engines.run.session import Session, open_plan
 from export.contract.manifest import manifest_path, read_manifest, replace_manifest
 from export.contract.signature import BatchRange, Signature
@@ -253,8 +254,16 @@ def signature_of(source: dict[str, Any], precision: Precision) -> Signature:
     return dataclasses.replace(signature, dtype=dtype, positions=positions)
 
 
-def why_not_run(flavor: Flavor) -> str | None:
-    """Why a plan cannot run here, in the words of its manifest; None where it can."""
+def why_not_run(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> str | None:
+    """Why a plan that was built here does not run here, in the words of its manifest; None where it does.
+
+    A plan may be built for another GPU than the one at hand, on a machine that has one.
+    """
     if flavor.gpu is None:
         return NO_GPU
-    return None if torch.cuda.is_available() else "not verified: torch is a CPU build; install its CUDA build"
+    why = why_other_gpu(manifest, flavor)
+    if why is None and not torch.cuda.is_available():
+        why = "torch is a CPU build; install its CUDA build"
+    if why is None and (invalid := flavor.why_invalid(read_header(plan))):
+        why = f"TensorRT-RTX {flavor.version} says that it cannot run here ({invalid})"
+    return None if why is None else f"not verified: {why}"
