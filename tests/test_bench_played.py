@@ -15,16 +15,14 @@ from typing import Any
 import pytest
 from conftest import tiny_config
 from exporting import neck_export_cli, trace_quickly
+from stand_in_gpu.device import Device
+from stand_in_gpu.play import play
 
 import benchmarks.measure.rounds
 import benchmarks.measure.work_folder
 from benchmarks.measure.worker import OUT_OF_MEMORY, Worker
 from benchmarks.measure.worker_process import WorkerError
 from benchmarks.results.result_files import read_result
-
-MISSING = "the stand-ins of TensorRT and torch.cuda are not there"
-Device: Any = pytest.importorskip("stand_in_gpu.device", reason=MISSING).Device
-play: Any = pytest.importorskip("stand_in_gpu.play", reason=MISSING).play
 
 CONFIG = tiny_config(embed_dim=32, depth=2, global_blocks=(1,))
 PLAN = "tensorrt-rewritten-fp16"
@@ -34,7 +32,7 @@ RATES = {"device": "cuda", "flops_per_s": {"fp32": 1e11, "fp16": 1e11, "bf16": 1
 class Played:
     """A worker that is no process of its own."""
 
-    device: Any
+    device: Device
     fails: dict[tuple[str, str], Exception] = {}  # noqa: RUF012 - set by a test
 
     def __init__(self, log: Path, environment: Mapping[str, str] | None = None) -> None:
