@@ -113,5 +113,8 @@ def check_options(options: BenchOptions) -> None:
             raise BenchError(f"{name.replace('_', '-')} is {value}; it must be 1 at least")
     if options.positions == "file":
         raise BenchError("positions in a file are no output of a run; choose graph or none")
+    chosen = [f"--{name.replace('_', '-')}" for name in SELECTION if getattr(options, name) is not None]
+    if options.checkpoint is None and chosen:
+        raise BenchError(f"random weights have no {', '.join(chosen)}; leave it out, or name a --checkpoint")
     if options.export and options.config:
         raise BenchError("the exporter is measured at full size; leave --export or --config out")
