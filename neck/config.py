@@ -150,6 +150,11 @@ class EncoderConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: holds a {type(values).__name__}, expected an object of EncoderConfig's fields")
         values = values.get("onnx_manifest") or values  # a plan's manifest holds its ONNX file's
+        if {"model_type", "architectures"} & set(values):
+            raise ConfigError(
+                f"{path}: a config.json of Hugging Face, which is read where it lies beside its weights; "
+                "leave --config out, or write an encoder.json with EncoderConfig's fields"
+            )
         if isinstance(values.get("encoder"), dict):  # a manifest
             values = values["encoder"]
         try:

@@ -114,6 +114,7 @@ def test_a_value_that_cannot_work_is_named(field: str, value: Any, said: str) ->
         ("[1]", "holds a list"),
         ("[" * 100_000, "not a readable JSON file"),
         ('{"depth": 1' + "0" * 5000 + "}", "not a readable JSON file"),
+        ('{"model_type": "sam3_video", "detector_config": {}}', "a config.json of Hugging Face, .*leave --config out"),
         ('{"dept": 3}', "unknown key dept; known are .*depth"),
         ('{"global_blocks": 3}', "wrong type"),
         ('{"image_size": 100}', "nearest: 98 and 112"),
