@@ -236,6 +236,12 @@ RTX = {"flavor": "rtx", "tensorrt_version": "1.7.1.116"}
         ("8.9", {}),
         ("8.6", {}),
         ("9.0", {}),
+        ("9.0", {"compute_capabilities": []}),
+        ("10.0", {"compute_capabilities": []}),
+        ("10.3", {"compute_capabilities": ["10.3"]}),
+        ("11.0", {"compute_capabilities": []}),
+        ("8.7", {"compute_capabilities": []}),
+        ("12.1", {"compute_capabilities": []}),
         ("8.0", {"compute_capabilities": []}),
         ("7.5", {"compute_capabilities": []}),
         ("8.9", {"flavor": "tensorrt"}),
@@ -256,6 +262,30 @@ def test_rtx_plans_are_checked_as_python_does(
     else:
         assert ran.error == said
     assert programs.run("neck-engine", plan).code == 1  # the other flavour's program
+
+
+def run_rtx(programs: Programs, folder: Path, lines: bytes = b"", fail: str = "") -> Any:  # noqa: ANN401
+    """Runs a TensorRT-RTX plan by a CUDA graph."""
+    plan, reference = write_plan(folder, b"vtrt " + PLAN + lines, **RTX), write_reference(folder)
+    environment = {"STAND_IN_VERSION": "1.7.1.116", "STAND_IN_FAIL": fail}
+    return programs.run("neck-engine-rtx", plan, "--graph", "--compare", reference, "--runs", 1, **environment)
+
+
+def test_a_graph_of_an_rtx_plan_holds_its_specialised_kernels(programs: Programs, tmp_path: Path) -> None:
+    """The stand-in aborts where a graph is captured while kernels are still compiled in the background."""
+    ran = run_rtx(programs, tmp_path)
+    assert (ran.code, ran.err) == (0, "")
+    assert "a run, CUDA graph, batch 2" in ran.out
+    assert "no context to run it can be made (Error Code 2: OutOfMemory (runtime config))" in (
+        run_rtx(programs, tmp_path, fail="createRuntimeConfig").error
+    )
+
+
+def test_an_rtx_plan_that_cannot_be_captured_is_told_before(programs: Programs, tmp_path: Path) -> None:
+    ran = run_rtx(programs, tmp_path, b"allocates\n")
+    assert ran.code == 1
+    wanted = "no CUDA graph can be captured (TensorRT-RTX allocates while it runs this plan); run it without one, or "
+    assert ran.error == f"{tmp_path / 'x.plan'}: {wanted}build it again by `neck-export trt`"
 
 
 LOAD_FAILURES = [

@@ -33,7 +33,7 @@ from engines.flavor import Flavor, choose_flavor, find_gpu
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 
-ENGINE_SOURCES = ("checks", "cuda", "engine", "runs", "runtime", "neck_engine")
+ENGINE_SOURCES = ("checks", "cuda", "engine", "flavor", "runs", "runtime", "neck_engine")
 """Those that include NVIDIA's headers."""
 
 
@@ -51,15 +51,43 @@ def nvidia_includes() -> list[Path]:
     return found
 
 
+RTX_CLASSES = """
+enum class DynamicShapesKernelSpecializationStrategy : int32_t { kLAZY = 0, kEAGER = 1, kNONE = 2 };
+"""
+RTX_MEMBERS = {
+    "IRuntimeConfig": "void setDynamicShapesKernelSpecializationStrategy(DynamicShapesKernelSpecializationStrategy) {}",
+    "IExecutionContext": "bool isStreamCapturable(cudaStream_t) const { return true; }",
+}
+"""What TensorRT-RTX's headers have beside TensorRT's; they come with its SDK alone. The listings of its Python
+bindings and NVIDIA's documentation name them."""
+
+
+def rtx_includes(folder: Path) -> Path:
+    """TensorRT's headers with what RTX's have beside it; nothing of that is called before a driver is found."""
+    newest = nvidia_includes()[-1]
+    text = (newest / "NvInferRuntime.h").read_text()
+    for name, members in RTX_MEMBERS.items():
+        start = f"class {name} : public INoCopy\n{{\npublic:"
+        assert text.count(start) == 1, name
+        text = text.replace(start, f"{RTX_CLASSES if name == 'IRuntimeConfig' else ''}{start}\n{members}")
+    folder.mkdir()
+    for header in newest.glob("*.h"):
+        (folder / header.name).write_bytes(header.read_bytes())
+    (folder / "NvInferRuntime.h").write_text(text)
+    return folder
+
+
 def cuda_root() -> Path:
     return Path(os.environ.get("NECK_CUDA_ROOT", "/usr/local/cuda"))
 
 
 @pytest.mark.parametrize("name", ENGINE_SOURCES)
-def test_the_sources_compile_with_nvidias_headers(name: str) -> None:
-    for include in nvidia_includes():
+def test_the_sources_compile_with_nvidias_headers(name: str, tmp_path: Path) -> None:
+    rtx = rtx_includes(tmp_path / "rtx")
+    for include in [*nvidia_includes(), rtx]:
         folders = [f"-I{SOURCES / 'include'}", "-isystem", include, "-isystem", cuda_root() / "include"]
         flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+        flags += ["-DNECK_TENSORRT_RTX"] if include == rtx else []
         ended = subprocess.run(
             ["c++", *flags, *folders, SOURCES / "src" / f"{name}.cpp"], capture_output=True, text=True
         )
@@ -67,8 +95,8 @@ def test_the_sources_compile_with_nvidias_headers(name: str) -> None:
 
 
 def test_a_real_rtx_plan_without_a_gpu_is_told(tmp_path: Path) -> None:
-    """Linked with TensorRT-RTX's own library. Its headers come with its SDK alone; TensorRT's serve up to here."""
-    include, library = nvidia_includes()[-1], rtx_library()
+    """Linked with TensorRT-RTX's own library."""
+    include, library = rtx_includes(tmp_path / "rtx"), rtx_library()
     cudart = sorted((cuda_root() / "lib").glob("libcudart.so*"))
     if library is None or not cudart:
         pytest.skip("needs the tensorrt_rtx wheel, and NECK_CUDA_ROOT/lib/libcudart.so")

@@ -5,6 +5,7 @@
 
 #include "checks.hpp"
 #include "engine_impl.hpp"
+#include "flavor.hpp"
 
 namespace neck {
 
@@ -46,6 +47,7 @@ void Engine::Impl::release() {
     output_.clear();
     input_.reset();
     scratch_.reset();
+    loaded_.config.reset();
     loaded_.engine.reset();
     loaded_.runtime.reset();
     loaded_.logger.reset();

@@ -1,13 +1,16 @@
 #include <algorithm>
+#include <cstdint>
 #include <utility>
 
 #include "engine_impl.hpp"
+#include "flavor.hpp"
 #include "text.hpp"
 
 namespace neck {
 namespace {
 
-constexpr int warm_up_runs = 3;  // before a CUDA graph is captured: RTX compiles its kernels in the first run
+constexpr int warm_up_runs = 3;            // before a CUDA graph is captured: RTX compiles its kernels in the first run
+constexpr std::uintptr_t alignment = 256;  // of every tensor's address, says setTensorAddress; cudaMalloc keeps it
 
 nvinfer1::Dims dims_of(const Shape& shape) {
     nvinfer1::Dims dims{};
@@ -93,6 +96,11 @@ Prepared& Engine::Impl::captured(std::int64_t batch) {
                         "); run it without one");
         }
     };
+    if (!is_capturable(*prepared.context, stream)) {
+        throw Error(plan_ +
+                    ": no CUDA graph can be captured (TensorRT-RTX allocates while it runs this plan); run it " +
+                    "without one, or build it again by `neck-export trt`");
+    }
     succeed(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     const bool ran = prepared.context->enqueueV3(stream);
     cudaGraph_t raw = nullptr;
@@ -108,18 +116,20 @@ Prepared& Engine::Impl::captured(std::int64_t batch) {
 void Engine::Impl::enqueue(std::int64_t batch, cudaStream_t stream, const void* image) {
     check_batch(std::string(name_of(input().type)) + " " + to_text(input().at(batch)), batch);
     const DeviceGuard guard(options_.device, plan_);
-    if (options_.cuda_graph) {
-        const Prepared& prepared = captured(batch);
-        wait_before(stream);
-        if (image != nullptr && image != input_.get()) {
-            const std::size_t bytes = bytes_of(input().type, input().at(batch));
-            check(cudaMemcpyAsync(input_.get(), image, bytes, cudaMemcpyDeviceToDevice, stream),
-                  plan_ + ": copying the input");
-        }
-        check(cudaGraphLaunch(prepared.graph.get(), stream), plan_ + ": the run");
+    Prepared* const prepared = options_.cuda_graph ? &captured(batch) : nullptr;
+    wait_before(stream);
+    if (image == nullptr) {
+        image = input_.get();
+    } else if (image != input_.get() && (prepared || reinterpret_cast<std::uintptr_t>(image) % alignment != 0)) {
+        const std::size_t bytes = bytes_of(input().type, input().at(batch));
+        check(cudaMemcpyAsync(input_.get(), image, bytes, cudaMemcpyDeviceToDevice, stream),
+              plan_ + ": copying the input");
+        image = input_.get();
+    }
+    if (prepared) {
+        check(cudaGraphLaunch(prepared->graph.get(), stream), plan_ + ": the run");
     } else {
-        wait_before(stream);
-        bind(*context_, batch, image != nullptr ? image : input_.get());
+        bind(*context_, batch, image);
         run(*context_, stream);
     }
     last_batch_ = batch;

@@ -150,14 +150,14 @@ LoadedEngine load_engine(const std::filesystem::path& plan, const Manifest& mani
     if (!loaded.engine) {
         throw refused();
     }
+    loaded.config = make_runtime_config(*loaded.engine);
     read_ports(loaded, plan, manifest);
     return loaded;
 }
 
 std::unique_ptr<nvinfer1::IExecutionContext> make_context(const LoadedEngine& loaded, void* memory, std::int64_t bytes,
                                                           const std::string& plan) {
-    std::unique_ptr<nvinfer1::IExecutionContext> context(
-        loaded.engine->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
+    std::unique_ptr<nvinfer1::IExecutionContext> context = create_context(*loaded.engine, loaded.config);
     if (!context) {
         throw Error(plan + ": no context to run it can be made (" + loaded.logger->failure() + "); " + memory_text());
     }

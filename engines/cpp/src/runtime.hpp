@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "flavor.hpp"
 #include "neck/manifest.hpp"
 #include "neck/tensor.hpp"
 
@@ -34,6 +35,7 @@ struct LoadedEngine {
     std::unique_ptr<Logger> logger;
     std::unique_ptr<nvinfer1::IRuntime> runtime;
     std::unique_ptr<nvinfer1::ICudaEngine> engine;
+    RuntimeConfig config;
     std::vector<Port> inputs;
     std::vector<Port> outputs;
 };

@@ -127,7 +127,10 @@ cudaError_t cudaMalloc(void** address, std::size_t size) {
     if (try_call("cudaMalloc", cudaErrorMemoryAllocation) != cudaSuccess) {
         return cudaErrorMemoryAllocation;
     }
-    *address = std::malloc(size);
+    *address = nullptr;
+    if (posix_memalign(address, 256, size) != 0) {
+        return give(cudaErrorMemoryAllocation);
+    }
     std::memset(*address, 0xff, size);  // not a number, until written
     stand_in::count(1);
     return cudaSuccess;

@@ -27,6 +27,7 @@ struct Context {
     std::map<std::string, Bound> bound;
     char* scratch = nullptr;
     std::int64_t scratch_size = 0;
+    bool lazy = false;  ///< kernels of a shape are still compiled when its first run is over
     std::shared_ptr<int> changes = std::make_shared<int>(0);
 };
 
@@ -75,8 +76,13 @@ bool IExecutionContext::setInputShape(char const* name, Dims const& dims) noexce
 
 bool IExecutionContext::setTensorAddress(char const* name, void* data) noexcept {
     ++*own->changes;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(data) % 256 == 0;
+    if (!aligned || stand_in::fails("setTensorAddress")) {
+        own->logger.log(ILogger::Severity::kERROR, "Error Code 3: API Usage Error (the address is not aligned)");
+        return false;
+    }
     own->bound[name].data = data;
-    return !stand_in::fails("setTensorAddress");
+    return true;
 }
 
 void IExecutionContext::setDeviceMemoryV2(void* memory, std::int64_t size) noexcept {
@@ -88,7 +94,12 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
     const bool whole = own->scratch_size >= own->program->scratch &&
                        std::all_of(own->bound.begin(), own->bound.end(),
                                    [](const auto& entry) { return entry.second.data != nullptr; });
-    if (!whole || stand_in::fails("enqueueV3")) {
+    const bool forbidden = stand_in::capturing(stream) && own->program->allocates;
+    if (stand_in::capturing(stream) && own->lazy) {
+        std::fprintf(stderr, "stand-in: a CUDA graph is captured of kernels that serve until others are compiled\n");
+        std::abort();
+    }
+    if (!whole || forbidden || stand_in::fails("enqueueV3")) {
         own->logger.log(ILogger::Severity::kERROR, "Error Code 1: Cuda Runtime\n(out of memory)");
         return false;
     }
@@ -105,6 +116,19 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
     };
     stand_in::queue(stream, work);
     return true;
+}
+
+bool IExecutionContext::isStreamCapturable(cudaStream_t /*stream*/) const noexcept { return !own->program->allocates; }
+
+IRuntimeConfig::~IRuntimeConfig() noexcept { stand_in::count(-1); }
+
+void IRuntimeConfig::setExecutionContextAllocationStrategy(ExecutionContextAllocationStrategy strategy) noexcept {
+    allocation = strategy;
+}
+
+void IRuntimeConfig::setDynamicShapesKernelSpecializationStrategy(
+    DynamicShapesKernelSpecializationStrategy strategy) noexcept {
+    specialization = strategy;
 }
 
 ICudaEngine::~ICudaEngine() noexcept { stand_in::count(-1); }
@@ -142,7 +166,25 @@ IExecutionContext* ICudaEngine::createExecutionContext(ExecutionContextAllocatio
     stand_in::count(1);
     auto* context = new IExecutionContext;
     context->own.reset(new stand_in::Context{own->program, own->logger, {}});
+    context->own->lazy = own->program->rtx;
     return context;
+}
+
+IExecutionContext* ICudaEngine::createExecutionContext(IRuntimeConfig* config) noexcept {
+    IExecutionContext* context = createExecutionContext(config->allocation);
+    if (context != nullptr) {
+        context->own->lazy = config->specialization == DynamicShapesKernelSpecializationStrategy::kLAZY;
+    }
+    return context;
+}
+
+IRuntimeConfig* ICudaEngine::createRuntimeConfig() noexcept {
+    if (stand_in::fails("createRuntimeConfig")) {
+        own->logger.log(ILogger::Severity::kERROR, "Error Code 2: OutOfMemory (runtime config)");
+        return nullptr;
+    }
+    stand_in::count(1);
+    return new IRuntimeConfig;
 }
 
 IRuntime::~IRuntime() noexcept { stand_in::count(-1); }

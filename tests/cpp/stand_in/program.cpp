@@ -90,7 +90,8 @@ std::vector<std::int64_t> numbers(const std::string& text) {
 
 }  // namespace
 
-/// `stand-in`, then lines `input NAME TYPE SHAPE [BATCHES]`, `output NAME TYPE SHAPE`, `scratch BYTES`, `warn TEXT`.
+/// `stand-in`, then lines `input NAME TYPE SHAPE [BATCHES]`, `output NAME TYPE SHAPE`, `scratch BYTES`, `warn TEXT`,
+/// `allocates`. What begins with TensorRT-RTX's `vtrt` is its plan.
 std::unique_ptr<Program> read_program(std::string_view plan) {
     std::istringstream stream{std::string(plan)};
     std::string first;
@@ -99,12 +100,15 @@ std::unique_ptr<Program> read_program(std::string_view plan) {
         return read_onnx(plan);
     }
     auto program = std::make_unique<Doubling>();
+    program->rtx = first.rfind("vtrt", 0) == 0;
     for (std::string line; std::getline(stream, line);) {
         std::istringstream words(line);
         std::string kind, name, type, shape, batch;
         words >> kind >> name >> type >> shape >> batch;
         if (kind == "scratch") {
             program->scratch = std::stoll(name);
+        } else if (kind == "allocates") {
+            program->allocates = true;
         } else if (kind == "warn") {
             program->warning = line.substr(5);
         } else {

@@ -68,6 +68,8 @@ public:
     std::vector<TensorFacts> tensors;
     std::int64_t scratch = 0;
     std::string warning;
+    bool rtx = false;        ///< kernels are compiled while it runs
+    bool allocates = false;  ///< memory, too: such a run cannot be captured
 };
 
 /// Reads a plan: our own few lines of text, or where ONNX Runtime is built in an ONNX file.

@@ -67,7 +67,8 @@ public:
     /// \throws Error a batch that the plan does not take, or a run that cannot be started.
     void enqueue(std::int64_t batch, Stream stream);
 
-    /// The same with an input in device memory, which is read where it is (by a CUDA graph: copied first).
+    /// The same with an input in device memory, which is read where it is; by a CUDA graph, or at an address
+    /// that is no multiple of 256 bytes, it is copied first.
     void enqueue(std::int64_t batch, Stream stream, const void* image);
 
     /// The outputs of the last run where they are; work on that run's stream sees them.
