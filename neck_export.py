@@ -15,7 +15,7 @@ import typer
 
 if TYPE_CHECKING:
     from engines.plan import PlanResult
-    from export.fidelity import Verdict
+    from export.proof.fidelity import Verdict
 
 app = typer.Typer(
     help="SAM 3's image encoder: checkpoint -> verified ONNX -> TensorRT engine -> service.",
@@ -73,9 +73,9 @@ def onnx(
 ) -> None:
     """Exports the encoder to ONNX and proves it equal to PyTorch."""
     with stage() as report:
+        from export.contract.signature import BatchRange
+        from export.graph.rewrite import Rewrites
         from export.pipeline import ExportOptions, export_onnx
-        from export.rewrite import Rewrites
-        from export.signature import BatchRange
         from neck.config import EncoderConfig
 
         source = choose_checkpoint(checkpoint)
@@ -141,10 +141,10 @@ def trt(
     if len(chosen) > 1:
         raise typer.BadParameter(f"--{' and --'.join(chosen)}: choose one")
     with stage() as report:
-        from engines.build import BuildOptions
+        from engines.builder.build import BuildOptions
+        from engines.builder.onnx_source import newest_onnx
         from engines.plan import PlanOptions, make_plan
-        from engines.source import newest_onnx
-        from export.signature import BatchRange
+        from export.contract.signature import BatchRange
 
         onnx = model or newest_onnx(DEFAULT_ONNX.parent)
         options = PlanOptions(
@@ -187,8 +187,8 @@ def profile(
 ) -> None:
     """Measures a plan's latency on the GPU: percentiles, transfers apart, memory, layers."""
     with stage():
-        from engines.latency import profile_lines
-        from engines.profiling import profile_plan
+        from engines.run.latency import profile_lines
+        from engines.run.profiling import profile_plan
 
         found = profile_plan(plan, batch=batch)
     typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(profile_lines(found)))
@@ -224,7 +224,7 @@ def verify(
     with stage() as report:
         tolerances = parse_tolerances(tolerance)
         if file.suffix == ".plan":
-            from engines.verify import verify_plan_file
+            from engines.run.verify import verify_plan_file
 
             verdict = verify_plan_file(file, checkpoint, images, tolerances, report, save=save_reference)
         else:
@@ -258,7 +258,7 @@ def triton(
 ) -> None:
     """Lays a plan or an ONNX file out for Triton, as a new version of its model."""
     with stage() as report:
-        from engines.triton import RepositoryOptions, make_repository
+        from engines.service.repository import RepositoryOptions, make_repository
 
         options = RepositoryOptions(
             model=model,
@@ -311,9 +311,9 @@ def bench(
         raise typer.BadParameter("give files with --merge, and --merge with files", param_hint="--merge")
     with stage() as report:
         from benchmarks.bench import BenchOptions, run_bench
-        from benchmarks.changes import compare_results
-        from benchmarks.records import merge_results, read_result
-        from benchmarks.report import check_folder, write_report
+        from benchmarks.report.report_files import check_folder, write_report
+        from benchmarks.results.comparison import compare_results
+        from benchmarks.results.result_files import merge_results, read_result
         from neck.config import EncoderConfig
 
         check_folder(output)

@@ -7,17 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.errors import BenchError
-from benchmarks.jobs import Asked, Workplace
+from benchmarks.measure.run import Run
+from benchmarks.measure.work_folder import Asked, Workplace
 from benchmarks.options import BenchOptions, check_options
-from benchmarks.result import make_result
-from benchmarks.run import Run
-from export.manifest import locked
+from benchmarks.results.result import make_result
+from export.contract.manifest import locked
 
 __all__ = ["BenchError", "BenchOptions", "run_bench"]
 
 
 def run_bench(options: BenchOptions, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Measures every backend and returns the result, in the form of benchmarks/result.schema.json.
+    """Measures every backend and returns the result, in the form of benchmarks/results/result.schema.json.
 
     Samples are stored as they come, so that a run that was killed goes on where it was when it is started again.
 

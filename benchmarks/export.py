@@ -21,6 +21,8 @@ import time
 from datetime import date
 from pathlib import Path
 
+from benchmarks.measure.environment import processor
+
 PLAIN = "plain `torch.onnx.export`, FP32"
 OURS = "`neck-export onnx`, FP16, not verified"
 VERIFIED = "`neck-export onnx`, FP16, verified"
@@ -132,12 +134,6 @@ def summary(runs: dict[str, list[Run]], checkpoint_bytes: int) -> dict[str, obje
         "peak_ratios": sorted(ours.peak_bytes / plain.peak_bytes for ours, plain in pairs),
         "peak_over_checkpoint": max(run.peak_bytes for run in runs[OURS]) / checkpoint_bytes,
     }
-
-
-def processor() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table(result: dict[str, object]) -> list[str]:

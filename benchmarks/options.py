@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.errors import BenchError
-from export.signature import Positions
+from export.contract.signature import Positions
 from neck.config import EncoderConfig
 
 SIZES, BATCHES = (336, 672, 1008, 1344), (1, 2, 4, 8)

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from export.signature import Signature
+from export.contract.signature import Signature
 from neck.config import EncoderConfig
 
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}

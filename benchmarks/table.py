@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.changes import hardware
-from benchmarks.findings import (
+from benchmarks.report.findings import (
     error_figure,
     label_of,
     may_be_used,
@@ -27,9 +26,10 @@ from benchmarks.findings import (
     verdict,
     worst_error,
 )
-from benchmarks.markdown import escaped, table_lines
-from benchmarks.records import Result, of_machine, read_result
-from benchmarks.tables import Table
+from benchmarks.report.markdown import escaped, table_lines
+from benchmarks.report.tables import Table
+from benchmarks.results.comparison import hardware
+from benchmarks.results.result_files import Result, of_machine, read_result
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"

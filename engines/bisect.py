@@ -12,22 +12,22 @@ from typing import Any, cast
 import numpy as np
 import onnx_ir as ir
 
-from engines.build import BuildOptions
+from engines.builder.build import BuildOptions
+from engines.builder.onnx_source import plan_source
 from engines.plan import PlanOptions, make_plan
-from engines.session import open_plan
-from engines.source import plan_source
-from export.deploy import DeployEncoder
-from export.fidelity import Comparison, compare_output, tolerance_for
+from engines.run.session import open_plan
+from export.contract.manifest import check_files, data_path, manifest_path, read_manifest
+from export.contract.signature import NECK_MODULES, Signature
+from export.graph.cleanup import MODULE
+from export.graph.deployed_module import DeployEncoder
+from export.graph.rewrite import Rewrites
+from export.graph.trace import BLOCKS, trace
 from export.inspect import read_graph
-from export.manifest import check_files, data_path, manifest_path, read_manifest
-from export.precision import lower
-from export.provenance import manifest_encoder
-from export.rewrite import Rewrites
-from export.signature import NECK_MODULES, Signature
-from export.simulate import is_low_precision, simulate
-from export.tidy import MODULE
-from export.trace import BLOCKS, trace
-from export.verify import Report, reference_pixels, run_model
+from export.lowering.precision import lower
+from export.origin import manifest_encoder
+from export.proof.fidelity import Comparison, compare_output, tolerance_for
+from export.proof.rounding_simulation import is_low_precision, simulate
+from export.proof.verify import Report, reference_pixels, run_model
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import normalise
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from engines.build import BuildError
-from engines.plan import read_sheet
-from export.manifest import check_files, manifest_path, read_manifest
+from engines.builder.build import BuildError
+from engines.sheet.layer_sheet import read_sheet
+from export.contract.manifest import check_files, manifest_path, read_manifest
 
 
 def inspect_plan(path: Path) -> dict[str, Any]:

@@ -9,15 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from engines.build import DEFAULT_BATCH, BuildOptions, BuildResult, Progress, build_plan
-from engines.flavor import Flavor, choose_flavor
-from engines.graph import read_graph
-from engines.layers import LayerSheet
-from engines.source import lower_file, read_source, typed_as
-from engines.verify import signature_of, verify_plan, why_not_run
-from export.attention import AttentionForm
-from export.fidelity import Verdict
-from export.manifest import (
+from engines.builder.build import DEFAULT_BATCH, BuildOptions, BuildResult, Progress, build_plan
+from engines.builder.flavor import Flavor, choose_flavor
+from engines.builder.onnx_graph import read_graph
+from engines.builder.onnx_source import lower_file, read_source, typed_as
+from engines.run.verify import signature_of, verify_plan, why_not_run
+from engines.sheet.layer_sheet import LayerSheet, layers_path, read_sheet
+from export.contract.manifest import (
     ManifestError,
     check_files,
     data_path,
@@ -28,12 +26,14 @@ from export.manifest import (
     staging,
     write_manifest,
 )
+from export.contract.signature import BatchRange
+from export.lowering.attention import AttentionForm
+from export.lowering.precision import Precision
+from export.lowering.upsampling import Upsampling
+from export.origin import manifest_encoder, tool_version
 from export.pipeline import RejectedError
-from export.precision import Precision
-from export.provenance import manifest_encoder, tool_version
-from export.signature import BatchRange
-from export.upsampling import Upsampling
-from export.verify import Report, verify_onnx
+from export.proof.fidelity import Verdict
+from export.proof.verify import Report, verify_onnx
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,17 +126,6 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
             raise _reject(options, folder, manifest, verdict)
         publish_plan(folder, options.output)
     return PlanResult(options.output, manifest, result.sheet, verdict, reason=reason)
-
-
-def layers_path(plan: Path) -> Path:
-    """Where a plan's layer sheet lies."""
-    return plan.with_name(plan.name + ".layers.json")
-
-
-def read_sheet(plan: Path) -> LayerSheet | None:
-    """The layer sheet beside a plan, or None."""
-    path = layers_path(plan)
-    return LayerSheet.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def reuse_key(

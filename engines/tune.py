@@ -11,17 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engines.build import BuildError
-from engines.checks import SessionError
-from engines.flavor import FlavorError, choose_flavor
-from engines.plan import PlanOptions, PlanResult, make_plan, publish_plan, read_sheet, reuse_key
-from engines.profiling import ProfilingError, profile_plan
-from engines.source import read_source
-from export.attention import AttentionForm
-from export.manifest import manifest_path, read_manifest
+from engines.builder.build import BuildError
+from engines.builder.flavor import FlavorError, choose_flavor
+from engines.builder.onnx_source import read_source
+from engines.plan import PlanOptions, PlanResult, make_plan, publish_plan, reuse_key
+from engines.run.plan_checks import SessionError
+from engines.run.profiling import ProfilingError, profile_plan
+from engines.sheet.layer_sheet import read_sheet
+from export.contract.manifest import manifest_path, read_manifest
+from export.lowering.attention import AttentionForm
+from export.lowering.upsampling import Upsampling
 from export.pipeline import RejectedError
-from export.upsampling import Upsampling
-from export.verify import Report
+from export.proof.verify import Report
 
 ATTENTIONS: tuple[AttentionForm, ...] = ("fp32acc", "scores32", "fused")
 """`unfused` is left out: it is the last resort for exactness, and slow by its making."""

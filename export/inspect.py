@@ -9,8 +9,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from export.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
-from export.trace import ExportError
+from export.contract.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
+from export.graph.trace import ExportError
 
 FORMS = {
     (True, True, True): "FP32",
@@ -18,7 +18,7 @@ FORMS = {
     (False, True, False): "scores32",
     (False, False, False): "fused",
 }
-"""Which of the first product, the softmax and the second product are FP32 -> form of export.attention."""
+"""Which of the first product, the softmax and the second product are FP32 -> form of export.lowering.attention."""
 
 
 def read_graph(path: Path) -> ir.Model:
@@ -93,7 +93,7 @@ def describe(value: ir.Value) -> str:
 
 
 def attention_forms(graph: ir.Graph) -> Iterator[str]:
-    """The form, as export.attention names it, of every attention of a graph."""
+    """The form, as export.lowering.attention names it, of every attention of a graph."""
     for node in graph:
         if node.op_type == "Attention":
             query = node.inputs[0]

@@ -6,15 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from export.attention import AttentionForm
-from export.disk import check_targets, disk_errors
-from export.precision import OPSETS, Precision
-from export.provenance import encoder_config
-from export.rewrite import Rewrites
-from export.signature import BatchRange, InputKind, Positions, Signature, encoder_signature
-from export.trace import ExportError
-from export.upsampling import Upsampling
-from export.verify import require_runtime
+from export.contract.signature import BatchRange, InputKind, Positions, Signature, encoder_signature
+from export.graph.rewrite import Rewrites
+from export.graph.trace import ExportError
+from export.lowering.attention import AttentionForm
+from export.lowering.precision import OPSETS, Precision
+from export.lowering.upsampling import Upsampling
+from export.origin import encoder_config
+from export.output_files import check_targets, disk_errors
+from export.proof.verify import require_runtime
 from neck.checkpoint import load_encoder, random_encoder
 from neck.config import EncoderConfig, check_image_size
 from neck.necks import Sam3DualViTDetNeck

@@ -13,10 +13,7 @@ import onnx_ir as ir
 import safetensors.torch
 import torch
 
-from export.deploy import DeployEncoder
-from export.disk import check_room, disk_errors, target_files
-from export.fidelity import Verdict, check_overrides
-from export.manifest import (
+from export.contract.manifest import (
     check_files,
     data_path,
     locked,
@@ -27,9 +24,13 @@ from export.manifest import (
     staging,
     write_manifest,
 )
+from export.contract.signature import Signature
+from export.graph.deployed_module import DeployEncoder
+from export.graph.rewrite import Rewrites
+from export.graph.trace import ExportError, trace
+from export.lowering.precision import Precision, lower
 from export.options import NUMPY_NAMES, ExportOptions, check_options, load, sign
-from export.precision import Precision, lower
-from export.provenance import (
+from export.origin import (
     encoder_config,
     manifest_encoder,
     manifest_precision,
@@ -38,11 +39,10 @@ from export.provenance import (
     tool_version,
     weights_origin,
 )
-from export.reference import check_reference
-from export.rewrite import Rewrites
-from export.signature import Signature
-from export.trace import ExportError, trace
-from export.verify import Report, check_memory, positions_path, require_runtime, verify_onnx
+from export.output_files import check_room, disk_errors, target_files
+from export.proof.fidelity import Verdict, check_overrides
+from export.proof.reference import check_reference
+from export.proof.verify import Report, check_memory, positions_path, require_runtime, verify_onnx
 from neck.necks import Sam3DualViTDetNeck
 
 __all__ = [
@@ -192,7 +192,7 @@ def write_onnx(
     precision: Precision = "fp32",
     rewrites: Rewrites | None = None,
     report: Report = lambda line: None,
-    **lowering: Any,  # noqa: ANN401 - export.precision.lower's
+    **lowering: Any,  # noqa: ANN401 - export.lowering.precision.lower's
 ) -> ir.Model:
     """Traces, lowers and writes an encoder with any trunk: X.onnx and X.onnx.data, neither verified nor atomic.
 

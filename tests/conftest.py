@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engines.flavor import Flavor, choose_flavor, has_gpu
-from export.deploy import DeployEncoder
-from export.rewrite import Rewrites
-from export.signature import BatchRange, Signature, encoder_signature
-from export.trace import trace
+from engines.builder.flavor import Flavor, choose_flavor, has_gpu
+from export.contract.signature import BatchRange, Signature, encoder_signature
+from export.graph.deployed_module import DeployEncoder
+from export.graph.rewrite import Rewrites
+from export.graph.trace import trace
 from neck.checkpoint import load_encoder, random_encoder
 from neck.config import EncoderConfig
 from neck.necks import Sam3DualViTDetNeck, forward_necks

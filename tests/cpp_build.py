@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.manifest import locked, manifest_path, write_manifest
+from export.contract.manifest import locked, manifest_path, write_manifest
 
 ROOT = Path(__file__).parent.parent
 SOURCES, TESTS = ROOT / "engines" / "cpp", ROOT / "tests" / "cpp"

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 import export.pipeline
 import neck_export
-from export.deploy import DeployEncoder
+from export.graph.deployed_module import DeployEncoder
+from export.graph.trace import trace
 from export.options import ExportOptions
-from export.trace import trace
 from neck.config import EncoderConfig
 
 ROOT = Path(__file__).parent.parent

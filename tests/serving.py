@@ -16,8 +16,8 @@ from conftest import load_golden, named_outputs
 from PIL import Image
 from triton_server import Server
 
-from engines.triton_client.client import TritonClient
-from export.fidelity import compare
+from engines.service.triton_client.client import TritonClient
+from export.proof.fidelity import compare
 from neck.pictures import normalise
 
 CLIENTS = 8

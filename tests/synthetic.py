@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.features import feature_pictures
-from benchmarks.records import Result, check_result
-from engines.latency import summarise
+from benchmarks.results.feature_pictures import feature_pictures
+from benchmarks.results.result_files import Result, check_result
+from engines.run.latency import summarise
 
 LABEL = "synthetic figures, not measured"
 

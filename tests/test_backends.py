@@ -15,18 +15,18 @@ import pytest
 import torch
 from conftest import named_outputs, shared_encoder, tiny_config
 
-from benchmarks.backends import REFERENCE, Backend, backends_for, choose_backends, open_runner, why_unavailable
 from benchmarks.errors import BenchError
-from benchmarks.file_runners import RunnerError
-from benchmarks.jobs import Asked, Workplace
-from benchmarks.process import ROOT, Worker, WorkerError
-from benchmarks.torch_runner import OTHER, TorchRunner, make_module
-from benchmarks.worker import OUT_OF_MEMORY, peak_bytes
-from export.fidelity import compare
+from benchmarks.measure.backends import REFERENCE, Backend, backends_for, choose_backends, open_runner, why_unavailable
+from benchmarks.measure.file_runners import RunnerError
+from benchmarks.measure.torch_runner import OTHER, TorchRunner, make_module
+from benchmarks.measure.work_folder import Asked, Workplace
+from benchmarks.measure.worker import OUT_OF_MEMORY, peak_bytes
+from benchmarks.measure.worker_process import ROOT, Worker, WorkerError
+from export.contract.signature import encoder_signature
+from export.graph.rewrite import Rewrites
 from export.options import ExportOptions
 from export.pipeline import export_onnx
-from export.rewrite import Rewrites
-from export.signature import encoder_signature
+from export.proof.fidelity import compare
 from neck.checkpoint import save_meta_checkpoint
 
 CONFIG = tiny_config()

@@ -36,9 +36,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import export.pipeline
-from export.deploy import DeployEncoder
+from export.graph.deployed_module import DeployEncoder
 from export.pipeline import verify_file
-from export.verify import run_model
+from export.proof.verify import run_model
 
 CONFIG = config_of("meta-dual")
 GOOD = checkpoint_of("meta-dual")

@@ -16,23 +16,23 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-import benchmarks.rounds
-import benchmarks.run
-from benchmarks.backends import REFERENCE, Backend, backends_for
+import benchmarks.measure.rounds
+import benchmarks.measure.run
 from benchmarks.bench import asked_of, run_bench
 from benchmarks.errors import BenchError
-from benchmarks.jobs import Workplace
+from benchmarks.measure.backends import REFERENCE, Backend, backends_for
+from benchmarks.measure.rounds import Candidate, Pace, Point
+from benchmarks.measure.run import Run
+from benchmarks.measure.samples import Place, Samples
+from benchmarks.measure.work_folder import Workplace
+from benchmarks.measure.worker_process import ROOT, WorkerError
 from benchmarks.options import BenchOptions
-from benchmarks.process import ROOT, WorkerError
-from benchmarks.records import check_result
+from benchmarks.results.result_files import check_result
+from benchmarks.results.rows import best_rates, raise_rates, ratio
 from benchmarks.roofline import encoder_parts, floor_ms, total_operations
-from benchmarks.rounds import Candidate, Pace, Point
-from benchmarks.rows import Place, best_rates, raise_rates, ratio
-from benchmarks.run import Run
-from benchmarks.samples import Samples
-from engines.latency import summarise
-from export.manifest import locked
-from export.signature import encoder_signature
+from engines.run.latency import summarise
+from export.contract.manifest import locked
+from export.contract.signature import encoder_signature
 
 CONFIG = tiny_config()
 ORT = "ort-cpu-rewritten-fp32"
@@ -250,7 +250,7 @@ def test_out_of_memory_costs_one_row(output: Path, tmp_path: Path, monkeypatch: 
     """One is given a picture of 8 GB (of holes in the file) where a worker may take 3, one needs more than there is."""
     huge = np.lib.format.open_memmap(tmp_path / "huge.npy", mode="w+", dtype=np.float32, shape=(2 << 30,))
     del huge
-    make, needed, plain = Workplace.jobs, benchmarks.run.needed_bytes, "ort-cpu-plain-fp32"
+    make, needed, plain = Workplace.jobs, benchmarks.measure.run.needed_bytes, "ort-cpu-plain-fp32"
 
     def jobs(place: Workplace, *rest: Any) -> dict[str, Any]:  # noqa: ANN401
         found = make(place, *rest)
@@ -260,8 +260,8 @@ def test_out_of_memory_costs_one_row(output: Path, tmp_path: Path, monkeypatch: 
         return 1 << 60 if backend.id == plain else needed(backend, *rest)
 
     monkeypatch.setattr(Workplace, "jobs", jobs)
-    monkeypatch.setattr(benchmarks.run, "needed_bytes", estimate)
-    monkeypatch.setattr(benchmarks.rounds, "available_bytes", lambda: 3 << 30)
+    monkeypatch.setattr(benchmarks.measure.run, "needed_bytes", estimate)
+    monkeypatch.setattr(benchmarks.measure.rounds, "available_bytes", lambda: 3 << 30)
     said: list[str] = []
     result = run_bench(options_for(output, backends=(ORT, plain), rounds=3), said.append)
     rows = {row["backend"]: row for row in result["rows"]}
@@ -314,8 +314,10 @@ def fake_point(
 ) -> Samples:
     """Three backends that take 10 GB each on a machine of so many."""
     FakeWorker.loaded, FakeWorker.history = [], []
-    monkeypatch.setattr(benchmarks.rounds, "Worker", FakeWorker)
-    monkeypatch.setattr(benchmarks.rounds, "available_bytes", lambda: (machine - 10 * len(FakeWorker.loaded)) << 30)
+    monkeypatch.setattr(benchmarks.measure.rounds, "Worker", FakeWorker)
+    monkeypatch.setattr(
+        benchmarks.measure.rounds, "available_bytes", lambda: (machine - 10 * len(FakeWorker.loaded)) << 30
+    )
     samples = Samples(folder / "samples.jsonl", "key")
     names = [REFERENCE, "b", "c"]
     backend = backends_for("cpu")[0]

@@ -11,7 +11,7 @@ from synthetic import LABEL, synthetic_result
 
 from benchmarks.errors import BenchError
 from benchmarks.export import OURS, PLAIN, Run, measure, summary, table
-from benchmarks.records import read_result
+from benchmarks.results.result_files import read_result
 from benchmarks.table import README, RESULTS, bench_lines, newest, newest_benches, with_table
 
 

@@ -13,9 +13,9 @@ from exporting import plant_in_trunk, save_state
 from typer.testing import CliRunner
 
 from engines.bisect import BisectError, bisect, finding_lines, run_simulated
-from engines.flavor import has_gpu
+from engines.builder.flavor import has_gpu
 from engines.plan import PlanOptions, make_plan
-from export.manifest import manifest_path
+from export.contract.manifest import manifest_path
 from export.pipeline import ExportOptions, export_onnx
 from neck.config import EncoderConfig
 from neck_export import app

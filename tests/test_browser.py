@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import pytest
 from synthetic import synthetic_result
 
-from benchmarks.html import html_page
-from benchmarks.records import merge_results
-from benchmarks.report import write_report
+from benchmarks.report.html import html_page
+from benchmarks.report.report_files import write_report
+from benchmarks.results.result_files import merge_results
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -184,6 +184,20 @@ def test_a_page_that_scrolls_sideways_is_seen(browser: Chrome, report: Path, tmp
     page = changed(report, tmp_path, "<main>", f"<main><table><tr><td>{'x' * 400}</td></tr></table>")
     opened(browser, page, PHONE)
     assert browser.execute_script(OVERFLOW) > 0
+
+
+SCROLLING = """
+for (const details of document.querySelectorAll('details')) details.open = true;
+return [...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth).length
+"""
+"""How many tables are wider than their place."""
+
+
+def test_every_table_fits_a_screen(browser: Chrome, report: Path) -> None:
+    opened(browser, report)
+    assert browser.execute_script(SCROLLING) == 0
+    opened(browser, report, PHONE)
+    assert browser.execute_script(SCROLLING) > 0  # the control
 
 
 @pytest.mark.parametrize("width", [PHONE, SCREEN])

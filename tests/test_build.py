@@ -21,13 +21,13 @@ from conftest import Golden, Save, load_golden, traced
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
 
-from engines import stream
-from engines.build import BuildOptions, BuildResult, build_plan
-from engines.flavor import FlavorError, choose_flavor, has_gpu
-from engines.graph import BuildError, read_graph
-from export.attention import AttentionForm
-from export.precision import Precision, lower
-from export.signature import BatchRange, TensorSpec
+from engines.builder import plan_stream as stream
+from engines.builder.build import BuildOptions, BuildResult, build_plan
+from engines.builder.flavor import FlavorError, choose_flavor, has_gpu
+from engines.builder.onnx_graph import BuildError, read_graph
+from export.contract.signature import BatchRange, TensorSpec
+from export.lowering.attention import AttentionForm
+from export.lowering.precision import Precision, lower
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("8.6", "8.9", "12.0")
@@ -294,7 +294,7 @@ def test_a_disk_that_refuses_leaves_the_old_plan(small: Path, monkeypatch: pytes
 CHILD = """
     import resource, sys, time
     from pathlib import Path
-    from engines.build import BuildError, BuildOptions, build_plan
+    from engines.builder.build import BuildError, BuildOptions, build_plan
     onnx, plan, step = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     def progress(phase, done, total):
         if phase == "Building engine" and done == 1:
@@ -431,10 +431,10 @@ def test_operations_are_counted(save: Save) -> None:
 @pytest.mark.slow
 def test_full_size(save: Save, tmp_path: Path) -> None:
     """The published encoder in FP16, features only: the bars of the layer sheet."""
-    from export.deploy import DeployEncoder
-    from export.rewrite import Rewrites
-    from export.signature import encoder_signature
-    from export.trace import trace
+    from export.contract.signature import encoder_signature
+    from export.graph.deployed_module import DeployEncoder
+    from export.graph.rewrite import Rewrites
+    from export.graph.trace import trace
     from neck.checkpoint import random_encoder
     from neck.config import EncoderConfig
 

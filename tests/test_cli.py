@@ -27,7 +27,7 @@ from exporting import (
 
 import export.pipeline
 import neck_export
-from export.manifest import read_manifest
+from export.contract.manifest import read_manifest
 from export.options import ExportOptions
 from export.pipeline import ExportResult, export_onnx
 

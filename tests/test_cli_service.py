@@ -9,9 +9,9 @@ import pytest
 from exporting import checkpoint_of, config_of, golden_options, neck_export_cli, trace_quickly
 from synthetic import synthetic_result
 
-from benchmarks.report import json_text
+from benchmarks.report.report_files import json_text
+from export.contract.signature import BatchRange
 from export.pipeline import export_onnx
-from export.signature import BatchRange
 
 
 @pytest.fixture

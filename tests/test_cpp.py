@@ -30,10 +30,10 @@ from test_session import TARGETS, StandIn
 from typer.testing import CliRunner
 
 import neck_export
-from engines.checks import SessionError, check_plan
-from engines.flavor import Flavor, Gpu
-from export.fidelity import compare
-from export.manifest import manifest_path
+from engines.builder.flavor import Flavor, Gpu
+from engines.run.plan_checks import SessionError, check_plan
+from export.contract.manifest import manifest_path
+from export.proof.fidelity import compare
 from neck.pictures import normalise, read_picture
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))

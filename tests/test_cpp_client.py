@@ -36,7 +36,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The real server with meta-dual, float (1:4:8) and uint8 (fixed at 2) inputs."""
     if triton_server.why_missing():
         pytest.skip(str(triton_server.why_missing()))
-    from export.signature import BatchRange
+    from export.contract.signature import BatchRange
 
     folder = tmp_path_factory.mktemp("cpp-server")
     repository = stand_in_repository(folder, stand_in_plan(folder))

@@ -29,7 +29,7 @@ from cpp_build import (
 from exporting import neck_export_cli
 from test_session import build_convolution
 
-from engines.flavor import Flavor, choose_flavor, find_gpu
+from engines.builder.flavor import Flavor, choose_flavor, find_gpu
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from exporting import random_outputs
 
-from export import fidelity
-from export.fidelity import (
+from export.proof import fidelity
+from export.proof.fidelity import (
     POSITION_MAX_ABS,
     TOLERANCES,
     FidelityError,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from engines import flavor as flavor_module
-from engines.build import TYPES, BuildOptions, timing_cache_path
-from engines.flavor import Flavor, FlavorError, Gpu, choose_flavor, find_gpu, has_gpu
+from engines.builder import flavor as flavor_module
+from engines.builder.build import TYPES, BuildOptions, timing_cache_path
+from engines.builder.flavor import Flavor, FlavorError, Gpu, choose_flavor, find_gpu, has_gpu
 
 ENGINES = Path(__file__).parent.parent / "engines"
 API = Path(__file__).parent / "data" / "tensorrt-api"
@@ -87,7 +87,7 @@ def missing(names: set[str], api: dict[str, list[str]]) -> list[str]:
     )
 
 
-FILES = [path for path in sorted(ENGINES.glob("*.py")) if re.search(r"\btrt\.", path.read_text(encoding="utf-8"))]
+FILES = [path for path in sorted(ENGINES.rglob("*.py")) if re.search(r"\btrt\.", path.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from test_triton import COMPATIBLE, write_plan
 
-from engines.kubernetes import HEADER
-from engines.triton import Repository, RepositoryOptions, TritonError, make_repository
+from engines.service.kubernetes import HEADER
+from engines.service.repository import Repository, RepositoryOptions, TritonError, make_repository
 
 KUBERNETES = "1.31"
 """Oldest version whose schemas the files must pass; the newest that the validator knows is tried, too."""

@@ -12,19 +12,19 @@ import onnx_ir as ir
 import pytest
 from conftest import load_golden, traced
 
-from engines.flavor import has_gpu
-from engines.layers import GPUS, Kernel, LayerSheet, Tensor
-from engines.listing import LayerSheetError, read_accumulations, sheet_from_inspector, sheet_from_log
-from export.attention import AttentionForm
-from export.precision import Precision, lower
-from export.rewrite import Rewrites
+from engines.builder.flavor import has_gpu
+from engines.sheet.layer_sheet import GPUS, Kernel, LayerSheet, Tensor
+from engines.sheet.read_layers import LayerSheetError, read_accumulations, sheet_from_inspector, sheet_from_log
+from export.graph.rewrite import Rewrites
+from export.lowering.attention import AttentionForm
+from export.lowering.precision import Precision, lower
 
 
 @functools.cache
 def sheet_of(precision: Precision, form: AttentionForm, rewrites: Rewrites | None = None) -> LayerSheet:
     """The sheet of a golden encoder of four blocks."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from engines.build import BuildOptions, build_plan
+    from engines.builder.build import BuildOptions, build_plan
 
     golden = load_golden("meta-dual")
     model = traced(golden.encoder, golden.config, rewrites, necks="sam3", positions="none").model
@@ -201,8 +201,8 @@ def test_an_inspector_that_tells_nothing_is_an_error(text: str, says: str) -> No
 @pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU or driver here: the engine inspector needs a loaded engine")
 def test_the_inspector_and_the_log_agree(tmp_path: Path) -> None:
     """On a GPU: an engine's JSON gives the attentions that its build counted."""
-    from engines.build import BuildOptions, build_plan
-    from engines.flavor import choose_flavor
+    from engines.builder.build import BuildOptions, build_plan
+    from engines.builder.flavor import choose_flavor
 
     golden = load_golden("meta-dual")
     model = traced(golden.encoder, golden.config, necks="sam3", positions="none").model

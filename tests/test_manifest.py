@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from exporting import listing
 
-from export import manifest
-from export.manifest import (
+from export.contract import manifest
+from export.contract.manifest import (
     FORMAT,
     ManifestError,
     check_files,

@@ -30,15 +30,15 @@ from exporting import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import export.verify
-from export.fidelity import TOLERANCES, FidelityError, compare
-from export.manifest import ManifestError, file_entry, read_manifest, sha256
+import export.proof.verify
+from export.contract.manifest import ManifestError, file_entry, read_manifest, sha256
+from export.contract.signature import BatchRange, Signature, SignatureError
+from export.graph.trace import ExportError
 from export.options import ExportOptions, check_options, load, sign
+from export.origin import encoder_config
 from export.pipeline import ExportResult, RejectedError, export_onnx, verify_file, write_onnx
-from export.provenance import encoder_config
-from export.signature import BatchRange, Signature, SignatureError
-from export.trace import ExportError
-from export.verify import check_memory, reference_outputs, reference_pixels, require_runtime, run_model
+from export.proof.fidelity import TOLERANCES, FidelityError, compare
+from export.proof.verify import check_memory, reference_outputs, reference_pixels, require_runtime, run_model
 from neck.checkpoint import CheckpointError
 from neck.config import EncoderConfig
 from neck.pictures import normalise
@@ -501,7 +501,7 @@ def test_without_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     encoder = load(options)
     check_memory(sign(options, encoder), encoder)
     (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:      50 kB\n")
-    monkeypatch.setattr(export.verify, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(export.proof.verify, "MEMORY", tmp_path / "meminfo")
     with pytest.raises(FidelityError, match=r"verification at 112x112 needs 0 GB for one block's attention") as caught:
         check_memory(sign(options, encoder), encoder)
     assert len(str(caught.value).splitlines()) == 2

@@ -15,14 +15,15 @@ from conftest import DATA
 from exporting import plant_in_trunk, save_state
 from typer.testing import CliRunner
 
-from engines.build import BuildError, BuildOptions
-from engines.flavor import has_gpu
-from engines.plan import PlanOptions, layers_path, make_plan, read_sheet
-from engines.source import newest_onnx
-from engines.verify import NO_GPU
-from export.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
+from engines.builder.build import BuildError, BuildOptions
+from engines.builder.flavor import has_gpu
+from engines.builder.onnx_source import newest_onnx
+from engines.plan import PlanOptions, make_plan
+from engines.run.verify import NO_GPU
+from engines.sheet.layer_sheet import layers_path, read_sheet
+from export.contract.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
+from export.contract.signature import BatchRange
 from export.pipeline import ExportOptions, RejectedError, export_onnx
-from export.signature import BatchRange
 from neck.config import EncoderConfig
 from neck_export import app
 

@@ -16,11 +16,11 @@ import torch
 from conftest import Save, load_golden, run_onnx, traced, worst_error
 from torch import Tensor
 
-from export.attention import find_attentions
-from export.precision import converted_weight, lower
-from export.simulate import simulate
-from export.tidy import MODULE
-from export.trace import ExportError
+from export.graph.cleanup import MODULE
+from export.graph.trace import ExportError
+from export.lowering.attention import find_attentions
+from export.lowering.precision import converted_weight, lower
+from export.proof.rounding_simulation import simulate
 
 SAME = 1e-5
 """Of an output's largest value: the same FP32 sums in another order, over 4 blocks."""
@@ -524,7 +524,7 @@ def test_only_what_is_an_attention_is_taken_for_one(perm: list[int], axis: int, 
     ("attributes", "count"), [({"strides": [2, 2]}, 1), ({"strides": [1, 1]}, 0), ({"strides": [2, 2], "group": 2}, 0)]
 )
 def test_only_a_doubling_is_taken_for_one(attributes: dict[str, Any], count: int) -> None:
-    from export.upsampling import lower_upsampling
+    from export.lowering.upsampling import lower_upsampling
 
     x, weight, bias = value("x", 1, 4, 6, 6), value("w", 4, 4, 2, 2), value("b", 4)
     weight.const_value, bias.const_value = (

@@ -13,9 +13,8 @@ import pytest
 import torch
 from test_session import L4, build_convolution, stand_in, write_plan
 
-from engines.checks import Port, SessionError
-from engines.flavor import Flavor, choose_flavor
-from engines.latency import (
+from engines.builder.flavor import Flavor, choose_flavor
+from engines.run.latency import (
     STATE,
     WARM_UP_RUNS,
     WARM_UP_SECONDS,
@@ -28,8 +27,8 @@ from engines.latency import (
     summarise,
     time_runs,
 )
-from engines.layers import Kernel, LayerSheet, Tensor
-from engines.profiling import (
+from engines.run.plan_checks import Port, SessionError
+from engines.run.profiling import (
     LAYER_RUNS,
     ProfilingError,
     choose_batch,
@@ -39,6 +38,7 @@ from engines.profiling import (
     read_state,
     scale_operations,
 )
+from engines.sheet.layer_sheet import Kernel, LayerSheet, Tensor
 
 FIXED = Port("image", torch.float32, (2, 3, 8, 8), (2, 2))
 DYNAMIC = Port("image", torch.float32, (-1, 3, 8, 8), (1, 8))
@@ -176,7 +176,7 @@ def test_clocks_are_asked_while_it_runs(tmp_path: Path, monkeypatch: pytest.Monk
     assert read_state(lambda: None, str(command)) is None
     assert read_state(lambda: None, str(tmp_path / "none")) is None
     command.write_text("#!/bin/sh\nexec sleep 100\n")
-    monkeypatch.setattr("engines.profiling.STATE_SECONDS", 0.1)
+    monkeypatch.setattr("engines.run.profiling.STATE_SECONDS", 0.1)
     assert read_state(lambda: None, str(command)) is None
 
 

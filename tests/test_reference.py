@@ -12,13 +12,13 @@ from exporting import golden_options, neck_export_cli, trace_quickly
 from test_session import facts, write_plan
 from test_verify_plan import CONFIG, OnnxSession, export, source
 
-from engines import verify
-from engines.verify import verify_plan_file
-from export.fidelity import FidelityError, compare
-from export.manifest import manifest_path, read_manifest, write_manifest
+from engines.run import verify
+from engines.run.verify import verify_plan_file
+from export.contract.manifest import manifest_path, read_manifest, write_manifest
+from export.contract.signature import BatchRange
 from export.pipeline import RejectedError, export_onnx
-from export.reference import check_reference, write_reference
-from export.signature import BatchRange
+from export.proof.fidelity import FidelityError, compare
+from export.proof.reference import check_reference, write_reference
 from neck.pictures import normalise
 
 

@@ -21,13 +21,12 @@ from conftest import tiny_config
 from PIL import Image
 from synthetic import LABEL, synthetic_features, synthetic_result
 
-from benchmarks import report
 from benchmarks.bench import run_bench
-from benchmarks.changes import compare_results
-from benchmarks.charts import NARROW, WIDE, kernels_chart, latency_chart, parts_chart
 from benchmarks.errors import BenchError
-from benchmarks.features import NOT_FINITE, feature_pictures
-from benchmarks.findings import (
+from benchmarks.options import BenchOptions
+from benchmarks.report import report_files as report
+from benchmarks.report.charts import NARROW, WIDE, kernels_chart, latency_chart, parts_chart
+from benchmarks.report.findings import (
     answer_sentence,
     answers,
     error_figure,
@@ -43,15 +42,16 @@ from benchmarks.findings import (
     verdict,
     worst_error,
 )
-from benchmarks.growth import growth_plot
-from benchmarks.html import html_page
-from benchmarks.markdown import escaped, markdown_page
-from benchmarks.options import BenchOptions
-from benchmarks.plots import error_plot, roofline_plot
-from benchmarks.records import Result, merge_results, read_result
-from benchmarks.report import check_folder, write_report
-from benchmarks.svg import Scale, fitted, linear_ticks, log_ticks, spread_apart
-from benchmarks.tables import missing_table
+from benchmarks.report.growth import growth_plot
+from benchmarks.report.html import html_page
+from benchmarks.report.markdown import escaped, markdown_page
+from benchmarks.report.plots import error_plot, roofline_plot
+from benchmarks.report.report_files import check_folder, write_report
+from benchmarks.report.svg import Scale, fitted, linear_ticks, log_ticks, spread_apart
+from benchmarks.report.tables import missing_table
+from benchmarks.results.comparison import compare_results
+from benchmarks.results.feature_pictures import NOT_FINITE, feature_pictures
+from benchmarks.results.result_files import Result, merge_results, read_result
 
 HOSTILE = '<script>alert("x")</script> & | `a` "quoted"\n\x1b[31m'
 

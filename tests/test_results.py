@@ -12,11 +12,12 @@ import pytest
 from jsonschema import Draft202012Validator
 from synthetic import synthetic_result
 
-from benchmarks import changes, records
-from benchmarks.changes import EXACT_FACTOR, LEAST_SPREAD, compare_results, spread_ms
 from benchmarks.errors import BenchError
-from benchmarks.records import Result, check_result, merge_results, of_machine, read_result
-from benchmarks.report import json_text
+from benchmarks.report.report_files import json_text
+from benchmarks.results import comparison as changes
+from benchmarks.results import result_files as records
+from benchmarks.results.comparison import EXACT_FACTOR, LEAST_SPREAD, compare_results, spread_ms
+from benchmarks.results.result_files import Result, check_result, merge_results, of_machine, read_result
 
 Change = Callable[[Result], None]
 

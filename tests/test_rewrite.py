@@ -10,7 +10,7 @@ import torch
 from conftest import named_outputs, tiny_config
 from torch import Tensor, nn
 
-from export.rewrite import DeployAttention, PositionTables, Rewrites, WindowMajorTrunk, merge_upsampling, rewrite
+from export.graph.rewrite import DeployAttention, PositionTables, Rewrites, WindowMajorTrunk, merge_upsampling, rewrite
 from neck.checkpoint import random_encoder
 from neck.necks import Sam3DualViTDetNeck
 from neck.position import PositionEmbeddingSine

@@ -13,10 +13,10 @@ from conftest import shared_encoder, tiny_config, traced
 from torch import nn
 
 from benchmarks.roofline import encoder_parts, floor_ms, total_bytes, total_operations
-from export.deploy import DeployEncoder
-from export.rewrite import Rewrites
-from export.signature import encoder_signature
-from export.trace import trace
+from export.contract.signature import encoder_signature
+from export.graph.deployed_module import DeployEncoder
+from export.graph.rewrite import Rewrites
+from export.graph.trace import trace
 from neck.config import EncoderConfig
 from neck.necks import new_encoder
 

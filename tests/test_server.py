@@ -34,11 +34,11 @@ from serving import (
 )
 from triton_server import Server, running, stand_in_plan, stand_in_repository, why_missing
 
-from engines.flavor import has_gpu
-from engines.triton_client.__main__ import main
-from engines.triton_client.errors import ClientError
-from export.fidelity import compare
-from export.signature import BatchRange
+from engines.builder.flavor import has_gpu
+from engines.service.triton_client.__main__ import main
+from engines.service.triton_client.errors import ClientError
+from export.contract.signature import BatchRange
+from export.proof.fidelity import compare
 from neck.pictures import load_pictures, normalise
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))

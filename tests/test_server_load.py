@@ -21,7 +21,7 @@ from torch import Tensor, from_numpy
 from triton_server import Server, running, stand_in_plan, stand_in_repository, why_missing, write_plan_manifest
 from tritonclient.utils import InferenceServerException
 
-from export.manifest import manifest_path, read_manifest
+from export.contract.manifest import manifest_path, read_manifest
 from neck.checkpoint import load_encoder
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))

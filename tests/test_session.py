@@ -21,12 +21,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from engines.build import BuildOptions, build_plan
-from engines.checks import Port, SessionError, check_gpu, check_plan, check_version, manifest_specs
-from engines.flavor import Flavor, Gpu, choose_flavor, has_gpu
-from engines.session import TYPES, Session, open_plan
-from export.manifest import manifest_path, write_manifest
-from export.signature import BatchRange
+from engines.builder.build import BuildOptions, build_plan
+from engines.builder.flavor import Flavor, Gpu, choose_flavor, has_gpu
+from engines.run.plan_checks import Port, SessionError, check_gpu, check_plan, check_version, manifest_specs
+from engines.run.session import TYPES, Session, open_plan
+from export.contract.manifest import manifest_path, write_manifest
+from export.contract.signature import BatchRange
 
 L4 = Gpu("NVIDIA L4", "8.9", "570.86", "12.8")
 TARGETS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")

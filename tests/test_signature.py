@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import tiny_config
 
-from export.signature import (
+from export.contract.signature import (
     BatchRange,
     Signature,
     SignatureError,

@@ -16,13 +16,13 @@ import torch
 from exporting import trace_quickly
 from onnx import TensorProto, helper, numpy_helper
 
-import export.simulate
-from export.fidelity import Verdict, compare
+import export.proof.rounding_simulation
+from export.contract.signature import encoder_signature
+from export.lowering.precision import Precision
 from export.pipeline import write_onnx
-from export.precision import Precision
-from export.signature import encoder_signature
-from export.simulate import is_low_precision, simulate, watch_finite
-from export.verify import first_non_finite, reference_outputs, reference_pixels, run_model
+from export.proof.fidelity import Verdict, compare
+from export.proof.rounding_simulation import is_low_precision, simulate, watch_finite
+from export.proof.verify import first_non_finite, reference_outputs, reference_pixels, run_model
 from neck.checkpoint import random_encoder
 from neck.config import EncoderConfig
 from neck.necks import Sam3DualViTDetNeck, forward_necks
@@ -193,13 +193,13 @@ def errors_of(encoder: Sam3DualViTDetNeck, config: EncoderConfig, precision: Pre
     def simulated(moves: frozenset[str]) -> Verdict:
         model = ir.load(path)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(export.simulate, "MOVES", moves)
+            patch.setattr(export.proof.rounding_simulation, "MOVES", moves)
             simulate(model)
         return judge(run_model(model, folder, image.numpy()))
 
     every = frozenset(node.op_type for node in ir.load(path).graph)
     half = judge(half_outputs(encoder, image, precision))
-    return Errors(half, simulated(export.simulate.MOVES), simulated(every))
+    return Errors(half, simulated(export.proof.rounding_simulation.MOVES), simulated(every))
 
 
 def half_outputs(encoder: Sam3DualViTDetNeck, image: torch.Tensor, precision: Precision) -> list[np.ndarray]:

@@ -28,13 +28,13 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 from torch.onnx._internal.exporter._core import TorchTensor as TorchsOwnTensor
 
-import export.trace
-from export.deploy import DeployEncoder
-from export.fold import LAZY_BYTES
-from export.precision import lower
-from export.rewrite import Rewrites
-from export.signature import encoder_signature
-from export.trace import ExportError, trace
+import export.graph.trace
+from export.contract.signature import encoder_signature
+from export.graph.constant_folding import LAZY_BYTES
+from export.graph.deployed_module import DeployEncoder
+from export.graph.rewrite import Rewrites
+from export.graph.trace import ExportError, trace
+from export.lowering.precision import lower
 from neck.checkpoint import random_encoder
 from neck.config import EncoderConfig
 from neck.necks import Sam3DualViTDetNeck
@@ -132,11 +132,13 @@ def test_stamped_blocks_are_traced_blocks(
 ) -> None:
     golden = load_golden(case)
     stamped = traced(golden.encoder, golden.config, rewrites, batch="2")
-    monkeypatch.setattr(export.trace, "block_kinds", lambda module: [])
+    monkeypatch.setattr(export.graph.trace, "block_kinds", lambda module: [])
     full = trace(DeployEncoder(golden.encoder, stamped.signature, rewrites))
     assert kinds(stamped.model) == kinds(full)
     assert sorted(node.name or "" for node in stamped.model.graph) == sorted(node.name or "" for node in full.graph)
-    paths = [{node.metadata_props[export.trace.MODULE] for node in model.graph} for model in (stamped.model, full)]
+    paths = [
+        {node.metadata_props[export.graph.trace.MODULE] for node in model.graph} for model in (stamped.model, full)
+    ]
     assert paths[0] == paths[1]
     assert {f"trunk.blocks.{index}.attn" for index in range(4)} <= paths[0]
     for model in (stamped.model, full):
@@ -320,7 +322,7 @@ def test_nodes_and_weights_carry_their_modules_path() -> None:
     golden = load_golden("meta-dual")
     graph = traced(golden.encoder, golden.config, batch="2").model.graph
     by_name = {node.name: node for node in graph}
-    assert by_name["trunk.blocks.2.attn/Attention"].metadata_props[export.trace.MODULE] == "trunk.blocks.2.attn"
+    assert by_name["trunk.blocks.2.attn/Attention"].metadata_props[export.graph.trace.MODULE] == "trunk.blocks.2.attn"
     assert {
         "trunk.patch_embed.proj/Conv",
         "trunk.ln_pre/LayerNormalization",
@@ -330,7 +332,7 @@ def test_nodes_and_weights_carry_their_modules_path() -> None:
         graph.initializers
     )
     known = {name for name, _ in golden.encoder.named_modules()} | {""}
-    assert {node.metadata_props[export.trace.MODULE] for node in graph} <= known
+    assert {node.metadata_props[export.graph.trace.MODULE] for node in graph} <= known
     assert all(name and not name.startswith("stamped.") for name in graph.initializers)
 
 
@@ -340,7 +342,7 @@ def test_one_attention_a_block_with_its_scale() -> None:
         graph = traced(golden.encoder, golden.config, rewrites, batch="2").model.graph
         attentions = [node for node in graph if node.op_type == "Attention"]
         assert [node.attributes.get_float("scale") for node in attentions] == [scale] * 4
-        assert [node.metadata_props[export.trace.MODULE] for node in attentions] == [
+        assert [node.metadata_props[export.graph.trace.MODULE] for node in attentions] == [
             f"trunk.blocks.{index}.attn" for index in range(4)
         ]
 

@@ -24,15 +24,15 @@ from conftest import GOLDEN_TOLERANCE, load_golden, run_onnx, tiny_config, worst
 from exporting import golden_options, listing
 from PIL import Image
 
-import engines.triton_files
-from engines.containers import ONNX_RUNTIME, TENSORRT, choose_container
-from engines.triton import Repository, RepositoryOptions, TritonError, make_repository
-from engines.triton_config import read_config, to_text
-from engines.triton_ensemble import PREPROCESS_MODEL
-from engines.triton_source import Source, read_model
-from export.manifest import ManifestError, check_files, manifest_path, read_manifest, write_manifest
+import engines.service.repository_files
+from engines.service.containers import ONNX_RUNTIME, TENSORRT, choose_container
+from engines.service.ensemble import PREPROCESS_MODEL
+from engines.service.model_config import read_config, to_text
+from engines.service.repository import Repository, RepositoryOptions, TritonError, make_repository
+from engines.service.served_model import Source, read_model
+from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest, write_manifest
+from export.contract.signature import BatchRange, encoder_signature
 from export.pipeline import export_onnx
-from export.signature import BatchRange, encoder_signature
 from neck.pictures import normalise, read_picture, resize_picture
 
 ROOT = Path(__file__).parent.parent
@@ -234,13 +234,13 @@ def test_an_ensemble_is_not_left_without_its_outputs(onnx_file: Path, tmp_path: 
 def test_a_plan_that_is_replaced_while_it_is_copied(
     plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = engines.triton_files._copy
+    copy = engines.service.repository_files._copy
 
     def other(file: Path, target: Path) -> None:
         copy(file, target)
         target.write_bytes(b"another build")
 
-    monkeypatch.setattr(engines.triton_files, "_copy", other)
+    monkeypatch.setattr(engines.service.repository_files, "_copy", other)
     with pytest.raises(TritonError, match="has 13 bytes, its manifest says 104"):
         make(plan, tmp_path)
     assert listing(tmp_path / "repository") == {}
@@ -250,7 +250,7 @@ def test_a_new_preprocessing_is_a_new_version(plan: Path, tmp_path: Path, monkey
     make(plan, tmp_path, ensemble=True)
     newer = tmp_path / "model.py"
     newer.write_text(PREPROCESS_MODEL.read_text() + "\n")
-    monkeypatch.setattr("engines.triton.PREPROCESS_MODEL", newer)
+    monkeypatch.setattr("engines.service.repository.PREPROCESS_MODEL", newer)
     found = make(plan, tmp_path, ensemble=True)
     assert sorted(path.name for path in (found.path / "sam3-encoder-preprocess").iterdir()) == [
         "1",
@@ -295,14 +295,14 @@ def test_nothing_of_the_stage_is_seen_in_the_repository(
     """A polling server takes a folder there for a model, and one in the model's for a change of all its versions."""
     found = make(plan, tmp_path)
     seen: list[set[str]] = []
-    copy = engines.triton_files._copy
+    copy = engines.service.repository_files._copy
 
     def look(file: Path, target: Path) -> None:
         copy(file, target)
         seen.append(set(listing(found.path)))
 
     before = set(listing(found.path))
-    monkeypatch.setattr(engines.triton_files, "_copy", look)
+    monkeypatch.setattr(engines.service.repository_files, "_copy", look)
     make(plan, tmp_path)
     assert seen == [before, before]
     seen.clear()
@@ -316,8 +316,8 @@ def test_nothing_of_the_stage_is_seen_in_the_repository(
 CRASHES = """
 import os, sys
 from pathlib import Path
-import engines.triton_files as files
-from engines.triton import RepositoryOptions, make_repository
+import engines.service.repository_files as files
+from engines.service.repository import RepositoryOptions, make_repository
 copy = files._copy
 def crash(file, target):
     copy(file, target)
@@ -344,7 +344,7 @@ def test_a_full_disk(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(TritonError, match="the disk is full; make room"):
-        patch.setattr(engines.triton_files, "_copy", full)
+        patch.setattr(engines.service.repository_files, "_copy", full)
         make(plan, tmp_path)
     usage = SimpleNamespace(free=10)
     with monkeypatch.context() as patch, pytest.raises(TritonError, match=r"0\.00 GB are free, the model needs"):

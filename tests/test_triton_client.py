@@ -22,13 +22,13 @@ pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install
 
 from tritonclient.utils import InferenceServerException
 
-import engines.triton_client
-from engines.triton_client.__main__ import main
-from engines.triton_client.client import TritonClient
-from engines.triton_client.errors import ClientError
-from engines.triton_client.model import Model, Tensor, describe
-from engines.triton_client.pictures import normalise, read_pixels
-from engines.triton_client.shared import SharedMemory
+import engines.service.triton_client
+from engines.service.triton_client.__main__ import main
+from engines.service.triton_client.client import TritonClient
+from engines.service.triton_client.errors import ClientError
+from engines.service.triton_client.model import Model, Tensor, describe
+from engines.service.triton_client.pictures import normalise, read_pixels
+from engines.service.triton_client.shared import SharedMemory
 from neck import pictures
 
 CHELSEA = Path(__file__).parent / "data" / "pictures" / "chelsea.png"
@@ -36,7 +36,7 @@ CHELSEA = Path(__file__).parent / "data" / "pictures" / "chelsea.png"
 
 def test_a_copy_of_the_folder_works_alone(tmp_path: Path) -> None:
     """Where neither torch nor this project is: the copy's folder is the only one beside the libraries."""
-    shutil.copytree(Path(engines.triton_client.__file__).parent, tmp_path / "triton_client")
+    shutil.copytree(Path(engines.service.triton_client.__file__).parent, tmp_path / "triton_client")
     code = (
         "import sys, triton_client.__main__ as m\n"
         "assert m.main(['x.png', '--url', '127.0.0.1:1']) == 1\n"
@@ -263,7 +263,7 @@ def test_a_region_in_use_is_given_back_a_little_later() -> None:
 
 
 def test_every_region_is_freed_here_whatever_the_server_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.triton_client.shared.IN_USE_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr("engines.service.triton_client.shared.IN_USE_WAITS_S", (0.0, 0.0))
     for refusals, calls in ((["no such thing"], 2), ([IN_USE] * 3, 4)):
         memory = SharedMemory(client := Regions(refusals), "system")
         names = [memory.reserve(tensor, 8)[0] for tensor in "ab"]

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from conftest import DATA
 
-from engines.build import BuildError
-from engines.flavor import has_gpu
+from engines.builder.build import BuildError
+from engines.builder.flavor import has_gpu
 from engines.plan import PlanOptions, PlanResult, make_plan
 from engines.tune import Row, TuneError, Tuning, fastest, tune_plan, tuning_lines
-from export.fidelity import Tolerance, Verdict, compare_output
-from export.manifest import check_files, manifest_path, read_manifest
+from export.contract.manifest import check_files, manifest_path, read_manifest
 from export.pipeline import ExportOptions, RejectedError, export_onnx
-from export.verify import Report
+from export.proof.fidelity import Tolerance, Verdict, compare_output
+from export.proof.verify import Report
 from neck.config import EncoderConfig
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")

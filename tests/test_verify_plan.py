@@ -14,11 +14,11 @@ import torch
 from conftest import Save, run_onnx, shared_encoder, tiny_config, traced
 from test_session import L4, facts, stand_in, write_plan
 
-from engines import verify
-from engines.build import BuildOptions, build_plan
-from engines.checks import Port, SessionError
-from engines.flavor import Flavor
-from engines.verify import (
+from engines.builder.build import BuildOptions, build_plan
+from engines.builder.flavor import Flavor
+from engines.run import verify
+from engines.run.plan_checks import Port, SessionError
+from engines.run.verify import (
     Runner,
     VerifyError,
     count_for,
@@ -28,10 +28,10 @@ from engines.verify import (
     verify_plan,
     verify_runner,
 )
-from export.fidelity import FidelityError
-from export.manifest import manifest_path, write_manifest
-from export.precision import lower
-from export.signature import BatchRange, Signature
+from export.contract.manifest import manifest_path, write_manifest
+from export.contract.signature import BatchRange, Signature
+from export.lowering.precision import lower
+from export.proof.fidelity import FidelityError
 
 CONFIG = tiny_config(num_heads=1)
 """One head of 16: RTX fuses attention from 16 on."""

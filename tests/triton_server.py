@@ -25,11 +25,11 @@ import onnx
 import pytest
 from exporting import golden_options, trace_quickly
 
-from engines.triton import RepositoryOptions, make_repository
-from export.manifest import manifest_path, read_manifest, write_manifest
+from engines.service.repository import RepositoryOptions, make_repository
+from export.contract.manifest import manifest_path, read_manifest, write_manifest
+from export.contract.signature import BatchRange
 from export.options import ExportOptions
 from export.pipeline import export_onnx
-from export.signature import BatchRange
 
 ROOT = Path(__file__).parent.parent
 SERVER = ROOT / ".triton"

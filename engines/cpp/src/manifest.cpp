@@ -182,7 +182,7 @@ std::string read_header(const fs::path& plan) {
     }
 }
 
-/// The keys that `export/manifest.py` does not check itself.
+/// The keys that `export/contract/manifest.py` does not check itself.
 void read_values(const Json& content, Manifest& manifest) {
     manifest.flavor = text_at(content, "flavor");
     manifest.tensorrt_version = text_at(content, "tensorrt_version");

@@ -1,0 +1,1 @@
+"""Runs every backend in a process of its own."""

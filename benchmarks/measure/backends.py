@@ -1,0 +1,243 @@
+"""Every way to run the encoder: what it is, whether this machine has it, and how it is opened (no torch)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from benchmarks.errors import BenchError
+
+Runtime = Literal["eager", "compile", "compile-max", "ort", "openvino", "plan"]
+Precision = Literal["fp32", "fp16", "bf16"]
+Device = Literal["cpu", "cuda"]
+
+REFERENCE = "eager-fp32"
+"""The plain module in FP32 PyTorch: every other row's errors and ratio are against it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One way to run the encoder.
+
+    Attributes:
+        id, label: its name in files and on the screen.
+        runtime: what runs it.
+        device: where.
+        precision: what its weights and activations are computed in.
+        module: the plain module or the rewritten one.
+        provider: ONNX Runtime's execution provider, or the flavour of TensorRT.
+    """
+
+    id: str
+    label: str
+    runtime: Runtime
+    device: Device
+    precision: Precision
+    module: Literal["plain", "rewritten"]
+    provider: str = ""
+
+    @property
+    def file(self) -> bool:
+        """Whether it runs an exported file."""
+        return self.runtime in ("ort", "openvino", "plan")
+
+
+class Runner(Protocol):
+    """A backend in memory, with one input bound; `open_runner` makes it."""
+
+    def load(self) -> float | None:
+        """Brings it to where it can run; returns the seconds that building took, None where nothing is built."""
+
+    def run(self) -> None:
+        """One run, whose outputs are complete when this returns."""
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """The last run's outputs by name, in float32."""
+
+    def device_bytes(self) -> int | None:
+        """Most device memory that it took, None on a CPU."""
+
+    def parts_ms(self) -> dict[str, float] | None:
+        """Milliseconds of each part in one more run, None where the runtime does not tell."""
+
+    def close(self) -> None:
+        """Frees it."""
+
+
+NAMES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
+TORCH = {
+    "eager": "PyTorch eager",
+    "compile": "torch.compile",
+    "compile-max": "torch.compile max-autotune, CUDA graphs",
+}
+
+
+def _torch(runtime: Runtime, device: Device, precision: Precision, rewritten: bool) -> Backend:
+    module, part = ("rewritten", "-rewritten") if rewritten else ("plain", "")
+    name = f"{runtime}{part}-{precision}"
+    return Backend(name, f"{TORCH[runtime]}, {module}, {NAMES[precision]}", runtime, device, precision, module)  # type: ignore[arg-type]
+
+
+def _file(name: str, label: str, runtime: Runtime, device: Device, provider: str) -> Backend:
+    *_, module, precision = name.split("-")
+    text = f"{label}, {module}, {NAMES[precision]}"
+    return Backend(name, text, runtime, device, precision, module, provider)  # type: ignore[arg-type]
+
+
+def _cpu() -> list[Backend]:
+    return [
+        _torch("eager", "cpu", "fp32", False),
+        _torch("eager", "cpu", "fp32", True),
+        _file("ort-cpu-plain-fp32", "ONNX Runtime CPU", "ort", "cpu", "CPUExecutionProvider"),
+        _file("ort-cpu-rewritten-fp32", "ONNX Runtime CPU", "ort", "cpu", "CPUExecutionProvider"),
+        _file("openvino-plain-fp32", "OpenVINO CPU", "openvino", "cpu", "CPU"),
+        _file("openvino-rewritten-fp32", "OpenVINO CPU", "openvino", "cpu", "CPU"),
+        _torch("compile", "cpu", "fp32", False),
+        _torch("compile", "cpu", "fp32", True),
+        *(
+            _torch("eager", "cpu", precision, rewritten)
+            for precision in ("bf16", "fp16")
+            for rewritten in (False, True)
+        ),
+        _torch("compile", "cpu", "bf16", True),
+        _file("openvino-rewritten-bf16", "OpenVINO CPU", "openvino", "cpu", "CPU"),
+        _file("ort-cpu-rewritten-fp16", "ONNX Runtime CPU", "ort", "cpu", "CPUExecutionProvider"),
+    ]
+
+
+def _cuda() -> list[Backend]:
+    """In the order of what is asked most: a run whose time is short leaves out the last."""
+    return [
+        _torch("eager", "cuda", "fp32", False),
+        *(
+            _torch("eager", "cuda", precision, rewritten)
+            for precision in ("fp16", "bf16")
+            for rewritten in (False, True)
+        ),
+        _torch("compile", "cuda", "fp16", True),
+        _torch("compile", "cuda", "fp16", False),
+        _torch("compile-max", "cuda", "fp16", True),
+        *_on_gpu(),
+        _torch("compile", "cuda", "bf16", True),
+        _torch("compile", "cuda", "bf16", False),
+        _torch("compile-max", "cuda", "bf16", True),
+        _torch("compile-max", "cuda", "fp16", False),
+    ]
+
+
+def _on_gpu() -> list[Backend]:
+    return [
+        _file("ort-cuda-plain-fp16", "ONNX Runtime CUDA", "ort", "cuda", "CUDAExecutionProvider"),
+        _file("ort-cuda-rewritten-fp16", "ONNX Runtime CUDA", "ort", "cuda", "CUDAExecutionProvider"),
+        _file("ort-tensorrt-rewritten-fp16", "ONNX Runtime TensorRT", "ort", "cuda", "TensorrtExecutionProvider"),
+        _file("tensorrt-plain-fp16", "TensorRT", "plan", "cuda", "tensorrt"),
+        _file("tensorrt-rewritten-fp16", "TensorRT", "plan", "cuda", "tensorrt"),
+        _file("tensorrt-rewritten-bf16", "TensorRT", "plan", "cuda", "tensorrt"),
+        _file("rtx-rewritten-fp16", "TensorRT-RTX", "plan", "cuda", "rtx"),
+    ]
+
+
+def backends_for(device: Device) -> list[Backend]:
+    """Every backend of a run on this device; a CPU's list ends with those that a GPU would add."""
+    return _cuda() if device == "cuda" else [*_cpu(), *_on_gpu(), _torch("compile-max", "cuda", "fp16", True)]
+
+
+SWEPT = {
+    "cpu": ("ort-cpu-rewritten-fp32", "openvino-rewritten-fp32"),
+    "cuda": ("eager-fp16", "eager-rewritten-fp16", "eager-rewritten-bf16"),
+}
+"""What is swept over image sizes and batches, the reference aside: a compiled module would be built for each point."""
+
+QUICK = {
+    "cpu": ("eager-rewritten-fp32", "ort-cpu-plain-fp32", "ort-cpu-rewritten-fp32", "openvino-rewritten-fp32"),
+    "cuda": ("eager-fp16", "eager-rewritten-fp16", "eager-rewritten-bf16", "compile-rewritten-fp16"),
+}
+"""What `--quick` measures, the reference aside."""
+
+
+def choose_backends(device: Device, asked: Sequence[str]) -> list[Backend]:
+    """The asked backends in the table's order, the reference first and always; all where none is named.
+
+    Raises:
+        BenchError: a name that is none.
+    """
+    known = backends_for(device)
+    names = {backend.id for backend in known}
+    unknown = [name for name in asked if name not in names]
+    if unknown:
+        raise BenchError(f"no backend {', '.join(unknown)} on {device}; there are {', '.join(sorted(names))}")
+    return [backend for backend in known if not asked or backend.id in asked or backend.id == REFERENCE]
+
+
+def why_unavailable(backend: Backend, facts: Mapping[str, Any], named: bool = False) -> str | None:
+    """Why this machine cannot run a backend, and what would mend it; None where it can.
+
+    Args:
+        backend: which.
+        facts: what `environment.capabilities` found.
+        named: whether the user named it; then what is merely slow is run.
+    """
+    if backend.device == "cuda" and not facts["cuda"]:
+        return "no NVIDIA GPU that torch can use"
+    match backend.runtime:
+        case "eager" | "compile" | "compile-max":
+            return _torch_lacks(backend, facts, named)
+        case "ort":
+            return _ort_lacks(backend, facts)
+        case "openvino":
+            return _openvino_lacks(backend, facts)
+        case "plan":
+            reason: str | None = facts["plans"][backend.provider]
+            return reason
+
+
+def _torch_lacks(backend: Backend, facts: Mapping[str, Any], named: bool) -> str | None:
+    slow = backend.device == "cpu" and backend.precision != "fp32" and not facts["cpu_computes"][backend.precision]
+    if slow and not named:
+        return (
+            f"this CPU has no {NAMES[backend.precision]} matrix instructions, so torch would emulate them, slower than "
+            f"FP32; name it by --backend to measure it all the same"
+        )
+    return facts["compilers"][backend.device] if backend.runtime != "eager" else None
+
+
+def _ort_lacks(backend: Backend, facts: Mapping[str, Any]) -> str | None:
+    if facts["providers"] is None:
+        return f"onnxruntime is not installed: pip install 'neck-export[{'cpu' if backend.device == 'cpu' else 'gpu'}]'"
+    if backend.provider not in facts["providers"]:
+        return f"this onnxruntime has no {backend.provider}: pip install onnxruntime-gpu"
+    if backend.device == "cpu" and backend.precision != "fp32":
+        return (
+            f"ONNX Runtime's CPU provider computes an {NAMES[backend.precision]} file in FP32, so it would not be one"
+        )
+    return None
+
+
+def _openvino_lacks(backend: Backend, facts: Mapping[str, Any]) -> str | None:
+    if facts["openvino"] is None:
+        return "openvino is not installed: pip install 'neck-export[bench]'"
+    if NAMES[backend.precision] not in facts["openvino"]:
+        return (
+            f"OpenVINO's CPU plugin does not compute {NAMES[backend.precision]} here ({', '.join(facts['openvino'])})"
+        )
+    return None
+
+
+def open_runner(job: Mapping[str, Any]) -> Runner:
+    """The runner of a job, nothing loaded yet.
+
+    Args:
+        job: the backend's fields, and `image`, `weights`, `config`, `signature`, `onnx`, `plan`: what it runs on.
+    """
+    if job["runtime"] in ("eager", "compile", "compile-max"):
+        from benchmarks.measure.torch_runner import TorchRunner
+
+        return TorchRunner(job)
+    from benchmarks.measure.file_runners import OpenVinoRunner, OrtRunner, PlanRunner
+
+    makers: dict[str, Callable[[Mapping[str, Any]], Runner]]
+    makers = {"ort": OrtRunner, "openvino": OpenVinoRunner, "plan": PlanRunner}
+    return makers[job["runtime"]](job)

@@ -1,0 +1,146 @@
+"""What the backends run on, made once and kept: weights, the picture, ONNX files, plans. It runs in a worker."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure.work_folder import about_file, seconds_path
+from export.contract.signature import BatchRange, Signature
+from export.graph.rewrite import Rewrites
+from export.options import ExportOptions, load, sign
+from export.origin import encoder_config
+from export.pipeline import export_onnx, write_onnx
+from export.proof.verify import reference_pixels
+from neck.checkpoint import save_meta_checkpoint
+from neck.config import EncoderConfig
+from neck.pictures import normalise
+
+
+def make_weights(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint that every backend maps: the user's, or random weights that are written once.
+
+    Args:
+        asked: `checkpoint`, `config`, `seed`, `image_size`, `necks`, `levels`, `positions`, `batch`, `folder`.
+
+    Returns:
+        `weights`, `config`, `parameters`, `signature` as JSON values.
+    """
+    made = Path(asked["folder"]) / "weights.pt"
+    if asked["checkpoint"] is None and made.is_file():
+        asked = {**asked, "checkpoint": made, "config": asked["config"] or EncoderConfig().to_dict()}
+    options = _options(asked, made)
+    encoder = load(options)
+    if options.checkpoint is None:
+        save_meta_checkpoint(encoder, made)
+    return {
+        "weights": str(options.checkpoint or made),
+        "config": encoder_config(encoder).to_dict(),
+        "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
+        "signature": sign(options, encoder).to_dict(),
+    }
+
+
+def _options(asked: Mapping[str, Any], output: Path) -> ExportOptions:
+    config, checkpoint, batch = asked["config"], asked["checkpoint"], asked["batch"]
+    return ExportOptions(
+        output,
+        checkpoint=Path(checkpoint) if checkpoint else None,
+        config=EncoderConfig.from_dict(config) if config else None,
+        seed=asked["seed"],
+        image_size=tuple(asked["image_size"]) if asked["image_size"] else None,
+        batch=BatchRange(batch, batch, batch),
+        necks=asked["necks"],
+        levels=asked["levels"],
+        positions=asked["positions"],
+        verify=False,
+    )
+
+
+def make_image(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The normalised picture of a size and batch: float32 (B, 3, H, W) as .npy.
+
+    Args:
+        asked: `signature`, `batch`, `images` (a folder or None), `path`.
+    """
+    path = Path(asked["path"])
+    if not path.is_file():
+        signature = Signature.from_dict(asked["signature"])
+        images = Path(asked["images"]) if asked["images"] else None
+        with _whole(path) as staged, staged.open("wb") as file:
+            np.save(file, normalise(reference_pixels(signature, images, asked["batch"])).numpy())
+    return {"path": str(path)}
+
+
+def make_file(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Exports the ONNX file of a backend.
+
+    It is not verified, its row is; nor hashed, but for a plan, whose builder checks that.
+
+    Args:
+        asked: as `make_weights`, and `path`, `precision`, `module`, `runtime`.
+
+    Returns:
+        As `about_file`.
+    """
+    path = Path(asked["path"])
+    start = time.perf_counter()
+    # ONNX Runtime's GPU providers need not know Attention (opset 23); TensorRT builds the form that `auto` takes
+    form: Any = "scores32" if asked["precision"] != "fp32" and asked["runtime"] != "plan" else "auto"
+    rewrites = Rewrites() if asked["module"] == "rewritten" else Rewrites.none()
+    options = _options(asked, path)
+    options = dataclasses.replace(options, precision=asked["precision"], attention=form, rewrites=rewrites)
+    if asked["runtime"] == "plan":
+        export_onnx(options)  # a plan's builder wants the manifest
+    else:
+        encoder = load(options)
+        signature = sign(options, encoder)
+        write_onnx(encoder, signature, path, precision=options.precision, attention=form, rewrites=rewrites)
+    seconds_path(path).write_text(f"{time.perf_counter() - start}\n")  # last: it says that the file is whole
+    return about_file(path)
+
+
+def make_plan_file(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Builds the plan of an ONNX file, or finds the one that was built before.
+
+    Args:
+        asked: `onnx`, `path`, `flavor`.
+    """
+    from engines.plan import PlanOptions, make_plan
+
+    path = Path(asked["path"])
+    result = make_plan(PlanOptions(Path(asked["onnx"]), path, flavor=asked["flavor"], verify=False))
+    return {"plan": str(path), "build_s": result.manifest["build_seconds"], "file_bytes": path.stat().st_size}
+
+
+def read_kernels(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The layer sheet beside a plan as the result's `kernels`; their times are `neck-export profile`'s to tell.
+
+    Args:
+        asked: `plan`.
+    """
+    from engines.sheet.layer_sheet import read_sheet
+
+    sheet = read_sheet(Path(asked["plan"]))
+    if sheet is None:
+        raise FileNotFoundError(f"{asked['plan']}: no layer sheet beside it; `neck-export trt` writes one")
+    kernels = [{"name": one.name, "kind": one.kind, "ms": None, "bytes": one.bytes} for one in sheet.kernels]
+    return {"kernels": kernels}
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file that has its name once it is whole."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield staged
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)

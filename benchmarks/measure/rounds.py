@@ -1,0 +1,241 @@
+"""One point (image size, batch) measured: every backend in turn, round by round, each in a worker of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure.backends import REFERENCE, Backend
+from benchmarks.measure.environment import available_bytes
+from benchmarks.measure.samples import Samples
+from benchmarks.measure.worker_process import Worker, WorkerError
+from export.proof.fidelity import FidelityError, compare
+
+Report = Callable[[str], None]
+"""Takes a line that says what is being done."""
+
+SPARE_BYTES = 1 << 30
+"""Left free beside what a worker is known or thought to need."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """How much is run.
+
+    Attributes:
+        rounds: of all backends in turn.
+        runs: of each backend in a round, one after the other.
+        warm_up: runs after each load that are not counted; on a GPU for `warm_up_s` seconds at least.
+        timeout_s: how long a worker may take for one answer.
+        ends: when no further backend is begun, in `time.monotonic` seconds.
+        rounds_end: when no further round is begun, the first aside.
+    """
+
+    rounds: int
+    runs: int
+    warm_up: int
+    warm_up_s: float
+    timeout_s: float
+    ends: float
+    rounds_end: float = float("inf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A backend at a point: `job` is what it loads, `needed` the memory that it likely takes."""
+
+    backend: Backend
+    job: Mapping[str, Any]
+    needed: int
+
+
+class Point:
+    """The measurement of one point; `measure` does it.
+
+    Args:
+        name: of the point in the samples.
+        folder: for the workers' outputs and logs.
+        candidates: the reference first.
+        keep: which outputs stay in `folder` for the report's pictures.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        candidates: Sequence[Candidate],
+        samples: Samples,
+        pace: Pace,
+        report: Report,
+        keep: Callable[[str], bool],
+    ) -> None:
+        self.name, self.folder, self.samples, self.pace = name, folder, samples, pace
+        self.candidates = {one.backend.id: one for one in candidates}
+        self.report, self.keep = report, keep
+        self._loaded: dict[str, Worker] = {}
+        self._needed = {one.backend.id: one.needed for one in candidates}
+
+    def measure(self, parts_runs: int = 0) -> None:
+        """Measures the rounds that the samples lack.
+
+        Args:
+            parts_runs: runs of the reference that tell the time of each part; 0 for none.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for number in range(self.samples.rounds(self.name), self.pace.rounds):
+                if number and time.monotonic() > self.pace.rounds_end:
+                    self.report(
+                        f"{self.name}: {number} of {self.pace.rounds} rounds, the time is over; a rerun goes on"
+                    )
+                    break
+                self.report(f"{self.name}: round {number + 1} of {self.pace.rounds}")
+                for name in self.candidates:
+                    if not self._given_up(name):
+                        self._visit(name, number)
+                self.samples.add("round", point=self.name, round=number)
+            if parts_runs and not self._given_up(REFERENCE) and not self.samples.last("parts", point=self.name):
+                self._measure_parts(parts_runs)
+            for name in list(self._loaded):
+                self._unload(name)
+        finally:
+            for name in list(self._loaded):  # interrupted: they may be in the middle of a run
+                self._end(name)
+        self._drop_outputs()
+
+    def _given_up(self, name: str) -> bool:
+        return self.samples.last("failed", point=self.name, backend=name) is not None
+
+    def _visit(self, name: str, number: int) -> None:
+        """One backend's turn; where memory runs out, once more with the others unloaded."""
+        if time.monotonic() > self.pace.ends and not self.samples.times(self.name, name):
+            self._give_up(name, "not begun: the time for this run was over (--minutes)", "unavailable")
+            return
+        for attempt in ("shared", "alone"):
+            try:
+                self._take_turn(name, number)
+                return
+            except WorkerError as error:
+                self._end(name)
+                others = [one for one in self._loaded if one != name]
+                if error.memory and others and attempt == "shared":
+                    self.report(f"{name}: {error}; once more with the others unloaded")
+                    for other in others:
+                        self._unload(other)
+                    continue
+                self._give_up(name, str(error))
+                return
+            except FidelityError as error:
+                self._end(name)
+                self._give_up(name, f"its outputs cannot be compared: {error}")
+                return
+
+    def _give_up(self, name: str, reason: str, status: str = "failed") -> None:
+        self.report(f"{name}: {status}: {reason}")
+        self.samples.add("failed", point=self.name, backend=name, status=status, reason=reason)
+
+    def _take_turn(self, name: str, number: int) -> None:
+        if name not in self._loaded and not self._load(name):
+            return
+        worker = self._loaded[name]
+        found = worker.ask("run", self.pace.timeout_s, count=self.pace.runs)
+        self.samples.add("times", point=self.name, backend=name, round=number, times_ms=found["times_ms"])
+        self._compare(name, worker)
+
+    def _load(self, name: str) -> bool:
+        """Loads and warms up."""
+        candidate = self.candidates[name]
+        if not self._make_room(name):
+            return False
+        job = candidate.job
+        cuda = candidate.backend.device == "cuda"
+        worker = Worker(self.folder / f"{name}.log", {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor" / name)})
+        self._loaded[name] = worker
+        loaded = worker.ask("load", self.pace.timeout_s, job=job, most_bytes=None if cuda else available_bytes())
+        least_s = self.pace.warm_up_s if cuda else 0.0
+        if self.pace.warm_up:
+            worker.ask("run", self.pace.timeout_s, count=self.pace.warm_up, least_s=least_s)
+        build_s = loaded["build_s"] if loaded["build_s"] is not None else job["build_s"]
+        values = {"load_s": loaded["load_s"], "build_s": build_s, "file_bytes": job["file_bytes"]}
+        self.samples.add("load", point=self.name, backend=name, **values)
+        return True
+
+    def _compare(self, name: str, worker: Worker) -> None:
+        """Where it was not done yet, writes the outputs and their error figures against the reference's."""
+        folder, reference = self.folder / name, self.folder / REFERENCE
+        wanted = any(not self._judged(other) for other in self.candidates)
+        if not (wanted if name == REFERENCE else not self._judged(name)):
+            return
+        names = worker.ask("outputs", self.pace.timeout_s, folder=str(folder))["names"]
+        found = {one: np.load(folder / f"{one}.npy", mmap_mode="r") for one in names}
+        if name == REFERENCE:
+            if not self._judged(name):
+                self.samples.add("errors", point=self.name, backend=name, errors=[], passed=None)
+            return
+        if not reference.is_dir():
+            self.samples.add("errors", point=self.name, backend=name, errors=[], passed=None)
+            return
+        expected = {one: np.load(reference / f"{one}.npy", mmap_mode="r") for one in names}
+        verdict = compare(expected, found, self.candidates[name].backend.precision, f"PyTorch FP32 against {name}")
+        errors = [comparison.to_dict() for comparison in verdict.comparisons]
+        self.samples.add("errors", point=self.name, backend=name, errors=errors, passed=verdict.passed)
+        for one in names:
+            if not self.keep(one):
+                (folder / f"{one}.npy").unlink()
+
+    def _judged(self, name: str) -> bool:
+        return self._given_up(name) or self.samples.last("errors", point=self.name, backend=name) is not None
+
+    def _make_room(self, name: str) -> bool:
+        """Unloads others until there is memory, first those whose turn is furthest away; none where it is in vain."""
+        order, needed = list(self.candidates), self._needed[name]
+        most = available_bytes() + sum(worker.resident_bytes() for worker in self._loaded.values())
+        if most < needed:
+            self._give_up(
+                name, f"needs about {needed / 1e9:.1f} GB of memory, {most / 1e9:.1f} GB are free", "unavailable"
+            )
+            return False
+        while available_bytes() < needed + SPARE_BYTES and self._loaded:
+            place = order.index(name)
+            furthest = max(self._loaded, key=lambda other: (order.index(other) - place) % len(order))
+            self.report(f"{furthest}: unloaded, {name} needs its memory")
+            self._unload(furthest)
+        return True
+
+    def _unload(self, name: str) -> None:
+        """Ends a worker, its peaks noted; they are the better estimate from then on."""
+        try:
+            peaks = self._loaded[name].ask("memory", self.pace.timeout_s)
+            self.samples.add("memory", point=self.name, backend=name, **peaks)
+            self._needed[name] = max(peaks["peak_host_bytes"], 1)
+        except WorkerError as error:
+            self.report(f"{name}: no peak memory: {error}")
+        self._end(name)
+
+    def _end(self, name: str) -> None:
+        worker = self._loaded.pop(name, None)
+        if worker:
+            worker.close()
+
+    def _measure_parts(self, runs: int) -> None:
+        try:
+            if REFERENCE in self._loaded or self._load(REFERENCE):
+                found = self._loaded[REFERENCE].ask("parts", self.pace.timeout_s, count=runs)
+                self.samples.add("parts", point=self.name, **found)
+        except (WorkerError, FidelityError) as error:
+            self.report(f"no time of each part: {error}")
+            self._end(REFERENCE)
+
+    def _drop_outputs(self) -> None:
+        """Frees the disk of what nothing reads any more."""
+        for name in self.candidates:
+            for file in (self.folder / name).glob("*.npy"):
+                if not self.keep(file.stem):
+                    file.unlink()
+        shutil.rmtree(self.folder / "inductor", ignore_errors=True)

@@ -1,0 +1,123 @@
+"""Samples as they come, one JSON line each, so that a benchmark that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.errors import BenchError
+from benchmarks.roofline import Part
+
+SCHEMA = 1
+KIND = "bench-samples"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A point as rows name it.
+
+    Attributes:
+        name: in the samples.
+        image_size, batch: what runs.
+        sweep: which sweep it is part of, if any.
+        parts: the fewest operations and bytes, those of the rewritten module: every row's floor.
+    """
+
+    name: str
+    image_size: tuple[int, int]
+    batch: int
+    sweep: str | None
+    parts: Sequence[Part]
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder."""
+        return re.sub(r"[^0-9a-z]+", "-", self.name).strip("-")
+
+
+class Samples:
+    """The lines of one benchmark; `key` says of which. A context that closes the file.
+
+    A round that was cut is measured again whole, since a ratio is of runs in the same round.
+
+    Args:
+        path: the file, made where it is not there.
+        key: hash of everything that decides what is measured.
+
+    Raises:
+        BenchError: the file is another program's or of another version; it stays as it is.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.lines = path, []  # type: Path, list[dict[str, Any]]
+        if path.is_file() and path.stat().st_size:
+            self._read(key)
+        self.resumed = len(self.lines) > 0
+        self._file = path.open("ab")
+        if path.stat().st_size == 0:
+            self._write({"schema": SCHEMA, "kind": KIND, "key": key})
+
+    def _read(self, key: str) -> None:
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        try:
+            head, *lines = [json.loads(line) for line in whole.splitlines()] or [None]
+        except ValueError as error:
+            told = f"is no file of samples ({error}); move it away or name another --output"
+            raise BenchError(f"{self.path}: {told}") from None
+        found = {name: head.get(name) for name in ("schema", "kind", "key")} if isinstance(head, dict) else head
+        expected = {"schema": SCHEMA, "kind": KIND, "key": key}
+        if found != expected:
+            raise BenchError(
+                f"{self.path}: begins with {json.dumps(found)[:200]}, expected {json.dumps(expected)}; move it away or "
+                f"name another --output"
+            )
+        self.lines = lines
+        if len(whole) < len(data):  # killed while a line was written
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+
+    def add(self, kind: str, **values: Any) -> None:  # noqa: ANN401 - JSON values
+        """Appends a line; it is on the disk when this returns."""
+        line = {"sample": kind, **values}
+        self._write(line)
+        self.lines.append(line)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def all(self, kind: str, **match: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - JSON values
+        """The lines of a kind with these values, in order."""
+        wanted = {"sample": kind, **match}
+        return [line for line in self.lines if all(line.get(name) == value for name, value in wanted.items())]
+
+    def last(self, kind: str, **match: Any) -> dict[str, Any] | None:  # noqa: ANN401 - JSON values
+        """The newest of them, or None."""
+        found = self.all(kind, **match)
+        return found[-1] if found else None
+
+    def rounds(self, point: str) -> int:
+        """How many rounds of a point are whole."""
+        return len(self.all("round", point=point))
+
+    def times(self, point: str, backend: str) -> list[list[float]]:
+        """Milliseconds of a backend, round by round; a round that was measured twice counts as it was last."""
+        found = {line["round"]: line["times_ms"] for line in self.all("times", point=point, backend=backend)}
+        return [found[number] for number in sorted(found)]
+
+    def __enter__(self) -> Samples:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()

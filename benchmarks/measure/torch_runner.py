@@ -1,0 +1,152 @@
+"""PyTorch as a backend: eager or compiled, the plain module or the rewritten one, in FP32, FP16 or BF16."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from export.contract.signature import NECK_MODULES, Signature
+from export.graph.deployed_module import DeployEncoder
+from export.graph.rewrite import DeployAttention, Rewrites, RotaryHalves
+from neck.checkpoint import load_encoder
+from neck.config import EncoderConfig
+from neck.trunk import Block, ViTDetTrunk
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MODES = {"compile": "default", "compile-max": "max-autotune"}
+OTHER = "other"
+"""What no part of `part_modules` holds: ln_pre, the position embedding, the windows' permutations."""
+
+
+class FoldedAttention(DeployAttention):
+    """A rewritten attention whose projection is rewritten once, as a file has it, and not in every forward."""
+
+    def projection(self) -> tuple[Tensor, Tensor]:
+        """Weight (3 C, C) and bias (3 C,)."""
+        return self.qkv.weight, self.qkv.bias
+
+
+class RotaryBack(RotaryHalves):
+    """Rotary with FP32 tables whatever the tokens are, as the plain module and the exported file compute it."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(..., N, D) -> (..., N, D) of x's type."""
+        return super().forward(x, cos, sin).to(x.dtype)
+
+
+def make_module(job: Mapping[str, Any]) -> DeployEncoder:
+    """The encoder of a job on its device; weights in its precision, rotary and position tables in FP32."""
+    config, signature = EncoderConfig.from_dict(job["config"]), Signature.from_dict(job["signature"])
+    encoder = load_encoder(Path(job["weights"]), config, necks=config.necks)
+    encoder.set_imgsz(signature.image_size)
+    module = DeployEncoder(encoder, signature, Rewrites() if job["module"] == "rewritten" else Rewrites.none())
+    for part in module.modules():
+        if isinstance(part, DeployAttention):
+            fold(part)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(job["device"], DTYPES[job["precision"]])
+    return module.to(job["device"]).eval()
+
+
+def fold(attention: DeployAttention) -> None:
+    """Puts the rewritten projection into the weights."""
+    weight, bias = attention.projection()
+    attention.qkv = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    attention.qkv.weight, attention.qkv.bias = (nn.Parameter(value, requires_grad=False) for value in (weight, bias))
+    attention.__class__ = FoldedAttention
+    attention.rope.__class__ = RotaryBack
+
+
+class TorchRunner:
+    """Runs the module on one input."""
+
+    def __init__(self, job: Mapping[str, Any]) -> None:
+        self.job, self.cuda = job, job["device"] == "cuda"
+        self._results: tuple[Tensor, ...] = ()
+
+    def load(self) -> float | None:
+        """Reads the weights; a compiled module is built by its first run."""
+        job = self.job
+        if self.cuda:
+            # what is called FP32 is FP32: cuDNN's convolutions take TF32 by default
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
+        self.module = make_module(job)
+        self.image = torch.from_numpy(np.load(job["image"])).to(job["device"], DTYPES[job["precision"]])
+        self.names = [spec.name for spec in self.module.signature.outputs]
+        self._call: Callable[[Tensor], tuple[Tensor, ...]] = self.module
+        if job["runtime"] == "eager":
+            return None
+        self._call = torch.compile(self.module, mode=MODES[job["runtime"]], dynamic=False)
+        start = time.perf_counter()
+        self.run()
+        return time.perf_counter() - start
+
+    def run(self) -> None:
+        """One run; the last one's outputs are freed first, as a service would."""
+        self._results = ()
+        with torch.no_grad():
+            self._results = self._call(self.image)
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """The last run's outputs."""
+        return {name: value.float().cpu().numpy() for name, value in zip(self.names, self._results, strict=True)}
+
+    def device_bytes(self) -> int | None:
+        """Most memory that torch's allocator held."""
+        return torch.cuda.max_memory_reserved() if self.cuda else None
+
+    def parts_ms(self) -> dict[str, float] | None:
+        """Milliseconds of each part in one eager run, taken by hooks; on a GPU it waits at every hook."""
+        if self.job["runtime"] != "eager":
+            return None
+        times: dict[str, float] = {}
+        hooks = [hook for part, module in part_modules(self.module) for hook in self._timed(part, module, times)]
+        start = self._now()
+        self.run()
+        total = (self._now() - start) * 1e3
+        for hook in hooks:
+            hook.remove()
+        return {**times, OTHER: total - sum(times.values())}
+
+    def close(self) -> None:
+        """Frees the module."""
+        self._results = ()
+        del self.module, self._call
+
+    def _timed(self, part: str, module: nn.Module, times: dict[str, float]) -> list[Any]:
+        started: list[float] = []
+
+        def before(*_: object) -> None:
+            started.append(self._now())
+
+        def after(*_: object) -> None:
+            times[part] = times.get(part, 0.0) + (self._now() - started.pop()) * 1e3
+
+        return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def part_modules(module: DeployEncoder) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of each part, by roofline's names."""
+    if isinstance(module.trunk, ViTDetTrunk):
+        yield "patch", module.trunk.patch_embed
+        for block in module.trunk.blocks:
+            yield "windowed" if cast(Block, block).window_size else "global", block
+    for neck in module.signature.necks:
+        convs = cast(nn.ModuleList, getattr(module, NECK_MODULES[neck]))
+        for level in module.signature.levels:
+            yield f"level {level}", convs[level]
+    yield "positions", module.position_encoding

@@ -1,0 +1,1 @@
+"""From results to report.md and report.html."""

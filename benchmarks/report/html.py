@@ -1,0 +1,247 @@
+"""report.html: one file that loads nothing, runs no script, and fits a screen, a phone and paper.
+
+Jinja2 (which torch brings) fills the template and escapes every text. The policy in its head forbids loading anything
+and lets no style but the page's own in, by its SHA-256.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from benchmarks.report.charts import NARROW, WIDE, kernels_chart, latency_chart, parts_chart
+from benchmarks.report.findings import (
+    Answer,
+    Row,
+    answer_sentence,
+    answers,
+    error_figure,
+    label_of,
+    median_ms,
+    milliseconds,
+    missing_sentence,
+    percent,
+    ranked,
+    scaled,
+    significant,
+    size_name,
+    worst_error,
+)
+from benchmarks.report.growth import growth_plot
+from benchmarks.report.plots import error_plot, roofline_plot
+from benchmarks.report.tables import (
+    costs_table,
+    environment,
+    errors_table,
+    export_table,
+    growth_table,
+    missing_table,
+    parts_table,
+    plain_table,
+    results_table,
+)
+from benchmarks.results.result_files import Result, of_machine
+
+GENERATOR = "neck-export bench"
+"""Stands in the page's head; a page without it is not ours and is not replaced."""
+
+TITLE = "SAM 3 image encoder: benchmark"
+PAGE = Path(__file__).parent / "page"
+
+
+def html_page(result: Result) -> str:
+    """The report as a page.
+
+    Args:
+        result: a checked result.
+    """
+    template = Environment(
+        loader=FileSystemLoader(PAGE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_tied,
+    ).get_template("report.html.jinja")
+    style = (PAGE / "style.css").read_text(encoding="utf-8")
+    found = answers(result)
+    return template.render(
+        result=result,
+        title=TITLE,
+        generator=GENERATOR,
+        style=Markup(style),
+        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        about=about(result),
+        description=" ".join(answer_sentence(result, answer) for answer in found),
+        views=[_view(result, answer) for answer in found],
+        method=method(result),
+        commands=commands(result),
+        encoder=encoder_facts(result),
+    )
+
+
+def _tied(value: object) -> object:
+    """Text whose figures stay on the line of their units."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return re.sub(r"(?<=\d) (?=(?:ms|s|[kMGT]?B|[kMGT]?FLOP|[kMGT])\b|%)", "\u00a0", value)
+
+
+def _view(result: Result, answer: Answer) -> dict[str, Any]:
+    """What the template shows of one machine."""
+    machine = answer.machine
+    draw = functools.partial(_drawn, result, machine)
+    gone = missing_table(result, machine)
+    growth = [
+        (chart, growth_table(result, machine, sweep), sweep.replace("_", "-"))
+        for sweep in ("image_size", "batch")
+        if (chart := draw(functools.partial(_growth, sweep=sweep)))
+    ]
+    features = of_machine(result, machine, "features")
+    export = export_table(of_machine(result, machine, "export"))
+    sections = [("latency", "Latency"), ("missing", "Not measured"), ("accuracy", "Accuracy"), ("growth", "Growth")]
+    sections += [("roofline", "Roofline"), ("parts", "Where the time goes"), ("features", "Features")]
+    sections += [("export", "Export")] if export else []
+    kernels = of_machine(result, machine, "kernels")
+    compared = [(row, errors_table(row)) for row in ranked(result, machine)]
+    errors = [table for _, table in compared if table]
+    return {
+        "id": machine["id"],
+        "name": machine["name"],
+        **_answer(result, answer),
+        "missing": gone,
+        "missing_sentence": missing_sentence(result, machine),
+        "sections": [*sections, ("environment", "Machine")],
+        "latency": draw(latency_chart),
+        "results": results_table(result, machine),
+        "costs": costs_table(result, machine),
+        "plain": plain_table(result, machine),
+        "accuracy": draw(error_plot),
+        "errors": errors,
+        "open": next((table for row, table in compared if row is answer.best), None),
+        "growth": growth,
+        "roofline": draw(roofline_plot),
+        "parts": draw(parts_chart),
+        "parts_table": parts_table(result, machine),
+        "kernels": draw(lambda result, machine, width: kernels_chart(kernels, width)),
+        "features": features and _features(features),
+        "candidate": features and label_of(result, features["candidate"]),
+        "export": export,
+        "environment": environment(machine),
+    }
+
+
+def _drawn(result: Result, machine: dict[str, Any], chart: Any) -> dict[str, Markup] | None:  # noqa: ANN401 - a chart
+    """A chart at both widths, None where it has nothing to show."""
+    wide, narrow = (chart(result, machine, width) for width in (WIDE, NARROW))
+    # ElementTree escaped every text and attribute
+    return {"wide": Markup(wide), "narrow": Markup(narrow)} if wide and narrow else None
+
+
+def _growth(result: Result, machine: dict[str, Any], width: float, sweep: str) -> str | None:
+    return growth_plot(result, machine, sweep, width)
+
+
+def _answer(result: Result, answer: Answer) -> dict[str, Any]:
+    """The first screen: the backend, four figures, and a caution where a faster one must not be taken."""
+    best, outside = answer.best, answer.fastest_outside
+    caution = None
+    if outside:
+        error = worst_error(outside)
+        why = "was not compared" if error is None else f"is outside tolerance: worst relative L2 {error_figure(error)}"
+        caution = f"{outside['label']} took {milliseconds(median_ms(outside))} but {why}."
+    return {"best": best and best["label"], "facts": _facts(result, best) if best else [], "caution": caution}
+
+
+def _facts(result: Result, best: Row) -> list[dict[str, str]]:
+    latency, ratio = best["latency"], best.get("ratio")
+    high = f"p90 {milliseconds(latency['p90_ms'])}, p99 {milliseconds(latency['p99_ms'])}"
+    spread = f"median of {latency['runs']} run{'s' * (latency['runs'] > 1)}; {high}"
+    facts = [{"name": "Latency", "figure": milliseconds(latency["p50_ms"]), "note": spread}]
+    if ratio:
+        note = f"of the latency of {label_of(result, ratio['to'])}; {ratio['low']:.2f} to {ratio['high']:.2f} by round"
+        facts.append({"name": "Ratio", "figure": f"{ratio['median']:.2f}", "note": note})
+    if best.get("share_of_floor") is not None:
+        note = f"of this machine's limit: the floor is {milliseconds(best.get('floor_ms'))} at its own measured rates"
+        facts.append({"name": "Reached", "figure": percent(best["share_of_floor"]), "note": note})
+    limits = [error["tolerance"]["relative_l2"] for error in best["errors"] or [] if error.get("tolerance")]
+    note = "relative L2 of the worst output" + (f"; tolerance {error_figure(max(limits))}" if limits else "")
+    return [*facts, {"name": "Error", "figure": error_figure(worst_error(best)), "note": note}]
+
+
+def _features(features: dict[str, Any]) -> dict[str, Any]:
+    levels = [
+        {
+            **level,
+            "factor_text": significant(level["factor"], 1),
+            "largest_text": "not finite"
+            if level["largest_difference"] is None
+            else error_figure(level["largest_difference"]),
+        }
+        for level in features["levels"]
+    ]
+    return {**features, "levels": levels}
+
+
+def about(result: Result) -> str:
+    """One line under the title."""
+    encoder = result["encoder"]
+    necks = " and ".join(encoder["necks"])
+    size = size_name(encoder["image_size"], encoder["batch"])
+    return f"{size}, {necks} neck, {scaled(encoder['parameters'], '')} parameters, {result['date']}"
+
+
+def commands(result: Result) -> list[str]:
+    """Every command that the result was measured by, once."""
+    told = [of_machine(result, machine, "command") for machine in result["machines"]]
+    return list(dict.fromkeys(told))
+
+
+def method(result: Result) -> list[str]:
+    """How it was measured, in sentences that hold for this result."""
+    rows = [row for row in result["rows"] if row["status"] == "measured" and row["sweep"] is None]
+    runs = sorted({row["latency"]["runs"] for row in rows})
+    warm = sorted({row["warm_up_runs"] for row in rows if row.get("warm_up_runs") is not None})
+    lines = ["All backends ran in turn, round by round, so that the machine's drift falls on all alike."]
+    if runs:
+        lines.append(f"Timed runs of a backend: {_range(runs)}; warm-up runs before: {_range(warm) or 'not told'}.")
+    settings = {
+        f"{name}={value}"
+        for machine in result["machines"]
+        for name, value in machine["environment"].get("settings", {}).items()
+    }
+    if settings:
+        lines.append(f"Every backend ran in a process of its own with {', '.join(sorted(settings))}.")
+    return [
+        *lines,
+        "A ratio is taken round by round: its median, with the lowest and highest round in brackets.",
+        "Errors are of every output against the plain module in PyTorch FP32, summed in float64.",
+        "The floor is the greater of operations over the measured product rate and least bytes over the measured copy "
+        "rate. Operations count 2 for each multiply-add.",
+    ]
+
+
+def _range(values: list[int]) -> str:
+    return "" if not values else str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+
+def encoder_facts(result: Result) -> list[tuple[str, str]]:
+    """What was measured."""
+    encoder = result["encoder"]
+    pairs = [
+        ("Weights", encoder["checkpoint"]),
+        ("Image size", size_name(encoder["image_size"])),
+        ("Batch", str(encoder["batch"])),
+        ("Necks", ", ".join(encoder["necks"])),
+        ("Levels", ", ".join(str(level) for level in encoder["levels"])),
+        ("Positions", encoder["positions"]),
+        ("Parameters", scaled(encoder["parameters"], "")),
+    ]
+    return pairs + [(name.replace("_", " "), str(value)) for name, value in (encoder.get("config") or {}).items()]

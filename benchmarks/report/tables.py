@@ -1,0 +1,234 @@
+"""The results as tables of text, the same ones for the page, for Markdown and for the README."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.report.findings import (
+    NOTHING,
+    Row,
+    error_figure,
+    label_of,
+    may_be_used,
+    median_ms,
+    milliseconds,
+    missing,
+    numbers,
+    percent,
+    ranked,
+    ratio_figure,
+    scaled,
+    seconds,
+    significant,
+    size_name,
+    swept,
+    verdict,
+    worst_error,
+)
+from benchmarks.results.result_files import Result, of_machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        caption: what it shows.
+        head: names of the columns.
+        rows: cells; the first one names its row.
+        words: which columns are words, set left; the others are figures.
+        warned: rows to be marked, such as those outside tolerance.
+    """
+
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: tuple[int, ...] = (0,)
+    warned: tuple[int, ...] = ()
+
+
+def results_table(result: Result, machine: dict[str, Any]) -> Table:
+    """Every measured row at the encoder's own size, fastest first."""
+    rows, order = ranked(result, machine), numbers(result, machine)
+    reference = next((label_of(result, row["ratio"]["to"]) for row in rows if row.get("ratio")), None)
+    head = ("Backend", "p50", "p90", "p95", "p99", "Ratio", "Relative L2", "Tolerance", "Of the floor")
+    cells = tuple(
+        (
+            f"{order[row['backend']]}. {row['label']}",
+            *(milliseconds(row["latency"][f"p{percentile}_ms"]) for percentile in (50, 90, 95, 99)),
+            ratio_figure(row),
+            error_figure(worst_error(row)),
+            verdict(row).removesuffix(" tolerance"),
+            percent(row.get("share_of_floor")),
+        )
+        for row in rows
+    )
+    size = size_name(result["encoder"]["image_size"], result["encoder"]["batch"])
+    caption = f"All measured backends at {size}. Relative L2 is the worst output's"
+    if reference:
+        caption += f"; the ratio is of latency to {reference}, by round: median (lowest to highest)"
+    warned = tuple(index for index, row in enumerate(rows) if not may_be_used(row))
+    return Table(f"{caption}.", head, cells, (0, 7), warned)
+
+
+def costs_table(result: Result, machine: dict[str, Any]) -> Table:
+    """What each measured row takes beside its time."""
+    order = numbers(result, machine)
+    head = ("Backend", "Images/s", "Host peak", "Device peak", "Load", "Build", "File", "Runs", "Warm-up", "Note")
+    cells = tuple(
+        (
+            f"{order[row['backend']]}. {row['label']}",
+            significant(row["images_per_s"]),
+            scaled(row.get("peak_host_bytes"), "B"),
+            scaled(row.get("peak_device_bytes"), "B"),
+            seconds(row.get("load_s")),
+            seconds(row.get("build_s")),
+            scaled(row.get("file_bytes"), "B"),
+            str(row["latency"]["runs"]),
+            NOTHING if row.get("warm_up_runs") is None else str(row["warm_up_runs"]),
+            row.get("note") or "",
+        )
+        for row in ranked(result, machine)
+    )
+    return Table(
+        "Throughput, peak memory of host and device, load and build time, size of the file, timed and warm-up runs",
+        head,
+        cells,
+    )
+
+
+def missing_table(result: Result, machine: dict[str, Any]) -> Table | None:
+    """What was asked for and not measured, with the reasons."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for row in missing(result, machine):
+        sizes = groups.setdefault((row["label"], row["status"], row["reason"] or NOTHING), [])
+        size = size_name(row["image_size"], row["batch"])
+        sizes += [size] if size not in sizes else []
+    rows = tuple((label, "; ".join(sizes), status, reason) for (label, status, reason), sizes in groups.items())
+    head = ("Backend", "Size", "Status", "Reason")
+    return Table("Asked for and not measured", head, rows, (0, 1, 2, 3)) if rows else None
+
+
+def plain_table(result: Result, machine: dict[str, Any]) -> Table | None:
+    """What the exact rewrites buy: each rewritten row's latency over its plain twin's."""
+    rows = tuple(
+        (row["label"], label_of(result, row["ratio_to_plain"]["to"]), ratio_figure(row, "ratio_to_plain"))
+        for row in ranked(result, machine)
+        if row.get("ratio_to_plain")
+    )
+    caption = "Latency of the rewritten module over that of the plain one, by round: median (lowest to highest)"
+    return Table(caption, ("Backend", "Plain", "Ratio"), rows, (0, 1)) if rows else None
+
+
+def errors_table(row: Row) -> Table | None:
+    """The error figures of every output of a row."""
+    errors = row.get("errors") or []
+    head = ("Output", "Max abs", "Mean abs", "Relative L2", "Tolerance", "Cosine", "Not finite", "Verdict")
+    cells = tuple(
+        (
+            error["name"],
+            error_figure(error["max_abs"]),
+            error_figure(error["mean_abs"]),
+            error_figure(error["relative_l2"]),
+            error_figure((error.get("tolerance") or {}).get("relative_l2")),
+            NOTHING if error["cosine"] is None else f"{error['cosine']:.8f}",
+            str(error["non_finite"]),
+            "within" if error["passed"] else "outside",
+        )
+        for error in errors
+    )
+    warned = tuple(index for index, error in enumerate(errors) if not error["passed"])
+    return Table(f"{row['label']}: every output", head, cells, (0, 7), warned) if cells else None
+
+
+def growth_table(result: Result, machine: dict[str, Any], sweep: str) -> Table | None:
+    """Median latency of each backend at each point of a sweep, and the operations there."""
+    lines = swept(result, machine, sweep)
+    points = sorted({(*row["image_size"], row["batch"]) for rows in lines.values() for row in rows})
+    if not points:
+        return None
+    order = numbers(result, machine)
+    head = ("Backend", *(size_name(point) if sweep == "image_size" else f"batch {point[2]}" for point in points))
+    cells = []
+    for backend in sorted(lines, key=lambda name: order[name]):
+        found = {(*row["image_size"], row["batch"]): milliseconds(median_ms(row)) for row in lines[backend]}
+        figures = (found.get(point, NOTHING) for point in points)
+        cells.append((f"{order[backend]}. {label_of(result, backend)}", *figures))
+    encoder, work = result["encoder"], of_machine(result, machine, "work")
+    known = {(*point["image_size"], point["batch"]): point["operations"] for point in result["growth"]}
+    own = (*encoder["image_size"], encoder["batch"])
+    known[own] = work["operations"]
+    cells.append(("operations", *(scaled(known.get(point), "FLOP") for point in points)))
+    held = f"batch {points[0][2]}" if sweep == "image_size" else size_name(points[0])
+    return Table(f"Latency, p50, at {held}", head, tuple(cells))
+
+
+def parts_table(result: Result, machine: dict[str, Any]) -> Table:
+    """Operations, least bytes and time of each part."""
+    work = of_machine(result, machine, "work")
+    of = work.get("parts_of")
+    caption = "Work by part, from the closed form" + (f"; time of {label_of(result, of)}" if of else "")
+    rows = tuple(
+        (part["part"], scaled(part["operations"], "FLOP"), scaled(part["bytes"], "B"), milliseconds(part["ms"]))
+        for part in work["parts"]
+    )
+    total = ("all", scaled(work["operations"], "FLOP"), scaled(work["least_bytes"], "B"), NOTHING)
+    return Table(caption, ("Part", "Operations", "Least bytes", "Time"), (*rows, total))
+
+
+def export_table(export: dict[str, Any] | None) -> Table | None:
+    """What the exporter itself costs (benchmarks/export.py)."""
+    if not export:
+        return None
+    machine = export["machine"]
+    caption = f"{machine['processor']}, {machine['cores']} cores, {export['date']}, {export['command']}"
+    rows = tuple(
+        (
+            name.replace("`", ""),
+            seconds(row["median_wall_s"]),
+            scaled(row["peak_bytes"], "B"),
+            scaled(row["file_bytes"], "B"),
+        )
+        for name, row in export["rows"].items()
+    )
+    return Table(caption, ("What", "Median wall time", "Peak memory", "Files"), rows)
+
+
+def environment(machine: dict[str, Any]) -> list[tuple[str, str]]:
+    """The machine and its software, name by name."""
+    told = machine["environment"]
+    pairs = [("Processor", told["processor"]), ("Cores", str(told["cores"] or NOTHING))]
+    pairs += [("Memory", scaled(told["memory_bytes"], "B"))] if told.get("memory_bytes") else []
+    pairs += _gpu(told["gpu"])
+    pairs += [(name.capitalize(), str(told[name])) for name in ("system", "python") if told.get(name)]
+    pairs += [(name, version or "not installed") for name, version in told["versions"].items()]
+    roof = machine["roofline"]
+    if roof:
+        rates = [(name.upper(), rate) for name, rate in roof["flops_per_s"].items()]
+        pairs += [(f"Matrix rate, {name}", scaled(rate, "FLOP/s") if rate else "not measured") for name, rate in rates]
+        pairs.append(("Copy rate", scaled(roof["copy_bytes_per_s"], "B/s")))
+    known = {"processor", "cores", "memory_bytes", "gpu", "system", "python", "versions"}
+    return pairs + [(_name(key), _flat(value)) for key, value in told.items() if key not in known]
+
+
+def _gpu(gpu: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if gpu is None:
+        return [("GPU", "none")]
+    shown = {**gpu, "memory_bytes": scaled(gpu.get("memory_bytes"), "B")}
+    pairs = [("GPU", gpu["name"])]
+    return pairs + [(f"GPU {_name(key, False)}", _flat(value)) for key, value in shown.items() if key != "name"]
+
+
+def _name(key: str, capital: bool = True) -> str:
+    words = key.removesuffix("_bytes").replace("_", " ")
+    return words.capitalize() if capital else words
+
+
+def _flat(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    if isinstance(value, dict):
+        return ", ".join(f"{_name(key, False)} {_flat(entry)}" for key, entry in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(_flat(entry) for entry in value)
+    return NOTHING if value is None else str(value)

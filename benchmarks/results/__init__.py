@@ -1,0 +1,1 @@
+"""The form of results, and what was measured."""

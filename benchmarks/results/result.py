@@ -1,0 +1,166 @@
+"""A measured run -> the result, in the form of benchmarks/results/result.schema.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.errors import BenchError
+from benchmarks.measure.backends import REFERENCE
+from benchmarks.measure.environment import machine_name
+from benchmarks.measure.rounds import Pace
+from benchmarks.measure.run import Run
+from benchmarks.measure.samples import Place
+from benchmarks.measure.worker_process import ROOT, WorkerError
+from benchmarks.results.feature_pictures import feature_pictures
+from benchmarks.results.rows import (
+    MACHINE,
+    best_candidate,
+    best_rates,
+    empty_row,
+    make_row,
+    plain_twin,
+    raise_rates,
+    work_of,
+)
+from benchmarks.roofline import encoder_parts, total_bytes, total_operations
+from neck.pictures import find_pictures
+
+SHIPPED = "astronaut.jpg (NASA)"
+
+
+def make_result(run: Run) -> dict[str, Any]:
+    """The result of a run whose points are measured.
+
+    Raises:
+        BenchError: nothing could be measured, or a plan or the exporter's benchmark that was asked for fails.
+    """
+    rates = best_rates(run.samples.all("rates"))
+    roofline = {name: rates[name] for name in ("device", "flops_per_s", "copy_bytes_per_s")}
+    roofline = raise_rates(roofline, [run.main, *run.swept], run.available(), run.samples)
+    rows = _all_rows(run, roofline)
+    machine = {"id": MACHINE, "name": machine_name(run.environment), "environment": run.environment}
+    plain = encoder_parts(run.config, run.signature, run.options.batch, rewritten=False)
+    return {
+        "schema": 1,
+        "kind": "bench",
+        "date": date.today().isoformat(),
+        "command": run.options.command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "encoder": _encoder(run),
+        "machines": [{**machine, "roofline": roofline}],
+        "rows": rows,
+        "work": work_of(plain, run.main.name, run.samples),
+        "growth": _growth(run),
+        "kernels": _kernels(run),
+        "features": _features(run, rows),
+        "export": _export(run),
+    }
+
+
+def _encoder(run: Run) -> dict[str, Any]:
+    options, signature = run.options, run.signature
+    return {
+        "checkpoint": str(options.checkpoint) if options.checkpoint else f"random (seed {options.seed})",
+        "image_size": list(run.config.image_size),
+        "batch": options.batch,
+        "necks": list(signature.necks),
+        "levels": list(signature.levels),
+        "positions": signature.positions,
+        "config": run.config.to_dict(),
+        "parameters": run.prepared["parameters"],
+    }
+
+
+def _all_rows(run: Run, roofline: dict[str, Any]) -> list[dict[str, Any]]:
+    """The main point's rows, then sweep by sweep; the main point is a point of each sweep that has its size."""
+    rows = _rows(run, run.main, roofline, run.pace)
+    if not any(row["status"] == "measured" for row in rows):
+        reasons = "; ".join(f"{row['backend']}: {row['reason']}" for row in rows)
+        raise BenchError(f"no backend could be measured: {reasons}; --fresh tries again")
+    for sweep in dict.fromkeys(name for name, _, _ in run.options.sweeps):
+        points = [place for place in run.swept if place.sweep == sweep]
+        if len(points) < sum(name == sweep for name, _, _ in run.options.sweeps):
+            points.append(dataclasses.replace(run.main, sweep=sweep))
+        for place in sorted(points, key=lambda one: (one.image_size, one.batch)):
+            rows += _rows(run, place, roofline, run.pace if place.name == run.main.name else run.sweep_pace)
+    return rows
+
+
+def _rows(run: Run, place: Place, roofline: dict[str, Any], pace: Pace) -> list[dict[str, Any]]:
+    rows = []
+    for one in run.swept_backends() if place.sweep else run.backends:
+        if one.id in run.unavailable:
+            rows.append(empty_row(one, place, "unavailable", run.unavailable[one.id]))
+        else:
+            twin = plain_twin(one, run.available())
+            rows.append(make_row(one, place, run.samples, roofline, pace, twin))
+    return rows
+
+
+def _growth(run: Run) -> list[dict[str, Any]]:
+    """The closed form at every point, of the plain module."""
+    found = {}
+    for place in (run.main, *run.swept):
+        config, signature = run.place.sign(place.image_size, place.batch)
+        parts = encoder_parts(config, signature, place.batch, rewritten=False)
+        work = {"operations": total_operations(parts), "least_bytes": total_bytes(parts, "fp32")}
+        found[place.image_size, place.batch] = {"image_size": list(place.image_size), "batch": place.batch, **work}
+    return [found[key] for key in sorted(found)]
+
+
+def _kernels(run: Run) -> list[dict[str, Any]] | None:
+    """The layer sheet of the plan that was named, else of the one that was measured."""
+    built = sorted(run.place.folder.glob("rewritten-*-plan/*.plan"))
+    plan = run.options.plan or (built[0] if built else None)
+    if plan is None:
+        return None
+    try:
+        kernels: list[dict[str, Any]] = run.place.ask("kernels", plan=str(plan))["kernels"]
+    except WorkerError as error:
+        raise BenchError(f"--plan {plan}: {error}") from None
+    return kernels
+
+
+def _features(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Pictures of the first picture's features, by the reference and by the fastest backend within tolerance."""
+    name = best_candidate(rows)
+    if name is None:
+        return None
+    folders = {one: run.folder / run.main.slug / one for one in (REFERENCE, name)}
+    found = {
+        one: {file.stem: np.load(file)[:1] for file in sorted(folder.glob("*.npy"))} for one, folder in folders.items()
+    }
+    for folder in (run.folder / run.main.slug).iterdir():
+        for file in folder.glob("*.npy") if folder.name not in folders else ():
+            file.unlink()
+    if not found[name] or set(found[REFERENCE]) < set(found[name]):
+        run.report("no pictures of the features: the outputs of an earlier run are gone (--fresh measures them again)")
+        return None
+    images = run.options.images
+    picture = find_pictures(images)[0].name if images else SHIPPED
+    return feature_pictures(found[REFERENCE], found[name], picture, name)
+
+
+def _export(run: Run) -> dict[str, Any] | None:
+    """What the exporter itself costs, measured where it was asked for."""
+    if not run.options.export:
+        return None
+    path = run.folder / "export.json"
+    if not path.is_file():
+        run.report("the exporter itself, against plain torch.onnx.export")
+        command = [sys.executable, "-m", "benchmarks.export", "--runs", "1", "--json", str(path)]
+        checkpoint = ["--checkpoint", str(run.options.checkpoint)] if run.options.checkpoint else []
+        done = subprocess.run([*command, *checkpoint], cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise BenchError(f"the exporter's benchmark failed: {last}")
+    export: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return export

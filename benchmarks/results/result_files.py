@@ -1,0 +1,169 @@
+"""Results of the benchmark as they lie in files: the check of their form, and several runs made one.
+
+The form is result.schema.json beside this file. A machine may carry what belongs to it alone (date, command, work,
+kernels, features, export), as after a merge; where it does not, the result's own are its.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+from jsonschema.exceptions import best_match  # type: ignore[import-untyped]
+
+from benchmarks.errors import BenchError
+
+SCHEMA = 1
+"""Version of the form; readers refuse another one."""
+
+KIND = "bench"
+
+OF_A_MACHINE = ("date", "command", "work", "kernels", "features", "export")
+"""What a merge moves from the result to the machine that it was measured on."""
+
+Result = dict[str, Any]
+
+
+def read_result(path: Path) -> Result:
+    """Reads a results file and checks its form.
+
+    Raises:
+        BenchError: missing, truncated, of another schema or kind, or with a value that the form does not allow.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        raise BenchError(f"{path}: is not there; `neck-export bench` writes it as report.json") from None
+    except OSError as error:
+        raise BenchError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:  # JSON and UTF-8 both
+        raise BenchError(f"{path}: is no whole JSON file ({error}); measure again, or copy it again") from None
+    except RecursionError:
+        raise BenchError(f"{path}: is nested too deep for a results file") from None
+    check_result(result, str(path))
+    return result
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def check_result(result: object, where: str) -> None:
+    """Checks the form of a result.
+
+    Args:
+        result: what a file holds.
+        where: the file, for the message.
+
+    Raises:
+        BenchError: saying what was found and what is expected.
+    """
+    if not isinstance(result, dict) or result.get("kind") != KIND:
+        found = f"kind {result.get('kind')!r}" if isinstance(result, dict) else f"a JSON {type(result).__name__}"
+        raise BenchError(f"{where}: holds {_short(found)}, expected kind {KIND!r}, results of `neck-export bench`")
+    if result.get("schema") != SCHEMA:
+        found = _short(f"schema {result.get('schema')!r}")
+        raise BenchError(f"{where}: has {found}, this program reads schema {SCHEMA}; use the version that wrote it")
+    error = best_match(_validator().iter_errors(result))
+    if error:
+        place = "/".join(str(part) for part in error.absolute_path) or "the file itself"
+        raise BenchError(f"{where}: is no results file of schema {SCHEMA}: {place}: {_short(error.message)}")
+    _check_machines(result, where)
+
+
+def _check_machines(result: Result, where: str) -> None:
+    known = [machine["id"] for machine in result["machines"]]
+    if len(set(known)) < len(known):
+        raise BenchError(f"{where}: machines/*/id: {', '.join(known)}; expected a name of its own for each")
+    for index, row in enumerate(result["rows"]):
+        if row["machine"] not in known:
+            raise BenchError(f"{where}: rows/{index}/machine: {row['machine']!r} is none of {', '.join(known)}")
+
+
+def _short(message: str, most: int = 200) -> str:
+    return message if len(message) <= most else f"{message[: most // 2]} ... {message[-most // 2 :]}"
+
+
+@functools.cache
+def _validator() -> Draft202012Validator:
+    return Draft202012Validator(json.loads(Path(__file__).with_name("result.schema.json").read_text(encoding="utf-8")))
+
+
+def merge_results(results: Sequence[Result]) -> Result:
+    """One result over several: machines numbered anew, every row kept.
+
+    Args:
+        results: two or more of the same encoder, size and batch, checked.
+
+    Raises:
+        BenchError: fewer than two, of different encoders, or the same runs twice.
+    """
+    if len(results) < 2:
+        raise BenchError(f"a merge takes two results or more, got {len(results)}")
+    for index, other in enumerate(results[1:], 2):
+        refuse_other_encoder(results[0], other, "the first result", f"result {index}")
+    machines: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    seen: list[object] = []
+    for result in results:
+        for machine in result["machines"]:
+            own = [row for row in result["rows"] if row["machine"] == machine["id"]]
+            runs = [machine["environment"], [{**row, "machine": None} for row in own]]
+            if runs in seen:
+                raise BenchError(f"the runs on {machine['name']} of {result['date']} are there twice; leave one out")
+            seen.append(runs)
+            number = f"m{len(machines)}"
+            machines.append(_self_contained(result, machine, number))
+            rows += [{**copy.deepcopy(row), "machine": number} for row in own]
+    first = results[0]
+    commands = dict.fromkeys(machine["command"] for machine in machines)
+    return {
+        **copy.deepcopy(first),
+        "date": max(result["date"] for result in results),
+        "command": "\n".join(commands),
+        "machines": machines,
+        "rows": rows,
+        "growth": _all_points(results),
+    }
+
+
+def _self_contained(result: Result, machine: dict[str, Any], number: str) -> dict[str, Any]:
+    own = {key: machine.get(key, result[key]) for key in OF_A_MACHINE}
+    return copy.deepcopy({**machine, **own, "id": number})
+
+
+def _all_points(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Every point of the closed form once, smallest first."""
+    points = {(*point["image_size"], point["batch"]): point for result in results for point in result["growth"]}
+    return [copy.deepcopy(points[key]) for key in sorted(points)]
+
+
+def of_machine(result: Result, machine: dict[str, Any], key: str) -> Any:  # noqa: ANN401 - any JSON value
+    """What belongs to a machine (a key of OF_A_MACHINE): its own, else the result's."""
+    return machine.get(key, result[key])
+
+
+def refuse_other_encoder(one: Result, other: Result, one_name: str, other_name: str) -> None:
+    """Refuses two results that are not of the same encoder at the same size.
+
+    Raises:
+        BenchError: saying what differs.
+    """
+    left, right = one["encoder"], other["encoder"]
+    differing = [key for key in dict.fromkeys((*left, *right)) if left.get(key) != right.get(key)]
+    if differing:
+        told = "; ".join(f"{key} {_told(left, right, key)}" for key in differing)
+        raise BenchError(f"{one_name} and {other_name} are of different encoders: {told}; measure the same one")
+
+
+def _told(left: dict[str, Any], right: dict[str, Any], key: str) -> str:
+    one, other = left.get(key), right.get(key)
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = [name for name in dict.fromkeys((*one, *other)) if one.get(name) != other.get(name)]
+        return ", ".join(f"{name} {one.get(name)!r} and {other.get(name)!r}" for name in keys)
+    return f"{one!r} and {other!r}"

@@ -1,0 +1,169 @@
+"""Samples -> the rows of a result."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.measure.backends import REFERENCE, Backend
+from benchmarks.measure.rounds import Pace
+from benchmarks.measure.samples import Place, Samples
+from benchmarks.roofline import Part, floor_ms, total_bytes, total_operations
+from engines.run.latency import summarise
+
+MACHINE = "m0"
+
+
+def empty_row(backend: Backend, place: Place, status: str, reason: str | None) -> dict[str, Any]:
+    """A row without figures."""
+    figures = (
+        "times_ms warm_up_runs latency images_per_s load_s build_s file_bytes peak_host_bytes peak_device_bytes errors "
+        "passed ratio ratio_to_plain floor_ms share_of_floor note"
+    )
+    return {
+        "machine": MACHINE,
+        "backend": backend.id,
+        "label": backend.label,
+        **{name: getattr(backend, name) for name in ("device", "precision", "module")},
+        "image_size": list(place.image_size),
+        "batch": place.batch,
+        "sweep": place.sweep,
+        "status": status,
+        "reason": reason,
+        **dict.fromkeys(figures.split()),
+    }
+
+
+def make_row(
+    backend: Backend,
+    place: Place,
+    samples: Samples,
+    roofline: Mapping[str, Any],
+    pace: Pace,
+    plain: str | None = None,
+) -> dict[str, Any]:
+    """The row of a backend at a point.
+
+    Args:
+        backend, place: which.
+        samples: what was measured.
+        roofline: the machine's rates.
+        pace: how often it was to run.
+        plain: the backend that differs by the plain module alone, for `ratio_to_plain`.
+    """
+    where = {"point": place.name, "backend": backend.id}
+    failed = samples.last("failed", **where)
+    rounds = samples.times(place.name, backend.id)
+    if failed or not rounds:
+        known = failed or {"status": "failed", "reason": "it gave no times"}
+        return empty_row(backend, place, known["status"], known["reason"])
+    times = [time for times in rounds for time in times]
+    latency, loads = summarise(times), samples.all("load", **where)
+    errors = samples.last("errors", **where) or {"errors": None, "passed": None}
+    memory = samples.all("memory", **where)
+    floor = floor_ms(place.parts, backend.precision, roofline["flops_per_s"], roofline["copy_bytes_per_s"])
+    return {
+        **empty_row(backend, place, "measured", None),
+        "times_ms": times,
+        "warm_up_runs": pace.warm_up,
+        "latency": dataclasses.asdict(latency),
+        "images_per_s": place.batch * 1e3 / latency.mean_ms,
+        **{name: loads[0][name] if loads else None for name in ("load_s", "build_s", "file_bytes")},
+        **{name: _largest(memory, name) for name in ("peak_host_bytes", "peak_device_bytes")},
+        "errors": errors["errors"],
+        "passed": errors["passed"],
+        "ratio": ratio(samples, place.name, backend.id, REFERENCE),
+        "ratio_to_plain": ratio(samples, place.name, backend.id, plain) if plain else None,
+        "floor_ms": floor,
+        "share_of_floor": floor / latency.p50_ms if floor else None,
+        "note": _note(backend.id, len(loads), len(rounds), pace),
+    }
+
+
+def _largest(lines: Sequence[Mapping[str, Any]], name: str) -> int | None:
+    found = [line[name] for line in lines if line[name] is not None]
+    return max(found) if found else None
+
+
+def _note(name: str, loads: int, rounds: int, pace: Pace) -> str | None:
+    notes = ["the reference of all errors and ratios"] if name == REFERENCE else []
+    if loads > 1:
+        warm_up = f"{pace.warm_up} warm-up run{'s' * (pace.warm_up != 1)} after each load"
+        notes.append(f"loaded {loads} times in {rounds} rounds, memory being short or the run resumed; {warm_up}")
+    if rounds < pace.rounds:
+        notes.append(f"{rounds} of {pace.rounds} rounds, the time being over; a rerun goes on")
+    return "; ".join(notes) or None
+
+
+def ratio(samples: Samples, point: str, name: str, to: str) -> dict[str, Any] | None:
+    """Latency over another backend's, the median of each round against the other's in the same round.
+
+    `low` and `high` are the smallest and largest of the rounds.
+    """
+    pairs = zip(samples.times(point, name), samples.times(point, to), strict=False)
+    ratios = [statistics.median(own) / statistics.median(other) for own, other in pairs]
+    if not ratios:
+        return None
+    return {"to": to, "median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+
+
+def plain_twin(backend: Backend, backends: Sequence[Backend]) -> str | None:
+    """The backend that differs from a rewritten one by the plain module alone."""
+    if backend.module == "plain":
+        return None
+    same = dataclasses.asdict(backend) | {"id": "", "label": "", "module": "plain"}
+    return next(
+        (one.id for one in backends if dataclasses.asdict(one) | {"id": "", "label": ""} == same),
+        None,
+    )
+
+
+def best_rates(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The best of several measurements of the machine's rates: what else ran then only made them less."""
+    first = found[0]
+    flops = {name: max(one["flops_per_s"][name] for one in found) for name in first["flops_per_s"]}
+    return {**first, "flops_per_s": flops, "copy_bytes_per_s": max(one["copy_bytes_per_s"] for one in found)}
+
+
+def raise_rates(
+    roofline: Mapping[str, Any], places: Sequence[Place], backends: Sequence[Backend], samples: Samples
+) -> dict[str, Any]:
+    """The rates, none less than what a backend reached on the whole encoder: a product is a sample of the machine only.
+
+    Returns:
+        The roofline, with `reached_by`: the backend that raised a precision's rate, None where the product stands.
+    """
+    flops, reached_by = dict(roofline["flops_per_s"]), dict.fromkeys(roofline["flops_per_s"])
+    for place in places:
+        for one in backends:
+            for times in samples.times(place.name, one.id):
+                reached = total_operations(place.parts) / min(times) * 1e3
+                if reached > flops[one.precision]:
+                    flops[one.precision], reached_by[one.precision] = reached, one.id
+    return {**roofline, "flops_per_s": flops, "reached_by": reached_by}
+
+
+def work_of(run: Sequence[Part], point: str, samples: Samples) -> dict[str, Any]:
+    """Operations and least bytes of the reference by part, with the milliseconds of each where they were measured."""
+    line = samples.last("parts", point=point)
+    ms = dict(line["parts_ms"]) if line else {}
+    parts = [
+        {"part": one.part, "operations": one.operations, "bytes": one.bytes("fp32"), "ms": ms.pop(one.part, None)}
+        for one in run
+        if one.operations or one.bytes("fp32")
+    ]
+    parts += [{"part": name, "operations": 0, "bytes": 0, "ms": max(0.0, value)} for name, value in ms.items()]
+    return {
+        "operations": total_operations(run),
+        "least_bytes": total_bytes(run, "fp32"),
+        "parts": parts,
+        "parts_of": REFERENCE,
+    }
+
+
+def best_candidate(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """The fastest measured backend of the main point within tolerance, the reference aside."""
+    fit = [row for row in rows if row["status"] == "measured" and row["passed"] and not row["sweep"]]
+    return min(fit, key=lambda row: row["latency"]["p50_ms"], default={"backend": None})["backend"]

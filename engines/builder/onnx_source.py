@@ -1,0 +1,84 @@
+"""The ONNX file that a plan is built from: which it is, whether it is whole, its precision, and the pass to another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from engines.builder.onnx_graph import BuildError
+from export.contract.manifest import check_files, data_path, manifest_path, read_manifest
+from export.graph.cleanup import MODULE
+from export.lowering.precision import Precision, lower
+from export.proof.verify import Report
+
+
+def newest_onnx(folder: Path) -> Path:
+    """The newest ONNX file of a folder.
+
+    Raises:
+        BuildError: there is none.
+    """
+    files = sorted(folder.glob("*.onnx"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise BuildError(f"{folder}: holds no ONNX file; run `neck-export onnx` first, or name one")
+    return files[-1]
+
+
+def read_source(onnx: Path, report: Report) -> dict[str, Any] | None:
+    """The ONNX file's manifest, its files checked byte for byte; None for a file that another tool wrote.
+
+    Raises:
+        ManifestError: damaged, or the file was changed after it was written.
+    """
+    where = manifest_path(onnx)
+    if not where.exists():
+        return None
+    manifest = read_manifest(where, "onnx")
+    report("hashes of the ONNX file")
+    check_files(where, manifest)
+    return manifest
+
+
+def typed_as(onnx: Path) -> Precision:
+    """The type that holds most of an ONNX file's weights."""
+    sizes: dict[str, int] = {"FLOAT": 0, "FLOAT16": 0, "BFLOAT16": 0}
+    for value in ir.load(onnx).graph.initializers.values():
+        if value.const_value is not None and value.const_value.dtype.name in sizes:
+            sizes[value.const_value.dtype.name] += value.const_value.nbytes
+    names: dict[str, Precision] = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
+    return names[max(sizes, key=lambda name: sizes[name])]
+
+
+def lower_file(onnx: Path, held: Precision, precision: Precision, folder: Path, **forms: Any) -> Path:  # noqa: ANN401
+    """Writes an FP32 file in another precision into a folder; `forms` are those of export.lowering.precision.lower.
+
+    Raises:
+        BuildError: the file is not FP32, or not one whose nodes tell their modules.
+    """
+    if held != "fp32":
+        raise BuildError(f"{onnx}: is {held}, asked was {precision}; export again with --precision {precision}")
+    model = ir.load(onnx)
+    if not any(MODULE in node.metadata_props for node in model.graph):
+        raise BuildError(
+            f"{onnx}: was not written by neck-export, so its nodes do not tell what must stay in FP32; "
+            f"build it as it is with --fp32, or export it with --precision {precision}"
+        )
+    lower(model, precision, **forms)
+    typed = folder / f"{onnx.stem}.{precision}.onnx"
+    ir.save(model, typed, external_data=data_path(typed).name)
+    return typed
+
+
+def plan_source(where: Path) -> dict[str, Any]:
+    """The manifest of the ONNX file that a plan was built from, with the precision and the forms of the plan.
+
+    Raises:
+        BuildError: the plan was built from another tool's file.
+    """
+    manifest = read_manifest(where, "plan")
+    if manifest["onnx_manifest"] is None:
+        raise BuildError(f"{where}: the plan was built from a file without manifest, so its weights are unknown")
+    forms = {name: manifest["key"][name] for name in ("attention", "upsampling", "keep_fp32")}
+    return manifest["onnx_manifest"] | forms | {"precision": manifest["precision"]}

@@ -1,0 +1,157 @@
+"""Runs the builder: its log, its progress, Ctrl-C, and the file that the plan is streamed into."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+from engines.builder.onnx_graph import BuildError
+from engines.sheet.read_layers import FIRST_LINE
+
+Progress = Callable[[str, int, int], None]
+"""Called with a phase's name, its steps done and its steps in all; from the builder's thread."""
+
+OUT_OF_MEMORY = "out of memory while TensorRT built; at full size it takes 3 GB, so close other programs"
+
+BUILDING = ".building"
+"""How the name of an unfinished plan ends."""
+
+
+class Watch:
+    """What is seen of a running build: its errors, the finished engine's listing, what our own callbacks raised.
+
+    The rest of the log (2.7 MB at full size) is dropped. Once `cancelled` is set, the builder stops at its next step.
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self.engine = ""
+        self.failures: list[BaseException] = []
+        self.cancelled = threading.Event()
+
+    def take(self, severity: int, line: str) -> None:
+        """Takes a line of the log."""
+        if severity <= 1 and "cudaError 35" not in line:  # 35: no driver, which RTX does not need
+            self.errors.append(" ".join(line.split()))
+        elif line.startswith(FIRST_LINE):
+            self.engine = line
+
+    @property
+    def reason(self) -> str:
+        """The last error, in one line."""
+        return self.errors[-1][:400] if self.errors else "it gave no reason"
+
+
+def new_monitor(trt: Any, watch: Watch, progress: Progress | None) -> Any:  # noqa: ANN401
+    """A progress monitor that hands on every phase and stops a cancelled build."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def tell(self, name: str, done: int) -> None:
+            try:
+                if progress:
+                    progress(name, done, self.steps.get(name, done))
+            except BaseException as error:  # through the builder's C++ it would end the process
+                watch.failures.append(error)
+                watch.cancelled.set()
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.steps[name] = steps
+            self.tell(name, 0)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            self.tell(name, step + 1)
+            return not watch.cancelled.is_set()
+
+        def phase_finish(self, name: str) -> None:
+            self.steps.pop(name, None)
+
+    return Monitor()
+
+
+def run_builder(trt: Any, builder: Any, network: Any, config: Any, file: IO[bytes], watch: Watch) -> None:  # noqa: ANN401
+    """Builds in a second thread, so that Ctrl-C reaches this one, and streams the plan into the file.
+
+    Raises:
+        BuildError: the builder made nothing, or ran out of memory.
+        OSError: the file cannot take the plan.
+    """
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:  # RTX 1.7 calls a build whose stream took nothing a success
+                watch.failures.append(error)
+                return 0
+
+    writer = Writer()
+    with ThreadPoolExecutor(1, "tensorrt") as thread:
+        done = thread.submit(builder.build_serialized_network_to_stream, network, config, writer)
+        try:
+            success = done.result()
+        except MemoryError:
+            raise BuildError(OUT_OF_MEMORY) from None
+        except KeyboardInterrupt:
+            watch.cancelled.set()  # leaving the block waits for the builder's next step
+            raise
+    if watch.failures:
+        raise watch.failures[0]
+    if not success or not file.tell():
+        short = any(word in line for line in watch.errors for word in ("bad_alloc", "OutOfMemory"))
+        raise BuildError(OUT_OF_MEMORY if short else f"TensorRT built nothing: {watch.reason}")
+
+
+@contextlib.contextmanager
+def temporary(target: Path) -> Iterator[tuple[IO[bytes], Path]]:
+    """A file beside the target and its path, removed unless it was renamed.
+
+    What killed builds left there is removed first; a living build's file is locked, so it is left alone.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for stale in target.parent.glob(f".{target.name}.*{BUILDING}"):
+        with contextlib.suppress(OSError), stale.open("rb") as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stale.unlink()
+    path, file = _locked_file(target)
+    with file:
+        try:
+            yield file, path
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _locked_file(target: Path) -> tuple[Path, IO[bytes]]:
+    """A new file beside the target, locked; made again if another build took it for stale before it was locked."""
+    while True:
+        path = target.with_name(f".{target.name}.{secrets.token_hex(4)}{BUILDING}")
+        file = path.open("xb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return path, file
+        file.close()
+
+
+@contextlib.contextmanager
+def disk_errors(plan: Path) -> Iterator[None]:
+    """Turns what a disk refuses into a BuildError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "no space left for it" if full else f"cannot be written ({error.strerror})"
+        raise BuildError(f"{plan}: {reason}; nothing was written, an older plan there is untouched") from None

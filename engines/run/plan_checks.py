@@ -1,0 +1,165 @@
+"""What is checked before a plan is loaded and before it is run, so that a mismatch is a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines.builder.flavor import RTX_MAGIC, Flavor, FlavorError, choose_flavor
+from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest
+
+
+class SessionError(RuntimeError):
+    """A plan that cannot be loaded or run here, or inputs that it does not take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """An input or output of an engine: its shape, -1 for a dynamic batch, and the smallest and largest batch."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    batch: tuple[int, int]
+
+    def __str__(self) -> str:
+        low, high = self.batch
+        sides = [str(low) if low == high else f"{low} to {high}", *map(str, self.shape[1:])]
+        return f"{self.name}: {type_name(self.dtype)} ({', '.join(sides)})"
+
+    def takes(self, value: np.ndarray | Tensor) -> bool:
+        """Whether a value has its type, its shape and a batch that it takes."""
+        sides, (low, high) = tuple(value.shape), self.batch
+        fits = sides[1:] == self.shape[1:] and len(sides) == len(self.shape) and low <= sides[0] <= high
+        return fits and type_name(value.dtype) == type_name(self.dtype)
+
+
+def type_name(dtype: Any) -> str:  # noqa: ANN401 - numpy's or torch's
+    """`float32` for torch's and for numpy's."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_plan(plan: Path, flavor: Flavor | None = None) -> tuple[Flavor, dict[str, Any]]:
+    """Checks all that can be known before a plan is loaded: its bytes, its manifest, this machine.
+
+    Args:
+        plan: the file, its manifest X.plan.json beside it.
+        flavor: which TensorRT; by default the one that built the plan.
+
+    Returns:
+        The flavour and the manifest.
+
+    Raises:
+        SessionError: the first thing that is wrong, and what to do.
+    """
+    header, where = _read_header(plan), manifest_path(plan)
+    try:
+        manifest = read_manifest(where, "plan")
+        if header.startswith(RTX_MAGIC) != (manifest["flavor"] == "rtx"):
+            raise SessionError(
+                f"{plan}: begins with {header[:4]!r}, no plan of flavour {manifest['flavor']}; build it again"
+            )
+        check_files(where, manifest)
+        names = [entry["name"] for entry in manifest["files"]]
+        if plan.name not in names:
+            raise SessionError(f"{where}: speaks of {', '.join(names) or 'no file'}, not {plan.name}; build it again")
+        manifest_specs(manifest)
+        flavor = flavor or choose_flavor(manifest["flavor"])
+        check_version(plan, manifest, flavor)
+        check_gpu(plan, manifest, flavor)
+    except (ManifestError, FlavorError) as error:
+        raise SessionError(str(error)) from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        why = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise SessionError(f"{where}: not as neck-export writes it ({why}); build {plan.name} again") from None
+    invalid = flavor.why_invalid(header)
+    if invalid:
+        raise SessionError(f"{plan}: TensorRT {flavor.version} cannot run it here ({invalid}); build it again here")
+    return flavor, manifest
+
+
+def _read_header(plan: Path) -> bytes:
+    try:
+        with plan.open("rb") as file:
+            header = file.read(4096)
+    except FileNotFoundError:
+        rejected = plan.with_name(f"{plan.name}.rejected")
+        why = f"it failed verification, see {rejected}.json" if rejected.exists() else "`neck-export trt` builds it"
+        raise SessionError(f"No such file: {plan}; {why}") from None
+    except OSError as error:
+        raise SessionError(f"{plan}: cannot be read ({error.strerror}); expected a plan of `neck-export trt`") from None
+    if not header:
+        raise SessionError(f"{plan}: is empty; build it again")
+    return header
+
+
+def manifest_specs(manifest: Mapping[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, type and shape of the inputs and outputs, sorted, -1 for a dynamic batch."""
+    ports = [*manifest["inputs"], *manifest["outputs"]]
+    shapes = [tuple(-1 if isinstance(side, str) else side for side in port["shape"]) for port in ports]
+    return sorted((port["name"], port["dtype"], shape) for port, shape in zip(ports, shapes, strict=True))
+
+
+def check_version(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> None:
+    """Raises SessionError where a plan is of another flavour, or of a TensorRT whose plans this one does not load.
+
+    RTX is asked itself (`Flavor.why_invalid`).
+    """
+    theirs, version = manifest["flavor"], manifest["tensorrt_version"]
+    if theirs != flavor.name:
+        raise SessionError(f"{plan}: is of flavour {theirs}, asked was {flavor.name}; use --flavor {theirs}")
+    built, here = (tuple(map(int, text.split("."))) for text in (version, flavor.version))
+    compatible = manifest["options"]["version_compatible"] is True
+    if flavor.name == "tensorrt" and built != here and not (compatible and here > built):
+        exact = "or later" if compatible else "exactly"
+        remedy = "" if compatible else ", or with --version-compatible for later versions"
+        raise SessionError(
+            f"{plan}: needs TensorRT {version} {exact}, here is {flavor.version}; build it again{remedy}"
+        )
+
+
+def check_gpu(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> None:
+    """Raises SessionError where there is no GPU, or not one that the plan was built for."""
+    if flavor.gpu is None:
+        raise SessionError(f"{plan}: no NVIDIA GPU with a driver here; without one a plan can be built, not run")
+    here, named = flavor.gpu.compute_capability, f"{flavor.gpu.name} ({flavor.gpu.compute_capability})"
+    if flavor.targets and here not in flavor.targets:
+        raise SessionError(f"{plan}: TensorRT-RTX {flavor.version} does not run on {named}; use --flavor tensorrt")
+    built = manifest["compute_capabilities"]
+    # RTX's default is 8.0 and later; TensorRT's hardware compatibility `same` is the rule without it, too
+    later = manifest["options"]["hardware_compatible"] == "ampere+" or not built
+    if here in built or (later and tuple(map(int, here.split("."))) >= (8, 0)):
+        return
+    wanted = "8.0 or later" if later else ", ".join(built)
+    remedy = f"with --compute-capability {here}" if flavor.name == "rtx" else "on this GPU"
+    raise SessionError(f"{plan}: is for compute capability {wanted}, here is {named}; build it again {remedy}")
+
+
+def check_inputs(
+    plan: Path,
+    ports: Sequence[Port],
+    device: torch.device,
+    inputs: Mapping[str, np.ndarray] | Mapping[str, Tensor],
+) -> None:
+    """Raises SessionError where inputs are not what the engine takes, or torch's not where it reads."""
+    expected = ", ".join(map(str, ports))
+    if sorted(inputs) != sorted(port.name for port in ports):
+        raise SessionError(f"{plan}: got inputs {', '.join(inputs) or 'none'}; expected {expected}")
+    if not any(all(isinstance(value, kind) for value in inputs.values()) for kind in (np.ndarray, Tensor)):
+        kinds = {type(value).__name__ for value in inputs.values()}
+        raise SessionError(f"{plan}: got {', '.join(kinds)}; expected numpy arrays, or torch tensors on {device}")
+    for port in ports:
+        value = inputs[port.name]
+        if not port.takes(value):
+            got = f"{type_name(value.dtype)} {tuple(value.shape)}"
+            raise SessionError(f"{plan}: {port.name} is {got}; expected {port}")
+        if isinstance(value, Tensor) and (value.device != device or not value.is_contiguous()):
+            got = f"on {value.device}, {'' if value.is_contiguous() else 'not '}contiguous"
+            remedy = f'give .to("{device}").contiguous(), or a numpy array'
+            raise SessionError(f"{plan}: {port.name} is {got}; expected contiguous on {device}: {remedy}")

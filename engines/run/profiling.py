@@ -1,0 +1,263 @@
+"""Latency, memory and time per layer of a plan on the GPU at hand, and how near that is to what the GPU can do."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engines.builder.flavor import Flavor
+from engines.run.latency import PEAK_SIDE, STATE, Latency, Profile, join_layers, parse_state, summarise, time_runs
+from engines.run.plan_checks import Port, SessionError
+from engines.run.session import Session, open_plan
+from engines.run.verify import describe
+from engines.sheet.layer_sheet import LayerSheet, read_sheet
+from engines.sheet.read_layers import LayerSheetError, sheet_from_inspector
+from export.proof.verify import Report
+
+RUNS, SECONDS = 200, 10.0
+"""Runs are timed until there are so many, or for so long."""
+
+LAYER_RUNS = 20
+COPY_BYTES = 1 << 30
+PEAK_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+Measure = Callable[[Callable[[], object]], Latency]
+"""Times a piece of work."""
+
+STATE_SECONDS = 20.0
+"""It takes 0.1 to 2 s; a driver that hangs must not hold the profile."""
+
+
+class ProfilingError(RuntimeError):
+    """A plan that cannot be profiled as asked."""
+
+
+def profile_plan(
+    plan: Path,
+    *,
+    batch: int | None = None,
+    sheet: LayerSheet | None = None,
+    flavor: Flavor | None = None,
+    runs: int = RUNS,
+    seconds: float = SECONDS,
+    report: Report = lambda line: None,
+) -> Profile:
+    """Measures a plan on the first GPU.
+
+    Args:
+        plan: the plan, its manifest beside it.
+        batch: batch size; by default the optimum of the plan's range.
+        sheet: its layer sheet; by default the one beside the plan, else what the engine inspector tells.
+        flavor: which TensorRT; by default the one that built the plan.
+        runs, seconds: runs are timed until there are so many, or for so long.
+        report: told of every step.
+
+    Raises:
+        SessionError: the plan cannot run here.
+        ProfilingError: a batch that it does not take, or too little device memory to measure in.
+    """
+    with open_plan(plan, flavor) as session:
+        measure = functools.partial(_measure, session, runs, seconds)
+        try:
+            return _profile(session, batch, sheet or read_sheet(plan) or _inspect(session), measure, report)
+        except torch.OutOfMemoryError:
+            raise ProfilingError(
+                f"{plan}: out of device memory; profiling needs {3 * COPY_BYTES / 1e9:.1f} GB beside the plan, so end "
+                f"other programs or take a smaller --batch"
+            ) from None
+
+
+def _measure(session: Session, runs: int, seconds: float, work: Callable[[], object]) -> Latency:
+    return summarise(time_runs(_timer(session, work), runs=runs, seconds=seconds))
+
+
+def _profile(
+    session: Session, batch: int | None, sheet: LayerSheet | None, measure: Measure, report: Report
+) -> Profile:
+    port, optimum = session.inputs[0], _optimum(session)
+    size = choose_batch(session.plan, port, optimum, batch)
+    image = make_input(port, size).to(session.device)
+    outputs = session.bind({port.name: image})
+    precision = session.manifest["precision"]
+    report("latency")
+    latency = measure(session.enqueue)
+    state = read_state(_timer(session, session.enqueue))
+    report("latency of a CUDA graph")
+    graph_latency, problem = _graph_latency(session, {port.name: image}, measure)
+    report("transfers")
+    tensors = {"in": [image], "out": list(outputs.values())}
+    copies = {way: measure(_copying(values, way == "in")) for way, values in tensors.items()}
+    report("the GPU's own peak")
+    tflops, gigabytes_per_s = _measure_peaks(PEAK_TYPES[precision], session.device, measure)
+    report("time per layer")
+    session.bind({port.name: image})
+    times = _layer_times(session)
+    engine, stat = session.engine, session.flavor.trt.EngineStat.TOTAL_WEIGHTS_SIZE
+    weights = engine.get_engine_stat(stat)
+    return Profile(
+        plan=str(session.plan),
+        batch=size,
+        precision=precision,
+        runtime=describe(session.flavor),
+        state=state,
+        latency=latency,
+        graph_latency=graph_latency,
+        graph_problem=problem,
+        copy_in=copies["in"],
+        copy_out=copies["out"],
+        bytes_in=_bytes(tensors["in"]),
+        bytes_out=_bytes(tensors["out"]),
+        weights_bytes=weights if weights >= 0 else None,
+        scratch_bytes=engine.get_device_memory_size_for_profile_v2(0),
+        loaded_bytes=session.loaded_bytes,
+        peak_tflops=tflops,
+        peak_gigabytes_per_s=gigabytes_per_s,
+        operations=scale_operations(sheet, port, optimum, size),
+        bytes_moved=sheet.bytes_moved if sheet else None,
+        layers=join_layers(times, sheet),
+    )
+
+
+def choose_batch(plan: Path, port: Port, optimum: int, asked: int | None) -> int:
+    """The batch to profile: what is asked, else the optimum.
+
+    Raises:
+        ProfilingError: the plan does not take it.
+    """
+    low, high = port.batch
+    size = optimum if asked is None else asked
+    if not low <= size <= high:
+        takes = str(low) if low == high else f"{low} to {high}"
+        raise ProfilingError(f"{plan}: takes a batch of {takes}, asked was {size}; build it again with --batch {size}")
+    return size
+
+
+def make_input(port: Port, batch: int) -> Tensor:
+    """Seeded noise on the CPU: zeros would cost the GPU less power than pictures do."""
+    shape, generator = (batch, *port.shape[1:]), torch.Generator().manual_seed(0)
+    if port.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(port.dtype)
+    return torch.randint(0, 128, shape, generator=generator).to(port.dtype)
+
+
+def scale_operations(sheet: LayerSheet | None, port: Port, optimum: int, batch: int) -> int | None:
+    """Operations at this batch: the sheet counts them at the optimum batch."""
+    if sheet is None or sheet.operations is None:
+        return None
+    return sheet.operations * batch // optimum if port.batch[0] != port.batch[1] else sheet.operations
+
+
+def read_state(run: Callable[[], object], command: str = "nvidia-smi") -> dict[str, str | None] | None:
+    """Asks nvidia-smi for clocks and power while the work runs; None where it is not there or does not answer."""
+    uuid = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}" if torch.cuda.is_available() else "--id=0"
+    query = [command, uuid, f"--query-gpu={','.join(STATE.values())}", "--format=csv,noheader,nounits"]
+    try:
+        process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return None
+    with process:
+        started = time.monotonic()
+        while process.poll() is None:
+            run()
+            if time.monotonic() - started > STATE_SECONDS:
+                process.kill()
+        output, _ = process.communicate()
+    return parse_state(output) if process.returncode == 0 else None
+
+
+def new_profiler(trt: Any, times: dict[str, float]) -> Any:  # noqa: ANN401
+    """TensorRT's IProfiler that adds up the milliseconds of each layer."""
+
+    class Profiler(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            times[layer_name] = times.get(layer_name, 0.0) + ms
+
+    return Profiler()
+
+
+def _layer_times(session: Session) -> dict[str, float]:
+    """Mean milliseconds of each layer; the profiler stays attached and slows further runs."""
+    times: dict[str, float] = {}
+    session.context.profiler = new_profiler(session.flavor.trt, times)
+    for _ in range(LAYER_RUNS):
+        session.enqueue()
+        torch.cuda.synchronize(session.device)
+    return {name: total / LAYER_RUNS for name, total in times.items()}
+
+
+def _timer(session: Session, work: Callable[[], object]) -> Callable[[], float]:
+    """Does the work on the session's stream between two CUDA events, and returns the milliseconds between them."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def run() -> float:
+        with torch.cuda.stream(session.stream):
+            start.record()
+            work()
+            end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return run
+
+
+def _graph_latency(
+    session: Session, inputs: Mapping[str, Tensor], measure: Measure
+) -> tuple[Latency | None, str | None]:
+    try:
+        captured = session.capture(inputs)
+    except SessionError as error:
+        return None, str(error)
+    return measure(captured.graph.replay), None
+
+
+def _copying(tensors: Sequence[Tensor], to_gpu: bool) -> Callable[[], None]:
+    """Copies tensors from or to page-locked memory of the host."""
+    pairs = [(value, value.cpu().pin_memory()) for value in tensors]
+
+    def copy() -> None:
+        for device, host in pairs:
+            target, source = (device, host) if to_gpu else (host, device)
+            target.copy_(source, non_blocking=True)
+
+    return copy
+
+
+def _measure_peaks(dtype: torch.dtype, device: torch.device, measure: Measure) -> tuple[float, float]:
+    """TFLOP/s of a large product without TF32, GB/s (read and written) of a large copy; both by torch."""
+    left, right = (torch.randn(PEAK_SIDE, PEAK_SIDE, device=device, dtype=dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    tflops = 2 * PEAK_SIDE**3 / measure(lambda: torch.mm(left, right, out=product)).p50_ms / 1e9
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return tflops, 2 * COPY_BYTES / measure(lambda: target.copy_(source)).p50_ms / 1e6
+
+
+def _inspect(session: Session) -> LayerSheet | None:
+    """The layer sheet from the engine inspector, None where it tells too little."""
+    trt = session.flavor.trt
+    inspector = session.engine.create_engine_inspector()
+    try:
+        return sheet_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON), {})
+    except (LayerSheetError, KeyError):
+        return None
+
+
+def _optimum(session: Session) -> int:
+    port = session.inputs[0]
+    if port.batch[0] == port.batch[1]:
+        return port.batch[0]
+    return session.engine.get_tensor_profile_shape(port.name, 0)[1][0]
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(value.nbytes for value in tensors)

@@ -1,0 +1,249 @@
+"""A plan against the plain PyTorch module: the same pictures through both, judged by export/fidelity."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from engines.builder.flavor import Flavor
+from engines.run.session import Session, open_plan
+from export.contract.manifest import manifest_path, read_manifest, replace_manifest
+from export.contract.signature import BatchRange, Signature
+from export.lowering.precision import Precision
+from export.options import NUMPY_NAMES
+from export.origin import manifest_encoder
+from export.pipeline import RejectedError
+from export.proof.fidelity import Verdict, check_overrides, compare
+from export.proof.reference import check_reference, write_reference
+from export.proof.verify import Report, reference_outputs, reference_pixels
+from neck.necks import Sam3DualViTDetNeck
+from neck.pictures import normalise
+
+Runner = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+"""Takes the image as the signature says and gives the outputs by name."""
+
+
+NO_GPU = "not verified: no NVIDIA driver"
+
+
+class VerifyError(RuntimeError):
+    """A plan that cannot be compared with PyTorch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What the plain module gives: made once, it serves every plan of the same size, necks and levels.
+
+    Attributes:
+        pixels: uint8 (B, H, W, 3).
+        outputs: float32 by name.
+        device: where it was computed.
+    """
+
+    pixels: np.ndarray
+    outputs: Mapping[str, np.ndarray]
+    device: str
+
+
+def make_reference(
+    encoder: Sam3DualViTDetNeck, signature: Signature, count: int, images: Path | None = None
+) -> Reference:
+    """Runs the plain module in FP32, without TF32, where its weights lie.
+
+    Args:
+        encoder: the plain encoder.
+        signature: which outputs, and the image's size.
+        count: how many pictures.
+        images: a folder of pictures; without one the shipped picture.
+
+    Raises:
+        PictureError: pictures that cannot be read.
+    """
+    pixels = reference_pixels(signature, images, count)
+    encoder.set_imgsz(signature.image_size)
+    with _exact_fp32():
+        outputs = reference_outputs(encoder, pixels, signature.necks, signature.levels)
+    return Reference(pixels, outputs, next(encoder.parameters()).device.type)
+
+
+def verify_runner(
+    run: Runner,
+    signature: Signature,
+    reference: Reference,
+    precision: str,
+    candidate: str,
+    overrides: Mapping[str, float] | None = None,
+) -> Verdict:
+    """Compares what a runner gives with the reference.
+
+    Args:
+        run: the candidate.
+        signature: its contract; positions in a file of their own are no outputs of it and are not compared.
+        reference: what PyTorch gives.
+        precision: which tolerances apply.
+        candidate: what runs, for the verdict's method.
+        overrides: relative L2 by output name or wildcard.
+
+    Raises:
+        VerifyError: other outputs than the signature's.
+        FidelityError: an override that fits none, outputs of another shape than the reference's.
+    """
+    names = [spec.name for spec in signature.outputs]
+    check_overrides(overrides or {}, names)
+    pixels = reference.pixels
+    outputs = run(pixels if signature.input == "uint8" else normalise(pixels).numpy())
+    if sorted(outputs) != sorted(names):
+        raise VerifyError(f"{candidate} gives {', '.join(outputs) or 'no output'}; expected {', '.join(names)}")
+    pictures = f"{len(pixels)} picture{'s' * (len(pixels) > 1)}"
+    method = f"PyTorch FP32 ({reference.device}) against {candidate}, {pictures}"
+    return compare(reference.outputs, {name: outputs[name] for name in names}, precision, method, overrides)
+
+
+def verify_plan(
+    plan: Path,
+    *,
+    encoder: Sam3DualViTDetNeck | None = None,
+    checkpoint: Path | None = None,
+    reference: Reference | None = None,
+    images: Path | None = None,
+    overrides: Mapping[str, float] | None = None,
+    report: Report = lambda line: None,
+    flavor: Flavor | None = None,
+) -> Verdict:
+    """Runs a plan on the GPU and compares its outputs with the plain module's; writes nothing.
+
+    Args:
+        plan: the plan, its manifest beside it.
+        encoder: the plain encoder; by default the one that the manifest tells of, on the CPU.
+        checkpoint: its weights, where they are no longer where the manifest says.
+        reference: what `make_reference` made for this signature; by default it is made here, which takes longest.
+        images: a folder of pictures; without one the shipped picture.
+        overrides: relative L2 by output name or wildcard.
+        report: told of every step.
+        flavor: which TensorRT; by default the one that built the plan.
+
+    Raises:
+        SessionError: the plan cannot run here.
+        VerifyError: nothing tells which encoder the plan holds, or its outputs are others.
+        FidelityError, PictureError, CheckpointError, ExportError: as the stages below say.
+    """
+    with open_plan(plan, flavor) as session:
+        manifest, here = session.manifest, describe(session.flavor)
+        signature = plan_signature(plan, manifest, known=encoder is not None or reference is not None)
+        check_overrides(overrides or {}, [spec.name for spec in signature.outputs])
+        if reference is None:
+            report("reference: the plain module in PyTorch FP32")
+            if encoder is None:
+                encoder = manifest_encoder(manifest_path(plan), manifest["onnx_manifest"], checkpoint)
+            reference = make_reference(encoder, signature, count_for(session.inputs[0].batch), images)
+        report(f"candidate: the plan in {here}")
+        return verify_runner(_runner(session), signature, reference, manifest["precision"], here, overrides)
+
+
+def verify_plan_file(
+    plan: Path,
+    checkpoint: Path | None = None,
+    images: Path | None = None,
+    overrides: Mapping[str, float] | None = None,
+    report: Report = lambda line: None,
+    *,
+    save: Path | None = None,
+) -> Verdict:
+    """Verifies a plan that was built before, on the GPU, and writes the verdict into its manifest.
+
+    Args:
+        plan, checkpoint, images, overrides, report: as in verify_plan.
+        save: where to keep the pictures and the plain module's outputs; written without a GPU too.
+
+    Raises:
+        ManifestError: the manifest is missing or speaks of another plan.
+        SessionError: the plan cannot run here.
+        RejectedError: the outputs left tolerance; the manifest says so too.
+        VerifyError, FidelityError, PictureError, CheckpointError, ExportError: as in verify_plan.
+    """
+    where = manifest_path(plan)
+    manifest = read_manifest(where, "plan")
+    reference = None
+    if save is not None:
+        check_reference(save)
+        signature = plan_signature(plan, manifest, known=False)
+        encoder = manifest_encoder(where, manifest["onnx_manifest"], checkpoint)
+        report("reference: the plain module in PyTorch FP32")
+        batch = BatchRange.parse(manifest["batch"])
+        reference = make_reference(encoder, signature, count_for((batch.minimum, batch.maximum)), images)
+        write_reference(save, reference.pixels, {spec.name: reference.outputs[spec.name] for spec in signature.outputs})
+    verdict = verify_plan(
+        plan, checkpoint=checkpoint, reference=reference, images=images, overrides=overrides, report=report
+    )
+    replace_manifest(where, manifest | {"verification": verdict.to_dict()})
+    if not verdict.passed:
+        raise RejectedError(plan, verdict)
+    return verdict
+
+
+def plan_signature(plan: Path, manifest: Mapping[str, Any], known: bool) -> Signature:
+    """The contract that a plan's manifest tells.
+
+    Args:
+        plan, manifest: the plan and its manifest.
+        known: whether the caller has the encoder.
+
+    Raises:
+        VerifyError: the plan was built from a foreign ONNX file, so nothing tells what to compare with.
+    """
+    if not manifest.get("signature") or not (known or manifest.get("onnx_manifest")):
+        raise VerifyError(
+            f"{plan}: built from an ONNX file that neck-export did not write, so nothing tells what to compare "
+            f"with; export it by `neck-export onnx` and build that"
+        )
+    return Signature.from_dict(manifest["signature"])
+
+
+def _runner(session: Session) -> Runner:
+    return lambda image: session.infer({"image": image})
+
+
+def count_for(batch: tuple[int, int]) -> int:
+    """How many pictures to verify with: two where the batch is dynamic, to see that they do not mix, else its size."""
+    low, high = batch
+    return max(low, min(high, 2)) if low != high else low
+
+
+def describe(flavor: Flavor) -> str:
+    """The TensorRT and the GPU, for a verdict's method."""
+    name = "TensorRT-RTX" if flavor.name == "rtx" else "TensorRT"
+    gpu = flavor.gpu
+    on = f" on {gpu.name} (compute capability {gpu.compute_capability}, driver {gpu.driver})" if gpu else ""
+    return f"{name} {flavor.version}{on}"
+
+
+@contextlib.contextmanager
+def _exact_fp32() -> Iterator[None]:
+    """Turns TF32 off, which torch uses in convolutions on a GPU by default: it keeps 10 bits of 23."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def signature_of(source: dict[str, Any], precision: Precision) -> Signature:
+    """The plan's contract: the file's, its outputs in the plan's precision, positions only where they are outputs."""
+    signature = Signature.from_dict(source["signature"])
+    dtype = signature.dtype if precision == source["precision"] else NUMPY_NAMES[precision]
+    positions: Literal["graph", "none"] = "graph" if signature.positions == "graph" else "none"
+    return dataclasses.replace(signature, dtype=dtype, positions=positions)
+
+
+def why_not_run(flavor: Flavor) -> str | None:
+    """Why a plan cannot run here, in the words of its manifest; None where it can."""
+    if flavor.gpu is None:
+        return NO_GPU
+    return None if torch.cuda.is_available() else "not verified: torch is a CPU build; install its CUDA build"

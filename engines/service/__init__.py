@@ -1,0 +1,1 @@
+"""From a plan or an ONNX file to a service: Triton, Kubernetes, KServe."""

@@ -1,0 +1,101 @@
+"""What a repository's folders hold already: older versions of the same model, or something that is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from engines.service.model_config import read_config, schema
+from engines.service.repository_files import CONFIG, ELSEWHERE, MANIFEST, versions
+from engines.service.served_model import Source, TritonError
+from export.contract.manifest import ManifestError, read_manifest
+
+
+def check_held(model: Path, config: Any, source: Source | None) -> None:  # noqa: ANN401
+    """Refuses a folder that holds something else than older versions of this model; `source` is what an engine runs."""
+    if not model.exists():
+        return
+    if not model.is_dir():
+        raise TritonError(f"{model}: is a file; {ELSEWHERE}")
+    held = read_config(model / CONFIG)
+    if held is None:
+        if any(model.iterdir()):
+            raise TritonError(f"{model}: the folder holds another model (no {CONFIG}); {ELSEWHERE}")
+        return
+    check_contract(model, held, config)
+    if source is None:
+        return
+    for version in versions(model):
+        where = model / str(version) / MANIFEST
+        try:
+            old = read_manifest(where, source.kind)
+        except ManifestError as error:
+            raise TritonError(
+                f"{model}: the folder holds another model, not written by neck-export ({error}); {ELSEWHERE}"
+            ) from None
+        before, after = _shared(old), _shared(source.manifest)
+        different = [key for key in after if before[key] is not None and before[key] != after[key]]
+        if different:
+            raise TritonError(
+                f"{model}: the folder holds another model (version {version} has another {', '.join(different)}); "
+                f"{ELSEWHERE}"
+            )
+
+
+def check_ensembles(output: Path, engine: Any, written: Collection[str]) -> None:  # noqa: ANN401 - ModelConfig
+    """Refuses an engine without outputs that an ensemble, left as it is, asks of it: that would no longer load.
+
+    Args:
+        output: the repository.
+        engine: the engine's new config.
+        written: names of the models that are written with it.
+
+    Raises:
+        TritonError: naming the ensemble and the outputs.
+    """
+    listed = {spec.name for spec in engine.output}
+    for name in (f"{engine.name}-pictures", f"{engine.name}-outputs"):
+        held = None if name in written else read_config(output / name / CONFIG)
+        missing = sorted({spec.name for spec in held.output} - listed) if held is not None else []
+        if missing:
+            remedy = "add --ensemble" if name.endswith("-pictures") else "give --outputs"
+            raise TritonError(
+                f"{output / name}: answers with {', '.join(missing)}, which {engine.name} would then lack; "
+                f"{remedy}, or remove that folder"
+            )
+
+
+def _shared(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What all versions of a model have in common; their weights differ, or there were no need of a version."""
+    exported = manifest.get("onnx_manifest") if manifest["kind"] == "plan" else manifest
+    return {"precision": manifest.get("precision"), "encoder": (exported or {}).get("encoder")}
+
+
+def contract(config: Any) -> dict[str, Any]:  # noqa: ANN401
+    """What clients and older versions of a model rely on, in words; outputs by name."""
+    names = schema().DataType.Name
+    tensors = {
+        f"{key} {tensor.name}": f"{names(tensor.data_type)} {list(tensor.dims)}"
+        for key in ("input", "output")
+        for tensor in getattr(config, key)
+    }
+    backend = config.platform or config.backend
+    return {"backend": backend, "max_batch_size": config.max_batch_size, **tensors}
+
+
+def check_contract(path: Path, old: Any, new: Any) -> None:  # noqa: ANN401
+    """Refuses a config that breaks clients or versions of the one that is there; outputs may come and go.
+
+    Raises:
+        TritonError: saying what differs.
+    """
+    before, after = contract(old), contract(new)
+    inputs = {key for key in {**before, **after} if not key.startswith("output ")}
+    shared = {key for key in before if key in after}
+    different = sorted(key for key in inputs | shared if before.get(key) != after.get(key))
+    if different or not any(key.startswith("output ") for key in shared):
+        told = [f"{key} was {before.get(key, 'absent')}, is {after.get(key, 'absent')}" for key in different]
+        raise TritonError(
+            f"{path}: the folder holds another model ({'; '.join(told) or 'no output in common'}); {ELSEWHERE}"
+        )

@@ -1,0 +1,235 @@
+"""Plan or ONNX file -> Triton model repository: the function behind `neck-export triton`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engines.service.containers import choose_container, needs_compatible
+from engines.service.ensemble import PREPROCESS_MODEL, chosen_config, pictures_config, preprocess_config
+from engines.service.existing_models import check_ensembles, check_held
+from engines.service.kubernetes import check_folder, kubernetes_files
+from engines.service.model_config import engine_config, to_text
+from engines.service.repository_files import (
+    CONFIG,
+    disk_errors,
+    install,
+    lay_out,
+    next_version,
+    replace_config,
+    stage_beside,
+    versions,
+    write_texts,
+)
+from engines.service.served_model import (
+    Source,
+    TritonError,
+    check_same_encoder,
+    choose_outputs,
+    read_model,
+    verification_note,
+)
+from engines.service.serving_files import Serving, kubernetes_name
+from export.contract.manifest import locked
+
+__all__ = ["Repository", "RepositoryOptions", "TritonError", "make_repository"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RepositoryOptions:
+    """What to write.
+
+    Attributes:
+        model: X.plan or X.onnx, its manifest beside it.
+        output: the model repository's folder.
+        more: further plans of the same encoder for other compute capabilities.
+        name: the model's name: its folder and what clients ask for.
+        version: None is one above the highest that is there.
+        outputs: names or wildcards (`sam3_feat_*`); empty is all.
+        ensemble: also NAME-preprocess and NAME-pictures, which takes JPEG or PNG bytes.
+        queue_delay_us: how long a request waits for others to share a batch, where the batch is dynamic.
+        cuda_graphs: whether Triton captures CUDA graphs of a plan.
+        container: the Triton container that will serve, such as `25.09`; refused where known not to fit.
+        kubernetes: a folder for the Kubernetes files, or None.
+        gpus: of each pod, in those files.
+        storage: where the cluster finds the repository: `pvc://CLAIM[/FOLDER]` or `s3://BUCKET/FOLDER`; None is a
+            claim of the model's name.
+    """
+
+    model: Path
+    output: Path
+    more: tuple[Path, ...] = ()
+    name: str = "sam3-encoder"
+    version: int | None = None
+    outputs: tuple[str, ...] = ()
+    ensemble: bool = False
+    queue_delay_us: int = 1000
+    cuda_graphs: bool = True
+    container: str | None = None
+    kubernetes: Path | None = None
+    gpus: int = 1
+    storage: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Repository:
+    """What was written.
+
+    Attributes:
+        path: the model repository.
+        name, version: the model and its new version.
+        config: its config.pbtxt.
+        files: every file that was written.
+        container: the Triton container that fits, None where none is known.
+        notes: what a user must know, one sentence each.
+    """
+
+    path: Path
+    name: str
+    version: int
+    config: Path
+    files: tuple[Path, ...]
+    container: str | None
+    notes: tuple[str, ...]
+
+
+def make_repository(options: RepositoryOptions, report: Callable[[str], None] = lambda line: None) -> Repository:
+    """Writes a model repository, or adds a version to the one that is there.
+
+    Everything is staged beside the repository and renamed in: a version is there whole or not at all, and those that
+    are there are never touched. Files are reflinks where the file system has them, else copies, never hard links.
+    (Where the folder above is another file system or cannot be written, the stage is a hidden folder of the model's:
+    Triton takes it for no version, but a polling server loads the running one once more.)
+
+    Raises:
+        TritonError: what was given cannot be served as asked, or the repository cannot be written.
+    """
+    _check_options(options)
+    report("hashes of the files")
+    source = read_model(options.model)
+    plans = check_same_encoder(source, [read_model(path) for path in options.more]) if options.more else {}
+    sources = list(plans.values()) or [source]
+    container, notes = choose_container(sources, options.container)
+    notes += [note for note in map(verification_note, sources) if note]
+    models, more_notes = _models(options, source, plans)
+    cluster = _cluster_files(options, source, tuple(plans), container)
+    with disk_errors(options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
+        with locked(options.output):
+            for model in models:
+                check_held(options.output / model.name, model.config, source if model.files else None)
+            check_ensembles(options.output, models[0].config, [model.name for model in models])
+            version = next_version(options.output / options.name, options.version)
+            report(f"version {version} of {options.name}")
+            written: list[Path] = []
+            for model in models:
+                written += _write(options.output, model, version)
+    if options.kubernetes is not None:
+        with disk_errors(options.kubernetes):
+            written += write_texts(options.kubernetes, cluster)
+    config = options.output / options.name / CONFIG
+    return Repository(options.output, options.name, version, config, tuple(written), container, (*notes, *more_notes))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """One model of the repository: the engine has `files`, with their names there; another at most one file."""
+
+    name: str
+    config: Any
+    files: tuple[tuple[Source, str], ...] = ()
+    script: Path | None = None
+
+
+def _models(options: RepositoryOptions, source: Source, plans: dict[str, Source]) -> tuple[list[_Model], list[str]]:
+    """The models to write, the engine first, since the others name it; and notes."""
+    chosen, notes = choose_outputs(source, options.outputs), []
+    files = {capability: f"model_{capability}.plan" for capability in plans}
+    listed = source.outputs if source.kind == "plan" else chosen
+    config = engine_config(
+        source, options.name, listed, files, queue_delay_us=options.queue_delay_us, cuda_graphs=options.cuda_graphs
+    )
+    laid = [(plans[capability], file) for capability, file in files.items()]
+    laid = laid or [(source, "model.plan" if source.kind == "plan" else "model.onnx")]
+    models = [_Model(options.name, config, files=tuple(laid))]
+    if plans:
+        notes.append(f"GPUs of other compute capabilities than {', '.join(plans)} find no plan in {options.name}")
+    if len(listed) != len(chosen):
+        name = f"{options.name}-outputs"
+        models.append(_Model(name, chosen_config(source, name, options.name, chosen)))
+        names = ", ".join(spec.name for spec in chosen)
+        notes.append(
+            f"Triton demands that {options.name} lists all outputs of the plan; {name} answers with {names} alone"
+        )
+    if options.ensemble:
+        preprocess, pictures = f"{options.name}-preprocess", f"{options.name}-pictures"
+        models.append(_Model(preprocess, preprocess_config(source, preprocess), script=PREPROCESS_MODEL))
+        models.append(_Model(pictures, pictures_config(source, pictures, preprocess, options.name, chosen)))
+        notes.append(f"{preprocess} needs Pillow in the container's Python: pip install pillow (numpy is there)")
+    if source.batch.dynamic and source.batch.minimum > 1:
+        notes.append(f"requests must hold {source.batch.minimum} pictures at least: Triton fills no batch up")
+    return models, notes
+
+
+def _cluster_files(
+    options: RepositoryOptions, source: Source, capabilities: tuple[str, ...], container: str | None
+) -> dict[str, str]:
+    """The Kubernetes files by name, checked before anything is written; none where none were asked."""
+    if options.kubernetes is None:
+        return {}
+    if options.kubernetes.resolve().is_relative_to(options.output.resolve()):
+        raise TritonError(f"{options.kubernetes}: lies in the model repository, where Triton takes it for a model")
+    if container is None:
+        raise TritonError(
+            f"{source.path}: no Triton container with TensorRT {source.manifest['tensorrt_version']} is known here, so "
+            f"the Kubernetes files cannot name one; give it by --container"
+        )
+    serving = Serving(
+        model=options.name,
+        source=source,
+        capabilities=capabilities,
+        container=container,
+        storage=options.storage or f"pvc://{kubernetes_name(options.name)}-models",
+        gpus=options.gpus,
+        compatible=needs_compatible(source, container),
+        pillow=options.ensemble,
+    )
+    if source.kind == "plan" and not capabilities and not serving.any_ampere:
+        serving = dataclasses.replace(serving, capabilities=(source.compute_capability,))
+    files = kubernetes_files(serving)
+    check_folder(options.kubernetes, list(files))
+    return files
+
+
+def _write(output: Path, model: _Model, version: int) -> list[Path]:
+    """Writes one model; one without a plan or ONNX file gets a version only where its file is new."""
+    folder = output / model.name
+    with stage_beside(output, folder) as stage:
+        (stage / CONFIG).write_text(to_text(model.config), encoding="utf-8")
+        if model.files:
+            lay_out(stage / "version", model.files)
+            return install(stage, folder, version)
+        there = versions(folder)
+        name, text = "README", "An ensemble has no file; Triton wants the folder.\n"
+        if model.script is not None:
+            name, text = "model.py", model.script.read_text(encoding="utf-8")
+        newest = folder / str(max(there, default=0)) / name
+        if newest.is_file() and newest.read_text(encoding="utf-8") == text:
+            return replace_config(stage / CONFIG, folder / CONFIG)
+        (stage / "version").mkdir()
+        (stage / "version" / name).write_text(text, encoding="utf-8")
+        return install(stage, folder, max(there, default=0) + 1)
+
+
+def _check_options(options: RepositoryOptions) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", options.name):
+        raise TritonError(f"name {options.name!r}: expected up to 63 letters, digits, dots, dashes and underscores")
+    if options.version is not None and not 1 <= options.version < 2**31:
+        raise TritonError(f"version {options.version}: expected a whole number from 1")
+    if options.queue_delay_us < 0:
+        raise TritonError(f"queue delay {options.queue_delay_us} us: expected 0 or more")
+    if options.output.exists() and not options.output.is_dir():
+        raise TritonError(f"{options.output}: is a file; name a folder for the model repository by --output")

@@ -1,0 +1,225 @@
+"""The plan or ONNX file that Triton shall serve: what its manifest says, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from engines.builder.flavor import RTX_MAGIC
+from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest
+from export.contract.signature import BatchRange, Signature, TensorSpec
+
+DATA_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "uint8": "TYPE_UINT8"}
+"""Triton's name of each type that a file's tensors may have."""
+
+
+class TritonError(ValueError):
+    """A model repository that cannot be written as asked; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A file to serve, checked against its manifest.
+
+    Attributes:
+        path: the plan or ONNX file.
+        kind: which of the two.
+        manifest: its manifest.
+        batch: the batch sizes that it takes.
+        image: its only input.
+        outputs: all of its outputs, in its order.
+    """
+
+    path: Path
+    kind: Literal["plan", "onnx"]
+    manifest: dict[str, Any]
+    batch: BatchRange
+    image: TensorSpec
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that the manifest speaks of: the file itself, its weights, its layer sheet."""
+        return tuple(self.path.with_name(entry["name"]) for entry in self.manifest["files"])
+
+    @property
+    def compute_capability(self) -> str:
+        """The one that a plan was built for.
+
+        Raises:
+            TritonError: the manifest does not name exactly one.
+        """
+        named = self.manifest.get("compute_capabilities")
+        if not isinstance(named, list) or len(named) != 1 or not re.fullmatch(r"\d{1,2}\.\d", str(named[0])):
+            raise TritonError(
+                f"{manifest_path(self.path)}: names compute capabilities {named!r}, expected one such as 8.9; "
+                f"several plans are told apart by it, so build {self.path.name} again"
+            )
+        return str(named[0])
+
+
+def read_model(path: Path) -> Source:
+    """Reads a plan's or an ONNX file's manifest and checks its files byte for byte.
+
+    Raises:
+        TritonError: missing, changed since, a plan that Triton cannot load, or one that failed verification.
+    """
+    if path.is_dir() or not path.exists():
+        found = "is a folder" if path.is_dir() else "no such file"
+        raise TritonError(f"{path}: {found}; name a plan of `neck-export trt` or an ONNX file of `neck-export onnx`")
+    kind: Literal["plan", "onnx"] = "onnx" if path.suffix == ".onnx" else "plan"
+    where = manifest_path(path)
+    try:
+        with path.open("rb") as file:
+            header = file.read(len(RTX_MAGIC))
+        manifest = read_manifest(where, kind)
+        if kind == "plan":
+            _refuse_rtx(path, header, manifest)
+        check_files(where, manifest)
+        if path.name not in [entry["name"] for entry in manifest["files"]]:
+            raise TritonError(f"{where}: does not speak of {path.name}; write the file again")
+        _check_facts(manifest)
+        source = Source(path, kind, manifest, *_tensors(manifest))
+        _check_tensors(source)
+        verification_note(source)
+    except ManifestError as error:
+        raise TritonError(str(error)) from None
+    except OSError as error:
+        raise TritonError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise TritonError(f"{where}: not as neck-export writes it ({error!r}); write {path.name} again") from None
+    return source
+
+
+def verification_note(source: Source) -> str | None:
+    """What a user must know of an unverified file, None of a verified one.
+
+    Raises:
+        TritonError: the file was verified and failed.
+    """
+    checked = source.manifest.get("verification") or {"verified": False}
+    if checked["verified"] is True:
+        return None
+    graph = checked.get("onnx", {})
+    for verdict in (checked, graph):
+        if verdict.get("outputs") and not verdict["verified"]:
+            bad = [output["name"] for output in verdict["outputs"] if not output.get("passed")]
+            raise TritonError(
+                f"{source.path}: failed verification ({', '.join(bad)}), so it is not deployed; "
+                f"`neck-export bisect` says where it leaves tolerance"
+            )
+    reason = str(checked.get("reason", "not verified: its manifest does not say why"))
+    reason = reason if reason.startswith("not verified") else f"not verified: {reason}"
+    return f"{source.path.name} {reason}" + ("; its ONNX graph is verified" if graph.get("verified") else "")
+
+
+def choose_outputs(source: Source, asked: Sequence[str]) -> tuple[TensorSpec, ...]:
+    """The outputs that names or wildcards choose, in the file's order; all where none is asked.
+
+    Raises:
+        TritonError: a name that no output has, saying which are there.
+    """
+    import fnmatch
+
+    names = [spec.name for spec in source.outputs]
+    for pattern in asked:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise TritonError(f"output {pattern!r}: {source.path.name} has none; it has {', '.join(names)}")
+    chosen = [spec for spec in source.outputs if any(fnmatch.fnmatchcase(spec.name, pattern) for pattern in asked)]
+    return tuple(chosen) if asked else source.outputs
+
+
+def origin(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What two files of one encoder have in common, as far as their manifests tell: architecture, weights, contract."""
+    exported = manifest.get("onnx_manifest") if manifest["kind"] == "plan" else manifest
+    known: dict[str, Any] = {"precision": manifest.get("precision")}
+    if manifest["kind"] == "plan":
+        known |= {name: manifest[name] for name in ("batch", "inputs", "outputs")}
+    if exported:
+        weights = {key: value for key, value in exported["weights"].items() if key not in ("path", "name")}
+        return known | {"encoder": exported["encoder"], "weights": weights}
+    return known | {"ONNX file": manifest.get("onnx")}
+
+
+def check_same_encoder(first: Source, others: Sequence[Source]) -> dict[str, Source]:
+    """The plans by compute capability, where they are one encoder built for several GPUs.
+
+    Raises:
+        TritonError: another encoder or contract, one GPU twice, or a file that is no plan.
+    """
+    plans: dict[str, Source] = {}
+    for source in (first, *others):
+        if source.kind != "plan":
+            raise TritonError(f"{source.path}: is no plan; only plans are served by compute capability")
+        ours, theirs = origin(first.manifest), origin(source.manifest)
+        different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        if different:
+            raise TritonError(
+                f"{source.path}: has another {', '.join(different)} than {first.path}; several plans of one model must "
+                f"be one encoder built on several GPUs, so build both from one ONNX file"
+            )
+        twice = plans.setdefault(source.compute_capability, source)
+        if twice is not source:
+            raise TritonError(
+                f"{source.path}: is for compute capability {source.compute_capability}, as is {twice.path}; "
+                f"leave one out"
+            )
+    return plans
+
+
+def _refuse_rtx(path: Path, header: bytes, manifest: Mapping[str, Any]) -> None:
+    if manifest["flavor"] == "rtx" or header == RTX_MAGIC:
+        raise TritonError(
+            f"{path}: is a plan of TensorRT-RTX, which Triton's tensorrt backend cannot load; build it on the serving "
+            f"GPU by `neck-export trt --flavor tensorrt`, or serve the ONNX file"
+        )
+
+
+def _check_facts(manifest: Mapping[str, Any]) -> None:
+    """Refuses a manifest whose facts are not of the kind that is read here."""
+    exported = manifest.get("onnx_manifest") if manifest["kind"] == "plan" else manifest
+    wanted: list[tuple[str, Any, type]] = []
+    if manifest["kind"] == "plan":
+        version, options = manifest["tensorrt_version"], manifest["options"]
+        if not re.fullmatch(r"\d+(\.\d+){2,3}", str(version)):
+            raise TypeError(f"tensorrt_version is {version!r}")
+        wanted += [("options", options, dict), ("version_compatible", options["version_compatible"], bool)]
+    if exported is not None:
+        wanted += [(key, exported[key], dict) for key in ("encoder", "weights")]
+        wanted.append(("opset", exported.get("opset", 0), int))
+    for name, value, kind in wanted:
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r}")
+
+
+def _tensors(manifest: Mapping[str, Any]) -> tuple[BatchRange, TensorSpec, tuple[TensorSpec, ...]]:
+    """Batch, input and outputs."""
+    try:
+        if manifest["kind"] == "onnx":
+            signature = Signature.from_dict(manifest["signature"])
+            return signature.batch, signature.image, signature.outputs
+        inputs, outputs = (
+            tuple(TensorSpec(port["name"], port["dtype"], tuple(port["shape"])) for port in manifest[key])
+            for key in ("inputs", "outputs")
+        )
+        if len(inputs) != 1 or not outputs:
+            raise TypeError(f"{len(inputs)} inputs and {len(outputs)} outputs")
+        return BatchRange.parse(manifest["batch"]), inputs[0], outputs
+    except ValueError as error:
+        raise TypeError(str(error)) from None
+
+
+def _check_tensors(source: Source) -> None:
+    """Refuses tensors that a config cannot say: Triton itself takes a name twice without a word."""
+    ports = (source.image, *source.outputs)
+    names = [port.name for port in ports]
+    if len(set(names)) != len(names):
+        raise TypeError(f"a tensor is there twice: {', '.join(names)}")
+    for port in ports:
+        if port.dtype not in DATA_TYPES:
+            raise TritonError(f"{source.path}: {port.name} is {port.dtype}; Triton serves {', '.join(DATA_TYPES)} here")
+        if port.shape[0] != source.batch.dim or not all(isinstance(side, int) and side > 0 for side in port.shape[1:]):
+            raise TypeError(f"{port.name} is {port.shape}, its batch {source.batch}")

@@ -1,0 +1,64 @@
+"""`python -m engines.service.triton_client picture.jpg`; of a copied folder, `python -m triton_client picture.jpg`."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .client import PORTS, TritonClient
+from .errors import ClientError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns 0, or 1 after an error in one line."""
+    parser = argparse.ArgumentParser(description="Send pictures to a Triton server and get the encoder's features.")
+    parser.add_argument("pictures", nargs="+", type=Path, help="picture files (PNG, JPEG, ...)")
+    parser.add_argument("--url", default="localhost", help="host:port; the port is 8000 (http) or 8001 (grpc)")
+    parser.add_argument("--model", default="sam3-encoder", help="sam3-encoder-pictures for the ensemble")
+    parser.add_argument("--version", default="", help="a version of the model; the latest where left out")
+    parser.add_argument("--protocol", choices=list(PORTS), default="http")
+    parser.add_argument("--shared-memory", choices=["none", "system", "cuda"], default="none", dest="memory")
+    parser.add_argument("--outputs", default="", help="names or wildcards with commas, such as sam3_feat_*; all")
+    parser.add_argument("--runs", type=int, default=1, help="times that every request is sent")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a request may take")
+    parser.add_argument("--save", type=Path, help="write the features to this .npz file")
+    try:
+        _run(parser.parse_args(arguments))
+    except ClientError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(asked: argparse.Namespace) -> None:
+    outputs = [name.strip() for name in asked.outputs.split(",") if name.strip()]
+    options = {"protocol": asked.protocol, "memory": asked.memory, "outputs": outputs, "timeout_s": asked.timeout}
+    parts, milliseconds = [], []
+    with TritonClient(asked.url, asked.model, asked.version, **options) as client:
+        for batch in client.split(asked.pictures):
+            images = client.prepare(batch)
+            for _ in range(max(1, asked.runs)):
+                start = time.perf_counter()
+                answer = client.infer(images)
+                milliseconds.append(1000 * (time.perf_counter() - start))
+            parts.append(answer)
+    features = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for name, value in features.items():
+        print(f"{name}: {value.dtype} {tuple(value.shape)}")
+    print(f"{len(milliseconds)} requests, median {statistics.median(milliseconds):.1f} ms, {asked.protocol}")
+    if asked.save:
+        try:
+            with asked.save.open("wb") as file:
+                np.savez(file, **features)  # type: ignore[arg-type]
+        except OSError as error:
+            raise ClientError(f"{asked.save}: cannot be written ({error.strerror}); give another --save") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What every file of ours promises: names, shapes, manifests (no torch)."""

@@ -1,0 +1,1 @@
+"""The canonical ONNX graph: the deployed module, its exact rewrites, the trace."""

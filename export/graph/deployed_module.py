@@ -1,0 +1,46 @@
+"""The module that a file computes: one input, the outputs of the signature in their order."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from export.contract.signature import NECK_MODULES, Signature
+from export.graph.rewrite import Rewrites, rewrite
+from neck.necks import Sam3DualViTDetNeck
+from neck.pictures import PIXEL_SCALE
+
+
+class DeployEncoder(nn.Module):
+    """An encoder behind the file's contract; its modules keep their paths (`trunk.blocks.3`, `convs.0`).
+
+    Args:
+        encoder: the encoder, set to the signature's image size.
+        signature: which outputs, and what the input holds.
+        rewrites: the rewrites to apply; `Rewrites.none()` is the plain module.
+    """
+
+    def __init__(self, encoder: Sam3DualViTDetNeck, signature: Signature, rewrites: Rewrites) -> None:
+        super().__init__()
+        encoder = rewrite(encoder, rewrites)
+        self.signature = signature
+        self.trunk = encoder.trunk
+        self.position_encoding = encoder.position_encoding
+        for neck in signature.necks:
+            setattr(self, NECK_MODULES[neck], encoder.necks[neck])
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """image as the signature says -> the signature's outputs."""
+        if self.signature.input == "uint8":
+            # to float first: TensorRT's Transpose takes no uint8
+            image = (image.float() * PIXEL_SCALE - 1).permute(0, 3, 1, 2)
+        x = self.trunk(image)[-1]
+        outputs: list[Tensor] = []
+        for neck in self.signature.necks:
+            convs = cast(nn.ModuleList, getattr(self, NECK_MODULES[neck]))
+            feats = [convs[level](x) for level in self.signature.levels]
+            outputs += feats
+            if self.signature.positions == "graph":
+                outputs += [self.position_encoding(feat).to(feat.dtype) for feat in feats]
+        return tuple(outputs)

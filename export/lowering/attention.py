@@ -1,0 +1,169 @@
+"""The forms of attention: what of it is computed in FP32, which decides what TensorRT makes of it.
+
+Seen in the plans of TensorRT-RTX 1.7 (compute capability 8.9), FP16:
+
+    fp32acc    Attention, its inputs cast to FP32, its output back: one fused kernel, both products accumulate in FP32
+    scores32   MatMul, Softmax in FP32, MatMul: one fused kernel, the first product accumulates in FP32
+    fused      the same without casts: one fused kernel, both products accumulate in FP16
+    unfused    the first MatMul and Softmax in FP32: kernels of their own, slow
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import Literal, cast
+
+import numpy as np
+import onnx_ir as ir
+
+from export.graph.cleanup import MODULE
+from export.graph.constant_folding import add_initializer
+from export.graph.trace import ExportError
+
+AttentionForm = Literal["auto", "fp32acc", "scores32", "fused", "unfused"]
+AUTO = {"fp32": "fused", "fp16": "fp32acc", "bf16": "fused"}
+"""BF16 products always accumulate in FP32; a FP32 Attention node does not build, so FP32 takes MatMul and Softmax."""
+IN_FP32 = {"fp32acc": ["Attention"], "scores32": ["Softmax"], "fused": [], "unfused": ["scores", "Softmax"]}
+"""Operators, or names given below, that each form computes in FP32."""
+
+
+@dataclasses.dataclass
+class AttentionCore:
+    """softmax(scale * query key^T) value, whatever nodes it is made of; all (B, heads, N, D)."""
+
+    nodes: list[ir.Node]
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    scale: float
+    output: ir.Value
+
+
+def lower_attentions(
+    graph: ir.Graph, precision: str, form: AttentionForm, fp32_modules: Collection[str] = ()
+) -> set[ir.Node]:
+    """Puts every attention of the graph into a form; returns the nodes that the form wants in FP32.
+
+    Args:
+        graph: the canonical graph, FP32.
+        precision: what the graph is lowered to.
+        form: the form.
+        fp32_modules: paths of modules that stay in FP32; their attentions become MatMul and Softmax, because no
+            TensorRT builds an Attention node whose inputs are FP32 in truth.
+
+    Raises:
+        ExportError: fp32acc asked of an FP32 graph, where no builder takes the Attention node; an Attention of a
+            foreign trunk that is more than softmax(scale * query key^T) value.
+    """
+    chosen = AUTO[precision] if form == "auto" else form
+    if precision == "fp32" and chosen == "fp32acc":
+        raise ExportError("--attention fp32acc is for fp16 and bf16: TensorRT does not build Attention in FP32")
+    islands: set[ir.Node] = set()
+    for core in find_attentions(graph):
+        kept = core.nodes[-1].metadata_props.get(MODULE) in fp32_modules
+        nodes = _attention_node(core) if chosen == "fp32acc" and not kept else _primitives(graph, core)
+        wanted = IN_FP32[chosen]
+        for node in nodes:
+            node.metadata_props[MODULE] = core.nodes[-1].metadata_props.get(MODULE, "")
+        islands |= {node for node in nodes if node.op_type in wanted or node.name in wanted}
+        _replace(graph, core, nodes)
+    return islands
+
+
+def find_attentions(graph: ir.Graph) -> list[AttentionCore]:
+    """Every Attention node, and every Softmax between two MatMuls."""
+    cores = [_of_attention(node) if node.op_type == "Attention" else _of_softmax(node) for node in graph]
+    return [core for core in cores if core is not None]
+
+
+def _of_attention(node: ir.Node) -> AttentionCore:
+    query, key, value = (cast(ir.Value, value) for value in node.inputs[:3])
+    shape, scale = cast(ir.Shape, query.shape), node.attributes.get("scale")
+    # dropping a mask would give a file that computes something else
+    more = [value for value in node.inputs[3:] if value is not None] + [v for v in node.outputs[1:] if v.uses()]
+    heads = [len(cast(ir.Shape, value.shape)) == 4 and value.shape[1] == shape[1] for value in (query, key, value)]  # type: ignore[index]
+    if more or not all(heads) or any(_number(node, name) for name in ("is_causal", "softcap")):
+        path = node.metadata_props.get(MODULE) or node.name
+        raise ExportError(
+            f"the attention of {path} has a mask, a cache, grouped heads or a cap; only plain ones can be lowered"
+        )
+    head_dim = cast(int, shape[-1])
+    return AttentionCore([node], query, key, value, scale.as_float() if scale else head_dim**-0.5, node.outputs[0])
+
+
+def _number(node: ir.Node, name: str) -> float:
+    attribute = node.attributes.get(name)
+    return 0.0 if attribute is None else float(attribute.value)
+
+
+def _of_softmax(node: ir.Node) -> AttentionCore | None:
+    """The attention around a Softmax as `_primitives` writes it, or None."""
+    if node.op_type != "Softmax":
+        return None
+    scores = cast(ir.Value, node.inputs[0]).producer()
+    users = [user for user, _ in node.outputs[0].uses()]
+    if scores is None or scores.op_type != "MatMul" or len(users) != 1 or users[0].op_type != "MatMul":
+        return None
+    transpose = cast(ir.Value, scores.inputs[1]).producer()
+    if transpose is None or transpose.op_type != "Transpose" or users[0].inputs[0] is not node.outputs[0]:
+        return None
+    axes, axis = list(transpose.attributes.get_ints("perm", [])), node.attributes.get_int("axis", -1)
+    if axes != [0, 1, 3, 2] or axis not in (-1, 3) or any(len(n.outputs[0].uses()) > 1 for n in (scores, transpose)):
+        return None
+    query, key, value = scores.inputs[0], transpose.inputs[0], users[0].inputs[1]
+    nodes, scale = [transpose, scores, node, users[0]], 1.0
+    scaling = cast(ir.Value, query).producer()
+    ours = scaling is not None and scaling.op_type == "Mul" and (scaling.name or "").endswith("/scale")
+    if scaling is not None and ours and len(scaling.outputs[0].uses()) == 1:
+        query, nodes = scaling.inputs[0], [scaling, *nodes]
+        scale = float(cast(ir.TensorProtocol, cast(ir.Value, scaling.inputs[1]).const_value).numpy())
+    assert query is not None and key is not None and value is not None
+    return AttentionCore(nodes, query, key, value, scale, users[0].outputs[0])
+
+
+def _attention_node(core: AttentionCore) -> list[ir.Node]:
+    nodes, inputs = [], []
+    for name, value in (("query", core.query), ("key", core.key), ("value", core.value)):
+        producer = value.producer()
+        if producer is not None and producer.metadata_props.get(MODULE, "").endswith(".rope"):
+            # the plain module's rotary is FP32 up to here; TensorRT builds no Attention without a rounding before it
+            nodes.append(ir.node("Identity", [value], name=f"rounded_{name}"))
+            nodes[-1].outputs[0].shape, nodes[-1].outputs[0].type = value.shape, value.type
+            value = nodes[-1].outputs[0]
+        inputs.append(value)
+    # the scale is always written: without it TensorRT's parser adds layers of its own
+    return [*nodes, ir.node("Attention", inputs, {"scale": core.scale}, name="attention")]
+
+
+def _primitives(graph: ir.Graph, core: AttentionCore) -> list[ir.Node]:
+    nodes, query = [], core.query
+    if core.scale != 1.0:
+        factor = add_initializer(graph, "attention_scale", ir.tensor(np.float32(core.scale)))
+        nodes.append(ir.node("Mul", [query, factor], name="scale"))
+        query = nodes[-1].outputs[0]
+        query.shape, query.type = core.query.shape, core.query.type
+    *outer, tokens, head_dim = cast(ir.Shape, core.key.shape)
+    turned = ir.node("Transpose", [core.key], {"perm": [0, 1, 3, 2]}, name="transposed_key")
+    scores = ir.node("MatMul", [query, turned.outputs[0]], name="scores")
+    softmax = ir.node("Softmax", [scores.outputs[0]], {"axis": -1}, name="softmax")
+    mixed = ir.node("MatMul", [softmax.outputs[0], core.value], name="mixed")
+    turned.outputs[0].shape = ir.Shape([*outer, head_dim, tokens])
+    scores.outputs[0].shape = softmax.outputs[0].shape = ir.Shape([*outer, tokens, tokens])
+    for node in (turned, scores, softmax):
+        node.outputs[0].type = core.query.type
+    return [*nodes, turned, scores, softmax, mixed]
+
+
+def _replace(graph: ir.Graph, core: AttentionCore, nodes: list[ir.Node]) -> None:
+    last = nodes[-1].outputs[0]
+    last.shape, last.type, name = core.output.shape, core.output.type, core.output.name
+    path = core.nodes[-1].metadata_props.get(MODULE) or "attention"
+    graph.insert_after(core.nodes[-1], nodes)
+    ir.convenience.replace_all_uses_with(core.output, last, replace_graph_outputs=True)
+    graph.remove(list(reversed(core.nodes)), safe=True)
+    for node in nodes:
+        kind = node.name
+        node.name = f"{path}/{kind}"
+        node.outputs[0].name = f"{node.name}:0"
+    last.name = name if name and name not in {value.name for value in nodes[-1].inputs if value} else last.name

@@ -1,0 +1,1 @@
+"""Whether a file computes what PyTorch computes."""

@@ -1,0 +1,42 @@
+"""Pictures and what PyTorch makes of them, in one file: what a service compares its own outputs with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from export.contract.manifest import staging
+from export.proof.fidelity import FidelityError
+
+
+def check_reference(path: Path) -> None:
+    """Refuses before the work a name that no reference can have.
+
+    Raises:
+        FidelityError: it does not end in .npz, or is a folder.
+    """
+    if path.suffix != ".npz" or path.is_dir():
+        raise FidelityError(f"{path}: a reference is written as a file that ends in .npz, such as reference.npz")
+
+
+def write_reference(path: Path, pixels: np.ndarray, outputs: Mapping[str, np.ndarray]) -> None:
+    """Writes `pixels` and every output by its name, numpy's .npz, not compressed.
+
+    Args:
+        path: the file; it is there whole or not at all.
+        pixels: uint8 (B, H, W, 3), RGB.
+        outputs: the plain module's, float32.
+
+    Raises:
+        FidelityError: it cannot be written.
+    """
+    try:
+        with staging(path) as folder:
+            staged = folder / path.name
+            np.savez(staged, allow_pickle=False, pixels=pixels, **outputs)
+            os.replace(staged, path)
+    except OSError as error:
+        raise FidelityError(f"{path}: cannot be written ({error.strerror}); check the folder and the disk") from None

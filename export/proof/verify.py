@@ -1,0 +1,191 @@
+"""An ONNX file against the plain PyTorch module: reference outputs, ONNX Runtime's outputs, the verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnx_ir as ir
+import safetensors.numpy
+import torch
+
+from export.contract.signature import Signature
+from export.proof.fidelity import FidelityError, Verdict, compare
+from export.proof.reference import write_reference
+from export.proof.rounding_simulation import is_low_precision, simulate, watch_finite
+from neck.necks import Sam3DualViTDetNeck, forward_necks
+from neck.pictures import find_pictures, load_pictures, normalise
+from neck.trunk import ViTDetTrunk
+
+Report = Callable[[str], None]
+"""Takes a line that says what is being done."""
+
+MEMORY = Path("/proc/meminfo")
+
+SIMULATED = "simulated: every FP16 or BF16 rounding of the graph written out in FP32 ONNX Runtime"
+
+
+def reference_pixels(signature: Signature, images: Path | None, count: int) -> np.ndarray:
+    """Pictures to verify on: uint8 (count, H, W, 3), from a folder or, without one, the picture that the package ships.
+
+    Without a folder the further pictures of a batch are the shipped one shifted sideways.
+    """
+    if images is not None:
+        paths = find_pictures(images)[:count]
+        pixels = load_pictures(paths, signature.image_size)
+        return pixels[np.arange(count) % len(pixels)]
+    shipped = load_pictures([Path(__file__).parent.parent / "pictures" / "astronaut.jpg"], signature.image_size)[0]
+    return np.stack([np.roll(shipped, turn * shipped.shape[1] // count, axis=1) for turn in range(count)])
+
+
+def reference_outputs(
+    encoder: Sam3DualViTDetNeck, pixels: np.ndarray, necks: Sequence[str], levels: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Outputs of the plain module in FP32, features and positions of every asked neck and level.
+
+    Args:
+        encoder: the plain encoder, set to the pictures' size.
+        pixels: uint8 (B, H, W, 3).
+        necks, levels: which outputs.
+    """
+    parameter = next(encoder.parameters())
+    with torch.inference_mode():
+        outputs = forward_necks(encoder, normalise(pixels).to(parameter.device), necks, levels)
+    return {
+        f"{neck}_{kind}_{level}": tensor.float().cpu().numpy()
+        for neck, pair in outputs.items()
+        for kind, tensors in zip(("feat", "pos"), pair, strict=True)
+        for level, tensor in zip(levels, tensors, strict=True)
+    }
+
+
+def verify_onnx(
+    path: Path,
+    signature: Signature,
+    encoder: Sam3DualViTDetNeck,
+    precision: str,
+    *,
+    images: Path | None = None,
+    overrides: Mapping[str, float] | None = None,
+    save: Path | None = None,
+    report: Report = lambda line: None,
+) -> Verdict:
+    """Compares an ONNX file's outputs with the plain module's.
+
+    An FP16 or BF16 file is judged through its rounding simulation, an FP32 file in ONNX Runtime as it is.
+
+    Args:
+        path: the ONNX file, its weights beside it.
+        signature: its contract.
+        encoder: the plain encoder.
+        precision: which tolerances apply.
+        images: a folder of pictures; without one the shipped picture.
+        overrides: relative L2 by output name or wildcard.
+        save: where to keep the pictures and the plain module's outputs.
+        report: told of every step.
+
+    Raises:
+        FidelityError: outputs that the reference lacks, an override that fits none.
+        PictureError: pictures that cannot be read.
+    """
+    count = picture_count(signature)
+    pixels = reference_pixels(signature, images, count)
+    report("reference: the plain module in PyTorch FP32")
+    encoder.set_imgsz(signature.image_size)
+    reference = reference_outputs(encoder, pixels, signature.necks, signature.levels)
+    if save is not None:
+        write_reference(save, pixels, {spec.name: reference[spec.name] for spec in signature.outputs})
+    image = pixels if signature.input == "uint8" else normalise(pixels).numpy()
+    model = ir.load(path)
+    low = is_low_precision(model)
+    report("candidate: ONNX Runtime" + (", roundings written out" if low else ""))
+    rounded = simulate(model) if low else []
+    names = [spec.name for spec in signature.outputs]
+    candidate = dict(zip(names, run_model(model, path.parent, image), strict=True))
+    if signature.positions == "file":
+        stored = safetensors.numpy.load_file(positions_path(path))
+        shapes = {name: (count, *array.shape[1:]) for name, array in stored.items()}
+        candidate |= {name: np.broadcast_to(array, shapes[name]) for name, array in stored.items()}
+    method = f"PyTorch FP32 against ONNX Runtime {require_runtime().__version__}, {count} picture{'s' * (count > 1)}"
+    verdict = compare(reference, candidate, precision, f"{method}, {SIMULATED}" if low else method, overrides)
+    if rounded and any(comparison.non_finite for comparison in verdict.comparisons):
+        report("looking for the first tensor that is not finite")
+        verdict = dataclasses.replace(verdict, first_bad=first_non_finite(model, rounded, path.parent, image))
+    return verdict
+
+
+def positions_path(path: Path) -> Path:
+    """Where the position encodings lie when they are not outputs of the graph."""
+    return path.with_name(path.stem + ".positions.safetensors")
+
+
+def require_runtime() -> ModuleType:
+    """ONNX Runtime.
+
+    Raises:
+        FidelityError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise FidelityError(
+            "ONNX Runtime is not installed, so no file can be verified: pip install 'neck-export[cpu]', or --no-verify"
+        ) from None
+    return onnxruntime
+
+
+def check_memory(signature: Signature, encoder: Sam3DualViTDetNeck) -> None:
+    """Refuses at once where ONNX Runtime cannot hold a global block's scores and their softmax.
+
+    Raises:
+        FidelityError: saying what it takes and what is free.
+    """
+    if not isinstance(encoder.trunk, ViTDetTrunk) or not MEMORY.is_file():
+        return
+    found = re.search(r"MemAvailable: *(\d+) kB", MEMORY.read_text())
+    tokens, heads = math.prod(encoder.trunk.grid), encoder.trunk.config.num_heads
+    needed = 2 * picture_count(signature) * heads * tokens**2 * 4
+    if found and needed > int(found[1]) * 1024:
+        height, width = signature.image_size
+        raise FidelityError(
+            f"verification at {height}x{width} needs {needed / 1e9:,.0f} GB for one block's attention, "
+            f"{int(found[1]) / 1e6:,.0f} GB are free;\ntake a smaller --image-size or --batch, or --no-verify"
+        )
+
+
+def picture_count(signature: Signature) -> int:
+    """How many pictures a file is verified on: its batch, or two of a dynamic one where it takes them."""
+    batch = signature.batch
+    return max(batch.minimum, min(batch.maximum, 2)) if batch.dynamic else batch.optimum
+
+
+def run_model(model: ir.Model, folder: Path, image: np.ndarray) -> list[np.ndarray]:
+    """Runs a model whose external weights lie in `folder` in ONNX Runtime on the CPU.
+
+    Its run is one long call, during which Python sees no signal, so it has a thread of its own: Ctrl-C ends it at once.
+    """
+    ort = require_runtime()
+    options, run = ort.SessionOptions(), ort.RunOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    with ThreadPoolExecutor(1) as thread:
+        outputs = thread.submit(session.run, None, {"image": image}, run)
+        try:
+            return list(outputs.result())
+        except BaseException:
+            run.terminate = True
+            raise
+
+
+def first_non_finite(model: ir.Model, rounded: list[ir.Value], folder: Path, image: np.ndarray) -> str | None:
+    """The first node in the order of computation whose result is not finite, by module path and operator."""
+    names = watch_finite(model.graph, rounded)
+    sums = run_model(model, folder, image)
+    return next((name for name, total in zip(names, sums, strict=True) if not np.isfinite(total)), None)
