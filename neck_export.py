@@ -217,7 +217,7 @@ def verify(
     images: Annotated[Path | None, typer.Option(help="Folder of pictures to verify on")] = None,
     tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
     save_reference: Annotated[
-        Path | None, typer.Option(help="Keep the pictures and PyTorch's outputs, for `neck-engine --compare`: X.npz")
+        Path | None, typer.Option(help="X.safetensors: the pictures and PyTorch's outputs, for `neck-engine --compare`")
     ] = None,
 ) -> None:
     """Compares a file with the plain PyTorch module and writes the verdict into its manifest."""

@@ -25,6 +25,8 @@ import triton_server
 from serving import expected, pixels
 from triton_server import running, stand_in_plan, stand_in_repository
 
+from export.proof.reference import write_reference as save_reference
+
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
@@ -49,12 +51,12 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def reference(tmp_path: Path) -> Path:
     """Twelve pictures and what plain PyTorch gives for them."""
-    return write_reference(tmp_path / "reference.npz", 12)
+    return write_reference(tmp_path / "reference.safetensors", 12)
 
 
 def write_reference(path: Path, count: int, first: int = 0) -> Path:
     outputs = {name: value[first : first + count] for name, value in expected().items()}
-    np.savez(path, allow_pickle=False, pixels=pixels()[:count], **outputs)
+    save_reference(path, pixels()[:count], outputs)
     return path
 
 
@@ -70,7 +72,7 @@ def test_answers_are_pytorchs(programs: Programs, url: str, reference: Path, opt
 
 def test_answers_to_other_pictures_fail(programs: Programs, url: str, tmp_path: Path) -> None:
     """The control: the outputs of pictures 4 to 7 for pictures 0 to 3."""
-    other = write_reference(tmp_path / "other.npz", 4, first=4)
+    other = write_reference(tmp_path / "other.safetensors", 4, first=4)
     ran = programs.run("neck-triton", url, "--compare", other)
     assert ran.code == 3
     assert ran.out.count("FAILED") >= 8
@@ -79,7 +81,7 @@ def test_answers_to_other_pictures_fail(programs: Programs, url: str, tmp_path: 
 def test_a_picture_is_sent(programs: Programs, url: str, tmp_path: Path) -> None:
     picture = tmp_path / "a.png"
     Image.fromarray(pixels()[0]).save(picture)
-    one = write_reference(tmp_path / "one.npz", 1)
+    one = write_reference(tmp_path / "one.safetensors", 1)
     ran = programs.run("neck-triton", f"http://{url}/", picture, "--compare", one, "--runs", 1, "--model-version", 1)
     assert ran.code == 0
     assert ran.out.startswith(f"sam3-encoder in Triton at http://{url}/ (tensorrt_plan)\n")
@@ -177,8 +179,8 @@ GOOD: dict[str, Answer] = {
 
 def ask(programs: Programs, folder: Path, answers: dict[str, Answer], *options: Any) -> Any:  # noqa: ANN401
     """Sends a reference of one picture to a server of these answers."""
-    reference = folder / "reference.npz"
-    np.savez(reference, allow_pickle=False, pixels=np.zeros((1, 16, 16, 3), np.uint8), feat=FEAT[None])
+    reference = folder / "reference.safetensors"
+    save_reference(reference, np.zeros((1, 16, 16, 3), np.uint8), {"feat": FEAT[None]})
     with serving(answers) as url:
         return programs.run("neck-triton", url, "--compare", reference, "--model", "m", "--runs", 1, *options)
 
@@ -267,10 +269,10 @@ def test_a_server_that_says_nothing_is_given_up(programs: Programs, tmp_path: Pa
 
 def test_no_server(programs: Programs, tmp_path: Path) -> None:
     def ask_at(url: str) -> Any:  # noqa: ANN401
-        return programs.run("neck-triton", url, "--compare", tmp_path / "reference.npz")
+        return programs.run("neck-triton", url, "--compare", tmp_path / "reference.safetensors")
 
     assert "cannot be read (No such file or directory)" in ask_at("localhost:1").error
-    np.savez(tmp_path / "reference.npz", allow_pickle=False, pixels=np.zeros((1, 16, 16, 3), np.uint8), feat=FEAT[None])
+    save_reference(tmp_path / "reference.safetensors", np.zeros((1, 16, 16, 3), np.uint8), {"feat": FEAT[None]})
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody else can take it
         ran = ask_at(f"127.0.0.1:{taken.getsockname()[1]}")

@@ -27,6 +27,7 @@ from cpp_build import (
     write_plan,
 )
 from exporting import neck_export_cli
+from safetensors.numpy import load_file, save_file
 from test_session import build_convolution
 
 from engines.builder.flavor import Flavor, choose_flavor, find_gpu
@@ -135,17 +136,16 @@ def test_a_plan_that_computes_equals_pytorch(programs: Programs, tmp_path: Path,
     from triton_server import stand_in_plan
 
     plan = stand_in_plan(tmp_path, input_kind=input_kind)
-    reference = tmp_path / "reference.npz"
+    reference = tmp_path / "reference.safetensors"
     assert neck_export_cli("verify", plan.with_suffix(".onnx"), "--save-reference", reference).code == 0
     environment = {"STAND_IN_VERSION": "10.13.3.9", "STAND_IN_ORT": str(ort_library())}
     for options in ([], ["--graph"], ["--batch", "1"]):
         ran = programs.run("neck-engine", plan, "--compare", reference, "--runs", 1, *options, **environment)
         assert (ran.code, ran.err) == (0, "")
         assert ran.out.count("  ok\n") == 16
-    with np.load(reference) as stored:
-        arrays = dict(stored)
+    arrays = load_file(reference)
     arrays["sam2_feat_3"] = arrays["sam2_feat_3"] * np.float32(1.001)  # the planted error: relative L2 1e-3
-    np.savez(reference, allow_pickle=False, **arrays)
+    save_file(arrays, reference)
     ran = programs.run("neck-engine", plan, "--compare", reference, **environment)
     assert ran.code == 3
     failed = [line.split()[0] for line in ran.out.splitlines() if line.endswith("FAILED")]
@@ -226,10 +226,10 @@ def test_a_plan_runs_on_the_gpu(gpu_flavor: Flavor, tmp_path: Path) -> None:
     plan = build_convolution(tmp_path, gpu_flavor)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
     image = pixels.astype(np.float32) * np.float32(2 / 255) - np.float32(1)
-    reference = tmp_path / "reference.npz"
-    np.savez(reference, allow_pickle=False, pixels=pixels, sum=image.sum(axis=3, dtype=np.float32)[:, None])
-    wrong = tmp_path / "wrong.npz"
-    np.savez(wrong, allow_pickle=False, pixels=pixels, sum=image.sum(axis=3, dtype=np.float32)[:, None] + 0.01)
+    reference = tmp_path / "reference.safetensors"
+    save_file({"pixels": pixels, "sum": image.sum(axis=3, dtype=np.float32)[:, None]}, reference)
+    wrong = tmp_path / "wrong.safetensors"
+    save_file({"pixels": pixels, "sum": image.sum(axis=3, dtype=np.float32)[:, None] + 0.01}, wrong)
     for options in ([], ["--graph"], ["--batch", "1"]):
         command = [tmp_path / "build" / "neck-engine", plan, *options, "--compare"]
         ended = subprocess.run([*command, reference], capture_output=True, text=True)

@@ -1,7 +1,7 @@
 // Shows what the library reads, for tests/test_cpp.py to compare with Python's reading:
 //   probe half                        65536 float32: every half
 //   probe picture HEIGHT WIDTH FILE   uint8 pixels, then float32 normalised
-//   probe npz|plan|pictures FILE...   one line for each: what is in it, or the error
+//   probe safetensors|plan|pictures FILE...   one line for each: what is in it, or the error
 //   probe leak|overflow               does wrong what the sanitizers and the stand-ins must see
 #include <cstdio>
 #include <cstring>
@@ -12,8 +12,8 @@
 #include "cuda_runtime_api.h"
 #include "neck/error.hpp"
 #include "neck/manifest.hpp"
-#include "neck/npz.hpp"
 #include "neck/picture.hpp"
+#include "neck/safetensors.hpp"
 
 namespace {
 
@@ -28,8 +28,8 @@ void dump_halves() {
 
 std::string read(const std::string& kind, const std::string& file) {
     std::string line = "read:";
-    if (kind == "npz") {
-        for (const neck::Tensor& tensor : neck::read_npz(file)) {
+    if (kind == "safetensors") {
+        for (const neck::Tensor& tensor : neck::read_safetensors(file)) {
             double sum = 0;
             for (const float value : tensor.to_floats()) {
                 sum += value;

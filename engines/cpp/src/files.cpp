@@ -27,7 +27,7 @@ struct Descriptor {
 MappedFile::MappedFile(const std::filesystem::path& path) {
     // without O_NONBLOCK a pipe would hold the program for ever
     const Descriptor file{open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
-    struct stat about{};
+    struct stat about {};
     if (file.number < 0 || fstat(file.number, &about) != 0) {
         fail(errno);
     }

@@ -3,7 +3,8 @@
 #include <cstring>
 #include <system_error>
 
-#include "decoders.hpp"
+#include "decode.hpp"
+#include "files.hpp"
 #include "neck/error.hpp"
 #include "text.hpp"
 
@@ -22,62 +23,20 @@ MappedFile open_picture(const std::filesystem::path& path) {
     }
 }
 
-Pixels decode(const MappedFile& file, Size wanted) {
-    if (file.size() == 0) {
-        throw PictureFault("is empty (0 bytes); fetch or save it again");
-    }
-    const std::string_view bytes = file.text();
-    if (bytes.substr(0, 8) == "\x89PNG\r\n\x1a\n") {
-        return decode_png(file, wanted);
-    }
-    if (bytes.substr(0, 3) == "\xff\xd8\xff") {
-        return decode_jpeg(file, wanted);
-    }
-    throw PictureFault("is damaged or in no known format (PNG, JPEG); fetch it again or convert it to PNG");
-}
-
 std::string to_text(Size size) { return std::to_string(size.height) + " x " + std::to_string(size.width); }
 
 }  // namespace
 
-void check_size(Size found, Size wanted) {
-    if (found.height != wanted.height || found.width != wanted.width) {
-        throw PictureFault("is " + to_text(found) + " pixels (height x width), the model takes " + to_text(wanted) +
-                           "; resize it as SAM 3 does: neck.pictures.resize_picture, bilinear with antialias");
-    }
-}
-
-void check_upright(const unsigned char* exif, std::size_t size) {
-    if (size < 8) {
-        return;
-    }
-    const bool little = exif[0] == 'I';
-    const auto number = [&](std::size_t at, std::size_t bytes) {
-        std::size_t value = 0;
-        for (std::size_t index = 0; index < bytes; ++index) {
-            value = value << 8U | exif[at + (little ? bytes - 1 - index : index)];
-        }
-        return value;
-    };
-    const std::size_t directory = number(4, 4);
-    if (directory > size - 2) {
-        return;
-    }
-    constexpr std::size_t orientation = 0x0112;
-    constexpr std::size_t entry = 12;
-    const std::size_t count = number(directory, 2);
-    for (std::size_t at = directory + 2; at + entry <= size && at < directory + 2 + count * entry; at += entry) {
-        const std::size_t turn = number(at + 8, 2);
-        if (number(at, 2) == orientation && turn >= 2 && turn <= 8) {
-            throw PictureFault("is to be turned (EXIF orientation " + std::to_string(turn) + "); save it upright");
-        }
-    }
-}
-
 Tensor read_picture(const std::filesystem::path& path, Size wanted) {
     const MappedFile file = open_picture(path);
+    const auto check = [&](Size found) {
+        if (found.height != wanted.height || found.width != wanted.width) {
+            throw PictureFault("is " + to_text(found) + " pixels (height x width), the model takes " + to_text(wanted) +
+                               "; resize it as SAM 3 does: neck.pictures.resize_picture, bilinear with antialias");
+        }
+    };
     try {
-        return {"pixels", DataType::uint8, {1, wanted.height, wanted.width, 3}, decode(file, wanted).data};
+        return {"pixels", DataType::uint8, {1, wanted.height, wanted.width, 3}, decode(file.text(), check).data};
     } catch (const PictureFault& fault) {
         throw Error(path.string() + " " + fault.what() + ".");
     }

@@ -13,11 +13,12 @@ struct Size {
     std::int64_t width = 0;
 };
 
-/// Reads a PNG or JPEG file as neck/pictures.py does: RGB, alpha dropped, of 16 bits the high byte.
+/// Reads a PNG or JPEG file as neck/pictures.py does: RGB, turned as its EXIF orientation says, alpha dropped, of 16
+/// bits the high byte, CMYK as Pillow converts it.
 ///
 /// A picture of another size is refused: a resize unlike PyTorch's would change the features unnoticed.
 /// \return uint8 (1, H, W, 3).
-/// \throws Error missing, damaged, no PNG or JPEG, of another size, or to be turned by its EXIF orientation.
+/// \throws Error missing, damaged, no PNG or JPEG, of more than 89478485 pixels, or of another size.
 Tensor read_picture(const std::filesystem::path& path, Size wanted);
 
 /// uint8 (B, H, W, 3) to float32 (B, 3, H, W), 0..255 to -1..1; the bits are those of neck/pictures.py.
