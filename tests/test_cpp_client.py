@@ -25,7 +25,11 @@ import triton_server
 from serving import expected, pixels
 from triton_server import running, stand_in_plan, stand_in_repository
 
+from engines.service.triton_client.client import TritonClient
 from export.proof.reference import write_reference as save_reference
+from neck.pictures import load_pictures
+
+PHOTO = Path(__file__).parent.parent / "export" / "pictures" / "astronaut.jpg"
 
 
 @pytest.fixture(scope="session")
@@ -87,10 +91,26 @@ def test_a_picture_is_sent(programs: Programs, url: str, tmp_path: Path) -> None
     assert ran.out.startswith(f"sam3-encoder in Triton at http://{url}/ (tensorrt_plan)\n")
     Image.fromarray(pixels()[1]).save(picture)
     assert programs.run("neck-triton", url, picture, "--compare", one).code == 3
-    Image.fromarray(pixels()[0][:100]).save(picture)
-    ran = programs.run("neck-triton", url, picture)
-    assert ran.code == 1
-    assert ran.error.startswith(f"{picture} is 100 x 112 pixels (height x width), the model takes 112 x 112; ")
+
+
+def test_a_picture_of_any_size_is_answered_as_the_python_client(programs: Programs, url: str, tmp_path: Path) -> None:
+    """A JPEG of odd sides, turned by its EXIF; the control is the same picture upside down."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(PHOTO) as photo:
+        turned = photo.crop((0, 0, 350, 211))
+    turned.save(tmp_path / "a.jpg", exif=exif)
+    turned.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "b.jpg", exif=exif)
+    size = pixels().shape[1:3]
+    picture = load_pictures([tmp_path / "a.jpg"], size)
+    with TritonClient(url) as client:
+        outputs = client.features([tmp_path / "a.jpg"])
+    save_reference(tmp_path / "a.safetensors", picture, outputs)
+    told = tmp_path / "a.safetensors"
+    ran = programs.run("neck-triton", url, tmp_path / "a.jpg", "--compare", told, "--precision", "fp16")
+    assert ran.code == 0, ran.out
+    assert "350 x 211 pixels (height x width), 3.125000 x 1.883929 of them to one of the model's" in ran.out
+    assert programs.run("neck-triton", url, tmp_path / "b.jpg", "--compare", told).code == 3
 
 
 def test_the_servers_own_words_are_shown(programs: Programs, url: str, reference: Path) -> None:

@@ -1,12 +1,16 @@
 // neck::Engine against the stand-ins: order on streams, graphs, batches, every call that can fail. tests/test_cpp.py
 // writes the plan (float32 (1 to 4, 3, 2, 2) in; float16 and float32 of 5 channels out) and runs this.
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <functional>
 #include <iostream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda.hpp"
+#include "device_resize.hpp"
 #include "neck/engine.hpp"
 #include "stand_in.hpp"
 
@@ -111,6 +115,87 @@ void test_callers_memory(const std::string& plan, bool graph) {
     expect(doubled(engine.infer(image, stream.get()), 3, 5), "an engine put in the place of another");
 }
 
+neck::Tensor colours_of(neck::Size size) {
+    neck::Tensor pixels{"pixels", neck::DataType::uint8, {1, size.height, size.width, 3}, {}};
+    unsigned value = 1;
+    for (std::int64_t index = 0; index < size.height * size.width * 3; ++index) {
+        value = value * 1664525U + 1013904223U;
+        pixels.data.push_back(static_cast<std::byte>(value >> 24U));
+    }
+    return pixels;
+}
+
+/// The kernel's body gives what neck::Preprocessor gives.
+void test_kernel() {
+    for (const auto& [from, to] : std::vector<std::pair<neck::Size, neck::Size>>{
+             {{7, 5}, {7, 5}}, {{1, 1}, {4, 3}}, {{3, 90}, {16, 16}}, {{61, 47}, {14, 28}}, {{5, 9}, {33, 8}}}) {
+        const neck::Tensor pixels = colours_of(from);
+        for (const neck::DataType type : {neck::DataType::float32, neck::DataType::uint8}) {
+            const bool normalised = type == neck::DataType::float32;
+            const neck::Shape shape =
+                normalised ? neck::Shape{1, 3, to.height, to.width} : neck::Shape{1, to.height, to.width, 3};
+            const neck::Tensor wanted = neck::Preprocessor({"image", type, shape}, 2).prepare(pixels).image;
+            neck::Tensor found = wanted;
+            std::fill(found.data.begin(), found.data.end(), std::byte{255});
+            const neck::DeviceResize job{reinterpret_cast<const std::uint8_t*>(pixels.data.data()),
+                                         from.height,
+                                         from.width,
+                                         static_cast<std::size_t>(from.width) * 3,
+                                         found.data.data(),
+                                         to.height,
+                                         to.width,
+                                         normalised};
+            for (std::int64_t place = 0; place < to.height * to.width; ++place) {
+                neck::resize_pixel(job, place / to.width, place % to.width);
+            }
+            const std::vector<float> left = wanted.to_floats();
+            const std::vector<float> right = found.to_floats();
+            bool near = true;
+            for (std::size_t index = 0; index < left.size(); ++index) {
+                near = near && std::abs(left[index] - right[index]) < (normalised ? 2.01F / 255 : 1.01F);
+            }
+            expect(near, "the kernel within one level of the processor");
+        }
+    }
+}
+
+void test_pictures_on_the_gpu(const std::string& plan) {
+    neck::Engine engine(plan);
+    const OwnedStream stream = neck::make_stream("test");
+    const neck::Size size{11, 6};
+    const neck::Tensor pixels = colours_of(size);
+    constexpr std::size_t pitch = 32;
+    const neck::DeviceMemory memory = neck::allocate(pitch * 11, "test");
+    for (std::size_t row = 0; row < 11; ++row) {
+        neck::check(cudaMemcpyAsync(memory.get() + row * pitch, pixels.data.data() + row * 18, 18,
+                                    cudaMemcpyHostToDevice, stream.get()),
+                    "test");
+    }
+    engine.copy_in(image_of(2, 3), stream.get());
+    const neck::Fit fit = engine.copy_in_rgb8(memory.get(), size, pitch, stream.get(), 1);
+    expect(fit.scale_y == 5.5 && fit.scale_x == 3 && fit.original.height == 11, "the fit");
+    engine.enqueue(2, stream.get());
+    const std::vector<float> found = engine.copy_out(stream.get())[1].to_floats();
+    const std::vector<float> wanted = neck::Preprocessor(engine.input()).prepare(pixels).image.to_floats();
+    bool near = found[0] == 6.25F;
+    for (std::size_t index = 0; index < wanted.size(); ++index) {
+        near = near && std::abs(found[20 + index] - (2 * wanted[index] + 0.25F)) < 4.02F / 255;
+    }
+    expect(near, "a picture on the GPU is the second of a batch");
+    expect_error([&] { engine.copy_in_rgb8(pixels.data.data(), size, pitch, stream.get()); },
+                 "the picture is in host memory; expected memory of GPU 0, copy it there first");
+    expect_error([&] { engine.copy_in_rgb8(memory.get(), size, 17, stream.get()); }, "rows of 3 bytes a pixel or more");
+    expect_error([&] { engine.copy_in_rgb8(memory.get(), size, pitch, stream.get(), 4); }, "an entry below 4");
+    expect_error([&] { engine.copy_in_rgb8(memory.get(), {0, 6}, pitch, stream.get()); }, "sides above 0");
+    setenv("STAND_IN_DEVICES", "2", 1);
+    neck::check(cudaSetDevice(1), "test");
+    const neck::DeviceMemory other = neck::allocate(pitch * 11, "test");
+    neck::check(cudaSetDevice(0), "test");
+    expect_error([&] { engine.copy_in_rgb8(other.get(), size, pitch, stream.get()); },
+                 "the picture is in the memory of GPU 1; expected memory of GPU 0, copy it there first");
+    unsetenv("STAND_IN_DEVICES");
+}
+
 void test_refusals(const std::string& plan) {
     neck::EngineOptions options;
     options.max_batch = 2;
@@ -210,6 +295,8 @@ int main(int count, char** values) {
          {"cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiateWithFlags", "cudaGraphLaunch"}) {
         test_failures(plan, function, true);
     }
+    test_kernel();
+    test_pictures_on_the_gpu(plan);
     test_refusals(plan);
     expect(stand_in::alive() == 0, "nothing is left on the GPU");
     return failures == 0 ? 0 : 1;

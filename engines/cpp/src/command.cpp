@@ -10,10 +10,10 @@
 #include <csignal>
 #include <iostream>
 #include <numeric>
+#include <thread>
 
 #include "neck/error.hpp"
 #include "neck/fidelity.hpp"
-#include "neck/picture.hpp"
 #include "text.hpp"
 
 namespace neck {
@@ -125,18 +125,27 @@ std::optional<Reference> read_asked(const Asked& asked) {
     return asked.reference ? std::optional(read_reference(*asked.reference)) : std::nullopt;
 }
 
-Tensor choose_pixels(const Asked& asked, const Port& input, const std::optional<Reference>& reference) {
-    const Size size = picture_size(input);
+Batch choose_image(const Asked& asked, const Port& input, const std::optional<Reference>& reference) {
+    const Preprocessor preprocessor(input, static_cast<int>(std::thread::hardware_concurrency()));
+    const Size size = preprocessor.size();
     if (asked.picture) {
-        return repeat(read_picture(*asked.picture, size), asked.batch > 0 ? asked.batch : input.smallest_batch);
+        Batch batch = preprocessor.read({*asked.picture});
+        batch.image = repeat(batch.image, asked.batch > 0 ? asked.batch : input.smallest_batch);
+        return batch;
     }
     if (reference) {
-        return reference->pixels;
+        const Tensor& pixels = reference->pixels;
+        if (pixels.shape[1] != size.height || pixels.shape[2] != size.width) {
+            throw Error("the reference's pixels are " + pixels.describe() + "; the model takes " +
+                        std::to_string(size.height) + " x " + std::to_string(size.width) +
+                        " (height x width); make it of the model's own file");
+        }
+        return {preprocessor.prepare(pixels).image, {}};
     }
     const std::int64_t batch = asked.batch > 0 ? asked.batch : input.optimum_batch;
     Tensor grey{"pixels", DataType::uint8, {batch, size.height, size.width, 3}, {}};
     grey.data.assign(bytes_of(grey.type, grey.shape), std::byte{128});
-    return grey;
+    return {preprocessor.prepare(grey).image, {}};
 }
 
 std::vector<Tensor> run_in_batches(const Tensor& image, const Port& input, std::int64_t asked,
@@ -167,12 +176,18 @@ Tensor first_batch(const Tensor& image, const Port& input, std::int64_t asked) {
     return image.slice(0, std::min(image.shape.at(0), asked > 0 ? asked : input.largest_batch));
 }
 
-Exit print_outputs(const Tensor& image, const std::vector<Tensor>& outputs, const std::optional<Reference>& reference,
+Exit print_outputs(const Batch& batch, const std::vector<Tensor>& outputs, const std::optional<Reference>& reference,
                    const std::string& precision, const std::string& runtime) {
     const auto print = [](const Tensor& tensor) {
         std::cout << format("%-20s ", tensor.name.c_str()) << tensor.describe() << "\n";
     };
-    print(image);
+    if (!batch.fits.empty()) {
+        const Fit& fit = batch.fits[0];
+        std::cout << format("%-20s %lld x %lld pixels (height x width), %.6f x %.6f of them to one of the model's\n",
+                            "picture", static_cast<long long>(fit.original.height),
+                            static_cast<long long>(fit.original.width), fit.scale_y, fit.scale_x);
+    }
+    print(batch.image);
     std::for_each(outputs.begin(), outputs.end(), print);
     if (!reference) {
         return Exit::done;

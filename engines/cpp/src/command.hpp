@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "neck/preprocess.hpp"
 #include "neck/reference.hpp"
 #include "neck/tensor.hpp"
 
@@ -62,8 +63,8 @@ void print_latencies(const std::string& clock, const std::vector<std::pair<std::
 /// The reference that was asked for.
 std::optional<Reference> read_asked(const Asked& asked);
 
-/// The pictures to run, uint8 (B, H, W, 3): the file's, the reference's, or else grey ones.
-Tensor choose_pixels(const Asked& asked, const Port& input, const std::optional<Reference>& reference);
+/// What is run, as the model takes it: the file's picture and its fit, the reference's pictures, or else grey ones.
+Batch choose_image(const Asked& asked, const Port& input, const std::optional<Reference>& reference);
 
 /// Runs pictures in batches that the model takes and joins the outputs.
 /// \param asked the batch; 0: the largest that is not above the pictures'.
@@ -74,9 +75,9 @@ std::vector<Tensor> run_in_batches(const Tensor& image, const Port& input, std::
 /// The first pictures, as many as one run takes.
 Tensor first_batch(const Tensor& image, const Port& input, std::int64_t asked);
 
-/// Prints name, type and shape of the input and the outputs and, where there is a reference, their error figures.
-/// \return Exit::done or Exit::not_equal
-Exit print_outputs(const Tensor& image, const std::vector<Tensor>& outputs, const std::optional<Reference>& reference,
+/// Prints name, type and shape of the input and the outputs, how a picture was fitted and, where there is a reference,
+/// their error figures. \return Exit::done or Exit::not_equal
+Exit print_outputs(const Batch& batch, const std::vector<Tensor>& outputs, const std::optional<Reference>& reference,
                    const std::string& precision, const std::string& runtime);
 
 /// Runs a command: errors go to stderr in one line, and a standard output that is closed is one of them.

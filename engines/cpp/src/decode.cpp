@@ -102,10 +102,9 @@ Pixels take_pixels(const gdImage& image, const Header& header) {
 
 }  // namespace
 
-Pixels decode(std::string_view file, const std::function<void(Size)>& check) {
+Pixels decode(std::string_view file) {
     const Header header = read_header(file);
     const Size size = header.size;
-    check(header.orientation >= 5 ? Size{size.width, size.height} : size);
     if (size.height > most_pixels / size.width || file.size() > std::numeric_limits<int>::max()) {
         throw PictureFault("has more than the " + std::to_string(most_pixels) +
                            " pixels that are safe to unpack; make it smaller");

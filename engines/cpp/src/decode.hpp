@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstddef>
-#include <functional>
 #include <stdexcept>
 #include <string_view>
 #include <vector>
@@ -23,8 +22,7 @@ struct Pixels {
 };
 
 /// Decodes a PNG or JPEG file at its own size, upright.
-/// \param check is called with that size before pixels are unpacked, and may throw.
 /// \throws PictureFault
-Pixels decode(std::string_view file, const std::function<void(Size)>& check);
+Pixels decode(std::string_view file);
 
 }  // namespace neck

@@ -101,6 +101,9 @@ const std::string& Engine::runtime() const { return impl_->runtime; }
 const std::vector<std::string>& Engine::warnings() const { return impl_->warnings; }
 std::size_t Engine::loaded_bytes() const { return impl_->loaded_bytes; }
 void Engine::copy_in(const Tensor& image, Stream stream) { impl_->copy_in(image, stream); }
+Fit Engine::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch, Stream stream, std::int64_t entry) {
+    return impl_->copy_in_rgb8(pixels, size, pitch, stream, entry);
+}
 void Engine::enqueue(std::int64_t batch, Stream stream) { impl_->enqueue(batch, stream, nullptr); }
 void Engine::enqueue(std::int64_t batch, Stream stream, const void* image) { impl_->enqueue(batch, stream, image); }
 std::vector<DeviceTensor> Engine::device_outputs() const { return impl_->device_outputs(); }

@@ -25,6 +25,7 @@ public:
     Impl& operator=(const Impl&) = delete;
 
     void copy_in(const Tensor& image, cudaStream_t stream);
+    Fit copy_in_rgb8(const void* pixels, Size size, std::size_t pitch, cudaStream_t stream, std::int64_t entry);
     void enqueue(std::int64_t batch, cudaStream_t stream, const void* image);
     std::vector<DeviceTensor> device_outputs() const;
     std::vector<Tensor> copy_out(cudaStream_t stream);

@@ -5,7 +5,6 @@
 #include "command.hpp"
 #include "cuda.hpp"
 #include "neck/engine.hpp"
-#include "neck/picture.hpp"
 #include "text.hpp"
 
 namespace {
@@ -16,7 +15,7 @@ constexpr const char* help = R"(Usage: neck-engine PLAN [PICTURE] [options]
 
 Runs a plan of `neck-export trt`, its manifest PLAN.json beside it, on the GPU.
 
-  PICTURE             PNG or JPEG of the plan's size
+  PICTURE             PNG or JPEG, resized to what the plan takes
   --compare FILE      check the outputs against a reference of `neck-export verify --save-reference`;
                       without PICTURE its own pictures are run
   --batch N           batch size; by default the number of pictures, or the plan's optimum without any
@@ -112,13 +111,14 @@ Exit run(const Arguments& arguments) {
     }
     const neck::DeviceGuard guard(arguments.device, plan);
     const neck::OwnedStream stream = neck::make_stream(plan);
-    const neck::Tensor image = neck::prepare(neck::choose_pixels(arguments, engine.input(), reference), engine.input());
+    const neck::Batch pictures = neck::choose_image(arguments, engine.input(), reference);
+    const neck::Tensor& image = pictures.image;
     const std::vector<neck::Tensor> outputs =
         neck::run_in_batches(image, engine.input(), arguments.batch,
                              [&](const neck::Tensor& part) { return engine.infer(part, stream.get()); });
     const std::string& precision = engine.manifest().precision;
     std::cout << plan << ": " << precision << ", " << engine.runtime() << "\n";
-    const Exit code = neck::print_outputs(image, outputs, reference, precision, engine.runtime());
+    const Exit code = neck::print_outputs(pictures, outputs, reference, precision, engine.runtime());
     if (code != Exit::done) {
         return code;
     }

@@ -3,7 +3,6 @@
 #include <optional>
 
 #include "command.hpp"
-#include "neck/picture.hpp"
 #include "neck/triton.hpp"
 #include "text.hpp"
 
@@ -16,7 +15,7 @@ constexpr const char* help = R"(Usage: neck-triton URL [PICTURE] [options]
 Sends a picture to a model in Triton over HTTP and prints its features' shapes and the latency.
 
   URL                   such as localhost:8000
-  PICTURE               PNG or JPEG of the model's size
+  PICTURE               PNG or JPEG, resized to what the model takes
   --compare FILE        check the outputs against a reference of `neck-export verify --save-reference`;
                         without PICTURE its own pictures are sent
   --model NAME          (default sam3-encoder)
@@ -87,7 +86,8 @@ Exit run(const Arguments& arguments) {
                           " inputs; expected one, a picture");
     }
     const neck::Port& input = model.inputs[0];
-    const neck::Tensor image = neck::prepare(neck::choose_pixels(arguments, input, reference), input);
+    const neck::Batch pictures = neck::choose_image(arguments, input, reference);
+    const neck::Tensor& image = pictures.image;
     std::vector<double> milliseconds;
     const auto send = [&](const neck::Tensor& part) {
         const auto start = std::chrono::steady_clock::now();
@@ -99,7 +99,7 @@ Exit run(const Arguments& arguments) {
     const std::vector<neck::Tensor> outputs = neck::run_in_batches(image, input, arguments.batch, send);
     const std::string server = model.name + " in Triton at " + arguments.target;
     std::cout << server << (model.platform.empty() ? "" : " (" + model.platform + ")") << "\n";
-    const Exit code = neck::print_outputs(image, outputs, reference, choose_precision(arguments, outputs), server);
+    const Exit code = neck::print_outputs(pictures, outputs, reference, choose_precision(arguments, outputs), server);
     if (code != Exit::done) {
         return code;
     }

@@ -132,6 +132,7 @@ cudaError_t cudaMalloc(void** address, std::size_t size) {
         return give(cudaErrorMemoryAllocation);
     }
     std::memset(*address, 0xff, size);  // not a number, until written
+    state().memory[static_cast<const char*>(*address)] = {size, state().device};
     stand_in::count(1);
     return cudaSuccess;
 }
@@ -142,10 +143,21 @@ cudaError_t cudaFree(void* address) {
             stream->run_to(stream->queued);
         }
         state().null_stream.run_to(state().null_stream.queued);
+        state().memory.erase(static_cast<const char*>(address));
         std::free(address);
         stand_in::count(-1);
     }
     return cudaSuccess;
+}
+
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {
+    const auto* byte = static_cast<const char*>(address);
+    auto after = state().memory.upper_bound(byte);
+    const bool inside =
+        after != state().memory.begin() && byte < std::prev(after)->first + std::prev(after)->second.size;
+    *attributes = {inside ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered,
+                   inside ? std::prev(after)->second.device : -1, nullptr, nullptr};
+    return try_call("cudaPointerGetAttributes");
 }
 
 cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t count, cudaMemcpyKind kind,

@@ -44,6 +44,12 @@ struct CUstream_st {
 
 namespace stand_in {
 
+/// What cudaMalloc gave.
+struct Memory {
+    std::size_t size = 0;
+    int device = 0;
+};
+
 /// All that the stand-in of CUDA keeps.
 struct State {
     std::map<std::string, int> calls;
@@ -52,6 +58,7 @@ struct State {
     int device = 0;
     cudaError_t last = cudaSuccess;
     std::set<cudaStream_t> streams;
+    std::map<const char*, Memory> memory;
     CUstream_st null_stream;
 
     ~State() {

@@ -9,6 +9,7 @@
 
 #include "neck/error.hpp"
 #include "neck/manifest.hpp"
+#include "neck/preprocess.hpp"
 #include "neck/tensor.hpp"
 
 struct CUstream_st;  // cudaStream_t is CUstream_st*; so this header needs none of CUDA's
@@ -62,6 +63,13 @@ public:
     /// Copies a batch from host memory to the engine's input.
     /// \throws Error an input that the plan does not take.
     void copy_in(const Tensor& image, Stream stream);
+
+    /// Brings a picture that is in device memory to the engine's input: resized and normalised by a kernel.
+    /// \param pixels RGB, 8 bits, on the engine's GPU.
+    /// \param pitch bytes from one row to the next.
+    /// \param entry of the batch, from 0.
+    /// \throws Error pixels that are elsewhere, or a library that was built without nvcc.
+    Fit copy_in_rgb8(const void* pixels, Size size, std::size_t pitch, Stream stream, std::int64_t entry = 0);
 
     /// Starts a run of the engine's input; it returns before the run ends.
     /// \throws Error a batch that the plan does not take, or a run that cannot be started.
