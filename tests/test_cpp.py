@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 from cpp_build import (
     PLAN,
+    TESTS,
     VERSION,
     Programs,
+    build,
+    cmake,
     settings,
     shared_programs,
     spoil,
@@ -63,12 +66,12 @@ def write_reference(folder: Path, count: int = 2, change: float = 0.0, **more: n
     return path
 
 
-def test_the_engine_does_right_and_every_call_may_fail(programs: Programs, tmp_path: Path) -> None:
-    """Order on streams, CUDA graphs, batches, refusals; then each call of CUDA and TensorRT fails in its turn."""
+def small_plan(folder: Path) -> Path:
+    """What tests/cpp/test_engine.cpp and test_pool.cpp expect."""
     text = b"stand-in\ninput image float32 -1,3,2,2 1,2,4\noutput half float16 -1,5,2,2\noutput full float32 -1,5,2,2\n"
     sides = ["batch", 5, 2, 2]
-    plan = write_plan(
-        tmp_path,
+    return write_plan(
+        folder,
         text + b"scratch 1000\n",
         inputs=[{"name": "image", "dtype": "float32", "shape": ["batch", 3, 2, 2]}],
         outputs=[
@@ -76,10 +79,31 @@ def test_the_engine_does_right_and_every_call_may_fail(programs: Programs, tmp_p
             {"name": "full", "dtype": "float32", "shape": sides},
         ],
     )
-    ran = programs.run("test_engine", plan)
+
+
+def test_the_engine_does_right_and_every_call_may_fail(programs: Programs, tmp_path: Path) -> None:
+    """Order on streams, CUDA graphs, batches, refusals; then each call of CUDA and TensorRT fails in its turn."""
+    ran = programs.run("test_engine", small_plan(tmp_path))
     assert (ran.code, ran.err) == (0, "")
     assert "cudaMalloc: 4 calls failed" in ran.out  # scratch, input, two outputs
     assert "cudaGraphInstantiateWithFlags (graph): 1 calls failed" in ran.out
+
+
+def test_a_pool_serves_many_threads(programs: Programs, tmp_path: Path) -> None:
+    """Four contexts, 16 threads; first come, first served; leases that throw; closed with requests in flight."""
+    ran = programs.run("test_pool", small_plan(tmp_path), 16, 30)
+    assert (ran.code, ran.err) == (0, "")
+    assert "480 requests of 16 threads answered, 30 or more of each" in ran.out
+
+
+@pytest.mark.slow
+def test_a_pool_is_clean_under_the_thread_sanitizer(tmp_path: Path) -> None:
+    """The same for 60 s; a build of its own."""
+    folder = tmp_path / "build"
+    assert cmake(TESTS, folder, "-DNECK_SANITIZE=thread").returncode == 0
+    build(folder, "test_pool")
+    ran = Programs(folder).run("test_pool", small_plan(tmp_path), 16, 30, 60)
+    assert (ran.code, ran.err) == (0, "")
 
 
 @pytest.mark.parametrize(

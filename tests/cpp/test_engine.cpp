@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <functional>
 #include <iostream>
 #include <string>
 #include <utility>
@@ -11,48 +10,11 @@
 
 #include "cuda.hpp"
 #include "device_resize.hpp"
+#include "expect.hpp"
 #include "neck/engine.hpp"
 #include "stand_in.hpp"
 
 namespace {
-
-int failures = 0;
-
-void expect(bool right, const std::string& what) {
-    if (!right) {
-        std::cerr << "not so: " << what << "\n";
-        ++failures;
-    }
-}
-
-void expect_error(const std::function<void()>& call, const std::string& part) {
-    try {
-        call();
-        expect(false, "an error with '" + part + "'");
-    } catch (const neck::Error& error) {
-        expect(std::string(error.what()).find(part) != std::string::npos, "'" + part + "' in '" + error.what() + "'");
-    }
-}
-
-neck::Tensor image_of(std::int64_t batch, float value) {
-    neck::Tensor image{"image", neck::DataType::float32, {batch, 3, 2, 2}, {}};
-    const std::vector<float> values(static_cast<std::size_t>(batch) * 12, value);
-    const auto* begin = reinterpret_cast<const std::byte*>(values.data());
-    image.data.assign(begin, begin + values.size() * sizeof(float));
-    return image;
-}
-
-/// The stand-in gives 2 * value + 0.25 for the second output.
-bool doubled(const std::vector<neck::Tensor>& outputs, std::int64_t batch, float value) {
-    bool right = outputs.size() == 2;
-    for (std::size_t index = 0; right && index < 2; ++index) {
-        right = outputs[index].shape == neck::Shape{batch, 5, 2, 2};
-        for (const float found : outputs[index].to_floats()) {
-            right = right && found == 2 * value + 0.25F * static_cast<float>(index);
-        }
-    }
-    return right;
-}
 
 using neck::OwnedStream;
 
@@ -196,6 +158,66 @@ void test_pictures_on_the_gpu(const std::string& plan) {
     unsetenv("STAND_IN_DEVICES");
 }
 
+std::vector<float> floats_at(const void* memory, std::size_t count, cudaStream_t stream) {
+    std::vector<float> floats(count);
+    neck::check(cudaMemcpyAsync(floats.data(), memory, count * sizeof(float), cudaMemcpyDeviceToHost, stream), "test");
+    neck::check(cudaStreamSynchronize(stream), "test");
+    return floats;
+}
+
+void test_bound_outputs(const std::string& plan, bool graph) {
+    neck::EngineOptions options;
+    options.cuda_graph = graph;
+    neck::Engine engine(plan, options);
+    const OwnedStream stream = neck::make_stream("test");
+    const OwnedStream other = neck::make_stream("test");
+    constexpr std::size_t bytes = 4 * 20 * sizeof(float);
+    const neck::DeviceMemory mine = neck::allocate(bytes + 256, "test");
+    expect(doubled(engine.infer(image_of(2, 1), stream.get()), 2, 1), "the engine's own memory");
+    engine.bind_output("full", mine.get(), bytes);
+    expect_error([&] { engine.device_outputs(); }, "no outputs before its first run");
+    engine.copy_in(image_of(2, 4), stream.get());
+    engine.enqueue(2, stream.get());
+    // another stream waits for the event, not for the host
+    neck::check(cudaStreamWaitEvent(other.get(), engine.finished(), 0), "test");
+    expect(floats_at(mine.get(), 40, other.get()).back() == 8.25F, "an output in the caller's memory");
+    expect(engine.device_outputs()[1].data == mine.get(), "and where it is told to be");
+    expect(doubled(engine.copy_out(stream.get()), 2, 4), "copied out of there");
+    expect_error([&] { engine.bind_output("full", mine.get(), bytes - 1); },
+                 "the memory for full has 319 bytes; expected 320, enough for a batch of 4");
+    expect_error([&] { engine.bind_output("full", mine.get() + 4, bytes); },
+                 "at an address that is no multiple of 256 bytes; give what cudaMalloc gave");
+    alignas(256) static std::byte host[bytes];
+    expect_error([&] { engine.bind_output("full", host, bytes); }, "is in host memory; expected memory of GPU 0");
+    expect_error([&] { engine.bind_output("none", mine.get(), bytes); }, "has no output 'none'; it has half, full");
+    expect(doubled(engine.infer(image_of(1, 5), stream.get()), 1, 5), "refused memory changes nothing");
+    engine.bind_output("full", nullptr, 0);
+    expect(doubled(engine.infer(image_of(3, 6), stream.get()), 3, 6), "the engine's own memory again");
+    expect(floats_at(mine.get(), 20, stream.get()).back() == 10.25F, "the caller's is left alone");
+}
+
+void test_dlpack(const std::string& plan) {
+    const OwnedStream stream = neck::make_stream("test");
+    neck::dlpack::Managed* half = nullptr;
+    neck::dlpack::Managed* full = nullptr;
+    {
+        neck::Engine engine(plan);
+        expect_error([&] { engine.to_dlpack("full"); }, "no outputs before its first run");
+        engine.infer(image_of(2, 7), stream.get());
+        half = engine.to_dlpack("half");
+        full = engine.to_dlpack("full");
+        expect(full->dl_tensor.data == engine.device_outputs()[1].data, "without a copy");
+    }  // the memory outlives the engine
+    const neck::dlpack::Tensor& tensor = full->dl_tensor;
+    expect(tensor.ndim == 4 && tensor.shape[0] == 2 && tensor.shape[1] == 5 && tensor.strides == nullptr, "the shape");
+    expect(tensor.device.type == 2 && tensor.device.id == 0 && tensor.byte_offset == 0, "the device");
+    expect(tensor.dtype.code == 2 && tensor.dtype.bits == 32 && tensor.dtype.lanes == 1, "float32");
+    expect(half->dl_tensor.dtype.code == 2 && half->dl_tensor.dtype.bits == 16, "float16");
+    expect(floats_at(tensor.data, 40, stream.get()).front() == 14.25F, "the values, when the engine is gone");
+    half->deleter(half);
+    full->deleter(full);
+}
+
 void test_refusals(const std::string& plan) {
     neck::EngineOptions options;
     options.max_batch = 2;
@@ -282,6 +304,7 @@ int main(int count, char** values) {
     for (const bool graph : {false, true}) {
         test_batches(plan, graph);
         test_callers_memory(plan, graph);
+        test_bound_outputs(plan, graph);
         for (const char* function :
              {"createInferRuntime", "deserializeCudaEngine", "createExecutionContext", "setInputShape",
               "setTensorAddress", "enqueueV3", "cudaMalloc", "cudaMemGetInfo", "cudaMemcpyAsync", "cudaGetDevice",
@@ -295,6 +318,7 @@ int main(int count, char** values) {
          {"cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiateWithFlags", "cudaGraphLaunch"}) {
         test_failures(plan, function, true);
     }
+    test_dlpack(plan);
     test_kernel();
     test_pictures_on_the_gpu(plan);
     test_refusals(plan);

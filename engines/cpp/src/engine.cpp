@@ -1,5 +1,6 @@
 #include "neck/engine.hpp"
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 
@@ -20,6 +21,23 @@ Engine::Impl::Impl(const std::filesystem::path& plan, const EngineOptions& optio
     const DeviceGuard guard(options.device, plan_);
     try {
         load(version);
+    } catch (...) {
+        release();
+        throw;
+    }
+}
+
+Engine::Impl::Impl(const Impl* first)
+    : manifest(first->manifest),
+      runtime(first->runtime),
+      warnings(first->warnings),
+      loaded_bytes(first->loaded_bytes),
+      plan_(first->plan_),
+      options_(first->options_),
+      loaded_(first->loaded_) {
+    const DeviceGuard guard(options_.device, plan_);
+    try {
+        allocate_buffers();
     } catch (...) {
         release();
         throw;
@@ -47,10 +65,7 @@ void Engine::Impl::release() {
     output_.clear();
     input_.reset();
     scratch_.reset();
-    loaded_.config.reset();
-    loaded_.engine.reset();
-    loaded_.runtime.reset();
-    loaded_.logger.reset();
+    loaded_.reset();
 }
 
 void Engine::Impl::load(const std::string& version) {
@@ -62,7 +77,7 @@ void Engine::Impl::load(const std::string& version) {
     allocate_buffers();
     check(cudaMemGetInfo(&after, &total), plan_ + ": asking for free memory");
     loaded_bytes = before > after ? before - after : 0;
-    warnings = loaded_.logger->warnings();
+    warnings = loaded_->logger->warnings();
 }
 
 void Engine::Impl::allocate_buffers() {
@@ -72,17 +87,19 @@ void Engine::Impl::allocate_buffers() {
         throw Error(plan_ + ": a largest batch of " + std::to_string(largest_batch_) + " was asked; expected " +
                     port.describe());
     }
-    scratch_bytes_ = loaded_.engine->getDeviceMemorySizeV2();
+    scratch_bytes_ = loaded_->engine->getDeviceMemorySizeV2();
     if (scratch_bytes_ > 0) {
         scratch_ = allocate(static_cast<std::size_t>(scratch_bytes_), plan_);
     }
-    input_ = allocate(bytes_of(port.type, port.at(largest_batch_)), plan_);
+    const std::size_t input_bytes = bytes_of(port.type, port.at(largest_batch_));
+    input_ = allocate(input_bytes, plan_);
+    context_bytes_ = static_cast<std::size_t>(std::max<std::int64_t>(0, scratch_bytes_)) + input_bytes;
     for (const Port& output : outputs()) {
-        const Shape shape = output.shape[0] < 0 ? output.at(largest_batch_) : output.shape;
-        output_.push_back(allocate(bytes_of(output.type, shape), plan_));
+        output_.push_back({allocate(most_bytes(output), plan_), nullptr});
+        context_bytes_ += most_bytes(output);
     }
     done_ = make_event(plan_ + ": making an event", cudaEventDisableTiming);
-    context_ = make_context(loaded_, scratch_.get(), scratch_bytes_, plan_);
+    context_ = make_context(*loaded_, scratch_.get(), scratch_bytes_, plan_);
     if (options_.cuda_graph) {
         capture_stream_ = make_stream(plan_ + ": making a stream");
     }
@@ -90,6 +107,7 @@ void Engine::Impl::allocate_buffers() {
 
 Engine::Engine(const std::filesystem::path& plan, const EngineOptions& options)
     : impl_(std::make_unique<Impl>(plan, options)) {}
+Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Engine::~Engine() = default;
 Engine::Engine(Engine&&) noexcept = default;
 Engine& Engine::operator=(Engine&&) noexcept = default;
@@ -99,6 +117,13 @@ const Port& Engine::input() const { return impl_->input(); }
 const std::vector<Port>& Engine::outputs() const { return impl_->outputs(); }
 const std::string& Engine::runtime() const { return impl_->runtime; }
 const std::vector<std::string>& Engine::warnings() const { return impl_->warnings; }
+Engine Engine::another() const { return Engine(std::make_unique<Impl>(impl_.get())); }
+std::size_t Engine::context_bytes() const { return impl_->context_bytes(); }
+void Engine::bind_output(const std::string& name, void* memory, std::size_t bytes) {
+    impl_->bind_output(name, memory, bytes);
+}
+dlpack::Managed* Engine::to_dlpack(const std::string& name) const { return impl_->to_dlpack(name); }
+Event Engine::finished() const { return impl_->finished(); }
 std::size_t Engine::loaded_bytes() const { return impl_->loaded_bytes; }
 void Engine::copy_in(const Tensor& image, Stream stream) { impl_->copy_in(image, stream); }
 Fit Engine::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch, Stream stream, std::int64_t entry) {

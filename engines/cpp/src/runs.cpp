@@ -10,8 +10,7 @@
 namespace neck {
 namespace {
 
-constexpr int warm_up_runs = 3;            // before a CUDA graph is captured: RTX compiles its kernels in the first run
-constexpr std::uintptr_t alignment = 256;  // of every tensor's address, says setTensorAddress; cudaMalloc keeps it
+constexpr int warm_up_runs = 3;  // before a CUDA graph is captured: RTX compiles its kernels in the first run
 
 nvinfer1::Dims dims_of(const Shape& shape) {
     nvinfer1::Dims dims{};
@@ -85,15 +84,15 @@ void Engine::Impl::bind(nvinfer1::IExecutionContext& context, std::int64_t batch
     const Port& port = input();
     if (!context.setInputShape(port.name.c_str(), dims_of(port.at(batch)))) {
         throw Error(plan_ + ": " + port.name + " cannot be " + to_text(port.at(batch)) + " (" +
-                    loaded_.logger->failure() + "); expected " + port.describe());
+                    loaded_->logger->failure() + "); expected " + port.describe());
     }
     // TensorRT's interface takes no pointer to const; it only reads an input
     bool bound = context.setTensorAddress(port.name.c_str(), const_cast<void*>(image));  // NOLINT
     for (std::size_t index = 0; index < output_.size(); ++index) {
-        bound = context.setTensorAddress(outputs()[index].name.c_str(), output_[index].get()) && bound;
+        bound = context.setTensorAddress(outputs()[index].name.c_str(), output_[index].address()) && bound;
     }
     if (!bound) {
-        throw Error(plan_ + ": its tensors cannot be bound (" + loaded_.logger->failure() +
+        throw Error(plan_ + ": its tensors cannot be bound (" + loaded_->logger->failure() +
                     "); give device memory that is aligned to 256 bytes");
     }
 }
@@ -101,7 +100,7 @@ void Engine::Impl::bind(nvinfer1::IExecutionContext& context, std::int64_t batch
 void Engine::Impl::run(nvinfer1::IExecutionContext& context, cudaStream_t stream) {
     if (!context.enqueueV3(stream)) {
         cudaGetLastError();
-        throw Error(plan_ + ": the run failed (" + loaded_.logger->failure() + "); " + memory_text());
+        throw Error(plan_ + ": the run failed (" + loaded_->logger->failure() + "); " + memory_text());
     }
 }
 
@@ -112,7 +111,7 @@ Prepared& Engine::Impl::captured(std::int64_t batch) {
         return found->second;
     }
     const cudaStream_t stream = capture_stream_.get();
-    Prepared prepared{make_context(loaded_, scratch_.get(), scratch_bytes_, plan_), nullptr};
+    Prepared prepared{make_context(*loaded_, scratch_.get(), scratch_bytes_, plan_), nullptr};
     bind(*prepared.context, batch, input_.get());
     wait_before(stream);
     for (int index = 0; index < warm_up_runs; ++index) {
@@ -174,7 +173,7 @@ std::vector<DeviceTensor> Engine::Impl::device_outputs() const {
     for (std::size_t index = 0; index < output_.size(); ++index) {
         const Port& port = outputs()[index];
         const Shape shape = port.shape[0] < 0 ? port.at(last_batch_) : port.shape;
-        tensors.push_back({port.name, port.type, shape, output_[index].get(), bytes_of(port.type, shape)});
+        tensors.push_back({port.name, port.type, shape, output_[index].address(), bytes_of(port.type, shape)});
     }
     return tensors;
 }

@@ -1,11 +1,13 @@
 #include "NvInferRuntime.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <sstream>
+#include <thread>
 
 #include "stand_in.hpp"
 
@@ -22,6 +24,9 @@ struct Engine {
 };
 
 struct Context {
+    Context(std::shared_ptr<const Program> given, nvinfer1::ILogger& taken)
+        : program(std::move(given)), logger(taken) {}
+
     std::shared_ptr<const Program> program;
     nvinfer1::ILogger& logger;
     std::map<std::string, Bound> bound;
@@ -29,6 +34,29 @@ struct Context {
     std::int64_t scratch_size = 0;
     bool lazy = false;  ///< kernels of a shape are still compiled when its first run is over
     std::shared_ptr<int> changes = std::make_shared<int>(0);
+    std::atomic<int> users{0};
+};
+
+/// A call of a context: aborts where another thread is in one. TensorRT's are for one thread at a time.
+class Use {
+public:
+    explicit Use(Context& context) : context_(enter(context)) {}
+    ~Use() { context_.users.fetch_sub(1); }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+private:
+    static Context& enter(Context& context) {
+        if (context.users.fetch_add(1) != 0) {
+            std::fprintf(stderr, "stand-in: two threads use one context\n");
+            std::abort();
+        }
+        std::this_thread::yield();  // so that another has the time
+        return context;
+    }
+
+    Context& context_;
+    const Lock lock_;  // after the look at who else is here
 };
 
 }  // namespace stand_in
@@ -57,6 +85,7 @@ Dims dims_of(const std::vector<std::int64_t>& shape) {
 IExecutionContext::~IExecutionContext() noexcept { stand_in::count(-1); }
 
 bool IExecutionContext::setInputShape(char const* name, Dims const& dims) noexcept {
+    const stand_in::Use use(*own);
     ++*own->changes;
     if (stand_in::fails("setInputShape")) {
         own->logger.log(ILogger::Severity::kERROR, "Error Code 3: API Usage Error\n (the shape is not in the profile)");
@@ -75,6 +104,7 @@ bool IExecutionContext::setInputShape(char const* name, Dims const& dims) noexce
 }
 
 bool IExecutionContext::setTensorAddress(char const* name, void* data) noexcept {
+    const stand_in::Use use(*own);
     ++*own->changes;
     const bool aligned = reinterpret_cast<std::uintptr_t>(data) % 256 == 0;
     if (!aligned || stand_in::fails("setTensorAddress")) {
@@ -86,11 +116,13 @@ bool IExecutionContext::setTensorAddress(char const* name, void* data) noexcept 
 }
 
 void IExecutionContext::setDeviceMemoryV2(void* memory, std::int64_t size) noexcept {
+    const stand_in::Use use(*own);
     own->scratch = static_cast<char*>(memory);
     own->scratch_size = size;
 }
 
 bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
+    const stand_in::Use use(*own);
     const bool whole = own->scratch_size >= own->program->scratch &&
                        std::all_of(own->bound.begin(), own->bound.end(),
                                    [](const auto& entry) { return entry.second.data != nullptr; });
@@ -165,7 +197,7 @@ IExecutionContext* ICudaEngine::createExecutionContext(ExecutionContextAllocatio
     }
     stand_in::count(1);
     auto* context = new IExecutionContext;
-    context->own.reset(new stand_in::Context{own->program, own->logger, {}});
+    context->own.reset(new stand_in::Context(own->program, own->logger));
     context->own->lazy = own->program->rtx;
     return context;
 }

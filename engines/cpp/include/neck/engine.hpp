@@ -7,16 +7,19 @@
 #include <string>
 #include <vector>
 
+#include "neck/dlpack.hpp"
 #include "neck/error.hpp"
 #include "neck/manifest.hpp"
 #include "neck/preprocess.hpp"
 #include "neck/tensor.hpp"
 
-struct CUstream_st;  // cudaStream_t is CUstream_st*; so this header needs none of CUDA's
+struct CUstream_st;  // cudaStream_t and cudaEvent_t point to these; so this header needs none of CUDA's
+struct CUevent_st;
 
 namespace neck {
 
 using Stream = CUstream_st*;
+using Event = CUevent_st*;
 
 struct EngineOptions {
     int device = 0;              ///< CUDA's number of the GPU
@@ -57,6 +60,13 @@ public:
     /// What TensorRT warned of while loading.
     const std::vector<std::string>& warnings() const;
 
+    /// Another context over the same weights, with buffers of its own: for another thread.
+    /// \throws Error as loading.
+    Engine another() const;
+
+    /// Device memory of this context: its input, outputs and what a run needs meanwhile, without the weights.
+    std::size_t context_bytes() const;
+
     /// Device memory that loading took.
     std::size_t loaded_bytes() const;
 
@@ -79,6 +89,21 @@ public:
     /// that is no multiple of 256 bytes, it is copied first.
     void enqueue(std::int64_t batch, Stream stream, const void* image);
 
+    /// Has an output written to the caller's memory from the next run on, instead of to the engine's own.
+    /// \param memory on the engine's GPU, at a multiple of 256 bytes; nullptr: the engine's own again.
+    /// \param bytes of it: enough for the largest batch.
+    /// \throws Error no such output, or memory that is elsewhere, not aligned or too little.
+    void bind_output(const std::string& name, void* memory, std::size_t bytes);
+
+    /// What marks the end of the last run or copy: another stream waits for it by cudaStreamWaitEvent.
+    Event finished() const;
+
+    /// An output of the last run for whoever reads DLPack (PyTorch, CuPy, a second engine), without a copy.
+    ///
+    /// The engine's own memory lives until it is given back, also after the engine; the next run writes to it. Memory
+    /// that the caller bound stays the caller's. Work on another stream waits for finished() first.
+    dlpack::Managed* to_dlpack(const std::string& name) const;
+
     /// The outputs of the last run where they are; work on that run's stream sees them.
     std::vector<DeviceTensor> device_outputs() const;
 
@@ -90,6 +115,7 @@ public:
 
 private:
     class Impl;
+    explicit Engine(std::unique_ptr<Impl> impl);
     std::unique_ptr<Impl> impl_;
 };
 
