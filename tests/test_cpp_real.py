@@ -34,7 +34,7 @@ from engines.builder.flavor import Flavor, choose_flavor, find_gpu
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 
-ENGINE_SOURCES = ("checks", "cuda", "engine", "flavor", "runs", "runtime", "neck_engine")
+ENGINE_SOURCES = ("checks", "cuda", "engine", "flavor", "neck_engine", "outputs", "pool", "runs", "runtime")
 """Those that include NVIDIA's headers."""
 
 
@@ -54,9 +54,21 @@ def nvidia_includes() -> list[Path]:
 
 RTX_CLASSES = """
 enum class DynamicShapesKernelSpecializationStrategy : int32_t { kLAZY = 0, kEAGER = 1, kNONE = 2 };
+enum class CudaGraphStrategy : int32_t { kDISABLED = 0, kWHOLE_GRAPH_CAPTURE = 1 };
+class IRuntimeCache
+{
+public:
+    IHostMemory* serialize() const noexcept { return nullptr; }
+    bool deserialize(void const*, size_t) noexcept { return false; }
+};
 """
 RTX_MEMBERS = {
-    "IRuntimeConfig": "void setDynamicShapesKernelSpecializationStrategy(DynamicShapesKernelSpecializationStrategy) {}",
+    "IRuntimeConfig": """
+    void setDynamicShapesKernelSpecializationStrategy(DynamicShapesKernelSpecializationStrategy) noexcept {}
+    bool setCudaGraphStrategy(CudaGraphStrategy) noexcept { return true; }
+    IRuntimeCache* createRuntimeCache() const noexcept { return nullptr; }
+    bool setRuntimeCache(IRuntimeCache const&) noexcept { return true; }
+""",
     "IExecutionContext": "bool isStreamCapturable(cudaStream_t) const { return true; }",
 }
 """What TensorRT-RTX's headers have beside TensorRT's; they come with its SDK alone. The listings of its Python

@@ -28,6 +28,12 @@ void check_device_memory(const void* address, int device, const std::string& wha
     }
 }
 
+std::string driver_version(const std::string& plan) {
+    int version = 0;
+    check(cudaDriverGetVersion(&version), plan + ": asking for the driver's version");
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
 std::string memory_text() {
     std::size_t free_bytes = 0;
     std::size_t total_bytes = 0;

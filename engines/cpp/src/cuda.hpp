@@ -14,6 +14,9 @@ namespace neck {
 /// \throws Error
 void check(cudaError_t code, const std::string& what);
 
+/// The newest CUDA that the driver serves, such as `13.0`.
+std::string driver_version(const std::string& plan);
+
 /// `3.2 of 23.6 GB of device memory are free; if too little, ...`
 std::string memory_text();
 

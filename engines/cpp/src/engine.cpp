@@ -18,6 +18,17 @@ Engine::Impl::Impl(const std::filesystem::path& plan, const EngineOptions& optio
     check_gpu(plan, manifest, gpu, version);
     runtime = std::string(flavor_here() == "rtx" ? "TensorRT-RTX " : "TensorRT ") + version + " on " + gpu.name +
               " (compute capability " + gpu.capability() + ")";
+    const bool rtx = flavor_here() == "rtx";
+    if (options.rtx_graphs && (!rtx || options.cuda_graph)) {
+        throw Error(plan_ + ": CUDA graphs of TensorRT-RTX's own need " +
+                    (rtx ? "cuda_graph to be off" : "TensorRT-RTX, this program is of " + flavor_here()));
+    }
+    if (rtx && options.use_runtime_cache) {
+        const auto own = std::find_if(manifest.files.begin(), manifest.files.end(),
+                                      [&](const auto& file) { return file.name == plan.filename().string(); });
+        cache_ = RuntimeCache(options.runtime_cache.empty() ? plan_ + ".cache" : options.runtime_cache.string(),
+                              runtime + ", driver " + driver_version(plan_) + ", plan " + own->sha256);
+    }
     const DeviceGuard guard(options.device, plan_);
     try {
         load(version);
@@ -32,9 +43,11 @@ Engine::Impl::Impl(const Impl* first)
       runtime(first->runtime),
       warnings(first->warnings),
       loaded_bytes(first->loaded_bytes),
+      warm(first->warm),
       plan_(first->plan_),
       options_(first->options_),
-      loaded_(first->loaded_) {
+      loaded_(first->loaded_),
+      cache_(first->cache_) {
     const DeviceGuard guard(options_.device, plan_);
     try {
         allocate_buffers();
@@ -74,10 +87,22 @@ void Engine::Impl::load(const std::string& version) {
     std::size_t total = 0;
     check(cudaMemGetInfo(&before, &total), plan_ + ": asking for free memory");
     loaded_ = load_engine(plan_, manifest, version);
+    for (const std::string& warning : loaded_->logger->warnings()) {
+        warnings.push_back("TensorRT warns: " + warning);
+    }
+    std::string why_not;
+    const std::string cached = cache_.read(why_not);
+    loaded_->config = make_runtime_config(*loaded_->engine, cached, options_.rtx_graphs, warm);
+    if (!cached.empty() && !warm) {
+        why_not = "the runtime cache was refused by TensorRT-RTX (" + loaded_->logger->failure() +
+                  "); kernels are compiled anew";
+    }
+    if (!why_not.empty()) {
+        warnings.push_back(why_not);
+    }
     allocate_buffers();
     check(cudaMemGetInfo(&after, &total), plan_ + ": asking for free memory");
     loaded_bytes = before > after ? before - after : 0;
-    warnings = loaded_->logger->warnings();
 }
 
 void Engine::Impl::allocate_buffers() {
@@ -124,6 +149,7 @@ void Engine::bind_output(const std::string& name, void* memory, std::size_t byte
 }
 dlpack::Managed* Engine::to_dlpack(const std::string& name) const { return impl_->to_dlpack(name); }
 Event Engine::finished() const { return impl_->finished(); }
+bool Engine::warm() const { return impl_->warm; }
 std::size_t Engine::loaded_bytes() const { return impl_->loaded_bytes; }
 void Engine::copy_in(const Tensor& image, Stream stream) { impl_->copy_in(image, stream); }
 Fit Engine::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch, Stream stream, std::int64_t entry) {

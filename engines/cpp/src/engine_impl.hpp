@@ -3,12 +3,14 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "cuda.hpp"
 #include "neck/engine.hpp"
 #include "runtime.hpp"
+#include "runtime_cache.hpp"
 
 namespace neck {
 
@@ -52,6 +54,7 @@ public:
     std::string runtime;
     std::vector<std::string> warnings;
     std::size_t loaded_bytes = 0;
+    bool warm = false;
     const Port& input() const { return loaded_->inputs[0]; }
     const std::vector<Port>& outputs() const { return loaded_->outputs; }
 
@@ -67,6 +70,7 @@ private:
     std::size_t find_output(const std::string& name) const;
     void wait_before(cudaStream_t stream);
     void mark_after(cudaStream_t stream);
+    void keep_kernels(std::int64_t batch);
 
     std::string plan_;
     EngineOptions options_;
@@ -78,6 +82,8 @@ private:
     DeviceMemory input_;
     std::vector<Output> output_;
     std::size_t context_bytes_ = 0;
+    RuntimeCache cache_;
+    std::set<std::int64_t> compiled_;  ///< batch sizes whose kernels are in the cache's file
     OwnedEvent done_;
     OwnedStream capture_stream_;
     std::unique_ptr<nvinfer1::IExecutionContext> context_;

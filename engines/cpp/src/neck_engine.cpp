@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <chrono>
 #include <iostream>
 #include <optional>
 
@@ -21,6 +22,9 @@ Runs a plan of `neck-export trt`, its manifest PLAN.json beside it, on the GPU.
   --batch N           batch size; by default the number of pictures, or the plan's optimum without any
   --runs N            timed runs (default 200)
   --graph             run by a CUDA graph
+  --rtx-graph         let TensorRT-RTX capture CUDA graphs of its own
+  --startup           time the start: loading, first and second run. A second call finds TensorRT-RTX's kernels in
+                      PLAN.cache and starts warm
   --device N          CUDA's number of the GPU (default 0)
   --manifest          check the files and print what the manifest says; needs no GPU
   --help              this text
@@ -34,6 +38,8 @@ constexpr std::int64_t default_runs = 200;
 struct Arguments : neck::Asked {
     int device = 0;
     bool graph = false;
+    bool rtx_graph = false;
+    bool startup = false;
     bool manifest = false;
 };
 
@@ -45,6 +51,8 @@ Arguments parse(int count, char** values) {
     };
     neck::parse(count, values, arguments,
                 {{"device", true, take_device},
+                 {"rtx-graph", false, [&](const std::string&) { arguments.rtx_graph = true; }},
+                 {"startup", false, [&](const std::string&) { arguments.startup = true; }},
                  {"graph", false, [&](const std::string&) { arguments.graph = true; }},
                  {"manifest", false, [&](const std::string&) { arguments.manifest = true; }}});
     return arguments;
@@ -91,6 +99,40 @@ neck::Latency measure(cudaStream_t stream, std::int64_t runs, const std::string&
     return neck::summarise(std::move(times));
 }
 
+/// Prints the warnings from one on; \return how many there are.
+std::size_t print_warnings(const neck::Engine& engine, std::size_t from = 0) {
+    const std::vector<std::string>& warnings = engine.warnings();
+    for (; from < warnings.size(); ++from) {
+        std::cerr << "neck-engine: " << warnings[from] << "\n";
+    }
+    return from;
+}
+
+/// What a process waits for before it serves: loading, then the first run.
+Exit print_startup(const Arguments& arguments, const neck::EngineOptions& options) {
+    const auto start = std::chrono::steady_clock::now();
+    double before = 0;
+    const auto lap = [&](const std::string& what) {
+        const double now = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+        std::cout << neck::format("%-38s %10.1f ms\n", what.c_str(), now - before);
+        before = now;
+    };
+    neck::Engine engine(arguments.target, options);
+    std::cout << engine.runtime() << (engine.warm() ? ", warm: kernels of an earlier start" : ", cold") << "\n";
+    lap("loading");
+    const neck::DeviceGuard guard(arguments.device, arguments.target);
+    const neck::OwnedStream stream = neck::make_stream(arguments.target);
+    const neck::Tensor image = neck::choose_image(arguments, engine.input(), std::nullopt).image;
+    const neck::Tensor part = neck::first_batch(image, engine.input(), arguments.batch);
+    before = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+    engine.infer(part, stream.get());
+    lap("first run, batch " + std::to_string(part.shape[0]));
+    engine.infer(part, stream.get());
+    lap("second run");
+    print_warnings(engine);
+    return Exit::done;
+}
+
 Exit run(const Arguments& arguments) {
     if (arguments.help) {
         std::cout << help;
@@ -105,10 +147,12 @@ Exit run(const Arguments& arguments) {
     neck::EngineOptions options;
     options.device = arguments.device;
     options.cuda_graph = arguments.graph;
-    neck::Engine engine(plan, options);
-    for (const std::string& warning : engine.warnings()) {
-        std::cerr << "neck-engine: TensorRT warns: " << warning << "\n";
+    options.rtx_graphs = arguments.rtx_graph;
+    if (arguments.startup) {
+        return print_startup(arguments, options);
     }
+    neck::Engine engine(plan, options);
+    const std::size_t told = print_warnings(engine);
     const neck::DeviceGuard guard(arguments.device, plan);
     const neck::OwnedStream stream = neck::make_stream(plan);
     const neck::Batch pictures = neck::choose_image(arguments, engine.input(), reference);
@@ -116,6 +160,7 @@ Exit run(const Arguments& arguments) {
     const std::vector<neck::Tensor> outputs =
         neck::run_in_batches(image, engine.input(), arguments.batch,
                              [&](const neck::Tensor& part) { return engine.infer(part, stream.get()); });
+    print_warnings(engine, told);
     const std::string& precision = engine.manifest().precision;
     std::cout << plan << ": " << precision << ", " << engine.runtime() << "\n";
     const Exit code = neck::print_outputs(pictures, outputs, reference, precision, engine.runtime());

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstdint>
+#include <mutex>
 #include <utility>
 
 #include "device_resize.hpp"
@@ -163,6 +164,19 @@ void Engine::Impl::enqueue(std::int64_t batch, cudaStream_t stream, const void* 
     }
     last_batch_ = batch;
     mark_after(stream);
+    keep_kernels(batch);
+}
+
+/// Writes what the first run of a batch size compiled, so that a process that is killed later leaves it.
+void Engine::Impl::keep_kernels(std::int64_t batch) {
+    if (!loaded_->config.cache || !compiled_.insert(batch).second) {
+        return;
+    }
+    const std::lock_guard<std::mutex> lock(loaded_->making);
+    const std::string failed = cache_.write(cached_kernels(loaded_->config));
+    if (!failed.empty()) {
+        warnings.push_back(failed);
+    }
 }
 
 std::vector<DeviceTensor> Engine::Impl::device_outputs() const {

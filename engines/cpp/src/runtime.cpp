@@ -152,7 +152,6 @@ std::shared_ptr<LoadedEngine> load_engine(const std::filesystem::path& plan, con
     if (!loaded.engine) {
         throw refused();
     }
-    loaded.config = make_runtime_config(*loaded.engine);
     read_ports(loaded, plan, manifest);
     return shared;
 }

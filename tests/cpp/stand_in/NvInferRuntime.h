@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "cuda_runtime_api.h"
 
@@ -19,6 +20,7 @@ using AsciiChar = char;
 enum class DataType : std::int32_t { kFLOAT = 0, kHALF = 1, kINT8 = 2, kINT32 = 3, kUINT8 = 5, kBF16 = 7, kINT64 = 8 };
 enum class TensorIOMode : std::int32_t { kNONE = 0, kINPUT = 1, kOUTPUT = 2 };
 enum class OptProfileSelector : std::int32_t { kMIN = 0, kOPT = 1, kMAX = 2 };
+enum class CudaGraphStrategy : std::int32_t { kDISABLED = 0, kWHOLE_GRAPH_CAPTURE = 1 };
 enum class DynamicShapesKernelSpecializationStrategy : std::int32_t { kLAZY = 0, kEAGER = 1, kNONE = 2 };
 enum class ExecutionContextAllocationStrategy : std::int32_t { kSTATIC = 0, kON_PROFILE_CHANGE = 1, kUSER_MANAGED = 2 };
 
@@ -46,12 +48,35 @@ public:
     std::unique_ptr<stand_in::Context> own;
 };
 
+class IHostMemory {
+public:
+    virtual ~IHostMemory() noexcept;
+    void* data() const noexcept;
+    std::size_t size() const noexcept;
+
+    std::string own;
+};
+
+class IRuntimeCache {
+public:
+    virtual ~IRuntimeCache() noexcept;
+    IHostMemory* serialize() const noexcept;
+    bool deserialize(void const* blob, std::size_t size) noexcept;
+
+    std::string own;  // of each batch that was run, once
+};
+
 class IRuntimeConfig {
 public:
     virtual ~IRuntimeConfig() noexcept;
     void setExecutionContextAllocationStrategy(ExecutionContextAllocationStrategy strategy) noexcept;
     void setDynamicShapesKernelSpecializationStrategy(DynamicShapesKernelSpecializationStrategy strategy) noexcept;
 
+    bool setCudaGraphStrategy(CudaGraphStrategy strategy) noexcept;
+    IRuntimeCache* createRuntimeCache() const noexcept;
+    bool setRuntimeCache(IRuntimeCache const& cache) noexcept;
+
+    IRuntimeCache* cache = nullptr;
     ExecutionContextAllocationStrategy allocation = ExecutionContextAllocationStrategy::kSTATIC;
     DynamicShapesKernelSpecializationStrategy specialization = DynamicShapesKernelSpecializationStrategy::kLAZY;
 };

@@ -104,6 +104,12 @@ cudaError_t cudaGetDeviceCount(int* count) {
     return give(*count > 0 ? cudaSuccess : cudaErrorInsufficientDriver);
 }
 
+cudaError_t cudaDriverGetVersion(int* version) {
+    const stand_in::Lock lock;
+    *version = std::atoi(setting("STAND_IN_DRIVER", "13000").c_str());
+    return try_call("cudaDriverGetVersion");
+}
+
 cudaError_t cudaGetDevice(int* device) {
     const stand_in::Lock lock;
     *device = stand_in::current_device;

@@ -32,6 +32,7 @@ struct Context {
     std::map<std::string, Bound> bound;
     char* scratch = nullptr;
     std::int64_t scratch_size = 0;
+    nvinfer1::IRuntimeCache* cache = nullptr;
     bool lazy = false;  ///< kernels of a shape are still compiled when its first run is over
     std::shared_ptr<int> changes = std::make_shared<int>(0);
     std::atomic<int> users{0};
@@ -135,6 +136,13 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
         own->logger.log(ILogger::Severity::kERROR, "Error Code 1: Cuda Runtime\n(out of memory)");
         return false;
     }
+    if (own->cache != nullptr) {
+        const std::string kernel = "kernels of batch " + std::to_string(own->bound.begin()->second.shape[0]) + "\n";
+        if (own->cache->own.find(kernel) == std::string::npos) {
+            own->cache->own += kernel;
+            std::fprintf(stdout, "stand-in: compiles %s", kernel.c_str());
+        }
+    }
     const auto work = [program = own->program, bound = own->bound, scratch = own->scratch, size = own->scratch_size,
                        changes = own->changes, now = *own->changes, captured = stand_in::capturing(stream)] {
         if (captured && *changes != now) {
@@ -161,6 +169,40 @@ void IRuntimeConfig::setExecutionContextAllocationStrategy(ExecutionContextAlloc
 void IRuntimeConfig::setDynamicShapesKernelSpecializationStrategy(
     DynamicShapesKernelSpecializationStrategy strategy) noexcept {
     specialization = strategy;
+}
+
+bool IRuntimeConfig::setCudaGraphStrategy(CudaGraphStrategy /*strategy*/) noexcept {
+    return !stand_in::fails("setCudaGraphStrategy");
+}
+
+IRuntimeCache* IRuntimeConfig::createRuntimeCache() const noexcept {
+    stand_in::count(1);
+    return new IRuntimeCache;
+}
+
+bool IRuntimeConfig::setRuntimeCache(IRuntimeCache const& given) noexcept {
+    cache = const_cast<IRuntimeCache*>(&given);  // NOLINT: as RTX, it is filled while contexts run
+    return !stand_in::fails("setRuntimeCache");
+}
+
+IHostMemory::~IHostMemory() noexcept { stand_in::count(-1); }
+
+void* IHostMemory::data() const noexcept { return const_cast<char*>(own.data()); }  // NOLINT: TensorRT's signature
+
+std::size_t IHostMemory::size() const noexcept { return own.size(); }
+
+IRuntimeCache::~IRuntimeCache() noexcept { stand_in::count(-1); }
+
+IHostMemory* IRuntimeCache::serialize() const noexcept {
+    stand_in::count(1);
+    auto* memory = new IHostMemory;
+    memory->own = own;
+    return memory;
+}
+
+bool IRuntimeCache::deserialize(void const* blob, std::size_t size) noexcept {
+    own.assign(static_cast<char const*>(blob), size);
+    return !stand_in::fails("deserialize");
 }
 
 ICudaEngine::~ICudaEngine() noexcept { stand_in::count(-1); }
@@ -206,6 +248,7 @@ IExecutionContext* ICudaEngine::createExecutionContext(IRuntimeConfig* config) n
     IExecutionContext* context = createExecutionContext(config->allocation);
     if (context != nullptr) {
         context->own->lazy = config->specialization == DynamicShapesKernelSpecializationStrategy::kLAZY;
+        context->own->cache = config->cache;
     }
     return context;
 }

@@ -22,9 +22,14 @@ using Stream = CUstream_st*;
 using Event = CUevent_st*;
 
 struct EngineOptions {
-    int device = 0;              ///< CUDA's number of the GPU
-    bool cuda_graph = false;     ///< run by a CUDA graph, captured at the first run of each batch size
-    bool check_hashes = true;    ///< compare the plan's SHA-256 with its manifest's
+    int device = 0;            ///< CUDA's number of the GPU
+    bool cuda_graph = false;   ///< run by a CUDA graph, captured at the first run of each batch size
+    bool check_hashes = true;  ///< compare the plan's SHA-256 with its manifest's
+    /// TensorRT-RTX compiles kernels when a batch size is run for the first time, in every new process. They are kept
+    /// in this file for the next start; empty: X.plan.cache beside the plan. TensorRT needs none.
+    std::filesystem::path runtime_cache{};
+    bool use_runtime_cache = true;
+    bool rtx_graphs = false;     ///< TensorRT-RTX captures CUDA graphs of its own; not together with cuda_graph
     std::int64_t max_batch = 0;  ///< memory is allocated for this batch; 0: for the largest that the plan takes
 };
 
@@ -57,8 +62,11 @@ public:
     /// TensorRT and the GPU, such as `TensorRT 10.16.1.11 on NVIDIA L4 (compute capability 8.9)`.
     const std::string& runtime() const;
 
-    /// What TensorRT warned of while loading.
+    /// What TensorRT warned of while loading, and a runtime cache that cannot be used or written.
     const std::vector<std::string>& warnings() const;
+
+    /// Whether the kernels of an earlier start were there.
+    bool warm() const;
 
     /// Another context over the same weights, with buffers of its own: for another thread.
     /// \throws Error as loading.
