@@ -2,10 +2,12 @@
 #include <chrono>
 #include <iostream>
 #include <optional>
+#include <thread>
 
 #include "command.hpp"
 #include "cuda.hpp"
 #include "neck/engine.hpp"
+#include "serve_folder.hpp"
 #include "text.hpp"
 
 namespace {
@@ -25,6 +27,9 @@ Runs a plan of `neck-export trt`, its manifest PLAN.json beside it, on the GPU.
   --rtx-graph         let TensorRT-RTX capture CUDA graphs of its own
   --startup           time the start: loading, first and second run. A second call finds TensorRT-RTX's kernels in
                       PLAN.cache and starts warm
+  --serve-folder IN OUT
+                      the features of IN's pictures: OUT/NAME.safetensors each; what is there is left alone,
+                      pictures that cannot be read are told and left out
   --device N          CUDA's number of the GPU (default 0)
   --manifest          check the files and print what the manifest says; needs no GPU
   --help              this text
@@ -40,6 +45,7 @@ struct Arguments : neck::Asked {
     bool graph = false;
     bool rtx_graph = false;
     bool startup = false;
+    std::optional<std::string> folder;
     bool manifest = false;
 };
 
@@ -52,6 +58,7 @@ Arguments parse(int count, char** values) {
     neck::parse(count, values, arguments,
                 {{"device", true, take_device},
                  {"rtx-graph", false, [&](const std::string&) { arguments.rtx_graph = true; }},
+                 {"serve-folder", true, [&](const std::string& value) { arguments.folder = value; }},
                  {"startup", false, [&](const std::string&) { arguments.startup = true; }},
                  {"graph", false, [&](const std::string&) { arguments.graph = true; }},
                  {"manifest", false, [&](const std::string&) { arguments.manifest = true; }}});
@@ -148,6 +155,15 @@ Exit run(const Arguments& arguments) {
     options.device = arguments.device;
     options.cuda_graph = arguments.graph;
     options.rtx_graphs = arguments.rtx_graph;
+    if (arguments.folder) {
+        if (!arguments.picture || arguments.reference || arguments.startup) {
+            throw neck::UsageError{"expected PLAN --serve-folder IN OUT, without --compare and --startup"};
+        }
+        neck::FolderOptions folder;
+        folder.batch = arguments.batch;
+        folder.threads = static_cast<int>(std::max(2U, std::thread::hardware_concurrency()));
+        return neck::serve_folder(plan, *arguments.folder, *arguments.picture, options, folder);
+    }
     if (arguments.startup) {
         return print_startup(arguments, options);
     }

@@ -75,11 +75,26 @@ Entry read_entry(const std::string& name, const Json& value) {
     return entry;
 }
 
-std::vector<Entry> read_entries(std::string_view text) {
-    const Json header = Json::parse(text, nullptr, false);
+/// Takes the header off the beginning of a file; the tensors' bytes are left.
+Json take_header(std::string_view& file) {
+    std::uint64_t length = 0;
+    if (file.size() < sizeof length) {
+        throw Fault{"is damaged: it ends too early"};
+    }
+    std::memcpy(&length, file.data(), sizeof length);
+    file.remove_prefix(sizeof length);
+    if (length > file.size()) {
+        throw Fault{"is no safetensors file, or its end is missing"};
+    }
+    Json header = Json::parse(file.substr(0, length), nullptr, false);
     if (!header.is_object()) {
         throw Fault{"its header is no JSON object"};
     }
+    file.remove_prefix(length);
+    return header;
+}
+
+std::vector<Entry> read_entries(const Json& header) {
     std::vector<Entry> entries;
     for (const auto& [name, value] : header.items()) {
         if (name == "__metadata__") {
@@ -104,21 +119,12 @@ std::vector<Entry> read_entries(std::string_view text) {
     return entries;
 }
 
-std::vector<Tensor> read_tensors(std::string_view file) {
-    std::uint64_t length = 0;
-    if (file.size() < sizeof length) {
-        throw Fault{"is damaged: it ends too early"};
-    }
-    std::memcpy(&length, file.data(), sizeof length);
-    file.remove_prefix(sizeof length);
-    if (length > file.size()) {
-        throw Fault{"is no safetensors file, or its end is missing"};
-    }
-    const std::string_view data = file.substr(length);
+std::vector<Tensor> read_tensors(std::string_view data) {
+    const Json header = take_header(data);
     std::vector<Tensor> tensors;
     std::size_t place = 0;
     // without gaps and overlaps, as the format demands: nothing is read twice, nothing is hidden
-    for (Entry& entry : read_entries(file.substr(0, length))) {
+    for (Entry& entry : read_entries(header)) {
         if (entry.begin != place || entry.end > data.size()) {
             throw Fault{"is damaged: " + repr(entry.tensor.name) + " is not where it should be"};
         }
@@ -133,16 +139,64 @@ std::vector<Tensor> read_tensors(std::string_view file) {
     return tensors;
 }
 
-}  // namespace
-
-std::vector<Tensor> read_safetensors(const std::filesystem::path& path) {
+/// Reads a file by `read`, which is given its bytes.
+template <typename Read>
+auto read_file(const std::filesystem::path& path, Read read) {
     constexpr const char* remedy = "; `neck-export verify --save-reference` writes such a file";
     try {
-        return read_tensors(MappedFile(path).text());
+        const MappedFile file(path);
+        return read(file.text());
     } catch (const std::system_error& error) {
         throw Error(path.string() + ": cannot be read (" + error.code().message() + ")" + remedy);
     } catch (const Fault& fault) {
         throw Error(path.string() + ": " + fault.why + remedy);
+    }
+}
+
+}  // namespace
+
+std::vector<Tensor> read_safetensors(const std::filesystem::path& path) { return read_file(path, read_tensors); }
+
+std::map<std::string, std::string> read_safetensors_metadata(const std::filesystem::path& path) {
+    return read_file(path, [](std::string_view file) {
+        std::map<std::string, std::string> metadata;
+        const Json header = take_header(file);
+        const auto found = header.find("__metadata__");
+        if (found != header.end() && found->is_object()) {
+            for (const auto& [name, value] : found->items()) {
+                metadata[name] = value.is_string() ? value.get<std::string>() : value.dump();
+            }
+        }
+        return metadata;
+    });
+}
+
+void write_safetensors(const std::filesystem::path& path, const std::vector<Tensor>& tensors,
+                       const std::map<std::string, std::string>& metadata) {
+    Json header = Json::object();
+    std::vector<std::string_view> parts(2);
+    std::size_t place = 0;
+    for (const Tensor& tensor : tensors) {
+        const auto kind =
+            std::find_if(known.begin(), known.end(), [&](const Known& each) { return each.type == tensor.type; });
+        header[tensor.name] = {
+            {"dtype", kind->name}, {"shape", tensor.shape}, {"data_offsets", {place, place + tensor.data.size()}}};
+        place += tensor.data.size();
+        parts.emplace_back(reinterpret_cast<const char*>(tensor.data.data()), tensor.data.size());
+    }
+    if (!metadata.empty()) {
+        header["__metadata__"] = metadata;
+    }
+    std::string text = header.dump();
+    text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the tensors begin at a multiple of 8 bytes
+    const std::uint64_t length = text.size();
+    parts[0] = {reinterpret_cast<const char*>(&length), sizeof length};
+    parts[1] = text;
+    try {
+        write_whole(path, parts);
+    } catch (const std::system_error& error) {
+        throw Error(path.string() + ": cannot be written (" + error.code().message() +
+                    "); check the folder and the disk");
     }
 }
 

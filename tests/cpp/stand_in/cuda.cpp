@@ -1,3 +1,4 @@
+#include <csignal>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -49,6 +50,9 @@ bool fails(const char* function) {
     const std::string asked = setting("STAND_IN_FAIL", "");
     const std::size_t colon = asked.find(':');
     const int call = ++state().calls[function];
+    if (setting("STAND_IN_KILL", "") == function + (":" + std::to_string(call))) {
+        std::raise(SIGKILL);
+    }
     const bool now = asked.substr(0, colon) == function &&
                      (colon == std::string::npos || std::atoi(asked.c_str() + colon + 1) == call);
     state().failed = state().failed || now;

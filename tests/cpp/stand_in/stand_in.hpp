@@ -9,6 +9,7 @@
 //   STAND_IN_CAPABILITY  compute capability (8.9)
 //   STAND_IN_VERSION     TensorRT's version (10.16.1.11)
 //   STAND_IN_FAIL        a call that fails, such as cudaMalloc:2 (the second); without a number: every one
+//   STAND_IN_KILL        a call at which the process is killed, such as enqueueV3:7
 //   STAND_IN_DRIVER      CUDA's version of the driver (13000)
 //   STAND_IN_FREE        bytes of device memory that are free (20000000000)
 //   STAND_IN_NUDGE       added to every output
