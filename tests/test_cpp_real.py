@@ -27,6 +27,7 @@ from cpp_build import (
     write_plan,
 )
 from exporting import neck_export_cli
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from test_session import build_convolution
 
@@ -170,6 +171,8 @@ project(consumer LANGUAGES CXX)
 find_package(neck 0.1 REQUIRED)
 add_executable(consumer main.cpp)
 target_link_libraries(consumer PRIVATE neck::engine neck::client)
+add_executable(service ${EXAMPLES}/service.cpp)
+target_link_libraries(service PRIVATE neck::engine TensorRT::cudart)
 """
 MAIN = """
 #include <iostream>
@@ -202,6 +205,7 @@ def test_what_is_installed_can_be_built_with(programs: Programs, tmp_path: Path)
         source,
         tmp_path / "built",
         f"-DCMAKE_PREFIX_PATH={there}",
+        f"-DEXAMPLES={SOURCES / 'examples'}",
         "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined",
         f"-DNECK_TENSORRT_INCLUDE_DIR={stand_in}",
         f"-DNECK_TENSORRT_LIBRARY={library}",
@@ -212,6 +216,14 @@ def test_what_is_installed_can_be_built_with(programs: Programs, tmp_path: Path)
     build(tmp_path / "built")
     ended = subprocess.run([tmp_path / "built" / "consumer", write_plan(tmp_path)], capture_output=True, text=True)
     assert ended.stdout.startswith("image: float32 (1 to 4, 3, 16, 16)\nhttp://localhost:1/v2/models/x/config: ")
+    pictures = [tmp_path / f"{name}.png" for name in ("a", "b", "none")]
+    for path in pictures[:2]:
+        Image.new("RGB", (40, 20)).save(path)
+    plan = write_plan(tmp_path)
+    ended = subprocess.run([tmp_path / "built" / "service", plan, *pictures], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (0, 1)
+    assert f"{pictures[2]} cannot be opened" in ended.stderr
+    assert ended.stdout.count("sam3_feat_0, a box's y times 1.25 and x times 2.5 are the picture's") == 2
     for name in ("neck-triton", "neck-engine"):
         helped = subprocess.run([there / "bin" / name, "--help"], capture_output=True, text=True)
         assert helped.stdout.startswith(f"Usage: {name}")

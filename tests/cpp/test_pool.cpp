@@ -6,6 +6,7 @@
 #include <optional>
 #include <thread>
 
+#include "cuda.hpp"
 #include "expect.hpp"
 #include "neck/pool.hpp"
 #include "stand_in.hpp"
@@ -114,6 +115,23 @@ void test_refusals(const std::string& plan) {
     two = pool.acquire(1ms);  // into one that was moved from
 }
 
+/// What a lease bound goes with it: the next one's run does not write to memory that was freed meanwhile.
+void test_bound_memory_goes_back(const std::string& plan) {
+    neck::Pool pool(plan, options_of(1));
+    try {
+        const neck::DeviceMemory memory = neck::allocate(320, "test");
+        const neck::Pool::Lease lease = pool.acquire(1ms);
+        lease->bind_output("full", memory.get(), 320);
+        lease->copy_in(image_of(2, 5), lease.stream());
+        lease->enqueue(2, lease.stream());  // still running when the lease goes back
+        throw std::runtime_error("the caller's own");
+    } catch (const std::runtime_error&) {
+    }
+    const neck::Pool::Lease lease = pool.acquire(1ms);
+    expect(doubled(lease->infer(image_of(3, 6), lease.stream()), 3, 6),
+           "a context that was given back with memory bound");
+}
+
 void test_closed(const std::string& plan) {
     std::optional<neck::Pool::Lease> out;
     {
@@ -139,6 +157,7 @@ int main(int count, char** values) {
     const std::string plan = values[1];
     test_first_come_first_served(plan);
     test_refusals(plan);
+    test_bound_memory_goes_back(plan);
     test_closed(plan);
     test_many_threads(plan, std::atoi(values[2]), std::atoi(values[3]),
                       std::chrono::seconds(count > 4 ? std::atoi(values[4]) : 0));

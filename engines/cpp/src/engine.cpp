@@ -147,6 +147,7 @@ std::size_t Engine::context_bytes() const { return impl_->context_bytes(); }
 void Engine::bind_output(const std::string& name, void* memory, std::size_t bytes) {
     impl_->bind_output(name, memory, bytes);
 }
+void Engine::unbind_outputs() noexcept { impl_->unbind_outputs(); }
 dlpack::Managed* Engine::to_dlpack(const std::string& name) const { return impl_->to_dlpack(name); }
 Event Engine::finished() const { return impl_->finished(); }
 bool Engine::warm() const { return impl_->warm; }

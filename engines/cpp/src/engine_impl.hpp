@@ -46,6 +46,7 @@ public:
     std::vector<DeviceTensor> device_outputs() const;
     std::vector<Tensor> copy_out(cudaStream_t stream);
     void bind_output(const std::string& name, void* memory, std::size_t bytes);
+    void unbind_outputs() noexcept;
     dlpack::Managed* to_dlpack(const std::string& name) const;
     cudaEvent_t finished() const { return done_.get(); }
     std::size_t context_bytes() const { return context_bytes_; }

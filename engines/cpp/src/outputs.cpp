@@ -69,6 +69,18 @@ void Engine::Impl::bind_output(const std::string& name, void* memory, std::size_
     last_batch_ = 0;
 }
 
+void Engine::Impl::unbind_outputs() noexcept {
+    if (std::none_of(output_.begin(), output_.end(), [](const Output& output) { return output.bound != nullptr; })) {
+        return;
+    }
+    cudaEventSynchronize(done_.get());  // the last run may still be writing there
+    graphs_.clear();
+    for (Output& output : output_) {
+        output.bound = nullptr;
+    }
+    last_batch_ = 0;
+}
+
 dlpack::Managed* Engine::Impl::to_dlpack(const std::string& name) const {
     const std::size_t index = find_output(name);
     const DeviceTensor tensor = device_outputs()[index];

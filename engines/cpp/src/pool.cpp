@@ -144,6 +144,7 @@ Pool::Lease::~Lease() { give_back(); }
 
 void Pool::Lease::give_back() noexcept {
     if (state_) {
+        state_->engine(index_).unbind_outputs();
         state_->give_back(index_);
         state_.reset();
     }

@@ -103,6 +103,9 @@ public:
     /// \throws Error no such output, or memory that is elsewhere, not aligned or too little.
     void bind_output(const std::string& name, void* memory, std::size_t bytes);
 
+    /// Every output goes to the engine's own memory again, when its last run has ended.
+    void unbind_outputs() noexcept;
+
     /// What marks the end of the last run or copy: another stream waits for it by cudaStreamWaitEvent.
     Event finished() const;
 

@@ -21,7 +21,8 @@ class Pool {
     class State;
 
 public:
-    /// The right to use one context; it goes back when this ends, by whatever way.
+    /// The right to use one context; it goes back when this ends, by whatever way, and with it memory that was bound to
+    /// outputs: it waits for a run that writes there.
     class Lease {
     public:
         Lease(Lease&&) noexcept;
