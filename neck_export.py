@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
+from export.contract.interrupt import ignore_signals, take_over_signals
+
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "neck-export":  # not where a program imports it
+    take_over_signals()  # before the imports that take time
+
 import contextlib
 import json
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
 import typer
@@ -16,6 +21,7 @@ import typer
 if TYPE_CHECKING:
     from engines.plan import PlanResult
     from export.proof.fidelity import Verdict
+    from neck.pictures import PictureFolder, ValueRange
 
 app = typer.Typer(
     help="SAM 3's image encoder: checkpoint -> verified ONNX -> TensorRT engine -> service.",
@@ -34,6 +40,9 @@ Precision = Literal["fp32", "fp16", "bf16"]
 Attention = Literal["auto", "fp32acc", "scores32", "fused", "unfused"]
 Upsampling = Literal["auto", "deconv", "conv"]
 FlavorChoice = Literal["auto", "tensorrt", "rtx"]
+PictureRange = Annotated[
+    str | None, typer.Option(help="LOW:HIGH, black and white of pictures deeper than 8 bits [default: their high byte]")
+]
 
 
 @app.command()
@@ -41,12 +50,20 @@ def onnx(
     checkpoint: Annotated[
         str | None, typer.Option(help="sam3.pt, .safetensors, a folder of shards, or `random` [default: sam3.pt here]")
     ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A folder of PEFT: its LoRA is merged into the weights")] = None,
+    adapter_alpha: Annotated[
+        float | None, typer.Option(help="lora_alpha of an adapter inside the checkpoint, where nothing tells it")
+    ] = None,
+    state: Annotated[
+        str | None, typer.Option(help="Which state of a training file: ema [default: model's, or the only one]")
+    ] = None,
+    prefix: Annotated[str | None, typer.Option(help="Which encoder of a state that holds several: detector.")] = None,
     config: Annotated[Path | None, typer.Option(help="encoder.json, where the weights do not tell")] = None,
     image_size: Annotated[
         str | None, typer.Option(help="Pixels: 1008, or height x width: 1008x672 [default: the config's, 1008]")
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch size, or minimum:optimum:maximum")] = "1",
-    neck: Annotated[str, typer.Option(help="sam3, both, all, or names with commas")] = "sam3",
+    neck: Annotated[str, typer.Option(help="both, all, or names with commas; auto: sam3, or what is there")] = "auto",
     levels: Annotated[str, typer.Option(help="Levels with commas, 0 the finest")] = "all",
     positions: Annotated[
         Literal["graph", "file", "none"], typer.Option(help="Position encodings: outputs, a file beside it, or none")
@@ -67,6 +84,7 @@ def onnx(
     images: Annotated[
         Path | None, typer.Option(help="Folder of pictures to verify on: its first, as many as the batch takes")
     ] = None,
+    picture_range: PictureRange = None,
     tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights", min=0, max=2**31 - 1)] = 0,
     output: Annotated[Path, typer.Option(help="The file to write")] = DEFAULT_ONNX,
@@ -75,6 +93,7 @@ def onnx(
     with stage() as report:
         from export.contract.signature import BatchRange
         from export.graph.rewrite import Rewrites
+        from export.origin import state_line
         from export.pipeline import ExportOptions, export_onnx
         from neck.config import EncoderConfig
 
@@ -82,7 +101,11 @@ def onnx(
         options = ExportOptions(
             output=output,
             checkpoint=source,
+            state=state,
+            prefix=prefix,
             config=EncoderConfig.from_file(config) if config else None,
+            adapter=adapter,
+            adapter_alpha=adapter_alpha,
             seed=seed,
             image_size=parse_size(image_size) if image_size else None,
             batch=BatchRange.parse(batch),
@@ -98,10 +121,15 @@ def onnx(
             opset=parse_opset(opset),
             rewrites=Rewrites() if rewrite else Rewrites.none(),
             verify=verify,
-            images=images,
+            images=pictures(images, picture_range),
             tolerances=parse_tolerances(tolerance),
         )
         result = export_onnx(options, report)
+        chosen = state_line(result.manifest["weights"])
+    for note in result.manifest.get("notes", ()):
+        typer.echo(f"note: {note}")
+    if chosen:
+        typer.echo(chosen)
     if result.verdict:
         show_verdict(result.verdict)
     else:
@@ -133,6 +161,7 @@ def trt(
     tune: Annotated[bool, typer.Option(help="Build all forms, keep the fastest that passes (GPU)")] = False,
     verify: Annotated[bool, typer.Option(help="Compare with PyTorch before the plan gets its name")] = True,
     images: Annotated[Path | None, typer.Option(help="Folder of pictures to verify on")] = None,
+    picture_range: PictureRange = None,
     tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
     output: Annotated[Path | None, typer.Option(help="The plan [default: beside the ONNX file]")] = None,
 ) -> None:
@@ -141,8 +170,8 @@ def trt(
     if len(chosen) > 1:
         raise typer.BadParameter(f"--{' and --'.join(chosen)}: choose one")
     with stage() as report:
-        from engines.builder.build import BuildOptions
         from engines.builder.onnx_source import newest_onnx
+        from engines.builder.options import BuildOptions
         from engines.plan import PlanOptions, make_plan
         from export.contract.signature import BatchRange
 
@@ -165,7 +194,7 @@ def trt(
                 timing_cache=timing_cache,
             ),
             verify=verify,
-            images=images,
+            images=pictures(images, picture_range),
             tolerances=parse_tolerances(tolerance),
         )
         if tune:
@@ -199,6 +228,7 @@ def bisect(
     file: Annotated[Path, typer.Argument(help="An FP16 or BF16 ONNX file (made with --no-verify), or a plan (GPU)")],
     checkpoint: Annotated[Path | None, typer.Option(help="Its weights [default: where the manifest says]")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of pictures")] = None,
+    picture_range: PictureRange = None,
     tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
 ) -> None:
     """Finds the block that first leaves tolerance, and the smallest FP32 island that mends the file."""
@@ -206,7 +236,7 @@ def bisect(
         from engines.bisect import bisect as search
         from engines.bisect import finding_lines
 
-        finding = search(file, checkpoint, images, parse_tolerances(tolerance), report)
+        finding = search(file, checkpoint, pictures(images, picture_range), parse_tolerances(tolerance), report)
     typer.echo("\n".join(finding_lines(finding)))
 
 
@@ -214,7 +244,9 @@ def bisect(
 def verify(
     file: Annotated[Path, typer.Argument(help="An ONNX file or a plan (GPU) of neck-export")],
     checkpoint: Annotated[Path | None, typer.Option(help="Its weights [default: where the manifest says]")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="What was merged [default: where the manifest says]")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of pictures to verify on")] = None,
+    picture_range: PictureRange = None,
     tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
     save_reference: Annotated[
         Path | None, typer.Option(help="X.safetensors: the pictures and PyTorch's outputs, for `neck-engine --compare`")
@@ -222,15 +254,19 @@ def verify(
 ) -> None:
     """Compares a file with the plain PyTorch module and writes the verdict into its manifest."""
     with stage() as report:
-        tolerances = parse_tolerances(tolerance)
-        if file.suffix == ".plan":
+        from engines.builder.plan_kind import is_plan
+
+        tolerances, folder = parse_tolerances(tolerance), pictures(images, picture_range)
+        if is_plan(file):
             from engines.run.verify import verify_plan_file
 
-            verdict = verify_plan_file(file, checkpoint, images, tolerances, report, save=save_reference)
+            verdict = verify_plan_file(
+                file, checkpoint, folder, tolerances, report, adapter=adapter, save=save_reference
+            )
         else:
             from export.pipeline import verify_file
 
-            verdict = verify_file(file, checkpoint, images, tolerances, report, save=save_reference)
+            verdict = verify_file(file, checkpoint, folder, tolerances, report, adapter=adapter, save=save_reference)
     show_verdict(verdict)
     if save_reference:
         typer.echo(save_reference)
@@ -287,13 +323,18 @@ def bench(
     files: Annotated[list[Path] | None, typer.Argument(help="With --merge: the report.json files")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small size, few rounds, no sweeps: minutes")] = False,
     checkpoint: Annotated[str | None, typer.Option(help="As of `onnx` [default: sam3.pt here]")] = None,
+    state: Annotated[
+        str | None, typer.Option(help="Which state of a training file: ema [default: model's, or the only one]")
+    ] = None,
+    prefix: Annotated[str | None, typer.Option(help="Which encoder of a state that holds several: detector.")] = None,
     config: Annotated[Path | None, typer.Option(help="encoder.json, where the weights do not tell")] = None,
     image_size: Annotated[str | None, typer.Option(help="Pixels: 1008, or height x width: 1008x672")] = None,
     batch: Annotated[int, typer.Option(help="Pictures in a run", min=1)] = 1,
-    neck: Annotated[str, typer.Option(help="sam3, both, all, or names with commas")] = "sam3",
+    neck: Annotated[str, typer.Option(help="both, all, or names with commas; auto: sam3, or what is there")] = "auto",
     levels: Annotated[str, typer.Option(help="Levels with commas, 0 the finest")] = "all",
     positions: Annotated[Literal["graph", "none"], typer.Option(help="Position encodings: outputs or none")] = "graph",
     images: Annotated[Path | None, typer.Option(help="Folder of pictures to compare outputs on")] = None,
+    picture_range: PictureRange = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: the GPU where there is one")] = "auto",
     backend: Annotated[list[str] | None, typer.Option(help="Measure this one [default: all; see report.md]")] = None,
     rounds: Annotated[int | None, typer.Option(help="Times that every backend has its turn", min=1)] = None,
@@ -325,6 +366,8 @@ def bench(
                 output=output,
                 quick=quick,
                 checkpoint=choose_checkpoint(checkpoint),
+                state=state,
+                prefix=prefix,
                 config=EncoderConfig.from_file(config) if config else None,
                 image_size=parse_size(image_size) if image_size else None,
                 batch=batch,
@@ -332,6 +375,7 @@ def bench(
                 levels=levels,
                 positions=positions,
                 images=images,
+                picture_range=parse_range(images, picture_range),
                 device=device,
                 backends=tuple(backend or ()),
                 rounds=rounds,
@@ -356,10 +400,16 @@ def bench(
 def inspect(
     file: Annotated[Path, typer.Argument(help="An ONNX file or a plan")],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+    strip_header: Annotated[Path | None, typer.Option(help="Of Ultralytics' engine: write the bare plan here")] = None,
 ) -> None:
     """Shows a file's contract, graph or kernels, and what was verified."""
     with stage():
-        if file.suffix == ".plan":
+        from engines.builder import plan_kind
+
+        if strip_header:
+            found = plan_kind.strip_header(file, strip_header)
+            lines = [f"{name}: {value}" for name, value in found.items()] + [str(strip_header)]
+        elif plan_kind.is_plan(file):
             from engines.inspect import inspect_plan, plan_lines
 
             found = inspect_plan(file)
@@ -399,6 +449,8 @@ def show_plan(result: PlanResult) -> None:
         typer.echo(result.sheet.summary())
         if warning := result.sheet.warning():
             typer.echo(f"warning: {warning}", err=True)
+    elif reason := result.manifest.get("no_layers"):
+        typer.echo(f"no layer sheet: {reason}")
     typer.echo(f"{result.path}  {result.path.stat().st_size / 1e6:,.1f} MB")
 
 
@@ -428,6 +480,27 @@ def parse_size(size: str) -> int | tuple[int, int]:
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
+def pictures(images: Path | None, picture_range: str | None) -> Path | PictureFolder | None:
+    """The folder of --images, read as --picture-range says."""
+    ends = parse_range(images, picture_range)
+    if images is None or ends is None:
+        return images
+    from neck.pictures import PictureFolder
+
+    return PictureFolder(images, ends)
+
+
+def parse_range(images: Path | None, picture_range: str | None) -> ValueRange | None:
+    """Reads `LOW:HIGH`, which says nothing without --images."""
+    if picture_range is None:
+        return None
+    if images is None:
+        raise typer.BadParameter("is of the pictures of --images", param_hint="--picture-range")
+    from neck.pictures import ValueRange
+
+    return ValueRange.parse(picture_range)
+
+
 def parse_opset(opset: str) -> int | None:
     """Reads a number or `auto`."""
     if opset == "auto":
@@ -454,7 +527,6 @@ def parse_tolerances(given: list[str] | None) -> dict[str, float]:
 @contextlib.contextmanager
 def stage() -> Iterator[Callable[[str], None]]:
     """Runs a stage: shows its steps on a terminal, turns its errors into one or two lines and an exit code."""
-    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         with progress() as report:
             yield report
@@ -472,12 +544,6 @@ def stage() -> Iterator[Callable[[str], None]]:
         if type(error).__module__.split(".")[0] not in {"neck", "export", "engines", "benchmarks"}:
             raise  # a bug of ours: its traceback is wanted
         _fail(str(error))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
@@ -522,7 +588,11 @@ def show_verdict(verdict: Verdict, err: bool = False) -> None:
 
 def main() -> None:
     """Entry point of `neck-export`."""
-    app()
+    take_over_signals()
+    try:
+        app()
+    finally:
+        ignore_signals()  # while Python ends
 
 
 if __name__ == "__main__":

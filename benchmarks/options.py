@@ -9,6 +9,7 @@ from typing import Literal
 from benchmarks.errors import BenchError
 from export.contract.signature import Positions
 from neck.config import EncoderConfig
+from neck.pictures import ValueRange
 
 SIZES, BATCHES = (336, 672, 1008, 1344), (1, 2, 4, 8)
 """The sweeps."""
@@ -21,8 +22,10 @@ class BenchOptions:
     Attributes:
         output: the folder; what a rerun goes on from lies in OUTPUT/work.
         quick: few backends, no sweeps, on a CPU at 24 patches a side (336 px): the whole encoder in under 3 minutes.
-        checkpoint, config, seed, image_size, batch, necks, levels, positions: the encoder and its main point.
+        checkpoint, state, prefix, config, seed: the encoder.
+        image_size, batch, necks, levels, positions: its main point.
         images: a folder of pictures; without one the shipped picture.
+        picture_range: of pictures deeper than 8 bits.
         device: where; `auto` is the GPU where there is one.
         backends: ids of those to measure; all, where none is named. The reference is always there.
         rounds, runs, warm_up: how often; None is the device's default.
@@ -38,14 +41,17 @@ class BenchOptions:
     output: Path
     quick: bool = False
     checkpoint: Path | None = None
+    state: str | None = None
+    prefix: str | None = None
     config: EncoderConfig | None = None
     seed: int = 0
     image_size: int | tuple[int, int] | None = None
     batch: int = 1
-    necks: str = "sam3"
+    necks: str = "auto"
     levels: str = "all"
     positions: Positions = "graph"
     images: Path | None = None
+    picture_range: ValueRange | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backends: tuple[str, ...] = ()
     rounds: int | None = None

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
 
-from engines.builder.build import BuildOptions
 from engines.builder.onnx_source import plan_source
-from engines.plan import PlanOptions, make_plan
-from engines.run.session import open_plan
-from export.contract.manifest import check_files, data_path, manifest_path, read_manifest
+from engines.trials import TRIAL, Runner, run_on_gpu, run_simulated
+from export.contract.manifest import check_files, data_path, manifest_path, read_manifest, staging
 from export.contract.signature import NECK_MODULES, Signature
 from export.graph.cleanup import MODULE
 from export.graph.deployed_module import DeployEncoder
@@ -26,17 +24,12 @@ from export.inspect import read_graph
 from export.lowering.precision import lower
 from export.origin import manifest_encoder
 from export.proof.fidelity import Comparison, compare_output, tolerance_for
-from export.proof.rounding_simulation import is_low_precision, simulate
-from export.proof.verify import Report, reference_pixels, run_model
+from export.proof.verify import Report, reference_pixels
 from neck.necks import Sam3DualViTDetNeck
-from neck.pictures import normalise
+from neck.pictures import PictureFolder, normalise
 
 MOST_MODULES = 8
 """More FP32 modules than this are no island: BF16 is the answer then."""
-
-TRIAL = "trial.onnx"
-Runner = Callable[[ir.Model, Path, np.ndarray, Sequence[str]], list[np.ndarray]]
-"""Computes a typed model's outputs from the image; it lies in the folder as TRIAL, some of its modules in FP32."""
 
 
 class BisectError(RuntimeError):
@@ -63,7 +56,7 @@ class Finding:
 def bisect(
     path: Path,
     checkpoint: Path | None = None,
-    images: Path | None = None,
+    images: Path | PictureFolder | None = None,
     overrides: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     run: Runner | None = None,
@@ -87,33 +80,17 @@ def bisect(
     where = manifest_path(path)
     if path.suffix == ".plan":
         manifest = plan_source(where)
-        run = run or run_on_gpu
+        run = run or functools.partial(run_on_gpu, plan=read_manifest(where, "plan"))
     else:
         read_graph(path)
         manifest = read_manifest(where, "onnx")
         check_files(where, manifest)
     if manifest["precision"] == "fp32":
         raise BisectError(f"{path}: is FP32; only an fp16 or bf16 file has roundings to search")
-    with tempfile.TemporaryDirectory(prefix=".bisect.", dir=path.parent) as folder:
+    with staging(path.with_name(f"{path.name}.bisect")) as folder:
         encoder = manifest_encoder(where, manifest, checkpoint)
-        search = Search(manifest, encoder, images, overrides or {}, Path(folder), report, run or run_simulated)
+        search = Search(manifest, encoder, images, overrides or {}, folder, report, run or run_simulated)
         return search.find(path, checkpoint)
-
-
-def run_on_gpu(model: ir.Model, folder: Path, image: np.ndarray, keep_fp32: Sequence[str]) -> list[np.ndarray]:
-    """Builds a plan of the trial and runs it on the GPU."""
-    build = BuildOptions(keep_fp32=tuple(keep_fp32))
-    options = PlanOptions(folder / TRIAL, (folder / TRIAL).with_suffix(".plan"), build=build, verify=False)
-    with open_plan(make_plan(options).path) as session:
-        outputs = session.infer({"image": image})
-    return [outputs[str(value.name)] for value in model.graph.outputs]
-
-
-def run_simulated(model: ir.Model, folder: Path, image: np.ndarray, keep_fp32: Sequence[str]) -> list[np.ndarray]:
-    """Runs the model's rounding simulation in ONNX Runtime."""
-    if is_low_precision(model):
-        simulate(model)
-    return run_model(model, folder, image)
 
 
 class Search:
@@ -123,7 +100,7 @@ class Search:
         self,
         manifest: dict[str, Any],
         encoder: Sam3DualViTDetNeck,
-        images: Path | None,
+        images: Path | PictureFolder | None,
         overrides: Mapping[str, float],
         folder: Path,
         report: Report,
@@ -133,7 +110,7 @@ class Search:
         self.report, self.run = report, run
         signature = Signature.from_dict(manifest["signature"])
         count = signature.batch.minimum if signature.batch.dynamic else signature.batch.optimum
-        pixels = reference_pixels(signature, images, count)
+        pixels = reference_pixels(signature, images, count, report)
         self.image = pixels if signature.input == "uint8" else normalise(pixels).numpy()
         self.outputs = [spec.name for spec in signature.outputs if "_feat_" in spec.name]
         report("trace")
@@ -239,6 +216,9 @@ class Search:
             words += ["--checkpoint", "random", "--seed", str(weights["seed"])]
         else:
             words += ["--checkpoint", str(checkpoint or weights["path"])]
+            words += ["--adapter", weights["adapter"]["path"]] if "adapter" in weights else []
+            words += ["--adapter-alpha", str(weights["adapter_alpha"])] if "adapter_alpha" in weights else []
+            words += [word for key in ("state", "prefix") if weights.get(key) for word in (f"--{key}", weights[key])]
         words += [
             "--image-size",
             "x".join(str(side) for side in signature["image_size"]),

@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def examine() -> dict[str, Any]:
         "gpus": gpus,
         "packages": packages,
     }
-    found["can"] = abilities(packages, bool(gpus))
+    capabilities = [name.rpartition(" ")[2] for name in gpus]
+    found["can"] = abilities(packages, capabilities, rtx_targets() if packages["tensorrt-rtx-cu13"] else ())
     return found
 
 
@@ -81,24 +83,38 @@ def gpu_names() -> list[str]:
     return [f"{one.name}, compute capability {one.major}.{one.minor}" for one in properties]
 
 
-def abilities(packages: dict[str, str | None], gpu: bool) -> dict[str, str]:
-    """For each step `yes`, or what it lacks."""
+def rtx_targets() -> tuple[str, ...]:
+    """Compute capabilities that the installed TensorRT-RTX runs on; empty where it does not import."""
+    from engines.builder.flavor import find_targets
+
+    return find_targets("rtx")
+
+
+def abilities(
+    packages: Mapping[str, str | None], capabilities: Sequence[str], rtx_targets: Sequence[str]
+) -> dict[str, str]:
+    """For each step `yes`, or what it lacks.
+
+    Args:
+        packages: version of each of PACKAGES, None where it is missing.
+        capabilities: compute capability of every GPU; the first is the one that is used.
+        rtx_targets: compute capabilities that TensorRT-RTX runs on.
+    """
     runtime = packages["onnxruntime"] or packages["onnxruntime-gpu"]
-    builders = [name for name in ("tensorrt", "tensorrt-rtx-cu13") if packages[name]]
+    tensorrt, rtx = packages["tensorrt"], packages["tensorrt-rtx-cu13"]
     no_gpu = "no NVIDIA GPU that torch can use: look at the driver, or install torch's CUDA build"
+    building = f"no TensorRT: {PACKAGES['tensorrt']}, or {PACKAGES['tensorrt-rtx-cu13']} (builds without a GPU)"
+    running = "no TensorRT, see above"
+    if tensorrt or rtx:
+        building = "yes" if rtx or capabilities else no_gpu
+        running = "yes" if capabilities else no_gpu
+    if running == "yes" and not tensorrt and capabilities[0] not in rtx_targets:
+        running = f"TensorRT-RTX does not run on compute capability {capabilities[0]}: {PACKAGES['tensorrt']}"
     return {
         "export to ONNX": "yes",
         "verify ONNX": "yes" if runtime else f"onnxruntime is missing: {PACKAGES['onnxruntime']}",
-        "build engines": "yes"
-        if packages["tensorrt-rtx-cu13"] or (packages["tensorrt"] and gpu)
-        else no_gpu
-        if builders
-        else f"no TensorRT: {PACKAGES['tensorrt']}, or {PACKAGES['tensorrt-rtx-cu13']} (builds without a GPU)",
-        "run, verify and profile engines": "yes"
-        if builders and gpu
-        else no_gpu
-        if builders
-        else "no TensorRT, see above",
+        "build engines": building,
+        "run, verify and profile engines": running,
     }
 
 

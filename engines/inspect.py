@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from engines.builder.build import BuildError
+from engines.builder.onnx_graph import BuildError
 from engines.sheet.layer_sheet import read_sheet
 from export.contract.manifest import check_files, manifest_path, read_manifest
 
@@ -47,4 +47,9 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
         word = "verified" if graph["verified"] else "NOT verified"
         lines.append(f"  graph   {word}: {graph.get('method') or graph.get('reason')}")
     sheet = read_sheet(path)
-    return [*lines, "", sheet.table(kernels)] if sheet else [*lines, "  no layer sheet"]
+    return [*lines, "", sheet.table(kernels)] if sheet else [*lines, no_sheet_line(found)]
+
+
+def no_sheet_line(manifest: dict[str, Any]) -> str:
+    """What is said where a plan has no layer sheet: why, where its manifest tells."""
+    return f"  no layer sheet: {manifest.get('no_layers') or 'its build told none'}"

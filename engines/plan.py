@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from engines.builder.build import DEFAULT_BATCH, BuildOptions, BuildResult, Progress, build_plan
+from engines.builder.build import BuildResult, build_plan
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.onnx_graph import read_graph
 from engines.builder.onnx_source import lower_file, read_source, typed_as
+from engines.builder.options import DEFAULT_BATCH, BuildOptions
+from engines.builder.plan_stream import Progress
 from engines.run.verify import signature_of, verify_plan, why_not_run
 from engines.sheet.layer_sheet import LayerSheet, layers_path, read_sheet
 from export.contract.manifest import (
@@ -34,6 +36,7 @@ from export.origin import manifest_encoder, tool_version
 from export.pipeline import RejectedError
 from export.proof.fidelity import Verdict
 from export.proof.verify import Report, verify_onnx
+from neck.pictures import PictureFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,7 @@ class PlanOptions:
     keep_fp32: tuple[str, ...] = ()
     build: BuildOptions = dataclasses.field(default_factory=BuildOptions)
     verify: bool = True
-    images: Path | None = None
+    images: Path | PictureFolder | None = None
     tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -70,7 +73,7 @@ class PlanResult:
         path: the plan.
         manifest: its manifest.
         sheet: its layer sheet, None where the builder told none.
-        verdict: what was verified: the plan where a GPU is, else the typed ONNX graph, else None.
+        verdict: what was verified: the plan where it runs here, else the typed ONNX graph, else None.
         reused: whether the plan was there already.
         reason: why it was built, where another plan was there.
     """
@@ -178,7 +181,8 @@ def _batch(options: PlanOptions, source: dict[str, Any] | None) -> BatchRange | 
 
 
 def _kept(options: PlanOptions, source: dict[str, Any] | None) -> tuple[str, ...]:
-    return (*options.keep_fp32, *(source["keep_fp32"] if source else ()))
+    """Modules in FP32: what the caller asks for, of this lowering or of a file that is lowered, and the file's own."""
+    return (*options.build.keep_fp32, *options.keep_fp32, *(source["keep_fp32"] if source else ()))
 
 
 def _manifest(
@@ -199,6 +203,7 @@ def _manifest(
         "outputs": [dataclasses.asdict(spec) for spec in result.outputs],
         "build_seconds": round(result.seconds, 2),
         "layers": result.sheet.summary() if result.sheet else None,
+        "no_layers": result.no_sheet,
         "onnx": key["onnx"][0],
         "signature": signature_of(source, precision).to_dict() if source else None,
         "onnx_manifest": source,
@@ -215,13 +220,13 @@ def _verify(
     about: dict[str, Any],
     report: Report,
 ) -> tuple[Verdict | None, dict[str, Any]]:
-    """The verdict on the plan where a GPU is, else on its ONNX graph, and what the manifest says of it."""
+    """The verdict on the plan where it runs here, else on its ONNX graph, and what the manifest says of it."""
     if not options.verify:
         return None, {"verified": False, "reason": "not verified: --no-verify"}
     if source is None:
         unknown = f"not verified: {options.onnx.name} has no manifest, so the weights to compare with are unknown"
         return None, {"verified": False, "reason": unknown}
-    reason = why_not_run(flavor)
+    reason = why_not_run(staged, about, flavor)
     if reason is None:
         report("verify: the plan against PyTorch")
         # a session loads no plan without its manifest; written here alone, since its SHA-256 reads the whole plan
@@ -231,7 +236,7 @@ def _verify(
     before = source["verification"]
     if typed == options.onnx and before["verified"] and not options.images and not options.tolerances:
         return None, {"verified": False, "reason": reason, "onnx": before}
-    report("verify: the ONNX graph against PyTorch, for want of a GPU")
+    report("verify: the ONNX graph against PyTorch, as the plan does not run here")
     encoder = manifest_encoder(manifest_path(options.onnx), source)
     signature = signature_of(source, precision)
     verdict = verify_onnx(

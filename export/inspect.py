@@ -135,6 +135,8 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
         return [*lines, f"  not verified: {found['manifest_problem']}"]
     weights_from = manifest["weights"]
     origin = f"random, seed {weights_from['seed']}" if weights_from["random"] else weights_from["path"]
+    origin += f", adapter {weights_from['adapter']['path']}" if "adapter" in weights_from else ""
+    origin += f", state {weights_from['state']}" if weights_from.get("state") else ""
     verification = manifest["verification"]
     verdict = "verified" if verification["verified"] else "NOT VERIFIED"
     return [

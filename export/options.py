@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from export.contract.signature import BatchRange, InputKind, Positions, Signature, encoder_signature
+from export.contract.signature import BatchRange, InputKind, Positions, Signature, choose_necks, encoder_signature
 from export.graph.rewrite import Rewrites
 from export.graph.trace import ExportError
 from export.lowering.attention import AttentionForm
@@ -18,7 +18,8 @@ from export.proof.verify import require_runtime
 from neck.checkpoint import load_encoder, random_encoder
 from neck.config import EncoderConfig, check_image_size
 from neck.necks import Sam3DualViTDetNeck
-from neck.pictures import find_pictures
+from neck.pictures import PictureFolder, find_pictures
+from neck.weights.adapters import adapter_files
 
 NUMPY_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -29,18 +30,26 @@ class ExportOptions:
 
     Attributes:
         checkpoint: a checkpoint, or None for seeded random weights.
+        state, prefix: which state of the checkpoint, and which encoder of the state, where it holds several.
         config: the architecture where the checkpoint does not tell it.
+        adapter: a folder of PEFT whose LoRA is merged into the checkpoint's weights.
+        adapter_alpha: lora_alpha of an adapter that the checkpoint itself holds.
+        necks: `auto` is sam3, or what is there where sam3 is not.
         image_size: (height, width) in pixels, or None for the config's.
         verify: whether to compare the file with PyTorch before it gets its name.
     """
 
     output: Path
     checkpoint: Path | None = None
+    state: str | None = None
+    prefix: str | None = None
     config: EncoderConfig | None = None
+    adapter: Path | None = None
+    adapter_alpha: float | None = None
     seed: int = 0
     image_size: int | tuple[int, int] | None = None
     batch: BatchRange = dataclasses.field(default_factory=BatchRange)
-    necks: str = "sam3"
+    necks: str = "auto"
     levels: str = "all"
     positions: Positions = "graph"
     input_kind: InputKind = "float"
@@ -52,7 +61,7 @@ class ExportOptions:
     opset: int | None = None
     rewrites: Rewrites = dataclasses.field(default_factory=Rewrites)
     verify: bool = True
-    images: Path | None = None
+    images: Path | PictureFolder | None = None
     tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -67,16 +76,30 @@ def check_options(options: ExportOptions) -> None:
         check_image_size(options.image_size, config.patch_size)
     if options.opset is not None and options.opset not in OPSETS:
         raise ExportError(f"opset {options.opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
+    if options.checkpoint is None and (options.state is not None or options.prefix is not None):
+        raise ExportError("random weights have no --state or --prefix; leave them out, or name a --checkpoint")
     with disk_errors(options.output):
         check_targets(options.output, [options.checkpoint] if options.checkpoint else [])
+    if options.adapter is not None:
+        if options.checkpoint is None:
+            raise ExportError(f"{options.adapter}: random weights take no adapter; give its base by --checkpoint")
+        adapter_files(options.adapter)
     if options.verify:
         require_runtime()
         if options.images is not None:
-            find_pictures(options.images)
+            find_pictures(PictureFolder.of(options.images).path)
 
 
-def load(options: ExportOptions) -> Sam3DualViTDetNeck:
-    """The plain encoder of an export, set to its image size."""
+def load(options: ExportOptions, notes: list[str] | None = None) -> Sam3DualViTDetNeck:
+    """The plain encoder of an export with the necks that it asks for, set to its image size.
+
+    Args:
+        options: the export.
+        notes: as in load_encoder.
+
+    Raises:
+        CheckpointError, SignatureError, ExportError: the weights, a neck or the size cannot be had.
+    """
     config = options.config or EncoderConfig()
     if options.checkpoint is None:
         named = [name for name in ("sam2", "interactive", "propagation") if name in options.necks]
@@ -87,7 +110,16 @@ def load(options: ExportOptions) -> Sam3DualViTDetNeck:
         except NotImplementedError as error:
             raise ExportError(f"random weights: {error}") from None
     else:
-        encoder = load_encoder(options.checkpoint, options.config)
+        encoder = load_encoder(
+            options.checkpoint,
+            options.config,
+            lambda there: choose_necks(options.necks, there),
+            state=options.state,
+            prefix=options.prefix,
+            adapter=options.adapter,
+            adapter_alpha=options.adapter_alpha,
+            notes=notes,
+        )
     if options.image_size is not None:
         encoder.set_imgsz(options.image_size)
     return encoder

@@ -18,19 +18,51 @@ from neck.checkpoint import load_encoder, random_encoder
 from neck.config import ConfigError, EncoderConfig
 from neck.necks import Sam3DualViTDetNeck
 from neck.trunk import ViTDetTrunk
-from neck.weightfile import find_file
+from neck.weightfile import find_file, name_state
+from neck.weights.adapters import adapter_files
 
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
 """Distributions whose versions the manifest keeps, those that are installed."""
 
 
-def weights_origin(checkpoint: Path | None, seed: int) -> dict[str, Any]:
-    """Where weights came from: a seed, or a file with its SHA-256 and, for an index, those of its shards."""
+def weights_origin(
+    checkpoint: Path | None,
+    seed: int,
+    state: str | None = None,
+    prefix: str | None = None,
+    adapter: Path | None = None,
+    adapter_alpha: float | None = None,
+) -> dict[str, Any]:
+    """Where weights came from: a seed, or a file with its SHA-256 and, for an index, those of its shards.
+
+    Args:
+        state, prefix: what was asked for, as load_encoder takes them; the state that was read is told, and the others.
+        adapter, adapter_alpha: what was merged into them: a folder, or an adapter inside the checkpoint.
+    """
     if checkpoint is None:
         return {"random": True, "seed": seed}
     path = find_file(checkpoint)
     shards = [file_entry(path.with_name(name)) for name in shard_names(path)]
-    return {"random": False, "path": str(path.resolve()), **file_entry(path), **({"shards": shards} if shards else {})}
+    name, others = name_state(path, state)
+    told: dict[str, Any] = {"shards": shards, "state": name, "other_states": list(others), "prefix": prefix}
+    told["adapter_alpha"] = adapter_alpha
+    if adapter is not None:
+        told["adapter"] = {"path": str(adapter.resolve()), "files": list(map(file_entry, adapter_files(adapter)))}
+    return {
+        "random": False,
+        "path": str(path.resolve()),
+        **file_entry(path),
+        **{key: value for key, value in told.items() if value},
+    }
+
+
+def state_line(weights: Mapping[str, Any]) -> str | None:
+    """Which state of a file was read and which others it has; None where there was nothing to choose."""
+    others = weights.get("other_states")
+    if not others and not weights.get("state"):
+        return None
+    there = f"; other states with an encoder there: {', '.join(others)} (--state)" if others else ""
+    return f"weights: state {weights.get('state') or '(the file itself)'} of {weights['name']}{there}"
 
 
 def shard_names(path: Path) -> list[str]:
@@ -48,6 +80,30 @@ def is_origin(weights: Mapping[str, Any], checkpoint: Path) -> bool:
         return False
     files = [(path.with_name(entry["name"]), entry["sha256"]) for entry in shards]
     return all(file.is_file() and sha256(file) == digest for file, digest in files)
+
+
+def merged_adapter(where: Path, weights: Mapping[str, Any], adapter: Path | None = None) -> Path | None:
+    """The folder of the adapter that was merged into the exported weights; None where there was none.
+
+    Args:
+        where: the manifest.
+        weights: what it says of the weights.
+        adapter: the folder, where it is no longer where the manifest says.
+
+    Raises:
+        CheckpointError, ExportError: it is not there, or is another one.
+    """
+    if "adapter" not in weights:
+        if adapter is not None:
+            raise ExportError(f"{adapter}: {where.name} names no adapter that was merged; leave --adapter out")
+        return None
+    folder = adapter or Path(weights["adapter"]["path"])
+    if not folder.is_dir():
+        raise ExportError(f"{folder}: the adapter that {where.name} names is not there; say where by --adapter")
+    known = {entry["name"]: entry["sha256"] for entry in weights["adapter"]["files"]}
+    if {file.name: sha256(file) for file in adapter_files(folder)} != known:
+        raise ExportError(f"{folder}: is not the adapter that was merged ({where.name} has its SHA-256)")
+    return folder
 
 
 def package_versions() -> dict[str, str]:
@@ -99,8 +155,23 @@ def manifest_precision(where: Path, manifest: Mapping[str, Any]) -> Precision:
     return precision
 
 
-def manifest_encoder(where: Path, manifest: Mapping[str, Any], checkpoint: Path | None = None) -> Sam3DualViTDetNeck:
-    """The plain encoder that a file was exported from, set to its image size.
+def _chosen(where: Path, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The state and prefix that were exported, as load_encoder takes them."""
+    chosen = {key: weights[key] for key in ("state", "prefix") if weights.get(key) is not None}
+    if not all(isinstance(value, str) for value in chosen.values()):
+        raise ManifestError(f"{where}: its weights' state or prefix is no text; write the file again")
+    return chosen
+
+
+def manifest_encoder(
+    where: Path, manifest: Mapping[str, Any], checkpoint: Path | None = None, adapter: Path | None = None
+) -> Sam3DualViTDetNeck:
+    """The plain encoder that a file was exported from, set to its image size, its adapter merged again.
+
+    Args:
+        where: the manifest.
+        manifest: its content.
+        checkpoint, adapter: the weights and the adapter, where they are no longer where the manifest says.
 
     Raises:
         ManifestError: the manifest does not say it.
@@ -113,10 +184,9 @@ def manifest_encoder(where: Path, manifest: Mapping[str, Any], checkpoint: Path 
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise ManifestError(f"{where}: does not say what was exported ({error!r}); write the file again") from None
     if random:
-        if checkpoint is not None:
-            raise ExportError(
-                f"{checkpoint}: {where.name} says that random weights were exported; leave --checkpoint out"
-            )
+        for option, given in (("--checkpoint", checkpoint), ("--adapter", adapter)):
+            if given is not None:
+                raise ExportError(f"{given}: {where.name} says that random weights were exported; leave {option} out")
         return random_encoder(config, weights["seed"])
     source = checkpoint or source
     assert source is not None
@@ -124,6 +194,13 @@ def manifest_encoder(where: Path, manifest: Mapping[str, Any], checkpoint: Path 
         raise ExportError(f"{source}: the weights that {where.name} names are not there; say where by --checkpoint")
     if not is_origin(weights, source):
         raise ExportError(f"{source}: is not the checkpoint that was exported ({where.name} has its SHA-256)")
-    encoder = load_encoder(source, config, necks=config.necks)
+    encoder = load_encoder(
+        source,
+        config,
+        config.necks,
+        adapter=merged_adapter(where, weights, adapter),
+        adapter_alpha=weights.get("adapter_alpha"),
+        **_chosen(where, weights),
+    )
     encoder.set_imgsz(config.image_size)
     return encoder

@@ -44,6 +44,7 @@ from export.proof.fidelity import Verdict, check_overrides
 from export.proof.reference import check_reference
 from export.proof.verify import Report, check_memory, positions_path, require_runtime, verify_onnx
 from neck.necks import Sam3DualViTDetNeck
+from neck.pictures import PictureFolder
 
 __all__ = [
     "NUMPY_NAMES",
@@ -93,14 +94,16 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
     """
     check_options(options)
     report("weights: " + (str(options.checkpoint) if options.checkpoint else f"random, seed {options.seed}"))
-    encoder = load(options)
+    notes: list[str] = []
+    encoder = load(options, notes)
     signature = sign(options, encoder)
     check_overrides(options.tolerances, [spec.name for spec in signature.outputs])
     if options.verify:
         check_memory(signature, encoder)
     with disk_errors(options.output), ThreadPoolExecutor(1) as background, staging(options.output) as folder:
         check_room(options.output, encoder, signature, options.precision)
-        origin = background.submit(weights_origin, options.checkpoint, options.seed)
+        asked = (options.checkpoint, options.seed, options.state, options.prefix)
+        origin = background.submit(weights_origin, *asked, options.adapter, options.adapter_alpha)
         staged = folder / options.output.name
         model = write_onnx(
             encoder,
@@ -129,31 +132,31 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
             if not verdict.passed:
                 raise RejectedError(options.output, verdict)
         report("hashes and manifest")
-        values = _manifest(options, encoder, signature, model, verdict) | {"weights": origin.result()}
+        values = _manifest(options, encoder, signature, model, verdict) | {"weights": origin.result(), "notes": notes}
         manifest = write_manifest(manifest_path(staged), "onnx", values, sorted(folder.iterdir()))
         kept = {file.name for file in folder.iterdir()}
         with locked(options.output.parent):
-            publish(folder, options.output)
-            for file in target_files(options.output):
-                if file.name not in kept:
-                    file.unlink(missing_ok=True)  # of an export with other --positions
+            # what is not kept: of an export with other --positions
+            publish(folder, options.output, [file for file in target_files(options.output) if file.name not in kept])
     return ExportResult(options.output, manifest, verdict)
 
 
 def verify_file(
     path: Path,
     checkpoint: Path | None = None,
-    images: Path | None = None,
+    images: Path | PictureFolder | None = None,
     tolerances: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     *,
+    adapter: Path | None = None,
     save: Path | None = None,
 ) -> Verdict:
     """Verifies a file that was exported before, and writes the verdict into its manifest.
 
     Args:
         path: the ONNX file.
-        checkpoint: its weights, where they are no longer where the manifest says.
+        checkpoint, adapter: its weights and the adapter that was merged, where they are no longer where the manifest
+            says.
         images, tolerances, report, save: as in verify_onnx.
 
     Raises:
@@ -173,7 +176,7 @@ def verify_file(
     report("hashes")
     check_files(where, manifest)
     report("weights")
-    encoder = manifest_encoder(where, manifest, checkpoint)
+    encoder = manifest_encoder(where, manifest, checkpoint, adapter)
     precision = manifest_precision(where, manifest)
     verdict = verify_onnx(
         path, signature, encoder, precision, images=images, overrides=tolerances, save=save, report=report

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from neck.config import ConfigError, EncoderConfig
-    from neck.necks import Sam3DualViTDetNeck, Sam3TriViTDetNeck
+    from neck.necks import Sam3AnyViTDetNeck, Sam3DualViTDetNeck, Sam3TriViTDetNeck
     from neck.position import PositionEmbeddingSine
     from neck.trunk import ViTDetTrunk
 
@@ -18,6 +18,7 @@ _HOMES = {
     "ConfigError": "neck.config",
     "EncoderConfig": "neck.config",
     "PositionEmbeddingSine": "neck.position",
+    "Sam3AnyViTDetNeck": "neck.necks",
     "Sam3DualViTDetNeck": "neck.necks",
     "Sam3TriViTDetNeck": "neck.necks",
     "ViTDetTrunk": "neck.trunk",
@@ -27,6 +28,7 @@ __all__ = [
     "ConfigError",
     "EncoderConfig",
     "PositionEmbeddingSine",
+    "Sam3AnyViTDetNeck",
     "Sam3DualViTDetNeck",
     "Sam3TriViTDetNeck",
     "ViTDetTrunk",

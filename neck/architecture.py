@@ -1,21 +1,22 @@
-"""The architecture of a checkpoint: from its tensors' shapes, Hugging Face's config.json, or the published values."""
+"""The architecture of a checkpoint as its tensors' shapes tell it, what contradicts them, and the published values."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from neck.config import LEVEL_SCALES, ConfigError, EncoderConfig
+from neck.config import LEVEL_SCALES, EncoderConfig, exact_ratio
 from neck.keys import NECK_MODULES, Layout, count_indices
 from neck.weightfile import CheckpointError
+from neck.weights.hf_config import LAYER_NORM_EPS
 
-DEFAULT_EPS = {"meta": 1e-5, "hf": 1e-6}
+DEFAULT_EPS = {"meta": 1e-5, "hf": LAYER_NORM_EPS}
 
 UNTOLD = ("num_heads", "window_size", "global_blocks", "image_size")
 """Fields that no tensor's shape tells."""
@@ -25,33 +26,28 @@ PUBLISHED = ("embed_dim", "depth", "patch_size", "pretrain_image_size")
 
 TELLTALES = {
     "embed_dim": "trunk.ln_pre.weight",
-    "d_model": "convs.0.conv_1x1.bias",
     "patch_size": "trunk.patch_embed.proj.weight",
     "pretrain_image_size": "trunk.pos_embed",
     "mlp_ratio": "trunk.blocks.0.mlp.fc1.bias",
 }
-"""A tensor whose shape tells the field."""
+"""A tensor whose shape tells the field; d_model is told by any neck."""
 
-HF_FIELDS = {
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "hidden_size": "embed_dim",
-    "num_hidden_layers": "depth",
-    "num_attention_heads": "num_heads",
-    "window_size": "window_size",
-    "global_attn_indexes": "global_blocks",
-    "pretrain_image_size": "pretrain_image_size",
-    "layer_norm_eps": "layer_norm_eps",
-}
-"""Entry of the vision backbone in Hugging Face's config.json -> our field."""
 
-HF_FIXED = {"hidden_act": "gelu", "rope_theta": 10000.0}
-"""Entries of the same that our trunk knows with one value only."""
+def with_class_row(layout: Layout, tensors: Mapping[str, Tensor]) -> Layout:
+    """The layout with what its position embedding's length tells: n * n rows, or one more for the class token.
+
+    Meta keeps that row and Hugging Face drops it, but either file may have been saved by the other's rule.
+    """
+    position = tensors.get(layout.keys("trunk.pos_embed")[0])
+    rows = position.shape[1] if position is not None and position.dim() > 1 else 0
+    squares = {offset: rows - offset > 0 and math.isqrt(rows - offset) ** 2 == rows - offset for offset in (0, 1)}
+    class_row = squares[1] if squares[0] != squares[1] else layout.source == "meta"
+    return dataclasses.replace(layout, class_row=class_row)
 
 
 def infer_fields(layout: Layout, arrangement: Sequence[str], tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The config's fields that the shapes tell; by majority, so that one bad tensor is found and not believed."""
-    depth = count_indices(tensors, layout.blocks)
+    depth = len(layout.indices)
     convs = [NECK_MODULES[neck] for neck in arrangement]
 
     def side(names: Iterable[str], dim: int) -> int | None:
@@ -67,46 +63,14 @@ def infer_fields(layout: Layout, arrangement: Sequence[str], tensors: dict[str, 
         "d_model": side([f"{neck}.{level}.conv_1x1.bias" for neck in convs for level in range(len(LEVEL_SCALES))], 0),
         "patch_size": patch_size,
     }
-    tokens = (side(["trunk.pos_embed"], 1) or 0) - (layout.source == "meta")  # Meta keeps the class-token row
+    tokens = (side(["trunk.pos_embed"], 1) or 0) - layout.class_row
     if patch_size and tokens > 0 and math.isqrt(tokens) ** 2 == tokens:
         facts["pretrain_image_size"] = math.isqrt(tokens) * patch_size
     told: dict[str, Any] = {field: value for field, value in facts.items() if value is not None}
     hidden = side([f"trunk.blocks.{block}.mlp.fc1.bias" for block in range(depth)], 0)
     if hidden and told.get("embed_dim"):
-        ratio = hidden / told["embed_dim"]
-        told["mlp_ratio"] = ratio if int(told["embed_dim"] * ratio) == hidden else (hidden + 0.5) / told["embed_dim"]
+        told["mlp_ratio"] = exact_ratio(hidden, told["embed_dim"])
     return told
-
-
-def hf_config_file(path: Path) -> Path:
-    """Where Hugging Face puts the config.json of a checkpoint (a file or a folder)."""
-    return (path if path.is_dir() else path.parent) / "config.json"
-
-
-def read_hf_config(file: Path, facts: dict[str, Any]) -> EncoderConfig:
-    """The architecture that Hugging Face's config.json gives; what it leaves out has their default, SAM 3's value."""
-    try:
-        section = _find_backbone(json.loads(file.read_text(encoding="utf-8")))
-        if section is None:
-            raise CheckpointError(f"{file}: describes no SAM 3 vision backbone; pass --config, or correct the file")
-        other = [f"{key} {section[key]!r}" for key, value in HF_FIXED.items() if section.get(key, value) != value]
-        if other:
-            raise CheckpointError(f"{file}: {', '.join(other)} is not supported; the encoder has {HF_FIXED}")
-        values = {ours: section[theirs] for theirs, ours in HF_FIELDS.items() if theirs in section}
-        return EncoderConfig.from_dict({"layer_norm_eps": DEFAULT_EPS["hf"], **facts, **values})
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: not a readable JSON file ({error}); pass --config, or correct it") from None
-    except ConfigError as error:
-        raise CheckpointError(f"{file}: {error}; pass --config, or correct it") from None
-
-
-def _find_backbone(node: object) -> dict[str, Any] | None:
-    """The first object, at any depth, that describes SAM 3's vision backbone."""
-    if not isinstance(node, dict):
-        return None
-    if node.get("model_type") == "sam3_vit_model" or {"global_attn_indexes", "num_attention_heads"} <= set(node):
-        return node
-    return next((found for value in node.values() if (found := _find_backbone(value)) is not None), None)
 
 
 def check_config(path: Path, layout: Layout, config: EncoderConfig, said_by: str, facts: dict[str, Any]) -> None:
@@ -115,6 +79,7 @@ def check_config(path: Path, layout: Layout, config: EncoderConfig, said_by: str
     has = dict(facts)
     if "mlp_ratio" in facts:  # a ratio is only as exact as the channels that it gives
         said["mlp_ratio"], has["mlp_ratio"] = config.mlp_hidden, int(facts.get("embed_dim", 0) * facts["mlp_ratio"])
+    tells = {**TELLTALES, "d_model": f"{NECK_MODULES[next(iter(layout.necks))]}.0.conv_1x1.bias"}
     wrong = []
     for field in facts:
         # these two are products: where the factor is wrong, so are they
@@ -122,7 +87,9 @@ def check_config(path: Path, layout: Layout, config: EncoderConfig, said_by: str
         if said[field] == has[field] or (blamed and said.get(blamed) != has.get(blamed)):
             continue
         what = "hidden channels (embed_dim * mlp_ratio)" if field == "mlp_ratio" else field
-        where = f" ({layout.keys(TELLTALES[field])[0]})" if field in TELLTALES else ""
+        where = f" ({layout.keys(tells[field])[0]})" if field in tells else ""
+        if field == "depth" and layout.gaps:
+            where = f" (blocks {', '.join(map(str, layout.gaps))} are absent)"
         wrong.append(f"{what} {said[field]}, checkpoint has {has[field]}{where}")
     if wrong:
         raise CheckpointError(f"{path}: {said_by} contradicts the tensors: it says {'; it says '.join(wrong)}")
@@ -139,3 +106,38 @@ def published_config(path: Path, layout: Layout, facts: dict[str, Any]) -> Encod
         f"{path}: not the published architecture, and its tensors do not tell {', '.join(UNTOLD)};\n"
         f"pass --config with a JSON file, filling in: {{{template}}}"
     )
+
+
+def level_scales(
+    path: Path, layout: Layout, necks: Sequence[str], tensors: dict[str, Tensor], config: EncoderConfig | None
+) -> tuple[float, ...]:
+    """The scale of each level that the necks have."""
+    levels = max(count_indices(tensors, layout.necks[neck]) for neck in necks)
+    if config is None or config.scale_factors == LEVEL_SCALES:
+        return LEVEL_SCALES[:levels]  # a file of SAM 3.1 has three
+    if len(config.scale_factors) != levels:
+        given = ", ".join(f"{scale:g}" for scale in config.scale_factors)
+        raise CheckpointError(f"{path}: the config gives scale_factors {given}, the checkpoint has {levels} levels")
+    return config.scale_factors
+
+
+def with_trained_size(
+    path: Path, config: EncoderConfig, trained: int | None, given: bool, notes: list[str]
+) -> EncoderConfig:
+    """The config at the size that the rotary tables were made for, where no config was given; else that size is said.
+
+    Args:
+        path: the checkpoint.
+        config: the architecture.
+        trained: the side in pixels that the tables of the global blocks tell, if there are any.
+        given: whether a file says the config's image size.
+        notes: takes the line for the user.
+    """
+    if not trained or config.image_size == (trained, trained):
+        return config
+    tables = f"{path}: its rotary tables are for {trained}x{trained} pixels"
+    if given:
+        notes.append(f"{tables}, the config says {config.image_size[0]}x{config.image_size[1]}")
+        return config
+    notes.append(f"{tables}, its default size")
+    return dataclasses.replace(config, image_size=(trained, trained))

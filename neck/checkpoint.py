@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neck.architecture import check_config, hf_config_file, infer_fields, published_config, read_hf_config
-from neck.config import LEVEL_SCALES, ConfigError, EncoderConfig
-from neck.keys import BUFFERS, Layout, count_indices, find_layouts
+from neck.architecture import (
+    check_config,
+    infer_fields,
+    level_scales,
+    published_config,
+    with_class_row,
+    with_trained_size,
+)
+from neck.config import ConfigError, EncoderConfig
+from neck.keys import NECK_MODULES, Layout, find_layouts, listing
 from neck.necks import Sam3DualViTDetNeck, new_encoder
 from neck.weightfile import CheckpointError, read_tensors
+from neck.weights.adapters import check_base, find_adapter
+from neck.weights.copies import chosen_by_prefix, without_copies
+from neck.weights.foreign import channels_last, quantised
+from neck.weights.hf_config import hf_config_file, picture_notes, read_hf_config
+from neck.weights.merging import Changes, merge, merge_notes, plan_changes
+from neck.weights.tables import check_tables, is_table
 
 __all__ = ["CheckpointError", "load_encoder", "random_encoder", "save_meta_checkpoint"]
 
-ARRANGEMENTS = (("sam3",), ("sam3", "sam2"), ("sam3", "interactive", "propagation"))
-"""Sets of necks that new_encoder builds, smallest first."""
+Choose = Callable[[Sequence[str]], Sequence[str]]
+"""Chooses the necks to load from those that a checkpoint has."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def load_encoder(
-    path: Path, config: EncoderConfig | None = None, necks: Sequence[str] | None = None
+    path: Path,
+    config: EncoderConfig | None = None,
+    necks: Sequence[str] | Choose | None = None,
+    *,
+    state: str | None = None,
+    prefix: str | None = None,
+    adapter: Path | None = None,
+    adapter_alpha: float | None = None,
+    notes: list[str] | None = None,
 ) -> Sam3DualViTDetNeck:
     """Loads the image encoder from a checkpoint of Meta, Ultralytics or Hugging Face.
 
@@ -37,74 +58,99 @@ def load_encoder(
     Args:
         path: .pt, .safetensors, a safetensors index, or the folder of one.
         config: the architecture; None infers it. Its necks are not used, its levels only where their number fits.
-        necks: names of the necks to load; None means all. The encoder is the smallest that has them, so it always
-            has `sam3`, and all three of SAM 3.1's where one of the others is named.
+        necks: names of the necks to load, or what chooses them from those that are there; None means all. The
+            others need not be whole. The class is Sam3DualViTDetNeck for sam3 and sam3 + sam2, else a subclass.
+        state: which state of a training file, as read_state takes it.
+        prefix: which encoder of a state that holds several: what stands before `trunk.` or `backbone.`.
+        adapter: a folder that PEFT saved, whose LoRA is merged into the weights.
+        adapter_alpha: lora_alpha of an adapter that the checkpoint itself holds, where nothing beside it tells.
+        notes: takes what the user should know: what was merged or ignored, and another size than was trained.
 
     Returns:
         The encoder in float32, in eval mode, without gradients.
 
     Raises:
-        CheckpointError: what is wrong with the file, the tensors or the config, and what to do.
+        CheckpointError: what is wrong with the file, the tensors, the config or the adapter, and what to do.
     """
-    path = Path(path)
-    tensors = read_tensors(path)
-    layout = _find_layout(path, tensors)
-    arrangement = _choose_necks(path, layout, necks)
-    facts = infer_fields(layout, arrangement, tensors)
+    path, notes = Path(path), [] if notes is None else notes
+    check_base(path)
+    tensors, lora = find_adapter(path, read_tensors(path, state), adapter, adapter_alpha)
+    layout = with_class_row(_find_layout(path, tensors, prefix), tensors)
+    for problem in (
+        quantised(tensors, (layout.trunk, *layout.necks.values())),
+        channels_last(tensors, layout.keys("trunk.patch_embed.proj.weight")),
+    ):
+        if problem:
+            raise CheckpointError(f"{path}: {problem}")
+    chosen = _choose_necks(path, layout, necks)
+    facts = infer_fields(layout, chosen, tensors)
     said_by = "--config"
-    if config is None and layout.source == "hf" and (file := hf_config_file(path)).is_file():
-        config, said_by = read_hf_config(file, facts), file.name
+    if layout.source == "hf":
+        file = hf_config_file(path)
+        if config is None and file.is_file():
+            config, said_by = read_hf_config(file, facts), file.name
+        elif config is None:
+            notes.append(f"{path}: no {file.name} beside it; heads, window, theta and eps are taken as SAM 3's")
+        notes += picture_notes(file.parent)
     if config is not None:
         check_config(path, layout, config, said_by, facts)
-
-    levels = max(count_indices(tensors, layout.necks[neck]) for neck in arrangement)
-    scales = config.scale_factors if config and len(config.scale_factors) == levels else LEVEL_SCALES[:levels]
+    if layout.gaps and config is None:
+        raise CheckpointError(
+            f"{path}: blocks {listing(map(str, layout.gaps))} are absent; where pruned, pass --config"
+        )
     try:
+        parts: dict[str, Any] = {"necks": chosen, "scale_factors": level_scales(path, layout, chosen, tensors, config)}
         # what the shapes do not tell changes no shape, so the file is judged before more is asked for
         outline = {"num_heads": 1, "window_size": 1, "global_blocks": (), "image_size": facts.get("patch_size", 14)}
-        parts: dict[str, Any] = {"necks": arrangement, "scale_factors": scales}
-        wanted = _skeleton(EncoderConfig(**{**facts, **outline, **parts})).state_dict()
-        _check_tensors(path, layout, arrangement, tensors, wanted)
+        drawn = config or EncoderConfig(**{**facts, **outline})
+        wanted = _skeleton(dataclasses.replace(drawn, **parts)).state_dict()
+        expected = _check_tensors(path, layout, chosen, tensors, wanted)
+        given = config is not None
         config = config or published_config(path, layout, facts)
+        config = with_trained_size(path, config, check_tables(path, layout, tensors, config), given, notes)
         encoder = _skeleton(dataclasses.replace(config, **parts))
     except (ConfigError, NotImplementedError) as error:
         raise CheckpointError(f"{path}: {error}") from None
-    encoder.load_state_dict(_convert(path, layout, tensors, list(wanted)), assign=True)
+    changes: Changes = {}
+    if lora is not None:
+        changes, ignored = plan_changes(path, lora, layout, chosen, expected)
+        notes += merge_notes(lora, changes, ignored)
+    if layout.gaps:
+        notes.append(f"{path}: blocks {', '.join(map(str, layout.indices))} are taken as 0 to {config.depth - 1}")
+    encoder.load_state_dict(_convert(path, layout, tensors, list(wanted), changes, notes), assign=True)
     return encoder.requires_grad_(False).eval()
 
 
-def _find_layout(path: Path, tensors: dict[str, Tensor]) -> Layout:
+def _find_layout(path: Path, tensors: dict[str, Tensor], prefix: str | None) -> Layout:
     layouts = find_layouts(tensors)
     complete = [layout for layout in layouts if layout.necks]
+    if prefix is not None:
+        complete = chosen_by_prefix(path, complete, prefix)
+    complete = without_copies(complete, tensors)
     if len(complete) == 1:
         return complete[0]
     if complete:
         found = " and ".join(f"{layout.trunk}* with {', '.join(layout.necks.values())}*" for layout in complete)
-        raise CheckpointError(f"{path}: holds more than one encoder ({found}); save the wanted one alone")
+        raise CheckpointError(f"{path}: holds more than one encoder ({found}); choose by --prefix")
     if layouts:
         what = f"a trunk ({layouts[0].trunk}*) but no SAM 3 neck beside it"
     else:
-        what = f"no SAM 3 image encoder among its {len(tensors)} tensors ({_listing(tensors, 3)})"
+        what = f"no SAM 3 image encoder among its {len(tensors)} tensors ({listing(tensors, 3)})"
     raise CheckpointError(
         f"{path}: {what}; a checkpoint of another model? Expected trunk.* and convs.* (Meta, Ultralytics) or "
         "backbone.* and neck.fpn_layers.* (Hugging Face), under any prefix"
     )
 
 
-def _choose_necks(path: Path, layout: Layout, necks: Sequence[str] | None) -> tuple[str, ...]:
-    has, asked = set(layout.necks), set(layout.necks if necks is None else necks)
-    if asked - has:
-        lacking = ", ".join(sorted(asked - has))
+def _choose_necks(path: Path, layout: Layout, necks: Sequence[str] | Choose | None) -> tuple[str, ...]:
+    """The necks to load, in the order of NECK_MODULES."""
+    asked = set(layout.necks if necks is None else necks(tuple(layout.necks)) if callable(necks) else necks)
+    if asked - set(layout.necks):
+        lacking = ", ".join(sorted(asked - set(layout.necks)))
         raise CheckpointError(
             f"{path}: asked for neck {lacking}, but the checkpoint has {', '.join(layout.necks)} only"
         )
-    for arrangement in ARRANGEMENTS:
-        if asked <= set(arrangement) <= has:
-            return arrangement
-    raise CheckpointError(
-        f"{path}: cannot load necks {', '.join(sorted(asked))} of a checkpoint that has {', '.join(layout.necks)}; "
-        f"known sets are {'; '.join(', '.join(arrangement) for arrangement in ARRANGEMENTS)}"
-    )
+    return tuple(neck for neck in NECK_MODULES if neck in asked)
 
 
 def _skeleton(config: EncoderConfig) -> Sam3DualViTDetNeck:
@@ -114,18 +160,19 @@ def _skeleton(config: EncoderConfig) -> Sam3DualViTDetNeck:
 
 
 def _check_tensors(
-    path: Path, layout: Layout, arrangement: Sequence[str], tensors: dict[str, Tensor], wanted: dict[str, Tensor]
-) -> None:
-    """Raises an error that lists what is missing, unknown, misshapen or not a plain float tensor."""
+    path: Path, layout: Layout, necks: Sequence[str], tensors: dict[str, Tensor], wanted: dict[str, Tensor]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each key; lists in an error what is missing, unknown, misshapen or not a plain float."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, ours in wanted.items():
         expected.update(layout.shapes(name, tuple(ours.shape)))
     there = {key: tensors[key] for key in expected if key in tensors}
-    inside = (layout.trunk, *(layout.necks[neck] for neck in arrangement))
     problems = {
         "missing": [key for key in expected if key not in tensors],
         "not known in a SAM 3 encoder (adapters must be merged first)": [
-            key for key in tensors if key.startswith(inside) and key not in expected and not BUFFERS.search(key)
+            key
+            for key in tensors
+            if layout.has_inside(key, necks) and key not in expected and not is_table(layout, key)
         ],
         "misshapen": [
             f"{key} is {tuple(tensor.shape)}, expected {expected[key]}"
@@ -140,34 +187,36 @@ def _check_tensors(
     }
     for problem, items in problems.items():
         if items:
-            raise CheckpointError(f"{path}: {len(items)} of the encoder's tensors {problem}: {_listing(items)}")
+            raise CheckpointError(f"{path}: {len(items)} of the encoder's tensors {problem}: {listing(items)}")
+    return expected
 
 
-def _convert(path: Path, layout: Layout, tensors: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+def _convert(
+    path: Path, layout: Layout, tensors: dict[str, Tensor], names: Sequence[str], changes: Changes, notes: list[str]
+) -> dict[str, Tensor]:
     """Our state dict out of the checkpoint's tensors, which are dropped as they are used."""
-    converted, bad = {}, []
+    converted, bad, constant = {}, [], []
     for name in names:
         keys = layout.keys(name)
         parts = [tensors.pop(key).to(torch.float32) for key in keys]
-        # min and max carry NaN and infinity, at the speed of memory; isfinite takes 28 times as long (torch 2.13)
-        bad += [key for key, part in zip(keys, parts, strict=True) if not _is_finite(part)]
-        if layout.source == "hf" and name == "trunk.pos_embed":
+        for key, part in zip(keys, parts, strict=True):
+            # min and max carry NaN and infinity, at the speed of memory; isfinite takes 28 times as long (torch 2.13)
+            low, high = (float(bound) for bound in torch.aminmax(part))
+            if not (math.isfinite(low) and math.isfinite(high)):
+                bad.append(key)
+            elif low == high and part.dim() > 1:
+                constant.append(key)
+        parts = [merge(part, changes[key]) if key in changes else part for key, part in zip(keys, parts, strict=True)]
+        if name == "trunk.pos_embed" and not layout.class_row:
             parts = [torch.cat((torch.zeros_like(parts[0][:, :1]), parts[0]), dim=1)]  # the class-token row
         converted[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
     if bad:
         raise CheckpointError(
-            f"{path}: NaN or infinity in {len(bad)} of the encoder's tensors: {_listing(bad)}; use a sound checkpoint"
+            f"{path}: NaN or infinity in {len(bad)} of the encoder's tensors: {listing(bad)}; use a sound checkpoint"
         )
+    if constant:
+        notes.append(f"{path}: {listing(constant)} hold one value only; a download that was cut, or never trained?")
     return converted
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return all(math.isfinite(bound) for bound in torch.aminmax(tensor))
-
-
-def _listing(items: Iterable[str], most: int = 8) -> str:
-    items = list(items)
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def random_encoder(config: EncoderConfig, seed: int = 0) -> Sam3DualViTDetNeck:

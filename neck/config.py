@@ -11,6 +11,9 @@ from typing import Any
 LEVEL_SCALES = (4.0, 2.0, 1.0, 0.5)
 """Scale of each level against the trunk's grid, finest first (SAM 3: four levels, SAM 3.1: the first three)."""
 
+ROPE_THETA = 10000.0
+"""Base of the rotary frequencies of the published model."""
+
 LARGEST_SIDE = 8 * 1008
 """Largest side in pixels; above it the finest feature map alone passes 5 GB and one head's scores 400 GB."""
 
@@ -34,9 +37,10 @@ class EncoderConfig:
         global_blocks: indices of the blocks that attend over the whole grid.
         pretrain_image_size: side in pixels of the pictures that the position embedding was trained on.
         layer_norm_eps: epsilon of every LayerNorm.
+        rope_theta: base of the rotary frequencies.
         d_model: channels of every feature map and position encoding.
         scale_factors: scale of each level against the grid, finest first.
-        necks: names of the necks, the first being `sam3`.
+        necks: names of the necks: `sam3`, `sam2`, or SAM 3.1's `interactive`, `propagation`.
 
     Raises:
         ConfigError: where a value cannot work, saying which and what would.
@@ -52,6 +56,7 @@ class EncoderConfig:
     global_blocks: tuple[int, ...] = (7, 15, 23, 31)
     pretrain_image_size: int = 336
     layer_norm_eps: float = 1e-5
+    rope_theta: float = ROPE_THETA
     d_model: int = 256
     scale_factors: tuple[float, ...] = LEVEL_SCALES
     necks: tuple[str, ...] = ("sam3",)
@@ -61,7 +66,7 @@ class EncoderConfig:
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{field} is {value!r}; it must be a whole number of at least 1")
-        for field in ("mlp_ratio", "layer_norm_eps"):
+        for field in ("mlp_ratio", "layer_norm_eps", "rope_theta"):
             value = getattr(self, field)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ConfigError(f"{field} is {value!r}; it must be a finite number above 0")
@@ -140,6 +145,12 @@ class EncoderConfig:
             return cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
+
+
+def exact_ratio(hidden: int, embed_dim: int) -> float:
+    """The mlp_ratio that gives exactly these hidden channels, whatever its rounding."""
+    ratio = hidden / embed_dim
+    return ratio if int(embed_dim * ratio) == hidden else (hidden + 0.5) / embed_dim
 
 
 def check_image_size(size: Any, patch_size: int) -> tuple[int, int]:  # noqa: ANN401 - the seed takes int, tuple or list

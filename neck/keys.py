@@ -41,10 +41,10 @@ TRUNK_KEYS = {
     "meta": re.compile(r"((?:.*\.)?)trunk\.(?:pos_embed$|patch_embed\.proj\.|ln_pre\.|blocks\.\d+\.)"),
     "hf": re.compile(r"((?:.*\.)?)backbone\.(?:embeddings\.\w+|layers\.\d+\.attention|layer_norm)\b"),
 }
-TRACKER_NECK_KEY = re.compile(r"((?:.*\.)?tracker_neck\.fpn_layers\.)\d+\.")
+TRACKER_NECK_KEY = re.compile(r"((?:.*\.)?(tracker_neck\.fpn_layers\.))\d+\.")
 
-BUFFERS = re.compile(r"freqs_cis|rotary_emb|rope_embeddings")
-"""Rotary tables that some files carry inside the trunk; ours are computed."""
+MOST_LAYOUTS = 16
+"""Trunks that are looked at; each costs a look at all keys, and a file may name thousands."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +55,15 @@ class Layout:
         source: `meta` (also Ultralytics) or `hf`.
         prefix: what stands before `trunk.` or `backbone.`.
         necks: the necks that the checkpoint has: name -> what stands before the level's index.
+        indices: the checkpoint's indices of our blocks, in order: a pruned file may have gaps.
+        class_row: whether the position embedding has the class-token row of pretraining.
     """
 
     source: str
     prefix: str
     necks: dict[str, str]
+    indices: tuple[int, ...] = ()
+    class_row: bool = True
 
     @property
     def trunk(self) -> str:
@@ -71,40 +75,55 @@ class Layout:
         """What stands before a block's index."""
         return self.trunk + ("blocks." if self.source == "meta" else "layers.")
 
+    @property
+    def gaps(self) -> list[int]:
+        """Indices below the last block's that the checkpoint lacks."""
+        return sorted(set(range(max(self.indices, default=0))) - set(self.indices))
+
     def keys(self, name: str) -> tuple[str, ...]:
         """The checkpoint's keys of our tensor `name`, such as `trunk.blocks.3.attn.qkv.weight`."""
-        if self.source == "meta":
-            return (self.prefix + name,)
         if name == "trunk.pos_embed":
-            return (self.trunk + HF_POSITION,)
+            return (self.trunk + (HF_POSITION if self.source == "hf" else "pos_embed"),)
         top, rest = name.split(".", 1)
         if top == "trunk":
             start = self.trunk
             if rest.startswith("blocks."):
                 _, index, rest = rest.split(".", 2)
-                start = f"{self.blocks}{index}."
+                start = f"{self.blocks}{self.indices[int(index)]}."
         else:
             index, rest = rest.split(".", 1)
             neck = next(neck for neck, module in NECK_MODULES.items() if module == top)
             start = f"{self.necks[neck]}{index}."
+        if self.source == "meta":
+            return (start + rest,)
         module, leaf = rest.rsplit(".", 1)
         return tuple(f"{start}{theirs}.{leaf}" for theirs in HF_MODULES[module])
+
+    def short(self, key: str) -> str:
+        """A key, or the start of keys, without what stands before the encoder in this file."""
+        tracker = TRACKER_NECK_KEY.match(f"{key}0.")
+        return key[tracker.start(2) :] if tracker else key.removeprefix(self.prefix)
+
+    def has_inside(self, key: str, necks: Iterable[str]) -> bool:
+        """Whether a key belongs to the encoder with these necks, so that it must be known."""
+        starts = (self.necks[neck].removesuffix("fpn_layers.") for neck in necks)
+        return key.startswith((self.trunk, *starts))
 
     def shapes(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The shape that each of the checkpoint's keys of our tensor `name` must have, given ours."""
         keys = self.keys(name)
-        if self.source == "hf" and name == "trunk.pos_embed":
-            shape = (shape[0], shape[1] - 1, *shape[2:])  # no class-token row
+        if name == "trunk.pos_embed" and not self.class_row:
+            shape = (shape[0], shape[1] - 1, *shape[2:])
         return dict.fromkeys(keys, (shape[0] // len(keys), *shape[1:]))
 
 
 def find_layouts(keys: Iterable[str]) -> list[Layout]:
     """Every trunk in a checkpoint, told by its keys, with the necks beside it (there may be none)."""
     keys = list(keys)
-    trackers = sorted({match[1] for key in keys if (match := TRACKER_NECK_KEY.match(key))})
+    trackers = sorted({match[1] for key in keys if (match := TRACKER_NECK_KEY.match(key))})[:MOST_LAYOUTS]
     layouts = []
     for source, pattern in TRUNK_KEYS.items():
-        for prefix in sorted({match[1] for key in keys if (match := pattern.match(key))}):
+        for prefix in sorted({match[1] for key in keys if (match := pattern.match(key))})[:MOST_LAYOUTS]:
             if source == "meta":
                 choices = [{neck: f"{prefix}{module}." for neck, module in NECK_MODULES.items()}]
             else:
@@ -112,11 +131,23 @@ def find_layouts(keys: Iterable[str]) -> list[Layout]:
                 choices = [{**sam3, "sam2": tracker} for tracker in trackers] or [sam3]
             for necks in choices:
                 present = {neck: start for neck, start in necks.items() if count_indices(keys, start)}
-                layouts.append(Layout(source, prefix, present))
+                layout = Layout(source, prefix, present)
+                layouts.append(dataclasses.replace(layout, indices=find_indices(keys, layout.blocks)))
     return layouts
+
+
+def find_indices(keys: Iterable[str], start: str) -> tuple[int, ...]:
+    """The different numbers that follow `start` in the keys, in order."""
+    rests = (key[len(start) :].split(".", 1)[0] for key in keys if key.startswith(start))
+    return tuple(sorted({int(rest) for rest in rests if rest.isdecimal() and len(rest) < 5}))
 
 
 def count_indices(keys: Iterable[str], start: str) -> int:
     """How many different numbers follow `start` in the keys."""
-    rests = (key[len(start) :].split(".", 1)[0] for key in keys if key.startswith(start))
-    return len({rest for rest in rests if rest.isdecimal()})
+    return len(find_indices(keys, start))
+
+
+def listing(items: Iterable[str], most: int = 8) -> str:
+    """The first names, and how many more there are."""
+    items = list(items)
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
 from neck.config import LEVEL_SCALES, EncoderConfig
+from neck.keys import NECK_MODULES
 from neck.position import PositionEmbeddingSine
 from neck.trunk import ViTDetTrunk
 
@@ -96,11 +98,41 @@ class Sam3DualViTDetNeck(nn.Module):
         self.trunk.set_imgsz(imgsz)  # type: ignore[operator]
 
 
-class Sam3TriViTDetNeck(Sam3DualViTDetNeck):
-    """SAM 3.1's arrangement: necks `sam3`, `interactive` and `propagation`, three levels each.
+class Sam3AnyViTDetNeck(Sam3DualViTDetNeck):
+    """A trunk with any set of necks, such as a tracker's `sam2` alone or some of SAM 3.1's.
 
-    The forward of the seed knows two necks; the third is reached through `necks` and `forward_necks`.
+    The forward of the seed knows `sam3` and `sam2`; the others are reached through `necks` and `forward_necks`.
+    Without `sam3` the module `convs` is there and empty, so that forward's first two lists are empty too.
+
+    Args:
+        trunk, position_encoding, d_model, scale_factors: as in Sam3DualViTDetNeck.
+        necks: names of the necks, keys of NECK_MODULES.
     """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        position_encoding: nn.Module,
+        d_model: int,
+        scale_factors: Sequence[float] = LEVEL_SCALES,
+        necks: Sequence[str] = ("sam2",),
+    ) -> None:
+        super().__init__(trunk, position_encoding, d_model, scale_factors, add_sam2_neck="sam2" in necks)
+        self._neck_names = tuple(necks)
+        if "sam3" not in necks:
+            self.convs = nn.ModuleList()
+        for name in necks:
+            if name not in ("sam3", "sam2"):
+                setattr(self, NECK_MODULES[name], self._new_convs(d_model))
+
+    @property
+    def necks(self) -> dict[str, nn.ModuleList]:
+        """The convolutions of each neck by the neck's name."""
+        return {name: cast(nn.ModuleList, getattr(self, NECK_MODULES[name])) for name in self._neck_names}
+
+
+class Sam3TriViTDetNeck(Sam3AnyViTDetNeck):
+    """SAM 3.1's arrangement: necks `sam3`, `interactive` and `propagation`, three levels each."""
 
     def __init__(
         self,
@@ -109,14 +141,7 @@ class Sam3TriViTDetNeck(Sam3DualViTDetNeck):
         d_model: int,
         scale_factors: Sequence[float] = LEVEL_SCALES[:3],
     ) -> None:
-        super().__init__(trunk, position_encoding, d_model, scale_factors)
-        self.interactive_convs = self._new_convs(d_model)
-        self.propagation_convs = self._new_convs(d_model)
-
-    @property
-    def necks(self) -> dict[str, nn.ModuleList]:
-        """The convolutions of each neck by the neck's name."""
-        return {"sam3": self.convs, "interactive": self.interactive_convs, "propagation": self.propagation_convs}
+        super().__init__(trunk, position_encoding, d_model, scale_factors, ("sam3", "interactive", "propagation"))
 
 
 def forward_necks(
@@ -143,7 +168,7 @@ def new_encoder(config: EncoderConfig) -> Sam3DualViTDetNeck:
     """Builds the encoder of a config with untrained weights.
 
     Raises:
-        NotImplementedError: a set of necks other than sam3, sam3 + sam2, or SAM 3.1's three.
+        NotImplementedError: a neck that is not known, or is named twice.
     """
     trunk, position = ViTDetTrunk(config), PositionEmbeddingSine(config.d_model)
     if config.necks in (("sam3",), ("sam3", "sam2")):
@@ -151,4 +176,6 @@ def new_encoder(config: EncoderConfig) -> Sam3DualViTDetNeck:
         return Sam3DualViTDetNeck(trunk, position, config.d_model, config.scale_factors, with_sam2)
     if config.necks == ("sam3", "interactive", "propagation"):
         return Sam3TriViTDetNeck(trunk, position, config.d_model, config.scale_factors)
-    raise NotImplementedError(f"necks {config.necks}: known are sam3, sam3 + sam2, sam3 + interactive + propagation")
+    if len(set(config.necks) & set(NECK_MODULES)) < len(config.necks):
+        raise NotImplementedError(f"necks {config.necks}: known are {', '.join(NECK_MODULES)}, each once")
+    return Sam3AnyViTDetNeck(trunk, position, config.d_model, config.scale_factors, config.necks)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,7 +15,10 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from neck.tiff import describe_tiff
+
 Pixels = npt.NDArray[np.uint8]
+Say = Callable[[str], None]
 
 # Named, so that Pillow never hands a file to Ghostscript (EPS) or to a plugin that nobody asked for.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -28,14 +33,62 @@ class PictureError(ValueError):
     """A picture that cannot be read or used; the message says which, why and what to do."""
 
 
-def read_picture(path: Path) -> Pixels:
+@dataclasses.dataclass(frozen=True)
+class ValueRange:
+    """Values of pixels deeper than 8 bits that become 0 and 255; those between are spread evenly, others clipped."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def parse(cls, text: str) -> ValueRange:
+        """Reads `0:4000`.
+
+        Raises:
+            PictureError: no two numbers, the lower first.
+        """
+        try:
+            low, high = map(float, text.split(":"))
+        except ValueError:
+            low = high = math.nan
+        if not -math.inf < low < high < math.inf:
+            raise PictureError(f"{text!r} is no range of pixel values; give LOW:HIGH, such as 0:4000.")
+        return cls(low, high)
+
+    def scale(self, values: np.ndarray) -> Pixels:
+        """Any numbers to 0..255; NaN becomes 0."""
+        spread = (np.nan_to_num(values.astype(np.float64), nan=self.low) - self.low) / (self.high - self.low)
+        return np.rint(np.clip(spread, 0, 1) * 255).astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureFolder:
+    """A folder of pictures and how those deeper than 8 bits are to be read."""
+
+    path: Path
+    value_range: ValueRange | None = None
+
+    @classmethod
+    def of(cls, given: Path | PictureFolder) -> PictureFolder:
+        """A bare path is a folder without a range."""
+        return given if isinstance(given, PictureFolder) else cls(given)
+
+
+def silent(line: str) -> None:
+    """Says nothing."""
+
+
+def read_picture(path: Path, value_range: ValueRange | None = None, say: Say = silent) -> Pixels:
     """Reads a picture file at its own size.
 
     The EXIF orientation is applied. Alpha is dropped, not blended, as `convert("RGB")` does for SAM 3's processor.
-    16-bit pixels, grey or colour, keep their high byte. Of an animation or a multi-page file the first frame is taken.
+    16-bit pixels, grey or colour, keep their high byte, unless a range is given. Of an animation or a multi-page file
+    the first frame is taken.
 
     Args:
         path: a PNG, JPEG, WebP, BMP, TIFF, GIF or PPM file; its content counts, not its suffix.
+        value_range: of grey pixels deeper than 8 bits; pictures of 8 bits are taken as they are.
+        say: told in one line of a picture deeper than 8 bits: which values it has and what became of them.
 
     Returns:
         RGB pixels, uint8 (H, W, 3).
@@ -45,11 +98,16 @@ def read_picture(path: Path) -> Pixels:
     """
     with _open_file(Path(path)) as stream:
         try:
-            return _decode(stream)
+            return _decode(stream, value_range, lambda line: say(f"{Path(path).name}: {line}"))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             reason = f"has more than the {Image.MAX_IMAGE_PIXELS} pixels that are safe to unpack; make it smaller"
+        except _NoRangeError as error:
+            reason = str(error)
         except UnidentifiedImageError:
             reason = f"is damaged or in no known format ({', '.join(FORMATS)}); fetch it again or convert it to PNG"
+            if tiff := describe_tiff(stream):
+                reason = f"is a TIFF of {tiff}; taken are 1 band (grey) of 8, 16 or 32 bits and 3 or 4 (RGB) of 8 or 16"
+                reason += "; choose three bands, as `gdal_translate -b 3 -b 2 -b 1 -ot Byte -scale` does"
         except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, struct.error, IndexError ...
             cause = " ".join(str(error).split()) or type(error).__name__
             reason = f"cannot be decoded ({cause}); fetch it again or save it as 8-bit RGB PNG"
@@ -95,12 +153,15 @@ def normalise(pixels: Pixels) -> torch.Tensor:
     return image.to(torch.float32, memory_format=torch.contiguous_format).mul_(PIXEL_SCALE).sub_(1)
 
 
-def load_pictures(paths: Sequence[Path], size: tuple[int, int]) -> Pixels:
+def load_pictures(
+    paths: Sequence[Path], size: tuple[int, int], value_range: ValueRange | None = None, say: Say = silent
+) -> Pixels:
     """Reads pictures and brings them to one size, in the order given.
 
     Args:
         paths: B picture files, one or more.
         size: (height, width) in pixels.
+        value_range, say: as of read_picture.
 
     Returns:
         RGB, uint8 (B, height, width, 3).
@@ -110,7 +171,7 @@ def load_pictures(paths: Sequence[Path], size: tuple[int, int]) -> Pixels:
     """
     if not paths:
         raise PictureError("No picture was given; give one or more picture files.")
-    return np.stack([resize_picture(read_picture(path), size) for path in paths])
+    return np.stack([resize_picture(read_picture(path, value_range, say), size) for path in paths])
 
 
 def find_pictures(folder: Path) -> list[Path]:
@@ -154,23 +215,49 @@ def _open_file(path: Path) -> BinaryIO:
     return stream
 
 
-def _decode(stream: BinaryIO) -> Pixels:
+class _NoRangeError(ValueError):
+    """Pixels whose values have no fixed range, or to which a range cannot be applied."""
+
+
+def _decode(stream: BinaryIO, value_range: ValueRange | None, say: Say) -> Pixels:
     """Decodes a picture stream to RGB, uint8 (H, W, 3); raises whatever Pillow raises."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(stream, formats=FORMATS) as image:
+            deep_colour = any(";16" in str(tile[3]) for tile in image.tile) and not image.mode.startswith("I")
             image.load()
             upright = ImageOps.exif_transpose(image)
             png_or_ppm = image.format in ("PNG", "PPM")  # their mode `I` means 0..65535, a TIFF's any 32 bits
-    if upright.mode.startswith("I;16") or (upright.mode == "I" and png_or_ppm):
-        # Pillow clips 16-bit grey at 255 but takes the high byte of 16-bit RGB; both take the high byte here.
-        grey = (np.asarray(upright).astype(np.int32) >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if upright.mode in ("I", "F"):
-        raise ValueError(f"32-bit pixels, Pillow's mode {upright.mode}, have no fixed range")
+    if upright.mode[0] in "IF":
+        bits = 16 if upright.mode.startswith("I;16") or (upright.mode == "I" and png_or_ppm) else 32
+        return np.repeat(_to_8_bits(np.asarray(upright), bits, value_range, say)[:, :, None], 3, axis=2)
+    if deep_colour:
+        if value_range:
+            raise _NoRangeError(
+                "has 16-bit colour, of which Pillow reads the high byte alone; save it as 8-bit RGB PNG, scaled"
+            )
+        most = int(np.asarray(upright).max())
+        say(f"16-bit colour, values up to about {most * 257}; the high byte of each is taken, 0 to {most} of 255")
     if upright.mode == "P" and "transparency" in upright.info:
         upright = upright.convert("RGBA")  # the same colours; Pillow warns about the direct way
     return np.array(upright.convert("RGB"))
+
+
+def _to_8_bits(values: np.ndarray, bits: int, value_range: ValueRange | None, say: Say) -> Pixels:
+    """Grey pixels deeper than 8 bits (H, W), by the range or, of 16 bits, by their high byte."""
+    known = values[np.isfinite(values)]
+    seen = f"{known.min():.6g} to {known.max():.6g}" if known.size else "none that is finite"
+    kind = f"{bits}-bit {'float ' if values.dtype.kind == 'f' else ''}grey, values {seen}"
+    if value_range:
+        say(f"{kind}; {value_range.low:g} to {value_range.high:g} become 0 to 255")
+        return value_range.scale(values)
+    if bits == 32:
+        raise _NoRangeError(f"is {kind}, of no fixed range; say which are black and white: --picture-range LOW:HIGH")
+    # Pillow clips 16-bit grey at 255 but takes the high byte of 16-bit RGB; both take the high byte here.
+    high = (values.astype(np.int32) >> 8).astype(np.uint8)
+    taken = f"{high.min()} to {high.max()} of 255"
+    say(f"{kind} of 65535; the high byte of each is taken, {taken} (--picture-range LOW:HIGH scales)")
+    return high
 
 
 def _check_pixels(pixels: Pixels, dimensions: int) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-ROPE_THETA = 10000.0
+from neck.config import ROPE_THETA
 
 
-def axial_angles(height: int, width: int, head_dim: int, scale: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+def axial_angles(
+    height: int, width: int, head_dim: int, scale: tuple[float, float] = (1.0, 1.0), theta: float = ROPE_THETA
+) -> Tensor:
     """Angle by which each pair of channels turns at each token.
 
     The first half of the pairs turns with the column x, the second with the row y; pair i of either half has the
@@ -18,13 +20,14 @@ def axial_angles(height: int, width: int, head_dim: int, scale: tuple[float, flo
         height, width: grid in tokens.
         head_dim: channels of a head, a multiple of 4.
         scale: factor on the coordinate of (rows, columns); window / grid in global blocks, 1 in windowed ones.
+        theta: base of the frequencies.
 
     Returns:
         float64 (height * width, head_dim / 2), tokens in row-major order.
     """
     # on the CPU whatever the default device: a module made on `meta` still has real tables
     exponent = torch.arange(0, head_dim, 4, dtype=torch.float64, device="cpu") / head_dim
-    frequency = ROPE_THETA**-exponent  # (head_dim / 4,)
+    frequency = theta**-exponent  # (head_dim / 4,)
     rows = torch.arange(height, dtype=torch.float64, device="cpu") * scale[0]
     columns = torch.arange(width, dtype=torch.float64, device="cpu") * scale[1]
     by_column = (columns[:, None] * frequency).expand(height, width, -1)

@@ -129,7 +129,7 @@ class ViTDetTrunk(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config, 0 if index in config.global_blocks else config.window_size) for index in range(config.depth)
         )
-        self._set_table("window", axial_angles(config.window_size, config.window_size, config.head_dim))
+        self._set_table("window", self._angles(config.window_size, config.window_size))
         self.set_imgsz(config.image_size)
 
     def set_imgsz(self, imgsz: int | tuple[int, int] | list[int] = (1008, 1008)) -> None:
@@ -140,10 +140,12 @@ class ViTDetTrunk(nn.Module):
         """
         height, width = check_image_size(imgsz, self.config.patch_size)
         self.grid = height // self.config.patch_size, width // self.config.patch_size
-        window, head_dim = self.config.window_size, self.config.head_dim
+        window = self.config.window_size
         # global blocks see the grid squeezed into one window's coordinates
-        scale = window / self.grid[0], window / self.grid[1]
-        self._set_table("global", axial_angles(*self.grid, head_dim, scale))
+        self._set_table("global", self._angles(*self.grid, (window / self.grid[0], window / self.grid[1])))
+
+    def _angles(self, height: int, width: int, scale: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+        return axial_angles(height, width, self.config.head_dim, scale, self.config.rope_theta)
 
     def _set_table(self, name: str, angles: Tensor) -> None:
         device = self.pos_embed.device if self.pos_embed.device.type != "meta" else "cpu"

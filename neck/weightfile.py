@@ -2,77 +2,134 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import pickle
 import re
-import warnings
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from neck.weights.foreign import file_of, folder_of, missing
+from neck.weights.names import unwrap_names
+from neck.weights.records import StandIn
+from neck.weights.states import Entries, choose_state, find_states
+from neck.weights.torchfile import ADVICE, CheckpointError, TorchFile
+
+__all__ = ["CheckpointError", "State", "find_file", "name_state", "read_state", "read_tensors"]
+
 INDEX_NAME = "model.safetensors.index.json"
-SAFETENSORS_NAME = "model.safetensors"
+FOLDER_NAMES = (INDEX_NAME, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+"""What a folder of Hugging Face's is read by, the first that is there."""
+
+TORCH_STARTS = (b"PK\x03\x04", b"\x80")
+"""A zip archive, or a pickle of protocol 2 and later."""
+
 LARGEST_HEADER = 100_000_000
 """Bytes of the largest header that safetensors itself accepts."""
 
-WRAPPERS = ("model", "state_dict")
-"""Keys under which training code puts the state dict."""
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """One state of a file.
+
+    Attributes:
+        tensors: by name, views of the mapped file.
+        name: its place in the file, dots for depth; "" is the file itself.
+        others: places of the other states that hold an encoder.
+    """
+
+    tensors: dict[str, Tensor]
+    name: str = ""
+    others: tuple[str, ...] = ()
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not hold the encoder that was asked for."""
+def read_tensors(path: Path, state: str | None = None) -> dict[str, Tensor]:
+    """The tensors of read_state."""
+    return read_state(path, state).tensors
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads all tensors of a checkpoint; what kind of file it is, its first bytes tell.
+def read_state(path: Path, state: str | None = None) -> State:
+    """Reads the tensors of one state of a checkpoint; what kind of file it is, its first bytes tell.
 
-    The tensors are views of the mapped file (except in a .pt from before PyTorch 1.6 or a compressed one, which are
-    read): it must not be overwritten in place while they are used. Replacing it by a rename is safe.
+    The tensors are views of the mapped file (except in a .pt from before PyTorch 1.6, a compressed one or one of the
+    other byte order, which are read): it must not be overwritten in place while they are used. Replacing it by a
+    rename is safe. Wrappers of training code are taken out of their names.
 
     Args:
-        path: .pt or .safetensors under any name, a safetensors index, or a folder that holds one.
+        path: .pt or .safetensors under any name, an index of shards, or a folder that holds one.
+        state: the place of the state in the file, dots for depth; None takes the only one or the model's.
 
     Raises:
-        CheckpointError: no such file, empty, damaged, not a checkpoint, or a pickle of more than tensors.
+        CheckpointError: no such file, empty, damaged, not a checkpoint, or no state to choose.
     """
     path = find_file(path)
+    head = _head(path)
+    if _is_index(head):
+        if state is not None:
+            raise CheckpointError(f"{path}: an index of shards has one state; leave --state out")
+        return State(unwrap_names(path, _read_shards(path)))
+    found = _read_file(path, head, state)
+    return dataclasses.replace(found, tensors=unwrap_names(path, found.tensors))
+
+
+def name_state(path: Path, state: str | None = None) -> tuple[str, tuple[str, ...]]:
+    """Name and others of the state that read_state would read; no tensor is read."""
+    path = find_file(path)
+    head = _head(path)
+    if _is_safetensors(head) or not head.startswith(TORCH_STARTS):
+        return "", ()
+    _, _, name, others = _open_torch(path, state)
+    return name, others
+
+
+def find_file(path: Path) -> Path:
+    """Returns the file to read: the path itself, or in a folder the index or the single file."""
+    if path.is_dir():
+        for name in FOLDER_NAMES:
+            if (path / name).is_file():
+                return path / name
+        if known := folder_of(path):
+            raise CheckpointError(known)
+        raise CheckpointError(f"No such file: the folder {path} has no {' or '.join(FOLDER_NAMES)}; name a file")
+    if not path.is_file():
+        raise CheckpointError(missing(path))
+    return path
+
+
+def _head(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            head = file.read(9)
+            head = file.read(512)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     if not head:
         raise CheckpointError(f"{path}: the file is empty; copy or download it again")
+    return head
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= LARGEST_HEADER
+
+
+def _is_index(head: bytes) -> bool:
+    return not _is_safetensors(head) and head.lstrip().startswith(b"{")
+
+
+def _read_file(path: Path, head: bytes, state: str | None) -> State:
     # safetensors first: the length at its front may begin with any byte, also with a pickle's 0x80
-    if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= LARGEST_HEADER:
-        return _read_safetensors(path)
-    if head.startswith(b"PK\x03\x04"):
-        return _unwrap(path, _read_zip(path))
-    if head.startswith(b"\x80"):
-        return _unwrap(path, _load(path, mmap=False))
-    if head.lstrip().startswith(b"{"):
-        return _read_shards(path)
+    if _is_safetensors(head):
+        if state is not None:
+            raise CheckpointError(f"{path}: a .safetensors has one state; leave --state out")
+        return State(_read_safetensors(path))
+    if known := file_of(path, head):
+        raise CheckpointError(known)
+    if head.startswith(TORCH_STARTS):
+        return _read_torch(path, state)
     raise CheckpointError(
-        f"{path}: not a checkpoint, it begins with {head!r}; expected a PyTorch .pt, a .safetensors or {INDEX_NAME}"
+        f"{path}: not a checkpoint, it begins with {head[:9]!r}; expected a PyTorch .pt, a .safetensors or {INDEX_NAME}"
     )
-
-
-def find_file(path: Path) -> Path:
-    """Returns the file to read: the path itself, or in a folder the index or the single safetensors file."""
-    if path.is_dir():
-        for name in (INDEX_NAME, SAFETENSORS_NAME):
-            if (path / name).is_file():
-                return path / name
-        raise CheckpointError(f"No such file: the folder {path} has no {INDEX_NAME} or {SAFETENSORS_NAME}; name a file")
-    if not path.is_file():
-        raise CheckpointError(f"No such file: {path}")
-    return path
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -91,66 +148,40 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
         shards = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: not a safetensors index ({type(error).__name__}: {error}); expected JSON with a weight_map"
+            f"{path}: not an index of shards ({type(error).__name__}: {error}); expected JSON with a weight_map"
         ) from None
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         if not isinstance(shard, str) or shard in ("", ".", "..") or re.search(r"[/\\:]", shard):
             raise CheckpointError(f"{path}: names the shard {shard!r}; shards must be files in the index's own folder")
-        if not (path.parent / shard).is_file():
-            raise CheckpointError(f"No such file: {path.parent / shard}, a shard of {path.name}; download it too")
-        tensors.update(_read_safetensors(path.parent / shard))
+        file = path.parent / shard
+        if not file.is_file():
+            raise CheckpointError(f"No such file: {file}, a shard of {path.name}; download it too")
+        tensors.update(_read_file(file, _head(file), None).tensors)
     return tensors
 
 
-def _read_zip(path: Path) -> object:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        size = path.stat().st_size
+def _read_torch(path: Path, asked: str | None) -> State:
+    file, states, name, others = _open_torch(path, asked)
+    entries = states[name]
+    if entries.others:
+        listed = ", ".join(f"{key} is a {kind}" for key, kind in list(entries.others.items())[:4])
         raise CheckpointError(
-            f"{path}: a truncated or damaged .pt of {size:,} bytes ({error}); copy or download it again"
-        ) from None
-    names = {entry.filename.rpartition("/")[2] for entry in entries}
-    if "data.pkl" not in names:
-        raise CheckpointError(f"{path}: a zip archive, but not one that torch.save wrote (it has no data.pkl)")
-    if "constants.pkl" in names:
-        raise CheckpointError(f"{path}: a TorchScript archive, expected a state dict; save its state_dict() instead")
-    # mapping needs records as they are; torch.save never compresses, archivers that repack do
-    return _load(path, mmap=all(entry.compress_type == zipfile.ZIP_STORED for entry in entries))
-
-
-def _load(path: Path, mmap: bool) -> object:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of pickle protocols that it then reads or refuses
-            return torch.load(str(path), map_location="cpu", mmap=mmap, weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        wants = f"asks for {found[1]}" if found else "holds more than tensors"
-        raise CheckpointError(
-            f"{path}: refused, its pickle {wants}, which could run code; only tensors are read.\n"
-            "Where you trust it, save the weights alone: torch.save(model.state_dict(), 'weights.pt')"
-        ) from None
-    except Exception as error:  # a damaged pickle raises anything: EOFError, struct.error, KeyError, ...
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: a truncated or damaged .pt ({reason}); copy or download it again") from None
-
-
-def _unwrap(path: Path, loaded: object) -> dict[str, Tensor]:
-    """Takes the state dict out of the wrappers of training code."""
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, expected a dict of tensors")
-    inner: Mapping[Any, Any] = loaded
-    while wrapper := next((key for key in WRAPPERS if isinstance(inner.get(key), Mapping)), None):
-        inner = inner[wrapper]
-    named = ((key, value) for key, value in inner.items() if isinstance(key, str))
-    tensors = {key: value.detach() for key, value in named if isinstance(value, Tensor)}
-    if not tensors:
-        shown = ", ".join(repr(key) for key in list(inner)[:8]) or "nothing"
-        raise CheckpointError(
-            f"{path}: no tensors in it (its keys: {shown}); expected a state dict, bare or under "
-            f"{' or '.join(WRAPPERS)}"
+            f"{path}: {len(entries.others)} of its tensors are not plain ones ({listed}): quantised, sparse or cut\n"
+            f"between processes; gather and dequantise them where they were made, then {ADVICE}"
         )
-    return tensors
+    return State({key: file.tensor(record) for key, record in entries.tensors.items()}, name, others)
+
+
+def _open_torch(path: Path, asked: str | None) -> tuple[TorchFile, dict[str, Entries], str, tuple[str, ...]]:
+    """The file, its states, the place of the one to read, and the places of the others that hold an encoder."""
+    file = TorchFile(path)
+    if not isinstance(file.root, dict | StandIn):
+        raise CheckpointError(f"{path}: holds a {type(file.root).__name__}, expected a dict of tensors or a module")
+    states = find_states(path, file.root)
+    if not states:
+        keys = [key for key in file.root if isinstance(key, str)] if isinstance(file.root, dict) else []
+        shown = ", ".join(repr(key[:40]) for key in keys[:8]) or "nothing"
+        raise CheckpointError(f"{path}: no tensors in it (its keys: {shown}); expected a state dict or a module")
+    name = choose_state(path, states, asked)
+    return file, states, name, tuple(place for place, found in states.items() if found.fits and place != name)

@@ -55,7 +55,7 @@ class Programs:
     def run(self, name: str, *arguments: str | Path | int, **environment: str) -> Ran:
         """Runs a program with the sanitizers' and the stand-ins' leak checks on."""
         ended = subprocess.run(
-            [self.path(name), *map(str, arguments)], capture_output=True, timeout=120, env=settings(environment)
+            [self.path(name), *map(str, arguments)], capture_output=True, timeout=600, env=settings(environment)
         )
         return Ran(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
 
@@ -88,13 +88,13 @@ def why_missing() -> str | None:
 def cmake(source: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Configures a build folder."""
     return subprocess.run(
-        ["cmake", "-G", "Ninja", "-S", source, "-B", folder, *options], capture_output=True, text=True, timeout=120
+        ["cmake", "-G", "Ninja", "-S", source, "-B", folder, *options], capture_output=True, text=True, timeout=600
     )
 
 
 def build(folder: Path, *targets: str) -> None:
     """Builds what is configured; raises with the compiler's words where it fails."""
-    built = subprocess.run(["ninja", "-C", folder, *targets], capture_output=True, text=True, timeout=600)
+    built = subprocess.run(["ninja", "-C", folder, *targets], capture_output=True, text=True, timeout=1800)
     if built.returncode:
         raise RuntimeError(built.stdout[-6000:] + built.stderr[-2000:])
 

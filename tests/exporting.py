@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 from collections.abc import Callable
@@ -41,6 +42,8 @@ def quick_trace(module: DeployEncoder) -> ir.Model:
     key = (signature, getattr(module.trunk, "config", None), repr(module), digest.digest())
     if key not in _traces:
         _traces[key] = trace(module)
+        if len(_traces) == 1:
+            gc.freeze()  # torch and its registry are not looked through again: a third of every later trace
     return _traces[key].clone()
 
 

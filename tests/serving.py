@@ -93,7 +93,7 @@ def same(wanted: Arrays, found: Arrays) -> bool:
 
 def client_of(server: Server, protocol: str = "http", **options: Any) -> TritonClient:  # noqa: ANN401
     url = server.http_url if protocol == "http" else server.grpc_url
-    return TritonClient(url, protocol=protocol, timeout_s=60, **options)  # type: ignore[arg-type]
+    return TritonClient(url, protocol=protocol, timeout_s=600, **options)  # type: ignore[arg-type]
 
 
 def still_right(server: Server) -> bool:
@@ -160,12 +160,12 @@ class Load:
     def __exit__(self, *_: object) -> None:
         self.stop.set()
         for thread in self.threads:
-            thread.join(timeout=120)
+            thread.join(timeout=600)
 
     def wait(self, seconds: float) -> None:
-        """Waits until every client had five more answers and the time is over, or one failed."""
+        """Waits until every client had five more answers and the time is over, or one failed; 600 s would be a hang."""
         before, end = [each.count for each in self.answers], time.monotonic() + seconds
-        while time.monotonic() < end + 60 and not self.faults:
+        while time.monotonic() < end + 600 and not self.faults:
             more = all(now.count >= was + 5 for now, was in zip(self.answers, before, strict=True))
             if more and time.monotonic() >= end:
                 return

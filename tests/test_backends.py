@@ -31,6 +31,8 @@ from neck.checkpoint import save_meta_checkpoint
 
 CONFIG = tiny_config()
 
+HANGS_S = 600
+
 NOTHING: dict[str, Any] = {
     "cuda": False,
     "cpu_computes": {"bf16": False, "fp16": False},
@@ -67,6 +69,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     export_onnx(options)
     return {
         "weights": str(folder / "weights.pt"),
+        "state": None,
+        "prefix": None,
         "image": str(folder / "image.npy"),
         "onnx": str(options.output),
         "config": CONFIG.to_dict(),
@@ -184,12 +188,12 @@ def worker(tmp_path: Path) -> Iterator[Worker]:
 
 def test_a_worker_runs_a_backend(worker: Worker, job: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
     values = {**job, **dataclasses.asdict(named("ort-cpu-rewritten-fp32"))}
-    assert worker.ask("load", 60, job=values, most_bytes=None)["load_s"] > 0
-    assert len(worker.ask("run", 60, count=3)["times_ms"]) == 3
-    names = worker.ask("outputs", 60, folder=str(tmp_path / "out"))["names"]
+    assert worker.ask("load", HANGS_S, job=values, most_bytes=None)["load_s"] > 0
+    assert len(worker.ask("run", HANGS_S, count=3)["times_ms"]) == 3
+    names = worker.ask("outputs", HANGS_S, folder=str(tmp_path / "out"))["names"]
     found = {name: np.load(tmp_path / "out" / f"{name}.npy") for name in names}
     assert compare(expected, found, "fp32", "worker").passed
-    peak = worker.ask("memory", 60)["peak_host_bytes"]
+    peak = worker.ask("memory", HANGS_S)["peak_host_bytes"]
     assert 20e6 < peak < peak_bytes()  # onnxruntime without torch is less than this process
 
 
@@ -199,10 +203,10 @@ def test_out_of_memory_is_an_answer(worker: Worker, job: dict[str, Any], tmp_pat
     del huge
     values = {**job, **dataclasses.asdict(named("ort-cpu-rewritten-fp32"))}
     with pytest.raises(WorkerError, match="out of memory") as error:
-        worker.ask("load", 60, job={**values, "image": str(tmp_path / "huge.npy")}, most_bytes=2 << 30)
+        worker.ask("load", HANGS_S, job={**values, "image": str(tmp_path / "huge.npy")}, most_bytes=2 << 30)
     assert error.value.memory
     with pytest.raises(WorkerError) as error:
-        worker.ask("load", 60, job={**values, "image": str(tmp_path / "nowhere.npy")}, most_bytes=2 << 30)
+        worker.ask("load", HANGS_S, job={**values, "image": str(tmp_path / "nowhere.npy")}, most_bytes=2 << 30)
     assert not error.value.memory
 
 
@@ -223,22 +227,22 @@ def test_what_runtimes_say_when_memory_is_out(text: str) -> None:
 def test_an_exception_costs_one_answer(worker: Worker, job: dict[str, Any]) -> None:
     values = {**job, **dataclasses.asdict(named("ort-cpu-rewritten-fp32"))}
     with pytest.raises(WorkerError, match="File doesn't exist") as error:
-        worker.ask("load", 60, job={**values, "onnx": "/nowhere.onnx"}, most_bytes=None)
+        worker.ask("load", HANGS_S, job={**values, "onnx": "/nowhere.onnx"}, most_bytes=None)
     assert not error.value.memory
-    assert worker.ask("load", 60, job=values, most_bytes=None)["load_s"] > 0
+    assert worker.ask("load", HANGS_S, job=values, most_bytes=None)["load_s"] > 0
 
 
 def test_a_killed_worker_is_told(worker: Worker) -> None:
     os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(WorkerError, match=r"killed \(SIGKILL\) in `facts`, most likely because memory") as error:
-        worker.ask("facts", 60)
+        worker.ask("facts", HANGS_S)
     assert error.value.memory
 
 
 def test_a_crash_is_told(worker: Worker) -> None:
     os.kill(worker.pid, signal.SIGABRT)
     with pytest.raises(WorkerError, match=r"crashed \(SIGABRT\) in `facts`"):
-        worker.ask("facts", 60)
+        worker.ask("facts", HANGS_S)
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
@@ -247,7 +251,7 @@ def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
         Worker(tmp_path / "log", {"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as broken,
         pytest.raises(WorkerError, match="ended with exit status 1 in `facts`; planted"),
     ):
-        broken.ask("facts", 60)
+        broken.ask("facts", HANGS_S)
 
 
 def test_a_worker_that_hangs_is_ended(worker: Worker) -> None:
@@ -266,7 +270,7 @@ def test_what_libraries_print_is_no_answer(tmp_path: Path) -> None:
         pytest.raises(WorkerError, match="ImportError: planted"),
     ):
         backend = dataclasses.asdict(named("ort-cpu-rewritten-fp32"))
-        worker.ask("load", 60, job={**backend, "onnx": "", "image": ""}, most_bytes=None)
+        worker.ask("load", HANGS_S, job={**backend, "onnx": "", "image": ""}, most_bytes=None)
     assert "hello" in (tmp_path / "log").read_text()
 
 
@@ -290,7 +294,7 @@ def test_a_plan_is_built_for_its_backend(place: Workplace, worker: Worker) -> No
     assert made["build_s"] > 0 and made["file_bytes"] == Path(made["plan"]).stat().st_size
     if not torch.cuda.is_available():
         with pytest.raises(WorkerError, match=r"SessionError: .*no NVIDIA GPU"):
-            worker.ask("load", 60, job=made, most_bytes=None)
+            worker.ask("load", HANGS_S, job=made, most_bytes=None)
 
 
 def test_a_file_that_cannot_be_made_is_one_backends_matter(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,21 +7,21 @@ import pickle
 import shutil
 import signal
 import subprocess
-import sys
-import time
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx.parser
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from exporting import (
     DATA,
     PREFIX,
-    ROOT,
     Ran,
     checkpoint_of,
     config_of,
@@ -155,8 +155,8 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "zip": (bad_zip, ("zip archive",)),
     "truncated-pt": (truncated(".pt"), ("truncated or damaged .pt",)),
     "truncated-safetensors": (truncated(".safetensors"), ("truncated or damaged .safetensors",)),
-    "pickle": (bad_pickle, ("could run code",)),
-    "zip-pickle": (bad_zip_pickle, ("could run code",)),
+    "pickle": (bad_pickle, ("refused", "torch.save did not write")),
+    "zip-pickle": (bad_zip_pickle, ("no tensors in it", "'model'")),
     "other-model": (other_model, ("another model", "layer1.0.conv1.weight")),
     "missing-key": (changed(lambda state: state.pop(QKV)), ("missing", QKV)),
     "misshapen": (changed(misshape), ("misshapen", QKV, "(96, 31)", "(96, 32)")),
@@ -440,81 +440,49 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     nothing_written(tmp_path / "out")
 
 
-def test_onnx_runtime_is_interrupted_at_once() -> None:
-    """Its run is one long call; here of 40 products of 1000 x 1000."""
-    side, steps = 1000, 40
-    image = ir.val("image", ir.DataType.FLOAT, [side, side])
-    nodes, value = [], image
-    for _ in range(steps):
-        nodes.append(ir.node("MatMul", [value, image]))
-        value = nodes[-1].outputs[0]
-    value.name, value.shape, value.type = "y", image.shape, image.type
-    graph = ir.Graph([image], [value], nodes=nodes, opset_imports={"": 20}, name="long")
-    model, zeros = ir.Model(graph, ir_version=10), np.zeros((side, side), np.float32)
-    start = time.monotonic()
-    run_model(model, Path(), zeros)
-    whole = time.monotonic() - start
+LOOPS = 2 * 10**8
+"""Ten minutes on a quiet core: an interrupt that did not reach the run would be seen, not waited for without end."""
 
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGALRM, interrupt)
+def test_onnx_runtime_is_interrupted_in_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its run is one long call; here of a loop. The signal is sent once the run is begun, from its thread."""
+    ends: list[str] = []
+    run = ort.InferenceSession.run
+
+    def signalled(session: ort.InferenceSession, *arguments: Any) -> Any:  # noqa: ANN401
+        threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
+        try:
+            return run(session, *arguments)
+        except Exception as error:
+            ends.append(str(error))
+            raise
+
+    monkeypatch.setattr(ort.InferenceSession, "run", signalled)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the background of a script has it ignored
     try:
-        start = time.monotonic()
-        signal.setitimer(signal.ITIMER_REAL, whole / 5)
         with pytest.raises(KeyboardInterrupt):
-            run_model(model, Path(), zeros)
-        assert time.monotonic() - start < 0.7 * whole
+            run_model(looping(LOOPS), Path(), np.zeros(1, np.float32))
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGINT, before)
+    (said,) = ends
+    assert "terminate" in said
 
 
-SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
+def test_a_loop_that_is_not_interrupted_ends() -> None:
+    """The control."""
+    (value,) = run_model(looping(3), Path(), np.zeros(1, np.float32))
+    assert value == [3.0]
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int, str, str]]:
-    """For each signal an export that it stopped midway: folder, exit code, output. All at once: each takes seconds."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in SIGNALS}
-    running = {}
-    for name, folder in folders.items():
-        (folder / "x.onnx").write_text("old")
-        command = [sys.executable, "-W", "error", "neck_export.py", "onnx", "--checkpoint", str(GOOD)]
-        command += ["--config", str(CONFIG), "--output", str(folder / "x.onnx")]
-        running[name] = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 120
-        waiting = dict(running)
-        while waiting and time.monotonic() < deadline:
-            for name in list(waiting):
-                if any(folders[name].glob(".x.onnx.staging-*")):
-                    waiting.pop(name).send_signal(getattr(signal, name))
-            time.sleep(0.02)
-        ends = {name: process.communicate(timeout=60) for name, process in running.items()}
-    finally:
-        for process in running.values():
-            process.kill()
-    return {name: (folders[name], running[name].returncode, *ends[name]) for name in SIGNALS}
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_stopped_midway(stopped: dict[str, tuple[Path, int, str, str]], name: str) -> None:
-    folder, code, out, err = stopped[name]
-    assert code == SIGNALS[name], err
-    assert out == ""
-    assert err == ("error: interrupted\n" if name == "SIGINT" else "")
-    assert listing(folder) == {"x.onnx": b"old"}
-
-
-def test_killed_midway(stopped: dict[str, tuple[Path, int, str, str]]) -> None:
-    """Nothing can clean up then; the old file is whole, and the next run cleans up and works."""
-    folder, code, _, _ = stopped["SIGKILL"]
-    assert code == SIGNALS["SIGKILL"]
-    assert (folder / "x.onnx").read_text() == "old"
-    assert len(list(folder.iterdir())) == 2
-    ran = run_export(folder, "--output", folder / "x.onnx")
-    assert ran.code == 0, ran
-    assert sorted(listing(folder)) == ["x.json", "x.onnx", "x.onnx.data"]
+def looping(count: int) -> ir.Model:
+    """A model that adds 1 to its input so many times, one node at a time."""
+    text = f"""<ir_version: 10, opset_import: ["" : 20]>
+    loop (float[1] image) => (float[1] y) {{
+        most = Constant <value = int64 {{{count}}}> ()
+        y = Loop <body = step (int64 i, bool more, float[1] before) => (bool again, float[1] after) {{
+            one = Constant <value = float {{1.0}}> ()
+            after = Add (before, one)
+            again = Identity (more)
+        }}> (most, , image)
+    }}"""
+    return ir.from_proto(onnx.parser.parse_model(text))

@@ -8,13 +8,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import DATA
 from exporting import plant_in_trunk, save_state
 from typer.testing import CliRunner
 
-from engines.bisect import BisectError, bisect, finding_lines, run_simulated
-from engines.builder.flavor import has_gpu
+from engines.bisect import BisectError, bisect, finding_lines
+from engines.builder.gpu import has_gpu
 from engines.plan import PlanOptions, make_plan
+from engines.trials import run_simulated
 from export.contract.manifest import manifest_path
 from export.pipeline import ExportOptions, export_onnx
 from neck.config import EncoderConfig
@@ -33,12 +35,14 @@ def config() -> EncoderConfig:
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory, config: EncoderConfig) -> Path:
-    """An FP16 file, not verified, one of whose blocks overflows in its attention's values."""
+    """An FP16 file, not verified, one of whose blocks overflows in its attention's values; of two states the second."""
     folder = tmp_path_factory.mktemp("faulty")
-    save_state(folder / "faulty.pt", plant_in_trunk)
+    states = [torch.load(save_state(folder / "faulty.pt", change))["model"] for change in (None, plant_in_trunk)]
+    torch.save(dict(zip(("model", "ema"), states, strict=True)), folder / "faulty.pt")
     options = ExportOptions(
         output=folder / "faulty.onnx",
         checkpoint=folder / "faulty.pt",
+        state="ema",
         config=config,
         precision="fp16",
         verify=False,
@@ -56,6 +60,7 @@ def test_names_the_planted_block_and_its_command_passes(faulty: Path) -> None:
     assert finding.command is not None
     words = shlex.split(finding.command)
     assert words[0] == "neck-export"
+    assert words[words.index("--state") + 1] == "ema"  # the manifest told it to the search, too
     result = CliRunner().invoke(app, words[1:])
     assert result.exit_code == 0, result.output
     mended = Path(words[words.index("--output") + 1])
@@ -64,7 +69,8 @@ def test_names_the_planted_block_and_its_command_passes(faulty: Path) -> None:
 
 
 def test_without_the_island_the_same_command_is_refused(faulty: Path, tmp_path: Path, config: EncoderConfig) -> None:
-    words = ["onnx", "--checkpoint", str(faulty.with_name("faulty.pt")), "--config", str(CASE / "encoder.json")]
+    weights = ["--checkpoint", str(faulty.with_name("faulty.pt")), "--state", "ema"]
+    words = ["onnx", *weights, "--config", str(CASE / "encoder.json")]
     result = CliRunner().invoke(app, [*words, "--precision", "fp16", "--output", str(tmp_path / "bad.onnx")])
     assert result.exit_code == 3
     assert not list(tmp_path.iterdir())

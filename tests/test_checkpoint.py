@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import pickle
@@ -14,15 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from mapped import MAPS, are_mapped
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from neck.checkpoint import CheckpointError, load_encoder, random_encoder, save_meta_checkpoint
 from neck.config import EncoderConfig
-from neck.necks import Sam3DualViTDetNeck, Sam3TriViTDetNeck, forward_necks
+from neck.necks import Sam3AnyViTDetNeck, Sam3DualViTDetNeck, Sam3TriViTDetNeck, forward_necks
 
 DATA = Path(__file__).parent / "data"
-CASES = ("hf-dual", "meta-dual", "meta-padded", "meta-tri", "ultralytics-resized")
+CASES = ("hf-dual", "hf-tracker", "meta-dual", "meta-padded", "meta-tri", "ultralytics-resized")
 
 TOLERANCE = 2e-5
 """Of each output's largest value: FP32 sums in another order over 4 blocks give up to 1e-6."""
@@ -55,6 +55,8 @@ def worst_error(encoder: Sam3DualViTDetNeck, case: str) -> float:
     for neck, (feats, poss) in outputs.items():
         for level, (feat, pos) in enumerate(zip(feats, poss, strict=True)):
             found[f"{neck}_feat_{level}"], found[f"{neck}_pos_{level}"] = feat, pos
+    if not any("_pos_" in name for name in expected):  # a tracker of transformers gives features alone
+        found = {name: tensor for name, tensor in found.items() if "_pos_" not in name}
     assert set(found) == set(expected)
     return max(float((found[name] - ours).abs().max() / ours.abs().max()) for name, ours in expected.items())
 
@@ -91,9 +93,10 @@ def test_outputs_are_upstreams(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["trunk.blocks.3.attn.qkv.bias", "trunk.pos_embed", "convs.1.dconv_2x2.weight"])
+@pytest.mark.parametrize("name", ["trunk.blocks.2.attn.qkv.bias", "trunk.pos_embed", "convs.1.dconv_2x2.weight"])
 def test_a_changed_weight_is_seen(case: str, name: str) -> None:
     encoder = load_encoder(checkpoint_of(case), config_of(case))
+    name = name if encoder.convs or name.startswith("trunk") else f"sam2_{name}"
     encoder.get_parameter(name).mul_(1.01)
     assert worst_error(encoder, case) > TOLERANCE
 
@@ -178,9 +181,12 @@ def test_other_float_types_become_float32(case: str, dtype: torch.dtype, tmp_pat
     ("case", "asked", "loaded", "kind"),
     [
         ("meta-dual", ("sam3",), ("sam3",), Sam3DualViTDetNeck),
-        ("meta-dual", ("sam2",), ("sam3", "sam2"), Sam3DualViTDetNeck),
+        ("meta-dual", ("sam2",), ("sam2",), Sam3AnyViTDetNeck),
         ("meta-tri", ("sam3",), ("sam3",), Sam3DualViTDetNeck),
-        ("meta-tri", ("propagation",), ("sam3", "interactive", "propagation"), Sam3TriViTDetNeck),
+        ("meta-tri", ("propagation",), ("propagation",), Sam3AnyViTDetNeck),
+        ("meta-tri", ("interactive", "sam3"), ("sam3", "interactive"), Sam3AnyViTDetNeck),
+        ("meta-tri", None, ("sam3", "interactive", "propagation"), Sam3TriViTDetNeck),
+        ("hf-tracker", None, ("sam2",), Sam3AnyViTDetNeck),
         ("meta-padded", None, ("sam3",), Sam3DualViTDetNeck),
     ],
 )
@@ -286,7 +292,6 @@ def test_given_config_wins_over_hugging_faces(hf_folder: Path) -> None:
         (json.dumps(hf_config(hidden_size=64)), "config.json contradicts the tensors: it says embed_dim 64"),
         (json.dumps(hf_config(window_size=None)), "window_size is None"),
         (json.dumps(hf_config(hidden_act="relu")), "hidden_act 'relu'"),
-        (json.dumps(hf_config(rope_theta=100.0)), "rope_theta 100.0"),
     ],
 )
 def test_bad_hugging_face_config(hf_folder: Path, text: str, says: str) -> None:
@@ -310,12 +315,12 @@ def test_no_such_file(tmp_path: Path) -> None:
         ("empty.pt", b"", "empty"),
         ("empty.safetensors", b"", "empty"),
         ("notes.pt", b"these are not weights\n", "not a checkpoint"),
-        ("page.safetensors", b"<!DOCTYPE html><html>", "not a checkpoint"),
+        ("page.safetensors", b"<!DOCTYPE html><html>", "not a checkpoint but a web page"),
         ("short.pt", b"PK", "not a checkpoint"),
-        ("other.json", b'{"weights": {}}', "not a safetensors index"),
+        ("other.json", b'{"weights": {}}', "not an index of shards"),
         ("other.json", b'{"weight_map": {"a": 1}}', "names the shard 1"),
-        ("other.json", b'{"weight_map": ["a"]}', "not a safetensors index"),
-        ("cut.json", b'{"weight_map": {"a":', "not a safetensors index"),
+        ("other.json", b'{"weight_map": ["a"]}', "not an index of shards"),
+        ("cut.json", b'{"weight_map": {"a":', "not an index of shards"),
     ],
 )
 def test_no_checkpoint_at_all(name: str, content: bytes, says: str, tmp_path: Path) -> None:
@@ -362,19 +367,17 @@ def test_code_in_a_pickle_does_not_run(kind: str, tmp_path: Path) -> None:
     content = {"model": state_of("meta-dual"), "x": RunsCode(folder)}
     if kind == "pickle":
         path.write_bytes(pickle.dumps(RunsCode(folder)))
+        assert "refused" in error_of(path)
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
-    message = error_of(path)
-    assert "refused" in message
-    assert kind == "pickle" or "mkdir" in message
+        assert worst_error(load_encoder(path, config_of("meta-dual")), "meta-dual") < TOLERANCE
     assert not folder.exists()
 
 
-def test_whole_module_is_refused(tmp_path: Path) -> None:
+def test_module_of_another_kind(tmp_path: Path) -> None:
     path = tmp_path / "module.pt"
     torch.save({"model": torch.nn.Linear(2, 2)}, path)
-    message = error_of(path)
-    assert "torch.nn.modules.linear.Linear" in message and "state_dict()" in message
+    assert "no SAM 3 image encoder among its 2 tensors (weight, bias)" in error_of(path)
 
 
 @pytest.mark.parametrize(
@@ -395,13 +398,6 @@ def test_whole_module_is_refused(tmp_path: Path) -> None:
 def test_checkpoint_of_another_model(state: object, says: str, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "other.pt")
     assert says in error_of(tmp_path / "other.pt")
-
-
-def test_two_encoders_in_one_file(tmp_path: Path) -> None:
-    state = state_of("ultralytics-resized")
-    both = {**{f"model.{key}": value for key, value in state.items()}, **{f"ema.{key}": v for key, v in state.items()}}
-    message = error_of(save(both, tmp_path / "both.pt"))
-    assert "more than one encoder" in message and "ema.trunk.*" in message and "model.trunk.*" in message
 
 
 # -- bad tensors --
@@ -522,32 +518,19 @@ def test_missing_and_truncated_shards(tmp_path: Path) -> None:
 # -- memory, random weights, saving --
 
 
-def anonymous_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory from /proc")
+@pytest.mark.skipif(not MAPS.exists(), reason="reads what the process has mapped from /proc")
 @pytest.mark.parametrize("kind", ["pt", "safetensors", "float16"])
 def test_weights_are_mapped_and_not_copied(kind: str, tmp_path: Path) -> None:
-    config = EncoderConfig(embed_dim=512, depth=8, num_heads=8, global_blocks=(7,), image_size=(112, 112))
-    path = tmp_path / "weights"
-    state = random_encoder(config).state_dict()
-    state = {name: value.half() for name, value in state.items()} if kind == "float16" else state
-    size = sum(value.nbytes for value in state.values())
-    assert size > 60e6 if kind == "float16" else size > 120e6
+    config, path = config_of("meta-dual"), tmp_path / "weights"
+    state = {key: value for key, value in state_of("meta-dual").items() if not value.is_complex()}
     if kind == "safetensors":
         save_file(state, path)
     else:
-        torch.save(state, path)
-    del state
-    gc.collect()
-    before = anonymous_bytes()
+        save({name: value.half() if kind == "float16" else value for name, value in state.items()}, path)
     encoder = load_encoder(path, config)
-    grown = anonymous_bytes() - before
-    # float16 becomes float32 once (negative control: there the growth is seen)
-    assert 1.9 * size < grown < 2.3 * size if kind == "float16" else grown < 0.1 * size
-    assert encoder.trunk.grid == (8, 8)
+    mapped = are_mapped(encoder.parameters(), path)
+    # float16 becomes float32 once (the negative control)
+    assert len(mapped) > 90 and set(mapped) == {kind != "float16"}
 
 
 def test_random_encoder_is_seeded() -> None:

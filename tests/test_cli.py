@@ -44,7 +44,7 @@ def _trace_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 def imported_by(*arguments: str) -> tuple[set[str], str]:
     """Runs the front door and returns the modules that it imported, and what it printed."""
     command = [sys.executable, "-W", "error", "-X", "importtime", "neck_export.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return set(re.findall(r"\| +([A-Za-z_]+)[\w.]*$", done.stderr, re.MULTILINE)), done.stdout
 
@@ -93,7 +93,8 @@ class Stub:
 
     def __call__(self, options: ExportOptions, report: object) -> ExportResult:
         self.options = options
-        return ExportResult(options.output, {"files": [{"name": "sam3-encoder.onnx", "bytes": 5_000_000}]}, None)
+        files = [{"name": "sam3-encoder.onnx", "bytes": 5_000_000}]
+        return ExportResult(options.output, {"files": files, "weights": {"seed": 0}}, None)
 
 
 def test_bare_onnx_says_that_the_weights_are_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +148,8 @@ def test_onnx_prints_figures_and_files(tmp_path: Path) -> None:
     output = tmp_path / "x.onnx"
     ran = neck_export_cli("onnx", *GOLDEN, "--precision", "fp16", "--output", output)
     assert (ran.code, ran.err) == (0, "")
-    method, header, *rows = ran.out.splitlines()
+    state, method, header, *rows = ran.out.splitlines()
+    assert state == "weights: state model of checkpoint.pt"
     assert method.startswith("PyTorch FP32 against ONNX Runtime ")
     assert "simulated" in method
     assert header.split() == ["output", "max", "abs", "mean", "abs", "rel.", "L2", "cosine", "verdict"]
@@ -159,7 +161,7 @@ def test_onnx_prints_figures_and_files(tmp_path: Path) -> None:
 
     verified = neck_export_cli("verify", output)
     assert (verified.code, verified.err) == (0, "")
-    assert verified.out.splitlines() == ran.out.splitlines()[:10]
+    assert verified.out.splitlines() == ran.out.splitlines()[1:11]
 
 
 def test_exit_codes(tmp_path: Path) -> None:
@@ -180,12 +182,12 @@ def test_a_real_run_is_quiet(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "neck_export.py", "onnx", *map(str, GOLDEN)]
     command += ["--precision", "fp16", "--output", str(tmp_path / "x.onnx")]
     colour = {**os.environ, "FORCE_COLOR": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, env=colour)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, env=colour)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
     assert "\r" not in done.stdout
-    assert len(done.stdout.splitlines()) == 13
+    assert len(done.stdout.splitlines()) == 14
     assert sorted(listing(tmp_path)) == ["x.json", "x.onnx", "x.onnx.data"]
 
 
@@ -236,7 +238,7 @@ def test_inspect(exported: Path) -> None:
     assert "  output  sam3_feat_0: float16 (1, 16, 32, 32)" in lines
     assert "  output  sam2_pos_3: float16 (1, 16, 4, 4)" in lines
     assert "  attention 4 fp32acc" in lines
-    assert f"  from    {checkpoint_of('meta-dual')}, fp16, " in ran.out
+    assert f"  from    {checkpoint_of('meta-dual')}, state model, fp16, " in ran.out
     assert "\n  verified: PyTorch FP32 against ONNX Runtime " in ran.out
 
 

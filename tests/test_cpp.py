@@ -35,7 +35,8 @@ from test_session import TARGETS, StandIn
 from typer.testing import CliRunner
 
 import neck_export
-from engines.builder.flavor import Flavor, Gpu
+from engines.builder.flavor import Flavor
+from engines.builder.gpu import Gpu
 from engines.run.plan_checks import SessionError, check_plan
 from export.contract.manifest import manifest_path
 from export.proof.fidelity import compare

@@ -42,19 +42,27 @@ def test_command() -> None:
     }  # fmt: skip
 
 
+RTX_TARGETS = ("8.6", "8.9", "12.0")
+TENSORRT, RTX = {"onnxruntime": "1.31.1", "tensorrt": "11.4"}, {"onnxruntime": "1.31.1", "tensorrt-rtx-cu13": "1.7"}
+
+
 @pytest.mark.parametrize(
-    ("packages", "gpu", "expected"),
+    ("packages", "gpus", "expected"),
     [
-        ({}, False, ("onnxruntime is missing: pip", "no TensorRT: pip install 'neck-export[gpu]'", "no TensorRT")),
-        ({"onnxruntime": "1.31.1"}, True, ("yes", "no TensorRT: pip", "no TensorRT")),
-        ({"onnxruntime-gpu": "1.31.1", "tensorrt": "11.4"}, False, ("yes", "no NVIDIA GPU", "no NVIDIA GPU")),
-        ({"onnxruntime-gpu": "1.31.1", "tensorrt": "11.4"}, True, ("yes", "yes", "yes")),
-        ({"onnxruntime": "1.31.1", "tensorrt-rtx-cu13": "1.7"}, False, ("yes", "yes", "no NVIDIA GPU")),
-        ({"onnxruntime": "1.31.1", "tensorrt-rtx-cu13": "1.7"}, True, ("yes", "yes", "yes")),
+        ({}, [], ("onnxruntime is missing: pip", "no TensorRT: pip install 'neck-export[gpu]'", "no TensorRT")),
+        ({"onnxruntime": "1.31.1"}, ["8.9"], ("yes", "no TensorRT: pip", "no TensorRT")),
+        (TENSORRT, [], ("yes", "no NVIDIA GPU", "no NVIDIA GPU")),
+        (TENSORRT, ["8.9"], ("yes", "yes", "yes")),
+        (TENSORRT, ["9.0"], ("yes", "yes", "yes")),
+        (RTX, [], ("yes", "yes", "no NVIDIA GPU")),
+        (RTX, ["8.9", "9.0"], ("yes", "yes", "yes")),
+        (RTX, ["9.0"], ("yes", "yes", "TensorRT-RTX does not run on compute capability 9.0: pip install 'neck-exp")),
+        (RTX, ["10.0"], ("yes", "yes", "TensorRT-RTX does not run on compute capability 10.0")),
+        (TENSORRT | RTX, ["9.0"], ("yes", "yes", "yes")),
     ],
 )
-def test_abilities(packages: dict[str, str | None], gpu: bool, expected: tuple[str, ...]) -> None:
-    found = abilities(NOTHING | packages, gpu)
+def test_abilities(packages: dict[str, str | None], gpus: list[str], expected: tuple[str, ...]) -> None:
+    found = abilities(NOTHING | packages, gpus, RTX_TARGETS)
     assert found["export to ONNX"] == "yes"
     for step, words in zip(("verify ONNX", "build engines", "run, verify and profile engines"), expected, strict=True):
         assert found[step].startswith(words)

@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 
 from engines.builder import flavor as flavor_module
-from engines.builder.build import TYPES, BuildOptions, timing_cache_path
-from engines.builder.flavor import Flavor, FlavorError, Gpu, choose_flavor, find_gpu, has_gpu
+from engines.builder.build import TYPES
+from engines.builder.config import timing_cache_path
+from engines.builder.flavor import OLDEST, Flavor, FlavorError, choose_flavor, version_numbers
+from engines.builder.gpu import Gpu, find_gpu, has_gpu
+from engines.builder.options import BuildOptions
 
 ENGINES = Path(__file__).parent.parent / "engines"
 API = Path(__file__).parent / "data" / "tensorrt-api"
-VERSIONS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(API.glob("*.json"))}
+VERSIONS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(API.glob("tensorrt-*.json"))}
 
 CLASSES = {
     "builder": "Builder",
@@ -41,7 +44,9 @@ OURS = {"profiling.py": {"layer"}}
 """Variables of such a name that are not TensorRT's."""
 
 RTX_ONLY = {"ComputeCapability", "EngineValidity", "EngineInvalidityDiagnostics"}
-RTX_ONLY |= {"Runtime.get_engine_validity", "Runtime.engine_header_size"}
+RTX_ONLY |= {"Runtime.get_engine_validity", "Runtime.engine_header_size", "IExecutionContext.is_stream_capturable"}
+RTX_ONLY |= {"DynamicShapesKernelSpecializationStrategy", "BuilderFlag.REQUIRE_USER_ALLOCATION"}
+RTX_ONLY |= {"IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy", "ICudaEngine.create_runtime_config"}
 """Reached behind Flavor's own question which one it is, nowhere else."""
 
 GPU = Gpu("NVIDIA L4", "8.9", "580.95.05", "13.0")
@@ -77,6 +82,11 @@ def _is_module(node: ast.expr, roots: set[str]) -> bool:
     return isinstance(node, ast.Attribute) and node.attr == "trt"
 
 
+def guarded(source: str) -> set[str]:
+    """What a source asks for by hasattr before it names it: such a name may be missing in a version."""
+    return set(re.findall(r'hasattr\(\w+(?:\.\w+)*, "(\w+)"\)', source))
+
+
 def missing(names: set[str], api: dict[str, list[str]]) -> list[str]:
     """The names that a version does not have."""
     return sorted(
@@ -93,7 +103,8 @@ FILES = [path for path in sorted(ENGINES.rglob("*.py")) if re.search(r"\btrt\.",
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_name_of_tensorrt_exists(path: Path, version: str) -> None:
-    names = used_names(path.read_text(encoding="utf-8"), OURS.get(path.name, ()))
+    source = path.read_text(encoding="utf-8")
+    names = {name for name in used_names(source, OURS.get(path.name, ())) if not guarded(source) & set(name.split("."))}
     special = {name for name in names if {name, name.partition(".")[0]} & RTX_ONLY}
     assert path.name == "flavor.py" or not special
     if "rtx" not in version:
@@ -121,6 +132,29 @@ def test_the_files_that_use_tensorrt_are_seen() -> None:
 )
 def test_a_planted_wrong_name_fails(line: str, name: str) -> None:
     assert missing(used_names(line), VERSIONS["tensorrt-11.4.0.106"]) == [name]
+
+
+def test_only_what_is_asked_for_first_may_be_missing() -> None:
+    """The control: 10.3 has no EngineStat, and 10.14 has."""
+    plain = "weights = engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE)"
+    assert missing(used_names(plain), VERSIONS["tensorrt-10.3"])
+    assert not missing(used_names(plain), VERSIONS["tensorrt-10.14"])
+    assert guarded('if hasattr(trt, "EngineStat") and hasattr(flavor.trt.Builder, "reset"):') == {"EngineStat", "reset"}
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    assert version_numbers("10.13.0.35") == (10, 13, 0, 35) > version_numbers("10.3.0") > version_numbers("9.3")
+    assert version_numbers("10.3.0.post12") == (10, 3, 0)
+    assert version_numbers("dev") == ()
+
+
+def test_pyproject_asks_for_the_oldest_that_works() -> None:
+    text = (ENGINES.parent / "pyproject.toml").read_text(encoding="utf-8")
+    for name, distribution in (("tensorrt", "tensorrt"), ("rtx", "tensorrt-rtx-cu13")):
+        found = re.search(rf'"{distribution}>=([\d.]+),', text)
+        assert found is not None and version_numbers(found[1]) == OLDEST[name]  # type: ignore[index]
+        listed = [version for version in VERSIONS if ("rtx" in version) == (name == "rtx")]
+        assert OLDEST[name] in {version_numbers(version.rpartition("-")[2])[:2] for version in listed}  # type: ignore[index]
 
 
 def test_types_and_flags_taken_by_name_exist() -> None:
@@ -151,6 +185,8 @@ def _install(monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None, **modules: str | 
     [
         ("auto", GPU, "10.16.1", "tensorrt"),
         ("auto", GPU, "11.4.0", "tensorrt"),
+        ("auto", GPU, "10.3.0", "tensorrt"),
+        ("auto", GPU, "10.2.0", "rtx"),
         ("auto", GPU, None, "rtx"),
         ("auto", GPU, "8.6.1", "rtx"),
         ("auto", None, "10.16.1", "rtx"),
@@ -173,7 +209,8 @@ def test_choice(
     [
         ("auto", None, None, r"neck-export\[gpu\]'.* or pip install 'neck-export\[rtx\]'"),
         ("auto", GPU, None, r"tensorrt cannot be imported.*\n.*neck-export\[gpu\]"),
-        ("auto", GPU, "8.6.1", "tensorrt is 8.6.1, expected 10 or later"),
+        ("auto", GPU, "8.6.1", "tensorrt is 8.6.1, expected 10.3 or later"),
+        ("auto", GPU, "10.2.0", "tensorrt is 10.2.0, expected 10.3 or later"),
         ("tensorrt", None, "10.16.1", "needs an NVIDIA GPU.*--flavor rtx"),
         ("tensorrt", GPU, None, r"neck-export\[gpu\]"),
         ("rtx", None, None, r"neck-export\[rtx\]"),

@@ -14,6 +14,7 @@ FLOORS = ("neck", "export", "engines", "benchmarks", "neck_export")
 """Bottom first: each may import those before it."""
 
 STAIRS = {
+    "neck": ("weights",),
     "export": ("contract", "graph", "lowering", "proof"),
     "engines": ("sheet", "builder", "run", "service"),
     "benchmarks": ("measure", "results", "report"),

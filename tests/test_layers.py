@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 from conftest import load_golden, traced
 
-from engines.builder.flavor import has_gpu
+from engines.builder.gpu import has_gpu
 from engines.sheet.layer_sheet import GPUS, Kernel, LayerSheet, Tensor
 from engines.sheet.read_layers import LayerSheetError, read_accumulations, sheet_from_inspector, sheet_from_log
 from export.graph.rewrite import Rewrites
@@ -24,7 +24,8 @@ from export.lowering.precision import Precision, lower
 def sheet_of(precision: Precision, form: AttentionForm, rewrites: Rewrites | None = None) -> LayerSheet:
     """The sheet of a golden encoder of four blocks."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from engines.builder.build import BuildOptions, build_plan
+    from engines.builder.build import build_plan
+    from engines.builder.options import BuildOptions
 
     golden = load_golden("meta-dual")
     model = traced(golden.encoder, golden.config, rewrites, necks="sam3", positions="none").model
@@ -140,6 +141,35 @@ def test_the_builders_listing_is_read() -> None:
     assert sheet.bytes_moved is None and "dynamic batch" in sheet.summary()
 
 
+OLD_LOG = "\n".join(
+    [
+        "Layers:",
+        "Name: __mye1_myl0_0, LayerType: wait, Inputs: [], Outputs: [], TacticName: , StreamId: 1, Metadata: ",
+        "Name: __myl_CastMulAdd_myl0_1, LayerType: kgen, Inputs: [ { Name: ids, Dimensions: [1,40], "
+        "Format/Datatype: Half }], Outputs: [ { Name: o, Dimensions: [1,40], Format/Datatype: Row major linear FP16 "
+        "format }], TacticName: __myl_CastMulAdd_0xd5, StreamId: 0, Metadata: [ONNX Layer: trunk.ln_pre/Mul]",
+        "Name: conv, LayerType: CaskConvolution, Inputs: [ { Name: x, Location: Device, Dimensions: [1,3,8,8], "
+        "Format/Datatype: Half }], Outputs: [ { Name: y, Location: Device, Dimensions: [1,4,8,8], Format/Datatype: "
+        "Half }], ParameterType: Convolution, Kernel: [3,3], TacticName: sm80_xmma, TacticValue: 0x1b, StreamId: 0, "
+        "Metadata: ",
+        "Name: signal_1, LayerType: signal",
+        "",
+        "Bindings:",
+        "ids",
+    ]
+)
+"""In the form of TensorRT 10 (NVIDIA/TensorRT #4397): no Constants, other fields, waits between the kernels."""
+
+
+def test_the_listing_of_tensorrt_10_is_read() -> None:
+    sheet = sheet_from_log(OLD_LOG, {})
+    first, conv = sheet.kernels  # a wait and a signal are no kernels
+    assert (first.name, first.kind, first.tactic) == ("__myl_CastMulAdd_myl0_1", "kgen", "__myl_CastMulAdd_0xd5")
+    assert (first.bytes, first.modules) == (2 * 40 * 2, ("trunk.ln_pre",))
+    assert (conv.kind, conv.tactic, conv.bytes) == ("CaskConvolution", "sm80_xmma", (3 + 4) * 64 * 2)
+    assert conv.inputs[0].name == "x"
+
+
 def test_an_fp16_attention_that_does_not_tell_is_warned_of() -> None:
     sheet = sheet_from_log(LOG, {})
     assert "accumulation not told" in sheet.summary() and "does not tell" in str(sheet.warning())
@@ -190,19 +220,59 @@ def test_the_inspectors_json_is_read(datatype: dict[str, str], io: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("", "no list"), ("{}", "no list"), ('{"Layers": ["conv_1"]}', "names alone"), ('{"Layers": []}', "no kernel")],
+    [
+        ("", "no list"),
+        ("{}", "no list"),
+        ("[]", "no list"),
+        ('{"Layers": null}', "no list"),
+        ('{"Layers": 3}', "no list"),
+        ('{"Layers": ["conv_1"]}', "names alone"),
+        ('{"Layers": []}', "no kernel"),
+    ],
 )
 def test_an_inspector_that_tells_nothing_is_an_error(text: str, says: str) -> None:
     with pytest.raises(LayerSheetError, match=says):
         sheet_from_inspector(text, {})
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"Inputs": None},
+        {"Inputs": 3},
+        {"Inputs": ["t"]},
+        {"Inputs": [{"Name": "t"}]},
+        {"Inputs": [{"Name": "t", "Dimensions": ["a", None], "Datatype": 7}]},
+        {"Outputs": [{"Name": None, "Dimensions": 64, "Format/Datatype": ["Half"]}]},
+        {"Weights": {"Count": "many"}},
+        {"Weights": {"Count": 3}},
+        {"Bias": [1]},
+        {"TacticName": None, "Metadata": None},
+        {"Metadata": ["[ONNX Layer: x]"]},
+        {"Name": None, "LayerType": None},
+    ],
+    ids=str,
+)
+def test_odd_json_is_not_told(odd: dict[str, object]) -> None:
+    """Every one of these was an AttributeError, a TypeError or a KeyError."""
+    layers = [_layer("gemm", {"Datatype": "Half"}), _layer("odd", {"Datatype": "Half"}) | odd]
+    gemm, other = sheet_from_inspector(json.dumps({"Layers": layers}), {}).kernels
+    assert gemm.bytes == 2 * 512 * 2
+    assert other.bytes is None or other.bytes >= 2 * 512
+
+
+def test_waiting_is_no_kernel() -> None:
+    layers = [_layer(kind, {"Datatype": "Half"}, LayerType=kind) for kind in ("wait", "kgen", "signal")]
+    assert [kernel.kind for kernel in sheet_from_inspector(json.dumps({"Layers": layers}), {}).kernels] == ["kgen"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU or driver here: the engine inspector needs a loaded engine")
 def test_the_inspector_and_the_log_agree(tmp_path: Path) -> None:
     """On a GPU: an engine's JSON gives the attentions that its build counted."""
-    from engines.builder.build import BuildOptions, build_plan
+    from engines.builder.build import build_plan
     from engines.builder.flavor import choose_flavor
+    from engines.builder.options import BuildOptions
 
     golden = load_golden("meta-dual")
     model = traced(golden.encoder, golden.config, necks="sam3", positions="none").model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from neck.checkpoint import random_encoder
 from neck.config import ConfigError
-from neck.necks import Sam3DualViTDetNeck, Sam3TriViTDetNeck, forward_necks, new_encoder
+from neck.necks import Sam3AnyViTDetNeck, Sam3DualViTDetNeck, Sam3TriViTDetNeck, forward_necks, new_encoder
 from neck.position import PositionEmbeddingSine
 
 
@@ -170,6 +170,9 @@ def test_golden_sees_a_small_change(golden: Golden) -> None:
         (("sam3",), Sam3DualViTDetNeck),
         (("sam3", "sam2"), Sam3DualViTDetNeck),
         (("sam3", "interactive", "propagation"), Sam3TriViTDetNeck),
+        (("sam2",), Sam3AnyViTDetNeck),
+        (("interactive", "propagation"), Sam3AnyViTDetNeck),
+        (("sam3", "sam2", "interactive"), Sam3AnyViTDetNeck),
     ],
 )
 def test_new_encoder_has_the_necks_of_its_config(necks: tuple[str, ...], kind: type) -> None:
@@ -179,7 +182,7 @@ def test_new_encoder_has_the_necks_of_its_config(necks: tuple[str, ...], kind: t
     assert tuple(forward_necks(encoder, torch.zeros(1, 3, 112, 112))) == necks
 
 
-@pytest.mark.parametrize("necks", [("sam2",), ("sam3", "other"), ("sam3", "interactive")])
+@pytest.mark.parametrize("necks", [("other",), ("sam3", "other"), ("sam2", "sam2")])
 def test_new_encoder_refuses_other_necks(necks: tuple[str, ...]) -> None:
     with pytest.raises(NotImplementedError, match=necks[-1]):
         new_encoder(tiny_config(necks=necks))

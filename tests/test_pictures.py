@@ -212,7 +212,7 @@ BROKEN = {
     "folder": "is a folder; give a picture file",
     "fifo": "is a pipe; give a picture file",
     "eps": "is damaged or in no known format",
-    "float": "32-bit pixels",
+    "float": "is 32-bit float grey, values 1 to 1, of no fixed range",
 }
 
 

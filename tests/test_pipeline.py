@@ -83,6 +83,7 @@ def test_golden(case: str, precision: Any, tmp_path: Path) -> None:  # noqa: ANN
     assert content["weights"] == {
         "random": False,
         "path": str(checkpoint_of(case).resolve()),
+        **({} if checkpoint_of(case).suffix == ".safetensors" else {"state": "model"}),
         **file_entry(checkpoint_of(case)),
     }
     assert content["verification"] == result.verdict.to_dict()

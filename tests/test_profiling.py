@@ -32,12 +32,12 @@ from engines.run.profiling import (
     LAYER_RUNS,
     ProfilingError,
     choose_batch,
-    make_input,
     new_profiler,
     profile_plan,
     read_state,
     scale_operations,
 )
+from engines.run.timing import make_input
 from engines.sheet.layer_sheet import Kernel, LayerSheet, Tensor
 
 FIXED = Port("image", torch.float32, (2, 3, 8, 8), (2, 2))

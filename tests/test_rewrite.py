@@ -56,10 +56,18 @@ def test_identity(name: str, size: tuple[int, int], pretrain: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["merge_upsampling", "position_tables", "all"])
-@pytest.mark.parametrize("necks", [("sam3", "sam2"), ("sam3", "interactive", "propagation")])
+@pytest.mark.parametrize("necks", [("sam3", "sam2"), ("sam3", "interactive", "propagation"), ("sam2",)])
 def test_identity_of_more_necks(necks: tuple[str, ...], name: str) -> None:
     encoder, image = plain((112, 112), WINDOW, necks)
     assert difference(rewrite(encoder, REWRITES[name]), encoder, image) < TOLERANCE
+
+
+def test_identity_at_another_theta() -> None:
+    config = tiny_config(rope_theta=100.0)
+    encoder, other = random_encoder(config).double(), random_encoder(tiny_config()).double()
+    image = torch.randn(1, 3, 112, 112, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert difference(rewrite(encoder, Rewrites()), encoder, image) < TOLERANCE
+    assert difference(rewrite(other, Rewrites()), encoder, image) > TOLERANCE  # the control: the plain theta
 
 
 @pytest.mark.parametrize("size", SIZES)

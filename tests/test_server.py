@@ -34,7 +34,7 @@ from serving import (
 )
 from triton_server import Server, running, stand_in_plan, stand_in_repository, why_missing
 
-from engines.builder.flavor import has_gpu
+from engines.builder.gpu import has_gpu
 from engines.service.triton_client.__main__ import main
 from engines.service.triton_client.errors import ClientError
 from export.contract.signature import BatchRange
@@ -175,7 +175,7 @@ def test_a_server_that_dies(folder: Path, plan: Path) -> None:
         held = set(Path("/dev/shm").glob("neck-*")) - before
         assert len(held) == 1 + len(expected())
         other.process.terminate()
-        other.process.wait(timeout=60)
+        other.process.wait(timeout=600)
         with pytest.raises(ClientError, match="no answer"):
             client.infer(images()[:1])
         with pytest.raises(ClientError, match="no answer"):
@@ -236,7 +236,7 @@ def request(
 
 def post(server: Server, body: bytes, header: int | None = None, model: str = "sam3-encoder") -> tuple[int, str]:
     """Status and text of an answer to a raw request."""
-    connection = http.client.HTTPConnection(server.http_url, timeout=60)
+    connection = http.client.HTTPConnection(server.http_url, timeout=600)
     headers = {} if header is None else {"Inference-Header-Content-Length": str(header)}
     try:
         connection.request("POST", f"/v2/models/{model}/infer", body, headers)
@@ -317,7 +317,7 @@ def test_the_client_tells_what_the_server_refuses(server: Server, protocol: str)
 def hurl(url: str, data: bytes, reset: bool = False) -> None:
     """Sends bytes and closes the connection at once, politely or with a reset; the server may close it first."""
     host, port = url.split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with socket.create_connection((host, int(port)), timeout=600) as connection:
         if reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         with contextlib.suppress(ConnectionError):
@@ -345,7 +345,7 @@ def test_a_thousand_connections_opened_and_dropped(server: Server) -> None:
     for url in (server.http_url, server.grpc_url):
         host, port = url.split(":")
         for lot in range(4):
-            many = [socket.create_connection((host, int(port)), timeout=30) for _ in range(250)]
+            many = [socket.create_connection((host, int(port)), timeout=600) for _ in range(250)]
             for number, connection in enumerate(many):
                 if number % 2:
                     connection.sendall(b"POST /v2/models/sam3-enc"[: number % 24])

@@ -21,10 +21,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from engines.builder.build import BuildOptions, build_plan
-from engines.builder.flavor import Flavor, Gpu, choose_flavor, has_gpu
+from engines.builder.build import build_plan
+from engines.builder.flavor import Flavor, choose_flavor
+from engines.builder.gpu import Gpu, has_gpu
+from engines.builder.options import BuildOptions
 from engines.run.plan_checks import Port, SessionError, check_gpu, check_plan, check_version, manifest_specs
-from engines.run.session import TYPES, Session, open_plan
+from engines.run.session import ALIGNMENT, TYPES, Session, open_plan
 from export.contract.manifest import manifest_path, write_manifest
 from export.contract.signature import BatchRange
 
@@ -41,12 +43,16 @@ class StandIn(Flavor):
     def new_logger(self, take: Callable[[int, str], None]) -> Any:  # noqa: ANN401
         return take
 
+    def create_context(self, engine: Any) -> tuple[Any, Any]:  # noqa: ANN401
+        return engine.create_execution_context(), None
+
 
 class Context:
     """Computes output = 2 * image at the addresses that it was given."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.shape, self.addresses, self.works = engine, (), {}, True
+        self.addressable = True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shape = shape
@@ -55,8 +61,9 @@ class Context:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self.shape
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
+        return self.addressable
 
     def execute_async_v3(self, stream: int) -> bool:
         if not self.works:
@@ -356,9 +363,42 @@ def test_numpy_that_is_read_only_or_strided(tmp_path: Path) -> None:
         np.testing.assert_array_equal(session.infer({"image": image})["twice"], image * 2)
 
 
+def at(offset: int, value: torch.Tensor) -> torch.Tensor:
+    """A copy that lies so many bytes behind a multiple of 256."""
+    room = torch.empty(value.nbytes + 2 * ALIGNMENT, dtype=torch.uint8)
+    start = -room.data_ptr() % ALIGNMENT + offset
+    return room[start : start + value.nbytes].view(value.dtype).reshape(value.shape).copy_(value)
+
+
+def test_an_address_that_tensorrt_does_not_take_is_copied_once(tmp_path: Path) -> None:
+    """A view such as batch[1:2] of 350 x 350 pixels lies at no multiple of 256 bytes."""
+    with open_stand_in(tmp_path) as session:
+        for offset in (0, 64, ALIGNMENT - 4):
+            image = at(offset, torch.full((2, 2, 3), 3.0))
+            assert (session.infer({"image": image})["twice"] == 6).all()
+            assert (session.context.addresses["image"] == image.data_ptr()) == (offset == 0)
+
+
+def test_an_address_that_is_refused_is_an_error(tmp_path: Path) -> None:
+    with open_stand_in(tmp_path) as session:
+        session.context.addressable = False
+        with pytest.raises(SessionError, match=r"image lies at 0x[0-9a-f]+, which TensorRT does not take .*of 256"):
+            session.infer({"image": np.zeros((1, 2, 3), np.float32)})
+
+
+def test_what_is_bound_is_held(tmp_path: Path) -> None:
+    """Outputs that a caller drops stay until others are bound: a run into freed memory would write another's."""
+    with open_stand_in(tmp_path) as session:
+        session.bind({"image": torch.ones(1, 2, 3)})
+        assert session._bound["twice"].data_ptr() == session.context.addresses["twice"]
+        session.enqueue()
+        assert (session._bound["twice"] == 2).all()
+    assert session._bound == {}
+
+
 def test_torch_is_read_where_it_is_and_outputs_are_the_callers(tmp_path: Path) -> None:
     with open_stand_in(tmp_path) as session:
-        image = torch.ones(2, 2, 3)
+        image = at(0, torch.ones(2, 2, 3))
         first = session.infer({"image": image})["twice"]
         assert session.context.addresses == {"image": image.data_ptr(), "twice": first.data_ptr()}
         second = session.infer({"image": image * 5})["twice"]

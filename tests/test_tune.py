@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import DATA
 
-from engines.builder.build import BuildError
-from engines.builder.flavor import has_gpu
+from engines.builder.gpu import has_gpu
+from engines.builder.onnx_graph import BuildError
 from engines.plan import PlanOptions, PlanResult, make_plan
 from engines.tune import Row, TuneError, Tuning, fastest, tune_plan, tuning_lines
 from export.contract.manifest import check_files, manifest_path, read_manifest

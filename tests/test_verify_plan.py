@@ -14,8 +14,9 @@ import torch
 from conftest import Save, run_onnx, shared_encoder, tiny_config, traced
 from test_session import L4, facts, stand_in, write_plan
 
-from engines.builder.build import BuildOptions, build_plan
+from engines.builder.build import build_plan
 from engines.builder.flavor import Flavor
+from engines.builder.options import BuildOptions
 from engines.run import verify
 from engines.run.plan_checks import Port, SessionError
 from engines.run.verify import (

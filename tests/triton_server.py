@@ -34,7 +34,7 @@ from export.pipeline import export_onnx
 ROOT = Path(__file__).parent.parent
 SERVER = ROOT / ".triton"
 STAND_IN = Path(__file__).parent / "stand_in_backend" / "model.py"
-START_S = 60
+START_S = 600
 """Seconds that a server may take until it is ready; 2 on an idle machine."""
 
 
@@ -49,7 +49,7 @@ class Server:
 
     def get(self, path: str) -> tuple[int, bytes]:
         """Status and body of a plain GET."""
-        connection = http.client.HTTPConnection(self.http_url, timeout=30)
+        connection = http.client.HTTPConnection(self.http_url, timeout=600)
         try:
             connection.request("GET", path)
             response = connection.getresponse()

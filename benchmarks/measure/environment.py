@@ -121,17 +121,22 @@ def _cpu_compiler() -> str | None:
     """What torch.compile lacks on the CPU."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++")):
         return "torch.compile needs a C++ compiler here: apt-get install g++"
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        return "torch.compile needs Python.h: apt-get install python3-dev"
-    return None
+    return _header_problem()
+
+
+def _header_problem() -> str | None:
+    """What is said where Python's headers are missing: Inductor's C++ and Triton's launchers include them."""
+    found = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return None if found else "torch.compile needs Python.h: apt-get install python3-dev"
 
 
 def _gpu_compiler() -> str | None:
+    """What torch.compile lacks on a GPU."""
     if importlib.util.find_spec("triton") is None:
         return "torch.compile needs Triton's compiler here: pip install triton"
     if not any(shutil.which(name) for name in (os.environ.get("CC") or "gcc", "clang", "cc")):
         return "torch.compile needs a C compiler for Triton: apt-get install gcc"
-    return None
+    return _header_problem()
 
 
 def _providers() -> list[str] | None:
@@ -153,7 +158,8 @@ def _openvino() -> list[str] | None:
 
 def _plan_problem(flavor: str) -> str | None:
     """Why no plan of a flavour can be built and run here."""
-    from engines.builder.flavor import FlavorError, choose_flavor, find_gpu
+    from engines.builder.flavor import FlavorError, choose_flavor
+    from engines.builder.gpu import find_gpu
 
     if find_gpu() is None:
         return "no NVIDIA GPU with a driver here; without one a plan can be built, not run"

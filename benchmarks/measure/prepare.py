@@ -21,17 +21,18 @@ from export.pipeline import export_onnx, write_onnx
 from export.proof.verify import reference_pixels
 from neck.checkpoint import save_meta_checkpoint
 from neck.config import EncoderConfig
-from neck.pictures import normalise
+from neck.pictures import PictureFolder, ValueRange, normalise
 
 
 def make_weights(asked: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint that every backend maps: the user's, or random weights that are written once.
 
     Args:
-        asked: `checkpoint`, `config`, `seed`, `image_size`, `necks`, `levels`, `positions`, `batch`, `folder`.
+        asked: `checkpoint`, `state`, `prefix`, `config`, `seed`, `image_size`, `necks`, `levels`, `positions`, `batch`,
+            `folder`.
 
     Returns:
-        `weights`, `config`, `parameters`, `signature` as JSON values.
+        `weights`, `state`, `prefix`, `config`, `parameters`, `signature` as JSON values.
     """
     made = Path(asked["folder"]) / "weights.pt"
     if asked["checkpoint"] is None and made.is_file():
@@ -42,6 +43,8 @@ def make_weights(asked: Mapping[str, Any]) -> dict[str, Any]:
         save_meta_checkpoint(encoder, made)
     return {
         "weights": str(options.checkpoint or made),
+        "state": options.state,
+        "prefix": options.prefix,
         "config": encoder_config(encoder).to_dict(),
         "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
         "signature": sign(options, encoder).to_dict(),
@@ -53,6 +56,8 @@ def _options(asked: Mapping[str, Any], output: Path) -> ExportOptions:
     return ExportOptions(
         output,
         checkpoint=Path(checkpoint) if checkpoint else None,
+        state=asked["state"],
+        prefix=asked["prefix"],
         config=EncoderConfig.from_dict(config) if config else None,
         seed=asked["seed"],
         image_size=tuple(asked["image_size"]) if asked["image_size"] else None,
@@ -68,12 +73,13 @@ def make_image(asked: Mapping[str, Any]) -> dict[str, Any]:
     """The normalised picture of a size and batch: float32 (B, 3, H, W) as .npy.
 
     Args:
-        asked: `signature`, `batch`, `images` (a folder or None), `path`.
+        asked: `signature`, `batch`, `images` (a folder or None), `picture_range` (two numbers or None), `path`.
     """
     path = Path(asked["path"])
     if not path.is_file():
         signature = Signature.from_dict(asked["signature"])
-        images = Path(asked["images"]) if asked["images"] else None
+        ends = asked["picture_range"]
+        images = PictureFolder(Path(asked["images"]), ValueRange(*ends) if ends else None) if asked["images"] else None
         with _whole(path) as staged, staged.open("wb") as file:
             np.save(file, normalise(reference_pixels(signature, images, asked["batch"])).numpy())
     return {"path": str(path)}

@@ -43,7 +43,7 @@ class RotaryBack(RotaryHalves):
 def make_module(job: Mapping[str, Any]) -> DeployEncoder:
     """The encoder of a job on its device; weights in its precision, rotary and position tables in FP32."""
     config, signature = EncoderConfig.from_dict(job["config"]), Signature.from_dict(job["signature"])
-    encoder = load_encoder(Path(job["weights"]), config, necks=config.necks)
+    encoder = load_encoder(Path(job["weights"]), config, necks=config.necks, state=job["state"], prefix=job["prefix"])
     encoder.set_imgsz(signature.image_size)
     module = DeployEncoder(encoder, signature, Rewrites() if job["module"] == "rewritten" else Rewrites.none())
     for part in module.modules():

@@ -18,6 +18,7 @@ from benchmarks.measure.worker_process import ROOT, Worker, WorkerError
 from export.contract.manifest import data_path
 from export.contract.signature import BatchRange, Positions, Signature, SignatureError, encoder_signature
 from neck.config import ConfigError, EncoderConfig
+from neck.pictures import ValueRange
 
 Job = dict[str, Any] | WorkerError
 """What a worker loads, or why it cannot be made."""
@@ -40,6 +41,9 @@ class Asked:
     levels: str
     positions: Positions
     images: Path | None
+    picture_range: ValueRange | None = None
+    state: str | None = None
+    prefix: str | None = None
 
     def identity(self) -> dict[str, Any]:
         """What tells it from another one, a changed checkpoint or exporter included."""
@@ -119,7 +123,7 @@ class Workplace:
     def _encoder(self) -> dict[str, Any]:
         asked = self.asked
         config = asked.config.to_dict() if asked.config else None
-        values = {name: getattr(asked, name) for name in ("seed", "necks", "levels", "positions")}
+        values = {name: getattr(asked, name) for name in ("state", "prefix", "seed", "necks", "levels", "positions")}
         return {**values, "config": config, "checkpoint": str(asked.checkpoint) if asked.checkpoint else None}
 
     def sign(self, image_size: int | tuple[int, int] | None, batch: int) -> tuple[EncoderConfig, Signature]:
@@ -150,13 +154,14 @@ class Workplace:
         values = {"batch": batch, "signature": signature.to_dict(), "config": config.to_dict()}
         image = self.folder / f"image-{place}.npy"
         images = str(self.asked.images) if self.asked.images else None
+        ends = dataclasses.astuple(self.asked.picture_range) if self.asked.picture_range else None
         if not image.is_file():
             try:
-                self.ask("image", **values, images=images, path=str(image))
+                self.ask("image", **values, images=images, picture_range=ends, path=str(image))
             except WorkerError as error:
                 raise BenchError(f"the picture cannot be made: {error}") from None
         self.rest()
-        values |= {"weights": self._prepared["weights"], "image": str(image)}
+        values |= {name: self._prepared[name] for name in ("weights", "state", "prefix")} | {"image": str(image)}
         folders = {
             one.id: self.folder / f"{one.module}-{one.precision}-{place}{'-plan' * (one.runtime == 'plan')}"
             for one in backends

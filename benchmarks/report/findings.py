@@ -237,3 +237,13 @@ def answer_sentence(result: Result, answer: Answer) -> str:
     if best.get("share_of_floor") is not None:
         text += f", {percent(best['share_of_floor'])} of what the machine's own rates allow"
     return text + "."
+
+
+def caution_sentence(answer: Answer) -> str | None:
+    """That a faster backend must not be taken, and why; None where there is none."""
+    outside = answer.fastest_outside
+    if outside is None:
+        return None
+    error = worst_error(outside)
+    why = "was not compared" if error is None else f"is outside tolerance: worst relative L2 {error_figure(error)}"
+    return f"{outside['label']} took {milliseconds(median_ms(outside))} but {why}."

@@ -22,37 +22,29 @@ from benchmarks.report.findings import (
     Row,
     answer_sentence,
     answers,
+    caution_sentence,
     error_figure,
     label_of,
-    median_ms,
     milliseconds,
     missing_sentence,
     percent,
     ranked,
-    scaled,
     significant,
-    size_name,
     worst_error,
 )
 from benchmarks.report.growth import growth_plot
+from benchmarks.report.method import TITLE, about, commands, encoder_facts, method
 from benchmarks.report.plots import error_plot, roofline_plot
 from benchmarks.report.tables import (
-    costs_table,
     environment,
     errors_table,
-    export_table,
-    growth_table,
-    missing_table,
-    parts_table,
-    plain_table,
-    results_table,
+    tables_of,
 )
 from benchmarks.results.result_files import Result, of_machine
 
 GENERATOR = "neck-export bench"
 """Stands in the page's head; a page without it is not ours and is not replaced."""
 
-TITLE = "SAM 3 image encoder: benchmark"
 PAGE = Path(__file__).parent / "page"
 
 
@@ -98,14 +90,14 @@ def _view(result: Result, answer: Answer) -> dict[str, Any]:
     """What the template shows of one machine."""
     machine = answer.machine
     draw = functools.partial(_drawn, result, machine)
-    gone = missing_table(result, machine)
+    tables = tables_of(result, machine)
     growth = [
-        (chart, growth_table(result, machine, sweep), sweep.replace("_", "-"))
+        (chart, tables.get(f"Growth with {sweep.replace('_', ' ')}"), sweep.replace("_", "-"))
         for sweep in ("image_size", "batch")
         if (chart := draw(functools.partial(_growth, sweep=sweep)))
     ]
     features = of_machine(result, machine, "features")
-    export = export_table(of_machine(result, machine, "export"))
+    export = tables.get("What the export costs")
     sections = [("latency", "Latency"), ("missing", "Not measured"), ("accuracy", "Accuracy"), ("growth", "Growth")]
     sections += [("roofline", "Roofline"), ("parts", "Where the time goes"), ("features", "Features")]
     sections += [("export", "Export")] if export else []
@@ -116,20 +108,20 @@ def _view(result: Result, answer: Answer) -> dict[str, Any]:
         "id": machine["id"],
         "name": machine["name"],
         **_answer(result, answer),
-        "missing": gone,
+        "missing": tables.get("Not measured"),
         "missing_sentence": missing_sentence(result, machine),
         "sections": [*sections, ("environment", "Machine")],
         "latency": draw(latency_chart),
-        "results": results_table(result, machine),
-        "costs": costs_table(result, machine),
-        "plain": plain_table(result, machine),
+        "results": tables.get("Latency and error"),
+        "costs": tables.get("Costs"),
+        "plain": tables.get("What the rewrites buy"),
         "accuracy": draw(error_plot),
         "errors": errors,
         "open": next((table for row, table in compared if row is answer.best), None),
         "growth": growth,
         "roofline": draw(roofline_plot),
         "parts": draw(parts_chart),
-        "parts_table": parts_table(result, machine),
+        "parts_table": tables.get("Work"),
         "kernels": draw(lambda result, machine, width: kernels_chart(kernels, width)),
         "features": features and _features(features),
         "candidate": features and label_of(result, features["candidate"]),
@@ -151,13 +143,9 @@ def _growth(result: Result, machine: dict[str, Any], width: float, sweep: str) -
 
 def _answer(result: Result, answer: Answer) -> dict[str, Any]:
     """The first screen: the backend, four figures, and a caution where a faster one must not be taken."""
-    best, outside = answer.best, answer.fastest_outside
-    caution = None
-    if outside:
-        error = worst_error(outside)
-        why = "was not compared" if error is None else f"is outside tolerance: worst relative L2 {error_figure(error)}"
-        caution = f"{outside['label']} took {milliseconds(median_ms(outside))} but {why}."
-    return {"best": best and best["label"], "facts": _facts(result, best) if best else [], "caution": caution}
+    best = answer.best
+    facts = _facts(result, best) if best else []
+    return {"best": best and best["label"], "facts": facts, "caution": caution_sentence(answer)}
 
 
 def _facts(result: Result, best: Row) -> list[dict[str, str]]:
@@ -188,60 +176,3 @@ def _features(features: dict[str, Any]) -> dict[str, Any]:
         for level in features["levels"]
     ]
     return {**features, "levels": levels}
-
-
-def about(result: Result) -> str:
-    """One line under the title."""
-    encoder = result["encoder"]
-    necks = " and ".join(encoder["necks"])
-    size = size_name(encoder["image_size"], encoder["batch"])
-    return f"{size}, {necks} neck, {scaled(encoder['parameters'], '')} parameters, {result['date']}"
-
-
-def commands(result: Result) -> list[str]:
-    """Every command that the result was measured by, once."""
-    told = [of_machine(result, machine, "command") for machine in result["machines"]]
-    return list(dict.fromkeys(told))
-
-
-def method(result: Result) -> list[str]:
-    """How it was measured, in sentences that hold for this result."""
-    rows = [row for row in result["rows"] if row["status"] == "measured" and row["sweep"] is None]
-    runs = sorted({row["latency"]["runs"] for row in rows})
-    warm = sorted({row["warm_up_runs"] for row in rows if row.get("warm_up_runs") is not None})
-    lines = ["All backends ran in turn, round by round, so that the machine's drift falls on all alike."]
-    if runs:
-        lines.append(f"Timed runs of a backend: {_range(runs)}; warm-up runs before: {_range(warm) or 'not told'}.")
-    settings = {
-        f"{name}={value}"
-        for machine in result["machines"]
-        for name, value in machine["environment"].get("settings", {}).items()
-    }
-    if settings:
-        lines.append(f"Every backend ran in a process of its own with {', '.join(sorted(settings))}.")
-    return [
-        *lines,
-        "A ratio is taken round by round: its median, with the lowest and highest round in brackets.",
-        "Errors are of every output against the plain module in PyTorch FP32, summed in float64.",
-        "The floor is the greater of operations over the measured product rate and least bytes over the measured copy "
-        "rate. Operations count 2 for each multiply-add.",
-    ]
-
-
-def _range(values: list[int]) -> str:
-    return "" if not values else str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
-
-
-def encoder_facts(result: Result) -> list[tuple[str, str]]:
-    """What was measured."""
-    encoder = result["encoder"]
-    pairs = [
-        ("Weights", encoder["checkpoint"]),
-        ("Image size", size_name(encoder["image_size"])),
-        ("Batch", str(encoder["batch"])),
-        ("Necks", ", ".join(encoder["necks"])),
-        ("Levels", ", ".join(str(level) for level in encoder["levels"])),
-        ("Positions", encoder["positions"]),
-        ("Parameters", scaled(encoder["parameters"], "")),
-    ]
-    return pairs + [(name.replace("_", " "), str(value)) for name, value in (encoder.get("config") or {}).items()]

@@ -11,6 +11,7 @@ from benchmarks.errors import BenchError
 from benchmarks.report.html import GENERATOR, html_page
 from benchmarks.report.markdown import MARK, markdown_page
 from benchmarks.results.result_files import Result, check_result, read_result
+from export.contract.interrupt import signals_held
 from export.contract.manifest import staging
 
 NAMES = ("report.md", "report.html", "report.json")
@@ -39,8 +40,9 @@ def write_report(result: Result, folder: Path) -> tuple[Path, Path, Path]:
         with staging(data) as staged:
             for path, text in texts.items():
                 _write(staged / path.name, text)
-            for path in texts:
-                os.replace(staged / path.name, path)
+            with signals_held():
+                for path in texts:
+                    os.replace(staged / path.name, path)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else error.strerror or type(error).__name__

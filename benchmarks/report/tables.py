@@ -232,3 +232,18 @@ def _flat(value: Any) -> str:  # noqa: ANN401 - any JSON value
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(_flat(entry) for entry in value)
     return NOTHING if value is None else str(value)
+
+
+def tables_of(result: Result, machine: dict[str, Any]) -> dict[str, Table]:
+    """Every table of a machine that has rows, by its title, in the order of a report."""
+    found = {
+        "Latency and error": results_table(result, machine),
+        "Costs": costs_table(result, machine),
+        "What the rewrites buy": plain_table(result, machine),
+        "Not measured": missing_table(result, machine),
+        "Growth with image size": growth_table(result, machine, "image_size"),
+        "Growth with batch": growth_table(result, machine, "batch"),
+        "Work": parts_table(result, machine),
+        "What the export costs": export_table(of_machine(result, machine, "export")),
+    }
+    return {title: table for title, table in found.items() if table and table.rows}

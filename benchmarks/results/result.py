@@ -32,7 +32,7 @@ from benchmarks.results.rows import (
     work_of,
 )
 from benchmarks.roofline import encoder_parts, total_bytes, total_operations
-from neck.pictures import find_pictures
+from neck.pictures import find_pictures, read_picture
 
 SHIPPED = "astronaut.jpg (NASA)"
 
@@ -67,8 +67,10 @@ def make_result(run: Run) -> dict[str, Any]:
 
 def _encoder(run: Run) -> dict[str, Any]:
     options, signature = run.options, run.signature
+    random = f"random (seed {options.seed})"
+    chosen = [f"{key} {getattr(options, key)}" for key in ("state", "prefix") if getattr(options, key) is not None]
     return {
-        "checkpoint": str(options.checkpoint) if options.checkpoint else f"random (seed {options.seed})",
+        "checkpoint": ", ".join([str(options.checkpoint), *chosen]) if options.checkpoint else random,
         "image_size": list(run.config.image_size),
         "batch": options.batch,
         "necks": list(signature.necks),
@@ -144,9 +146,17 @@ def _features(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not found[name] or set(found[REFERENCE]) < set(found[name]):
         run.report("no pictures of the features: the outputs of an earlier run are gone (--fresh measures them again)")
         return None
+    return feature_pictures(found[REFERENCE], found[name], _picture(run), name)
+
+
+def _picture(run: Run) -> str:
+    """The first picture's name, and where it is deeper than 8 bits what became of its values."""
     images = run.options.images
-    picture = find_pictures(images)[0].name if images else SHIPPED
-    return feature_pictures(found[REFERENCE], found[name], picture, name)
+    if images is None:
+        return SHIPPED
+    path, notes = find_pictures(images)[0], list[str]()
+    read_picture(path, run.options.picture_range, notes.append)
+    return notes[0] if notes else path.name
 
 
 def _export(run: Run) -> dict[str, Any] | None:
@@ -157,7 +167,9 @@ def _export(run: Run) -> dict[str, Any] | None:
     if not path.is_file():
         run.report("the exporter itself, against plain torch.onnx.export")
         command = [sys.executable, "-m", "benchmarks.export", "--runs", "1", "--json", str(path)]
-        checkpoint = ["--checkpoint", str(run.options.checkpoint)] if run.options.checkpoint else []
+        # what it costs does not depend on the values, so where a state has to be chosen, random ones do
+        plain = run.options.checkpoint and run.options.state is None and run.options.prefix is None
+        checkpoint = ["--checkpoint", str(run.options.checkpoint)] if plain else []
         done = subprocess.run([*command, *checkpoint], cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

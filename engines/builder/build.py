@@ -7,14 +7,17 @@ import fnmatch
 import os
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from engines.builder.flavor import Flavor, Gpu, choose_flavor
+from engines.builder.config import common_options, save_timing_cache
+from engines.builder.flavor import Flavor, choose_flavor
+from engines.builder.gpu import Gpu
 from engines.builder.onnx_graph import BuildError, Graph, read_graph
+from engines.builder.options import DEFAULT_BATCH, BuildOptions
 from engines.builder.plan_stream import Progress, Watch, disk_errors, new_monitor, run_builder, temporary
 from engines.sheet.layer_sheet import LayerSheet
-from engines.sheet.read_layers import read_accumulations, sheet_from_log
-from export.contract.signature import BATCH, BatchRange, TensorSpec
+from engines.sheet.read_layers import LayerSheetError, read_accumulations, sheet_from_inspector, sheet_from_log
+from export.contract.signature import BATCH, TensorSpec
 
 TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 NUMPY = {
@@ -25,46 +28,8 @@ NUMPY = {
     "INT32": "int32",
     "INT64": "int64",
 }
-DEFAULT_BATCH = BatchRange(1, 4, 8)
-"""Optimization profile of a dynamic batch whose range nobody said."""
-
 SCORES = "*.attn/scores*"
 """The matrix product that the attention form `unfused` keeps in FP32."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BuildOptions:
-    """How to build.
-
-    Attributes:
-        precision: type that the graph's matrix products and convolutions must have.
-        batch: optimization profile of a file with dynamic batch; by default from 1 through 4 to 8.
-        compute_capabilities: GPUs to build for (RTX), such as ("8.9", "12.0"); empty is the flavour's default.
-        keep_fp32: paths of modules that are in FP32 all the same, with wildcards.
-        optimization_level: 0 (fast build) to 5; None is TensorRT's default.
-        workspace_bytes: limit of scratch memory on the GPU; None is no limit.
-        version_compatible: the plan loads in later TensorRT versions too.
-        hardware_compatible: `none`, `ampere+` (8.0 and later) or `same` (GPUs of this one's compute capability).
-        timing_cache: file that keeps measured kernels between builds; flavour, version and GPU enter its name.
-    """
-
-    precision: Literal["fp32", "fp16", "bf16"] = "fp16"
-    batch: BatchRange | None = None
-    compute_capabilities: tuple[str, ...] = ()
-    keep_fp32: tuple[str, ...] = ()
-    optimization_level: int | None = None
-    workspace_bytes: int | None = None
-    version_compatible: bool = False
-    hardware_compatible: Literal["none", "ampere+", "same"] = "none"
-    timing_cache: Path | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The options as JSON values; two builds are alike where these are (the timing cache's place aside)."""
-        values = dataclasses.asdict(self)
-        values["batch"] = None if self.batch is None else str(self.batch)
-        values["compute_capabilities"], values["keep_fp32"] = list(self.compute_capabilities), list(self.keep_fp32)
-        del values["timing_cache"]
-        return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +44,8 @@ class BuildResult:
         gpu: the GPU at hand, or None.
         inputs, outputs: tensors of the engine, the batch `batch` where it is dynamic.
         seconds: of parsing and building; plan_bytes: size of the plan.
-        sheet: the layer sheet, None where the builder's log does not list the engine (TensorRT: ask the inspector).
+        sheet: the layer sheet, None where neither the builder's log nor the engine inspector tells the kernels.
+        no_sheet: why there is none.
     """
 
     plan: Path
@@ -94,6 +60,7 @@ class BuildResult:
     seconds: float
     plan_bytes: int
     sheet: LayerSheet | None
+    no_sheet: str | None = None
 
 
 def build_plan(
@@ -132,23 +99,40 @@ def build_plan(
     started, watch = time.perf_counter(), Watch()
     builder, network, keep = _parse(onnx, flavor, watch)
     check_types(onnx, flavor.trt, network, options)
-    common = _common_options(onnx, flavor, network, options, new_monitor(flavor.trt, watch, progress))
+    common = common_options(onnx, flavor, network, options, new_monitor(flavor.trt, watch, progress))
     config = flavor.create_config(builder, network, targets, common)
     with disk_errors(plan), temporary(plan) as (file, path):
         run_builder(flavor.trt, builder, network, config, file, watch)
         file.flush()
         os.fsync(file.fileno())
         seconds, size = time.perf_counter() - started, os.fstat(file.fileno()).st_size
-        sheet = None
-        if watch.engine:
-            sheet = sheet_from_log(watch.engine, read_accumulations(path), graph.attentions, graph.operations)
+        sheet, no_sheet = _read_sheet(flavor, watch.engine, path, graph)
         os.replace(path, plan)
-    _save_timing_cache(config, flavor, options)
+    save_timing_cache(config, flavor, options)
     inputs = tuple(_spec(network.get_input(index)) for index in range(network.num_inputs))
     outputs = tuple(_spec(network.get_output(index)) for index in range(network.num_outputs))
     del keep  # the parser owns the weights that the network refers to
     about = (flavor.name, flavor.version, targets, flavor.gpu, inputs, outputs)
-    return BuildResult(plan, onnx, options, *about, seconds=seconds, plan_bytes=size, sheet=sheet)
+    return BuildResult(plan, onnx, options, *about, seconds=seconds, plan_bytes=size, sheet=sheet, no_sheet=no_sheet)
+
+
+def _read_sheet(flavor: Flavor, log: str, plan: Path, graph: Graph) -> tuple[LayerSheet | None, str | None]:
+    """The layer sheet from the builder's log, else from the engine inspector; None and why where neither tells.
+
+    What cannot be read must not cost the plan, which took minutes: every version lists its kernels in another way.
+    """
+    reasons = []
+    for source, read in (("builder log", sheet_from_log), ("engine inspector", sheet_from_inspector)):
+        try:
+            text = log if read is sheet_from_log else flavor.inspect(plan)
+            if not text:
+                raise LayerSheetError(f"the {source} does not list the engine")
+            return read(text, read_accumulations(plan), graph.attentions, graph.operations), None
+        except LayerSheetError as error:
+            reasons.append(str(error))
+        except Exception as error:
+            reasons.append(f"the {source} cannot be read ({type(error).__name__}: {error})")
+    return None, "; ".join(reasons)
 
 
 def _check_attentions(onnx: Path, graph: Graph, options: BuildOptions) -> None:
@@ -203,74 +187,6 @@ def check_types(onnx: Path, trt: Any, network: Any, options: BuildOptions) -> No
             )
     if not seen:
         raise BuildError(f"{onnx}: no matrix product or convolution in {options.precision}; not an image encoder")
-
-
-def _common_options(onnx: Path, flavor: Flavor, network: Any, options: BuildOptions, monitor: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Arguments that both of Polygraphy's config classes take."""
-    trt = flavor.trt
-    values: dict[str, Any] = {"progress_monitor": monitor, "profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
-    profile = _profile(onnx, network, options)
-    if profile is not None:
-        values["profiles"] = [profile]
-    if options.optimization_level is not None:
-        if not 0 <= options.optimization_level <= 5:
-            raise BuildError(f"optimization level {options.optimization_level}: expected 0 to 5")
-        values["builder_optimization_level"] = options.optimization_level
-    if options.workspace_bytes is not None:
-        values["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: options.workspace_bytes}
-    if options.version_compatible:
-        values["version_compatible"] = True
-    if options.hardware_compatible != "none":
-        levels = {
-            "ampere+": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
-            "same": trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY,
-        }
-        values["hardware_compatibility_level"] = levels[options.hardware_compatible]
-    cache = timing_cache_path(flavor, options)
-    if cache is not None and cache.exists():
-        values["load_timing_cache"] = str(cache)
-    return values
-
-
-def _profile(onnx: Path, network: Any, options: BuildOptions) -> Any:  # noqa: ANN401
-    """The optimization profile of a dynamic batch, or None for a fixed one."""
-    image = network.get_input(0)
-    if network.num_inputs != 1:
-        raise BuildError(f"{onnx}: has {network.num_inputs} inputs, expected the image alone; export it again")
-    shape = tuple(image.shape)
-    if -1 in shape[1:]:
-        raise BuildError(f"{onnx}: input {image.name} is {shape}; only the batch may be dynamic, so fix the image size")
-    if shape[0] != -1:
-        if options.batch is not None and str(options.batch) != str(shape[0]):
-            raise BuildError(
-                f"{onnx}: its batch is {shape[0]}, asked was {options.batch}; export again with --batch {options.batch}"
-            )
-        return None
-    from polygraphy.backend.trt import Profile
-
-    batch = options.batch or DEFAULT_BATCH
-    sizes = ((size, *shape[1:]) for size in (batch.minimum, batch.optimum, batch.maximum))
-    return Profile().add(image.name, *sizes)
-
-
-def timing_cache_path(flavor: Flavor, options: BuildOptions) -> Path | None:
-    """The timing cache's file, with flavour, version and GPU in its name: times of another would mislead."""
-    if options.timing_cache is None:
-        return None
-    gpu = flavor.gpu.name.replace(" ", "-").replace("/", "-") if flavor.gpu else "none"
-    path = options.timing_cache
-    return path.with_name(f"{path.stem}.{flavor.name}-{flavor.version}-{gpu}{path.suffix}")
-
-
-def _save_timing_cache(config: Any, flavor: Flavor, options: BuildOptions) -> None:  # noqa: ANN401
-    path = timing_cache_path(flavor, options)
-    if path is None:
-        return
-    cache = config.get_timing_cache()
-    with disk_errors(path), temporary(path) as (file, unfinished):
-        file.write(cache.serialize())
-        file.flush()
-        os.replace(unfinished, path)
 
 
 def _spec(tensor: Any) -> TensorSpec:  # noqa: ANN401

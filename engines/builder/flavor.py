@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import importlib
+import mmap
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
+
+from engines.builder.gpu import Gpu, find_gpu
 
 FlavorName = Literal["tensorrt", "rtx"]
 MODULES: dict[FlavorName, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 EXTRAS: dict[FlavorName, str] = {"tensorrt": "gpu", "rtx": "rtx"}
-OLDEST: dict[FlavorName, int] = {"tensorrt": 10, "rtx": 1}
-"""Oldest major version: TensorRT 10 has strong typing as 11 demands it."""
+OLDEST: dict[FlavorName, tuple[int, int]] = {"tensorrt": (10, 3), "rtx": (1, 7)}
+"""Oldest versions that work, by the API listings in tests/data/tensorrt-api; 10.3 is JetPack 6's. As in pyproject."""
 
 RTX_MAGIC = b"vtrt"
 """First bytes of a TensorRT-RTX plan (1.7); TensorRT's begin otherwise."""
 
+JETSONS = ("7.2", "8.7", "10.1", "11.0")
+"""Xavier, Orin, and Thor by its two names (https://developer.nvidia.com/cuda/gpus)."""
+JETSON = "; {} is a Jetson's: build on the device, with --flavor tensorrt and without --compute-capability"
+OTHERS = {"9.0": "; Hopper needs --flavor tensorrt"} | {one: JETSON.format(one) for one in JETSONS}
+"""What to do for GPUs that TensorRT-RTX does not build for."""
+
 POLYGRAPHY_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
-COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
-"""CUdevice_attribute values (cuda.h)."""
 
 
 class FlavorError(RuntimeError):
     """Neither flavour of TensorRT can do what was asked on this machine."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """The first NVIDIA GPU; `driver` is its version or `unknown`, `cuda` the newest CUDA that the driver serves."""
-
-    name: str
-    compute_capability: str
-    driver: str
-    cuda: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +67,7 @@ class Flavor:
                 raise FlavorError(
                     f"compute capability {', '.join(asked)}: TensorRT builds for the GPU at hand ({at_hand}) only; "
                     f"leave it out, use --hardware-compatible, or --flavor rtx"
+                    + "".join(JETSON.format(target) for target in asked if target in JETSONS)
                 )
             return (at_hand,)
         unknown = [target for target in asked if target not in self.targets]
@@ -76,7 +75,7 @@ class Flavor:
             supported = ", ".join(self.targets)
             raise FlavorError(
                 f"compute capability {', '.join(unknown)}: TensorRT-RTX {self.version} builds for {supported}"
-                + ("; Hopper needs --flavor tensorrt" if "9.0" in unknown else "")
+                + "".join(OTHERS.get(target, "") for target in unknown)
             )
         return tuple(dict.fromkeys(asked))
 
@@ -99,6 +98,7 @@ class Flavor:
         """Makes the builder's config through Polygraphy; `common` are the arguments of both its config classes."""
         from polygraphy.logger import G_LOGGER
 
+        trt = self.trt
         with warnings.catch_warnings(), G_LOGGER.verbosity(G_LOGGER.CRITICAL):
             # Polygraphy 0.53 makes an empty timing cache, which RTX calls deprecated since 1.2
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -106,10 +106,42 @@ class Flavor:
                 from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
                 pairs = [tuple(int(part) for part in target.split(".")) for target in targets]
-                return CreateConfigRTX(compute_capabilities=pairs or None, **common)(builder, network)
-            from polygraphy.backend.trt import CreateConfig
+                config = CreateConfigRTX(compute_capabilities=pairs or None, **common)(builder, network)
+                config.set_flag(
+                    trt.BuilderFlag.REQUIRE_USER_ALLOCATION
+                )  # else a run may allocate, which no CUDA graph takes
+            else:
+                from polygraphy.backend.trt import CreateConfig
 
-            return CreateConfig(**common)(builder, network)
+                config = CreateConfig(**common)(builder, network)
+        config.clear_flag(trt.BuilderFlag.TF32)  # allowed by default, and FP32 products would keep 10 bits of 23
+        return config
+
+    def create_context(self, engine: Any) -> tuple[Any, Any]:  # noqa: ANN401
+        """Makes an execution context; returns it, None where there is no memory for it, and what must outlive it.
+
+        RTX compiles kernels for the shapes at hand at once and not, as by default, in the background while fallback
+        kernels run: those would be measured, and captured in a CUDA graph.
+        """
+        if self.name != "rtx":
+            return engine.create_execution_context(), None
+        runtime_config = engine.create_runtime_config()
+        eager = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
+        return engine.create_execution_context(runtime_config), runtime_config
+
+    def can_capture(self, context: Any, stream: int) -> bool:  # noqa: ANN401
+        """Whether a run can be captured as a CUDA graph: RTX is asked, TensorRT tells by failing."""
+        return self.name != "rtx" or bool(context.is_stream_capturable(stream))
+
+    def inspect(self, plan: Path) -> str:
+        """What the engine inspector tells of a plan, as JSON; empty where the plan cannot be loaded here."""
+        if self.gpu is None:
+            return ""
+        runtime = self.trt.Runtime(self.new_logger(lambda severity, line: None))
+        with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            engine = runtime.deserialize_cuda_engine(data)
+        return "" if engine is None else inspect_engine(self.trt, engine)
 
     def why_invalid(self, header: bytes) -> str | None:
         """Why a plan cannot run on this machine, told by its first bytes; None where it can or where nothing tells.
@@ -139,6 +171,12 @@ class Flavor:
                 take(int(severity), line)
 
         return Logger()
+
+
+def inspect_engine(trt: Any, engine: Any) -> str:  # noqa: ANN401
+    """What the engine inspector tells of an engine in memory, as JSON."""
+    inspector = engine.create_engine_inspector()
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON) or "")
 
 
 def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto") -> Flavor:
@@ -174,10 +212,23 @@ def _import(name: FlavorName, reasons: list[str]) -> Any:  # noqa: ANN401
     except (ImportError, OSError, RuntimeError) as error:  # a wheel without its libraries raises any of them
         reasons.append(f"{MODULES[name]} cannot be imported ({str(error).strip().splitlines()[0]})")
         return None
-    if int(module.__version__.split(".")[0]) < OLDEST[name]:
-        reasons.append(f"{MODULES[name]} is {module.__version__}, expected {OLDEST[name]} or later")
+    if version_numbers(module.__version__) < OLDEST[name]:
+        oldest = ".".join(map(str, OLDEST[name]))
+        reasons.append(f"{MODULES[name]} is {module.__version__}, expected {oldest} or later")
         return None
     return module
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with, to be compared as numbers: 10.13 is later than 10.3."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def find_targets(name: FlavorName) -> tuple[str, ...]:
+    """Compute capabilities that an installed flavour names; empty where it does not import."""
+    module = _import(name, [])
+    return () if module is None else _targets(name, module)
 
 
 def _targets(name: FlavorName, module: Any) -> tuple[str, ...]:  # noqa: ANN401
@@ -200,41 +251,3 @@ def _set_polygraphy_up(name: FlavorName) -> None:
     if "polygraphy.backend.trt" in sys.modules and bool(polygraphy_config.USE_TENSORRT_RTX) != wanted:
         raise FlavorError(f"this process uses the other TensorRT already; start another for --flavor {name}")
     polygraphy_config.USE_TENSORRT_RTX = wanted
-
-
-def has_gpu() -> bool:
-    """Whether an NVIDIA GPU and its driver are here."""
-    return find_gpu() is not None
-
-
-def find_gpu() -> Gpu | None:
-    """Asks the CUDA driver for its first GPU, without torch."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    device, version, count, major, minor = (ctypes.c_int() for _ in range(5))
-    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        return None
-    name = ctypes.create_string_buffer(128)
-    cuda.cuDeviceGet(ctypes.byref(device), 0)
-    cuda.cuDeviceGetName(name, len(name), device)
-    cuda.cuDriverGetVersion(ctypes.byref(version))
-    cuda.cuDeviceGetAttribute(ctypes.byref(major), COMPUTE_CAPABILITY_MAJOR, device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(minor), COMPUTE_CAPABILITY_MINOR, device)
-    return Gpu(
-        name=name.value.decode(),
-        compute_capability=f"{major.value}.{minor.value}",
-        driver=_driver_version(),
-        cuda=f"{version.value // 1000}.{version.value % 1000 // 10}",
-    )
-
-
-def _driver_version() -> str:
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return "unknown"
-    text = ctypes.create_string_buffer(80)
-    failed = nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, len(text))
-    return "unknown" if failed else text.value.decode()

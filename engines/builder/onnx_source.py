@@ -42,13 +42,17 @@ def read_source(onnx: Path, report: Report) -> dict[str, Any] | None:
 
 
 def typed_as(onnx: Path) -> Precision:
-    """The type that holds most of an ONNX file's weights."""
-    sizes: dict[str, int] = {"FLOAT": 0, "FLOAT16": 0, "BFLOAT16": 0}
+    """The type that an ONNX file computes in: of its FP16 and BF16 weights the larger part, FP32 where it has neither.
+
+    A file with most of its weights in an FP32 island (a trial of `bisect`) is a low-precision file all the same.
+    """
+    sizes: dict[str, int] = {"FLOAT16": 0, "BFLOAT16": 0}
     for value in ir.load(onnx).graph.initializers.values():
         if value.const_value is not None and value.const_value.dtype.name in sizes:
             sizes[value.const_value.dtype.name] += value.const_value.nbytes
-    names: dict[str, Precision] = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
-    return names[max(sizes, key=lambda name: sizes[name])]
+    if not any(sizes.values()):
+        return "fp32"
+    return "fp16" if sizes["FLOAT16"] >= sizes["BFLOAT16"] else "bf16"
 
 
 def lower_file(onnx: Path, held: Precision, precision: Precision, folder: Path, **forms: Any) -> Path:  # noqa: ANN401

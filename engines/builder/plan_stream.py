@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from engines.builder.onnx_graph import BuildError
 from engines.sheet.read_layers import FIRST_LINE
+from export.contract.interrupt import removed_on_signal
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, its steps done and its steps in all; from the builder's thread."""
@@ -87,6 +88,31 @@ def run_builder(trt: Any, builder: Any, network: Any, config: Any, file: IO[byte
         BuildError: the builder made nothing, or ran out of memory.
         OSError: the file cannot take the plan.
     """
+    streams = hasattr(trt, "IStreamWriter") and hasattr(builder, "build_serialized_network_to_stream")
+    with ThreadPoolExecutor(1, "tensorrt") as thread:
+        if streams:
+            writer = _new_writer(trt, file, watch)
+            done = thread.submit(builder.build_serialized_network_to_stream, network, config, writer)
+        else:  # before TensorRT 10.13: the whole plan is in memory once more
+            done = thread.submit(builder.build_serialized_network, network, config)
+        try:
+            built = done.result()
+        except MemoryError:
+            raise BuildError(OUT_OF_MEMORY) from None
+        except KeyboardInterrupt:
+            watch.cancelled.set()  # leaving the block waits for the builder's next step
+            raise
+    if watch.failures:
+        raise watch.failures[0]
+    if built is not None and not streams:
+        file.write(built)
+    if not built or not file.tell():
+        short = any(word in line for line in watch.errors for word in ("bad_alloc", "OutOfMemory"))
+        raise BuildError(OUT_OF_MEMORY if short else f"TensorRT built nothing: {watch.reason}")
+
+
+def _new_writer(trt: Any, file: IO[bytes], watch: Watch) -> Any:  # noqa: ANN401
+    """Takes the plan's bytes as the builder gives them."""
 
     class Writer(trt.IStreamWriter):
         def __init__(self) -> None:
@@ -99,21 +125,7 @@ def run_builder(trt: Any, builder: Any, network: Any, config: Any, file: IO[byte
                 watch.failures.append(error)
                 return 0
 
-    writer = Writer()
-    with ThreadPoolExecutor(1, "tensorrt") as thread:
-        done = thread.submit(builder.build_serialized_network_to_stream, network, config, writer)
-        try:
-            success = done.result()
-        except MemoryError:
-            raise BuildError(OUT_OF_MEMORY) from None
-        except KeyboardInterrupt:
-            watch.cancelled.set()  # leaving the block waits for the builder's next step
-            raise
-    if watch.failures:
-        raise watch.failures[0]
-    if not success or not file.tell():
-        short = any(word in line for line in watch.errors for word in ("bad_alloc", "OutOfMemory"))
-        raise BuildError(OUT_OF_MEMORY if short else f"TensorRT built nothing: {watch.reason}")
+    return Writer()
 
 
 @contextlib.contextmanager
@@ -127,23 +139,16 @@ def temporary(target: Path) -> Iterator[tuple[IO[bytes], Path]]:
         with contextlib.suppress(OSError), stale.open("rb") as left:
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
             stale.unlink()
-    path, file = _locked_file(target)
-    with file:
-        try:
-            yield file, path
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _locked_file(target: Path) -> tuple[Path, IO[bytes]]:
-    """A new file beside the target, locked; made again if another build took it for stale before it was locked."""
     while True:
         path = target.with_name(f".{target.name}.{secrets.token_hex(4)}{BUILDING}")
-        file = path.open("xb")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:
-            return path, file
-        file.close()
+        with removed_on_signal(path), path.open("xb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if os.fstat(file.fileno()).st_nlink:  # else another build took it for stale before it was locked
+                    yield file, path
+                    return
+            finally:
+                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.builder.flavor import RTX_MAGIC, Flavor, FlavorError, choose_flavor
+from engines.builder.flavor import RTX_MAGIC, Flavor, FlavorError, choose_flavor, version_numbers
+from engines.builder.onnx_graph import BuildError
+from engines.builder.plan_kind import is_plan
 from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest
 
 
@@ -58,8 +60,9 @@ def check_plan(plan: Path, flavor: Flavor | None = None) -> tuple[Flavor, dict[s
     Raises:
         SessionError: the first thing that is wrong, and what to do.
     """
-    header, where = _read_header(plan), manifest_path(plan)
+    header, where = read_header(plan), manifest_path(plan)
     try:
+        is_plan(plan)
         manifest = read_manifest(where, "plan")
         if header.startswith(RTX_MAGIC) != (manifest["flavor"] == "rtx"):
             raise SessionError(
@@ -73,7 +76,7 @@ def check_plan(plan: Path, flavor: Flavor | None = None) -> tuple[Flavor, dict[s
         flavor = flavor or choose_flavor(manifest["flavor"])
         check_version(plan, manifest, flavor)
         check_gpu(plan, manifest, flavor)
-    except (ManifestError, FlavorError) as error:
+    except (BuildError, ManifestError, FlavorError) as error:
         raise SessionError(str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         why = f"lacks {error}" if isinstance(error, KeyError) else str(error)
@@ -84,7 +87,8 @@ def check_plan(plan: Path, flavor: Flavor | None = None) -> tuple[Flavor, dict[s
     return flavor, manifest
 
 
-def _read_header(plan: Path) -> bytes:
+def read_header(plan: Path) -> bytes:
+    """The first bytes of a plan, by which its flavour and RTX's own check know it."""
     try:
         with plan.open("rb") as file:
             header = file.read(4096)
@@ -128,17 +132,30 @@ def check_gpu(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> None:
     """Raises SessionError where there is no GPU, or not one that the plan was built for."""
     if flavor.gpu is None:
         raise SessionError(f"{plan}: no NVIDIA GPU with a driver here; without one a plan can be built, not run")
+    why = why_other_gpu(manifest, flavor)
+    if why is None:
+        return
+    here = flavor.gpu.compute_capability
+    if flavor.targets and here not in flavor.targets:
+        raise SessionError(f"{plan}: {why}; use --flavor tensorrt")
+    remedy = f"with --compute-capability {here}" if flavor.name == "rtx" else "on this GPU"
+    raise SessionError(f"{plan}: {why}; build it again {remedy}")
+
+
+def why_other_gpu(manifest: Mapping[str, Any], flavor: Flavor) -> str | None:
+    """Why a plan does not run on the GPU at hand, by what it was built for; None where it does, or there is no GPU."""
+    if flavor.gpu is None:
+        return None
     here, named = flavor.gpu.compute_capability, f"{flavor.gpu.name} ({flavor.gpu.compute_capability})"
     if flavor.targets and here not in flavor.targets:
-        raise SessionError(f"{plan}: TensorRT-RTX {flavor.version} does not run on {named}; use --flavor tensorrt")
+        return f"TensorRT-RTX {flavor.version} does not run on {named}"
     built = manifest["compute_capabilities"]
     # RTX's default is 8.0 and later; TensorRT's hardware compatibility `same` is the rule without it, too
     later = manifest["options"]["hardware_compatible"] == "ampere+" or not built
-    if here in built or (later and tuple(map(int, here.split("."))) >= (8, 0)):
-        return
+    if here in built or (later and version_numbers(here) >= (8, 0)):
+        return None
     wanted = "8.0 or later" if later else ", ".join(built)
-    remedy = f"with --compute-capability {here}" if flavor.name == "rtx" else "on this GPU"
-    raise SessionError(f"{plan}: is for compute capability {wanted}, here is {named}; build it again {remedy}")
+    return f"is for compute capability {wanted}, here is {named}"
 
 
 def check_inputs(

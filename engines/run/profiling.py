@@ -5,31 +5,26 @@ from __future__ import annotations
 import functools
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engines.builder.flavor import Flavor
-from engines.run.latency import PEAK_SIDE, STATE, Latency, Profile, join_layers, parse_state, summarise, time_runs
-from engines.run.plan_checks import Port, SessionError
+from engines.builder.flavor import Flavor, inspect_engine
+from engines.run.latency import PEAK_SIDE, STATE, Profile, join_layers, parse_state
+from engines.run.plan_checks import Port
 from engines.run.session import Session, open_plan
+from engines.run.timing import RUNS, SECONDS, Measure, make_input, optimum_batch, time_graph, time_work, timer
 from engines.run.verify import describe
 from engines.sheet.layer_sheet import LayerSheet, read_sheet
 from engines.sheet.read_layers import LayerSheetError, sheet_from_inspector
 from export.proof.verify import Report
 
-RUNS, SECONDS = 200, 10.0
-"""Runs are timed until there are so many, or for so long."""
-
-LAYER_RUNS = 20
+LAYER_WARM_UP_RUNS, LAYER_RUNS = 5, 20
 COPY_BYTES = 1 << 30
 PEAK_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-Measure = Callable[[Callable[[], object]], Latency]
-"""Times a piece of work."""
 
 STATE_SECONDS = 20.0
 """It takes 0.1 to 2 s; a driver that hangs must not hold the profile."""
@@ -64,7 +59,7 @@ def profile_plan(
         ProfilingError: a batch that it does not take, or too little device memory to measure in.
     """
     with open_plan(plan, flavor) as session:
-        measure = functools.partial(_measure, session, runs, seconds)
+        measure = functools.partial(time_work, session, runs, seconds)
         try:
             return _profile(session, batch, sheet or read_sheet(plan) or _inspect(session), measure, report)
         except torch.OutOfMemoryError:
@@ -74,23 +69,19 @@ def profile_plan(
             ) from None
 
 
-def _measure(session: Session, runs: int, seconds: float, work: Callable[[], object]) -> Latency:
-    return summarise(time_runs(_timer(session, work), runs=runs, seconds=seconds))
-
-
 def _profile(
     session: Session, batch: int | None, sheet: LayerSheet | None, measure: Measure, report: Report
 ) -> Profile:
-    port, optimum = session.inputs[0], _optimum(session)
+    port, optimum = session.inputs[0], optimum_batch(session)
     size = choose_batch(session.plan, port, optimum, batch)
     image = make_input(port, size).to(session.device)
     outputs = session.bind({port.name: image})
     precision = session.manifest["precision"]
     report("latency")
     latency = measure(session.enqueue)
-    state = read_state(_timer(session, session.enqueue))
+    state = read_state(timer(session, session.enqueue))
     report("latency of a CUDA graph")
-    graph_latency, problem = _graph_latency(session, {port.name: image}, measure)
+    graph_latency, problem = time_graph(session, {port.name: image}, measure)
     report("transfers")
     tensors = {"in": [image], "out": list(outputs.values())}
     copies = {way: measure(_copying(values, way == "in")) for way, values in tensors.items()}
@@ -99,8 +90,6 @@ def _profile(
     report("time per layer")
     session.bind({port.name: image})
     times = _layer_times(session)
-    engine, stat = session.engine, session.flavor.trt.EngineStat.TOTAL_WEIGHTS_SIZE
-    weights = engine.get_engine_stat(stat)
     return Profile(
         plan=str(session.plan),
         batch=size,
@@ -114,8 +103,8 @@ def _profile(
         copy_out=copies["out"],
         bytes_in=_bytes(tensors["in"]),
         bytes_out=_bytes(tensors["out"]),
-        weights_bytes=weights if weights >= 0 else None,
-        scratch_bytes=engine.get_device_memory_size_for_profile_v2(0),
+        weights_bytes=_weights_bytes(session),
+        scratch_bytes=session.engine.get_device_memory_size_for_profile_v2(0),
         loaded_bytes=session.loaded_bytes,
         peak_tflops=tflops,
         peak_gigabytes_per_s=gigabytes_per_s,
@@ -137,14 +126,6 @@ def choose_batch(plan: Path, port: Port, optimum: int, asked: int | None) -> int
         takes = str(low) if low == high else f"{low} to {high}"
         raise ProfilingError(f"{plan}: takes a batch of {takes}, asked was {size}; build it again with --batch {size}")
     return size
-
-
-def make_input(port: Port, batch: int) -> Tensor:
-    """Seeded noise on the CPU: zeros would cost the GPU less power than pictures do."""
-    shape, generator = (batch, *port.shape[1:]), torch.Generator().manual_seed(0)
-    if port.dtype.is_floating_point:
-        return torch.randn(shape, generator=generator).to(port.dtype)
-    return torch.randint(0, 128, shape, generator=generator).to(port.dtype)
 
 
 def scale_operations(sheet: LayerSheet | None, port: Port, optimum: int, batch: int) -> int | None:
@@ -186,38 +167,18 @@ def new_profiler(trt: Any, times: dict[str, float]) -> Any:  # noqa: ANN401
 
 
 def _layer_times(session: Session) -> dict[str, float]:
-    """Mean milliseconds of each layer; the profiler stays attached and slows further runs."""
+    """Mean milliseconds of each layer; the profiler stays attached and slows further runs.
+
+    The first runs are not counted: with a profiler the engine runs in another way, and RTX compiles again.
+    """
     times: dict[str, float] = {}
     session.context.profiler = new_profiler(session.flavor.trt, times)
-    for _ in range(LAYER_RUNS):
+    for run in range(LAYER_WARM_UP_RUNS + LAYER_RUNS):
+        if run == LAYER_WARM_UP_RUNS:
+            times.clear()
         session.enqueue()
         torch.cuda.synchronize(session.device)
     return {name: total / LAYER_RUNS for name, total in times.items()}
-
-
-def _timer(session: Session, work: Callable[[], object]) -> Callable[[], float]:
-    """Does the work on the session's stream between two CUDA events, and returns the milliseconds between them."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def run() -> float:
-        with torch.cuda.stream(session.stream):
-            start.record()
-            work()
-            end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    return run
-
-
-def _graph_latency(
-    session: Session, inputs: Mapping[str, Tensor], measure: Measure
-) -> tuple[Latency | None, str | None]:
-    try:
-        captured = session.capture(inputs)
-    except SessionError as error:
-        return None, str(error)
-    return measure(captured.graph.replay), None
 
 
 def _copying(tensors: Sequence[Tensor], to_gpu: bool) -> Callable[[], None]:
@@ -244,19 +205,19 @@ def _measure_peaks(dtype: torch.dtype, device: torch.device, measure: Measure) -
 
 def _inspect(session: Session) -> LayerSheet | None:
     """The layer sheet from the engine inspector, None where it tells too little."""
-    trt = session.flavor.trt
-    inspector = session.engine.create_engine_inspector()
     try:
-        return sheet_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON), {})
-    except (LayerSheetError, KeyError):
+        return sheet_from_inspector(inspect_engine(session.flavor.trt, session.engine), {})
+    except LayerSheetError:
         return None
 
 
-def _optimum(session: Session) -> int:
-    port = session.inputs[0]
-    if port.batch[0] == port.batch[1]:
-        return port.batch[0]
-    return session.engine.get_tensor_profile_shape(port.name, 0)[1][0]
+def _weights_bytes(session: Session) -> int | None:
+    """Bytes of the engine's weights; None where it does not tell, as before TensorRT 10.14."""
+    trt = session.flavor.trt
+    if not (hasattr(trt, "EngineStat") and hasattr(session.engine, "get_engine_stat")):
+        return None
+    told = int(session.engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE))
+    return told if told >= 0 else None
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

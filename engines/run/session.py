@@ -21,6 +21,9 @@ from export.contract.manifest import manifest_path
 WARM_UP_RUNS = 3
 """Before a CUDA graph is captured: RTX compiles its kernels in the first run."""
 
+ALIGNMENT = 256
+"""Bytes; what NvInferRuntime.h demands of an address. torch allocates at multiples of 512."""
+
 TYPES = {
     "FLOAT": torch.float32,
     "HALF": torch.float16,
@@ -67,6 +70,7 @@ class Session:
         self.plan, self.manifest, self.flavor = plan, manifest, flavor
         self.device, self.stream, self.loaded_bytes = device, stream, 0
         self._cuda_graph, self._captured = cuda_graph, None  # type: bool, Captured | None
+        self._bound: dict[str, Tensor] = {}
         self.warnings: list[str] = []
         self._failures = collections.deque(["it gave no reason"], maxlen=1)
         self._runtime = flavor.trt.Runtime(flavor.new_logger(_listener(self.warnings, self._failures)))
@@ -74,7 +78,7 @@ class Session:
         self._runtime.engine_host_code_allowed = manifest["options"]["version_compatible"] is True
         with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             self.engine: Any = self._runtime.deserialize_cuda_engine(data)
-        self.context: Any = None if self.engine is None else self.engine.create_execution_context()
+        self.context, self._runtime_config = (None, None) if self.engine is None else flavor.create_context(self.engine)  # type: Any, Any
         if self.context is None:
             raise SessionError(
                 f"{plan}: TensorRT {flavor.version} cannot load it ({self._failures[0]}); {_memory(device)}"
@@ -90,7 +94,8 @@ class Session:
 
         Args:
             inputs: arrays by name, of a batch that the plan takes: all numpy, or all contiguous torch tensors on the
-                session's GPU, which are read where they are (with a CUDA graph they are copied to where it reads).
+                session's GPU, which are read where they are (with a CUDA graph, or at an address that is no multiple of
+                256, they are copied first).
 
         Returns:
             Outputs by name: numpy for numpy, bfloat16 as float32 (numpy has none); torch for torch, at once: work that
@@ -113,7 +118,11 @@ class Session:
             return {name: _to_numpy(value) for name, value in outputs.items()}  # type: ignore[misc]
 
     def bind(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Makes the next runs read these tensors, and returns new tensors that they write."""
+        """Makes the next runs read these tensors, and returns new tensors that they write.
+
+        The session holds both until others are bound, so a run never writes what somebody else has by now.
+        """
+        self._bound = {}
         for name, value in inputs.items():
             shape = tuple(value.shape)
             if not self.context.set_input_shape(name, shape):
@@ -125,7 +134,13 @@ class Session:
             port.name: torch.empty(shapes[port.name], dtype=port.dtype, device=self.device) for port in self.outputs
         }
         for name, value in {**inputs, **outputs}.items():
-            self.context.set_tensor_address(name, value.data_ptr())
+            if not self.context.set_tensor_address(name, value.data_ptr()):
+                where = f"{name} lies at {value.data_ptr():#x}"
+                raise SessionError(
+                    f"{self.plan}: {where}, which TensorRT does not take ({self._failures[0]}); expected device memory "
+                    f"at a multiple of {ALIGNMENT}: give a .clone()"
+                )
+        self._bound = {**inputs, **outputs}
         return outputs
 
     def enqueue(self) -> None:
@@ -134,10 +149,16 @@ class Session:
             raise SessionError(f"{self.plan}: the run failed ({self._failures[0]}); {_memory(self.device)}")
 
     def capture(self, inputs: Mapping[str, Tensor]) -> Captured:
-        """Captures a run that reads these tensors as a CUDA graph; binding others later makes the graph void."""
+        """Captures a run that reads these tensors as a CUDA graph; binding others later makes the graph void.
+
+        Raises:
+            SessionError: it cannot be captured; these tensors stay bound, for a run without a graph.
+        """
         outputs = self.bind(inputs)
         for _ in range(WARM_UP_RUNS):
             self.enqueue()
+        if self.stream and not self.flavor.can_capture(self.context, self.stream.cuda_stream):
+            raise SessionError(f"{self.plan}: TensorRT-RTX says that no CUDA graph can be captured; run it without one")
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
@@ -150,7 +171,8 @@ class Session:
         """Waits for the last run and frees the engine."""
         if self.stream:
             self.stream.synchronize()
-        self._captured = self.context = self.engine = None
+        self._bound = {}
+        self._captured = self.context = self._runtime_config = self.engine = None
 
     def __enter__(self) -> Session:
         return self
@@ -188,7 +210,7 @@ class Session:
 
     def _to_device(self, value: np.ndarray | Tensor) -> Tensor:
         if isinstance(value, Tensor):
-            return value
+            return value if value.data_ptr() % ALIGNMENT == 0 else value.clone()  # a view, such as batch[1:2]
         return torch.from_numpy(np.require(value, requirements=["C", "W"])).to(self.device)
 
     @contextlib.contextmanager
@@ -229,7 +251,7 @@ def open_plan(plan: Path, flavor: Flavor | None = None, *, cuda_graph: bool = Fa
     with torch.cuda.device(device):
         free = torch.cuda.mem_get_info()[0]
         session = Session(plan, manifest, flavor, device=device, stream=torch.cuda.Stream(), cuda_graph=cuda_graph)
-        session.loaded_bytes = free - torch.cuda.mem_get_info()[0]
+        session.loaded_bytes = max(0, free - torch.cuda.mem_get_info()[0])  # another process may have freed some
     return session
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from engines.builder.flavor import Flavor
+from engines.run.plan_checks import read_header, why_other_gpu
 from engines.run.session import Session, open_plan
 from export.contract.manifest import manifest_path, read_manifest, replace_manifest
 from export.contract.signature import BatchRange, Signature
@@ -23,7 +24,7 @@ from export.proof.fidelity import Verdict, check_overrides, compare
 from export.proof.reference import check_reference, write_reference
 from export.proof.verify import Report, reference_outputs, reference_pixels
 from neck.necks import Sam3DualViTDetNeck
-from neck.pictures import normalise
+from neck.pictures import PictureFolder, normalise
 
 Runner = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 """Takes the image as the signature says and gives the outputs by name."""
@@ -44,15 +45,17 @@ class Reference:
         pixels: uint8 (B, H, W, 3).
         outputs: float32 by name.
         device: where it was computed.
+        notes: what is to be said of the pictures.
     """
 
     pixels: np.ndarray
     outputs: Mapping[str, np.ndarray]
     device: str
+    notes: tuple[str, ...] = ()
 
 
 def make_reference(
-    encoder: Sam3DualViTDetNeck, signature: Signature, count: int, images: Path | None = None
+    encoder: Sam3DualViTDetNeck, signature: Signature, count: int, images: Path | PictureFolder | None = None
 ) -> Reference:
     """Runs the plain module in FP32, without TF32, where its weights lie.
 
@@ -65,11 +68,12 @@ def make_reference(
     Raises:
         PictureError: pictures that cannot be read.
     """
-    pixels = reference_pixels(signature, images, count)
+    notes: list[str] = []
+    pixels = reference_pixels(signature, images, count, notes.append)
     encoder.set_imgsz(signature.image_size)
     with _exact_fp32():
         outputs = reference_outputs(encoder, pixels, signature.necks, signature.levels)
-    return Reference(pixels, outputs, next(encoder.parameters()).device.type)
+    return Reference(pixels, outputs, next(encoder.parameters()).device.type, tuple(notes))
 
 
 def verify_runner(
@@ -101,7 +105,7 @@ def verify_runner(
     if sorted(outputs) != sorted(names):
         raise VerifyError(f"{candidate} gives {', '.join(outputs) or 'no output'}; expected {', '.join(names)}")
     pictures = f"{len(pixels)} picture{'s' * (len(pixels) > 1)}"
-    method = f"PyTorch FP32 ({reference.device}) against {candidate}, {pictures}"
+    method = "; ".join([f"PyTorch FP32 ({reference.device}) against {candidate}, {pictures}", *reference.notes])
     return compare(reference.outputs, {name: outputs[name] for name in names}, precision, method, overrides)
 
 
@@ -110,8 +114,9 @@ def verify_plan(
     *,
     encoder: Sam3DualViTDetNeck | None = None,
     checkpoint: Path | None = None,
+    adapter: Path | None = None,
     reference: Reference | None = None,
-    images: Path | None = None,
+    images: Path | PictureFolder | None = None,
     overrides: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     flavor: Flavor | None = None,
@@ -121,7 +126,7 @@ def verify_plan(
     Args:
         plan: the plan, its manifest beside it.
         encoder: the plain encoder; by default the one that the manifest tells of, on the CPU.
-        checkpoint: its weights, where they are no longer where the manifest says.
+        checkpoint, adapter: its weights and the adapter in them, where they are no longer where the manifest says.
         reference: what `make_reference` made for this signature; by default it is made here, which takes longest.
         images: a folder of pictures; without one the shipped picture.
         overrides: relative L2 by output name or wildcard.
@@ -140,7 +145,7 @@ def verify_plan(
         if reference is None:
             report("reference: the plain module in PyTorch FP32")
             if encoder is None:
-                encoder = manifest_encoder(manifest_path(plan), manifest["onnx_manifest"], checkpoint)
+                encoder = manifest_encoder(manifest_path(plan), manifest["onnx_manifest"], checkpoint, adapter)
             reference = make_reference(encoder, signature, count_for(session.inputs[0].batch), images)
         report(f"candidate: the plan in {here}")
         return verify_runner(_runner(session), signature, reference, manifest["precision"], here, overrides)
@@ -149,16 +154,17 @@ def verify_plan(
 def verify_plan_file(
     plan: Path,
     checkpoint: Path | None = None,
-    images: Path | None = None,
+    images: Path | PictureFolder | None = None,
     overrides: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     *,
+    adapter: Path | None = None,
     save: Path | None = None,
 ) -> Verdict:
     """Verifies a plan that was built before, on the GPU, and writes the verdict into its manifest.
 
     Args:
-        plan, checkpoint, images, overrides, report: as in verify_plan.
+        plan, checkpoint, images, overrides, report, adapter: as in verify_plan.
         save: where to keep the pictures and the plain module's outputs; written without a GPU too.
 
     Raises:
@@ -173,13 +179,19 @@ def verify_plan_file(
     if save is not None:
         check_reference(save)
         signature = plan_signature(plan, manifest, known=False)
-        encoder = manifest_encoder(where, manifest["onnx_manifest"], checkpoint)
+        encoder = manifest_encoder(where, manifest["onnx_manifest"], checkpoint, adapter)
         report("reference: the plain module in PyTorch FP32")
         batch = BatchRange.parse(manifest["batch"])
         reference = make_reference(encoder, signature, count_for((batch.minimum, batch.maximum)), images)
         write_reference(save, reference.pixels, {spec.name: reference.outputs[spec.name] for spec in signature.outputs})
     verdict = verify_plan(
-        plan, checkpoint=checkpoint, reference=reference, images=images, overrides=overrides, report=report
+        plan,
+        checkpoint=checkpoint,
+        adapter=adapter,
+        reference=reference,
+        images=images,
+        overrides=overrides,
+        report=report,
     )
     replace_manifest(where, manifest | {"verification": verdict.to_dict()})
     if not verdict.passed:
@@ -242,8 +254,16 @@ def signature_of(source: dict[str, Any], precision: Precision) -> Signature:
     return dataclasses.replace(signature, dtype=dtype, positions=positions)
 
 
-def why_not_run(flavor: Flavor) -> str | None:
-    """Why a plan cannot run here, in the words of its manifest; None where it can."""
+def why_not_run(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> str | None:
+    """Why a plan that was built here does not run here, in the words of its manifest; None where it does.
+
+    A plan may be built for another GPU than the one at hand, on a machine that has one.
+    """
     if flavor.gpu is None:
         return NO_GPU
-    return None if torch.cuda.is_available() else "not verified: torch is a CPU build; install its CUDA build"
+    why = why_other_gpu(manifest, flavor)
+    if why is None and not torch.cuda.is_available():
+        why = "torch is a CPU build; install its CUDA build"
+    if why is None and (invalid := flavor.why_invalid(read_header(plan))):
+        why = f"TensorRT-RTX {flavor.version} says that it cannot run here ({invalid})"
+    return None if why is None else f"not verified: {why}"

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from engines.service.served_model import Source, TritonError
+from export.contract.interrupt import signals_held
 from export.contract.manifest import ManifestError, check_files, staging
 
 CONFIG = "config.pbtxt"
@@ -104,16 +105,17 @@ def install(stage: Path, model: Path, version: int) -> list[Path]:
     for path in stage.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # a server of another user reads them
         _sync(path)
-    if not model.exists():
-        whole = stage / "model"
-        whole.mkdir()
-        whole.chmod(0o755)
-        os.rename(stage / "version", whole / str(version))
-        os.rename(stage / CONFIG, whole / CONFIG)
-        os.rename(whole, model)
-    else:
-        os.rename(stage / "version", model / str(version))
-    config = replace_config(stage / CONFIG, model / CONFIG)
+    with signals_held():
+        if not model.exists():
+            whole = stage / "model"
+            whole.mkdir()
+            whole.chmod(0o755)
+            os.rename(stage / "version", whole / str(version))
+            os.rename(stage / CONFIG, whole / CONFIG)
+            os.rename(whole, model)
+        else:
+            os.rename(stage / "version", model / str(version))
+        config = replace_config(stage / CONFIG, model / CONFIG)
     _sync(model)
     _sync(model.parent)
     return [*config, *sorted((model / str(version)).iterdir())]

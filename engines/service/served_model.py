@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engines.builder.flavor import RTX_MAGIC
+from engines.builder.onnx_graph import BuildError
+from engines.builder.plan_kind import is_plan
 from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest
 from export.contract.signature import BatchRange, Signature, TensorSpec
 
@@ -73,6 +75,7 @@ def read_model(path: Path) -> Source:
     kind: Literal["plan", "onnx"] = "onnx" if path.suffix == ".onnx" else "plan"
     where = manifest_path(path)
     try:
+        is_plan(path)
         with path.open("rb") as file:
             header = file.read(len(RTX_MAGIC))
         manifest = read_manifest(where, kind)
@@ -85,7 +88,7 @@ def read_model(path: Path) -> Source:
         source = Source(path, kind, manifest, *_tensors(manifest))
         _check_tensors(source)
         verification_note(source)
-    except ManifestError as error:
+    except (BuildError, ManifestError) as error:
         raise TritonError(str(error)) from None
     except OSError as error:
         raise TritonError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None

@@ -1,16 +1,15 @@
 """Reads a layer sheet: from the builder's listing of the finished engine, or from the engine inspector.
 
-TensorRT-RTX prints the listing, GPU or not. The inspector is for TensorRT 10 and 11, where a GPU is; it is tested on
-hand-made JSON only.
+TensorRT-RTX prints the listing, GPU or not; TensorRT 10 too, where profiling is DETAILED (NVIDIA/TensorRT #4397). The
+inspector needs a loaded engine, so a GPU; it is tested on hand-made JSON only.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import mmap
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +20,13 @@ ATTENTION_LAYER = re.compile(r"(^|[/_])(attention|softmax)(_\d+)?$", re.IGNORECA
 
 SPELLINGS = {"FP32": "Float", "FP16": "Half", "BF16": "BFloat16", "INT8": "Int8", "INT32": "Int32", "INT64": "Int64"}
 
-LINE = re.compile(
-    r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
-    r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: \d+, Metadata: (?P<metadata>.*)"
-)
-TENSOR = re.compile(r"\{ Name: (.*?), Dimensions: \[([-\d,]*)\],.*?Datatype: (\w+)")
+FIELD = re.compile(r"(?:^|, )(Name|LayerType|Inputs|Constants|Outputs|TacticName|StreamId|Metadata): ")
+"""What is read of a kernel's line; every version adds fields of its own, and TensorRT 10 has no Constants (#4397)."""
+
+TENSOR = re.compile(r"\{ Name: (.*?)(?:, Location: \w+)?, Dimensions: \[([-\d, ]*)\],[^{}]*?Datatype: ([^,{}]+)")
+NO_KERNELS = frozenset({"shape_call", "wait", "signal"})
+"""Computed on the host; one stream's waiting for another."""
+
 TRAITS = re.compile(rb"fmha::\w+?_(fp16|fp32|bf16)_traits,\s*fmha::\w+?_(fp16|fp32|bf16)_traits")
 ENTRY = re.compile(rb"__global__ void (\w+)\(")
 FIRST_LINE = "Layers:"
@@ -39,7 +40,7 @@ class LayerSheetError(ValueError):
 def sheet_from_log(
     log: str, accumulations: Mapping[str, tuple[str, str]], attentions: int | None = None, operations: int | None = None
 ) -> LayerSheet:
-    """Reads the sheet from the builder's listing of the finished engine (RTX, DETAILED profiling verbosity).
+    """Reads the sheet from the builder's listing of the finished engine (DETAILED profiling verbosity).
 
     Args:
         log: the builder's message that begins with `Layers:`.
@@ -51,18 +52,19 @@ def sheet_from_log(
         LayerSheetError: no kernel is listed.
     """
     kernels = []
-    for line in log.splitlines():
-        found = LINE.match(line)
-        if found is None or found["kind"] == "shape_call":  # computed on the host
+    for fields in filter(None, map(_fields, log.splitlines())):
+        if fields["LayerType"] in NO_KERNELS:
             continue
-        tensors = {
-            key: tuple(Tensor(name, _dims(dims), dtype) for name, dims, dtype in TENSOR.findall(found[key]))
-            for key in ("inputs", "constants", "outputs")
+        tensors: dict[str, Any] = {
+            key.lower(): tuple(
+                Tensor(name, _dims(dims), _first_type(words))
+                for name, dims, words in TENSOR.findall(fields.get(key, ""))
+            )
+            for key in ("Inputs", "Constants", "Outputs")
         }
-        onnx, tactic = _onnx_layers(found["metadata"]), found["tactic"]
-        kernels.append(
-            Kernel(found["name"], found["kind"], tactic, **tensors, onnx=onnx, accumulation=accumulations.get(tactic))
-        )
+        onnx, tactic = _onnx_layers(fields["Metadata"]), fields.get("TacticName", "").partition(", ")[0]
+        tensors |= {"onnx": onnx, "accumulation": accumulations.get(tactic)}
+        kernels.append(Kernel(fields["Name"], fields["LayerType"], tactic, **tensors))
     return _sheet("builder log", kernels, attentions, operations)
 
 
@@ -83,25 +85,11 @@ def sheet_from_inspector(
     """
     try:
         layers = json.loads(information)["Layers"]
+        if any(not isinstance(layer, dict) for layer in layers):
+            raise LayerSheetError("the plan tells its layers' names alone; build it with detailed profiling verbosity")
+        kernels = [_inspected(layer, accumulations) for layer in layers if layer.get("LayerType") not in NO_KERNELS]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise LayerSheetError("the engine inspector gave no list of layers") from None
-    if any(not isinstance(layer, dict) for layer in layers):
-        raise LayerSheetError("the plan tells its layers' names alone; build it with detailed profiling verbosity")
-    kernels = []
-    for layer in layers:
-        tensors: dict[str, Any] = {
-            key.lower(): tuple(Tensor(t["Name"], tuple(t["Dimensions"]), _dtype(t)) for t in layer.get(key, []))
-            for key in ("Inputs", "Constants", "Outputs")
-        }
-        tensors["constants"] += tuple(
-            Tensor(key, (layer[key]["Count"],), _spelled(layer[key]["Type"]))
-            for key in ("Weights", "Bias")
-            if layer.get(key, {}).get("Count")
-        )
-        tactic = layer.get("TacticName", "")
-        onnx = _onnx_layers(layer.get("Metadata", ""))
-        kernel = Kernel(layer["Name"], layer.get("LayerType", ""), tactic, **tensors, onnx=onnx)
-        kernels.append(dataclasses.replace(kernel, accumulation=accumulations.get(tactic)))
     return _sheet("engine inspector", kernels, attentions, operations)
 
 
@@ -141,13 +129,55 @@ def _onnx_layers(metadata: str) -> tuple[str, ...]:
 
 
 def _dims(text: str) -> tuple[int, ...]:
-    return tuple(int(side) for side in text.split(",") if side)
+    return tuple(map(int, re.findall(r"-?\d+", text)))
 
 
-def _dtype(tensor: Mapping[str, Any]) -> str:
-    """The type of a tensor in the inspector's JSON: `Datatype`, or a word of `Format/Datatype` (TensorRT 10)."""
-    words: Iterable[str] = tensor.get("Datatype", tensor.get("Format/Datatype", "")).split()
-    return next((spelled for spelled in map(_spelled, words) if spelled in BYTES), "?")
+def _fields(line: str) -> dict[str, str] | None:
+    """The fields of a kernel's line, None for any other line; Metadata is the last and may hold anything."""
+    head, _, metadata = line.partition(", Metadata: ")
+    if not head.startswith("Name: ") or ", LayerType: " not in head:
+        return None
+    marks = list(FIELD.finditer(head))
+    ends = [*(mark.start() for mark in marks[1:]), len(head)]
+    fields = {mark[1]: head[mark.end() : end] for mark, end in zip(marks, ends, strict=True)}
+    return fields | {"LayerType": fields["LayerType"].partition(", ")[0], "Metadata": metadata}
+
+
+def _inspected(layer: Mapping[str, Any], accumulations: Mapping[str, tuple[str, str]]) -> Kernel:
+    """A kernel of the inspector's JSON; what has another form than expected counts as not told."""
+    tensors: dict[str, Any] = {
+        key.lower(): tuple(map(_tensor, _list(layer.get(key)))) for key in ("Inputs", "Constants", "Outputs")
+    }
+    for key in ("Weights", "Bias"):
+        weight: dict[str, Any] = layer[key] if isinstance(layer.get(key), dict) else {}
+        count = weight.get("Count")
+        if isinstance(count, int) and count:
+            tensors["constants"] += (Tensor(key, (count,), _first_type(_text(weight.get("Type")))),)
+    tactic, onnx = _text(layer.get("TacticName")), _onnx_layers(_text(layer.get("Metadata")))
+    tensors |= {"onnx": onnx, "accumulation": accumulations.get(tactic)}
+    return Kernel(_text(layer.get("Name")), _text(layer.get("LayerType")), tactic, **tensors)
+
+
+def _tensor(told: Any) -> Tensor:  # noqa: ANN401 - of JSON
+    """A tensor of the inspector's JSON; its size is not told where its sides are no numbers."""
+    values = told if isinstance(told, Mapping) else {}
+    sides = _list(values.get("Dimensions")) or [None]
+    known = all(type(side) is int for side in sides)
+    words = _text(values.get("Datatype")) or _text(values.get("Format/Datatype"))
+    return Tensor(_text(values.get("Name")), tuple(sides) if known else (-1,), _first_type(words))
+
+
+def _list(value: Any) -> list[Any]:  # noqa: ANN401 - of JSON
+    return value if isinstance(value, list) else []
+
+
+def _text(value: Any) -> str:  # noqa: ANN401 - of JSON
+    return value if isinstance(value, str) else ""
+
+
+def _first_type(words: str) -> str:
+    """The type in `Half`, or in `Row major linear FP16 format` (TensorRT 10); `?` where it is none that we know."""
+    return next((spelled for spelled in map(_spelled, words.split()) if spelled in BYTES), "?")
 
 
 def _spelled(word: str) -> str:

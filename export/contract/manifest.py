@@ -8,12 +8,14 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from export.contract.interrupt import removed_on_signal, signals_held
 
 FORMAT = 1
 """Version of the manifest; readers refuse a newer one."""
@@ -134,15 +136,15 @@ def staging(target: Path) -> Iterator[Path]:
     for left in target.parent.glob(f"{glob.escape(prefix)}*"):
         with contextlib.suppress(OSError), locked(left, wait=False):  # locked: another run is at work on the same file
             shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    try:
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):  # a file system without locks: then nothing is swept there either
-                stack.enter_context(locked(folder))
-            folder.mkdir(exist_ok=True)  # swept by a run that began between the two lines above
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    folder = target.with_name(f"{prefix}{secrets.token_hex(4)}")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(removed_on_signal(folder))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+        with contextlib.suppress(OSError):  # a file system without locks: then nothing is swept there either
+            stack.enter_context(locked(folder))
+        folder.mkdir(mode=0o700, exist_ok=True)  # swept by a run that began between the two lines above
+        yield folder
 
 
 @contextlib.contextmanager
@@ -160,18 +162,22 @@ def locked(folder: Path, wait: bool = True) -> Iterator[None]:
         os.close(descriptor)
 
 
-def publish(staged: Path, target: Path) -> None:
+def publish(staged: Path, target: Path, gone: Iterable[Path] = ()) -> None:
     """Moves the files of a staging folder beside the target, the target itself last.
 
-    The old target goes first: after a crash there is the old file with all that belongs to it, or none.
+    The old target goes first: after a crash there is the old file with all that belongs to it, or none. `gone` are
+    files of the old target that the new one lacks.
     """
     files = sorted(staged.iterdir(), key=lambda file: file.name == target.name)
     for file in files:
         with open(file, "rb") as stream:
             os.fsync(stream.fileno())
-    target.unlink(missing_ok=True)
-    for file in files:
-        os.replace(file, target.with_name(file.name))
+    with signals_held():
+        target.unlink(missing_ok=True)
+        for file in files:
+            os.replace(file, target.with_name(file.name))
+        for file in gone:
+            file.unlink(missing_ok=True)
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -144,7 +144,7 @@ class Signature:
 def encoder_signature(
     config: EncoderConfig,
     *,
-    necks: str = "sam3",
+    necks: str = "auto",
     levels: str = "all",
     positions: Positions = "graph",
     input_kind: InputKind = "float",
@@ -155,7 +155,7 @@ def encoder_signature(
 
     Args:
         config: the encoder, at the image size of the export.
-        necks: `sam3`, `both`, `all`, or names with commas.
+        necks: `auto` (sam3, or all where there is no sam3), `both`, `all`, or names with commas.
         levels: `all`, or indices with commas.
         positions, input_kind, batch, dtype: as in Signature.
 
@@ -178,11 +178,13 @@ def encoder_signature(
 
 def choose_necks(asked: str, available: Sequence[str]) -> tuple[str, ...]:
     """The asked necks in the encoder's order."""
-    names = {"both": ["sam3", "sam2"], "all": list(available)}.get(asked, [name.strip() for name in asked.split(",")])
+    auto = ["sam3"] if "sam3" in available else list(available)
+    sets = {"auto": auto, "both": ["sam3", "sam2"], "all": list(available)}
+    names = sets.get(asked, [name.strip() for name in asked.split(",")])
     unknown = [name for name in names if name not in NECK_MODULES]
     if unknown:
         raise SignatureError(
-            f"unknown neck {', '.join(map(repr, unknown))}; known are {', '.join(NECK_MODULES)}, both, all"
+            f"unknown neck {', '.join(map(repr, unknown))}; known are {', '.join(NECK_MODULES)}, both, all, auto"
         )
     missing = [name for name in names if name not in available]
     if missing:

@@ -20,7 +20,7 @@ from export.proof.fidelity import FidelityError, Verdict, compare
 from export.proof.reference import write_reference
 from export.proof.rounding_simulation import is_low_precision, simulate, watch_finite
 from neck.necks import Sam3DualViTDetNeck, forward_necks
-from neck.pictures import find_pictures, load_pictures, normalise
+from neck.pictures import PictureFolder, find_pictures, load_pictures, normalise
 from neck.trunk import ViTDetTrunk
 
 Report = Callable[[str], None]
@@ -31,14 +31,18 @@ MEMORY = Path("/proc/meminfo")
 SIMULATED = "simulated: every FP16 or BF16 rounding of the graph written out in FP32 ONNX Runtime"
 
 
-def reference_pixels(signature: Signature, images: Path | None, count: int) -> np.ndarray:
+def reference_pixels(
+    signature: Signature, images: Path | PictureFolder | None, count: int, say: Report = lambda line: None
+) -> np.ndarray:
     """Pictures to verify on: uint8 (count, H, W, 3), from a folder or, without one, the picture that the package ships.
 
-    Without a folder the further pictures of a batch are the shipped one shifted sideways.
+    Without a folder the further pictures of a batch are the shipped one shifted sideways. `say` is told of pictures
+    deeper than 8 bits.
     """
     if images is not None:
-        paths = find_pictures(images)[:count]
-        pixels = load_pictures(paths, signature.image_size)
+        folder = PictureFolder.of(images)
+        paths = find_pictures(folder.path)[:count]
+        pixels = load_pictures(paths, signature.image_size, folder.value_range, say)
         return pixels[np.arange(count) % len(pixels)]
     shipped = load_pictures([Path(__file__).parent.parent / "pictures" / "astronaut.jpg"], signature.image_size)[0]
     return np.stack([np.roll(shipped, turn * shipped.shape[1] // count, axis=1) for turn in range(count)])
@@ -71,7 +75,7 @@ def verify_onnx(
     encoder: Sam3DualViTDetNeck,
     precision: str,
     *,
-    images: Path | None = None,
+    images: Path | PictureFolder | None = None,
     overrides: Mapping[str, float] | None = None,
     save: Path | None = None,
     report: Report = lambda line: None,
@@ -95,7 +99,8 @@ def verify_onnx(
         PictureError: pictures that cannot be read.
     """
     count = picture_count(signature)
-    pixels = reference_pixels(signature, images, count)
+    notes: list[str] = []
+    pixels = reference_pixels(signature, images, count, notes.append)
     report("reference: the plain module in PyTorch FP32")
     encoder.set_imgsz(signature.image_size)
     reference = reference_outputs(encoder, pixels, signature.necks, signature.levels)
@@ -113,7 +118,8 @@ def verify_onnx(
         shapes = {name: (count, *array.shape[1:]) for name, array in stored.items()}
         candidate |= {name: np.broadcast_to(array, shapes[name]) for name, array in stored.items()}
     method = f"PyTorch FP32 against ONNX Runtime {require_runtime().__version__}, {count} picture{'s' * (count > 1)}"
-    verdict = compare(reference, candidate, precision, f"{method}, {SIMULATED}" if low else method, overrides)
+    method = "; ".join([f"{method}, {SIMULATED}" if low else method, *notes])
+    verdict = compare(reference, candidate, precision, method, overrides)
     if rounded and any(comparison.non_finite for comparison in verdict.comparisons):
         report("looking for the first tensor that is not finite")
         verdict = dataclasses.replace(verdict, first_bad=first_non_finite(model, rounded, path.parent, image))
@@ -176,9 +182,8 @@ def run_model(model: ir.Model, folder: Path, image: np.ndarray) -> list[np.ndarr
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     with ThreadPoolExecutor(1) as thread:
-        outputs = thread.submit(session.run, None, {"image": image}, run)
         try:
-            return list(outputs.result())
+            return list(thread.submit(session.run, None, {"image": image}, run).result())
         except BaseException:
             run.terminate = True
             raise

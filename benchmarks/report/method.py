@@ -1,0 +1,65 @@
+"""What was measured and how, in words: the same for the page and for Markdown."""
+
+from __future__ import annotations
+
+from benchmarks.report.findings import scaled, size_name
+from benchmarks.results.result_files import Result, of_machine
+
+TITLE = "SAM 3 image encoder: benchmark"
+
+
+def about(result: Result) -> str:
+    """One line under the title."""
+    encoder = result["encoder"]
+    necks = " and ".join(encoder["necks"])
+    size = size_name(encoder["image_size"], encoder["batch"])
+    return f"{size}, {necks} neck, {scaled(encoder['parameters'], '')} parameters, {result['date']}"
+
+
+def commands(result: Result) -> list[str]:
+    """Every command that the result was measured by, once."""
+    told = [of_machine(result, machine, "command") for machine in result["machines"]]
+    return list(dict.fromkeys(told))
+
+
+def method(result: Result) -> list[str]:
+    """How it was measured, in sentences that hold for this result."""
+    rows = [row for row in result["rows"] if row["status"] == "measured" and row["sweep"] is None]
+    runs = sorted({row["latency"]["runs"] for row in rows})
+    warm = sorted({row["warm_up_runs"] for row in rows if row.get("warm_up_runs") is not None})
+    lines = ["All backends ran in turn, round by round, so that the machine's drift falls on all alike."]
+    if runs:
+        lines.append(f"Timed runs of a backend: {_range(runs)}; warm-up runs before: {_range(warm) or 'not told'}.")
+    settings = {
+        f"{name}={value}"
+        for machine in result["machines"]
+        for name, value in machine["environment"].get("settings", {}).items()
+    }
+    if settings:
+        lines.append(f"Every backend ran in a process of its own with {', '.join(sorted(settings))}.")
+    return [
+        *lines,
+        "A ratio is taken round by round: its median, with the lowest and highest round in brackets.",
+        "Errors are of every output against the plain module in PyTorch FP32, summed in float64.",
+        "The floor is the greater of operations over the measured product rate and least bytes over the measured copy "
+        "rate. Operations count 2 for each multiply-add.",
+    ]
+
+
+def _range(values: list[int]) -> str:
+    return "" if not values else str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+
+def encoder_facts(result: Result) -> list[tuple[str, str]]:
+    """What was measured."""
+    encoder = result["encoder"]
+    pairs = [
+        ("Weights", encoder["checkpoint"]),
+        ("Image size", size_name(encoder["image_size"])),
+        ("Batch", str(encoder["batch"])),
+        ("Necks", ", ".join(encoder["necks"])),
+        ("Levels", ", ".join(str(level) for level in encoder["levels"])),
+        ("Positions", encoder["positions"]),
+        ("Parameters", scaled(encoder["parameters"], "")),
+    ]
+    return pairs + [(name.replace("_", " "), str(value)) for name, value in (encoder.get("config") or {}).items()]

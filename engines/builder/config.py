@@ -1,0 +1,93 @@
+"""The builder's config: our options in TensorRT's words, the optimization profile, the timing cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from engines.builder.flavor import Flavor
+from engines.builder.onnx_graph import BuildError
+from engines.builder.options import DEFAULT_BATCH, BuildOptions
+from engines.builder.plan_stream import disk_errors, temporary
+
+
+def common_options(onnx: Path, flavor: Flavor, network: Any, options: BuildOptions, monitor: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Arguments that both of Polygraphy's config classes take.
+
+    Raises:
+        BuildError: an option that this TensorRT does not have, a batch that the file does not have.
+    """
+    trt = flavor.trt
+    values: dict[str, Any] = {"progress_monitor": monitor, "profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
+    profile = _profile(onnx, network, options)
+    if profile is not None:
+        values["profiles"] = [profile]
+    if options.optimization_level is not None:
+        if not 0 <= options.optimization_level <= 5:
+            raise BuildError(f"optimization level {options.optimization_level}: expected 0 to 5")
+        values["builder_optimization_level"] = options.optimization_level
+    if options.workspace_bytes is not None:
+        values["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: options.workspace_bytes}
+    if options.version_compatible:
+        values["version_compatible"] = True
+    if options.hardware_compatible != "none":
+        values["hardware_compatibility_level"] = _level(flavor, options.hardware_compatible)
+    cache = timing_cache_path(flavor, options)
+    if cache is not None and cache.exists():
+        values["load_timing_cache"] = str(cache)
+    return values
+
+
+def _level(flavor: Flavor, asked: str) -> Any:  # noqa: ANN401
+    trt = flavor.trt
+    if asked == "ampere+":
+        return trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if not hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY"):
+        raise BuildError(
+            f"--hardware-compatible same: TensorRT {flavor.version} has no such level (10.9 has); leave it out, a plan "
+            f"runs on GPUs of its compute capability anyway"
+        )
+    return trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
+
+
+def _profile(onnx: Path, network: Any, options: BuildOptions) -> Any:  # noqa: ANN401
+    """The optimization profile of a dynamic batch, or None for a fixed one."""
+    image = network.get_input(0)
+    if network.num_inputs != 1:
+        raise BuildError(f"{onnx}: has {network.num_inputs} inputs, expected the image alone; export it again")
+    shape = tuple(image.shape)
+    if -1 in shape[1:]:
+        raise BuildError(f"{onnx}: input {image.name} is {shape}; only the batch may be dynamic, so fix the image size")
+    if shape[0] != -1:
+        if options.batch is not None and str(options.batch) != str(shape[0]):
+            raise BuildError(
+                f"{onnx}: its batch is {shape[0]}, asked was {options.batch}; export again with --batch {options.batch}"
+            )
+        return None
+    from polygraphy.backend.trt import Profile
+
+    batch = options.batch or DEFAULT_BATCH
+    sizes = ((size, *shape[1:]) for size in (batch.minimum, batch.optimum, batch.maximum))
+    return Profile().add(image.name, *sizes)
+
+
+def timing_cache_path(flavor: Flavor, options: BuildOptions) -> Path | None:
+    """The timing cache's file, with flavour, version and GPU in its name: times of another would mislead."""
+    if options.timing_cache is None:
+        return None
+    gpu = flavor.gpu.name.replace(" ", "-").replace("/", "-") if flavor.gpu else "none"
+    path = options.timing_cache
+    return path.with_name(f"{path.stem}.{flavor.name}-{flavor.version}-{gpu}{path.suffix}")
+
+
+def save_timing_cache(config: Any, flavor: Flavor, options: BuildOptions) -> None:  # noqa: ANN401
+    """Keeps what the build measured, where that was asked."""
+    path = timing_cache_path(flavor, options)
+    if path is None:
+        return
+    cache = config.get_timing_cache()
+    with disk_errors(path), temporary(path) as (file, unfinished):
+        file.write(cache.serialize())
+        file.flush()
+        os.replace(unfinished, path)

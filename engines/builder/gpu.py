@@ -1,0 +1,57 @@
+"""The GPU at hand, asked of NVIDIA's driver without torch."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+
+COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
+"""CUdevice_attribute values (cuda.h)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """The first NVIDIA GPU; `driver` is its version or `unknown`, `cuda` the newest CUDA that the driver serves."""
+
+    name: str
+    compute_capability: str
+    driver: str
+    cuda: str
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU and its driver are here."""
+    return find_gpu() is not None
+
+
+def find_gpu() -> Gpu | None:
+    """Asks the CUDA driver for its first GPU, without torch."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, version, count, major, minor = (ctypes.c_int() for _ in range(5))
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return None
+    name = ctypes.create_string_buffer(128)
+    cuda.cuDeviceGet(ctypes.byref(device), 0)
+    cuda.cuDeviceGetName(name, len(name), device)
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    cuda.cuDeviceGetAttribute(ctypes.byref(major), COMPUTE_CAPABILITY_MAJOR, device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(minor), COMPUTE_CAPABILITY_MINOR, device)
+    return Gpu(
+        name=name.value.decode(),
+        compute_capability=f"{major.value}.{minor.value}",
+        driver=_driver_version(),
+        cuda=f"{version.value // 1000}.{version.value % 1000 // 10}",
+    )
+
+
+def _driver_version() -> str:
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return "unknown"
+    text = ctypes.create_string_buffer(80)
+    failed = nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, len(text))
+    return "unknown" if failed else text.value.decode()

@@ -1,0 +1,91 @@
+"""Whose plan a file is, told by its content: names say little, and Ultralytics' engines begin with JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from engines.builder.flavor import RTX_MAGIC
+from engines.builder.onnx_graph import BuildError
+from export.contract.manifest import manifest_path, staging
+
+MAGIC = {RTX_MAGIC: "TensorRT-RTX", b"ftrt": "TensorRT"}
+
+MOST_JSON = 1 << 20
+"""Bytes; Ultralytics' own is a few hundred, and an ONNX file's first four bytes read as a length are far above."""
+
+
+def is_plan(path: Path) -> bool:
+    """Whether a file is a plan of ours; anything that is no plan at all is left to the readers of ONNX.
+
+    Raises:
+        BuildError: an engine of Ultralytics, or a plan under a name that its manifest does not go with.
+    """
+    try:
+        with path.open("rb") as file:
+            kind, metadata = _begins(file)
+    except OSError:  # missing, a folder: told by whoever reads it
+        return path.suffix == ".plan"
+    if metadata is not None:
+        bare = path.with_suffix(".bare.plan")
+        raise BuildError(
+            f"{path}: is an engine of Ultralytics: JSON ({_told(metadata)}), then a {kind} plan; neck-export reads "
+            f"what it wrote and proved:\nexport the weights by `neck-export onnx` and `neck-export trt`, or take the "
+            f"bare plan by `neck-export inspect {path} --strip-header {bare}`"
+        )
+    if kind and path.suffix != ".plan" and not manifest_path(path).is_file():
+        name = path.with_suffix(".plan").name
+        raise BuildError(
+            f"{path}: is a {kind} plan, and {manifest_path(path).name} is not beside it; if neck-export built it, "
+            f"name it {name} again, beside {name}.json; another tool's plan can only be rebuilt, by `neck-export trt`"
+        )
+    return bool(kind) or path.suffix == ".plan"
+
+
+def strip_header(path: Path, output: Path) -> dict[str, Any]:
+    """Writes the bare plan of an engine of Ultralytics, and returns the JSON that stood before it.
+
+    Raises:
+        BuildError: it is no such engine, or the plan cannot be written.
+    """
+    try:
+        with path.open("rb") as file:
+            kind, metadata = _begins(file)
+            if metadata is None:
+                held = f"a bare {kind} plan" if kind else "no plan"
+                raise BuildError(f"{path}: has no header of Ultralytics; it is {held}")
+            if output.exists() and output.samefile(path):
+                raise BuildError(f"{output}: is the file that is read; name another")
+            with staging(output) as folder:
+                with (folder / output.name).open("wb") as plan:
+                    shutil.copyfileobj(file, plan, 1 << 22)
+                os.replace(folder / output.name, output)
+    except OSError as error:
+        raise BuildError(f"{error.filename or output}: {error.strerror}; nothing was written") from None
+    return metadata
+
+
+def _begins(file: BinaryIO) -> tuple[str | None, dict[str, Any] | None]:
+    """Which TensorRT's plan it is, and the JSON before it; the file is left where the plan begins."""
+    start = file.read(4)
+    if start in MAGIC:
+        file.seek(0)
+        return MAGIC[start], None
+    length = int.from_bytes(start, "little")
+    if not 2 <= length <= MOST_JSON:
+        return None, None
+    try:
+        metadata = json.loads(file.read(length))
+    except ValueError:
+        return None, None
+    kind = MAGIC.get(file.read(4))
+    file.seek(4 + length)
+    return (kind, metadata) if kind and isinstance(metadata, dict) else (None, None)
+
+
+def _told(metadata: dict[str, Any]) -> str:
+    shown = [f"{name} {metadata[name]}" for name in ("description", "task", "imgsz", "version") if name in metadata]
+    return ", ".join(shown)[:200] or "empty"

@@ -1,0 +1,27 @@
+"""What a TIFF holds that Pillow does not read: satellite and laboratory files have many bands and deep pixels."""
+
+from __future__ import annotations
+
+from typing import BinaryIO
+
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+SAMPLES, BITS, FORMAT = 277, 258, 339
+KINDS = {1: "unsigned integers", 2: "signed integers", 3: "floats", 5: "complex integers", 6: "complex floats"}
+
+
+def describe_tiff(stream: BinaryIO) -> str | None:
+    """Bands and type of the first picture, such as `5 bands of 16-bit unsigned integers`; None where it is no TIFF."""
+    stream.seek(0)
+    header = stream.read(16)
+    if header[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return None
+    try:
+        tags = ImageFileDirectory_v2(header if header[2:4] in (b"+\0", b"\0+") else header[:8])
+        stream.seek(tags.next)
+        tags.load(stream)
+        bands, bits = int(tags.get(SAMPLES, 1)), sorted(set(tags.get(BITS, (1,))))
+        kinds = {KINDS.get(kind, "values of an unknown kind") for kind in tags.get(FORMAT, (1,))}
+    except Exception:  # a damaged TIFF: Pillow raises SyntaxError, struct.error, TypeError ...
+        return None
+    return f"{bands} band{'s' * (bands != 1)} of {' and '.join(map(str, bits))}-bit {' and '.join(sorted(kinds))}"

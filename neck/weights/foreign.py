@@ -1,0 +1,115 @@
+"""Names what is no checkpoint, or no plain one, and the public command that turns it into one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+LFS = b"version https://git-lfs"
+DEEPSPEED = re.compile(r"(?:zero_pp_rank|bf16_zero_pp_rank).*_states\.pt$")
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Types that weights of the encoder may have."""
+
+SCALES = re.compile(
+    r"\.(?:SCB|weight_format|weight_scale(?:_inv|_2)?|input_scale|weight_zero_point|weight_packed|qweight|qzeros|g_idx|"
+    r"absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)$"
+)
+"""What bitsandbytes, compressed-tensors, GPTQ, AWQ and modelopt put beside or instead of a weight."""
+
+
+def missing(path: Path) -> str:
+    """Says that a path is not there, and of a name on the Hugging Face Hub that it is no path."""
+    if not HUB_NAME.fullmatch(str(path)) or path.parent.exists() or path.suffix in (".pt", ".safetensors", ".json"):
+        return f"No such file: {path}"
+    return (
+        f"No such file: {path}; if it is a name on the Hugging Face Hub, that is no path: accept its licence there, "
+        f"`hf auth login`,\n`hf download {path} --local-dir {path.name}`, and pass the folder {path.name}"
+    )
+
+
+def folder_of(path: Path) -> str | None:
+    """What a folder without weights of ours is, and how to turn it into a file; None where it is not known."""
+    if (path / ".metadata").is_file() or any(path.glob("*.distcp")):
+        return (
+            f"{path}: a folder of torch.distributed.checkpoint; turn it into a file by\n"
+            f"`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} weights.pt`"
+        )
+    inner = [path, *(child for child in sorted(path.glob("global_step*")) if child.is_dir())]
+    if any(DEEPSPEED.search(file.name) for folder in inner for file in folder.glob("*.pt")):
+        root = path.parent if path.name.startswith("global_step") else path
+        return (
+            f"{path}: a checkpoint of DeepSpeed ZeRO; turn it into a file by\n"
+            f"`python {root}/zero_to_fp32.py {root} weights`, which DeepSpeed has put there"
+        )
+    return None
+
+
+def file_of(path: Path, head: bytes) -> str | None:
+    """What a file that is no checkpoint is, told by its first bytes; None where it is not known.
+
+    Args:
+        head: its first 512 bytes.
+    """
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:64].lower()
+    if path.suffix == ".distcp" or path.name == ".metadata" or DEEPSPEED.search(path.name):
+        return folder_of(path.parent)
+    if head.startswith(LFS):
+        return f"{path}: a Git LFS pointer, not the weights themselves; `git lfs pull` in its folder fetches them"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return (
+            f"{path}: not a checkpoint but a web page, saved in the place of a download that wants a login;\n"
+            "log in, accept the licence (Hugging Face: `hf auth login`, `hf download`), and fetch the file again"
+        )
+    if head.startswith(b"GGUF"):
+        return (
+            f"{path}: a GGUF file, made for llama.cpp and mostly quantised; the original .pt or .safetensors is needed"
+        )
+    if head[257:262] == b"ustar" or head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"BZh")):
+        return f"{path}: an archive (tar, gzip, ...), not a checkpoint; unpack it and pass the file inside"
+    return None
+
+
+def quantised(tensors: Mapping[str, Tensor], starts: Iterable[str]) -> str | None:
+    """Says how the weights under some prefixes are quantised; None where they are floats.
+
+    A type is a surer sign than a name: an INT8 weight with its scale beside it is not an adapter.
+    """
+    starts = tuple(starts)
+    inside = {name: tensor for name, tensor in tensors.items() if name.startswith(starts)}
+    # an embedding's index or a counter may be an integer; a weight may not
+    types = [f"{name} is {tensor.dtype}" for name, tensor in inside.items() if _is_code(name, tensor)]
+    scales = [name for name in inside if SCALES.search(name)]
+    signs = [*types, *scales]
+    if not signs:
+        return None
+    more = f" and {len(signs) - 4} more" if len(signs) > 4 else ""
+    return (
+        f"the encoder's weights are quantised ({', '.join(signs[:2] + scales[:2] if types else signs[:4])}{more}); "
+        "the original in float32, float16 or bfloat16 is needed"
+    )
+
+
+def _is_code(name: str, tensor: Tensor) -> bool:
+    return tensor.dtype not in FLOATS and not tensor.is_complex() and name.endswith((".weight", ".bias", "pos_embed"))
+
+
+def channels_last(tensors: Mapping[str, Tensor], patches: Iterable[str]) -> str | None:
+    """Says that convolutions have their channels last, as MLX and TensorFlow keep them; None where they do not.
+
+    Args:
+        patches: names that the patch embedding's weight may have; PyTorch's has shape (C, 3, patch, patch).
+    """
+    for name in patches:
+        shape = tuple(tensors[name].shape) if name in tensors else ()
+        if len(shape) == 4 and shape[3] == 3 and shape[1] == shape[2] != 3:
+            return (
+                f"convolutions with channels last, as MLX keeps them: {name} is {shape}, PyTorch's is "
+                f"{(shape[0], shape[3], *shape[1:3])};\ntake the original weights, or permute every convolution back"
+            )
+    return None

@@ -1,0 +1,41 @@
+"""What a run skipped, in a few lines: how many tests, for want of what, and what brings it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+CPP_PACKAGES = "g++ cmake ninja-build libgd-dev libssl-dev libcurl4-openssl-dev nlohmann-json3-dev libpython3-dev"
+
+WANTS = (
+    (r"NVIDIA's headers|SDK|NECK_CUDA_ROOT", "NVIDIA's headers", "set NECK_TENSORRT_INCLUDE and NECK_CUDA_ROOT"),
+    (r"onnxruntime_c_api", "ONNX Runtime's C header", "apt-get install libonnxruntime-dev"),
+    (r"\bapt install (g\+\+|libgd)", "the C++ tools", f"apt-get install {CPP_PACKAGES}"),
+    (r"Chromium", "a browser", "apt-get install chromium chromium-driver fonts-dejavu-core"),
+    (r"[Tt]riton ?server|nvidia-pytriton", "a Triton server", "make .triton/ready"),
+    (r"tmpfs|mount", "the right to mount a tmpfs", "run as root"),
+    (r"/proc\b", "Linux's /proc", "-"),
+    (r"without a GPU|where no GPU is", "a machine without a GPU", "-"),
+    (r"\bGPU\b|cuda", "an NVIDIA GPU", "run `pytest -m gpu` on a machine with its driver"),
+    (r"TensorRT-RTX|tensorrt_rtx", "TensorRT-RTX", "pip install '.[rtx]'"),
+    (r"tritonclient", "Triton's client", "pip install '.[triton]'"),
+    (r"openvino", "OpenVINO", "pip install '.[bench]'"),
+    (r"selenium", "Selenium", "pip install '.[dev]'"),
+)
+"""Words of a reason, what it wants, what brings it; the first that fits counts."""
+
+
+def summary_lines(reasons: Iterable[str]) -> list[str]:
+    """One line for each thing that was wanted, the most wanted first.
+
+    Args:
+        reasons: why, once for every skipped test (once for a file that was skipped whole).
+    """
+    counts = Counter(_wanted(reason.removeprefix("Skipped: ")) for reason in reasons)
+    return [f"{count:5}  want {what}: {remedy}" for (what, remedy), count in counts.most_common()]
+
+
+def _wanted(reason: str) -> tuple[str, str]:
+    found = ((what, remedy) for words, what, remedy in WANTS if re.search(words, reason))
+    return next(found, (" ".join(reason.split())[:100], "-"))

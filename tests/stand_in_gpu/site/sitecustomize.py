@@ -1,0 +1,14 @@
+"""Puts the stand-ins into a process that a test starts, before its own code runs; see play.environment."""
+
+import atexit
+import contextlib
+import os
+import sys
+
+if "NECK_PLAYED" in os.environ:
+    sys.path.append(os.environ["NECK_PLAYED_TESTS"])
+    from stand_in_gpu.play import play
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(play(os.environ["NECK_PLAYED"]))
+    atexit.register(stack.close)

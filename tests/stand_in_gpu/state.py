@@ -1,0 +1,90 @@
+"""What a play knows, and the faults that a test plants in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from stand_in_gpu.device import Device
+
+
+@dataclasses.dataclass
+class Faults:
+    """What goes wrong; by default nothing.
+
+    Attributes:
+        builder: the error that the builder gives up with.
+        log: the listing that it prints in the place of its own; "" prints none.
+        inspector: the text that the engine inspector gives in the place of its own.
+        load: the error with which no plan is loaded.
+        run: the error with which every run fails.
+        address: whether every address is refused.
+        capturable: what RTX says of every stream.
+        distort: changes an output, by its name.
+        cost_ms: milliseconds of a run, by the plan's facts.
+        first_runs_ms: milliseconds that each layer takes more in a profiler's first runs.
+    """
+
+    builder: str | None = None
+    log: str | None = None
+    inspector: str | None = None
+    load: str | None = None
+    run: str | None = None
+    address: bool = False
+    capturable: bool = True
+    distort: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value
+    cost_ms: Callable[[dict[str, Any]], float] = lambda facts: 5.0
+    first_runs_ms: float = 100.0
+
+
+@dataclasses.dataclass
+class State:
+    """One play.
+
+    Attributes:
+        version: numbers of the TensorRT that is played.
+        flavor: `tensorrt` or `rtx`.
+        device: the GPU, or None where there is none.
+        configs: every builder's config, for a test to read its flags.
+        contexts: every execution context.
+    """
+
+    version: tuple[int, ...]
+    flavor: str
+    device: Device | None
+    faults: Faults = dataclasses.field(default_factory=Faults)
+    configs: list[Any] = dataclasses.field(default_factory=list)
+    contexts: list[Any] = dataclasses.field(default_factory=list)
+
+
+class Played:
+    """A class of TensorRT: has what its version offers and nothing else.
+
+    Attributes:
+        offers: names of its members.
+        trt: its module.
+        state: the play.
+    """
+
+    offers: frozenset[str] = frozenset()
+    trt: Any = None
+    state: Any = None
+
+    def __getattribute__(self, name: str) -> Any:  # noqa: ANN401
+        if name.startswith("_"):
+            return object.__getattribute__(self, name)
+        cls = type(self)
+        if name not in cls.offers:
+            raise AttributeError(f"{cls.__name__!r} object has no attribute {name!r}")
+        try:
+            return object.__getattribute__(self, name)
+        except AttributeError:
+            raise NotImplementedError(f"the stand-in does not play {cls.__name__}.{name}") from None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not name.startswith("_") and name not in type(self).offers:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        object.__setattr__(self, name, value)

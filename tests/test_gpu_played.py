@@ -1,0 +1,393 @@
+"""The whole GPU side from the command line to its end, on a CPU: TensorRT and torch.cuda are stand-ins.
+
+A played plan carries its ONNX file, and a run is its rounding simulation in ONNX Runtime. What only a GPU can show
+(speed, what a fused kernel accumulates in, what a driver says) is marked `gpu` elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from exporting import checkpoint_of, golden_options, neck_export_cli, plant_in_trunk, quick_trace, save_state
+from safetensors.numpy import load_file
+from stand_in_gpu.device import Device
+from stand_in_gpu.play import play, put_smi
+from stand_in_gpu.runtime import LAYER_MS
+from stand_in_gpu.state import State
+from stand_in_gpu.tensorrt import LISTINGS
+
+import engines.bisect
+import export.pipeline
+from engines.run.profiling import LAYER_RUNS, LAYER_WARM_UP_RUNS
+from engines.sheet.layer_sheet import read_sheet
+from engines.tune import ROUNDS
+from export.contract.manifest import manifest_path, read_manifest
+from export.contract.signature import BatchRange
+from export.pipeline import export_onnx
+
+BLOCKS = 4
+OLD = ("10.3", "10.13")
+"""Their parser has no Attention (FACTS), so they take a file of opset 20."""
+
+HOPPER = {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_traces() -> Any:  # noqa: ANN401
+    """One trace serves every export and every search of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (export.pipeline, engines.bisect):
+            patch.setattr(module, "trace", quick_trace)
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Exports of one neck by name: of a dynamic batch, which one trace serves, and one of a fixed batch."""
+    folder = tmp_path_factory.mktemp("played")
+    same = {"necks": "sam3", "batch": BatchRange(1, 2, 3), "checkpoint": checkpoint_of("meta-dual"), "verify": False}
+    forms: dict[str, dict[str, Any]] = {
+        "half": {**same, "precision": "fp16"},
+        "old": {**same, "precision": "fp16", "attention": "scores32"},
+        "single": {**same, "verify": True},
+        "faulty": {"necks": "sam3", "precision": "fp16", "verify": False},
+    }
+    forms["faulty"]["checkpoint"] = save_state(folder / "faulty.pt", plant_in_trunk)
+    return {
+        name: export_onnx(golden_options("meta-dual", folder / f"{name}.onnx", **values)).path
+        for name, values in forms.items()
+    }
+
+
+def built(files: dict[str, Path], folder: Path, version: str = "11.4") -> Path:
+    """A verified plan of the version that is played."""
+    plan = folder / "e.plan"
+    ran = neck_export_cli("trt", files["old" if version in OLD else "half"], "--output", plan)
+    assert ran.code == 0, ran.err
+    return plan
+
+
+def refused(state: State, folder: Path, *words: str | Path, code: int = 1) -> str:
+    """What a command says that fails, in one or two lines; nothing of its output is left but what was rejected."""
+    ran = neck_export_cli(*words)
+    assert ran.code == code, (ran.out, ran.err)
+    errors = [line for line in ran.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and len(ran.err.splitlines()) - ran.err.splitlines().index(errors[0]) <= 2
+    assert not (folder / "e.plan").exists() and not list(folder.glob(".*"))
+    return ran.err
+
+
+def flag_of(config: Any, name: str) -> bool:  # noqa: ANN401 - IBuilderConfig
+    """Whether a builder's config has a flag."""
+    return bool(config.get_flag(type(config).trt.BuilderFlag[name]))
+
+
+@pytest.mark.parametrize("version", LISTINGS)
+def test_every_version_builds_verifies_and_profiles(files: dict[str, Path], tmp_path: Path, version: str) -> None:
+    with play(version) as state:
+        plan = built(files, tmp_path, version)
+        manifest = read_manifest(manifest_path(plan), "plan")
+        assert manifest["verification"]["verified"] is True
+        assert "NVIDIA L4 (compute capability 8.9, driver 580.95.05)" in manifest["verification"]["method"]
+        assert manifest["layers"].startswith(f"fused attentions {BLOCKS} of {BLOCKS}, ")
+        assert manifest["no_layers"] is None
+        verified = neck_export_cli("verify", plan)
+        assert verified.code == 0 and "sam3_feat_0" in verified.out and verified.out.count(" ok") == 8
+        profile = neck_export_cli("profile", plan, "--json")
+        assert profile.code == 0, profile.err
+        told = json.loads(profile.out)
+        assert told["graph_latency"] is not None and told["graph_problem"] is None
+        assert (told["weights_bytes"] is None) == (version in OLD)
+        assert neck_export_cli("inspect", plan).code == 0
+        assert state.configs and not any(flag_of(config, "TF32") for config in state.configs)
+
+
+def test_rtx_is_built_and_run_so_that_a_graph_can_be_captured(files: dict[str, Path], tmp_path: Path) -> None:
+    with play("rtx-1.7") as state:
+        plan = built(files, tmp_path)
+        (config,) = state.configs
+        assert flag_of(config, "REQUIRE_USER_ALLOCATION")
+        (context,) = state.contexts
+        strategy = context._config.dynamic_shapes_kernel_specialization_strategy
+        assert strategy.name == "EAGER"
+        state.faults.capturable = False
+        told = json.loads(neck_export_cli("profile", plan, "--json").out)
+        assert told["graph_latency"] is None and "TensorRT-RTX says that no CUDA graph" in told["graph_problem"]
+
+
+def test_a_version_that_cannot_read_the_file_says_so(files: dict[str, Path], tmp_path: Path) -> None:
+    with play("10.13") as state:
+        said = refused(state, tmp_path, "trt", files["half"], "--output", tmp_path / "e.plan")
+    assert "TensorRT 10.13.0.35 cannot parse it: node trunk.blocks.0.attn/" in said and "(Attention)" in said
+
+
+def test_a_version_that_is_too_old_is_not_taken(files: dict[str, Path], tmp_path: Path) -> None:
+    with play("10.3") as state:
+        state.device = None
+        import tensorrt
+
+        tensorrt.__version__ = "10.2.0"
+        words = ("trt", files["old"], "--flavor", "tensorrt", "--output", tmp_path / "e.plan")
+        assert "tensorrt is 10.2.0, expected 10.3 or later" in refused(state, tmp_path, *words)
+        tensorrt.__version__ = "10.3.0"
+        options = ("--hardware-compatible", "same")
+        assert "TensorRT 10.3.0 has no such level" in refused(state, tmp_path, *words, *options)
+        tensorrt.__version__ = "11.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("log", "inspector", "source"),
+    [
+        (None, "{}", "builder log"),
+        ("", None, "engine inspector"),
+        ("Layers:\nsomething else\n", None, "engine inspector"),
+        ("", "{}", None),
+        ("", '{"Layers": [{"Inputs": 3, "LayerType": []}]}', None),
+        ("Layers:\nName: x, LayerType: kgen, Inputs: [{ Name: , Dimensions: [-], Datatype: }]", "[1", "builder log"),
+    ],
+)
+def test_a_sheet_that_cannot_be_read_costs_no_plan(
+    files: dict[str, Path], tmp_path: Path, log: str | None, inspector: str | None, source: str | None
+) -> None:
+    with play("10.16") as state:
+        state.faults.log, state.faults.inspector = log, inspector
+        ran = neck_export_cli("trt", files["half"], "--output", tmp_path / "e.plan")
+        assert ran.code == 0, ran.err
+        shown = neck_export_cli("inspect", tmp_path / "e.plan")
+    sheet, manifest = read_sheet(tmp_path / "e.plan"), read_manifest(manifest_path(tmp_path / "e.plan"), "plan")
+    assert (sheet.source if sheet else None) == source
+    if sheet is None:
+        assert manifest["layers"] is None
+        assert "no layer sheet: the builder log does not list the engine; the engine inspector" in ran.out
+        assert f"no layer sheet: {manifest['no_layers']}" in shown.out
+    else:
+        assert sheet.operations and not {kernel.kind for kernel in sheet.kernels} & {"wait", "signal"}
+
+
+FAULTS: list[tuple[str, dict[str, Any], int, str]] = [
+    (
+        "builder",
+        {"builder": "Error Code 10: no implementation for node fc1"},
+        1,
+        "TensorRT built nothing: Error Code 10",
+    ),
+    ("memory", {"builder": "Error Code 2: OutOfMemory (bad_alloc)"}, 1, "out of memory while TensorRT built"),
+    ("load", {"load": "Error Code 1: Cuda Runtime (out of memory)"}, 1, "cannot load it (Error Code 1: Cuda Runtime"),
+    ("run", {"run": "Error Code 1: Cuda Runtime (launch failed)"}, 1, "the run failed (Error Code 1: Cuda Runtime"),
+    ("address", {"address": True}, 1, "which TensorRT does not take (Error Code 3"),
+    ("outputs", {"distort": lambda name, value: -value if name == "sam3_feat_2" else value}, 3, "sam3_feat_2"),
+    ("infinite", {"distort": lambda name, value: value / np.float32(0)}, 3, "non-finite"),
+]
+
+
+@pytest.mark.parametrize(("faults", "code", "says"), [case[1:] for case in FAULTS], ids=[case[0] for case in FAULTS])
+def test_what_goes_wrong_is_told(
+    files: dict[str, Path], tmp_path: Path, faults: dict[str, Any], code: int, says: str
+) -> None:
+    with play("11.4") as state, np.errstate(all="ignore"):
+        for name, value in faults.items():
+            setattr(state.faults, name, value)
+        said = refused(state, tmp_path, "trt", files["half"], "--output", tmp_path / "e.plan", code=code)
+    assert says in said
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == ({"e.plan.rejected", "e.plan.rejected.json"} if code == 3 else set())
+
+
+def test_too_little_device_memory_is_told(files: dict[str, Path], tmp_path: Path) -> None:
+    with play("11.4") as state:
+        assert state.device is not None
+        plan = built(files, tmp_path)
+        state.device.free_bytes = 1000
+        ran = neck_export_cli("verify", plan)
+        assert ran.code == 1 and "out of device memory; 0.0 of 25.8 GB of device memory are free" in ran.err
+        ran = neck_export_cli("profile", plan)
+        assert ran.code == 1 and "out of device memory; profiling needs" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("device", "words", "says"),
+    [
+        ({}, ("--compute-capability", "12.0"), "is for compute capability 12.0, here is NVIDIA L4 (8.9)"),
+        (HOPPER, (), "TensorRT-RTX 1.7.1.116 does not run on NVIDIA H100 80GB HBM3 (9.0)"),
+        (HOPPER, ("--compute-capability", "8.9,12.0"), "TensorRT-RTX 1.7.1.116 does not run on NVIDIA H100 80GB HBM3"),
+        ({}, ("--compute-capability", "8.9,12.0"), None),
+    ],
+)
+def test_a_plan_for_another_gpu_is_kept_with_the_reason(
+    files: dict[str, Path], tmp_path: Path, device: dict[str, str], words: tuple[str, ...], says: str | None
+) -> None:
+    plan = tmp_path / "e.plan"
+    with play("rtx-1.7", Device(**device)):  # type: ignore[arg-type]
+        ran = neck_export_cli("trt", files["single"], "--fp16", *words, "--output", plan)
+        assert ran.code == 0, ran.err
+        checked = read_manifest(manifest_path(plan), "plan")["verification"]
+        assert neck_export_cli("trt", files["single"], "--fp16", *words, "--output", plan).out.startswith("nothing has")
+        again = neck_export_cli("verify", plan)
+    assert checked["verified"] == (says is None) == (again.code == 0)
+    if says:
+        assert checked["onnx"]["verified"] and checked["reason"].startswith(f"not verified: {says}")
+        assert f"the plan is not verified: {says}" in ran.out and "its ONNX graph is verified" in ran.out
+        assert says in again.err and again.code == 1
+
+
+def test_a_plan_that_was_carried_to_another_gpu_is_refused_in_a_sentence(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    with play("11.4"):
+        plan = built(files, tmp_path)
+    with play("11.4", Device(**HOPPER)):  # type: ignore[arg-type]
+        for command in ("verify", "profile"):
+            ran = neck_export_cli(command, plan)
+            assert ran.code == 1 and "is for compute capability 8.9, here is NVIDIA H100" in ran.err
+    with play("10.16"):
+        assert "needs TensorRT 11.4.0.106 exactly, here is 10.16.1.11" in neck_export_cli("verify", plan).err
+    with play("11.4", gpu=False):
+        assert "needs an NVIDIA GPU" in neck_export_cli("verify", plan).err
+
+
+def test_verify_writes_its_verdict(files: dict[str, Path], tmp_path: Path) -> None:
+    with play("11.4") as state:
+        plan = built(files, tmp_path)
+        saved = tmp_path / "reference.safetensors"
+        assert neck_export_cli("verify", plan, "--save-reference", saved).code == 0
+        assert "sam3_feat_0" in load_file(saved)
+        state.faults.distort = lambda name, value: value * np.float32(1.1)
+        ran = neck_export_cli("verify", plan)
+        assert ran.code == 3 and "FAILED" in ran.err
+        assert read_manifest(manifest_path(plan), "plan")["verification"]["verified"] is False
+        assert neck_export_cli("verify", plan, "--tolerance", "sam3_*=0.5").code == 3  # the cosine is another matter
+        assert neck_export_cli("verify", plan, "--tolerance", "none=0.5").code == 1
+
+
+def test_a_batch_that_is_dynamic(files: dict[str, Path], tmp_path: Path) -> None:
+    with play("11.4"):
+        plan = built(files, tmp_path)
+        assert "2 pictures" in neck_export_cli("verify", plan).out
+        for batch in (1, 3):
+            assert json.loads(neck_export_cli("profile", plan, "--batch", str(batch), "--json").out)["batch"] == batch
+        ran = neck_export_cli("profile", plan, "--batch", "4")
+        assert ran.code == 1 and "takes a batch of 1 to 3, asked was 4" in ran.err
+
+
+def test_the_profile_of_layers_is_warm_and_writes_where_it_may(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_smi(tmp_path, monkeypatch)
+    with play("11.4") as state:
+        assert state.device is not None
+        told = json.loads(neck_export_cli("profile", built(files, tmp_path), "--json").out)
+        assert [layer["ms"] for layer in told["layers"]] == pytest.approx([LAYER_MS] * len(told["layers"]))
+        assert told["layers"] and all(layer["kind"] for layer in told["layers"])
+        assert told["state"]["sm_mhz"] == "2040"
+        assert state.device.launches[-(LAYER_WARM_UP_RUNS + LAYER_RUNS) :] == ["run"] * (
+            LAYER_WARM_UP_RUNS + LAYER_RUNS
+        )
+
+
+@pytest.mark.parametrize("flaw", ["capture", "stream"])
+def test_without_a_graph_the_profile_goes_on(files: dict[str, Path], tmp_path: Path, flaw: str) -> None:
+    with play("rtx-1.7" if flaw == "stream" else "11.4") as state:
+        assert state.device is not None
+        plan = built(files, tmp_path)
+        state.device.capture_fails, state.faults.capturable = flaw == "capture", flaw != "stream"
+        ran = neck_export_cli("profile", plan)
+        assert ran.code == 0 and "no CUDA graph: " in ran.out and "the layer sheet names" in ran.out
+
+
+@pytest.mark.parametrize(("version", "beside"), [("11.4", None), ("rtx-1.7", "11.4"), ("10.14", "rtx-1.7")])
+def test_a_plan_is_searched_by_its_own_tensorrt(
+    files: dict[str, Path], tmp_path: Path, version: str, beside: str | None
+) -> None:
+    """`auto` would take TensorRT where both are, and a trial in FP32 was refused for its own island."""
+    flavor = "rtx" if version.startswith("rtx") else "tensorrt"
+    with play(version, beside=beside) as state:
+        words = ("trt", files["faulty"], "--no-verify", "--flavor", flavor, "--output", tmp_path / "e.plan")
+        assert neck_export_cli(*words).code == 0
+        before = len(state.configs)
+        ran = neck_export_cli("bisect", tmp_path / "e.plan")
+        assert ran.code == 0, ran.err
+        assert "first outside tolerance: trunk.blocks.2" in ran.out
+        command = shlex.split(ran.out.splitlines()[-1].partition("mended by: ")[2])
+        assert command[command.index("--keep-fp32") + 1] == "trunk.blocks.2.attn"
+        assert len(state.configs) > before + 2  # the trials were built by this very TensorRT
+    assert not list(tmp_path.glob(".bisect*"))
+
+
+def test_a_sound_plan_has_nothing_to_mend(files: dict[str, Path], tmp_path: Path) -> None:
+    with play("11.4") as state:
+        plan = built(files, tmp_path)
+        assert "within tolerance" in neck_export_cli("bisect", plan).out
+        state.faults.builder = "Error Code 10: planted"
+        assert "TensorRT built nothing: Error Code 10: planted" in neck_export_cli("bisect", plan).err
+
+
+def test_tune_measures_the_finalists_in_turn(files: dict[str, Path], tmp_path: Path) -> None:
+    words = ("trt", files["single"], "--fp16", "--tune", "--no-verify", "--output", tmp_path / "e.plan")
+    with play("11.4") as state:
+        loads: list[int] = []
+
+        def cost(facts: dict[str, Any]) -> float:
+            """The last built is truly the fastest; the GPU slows down by a tenth while the candidates are built."""
+            loads.append(facts["number"])
+            return (10.0 - 0.2 * facts["number"]) * min(1.2, 1 + len(loads) / 100)
+
+        state.faults.cost_ms = cost
+        ran = neck_export_cli(*words)
+    assert ran.code == 0, ran.err
+    manifest = read_manifest(manifest_path(tmp_path / "e.plan"), "plan")
+    assert (manifest["key"]["attention"], manifest["key"]["upsampling"]) == ("fused", "conv")
+    assert "kept: fused, conv" in ran.out and "in turn" in ran.out
+    turns = [number for number, before in zip(loads[1:], loads, strict=False) if number != before]
+    assert len(turns) >= 3 * ROUNDS - 1  # a plan after another, and not all runs of one before those of the next
+    assert not (tmp_path / "e.plan.tuning").exists()
+
+
+@pytest.mark.parametrize(
+    ("faults", "says"),
+    [
+        ({"builder": "Error Code 10: planted"}, "no candidate passed"),
+        ({"distort": lambda name, value: -value}, "no candidate passed"),
+        ({"run": "Error Code 1: planted"}, "no candidate passed"),
+    ],
+)
+def test_tune_that_finds_nothing(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faults: dict[str, Any], says: str
+) -> None:
+    monkeypatch.setattr("engines.tune.ATTENTIONS", ("fused",))
+    with play("11.4") as state:
+        for name, value in faults.items():
+            setattr(state.faults, name, value)
+        ran = neck_export_cli("trt", files["single"], "--fp16", "--tune", "--output", tmp_path / "e.plan")
+    assert ran.code == 1 and says in ran.err and not (tmp_path / "e.plan").exists()
+
+
+def test_doctor_names_what_runs_here() -> None:
+    with play("rtx-1.7", Device(**HOPPER)):  # type: ignore[arg-type]
+        ran = neck_export_cli("doctor")
+    assert "NVIDIA H100 80GB HBM3, compute capability 9.0" in ran.out
+    assert "TensorRT-RTX does not run on compute capability 9.0: pip install 'neck-export[gpu]'" in ran.out
+
+
+def test_triton_needs_pythons_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's launchers are C that includes Python.h: without it every compiled row failed, and late."""
+    found = importlib.util.find_spec
+    for name in ("cc", "gcc"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found("json" if name == "triton" else name))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with play("11.4"):
+        from benchmarks.measure.environment import capabilities
+
+        assert capabilities()["compilers"]["cuda"] == "torch.compile needs Python.h: apt-get install python3-dev"
+        (tmp_path / "Python.h").touch()
+        assert capabilities()["compilers"]["cuda"] is None
+        assert capabilities()["plans"]["tensorrt"] is None
