@@ -76,6 +76,7 @@ void parse(int count, char** values, Asked& asked, const std::vector<Option>& op
         {"help", false, [&](const std::string&) { asked.help = true; }}};
     known.insert(known.end(), options.begin(), options.end());
     std::vector<option> rows;
+    rows.reserve(known.size() + 1);
     for (const Option& each : known) {
         rows.push_back({each.name, each.has_value ? required_argument : no_argument, nullptr, 0});
     }

@@ -1,22 +1,17 @@
 #include "serve_folder.hpp"
 
-#include <sys/file.h>
-#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <future>
 #include <iostream>
-#include <map>
 #include <mutex>
-#include <optional>
 #include <string>
-#include <system_error>
 #include <utility>
 #include <vector>
 
-#include "files.hpp"
+#include "feature_folder.hpp"
 #include "neck/pool.hpp"
 #include "neck/preprocess.hpp"
 #include "neck/safetensors.hpp"
@@ -27,71 +22,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* ending = ".safetensors";
 constexpr std::chrono::hours patience{24};  // contexts come back as soon as their run is over
-
-/// The output folder, for this process alone until it ends.
-class OutputFolder {
-public:
-    explicit OutputFolder(const fs::path& folder) : folder_(folder) {
-        std::error_code error;
-        fs::create_directories(folder, error);
-        descriptor_ = open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-        if (descriptor_ < 0) {
-            throw Error(folder.string() + ": cannot be used (" + std::generic_category().message(errno) +
-                        "); give a folder for the features");
-        }
-        if (flock(descriptor_, LOCK_EX | LOCK_NB) != 0) {
-            close(descriptor_);
-            throw Error(folder.string() +
-                        ": another process writes features there; wait for it, or give another folder");
-        }
-    }
-    ~OutputFolder() { close(descriptor_); }
-    OutputFolder(const OutputFolder&) = delete;
-    OutputFolder& operator=(const OutputFolder&) = delete;
-
-    fs::path of(const fs::path& picture) const { return folder_ / (picture.filename().string() + ending); }
-
-    /// Removes what a process that was killed left half written: NAME.safetensors.XXXXXX.
-    void tidy() const {
-        const std::string mark = std::string(ending) + ".";
-        for (const fs::directory_entry& entry : fs::directory_iterator(folder_)) {
-            const std::string name = entry.path().filename().string();
-            const std::size_t at = name.rfind(mark);
-            if (at != std::string::npos && name.size() == at + mark.size() + 6 && entry.is_regular_file()) {
-                fs::remove(entry.path());
-            }
-        }
-    }
-
-private:
-    fs::path folder_;
-    int descriptor_ = -1;
-};
-
-std::vector<fs::path> find_pictures(const fs::path& folder) {
-    std::vector<fs::path> pictures;
-    try {
-        for (const fs::directory_entry& entry : fs::directory_iterator(folder)) {
-            std::string kind = entry.path().extension().string();
-            std::transform(kind.begin(), kind.end(), kind.begin(),
-                           [](unsigned char letter) { return static_cast<char>(std::tolower(letter)); });
-            const bool hidden = entry.path().filename().string().front() == '.';
-            if (!hidden && (kind == ".png" || kind == ".jpg" || kind == ".jpeg") && entry.is_regular_file()) {
-                pictures.push_back(entry.path());
-            }
-        }
-    } catch (const fs::filesystem_error& error) {
-        throw Error(folder.string() + ": cannot be listed (" + error.code().message() +
-                    "); give a folder that holds pictures");
-    }
-    if (pictures.empty()) {
-        throw Error(folder.string() + ": holds no picture; put files there that end in .png, .jpg or .jpeg");
-    }
-    std::sort(pictures.begin(), pictures.end());
-    return pictures;
-}
 
 std::string hash_of_plan(const Manifest& manifest, const fs::path& plan) {
     const auto own = std::find_if(manifest.files.begin(), manifest.files.end(),
@@ -99,25 +30,10 @@ std::string hash_of_plan(const Manifest& manifest, const fs::path& plan) {
     return own->sha256;
 }
 
-/// The pictures whose features are not there yet.
-std::vector<fs::path> find_missing(const std::vector<fs::path>& pictures, const OutputFolder& out,
-                                   const std::string& hash) {
-    std::vector<fs::path> missing;
-    for (const fs::path& picture : pictures) {
-        const fs::path features = out.of(picture);
-        if (!fs::exists(features)) {
-            missing.push_back(picture);
-        } else if (read_safetensors_metadata(features)["plan"] != hash) {
-            throw Error(features.string() + ": has features of another plan; give another folder, or remove them");
-        }
-    }
-    return missing;
-}
-
 /// The work of all threads, and what came of it.
 class Work {
 public:
-    Work(std::vector<fs::path> pictures, const OutputFolder& out, std::string hash, std::size_t batch)
+    Work(std::vector<fs::path> pictures, const FeatureFolder& out, std::string hash, std::size_t batch)
         : pictures_(std::move(pictures)), out_(out), hash_(std::move(hash)), batch_(batch) {}
 
     /// Reads, runs and writes until no picture is left, or a thread has failed.
@@ -204,7 +120,7 @@ private:
     }
 
     std::vector<fs::path> pictures_;
-    const OutputFolder& out_;
+    const FeatureFolder& out_;
     std::string hash_;
     std::size_t batch_;
     std::atomic<std::size_t> next_{0};
@@ -220,9 +136,9 @@ Exit serve_folder(const fs::path& plan, const fs::path& in, const fs::path& out,
                   const FolderOptions& options) {
     const std::vector<fs::path> pictures = find_pictures(in);
     const std::string hash = hash_of_plan(read_manifest(plan, engine.check_hashes), plan);
-    const OutputFolder folder(out);
+    const FeatureFolder folder(out);
     folder.tidy();
-    std::vector<fs::path> missing = find_missing(pictures, folder, hash);
+    std::vector<fs::path> missing = folder.find_missing(pictures, hash);
     const std::size_t there = pictures.size() - missing.size();
     std::size_t done = 0;
     std::size_t bad = 0;
