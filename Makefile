@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow gpu-kit gpu lint clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,18 @@ test: .venv/ready .triton/ready
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -q -m slow
+
+# where there is network: wheels of what a bare GPU machine lacks, for its Python
+gpu-kit: .venv/ready
+	$(BIN)/python -m benchmarks.gpu.kit --output build/gpu-kit
+
+# there: all that a GPU is asked for, from the kit alone; a second call goes on where the first stopped
+GPU_MINUTES ?= 9
+GPU_DEVICE ?= cuda
+GPU_OUTPUT ?= build/gpu
+gpu:
+	$(PYTHON) -m benchmarks.gpu.start --kit build/gpu-kit --output $(GPU_OUTPUT) --minutes $(GPU_MINUTES) \
+	  --device $(GPU_DEVICE) $(GPU_OPTIONS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -339,7 +339,7 @@ def bench(
     backend: Annotated[list[str] | None, typer.Option(help="Measure this one [default: all; see report.md]")] = None,
     rounds: Annotated[int | None, typer.Option(help="Times that every backend has its turn", min=1)] = None,
     sweep: Annotated[bool, typer.Option(help="Also 336 to 1344 pixels, and batches of 1 to 8")] = True,
-    minutes: Annotated[float | None, typer.Option(help="Begin no further backend after so long")] = None,
+    minutes: Annotated[float | None, typer.Option(help="End after so long; a rerun goes on")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an interrupted run measured")] = False,
     plan: Annotated[Path | None, typer.Option(help="A plan whose kernels go into the report")] = None,
     export: Annotated[bool, typer.Option("--export", help="Also what the export costs, at full size")] = False,

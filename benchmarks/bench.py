@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.errors import BenchError
@@ -28,13 +29,20 @@ def run_bench(options: BenchOptions, report: Callable[[str], None] = lambda line
     Raises:
         BenchError: options that cannot be, no backend that can run here, another run at work in the same folder.
     """
+    with open_run(options, report) as run:
+        run.measure()
+        return make_result(run)
+
+
+@contextlib.contextmanager
+def open_run(options: BenchOptions, report: Callable[[str], None] = lambda line: None) -> Iterator[Run]:
+    """A run whose `measure` adds to the samples; `run_bench` says what it raises."""
     check_options(options)
     work = options.output / "work"
     try:
         work.mkdir(parents=True, exist_ok=True)
         with locked(work, wait=False), Workplace(work, asked_of(options)) as place, Run(options, place, report) as run:
-            run.measure()
-            return make_result(run)
+            yield run
     except BlockingIOError:
         raise BenchError(f"{work}: another run is at work there; wait for it or name another --output") from None
     except OSError as error:

@@ -30,7 +30,8 @@ class BenchOptions:
         backends: ids of those to measure; all, where none is named. The reference is always there.
         rounds, runs, warm_up: how often; None is the device's default.
         sweep: whether to sweep `sizes` and `batches`.
-        minutes: after so long no further backend is begun; its row says so.
+        minutes: after so long nothing is begun and what is at work is ended; its row says so, and a rerun goes on.
+        swept: ids of what the sweeps measure; by default those of `backends.SWEPT`.
         timeout_s: how long a backend may take for one load or one round.
         fresh: forget the samples of an earlier run of the same benchmark.
         plan: a plan whose layer sheet goes into the report.
@@ -61,6 +62,7 @@ class BenchOptions:
     sizes: tuple[int, ...] = SIZES
     batches: tuple[int, ...] = BATCHES
     minutes: float | None = None
+    swept: tuple[str, ...] = ()
     timeout_s: float = 1200.0
     fresh: bool = False
     plan: Path | None = None

@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure.backends import backends_for
 from benchmarks.report.findings import (
     error_figure,
     label_of,
@@ -33,7 +35,21 @@ from benchmarks.results.result_files import Result, of_machine, read_result
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
+NEVER, NEVER_END = "<!-- never on a GPU: python -m benchmarks.table -->\n", "<!-- end of never on a GPU -->\n"
 BEGIN, END = "<!-- figures: python -m benchmarks.table -->\n", "<!-- end of figures -->\n"
+
+
+GPU_CHECKS = {
+    "plans built by TensorRT for the GPU at hand": "tests/test_build.py::",
+    "plans loaded and run from Python": "tests/test_session.py::",
+    "verification of plans by `trt` and `verify`": "tests/test_verify_plan.py::",
+    "`trt --tune`": "tests/test_tune.py::",
+    "`profile`": "tests/test_profiling.py::",
+    "`bisect PLAN`": "tests/test_bisect.py::",
+    "the C++ library": "tests/test_cpp_real.py::",
+    "CUDA shared memory of the Triton client": "tests/test_server.py::",
+}
+"""What else needs a GPU -> the tests marked `gpu` of which one that passed there shows it."""
 
 
 def main() -> None:
@@ -42,7 +58,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     text = README.read_text(encoding="utf-8")
-    made = with_table(text, newest("export"), newest_benches())
+    made = with_never(with_table(text, newest("export"), newest_benches()), all_benches())
     if arguments.check:
         sys.exit(int(made != text))
     README.write_text(made, encoding="utf-8")
@@ -68,6 +84,49 @@ def newest_benches(folder: Path = RESULTS) -> list[tuple[Result, dict[str, Any]]
         for machine in result["machines"]:
             found[hardware(machine)] = (result, machine)
     return sorted(found.values(), key=lambda pair: (pair[1]["environment"]["gpu"] is None, pair[1]["name"]))
+
+
+def all_benches(folder: Path = RESULTS) -> list[Result]:
+    """Every bench-DATE-*.json.
+
+    Raises:
+        BenchError: a file of another form.
+    """
+    return [read_result(path) for path in sorted(folder.glob("bench-*.json"))]
+
+
+def with_never(readme: str, results: Sequence[Result]) -> str:
+    """README with what never ran on a GPU between its two marks, by what the results measured and checked."""
+    before, _, rest = readme.partition(NEVER)
+    _, mark, after = rest.partition(NEVER_END)
+    if not mark:
+        sys.exit(f"{README}: has no place for what never ran on a GPU ({NEVER.strip()})")
+    left = never_ran(results)
+    told = "**Written, with tests marked `gpu`, and never run on a GPU:** "
+    text = f"{told}{', '.join(left)}." if left else "All that needs a GPU has run on one."
+    return before + NEVER + textwrap.fill(text, 120, break_on_hyphens=False) + "\n" + NEVER_END + after
+
+
+def never_ran(results: Sequence[Result]) -> list[str]:
+    """What needs a GPU and has, in no result, a measured row or a check that passed."""
+    rows = [row for result in results for row in result["rows"]]
+    measured = {row["backend"] for row in rows if row["status"] == "measured" and row["device"] == "cuda"}
+    passed = [one["name"] for result in results for one in result.get("checks", []) if one["outcome"] == "passed"]
+    left = [what for what, backends in gpu_rows().items() if not measured & set(backends)]
+    return left + [what for what, prefix in GPU_CHECKS.items() if not any(name.startswith(prefix) for name in passed)]
+
+
+def gpu_rows() -> dict[str, list[str]]:
+    """What `bench` measures on a GPU -> the backends that show it."""
+    kinds = {
+        "eager": "PyTorch in `bench` (eager)",
+        "compile": "`torch.compile` in `bench`",
+        "compile-max": "`torch.compile` max-autotune in `bench`",
+        "ort": "ONNX Runtime's GPU providers in `bench`",
+        "plan": "plans in `bench`",
+    }
+    known = [one for one in backends_for("cuda") if one.device == "cuda"]
+    return {what: [one.id for one in known if one.runtime == runtime] for runtime, what in kinds.items()}
 
 
 def with_table(readme: str, export: dict[str, Any], benches: Sequence[tuple[Result, dict[str, Any]]] = ()) -> str:

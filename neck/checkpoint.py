@@ -24,6 +24,7 @@ from neck.architecture import (
 from neck.config import ConfigError, EncoderConfig
 from neck.keys import NECK_MODULES, Layout, find_layouts, listing
 from neck.necks import Sam3DualViTDetNeck, new_encoder
+from neck.noise import even_noise
 from neck.weightfile import CheckpointError, read_tensors
 from neck.weights.adapters import check_base, find_adapter
 from neck.weights.copies import chosen_by_prefix, without_copies
@@ -224,14 +225,13 @@ def random_encoder(config: EncoderConfig, seed: int = 0) -> Sam3DualViTDetNeck:
 
     Args:
         config: the architecture.
-        seed: the same seed gives the same weights on any number of threads.
+        seed: the same seed gives the same bits on any machine (`even_noise`), on any number of threads.
     """
     encoder = _skeleton(config)
     shapes = [(name, tuple(ours.shape)) for name, ours in encoder.state_dict().items()]
 
     def draw(index: int) -> Tensor:
         name, shape = shapes[index]
-        generator = torch.Generator("cpu").manual_seed(seed * 100_003 + index)
         mean, std = 0.0, 0.05
         if name.endswith("pos_embed"):
             std = 0.2
@@ -239,8 +239,8 @@ def random_encoder(config: EncoderConfig, seed: int = 0) -> Sam3DualViTDetNeck:
             mean, std = 1.0, 0.1  # LayerNorm
         elif len(shape) > 1:
             # a transposed 2x2 convolution of stride 2 sums over its inputs alone
-            std = (shape[0] if "dconv" in name else math.prod(shape[1:])) ** -0.5
-        return torch.empty(shape, device="cpu").normal_(mean, std, generator=generator)
+            std = 1 / math.sqrt(shape[0] if "dconv" in name else math.prod(shape[1:]))
+        return torch.from_numpy(even_noise((seed, index), math.prod(shape), mean, std)).view(shape)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # one generator fills on one core only
         weights = threads.map(draw, range(len(shapes)))

@@ -24,18 +24,30 @@ class PositionEmbeddingSine(nn.Module):
             raise ValueError(f"num_pos_feats is {num_pos_feats}; expected a multiple of 4")
         self.num_pos_feats = num_pos_feats
         self.temperature = temperature
+        # a table made on the CPU in every run is copied to a GPU in every run, and the run waits for it
+        self._tables: dict[tuple[int, str], Tensor] = {}
 
-    def table(self, length: int) -> Tensor:
+    def table(self, length: int, device: torch.device | None = None) -> Tensor:
         """Encoding of the coordinates 1..length along one axis: float64 (num_pos_feats / 2, length)."""
         channels = self.num_pos_feats // 2
-        coordinate = torch.arange(1, length + 1, dtype=torch.float64) / (length + 1e-6) * (2 * math.pi)
-        exponent = torch.arange(0, channels, 2, dtype=torch.float64) / channels
+        coordinate = torch.arange(1, length + 1, dtype=torch.float64, device=device) / (length + 1e-6) * (2 * math.pi)
+        exponent = torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels
         angle = coordinate[None, :] / self.temperature ** exponent[:, None]  # (channels / 2, length)
         return torch.stack((angle.sin(), angle.cos()), dim=1).flatten(0, 1)  # sin and cos interleaved
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns float32 (B, num_pos_feats, H, W) for a feature map x (B, C, H, W)."""
         batch, _, height, width = x.shape
-        rows = self.table(height).to(x.device, torch.float32)[:, :, None].expand(-1, -1, width)
-        columns = self.table(width).to(x.device, torch.float32)[:, None, :].expand(-1, height, -1)
+        rows = self._kept(height, x.device)[:, :, None].expand(-1, -1, width)
+        columns = self._kept(width, x.device)[:, None, :].expand(-1, height, -1)
         return torch.cat((rows, columns)).expand(batch, -1, -1, -1)
+
+    def _kept(self, length: int, device: torch.device) -> Tensor:
+        """The table in float32 on a device, made once; an exported graph makes its own, whatever ran before."""
+        key = (length, str(device))
+        if torch.compiler.is_exporting() or key not in self._tables:
+            table = self.table(length, device).to(torch.float32)
+            if torch.compiler.is_compiling() or type(table) is not Tensor:  # a trace's own
+                return table
+            self._tables[key] = table
+        return self._tables[key]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
+import shutil
 import signal
+import sysconfig
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from conftest import named_outputs, shared_encoder, tiny_config
 
 from benchmarks.errors import BenchError
 from benchmarks.measure.backends import REFERENCE, Backend, backends_for, choose_backends, open_runner, why_unavailable
+from benchmarks.measure.environment import _gpu_compiler
 from benchmarks.measure.file_runners import RunnerError
 from benchmarks.measure.torch_runner import OTHER, TorchRunner, make_module
 from benchmarks.measure.work_folder import Asked, Workplace
@@ -122,6 +127,21 @@ def test_every_backend_computes_the_encoder(name: str, job: dict[str, Any], expe
     runner.close()
 
 
+def test_a_plain_module_has_its_position_tables_before_it_is_compiled(job: dict[str, Any]) -> None:
+    """As the rewritten one has them: neither makes them in a run, which flattered the rewritten on a GPU."""
+    module = make_module({**job, **dataclasses.asdict(named("eager-fp32"))})
+    found: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        found.append(graph)
+        return graph
+
+    with torch.no_grad():
+        torch.compile(module, backend=keep, fullgraph=True)(torch.zeros(1, 3, *CONFIG.image_size))
+    (graph,) = found
+    assert "arange" not in graph.code and "conv2d" in graph.code
+
+
 def test_a_rewritten_module_rewrites_its_weights_once(job: dict[str, Any]) -> None:
     module = make_module({**job, **dataclasses.asdict(named("eager-rewritten-fp32"))})
     attention = module.trunk.blocks[0].attn  # type: ignore[union-attr, index]
@@ -164,6 +184,16 @@ def test_what_a_machine_lacks_is_said(device: Any) -> None:  # noqa: ANN401 - a 
 def test_an_fp16_file_on_a_cpu_does_not_pose_as_fp16() -> None:
     reason = why_unavailable(named("ort-cpu-rewritten-fp16"), EVERYTHING, named=True)
     assert reason is not None and "computes an FP16 file in FP32" in reason
+
+
+def test_a_gpu_that_cannot_launch_tritons_kernels_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What launches them is compiled against Python.h when it is first needed."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "Python.h" in (_gpu_compiler() or "")
+    (tmp_path / "Python.h").touch()
+    assert _gpu_compiler() is None
 
 
 def test_what_is_slow_runs_where_it_is_named() -> None:
@@ -260,6 +290,30 @@ def test_a_worker_that_hangs_is_ended(worker: Worker) -> None:
         worker.ask("facts", 0.5)
     with pytest.raises(ProcessLookupError):
         os.kill(worker.pid, 0)
+
+
+def test_a_worker_takes_along_what_it_started(tmp_path: Path) -> None:
+    """A runtime that starts a process, as compilers do; it would else go on when the worker was ended."""
+    code = "import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    (tmp_path / "onnxruntime.py").write_text(f"{code}raise ImportError(child.pid)\n")
+    with (
+        Worker(tmp_path / "log", {"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as worker,
+        pytest.raises(WorkerError, match="ImportError") as error,
+    ):
+        backend = dataclasses.asdict(named("ort-cpu-rewritten-fp32"))
+        worker.ask("load", 60, job={**backend, "onnx": "", "image": ""}, most_bytes=None)
+    stat, ends = Path("/proc", str(error.value).rpartition(" ")[2], "stat"), time.monotonic() + 120
+    while _runs(stat) and time.monotonic() < ends:
+        time.sleep(0.02)  # a signal is delivered when the child has its turn
+    assert not _runs(stat)
+
+
+def _runs(stat: Path) -> bool:
+    """Whether a process is there and no zombie, whose end its parent has yet to read."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
 
 
 def test_what_libraries_print_is_no_answer(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ import benchmarks.measure.run
 from benchmarks.bench import asked_of, run_bench
 from benchmarks.errors import BenchError
 from benchmarks.measure.backends import REFERENCE, Backend, backends_for
-from benchmarks.measure.rounds import Candidate, Pace, Point
+from benchmarks.measure.rounds import Pace
 from benchmarks.measure.run import Run
 from benchmarks.measure.samples import Place, Samples
 from benchmarks.measure.work_folder import Workplace
-from benchmarks.measure.worker_process import ROOT, WorkerError
+from benchmarks.measure.worker_process import ROOT
 from benchmarks.options import BenchOptions
+from benchmarks.results.result import _sound
 from benchmarks.results.result_files import check_result
-from benchmarks.results.rows import best_rates, raise_rates, ratio
+from benchmarks.results.rows import best_rates, make_row, raise_rates, ratio
 from benchmarks.roofline import encoder_parts, floor_ms, total_operations
 from engines.run.latency import summarise
 from export.contract.manifest import locked
@@ -277,128 +278,6 @@ def test_out_of_memory_costs_one_row(output: Path, tmp_path: Path, monkeypatch: 
     check_result(result, "the result")
 
 
-class FakeWorker:
-    """Answers at once; it says which are loaded."""
-
-    loaded: list[str] = []  # noqa: RUF012 - shared on purpose, emptied by the test
-    history: list[str] = []  # noqa: RUF012
-    kills: dict[str, int] = {}  # noqa: RUF012 - how many runs of a backend end it
-
-    def __init__(self, log: Path, environment: dict[str, str]) -> None:
-        self.name = log.stem
-        self.loaded.append(self.name)
-        self.history.append(f"+{self.name}")
-
-    def resident_bytes(self) -> int:
-        return 10 << 30
-
-    def ask(self, command: str, timeout_s: float, **values: Any) -> dict[str, Any]:  # noqa: ANN401
-        if command == "outputs":
-            Path(values["folder"]).mkdir()
-            np.save(Path(values["folder"]) / "x.npy", np.ones(3, np.float32))
-        if command == "run":
-            if self.kills.get(self.name, 0):
-                self.kills[self.name] -= 1
-                raise WorkerError("killed (SIGKILL)", memory=True)
-            self.history.append(self.name)
-        return {
-            "load": {"load_s": 1.0, "build_s": None},
-            "run": {"times_ms": [1.0]},
-            "outputs": {"names": ["x"]},
-            "memory": {"peak_host_bytes": 10 << 30, "peak_device_bytes": None},
-        }[command]
-
-    def close(self) -> None:
-        self.loaded.remove(self.name)
-        self.history.append(f"-{self.name}")
-
-
-def fake_point(
-    folder: Path, needed: int, monkeypatch: pytest.MonkeyPatch, ends: float = 1e18, machine: int = 25, **pace: float
-) -> Samples:
-    """Three backends that take 10 GB each on a machine of so many."""
-    FakeWorker.loaded, FakeWorker.history = [], []
-    monkeypatch.setattr(benchmarks.measure.rounds, "Worker", FakeWorker)
-    monkeypatch.setattr(
-        benchmarks.measure.rounds, "available_bytes", lambda: (machine - 10 * len(FakeWorker.loaded)) << 30
-    )
-    samples = Samples(folder / "samples.jsonl", "key")
-    names = [REFERENCE, "b", "c"]
-    backend = backends_for("cpu")[0]
-    job = {"build_s": None, "file_bytes": None}
-    candidates = [Candidate(dataclasses.replace(backend, id=name), job, needed) for name in names]
-    paces = Pace(rounds=2, runs=1, warm_up=1, warm_up_s=0.0, timeout_s=1.0, ends=ends, **pace)
-    keep: Callable[[str], bool] = lambda name: True  # noqa: E731
-    with samples:
-        Point("p", folder / "p", candidates, samples, paces, print, keep).measure()
-    return samples
-
-
-def test_where_memory_is_short_the_furthest_turn_is_unloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = fake_point(tmp_path, 10 << 30, monkeypatch)
-    a, b, c = REFERENCE, "b", "c"
-    first = [f"+{a}", a, a, f"+{b}", b, b, f"-{b}", f"+{c}", c, c]  # a warm-up run and a timed one after each load
-    second = [a, f"-{a}", f"+{b}", b, b, c]
-    assert FakeWorker.history[: len(first) + len(second)] == first + second
-    assert not FakeWorker.loaded
-    assert [len(samples.all("load", backend=name)) for name in (a, b, c)] == [1, 2, 1]
-    assert all(len(samples.times("p", name)) == 2 for name in (a, b, c))
-
-
-def test_what_fits_stays_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control."""
-    samples = fake_point(tmp_path, 1 << 20, monkeypatch, machine=100)
-    assert [len(samples.all("load", backend=name)) for name in (REFERENCE, "b", "c")] == [1, 1, 1]
-
-
-@pytest.mark.parametrize("kills", [1, 2])
-def test_a_killed_backend_is_tried_once_more_alone(kills: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeWorker, "kills", {"b": kills})
-    samples = fake_point(tmp_path, 1 << 20, monkeypatch, machine=100)
-    a, b, c = REFERENCE, "b", "c"
-    alone = ["+b", f"-{b}", f"-{a}", "+b"]
-    assert FakeWorker.history[:7] == [f"+{a}", a, a, *alone]
-    failed = samples.last("failed", backend=b)
-    assert (failed is None) == (kills == 1) and len(samples.times("p", b)) == (2 if kills == 1 else 0)
-    assert failed is None or "SIGKILL" in failed["reason"]
-    assert all(len(samples.times("p", name)) == 2 for name in (a, c))
-
-
-def test_where_the_time_is_over_there_are_fewer_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = fake_point(tmp_path, 1 << 20, monkeypatch, machine=100, rounds_end=0.0)
-    assert samples.rounds("p") == 1 and len(samples.times("p", "c")) == 1
-
-
-def test_what_cannot_fit_unloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = fake_point(tmp_path, 26 << 30, monkeypatch)
-    assert FakeWorker.history == []
-    line = samples.last("failed", backend="b")
-    assert line is not None and "needs about 27.9 GB of memory, 26.8 GB are free" in line["reason"]
-
-
-def test_an_interrupted_run_ends_its_workers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C comes in the middle of a run, whose answer must not be taken for that of a later question."""
-    ask = FakeWorker.ask
-
-    def asked(worker: FakeWorker, command: str, timeout_s: float, **values: Any) -> dict[str, Any]:  # noqa: ANN401
-        if worker.name == "c" and command == "run":
-            raise KeyboardInterrupt
-        assert command != "memory"
-        return ask(worker, command, timeout_s, **values)
-
-    monkeypatch.setattr(FakeWorker, "ask", asked)
-    with pytest.raises(KeyboardInterrupt):
-        fake_point(tmp_path, 1 << 20, monkeypatch, machine=100)
-    assert not FakeWorker.loaded and FakeWorker.history[-1].startswith("-")
-
-
-def test_backends_that_are_not_begun_in_time_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = fake_point(tmp_path, 1 << 20, monkeypatch, ends=0.0)
-    assert FakeWorker.history == []
-    line = samples.last("failed", backend="b")
-    assert line is not None and line["status"] == "unavailable" and "--minutes" in line["reason"]
-
-
 @pytest.mark.parametrize("first", ['{"schema": 99, "kind": "bench-samples", "key": "key"}', "[1]", "no JSON"])
 def test_samples_of_another_schema_are_left_alone(first: str, tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
@@ -450,6 +329,20 @@ def test_no_rate_is_less_than_what_a_backend_reached(tmp_path: Path) -> None:
         raised = raise_rates(known, [place], backends_for("cpu"), samples)
     assert raised["flops_per_s"] == {"fp32": pytest.approx(operations * 200.0), "bf16": 1.0}
     assert raised["reached_by"] == {"fp32": ORT, "bf16": None}
+
+
+def test_a_row_whose_figures_cannot_be_does_not_cost_the_report(tmp_path: Path) -> None:
+    backend, place = backends_for("cpu")[0], Place("p", (112, 112), 1, None, [])
+    with Samples(tmp_path / "samples.jsonl", "key") as samples:
+        samples.add("times", point="p", backend=REFERENCE, round=0, times_ms=[20.0])
+        samples.add("errors", point="p", backend=REFERENCE, errors=[], passed=None)
+        samples.add("memory", point="p", backend=REFERENCE, peak_host_bytes=5, peak_device_bytes=-5)
+        rates = {"flops_per_s": {"fp32": 1.0}, "copy_bytes_per_s": 1.0}
+        row = make_row(backend, place, samples, rates, Pace(1, 1, 1, 0.0, 1.0, 0.0))
+    found = _sound(row, backend, place)
+    assert found["status"] == "failed" and "peak_device_bytes: -5 is less than the minimum" in found["reason"]
+    sound = {**row, "peak_device_bytes": 5}
+    assert _sound(sound, backend, place) is sound
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -12,13 +12,26 @@ from synthetic import LABEL, synthetic_result
 from benchmarks.errors import BenchError
 from benchmarks.export import OURS, PLAIN, Run, measure, summary, table
 from benchmarks.results.result_files import read_result
-from benchmarks.table import README, RESULTS, bench_lines, newest, newest_benches, with_table
+from benchmarks.table import (
+    GPU_CHECKS,
+    README,
+    RESULTS,
+    all_benches,
+    bench_lines,
+    gpu_rows,
+    never_ran,
+    newest,
+    newest_benches,
+    with_never,
+    with_table,
+)
 
 
 def test_readme_shows_the_newest_results() -> None:
     text = README.read_text(encoding="utf-8")
     result, benches = newest("export"), newest_benches()
     assert with_table(text, result, benches) == text
+    assert with_never(text, all_benches()) == text
     result["rows"][OURS]["median_wall_s"] += 1
     assert with_table(text, result, benches) != text
 
@@ -46,6 +59,23 @@ def test_readme_shows_each_machines_newest_benchmark(tmp_path: Path) -> None:
     )
     row["latency"]["p50_ms"] += 1
     assert with_table(made, newest("export"), [benches[0], (new, new["machines"][0])]) != made
+
+
+def test_what_never_ran_on_a_gpu_is_what_no_result_shows() -> None:
+    everything = [*gpu_rows(), *GPU_CHECKS]
+    assert never_ran([]) == everything and never_ran([synthetic_result()]) == everything
+    result = synthetic_result(gpu=True)
+    result["rows"][0] |= {"backend": "eager-fp16", "device": "cuda", "status": "measured"}
+    result["rows"][1] |= {"backend": "tensorrt-rewritten-fp16", "device": "cuda", "status": "failed"}
+    tests = {"tests/test_session.py::test_a[True]": "passed", "tests/test_tune.py::test_b": "not run"}
+    result["checks"] = [{"name": name, "outcome": outcome, "reason": None} for name, outcome in tests.items()]
+    left = never_ran([synthetic_result(), result])
+    assert set(everything) - set(left) == {"PyTorch in `bench` (eager)", "plans loaded and run from Python"}
+    text = with_never(README.read_text(encoding="utf-8"), [result])
+    assert "run on a GPU:** `torch.compile` in `bench`" in " ".join(text.split()) and with_never(text, [result]) == text
+    for prefix in GPU_CHECKS.values():  # a test that was renamed would never be found
+        path = README.parent / prefix.removesuffix("::")
+        assert "pytest.mark.gpu" in path.read_text(encoding="utf-8")
 
 
 def test_no_benchmark_leaves_the_readme_as_it_is(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -11,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import tiny_config
 from mapped import MAPS, are_mapped
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +23,7 @@ from torch import Tensor
 from neck.checkpoint import CheckpointError, load_encoder, random_encoder, save_meta_checkpoint
 from neck.config import EncoderConfig
 from neck.necks import Sam3AnyViTDetNeck, Sam3DualViTDetNeck, Sam3TriViTDetNeck, forward_necks
+from neck.noise import even_noise
 
 DATA = Path(__file__).parent / "data"
 CASES = ("hf-dual", "hf-tracker", "meta-dual", "meta-padded", "meta-tri", "ultralytics-resized")
@@ -531,6 +535,22 @@ def test_weights_are_mapped_and_not_copied(kind: str, tmp_path: Path) -> None:
     mapped = are_mapped(encoder.parameters(), path)
     # float16 becomes float32 once (the negative control)
     assert len(mapped) > 90 and set(mapped) == {kind != "float16"}
+
+
+def test_random_weights_are_the_same_bits_everywhere() -> None:
+    """Found on an x86-64 CPU with AVX2; torch's normal_ has other bits under ATEN_CPU_CAPABILITY=default (2.13)."""
+    digest = hashlib.sha256()
+    for name, tensor in random_encoder(tiny_config(), seed=3).state_dict().items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    assert digest.hexdigest() == "412b67c015b82994fdd52f66b5ca9218bb32112d2ce7ca22bc9fe18dd4fa0334"
+
+
+def test_noise_is_bell_shaped() -> None:
+    noise = even_noise((0, 1), 100_000, mean=1.0, std=0.1).astype(np.float64)
+    assert noise.mean() == pytest.approx(1.0, abs=2e-3) and noise.std() == pytest.approx(0.1, rel=1e-2)
+    inside = [float((abs(noise - 1.0) < limit * 0.1).mean()) for limit in (1, 2, 3.5)]
+    assert inside == [pytest.approx(0.669, abs=5e-3), pytest.approx(0.958, abs=5e-3), 1.0]  # a normal's: 0.683, 0.954
+    assert abs(np.corrcoef(noise[1:], noise[:-1])[0, 1]) < 0.02
 
 
 def test_random_encoder_is_seeded() -> None:

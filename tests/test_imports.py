@@ -17,7 +17,7 @@ STAIRS = {
     "neck": ("weights",),
     "export": ("contract", "graph", "lowering", "proof"),
     "engines": ("sheet", "builder", "run", "service"),
-    "benchmarks": ("measure", "results", "report"),
+    "benchmarks": ("measure", "results", "report", "gpu"),
 }
 """The folders of a floor, lowest first: each may import those before it. Files beside them may import any."""
 
@@ -151,6 +151,11 @@ def loaded_by(statement: str, *options: str) -> set[str]:
 @pytest.mark.parametrize("module", ["export.contract.signature", "export.contract.manifest"])
 def test_the_contract_does_not_load_torch(module: str) -> None:
     assert not loaded_by(f"import {module}") & HEAVY
+
+
+def test_the_benchmark_does_not_load_jsonschema() -> None:
+    """A bare GPU machine has none."""
+    assert "jsonschema" not in loaded_by("import benchmarks.bench, benchmarks.report.report_files")
 
 
 def test_the_public_names_of_neck_are_there() -> None:

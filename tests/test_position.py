@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neck.position import PositionEmbeddingSine
 
@@ -69,3 +70,32 @@ def test_the_temperature_is_used() -> None:
 def test_channels_come_in_fours(channels: int) -> None:
     with pytest.raises(ValueError, match=f"is {channels}; expected a multiple of 4"):
         PositionEmbeddingSine(channels)
+
+
+def test_a_table_is_made_once_for_each_length_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made in every run it costs the plain module alone, on a GPU by a copy that waits."""
+    encoding, made = PositionEmbeddingSine(8), []
+    table = PositionEmbeddingSine.table
+
+    def counted(own: PositionEmbeddingSine, length: int, device: torch.device) -> Tensor:
+        made.append((length, device.type))
+        return table(own, length, device)
+
+    monkeypatch.setattr(PositionEmbeddingSine, "table", counted)
+    first = encoding(torch.zeros(1, 2, 4, 6))
+    assert torch.equal(first, encoding(torch.zeros(1, 2, 4, 6)))
+    assert made == [(4, "cpu"), (6, "cpu")]
+    encoding(torch.zeros(1, 2, 4, 6, device="meta"))
+    assert made[2:] == [(4, "meta"), (6, "meta")]
+
+
+def test_an_exported_graph_does_not_depend_on_what_ran_before() -> None:
+    x = torch.zeros(1, 2, 4, 6)
+    fresh, used = PositionEmbeddingSine(8), PositionEmbeddingSine(8)
+    expected = used(x)
+    graphs = [torch.export.export(one, (x,)) for one in (fresh, used)]
+    assert str(graphs[0].graph) == str(graphs[1].graph) and not graphs[1].constants
+    assert torch.equal(fresh(x), expected)  # and leaves no tensor of its own behind
+    with FakeTensorMode():
+        PositionEmbeddingSine.forward(fake := PositionEmbeddingSine(8), torch.zeros(1, 2, 4, 6))
+    assert not fake._tables

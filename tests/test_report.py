@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -547,6 +548,16 @@ def test_a_result_of_another_form_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="a figure that is not finite"):
         write_report(result, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_jsonschema_a_report_is_written_and_no_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bare GPU machine has none; what it measured is no worse for that."""
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    data, _, _ = write_report(synthetic_result(), tmp_path)
+    with pytest.raises(BenchError, match=r"report\.json: its form cannot be checked without jsonschema: pip install"):
+        read_result(data)
 
 
 def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,10 @@ class Runner(Protocol):
         """The last run's outputs by name, in float32."""
 
     def device_bytes(self) -> int | None:
-        """Most device memory that it took, None on a CPU."""
+        """Most device memory that it took, None on a CPU and where it cannot be told."""
+
+    def note(self) -> str | None:
+        """What a reader of its row must know, once it is loaded."""
 
     def parts_ms(self) -> dict[str, float] | None:
         """Milliseconds of each part in one more run, None where the runtime does not tell."""
@@ -67,6 +70,7 @@ class Runner(Protocol):
         """Frees it."""
 
 
+TENSORRT_PROVIDER = "TensorrtExecutionProvider"
 NAMES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
 TORCH = {
     "eager": "PyTorch eager",
@@ -112,6 +116,7 @@ def _cuda() -> list[Backend]:
     """In the order of what is asked most: a run whose time is short leaves out the last."""
     return [
         _torch("eager", "cuda", "fp32", False),
+        _torch("eager", "cuda", "fp32", True),
         *(
             _torch("eager", "cuda", precision, rewritten)
             for precision in ("fp16", "bf16")
@@ -132,7 +137,10 @@ def _on_gpu() -> list[Backend]:
     return [
         _file("ort-cuda-plain-fp16", "ONNX Runtime CUDA", "ort", "cuda", "CUDAExecutionProvider"),
         _file("ort-cuda-rewritten-fp16", "ONNX Runtime CUDA", "ort", "cuda", "CUDAExecutionProvider"),
-        _file("ort-tensorrt-rewritten-fp16", "ONNX Runtime TensorRT", "ort", "cuda", "TensorrtExecutionProvider"),
+        dataclasses.replace(
+            _file("ort-tensorrt-rewritten-fp16", "ONNX Runtime TensorRT", "ort", "cuda", TENSORRT_PROVIDER),
+            label="ONNX Runtime TensorRT, rewritten, FP16 allowed",  # its engine is weakly typed: it need not be taken
+        ),
         _file("tensorrt-plain-fp16", "TensorRT", "plan", "cuda", "tensorrt"),
         _file("tensorrt-rewritten-fp16", "TensorRT", "plan", "cuda", "tensorrt"),
         _file("tensorrt-rewritten-bf16", "TensorRT", "plan", "cuda", "tensorrt"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.measure.backends import TENSORRT_PROVIDER
+
+FP16_ALLOWED = "trt_fp16_enable"
+"""ONNX Runtime's TensorRT provider builds weakly typed engines: without it an FP16 file is computed in FP32."""
 
 
 class RunnerError(RuntimeError):
@@ -20,21 +24,26 @@ class OrtRunner:
     def __init__(self, job: Mapping[str, Any]) -> None:
         self.job, self.cuda = job, job["device"] == "cuda"
         self._values: list[Any] = []
+        self._taken: int | None = None
 
     def load(self) -> float | None:
-        """Makes the session."""
+        """Makes the session; on a GPU it is run once, for what device memory that takes."""
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        providers = [self.job["provider"]]
-        self._free = _free_device_bytes() if self.cuda else 0
+        providers: list[Any] = [self.job["provider"]]
+        free = _free_device_bytes() if self.cuda else None
         if self.cuda:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-            providers += ["CUDAExecutionProvider"] if providers != ["CUDAExecutionProvider"] else []
+        if self._tensorrt():
+            allowed = {FP16_ALLOWED: "1" if self.job["precision"] == "fp16" else "0"}
+            providers = [(self.job["provider"], allowed), "CUDAExecutionProvider"]
         self.session = ort.InferenceSession(self.job["onnx"], options, providers=providers)
         if self.session.get_providers()[0] != self.job["provider"]:
             raise RunnerError(f"{self.job['provider']} did not start; onnxruntime took {self.session.get_providers()}")
+        if self._tensorrt():
+            self._check_fp16(allowed[FP16_ALLOWED])
         self.names = [output.name for output in self.session.get_outputs()]
         self.image = np.load(self.job["image"])
         if self.cuda:
@@ -43,7 +52,19 @@ class OrtRunner:
             self.binding.bind_ortvalue_input("image", self._device_image)
             for name in self.names:
                 self.binding.bind_output(name, "cuda")
+            self.run()
+            # now: later, what other workers load and free is between the two
+            self._taken = _taken(free, _free_device_bytes())
         return None
+
+    def _tensorrt(self) -> bool:
+        return bool(self.job["provider"] == TENSORRT_PROVIDER)
+
+    def _check_fp16(self, asked: str) -> None:
+        """Refuses a provider that does not compute an FP16 file in FP16, as its row would say."""
+        found = self.session.get_provider_options()[TENSORRT_PROVIDER].get(FP16_ALLOWED)
+        if found != asked:
+            raise RunnerError(f"{FP16_ALLOWED} is {found}, asked was {asked}; an FP16 file would be computed in FP32")
 
     def run(self) -> None:
         """One run; on a GPU the input lies there already and the outputs stay there."""
@@ -60,8 +81,14 @@ class OrtRunner:
         return {name: np.asarray(value, np.float32) for name, value in zip(self.names, values, strict=True)}
 
     def device_bytes(self) -> int | None:
-        """Device memory that is free no more since before the load."""
-        return self._free - _free_device_bytes() if self.cuda else None
+        """Device memory that the load and the first run took."""
+        return self._taken
+
+    def note(self) -> str | None:
+        """That TensorRT's provider chooses types itself."""
+        if not self._tensorrt():
+            return None
+        return "FP16 is allowed; the provider's engine is weakly typed, so TensorRT may take FP32 where that is faster"
 
     def parts_ms(self) -> dict[str, float] | None:
         """Not told."""
@@ -107,6 +134,9 @@ class OpenVinoRunner:
         """None: it runs on the CPU."""
         return None
 
+    def note(self) -> None:
+        """Nothing."""
+
     def parts_ms(self) -> dict[str, float] | None:
         """Not told."""
         return None
@@ -120,7 +150,7 @@ class PlanRunner:
     """A TensorRT or TensorRT-RTX plan, by CUDA graph where one can be captured."""
 
     def __init__(self, job: Mapping[str, Any]) -> None:
-        self.job = job
+        self.job, self._note = job, None  # type: Mapping[str, Any], str | None
 
     def load(self) -> float | None:
         """Loads the plan and binds the input on the GPU."""
@@ -130,13 +160,14 @@ class PlanRunner:
         from engines.run.session import open_plan
 
         self.session = open_plan(Path(self.job["plan"]))
-        image = {"image": torch.from_numpy(np.load(self.job["image"])).to(self.session.device)}
-        self._start = self.session.enqueue
-        self._outputs = self.session.bind(image)
-        with contextlib.suppress(SessionError):
-            captured = self.session.capture(image)
-            self._outputs, self._start = captured.outputs, captured.graph.replay
-            self._graph = captured
+        self._image = {"image": torch.from_numpy(np.load(self.job["image"])).to(self.session.device)}
+        try:
+            self._graph = self.session.capture(self._image)
+            self._outputs, self._start = self._graph.outputs, self._graph.graph.replay
+        except SessionError as error:
+            # bound again: the capture bound buffers of its own, which went with it
+            self._outputs, self._start = self.session.bind(self._image), self.session.enqueue
+            self._note = f"no CUDA graph ({error})"
         return None
 
     def run(self) -> None:
@@ -153,7 +184,14 @@ class PlanRunner:
 
     def device_bytes(self) -> int | None:
         """What loading took, the engine's scratch memory included, and the outputs."""
-        return self.session.loaded_bytes + sum(value.nbytes for value in self._outputs.values())
+        loaded: int = self.session.loaded_bytes
+        if loaded <= 0:  # something else was freed meanwhile
+            return None
+        return loaded + sum(value.nbytes for value in self._outputs.values())
+
+    def note(self) -> str | None:
+        """Whether it runs without a CUDA graph, and why."""
+        return self._note
 
     def parts_ms(self) -> dict[str, float] | None:
         """Not told; `neck-export profile` gives the time of each layer."""
@@ -168,3 +206,8 @@ def _free_device_bytes() -> int:
     import torch
 
     return torch.cuda.mem_get_info()[0]
+
+
+def _taken(before: int | None, after: int) -> int | None:
+    """What became less; None where something else was freed meanwhile, so that nothing is told."""
+    return None if before is None or before <= after else before - after

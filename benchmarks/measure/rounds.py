@@ -20,6 +20,9 @@ from export.proof.fidelity import FidelityError, compare
 Report = Callable[[str], None]
 """Takes a line that says what is being done."""
 
+GRACE_SECONDS = 10.0
+"""What a worker is given for its peaks when the run's time is over."""
+
 SPARE_BYTES = 1 << 30
 """Left free beside what a worker is known or thought to need."""
 
@@ -33,7 +36,7 @@ class Pace:
         runs: of each backend in a round, one after the other.
         warm_up: runs after each load that are not counted; on a GPU for `warm_up_s` seconds at least.
         timeout_s: how long a worker may take for one answer.
-        ends: when no further backend is begun, in `time.monotonic` seconds.
+        ends: when the run's time is over, in `time.monotonic` seconds: nothing is begun, what is at work is ended.
         rounds_end: when no further round is begun, the first aside.
     """
 
@@ -82,25 +85,30 @@ class Point:
         self._needed = {one.backend.id: one.needed for one in candidates}
 
     def measure(self, parts_runs: int = 0) -> None:
-        """Measures the rounds that the samples lack.
+        """Measures the rounds that the samples lack, of each backend.
+
+        What was left out for want of time in an earlier run has rounds of its own with the reference, since a ratio is
+        of runs in the same round.
 
         Args:
             parts_runs: runs of the reference that tell the time of each part; 0 for none.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            for number in range(self.samples.rounds(self.name), self.pace.rounds):
-                if number and time.monotonic() > self.pace.rounds_end:
-                    self.report(
-                        f"{self.name}: {number} of {self.pace.rounds} rounds, the time is over; a rerun goes on"
-                    )
+            while lacking := self._lacking():
+                number = self.samples.rounds(self.name)
+                last = number + max(lacking.values())
+                if self._over() or (number and time.monotonic() > self.pace.rounds_end):
+                    self.report(f"{self.name}: {number} of {last} rounds, the time is over; a rerun goes on")
                     break
-                self.report(f"{self.name}: round {number + 1} of {self.pace.rounds}")
-                for name in self.candidates:
-                    if not self._given_up(name):
+                self.report(f"{self.name}: round {number + 1} of {last}")
+                for name in lacking:
+                    if not self._over() and not self._given_up(name):
                         self._visit(name, number)
-                self.samples.add("round", point=self.name, round=number)
-            if parts_runs and not self._given_up(REFERENCE) and not self.samples.last("parts", point=self.name):
+                if not self._over():  # a round that was cut is measured again whole
+                    self.samples.add("round", point=self.name, round=number)
+            parts = self.samples.last("parts", point=self.name)
+            if parts_runs and not parts and not self._given_up(REFERENCE) and not self._over():
                 self._measure_parts(parts_runs)
             for name in list(self._loaded):
                 self._unload(name)
@@ -109,20 +117,38 @@ class Point:
                 self._end(name)
         self._drop_outputs()
 
+    def _lacking(self) -> dict[str, int]:
+        """The backends of the next round with how many rounds they lack; those that once took too long come last."""
+        living = [name for name in self.candidates if not self._given_up(name)]
+        lacking = {name: self.pace.rounds - self.samples.whole_rounds(self.name, name) for name in living}
+        if all(rounds <= 0 for rounds in lacking.values()):
+            return {}
+        chosen = [name for name in living if lacking[name] > 0 or name == REFERENCE]
+        chosen.sort(key=lambda name: self.samples.last("cut", point=self.name, backend=name) is not None)
+        return {name: lacking[name] for name in chosen}
+
+    def _over(self) -> bool:
+        return time.monotonic() >= self.pace.ends
+
+    def _timeout(self, grace_s: float = 0.1) -> float:
+        """How long a worker may take now."""
+        return min(self.pace.timeout_s, max(self.pace.ends - time.monotonic(), grace_s))
+
     def _given_up(self, name: str) -> bool:
         return self.samples.last("failed", point=self.name, backend=name) is not None
 
     def _visit(self, name: str, number: int) -> None:
         """One backend's turn; where memory runs out, once more with the others unloaded."""
-        if time.monotonic() > self.pace.ends and not self.samples.times(self.name, name):
-            self._give_up(name, "not begun: the time for this run was over (--minutes)", "unavailable")
-            return
         for attempt in ("shared", "alone"):
             try:
                 self._take_turn(name, number)
                 return
             except WorkerError as error:
                 self._end(name)
+                if error.late and self._over():
+                    self.report(f"{name}: ended, the time is over; a rerun begins it again")
+                    self.samples.add("cut", point=self.name, backend=name)
+                    return
                 others = [one for one in self._loaded if one != name]
                 if error.memory and others and attempt == "shared":
                     self.report(f"{name}: {error}; once more with the others unloaded")
@@ -144,7 +170,7 @@ class Point:
         if name not in self._loaded and not self._load(name):
             return
         worker = self._loaded[name]
-        found = worker.ask("run", self.pace.timeout_s, count=self.pace.runs)
+        found = worker.ask("run", self._timeout(), count=self.pace.runs)
         self.samples.add("times", point=self.name, backend=name, round=number, times_ms=found["times_ms"])
         self._compare(name, worker)
 
@@ -157,12 +183,13 @@ class Point:
         cuda = candidate.backend.device == "cuda"
         worker = Worker(self.folder / f"{name}.log", {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor" / name)})
         self._loaded[name] = worker
-        loaded = worker.ask("load", self.pace.timeout_s, job=job, most_bytes=None if cuda else available_bytes())
+        loaded = worker.ask("load", self._timeout(), job=job, most_bytes=None if cuda else available_bytes())
         least_s = self.pace.warm_up_s if cuda else 0.0
         if self.pace.warm_up:
-            worker.ask("run", self.pace.timeout_s, count=self.pace.warm_up, least_s=least_s)
+            worker.ask("run", self._timeout(), count=self.pace.warm_up, least_s=least_s)
         build_s = loaded["build_s"] if loaded["build_s"] is not None else job["build_s"]
         values = {"load_s": loaded["load_s"], "build_s": build_s, "file_bytes": job["file_bytes"]}
+        values["note"] = loaded["note"]
         self.samples.add("load", point=self.name, backend=name, **values)
         return True
 
@@ -172,7 +199,7 @@ class Point:
         wanted = any(not self._judged(other) for other in self.candidates)
         if not (wanted if name == REFERENCE else not self._judged(name)):
             return
-        names = worker.ask("outputs", self.pace.timeout_s, folder=str(folder))["names"]
+        names = worker.ask("outputs", self._timeout(), folder=str(folder))["names"]
         found = {one: np.load(folder / f"{one}.npy", mmap_mode="r") for one in names}
         if name == REFERENCE:
             if not self._judged(name):
@@ -211,7 +238,7 @@ class Point:
     def _unload(self, name: str) -> None:
         """Ends a worker, its peaks noted; they are the better estimate from then on."""
         try:
-            peaks = self._loaded[name].ask("memory", self.pace.timeout_s)
+            peaks = self._loaded[name].ask("memory", self._timeout(GRACE_SECONDS))
             self.samples.add("memory", point=self.name, backend=name, **peaks)
             self._needed[name] = max(peaks["peak_host_bytes"], 1)
         except WorkerError as error:
@@ -226,7 +253,7 @@ class Point:
     def _measure_parts(self, runs: int) -> None:
         try:
             if REFERENCE in self._loaded or self._load(REFERENCE):
-                found = self._loaded[REFERENCE].ask("parts", self.pace.timeout_s, count=runs)
+                found = self._loaded[REFERENCE].ask("parts", self._timeout(), count=runs)
                 self.samples.add("parts", point=self.name, **found)
         except (WorkerError, FidelityError) as error:
             self.report(f"no time of each part: {error}")

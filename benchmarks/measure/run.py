@@ -102,8 +102,6 @@ class Run:
         deciding = {
             "encoder": self.place.folder.name,
             "point": [self.config.image_size, options.batch],
-            "sweeps": options.sweeps,
-            "backends": [one.id for one in self.backends],
             "pace": dataclasses.astuple(self.pace)[:4],
             "machine": [processor(), driver_version(), package_versions()],
         }
@@ -124,7 +122,7 @@ class Run:
         self.main = self._measure(self.config, self.signature, None, self.pace, self.available())
         for sweep, config, signature in self.points:
             self.swept.append(self._measure(config, signature, sweep, self.sweep_pace, self.swept_backends()))
-        if not self.options.quick:
+        if not self.options.quick and time.monotonic() < self.sweep_pace.ends:
             self._measure_rates("after")
 
     def available(self) -> list[Backend]:
@@ -154,7 +152,8 @@ class Run:
             encoder_parts(config, signature, batch),
         )
 
-        if self.samples.rounds(place.name) < pace.rounds:
+        if time.monotonic() < pace.ends and self._lacks(place.name, pace, backends):
+            self.place.ends = pace.ends
             candidates = self._candidates(place.name, config, signature, backends)
             # the features of the main point become pictures
             keep: Callable[[str], bool] = (lambda name: False) if sweep else (lambda name: "_feat_" in name)
@@ -163,6 +162,10 @@ class Run:
         if sweep:
             self.place.drop(config, signature)
         return place
+
+    def _lacks(self, point: str, pace: Pace, backends: Sequence[Backend]) -> bool:
+        living = (one.id for one in backends if self.samples.last("failed", point=point, backend=one.id) is None)
+        return any(self.samples.whole_rounds(point, name) < pace.rounds for name in living)
 
     def _candidates(
         self, point: str, config: EncoderConfig, signature: Signature, backends: Sequence[Backend]
@@ -174,7 +177,9 @@ class Run:
         jobs = self.place.jobs(living, config, signature)
         for one in living:
             job = jobs[one.id]
-            if isinstance(job, WorkerError):
+            if isinstance(job, WorkerError) and job.late and time.monotonic() >= self.place.ends:
+                self.report(f"{one.id}: its file is not made, the time is over; a rerun makes it")
+            elif isinstance(job, WorkerError):
                 reason = f"what it runs cannot be made: {job}"
                 self.samples.add("failed", point=point, backend=one.id, status="failed", reason=reason)
             else:
@@ -195,9 +200,9 @@ class Run:
         return points
 
     def swept_backends(self) -> list[Backend]:
-        """What the sweeps measure: those of SWEPT that are asked; where none is, all asked that need no compiler."""
+        """What the sweeps measure: `swept`, else those of SWEPT, that are asked; else all that need no compiler."""
         asked = [one for one in self.available() if one.id != REFERENCE]
-        swept = [one for one in asked if one.id in SWEPT[self.device]]
+        swept = [one for one in asked if one.id in (self.options.swept or SWEPT[self.device])]
         swept = swept or [one for one in asked if one.runtime not in ("compile", "compile-max")]
         return [one for one in self.available() if one.id == REFERENCE or one in swept]
 
@@ -220,8 +225,8 @@ def _paces(options: BenchOptions, device: Device, started: float) -> tuple[Pace,
     """Of the main point and of the sweeps."""
     rounds, runs, warm_up = DEFAULTS[device, options.quick]
     rounds, runs, warm_up = options.rounds or rounds, options.runs or runs, options.warm_up or warm_up
-    ends = started + 60 * options.minutes if options.minutes else float("inf")
-    main_ends = started + MAIN_SHARE * 60 * options.minutes if options.minutes and options.sweeps else ends
+    ends = float("inf") if options.minutes is None else started + 60 * options.minutes
+    main_ends = ends if options.minutes is None or not options.sweeps else started + MAIN_SHARE * 60 * options.minutes
     warm_up_s = 1.0 if device == "cuda" else 0.0
     sweep_rounds = min(rounds, SWEEP_ROUNDS[device])
     rounds_end = started + QUICK_SECONDS if options.quick else float("inf")

@@ -107,10 +107,18 @@ class Samples:
         """How many rounds of a point are whole."""
         return len(self.all("round", point=point))
 
+    def whole_rounds(self, point: str, backend: str) -> int:
+        """How many of them measured a backend."""
+        return sum(number < self.rounds(point) for number in self.by_round(point, backend))
+
     def times(self, point: str, backend: str) -> list[list[float]]:
-        """Milliseconds of a backend, round by round; a round that was measured twice counts as it was last."""
+        """Milliseconds of a backend, round by round."""
+        return list(self.by_round(point, backend).values())
+
+    def by_round(self, point: str, backend: str) -> dict[int, list[float]]:
+        """The same with the rounds' numbers, in order; a round that was measured twice counts as it was last."""
         found = {line["round"]: line["times_ms"] for line in self.all("times", point=point, backend=backend)}
-        return [found[number] for number in sorted(found)]
+        return {number: found[number] for number in sorted(found)}
 
     def __enter__(self) -> Samples:
         return self

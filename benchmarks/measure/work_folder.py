@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,6 +87,7 @@ class Workplace:
         self.asked = asked
         self.folder = work / f"encoder-{digest(asked.identity())}"
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.ends = float("inf")  # when no file is made any more, in time.monotonic seconds
         self._worker: Worker | None = None
         self._prepared: dict[str, Any] = {}
 
@@ -201,7 +203,7 @@ class Workplace:
     def _by_itself(self, folder: Path, command: str, asked: Mapping[str, Any]) -> Job:
         with Worker(folder.with_name(f"{folder.name}.log")) as worker:
             try:
-                return worker.ask(command, PREPARE_SECONDS, **asked)
+                return worker.ask(command, min(PREPARE_SECONDS, max(self.ends - time.monotonic(), 0.1)), **asked)
             except WorkerError as error:
                 return error
 

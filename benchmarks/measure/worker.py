@@ -92,7 +92,8 @@ class Worker:
         start = time.perf_counter()
         self.runner = open_runner(asked["job"])
         built = self.runner.load()
-        return {"load_s": time.perf_counter() - start - (built or 0.0), "build_s": built}
+        seconds = time.perf_counter() - start - (built or 0.0)
+        return {"load_s": seconds, "build_s": built, "note": self.runner.note()}
 
     def run(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Times `count` runs one after the other, and further ones until `least_s` seconds have passed."""
@@ -120,8 +121,13 @@ class Worker:
         return {"parts_ms": {name: float(np.median([run.get(name, 0.0) for run in runs])) for name in names}}
 
     def memory(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Peaks so far."""
-        return {"peak_host_bytes": peak_bytes(), "peak_device_bytes": self.runner.device_bytes()}
+        """Peaks so far; a device's that cannot be read leaves the host's."""
+        try:
+            device = self.runner.device_bytes()
+        except Exception as error:  # whatever a runtime raises
+            print(f"no peak of the device: {type(error).__name__}: {error}", file=sys.stderr)
+            device = None
+        return {"peak_host_bytes": peak_bytes(), "peak_device_bytes": device}
 
 
 def peak_bytes() -> int:

@@ -27,11 +27,12 @@ class WorkerError(RuntimeError):
 
     Attributes:
         memory: whether it was, or most likely was, for want of memory.
+        late: whether it gave no answer in time.
     """
 
-    def __init__(self, reason: str, memory: bool = False) -> None:
+    def __init__(self, reason: str, memory: bool = False, late: bool = False) -> None:
         super().__init__(reason)
-        self.memory = memory
+        self.memory, self.late = memory, late
 
 
 class Worker:
@@ -91,7 +92,7 @@ class Worker:
             while b"\n" not in self._read:
                 if not selector.select(max(0.0, ends - time.monotonic())):
                     self.close()
-                    raise WorkerError(f"no answer to `{command}` in {timeout_s:g} s; it was ended")
+                    raise WorkerError(f"no answer to `{command}` in {timeout_s:.3g} s; it was ended", late=True)
                 piece = os.read(self._process.stdout.fileno(), 1 << 16)
                 if not piece:
                     raise self._ended(command)
@@ -116,22 +117,21 @@ class Worker:
         return lines[-1][:400] if lines else f"it said nothing, see {self.log}"
 
     def close(self) -> None:
-        """Ends the process, at once where it does not end by itself."""
+        """Ends the process, at once where it does not end by itself, and what it started, such as compilers."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        if self._read_end():
-            self._process.kill()
-        self._process.wait()
+        if self._process.returncode is None:
+            self._let_end()
+            os.killpg(self.pid, signal.SIGKILL)  # it leads the group, whose number is its own until it is waited for
+            self._process.wait()
         self._process.stdout.close()
 
-    def _read_end(self, seconds: float = 0.2) -> bool:
-        """Whether it still runs after a moment; the operating system frees what it holds either way."""
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return True
-        return False
+    def _let_end(self, seconds: float = 0.2) -> None:
+        """Gives it a moment to end by itself; the operating system frees what it holds either way."""
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends and not os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            time.sleep(0.005)
 
     def __enter__(self) -> Worker:
         return self

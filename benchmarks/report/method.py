@@ -7,6 +7,13 @@ from benchmarks.results.result_files import Result, of_machine
 
 TITLE = "SAM 3 image encoder: benchmark"
 
+DEVICE_PEAK = (
+    "The device peak of PyTorch is what its allocator held at most since the module was loaded or built (weights, what "
+    "passes between the layers, outputs; CUDA's own context and what a compiler tried are no part of it); that of ONNX "
+    "Runtime what its load and first run took of the device, CUDA's libraries included; that of a plan what its load "
+    "took, scratch memory included, and the outputs."
+)
+
 
 def about(result: Result) -> str:
     """One line under the title."""
@@ -30,6 +37,8 @@ def method(result: Result) -> list[str]:
     lines = ["All backends ran in turn, round by round, so that the machine's drift falls on all alike."]
     if runs:
         lines.append(f"Timed runs of a backend: {_range(runs)}; warm-up runs before: {_range(warm) or 'not told'}.")
+    if any(row.get("peak_device_bytes") for row in rows):
+        lines.append(DEVICE_PEAK)
     settings = {
         f"{name}={value}"
         for machine in result["machines"]

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.errors import BenchError
-from benchmarks.measure.backends import REFERENCE
+from benchmarks.measure.backends import REFERENCE, Backend
 from benchmarks.measure.environment import machine_name
 from benchmarks.measure.rounds import Pace
 from benchmarks.measure.run import Run
 from benchmarks.measure.samples import Place
 from benchmarks.measure.worker_process import ROOT, WorkerError
 from benchmarks.results.feature_pictures import feature_pictures
+from benchmarks.results.result_files import can_check, row_problem
 from benchmarks.results.rows import (
     MACHINE,
     best_candidate,
@@ -35,6 +36,7 @@ from benchmarks.roofline import encoder_parts, total_bytes, total_operations
 from neck.pictures import find_pictures, read_picture
 
 SHIPPED = "astronaut.jpg (NASA)"
+UNCHECKED = "not checked against result.schema.json, jsonschema being not installed"
 
 
 def make_result(run: Run) -> dict[str, Any]:
@@ -43,11 +45,10 @@ def make_result(run: Run) -> dict[str, Any]:
     Raises:
         BenchError: nothing could be measured, or a plan or the exporter's benchmark that was asked for fails.
     """
-    rates = best_rates(run.samples.all("rates"))
-    roofline = {name: rates[name] for name in ("device", "flops_per_s", "copy_bytes_per_s")}
-    roofline = raise_rates(roofline, [run.main, *run.swept], run.available(), run.samples)
-    rows = _all_rows(run, roofline)
-    machine = {"id": MACHINE, "name": machine_name(run.environment), "environment": run.environment}
+    roofline = _roofline(run)
+    rows = all_rows(run)
+    environment = run.environment if can_check() else {**run.environment, "form": UNCHECKED}
+    machine = {"id": MACHINE, "name": machine_name(run.environment), "environment": environment}
     plain = encoder_parts(run.config, run.signature, run.options.batch, rewritten=False)
     return {
         "schema": 1,
@@ -81,8 +82,19 @@ def _encoder(run: Run) -> dict[str, Any]:
     }
 
 
-def _all_rows(run: Run, roofline: dict[str, Any]) -> list[dict[str, Any]]:
-    """The main point's rows, then sweep by sweep; the main point is a point of each sweep that has its size."""
+def _roofline(run: Run) -> dict[str, Any]:
+    rates = best_rates(run.samples.all("rates"))
+    roofline = {name: rates[name] for name in ("device", "flops_per_s", "copy_bytes_per_s")}
+    return raise_rates(roofline, [run.main, *run.swept], run.available(), run.samples)
+
+
+def all_rows(run: Run) -> list[dict[str, Any]]:
+    """The main point's rows, then sweep by sweep; the main point is a point of each sweep that has its size.
+
+    Raises:
+        BenchError: nothing could be measured.
+    """
+    roofline = _roofline(run)
     rows = _rows(run, run.main, roofline, run.pace)
     if not any(row["status"] == "measured" for row in rows):
         reasons = "; ".join(f"{row['backend']}: {row['reason']}" for row in rows)
@@ -103,8 +115,14 @@ def _rows(run: Run, place: Place, roofline: dict[str, Any], pace: Pace) -> list[
             rows.append(empty_row(one, place, "unavailable", run.unavailable[one.id]))
         else:
             twin = plain_twin(one, run.available())
-            rows.append(make_row(one, place, run.samples, roofline, pace, twin))
+            rows.append(_sound(make_row(one, place, run.samples, roofline, pace, twin), one, place))
     return rows
+
+
+def _sound(row: dict[str, Any], backend: Backend, place: Place) -> dict[str, Any]:
+    """The row, or where its figures cannot be, one that says so: it must not cost the report."""
+    problem = row_problem(row)
+    return row if problem is None else empty_row(backend, place, "failed", f"its figures cannot be: {problem}")
 
 
 def _growth(run: Run) -> list[dict[str, Any]]:

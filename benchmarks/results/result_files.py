@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
-from jsonschema.exceptions import best_match  # type: ignore[import-untyped]
 
 from benchmarks.errors import BenchError
 
@@ -69,11 +67,33 @@ def check_result(result: object, where: str) -> None:
     if result.get("schema") != SCHEMA:
         found = _short(f"schema {result.get('schema')!r}")
         raise BenchError(f"{where}: has {found}, this program reads schema {SCHEMA}; use the version that wrote it")
-    error = best_match(_validator().iter_errors(result))
-    if error:
-        place = "/".join(str(part) for part in error.absolute_path) or "the file itself"
-        raise BenchError(f"{where}: is no results file of schema {SCHEMA}: {place}: {_short(error.message)}")
+    if not can_check():
+        raise BenchError(f"{where}: its form cannot be checked without jsonschema: pip install jsonschema")
+    if problem := _problem(result, _schema()):
+        raise BenchError(f"{where}: is no results file of schema {SCHEMA}: {problem}")
     _check_machines(result, where)
+
+
+def can_check() -> bool:
+    """Whether the library is there that checks a form; a bare GPU machine has none, and measures all the same."""
+    return importlib.util.find_spec("jsonschema") is not None
+
+
+def row_problem(row: Mapping[str, Any]) -> str | None:
+    """What of a row the form does not allow; None where it is sound or cannot be checked."""
+    schema = _schema()
+    return _problem(row, {**schema["$defs"]["row"], "$defs": schema["$defs"]}) if can_check() else None
+
+
+def _problem(value: object, schema: Mapping[str, Any]) -> str | None:
+    from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+    from jsonschema.exceptions import best_match  # type: ignore[import-untyped]
+
+    error = best_match(Draft202012Validator(schema).iter_errors(value))
+    if error is None:
+        return None
+    place = "/".join(str(part) for part in error.absolute_path) or "the file itself"
+    return f"{place}: {_short(error.message)}"
 
 
 def _check_machines(result: Result, where: str) -> None:
@@ -90,8 +110,9 @@ def _short(message: str, most: int = 200) -> str:
 
 
 @functools.cache
-def _validator() -> Draft202012Validator:
-    return Draft202012Validator(json.loads(Path(__file__).with_name("result.schema.json").read_text(encoding="utf-8")))
+def _schema() -> dict[str, Any]:
+    schema: dict[str, Any] = json.loads(Path(__file__).with_name("result.schema.json").read_text(encoding="utf-8"))
+    return schema
 
 
 def merge_results(results: Sequence[Result]) -> Result:

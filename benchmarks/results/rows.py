@@ -15,6 +15,9 @@ from engines.run.latency import summarise
 
 MACHINE = "m0"
 
+NOT_BEGUN = "not begun: the time for this run was over (--minutes); a rerun begins it"
+NOT_ENDED = "not ended: the time for this run was over (--minutes); a rerun begins it again"
+
 
 def empty_row(backend: Backend, place: Place, status: str, reason: str | None) -> dict[str, Any]:
     """A row without figures."""
@@ -57,7 +60,7 @@ def make_row(
     failed = samples.last("failed", **where)
     rounds = samples.times(place.name, backend.id)
     if failed or not rounds:
-        known = failed or {"status": "failed", "reason": "it gave no times"}
+        known = failed or {"status": "unavailable", "reason": NOT_ENDED if samples.last("cut", **where) else NOT_BEGUN}
         return empty_row(backend, place, known["status"], known["reason"])
     times = [time for times in rounds for time in times]
     latency, loads = summarise(times), samples.all("load", **where)
@@ -78,7 +81,7 @@ def make_row(
         "ratio_to_plain": ratio(samples, place.name, backend.id, plain) if plain else None,
         "floor_ms": floor,
         "share_of_floor": floor / latency.p50_ms if floor else None,
-        "note": _note(backend.id, len(loads), len(rounds), pace),
+        "note": _note(backend.id, loads, len(rounds), pace),
     }
 
 
@@ -87,8 +90,10 @@ def _largest(lines: Sequence[Mapping[str, Any]], name: str) -> int | None:
     return max(found) if found else None
 
 
-def _note(name: str, loads: int, rounds: int, pace: Pace) -> str | None:
+def _note(name: str, lines: Sequence[Mapping[str, Any]], rounds: int, pace: Pace) -> str | None:
     notes = ["the reference of all errors and ratios"] if name == REFERENCE else []
+    notes += dict.fromkeys(line["note"] for line in lines if line.get("note"))
+    loads = len(lines)
     if loads > 1:
         warm_up = f"{pace.warm_up} warm-up run{'s' * (pace.warm_up != 1)} after each load"
         notes.append(f"loaded {loads} times in {rounds} rounds, memory being short or the run resumed; {warm_up}")
@@ -102,8 +107,8 @@ def ratio(samples: Samples, point: str, name: str, to: str) -> dict[str, Any] | 
 
     `low` and `high` are the smallest and largest of the rounds.
     """
-    pairs = zip(samples.times(point, name), samples.times(point, to), strict=False)
-    ratios = [statistics.median(own) / statistics.median(other) for own, other in pairs]
+    own, other = samples.by_round(point, name), samples.by_round(point, to)
+    ratios = [statistics.median(own[at]) / statistics.median(other[at]) for at in own if at in other]
     if not ratios:
         return None
     return {"to": to, "median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}

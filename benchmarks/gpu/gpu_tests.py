@@ -1,0 +1,51 @@
+"""The tests that only a GPU can pass: run, and read from what pytest prints, so that those that ended count."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+LINE = re.compile(
+    r"^(tests/\S+?\.py)::(\S+) (PASSED|FAILED|SKIPPED|ERROR|XFAIL)(?: \((.*)\))?\s*(?:\[ *\d+%\])?$", re.MULTILINE
+)
+OUTCOMES = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "not run", "XFAIL": "not run"}
+BROKEN = re.compile(r"^ERROR (tests/\S+\.py)(?: - (.*))?$", re.MULTILINE)
+
+
+def files_with_gpu_tests() -> list[str]:
+    """Test files that have any: others may want what is not there."""
+    found = sorted((ROOT / "tests").glob("test_*.py"))
+    return [f"tests/{path.name}" for path in found if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
+
+
+def run_tests(log: Path) -> dict[str, Any]:
+    """Runs the tests marked `gpu`; what pytest prints goes into the log line by line."""
+    # its own warnings are not other versions' of torch, whose are no errors here
+    options = ["-v", "-m", "gpu and not slow", "-W", "default", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *options, "--continue-on-collection-errors", *files_with_gpu_tests()]
+    environment = {**os.environ, "COLUMNS": "400", "PYTHONUNBUFFERED": "1"}
+    with log.open("wb") as out:
+        subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False)
+    found = checks(log)
+    failed = [one["name"] for one in found if one["outcome"] == "failed"]
+    if not found:
+        return {"outcome": "failed", "reason": f"no test was run: see {log}"}
+    passed = sum(one["outcome"] == "passed" for one in found)
+    return {"outcome": "failed" if failed else "done", "reason": ", ".join(failed) or None, "passed": passed}
+
+
+def checks(log: Path) -> list[dict[str, Any]]:
+    """Every test that ended, by what pytest printed of it: the results' `checks`."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    found: list[dict[str, Any]] = [
+        {"name": f"{file}::{name}", "outcome": OUTCOMES[outcome], "reason": reason or None}
+        for file, name, outcome, reason in LINE.findall(text)
+    ]
+    named = {one["name"].partition("::")[0] for one in found}
+    broken = [(file, reason or None) for file, reason in BROKEN.findall(text) if file not in named]
+    return found + [{"name": file, "outcome": "failed", "reason": reason} for file, reason in broken]

@@ -1,0 +1,199 @@
+"""Makes the kit: wheels of all that a bare GPU machine lacks, for its Python, where there is network.
+
+python -m benchmarks.gpu.kit [--output build/gpu-kit] [--there FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name, parse_wheel_filename
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    from pip._vendor import tomli as tomllib
+
+THERE = Path(__file__).with_name("there.json")
+PROJECT = Path(__file__).parent.parent.parent / "pyproject.toml"
+
+EXTRAS = ("cpu", "gpu", "bench", "dev")
+"""The extras that a GPU machine is asked for, beside what neck-export itself needs."""
+
+LEFT_OUT = {
+    "kubernetes-validate": "for tests of files that no GPU changes",
+    "mypy": "judges sources, wherever they lie",
+    "onnxruntime-gpu": "255 MB; ONNX Runtime's CPU build is there",
+    "openvino": "runs on CPUs",
+    "ruff": "judges sources, wherever they lie",
+    "selenium": "for tests of a page in a browser",
+    "tensorrt": "its libraries come from NVIDIA's own index, 4 GB",
+}
+"""What of them stays out, and why."""
+
+MOST_BYTES = 60 << 20
+SECONDS = 170.0
+"""For everything: the kit is to be made in three minutes."""
+
+MANIFEST = "kit.json"
+
+
+class KitError(RuntimeError):
+    """A kit that cannot be made."""
+
+
+@dataclasses.dataclass(frozen=True)
+class There:
+    """What a machine has.
+
+    Attributes:
+        python: its version, such as 3.12.
+        wheels: the platform tags that it takes.
+        packages: distribution -> version, as far as it is known.
+    """
+
+    python: str
+    wheels: tuple[str, ...]
+    packages: Mapping[str, str | None]
+
+    @classmethod
+    def read(cls, path: Path) -> There:
+        """Reads the file that says it."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return cls(found["python"], tuple(found["wheels"]), found["packages"])
+
+    def satisfies(self, requirement: Requirement) -> bool:
+        """Whether it has what is required; a version that nobody told is taken to do."""
+        name = canonicalize_name(requirement.name)
+        if name not in self.packages:
+            return False
+        version = self.packages[name]
+        return version is None or requirement.specifier.contains(version, prereleases=True)
+
+
+def requirements(project: Path = PROJECT) -> list[Requirement]:
+    """What pyproject asks of a GPU machine, in order, each once, LEFT_OUT left out."""
+    told = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+    lines = [*told["dependencies"], *(line for extra in EXTRAS for line in told["optional-dependencies"][extra])]
+    asked = [Requirement(line) for line in dict.fromkeys(lines)]
+    return [one for one in asked if canonicalize_name(one.name) not in LEFT_OUT]
+
+
+def lacking(asked: Sequence[Requirement], there: There) -> list[Requirement]:
+    """What of it the machine lacks."""
+    return [one for one in asked if not there.satisfies(one)]
+
+
+def chosen(report: Mapping[str, Any], asked: Sequence[Requirement], there: There) -> list[str]:
+    """The wheels of the kit as NAME==VERSION: what is asked, and of its dependencies what is not there or too old.
+
+    Args:
+        report: pip's `--report` of a dry run.
+        asked: what pip was asked for.
+        there: what the machine has.
+    """
+    found = {canonicalize_name(one["metadata"]["name"]): one["metadata"] for one in report["install"]}
+    wanted = [canonicalize_name(one.name) for one in asked]
+    for name in wanted:  # grows
+        for line in found[name].get("requires_dist", []):
+            needed = Requirement(line)
+            into = canonicalize_name(needed.name)
+            here = needed.marker is None or needed.marker.evaluate({"python_version": there.python, "extra": ""})
+            if here and into in found and into not in wanted and not there.satisfies(needed):
+                wanted.append(into)
+    return [f"{name}=={found[name]['version']}" for name in sorted(set(wanted))]
+
+
+def make_kit(folder: Path, there: There, project: Path = PROJECT) -> dict[str, Any]:
+    """Makes the kit, whole or not at all; returns its manifest.
+
+    Raises:
+        KitError: pip fails, or the kit is too large.
+    """
+    asked = requirements(project)
+    pinned = lacking(asked, there)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".gpu-kit") as made:
+        staged, report = Path(made, "kit"), Path(made, "report.json")
+        staged.mkdir()
+        if pinned:
+            dry = ["install", "--dry-run", "--ignore-installed", "--report", str(report), "--target", str(staged)]
+            _pip([*dry, *_platform(there), *map(str, pinned)])
+            wheels = chosen(json.loads(report.read_text(encoding="utf-8")), pinned, there)
+            _pip(["download", "--no-deps", "--dest", str(staged), *_platform(there), *wheels])
+        manifest = describe(staged, asked, there)
+        (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        staged.rename(folder)
+    return manifest
+
+
+def describe(folder: Path, asked: Sequence[Requirement], there: There) -> dict[str, Any]:
+    """The manifest of a folder of wheels.
+
+    Raises:
+        KitError: they are too large, or two are of one package.
+    """
+    wheels = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.whl"))}
+    size = sum((folder / name).stat().st_size for name in wheels)
+    if size > MOST_BYTES:
+        largest = max(wheels, key=lambda name: (folder / name).stat().st_size)
+        told = f"{size / 2**20:.1f} MiB, at most {MOST_BYTES >> 20} are carried; the largest is {largest}"
+        raise KitError(f"the kit has {told}: say in {THERE.name} that it is there, or leave it out (LEFT_OUT)")
+    names = [parse_wheel_filename(name)[0] for name in wheels]
+    if len(set(names)) < len(names):
+        raise KitError(f"two wheels of one package among {', '.join(wheels)}")
+    return {
+        "python": there.python,
+        "system": "Linux x86-64",
+        "requirements": [str(one) for one in asked],
+        "wheels": wheels,
+        "bytes": size,
+    }
+
+
+def _platform(there: There) -> list[str]:
+    tags = [part for tag in there.wheels for part in ("--platform", tag)]
+    return ["--only-binary=:all:", "--implementation", "cp", "--python-version", there.python, *tags]
+
+
+def _pip(arguments: Sequence[str]) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise KitError(f"pip {arguments[0]} did not end in {SECONDS:g} s; look at the network, and try again") from None
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if re.match(r"ERROR", line)] or [done.stderr.strip()]
+        raise KitError(f"pip {arguments[0]} failed: {' '.join(lines[-1].split())[:300]}")
+
+
+def main() -> None:
+    """Makes the kit and says what is in it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("build/gpu-kit"))
+    parser.add_argument("--there", type=Path, default=THERE, help="What the machine has [default: beside this file]")
+    arguments = parser.parse_args()
+    try:
+        manifest = make_kit(arguments.output, There.read(arguments.there))
+    except (KitError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for name in manifest["wheels"]:
+        print(name)
+    print(f"{arguments.output}: {manifest['bytes'] / 2**20:.1f} MiB for Python {manifest['python']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The machine that a session begins on: whether it can serve, what it reaches, who else is there."""
+
+from __future__ import annotations
+
+import subprocess
+import warnings
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.stages import Device
+from benchmarks.measure.environment import describe_machine
+from benchmarks.measure.machine_rates import measure_rates
+from engines.doctor import driver_version, report_lines
+from engines.doctor import examine as ask_doctor
+
+NEEDED_BYTES = 30 << 30
+"""Of device memory: eight backends at full size stay loaded side by side, 2 to 4 GB each."""
+
+OTHERS_BYTES = 2 << 30
+"""Held by others from so much on, it is told: CUDA's own context takes half a gigabyte."""
+
+SECONDS = 20.0
+
+
+def examine(device: Device) -> dict[str, Any]:
+    """What a session wants to know first; `fatal` where nothing can be measured here, in one line or two."""
+    problem = gpu_problem() if device == "cuda" else None
+    if problem:
+        return {"fatal": problem}
+    doctor = ask_doctor()
+    memory = device_memory() if device == "cuda" else None
+    return {
+        "environment": describe_machine(),
+        "doctor": report_lines(doctor),
+        "rates": measure_rates(device),
+        "memory": memory,
+        "warning": others(memory["free"], memory["total"], memory["programs"]) if memory else None,
+        "fatal": too_little(memory["free"], memory["total"], memory["programs"]) if memory else None,
+    }
+
+
+def gpu_problem() -> str | None:
+    """Why torch can use no GPU, and what to do."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return None
+    driver = driver_version()
+    rehearse = "`make gpu GPU_DEVICE=cpu` rehearses without one"
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is no CUDA build: make gpu with a Python that has one (PYTHON=...); {rehearse}"
+        )
+    said = next((" ".join(str(one.message).split()).partition(" (Triggered")[0] for one in told), "it gave no reason")
+    if driver is None:
+        return f"no NVIDIA driver here (/proc/driver/nvidia): make gpu needs a GPU; {rehearse}"
+    needs = f"torch {torch.__version__} wants one for CUDA {torch.version.cuda}"
+    return f"torch can use no GPU with driver {driver} ({said[:200]}); {needs}: take a newer driver or an older torch"
+
+
+def device_memory() -> dict[str, Any]:
+    """Free and total bytes of the first GPU, and the programs on it as nvidia-smi names them."""
+    free, total = torch.cuda.mem_get_info()
+    query = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"]
+    programs: list[str] = []
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=SECONDS, check=False)
+        programs = done.stdout.strip().splitlines() if done.returncode == 0 else []
+    except (OSError, subprocess.TimeoutExpired):
+        pass  # it is a courtesy
+    return {"free": free, "total": total, "programs": programs}
+
+
+def others(free: int, total: int, programs: list[str]) -> str | None:
+    """That others hold memory of the GPU, so that what is measured is theirs too."""
+    if total - free < OTHERS_BYTES:
+        return None
+    return f"others use this GPU: {_room(free, total, programs)}; times are not this program's alone"
+
+
+def too_little(free: int, total: int, programs: list[str]) -> str | None:
+    """That the GPU has no room."""
+    if free >= NEEDED_BYTES:
+        return None
+    needs = f"{NEEDED_BYTES / 1e9:.0f} GB are needed"
+    return f"too little device memory: {_room(free, total, programs)}, {needs}; end other programs or take another GPU"
+
+
+def _room(free: int, total: int, programs: list[str]) -> str:
+    told = f" ({'; '.join(programs[:3])})" if programs else ""
+    return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free{told}"

@@ -1,0 +1,187 @@
+"""A session: every stage in a process of its own, within the time, whatever hangs; a second call goes on.
+
+python -m benchmarks.gpu.session (benchmarks.gpu.start makes its environment and calls it)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from benchmarks.gpu.children import adopt_orphans, run_limited
+from benchmarks.gpu.page import page_lines
+from benchmarks.gpu.stages import FOLDER, MINUTES, REPORT, Device, Stage, fitting, plan, table, time_limit
+from benchmarks.measure.work_folder import digest, sources_digest
+
+LEAST_SECONDS = 5.0
+"""A stage is not begun for less."""
+
+LATE_SECONDS = 6.0
+"""So long before a stage is ended it should end by itself, its workers' peaks noted."""
+
+RESERVE_BYTES = 16 << 20
+"""Kept in a file until the report is written: on a full disk, too, it finds room."""
+
+
+class Session:
+    """The stages of one machine.
+
+    Args:
+        output: the folder of everything; another call with the same goes on there.
+        device: where the encoder runs.
+        ends: when it is over, in `time.time` seconds.
+        config: another encoder than the full one.
+        kit: the environment's, as far as it decides what is measured.
+    """
+
+    def __init__(self, output: Path, device: Device, ends: float, config: Path | None, kit: dict[str, Any]) -> None:
+        self.output, self.device, self.ends, self.config = output, device, ends, config
+        self.scale = max(1.0, self._left() / 60 / MINUTES)
+        told = config.read_text(encoding="utf-8") if config else None
+        self.key = digest({"device": device, "config": told, "kit": kit, "sources": sources_digest()})
+        self.stages: dict[str, dict[str, Any]] = self._read()
+
+    def run(self) -> int:
+        """Runs what an earlier call has not done; the exit code says whether all is done."""
+        adopt_orphans()
+        wanted = [one for one in plan(self.device) if not self._done(one)]
+        with self._reserve():
+            for place, stage in enumerate(wanted):
+                if stage not in fitting(wanted[place:], self._left() / 60):
+                    self._note(stage, "left out", "the time is short; a second call runs it")
+                elif stage != REPORT and not self._stage(stage):
+                    return self._end()
+        self._stage(REPORT)
+        return self._end()
+
+    def _stage(self, stage: Stage) -> bool:
+        """Runs one stage; False where nothing can be measured here."""
+        limit = time_limit(stage, self._left(), self.scale)
+        if limit < LEAST_SECONDS:
+            self._note(stage, "left out", "the time was over; a second call runs it")
+            return True
+        print(f"{stage.name}: {stage.what} (at most {limit:.0f} s)", flush=True)
+        found_at, started = self._found(stage.name), time.monotonic()
+        with contextlib.suppress(OSError):
+            found_at.unlink()
+        command = [sys.executable, "-m", "benchmarks.gpu.stage", stage.name, "--output", str(self.output)]
+        command += ["--device", self.device, "--ends", repr(time.time() + limit - LATE_SECONDS)]
+        command += ["--config", str(self.config)] if self.config else []
+        problem = run_limited(command, limit, found_at.with_suffix(".log"), os.environ)
+        found = _json(found_at)
+        outcome, reason = found.get("outcome", "failed"), found.get("reason")
+        if problem:
+            outcome, reason = "failed", problem
+        self._note(stage, outcome, found.get("fatal") or reason, time.monotonic() - started)
+        return not found.get("fatal")
+
+    def _note(self, stage: Stage, outcome: str, reason: str | None, seconds: float = 0.0) -> None:
+        self.stages[stage.name] = {"outcome": outcome, "reason": reason, "seconds": round(seconds, 1)}
+        told = f": {reason}" if reason else ""
+        print(f"{stage.name}: {outcome} after {seconds:.0f} s{told}", flush=True)
+        with contextlib.suppress(OSError):  # a full disk; the exit code tells
+            staged = self.output / ".session.json"
+            staged.write_text(json.dumps({"key": self.key, "stages": self.stages}, indent=1) + "\n", encoding="utf-8")
+            staged.replace(self.output / "session.json")
+
+    def _end(self) -> int:
+        """Writes and prints the page."""
+        fatal = next(filter(None, (_json(self._found(name)).get("fatal") for name in self.stages)), None)
+        if fatal:
+            print(f"error: {fatal}", file=sys.stderr, flush=True)
+            return 1
+        lines = page_lines(self.stages, _json(self.output / "report.json"), _json(self._found("doctor")))
+        with contextlib.suppress(OSError):
+            (self.output / "page.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print("\n".join(["", *lines]), flush=True)
+        return exit_code(self.stages)
+
+    def _done(self, stage: Stage) -> bool:
+        """Whether an earlier call has it; the machine may be another one, so that it is looked at again."""
+        told = self.stages.get(stage.name, {})
+        return stage.name != "doctor" and stage != REPORT and told.get("outcome") in ("done", "unavailable")
+
+    def _found(self, name: str) -> Path:
+        return self.output / FOLDER / f"{name}.json"
+
+    def _left(self) -> float:
+        return self.ends - time.time()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        found = _json(self.output / "session.json")
+        return found["stages"] if found.get("key") == self.key else {}
+
+    @contextlib.contextmanager
+    def _reserve(self) -> Any:  # noqa: ANN401 - a generator
+        path = self.output / ".reserve"
+        try:
+            with contextlib.suppress(OSError):
+                path.write_bytes(os.urandom(RESERVE_BYTES))
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def exit_code(stages: dict[str, dict[str, Any]]) -> int:
+    """0 where every stage is done or cannot be done here, else 1."""
+    return int(any(one["outcome"] not in ("done", "unavailable") for one in stages.values()))
+
+
+def unmet(requirements: Sequence[str]) -> list[str]:
+    """What of the requirements this environment lacks, with what it has."""
+    found = []
+    for line in requirements:
+        asked = Requirement(line)
+        try:
+            version = importlib.metadata.version(asked.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        if version is None or not asked.specifier.contains(version, prereleases=True):
+            found.append(f"{line} (there is {version or 'none'})")
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    return {}
+
+
+def main() -> None:
+    """Runs the session that the arguments name."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kit", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--ends", type=float, required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--fresh", action="store_true")
+    asked = parser.parse_args()
+    kit = _json(asked.kit / "kit.json")
+    if lacks := unmet(kit["requirements"]):
+        told = f"{sys.executable} with {asked.kit} lacks {', '.join(lacks)}"
+        sys.exit(f"error: {told}; say in benchmarks/gpu/there.json what is there, and make the kit again")
+    if asked.fresh:
+        for name in ("work", "session.json"):
+            path = asked.output / name
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    (asked.output / FOLDER).mkdir(parents=True, exist_ok=True)
+    print("\n".join(table(asked.device)), flush=True)
+    sys.exit(Session(asked.output, asked.device, asked.ends, asked.config, kit["wheels"]).run())
+
+
+if __name__ == "__main__":
+    main()

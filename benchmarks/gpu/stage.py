@@ -1,0 +1,204 @@
+"""One stage of a session, in a process of its own: what it found goes into OUTPUT/stages/NAME.json.
+
+python -m benchmarks.gpu.stage NAME --output build/gpu --device cuda --ends 1790000000
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.bench import asked_of, open_run
+from benchmarks.errors import BenchError
+from benchmarks.gpu.gpu_tests import checks, run_tests
+from benchmarks.gpu.machine import examine
+from benchmarks.gpu.stages import FOLDER, POINT_BATCHES, POINT_SCALES, QUICK_BUILD_S, Device, Stage, plan
+from benchmarks.gpu.weights import FULL_SHA256, weights_digest
+from benchmarks.measure.work_folder import Workplace
+from benchmarks.options import BenchOptions
+from benchmarks.report.report_files import write_report
+from benchmarks.results.result import all_rows, make_result
+from benchmarks.results.rows import NOT_BEGUN, NOT_ENDED
+from neck.config import EncoderConfig
+
+Outcome = Literal["done", "failed", "unavailable", "unfinished"]
+Found = dict[str, Any]
+
+PACE = {"cuda": {"rounds": 5, "runs": 10, "warm_up": 5}, "cpu": {"rounds": 2, "runs": 1, "warm_up": 1}}
+"""Of every stage, so that all add to the same samples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a stage is told.
+
+    Attributes:
+        output: the session's folder.
+        device: where the encoder runs.
+        ends: when it should be done, in `time.time` seconds; a little later it is ended.
+        config: another encoder than the full one.
+        command: what the results say that they were measured by.
+    """
+
+    output: Path
+    device: Device
+    ends: float
+    config: Path | None
+    command: str = "make gpu"
+
+    @property
+    def folder(self) -> Path:
+        """Of the stages' files."""
+        return self.output / FOLDER
+
+    def options(self, **changes: Any) -> BenchOptions:  # noqa: ANN401 - BenchOptions' own fields
+        """The benchmark of the encoder, the main point alone."""
+        config = EncoderConfig.from_file(self.config) if self.config else None
+        minutes = max(0.0, self.ends - time.time()) / 60
+        values: dict[str, Any] = {"sweep": False, "minutes": minutes, **PACE[self.device], **changes}
+        return BenchOptions(self.output, config=config, device=self.device, command=self.command, **values)
+
+    def found(self, name: str) -> Found:
+        """What an earlier stage found."""
+        with contextlib.suppress(OSError, ValueError):  # not run, or cut by a full disk
+            found: Found = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            return found
+        return {}
+
+
+def doctor(asked: Asked) -> Found:
+    """The machine: what it is, what it reaches, who else is there."""
+    found = examine(asked.device)
+    return {"outcome": "failed" if found["fatal"] else "done", **found}
+
+
+def weights(asked: Asked) -> Found:
+    """Makes the random weights that every backend maps, and says whether they are the same as elsewhere."""
+    options = asked.options()
+    with Workplace(asked.output / "work", asked_of(options)) as place:
+        prepared = place.prepare()
+    digest = weights_digest(Path(prepared["weights"]))
+    known = None if asked.config else FULL_SHA256
+    if known is None or digest == known:
+        return {"outcome": "done", "sha256": digest, "same": None if known is None else True}
+    reason = (
+        f"the random weights have SHA-256 {digest[:12]}, elsewhere {known[:12]}; errors cannot be compared with those"
+    )
+    return {"outcome": "failed", "sha256": digest, "same": False, "reason": reason}
+
+
+def measure(asked: Asked, stage: Stage) -> Found:
+    """Measures the stage's backends at the main point."""
+    return _measured(asked.options(backends=stage.backends, timeout_s=stage.answer_s))
+
+
+def points(asked: Asked, stage: Stage) -> Found:
+    """Measures the fastest backend that is built quickly, at other sizes and batches."""
+    name = _fastest(asked)
+    if name is None:
+        return {"outcome": "unavailable", "reason": "no backend was measured that could be taken to other sizes"}
+    found = _measured(asked.options(backends=(name,), timeout_s=stage.answer_s, **_sweeps(asked, name)))
+    return {**found, "fastest": name}
+
+
+def _measured(options: BenchOptions) -> Found:
+    try:
+        with open_run(options, _say) as run:
+            run.measure()
+            rows = all_rows(run)
+    except BenchError as error:
+        cannot = str(error).startswith("no backend can run here")
+        return {"outcome": "unavailable" if cannot else "failed", "reason": str(error)}
+    failed = [f"{row['backend']}: {row['reason']}" for row in rows if row["status"] == "failed"]
+    waiting = [row["backend"] for row in rows if row["reason"] in (NOT_BEGUN, NOT_ENDED)]
+    outcome: Outcome = "failed" if failed else "unfinished" if waiting else "done"
+    reason = "; ".join(failed) or (f"no time for {', '.join(dict.fromkeys(waiting))}" if waiting else None)
+    return {"outcome": outcome, "reason": reason}
+
+
+def _sweeps(asked: Asked, name: str) -> dict[str, Any]:
+    config = EncoderConfig.from_file(asked.config) if asked.config else EncoderConfig()
+    patch = config.patch_size
+    sizes = tuple(round(scale * config.image_size[0] / patch) * patch for scale in POINT_SCALES)
+    return {"sweep": True, "swept": (name,), "sizes": sizes, "batches": POINT_BATCHES}
+
+
+def _all_backends(asked: Asked) -> tuple[str, ...]:
+    return tuple(name for stage in plan(asked.device) for name in stage.backends)
+
+
+def _fastest(asked: Asked) -> str | None:
+    """The fastest measured backend within tolerance whose build took little."""
+    try:
+        with open_run(asked.options(backends=_all_backends(asked), minutes=0.0), _say) as run:
+            run.measure()
+            rows = [row for row in all_rows(run) if row["passed"] and (row["build_s"] or 0.0) <= QUICK_BUILD_S]
+    except BenchError:
+        return None
+    return min(rows, key=lambda row: row["latency"]["p50_ms"], default={"backend": None})["backend"]
+
+
+def report(asked: Asked) -> Found:
+    """Results, report.md, report.html: of whatever was measured."""
+    name = asked.found("points").get("fastest")
+    sweeps = _sweeps(asked, name) if name else {}
+    try:
+        with open_run(asked.options(backends=_all_backends(asked), **{"minutes": 0.0, **sweeps}), _say) as run:
+            run.measure()
+            result = {**make_result(run), "checks": _checks(asked)}
+    except BenchError as error:
+        return {"outcome": "failed", "reason": str(error)}
+    paths = write_report(result, asked.output)
+    return {"outcome": "done", "reason": None, "files": [path.name for path in paths]}
+
+
+def _checks(asked: Asked) -> list[dict[str, Any]]:
+    same = asked.found("weights").get("same")
+    outcome = {True: "passed", False: "failed", None: "not run"}[same]
+    reason = asked.found("weights").get("reason")
+    return [{"name": "random weights", "outcome": outcome, "reason": reason}, *checks(asked.folder / "tests.txt")]
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def run_stage(stage: Stage, asked: Asked) -> Found:
+    """What a stage found; `outcome` and `reason` say how it ended."""
+    own: dict[str, Callable[[], Found]] = {
+        "doctor": lambda: doctor(asked),
+        "weights": lambda: weights(asked),
+        "tests": lambda: run_tests(asked.folder / "tests.txt"),
+        "points": lambda: points(asked, stage),
+        "report": lambda: report(asked),
+    }
+    return own.get(stage.name, lambda: measure(asked, stage))()
+
+
+def main() -> None:
+    """Runs the stage that is named."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    parser.add_argument("--ends", type=float, required=True)
+    parser.add_argument("--config", type=Path)
+    told = parser.parse_args()
+    stage = next(one for one in plan(told.device) if one.name == told.name)
+    asked = Asked(told.output, told.device, told.ends, told.config)
+    try:
+        found = run_stage(stage, asked)
+        (asked.folder / f"{stage.name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except (BenchError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

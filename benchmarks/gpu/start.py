@@ -1,0 +1,115 @@
+"""`make gpu`: an environment from the kit on top of this Python, then the session in it. Nothing but Python itself.
+
+python -m benchmarks.gpu.start [--kit build/gpu-kit] [--output build/gpu] [--minutes 9] [--device cuda|cpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+INSTALL_SECONDS = 90.0
+MANIFEST = "kit.json"
+
+
+def main() -> None:
+    """Makes the environment and becomes the session; it does not return."""
+    started = time.time()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kit", type=Path, default=Path("build/gpu-kit"))
+    parser.add_argument("--output", type=Path, default=Path("build/gpu"))
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--config", type=Path, help="encoder.json of another encoder than the full one")
+    parser.add_argument("--fresh", action="store_true", help="Forget what an earlier call measured")
+    asked = parser.parse_args()
+    try:
+        manifest = read_kit(asked.kit)
+        site = install(asked.kit, manifest, asked.output)
+    except (KitError, OSError) as error:
+        sys.exit(f"error: {error}")
+    path = os.pathsep.join(filter(None, (str(site), str(ROOT), os.environ.get("PYTHONPATH"))))
+    command = ["-m", "benchmarks.gpu.session", "--kit", str(asked.kit.resolve()), "--output", str(asked.output)]
+    command += ["--ends", repr(started + 60 * asked.minutes), "--device", asked.device]
+    command += ["--config", str(asked.config)] if asked.config else []
+    command += ["--fresh"] if asked.fresh else []
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *command], {**os.environ, "PYTHONPATH": path})
+
+
+class KitError(RuntimeError):
+    """A kit that does not fit this machine, or is not whole."""
+
+
+def read_kit(folder: Path) -> dict[str, Any]:
+    """The kit's manifest, every wheel checked.
+
+    Raises:
+        KitError: no kit, one for another Python or system, or one that is not whole.
+    """
+    make = "make it by `make gpu-kit` where there is network, and bring it along"
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        python, wheels = manifest["python"], manifest["wheels"]
+    except FileNotFoundError:
+        raise KitError(f"{folder}: is no kit ({MANIFEST} is not there); {make}") from None
+    except (ValueError, KeyError, TypeError):
+        raise KitError(f"{folder}/{MANIFEST}: cannot be read; {make} whole") from None
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if python != here:
+        told = f"{folder}: is for Python {python}, {sys.executable} is {here}"
+        raise KitError(f"{told}; give the other one by `make gpu PYTHON=python{python}`, or make another kit")
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise KitError(f"{folder}: is for Linux x86-64, this is {platform.system()} {platform.machine()}")
+    bad = [name for name, digest in wheels.items() if _digest(folder / name) != digest]
+    if bad:
+        raise KitError(
+            f"{folder}: {len(bad)} of {len(wheels)} wheels are missing or damaged ({', '.join(bad)}); {make}"
+        )
+    return manifest
+
+
+def _digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def install(kit: Path, manifest: dict[str, Any], output: Path) -> Path:
+    """Installs the wheels into a folder of their own, once, and returns it; it stands before this Python's packages.
+
+    No virtual environment: one made by a Python that is itself of one does not see that one's packages.
+
+    Raises:
+        KitError: pip cannot, or hangs.
+    """
+    site, mark = output / "site", output / "site" / MANIFEST
+    told = json.dumps(manifest)
+    if mark.is_file() and mark.read_text(encoding="utf-8") == told:
+        return site.resolve()
+    shutil.rmtree(site, ignore_errors=True)
+    site.mkdir(parents=True)
+    wheels = [str(kit / name) for name in manifest["wheels"]]
+    options = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--disable-pip-version-check", "--quiet"]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(site), *wheels]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise KitError(f"{site}: pip did not install the kit in {INSTALL_SECONDS:g} s") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise KitError(f"{site}: pip cannot install the kit: {lines[-1][:300]}")
+    mark.write_text(told, encoding="utf-8")
+    return site.resolve()
+
+
+if __name__ == "__main__":
+    main()

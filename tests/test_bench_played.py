@@ -1,0 +1,115 @@
+"""`bench` on a GPU from the command line to its end, on a CPU: TensorRT and torch.cuda are stand-ins.
+
+The workers are in this process, each command in a play of the device but the exports, which no GPU makes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_config
+from exporting import neck_export_cli, trace_quickly
+from stand_in_gpu.device import Device
+from stand_in_gpu.play import play
+
+import benchmarks.measure.rounds
+import benchmarks.measure.work_folder
+from benchmarks.measure.worker import OUT_OF_MEMORY, Worker
+from benchmarks.measure.worker_process import WorkerError
+from benchmarks.results.result_files import read_result
+
+CONFIG = tiny_config(embed_dim=32, depth=2, global_blocks=(1,))
+PLAN = "tensorrt-rewritten-fp16"
+RATES = {"device": "cuda", "flops_per_s": {"fp32": 1e11, "fp16": 1e11, "bf16": 1e11}, "copy_bytes_per_s": 1e10}
+
+
+class Played:
+    """A worker that is no process of its own."""
+
+    device: Device
+    fails: dict[tuple[str, str], Exception] = {}  # noqa: RUF012 - set by a test
+
+    def __init__(self, log: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.name, self.worker = log.stem, Worker()
+        self.pid = 0
+
+    def ask(self, command: str, timeout_s: float, **asked: Any) -> dict[str, Any]:  # noqa: ANN401
+        try:
+            if error := self.fails.get((self.name, command)):
+                raise error
+            if command == "rates":
+                return RATES
+            with contextlib.nullcontext() if command in ("weights", "image", "file") else play("10.16", self.device):
+                return json.loads(json.dumps(self.worker.answer({"do": command, **asked})))
+        except WorkerError:
+            raise
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            raise WorkerError(text, memory=bool(OUT_OF_MEMORY.search(text))) from None
+
+    def resident_bytes(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        self.worker = Worker()
+
+    def __enter__(self) -> Played:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Runs the command and returns its rows by backend."""
+    trace_quickly(monkeypatch)
+    for module in (benchmarks.measure.rounds, benchmarks.measure.work_folder):
+        monkeypatch.setattr(module, "Worker", Played)
+    monkeypatch.setattr(Played, "device", Device(), raising=False)
+    monkeypatch.setattr(Played, "fails", {})
+    config = tmp_path / "encoder.json"
+    config.write_text(json.dumps(CONFIG.to_dict()), encoding="utf-8")
+
+    def run(*backends: str) -> dict[str, dict[str, Any]]:
+        named = [word for name in backends for word in ("--backend", name)]
+        options = ["--checkpoint", "random", "--config", config, "--device", "cuda", "--no-sweep", "--rounds", "1"]
+        ran = neck_export_cli("bench", *options, *named, "--output", tmp_path / "report")
+        assert ran.code == 0, ran.err
+        rows = read_result(tmp_path / "report" / "report.json")["rows"]
+        return {row["backend"]: row for row in rows}
+
+    yield run
+
+
+def test_a_plan_is_built_run_and_judged(bench: Any) -> None:  # noqa: ANN401 - the fixture's function
+    rows = bench(PLAN, "eager-rewritten-fp16", "ort-cuda-rewritten-fp16")
+    for name in (PLAN, "eager-rewritten-fp16"):
+        assert rows[name]["status"] == "measured" and rows[name]["passed"], rows[name]
+    assert rows[PLAN]["note"] is None and rows[PLAN]["build_s"] > 0 and rows[PLAN]["file_bytes"] > 0
+    assert rows["eager-fp32"]["peak_device_bytes"] > 0
+    assert "no CUDAExecutionProvider" in rows["ort-cuda-rewritten-fp16"]["reason"]
+
+
+def test_a_plan_without_a_cuda_graph_says_so_and_is_right(bench: Any) -> None:  # noqa: ANN401
+    Played.device.capture_fails = True
+    row = bench(PLAN)[PLAN]
+    assert row["status"] == "measured" and row["passed"]
+    assert re.search(r"no CUDA graph \(.*no CUDA graph can be captured", row["note"])
+
+
+def test_what_fails_costs_its_row_alone(bench: Any) -> None:  # noqa: ANN401
+    Played.fails[PLAN, "load"] = RuntimeError("CUDA error: an illegal memory access was encountered")
+    Played.fails["eager-fp16", "load"] = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    Played.fails["eager-rewritten-fp16", "memory"] = RuntimeError("planted")
+    rows = bench(PLAN, "eager-fp16", "eager-rewritten-fp16")
+    assert rows[PLAN]["status"] == rows["eager-fp16"]["status"] == "failed"
+    assert "illegal memory access" in rows[PLAN]["reason"] and "out of memory" in rows["eager-fp16"]["reason"]
+    assert rows["eager-rewritten-fp16"]["status"] == "measured"
+    assert rows["eager-rewritten-fp16"]["peak_device_bytes"] is None

@@ -1,0 +1,218 @@
+"""Exported files as backends of a GPU, the device's part played: what is measured of its memory, and what runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import benchmarks.measure.file_runners
+import engines.run.session
+from benchmarks.measure.backends import TENSORRT_PROVIDER, backends_for
+from benchmarks.measure.file_runners import FP16_ALLOWED, OrtRunner, PlanRunner, RunnerError
+from benchmarks.measure.torch_runner import TorchRunner
+from benchmarks.measure.worker import Worker
+from engines.run.plan_checks import SessionError
+
+GB = 1 << 30
+
+
+class Card:
+    """A GPU's memory as everything on it sees it."""
+
+    def __init__(self) -> None:
+        self.free = 80 * GB
+
+    def take(self, count: int) -> None:
+        self.free -= count
+
+
+class OrtSession:
+    """Two GB to load, three more for the first run, as ONNX Runtime's arena takes them."""
+
+    def __init__(self, card: Card, providers: list[Any], options: Mapping[str, Any]) -> None:
+        self.card, self.providers, self.options, self.runs = card, providers, options, 0
+        card.take(2 * GB)
+
+    def get_providers(self) -> list[str]:
+        return [one if isinstance(one, str) else one[0] for one in self.providers]
+
+    def get_provider_options(self) -> dict[str, dict[str, str]]:
+        asked = dict(one for one in self.providers if not isinstance(one, str))
+        return {name: {**options, **self.options} for name, options in asked.items()}
+
+    def get_outputs(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name="y")]
+
+    def io_binding(self) -> SimpleNamespace:
+        names = ("bind_ortvalue_input", "bind_output", "synchronize_outputs")
+        return SimpleNamespace(**{name: lambda *_: None for name in names})
+
+    def run_with_iobinding(self, binding: object) -> None:
+        if self.runs == 0:
+            self.card.take(3 * GB)
+        self.runs += 1
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    card = Card()
+    monkeypatch.setattr(benchmarks.measure.file_runners, "_free_device_bytes", lambda: card.free)
+    return card
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    np.save(tmp_path / "image.npy", np.ones((1, 3, 4, 4), np.float32))
+    return tmp_path / "image.npy"
+
+
+Ort = Callable[..., OrtRunner]
+
+
+@pytest.fixture
+def ort(card: Card, image: Path, monkeypatch: pytest.MonkeyPatch) -> Ort:
+    """An ONNX Runtime of the CUDA provider or another one."""
+
+    def made(provider: str = "CUDAExecutionProvider", precision: str = "fp16", **options: str) -> OrtRunner:
+        module = SimpleNamespace(
+            SessionOptions=lambda: SimpleNamespace(add_session_config_entry=lambda *_: None),
+            InferenceSession=lambda path, _, providers: OrtSession(card, providers, options),
+            OrtValue=SimpleNamespace(ortvalue_from_numpy=lambda *_: None),
+        )
+        monkeypatch.setitem(sys.modules, "onnxruntime", module)
+        job = {"device": "cuda", "provider": provider, "precision": precision, "image": str(image), "onnx": "x"}
+        return OrtRunner(job)
+
+    return made
+
+
+def test_a_rows_device_memory_is_its_own(card: Card, ort: Ort) -> None:
+    """What other workers load and free afterwards is no part of it."""
+    runner = ort()
+    runner.load()
+    card.take(9 * GB)
+    assert runner.device_bytes() == 5 * GB
+    card.take(-20 * GB)
+    assert runner.device_bytes() == 5 * GB
+
+
+def test_device_memory_that_cannot_be_told_is_not_told(card: Card, ort: Ort, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program freed more in the meantime than this one took: less than nothing is no figure."""
+    take = OrtSession.run_with_iobinding
+
+    def beside_another(session: OrtSession, binding: object) -> None:
+        take(session, binding)
+        card.take(-9 * GB)
+
+    monkeypatch.setattr(OrtSession, "run_with_iobinding", beside_another)
+    runner = ort()
+    runner.load()
+    assert runner.device_bytes() is None
+
+
+def test_an_fp16_file_is_computed_in_fp16_by_tensorrts_provider_or_not_at_all(ort: Ort) -> None:
+    runner = ort(TENSORRT_PROVIDER)
+    runner.load()
+    assert runner.session.providers == [(TENSORRT_PROVIDER, {FP16_ALLOWED: "1"}), "CUDAExecutionProvider"]
+    assert "weakly typed" in (runner.note() or "")
+    with pytest.raises(RunnerError, match="trt_fp16_enable is 0, asked was 1"):
+        ort(TENSORRT_PROVIDER, **{FP16_ALLOWED: "0"}).load()
+    label = next(one.label for one in backends_for("cuda") if one.provider == TENSORRT_PROVIDER)
+    assert label.endswith("FP16 allowed")
+    plain = ort()
+    plain.load()
+    assert plain.session.providers == ["CUDAExecutionProvider"] and plain.note() is None
+
+
+class PlanSession:
+    """Buffers that a run writes into; like TensorRT it writes where it was bound last, freed or not."""
+
+    def __init__(self, captures: bool) -> None:
+        self.device, self.stream, self.loaded_bytes, self.captures = torch.device("cpu"), None, GB, captures
+        self.bound: tuple[Tensor, Tensor] | None = None
+
+    def bind(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        output = torch.zeros(2)
+        self.bound = (inputs["image"], output)
+        return {"y": output}
+
+    def enqueue(self) -> None:
+        assert self.bound is not None
+        self.bound[1].copy_(self.bound[0].sum().expand(2))
+
+    def capture(self, inputs: Mapping[str, Tensor]) -> SimpleNamespace:
+        outputs = self.bind(inputs)
+        if not self.captures:
+            raise SessionError("x.plan: no CUDA graph can be captured (planted); run it without one")
+        return SimpleNamespace(outputs=outputs, graph=SimpleNamespace(replay=self.enqueue), inputs=inputs)
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_a_plan_runs_on_buffers_that_are_held(captures: bool, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a graph too, whose capture had bound others; the row says that there is none."""
+    session = PlanSession(captures)
+    monkeypatch.setattr(engines.run.session, "open_plan", lambda plan: session)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: torch.no_grad())
+    runner = PlanRunner({"plan": "x.plan", "image": str(image)})
+    runner.load()
+    runner.run()
+    assert runner.outputs()["y"].tolist() == [48.0, 48.0]
+    assert (runner.note() is None) == captures and (captures or "no CUDA graph (" in (runner.note() or ""))
+    assert runner.device_bytes() == GB + 8
+    session.loaded_bytes = -5
+    assert runner.device_bytes() is None
+
+
+def test_what_a_compiler_tried_is_no_part_of_a_peak(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's allocator as a number: autotuning takes 40 GB, a run 3."""
+    held = {"now": 0, "peak": 0}
+
+    def take(count: int) -> None:
+        held["now"] += count
+        held["peak"] = max(held.values())
+
+    def run(x: Tensor) -> tuple[Tensor]:
+        take(3)
+        take(-3)
+        return (x,)
+
+    def compiled(module: object, **_: object) -> Callable[[Tensor], tuple[Tensor]]:
+        take(40)
+        take(-40)
+        return run
+
+    monkeypatch.setattr(
+        "benchmarks.measure.torch_runner.make_module",
+        lambda job: SimpleNamespace(signature=SimpleNamespace(outputs=[SimpleNamespace(name="y")])),
+    )
+    monkeypatch.setattr(torch, "compile", compiled)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: held.update(peak=held["now"]))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: held["peak"])
+    runner = TorchRunner({"device": "cpu", "precision": "fp32", "image": str(image), "runtime": "compile-max"})
+    runner.cuda = True
+    assert runner.load() is not None
+    assert held["peak"] == 0
+    runner.run()
+    assert runner.device_bytes() == 3
+
+
+def test_a_device_peak_that_fails_leaves_the_hosts(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> int:
+        raise RuntimeError("planted")
+
+    worker = Worker()
+    worker.runner = SimpleNamespace(device_bytes=broken)  # type: ignore[assignment]
+    found = worker.memory({})
+    assert found["peak_host_bytes"] > 0 and found["peak_device_bytes"] is None
+    assert "planted" in capsys.readouterr().err
