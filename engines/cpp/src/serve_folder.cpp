@@ -101,6 +101,7 @@ private:
     void write(const std::vector<fs::path>& names, const std::vector<Fit>& fits, const std::vector<Tensor>& outputs) {
         for (std::size_t index = 0; index < names.size(); ++index) {
             std::vector<Tensor> own;
+            own.reserve(outputs.size());
             for (const Tensor& output : outputs) {
                 own.push_back(output.slice(static_cast<std::int64_t>(index), 1));
             }
