@@ -39,6 +39,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "bad allocation", "bad_alloc", "Failed
 Precision = Literal["fp32", "fp16", "bf16"]
 Attention = Literal["auto", "fp32acc", "scores32", "fused", "unfused"]
 Upsampling = Literal["auto", "deconv", "conv"]
+Residual = Literal["auto", "fp16", "fp32"]
 FlavorChoice = Literal["auto", "tensorrt", "rtx"]
 PictureRange = Annotated[
     str | None, typer.Option(help="LOW:HIGH, black and white of pictures deeper than 8 bits [default: their high byte]")
@@ -79,6 +80,12 @@ def onnx(
         Precision | None, typer.Option(help="Type of the outputs [default: the precision's]")
     ] = None,
     opset: Annotated[str, typer.Option(help="17 to 24, or auto")] = "auto",
+    residual: Annotated[
+        Residual, typer.Option(help="Type of the blocks' sums [auto: the precision's; FP32 where verification fails]")
+    ] = "auto",
+    reader: Annotated[
+        str, typer.Option(help="Who shall read the file, with commas: tensorrt-10.3, jetpack-6.2, triton-25.09")
+    ] = "",
     rewrite: Annotated[bool, typer.Option(help="The exact rewrites for deployment")] = True,
     verify: Annotated[bool, typer.Option(help="Compare with PyTorch before the file gets its name")] = True,
     images: Annotated[
@@ -119,6 +126,8 @@ def onnx(
             keep_fp32=tuple(keep_fp32 or ()),
             output_precision=output_dtype,
             opset=parse_opset(opset),
+            residual=residual,
+            readers=reader,
             rewrites=Rewrites() if rewrite else Rewrites.none(),
             verify=verify,
             images=pictures(images, picture_range),
@@ -134,6 +143,8 @@ def onnx(
         show_verdict(result.verdict)
     else:
         typer.echo("not verified: --no-verify")
+    if result.read_by:
+        typer.echo(result.read_by)
     for entry in result.manifest["files"]:
         typer.echo(f"{result.path.with_name(entry['name'])}  {entry['bytes'] / 1e6:,.1f} MB")
     typer.echo(result.manifest_path)
@@ -148,9 +159,14 @@ def trt(
     flavor: Annotated[FlavorChoice, typer.Option(help="auto: TensorRT where a GPU is, else TensorRT-RTX")] = "auto",
     compute_capability: Annotated[str, typer.Option(help="GPUs to build for (RTX): 8.6,8.9,12.0")] = "",
     batch: Annotated[str | None, typer.Option(help="Profile of a dynamic batch [default: the file's]")] = None,
-    attention: Annotated[Attention, typer.Option(help="Form, where an FP32 file is lowered")] = "auto",
+    attention: Annotated[
+        Attention, typer.Option(help="Form of attention [auto: the file's, or the next that this TensorRT takes]")
+    ] = "auto",
     upsampling: Annotated[Upsampling, typer.Option(help="Form, where an FP32 file is lowered")] = "auto",
     keep_fp32: Annotated[list[str] | None, typer.Option(help="Module kept in FP32: trunk.blocks.31")] = None,
+    residual: Annotated[
+        Residual, typer.Option(help="Type of the blocks' sums, where an FP32 file is lowered")
+    ] = "auto",
     timing_cache: Annotated[Path | None, typer.Option(help="File of measured kernels (TensorRT)")] = None,
     optimization_level: Annotated[int | None, typer.Option(help="0 (fast build) to 5")] = None,
     workspace_gib: Annotated[float | None, typer.Option(help="Scratch memory on the GPU")] = None,
@@ -184,6 +200,7 @@ def trt(
             attention=attention,
             upsampling=upsampling,
             keep_fp32=tuple(keep_fp32 or ()),
+            residual=residual,
             build=BuildOptions(
                 batch=BatchRange.parse(batch) if batch else None,
                 compute_capabilities=tuple(part for part in compute_capability.split(",") if part),
@@ -251,12 +268,13 @@ def verify(
     save_reference: Annotated[
         Path | None, typer.Option(help="X.safetensors: the pictures and PyTorch's outputs, for `neck-engine --compare`")
     ] = None,
+    reader: Annotated[str, typer.Option(help="Who must be able to read an ONNX file, as of `onnx`")] = "",
 ) -> None:
     """Compares a file with the plain PyTorch module and writes the verdict into its manifest."""
     with stage() as report:
         from engines.builder.plan_kind import is_plan
 
-        tolerances, folder = parse_tolerances(tolerance), pictures(images, picture_range)
+        tolerances, folder, line = parse_tolerances(tolerance), pictures(images, picture_range), None
         if is_plan(file):
             from engines.run.verify import verify_plan_file
 
@@ -265,9 +283,22 @@ def verify(
             )
         else:
             from export.pipeline import verify_file
+            from export.proof.who_reads import read_by_file
 
-            verdict = verify_file(file, checkpoint, folder, tolerances, report, adapter=adapter, save=save_reference)
+            verdict = verify_file(
+                file,
+                checkpoint,
+                folder,
+                tolerances,
+                report,
+                adapter=adapter,
+                save=save_reference,
+                readers=reader,
+            )
+            line = read_by_file(file)
     show_verdict(verdict)
+    if line:
+        typer.echo(line)
     if save_reference:
         typer.echo(save_reference)
 
@@ -438,6 +469,8 @@ def show_plan(result: PlanResult) -> None:
         typer.echo("nothing has changed: the plan that is there is kept")
     elif result.reason:
         typer.echo(f"built again: {result.reason}")
+    for note in result.notes:
+        typer.echo(note)
     if result.verdict:
         show_verdict(result.verdict)
     checked = result.manifest["verification"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +13,7 @@ import onnx_ir as ir
 
 from engines.builder.onnx_source import plan_source
 from engines.trials import TRIAL, Runner, run_on_gpu, run_simulated
+from export.contract.command import export_command
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest, staging
 from export.contract.signature import NECK_MODULES, Signature
 from export.graph.cleanup import MODULE
@@ -125,6 +125,8 @@ class Search:
         first = next((row.name for row in figures if not row.passed), None)
         if first is None:
             return Finding(tuple(figures), None, kept, None)
+        if self.manifest.get("residual", "auto") != "fp32" and self._mended(self.trial(kept, "fp32")):
+            return Finding(tuple(figures), first, kept, self._command(path, checkpoint, kept, residual="fp32"))
         added: tuple[str, ...] = ()
         trial = figures
         while not self._mended(trial):
@@ -139,11 +141,17 @@ class Search:
         added = self._shrunk(kept, added)
         return Finding(tuple(figures), first, (*kept, *added), self._command(path, checkpoint, (*kept, *added)))
 
-    def trial(self, keep_fp32: Sequence[str]) -> list[Comparison]:
-        """The figures of every block and output with some modules in FP32."""
-        self.report(f"trial: {', '.join(keep_fp32) or 'as it is'}")
+    def _command(self, path: Path, checkpoint: Path | None, keep_fp32: Sequence[str], **changes: str) -> str:
+        """The command that exports the mended file."""
+        output = path.with_name(f"{path.stem}.mended.onnx")
+        manifest = self.manifest | {"keep_fp32": list(keep_fp32)}
+        return export_command(manifest, manifest_path(path), output, checkpoint, changes)
+
+    def trial(self, keep_fp32: Sequence[str], residual: str | None = None) -> list[Comparison]:
+        """The figures of every block and output with some modules, or the residual sums, in FP32."""
+        self.report(f"trial: {', '.join(keep_fp32) or 'residual sums' if residual else 'as it is'}")
         precision = self.manifest["precision"]
-        found = self._outputs(precision, keep_fp32)
+        found = self._outputs(precision, keep_fp32, residual)
         return [
             compare_output(name, self.reference[name], array, tolerance_for(name, precision, self.overrides))
             for name, array in found.items()
@@ -178,10 +186,13 @@ class Search:
         below = {path[len(module) + 1 :].split(".")[0] for path in paths if path.startswith(module + ".")}
         return [f"{module}.{name}" for name in sorted(below)]
 
-    def _outputs(self, precision: str, keep_fp32: Sequence[str]) -> dict[str, np.ndarray]:
+    def _outputs(self, precision: str, keep_fp32: Sequence[str], residual: str | None = None) -> dict[str, np.ndarray]:
         """Every block's tokens and every output of the graph in one precision, by module path."""
-        model = self.canonical.clone()
-        options = {name: self.manifest[name] for name in ("attention", "upsampling")} if precision != "fp32" else {}
+        model, options = self.canonical.clone(), {}
+        if precision != "fp32":
+            options = {name: self.manifest[name] for name in ("attention", "upsampling")}
+            options["attention"] = self.manifest.get("attention_form") or options["attention"]
+            options["residual"] = residual or self.manifest.get("residual", "auto")
         lower(model, cast(Any, precision), keep_fp32=keep_fp32, **options)
         names = self._watch(model)
         file = self.folder / TRIAL
@@ -206,39 +217,6 @@ class Search:
         """The module that gives an output of the file: sam3_feat_0 -> convs.0."""
         neck, _, level = output.rsplit("_", 2)
         return f"{NECK_MODULES[neck]}.{level}"
-
-    def _command(self, path: Path, checkpoint: Path | None, keep_fp32: Sequence[str]) -> str:
-        """The command that exports the mended file."""
-        manifest, signature = self.manifest, self.manifest["signature"]
-        weights = manifest["weights"]
-        words = ["neck-export", "onnx", "--config", str(manifest_path(path))]
-        if weights["random"] and checkpoint is None:
-            words += ["--checkpoint", "random", "--seed", str(weights["seed"])]
-        else:
-            words += ["--checkpoint", str(checkpoint or weights["path"])]
-            words += ["--adapter", weights["adapter"]["path"]] if "adapter" in weights else []
-            words += ["--adapter-alpha", str(weights["adapter_alpha"])] if "adapter_alpha" in weights else []
-            words += [word for key in ("state", "prefix") if weights.get(key) for word in (f"--{key}", weights[key])]
-        words += [
-            "--image-size",
-            "x".join(str(side) for side in signature["image_size"]),
-            "--batch",
-            signature["batch"],
-        ]
-        words += [
-            "--neck",
-            ",".join(signature["necks"]),
-            "--levels",
-            ",".join(str(level) for level in signature["levels"]),
-        ]
-        words += ["--positions", signature["positions"], "--input", signature["input"]]
-        words += ["--precision", manifest["precision"], "--attention", manifest["attention"]]
-        words += ["--upsampling", manifest["upsampling"], "--opset", str(manifest["opset"])]
-        if not any(manifest["rewrites"].values()):
-            words.append("--no-rewrite")
-        for module in keep_fp32:
-            words += ["--keep-fp32", module]
-        return shlex.join([*words, "--output", str(path.with_name(f"{path.stem}.mended.onnx"))])
 
 
 def finding_lines(finding: Finding) -> list[str]:

@@ -41,6 +41,7 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
         f"{found['precision']}, batch {found['batch']}, for {gpus}, {found['created']}",
         *(f"  {kind:7} {spec['name']}: {spec['dtype']} {tuple(spec['shape'])}" for kind, spec in tensors),
         f"  from    {found['onnx']['name']}",
+        *(f"  note    {note}" for note in found.get("notes", ())),
         f"  plan    {'verified: ' + checked['method'] if checked['verified'] else checked['reason']}",
     ]
     if graph := checked.get("onnx"):

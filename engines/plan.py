@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from engines.builder.build import BuildResult, build_plan
 from engines.builder.flavor import Flavor, choose_flavor
+from engines.builder.forms import Built, Typing, build_forms
 from engines.builder.onnx_graph import read_graph
-from engines.builder.onnx_source import lower_file, read_source, typed_as
+from engines.builder.onnx_source import read_source, typed_as
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
 from engines.builder.plan_stream import Progress
 from engines.run.verify import signature_of, verify_plan, why_not_run
@@ -20,7 +21,6 @@ from engines.sheet.layer_sheet import LayerSheet, layers_path, read_sheet
 from export.contract.manifest import (
     ManifestError,
     check_files,
-    data_path,
     locked,
     manifest_path,
     publish,
@@ -30,7 +30,7 @@ from export.contract.manifest import (
 )
 from export.contract.signature import BatchRange
 from export.lowering.attention import AttentionForm
-from export.lowering.precision import Precision
+from export.lowering.precision import Precision, Residual
 from export.lowering.upsampling import Upsampling
 from export.origin import manifest_encoder, tool_version
 from export.pipeline import RejectedError
@@ -47,7 +47,9 @@ class PlanOptions:
         onnx: the ONNX file.
         output: the plan to write.
         precision: what the plan computes in; None is the file's.
-        attention, upsampling, keep_fp32: how an FP32 file is lowered to that precision.
+        attention: form of attention; `auto` is the first of the file's and the later ones that TensorRT takes.
+        upsampling, keep_fp32, residual: how an FP32 file is lowered to that precision; a residual of `auto` is FP16,
+            and FP32 where verification fails.
         build: the builder's options; its precision and batch are taken from the file.
         verify: whether to compare the plan with PyTorch before it gets its name.
     """
@@ -59,6 +61,7 @@ class PlanOptions:
     attention: AttentionForm = "auto"
     upsampling: Upsampling = "auto"
     keep_fp32: tuple[str, ...] = ()
+    residual: Residual = "auto"
     build: BuildOptions = dataclasses.field(default_factory=BuildOptions)
     verify: bool = True
     images: Path | PictureFolder | None = None
@@ -85,6 +88,11 @@ class PlanResult:
     reused: bool = False
     reason: str | None = None
 
+    @property
+    def notes(self) -> list[str]:
+        """What was done to the file for this TensorRT, and what that means."""
+        return list(self.manifest.get("notes", []))
+
 
 def make_plan(options: PlanOptions, report: Report = lambda line: None, progress: Progress | None = None) -> PlanResult:
     """Builds, verifies and files a plan, or returns the one that is there where nothing has changed.
@@ -103,28 +111,31 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
     found, reason = reusable(options, key)
     if found:
         return found
-    with staging(options.output) as folder:
-        typed = options.onnx
-        if precision != held:
-            report(f"precision pass: {held} to {precision}")
-            forms = {"attention": options.attention, "keep_fp32": options.keep_fp32, "upsampling": options.upsampling}
-            typed = lower_file(options.onnx, held, precision, folder, **forms)
-        report(f"build: {flavor.name} {flavor.version}")
+    with contextlib.ExitStack() as left, staging(options.output) as folder:
         staged = folder / options.output.name
         build = dataclasses.replace(
             options.build, precision=precision, batch=_batch(options, source), keep_fp32=_kept(options, source)
         )
-        result = build_plan(typed, staged, build, flavor=flavor, progress=progress)
-        about = _manifest(options, source, result, key, precision)
-        verdict, verification = _verify(options, source, flavor, typed, staged, precision, about, report)
-        files = [staged]
+        more: tuple[Residual, ...] = (
+            ("fp32",) if (held, precision, options.residual) == ("fp32", "fp16", "auto") else ()
+        )
+        notes: tuple[str, ...] = ()
+        for residual in (options.residual, *more):
+            typing = Typing(held, options.attention, options.upsampling, options.keep_fp32, residual)
+            built = build_forms(options.onnx, staged, build, typing, source, flavor, left, report, progress)
+            built = dataclasses.replace(built, notes=(*notes, *built.notes))
+            about = _manifest(options, source, built, key, precision)
+            verdict, verification = _verify(options, source, flavor, built.typed, staged, precision, about, report)
+            if verdict is None or verdict.passed:
+                break
+            notes = (f"{', '.join(verdict.failed_names)} left tolerance: built again with residual sums in FP32",)
+        files, result = [staged], built.result
         if result.sheet:
             files.append(layers_path(staged))
             files[-1].write_text(json.dumps(result.sheet.to_dict()) + "\n", encoding="utf-8")
         manifest = write_manifest(manifest_path(staged), "plan", about | {"verification": verification}, files)
-        if typed != options.onnx:
-            typed.unlink()
-            data_path(typed).unlink(missing_ok=True)
+        for file in [path for path in folder.iterdir() if ".onnx" in path.name]:  # typed on the way
+            file.unlink()
         if verdict is not None and not verdict.passed:
             raise _reject(options, folder, manifest, verdict)
         publish_plan(folder, options.output)
@@ -142,6 +153,7 @@ def reuse_key(
         "attention": options.attention,
         "upsampling": options.upsampling,
         "keep_fp32": list(options.keep_fp32),
+        "residual": options.residual,
         "options": dataclasses.replace(options.build, precision=precision).to_dict(),
         "flavor": flavor.name,
         "tensorrt_version": flavor.version,
@@ -186,13 +198,17 @@ def _kept(options: PlanOptions, source: dict[str, Any] | None) -> tuple[str, ...
 
 
 def _manifest(
-    options: PlanOptions, source: dict[str, Any] | None, result: BuildResult, key: dict[str, Any], precision: Precision
+    options: PlanOptions, source: dict[str, Any] | None, built: Built, key: dict[str, Any], precision: Precision
 ) -> dict[str, Any]:
     """What the plan's manifest says, its verification aside."""
+    result = built.result
     first = result.inputs[0].shape[0]
     return {
         "key": key,
         "precision": precision,
+        "attention_form": built.attention,
+        "residual": built.residual,
+        "notes": list(built.notes),
         "flavor": result.flavor,
         "tensorrt_version": result.version,
         "compute_capabilities": list(result.compute_capabilities),

@@ -52,6 +52,7 @@ class Row:
         worst_relative_l2: of all outputs against PyTorch, None where it was not built.
         layers: the layer sheet's line.
         problem: why it is out, None where it passed.
+        residual: type of the blocks' sums; an `auto` that left tolerance in FP16 was built again in FP32.
     """
 
     attention: str
@@ -61,6 +62,7 @@ class Row:
     layers: str | None = None
     problem: str | None = None
     final_ms: float | None = None
+    residual: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +141,8 @@ def try_candidate(
         result = make(options, report)
         worst = worst_relative_l2(result.manifest["verification"])
         layers = result.sheet.summary() if result.sheet else None
-        row = dataclasses.replace(row, worst_relative_l2=worst, layers=layers)
+        residual = result.manifest.get("residual", "auto")
+        row = dataclasses.replace(row, worst_relative_l2=worst, layers=layers, residual=residual)
         return dataclasses.replace(row, latency_ms=measure(result.path))
     except RejectedError as error:
         worst = max(row.relative_l2 for row in error.verdict.comparisons)
@@ -212,6 +215,7 @@ def tuning_rows(rows: list[Row]) -> list[str]:
         final = "" if row.final_ms is None else f"{row.final_ms:.3f}"
         worst = "" if row.worst_relative_l2 is None else f"{row.worst_relative_l2:.2e}"
         outcome = row.problem or row.layers or "passed"
+        outcome += ", residual sums in FP32" if row.residual == "fp32" else ""
         lines.append(f"{row.attention:10} {row.upsampling:10} {latency:>8} {final:>8} {worst:>9}  {outcome}")
     return lines
 

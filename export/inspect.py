@@ -9,8 +9,11 @@ from typing import Any
 
 import onnx_ir as ir
 
+from export.contract.command import export_again
 from export.contract.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
+from export.contract.readers import ReaderError
 from export.graph.trace import ExportError
+from export.proof.who_reads import check_claims, graph_needs, read_by
 
 FORMS = {
     (True, True, True): "FP32",
@@ -29,12 +32,13 @@ def read_graph(path: Path) -> ir.Model:
     """
     if not path.is_file():
         raise ExportError(f"{path}: no such file; export it by `neck-export onnx`")
+    again = f"export it again: {export_again(path)}"
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf and onnx-ir raise many kinds
-        raise ExportError(f"{path}: is not a whole ONNX file ({type(error).__name__}); export it again") from None
+        raise ExportError(f"{path}: is not a whole ONNX file ({type(error).__name__}); {again}") from None
     if not len(model.graph) or not model.graph.outputs:
-        raise ExportError(f"{path}: is not a whole ONNX file (no outputs in it); export it again")
+        raise ExportError(f"{path}: is not a whole ONNX file (no outputs in it); {again}")
     ends: dict[Path, int] = {}
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -43,7 +47,7 @@ def read_graph(path: Path) -> ir.Model:
             ends[file] = max(ends.get(file, 0), (tensor.offset or 0) + (tensor.length or 0))
     for file, end in ends.items():
         if not file.is_file():
-            raise ExportError(f"{path}: its weights {file} are missing; copy them beside it, or export it again")
+            raise ExportError(f"{path}: its weights {file} are missing; copy them beside it, or {again}")
         if file.stat().st_size < end:
             raise ExportError(f"{file}: is cut off at {file.stat().st_size:,} of {end:,} bytes; copy it again")
     return model
@@ -74,11 +78,16 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
         "weight_bytes": dict(types.most_common()),
         "attention": dict(collections.Counter(attention_forms(graph))),
     }
+    needs = graph_needs(model)
+    found["read_by"], found["readers_problem"] = read_by(needs), None
     try:
         manifest = read_manifest(manifest_path(path), "onnx")
         check_files(manifest_path(path), manifest, hashes=False)
         keys = ("created", "versions", "precision", "weights", "verification")
         found["manifest"] = {key: manifest[key] for key in keys}
+        check_claims(manifest_path(path), manifest, needs)
+    except ReaderError as error:
+        found["readers_problem"] = str(error)
     except (ManifestError, KeyError) as error:
         found["manifest"] = None
         missing = f"{manifest_path(path)}: says nothing of {error}; write the file again"
@@ -129,6 +138,8 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
         f"  graph   {found['nodes']} nodes: {operators}",
         f"  weights {weights}",
         f"  attention {forms}",
+        f"  {found['read_by']}",
+        *(f"  WRONG: {line}" for line in (found["readers_problem"] or "").splitlines()),
     ]
     manifest = found["manifest"]
     if manifest is None:

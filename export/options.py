@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from export.contract.readers import Reader, find_readers
 from export.contract.signature import BatchRange, InputKind, Positions, Signature, choose_necks, encoder_signature
 from export.graph.rewrite import Rewrites
 from export.graph.trace import ExportError
 from export.lowering.attention import AttentionForm
-from export.lowering.precision import OPSETS, Precision
+from export.lowering.for_readers import Form, choose_form
+from export.lowering.precision import OPSETS, Precision, Residual, check_residual
 from export.lowering.upsampling import Upsampling
 from export.origin import encoder_config
 from export.output_files import check_targets, disk_errors
@@ -36,6 +38,8 @@ class ExportOptions:
         adapter_alpha: lora_alpha of an adapter that the checkpoint itself holds.
         necks: `auto` is sam3, or what is there where sam3 is not.
         image_size: (height, width) in pixels, or None for the config's.
+        residual: type of the blocks' residual sums; `auto` is the precision's, and FP32 where verification fails.
+        readers: who shall read the file, names with commas; empty leaves the form to `attention` and `opset`.
         verify: whether to compare the file with PyTorch before it gets its name.
     """
 
@@ -59,6 +63,8 @@ class ExportOptions:
     keep_fp32: tuple[str, ...] = ()
     output_precision: Precision | None = None
     opset: int | None = None
+    residual: Residual = "auto"
+    readers: str = ""
     rewrites: Rewrites = dataclasses.field(default_factory=Rewrites)
     verify: bool = True
     images: Path | PictureFolder | None = None
@@ -69,13 +75,15 @@ def check_options(options: ExportOptions) -> None:
     """Refuses what is known to fail before the weights are read.
 
     Raises:
-        ExportError, FidelityError, PictureError: what cannot be, and what can.
+        ExportError, ReaderError, FidelityError, PictureError: what cannot be, and what can.
     """
     config = options.config or EncoderConfig()
     if options.image_size is not None:
         check_image_size(options.image_size, config.patch_size)
     if options.opset is not None and options.opset not in OPSETS:
         raise ExportError(f"opset {options.opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
+    check_residual(options.precision, options.residual)
+    form_of(options)
     if options.checkpoint is None and (options.state is not None or options.prefix is not None):
         raise ExportError("random weights have no --state or --prefix; leave them out, or name a --checkpoint")
     with disk_errors(options.output):
@@ -88,6 +96,20 @@ def check_options(options: ExportOptions) -> None:
         require_runtime()
         if options.images is not None:
             find_pictures(PictureFolder.of(options.images).path)
+
+
+def form_of(options: ExportOptions) -> Form:
+    """The attention form and opset of an export: as asked, or what its readers share.
+
+    Raises:
+        ReaderError: a reader that is not known, or readers that share no form.
+    """
+    return choose_form(asked_readers(options), options.precision, options.attention, options.opset)
+
+
+def asked_readers(options: ExportOptions) -> tuple[Reader, ...]:
+    """The readers that an export was asked for."""
+    return find_readers(options.readers) if options.readers else ()
 
 
 def load(options: ExportOptions, notes: list[str] | None = None) -> Sam3DualViTDetNeck:

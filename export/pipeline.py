@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,9 @@ import onnx_ir as ir
 import safetensors.torch
 import torch
 
+from export.about import export_facts
 from export.contract.manifest import (
+    ManifestError,
     check_files,
     data_path,
     locked,
@@ -24,18 +25,18 @@ from export.contract.manifest import (
     staging,
     write_manifest,
 )
+from export.contract.readers import find_readers
 from export.contract.signature import Signature
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
 from export.graph.trace import ExportError, trace
-from export.lowering.precision import Precision, lower
-from export.options import NUMPY_NAMES, ExportOptions, check_options, load, sign
+from export.inspect import read_graph
+from export.lowering.precision import Precision, Residual, lower
+from export.options import NUMPY_NAMES, ExportOptions, asked_readers, check_options, form_of, load, sign
 from export.origin import (
-    encoder_config,
     manifest_encoder,
     manifest_precision,
     manifest_signature,
-    package_versions,
     tool_version,
     weights_origin,
 )
@@ -43,6 +44,7 @@ from export.output_files import check_room, disk_errors, target_files
 from export.proof.fidelity import Verdict, check_overrides
 from export.proof.reference import check_reference
 from export.proof.verify import Report, check_memory, positions_path, require_runtime, verify_onnx
+from export.proof.who_reads import check_claims, graph_needs, read_by, require
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import PictureFolder
 
@@ -71,6 +73,12 @@ class ExportResult:
     def manifest_path(self) -> Path:
         """Where the manifest lies."""
         return manifest_path(self.path)
+
+    @property
+    def read_by(self) -> str | None:
+        """Who reads the file, in one line."""
+        readers = self.manifest.get("readers")
+        return readers["says"] if readers else None
 
 
 class RejectedError(Exception):
@@ -105,40 +113,64 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         asked = (options.checkpoint, options.seed, options.state, options.prefix)
         origin = background.submit(weights_origin, *asked, options.adapter, options.adapter_alpha)
         staged = folder / options.output.name
-        model = write_onnx(
-            encoder,
-            signature,
-            staged,
-            precision=options.precision,
-            rewrites=options.rewrites,
-            report=report,
-            attention=options.attention,
-            keep_fp32=options.keep_fp32,
-            output_precision=options.output_precision,
-            opset=options.opset,
-            upsampling=options.upsampling,
-        )
-        verdict = None
-        if options.verify:
-            verdict = verify_onnx(
-                staged,
-                signature,
-                encoder,
-                options.precision,
-                images=options.images,
-                overrides=options.tolerances,
-                report=report,
-            )
-            if not verdict.passed:
-                raise RejectedError(options.output, verdict)
+        residual: Residual = options.residual
+        model, verdict = _written(options, encoder, signature, staged, residual, report)
+        if verdict and not verdict.passed and (options.residual, options.precision) == ("auto", "fp16"):
+            residual = "fp32"
+            notes.append(f"{', '.join(verdict.failed_names)} left tolerance: residual sums now in FP32")
+            report(notes[-1])
+            model, verdict = _written(options, encoder, signature, staged, residual, report)
+        if verdict and not verdict.passed:
+            raise RejectedError(options.output, verdict)
         report("hashes and manifest")
-        values = _manifest(options, encoder, signature, model, verdict) | {"weights": origin.result(), "notes": notes}
+        values = export_facts(options, encoder, signature, model, residual, verdict)
+        values |= {"weights": origin.result(), "notes": notes}
         manifest = write_manifest(manifest_path(staged), "onnx", values, sorted(folder.iterdir()))
         kept = {file.name for file in folder.iterdir()}
         with locked(options.output.parent):
             # what is not kept: of an export with other --positions
             publish(folder, options.output, [file for file in target_files(options.output) if file.name not in kept])
     return ExportResult(options.output, manifest, verdict)
+
+
+def _written(
+    options: ExportOptions,
+    encoder: Sam3DualViTDetNeck,
+    signature: Signature,
+    staged: Path,
+    residual: Residual,
+    report: Report,
+) -> tuple[ir.Model, Verdict | None]:
+    """Writes the file, checks that the asked readers read it, and verifies it where asked."""
+    form, readers = form_of(options), asked_readers(options)
+    model = write_onnx(
+        encoder,
+        signature,
+        staged,
+        precision=options.precision,
+        rewrites=options.rewrites,
+        report=report,
+        attention=form.attention,
+        keep_fp32=options.keep_fp32,
+        output_precision=options.output_precision,
+        opset=form.opset,
+        upsampling=options.upsampling,
+        residual=residual,
+    )
+    require(readers, graph_needs(model), f"--reader {options.readers}", "take another reader, or another --precision")
+    if not options.verify:
+        return model, None
+    verdict = verify_onnx(
+        staged,
+        signature,
+        encoder,
+        options.precision,
+        images=options.images,
+        overrides=options.tolerances,
+        report=report,
+    )
+    sums = ", residual sums in FP32" if residual == "fp32" else ""
+    return model, dataclasses.replace(verdict, method=verdict.method + sums)
 
 
 def verify_file(
@@ -150,31 +182,43 @@ def verify_file(
     *,
     adapter: Path | None = None,
     save: Path | None = None,
+    readers: str = "",
 ) -> Verdict:
     """Verifies a file that was exported before, and writes the verdict into its manifest.
 
     Args:
         path: the ONNX file.
+        readers: who must be able to read the graph, names with commas.
         checkpoint, adapter: its weights and the adapter that was merged, where they are no longer where the manifest
             says.
         images, tolerances, report, save: as in verify_onnx.
 
     Raises:
         ManifestError: the manifest is missing or the files are not those that it speaks of.
+        ReaderError: the graph is not read by who must, or not by whom the manifest claims.
         CheckpointError, ExportError: the weights cannot be read, or are not those that were exported.
         RejectedError: the outputs left tolerance; the manifest says so too.
     """
-    where = manifest_path(path)
+    where, asked = manifest_path(path), find_readers(readers) if readers else ()
     if not path.is_file():
         raise ExportError(f"{path}: no such file; export it by `neck-export onnx`")
     require_runtime()
     if save is not None:
         check_reference(save)
+    if not where.exists():
+        needs = graph_needs(read_graph(path))
+        require(asked, needs, str(path), f"it is {read_by(needs)}")
+        raise ManifestError(
+            f"{where}: the manifest is missing, so its weights are unknown; {path.name} is {read_by(needs)}"
+        )
     manifest = read_manifest(where, "onnx")
     signature = manifest_signature(where, manifest)
     check_overrides(tolerances or {}, [spec.name for spec in signature.outputs])
     report("hashes")
     check_files(where, manifest)
+    needs = graph_needs(read_graph(path))
+    check_claims(where, manifest, needs)
+    require(asked, needs, str(path), f"it is {read_by(needs)}")
     report("weights")
     encoder = manifest_encoder(where, manifest, checkpoint, adapter)
     precision = manifest_precision(where, manifest)
@@ -218,23 +262,3 @@ def write_onnx(
         # save_file's errors are no OSErrors (safetensors 0.7), so a full disk would not be told as one
         positions_path(path).write_bytes(safetensors.torch.save(stored))
     return model
-
-
-def _manifest(
-    options: ExportOptions, encoder: Sam3DualViTDetNeck, signature: Signature, model: ir.Model, verdict: Verdict | None
-) -> dict[str, Any]:
-    """What the manifest says besides files and weights."""
-    operators = collections.Counter(node.op_type for node in model.graph)
-    return {
-        "versions": {"neck-export": tool_version(), **package_versions()},
-        "encoder": encoder_config(encoder).to_dict(),
-        "signature": signature.to_dict(),
-        "precision": options.precision,
-        "attention": options.attention,
-        "upsampling": options.upsampling,
-        "keep_fp32": list(options.keep_fp32),
-        "opset": model.opset_imports[""],
-        "rewrites": dataclasses.asdict(options.rewrites),
-        "graph": {"nodes": sum(operators.values()), "operators": dict(operators.most_common())},
-        "verification": verdict.to_dict() if verdict else {"verified": False, "reason": "not asked: --no-verify"},
-    }

@@ -212,7 +212,10 @@ def _outside(path: Path) -> Path:
     ("spoil", "says"),
     [
         (lambda path: path.with_name("none.onnx"), "No such file: .*none.onnx; `neck-export onnx` writes it"),
-        (_without_data, "No such file: .*onnx.data, the weights of .*onnx; copy both or export again"),
+        (
+            _without_data,
+            "No such file: .*onnx.data, the weights of .*onnx; copy both or export it again: neck-export onnx",
+        ),
         (lambda path: _truncated(path, 0.5), "not a whole ONNX file.*export it again"),
         (lambda path: _truncated(path, 0), "empty or truncated; export it again"),
         (

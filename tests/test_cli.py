@@ -157,11 +157,14 @@ def test_onnx_prints_figures_and_files(tmp_path: Path) -> None:
     assert [row.split()[0] for row in rows[:8]] == [row["name"] for row in figures]
     assert [row.split()[-1] for row in rows[:8]] == ["ok"] * 8
     assert float(rows[0].split()[3]) == pytest.approx(figures[0]["relative_l2"], rel=0.01)
-    assert [Path(row.split("  ")[0]) for row in rows[8:]] == [output, tmp_path / "x.onnx.data", tmp_path / "x.json"]
+    assert rows[8].startswith(
+        "read by TensorRT 10.14 and later, TensorRT-RTX, ONNX Runtime 1.23 and later (on a GPU 1.25"
+    )
+    assert [Path(row.split("  ")[0]) for row in rows[9:]] == [output, tmp_path / "x.onnx.data", tmp_path / "x.json"]
 
     verified = neck_export_cli("verify", output)
     assert (verified.code, verified.err) == (0, "")
-    assert verified.out.splitlines() == ran.out.splitlines()[1:11]
+    assert verified.out.splitlines() == ran.out.splitlines()[1:12]
 
 
 def test_exit_codes(tmp_path: Path) -> None:
@@ -187,7 +190,7 @@ def test_a_real_run_is_quiet(tmp_path: Path) -> None:
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
     assert "\r" not in done.stdout
-    assert len(done.stdout.splitlines()) == 14
+    assert len(done.stdout.splitlines()) == 15
     assert sorted(listing(tmp_path)) == ["x.json", "x.onnx", "x.onnx.data"]
 
 

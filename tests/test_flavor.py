@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from engines.builder import flavor as flavor_module
-from engines.builder.build import TYPES
 from engines.builder.config import timing_cache_path
 from engines.builder.flavor import OLDEST, Flavor, FlavorError, choose_flavor, version_numbers
 from engines.builder.gpu import Gpu, find_gpu, has_gpu
 from engines.builder.options import BuildOptions
+from engines.builder.parsed_network import TYPES
 
 ENGINES = Path(__file__).parent.parent / "engines"
 API = Path(__file__).parent / "data" / "tensorrt-api"

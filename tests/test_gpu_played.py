@@ -122,9 +122,21 @@ def test_rtx_is_built_and_run_so_that_a_graph_can_be_captured(files: dict[str, P
 
 
 def test_a_version_that_cannot_read_the_file_says_so(files: dict[str, Path], tmp_path: Path) -> None:
+    words = ("trt", files["half"], "--attention", "fp32acc", "--output", tmp_path / "e.plan")
     with play("10.13") as state:
-        said = refused(state, tmp_path, "trt", files["half"], "--output", tmp_path / "e.plan")
+        said = refused(state, tmp_path, *words)
     assert "TensorRT 10.13.0.35 cannot parse it: node trunk.blocks.0.attn/" in said and "(Attention)" in said
+
+
+def test_a_version_that_cannot_read_the_file_gets_another_form(files: dict[str, Path], tmp_path: Path) -> None:
+    with play("10.13"):
+        ran = neck_export_cli("trt", files["half"], "--output", tmp_path / "e.plan")
+    assert ran.code == 0, ran.err
+    first, second = ran.out.splitlines()[:2]
+    assert first.startswith("TensorRT 10.13.0.35 refused attention as fp32acc: node trunk.blocks.0.attn/attention")
+    assert second.startswith(
+        "attention lowered again as scores32: the first product of each attention accumulates in FP32"
+    )
 
 
 def test_a_version_that_is_too_old_is_not_taken(files: dict[str, Path], tmp_path: Path) -> None:

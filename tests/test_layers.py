@@ -288,3 +288,43 @@ def test_the_inspector_and_the_log_agree(tmp_path: Path) -> None:
     assert sheet.attentions == 4
     if result.sheet is not None:
         assert len(sheet.fused) == len(result.sheet.fused)
+
+
+INSPECTED = Path(__file__).parent / "data" / "inspector"
+"""What the engine inspector prints, in its shapes and our names, by hand: NVIDIA/TensorRT #4020 (10.1), #4397 (10.10,
+there as a log); of 11 the listed API alone."""
+
+
+def inspected(version: str) -> LayerSheet:
+    return sheet_from_inspector((INSPECTED / f"tensorrt-{version}.json").read_text(encoding="utf-8"), {})
+
+
+def test_an_inspector_of_10_1_tells_types_in_words() -> None:
+    sheet = inspected("10.1")
+    assert [kernel.kind for kernel in sheet.kernels] == ["Reformat", "CaskConvolution", "CaskPooling"]
+    convolution = sheet.kernels[1]
+    assert [tensor.dtype for tensor in (*convolution.inputs, *convolution.constants)] == ["Half"] * 3
+    assert convolution.bytes == 2 * (3 * 112 * 112 + 16 * 8 * 8 + 9408 + 16)
+    assert convolution.onnx == ("trunk.patch_embed.proj/Conv",) and convolution.tactic.startswith("sm80_xmma_fprop")
+    assert (sheet.attentions, len(sheet.fused)) == (0, 0) and sheet.bytes_moved is not None
+
+
+def test_an_inspector_of_10_10_tells_fused_attentions() -> None:
+    """A Myelin block that is taken apart: two fused attentions under both names, one in three kernels, and waits."""
+    sheet = inspected("10.10")
+    assert len(sheet.kernels) == 7 and sheet.by_kind == {"kgen": 4, "gemm": 3}
+    assert (sheet.attentions, len(sheet.fused)) == (3, 2) and sheet.accumulation is None
+    assert sheet.fused[0].onnx[0] == "trunk.blocks.0.attn/scores" and len(sheet.fused[0].onnx) == 5
+    assert sheet.summary().startswith("fused attentions 2 of 3, accumulation not told, 7 kernels, ")
+    assert sheet.bytes_moved is not None and "does not tell" in str(sheet.warning())
+
+
+def test_an_inspector_of_11_tells_no_insides_of_a_block() -> None:
+    """A ForeignNode that stays whole: how many attentions it fuses, and what it moves, is not told."""
+    text = (INSPECTED / "tensorrt-11.json").read_text(encoding="utf-8")
+    sheet = sheet_from_inspector(text, {}, attentions=32)
+    assert [kernel.opaque for kernel in sheet.kernels] == [False, True] and sheet.bytes_moved is None
+    line = "fused attentions not told (1 Myelin blocks, 32 in the graph), 2 kernels, bytes not told (Myelin blocks)"
+    assert sheet.summary() == line
+    assert "does not tell what its FP16 attention accumulates in" in str(sheet.warning())
+    assert LayerSheet.from_dict(json.loads(json.dumps(sheet.to_dict()))) == sheet

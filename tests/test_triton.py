@@ -8,6 +8,8 @@ import importlib.util
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,17 +23,20 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import GOLDEN_TOLERANCE, load_golden, run_onnx, tiny_config, worst_error
-from exporting import golden_options, listing
+from exporting import golden_options, listing, neck_export_cli, trace_quickly
 from PIL import Image
 
 import engines.service.repository_files
-from engines.service.containers import ONNX_RUNTIME, TENSORRT, choose_container
+from engines.service.containers import choose_container
 from engines.service.ensemble import PREPROCESS_MODEL
 from engines.service.model_config import read_config, to_text
 from engines.service.repository import Repository, RepositoryOptions, TritonError, make_repository
 from engines.service.served_model import Source, read_model
+from export.contract.containers import ONNX_RUNTIME, TENSORRT
 from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest, write_manifest
+from export.contract.readers import find_readers
 from export.contract.signature import BatchRange, encoder_signature
+from export.lowering.for_readers import choose_form
 from export.pipeline import export_onnx
 from neck.pictures import normalise, read_picture, resize_picture
 
@@ -593,14 +598,41 @@ def test_containers_that_do_not_fit(onnx_file: Path, tmp_path: Path) -> None:
         ["container nvcr.io/nvidia/tritonserver:24.10-py3 has ONNX Runtime 1.19.2"],
     )
     assert "is not known here" in choose_container([onnx], "27.01")[1][0]
-    newer = dataclasses.replace(onnx, manifest=onnx.manifest | {"opset": 23})
-    assert choose_container([newer], "25.08")[0] == "25.08"
-    with pytest.raises(TritonError, match=r"opset 23, which needs ONNX Runtime 1\.23, container 25\.07 has 1\.22\.0"):
-        choose_container([newer], "25.07")
     bfloat = dataclasses.replace(onnx, outputs=(dataclasses.replace(onnx.outputs[0], dtype="bfloat16"),))
     assert choose_container([bfloat], "26.04")[0] == "26.04"
-    with pytest.raises(TritonError, match=r"bfloat16 outputs.*--output-dtype fp32"):
+    with pytest.raises(TritonError, match=r"bfloat16 outputs.*\n.*--output-dtype fp32"):
         choose_container([bfloat], "25.12")
+
+
+def test_a_file_that_a_container_would_compute_on_the_cpu_is_refused_and_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default FP16 file has opset-23 Attention: ONNX Runtime reads it from 1.23, on a GPU from 1.25."""
+    trace_quickly(monkeypatch)
+    options = golden_options("meta-dual", tmp_path / "x.onnx", necks="sam3", precision="fp16", verify=False)
+    source = read_model(export_onnx(options).path)
+    assert choose_container([source], None)[0] == choose_container([source], "26.07")[0] == max(ONNX_RUNTIME)
+    assert "computes MaxPool on the CPU" in choose_container([source], "26.07")[1][1]
+    with pytest.raises(TritonError, match=r"25\.07 has ONNX Runtime 1\.22\.0: it is known to read opset 22"):
+        choose_container([source], "25.07")
+    with pytest.raises(TritonError, match=r"24\.04 has ONNX Runtime 1\.17\.3: what it reads is not known here"):
+        choose_container([source], "24.04")
+    told = r"25\.09 has ONNX Runtime 1\.23\.0: it computes Attention of opset 23 on the CPU .*; take container 26\.07"
+    with pytest.raises(TritonError, match=told) as caught:
+        choose_container([source], "25.09")
+    first, command = str(caught.value).splitlines()
+    assert first.endswith("or export it again:")
+    ran = neck_export_cli(*shlex.split(command)[1:])
+    assert ran.code == 0, ran.err
+    assert choose_container([read_model(source.path)], "25.09")[0] == "25.09"
+
+
+def test_the_example_of_the_docs_works_for_its_container() -> None:
+    text = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    readers, containers = re.findall(r"--reader (\S+)", text), re.findall(r"tritonserver:(\d\d\.\d\d)-py3", text)
+    assert set(readers) == {f"triton-{container}" for container in containers} and len(readers) == 1
+    form = choose_form(find_readers(readers[0]), "fp16")
+    assert (form.attention, form.opset) == ("scores32", None)
 
 
 def test_the_tables_are_in_order() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import os
 import time
 from pathlib import Path
@@ -12,14 +11,15 @@ from typing import Any
 from engines.builder.config import common_options, save_timing_cache
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.gpu import Gpu
-from engines.builder.onnx_graph import BuildError, Graph, read_graph
+from engines.builder.onnx_graph import BuildError, Graph, RefusedError, read_graph
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
+from engines.builder.parsed_network import check_types, keep_attentions_whole
 from engines.builder.plan_stream import Progress, Watch, disk_errors, new_monitor, run_builder, temporary
 from engines.sheet.layer_sheet import LayerSheet
 from engines.sheet.read_layers import LayerSheetError, read_accumulations, sheet_from_inspector, sheet_from_log
+from export.contract.command import export_again
 from export.contract.signature import BATCH, TensorSpec
 
-TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 NUMPY = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -28,8 +28,6 @@ NUMPY = {
     "INT32": "int32",
     "INT64": "int64",
 }
-SCORES = "*.attn/scores*"
-"""The matrix product that the attention form `unfused` keeps in FP32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +96,7 @@ def build_plan(
     )
     started, watch = time.perf_counter(), Watch()
     builder, network, keep = _parse(onnx, flavor, watch)
-    check_types(onnx, flavor.trt, network, options)
+    check_types(onnx, flavor.trt, network, options.precision, options.keep_fp32)
     common = common_options(onnx, flavor, network, options, new_monitor(flavor.trt, watch, progress))
     config = flavor.create_config(builder, network, targets, common)
     with disk_errors(plan), temporary(plan) as (file, path):
@@ -137,9 +135,10 @@ def _read_sheet(flavor: Flavor, log: str, plan: Path, graph: Graph) -> tuple[Lay
 
 def _check_attentions(onnx: Path, graph: Graph, options: BuildOptions) -> None:
     if graph.fp32_attentions:
+        form = "auto" if options.precision == "fp32" else "scores32"
         raise BuildError(
             f"{onnx}: {graph.fp32_attentions[0]} is an opset-23 Attention in FP32, which TensorRT does not build; "
-            f"export again with --attention {'auto' if options.precision == 'fp32' else 'scores32'}"
+            f"export it again: {export_again(onnx, attention=form, opset='auto')}"
         )
 
 
@@ -151,42 +150,21 @@ def _parse(onnx: Path, flavor: Flavor, watch: Watch) -> tuple[Any, Any, Any]:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx)):
-        reasons = []
+        reasons, kinds = [], set()
         for index in range(parser.num_errors):
             parser_error = parser.get_error(index)
             name, kind = parser_error.node_name(), parser_error.node_operator()
+            kinds.add(kind)
             reasons.append((f"node {name} ({kind}): " if name else "") + " ".join(parser_error.desc().split())[:400])
         reason = reasons[0] if reasons else watch.reason
-        raise BuildError(
-            f"{onnx}: TensorRT {flavor.version} cannot parse it: {reason}\nexport it again with --opset auto"
+        remedy = export_again(onnx, attention="auto", opset="auto", reader=flavor.reader)
+        raise RefusedError(
+            f"{onnx}: TensorRT {flavor.version} cannot parse it: {reason}\nexport it again: {remedy}",
+            reason,
+            by_form="Attention" in kinds,
         )
+    keep_attentions_whole(trt, network)
     return builder, network, (logger, parser)
-
-
-def check_types(onnx: Path, trt: Any, network: Any, options: BuildOptions) -> None:  # noqa: ANN401
-    """Checks that the parsed graph computes in the type that was asked: a strongly typed engine is what its graph is.
-
-    Raises:
-        BuildError: naming the first matrix product or convolution that does not, or saying that there is none.
-    """
-    kinds = (trt.LayerType.MATRIX_MULTIPLY, trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION)
-    wanted = getattr(trt.DataType, TYPES[options.precision])
-    fp32 = [SCORES, *(f"{pattern}{end}" for pattern in options.keep_fp32 for end in ("/*", ".*"))]
-    seen = 0
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if layer.type not in kinds:
-            continue
-        tensor = layer.get_output(0)
-        seen += tensor.dtype == wanted
-        kept = tensor.dtype == trt.DataType.FLOAT and any(fnmatch.fnmatchcase(layer.name, name) for name in fp32)
-        if tensor.dtype != wanted and not kept:
-            raise BuildError(
-                f"{onnx}: {layer.name} computes in {tensor.dtype.name}, asked was {options.precision}; "
-                f"export again with --precision {options.precision}, or name what may stay by --keep-fp32"
-            )
-    if not seen:
-        raise BuildError(f"{onnx}: no matrix product or convolution in {options.precision}; not an image encoder")
 
 
 def _spec(tensor: Any) -> TensorSpec:  # noqa: ANN401

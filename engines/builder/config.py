@@ -10,6 +10,7 @@ from engines.builder.flavor import Flavor
 from engines.builder.onnx_graph import BuildError
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
 from engines.builder.plan_stream import disk_errors, temporary
+from export.contract.command import export_again
 
 
 def common_options(onnx: Path, flavor: Flavor, network: Any, options: BuildOptions, monitor: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -55,14 +56,17 @@ def _profile(onnx: Path, network: Any, options: BuildOptions) -> Any:  # noqa: A
     """The optimization profile of a dynamic batch, or None for a fixed one."""
     image = network.get_input(0)
     if network.num_inputs != 1:
-        raise BuildError(f"{onnx}: has {network.num_inputs} inputs, expected the image alone; export it again")
+        raise BuildError(
+            f"{onnx}: has {network.num_inputs} inputs, expected the image alone; export it by `neck-export onnx`"
+        )
     shape = tuple(image.shape)
     if -1 in shape[1:]:
         raise BuildError(f"{onnx}: input {image.name} is {shape}; only the batch may be dynamic, so fix the image size")
     if shape[0] != -1:
         if options.batch is not None and str(options.batch) != str(shape[0]):
             raise BuildError(
-                f"{onnx}: its batch is {shape[0]}, asked was {options.batch}; export again with --batch {options.batch}"
+                f"{onnx}: its batch is {shape[0]}, asked was {options.batch}; "
+                f"export again with --batch {options.batch}: {export_again(onnx, batch=str(options.batch))}"
             )
         return None
     from polygraphy.backend.trt import Profile

@@ -55,6 +55,16 @@ class Flavor:
     targets: tuple[str, ...]
     gpu: Gpu | None
 
+    @property
+    def title(self) -> str:
+        """How a message names it: `TensorRT 10.3.0`."""
+        return f"{'TensorRT-RTX' if self.name == 'rtx' else 'TensorRT'} {self.version}"
+
+    @property
+    def reader(self) -> str:
+        """Its name among the readers of ONNX files: `tensorrt-10.3`."""
+        return "tensorrt-rtx" if self.name == "rtx" else f"tensorrt-{'.'.join(self.version.split('.')[:2])}"
+
     def check_targets(self, asked: Sequence[str]) -> tuple[str, ...]:
         """The compute capabilities to build for, such as ("8.6", "12.0"); empty asks for the flavour's default.
 

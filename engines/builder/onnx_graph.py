@@ -10,12 +10,22 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, helper
 
+from export.contract.command import export_again
+
 ELEMENT_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 Dims = tuple[int | str, ...]
 
 
 class BuildError(RuntimeError):
     """The plan could not be built; the message says which file, why, and what to do."""
+
+
+class RefusedError(BuildError):
+    """TensorRT does not take the graph: its `reason`, in a line, and whether another form of attention may help."""
+
+    def __init__(self, message: str, reason: str, by_form: bool = True) -> None:
+        super().__init__(message)
+        self.reason, self.by_form = reason, by_form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +59,9 @@ def read_graph(path: Path, batch: int = 1) -> Graph:
     except FileNotFoundError:
         raise BuildError(f"No such file: {path}; `neck-export onnx` writes it") from None
     except (DecodeError, ValueError, OSError) as error:
-        raise BuildError(f"{path}: not a whole ONNX file ({str(error) or 'truncated'}); export it again") from None
+        raise BuildError(f"{path}: not a whole ONNX file ({str(error) or 'truncated'}); {_again(path)}") from None
     if not model.graph.output:
-        raise BuildError(f"{path}: an ONNX file without outputs, so empty or truncated; export it again")
+        raise BuildError(f"{path}: an ONNX file without outputs, so empty or truncated; {_again(path)}")
     _check_weights(path, model.graph)
     types, shapes = _types(model.graph), _shapes(model.graph)
     producers = {output: node for node in model.graph.node for output in node.output}
@@ -74,14 +84,18 @@ def _check_weights(path: Path, graph: onnx.GraphProto) -> None:
             ends[where["location"]] = max(end, ends.get(where["location"], 0))
     for name, end in ends.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise BuildError(f"{path}: its weights lie in {name!r}, outside its folder; export it again")
+            raise BuildError(f"{path}: its weights lie in {name!r}, outside its folder; {_again(path)}")
         file = path.with_name(name)
         if not file.is_file():
-            raise BuildError(f"No such file: {file}, the weights of {path.name}; copy both or export again")
+            raise BuildError(f"No such file: {file}, the weights of {path.name}; copy both or {_again(path)}")
         if file.stat().st_size < end:
             raise BuildError(
-                f"{file}: truncated, has {file.stat().st_size:,} of {end:,} bytes; copy it again or export again"
+                f"{file}: truncated, has {file.stat().st_size:,} of {end:,} bytes; copy it again or {_again(path)}"
             )
+
+
+def _again(path: Path) -> str:
+    return f"export it again: {export_again(path)}"
 
 
 def _types(graph: onnx.GraphProto) -> dict[str, int]:

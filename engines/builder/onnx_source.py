@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from engines.builder.onnx_graph import BuildError
+from export.contract.command import AS_AUTO, export_again
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest
 from export.graph.cleanup import MODULE
 from export.lowering.precision import Precision, lower
@@ -62,7 +63,10 @@ def lower_file(onnx: Path, held: Precision, precision: Precision, folder: Path, 
         BuildError: the file is not FP32, or not one whose nodes tell their modules.
     """
     if held != "fp32":
-        raise BuildError(f"{onnx}: is {held}, asked was {precision}; export again with --precision {precision}")
+        raise BuildError(
+            f"{onnx}: is {held}, asked was {precision};\n"
+            f"export it again: {export_again(onnx, precision=precision, **AS_AUTO)}"
+        )
     model = ir.load(onnx)
     if not any(MODULE in node.metadata_props for node in model.graph):
         raise BuildError(
@@ -85,4 +89,5 @@ def plan_source(where: Path) -> dict[str, Any]:
     if manifest["onnx_manifest"] is None:
         raise BuildError(f"{where}: the plan was built from a file without manifest, so its weights are unknown")
     forms = {name: manifest["key"][name] for name in ("attention", "upsampling", "keep_fp32")}
+    forms |= {name: manifest[name] for name in ("attention_form", "residual") if name in manifest}
     return manifest["onnx_manifest"] | forms | {"precision": manifest["precision"]}

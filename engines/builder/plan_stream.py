@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from engines.builder.onnx_graph import BuildError
+from engines.builder.onnx_graph import BuildError, RefusedError
 from engines.sheet.read_layers import FIRST_LINE
 from export.contract.interrupt import removed_on_signal
 
@@ -108,7 +108,9 @@ def run_builder(trt: Any, builder: Any, network: Any, config: Any, file: IO[byte
         file.write(built)
     if not built or not file.tell():
         short = any(word in line for line in watch.errors for word in ("bad_alloc", "OutOfMemory"))
-        raise BuildError(OUT_OF_MEMORY if short else f"TensorRT built nothing: {watch.reason}")
+        if short:
+            raise BuildError(OUT_OF_MEMORY)
+        raise RefusedError(f"TensorRT built nothing: {watch.reason}", watch.reason)
 
 
 def _new_writer(trt: Any, file: IO[bytes], watch: Watch) -> Any:  # noqa: ANN401

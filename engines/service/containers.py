@@ -3,65 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 
+import onnx_ir as ir
+
 from engines.service.served_model import Source, TritonError
-
-TENSORRT = {
-    "24.05": "10.0.1",
-    "24.07": "10.2.0",
-    "24.08": "10.3.0",
-    "24.12": "10.7.0",
-    "25.01": "10.8.0",
-    "25.06": "10.11.0",
-    "25.08": "10.13.2",
-    "25.09": "10.13.3",
-    "25.11": "10.14.1",
-    "25.12": "10.14.1",
-    "26.07": "11.1.0",
-}
-"""TensorRT of Triton's containers, as far as it could be read on 2026-11-22.
-
-NVIDIA's own list (docs.nvidia.com/deeplearning/frameworks/support-matrix) was out of reach. The versions are what
-public projects wrote of nvcr.io/nvidia/tensorrt of the same month, which has the TensorRT of Triton's container (said
-by a maintainer in triton-inference-server/server issue 5812); months with contradicting or no statements are left
-out. The table in Triton's docs/introduction/compatibility.md is of the `trtllm` images, whose TensorRT is another.
-"""
-
-ONNX_RUNTIME = {
-    "24.04": "1.17.3",
-    "24.05": "1.18.0",
-    "24.06": "1.18.0",
-    "24.07": "1.18.1",
-    "24.08": "1.18.1",
-    "24.09": "1.19.2",
-    "24.10": "1.19.2",
-    "24.11": "1.19.2",
-    "24.12": "1.20.1",
-    "25.01": "1.20.1",
-    "25.02": "1.20.1",
-    "25.03": "1.21.0",
-    "25.04": "1.21.0",
-    "25.05": "1.22.0",
-    "25.06": "1.22.0",
-    "25.07": "1.22.0",
-    "25.08": "1.23.0",
-    "25.09": "1.23.0",
-    "25.10": "1.23.1",
-    "25.11": "1.23.2",
-    "25.12": "1.23.2",
-    "26.01": "1.23.2",
-    "26.02": "1.24.1",
-    "26.03": "1.24.2",
-    "26.04": "1.24.4",
-    "26.05": "1.24.4",
-    "26.06": "1.24.4",
-    "26.07": "1.27.0",
-}
-"""ONNX Runtime of Triton's containers: triton-inference-server/server, docs/introduction/compatibility.md, 2026-08."""
-
-OPSET_23_RUNTIME = "1.23"
-"""Oldest ONNX Runtime for opset 23, whose Attention the default FP16 export has."""
+from export.contract.command import AS_AUTO, export_again
+from export.contract.containers import ONNX_RUNTIME, TENSORRT
+from export.contract.readers import line_of, version_key
+from export.proof.who_reads import graph_needs, on_cpu, why_not
 
 BF16_CONTAINER = "26.04"
 """The onnxruntime backend takes bfloat16 since March 2026 (its pull request 335), so containers after that month's."""
@@ -111,8 +62,8 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
     if asked is None:
         fitting = [name for name, carried in TENSORRT.items() if carried == _short(version)]
         if not fitting and compatible:
-            later = [name for name, carried in TENSORRT.items() if _key(carried) > _key(version)]
-            fitting = [name for name in later if _key(TENSORRT[name])[0] == _key(version)[0]] or later
+            later = [name for name, carried in TENSORRT.items() if version_key(carried) > version_key(version)]
+            fitting = [name for name in later if version_key(TENSORRT[name])[0] == version_key(version)[0]] or later
         if not fitting:
             return None, [f"no Triton container with {needed} is known here; NVIDIA's support matrix names it"]
         asked = fitting[-1]
@@ -122,36 +73,61 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
         return asked, notes + ([f"start Triton with {COMPATIBLE} if it is a later one"] if compatible else [])
     if carried == _short(version):
         return asked, [f"container {image(asked)} has TensorRT {carried}, as the plan needs"]
-    if compatible and _key(carried) > _key(version):
+    if compatible and version_key(carried) > version_key(version):
         return asked, [f"container {image(asked)} has TensorRT {carried}; start Triton with {COMPATIBLE}"]
     fitting = [name for name, other in TENSORRT.items() if other == _short(version)]
     remedy = f"take container {fitting[-1]}" if fitting else "take the container that NVIDIA's support matrix names"
+    name = (source.manifest.get("onnx") or {}).get("name", f"{source.path.stem}.onnx")
+    onnx, precision = source.path.with_name(name), source.manifest.get("precision", "fp16")
+    words = ["neck-export", "trt", str(onnx), f"--{precision}", "--flavor", "tensorrt", "--output", str(source.path)]
     raise TritonError(
-        f"{source.path}: needs {needed}, container {asked} has {carried}; {remedy}, or build the plan again in this one"
+        f"{source.path}: needs {needed}, container {asked} has {carried}; {remedy}, or build it again in this one:\n"
+        f"{shlex.join(words)}"
     )
 
 
 def _for_onnx(source: Source, asked: str | None) -> tuple[str | None, list[str]]:
-    container = asked or max(ONNX_RUNTIME, key=_key)
-    carried, opset = ONNX_RUNTIME.get(container), source.manifest.get("opset", 0)
-    if carried and opset >= 23 and _key(carried) < _key(OPSET_23_RUNTIME):
-        raise TritonError(
-            f"{source.path}: has opset {opset}, which needs ONNX Runtime {OPSET_23_RUNTIME}, container {container} has "
-            f"{carried}; take 25.08 or later, or export again with --opset 20 --attention scores32"
-        )
-    if any(spec.dtype == "bfloat16" for spec in source.outputs) and _key(container) < _key(BF16_CONTAINER):
+    container = asked or max(ONNX_RUNTIME, key=version_key)
+    carried = ONNX_RUNTIME.get(container)
+    if any(spec.dtype == "bfloat16" for spec in source.outputs) and version_key(container) < version_key(
+        BF16_CONTAINER
+    ):
         raise TritonError(
             f"{source.path}: has bfloat16 outputs, which container {container} does not take from ONNX Runtime; "
-            f"export again with --output-dtype fp32, or take {BF16_CONTAINER} or later"
+            f"take {BF16_CONTAINER} or later, or export it again:\n{export_again(source.path, output_dtype='fp32')}"
         )
     if carried is None:
-        return container, [f"which ONNX Runtime is in container {container} is not known here; 1.23 or later serves"]
-    return container, [f"container {image(container)} has ONNX Runtime {carried}"]
+        return container, [f"which ONNX Runtime is in container {container} is not known here; 1.25 or later serves"]
+    notes = _check_readable(source, container, carried)
+    return container, [f"container {image(container)} has ONNX Runtime {carried}", *notes]
+
+
+def _check_readable(source: Source, container: str, carried: str) -> list[str]:
+    """Refuses a file that the container's ONNX Runtime does not read, or computes on the CPU; else what is small there.
+
+    Raises:
+        TritonError: why, the containers that serve it, and the command that exports it for the asked one.
+    """
+    try:
+        needs = graph_needs(ir.load(source.path))
+    except Exception as error:  # protobuf and onnx-ir raise many kinds
+        raise TritonError(f"{source.path}: is not a whole ONNX file ({type(error).__name__}); copy it again") from None
+    reader = line_of("onnxruntime-gpu", carried)
+    reason = why_not(reader, needs) if reader else "what it reads is not known here"
+    if reader and reason is None:
+        small = ", ".join(on_cpu(reader, needs))
+        return [f"its ONNX Runtime computes {small} on the CPU: copies, little arithmetic"] if small else []
+    lines = {name: line_of("onnxruntime-gpu", version) for name, version in ONNX_RUNTIME.items()}
+    fitting = [name for name, line in lines.items() if line and why_not(line, needs) is None]
+    remedy = f"take container {fitting[0]} or later, or export" if fitting else "export"
+    changes = {"reader": f"triton-{container}", "attention": "auto", "opset": "auto"}
+    if "BFLOAT16" in needs.types:
+        changes |= {**AS_AUTO, "precision": "fp16"}
+    raise TritonError(
+        f"{source.path}: container {container} has ONNX Runtime {carried}: {reason}; {remedy} it again:\n"
+        f"{export_again(source.path, **changes)}"
+    )
 
 
 def _short(version: str) -> str:
     return ".".join(version.split(".")[:3])
-
-
-def _key(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:3])

@@ -71,8 +71,15 @@ class Kernel:
         return bool(ATTENTION_KERNEL.search(f"{self.name} {self.tactic}"))
 
     @property
+    def opaque(self) -> bool:
+        """Whether it is a whole part of the graph of which the plan tells the ends alone (Myelin's ForeignNode)."""
+        return self.kind == "Myelin" or self.name.startswith("{ForeignNode[")
+
+    @property
     def bytes(self) -> int | None:
         """Bytes read and written, weights included, None where a tensor's size is not told."""
+        if self.opaque:
+            return None
         sizes = [tensor.bytes for tensor in (*self.inputs, *self.constants, *self.outputs)]
         return sum(size for size in sizes if size is not None) if None not in sizes else None
 
@@ -141,14 +148,18 @@ class LayerSheet:
 
     def summary(self) -> str:
         """The sheet in one line."""
+        opaque = sum(kernel.opaque for kernel in self.kernels)
         parts = [f"fused attentions {len(self.fused)} of {self.attentions}"]
+        if opaque:
+            parts = [f"fused attentions not told ({opaque} Myelin blocks, {self.attentions} in the graph)"]
         if self.fused:
             first, second = self.accumulation or ("not told", "not told")
             both = first.upper() if first == second else f"{first.upper()} then {second.upper()}"
             parts.append(f"accumulation {both if self.accumulation else 'not told'}")
         parts.append(f"{len(self.kernels)} kernels")
         moved = self.bytes_moved
-        parts.append("bytes not told (dynamic batch)" if moved is None else f"{moved / 1e9:.3g} GB moved")
+        reason = "Myelin blocks" if opaque else "dynamic batch"
+        parts.append(f"bytes not told ({reason})" if moved is None else f"{moved / 1e9:.3g} GB moved")
         return ", ".join(parts)
 
     def warning(self) -> str | None:
@@ -158,7 +169,8 @@ class LayerSheet:
                 "attention accumulates in FP16: published SAM 3 engines of this kind lost the picture without an error "
                 "(cosine 0.06, NVIDIA/TensorRT #4837). Export with --attention fp32acc, or trust only a verified plan"
             )
-        half = [kernel for kernel in self.fused if any(tensor.dtype == "Half" for tensor in kernel.inputs)]
+        hidden = [kernel for kernel in self.kernels if kernel.opaque and self.attentions]
+        half = [kernel for kernel in (*self.fused, *hidden) if any(one.dtype == "Half" for one in kernel.inputs)]
         if half and self.accumulation is None:
             return (
                 "this plan does not tell what its FP16 attention accumulates in; FP16 there is known to lose the "

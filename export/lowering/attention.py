@@ -126,6 +126,8 @@ def _attention_node(core: AttentionCore) -> list[ir.Node]:
     nodes, inputs = [], []
     for name, value in (("query", core.query), ("key", core.key), ("value", core.value)):
         producer = value.producer()
+        if producer is not None and producer.op_type == "Cast":  # of a file that is typed already
+            producer = cast(ir.Value, producer.inputs[0]).producer()
         if producer is not None and producer.metadata_props.get(MODULE, "").endswith(".rope"):
             # the plain module's rotary is FP32 up to here; TensorRT builds no Attention without a rounding before it
             nodes.append(ir.node("Identity", [value], name=f"rounded_{name}"))

@@ -116,6 +116,8 @@ class INetworkDefinition(Played):
 
         for node in model.graph.node:
             kind = plan.PRODUCTS.get(node.op_type, "SHUFFLE")
+            if node.op_type == "Attention" and hasattr(trt.LayerType, "ATTENTION_INPUT"):
+                kind = "ATTENTION_INPUT"
             if node.output[0] in ports:
                 self._layers.append(trt.ILayer(node.name, trt.LayerType[kind], tensor(node.output[0])))
         self._inputs = [tensor(value.name) for value in model.graph.input]
@@ -160,6 +162,23 @@ class ILayer(Played):
     def get_output(self, index: int) -> Any:  # noqa: ANN401
         """An output."""
         return self._output
+
+
+class IAttentionInputLayer(ILayer):
+    """trt.IAttentionInputLayer."""
+
+    @property
+    def attention(self) -> Any:  # noqa: ANN401
+        """The attention that it begins."""
+        if "_attention" not in vars(self):
+            self._attention = type(self).trt.IAttention()
+        return self._attention
+
+
+class IAttention(Played):
+    """trt.IAttention."""
+
+    decomposable = False
 
 
 class ITensor(Played):

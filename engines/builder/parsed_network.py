@@ -1,0 +1,60 @@
+"""What is set and checked in the network that the parser made, before the builder has it."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engines.builder.onnx_graph import BuildError
+from export.contract.command import AS_AUTO, export_again
+
+TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+
+SCORES = "*.attn/scores*"
+"""The matrix product that the attention form `unfused` keeps in FP32."""
+
+
+def keep_attentions_whole(trt: Any, network: Any) -> int:  # noqa: ANN401
+    """Forbids the builder to take attentions apart: one that it cannot fuse is a failed build, no slow engine.
+
+    Returns:
+        How many there are; none where the API has no attention layers (TensorRT before 10.14).
+    """
+    if not hasattr(trt, "IAttentionInputLayer") or not hasattr(trt.LayerType, "ATTENTION_INPUT"):
+        return 0
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    entries = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
+    for entry in entries:
+        entry.__class__ = trt.IAttentionInputLayer  # the bindings give the base class
+        if hasattr(entry.attention, "decomposable"):
+            entry.attention.decomposable = False
+    return len(entries)
+
+
+def check_types(onnx: Path, trt: Any, network: Any, precision: str, keep_fp32: Sequence[str]) -> None:  # noqa: ANN401
+    """Checks that the parsed graph computes in the type that was asked: a strongly typed engine is what its graph is.
+
+    Raises:
+        BuildError: naming the first matrix product or convolution that does not, or saying that there is none.
+    """
+    kinds = (trt.LayerType.MATRIX_MULTIPLY, trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION)
+    wanted = getattr(trt.DataType, TYPES[precision])
+    fp32 = [SCORES, *(f"{pattern}{end}" for pattern in keep_fp32 for end in ("/*", ".*"))]
+    seen = 0
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type not in kinds:
+            continue
+        tensor = layer.get_output(0)
+        seen += tensor.dtype == wanted
+        kept = tensor.dtype == trt.DataType.FLOAT and any(fnmatch.fnmatchcase(layer.name, name) for name in fp32)
+        if tensor.dtype != wanted and not kept:
+            command = export_again(onnx, precision=precision, **AS_AUTO)
+            raise BuildError(
+                f"{onnx}: {layer.name} computes in {tensor.dtype.name}, asked was {precision}; "
+                f"name what may stay by --keep-fp32, or export it again: {command}"
+            )
+    if not seen:
+        raise BuildError(f"{onnx}: no matrix product or convolution in {precision}; not an image encoder")

@@ -1,0 +1,48 @@
+"""What the manifest of an export says besides its files and weights."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any
+
+import onnx_ir as ir
+
+from export.contract.signature import Signature
+from export.lowering.attention import AUTO
+from export.lowering.precision import Residual
+from export.options import ExportOptions, asked_readers, form_of
+from export.origin import encoder_config, package_versions, tool_version
+from export.proof.fidelity import Verdict
+from export.proof.who_reads import graph_needs, readers_entry
+from neck.necks import Sam3DualViTDetNeck
+
+
+def export_facts(
+    options: ExportOptions,
+    encoder: Sam3DualViTDetNeck,
+    signature: Signature,
+    model: ir.Model,
+    residual: Residual,
+    verdict: Verdict | None,
+) -> dict[str, Any]:
+    """The facts: versions, encoder, contract, forms, readers, graph, verdict."""
+    operators = collections.Counter(node.op_type for node in model.graph)
+    form = form_of(options).attention
+    fp16 = options.precision == "fp16"
+    return {
+        "versions": {"neck-export": tool_version(), **package_versions()},
+        "encoder": encoder_config(encoder).to_dict(),
+        "signature": signature.to_dict(),
+        "precision": options.precision,
+        "attention": options.attention,
+        "attention_form": AUTO[options.precision] if form == "auto" else form,
+        "residual": "fp16" if fp16 and residual == "auto" else residual,
+        "readers": readers_entry(graph_needs(model), asked_readers(options)),
+        "upsampling": options.upsampling,
+        "keep_fp32": list(options.keep_fp32),
+        "opset": model.opset_imports[""],
+        "rewrites": dataclasses.asdict(options.rewrites),
+        "graph": {"nodes": sum(operators.values()), "operators": dict(operators.most_common())},
+        "verification": verdict.to_dict() if verdict else {"verified": False, "reason": "not asked: --no-verify"},
+    }

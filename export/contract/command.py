@@ -1,0 +1,80 @@
+"""The command that exports a file again, changed where it must be (no torch)."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from export.contract.manifest import ManifestError, manifest_path, read_manifest
+
+DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+AS_AUTO = {"attention": "auto", "opset": "auto", "residual": "auto", "upsampling": "auto"}
+"""Changes for an export in another precision: what the file has may not be there."""
+
+
+def export_command(
+    manifest: Mapping[str, Any],
+    where: Path,
+    output: Path,
+    checkpoint: Path | None = None,
+    changes: Mapping[str, str] | None = None,
+) -> str:
+    """The `neck-export onnx` that wrote a file, to another place.
+
+    Args:
+        manifest: of the ONNX file, with the precision and forms that are wanted.
+        where: a manifest or encoder.json that tells the architecture.
+        output: the file to write.
+        checkpoint: where the weights are now; by default where the manifest says.
+        changes: options and their values in the place of the manifest's: attention="auto", opset="auto".
+    """
+    signature, weights = manifest["signature"], manifest["weights"]
+    options = {
+        "image-size": "x".join(str(side) for side in signature["image_size"]),
+        "batch": signature["batch"],
+        "neck": ",".join(signature["necks"]),
+        "levels": ",".join(str(level) for level in signature["levels"]),
+        "positions": signature["positions"],
+        "input": signature["input"],
+        "precision": manifest["precision"],
+        "attention": manifest["attention"],
+        "residual": manifest.get("residual", "auto"),
+        "upsampling": manifest["upsampling"],
+        "opset": str(manifest["opset"]),
+        **{name.replace("_", "-"): value for name, value in (changes or {}).items()},
+    }
+    dtype = DTYPES.get(signature.get("dtype", ""), manifest["precision"])
+    if dtype != manifest["precision"]:
+        options.setdefault("output-dtype", dtype)
+    words = ["neck-export", "onnx", "--config", str(where)]
+    if weights["random"] and checkpoint is None:
+        words += ["--checkpoint", "random", "--seed", str(weights["seed"])]
+    else:
+        words += ["--checkpoint", str(checkpoint or weights["path"])]
+        words += ["--adapter", weights["adapter"]["path"]] if "adapter" in weights else []
+        words += ["--adapter-alpha", str(weights["adapter_alpha"])] if "adapter_alpha" in weights else []
+        words += [word for key in ("state", "prefix") if weights.get(key) for word in (f"--{key}", weights[key])]
+    for name, value in options.items():
+        words += [f"--{name}", value]
+    if not any(manifest["rewrites"].values()):
+        words.append("--no-rewrite")
+    for module in manifest["keep_fp32"]:
+        words += ["--keep-fp32", module]
+    return shlex.join([*words, "--output", str(output)])
+
+
+def export_again(onnx: Path, **changes: str) -> str:
+    """The command that writes an ONNX file again in its place, told by the manifest beside it.
+
+    A file that another tool wrote has none: its command is not known here, and so the changed options alone are told.
+    """
+    where = manifest_path(onnx)
+    try:
+        return export_command(read_manifest(where, "onnx"), where, onnx, changes=changes)
+    except (ManifestError, KeyError, TypeError, AttributeError):
+        options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
+        return f"neck-export onnx {options}".rstrip()

@@ -1,0 +1,244 @@
+"""Who reads an ONNX file: one table of TensorRT, TensorRT-RTX, ONNX Runtime and OpenVINO by version (no torch).
+
+Each line says where it was found; `run` is by us. What no source tells is not claimed: such a reader is not able.
+Short names of the sources: `operators.md` and `changelog` are docs/ of onnx/onnx-tensorrt at the version's release,
+`OperatorKernels.md` is docs/ of microsoft/onnxruntime, `ort#N` and `trt#N` an issue or pull request of
+microsoft/onnxruntime and NVIDIA/TensorRT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from export.contract.containers import ONNX_RUNTIME, TENSORRT
+
+Family = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-gpu", "openvino"]
+TITLES: dict[Family, str] = {
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT-RTX",
+    "onnxruntime": "ONNX Runtime",
+    "onnxruntime-gpu": "ONNX Runtime on a GPU",
+    "openvino": "OpenVINO",
+}
+
+BASIC = frozenset(
+    {"Add", "Cast", "Concat", "Constant", "Conv", "ConvTranspose", "DepthToSpace", "Div", "Erf", "Expand", "Gather"}
+    | {"Identity", "LayerNormalization", "MatMul", "MaxPool", "Mul", "Neg", "Pad", "ReduceMean", "Reshape", "Shape"}
+    | {"Slice", "Softmax", "Split", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze"}
+)
+"""Operators of opset 17 and earlier that an exported encoder may hold, and which every reader below takes."""
+
+GELU, ATTENTION = frozenset({"Gelu"}), frozenset({"Attention"})
+HALF, ALL = frozenset({"FLOAT", "FLOAT16"}), frozenset({"FLOAT", "FLOAT16", "BFLOAT16"})
+FP32_ATTENTION = ("Attention", "FLOAT")
+"""An Attention whose inputs are FP32 in truth: no TensorRT builds it unless it may be decomposed (run, RTX 1.7)."""
+
+SMALL = frozenset({"MaxPool", "Pad"})
+"""Operators that ONNX Runtime may compute on the CPU without harm: they cost copies, not arithmetic."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """What a family reads from a version on, until its next line.
+
+    Attributes:
+        family, since: whose line it is, and the first version that it holds for.
+        opset: the newest that is known to be read.
+        operators: those that are known to be read.
+        types: of weights and activations; integers and uint8 pixels are read by all.
+        refuses: operator and type that are known to fail.
+        on_cpu: operators that a GPU build computes on the CPU, each from which version of the operator on.
+        fails: what else is known to go wrong.
+        source: where all of it was found.
+        version: the one that was asked, `since` where none was.
+    """
+
+    family: Family
+    since: str
+    opset: int
+    operators: frozenset[str]
+    types: frozenset[str]
+    source: str
+    refuses: frozenset[tuple[str, str]] = frozenset()
+    on_cpu: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
+    fails: str = ""
+    version: str = ""
+
+    @property
+    def name(self) -> str:
+        """How a message names it: `TensorRT 10.3`."""
+        return f"{TITLES[self.family]} {self.version or self.since}"
+
+    @property
+    def full_name(self) -> str:
+        """What `find_readers` takes: `tensorrt-10.3`."""
+        return f"{self.family}-{self.version or self.since}"
+
+
+def _trt(since: str, opset: int, more: frozenset[str], types: frozenset[str], source: str, fails: str = "") -> Reader:
+    refuses = frozenset({FP32_ATTENTION})
+    return Reader("tensorrt", since, opset, BASIC | more, types, source, refuses=refuses, fails=fails)
+
+
+_LAYOUT_21 = {"Reshape": 21, "Shape": 21, "Squeeze": 21, "Transpose": 21, "Unsqueeze": 21}
+_NEW_22 = {"Attention": 23, "ConvTranspose": 22, "MaxPool": 22, "Pad": 19}
+_ORT = "the CPU has no BF16 kernel (ort#27892; run, 1.32: Conv(22)) and the GPU none of MaxPool (OperatorKernels.md)"
+
+READERS: tuple[Reader, ...] = (
+    _trt("8.6", 17, frozenset(), HALF, "operators.md 8.6-GA: opset 17, no Gelu, no BF16; uint8 pixels since 8.5"),
+    _trt("9.0", 19, frozenset(), ALL, "operators.md and changelog 9.0 to 9.3: opset 19, BF16"),
+    _trt("10.0", 20, GELU, ALL, "operators.md 10.0 and 10.1: opset 9 to 20, Gelu; later ones up to 10.13 not seen"),
+    _trt(
+        "10.14", 23, GELU | ATTENTION, ALL, "changelog 10.14: Attention", "trt#4705: no Attention builds on an RTX 4080"
+    ),
+    _trt(
+        "10.15",
+        24,
+        GELU | ATTENTION,
+        ALL,
+        "operators.md 10.15: opset 9 to 24",
+        "trt#4738, #4739 (10.16): Attention with several outputs, or inside If",
+    ),
+    _trt("11.0", 24, GELU | ATTENTION, ALL, "operators.md 11.2: opset 9 to 24; bindings of 11.4"),
+    Reader(
+        "tensorrt-rtx",
+        "1.7",
+        24,
+        BASIC | GELU | ATTENTION,
+        ALL,
+        "run, 1.7.1: parses and builds all of our forms; earlier versions were not tried",
+        refuses=frozenset({FP32_ATTENTION, ("ConvTranspose", "BFLOAT16")}),
+    ),
+    Reader("onnxruntime", "1.18", 20, BASIC | GELU, HALF, f"ort#19560: Gelu (20) in 1.18; {_ORT}"),
+    Reader("onnxruntime", "1.21", 22, BASIC | GELU, HALF, f"ort#23344: opset 22 in 1.21; {_ORT}"),
+    Reader("onnxruntime", "1.23", 23, BASIC | GELU | ATTENTION, HALF, f"ort#25156: Attention (23) in 1.23; {_ORT}"),
+    Reader("onnxruntime", "1.25", 24, BASIC | GELU | ATTENTION, HALF, f"ort#27542: Attention (24); run, 1.32; {_ORT}"),
+    Reader(
+        "onnxruntime-gpu",
+        "1.18",
+        20,
+        BASIC | GELU,
+        HALF,
+        f"ort#19560: Gelu (20) on CUDA in 1.18; ort#26393: Pad (19) on the CPU; {_ORT}",
+        on_cpu={"Pad": 19},
+    ),
+    Reader(
+        "onnxruntime-gpu",
+        "1.21",
+        22,
+        BASIC | GELU,
+        HALF,
+        f"ort#26065: opset-21 layouts on the CPU; ort#26393: ConvTranspose and MaxPool (22) too; {_ORT}",
+        on_cpu={**_NEW_22, **_LAYOUT_21},
+    ),
+    Reader(
+        "onnxruntime-gpu",
+        "1.23",
+        23,
+        BASIC | GELU | ATTENTION,
+        HALF,
+        f"ort#28025: Attention on the CPU with 1.24.4; ort#26393, #27710: ConvTranspose (22) too; {_ORT}",
+        on_cpu=_NEW_22,
+    ),
+    Reader(
+        "onnxruntime-gpu",
+        "1.25",
+        23,
+        BASIC | GELU | ATTENTION,
+        HALF,
+        f"ort#27542, #27710 and OperatorKernels.md of March 2026: Attention, Cast, layouts (23) on CUDA; {_ORT}",
+        on_cpu={"MaxPool": 22, "Pad": 19},
+    ),
+    Reader("openvino", "2026.4", 24, BASIC | GELU | ATTENTION, ALL, "run, 2026.4.1 on a CPU, all of our forms"),
+)
+"""Lines of a family lie together, oldest first."""
+
+NEWEST: dict[Family, str] = {
+    "tensorrt": "11.4",
+    "tensorrt-rtx": "1.7",
+    "onnxruntime": "1.32",
+    "onnxruntime-gpu": "1.32",
+    "openvino": "2026.4",
+}
+"""Newer versions than these are not known here."""
+
+JETPACK = {
+    "6.1": "10.3",  # docs.pytorch.org/TensorRT v2.6.1, getting_started/jetpack
+    "6.2": "10.3",  # the compute stack of 6.1; roboflow/inference and others build on it
+    "7.0": "10.13",  # dusty-nv/jetson-containers#1263
+    "7.1": "10.13",  # roboflow/inference#1935
+    "7.2": "10.16",  # roboflow/inference#2478, read from a device
+}
+"""TensorRT of NVIDIA's Jetson releases; they carry no ONNX Runtime."""
+
+
+class ReaderError(ValueError):
+    """A reader that is not known, or a file that an asked reader cannot read; the message says what to do."""
+
+
+def reader_names() -> list[str]:
+    """Every name that `find_readers` takes, as far as it can be listed: of versions, those at which a line begins."""
+    lines = [f"{reader.family}-{reader.since}" for reader in READERS]
+    newest = [f"{family}-{version}" for family, version in NEWEST.items()]
+    triton = sorted(month for month in {*TENSORRT, *ONNX_RUNTIME} if month >= max(min(TENSORRT), min(ONNX_RUNTIME)))
+    names = ["tensorrt-rtx", "openvino", *lines, *newest, *(f"jetpack-{v}" for v in JETPACK)]
+    return list(dict.fromkeys([*names, *(f"triton-{container}" for container in triton)]))
+
+
+def find_readers(names: str) -> tuple[Reader, ...]:
+    """The readers that names with commas mean; `triton-25.09` is its TensorRT and its ONNX Runtime.
+
+    Raises:
+        ReaderError: a name that is not known, with those near it, or a version that the table does not know.
+    """
+    found: dict[str, Reader] = {}
+    for name in (part.strip() for part in names.split(",")):
+        for one in _parts(name.lower()):
+            found[one] = _find(one, name)
+    return tuple(found.values())
+
+
+def line_of(family: Family, version: str) -> Reader | None:
+    """The line that holds for a version, None for one that the table does not know."""
+    lines = [reader for reader in READERS if reader.family == family]
+    if not re.fullmatch(r"\d+(\.\d+)*", version) or version_key(version)[:2] > version_key(NEWEST[family]):
+        return None
+    fitting = [reader for reader in lines if version_key(reader.since) <= version_key(version)]
+    return dataclasses.replace(fitting[-1], version=version) if fitting else None
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """A version as numbers: 10.14 comes after 10.3."""
+    return tuple(int(part) for part in version.split("."))
+
+
+def _parts(name: str) -> list[str]:
+    """The plain readers that a known product carries."""
+    product, _, version = name.partition("-")
+    if product == "jetpack" and version in JETPACK:
+        return [f"tensorrt-{JETPACK[version]}"]
+    if product == "triton" and f"{product}-{version}" in reader_names():
+        tables = {"tensorrt": TENSORRT, "onnxruntime-gpu": ONNX_RUNTIME}
+        # a month that a table lacks has at least what the months before it have
+        return [f"{family}-{table[max(m for m in table if m <= version)]}" for family, table in tables.items()]
+    return [f"{name}-{NEWEST['tensorrt-rtx']}" if name == "tensorrt-rtx" else name]
+
+
+def _find(name: str, asked: str) -> Reader:
+    name = f"{name}-{NEWEST['openvino']}" if name == "openvino" else name
+    family, _, version = name.rpartition("-")
+    if family in TITLES:
+        reader = line_of(family, version)
+        if reader:
+            return reader
+        first = next(line.since for line in READERS if line.family == family)
+        newest = NEWEST[family]
+        known = f"{first} to {newest}" if first != newest else first
+        raise ReaderError(f"--reader {asked!r}: what {name} reads is not known here; known are {known}")
+    near = difflib.get_close_matches(asked.lower(), reader_names(), n=4, cutoff=0.4)
+    shown = near or ["tensorrt-10.3", "tensorrt-rtx", "onnxruntime-1.23", "jetpack-6.2", "triton-25.09"]
+    raise ReaderError(f"--reader {asked!r}: no such reader; near it: {', '.join(shown)}")

@@ -1,0 +1,73 @@
+"""The attention form and opset of a file that several readers shall read: the best that they share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from export.contract.readers import Reader, ReaderError
+from export.lowering.attention import AUTO, AttentionForm
+from export.lowering.precision import TYPES, Precision
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What `export.lowering.precision.lower` is asked for; an opset of None is its choice."""
+
+    attention: AttentionForm
+    opset: int | None
+
+
+def choose_form(
+    readers: Sequence[Reader], precision: Precision, attention: AttentionForm = "auto", opset: int | None = None
+) -> Form:
+    """The form that all readers take: fp32acc where all have Attention, else scores32 at opset 20 or below.
+
+    Args:
+        readers: who shall read the file; none leaves everything as asked.
+        precision: what the graph is lowered to.
+        attention, opset: as asked; only `auto` and None are chosen here.
+
+    Raises:
+        ReaderError: no file of that kind is read by all of them; it says who cannot, why, and what to ask instead.
+    """
+    if not readers:
+        return Form(attention, opset)
+    _check_types(readers, precision)
+    oldest = min(readers, key=lambda reader: reader.opset)
+    if opset is not None and opset > oldest.opset:
+        raise ReaderError(f"--opset {opset}: {oldest.name} is known to read up to {oldest.opset}; use --opset auto")
+    lacking = next((reader for reader in readers if not _has_attention(reader)), None)
+    if attention == "fp32acc" and lacking:
+        raise ReaderError(
+            f"--attention fp32acc: {lacking.name} is not known to compute Attention (opset 23) where it should; "
+            f"use --attention auto, or another --reader"
+        )
+    form = attention
+    if attention == "auto":
+        form = "scores32" if precision == "fp16" and (lacking or (opset or 23) < 23) else AUTO[precision]  # type: ignore[assignment]
+    needed = 23 if form == "fp32acc" else 22 if precision == "bf16" else 20
+    if precision == "bf16" and needed > oldest.opset:
+        able = [reader.name for reader in readers if reader.opset >= needed]
+        others = f"{', '.join(able)} can; " if able else ""
+        raise ReaderError(
+            f"--precision bf16: its convolutions need opset 22, {oldest.name} is known to read {oldest.opset}; "
+            f"{others}leave it out of --reader, or use --precision fp16"
+        )
+    return Form(form, opset if opset is not None or needed <= oldest.opset else oldest.opset)
+
+
+def _check_types(readers: Sequence[Reader], precision: Precision) -> None:
+    wanted = TYPES[precision].name
+    unable = [reader.name for reader in readers if wanted not in reader.types]
+    if unable:
+        able = [reader.name for reader in readers if wanted in reader.types]
+        others = f"{', '.join(able)} can; " if able else ""
+        raise ReaderError(
+            f"--precision {precision}: not known to be computed by {', '.join(unable)}; "
+            f"{others}take another --reader, or use --precision fp16"
+        )
+
+
+def _has_attention(reader: Reader) -> bool:
+    return "Attention" in reader.operators and reader.on_cpu.get("Attention", 24) > 23 and reader.opset >= 23

@@ -1,0 +1,405 @@
+"""Who reads a file: the table, the file that is written for a reader, and what is claimed of one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import onnx
+import onnx_ir as ir
+import pytest
+from conftest import Save, load_golden, traced
+from exporting import golden_options, neck_export_cli, trace_quickly
+
+from export.contract.containers import ONNX_RUNTIME, TENSORRT
+from export.contract.readers import (
+    NEWEST,
+    READERS,
+    TITLES,
+    Reader,
+    ReaderError,
+    find_readers,
+    line_of,
+    reader_names,
+    version_key,
+)
+from export.graph.trace import ExportError
+from export.lowering.for_readers import choose_form
+from export.lowering.precision import OPSETS, Precision, lower
+from export.pipeline import export_onnx, verify_file
+from export.proof.verify import verify_onnx
+from export.proof.who_reads import INTEGERS, graph_needs, on_cpu, read_by, readers_entry, why_not
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+SIGNATURES = [(kind, positions) for kind in ("float", "uint8") for positions in ("graph", "none")]
+FORMS: list[tuple[Precision, str]] = [
+    ("fp32", "tensorrt-8.6"),
+    ("fp32", "tensorrt-11.4"),
+    ("fp16", "tensorrt-8.6"),
+    ("fp16", "tensorrt-10.3"),
+    ("fp16", "tensorrt-11.4"),
+    ("bf16", "tensorrt-rtx"),
+]
+"""Every file that the table can ask for, but for opset 19, each by a reader that asks for it."""
+
+Dict = dict[str, Any]
+
+
+def tiny(kind: str, positions: str, batch: str = "1") -> ir.Model:
+    golden = load_golden("meta-dual")
+    asked: Dict = {"necks": "sam3", "positions": positions, "input_kind": kind}
+    return traced(golden.encoder, golden.config, batch=batch, **asked).model
+
+
+def written_for(readers: str, precision: Precision, model: ir.Model) -> ir.Model:
+    form = choose_form(find_readers(readers), precision)
+    lower(model, precision, attention=form.attention, opset=form.opset)
+    return model
+
+
+def beyond(reader: Reader, model: ir.Model) -> set[str]:
+    """What of a file the table does not give a reader; written anew here, from the file's own protobuf."""
+    proto = ir.to_proto(model)
+    opset = {entry.domain: entry.version for entry in proto.opset_import}[""]
+    names = {onnx.TensorProto.DataType.Name(number) for number in range(1, 20)}
+    found = {info.type.tensor_type.elem_type for info in (*proto.graph.value_info, *proto.graph.output)}
+    found |= {tensor.data_type for tensor in proto.graph.initializer}
+    types = {onnx.TensorProto.DataType.Name(number) for number in found} & names
+    return (
+        {node.op_type for node in proto.graph.node} - reader.operators
+        | (types - reader.types - INTEGERS)
+        | ({f"opset {opset}"} if opset > reader.opset else set())
+    )
+
+
+@pytest.mark.parametrize(("kind", "positions"), SIGNATURES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_reader_gets_what_it_reads(kind: str, positions: str, precision: Precision) -> None:
+    refused, written = [], {}
+    for reader in READERS:
+        name = reader.full_name
+        try:
+            form = choose_form([reader], precision)
+            if form not in written:  # readers share most of the forms
+                written[form] = written_for(name, precision, tiny(kind, positions))
+        except ReaderError as error:
+            refused.append(reader)
+            assert reader.name in str(error) and "--precision fp16" in str(error), error
+            assert len(str(error).splitlines()) == 1
+            continue
+        assert beyond(reader, written[form]) == set(), name
+        assert why_not(reader, graph_needs(written[form])) is None, name
+    assert refused == (
+        [reader for reader in READERS if reader.opset < 22 or "BFLOAT16" not in reader.types]
+        if precision == "bf16"
+        else []
+    )
+
+
+@pytest.mark.parametrize(("operator", "opset"), [("RotaryEmbedding", 23), ("Swish", 24), ("Attention", 23)])
+def test_a_planted_newer_operator_is_seen(operator: str, opset: int) -> None:
+    """The control: TensorRT 10.3 is known to read neither operator nor opset."""
+    (reader,) = find_readers("tensorrt-10.3")
+    model = written_for("tensorrt-10.3", "fp16", tiny("float", "none"))
+    softmax = next(node for node in model.graph if node.op_type == "Softmax")
+    planted = ir.node(operator, [softmax.inputs[0]], name="planted")
+    planted.outputs[0].type = softmax.outputs[0].type
+    model.graph.insert_after(softmax, planted)
+    needs = graph_needs(model)
+    assert beyond(reader, model) == {operator}
+    assert why_not(reader, needs) == f"it is not known to read {operator} (1 nodes)"
+    model.opset_imports[""] = opset
+    assert f"opset {reader.opset}, the file has {opset}" in str(why_not(reader, graph_needs(model)))
+
+
+@pytest.mark.parametrize(("kind", "positions"), [SIGNATURES[0], SIGNATURES[3]])
+@pytest.mark.parametrize(("precision", "reader"), FORMS)
+def test_the_files_compute_what_pytorch_computes(
+    save: Save, kind: str, positions: str, precision: Precision, reader: str
+) -> None:
+    """In ONNX Runtime, FP16 and BF16 by their rounding simulation; FP32 and FP16 also load in it as they are."""
+    golden = load_golden("meta-dual")
+    asked: Dict = {"necks": "sam3", "positions": positions, "input_kind": kind}
+    whole = traced(golden.encoder, golden.config, **asked)
+    path = save(written_for(reader, precision, whole.model))
+    assert verify_onnx(path, whole.signature, golden.encoder, precision).passed
+    if precision != "bf16":
+        ort = pytest.importorskip("onnxruntime")
+        assert ort.InferenceSession(path, providers=["CPUExecutionProvider"]).get_outputs()
+
+
+@pytest.mark.parametrize(("precision", "reader"), FORMS)
+def test_where_rtx_takes_them_the_real_builder_builds(save: Save, precision: Precision, reader: str) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
+    from engines.builder.build import build_plan
+    from engines.builder.options import BuildOptions
+
+    model = written_for(reader, precision, tiny("uint8", "graph"))
+    assert why_not(find_readers("tensorrt-rtx")[0], graph_needs(model)) is None
+    path = save(model)
+    result = build_plan(path, path.with_suffix(".plan"), BuildOptions(precision, compute_capabilities=("8.9",)))
+    assert result.plan_bytes
+
+
+@pytest.mark.parametrize(
+    ("precision", "asked", "expected"),
+    [
+        (
+            "fp16",
+            {},
+            "read by TensorRT 10.14 and later, TensorRT-RTX, "
+            "ONNX Runtime 1.23 and later (on a GPU 1.25 and later), OpenVINO 2026.4 and later",
+        ),
+        (
+            "fp16",
+            {"attention": "scores32"},
+            "read by TensorRT 10.0 and later, TensorRT-RTX, "
+            "ONNX Runtime 1.18 and later (on a GPU too), OpenVINO 2026.4 and later",
+        ),
+        ("bf16", {}, "read by TensorRT 10.14 and later, TensorRT-RTX, OpenVINO 2026.4 and later"),
+        ("bf16", {"upsampling": "deconv"}, "read by TensorRT 10.14 and later, OpenVINO 2026.4 and later"),
+        (
+            "fp32",
+            {"opset": 17},
+            "read by TensorRT 8.6 and later, TensorRT-RTX, "
+            "ONNX Runtime 1.18 and later (on a GPU too), OpenVINO 2026.4 and later",
+        ),
+    ],
+)
+def test_the_line(precision: Precision, asked: Dict, expected: str) -> None:
+    model = tiny("float", "none")
+    lower(model, precision, **asked)
+    assert read_by(graph_needs(model)) == expected
+
+
+def test_a_graph_that_nobody_reads() -> None:
+    model = tiny("float", "none")
+    lower(model, "fp16")
+    next(node for node in model.graph if node.op_type == "Gelu").domain = "com.example"
+    assert read_by(graph_needs(model)) == "read by no reader that is known here"
+
+
+def test_attention_in_fp32_is_read_by_no_tensorrt() -> None:
+    """The canonical graph: no TensorRT builds it, ONNX Runtime runs it."""
+    line = read_by(graph_needs(tiny("float", "none")))
+    assert "TensorRT" not in line and line.startswith("read by ONNX Runtime 1.23 and later")
+
+
+def test_small_operators_on_the_cpu_are_no_reason() -> None:
+    """ONNX Runtime 1.25 computes MaxPool of opset 22 on the CPU: one map of 72 x 72 a neck."""
+    model = tiny("float", "none")
+    lower(model, "fp16")
+    needs = graph_needs(model)
+    gpu = cast(Reader, line_of("onnxruntime-gpu", "1.25"))
+    assert why_not(gpu, needs) is None and on_cpu(gpu, needs) == ["MaxPool"]
+    older = cast(Reader, line_of("onnxruntime-gpu", "1.24.4"))
+    assert why_not(older, needs) == "it computes Attention of opset 23 on the CPU (4 nodes)"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("tensorrt-10.3", ["tensorrt-10.3"]),
+        ("TensorRT-10.13.3 , openvino", ["tensorrt-10.13.3", "openvino-2026.4"]),
+        ("jetpack-6.2", ["tensorrt-10.3"]),
+        ("jetpack-7.0", ["tensorrt-10.13"]),
+        ("triton-25.09", ["tensorrt-10.13.3", "onnxruntime-gpu-1.23.0"]),
+        ("triton-25.10", ["tensorrt-10.13.3", "onnxruntime-gpu-1.23.1"]),
+        ("tensorrt-rtx,tensorrt-rtx-1.7", ["tensorrt-rtx-1.7"]),
+    ],
+)
+def test_names(names: str, expected: list[str]) -> None:
+    assert [reader.full_name for reader in find_readers(names)] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("tensort-10.3", r"'tensort-10\.3': no such reader; near it: tensorrt-10\.\d"),
+        ("jetpack-6", "near it: .*jetpack-6"),
+        ("triton-25.13", r"near it: .*triton-25\.1"),
+        ("", "''"),
+        ("nonsense", "no such reader; near it: "),
+        ("tensorrt", "near it: .*tensorrt-"),
+        ("tensorrt-12.0", r"what tensorrt-12\.0 reads is not known here; known are 8\.6 to 11\.4"),
+        ("tensorrt-7.2", r"known are 8\.6 to 11\.4"),
+        ("onnxruntime-1.16", r"known are 1\.18 to 1\.32"),
+        ("tensorrt-rtx-1.2", r"known are 1\.7"),
+        ("tensorrt-10.x", r"known are 8\.6 to 11\.4"),
+    ],
+)
+def test_unknown_readers_are_told(name: str, says: str) -> None:
+    with pytest.raises(ReaderError, match=says) as caught:
+        find_readers(name)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_every_name_is_found() -> None:
+    for name in reader_names():
+        assert find_readers(name), name
+
+
+def test_the_table_is_in_order_and_says_where_from() -> None:
+    for family in TITLES:
+        lines = [reader for reader in READERS if reader.family == family]
+        keys = [version_key(reader.since) for reader in lines]
+        assert keys == sorted(set(keys)) and keys[-1] <= version_key(NEWEST[family])
+        opsets = [reader.opset for reader in lines]
+        assert opsets == sorted(opsets) and all(reader.opset in OPSETS for reader in lines)
+    for reader in READERS:
+        assert len(reader.source) > 10 and not reader.version
+        known = {*reader.operators, *(operator for operator, _ in reader.refuses), *reader.on_cpu}
+        for operator in known:
+            assert onnx.defs.get_schema(operator, 24).since_version
+        for operator in reader.operators:
+            assert min(schema.since_version for schema in schemas(operator)) <= reader.opset
+    assert set(TENSORRT) | set(ONNX_RUNTIME)
+
+
+def schemas(operator: str) -> list[Any]:
+    return [one for one in onnx.defs.get_all_schemas_with_history() if one.name == operator and not one.domain]
+
+
+@pytest.mark.parametrize(
+    ("readers", "precision", "asked", "says"),
+    [
+        ("tensorrt-8.6", "bf16", {}, r"--precision bf16: not known to be computed by TensorRT 8\.6; "),
+        ("tensorrt-8.6,openvino", "bf16", {}, r"by TensorRT 8\.6; OpenVINO 2026\.4 can; "),
+        (
+            "tensorrt-10.3,tensorrt-rtx",
+            "bf16",
+            {},
+            r"opset 22, TensorRT 10\.3 is known to read 20; TensorRT-RTX 1\.7 can",
+        ),
+        ("tensorrt-8.6", "fp32", {"opset": 20}, r"--opset 20: TensorRT 8\.6 is known to read up to 17"),
+        (
+            "tensorrt-11.4,jetpack-6.2",
+            "fp16",
+            {"attention": "fp32acc"},
+            r"fp32acc: TensorRT 10\.3 is not known to comp",
+        ),
+        ("onnxruntime-gpu-1.24", "fp16", {"attention": "fp32acc"}, r"ONNX Runtime on a GPU 1\.24 is not known to"),
+    ],
+)
+def test_what_readers_do_not_share_is_refused(readers: str, precision: Any, asked: Dict, says: str) -> None:  # noqa: ANN401
+    with pytest.raises(ReaderError, match=says) as caught:
+        choose_form(find_readers(readers), precision, **asked)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("readers", "attention", "opset"),
+    [
+        ("tensorrt-11.4", "fp32acc", None),
+        ("tensorrt-10.14,onnxruntime-1.23", "fp32acc", None),
+        ("tensorrt-11.4,onnxruntime-gpu-1.24", "scores32", None),
+        ("triton-25.09", "scores32", None),
+        ("jetpack-6.2,tensorrt-8.6", "scores32", 17),
+    ],
+)
+def test_the_best_form_that_readers_share(readers: str, attention: str, opset: int | None) -> None:
+    form = choose_form(find_readers(readers), "fp16")
+    assert (form.attention, form.opset) == (attention, opset)
+    assert choose_form((), "fp16").attention == "auto"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace_quickly(monkeypatch)
+
+
+def exported(folder: Path, **options: Any) -> Path:  # noqa: ANN401 - ExportOptions' own
+    values = {"necks": "sam3", "positions": "none", "precision": "fp16", "verify": False, **options}
+    return export_onnx(golden_options("meta-dual", folder / "x.onnx", **values)).path
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_manifest_carries_it_and_inspect_shows_it(tmp_path: Path) -> None:
+    path = exported(tmp_path, readers="triton-25.09")
+    manifest = json.loads((tmp_path / "x.json").read_text())
+    assert manifest["readers"]["asked"] == ["tensorrt-10.13.3", "onnxruntime-gpu-1.23.0"]
+    assert manifest["attention_form"] == "scores32" and manifest["opset"] == 20
+    ran = neck_export_cli("inspect", path)
+    assert ran.code == 0 and "  read by TensorRT 10.0 and later, TensorRT-RTX, ONNX Runtime 1.18" in ran.out
+
+
+Change = Callable[[Dict], object]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda readers: readers["asked"].append("tensorrt-10.3"),
+            r"claims that TensorRT 10\.3 reads the file, but it is",
+        ),
+        (lambda readers: readers.update({"from": ["tensorrt-8.6"]}), r"claims that TensorRT 8\.6 reads"),
+        (lambda readers: readers.update({"from": ["tensorrt-99"]}), "is damaged"),
+        (lambda readers: readers.pop("asked"), "is damaged"),
+    ],
+)
+def test_a_manifest_that_claims_more_than_its_graph(tmp_path: Path, change: Change, says: str) -> None:
+    path = exported(tmp_path)
+    where = tmp_path / "x.json"
+    manifest = json.loads(where.read_text())
+    change(manifest["readers"])
+    where.write_text(json.dumps(manifest))
+    with pytest.raises(ReaderError, match=says) as caught:
+        verify_file(path)
+    assert len(str(caught.value).splitlines()) <= 2
+    ran = neck_export_cli("inspect", path)
+    assert ran.code == 0 and "WRONG: " in ran.out
+
+
+@pytest.mark.usefixtures("quick")
+def test_verify_rechecks_from_the_graph(tmp_path: Path) -> None:
+    path = exported(tmp_path)
+    assert "read by TensorRT 10.14 and later" in neck_export_cli("verify", path, "--reader", "tensorrt-10.14").out
+    refused = neck_export_cli("verify", path, "--reader", "jetpack-6.2")
+    assert refused.code == 1 and "TensorRT 10.3 cannot serve it: it is known to read opset 20" in refused.err
+    # a file of another tool has no manifest: its numbers cannot be compared, who reads it can be told
+    (tmp_path / "x.json").unlink()
+    foreign = neck_export_cli("verify", path)
+    assert foreign.code == 1 and "the manifest is missing" in foreign.err and "read by TensorRT 10.14" in foreign.err
+    assert "cannot serve it" in neck_export_cli("verify", path, "--reader", "jetpack-6.2").err
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--reader", "tensort-10"], "no such reader; near it"),
+        (["--reader", "tensorrt-8.6", "--precision", "bf16"], "not known to be computed by TensorRT 8.6"),
+        (["--reader", "tensorrt-8.6", "--opset", "20"], "--opset 20: TensorRT 8.6"),
+        (["--residual", "fp16", "--precision", "bf16"], "--residual fp16: the sums of a bf16 file are bf16"),
+        (["--residual", "fp16"], "--residual fp16: the sums of a fp32 file are fp32"),
+    ],
+)
+def test_bad_options_are_told_before_the_work(tmp_path: Path, arguments: list[str], says: str) -> None:
+    ran = neck_export_cli("onnx", "--checkpoint", "random", *arguments, "--output", tmp_path / "x.onnx")
+    assert ran.code == 1 and says in ran.err and len(ran.err.splitlines()) <= 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_without_types_are_inferred() -> None:
+    model = tiny("float", "none")
+    lower(model, "fp16")
+    complete = graph_needs(model.clone())
+    for node in model.graph:
+        for output in node.outputs:
+            if not output.is_graph_output():
+                output.type = None
+    found: Mapping[tuple[str, str], int] = graph_needs(model).operators
+    assert found == complete.operators
+
+
+def test_what_an_entry_says() -> None:
+    model = tiny("float", "none")
+    lower(model, "fp16")
+    entry = readers_entry(graph_needs(model), find_readers("tensorrt-11.4"))
+    assert entry["asked"] == ["tensorrt-11.4"] and "tensorrt-10.14" in entry["from"]
+    with pytest.raises(ExportError):
+        lower(tiny("float", "none"), "fp32", residual="fp16")
