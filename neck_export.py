@@ -100,8 +100,8 @@ def onnx(
     with stage() as report:
         from export.contract.signature import BatchRange
         from export.graph.rewrite import Rewrites
-        from export.origin import state_line
         from export.pipeline import ExportOptions, export_onnx
+        from export.weights_origin import state_line
         from neck.config import EncoderConfig
 
         source = choose_checkpoint(checkpoint)
@@ -283,7 +283,7 @@ def verify(
             )
         else:
             from export.pipeline import verify_file
-            from export.proof.who_reads import read_by_file
+            from export.proof.reader_check import read_by_file
 
             verdict = verify_file(
                 file,

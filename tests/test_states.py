@@ -29,7 +29,7 @@ from benchmarks.measure.torch_runner import make_module
 from export.contract.manifest import ManifestError
 from export.graph.trace import ExportError
 from export.options import ExportOptions, check_options
-from export.origin import encoder_config, manifest_encoder, state_line, weights_origin
+from export.weights_origin import encoder_config, manifest_encoder, state_line, weights_origin
 from neck.checkpoint import CheckpointError, load_encoder
 from neck.config import EncoderConfig
 from neck.necks import Sam3DualViTDetNeck

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neck.keys import Layout
+from neck.checkpoint_keys import Layout
 from neck.weights.torchfile import CheckpointError
 
 
