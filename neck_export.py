@@ -100,8 +100,8 @@ def onnx(
     with stage() as report:
         from export.contract.signature import BatchRange
         from export.graph.rewrite import Rewrites
-        from export.origin import state_line
         from export.pipeline import ExportOptions, export_onnx
+        from export.weights_origin import state_line
         from neck.config import EncoderConfig
 
         source = choose_checkpoint(checkpoint)
@@ -268,7 +268,7 @@ def verify(
     picture_range: PictureRange = None,
     tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
     save_reference: Annotated[
-        Path | None, typer.Option(help="Keep the pictures and PyTorch's outputs, for `neck-engine --compare`: X.npz")
+        Path | None, typer.Option(help="X.safetensors: the pictures and PyTorch's outputs, for `neck-engine --compare`")
     ] = None,
     reader: Annotated[str, typer.Option(help="Who must be able to read an ONNX file, as of `onnx`")] = "",
 ) -> None:
@@ -285,7 +285,7 @@ def verify(
             )
         else:
             from export.pipeline import verify_file
-            from export.proof.who_reads import read_by_file
+            from export.proof.reader_check import read_by_file
 
             verdict = verify_file(
                 file,

@@ -11,10 +11,10 @@ from typing import Any, cast
 import numpy as np
 import onnx_ir as ir
 
+from engines.bisect_trials import TRIAL, Runner, run_on_gpu, run_simulated
 from engines.builder.onnx_source import plan_source
 from engines.builder.plan_kind import is_plan
-from engines.trials import TRIAL, Runner, run_on_gpu, run_simulated
-from export.contract.command import export_command
+from export.contract.export_command import export_command
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest, staging
 from export.contract.signature import NECK_MODULES, Signature
 from export.graph.cleanup import MODULE
@@ -23,9 +23,9 @@ from export.graph.rewrite import Rewrites
 from export.graph.trace import BLOCKS, trace
 from export.inspect import read_graph
 from export.lowering.precision import lower
-from export.origin import manifest_encoder
 from export.proof.fidelity import Comparison, compare_output, tolerance_for
 from export.proof.verify import Report, reference_pixels
+from export.weights_origin import manifest_encoder
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import PictureFolder, normalise
 

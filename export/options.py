@@ -11,12 +11,12 @@ from export.contract.signature import BatchRange, InputKind, Positions, Signatur
 from export.graph.rewrite import Rewrites
 from export.graph.trace import ExportError
 from export.lowering.attention import AttentionForm
-from export.lowering.for_readers import Form, choose_form
 from export.lowering.precision import OPSETS, Precision, Residual, check_residual
+from export.lowering.shared_form import Form, choose_form
 from export.lowering.upsampling import Upsampling
-from export.origin import encoder_config
 from export.output_files import check_targets, disk_errors
 from export.proof.verify import require_runtime
+from export.weights_origin import encoder_config
 from neck.checkpoint import load_encoder, random_encoder
 from neck.config import EncoderConfig, check_image_size
 from neck.necks import Sam3DualViTDetNeck

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from neck.checkpoint_keys import NECK_MODULES, Layout, count_indices, listing
 from neck.config import LEVEL_SCALES, EncoderConfig, exact_ratio
-from neck.keys import NECK_MODULES, Layout, count_indices, listing
 from neck.weightfile import CheckpointError
 from neck.weights.hf_config import LAYER_NORM_EPS
 

@@ -21,17 +21,17 @@ from neck.architecture import (
     with_class_row,
     with_trained_size,
 )
+from neck.checkpoint_keys import NECK_MODULES, Layout, find_layouts, listing
 from neck.config import ConfigError, EncoderConfig
-from neck.keys import NECK_MODULES, Layout, find_layouts, listing
 from neck.necks import Sam3DualViTDetNeck, new_encoder
-from neck.noise import even_noise
+from neck.random_noise import even_noise
 from neck.weightfile import CheckpointError, read_tensors
 from neck.weights.adapters import check_base, find_adapter
-from neck.weights.copies import chosen_by_prefix, without_copies
-from neck.weights.foreign import channels_last, quantised
 from neck.weights.hf_config import hf_config_file, picture_notes, read_hf_config
 from neck.weights.merging import Changes, merge, merge_notes, plan_changes
-from neck.weights.tables import check_tables, is_table
+from neck.weights.not_checkpoints import channels_last, quantised
+from neck.weights.rotary_tables import check_tables, is_table
+from neck.weights.several_encoders import chosen_by_prefix, without_copies
 
 __all__ = ["CheckpointError", "load_encoder", "random_encoder", "save_meta_checkpoint"]
 

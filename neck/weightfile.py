@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from neck.weights.foreign import file_of, folder_of, missing
-from neck.weights.names import unwrap_names
+from neck.weights.not_checkpoints import file_of, folder_of, missing
 from neck.weights.records import StandIn, TensorRecord
 from neck.weights.states import Entries, choose_state, find_states
 from neck.weights.torchfile import ADVICE, CheckpointError, TorchFile
+from neck.weights.wrapper_names import unwrap_names
 
 __all__ = ["CheckpointError", "State", "find_file", "name_state", "read_state", "read_tensors"]
 

@@ -6,17 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-CPP_PACKAGES = (
-    "g++ cmake ninja-build zlib1g-dev libpng-dev libjpeg-dev libssl-dev libcurl4-openssl-dev nlohmann-json3-dev "
-    "libpython3-dev"
-)
+CPP_PACKAGES = "g++ cmake ninja-build libgd-dev libssl-dev libcurl4-openssl-dev nlohmann-json3-dev libpython3-dev"
 
 WANTS = (
     (r"NVIDIA's headers|SDK|NECK_CUDA_ROOT", "NVIDIA's headers", "set NECK_TENSORRT_INCLUDE and NECK_CUDA_ROOT"),
     (r"onnxruntime_c_api", "ONNX Runtime's C header", "apt-get install libonnxruntime-dev"),
-    (r"\bapt install (g\+\+|libpng)", "the C++ tools", f"apt-get install {CPP_PACKAGES}"),
+    (r"\bapt install (g\+\+|libgd)", "the C++ tools", f"apt-get install {CPP_PACKAGES}"),
     (r"Chromium", "a browser", "apt-get install chromium chromium-driver fonts-dejavu-core"),
     (r"[Tt]riton ?server|nvidia-pytriton", "a Triton server", "make .triton/ready"),
+    (r"unshare", "namespaces", "run as root, with util-linux"),
     (r"tmpfs|mount", "the right to mount a tmpfs", "run as root"),
     (r"/proc\b", "Linux's /proc", "-"),
     (r"without a GPU|where no GPU is", "a machine without a GPU", "-"),

@@ -22,7 +22,7 @@ from benchmarks.measure.work_folder import Asked, digest
 from benchmarks.options import SELECTION
 from export.contract.manifest import file_entry
 from export.graph.trace import ExportError
-from export.origin import merged_adapter
+from export.weights_origin import merged_adapter
 from neck.checkpoint import CheckpointError, load_encoder
 from neck.config import EncoderConfig
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from neck.checkpoint import CheckpointError, load_encoder, random_encoder, save_meta_checkpoint
 from neck.config import EncoderConfig
 from neck.necks import Sam3AnyViTDetNeck, Sam3DualViTDetNeck, Sam3TriViTDetNeck, forward_necks
-from neck.noise import even_noise
+from neck.random_noise import even_noise
 
 DATA = Path(__file__).parent / "data"
 CASES = ("hf-dual", "hf-tracker", "meta-dual", "meta-padded", "meta-tri", "ultralytics-resized")

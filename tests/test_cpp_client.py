@@ -25,6 +25,12 @@ import triton_server
 from serving import expected, pixels
 from triton_server import running, stand_in_plan, stand_in_repository
 
+from engines.service.triton_client.client import TritonClient
+from export.proof.reference import write_reference as save_reference
+from neck.pictures import load_pictures
+
+PHOTO = Path(__file__).parent.parent / "export" / "pictures" / "astronaut.jpg"
+
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
@@ -49,12 +55,12 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def reference(tmp_path: Path) -> Path:
     """Twelve pictures and what plain PyTorch gives for them."""
-    return write_reference(tmp_path / "reference.npz", 12)
+    return write_reference(tmp_path / "reference.safetensors", 12)
 
 
 def write_reference(path: Path, count: int, first: int = 0) -> Path:
     outputs = {name: value[first : first + count] for name, value in expected().items()}
-    np.savez(path, allow_pickle=False, pixels=pixels()[:count], **outputs)
+    save_reference(path, pixels()[:count], outputs)
     return path
 
 
@@ -70,7 +76,7 @@ def test_answers_are_pytorchs(programs: Programs, url: str, reference: Path, opt
 
 def test_answers_to_other_pictures_fail(programs: Programs, url: str, tmp_path: Path) -> None:
     """The control: the outputs of pictures 4 to 7 for pictures 0 to 3."""
-    other = write_reference(tmp_path / "other.npz", 4, first=4)
+    other = write_reference(tmp_path / "other.safetensors", 4, first=4)
     ran = programs.run("neck-triton", url, "--compare", other)
     assert ran.code == 3
     assert ran.out.count("FAILED") >= 8
@@ -79,16 +85,32 @@ def test_answers_to_other_pictures_fail(programs: Programs, url: str, tmp_path: 
 def test_a_picture_is_sent(programs: Programs, url: str, tmp_path: Path) -> None:
     picture = tmp_path / "a.png"
     Image.fromarray(pixels()[0]).save(picture)
-    one = write_reference(tmp_path / "one.npz", 1)
+    one = write_reference(tmp_path / "one.safetensors", 1)
     ran = programs.run("neck-triton", f"http://{url}/", picture, "--compare", one, "--runs", 1, "--model-version", 1)
     assert ran.code == 0
     assert ran.out.startswith(f"sam3-encoder in Triton at http://{url}/ (tensorrt_plan)\n")
     Image.fromarray(pixels()[1]).save(picture)
     assert programs.run("neck-triton", url, picture, "--compare", one).code == 3
-    Image.fromarray(pixels()[0][:100]).save(picture)
-    ran = programs.run("neck-triton", url, picture)
-    assert ran.code == 1
-    assert ran.error.startswith(f"{picture} is 100 x 112 pixels (height x width), the model takes 112 x 112; ")
+
+
+def test_a_picture_of_any_size_is_answered_as_the_python_client(programs: Programs, url: str, tmp_path: Path) -> None:
+    """A JPEG of odd sides, turned by its EXIF; the control is the same picture upside down."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(PHOTO) as photo:
+        turned = photo.crop((0, 0, 350, 211))
+    turned.save(tmp_path / "a.jpg", exif=exif)
+    turned.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "b.jpg", exif=exif)
+    size = pixels().shape[1:3]
+    picture = load_pictures([tmp_path / "a.jpg"], size)
+    with TritonClient(url) as client:
+        outputs = client.features([tmp_path / "a.jpg"])
+    save_reference(tmp_path / "a.safetensors", picture, outputs)
+    told = tmp_path / "a.safetensors"
+    ran = programs.run("neck-triton", url, tmp_path / "a.jpg", "--compare", told, "--precision", "fp16")
+    assert ran.code == 0, ran.out
+    assert "350 x 211 pixels (height x width), 3.125000 x 1.883929 of them to one of the model's" in ran.out
+    assert programs.run("neck-triton", url, tmp_path / "b.jpg", "--compare", told).code == 3
 
 
 def test_the_servers_own_words_are_shown(programs: Programs, url: str, reference: Path) -> None:
@@ -177,8 +199,8 @@ GOOD: dict[str, Answer] = {
 
 def ask(programs: Programs, folder: Path, answers: dict[str, Answer], *options: Any) -> Any:  # noqa: ANN401
     """Sends a reference of one picture to a server of these answers."""
-    reference = folder / "reference.npz"
-    np.savez(reference, allow_pickle=False, pixels=np.zeros((1, 16, 16, 3), np.uint8), feat=FEAT[None])
+    reference = folder / "reference.safetensors"
+    save_reference(reference, np.zeros((1, 16, 16, 3), np.uint8), {"feat": FEAT[None]})
     with serving(answers) as url:
         return programs.run("neck-triton", url, "--compare", reference, "--model", "m", "--runs", 1, *options)
 
@@ -267,10 +289,10 @@ def test_a_server_that_says_nothing_is_given_up(programs: Programs, tmp_path: Pa
 
 def test_no_server(programs: Programs, tmp_path: Path) -> None:
     def ask_at(url: str) -> Any:  # noqa: ANN401
-        return programs.run("neck-triton", url, "--compare", tmp_path / "reference.npz")
+        return programs.run("neck-triton", url, "--compare", tmp_path / "reference.safetensors")
 
     assert "cannot be read (No such file or directory)" in ask_at("localhost:1").error
-    np.savez(tmp_path / "reference.npz", allow_pickle=False, pixels=np.zeros((1, 16, 16, 3), np.uint8), feat=FEAT[None])
+    save_reference(tmp_path / "reference.safetensors", np.zeros((1, 16, 16, 3), np.uint8), {"feat": FEAT[None]})
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody else can take it
         ran = ask_at(f"127.0.0.1:{taken.getsockname()[1]}")

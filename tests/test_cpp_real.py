@@ -27,6 +27,8 @@ from cpp_build import (
     write_plan,
 )
 from exporting import neck_export_cli
+from PIL import Image
+from safetensors.numpy import load_file, save_file
 from test_session import build_convolution
 
 from engines.builder.flavor import Flavor, choose_flavor
@@ -34,7 +36,7 @@ from engines.builder.gpu import find_gpu
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 
-ENGINE_SOURCES = ("checks", "cuda", "engine", "runs", "runtime", "neck_engine")
+ENGINE_SOURCES = ("checks", "cuda", "engine", "flavor", "neck_engine", "outputs", "pool", "runs", "runtime")
 """Those that include NVIDIA's headers."""
 
 
@@ -52,15 +54,55 @@ def nvidia_includes() -> list[Path]:
     return found
 
 
+RTX_CLASSES = """
+enum class DynamicShapesKernelSpecializationStrategy : int32_t { kLAZY = 0, kEAGER = 1, kNONE = 2 };
+enum class CudaGraphStrategy : int32_t { kDISABLED = 0, kWHOLE_GRAPH_CAPTURE = 1 };
+class IRuntimeCache
+{
+public:
+    IHostMemory* serialize() const noexcept { return nullptr; }
+    bool deserialize(void const*, size_t) noexcept { return false; }
+};
+"""
+RTX_MEMBERS = {
+    "IRuntimeConfig": """
+    void setDynamicShapesKernelSpecializationStrategy(DynamicShapesKernelSpecializationStrategy) noexcept {}
+    bool setCudaGraphStrategy(CudaGraphStrategy) noexcept { return true; }
+    IRuntimeCache* createRuntimeCache() const noexcept { return nullptr; }
+    bool setRuntimeCache(IRuntimeCache const&) noexcept { return true; }
+""",
+    "IExecutionContext": "bool isStreamCapturable(cudaStream_t) const { return true; }",
+}
+"""What TensorRT-RTX's headers have beside TensorRT's; they come with its SDK alone. The listings of its Python
+bindings and NVIDIA's documentation name them."""
+
+
+def rtx_includes(folder: Path) -> Path:
+    """TensorRT's headers with what RTX's have beside it; nothing of that is called before a driver is found."""
+    newest = nvidia_includes()[-1]
+    text = (newest / "NvInferRuntime.h").read_text()
+    for name, members in RTX_MEMBERS.items():
+        start = f"class {name} : public INoCopy\n{{\npublic:"
+        assert text.count(start) == 1, name
+        text = text.replace(start, f"{RTX_CLASSES if name == 'IRuntimeConfig' else ''}{start}\n{members}")
+    folder.mkdir()
+    for header in newest.glob("*.h"):
+        (folder / header.name).write_bytes(header.read_bytes())
+    (folder / "NvInferRuntime.h").write_text(text)
+    return folder
+
+
 def cuda_root() -> Path:
     return Path(os.environ.get("NECK_CUDA_ROOT", "/usr/local/cuda"))
 
 
 @pytest.mark.parametrize("name", ENGINE_SOURCES)
-def test_the_sources_compile_with_nvidias_headers(name: str) -> None:
-    for include in nvidia_includes():
+def test_the_sources_compile_with_nvidias_headers(name: str, tmp_path: Path) -> None:
+    rtx = rtx_includes(tmp_path / "rtx")
+    for include in [*nvidia_includes(), rtx]:
         folders = [f"-I{SOURCES / 'include'}", "-isystem", include, "-isystem", cuda_root() / "include"]
         flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+        flags += ["-DNECK_TENSORRT_RTX"] if include == rtx else []
         ended = subprocess.run(
             ["c++", *flags, *folders, SOURCES / "src" / f"{name}.cpp"], capture_output=True, text=True
         )
@@ -68,8 +110,8 @@ def test_the_sources_compile_with_nvidias_headers(name: str) -> None:
 
 
 def test_a_real_rtx_plan_without_a_gpu_is_told(tmp_path: Path) -> None:
-    """Linked with TensorRT-RTX's own library. Its headers come with its SDK alone; TensorRT's serve up to here."""
-    include, library = nvidia_includes()[-1], rtx_library()
+    """Linked with TensorRT-RTX's own library."""
+    include, library = rtx_includes(tmp_path / "rtx"), rtx_library()
     cudart = sorted((cuda_root() / "lib").glob("libcudart.so*"))
     if library is None or not cudart:
         pytest.skip("needs the tensorrt_rtx wheel, and NECK_CUDA_ROOT/lib/libcudart.so")
@@ -108,17 +150,16 @@ def test_a_plan_that_computes_equals_pytorch(programs: Programs, tmp_path: Path,
     from triton_server import stand_in_plan
 
     plan = stand_in_plan(tmp_path, input_kind=input_kind)
-    reference = tmp_path / "reference.npz"
+    reference = tmp_path / "reference.safetensors"
     assert neck_export_cli("verify", plan.with_suffix(".onnx"), "--save-reference", reference).code == 0
     environment = {"STAND_IN_VERSION": "10.13.3.9", "STAND_IN_ORT": str(ort_library())}
     for options in ([], ["--graph"], ["--batch", "1"]):
         ran = programs.run("neck-engine", plan, "--compare", reference, "--runs", 1, *options, **environment)
         assert (ran.code, ran.err) == (0, "")
         assert ran.out.count("  ok\n") == 16
-    with np.load(reference) as stored:
-        arrays = dict(stored)
+    arrays = load_file(reference)
     arrays["sam2_feat_3"] = arrays["sam2_feat_3"] * np.float32(1.001)  # the planted error: relative L2 1e-3
-    np.savez(reference, allow_pickle=False, **arrays)
+    save_file(arrays, reference)
     ran = programs.run("neck-engine", plan, "--compare", reference, **environment)
     assert ran.code == 3
     failed = [line.split()[0] for line in ran.out.splitlines() if line.endswith("FAILED")]
@@ -131,6 +172,8 @@ project(consumer LANGUAGES CXX)
 find_package(neck 0.1 REQUIRED)
 add_executable(consumer main.cpp)
 target_link_libraries(consumer PRIVATE neck::engine neck::client)
+add_executable(service ${EXAMPLES}/service.cpp)
+target_link_libraries(service PRIVATE neck::engine TensorRT::cudart)
 """
 MAIN = """
 #include <iostream>
@@ -163,6 +206,7 @@ def test_what_is_installed_can_be_built_with(programs: Programs, tmp_path: Path)
         source,
         tmp_path / "built",
         f"-DCMAKE_PREFIX_PATH={there}",
+        f"-DEXAMPLES={SOURCES / 'examples'}",
         "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined",
         f"-DNECK_TENSORRT_INCLUDE_DIR={stand_in}",
         f"-DNECK_TENSORRT_LIBRARY={library}",
@@ -173,6 +217,14 @@ def test_what_is_installed_can_be_built_with(programs: Programs, tmp_path: Path)
     build(tmp_path / "built")
     ended = subprocess.run([tmp_path / "built" / "consumer", write_plan(tmp_path)], capture_output=True, text=True)
     assert ended.stdout.startswith("image: float32 (1 to 4, 3, 16, 16)\nhttp://localhost:1/v2/models/x/config: ")
+    pictures = [tmp_path / f"{name}.png" for name in ("a", "b", "none")]
+    for path in pictures[:2]:
+        Image.new("RGB", (40, 20)).save(path)
+    plan = write_plan(tmp_path)
+    ended = subprocess.run([tmp_path / "built" / "service", plan, *pictures], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (0, 1)
+    assert f"{pictures[2]} cannot be opened" in ended.stderr
+    assert ended.stdout.count("sam3_feat_0, a box's y times 1.25 and x times 2.5 are the picture's") == 2
     for name in ("neck-triton", "neck-engine"):
         helped = subprocess.run([there / "bin" / name, "--help"], capture_output=True, text=True)
         assert helped.stdout.startswith(f"Usage: {name}")
@@ -199,10 +251,10 @@ def test_a_plan_runs_on_the_gpu(gpu_flavor: Flavor, tmp_path: Path) -> None:
     plan = build_convolution(tmp_path, gpu_flavor)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
     image = pixels.astype(np.float32) * np.float32(2 / 255) - np.float32(1)
-    reference = tmp_path / "reference.npz"
-    np.savez(reference, allow_pickle=False, pixels=pixels, sum=image.sum(axis=3, dtype=np.float32)[:, None])
-    wrong = tmp_path / "wrong.npz"
-    np.savez(wrong, allow_pickle=False, pixels=pixels, sum=image.sum(axis=3, dtype=np.float32)[:, None] + 0.01)
+    reference = tmp_path / "reference.safetensors"
+    save_file({"pixels": pixels, "sum": image.sum(axis=3, dtype=np.float32)[:, None]}, reference)
+    wrong = tmp_path / "wrong.safetensors"
+    save_file({"pixels": pixels, "sum": image.sum(axis=3, dtype=np.float32)[:, None] + 0.01}, wrong)
     for options in ([], ["--graph"], ["--batch", "1"]):
         command = [tmp_path / "build" / "neck-engine", plan, *options, "--compare"]
         ended = subprocess.run([*command, reference], capture_output=True, text=True)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from exporting import checkpoint_of, golden_options, neck_export_cli, plant_in_trunk, quick_trace, save_state
+from safetensors.numpy import load_file
 from stand_in_gpu.device import Device
 from stand_in_gpu.play import play, put_smi
 from stand_in_gpu.runtime import LAYER_MS
@@ -265,9 +266,9 @@ def test_a_plan_that_was_carried_to_another_gpu_is_refused_in_a_sentence(
 def test_verify_writes_its_verdict(files: dict[str, Path], tmp_path: Path) -> None:
     with play("11.4") as state:
         plan = built(files, tmp_path)
-        saved = tmp_path / "reference.npz"
+        saved = tmp_path / "reference.safetensors"
         assert neck_export_cli("verify", plan, "--save-reference", saved).code == 0
-        assert "sam3_feat_0" in np.load(saved)
+        assert "sam3_feat_0" in load_file(saved)
         state.faults.distort = lambda name, value: value * np.float32(1.1)
         ran = neck_export_cli("verify", plan)
         assert ran.code == 3 and "FAILED" in ran.err

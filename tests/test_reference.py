@@ -1,4 +1,4 @@
-"""reference.npz: the pictures and PyTorch's outputs, which a service compares its own with."""
+"""reference.safetensors: the pictures and PyTorch's outputs, which a service compares its own with."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import Save, run_onnx, shared_encoder
 from exporting import golden_options, neck_export_cli, trace_quickly
+from safetensors.numpy import load_file
 from test_session import facts, write_plan
 from test_verify_plan import CONFIG, OnnxSession, export, source
 
@@ -23,9 +24,8 @@ from neck.pictures import normalise
 
 
 def load(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """A reference, read as any reader of numpy's would."""
-    with np.load(path, allow_pickle=False) as stored:
-        arrays = dict(stored)
+    """A reference, read as any reader of safetensors would."""
+    arrays = load_file(path)
     return arrays.pop("pixels"), arrays
 
 
@@ -33,7 +33,7 @@ def test_verify_saves_what_it_compared_with(tmp_path: Path, monkeypatch: pytest.
     trace_quickly(monkeypatch)
     output = tmp_path / "x.onnx"
     export_onnx(golden_options("meta-dual", output, batch=BatchRange(1, 2, 3), verify=False))
-    saved = tmp_path / "kept" / "reference.npz"
+    saved = tmp_path / "kept" / "reference.safetensors"
     ran = neck_export_cli("verify", output, "--save-reference", saved)
     assert ran.code == 0
     assert ran.out.splitlines()[-1] == str(saved)
@@ -47,17 +47,17 @@ def test_verify_saves_what_it_compared_with(tmp_path: Path, monkeypatch: pytest.
     assert list(saved.parent.iterdir()) == [saved]
 
 
-@pytest.mark.parametrize("name", ["reference.npy", "reference", "folder.npz"])
+@pytest.mark.parametrize("name", ["reference.npz", "reference", "folder.safetensors"])
 def test_another_name_is_refused_before_the_work(name: str, tmp_path: Path) -> None:
-    (tmp_path / "folder.npz").mkdir()
-    with pytest.raises(FidelityError, match=r"a file that ends in \.npz"):
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(FidelityError, match=r"a file that ends in \.safetensors"):
         check_reference(tmp_path / name)
 
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FidelityError, match="cannot be written"):
-        write_reference(tmp_path / "file" / "reference.npz", np.zeros((1, 2, 2, 3), np.uint8), {})
+        write_reference(tmp_path / "file" / "reference.safetensors", np.zeros((1, 2, 2, 3), np.uint8), {})
 
 
 def plan_of(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -77,7 +77,7 @@ def test_a_plan_is_verified_again_and_its_manifest_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = plan_of(tmp_path, save, monkeypatch)
-    saved = tmp_path / "reference.npz"
+    saved = tmp_path / "reference.safetensors"
     verdict = verify_plan_file(plan, save=saved)
     assert verdict.passed
     assert read_manifest(manifest_path(plan), "plan")["verification"] == verdict.to_dict()
@@ -98,7 +98,7 @@ def test_the_reference_of_a_plan_is_written_where_it_cannot_run(
 ) -> None:
     plan = plan_of(tmp_path, save, monkeypatch)
     monkeypatch.undo()
-    saved = tmp_path / "reference.npz"
+    saved = tmp_path / "reference.safetensors"
     ran = neck_export_cli("verify", plan, "--save-reference", saved)
     assert ran.code == 1
     assert ran.err.startswith("error: ")

@@ -30,7 +30,7 @@ from benchmarks.options import SELECTION
 from export.contract.manifest import ManifestError
 from export.graph.trace import ExportError
 from export.options import ExportOptions, check_options
-from export.origin import encoder_config, manifest_encoder, state_line, weights_origin
+from export.weights_origin import encoder_config, manifest_encoder, state_line, weights_origin
 from neck.checkpoint import CheckpointError, load_encoder
 from neck.config import EncoderConfig
 from neck.necks import Sam3DualViTDetNeck
@@ -399,8 +399,8 @@ def test_modules_as_ultralytics_trainer_writes_them(
     assert "has no state 'model'; it holds ema (a throw_away_trainer.DetectionModel of " in error_of(
         path, state="model"
     )
-    if MAPS.exists():
-        assert set(are_mapped((value for value in found.tensors.values() if value.numel()), path)) == {not old}
+    if MAPS.exists() and not old:  # an old file's storages are aligned by chance: its keys are addresses
+        assert all(are_mapped((value for value in found.tensors.values() if value.numel()), path))
 
 
 @pytest.mark.parametrize("wrap", [lambda module: module, lambda module: {"model": module, "ema": module}])

@@ -17,9 +17,9 @@ from benchmarks.options import SELECTION, selection
 from export.contract.signature import BatchRange, Signature
 from export.graph.rewrite import Rewrites
 from export.options import ExportOptions, load, sign
-from export.origin import encoder_config
 from export.pipeline import export_onnx, write_onnx
 from export.proof.verify import reference_pixels
+from export.weights_origin import encoder_config
 from neck.checkpoint import save_meta_checkpoint
 from neck.config import EncoderConfig
 from neck.pictures import PictureFolder, ValueRange, normalise

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from export.contract.manifest import staging
 from export.proof.fidelity import FidelityError
@@ -16,14 +18,16 @@ def check_reference(path: Path) -> None:
     """Refuses before the work a name that no reference can have.
 
     Raises:
-        FidelityError: it does not end in .npz, or is a folder.
+        FidelityError: it does not end in .safetensors, or is a folder.
     """
-    if path.suffix != ".npz" or path.is_dir():
-        raise FidelityError(f"{path}: a reference is written as a file that ends in .npz, such as reference.npz")
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise FidelityError(
+            f"{path}: a reference is written as a file that ends in .safetensors, such as reference.safetensors"
+        )
 
 
 def write_reference(path: Path, pixels: np.ndarray, outputs: Mapping[str, np.ndarray]) -> None:
-    """Writes `pixels` and every output by its name, numpy's .npz, not compressed.
+    """Writes `pixels` and every output by its name, as safetensors: a JSON header, then the bytes.
 
     Args:
         path: the file; it is there whole or not at all.
@@ -36,7 +40,9 @@ def write_reference(path: Path, pixels: np.ndarray, outputs: Mapping[str, np.nda
     try:
         with staging(path) as folder:
             staged = folder / path.name
-            np.savez(staged, allow_pickle=False, pixels=pixels, **outputs)
+            arrays = {"pixels": pixels, **outputs}
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, staged)
             os.replace(staged, path)
-    except OSError as error:
-        raise FidelityError(f"{path}: cannot be written ({error.strerror}); check the folder and the disk") from None
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise FidelityError(f"{path}: cannot be written ({why}); check the folder and the disk") from None

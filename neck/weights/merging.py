@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neck.keys import Layout, listing
+from neck.checkpoint_keys import Layout, listing
 from neck.weightfile import CheckpointError
 from neck.weights.adapters import CONFIG_NAME, Adapter, Scaling
 

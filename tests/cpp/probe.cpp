@@ -1,7 +1,8 @@
 // Shows what the library reads, for tests/test_cpp.py to compare with Python's reading:
 //   probe half                        65536 float32: every half
-//   probe picture HEIGHT WIDTH FILE   uint8 pixels, then float32 normalised
-//   probe npz|plan|pictures FILE...   one line for each: what is in it, or the error
+//   probe picture FILE                uint8 pixels, then float32 normalised
+//   probe resize HEIGHT WIDTH THREADS FILE...   uint8 pixels of that size
+//   probe safetensors|plan|pictures FILE...   one line for each: what is in it, or the error
 //   probe leak|overflow               does wrong what the sanitizers and the stand-ins must see
 #include <cstdio>
 #include <cstring>
@@ -12,8 +13,9 @@
 #include "cuda_runtime_api.h"
 #include "neck/error.hpp"
 #include "neck/manifest.hpp"
-#include "neck/npz.hpp"
 #include "neck/picture.hpp"
+#include "neck/preprocess.hpp"
+#include "neck/safetensors.hpp"
 
 namespace {
 
@@ -28,8 +30,8 @@ void dump_halves() {
 
 std::string read(const std::string& kind, const std::string& file) {
     std::string line = "read:";
-    if (kind == "npz") {
-        for (const neck::Tensor& tensor : neck::read_npz(file)) {
+    if (kind == "safetensors") {
+        for (const neck::Tensor& tensor : neck::read_safetensors(file)) {
             double sum = 0;
             for (const float value : tensor.to_floats()) {
                 sum += value;
@@ -39,7 +41,7 @@ std::string read(const std::string& kind, const std::string& file) {
     } else if (kind == "plan") {
         line += " " + neck::read_manifest(file).flavor;
     } else {
-        line += " " + neck::read_picture(file, {16, 16}).describe();
+        line += " " + neck::read_picture(file).describe();
     }
     return line;
 }
@@ -63,9 +65,16 @@ int main(int count, char** values) {
     }
     try {
         if (kind == "picture") {
-            const neck::Tensor pixels = neck::read_picture(values[4], {std::stoi(values[2]), std::stoi(values[3])});
+            const neck::Tensor pixels = neck::read_picture(values[2]);
             write(pixels.data);
-            write(neck::normalise(pixels).data);
+            write(neck::Preprocessor({"image", neck::DataType::float32, {-1, 3, pixels.shape[1], pixels.shape[2]}})
+                      .prepare(pixels)
+                      .image.data);
+            return 0;
+        }
+        if (kind == "resize") {
+            const neck::Port input{"image", neck::DataType::uint8, {-1, std::stoi(values[2]), std::stoi(values[3]), 3}};
+            write(neck::Preprocessor(input, std::stoi(values[4])).read({values + 5, values + count}).image.data);
             return 0;
         }
     } catch (const neck::Error& error) {

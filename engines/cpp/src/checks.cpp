@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <array>
 #include <charconv>
 #include <string_view>
 #include <vector>
@@ -36,15 +37,15 @@ std::vector<int> parse_version(std::string_view text) {
     }
 }
 
-}  // namespace
-
-std::string flavor_here() {
-#ifdef NECK_TENSORRT_RTX
-    return "rtx";
-#else
-    return "tensorrt";
-#endif
+/// What TensorRT-RTX serves: neither the data centre's GPUs between Ada and RTX Blackwell (9.0, 10.x) nor Jetson's
+/// (8.7, 11.0).
+bool serves_rtx(const Gpu& gpu) {
+    constexpr std::array<int, 4> known{75, 80, 86, 89};
+    const int number = gpu.major * 10 + gpu.minor;
+    return gpu.major >= 12 || std::find(known.begin(), known.end(), number) != known.end();
 }
+
+}  // namespace
 
 std::string version_here() {
     return format("%d.%d.%d.%d", getInferLibMajorVersion(), getInferLibMinorVersion(), getInferLibPatchVersion(),
@@ -102,7 +103,7 @@ void check_gpu(const std::filesystem::path& plan, const Manifest& manifest, cons
     const std::vector<std::string>& built = manifest.compute_capabilities;
     const std::string here = gpu.capability();
     const bool rtx = manifest.flavor == "rtx";
-    if (rtx && gpu.major == 9 && gpu.minor == 0) {
+    if (rtx && !serves_rtx(gpu)) {
         throw Error(plan.string() + ": TensorRT-RTX " + version + " does not run on " + gpu.describe() +
                     "; use --flavor tensorrt");
     }

@@ -17,9 +17,6 @@ struct Gpu {
     std::string describe() const { return name + " (" + capability() + ")"; }
 };
 
-/// `tensorrt` or `rtx`: which of them this library was built for.
-std::string flavor_here();
-
 /// The version of the TensorRT that is loaded, such as `10.16.1.11`.
 std::string version_here();
 

@@ -1,6 +1,7 @@
 #include "command.hpp"
 
 #include <fcntl.h>
+#include <getopt.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <csignal>
 #include <iostream>
 #include <numeric>
+#include <thread>
 
 #include "neck/error.hpp"
 #include "neck/fidelity.hpp"
@@ -66,14 +68,35 @@ std::int64_t parse_count(const std::string& option, const std::string& text) {
     return value;
 }
 
-std::vector<std::string> parse_options(int count, char** values, const option* options,
-                                       const std::function<void(int)>& take) {
-    opterr = 0;
-    int letter = 0;
-    while ((letter = getopt_long(count, values, "", options, nullptr)) != -1) {
-        take(letter);
+void parse(int count, char** values, Asked& asked, const std::vector<Option>& options) {
+    std::vector<Option> known{
+        {"compare", true, [&](const std::string& value) { asked.reference = value; }},
+        {"batch", true, [&](const std::string& value) { asked.batch = parse_count("--batch", value); }},
+        {"runs", true, [&](const std::string& value) { asked.runs = parse_count("--runs", value); }},
+        {"help", false, [&](const std::string&) { asked.help = true; }}};
+    known.insert(known.end(), options.begin(), options.end());
+    std::vector<option> rows;
+    rows.reserve(known.size() + 1);
+    for (const Option& each : known) {
+        rows.push_back({each.name, each.has_value ? required_argument : no_argument, nullptr, 0});
     }
-    return {values + optind, values + count};
+    rows.push_back({nullptr, 0, nullptr, 0});
+    opterr = 0;
+    int found = 0;
+    for (int code = 0; (code = getopt_long(count, values, "", rows.data(), &found)) != -1;) {
+        if (code != 0) {
+            throw UsageError{"an option that is not known, or lacks its value"};
+        }
+        known[static_cast<std::size_t>(found)].take(optarg != nullptr ? optarg : "");
+    }
+    const std::vector<std::string> rest(values + optind, values + count);
+    if (!asked.help && (rest.empty() || rest.size() > 2)) {
+        throw UsageError{"expected one thing to run, and at most one PICTURE"};
+    }
+    asked.target = rest.empty() ? "" : rest[0];
+    if (rest.size() == 2) {
+        asked.picture = rest[1];
+    }
 }
 
 Latency summarise(std::vector<double> milliseconds) {
@@ -99,10 +122,31 @@ void print_latencies(const std::string& clock, const std::vector<std::pair<std::
     }
 }
 
-void print_shapes(const std::vector<Tensor>& tensors) {
-    for (const Tensor& tensor : tensors) {
-        std::cout << format("%-20s ", tensor.name.c_str()) << tensor.describe() << "\n";
+std::optional<Reference> read_asked(const Asked& asked) {
+    return asked.reference ? std::optional(read_reference(*asked.reference)) : std::nullopt;
+}
+
+Batch choose_image(const Asked& asked, const Port& input, const std::optional<Reference>& reference) {
+    const Preprocessor preprocessor(input, static_cast<int>(std::thread::hardware_concurrency()));
+    const Size size = preprocessor.size();
+    if (asked.picture) {
+        Batch batch = preprocessor.read({*asked.picture});
+        batch.image = repeat(batch.image, asked.batch > 0 ? asked.batch : input.smallest_batch);
+        return batch;
     }
+    if (reference) {
+        const Tensor& pixels = reference->pixels;
+        if (pixels.shape[1] != size.height || pixels.shape[2] != size.width) {
+            throw Error("the reference's pixels are " + pixels.describe() + "; the model takes " +
+                        std::to_string(size.height) + " x " + std::to_string(size.width) +
+                        " (height x width); make it of the model's own file");
+        }
+        return {preprocessor.prepare(pixels).image, {}};
+    }
+    const std::int64_t batch = asked.batch > 0 ? asked.batch : input.optimum_batch;
+    Tensor grey{"pixels", DataType::uint8, {batch, size.height, size.width, 3}, {}};
+    grey.data.assign(bytes_of(grey.type, grey.shape), std::byte{128});
+    return {preprocessor.prepare(grey).image, {}};
 }
 
 std::vector<Tensor> run_in_batches(const Tensor& image, const Port& input, std::int64_t asked,
@@ -129,10 +173,28 @@ std::vector<Tensor> run_in_batches(const Tensor& image, const Port& input, std::
     return outputs;
 }
 
-Exit print_comparison(const Reference& reference, const std::vector<Tensor>& outputs, const std::string& precision,
-                      const std::string& runtime) {
-    const std::vector<Comparison> comparisons = compare(reference.outputs, outputs, precision);
-    const std::int64_t count = reference.pixels.shape[0];
+Tensor first_batch(const Tensor& image, const Port& input, std::int64_t asked) {
+    return image.slice(0, std::min(image.shape.at(0), asked > 0 ? asked : input.largest_batch));
+}
+
+Exit print_outputs(const Batch& batch, const std::vector<Tensor>& outputs, const std::optional<Reference>& reference,
+                   const std::string& precision, const std::string& runtime) {
+    const auto print = [](const Tensor& tensor) {
+        std::cout << format("%-20s ", tensor.name.c_str()) << tensor.describe() << "\n";
+    };
+    if (!batch.fits.empty()) {
+        const Fit& fit = batch.fits[0];
+        std::cout << format("%-20s %lld x %lld pixels (height x width), %.6f x %.6f of them to one of the model's\n",
+                            "picture", static_cast<long long>(fit.original.height),
+                            static_cast<long long>(fit.original.width), fit.scale_y, fit.scale_x);
+    }
+    print(batch.image);
+    std::for_each(outputs.begin(), outputs.end(), print);
+    if (!reference) {
+        return Exit::done;
+    }
+    const std::vector<Comparison> comparisons = compare(reference->outputs, outputs, precision);
+    const std::int64_t count = reference->pixels.shape[0];
     std::cout << "PyTorch FP32 (reference) against " << runtime << ", " << count << " picture" << (count > 1 ? "s" : "")
               << ", tolerances of " << precision << "\n";
     write_table(std::cout, comparisons);

@@ -1,14 +1,14 @@
 #pragma once
 
-#include <getopt.h>
-
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "neck/npz.hpp"
+#include "neck/preprocess.hpp"
+#include "neck/reference.hpp"
 #include "neck/tensor.hpp"
 
 namespace neck {
@@ -25,10 +25,26 @@ struct UsageError {
 /// \throws UsageError
 std::int64_t parse_count(const std::string& option, const std::string& text);
 
-/// Reads the options of a command line, each taken by its letter with its value in `optarg`.
-/// \return what is no option.
-std::vector<std::string> parse_options(int count, char** values, const option* options,
-                                       const std::function<void(int)>& take);
+/// What both commands are asked for.
+struct Asked {
+    std::string target;  ///< a plan, or a server
+    std::optional<std::string> picture;
+    std::optional<std::string> reference;  ///< `--compare`
+    std::int64_t batch = 0;                ///< 0: not told
+    std::int64_t runs = 0;
+    bool help = false;
+};
+
+/// An option of one command alone: its name, whether it has a value, and what takes that.
+struct Option {
+    const char* name;
+    bool has_value;
+    std::function<void(const std::string&)> take;
+};
+
+/// Reads a command line: target, picture, the options of both commands and those given.
+/// \throws UsageError
+void parse(int count, char** values, Asked& asked, const std::vector<Option>& options);
 
 /// Milliseconds of runs; percentiles are interpolated.
 struct Latency {
@@ -44,8 +60,11 @@ Latency summarise(std::vector<double> milliseconds);
 /// Prints a heading and one line per work.
 void print_latencies(const std::string& clock, const std::vector<std::pair<std::string, Latency>>& rows);
 
-/// Prints name, type and shape of every tensor.
-void print_shapes(const std::vector<Tensor>& tensors);
+/// The reference that was asked for.
+std::optional<Reference> read_asked(const Asked& asked);
+
+/// What is run, as the model takes it: the file's picture and its fit, the reference's pictures, or else grey ones.
+Batch choose_image(const Asked& asked, const Port& input, const std::optional<Reference>& reference);
 
 /// Runs pictures in batches that the model takes and joins the outputs.
 /// \param asked the batch; 0: the largest that is not above the pictures'.
@@ -53,10 +72,13 @@ void print_shapes(const std::vector<Tensor>& tensors);
 std::vector<Tensor> run_in_batches(const Tensor& image, const Port& input, std::int64_t asked,
                                    const std::function<std::vector<Tensor>(const Tensor&)>& run);
 
-/// Prints the error figures of every output against the reference's.
-/// \return Exit::done or Exit::not_equal
-Exit print_comparison(const Reference& reference, const std::vector<Tensor>& outputs, const std::string& precision,
-                      const std::string& runtime);
+/// The first pictures, as many as one run takes.
+Tensor first_batch(const Tensor& image, const Port& input, std::int64_t asked);
+
+/// Prints name, type and shape of the input and the outputs, how a picture was fitted and, where there is a reference,
+/// their error figures. \return Exit::done or Exit::not_equal
+Exit print_outputs(const Batch& batch, const std::vector<Tensor>& outputs, const std::optional<Reference>& reference,
+                   const std::string& precision, const std::string& runtime);
 
 /// Runs a command: errors go to stderr in one line, and a standard output that is closed is one of them.
 int run_command(const std::string& name, const std::string& help, const std::function<Exit()>& command);

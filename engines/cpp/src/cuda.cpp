@@ -17,6 +17,23 @@ void check(cudaError_t code, const std::string& what) {
                 "nvidia-smi tells whether the GPU still works; start the program again");
 }
 
+void check_device_memory(const void* address, int device, const std::string& what) {
+    cudaPointerAttributes found{};
+    check(cudaPointerGetAttributes(&found, address), what + ": asking where it lies");
+    const bool on_device = found.type == cudaMemoryTypeDevice || found.type == cudaMemoryTypeManaged;
+    if (!on_device || (found.type == cudaMemoryTypeDevice && found.device != device)) {
+        throw Error(what + " is in " +
+                    (on_device ? "the memory of GPU " + std::to_string(found.device) : "host memory") +
+                    "; expected memory of GPU " + std::to_string(device) + ", copy it there first");
+    }
+}
+
+std::string driver_version(const std::string& plan) {
+    int version = 0;
+    check(cudaDriverGetVersion(&version), plan + ": asking for the driver's version");
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
 std::string memory_text() {
     std::size_t free_bytes = 0;
     std::size_t total_bytes = 0;

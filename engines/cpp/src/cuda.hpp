@@ -14,8 +14,15 @@ namespace neck {
 /// \throws Error
 void check(cudaError_t code, const std::string& what);
 
+/// The newest CUDA that the driver serves, such as `13.0`.
+std::string driver_version(const std::string& plan);
+
 /// `3.2 of 23.6 GB of device memory are free; if too little, ...`
 std::string memory_text();
+
+/// \param what begins the message.
+/// \throws Error an address that is not in this GPU's memory.
+void check_device_memory(const void* address, int device, const std::string& what);
 
 /// Frees what cudaMalloc gave.
 struct DeviceFree {

@@ -6,6 +6,9 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
 #include <system_error>
 
 namespace neck {
@@ -27,7 +30,7 @@ struct Descriptor {
 MappedFile::MappedFile(const std::filesystem::path& path) {
     // without O_NONBLOCK a pipe would hold the program for ever
     const Descriptor file{open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
-    struct stat about{};
+    struct stat about {};
     if (file.number < 0 || fstat(file.number, &about) != 0) {
         fail(errno);
     }
@@ -46,6 +49,33 @@ MappedFile::MappedFile(const std::filesystem::path& path) {
         fail(errno);
     }
     data_ = address;
+}
+
+void write_whole(const std::filesystem::path& path, const std::vector<std::string_view>& parts) {
+    std::string staged = path.string() + ".XXXXXX";
+    const Descriptor file{mkstemp(staged.data())};  // its own, whoever else writes the same
+    try {
+        if (file.number < 0 || fchmod(file.number, 0644) != 0) {
+            fail(errno);
+        }
+        for (std::string_view part : parts) {
+            while (!part.empty()) {
+                const ssize_t written = write(file.number, part.data(), part.size());
+                if (written < 0 && errno != EINTR) {
+                    fail(errno);
+                }
+                part.remove_prefix(written > 0 ? static_cast<std::size_t>(written) : 0);
+            }
+        }
+        if (fsync(file.number) != 0 || rename(staged.c_str(), path.c_str()) != 0) {
+            fail(errno);
+        }
+    } catch (...) {
+        if (file.number >= 0) {
+            unlink(staged.c_str());
+        }
+        throw;
+    }
 }
 
 MappedFile::~MappedFile() {

@@ -5,6 +5,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 namespace neck {
 
@@ -28,6 +29,10 @@ private:
     void* data_ = nullptr;
     std::size_t size_ = 0;
 };
+
+/// Writes a file under another name beside it, and renames that when it is on the disk: it is there whole or not at
+/// all. \throws std::system_error
+void write_whole(const std::filesystem::path& path, const std::vector<std::string_view>& parts);
 
 /// SHA-256 as 64 hexadecimal digits.
 std::string sha256(const std::byte* data, std::size_t size);

@@ -164,7 +164,7 @@ void check_file(const fs::path& manifest, const Manifest::File& entry, bool hash
 
 std::string read_header(const fs::path& plan) {
     try {
-        const std::string header(MappedFile(plan).text().substr(0, rtx_magic.size()));
+        std::string header(MappedFile(plan).text().substr(0, rtx_magic.size()));
         if (header.empty()) {
             throw Error(plan.string() + ": is empty; build it again");
         }

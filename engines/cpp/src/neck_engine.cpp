@@ -1,16 +1,13 @@
-#include <getopt.h>
-
 #include <algorithm>
-#include <array>
+#include <chrono>
 #include <iostream>
 #include <optional>
+#include <thread>
 
 #include "command.hpp"
 #include "cuda.hpp"
 #include "neck/engine.hpp"
-#include "neck/fidelity.hpp"
-#include "neck/npz.hpp"
-#include "neck/picture.hpp"
+#include "serve_folder.hpp"
 #include "text.hpp"
 
 namespace {
@@ -21,12 +18,18 @@ constexpr const char* help = R"(Usage: neck-engine PLAN [PICTURE] [options]
 
 Runs a plan of `neck-export trt`, its manifest PLAN.json beside it, on the GPU.
 
-  PICTURE             PNG or JPEG of the plan's size
-  --compare FILE.npz  check the outputs against a reference of `neck-export verify --save-reference`;
+  PICTURE             PNG or JPEG, resized to what the plan takes
+  --compare FILE      check the outputs against a reference of `neck-export verify --save-reference`;
                       without PICTURE its own pictures are run
   --batch N           batch size; by default the number of pictures, or the plan's optimum without any
   --runs N            timed runs (default 200)
   --graph             run by a CUDA graph
+  --rtx-graph         let TensorRT-RTX capture CUDA graphs of its own
+  --startup           time the start: loading, first and second run. A second call finds TensorRT-RTX's kernels in
+                      PLAN.cache and starts warm
+  --serve-folder IN OUT
+                      the features of IN's pictures: OUT/NAME.safetensors each; what is there is left alone,
+                      pictures that cannot be read are told and left out
   --device N          CUDA's number of the GPU (default 0)
   --manifest          check the files and print what the manifest says; needs no GPU
   --help              this text
@@ -37,69 +40,28 @@ Exit codes: 0 done, 1 an error, 2 usage, 3 outputs that leave the plan's toleran
 constexpr int warm_up_runs = 10;
 constexpr std::int64_t default_runs = 200;
 
-struct Arguments {
-    std::string plan;
-    std::optional<std::string> picture;
-    std::optional<std::string> reference;
-    std::int64_t batch = 0;
-    std::int64_t runs = default_runs;
+struct Arguments : neck::Asked {
     int device = 0;
     bool graph = false;
+    bool rtx_graph = false;
+    bool startup = false;
+    std::optional<std::string> folder;
     bool manifest = false;
-    bool help = false;
 };
 
-void take_option(Arguments& arguments, int option) {
-    const std::string value = optarg != nullptr ? optarg : "";
-    switch (option) {
-        case 'c':
-            arguments.reference = value;
-            break;
-        case 'b':
-            arguments.batch = neck::parse_count("--batch", value);
-            break;
-        case 'r':
-            arguments.runs = neck::parse_count("--runs", value);
-            break;
-        case 'd':
-            arguments.device = value == "0" ? 0 : static_cast<int>(neck::parse_count("--device", value));
-            break;
-        case 'g':
-            arguments.graph = true;
-            break;
-        case 'm':
-            arguments.manifest = true;
-            break;
-        case 'h':
-            arguments.help = true;
-            break;
-        default:
-            throw neck::UsageError{"an option that is not known, or lacks its value"};
-    }
-}
-
 Arguments parse(int count, char** values) {
-    constexpr std::array<option, 8> options{{{"compare", required_argument, nullptr, 'c'},
-                                             {"batch", required_argument, nullptr, 'b'},
-                                             {"runs", required_argument, nullptr, 'r'},
-                                             {"device", required_argument, nullptr, 'd'},
-                                             {"graph", no_argument, nullptr, 'g'},
-                                             {"manifest", no_argument, nullptr, 'm'},
-                                             {"help", no_argument, nullptr, 'h'},
-                                             {nullptr, 0, nullptr, 0}}};
     Arguments arguments;
-    const std::vector<std::string> rest =
-        neck::parse_options(count, values, options.data(), [&](int option) { take_option(arguments, option); });
-    if (arguments.help) {
-        return arguments;
-    }
-    if (rest.empty() || rest.size() > 2) {
-        throw neck::UsageError{"expected PLAN and at most one PICTURE"};
-    }
-    arguments.plan = rest[0];
-    if (rest.size() == 2) {
-        arguments.picture = rest[1];
-    }
+    arguments.runs = default_runs;
+    const auto take_device = [&](const std::string& value) {
+        arguments.device = value == "0" ? 0 : static_cast<int>(neck::parse_count("--device", value));
+    };
+    neck::parse(count, values, arguments,
+                {{"device", true, take_device},
+                 {"rtx-graph", false, [&](const std::string&) { arguments.rtx_graph = true; }},
+                 {"serve-folder", true, [&](const std::string& value) { arguments.folder = value; }},
+                 {"startup", false, [&](const std::string&) { arguments.startup = true; }},
+                 {"graph", false, [&](const std::string&) { arguments.graph = true; }},
+                 {"manifest", false, [&](const std::string&) { arguments.manifest = true; }}});
     return arguments;
 }
 
@@ -144,21 +106,38 @@ neck::Latency measure(cudaStream_t stream, std::int64_t runs, const std::string&
     return neck::summarise(std::move(times));
 }
 
-/// The pictures to run, uint8 (B, H, W, 3): the file's, the reference's, or grey ones.
-neck::Tensor choose_pixels(const Arguments& arguments, const neck::Port& input,
-                           const std::optional<neck::Reference>& reference) {
-    const neck::Size size = neck::picture_size(input);
-    if (arguments.picture) {
-        const neck::Tensor pixels = neck::read_picture(*arguments.picture, size);
-        return neck::repeat(pixels, arguments.batch > 0 ? arguments.batch : input.smallest_batch);
+/// Prints the warnings from one on; \return how many there are.
+std::size_t print_warnings(const neck::Engine& engine, std::size_t from = 0) {
+    const std::vector<std::string>& warnings = engine.warnings();
+    for (; from < warnings.size(); ++from) {
+        std::cerr << "neck-engine: " << warnings[from] << "\n";
     }
-    if (reference) {
-        return reference->pixels;
-    }
-    const std::int64_t batch = arguments.batch > 0 ? arguments.batch : input.optimum_batch;
-    neck::Tensor grey{"pixels", neck::DataType::uint8, {batch, size.height, size.width, 3}, {}};
-    grey.data.assign(neck::bytes_of(grey.type, grey.shape), std::byte{128});
-    return grey;
+    return from;
+}
+
+/// What a process waits for before it serves: loading, then the first run.
+Exit print_startup(const Arguments& arguments, const neck::EngineOptions& options) {
+    const auto start = std::chrono::steady_clock::now();
+    double before = 0;
+    const auto lap = [&](const std::string& what) {
+        const double now = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+        std::cout << neck::format("%-38s %10.1f ms\n", what.c_str(), now - before);
+        before = now;
+    };
+    neck::Engine engine(arguments.target, options);
+    std::cout << engine.runtime() << (engine.warm() ? ", warm: kernels of an earlier start" : ", cold") << "\n";
+    lap("loading");
+    const neck::DeviceGuard guard(arguments.device, arguments.target);
+    const neck::OwnedStream stream = neck::make_stream(arguments.target);
+    const neck::Tensor image = neck::choose_image(arguments, engine.input(), std::nullopt).image;
+    const neck::Tensor part = neck::first_batch(image, engine.input(), arguments.batch);
+    before = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+    engine.infer(part, stream.get());
+    lap("first run, batch " + std::to_string(part.shape[0]));
+    engine.infer(part, stream.get());
+    lap("second run");
+    print_warnings(engine);
+    return Exit::done;
 }
 
 Exit run(const Arguments& arguments) {
@@ -166,43 +145,49 @@ Exit run(const Arguments& arguments) {
         std::cout << help;
         return Exit::done;
     }
+    const std::string& plan = arguments.target;
     if (arguments.manifest) {
-        print_manifest(neck::read_manifest(arguments.plan));
+        print_manifest(neck::read_manifest(plan));
         return Exit::done;
     }
-    std::optional<neck::Reference> reference;
-    if (arguments.reference) {
-        reference = neck::read_reference(*arguments.reference);
-    }
+    const std::optional<neck::Reference> reference = neck::read_asked(arguments);
     neck::EngineOptions options;
     options.device = arguments.device;
     options.cuda_graph = arguments.graph;
-    neck::Engine engine(arguments.plan, options);
-    for (const std::string& warning : engine.warnings()) {
-        std::cerr << "neck-engine: TensorRT warns: " << warning << "\n";
+    options.rtx_graphs = arguments.rtx_graph;
+    if (arguments.folder) {
+        if (!arguments.picture || arguments.reference || arguments.startup) {
+            throw neck::UsageError{"expected PLAN --serve-folder IN OUT, without --compare and --startup"};
+        }
+        neck::FolderOptions folder;
+        folder.batch = arguments.batch;
+        folder.threads = static_cast<int>(std::max(2U, std::thread::hardware_concurrency()));
+        return neck::serve_folder(plan, *arguments.folder, *arguments.picture, options, folder);
     }
-    const neck::DeviceGuard guard(arguments.device, arguments.plan);
-    const neck::OwnedStream stream = neck::make_stream(arguments.plan);
-    const neck::Tensor pixels = choose_pixels(arguments, engine.input(), reference);
-    const neck::Tensor image = neck::prepare(pixels, engine.input());
+    if (arguments.startup) {
+        return print_startup(arguments, options);
+    }
+    neck::Engine engine(plan, options);
+    const std::size_t told = print_warnings(engine);
+    const neck::DeviceGuard guard(arguments.device, plan);
+    const neck::OwnedStream stream = neck::make_stream(plan);
+    const neck::Batch pictures = neck::choose_image(arguments, engine.input(), reference);
+    const neck::Tensor& image = pictures.image;
     const std::vector<neck::Tensor> outputs =
         neck::run_in_batches(image, engine.input(), arguments.batch,
                              [&](const neck::Tensor& part) { return engine.infer(part, stream.get()); });
-    std::cout << arguments.plan << ": " << engine.manifest().precision << ", " << engine.runtime() << "\n"
-              << neck::format("%-20s ", image.name.c_str()) << image.describe() << "\n";
-    neck::print_shapes(outputs);
-    const Exit code = reference
-                          ? neck::print_comparison(*reference, outputs, engine.manifest().precision, engine.runtime())
-                          : Exit::done;
+    print_warnings(engine, told);
+    const std::string& precision = engine.manifest().precision;
+    std::cout << plan << ": " << precision << ", " << engine.runtime() << "\n";
+    const Exit code = neck::print_outputs(pictures, outputs, reference, precision, engine.runtime());
     if (code != Exit::done) {
         return code;
     }
-    const std::int64_t asked = arguments.batch > 0 ? arguments.batch : engine.input().largest_batch;
-    const std::int64_t batch = std::min(image.shape[0], asked);
+    const neck::Tensor part = neck::first_batch(image, engine.input(), arguments.batch);
+    const std::int64_t batch = part.shape[0];
     const neck::Latency latency =
-        measure(stream.get(), arguments.runs, arguments.plan, [&] { engine.enqueue(batch, stream.get()); });
-    const neck::Tensor part = image.slice(0, batch);
-    const neck::Latency whole = measure(stream.get(), std::min<std::int64_t>(arguments.runs, 20), arguments.plan,
+        measure(stream.get(), arguments.runs, plan, [&] { engine.enqueue(batch, stream.get()); });
+    const neck::Latency whole = measure(stream.get(), std::min<std::int64_t>(arguments.runs, 20), plan,
                                         [&] { engine.infer(part, stream.get()); });
     neck::print_latencies(
         "CUDA events", {{std::string("a run, ") + (arguments.graph ? "CUDA graph" : "kernel by kernel") + ", batch " +

@@ -1,17 +1,14 @@
 #include "neck/picture.hpp"
 
-#include <cstring>
 #include <system_error>
+#include <utility>
 
-#include "decoders.hpp"
+#include "decode.hpp"
+#include "files.hpp"
 #include "neck/error.hpp"
-#include "text.hpp"
 
 namespace neck {
 namespace {
-
-// float32(2 / 255), then two roundings: pixel * scale, less 1; neck/pictures.py says why
-constexpr float pixel_scale = static_cast<float>(2.0 / 255.0);
 
 MappedFile open_picture(const std::filesystem::path& path) {
     try {
@@ -22,88 +19,16 @@ MappedFile open_picture(const std::filesystem::path& path) {
     }
 }
 
-Pixels decode(const MappedFile& file, Size wanted) {
-    if (file.size() == 0) {
-        throw PictureFault("is empty (0 bytes); fetch or save it again");
-    }
-    const std::string_view bytes = file.text();
-    if (bytes.substr(0, 8) == "\x89PNG\r\n\x1a\n") {
-        return decode_png(file, wanted);
-    }
-    if (bytes.substr(0, 3) == "\xff\xd8\xff") {
-        return decode_jpeg(file, wanted);
-    }
-    throw PictureFault("is damaged or in no known format (PNG, JPEG); fetch it again or convert it to PNG");
-}
-
-std::string to_text(Size size) { return std::to_string(size.height) + " x " + std::to_string(size.width); }
-
 }  // namespace
 
-void check_size(Size found, Size wanted) {
-    if (found.height != wanted.height || found.width != wanted.width) {
-        throw PictureFault("is " + to_text(found) + " pixels (height x width), the model takes " + to_text(wanted) +
-                           "; resize it as SAM 3 does: neck.pictures.resize_picture, bilinear with antialias");
-    }
-}
-
-void check_upright(const unsigned char* exif, std::size_t size) {
-    if (size < 8) {
-        return;
-    }
-    const bool little = exif[0] == 'I';
-    const auto number = [&](std::size_t at, std::size_t bytes) {
-        std::size_t value = 0;
-        for (std::size_t index = 0; index < bytes; ++index) {
-            value = value << 8U | exif[at + (little ? bytes - 1 - index : index)];
-        }
-        return value;
-    };
-    const std::size_t directory = number(4, 4);
-    if (directory > size - 2) {
-        return;
-    }
-    constexpr std::size_t orientation = 0x0112;
-    constexpr std::size_t entry = 12;
-    const std::size_t count = number(directory, 2);
-    for (std::size_t at = directory + 2; at + entry <= size && at < directory + 2 + count * entry; at += entry) {
-        const std::size_t turn = number(at + 8, 2);
-        if (number(at, 2) == orientation && turn >= 2 && turn <= 8) {
-            throw PictureFault("is to be turned (EXIF orientation " + std::to_string(turn) + "); save it upright");
-        }
-    }
-}
-
-Tensor read_picture(const std::filesystem::path& path, Size wanted) {
+Tensor read_picture(const std::filesystem::path& path) {
     const MappedFile file = open_picture(path);
     try {
-        return {"pixels", DataType::uint8, {1, wanted.height, wanted.width, 3}, decode(file, wanted).data};
+        Pixels pixels = decode(file.text());
+        return {"pixels", DataType::uint8, {1, pixels.size.height, pixels.size.width, 3}, std::move(pixels.data)};
     } catch (const PictureFault& fault) {
         throw Error(path.string() + " " + fault.what() + ".");
     }
-}
-
-Tensor normalise(const Tensor& pixels) {
-    if (pixels.type != DataType::uint8 || pixels.shape.size() != 4 || pixels.shape[3] != 3 ||
-        pixels.data.size() != bytes_of(pixels.type, pixels.shape)) {
-        throw Error("Pixels are " + pixels.describe() + "; give uint8 (B, H, W, 3), RGB, not empty.");
-    }
-    const auto batch = static_cast<std::size_t>(pixels.shape[0]);
-    const std::size_t area = static_cast<std::size_t>(pixels.shape[1]) * static_cast<std::size_t>(pixels.shape[2]);
-    Tensor image{"image", DataType::float32, {pixels.shape[0], 3, pixels.shape[1], pixels.shape[2]}, {}};
-    image.data.resize(pixels.data.size() * sizeof(float));
-    std::byte* target = image.data.data();
-    for (std::size_t entry = 0; entry < batch; ++entry) {
-        for (std::size_t channel = 0; channel < 3; ++channel) {
-            for (std::size_t pixel = 0; pixel < area; ++pixel, target += sizeof(float)) {  // (H, W, 3) -> (3, H, W)
-                const auto level = std::to_integer<std::uint8_t>(pixels.data[(entry * area + pixel) * 3 + channel]);
-                const float scaled = static_cast<float>(level) * pixel_scale;
-                const float value = scaled - 1.0F;
-                std::memcpy(target, &value, sizeof value);
-            }
-        }
-    }
-    return image;
 }
 
 Size picture_size(const Port& input) {
@@ -116,16 +41,6 @@ Size picture_size(const Port& input) {
     }
     throw Error("the model takes " + input.describe() +
                 ", no picture; expected float32 (B, 3, H, W) or uint8 (B, H, W, 3)");
-}
-
-Tensor prepare(const Tensor& pixels, const Port& input) {
-    const Size size = picture_size(input);
-    if (pixels.shape.size() != 4 || pixels.shape[1] != size.height || pixels.shape[2] != size.width) {
-        throw Error("Pixels are " + pixels.describe() + "; the model takes " + to_text(size) + " (height x width)");
-    }
-    Tensor image = input.type == DataType::uint8 ? pixels : normalise(pixels);
-    image.name = input.name;
-    return image;
 }
 
 Tensor repeat(const Tensor& tensor, std::int64_t count) {

@@ -127,8 +127,10 @@ std::vector<std::string> Logger::warnings() const {
     return warnings_;
 }
 
-LoadedEngine load_engine(const std::filesystem::path& plan, const Manifest& manifest, const std::string& version) {
-    LoadedEngine loaded;
+std::shared_ptr<LoadedEngine> load_engine(const std::filesystem::path& plan, const Manifest& manifest,
+                                          const std::string& version) {
+    auto shared = std::make_shared<LoadedEngine>();
+    LoadedEngine& loaded = *shared;
     loaded.logger = std::make_unique<Logger>();
     loaded.runtime.reset(nvinfer1::createInferRuntime(*loaded.logger));
     const auto refused = [&] {
@@ -151,13 +153,13 @@ LoadedEngine load_engine(const std::filesystem::path& plan, const Manifest& mani
         throw refused();
     }
     read_ports(loaded, plan, manifest);
-    return loaded;
+    return shared;
 }
 
-std::unique_ptr<nvinfer1::IExecutionContext> make_context(const LoadedEngine& loaded, void* memory, std::int64_t bytes,
+std::unique_ptr<nvinfer1::IExecutionContext> make_context(LoadedEngine& loaded, void* memory, std::int64_t bytes,
                                                           const std::string& plan) {
-    std::unique_ptr<nvinfer1::IExecutionContext> context(
-        loaded.engine->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
+    const std::lock_guard<std::mutex> lock(loaded.making);
+    std::unique_ptr<nvinfer1::IExecutionContext> context = create_context(*loaded.engine, loaded.config);
     if (!context) {
         throw Error(plan + ": no context to run it can be made (" + loaded.logger->failure() + "); " + memory_text());
     }

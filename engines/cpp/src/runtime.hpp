@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "flavor.hpp"
 #include "neck/manifest.hpp"
 #include "neck/tensor.hpp"
 
@@ -29,23 +30,26 @@ private:
     std::vector<std::string> warnings_;
 };
 
-/// A deserialised plan; the engine goes first, the logger last.
+/// A deserialised plan, whose weights all contexts share; the engine goes first, the logger last.
 struct LoadedEngine {
     std::unique_ptr<Logger> logger;
     std::unique_ptr<nvinfer1::IRuntime> runtime;
     std::unique_ptr<nvinfer1::ICudaEngine> engine;
+    RuntimeConfig config;
     std::vector<Port> inputs;
     std::vector<Port> outputs;
+    std::mutex making{};  ///< held while a context is made: that may be in any thread
 };
 
 /// Loads a plan that passed the checks.
 /// \param version of TensorRT, for messages.
 /// \throws Error TensorRT cannot load it, or its tensors are not the manifest's.
-LoadedEngine load_engine(const std::filesystem::path& plan, const Manifest& manifest, const std::string& version);
+std::shared_ptr<LoadedEngine> load_engine(const std::filesystem::path& plan, const Manifest& manifest,
+                                          const std::string& version);
 
 /// A context that runs in memory which the caller gives.
 /// \throws Error
-std::unique_ptr<nvinfer1::IExecutionContext> make_context(const LoadedEngine& loaded, void* memory, std::int64_t bytes,
+std::unique_ptr<nvinfer1::IExecutionContext> make_context(LoadedEngine& loaded, void* memory, std::int64_t bytes,
                                                           const std::string& plan);
 
 }  // namespace neck

@@ -48,7 +48,7 @@ std::string text_of(const Json& object, const char* key) {
 }
 
 std::string name_of(const Json& object) {
-    const std::string name = text_of(object, "name");
+    std::string name = text_of(object, "name");
     if (name.empty() || !plain(name)) {
         throw Fault{"has the odd name " + repr(name)};
     }

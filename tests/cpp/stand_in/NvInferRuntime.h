@@ -1,9 +1,10 @@
 // A stand-in of the part of TensorRT that engines/cpp uses. Names, signatures and values are those of TensorRT 10 and
-// 11; stand_in.hpp says how it behaves.
+// 11 and TensorRT-RTX 1.2 and later; stand_in.hpp says how it behaves.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "cuda_runtime_api.h"
 
@@ -19,6 +20,8 @@ using AsciiChar = char;
 enum class DataType : std::int32_t { kFLOAT = 0, kHALF = 1, kINT8 = 2, kINT32 = 3, kUINT8 = 5, kBF16 = 7, kINT64 = 8 };
 enum class TensorIOMode : std::int32_t { kNONE = 0, kINPUT = 1, kOUTPUT = 2 };
 enum class OptProfileSelector : std::int32_t { kMIN = 0, kOPT = 1, kMAX = 2 };
+enum class CudaGraphStrategy : std::int32_t { kDISABLED = 0, kWHOLE_GRAPH_CAPTURE = 1 };
+enum class DynamicShapesKernelSpecializationStrategy : std::int32_t { kLAZY = 0, kEAGER = 1, kNONE = 2 };
 enum class ExecutionContextAllocationStrategy : std::int32_t { kSTATIC = 0, kON_PROFILE_CHANGE = 1, kUSER_MANAGED = 2 };
 
 struct Dims {
@@ -40,8 +43,42 @@ public:
     bool setTensorAddress(char const* name, void* data) noexcept;
     void setDeviceMemoryV2(void* memory, std::int64_t size) noexcept;
     bool enqueueV3(cudaStream_t stream) noexcept;
+    bool isStreamCapturable(cudaStream_t stream) const noexcept;
 
     std::unique_ptr<stand_in::Context> own;
+};
+
+class IHostMemory {
+public:
+    virtual ~IHostMemory() noexcept;
+    void* data() const noexcept;
+    std::size_t size() const noexcept;
+
+    std::string own;
+};
+
+class IRuntimeCache {
+public:
+    virtual ~IRuntimeCache() noexcept;
+    IHostMemory* serialize() const noexcept;
+    bool deserialize(void const* blob, std::size_t size) noexcept;
+
+    std::string own;  // of each batch that was run, once
+};
+
+class IRuntimeConfig {
+public:
+    virtual ~IRuntimeConfig() noexcept;
+    void setExecutionContextAllocationStrategy(ExecutionContextAllocationStrategy strategy) noexcept;
+    void setDynamicShapesKernelSpecializationStrategy(DynamicShapesKernelSpecializationStrategy strategy) noexcept;
+
+    bool setCudaGraphStrategy(CudaGraphStrategy strategy) noexcept;
+    IRuntimeCache* createRuntimeCache() const noexcept;
+    bool setRuntimeCache(IRuntimeCache const& cache) noexcept;
+
+    IRuntimeCache* cache = nullptr;
+    ExecutionContextAllocationStrategy allocation = ExecutionContextAllocationStrategy::kSTATIC;
+    DynamicShapesKernelSpecializationStrategy specialization = DynamicShapesKernelSpecializationStrategy::kLAZY;
 };
 
 class ICudaEngine {
@@ -56,6 +93,8 @@ public:
     std::int64_t getDeviceMemorySizeV2() const noexcept;
     IExecutionContext* createExecutionContext(
         ExecutionContextAllocationStrategy strategy = ExecutionContextAllocationStrategy::kSTATIC) noexcept;
+    IExecutionContext* createExecutionContext(IRuntimeConfig* config) noexcept;
+    IRuntimeConfig* createRuntimeConfig() noexcept;
 
     std::unique_ptr<stand_in::Engine> own;
 };

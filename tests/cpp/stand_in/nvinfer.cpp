@@ -1,11 +1,13 @@
 #include "NvInferRuntime.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <sstream>
+#include <thread>
 
 #include "stand_in.hpp"
 
@@ -22,12 +24,40 @@ struct Engine {
 };
 
 struct Context {
+    Context(std::shared_ptr<const Program> given, nvinfer1::ILogger& taken)
+        : program(std::move(given)), logger(taken) {}
+
     std::shared_ptr<const Program> program;
     nvinfer1::ILogger& logger;
     std::map<std::string, Bound> bound;
     char* scratch = nullptr;
     std::int64_t scratch_size = 0;
+    nvinfer1::IRuntimeCache* cache = nullptr;
+    bool lazy = false;  ///< kernels of a shape are still compiled when its first run is over
     std::shared_ptr<int> changes = std::make_shared<int>(0);
+    std::atomic<int> users{0};
+};
+
+/// A call of a context: aborts where another thread is in one. TensorRT's are for one thread at a time.
+class Use {
+public:
+    explicit Use(Context& context) : context_(enter(context)) {}
+    ~Use() { context_.users.fetch_sub(1); }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+private:
+    static Context& enter(Context& context) {
+        if (context.users.fetch_add(1) != 0) {
+            std::fprintf(stderr, "stand-in: two threads use one context\n");
+            std::abort();
+        }
+        std::this_thread::yield();  // so that another has the time
+        return context;
+    }
+
+    Context& context_;
+    const Lock lock_;  // after the look at who else is here
 };
 
 }  // namespace stand_in
@@ -56,6 +86,7 @@ Dims dims_of(const std::vector<std::int64_t>& shape) {
 IExecutionContext::~IExecutionContext() noexcept { stand_in::count(-1); }
 
 bool IExecutionContext::setInputShape(char const* name, Dims const& dims) noexcept {
+    const stand_in::Use use(*own);
     ++*own->changes;
     if (stand_in::fails("setInputShape")) {
         own->logger.log(ILogger::Severity::kERROR, "Error Code 3: API Usage Error\n (the shape is not in the profile)");
@@ -74,23 +105,43 @@ bool IExecutionContext::setInputShape(char const* name, Dims const& dims) noexce
 }
 
 bool IExecutionContext::setTensorAddress(char const* name, void* data) noexcept {
+    const stand_in::Use use(*own);
     ++*own->changes;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(data) % 256 == 0;
+    if (!aligned || stand_in::fails("setTensorAddress")) {
+        own->logger.log(ILogger::Severity::kERROR, "Error Code 3: API Usage Error (the address is not aligned)");
+        return false;
+    }
     own->bound[name].data = data;
-    return !stand_in::fails("setTensorAddress");
+    return true;
 }
 
 void IExecutionContext::setDeviceMemoryV2(void* memory, std::int64_t size) noexcept {
+    const stand_in::Use use(*own);
     own->scratch = static_cast<char*>(memory);
     own->scratch_size = size;
 }
 
 bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
+    const stand_in::Use use(*own);
     const bool whole = own->scratch_size >= own->program->scratch &&
                        std::all_of(own->bound.begin(), own->bound.end(),
                                    [](const auto& entry) { return entry.second.data != nullptr; });
-    if (!whole || stand_in::fails("enqueueV3")) {
+    const bool forbidden = stand_in::capturing(stream) && own->program->allocates;
+    if (stand_in::capturing(stream) && own->lazy) {
+        std::fprintf(stderr, "stand-in: a CUDA graph is captured of kernels that serve until others are compiled\n");
+        std::abort();
+    }
+    if (!whole || forbidden || stand_in::fails("enqueueV3")) {
         own->logger.log(ILogger::Severity::kERROR, "Error Code 1: Cuda Runtime\n(out of memory)");
         return false;
+    }
+    if (own->cache != nullptr) {
+        const std::string kernel = "kernels of batch " + std::to_string(own->bound.begin()->second.shape[0]) + "\n";
+        if (own->cache->own.find(kernel) == std::string::npos) {
+            own->cache->own += kernel;
+            std::fprintf(stdout, "stand-in: compiles %s", kernel.c_str());
+        }
     }
     const auto work = [program = own->program, bound = own->bound, scratch = own->scratch, size = own->scratch_size,
                        changes = own->changes, now = *own->changes, captured = stand_in::capturing(stream)] {
@@ -105,6 +156,53 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
     };
     stand_in::queue(stream, work);
     return true;
+}
+
+bool IExecutionContext::isStreamCapturable(cudaStream_t /*stream*/) const noexcept { return !own->program->allocates; }
+
+IRuntimeConfig::~IRuntimeConfig() noexcept { stand_in::count(-1); }
+
+void IRuntimeConfig::setExecutionContextAllocationStrategy(ExecutionContextAllocationStrategy strategy) noexcept {
+    allocation = strategy;
+}
+
+void IRuntimeConfig::setDynamicShapesKernelSpecializationStrategy(
+    DynamicShapesKernelSpecializationStrategy strategy) noexcept {
+    specialization = strategy;
+}
+
+bool IRuntimeConfig::setCudaGraphStrategy(CudaGraphStrategy /*strategy*/) noexcept {
+    return !stand_in::fails("setCudaGraphStrategy");
+}
+
+IRuntimeCache* IRuntimeConfig::createRuntimeCache() const noexcept {
+    stand_in::count(1);
+    return new IRuntimeCache;
+}
+
+bool IRuntimeConfig::setRuntimeCache(IRuntimeCache const& given) noexcept {
+    cache = const_cast<IRuntimeCache*>(&given);  // NOLINT: as RTX, it is filled while contexts run
+    return !stand_in::fails("setRuntimeCache");
+}
+
+IHostMemory::~IHostMemory() noexcept { stand_in::count(-1); }
+
+void* IHostMemory::data() const noexcept { return const_cast<char*>(own.data()); }  // NOLINT: TensorRT's signature
+
+std::size_t IHostMemory::size() const noexcept { return own.size(); }
+
+IRuntimeCache::~IRuntimeCache() noexcept { stand_in::count(-1); }
+
+IHostMemory* IRuntimeCache::serialize() const noexcept {
+    stand_in::count(1);
+    auto* memory = new IHostMemory;
+    memory->own = own;
+    return memory;
+}
+
+bool IRuntimeCache::deserialize(void const* blob, std::size_t size) noexcept {
+    own.assign(static_cast<char const*>(blob), size);
+    return !stand_in::fails("deserialize");
 }
 
 ICudaEngine::~ICudaEngine() noexcept { stand_in::count(-1); }
@@ -141,8 +239,27 @@ IExecutionContext* ICudaEngine::createExecutionContext(ExecutionContextAllocatio
     }
     stand_in::count(1);
     auto* context = new IExecutionContext;
-    context->own.reset(new stand_in::Context{own->program, own->logger, {}});
+    context->own.reset(new stand_in::Context(own->program, own->logger));
+    context->own->lazy = own->program->rtx;
     return context;
+}
+
+IExecutionContext* ICudaEngine::createExecutionContext(IRuntimeConfig* config) noexcept {
+    IExecutionContext* context = createExecutionContext(config->allocation);
+    if (context != nullptr) {
+        context->own->lazy = config->specialization == DynamicShapesKernelSpecializationStrategy::kLAZY;
+        context->own->cache = config->cache;
+    }
+    return context;
+}
+
+IRuntimeConfig* ICudaEngine::createRuntimeConfig() noexcept {
+    if (stand_in::fails("createRuntimeConfig")) {
+        own->logger.log(ILogger::Severity::kERROR, "Error Code 2: OutOfMemory (runtime config)");
+        return nullptr;
+    }
+    stand_in::count(1);
+    return new IRuntimeConfig;
 }
 
 IRuntime::~IRuntime() noexcept { stand_in::count(-1); }

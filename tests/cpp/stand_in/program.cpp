@@ -1,3 +1,5 @@
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -58,9 +60,23 @@ private:
                                                   : static_cast<const float*>(data)[place];
     }
 
+    /// The half that is nearest; ties to even. Clang 14 has no _Float16 on x86-64.
+    static std::uint16_t half_of(float value) {
+        std::uint32_t bits = 0;
+        std::memcpy(&bits, &value, sizeof bits);
+        const auto sign = static_cast<std::uint16_t>(bits >> 16U & 0x8000U);
+        const float size = std::fabs(value);
+        if (!(size < 65520.0F)) {
+            return static_cast<std::uint16_t>(sign | (std::isnan(value) ? 0x7e00U : 0x7c00U));
+        }
+        const int exponent = std::max(-14, size > 0 ? std::ilogb(size) : -14);
+        const auto steps = static_cast<std::uint32_t>(std::nearbyint(std::ldexp(size, 10 - exponent)));
+        return static_cast<std::uint16_t>(sign | (static_cast<std::uint32_t>(exponent + 14) * 1024U + steps));
+    }
+
     static void write(void* data, nvinfer1::DataType type, std::size_t place, float value) {
         if (type == nvinfer1::DataType::kHALF) {
-            static_cast<_Float16*>(data)[place] = static_cast<_Float16>(value);
+            static_cast<std::uint16_t*>(data)[place] = half_of(value);
         } else if (type == nvinfer1::DataType::kBF16) {
             std::uint32_t bits = 0;
             std::memcpy(&bits, &value, sizeof bits);
@@ -90,7 +106,8 @@ std::vector<std::int64_t> numbers(const std::string& text) {
 
 }  // namespace
 
-/// `stand-in`, then lines `input NAME TYPE SHAPE [BATCHES]`, `output NAME TYPE SHAPE`, `scratch BYTES`, `warn TEXT`.
+/// `stand-in`, then lines `input NAME TYPE SHAPE [BATCHES]`, `output NAME TYPE SHAPE`, `scratch BYTES`, `warn TEXT`,
+/// `allocates`. What begins with TensorRT-RTX's `vtrt` is its plan.
 std::unique_ptr<Program> read_program(std::string_view plan) {
     std::istringstream stream{std::string(plan)};
     std::string first;
@@ -99,12 +116,15 @@ std::unique_ptr<Program> read_program(std::string_view plan) {
         return read_onnx(plan);
     }
     auto program = std::make_unique<Doubling>();
+    program->rtx = first.rfind("vtrt", 0) == 0;
     for (std::string line; std::getline(stream, line);) {
         std::istringstream words(line);
         std::string kind, name, type, shape, batch;
         words >> kind >> name >> type >> shape >> batch;
         if (kind == "scratch") {
             program->scratch = std::stoll(name);
+        } else if (kind == "allocates") {
+            program->allocates = true;
         } else if (kind == "warn") {
             program->warning = line.substr(5);
         } else {

@@ -9,6 +9,9 @@
 //   STAND_IN_CAPABILITY  compute capability (8.9)
 //   STAND_IN_VERSION     TensorRT's version (10.16.1.11)
 //   STAND_IN_FAIL        a call that fails, such as cudaMalloc:2 (the second); without a number: every one
+//   STAND_IN_KILL        a call at which the process is killed, such as enqueueV3:7
+//   STAND_IN_DRIVER      CUDA's version of the driver (13000)
+//   STAND_IN_FREE        bytes of device memory that are free (20000000000)
 //   STAND_IN_NUDGE       added to every output
 #pragma once
 
@@ -23,6 +26,15 @@
 #include "NvInferRuntime.h"
 
 namespace stand_in {
+
+/// Held in every call: the stand-ins work in one thread at a time, as CUDA's and TensorRT's locks would have it.
+class Lock {
+public:
+    Lock();
+    ~Lock();
+    Lock(const Lock&) = delete;
+    Lock& operator=(const Lock&) = delete;
+};
 
 /// Whether this call of a function is the one that is to fail.
 bool fails(const char* function);
@@ -68,6 +80,8 @@ public:
     std::vector<TensorFacts> tensors;
     std::int64_t scratch = 0;
     std::string warning;
+    bool rtx = false;        ///< kernels are compiled while it runs
+    bool allocates = false;  ///< memory, too: such a run cannot be captured
 };
 
 /// Reads a plan: our own few lines of text, or where ONNX Runtime is built in an ONNX file.

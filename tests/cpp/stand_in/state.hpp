@@ -44,14 +44,19 @@ struct CUstream_st {
 
 namespace stand_in {
 
+/// What cudaMalloc gave.
+struct Memory {
+    std::size_t size = 0;
+    int device = 0;
+};
+
 /// All that the stand-in of CUDA keeps.
 struct State {
     std::map<std::string, int> calls;
     bool failed = false;
     int alive = 0;
-    int device = 0;
-    cudaError_t last = cudaSuccess;
     std::set<cudaStream_t> streams;
+    std::map<const char*, Memory> memory;
     CUstream_st null_stream;
 
     ~State() {
@@ -64,6 +69,10 @@ struct State {
 };
 
 State& state();
+
+/// What CUDA keeps for each thread.
+inline thread_local int current_device = 0;
+inline thread_local cudaError_t last_error = cudaSuccess;
 
 /// The stream itself, or the one that nullptr stands for.
 cudaStream_t real(cudaStream_t stream);

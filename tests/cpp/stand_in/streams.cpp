@@ -5,6 +5,7 @@ using stand_in::state;
 using stand_in::try_call;
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned /*flags*/) {
+    const stand_in::Lock lock;
     if (try_call("cudaStreamCreateWithFlags") != cudaSuccess) {
         return cudaErrorLaunchFailure;
     }
@@ -15,6 +16,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned /*flags*/) 
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    const stand_in::Lock lock;
     stream->run_to(stream->queued);
     state().streams.erase(stream);
     delete stream;
@@ -23,12 +25,14 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    const stand_in::Lock lock;
     stream = real(stream);
     stream->run_to(stream->queued);
     return try_call("cudaStreamSynchronize");
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned /*flags*/) {
+    const stand_in::Lock lock;
     if (try_call("cudaStreamWaitEvent") != cudaSuccess) {
         return cudaErrorLaunchFailure;
     }
@@ -42,6 +46,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned /*flags*/) {
+    const stand_in::Lock lock;
     if (try_call("cudaEventCreateWithFlags") != cudaSuccess) {
         return cudaErrorLaunchFailure;
     }
@@ -51,18 +56,21 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned /*flags*/) {
 }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    const stand_in::Lock lock;
     delete event;
     stand_in::count(-1);
     return cudaSuccess;
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    const stand_in::Lock lock;
     stream = real(stream);
     *event = {stream, stream->queued};
     return try_call("cudaEventRecord");
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    const stand_in::Lock lock;
     if (event->stream != nullptr &&
         (event->stream == &state().null_stream || state().streams.count(event->stream) > 0)) {
         event->stream->run_to(event->place);
@@ -71,11 +79,13 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 }
 
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t /*start*/, cudaEvent_t /*end*/) {
+    const stand_in::Lock lock;
     *milliseconds = 1.5F;
     return try_call("cudaEventElapsedTime");
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode /*mode*/) {
+    const stand_in::Lock lock;
     if (try_call("cudaStreamBeginCapture", cudaErrorStreamCaptureUnsupported) != cudaSuccess) {
         return cudaErrorStreamCaptureUnsupported;
     }
@@ -85,6 +95,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode /*
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+    const stand_in::Lock lock;
     *graph = std::exchange(stream->capture, nullptr);
     if (try_call("cudaStreamEndCapture", cudaErrorStreamCaptureUnsupported) != cudaSuccess) {
         cudaGraphDestroy(std::exchange(*graph, nullptr));
@@ -94,6 +105,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
 }
 
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long /*flags*/) {
+    const stand_in::Lock lock;
     if (try_call("cudaGraphInstantiateWithFlags", cudaErrorMemoryAllocation) != cudaSuccess) {
         return cudaErrorMemoryAllocation;
     }
@@ -103,6 +115,7 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* exec, cudaGraph_t gra
 }
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+    const stand_in::Lock lock;
     if (try_call("cudaGraphLaunch") != cudaSuccess) {
         return cudaErrorLaunchFailure;
     }
@@ -113,12 +126,14 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
 }
 
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    const stand_in::Lock lock;
     delete graph;
     stand_in::count(-1);
     return cudaSuccess;
 }
 
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+    const stand_in::Lock lock;
     delete exec;
     stand_in::count(-1);
     return cudaSuccess;

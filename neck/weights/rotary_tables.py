@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from neck.checkpoint_keys import Layout
 from neck.config import EncoderConfig
-from neck.keys import Layout
 from neck.rope import axial_angles
 from neck.weightfile import CheckpointError
 

@@ -1,11 +1,10 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 #include <stdexcept>
+#include <string_view>
 #include <vector>
 
-#include "files.hpp"
 #include "neck/picture.hpp"
 
 namespace neck {
@@ -22,16 +21,8 @@ struct Pixels {
     std::vector<std::byte> data;
 };
 
+/// Decodes a PNG or JPEG file at its own size, upright.
 /// \throws PictureFault
-Pixels decode_png(const MappedFile& file, Size wanted);
-
-/// \throws PictureFault
-Pixels decode_jpeg(const MappedFile& file, Size wanted);
-
-/// Refuses a size before its pixels are unpacked.
-void check_size(Size found, Size wanted);
-
-/// Refuses a picture that its EXIF data (from `II*` or `MM*` on) says is to be turned; Python turns it.
-void check_upright(const unsigned char* exif, std::size_t size);
+Pixels decode(std::string_view file);
 
 }  // namespace neck

@@ -1,0 +1,57 @@
+#pragma once
+
+#include <filesystem>
+#include <vector>
+
+#include "neck/picture.hpp"
+#include "neck/tensor.hpp"
+
+namespace neck {
+
+/// How a picture was brought to a model's size, straight, without keeping its aspect.
+struct Fit {
+    Size original;       ///< upright
+    double scale_y = 1;  ///< pixels of the original for one of the model's: a box's y times this is the original's
+    double scale_x = 1;
+};
+
+/// The fit of a picture to a model's size.
+Fit fit_of(Size original, Size wanted);
+
+/// Pictures as a model takes them.
+struct Batch {
+    Tensor image;
+    std::vector<Fit> fits;  ///< one for each picture
+};
+
+/// Any picture to a model's input: read, resized (bilinear with antialias), normalised where the input is float.
+///
+/// Every value is within one level of 255 of what neck/pictures.py gives. Its methods may be called from many threads.
+class Preprocessor {
+public:
+    /// \param input of a model: float32 (B, 3, H, W) or uint8 (B, H, W, 3).
+    /// \param threads that one call may use.
+    /// \throws Error an input of another kind.
+    explicit Preprocessor(Port input, int threads = 1);
+
+    /// Reads PNG and JPEG files.
+    /// \throws Error no picture, or the first that cannot be used; the message names it.
+    Batch read(const std::vector<std::filesystem::path>& pictures) const;
+
+    /// Takes pixels that are in memory.
+    /// \param pixels RGB, uint8 (B, H, W, 3).
+    /// \throws Error pixels of another kind.
+    Batch prepare(const Tensor& pixels) const;
+
+    Size size() const { return size_; }
+
+private:
+    void put(const std::byte* pixels, Size size, std::byte* target, int threads) const;
+    Tensor empty(std::size_t count) const;
+
+    Port input_;
+    Size size_;
+    int threads_;
+};
+
+}  // namespace neck

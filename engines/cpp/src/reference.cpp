@@ -1,0 +1,37 @@
+#include "neck/reference.hpp"
+
+#include <utility>
+
+#include "neck/error.hpp"
+#include "neck/safetensors.hpp"
+
+namespace neck {
+
+Reference read_reference(const std::filesystem::path& path) {
+    const auto fault = [&](const std::string& why) {
+        return Error(path.string() + ": " + why + "; write it by `neck-export verify --save-reference`");
+    };
+    Reference reference;
+    bool found = false;
+    for (Tensor& tensor : read_safetensors(path)) {
+        if (tensor.name == "pixels") {
+            reference.pixels = std::move(tensor);
+            found = true;
+        } else if (tensor.type == DataType::float32 && !tensor.shape.empty()) {
+            reference.outputs.push_back(std::move(tensor));
+        }
+    }
+    const Tensor& pixels = reference.pixels;
+    if (!found || pixels.type != DataType::uint8 || pixels.shape.size() != 4 || pixels.data.empty() ||
+        pixels.shape[3] != 3 || reference.outputs.empty()) {
+        throw fault("is no reference, which has uint8 `pixels` (B, H, W, 3) and float32 outputs");
+    }
+    for (const Tensor& output : reference.outputs) {
+        if (output.shape[0] != pixels.shape[0]) {
+            throw fault(output.name + " is " + to_text(output.shape) + ", but pixels are " + to_text(pixels.shape));
+        }
+    }
+    return reference;
+}
+
+}  // namespace neck

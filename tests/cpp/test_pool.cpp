@@ -1,0 +1,166 @@
+// neck::Pool against the stand-ins, whose contexts abort where two threads use one. tests/test_cpp.py writes the plan
+// (test_engine.cpp says which) and runs this: test_pool PLAN THREADS REQUESTS [SECONDS]
+#include <chrono>
+#include <cstdlib>
+#include <mutex>
+#include <optional>
+#include <thread>
+
+#include "cuda.hpp"
+#include "expect.hpp"
+#include "neck/pool.hpp"
+#include "stand_in.hpp"
+
+namespace {
+
+using namespace std::chrono_literals;
+
+neck::PoolOptions options_of(int contexts, std::size_t most_waiting = 256) {
+    neck::PoolOptions options;
+    options.contexts = contexts;
+    options.most_waiting = most_waiting;
+    return options;
+}
+
+void wait_for(const neck::Pool& pool, std::size_t count) {
+    while (pool.waiting() != count) {
+        std::this_thread::yield();
+    }
+}
+
+/// Every request is answered, rightly, and every third ends by an exception that gives the context back.
+void test_many_threads(const std::string& plan, int threads, int requests, std::chrono::seconds least) {
+    neck::Pool pool(plan, options_of(4));
+    const auto end = std::chrono::steady_clock::now() + least;
+    std::atomic<long> answered{0};
+    std::atomic<long> asked{0};
+    std::atomic<long> fewest{1'000'000'000};
+    std::vector<std::thread> running;
+    for (int thread = 0; thread < threads; ++thread) {
+        running.emplace_back([&, thread] {
+            long mine = 0;
+            while (mine < requests || std::chrono::steady_clock::now() < end) {
+                const float value = static_cast<float>(1 + (thread * 31 + mine) % 500);
+                const std::int64_t batch = 1 + mine % 4;
+                ++asked;
+                try {
+                    const neck::Pool::Lease lease = pool.acquire(10min);
+                    const auto outputs = lease->infer(image_of(batch, value), lease.stream());
+                    expect(doubled(outputs, batch, value), "an answer to one's own request");
+                    ++answered;
+                    if (mine % 3 == 2) {
+                        throw std::runtime_error("the caller's own");
+                    }
+                } catch (const std::runtime_error& error) {
+                    expect(std::string(error.what()) == "the caller's own", error.what());
+                }
+                ++mine;
+            }
+            for (long seen = fewest; mine < seen && !fewest.compare_exchange_weak(seen, mine);) {
+            }
+        });
+    }
+    for (std::thread& thread : running) {
+        thread.join();
+    }
+    expect(answered == asked, "no request is lost");
+    std::cout << answered << " requests of " << threads << " threads answered, " << fewest << " or more of each\n";
+}
+
+void test_first_come_first_served(const std::string& plan) {
+    neck::Pool pool(plan, options_of(1));
+    std::optional<neck::Pool::Lease> held = pool.acquire(0ms);
+    std::vector<int> order;
+    std::mutex mutex;
+    std::vector<std::thread> threads;
+    for (int index = 0; index < 8; ++index) {
+        threads.emplace_back([&, index] {
+            const neck::Pool::Lease lease = pool.acquire(10min);
+            const std::lock_guard<std::mutex> lock(mutex);
+            order.push_back(index);
+        });
+        wait_for(pool, static_cast<std::size_t>(index) + 1);
+    }
+    held.reset();
+    for (std::thread& thread : threads) {
+        thread.join();
+    }
+    expect(order == std::vector<int>{0, 1, 2, 3, 4, 5, 6, 7}, "first come, first served");
+}
+
+void test_refusals(const std::string& plan) {
+    for (const int contexts : {0, -1, 1025}) {
+        expect_error([&] { neck::Pool(plan, options_of(contexts)); },
+                     "a pool of " + std::to_string(contexts) + " contexts; give 1 to 1024");
+    }
+    // scratch 1000, input 4 * 48, outputs 4 * 40 and 4 * 80 bytes
+    setenv("STAND_IN_FREE", "4000", 1);
+    expect_error([&] { neck::Pool(plan, options_of(5)); },
+                 "5 contexts need 0.0 MB of device memory beside the first, 0.0 MB are free; take at most 3, or a "
+                 "smaller largest batch");
+    neck::Pool pool(plan, options_of(2, 1));
+    unsetenv("STAND_IN_FREE");
+    expect(pool.contexts() == 2 && pool.context_bytes() == 1000 + 192 + 160 + 320, "the memory of a context");
+    const neck::Pool::Lease one = pool.acquire(1ms);
+    neck::Pool::Lease two = pool.acquire(1ms);
+    expect(&*one != &*two && one.stream() != two.stream(), "two contexts");
+    expect_error([&] { pool.acquire(1ms); },
+                 "none of 2 contexts came free within 1 ms; wait longer, or make a larger pool");
+    std::thread waits([&] { pool.acquire(10min); });
+    wait_for(pool, 1);
+    expect_error([&] { pool.acquire(10min); },
+                 "1 wait for one of 2 contexts already; come later, or make a larger pool");
+    { const neck::Pool::Lease moved = std::move(two); }
+    waits.join();
+    two = pool.acquire(1ms);  // into one that was moved from
+}
+
+/// What a lease bound goes with it: the next one's run does not write to memory that was freed meanwhile.
+void test_bound_memory_goes_back(const std::string& plan) {
+    neck::Pool pool(plan, options_of(1));
+    try {
+        const neck::DeviceMemory memory = neck::allocate(320, "test");
+        const neck::Pool::Lease lease = pool.acquire(1ms);
+        lease->bind_output("full", memory.get(), 320);
+        lease->copy_in(image_of(2, 5), lease.stream());
+        lease->enqueue(2, lease.stream());  // still running when the lease goes back
+        throw std::runtime_error("the caller's own");
+    } catch (const std::runtime_error&) {
+    }
+    const neck::Pool::Lease lease = pool.acquire(1ms);
+    expect(doubled(lease->infer(image_of(3, 6), lease.stream()), 3, 6),
+           "a context that was given back with memory bound");
+}
+
+void test_closed(const std::string& plan) {
+    std::optional<neck::Pool::Lease> out;
+    {
+        neck::Pool pool(plan, options_of(1));
+        out = pool.acquire(1ms);
+        std::thread waits(
+            [&] { expect_error([&] { pool.acquire(10min); }, "the pool of contexts is closed; make another"); });
+        wait_for(pool, 1);
+        pool.close();
+        waits.join();
+        expect_error([&] { pool.acquire(1ms); }, "the pool of contexts is closed");
+    }
+    expect(doubled((*out)->infer(image_of(1, 3), out->stream()), 1, 3), "a lease outlives its pool");
+    out.reset();
+}
+
+}  // namespace
+
+int main(int count, char** values) {
+    if (count < 4) {
+        return 2;
+    }
+    const std::string plan = values[1];
+    test_first_come_first_served(plan);
+    test_refusals(plan);
+    test_bound_memory_goes_back(plan);
+    test_closed(plan);
+    test_many_threads(plan, std::atoi(values[2]), std::atoi(values[3]),
+                      std::chrono::seconds(count > 4 ? std::atoi(values[4]) : 0));
+    expect(stand_in::alive() == 0, "nothing is left on the GPU");
+    return failures == 0 ? 0 : 1;
+}
