@@ -20,6 +20,7 @@ from benchmarks.measure.rounds import Pace
 from benchmarks.measure.run import Run
 from benchmarks.measure.samples import Place
 from benchmarks.measure.worker_process import ROOT, WorkerError
+from benchmarks.options import SELECTION
 from benchmarks.results.feature_pictures import feature_pictures
 from benchmarks.results.result_files import can_check, row_problem
 from benchmarks.results.rows import (
@@ -69,7 +70,7 @@ def make_result(run: Run) -> dict[str, Any]:
 def _encoder(run: Run) -> dict[str, Any]:
     options, signature = run.options, run.signature
     random = f"random (seed {options.seed})"
-    chosen = [f"{key} {getattr(options, key)}" for key in ("state", "prefix") if getattr(options, key) is not None]
+    chosen = [f"{key} {getattr(options, key)}" for key in SELECTION if getattr(options, key) is not None]
     return {
         "checkpoint": ", ".join([str(options.checkpoint), *chosen]) if options.checkpoint else random,
         "image_size": list(run.config.image_size),
