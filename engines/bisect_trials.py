@@ -37,9 +37,9 @@ def run_on_gpu(
         optimization_level=asked["optimization_level"],
         workspace_bytes=asked["workspace_bytes"],
     )
-    trial = folder / TRIAL
+    built = folder / "built" / "trial.plan"  # the search holds the lock of `folder`, and a plan is filed under a lock
     options = PlanOptions(
-        trial, trial.with_suffix(".plan"), precision=plan["precision"], flavor=plan["flavor"], build=build, verify=False
+        folder / TRIAL, built, precision=plan["precision"], flavor=plan["flavor"], build=build, verify=False
     )
     with open_plan(make_plan(options).path) as session:
         outputs = session.infer({"image": image})
