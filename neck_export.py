@@ -100,8 +100,8 @@ def onnx(
     with stage() as report:
         from export.contract.signature import BatchRange
         from export.graph.rewrite import Rewrites
-        from export.origin import state_line
         from export.pipeline import ExportOptions, export_onnx
+        from export.weights_origin import state_line
         from neck.config import EncoderConfig
 
         source = choose_checkpoint(checkpoint)
@@ -244,6 +244,7 @@ def profile(
 def bisect(
     file: Annotated[Path, typer.Argument(help="An FP16 or BF16 ONNX file (made with --no-verify), or a plan (GPU)")],
     checkpoint: Annotated[Path | None, typer.Option(help="Its weights [default: where the manifest says]")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="What was merged [default: where the manifest says]")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of pictures")] = None,
     picture_range: PictureRange = None,
     tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
@@ -253,7 +254,8 @@ def bisect(
         from engines.bisect import bisect as search
         from engines.bisect import finding_lines
 
-        finding = search(file, checkpoint, pictures(images, picture_range), parse_tolerances(tolerance), report)
+        tolerances, folder = parse_tolerances(tolerance), pictures(images, picture_range)
+        finding = search(file, checkpoint, folder, tolerances, report, adapter=adapter)
     typer.echo("\n".join(finding_lines(finding)))
 
 
@@ -283,7 +285,7 @@ def verify(
             )
         else:
             from export.pipeline import verify_file
-            from export.proof.who_reads import read_by_file
+            from export.proof.reader_check import read_by_file
 
             verdict = verify_file(
                 file,
@@ -354,6 +356,10 @@ def bench(
     files: Annotated[list[Path] | None, typer.Argument(help="With --merge: the report.json files")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small size, few rounds, no sweeps: minutes")] = False,
     checkpoint: Annotated[str | None, typer.Option(help="As of `onnx` [default: sam3.pt here]")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A folder of PEFT: its LoRA is merged into the weights")] = None,
+    adapter_alpha: Annotated[
+        float | None, typer.Option(help="lora_alpha of an adapter inside the checkpoint, where nothing tells it")
+    ] = None,
     state: Annotated[
         str | None, typer.Option(help="Which state of a training file: ema [default: model's, or the only one]")
     ] = None,
@@ -399,6 +405,8 @@ def bench(
                 checkpoint=choose_checkpoint(checkpoint),
                 state=state,
                 prefix=prefix,
+                adapter=adapter,
+                adapter_alpha=adapter_alpha,
                 config=EncoderConfig.from_file(config) if config else None,
                 image_size=parse_size(image_size) if image_size else None,
                 batch=batch,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.errors import BenchError
 from export.contract.signature import Positions
@@ -15,6 +16,16 @@ SIZES, BATCHES = (336, 672, 1008, 1344), (1, 2, 4, 8)
 """The sweeps."""
 
 
+SELECTION = ("state", "prefix", "adapter", "adapter_alpha")
+"""Which weights of a checkpoint, and what is merged into them: options of the same names of load_encoder."""
+
+
+def selection(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The SELECTION among JSON values, as load_encoder takes it."""
+    adapter = Path(asked["adapter"]) if asked["adapter"] else None
+    return {**{name: asked[name] for name in SELECTION}, "adapter": adapter}
+
+
 @dataclasses.dataclass(frozen=True)
 class BenchOptions:
     """What to measure; the command line's options, whose help says more.
@@ -22,7 +33,7 @@ class BenchOptions:
     Attributes:
         output: the folder; what a rerun goes on from lies in OUTPUT/work.
         quick: few backends, no sweeps, on a CPU at 24 patches a side (336 px): the whole encoder in under 3 minutes.
-        checkpoint, state, prefix, config, seed: the encoder.
+        checkpoint, state, prefix, adapter, adapter_alpha, config, seed: the encoder.
         image_size, batch, necks, levels, positions: its main point.
         images: a folder of pictures; without one the shipped picture.
         picture_range: of pictures deeper than 8 bits.
@@ -44,6 +55,8 @@ class BenchOptions:
     checkpoint: Path | None = None
     state: str | None = None
     prefix: str | None = None
+    adapter: Path | None = None
+    adapter_alpha: float | None = None
     config: EncoderConfig | None = None
     seed: int = 0
     image_size: int | tuple[int, int] | None = None
@@ -100,5 +113,8 @@ def check_options(options: BenchOptions) -> None:
             raise BenchError(f"{name.replace('_', '-')} is {value}; it must be 1 at least")
     if options.positions == "file":
         raise BenchError("positions in a file are no output of a run; choose graph or none")
+    chosen = [f"--{name.replace('_', '-')}" for name in SELECTION if getattr(options, name) is not None]
+    if options.checkpoint is None and chosen:
+        raise BenchError(f"random weights have no {', '.join(chosen)}; leave it out, or name a --checkpoint")
     if options.export and options.config:
         raise BenchError("the exporter is measured at full size; leave --export or --config out")

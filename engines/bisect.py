@@ -11,9 +11,10 @@ from typing import Any, cast
 import numpy as np
 import onnx_ir as ir
 
+from engines.bisect_trials import TRIAL, Runner, run_on_gpu, run_simulated
 from engines.builder.onnx_source import plan_source
-from engines.trials import TRIAL, Runner, run_on_gpu, run_simulated
-from export.contract.command import export_command
+from engines.builder.plan_kind import is_plan
+from export.contract.export_command import export_command
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest, staging
 from export.contract.signature import NECK_MODULES, Signature
 from export.graph.cleanup import MODULE
@@ -22,9 +23,9 @@ from export.graph.rewrite import Rewrites
 from export.graph.trace import BLOCKS, trace
 from export.inspect import read_graph
 from export.lowering.precision import lower
-from export.origin import manifest_encoder
 from export.proof.fidelity import Comparison, compare_output, tolerance_for
 from export.proof.verify import Report, reference_pixels
+from export.weights_origin import manifest_encoder
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import PictureFolder, normalise
 
@@ -60,6 +61,8 @@ def bisect(
     overrides: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     run: Runner | None = None,
+    *,
+    adapter: Path | None = None,
 ) -> Finding:
     """Finds the first module of a low-precision ONNX file or plan that leaves tolerance, and what to keep in FP32.
 
@@ -67,7 +70,8 @@ def bisect(
 
     Args:
         path: the ONNX file or the plan, with its manifest.
-        checkpoint: its weights, where they are no longer where the manifest says.
+        checkpoint, adapter: its weights and what was merged into them, where they are no longer where the manifest
+            says.
         images: a folder of pictures; without one the shipped picture.
         overrides: relative L2 by output name or wildcard.
         report: told of every step.
@@ -78,7 +82,7 @@ def bisect(
         ManifestError, CheckpointError, ExportError: the file or its weights cannot be read.
     """
     where = manifest_path(path)
-    if path.suffix == ".plan":
+    if is_plan(path):
         manifest = plan_source(where)
         run = run or functools.partial(run_on_gpu, plan=read_manifest(where, "plan"))
     else:
@@ -88,7 +92,10 @@ def bisect(
     if manifest["precision"] == "fp32":
         raise BisectError(f"{path}: is FP32; only an fp16 or bf16 file has roundings to search")
     with staging(path.with_name(f"{path.name}.bisect")) as folder:
-        encoder = manifest_encoder(where, manifest, checkpoint)
+        encoder = manifest_encoder(where, manifest, checkpoint, adapter)
+        if adapter:  # for the command that mends
+            weights = manifest["weights"]
+            manifest = manifest | {"weights": weights | {"adapter": weights["adapter"] | {"path": str(adapter)}}}
         search = Search(manifest, encoder, images, overrides or {}, folder, report, run or run_simulated)
         return search.find(path, checkpoint)
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from engines.builder.attention_forms import Built, Typing, build_forms
 from engines.builder.flavor import Flavor, choose_flavor
-from engines.builder.forms import Built, Typing, build_forms
 from engines.builder.onnx_graph import read_graph
 from engines.builder.onnx_source import read_source, typed_as
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
@@ -32,10 +32,10 @@ from export.contract.signature import BatchRange
 from export.lowering.attention import AttentionForm
 from export.lowering.precision import Precision, Residual
 from export.lowering.upsampling import Upsampling
-from export.origin import manifest_encoder, tool_version
 from export.pipeline import RejectedError
 from export.proof.fidelity import Verdict
 from export.proof.verify import Report, verify_onnx
+from export.weights_origin import manifest_encoder, tool_version
 from neck.pictures import PictureFolder
 
 

@@ -11,12 +11,12 @@ from export.contract.signature import BatchRange, InputKind, Positions, Signatur
 from export.graph.rewrite import Rewrites
 from export.graph.trace import ExportError
 from export.lowering.attention import AttentionForm
-from export.lowering.for_readers import Form, choose_form
 from export.lowering.precision import OPSETS, Precision, Residual, check_residual
+from export.lowering.shared_form import Form, choose_form
 from export.lowering.upsampling import Upsampling
-from export.origin import encoder_config
 from export.output_files import check_targets, disk_errors
 from export.proof.verify import require_runtime
+from export.weights_origin import encoder_config
 from neck.checkpoint import load_encoder, random_encoder
 from neck.config import EncoderConfig, check_image_size
 from neck.necks import Sam3DualViTDetNeck
@@ -92,6 +92,8 @@ def check_options(options: ExportOptions) -> None:
         if options.checkpoint is None:
             raise ExportError(f"{options.adapter}: random weights take no adapter; give its base by --checkpoint")
         adapter_files(options.adapter)
+    elif options.checkpoint is None and options.adapter_alpha is not None:
+        raise ExportError("random weights hold no adapter; leave --adapter-alpha out")
     if options.verify:
         require_runtime()
         if options.images is not None:

@@ -12,7 +12,6 @@ import onnx_ir as ir
 import safetensors.torch
 import torch
 
-from export.about import export_facts
 from export.contract.manifest import (
     ManifestError,
     check_files,
@@ -32,19 +31,20 @@ from export.graph.rewrite import Rewrites
 from export.graph.trace import ExportError, trace
 from export.inspect import read_graph
 from export.lowering.precision import Precision, Residual, lower
+from export.manifest_values import export_facts
 from export.options import NUMPY_NAMES, ExportOptions, asked_readers, check_options, form_of, load, sign
-from export.origin import (
+from export.output_files import check_room, disk_errors, target_files
+from export.proof.fidelity import Verdict, check_overrides
+from export.proof.reader_check import check_claims, graph_needs, read_by, require
+from export.proof.reference import check_reference
+from export.proof.verify import Report, check_memory, positions_path, require_runtime, verify_onnx
+from export.weights_origin import (
     manifest_encoder,
     manifest_precision,
     manifest_signature,
     tool_version,
     weights_origin,
 )
-from export.output_files import check_room, disk_errors, target_files
-from export.proof.fidelity import Verdict, check_overrides
-from export.proof.reference import check_reference
-from export.proof.verify import Report, check_memory, positions_path, require_runtime, verify_onnx
-from export.proof.who_reads import check_claims, graph_needs, read_by, require
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import PictureFolder
 

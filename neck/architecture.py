@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from neck.checkpoint_keys import NECK_MODULES, Layout, count_indices, listing
 from neck.config import LEVEL_SCALES, EncoderConfig, exact_ratio
-from neck.keys import NECK_MODULES, Layout, count_indices
 from neck.weightfile import CheckpointError
 from neck.weights.hf_config import LAYER_NORM_EPS
 
@@ -89,7 +89,7 @@ def check_config(path: Path, layout: Layout, config: EncoderConfig, said_by: str
         what = "hidden channels (embed_dim * mlp_ratio)" if field == "mlp_ratio" else field
         where = f" ({layout.keys(tells[field])[0]})" if field in tells else ""
         if field == "depth" and layout.gaps:
-            where = f" (blocks {', '.join(map(str, layout.gaps))} are absent)"
+            where = f" (blocks {listing(map(str, layout.gaps))} are absent)"
         wrong.append(f"{what} {said[field]}, checkpoint has {has[field]}{where}")
     if wrong:
         raise CheckpointError(f"{path}: {said_by} contradicts the tensors: it says {'; it says '.join(wrong)}")

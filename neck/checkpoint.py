@@ -21,17 +21,17 @@ from neck.architecture import (
     with_class_row,
     with_trained_size,
 )
+from neck.checkpoint_keys import NECK_MODULES, Layout, find_layouts, listing
 from neck.config import ConfigError, EncoderConfig
-from neck.keys import NECK_MODULES, Layout, find_layouts, listing
 from neck.necks import Sam3DualViTDetNeck, new_encoder
-from neck.noise import even_noise
+from neck.random_noise import even_noise
 from neck.weightfile import CheckpointError, read_tensors
 from neck.weights.adapters import check_base, find_adapter
-from neck.weights.copies import chosen_by_prefix, without_copies
-from neck.weights.foreign import channels_last, quantised
 from neck.weights.hf_config import hf_config_file, picture_notes, read_hf_config
 from neck.weights.merging import Changes, merge, merge_notes, plan_changes
-from neck.weights.tables import check_tables, is_table
+from neck.weights.not_checkpoints import channels_last, quantised
+from neck.weights.rotary_tables import check_tables, is_table
+from neck.weights.several_encoders import chosen_by_prefix, without_copies
 
 __all__ = ["CheckpointError", "load_encoder", "random_encoder", "save_meta_checkpoint"]
 
@@ -117,7 +117,7 @@ def load_encoder(
         changes, ignored = plan_changes(path, lora, layout, chosen, expected)
         notes += merge_notes(lora, changes, ignored)
     if layout.gaps:
-        notes.append(f"{path}: blocks {', '.join(map(str, layout.indices))} are taken as 0 to {config.depth - 1}")
+        notes.append(f"{path}: blocks {listing(map(str, layout.indices), 40)} are taken as 0 to {config.depth - 1}")
     encoder.load_state_dict(_convert(path, layout, tensors, list(wanted), changes, notes), assign=True)
     return encoder.requires_grad_(False).eval()
 
@@ -200,6 +200,7 @@ def _convert(
     for name in names:
         keys = layout.keys(name)
         parts = [tensors.pop(key).to(torch.float32) for key in keys]
+        parts = [merge(part, changes[key]) if key in changes else part for key, part in zip(keys, parts, strict=True)]
         for key, part in zip(keys, parts, strict=True):
             # min and max carry NaN and infinity, at the speed of memory; isfinite takes 28 times as long (torch 2.13)
             low, high = (float(bound) for bound in torch.aminmax(part))
@@ -207,7 +208,6 @@ def _convert(
                 bad.append(key)
             elif low == high and part.dim() > 1:
                 constant.append(key)
-        parts = [merge(part, changes[key]) if key in changes else part for key, part in zip(keys, parts, strict=True)]
         if name == "trunk.pos_embed" and not layout.class_row:
             parts = [torch.cat((torch.zeros_like(parts[0][:, :1]), parts[0]), dim=1)]  # the class-token row
         converted[name] = torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -18,6 +18,14 @@ LARGEST_SIDE = 8 * 1008
 """Largest side in pixels; above it the finest feature map alone passes 5 GB and one head's scores 400 GB."""
 
 
+LISTS: tuple[tuple[str, Any, str], ...] = (
+    ("global_blocks", int, "whole numbers"),
+    ("scale_factors", (int, float), "numbers"),
+    ("necks", str, "names"),
+)
+"""Fields that are lists, the type of their values, and what to call it."""
+
+
 class ConfigError(ValueError):
     """An architecture that cannot be built, or a file that does not hold one."""
 
@@ -70,8 +78,11 @@ class EncoderConfig:
             value = getattr(self, field)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ConfigError(f"{field} is {value!r}; it must be a finite number above 0")
-        for field in ("global_blocks", "scale_factors", "necks"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
+        for field, kind, what in LISTS:
+            values = tuple(getattr(self, field))
+            if any(not isinstance(value, kind) or isinstance(value, bool) for value in values):
+                raise ConfigError(f"{field} is {list(values)!r}; it must be a list of {what}")
+            object.__setattr__(self, field, values)
         object.__setattr__(self, "image_size", check_image_size(self.image_size, self.patch_size))
         self._check_together()
 
@@ -134,11 +145,16 @@ class EncoderConfig:
         """Reads an encoder.json, or the manifest of an exported file; raises ConfigError naming the file."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
             raise ConfigError(f"{path}: not a readable JSON file ({error})") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: holds a {type(values).__name__}, expected an object of EncoderConfig's fields")
         values = values.get("onnx_manifest") or values  # a plan's manifest holds its ONNX file's
+        if {"model_type", "architectures"} & set(values):
+            raise ConfigError(
+                f"{path}: a config.json of Hugging Face, which is read where it lies beside its weights; "
+                "leave --config out, or write an encoder.json with EncoderConfig's fields"
+            )
         if isinstance(values.get("encoder"), dict):  # a manifest
             values = values["encoder"]
         try:

@@ -7,8 +7,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from neck.checkpoint_keys import NECK_MODULES
 from neck.config import LEVEL_SCALES, EncoderConfig
-from neck.keys import NECK_MODULES
 from neck.position import PositionEmbeddingSine
 from neck.trunk import ViTDetTrunk
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import warnings
@@ -27,6 +28,9 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff",
 # The golden tensors have the bits of x * float32(2 / 255) - 1; x / 127.5 - 1 and four other ways are 1.2e-7 off.
 PIXEL_SCALE = 2 / 255
 """Factor of the normalisation `pixel * PIXEL_SCALE - 1`, which takes 0..255 to -1..1."""
+
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs what it raises: a second line on the screen
 
 
 class PictureError(ValueError):
@@ -96,7 +100,9 @@ def read_picture(path: Path, value_range: ValueRange | None = None, say: Say = s
     Raises:
         PictureError: where the file is missing, empty, damaged, no picture, or above `PIL.Image.MAX_IMAGE_PIXELS`.
     """
-    with _open_file(Path(path)) as stream:
+    with _open_file(Path(path)) as stream, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Pillow's, of metadata that nobody reads
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             return _decode(stream, value_range, lambda line: say(f"{Path(path).name}: {line}"))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -221,13 +227,11 @@ class _NoRangeError(ValueError):
 
 def _decode(stream: BinaryIO, value_range: ValueRange | None, say: Say) -> Pixels:
     """Decodes a picture stream to RGB, uint8 (H, W, 3); raises whatever Pillow raises."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(stream, formats=FORMATS) as image:
-            deep_colour = any(";16" in str(tile[3]) for tile in image.tile) and not image.mode.startswith("I")
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            png_or_ppm = image.format in ("PNG", "PPM")  # their mode `I` means 0..65535, a TIFF's any 32 bits
+    with Image.open(stream, formats=FORMATS) as image:
+        deep_colour = any(";16" in str(tile[3]) for tile in image.tile) and not image.mode.startswith("I")
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        png_or_ppm = image.format in ("PNG", "PPM")  # their mode `I` means 0..65535, a TIFF's any 32 bits
     if upright.mode[0] in "IF":
         bits = 16 if upright.mode.startswith("I;16") or (upright.mode == "I" and png_or_ppm) else 32
         return np.repeat(_to_8_bits(np.asarray(upright), bits, value_range, say)[:, :, None], 3, axis=2)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import BinaryIO
 
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2
 
-SAMPLES, BITS, FORMAT = 277, 258, 339
+WIDTH, BITS, COMPRESSION, SAMPLES, FORMAT = 256, 258, 259, 277, 339
 KINDS = {1: "unsigned integers", 2: "signed integers", 3: "floats", 5: "complex integers", 6: "complex floats"}
 
 
@@ -22,6 +22,10 @@ def describe_tiff(stream: BinaryIO) -> str | None:
         tags.load(stream)
         bands, bits = int(tags.get(SAMPLES, 1)), sorted(set(tags.get(BITS, (1,))))
         kinds = {KINDS.get(kind, "values of an unknown kind") for kind in tags.get(FORMAT, (1,))}
+        packed = tags.get(COMPRESSION, 1)
+        if WIDTH not in tags:
+            return None
     except Exception:  # a damaged TIFF: Pillow raises SyntaxError, struct.error, TypeError ...
         return None
-    return f"{bands} band{'s' * (bands != 1)} of {' and '.join(map(str, bits))}-bit {' and '.join(sorted(kinds))}"
+    how = "" if packed in COMPRESSION_INFO else f", in compression {packed}, which Pillow does not unpack"
+    return f"{bands} band{'s' * (bands != 1)} of {' and '.join(map(str, bits))}-bit {' and '.join(sorted(kinds))}{how}"

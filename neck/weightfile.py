@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from neck.weights.foreign import file_of, folder_of, missing
-from neck.weights.names import unwrap_names
-from neck.weights.records import StandIn
+from neck.weights.not_checkpoints import file_of, folder_of, missing
+from neck.weights.records import StandIn, TensorRecord
 from neck.weights.states import Entries, choose_state, find_states
 from neck.weights.torchfile import ADVICE, CheckpointError, TorchFile
+from neck.weights.wrapper_names import unwrap_names
 
 __all__ = ["CheckpointError", "State", "find_file", "name_state", "read_state", "read_tensors"]
 
@@ -146,7 +146,7 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not an index of shards ({type(error).__name__}: {error}); expected JSON with a weight_map"
         ) from None
@@ -177,7 +177,7 @@ def _open_torch(path: Path, asked: str | None) -> tuple[TorchFile, dict[str, Ent
     """The file, its states, the place of the one to read, and the places of the others that hold an encoder."""
     file = TorchFile(path)
     if not isinstance(file.root, dict | StandIn):
-        raise CheckpointError(f"{path}: holds a {type(file.root).__name__}, expected a dict of tensors or a module")
+        raise CheckpointError(f"{path}: holds a {_kind(file.root)}, expected a dict of tensors or a module")
     states = find_states(path, file.root)
     if not states:
         keys = [key for key in file.root if isinstance(key, str)] if isinstance(file.root, dict) else []
@@ -185,3 +185,7 @@ def _open_torch(path: Path, asked: str | None) -> tuple[TorchFile, dict[str, Ent
         raise CheckpointError(f"{path}: no tensors in it (its keys: {shown}); expected a state dict or a module")
     name = choose_state(path, states, asked)
     return file, states, name, tuple(place for place, found in states.items() if found.fits and place != name)
+
+
+def _kind(value: object) -> str:
+    return "tensor" if isinstance(value, TensorRecord) else type(value).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -15,9 +16,13 @@ from exporting import checkpoint_of, config_of, listing, neck_export_cli, trace_
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.measure.prepare import make_weights
+from benchmarks.measure.torch_runner import make_module
+from benchmarks.measure.work_folder import Asked, digest
+from benchmarks.options import SELECTION
 from export.contract.manifest import file_entry
 from export.graph.trace import ExportError
-from export.origin import merged_adapter
+from export.weights_origin import merged_adapter
 from neck.checkpoint import CheckpointError, load_encoder
 from neck.config import EncoderConfig
 
@@ -182,6 +187,40 @@ def test_alpha_and_adapters_that_have_no_place(tmp_path: Path) -> None:
     assert "holds an adapter already" in refused(ADAPTERS / "plain", folder, adapter_alpha=4.0)
     with pytest.raises(CheckpointError, match="a PEFT adapter; give its base by --checkpoint, and this folder by"):
         load_encoder(ADAPTERS / "plain")
+
+
+@pytest.mark.parametrize("alpha", [0.0, -4.0, float("nan"), float("inf")])
+def test_an_alpha_that_is_none(alpha: float, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"--adapter-alpha is {alpha}, expected a number above 0"):
+        load_encoder(save_unmerged(tmp_path / "x", "rslora"), adapter_alpha=alpha)
+
+
+def test_alpha_where_a_config_tells_it(tmp_path: Path) -> None:
+    """It would drop the config's patterns and rsLoRA."""
+    folder = save_unmerged(tmp_path / "x", "rslora")
+    shutil.copy(ADAPTERS / "rslora" / "adapter_config.json", folder)
+    with pytest.raises(
+        CheckpointError, match=r"adapter_config\.json: tells its adapter's alpha; leave --adapter-alpha"
+    ):
+        load_encoder(folder, adapter_alpha=4)
+
+
+def test_a_merge_that_overflows_is_refused(adapter: Path) -> None:
+    change_tensors(adapter, lambda state: {key: value * 1e30 for key, value in state.items()})
+    assert "NaN or infinity in 16 of the encoder's tensors" in refused(adapter)
+
+
+def test_a_base_whose_adapter_was_taken_out_is_said(tmp_path: Path) -> None:
+    folder, notes = save_unmerged(tmp_path / "x", "rslora"), list[str]()
+    state = load_file(folder / "model.safetensors")
+    save_file({key: value for key, value in state.items() if "lora_" not in key}, folder / "model.safetensors")
+    found = load_encoder(folder, notes=notes).state_dict()
+    assert_equal(dict(found), dict(load_encoder(CASE).state_dict()))
+    assert notes == [f"{folder}: the base of an adapter that is not in it (base_layer in its names); taken as it is"]
+    with pytest.raises(CheckpointError, match="leave --adapter-alpha out"):
+        load_encoder(folder, adapter_alpha=4)
+    found = load_encoder(folder, adapter=ADAPTERS / "rslora").state_dict()
+    assert_equal(dict(found), weights_of(merged_by_peft("rslora"), tmp_path / "merged"))
 
 
 def test_two_adapters_in_a_file_are_not_guessed_between(tmp_path: Path) -> None:
@@ -366,12 +405,20 @@ def test_an_export_says_what_was_merged_and_verify_merges_it_again(
     change_config(moved, lora_alpha=7)
     ran = neck_export_cli("verify", output, "--adapter", moved)
     assert ran.code == 1 and "is not the adapter that was merged (x.json has its SHA-256)" in ran.err
+    output.with_suffix(".json").write_text(json.dumps({**manifest, "precision": "fp16"}))
+    for given, says in (((), "is not there; say where by --adapter"), (("--adapter", moved), "is not the adapter")):
+        ran = neck_export_cli("bisect", output, *given)
+        assert ran.code == 1 and says in ran.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("--checkpoint", "random", "--adapter", ADAPTERS / "plain"), "random weights take no adapter"),
+        (
+            ("--checkpoint", "random", "--adapter-alpha", "8"),
+            "random weights hold no adapter; leave --adapter-alpha out",
+        ),
         (("--checkpoint", CASE, "--adapter", ADAPTERS), "no PEFT adapter, it has no adapter_config.json"),
         (("--checkpoint", CASE, "--adapter", ADAPTERS / "dora"), "DoRA"),
         (("--checkpoint", CASE, "--adapter-alpha", "8"), "leave --adapter-alpha out"),
@@ -400,3 +447,24 @@ def test_a_file_without_adapters_takes_none_at_verify(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"x\.json names no adapter that was merged; leave --adapter out"):
         merged_adapter(tmp_path / "x.json", manifest, ADAPTERS / "plain")
     assert merged_adapter(tmp_path / "x.json", manifest) is None
+
+
+def test_a_benchmark_merges_the_adapter(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"checkpoint": str(CASE), "config": None, "seed": 0, "image_size": None, "batch": 1}
+    asked |= {"necks": "all", "levels": "all", "positions": "none", "folder": str(tmp_path), **dict.fromkeys(SELECTION)}
+    weights = {}
+    for adapter in (None, str(ADAPTERS / "rslora")):
+        made = make_weights({**asked, "adapter": adapter})
+        module = make_module({**made, "module": "plain", "precision": "fp32", "device": "cpu"})
+        weights[adapter] = module.state_dict()["trunk.blocks.0.mlp.fc2.weight"]
+        wanted = load_encoder(CASE, adapter=Path(adapter) if adapter else None).state_dict()
+        assert torch.equal(weights[adapter], wanted["trunk.blocks.0.mlp.fc2.weight"])
+    assert not torch.equal(*weights.values())  # the control
+
+
+def test_another_adapter_is_another_benchmark(adapter: Path) -> None:
+    asked = Asked(CASE, None, 0, "all", "all", "none", None, adapter=adapter)
+    before = digest(asked.identity())
+    assert digest(asked.identity()) == before != digest(dataclasses.replace(asked, adapter=None).identity())
+    change_config(adapter, lora_alpha=70)
+    assert digest(asked.identity()) != before

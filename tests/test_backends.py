@@ -27,6 +27,7 @@ from benchmarks.measure.torch_runner import OTHER, TorchRunner, make_module
 from benchmarks.measure.work_folder import Asked, Workplace
 from benchmarks.measure.worker import OUT_OF_MEMORY, peak_bytes
 from benchmarks.measure.worker_process import ROOT, Worker, WorkerError
+from benchmarks.options import SELECTION
 from export.contract.signature import encoder_signature
 from export.graph.rewrite import Rewrites
 from export.options import ExportOptions
@@ -74,8 +75,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     export_onnx(options)
     return {
         "weights": str(folder / "weights.pt"),
-        "state": None,
-        "prefix": None,
+        **dict.fromkeys(SELECTION),
         "image": str(folder / "image.npy"),
         "onnx": str(options.output),
         "config": CONFIG.to_dict(),

@@ -14,9 +14,9 @@ from exporting import plant_in_trunk, save_state
 from typer.testing import CliRunner
 
 from engines.bisect import BisectError, bisect, finding_lines
+from engines.bisect_trials import run_simulated
 from engines.builder.gpu import has_gpu
 from engines.plan import PlanOptions, make_plan
-from engines.trials import run_simulated
 from export.contract.manifest import manifest_path
 from export.pipeline import ExportOptions, export_onnx
 from neck.config import EncoderConfig

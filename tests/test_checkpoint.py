@@ -23,7 +23,7 @@ from torch import Tensor
 from neck.checkpoint import CheckpointError, load_encoder, random_encoder, save_meta_checkpoint
 from neck.config import EncoderConfig
 from neck.necks import Sam3AnyViTDetNeck, Sam3DualViTDetNeck, Sam3TriViTDetNeck, forward_necks
-from neck.noise import even_noise
+from neck.random_noise import even_noise
 
 DATA = Path(__file__).parent / "data"
 CASES = ("hf-dual", "hf-tracker", "meta-dual", "meta-padded", "meta-tri", "ultralytics-resized")
@@ -397,6 +397,7 @@ def test_module_of_another_kind(tmp_path: Path) -> None:
         ({}, "no tensors"),
         ({"epoch": 3}, "no tensors"),
         ([torch.zeros(2)], "holds a list"),
+        (torch.zeros(2), "holds a tensor"),
     ],
 )
 def test_checkpoint_of_another_model(state: object, says: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 from pathlib import Path
 
@@ -115,6 +116,26 @@ def test_many_bands_are_named(bands: int, bits: int, kind: int, says: str, tmp_p
     assert "damaged" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_compression_that_pillow_lacks_is_named(tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "x.tif", 3, 8, 1)
+    path.write_bytes(
+        path.read_bytes().replace(struct.pack("<HHLL", 259, 3, 1, 1), struct.pack("<HHLL", 259, 3, 1, 34712))
+    )
+    with pytest.raises(PictureError, match="in compression 34712, which Pillow does not unpack"):
+        read_picture(path)
+
+
+def test_pillow_adds_no_line_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It logs `More samples per pixel than can be decoded`, and Python's last resort prints what nobody handles."""
+    heard, root = logging.getLogger("PIL").handlers, logging.getLogger()
+    assert any(isinstance(handler, logging.NullHandler) for handler in heard)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(root, "handlers", [])  # pytest's own
+        with pytest.raises(PictureError):
+            read_picture(write_tiff(tmp_path / "x.tif", 13, 16, 1))
+    assert capsys.readouterr().err == ""
+
+
 def test_one_band_by_hand_is_read(tmp_path: Path) -> None:
     """The control: the same writer."""
     assert read_picture(write_tiff(tmp_path / "one.tif", 1, 8, 1)).shape == (2, 2, 3)
@@ -124,6 +145,9 @@ def test_a_damaged_tiff_is_damaged(tmp_path: Path) -> None:
     path = write_tiff(tmp_path / "cut.tif", 5, 16, 1)
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(PictureError, match=r"is damaged or in no known format|cannot be decoded"):
+        read_picture(path)
+    path.write_bytes(b"II*\0" + b"\xff" * 4)  # its table would lie behind its end
+    with pytest.raises(PictureError, match="is damaged or in no known format"):
         read_picture(path)
 
 

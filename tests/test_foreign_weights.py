@@ -43,6 +43,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "login.pt": (b"<!DOCTYPE html><html><head><title>Log in</title>", "a web page"),
     "spaces.pt": (b"\n\n  <HTML lang=en>", "a web page"),
     "denied.safetensors": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "a web page"),
+    "gated.pt": (b"Access to model facebook/sam3 is restricted. You must have access to it", "wants a login"),
     "sam3.gguf": (b"GGUF\x03\x00\x00\x00", "a GGUF file"),
     "packed.pt.gz": (gzip.compress(b"x" * 100), "an archive (tar, gzip, ...)"),
     "notes.pt": (b"these are not weights", "not a checkpoint, it begins with b'these are'"),  # the control
@@ -209,6 +210,8 @@ def test_quantised_weights(kind: str, suffix: str, tmp_path: Path) -> None:
     message = error_of(path)
     assert "quantised" in message and says in message and "the original" in message
     assert "adapter" not in message
+    signs = message[message.index("(") + 1 : message.index(")")].split(", ")
+    assert len(set(signs)) == len(signs)  # each named once
 
 
 def test_integers_outside_the_encoder_do_not_matter(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip i
 
 import engines.plan
 import neck_export
-from engines.builder import forms
+from engines.builder import attention_forms as forms
+from engines.builder.attention_forms import ORDER, forms_to_try, held_form, relower_file
 from engines.builder.flavor import Flavor, choose_flavor
-from engines.builder.forms import ORDER, forms_to_try, held_form, relower_file
 from engines.builder.onnx_graph import BuildError, RefusedError
 from engines.builder.options import BuildOptions
 from engines.builder.parsed_network import keep_attentions_whole

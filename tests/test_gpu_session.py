@@ -20,8 +20,8 @@ from benchmarks.gpu.gpu_tests import checks, files_with_gpu_tests
 from benchmarks.gpu.page import MOST_LINES, page_lines
 from benchmarks.gpu.session import RESERVE_BYTES, Session
 from benchmarks.gpu.stage import Asked
-from benchmarks.gpu.stages import INSTALL_MINUTES, MINUTES, REPORT, fitting, plan, table, time_limit
 from benchmarks.gpu.start import install, read_kit
+from benchmarks.gpu.time_plan import INSTALL_MINUTES, MINUTES, REPORT, fitting, plan, table, time_limit
 from benchmarks.measure.backends import backends_for
 from benchmarks.results.result_files import check_result, read_result
 
@@ -61,7 +61,7 @@ LIMITED = """
 import subprocess, sys
 from pathlib import Path
 import psutil
-from benchmarks.gpu.children import adopt_orphans, run_limited
+from benchmarks.gpu.child_process import adopt_orphans, run_limited
 adopt_orphans()
 code = "import os, subprocess, sys, time\\n"
 code += "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\\n"

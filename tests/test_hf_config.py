@@ -74,6 +74,7 @@ def test_the_plain_theta_is_seen_to_be_another(folder: Path, rope: dict[str, Any
     [
         {"rope_theta": 100.0, "rope_parameters": None},  # transformers 5.0
         {"rope_theta": 100.0},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},  # which transformers makes `axial`
         {"patch_size": [14, 14], "image_size": [84, 84], "pretrain_image_size": [42, 42]},
         {"hidden_act": "gelu", "num_channels": 3, "qkv_bias": True, "layer_scale_init_value": None},
         {"attention_dropout": 0.5, "hidden_dropout": 0.5, "initializer_range": 7.0, "top_k": 50, "torch_dtype": "x"},
@@ -85,9 +86,29 @@ def test_other_spellings_of_the_same(folder: Path, entries: dict[str, Any]) -> N
     assert error_against_transformers(folder) < GOLDEN_TOLERANCE
 
 
+def test_what_published_files_have_from_before_transformers_5(folder: Path) -> None:
+    """Entries that today's classes keep as they find them and never read; another unknown one is refused (below)."""
+    change(folder, qkv_bias=True, rope_theta=100.0, remove=("rope_parameters",))
+    vision = json.loads((folder / "config.json").read_text())
+    vision |= {"fpn_kernel_size": 2, "fpn_stride": 2, "num_feature_levels": 3}
+    halves = {
+        "detector_config": {"model_type": "sam3", "vision_config": vision},
+        "tracker_config": {"vision_config": {}},
+    }
+    (folder / "config.json").write_text(json.dumps({"architectures": ["Sam3VideoModel"], **halves}))
+    assert error_against_transformers(folder) < GOLDEN_TOLERANCE
+
+
+@pytest.mark.parametrize("text", ["1" * 5000, "[" * 100_000, '{"a":' * 100_000, "{", "\ufeff{}"])
+def test_json_that_python_does_not_read(text: str, folder: Path) -> None:
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    assert "not a readable JSON file" in refused(folder)
+
+
 @pytest.mark.parametrize(
     ("entries", "says"),
     [
+        ({"global_attn_indexes": ["1"]}, "global_blocks is ['1']; it must be a list of whole numbers"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0}}, "rope_type 'linear' is not supported"),
         ({"rope_parameters": {"rope_type": "axial", "rope_theta": 100.0, "factor": 2}}, "with factor is not"),
         ({"rope_parameters": [100.0]}, "rope_parameters is [100.0]"),

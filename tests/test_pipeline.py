@@ -35,10 +35,10 @@ from export.contract.manifest import ManifestError, file_entry, read_manifest, s
 from export.contract.signature import BatchRange, Signature, SignatureError
 from export.graph.trace import ExportError
 from export.options import ExportOptions, check_options, load, sign
-from export.origin import encoder_config
 from export.pipeline import ExportResult, RejectedError, export_onnx, verify_file, write_onnx
 from export.proof.fidelity import TOLERANCES, FidelityError, compare
 from export.proof.verify import check_memory, reference_outputs, reference_pixels, require_runtime, run_model
+from export.weights_origin import encoder_config
 from neck.checkpoint import CheckpointError
 from neck.config import EncoderConfig
 from neck.pictures import normalise

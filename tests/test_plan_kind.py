@@ -15,7 +15,10 @@ from export.contract.manifest import manifest_path, write_manifest
 
 PLANS = {"TensorRT": b"ftrt", "TensorRT-RTX": b"vtrt"}
 ABOUT = {"description": "Ultralytics SAM model", "task": "segment", "imgsz": [1024, 1024], "names": {"0": "thing"}}
-COMMANDS = ("inspect", "verify", "triton", "profile")
+DEEP = (200_000).to_bytes(4, "little") + b"[" * 200_000
+"""JSON that Python does not read to its end."""
+
+COMMANDS = ("inspect", "verify", "triton", "profile", "bisect")
 
 
 def ultralytics(path: Path, magic: bytes = b"ftrt") -> Path:
@@ -62,7 +65,8 @@ def test_with_its_manifest_it_may_have_any_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"ftr", b"\x08\n:", b'\x05\0\0\0{"a":', b"\x02\0\0\0{}abcd", b"\x02\0\0\0[]ftrt", b"\xff" * 40]
+    "content",
+    [b"", b"ftr", b"\x08\n:", b'\x05\0\0\0{"a":', b"\x02\0\0\0{}abcd", b"\x02\0\0\0[]ftrt", b"\xff" * 40, DEEP],
 )
 def test_anything_else_is_told_by_its_name(content: bytes, tmp_path: Path) -> None:
     for name, expected in (("x.plan", True), ("x.onnx", False), ("x.engine", False)):

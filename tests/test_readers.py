@@ -13,7 +13,6 @@ import pytest
 from conftest import Save, load_golden, traced
 from exporting import golden_options, neck_export_cli, trace_quickly
 
-from export.contract.containers import ONNX_RUNTIME, TENSORRT
 from export.contract.readers import (
     NEWEST,
     READERS,
@@ -25,12 +24,13 @@ from export.contract.readers import (
     reader_names,
     version_key,
 )
+from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
 from export.graph.trace import ExportError
-from export.lowering.for_readers import choose_form
 from export.lowering.precision import OPSETS, Precision, lower
+from export.lowering.shared_form import choose_form
 from export.pipeline import export_onnx, verify_file
+from export.proof.reader_check import INTEGERS, graph_needs, on_cpu, read_by, readers_entry, why_not
 from export.proof.verify import verify_onnx
-from export.proof.who_reads import INTEGERS, graph_needs, on_cpu, read_by, readers_entry, why_not
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 SIGNATURES = [(kind, positions) for kind in ("float", "uint8") for positions in ("graph", "none")]

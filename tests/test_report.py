@@ -26,7 +26,8 @@ from benchmarks.bench import run_bench
 from benchmarks.errors import BenchError
 from benchmarks.options import BenchOptions
 from benchmarks.report import report_files as report
-from benchmarks.report.charts import NARROW, WIDE, kernels_chart, latency_chart, parts_chart
+from benchmarks.report.axis_plots import error_plot, roofline_plot
+from benchmarks.report.bar_charts import NARROW, WIDE, kernels_chart, latency_chart, parts_chart
 from benchmarks.report.findings import (
     answer_sentence,
     answers,
@@ -43,10 +44,9 @@ from benchmarks.report.findings import (
     verdict,
     worst_error,
 )
-from benchmarks.report.growth import growth_plot
+from benchmarks.report.growth_plot import growth_plot
 from benchmarks.report.html import html_page
 from benchmarks.report.markdown import escaped, markdown_page
-from benchmarks.report.plots import error_plot, roofline_plot
 from benchmarks.report.report_files import check_folder, write_report
 from benchmarks.report.svg import Scale, fitted, linear_ticks, log_ticks, spread_apart
 from benchmarks.report.tables import missing_table

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from benchmarks.measure.prepare import make_weights
 from benchmarks.measure.torch_runner import make_module
+from benchmarks.options import SELECTION
 from export.contract.manifest import ManifestError
 from export.graph.trace import ExportError
 from export.options import ExportOptions, check_options
-from export.origin import encoder_config, manifest_encoder, state_line, weights_origin
+from export.weights_origin import encoder_config, manifest_encoder, state_line, weights_origin
 from neck.checkpoint import CheckpointError, load_encoder
 from neck.config import EncoderConfig
 from neck.necks import Sam3DualViTDetNeck
@@ -168,6 +169,17 @@ def test_two_tensors_of_one_name(tmp_path: Path) -> None:
     message = error_of(save({**state, two: state[one] + 1}, tmp_path / "x.pt"))
     assert f"{one} and {two} are two tensors of one name" in message
     assert_is(load(save({**state, two: state[one]}, tmp_path / "same.pt")), state)  # the same tensor twice
+
+
+def test_names_are_one_line_in_a_message(tmp_path: Path) -> None:
+    """Line ends and a terminal's control letters, which a hostile file may put into a name."""
+    state = {**plain(), "trunk.blocks.0.a\nb\x1b[31m": torch.ones(1)}
+    for path in (save(state, tmp_path / "x.pt"), tmp_path / "x.safetensors"):
+        if not path.exists():
+            save_file({name: value.clone() for name, value in state.items()}, path)
+        assert error_of(path).endswith(r": trunk.blocks.0.a\nb\x1b[31m")
+    message = error_of(save({"a\nb": plain(), "\x1b[31m": plain(2.0)}, tmp_path / "states.pt"))
+    assert "(a?b, ?[31m); choose by --state" in message
 
 
 def test_names_elsewhere_may_be_alike(tmp_path: Path) -> None:
@@ -387,8 +399,8 @@ def test_modules_as_ultralytics_trainer_writes_them(
     assert "has no state 'model'; it holds ema (a throw_away_trainer.DetectionModel of " in error_of(
         path, state="model"
     )
-    if MAPS.exists():
-        assert set(are_mapped((value for value in found.tensors.values() if value.numel()), path)) == {not old}
+    if MAPS.exists() and not old:  # an old file's storages are aligned by chance: its keys are addresses
+        assert all(are_mapped((value for value in found.tensors.values() if value.numel()), path))
 
 
 @pytest.mark.parametrize("wrap", [lambda module: module, lambda module: {"model": module, "ema": module}])
@@ -443,11 +455,25 @@ def test_copies_that_differ_are_listed_and_the_prefix_chooses(tmp_path: Path) ->
     message = error_of(path)
     assert "more than one encoder" in message and "ema.trunk.*" in message and "model.trunk.*" in message
     assert "--prefix" in message
-    for prefix in ("ema.", "ema"):
+    for prefix in ("ema.", "ema", "module.ema"):  # a wrapper that the file has is no part of it
         assert_is(load(path, prefix=prefix), other)
     assert_is(load(path, prefix="model."), state)
     message = error_of(path, prefix="emma.")
     assert "no encoder under the prefix 'emma.'" in message and "'ema.', 'model.'" in message
+
+
+def test_a_tracker_neck_goes_with_the_trunk_of_its_own_model(tmp_path: Path) -> None:
+    """Two of transformers' trackers in one state: four pairs of names, two encoders."""
+    config, state = EncoderConfig.from_file(config_of("hf-tracker")), load_file(checkpoint_of("hf-tracker"))
+    other = {name: value * 2 for name, value in state.items()}
+    both = {f"{start}.{name}": value for start, part in (("b", state), ("a", other)) for name, value in part.items()}
+    path = save(both, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="more than one encoder") as caught:
+        load_encoder(path, config)
+    assert str(caught.value).count(" with ") == 2
+    for prefix, part in (("a", other), ("b", state)):
+        expected = load_encoder(save(part, tmp_path / f"{prefix}.pt"), config).state_dict()
+        assert_is(load_encoder(path, config, prefix=prefix), expected)
 
 
 def test_an_exact_prefix_comes_first(tmp_path: Path) -> None:
@@ -490,8 +516,9 @@ def test_a_benchmark_maps_the_state_that_was_asked_for(tmp_path: Path) -> None:
     path = save({"model": plain(), "ema": ema}, tmp_path / "x.pt")
     asked = {"checkpoint": str(path), "config": CONFIG.to_dict(), "seed": 0, "image_size": None, "batch": 1}
     asked |= {"necks": "all", "levels": "all", "positions": "none", "folder": str(tmp_path)}
+    plainly = dict.fromkeys(SELECTION)
     for chosen, factor in (({"state": "ema", "prefix": "a."}, 2.0), ({"state": None, "prefix": None}, 1.0)):
-        made = make_weights({**asked, **chosen})
+        made = make_weights({**asked, **plainly, **chosen})
         module = make_module({**made, "module": "plain", "precision": "fp32", "device": "cpu"})
         assert torch.equal(module.trunk.pos_embed, plain(factor)["trunk.pos_embed"])  # type: ignore[arg-type]
 

@@ -80,7 +80,8 @@ def test_tables_of_another_theta_are_refused_with_both_named(tmp_path: Path) -> 
         (1, table(1)[:-1], "shape (63, 8), expected the tokens of a square grid"),
         (1, table(1)[:, :4], "shape (64, 4), expected (64, 8"),
         (1, table(1).flip(0), "another rotary table"),
-        (1, table(1) * float("nan"), "another rotary table"),
+        (1, table(1) * float("nan"), "its values differ by up to nan"),
+        (1, table(1).conj().resolve_conj(), "its values differ by up to 2"),
         (3, table(3, grid=10), "rotary tables of different grids: 8x8 patches in"),
     ],
 )
@@ -221,3 +222,6 @@ def test_blocks_with_gaps_need_a_config_that_knows_of_them(tmp_path: Path) -> No
     assert "blocks 1, 3 are absent; where pruned, pass --config" in error_of(path, None)
     whole = EncoderConfig.from_dict({**CONFIG.to_dict(), "depth": 6})
     assert "depth 6, checkpoint has 4 (blocks 1, 3 are absent)" in error_of(path, whole)
+    far = save_state(tmp_path / "far.pt", lambda state: state.update({f"{PREFIX}trunk.blocks.9999.x": torch.ones(1)}))
+    message = error_of(far, CONFIG)
+    assert "checkpoint has 5 (blocks 4, 5, 6, 7, 8, 9, 10, 11 and 9987 more are absent)" in message

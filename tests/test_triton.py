@@ -27,16 +27,16 @@ from exporting import golden_options, listing, neck_export_cli, trace_quickly
 from PIL import Image
 
 import engines.service.repository_files
-from engines.service.containers import choose_container
+from engines.service.container_fit import choose_container
 from engines.service.ensemble import PREPROCESS_MODEL
 from engines.service.model_config import read_config, to_text
 from engines.service.repository import Repository, RepositoryOptions, TritonError, make_repository
 from engines.service.served_model import Source, read_model
-from export.contract.containers import ONNX_RUNTIME, TENSORRT
 from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest, write_manifest
 from export.contract.readers import find_readers
 from export.contract.signature import BatchRange, encoder_signature
-from export.lowering.for_readers import choose_form
+from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
+from export.lowering.shared_form import choose_form
 from export.pipeline import export_onnx
 from neck.pictures import normalise, read_picture, resize_picture
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.stages import Device
+from benchmarks.gpu.time_plan import Device
 from benchmarks.measure.environment import describe_machine
 from benchmarks.measure.machine_rates import measure_rates
 from engines.doctor import driver_version, report_lines

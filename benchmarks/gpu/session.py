@@ -19,9 +19,9 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from benchmarks.gpu.children import adopt_orphans, run_limited
+from benchmarks.gpu.child_process import adopt_orphans, run_limited
 from benchmarks.gpu.page import page_lines
-from benchmarks.gpu.stages import FOLDER, MINUTES, REPORT, Device, Stage, fitting, plan, table, time_limit
+from benchmarks.gpu.time_plan import FOLDER, MINUTES, REPORT, Device, Stage, fitting, plan, table, time_limit
 from benchmarks.measure.work_folder import digest, sources_digest
 
 LEAST_SECONDS = 5.0

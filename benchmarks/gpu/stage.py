@@ -19,7 +19,7 @@ from benchmarks.bench import asked_of, open_run
 from benchmarks.errors import BenchError
 from benchmarks.gpu.gpu_tests import checks, run_tests
 from benchmarks.gpu.machine import examine
-from benchmarks.gpu.stages import FOLDER, POINT_BATCHES, POINT_SCALES, QUICK_BUILD_S, Device, Stage, plan
+from benchmarks.gpu.time_plan import FOLDER, POINT_BATCHES, POINT_SCALES, QUICK_BUILD_S, Device, Stage, plan
 from benchmarks.gpu.weights import FULL_SHA256, weights_digest
 from benchmarks.measure.work_folder import Workplace
 from benchmarks.options import BenchOptions

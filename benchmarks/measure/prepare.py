@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure.work_folder import about_file, seconds_path
+from benchmarks.options import SELECTION, selection
 from export.contract.signature import BatchRange, Signature
 from export.graph.rewrite import Rewrites
 from export.options import ExportOptions, load, sign
-from export.origin import encoder_config
 from export.pipeline import export_onnx, write_onnx
 from export.proof.verify import reference_pixels
+from export.weights_origin import encoder_config
 from neck.checkpoint import save_meta_checkpoint
 from neck.config import EncoderConfig
 from neck.pictures import PictureFolder, ValueRange, normalise
@@ -28,11 +29,11 @@ def make_weights(asked: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint that every backend maps: the user's, or random weights that are written once.
 
     Args:
-        asked: `checkpoint`, `state`, `prefix`, `config`, `seed`, `image_size`, `necks`, `levels`, `positions`, `batch`,
+        asked: `checkpoint`, SELECTION, `config`, `seed`, `image_size`, `necks`, `levels`, `positions`, `batch`,
             `folder`.
 
     Returns:
-        `weights`, `state`, `prefix`, `config`, `parameters`, `signature` as JSON values.
+        `weights`, SELECTION, `config`, `parameters`, `signature` as JSON values.
     """
     made = Path(asked["folder"]) / "weights.pt"
     if asked["checkpoint"] is None and made.is_file():
@@ -43,8 +44,7 @@ def make_weights(asked: Mapping[str, Any]) -> dict[str, Any]:
         save_meta_checkpoint(encoder, made)
     return {
         "weights": str(options.checkpoint or made),
-        "state": options.state,
-        "prefix": options.prefix,
+        **{name: asked[name] for name in SELECTION},
         "config": encoder_config(encoder).to_dict(),
         "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
         "signature": sign(options, encoder).to_dict(),
@@ -56,8 +56,7 @@ def _options(asked: Mapping[str, Any], output: Path) -> ExportOptions:
     return ExportOptions(
         output,
         checkpoint=Path(checkpoint) if checkpoint else None,
-        state=asked["state"],
-        prefix=asked["prefix"],
+        **selection(asked),
         config=EncoderConfig.from_dict(config) if config else None,
         seed=asked["seed"],
         image_size=tuple(asked["image_size"]) if asked["image_size"] else None,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.options import selection
 from export.contract.signature import NECK_MODULES, Signature
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import DeployAttention, Rewrites, RotaryHalves
@@ -44,7 +45,7 @@ class RotaryBack(RotaryHalves):
 def make_module(job: Mapping[str, Any]) -> DeployEncoder:
     """The encoder of a job on its device; weights in its precision, rotary and position tables in FP32."""
     config, signature = EncoderConfig.from_dict(job["config"]), Signature.from_dict(job["signature"])
-    encoder = load_encoder(Path(job["weights"]), config, necks=config.necks, state=job["state"], prefix=job["prefix"])
+    encoder = load_encoder(Path(job["weights"]), config, necks=config.necks, **selection(job))
     encoder.set_imgsz(signature.image_size)
     module = DeployEncoder(encoder, signature, Rewrites() if job["module"] == "rewritten" else Rewrites.none())
     for part in module.modules():

@@ -16,6 +16,7 @@ from benchmarks.errors import BenchError
 from benchmarks.measure.backends import Backend
 from benchmarks.measure.environment import available_bytes
 from benchmarks.measure.worker_process import ROOT, Worker, WorkerError
+from benchmarks.options import SELECTION
 from export.contract.manifest import data_path
 from export.contract.signature import BatchRange, Positions, Signature, SignatureError, encoder_signature
 from neck.config import ConfigError, EncoderConfig
@@ -45,14 +46,19 @@ class Asked:
     picture_range: ValueRange | None = None
     state: str | None = None
     prefix: str | None = None
+    adapter: Path | None = None
+    adapter_alpha: float | None = None
 
     def identity(self) -> dict[str, Any]:
         """What tells it from another one, a changed checkpoint or exporter included."""
         values = dataclasses.asdict(self)
-        for name in ("checkpoint", "images"):
+        for name in ("checkpoint", "images", "adapter"):
             path: Path | None = values[name]
             if path and path.exists():
-                values[name] = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+                inner = sorted(path.glob("adapter_*")) if name == "adapter" else []
+                values[name] = [
+                    [str(one.resolve()), one.stat().st_size, one.stat().st_mtime_ns] for one in (path, *inner)
+                ]
         return {**values, "sources": sources_digest()}
 
 
@@ -125,8 +131,9 @@ class Workplace:
     def _encoder(self) -> dict[str, Any]:
         asked = self.asked
         config = asked.config.to_dict() if asked.config else None
-        values = {name: getattr(asked, name) for name in ("state", "prefix", "seed", "necks", "levels", "positions")}
-        return {**values, "config": config, "checkpoint": str(asked.checkpoint) if asked.checkpoint else None}
+        values = {name: getattr(asked, name) for name in (*SELECTION, "seed", "necks", "levels", "positions")}
+        paths = {name: str(path) if (path := getattr(asked, name)) else None for name in ("checkpoint", "adapter")}
+        return {**values, **paths, "config": config}
 
     def sign(self, image_size: int | tuple[int, int] | None, batch: int) -> tuple[EncoderConfig, Signature]:
         """Config and signature at a size; None is the config's own.
@@ -163,7 +170,7 @@ class Workplace:
             except WorkerError as error:
                 raise BenchError(f"the picture cannot be made: {error}") from None
         self.rest()
-        values |= {name: self._prepared[name] for name in ("weights", "state", "prefix")} | {"image": str(image)}
+        values |= {name: self._prepared[name] for name in ("weights", *SELECTION)} | {"image": str(image)}
         folders = {
             one.id: self.folder / f"{one.module}-{one.precision}-{place}{'-plan' * (one.runtime == 'plan')}"
             for one in backends

@@ -16,7 +16,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from benchmarks.report.charts import NARROW, WIDE, kernels_chart, latency_chart, parts_chart
+from benchmarks.report.axis_plots import error_plot, roofline_plot
+from benchmarks.report.bar_charts import NARROW, WIDE, kernels_chart, latency_chart, parts_chart
 from benchmarks.report.findings import (
     Answer,
     Row,
@@ -32,9 +33,8 @@ from benchmarks.report.findings import (
     significant,
     worst_error,
 )
-from benchmarks.report.growth import growth_plot
+from benchmarks.report.growth_plot import growth_plot
 from benchmarks.report.method import TITLE, about, commands, encoder_facts, method
-from benchmarks.report.plots import error_plot, roofline_plot
 from benchmarks.report.tables import (
     environment,
     errors_table,

@@ -20,6 +20,7 @@ from benchmarks.measure.rounds import Pace
 from benchmarks.measure.run import Run
 from benchmarks.measure.samples import Place
 from benchmarks.measure.worker_process import ROOT, WorkerError
+from benchmarks.options import SELECTION
 from benchmarks.results.feature_pictures import feature_pictures
 from benchmarks.results.result_files import can_check, row_problem
 from benchmarks.results.rows import (
@@ -69,7 +70,7 @@ def make_result(run: Run) -> dict[str, Any]:
 def _encoder(run: Run) -> dict[str, Any]:
     options, signature = run.options, run.signature
     random = f"random (seed {options.seed})"
-    chosen = [f"{key} {getattr(options, key)}" for key in ("state", "prefix") if getattr(options, key) is not None]
+    chosen = [f"{key} {getattr(options, key)}" for key in SELECTION if getattr(options, key) is not None]
     return {
         "checkpoint": ", ".join([str(options.checkpoint), *chosen]) if options.checkpoint else random,
         "image_size": list(run.config.image_size),
@@ -185,8 +186,9 @@ def _export(run: Run) -> dict[str, Any] | None:
     if not path.is_file():
         run.report("the exporter itself, against plain torch.onnx.export")
         command = [sys.executable, "-m", "benchmarks.export", "--runs", "1", "--json", str(path)]
-        # what it costs does not depend on the values, so where a state has to be chosen, random ones do
-        plain = run.options.checkpoint and run.options.state is None and run.options.prefix is None
+        # what it costs does not depend on the values, so where something has to be chosen, random ones do
+        chosen = (run.options.state, run.options.prefix, run.options.adapter_alpha)
+        plain = run.options.checkpoint and all(choice is None for choice in chosen)
         checkpoint = ["--checkpoint", str(run.options.checkpoint)] if plain else []
         done = subprocess.run([*command, *checkpoint], cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:

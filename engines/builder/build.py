@@ -17,7 +17,7 @@ from engines.builder.parsed_network import check_types, keep_attentions_whole
 from engines.builder.plan_stream import Progress, Watch, disk_errors, new_monitor, run_builder, temporary
 from engines.sheet.layer_sheet import LayerSheet
 from engines.sheet.read_layers import LayerSheetError, read_accumulations, sheet_from_inspector, sheet_from_log
-from export.contract.command import export_again
+from export.contract.export_command import export_again
 from export.contract.signature import BATCH, TensorSpec
 
 NUMPY = {

@@ -10,7 +10,7 @@ from engines.builder.flavor import Flavor
 from engines.builder.onnx_graph import BuildError
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
 from engines.builder.plan_stream import disk_errors, temporary
-from export.contract.command import export_again
+from export.contract.export_command import export_again
 
 
 def common_options(onnx: Path, flavor: Flavor, network: Any, options: BuildOptions, monitor: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from engines.builder.onnx_graph import BuildError
-from export.contract.command import AS_AUTO, export_again
+from export.contract.export_command import AS_AUTO, export_again
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest
 from export.graph.cleanup import MODULE
 from export.lowering.precision import Precision, lower

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.builder.onnx_graph import BuildError
-from export.contract.command import AS_AUTO, export_again
+from export.contract.export_command import AS_AUTO, export_again
 
 TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 

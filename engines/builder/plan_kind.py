@@ -79,7 +79,7 @@ def _begins(file: BinaryIO) -> tuple[str | None, dict[str, Any] | None]:
         return None, None
     try:
         metadata = json.loads(file.read(length))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None, None
     kind = MAGIC.get(file.read(4))
     file.seek(4 + length)
@@ -88,4 +88,4 @@ def _begins(file: BinaryIO) -> tuple[str | None, dict[str, Any] | None]:
 
 def _told(metadata: dict[str, Any]) -> str:
     shown = [f"{name} {metadata[name]}" for name in ("description", "task", "imgsz", "version") if name in metadata]
-    return ", ".join(shown)[:200] or "empty"
+    return " ".join(", ".join(shown).split())[:200] or "empty"

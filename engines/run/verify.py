@@ -18,11 +18,11 @@ from export.contract.manifest import manifest_path, read_manifest, replace_manif
 from export.contract.signature import BatchRange, Signature
 from export.lowering.precision import Precision
 from export.options import NUMPY_NAMES
-from export.origin import manifest_encoder
 from export.pipeline import RejectedError
 from export.proof.fidelity import Verdict, check_overrides, compare
 from export.proof.reference import check_reference, write_reference
 from export.proof.verify import Report, reference_outputs, reference_pixels
+from export.weights_origin import manifest_encoder
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import PictureFolder, normalise
 

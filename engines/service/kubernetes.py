@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.service.containers import image
+from engines.service.container_fit import image
 from engines.service.kserve import inference_services, serving_runtime
 from engines.service.served_model import TritonError
 from engines.service.serving_files import DRAIN_SECONDS, USER, Serving, probe

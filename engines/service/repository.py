@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engines.service.containers import choose_container, needs_compatible
+from engines.service.container_fit import choose_container, needs_compatible
 from engines.service.ensemble import PREPROCESS_MODEL, chosen_config, pictures_config, preprocess_config
 from engines.service.existing_models import check_ensembles, check_held
 from engines.service.kubernetes import check_folder, kubernetes_files

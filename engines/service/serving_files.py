@@ -6,7 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
-from engines.service.containers import COMPATIBLE, image
+from engines.service.container_fit import COMPATIBLE, image
 from engines.service.served_model import Source, TritonError
 
 DRAIN_SECONDS = 45

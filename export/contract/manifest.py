@@ -80,7 +80,7 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ManifestError(f"{path}: the manifest is missing; it is written beside the file by neck-export") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: the manifest cannot be read ({error}); write the file again") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise ManifestError(f"{path}: is not the manifest of a {kind} file; write the file again")

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-from export.contract.containers import ONNX_RUNTIME, TENSORRT
+from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
 
 Family = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-gpu", "openvino"]
 TITLES: dict[Family, str] = {

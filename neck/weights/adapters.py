@@ -138,12 +138,14 @@ def find_adapter(
     Raises:
         CheckpointError: one of the files cannot be read, or what is asked does not go together.
     """
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise CheckpointError(f"{path}: --adapter-alpha is {alpha}, expected a number above 0")
     tensors, inside = split_adapter(path, tensors, alpha)
-    if alpha is not None and inside is None:
+    if alpha is not None and (inside is None or not inside.factors):
         raise CheckpointError(f"{path}: holds no adapter that is not merged; leave --adapter-alpha out")
     if folder is None:
         return tensors, inside
-    if inside is not None:
+    if inside is not None and inside.factors:
         raise CheckpointError(f"{path}: holds an adapter already; merge one of them first, or leave --adapter out")
     return tensors, read_adapter(folder)
 
@@ -159,7 +161,7 @@ def split_adapter(
         alpha: lora_alpha of every module, where it is not told there.
 
     Returns:
-        The other tensors, and the adapter, None where there is none.
+        The other tensors, and the adapter: None where there is none, without factors where they were taken out.
     """
     if not any(WRAPPED.search(key) or FACTOR.match(key) for key in tensors):
         return tensors, None
@@ -171,14 +173,12 @@ def split_adapter(
             if name in plain or (name != key and name in tensors):
                 raise CheckpointError(f"{path}: {key} and {name} are the same tensor's; save one of them")
             plain[name] = tensor
-    if not inner:
-        return plain, None
     factors, others = _pair(path, {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in inner.items()})
     beside = path.parent / CONFIG_NAME if path.is_file() else path / CONFIG_NAME
-    scaling = None
-    if alpha is not None:
-        scaling = Scaling(alpha)
-    elif beside.is_file():
+    scaling = Scaling(alpha) if alpha is not None else None
+    if inner and beside.is_file():
+        if scaling:
+            raise CheckpointError(f"{beside}: tells its adapter's alpha; leave --adapter-alpha out, or take it away")
         scaling = _read_scaling(beside)
     return plain, Adapter(path, factors, others, scaling)
 
@@ -205,7 +205,7 @@ def _pair(where: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[T
 def _read_scaling(file: Path) -> Scaling:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not a readable JSON file ({error}); save the adapter again") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__

@@ -1,6 +1,6 @@
 """The architecture in Hugging Face's config.json: each of its fields is used, known to change nothing, or refused.
 
-Written for transformers 5.0 to 5.24; tests/data/transformers-config.json lists the fields of its classes.
+Written for transformers 5.0 to 5.24; tests/data/hf-variant/fields.json lists the fields of its classes.
 """
 
 from __future__ import annotations
@@ -46,8 +46,15 @@ NORMALISED: dict[str, Any] = {
 }
 """Entries of a picture processor as SAM 3 has them."""
 
-IRRELEVANT_NECK = ("backbone_config", "backbone_feature_sizes", "hidden_act", "layer_norm_eps")
+IRRELEVANT_NECK = (
+    *("backbone_config", "backbone_feature_sizes", "hidden_act", "layer_norm_eps"),
+    # from before transformers 5.0, in published files still: no module reads them, kernels have the tensors' size
+    *("fpn_kernel_size", "fpn_stride", "num_feature_levels"),
+)
 """Entries of the vision config that its modules do not read, or whose own entries are read."""
+
+ROPE_TYPES = ("axial", "default")
+"""The rotary table that we have by its names: transformers reads `default` as `axial` in this backbone."""
 
 # fmt: off
 IRRELEVANT = frozenset(
@@ -94,10 +101,12 @@ def read_hf_config(file: Path, facts: dict[str, Any]) -> EncoderConfig:
         backbone, neck = found
         values = {**_backbone_fields(file, backbone), **_neck_fields(file, neck)}
         return EncoderConfig.from_dict({"layer_norm_eps": LAYER_NORM_EPS, **facts, **values})
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not a readable JSON file ({error}); pass --config, or correct it") from None
+    except CheckpointError:
+        raise
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}; pass --config, or correct it") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
+        raise CheckpointError(f"{file}: not a readable JSON file ({error}); pass --config, or correct it") from None
 
 
 def _find_backbone(node: object, parent: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -146,8 +155,8 @@ def _theta(section: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"rope_parameters is {rope!r}; expected an object")
     kind = rope.get("rope_type", "axial")
     unknown = sorted(key for key, value in rope.items() if key not in ("rope_type", "rope_theta") and value is not None)
-    if kind != "axial" or unknown:
-        what = f"rope_type {kind!r}" if kind != "axial" else f"with {', '.join(unknown)}"
+    if kind not in ROPE_TYPES or unknown:
+        what = f"rope_type {kind!r}" if kind not in ROPE_TYPES else f"with {', '.join(unknown)}"
         raise ConfigError(f"rope_parameters {what} is not supported; the encoder has rope_type 'axial' with rope_theta")
     if rope.get("rope_theta") is None:
         return told

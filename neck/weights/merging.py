@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neck.keys import Layout, listing
+from neck.checkpoint_keys import Layout, listing
 from neck.weightfile import CheckpointError
 from neck.weights.adapters import CONFIG_NAME, Adapter, Scaling
 
@@ -70,7 +70,8 @@ def plan_changes(
         changes[key] = (first, second, _factor(where, module, key, first, second, expected[key], adapter.scaling))
     ignored = [*(name for name, key in found.items() if key is None), *adapter.others]
     if not changes and where != path:
-        raise CheckpointError(f"{where}: adapts no module of the encoder (it has {listing(ignored, 3)}); leave it out")
+        has = listing(ignored, 3) or "no tensors"
+        raise CheckpointError(f"{where}: adapts no module of the encoder (it has {has}); leave it out")
     return changes, ignored
 
 
@@ -117,6 +118,8 @@ def merge(weight: Tensor, change: tuple[Tensor, Tensor, float]) -> Tensor:
 
 def merge_notes(adapter: Adapter, changes: Changes, ignored: Sequence[str]) -> list[str]:
     """What the user is told: how much was merged, and what was not."""
+    if not adapter.factors:
+        return [f"{adapter.where}: the base of an adapter that is not in it (base_layer in its names); taken as it is"]
     told = [f"adapter {adapter.where}: merged into {len(changes)} weights"] if changes else []
     if ignored:
         told.append(f"adapter {adapter.where}: ignored, not in this encoder: {listing(ignored)}")

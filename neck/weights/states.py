@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from neck.keys import Layout, find_layouts
-from neck.weights.names import plain_name
+from neck.checkpoint_keys import Layout, find_layouts
 from neck.weights.records import StandIn, TensorRecord, shown
 from neck.weights.torchfile import ADVICE, CheckpointError
+from neck.weights.wrapper_names import plain_name
 
 WORDS = ("model", "state_dict", "model_state_dict", "module", "net", "network", "weights")
 """What training code calls the model that it trains, the first of them first."""
@@ -125,7 +125,8 @@ def choose_state(path: Path, states: Mapping[str, Entries], asked: str | None) -
     chosen = _by_words([(place, place.split(".") if place else []) for place in fitting])
     if chosen is None:
         raise CheckpointError(
-            f"{path}: holds several states with an encoder ({', '.join(fitting[:MOST_LISTED])}); choose by --state NAME"
+            f"{path}: holds several states with an encoder ({', '.join(map(shown, fitting[:MOST_LISTED]))}); "
+            "choose by --state NAME"
         )
     return chosen
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from neck.checkpoint_keys import Layout
 from neck.config import EncoderConfig
-from neck.keys import Layout
 from neck.rope import axial_angles
 from neck.weightfile import CheckpointError
 
@@ -114,15 +114,20 @@ def _difference(found: Tensor, wanted: Tensor, kind: str, part: str, config: Enc
         steps = [float(angle[0]) for angle in angles]
         if all(steps) and abs(steps[0] - steps[1]) > 0.01 * steps[1]:
             return f"it turns by {steps[0]:.4g} a column, the config by {steps[1]:.4g}"
-        return _thetas(angles[0] / angles[0][0], config)
+        if abs(_theta(angles[0] / angles[0][0], config) - config.rope_theta) > 0.01 * config.rope_theta:
+            return _thetas(angles[0] / angles[0][0], config)
     return f"its values differ by up to {float((found.double() - wanted).abs().max()):.2g}"
 
 
 def _thetas(frequencies: Tensor, config: EncoderConfig) -> str:
-    """The theta of frequencies 1, theta^(-4 / D), ... beside the config's."""
-    second = float(frequencies[1]) if len(frequencies) > 1 else 0.0
-    theta = second ** -(config.head_dim / 4) if second > 0 else math.nan
+    """The theta of a table's frequencies beside the config's."""
     return (
-        f"its theta is about {theta:.4g}, the config's rope_theta {config.rope_theta:g};\n"
+        f"its theta is about {_theta(frequencies, config):.4g}, the config's rope_theta {config.rope_theta:g};\n"
         'where the table is right, pass --config with that "rope_theta"'
     )
+
+
+def _theta(frequencies: Tensor, config: EncoderConfig) -> float:
+    """The theta of frequencies 1, theta^(-4 / D), ...; NaN where they are none."""
+    second = float(frequencies[1]) if len(frequencies) > 1 else 0.0
+    return second ** -(config.head_dim / 4) if second > 0 else math.nan

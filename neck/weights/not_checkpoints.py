@@ -61,9 +61,9 @@ def file_of(path: Path, head: bytes) -> str | None:
         return folder_of(path.parent)
     if head.startswith(LFS):
         return f"{path}: a Git LFS pointer, not the weights themselves; `git lfs pull` in its folder fetches them"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"access to model", b"invalid username")):
         return (
-            f"{path}: not a checkpoint but a web page, saved in the place of a download that wants a login;\n"
+            f"{path}: not a checkpoint but a web page or a refusal, in the place of a download that wants a login;\n"
             "log in, accept the licence (Hugging Face: `hf auth login`, `hf download`), and fetch the file again"
         )
     if head.startswith(b"GGUF"):
@@ -90,7 +90,7 @@ def quantised(tensors: Mapping[str, Tensor], starts: Iterable[str]) -> str | Non
         return None
     more = f" and {len(signs) - 4} more" if len(signs) > 4 else ""
     return (
-        f"the encoder's weights are quantised ({', '.join(signs[:2] + scales[:2] if types else signs[:4])}{more}); "
+        f"the encoder's weights are quantised ({', '.join(types[:2] + scales[:2] if types else signs[:4])}{more}); "
         "the original in float32, float16 or bfloat16 is needed"
     )
 

@@ -1,4 +1,4 @@
-"""Charts with two axes: error against latency, the roofline; what all plots are made of (widths: see `charts`)."""
+"""Charts with two axes: error against latency, the roofline; what all plots are made of (widths: see bar_charts.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.report.charts import NARROW, axis, size_class, tick_name, time_unit
+from benchmarks.report.bar_charts import NARROW, axis, size_class, tick_name, time_unit
 from benchmarks.report.findings import (
     PRECISIONS,
     Row,

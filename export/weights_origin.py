@@ -20,6 +20,7 @@ from neck.necks import Sam3DualViTDetNeck
 from neck.trunk import ViTDetTrunk
 from neck.weightfile import find_file, name_state
 from neck.weights.adapters import adapter_files
+from neck.weights.records import shown
 
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
 """Distributions whose versions the manifest keeps, those that are installed."""
@@ -61,8 +62,8 @@ def state_line(weights: Mapping[str, Any]) -> str | None:
     others = weights.get("other_states")
     if not others and not weights.get("state"):
         return None
-    there = f"; other states with an encoder there: {', '.join(others)} (--state)" if others else ""
-    return f"weights: state {weights.get('state') or '(the file itself)'} of {weights['name']}{there}"
+    there = f"; other states with an encoder there: {', '.join(map(shown, others))} (--state)" if others else ""
+    return f"weights: state {shown(weights.get('state') or '(the file itself)')} of {weights['name']}{there}"
 
 
 def shard_names(path: Path) -> list[str]:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from engines.service.served_model import Source, TritonError
-from export.contract.command import AS_AUTO, export_again
-from export.contract.containers import ONNX_RUNTIME, TENSORRT
+from export.contract.export_command import AS_AUTO, export_again
 from export.contract.readers import line_of, version_key
-from export.proof.who_reads import graph_needs, on_cpu, why_not
+from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
+from export.proof.reader_check import graph_needs, on_cpu, why_not
 
 BF16_CONTAINER = "26.04"
 """The onnxruntime backend takes bfloat16 since March 2026 (its pull request 335), so containers after that month's."""

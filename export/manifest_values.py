@@ -12,9 +12,9 @@ from export.contract.signature import Signature
 from export.lowering.attention import AUTO
 from export.lowering.precision import Residual
 from export.options import ExportOptions, asked_readers, form_of
-from export.origin import encoder_config, package_versions, tool_version
 from export.proof.fidelity import Verdict
-from export.proof.who_reads import graph_needs, readers_entry
+from export.proof.reader_check import graph_needs, readers_entry
+from export.weights_origin import encoder_config, package_versions, tool_version
 from neck.necks import Sam3DualViTDetNeck
 
 

@@ -19,7 +19,8 @@ ENCODER = re.compile(r"(?:^|\.)(?:trunk|backbone|neck|\w*convs|fpn_layers)\.")
 
 
 def plain_name(name: str) -> str:
-    """The name without wrappers, wherever in the path they stand."""
+    """The name without wrappers, wherever in the path they stand; line ends and the like are escaped, for messages."""
+    name = name if name.isprintable() else name.encode("unicode_escape").decode()
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 

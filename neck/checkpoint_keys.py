@@ -7,6 +7,7 @@ Meta and Ultralytics use our own names under some prefix: `<prefix>trunk.*`, `<p
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable
 
@@ -128,12 +129,23 @@ def find_layouts(keys: Iterable[str]) -> list[Layout]:
                 choices = [{neck: f"{prefix}{module}." for neck, module in NECK_MODULES.items()}]
             else:
                 sam3 = {"sam3": f"{prefix}neck.fpn_layers."}
-                choices = [{**sam3, "sam2": tracker} for tracker in trackers] or [sam3]
+                choices = [{**sam3, "sam2": tracker} for tracker in _nearest(trackers, prefix)] or [sam3]
             for necks in choices:
                 present = {neck: start for neck, start in necks.items() if count_indices(keys, start)}
                 layout = Layout(source, prefix, present)
                 layouts.append(dataclasses.replace(layout, indices=find_indices(keys, layout.blocks)))
     return layouts
+
+
+def _nearest(trackers: list[str], prefix: str) -> list[str]:
+    """The tracker's necks whose names share most parts with a trunk's prefix: those of the same model."""
+
+    def shared(tracker: str) -> int:
+        pairs = zip(tracker.split("."), prefix.split("."), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    most = max(map(shared, trackers), default=0)
+    return [tracker for tracker in trackers if shared(tracker) == most]
 
 
 def find_indices(keys: Iterable[str], start: str) -> tuple[int, ...]:

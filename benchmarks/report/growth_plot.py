@@ -1,4 +1,4 @@
-"""How latency grows with image size and batch, beside the operations of the closed form (widths: see `charts`)."""
+"""How latency grows with image size and batch, beside the operations of the closed form (widths: see bar_charts.py)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.report.charts import size_class
+from benchmarks.report.axis_plots import Area, Point, plot_area, plot_key, up_axis
+from benchmarks.report.bar_charts import size_class
 from benchmarks.report.findings import Row, label_of, median_ms, milliseconds, numbers, significant, size_name, swept
-from benchmarks.report.plots import Area, Point, plot_area, plot_key, up_axis
 from benchmarks.report.svg import SMALL, Drawing, Scale, spread_apart, text_width
 from benchmarks.results.result_files import Result, of_machine
 

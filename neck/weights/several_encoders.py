@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neck.keys import Layout
+from neck.checkpoint_keys import Layout
 from neck.weights.torchfile import CheckpointError
+from neck.weights.wrapper_names import plain_name
 
 
 def chosen_by_prefix(path: Path, layouts: Sequence[Layout], prefix: str) -> list[Layout]:
@@ -18,7 +19,7 @@ def chosen_by_prefix(path: Path, layouts: Sequence[Layout], prefix: str) -> list
     Raises:
         CheckpointError: none begins so; lists the prefixes that there are.
     """
-    wanted = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
+    wanted = plain_name(prefix if not prefix or prefix.endswith(".") else f"{prefix}.")  # as all names are
     exact = [layout for layout in layouts if layout.prefix == wanted]
     chosen = exact or [layout for layout in layouts if layout.prefix.startswith(wanted)]
     if not chosen:
