@@ -47,6 +47,7 @@ GPU_CHECKS = {
     "`profile`": "tests/test_profiling.py::",
     "`bisect PLAN`": "tests/test_bisect.py::",
     "the C++ library": "tests/test_cpp_real.py::",
+    "the C++ library on CUDA alone (a stand-in of TensorRT)": "tests/test_cpp_on_cuda.py::",
     "CUDA shared memory of the Triton client": "tests/test_server.py::",
 }
 """What else needs a GPU -> the tests marked `gpu` of which one that passed there shows it."""

@@ -18,7 +18,7 @@ WANTS = (
     (r"tmpfs|mount", "the right to mount a tmpfs", "run as root"),
     (r"/proc\b", "Linux's /proc", "-"),
     (r"without a GPU|where no GPU is", "a machine without a GPU", "-"),
-    (r"\bGPU\b|cuda", "an NVIDIA GPU", "run `pytest -m gpu` on a machine with its driver"),
+    (r"\bGPU\b|cuda|NVIDIA driver", "an NVIDIA GPU", "run `pytest -m gpu` on a machine with its driver"),
     (r"TensorRT-RTX|tensorrt_rtx", "TensorRT-RTX", "pip install '.[rtx]'"),
     (r"tritonclient", "Triton's client", "pip install '.[triton]'"),
     (r"openvino", "OpenVINO", "pip install '.[bench]'"),

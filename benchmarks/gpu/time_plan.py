@@ -56,8 +56,8 @@ def plan(device: Device) -> tuple[Stage, ...]:
         Stage("weights", "random weights, the same bits as elsewhere", 0.4, 1.0),
         Stage("eager", "eager, plain and rewritten, FP32, FP16, BF16", 1.9, 3.0, backends=EAGER),
         Stage("compiled", "torch.compile, default", 1.6, 2.5, 5, COMPILED[device], answer_s=ANSWER[device]),
-        Stage("tests", "the tests marked gpu", 0.8, 1.3, 4),
-        Stage("points", "batch 4 and 8, 672 and 1344 pixels of the fastest", 1.7, 2.3, 2, points=True),
+        Stage("tests", "the tests marked gpu, the C++ library on CUDA", 1.1, 1.6, 4),
+        Stage("points", "batch 4 and 8, 672 and 1344 pixels of the fastest", 1.4, 2.3, 2, points=True),
         Stage("tuned", "torch.compile max-autotune with CUDA graphs", 1.1, 3.0, 1, TUNED, answer_s=150.0),
         REPORT,
     )

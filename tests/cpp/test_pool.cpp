@@ -9,6 +9,7 @@
 #include "cuda.hpp"
 #include "expect.hpp"
 #include "neck/pool.hpp"
+#include "runs.hpp"
 #include "stand_in.hpp"
 
 namespace {
@@ -26,45 +27,6 @@ void wait_for(const neck::Pool& pool, std::size_t count) {
     while (pool.waiting() != count) {
         std::this_thread::yield();
     }
-}
-
-/// Every request is answered, rightly, and every third ends by an exception that gives the context back.
-void test_many_threads(const std::string& plan, int threads, int requests, std::chrono::seconds least) {
-    neck::Pool pool(plan, options_of(4));
-    const auto end = std::chrono::steady_clock::now() + least;
-    std::atomic<long> answered{0};
-    std::atomic<long> asked{0};
-    std::atomic<long> fewest{1'000'000'000};
-    std::vector<std::thread> running;
-    for (int thread = 0; thread < threads; ++thread) {
-        running.emplace_back([&, thread] {
-            long mine = 0;
-            while (mine < requests || std::chrono::steady_clock::now() < end) {
-                const float value = static_cast<float>(1 + (thread * 31 + mine) % 500);
-                const std::int64_t batch = 1 + mine % 4;
-                ++asked;
-                try {
-                    const neck::Pool::Lease lease = pool.acquire(10min);
-                    const auto outputs = lease->infer(image_of(batch, value), lease.stream());
-                    expect(doubled(outputs, batch, value), "an answer to one's own request");
-                    ++answered;
-                    if (mine % 3 == 2) {
-                        throw std::runtime_error("the caller's own");
-                    }
-                } catch (const std::runtime_error& error) {
-                    expect(std::string(error.what()) == "the caller's own", error.what());
-                }
-                ++mine;
-            }
-            for (long seen = fewest; mine < seen && !fewest.compare_exchange_weak(seen, mine);) {
-            }
-        });
-    }
-    for (std::thread& thread : running) {
-        thread.join();
-    }
-    expect(answered == asked, "no request is lost");
-    std::cout << answered << " requests of " << threads << " threads answered, " << fewest << " or more of each\n";
 }
 
 void test_first_come_first_served(const std::string& plan) {
@@ -159,7 +121,7 @@ int main(int count, char** values) {
     test_refusals(plan);
     test_bound_memory_goes_back(plan);
     test_closed(plan);
-    test_many_threads(plan, std::atoi(values[2]), std::atoi(values[3]),
+    test_many_threads(plan, 4, std::atoi(values[2]), std::atoi(values[3]),
                       std::chrono::seconds(count > 4 ? std::atoi(values[4]) : 0));
     expect(stand_in::alive() == 0, "nothing is left on the GPU");
     return failures == 0 ? 0 : 1;

@@ -6,7 +6,7 @@
 #include <memory>
 #include <string>
 
-#include "cuda_runtime_api.h"
+#include <cuda_runtime_api.h>  // the stand-in's or CUDA's own
 
 namespace stand_in {
 struct Context;

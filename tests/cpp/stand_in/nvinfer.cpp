@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <map>
 #include <sstream>
 #include <thread>
@@ -30,6 +29,7 @@ struct Context {
     std::shared_ptr<const Program> program;
     nvinfer1::ILogger& logger;
     std::map<std::string, Bound> bound;
+    Reach reach{*program};
     char* scratch = nullptr;
     std::int64_t scratch_size = 0;
     nvinfer1::IRuntimeCache* cache = nullptr;
@@ -143,18 +143,19 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
             std::fprintf(stdout, "stand-in: compiles %s", kernel.c_str());
         }
     }
-    const auto work = [program = own->program, bound = own->bound, scratch = own->scratch, size = own->scratch_size,
-                       changes = own->changes, now = *own->changes, captured = stand_in::capturing(stream)] {
+    if (own->scratch != nullptr) {
+        stand_in::spoil(own->scratch, static_cast<std::size_t>(own->scratch_size), stream);
+    }
+    const auto work = [program = own->program, bound = own->reach.bring(own->bound, stream), changes = own->changes,
+                       now = *own->changes, captured = stand_in::capturing(stream)] {
         if (captured && *changes != now) {
             std::fprintf(stderr, "stand-in: a CUDA graph is run after its context was changed\n");
             std::abort();
         }
-        if (scratch != nullptr) {
-            std::memset(scratch, 7, static_cast<std::size_t>(size));
-        }
         program->run(bound);
     };
     stand_in::queue(stream, work);
+    own->reach.take_back(own->bound, stream);
     return true;
 }
 

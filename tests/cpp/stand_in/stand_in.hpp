@@ -84,6 +84,30 @@ public:
     bool allocates = false;  ///< memory, too: such a run cannot be captured
 };
 
+/// The host's memory through which a context's runs reach tensors: the stand-in's device memory is the host's already,
+/// that of a GPU (real_cuda/real.cpp) is copied there and back on the stream.
+class Reach {
+public:
+    explicit Reach(const Program& program);
+    ~Reach();
+    Reach(const Reach&) = delete;
+    Reach& operator=(const Reach&) = delete;
+
+    /// Queues what brings the inputs to the host.
+    /// \return where the host finds every tensor.
+    std::map<std::string, Bound> bring(const std::map<std::string, Bound>& bound, cudaStream_t stream);
+
+    /// Queues what takes the outputs from the host to where they are wanted.
+    void take_back(const std::map<std::string, Bound>& bound, cudaStream_t stream);
+
+private:
+    const Program& program_;
+    std::map<std::string, void*> staged_;
+};
+
+/// Queues that device memory is overwritten.
+void spoil(void* memory, std::size_t size, cudaStream_t stream);
+
 /// Reads a plan: our own few lines of text, or where ONNX Runtime is built in an ONNX file.
 /// \return nothing where it is neither.
 std::unique_ptr<Program> read_program(std::string_view plan);
