@@ -41,6 +41,15 @@ Attention = Literal["auto", "fp32acc", "scores32", "fused", "unfused"]
 Upsampling = Literal["auto", "deconv", "conv"]
 Residual = Literal["auto", "fp16", "fp32"]
 FlavorChoice = Literal["auto", "tensorrt", "rtx"]
+Adapter = Annotated[Path | None, typer.Option(help="A folder of PEFT: its LoRA is merged into the weights")]
+AdapterAlpha = Annotated[
+    float | None, typer.Option(help="lora_alpha of an adapter inside the checkpoint, where nothing tells it")
+]
+State = Annotated[
+    str | None, typer.Option(help="Which state of a training file: ema [default: model's, or the only one]")
+]
+Prefix = Annotated[str | None, typer.Option(help="Which encoder of a state that holds several: detector.")]
+Config = Annotated[Path | None, typer.Option(help="encoder.json, where the weights do not tell")]
 PictureRange = Annotated[
     str | None, typer.Option(help="LOW:HIGH, black and white of pictures deeper than 8 bits [default: their high byte]")
 ]
@@ -51,15 +60,11 @@ def onnx(
     checkpoint: Annotated[
         str | None, typer.Option(help="sam3.pt, .safetensors, a folder of shards, or `random` [default: sam3.pt here]")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="A folder of PEFT: its LoRA is merged into the weights")] = None,
-    adapter_alpha: Annotated[
-        float | None, typer.Option(help="lora_alpha of an adapter inside the checkpoint, where nothing tells it")
-    ] = None,
-    state: Annotated[
-        str | None, typer.Option(help="Which state of a training file: ema [default: model's, or the only one]")
-    ] = None,
-    prefix: Annotated[str | None, typer.Option(help="Which encoder of a state that holds several: detector.")] = None,
-    config: Annotated[Path | None, typer.Option(help="encoder.json, where the weights do not tell")] = None,
+    adapter: Adapter = None,
+    adapter_alpha: AdapterAlpha = None,
+    state: State = None,
+    prefix: Prefix = None,
+    config: Config = None,
     image_size: Annotated[
         str | None, typer.Option(help="Pixels: 1008, or height x width: 1008x672 [default: the config's, 1008]")
     ] = None,
@@ -356,15 +361,11 @@ def bench(
     files: Annotated[list[Path] | None, typer.Argument(help="With --merge: the report.json files")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small size, few rounds, no sweeps: minutes")] = False,
     checkpoint: Annotated[str | None, typer.Option(help="As of `onnx` [default: sam3.pt here]")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="A folder of PEFT: its LoRA is merged into the weights")] = None,
-    adapter_alpha: Annotated[
-        float | None, typer.Option(help="lora_alpha of an adapter inside the checkpoint, where nothing tells it")
-    ] = None,
-    state: Annotated[
-        str | None, typer.Option(help="Which state of a training file: ema [default: model's, or the only one]")
-    ] = None,
-    prefix: Annotated[str | None, typer.Option(help="Which encoder of a state that holds several: detector.")] = None,
-    config: Annotated[Path | None, typer.Option(help="encoder.json, where the weights do not tell")] = None,
+    adapter: Adapter = None,
+    adapter_alpha: AdapterAlpha = None,
+    state: State = None,
+    prefix: Prefix = None,
+    config: Config = None,
     image_size: Annotated[str | None, typer.Option(help="Pixels: 1008, or height x width: 1008x672")] = None,
     batch: Annotated[int, typer.Option(help="Pictures in a run", min=1)] = 1,
     neck: Annotated[str, typer.Option(help="both, all, or names with commas; auto: sam3, or what is there")] = "auto",

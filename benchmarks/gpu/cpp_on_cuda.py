@@ -37,11 +37,11 @@ class Toolkit:
 
     Attributes:
         includes: folders of headers, cuda_runtime_api.h in the first.
-        library: libcudart.
+        runtime: libcudart.
     """
 
     includes: tuple[Path, ...]
-    library: Path
+    runtime: Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def build_and_run(folder: Path, build_s: float = BUILD_SECONDS) -> Ended:
     includes = ";".join(str(path) for path in toolkit.includes)
     generator = ["-G", "Ninja" if shutil.which("ninja") else "Unix Makefiles"]
     configure = ["cmake", "-S", str(SOURCE), "-B", str(folder), *generator]
-    configure += [f"-DCUDA_INCLUDE={includes}", f"-DCUDART={toolkit.library}"]
+    configure += [f"-DCUDA_INCLUDE={includes}", f"-DCUDART={toolkit.runtime}"]
     build = ["cmake", "--build", str(folder), "--parallel", str(os.cpu_count() or 1)]
     for what, command, seconds in (("cmake", configure, CONFIGURE_SECONDS), ("the build", build, build_s)):
         ended = _call(command, seconds)
