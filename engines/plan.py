@@ -13,7 +13,7 @@ from typing import Any, Literal
 from engines.builder.attention_forms import Built, Typing, build_forms
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.onnx_graph import read_graph
-from engines.builder.onnx_source import read_source, typed_as
+from engines.builder.onnx_source import read_source, settle_file, typed_as
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
 from engines.builder.plan_stream import Progress
 from engines.run.verify import signature_of, verify_plan, why_not_run
@@ -35,6 +35,7 @@ from export.lowering.upsampling import Upsampling
 from export.pipeline import RejectedError
 from export.proof.fidelity import Verdict
 from export.proof.verify import Report, verify_onnx
+from export.quantising.settle import QuantiseOptions
 from export.weights_origin import manifest_encoder, tool_version
 from neck.pictures import PictureFolder
 
@@ -48,8 +49,8 @@ class PlanOptions:
         output: the plan to write.
         precision: what the plan computes in; None is the file's.
         attention: form of attention; `auto` is the first of the file's and the later ones that TensorRT takes.
-        upsampling, keep_fp32, residual: how an FP32 file is lowered to that precision; a residual of `auto` is FP16,
-            and FP32 where verification fails.
+        upsampling, keep_fp32, residual, quantise: how an FP32 file is lowered to that precision; a residual of `auto`
+            is FP16, and FP32 where verification fails.
         build: the builder's options; its precision and batch are taken from the file.
         verify: whether to compare the plan with PyTorch before it gets its name.
     """
@@ -62,6 +63,7 @@ class PlanOptions:
     upsampling: Upsampling = "auto"
     keep_fp32: tuple[str, ...] = ()
     residual: Residual = "auto"
+    quantise: QuantiseOptions = dataclasses.field(default_factory=QuantiseOptions)
     build: BuildOptions = dataclasses.field(default_factory=BuildOptions)
     verify: bool = True
     images: Path | PictureFolder | None = None
@@ -113,15 +115,13 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
         return found
     with contextlib.ExitStack() as left, staging(options.output) as folder:
         staged = folder / options.output.name
-        build = dataclasses.replace(
-            options.build, precision=precision, batch=_batch(options, source), keep_fp32=_kept(options, source)
-        )
-        more: tuple[Residual, ...] = (
-            ("fp32",) if (held, precision, options.residual) == ("fp32", "fp16", "auto") else ()
-        )
-        notes: tuple[str, ...] = ()
+        batch, kept = _batch(options, source), _kept(options, source)
+        build = dataclasses.replace(options.build, precision=precision, batch=batch, keep_fp32=kept)
+        again = (held, precision, options.residual) == ("fp32", "fp16", "auto")
+        more: tuple[Residual, ...] = ("fp32",) if again else ()
+        settled, notes = settle_file(options.onnx, source, held, precision, options.quantise, options.images, report)
         for residual in (options.residual, *more):
-            typing = Typing(held, options.attention, options.upsampling, options.keep_fp32, residual)
+            typing = Typing(held, options.attention, options.upsampling, options.keep_fp32, residual, settled)
             built = build_forms(options.onnx, staged, build, typing, source, flavor, left, report, progress)
             built = dataclasses.replace(built, notes=(*notes, *built.notes))
             about = _manifest(options, source, built, key, precision)
@@ -154,6 +154,7 @@ def reuse_key(
         "upsampling": options.upsampling,
         "keep_fp32": list(options.keep_fp32),
         "residual": options.residual,
+        "quantise": repr(options.quantise),
         "options": dataclasses.replace(options.build, precision=precision).to_dict(),
         "flavor": flavor.name,
         "tensorrt_version": flavor.version,
@@ -208,6 +209,7 @@ def _manifest(
         "precision": precision,
         "attention_form": built.attention,
         "residual": built.residual,
+        "quantisation": built.quantisation,
         "notes": list(built.notes),
         "flavor": result.flavor,
         "tensorrt_version": result.version,

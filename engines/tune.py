@@ -107,7 +107,7 @@ def tune_plan(
     state = folder / "rows.json"
     key = reuse_key(options, flavor, source, options.precision)
     rows = finished_rows(state, key, options.output.name)
-    attentions = ATTENTIONS if options.precision == "fp16" else ("fused", "fp32acc")
+    attentions = ATTENTIONS if options.precision != "bf16" else ("fused", "fp32acc")
     for attention, upsampling in itertools.product(attentions, UPSAMPLINGS):
         if any((row.attention, row.upsampling) == (attention, upsampling) for row in rows):
             continue

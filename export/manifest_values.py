@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from export.contract.signature import Signature
 from export.lowering.attention import AUTO
-from export.lowering.precision import Residual
+from export.lowering.precision import TYPES, Residual
 from export.options import ExportOptions, asked_readers, form_of
 from export.proof.fidelity import Verdict
 from export.proof.reader_check import graph_needs, readers_entry
@@ -29,7 +29,7 @@ def export_facts(
     """The facts: versions, encoder, contract, forms, readers, graph, verdict."""
     operators = collections.Counter(node.op_type for node in model.graph)
     form = form_of(options).attention
-    fp16 = options.precision == "fp16"
+    fp16 = TYPES[options.precision] == ir.DataType.FLOAT16
     return {
         "versions": {"neck-export": tool_version(), **package_versions()},
         "encoder": encoder_config(encoder).to_dict(),

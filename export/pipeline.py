@@ -31,6 +31,7 @@ from export.graph.rewrite import Rewrites
 from export.graph.trace import ExportError, trace
 from export.inspect import read_graph
 from export.lowering.precision import Precision, Residual, lower
+from export.lowering.quantise import CODES
 from export.manifest_values import export_facts
 from export.options import NUMPY_NAMES, ExportOptions, asked_readers, check_options, form_of, load, sign
 from export.output_files import check_room, disk_errors, target_files
@@ -38,6 +39,7 @@ from export.proof.fidelity import Verdict, check_overrides
 from export.proof.reader_check import check_claims, graph_needs, read_by, require
 from export.proof.reference import check_reference
 from export.proof.verify import Report, check_memory, positions_path, require_runtime, verify_onnx
+from export.quantising.settle import Settled, budget_tolerances, settle
 from export.weights_origin import (
     manifest_encoder,
     manifest_precision,
@@ -114,17 +116,18 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         origin = background.submit(weights_origin, *asked, options.adapter, options.adapter_alpha)
         staged = folder / options.output.name
         residual: Residual = options.residual
-        model, verdict = _written(options, encoder, signature, staged, residual, report)
+        settled = _settled(options, encoder, signature, notes, report)
+        model, verdict = _written(options, encoder, signature, staged, residual, settled, report)
         if verdict and not verdict.passed and (options.residual, options.precision) == ("auto", "fp16"):
             residual = "fp32"
             notes.append(f"{', '.join(verdict.failed_names)} left tolerance: residual sums now in FP32")
             report(notes[-1])
-            model, verdict = _written(options, encoder, signature, staged, residual, report)
+            model, verdict = _written(options, encoder, signature, staged, residual, settled, report)
         if verdict and not verdict.passed:
             raise RejectedError(options.output, verdict)
         report("hashes and manifest")
         values = export_facts(options, encoder, signature, model, residual, verdict)
-        values |= {"weights": origin.result(), "notes": notes}
+        values |= {"weights": origin.result(), "notes": notes, **({"quantisation": settled.facts} if settled else {})}
         manifest = write_manifest(manifest_path(staged), "onnx", values, sorted(folder.iterdir()))
         kept = {file.name for file in folder.iterdir()}
         with locked(options.output.parent):
@@ -133,12 +136,22 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
     return ExportResult(options.output, manifest, verdict)
 
 
+def _settled(
+    options: ExportOptions, encoder: Sam3DualViTDetNeck, signature: Signature, notes: list[str], report: Report
+) -> Settled | None:
+    """What an fp8 or int8 export quantises; None for every other."""
+    if options.precision not in CODES:
+        return None
+    return settle(encoder, signature, options.precision, options.quantise, options.images, notes, report)
+
+
 def _written(
     options: ExportOptions,
     encoder: Sam3DualViTDetNeck,
     signature: Signature,
     staged: Path,
     residual: Residual,
+    settled: Settled | None,
     report: Report,
 ) -> tuple[ir.Model, Verdict | None]:
     """Writes the file, checks that the asked readers read it, and verifies it where asked."""
@@ -156,6 +169,7 @@ def _written(
         opset=form.opset,
         upsampling=options.upsampling,
         residual=residual,
+        quantisation=settled.quantisation if settled else None,
     )
     require(readers, graph_needs(model), f"--reader {options.readers}", "take another reader, or another --precision")
     if not options.verify:
@@ -166,7 +180,7 @@ def _written(
         encoder,
         options.precision,
         images=options.images,
-        overrides=options.tolerances,
+        overrides=budget_tolerances(options.quantise, options.tolerances),
         report=report,
     )
     sums = ", residual sums in FP32" if residual == "fp32" else ""

@@ -28,6 +28,7 @@ from export.lowering.precision import Precision, Residual
 from export.lowering.relower import relower
 from export.lowering.upsampling import Upsampling
 from export.proof.verify import Report
+from export.quantising.settle import Settled
 
 ORDER: tuple[AttentionForm, ...] = ("fp32acc", "fused", "scores32", "unfused")
 """Best first; `fused` is a form of BF16 alone, whose products accumulate in FP32 whatever the form."""
@@ -48,7 +49,7 @@ class Typing:
     Attributes:
         held: what the file is.
         attention: the form that was asked for; `auto` is the first that TensorRT takes.
-        upsampling, keep_fp32, residual: how an FP32 file is lowered.
+        upsampling, keep_fp32, residual, settled: how an FP32 file is lowered.
     """
 
     held: Precision
@@ -56,6 +57,7 @@ class Typing:
     upsampling: Upsampling = "auto"
     keep_fp32: tuple[str, ...] = ()
     residual: Residual = "auto"
+    settled: Settled | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Built:
     attention: str | None
     residual: str
     notes: tuple[str, ...]
+    quantisation: Mapping[str, Any] | None = None
 
 
 def build_forms(
@@ -94,6 +97,7 @@ def build_forms(
     if precision != held:
         report(f"precision pass: {held} to {precision}")
         asked = {name: getattr(typing, name) for name in ("upsampling", "keep_fp32", "residual")}
+        asked["quantisation"] = typing.settled.quantisation if typing.settled else None
         typed = lower_file(onnx, held, precision, folder, attention=forms[0] or typing.attention, **asked)
         there = forms[0]
     notes: list[str] = []
@@ -105,13 +109,18 @@ def build_forms(
         report(f"build: {flavor.name} {flavor.version}")
         try:
             result = build_plan(typed, plan, build, flavor=flavor, progress=progress)
-            return Built(typed, result, form, typing.residual, tuple(notes))
+            return Built(typed, result, form, typing.residual, tuple(notes), _quantisation(typing, source))
         except RefusedError as error:
             if later is None or not error.by_form:
                 raise BuildError("; ".join([str(error), *(note for note in notes if "refused" in note)])) from None
             notes.append(f"{flavor.title} refused attention as {form}: {error.reason}")
             report(notes[-1])
     raise AssertionError("unreachable: the last form returns or raises")
+
+
+def _quantisation(typing: Typing, source: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What the manifest says of quantised products: as they were settled now, or in the file."""
+    return typing.settled.facts if typing.settled else (source or {}).get("quantisation")
 
 
 def _check_residual(onnx: Path, typing: Typing, precision: Precision, source: Mapping[str, Any] | None) -> None:
@@ -157,7 +166,7 @@ def forms_to_try(
 
 def meaning(form: str, precision: str) -> str:
     """What it means that attention is written in a form."""
-    what = MEANINGS[form] if precision == "fp16" else "BF16 products accumulate in FP32 in every form"
+    what = MEANINGS[form] if precision != "bf16" else "BF16 products accumulate in FP32 in every form"
     return f"attention lowered again as {form}: {what}; the verdict judges it"
 
 

@@ -12,7 +12,11 @@ from export.contract.export_command import AS_AUTO, export_again
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest
 from export.graph.cleanup import MODULE
 from export.lowering.precision import Precision, lower
+from export.lowering.quantise import CODES
 from export.proof.verify import Report
+from export.quantising.settle import QuantiseOptions, Settled, check_quantise, settle
+from export.weights_origin import manifest_encoder, manifest_signature
+from neck.pictures import PictureFolder
 
 
 def newest_onnx(folder: Path) -> Path:
@@ -45,15 +49,47 @@ def read_source(onnx: Path, report: Report) -> dict[str, Any] | None:
 def typed_as(onnx: Path) -> Precision:
     """The type that an ONNX file computes in: of its FP16 and BF16 weights the larger part, FP32 where it has neither.
 
-    A file with most of its weights in an FP32 island (a trial of `bisect`) is a low-precision file all the same.
+    Where any are FP8 or INT8, that is what it is. A file with most of its weights in an FP32 island (a trial of
+    `bisect`) is a low-precision file all the same.
     """
-    sizes: dict[str, int] = {"FLOAT16": 0, "BFLOAT16": 0}
+    sizes: dict[str, int] = {"FLOAT16": 0, "BFLOAT16": 0, **{code.name: 0 for code in CODES.values()}}
     for value in ir.load(onnx).graph.initializers.values():
         if value.const_value is not None and value.const_value.dtype.name in sizes:
             sizes[value.const_value.dtype.name] += value.const_value.nbytes
     if not any(sizes.values()):
         return "fp32"
+    for kind, code in CODES.items():
+        if sizes[code.name]:
+            return kind
     return "fp16" if sizes["FLOAT16"] >= sizes["BFLOAT16"] else "bf16"
+
+
+def settle_file(
+    onnx: Path,
+    source: dict[str, Any] | None,
+    held: Precision,
+    precision: Precision,
+    options: QuantiseOptions,
+    images: Path | PictureFolder | None,
+    report: Report,
+) -> tuple[Settled | None, tuple[str, ...]]:
+    """What is quantised where an FP32 file is lowered to fp8 or int8 (None for every other), and what is to be told.
+
+    Raises:
+        BuildError: a file without manifest, whose weights cannot be calibrated; options of a file that is not lowered.
+    """
+    check_quantise(options, precision)
+    if precision not in CODES or held == precision:
+        if options != QuantiseOptions():
+            raise BuildError(f"{onnx}: is {held} already; --quantise, --budget and --calibration are of its export")
+        return None, ()
+    if source is None or held != "fp32":
+        return None, ()  # which lower_file refuses
+    where = manifest_path(onnx)
+    encoder, signature = manifest_encoder(where, source), manifest_signature(where, source)
+    encoder.set_imgsz(signature.image_size)
+    notes: list[str] = []
+    return settle(encoder, signature, precision, options, images, notes, report), tuple(notes)
 
 
 def lower_file(onnx: Path, held: Precision, precision: Precision, folder: Path, **forms: Any) -> Path:  # noqa: ANN401
@@ -89,5 +125,5 @@ def plan_source(where: Path) -> dict[str, Any]:
     if manifest["onnx_manifest"] is None:
         raise BuildError(f"{where}: the plan was built from a file without manifest, so its weights are unknown")
     forms = {name: manifest["key"][name] for name in ("attention", "upsampling", "keep_fp32")}
-    forms |= {name: manifest[name] for name in ("attention_form", "residual") if name in manifest}
+    forms |= {name: manifest[name] for name in ("attention_form", "residual", "quantisation") if name in manifest}
     return manifest["onnx_manifest"] | forms | {"precision": manifest["precision"]}

@@ -1,0 +1,145 @@
+"""What an FP8 or INT8 export quantises and how: calibration, ranges, choice; told in full in the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from export.contract.signature import Signature
+from export.graph.trace import ExportError
+from export.lowering.quantise import CODES, Kind, Quantisation, match_products
+from export.proof.fidelity import TOLERANCES
+from export.proof.verify import Report
+from export.quantising.calibration import (
+    Calibration,
+    calibrate,
+    calibration_pixels,
+    linear_layers,
+    read_calibration,
+    save_calibration,
+)
+from export.quantising.ranges import Range, choose_range, clipping_note
+from neck.necks import Sam3DualViTDetNeck
+from neck.pictures import PictureFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantiseOptions:
+    """What is asked of an FP8 or INT8 file.
+
+    Attributes:
+        products: patterns of products, or `all`.
+        budget: relative L2 that every feature may err; None is the precision's tolerance.
+        calibration: where the calibration lies, or shall lie.
+    """
+
+    products: tuple[str, ...] = ()
+    budget: float | None = None
+    calibration: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settled:
+    """What is quantised, and what the manifest says of it."""
+
+    quantisation: Quantisation
+    facts: dict[str, Any]
+
+
+def check_quantise(options: QuantiseOptions, precision: str) -> None:
+    """Refuses options that no export can have.
+
+    Raises:
+        ExportError: saying which.
+    """
+    if precision not in CODES:
+        if options != QuantiseOptions():
+            raise ExportError(f"--quantise, --budget and --calibration are of fp8 and int8, --precision is {precision}")
+        return
+    if options.budget is not None and not 0 < options.budget < 1:
+        raise ExportError(f"--budget {options.budget:g}: expected a relative L2 between 0 and 1")
+    path = options.calibration
+    if path is not None and (path.suffix != ".safetensors" or path.is_dir()):
+        raise ExportError(f"--calibration {path}: expected a file that ends in .safetensors")
+
+
+def budget_tolerances(options: QuantiseOptions, tolerances: Mapping[str, float]) -> dict[str, float]:
+    """The overrides of the tolerances with what a budget means for the features; those that were asked come last."""
+    return ({} if options.budget is None else {"*_feat_*": options.budget}) | dict(tolerances)
+
+
+def settle(
+    encoder: Sam3DualViTDetNeck,
+    signature: Signature,
+    kind: Kind,
+    options: QuantiseOptions,
+    images: Path | PictureFolder | None,
+    notes: list[str],
+    report: Report = lambda line: None,
+) -> Settled:
+    """Calibrates, or reads a calibration, and chooses products and ranges.
+
+    Args:
+        encoder: the plain encoder, set to the signature's size.
+        signature: of the export.
+        kind: fp8 or int8.
+        options: what is asked.
+        images: pictures to calibrate on, where no calibration is there.
+        notes: takes what the user must know.
+        report: told of every step.
+
+    Raises:
+        CalibrationError, PictureError, ExportError: pictures, a calibration or patterns that do not serve.
+    """
+    layers = linear_layers(encoder)
+    patterns = options.products or ("all",)
+    names = match_products(patterns, layers)
+    calibration = _calibration(encoder, signature, options, images, notes, report)
+    report(f"ranges of {len(names)} products")
+    ranges = {name: choose_range(name, calibration.layers[name], layers[name].weight.detach(), kind) for name in names}
+    if note := clipping_note(ranges, kind):
+        notes.append(note)
+    facts = {
+        "kind": kind,
+        "asked": list(patterns),
+        "budget": options.budget if options.budget is not None else TOLERANCES[kind].relative_l2,
+        "pictures": calibration.pictures,
+        "calibration": str(options.calibration) if options.calibration else None,
+        "images": str(PictureFolder.of(images).path) if images is not None else None,
+        "of": len(layers),
+        "products": {name: one.to_dict() for name, one in ranges.items()},
+    }
+    return Settled(Quantisation(kind, scales_of(ranges)), facts)
+
+
+def manifest_quantisation(manifest: Mapping[str, Any]) -> Quantisation | None:
+    """What a file quantises, by its manifest; None for one that does not."""
+    facts = manifest.get("quantisation")
+    if not facts:
+        return None
+    return Quantisation(facts["kind"], {name: one["scale"] for name, one in facts["products"].items()})
+
+
+def scales_of(ranges: Mapping[str, Range]) -> dict[str, float]:
+    """The scales of the inputs, by product."""
+    return {name: one.scale for name, one in ranges.items()}
+
+
+def _calibration(
+    encoder: Sam3DualViTDetNeck,
+    signature: Signature,
+    options: QuantiseOptions,
+    images: Path | PictureFolder | None,
+    notes: list[str],
+    report: Report,
+) -> Calibration:
+    if options.calibration is not None and options.calibration.exists():
+        report(f"calibration: {options.calibration}")
+        return read_calibration(options.calibration, encoder, signature.image_size)
+    encoder.set_imgsz(signature.image_size)
+    found = calibrate(encoder, calibration_pixels(signature, images, notes), report)
+    if options.calibration is not None:
+        save_calibration(options.calibration, found)
+    return found
