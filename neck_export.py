@@ -51,7 +51,8 @@ State = Annotated[
 ]
 Prefix = Annotated[str | None, typer.Option(help="Which encoder of a state that holds several: detector.")]
 Quantise = Annotated[
-    list[str] | None, typer.Option(help="fp8, int8: products quantised: all, or trunk.blocks.3.mlp, *.fc2")
+    list[str] | None,
+    typer.Option(help="fp8, int8: which products: all, *.mlp.fc2, or auto: by the budget [auto]"),
 ]
 Budget = Annotated[float | None, typer.Option(help="fp8, int8: relative L2 that the features may err [default: 0.05]")]
 CalibrationFile = Annotated[
@@ -157,6 +158,7 @@ def onnx(
         typer.echo(f"note: {note}")
     if chosen:
         typer.echo(chosen)
+    show_curve(result.manifest)
     if result.verdict:
         show_verdict(result.verdict)
     else:
@@ -502,6 +504,7 @@ def show_plan(result: PlanResult) -> None:
         typer.echo(f"built again: {result.reason}")
     for note in result.notes:
         typer.echo(note)
+    show_curve(result.manifest)
     if result.verdict:
         show_verdict(result.verdict)
     checked = result.manifest["verification"]
@@ -516,6 +519,15 @@ def show_plan(result: PlanResult) -> None:
     elif reason := result.manifest.get("no_layers"):
         typer.echo(f"no layer sheet: {reason}")
     typer.echo(f"{result.path}  {result.path.stat().st_size / 1e6:,.1f} MB")
+
+
+def show_curve(manifest: dict[str, Any]) -> None:
+    """Prints how many products were quantised, and what more or fewer would have meant, where that was measured."""
+    quantisation = manifest.get("quantisation") or {}
+    if quantisation.get("curve"):
+        from export.quantising.choice import curve_lines
+
+        typer.echo("\n".join(curve_lines(quantisation["curve"], len(quantisation["products"]))))
 
 
 def choose_checkpoint(asked: str | None) -> Path | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,24 @@ from export.contract.signature import Signature
 from export.graph.trace import ExportError
 from export.lowering.quantise import CODES, Kind, Quantisation, match_products
 from export.proof.fidelity import TOLERANCES
-from export.proof.verify import Report
+from export.proof.verify import Report, reference_pixels
 from export.quantising.calibration import (
     Calibration,
     calibrate,
     calibration_pixels,
+    fingerprint,
     linear_layers,
     read_calibration,
     save_calibration,
 )
+from export.quantising.choice import PROXY, Choice, choose, measure_products
 from export.quantising.ranges import Range, choose_range, clipping_note
+from export.quantising.trials import Trials, at_size
+from export.weights_origin import encoder_config
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import PictureFolder
+
+AUTO = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +38,7 @@ class QuantiseOptions:
     """What is asked of an FP8 or INT8 file.
 
     Attributes:
-        products: patterns of products, or `all`.
+        products: patterns of products, or `all`; with `auto`, or without any, as many of them as the budget allows.
         budget: relative L2 that every feature may err; None is the precision's tolerance.
         calibration: where the calibration lies, or shall lie.
     """
@@ -94,24 +102,62 @@ def settle(
         CalibrationError, PictureError, ExportError: pictures, a calibration or patterns that do not serve.
     """
     layers = linear_layers(encoder)
-    patterns = options.products or ("all",)
-    names = match_products(patterns, layers)
+    patterns = options.products or (AUTO,)
+    names = match_products([one for one in patterns if one != AUTO] or ["all"], layers)
     calibration = _calibration(encoder, signature, options, images, notes, report)
     report(f"ranges of {len(names)} products")
     ranges = {name: choose_range(name, calibration.layers[name], layers[name].weight.detach(), kind) for name in names}
+    curve: tuple[dict[str, Any], ...] = ()
+    if AUTO in patterns:
+        choice = _chosen(encoder, signature, kind, options, images, ranges, report)
+        ranges, curve = {name: ranges[name] for name in names if name in choice.names}, choice.curve
     if note := clipping_note(ranges, kind):
         notes.append(note)
     facts = {
         "kind": kind,
         "asked": list(patterns),
-        "budget": options.budget if options.budget is not None else TOLERANCES[kind].relative_l2,
+        "budget": _budget(options, kind),
         "pictures": calibration.pictures,
         "calibration": str(options.calibration) if options.calibration else None,
         "images": str(PictureFolder.of(images).path) if images is not None else None,
         "of": len(layers),
+        "curve": list(curve),
         "products": {name: one.to_dict() for name, one in ranges.items()},
     }
     return Settled(Quantisation(kind, scales_of(ranges)), facts)
+
+
+def _budget(options: QuantiseOptions, kind: Kind) -> float:
+    return options.budget if options.budget is not None else TOLERANCES[kind].relative_l2
+
+
+def _chosen(
+    encoder: Sam3DualViTDetNeck,
+    signature: Signature,
+    kind: Kind,
+    options: QuantiseOptions,
+    images: Path | PictureFolder | None,
+    ranges: Mapping[str, Range],
+    report: Report,
+) -> Choice:
+    """Tries the products alone at a small size, then sets of them at the export's own."""
+    scales, patch = scales_of(ranges), encoder_config(encoder).patch_size
+    layers = {name: layer for name, layer in linear_layers(encoder).items() if name in ranges}
+    small = at_size(signature, PROXY, patch)
+    pixels = reference_pixels(small, images, 1)
+    trials = Trials(encoder, small, pixels, kind, scales)
+    state = options.calibration.with_suffix(f".{kind}.json") if options.calibration else None
+    key = {
+        "encoder": fingerprint(encoder),
+        "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
+        "outputs": [signature.necks, signature.levels],
+        "scales": scales,
+    }
+    tokens = math.prod(side // patch for side in signature.image_size)
+    products = measure_products(layers, tokens, trials.run, key, state, report)
+    if small.image_size != signature.image_size:
+        trials = Trials(encoder, signature, reference_pixels(signature, images, 1), kind, scales)
+    return choose(products, _budget(options, kind), lambda names: trials.run(*names), kind, report)
 
 
 def manifest_quantisation(manifest: Mapping[str, Any]) -> Quantisation | None:
