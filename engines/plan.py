@@ -13,7 +13,7 @@ from typing import Any, Literal
 from engines.builder.attention_forms import Built, Typing, build_forms
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.onnx_graph import read_graph
-from engines.builder.onnx_source import read_source, settle_file, typed_as
+from engines.builder.onnx_source import read_source, settle_file, tolerances_of, typed_as
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
 from engines.builder.plan_stream import Progress
 from engines.run.verify import signature_of, verify_plan, why_not_run
@@ -34,7 +34,7 @@ from export.lowering.precision import Precision, Residual
 from export.lowering.upsampling import Upsampling
 from export.pipeline import RejectedError
 from export.proof.fidelity import Verdict
-from export.proof.verify import Report, verify_onnx
+from export.proof.verify import Report, make_reference, verify_onnx
 from export.quantising.settle import QuantiseOptions
 from export.weights_origin import manifest_encoder, tool_version
 from neck.pictures import PictureFolder
@@ -109,6 +109,7 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
     source = read_source(options.onnx, report)
     held = source["precision"] if source else typed_as(options.onnx)
     precision = options.precision or held
+    options = dataclasses.replace(options, tolerances=tolerances_of(source, options.quantise, options.tolerances))
     key = reuse_key(options, flavor, source, precision)
     found, reason = reusable(options, key)
     if found:
@@ -257,9 +258,8 @@ def _verify(
     report("verify: the ONNX graph against PyTorch, as the plan does not run here")
     encoder = manifest_encoder(manifest_path(options.onnx), source)
     signature = signature_of(source, precision)
-    verdict = verify_onnx(
-        typed, signature, encoder, precision, images=options.images, overrides=options.tolerances, report=report
-    )
+    reference = make_reference(encoder, signature, images=options.images, report=report)
+    verdict = verify_onnx(typed, signature, reference, precision, overrides=options.tolerances, report=report)
     return verdict, {"verified": False, "reason": reason, "onnx": verdict.to_dict()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ from export.graph.cleanup import MODULE
 from export.lowering.precision import Precision, lower
 from export.lowering.quantise import CODES
 from export.proof.verify import Report
-from export.quantising.settle import QuantiseOptions, Settled, check_quantise, settle
+from export.quantising.settle import (
+    QuantiseOptions,
+    Settled,
+    budget_tolerances,
+    check_quantise,
+    manifest_tolerances,
+    settle,
+)
 from export.weights_origin import manifest_encoder, manifest_signature
 from neck.pictures import PictureFolder
 
@@ -90,6 +98,13 @@ def settle_file(
     encoder.set_imgsz(signature.image_size)
     notes: list[str] = []
     return settle(encoder, signature, precision, options, images, notes, report), tuple(notes)
+
+
+def tolerances_of(
+    source: dict[str, Any] | None, options: QuantiseOptions, tolerances: Mapping[str, float]
+) -> dict[str, float]:
+    """The tolerances of a plan: those that were asked, and the budget of its products, or of its file's."""
+    return manifest_tolerances(source or {}, budget_tolerances(options, tolerances))
 
 
 def lower_file(onnx: Path, held: Precision, precision: Precision, folder: Path, **forms: Any) -> Path:  # noqa: ANN401

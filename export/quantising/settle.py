@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from export.contract.signature import Signature
 from export.graph.trace import ExportError
@@ -48,8 +48,7 @@ class QuantiseOptions:
     calibration: Path | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Settled:
+class Settled(NamedTuple):
     """What is quantised, and what the manifest says of it."""
 
     quantisation: Quantisation
@@ -76,6 +75,13 @@ def check_quantise(options: QuantiseOptions, precision: str) -> None:
 def budget_tolerances(options: QuantiseOptions, tolerances: Mapping[str, float]) -> dict[str, float]:
     """The overrides of the tolerances with what a budget means for the features; those that were asked come last."""
     return ({} if options.budget is None else {"*_feat_*": options.budget}) | dict(tolerances)
+
+
+def manifest_tolerances(manifest: Mapping[str, Any], tolerances: Mapping[str, float] | None) -> dict[str, float]:
+    """The same for a file that is there: its export's budget, where one was given."""
+    facts = manifest.get("quantisation") or {}
+    given = facts and facts["budget"] != TOLERANCES[facts["kind"]].relative_l2
+    return ({"*_feat_*": facts["budget"]} if given else {}) | dict(tolerances or {})
 
 
 def settle(
@@ -111,6 +117,7 @@ def settle(
     if AUTO in patterns:
         choice = _chosen(encoder, signature, kind, options, images, ranges, report)
         ranges, curve = {name: ranges[name] for name in names if name in choice.names}, choice.curve
+    encoder.set_imgsz(signature.image_size)
     if note := clipping_note(ranges, kind):
         notes.append(note)
     facts = {
