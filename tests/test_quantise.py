@@ -30,7 +30,9 @@ from export.lowering.quantise import (
     Quantisation,
     encode,
     encode_weight,
+    find_products,
     match_products,
+    move_channels,
     scale_of,
 )
 from export.lowering.shared_form import choose_form
@@ -41,12 +43,14 @@ from export.proof.verify import reference_outputs, reference_pixels, run_model
 from export.quantising.calibration import (
     Calibration,
     CalibrationError,
+    Layer,
     calibrate,
     linear_layers,
     read_calibration,
     save_calibration,
 )
-from export.quantising.ranges import choose_range, clipping_note
+from export.quantising.ranges import choose_range, clipping_note, pack_move, unpack_move
+from export.quantising.settle import quantisation_of
 from neck.checkpoint import load_encoder
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import normalise
@@ -156,16 +160,18 @@ def calibrated() -> Calibration:
     return calibrate(golden.encoder, reference_pixels(signature, None, 2))
 
 
-def scales(kind: Kind, *patterns: str) -> dict[str, float]:
+@functools.cache
+def quantisation(kind: Kind, *patterns: str) -> Quantisation:
     layers = linear_layers(load_golden("meta-dual").encoder)
     names = match_products(patterns, layers)
-    return {name: choose_range(name, calibrated().layers[name], layers[name].weight, kind).scale for name in names}
+    ranges = {name: choose_range(name, calibrated().layers[name], layers[name].weight.detach(), kind) for name in names}
+    return quantisation_of(kind, ranges)
 
 
 def quantised(kind: Kind, *patterns: str, precision: str | None = None, rewrites: Rewrites | None = None) -> ir.Model:
     golden = load_golden("meta-dual")
     model = traced(golden.encoder, golden.config, rewrites, necks="sam3", positions="none").model
-    found = Quantisation(kind, scales(kind, *patterns)) if patterns else None
+    found = quantisation(kind, *patterns) if patterns else None
     lower(model, precision or kind, quantisation=found)  # type: ignore[arg-type]
     return model
 
@@ -196,10 +202,12 @@ def test_only_the_asked_products_change(kind: Kind, rewrites: Rewrites | None) -
 class FakeQuantised(nn.Module):
     """A linear layer of two rounded factors, written apart from the exporter."""
 
-    def __init__(self, layer: nn.Linear, scale: float, kind: Kind, weight_scale: np.ndarray) -> None:
+    def __init__(
+        self, layer: nn.Linear, scale: float, kind: Kind, weight_scale: np.ndarray, move: torch.Tensor
+    ) -> None:
         super().__init__()
-        self.layer, self.scale, self.kind = layer, scale, kind
-        weight = layer.weight.detach().numpy()
+        self.layer, self.scale, self.kind, self.move = layer, scale, kind, move
+        weight = (layer.weight.detach() * move).numpy()
         self.weight = torch.from_numpy(
             np.stack([by_definition(*row, kind) for row in zip(weight, weight_scale, strict=True)])
         )
@@ -209,7 +217,7 @@ class FakeQuantised(nn.Module):
         return self.layer.in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rounded = by_definition(x.numpy(), self.scale, self.kind)
+        rounded = by_definition((x / self.move).numpy(), self.scale, self.kind)
         return nn.functional.linear(torch.from_numpy(rounded), self.weight, self.layer.bias)
 
 
@@ -225,7 +233,8 @@ def fake(encoder: Sam3DualViTDetNeck, kind: Kind, names: list[str], graph: ir.Gr
         layer = encoder.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         of_rows = np.broadcast_to(scale(f"{name}.weight_scale") * scale(f"{name}.weight_ratios"), layer.out_features)
-        here = FakeQuantised(layer, float(scale(f"{name}.input_scale")), kind, of_rows)
+        move = quantisation(kind, "all").moves.get(name, torch.ones(layer.in_features))
+        here = FakeQuantised(layer, float(scale(f"{name}.input_scale")), kind, of_rows, move)
         setattr(encoder.get_submodule(parent), leaf, here)
     return encoder
 
@@ -233,7 +242,7 @@ def fake(encoder: Sam3DualViTDetNeck, kind: Kind, names: list[str], graph: ir.Gr
 @each_kind
 def test_the_graph_computes_what_a_fake_quantised_module_does(kind: Kind) -> None:
     """In FP32 but for the quantised products, so that nothing else differs."""
-    names_quantised = list(scales(kind, "all"))
+    names_quantised = list(quantisation(kind, "all").scales)
     golden = load_golden("meta-dual")
     signature = traced(golden.encoder, golden.config, necks="sam3", positions="none").signature
     pixels = reference_pixels(signature, None, 1)
@@ -252,10 +261,54 @@ def test_the_graph_computes_what_a_fake_quantised_module_does(kind: Kind) -> Non
     assert worst(names_quantised[:-1]) > MODULE_TOLERANCE  # the control: one product less
 
 
+def test_moving_a_channels_size_changes_no_bit() -> None:
+    """Powers of two: what the LayerNorm has less, the weight has more."""
+    golden = load_golden("meta-dual")
+    signature = traced(golden.encoder, golden.config, necks="sam3", positions="none").signature
+    image = normalise(reference_pixels(signature, None, 1)).numpy()
+    for rewrites in (None, Rewrites.none()):
+        model = traced(golden.encoder, golden.config, rewrites, necks="sam3", positions="none").model
+        moved = model.clone()
+        products = find_products(moved.graph)
+        for name, node in products.items():
+            if name.endswith(("attn.qkv", "mlp.fc1")):
+                exponents = torch.randint(-4, 5, (32,), generator=torch.Generator().manual_seed(len(name)))
+                move_channels(moved.graph, name, node, torch.exp2(exponents.float()))
+        before, after = run_model(model, Path(), image), run_model(moved, Path(), image)
+        assert all(np.array_equal(one, two) for one, two in zip(before, after, strict=True))
+    move_channels(moved.graph, "x", products["trunk.blocks.0.mlp.fc1"], torch.full((32,), 3.0))
+    other = run_model(moved, Path(), image)
+    assert not np.array_equal(
+        other[0], before[0]
+    )  # the control: 3 is no power of two, so it is an identity with roundings
+    assert np.allclose(other[0], before[0], rtol=1e-3, atol=1e-3)
+    with pytest.raises(ExportError, match="its input is no LayerNorm of its own"):
+        move_channels(moved.graph, "trunk.blocks.0.mlp.fc2", products["trunk.blocks.0.mlp.fc2"], torch.ones(148))
+
+
+@each_kind
+def test_a_large_channel_moves_into_the_weight(kind: Kind) -> None:
+    """INT8 gains; FP8, which rounds large and small alike, need not."""
+    name = "trunk.blocks.1.mlp.fc1"
+    layer = calibrated().layers[name]
+    weight = linear_layers(load_golden("meta-dual").encoder)[name].weight.detach()
+    sizes = torch.ones(32)
+    sizes[3], sizes[9] = 64.0, 30.0
+    large = Layer(layer.rows * sizes, layer.weights, layer.channels * sizes)
+    plain, moved = choose_range("x", large, weight / sizes, kind), choose_range(name, large, weight / sizes, kind)
+    assert plain.move is None
+    if kind == "int8":
+        assert moved.error < 0.5 * plain.error
+        assert moved.move is not None
+        assert moved.move[3] >= 16 * moved.move[0]
+        assert torch.equal(unpack_move(pack_move(moved.move)), moved.move)
+    assert moved.error <= plain.error
+
+
 def test_kept_modules_are_not_quantised() -> None:
     golden = load_golden("meta-dual")
     model = traced(golden.encoder, golden.config, necks="sam3", positions="none").model
-    found = Quantisation("int8", scales("int8", "all"))
+    found = quantisation("int8", "all")
     lower(model, "int8", quantisation=found, keep_fp32=["trunk.blocks.2"])
     modules = {n.metadata_props[MODULE] for n in model.graph if n.op_type == "QuantizeLinear"}
     assert len(modules) == 12
@@ -270,7 +323,7 @@ def test_what_cannot_be_lowered_is_refused() -> None:
     golden = load_golden("meta-dual")
     model = traced(golden.encoder, golden.config, necks="sam3", positions="none").model
     with pytest.raises(ExportError, match="opset 17 has no FP8 and no FP16 scales"):
-        lower(model, "int8", quantisation=Quantisation("int8", scales("int8", "all")), opset=17, attention="scores32")
+        lower(model, "int8", quantisation=quantisation("int8", "all"), opset=17, attention="scores32")
 
 
 def test_a_range_is_chosen_by_the_error_of_the_product() -> None:

@@ -15,7 +15,7 @@ from conftest import load_golden, traced
 from exporting import checkpoint_of, config_of, neck_export_cli, trace_quickly
 
 from export.contract.signature import Signature
-from export.lowering.quantise import match_products
+from export.lowering.quantise import Quantisation, match_products
 from export.proof.fidelity import TOLERANCES, Comparison
 from export.proof.verify import reference_outputs, reference_pixels
 from export.quantising.calibration import CalibrationError, calibrate, linear_layers
@@ -52,7 +52,7 @@ def trials() -> Trials:
     pixels = reference_pixels(signature(), None, 1)
     layers, found = linear_layers(encoder), calibrate(encoder, pixels).layers
     scales = {name: choose_range(name, found[name], layers[name].weight, "fp8").scale for name in layers}
-    return Trials(encoder, signature(), pixels, "fp8", scales)
+    return Trials(encoder, signature(), pixels, Quantisation("fp8", scales))
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def test_a_trial_that_begins_at_its_block_is_a_whole_one(patterns: list[str]) ->
     )
     pixels = reference_pixels(signature(), None, 1)
     plain = reference_outputs(encoder, pixels, ["sam3"], signature().levels)
-    with rounded_layers(encoder, "fp8", {name: trials().scales[name] for name in names}):
+    with rounded_layers(encoder, Quantisation("fp8", {name: trials().found.scales[name] for name in names})):
         whole = reference_outputs(encoder, pixels, ["sam3"], signature().levels)
     errors = [np.linalg.norm(whole[row] - plain[row]) / np.linalg.norm(plain[row]) for row in plain if "feat" in row]
     assert worst(names) == pytest.approx(max(errors), rel=1e-3)

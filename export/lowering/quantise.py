@@ -31,6 +31,9 @@ LIMITS: dict[Kind, float] = {"fp8": 448.0, "int8": 127.0}
 """Largest code; activations take INT8's -128 too, weights do not."""
 
 CODES: dict[Kind, ir.DataType] = {"fp8": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8}
+LAYOUT = ("Reshape", "Transpose", "Pad", "Slice")
+"""What stands between a LayerNorm and its product where windows are cut; channels stay last."""
+
 FP16_TINY = 2.0**-20
 """Below it an FP16 scale has fewer than 4 bits."""
 
@@ -42,10 +45,12 @@ class Quantisation:
     Attributes:
         kind: fp8 (E4M3) or int8.
         scales: of the activations by product (`trunk.blocks.3.mlp.fc1`), one that FP16 holds.
+        moves: (K,) powers of two by product, by which a LayerNorm's channels are divided and the weight multiplied.
     """
 
     kind: Kind
     scales: Mapping[str, float]
+    moves: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +165,30 @@ def quantise(graph: ir.Graph, quantisation: Quantisation, fp32_modules: Collecti
         if name not in products:
             raise ExportError(f"{name}: to be quantised, and no product of the graph; calibrate for this encoder")
         if products[name].metadata_props.get(MODULE, "") not in fp32_modules:
+            if name in quantisation.moves:
+                move_channels(graph, name, products[name], quantisation.moves[name])
             _quantise_product(graph, name, products[name], scale, quantisation.kind, inputs)
+
+
+def move_channels(graph: ir.Graph, name: str, node: ir.Node, factors: Tensor) -> None:
+    """Divides the channels of the LayerNorm before a product by factors, and multiplies the product's weight by them.
+
+    SmoothQuant's identity (Xiao et al., 2023). The factors are powers of two, so it holds to the bit.
+
+    Raises:
+        ExportError: the product does not read a LayerNorm alone.
+    """
+    value = cast(ir.Value, node.inputs[0])
+    while (norm := value.producer()) is not None and norm.op_type in LAYOUT and len(value.uses()) == 1:
+        value = cast(ir.Value, norm.inputs[0])
+    if norm is None or norm.op_type != "LayerNormalization" or len(value.uses()) > 1:
+        raise ExportError(f"{name}: its input is no LayerNorm of its own, so no channel can be scaled; calibrate again")
+    changes = [(norm, 1, 1 / factors), (norm, 2, 1 / factors), (node, 1, factors[:, None])]
+    for user, position, factor in changes:
+        if position < len(user.inputs) and (old := user.inputs[position]) is not None:
+            tensor = TorchTensor(_as_torch(cast(ir.TensorProtocol, old.const_value)) * factor)
+            moved = add_initializer(graph, f"{old.name}.moved", tensor)
+            user.replace_input_with(position, moved)
 
 
 def _quantise_product(

@@ -24,7 +24,7 @@ from export.quantising.calibration import (
     save_calibration,
 )
 from export.quantising.choice import PROXY, Choice, choose, measure_products
-from export.quantising.ranges import Range, choose_range, clipping_note
+from export.quantising.ranges import Range, choose_range, clipping_note, unpack_move
 from export.quantising.trials import Trials, at_size
 from export.weights_origin import encoder_config
 from neck.necks import Sam3DualViTDetNeck
@@ -131,7 +131,7 @@ def settle(
         "curve": list(curve),
         "products": {name: one.to_dict() for name, one in ranges.items()},
     }
-    return Settled(Quantisation(kind, scales_of(ranges)), facts)
+    return Settled(quantisation_of(kind, ranges), facts)
 
 
 def _budget(options: QuantiseOptions, kind: Kind) -> float:
@@ -148,22 +148,22 @@ def _chosen(
     report: Report,
 ) -> Choice:
     """Tries the products alone at a small size, then sets of them at the export's own."""
-    scales, patch = scales_of(ranges), encoder_config(encoder).patch_size
+    found, patch = quantisation_of(kind, ranges), encoder_config(encoder).patch_size
     layers = {name: layer for name, layer in linear_layers(encoder).items() if name in ranges}
     small = at_size(signature, PROXY, patch)
     pixels = reference_pixels(small, images, 1)
-    trials = Trials(encoder, small, pixels, kind, scales)
+    trials = Trials(encoder, small, pixels, found)
     state = options.calibration.with_suffix(f".{kind}.json") if options.calibration else None
     key = {
         "encoder": fingerprint(encoder),
         "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
         "outputs": [signature.necks, signature.levels],
-        "scales": scales,
+        "ranges": {name: [one.scale, one.share] for name, one in ranges.items()},
     }
     tokens = math.prod(side // patch for side in signature.image_size)
     products = measure_products(layers, tokens, trials.run, key, state, report)
     if small.image_size != signature.image_size:
-        trials = Trials(encoder, signature, reference_pixels(signature, images, 1), kind, scales)
+        trials = Trials(encoder, signature, reference_pixels(signature, images, 1), found)
     return choose(products, _budget(options, kind), lambda names: trials.run(*names), kind, report)
 
 
@@ -172,12 +172,15 @@ def manifest_quantisation(manifest: Mapping[str, Any]) -> Quantisation | None:
     facts = manifest.get("quantisation")
     if not facts:
         return None
-    return Quantisation(facts["kind"], {name: one["scale"] for name, one in facts["products"].items()})
+    scales = {name: one["scale"] for name, one in facts["products"].items()}
+    moves = {name: unpack_move(one["move"]) for name, one in facts["products"].items() if one["move"]}
+    return Quantisation(facts["kind"], scales, moves)
 
 
-def scales_of(ranges: Mapping[str, Range]) -> dict[str, float]:
-    """The scales of the inputs, by product."""
-    return {name: one.scale for name, one in ranges.items()}
+def quantisation_of(kind: Kind, ranges: Mapping[str, Range]) -> Quantisation:
+    """What ranges mean for the graph."""
+    scales = {name: one.scale for name, one in ranges.items()}
+    return Quantisation(kind, scales, {name: one.move for name, one in ranges.items() if one.move is not None})
 
 
 def _calibration(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from export.contract.signature import Signature
 from export.graph.rewrite import shallow_copy
-from export.lowering.quantise import Kind, encode_weight
+from export.lowering.quantise import Kind, Quantisation, encode_weight
 from export.proof.fidelity import Comparison, compare_output, tolerance_for
 from export.quantising.calibration import linear_layers
 from export.quantising.ranges import decode
@@ -21,25 +22,30 @@ from neck.necks import Sam3DualViTDetNeck, forward_necks
 from neck.pictures import normalise
 from neck.trunk import ViTDetTrunk
 
+ONE = torch.ones(())
+
 
 @contextlib.contextmanager
-def rounded_layers(encoder: Sam3DualViTDetNeck, kind: Kind, scales: Mapping[str, float]) -> Iterator[None]:
+def rounded_layers(encoder: Sam3DualViTDetNeck, found: Quantisation) -> Iterator[None]:
     """Rounds inputs and weights of some linear layers as the file will, while the context lasts."""
     layers, weights, hooks = linear_layers(encoder), {}, []
     try:
-        for name, scale in scales.items():
-            layer = layers[name]
+        for name, scale in found.scales.items():
+            layer, move = layers[name], found.moves.get(name, ONE)
             weights[name] = layer.weight
-            codes = encode_weight(layer.weight.detach().T, kind, name)
+            codes = encode_weight((layer.weight.detach() * move).T, found.kind, name)
             layer.weight = nn.Parameter(codes.values().T.contiguous(), requires_grad=False)
-            round_input = lambda _, inputs, scale=scale: (decode(inputs[0], scale, kind),)  # noqa: E731
-            hooks.append(layer.register_forward_pre_hook(round_input))
+            hooks.append(layer.register_forward_pre_hook(partial(_round_input, scale, move, found.kind)))
         yield
     finally:
         for name, weight in weights.items():
             layers[name].weight = weight
         for hook in hooks:
             hook.remove()
+
+
+def _round_input(scale: float, move: Tensor, kind: Kind, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    return (decode(inputs[0] / move, scale, kind),)
 
 
 class Trials:
@@ -49,8 +55,7 @@ class Trials:
         encoder: the plain encoder; its image size is set to the signature's by every trial.
         signature: necks, levels and image size.
         pixels: uint8 (B, H, W, 3).
-        kind: fp8 or int8.
-        scales: of every product that may be quantised.
+        found: of every product that may be quantised.
     """
 
     def __init__(
@@ -58,10 +63,9 @@ class Trials:
         encoder: Sam3DualViTDetNeck,
         signature: Signature,
         pixels: np.ndarray,
-        kind: Kind,
-        scales: Mapping[str, float],
+        found: Quantisation,
     ) -> None:
-        self.encoder, self.signature, self.kind, self.scales = encoder, signature, kind, scales
+        self.encoder, self.signature, self.found = encoder, signature, found
         self.image = normalise(pixels)
         self.inputs: list[Tensor] = []
         encoder.set_imgsz(signature.image_size)
@@ -82,12 +86,13 @@ class Trials:
         encoder.trunk = trunk
         skip = trunk.blocks[0].register_forward_pre_hook(lambda _, inputs: (self.inputs[start], *inputs[1:]))
         try:
-            with rounded_layers(self.encoder, self.kind, {name: self.scales[name] for name in names}):
+            scales = {name: self.found.scales[name] for name in names}
+            with rounded_layers(self.encoder, dataclasses.replace(self.found, scales=scales)):
                 found = self._features(encoder)
         finally:
             skip.remove()
         return [
-            compare_output(name, self.reference[name], array, tolerance_for(name, self.kind))
+            compare_output(name, self.reference[name], array, tolerance_for(name, self.found.kind))
             for name, array in found.items()
         ]
 
