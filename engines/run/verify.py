@@ -72,7 +72,7 @@ def make_reference(
     pixels = reference_pixels(signature, images, count, notes.append)
     encoder.set_imgsz(signature.image_size)
     with _exact_fp32():
-        outputs = reference_outputs(encoder, pixels, signature.necks, signature.levels)
+        outputs = reference_outputs(encoder, pixels, signature)
     return Reference(pixels, outputs, next(encoder.parameters()).device.type, tuple(notes))
 
 
