@@ -139,7 +139,8 @@ def load(options: ExportOptions, notes: list[str] | None = None) -> Sam3DualViTD
         named = [name for name in ("sam2", "interactive", "propagation") if name in options.necks]
         dual = options.necks in ("both", "all") or named == ["sam2"] or head
         necks = ("sam3", "sam2") if dual else ("sam3", "interactive", "propagation") if named else ("sam3",)
-        choose_necks(options.necks, necks, options.sam2_outputs)
+        if head:
+            choose_necks(options.necks, necks, options.sam2_outputs)
         try:
             encoder = random_encoder(dataclasses.replace(config, necks=necks, sam2_head=head), options.seed)
         except NotImplementedError as error:
