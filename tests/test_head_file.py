@@ -25,7 +25,7 @@ from engines.service.repository import RepositoryOptions, make_repository
 from export.contract.export_command import export_command
 from export.contract.signature import Signature, SignatureError, encoder_signature
 from export.graph.rewrite import Rewrites
-from export.proof.verify import reference_outputs, reference_pixels, verify_onnx
+from export.proof.verify import make_reference, reference_outputs, reference_pixels, verify_onnx
 from neck.checkpoint import load_encoder
 from neck.config import EncoderConfig
 
@@ -75,7 +75,7 @@ def test_the_reference_is_not_folded(exported: Path) -> None:
     other = load_encoder(checkpoint_of("hf-tracker"), tracker().config, sam2_head=True)
     assert other.sam2_head is not None
     other.sam2_head.conv_s1.weight.data = other.sam2_head.conv_s1.weight * 1.01
-    verdict = verify_onnx(exported, signature, other, "fp32")
+    verdict = verify_onnx(exported, signature, make_reference(other, signature, 1), "fp32")
     assert verdict.failed_names == ["sam2_high_res_1"]
     pixels = reference_pixels(signature, None, 1)
     plain = dataclasses.replace(signature, sam2_outputs="features")
