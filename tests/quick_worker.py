@@ -1,6 +1,6 @@
 """A benchmark's worker whose traces are those of the run (shared_traces.py): torch.onnx takes 7 s of every process.
 
-    python tests/quick_worker.py FOLDER
+python tests/quick_worker.py FOLDER
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ class QuickWorker(benchmarks.measure.worker.Worker):
 
     def answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         if asked["do"] == "file":
-            import export.graph.trace
             from shared_traces import SharedTraces
+
+            import export.graph.trace
 
             if not isinstance(export.graph.trace._export, SharedTraces):
                 export.graph.trace._export = SharedTraces(export.graph.trace._export, Path(sys.argv[1]))

@@ -45,7 +45,7 @@ def _is_plain(value: object) -> bool:
 
 def _is_foreign(module: DeployEncoder) -> bool:
     """Whether a test's own class is in it: what that computes is not in its attributes."""
-    return any(type(child).__module__.partition(".")[0] not in ("neck", "export", "torch") for child in module.modules())
+    return any(type(child).__module__.split(".")[0] not in ("neck", "export", "torch") for child in module.modules())
 
 
 class SharedTraces:
