@@ -2,7 +2,7 @@
 
 Between two products of a block lie a sum of the stream, a norm, a bias, GELU. All of that is FP32 then, so that a
 product's result is rounded once and the stream not at all: RATIO of FP16's error (full depth, 336 px, rounding
-simulation). Sums alone give 0.61 to 0.63. TensorRT-RTX 1.7 makes as many kernels, which move TRAFFIC more bytes (1008 px).
+simulation). Sums alone give 0.61 to 0.63. TensorRT-RTX 1.7 makes as many kernels and moves TRAFFIC more (1008 px).
 """
 
 from __future__ import annotations
