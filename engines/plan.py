@@ -16,6 +16,7 @@ from engines.builder.onnx_graph import read_graph
 from engines.builder.onnx_source import read_source, typed_as
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
 from engines.builder.plan_stream import Progress
+from engines.builder.timing_cache import replayed_hash
 from engines.run.verify import signature_of, verify_plan, why_not_run
 from engines.sheet.layer_sheet import LayerSheet, layers_path, read_sheet
 from export.contract.manifest import (
@@ -155,6 +156,7 @@ def reuse_key(
         "keep_fp32": list(options.keep_fp32),
         "residual": options.residual,
         "options": dataclasses.replace(options.build, precision=precision).to_dict(),
+        "replay_timing": replayed_hash(flavor, options.build),
         "flavor": flavor.name,
         "tensorrt_version": flavor.version,
         "gpu": dataclasses.asdict(flavor.gpu) if flavor.gpu else None,
@@ -217,6 +219,7 @@ def _manifest(
         "batch": str(result.options.batch or DEFAULT_BATCH) if isinstance(first, str) else str(first),
         "inputs": [dataclasses.asdict(spec) for spec in result.inputs],
         "outputs": [dataclasses.asdict(spec) for spec in result.outputs],
+        "timing_cache": result.timing_cache,
         "build_seconds": round(result.seconds, 2),
         "layers": result.sheet.summary() if result.sheet else None,
         "no_layers": result.no_sheet,
@@ -242,8 +245,7 @@ def _verify(
     if source is None:
         unknown = f"not verified: {options.onnx.name} has no manifest, so the weights to compare with are unknown"
         return None, {"verified": False, "reason": unknown}
-    reason = why_not_run(staged, about, flavor)
-    if reason is None:
+    if (reason := why_not_run(staged, about, flavor)) is None:
         report("verify: the plan against PyTorch")
         # a session loads no plan without its manifest; written here alone, since its SHA-256 reads the whole plan
         write_manifest(manifest_path(staged), "plan", about | {"verification": {"verified": False}}, [staged])

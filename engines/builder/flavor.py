@@ -89,7 +89,14 @@ class Flavor:
             )
         return tuple(dict.fromkeys(asked))
 
-    def refuse(self, *, timing_cache: bool, hardware_compatible: bool, version_compatible: bool) -> None:
+    def refuse(
+        self,
+        *,
+        timing_cache: bool = False,
+        replay_timing: bool = False,
+        hardware_compatible: bool = False,
+        version_compatible: bool = False,
+    ) -> None:
         """Refuses what is asked for and the flavour would silently ignore.
 
         Raises:
@@ -99,6 +106,10 @@ class Flavor:
             return
         if timing_cache:
             raise FlavorError("--timing-cache: TensorRT-RTX measures nothing while it builds; leave it out")
+        if replay_timing:
+            raise FlavorError(
+                "--replay-timing: TensorRT-RTX chooses kernels when it runs, by no such cache; leave it out"
+            )
         if hardware_compatible:
             raise FlavorError("--hardware-compatible: TensorRT-RTX ignores it; name the GPUs by --compute-capability")
         if version_compatible and self.gpu is None:
