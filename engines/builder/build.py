@@ -104,7 +104,7 @@ def build_plan(
     common = common_options(onnx, flavor, network, options, new_monitor(flavor.trt, watch, progress))
     config = flavor.create_config(builder, network, targets, common)
     if options.replay_timing and timing:
-        keep = (keep, replay_timing(flavor.trt, config, options.replay_timing, timing, watch))
+        keep = (keep, replay_timing(flavor.trt, config, options.replay_timing, timing))
     with disk_errors(plan), temporary(plan) as (file, path):
         try:
             run_builder(flavor.trt, builder, network, config, file, watch)

@@ -10,7 +10,7 @@ from typing import Any
 from engines.builder.flavor import Flavor
 from engines.builder.onnx_graph import BuildError, RefusedError
 from engines.builder.options import BuildOptions
-from engines.builder.plan_stream import Watch, disk_errors, temporary
+from engines.builder.plan_stream import disk_errors, temporary
 
 
 def timing_cache_path(flavor: Flavor, options: BuildOptions) -> Path | None:
@@ -74,8 +74,11 @@ def replayed(options: BuildOptions, data: bytes | None) -> dict[str, Any] | None
     return {"file": options.replay_timing.name, "sha256": hashlib.sha256(data).hexdigest(), "replayed": True}
 
 
-def replay_timing(trt: Any, config: Any, path: Path, data: bytes, watch: Watch) -> Any:  # noqa: ANN401
+def replay_timing(trt: Any, config: Any, path: Path, data: bytes) -> Any:  # noqa: ANN401
     """Has a build take its kernels from a saved cache, and fail where one is not in it.
+
+    What TensorRT cannot read gives an empty cache and a warning (seen with TensorRT-RTX 1.7), and then every kernel is
+    a miss; so an empty one is told here.
 
     Returns:
         The cache, which must outlive the build.
@@ -83,11 +86,12 @@ def replay_timing(trt: Any, config: Any, path: Path, data: bytes, watch: Watch) 
     Raises:
         BuildError: a cache of another GPU or another TensorRT, or none at all.
     """
-    cache = config.create_timing_cache(data)
-    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+    cache, empty = config.create_timing_cache(data), config.create_timing_cache(b"")
+    there = cache is not None and len(bytes(cache.serialize())) > len(bytes(empty.serialize()))
+    if not there or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise BuildError(
-            f"{path}: TensorRT {trt.__version__} does not take it ({watch.reason}); a timing cache is of one GPU model "
-            f"and one TensorRT: save one here by `neck-export trt --timing-cache`"
+            f"{path}: TensorRT {trt.__version__} finds no kernel in it for this GPU; a timing cache is of one GPU "
+            f"model and one TensorRT: save one here by `neck-export trt --timing-cache`"
         )
     config.set_flag(trt.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS)
     return cache

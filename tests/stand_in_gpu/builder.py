@@ -301,8 +301,12 @@ class IBuilderConfig(Played):
         return len(self._profiles) - 1
 
     def create_timing_cache(self, serialized_timing_cache: bytes) -> Any:  # noqa: ANN401
-        """A timing cache."""
-        return type(self).trt.ITimingCache(bytes(serialized_timing_cache))
+        """A timing cache; an empty one where the bytes are none, as the real one (seen with RTX 1.7)."""
+        data = bytes(serialized_timing_cache)
+        if data and not data.startswith(b"[["):
+            self._logger.log(WARNING, "Failed to deserialize timing cache. Returning an empty timing cache.")
+            data = b""
+        return type(self).trt.ITimingCache(data)
 
     def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:  # noqa: ANN401
         """Takes a timing cache, of this GPU and version alone."""
@@ -365,10 +369,7 @@ class ITimingCache(Played):
     def __init__(self, data: bytes) -> None:
         self._of, self._times = self._here(), {}  # type: list[Any], dict[str, int]
         if data:
-            try:
-                self._of, self._times = json.loads(data)
-            except ValueError:  # no cache at all
-                self._of = ["?"]
+            self._of, self._times = json.loads(data)
 
     def _here(self) -> list[Any]:
         state = type(self).state
