@@ -14,8 +14,9 @@ from torch import Tensor
 
 from engines.builder.flavor import Flavor, inspect_engine
 from engines.run.latency import PEAK_SIDE, STATE, Profile, join_layers, parse_state
+from engines.run.open_plan import open_plan
 from engines.run.plan_checks import Port
-from engines.run.session import Session, open_plan
+from engines.run.session import Session
 from engines.run.timing import RUNS, SECONDS, Measure, make_input, optimum_batch, time_graph, time_work, timer
 from engines.run.verify import describe
 from engines.sheet.layer_sheet import LayerSheet, read_sheet
@@ -58,7 +59,7 @@ def profile_plan(
         SessionError: the plan cannot run here.
         ProfilingError: a batch that it does not take, or too little device memory to measure in.
     """
-    with open_plan(plan, flavor) as session:
+    with open_plan(plan, flavor, use_runtime_cache=False) as session:
         measure = functools.partial(time_work, session, runs, seconds)
         try:
             return _profile(session, batch, sheet or read_sheet(plan) or _inspect(session), measure, report)
