@@ -116,8 +116,7 @@ class Search:
         self.manifest, self.overrides, self.folder = manifest, overrides, folder
         self.report, self.run = report, run
         signature = Signature.from_dict(manifest["signature"])
-        count = signature.batch.minimum if signature.batch.dynamic else signature.batch.optimum
-        pixels = reference_pixels(signature, images, count, report)
+        pixels = reference_pixels(signature, images, signature.batch.minimum, report)
         self.image = pixels if signature.input == "uint8" else normalise(pixels).numpy()
         self.outputs = [spec.name for spec in signature.outputs if "_feat_" in spec.name]
         report("trace")

@@ -35,7 +35,7 @@ from export.lowering.precision import Precision, Residual
 from export.lowering.upsampling import Upsampling
 from export.pipeline import RejectedError
 from export.proof.fidelity import Verdict
-from export.proof.verify import Report, verify_onnx
+from export.proof.verify import Report, make_reference, verify_onnx
 from export.weights_origin import manifest_encoder, tool_version
 from neck.pictures import PictureFolder
 
@@ -257,9 +257,8 @@ def _verify(
     report("verify: the ONNX graph against PyTorch, as the plan does not run here")
     encoder = manifest_encoder(manifest_path(options.onnx), source)
     signature = signature_of(source, precision)
-    verdict = verify_onnx(
-        typed, signature, encoder, precision, images=options.images, overrides=options.tolerances, report=report
-    )
+    reference = make_reference(encoder, signature, images=options.images, report=report)
+    verdict = verify_onnx(typed, signature, reference, precision, overrides=options.tolerances, report=report)
     return verdict, {"verified": False, "reason": reason, "onnx": verdict.to_dict()}
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from export.contract.readers import Reader, find_readers
+from export.contract.readers import find_readers
 from export.contract.signature import BatchRange, InputKind, Positions, Signature, choose_necks, encoder_signature
 from export.graph.rewrite import Rewrites
 from export.graph.trace import ExportError
@@ -71,8 +72,11 @@ class ExportOptions:
     tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-def check_options(options: ExportOptions) -> None:
+def check_options(options: ExportOptions) -> Form:
     """Refuses what is known to fail before the weights are read.
+
+    Returns:
+        The attention form and the opset: as asked, or the best that the asked readers share.
 
     Raises:
         ExportError, ReaderError, FidelityError, PictureError: what cannot be, and what can.
@@ -83,7 +87,8 @@ def check_options(options: ExportOptions) -> None:
     if options.opset is not None and options.opset not in OPSETS:
         raise ExportError(f"opset {options.opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
     check_residual(options.precision, options.residual)
-    form_of(options)
+    readers = find_readers(options.readers) if options.readers else ()
+    form = choose_form(readers, options.precision, options.attention, options.opset)
     if options.checkpoint is None and (options.state is not None or options.prefix is not None):
         raise ExportError("random weights have no --state or --prefix; leave them out, or name a --checkpoint")
     with disk_errors(options.output):
@@ -98,20 +103,18 @@ def check_options(options: ExportOptions) -> None:
         require_runtime()
         if options.images is not None:
             find_pictures(PictureFolder.of(options.images).path)
+    return form
 
 
-def form_of(options: ExportOptions) -> Form:
-    """The attention form and opset of an export: as asked, or what its readers share.
-
-    Raises:
-        ReaderError: a reader that is not known, or readers that share no form.
-    """
-    return choose_form(asked_readers(options), options.precision, options.attention, options.opset)
-
-
-def asked_readers(options: ExportOptions) -> tuple[Reader, ...]:
-    """The readers that an export was asked for."""
-    return find_readers(options.readers) if options.readers else ()
+def lowering(options: ExportOptions, form: Form) -> dict[str, Any]:
+    """What export.lowering.precision.lower takes, the type of the residual sums aside."""
+    return {
+        "attention": form.attention,
+        "keep_fp32": options.keep_fp32,
+        "output_precision": options.output_precision,
+        "opset": form.opset,
+        "upsampling": options.upsampling,
+    }
 
 
 def load(options: ExportOptions, notes: list[str] | None = None) -> Sam3DualViTDetNeck:

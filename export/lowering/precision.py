@@ -108,6 +108,16 @@ def _residual_sums(graph: ir.Graph, precision: str, residual: Residual) -> set[i
     return sums
 
 
+def residuals_to_try(precision: str, residual: Residual) -> tuple[Residual, ...]:
+    """As asked; an `auto` of FP16 that fails is tried again with FP32 sums."""
+    return ("auto", "fp32") if (precision, residual) == ("fp16", "auto") else (residual,)
+
+
+def residual_type(precision: str, residual: Residual) -> Residual:
+    """What a manifest says: the type of FP16's sums, and `auto` where they have the precision's."""
+    return "fp16" if (precision, residual) == ("fp16", "auto") else residual
+
+
 def check_residual(precision: str, residual: Residual) -> None:
     """Refuses a type of the residual sums that is neither the precision's nor FP32.
 
