@@ -67,6 +67,7 @@ class Session:
         self._bound: dict[str, Tensor] = {}
         self._callers: dict[str, Tensor] = {}  # memory that outputs are written to, flat
         self.loaded: LoadedPlan | None = loaded
+        self._capturing = loaded.capturing
         self.engine: Any = loaded.engine
         self.context: Any = loaded.new_context()
 
@@ -145,7 +146,7 @@ class Session:
             raise SessionError(f"{self.plan}: TensorRT-RTX says that no CUDA graph can be captured; run it without one")
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with self._capturing, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self._execute()
         except RuntimeError as error:
             raise SessionError(f"{self.plan}: no CUDA graph can be captured ({error}); run it without one") from None
