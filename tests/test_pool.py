@@ -283,6 +283,9 @@ def test_a_pool_is_opened_and_its_memory_told_before_it_is_taken(tmp_path: Path,
             largest = 3 * (3 + 1) * 8 * 8 * 4  # batch 3: an input of 3 channels, an output of 1
             assert pool.context_bytes == (1 << 20) + largest
             assert request_sum(pool) == 3.0
+            with pool.acquire(0) as session:
+                before = len(session.stream.waited)
+            assert session.stream.waited[before:] == [torch.cuda.current_stream()]  # who comes next waits for us
         state.device.free_bytes = 2 * pool.context_bytes
         with pytest.raises(
             SessionError, match=r"3 contexts need 3\.2 MB .* 2\.1 MB are free; take at most 2, or a smaller"

@@ -20,8 +20,9 @@ class RuntimeConfig:
     warm: bool = False
 
     def kernels(self) -> bytes:
-        """What was compiled so far, to be kept; empty where there is no cache."""
-        return b"" if self.cache is None else bytes(self.cache.serialize())
+        """What was compiled so far, to be kept; empty where there is no cache, or it gives nothing."""
+        memory = None if self.cache is None else self.cache.serialize()
+        return b"" if memory is None else bytes(memory)
 
 
 def new_runtime_config(trt: Any, engine: Any, cached: bytes, own_graphs: bool) -> RuntimeConfig | None:  # noqa: ANN401

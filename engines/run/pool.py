@@ -10,6 +10,7 @@ from pathlib import Path
 
 from engines.run.plan_checks import SessionError
 from engines.run.session import Session
+from engines.run.streams import after_caller
 
 MOST_CONTEXTS = 1024
 MOST_WAITING = 256
@@ -57,6 +58,9 @@ class Pool:
     def acquire(self, timeout: float) -> Iterator[Session]:
         """Lends a context until the block ends, by whatever way; then memory that was bound to outputs is unbound, too.
 
+        By a CUDA graph outputs are the context's, and the next thread's run overwrites them: it waits for what this
+        thread has queued on its current stream when the block ends.
+
         Args:
             timeout: seconds to wait for one.
 
@@ -68,6 +72,7 @@ class Pool:
             yield session
         finally:
             try:
+                after_caller(session.stream, session.device)
                 session.unbind_outputs()
             finally:
                 self._give_back(session)

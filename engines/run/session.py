@@ -249,6 +249,7 @@ class Session:
         shapes = {name: value.shape for name, value in inputs.items()}
         captured = self._captured
         if captured is None or {name: value.shape for name, value in captured.inputs.items()} != shapes:
+            self._wait()  # another stream than the one of its last run may get its memory
             self._captured = None
             own = {name: value.clone() for name, value in inputs.items()}
             captured = self._captured = self.capture(own) if self._cuda_graph else Captured(own, self.bind(own), None)

@@ -27,5 +27,14 @@ def in_order(stream: torch.cuda.Stream | None, device: torch.device) -> Iterator
     with torch.cuda.device(device):
         caller = torch.cuda.current_stream()
         stream.wait_stream(caller)
-        yield
-        caller.wait_stream(stream)
+        try:
+            yield
+        finally:
+            caller.wait_stream(stream)
+
+
+def after_caller(stream: torch.cuda.Stream | None, device: torch.device) -> None:
+    """Lets a stream wait for what the caller has queued so far, such as work that reads outputs."""
+    if stream is not None:
+        with torch.cuda.device(device):
+            stream.wait_stream(torch.cuda.current_stream())
