@@ -179,6 +179,9 @@ def trt(
         Residual, typer.Option(help="Type of the blocks' sums, where an FP32 file is lowered")
     ] = "auto",
     timing_cache: Annotated[Path | None, typer.Option(help="File of measured kernels (TensorRT)")] = None,
+    replay_timing: Annotated[
+        Path | None, typer.Option(help="A saved timing cache: the same kernels again, or no plan (TensorRT)")
+    ] = None,
     optimization_level: Annotated[int | None, typer.Option(help="0 (fast build) to 5")] = None,
     workspace_gib: Annotated[float | None, typer.Option(help="Scratch memory on the GPU")] = None,
     version_compatible: Annotated[bool, typer.Option(help="The plan loads in later versions")] = False,
@@ -220,6 +223,7 @@ def trt(
                 version_compatible=version_compatible,
                 hardware_compatible=hardware_compatible,
                 timing_cache=timing_cache,
+                replay_timing=replay_timing,
             ),
             verify=verify,
             images=pictures(images, picture_range),
