@@ -2,29 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
-from engines.builder.onnx_graph import BuildError
+from engines.builder.onnx_graph import BuildError, read_graph
 from export.contract.export_command import AS_AUTO, export_again
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest
+from export.contract.signature import BatchRange, Signature
 from export.graph.cleanup import MODULE
 from export.lowering.precision import Precision, lower
 from export.lowering.quantise import CODES
+from export.options import NUMPY_NAMES
 from export.proof.verify import Report
-from export.quantising.settle import (
-    QuantiseOptions,
-    Settled,
-    budget_tolerances,
-    check_quantise,
-    manifest_tolerances,
-    settle,
-)
+from export.quantising.settle import QuantiseOptions, Settled, check_quantise, settle
 from export.weights_origin import manifest_encoder, manifest_signature
 from neck.pictures import PictureFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The ONNX file that a plan is built from.
+
+    Attributes:
+        path: the file.
+        manifest: its manifest, None where another tool wrote the file.
+        precision: what it computes in.
+    """
+
+    path: Path
+    manifest: dict[str, Any] | None
+    precision: Precision
+
+    @property
+    def files(self) -> list[dict[str, Any]]:
+        """What tells it from another one: bytes and SHA-256, or the bytes alone."""
+        return (
+            self.manifest["files"] if self.manifest else [{"name": self.path.name, "bytes": self.path.stat().st_size}]
+        )
+
+    @property
+    def batch(self) -> BatchRange | None:
+        """The range that it was exported for; None where nothing tells one."""
+        batch = BatchRange.parse(self.manifest["signature"]["batch"]) if self.manifest else BatchRange()
+        return batch if batch.dynamic else None
+
+    @property
+    def keep_fp32(self) -> tuple[str, ...]:
+        """Modules that it has in FP32."""
+        return tuple(self.manifest["keep_fp32"]) if self.manifest else ()
+
+    def signature(self, precision: Precision) -> Signature | None:
+        """A plan's contract: the file's, its outputs in the plan's precision, positions only where they are outputs."""
+        if self.manifest is None:
+            return None
+        signature = Signature.from_dict(self.manifest["signature"])
+        dtype = signature.dtype if precision == self.precision else NUMPY_NAMES[precision]
+        positions: Literal["graph", "none"] = "graph" if signature.positions == "graph" else "none"
+        return dataclasses.replace(signature, dtype=dtype, positions=positions)
 
 
 def newest_onnx(folder: Path) -> Path:
@@ -39,19 +76,21 @@ def newest_onnx(folder: Path) -> Path:
     return files[-1]
 
 
-def read_source(onnx: Path, report: Report) -> dict[str, Any] | None:
-    """The ONNX file's manifest, its files checked byte for byte; None for a file that another tool wrote.
+def read_source(onnx: Path, report: Report) -> Source:
+    """Finds the file whole, and as its manifest says byte for byte where it has one.
 
     Raises:
+        BuildError: missing, or truncated.
         ManifestError: damaged, or the file was changed after it was written.
     """
+    read_graph(onnx)
     where = manifest_path(onnx)
     if not where.exists():
-        return None
+        return Source(onnx, None, typed_as(onnx))
     manifest = read_manifest(where, "onnx")
     report("hashes of the ONNX file")
     check_files(where, manifest)
-    return manifest
+    return Source(onnx, manifest, manifest["precision"])
 
 
 def typed_as(onnx: Path) -> Precision:
@@ -72,10 +111,8 @@ def typed_as(onnx: Path) -> Precision:
     return "fp16" if sizes["FLOAT16"] >= sizes["BFLOAT16"] else "bf16"
 
 
-def settle_file(
-    onnx: Path,
-    source: dict[str, Any] | None,
-    held: Precision,
+def settle_source(
+    source: Source,
     precision: Precision,
     options: QuantiseOptions,
     images: Path | PictureFolder | None,
@@ -84,38 +121,30 @@ def settle_file(
     """What is quantised where an FP32 file is lowered to fp8 or int8 (None for every other), and what is to be told.
 
     Raises:
-        BuildError: a file without manifest, whose weights cannot be calibrated; options of a file that is not lowered.
+        BuildError: options of a file that is not lowered.
+        CalibrationError, PictureError, ExportError: as in settle.
     """
     check_quantise(options, precision)
-    if precision not in CODES or held == precision:
-        if options != QuantiseOptions():
-            raise BuildError(f"{onnx}: is {held} already; --quantise, --budget and --calibration are of its export")
-        return None, ()
-    if source is None or held != "fp32":
-        return None, ()  # which lower_file refuses
-    where = manifest_path(onnx)
-    encoder, signature = manifest_encoder(where, source), manifest_signature(where, source)
-    encoder.set_imgsz(signature.image_size)
-    notes: list[str] = []
+    if source.precision == precision and options != QuantiseOptions():
+        words = "--quantise, --budget and --calibration are of its export"
+        raise BuildError(f"{source.path}: is {precision} already; {words}")
+    if precision not in CODES or source.precision != "fp32" or source.manifest is None:
+        return None, ()  # lower_file refuses what it cannot lower
+    where, notes = manifest_path(source.path), list[str]()
+    encoder, signature = manifest_encoder(where, source.manifest), manifest_signature(where, source.manifest)
     return settle(encoder, signature, precision, options, images, notes, report), tuple(notes)
 
 
-def tolerances_of(
-    source: dict[str, Any] | None, options: QuantiseOptions, tolerances: Mapping[str, float]
-) -> dict[str, float]:
-    """The tolerances of a plan: those that were asked, and the budget of its products, or of its file's."""
-    return manifest_tolerances(source or {}, budget_tolerances(options, tolerances))
-
-
-def lower_file(onnx: Path, held: Precision, precision: Precision, folder: Path, **forms: Any) -> Path:  # noqa: ANN401
+def lower_file(source: Source, precision: Precision, folder: Path, **forms: Any) -> Path:  # noqa: ANN401
     """Writes an FP32 file in another precision into a folder; `forms` are those of export.lowering.precision.lower.
 
     Raises:
         BuildError: the file is not FP32, or not one whose nodes tell their modules.
     """
-    if held != "fp32":
+    onnx = source.path
+    if source.precision != "fp32":
         raise BuildError(
-            f"{onnx}: is {held}, asked was {precision};\n"
+            f"{onnx}: is {source.precision}, asked was {precision};\n"
             f"export it again: {export_again(onnx, precision=precision, **AS_AUTO)}"
         )
     model = ir.load(onnx)

@@ -50,6 +50,8 @@ def export_command(
         "opset": str(manifest["opset"]),
         **{name.replace("_", "-"): value for name, value in (changes or {}).items()},
     }
+    if signature.get("sam2_outputs", "features") != "features":
+        options["sam2-outputs"] = signature["sam2_outputs"]
     words = ["neck-export", "onnx", "--config", str(where)]
     if (held := manifest.get("quantisation")) and options["precision"] == held["kind"]:
         words += [word for pattern in held["asked"] for word in ("--quantise", pattern)]

@@ -84,6 +84,13 @@ def manifest_tolerances(manifest: Mapping[str, Any], tolerances: Mapping[str, fl
     return ({"*_feat_*": facts["budget"]} if given else {}) | dict(tolerances or {})
 
 
+def all_tolerances(
+    manifest: Mapping[str, Any] | None, options: QuantiseOptions, tolerances: Mapping[str, float]
+) -> dict[str, float]:
+    """Those of a plan: the budget of its file or of its own products, then those that were asked."""
+    return manifest_tolerances(manifest or {}, budget_tolerances(options, tolerances))
+
+
 def settle(
     encoder: Sam3DualViTDetNeck,
     signature: Signature,
