@@ -15,7 +15,9 @@ from export.options import ExportOptions, asked_readers, form_of
 from export.proof.fidelity import Verdict
 from export.proof.reader_check import graph_needs, readers_entry
 from export.weights_origin import encoder_config, package_versions, tool_version
+from neck.checkpoint_keys import NECK_MODULES
 from neck.necks import Sam3DualViTDetNeck
+from neck.weights.fingerprint import fingerprints
 
 
 def export_facts(
@@ -30,10 +32,14 @@ def export_facts(
     operators = collections.Counter(node.op_type for node in model.graph)
     form = form_of(options).attention
     fp16 = options.precision == "fp16"
+    parts = {"trunk", *(NECK_MODULES[neck] for neck in signature.necks)}
     return {
         "versions": {"neck-export": tool_version(), **package_versions()},
         "encoder": encoder_config(encoder).to_dict(),
         "signature": signature.to_dict(),
+        "fingerprints": fingerprints(
+            (name, tensor) for name, tensor in encoder.state_dict().items() if name.split(".")[0] in parts
+        ),
         "precision": options.precision,
         "attention": options.attention,
         "attention_form": AUTO[options.precision] if form == "auto" else form,
