@@ -18,14 +18,14 @@ from engines.live.encoder import DeployedEncoder, EncoderError
 from engines.live.found import find_encoder
 from engines.live.stand_ins import FpnStandIn
 from engines.run.file_runtimes import RuntimeFileError
-from engines.run.session import SessionError
+from export.contract.manifest import ManifestError
 from export.options import ExportOptions
 from export.pipeline import export_onnx
 from neck.checkpoint import load_encoder
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install '.[sam3]'")
 
-from tiny_sam3 import SIZE, frames, load_model, save_model, text_ids  # noqa: E402 - it imports transformers
+from tiny_sam3 import SIZE, frames, load_model, make_sure, save_model, text_ids  # noqa: E402 - it imports transformers
 
 TOLERANCE = 1e-4
 """Of an output's largest value; found are up to 2e-6."""
@@ -117,15 +117,17 @@ def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[s
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_every_output_of_the_whole_model(kind: str, checkpoint: Path, file: Path) -> None:
-    """FP32 file attached; to the bit after detach; a file that is a thousandth off is seen."""
+    """FP32 file attached; to the bit after detach; a file that is a hundredth off is seen."""
     model, run = load_model(getattr(transformers, kind), checkpoint), RUNS[kind]
+    if "Video" in kind:
+        make_sure(model)
     with torch.no_grad():
         expected = run(model)
         encoder = attach(model, file)
         found = run(model)
         assert max(differences(found, expected).values()) < TOLERANCE
         whole = encoder._infer
-        encoder._infer = lambda image, wanted: {name: value * 1.001 for name, value in whole(image, wanted).items()}
+        encoder._infer = lambda image, wanted: {name: value * 1.01 for name, value in whole(image, wanted).items()}
         assert max(differences(run(model), expected).values()) > TOLERANCE
         detach(model)
         assert all(torch.equal(value, expected[name]) for name, value in run(model).items())
@@ -137,7 +139,7 @@ def test_every_output_of_the_whole_model(kind: str, checkpoint: Path, file: Path
 def test_a_file_without_the_last_level(checkpoint: Path, file: Path, tmp_path: Path) -> None:
     """None of the four reads it; what stands for it is seen by who would."""
     short = with_signature(file, tmp_path, levels=[0, 1, 2])
-    for kind in ("Sam3Model", "Sam3TrackerVideoModel"):
+    for kind in ("Sam3Model", "Sam3TrackerModel"):
         model, run = load_model(getattr(transformers, kind), checkpoint), RUNS[kind]
         with torch.no_grad():
             expected = run(model)
@@ -242,7 +244,7 @@ def test_what_does_not_fit_is_refused(model: Any, file: Path, tmp_path: Path) ->
         attach(model, file, necks=("sam3", "sam2"))
     with pytest.raises(RuntimeFileError, match="ONNX Runtime has no CUDA here; pip install onnxruntime-gpu"):
         attach(model, file, device="cuda")
-    with pytest.raises(SessionError, match=r"No such file: .*x\.plan"):
+    with pytest.raises(ManifestError, match=r"x\.plan\.json: the manifest is missing"):
         attach(model, file.with_name("x.plan"))
     assert_as_it_was(model, before)
 
