@@ -128,6 +128,8 @@ def _replacements(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[s
     replacements: list[tuple[Slot, nn.Module]] = [(slot, stand_in) for slot in live.slots]
     if live.tracker_neck and isinstance(stand_in, FpnStandIn):
         replacements.append((live.tracker_neck, TrackerNeckStandIn(stand_in)))
+    if "sam2" in necks and encoder.signature.has_head("sam2"):
+        replacements += [(slot, nn.Identity()) for slot in live.head]
     return replacements
 
 
@@ -142,6 +144,11 @@ def _check_fit(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[str]
         )
     if unknown := [neck for neck in necks if neck not in live.necks]:
         raise AttachError(f"neck {', '.join(unknown)} is not in the model, which has {', '.join(live.necks)}")
+    if "sam2" in necks and encoder.signature.has_head("sam2") and len(live.head) != 2:
+        raise AttachError(
+            f"{where}its sam2 outputs are the mask decoder's, of which the model has {len(live.head) // 2}; "
+            f"export it by {encoder.export_again(sam2_outputs='features')}"
+        )
     levels = len(encoder.signature.level_sizes)
     if levels != live.levels:
         raise AttachError(f"{where}is of an encoder with {levels} levels, the model's has {live.levels}")
@@ -156,7 +163,8 @@ def _check_weights(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[
             f"{manifest_path(encoder.path)}: does not tell the weights' fingerprint, so whether they are the model's "
             "is not known; export it again, or attach(..., check=False)"
         )
-    config = dataclasses.replace(EncoderConfig.from_dict(source["encoder"]), necks=tuple(necks))
+    head = "sam2" in necks and encoder.signature.has_head("sam2")
+    config = dataclasses.replace(EncoderConfig.from_dict(source["encoder"]), necks=tuple(necks), sam2_head=head)
     others = differing(source["fingerprints"], live.fingerprints(config), lowest_type(live))
     if others:
         raise AttachError(

@@ -22,9 +22,7 @@ from engines.run.plan_checks import Port, SessionError
 from engines.run.verify import (
     Runner,
     VerifyError,
-    count_for,
     describe,
-    make_reference,
     plan_signature,
     verify_plan,
     verify_runner,
@@ -33,6 +31,7 @@ from export.contract.manifest import manifest_path, write_manifest
 from export.contract.signature import BatchRange, Signature
 from export.lowering.precision import lower
 from export.proof.fidelity import FidelityError
+from export.proof.verify import make_reference, picture_count
 
 CONFIG = tiny_config(num_heads=1)
 """One head of 16: RTX fuses attention from 16 on."""
@@ -123,7 +122,7 @@ def test_tf32_is_off_for_the_reference_alone(monkeypatch: pytest.MonkeyPatch) ->
         seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
         raise MemoryError
 
-    monkeypatch.setattr(verify, "reference_outputs", fails)
+    monkeypatch.setattr("export.proof.verify.reference_outputs", fails)
     with pytest.raises(MemoryError):
         make_reference(shared_encoder(CONFIG), signature, 1)
     assert seen == [(False, False)]
@@ -132,7 +131,7 @@ def test_tf32_is_off_for_the_reference_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(("batch", "count"), [((1, 1), 1), ((4, 4), 4), ((1, 8), 2), ((3, 8), 3), ((1, 2), 2)])
 def test_how_many_pictures(batch: tuple[int, int], count: int) -> None:
-    assert count_for(batch) == count
+    assert picture_count(*batch) == count
 
 
 def test_the_method_names_gpu_and_version() -> None:

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from engines.builder.plan_kind import is_plan
-from engines.run.file_runtimes import OpenVinoFile, OrtFile
-from engines.run.session import open_plan
+from engines.live.opening import EncoderError, open_file
 from export.contract.export_command import export_again
 from export.contract.manifest import check_files, manifest_path, read_manifest
-from export.contract.signature import TensorSpec
-from export.proof.verify import positions_path, require_runtime
+from export.contract.signature import HEAD_LEVELS, KINDS, TensorSpec
+from export.proof.verify import positions_path
 from export.weights_origin import manifest_signature
 from neck.config import check_image_size
 from neck.necks import Outputs
@@ -26,10 +25,6 @@ from neck.position import PositionEmbeddingSine
 
 Levels = tuple[list[Tensor], list[Tensor]]
 """Features and positions of one neck, finest level first."""
-
-
-class EncoderError(RuntimeError):
-    """A file that cannot stand in for an encoder, or pictures that it does not take."""
 
 
 class DeployedEncoder(nn.Module):
@@ -70,7 +65,7 @@ class DeployedEncoder(nn.Module):
         self.manifest: dict[str, Any] = read_manifest(manifest_path(path), "plan" if plan else "onnx")
         self.signature = signature = manifest_signature(manifest_path(path), self.manifest)
         self.levels = tuple(range(len(signature.level_sizes)) if levels is None else levels)
-        lacking = sorted(set(self.levels) - set(signature.levels))
+        lacking = sorted(set(self.levels) - set(signature.levels) - (set() if levels else self._beyond_head()))
         if lacking:
             raise EncoderError(
                 f"{path}: lacks level {', '.join(map(str, lacking))}; export it by "
@@ -83,7 +78,7 @@ class DeployedEncoder(nn.Module):
             check_files(manifest_path(path), self.manifest)
         if not plan and signature.positions == "file":
             self._stored = safetensors.torch.load_file(positions_path(path))
-        self._file: Any = self._open(plan, device, runtime)
+        self._file: Any = open_file(path, device, runtime, simulated)
         self.device: torch.device = self._file.device
         if self.device.type == "cuda":  # the first run loads kernels
             batch, height, width = signature.batch.minimum, *signature.image_size
@@ -93,6 +88,15 @@ class DeployedEncoder(nn.Module):
     def necks(self) -> tuple[str, ...]:
         """Names of the file's necks."""
         return self.signature.necks
+
+    def levels_of(self, neck: str) -> tuple[int, ...]:
+        """The levels that are handed out of a neck: those that are read, of a head the three that it has."""
+        return tuple(level for level in self.levels if level in self.signature.levels_of(neck))
+
+    def _beyond_head(self) -> set[int]:
+        """The levels that a tracker's file with a head has no need of."""
+        alone = all(map(self.signature.has_head, self.necks))
+        return set(range(len(self.signature.level_sizes))) - set(HEAD_LEVELS) if alone else set()
 
     @property
     def onnx_manifest(self) -> dict[str, Any] | None:
@@ -126,6 +130,7 @@ class DeployedEncoder(nn.Module):
         Outputs of other necks are computed by the file and not handed out.
         """
         self._check(images)
+        signature = self.signature
         names = tuple(self.necks if necks is None else necks)
         with torch.no_grad(), self._lock:
             if self._file is None:
@@ -133,8 +138,8 @@ class DeployedEncoder(nn.Module):
             found = self._run(images.detach(), names)
             return {
                 neck: (
-                    [found[f"{neck}_feat_{level}"] for level in self.levels],
-                    [self._position(f"{neck}_pos_{level}", images) for level in self.levels],
+                    [found[signature.spec(neck, "feat", level).name] for level in self.levels_of(neck)],
+                    [self._position(neck, level, images) for level in self.levels_of(neck)],
                 )
                 for neck in names
             }
@@ -182,24 +187,6 @@ class DeployedEncoder(nn.Module):
         """The file and where it runs."""
         return f"{self.path}, device={self.device}"
 
-    def _open(self, plan: bool, device: str | torch.device | None, runtime: str) -> Any:  # noqa: ANN401 - a runtime
-        wanted = torch.device(device) if device is not None else None
-        if plan:
-            if runtime != "auto" or self._simulated or (wanted is not None and wanted.type != "cuda"):
-                raise EncoderError(f"{self.path}: a plan runs in TensorRT on the GPU only; take its ONNX file")
-            return open_plan(self.path)
-        if runtime == "openvino":
-            if self._simulated or (wanted is not None and wanted.type != "cpu"):
-                raise EncoderError(f"{self.path}: OpenVINO runs it on the CPU, without simulation; leave runtime out")
-            return OpenVinoFile(self.path)
-        if self._simulated and wanted is not None and wanted.type != "cpu":
-            raise EncoderError(f"{self.path}: its roundings are simulated on the CPU only; leave simulated out")
-        if wanted is None:
-            wanted = torch.device("cuda" if not self._simulated and _ort_has_cuda() else "cpu")
-        if wanted.type not in ("cpu", "cuda"):
-            raise EncoderError(f"{self.path}: ONNX Runtime runs it on the CPU or a GPU, not on {wanted}; device='cpu'")
-        return OrtFile(self.path, wanted, self._simulated)
-
     def _check(self, images: Tensor) -> None:
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             got = f"{images.dtype} {tuple(images.shape)}"
@@ -227,7 +214,8 @@ class DeployedEncoder(nn.Module):
 
     def _run(self, images: Tensor, necks: tuple[str, ...]) -> dict[str, Tensor]:
         """The features in the images' type and place; positions that the graph gives are kept on the way."""
-        names = {f"{neck}_{kind}_{level}" for neck in necks for kind in ("feat", "pos") for level in self.levels}
+        pairs = [(neck, level) for neck in necks for level in self.levels_of(neck)]
+        names = {self.signature.spec(neck, kind, level).name for neck, level in pairs for kind in KINDS}
         wanted = [spec for spec in self.signature.outputs if spec.name in names - set(self._stored)]
         found = self._infer(self._image(images), wanted)
         for name in [name for name in found if "_pos_" in name]:
@@ -253,16 +241,13 @@ class DeployedEncoder(nn.Module):
         pixels = ((images.to(self.device, torch.float32) + 1) * 127.5).round().clamp(0, 255)
         return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
-    def _position(self, name: str, images: Tensor) -> Tensor:
+    def _position(self, neck: str, level: int, images: Tensor) -> Tensor:
         """A position encoding (B, C, h, w), which is no copy for each picture."""
+        name = self.signature.spec(neck, "pos", level).name
         key = (name, images.dtype, images.device)
         if key not in self._positions:
             if name not in self._stored:
-                size = self.signature.level_sizes[int(name.rsplit("_", 1)[1])]
-                self._stored[name] = PositionEmbeddingSine(self.signature.d_model)(torch.empty(1, 1, *size))
+                size = torch.empty(1, 1, *self.signature.level_sizes[level])
+                self._stored[name] = PositionEmbeddingSine(self.signature.d_model)(size)
             self._positions[key] = self._stored[name].to(images.device, images.dtype)
         return self._positions[key].expand(len(images), -1, -1, -1)
-
-
-def _ort_has_cuda() -> bool:
-    return torch.cuda.is_available() and "CUDAExecutionProvider" in require_runtime().get_available_providers()

@@ -45,6 +45,7 @@ class LiveEncoder:
         module: the encoder.
         slots: every attribute that holds it.
         tracker_neck: the tracker's neck where it is a module of its own.
+        head: conv_s0 and conv_s1 of the tracker's mask decoder, which read levels 0 and 1 of sam2; empty without one.
         necks: names of the necks, as ours.
         levels: how many each neck has.
         unread: how many of them, the coarsest, the model drops without a look.
@@ -54,6 +55,7 @@ class LiveEncoder:
     module: nn.Module
     slots: tuple[Slot, ...]
     tracker_neck: Slot | None
+    head: tuple[Slot, ...]
     necks: tuple[str, ...]
     levels: int
     unread: int
@@ -85,7 +87,7 @@ class LiveEncoder:
         """What a file of these weights has in its manifest.
 
         Args:
-            config: the architecture that the file tells, with the necks that are compared.
+            config: the architecture that the file tells, with the necks and the head that are compared.
 
         Raises:
             AttachError: the model's encoder has another architecture, or tensors by other names.
@@ -94,9 +96,11 @@ class LiveEncoder:
         if self.tracker_neck:
             theirs = self.tracker_neck.module.state_dict()
             state |= {f"tracker_neck.{name}": tensor for name, tensor in theirs.items()}
+        for slot in self.head:
+            state |= {f"head.{slot.name}.{name}": tensor for name, tensor in slot.module.state_dict().items()}
         layouts = find_layouts(state)
         try:
-            layout = layouts[0]
+            layout = dataclasses.replace(layouts[0], decoder="head.")
             if self.kind == "fpn" and self.necks == ("sam2",):
                 layout = dataclasses.replace(layout, necks={"sam2": layout.necks["sam3"]})
             with torch.device("meta"):
@@ -136,7 +140,15 @@ def find_encoder(model: nn.Module) -> LiveEncoder:
         places = ", ".join(slots[module][0].path for module in found)
         raise AttachError(f"{type(model).__name__} holds {len(found)} encoders ({places}); attach to the part with one")
     where = tuple(slots[found[0]])
-    return _of_vitdet(found[0], where) if _is_vitdet(found[0]) else _of_fpn(model, found[0], where, slots)
+    head = _find_head(slots)
+    if _is_vitdet(found[0]):
+        return _of_vitdet(found[0], where, head)
+    return _of_fpn(found[0], where, head, slots)
+
+
+def _find_head(slots: dict[nn.Module, list[Slot]]) -> tuple[Slot, ...]:
+    """conv_s0 and conv_s1 of every mask decoder."""
+    return tuple(slot for found in slots.values() for slot in found if slot.name in ("conv_s0", "conv_s1"))
 
 
 def _is_vitdet(module: nn.Module) -> bool:
@@ -153,17 +165,21 @@ def _has_levels(module: Any) -> bool:  # noqa: ANN401 - whatever an attribute ho
     return isinstance(module, nn.Module) and isinstance(getattr(module, "fpn_layers", None), nn.ModuleList)
 
 
-def _of_vitdet(module: Any, slots: tuple[Slot, ...]) -> LiveEncoder:  # noqa: ANN401 - a module of unknown attributes
+def _of_vitdet(
+    module: Any,  # noqa: ANN401 - of unknown attributes
+    slots: tuple[Slot, ...],
+    head: tuple[Slot, ...],
+) -> LiveEncoder:
     necks = tuple(neck for neck, name in NECK_MODULES.items() if len(getattr(module, name, None) or ()))
     levels = len(getattr(module, NECK_MODULES[necks[0]])) if necks else 0
     unread = min(int(getattr(slot.parent, "scalp", 0)) for slot in slots)
-    return LiveEncoder("vitdet", module, slots, None, necks, levels, unread)
+    return LiveEncoder("vitdet", module, slots, None, head, necks, levels, unread)
 
 
 def _of_fpn(
-    model: nn.Module,
     module: Any,  # noqa: ANN401
     slots: tuple[Slot, ...],
+    head: tuple[Slot, ...],
     all_slots: dict[nn.Module, list[Slot]],
 ) -> LiveEncoder:
     """Of transformers: which neck it is tells the rest of the model, for a tracker's is called `neck` too."""
@@ -172,9 +188,8 @@ def _of_fpn(
     levels = len(module.neck.fpn_layers)
     unread = 1 if levels > 3 else 0  # each of the four models reads the three finest
     if others:
-        return LiveEncoder("fpn", module, slots, others[0], ("sam3", "sam2"), levels, unread)
-    tracker = any(isinstance(getattr(part, "conv_s0", None), nn.Conv2d) for part in model.modules())
-    return LiveEncoder("fpn", module, slots, None, ("sam2",) if tracker else ("sam3",), levels, unread)
+        return LiveEncoder("fpn", module, slots, others[0], head, ("sam3", "sam2"), levels, unread)
+    return LiveEncoder("fpn", module, slots, None, head, ("sam2",) if head else ("sam3",), levels, unread)
 
 
 def lowest_type(encoder: LiveEncoder) -> torch.dtype:

@@ -17,7 +17,7 @@ SAMPLES = 64
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Fingerprints = dict[str, dict[str, str]]
-"""Part (`trunk`, or a neck's name) -> type -> SHA-256 of the samples rounded to that type."""
+"""Part (`trunk`, a neck's name, `sam2_head`) -> type -> SHA-256 of the samples rounded to that type."""
 
 
 def fingerprints(tensors: Iterable[tuple[str, Tensor]]) -> Fingerprints:
@@ -26,7 +26,7 @@ def fingerprints(tensors: Iterable[tuple[str, Tensor]]) -> Fingerprints:
     Args:
         tensors: our names and the tensors, such as `trunk.blocks.3.attn.qkv.weight`, in the order of a state dict.
     """
-    parts = {module: neck for neck, module in NECK_MODULES.items()} | {"trunk": "trunk"}
+    parts = {module: neck for neck, module in NECK_MODULES.items()} | {"trunk": "trunk", "sam2_head": "sam2_head"}
     digests: dict[str, dict[str, hashlib._Hash]] = {}
     for name, tensor in tensors:
         kept = _trained(name, tensor)
