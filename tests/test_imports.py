@@ -15,7 +15,7 @@ FLOORS = ("neck", "export", "engines", "benchmarks", "neck_export")
 
 STAIRS = {
     "neck": ("weights",),
-    "export": ("contract", "graph", "lowering", "proof"),
+    "export": ("contract", "graph", "lowering", "proof", "quantising"),
     "engines": ("sheet", "builder", "run", "live", "service"),
     "benchmarks": ("measure", "results", "report", "gpu"),
 }
