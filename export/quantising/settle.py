@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from export.contract.signature import Signature
 from export.graph.trace import ExportError
@@ -85,7 +85,7 @@ def manifest_tolerances(manifest: Mapping[str, Any], tolerances: Mapping[str, fl
 
 def _of_budget(budget: float | None) -> dict[str, float]:
     """The default is no override, whose cosine would be looser than the default's."""
-    return {} if budget in (None, TOLERANCES["fp8"].relative_l2) else {"*_feat_*": cast(float, budget)}
+    return {} if budget in (None, TOLERANCES["fp8"].relative_l2) else {"*_feat_*": budget}
 
 
 def all_tolerances(
