@@ -254,7 +254,7 @@ def test_the_graph_computes_what_a_fake_quantised_module_does(kind: Kind) -> Non
     def worst(chosen: list[str]) -> float:
         encoder = load_encoder(next((Path(__file__).parent / "data/meta-dual").glob("checkpoint.*")), golden.config)
         encoder.set_imgsz(size)
-        wanted = reference_outputs(fake(encoder, kind, chosen, graph), pixels, signature.necks, signature.levels)
+        wanted = reference_outputs(fake(encoder, kind, chosen, graph), pixels, signature)
         return max(float(np.linalg.norm(outputs[n] - wanted[n]) / np.linalg.norm(wanted[n])) for n in names)
 
     assert worst(names_quantised) <= MODULE_TOLERANCE

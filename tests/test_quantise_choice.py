@@ -78,13 +78,13 @@ def test_a_trial_that_begins_at_its_block_is_a_whole_one(patterns: list[str]) ->
         match_products(patterns, linear_layers(load_golden("meta-dual").encoder)),
     )
     pixels = reference_pixels(signature(), None, 1)
-    plain = reference_outputs(encoder, pixels, ["sam3"], signature().levels)
+    plain = reference_outputs(encoder, pixels, signature())
     with rounded_layers(encoder, Quantisation("fp8", {name: trials().found.scales[name] for name in names})):
-        whole = reference_outputs(encoder, pixels, ["sam3"], signature().levels)
+        whole = reference_outputs(encoder, pixels, signature())
     errors = [np.linalg.norm(whole[row] - plain[row]) / np.linalg.norm(plain[row]) for row in plain if "feat" in row]
     assert worst(names) == pytest.approx(max(errors), rel=1e-3)
     assert max(errors) > 1e-3
-    after = reference_outputs(encoder, pixels, ["sam3"], signature().levels)
+    after = reference_outputs(encoder, pixels, signature())
     assert all(np.array_equal(after[row], plain[row]) for row in plain)  # the encoder is as it was
 
 

@@ -16,10 +16,10 @@ from export.contract.signature import Signature
 from export.graph.rewrite import shallow_copy
 from export.lowering.quantise import Kind, Quantisation, encode_weight
 from export.proof.fidelity import Comparison, compare_output, tolerance_for
+from export.proof.verify import reference_outputs
 from export.quantising.calibration import linear_layers
 from export.quantising.ranges import decode
-from neck.necks import Sam3DualViTDetNeck, forward_necks
-from neck.pictures import normalise
+from neck.necks import Sam3DualViTDetNeck
 from neck.trunk import ViTDetTrunk
 
 ONE = torch.ones(())
@@ -66,7 +66,7 @@ class Trials:
         found: Quantisation,
     ) -> None:
         self.encoder, self.signature, self.found = encoder, signature, found
-        self.image = normalise(pixels)
+        self.pixels = pixels
         self.inputs: list[Tensor] = []
         encoder.set_imgsz(signature.image_size)
         blocks = cast(ViTDetTrunk, encoder.trunk).blocks
@@ -97,13 +97,8 @@ class Trials:
         ]
 
     def _features(self, encoder: Sam3DualViTDetNeck) -> dict[str, np.ndarray]:
-        with torch.inference_mode():
-            necks = forward_necks(encoder, self.image, self.signature.necks, self.signature.levels)
-        return {
-            f"{neck}_feat_{level}": feature.numpy()
-            for neck, (features, _) in necks.items()
-            for level, feature in zip(self.signature.levels, features, strict=True)
-        }
+        found = reference_outputs(encoder, self.pixels, self.signature)
+        return {name: array for name, array in found.items() if "_feat_" in name}
 
 
 def at_size(signature: Signature, most: int, patch: int) -> Signature:
