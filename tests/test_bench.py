@@ -19,7 +19,7 @@ from conftest import tiny_config
 
 import benchmarks.measure.rounds
 import benchmarks.measure.run
-from benchmarks.bench import asked_of, run_bench
+from benchmarks.bench import run_bench
 from benchmarks.errors import BenchError
 from benchmarks.measure.backends import REFERENCE, Backend, backends_for
 from benchmarks.measure.rounds import Pace
@@ -183,7 +183,7 @@ def test_other_options_begin_anew(ran: Ran) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from benchmarks.bench import asked_of, run_bench
+from benchmarks.bench import run_bench
 from benchmarks.measure.samples import Samples
 from benchmarks.options import BenchOptions
 from neck.config import EncoderConfig
@@ -356,7 +356,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.fixture(scope="module")
 def place(output: Path) -> Iterator[Workplace]:
     """The tiny encoder's."""
-    with Workplace(output / "work", asked_of(options_for(output))) as made:
+    with Workplace(output / "work", options_for(output)) as made:
         yield made
 
 

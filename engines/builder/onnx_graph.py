@@ -12,7 +12,6 @@ from onnx import TensorProto, helper
 
 from export.contract.export_command import export_again
 
-ELEMENT_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 Dims = tuple[int | str, ...]
 
 
