@@ -10,7 +10,7 @@ from typing import Any, Literal
 from benchmarks.errors import BenchError
 from engines.builder.plan_kind import is_plan
 from engines.sheet.layer_sheet import read_sheet
-from export.contract.signature import Positions
+from export.contract.signature import Positions, Sam2Outputs
 from neck.config import EncoderConfig
 from neck.pictures import PictureFolder
 
@@ -36,7 +36,7 @@ class BenchOptions:
         output: the folder; what a rerun goes on from lies in OUTPUT/work.
         quick: few backends, no sweeps, on a CPU at 24 patches a side (336 px): the whole encoder in under 3 minutes.
         checkpoint, state, prefix, adapter, adapter_alpha, config, seed: the encoder.
-        image_size, batch, necks, levels, positions: its main point.
+        image_size, batch, necks, levels, positions, sam2_outputs: its main point.
         images: a folder of pictures; without one the shipped picture.
         device: where; `auto` is the GPU where there is one.
         backends: ids of those to measure; all, where none is named. The reference is always there.
@@ -65,6 +65,7 @@ class BenchOptions:
     necks: str = "auto"
     levels: str = "all"
     positions: Positions = "graph"
+    sam2_outputs: Sam2Outputs = "features"
     images: Path | PictureFolder | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backends: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.onnx_source import Source, read_source
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
 from engines.builder.plan_stream import Progress
+from engines.builder.timing_cache import replayed_hash
 from engines.run.verify import verify_plan, why_not_run
 from engines.sheet.layer_sheet import LayerSheet, layers_path, read_sheet
 from export.contract.manifest import (
@@ -155,6 +156,7 @@ class Job:
             "keep_fp32": list(self.options.keep_fp32),
             "residual": self.options.residual,
             "options": dataclasses.replace(self.options.build, precision=self.precision).to_dict(),
+            "replay_timing": replayed_hash(self.flavor, self.options.build),
             "flavor": self.flavor.name,
             "tensorrt_version": self.flavor.version,
             "gpu": dataclasses.asdict(self.flavor.gpu) if self.flavor.gpu else None,
@@ -226,6 +228,7 @@ def _manifest(job: Job, built: Built, notes: tuple[str, ...]) -> dict[str, Any]:
         "batch": str(result.options.batch or DEFAULT_BATCH) if isinstance(first, str) else str(first),
         "inputs": [dataclasses.asdict(spec) for spec in result.inputs],
         "outputs": [dataclasses.asdict(spec) for spec in result.outputs],
+        "timing_cache": result.timing_cache,
         "build_seconds": round(result.seconds, 2),
         "layers": result.sheet.summary() if result.sheet else None,
         "no_layers": result.no_sheet,
@@ -244,8 +247,7 @@ def _verify(job: Job, typed: Path, staged: Path, about: dict[str, Any]) -> tuple
     if source.manifest is None or signature is None:
         unknown = f"not verified: {source.path.name} has no manifest, so the weights to compare with are unknown"
         return None, {"verified": False, "reason": unknown}
-    reason = why_not_run(staged, about, job.flavor)
-    if reason is None:
+    if (reason := why_not_run(staged, about, job.flavor)) is None:
         report("verify: the plan against PyTorch")
         # a session loads no plan without its manifest; written here alone, since its SHA-256 reads the whole plan
         write_manifest(manifest_path(staged), "plan", about | {"verification": {"verified": False}}, [staged])

@@ -25,6 +25,9 @@ from neck.pictures import PictureFolder
 Job = dict[str, Any] | WorkerError
 """What a worker loads, or why it cannot be made."""
 
+OUTPUTS = ("necks", "levels", "positions", "sam2_outputs")
+"""What is asked of the encoder's outputs, as ExportOptions and encoder_signature name it."""
+
 ROOM_BYTES = 8 << 30
 """An export at full size takes up to 2.4 GB."""
 
@@ -32,7 +35,7 @@ PREPARE_SECONDS = 1800.0
 """An export at full size takes half a minute, a plan on a small GPU many."""
 
 
-ENCODER = ("checkpoint", *SELECTION, "config", "seed", "necks", "levels", "positions", "images")
+ENCODER = ("checkpoint", *SELECTION, "config", "seed", "necks", "levels", "positions", "sam2_outputs", "images")
 """Options that name the encoder and its pictures."""
 
 
@@ -117,7 +120,7 @@ class Workplace:
     def _encoder(self) -> dict[str, Any]:
         asked = self.asked
         config = asked.config.to_dict() if asked.config else None
-        values = {name: getattr(asked, name) for name in (*SELECTION, "seed", "necks", "levels", "positions")}
+        values = {name: getattr(asked, name) for name in (*SELECTION, "seed", *OUTPUTS)}
         paths = {name: str(path) if (path := getattr(asked, name)) else None for name in ("checkpoint", "adapter")}
         return {**values, **paths, "config": config}
 
@@ -131,8 +134,8 @@ class Workplace:
         try:
             if image_size is not None:
                 config = dataclasses.replace(config, image_size=image_size)  # type: ignore[arg-type]
-            kept = {"necks": self.asked.necks, "levels": self.asked.levels, "positions": self.asked.positions}
-            signature = encoder_signature(config, batch=BatchRange(batch, batch, batch), **kept)  # type: ignore[arg-type]
+            kept = {name: getattr(self.asked, name) for name in OUTPUTS}
+            signature = encoder_signature(config, batch=BatchRange(batch, batch, batch), **kept)
         except (ConfigError, SignatureError) as error:
             raise BenchError(str(error)) from None
         if not all(side for level in signature.levels for side in signature.level_sizes[level]):

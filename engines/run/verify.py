@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from engines.builder.flavor import Flavor
+from engines.run.open_plan import open_plan
 from engines.run.plan_checks import read_header, why_other_gpu
-from engines.run.session import Session, open_plan
+from engines.run.session import Session
 from export.contract.manifest import manifest_path, read_manifest, replace_manifest
 from export.contract.signature import BatchRange, Signature
 from export.pipeline import RejectedError
@@ -93,7 +94,7 @@ def verify_plan(
         VerifyError: nothing tells which encoder the plan holds, or its outputs are others.
         FidelityError, PictureError, CheckpointError, ExportError: as the stages below say.
     """
-    with open_plan(plan, flavor) as session:
+    with open_plan(plan, flavor, use_runtime_cache=False) as session:
         manifest, here = session.manifest, describe(session.flavor)
         signature = plan_signature(plan, manifest, known=encoder is not None or reference is not None)
         check_overrides(overrides or {}, [spec.name for spec in signature.outputs])
