@@ -22,6 +22,7 @@ WANTS = (
     (r"TensorRT-RTX|tensorrt_rtx", "TensorRT-RTX", "pip install '.[rtx]'"),
     (r"tritonclient", "Triton's client", "pip install '.[triton]'"),
     (r"openvino", "OpenVINO", "pip install '.[bench]'"),
+    (r"transformers", "transformers", "pip install '.[sam3]'"),
     (r"selenium", "Selenium", "pip install '.[dev]'"),
 )
 """Words of a reason, what it wants, what brings it; the first that fits counts."""
