@@ -20,9 +20,10 @@ from test_session import convolution
 from engines.builder.build import BuildResult, build_plan
 from engines.builder.flavor import Flavor, FlavorError, choose_flavor
 from engines.builder.onnx_graph import BuildError
+from engines.builder.onnx_source import Source
 from engines.builder.options import BuildOptions
 from engines.builder.timing_cache import replay_timing
-from engines.plan import PlanOptions, reuse_key
+from engines.plan import Job, PlanOptions
 from engines.tune import TuneError, tune_plan
 from export.contract.manifest import manifest_path, read_manifest
 
@@ -149,7 +150,8 @@ def test_another_cache_is_another_plan(tmp_path: Path) -> None:
         flavor = choose_flavor()
 
         def key(build: BuildOptions) -> dict[str, Any]:
-            return reuse_key(PlanOptions(onnx, tmp_path / "p.plan", build=build), flavor, None, "fp32")
+            options = PlanOptions(onnx, tmp_path / "p.plan", build=build)
+            return Job(options, flavor, Source(onnx, None, "fp32"), "fp32", print).key
 
         first = key(dataclasses.replace(FP32, replay_timing=moved))
         again = key(dataclasses.replace(FP32, replay_timing=moved.rename(cache)))
