@@ -247,8 +247,7 @@ def _verify(job: Job, typed: Path, staged: Path, about: dict[str, Any]) -> tuple
     if source.manifest is None or signature is None:
         unknown = f"not verified: {source.path.name} has no manifest, so the weights to compare with are unknown"
         return None, {"verified": False, "reason": unknown}
-    reason = why_not_run(staged, about, job.flavor)
-    if reason is None:
+    if (reason := why_not_run(staged, about, job.flavor)) is None:
         report("verify: the plan against PyTorch")
         # a session loads no plan without its manifest; written here alone, since its SHA-256 reads the whole plan
         write_manifest(manifest_path(staged), "plan", about | {"verification": {"verified": False}}, [staged])

@@ -20,7 +20,7 @@ from test_session import convolution
 from engines.builder.build import BuildResult, build_plan
 from engines.builder.flavor import Flavor, FlavorError, choose_flavor
 from engines.builder.onnx_graph import BuildError
-from engines.builder.onnx_source import Source
+from engines.builder.onnx_source import read_source
 from engines.builder.options import BuildOptions
 from engines.builder.timing_cache import replay_timing
 from engines.plan import Job, PlanOptions
@@ -151,7 +151,7 @@ def test_another_cache_is_another_plan(tmp_path: Path) -> None:
 
         def key(build: BuildOptions) -> dict[str, Any]:
             options = PlanOptions(onnx, tmp_path / "p.plan", build=build)
-            return Job(options, flavor, Source(onnx, None, "fp32"), "fp32", print).key
+            return Job(options, flavor, read_source(onnx, print), "fp32", print).key
 
         first = key(dataclasses.replace(FP32, replay_timing=moved))
         again = key(dataclasses.replace(FP32, replay_timing=moved.rename(cache)))
