@@ -84,7 +84,7 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
         manifest = read_manifest(manifest_path(path), "onnx")
         check_files(manifest_path(path), manifest, hashes=False)
         keys = ("created", "versions", "precision", "weights", "verification")
-        found["manifest"] = {key: manifest[key] for key in keys}
+        found["manifest"] = {key: manifest[key] for key in keys} | {"residual": manifest.get("residual")}
         check_claims(manifest_path(path), manifest, needs)
     except ReaderError as error:
         found["readers_problem"] = str(error)
@@ -148,11 +148,13 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
     origin = f"random, seed {weights_from['seed']}" if weights_from["random"] else weights_from["path"]
     origin += f", adapter {weights_from['adapter']['path']}" if "adapter" in weights_from else ""
     origin += f", state {weights_from['state']}" if weights_from.get("state") else ""
+    precision = manifest["precision"]
+    precision += " with residual sums in FP32" if manifest["residual"] == "fp32" != precision else ""
     verification = manifest["verification"]
     verdict = "verified" if verification["verified"] else "NOT VERIFIED"
     return [
         *lines,
-        f"  from    {origin}, {manifest['precision']}, {manifest['created']}",
+        f"  from    {origin}, {precision}, {manifest['created']}",
         f"  {verdict}: {verification.get('method') or verification.get('reason')}",
         *(f"    {row['name']}: relative L2 {row['relative_l2']}" for row in verification.get("outputs", [])),
     ]

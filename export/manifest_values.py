@@ -4,45 +4,50 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
 
+from export.contract.readers import Reader
 from export.contract.signature import Signature
 from export.lowering.attention import AUTO
-from export.lowering.precision import Residual
-from export.options import ExportOptions, asked_readers, form_of
+from export.lowering.shared_form import Form
+from export.options import ExportOptions
 from export.proof.fidelity import Verdict
-from export.proof.reader_check import graph_needs, readers_entry
+from export.proof.reader_check import Needs, readers_entry
 from export.weights_origin import encoder_config, package_versions, tool_version
 from neck.necks import Sam3DualViTDetNeck
 
 
 def export_facts(
-    options: ExportOptions,
-    encoder: Sam3DualViTDetNeck,
-    signature: Signature,
-    model: ir.Model,
-    residual: Residual,
-    verdict: Verdict | None,
+    options: ExportOptions, form: Form, encoder: Sam3DualViTDetNeck, signature: Signature
 ) -> dict[str, Any]:
-    """The facts: versions, encoder, contract, forms, readers, graph, verdict."""
-    operators = collections.Counter(node.op_type for node in model.graph)
-    form = form_of(options).attention
-    fp16 = options.precision == "fp16"
+    """What is exported, by what, in which forms."""
+    attention = form.attention
     return {
         "versions": {"neck-export": tool_version(), **package_versions()},
         "encoder": encoder_config(encoder).to_dict(),
         "signature": signature.to_dict(),
         "precision": options.precision,
         "attention": options.attention,
-        "attention_form": AUTO[options.precision] if form == "auto" else form,
-        "residual": "fp16" if fp16 and residual == "auto" else residual,
-        "readers": readers_entry(graph_needs(model), asked_readers(options)),
+        "attention_form": AUTO[options.precision] if attention == "auto" else attention,
         "upsampling": options.upsampling,
         "keep_fp32": list(options.keep_fp32),
-        "opset": model.opset_imports[""],
         "rewrites": dataclasses.asdict(options.rewrites),
-        "graph": {"nodes": sum(operators.values()), "operators": dict(operators.most_common())},
-        "verification": verdict.to_dict() if verdict else {"verified": False, "reason": "not asked: --no-verify"},
     }
+
+
+def graph_facts(model: ir.Model, needs: Needs, readers: Sequence[Reader]) -> dict[str, Any]:
+    """What was written, and who reads it; `readers` are those that were asked for."""
+    operators = collections.Counter(node.op_type for node in model.graph)
+    return {
+        "readers": readers_entry(needs, readers),
+        "opset": model.opset_imports[""],
+        "graph": {"nodes": sum(operators.values()), "operators": dict(operators.most_common())},
+    }
+
+
+def verification(verdict: Verdict | None) -> dict[str, Any]:
+    """What was proved of the file."""
+    return verdict.to_dict() if verdict else {"verified": False, "reason": "not asked: --no-verify"}

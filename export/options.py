@@ -5,9 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from export.contract.readers import Reader, find_readers
-from export.contract.signature import BatchRange, InputKind, Positions, Signature, choose_necks, encoder_signature
+from export.contract.readers import find_readers
+from export.contract.signature import (
+    BatchRange,
+    InputKind,
+    Positions,
+    Sam2Outputs,
+    Signature,
+    choose_necks,
+    encoder_signature,
+)
 from export.graph.rewrite import Rewrites
 from export.graph.trace import ExportError
 from export.lowering.attention import AttentionForm
@@ -37,6 +46,7 @@ class ExportOptions:
         adapter: a folder of PEFT whose LoRA is merged into the checkpoint's weights.
         adapter_alpha: lora_alpha of an adapter that the checkpoint itself holds.
         necks: `auto` is sam3, or what is there where sam3 is not.
+        sam2_outputs: `head` gives levels 0 and 1 of the sam2 neck as SAM 2's mask decoder reads them.
         image_size: (height, width) in pixels, or None for the config's.
         residual: type of the blocks' residual sums; `auto` is the precision's, and FP32 where verification fails.
         readers: who shall read the file, names with commas; empty leaves the form to `attention` and `opset`.
@@ -56,6 +66,7 @@ class ExportOptions:
     necks: str = "auto"
     levels: str = "all"
     positions: Positions = "graph"
+    sam2_outputs: Sam2Outputs = "features"
     input_kind: InputKind = "float"
     precision: Precision = "fp32"
     attention: AttentionForm = "auto"
@@ -71,8 +82,11 @@ class ExportOptions:
     tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-def check_options(options: ExportOptions) -> None:
+def check_options(options: ExportOptions) -> Form:
     """Refuses what is known to fail before the weights are read.
+
+    Returns:
+        The attention form and the opset: as asked, or the best that the asked readers share.
 
     Raises:
         ExportError, ReaderError, FidelityError, PictureError: what cannot be, and what can.
@@ -83,7 +97,8 @@ def check_options(options: ExportOptions) -> None:
     if options.opset is not None and options.opset not in OPSETS:
         raise ExportError(f"opset {options.opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
     check_residual(options.precision, options.residual)
-    form_of(options)
+    readers = find_readers(options.readers) if options.readers else ()
+    form = choose_form(readers, options.precision, options.attention, options.opset)
     if options.checkpoint is None and (options.state is not None or options.prefix is not None):
         raise ExportError("random weights have no --state or --prefix; leave them out, or name a --checkpoint")
     with disk_errors(options.output):
@@ -98,20 +113,18 @@ def check_options(options: ExportOptions) -> None:
         require_runtime()
         if options.images is not None:
             find_pictures(PictureFolder.of(options.images).path)
+    return form
 
 
-def form_of(options: ExportOptions) -> Form:
-    """The attention form and opset of an export: as asked, or what its readers share.
-
-    Raises:
-        ReaderError: a reader that is not known, or readers that share no form.
-    """
-    return choose_form(asked_readers(options), options.precision, options.attention, options.opset)
-
-
-def asked_readers(options: ExportOptions) -> tuple[Reader, ...]:
-    """The readers that an export was asked for."""
-    return find_readers(options.readers) if options.readers else ()
+def lowering(options: ExportOptions, form: Form) -> dict[str, Any]:
+    """What export.lowering.precision.lower takes, the type of the residual sums aside."""
+    return {
+        "attention": form.attention,
+        "keep_fp32": options.keep_fp32,
+        "output_precision": options.output_precision,
+        "opset": form.opset,
+        "upsampling": options.upsampling,
+    }
 
 
 def load(options: ExportOptions, notes: list[str] | None = None) -> Sam3DualViTDetNeck:
@@ -124,20 +137,23 @@ def load(options: ExportOptions, notes: list[str] | None = None) -> Sam3DualViTD
     Raises:
         CheckpointError, SignatureError, ExportError: the weights, a neck or the size cannot be had.
     """
-    config = options.config or EncoderConfig()
+    config, head = options.config or EncoderConfig(), options.sam2_outputs == "head"
     if options.checkpoint is None:
         named = [name for name in ("sam2", "interactive", "propagation") if name in options.necks]
-        dual = options.necks in ("both", "all") or named == ["sam2"]
+        dual = options.necks in ("both", "all") or named == ["sam2"] or head
         necks = ("sam3", "sam2") if dual else ("sam3", "interactive", "propagation") if named else ("sam3",)
+        if head:
+            choose_necks(options.necks, necks, options.sam2_outputs)
         try:
-            encoder = random_encoder(dataclasses.replace(config, necks=necks), options.seed)
+            encoder = random_encoder(dataclasses.replace(config, necks=necks, sam2_head=head), options.seed)
         except NotImplementedError as error:
             raise ExportError(f"random weights: {error}") from None
     else:
         encoder = load_encoder(
             options.checkpoint,
             options.config,
-            lambda there: choose_necks(options.necks, there),
+            lambda there: choose_necks(options.necks, there, options.sam2_outputs),
+            sam2_head=head,
             state=options.state,
             prefix=options.prefix,
             adapter=options.adapter,
@@ -165,6 +181,7 @@ def sign(options: ExportOptions, encoder: Sam3DualViTDetNeck) -> Signature:
         input_kind=options.input_kind,
         batch=options.batch,
         dtype=NUMPY_NAMES[options.output_precision or options.precision],
+        sam2_outputs=options.sam2_outputs,
     )
     for level in signature.levels:
         if not all(signature.level_sizes[level]):

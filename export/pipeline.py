@@ -30,14 +30,22 @@ from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
 from export.graph.trace import ExportError, trace
 from export.inspect import read_graph
-from export.lowering.precision import Precision, Residual, lower
-from export.manifest_values import export_facts
-from export.options import NUMPY_NAMES, ExportOptions, asked_readers, check_options, form_of, load, sign
+from export.lowering.precision import Precision, lower, residual_type, residuals_to_try
+from export.manifest_values import export_facts, graph_facts, verification
+from export.options import NUMPY_NAMES, ExportOptions, check_options, load, lowering, sign
 from export.output_files import check_room, disk_errors, target_files
 from export.proof.fidelity import Verdict, check_overrides
 from export.proof.reader_check import check_claims, graph_needs, read_by, require
-from export.proof.reference import check_reference
-from export.proof.verify import Report, check_memory, positions_path, require_runtime, verify_onnx
+from export.proof.reference import check_reference, write_reference
+from export.proof.verify import (
+    Reference,
+    Report,
+    check_memory,
+    make_reference,
+    positions_path,
+    require_runtime,
+    verify_onnx,
+)
 from export.weights_origin import (
     manifest_encoder,
     manifest_precision,
@@ -100,7 +108,7 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         CheckpointError, ConfigError, SignatureError, PictureError, ExportError: something given cannot be used.
         RejectedError: the file's outputs left tolerance.
     """
-    check_options(options)
+    form = check_options(options)
     report("weights: " + (str(options.checkpoint) if options.checkpoint else f"random, seed {options.seed}"))
     notes: list[str] = []
     encoder = load(options, notes)
@@ -113,17 +121,33 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         asked = (options.checkpoint, options.seed, options.state, options.prefix)
         origin = background.submit(weights_origin, *asked, options.adapter, options.adapter_alpha)
         staged = folder / options.output.name
-        residual: Residual = options.residual
-        model, verdict = _written(options, encoder, signature, staged, residual, report)
-        if verdict and not verdict.passed and (options.residual, options.precision) == ("auto", "fp16"):
-            residual = "fp32"
-            notes.append(f"{', '.join(verdict.failed_names)} left tolerance: residual sums now in FP32")
-            report(notes[-1])
-            model, verdict = _written(options, encoder, signature, staged, residual, report)
+        report("trace")
+        canonical = trace(DeployEncoder(encoder, signature, options.rewrites))
+        write_positions(encoder, signature, staged)
+        reference: Reference | None = None
+        verdict: Verdict | None = None
+        for residual in residuals_to_try(options.precision, options.residual):
+            if verdict:
+                notes.append(f"{', '.join(verdict.failed_names)} left tolerance: residual sums now in FP32")
+                report(notes[-1])
+            report("write")
+            model = write_lowered(canonical, staged, options.precision, residual=residual, **lowering(options, form))
+            needs = graph_needs(model)
+            require(form.readers, needs, f"--reader {options.readers}", "take another reader, or another --precision")
+            if options.verify:
+                reference = reference or make_reference(encoder, signature, images=options.images, report=report)
+                verdict = verify_onnx(
+                    staged, signature, reference, options.precision, overrides=options.tolerances, report=report
+                )
+                sums = ", residual sums in FP32" if residual == "fp32" else ""
+                verdict = dataclasses.replace(verdict, method=verdict.method + sums)
+            if verdict is None or verdict.passed:
+                break
         if verdict and not verdict.passed:
             raise RejectedError(options.output, verdict)
         report("hashes and manifest")
-        values = export_facts(options, encoder, signature, model, residual, verdict)
+        values = export_facts(options, form, encoder, signature) | graph_facts(model, needs, form.readers)
+        values |= {"residual": residual_type(options.precision, residual), "verification": verification(verdict)}
         values |= {"weights": origin.result(), "notes": notes}
         manifest = write_manifest(manifest_path(staged), "onnx", values, sorted(folder.iterdir()))
         kept = {file.name for file in folder.iterdir()}
@@ -131,46 +155,6 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
             # what is not kept: of an export with other --positions
             publish(folder, options.output, [file for file in target_files(options.output) if file.name not in kept])
     return ExportResult(options.output, manifest, verdict)
-
-
-def _written(
-    options: ExportOptions,
-    encoder: Sam3DualViTDetNeck,
-    signature: Signature,
-    staged: Path,
-    residual: Residual,
-    report: Report,
-) -> tuple[ir.Model, Verdict | None]:
-    """Writes the file, checks that the asked readers read it, and verifies it where asked."""
-    form, readers = form_of(options), asked_readers(options)
-    model = write_onnx(
-        encoder,
-        signature,
-        staged,
-        precision=options.precision,
-        rewrites=options.rewrites,
-        report=report,
-        attention=form.attention,
-        keep_fp32=options.keep_fp32,
-        output_precision=options.output_precision,
-        opset=form.opset,
-        upsampling=options.upsampling,
-        residual=residual,
-    )
-    require(readers, graph_needs(model), f"--reader {options.readers}", "take another reader, or another --precision")
-    if not options.verify:
-        return model, None
-    verdict = verify_onnx(
-        staged,
-        signature,
-        encoder,
-        options.precision,
-        images=options.images,
-        overrides=options.tolerances,
-        report=report,
-    )
-    sums = ", residual sums in FP32" if residual == "fp32" else ""
-    return model, dataclasses.replace(verdict, method=verdict.method + sums)
 
 
 def verify_file(
@@ -191,7 +175,10 @@ def verify_file(
         readers: who must be able to read the graph, names with commas.
         checkpoint, adapter: its weights and the adapter that was merged, where they are no longer where the manifest
             says.
-        images, tolerances, report, save: as in verify_onnx.
+        images: a folder of pictures; without one the shipped picture.
+        tolerances: relative L2 by output name or wildcard.
+        report: told of every step.
+        save: where to keep the pictures and the plain module's outputs.
 
     Raises:
         ManifestError: the manifest is missing or the files are not those that it speaks of.
@@ -222,9 +209,10 @@ def verify_file(
     report("weights")
     encoder = manifest_encoder(where, manifest, checkpoint, adapter)
     precision = manifest_precision(where, manifest)
-    verdict = verify_onnx(
-        path, signature, encoder, precision, images=images, overrides=tolerances, save=save, report=report
-    )
+    reference = make_reference(encoder, signature, images=images, report=report)
+    if save is not None:
+        write_reference(save, reference.pixels, {spec.name: reference.outputs[spec.name] for spec in signature.outputs})
+    verdict = verify_onnx(path, signature, reference, precision, overrides=tolerances, report=report)
     replace_manifest(where, manifest | {"verification": verdict.to_dict()})
     if not verdict.passed:
         raise RejectedError(path, verdict)
@@ -247,18 +235,28 @@ def write_onnx(
         The lowered model, its weights still unread.
     """
     report("trace")
-    module = DeployEncoder(encoder, signature, rewrites or Rewrites())
-    model = trace(module)
-    lower(model, precision, **lowering)
+    canonical = trace(DeployEncoder(encoder, signature, rewrites or Rewrites()))
     report("write")
+    write_positions(encoder, signature, path)
+    return write_lowered(canonical, path, precision, **lowering)
+
+
+def write_lowered(canonical: ir.Model, path: Path, precision: Precision, **lowering: Any) -> ir.Model:  # noqa: ANN401
+    """Writes a traced graph in a precision and the forms that export.lowering.precision.lower takes."""
+    model = canonical.clone()
+    lower(model, precision, **lowering)
     ir.save(model, path, external_data=data_path(path).name)
-    if signature.positions == "file":
-        specs = signature.of_kind("pos")
-        sizes = {level: signature.level_sizes[level] for level in signature.levels}
-        dtype = getattr(torch, signature.dtype)
-        maps = {level: torch.empty(1, 1, *size) for level, size in sizes.items()}
-        encodings = {level: encoder.position_encoding(empty).to(dtype) for level, empty in maps.items()}
-        stored = {spec.name: encodings[int(spec.name.rsplit("_", 1)[1])].clone() for spec in specs}
-        # save_file's errors are no OSErrors (safetensors 0.7), so a full disk would not be told as one
-        positions_path(path).write_bytes(safetensors.torch.save(stored))
     return model
+
+
+def write_positions(encoder: Sam3DualViTDetNeck, signature: Signature, path: Path) -> None:
+    """Writes the position encodings beside an ONNX file, where its signature wants them there."""
+    if signature.positions != "file":
+        return
+    sizes = {level: signature.level_sizes[level] for level in signature.levels}
+    dtype = getattr(torch, signature.dtype)
+    maps = {level: torch.empty(1, 1, *size) for level, size in sizes.items()}
+    encodings = {level: encoder.position_encoding(empty).to(dtype) for level, empty in maps.items()}
+    stored = {spec.name: encodings[int(spec.name.rsplit("_", 1)[1])].clone() for spec in signature.of_kind("pos")}
+    # save_file's errors are no OSErrors (safetensors 0.7), so a full disk would not be told as one
+    positions_path(path).write_bytes(safetensors.torch.save(stored))

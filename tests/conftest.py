@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +18,12 @@ import torch
 from exporting import quick_trace
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from shared_traces import SharedTraces
 from skips import summary_lines
 from torch import Tensor
 
+import benchmarks.measure.worker_process
+import export.graph.trace
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.gpu import has_gpu
 from export.contract.signature import BatchRange, Signature, encoder_signature
@@ -41,20 +46,8 @@ GPU_MISSING = "needs an NVIDIA GPU with its driver, torch's CUDA build, and a Te
 
 
 LONGEST = (
-    *(
-        "trace",
-        "build",
-        "plan",
-        "bench",
-        "interrupt",
-        "cpp_engine",
-        "bisect",
-        "roofline",
-        "pipeline",
-        "tune",
-        "backends",
-    ),
-    *("cli", "cli_service", "simulate"),
+    *("trace", "build", "plan", "bench", "interrupt", "cpp_engine", "bisect", "roofline", "pipeline", "tune"),
+    *("backends", "cli", "cli_service", "simulate"),
 )
 """The files that take longest, the longest first: one that is begun last keeps one core busy and the others idle."""
 
@@ -93,6 +86,20 @@ def programs() -> Programs:
     from cpp_build import shared_programs
 
     return shared_programs()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Lets torch export each structure once in a run, a benchmark's workers included."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    folder = folder / "traces"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export.graph.trace, "_export", SharedTraces(export.graph.trace._export, folder))
+        quick = (sys.executable, str(Path(__file__).with_name("quick_worker.py")), str(folder))
+        patch.setattr(benchmarks.measure.worker_process, "COMMAND", quick)
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from cpp_build import (
     PLAN,
     Programs,
+    settings,
     stand_in_outputs,
     why_missing,
     write_plan,
@@ -120,3 +123,16 @@ def test_a_plan_of_a_fixed_batch_serves_fewer(programs: Programs, tmp_path: Path
     ran = serve(programs, tmp_path)
     assert ran.code == 0, ran.err
     check_features(tmp_path, paths)
+
+
+def test_a_terminal_is_shown_how_far_it_is(programs: Programs, tmp_path: Path) -> None:
+    folder_of(tmp_path, 3)  # the first is damaged
+    mine, its = os.openpty()
+    command = [programs.path("neck-engine"), tmp_path / "plan" / "x.plan"]
+    command += ["--serve-folder", tmp_path / "in", tmp_path / "out"]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=its, env=settings({}), timeout=600)
+    os.close(its)
+    shown = os.read(mine, 65536).decode()
+    os.close(mine)
+    assert ended.returncode == 0
+    assert "\r3 of 3 pictures" in shown.replace("\r\n", "\n")

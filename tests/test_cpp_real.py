@@ -149,7 +149,7 @@ def test_a_real_rtx_plan_without_a_gpu_is_told(tmp_path: Path) -> None:
 def test_a_plan_that_computes_equals_pytorch(programs: Programs, tmp_path: Path, input_kind: str) -> None:
     """An encoder as the stand-in's plan, run by ONNX Runtime, against what `verify --save-reference` saved."""
     if ort_include() is None:
-        pytest.skip("needs onnxruntime_c_api.h; apt install libonnxruntime-dev, or NECK_ORT_INCLUDE")
+        pytest.skip("needs onnxruntime_c_api.h; apt install libonnxruntime-dev (Debian 13), or give NECK_ORT_INCLUDE")
     pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install 'neck-export[triton]'")
     from triton_server import stand_in_plan
 

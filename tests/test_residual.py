@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,19 @@ import torch
 from conftest import load_golden, traced
 from exporting import PREFIX, golden_options, neck_export_cli, save_state, trace_quickly
 
+from export.contract.signature import encoder_signature
+from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
-from export.graph.trace import ExportError
+from export.graph.trace import ExportError, trace
 from export.lowering.precision import Precision, Residual, lower
 from export.pipeline import RejectedError, export_onnx
+from export.proof.verify import make_reference, verify_onnx
+from neck.checkpoint import random_encoder
+from neck.config import EncoderConfig
+from neck.necks import Sam3DualViTDetNeck
 
 AMOUNT = 800.0
-"""Worst relative L2 of FP16 sums 1.4e-2, of FP32 sums 8.7e-3 (rounding simulation); the tolerance is 1e-2."""
+"""Worst relative L2 of FP16 sums 1.4e-2, of an FP32 stream 7.3e-4 (rounding simulation); the tolerance is 1e-2."""
 
 
 def plant_in_residual(state: dict[str, torch.Tensor], amount: float = AMOUNT) -> None:
@@ -34,17 +41,37 @@ def lowered(precision: Precision, residual: Residual, rewrites: Rewrites | None 
     return model
 
 
+def types(model: ir.Model) -> dict[str, str]:
+    return {str(node.name): str(node.outputs[0].dtype) for node in model.graph if node.op_type != "Cast"}
+
+
+ON_THE_WAY = ("/Add", "/Add_1", ".attn.proj/Add", ".mlp.fc1/Add", ".mlp/Gelu", ".mlp.fc2/Add")
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("rewrites", [None, Rewrites.none()])
-def test_only_the_residual_sums_change(precision: Precision, rewrites: Rewrites | None) -> None:
-    def types(model: ir.Model) -> dict[str, str]:
-        return {str(node.name): str(node.outputs[0].dtype) for node in model.graph if node.op_type != "Cast"}
+def test_the_stream_changes_but_for_its_last_sum(precision: Precision, rewrites: Rewrites | None) -> None:
+    plain, made = types(lowered(precision, "auto", rewrites)), types(lowered(precision, "fp32", rewrites))
+    last = load_golden("meta-dual").config.depth - 1
+    wanted = {f"trunk.blocks.{block}{name}" for block in range(last + 1) for name in ON_THE_WAY} | {"trunk/Add"}
+    wanted -= {f"trunk.blocks.{last}/Add_1", f"trunk.blocks.{last}.mlp.fc2/Add"}
+    assert {name for name, kind in made.items() if kind != plain.get(name, kind)} == wanted
+    assert {made[name] for name in wanted} == {"FLOAT"}
+    assert made.keys() - plain.keys() == {f"trunk.blocks.{last}/stored_stream"}
 
-    plain, sums = types(lowered(precision, "auto", rewrites)), types(lowered(precision, "fp32", rewrites))
-    changed = {name for name, kind in sums.items() if kind != plain[name]}
-    blocks = load_golden("meta-dual").config.depth
-    assert changed == {f"trunk.blocks.{block}/{name}" for block in range(blocks) for name in ("Add", "Add_1")}
-    assert {sums[name] for name in changed} == {"FLOAT"}
+
+def test_the_last_norm_reads_the_stream_that_the_last_sum_reads() -> None:
+    nodes = {str(node.name): node for node in lowered("fp16", "fp32").graph}
+    last = f"trunk.blocks.{load_golden('meta-dual').config.depth - 1}"
+    rounded = nodes[f"{last}/stored_stream"].outputs[0]
+    assert rounded.dtype == ir.DataType.FLOAT16
+    assert nodes[f"{last}/Add_1"].inputs[0] is rounded
+    norm = nodes[f"{last}.norm2/LayerNormalization"].inputs[0]
+    assert norm is not None and norm.producer().inputs[0] is rounded  # type: ignore[union-attr]
+
+
+def test_fp32_sums_of_an_fp32_file_change_nothing() -> None:
+    assert types(lowered("fp32", "fp32")) == types(lowered("fp32", "auto"))
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -79,6 +106,7 @@ def test_auto_takes_fp32_where_fp16_fails_and_says_so(planted: dict[str, Any], t
     ]
     assert [node.outputs[0].dtype for node in sums] == [ir.DataType.FLOAT] * 2
     assert json.loads((tmp_path / "x.json").read_text())["verification"]["verified"] is True
+    assert ", fp16 with residual sums in FP32, " in neck_export_cli("inspect", made.path).out
 
 
 def test_fp16_that_was_asked_for_is_refused_as_it_is(planted: dict[str, Any], tmp_path: Path) -> None:
@@ -119,28 +147,52 @@ def test_trt_takes_fp32_where_fp16_fails_and_says_so(planted: dict[str, Any], tm
     ]
 
 
+def with_outliers(encoder: Sam3DualViTDetNeck) -> Sam3DualViTDetNeck:
+    """Eight channels of the residual stream, the same in all blocks, to which every product adds 20 times as much."""
+    channels = torch.randperm(encoder.trunk.config.embed_dim, generator=torch.Generator().manual_seed(1))[:8]
+    for block in encoder.trunk.blocks:
+        for linear in (block.attn.proj, block.mlp.fc2):
+            linear.weight[channels] *= 20
+            linear.bias[channels] *= 20
+    return encoder
+
+
 @pytest.mark.slow
-def test_full_depth() -> None:
-    """Random weights (seed 0), 336 px: 0.61 to 0.63 of FP16's error, 2026-11-27; the aim of 0.6 is just missed."""
-    import dataclasses
-    import tempfile
-
-    from export.contract.signature import encoder_signature
-    from export.graph.deployed_module import DeployEncoder
-    from export.graph.trace import trace
-    from export.proof.verify import verify_onnx
-    from neck.checkpoint import random_encoder
-    from neck.config import EncoderConfig
-
+@pytest.mark.parametrize("outliers", [False, True])
+def test_full_depth(outliers: bool, tmp_path: Path) -> None:
+    """Random weights (seed 0), 336 px, rounding simulation: RATIOS."""
     config = dataclasses.replace(EncoderConfig(), image_size=(336, 336))
     encoder, signature = random_encoder(config), encoder_signature(config, positions="none")
-    model = trace(DeployEncoder(encoder, signature, Rewrites()))
-    errors: dict[str, list[float]] = {}
+    encoder = with_outliers(encoder) if outliers else encoder
+    model, reference = trace(DeployEncoder(encoder, signature, Rewrites())), make_reference(encoder, signature)
+    path, errors = tmp_path / "x.onnx", {}
     for residual in ("fp16", "fp32"):
         copy = model.clone()
         lower(copy, "fp16", residual=residual)  # type: ignore[arg-type]
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "x.onnx"
-            ir.save(copy, path, external_data="x.onnx.data")
-            errors[residual] = [row.relative_l2 for row in verify_onnx(path, signature, encoder, "fp16").comparisons]
-    assert all(fp32 <= 0.65 * fp16 for fp16, fp32 in zip(errors["fp16"], errors["fp32"], strict=True))
+        ir.save(copy, path, external_data="x.onnx.data")
+        errors[residual] = [row.relative_l2 for row in verify_onnx(path, signature, reference, "fp16").comparisons]
+        print("outliers" if outliers else "random", residual, errors[residual], flush=True)
+    assert all(fp32 <= 0.6 * fp16 for fp16, fp32 in zip(errors["fp16"], errors["fp32"], strict=True))
+
+
+@pytest.mark.slow
+def test_kernels_and_bytes_at_full_size(tmp_path: Path) -> None:
+    """TensorRT-RTX 1.7, 1008 px: BYTES."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
+    from engines.builder.build import build_plan
+    from engines.builder.options import BuildOptions
+
+    config = EncoderConfig()
+    encoder, signature = random_encoder(config), encoder_signature(config, positions="none")
+    model = trace(DeployEncoder(encoder, signature, Rewrites()))
+    path, sheets = tmp_path / "x.onnx", {}
+    for residual in ("fp16", "fp32"):
+        copy = model.clone()
+        lower(copy, "fp16", residual=residual)  # type: ignore[arg-type]
+        ir.save(copy, path, external_data="x.onnx.data")
+        sheet = build_plan(path, tmp_path / "x.plan", BuildOptions(precision="fp16")).sheet
+        assert sheet is not None and sheet.bytes_moved is not None and sheet.accumulation == ("fp32", "fp32")
+        sheets[residual] = (len(sheet.kernels), len(sheet.fused), sheet.bytes_moved)
+        print(residual, sheets[residual], flush=True)
+    assert sheets["fp32"][:2] == sheets["fp16"][:2]
+    assert sheets["fp32"][2] <= 1.15 * sheets["fp16"][2]

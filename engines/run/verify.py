@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from engines.builder.flavor import Flavor
+from engines.run.open_plan import open_plan
 from engines.run.plan_checks import read_header, why_other_gpu
-from engines.run.session import Session, open_plan
+from engines.run.session import Session
 from export.contract.manifest import manifest_path, read_manifest, replace_manifest
 from export.contract.signature import BatchRange, Signature
-from export.lowering.precision import Precision
-from export.options import NUMPY_NAMES
 from export.pipeline import RejectedError
 from export.proof.fidelity import Verdict, check_overrides, compare
 from export.proof.reference import check_reference, write_reference
-from export.proof.verify import Report, reference_outputs, reference_pixels
+from export.proof.verify import Reference, Report, make_reference, picture_count
 from export.weights_origin import manifest_encoder
 from neck.necks import Sam3DualViTDetNeck
-from neck.pictures import PictureFolder, normalise
+from neck.pictures import PictureFolder
 
 Runner = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 """Takes the image as the signature says and gives the outputs by name."""
@@ -35,45 +32,6 @@ NO_GPU = "not verified: no NVIDIA driver"
 
 class VerifyError(RuntimeError):
     """A plan that cannot be compared with PyTorch."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """What the plain module gives: made once, it serves every plan of the same size, necks and levels.
-
-    Attributes:
-        pixels: uint8 (B, H, W, 3).
-        outputs: float32 by name.
-        device: where it was computed.
-        notes: what is to be said of the pictures.
-    """
-
-    pixels: np.ndarray
-    outputs: Mapping[str, np.ndarray]
-    device: str
-    notes: tuple[str, ...] = ()
-
-
-def make_reference(
-    encoder: Sam3DualViTDetNeck, signature: Signature, count: int, images: Path | PictureFolder | None = None
-) -> Reference:
-    """Runs the plain module in FP32, without TF32, where its weights lie.
-
-    Args:
-        encoder: the plain encoder.
-        signature: which outputs, and the image's size.
-        count: how many pictures.
-        images: a folder of pictures; without one the shipped picture.
-
-    Raises:
-        PictureError: pictures that cannot be read.
-    """
-    notes: list[str] = []
-    pixels = reference_pixels(signature, images, count, notes.append)
-    encoder.set_imgsz(signature.image_size)
-    with _exact_fp32():
-        outputs = reference_outputs(encoder, pixels, signature.necks, signature.levels)
-    return Reference(pixels, outputs, next(encoder.parameters()).device.type, tuple(notes))
 
 
 def verify_runner(
@@ -100,12 +58,10 @@ def verify_runner(
     """
     names = [spec.name for spec in signature.outputs]
     check_overrides(overrides or {}, names)
-    pixels = reference.pixels
-    outputs = run(pixels if signature.input == "uint8" else normalise(pixels).numpy())
+    outputs = run(reference.image(signature))
     if sorted(outputs) != sorted(names):
         raise VerifyError(f"{candidate} gives {', '.join(outputs) or 'no output'}; expected {', '.join(names)}")
-    pictures = f"{len(pixels)} picture{'s' * (len(pixels) > 1)}"
-    method = "; ".join([f"PyTorch FP32 ({reference.device}) against {candidate}, {pictures}", *reference.notes])
+    method = reference.method(f" ({reference.device}) against {candidate}")
     return compare(reference.outputs, {name: outputs[name] for name in names}, precision, method, overrides)
 
 
@@ -138,15 +94,14 @@ def verify_plan(
         VerifyError: nothing tells which encoder the plan holds, or its outputs are others.
         FidelityError, PictureError, CheckpointError, ExportError: as the stages below say.
     """
-    with open_plan(plan, flavor) as session:
+    with open_plan(plan, flavor, use_runtime_cache=False) as session:
         manifest, here = session.manifest, describe(session.flavor)
         signature = plan_signature(plan, manifest, known=encoder is not None or reference is not None)
         check_overrides(overrides or {}, [spec.name for spec in signature.outputs])
         if reference is None:
-            report("reference: the plain module in PyTorch FP32")
             if encoder is None:
                 encoder = manifest_encoder(manifest_path(plan), manifest["onnx_manifest"], checkpoint, adapter)
-            reference = make_reference(encoder, signature, count_for(session.inputs[0].batch), images)
+            reference = make_reference(encoder, signature, picture_count(*session.inputs[0].batch), images, report)
         report(f"candidate: the plan in {here}")
         return verify_runner(_runner(session), signature, reference, manifest["precision"], here, overrides)
 
@@ -180,9 +135,9 @@ def verify_plan_file(
         check_reference(save)
         signature = plan_signature(plan, manifest, known=False)
         encoder = manifest_encoder(where, manifest["onnx_manifest"], checkpoint, adapter)
-        report("reference: the plain module in PyTorch FP32")
         batch = BatchRange.parse(manifest["batch"])
-        reference = make_reference(encoder, signature, count_for((batch.minimum, batch.maximum)), images)
+        count = picture_count(batch.minimum, batch.maximum)
+        reference = make_reference(encoder, signature, count, images, report)
         write_reference(save, reference.pixels, {spec.name: reference.outputs[spec.name] for spec in signature.outputs})
     verdict = verify_plan(
         plan,
@@ -221,37 +176,12 @@ def _runner(session: Session) -> Runner:
     return lambda image: session.infer({"image": image})
 
 
-def count_for(batch: tuple[int, int]) -> int:
-    """How many pictures to verify with: two where the batch is dynamic, to see that they do not mix, else its size."""
-    low, high = batch
-    return max(low, min(high, 2)) if low != high else low
-
-
 def describe(flavor: Flavor) -> str:
     """The TensorRT and the GPU, for a verdict's method."""
     name = "TensorRT-RTX" if flavor.name == "rtx" else "TensorRT"
     gpu = flavor.gpu
     on = f" on {gpu.name} (compute capability {gpu.compute_capability}, driver {gpu.driver})" if gpu else ""
     return f"{name} {flavor.version}{on}"
-
-
-@contextlib.contextmanager
-def _exact_fp32() -> Iterator[None]:
-    """Turns TF32 off, which torch uses in convolutions on a GPU by default: it keeps 10 bits of 23."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def signature_of(source: dict[str, Any], precision: Precision) -> Signature:
-    """The plan's contract: the file's, its outputs in the plan's precision, positions only where they are outputs."""
-    signature = Signature.from_dict(source["signature"])
-    dtype = signature.dtype if precision == source["precision"] else NUMPY_NAMES[precision]
-    positions: Literal["graph", "none"] = "graph" if signature.positions == "graph" else "none"
-    return dataclasses.replace(signature, dtype=dtype, positions=positions)
 
 
 def why_not_run(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> str | None:

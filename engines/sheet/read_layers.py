@@ -163,7 +163,8 @@ def _tensor(told: Any) -> Tensor:  # noqa: ANN401 - of JSON
     values = told if isinstance(told, Mapping) else {}
     sides = _list(values.get("Dimensions")) or [None]
     known = all(type(side) is int for side in sides)
-    words = _text(values.get("Datatype")) or _text(values.get("Format/Datatype"))
+    spellings = ("Datatype", "DataType", "Format/Datatype")  # the guide to 11 says DataType, users of 11 read Datatype
+    words = next(filter(None, (_text(values.get(key)) for key in spellings)), "")
     return Tensor(_text(values.get("Name")), tuple(sides) if known else (-1,), _first_type(words))
 
 

@@ -230,7 +230,7 @@ def _parts(name: str) -> list[str]:
 
 def _find(name: str, asked: str) -> Reader:
     name = f"{name}-{NEWEST['openvino']}" if name == "openvino" else name
-    family, _, version = name.rpartition("-")
+    family, _, version = (f"{name}-" if name in TITLES else name).rpartition("-")
     if family in TITLES:
         reader = line_of(family, version)
         if reader:
@@ -238,7 +238,8 @@ def _find(name: str, asked: str) -> Reader:
         first = next(line.since for line in READERS if line.family == family)
         newest = NEWEST[family]
         known = f"{first} to {newest}" if first != newest else first
-        raise ReaderError(f"--reader {asked!r}: what {name} reads is not known here; known are {known}")
+        what = f"what {name} reads is not known here" if version else f"its version is missing, as in {family}-{newest}"
+        raise ReaderError(f"--reader {asked!r}: {what}; known are {known}")
     near = difflib.get_close_matches(asked.lower(), reader_names(), n=4, cutoff=0.4)
     shown = near or ["tensorrt-10.3", "tensorrt-rtx", "onnxruntime-1.23", "jetpack-6.2", "triton-25.09"]
     raise ReaderError(f"--reader {asked!r}: no such reader; near it: {', '.join(shown)}")

@@ -1,7 +1,8 @@
 """Lowering of the canonical FP32 graph to the wanted precision, attention form and opset.
 
 TensorRT 11 has strong typing only: an engine computes in the types that the graph names. So precision is this pass,
-and it is the one place for it: `computes_in_fp32` says which nodes stay in FP32, attention.py what attention becomes.
+and it is the one place for it: `computes_in_fp32` says which nodes stay in FP32, attention.py what attention becomes,
+residual.py what of the residual stream stays with `--residual fp32`.
 Between a node of one type and a node of the other stands a Cast; nothing else changes.
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Literal, cast
 
@@ -21,8 +21,9 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 from export.graph.cleanup import INPUT, MODULE
 from export.graph.constant_folding import LAZY_BYTES, add_initializer
-from export.graph.trace import BLOCKS, ExportError
+from export.graph.trace import ExportError
 from export.lowering.attention import AttentionForm, lower_attentions
+from export.lowering.residual import residual_stream
 from export.lowering.upsampling import Upsampling, lower_upsampling
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -36,9 +37,6 @@ TORCH_TYPES = {
 LOW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 OPSETS = range(17, 25)
 """17 has LayerNormalization (TensorRT 8.6); 24 is what TensorRT 11.4 reads."""
-
-BLOCK = re.compile(re.escape(BLOCKS) + r"\d+")
-"""The path of a block itself, whose Adds are its two residual sums."""
 
 
 def lower(
@@ -72,8 +70,9 @@ def lower(
     if low:
         raise ExportError(f"the model is {low.name.lower()} already; precision is lowered from an FP32 model")
     kept = _kept_modules(graph, keep_fp32)
-    sums = _residual_sums(graph, precision, residual)
-    islands = sums | lower_attentions(graph, precision, attention, kept)
+    check_residual(precision, residual)
+    stream = residual_stream(graph) if residual == "fp32" != precision else set()
+    islands = stream | lower_attentions(graph, precision, attention, kept)
     lower_upsampling(graph, precision, upsampling)
     if precision != "fp32":
         retype(graph, TYPES[precision], lambda node: computes_in_fp32(node) or node in islands or _module(node) in kept)
@@ -97,15 +96,14 @@ def computes_in_fp32(node: ir.Node) -> bool:
     return node.op_type == "LayerNormalization" or module.endswith(".rope") or module == INPUT
 
 
-def _residual_sums(graph: ir.Graph, precision: str, residual: Residual) -> set[ir.Node]:
-    """The residual sums that stay in FP32: half the error for a seventh more traffic (FP16, full depth, 336 px)."""
-    check_residual(precision, residual)
-    if residual != "fp32":
-        return set()
-    sums = {node for node in graph if node.op_type == "Add" and BLOCK.fullmatch(_module(node))}
-    if not sums:
-        raise ExportError("--residual fp32: the graph has no residual sums of blocks; leave it out, or use --keep-fp32")
-    return sums
+def residuals_to_try(precision: str, residual: Residual) -> tuple[Residual, ...]:
+    """As asked; an `auto` of FP16 that fails is tried again with FP32 sums."""
+    return ("auto", "fp32") if (precision, residual) == ("fp16", "auto") else (residual,)
+
+
+def residual_type(precision: str, residual: Residual) -> Residual:
+    """What a manifest says: the type of FP16's sums, and `auto` where they have the precision's."""
+    return "fp16" if (precision, residual) == ("fp16", "auto") else residual
 
 
 def check_residual(precision: str, residual: Residual) -> None:

@@ -12,10 +12,11 @@ from export.lowering.precision import TYPES, Precision
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What `export.lowering.precision.lower` is asked for; an opset of None is its choice."""
+    """What `export.lowering.precision.lower` is asked for, and for whom; an opset of None is its choice."""
 
     attention: AttentionForm
     opset: int | None
+    readers: tuple[Reader, ...] = ()
 
 
 def choose_form(
@@ -54,7 +55,7 @@ def choose_form(
             f"--precision bf16: its convolutions need opset 22, {oldest.name} is known to read {oldest.opset}; "
             f"{others}leave it out of --reader, or use --precision fp16"
         )
-    return Form(form, opset if opset is not None or needed <= oldest.opset else oldest.opset)
+    return Form(form, opset if opset is not None or needed <= oldest.opset else oldest.opset, tuple(readers))
 
 
 def _check_types(readers: Sequence[Reader], precision: Precision) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +16,9 @@ import onnx_ir as ir
 import safetensors.numpy
 import torch
 
-from export.contract.signature import Signature
+from export.contract.signature import KINDS, Signature
+from export.graph.deployed_module import with_head
 from export.proof.fidelity import FidelityError, Verdict, compare
-from export.proof.reference import write_reference
 from export.proof.rounding_simulation import is_low_precision, simulate, watch_finite
 from neck.necks import Sam3DualViTDetNeck, forward_necks
 from neck.pictures import PictureFolder, find_pictures, load_pictures, normalise
@@ -29,6 +30,71 @@ Report = Callable[[str], None]
 MEMORY = Path("/proc/meminfo")
 
 SIMULATED = "simulated: every FP16 or BF16 rounding of the graph written out in FP32 ONNX Runtime"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What the plain module gives: made once, it serves every file of the same size, necks and levels.
+
+    Attributes:
+        pixels: uint8 (B, H, W, 3).
+        outputs: float32 by name.
+        device: where it was computed.
+        notes: what is to be said of the pictures.
+    """
+
+    pixels: np.ndarray
+    outputs: Mapping[str, np.ndarray]
+    device: str
+    notes: tuple[str, ...] = ()
+
+    def image(self, signature: Signature) -> np.ndarray:
+        """The pictures as a file with this signature takes them."""
+        return self.pixels if signature.input == "uint8" else normalise(self.pixels).numpy()
+
+    def method(self, candidate: str, how: str = "") -> str:
+        """What was compared with what, for the verdict."""
+        count = len(self.pixels)
+        return "; ".join([f"PyTorch FP32{candidate}, {count} picture{'s' * (count > 1)}{how}", *self.notes])
+
+
+def make_reference(
+    encoder: Sam3DualViTDetNeck,
+    signature: Signature,
+    count: int | None = None,
+    images: Path | PictureFolder | None = None,
+    report: Report = lambda line: None,
+) -> Reference:
+    """Runs the plain module in FP32, without TF32, where its weights lie.
+
+    Args:
+        encoder: the plain encoder.
+        signature: which outputs, and the image's size.
+        count: how many pictures; by default as `picture_count` says of the signature's batch.
+        images: a folder of pictures; without one the shipped picture.
+        report: told before the run.
+
+    Raises:
+        PictureError: pictures that cannot be read.
+    """
+    notes: list[str] = []
+    pixels = reference_pixels(signature, images, count or _count(signature), notes.append)
+    report("reference: the plain module in PyTorch FP32")
+    encoder.set_imgsz(signature.image_size)
+    with _exact_fp32():
+        outputs = reference_outputs(encoder, pixels, signature)
+    return Reference(pixels, outputs, next(encoder.parameters()).device.type, tuple(notes))
+
+
+@contextlib.contextmanager
+def _exact_fp32() -> Iterator[None]:
+    """Turns TF32 off, which torch uses in convolutions on a GPU by default: it keeps 10 bits of 23."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def reference_pixels(
@@ -48,36 +114,38 @@ def reference_pixels(
     return np.stack([np.roll(shipped, turn * shipped.shape[1] // count, axis=1) for turn in range(count)])
 
 
-def reference_outputs(
-    encoder: Sam3DualViTDetNeck, pixels: np.ndarray, necks: Sequence[str], levels: Sequence[int]
-) -> dict[str, np.ndarray]:
-    """Outputs of the plain module in FP32, features and positions of every asked neck and level.
+def reference_outputs(encoder: Sam3DualViTDetNeck, pixels: np.ndarray, signature: Signature) -> dict[str, np.ndarray]:
+    """Outputs of the plain module in FP32, features and positions of every neck and level of the signature.
 
     Args:
-        encoder: the plain encoder, set to the pictures' size.
+        encoder: the plain encoder, set to the pictures' size; where the signature has a head, with it: the mask
+            decoder's convolutions run after the neck's, as the model runs them.
         pixels: uint8 (B, H, W, 3).
-        necks, levels: which outputs.
+        signature: which outputs.
     """
-    parameter = next(encoder.parameters())
+    encoder = with_head(encoder, signature)
+    images = normalise(pixels).to(next(encoder.parameters()).device)
     with torch.inference_mode():
-        outputs = forward_necks(encoder, normalise(pixels).to(parameter.device), necks, levels)
+        outputs = forward_necks(encoder, images, signature.necks, signature.levels)
+        if encoder.sam2_head is not None:
+            feats, _ = outputs["sam2"]
+            feats[:] = map(encoder.sam2_head, signature.levels, feats)
     return {
-        f"{neck}_{kind}_{level}": tensor.float().cpu().numpy()
+        signature.spec(neck, kind, level).name: tensor.float().cpu().numpy()
         for neck, pair in outputs.items()
-        for kind, tensors in zip(("feat", "pos"), pair, strict=True)
-        for level, tensor in zip(levels, tensors, strict=True)
+        for kind, maps in zip(KINDS, pair, strict=True)
+        for level, tensor in zip(signature.levels, maps, strict=True)
+        if level in signature.levels_of(neck)
     }
 
 
 def verify_onnx(
     path: Path,
     signature: Signature,
-    encoder: Sam3DualViTDetNeck,
+    reference: Reference,
     precision: str,
     *,
-    images: Path | PictureFolder | None = None,
     overrides: Mapping[str, float] | None = None,
-    save: Path | None = None,
     report: Report = lambda line: None,
 ) -> Verdict:
     """Compares an ONNX file's outputs with the plain module's.
@@ -87,26 +155,15 @@ def verify_onnx(
     Args:
         path: the ONNX file, its weights beside it.
         signature: its contract.
-        encoder: the plain encoder.
+        reference: what the plain module gives.
         precision: which tolerances apply.
-        images: a folder of pictures; without one the shipped picture.
         overrides: relative L2 by output name or wildcard.
-        save: where to keep the pictures and the plain module's outputs.
         report: told of every step.
 
     Raises:
         FidelityError: outputs that the reference lacks, an override that fits none.
-        PictureError: pictures that cannot be read.
     """
-    count = picture_count(signature)
-    notes: list[str] = []
-    pixels = reference_pixels(signature, images, count, notes.append)
-    report("reference: the plain module in PyTorch FP32")
-    encoder.set_imgsz(signature.image_size)
-    reference = reference_outputs(encoder, pixels, signature.necks, signature.levels)
-    if save is not None:
-        write_reference(save, pixels, {spec.name: reference[spec.name] for spec in signature.outputs})
-    image = pixels if signature.input == "uint8" else normalise(pixels).numpy()
+    image = reference.image(signature)
     model = ir.load(path)
     low = is_low_precision(model)
     report("candidate: ONNX Runtime" + (", roundings written out" if low else ""))
@@ -115,11 +172,10 @@ def verify_onnx(
     candidate = dict(zip(names, run_model(model, path.parent, image), strict=True))
     if signature.positions == "file":
         stored = safetensors.numpy.load_file(positions_path(path))
-        shapes = {name: (count, *array.shape[1:]) for name, array in stored.items()}
+        shapes = {name: (len(image), *array.shape[1:]) for name, array in stored.items()}
         candidate |= {name: np.broadcast_to(array, shapes[name]) for name, array in stored.items()}
-    method = f"PyTorch FP32 against ONNX Runtime {require_runtime().__version__}, {count} picture{'s' * (count > 1)}"
-    method = "; ".join([f"{method}, {SIMULATED}" if low else method, *notes])
-    verdict = compare(reference, candidate, precision, method, overrides)
+    method = reference.method(f" against ONNX Runtime {require_runtime().__version__}", f", {SIMULATED}" if low else "")
+    verdict = compare(reference.outputs, candidate, precision, method, overrides)
     if rounded and any(comparison.non_finite for comparison in verdict.comparisons):
         report("looking for the first tensor that is not finite")
         verdict = dataclasses.replace(verdict, first_bad=first_non_finite(model, rounded, path.parent, image))
@@ -156,7 +212,7 @@ def check_memory(signature: Signature, encoder: Sam3DualViTDetNeck) -> None:
         return
     found = re.search(r"MemAvailable: *(\d+) kB", MEMORY.read_text())
     tokens, heads = math.prod(encoder.trunk.grid), encoder.trunk.config.num_heads
-    needed = 2 * picture_count(signature) * heads * tokens**2 * 4
+    needed = 2 * _count(signature) * heads * tokens**2 * 4
     if found and needed > int(found[1]) * 1024:
         height, width = signature.image_size
         raise FidelityError(
@@ -165,10 +221,13 @@ def check_memory(signature: Signature, encoder: Sam3DualViTDetNeck) -> None:
         )
 
 
-def picture_count(signature: Signature) -> int:
-    """How many pictures a file is verified on: its batch, or two of a dynamic one where it takes them."""
-    batch = signature.batch
-    return max(batch.minimum, min(batch.maximum, 2)) if batch.dynamic else batch.optimum
+def picture_count(low: int, high: int) -> int:
+    """How many pictures a file is verified on: two where the batch is dynamic, to see that they do not mix."""
+    return max(low, min(high, 2))
+
+
+def _count(signature: Signature) -> int:
+    return picture_count(signature.batch.minimum, signature.batch.maximum)
 
 
 def run_model(model: ir.Model, folder: Path, image: np.ndarray) -> list[np.ndarray]:
