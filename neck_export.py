@@ -50,6 +50,10 @@ State = Annotated[
 ]
 Prefix = Annotated[str | None, typer.Option(help="Which encoder of a state that holds several: detector.")]
 Config = Annotated[Path | None, typer.Option(help="encoder.json, where the weights do not tell")]
+Sam2Outputs = Annotated[
+    Literal["features", "head"],
+    typer.Option(help="head: the mask decoder's conv_s0 and conv_s1 folded in: sam2_high_res_0, _1, sam2_feat_2"),
+]
 PictureRange = Annotated[
     str | None, typer.Option(help="LOW:HIGH, black and white of pictures deeper than 8 bits [default: their high byte]")
 ]
@@ -74,6 +78,7 @@ def onnx(
     positions: Annotated[
         Literal["graph", "file", "none"], typer.Option(help="Position encodings: outputs, a file beside it, or none")
     ] = "graph",
+    sam2_outputs: Sam2Outputs = "features",
     input: Annotated[
         Literal["float", "uint8"], typer.Option(help="float: normalised (B, 3, H, W); uint8: pixels (B, H, W, 3)")
     ] = "float",
@@ -124,6 +129,7 @@ def onnx(
             necks=neck,
             levels=levels,
             positions=positions,
+            sam2_outputs=sam2_outputs,
             input_kind=input,
             precision=precision,
             attention=attention,
@@ -173,6 +179,9 @@ def trt(
         Residual, typer.Option(help="Type of the blocks' sums, where an FP32 file is lowered")
     ] = "auto",
     timing_cache: Annotated[Path | None, typer.Option(help="File of measured kernels (TensorRT)")] = None,
+    replay_timing: Annotated[
+        Path | None, typer.Option(help="A saved timing cache: the same kernels again, or no plan (TensorRT)")
+    ] = None,
     optimization_level: Annotated[int | None, typer.Option(help="0 (fast build) to 5")] = None,
     workspace_gib: Annotated[float | None, typer.Option(help="Scratch memory on the GPU")] = None,
     version_compatible: Annotated[bool, typer.Option(help="The plan loads in later versions")] = False,
@@ -214,6 +223,7 @@ def trt(
                 version_compatible=version_compatible,
                 hardware_compatible=hardware_compatible,
                 timing_cache=timing_cache,
+                replay_timing=replay_timing,
             ),
             verify=verify,
             images=pictures(images, picture_range),
@@ -371,6 +381,7 @@ def bench(
     neck: Annotated[str, typer.Option(help="both, all, or names with commas; auto: sam3, or what is there")] = "auto",
     levels: Annotated[str, typer.Option(help="Levels with commas, 0 the finest")] = "all",
     positions: Annotated[Literal["graph", "none"], typer.Option(help="Position encodings: outputs or none")] = "graph",
+    sam2_outputs: Sam2Outputs = "features",
     images: Annotated[Path | None, typer.Option(help="Folder of pictures to compare outputs on")] = None,
     picture_range: PictureRange = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: the GPU where there is one")] = "auto",
@@ -414,6 +425,7 @@ def bench(
                 necks=neck,
                 levels=levels,
                 positions=positions,
+                sam2_outputs=sam2_outputs,
                 images=images,
                 picture_range=parse_range(images, picture_range),
                 device=device,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.errors import BenchError
-from export.contract.signature import Positions
+from export.contract.signature import Positions, Sam2Outputs
 from neck.config import EncoderConfig
 from neck.pictures import ValueRange
 
@@ -34,7 +34,7 @@ class BenchOptions:
         output: the folder; what a rerun goes on from lies in OUTPUT/work.
         quick: few backends, no sweeps, on a CPU at 24 patches a side (336 px): the whole encoder in under 3 minutes.
         checkpoint, state, prefix, adapter, adapter_alpha, config, seed: the encoder.
-        image_size, batch, necks, levels, positions: its main point.
+        image_size, batch, necks, levels, positions, sam2_outputs: its main point.
         images: a folder of pictures; without one the shipped picture.
         picture_range: of pictures deeper than 8 bits.
         device: where; `auto` is the GPU where there is one.
@@ -64,6 +64,7 @@ class BenchOptions:
     necks: str = "auto"
     levels: str = "all"
     positions: Positions = "graph"
+    sam2_outputs: Sam2Outputs = "features"
     images: Path | None = None
     picture_range: ValueRange | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"

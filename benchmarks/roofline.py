@@ -47,7 +47,8 @@ def encoder_parts(config: EncoderConfig, signature: Signature, batch: int, *, re
         config: the architecture; its image size is the run's.
         signature: which necks, levels and positions.
         batch: pictures.
-        rewritten: with each ConvTranspose merged with the 1x1 convolution after it, as the rewritten module has them.
+        rewritten: with each ConvTranspose merged with the 1x1 convolution after it, and the head folded, as the
+            rewritten module has them.
     """
     height, width = config.grid
     tokens, window = height * width, config.window_size
@@ -63,15 +64,11 @@ def encoder_parts(config: EncoderConfig, signature: Signature, batch: int, *, re
         operations = 8 * rows * channels**2 + 4 * rows * seen * channels + 4 * tokens * channels * config.mlp_hidden
         tables = 4 * seen * config.head_dim if blocks else 0  # cosine and sine, half a head each
         parts.append(Part(name, batch * blocks * operations, blocks * _block_elements(config), tables))
-    for level in signature.levels:
-        size = signature.level_sizes[level]
-        operations, weights = _level(config, config.scale_factors[level], size, rewritten)
-        necks = len(signature.necks)
-        outputs = batch * necks * config.d_model * math.prod(size)
-        parts.append(Part(f"level {level}", batch * necks * operations, necks * weights, 0, outputs))
+    parts += [_level_part(config, signature, level, batch, rewritten) for level in signature.levels]
     if signature.positions == "graph":
         sizes = [signature.level_sizes[level] for level in signature.levels]
-        elements = len(signature.necks) * batch * config.d_model * sum(math.prod(size) for size in sizes)
+        maps = [signature.level_sizes[level] for neck in signature.necks for level in signature.levels_of(neck)]
+        elements = batch * config.d_model * sum(math.prod(size) for size in maps)
         table = config.d_model // 2 * sum({side for size in sizes for side in size})
         parts.append(Part("positions", 0, table, 0, elements))
     return parts
@@ -83,16 +80,24 @@ def _block_elements(config: EncoderConfig) -> int:
     return linear + 4 * channels  # two LayerNorms
 
 
-def _level(config: EncoderConfig, scale: float, size: Sequence[int], rewritten: bool) -> tuple[int, int]:
-    """Operations for one picture and parameters of one level of one neck."""
+def _level_part(config: EncoderConfig, signature: Signature, level: int, batch: int, rewritten: bool) -> Part:
+    """One level of every neck that has it."""
+    size, scale = signature.level_sizes[level], config.scale_factors[level]
+    kept = [signature.channels(neck, level) for neck in signature.necks if level in signature.levels_of(neck)]
+    each = [_level(config, scale, size, rewritten, channels) for channels in kept]
+    operations, weights = (sum(values) for values in zip(*each, strict=True))
+    return Part(f"level {level}", batch * operations, weights, 0, batch * sum(kept) * math.prod(size))
+
+
+def _level(config: EncoderConfig, scale: float, size: Sequence[int], rewritten: bool, kept: int) -> tuple[int, int]:
+    """Operations for one picture and parameters of one level of one neck, whose head keeps some of d_model channels."""
     channels, out, pixels = config.embed_dim, config.d_model, math.prod(size)
     layers: list[tuple[int, int, int, int]] = []  # taps for each output pixel, kernel, channels in, channels out
     at = channels
     upsampled = {4.0: (channels // 2, channels // 4), 2.0: (channels // 2,)}.get(scale, ())
     operations = 0
     for step, width in enumerate(upsampled):
-        last = step == len(upsampled) - 1
-        width = out if last and rewritten else width
+        width = out if step == len(upsampled) - 1 and rewritten else width
         # stride 2, kernel 2: each output pixel has one tap
         operations += 2 * pixels // 4 ** (len(upsampled) - 1 - step) * at * width
         layers.append((1, 4, at, width))
@@ -100,8 +105,12 @@ def _level(config: EncoderConfig, scale: float, size: Sequence[int], rewritten: 
     if not (upsampled and rewritten):
         operations += 2 * pixels * at * out
         layers.append((1, 1, at, out))
-    operations += 2 * pixels * 9 * out * out
-    layers.append((9, 9, out, out))
+    last = kept if rewritten else out
+    operations += 2 * pixels * 9 * out * last
+    layers.append((9, 9, out, last))
+    if last != kept:
+        operations += 2 * pixels * out * kept
+        layers.append((1, 1, out, kept))
     return operations, sum(kernel * inner * outer + outer for _, kernel, inner, outer in layers)
 
 

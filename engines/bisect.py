@@ -118,7 +118,7 @@ class Search:
         signature = Signature.from_dict(manifest["signature"])
         pixels = reference_pixels(signature, images, signature.batch.minimum, report)
         self.image = pixels if signature.input == "uint8" else normalise(pixels).numpy()
-        self.outputs = [spec.name for spec in signature.outputs if "_feat_" in spec.name]
+        self.outputs = [spec.name for spec in signature.of_kind("feat")]
         report("trace")
         self.canonical = trace(DeployEncoder(encoder, signature, Rewrites(**manifest["rewrites"])))
         report("reference: the same graph in FP32")
@@ -220,9 +220,9 @@ class Search:
         return [*last, *(self._level(name) for name in levels)]
 
     def _level(self, output: str) -> str:
-        """The module that gives an output of the file: sam3_feat_0 -> convs.0."""
-        neck, _, level = output.rsplit("_", 2)
-        return f"{NECK_MODULES[neck]}.{level}"
+        """The module that gives an output of the file: sam3_feat_0 -> convs.0, sam2_high_res_0 -> sam2_convs.0."""
+        parts = output.split("_")
+        return f"{NECK_MODULES[parts[0]]}.{parts[-1]}"
 
 
 def finding_lines(finding: Finding) -> list[str]:

@@ -42,6 +42,7 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
         *(f"  {kind:7} {spec['name']}: {spec['dtype']} {tuple(spec['shape'])}" for kind, spec in tensors),
         f"  from    {found['onnx']['name']}",
         *(f"  note    {note}" for note in found.get("notes", ())),
+        *timing_cache_lines(found),
         f"  plan    {'verified: ' + checked['method'] if checked['verified'] else checked['reason']}",
     ]
     if graph := checked.get("onnx"):
@@ -49,6 +50,16 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
         lines.append(f"  graph   {word}: {graph.get('method') or graph.get('reason')}")
     sheet = read_sheet(path)
     return [*lines, "", sheet.table(kernels)] if sheet else [*lines, no_sheet_line(found)]
+
+
+def timing_cache_lines(manifest: dict[str, Any]) -> list[str]:
+    """Which timing cache a plan's kernels were saved to or taken from; plans with one hash have the same kernels."""
+    cache = manifest.get("timing_cache")
+    if not cache:
+        return []
+    return [
+        f"  timing  {'replayed' if cache['replayed'] else 'saved'}: {cache['file']}, SHA-256 {cache['sha256'][:12]}"
+    ]
 
 
 def no_sheet_line(manifest: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -12,11 +13,11 @@ from typing import Any, Literal
 
 from engines.builder.attention_forms import Built, Typing, build_forms
 from engines.builder.flavor import Flavor, choose_flavor
-from engines.builder.onnx_graph import read_graph
-from engines.builder.onnx_source import read_source, typed_as
+from engines.builder.onnx_source import Source, read_source
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
 from engines.builder.plan_stream import Progress
-from engines.run.verify import signature_of, verify_plan, why_not_run
+from engines.builder.timing_cache import replayed_hash
+from engines.run.verify import verify_plan, why_not_run
 from engines.sheet.layer_sheet import LayerSheet, layers_path, read_sheet
 from export.contract.manifest import (
     ManifestError,
@@ -28,13 +29,13 @@ from export.contract.manifest import (
     staging,
     write_manifest,
 )
-from export.contract.signature import BatchRange
+from export.contract.signature import Signature
 from export.lowering.attention import AttentionForm
-from export.lowering.precision import Precision, Residual
+from export.lowering.precision import Precision, Residual, residuals_to_try
 from export.lowering.upsampling import Upsampling
 from export.pipeline import RejectedError
 from export.proof.fidelity import Verdict
-from export.proof.verify import Report, make_reference, verify_onnx
+from export.proof.verify import Reference, Report, make_reference, verify_onnx
 from export.weights_origin import manifest_encoder, tool_version
 from neck.pictures import PictureFolder
 
@@ -103,67 +104,92 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
         RejectedError: the plan, or without a GPU its ONNX graph, left tolerance; it stays as X.plan.rejected.
     """
     flavor = choose_flavor(options.flavor)
-    read_graph(options.onnx)  # whole, before anything long
     source = read_source(options.onnx, report)
-    held = source["precision"] if source else typed_as(options.onnx)
-    precision = options.precision or held
-    key = reuse_key(options, flavor, source, precision)
-    found, reason = reusable(options, key)
+    job = Job(options, flavor, source, options.precision or source.precision, report)
+    found, reason = reusable(job)
     if found:
         return found
     with contextlib.ExitStack() as left, staging(options.output) as folder:
         staged = folder / options.output.name
-        build = dataclasses.replace(
-            options.build, precision=precision, batch=_batch(options, source), keep_fp32=_kept(options, source)
-        )
-        more: tuple[Residual, ...] = (
-            ("fp32",) if (held, precision, options.residual) == ("fp32", "fp16", "auto") else ()
-        )
+        verdict: Verdict | None = None
         notes: tuple[str, ...] = ()
-        for residual in (options.residual, *more):
-            typing = Typing(held, options.attention, options.upsampling, options.keep_fp32, residual)
-            built = build_forms(options.onnx, staged, build, typing, source, flavor, left, report, progress)
-            built = dataclasses.replace(built, notes=(*notes, *built.notes))
-            about = _manifest(options, source, built, key, precision)
-            verdict, verification = _verify(options, source, flavor, built.typed, staged, precision, about, report)
+        for residual in job.residuals:
+            if verdict:
+                notes = (f"{', '.join(verdict.failed_names)} left tolerance: built again with residual sums in FP32",)
+            typing = Typing(options.attention, options.upsampling, options.keep_fp32, residual)
+            built = build_forms(job.source, staged, job.build, typing, job.flavor, left, report, progress)
+            about = _manifest(job, built, (*notes, *built.notes))
+            verdict, verification = _verify(job, built.typed, staged, about)
             if verdict is None or verdict.passed:
                 break
-            notes = (f"{', '.join(verdict.failed_names)} left tolerance: built again with residual sums in FP32",)
-        files, result = [staged], built.result
-        if result.sheet:
+        files, sheet = [staged], built.result.sheet
+        if sheet:
             files.append(layers_path(staged))
-            files[-1].write_text(json.dumps(result.sheet.to_dict()) + "\n", encoding="utf-8")
+            files[-1].write_text(json.dumps(sheet.to_dict()) + "\n", encoding="utf-8")
         manifest = write_manifest(manifest_path(staged), "plan", about | {"verification": verification}, files)
         for file in [path for path in folder.iterdir() if ".onnx" in path.name]:  # typed on the way
             file.unlink()
-        if verdict is not None and not verdict.passed:
+        if verdict and not verdict.passed:
             raise _reject(options, folder, manifest, verdict)
         publish_plan(folder, options.output)
-    return PlanResult(options.output, manifest, result.sheet, verdict, reason=reason)
+    return PlanResult(options.output, manifest, sheet, verdict, reason=reason)
 
 
-def reuse_key(
-    options: PlanOptions, flavor: Flavor, source: dict[str, Any] | None, precision: Precision
-) -> dict[str, Any]:
-    """Everything that decides what a plan holds; two plans with equal keys are alike."""
-    onnx = source["files"] if source else [{"name": options.onnx.name, "bytes": options.onnx.stat().st_size}]
-    return {
-        "onnx": onnx,
-        "precision": precision,
-        "attention": options.attention,
-        "upsampling": options.upsampling,
-        "keep_fp32": list(options.keep_fp32),
-        "residual": options.residual,
-        "options": dataclasses.replace(options.build, precision=precision).to_dict(),
-        "flavor": flavor.name,
-        "tensorrt_version": flavor.version,
-        "gpu": dataclasses.asdict(flavor.gpu) if flavor.gpu else None,
-        "neck_export": tool_version(),
-    }
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is built, of which file, by which TensorRT, in which precision."""
+
+    options: PlanOptions
+    flavor: Flavor
+    source: Source
+    precision: Precision
+    report: Report
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Everything that decides what a plan holds; two plans with equal keys are alike."""
+        return {
+            "onnx": self.source.files,
+            "precision": self.precision,
+            "attention": self.options.attention,
+            "upsampling": self.options.upsampling,
+            "keep_fp32": list(self.options.keep_fp32),
+            "residual": self.options.residual,
+            "options": dataclasses.replace(self.options.build, precision=self.precision).to_dict(),
+            "replay_timing": replayed_hash(self.flavor, self.options.build),
+            "flavor": self.flavor.name,
+            "tensorrt_version": self.flavor.version,
+            "gpu": dataclasses.asdict(self.flavor.gpu) if self.flavor.gpu else None,
+            "neck_export": tool_version(),
+        }
+
+    @property
+    def build(self) -> BuildOptions:
+        """The builder's options, with what the file tells: its batch, unless another is asked, and its FP32 modules."""
+        asked = self.options.build
+        kept = (*asked.keep_fp32, *self.options.keep_fp32, *self.source.keep_fp32)
+        return dataclasses.replace(
+            asked, precision=self.precision, batch=asked.batch or self.source.batch, keep_fp32=kept
+        )
+
+    @property
+    def residuals(self) -> tuple[Residual, ...]:
+        """Types of the residual sums to try in turn; those of a low-precision file are what they are."""
+        asked = self.options.residual
+        return residuals_to_try(self.precision, asked) if self.source.precision == "fp32" else (asked,)
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """What the encoder that the file's manifest tells of gives in PyTorch."""
+        where, manifest = manifest_path(self.source.path), self.source.manifest or {}
+        signature = Signature.from_dict(manifest["signature"])
+        encoder = manifest_encoder(where, manifest)
+        return make_reference(encoder, signature, images=self.options.images, report=self.report)
 
 
-def reusable(options: PlanOptions, key: dict[str, Any]) -> tuple[PlanResult | None, str | None]:
+def reusable(job: Job) -> tuple[PlanResult | None, str | None]:
     """The plan that is there, or why it must be built again; both None where there is none."""
+    options = job.options
     if not options.output.exists():
         return None, None
     where = manifest_path(options.output)
@@ -173,10 +199,10 @@ def reusable(options: PlanOptions, key: dict[str, Any]) -> tuple[PlanResult | No
     except ManifestError as error:
         return None, str(error)
     old = manifest.get("key", {})
-    for name, value in key.items():
+    for name, value in job.key.items():
         if old.get(name) != value:
             return None, f"{name} was {json.dumps(old.get(name))}, is {json.dumps(value)}"
-    if not any("sha256" in entry for entry in key["onnx"]):
+    if job.source.manifest is None:
         return None, f"{options.onnx.name} has no manifest that tells whether it changed"
     checked = manifest["verification"]
     if options.verify and not checked["verified"] and not checked.get("onnx", {}).get("verified"):
@@ -184,31 +210,16 @@ def reusable(options: PlanOptions, key: dict[str, Any]) -> tuple[PlanResult | No
     return PlanResult(options.output, manifest, read_sheet(options.output), None, reused=True), None
 
 
-def _batch(options: PlanOptions, source: dict[str, Any] | None) -> BatchRange | None:
-    """The range that the file was exported for, unless another is asked."""
-    if options.build.batch or not source:
-        return options.build.batch
-    batch = BatchRange.parse(source["signature"]["batch"])
-    return batch if batch.dynamic else None
-
-
-def _kept(options: PlanOptions, source: dict[str, Any] | None) -> tuple[str, ...]:
-    """Modules in FP32: what the caller asks for, of this lowering or of a file that is lowered, and the file's own."""
-    return (*options.build.keep_fp32, *options.keep_fp32, *(source["keep_fp32"] if source else ()))
-
-
-def _manifest(
-    options: PlanOptions, source: dict[str, Any] | None, built: Built, key: dict[str, Any], precision: Precision
-) -> dict[str, Any]:
+def _manifest(job: Job, built: Built, notes: tuple[str, ...]) -> dict[str, Any]:
     """What the plan's manifest says, its verification aside."""
-    result = built.result
+    result, signature = built.result, job.source.signature(job.precision)
     first = result.inputs[0].shape[0]
     return {
-        "key": key,
-        "precision": precision,
+        "key": job.key,
+        "precision": job.precision,
         "attention_form": built.attention,
         "residual": built.residual,
-        "notes": list(built.notes),
+        "notes": list(notes),
         "flavor": result.flavor,
         "tensorrt_version": result.version,
         "compute_capabilities": list(result.compute_capabilities),
@@ -217,46 +228,36 @@ def _manifest(
         "batch": str(result.options.batch or DEFAULT_BATCH) if isinstance(first, str) else str(first),
         "inputs": [dataclasses.asdict(spec) for spec in result.inputs],
         "outputs": [dataclasses.asdict(spec) for spec in result.outputs],
+        "timing_cache": result.timing_cache,
         "build_seconds": round(result.seconds, 2),
         "layers": result.sheet.summary() if result.sheet else None,
         "no_layers": result.no_sheet,
-        "onnx": key["onnx"][0],
-        "signature": signature_of(source, precision).to_dict() if source else None,
-        "onnx_manifest": source,
+        "onnx": job.source.files[0],
+        "signature": signature.to_dict() if signature else None,
+        "onnx_manifest": job.source.manifest,
     }
 
 
-def _verify(
-    options: PlanOptions,
-    source: dict[str, Any] | None,
-    flavor: Flavor,
-    typed: Path,
-    staged: Path,
-    precision: Precision,
-    about: dict[str, Any],
-    report: Report,
-) -> tuple[Verdict | None, dict[str, Any]]:
+def _verify(job: Job, typed: Path, staged: Path, about: dict[str, Any]) -> tuple[Verdict | None, dict[str, Any]]:
     """The verdict on the plan where it runs here, else on its ONNX graph, and what the manifest says of it."""
+    options, source, report = job.options, job.source, job.report
     if not options.verify:
         return None, {"verified": False, "reason": "not verified: --no-verify"}
-    if source is None:
-        unknown = f"not verified: {options.onnx.name} has no manifest, so the weights to compare with are unknown"
+    signature = source.signature(job.precision)
+    if source.manifest is None or signature is None:
+        unknown = f"not verified: {source.path.name} has no manifest, so the weights to compare with are unknown"
         return None, {"verified": False, "reason": unknown}
-    reason = why_not_run(staged, about, flavor)
-    if reason is None:
+    if (reason := why_not_run(staged, about, job.flavor)) is None:
         report("verify: the plan against PyTorch")
         # a session loads no plan without its manifest; written here alone, since its SHA-256 reads the whole plan
         write_manifest(manifest_path(staged), "plan", about | {"verification": {"verified": False}}, [staged])
         verdict = verify_plan(staged, images=options.images, overrides=options.tolerances, report=report)
         return verdict, verdict.to_dict()
-    before = source["verification"]
-    if typed == options.onnx and before["verified"] and not options.images and not options.tolerances:
+    before = source.manifest["verification"]
+    if typed == source.path and before["verified"] and not options.images and not options.tolerances:
         return None, {"verified": False, "reason": reason, "onnx": before}
     report("verify: the ONNX graph against PyTorch, as the plan does not run here")
-    encoder = manifest_encoder(manifest_path(options.onnx), source)
-    signature = signature_of(source, precision)
-    reference = make_reference(encoder, signature, images=options.images, report=report)
-    verdict = verify_onnx(typed, signature, reference, precision, overrides=options.tolerances, report=report)
+    verdict = verify_onnx(typed, signature, job.reference, job.precision, overrides=options.tolerances, report=report)
     return verdict, {"verified": False, "reason": reason, "onnx": verdict.to_dict()}
 
 

@@ -17,7 +17,7 @@ import torch
 from engines.builder.flavor import FlavorError, choose_flavor
 from engines.builder.onnx_graph import BuildError
 from engines.builder.onnx_source import read_source
-from engines.plan import PlanOptions, PlanResult, make_plan, publish_plan, reuse_key
+from engines.plan import Job, PlanOptions, PlanResult, make_plan, publish_plan
 from engines.run.plan_checks import SessionError
 from engines.run.timing import median_ms
 from engines.sheet.layer_sheet import read_sheet
@@ -93,19 +93,21 @@ def tune_plan(
     Raises:
         TuneError: no GPU, a file that is not FP32, or no candidate that passes.
     """
+    if options.build.replay_timing:
+        raise TuneError("--tune tries what --replay-timing would have no times of; give one of them")
     flavor = choose_flavor(options.flavor)
     if flavor.gpu is None and measure is None:
         raise TuneError("--tune measures every candidate, so it needs an NVIDIA GPU with its driver; build without it")
     if measure is None and not torch.cuda.is_available():
         raise TuneError("--tune runs every candidate by torch, which is a CPU build; install its CUDA build")
     source = read_source(options.onnx, report)
-    if source is None or source["precision"] != "fp32" or options.precision in (None, "fp32"):
+    if source.manifest is None or source.precision != "fp32" or options.precision in (None, "fp32"):
         raise TuneError(
             f"{options.onnx}: --tune lowers an FP32 file of neck-export; export one, and add --fp16 or --bf16"
         )
     folder = options.output.with_name(options.output.name + ".tuning")
     state = folder / "rows.json"
-    key = reuse_key(options, flavor, source, options.precision)
+    key = Job(options, flavor, source, options.precision, report).key
     rows = finished_rows(state, key, options.output.name)
     attentions = ATTENTIONS if options.precision == "fp16" else ("fused", "fp32acc")
     for attention, upsampling in itertools.product(attentions, UPSAMPLINGS):

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from export.contract.readers import find_readers
-from export.contract.signature import BatchRange, InputKind, Positions, Signature, choose_necks, encoder_signature
+from export.contract.signature import (
+    BatchRange,
+    InputKind,
+    Positions,
+    Sam2Outputs,
+    Signature,
+    choose_necks,
+    encoder_signature,
+)
 from export.graph.rewrite import Rewrites
 from export.graph.trace import ExportError
 from export.lowering.attention import AttentionForm
@@ -38,6 +46,7 @@ class ExportOptions:
         adapter: a folder of PEFT whose LoRA is merged into the checkpoint's weights.
         adapter_alpha: lora_alpha of an adapter that the checkpoint itself holds.
         necks: `auto` is sam3, or what is there where sam3 is not.
+        sam2_outputs: `head` gives levels 0 and 1 of the sam2 neck as SAM 2's mask decoder reads them.
         image_size: (height, width) in pixels, or None for the config's.
         residual: type of the blocks' residual sums; `auto` is the precision's, and FP32 where verification fails.
         readers: who shall read the file, names with commas; empty leaves the form to `attention` and `opset`.
@@ -57,6 +66,7 @@ class ExportOptions:
     necks: str = "auto"
     levels: str = "all"
     positions: Positions = "graph"
+    sam2_outputs: Sam2Outputs = "features"
     input_kind: InputKind = "float"
     precision: Precision = "fp32"
     attention: AttentionForm = "auto"
@@ -127,20 +137,23 @@ def load(options: ExportOptions, notes: list[str] | None = None) -> Sam3DualViTD
     Raises:
         CheckpointError, SignatureError, ExportError: the weights, a neck or the size cannot be had.
     """
-    config = options.config or EncoderConfig()
+    config, head = options.config or EncoderConfig(), options.sam2_outputs == "head"
     if options.checkpoint is None:
         named = [name for name in ("sam2", "interactive", "propagation") if name in options.necks]
-        dual = options.necks in ("both", "all") or named == ["sam2"]
+        dual = options.necks in ("both", "all") or named == ["sam2"] or head
         necks = ("sam3", "sam2") if dual else ("sam3", "interactive", "propagation") if named else ("sam3",)
+        if head:
+            choose_necks(options.necks, necks, options.sam2_outputs)
         try:
-            encoder = random_encoder(dataclasses.replace(config, necks=necks), options.seed)
+            encoder = random_encoder(dataclasses.replace(config, necks=necks, sam2_head=head), options.seed)
         except NotImplementedError as error:
             raise ExportError(f"random weights: {error}") from None
     else:
         encoder = load_encoder(
             options.checkpoint,
             options.config,
-            lambda there: choose_necks(options.necks, there),
+            lambda there: choose_necks(options.necks, there, options.sam2_outputs),
+            sam2_head=head,
             state=options.state,
             prefix=options.prefix,
             adapter=options.adapter,
@@ -168,6 +181,7 @@ def sign(options: ExportOptions, encoder: Sam3DualViTDetNeck) -> Signature:
         input_kind=options.input_kind,
         batch=options.batch,
         dtype=NUMPY_NAMES[options.output_precision or options.precision],
+        sam2_outputs=options.sam2_outputs,
     )
     for level in signature.levels:
         if not all(signature.level_sizes[level]):

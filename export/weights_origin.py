@@ -129,7 +129,8 @@ def encoder_config(encoder: Sam3DualViTDetNeck) -> EncoderConfig:
     if not isinstance(trunk, ViTDetTrunk):
         raise ExportError(f"the trunk is a {type(trunk).__name__}; build a Signature for it and call write_onnx")
     patch, (height, width) = trunk.config.patch_size, trunk.grid
-    return dataclasses.replace(trunk.config, image_size=(height * patch, width * patch), necks=tuple(encoder.necks))
+    has = {"necks": tuple(encoder.necks), "sam2_head": encoder.sam2_head is not None}
+    return dataclasses.replace(trunk.config, image_size=(height * patch, width * patch), **has)  # type: ignore[arg-type]
 
 
 def manifest_signature(where: Path, manifest: Mapping[str, Any]) -> Signature:
@@ -199,6 +200,7 @@ def manifest_encoder(
         source,
         config,
         config.necks,
+        sam2_head=config.sam2_head,
         adapter=merged_adapter(where, weights, adapter),
         adapter_alpha=weights.get("adapter_alpha"),
         **_chosen(where, weights),

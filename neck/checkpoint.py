@@ -21,13 +21,14 @@ from neck.architecture import (
     with_class_row,
     with_trained_size,
 )
-from neck.checkpoint_keys import NECK_MODULES, Layout, find_layouts, listing
+from neck.checkpoint_keys import META_DECODER, NECK_MODULES, Layout, find_layouts, listing
 from neck.config import ConfigError, EncoderConfig
 from neck.necks import Sam3DualViTDetNeck, new_encoder
 from neck.random_noise import even_noise
 from neck.weightfile import CheckpointError, read_tensors
 from neck.weights.adapters import check_base, find_adapter
 from neck.weights.hf_config import hf_config_file, picture_notes, read_hf_config
+from neck.weights.mask_decoder import with_decoder
 from neck.weights.merging import Changes, merge, merge_notes, plan_changes
 from neck.weights.not_checkpoints import channels_last, quantised
 from neck.weights.rotary_tables import check_tables, is_table
@@ -46,6 +47,7 @@ def load_encoder(
     config: EncoderConfig | None = None,
     necks: Sequence[str] | Choose | None = None,
     *,
+    sam2_head: bool = False,
     state: str | None = None,
     prefix: str | None = None,
     adapter: Path | None = None,
@@ -61,6 +63,7 @@ def load_encoder(
         config: the architecture; None infers it. Its necks are not used, its levels only where their number fits.
         necks: names of the necks to load, or what chooses them from those that are there; None means all. The
             others need not be whole. The class is Sam3DualViTDetNeck for sam3 and sam3 + sam2, else a subclass.
+        sam2_head: also load the mask decoder's conv_s0 and conv_s1 (`encoder.sam2_head`); sam2 must be loaded.
         state: which state of a training file, as read_state takes it.
         prefix: which encoder of a state that holds several: what stands before `trunk.` or `backbone.`.
         adapter: a folder that PEFT saved, whose LoRA is merged into the weights.
@@ -84,6 +87,8 @@ def load_encoder(
         if problem:
             raise CheckpointError(f"{path}: {problem}")
     chosen = _choose_necks(path, layout, necks)
+    if sam2_head and "sam2" in chosen:
+        layout = with_decoder(path, layout, tensors)
     facts = infer_fields(layout, chosen, tensors)
     said_by = "--config"
     if layout.source == "hf":
@@ -100,7 +105,8 @@ def load_encoder(
             f"{path}: blocks {listing(map(str, layout.gaps))} are absent; where pruned, pass --config"
         )
     try:
-        parts: dict[str, Any] = {"necks": chosen, "scale_factors": level_scales(path, layout, chosen, tensors, config)}
+        parts: dict[str, Any] = {"necks": chosen, "sam2_head": sam2_head}
+        parts["scale_factors"] = level_scales(path, layout, chosen, tensors, config)
         # what the shapes do not tell changes no shape, so the file is judged before more is asked for
         outline = {"num_heads": 1, "window_size": 1, "global_blocks": (), "image_size": facts.get("patch_size", 14)}
         drawn = config or EncoderConfig(**{**facts, **outline})
@@ -254,12 +260,17 @@ def save_meta_checkpoint(encoder: nn.Module, path: Path, prefix: str = "detector
     Args:
         encoder: the module whose state dict is written.
         path: the file; it is replaced whole, so that an encoder mapped from it keeps its weights.
-        prefix: what to put before every name.
+        prefix: what to put before every name but the mask decoder's.
     """
+
+    def key(name: str) -> str:
+        top, _, rest = name.partition(".")
+        return META_DECODER + rest if top == "sam2_head" else prefix + name
+
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save({"model": {prefix + name: tensor for name, tensor in encoder.state_dict().items()}}, temporary)
+        torch.save({"model": {key(name): tensor for name, tensor in encoder.state_dict().items()}}, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -42,6 +42,10 @@ TRUNK_KEYS = {
     "meta": re.compile(r"((?:.*\.)?)trunk\.(?:pos_embed$|patch_embed\.proj\.|ln_pre\.|blocks\.\d+\.)"),
     "hf": re.compile(r"((?:.*\.)?)backbone\.(?:embeddings\.\w+|layers\.\d+\.attention|layer_norm)\b"),
 }
+HEAD_KEY = re.compile(r"((?:.*\.)?(?:sam_)?mask_decoder\.)conv_s[01]\.(?:weight|bias)")
+"""SAM 2's mask decoder: Meta's and Ultralytics' `sam_mask_decoder`, Hugging Face's `mask_decoder`, under any prefix."""
+META_DECODER = "tracker.sam_mask_decoder."
+"""What stands before conv_s0 in Meta's sam3.pt."""
 TRACKER_NECK_KEY = re.compile(r"((?:.*\.)?(tracker_neck\.fpn_layers\.))\d+\.")
 
 MOST_LAYOUTS = 16
@@ -58,6 +62,7 @@ class Layout:
         necks: the necks that the checkpoint has: name -> what stands before the level's index.
         indices: the checkpoint's indices of our blocks, in order: a pruned file may have gaps.
         class_row: whether the position embedding has the class-token row of pretraining.
+        decoder: what stands before the mask decoder's conv_s0 and conv_s1, where they are wanted.
     """
 
     source: str
@@ -65,6 +70,7 @@ class Layout:
     necks: dict[str, str]
     indices: tuple[int, ...] = ()
     class_row: bool = True
+    decoder: str = ""
 
     @property
     def trunk(self) -> str:
@@ -86,6 +92,8 @@ class Layout:
         if name == "trunk.pos_embed":
             return (self.trunk + (HF_POSITION if self.source == "hf" else "pos_embed"),)
         top, rest = name.split(".", 1)
+        if top == "sam2_head":
+            return (self.decoder + rest,)
         if top == "trunk":
             start = self.trunk
             if rest.startswith("blocks."):
@@ -129,7 +137,7 @@ def find_layouts(keys: Iterable[str]) -> list[Layout]:
                 choices = [{neck: f"{prefix}{module}." for neck, module in NECK_MODULES.items()}]
             else:
                 sam3 = {"sam3": f"{prefix}neck.fpn_layers."}
-                choices = [{**sam3, "sam2": tracker} for tracker in _nearest(trackers, prefix)] or [sam3]
+                choices = [{**sam3, "sam2": tracker} for tracker in nearest(trackers, prefix)] or [sam3]
             for necks in choices:
                 present = {neck: start for neck, start in necks.items() if count_indices(keys, start)}
                 layout = Layout(source, prefix, present)
@@ -137,15 +145,15 @@ def find_layouts(keys: Iterable[str]) -> list[Layout]:
     return layouts
 
 
-def _nearest(trackers: list[str], prefix: str) -> list[str]:
-    """The tracker's necks whose names share most parts with a trunk's prefix: those of the same model."""
+def nearest(starts: list[str], prefix: str) -> list[str]:
+    """The tracker's parts whose names share most with a trunk's prefix, counted in parts: those of the same model."""
 
-    def shared(tracker: str) -> int:
-        pairs = zip(tracker.split("."), prefix.split("."), strict=False)
+    def shared(start: str) -> int:
+        pairs = zip(start.split("."), prefix.split("."), strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-    most = max(map(shared, trackers), default=0)
-    return [tracker for tracker in trackers if shared(tracker) == most]
+    most = max(map(shared, starts), default=0)
+    return [start for start in starts if shared(start) == most]
 
 
 def find_indices(keys: Iterable[str], start: str) -> tuple[int, ...]:

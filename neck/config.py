@@ -11,6 +11,9 @@ from typing import Any
 LEVEL_SCALES = (4.0, 2.0, 1.0, 0.5)
 """Scale of each level against the trunk's grid, finest first (SAM 3: four levels, SAM 3.1: the first three)."""
 
+HEAD_PARTS = (8, 4)
+"""The share of d_model, one part in so many, that SAM 2's mask decoder keeps of levels 0 and 1 (conv_s0, conv_s1)."""
+
 ROPE_THETA = 10000.0
 """Base of the rotary frequencies of the published model."""
 
@@ -49,6 +52,7 @@ class EncoderConfig:
         d_model: channels of every feature map and position encoding.
         scale_factors: scale of each level against the grid, finest first.
         necks: names of the necks: `sam3`, `sam2`, or SAM 3.1's `interactive`, `propagation`.
+        sam2_head: whether SAM 2's neck comes with the mask decoder's conv_s0 and conv_s1.
 
     Raises:
         ConfigError: where a value cannot work, saying which and what would.
@@ -68,6 +72,7 @@ class EncoderConfig:
     d_model: int = 256
     scale_factors: tuple[float, ...] = LEVEL_SCALES
     necks: tuple[str, ...] = ("sam3",)
+    sam2_head: bool = False
 
     def __post_init__(self) -> None:
         for field in ("patch_size", "embed_dim", "depth", "num_heads", "window_size", "pretrain_image_size", "d_model"):
@@ -103,6 +108,13 @@ class EncoderConfig:
             raise ConfigError(f"global_blocks {outside} lie outside the {self.depth} blocks 0..{self.depth - 1}")
         if not self.necks or not self.scale_factors:
             raise ConfigError("an encoder needs at least one neck and one level")
+        if not isinstance(self.sam2_head, bool):
+            raise ConfigError(f"sam2_head is {self.sam2_head!r}; it must be true or false")
+        if self.sam2_head and ("sam2" not in self.necks or self.d_model % HEAD_PARTS[0]):
+            raise ConfigError(
+                f"sam2_head is true with necks {', '.join(self.necks)} and d_model {self.d_model}; "
+                f"it needs neck sam2 and a multiple of {HEAD_PARTS[0]}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -125,8 +137,9 @@ class EncoderConfig:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the config as plain JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """Returns the config as plain JSON values; `sam2_head` where it is true, so that older files compare equal."""
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {key: value for key, value in values.items() if key != "sam2_head" or value}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EncoderConfig:

@@ -8,7 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from neck.checkpoint_keys import NECK_MODULES
-from neck.config import LEVEL_SCALES, EncoderConfig
+from neck.config import HEAD_PARTS, LEVEL_SCALES, EncoderConfig
 from neck.position import PositionEmbeddingSine
 from neck.trunk import ViTDetTrunk
 
@@ -40,6 +40,23 @@ def level_convs(scale: float, channels: int, d_model: int) -> nn.Sequential:
     return convs
 
 
+class Sam2Head(nn.Module):
+    """What SAM 2's mask decoder does first to the two finer levels of its neck: a 1x1 convolution each.
+
+    Args:
+        d_model: channels of every feature map.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.conv_s0, self.conv_s1 = (nn.Conv2d(d_model, d_model // part, kernel_size=1) for part in HEAD_PARTS)
+
+    def forward(self, level: int, feat: Tensor) -> Tensor:
+        """A level's map (B, d_model, H, W) -> what the decoder reads: d_model/8 and d_model/4 channels, then all."""
+        convs = (self.conv_s0, self.conv_s1)
+        return convs[level](feat) if level < len(convs) else feat
+
+
 class Sam3DualViTDetNeck(nn.Module):
     """A trunk with SAM 3's neck and, for the tracker, SAM 2's neck of the same shape.
 
@@ -68,6 +85,7 @@ class Sam3DualViTDetNeck(nn.Module):
         self.scale_factors = scale_factors
         self.convs = self._new_convs(d_model)
         self.sam2_convs = self._new_convs(d_model) if add_sam2_neck else None
+        self.sam2_head: Sam2Head | None = None  # no part of the forward; see new_encoder
 
     def _new_convs(self, d_model: int) -> nn.ModuleList:
         channels: int = self.trunk.channel_list[-1]  # type: ignore[index,assignment]
@@ -165,11 +183,18 @@ def forward_necks(
 
 
 def new_encoder(config: EncoderConfig) -> Sam3DualViTDetNeck:
-    """Builds the encoder of a config with untrained weights.
+    """Builds the encoder of a config with untrained weights, and the mask decoder's convolutions where it has them.
 
     Raises:
         NotImplementedError: a neck that is not known, or is named twice.
     """
+    encoder = _with_necks(config)
+    if config.sam2_head:
+        encoder.sam2_head = Sam2Head(config.d_model)
+    return encoder
+
+
+def _with_necks(config: EncoderConfig) -> Sam3DualViTDetNeck:
     trunk, position = ViTDetTrunk(config), PositionEmbeddingSine(config.d_model)
     if config.necks in (("sam3",), ("sam3", "sam2")):
         with_sam2 = "sam2" in config.necks

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,12 @@ import torch
 from exporting import quick_trace
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from shared_traces import SharedTraces
 from skips import summary_lines
 from torch import Tensor
 
+import benchmarks.measure.worker_process
+import export.graph.trace
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.gpu import has_gpu
 from export.contract.signature import BatchRange, Signature, encoder_signature
@@ -69,6 +74,20 @@ def _one_torchlib_registry() -> Iterator[None]:
             "get_torchlib_ops",
             functools.cache(_registration.onnxscript_apis.get_torchlib_ops),
         )
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Lets torch export each structure once in a run, a benchmark's workers included."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    folder = folder / "traces"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export.graph.trace, "_export", SharedTraces(export.graph.trace._export, folder))
+        quick = (sys.executable, str(Path(__file__).with_name("quick_worker.py")), str(folder))
+        patch.setattr(benchmarks.measure.worker_process, "COMMAND", quick)
         yield
 
 

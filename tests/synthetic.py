@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from benchmarks.results.result_files import Result, check_result
 from engines.run.latency import summarise
 
 LABEL = "synthetic figures, not measured"
+
+KNOWN_RATES = {"device": "cpu", "flops_per_s": {"fp32": 1e11, "bf16": 1e9, "fp16": 1e9}, "copy_bytes_per_s": 1e10}
+"""For tests of other things than the machine's rates, which take 4 s of processor time."""
 
 BACKENDS = (
     ("eager-fp32", "PyTorch eager, plain, FP32", "fp32", "plain", 100.0, 0.0),
@@ -245,3 +249,24 @@ def _kernels(generator: np.random.Generator) -> list[dict[str, Any]]:
         }
         for index in range(60)
     ]
+
+
+class Tags(HTMLParser):
+    """Counts of tags, every attribute, and tags that were left open."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag

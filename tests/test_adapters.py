@@ -451,7 +451,8 @@ def test_a_file_without_adapters_takes_none_at_verify(tmp_path: Path) -> None:
 
 def test_a_benchmark_merges_the_adapter(tmp_path: Path) -> None:
     asked: dict[str, Any] = {"checkpoint": str(CASE), "config": None, "seed": 0, "image_size": None, "batch": 1}
-    asked |= {"necks": "all", "levels": "all", "positions": "none", "folder": str(tmp_path), **dict.fromkeys(SELECTION)}
+    asked |= {"necks": "all", "levels": "all", "positions": "none", "sam2_outputs": "features"}
+    asked |= {"folder": str(tmp_path), **dict.fromkeys(SELECTION)}
     weights = {}
     for adapter in (None, str(ADAPTERS / "rslora")):
         made = make_weights({**asked, "adapter": adapter})

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import tiny_config
+from synthetic import KNOWN_RATES, Tags
 
 import benchmarks.measure.rounds
 import benchmarks.measure.run
@@ -28,8 +29,13 @@ from benchmarks.measure.samples import Place, Samples
 from benchmarks.measure.work_folder import Workplace
 from benchmarks.measure.worker_process import ROOT
 from benchmarks.options import BenchOptions
+from benchmarks.report.axis_plots import error_plot, roofline_plot
+from benchmarks.report.bar_charts import WIDE, latency_chart, parts_chart
+from benchmarks.report.findings import ranked
+from benchmarks.report.report_files import write_report
+from benchmarks.results.comparison import compare_results
 from benchmarks.results.result import _sound
-from benchmarks.results.result_files import check_result
+from benchmarks.results.result_files import check_result, merge_results, read_result
 from benchmarks.results.rows import best_rates, make_row, raise_rates, ratio
 from benchmarks.roofline import encoder_parts, floor_ms, total_operations
 from engines.run.latency import summarise
@@ -76,8 +82,7 @@ def samples_of(output: Path) -> Path:
 @pytest.fixture
 def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates that nobody measured, where they are not what is tested."""
-    known = {"device": "cpu", "flops_per_s": {"fp32": 1e11, "bf16": 1e9, "fp16": 1e9}, "copy_bytes_per_s": 1e10}
-    monkeypatch.setattr(Run, "_measure_rates", lambda run, when: run.samples.add("rates", when=when, **known))
+    monkeypatch.setattr(Run, "_measure_rates", lambda run, when: run.samples.add("rates", when=when, **KNOWN_RATES))
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +178,32 @@ def test_a_rerun_measures_nothing_again(ran: Ran) -> None:
     assert any("goes on after 3 rounds" in line for line in said)
 
 
+def test_a_measured_result_becomes_a_report(ran: Ran, tmp_path: Path) -> None:
+    measured, machine = ran.result, ran.result["machines"][0]
+    path, markdown, page = write_report(measured, tmp_path)
+    assert read_result(path) == json.loads(json.dumps(measured))
+    for text in (markdown.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")):
+        for row in measured["rows"]:
+            assert row["label"] in text
+    assert [row["backend"] for row in ranked(measured, machine)] != []
+    for chart in (latency_chart, parts_chart, error_plot, roofline_plot):
+        assert chart(measured, machine, WIDE), chart
+    assert measured["features"]["levels"] and Tags(page.read_text(encoding="utf-8")).open == []
+
+
+def test_a_measured_result_is_no_worse_than_itself(ran: Ran) -> None:
+    measured = ran.result
+    assert compare_results(measured, measured) == []
+    worse = json.loads(json.dumps(measured))
+    for row in worse["rows"]:
+        if row["status"] == "measured":
+            row["times_ms"] = [time * 3 for time in row["times_ms"]]
+            row["latency"]["p50_ms"] *= 3
+    assert {change.kind for change in compare_results(worse, measured)} == {"slower"}
+    with pytest.raises(BenchError, match="are there twice"):
+        merge_results([measured, measured])
+
+
 @pytest.mark.usefixtures("known_rates")
 def test_other_options_begin_anew(ran: Ran) -> None:
     one = run_bench(options_for(ran.options.output, rounds=1))
@@ -181,9 +212,10 @@ def test_other_options_begin_anew(ran: Ran) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 from benchmarks.bench import asked_of, run_bench
+from benchmarks.measure.run import Run
 from benchmarks.measure.samples import Samples
 from benchmarks.options import BenchOptions
 from neck.config import EncoderConfig
@@ -194,6 +226,7 @@ def added(samples, kind, **values):
         os.kill(os.getpid(), signal.SIGKILL)
 Samples.add = added
 config = EncoderConfig.from_file(Path(sys.argv[2]))
+Run._measure_rates = lambda run, when: run.samples.add("rates", when=when, **json.loads(sys.argv[4]))
 options = {"device": "cpu", "sweep": False, "rounds": 6, "backends": (sys.argv[3],)}
 run_bench(BenchOptions(Path(sys.argv[1]), config=config, **options))
 """
@@ -221,7 +254,7 @@ def test_a_killed_run_goes_on(output: Path, tmp_path: Path) -> None:
     config = tmp_path / "encoder.json"
     config.write_text(json.dumps(CONFIG.to_dict()))
     known = set(output.glob("work/run-*"))
-    command = [sys.executable, "-c", KILLED, str(output), str(config), ORT]
+    command = [sys.executable, "-c", KILLED, str(output), str(config), ORT, json.dumps(KNOWN_RATES)]
     assert subprocess.run(command, cwd=ROOT, timeout=SECONDS, check=False).returncode == -signal.SIGKILL
     (samples,) = (folder / "samples.jsonl" for folder in set(output.glob("work/run-*")) - known)
     data = samples.read_bytes()

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from exporting import checkpoint_of, config_of, golden_options, neck_export_cli, trace_quickly
-from synthetic import synthetic_result
+from synthetic import KNOWN_RATES, synthetic_result
 
+from benchmarks.measure.run import Run
 from benchmarks.report.report_files import json_text
 from export.contract.signature import BatchRange
 from export.pipeline import export_onnx
@@ -96,7 +97,8 @@ def test_bench_reads_the_older_report_before_it_measures(tmp_path: Path) -> None
     assert not (tmp_path / "report").exists()
 
 
-def test_bench_measures(tmp_path: Path) -> None:
+def test_bench_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "_measure_rates", lambda run, when: run.samples.add("rates", when=when, **KNOWN_RATES))
     arguments = ("--checkpoint", checkpoint_of("meta-dual"), "--config", config_of("meta-dual"), "--no-sweep")
     small = ("--image-size", "112", "--rounds", "2", "--backend", "eager-rewritten-fp32")
     ran = neck_export_cli("bench", *arguments, *small, "--output", tmp_path / "report")

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from engines.builder import flavor as flavor_module
-from engines.builder.config import timing_cache_path
 from engines.builder.flavor import OLDEST, Flavor, FlavorError, choose_flavor, version_numbers
 from engines.builder.gpu import Gpu, find_gpu, has_gpu
 from engines.builder.options import BuildOptions
 from engines.builder.parsed_network import TYPES
+from engines.builder.timing_cache import timing_cache_path
 
 ENGINES = Path(__file__).parent.parent / "engines"
 API = Path(__file__).parent / "data" / "tensorrt-api"
@@ -250,7 +250,7 @@ def test_targets() -> None:
 
 
 def test_what_rtx_would_ignore_is_refused() -> None:
-    nothing = {"timing_cache": False, "hardware_compatible": False, "version_compatible": False}
+    nothing = {"timing_cache": False, "replay_timing": False, "hardware_compatible": False, "version_compatible": False}
     for name in nothing:
         with pytest.raises(FlavorError, match=f"--{name.replace('_', '-')}: .*leave it out|--compute-capability"):
             rtx().refuse(**{**nothing, name: True})

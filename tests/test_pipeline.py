@@ -454,8 +454,8 @@ def test_a_planted_overflow_is_refused(
     encoder, plain = load(options), load(golden_options("meta-dual", output))
     signature = sign(options, encoder)
     pixels = reference_pixels(signature, None, 1)
-    reference = reference_outputs(plain, pixels, signature.necks, signature.levels)
-    planted = reference_outputs(encoder, pixels, signature.necks, signature.levels)
+    reference = reference_outputs(plain, pixels, signature)
+    planted = reference_outputs(encoder, pixels, signature)
     assert compare(reference, planted, "fp32", "test").passed
 
 
@@ -466,7 +466,7 @@ def test_onnx_runtime_alone_passes_a_planted_overflow(tmp_path: Path) -> None:
     encoder = load(options)
     signature = sign(options, encoder)
     pixels = reference_pixels(signature, None, 1)
-    reference = reference_outputs(encoder, pixels, signature.necks, signature.levels)
+    reference = reference_outputs(encoder, pixels, signature)
     write_onnx(encoder, signature, tmp_path / "x.onnx", precision="fp16")
     outputs = run_model(ir.load(tmp_path / "x.onnx"), tmp_path, normalise(pixels).numpy())
     names = [spec.name for spec in signature.outputs]

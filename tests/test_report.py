@@ -11,20 +11,16 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from conftest import tiny_config
 from PIL import Image
-from synthetic import LABEL, synthetic_features, synthetic_result
+from synthetic import LABEL, Tags, synthetic_features, synthetic_result
 
-from benchmarks.bench import run_bench
 from benchmarks.errors import BenchError
-from benchmarks.options import BenchOptions
 from benchmarks.report import report_files as report
 from benchmarks.report.axis_plots import error_plot, roofline_plot
 from benchmarks.report.bar_charts import NARROW, WIDE, kernels_chart, latency_chart, parts_chart
@@ -50,7 +46,6 @@ from benchmarks.report.markdown import escaped, markdown_page
 from benchmarks.report.report_files import check_folder, write_report
 from benchmarks.report.svg import Scale, fitted, linear_ticks, log_ticks, spread_apart
 from benchmarks.report.tables import missing_table
-from benchmarks.results.comparison import compare_results
 from benchmarks.results.feature_pictures import NOT_FINITE, feature_pictures
 from benchmarks.results.result_files import Result, merge_results, read_result
 
@@ -395,27 +390,6 @@ def test_a_roof_that_no_row_could_reach_is_not_drawn() -> None:
 # the page and the Markdown
 
 
-class Tags(HTMLParser):
-    """Counts of tags, every attribute, and tags that were left open."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "img", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
 def test_the_page_is_closed_and_loads_nothing() -> None:
     tags = Tags(html_page(synthetic_result(gpu=True)))
     assert tags.open == []
@@ -654,45 +628,3 @@ def test_features_that_cannot_be_drawn_are_refused(
 ) -> None:
     with pytest.raises(BenchError, match=message):
         feature_pictures(reference, candidate, "noise", "x")
-
-
-# a real run
-
-
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """A benchmark of a tiny encoder that was really run here; sweeps take a minute more and are in test_bench."""
-    options = BenchOptions(
-        tmp_path_factory.mktemp("bench"),
-        config=tiny_config(),
-        device="cpu",
-        backends=("eager-rewritten-fp32",),
-        rounds=2,
-        sweep=False,
-        timeout_s=120.0,
-    )
-    return run_bench(options)
-
-
-def test_a_measured_result_becomes_a_report(measured: Result, tmp_path: Path) -> None:
-    path, markdown, page = write_report(measured, tmp_path)
-    assert read_result(path) == json.loads(json.dumps(measured))
-    for text in (markdown.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")):
-        for row in measured["rows"]:
-            assert row["label"] in text
-    machine = measured["machines"][0]
-    assert [row["backend"] for row in ranked(measured, machine)] != []
-    for name in ("latency", "parts", "error", "roofline"):
-        assert draw(name, measured), name
-    assert measured["features"]["levels"] and Tags(page.read_text(encoding="utf-8")).open == []
-
-
-def test_a_measured_result_is_no_worse_than_itself(measured: Result) -> None:
-    assert compare_results(measured, measured) == []
-    worse = json.loads(json.dumps(measured))
-    for row in worse["rows"]:
-        row["times_ms"] = [time * 3 for time in row["times_ms"]]
-        row["latency"]["p50_ms"] *= 3
-    assert {change.kind for change in compare_results(worse, measured)} == {"slower"}
-    with pytest.raises(BenchError, match="are there twice"):
-        merge_results([measured, measured])

@@ -182,7 +182,7 @@ def errors_of(encoder: Sam3DualViTDetNeck, config: EncoderConfig, precision: Pre
     signature = encoder_signature(config)
     pixels = reference_pixels(signature, None, 1)
     image = normalise(pixels)
-    reference = reference_outputs(encoder, pixels, signature.necks, signature.levels)
+    reference = reference_outputs(encoder, pixels, signature)
     path = folder / f"{precision}.onnx"
     write_onnx(encoder, signature, path, precision=precision)
 

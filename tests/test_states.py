@@ -515,7 +515,7 @@ def test_a_benchmark_maps_the_state_that_was_asked_for(tmp_path: Path) -> None:
     ema = {f"a.{name}": value for name, value in plain(2.0).items()}
     path = save({"model": plain(), "ema": ema}, tmp_path / "x.pt")
     asked = {"checkpoint": str(path), "config": CONFIG.to_dict(), "seed": 0, "image_size": None, "batch": 1}
-    asked |= {"necks": "all", "levels": "all", "positions": "none", "folder": str(tmp_path)}
+    asked |= {"necks": "all", "levels": "all", "positions": "none", "sam2_outputs": "features", "folder": str(tmp_path)}
     plainly = dict.fromkeys(SELECTION)
     for chosen, factor in (({"state": "ema", "prefix": "a."}, 2.0), ({"state": None, "prefix": None}, 1.0)):
         made = make_weights({**asked, **plainly, **chosen})

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure.work_folder import about_file, seconds_path
+from benchmarks.measure.work_folder import OUTPUTS, about_file, seconds_path
 from benchmarks.options import SELECTION, selection
 from export.contract.signature import BatchRange, Signature
 from export.graph.rewrite import Rewrites
@@ -29,8 +29,7 @@ def make_weights(asked: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint that every backend maps: the user's, or random weights that are written once.
 
     Args:
-        asked: `checkpoint`, SELECTION, `config`, `seed`, `image_size`, `necks`, `levels`, `positions`, `batch`,
-            `folder`.
+        asked: `checkpoint`, SELECTION, `config`, `seed`, `image_size`, OUTPUTS, `batch`, `folder`.
 
     Returns:
         `weights`, SELECTION, `config`, `parameters`, `signature` as JSON values.
@@ -61,9 +60,7 @@ def _options(asked: Mapping[str, Any], output: Path) -> ExportOptions:
         seed=asked["seed"],
         image_size=tuple(asked["image_size"]) if asked["image_size"] else None,
         batch=BatchRange(batch, batch, batch),
-        necks=asked["necks"],
-        levels=asked["levels"],
-        positions=asked["positions"],
+        **{name: asked[name] for name in OUTPUTS},
         verify=False,
     )
 

@@ -156,7 +156,7 @@ class Run:
             self.place.ends = pace.ends
             candidates = self._candidates(place.name, config, signature, backends)
             # the features of the main point become pictures
-            keep: Callable[[str], bool] = (lambda name: False) if sweep else (lambda name: "_feat_" in name)
+            keep: Callable[[str], bool] = (lambda name: False) if sweep else (lambda name: "_pos_" not in name)
             point = Point(place.name, self.folder / place.slug, candidates, self.samples, pace, self.report, keep)
             point.measure(0 if sweep else PARTS_RUNS[self.device])
         if sweep:

@@ -16,7 +16,7 @@ from export.contract.signature import NECK_MODULES, Signature
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import DeployAttention, Rewrites, RotaryHalves
 from neck.checkpoint import load_encoder
-from neck.config import EncoderConfig
+from neck.config import HEAD_PARTS, EncoderConfig
 from neck.position import PositionEmbeddingSine
 from neck.trunk import Block, ViTDetTrunk
 
@@ -45,7 +45,8 @@ class RotaryBack(RotaryHalves):
 def make_module(job: Mapping[str, Any]) -> DeployEncoder:
     """The encoder of a job on its device; weights in its precision, rotary and position tables in FP32."""
     config, signature = EncoderConfig.from_dict(job["config"]), Signature.from_dict(job["signature"])
-    encoder = load_encoder(Path(job["weights"]), config, necks=config.necks, **selection(job))
+    weights, head = Path(job["weights"]), config.sam2_head
+    encoder = load_encoder(weights, config, necks=config.necks, sam2_head=head, **selection(job))
     encoder.set_imgsz(signature.image_size)
     module = DeployEncoder(encoder, signature, Rewrites() if job["module"] == "rewritten" else Rewrites.none())
     for part in module.modules():
@@ -160,6 +161,8 @@ def part_modules(module: DeployEncoder) -> Iterator[tuple[str, nn.Module]]:
             yield "windowed" if cast(Block, block).window_size else "global", block
     for neck in module.signature.necks:
         convs = cast(nn.ModuleList, getattr(module, NECK_MODULES[neck]))
-        for level in module.signature.levels:
+        for level in module.signature.levels_of(neck):
             yield f"level {level}", convs[level]
+            if module.sam2_head is not None and neck == "sam2" and level < len(HEAD_PARTS):
+                yield f"level {level}", module.sam2_head.get_submodule(f"conv_s{level}")
     yield "positions", module.position_encoding

@@ -18,12 +18,15 @@ from benchmarks.measure.environment import available_bytes
 from benchmarks.measure.worker_process import ROOT, Worker, WorkerError
 from benchmarks.options import SELECTION
 from export.contract.manifest import data_path
-from export.contract.signature import BatchRange, Positions, Signature, SignatureError, encoder_signature
+from export.contract.signature import BatchRange, Positions, Sam2Outputs, Signature, SignatureError, encoder_signature
 from neck.config import ConfigError, EncoderConfig
 from neck.pictures import ValueRange
 
 Job = dict[str, Any] | WorkerError
 """What a worker loads, or why it cannot be made."""
+
+OUTPUTS = ("necks", "levels", "positions", "sam2_outputs")
+"""What is asked of the encoder's outputs, as ExportOptions and encoder_signature name it."""
 
 ROOM_BYTES = 8 << 30
 """An export at full size takes up to 2.4 GB."""
@@ -48,6 +51,7 @@ class Asked:
     prefix: str | None = None
     adapter: Path | None = None
     adapter_alpha: float | None = None
+    sam2_outputs: Sam2Outputs = "features"
 
     def identity(self) -> dict[str, Any]:
         """What tells it from another one, a changed checkpoint or exporter included."""
@@ -131,7 +135,7 @@ class Workplace:
     def _encoder(self) -> dict[str, Any]:
         asked = self.asked
         config = asked.config.to_dict() if asked.config else None
-        values = {name: getattr(asked, name) for name in (*SELECTION, "seed", "necks", "levels", "positions")}
+        values = {name: getattr(asked, name) for name in (*SELECTION, "seed", *OUTPUTS)}
         paths = {name: str(path) if (path := getattr(asked, name)) else None for name in ("checkpoint", "adapter")}
         return {**values, **paths, "config": config}
 
@@ -145,8 +149,8 @@ class Workplace:
         try:
             if image_size is not None:
                 config = dataclasses.replace(config, image_size=image_size)  # type: ignore[arg-type]
-            kept = {"necks": self.asked.necks, "levels": self.asked.levels, "positions": self.asked.positions}
-            signature = encoder_signature(config, batch=BatchRange(batch, batch, batch), **kept)  # type: ignore[arg-type]
+            kept = {name: getattr(self.asked, name) for name in OUTPUTS}
+            signature = encoder_signature(config, batch=BatchRange(batch, batch, batch), **kept)
         except (ConfigError, SignatureError) as error:
             raise BenchError(str(error)) from None
         if not all(side for level in signature.levels for side in signature.level_sizes[level]):

@@ -16,6 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 
+COMMAND = (sys.executable, "-m", "benchmarks.measure.worker")
+
 SETTINGS = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Of every worker's environment: malloc asks for huge pages. Without, where a process's weights happened to lie moved
 all of its matrix products by up to 9 % (ONNX Runtime 1.32, two sessions of the same products), more than what is
@@ -49,7 +51,7 @@ class Worker:
         with log.open("ab") as errors:
             self._from = errors.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.measure.worker"],
+                COMMAND,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -38,7 +38,7 @@ def feature_pictures(
     power of ten that makes it visible (white is 1).
 
     Args:
-        reference: features by name, (B, C, H, W); names with `_feat_` are drawn.
+        reference: features by name, (B, C, H, W); positions (`_pos_`) are not drawn.
         candidate: the same of the backend.
         picture: what was encoded.
         backend: the candidate's id.
@@ -46,7 +46,7 @@ def feature_pictures(
     Raises:
         BenchError: no features, or the candidate's are missing or of another shape.
     """
-    names = [name for name in reference if "_feat_" in name]
+    names = [name for name in reference if "_pos_" not in name]
     if not names:
         raise BenchError(f"no features to draw among the outputs {', '.join(reference) or '(none)'}")
     levels = []

@@ -71,6 +71,7 @@ def _encoder(run: Run) -> dict[str, Any]:
     options, signature = run.options, run.signature
     random = f"random (seed {options.seed})"
     chosen = [f"{key} {getattr(options, key)}" for key in SELECTION if getattr(options, key) is not None]
+    head = {"sam2_outputs": signature.sam2_outputs} if signature.sam2_outputs != "features" else {}  # older have none
     return {
         "checkpoint": ", ".join([str(options.checkpoint), *chosen]) if options.checkpoint else random,
         "image_size": list(run.config.image_size),
@@ -78,6 +79,7 @@ def _encoder(run: Run) -> dict[str, Any]:
         "necks": list(signature.necks),
         "levels": list(signature.levels),
         "positions": signature.positions,
+        **head,
         "config": run.config.to_dict(),
         "parameters": run.prepared["parameters"],
     }

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from engines.builder.build import BuildResult, build_plan
 from engines.builder.flavor import Flavor
 from engines.builder.onnx_graph import BuildError, RefusedError
-from engines.builder.onnx_source import lower_file
+from engines.builder.onnx_source import Source, lower_file
 from engines.builder.options import BuildOptions
 from engines.builder.plan_stream import Progress
 from export.contract.export_command import export_again
@@ -43,15 +43,13 @@ MEANINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Typing:
-    """How a file comes to the plan's types.
+    """How a file comes to the plan's types, as export.lowering.precision.lower takes it.
 
     Attributes:
-        held: what the file is.
         attention: the form that was asked for; `auto` is the first that TensorRT takes.
         upsampling, keep_fp32, residual: how an FP32 file is lowered.
     """
 
-    held: Precision
     attention: AttentionForm = "auto"
     upsampling: Upsampling = "auto"
     keep_fp32: tuple[str, ...] = ()
@@ -70,11 +68,10 @@ class Built:
 
 
 def build_forms(
-    onnx: Path,
+    source: Source,
     plan: Path,
     build: BuildOptions,
     typing: Typing,
-    source: Mapping[str, Any] | None,
     flavor: Flavor,
     left: ExitStack,
     report: Report,
@@ -87,15 +84,14 @@ def build_forms(
     Raises:
         BuildError: no form builds, or something that no form mends; with the reasons that forms were refused for.
     """
-    held, precision, folder, typed = typing.held, build.precision, plan.parent, onnx
-    _check_residual(onnx, typing, precision, source)
-    there = held_form(onnx) if held != "fp32" else None
-    forms = forms_to_try(there, precision, typing.attention, source)
-    if precision != held:
-        report(f"precision pass: {held} to {precision}")
-        asked = {name: getattr(typing, name) for name in ("upsampling", "keep_fp32", "residual")}
-        typed = lower_file(onnx, held, precision, folder, attention=forms[0] or typing.attention, **asked)
-        there = forms[0]
+    precision, folder, typed = build.precision, plan.parent, source.path
+    _check_residual(source, typing, precision)
+    there = held_form(typed) if source.precision != "fp32" else None
+    forms = forms_to_try(there, precision, typing.attention, source.manifest)
+    if precision != source.precision:
+        report(f"precision pass: {source.precision} to {precision}")
+        lowering = dataclasses.asdict(typing) | {"attention": forms[0] or typing.attention}
+        typed, there = lower_file(source, precision, folder, **lowering), forms[0]
     notes: list[str] = []
     for form, later in zip(forms, (*forms[1:], None), strict=True):
         if form is not None and form != there and precision != "fp32":
@@ -114,12 +110,12 @@ def build_forms(
     raise AssertionError("unreachable: the last form returns or raises")
 
 
-def _check_residual(onnx: Path, typing: Typing, precision: Precision, source: Mapping[str, Any] | None) -> None:
-    held = source.get("residual", typing.held) if source else typing.held
-    if precision == typing.held != "fp32" and typing.residual not in ("auto", held):
+def _check_residual(source: Source, typing: Typing, precision: Precision) -> None:
+    held = (source.manifest or {}).get("residual", source.precision)
+    if precision == source.precision != "fp32" and typing.residual not in ("auto", held):
         raise BuildError(
-            f"{onnx}: its residual sums are {held}, asked was {typing.residual};\n"
-            f"export it again: {export_again(onnx, residual=typing.residual)}"
+            f"{source.path}: its residual sums are {held}, asked was {typing.residual};\n"
+            f"export it again: {export_again(source.path, residual=typing.residual)}"
         )
 
 

@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
-from engines.builder.onnx_graph import BuildError
+from engines.builder.onnx_graph import BuildError, read_graph
 from export.contract.export_command import AS_AUTO, export_again
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest
+from export.contract.signature import BatchRange, Signature
 from export.graph.cleanup import MODULE
 from export.lowering.precision import Precision, lower
+from export.options import NUMPY_NAMES
 from export.proof.verify import Report
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The ONNX file that a plan is built from.
+
+    Attributes:
+        path: the file.
+        manifest: its manifest, None where another tool wrote the file.
+        precision: what it computes in.
+    """
+
+    path: Path
+    manifest: dict[str, Any] | None
+    precision: Precision
+
+    @property
+    def files(self) -> list[dict[str, Any]]:
+        """What tells it from another one: bytes and SHA-256, or the bytes alone."""
+        return (
+            self.manifest["files"] if self.manifest else [{"name": self.path.name, "bytes": self.path.stat().st_size}]
+        )
+
+    @property
+    def batch(self) -> BatchRange | None:
+        """The range that it was exported for; None where nothing tells one."""
+        batch = BatchRange.parse(self.manifest["signature"]["batch"]) if self.manifest else BatchRange()
+        return batch if batch.dynamic else None
+
+    @property
+    def keep_fp32(self) -> tuple[str, ...]:
+        """Modules that it has in FP32."""
+        return tuple(self.manifest["keep_fp32"]) if self.manifest else ()
+
+    def signature(self, precision: Precision) -> Signature | None:
+        """A plan's contract: the file's, its outputs in the plan's precision, positions only where they are outputs."""
+        if self.manifest is None:
+            return None
+        signature = Signature.from_dict(self.manifest["signature"])
+        dtype = signature.dtype if precision == self.precision else NUMPY_NAMES[precision]
+        positions: Literal["graph", "none"] = "graph" if signature.positions == "graph" else "none"
+        return dataclasses.replace(signature, dtype=dtype, positions=positions)
 
 
 def newest_onnx(folder: Path) -> Path:
@@ -27,19 +72,21 @@ def newest_onnx(folder: Path) -> Path:
     return files[-1]
 
 
-def read_source(onnx: Path, report: Report) -> dict[str, Any] | None:
-    """The ONNX file's manifest, its files checked byte for byte; None for a file that another tool wrote.
+def read_source(onnx: Path, report: Report) -> Source:
+    """Finds the file whole, and as its manifest says byte for byte where it has one.
 
     Raises:
+        BuildError: missing, or truncated.
         ManifestError: damaged, or the file was changed after it was written.
     """
+    read_graph(onnx)
     where = manifest_path(onnx)
     if not where.exists():
-        return None
+        return Source(onnx, None, typed_as(onnx))
     manifest = read_manifest(where, "onnx")
     report("hashes of the ONNX file")
     check_files(where, manifest)
-    return manifest
+    return Source(onnx, manifest, manifest["precision"])
 
 
 def typed_as(onnx: Path) -> Precision:
@@ -56,15 +103,16 @@ def typed_as(onnx: Path) -> Precision:
     return "fp16" if sizes["FLOAT16"] >= sizes["BFLOAT16"] else "bf16"
 
 
-def lower_file(onnx: Path, held: Precision, precision: Precision, folder: Path, **forms: Any) -> Path:  # noqa: ANN401
+def lower_file(source: Source, precision: Precision, folder: Path, **forms: Any) -> Path:  # noqa: ANN401
     """Writes an FP32 file in another precision into a folder; `forms` are those of export.lowering.precision.lower.
 
     Raises:
         BuildError: the file is not FP32, or not one whose nodes tell their modules.
     """
-    if held != "fp32":
+    onnx = source.path
+    if source.precision != "fp32":
         raise BuildError(
-            f"{onnx}: is {held}, asked was {precision};\n"
+            f"{onnx}: is {source.precision}, asked was {precision};\n"
             f"export it again: {export_again(onnx, precision=precision, **AS_AUTO)}"
         )
     model = ir.load(onnx)

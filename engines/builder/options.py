@@ -26,6 +26,7 @@ class BuildOptions:
         version_compatible: the plan loads in later TensorRT versions too.
         hardware_compatible: `none`, `ampere+` (8.0 and later) or `same` (GPUs of this one's compute capability).
         timing_cache: file that keeps measured kernels between builds; flavour, version and GPU enter its name.
+        replay_timing: such a file, by its own name: every kernel is taken as it says, or the build fails.
     """
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp16"
@@ -37,11 +38,12 @@ class BuildOptions:
     version_compatible: bool = False
     hardware_compatible: Literal["none", "ampere+", "same"] = "none"
     timing_cache: Path | None = None
+    replay_timing: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as JSON values; two builds are alike where these are (the timing cache's place aside)."""
+        """The options as JSON values; two builds are alike where these are (the timing caches' places aside)."""
         values = dataclasses.asdict(self)
         values["batch"] = None if self.batch is None else str(self.batch)
         values["compute_capabilities"], values["keep_fp32"] = list(self.compute_capabilities), list(self.keep_fp32)
-        del values["timing_cache"]
+        del values["timing_cache"], values["replay_timing"]
         return values

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from engines.builder.flavor import Flavor
+from engines.run.open_plan import open_plan
 from engines.run.plan_checks import read_header, why_other_gpu
-from engines.run.session import Session, open_plan
+from engines.run.session import Session
 from export.contract.manifest import manifest_path, read_manifest, replace_manifest
 from export.contract.signature import BatchRange, Signature
-from export.lowering.precision import Precision
-from export.options import NUMPY_NAMES
 from export.pipeline import RejectedError
 from export.proof.fidelity import Verdict, check_overrides, compare
 from export.proof.reference import check_reference, write_reference
@@ -96,7 +94,7 @@ def verify_plan(
         VerifyError: nothing tells which encoder the plan holds, or its outputs are others.
         FidelityError, PictureError, CheckpointError, ExportError: as the stages below say.
     """
-    with open_plan(plan, flavor) as session:
+    with open_plan(plan, flavor, use_runtime_cache=False) as session:
         manifest, here = session.manifest, describe(session.flavor)
         signature = plan_signature(plan, manifest, known=encoder is not None or reference is not None)
         check_overrides(overrides or {}, [spec.name for spec in signature.outputs])
@@ -184,14 +182,6 @@ def describe(flavor: Flavor) -> str:
     gpu = flavor.gpu
     on = f" on {gpu.name} (compute capability {gpu.compute_capability}, driver {gpu.driver})" if gpu else ""
     return f"{name} {flavor.version}{on}"
-
-
-def signature_of(source: dict[str, Any], precision: Precision) -> Signature:
-    """The plan's contract: the file's, its outputs in the plan's precision, positions only where they are outputs."""
-    signature = Signature.from_dict(source["signature"])
-    dtype = signature.dtype if precision == source["precision"] else NUMPY_NAMES[precision]
-    positions: Literal["graph", "none"] = "graph" if signature.positions == "graph" else "none"
-    return dataclasses.replace(signature, dtype=dtype, positions=positions)
 
 
 def why_not_run(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> str | None:

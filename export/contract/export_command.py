@@ -47,6 +47,8 @@ def export_command(
         "opset": str(manifest["opset"]),
         **{name.replace("_", "-"): value for name, value in (changes or {}).items()},
     }
+    if signature.get("sam2_outputs", "features") != "features":
+        options["sam2-outputs"] = signature["sam2_outputs"]
     dtype = DTYPES.get(signature.get("dtype", ""), manifest["precision"])
     if dtype != manifest["precision"]:
         options.setdefault("output-dtype", dtype)

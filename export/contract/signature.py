@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from neck.config import EncoderConfig
+from neck.config import HEAD_PARTS, EncoderConfig
 
 BATCH = "batch"
 """The name of the batch dimension where it is dynamic."""
@@ -22,6 +22,13 @@ NECK_MODULES = {
 
 Positions = Literal["graph", "file", "none"]
 InputKind = Literal["float", "uint8"]
+Sam2Outputs = Literal["features", "head"]
+Kind = Literal["feat", "pos"]
+KINDS: tuple[Kind, ...] = ("feat", "pos")
+"""What a neck gives at a level, in the order of the file's outputs."""
+
+HEAD_LEVELS = range(len(HEAD_PARTS) + 1)
+"""The levels of SAM 2's neck that its mask decoder reads: the two that its head narrows, and the one below."""
 
 
 class SignatureError(ValueError):
@@ -85,6 +92,7 @@ class Signature:
         d_model: channels of every output.
         level_sizes: (height, width) of every level of the encoder, whether exported or not.
         dtype: numpy dtype name of the outputs.
+        sam2_outputs: `features`, or `head`: levels 0 and 1 of the sam2 neck as its mask decoder reads them.
     """
 
     image_size: tuple[int, int]
@@ -96,6 +104,7 @@ class Signature:
     d_model: int
     level_sizes: tuple[tuple[int, int], ...]
     dtype: str = "float32"
+    sam2_outputs: Sam2Outputs = "features"
 
     @property
     def image(self) -> TensorSpec:
@@ -105,18 +114,32 @@ class Signature:
             return TensorSpec("image", "uint8", (self.batch.dim, height, width, 3))
         return TensorSpec("image", "float32", (self.batch.dim, 3, height, width))
 
-    def of_kind(self, kind: Literal["feat", "pos"]) -> tuple[TensorSpec, ...]:
+    def of_kind(self, kind: Kind) -> tuple[TensorSpec, ...]:
         """The features or the positions of every neck, whether they are outputs or not."""
-        return tuple(
-            TensorSpec(f"{neck}_{kind}_{level}", self.dtype, (self.batch.dim, self.d_model, *self.level_sizes[level]))
-            for neck in self.necks
-            for level in self.levels
-        )
+        return tuple(self.spec(neck, kind, level) for neck in self.necks for level in self.levels_of(neck))
+
+    def spec(self, neck: str, kind: Kind, level: int) -> TensorSpec:
+        """One neck's feature map or position at one level."""
+        channels = self.channels(neck, level) if kind == "feat" else self.d_model
+        name = f"{neck}_{kind if channels == self.d_model else 'high_res'}_{level}"
+        return TensorSpec(name, self.dtype, (self.batch.dim, channels, *self.level_sizes[level]))
+
+    def channels(self, neck: str, level: int) -> int:
+        """Channels of a feature map: d_model, or what the head leaves of it."""
+        return self.d_model // (HEAD_PARTS[level] if self.has_head(neck) and level < len(HEAD_PARTS) else 1)
+
+    def has_head(self, neck: str) -> bool:
+        """Whether a neck's outputs are those of the mask decoder's convolutions."""
+        return self.sam2_outputs == "head" and neck == "sam2"
+
+    def levels_of(self, neck: str) -> tuple[int, ...]:
+        """The levels of one neck."""
+        return tuple(level for level in self.levels if level in HEAD_LEVELS or not self.has_head(neck))
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Neck by neck: its features, then its positions, finest level first."""
-        kinds: tuple[Literal["feat", "pos"], ...] = ("feat", "pos") if self.positions == "graph" else ("feat",)
+        kinds = KINDS if self.positions == "graph" else KINDS[:1]
         return tuple(
             spec
             for neck in self.necks
@@ -133,7 +156,8 @@ class Signature:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Signature:
-        """The signature that `to_dict` wrote."""
+        """The signature that `to_dict` wrote; one from before there was a head has none."""
+        values = {"sam2_outputs": "features", **values}
         fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
         for name in ("image_size", "necks", "levels"):
             fields[name] = tuple(fields[name])
@@ -150,6 +174,7 @@ def encoder_signature(
     input_kind: InputKind = "float",
     batch: BatchRange | None = None,
     dtype: str = "float32",
+    sam2_outputs: Sam2Outputs = "features",
 ) -> Signature:
     """Makes the signature of an export from what the encoder has and what the user asks.
 
@@ -157,27 +182,32 @@ def encoder_signature(
         config: the encoder, at the image size of the export.
         necks: `auto` (sam3, or all where there is no sam3), `both`, `all`, or names with commas.
         levels: `all`, or indices with commas.
-        positions, input_kind, batch, dtype: as in Signature.
+        positions, input_kind, batch, dtype, sam2_outputs: as in Signature.
 
     Raises:
         SignatureError: a neck or level that the encoder does not have, naming those that it has.
     """
     height, width = config.grid
+    chosen = choose_necks(necks, config.necks, sam2_outputs)
+    indices = choose_levels(levels, len(config.scale_factors))
+    if sam2_outputs == "head":
+        indices = _head_levels(levels, indices, chosen)
     return Signature(
         image_size=config.image_size,
         input=input_kind,
         batch=batch or BatchRange(),
-        necks=choose_necks(necks, config.necks),
-        levels=choose_levels(levels, len(config.scale_factors)),
+        necks=chosen,
+        levels=indices,
         positions=positions,
         d_model=config.d_model,
         level_sizes=tuple((int(height * scale), int(width * scale)) for scale in config.scale_factors),
         dtype=dtype,
+        sam2_outputs=sam2_outputs,
     )
 
 
-def choose_necks(asked: str, available: Sequence[str]) -> tuple[str, ...]:
-    """The asked necks in the encoder's order."""
+def choose_necks(asked: str, available: Sequence[str], sam2_outputs: Sam2Outputs = "features") -> tuple[str, ...]:
+    """The asked necks in the encoder's order; a head is of neck sam2, which must be among them."""
     auto = ["sam3"] if "sam3" in available else list(available)
     sets = {"auto": auto, "both": ["sam3", "sam2"], "all": list(available)}
     names = sets.get(asked, [name.strip() for name in asked.split(",")])
@@ -189,6 +219,15 @@ def choose_necks(asked: str, available: Sequence[str]) -> tuple[str, ...]:
     missing = [name for name in names if name not in available]
     if missing:
         raise SignatureError(f"neck {', '.join(missing)} is not in the checkpoint, which has {', '.join(available)}")
+    if sam2_outputs == "head" and "sam2" not in available:
+        raise SignatureError(
+            f"--sam2-outputs head is of neck sam2, which is not in the checkpoint; it has {', '.join(available)}"
+        )
+    if sam2_outputs == "head" and "sam2" not in names:
+        raise SignatureError(
+            f"--sam2-outputs head is of neck sam2, and --neck {asked} is {', '.join(names)}; "
+            "take --neck sam2 or --neck both"
+        )
     return tuple(name for name in available if name in names)
 
 
@@ -202,3 +241,17 @@ def choose_levels(asked: str, count: int) -> tuple[int, ...]:
     if levels[-1] >= count:
         raise SignatureError(f"level {levels[-1]} does not exist; the encoder has levels 0 to {count - 1}")
     return tuple(levels)
+
+
+def _head_levels(asked: str, levels: tuple[int, ...], necks: Sequence[str]) -> tuple[int, ...]:
+    """The levels of a file whose sam2 outputs are the head's; level 3 stays where another neck has it."""
+    if not any(level < len(HEAD_PARTS) for level in levels):
+        raise SignatureError(f"--sam2-outputs head is of levels 0 and 1, and --levels {asked} has neither")
+    if tuple(necks) != ("sam2",):
+        return levels
+    beyond = [level for level in levels if level not in HEAD_LEVELS]
+    if beyond and asked != "all":
+        raise SignatureError(
+            f"--sam2-outputs head has levels 0, 1 and 2 of neck sam2, and --levels {asked} asks for {beyond[0]} too"
+        )
+    return tuple(level for level in levels if level in HEAD_LEVELS)

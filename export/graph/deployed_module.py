@@ -6,8 +6,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from export.contract.signature import NECK_MODULES, Signature
-from export.graph.rewrite import Rewrites, rewrite
+from export.contract.signature import NECK_MODULES, Signature, SignatureError
+from export.graph.rewrite import Rewrites, rewrite, shallow_copy
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import PIXEL_SCALE
 
@@ -23,12 +23,13 @@ class DeployEncoder(nn.Module):
 
     def __init__(self, encoder: Sam3DualViTDetNeck, signature: Signature, rewrites: Rewrites) -> None:
         super().__init__()
-        encoder = rewrite(encoder, rewrites)
+        encoder = rewrite(with_head(encoder, signature), rewrites)
         self.signature = signature
         self.trunk = encoder.trunk
         self.position_encoding = encoder.position_encoding
         for neck in signature.necks:
             setattr(self, NECK_MODULES[neck], encoder.necks[neck])
+        self.sam2_head = encoder.sam2_head
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """image as the signature says -> the signature's outputs."""
@@ -39,8 +40,29 @@ class DeployEncoder(nn.Module):
         outputs: list[Tensor] = []
         for neck in self.signature.necks:
             convs = cast(nn.ModuleList, getattr(self, NECK_MODULES[neck]))
-            feats = [convs[level](x) for level in self.signature.levels]
+            feats = [convs[level](x) for level in self.signature.levels_of(neck)]
+            if self.sam2_head is not None and self.signature.has_head(neck):
+                feats = [
+                    self.sam2_head(level, feat)
+                    for level, feat in zip(self.signature.levels_of(neck), feats, strict=True)
+                ]
             outputs += feats
             if self.signature.positions == "graph":
                 outputs += [self.position_encoding(feat).to(feat.dtype) for feat in feats]
         return tuple(outputs)
+
+
+def with_head(encoder: Sam3DualViTDetNeck, signature: Signature) -> Sam3DualViTDetNeck:
+    """The encoder with the mask decoder's convolutions where the signature has them, else without.
+
+    Raises:
+        SignatureError: they are in the signature, and not in the encoder.
+    """
+    wanted = signature.sam2_outputs == "head"
+    if wanted and encoder.sam2_head is None:
+        raise SignatureError("the encoder has no mask decoder's convolutions; load it by load_encoder(sam2_head=True)")
+    if wanted or encoder.sam2_head is None:
+        return encoder
+    encoder = shallow_copy(encoder)
+    encoder.sam2_head = None
+    return encoder

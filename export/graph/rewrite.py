@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neck.necks import Sam3DualViTDetNeck
+from neck.necks import Sam2Head, Sam3DualViTDetNeck
 from neck.position import PositionEmbeddingSine
 from neck.trunk import Attention, Block, ViTDetTrunk, cut_windows
 
@@ -31,6 +31,7 @@ class Rewrites:
     fold_scale: bool = True
     merge_upsampling: bool = True
     position_tables: bool = True
+    fold_head: bool = True
 
     @classmethod
     def none(cls) -> Rewrites:
@@ -54,6 +55,8 @@ def rewrite(encoder: Sam3DualViTDetNeck, rewrites: Rewrites) -> Sam3DualViTDetNe
         for name, module in list(encoder.named_children()):
             if isinstance(module, nn.ModuleList):
                 setattr(encoder, name, nn.ModuleList(merge_upsampling(cast(nn.Sequential, level)) for level in module))
+    if rewrites.fold_head and encoder.sam2_head is not None and encoder.sam2_convs is not None:
+        encoder.sam2_convs, encoder.sam2_head = fold_head(encoder.sam2_convs, encoder.sam2_head)
     return encoder
 
 
@@ -202,6 +205,25 @@ def merge_upsampling(level: nn.Sequential) -> nn.Sequential:
     for name, module in children.items():
         short.add_module(name, module)
     return short
+
+
+def fold_head(levels: nn.ModuleList, head: Sam2Head) -> tuple[nn.ModuleList, Sam2Head]:
+    """Makes one 3x3 convolution of each that a 1x1 convolution of the mask decoder follows; nothing lies between.
+
+    Returns:
+        The levels, and a head that does nothing.
+    """
+    folded, idle = list(levels), shallow_copy(head)
+    for index, (name, point) in enumerate(list(head.named_children())[: len(folded)]):
+        level = shallow_copy(cast(nn.Sequential, folded[index]))
+        last, mix = cast(nn.Conv2d, level.conv_3x3), cast(nn.Conv2d, point).weight[:, :, 0, 0]
+        conv = nn.Conv2d(last.in_channels, len(mix), 3, padding=1, device="meta")
+        conv.weight = nn.Parameter(torch.einsum("dcyx,kd->kcyx", last.weight, mix), requires_grad=False)
+        bias = mix @ cast(Tensor, last.bias) + cast(Tensor, point.bias)
+        conv.bias = nn.Parameter(bias, requires_grad=False)
+        level.conv_3x3, folded[index] = conv, level
+        setattr(idle, name, nn.Identity())
+    return nn.ModuleList(folded), idle
 
 
 class PositionTables(nn.Module):

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +16,8 @@ import onnx_ir as ir
 import safetensors.numpy
 import torch
 
-from export.contract.signature import Signature
+from export.contract.signature import KINDS, Signature
+from export.graph.deployed_module import with_head
 from export.proof.fidelity import FidelityError, Verdict, compare
 from export.proof.rounding_simulation import is_low_precision, simulate, watch_finite
 from neck.necks import Sam3DualViTDetNeck, forward_necks
@@ -81,7 +82,7 @@ def make_reference(
     report("reference: the plain module in PyTorch FP32")
     encoder.set_imgsz(signature.image_size)
     with _exact_fp32():
-        outputs = reference_outputs(encoder, pixels, signature.necks, signature.levels)
+        outputs = reference_outputs(encoder, pixels, signature)
     return Reference(pixels, outputs, next(encoder.parameters()).device.type, tuple(notes))
 
 
@@ -113,24 +114,28 @@ def reference_pixels(
     return np.stack([np.roll(shipped, turn * shipped.shape[1] // count, axis=1) for turn in range(count)])
 
 
-def reference_outputs(
-    encoder: Sam3DualViTDetNeck, pixels: np.ndarray, necks: Sequence[str], levels: Sequence[int]
-) -> dict[str, np.ndarray]:
-    """Outputs of the plain module in FP32, features and positions of every asked neck and level.
+def reference_outputs(encoder: Sam3DualViTDetNeck, pixels: np.ndarray, signature: Signature) -> dict[str, np.ndarray]:
+    """Outputs of the plain module in FP32, features and positions of every neck and level of the signature.
 
     Args:
-        encoder: the plain encoder, set to the pictures' size.
+        encoder: the plain encoder, set to the pictures' size; where the signature has a head, with it: the mask
+            decoder's convolutions run after the neck's, as the model runs them.
         pixels: uint8 (B, H, W, 3).
-        necks, levels: which outputs.
+        signature: which outputs.
     """
-    parameter = next(encoder.parameters())
+    encoder = with_head(encoder, signature)
+    images = normalise(pixels).to(next(encoder.parameters()).device)
     with torch.inference_mode():
-        outputs = forward_necks(encoder, normalise(pixels).to(parameter.device), necks, levels)
+        outputs = forward_necks(encoder, images, signature.necks, signature.levels)
+        if encoder.sam2_head is not None:
+            feats, _ = outputs["sam2"]
+            feats[:] = map(encoder.sam2_head, signature.levels, feats)
     return {
-        f"{neck}_{kind}_{level}": tensor.float().cpu().numpy()
+        signature.spec(neck, kind, level).name: tensor.float().cpu().numpy()
         for neck, pair in outputs.items()
-        for kind, tensors in zip(("feat", "pos"), pair, strict=True)
-        for level, tensor in zip(levels, tensors, strict=True)
+        for kind, maps in zip(KINDS, pair, strict=True)
+        for level, tensor in zip(signature.levels, maps, strict=True)
+        if level in signature.levels_of(neck)
     }
 
 

@@ -48,12 +48,13 @@ def _is_copy(layout: Layout, of: Layout, tensors: Mapping[str, Tensor]) -> bool:
         names = [{name.removeprefix(start) for name in tensors if name.startswith(start)} for start in (mine, theirs)]
         if names[0] != names[1]:
             return False
-        if not all(_is_equal(tensors[mine + name], tensors[theirs + name]) for name in names[0]):
+        if not all(is_equal(tensors[mine + name], tensors[theirs + name]) for name in names[0]):
             return False
     return True
 
 
-def _is_equal(one: Tensor, other: Tensor) -> bool:
+def is_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same bits, or the same memory."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return (one.data_ptr() == other.data_ptr() and one.stride() == other.stride()) or torch.equal(one, other)
