@@ -7,7 +7,7 @@ BIN := .venv/bin
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,rtx,triton,bench,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,rtx,triton,bench,sam3,dev]'
 	touch $@
 
 # a real tritonserver for the tests (55 MB); without it they are skipped

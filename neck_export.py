@@ -36,7 +36,8 @@ OUT_OF_MEMORY = ("can't allocate memory", "bad allocation", "bad_alloc", "Failed
 """What torch and ONNX Runtime say, whose errors are no MemoryError."""
 
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8"]
+OutputType = Literal["fp32", "fp16", "bf16"]
 Attention = Literal["auto", "fp32acc", "scores32", "fused", "unfused"]
 Upsampling = Literal["auto", "deconv", "conv"]
 Residual = Literal["auto", "fp16", "fp32"]
@@ -49,6 +50,14 @@ State = Annotated[
     str | None, typer.Option(help="Which state of a training file: ema [default: model's, or the only one]")
 ]
 Prefix = Annotated[str | None, typer.Option(help="Which encoder of a state that holds several: detector.")]
+Quantise = Annotated[
+    list[str] | None,
+    typer.Option(help="fp8, int8: which products: all, *.mlp.fc2, or auto: by the budget [auto]"),
+]
+Budget = Annotated[float | None, typer.Option(help="fp8, int8: relative L2 that the features may err [default: 0.05]")]
+CalibrationFile = Annotated[
+    Path | None, typer.Option("--calibration", help="X.safetensors: what is calibrated is kept there, and used again")
+]
 Config = Annotated[Path | None, typer.Option(help="encoder.json, where the weights do not tell")]
 Sam2Outputs = Annotated[
     Literal["features", "head"],
@@ -87,12 +96,15 @@ def onnx(
     upsampling: Annotated[Upsampling, typer.Option(help="ConvTranspose, or 1x1 convolution and DepthToSpace")] = "auto",
     keep_fp32: Annotated[list[str] | None, typer.Option(help="Module kept in FP32: trunk.blocks.31, convs.*")] = None,
     output_dtype: Annotated[
-        Precision | None, typer.Option(help="Type of the outputs [default: the precision's]")
+        OutputType | None, typer.Option(help="Type of the outputs [default: the precision's]")
     ] = None,
     opset: Annotated[str, typer.Option(help="17 to 24, or auto")] = "auto",
     residual: Annotated[
         Residual, typer.Option(help="Type of the blocks' sums [auto: the precision's; FP32 where verification fails]")
     ] = "auto",
+    quantise: Quantise = None,
+    budget: Budget = None,
+    calibration: CalibrationFile = None,
     reader: Annotated[
         str, typer.Option(help="Who shall read the file, with commas: tensorrt-10.3, jetpack-6.2, triton-25.09")
     ] = "",
@@ -111,6 +123,7 @@ def onnx(
         from export.contract.signature import BatchRange
         from export.graph.rewrite import Rewrites
         from export.pipeline import ExportOptions, export_onnx
+        from export.quantising.settle import QuantiseOptions
         from export.weights_origin import state_line
         from neck.config import EncoderConfig
 
@@ -138,6 +151,7 @@ def onnx(
             output_precision=output_dtype,
             opset=parse_opset(opset),
             residual=residual,
+            quantise=QuantiseOptions(tuple(quantise or ()), budget, calibration),
             readers=reader,
             rewrites=Rewrites() if rewrite else Rewrites.none(),
             verify=verify,
@@ -150,6 +164,7 @@ def onnx(
         typer.echo(f"note: {note}")
     if chosen:
         typer.echo(chosen)
+    show_curve(result.manifest)
     if result.verdict:
         show_verdict(result.verdict)
     else:
@@ -167,6 +182,12 @@ def trt(
     fp16: Annotated[bool, typer.Option("--fp16", help="Compute in FP16")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in BF16")] = False,
     fp32: Annotated[bool, typer.Option("--fp32", help="Compute in FP32 [default: as the file]")] = False,
+    precision: Annotated[
+        Precision | None, typer.Option(help="The same, and fp8, int8: calibrates and quantises an FP32 file")
+    ] = None,
+    quantise: Quantise = None,
+    budget: Budget = None,
+    calibration: CalibrationFile = None,
     flavor: Annotated[FlavorChoice, typer.Option(help="auto: TensorRT where a GPU is, else TensorRT-RTX")] = "auto",
     compute_capability: Annotated[str, typer.Option(help="GPUs to build for (RTX): 8.6,8.9,12.0")] = "",
     batch: Annotated[str | None, typer.Option(help="Profile of a dynamic batch [default: the file's]")] = None,
@@ -197,13 +218,15 @@ def trt(
 ) -> None:
     """Builds a TensorRT engine and proves it equal to PyTorch."""
     chosen = [name for name, asked in (("fp16", fp16), ("bf16", bf16), ("fp32", fp32)) if asked]
+    chosen += [precision] if precision else []
     if len(chosen) > 1:
-        raise typer.BadParameter(f"--{' and --'.join(chosen)}: choose one")
+        raise typer.BadParameter(f"{' and '.join(chosen)}: choose one precision")
     with stage() as report:
         from engines.builder.onnx_source import newest_onnx
         from engines.builder.options import BuildOptions
         from engines.plan import PlanOptions, make_plan
         from export.contract.signature import BatchRange
+        from export.quantising.settle import QuantiseOptions
 
         onnx = model or newest_onnx(DEFAULT_ONNX.parent)
         options = PlanOptions(
@@ -215,6 +238,7 @@ def trt(
             upsampling=upsampling,
             keep_fp32=tuple(keep_fp32 or ()),
             residual=residual,
+            quantise=QuantiseOptions(tuple(quantise or ()), budget, calibration),
             build=BuildOptions(
                 batch=BatchRange.parse(batch) if batch else None,
                 compute_capabilities=tuple(part for part in compute_capability.split(",") if part),
@@ -492,6 +516,7 @@ def show_plan(result: PlanResult) -> None:
         typer.echo(f"built again: {result.reason}")
     for note in result.notes:
         typer.echo(note)
+    show_curve(result.manifest)
     if result.verdict:
         show_verdict(result.verdict)
     checked = result.manifest["verification"]
@@ -506,6 +531,15 @@ def show_plan(result: PlanResult) -> None:
     elif reason := result.manifest.get("no_layers"):
         typer.echo(f"no layer sheet: {reason}")
     typer.echo(f"{result.path}  {result.path.stat().st_size / 1e6:,.1f} MB")
+
+
+def show_curve(manifest: dict[str, Any]) -> None:
+    """Prints how many products were quantised, and what more or fewer would have meant, where that was measured."""
+    quantisation = manifest.get("quantisation") or {}
+    if quantisation.get("curve"):
+        from export.quantising.choice import curve_lines
+
+        typer.echo("\n".join(curve_lines(quantisation["curve"], len(quantisation["products"]))))
 
 
 def choose_checkpoint(asked: str | None) -> Path | None:

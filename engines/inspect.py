@@ -8,6 +8,7 @@ from typing import Any
 from engines.builder.onnx_graph import BuildError
 from engines.sheet.layer_sheet import read_sheet
 from export.contract.manifest import check_files, manifest_path, read_manifest
+from export.inspect import quantised_line
 
 
 def inspect_plan(path: Path) -> dict[str, Any]:
@@ -42,6 +43,7 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
         *(f"  {kind:7} {spec['name']}: {spec['dtype']} {tuple(spec['shape'])}" for kind, spec in tensors),
         f"  from    {found['onnx']['name']}",
         *(f"  note    {note}" for note in found.get("notes", ())),
+        *([f"  {quantised_line(found['quantisation'])}"] if found.get("quantisation") else []),
         *timing_cache_lines(found),
         f"  plan    {'verified: ' + checked['method'] if checked['verified'] else checked['reason']}",
     ]

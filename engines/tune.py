@@ -109,7 +109,7 @@ def tune_plan(
     state = folder / "rows.json"
     key = Job(options, flavor, source, options.precision, report).key
     rows = finished_rows(state, key, options.output.name)
-    attentions = ATTENTIONS if options.precision == "fp16" else ("fused", "fp32acc")
+    attentions = ATTENTIONS if options.precision != "bf16" else ("fused", "fp32acc")
     for attention, upsampling in itertools.product(attentions, UPSAMPLINGS):
         if any((row.attention, row.upsampling) == (attention, upsampling) for row in rows):
             continue

@@ -17,7 +17,9 @@ from export.options import ExportOptions
 from export.proof.fidelity import Verdict
 from export.proof.reader_check import Needs, readers_entry
 from export.weights_origin import encoder_config, package_versions, tool_version
+from neck.checkpoint_keys import NECK_MODULES
 from neck.necks import Sam3DualViTDetNeck
+from neck.weights.fingerprint import fingerprints
 
 
 def export_facts(
@@ -25,10 +27,15 @@ def export_facts(
 ) -> dict[str, Any]:
     """What is exported, by what, in which forms."""
     attention = form.attention
+    parts = {"trunk", *(NECK_MODULES[neck] for neck in signature.necks)}
+    parts |= {"sam2_head"} if signature.sam2_outputs == "head" else set()
     return {
         "versions": {"neck-export": tool_version(), **package_versions()},
         "encoder": encoder_config(encoder).to_dict(),
         "signature": signature.to_dict(),
+        "fingerprints": fingerprints(
+            (name, tensor) for name, tensor in encoder.state_dict().items() if name.split(".")[0] in parts
+        ),
         "precision": options.precision,
         "attention": options.attention,
         "attention_form": AUTO[options.precision] if attention == "auto" else attention,

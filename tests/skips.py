@@ -25,6 +25,7 @@ WANTS = (
     (r"tritonclient", "Triton's client", "pip install '.[triton]'"),
     (r"[Oo]pen[Vv](ino|INO)", "OpenVINO", "pip install '.[bench]'"),
     (r"CuPy", "CuPy", "pip install cupy-cuda13x where a GPU is"),
+    (r"transformers", "transformers", "pip install '.[sam3]'"),
     (r"selenium", "Selenium", "pip install '.[dev]'"),
 )
 """Words of a reason, what it wants, what brings it; the first that fits counts."""

@@ -16,8 +16,8 @@ FLOORS = ("neck", "export", "engines", "benchmarks", "neck_export")
 
 STAIRS = {
     "neck": ("weights",),
-    "export": ("contract", "graph", "lowering", "proof"),
-    "engines": ("sheet", "builder", "run", "service"),
+    "export": ("contract", "graph", "lowering", "proof", "quantising"),
+    "engines": ("sheet", "builder", "run", "live", "service"),
     "benchmarks": ("measure", "results", "report", "gpu"),
 }
 """The folders of a floor, lowest first: each may import those before it. Files beside them may import any."""

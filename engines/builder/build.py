@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from engines.builder.timing_cache import missed, read_replayed, replay_timing, r
 from engines.sheet.layer_sheet import LayerSheet
 from engines.sheet.read_layers import LayerSheetError, read_accumulations, sheet_from_inspector, sheet_from_log
 from export.contract.export_command import export_again
+from export.contract.readers import FP8_CAPABILITY, version_key
 from export.contract.signature import BATCH, TensorSpec
 
 NUMPY = {
@@ -92,6 +94,7 @@ def build_plan(
     graph = read_graph(onnx, (options.batch or DEFAULT_BATCH).optimum)
     _check_attentions(onnx, graph, options)
     targets = flavor.check_targets(options.compute_capabilities)
+    _check_fp8(onnx, options, targets or ((flavor.gpu.compute_capability,) if flavor.gpu else ()))
     flavor.refuse(
         timing_cache=options.timing_cache is not None,
         hardware_compatible=options.hardware_compatible != "none",
@@ -134,7 +137,7 @@ def _read_sheet(flavor: Flavor, log: str, plan: Path, graph: Graph) -> tuple[Lay
             text = log if read is sheet_from_log else flavor.inspect(plan)
             if not text:
                 raise LayerSheetError(f"the {source} does not list the engine")
-            return read(text, read_accumulations(plan), graph.attentions, graph.operations), None
+            return read(text, read_accumulations(plan), graph.attentions, graph.operations, graph.quantised), None
         except LayerSheetError as error:
             reasons.append(str(error))
         except Exception as error:
@@ -148,6 +151,15 @@ def _check_attentions(onnx: Path, graph: Graph, options: BuildOptions) -> None:
         raise BuildError(
             f"{onnx}: {graph.fp32_attentions[0]} is an opset-23 Attention in FP32, which TensorRT does not build; "
             f"export it again: {export_again(onnx, attention=form, opset='auto')}"
+        )
+
+
+def _check_fp8(onnx: Path, options: BuildOptions, targets: Sequence[str]) -> None:
+    small = [target for target in targets if target != "none" and version_key(target) < FP8_CAPABILITY]
+    if options.precision == "fp8" and small:
+        raise BuildError(
+            f"{onnx}: no FP8 products on compute capability {', '.join(small)}, they came with 8.9; "
+            f"leave it out of --compute-capability, or export in INT8: {export_again(onnx, precision='int8')}"
         )
 
 

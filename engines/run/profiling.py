@@ -28,6 +28,7 @@ from export.proof.verify import Report
 LAYER_WARM_UP_RUNS, LAYER_RUNS = 5, 20
 COPY_BYTES = 1 << 30
 PEAK_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PEAK_TYPES |= {"fp8": torch.float16, "int8": torch.float16}  # which quantised products may pass
 
 STATE_SECONDS = 20.0
 """It takes 0.1 to 2 s; a driver that hangs must not hold the profile."""

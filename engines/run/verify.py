@@ -19,6 +19,7 @@ from export.pipeline import RejectedError
 from export.proof.fidelity import Verdict, check_overrides, compare
 from export.proof.reference import check_reference, write_reference
 from export.proof.verify import Reference, Report, make_reference, picture_count
+from export.quantising.settle import manifest_tolerances
 from export.weights_origin import manifest_encoder
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import PictureFolder
@@ -97,7 +98,8 @@ def verify_plan(
     with open_plan(plan, flavor, use_runtime_cache=False) as session:
         manifest, here = session.manifest, describe(session.flavor)
         signature = plan_signature(plan, manifest, known=encoder is not None or reference is not None)
-        check_overrides(overrides or {}, [spec.name for spec in signature.outputs])
+        overrides = manifest_tolerances(manifest, overrides)
+        check_overrides(overrides, [spec.name for spec in signature.outputs])
         if reference is None:
             if encoder is None:
                 encoder = manifest_encoder(manifest_path(plan), manifest["onnx_manifest"], checkpoint, adapter)

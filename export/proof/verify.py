@@ -238,6 +238,7 @@ def run_model(model: ir.Model, folder: Path, image: np.ndarray) -> list[np.ndarr
     ort = require_runtime()
     options, run = ort.SessionOptions(), ort.RunOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # else it rounds otherwise than the graph says
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     with ThreadPoolExecutor(1) as thread:

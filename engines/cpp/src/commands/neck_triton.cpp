@@ -20,7 +20,7 @@ Sends a picture to a model in Triton over HTTP and prints its features' shapes a
                         without PICTURE its own pictures are sent
   --model NAME          (default sam3-encoder)
   --model-version N     by default the server chooses
-  --precision P         fp32, fp16 or bf16: whose tolerances; by default told by the outputs' type
+  --precision P         fp32, fp16, bf16, fp8 or int8: whose tolerances; by default told by the outputs' type
   --batch N             pictures in one request
   --runs N              timed requests (default 20)
   --timeout MS          of one request (default 60000)
@@ -42,8 +42,8 @@ Arguments parse(int count, char** values) {
     Arguments arguments;
     arguments.runs = default_runs;
     const auto take_precision = [&](const std::string& value) {
-        if (value != "fp32" && value != "fp16" && value != "bf16") {
-            throw neck::UsageError{"--precision " + neck::repr(value) + ": expected fp32, fp16 or bf16"};
+        if (value != "fp32" && value != "fp16" && value != "bf16" && value != "fp8" && value != "int8") {
+            throw neck::UsageError{"--precision " + neck::repr(value) + ": expected fp32, fp16, bf16, fp8 or int8"};
         }
         arguments.precision = value;
     };

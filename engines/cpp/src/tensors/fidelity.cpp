@@ -20,10 +20,11 @@ Tolerance tolerance_for(std::string_view name, std::string_view precision) {
     } else if (precision == "fp16") {
         tolerance = {1e-2, 0.9995, none};
         position_max_abs = 2e-3;
-    } else if (precision == "bf16") {
+    } else if (precision == "bf16" || precision == "fp8" || precision == "int8") {
         tolerance = {5e-2, 0.998, none};
+        position_max_abs = precision == "bf16" ? none : 2e-3;
     } else {
-        throw Error("precision " + repr(precision) + " has no tolerances; expected fp32, fp16 or bf16");
+        throw Error("precision " + repr(precision) + " has no tolerances; expected fp32, fp16, bf16, fp8 or int8");
     }
     if (name.find("_pos_") != std::string_view::npos) {
         tolerance.max_abs = position_max_abs;

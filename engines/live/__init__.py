@@ -1,0 +1,1 @@
+"""An exported file in the place of a live model's encoder."""

@@ -1,0 +1,202 @@
+"""Where the encoder sits in a live SAM 3: told by the modules that are there, whatever package they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from neck.checkpoint_keys import NECK_MODULES, find_layouts
+from neck.config import EncoderConfig
+from neck.necks import new_encoder
+from neck.weights.fingerprint import Fingerprints, fingerprints
+
+
+class AttachError(RuntimeError):
+    """A model and a file that do not go together; the model is as it was."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """An attribute of a module that holds another."""
+
+    parent: nn.Module
+    name: str
+    path: str
+
+    @property
+    def module(self) -> nn.Module:
+        """What it holds."""
+        found: nn.Module = getattr(self.parent, self.name)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveEncoder:
+    """The encoder of a live model.
+
+    Attributes:
+        kind: `vitdet`: a trunk with its necks in one module (Meta, Ultralytics); `fpn`: a backbone with one neck and
+            perhaps a tracker's neck elsewhere (transformers).
+        module: the encoder.
+        slots: every attribute that holds it.
+        tracker_neck: the tracker's neck where it is a module of its own.
+        head: conv_s0 and conv_s1 of the tracker's mask decoder, which read levels 0 and 1 of sam2; empty without one.
+        necks: names of the necks, as ours.
+        levels: how many each neck has.
+        unread: how many of them, the coarsest, the model drops without a look.
+    """
+
+    kind: Literal["vitdet", "fpn"]
+    module: nn.Module
+    slots: tuple[Slot, ...]
+    tracker_neck: Slot | None
+    head: tuple[Slot, ...]
+    necks: tuple[str, ...]
+    levels: int
+    unread: int
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """The levels that the model reads."""
+        return tuple(range(self.levels - self.unread))
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All that the file stands in for."""
+        return [self.module] + ([self.tracker_neck.module] if self.tracker_neck else [])
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) that the model is configured for, where it says (transformers)."""
+        config = getattr(getattr(self.module, "config", None), "backbone_config", None)
+        size = getattr(config, "image_size", None)
+        if isinstance(size, int):
+            return size, size
+        return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) and len(size) == 2 else None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All weights that the file stands in for."""
+        return (parameter for module in self.modules for parameter in module.parameters())
+
+    def fingerprints(self, config: EncoderConfig) -> Fingerprints:
+        """What a file of these weights has in its manifest.
+
+        Args:
+            config: the architecture that the file tells, with the necks and the head that are compared.
+
+        Raises:
+            AttachError: the model's encoder has another architecture, or tensors by other names.
+        """
+        state: dict[str, Tensor] = {f"encoder.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        if self.tracker_neck:
+            theirs = self.tracker_neck.module.state_dict()
+            state |= {f"tracker_neck.{name}": tensor for name, tensor in theirs.items()}
+        for slot in self.head:
+            state |= {f"head.{slot.name}.{name}": tensor for name, tensor in slot.module.state_dict().items()}
+        layouts = find_layouts(state)
+        try:
+            layout = dataclasses.replace(layouts[0], decoder="head.")
+            if self.kind == "fpn" and self.necks == ("sam2",):
+                layout = dataclasses.replace(layout, necks={"sam2": layout.necks["sam3"]})
+            with torch.device("meta"):
+                names = [*new_encoder(config).state_dict()]
+            return fingerprints((name, _joined(state, layout.keys(name))) for name in names)
+        except (KeyError, IndexError, StopIteration) as error:
+            raise AttachError(
+                f"the model's encoder at {self.slots[0].path} is not built as the file's ({error!r}); export the "
+                "model's own checkpoint"
+            ) from None
+
+
+def _joined(state: dict[str, Tensor], keys: tuple[str, ...]) -> Tensor:
+    parts = [state[key] for key in keys]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def find_encoder(model: nn.Module) -> LiveEncoder:
+    """Finds the encoder of a live model.
+
+    Raises:
+        AttachError: there is none, or more than one.
+    """
+    slots: dict[nn.Module, list[Slot]] = {}
+    for path, parent in model.named_modules():
+        for name, child in parent.named_children():
+            slots.setdefault(child, []).append(Slot(parent, name, f"{path}.{name}".lstrip(".")))
+    found = [module for module in slots if _is_vitdet(module) or _is_fpn(module)]
+    if not found:
+        top = ", ".join(f"{name} ({type(child).__name__})" for name, child in model.named_children()) or "nothing"
+        it = " itself is the encoder; give the model around it" if _is_vitdet(model) or _is_fpn(model) else ""
+        raise AttachError(
+            f"{type(model).__name__}{it or ' holds no image encoder of SAM 3'}: found {top[:300]}; expected somewhere "
+            "a module with trunk and convs (Meta, Ultralytics) or backbone and neck.fpn_layers (transformers)"
+        )
+    if len(found) > 1:
+        places = ", ".join(slots[module][0].path for module in found)
+        raise AttachError(f"{type(model).__name__} holds {len(found)} encoders ({places}); attach to the part with one")
+    where = tuple(slots[found[0]])
+    head = _find_head(slots)
+    if _is_vitdet(found[0]):
+        return _of_vitdet(found[0], where, head)
+    return _of_fpn(found[0], where, head, slots)
+
+
+def _find_head(slots: dict[nn.Module, list[Slot]]) -> tuple[Slot, ...]:
+    """conv_s0 and conv_s1 of every mask decoder."""
+    return tuple(slot for found in slots.values() for slot in found if slot.name in ("conv_s0", "conv_s1"))
+
+
+def _is_vitdet(module: nn.Module) -> bool:
+    convs = getattr(module, "convs", None)
+    return isinstance(getattr(module, "trunk", None), nn.Module) and isinstance(convs, nn.ModuleList)
+
+
+def _is_fpn(module: nn.Module) -> bool:
+    backbone = getattr(module, "backbone", None)
+    return isinstance(getattr(backbone, "layers", None), nn.ModuleList) and _has_levels(getattr(module, "neck", None))
+
+
+def _has_levels(module: Any) -> bool:  # noqa: ANN401 - whatever an attribute holds
+    return isinstance(module, nn.Module) and isinstance(getattr(module, "fpn_layers", None), nn.ModuleList)
+
+
+def _of_vitdet(
+    module: Any,  # noqa: ANN401 - of unknown attributes
+    slots: tuple[Slot, ...],
+    head: tuple[Slot, ...],
+) -> LiveEncoder:
+    necks = tuple(neck for neck, name in NECK_MODULES.items() if len(getattr(module, name, None) or ()))
+    levels = len(getattr(module, NECK_MODULES[necks[0]])) if necks else 0
+    unread = min(int(getattr(slot.parent, "scalp", 0)) for slot in slots)
+    return LiveEncoder("vitdet", module, slots, None, head, necks, levels, unread)
+
+
+def _of_fpn(
+    module: Any,  # noqa: ANN401
+    slots: tuple[Slot, ...],
+    head: tuple[Slot, ...],
+    all_slots: dict[nn.Module, list[Slot]],
+) -> LiveEncoder:
+    """Of transformers: which neck it is tells the rest of the model, for a tracker's is called `neck` too."""
+    others = [slot for other, (slot, *_) in all_slots.items() if _has_levels(other) and other is not module.neck]
+    others = [slot for slot in others if slot.parent is not module]
+    levels = len(module.neck.fpn_layers)
+    unread = 1 if levels > 3 else 0  # each of the four models reads the three finest
+    if others:
+        return LiveEncoder("fpn", module, slots, others[0], head, ("sam3", "sam2"), levels, unread)
+    return LiveEncoder("fpn", module, slots, None, head, ("sam2",) if head else ("sam3",), levels, unread)
+
+
+def lowest_type(encoder: LiveEncoder) -> torch.dtype:
+    """The type of the encoder's weights, where they are mixed the one of fewest bits."""
+    return min((parameter.dtype for parameter in encoder.parameters()), key=lambda dtype: dtype.itemsize)
+
+
+def not_read(like: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Stands for what a model does not read: not a number, so that a reader would be seen, and no memory."""
+    return torch.full((1,), math.nan, dtype=like.dtype, device=like.device).expand(size)

@@ -1,0 +1,48 @@
+"""Opens a file in the runtime that was asked for, or in the one that goes with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from engines.builder.plan_kind import is_plan
+from engines.run.file_runtimes import OpenVinoFile, OrtFile
+from engines.run.open_plan import open_plan
+from engines.run.session import Session
+from export.proof.verify import require_runtime
+
+
+class EncoderError(RuntimeError):
+    """A file that cannot stand in for an encoder, or pictures that it does not take."""
+
+
+def open_file(
+    path: Path, device: str | torch.device | None, runtime: str, simulated: bool
+) -> Session | OrtFile | OpenVinoFile:
+    """Opens a plan or an ONNX file; the options are those of DeployedEncoder.
+
+    Raises:
+        EncoderError: options that do not go together.
+        SessionError, RuntimeFileError, FidelityError: it cannot be opened here.
+    """
+    wanted = torch.device(device) if device is not None else None
+    if is_plan(path):
+        if runtime != "auto" or simulated or (wanted is not None and wanted.type != "cuda"):
+            raise EncoderError(f"{path}: a plan runs in TensorRT on the GPU only; take its ONNX file")
+        return open_plan(path)
+    if runtime == "openvino":
+        if simulated or (wanted is not None and wanted.type != "cpu"):
+            raise EncoderError(f"{path}: OpenVINO runs it on the CPU, without simulation; leave runtime out")
+        return OpenVinoFile(path)
+    if simulated and wanted is not None and wanted.type != "cpu":
+        raise EncoderError(f"{path}: its roundings are simulated on the CPU only; leave simulated out")
+    if wanted is None:
+        wanted = torch.device("cuda" if not simulated and _ort_has_cuda() else "cpu")
+    if wanted.type not in ("cpu", "cuda"):
+        raise EncoderError(f"{path}: ONNX Runtime runs it on the CPU or a GPU, not on {wanted}; device='cpu'")
+    return OrtFile(path, wanted, simulated)
+
+
+def _ort_has_cuda() -> bool:
+    return torch.cuda.is_available() and "CUDAExecutionProvider" in require_runtime().get_available_providers()

@@ -1,0 +1,359 @@
+"""A file in the place of the encoder of each SAM 3 of transformers: tiny models, one export for all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engines.attach import AttachError, attach, detach
+from engines.live.encoder import DeployedEncoder, EncoderError
+from engines.live.found import find_encoder
+from engines.live.stand_ins import FpnStandIn
+from engines.run.file_runtimes import RuntimeFileError
+from export.contract.manifest import ManifestError
+from export.options import ExportOptions
+from export.pipeline import export_onnx
+from neck.checkpoint import load_encoder
+
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install '.[sam3]'")
+
+from tiny_sam3 import SIZE, frames, load_model, make_sure, save_model, text_ids  # noqa: E402 - it imports transformers
+
+TOLERANCE = 1e-4
+"""Of an output's largest value; found are up to 2e-6."""
+
+Run = Callable[[Any], dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint that all models load from."""
+    return save_model(tmp_path_factory.mktemp("sam3"))
+
+
+@pytest.fixture(scope="module")
+def file(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its encoder with both necks, batch 1 or 2."""
+    output = tmp_path_factory.mktemp("file") / "x.onnx"
+    export_onnx(ExportOptions(output, checkpoint, necks="both", verify=False))
+    return output
+
+
+@pytest.fixture
+def model(checkpoint: Path) -> Iterator[Any]:
+    """Sam3Model."""
+    yield load_model(transformers.Sam3Model, checkpoint)
+
+
+def tensors(value: Any, name: str = "") -> dict[str, Tensor]:  # noqa: ANN401 - any output of transformers
+    """Every tensor of an output, by its path."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    pairs = value.items() if hasattr(value, "items") else enumerate(value) if isinstance(value, list | tuple) else ()
+    return {path: found for key, inner in pairs for path, found in tensors(inner, f"{name}.{key}").items()}
+
+
+def run_image(model: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    ids, mask = text_ids("cat")
+    return tensors(model(pixel_values=frames(1), input_ids=ids, attention_mask=mask))
+
+
+def run_points(model: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    points = torch.tensor([[[[40.0, 50.0]], [[80.0, 20.0]]]])
+    return tensors(
+        model(pixel_values=frames(1), input_points=points, input_labels=torch.ones(1, 2, 1, dtype=torch.int32))
+    )
+
+
+def run_tracker_video(model: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    session = transformers.Sam3TrackerVideoInferenceSession(frames(4), SIZE, SIZE, dtype=torch.float32)
+    for name, point in ((1, (40.0, 50.0)), (7, (80.0, 20.0))):
+        given = {"point_coords": torch.tensor([[[point]]]), "point_labels": torch.ones(1, 1, 1, dtype=torch.int32)}
+        session.add_point_inputs(session.obj_id_to_idx(name), 0, given)
+    session.obj_with_new_inputs = [1, 7]
+    first = model(session, frame_idx=0)
+    return tensors([dict(one) for one in (first, *model.propagate_in_video_iterator(session, start_frame_idx=0))])
+
+
+def run_video(model: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    from transformers.models.sam3_video.modeling_sam3_video import Sam3VideoInferenceSession
+
+    session = Sam3VideoInferenceSession(frames(4), SIZE, SIZE, dtype=torch.float32)
+    for text in ("cat", "a cup"):
+        prompt = session.add_prompt(text)
+        session.prompt_input_ids[prompt], session.prompt_attention_masks[prompt] = text_ids(text)
+    found = tensors([dict(one) for one in model.propagate_in_video_iterator(session)])
+    # what the tracker reads, whether it found an object or not
+    kept = session.cache.get_vision_features(3)
+    return found | tensors(kept, "tracker")
+
+
+RUNS = {
+    "Sam3Model": run_image,
+    "Sam3TrackerModel": run_points,
+    "Sam3TrackerVideoModel": run_tracker_video,
+    "Sam3VideoModel": run_video,
+}
+
+
+def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Largest error of every output, relative to its largest value."""
+    assert found.keys() == expected.keys() and found
+    return {
+        name: float((found[name].double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-12))
+        for name, want in expected.items()
+    }
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_every_output_of_the_whole_model(kind: str, checkpoint: Path, file: Path) -> None:
+    """FP32 file attached; to the bit after detach; a file that is a hundredth off is seen."""
+    model, run = load_model(getattr(transformers, kind), checkpoint), RUNS[kind]
+    if "Video" in kind:
+        make_sure(model)
+    with torch.no_grad():
+        expected = run(model)
+        encoder = attach(model, file)
+        found = run(model)
+        assert max(differences(found, expected).values()) < TOLERANCE
+        whole = encoder._infer
+        encoder._infer = lambda image, wanted: {name: value * 1.01 for name, value in whole(image, wanted).items()}
+        found = run(model)  # other objects perhaps, too
+        assert found.keys() != expected.keys() or max(differences(found, expected).values()) > TOLERANCE
+        detach(model)
+        assert all(torch.equal(value, expected[name]) for name, value in run(model).items())
+    with pytest.raises(EncoderError, match="is closed; open it again"):
+        encoder(frames(1))
+    assert not any(isinstance(part, FpnStandIn) for part in model.modules())
+
+
+@pytest.fixture(scope="module")
+def head_file(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both necks, and what the mask decoder reads of sam2."""
+    output = tmp_path_factory.mktemp("head") / "x.onnx"
+    export_onnx(ExportOptions(output, checkpoint, necks="both", sam2_outputs="head", verify=False))
+    return output
+
+
+@pytest.mark.parametrize("kind", ["Sam3TrackerModel", "Sam3TrackerVideoModel", "Sam3VideoModel"])
+def test_a_file_with_the_trackers_head(kind: str, checkpoint: Path, head_file: Path) -> None:
+    """The decoder's conv_s0 and conv_s1 are in the file; other weights in them are known."""
+    model, run = load_model(getattr(transformers, kind), checkpoint), RUNS[kind]
+    decoder = getattr(model, "tracker_model", model).mask_decoder
+    if "Video" in kind:
+        make_sure(model)
+    with torch.no_grad():
+        expected = run(model)
+        attach(model, head_file)
+        assert isinstance(decoder.conv_s0, nn.Identity) and isinstance(decoder.conv_s1, nn.Identity)
+        assert max(differences(run(model), expected).values()) < TOLERANCE
+        detach(model)
+        assert all(torch.equal(value, expected[name]) for name, value in run(model).items())
+        decoder.conv_s1.bias += 0.01
+        with pytest.raises(AttachError, match=r"holds other weights .* \(sam2_head\)"):
+            attach(model, head_file)
+    assert isinstance(decoder.conv_s0, nn.Conv2d)
+
+
+def test_a_head_needs_a_tracker(model: Any, head_file: Path) -> None:  # noqa: ANN401
+    """A detector reads sam3 of such a file; its sam2 outputs are nobody's."""
+    with torch.no_grad():
+        expected = run_image(model)
+        attach(model, head_file)
+        assert max(differences(run_image(model), expected).values()) < TOLERANCE
+    detach(model)
+
+
+def test_a_file_without_the_last_level(checkpoint: Path, file: Path, tmp_path: Path) -> None:
+    """None of the four reads it; what stands for it is seen by who would."""
+    short = with_signature(file, tmp_path, levels=[0, 1, 2])
+    for kind in ("Sam3Model", "Sam3TrackerModel"):
+        model, run = load_model(getattr(transformers, kind), checkpoint), RUNS[kind]
+        with torch.no_grad():
+            expected = run(model)
+            attach(model, short)
+            assert max(differences(run(model), expected).values()) < TOLERANCE
+            last = model.vision_encoder(frames(1)).fpn_hidden_states[3]
+        assert last.shape == (1, 128, 4, 4) and last.isnan().all() and last.untyped_storage().nbytes() == 4
+        detach(model)
+
+
+def with_signature(file: Path, folder: Path, **changes: Any) -> Path:  # noqa: ANN401 - values of a manifest
+    """A copy of a file whose manifest has another signature; its graph gives more than that says."""
+    for path in file.parent.iterdir():
+        shutil.copy(path, folder / path.name)
+    where = folder / "x.json"
+    manifest = json.loads(where.read_text())
+    manifest["signature"] |= changes
+    where.write_text(json.dumps(manifest))
+    return folder / file.name
+
+
+def assert_as_it_was(model: nn.Module, before: dict[str, nn.Module]) -> None:
+    assert dict(model.named_modules()) == before
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_other_weights_are_refused(model: Any, checkpoint: Path, file: Path) -> None:  # noqa: ANN401
+    before = dict(model.named_modules())
+    weight = model.vision_encoder.backbone.layers[2].mlp.fc1.weight
+    with torch.no_grad():
+        weight += 1e-4 * torch.randn_like(weight)  # a light fine-tune of one tensor
+    with pytest.raises(AttachError, match=r"holds other weights .* \(trunk\); export the model's own checkpoint"):
+        attach(model, file)
+    assert_as_it_was(model, before)
+    attach(model, file, check=False)
+    detach(model)
+    with torch.no_grad():
+        model.vision_encoder.neck.fpn_layers[1].proj1.bias += 1e-3
+    with pytest.raises(AttachError, match=r"\(trunk, sam3\)"):
+        attach(model, file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_model(dtype: torch.dtype, model: Any, file: Path) -> None:  # noqa: ANN401
+    """Its rounded weights are known again; the outputs are cast, which is said once."""
+    model.to(dtype)
+    encoder = attach(model, file)
+    with pytest.warns(UserWarning, match=r"computes in float32; its outputs are cast to the model's torch") as said:
+        for _ in range(2):
+            found = model.vision_encoder(frames(1).to(dtype))
+    assert len(said) == 1
+    assert {one.dtype for one in (*found.fpn_hidden_states, *found.fpn_position_encoding)} == {dtype}
+    assert encoder.device.type == "cpu"
+    detach(model)
+
+
+def test_detach_follows_the_model(model: Any, file: Path) -> None:  # noqa: ANN401
+    attach(model, file)
+    model.half()
+    detach(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+
+
+def test_free(model: Any, file: Path) -> None:  # noqa: ANN401
+    """The weights' memory is given back; the model runs on the file alone and cannot be detached."""
+    own = model.vision_encoder
+    with torch.no_grad():
+        expected = run_image(model)
+        attach(model, file, free=True)
+        assert max(differences(run_image(model), expected).values()) < TOLERANCE
+    assert all(parameter.is_meta for parameter in own.parameters())
+    with pytest.raises(AttachError, match="was freed"):
+        detach(model)
+
+
+def test_what_does_not_fit_is_refused(model: Any, file: Path, tmp_path: Path) -> None:  # noqa: ANN401
+    before = dict(model.named_modules())
+    sizes = [[36, 36], [18, 18], [9, 9], [4, 4]]
+    for changes, words in (
+        (
+            {"necks": ["sam2"]},
+            r"has no neck sam3, which the model at vision_encoder has; export it by .*--neck sam2,sam3",
+        ),
+        ({"levels": [0, 2]}, r"lacks level 1; export it by neck-export onnx .*--levels 0,1,2"),
+        ({"image_size": [126, 126], "level_sizes": sizes}, r"takes 126x126 pixels, .* 112x112 .*--image-size 112x112"),
+        ({"level_sizes": sizes[:3], "levels": [0, 1, 2]}, r"with 3 levels, the model's has 4"),
+    ):
+        folder = tmp_path / str(len(words))
+        folder.mkdir()
+        with pytest.raises((AttachError, EncoderError), match=words):
+            attach(model, with_signature(file, folder, **changes))
+        assert_as_it_was(model, before)
+    where = tmp_path / "old" / "x.json"
+    where.parent.mkdir()
+    with_signature(file, where.parent)
+    manifest = json.loads(where.read_text())
+    del manifest["fingerprints"]
+    where.write_text(json.dumps(manifest))
+    with pytest.raises(AttachError, match=r"x\.json: does not tell the weights' fingerprint"):
+        attach(model, where.with_name("x.onnx"))
+    with pytest.raises(AttachError, match="neck sam2 is not in the model, which has sam3"):
+        attach(model, file, necks=("sam3", "sam2"))
+    with pytest.raises(RuntimeFileError, match="ONNX Runtime has no CUDA here; pip install onnxruntime-gpu"):
+        attach(model, file, device="cuda")
+    with pytest.raises(ManifestError, match=r"x\.plan\.json: the manifest is missing"):
+        attach(model, file.with_name("x.plan"))
+    assert_as_it_was(model, before)
+
+
+def test_attached_twice_and_not_at_all(model: Any, file: Path) -> None:  # noqa: ANN401
+    with pytest.raises(AttachError, match="nothing is attached"):
+        detach(model)
+    attach(model, file)
+    before = dict(model.named_modules())
+    with pytest.raises(AttachError, match=r"x\.onnx is attached already; detach it first"):
+        attach(model, file)
+    assert dict(model.named_modules()) == before
+    detach(model)
+
+
+def test_pictures_that_the_file_does_not_take(model: Any, file: Path) -> None:  # noqa: ANN401
+    attach(model, file)
+    with pytest.raises(EncoderError, match=r"takes 1 pictures at once, got 3; .*--batch 1:3:3"):
+        model.vision_encoder(frames(3))
+    with pytest.raises(
+        EncoderError, match=r"takes 112x112 pixels, the model's images are 126x112 .*--image-size 126x112"
+    ):
+        model.vision_encoder(torch.zeros(1, 3, 126, 112))
+    detach(model)
+
+
+def test_models_without_an_encoder(model: Any, file: Path) -> None:  # noqa: ANN401
+    with pytest.raises(AttachError, match=r"Linear holds no image encoder of SAM 3: found nothing; expected somewhere"):
+        attach(nn.Linear(2, 2), file)
+    with pytest.raises(AttachError, match=r"found detr \(Sam3DetrEncoder\); expected"):
+        attach(nn.ModuleDict({"detr": model.detr_encoder}), file)
+    with pytest.raises(AttachError, match="Sam3VisionModel itself is the encoder; give the model around it"):
+        attach(model.vision_encoder, file)
+    with pytest.raises(AttachError, match="str is no model of PyTorch: give a module or a predictor"):
+        attach("model.pt", file)
+    twice = nn.ModuleDict({"a": model, "b": load_same(model)})
+    with pytest.raises(AttachError, match=r"holds 2 encoders \(a\.vision_encoder, b\.vision_encoder\); attach to the"):
+        attach(twice, file)
+
+
+def load_same(model: Any) -> nn.Module:  # noqa: ANN401
+    return type(model)(model.config)
+
+
+def test_the_tracker_gets_no_other_pictures_features(checkpoint: Path, file: Path) -> None:
+    model = load_model(transformers.Sam3VideoModel, checkpoint)
+    attach(model, file)
+    with torch.no_grad():
+        first = model.detector_model.get_vision_features(pixel_values=frames(2)[:1])
+        second = model.detector_model.get_vision_features(pixel_values=frames(2)[1:])
+        model.get_vision_features_for_tracker(second)
+        with pytest.raises(AttachError, match="features of other pictures than were encoded last"):
+            model.get_vision_features_for_tracker(first)
+    detach(model)
+
+
+def test_a_files_fingerprint_is_the_checkpoints(checkpoint: Path, file: Path) -> None:
+    """The same from our module as from the live one; the manifest has each part once."""
+    told = json.loads(file.with_suffix(".json").read_text())["fingerprints"]
+    assert list(told) == ["trunk", "sam3", "sam2"]
+    from neck.weights.fingerprint import fingerprints
+
+    assert fingerprints(load_encoder(checkpoint).state_dict().items()) == told
+    model = load_model(transformers.Sam3VideoModel, checkpoint)
+    live = find_encoder(model)
+    assert live.necks == ("sam3", "sam2") and live.read == (0, 1, 2)
+    assert live.tracker_neck is not None and live.tracker_neck.path == "tracker_neck"
+
+
+def test_deployed_encoder_is_shared_by_nobody_else(file: Path) -> None:
+    """Two encoders of one file, each with its own lists; in a context it is closed at the end."""
+    with DeployedEncoder(file) as one, torch.no_grad():
+        first, second = one(frames(1)), one(frames(1))
+        first[0].clear()
+        assert len(second[0]) == 4
+    with pytest.raises(EncoderError, match="is closed"):
+        one(frames(1))
