@@ -409,6 +409,7 @@ def test_int8_from_end_to_end(tmp_path: Path) -> None:
         in neck_export_cli("inspect", tmp_path / "a.onnx").out
     )
     assert verify_file(tmp_path / "a.onnx").passed
+    assert "every block and output is within tolerance" in neck_export_cli("bisect", tmp_path / "a.onnx").out
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
     built = neck_export_cli("trt", tmp_path / "a.onnx", "--flavor", "rtx", "--compute-capability", "8.6")
     assert built.code == 0, built.err
@@ -458,6 +459,7 @@ def pictures(folder: Path, count: int, flat: bool = False) -> Path:
         (["--precision", "fp8", "--quantise", "convs.0"], "names no product"),
         (["--precision", "fp8", "--quantise", "all", "--images", "few"], "holds 3 pictures; calibration takes 8"),
         (["--precision", "int8", "--quantise", "all", "--images", "flat"], "5.png: is of one colour throughout"),
+        (["--precision", "int8", "--quantise", "all", "--images", "broken"], "7.png"),
     ],
 )
 def test_bad_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: str) -> None:
@@ -465,6 +467,7 @@ def test_bad_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: l
     monkeypatch.chdir(tmp_path)
     pictures(tmp_path / "few", 3)
     pictures(tmp_path / "flat", 8, flat=True)
+    (pictures(tmp_path / "broken", 8) / "7.png").write_bytes(b"no picture")
     checkpoint, config = next(data.glob("checkpoint.*")), data / "encoder.json"
     ran = neck_export_cli("onnx", "--checkpoint", checkpoint, "--config", config, *options, "--output", "out/a.onnx")
     assert ran.code == 1

@@ -29,6 +29,7 @@ from export.quantising.choice import (
     order_products,
 )
 from export.quantising.ranges import choose_range
+from export.quantising.settle import QuantiseOptions, budget_tolerances, manifest_tolerances
 from export.quantising.trials import Trials, at_size, rounded_layers
 
 BUDGET = TOLERANCES["fp8"].relative_l2
@@ -154,6 +155,15 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
     assert sorted(asked) == sorted(layers)
     measure_products(layers, 64, run, {"scales": [1]}, state, print)  # the control: of other ranges
     assert len(asked) == 32
+
+
+def test_a_budget_is_the_tolerance_of_the_features() -> None:
+    """The default is none that is given: an override of 0.05 would take a cosine of 0.9975."""
+    assert budget_tolerances(QuantiseOptions(), {"sam3_feat_0": 0.1}) == {"sam3_feat_0": 0.1}
+    assert budget_tolerances(QuantiseOptions(budget=0.05), {}) == {}
+    assert budget_tolerances(QuantiseOptions(budget=0.03), {}) == {"*_feat_*": 0.03}
+    assert manifest_tolerances({"quantisation": {"budget": 0.03}}, None) == {"*_feat_*": 0.03}
+    assert manifest_tolerances({"quantisation": None}, None) == {}
 
 
 def test_small_pictures_are_of_whole_patches() -> None:

@@ -19,6 +19,9 @@ MOVES = frozenset(
 )
 """Operators whose results are values of their inputs: rounded already."""
 
+AS_WRITTEN = ("session.disable_quant_qdq", "1")
+"""Session setting of ONNX Runtime, which else fuses Q and DQ with products and rounds otherwise than the graph says."""
+
 EXACT = MOVES | {"DequantizeLinear"}
 """What is not rounded: a builder makes one product of DequantizeLinear and MatMul, whose inputs are the codes."""
 

@@ -19,7 +19,7 @@ import torch
 from export.contract.signature import KINDS, BatchRange, Signature
 from export.graph.deployed_module import with_head
 from export.proof.fidelity import FidelityError, Verdict, compare
-from export.proof.rounding_simulation import is_low_precision, simulate, watch_finite
+from export.proof.rounding_simulation import AS_WRITTEN, is_low_precision, simulate, watch_finite
 from neck.necks import Sam3DualViTDetNeck, forward_necks
 from neck.pictures import PictureFolder, find_pictures, load_pictures, normalise
 from neck.trunk import ViTDetTrunk
@@ -234,7 +234,7 @@ def run_model(model: ir.Model, folder: Path, image: np.ndarray) -> list[np.ndarr
     ort = require_runtime()
     options, run = ort.SessionOptions(), ort.RunOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_quant_qdq", "1")  # else it rounds otherwise than the graph says
+    options.add_session_config_entry(*AS_WRITTEN)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     with ThreadPoolExecutor(1) as thread:

@@ -74,14 +74,18 @@ def check_quantise(options: QuantiseOptions, precision: str) -> None:
 
 def budget_tolerances(options: QuantiseOptions, tolerances: Mapping[str, float]) -> dict[str, float]:
     """The overrides of the tolerances with what a budget means for the features; those that were asked come last."""
-    return ({} if options.budget is None else {"*_feat_*": options.budget}) | dict(tolerances)
+    return _of_budget(options.budget) | dict(tolerances)
 
 
 def manifest_tolerances(manifest: Mapping[str, Any], tolerances: Mapping[str, float] | None) -> dict[str, float]:
     """The same for a file that is there: its export's budget, where one was given."""
     facts = manifest.get("quantisation") or {}
-    given = facts and facts["budget"] != TOLERANCES[facts["kind"]].relative_l2
-    return ({"*_feat_*": facts["budget"]} if given else {}) | dict(tolerances or {})
+    return _of_budget(facts.get("budget")) | dict(tolerances or {})
+
+
+def _of_budget(budget: float | None) -> dict[str, float]:
+    """The default is no override, whose cosine would be looser than the default's."""
+    return {} if budget in (None, TOLERANCES["fp8"].relative_l2) else {"*_feat_*": budget}
 
 
 def all_tolerances(
