@@ -21,7 +21,7 @@ import typer
 if TYPE_CHECKING:
     from engines.plan import PlanResult
     from export.proof.fidelity import Verdict
-    from neck.pictures import PictureFolder, ValueRange
+    from neck.pictures import PictureFolder
 
 app = typer.Typer(
     help="SAM 3's image encoder: checkpoint -> verified ONNX -> TensorRT engine -> service.",
@@ -66,6 +66,13 @@ Sam2Outputs = Annotated[
 PictureRange = Annotated[
     str | None, typer.Option(help="LOW:HIGH, black and white of pictures deeper than 8 bits [default: their high byte]")
 ]
+Tolerance = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")]
+Images = Annotated[Path | None, typer.Option(help="Folder of pictures to verify on")]
+ItsWeights = Annotated[Path | None, typer.Option(help="Its weights [default: where the manifest says]")]
+ItsAdapter = Annotated[Path | None, typer.Option(help="What was merged [default: where the manifest says]")]
+Necks = Annotated[str, typer.Option(help="both, all, or names with commas; auto: sam3, or what is there")]
+Levels = Annotated[str, typer.Option(help="Levels with commas, 0 the finest")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON")]
 
 
 @app.command()
@@ -82,8 +89,8 @@ def onnx(
         str | None, typer.Option(help="Pixels: 1008, or height x width: 1008x672 [default: the config's, 1008]")
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch size, or minimum:optimum:maximum")] = "1",
-    neck: Annotated[str, typer.Option(help="both, all, or names with commas; auto: sam3, or what is there")] = "auto",
-    levels: Annotated[str, typer.Option(help="Levels with commas, 0 the finest")] = "all",
+    neck: Necks = "auto",
+    levels: Levels = "all",
     positions: Annotated[
         Literal["graph", "file", "none"], typer.Option(help="Position encodings: outputs, a file beside it, or none")
     ] = "graph",
@@ -114,7 +121,7 @@ def onnx(
         Path | None, typer.Option(help="Folder of pictures to verify on: its first, as many as the batch takes")
     ] = None,
     picture_range: PictureRange = None,
-    tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
+    tolerance: Tolerance = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights", min=0, max=2**31 - 1)] = 0,
     output: Annotated[Path, typer.Option(help="The file to write")] = DEFAULT_ONNX,
 ) -> None:
@@ -211,9 +218,9 @@ def trt(
     ] = "none",
     tune: Annotated[bool, typer.Option(help="Build all forms, keep the fastest that passes (GPU)")] = False,
     verify: Annotated[bool, typer.Option(help="Compare with PyTorch before the plan gets its name")] = True,
-    images: Annotated[Path | None, typer.Option(help="Folder of pictures to verify on")] = None,
+    images: Images = None,
     picture_range: PictureRange = None,
-    tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
+    tolerance: Tolerance = None,
     output: Annotated[Path | None, typer.Option(help="The plan [default: beside the ONNX file]")] = None,
 ) -> None:
     """Builds a TensorRT engine and proves it equal to PyTorch."""
@@ -268,7 +275,7 @@ def trt(
 def profile(
     plan: Annotated[Path, typer.Argument(help="A plan of neck-export")],
     batch: Annotated[int | None, typer.Option(help="Batch size [default: the profile's optimum]")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measures a plan's latency on the GPU: percentiles, transfers apart, memory, layers."""
     with stage():
@@ -282,11 +289,11 @@ def profile(
 @app.command()
 def bisect(
     file: Annotated[Path, typer.Argument(help="An FP16 or BF16 ONNX file (made with --no-verify), or a plan (GPU)")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Its weights [default: where the manifest says]")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="What was merged [default: where the manifest says]")] = None,
+    checkpoint: ItsWeights = None,
+    adapter: ItsAdapter = None,
     images: Annotated[Path | None, typer.Option(help="Folder of pictures")] = None,
     picture_range: PictureRange = None,
-    tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
+    tolerance: Tolerance = None,
 ) -> None:
     """Finds the block that first leaves tolerance, and the smallest FP32 island that mends the file."""
     with stage() as report:
@@ -301,11 +308,11 @@ def bisect(
 @app.command()
 def verify(
     file: Annotated[Path, typer.Argument(help="An ONNX file or a plan (GPU) of neck-export")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Its weights [default: where the manifest says]")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="What was merged [default: where the manifest says]")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of pictures to verify on")] = None,
+    checkpoint: ItsWeights = None,
+    adapter: ItsAdapter = None,
+    images: Images = None,
     picture_range: PictureRange = None,
-    tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
+    tolerance: Tolerance = None,
     save_reference: Annotated[
         Path | None, typer.Option(help="X.safetensors: the pictures and PyTorch's outputs, for `neck-engine --compare`")
     ] = None,
@@ -315,27 +322,16 @@ def verify(
     with stage() as report:
         from engines.builder.plan_kind import is_plan
 
-        tolerances, folder, line = parse_tolerances(tolerance), pictures(images, picture_range), None
+        asked, line = (checkpoint, pictures(images, picture_range), parse_tolerances(tolerance)), None
         if is_plan(file):
             from engines.run.verify import verify_plan_file
 
-            verdict = verify_plan_file(
-                file, checkpoint, folder, tolerances, report, adapter=adapter, save=save_reference
-            )
+            verdict = verify_plan_file(file, *asked, report, adapter=adapter, save=save_reference)
         else:
             from export.pipeline import verify_file
             from export.proof.reader_check import read_by_file
 
-            verdict = verify_file(
-                file,
-                checkpoint,
-                folder,
-                tolerances,
-                report,
-                adapter=adapter,
-                save=save_reference,
-                readers=reader,
-            )
+            verdict = verify_file(file, *asked, report, adapter=adapter, save=save_reference, readers=reader)
             line = read_by_file(file)
     show_verdict(verdict)
     if line:
@@ -402,8 +398,8 @@ def bench(
     config: Config = None,
     image_size: Annotated[str | None, typer.Option(help="Pixels: 1008, or height x width: 1008x672")] = None,
     batch: Annotated[int, typer.Option(help="Pictures in a run", min=1)] = 1,
-    neck: Annotated[str, typer.Option(help="both, all, or names with commas; auto: sam3, or what is there")] = "auto",
-    levels: Annotated[str, typer.Option(help="Levels with commas, 0 the finest")] = "all",
+    neck: Necks = "auto",
+    levels: Levels = "all",
     positions: Annotated[Literal["graph", "none"], typer.Option(help="Position encodings: outputs or none")] = "graph",
     sam2_outputs: Sam2Outputs = "features",
     images: Annotated[Path | None, typer.Option(help="Folder of pictures to compare outputs on")] = None,
@@ -450,8 +446,7 @@ def bench(
                 levels=levels,
                 positions=positions,
                 sam2_outputs=sam2_outputs,
-                images=images,
-                picture_range=parse_range(images, picture_range),
+                images=pictures(images, picture_range),
                 device=device,
                 backends=tuple(backend or ()),
                 rounds=rounds,
@@ -475,7 +470,7 @@ def bench(
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="An ONNX file or a plan")],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+    as_json: AsJson = False,
     strip_header: Annotated[Path | None, typer.Option(help="Of Ultralytics' engine: write the bare plan here")] = None,
 ) -> None:
     """Shows a file's contract, graph or kernels, and what was verified."""
@@ -499,7 +494,7 @@ def inspect(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Tells what this machine can do and what to install for the rest."""
     with stage():
         from engines.doctor import examine, report_lines
@@ -569,24 +564,17 @@ def parse_size(size: str) -> int | tuple[int, int]:
 
 
 def pictures(images: Path | None, picture_range: str | None) -> Path | PictureFolder | None:
-    """The folder of --images, read as --picture-range says."""
-    ends = parse_range(images, picture_range)
-    if images is None or ends is None:
-        return images
-    from neck.pictures import PictureFolder
-
-    return PictureFolder(images, ends)
-
-
-def parse_range(images: Path | None, picture_range: str | None) -> ValueRange | None:
-    """Reads `LOW:HIGH`, which says nothing without --images."""
+    """The folder of --images, read as --picture-range says: `LOW:HIGH`, which says nothing without --images."""
     if picture_range is None:
-        return None
+        return images
     if images is None:
         raise typer.BadParameter("is of the pictures of --images", param_hint="--picture-range")
-    from neck.pictures import ValueRange
+    from neck.pictures import PictureError, PictureFolder, ValueRange
 
-    return ValueRange.parse(picture_range)
+    try:
+        return PictureFolder(images, ValueRange.parse(picture_range))
+    except PictureError as error:
+        raise typer.BadParameter(str(error), param_hint="--picture-range") from None
 
 
 def parse_opset(opset: str) -> int | None:

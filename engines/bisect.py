@@ -16,7 +16,7 @@ from engines.builder.onnx_source import plan_source
 from engines.builder.plan_kind import is_plan
 from export.contract.export_command import export_command
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest, staging
-from export.contract.signature import NECK_MODULES, Signature
+from export.contract.signature import Signature
 from export.graph.cleanup import MODULE
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
@@ -27,6 +27,7 @@ from export.proof.fidelity import Comparison, compare_output, tolerance_for
 from export.proof.verify import Report, reference_pixels
 from export.quantising.settle import manifest_quantisation
 from export.weights_origin import manifest_encoder
+from neck.checkpoint_keys import NECK_MODULES
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import PictureFolder, normalise
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cpp_build import PLAN, Programs, shared_programs, why_missing, write_plan
-from test_cpp import COMPILED, RTX, start_rtx
+from cpp_build import PLAN, RTX, Programs, why_missing, write_plan
+from test_cpp_rtx import COMPILED, start_rtx
 from test_session import L4, stand_in
 
 from engines.run.loaded_plan import cache_key
@@ -14,11 +14,6 @@ from engines.run.runtime_cache import RuntimeCache
 from export.contract.manifest import manifest_path, read_manifest
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
-    return shared_programs(tmp_path_factory)
 
 
 def test_one_file_serves_both(programs: Programs, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ class GuardedContext(Context):
 class GuardedFlavor(type(stand_in())):  # type: ignore[misc]
     """A flavour whose contexts are guarded."""
 
-    def create_context(self, engine: Any, config: Any) -> GuardedContext:  # noqa: ANN401
+    def create_context(self, engine: Any, made_with: Any) -> GuardedContext:  # noqa: ANN401
         return GuardedContext(engine)
 
 

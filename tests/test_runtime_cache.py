@@ -73,7 +73,7 @@ def test_it_can_lie_elsewhere_or_nowhere(tmp_path: Path) -> None:
 
 
 def test_the_file_is_what_the_cpp_library_writes(tmp_path: Path) -> None:
-    """Key and format word for word (engines/cpp/src/runtime_cache.cpp, engine.cpp); test_cpp_cache.py runs both."""
+    """Key and format word for word (`plan/runtime_cache.cpp`, `engine/engine.cpp`); test_cpp_cache.py runs both."""
     with play("rtx-1.7"):
         flavor = choose_flavor()
         plan = build_convolution(tmp_path, flavor)

@@ -50,7 +50,7 @@ class StandIn(Flavor):
     def create_runtime_config(self, engine: Any, cached: bytes, own_graphs: bool) -> RuntimeConfig | None:  # noqa: ANN401
         return RuntimeConfig()
 
-    def create_context(self, engine: Any, config: RuntimeConfig) -> Any:  # noqa: ANN401
+    def create_context(self, engine: Any, made_with: RuntimeConfig) -> Any:  # noqa: ANN401
         return engine.create_execution_context()
 
 

@@ -131,7 +131,7 @@ def test_tf32_is_off_for_the_reference_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(("batch", "count"), [((1, 1), 1), ((4, 4), 4), ((1, 8), 2), ((3, 8), 3), ((1, 2), 2)])
 def test_how_many_pictures(batch: tuple[int, int], count: int) -> None:
-    assert picture_count(*batch) == count
+    assert picture_count(BatchRange(batch[0], *batch)) == count
 
 
 def test_the_method_names_gpu_and_version() -> None:

@@ -143,10 +143,10 @@ class Flavor:
         """What every context of an engine is made with; None where it is refused. Arguments as new_runtime_config's."""
         return new_runtime_config(self.trt, engine, cached, own_graphs) if self.name == "rtx" else RuntimeConfig()
 
-    def create_context(self, engine: Any, config: RuntimeConfig) -> Any:  # noqa: ANN401
+    def create_context(self, engine: Any, made_with: RuntimeConfig) -> Any:  # noqa: ANN401
         """Makes an execution context; None where there is no memory for it."""
         if self.name == "rtx":
-            return engine.create_execution_context(config.config)
+            return engine.create_execution_context(made_with.runtime_config)
         return engine.create_execution_context()
 
     def can_capture(self, context: Any, stream: int) -> bool:  # noqa: ANN401

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from engines.builder.onnx_graph import BuildError, read_graph
+from engines.builder.plan_kind import is_plan
 from export.contract.export_command import AS_AUTO, export_again
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest
 from export.contract.signature import BatchRange, Signature
@@ -80,9 +81,11 @@ def read_source(onnx: Path, report: Report) -> Source:
     """Finds the file whole, and as its manifest says byte for byte where it has one.
 
     Raises:
-        BuildError: missing, or truncated.
+        BuildError: missing, truncated, or a plan.
         ManifestError: damaged, or the file was changed after it was written.
     """
+    if is_plan(onnx):
+        raise BuildError(f"{onnx}: is a plan already; name the ONNX file that it is built from")
     read_graph(onnx)
     where = manifest_path(onnx)
     if not where.exists():

@@ -11,17 +11,17 @@ class RuntimeConfig:
     """What every context of an engine is made with; TensorRT has none.
 
     Attributes:
-        config, cache: TensorRT-RTX's own objects, which must outlive the contexts; None where there is none.
+        runtime_config, runtime_cache: TensorRT-RTX's own, which must outlive the contexts; None where it has none.
         warm: whether the cache took kernels of an earlier start.
     """
 
-    config: Any = None
-    cache: Any = None
+    runtime_config: Any = None
+    runtime_cache: Any = None
     warm: bool = False
 
     def kernels(self) -> bytes:
         """What was compiled so far, to be kept; empty where there is no cache, or it gives nothing."""
-        memory = None if self.cache is None else self.cache.serialize()
+        memory = None if self.runtime_cache is None else self.runtime_cache.serialize()
         return b"" if memory is None else bytes(memory)
 
 
@@ -36,16 +36,16 @@ def new_runtime_config(trt: Any, engine: Any, cached: bytes, own_graphs: bool) -
         cached: what `RuntimeConfig.kernels` gave in an earlier process, or nothing.
         own_graphs: TensorRT-RTX captures each run as a CUDA graph of its own.
     """
-    config = engine.create_runtime_config()
-    if config is None:
+    runtime_config = engine.create_runtime_config()
+    if runtime_config is None:
         return None
-    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    runtime_config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
     if own_graphs:
-        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        if config.cuda_graph_strategy != trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE:
+        runtime_config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        if runtime_config.cuda_graph_strategy != trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE:
             return None
-    cache = config.create_runtime_cache()
-    warm = cache is not None and bool(cached) and bool(cache.deserialize(cached))
-    if cache is not None and not config.set_runtime_cache(cache):
-        cache, warm = None, False
-    return RuntimeConfig(config, cache, warm)
+    runtime_cache = runtime_config.create_runtime_cache()
+    warm = runtime_cache is not None and bool(cached) and bool(runtime_cache.deserialize(cached))
+    if runtime_cache is not None and not runtime_config.set_runtime_cache(runtime_cache):
+        runtime_cache, warm = None, False
+    return RuntimeConfig(runtime_config, runtime_cache, warm)

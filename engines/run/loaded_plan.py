@@ -69,8 +69,8 @@ class LoadedPlan:
         self.outputs = tuple(port for port in ports if not self._is_input(port.name))
         if sorted((port.name, type_name(port.dtype), port.shape) for port in ports) != manifest_specs(manifest):
             raise SessionError(f"{manifest_path(plan)}: its tensors are not the engine's; build {plan.name} again")
-        self._config = self._read_kernels(rtx_graphs)
-        self.warm = self._config is not None and self._config.warm
+        self._made_with = self._read_kernels(rtx_graphs)
+        self.warm = self._made_with is not None and self._made_with.warm
 
     @property
     def failure(self) -> str:
@@ -90,7 +90,7 @@ class LoadedPlan:
         Raises:
             SessionError: TensorRT makes none, as where memory is short.
         """
-        context = None if self._config is None else self.flavor.create_context(self.engine, self._config)
+        context = None if self._made_with is None else self.flavor.create_context(self.engine, self._made_with)
         if context is None:
             why = f"no context to run it can be made ({self.failure})"
             raise SessionError(f"{self.plan}: {why}; {memory_text(self.device)}")
@@ -98,22 +98,22 @@ class LoadedPlan:
 
     def keep_kernels(self, batch: int) -> None:
         """Writes what the first run of a batch size compiled, so that a process that is killed later leaves it."""
-        if self._cache is None or self._config is None or batch in self._kept:
+        if self._cache is None or self._made_with is None or batch in self._kept:
             return
         with self._lock:
             self._kept.add(batch)
-            failed = self._cache.write(self._config.kernels())
+            failed = self._cache.write(self._made_with.kernels())
             if failed:
                 self.warnings.append(failed)
 
     def _read_kernels(self, rtx_graphs: bool) -> RuntimeConfig | None:
         cached, why_not = self._cache.read() if self._cache else (b"", None)
-        config = self.flavor.create_runtime_config(self.engine, cached, rtx_graphs)
-        if cached and config is not None and not config.warm:
+        made_with = self.flavor.create_runtime_config(self.engine, cached, rtx_graphs)
+        if cached and made_with is not None and not made_with.warm:
             why_not = f"the runtime cache was refused by TensorRT-RTX ({self.failure}); kernels are compiled anew"
         if why_not:
             self.warnings.append(why_not)
-        return config
+        return made_with
 
     def _is_input(self, name: str) -> bool:
         return self.engine.get_tensor_mode(name).name == "INPUT"

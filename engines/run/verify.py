@@ -103,7 +103,8 @@ def verify_plan(
         if reference is None:
             if encoder is None:
                 encoder = manifest_encoder(manifest_path(plan), manifest["onnx_manifest"], checkpoint, adapter)
-            reference = make_reference(encoder, signature, picture_count(*session.inputs[0].batch), images, report)
+            low, high = session.inputs[0].batch
+            reference = make_reference(encoder, signature, picture_count(BatchRange(low, low, high)), images, report)
         report(f"candidate: the plan in {here}")
         return verify_runner(_runner(session), signature, reference, manifest["precision"], here, overrides)
 
@@ -137,8 +138,7 @@ def verify_plan_file(
         check_reference(save)
         signature = plan_signature(plan, manifest, known=False)
         encoder = manifest_encoder(where, manifest["onnx_manifest"], checkpoint, adapter)
-        batch = BatchRange.parse(manifest["batch"])
-        count = picture_count(batch.minimum, batch.maximum)
+        count = picture_count(BatchRange.parse(manifest["batch"]))
         reference = make_reference(encoder, signature, count, images, report)
         write_reference(save, reference.pixels, {spec.name: reference.outputs[spec.name] for spec in signature.outputs})
     verdict = verify_plan(

@@ -36,6 +36,9 @@ struct Manifest {
     std::vector<Spec> inputs;
     std::vector<Spec> outputs;
     std::vector<File> files;
+
+    /// SHA-256 of the plan itself.
+    const std::string& plan_hash() const;
 };
 
 /// Where the manifest of a plan lies: X.plan.json.
