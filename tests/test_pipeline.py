@@ -230,7 +230,7 @@ def touch_weights(result: ExportResult) -> None:
         (set_manifest(weights=None), ManifestError, "does not say what was exported"),
         (set_manifest(weights={"random": False}), ManifestError, "does not say what was exported"),
         (set_manifest(weights={"random": False, "path": "/no/such.pt"}), ExportError, "/no/such.pt: the weights that"),
-        (set_manifest(precision="fp8"), ManifestError, "precision 'fp8', expected fp32, fp16, bf16"),
+        (set_manifest(precision="fp4"), ManifestError, "precision 'fp4', expected fp32, fp16, bf16, fp8, int8"),
     ],
 )
 def test_verify_refuses(

@@ -190,16 +190,16 @@ def errors_of(encoder: Sam3DualViTDetNeck, config: EncoderConfig, precision: Pre
         names = [spec.name for spec in signature.outputs]
         return compare(reference, dict(zip(names, outputs, strict=True)), precision, "test")
 
-    def simulated(moves: frozenset[str]) -> Verdict:
+    def simulated(exact: frozenset[str]) -> Verdict:
         model = ir.load(path)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(export.proof.rounding_simulation, "MOVES", moves)
+            patch.setattr(export.proof.rounding_simulation, "EXACT", exact)
             simulate(model)
         return judge(run_model(model, folder, image.numpy()))
 
     every = frozenset(node.op_type for node in ir.load(path).graph)
     half = judge(half_outputs(encoder, image, precision))
-    return Errors(half, simulated(export.proof.rounding_simulation.MOVES), simulated(every))
+    return Errors(half, simulated(export.proof.rounding_simulation.EXACT), simulated(every))
 
 
 def half_outputs(encoder: Sam3DualViTDetNeck, image: torch.Tensor, precision: Precision) -> list[np.ndarray]:
