@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow gpu-kit gpu lint clean
+.PHONY: demo test test-slow gpu-kit gpu lint lint-cpp clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -41,6 +41,10 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# gcc and clang with warnings as errors, and clang-tidy, on each C++ file: minutes
+lint-cpp: .venv/ready
+	$(BIN)/python -m pytest -q -m slow tests/test_cpp_style.py
 
 clean:
 	rm -rf .venv .triton build

@@ -21,7 +21,7 @@ import typer
 if TYPE_CHECKING:
     from engines.plan import PlanResult
     from export.proof.fidelity import Verdict
-    from neck.pictures import PictureFolder, ValueRange
+    from neck.pictures import PictureFolder
 
 app = typer.Typer(
     help="SAM 3's image encoder: checkpoint -> verified ONNX -> TensorRT engine -> service.",
@@ -36,7 +36,8 @@ OUT_OF_MEMORY = ("can't allocate memory", "bad allocation", "bad_alloc", "Failed
 """What torch and ONNX Runtime say, whose errors are no MemoryError."""
 
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8"]
+OutputType = Literal["fp32", "fp16", "bf16"]
 Attention = Literal["auto", "fp32acc", "scores32", "fused", "unfused"]
 Upsampling = Literal["auto", "deconv", "conv"]
 Residual = Literal["auto", "fp16", "fp32"]
@@ -49,6 +50,14 @@ State = Annotated[
     str | None, typer.Option(help="Which state of a training file: ema [default: model's, or the only one]")
 ]
 Prefix = Annotated[str | None, typer.Option(help="Which encoder of a state that holds several: detector.")]
+Quantise = Annotated[
+    list[str] | None,
+    typer.Option(help="fp8, int8: which products: all, *.mlp.fc2, or auto: by the budget [auto]"),
+]
+Budget = Annotated[float | None, typer.Option(help="fp8, int8: relative L2 that the features may err [default: 0.05]")]
+CalibrationFile = Annotated[
+    Path | None, typer.Option("--calibration", help="X.safetensors: what is calibrated is kept there, and used again")
+]
 Config = Annotated[Path | None, typer.Option(help="encoder.json, where the weights do not tell")]
 Sam2Outputs = Annotated[
     Literal["features", "head"],
@@ -57,6 +66,13 @@ Sam2Outputs = Annotated[
 PictureRange = Annotated[
     str | None, typer.Option(help="LOW:HIGH, black and white of pictures deeper than 8 bits [default: their high byte]")
 ]
+Tolerance = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")]
+Images = Annotated[Path | None, typer.Option(help="Folder of pictures to verify on")]
+ItsWeights = Annotated[Path | None, typer.Option(help="Its weights [default: where the manifest says]")]
+ItsAdapter = Annotated[Path | None, typer.Option(help="What was merged [default: where the manifest says]")]
+Necks = Annotated[str, typer.Option(help="both, all, or names with commas; auto: sam3, or what is there")]
+Levels = Annotated[str, typer.Option(help="Levels with commas, 0 the finest")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON")]
 
 
 @app.command()
@@ -73,8 +89,8 @@ def onnx(
         str | None, typer.Option(help="Pixels: 1008, or height x width: 1008x672 [default: the config's, 1008]")
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch size, or minimum:optimum:maximum")] = "1",
-    neck: Annotated[str, typer.Option(help="both, all, or names with commas; auto: sam3, or what is there")] = "auto",
-    levels: Annotated[str, typer.Option(help="Levels with commas, 0 the finest")] = "all",
+    neck: Necks = "auto",
+    levels: Levels = "all",
     positions: Annotated[
         Literal["graph", "file", "none"], typer.Option(help="Position encodings: outputs, a file beside it, or none")
     ] = "graph",
@@ -87,12 +103,15 @@ def onnx(
     upsampling: Annotated[Upsampling, typer.Option(help="ConvTranspose, or 1x1 convolution and DepthToSpace")] = "auto",
     keep_fp32: Annotated[list[str] | None, typer.Option(help="Module kept in FP32: trunk.blocks.31, convs.*")] = None,
     output_dtype: Annotated[
-        Precision | None, typer.Option(help="Type of the outputs [default: the precision's]")
+        OutputType | None, typer.Option(help="Type of the outputs [default: the precision's]")
     ] = None,
     opset: Annotated[str, typer.Option(help="17 to 24, or auto")] = "auto",
     residual: Annotated[
         Residual, typer.Option(help="Type of the blocks' sums [auto: the precision's; FP32 where verification fails]")
     ] = "auto",
+    quantise: Quantise = None,
+    budget: Budget = None,
+    calibration: CalibrationFile = None,
     reader: Annotated[
         str, typer.Option(help="Who shall read the file, with commas: tensorrt-10.3, jetpack-6.2, triton-25.09")
     ] = "",
@@ -102,7 +121,7 @@ def onnx(
         Path | None, typer.Option(help="Folder of pictures to verify on: its first, as many as the batch takes")
     ] = None,
     picture_range: PictureRange = None,
-    tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
+    tolerance: Tolerance = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights", min=0, max=2**31 - 1)] = 0,
     output: Annotated[Path, typer.Option(help="The file to write")] = DEFAULT_ONNX,
 ) -> None:
@@ -111,6 +130,7 @@ def onnx(
         from export.contract.signature import BatchRange
         from export.graph.rewrite import Rewrites
         from export.pipeline import ExportOptions, export_onnx
+        from export.quantising.settle import QuantiseOptions
         from export.weights_origin import state_line
         from neck.config import EncoderConfig
 
@@ -138,6 +158,7 @@ def onnx(
             output_precision=output_dtype,
             opset=parse_opset(opset),
             residual=residual,
+            quantise=QuantiseOptions(tuple(quantise or ()), budget, calibration),
             readers=reader,
             rewrites=Rewrites() if rewrite else Rewrites.none(),
             verify=verify,
@@ -150,6 +171,7 @@ def onnx(
         typer.echo(f"note: {note}")
     if chosen:
         typer.echo(chosen)
+    show_curve(result.manifest)
     if result.verdict:
         show_verdict(result.verdict)
     else:
@@ -167,6 +189,12 @@ def trt(
     fp16: Annotated[bool, typer.Option("--fp16", help="Compute in FP16")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in BF16")] = False,
     fp32: Annotated[bool, typer.Option("--fp32", help="Compute in FP32 [default: as the file]")] = False,
+    precision: Annotated[
+        Precision | None, typer.Option(help="The same, and fp8, int8: calibrates and quantises an FP32 file")
+    ] = None,
+    quantise: Quantise = None,
+    budget: Budget = None,
+    calibration: CalibrationFile = None,
     flavor: Annotated[FlavorChoice, typer.Option(help="auto: TensorRT where a GPU is, else TensorRT-RTX")] = "auto",
     compute_capability: Annotated[str, typer.Option(help="GPUs to build for (RTX): 8.6,8.9,12.0")] = "",
     batch: Annotated[str | None, typer.Option(help="Profile of a dynamic batch [default: the file's]")] = None,
@@ -179,6 +207,9 @@ def trt(
         Residual, typer.Option(help="Type of the blocks' sums, where an FP32 file is lowered")
     ] = "auto",
     timing_cache: Annotated[Path | None, typer.Option(help="File of measured kernels (TensorRT)")] = None,
+    replay_timing: Annotated[
+        Path | None, typer.Option(help="A saved timing cache: the same kernels again, or no plan (TensorRT)")
+    ] = None,
     optimization_level: Annotated[int | None, typer.Option(help="0 (fast build) to 5")] = None,
     workspace_gib: Annotated[float | None, typer.Option(help="Scratch memory on the GPU")] = None,
     version_compatible: Annotated[bool, typer.Option(help="The plan loads in later versions")] = False,
@@ -187,20 +218,22 @@ def trt(
     ] = "none",
     tune: Annotated[bool, typer.Option(help="Build all forms, keep the fastest that passes (GPU)")] = False,
     verify: Annotated[bool, typer.Option(help="Compare with PyTorch before the plan gets its name")] = True,
-    images: Annotated[Path | None, typer.Option(help="Folder of pictures to verify on")] = None,
+    images: Images = None,
     picture_range: PictureRange = None,
-    tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
+    tolerance: Tolerance = None,
     output: Annotated[Path | None, typer.Option(help="The plan [default: beside the ONNX file]")] = None,
 ) -> None:
     """Builds a TensorRT engine and proves it equal to PyTorch."""
     chosen = [name for name, asked in (("fp16", fp16), ("bf16", bf16), ("fp32", fp32)) if asked]
+    chosen += [precision] if precision else []
     if len(chosen) > 1:
-        raise typer.BadParameter(f"--{' and --'.join(chosen)}: choose one")
+        raise typer.BadParameter(f"{' and '.join(chosen)}: choose one precision")
     with stage() as report:
         from engines.builder.onnx_source import newest_onnx
         from engines.builder.options import BuildOptions
         from engines.plan import PlanOptions, make_plan
         from export.contract.signature import BatchRange
+        from export.quantising.settle import QuantiseOptions
 
         onnx = model or newest_onnx(DEFAULT_ONNX.parent)
         options = PlanOptions(
@@ -212,6 +245,7 @@ def trt(
             upsampling=upsampling,
             keep_fp32=tuple(keep_fp32 or ()),
             residual=residual,
+            quantise=QuantiseOptions(tuple(quantise or ()), budget, calibration),
             build=BuildOptions(
                 batch=BatchRange.parse(batch) if batch else None,
                 compute_capabilities=tuple(part for part in compute_capability.split(",") if part),
@@ -220,6 +254,7 @@ def trt(
                 version_compatible=version_compatible,
                 hardware_compatible=hardware_compatible,
                 timing_cache=timing_cache,
+                replay_timing=replay_timing,
             ),
             verify=verify,
             images=pictures(images, picture_range),
@@ -240,7 +275,7 @@ def trt(
 def profile(
     plan: Annotated[Path, typer.Argument(help="A plan of neck-export")],
     batch: Annotated[int | None, typer.Option(help="Batch size [default: the profile's optimum]")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measures a plan's latency on the GPU: percentiles, transfers apart, memory, layers."""
     with stage():
@@ -254,11 +289,11 @@ def profile(
 @app.command()
 def bisect(
     file: Annotated[Path, typer.Argument(help="An FP16 or BF16 ONNX file (made with --no-verify), or a plan (GPU)")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Its weights [default: where the manifest says]")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="What was merged [default: where the manifest says]")] = None,
+    checkpoint: ItsWeights = None,
+    adapter: ItsAdapter = None,
     images: Annotated[Path | None, typer.Option(help="Folder of pictures")] = None,
     picture_range: PictureRange = None,
-    tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
+    tolerance: Tolerance = None,
 ) -> None:
     """Finds the block that first leaves tolerance, and the smallest FP32 island that mends the file."""
     with stage() as report:
@@ -273,11 +308,11 @@ def bisect(
 @app.command()
 def verify(
     file: Annotated[Path, typer.Argument(help="An ONNX file or a plan (GPU) of neck-export")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Its weights [default: where the manifest says]")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="What was merged [default: where the manifest says]")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of pictures to verify on")] = None,
+    checkpoint: ItsWeights = None,
+    adapter: ItsAdapter = None,
+    images: Images = None,
     picture_range: PictureRange = None,
-    tolerance: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")] = None,
+    tolerance: Tolerance = None,
     save_reference: Annotated[
         Path | None, typer.Option(help="X.safetensors: the pictures and PyTorch's outputs, for `neck-engine --compare`")
     ] = None,
@@ -287,27 +322,16 @@ def verify(
     with stage() as report:
         from engines.builder.plan_kind import is_plan
 
-        tolerances, folder, line = parse_tolerances(tolerance), pictures(images, picture_range), None
+        asked, line = (checkpoint, pictures(images, picture_range), parse_tolerances(tolerance)), None
         if is_plan(file):
             from engines.run.verify import verify_plan_file
 
-            verdict = verify_plan_file(
-                file, checkpoint, folder, tolerances, report, adapter=adapter, save=save_reference
-            )
+            verdict = verify_plan_file(file, *asked, report, adapter=adapter, save=save_reference)
         else:
             from export.pipeline import verify_file
             from export.proof.reader_check import read_by_file
 
-            verdict = verify_file(
-                file,
-                checkpoint,
-                folder,
-                tolerances,
-                report,
-                adapter=adapter,
-                save=save_reference,
-                readers=reader,
-            )
+            verdict = verify_file(file, *asked, report, adapter=adapter, save=save_reference, readers=reader)
             line = read_by_file(file)
     show_verdict(verdict)
     if line:
@@ -403,8 +427,8 @@ def bench(
     config: Config = None,
     image_size: Annotated[str | None, typer.Option(help="Pixels: 1008, or height x width: 1008x672")] = None,
     batch: Annotated[int, typer.Option(help="Pictures in a run", min=1)] = 1,
-    neck: Annotated[str, typer.Option(help="both, all, or names with commas; auto: sam3, or what is there")] = "auto",
-    levels: Annotated[str, typer.Option(help="Levels with commas, 0 the finest")] = "all",
+    neck: Necks = "auto",
+    levels: Levels = "all",
     positions: Annotated[Literal["graph", "none"], typer.Option(help="Position encodings: outputs or none")] = "graph",
     sam2_outputs: Sam2Outputs = "features",
     images: Annotated[Path | None, typer.Option(help="Folder of pictures to compare outputs on")] = None,
@@ -451,8 +475,7 @@ def bench(
                 levels=levels,
                 positions=positions,
                 sam2_outputs=sam2_outputs,
-                images=images,
-                picture_range=parse_range(images, picture_range),
+                images=pictures(images, picture_range),
                 device=device,
                 backends=tuple(backend or ()),
                 rounds=rounds,
@@ -476,7 +499,7 @@ def bench(
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="An ONNX file or a plan")],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+    as_json: AsJson = False,
     strip_header: Annotated[Path | None, typer.Option(help="Of Ultralytics' engine: write the bare plan here")] = None,
 ) -> None:
     """Shows a file's contract, graph or kernels, and what was verified."""
@@ -500,7 +523,7 @@ def inspect(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Tells what this machine can do and what to install for the rest."""
     with stage():
         from engines.doctor import examine, report_lines
@@ -517,6 +540,7 @@ def show_plan(result: PlanResult) -> None:
         typer.echo(f"built again: {result.reason}")
     for note in result.notes:
         typer.echo(note)
+    show_curve(result.manifest)
     if result.verdict:
         show_verdict(result.verdict)
     checked = result.manifest["verification"]
@@ -531,6 +555,15 @@ def show_plan(result: PlanResult) -> None:
     elif reason := result.manifest.get("no_layers"):
         typer.echo(f"no layer sheet: {reason}")
     typer.echo(f"{result.path}  {result.path.stat().st_size / 1e6:,.1f} MB")
+
+
+def show_curve(manifest: dict[str, Any]) -> None:
+    """Prints how many products were quantised, and what more or fewer would have meant, where that was measured."""
+    quantisation = manifest.get("quantisation") or {}
+    if quantisation.get("curve"):
+        from export.quantising.choice import curve_lines
+
+        typer.echo("\n".join(curve_lines(quantisation["curve"], len(quantisation["products"]))))
 
 
 def choose_checkpoint(asked: str | None) -> Path | None:
@@ -560,24 +593,17 @@ def parse_size(size: str) -> int | tuple[int, int]:
 
 
 def pictures(images: Path | None, picture_range: str | None) -> Path | PictureFolder | None:
-    """The folder of --images, read as --picture-range says."""
-    ends = parse_range(images, picture_range)
-    if images is None or ends is None:
-        return images
-    from neck.pictures import PictureFolder
-
-    return PictureFolder(images, ends)
-
-
-def parse_range(images: Path | None, picture_range: str | None) -> ValueRange | None:
-    """Reads `LOW:HIGH`, which says nothing without --images."""
+    """The folder of --images, read as --picture-range says: `LOW:HIGH`, which says nothing without --images."""
     if picture_range is None:
-        return None
+        return images
     if images is None:
         raise typer.BadParameter("is of the pictures of --images", param_hint="--picture-range")
-    from neck.pictures import ValueRange
+    from neck.pictures import PictureError, PictureFolder, ValueRange
 
-    return ValueRange.parse(picture_range)
+    try:
+        return PictureFolder(images, ValueRange.parse(picture_range))
+    except PictureError as error:
+        raise typer.BadParameter(str(error), param_hint="--picture-range") from None
 
 
 def parse_places(given: list[str] | None, count: int, option: str) -> tuple[tuple[float, ...], ...]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.errors import BenchError
 from benchmarks.measure.run import Run
-from benchmarks.measure.work_folder import Asked, Workplace
+from benchmarks.measure.work_folder import Workplace
 from benchmarks.options import BenchOptions, check_options
 from benchmarks.results.result import make_result
 from export.contract.manifest import locked
@@ -41,15 +40,10 @@ def open_run(options: BenchOptions, report: Callable[[str], None] = lambda line:
     work = options.output / "work"
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with locked(work, wait=False), Workplace(work, asked_of(options)) as place, Run(options, place, report) as run:
+        with locked(work, wait=False), Workplace(work, options) as place, Run(options, place, report) as run:
             yield run
     except BlockingIOError:
         raise BenchError(f"{work}: another run is at work there; wait for it or name another --output") from None
     except OSError as error:
         where, why = error.filename or work, error.strerror or str(error)
         raise BenchError(f"{where}: {why}; mend it or name another --output") from None
-
-
-def asked_of(options: BenchOptions) -> Asked:
-    """The encoder that the options name."""
-    return Asked(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Asked)})

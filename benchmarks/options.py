@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.errors import BenchError
+from engines.builder.plan_kind import is_plan
+from engines.sheet.layer_sheet import read_sheet
 from export.contract.signature import Positions, Sam2Outputs
 from neck.config import EncoderConfig
-from neck.pictures import ValueRange
+from neck.pictures import PictureFolder
 
 SIZES, BATCHES = (336, 672, 1008, 1344), (1, 2, 4, 8)
 """The sweeps."""
@@ -36,7 +38,6 @@ class BenchOptions:
         checkpoint, state, prefix, adapter, adapter_alpha, config, seed: the encoder.
         image_size, batch, necks, levels, positions, sam2_outputs: its main point.
         images: a folder of pictures; without one the shipped picture.
-        picture_range: of pictures deeper than 8 bits.
         device: where; `auto` is the GPU where there is one.
         backends: ids of those to measure; all, where none is named. The reference is always there.
         rounds, runs, warm_up: how often; None is the device's default.
@@ -65,8 +66,7 @@ class BenchOptions:
     levels: str = "all"
     positions: Positions = "graph"
     sam2_outputs: Sam2Outputs = "features"
-    images: Path | None = None
-    picture_range: ValueRange | None = None
+    images: Path | PictureFolder | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backends: tuple[str, ...] = ()
     rounds: int | None = None
@@ -107,6 +107,7 @@ def check_options(options: BenchOptions) -> None:
 
     Raises:
         BenchError: saying what can.
+        BuildError: --plan names another tool's plan.
     """
     counts = {name: getattr(options, name) for name in ("batch", "rounds", "runs", "warm_up")}
     for name, value in counts.items():
@@ -117,5 +118,7 @@ def check_options(options: BenchOptions) -> None:
     chosen = [f"--{name.replace('_', '-')}" for name in SELECTION if getattr(options, name) is not None]
     if options.checkpoint is None and chosen:
         raise BenchError(f"random weights have no {', '.join(chosen)}; leave it out, or name a --checkpoint")
+    if options.plan and (not is_plan(options.plan) or read_sheet(options.plan) is None):
+        raise BenchError(f"--plan {options.plan}: no plan with a layer sheet beside it; `neck-export trt` writes both")
     if options.export and options.config:
         raise BenchError("the exporter is measured at full size; leave --export or --config out")

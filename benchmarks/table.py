@@ -42,6 +42,10 @@ BEGIN, END = "<!-- figures: python -m benchmarks.table -->\n", "<!-- end of figu
 GPU_CHECKS = {
     "plans built by TensorRT for the GPU at hand": "tests/test_build.py::",
     "plans loaded and run from Python": "tests/test_session.py::",
+    "pools of contexts in Python": "tests/test_pool.py::",
+    "outputs by DLPack and in the caller's memory in Python": "tests/test_outputs.py::",
+    "TensorRT-RTX's kernels kept for the next start": "tests/test_runtime_cache.py::",
+    "`trt --replay-timing`": "tests/test_timing_cache.py::",
     "verification of plans by `trt` and `verify`": "tests/test_verify_plan.py::",
     "`trt --tune`": "tests/test_tune.py::",
     "`profile`": "tests/test_profiling.py::",

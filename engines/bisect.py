@@ -16,7 +16,7 @@ from engines.builder.onnx_source import plan_source
 from engines.builder.plan_kind import is_plan
 from export.contract.export_command import export_command
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest, staging
-from export.contract.signature import NECK_MODULES, Signature
+from export.contract.signature import Signature
 from export.graph.cleanup import MODULE
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
@@ -25,7 +25,9 @@ from export.inspect import read_graph
 from export.lowering.precision import lower
 from export.proof.fidelity import Comparison, compare_output, tolerance_for
 from export.proof.verify import Report, reference_pixels
+from export.quantising.settle import manifest_quantisation
 from export.weights_origin import manifest_encoder
+from neck.checkpoint_keys import NECK_MODULES
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import PictureFolder, normalise
 
@@ -90,7 +92,7 @@ def bisect(
         manifest = read_manifest(where, "onnx")
         check_files(where, manifest)
     if manifest["precision"] == "fp32":
-        raise BisectError(f"{path}: is FP32; only an fp16 or bf16 file has roundings to search")
+        raise BisectError(f"{path}: is FP32; only a file of lower precision has roundings to search")
     with staging(path.with_name(f"{path.name}.bisect")) as folder:
         encoder = manifest_encoder(where, manifest, checkpoint, adapter)
         if adapter:  # for the command that mends
@@ -199,6 +201,7 @@ class Search:
             options = {name: self.manifest[name] for name in ("attention", "upsampling")}
             options["attention"] = self.manifest.get("attention_form") or options["attention"]
             options["residual"] = residual or self.manifest.get("residual", "auto")
+            options["quantisation"] = manifest_quantisation(self.manifest)
         lower(model, cast(Any, precision), keep_fp32=keep_fp32, **options)
         names = self._watch(model)
         file = self.folder / TRIAL

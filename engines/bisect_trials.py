@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from engines.builder.options import BuildOptions
 from engines.plan import PlanOptions, make_plan
-from engines.run.session import open_plan
+from engines.run.open_plan import open_plan
 from export.contract.signature import BatchRange
 from export.proof.rounding_simulation import is_low_precision, simulate
 from export.proof.verify import run_model
@@ -41,7 +41,7 @@ def run_on_gpu(
     options = PlanOptions(
         folder / TRIAL, built, precision=plan["precision"], flavor=plan["flavor"], build=build, verify=False
     )
-    with open_plan(make_plan(options).path) as session:
+    with open_plan(make_plan(options).path, use_runtime_cache=False) as session:
         outputs = session.infer({"image": image})
     return [outputs[str(value.name)] for value in model.graph.outputs]
 

@@ -8,7 +8,7 @@ from typing import Any
 from engines.builder.onnx_graph import BuildError
 from engines.sheet.layer_sheet import read_sheet
 from export.contract.manifest import check_files, manifest_path, read_manifest
-from export.inspect import masks_lines
+from export.inspect import masks_lines, quantised_line
 
 
 def inspect_plan(path: Path) -> dict[str, Any]:
@@ -43,6 +43,8 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
         *(f"  {kind:7} {spec['name']}: {spec['dtype']} {tuple(spec['shape'])}" for kind, spec in tensors),
         f"  from    {found['onnx']['name']}",
         *(f"  note    {note}" for note in found.get("notes", ())),
+        *([f"  {quantised_line(found['quantisation'])}"] if found.get("quantisation") else []),
+        *timing_cache_lines(found),
         f"  plan    {'verified: ' + checked['method'] if checked['verified'] else checked['reason']}",
     ]
     if graph := checked.get("onnx"):
@@ -51,6 +53,16 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
     lines += masks_lines(found)
     sheet = read_sheet(path)
     return [*lines, "", sheet.table(kernels)] if sheet else [*lines, no_sheet_line(found)]
+
+
+def timing_cache_lines(manifest: dict[str, Any]) -> list[str]:
+    """Which timing cache a plan's kernels were saved to or taken from; plans with one hash have the same kernels."""
+    cache = manifest.get("timing_cache")
+    if not cache:
+        return []
+    return [
+        f"  timing  {'replayed' if cache['replayed'] else 'saved'}: {cache['file']}, SHA-256 {cache['sha256'][:12]}"
+    ]
 
 
 def no_sheet_line(manifest: dict[str, Any]) -> str:

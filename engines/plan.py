@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from engines.builder.attention_forms import Built, Typing, build_forms
 from engines.builder.flavor import Flavor, choose_flavor
-from engines.builder.onnx_source import Source, read_source
+from engines.builder.onnx_source import Source, read_source, settle_source
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
 from engines.builder.plan_stream import Progress
+from engines.builder.timing_cache import replayed_hash
 from engines.run.verify import verify_plan, why_not_run
 from engines.sheet.layer_sheet import LayerSheet, layers_path, read_sheet
 from export.contract.manifest import (
@@ -35,6 +36,7 @@ from export.lowering.upsampling import Upsampling
 from export.pipeline import RejectedError
 from export.proof.fidelity import Verdict
 from export.proof.verify import Reference, Report, make_reference, verify_onnx
+from export.quantising.settle import QuantiseOptions, Settled, all_tolerances
 from export.weights_origin import manifest_encoder, tool_version
 from neck.pictures import PictureFolder
 
@@ -44,12 +46,11 @@ class PlanOptions:
     """What to build; the command line's options, whose help says more.
 
     Attributes:
-        onnx: the ONNX file.
-        output: the plan to write.
+        onnx, output: the ONNX file, and the plan to write.
         precision: what the plan computes in; None is the file's.
         attention: form of attention; `auto` is the first of the file's and the later ones that TensorRT takes.
-        upsampling, keep_fp32, residual: how an FP32 file is lowered to that precision; a residual of `auto` is FP16,
-            and FP32 where verification fails.
+        upsampling, keep_fp32, residual, quantise: how an FP32 file is lowered to that precision; a residual of `auto`
+            is FP16, and FP32 where verification fails.
         build: the builder's options; its precision and batch are taken from the file.
         verify: whether to compare the plan with PyTorch before it gets its name.
     """
@@ -62,6 +63,7 @@ class PlanOptions:
     upsampling: Upsampling = "auto"
     keep_fp32: tuple[str, ...] = ()
     residual: Residual = "auto"
+    quantise: QuantiseOptions = dataclasses.field(default_factory=QuantiseOptions)
     build: BuildOptions = dataclasses.field(default_factory=BuildOptions)
     verify: bool = True
     images: Path | PictureFolder | None = None
@@ -73,12 +75,10 @@ class PlanResult:
     """What came of a build.
 
     Attributes:
-        path: the plan.
-        manifest: its manifest.
+        path, manifest: the plan, and what it says.
         sheet: its layer sheet, None where the builder told none.
         verdict: what was verified: the plan where it runs here, else the typed ONNX graph, else None.
-        reused: whether the plan was there already.
-        reason: why it was built, where another plan was there.
+        reused, reason: whether the plan was there already; why it was built, where another was there.
     """
 
     path: Path
@@ -104,6 +104,8 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
     """
     flavor = choose_flavor(options.flavor)
     source = read_source(options.onnx, report)
+    given = (source.manifest, options.quantise, options.tolerances)
+    options = dataclasses.replace(options, tolerances=all_tolerances(*given))
     job = Job(options, flavor, source, options.precision or source.precision, report)
     found, reason = reusable(job)
     if found:
@@ -111,13 +113,13 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
     with contextlib.ExitStack() as left, staging(options.output) as folder:
         staged = folder / options.output.name
         verdict: Verdict | None = None
-        notes: tuple[str, ...] = ()
+        settled, notes = settle_source(source, job.precision, options.quantise, options.images, report)
         for residual in job.residuals:
             if verdict:
                 notes = (f"{', '.join(verdict.failed_names)} left tolerance: built again with residual sums in FP32",)
-            typing = Typing(options.attention, options.upsampling, options.keep_fp32, residual)
+            typing = Typing(options.attention, options.upsampling, options.keep_fp32, residual, settled and settled[0])
             built = build_forms(job.source, staged, job.build, typing, job.flavor, left, report, progress)
-            about = _manifest(job, built, (*notes, *built.notes))
+            about = _manifest(job, built, (*notes, *built.notes), settled)
             verdict, verification = _verify(job, built.typed, staged, about)
             if verdict is None or verdict.passed:
                 break
@@ -154,7 +156,9 @@ class Job:
             "upsampling": self.options.upsampling,
             "keep_fp32": list(self.options.keep_fp32),
             "residual": self.options.residual,
+            "quantise": repr(self.options.quantise),
             "options": dataclasses.replace(self.options.build, precision=self.precision).to_dict(),
+            "replay_timing": replayed_hash(self.flavor, self.options.build),
             "flavor": self.flavor.name,
             "tensorrt_version": self.flavor.version,
             "gpu": dataclasses.asdict(self.flavor.gpu) if self.flavor.gpu else None,
@@ -166,9 +170,8 @@ class Job:
         """The builder's options, with what the file tells: its batch, unless another is asked, and its FP32 modules."""
         asked = self.options.build
         kept = (*asked.keep_fp32, *self.options.keep_fp32, *self.source.keep_fp32)
-        return dataclasses.replace(
-            asked, precision=self.precision, batch=asked.batch or self.source.batch, keep_fp32=kept
-        )
+        batch = asked.batch or self.source.batch
+        return dataclasses.replace(asked, precision=self.precision, batch=batch, keep_fp32=kept)
 
     @property
     def residuals(self) -> tuple[Residual, ...]:
@@ -208,7 +211,7 @@ def reusable(job: Job) -> tuple[PlanResult | None, str | None]:
     return PlanResult(options.output, manifest, read_sheet(options.output), None, reused=True), None
 
 
-def _manifest(job: Job, built: Built, notes: tuple[str, ...]) -> dict[str, Any]:
+def _manifest(job: Job, built: Built, notes: tuple[str, ...], settled: Settled | None) -> dict[str, Any]:
     """What the plan's manifest says, its verification aside."""
     result, signature = built.result, job.source.signature(job.precision)
     first = result.inputs[0].shape[0]
@@ -217,6 +220,7 @@ def _manifest(job: Job, built: Built, notes: tuple[str, ...]) -> dict[str, Any]:
         "precision": job.precision,
         "attention_form": built.attention,
         "residual": built.residual,
+        "quantisation": settled.facts if settled else (job.source.manifest or {}).get("quantisation"),
         "notes": list(notes),
         "flavor": result.flavor,
         "tensorrt_version": result.version,
@@ -226,6 +230,7 @@ def _manifest(job: Job, built: Built, notes: tuple[str, ...]) -> dict[str, Any]:
         "batch": str(result.options.batch or DEFAULT_BATCH) if isinstance(first, str) else str(first),
         "inputs": [dataclasses.asdict(spec) for spec in result.inputs],
         "outputs": [dataclasses.asdict(spec) for spec in result.outputs],
+        "timing_cache": result.timing_cache,
         "build_seconds": round(result.seconds, 2),
         "layers": result.sheet.summary() if result.sheet else None,
         "no_layers": result.no_sheet,
@@ -244,8 +249,7 @@ def _verify(job: Job, typed: Path, staged: Path, about: dict[str, Any]) -> tuple
     if source.manifest is None or signature is None:
         unknown = f"not verified: {source.path.name} has no manifest, so the weights to compare with are unknown"
         return None, {"verified": False, "reason": unknown}
-    reason = why_not_run(staged, about, job.flavor)
-    if reason is None:
+    if (reason := why_not_run(staged, about, job.flavor)) is None:
         report("verify: the plan against PyTorch")
         # a session loads no plan without its manifest; written here alone, since its SHA-256 reads the whole plan
         write_manifest(manifest_path(staged), "plan", about | {"verification": {"verified": False}}, [staged])

@@ -93,6 +93,8 @@ def tune_plan(
     Raises:
         TuneError: no GPU, a file that is not FP32, or no candidate that passes.
     """
+    if options.build.replay_timing:
+        raise TuneError("--tune tries what --replay-timing would have no times of; give one of them")
     flavor = choose_flavor(options.flavor)
     if flavor.gpu is None and measure is None:
         raise TuneError("--tune measures every candidate, so it needs an NVIDIA GPU with its driver; build without it")
@@ -107,7 +109,7 @@ def tune_plan(
     state = folder / "rows.json"
     key = Job(options, flavor, source, options.precision, report).key
     rows = finished_rows(state, key, options.output.name)
-    attentions = ATTENTIONS if options.precision == "fp16" else ("fused", "fp32acc")
+    attentions = ATTENTIONS if options.precision != "bf16" else ("fused", "fp32acc")
     for attention, upsampling in itertools.product(attentions, UPSAMPLINGS):
         if any((row.attention, row.upsampling) == (attention, upsampling) for row in rows):
             continue

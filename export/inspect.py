@@ -85,7 +85,7 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
         check_files(manifest_path(path), manifest, hashes=False)
         keys = ("created", "versions", "precision", "weights", "verification")
         found["manifest"] = {key: manifest[key] for key in keys}
-        found["manifest"] |= {key: manifest.get(key) for key in ("residual", "masks")}
+        found["manifest"] |= {key: manifest.get(key) for key in ("residual", "quantisation", "masks")}
         check_claims(manifest_path(path), manifest, needs)
     except ReaderError as error:
         found["readers_problem"] = str(error)
@@ -127,6 +127,15 @@ def _after_casts(value: ir.Value) -> ir.Node | None:
     return _after_casts(users[0].outputs[0]) if users[0].op_type == "Cast" else users[0]
 
 
+def quantised_line(quantisation: dict[str, Any]) -> str:
+    """What is quantised, of a manifest, in one line."""
+    products, pictures = quantisation["products"], quantisation["pictures"]
+    return (
+        f"quantised {len(products)} of {quantisation['of']} products to {quantisation['kind']}, "
+        f"calibrated on {pictures} picture{'s' * (pictures > 1)}"
+    )
+
+
 def summary_lines(found: dict[str, Any]) -> list[str]:
     """The summary for a screen."""
     operators = ", ".join(f"{count} {name}" for name, count in list(found["operators"].items())[:8])
@@ -153,8 +162,10 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
     precision += " with residual sums in FP32" if manifest["residual"] == "fp32" != precision else ""
     verification = manifest["verification"]
     verdict = "verified" if verification["verified"] else "NOT VERIFIED"
+    quantised = manifest["quantisation"]
     return [
         *lines,
+        *([f"  {quantised_line(quantised)}"] if quantised else []),
         f"  from    {origin}, {precision}, {manifest['created']}",
         f"  {verdict}: {verification.get('method') or verification.get('reason')}",
         *(f"    {row['name']}: relative L2 {row['relative_l2']}" for row in verification.get("outputs", [])),

@@ -21,10 +21,12 @@ from export.graph.rewrite import Rewrites
 from export.graph.trace import ExportError
 from export.lowering.attention import AttentionForm
 from export.lowering.precision import OPSETS, Precision, Residual, check_residual
+from export.lowering.quantise import CODES
 from export.lowering.shared_form import Form, choose_form
 from export.lowering.upsampling import Upsampling
 from export.output_files import check_targets, disk_errors
 from export.proof.verify import require_runtime
+from export.quantising.settle import QuantiseOptions, check_quantise
 from export.weights_origin import encoder_config
 from neck.checkpoint import load_encoder, random_encoder
 from neck.config import EncoderConfig, check_image_size
@@ -32,7 +34,7 @@ from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import PictureFolder, find_pictures
 from neck.weights.adapters import adapter_files
 
-NUMPY_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+NUMPY_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float16", "int8": "float16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,7 @@ class ExportOptions:
         sam2_outputs: `head` gives levels 0 and 1 of the sam2 neck as SAM 2's mask decoder reads them.
         image_size: (height, width) in pixels, or None for the config's.
         residual: type of the blocks' residual sums; `auto` is the precision's, and FP32 where verification fails.
+        quantise: what of an fp8 or int8 file is quantised, and how.
         readers: who shall read the file, names with commas; empty leaves the form to `attention` and `opset`.
         verify: whether to compare the file with PyTorch before it gets its name.
     """
@@ -75,6 +78,7 @@ class ExportOptions:
     output_precision: Precision | None = None
     opset: int | None = None
     residual: Residual = "auto"
+    quantise: QuantiseOptions = dataclasses.field(default_factory=QuantiseOptions)
     readers: str = ""
     rewrites: Rewrites = dataclasses.field(default_factory=Rewrites)
     verify: bool = True
@@ -97,6 +101,7 @@ def check_options(options: ExportOptions) -> Form:
     if options.opset is not None and options.opset not in OPSETS:
         raise ExportError(f"opset {options.opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
     check_residual(options.precision, options.residual)
+    check_quantise(options.quantise, options.precision)
     readers = find_readers(options.readers) if options.readers else ()
     form = choose_form(readers, options.precision, options.attention, options.opset)
     if options.checkpoint is None and (options.state is not None or options.prefix is not None):
@@ -111,8 +116,8 @@ def check_options(options: ExportOptions) -> Form:
         raise ExportError("random weights hold no adapter; leave --adapter-alpha out")
     if options.verify:
         require_runtime()
-        if options.images is not None:
-            find_pictures(PictureFolder.of(options.images).path)
+    if (options.verify or options.precision in CODES) and options.images is not None:
+        find_pictures(PictureFolder.of(options.images).path)
     return form
 
 

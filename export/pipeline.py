@@ -31,6 +31,7 @@ from export.graph.rewrite import Rewrites
 from export.graph.trace import ExportError, trace
 from export.inspect import read_graph
 from export.lowering.precision import Precision, lower, residual_type, residuals_to_try
+from export.lowering.quantise import CODES
 from export.manifest_values import export_facts, graph_facts, verification
 from export.options import NUMPY_NAMES, ExportOptions, check_options, load, lowering, sign
 from export.output_files import check_room, disk_errors, target_files
@@ -46,6 +47,7 @@ from export.proof.verify import (
     require_runtime,
     verify_onnx,
 )
+from export.quantising.settle import budget_tolerances, manifest_tolerances, settle
 from export.weights_origin import (
     manifest_encoder,
     manifest_precision,
@@ -113,7 +115,8 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
     notes: list[str] = []
     encoder = load(options, notes)
     signature = sign(options, encoder)
-    check_overrides(options.tolerances, [spec.name for spec in signature.outputs])
+    tolerances = budget_tolerances(options.quantise, options.tolerances)
+    check_overrides(tolerances, [spec.name for spec in signature.outputs])
     if options.verify:
         check_memory(signature, encoder)
     with disk_errors(options.output), ThreadPoolExecutor(1) as background, staging(options.output) as folder:
@@ -121,6 +124,10 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         asked = (options.checkpoint, options.seed, options.state, options.prefix)
         origin = background.submit(weights_origin, *asked, options.adapter, options.adapter_alpha)
         staged = folder / options.output.name
+        forms, facts = lowering(options, form), dict[str, Any]()
+        if options.precision in CODES:
+            settled = settle(encoder, signature, options.precision, options.quantise, options.images, notes, report)
+            forms["quantisation"], facts["quantisation"] = settled
         report("trace")
         canonical = trace(DeployEncoder(encoder, signature, options.rewrites))
         write_positions(encoder, signature, staged)
@@ -131,13 +138,13 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
                 notes.append(f"{', '.join(verdict.failed_names)} left tolerance: residual sums now in FP32")
                 report(notes[-1])
             report("write")
-            model = write_lowered(canonical, staged, options.precision, residual=residual, **lowering(options, form))
+            model = write_lowered(canonical, staged, options.precision, residual=residual, **forms)
             needs = graph_needs(model)
             require(form.readers, needs, f"--reader {options.readers}", "take another reader, or another --precision")
             if options.verify:
                 reference = reference or make_reference(encoder, signature, images=options.images, report=report)
                 verdict = verify_onnx(
-                    staged, signature, reference, options.precision, overrides=options.tolerances, report=report
+                    staged, signature, reference, options.precision, overrides=tolerances, report=report
                 )
                 sums = ", residual sums in FP32" if residual == "fp32" else ""
                 verdict = dataclasses.replace(verdict, method=verdict.method + sums)
@@ -148,7 +155,7 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         report("hashes and manifest")
         values = export_facts(options, form, encoder, signature) | graph_facts(model, needs, form.readers)
         values |= {"residual": residual_type(options.precision, residual), "verification": verification(verdict)}
-        values |= {"weights": origin.result(), "notes": notes}
+        values |= {"weights": origin.result(), "notes": notes, **facts}
         manifest = write_manifest(manifest_path(staged), "onnx", values, sorted(folder.iterdir()))
         kept = {file.name for file in folder.iterdir()}
         with locked(options.output.parent):
@@ -200,7 +207,8 @@ def verify_file(
         )
     manifest = read_manifest(where, "onnx")
     signature = manifest_signature(where, manifest)
-    check_overrides(tolerances or {}, [spec.name for spec in signature.outputs])
+    tolerances = manifest_tolerances(manifest, tolerances)
+    check_overrides(tolerances, [spec.name for spec in signature.outputs])
     report("hashes")
     check_files(where, manifest)
     needs = graph_needs(read_graph(path))

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -33,6 +33,9 @@ from neck.checkpoint import load_encoder, random_encoder
 from neck.config import EncoderConfig
 from neck.necks import Sam3DualViTDetNeck, forward_necks
 
+if TYPE_CHECKING:
+    from cpp_build import Programs
+
 DATA = Path(__file__).parent / "data"
 GOLDEN_CASES = ("hf-dual", "hf-tracker", "meta-dual", "meta-padded", "meta-tri", "ultralytics-resized")
 
@@ -43,8 +46,8 @@ GPU_MISSING = "needs an NVIDIA GPU with its driver, torch's CUDA build, and a Te
 
 
 LONGEST = (
-    *("trace", "build", "plan", "bench", "interrupt", "cpp", "bisect", "roofline", "pipeline", "tune", "backends"),
-    *("cli", "cli_service", "simulate"),
+    *("trace", "build", "plan", "bench", "interrupt", "cpp_engine", "bisect", "roofline", "pipeline", "tune"),
+    *("backends", "cli", "cli_service", "simulate"),
 )
 """The files that take longest, the longest first: one that is begun last keeps one core busy and the others idle."""
 
@@ -75,6 +78,14 @@ def _one_torchlib_registry() -> Iterator[None]:
             functools.cache(_registration.onnxscript_apis.get_torchlib_ops),
         )
         yield
+
+
+@pytest.fixture(scope="session")
+def programs() -> Programs:
+    """All that tests/cpp builds: neck-engine, neck-triton and the programs that test the C++ library."""
+    from cpp_build import shared_programs
+
+    return shared_programs()
 
 
 @pytest.fixture(scope="session", autouse=True)

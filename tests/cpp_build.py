@@ -1,8 +1,9 @@
-"""Builds engines/cpp for tests/test_cpp.py, against the stand-ins or what is at hand, and runs what it built."""
+"""Builds engines/cpp for its tests, against the stand-ins or what is at hand, and runs what it built."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
+from safetensors.numpy import save_file
+from serving import pictures_of
 
 from export.contract.manifest import locked, manifest_path, write_manifest
 
@@ -29,6 +31,10 @@ output sam3_pos_0 float32 -1,8,4,4
 scratch 1000
 """
 """A plan of the stand-in: output 0 is twice the input's first values, output 1 that and 0.25."""
+
+
+RTX = {"flavor": "rtx", "tensorrt_version": "1.7.1.116"}
+"""What the manifest of a TensorRT-RTX plan says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +75,7 @@ def settings(changes: dict[str, str]) -> dict[str, str]:
     return os.environ | {"ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"} | changes
 
 
+@functools.cache
 def why_missing() -> str | None:
     """Why nothing can be built here, or None."""
     tools = [tool for tool in TOOLS if shutil.which(tool) is None]
@@ -99,14 +106,12 @@ def build(folder: Path, *targets: str) -> None:
         raise RuntimeError(built.stdout[-6000:] + built.stderr[-2000:])
 
 
-def shared_programs(factory: pytest.TempPathFactory) -> Programs:
-    """All that tests/cpp builds, once for all processes of a test session.
+def shared_programs() -> Programs:
+    """All that tests/cpp builds, once for all processes of a test session; what did not change is not built again.
 
-    NECK_CPP_BUILD names a folder that is kept from one session to the next.
+    NECK_CPP_BUILD names another folder than build/cpp-tests.
     """
-    base = factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder = Path(os.environ.get("NECK_CPP_BUILD") or shared / "cpp-build")
+    folder = Path(os.environ.get("NECK_CPP_BUILD") or ROOT / "build" / "cpp-tests").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         return build_programs(folder)
@@ -180,3 +185,13 @@ def stand_in_outputs(pixels: np.ndarray) -> dict[str, np.ndarray]:
     image = pixels.transpose(0, 3, 1, 2).astype(np.float32) * np.float32(2 / 255) - np.float32(1)
     twice = 2 * image.reshape(len(pixels), -1)[:, :128].reshape(len(pixels), 8, 4, 4)
     return {"sam3_feat_0": twice, "sam3_pos_0": twice + np.float32(0.25)}
+
+
+def write_reference(folder: Path, count: int = 2, change: float = 0.0, **more: np.ndarray) -> Path:
+    """A reference of `count` pictures for the stand-in's plan; `change` is added to its first output."""
+    pixels = pictures_of(2, count, 16)
+    outputs = stand_in_outputs(pixels)
+    outputs["sam3_feat_0"] = outputs["sam3_feat_0"] + np.float32(change)
+    path = folder / "reference.safetensors"
+    save_file({"pixels": pixels, **outputs, **more}, path)
+    return path

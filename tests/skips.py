@@ -10,6 +10,8 @@ CPP_PACKAGES = "g++ cmake ninja-build libgd-dev libssl-dev libcurl4-openssl-dev 
 
 WANTS = (
     (r"NVIDIA's headers|SDK|NECK_CUDA_ROOT", "NVIDIA's headers", "set NECK_TENSORRT_INCLUDE and NECK_CUDA_ROOT"),
+    (r"nvcc", "CUDA's compiler", "install CUDA's toolkit, its bin on PATH"),
+    (r"clang", "clang", "for `make lint-cpp`: install clang and clang-tidy"),
     (r"onnxruntime_c_api", "ONNX Runtime's C header", "apt-get install libonnxruntime-dev"),
     (r"\bapt install (g\+\+|libgd)", "the C++ tools", f"apt-get install {CPP_PACKAGES}"),
     (r"Chromium", "a browser", "apt-get install chromium chromium-driver fonts-dejavu-core"),
@@ -21,7 +23,8 @@ WANTS = (
     (r"\bGPU\b|cuda|NVIDIA driver", "an NVIDIA GPU", "run `pytest -m gpu` on a machine with its driver"),
     (r"TensorRT-RTX|tensorrt_rtx", "TensorRT-RTX", "pip install '.[rtx]'"),
     (r"tritonclient", "Triton's client", "pip install '.[triton]'"),
-    (r"openvino", "OpenVINO", "pip install '.[bench]'"),
+    (r"[Oo]pen[Vv](ino|INO)", "OpenVINO", "pip install '.[bench]'"),
+    (r"CuPy", "CuPy", "pip install cupy-cuda13x where a GPU is"),
     (r"transformers", "transformers", "pip install '.[sam3]'"),
     (r"selenium", "Selenium", "pip install '.[dev]'"),
 )

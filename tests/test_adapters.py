@@ -18,8 +18,8 @@ from torch import Tensor
 
 from benchmarks.measure.prepare import make_weights
 from benchmarks.measure.torch_runner import make_module
-from benchmarks.measure.work_folder import Asked, digest
-from benchmarks.options import SELECTION
+from benchmarks.measure.work_folder import digest, identity
+from benchmarks.options import SELECTION, BenchOptions
 from export.contract.manifest import file_entry
 from export.graph.trace import ExportError
 from export.weights_origin import merged_adapter
@@ -464,8 +464,9 @@ def test_a_benchmark_merges_the_adapter(tmp_path: Path) -> None:
 
 
 def test_another_adapter_is_another_benchmark(adapter: Path) -> None:
-    asked = Asked(CASE, None, 0, "all", "all", "none", None, adapter=adapter)
-    before = digest(asked.identity())
-    assert digest(asked.identity()) == before != digest(dataclasses.replace(asked, adapter=None).identity())
+    asked = BenchOptions(Path("report"), checkpoint=CASE, necks="all", positions="none", adapter=adapter)
+    before = digest(identity(asked))
+    assert digest(identity(asked)) == before != digest(identity(dataclasses.replace(asked, adapter=None)))
     change_config(adapter, lora_alpha=70)
-    assert digest(asked.identity()) != before
+    assert digest(identity(asked)) != before
+    assert digest(identity(dataclasses.replace(asked, output=Path("other"), rounds=1))) == digest(identity(asked))

@@ -24,10 +24,11 @@ from benchmarks.measure.backends import REFERENCE, Backend, backends_for, choose
 from benchmarks.measure.environment import _gpu_compiler
 from benchmarks.measure.file_runners import RunnerError
 from benchmarks.measure.torch_runner import OTHER, TorchRunner, make_module
-from benchmarks.measure.work_folder import Asked, Workplace
+from benchmarks.measure.work_folder import Workplace
 from benchmarks.measure.worker import OUT_OF_MEMORY, peak_bytes
 from benchmarks.measure.worker_process import ROOT, Worker, WorkerError
-from benchmarks.options import SELECTION
+from benchmarks.options import SELECTION, BenchOptions
+from benchmarks.results.result import plan_kernels
 from export.contract.signature import encoder_signature
 from export.graph.rewrite import Rewrites
 from export.options import ExportOptions
@@ -331,8 +332,8 @@ def test_what_libraries_print_is_no_answer(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     wide = tiny_config(embed_dim=32, depth=2, global_blocks=(1,))  # TensorRT fuses heads of 16 channels or more
-    asked = Asked(None, wide, seed=0, necks="sam3", levels="all", positions="graph", images=None)
-    with Workplace(tmp_path_factory.mktemp("work"), asked) as made:
+    work = tmp_path_factory.mktemp("work")
+    with Workplace(work, BenchOptions(work, config=wide, necks="sam3")) as made:
         made.prepare()
         yield made
 
@@ -343,7 +344,7 @@ def test_a_plan_is_built_for_its_backend(place: Workplace, worker: Worker) -> No
     backend = named("rtx-rewritten-fp16")
     made = place.jobs([backend], *place.sign(None, 1))[backend.id]
     assert isinstance(made, dict)
-    kernels = place.ask("kernels", plan=made["plan"])["kernels"]
+    kernels = plan_kernels(Path(made["plan"]))
     assert kernels and all(set(one) == {"name", "kind", "ms", "bytes"} for one in kernels)
     assert made["build_s"] > 0 and made["file_bytes"] == Path(made["plan"]).stat().st_size
     if not torch.cuda.is_available():

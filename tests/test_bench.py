@@ -20,7 +20,7 @@ from synthetic import KNOWN_RATES, Tags
 
 import benchmarks.measure.rounds
 import benchmarks.measure.run
-from benchmarks.bench import asked_of, run_bench
+from benchmarks.bench import run_bench
 from benchmarks.errors import BenchError
 from benchmarks.measure.backends import REFERENCE, Backend, backends_for
 from benchmarks.measure.rounds import Pace
@@ -214,7 +214,7 @@ def test_other_options_begin_anew(ran: Ran) -> None:
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from benchmarks.bench import asked_of, run_bench
+from benchmarks.bench import run_bench
 from benchmarks.measure.run import Run
 from benchmarks.measure.samples import Samples
 from benchmarks.options import BenchOptions
@@ -389,7 +389,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.fixture(scope="module")
 def place(output: Path) -> Iterator[Workplace]:
     """The tiny encoder's."""
-    with Workplace(output / "work", asked_of(options_for(output))) as made:
+    with Workplace(output / "work", options_for(output)) as made:
         yield made
 
 

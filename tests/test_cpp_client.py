@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cpp_build import Programs, shared_programs, why_missing
+from cpp_build import Programs, why_missing
 from PIL import Image
 
 if why_missing() is not None:
@@ -30,11 +30,6 @@ from export.proof.reference import write_reference as save_reference
 from neck.pictures import load_pictures
 
 PHOTO = Path(__file__).parent.parent / "export" / "pictures" / "astronaut.jpg"
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
-    return shared_programs(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -116,6 +116,25 @@ def test_the_engine_runs_on_cuda(tmp_path: Path) -> None:
     assert ended.outcome == "passed", ended.reason
 
 
+NO_NVCC = "needs nvcc on PATH; install CUDA's toolkit"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(driver_version() is None, reason="no NVIDIA driver")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason=NO_NVCC)
+def test_the_resize_kernel_is_the_processors_on_the_gpu(tmp_path: Path) -> None:
+    """Within one level of neck::Preprocessor, which tests/test_cpp_pictures.py compares with neck/pictures.py."""
+    ended = build_and_run(tmp_path, build_s=120.0, program="test_resize")
+    assert ended.outcome == "passed", ended.reason
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(driver_version() is not None, reason="shows what a machine without a GPU says")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason=NO_NVCC)
+def test_the_resize_kernel_is_compiled_by_nvcc(tmp_path: Path) -> None:
+    assert build_and_run(tmp_path, build_s=900.0, program="test_resize").reason == "no NVIDIA driver or GPU"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(driver_version() is not None, reason="shows what a machine without a GPU says")
 def test_it_builds_and_says_that_there_is_no_driver(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from cpp_build import (
     ort_include,
     ort_library,
     rtx_library,
-    shared_programs,
     why_missing,
     write_plan,
 )
@@ -36,13 +35,11 @@ from engines.builder.gpu import find_gpu
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 
-ENGINE_SOURCES = ("checks", "cuda", "engine", "flavor", "neck_engine", "outputs", "pool", "runs", "runtime")
+ENGINE_SOURCES = (
+    *("gpu/cuda", "plan/checks", "plan/flavor", "plan/load"),
+    *("engine/engine", "engine/outputs", "engine/pool", "engine/runs", "commands/neck_engine"),
+)
 """Those that include NVIDIA's headers."""
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
-    return shared_programs(tmp_path_factory)
 
 
 def nvidia_includes() -> list[Path]:
@@ -100,7 +97,14 @@ def cuda_root() -> Path:
 def test_the_sources_compile_with_nvidias_headers(name: str, tmp_path: Path) -> None:
     rtx = rtx_includes(tmp_path / "rtx")
     for include in [*nvidia_includes(), rtx]:
-        folders = [f"-I{SOURCES / 'include'}", "-isystem", include, "-isystem", cuda_root() / "include"]
+        folders = [
+            f"-I{SOURCES / 'include'}",
+            f"-I{SOURCES / 'src'}",
+            "-isystem",
+            include,
+            "-isystem",
+            cuda_root() / "include",
+        ]
         flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
         flags += ["-DNECK_TENSORRT_RTX"] if include == rtx else []
         ended = subprocess.run(
@@ -145,7 +149,7 @@ def test_a_real_rtx_plan_without_a_gpu_is_told(tmp_path: Path) -> None:
 def test_a_plan_that_computes_equals_pytorch(programs: Programs, tmp_path: Path, input_kind: str) -> None:
     """An encoder as the stand-in's plan, run by ONNX Runtime, against what `verify --save-reference` saved."""
     if ort_include() is None:
-        pytest.skip("needs onnxruntime_c_api.h; apt install libonnxruntime-dev, or NECK_ORT_INCLUDE")
+        pytest.skip("needs onnxruntime_c_api.h; apt install libonnxruntime-dev (Debian 13), or give NECK_ORT_INCLUDE")
     pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install 'neck-export[triton]'")
     from triton_server import stand_in_plan
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import benchmarks.measure.file_runners
-import engines.run.session
+import engines.run.open_plan
 from benchmarks.measure.backends import TENSORRT_PROVIDER, backends_for
 from benchmarks.measure.file_runners import FP16_ALLOWED, OrtRunner, PlanRunner, RunnerError
 from benchmarks.measure.torch_runner import TorchRunner
@@ -159,7 +159,7 @@ class PlanSession:
 def test_a_plan_runs_on_buffers_that_are_held(captures: bool, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a graph too, whose capture had bound others; the row says that there is none."""
     session = PlanSession(captures)
-    monkeypatch.setattr(engines.run.session, "open_plan", lambda plan: session)
+    monkeypatch.setattr(engines.run.open_plan, "open_plan", lambda plan, **options: session)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: torch.no_grad())
     runner = PlanRunner({"plan": "x.plan", "image": str(image)})

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from engines.builder import flavor as flavor_module
-from engines.builder.config import timing_cache_path
 from engines.builder.flavor import OLDEST, Flavor, FlavorError, choose_flavor, version_numbers
 from engines.builder.gpu import Gpu, find_gpu, has_gpu
 from engines.builder.options import BuildOptions
 from engines.builder.parsed_network import TYPES
+from engines.builder.timing_cache import timing_cache_path
 
 ENGINES = Path(__file__).parent.parent / "engines"
 API = Path(__file__).parent / "data" / "tensorrt-api"
@@ -37,6 +37,7 @@ CLASSES = {
     "context": "IExecutionContext",
     "inspector": "EngineInspector",
     "runtime_config": "IRuntimeConfig",
+    "runtime_cache": "IRuntimeCache",
 }
 """Which class a variable or attribute of that name has in engines/: names are all that tells, TensorRT has no stubs."""
 
@@ -47,6 +48,8 @@ RTX_ONLY = {"ComputeCapability", "EngineValidity", "EngineInvalidityDiagnostics"
 RTX_ONLY |= {"Runtime.get_engine_validity", "Runtime.engine_header_size", "IExecutionContext.is_stream_capturable"}
 RTX_ONLY |= {"DynamicShapesKernelSpecializationStrategy", "BuilderFlag.REQUIRE_USER_ALLOCATION"}
 RTX_ONLY |= {"IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy", "ICudaEngine.create_runtime_config"}
+RTX_ONLY |= {"IRuntimeConfig.create_runtime_cache", "IRuntimeConfig.set_runtime_cache", "IRuntimeCache"}
+RTX_ONLY |= {"IRuntimeConfig.cuda_graph_strategy", "CudaGraphStrategy"}
 """Reached behind Flavor's own question which one it is, nowhere else."""
 
 GPU = Gpu("NVIDIA L4", "8.9", "580.95.05", "13.0")
@@ -106,7 +109,7 @@ def test_every_name_of_tensorrt_exists(path: Path, version: str) -> None:
     source = path.read_text(encoding="utf-8")
     names = {name for name in used_names(source, OURS.get(path.name, ())) if not guarded(source) & set(name.split("."))}
     special = {name for name in names if {name, name.partition(".")[0]} & RTX_ONLY}
-    assert path.name == "flavor.py" or not special
+    assert path.name in ("flavor.py", "rtx_runtime.py") or not special
     if "rtx" not in version:
         names -= special
     assert missing(names, VERSIONS[version]) == []
@@ -250,7 +253,7 @@ def test_targets() -> None:
 
 
 def test_what_rtx_would_ignore_is_refused() -> None:
-    nothing = {"timing_cache": False, "hardware_compatible": False, "version_compatible": False}
+    nothing = {"timing_cache": False, "replay_timing": False, "hardware_compatible": False, "version_compatible": False}
     for name in nothing:
         with pytest.raises(FlavorError, match=f"--{name.replace('_', '-')}: .*leave it out|--compute-capability"):
             rtx().refuse(**{**nothing, name: True})

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 from exporting import DATA, listing, neck_export_cli
 
+from benchmarks.errors import BenchError
+from benchmarks.options import BenchOptions, check_options
 from engines.builder.flavor import Flavor, FlavorError
 from engines.builder.onnx_graph import BuildError
+from engines.builder.onnx_source import read_source
 from engines.builder.plan_kind import is_plan, strip_header
+from engines.sheet.layer_sheet import LayerSheet, layers_path
 from export.contract.manifest import manifest_path, write_manifest
 
 PLANS = {"TensorRT": b"ftrt", "TensorRT-RTX": b"vtrt"}
@@ -54,6 +58,28 @@ def test_a_plan_under_another_suffix(command: str, kind: str, tmp_path: Path) ->
     (line,) = ran.err.splitlines()
     assert line.startswith(f"error: {path}: is a {kind} plan, and x.engine.json is not beside it")
     assert "name it x.plan again, beside x.plan.json" in line
+
+
+def test_what_trt_and_bench_say_of_it(tmp_path: Path) -> None:
+    """`trt` wants the ONNX file, `bench --plan` the layer sheet of a plan of ours; both tell before any work."""
+    foreign, bare = ultralytics(tmp_path / "u.engine"), tmp_path / "x.engine"
+    bare.write_bytes(b"vtrt" + bytes(100))
+    for path, words in (
+        (foreign, "is an engine of Ultralytics"),
+        (bare, "is a TensorRT-RTX plan, and x.engine.json is"),
+    ):
+        with pytest.raises(BuildError, match=words):
+            read_source(path, print)
+        with pytest.raises(BuildError, match=words):
+            check_options(BenchOptions(tmp_path, plan=path))
+    ours = tmp_path / "x.plan"
+    bare.rename(ours)
+    with pytest.raises(BuildError, match=r"x\.plan: is a plan already; name the ONNX file that it is built from"):
+        read_source(ours, print)
+    with pytest.raises(BenchError, match=r"x\.plan: no plan with a layer sheet beside it"):
+        check_options(BenchOptions(tmp_path, plan=ours))
+    layers_path(ours).write_text(json.dumps(LayerSheet("builder log", (), 0).to_dict()))
+    check_options(BenchOptions(tmp_path, plan=ours))  # the control
 
 
 def test_with_its_manifest_it_may_have_any_name(tmp_path: Path) -> None:

@@ -287,5 +287,7 @@ def test_a_real_plan_is_profiled(tmp_path: Path, gpu_flavor: Flavor) -> None:
     assert gpu_flavor.gpu.name in "\n".join(profile_lines(profile))
     json.dumps(profile.to_dict(), allow_nan=False)
     assert steps[0] == "latency"
+    assert profile.starts.cold and not profile.starts.cold.warm, profile.starts.problem
+    assert (profile.starts.warm is not None) == (gpu_flavor.name == "rtx")
     with pytest.raises(ProfilingError, match="takes a batch of 1 to 3, asked was 7"):
         profile_plan(plan, batch=7, flavor=gpu_flavor)

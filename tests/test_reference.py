@@ -67,7 +67,7 @@ def plan_of(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> Path
     plan.write_bytes(b"vtrt")
     told = facts(signature=signature.to_dict(), onnx_manifest=source(), precision="fp32", batch="1:2:3")
     write_manifest(manifest_path(plan), "plan", told, [plan])
-    monkeypatch.setattr(verify, "open_plan", lambda plan, flavor: OnnxSession(path, told))
+    monkeypatch.setattr(verify, "open_plan", lambda plan, flavor, **options: OnnxSession(path, told))
     return plan
 
 

@@ -102,7 +102,7 @@ def test_auto_takes_fp32_where_fp16_fails_and_says_so(planted: dict[str, Any], t
     assert "sam3_feat_" in note and "left tolerance: residual sums now in FP32" in note and note in steps
     assert made.verdict.method.endswith("residual sums in FP32")
     sums = [
-        node for node in ir.load(made.path).graph if (node.name or "") in ("trunk.blocks.0/Add", "trunk.blocks.3/Add_1")
+        node for node in ir.load(made.path).graph if (node.name or "") in ("trunk.blocks.0/Add", "trunk.blocks.3/Add")
     ]
     assert [node.outputs[0].dtype for node in sums] == [ir.DataType.FLOAT] * 2
     assert json.loads((tmp_path / "x.json").read_text())["verification"]["verified"] is True
@@ -160,7 +160,7 @@ def with_outliers(encoder: Sam3DualViTDetNeck) -> Sam3DualViTDetNeck:
 @pytest.mark.slow
 @pytest.mark.parametrize("outliers", [False, True])
 def test_full_depth(outliers: bool, tmp_path: Path) -> None:
-    """Random weights (seed 0), 336 px, rounding simulation: RATIOS."""
+    """The bar of `--residual fp32`; seed 0, 336 px, rounding simulation. Not yet run since the stream is FP32."""
     config = dataclasses.replace(EncoderConfig(), image_size=(336, 336))
     encoder, signature = random_encoder(config), encoder_signature(config, positions="none")
     encoder = with_outliers(encoder) if outliers else encoder
@@ -177,7 +177,7 @@ def test_full_depth(outliers: bool, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_kernels_and_bytes_at_full_size(tmp_path: Path) -> None:
-    """TensorRT-RTX 1.7, 1008 px: BYTES."""
+    """The same: 4 blocks gave 55 kernels both and 2.293 against 2.080 GB (TensorRT-RTX 1.7). Full depth not yet run."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
     from engines.builder.build import build_plan
     from engines.builder.options import BuildOptions

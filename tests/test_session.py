@@ -25,8 +25,12 @@ from engines.builder.build import build_plan
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.gpu import Gpu, has_gpu
 from engines.builder.options import BuildOptions
+from engines.builder.rtx_runtime import RuntimeConfig
+from engines.run.loaded_plan import TYPES, LoadedPlan
+from engines.run.open_plan import open_plan
+from engines.run.outputs import ALIGNMENT
 from engines.run.plan_checks import Port, SessionError, check_gpu, check_plan, check_version, manifest_specs
-from engines.run.session import ALIGNMENT, TYPES, Session, open_plan
+from engines.run.session import Session
 from export.contract.manifest import manifest_path, write_manifest
 from export.contract.signature import BatchRange
 
@@ -43,8 +47,11 @@ class StandIn(Flavor):
     def new_logger(self, take: Callable[[int, str], None]) -> Any:  # noqa: ANN401
         return take
 
-    def create_context(self, engine: Any) -> tuple[Any, Any]:  # noqa: ANN401
-        return engine.create_execution_context(), None
+    def create_runtime_config(self, engine: Any, cached: bytes, own_graphs: bool) -> RuntimeConfig | None:  # noqa: ANN401
+        return RuntimeConfig()
+
+    def create_context(self, engine: Any, made_with: RuntimeConfig) -> Any:  # noqa: ANN401
+        return engine.create_execution_context()
 
 
 class Context:
@@ -99,6 +106,9 @@ class Engine:
     def get_tensor_dtype(self, name: str) -> SimpleNamespace:
         return SimpleNamespace(name={dtype: kind for kind, dtype in TYPES.items()}[self.tensors[name][0]])
 
+    def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
+        return 1000
+
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         return [(size, *self.tensors[name][1][1:]) for size in (1, 2, 3)]
 
@@ -150,7 +160,7 @@ def open_stand_in(folder: Path, *, output: torch.dtype = torch.float16, loads: b
     image = facts()["inputs"][0]
     plan = write_plan(folder, outputs=[image | {"name": "twice", "dtype": str(output).removeprefix("torch.")}])
     flavor, manifest = check_plan(plan, stand_in(output=output, loads=loads))
-    return Session(plan, manifest, flavor, device=torch.device("cpu"), stream=None)
+    return Session(LoadedPlan(plan, manifest, flavor, torch.device("cpu")), stream=None)
 
 
 def convolution(folder: Path, batch: str) -> Path:
@@ -335,7 +345,7 @@ def test_a_real_plan_without_a_gpu(tmp_path: Path) -> None:
         open_plan(plan, pretended)
     manifest = json.loads(manifest_path(plan).read_text())
     with pytest.raises(SessionError, match=r"cannot load it .*cudaError 35"):
-        Session(plan, manifest, pretended, device=torch.device("cpu"), stream=None)
+        LoadedPlan(plan, manifest, pretended, torch.device("cpu"))
 
 
 def test_numpy_in_numpy_out_of_any_batch(tmp_path: Path) -> None:
@@ -464,7 +474,7 @@ def test_an_edited_manifest_that_hides_the_true_tensors(tmp_path: Path) -> None:
     flavor, manifest = check_plan(plan, stand_in())
     assert manifest_specs(manifest)[1] == ("twice", "float32", (-1, 2, 3))
     with pytest.raises(SessionError, match="its tensors are not the engine's"):
-        Session(plan, manifest, flavor, device=torch.device("cpu"), stream=None)
+        Session(LoadedPlan(plan, manifest, flavor, torch.device("cpu")), stream=None)
 
 
 def test_a_session_is_closed_and_freed(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_tf32_is_off_for_the_reference_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(("batch", "count"), [((1, 1), 1), ((4, 4), 4), ((1, 8), 2), ((3, 8), 3), ((1, 2), 2)])
 def test_how_many_pictures(batch: tuple[int, int], count: int) -> None:
-    assert picture_count(*batch) == count
+    assert picture_count(BatchRange(batch[0], *batch)) == count
 
 
 def test_the_method_names_gpu_and_version() -> None:
@@ -174,7 +174,7 @@ class OnnxSession:
 def test_verify_plan_finds_the_encoder_in_the_manifest(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
     path, signature = export(save)
     manifest = facts(signature=signature.to_dict(), onnx_manifest=source(), precision="fp32")
-    monkeypatch.setattr(verify, "open_plan", lambda plan, flavor: OnnxSession(path, manifest))
+    monkeypatch.setattr(verify, "open_plan", lambda plan, flavor, **options: OnnxSession(path, manifest))
     steps: list[str] = []
     verdict = verify_plan(Path("x.plan"), report=steps.append)
     assert verdict.passed
@@ -188,7 +188,7 @@ def test_verify_plan_finds_the_encoder_in_the_manifest(save: Save, monkeypatch: 
 def test_a_reference_serves_many_plans(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
     path, signature = export(save)
     manifest = facts(signature=signature.to_dict(), precision="fp32")
-    monkeypatch.setattr(verify, "open_plan", lambda plan, flavor: OnnxSession(path, manifest))
+    monkeypatch.setattr(verify, "open_plan", lambda plan, flavor, **options: OnnxSession(path, manifest))
     reference = make_reference(shared_encoder(CONFIG), signature, 3)
     monkeypatch.setattr(verify, "make_reference", SimpleNamespace())
     assert verify_plan(Path("x.plan"), reference=reference).method.endswith("3 pictures")

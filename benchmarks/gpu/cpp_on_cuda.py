@@ -68,8 +68,14 @@ def run_on_cuda(folder: Path) -> Ended:
     return build_and_run(folder)
 
 
-def build_and_run(folder: Path, build_s: float = BUILD_SECONDS) -> Ended:
-    """The same, the driver left to the program to find; the build may take so many seconds."""
+def build_and_run(folder: Path, build_s: float = BUILD_SECONDS, program: str = "test_cuda") -> Ended:
+    """The same, the driver left to the program to find.
+
+    Args:
+        folder: for the build.
+        build_s: the build may take so many seconds.
+        program: `test_cuda`, or `test_resize`, which needs nvcc.
+    """
     toolkit = find_toolkit(cuda_roots(), [Path(path) for path in sys.path])
     lacks = missing_tool()
     if lacks or isinstance(toolkit, str):
@@ -80,12 +86,12 @@ def build_and_run(folder: Path, build_s: float = BUILD_SECONDS) -> Ended:
     generator = ["-G", "Ninja" if shutil.which("ninja") else "Unix Makefiles"]
     configure = ["cmake", "-S", str(SOURCE), "-B", str(folder), *generator]
     configure += [f"-DCUDA_INCLUDE={includes}", f"-DCUDART={toolkit.runtime}"]
-    build = ["cmake", "--build", str(folder), "--parallel", str(os.cpu_count() or 1)]
+    build = ["cmake", "--build", str(folder), "--target", program, "--parallel", str(os.cpu_count() or 1)]
     for what, command, seconds in (("cmake", configure, CONFIGURE_SECONDS), ("the build", build, build_s)):
         ended = _call(command, seconds)
         if ended.returncode:
             return Ended("failed", f"{what}: {_first_error(ended)}")
-    return judged(_call([str(folder / "test_cuda"), str(folder)], RUN_SECONDS))
+    return judged(_call([str(folder / program), str(folder)], RUN_SECONDS))
 
 
 def missing_tool() -> str | None:

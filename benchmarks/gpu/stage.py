@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.bench import asked_of, open_run
+from benchmarks.bench import open_run
 from benchmarks.errors import BenchError
 from benchmarks.gpu.gpu_tests import checks, run_tests
 from benchmarks.gpu.machine import examine
@@ -82,7 +82,7 @@ def doctor(asked: Asked) -> Found:
 def weights(asked: Asked) -> Found:
     """Makes the random weights that every backend maps, and says whether they are the same as elsewhere."""
     options = asked.options()
-    with Workplace(asked.output / "work", asked_of(options)) as place:
+    with Workplace(asked.output / "work", options) as place:
         prepared = place.prepare()
     digest = weights_digest(Path(prepared["weights"]))
     known = None if asked.config else FULL_SHA256
@@ -112,7 +112,7 @@ def _measured(options: BenchOptions) -> Found:
     try:
         with open_run(options, _say) as run:
             run.measure()
-            rows = all_rows(run)
+            _, rows = all_rows(run)
     except BenchError as error:
         cannot = str(error).startswith("no backend can run here")
         return {"outcome": "unavailable" if cannot else "failed", "reason": str(error)}
@@ -139,7 +139,7 @@ def _fastest(asked: Asked) -> str | None:
     try:
         with open_run(asked.options(backends=_all_backends(asked), minutes=0.0), _say) as run:
             run.measure()
-            rows = [row for row in all_rows(run) if row["passed"] and (row["build_s"] or 0.0) <= QUICK_BUILD_S]
+            rows = [row for row in all_rows(run)[1] if row["passed"] and (row["build_s"] or 0.0) <= QUICK_BUILD_S]
     except BenchError:
         return None
     return min(rows, key=lambda row: row["latency"]["p50_ms"], default={"backend": None})["backend"]

@@ -87,7 +87,9 @@ def differ(picture: str, prompt: str, own: Objects, other: Objects) -> Differenc
 
 def mask_ious(first: Masks, second: Masks) -> npt.NDArray[np.float64]:
     """Intersection over union of every pair of masks: (N, h, w), (M, h, w) -> (N, M); of two empty masks 1."""
-    rows, columns = (masks.reshape(len(masks), math.prod(masks.shape[1:])).astype(np.float32) for masks in (first, second))
+    rows, columns = (
+        masks.reshape(len(masks), math.prod(masks.shape[1:])).astype(np.float32) for masks in (first, second)
+    )
     both = (rows @ columns.T).astype(np.float64)  # counts: exact in float32 to 16.7 M pixels
     union = rows.sum(1)[:, None] + columns.sum(1)[None, :] - both
     return np.where(union > 0, both / np.maximum(union, 1), 1.0)

@@ -156,10 +156,10 @@ class PlanRunner:
         """Loads the plan and binds the input on the GPU."""
         import torch
 
+        from engines.run.open_plan import open_plan
         from engines.run.plan_checks import SessionError
-        from engines.run.session import open_plan
 
-        self.session = open_plan(Path(self.job["plan"]))
+        self.session = open_plan(Path(self.job["plan"]), use_runtime_cache=False)
         self._image = {"image": torch.from_numpy(np.load(self.job["image"])).to(self.session.device)}
         try:
             self._graph = self.session.capture(self._image)

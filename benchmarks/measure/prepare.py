@@ -122,21 +122,6 @@ def make_plan_file(asked: Mapping[str, Any]) -> dict[str, Any]:
     return {"plan": str(path), "build_s": result.manifest["build_seconds"], "file_bytes": path.stat().st_size}
 
 
-def read_kernels(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The layer sheet beside a plan as the result's `kernels`; their times are `neck-export profile`'s to tell.
-
-    Args:
-        asked: `plan`.
-    """
-    from engines.sheet.layer_sheet import read_sheet
-
-    sheet = read_sheet(Path(asked["plan"]))
-    if sheet is None:
-        raise FileNotFoundError(f"{asked['plan']}: no layer sheet beside it; `neck-export trt` writes one")
-    kernels = [{"name": one.name, "kind": one.kind, "ms": None, "bytes": one.bytes} for one in sheet.kernels]
-    return {"kernels": kernels}
-
-
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[Path]:
     """A file that has its name once it is whole."""

@@ -70,8 +70,9 @@ class Run:
         self.environment, facts = found["environment"], found["capabilities"]
         self.device: Device = _device(options, facts["cuda"])
         self.prepared = place.prepare()
-        self.config, self.signature = place.sign(self._main_size(), options.batch)
-        self.points = self._sweep_points()
+        size = self._main_size()
+        self.config, self.signature = place.sign(size, options.batch)
+        self.points = self._sweep_points(size)
         self.swept: list[Place] = []
         named = options.backends or (QUICK[self.device] if options.quick else ())
         self.backends = choose_backends(self.device, named)
@@ -82,7 +83,7 @@ class Run:
         self.folder, self.samples = self._open_samples()
 
     def _main_size(self) -> int | tuple[int, int] | None:
-        config, options = EncoderConfig.from_dict(self.prepared["config"]), self.options
+        config, options = self.place.config, self.options
         small = 24 * config.patch_size
         if options.image_size is None and options.quick and self.device == "cpu" and min(config.image_size) > small:
             return small
@@ -186,7 +187,7 @@ class Run:
                 candidates.append(Candidate(one, job, needed_bytes(one, config, signature, signature.batch.optimum)))
         return candidates
 
-    def _sweep_points(self) -> list[tuple[str, EncoderConfig, Signature]]:
+    def _sweep_points(self, main_size: int | tuple[int, int] | None) -> list[tuple[str, EncoderConfig, Signature]]:
         """Sweep, config and signature of every point that is not the main one.
 
         Raises:
@@ -194,7 +195,7 @@ class Run:
         """
         points = []
         for sweep, size, batch in self.options.sweeps:
-            config, signature = self.place.sign(size if size is not None else self._main_size(), batch)
+            config, signature = self.place.sign(size if size is not None else main_size, batch)
             if (config.image_size, batch) != (self.config.image_size, self.options.batch):
                 points.append((sweep, config, signature))
         return points

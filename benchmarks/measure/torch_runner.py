@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.options import selection
-from export.contract.signature import NECK_MODULES, Signature
+from export.contract.signature import Signature
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import DeployAttention, Rewrites, RotaryHalves
 from neck.checkpoint import load_encoder
+from neck.checkpoint_keys import NECK_MODULES
 from neck.config import HEAD_PARTS, EncoderConfig
 from neck.position import PositionEmbeddingSine
 from neck.trunk import Block, ViTDetTrunk

@@ -16,11 +16,11 @@ from benchmarks.errors import BenchError
 from benchmarks.measure.backends import Backend
 from benchmarks.measure.environment import available_bytes
 from benchmarks.measure.worker_process import ROOT, Worker, WorkerError
-from benchmarks.options import SELECTION
+from benchmarks.options import SELECTION, BenchOptions
 from export.contract.manifest import data_path
-from export.contract.signature import BatchRange, Positions, Sam2Outputs, Signature, SignatureError, encoder_signature
+from export.contract.signature import BatchRange, Signature, SignatureError, encoder_signature
 from neck.config import ConfigError, EncoderConfig
-from neck.pictures import ValueRange
+from neck.pictures import PictureFolder
 
 Job = dict[str, Any] | WorkerError
 """What a worker loads, or why it cannot be made."""
@@ -35,35 +35,18 @@ PREPARE_SECONDS = 1800.0
 """An export at full size takes half a minute, a plan on a small GPU many."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """The encoder that is benchmarked, as the user names it."""
+ENCODER = ("checkpoint", *SELECTION, "config", "seed", "necks", "levels", "positions", "sam2_outputs", "images")
+"""Options that name the encoder and its pictures."""
 
-    checkpoint: Path | None
-    config: EncoderConfig | None
-    seed: int
-    necks: str
-    levels: str
-    positions: Positions
-    images: Path | None
-    picture_range: ValueRange | None = None
-    state: str | None = None
-    prefix: str | None = None
-    adapter: Path | None = None
-    adapter_alpha: float | None = None
-    sam2_outputs: Sam2Outputs = "features"
 
-    def identity(self) -> dict[str, Any]:
-        """What tells it from another one, a changed checkpoint or exporter included."""
-        values = dataclasses.asdict(self)
-        for name in ("checkpoint", "images", "adapter"):
-            path: Path | None = values[name]
-            if path and path.exists():
-                inner = sorted(path.glob("adapter_*")) if name == "adapter" else []
-                values[name] = [
-                    [str(one.resolve()), one.stat().st_size, one.stat().st_mtime_ns] for one in (path, *inner)
-                ]
-        return {**values, "sources": sources_digest()}
+def identity(asked: BenchOptions) -> dict[str, Any]:
+    """What tells the encoder from another one, a changed checkpoint or exporter included."""
+    values = {name: getattr(asked, name) for name in ENCODER}
+    pictures = PictureFolder.of(asked.images).path if asked.images else None
+    inner = sorted(asked.adapter.glob("adapter_*")) if asked.adapter else []
+    files = [path for path in (asked.checkpoint, pictures, asked.adapter, *inner) if path and path.exists()]
+    stamps = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return {**values, "files": stamps, "sources": sources_digest()}
 
 
 def digest(values: Mapping[str, Any]) -> str:
@@ -93,13 +76,14 @@ def about_file(path: Path) -> dict[str, Any]:
 class Workplace:
     """A folder for one encoder and a worker that makes what lies in it; a context that ends the worker."""
 
-    def __init__(self, work: Path, asked: Asked) -> None:
+    def __init__(self, work: Path, asked: BenchOptions) -> None:
         self.asked = asked
-        self.folder = work / f"encoder-{digest(asked.identity())}"
+        self.folder = work / f"encoder-{digest(identity(asked))}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.ends = float("inf")  # when no file is made any more, in time.monotonic seconds
         self._worker: Worker | None = None
         self._prepared: dict[str, Any] = {}
+        self.config = EncoderConfig()  # the encoder's own, once it is prepared
 
     def ask(self, command: str, **values: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON values
         """Asks the preparing worker, which is started again where it died."""
@@ -130,6 +114,7 @@ class Workplace:
             self._prepared = self.ask("weights", **self._encoder(), folder=str(self.folder), image_size=None, batch=1)
         except WorkerError as error:
             raise BenchError(f"the encoder cannot be made: {error}") from None
+        self.config = EncoderConfig.from_dict(self._prepared["config"])
         return self._prepared
 
     def _encoder(self) -> dict[str, Any]:
@@ -145,7 +130,7 @@ class Workplace:
         Raises:
             BenchError: a size, neck or level that cannot be.
         """
-        config = EncoderConfig.from_dict(self._prepared["config"])
+        config = self.config
         try:
             if image_size is not None:
                 config = dataclasses.replace(config, image_size=image_size)  # type: ignore[arg-type]
@@ -166,9 +151,10 @@ class Workplace:
         place = f"{height}x{width}-b{batch}"
         values = {"batch": batch, "signature": signature.to_dict(), "config": config.to_dict()}
         image = self.folder / f"image-{place}.npy"
-        images = str(self.asked.images) if self.asked.images else None
-        ends = dataclasses.astuple(self.asked.picture_range) if self.asked.picture_range else None
         if not image.is_file():
+            given = PictureFolder.of(self.asked.images) if self.asked.images else None
+            ends = dataclasses.astuple(given.value_range) if given and given.value_range else None
+            images = str(given.path) if given else None
             try:
                 self.ask("image", **values, images=images, picture_range=ends, path=str(image))
             except WorkerError as error:

@@ -75,14 +75,13 @@ class Worker:
         }
         if command in own:
             return own[command](asked)
-        from benchmarks.measure.prepare import make_file, make_image, make_plan_file, make_weights, read_kernels
+        from benchmarks.measure.prepare import make_file, make_image, make_plan_file, make_weights
 
         return {
             "weights": make_weights,
             "image": make_image,
             "file": make_file,
             "plan": make_plan_file,
-            "kernels": read_kernels,
         }[command](asked)
 
     def load(self, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from benchmarks.measure.environment import machine_name
 from benchmarks.measure.rounds import Pace
 from benchmarks.measure.run import Run
 from benchmarks.measure.samples import Place
-from benchmarks.measure.worker_process import ROOT, WorkerError
+from benchmarks.measure.worker_process import ROOT
 from benchmarks.options import SELECTION
 from benchmarks.results.feature_pictures import feature_pictures
 from benchmarks.results.result_files import can_check, row_problem
@@ -34,7 +34,8 @@ from benchmarks.results.rows import (
     work_of,
 )
 from benchmarks.roofline import encoder_parts, total_bytes, total_operations
-from neck.pictures import find_pictures, read_picture
+from engines.sheet.layer_sheet import read_sheet
+from neck.pictures import PictureFolder, find_pictures, read_picture
 
 SHIPPED = "astronaut.jpg (NASA)"
 UNCHECKED = "not checked against result.schema.json, jsonschema being not installed"
@@ -44,10 +45,9 @@ def make_result(run: Run) -> dict[str, Any]:
     """The result of a run whose points are measured.
 
     Raises:
-        BenchError: nothing could be measured, or a plan or the exporter's benchmark that was asked for fails.
+        BenchError: nothing could be measured, or the exporter's benchmark that was asked for fails.
     """
-    roofline = _roofline(run)
-    rows = all_rows(run)
+    roofline, rows = all_rows(run)
     environment = run.environment if can_check() else {**run.environment, "form": UNCHECKED}
     machine = {"id": MACHINE, "name": machine_name(run.environment), "environment": environment}
     plain = encoder_parts(run.config, run.signature, run.options.batch, rewritten=False)
@@ -91,8 +91,10 @@ def _roofline(run: Run) -> dict[str, Any]:
     return raise_rates(roofline, [run.main, *run.swept], run.available(), run.samples)
 
 
-def all_rows(run: Run) -> list[dict[str, Any]]:
-    """The main point's rows, then sweep by sweep; the main point is a point of each sweep that has its size.
+def all_rows(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The machine's rates, and the main point's rows, then sweep by sweep.
+
+    The main point is a point of each sweep that has its size.
 
     Raises:
         BenchError: nothing could be measured.
@@ -108,7 +110,7 @@ def all_rows(run: Run) -> list[dict[str, Any]]:
             points.append(dataclasses.replace(run.main, sweep=sweep))
         for place in sorted(points, key=lambda one: (one.image_size, one.batch)):
             rows += _rows(run, place, roofline, run.pace if place.name == run.main.name else run.sweep_pace)
-    return rows
+    return roofline, rows
 
 
 def _rows(run: Run, place: Place, roofline: dict[str, Any], pace: Pace) -> list[dict[str, Any]]:
@@ -143,13 +145,15 @@ def _kernels(run: Run) -> list[dict[str, Any]] | None:
     """The layer sheet of the plan that was named, else of the one that was measured."""
     built = sorted(run.place.folder.glob("rewritten-*-plan/*.plan"))
     plan = run.options.plan or (built[0] if built else None)
-    if plan is None:
+    return plan_kernels(plan) if plan else None
+
+
+def plan_kernels(plan: Path) -> list[dict[str, Any]] | None:
+    """The layer sheet beside a plan, where there is one; the kernels' times are `neck-export profile`'s to tell."""
+    sheet = read_sheet(plan)
+    if sheet is None:
         return None
-    try:
-        kernels: list[dict[str, Any]] = run.place.ask("kernels", plan=str(plan))["kernels"]
-    except WorkerError as error:
-        raise BenchError(f"--plan {plan}: {error}") from None
-    return kernels
+    return [{"name": one.name, "kind": one.kind, "ms": None, "bytes": one.bytes} for one in sheet.kernels]
 
 
 def _features(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -175,8 +179,9 @@ def _picture(run: Run) -> str:
     images = run.options.images
     if images is None:
         return SHIPPED
-    path, notes = find_pictures(images)[0], list[str]()
-    read_picture(path, run.options.picture_range, notes.append)
+    folder, notes = PictureFolder.of(images), list[str]()
+    path = find_pictures(folder.path)[0]
+    read_picture(path, folder.value_range, notes.append)
     return notes[0] if notes else path.name
 
 

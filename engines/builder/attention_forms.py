@@ -25,6 +25,7 @@ from export.graph.trace import ExportError
 from export.inspect import attention_forms
 from export.lowering.attention import AUTO, AttentionForm
 from export.lowering.precision import Precision, Residual
+from export.lowering.quantise import Quantisation
 from export.lowering.relower import relower
 from export.lowering.upsampling import Upsampling
 from export.proof.verify import Report
@@ -47,13 +48,14 @@ class Typing:
 
     Attributes:
         attention: the form that was asked for; `auto` is the first that TensorRT takes.
-        upsampling, keep_fp32, residual: how an FP32 file is lowered.
+        upsampling, keep_fp32, residual, quantisation: how an FP32 file is lowered.
     """
 
     attention: AttentionForm = "auto"
     upsampling: Upsampling = "auto"
     keep_fp32: tuple[str, ...] = ()
     residual: Residual = "auto"
+    quantisation: Quantisation | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ def build_forms(
     forms = forms_to_try(there, precision, typing.attention, source.manifest)
     if precision != source.precision:
         report(f"precision pass: {source.precision} to {precision}")
-        lowering = dataclasses.asdict(typing) | {"attention": forms[0] or typing.attention}
+        lowering = vars(typing) | {"attention": forms[0] or typing.attention}
         typed, there = lower_file(source, precision, folder, **lowering), forms[0]
     notes: list[str] = []
     for form, later in zip(forms, (*forms[1:], None), strict=True):
@@ -153,7 +155,7 @@ def forms_to_try(
 
 def meaning(form: str, precision: str) -> str:
     """What it means that attention is written in a form."""
-    what = MEANINGS[form] if precision == "fp16" else "BF16 products accumulate in FP32 in every form"
+    what = MEANINGS[form] if precision != "bf16" else "BF16 products accumulate in FP32 in every form"
     return f"attention lowered again as {form}: {what}; the verdict judges it"
 
 

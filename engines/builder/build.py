@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.builder.config import common_options, save_timing_cache
+from engines.builder.config import common_options
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.gpu import Gpu
 from engines.builder.onnx_graph import BuildError, Graph, RefusedError, read_graph
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
 from engines.builder.parsed_network import check_types, keep_attentions_whole
 from engines.builder.plan_stream import Progress, Watch, disk_errors, new_monitor, run_builder, temporary
+from engines.builder.timing_cache import missed, read_replayed, replay_timing, replayed, save_timing_cache
 from engines.sheet.layer_sheet import LayerSheet
 from engines.sheet.read_layers import LayerSheetError, read_accumulations, sheet_from_inspector, sheet_from_log
 from export.contract.export_command import export_again
+from export.contract.readers import FP8_CAPABILITY, version_key
 from export.contract.signature import BATCH, TensorSpec
 
 NUMPY = {
@@ -44,6 +47,7 @@ class BuildResult:
         seconds: of parsing and building; plan_bytes: size of the plan.
         sheet: the layer sheet, None where neither the builder's log nor the engine inspector tells the kernels.
         no_sheet: why there is none.
+        timing_cache: file name and SHA-256 of the timing cache that was saved or replayed; None without one.
     """
 
     plan: Path
@@ -59,6 +63,7 @@ class BuildResult:
     plan_bytes: int
     sheet: LayerSheet | None
     no_sheet: str | None = None
+    timing_cache: dict[str, Any] | None = None
 
 
 def build_plan(
@@ -89,29 +94,36 @@ def build_plan(
     graph = read_graph(onnx, (options.batch or DEFAULT_BATCH).optimum)
     _check_attentions(onnx, graph, options)
     targets = flavor.check_targets(options.compute_capabilities)
+    _check_fp8(onnx, options, targets or ((flavor.gpu.compute_capability,) if flavor.gpu else ()))
     flavor.refuse(
         timing_cache=options.timing_cache is not None,
         hardware_compatible=options.hardware_compatible != "none",
         version_compatible=options.version_compatible,
     )
+    timing = read_replayed(flavor, options)
     started, watch = time.perf_counter(), Watch()
     builder, network, keep = _parse(onnx, flavor, watch)
     check_types(onnx, flavor.trt, network, options.precision, options.keep_fp32)
     common = common_options(onnx, flavor, network, options, new_monitor(flavor.trt, watch, progress))
     config = flavor.create_config(builder, network, targets, common)
+    if options.replay_timing and timing:
+        keep = (keep, replay_timing(flavor.trt, config, options.replay_timing, timing))
     with disk_errors(plan), temporary(plan) as (file, path):
-        run_builder(flavor.trt, builder, network, config, file, watch)
+        try:
+            run_builder(flavor.trt, builder, network, config, file, watch)
+        except RefusedError as error:
+            raise missed(error, options.replay_timing) if options.replay_timing else error from None
         file.flush()
         os.fsync(file.fileno())
         seconds, size = time.perf_counter() - started, os.fstat(file.fileno()).st_size
         sheet, no_sheet = _read_sheet(flavor, watch.engine, path, graph)
         os.replace(path, plan)
-    save_timing_cache(config, flavor, options)
+    used = save_timing_cache(config, flavor, options) or replayed(options, timing)
     inputs = tuple(_spec(network.get_input(index)) for index in range(network.num_inputs))
     outputs = tuple(_spec(network.get_output(index)) for index in range(network.num_outputs))
     del keep  # the parser owns the weights that the network refers to
     about = (flavor.name, flavor.version, targets, flavor.gpu, inputs, outputs)
-    return BuildResult(plan, onnx, options, *about, seconds=seconds, plan_bytes=size, sheet=sheet, no_sheet=no_sheet)
+    return BuildResult(plan, onnx, options, *about, seconds, size, sheet, no_sheet, used)
 
 
 def _read_sheet(flavor: Flavor, log: str, plan: Path, graph: Graph) -> tuple[LayerSheet | None, str | None]:
@@ -125,7 +137,7 @@ def _read_sheet(flavor: Flavor, log: str, plan: Path, graph: Graph) -> tuple[Lay
             text = log if read is sheet_from_log else flavor.inspect(plan)
             if not text:
                 raise LayerSheetError(f"the {source} does not list the engine")
-            return read(text, read_accumulations(plan), graph.attentions, graph.operations), None
+            return read(text, read_accumulations(plan), graph.attentions, graph.operations, graph.quantised), None
         except LayerSheetError as error:
             reasons.append(str(error))
         except Exception as error:
@@ -139,6 +151,15 @@ def _check_attentions(onnx: Path, graph: Graph, options: BuildOptions) -> None:
         raise BuildError(
             f"{onnx}: {graph.fp32_attentions[0]} is an opset-23 Attention in FP32, which TensorRT does not build; "
             f"export it again: {export_again(onnx, attention=form, opset='auto')}"
+        )
+
+
+def _check_fp8(onnx: Path, options: BuildOptions, targets: Sequence[str]) -> None:
+    small = [target for target in targets if target != "none" and version_key(target) < FP8_CAPABILITY]
+    if options.precision == "fp8" and small:
+        raise BuildError(
+            f"{onnx}: no FP8 products on compute capability {', '.join(small)}, they came with 8.9; "
+            f"leave it out of --compute-capability, or export in INT8: {export_again(onnx, precision='int8')}"
         )
 
 

@@ -1,15 +1,14 @@
-"""The builder's config: our options in TensorRT's words, the optimization profile, the timing cache."""
+"""The builder's config: our options in TensorRT's words, and the optimization profile."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from engines.builder.flavor import Flavor
 from engines.builder.onnx_graph import BuildError
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
-from engines.builder.plan_stream import disk_errors, temporary
+from engines.builder.timing_cache import timing_cache_path
 from export.contract.export_command import export_again
 
 
@@ -74,24 +73,3 @@ def _profile(onnx: Path, network: Any, options: BuildOptions) -> Any:  # noqa: A
     batch = options.batch or DEFAULT_BATCH
     sizes = ((size, *shape[1:]) for size in (batch.minimum, batch.optimum, batch.maximum))
     return Profile().add(image.name, *sizes)
-
-
-def timing_cache_path(flavor: Flavor, options: BuildOptions) -> Path | None:
-    """The timing cache's file, with flavour, version and GPU in its name: times of another would mislead."""
-    if options.timing_cache is None:
-        return None
-    gpu = flavor.gpu.name.replace(" ", "-").replace("/", "-") if flavor.gpu else "none"
-    path = options.timing_cache
-    return path.with_name(f"{path.stem}.{flavor.name}-{flavor.version}-{gpu}{path.suffix}")
-
-
-def save_timing_cache(config: Any, flavor: Flavor, options: BuildOptions) -> None:  # noqa: ANN401
-    """Keeps what the build measured, where that was asked."""
-    path = timing_cache_path(flavor, options)
-    if path is None:
-        return
-    cache = config.get_timing_cache()
-    with disk_errors(path), temporary(path) as (file, unfinished):
-        file.write(cache.serialize())
-        file.flush()
-        os.replace(unfinished, path)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engines.builder.gpu import Gpu, find_gpu
+from engines.builder.rtx_runtime import RuntimeConfig, new_runtime_config
 
 FlavorName = Literal["tensorrt", "rtx"]
 MODULES: dict[FlavorName, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
@@ -89,7 +90,14 @@ class Flavor:
             )
         return tuple(dict.fromkeys(asked))
 
-    def refuse(self, *, timing_cache: bool, hardware_compatible: bool, version_compatible: bool) -> None:
+    def refuse(
+        self,
+        *,
+        timing_cache: bool = False,
+        replay_timing: bool = False,
+        hardware_compatible: bool = False,
+        version_compatible: bool = False,
+    ) -> None:
         """Refuses what is asked for and the flavour would silently ignore.
 
         Raises:
@@ -99,6 +107,10 @@ class Flavor:
             return
         if timing_cache:
             raise FlavorError("--timing-cache: TensorRT-RTX measures nothing while it builds; leave it out")
+        if replay_timing:
+            raise FlavorError(
+                "--replay-timing: TensorRT-RTX chooses kernels when it runs, by no such cache; leave it out"
+            )
         if hardware_compatible:
             raise FlavorError("--hardware-compatible: TensorRT-RTX ignores it; name the GPUs by --compute-capability")
         if version_compatible and self.gpu is None:
@@ -127,18 +139,15 @@ class Flavor:
         config.clear_flag(trt.BuilderFlag.TF32)  # allowed by default, and FP32 products would keep 10 bits of 23
         return config
 
-    def create_context(self, engine: Any) -> tuple[Any, Any]:  # noqa: ANN401
-        """Makes an execution context; returns it, None where there is no memory for it, and what must outlive it.
+    def create_runtime_config(self, engine: Any, cached: bytes, own_graphs: bool) -> RuntimeConfig | None:  # noqa: ANN401
+        """What every context of an engine is made with; None where it is refused. Arguments as new_runtime_config's."""
+        return new_runtime_config(self.trt, engine, cached, own_graphs) if self.name == "rtx" else RuntimeConfig()
 
-        RTX compiles kernels for the shapes at hand at once and not, as by default, in the background while fallback
-        kernels run: those would be measured, and captured in a CUDA graph.
-        """
-        if self.name != "rtx":
-            return engine.create_execution_context(), None
-        runtime_config = engine.create_runtime_config()
-        eager = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
-        return engine.create_execution_context(runtime_config), runtime_config
+    def create_context(self, engine: Any, made_with: RuntimeConfig) -> Any:  # noqa: ANN401
+        """Makes an execution context; None where there is no memory for it."""
+        if self.name == "rtx":
+            return engine.create_execution_context(made_with.runtime_config)
+        return engine.create_execution_context()
 
     def can_capture(self, context: Any, stream: int) -> bool:  # noqa: ANN401
         """Whether a run can be captured as a CUDA graph: RTX is asked, TensorRT tells by failing."""

@@ -12,7 +12,6 @@ from onnx import TensorProto, helper
 
 from export.contract.export_command import export_again
 
-ELEMENT_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 Dims = tuple[int | str, ...]
 
 
@@ -37,11 +36,13 @@ class Graph:
         fp32_attentions: names of Attention nodes that would run in FP32, which no TensorRT builds.
         operations: 2 x multiply-add of matrix products, convolutions and attentions for each batch size that was asked;
             None where a shape is not told.
+        quantised: how many matrix products have both factors from DequantizeLinear.
     """
 
     attentions: int
     fp32_attentions: tuple[str, ...]
     operations: int | None
+    quantised: int = 0
 
 
 def read_graph(path: Path, batch: int = 1) -> Graph:
@@ -71,7 +72,12 @@ def read_graph(path: Path, batch: int = 1) -> Graph:
         if node.op_type == "Attention" and _is_fp32(node.input[0], types, producers)
     ]
     attentions = sum(node.op_type in ("Attention", "Softmax") for node in model.graph.node)
-    return Graph(attentions, tuple(fp32), _operations(model.graph, shapes, batch))
+    quantised = sum(
+        node.op_type == "MatMul"
+        and all(one in producers and producers[one].op_type == "DequantizeLinear" for one in node.input)
+        for node in model.graph.node
+    )
+    return Graph(attentions, tuple(fp32), _operations(model.graph, shapes, batch), quantised)
 
 
 def _check_weights(path: Path, graph: onnx.GraphProto) -> None:

@@ -9,13 +9,18 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from engines.builder.onnx_graph import BuildError, read_graph
+from engines.builder.plan_kind import is_plan
 from export.contract.export_command import AS_AUTO, export_again
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest
 from export.contract.signature import BatchRange, Signature
 from export.graph.cleanup import MODULE
 from export.lowering.precision import Precision, lower
+from export.lowering.quantise import CODES
 from export.options import NUMPY_NAMES
 from export.proof.verify import Report
+from export.quantising.settle import QuantiseOptions, Settled, check_quantise, settle
+from export.weights_origin import manifest_encoder, manifest_signature
+from neck.pictures import PictureFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +81,11 @@ def read_source(onnx: Path, report: Report) -> Source:
     """Finds the file whole, and as its manifest says byte for byte where it has one.
 
     Raises:
-        BuildError: missing, or truncated.
+        BuildError: missing, truncated, or a plan.
         ManifestError: damaged, or the file was changed after it was written.
     """
+    if is_plan(onnx):
+        raise BuildError(f"{onnx}: is a plan already; name the ONNX file that it is built from")
     read_graph(onnx)
     where = manifest_path(onnx)
     if not where.exists():
@@ -92,15 +99,43 @@ def read_source(onnx: Path, report: Report) -> Source:
 def typed_as(onnx: Path) -> Precision:
     """The type that an ONNX file computes in: of its FP16 and BF16 weights the larger part, FP32 where it has neither.
 
-    A file with most of its weights in an FP32 island (a trial of `bisect`) is a low-precision file all the same.
+    Where any are FP8 or INT8, that is what it is. A file with most of its weights in an FP32 island (a trial of
+    `bisect`) is a low-precision file all the same.
     """
-    sizes: dict[str, int] = {"FLOAT16": 0, "BFLOAT16": 0}
+    sizes: dict[str, int] = {"FLOAT16": 0, "BFLOAT16": 0, **{code.name: 0 for code in CODES.values()}}
     for value in ir.load(onnx).graph.initializers.values():
         if value.const_value is not None and value.const_value.dtype.name in sizes:
             sizes[value.const_value.dtype.name] += value.const_value.nbytes
     if not any(sizes.values()):
         return "fp32"
+    for kind, code in CODES.items():
+        if sizes[code.name]:
+            return kind
     return "fp16" if sizes["FLOAT16"] >= sizes["BFLOAT16"] else "bf16"
+
+
+def settle_source(
+    source: Source,
+    precision: Precision,
+    options: QuantiseOptions,
+    images: Path | PictureFolder | None,
+    report: Report,
+) -> tuple[Settled | None, tuple[str, ...]]:
+    """What is quantised where an FP32 file is lowered to fp8 or int8 (None for every other), and what is to be told.
+
+    Raises:
+        BuildError: options of a file that is not lowered.
+        CalibrationError, PictureError, ExportError: as in settle.
+    """
+    check_quantise(options, precision)
+    if source.precision == precision and options != QuantiseOptions():
+        words = "--quantise, --budget and --calibration are of its export"
+        raise BuildError(f"{source.path}: is {precision} already; {words}")
+    if precision not in CODES or source.precision != "fp32" or source.manifest is None:
+        return None, ()  # lower_file refuses what it cannot lower
+    where, notes = manifest_path(source.path), list[str]()
+    encoder, signature = manifest_encoder(where, source.manifest), manifest_signature(where, source.manifest)
+    return settle(encoder, signature, precision, options, images, notes, report), tuple(notes)
 
 
 def lower_file(source: Source, precision: Precision, folder: Path, **forms: Any) -> Path:  # noqa: ANN401
@@ -137,5 +172,5 @@ def plan_source(where: Path) -> dict[str, Any]:
     if manifest["onnx_manifest"] is None:
         raise BuildError(f"{where}: the plan was built from a file without manifest, so its weights are unknown")
     forms = {name: manifest["key"][name] for name in ("attention", "upsampling", "keep_fp32")}
-    forms |= {name: manifest[name] for name in ("attention_form", "residual") if name in manifest}
+    forms |= {name: manifest[name] for name in ("attention_form", "residual", "quantisation") if name in manifest}
     return manifest["onnx_manifest"] | forms | {"precision": manifest["precision"]}

@@ -10,7 +10,7 @@ from typing import Any
 from engines.builder.onnx_graph import BuildError
 from export.contract.export_command import AS_AUTO, export_again
 
-TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "fp8": "HALF", "int8": "HALF"}
 
 SCORES = "*.attn/scores*"
 """The matrix product that the attention form `unfused` keeps in FP32."""

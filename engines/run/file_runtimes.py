@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from export.proof.rounding_simulation import simulate
+from export.proof.rounding_simulation import AS_WRITTEN, simulate
 from export.proof.verify import require_runtime
 
 ELEMENTS = {
@@ -56,6 +56,7 @@ class OrtFile:
         if simulated:
             model = ir.load(path)
             simulate(model)
+            options.add_session_config_entry(*AS_WRITTEN)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
             source = ir.to_proto(model).SerializeToString()
         try:

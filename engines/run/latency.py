@@ -44,6 +44,25 @@ class Latency:
 
 
 @dataclasses.dataclass(frozen=True)
+class Start:
+    """Seconds until a new process serves; `warm`: TensorRT-RTX took the kernels of an earlier start."""
+
+    warm: bool
+    load_s: float
+    first_run_s: float
+    second_run_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Starts:
+    """A cold start and a warm one; None with `problem` where it could not be measured, or TensorRT has none."""
+
+    cold: Start | None = None
+    warm: Start | None = None
+    problem: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerTime:
     """The mean time of one layer; what the layer sheet says of it, None or empty where it does not know the name."""
 
@@ -72,6 +91,7 @@ class Profile:
         peak_gigabytes_per_s: measured here, reads and writes of a copy on the GPU.
         operations, bytes_moved: of a run at this batch, from the layer sheet; None where it does not tell.
         layers: slowest first.
+        starts: of a new process, until its first result.
     """
 
     plan: str
@@ -94,6 +114,7 @@ class Profile:
     operations: int | None
     bytes_moved: int | None
     layers: tuple[LayerTime, ...]
+    starts: Starts = Starts()
 
     @property
     def median_ms(self) -> float:
@@ -130,15 +151,12 @@ def time_runs(
     seconds: float,
     now: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Warms up, then times runs until there are `runs` of them or `seconds` have passed.
+    """Warms up, then gives the milliseconds of each run until there are `runs` of them or `seconds` have passed.
 
     Args:
         run: does the work once and returns its milliseconds.
         runs, seconds: when to stop, whichever comes first; there is one run at least.
         now: a clock in seconds.
-
-    Returns:
-        Milliseconds of each run.
     """
     started, count = now(), 0
     while count < WARM_UP_RUNS or now() - started < WARM_UP_SECONDS:
@@ -196,6 +214,7 @@ def profile_lines(profile: Profile, layers: int = 20) -> list[str]:
         _latency_line(f"copy out, {profile.bytes_out / 1e6:,.1f} MB", profile.copy_out),
         "",
         *_summary_lines(profile),
+        *_start_lines(profile.starts),
         "",
         *_layer_lines(profile.layers, layers),
     ]
@@ -232,6 +251,16 @@ def _summary_lines(profile: Profile) -> list[str]:
         f"measured here by torch: {profile.peak_tflops:.1f} TFLOP/s ({PEAK_SIDE}^3 {profile.precision} product), "
         f"{profile.peak_gigabytes_per_s:.0f} GB/s (copy)",
         f"at the median of {profile.median_ms:.3f} ms: {', '.join(shares)}",
+    ]
+
+
+def _start_lines(starts: Starts) -> list[str]:
+    """The time to the first result of a new process, its imports aside."""
+    return ([f"start not told: {starts.problem}"] if starts.problem else []) + [
+        f"{'warm start, by the kernels of the cold one' if one.warm else 'cold start'}: loading {one.load_s:.2f} s, "
+        f"first run {one.first_run_s:.2f} s, second {one.second_run_s:.3f} s"
+        for one in (starts.cold, starts.warm)
+        if one
     ]
 
 

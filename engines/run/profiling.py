@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import subprocess
 import time
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from engines.builder.flavor import Flavor, inspect_engine
 from engines.run.latency import PEAK_SIDE, STATE, Profile, join_layers, parse_state
+from engines.run.open_plan import open_plan
 from engines.run.plan_checks import Port
-from engines.run.session import Session, open_plan
+from engines.run.session import Session
+from engines.run.startup import start_process, time_starts
 from engines.run.timing import RUNS, SECONDS, Measure, make_input, optimum_batch, time_graph, time_work, timer
 from engines.run.verify import describe
 from engines.sheet.layer_sheet import LayerSheet, read_sheet
@@ -25,6 +28,7 @@ from export.proof.verify import Report
 LAYER_WARM_UP_RUNS, LAYER_RUNS = 5, 20
 COPY_BYTES = 1 << 30
 PEAK_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PEAK_TYPES |= {"fp8": torch.float16, "int8": torch.float16}  # which quantised products may pass
 
 STATE_SECONDS = 20.0
 """It takes 0.1 to 2 s; a driver that hangs must not hold the profile."""
@@ -58,15 +62,17 @@ def profile_plan(
         SessionError: the plan cannot run here.
         ProfilingError: a batch that it does not take, or too little device memory to measure in.
     """
-    with open_plan(plan, flavor) as session:
+    with open_plan(plan, flavor, use_runtime_cache=False) as session:
         measure = functools.partial(time_work, session, runs, seconds)
         try:
-            return _profile(session, batch, sheet or read_sheet(plan) or _inspect(session), measure, report)
+            found = _profile(session, batch, sheet or read_sheet(plan) or _inspect(session), measure, report)
         except torch.OutOfMemoryError:
             raise ProfilingError(
                 f"{plan}: out of device memory; profiling needs {3 * COPY_BYTES / 1e9:.1f} GB beside the plan, so end "
                 f"other programs or take a smaller --batch"
             ) from None
+    report("starts, each in a new process")  # now that this one holds no engine
+    return dataclasses.replace(found, starts=time_starts(plan, found.batch, session.flavor.name, start_process))
 
 
 def _profile(

@@ -1,93 +1,75 @@
-"""Load a plan, run it; engines/run/plan_checks.py has what is checked before."""
+"""Runs a plan that is loaded (engines/run/open_plan.py), in one context."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
-import mmap
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engines.builder.flavor import Flavor
-from engines.run.plan_checks import Port, SessionError, check_inputs, check_plan, manifest_specs, type_name
-from export.contract.manifest import manifest_path
+from engines.run.loaded_plan import LoadedPlan, memory_text
+from engines.run.outputs import ALIGNMENT, HandedOutput, caller_memory, view_of
+from engines.run.plan_checks import Port, SessionError, check_inputs
+from engines.run.streams import in_order, on_stream
 
 WARM_UP_RUNS = 3
 """Before a CUDA graph is captured: RTX compiles its kernels in the first run."""
-
-ALIGNMENT = 256
-"""Bytes; what NvInferRuntime.h demands of an address. torch allocates at multiples of 512."""
-
-TYPES = {
-    "FLOAT": torch.float32,
-    "HALF": torch.float16,
-    "BF16": torch.bfloat16,
-    "UINT8": torch.uint8,
-    "INT32": torch.int32,
-    "INT64": torch.int64,
-}
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 
 @dataclasses.dataclass
 class Captured:
-    """A CUDA graph of one run: its inputs are read and its outputs written wherever it is replayed."""
+    """A run whose tensors stay where they are: its inputs are read and its outputs written by each replay of the graph.
+
+    `graph` is None where TensorRT-RTX captures by itself.
+    """
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
-    graph: torch.cuda.CUDAGraph
+    graph: Any
 
 
 class Session:
-    """An engine in memory, ready to run; for one thread at a time, on the first GPU. `open_plan` makes it.
+    """A context of an engine, ready to run; for one thread at a time, on the first GPU. `open_plan` makes it.
 
     Attributes:
         plan, manifest, flavor: what was loaded, by which TensorRT.
+        loaded: the engine and its weights, which the sessions of a pool share.
         engine, context: TensorRT's own objects; None once closed.
         inputs, outputs: what the engine takes and gives.
         device, stream: where it runs.
         loaded_bytes: device memory that loading took, the context's scratch memory included.
         warnings: what TensorRT warned of, such as a plan of another GPU model.
+        warm: whether TensorRT-RTX took the kernels of an earlier start.
+        finished: what marks the end of the last run: `stream.wait_event(session.finished)`; None without a stream.
     """
 
     def __init__(
         self,
-        plan: Path,
-        manifest: Mapping[str, Any],
-        flavor: Flavor,
+        loaded: LoadedPlan,
         *,
-        device: torch.device,
         stream: torch.cuda.Stream | None,
         cuda_graph: bool = False,
+        rtx_graphs: bool = False,
     ) -> None:
-        self.plan, self.manifest, self.flavor = plan, manifest, flavor
-        self.device, self.stream, self.loaded_bytes = device, stream, 0
-        self._cuda_graph, self._captured = cuda_graph, None  # type: bool, Captured | None
+        self.plan, self.manifest, self.flavor = loaded.plan, loaded.manifest, loaded.flavor
+        self.device, self.stream, self.loaded_bytes = loaded.device, stream, 0
+        self.inputs, self.outputs = loaded.inputs, loaded.outputs
+        self.warnings, self.warm = loaded.warnings, loaded.warm
+        self.finished = torch.cuda.Event() if stream else None
+        self._cuda_graph, self._rtx_graphs, self._ran = cuda_graph, rtx_graphs, False
+        self._captured: Captured | None = None
         self._bound: dict[str, Tensor] = {}
-        self.warnings: list[str] = []
-        self._failures = collections.deque(["it gave no reason"], maxlen=1)
-        self._runtime = flavor.trt.Runtime(flavor.new_logger(_listener(self.warnings, self._failures)))
-        # a version-compatible plan brings its own runtime; its SHA-256 is checked
-        self._runtime.engine_host_code_allowed = manifest["options"]["version_compatible"] is True
-        with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            self.engine: Any = self._runtime.deserialize_cuda_engine(data)
-        self.context, self._runtime_config = (None, None) if self.engine is None else flavor.create_context(self.engine)  # type: Any, Any
-        if self.context is None:
-            raise SessionError(
-                f"{plan}: TensorRT {flavor.version} cannot load it ({self._failures[0]}); {_memory(device)}"
-            )
-        ports = [self._port(self.engine.get_tensor_name(index)) for index in range(self.engine.num_io_tensors)]
-        self.inputs = tuple(port for port in ports if self._is_input(port.name))
-        self.outputs = tuple(port for port in ports if not self._is_input(port.name))
-        if sorted((port.name, type_name(port.dtype), port.shape) for port in ports) != manifest_specs(manifest):
-            raise SessionError(f"{manifest_path(plan)}: its tensors are not the engine's; build {plan.name} again")
+        self._callers: dict[str, Tensor] = {}  # memory that outputs are written to, flat
+        self.loaded: LoadedPlan | None = loaded
+        self._capturing = loaded.capturing
+        self.engine: Any = loaded.engine
+        self.context: Any = loaded.new_context()
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Runs the engine once.
@@ -100,7 +82,8 @@ class Session:
         Returns:
             Outputs by name: numpy for numpy, bfloat16 as float32 (numpy has none); torch for torch, at once: work that
             is queued later on the caller's current stream sees them. They are the caller's own, fresh in each run; with
-            a CUDA graph they are the session's and the next run overwrites them.
+            a CUDA graph they are the session's and the next run overwrites them; those of `bind_output` are views of
+            the memory that was given.
 
         Raises:
             SessionError: inputs that the plan does not take, out of device memory, or a run that failed.
@@ -108,36 +91,34 @@ class Session:
         if self.context is None:
             raise SessionError(f"{self.plan}: the session is closed; open the plan again")
         check_inputs(self.plan, self.inputs, self.device, inputs)
-        with self._errors():
-            tensors = {name: self._to_device(value) for name, value in inputs.items()}
-            with self._in_order():
-                outputs = self._run(tensors)
         if any(isinstance(value, Tensor) for value in inputs.values()):
-            return outputs  # type: ignore[return-value]
-        with self._errors():
+            with self._errors():
+                tensors = {name: self._to_device(value) for name, value in inputs.items()}
+                with in_order(self.stream, self.device):
+                    return self._run(tensors)  # type: ignore[return-value]
+        # nothing of it leaves this stream, so runs of other sessions overlap, copies included
+        with self._errors(), on_stream(self.stream, self.device):
+            outputs = self._run({name: self._to_device(value) for name, value in inputs.items()})
             return {name: _to_numpy(value) for name, value in outputs.items()}  # type: ignore[misc]
 
     def bind(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Makes the next runs read these tensors, and returns new tensors that they write.
+        """Makes the next runs read these tensors, and returns those that they write: new ones, and the caller's memory.
 
         The session holds both until others are bound, so a run never writes what somebody else has by now.
         """
-        self._bound = {}
+        self._bound, self._ran = {}, False
         for name, value in inputs.items():
             shape = tuple(value.shape)
             if not self.context.set_input_shape(name, shape):
                 raise SessionError(
-                    f"{self.plan}: {name} cannot be {shape} ({self._failures[0]}); expected {self.inputs[0]}"
+                    f"{self.plan}: {name} cannot be {shape} ({self._failure}); expected {self.inputs[0]}"
                 )
-        shapes = {port.name: tuple(self.context.get_tensor_shape(port.name)) for port in self.outputs}
-        outputs = {
-            port.name: torch.empty(shapes[port.name], dtype=port.dtype, device=self.device) for port in self.outputs
-        }
+        outputs = {port.name: self._output(port.name, port.dtype) for port in self.outputs}
         for name, value in {**inputs, **outputs}.items():
             if not self.context.set_tensor_address(name, value.data_ptr()):
                 where = f"{name} lies at {value.data_ptr():#x}"
                 raise SessionError(
-                    f"{self.plan}: {where}, which TensorRT does not take ({self._failures[0]}); expected device memory "
+                    f"{self.plan}: {where}, which TensorRT does not take ({self._failure}); expected device memory "
                     f"at a multiple of {ALIGNMENT}: give a .clone()"
                 )
         self._bound = {**inputs, **outputs}
@@ -145,8 +126,12 @@ class Session:
 
     def enqueue(self) -> None:
         """Starts a run of what is bound on the session's stream."""
-        if not self.context.execute_async_v3(self.stream.cuda_stream if self.stream else 0):
-            raise SessionError(f"{self.plan}: the run failed ({self._failures[0]}); {_memory(self.device)}")
+        if not self._bound:
+            raise SessionError(f"{self.plan}: nothing is bound; call bind first, also after bind_output")
+        self._execute()
+        self._mark()
+        if self.loaded:
+            self.loaded.keep_kernels(len(self._bound[self.inputs[0].name]))
 
     def capture(self, inputs: Mapping[str, Tensor]) -> Captured:
         """Captures a run that reads these tensors as a CUDA graph; binding others later makes the graph void.
@@ -161,18 +146,58 @@ class Session:
             raise SessionError(f"{self.plan}: TensorRT-RTX says that no CUDA graph can be captured; run it without one")
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.enqueue()
+            with self._capturing, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self._execute()
         except RuntimeError as error:
             raise SessionError(f"{self.plan}: no CUDA graph can be captured ({error}); run it without one") from None
         return Captured(dict(inputs), outputs, graph)
 
+    def bind_output(self, name: str, memory: Any) -> None:  # noqa: ANN401 - whatever speaks DLPack
+        """Has an output written to the caller's memory from the next run on, instead of to new memory.
+
+        Args:
+            name: of the output.
+            memory: a torch tensor, a CuPy array or whatever speaks DLPack: of the output's type, on the session's GPU,
+                contiguous, at a multiple of 256 bytes, with room for the largest batch. The session holds it until it
+                is unbound. None: new memory again.
+
+        Raises:
+            SessionError: no such output, or memory that it cannot be written to.
+        """
+        port = self._find_output(name)
+        if memory is None:
+            kept = {other: value for other, value in self._callers.items() if other != name}
+        else:
+            given = caller_memory(self.plan, port, self.inputs[0].batch[1], self.device, memory)
+            kept = {**self._callers, name: given}
+        self._wait()
+        self._forget(kept)
+
+    def unbind_outputs(self) -> None:
+        """Every output goes to new memory again, when the last run has ended."""
+        if self._callers:
+            self._wait()
+            self._forget({})
+
+    def to_dlpack(self, name: str) -> HandedOutput:
+        """An output of the last run, for `torch.from_dlpack` or `cupy.from_dlpack`, without a copy.
+
+        It is of that run alone and nobody writes it later; but by a CUDA graph, and in memory of `bind_output`, the
+        next run writes to it: let that run wait for whoever reads, by `session.stream.wait_event`.
+
+        Raises:
+            SessionError: no such output, or no run yet.
+        """
+        self._find_output(name)
+        if not self._ran:
+            raise SessionError(f"{self.plan}: has no outputs before its first run; call infer")
+        return HandedOutput(self._bound[name], self.finished)
+
     def close(self) -> None:
-        """Waits for the last run and frees the engine."""
-        if self.stream:
-            self.stream.synchronize()
-        self._bound = {}
-        self._captured = self.context = self._runtime_config = self.engine = None
+        """Waits for the last run and frees the context, and the engine where no other session has it."""
+        self._wait()
+        self._forget({})
+        self.context = self.engine = self.loaded = None
 
     def __enter__(self) -> Session:
         return self
@@ -180,33 +205,63 @@ class Session:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _is_input(self, name: str) -> bool:
-        return self.engine.get_tensor_mode(name).name == "INPUT"
+    @property
+    def _failure(self) -> str:
+        return self.loaded.failure if self.loaded else "it is closed"
 
-    def _port(self, name: str) -> Port:
-        shape, kind = tuple(self.engine.get_tensor_shape(name)), self.engine.get_tensor_dtype(name).name
-        if kind not in TYPES or not shape:
-            raise SessionError(f"{self.plan}: {name} is {kind} {shape}; expected a batch of {', '.join(TYPES)}")
-        batch = (shape[0], shape[0])
-        if shape[0] == -1 and self._is_input(name):
-            smallest, _, largest = self.engine.get_tensor_profile_shape(name, 0)
-            batch = (smallest[0], largest[0])
-        return Port(name, TYPES[kind], shape, batch)
+    def _find_output(self, name: str) -> Port:
+        if self.context is None:
+            raise SessionError(f"{self.plan}: the session is closed; open the plan again")
+        for port in self.outputs:
+            if port.name == name:
+                return port
+        there = ", ".join(port.name for port in self.outputs)
+        raise SessionError(f"{self.plan}: has no output {name!r}; it has {there}")
+
+    def _forget(self, callers: dict[str, Tensor]) -> None:
+        """What was bound goes, a CUDA graph with it, whose addresses are fixed."""
+        self._callers, self._captured, self._bound, self._ran = callers, None, {}, False
+
+    def _execute(self) -> None:
+        if not self.context.execute_async_v3(self.stream.cuda_stream if self.stream else 0):
+            raise SessionError(f"{self.plan}: the run failed ({self._failure}); {memory_text(self.device)}")
+
+    def _mark(self) -> None:
+        self._ran = True
+        if self.finished:
+            self.finished.record(self.stream)
+
+    def _wait(self) -> None:
+        if self.stream:
+            self.stream.synchronize()
+
+    def _output(self, name: str, dtype: torch.dtype) -> Tensor:
+        shape = tuple(self.context.get_tensor_shape(name))
+        if name in self._callers:
+            return view_of(self._callers[name], shape)
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def _run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not self._cuda_graph:
+        if not (self._cuda_graph or self._rtx_graphs):
             outputs = self.bind(inputs)
             self.enqueue()
             return outputs
         shapes = {name: value.shape for name, value in inputs.items()}
-        if self._captured is None or {name: value.shape for name, value in self._captured.inputs.items()} != shapes:
+        captured = self._captured
+        if captured is None or {name: value.shape for name, value in captured.inputs.items()} != shapes:
+            self._wait()  # another stream than the one of its last run may get its memory
             self._captured = None
-            self._captured = self.capture({name: value.clone() for name, value in inputs.items()})
+            own = {name: value.clone() for name, value in inputs.items()}
+            captured = self._captured = self.capture(own) if self._cuda_graph else Captured(own, self.bind(own), None)
         with torch.cuda.stream(self.stream):
             for name, value in inputs.items():
-                self._captured.inputs[name].copy_(value)
-            self._captured.graph.replay()
-        return self._captured.outputs
+                captured.inputs[name].copy_(value)
+            if captured.graph is None:
+                self.enqueue()
+            else:
+                captured.graph.replay()
+                self._mark()
+        return captured.outputs
 
     def _to_device(self, value: np.ndarray | Tensor) -> Tensor:
         if isinstance(value, Tensor):
@@ -214,64 +269,11 @@ class Session:
         return torch.from_numpy(np.require(value, requirements=["C", "W"])).to(self.device)
 
     @contextlib.contextmanager
-    def _in_order(self) -> Iterator[None]:
-        """Lets the session's stream wait for the caller's before, and the caller's for the session's after."""
-        if self.stream is None:
-            yield
-            return
-        with torch.cuda.device(self.device):
-            caller = torch.cuda.current_stream()
-            self.stream.wait_stream(caller)
-            yield
-            caller.wait_stream(self.stream)
-
-    @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
         except torch.OutOfMemoryError:
-            raise SessionError(f"{self.plan}: out of device memory; {_memory(self.device)}") from None
-
-
-def open_plan(plan: Path, flavor: Flavor | None = None, *, cuda_graph: bool = False) -> Session:
-    """Checks a plan against its manifest and this machine, and loads it.
-
-    Args:
-        plan: the file, its manifest X.plan.json beside it.
-        flavor: which TensorRT; by default the one that built the plan.
-        cuda_graph: run by a CUDA graph, captured anew whenever the input's shape changes.
-
-    Raises:
-        SessionError: it cannot run here; the message says why and what to do.
-    """
-    flavor, manifest = check_plan(plan, flavor)
-    if not torch.cuda.is_available():
-        raise SessionError(f"torch {torch.__version__} cannot use the GPU; install torch's CUDA build for this driver")
-    device = torch.device("cuda", 0)
-    with torch.cuda.device(device):
-        free = torch.cuda.mem_get_info()[0]
-        session = Session(plan, manifest, flavor, device=device, stream=torch.cuda.Stream(), cuda_graph=cuda_graph)
-        session.loaded_bytes = max(0, free - torch.cuda.mem_get_info()[0])  # another process may have freed some
-    return session
-
-
-def _listener(warnings: list[str], failures: collections.deque[str]) -> Callable[[int, str], None]:
-    """Takes a logger's lines; it must not hold the session, which could then never be freed."""
-
-    def take(severity: int, line: str) -> None:
-        if severity <= 2:
-            (warnings if severity == 2 else failures).append(" ".join(line.split())[:400])
-
-    return take
-
-
-def _memory(device: torch.device) -> str:
-    """What a message says of device memory."""
-    if device.type != "cuda":
-        return "device memory is not told"
-    free, total = torch.cuda.mem_get_info(device)
-    room = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB of device memory are free"
-    return f"{room}; if too little, end other programs or take a smaller batch"
+            raise SessionError(f"{self.plan}: out of device memory; {memory_text(self.device)}") from None
 
 
 def _to_numpy(value: Tensor) -> np.ndarray:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from engines.builder.flavor import Flavor
 from engines.run.latency import Latency, summarise, time_runs
+from engines.run.open_plan import open_plan
 from engines.run.plan_checks import Port, SessionError
-from engines.run.session import Session, open_plan
+from engines.run.session import Session
 
 RUNS, SECONDS = 200, 10.0
 """Runs are timed until there are so many, or for so long."""
@@ -32,7 +33,7 @@ def median_ms(plan: Path, *, flavor: Flavor | None = None, runs: int = RUNS, sec
     Raises:
         SessionError: the plan cannot run here, or there is no device memory for its inputs and outputs.
     """
-    with open_plan(plan, flavor) as session:
+    with open_plan(plan, flavor, use_runtime_cache=False) as session:
         port, timed = session.inputs[0], functools.partial(time_work, session, runs, seconds)
         try:
             image = make_input(port, optimum_batch(session)).to(session.device)

@@ -10,14 +10,16 @@ import numpy as np
 import torch
 
 from engines.builder.flavor import Flavor
+from engines.run.open_plan import open_plan
 from engines.run.plan_checks import read_header, why_other_gpu
-from engines.run.session import Session, open_plan
+from engines.run.session import Session
 from export.contract.manifest import manifest_path, read_manifest, replace_manifest
 from export.contract.signature import BatchRange, Signature
 from export.pipeline import RejectedError
 from export.proof.fidelity import Verdict, check_overrides, compare
 from export.proof.reference import check_reference, write_reference
 from export.proof.verify import Reference, Report, make_reference, picture_count
+from export.quantising.settle import manifest_tolerances
 from export.weights_origin import manifest_encoder
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import PictureFolder
@@ -93,14 +95,16 @@ def verify_plan(
         VerifyError: nothing tells which encoder the plan holds, or its outputs are others.
         FidelityError, PictureError, CheckpointError, ExportError: as the stages below say.
     """
-    with open_plan(plan, flavor) as session:
+    with open_plan(plan, flavor, use_runtime_cache=False) as session:
         manifest, here = session.manifest, describe(session.flavor)
         signature = plan_signature(plan, manifest, known=encoder is not None or reference is not None)
-        check_overrides(overrides or {}, [spec.name for spec in signature.outputs])
+        overrides = manifest_tolerances(manifest, overrides)
+        check_overrides(overrides, [spec.name for spec in signature.outputs])
         if reference is None:
             if encoder is None:
                 encoder = manifest_encoder(manifest_path(plan), manifest["onnx_manifest"], checkpoint, adapter)
-            reference = make_reference(encoder, signature, picture_count(*session.inputs[0].batch), images, report)
+            low, high = session.inputs[0].batch
+            reference = make_reference(encoder, signature, picture_count(BatchRange(low, low, high)), images, report)
         report(f"candidate: the plan in {here}")
         return verify_runner(_runner(session), signature, reference, manifest["precision"], here, overrides)
 
@@ -134,8 +138,7 @@ def verify_plan_file(
         check_reference(save)
         signature = plan_signature(plan, manifest, known=False)
         encoder = manifest_encoder(where, manifest["onnx_manifest"], checkpoint, adapter)
-        batch = BatchRange.parse(manifest["batch"])
-        count = picture_count(batch.minimum, batch.maximum)
+        count = picture_count(BatchRange.parse(manifest["batch"]))
         reference = make_reference(encoder, signature, count, images, report)
         write_reference(save, reference.pixels, {spec.name: reference.outputs[spec.name] for spec in signature.outputs})
     verdict = verify_plan(

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from engines.service.served_model import Source, TritonError
 from export.contract.export_command import AS_AUTO, export_again
-from export.contract.readers import line_of, version_key
+from export.contract.readers import CODES, line_of, version_key
 from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
 from export.proof.reader_check import graph_needs, on_cpu, why_not
 
@@ -79,7 +79,8 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
     remedy = f"take container {fitting[-1]}" if fitting else "take the container that NVIDIA's support matrix names"
     name = (source.manifest.get("onnx") or {}).get("name", f"{source.path.stem}.onnx")
     onnx, precision = source.path.with_name(name), source.manifest.get("precision", "fp16")
-    words = ["neck-export", "trt", str(onnx), f"--{precision}", "--flavor", "tensorrt", "--output", str(source.path)]
+    kind = ["--precision", precision] if precision in ("fp8", "int8") else [f"--{precision}"]
+    words = ["neck-export", "trt", str(onnx), *kind, "--flavor", "tensorrt", "--output", str(source.path)]
     raise TritonError(
         f"{source.path}: needs {needed}, container {asked} has {carried}; {remedy}, or build it again in this one:\n"
         f"{shlex.join(words)}"
@@ -121,7 +122,7 @@ def _check_readable(source: Source, container: str, carried: str) -> list[str]:
     fitting = [name for name, line in lines.items() if line and why_not(line, needs) is None]
     remedy = f"take container {fitting[0]} or later, or export" if fitting else "export"
     changes = {"reader": f"triton-{container}", "attention": "auto", "opset": "auto"}
-    if "BFLOAT16" in needs.types:
+    if needs.types & {"BFLOAT16", *CODES}:
         changes |= {**AS_AUTO, "precision": "fp16"}
     raise TritonError(
         f"{source.path}: container {container} has ONNX Runtime {carried}: {reason}; {remedy} it again:\n"

@@ -27,6 +27,7 @@ GPUS = {
 """Published, not measured (NVIDIA's data sheets; SXM, 80 GB): dense FP16 TFLOP/s with FP32 accumulation, GB/s."""
 
 ATTENTION_KERNEL = re.compile(r"mha|flash_?attention", re.IGNORECASE)
+QUANTISED = ("FP8", "Int8")
 BYTES = {"Float": 4, "Half": 2, "BFloat16": 2, "Int64": 8, "Int32": 4, "Int8": 1, "UInt8": 1, "Bool": 1, "FP8": 1}
 
 
@@ -71,6 +72,12 @@ class Kernel:
         return bool(ATTENTION_KERNEL.search(f"{self.name} {self.tactic}"))
 
     @property
+    def quantised(self) -> str | None:
+        """FP8 or INT8 where it is a product of two tensors of that type."""
+        types = [one.dtype for one in (*self.inputs, *self.constants)]
+        return next((name.upper() for name in QUANTISED if types.count(name) > 1), None)
+
+    @property
     def opaque(self) -> bool:
         """Whether it is a whole part of the graph of which the plan tells the ends alone (Myelin's ForeignNode)."""
         return self.kind == "Myelin" or self.name.startswith("{ForeignNode[")
@@ -98,12 +105,19 @@ class LayerSheet:
         kernels: in the order in which they run.
         attentions: how many the graph has.
         operations: 2 x multiply-add of matrix products, convolutions and attentions at the optimum batch, where known.
+        products: how many matrix products of the graph are quantised.
     """
 
     source: Literal["builder log", "engine inspector"]
     kernels: tuple[Kernel, ...]
     attentions: int
     operations: int | None = None
+    products: int = 0
+
+    @property
+    def quantised(self) -> tuple[Kernel, ...]:
+        """The FP8 and INT8 products; what they accumulate in is not listed by any builder so far."""
+        return tuple(kernel for kernel in self.kernels if kernel.quantised)
 
     @property
     def fused(self) -> tuple[Kernel, ...]:
@@ -156,6 +170,11 @@ class LayerSheet:
             first, second = self.accumulation or ("not told", "not told")
             both = first.upper() if first == second else f"{first.upper()} then {second.upper()}"
             parts.append(f"accumulation {both if self.accumulation else 'not told'}")
+        if self.products:
+            kinds = " and ".join(sorted({str(kernel.quantised) for kernel in self.quantised})) or "FP8 or INT8"
+            told = f"not told ({opaque} Myelin blocks, {self.products} in the graph)" if opaque else None
+            told = told or f"{len(self.quantised)} of {self.products} in {kinds} (accumulation not told)"
+            parts.append(f"quantised products {told}")
         parts.append(f"{len(self.kernels)} kernels")
         moved = self.bytes_moved
         reason = "Myelin blocks" if opaque else "dynamic batch"
@@ -163,7 +182,7 @@ class LayerSheet:
         return ", ".join(parts)
 
     def warning(self) -> str | None:
-        """What is dangerous about the plan's attention, or None."""
+        """What is dangerous about the plan's attention, or not as asked about its products, or None."""
         if any("fp16" in (kernel.accumulation or ()) for kernel in self.fused):
             return (
                 "attention accumulates in FP16: published SAM 3 engines of this kind lost the picture without an error "
@@ -176,6 +195,9 @@ class LayerSheet:
                 "this plan does not tell what its FP16 attention accumulates in; FP16 there is known to lose the "
                 "picture (NVIDIA/TensorRT #4837), so trust only a verified plan"
             )
+        missing = self.products - len(self.quantised)
+        if missing > 0 and not any(kernel.opaque for kernel in self.kernels):
+            return f"{missing} of {self.products} quantised products are no FP8 or INT8 kernels"
         return None
 
     def table(self, limit: int | None = None) -> str:
@@ -214,7 +236,8 @@ class LayerSheet:
             }
             pair = kernel["accumulation"] and tuple(kernel["accumulation"])
             kernels.append(Kernel(**{**kernel, **tensors, "onnx": tuple(kernel["onnx"]), "accumulation": pair}))
-        return cls(values["source"], tuple(kernels), values["attentions"], values["operations"])
+        counts = (values["attentions"], values["operations"], values.get("products", 0))
+        return cls(values["source"], tuple(kernels), *counts)
 
 
 def unconverted(name: str) -> str:

@@ -9,6 +9,9 @@ from typing import Any
 
 from export.contract.manifest import ManifestError, manifest_path, read_manifest
 
+BASES = {"fp8": "fp16", "int8": "fp16"}
+"""The type of what a quantised file does not quantise."""
+
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -49,10 +52,14 @@ def export_command(
     }
     if signature.get("sam2_outputs", "features") != "features":
         options["sam2-outputs"] = signature["sam2_outputs"]
-    dtype = DTYPES.get(signature.get("dtype", ""), manifest["precision"])
-    if dtype != manifest["precision"]:
-        options.setdefault("output-dtype", dtype)
     words = ["neck-export", "onnx", "--config", str(where)]
+    if (held := manifest.get("quantisation")) and options["precision"] == held["kind"]:
+        words += [word for pattern in held["asked"] for word in ("--quantise", pattern)]
+        words += ["--budget", str(held["budget"])]
+        words += [word for key in ("calibration", "images") if held[key] for word in (f"--{key}", held[key])]
+    dtype = DTYPES.get(signature.get("dtype", ""), manifest["precision"])
+    if dtype != BASES.get(manifest["precision"], manifest["precision"]):
+        options.setdefault("output-dtype", dtype)
     if weights["random"] and checkpoint is None:
         words += ["--checkpoint", "random", "--seed", str(weights["seed"])]
     else:

@@ -32,8 +32,18 @@ BASIC = frozenset(
 )
 """Operators of opset 17 and earlier that an exported encoder may hold, and which every reader below takes."""
 
+NO_FP8 = "its GPU has no FP8 products, which came with compute capability 8.9"
+
+QUANTISED = frozenset({"QuantizeLinear", "DequantizeLinear"})
+"""With FP16 scales, which came with opset 19."""
+
 GELU, ATTENTION = frozenset({"Gelu"}), frozenset({"Attention"})
 HALF, ALL = frozenset({"FLOAT", "FLOAT16"}), frozenset({"FLOAT", "FLOAT16", "BFLOAT16"})
+FP8 = "FLOAT8E4M3FN"
+CODES = frozenset({FP8, "INT8"})
+FP8_CAPABILITY = (8, 9)
+"""The first GPUs that have FP8 products: Ada (docs.nvidia.com, TensorRT-RTX, Working with Quantized Types)."""
+
 FP32_ATTENTION = ("Attention", "FLOAT")
 """An Attention whose inputs are FP32 in truth: no TensorRT builds it unless it may be decomposed (run, RTX 1.7)."""
 
@@ -55,6 +65,7 @@ class Reader:
         fails: what else is known to go wrong.
         source: where all of it was found.
         version: the one that was asked, `since` where none was.
+        capability: of the GPU that it runs on, where that was asked: 8.7.
     """
 
     family: Family
@@ -67,16 +78,18 @@ class Reader:
     on_cpu: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     fails: str = ""
     version: str = ""
+    capability: str = ""
 
     @property
     def name(self) -> str:
         """How a message names it: `TensorRT 10.3`."""
-        return f"{TITLES[self.family]} {self.version or self.since}"
+        on = f" on compute capability {self.capability}" if self.capability else ""
+        return f"{TITLES[self.family]} {self.version or self.since}{on}"
 
     @property
     def full_name(self) -> str:
-        """What `find_readers` takes: `tensorrt-10.3`."""
-        return f"{self.family}-{self.version or self.since}"
+        """What `find_readers` takes: `tensorrt-10.3`, `tensorrt-10.3@8.7`."""
+        return f"{self.family}-{self.version or self.since}" + (f"@{self.capability}" if self.capability else "")
 
 
 def _trt(since: str, opset: int, more: frozenset[str], types: frozenset[str], source: str, fails: str = "") -> Reader:
@@ -84,6 +97,7 @@ def _trt(since: str, opset: int, more: frozenset[str], types: frozenset[str], so
     return Reader("tensorrt", since, opset, BASIC | more, types, source, refuses=refuses, fails=fails)
 
 
+NEWER = GELU | ATTENTION | QUANTISED
 _LAYOUT_21 = {"Reshape": 21, "Shape": 21, "Squeeze": 21, "Transpose": 21, "Unsqueeze": 21}
 _NEW_22 = {"Attention": 23, "ConvTranspose": 22, "MaxPool": 22, "Pad": 19}
 _ORT = "the CPU has no BF16 kernel (ort#27892; run, 1.32: Conv(22)) and the GPU none of MaxPool (OperatorKernels.md)"
@@ -91,25 +105,29 @@ _ORT = "the CPU has no BF16 kernel (ort#27892; run, 1.32: Conv(22)) and the GPU 
 READERS: tuple[Reader, ...] = (
     _trt("8.6", 17, frozenset(), HALF, "operators.md 8.6-GA: opset 17, no Gelu, no BF16; uint8 pixels since 8.5"),
     _trt("9.0", 19, frozenset(), ALL, "operators.md and changelog 9.0 to 9.3: opset 19, BF16"),
-    _trt("10.0", 20, GELU, ALL, "operators.md 10.0 and 10.1: opset 9 to 20, Gelu; later ones up to 10.13 not seen"),
     _trt(
-        "10.14", 23, GELU | ATTENTION, ALL, "changelog 10.14: Attention", "trt#4705: no Attention builds on an RTX 4080"
+        "10.0",
+        20,
+        GELU | QUANTISED,
+        ALL | CODES,
+        "operators.md 10.0 and 10.1: opset 9 to 20, Gelu, FP8 and INT8; later ones up to 10.13 not seen",
     ),
+    _trt("10.14", 23, NEWER, ALL | CODES, "changelog 10.14: Attention", "trt#4705: no Attention builds on an RTX 4080"),
     _trt(
         "10.15",
         24,
-        GELU | ATTENTION,
-        ALL,
+        NEWER,
+        ALL | CODES,
         "operators.md 10.15: opset 9 to 24",
         "trt#4738, #4739 (10.16): Attention with several outputs, or inside If",
     ),
-    _trt("11.0", 24, GELU | ATTENTION, ALL, "operators.md 11.2: opset 9 to 24; bindings of 11.4"),
+    _trt("11.0", 24, NEWER, ALL | CODES, "operators.md 11.2: opset 9 to 24; bindings of 11.4"),
     Reader(
         "tensorrt-rtx",
         "1.7",
         24,
-        BASIC | GELU | ATTENTION,
-        ALL,
+        BASIC | NEWER,
+        ALL | CODES,
         "run, 1.7.1: parses and builds all of our forms; earlier versions were not tried",
         refuses=frozenset({FP32_ATTENTION, ("ConvTranspose", "BFLOAT16")}),
     ),
@@ -175,6 +193,9 @@ JETPACK = {
 }
 """TensorRT of NVIDIA's Jetson releases; they carry no ONNX Runtime."""
 
+JETPACK_CAPABILITY = {"jetpack-6.1": "8.7", "jetpack-6.2": "8.7"}
+"""Of the only GPU that these run on (Orin); later ones run on Thor too."""
+
 
 class ReaderError(ValueError):
     """A reader that is not known, or a file that an asked reader cannot read; the message says what to do."""
@@ -197,8 +218,12 @@ def find_readers(names: str) -> tuple[Reader, ...]:
     """
     found: dict[str, Reader] = {}
     for name in (part.strip() for part in names.split(",")):
-        for one in _parts(name.lower()):
-            found[one] = _find(one, name)
+        plain, _, capability = name.partition("@")
+        if capability and not re.fullmatch(r"\d+\.\d", capability):
+            raise ReaderError(f"--reader {name!r}: expected a compute capability behind the @, such as 8.6")
+        capability = capability or JETPACK_CAPABILITY.get(plain.lower(), "")
+        for one in _parts(plain.lower()):
+            found[f"{one}@{capability}"] = dataclasses.replace(_find(one, plain), capability=capability)
     return tuple(found.values())
 
 

@@ -7,18 +7,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from neck.checkpoint_keys import NECK_MODULES
 from neck.config import HEAD_PARTS, EncoderConfig
 
 BATCH = "batch"
 """The name of the batch dimension where it is dynamic."""
-
-NECK_MODULES = {
-    "sam3": "convs",
-    "sam2": "sam2_convs",
-    "interactive": "interactive_convs",
-    "propagation": "propagation_convs",
-}
-"""The module that holds each neck's convolutions."""
 
 Positions = Literal["graph", "file", "none"]
 InputKind = Literal["float", "uint8"]

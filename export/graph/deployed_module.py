@@ -6,8 +6,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from export.contract.signature import NECK_MODULES, Signature, SignatureError
+from export.contract.signature import Signature, SignatureError
 from export.graph.rewrite import Rewrites, rewrite, shallow_copy
+from neck.checkpoint_keys import NECK_MODULES
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import PIXEL_SCALE
 

@@ -22,7 +22,7 @@ from export.graph.constant_folding import add_initializer
 from export.graph.trace import ExportError
 
 AttentionForm = Literal["auto", "fp32acc", "scores32", "fused", "unfused"]
-AUTO = {"fp32": "fused", "fp16": "fp32acc", "bf16": "fused"}
+AUTO = {"fp32": "fused", "fp16": "fp32acc", "bf16": "fused", "fp8": "fp32acc", "int8": "fp32acc"}
 """BF16 products always accumulate in FP32; a FP32 Attention node does not build, so FP32 takes MatMul and Softmax."""
 IN_FP32 = {"fp32acc": ["Attention"], "scores32": ["Softmax"], "fused": [], "unfused": ["scores", "Softmax"]}
 """Operators, or names given below, that each form computes in FP32."""

@@ -23,12 +23,14 @@ from export.graph.cleanup import INPUT, MODULE
 from export.graph.constant_folding import LAZY_BYTES, add_initializer
 from export.graph.trace import ExportError
 from export.lowering.attention import AttentionForm, lower_attentions
+from export.lowering.quantise import CODES, Quantisation, quantise
 from export.lowering.residual import residual_stream
 from export.lowering.upsampling import Upsampling, lower_upsampling
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8"]
 Residual = Literal["auto", "fp16", "fp32"]
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+TYPES |= {"fp8": ir.DataType.FLOAT16, "int8": ir.DataType.FLOAT16}  # of all that is not quantised
 TORCH_TYPES = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.FLOAT16: torch.float16,
@@ -49,6 +51,7 @@ def lower(
     opset: int | None = None,
     upsampling: Upsampling = "auto",
     residual: Residual = "auto",
+    quantisation: Quantisation | None = None,
 ) -> None:
     """Lowers a canonical model in place.
 
@@ -61,11 +64,14 @@ def lower(
         opset: by default 23 where Attention stays, 22 for bf16 convolutions and 20 elsewhere.
         upsampling: ConvTranspose (`deconv`) or 1x1 convolution with DepthToSpace (`conv`); `auto` is conv for bf16.
         residual: type of the blocks' residual sums; `auto` is the precision.
+        quantisation: which products are fp8 or int8 where that is the precision.
 
     Raises:
         ExportError: a pattern that names no module, an opset that cannot hold the graph, a file that is not FP32.
     """
     graph = model.graph
+    if precision in CODES and quantisation is None:
+        raise ExportError(f"{precision}: no product is said to be quantised, and none of the weights are calibrated")
     low = next((value.dtype for value in graph.initializers.values() if value.dtype in LOW), None)
     if low:
         raise ExportError(f"the model is {low.name.lower()} already; precision is lowered from an FP32 model")
@@ -74,6 +80,8 @@ def lower(
     stream = residual_stream(graph) if residual == "fp32" != precision else set()
     islands = stream | lower_attentions(graph, precision, attention, kept)
     lower_upsampling(graph, precision, upsampling)
+    if quantisation is not None:
+        quantise(graph, quantisation, kept)
     if precision != "fp32":
         retype(graph, TYPES[precision], lambda node: computes_in_fp32(node) or node in islands or _module(node) in kept)
     _retype_outputs(graph, TYPES[output_precision or precision])
@@ -103,7 +111,7 @@ def residuals_to_try(precision: str, residual: Residual) -> tuple[Residual, ...]
 
 def residual_type(precision: str, residual: Residual) -> Residual:
     """What a manifest says: the type of FP16's sums, and `auto` where they have the precision's."""
-    return "fp16" if (precision, residual) == ("fp16", "auto") else residual
+    return "fp16" if TYPES[precision] == ir.DataType.FLOAT16 and residual == "auto" else residual
 
 
 def check_residual(precision: str, residual: Residual) -> None:
@@ -112,7 +120,7 @@ def check_residual(precision: str, residual: Residual) -> None:
     Raises:
         ExportError: saying what there is.
     """
-    if residual == "fp16" and precision != "fp16":
+    if residual == "fp16" and TYPES[precision] != ir.DataType.FLOAT16:
         raise ExportError(f"--residual fp16: the sums of a {precision} file are {precision}; leave it out, or say fp32")
 
 
@@ -220,6 +228,8 @@ def set_opset(model: ir.Model, opset: int | None) -> None:
         )
     if bf16 and opset < 22:
         raise ExportError(f"opset {opset} has no BF16 convolutions: use --opset 22, or --precision fp16")
+    if "QuantizeLinear" in present and opset < 19:
+        raise ExportError(f"opset {opset} has no FP8 and no FP16 scales: use --opset 19, or --precision fp16")
     if opset < 20:
         _expand_gelu(model.graph)
     model.opset_imports[""] = opset

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from export.contract.readers import Reader, ReaderError
+from export.contract.readers import FP8, FP8_CAPABILITY, NO_FP8, Reader, ReaderError, version_key
 from export.lowering.attention import AUTO, AttentionForm
 from export.lowering.precision import TYPES, Precision
+from export.lowering.quantise import CODES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ def choose_form(
         )
     form = attention
     if attention == "auto":
-        form = "scores32" if precision == "fp16" and (lacking or (opset or 23) < 23) else AUTO[precision]  # type: ignore[assignment]
+        form = "scores32" if TYPES[precision].name == "FLOAT16" and (lacking or (opset or 23) < 23) else AUTO[precision]  # type: ignore[assignment]
     needed = 23 if form == "fp32acc" else 22 if precision == "bf16" else 20
     if precision == "bf16" and needed > oldest.opset:
         able = [reader.name for reader in readers if reader.opset >= needed]
@@ -59,7 +60,10 @@ def choose_form(
 
 
 def _check_types(readers: Sequence[Reader], precision: Precision) -> None:
-    wanted = TYPES[precision].name
+    wanted = CODES[precision].name if precision in CODES else TYPES[precision].name
+    small = [one for one in readers if one.capability and version_key(one.capability) < FP8_CAPABILITY]
+    if wanted == FP8 and small:
+        raise ReaderError(f"--precision fp8: {small[0].name}: {NO_FP8}; use --precision int8")
     unable = [reader.name for reader in readers if wanted not in reader.types]
     if unable:
         able = [reader.name for reader in readers if wanted in reader.types]

@@ -37,8 +37,10 @@ TOLERANCES = {
     "fp32": Tolerance(1e-4, 0.99999),
     "fp16": Tolerance(1e-2, 0.9995),
     "bf16": Tolerance(5e-2, 0.998),
+    "fp8": Tolerance(5e-2, 0.998),
+    "int8": Tolerance(5e-2, 0.998),
 }
-POSITION_MAX_ABS = {"fp32": 1e-5, "fp16": 2e-3, "bf16": None}
+POSITION_MAX_ABS = {"fp32": 1e-5, "fp16": 2e-3, "bf16": None, "fp8": 2e-3, "int8": 2e-3}
 """Positions lie in -1..1, where FP16 rounds by 2.4e-4 at most; BF16 by 2e-3, which its relative L2 judges."""
 
 
@@ -109,7 +111,7 @@ def tolerance_for(name: str, precision: str, overrides: Mapping[str, float] | No
 
     Args:
         name: the output, such as `sam3_feat_0`.
-        precision: fp32, fp16 or bf16.
+        precision: fp32, fp16, bf16, fp8 or int8.
         overrides: relative L2 by name or wildcard; the cosine follows where it is looser, as 1 - L2^2, twice what an
             error orthogonal to the reference takes from it.
     """

@@ -19,6 +19,12 @@ MOVES = frozenset(
 )
 """Operators whose results are values of their inputs: rounded already."""
 
+AS_WRITTEN = ("session.disable_quant_qdq", "1")
+"""Session setting of ONNX Runtime, which else fuses Q and DQ with products and rounds otherwise than the graph says."""
+
+EXACT = MOVES | {"DequantizeLinear"}
+"""What is not rounded: a builder makes one product of DequantizeLinear and MatMul, whose inputs are the codes."""
+
 
 def is_low_precision(model: ir.Model) -> bool:
     """Whether any tensor of the graph is FP16 or BF16."""
@@ -45,7 +51,7 @@ def simulate(model: ir.Model) -> list[ir.Value]:
                 if node.op_type == "Cast":
                     node.attributes.add(ir.AttrInt64("to", ir.DataType.FLOAT.value))
                 output.type = ir.TensorType(ir.DataType.FLOAT)
-                if node.op_type not in MOVES:
+                if node.op_type not in EXACT:
                     rounded.append(_round(graph, node, output, low))
     return rounded
 

@@ -16,10 +16,10 @@ import onnx_ir as ir
 import safetensors.numpy
 import torch
 
-from export.contract.signature import KINDS, Signature
+from export.contract.signature import KINDS, BatchRange, Signature
 from export.graph.deployed_module import with_head
 from export.proof.fidelity import FidelityError, Verdict, compare
-from export.proof.rounding_simulation import is_low_precision, simulate, watch_finite
+from export.proof.rounding_simulation import AS_WRITTEN, is_low_precision, simulate, watch_finite
 from neck.necks import Sam3DualViTDetNeck, forward_necks
 from neck.pictures import PictureFolder, find_pictures, load_pictures, normalise
 from neck.trunk import ViTDetTrunk
@@ -78,7 +78,7 @@ def make_reference(
         PictureError: pictures that cannot be read.
     """
     notes: list[str] = []
-    pixels = reference_pixels(signature, images, count or _count(signature), notes.append)
+    pixels = reference_pixels(signature, images, count or picture_count(signature.batch), notes.append)
     report("reference: the plain module in PyTorch FP32")
     encoder.set_imgsz(signature.image_size)
     with _exact_fp32():
@@ -212,7 +212,7 @@ def check_memory(signature: Signature, encoder: Sam3DualViTDetNeck) -> None:
         return
     found = re.search(r"MemAvailable: *(\d+) kB", MEMORY.read_text())
     tokens, heads = math.prod(encoder.trunk.grid), encoder.trunk.config.num_heads
-    needed = 2 * _count(signature) * heads * tokens**2 * 4
+    needed = 2 * picture_count(signature.batch) * heads * tokens**2 * 4
     if found and needed > int(found[1]) * 1024:
         height, width = signature.image_size
         raise FidelityError(
@@ -221,13 +221,9 @@ def check_memory(signature: Signature, encoder: Sam3DualViTDetNeck) -> None:
         )
 
 
-def picture_count(low: int, high: int) -> int:
+def picture_count(batch: BatchRange) -> int:
     """How many pictures a file is verified on: two where the batch is dynamic, to see that they do not mix."""
-    return max(low, min(high, 2))
-
-
-def _count(signature: Signature) -> int:
-    return picture_count(signature.batch.minimum, signature.batch.maximum)
+    return max(batch.minimum, min(batch.maximum, 2))
 
 
 def run_model(model: ir.Model, folder: Path, image: np.ndarray) -> list[np.ndarray]:
@@ -238,6 +234,7 @@ def run_model(model: ir.Model, folder: Path, image: np.ndarray) -> list[np.ndarr
     ort = require_runtime()
     options, run = ort.SessionOptions(), ort.RunOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry(*AS_WRITTEN)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     with ThreadPoolExecutor(1) as thread:

@@ -1,5 +1,5 @@
 // The kernel's body as plain C++, queued on the stand-in's streams.
-#include "device_resize.hpp"
+#include "gpu/device_resize.hpp"
 #include "stand_in.hpp"
 
 namespace neck {

@@ -1,9 +1,4 @@
-// Shows what the library reads, for tests/test_cpp.py to compare with Python's reading:
-//   probe half                        65536 float32: every half
-//   probe picture FILE                uint8 pixels, then float32 normalised
-//   probe resize HEIGHT WIDTH THREADS FILE...   uint8 pixels of that size
-//   probe safetensors|plan|pictures FILE...   one line for each: what is in it, or the error
-//   probe leak|overflow               does wrong what the sanitizers and the stand-ins must see
+// Shows what the library reads, for Python to compare with its own reading, or does wrong what must be seen.
 #include <cstdio>
 #include <cstring>
 #include <iostream>
@@ -16,6 +11,7 @@
 #include "neck/picture.hpp"
 #include "neck/preprocess.hpp"
 #include "neck/safetensors.hpp"
+#include "tests.hpp"
 
 namespace {
 
@@ -48,8 +44,8 @@ std::string read(const std::string& kind, const std::string& file) {
 
 }  // namespace
 
-int main(int count, char** values) {
-    const std::string kind = count > 1 ? values[1] : "";
+int probe(int count, char** values) {
+    const std::string kind = values[1];
     if (kind == "half") {
         dump_halves();
         return 0;

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda.hpp"
+#include "gpu/cuda.hpp"
 #include "expect.hpp"
 #include "neck/engine.hpp"
 #include "neck/pool.hpp"

@@ -1,5 +1,4 @@
-// neck::Engine against the stand-ins: order on streams, graphs, batches, every call that can fail. tests/test_cpp.py
-// writes the plan (float32 (1 to 4, 3, 2, 2) in; float16 and float32 of 5 channels out) and runs this.
+// neck::Engine against the stand-ins: order on streams, graphs, batches, every call that can fail.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -8,58 +7,46 @@
 #include <utility>
 #include <vector>
 
-#include "cuda.hpp"
-#include "device_resize.hpp"
+#include "gpu/cuda.hpp"
+#include "gpu/device_resize.hpp"
 #include "expect.hpp"
 #include "neck/engine.hpp"
+#include "pictures/resize.hpp"
+#include "resizes.hpp"
 #include "runs.hpp"
+#include "tests.hpp"
 #include "stand_in.hpp"
 
 namespace {
 
 using neck::OwnedStream;
 
-neck::Tensor colours_of(neck::Size size) {
-    neck::Tensor pixels{"pixels", neck::DataType::uint8, {1, size.height, size.width, 3}, {}};
-    unsigned value = 1;
-    for (std::int64_t index = 0; index < size.height * size.width * 3; ++index) {
-        value = value * 1664525U + 1013904223U;
-        pixels.data.push_back(static_cast<std::byte>(value >> 24U));
+/// The kernel's body as plain C++.
+void resize_here(const neck::DeviceResize& job) {
+    for (std::int64_t place = 0; place < job.target_height * job.target_width; ++place) {
+        neck::resize_pixel(job, place / job.target_width, place % job.target_width);
     }
-    return pixels;
 }
 
-/// The kernel's body gives what neck::Preprocessor gives.
-void test_kernel() {
+/// The kernels of this processor give the bits of the plain ones, on rows that end where their memory ends, too.
+void test_kernels_of_the_processor() {
     for (const auto& [from, to] : std::vector<std::pair<neck::Size, neck::Size>>{
-             {{7, 5}, {7, 5}}, {{1, 1}, {4, 3}}, {{3, 90}, {16, 16}}, {{61, 47}, {14, 28}}, {{5, 9}, {33, 8}}}) {
+             {{1, 1}, {4, 3}}, {{3, 90}, {16, 16}}, {{61, 47}, {14, 28}}, {{200, 9}, {3, 8}}, {{9, 1000}, {2, 31}}}) {
         const neck::Tensor pixels = colours_of(from);
-        for (const neck::DataType type : {neck::DataType::float32, neck::DataType::uint8}) {
-            const bool normalised = type == neck::DataType::float32;
-            const neck::Shape shape =
-                normalised ? neck::Shape{1, 3, to.height, to.width} : neck::Shape{1, to.height, to.width, 3};
-            const neck::Tensor wanted = neck::Preprocessor({"image", type, shape}, 2).prepare(pixels).image;
-            neck::Tensor found = wanted;
-            std::fill(found.data.begin(), found.data.end(), std::byte{255});
-            const neck::DeviceResize job{reinterpret_cast<const std::uint8_t*>(pixels.data.data()),
-                                         from.height,
-                                         from.width,
-                                         static_cast<std::size_t>(from.width) * 3,
-                                         found.data.data(),
-                                         to.height,
-                                         to.width,
-                                         normalised};
-            for (std::int64_t place = 0; place < to.height * to.width; ++place) {
-                neck::resize_pixel(job, place / to.width, place % to.width);
-            }
-            const std::vector<float> left = wanted.to_floats();
-            const std::vector<float> right = found.to_floats();
-            bool near = true;
-            for (std::size_t index = 0; index < left.size(); ++index) {
-                near = near && std::abs(left[index] - right[index]) < (normalised ? 2.01F / 255 : 1.01F);
-            }
-            expect(near, "the kernel within one level of the processor");
+        const neck::PixelView view{reinterpret_cast<const std::uint8_t*>(pixels.data.data()), from,
+                                   static_cast<std::size_t>(from.width) * 3};
+        const neck::Taps down(from.height, to.height);
+        const neck::Taps across(from.width, to.width);
+        std::vector<std::vector<std::uint8_t>> made(2);
+        for (const bool best : {false, true}) {
+            const auto take = [&](std::int64_t /*row*/, const std::uint8_t* row) {
+                made[best ? 1 : 0].insert(made[best ? 1 : 0].end(), row, row + to.width * 3);
+            };
+            neck::resize_rows(view, down, across, 0, to.height, take,
+                              best ? neck::best_kernels() : neck::plain_kernels());
         }
+        expect(made[0] == made[1], "the same bits by the plain kernels and by this processor's");
+        expect(made[0].size() == static_cast<std::size_t>(to.height * to.width * 3), "all rows");
     }
 }
 
@@ -178,11 +165,7 @@ void test_failures(const std::string& plan, const std::string& function, bool gr
 
 }  // namespace
 
-int main(int count, char** values) {
-    if (count != 2) {
-        return 2;
-    }
-    const std::string plan = values[1];
+void test_engine(const std::string& plan) {
     for (const bool graph : {false, true}) {
         test_batches(plan, graph);
         test_callers_memory(plan, graph);
@@ -201,9 +184,9 @@ int main(int count, char** values) {
         test_failures(plan, function, true);
     }
     test_dlpack(plan);
-    test_kernel();
+    test_resizes(resize_here);
+    test_kernels_of_the_processor();
     test_pictures_on_the_gpu(plan);
     test_refusals(plan);
     expect(stand_in::alive() == 0, "nothing is left on the GPU");
-    return failures == 0 ? 0 : 1;
 }

@@ -1,15 +1,15 @@
-// neck::Pool against the stand-ins, whose contexts abort where two threads use one. tests/test_cpp.py writes the plan
-// (test_engine.cpp says which) and runs this: test_pool PLAN THREADS REQUESTS [SECONDS]
+// neck::Pool against the stand-ins, whose contexts abort where two threads use one.
 #include <chrono>
 #include <cstdlib>
 #include <mutex>
 #include <optional>
 #include <thread>
 
-#include "cuda.hpp"
+#include "gpu/cuda.hpp"
 #include "expect.hpp"
 #include "neck/pool.hpp"
 #include "runs.hpp"
+#include "tests.hpp"
 #include "stand_in.hpp"
 
 namespace {
@@ -50,7 +50,7 @@ void test_first_come_first_served(const std::string& plan) {
     expect(order == std::vector<int>{0, 1, 2, 3, 4, 5, 6, 7}, "first come, first served");
 }
 
-void test_refusals(const std::string& plan) {
+void test_pool_refusals(const std::string& plan) {
     for (const int contexts : {0, -1, 1025}) {
         expect_error([&] { neck::Pool(plan, options_of(contexts)); },
                      "a pool of " + std::to_string(contexts) + " contexts; give 1 to 1024");
@@ -112,17 +112,25 @@ void test_closed(const std::string& plan) {
 
 }  // namespace
 
-int main(int count, char** values) {
-    if (count < 4) {
-        return 2;
-    }
-    const std::string plan = values[1];
+void share_a_context(const std::string& plan) {
+    neck::Pool pool(plan, options_of(1));
+    const neck::Pool::Lease lease = pool.acquire(1ms);
+    const auto end = std::chrono::steady_clock::now() + 5min;
+    const auto run = [&] {
+        while (std::chrono::steady_clock::now() < end) {
+            lease->enqueue(1, lease.stream());
+        }
+    };
+    std::thread other(run);
+    run();
+    other.join();
+}
+
+void test_pool(const std::string& plan, int threads, int requests, std::chrono::seconds least) {
     test_first_come_first_served(plan);
-    test_refusals(plan);
+    test_pool_refusals(plan);
     test_bound_memory_goes_back(plan);
     test_closed(plan);
-    test_many_threads(plan, 4, std::atoi(values[2]), std::atoi(values[3]),
-                      std::chrono::seconds(count > 4 ? std::atoi(values[4]) : 0));
+    test_many_threads(plan, 4, threads, requests, least);
     expect(stand_in::alive() == 0, "nothing is left on the GPU");
-    return failures == 0 ? 0 : 1;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +34,7 @@ class Builder(Played):
     def create_builder_config(self) -> Any:  # noqa: ANN401
         """A config with the defaults: TF32 is allowed."""
         config = type(self).trt.IBuilderConfig()
+        config._logger = self._logger
         type(self).state.configs.append(config)
         return config
 
@@ -72,13 +74,16 @@ class Builder(Played):
             self._logger.log(ERROR, problem)
             return None
         kernels = plan.kernels_of(network._model)
+        tactics = config._choose(kernels)
+        if tactics is None:
+            return None
         log = state.faults.log
         if log is None:
             log = plan.log_of(kernels, state.flavor == "rtx")
         self._logger.log(VERBOSE, "Engine generation completed in 1 seconds.")
         if log:
             self._logger.log(VERBOSE, log)
-        return plan.pack(state.flavor, config._facts(state), network._model)
+        return plan.pack(state.flavor, {**config._facts(state), "tactics": tactics}, network._model)
 
 
 class IHostMemory(Played):
@@ -296,13 +301,34 @@ class IBuilderConfig(Played):
         return len(self._profiles) - 1
 
     def create_timing_cache(self, serialized_timing_cache: bytes) -> Any:  # noqa: ANN401
-        """A timing cache."""
-        return type(self).trt.ITimingCache(bytes(serialized_timing_cache))
+        """A timing cache; an empty one where the bytes are none, as the real one (seen with RTX 1.7)."""
+        data = bytes(serialized_timing_cache)
+        if data and not data.startswith(b"[["):
+            self._logger.log(WARNING, "Failed to deserialize timing cache. Returning an empty timing cache.")
+            data = b""
+        return type(self).trt.ITimingCache(data)
 
     def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:  # noqa: ANN401
-        """Takes a timing cache."""
+        """Takes a timing cache, of this GPU and version alone."""
+        if cache._of != cache._here() and not ignore_mismatch:
+            self._logger.log(ERROR, "Error Code 3: Internal Error (Failed to load timing cache, header mismatch)")
+            return False
         self._cache = cache
         return True
+
+    def _choose(self, kernels: list[plan.Kernel]) -> dict[str, int] | None:
+        """The tactic of each kernel: as the cache says, else measured, which tells another one each time."""
+        state = type(self).state
+        if state.flavor == "rtx":
+            return {}
+        only = type(self).trt.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS in self._flags
+        for kernel in kernels:
+            key = f"{kernel.kind} {kernel.inputs} {kernel.outputs}"
+            if only and key not in self._cache._times:
+                self._logger.log(ERROR, f"Error Code 10: Internal Error (timing cache miss: {kernel.name})")
+                return None
+            self._cache._times.setdefault(key, next(state.measured))
+        return dict(self._cache._times)
 
     def get_timing_cache(self) -> Any:  # noqa: ANN401
         """The timing cache."""
@@ -338,11 +364,17 @@ class IBuilderConfig(Played):
 
 
 class ITimingCache(Played):
-    """trt.ITimingCache."""
+    """trt.ITimingCache: the tactics that were fastest, and whose they are."""
 
     def __init__(self, data: bytes) -> None:
-        self._data = data
+        self._of, self._times = self._here(), {}  # type: list[Any], dict[str, int]
+        if data:
+            self._of, self._times = json.loads(data)
+
+    def _here(self) -> list[Any]:
+        state = type(self).state
+        return [state.device and state.device.name, *state.version]
 
     def serialize(self) -> Any:  # noqa: ANN401
         """Its bytes."""
-        return type(self).trt.IHostMemory(self._data or b"times")
+        return type(self).trt.IHostMemory(json.dumps([self._of, self._times]).encode())

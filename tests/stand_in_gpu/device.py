@@ -169,13 +169,18 @@ class Stream:
     """torch.cuda.Stream."""
 
     def __init__(self, device: object = None, priority: int = 0) -> None:
-        self.cuda_stream = 0x5EED0000 + id(self) % 0xFFFF
+        self.cuda_stream, self.waited = 0x5EED0000 + id(self) % 0xFFFF, []  # type: int, list[Any]
 
     def synchronize(self) -> None:
         """Everything has run already."""
 
     def wait_stream(self, stream: Stream) -> None:
-        """Everything has run already."""
+        """Everything has run already; that it waits is noted."""
+        self.waited.append(stream)
+
+    def wait_event(self, event: Event) -> None:
+        """Everything has run already; that it waits is noted."""
+        self.waited.append(event)
 
 
 class Event:

@@ -84,11 +84,12 @@ def _forget_modules(patch: pytest.MonkeyPatch | None = None) -> None:
 
 def _make_short(patch: pytest.MonkeyPatch) -> None:
     """What is large or long for a GPU's sake is small here."""
-    from engines.run import latency, profiling, timing
+    from engines.run import latency, profiling, startup, timing
 
     patch.setattr(latency, "WARM_UP_SECONDS", 0.0)
     patch.setattr(latency, "WARM_UP_RUNS", 1)
     patch.setattr(profiling, "PEAK_SIDE", 16)
+    patch.setattr(profiling, "start_process", startup.time_start)  # a process takes seconds to import torch
     patch.setattr(profiling, "COPY_BYTES", 1 << 12)
     for function in (profiling.profile_plan, timing.median_ms):
         patch.setitem(function.__kwdefaults__, "runs", 3)

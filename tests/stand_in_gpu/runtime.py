@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import math
 from typing import Any
 
@@ -14,6 +15,8 @@ from stand_in_gpu.device import ALIGNMENT
 from stand_in_gpu.state import Played
 
 LAYER_MS = 0.01
+COMPILE_MS = 900.0
+"""What RTX needs to compile the kernels of a batch."""
 CAPABILITIES_OF_RTX = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 
@@ -121,10 +124,47 @@ class IRuntimeConfig(Played):
     """trt.IRuntimeConfig."""
 
     def __init__(self) -> None:
-        trt = type(self).trt
+        trt, self._cache = type(self).trt, None  # type: Any, Any
         if "dynamic_shapes_kernel_specialization_strategy" in type(self).offers:
             strategy = trt.DynamicShapesKernelSpecializationStrategy.LAZY
             self.dynamic_shapes_kernel_specialization_strategy = strategy
+            self.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+
+    def create_runtime_cache(self) -> Any:  # noqa: ANN401
+        """An empty cache."""
+        return type(self).trt.IRuntimeCache()
+
+    def set_runtime_cache(self, cache: Any) -> bool:  # noqa: ANN401
+        """Takes a cache, which is filled while contexts run."""
+        self._cache = cache
+        return True
+
+    def get_runtime_cache(self) -> Any:  # noqa: ANN401
+        """The cache."""
+        return self._cache
+
+
+class IRuntimeCache(Played):
+    """trt.IRuntimeCache: the batches whose kernels were compiled."""
+
+    def __init__(self) -> None:
+        self._batches: list[int] = []
+
+    def serialize(self) -> Any:  # noqa: ANN401
+        """Its bytes."""
+        return type(self).trt.IHostMemory(json.dumps(self._batches).encode())
+
+    def deserialize(self, blob: Any) -> bool:  # noqa: ANN401
+        """Takes what `serialize` gave; False, the cache unchanged, where it is of another GPU or no cache."""
+        if type(self).state.faults.foreign_kernels:
+            return False
+        self._batches = json.loads(bytes(blob))
+        return True
+
+    def reset(self) -> bool:
+        """Empties it."""
+        self._batches = []
+        return True
 
 
 class EngineInspector(Played):
@@ -151,6 +191,7 @@ class IExecutionContext(Played):
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._profiler, self._profiled = None, 0  # type: Any, int
+        self._compiled: list[int] = []
 
     @property
     def profiler(self) -> Any:  # noqa: ANN401
@@ -209,8 +250,19 @@ class IExecutionContext(Played):
         if missing:
             self._engine._logger.log(1, f"Error Code 3: address of {missing[0]} is not set")
             return False
+        self._compile(shapes)
         device.launch("run", cost, lambda: self._compute(addresses, shapes))
         return True
+
+    def _compile(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """RTX: kernels of a batch are compiled at its first run, unless the cache has them."""
+        state, batch = type(self).state, next(iter(shapes.values()))[0]
+        cache = getattr(self._config, "_cache", None)
+        if state.flavor != "rtx" or batch in (self._compiled if cache is None else cache._batches):
+            return
+        (self._compiled if cache is None else cache._batches).append(batch)
+        state.compiled.append(batch)
+        state.device.now_ms += COMPILE_MS
 
     def _refuses_capture(self) -> bool:
         """RTX: kernels that are compiled while it runs, or memory that the engine takes itself."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ class Faults:
         capturable: what RTX says of every stream.
         distort: changes an output, by its name.
         cost_ms: milliseconds of a run, by the plan's facts.
+        foreign_kernels: whether RTX's runtime cache takes nothing that was kept.
         first_runs_ms: milliseconds that each layer takes more in a profiler's first runs.
     """
 
@@ -37,6 +39,7 @@ class Faults:
     capturable: bool = True
     distort: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value
     cost_ms: Callable[[dict[str, Any]], float] = lambda facts: 5.0
+    foreign_kernels: bool = False
     first_runs_ms: float = 100.0
 
 
@@ -50,6 +53,8 @@ class State:
         device: the GPU, or None where there is none.
         configs: every builder's config, for a test to read its flags.
         contexts: every execution context.
+        compiled: batches whose kernels RTX compiled at run time, in order.
+        measured: numbers of the tactics that builders find to be the fastest, another one each time.
     """
 
     version: tuple[int, ...]
@@ -58,6 +63,8 @@ class State:
     faults: Faults = dataclasses.field(default_factory=Faults)
     configs: list[Any] = dataclasses.field(default_factory=list)
     contexts: list[Any] = dataclasses.field(default_factory=list)
+    compiled: list[int] = dataclasses.field(default_factory=list)
+    measured: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
 
 class Played:

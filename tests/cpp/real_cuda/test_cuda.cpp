@@ -7,10 +7,10 @@
 #include <fstream>
 #include <thread>
 
-#include "cuda.hpp"
-#include "decode.hpp"
+#include "gpu/cuda.hpp"
+#include "pictures/decode.hpp"
 #include "expect.hpp"
-#include "files.hpp"
+#include "files/files.hpp"
 #include "neck/engine.hpp"
 #include "neck/manifest.hpp"
 #include "runs.hpp"
@@ -118,6 +118,8 @@ Manifest read_manifest(const std::filesystem::path& plan, bool /*hashes*/) {
 }
 
 // what the engine links and does not call here
+
+const std::string& Manifest::plan_hash() const { return tensorrt_version; }
 
 std::string sha256(const std::byte* /*data*/, std::size_t /*size*/) {
     throw Error("no SHA-256 is computed here; build engines/cpp");

@@ -19,7 +19,7 @@ struct Tolerance {
 };
 
 /// The tolerance of an output, such as `sam3_feat_0`.
-/// \throws Error a precision that is not fp32, fp16 or bf16.
+/// \throws Error a precision that is not fp32, fp16, bf16, fp8 or int8.
 Tolerance tolerance_for(std::string_view name, std::string_view precision);
 
 /// The error figures of one output, and whether they are within tolerance.

@@ -27,7 +27,7 @@ struct Manifest {
     std::filesystem::path path;
     std::string flavor;            ///< `tensorrt` or `rtx`
     std::string tensorrt_version;  ///< that built it
-    std::string precision;         ///< `fp32`, `fp16` or `bf16`
+    std::string precision;         ///< `fp32`, `fp16`, `bf16`, `fp8` or `int8`
     std::string batch;             ///< `4` or `1:4:8`
     std::vector<std::string> compute_capabilities;
     bool version_compatible = false;
@@ -36,6 +36,9 @@ struct Manifest {
     std::vector<Spec> inputs;
     std::vector<Spec> outputs;
     std::vector<File> files;
+
+    /// SHA-256 of the plan itself.
+    const std::string& plan_hash() const;
 };
 
 /// Where the manifest of a plan lies: X.plan.json.

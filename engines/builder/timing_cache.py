@@ -1,0 +1,103 @@
+"""TensorRT's timing cache: what it measured of its kernels, kept between builds, or replayed: then none is measured."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from engines.builder.flavor import Flavor
+from engines.builder.onnx_graph import BuildError, RefusedError
+from engines.builder.options import BuildOptions
+from engines.builder.plan_stream import disk_errors, temporary
+
+
+def timing_cache_path(flavor: Flavor, options: BuildOptions) -> Path | None:
+    """The timing cache's file, with flavour, version and GPU in its name: times of another would mislead."""
+    if options.timing_cache is None:
+        return None
+    gpu = flavor.gpu.name.replace(" ", "-").replace("/", "-") if flavor.gpu else "none"
+    path = options.timing_cache
+    return path.with_name(f"{path.stem}.{flavor.name}-{flavor.version}-{gpu}{path.suffix}")
+
+
+def save_timing_cache(config: Any, flavor: Flavor, options: BuildOptions) -> dict[str, Any] | None:  # noqa: ANN401
+    """Keeps what the build measured, where that was asked, and says what the manifest has of it."""
+    path = timing_cache_path(flavor, options)
+    if path is None:
+        return None
+    data = bytes(config.get_timing_cache().serialize())
+    with disk_errors(path), temporary(path) as (file, unfinished):
+        file.write(data)
+        file.flush()
+        os.replace(unfinished, path)
+    return {"file": path.name, "sha256": hashlib.sha256(data).hexdigest(), "replayed": False}
+
+
+def read_replayed(flavor: Flavor, options: BuildOptions) -> bytes | None:
+    """The timing cache that a build must find every kernel in; None where none was asked.
+
+    Raises:
+        FlavorError: TensorRT-RTX has none.
+        BuildError: no such file, an empty one, or a second one that would be measured into.
+    """
+    path = options.replay_timing
+    if path is None:
+        return None
+    flavor.refuse(replay_timing=True)
+    if options.timing_cache is not None:
+        raise BuildError("--replay-timing measures nothing that --timing-cache could keep; give one of them")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        named = timing_cache_path(flavor, BuildOptions(timing_cache=path))
+        there = f"give {named}" if named and named.exists() else "`neck-export trt --timing-cache FILE` saves one"
+        raise BuildError(f"No such file: {path}; {there}") from None
+    except OSError as error:
+        raise BuildError(f"{path}: cannot be read ({error.strerror}); expected a saved timing cache") from None
+    if not data:
+        raise BuildError(f"{path}: is empty, so no kernel is in it; save it again by `neck-export trt --timing-cache`")
+    return data
+
+
+def replayed_hash(flavor: Flavor, options: BuildOptions) -> str | None:
+    """SHA-256 of the cache that is to be replayed; it decides what the plan holds. Errors as read_replayed's."""
+    data = read_replayed(flavor, options)
+    return None if data is None else hashlib.sha256(data).hexdigest()
+
+
+def replayed(options: BuildOptions, data: bytes | None) -> dict[str, Any] | None:
+    """What the manifest has of a replayed cache."""
+    if options.replay_timing is None or data is None:
+        return None
+    return {"file": options.replay_timing.name, "sha256": hashlib.sha256(data).hexdigest(), "replayed": True}
+
+
+def replay_timing(trt: Any, config: Any, path: Path, data: bytes) -> Any:  # noqa: ANN401
+    """Has a build take its kernels from a saved cache, and fail where one is not in it.
+
+    What TensorRT cannot read gives an empty cache and a warning (seen with TensorRT-RTX 1.7), and then every kernel is
+    a miss; so an empty one is told here.
+
+    Returns:
+        The cache, which must outlive the build.
+
+    Raises:
+        BuildError: a cache of another GPU or another TensorRT, or none at all.
+    """
+    cache, empty = config.create_timing_cache(data), config.create_timing_cache(b"")
+    there = cache is not None and len(bytes(cache.serialize())) > len(bytes(empty.serialize()))
+    if not there or not config.set_timing_cache(cache, ignore_mismatch=False):
+        raise BuildError(
+            f"{path}: TensorRT {trt.__version__} finds no kernel in it for this GPU; a timing cache is of one GPU "
+            f"model and one TensorRT: save one here by `neck-export trt --timing-cache`"
+        )
+    config.set_flag(trt.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS)
+    return cache
+
+
+def missed(error: RefusedError, path: Path) -> RefusedError:
+    """The error of a replay, with what may be missing."""
+    remedy = f"with --replay-timing every kernel must be in {path}: save it of this file with the same options"
+    return RefusedError(f"{error}\n{remedy} by --timing-cache", error.reason, error.by_form)

@@ -1,0 +1,176 @@
+#include "commands/serve_folder.hpp"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <future>
+#include <iostream>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "commands/feature_folder.hpp"
+#include "neck/pool.hpp"
+#include "neck/preprocess.hpp"
+#include "neck/safetensors.hpp"
+#include "files/text.hpp"
+
+namespace neck {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr std::chrono::hours patience{24};  // contexts come back as soon as their run is over
+
+/// The work of all threads, and what came of it.
+class Work {
+public:
+    Work(std::vector<fs::path> pictures, const FeatureFolder& out, std::string hash, std::size_t batch)
+        : pictures_(std::move(pictures)), out_(out), hash_(std::move(hash)), batch_(batch) {}
+
+    /// Reads, runs and writes until no picture is left, or a thread has failed.
+    void run(Pool& pool, const Preprocessor& preprocessor, const Port& input) {
+        try {
+            while (!stopped_) {
+                std::vector<fs::path> names;
+                const Batch batch = read(preprocessor, names);
+                if (names.empty()) {
+                    return;
+                }
+                write(names, batch.fits, infer(pool, batch.image, input));
+            }
+        } catch (...) {
+            stopped_ = true;
+            throw;
+        }
+    }
+
+    std::size_t done() const { return done_; }
+    std::size_t bad() const { return bad_; }
+
+private:
+    /// The next pictures that can be read, as many as one run takes.
+    Batch read(const Preprocessor& preprocessor, std::vector<fs::path>& names) {
+        Batch batch;
+        while (names.size() < batch_) {
+            const std::size_t index = next_++;
+            if (index >= pictures_.size()) {
+                break;
+            }
+            try {
+                Batch one = preprocessor.read({pictures_[index]});
+                if (names.empty()) {
+                    batch.image = std::move(one.image);
+                } else {
+                    batch.image.data.insert(batch.image.data.end(), one.image.data.begin(), one.image.data.end());
+                    ++batch.image.shape[0];
+                }
+                batch.fits.push_back(one.fits[0]);
+                names.push_back(pictures_[index]);
+            } catch (const Error& error) {
+                ++bad_;
+                const std::lock_guard<std::mutex> lock(printing_);
+                std::cerr << "neck-engine: left out: " << one_line(error.what()) << "\n";
+            }
+        }
+        return batch;
+    }
+
+    static std::vector<Tensor> infer(Pool& pool, const Tensor& image, const Port& input) {
+        const Pool::Lease lease = pool.acquire(patience);
+        if (image.shape[0] >= input.smallest_batch) {
+            return lease->infer(image, lease.stream());
+        }
+        Tensor filled = image;  // the last pictures of a plan that takes no fewer: the first one fills up
+        while (filled.shape[0] < input.smallest_batch) {
+            const Tensor first = image.slice(0, 1);
+            filled.data.insert(filled.data.end(), first.data.begin(), first.data.end());
+            ++filled.shape[0];
+        }
+        return lease->infer(filled, lease.stream());
+    }
+
+    void write(const std::vector<fs::path>& names, const std::vector<Fit>& fits, const std::vector<Tensor>& outputs) {
+        for (std::size_t index = 0; index < names.size(); ++index) {
+            std::vector<Tensor> own;
+            own.reserve(outputs.size());
+            for (const Tensor& output : outputs) {
+                own.push_back(output.slice(static_cast<std::int64_t>(index), 1));
+            }
+            const Fit& fit = fits[index];
+            write_safetensors(out_.of(names[index]), own,
+                              {{"plan", hash_},
+                               {"height", std::to_string(fit.original.height)},
+                               {"width", std::to_string(fit.original.width)},
+                               {"scale_y", format("%.17g", fit.scale_y)},
+                               {"scale_x", format("%.17g", fit.scale_x)}});
+            const std::size_t now = ++done_;
+            if (isatty(STDERR_FILENO) != 0) {
+                const std::lock_guard<std::mutex> lock(printing_);
+                std::cerr << "\r" << now + bad_ << " of " << pictures_.size() << " pictures" << std::flush;
+            }
+        }
+    }
+
+    std::vector<fs::path> pictures_;
+    const FeatureFolder& out_;
+    std::string hash_;
+    std::size_t batch_;
+    std::atomic<std::size_t> next_{0};
+    std::atomic<std::size_t> done_{0};
+    std::atomic<std::size_t> bad_{0};
+    std::atomic<bool> stopped_{false};
+    std::mutex printing_;
+};
+
+}  // namespace
+
+Exit serve_folder(const fs::path& plan, const fs::path& in, const fs::path& out, const EngineOptions& engine,
+                  const FolderOptions& options) {
+    const std::vector<fs::path> pictures = find_pictures(in);
+    const std::string hash = read_manifest(plan, engine.check_hashes).plan_hash();
+    const FeatureFolder folder(out);
+    folder.tidy();
+    std::vector<fs::path> missing = folder.find_missing(pictures, hash);
+    const std::size_t there = pictures.size() - missing.size();
+    std::size_t done = 0;
+    std::size_t bad = 0;
+    if (!missing.empty()) {
+        PoolOptions pooled;
+        pooled.contexts = options.contexts;
+        Pool pool(plan, pooled, engine);
+        const Port input = pool.acquire(patience)->input();
+        const std::int64_t batch = options.batch > 0 ? options.batch : input.optimum_batch;
+        if (batch < input.smallest_batch || batch > input.largest_batch) {
+            throw Error(plan.string() + ": batches of " + std::to_string(batch) + " pictures; expected " +
+                        input.describe());
+        }
+        const Preprocessor preprocessor(input);
+        Work work(std::move(missing), folder, hash, static_cast<std::size_t>(batch));
+        std::vector<std::future<void>> others;
+        for (int index = 0; index < std::max(1, options.threads); ++index) {
+            others.push_back(std::async(std::launch::async, [&] { work.run(pool, preprocessor, input); }));
+        }
+        std::exception_ptr failed;
+        for (std::future<void>& other : others) {
+            try {
+                other.get();
+            } catch (...) {
+                failed = std::current_exception();
+            }
+        }
+        if (failed) {
+            std::rethrow_exception(failed);
+        }
+        done = work.done();
+        bad = work.bad();
+        std::cerr << (isatty(STDERR_FILENO) != 0 ? "\n" : "");
+    }
+    std::cout << out.string() << ": features of " << done << " pictures written, " << there << " were there, " << bad
+              << " cannot be read\n";
+    return Exit::done;
+}
+
+}  // namespace neck

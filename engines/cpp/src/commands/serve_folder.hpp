@@ -1,0 +1,25 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+
+#include "commands/command.hpp"
+#include "neck/engine.hpp"
+
+namespace neck {
+
+struct FolderOptions {
+    std::int64_t batch = 0;  ///< pictures in one run; 0: the plan's optimum
+    int threads = 2;         ///< that read pictures and write features
+    int contexts = 2;        ///< so that one copies while another runs
+};
+
+/// Computes the features of a folder's pictures: OUT/NAME.safetensors for each, whole or not there.
+///
+/// What is there already is left alone, so that a call after one that was killed goes on. A picture that cannot be
+/// read is told on stderr and left out.
+/// \throws Error a folder that cannot be used, or that holds features of another plan.
+Exit serve_folder(const std::filesystem::path& plan, const std::filesystem::path& in, const std::filesystem::path& out,
+                  const EngineOptions& engine, const FolderOptions& options);
+
+}  // namespace neck

@@ -1,0 +1,168 @@
+#include "neck/engine.hpp"
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+#include "plan/checks.hpp"
+#include "engine/engine_impl.hpp"
+#include "plan/flavor.hpp"
+
+namespace neck {
+
+Engine::Impl::Impl(const std::filesystem::path& plan, const EngineOptions& options)
+    : manifest(read_manifest(plan, options.check_hashes)), plan_(plan.string()), options_(options) {
+    const std::string version = version_here();
+    check_version(plan, manifest, flavor_here(), version);
+    const Gpu gpu = find_gpu(plan, options.device);
+    check_gpu(plan, manifest, gpu, version);
+    runtime = std::string(flavor_here() == "rtx" ? "TensorRT-RTX " : "TensorRT ") + version + " on " + gpu.name +
+              " (compute capability " + gpu.capability() + ")";
+    const bool rtx = flavor_here() == "rtx";
+    if (options.rtx_graphs && (!rtx || options.cuda_graph)) {
+        throw Error(plan_ + ": CUDA graphs of TensorRT-RTX's own need " +
+                    (rtx ? "cuda_graph to be off" : "TensorRT-RTX, this program is of " + flavor_here()));
+    }
+    if (rtx && options.use_runtime_cache) {
+        cache_ = RuntimeCache(options.runtime_cache.empty() ? plan_ + ".cache" : options.runtime_cache.string(),
+                              runtime + ", driver " + driver_version(plan_) + ", plan " + manifest.plan_hash());
+    }
+    const DeviceGuard guard(options.device, plan_);
+    try {
+        load(version);
+    } catch (...) {
+        release();
+        throw;
+    }
+}
+
+Engine::Impl::Impl(const Impl* first)
+    : manifest(first->manifest),
+      runtime(first->runtime),
+      warnings(first->warnings),
+      loaded_bytes(first->loaded_bytes),
+      warm(first->warm),
+      plan_(first->plan_),
+      options_(first->options_),
+      loaded_(first->loaded_),
+      cache_(first->cache_) {
+    const DeviceGuard guard(options_.device, plan_);
+    try {
+        allocate_buffers();
+    } catch (...) {
+        release();
+        throw;
+    }
+}
+
+Engine::Impl::~Impl() {
+    std::optional<DeviceGuard> guard;
+    try {
+        guard.emplace(options_.device, plan_);
+    } catch (const Error&) {  // a GPU that is gone: what is ours is freed as far as it goes
+    }
+    release();
+}
+
+/// Frees what lies on the GPU, each thing before those that it uses.
+void Engine::Impl::release() {
+    if (done_) {
+        cudaEventSynchronize(done_.get());  // the last run may still be at work in our memory
+    }
+    graphs_.clear();
+    context_.reset();
+    capture_stream_.reset();
+    done_.reset();
+    output_.clear();
+    input_.reset();
+    scratch_.reset();
+    loaded_.reset();
+}
+
+void Engine::Impl::load(const std::string& version) {
+    std::size_t before = 0;
+    std::size_t after = 0;
+    std::size_t total = 0;
+    check(cudaMemGetInfo(&before, &total), plan_ + ": asking for free memory");
+    loaded_ = load_engine(plan_, manifest, version);
+    for (const std::string& warning : loaded_->logger->warnings()) {
+        warnings.push_back("TensorRT warns: " + warning);
+    }
+    std::string why_not;
+    const std::string cached = cache_.read(why_not);
+    loaded_->config = make_runtime_config(*loaded_->engine, cached, options_.rtx_graphs, warm);
+    if (!cached.empty() && !warm) {
+        why_not = "the runtime cache was refused by TensorRT-RTX (" + loaded_->logger->failure() +
+                  "); kernels are compiled anew";
+    }
+    if (!why_not.empty()) {
+        warnings.push_back(why_not);
+    }
+    allocate_buffers();
+    check(cudaMemGetInfo(&after, &total), plan_ + ": asking for free memory");
+    loaded_bytes = before > after ? before - after : 0;
+}
+
+void Engine::Impl::allocate_buffers() {
+    const Port& port = input();
+    largest_batch_ = options_.max_batch > 0 ? options_.max_batch : port.largest_batch;
+    if (largest_batch_ < port.smallest_batch || largest_batch_ > port.largest_batch) {
+        throw Error(plan_ + ": a largest batch of " + std::to_string(largest_batch_) + " was asked; expected " +
+                    port.describe());
+    }
+    scratch_bytes_ = loaded_->engine->getDeviceMemorySizeV2();
+    if (scratch_bytes_ > 0) {
+        scratch_ = allocate(static_cast<std::size_t>(scratch_bytes_), plan_);
+    }
+    const std::size_t input_bytes = bytes_of(port.type, port.at(largest_batch_));
+    input_ = allocate(input_bytes, plan_);
+    context_bytes_ = static_cast<std::size_t>(std::max<std::int64_t>(0, scratch_bytes_)) + input_bytes;
+    for (const Port& output : outputs()) {
+        output_.push_back({allocate(most_bytes(output), plan_), nullptr});
+        context_bytes_ += most_bytes(output);
+    }
+    done_ = make_event(plan_ + ": making an event", cudaEventDisableTiming);
+    context_ = make_context(*loaded_, scratch_.get(), scratch_bytes_, plan_);
+    if (options_.cuda_graph) {
+        capture_stream_ = make_stream(plan_ + ": making a stream");
+    }
+}
+
+Engine::Engine(const std::filesystem::path& plan, const EngineOptions& options)
+    : impl_(std::make_unique<Impl>(plan, options)) {}
+Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Engine::~Engine() = default;
+Engine::Engine(Engine&&) noexcept = default;
+Engine& Engine::operator=(Engine&&) noexcept = default;
+
+const Manifest& Engine::manifest() const { return impl_->manifest; }
+const Port& Engine::input() const { return impl_->input(); }
+const std::vector<Port>& Engine::outputs() const { return impl_->outputs(); }
+const std::string& Engine::runtime() const { return impl_->runtime; }
+const std::vector<std::string>& Engine::warnings() const { return impl_->warnings; }
+Engine Engine::another() const { return Engine(std::make_unique<Impl>(impl_.get())); }
+std::size_t Engine::context_bytes() const { return impl_->context_bytes(); }
+void Engine::bind_output(const std::string& name, void* memory, std::size_t bytes) {
+    impl_->bind_output(name, memory, bytes);
+}
+void Engine::unbind_outputs() noexcept { impl_->unbind_outputs(); }
+dlpack::Managed* Engine::to_dlpack(const std::string& name) const { return impl_->to_dlpack(name); }
+Event Engine::finished() const { return impl_->finished(); }
+bool Engine::warm() const { return impl_->warm; }
+std::size_t Engine::loaded_bytes() const { return impl_->loaded_bytes; }
+void Engine::copy_in(const Tensor& image, Stream stream) { impl_->copy_in(image, stream); }
+Fit Engine::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch, Stream stream, std::int64_t entry) {
+    return impl_->copy_in_rgb8(pixels, size, pitch, stream, entry);
+}
+void Engine::enqueue(std::int64_t batch, Stream stream) { impl_->enqueue(batch, stream, nullptr); }
+void Engine::enqueue(std::int64_t batch, Stream stream, const void* image) { impl_->enqueue(batch, stream, image); }
+std::vector<DeviceTensor> Engine::device_outputs() const { return impl_->device_outputs(); }
+std::vector<Tensor> Engine::copy_out(Stream stream) { return impl_->copy_out(stream); }
+
+std::vector<Tensor> Engine::infer(const Tensor& image, Stream stream) {
+    impl_->copy_in(image, stream);
+    impl_->enqueue(image.shape[0], stream, nullptr);
+    return impl_->copy_out(stream);
+}
+
+}  // namespace neck

@@ -1,0 +1,120 @@
+#include "plan/checks.hpp"
+
+#include <NvInferRuntime.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <string_view>
+#include <vector>
+
+#include "neck/error.hpp"
+#include "files/text.hpp"
+
+namespace neck {
+namespace {
+
+/// `10.16.1` as numbers; empty where it is no version.
+std::vector<int> parse_version(std::string_view text) {
+    std::vector<int> parts;
+    const char* at = text.data();
+    const char* const end = at + text.size();
+    while (true) {
+        int part = 0;
+        const auto [next, error] = std::from_chars(at, end, part);
+        if (error != std::errc() || part < 0) {
+            return {};
+        }
+        parts.push_back(part);
+        if (next == end) {
+            return parts;
+        }
+        if (*next != '.') {
+            return {};
+        }
+        at = next + 1;
+    }
+}
+
+/// What TensorRT-RTX serves: neither the data centre's GPUs between Ada and RTX Blackwell (9.0, 10.x) nor Jetson's
+/// (8.7, 11.0).
+bool serves_rtx(const Gpu& gpu) {
+    constexpr std::array<int, 4> known{75, 80, 86, 89};
+    const int number = gpu.major * 10 + gpu.minor;
+    return gpu.major >= 12 || std::find(known.begin(), known.end(), number) != known.end();
+}
+
+}  // namespace
+
+std::string version_here() {
+    return format("%d.%d.%d.%d", getInferLibMajorVersion(), getInferLibMinorVersion(), getInferLibPatchVersion(),
+                  getInferLibBuildVersion());
+}
+
+void check_version(const std::filesystem::path& plan, const Manifest& manifest, const std::string& flavor,
+                   const std::string& version) {
+    if (manifest.flavor != flavor) {
+        throw Error(plan.string() + ": is of flavour " + manifest.flavor + ", this program is of " + flavor +
+                    "; use `neck-export trt --flavor " + flavor + "`, or build this program with the other TensorRT");
+    }
+    const std::vector<int> built = parse_version(manifest.tensorrt_version);
+    const std::vector<int> here = parse_version(version);
+    if (built.empty()) {
+        throw Error(manifest.path.string() + ": not as neck-export writes it ('tensorrt_version' is " +
+                    repr(manifest.tensorrt_version) + "); build " + plan.filename().string() + " again");
+    }
+    // RTX tells itself which plans it loads
+    const bool compatible = manifest.version_compatible;
+    if (flavor == "tensorrt" && built != here && !(compatible && here > built)) {
+        throw Error(plan.string() + ": needs TensorRT " + manifest.tensorrt_version +
+                    (compatible ? " or later" : " exactly") + ", here is " + version + "; build it again" +
+                    (compatible ? "" : ", or with --version-compatible for later versions"));
+    }
+}
+
+Gpu find_gpu(const std::filesystem::path& plan, int device) {
+    int count = 0;
+    const cudaError_t code = cudaGetDeviceCount(&count);
+    if (code != cudaSuccess || count == 0) {
+        cudaGetLastError();
+        const std::string why = code == cudaSuccess ? "CUDA finds none" : cudaGetErrorString(code);
+        throw Error(plan.string() + ": no NVIDIA GPU with a driver here; without one a plan can be built, not run (" +
+                    why + ")");
+    }
+    if (device < 0 || device >= count) {
+        throw Error(plan.string() + ": there is no GPU " + std::to_string(device) + "; here are " +
+                    std::to_string(count) + ", counted from 0");
+    }
+    Gpu gpu{"GPU " + std::to_string(device)};
+    cudaDeviceProp properties{};
+    if (cudaGetDeviceProperties(&properties, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&gpu.major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&gpu.minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+        throw Error(plan.string() + ": CUDA tells nothing of GPU " + std::to_string(device) +
+                    "; nvidia-smi tells whether it works");
+    }
+    gpu.name = properties.name;
+    return gpu;
+}
+
+void check_gpu(const std::filesystem::path& plan, const Manifest& manifest, const Gpu& gpu,
+               const std::string& version) {
+    const std::vector<std::string>& built = manifest.compute_capabilities;
+    const std::string here = gpu.capability();
+    const bool rtx = manifest.flavor == "rtx";
+    if (rtx && !serves_rtx(gpu)) {
+        throw Error(plan.string() + ": TensorRT-RTX " + version + " does not run on " + gpu.describe() +
+                    "; use --flavor tensorrt");
+    }
+    // RTX's default is 8.0 and later; TensorRT's hardware compatibility `same` is the rule without it, too
+    const bool later = manifest.hardware_compatible == "ampere+" || built.empty();
+    if (std::find(built.begin(), built.end(), here) != built.end() || (later && gpu.major >= 8)) {
+        return;
+    }
+    const std::string wanted = later ? "8.0 or later" : joined(built, [](const std::string& each) { return each; });
+    throw Error(plan.string() + ": is for compute capability " + wanted + ", here is " + gpu.describe() +
+                "; build it again " + (rtx ? "with --compute-capability " + here : "on this GPU"));
+}
+
+}  // namespace neck

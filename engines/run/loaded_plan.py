@@ -1,0 +1,162 @@
+"""A plan in device memory: the engine and its weights, over which a session or several run."""
+
+from __future__ import annotations
+
+import collections
+import math
+import mmap
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engines.builder.flavor import Flavor
+from engines.builder.rtx_runtime import RuntimeConfig
+from engines.run.plan_checks import Port, SessionError, manifest_specs, type_name
+from engines.run.runtime_cache import RuntimeCache
+from export.contract.manifest import manifest_path
+
+TYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "UINT8": torch.uint8,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+}
+
+
+class LoadedPlan:
+    """An engine in memory; what its sessions share.
+
+    Attributes:
+        plan, manifest, flavor, device: what was loaded, by which TensorRT, where.
+        engine: TensorRT's own object; None once closed.
+        inputs, outputs: what the engine takes and gives.
+        warm: whether TensorRT-RTX took the kernels of an earlier start.
+        warnings: what TensorRT warned of, such as a plan of another GPU model, and a runtime cache of no use.
+        capturing: held while one of its sessions captures a CUDA graph, before which torch waits for the device.
+    """
+
+    def __init__(
+        self,
+        plan: Path,
+        manifest: Mapping[str, Any],
+        flavor: Flavor,
+        device: torch.device,
+        *,
+        cache: RuntimeCache | None = None,
+        rtx_graphs: bool = False,
+    ) -> None:
+        self.plan, self.manifest, self.flavor, self.device = plan, manifest, flavor, device
+        self.warnings: list[str] = []
+        self._failures = collections.deque(["it gave no reason"], maxlen=1)
+        self._cache, self._lock, self.capturing = cache, threading.Lock(), threading.Lock()
+        self._kept: set[int] = set()  # batch sizes whose kernels are in the file
+        self._runtime = flavor.trt.Runtime(flavor.new_logger(_listener(self.warnings, self._failures)))
+        # a version-compatible plan brings its own runtime; its SHA-256 is checked
+        self._runtime.engine_host_code_allowed = manifest["options"]["version_compatible"] is True
+        with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            self.engine: Any = self._runtime.deserialize_cuda_engine(data)
+        if self.engine is None:
+            raise SessionError(
+                f"{plan}: TensorRT {flavor.version} cannot load it ({self.failure}); {memory_text(device)}"
+            )
+        ports = [self._port(self.engine.get_tensor_name(index)) for index in range(self.engine.num_io_tensors)]
+        self.inputs = tuple(port for port in ports if self._is_input(port.name))
+        self.outputs = tuple(port for port in ports if not self._is_input(port.name))
+        if sorted((port.name, type_name(port.dtype), port.shape) for port in ports) != manifest_specs(manifest):
+            raise SessionError(f"{manifest_path(plan)}: its tensors are not the engine's; build {plan.name} again")
+        self._made_with = self._read_kernels(rtx_graphs)
+        self.warm = self._made_with is not None and self._made_with.warm
+
+    @property
+    def failure(self) -> str:
+        """TensorRT's last error, in one line."""
+        return self._failures[0]
+
+    @property
+    def context_bytes(self) -> int:
+        """Device memory of one context at the largest batch: its scratch memory, inputs and outputs."""
+        largest = self.inputs[0].batch[1]
+        scratch = max(0, int(self.engine.get_device_memory_size_for_profile_v2(0)))
+        return scratch + sum(most_bytes(port, largest) for port in (*self.inputs, *self.outputs))
+
+    def new_context(self) -> Any:  # noqa: ANN401
+        """An execution context over these weights.
+
+        Raises:
+            SessionError: TensorRT makes none, as where memory is short.
+        """
+        context = None if self._made_with is None else self.flavor.create_context(self.engine, self._made_with)
+        if context is None:
+            why = f"no context to run it can be made ({self.failure})"
+            raise SessionError(f"{self.plan}: {why}; {memory_text(self.device)}")
+        return context
+
+    def keep_kernels(self, batch: int) -> None:
+        """Writes what the first run of a batch size compiled, so that a process that is killed later leaves it."""
+        if self._cache is None or self._made_with is None or batch in self._kept:
+            return
+        with self._lock:
+            self._kept.add(batch)
+            failed = self._cache.write(self._made_with.kernels())
+            if failed:
+                self.warnings.append(failed)
+
+    def _read_kernels(self, rtx_graphs: bool) -> RuntimeConfig | None:
+        cached, why_not = self._cache.read() if self._cache else (b"", None)
+        made_with = self.flavor.create_runtime_config(self.engine, cached, rtx_graphs)
+        if cached and made_with is not None and not made_with.warm:
+            why_not = f"the runtime cache was refused by TensorRT-RTX ({self.failure}); kernels are compiled anew"
+        if why_not:
+            self.warnings.append(why_not)
+        return made_with
+
+    def _is_input(self, name: str) -> bool:
+        return self.engine.get_tensor_mode(name).name == "INPUT"
+
+    def _port(self, name: str) -> Port:
+        shape, kind = tuple(self.engine.get_tensor_shape(name)), self.engine.get_tensor_dtype(name).name
+        if kind not in TYPES or not shape:
+            raise SessionError(f"{self.plan}: {name} is {kind} {shape}; expected a batch of {', '.join(TYPES)}")
+        batch = (shape[0], shape[0])
+        if shape[0] == -1 and self._is_input(name):
+            smallest, _, largest = self.engine.get_tensor_profile_shape(name, 0)
+            batch = (smallest[0], largest[0])
+        return Port(name, TYPES[kind], shape, batch)
+
+
+def most_bytes(port: Port, largest: int) -> int:
+    """Bytes of a tensor at the largest batch."""
+    return port.dtype.itemsize * math.prod(largest if side == -1 else side for side in port.shape)
+
+
+def cache_key(manifest: Mapping[str, Any], plan: Path, flavor: Flavor) -> str:
+    """What a runtime cache is of; word for word as in the C++ library, so that both read one file."""
+    if flavor.gpu is None:
+        raise SessionError(f"{plan}: no NVIDIA GPU with a driver here; without one a plan can be built, not run")
+    sha256 = next(entry["sha256"] for entry in manifest["files"] if entry["name"] == plan.name)
+    gpu = f"{flavor.gpu.name} (compute capability {flavor.gpu.compute_capability})"
+    return f"TensorRT-RTX {flavor.version} on {gpu}, driver {flavor.gpu.cuda}, plan {sha256}"
+
+
+def memory_text(device: torch.device) -> str:
+    """What a message says of device memory."""
+    if device.type != "cuda":
+        return "device memory is not told"
+    free, total = torch.cuda.mem_get_info(device)
+    room = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB of device memory are free"
+    return f"{room}; if too little, end other programs or take a smaller batch"
+
+
+def _listener(warnings: list[str], failures: collections.deque[str]) -> Callable[[int, str], None]:
+    """Takes a logger's lines; it must not hold the session, which could then never be freed."""
+
+    def take(severity: int, line: str) -> None:
+        if severity <= 2:
+            (warnings if severity == 2 else failures).append(" ".join(line.split())[:400])
+
+    return take

@@ -1,0 +1,86 @@
+"""Outputs on the GPU: in the caller's memory, and handed over without a copy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engines.run.plan_checks import Port, SessionError, type_name
+
+ALIGNMENT = 256
+"""Bytes; what NvInferRuntime.h demands of an address. torch allocates at multiples of 512."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HandedOutput:
+    """An output where it lies, for whoever reads DLPack: `torch.from_dlpack`, `cupy.from_dlpack`, a second engine.
+
+    Whoever took it reads it after the run, on whichever stream. Memory of the session's own lives until it is given
+    back, also after the session is closed; give it back when the work that reads it has ended. Memory that the caller
+    bound stays the caller's. What the next run writes: see Session.to_dlpack.
+
+    Attributes:
+        tensor: the output.
+        finished: what marks the end of the run that wrote it.
+    """
+
+    tensor: Tensor
+    finished: torch.cuda.Event | None
+
+    def __dlpack_device__(self) -> Any:  # noqa: ANN401 - DLPack's pair of device type and number
+        """Where it lies."""
+        return self.tensor.__dlpack_device__()
+
+    def __dlpack__(self, **asked: Any) -> Any:  # noqa: ANN401 - a capsule, and what its protocol has or will have
+        """The capsule: this thread's current stream waits for the run, and the consumer's `stream` for that (torch)."""
+        if self.finished is not None:
+            with torch.cuda.device(self.tensor.device):
+                torch.cuda.current_stream().wait_event(self.finished)
+        return self.tensor.__dlpack__(**asked)
+
+
+def caller_memory(plan: Path, port: Port, largest: int, device: torch.device, memory: Any) -> Tensor:  # noqa: ANN401
+    """The caller's memory for an output, as a flat tensor that keeps it alive.
+
+    Args:
+        plan, port, device: of the session.
+        largest: batch that it must be enough for.
+        memory: a torch tensor, or anything that speaks DLPack, such as a CuPy array.
+
+    Raises:
+        SessionError: memory that is elsewhere, of another type, not contiguous, not aligned or too little.
+    """
+    what = f"{plan}: the memory for {port.name}"
+    try:
+        found = memory if isinstance(memory, Tensor) else torch.from_dlpack(memory)
+    except (AttributeError, TypeError, RuntimeError, BufferError) as error:
+        raise SessionError(
+            f"{what} is a {type(memory).__name__} that torch cannot read ({str(error).splitlines()[0]}); give a torch "
+            f"tensor or a CuPy array"
+        ) from None
+    if found.device != device:
+        raise SessionError(f"{what} is on {found.device}; expected memory of {device}, copy it there first")
+    if found.dtype != port.dtype or not found.is_contiguous():
+        got = f"{type_name(found.dtype)}, {'' if found.is_contiguous() else 'not '}contiguous"
+        raise SessionError(f"{what} is {got}; expected {type_name(port.dtype)}, contiguous")
+    needed = math.prod(largest if side == -1 else side for side in port.shape)
+    if found.numel() < needed:
+        size = port.dtype.itemsize
+        raise SessionError(
+            f"{what} has {found.numel() * size} bytes; expected {needed * size}, enough for a batch of {largest}"
+        )
+    if found.data_ptr() % ALIGNMENT:
+        raise SessionError(
+            f"{what} is at an address that is no multiple of {ALIGNMENT} bytes; give the beginning of an allocation"
+        )
+    return found.detach().reshape(-1)
+
+
+def view_of(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The beginning of the caller's memory in the shape of a run's output."""
+    return memory[: math.prod(shape)].view(shape)

@@ -1,0 +1,1 @@
+"""Which products are quantised, and in which ranges: told by real pictures and measured errors."""

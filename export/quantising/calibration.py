@@ -1,0 +1,212 @@
+"""What the trunk's linear layers read on real pictures: kept in a file, it is what every range is chosen by."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from export.contract.manifest import staging
+from export.contract.signature import Signature
+from export.proof.verify import Report, reference_pixels
+from neck.necks import Sam3DualViTDetNeck
+from neck.pictures import PictureFolder, find_pictures, load_pictures, normalise
+
+ROWS = 64
+"""Tokens of each layer that are kept, of all pictures together: 64 MB at full size."""
+
+FEWEST, MOST = 8, 16
+"""Pictures of a folder that are read: fewer than 8 say little, and one takes 40 s at 1008 on 2 cores."""
+
+
+FORMAT = 1
+FIELDS = ("rows", "weights", "channels")
+
+
+class CalibrationError(ValueError):
+    """Pictures that tell no range, or a calibration file that is not of this encoder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The input of one linear layer.
+
+    Attributes:
+        rows: (R, K) tokens: those with the largest values of each picture, and others by chance.
+        weights: (R,) how many tokens each stands for.
+        channels: (K,) the largest magnitude of each channel, of all tokens.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    channels: Tensor
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude of all tokens."""
+        return float(self.channels.amax())
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What was seen: how many pictures at which size, of which weights, and the layers by path."""
+
+    pictures: int
+    image_size: tuple[int, int]
+    encoder: str
+    layers: dict[str, Layer]
+
+
+def linear_layers(encoder: Sam3DualViTDetNeck) -> dict[str, nn.Linear]:
+    """The trunk's linear layers by path, in the order of computation."""
+    return {name: module for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
+
+
+def calibration_pixels(signature: Signature, images: Path | PictureFolder | None, notes: list[str]) -> np.ndarray:
+    """Pictures to calibrate on, uint8 (B, H, W, 3); without a folder the shipped one, and a note of what it is worth.
+
+    Raises:
+        CalibrationError: too few, or one of a single colour.
+        PictureError: one that cannot be read.
+    """
+    if images is None:
+        notes.append(
+            f"calibrated on the one picture that comes along, so what your pictures hold beyond its ranges is clipped: "
+            f"give {FEWEST} or more of yours by --images"
+        )
+        return reference_pixels(signature, None, 1)
+    folder = PictureFolder.of(images)
+    paths = find_pictures(folder.path)[:MOST]
+    if len(paths) < FEWEST:
+        raise CalibrationError(f"{folder.path}: holds {len(paths)} pictures; calibration takes {FEWEST} at least")
+    pixels = load_pictures(paths, signature.image_size, folder.value_range, notes.append)
+    for path, picture in zip(paths, pixels, strict=True):
+        if picture.min() == picture.max():
+            raise CalibrationError(f"{path}: is of one colour throughout, which tells no range; take it out")
+    return pixels
+
+
+def calibrate(encoder: Sam3DualViTDetNeck, pixels: np.ndarray, report: Report = lambda line: None) -> Calibration:
+    """Runs the plain trunk on pictures, one after the other, and keeps what its linear layers read.
+
+    Args:
+        encoder: the plain encoder, set to the pictures' size.
+        pixels: uint8 (B, H, W, 3).
+        report: told of every picture.
+
+    Raises:
+        CalibrationError: a layer whose input is not finite, or zero throughout.
+    """
+    layers, seen = linear_layers(encoder), len(pixels)
+    parts: dict[str, list[Layer]] = {name: [] for name in layers}
+    chance = torch.Generator().manual_seed(0)
+
+    def keep(name: str, tokens: Tensor) -> None:
+        parts[name].append(_kept(name, tokens.flatten(0, -2).float(), -(-ROWS // seen), chance))
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs[0]))
+        for name, module in layers.items()
+    ]
+    try:
+        for index in range(seen):
+            report(f"calibration: picture {index + 1} of {seen}")
+            with torch.inference_mode():
+                encoder.trunk(normalise(pixels[index : index + 1]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {name: _joined(layers) for name, layers in parts.items()}
+    for name, layer in found.items():
+        if layer.largest == 0:
+            raise CalibrationError(f"{name}: its input is zero on every picture, which tells no range")
+    height, width = pixels.shape[1:3]
+    return Calibration(seen, (height, width), fingerprint(encoder), found)
+
+
+def _kept(name: str, tokens: Tensor, rows: int, chance: torch.Generator) -> Layer:
+    """Some of the tokens (N, K) of a picture: a quarter are those with the largest values."""
+    largest = tokens.abs().amax(dim=1)
+    if not largest.isfinite().all():
+        raise CalibrationError(f"{name}: its input is not finite on a picture; the weights are damaged")
+    order = largest.argsort(descending=True)
+    top, rest = order[: max(1, rows // 4)], order[max(1, rows // 4) :]
+    others = rest[torch.randperm(len(rest), generator=chance)[: rows - len(top)]]
+    weights = [torch.ones(len(top)), torch.full((len(others),), len(rest) / max(1, len(others)))]
+    return Layer(tokens[torch.cat((top, others))], torch.cat(weights), tokens.abs().amax(dim=0))
+
+
+def _joined(parts: list[Layer]) -> Layer:
+    rows, weights = (torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "weights"))
+    return Layer(rows, weights, torch.stack([part.channels for part in parts]).amax(dim=0))
+
+
+def fingerprint(encoder: Sam3DualViTDetNeck) -> str:
+    """SHA-256 of the weights that ranges depend on: those of the trunk."""
+    digest = hashlib.sha256()
+    for name, tensor in encoder.trunk.named_parameters():
+        digest.update(name.encode() + tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_calibration(path: Path, calibration: Calibration) -> None:
+    """Writes a calibration as safetensors; it is there whole or not at all.
+
+    Raises:
+        CalibrationError: it cannot be written.
+    """
+    about = {
+        "format": FORMAT,
+        "pictures": calibration.pictures,
+        "image_size": calibration.image_size,
+        "encoder": calibration.encoder,
+    }
+    tensors = {
+        f"{name}.{field}": getattr(layer, field).contiguous()
+        for name, layer in calibration.layers.items()
+        for field in FIELDS
+    }
+    try:
+        with staging(path) as folder:
+            staged = folder / path.name
+            staged.write_bytes(safetensors.torch.save(tensors, {"neck_export_calibration": json.dumps(about)}))
+            os.replace(staged, path)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CalibrationError(f"{path}: cannot be written ({why}); check the folder and the disk") from None
+
+
+def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[int, int]) -> Calibration:
+    """Reads a calibration of an encoder at an image size.
+
+    Raises:
+        CalibrationError: not a calibration, or of another encoder or size.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about: dict[str, Any] = json.loads((file.metadata() or {})["neck_export_calibration"])
+            layers = {
+                name: Layer(*(file.get_tensor(f"{name}.{field}") for field in FIELDS))
+                for name in linear_layers(encoder)
+                if about["encoder"] and f"{name}.rows" in file.keys()  # noqa: SIM118 - no mapping
+            }
+        size = tuple(about["image_size"])
+        found = Calibration(about["pictures"], (size[0], size[1]), about["encoder"], layers)
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError):
+        raise CalibrationError(f"{path}: is no calibration of neck-export; remove it, or name another file") from None
+    again = "calibrate again: name a file that is not there yet"
+    if found.image_size != image_size:
+        sizes = ["x".join(map(str, size)) for size in (found.image_size, image_size)]
+        raise CalibrationError(f"{path}: is of pictures of {sizes[0]} pixels, the export is of {sizes[1]}; {again}")
+    if found.encoder != fingerprint(encoder):
+        raise CalibrationError(f"{path}: is of other weights than those that are exported; {again}")
+    return found

@@ -1,0 +1,194 @@
+"""Which products a budget allows: each one's own error is measured once; they are taken by time saved per error added.
+
+Errors of products are nearly independent, so their squares add. The order is told by trials at 336 pixels; how many are
+taken, by trials of whole sets at the export's own size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from export.contract.manifest import staging
+from export.lowering.quantise import Kind
+from export.proof.fidelity import Comparison
+from export.proof.verify import Report
+from export.quantising.calibration import CalibrationError
+
+PROXY = 336
+"""Pixels of a side of the pictures that single products are tried on: a ninth of the work at 1008."""
+
+FILL = 0.95
+"""Of the budget, for products: what FP16 rounds adds to their error in squares (2e-3 on its own)."""
+
+RATES = {"fp16": 121e12, "fp8": 242.5e12, "int8": 242.5e12}
+GPU = "L4"
+"""Operations per second by its data sheet, dense: published, not measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """What quantising one product costs and saves.
+
+    Attributes:
+        name: its layer's path.
+        operations: 2 x multiply-add for one picture.
+        errors: relative L2 of each feature with this product alone quantised.
+    """
+
+    name: str
+    operations: int
+    errors: Mapping[str, float]
+
+    @property
+    def worst(self) -> float:
+        """The error of the feature that suffers most."""
+        return max(self.errors.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The products that are quantised, and the curve that they were read from."""
+
+    names: tuple[str, ...]
+    curve: tuple[dict[str, Any], ...]
+
+
+def order_products(products: Sequence[Product]) -> list[Product]:
+    """Most time saved per square of the error first; all save the same share of their own time."""
+    return sorted(products, key=lambda one: -one.operations / max(one.worst, 1e-12) ** 2)
+
+
+def expected_error(products: Sequence[Product]) -> float:
+    """The error of a set, by what its products do alone."""
+    names = products[0].errors if products else ()
+    return max((math.sqrt(sum(one.errors[name] ** 2 for one in products)) for name in names), default=0.0)
+
+
+def expected_ms(products: Sequence[Product], quantised: int, kind: Kind) -> float:
+    """Milliseconds of all products with the first few quantised, at the published rates."""
+    seconds = [one.operations / RATES[kind if index < quantised else "fp16"] for index, one in enumerate(products)]
+    return 1e3 * sum(seconds)
+
+
+def measure_products(
+    layers: Mapping[str, nn.Linear],
+    tokens: int,
+    run: Callable[[str], Sequence[Comparison]],
+    key: Mapping[str, Any],
+    state: Path | None,
+    report: Report,
+) -> list[Product]:
+    """Tries every product alone.
+
+    Args:
+        layers: the products that may be quantised.
+        tokens: of one picture.
+        run: the figures with one product quantised.
+        key: what the errors depend on; those that a file holds for another are measured again.
+        state: file of what was measured, kept as it grows, so that an interrupted run goes on; None keeps nothing.
+        report: told of every product.
+    """
+    told: dict[str, dict[str, float]] = _read(state, key)
+    for number, name in enumerate(layers, 1):
+        if name not in told:
+            report(f"product {number} of {len(layers)}: {name}")
+            told[name] = {row.name: row.relative_l2 for row in run(name)}
+            if state is not None:
+                _keep(state, {"key": key, "errors": told})
+    sizes = {name: 2 * tokens * layer.in_features * layer.out_features for name, layer in layers.items()}
+    return [Product(name, sizes[name], told[name]) for name in layers]
+
+
+def choose(
+    products: Sequence[Product],
+    budget: float,
+    run: Callable[[Sequence[str]], Sequence[Comparison]],
+    kind: Kind,
+    report: Report = lambda line: None,
+) -> Choice:
+    """The most products, in their order, that stay within the budget when they are quantised together.
+
+    Args:
+        products: what was measured.
+        budget: relative L2 that every feature may err.
+        run: the figures of a set at the export's own size.
+        kind: fp8 or int8.
+        report: told of every trial.
+
+    Raises:
+        CalibrationError: not even one product stays within it.
+    """
+    ordered, measured = order_products(products), dict[int, float]()
+
+    def fits(count: int) -> bool:
+        report(f"trial: {count} of {len(ordered)} products")
+        rows = run([one.name for one in ordered[:count]])
+        measured[count] = max(row.relative_l2 for row in rows)
+        return measured[count] <= FILL * budget and all(row.cosine >= row.tolerance.cosine for row in rows)
+
+    guess = sum(expected_error(ordered[:count]) <= FILL * budget for count in range(1, len(ordered) + 1))
+    inside, outside = 0, len(ordered) + 1
+    at, step = max(1, guess), max(1, len(ordered) // 16)
+    while outside - inside > 1:
+        if fits(at):
+            inside, at = at, at + step
+        else:
+            outside, at = at, at - step
+        step *= 2  # near the guess first: the squares add well
+        at = at if inside < at < outside else (inside + outside) // 2
+    if not inside:
+        raise CalibrationError(
+            f"--budget {budget:g}: no product stays within it; the one that errs least, {ordered[0].name}, "
+            f"alone gives {min(measured.values()):.3g}"
+        )
+    return Choice(tuple(one.name for one in ordered[:inside]), tuple(_curve(ordered, kind, measured)))
+
+
+def _curve(ordered: Sequence[Product], kind: Kind, measured: Mapping[int, float]) -> list[dict[str, Any]]:
+    """Eighths of the products, and the sets that were tried."""
+    whole = sum(one.operations for one in ordered)
+    counts = sorted({round(len(ordered) * eighth / 8) for eighth in range(9)} | set(measured))
+    return [
+        {
+            "products": count,
+            "share": sum(one.operations for one in ordered[:count]) / whole,
+            "expected_ms": expected_ms(ordered, count, kind),
+            "expected_error": expected_error(ordered[:count]),
+            "error": measured.get(count),
+        }
+        for count in counts
+    ]
+
+
+def curve_lines(curve: Sequence[Mapping[str, Any]], count: int) -> list[str]:
+    """The curve for a screen; the row of the choice is marked."""
+    head = f"{'products':>8} {'operations':>10} {'time':>9} {'expected L2':>12} {'measured L2':>12}"
+    lines = [f"time: of these products at the published rates of an {GPU}, not measured", head]
+    for row in curve:
+        error = "" if row["error"] is None else f"{row['error']:12.2e}"
+        mark = "  <- chosen" if row["products"] == count else ""
+        figures = f"{row['share']:10.1%} {row['expected_ms']:6.2f} ms {row['expected_error']:12.2e} {error:>12}"
+        lines.append(f"{row['products']:8} {figures}{mark}")
+    return lines
+
+
+def _read(state: Path | None, key: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    try:
+        held = json.loads(state.read_text(encoding="utf-8")) if state is not None else {}
+    except (OSError, ValueError):
+        return {}
+    return held["errors"] if isinstance(held, dict) and held.get("key") == json.loads(json.dumps(key)) else {}
+
+
+def _keep(state: Path, values: Mapping[str, Any]) -> None:
+    with staging(state) as folder:
+        (folder / state.name).write_text(json.dumps(values) + "\n", encoding="utf-8")
+        os.replace(folder / state.name, state)

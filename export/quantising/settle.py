@@ -1,0 +1,212 @@
+"""What an FP8 or INT8 export quantises and how: calibration, ranges, choice; told in full in the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from export.contract.signature import Signature
+from export.graph.trace import ExportError
+from export.lowering.quantise import CODES, Kind, Quantisation, match_products
+from export.proof.fidelity import TOLERANCES
+from export.proof.verify import Report, reference_pixels
+from export.quantising.calibration import (
+    Calibration,
+    calibrate,
+    calibration_pixels,
+    fingerprint,
+    linear_layers,
+    read_calibration,
+    save_calibration,
+)
+from export.quantising.choice import PROXY, Choice, choose, measure_products
+from export.quantising.ranges import Range, choose_range, clipping_note, unpack_move
+from export.quantising.trials import Trials, at_size
+from export.weights_origin import encoder_config
+from neck.necks import Sam3DualViTDetNeck
+from neck.pictures import PictureFolder
+
+AUTO = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantiseOptions:
+    """What is asked of an FP8 or INT8 file.
+
+    Attributes:
+        products: patterns of products, or `all`; with `auto`, or without any, as many of them as the budget allows.
+        budget: relative L2 that every feature may err; None is the precision's tolerance.
+        calibration: where the calibration lies, or shall lie.
+    """
+
+    products: tuple[str, ...] = ()
+    budget: float | None = None
+    calibration: Path | None = None
+
+
+class Settled(NamedTuple):
+    """What is quantised, and what the manifest says of it."""
+
+    quantisation: Quantisation
+    facts: dict[str, Any]
+
+
+def check_quantise(options: QuantiseOptions, precision: str) -> None:
+    """Refuses options that no export can have.
+
+    Raises:
+        ExportError: saying which.
+    """
+    if precision not in CODES:
+        if options != QuantiseOptions():
+            raise ExportError(f"--quantise, --budget and --calibration are of fp8 and int8, --precision is {precision}")
+        return
+    if options.budget is not None and not 0 < options.budget < 1:
+        raise ExportError(f"--budget {options.budget:g}: expected a relative L2 between 0 and 1")
+    path = options.calibration
+    if path is not None and (path.suffix != ".safetensors" or path.is_dir()):
+        raise ExportError(f"--calibration {path}: expected a file that ends in .safetensors")
+
+
+def budget_tolerances(options: QuantiseOptions, tolerances: Mapping[str, float]) -> dict[str, float]:
+    """The overrides of the tolerances with what a budget means for the features; those that were asked come last."""
+    return _of_budget(options.budget) | dict(tolerances)
+
+
+def manifest_tolerances(manifest: Mapping[str, Any], tolerances: Mapping[str, float] | None) -> dict[str, float]:
+    """The same for a file that is there: its export's budget, where one was given."""
+    facts = manifest.get("quantisation") or {}
+    return _of_budget(facts.get("budget")) | dict(tolerances or {})
+
+
+def _of_budget(budget: float | None) -> dict[str, float]:
+    """The default is no override, whose cosine would be looser than the default's."""
+    return {} if budget in (None, TOLERANCES["fp8"].relative_l2) else {"*_feat_*": budget}
+
+
+def all_tolerances(
+    manifest: Mapping[str, Any] | None, options: QuantiseOptions, tolerances: Mapping[str, float]
+) -> dict[str, float]:
+    """Those of a plan: the budget of its file or of its own products, then those that were asked."""
+    return manifest_tolerances(manifest or {}, budget_tolerances(options, tolerances))
+
+
+def settle(
+    encoder: Sam3DualViTDetNeck,
+    signature: Signature,
+    kind: Kind,
+    options: QuantiseOptions,
+    images: Path | PictureFolder | None,
+    notes: list[str],
+    report: Report = lambda line: None,
+) -> Settled:
+    """Calibrates, or reads a calibration, and chooses products and ranges.
+
+    Args:
+        encoder: the plain encoder, set to the signature's size.
+        signature: of the export.
+        kind: fp8 or int8.
+        options: what is asked.
+        images: pictures to calibrate on, where no calibration is there.
+        notes: takes what the user must know.
+        report: told of every step.
+
+    Raises:
+        CalibrationError, PictureError, ExportError: pictures, a calibration or patterns that do not serve.
+    """
+    layers = linear_layers(encoder)
+    patterns = options.products or (AUTO,)
+    names = match_products([one for one in patterns if one != AUTO] or ["all"], layers)
+    calibration = _calibration(encoder, signature, options, images, notes, report)
+    report(f"ranges of {len(names)} products")
+    ranges = {name: choose_range(name, calibration.layers[name], layers[name].weight.detach(), kind) for name in names}
+    curve: tuple[dict[str, Any], ...] = ()
+    if AUTO in patterns:
+        choice = _chosen(encoder, signature, kind, options, images, ranges, report)
+        ranges, curve = {name: ranges[name] for name in names if name in choice.names}, choice.curve
+    encoder.set_imgsz(signature.image_size)
+    if note := clipping_note(ranges, kind):
+        notes.append(note)
+    facts = {
+        "kind": kind,
+        "asked": list(patterns),
+        "budget": _budget(options, kind),
+        "pictures": calibration.pictures,
+        "calibration": str(options.calibration) if options.calibration else None,
+        "images": str(PictureFolder.of(images).path) if images is not None else None,
+        "of": len(layers),
+        "curve": list(curve),
+        "products": {name: one.to_dict() for name, one in ranges.items()},
+    }
+    return Settled(quantisation_of(kind, ranges), facts)
+
+
+def _budget(options: QuantiseOptions, kind: Kind) -> float:
+    return options.budget if options.budget is not None else TOLERANCES[kind].relative_l2
+
+
+def _chosen(
+    encoder: Sam3DualViTDetNeck,
+    signature: Signature,
+    kind: Kind,
+    options: QuantiseOptions,
+    images: Path | PictureFolder | None,
+    ranges: Mapping[str, Range],
+    report: Report,
+) -> Choice:
+    """Tries the products alone at a small size, then sets of them at the export's own."""
+    found, patch = quantisation_of(kind, ranges), encoder_config(encoder).patch_size
+    layers = {name: layer for name, layer in linear_layers(encoder).items() if name in ranges}
+    small = at_size(signature, PROXY, patch)
+    pixels = reference_pixels(small, images, 1)
+    trials = Trials(encoder, small, pixels, found)
+    state = options.calibration.with_suffix(f".{kind}.json") if options.calibration else None
+    key = {
+        "encoder": fingerprint(encoder),
+        "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
+        "outputs": [signature.necks, signature.levels],
+        "ranges": {name: [one.scale, one.share] for name, one in ranges.items()},
+    }
+    tokens = math.prod(side // patch for side in signature.image_size)
+    products = measure_products(layers, tokens, trials.run, key, state, report)
+    if small.image_size != signature.image_size:
+        trials = Trials(encoder, signature, reference_pixels(signature, images, 1), found)
+    return choose(products, _budget(options, kind), lambda names: trials.run(*names), kind, report)
+
+
+def manifest_quantisation(manifest: Mapping[str, Any]) -> Quantisation | None:
+    """What a file quantises, by its manifest; None for one that does not."""
+    facts = manifest.get("quantisation")
+    if not facts:
+        return None
+    scales = {name: one["scale"] for name, one in facts["products"].items()}
+    moves = {name: unpack_move(one["move"]) for name, one in facts["products"].items() if one["move"]}
+    return Quantisation(facts["kind"], scales, moves)
+
+
+def quantisation_of(kind: Kind, ranges: Mapping[str, Range]) -> Quantisation:
+    """What ranges mean for the graph."""
+    scales = {name: one.scale for name, one in ranges.items()}
+    return Quantisation(kind, scales, {name: one.move for name, one in ranges.items() if one.move is not None})
+
+
+def _calibration(
+    encoder: Sam3DualViTDetNeck,
+    signature: Signature,
+    options: QuantiseOptions,
+    images: Path | PictureFolder | None,
+    notes: list[str],
+    report: Report,
+) -> Calibration:
+    if options.calibration is not None and options.calibration.exists():
+        report(f"calibration: {options.calibration}")
+        return read_calibration(options.calibration, encoder, signature.image_size)
+    encoder.set_imgsz(signature.image_size)
+    found = calibrate(encoder, calibration_pixels(signature, images, notes), report)
+    if options.calibration is not None:
+        save_calibration(options.calibration, found)
+    return found

@@ -1,0 +1,107 @@
+"""What some quantised products do to the features: the plain module with those layers rounded, from their block on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from export.contract.signature import Signature
+from export.graph.rewrite import shallow_copy
+from export.lowering.quantise import Kind, Quantisation, encode_weight
+from export.proof.fidelity import Comparison, compare_output, tolerance_for
+from export.proof.verify import reference_outputs
+from export.quantising.calibration import linear_layers
+from export.quantising.ranges import decode
+from neck.necks import Sam3DualViTDetNeck
+from neck.trunk import ViTDetTrunk
+
+ONE = torch.ones(())
+
+
+@contextlib.contextmanager
+def rounded_layers(encoder: Sam3DualViTDetNeck, found: Quantisation) -> Iterator[None]:
+    """Rounds inputs and weights of some linear layers as the file will, while the context lasts."""
+    layers, weights, hooks = linear_layers(encoder), {}, []
+    try:
+        for name, scale in found.scales.items():
+            layer, move = layers[name], found.moves.get(name, ONE)
+            weights[name] = layer.weight
+            codes = encode_weight((layer.weight.detach() * move).T, found.kind, name)
+            layer.weight = nn.Parameter(codes.values().T.contiguous(), requires_grad=False)
+            hooks.append(layer.register_forward_pre_hook(partial(_round_input, scale, move, found.kind)))
+        yield
+    finally:
+        for name, weight in weights.items():
+            layers[name].weight = weight
+        for hook in hooks:
+            hook.remove()
+
+
+def _round_input(scale: float, move: Tensor, kind: Kind, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    return (decode(inputs[0] / move, scale, kind),)
+
+
+class Trials:
+    """Trials at one image size on one batch of pictures; the blocks before the first rounded one run once.
+
+    Args:
+        encoder: the plain encoder; its image size is set to the signature's by every trial.
+        signature: necks, levels and image size.
+        pixels: uint8 (B, H, W, 3).
+        found: of every product that may be quantised.
+    """
+
+    def __init__(
+        self,
+        encoder: Sam3DualViTDetNeck,
+        signature: Signature,
+        pixels: np.ndarray,
+        found: Quantisation,
+    ) -> None:
+        self.encoder, self.signature, self.found = encoder, signature, found
+        self.pixels = pixels
+        self.inputs: list[Tensor] = []
+        encoder.set_imgsz(signature.image_size)
+        blocks = cast(ViTDetTrunk, encoder.trunk).blocks
+        keep = [block.register_forward_pre_hook(lambda _, inputs: self.inputs.append(inputs[0])) for block in blocks]
+        try:
+            self.reference = self._features(encoder)
+        finally:
+            for hook in keep:
+                hook.remove()
+
+    def run(self, *names: str) -> list[Comparison]:
+        """The figures of every feature with these products quantised."""
+        start = min(int(name.split(".")[2]) for name in names)
+        self.encoder.set_imgsz(self.signature.image_size)
+        encoder, trunk = shallow_copy(self.encoder), shallow_copy(cast(ViTDetTrunk, self.encoder.trunk))
+        trunk.blocks = nn.ModuleList(list(trunk.blocks)[start:])
+        encoder.trunk = trunk
+        skip = trunk.blocks[0].register_forward_pre_hook(lambda _, inputs: (self.inputs[start], *inputs[1:]))
+        try:
+            scales = {name: self.found.scales[name] for name in names}
+            with rounded_layers(self.encoder, dataclasses.replace(self.found, scales=scales)):
+                found = self._features(encoder)
+        finally:
+            skip.remove()
+        return [
+            compare_output(name, self.reference[name], array, tolerance_for(name, self.found.kind))
+            for name, array in found.items()
+        ]
+
+    def _features(self, encoder: Sam3DualViTDetNeck) -> dict[str, np.ndarray]:
+        found = reference_outputs(encoder, self.pixels, self.signature)
+        return {name: array for name, array in found.items() if "_feat_" in name}
+
+
+def at_size(signature: Signature, most: int, patch: int) -> Signature:
+    """The signature with each side of its pictures at most so long, in whole patches."""
+    height, width = (min(side, most // patch * patch) for side in signature.image_size)
+    return dataclasses.replace(signature, image_size=(height, width))

@@ -1,0 +1,29 @@
+// What Python's tests run of the library itself:
+//   neck-tests engine PLAN
+//   neck-tests pool PLAN THREADS REQUESTS [SECONDS]
+//   neck-tests share PLAN                        two threads in one context, which the stand-in must see
+// with a plan of float32 (1 to 4, 3, 2, 2) in, float16 and float32 of 5 channels out; and
+//   neck-tests half                              65536 float32: every half
+//   neck-tests picture FILE                      uint8 pixels, then float32 normalised
+//   neck-tests resize HEIGHT WIDTH THREADS FILE...   uint8 pixels of that size
+//   neck-tests safetensors|plan|pictures FILE... one line for each: what is in it, or the error
+//   neck-tests leak|overflow                     does wrong what the sanitizers and the stand-ins must see
+#include <cstdlib>
+
+#include "expect.hpp"
+#include "tests.hpp"
+
+int main(int count, char** values) {
+    const std::string kind = count > 1 ? values[1] : "";
+    if (kind == "engine" && count == 3) {
+        test_engine(values[2]);
+    } else if (kind == "share" && count == 3) {
+        share_a_context(values[2]);
+    } else if (kind == "pool" && count > 4) {
+        test_pool(values[2], std::atoi(values[3]), std::atoi(values[4]),
+                  std::chrono::seconds(count > 5 ? std::atoi(values[5]) : 0));
+    } else {
+        return kind.empty() ? 2 : probe(count, values);
+    }
+    return failures == 0 ? 0 : 1;
+}

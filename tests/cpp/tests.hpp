@@ -1,0 +1,15 @@
+// The parts of neck-tests; main.cpp says how each is called.
+#pragma once
+
+#include <chrono>
+#include <string>
+
+void test_engine(const std::string& plan);
+void test_pool(const std::string& plan, int threads, int requests, std::chrono::seconds least);
+
+/// Two threads use one context at a time, as they would by a pool that is broken; the stand-in ends the program. Where
+/// it does not see it, five minutes.
+void share_a_context(const std::string& plan);
+
+/// \return the exit status.
+int probe(int count, char** values);

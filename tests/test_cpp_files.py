@@ -1,0 +1,151 @@
+"""What the C++ library reads of files: safetensors, damaged files of every kind, halves."""
+
+from __future__ import annotations
+
+import random
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cpp_build import (
+    PLAN,
+    Programs,
+    settings,
+    why_missing,
+    write_plan,
+)
+from cpp_pictures import turned, write_picture
+from safetensors.numpy import save_file
+
+from export.contract.manifest import manifest_path
+
+pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
+
+
+MUTANTS = 250
+
+Write = Callable[[Path], Path]
+
+
+def test_halves_are_numpys(programs: Programs) -> None:
+    ended = subprocess.run([programs.path("neck-tests"), "half"], capture_output=True, env=settings({}))
+    found = np.frombuffer(ended.stdout, np.float32)
+    with np.errstate(invalid="ignore"):
+        wanted = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
+    assert np.array_equal(found, wanted, equal_nan=True)
+    assert np.array_equal(np.signbit(found), np.signbit(wanted))
+
+
+def mutants(data: bytes, seed: int, count: int = MUTANTS) -> list[bytes]:
+    """The file cut anywhere, with bytes changed, removed, repeated, or with the largest numbers in it."""
+    chance, made = random.Random(seed), []
+    for number in range(count):
+        copy = bytearray(data)
+        place = chance.randrange(len(copy))
+        if number % 5 == 0:
+            del copy[place:]
+        elif number % 5 == 1:
+            copy[place : place + 4] = b"\xff" * chance.choice([1, 2, 4, 8])
+        elif number % 5 == 2:
+            del copy[place : place + chance.randrange(1, 9)]
+        elif number % 5 == 3:
+            copy[place:place] = copy[place : place + 40]
+        else:
+            for _ in range(chance.randrange(1, 6)):
+                copy[chance.randrange(len(copy))] = chance.randrange(256)
+        made.append(bytes(copy))
+    return made
+
+
+def small_safetensors(path: Path) -> Path:
+    save_file({"pixels": np.zeros((1, 2, 2, 3), np.uint8), "a": np.arange(6, dtype=np.float32)}, path)
+    return path
+
+
+def one_plan(path: Path) -> Path:
+    return manifest_path(write_plan(path.parent))
+
+
+@pytest.mark.parametrize(
+    ("kind", "write"),
+    [
+        ("safetensors", lambda folder: small_safetensors(folder / "x.safetensors")),
+        ("pictures", lambda folder: write_picture(folder / "x.png")),
+        ("pictures", lambda folder: write_picture(folder / "x.jpg")),
+        ("pictures", lambda folder: turned(folder / "x.png", size=16)),
+        ("plan", lambda folder: one_plan(folder / "x")),
+    ],
+    ids=["safetensors", "png", "jpeg", "exif", "manifest"],
+)
+def test_damaged_files_do_no_harm(programs: Programs, tmp_path: Path, kind: str, write: Write) -> None:
+    """Each is read or refused in one line; the sanitizers see the rest."""
+    whole = write(tmp_path)
+    files = []
+    for number, data in enumerate([whole.read_bytes(), *mutants(whole.read_bytes(), seed=7)]):
+        folder = tmp_path / f"mutant{number}"
+        folder.mkdir()
+        files.append(folder / (whole.name if kind != "plan" else "x.plan"))
+        files[-1].write_bytes(data if kind != "plan" else PLAN)
+        if kind == "plan":
+            manifest_path(files[-1]).write_bytes(data)
+    ran = programs.run("neck-tests", kind, *files)
+    assert ran.code == 0
+    assert all(line.startswith("libpng warning: ") for line in ran.err.splitlines())  # GD leaves them on stderr
+    lines = ran.out.splitlines()
+    assert len(lines) == len(files)
+    assert lines[0].startswith("read:")
+    errors = [line for line in lines[1:] if line.startswith("error: ")]
+    assert len(errors) > MUTANTS // 2
+    assert all(line.startswith("read:") for line in lines[1:] if line not in errors)
+
+
+def test_arrays_are_numpys(programs: Programs, tmp_path: Path) -> None:
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.array(3, np.int64),
+        "c": np.zeros((0, 4), np.uint8),
+        "d": np.arange(5, dtype=np.int32),
+        "e": np.array([1.5, -2], np.float16),
+    }
+    save_file(arrays, tmp_path / "x.safetensors", metadata={"made": "by hand"})
+    ran = programs.run("neck-tests", "safetensors", tmp_path / "x.safetensors")
+    wanted = {f"{name} {value.dtype} {value.shape} sum {float(value.sum()):.6f}" for name, value in arrays.items()}
+    assert set(ran.out.strip().removeprefix("read: ").removesuffix(";").split("; ")) == wanted
+
+
+def raw(header: str, data: bytes = bytes(8)) -> bytes:
+    return struct.pack("<Q", len(header)) + header.encode() + data
+
+
+def entry(begin: int, end: int, shape: str = "[1]", dtype: str = '"F32"') -> str:
+    return f'{{"dtype": {dtype}, "shape": {shape}, "data_offsets": [{begin}, {end}]}}'
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"1234567", "is damaged: it ends too early"),
+        (struct.pack("<Q", 2**63), "is no safetensors file, or its end is missing"),
+        (raw("[1]"), "its header is no JSON object"),
+        (raw(f'{{"a": {entry(0, 4)}}}'), "is damaged: it has 4 bytes more than its tensors"),
+        (raw(f'{{"a": {entry(0, 4)}, "b": {entry(0, 4)}}}'), "is damaged: 'b' is not where it should be"),
+        (raw(f'{{"a": {entry(0, 4)}, "b": {entry(8, 12)}}}'), "is damaged: 'b' is not where it should be"),
+        (raw(f'{{"a": {entry(4, 0)}}}'), "'a' has no place in the file"),
+        (raw(f'{{"a": {entry(0, 8)}}}'), "'a' has 8 bytes, not those of float32 (1,)"),
+        (raw(f'{{"a": {entry(0, 8, "[-2]")}}}'), "'a' has sides or offsets that are no numbers"),
+        (raw(f'{{"a": {entry(0, 8, "[4294967296, 4294967296, 4294967296]")}}}'), "'a': a tensor cannot be float32"),
+        (raw(f'{{"a": {entry(0, 8, dtype="3")}}}'), "'a' is of type '3'; expected U8"),
+        (raw('{"a": 3}'), "'a' is not described as it should be"),
+        (raw(f'{{"\\u001b[2J": {entry(0, 4)}}}'), "has a tensor with the odd name '\\x1b[2J'"),
+    ],
+)
+def test_a_safetensors_file_that_is_not_whole_is_refused(
+    programs: Programs, tmp_path: Path, data: bytes, message: str
+) -> None:
+    (tmp_path / "x.safetensors").write_bytes(data)
+    ran = programs.run("neck-tests", "safetensors", tmp_path / "x.safetensors")
+    assert ran.out.startswith(f"error: {tmp_path / 'x.safetensors'}: {message}")
+    assert ran.out.endswith("; `neck-export verify --save-reference` writes such a file\n")

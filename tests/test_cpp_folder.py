@@ -1,0 +1,138 @@
+"""neck-engine --serve-folder: features of a folder of pictures, resumed after kills."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cpp_build import (
+    PLAN,
+    Programs,
+    settings,
+    stand_in_outputs,
+    why_missing,
+    write_plan,
+)
+from cpp_pictures import cut, noise
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from neck.pictures import load_pictures, read_picture
+
+pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
+
+
+def serve(programs: Programs, folder: Path, *options: Any, **environment: str) -> Any:  # noqa: ANN401
+    arguments = (folder / "plan" / "x.plan", "--serve-folder", folder / "in", folder / "out", *options)
+    return programs.run("neck-engine", *arguments, **environment)
+
+
+def folder_of(folder: Path, count: int) -> list[Path]:
+    """A plan and pictures of it, every tenth damaged."""
+    write_plan(folder / "plan")
+    (folder / "in").mkdir()
+    paths = [noise(folder / "in" / f"{index:03}.{('png', 'jpg')[index % 2]}", 20, 16 + index) for index in range(count)]
+    for path in paths[::10]:
+        cut(path)
+    (folder / "in" / "notes.txt").touch()
+    (folder / "in" / ".hidden.png").touch()
+    return paths
+
+
+def check_features(folder: Path, paths: list[Path]) -> None:
+    """Every picture that can be read has its own features, whole, with its size; nothing else is there."""
+    good = [path for index, path in enumerate(paths) if index % 10]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [f"{path.name}.safetensors" for path in good]
+    wanted = stand_in_outputs(load_pictures(good, (16, 16)))
+    for index, path in enumerate(good):
+        with safe_open(folder / "out" / f"{path.name}.safetensors", "np") as stored:
+            told = stored.metadata()
+            assert (told["height"], told["width"]) == ("20", str(read_picture(path).shape[1]))
+            assert float(told["scale_y"]) == 1.25
+            for name, values in wanted.items():
+                found = stored.get_tensor(name)
+                assert found.shape == (1, 8, 4, 4)
+                assert (
+                    np.abs(found - values[index]).max() < 4.3 / 255
+                )  # one level of 2 / 255, doubled, and a half's step
+
+
+MOMENTS = ["enqueueV3:1", "cudaMemcpyAsync:4", "cudaStreamSynchronize:2", "enqueueV3:3", "cudaEventRecord:9"]
+
+
+@pytest.mark.parametrize(
+    ("count", "moments"), [(61, MOMENTS), pytest.param(500, [*MOMENTS, *MOMENTS], marks=pytest.mark.slow)]
+)
+def test_a_folder_is_served_and_resumed_after_kills(
+    programs: Programs, tmp_path: Path, count: int, moments: list[str]
+) -> None:
+    paths = folder_of(tmp_path, count)
+    before: dict[Path, int] = {}
+    for moment in moments:
+        assert serve(programs, tmp_path, STAND_IN_KILL=moment).code == -9
+        found = list((tmp_path / "out").glob("*.safetensors"))
+        assert all(len(load_file(path)) == 2 for path in found)  # whole
+        now = {path: path.stat().st_ino for path in found}
+        assert now.items() >= before.items()  # what was done is not done again
+        before = now
+    ran = serve(programs, tmp_path)
+    bad = (count + 9) // 10
+    assert ran.code == 0
+    assert ran.out == (
+        f"{tmp_path / 'out'}: features of {count - bad - len(before)} pictures written, {len(before)} were there, "
+        f"{bad} cannot be read\n"
+    )
+    assert len(ran.err.splitlines()) == bad
+    assert all(line.startswith(f"neck-engine: left out: {tmp_path / 'in'}") for line in ran.err.splitlines())
+    check_features(tmp_path, paths)
+    assert {path: path.stat().st_ino for path in before} == before
+
+
+def test_a_folder_that_cannot_be_served_is_told(programs: Programs, tmp_path: Path) -> None:
+    paths = folder_of(tmp_path, 3)
+    assert serve(programs, tmp_path, "--batch", 3).code == 0  # two pictures that can be read: not filled
+    check_features(tmp_path, paths)
+    wrong = serve(programs, tmp_path, "--batch", 5)
+    assert wrong.code == 1
+    assert "batches of 5 pictures; expected image: float32 (1 to 4, 3, 16, 16)" in wrong.err.splitlines()[-1]
+    write_plan(tmp_path / "plan", PLAN + b"scratch 2000\n")
+    ran = serve(programs, tmp_path)
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.error.endswith("has features of another plan; give another folder, or remove them")
+    for path in paths:
+        path.unlink()
+    assert serve(programs, tmp_path).error.endswith("put files there that end in .png, .jpg or .jpeg")
+    assert "cannot be listed" in programs.run("neck-engine", tmp_path, "--serve-folder", "none", tmp_path).error
+    assert programs.run("neck-engine", tmp_path, "--serve-folder", tmp_path).code == 2
+
+
+OUTPUT_TYPES = {"sam3_feat_0": "float16", "sam3_pos_0": "float32"}
+
+
+def test_a_plan_of_a_fixed_batch_serves_fewer(programs: Programs, tmp_path: Path) -> None:
+    """One picture for a plan that takes two."""
+    paths = folder_of(tmp_path, 2)
+    text = PLAN.replace(b"-1,3,16,16 1,2,4", b"2,3,16,16 2,2,2").replace(b"-1,8", b"2,8")
+    facts = {"inputs": [{"name": "image", "dtype": "float32", "shape": [2, 3, 16, 16]}]}
+    shapes = [{"name": name, "dtype": kind, "shape": [2, 8, 4, 4]} for name, kind in OUTPUT_TYPES.items()]
+    write_plan(tmp_path / "plan", text, **facts, outputs=shapes, batch="2")
+    ran = serve(programs, tmp_path)
+    assert ran.code == 0, ran.err
+    check_features(tmp_path, paths)
+
+
+def test_a_terminal_is_shown_how_far_it_is(programs: Programs, tmp_path: Path) -> None:
+    folder_of(tmp_path, 3)  # the first is damaged
+    mine, its = os.openpty()
+    command = [programs.path("neck-engine"), tmp_path / "plan" / "x.plan"]
+    command += ["--serve-folder", tmp_path / "in", tmp_path / "out"]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=its, env=settings({}), timeout=600)
+    os.close(its)
+    shown = os.read(mine, 65536).decode()
+    os.close(mine)
+    assert ended.returncode == 0
+    assert "\r3 of 3 pictures" in shown.replace("\r\n", "\n")

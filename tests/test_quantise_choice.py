@@ -1,0 +1,188 @@
+"""Which products are quantised: each measured once, taken by time saved per error, the set measured as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import load_golden, traced
+from exporting import checkpoint_of, config_of, neck_export_cli, trace_quickly
+
+from export.contract.signature import Signature
+from export.lowering.quantise import Quantisation, match_products
+from export.proof.fidelity import TOLERANCES, Comparison
+from export.proof.verify import reference_outputs, reference_pixels
+from export.quantising.calibration import CalibrationError, calibrate, linear_layers
+from export.quantising.choice import (
+    Choice,
+    Product,
+    choose,
+    curve_lines,
+    expected_error,
+    measure_products,
+    order_products,
+)
+from export.quantising.ranges import choose_range
+from export.quantising.settle import QuantiseOptions, budget_tolerances, manifest_tolerances
+from export.quantising.trials import Trials, at_size, rounded_layers
+
+BUDGET = TOLERANCES["fp8"].relative_l2
+"""All 16 products in FP8 err 0.1 here."""
+
+
+@pytest.fixture(autouse=True)
+def _trace_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace_quickly(monkeypatch)
+
+
+@functools.cache
+def signature() -> Signature:
+    golden = load_golden("meta-dual")
+    return traced(golden.encoder, golden.config, necks="sam3", positions="none").signature
+
+
+@functools.cache
+def trials() -> Trials:
+    encoder = load_golden("meta-dual").encoder
+    pixels = reference_pixels(signature(), None, 1)
+    layers, found = linear_layers(encoder), calibrate(encoder, pixels).layers
+    scales = {name: choose_range(name, found[name], layers[name].weight, "fp8").scale for name in layers}
+    return Trials(encoder, signature(), pixels, Quantisation("fp8", scales))
+
+
+@functools.cache
+def measured() -> tuple[Product, ...]:
+    layers = linear_layers(load_golden("meta-dual").encoder)
+    return tuple(measure_products(layers, 64, trials().run, {}, None, lambda line: None))
+
+
+@functools.cache
+def chosen() -> Choice:
+    return choose(measured(), BUDGET, lambda names: trials().run(*names), "fp8")
+
+
+def worst(names: Sequence[str]) -> float:
+    return max(row.relative_l2 for row in trials().run(*names))
+
+
+@pytest.mark.parametrize("patterns", [["*.2.mlp.fc1"], ["*.1.attn", "*.3.mlp"]])
+def test_a_trial_that_begins_at_its_block_is_a_whole_one(patterns: list[str]) -> None:
+    encoder, names = (
+        load_golden("meta-dual").encoder,
+        match_products(patterns, linear_layers(load_golden("meta-dual").encoder)),
+    )
+    pixels = reference_pixels(signature(), None, 1)
+    plain = reference_outputs(encoder, pixels, signature())
+    with rounded_layers(encoder, Quantisation("fp8", {name: trials().found.scales[name] for name in names})):
+        whole = reference_outputs(encoder, pixels, signature())
+    errors = [np.linalg.norm(whole[row] - plain[row]) / np.linalg.norm(plain[row]) for row in plain if "feat" in row]
+    assert worst(names) == pytest.approx(max(errors), rel=1e-3)
+    assert max(errors) > 1e-3
+    after = reference_outputs(encoder, pixels, signature())
+    assert all(np.array_equal(after[row], plain[row]) for row in plain)  # the encoder is as it was
+
+
+def test_the_choice_fills_the_budget_and_other_orders_err_more() -> None:
+    """The controls: as many products by chance, and in the worst order."""
+    count = len(chosen().names)
+    assert 4 <= count < 16
+    assert worst(chosen().names) <= BUDGET
+    ordered = [one.name for one in order_products(measured())]
+    assert chosen().names == tuple(ordered[:count])
+    assert worst(ordered[: count + 1]) > 0.95 * BUDGET
+    chance = [random.Random(seed).sample(ordered, count) for seed in range(5)]
+    assert np.median([worst(names) for names in chance]) > worst(chosen().names)
+    assert worst(ordered[-count:]) > worst(chosen().names)
+
+
+def test_squares_add() -> None:
+    products = order_products(measured())
+    assert expected_error(products) == pytest.approx(worst([one.name for one in products]), rel=0.5)
+    assert expected_error(products) > 1.5 * max(one.worst for one in products)
+    lines = curve_lines(chosen().curve, len(chosen().names))
+    assert "published rates" in lines[0]
+    assert sum("<- chosen" in line for line in lines) == 1
+    shares = [row["share"] for row in chosen().curve]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0, 1)
+
+
+def figures(error: float) -> list[Comparison]:
+    return [Comparison("sam3_feat_0", 0, 0, error, 1 - error**2 / 2, 0, TOLERANCES["int8"])]
+
+
+@pytest.mark.parametrize("fits", [1, 2, 7, 30, 39, 40])
+@pytest.mark.parametrize("bias", [0.6, 1.0, 1.7])
+def test_the_search_finds_the_last_set_that_fits(fits: int, bias: float) -> None:
+    """Also where the squares do not add as expected."""
+    products = [Product(f"p{index:02}", 100, {"sam3_feat_0": 0.001 * bias}) for index in range(40)]
+    tried = []
+
+    def run(names: Sequence[str]) -> list[Comparison]:
+        tried.append(len(names))
+        return figures(0.01 * len(names) / (fits + 0.5))
+
+    assert len(choose(products, 0.01 / 0.95, run, "int8").names) == fits
+    assert len(tried) == len(set(tried)) <= 10  # of 40
+
+
+def test_a_budget_that_nothing_meets() -> None:
+    with pytest.raises(CalibrationError, match=r"--budget 0.001: no product stays within it; .*, alone gives 0\.0\d"):
+        choose(measured(), 0.001, lambda names: trials().run(*names), "fp8")
+
+
+def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
+    layers = linear_layers(load_golden("meta-dual").encoder)
+    state, asked = tmp_path / "c.fp8.json", []
+
+    def run(name: str, most: int = 100) -> list[Comparison]:
+        if len(asked) == most:
+            raise KeyboardInterrupt
+        asked.append(name)
+        return figures(0.01)
+
+    measure = functools.partial(measure_products, layers, 64, key={"scales": [1, 2]}, state=state, report=print)
+    with pytest.raises(KeyboardInterrupt):
+        measure(run=functools.partial(run, most=3))
+    assert len(json.loads(state.read_text())["errors"]) == 3
+    assert len(measure(run=run)) == 16
+    assert sorted(asked) == sorted(layers)
+    measure_products(layers, 64, run, {"scales": [1]}, state, print)  # the control: of other ranges
+    assert len(asked) == 32
+
+
+def test_a_budget_is_the_tolerance_of_the_features() -> None:
+    """The default is none that is given: an override of 0.05 would take a cosine of 0.9975."""
+    assert budget_tolerances(QuantiseOptions(), {"sam3_feat_0": 0.1}) == {"sam3_feat_0": 0.1}
+    assert budget_tolerances(QuantiseOptions(budget=0.05), {}) == {}
+    assert budget_tolerances(QuantiseOptions(budget=0.03), {}) == {"*_feat_*": 0.03}
+    assert manifest_tolerances({"quantisation": {"budget": 0.03}}, None) == {"*_feat_*": 0.03}
+    assert manifest_tolerances({"quantisation": None}, None) == {}
+
+
+def test_small_pictures_are_of_whole_patches() -> None:
+    large = dataclasses.replace(signature(), image_size=(1008, 224))
+    assert at_size(large, 336, 14).image_size == (336, 224)
+    assert at_size(large, 100, 14).image_size == (98, 98)
+
+
+def test_auto_from_end_to_end(tmp_path: Path) -> None:
+    words = ["onnx", "--checkpoint", checkpoint_of("meta-dual"), "--config", config_of("meta-dual"), "--neck", "sam3"]
+    words += ["--positions", "none", "--precision", "fp8", "--output", tmp_path / "a.onnx"]
+    ran = neck_export_cli(*words)
+    assert ran.code == 0, ran.err
+    assert "<- chosen" in ran.out
+    quantisation = json.loads((tmp_path / "a.json").read_text())["quantisation"]
+    assert quantisation["asked"] == ["auto"]
+    assert 4 <= len(quantisation["products"]) < quantisation["of"] == 16
+    assert len(quantisation["curve"]) >= 9
+    refused = neck_export_cli(*words[:-1], tmp_path / "b.onnx", "--budget", "0.001")
+    assert refused.code == 1
+    assert "no product stays within it" in refused.err
+    assert not list(tmp_path.glob("b*"))
