@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from engines.attach import AttachError, attach, detach
 from engines.live.encoder import DeployedEncoder, EncoderError
+from engines.live.file_runtimes import RuntimeFileError
 from engines.live.found import find_encoder
 from engines.live.stand_ins import FpnStandIn
-from engines.run.file_runtimes import RuntimeFileError
 from export.contract.manifest import ManifestError
 from export.options import ExportOptions
 from export.pipeline import export_onnx

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from engines.attach import AttachError, attach, detach
 from engines.live.encoder import DeployedEncoder, EncoderError
+from engines.live.file_runtimes import OrtFile, RuntimeFileError
 from engines.plan import PlanOptions, make_plan
-from engines.run.file_runtimes import OrtFile, RuntimeFileError
 from engines.run.session import SessionError
 from export.contract.manifest import ManifestError
 from export.contract.signature import BatchRange

@@ -32,8 +32,8 @@ MOST_FILES = 14
 MOST_LINES = 280
 """CONVENTIONS asks for about 250."""
 
-FRONT_DOOR_LINES = 700
-"""The command line has every option of nine commands with its help, and little else."""
+FRONT_DOOR_LINES = 750
+"""The command line has every option of ten commands with its help, and little else."""
 
 
 def sources(floor: str) -> list[Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from engines.builder.plan_kind import is_plan
-from engines.run.file_runtimes import OpenVinoFile, OrtFile
+from engines.live.file_runtimes import OpenVinoFile, OrtFile
 from engines.run.open_plan import open_plan
 from engines.run.session import Session
 from export.proof.verify import require_runtime
