@@ -341,6 +341,35 @@ def verify(
 
 
 @app.command()
+def masks(
+    file: Annotated[Path, typer.Argument(help="A plan or an ONNX file of neck-export")],
+    model: Annotated[Path, typer.Option(help="The whole SAM 3: a folder of transformers")],
+    images: Annotated[Path, typer.Option(help="Folder of pictures; all are used")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A text: objects of its kind")] = None,
+    points: Annotated[list[str] | None, typer.Option(help="X,Y: the object there; parts of width and height")] = None,
+    boxes: Annotated[list[str] | None, typer.Option(help="X0,Y0,X1,Y1: the object in it; parts, too")] = None,
+    picture_range: PictureRange = None,
+    gate: Annotated[float, typer.Option(help="The lowest mean mask IoU that passes", min=0, max=1)] = 0.99,
+    threshold: Annotated[float, typer.Option(help="The least score of an object", min=0, max=1)] = 0.5,
+    check: Annotated[bool, typer.Option(help="Refuse a file of other weights than the model's")] = True,
+    save: Annotated[Path | None, typer.Option(help="Folder for pictures of both masks and their difference")] = None,
+) -> None:
+    """Runs the whole SAM 3 with its own encoder and with the file: are the masks the same?"""
+    spots, frames = parse_places(points, 2, "--points"), parse_places(boxes, 4, "--boxes")
+    with stage() as report:
+        from benchmarks.masks.compare import MasksOptions, compare_masks
+        from benchmarks.masks.objects import lines, worst_lines
+        from benchmarks.masks.transformers_models import Prompts
+
+        folder, prompts = pictures(images, picture_range) or images, Prompts(tuple(prompt or ()), spots, frames)
+        options = MasksOptions(file, model, folder, prompts, gate=gate, threshold=threshold, check=check, save=save)
+        found = compare_masks(options, report)
+    typer.echo("\n".join(lines(found)))
+    if not found["passed"]:
+        _fail("\n".join([f"{file}: the masks are not the model's", *worst_lines(found)]), 3)
+
+
+@app.command()
 def triton(
     model: Annotated[Path, typer.Argument(help="A plan (TensorRT), or an ONNX file, of neck-export")],
     more: Annotated[
@@ -575,6 +604,17 @@ def pictures(images: Path | None, picture_range: str | None) -> Path | PictureFo
         return PictureFolder(images, ValueRange.parse(picture_range))
     except PictureError as error:
         raise typer.BadParameter(str(error), param_hint="--picture-range") from None
+
+
+def parse_places(given: list[str] | None, count: int, option: str) -> tuple[tuple[float, ...], ...]:
+    """Reads points or boxes: so many numbers with commas each."""
+    try:
+        places = tuple(tuple(map(float, text.split(","))) for text in given or ())
+    except ValueError:
+        places = ((),)
+    if any(len(place) != count for place in places):
+        raise typer.BadParameter(f"expected {count} numbers with commas, such as 0.5", param_hint=option)
+    return places
 
 
 def parse_opset(opset: str) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 from engines.builder.onnx_graph import BuildError
 from engines.sheet.layer_sheet import read_sheet
 from export.contract.manifest import check_files, manifest_path, read_manifest
-from export.inspect import quantised_line
+from export.inspect import masks_lines, quantised_line
 
 
 def inspect_plan(path: Path) -> dict[str, Any]:
@@ -50,6 +50,7 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
     if graph := checked.get("onnx"):
         word = "verified" if graph["verified"] else "NOT verified"
         lines.append(f"  graph   {word}: {graph.get('method') or graph.get('reason')}")
+    lines += masks_lines(found)
     sheet = read_sheet(path)
     return [*lines, "", sheet.table(kernels)] if sheet else [*lines, no_sheet_line(found)]
 

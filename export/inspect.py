@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
         check_files(manifest_path(path), manifest, hashes=False)
         keys = ("created", "versions", "precision", "weights", "verification")
         found["manifest"] = {key: manifest[key] for key in keys}
-        found["manifest"] |= {key: manifest.get(key) for key in ("residual", "quantisation")}
+        found["manifest"] |= {key: manifest.get(key) for key in ("residual", "quantisation", "masks")}
         check_claims(manifest_path(path), manifest, needs)
     except ReaderError as error:
         found["readers_problem"] = str(error)
@@ -169,4 +169,15 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
         f"  from    {origin}, {precision}, {manifest['created']}",
         f"  {verdict}: {verification.get('method') or verification.get('reason')}",
         *(f"    {row['name']}: relative L2 {row['relative_l2']}" for row in verification.get("outputs", [])),
+        *masks_lines(manifest),
     ]
+
+
+def masks_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """What `neck-export masks` found of a file, in a line; none where it was not asked."""
+    masks = manifest.get("masks")
+    if not masks:
+        return []
+    verdict = "masks are the model's" if masks["passed"] else "masks are NOT the model's"
+    found = f"mean IoU {masks['mean_iou']:.4f}, worst {masks['worst_iou']:.4f}, {masks['objects']} objects"
+    return [f"  {verdict}: {found}, {masks['lost']} lost, {masks['found']} found in {masks['pictures']} pictures"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from neck.checkpoint import load_encoder
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install '.[sam3]'")
 
-from tiny_sam3 import SIZE, frames, load_model, make_sure, save_model, text_ids  # noqa: E402 - it imports transformers
+from tiny_sam3 import SIZE, frames, load_model, make_sure, save_model, save_tokenizer, text_ids  # noqa: E402 - it imports transformers
 
 TOLERANCE = 1e-4
 """Of an output's largest value; found are up to 2e-6."""
@@ -357,3 +358,27 @@ def test_deployed_encoder_is_shared_by_nobody_else(file: Path) -> None:
         assert len(second[0]) == 4
     with pytest.raises(EncoderError, match="is closed"):
         one(frames(1))
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["image", "video"])
+def test_the_snippets_of_the_docs(
+    index: int, checkpoint: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/use.md, run in a folder with a model, its file (under the name x.onnx) and pictures."""
+    text = (Path(__file__).parent.parent / "docs" / "use.md").read_text(encoding="utf-8")
+    snippet = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[index]
+    shutil.copytree(checkpoint, tmp_path / "sam3")
+    save_tokenizer(tmp_path / "sam3")
+    (tmp_path / "build").mkdir()
+    for path in file.parent.iterdir():
+        shutil.copy(path, tmp_path / "build" / path.name)
+    (tmp_path / "frames").mkdir()
+    picture = Path(__file__).parent / "data" / "preprocess" / "picture_0.png"
+    for name in ("picture.png", "frames/0.png", "frames/1.png"):
+        shutil.copy(picture, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    with torch.no_grad():
+        exec(compile(snippet.replace("sam3-encoder", "x"), "use.md", "exec"), names)
+    masks = names["masks"]
+    assert masks.shape == (1, 4, 32, 32) if index == 0 else len(masks) == 2

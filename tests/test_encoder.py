@@ -15,8 +15,9 @@ import torch
 from conftest import GOLDEN_TOLERANCE, load_golden, named_outputs, worst_error
 from exporting import golden_options, trace_quickly
 from stand_in_gpu.play import play
-from torch import Tensor
+from torch import Tensor, nn
 
+from engines.attach import AttachError, attach, detach
 from engines.live.encoder import DeployedEncoder, EncoderError
 from engines.plan import PlanOptions, make_plan
 from engines.run.file_runtimes import OrtFile, RuntimeFileError
@@ -217,3 +218,61 @@ def test_files_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
         DeployedEncoder(path)
     with pytest.raises(RuntimeFileError, match=r"OpenVINO .* does not load it"):
         DeployedEncoder(path, runtime="openvino")
+
+
+class Backbone(nn.Module):
+    """Holds an encoder as Meta's and Ultralytics' models do: drops the last level, or runs one neck alone."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.vision_backbone, self.scalp = encoder, 1
+
+    def both(self, pictures: Tensor) -> list[Tensor]:
+        return [one for levels in self.vision_backbone.forward(pictures) for one in levels[: -self.scalp]]
+
+    def sam2_alone(self, pictures: Tensor) -> list[Tensor]:
+        x = self.vision_backbone.trunk(pictures)[-1]
+        pair = self.vision_backbone.sam_forward_feature_levels(x, self.vision_backbone.sam2_convs)
+        return [one for levels in pair for one in levels[: -self.scalp]]
+
+
+class Predictor:
+    """Has a model, as a predictor does once it is set up."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self.model = model
+
+
+def test_attached_where_trunk_and_convs_are(folder: Path) -> None:
+    """Meta's and Ultralytics' structure, both necks, through a predictor; to the bit after detach."""
+    own = load_golden("meta-dual").encoder
+    model = nn.ModuleDict({"backbone": Backbone(own)})
+    backbone, predictor = model["backbone"], Predictor(model)
+    with torch.no_grad():
+        for run in (backbone.both, backbone.sam2_alone):
+            want = run(images())
+            attach(predictor, folder / "both.onnx")
+            found = run(images())
+            assert len(found) == len(want)
+            assert all((a - b).abs().max() < GOLDEN_TOLERANCE * b.abs().max() for a, b in zip(found, want, strict=True))
+            backbone.vision_backbone.set_imgsz((112, 112))
+            last = backbone.vision_backbone(images())[0][3]
+            assert last.isnan().all() and last.shape == (1, 16, 4, 4)
+            detach(predictor)
+            assert all(torch.equal(a, b) for a, b in zip(run(images()), want, strict=True))
+    with pytest.raises(AttachError, match="it has no model yet; set it up first"):
+        attach(Predictor(None), folder / "both.onnx")
+
+
+def test_a_neck_that_nobody_reads_may_lack(folder: Path, tmp_path: Path) -> None:
+    model = nn.ModuleDict({"backbone": Backbone(load_golden("meta-dual").encoder)})
+    alone = with_manifest(folder / "both.onnx", tmp_path, necks=["sam3"])
+    with pytest.raises(
+        AttachError, match=r"has no neck sam2, .*--neck sam3,sam2 .*attach\(\.\.\., necks=\('sam3',\)\)"
+    ):
+        attach(model, alone)
+    attach(model, alone, necks=("sam3",))
+    with torch.no_grad():
+        sam3, _, sam2, _ = model["backbone"].vision_backbone(images())
+    assert len(sam3) == 4 and sam2 is None
+    detach(model)

@@ -18,7 +18,7 @@ STAIRS = {
     "neck": ("weights",),
     "export": ("contract", "graph", "lowering", "proof", "quantising"),
     "engines": ("sheet", "builder", "run", "live", "service"),
-    "benchmarks": ("measure", "results", "report", "gpu"),
+    "benchmarks": ("measure", "results", "report", "masks", "gpu"),
 }
 """The folders of a floor, lowest first: each may import those before it. Files beside them may import any."""
 

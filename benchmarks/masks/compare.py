@@ -1,0 +1,122 @@
+"""Runs a whole SAM 3 twice, with its own encoder and with a file in its place, and compares what users see."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.masks.drawing import save_pictures
+from benchmarks.masks.objects import Objects, differ, figures
+from benchmarks.masks.transformers_models import Prompts, Segment, load_segmenter
+from engines.attach import attach, detach
+from engines.builder.plan_kind import is_plan
+from export.contract.manifest import manifest_path, read_manifest, replace_manifest
+from export.proof.verify import SIMULATED
+from export.weights_origin import manifest_signature
+from neck.pictures import PictureFolder, find_pictures, load_pictures
+
+GATE = 0.99
+THRESHOLD = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class MasksOptions:
+    """What to compare.
+
+    Attributes:
+        file: a plan or an ONNX file, its manifest beside it.
+        model: a folder of transformers.
+        images: pictures, all of which are used.
+        prompts: what is asked for.
+        gate: the lowest mean mask IoU that passes.
+        threshold: the least score of an object.
+        check: refuse a file of other weights than the model's.
+        save: a folder for pictures of both masks and their difference.
+    """
+
+    file: Path
+    model: Path
+    images: Path | PictureFolder
+    prompts: Prompts
+    gate: float = GATE
+    threshold: float = THRESHOLD
+    check: bool = True
+    save: Path | None = None
+
+
+def compare_masks(options: MasksOptions, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Compares, writes the figures into the file's manifest, and returns them.
+
+    Raises:
+        MasksError: the model, or prompts that it does not take.
+        AttachError, EncoderError, ManifestError, SessionError, RuntimeFileError: the file cannot be used with it.
+        PictureError: pictures that cannot be read.
+    """
+    where, plan = manifest_path(options.file), is_plan(options.file)
+    manifest = read_manifest(where, "plan" if plan else "onnx")
+    folder = PictureFolder.of(options.images)
+    paths, size = find_pictures(folder.path), manifest_signature(where, manifest).image_size
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    report(f"model: {options.model}")
+    model, segment = load_segmenter(options.model, options.prompts, device, options.threshold)
+    simulated = device == "cpu" and not plan and manifest.get("precision") != "fp32"
+
+    def pictures() -> Any:  # noqa: ANN401 - an iterator of pixels
+        return (load_pictures([path], size, folder.value_range)[0] for path in paths)
+
+    own, other = run_twice(model, segment, options.file, pictures, options.check, simulated, report)
+    names = options.prompts.names
+    found = [
+        differ(path.name, name, one, two)
+        for path, mine, theirs in zip(paths, own, other, strict=True)
+        for name, one, two in zip(names, mine, theirs, strict=True)
+    ]
+    method = (
+        f"{type(model).__name__} on {device}, its own encoder against the file, score threshold {options.threshold}"
+    )
+    values = figures(found, options.gate) | {
+        "method": f"{method}; {SIMULATED}" if simulated else method,
+        "model": str(options.model),
+        "prompts": names,
+    }
+    replace_manifest(where, manifest | {"masks": values})
+    if options.save is not None:
+        save_pictures(options.save, paths, pictures(), own, other)
+    return values
+
+
+def run_twice(
+    model: nn.Module,
+    segment: Segment,
+    file: Path,
+    pictures: Callable[[], Any],
+    check: bool = True,
+    simulated: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> tuple[list[list[Objects]], list[list[Objects]]]:
+    """The objects of every picture, by a model's own encoder and by the file; the model is then as before.
+
+    Any package's model can be compared so.
+
+    Args:
+        model: SAM 3, as attach takes it.
+        segment: asks the model for the objects of a picture.
+        file: the file.
+        pictures: gives the pictures anew, each RGB (H, W, 3) at the file's size.
+        check, simulated: as in attach.
+        report: told of every step.
+    """
+    encoder = attach(model, file, check=check, simulated=simulated)  # first: what does not fit is told at once
+    try:
+        report("objects: with the file")
+        other = [segment(pixels) for pixels in pictures()]
+    finally:
+        detach(model)
+    del encoder
+    report("objects: with the model's own encoder")
+    return [segment(pixels) for pixels in pictures()], other

@@ -1,0 +1,164 @@
+"""SAM 3 of transformers, asked for the objects of a picture by texts, or by points and boxes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.masks.objects import MasksError, Objects
+from neck.pictures import Pixels, normalise
+
+Segment = Callable[[Pixels], list[Objects]]
+"""Takes RGB pixels (H, W, 3) at the model's size; gives the objects of every prompt."""
+
+TEXT_TOKENS = 32
+DETECTORS = ("sam3", "sam3_video")
+TRACKERS = ("sam3_tracker_video", "sam3_video")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """What is asked for in every picture: texts, or points and boxes.
+
+    Attributes:
+        texts: such as "a cup"; each may have any number of objects.
+        points: (x, y), each one object; parts of the picture's width and height.
+        boxes: (x0, y0, x1, y1), the same.
+    """
+
+    texts: tuple[str, ...] = ()
+    points: tuple[tuple[float, ...], ...] = ()
+    boxes: tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        places = self.points + self.boxes
+        if bool(self.texts) == bool(places):
+            raise MasksError("ask for objects by --prompt TEXT, or by --points X,Y and --boxes X0,Y0,X1,Y1")
+        for place in places:
+            if not all(0 <= side <= 1 for side in place):
+                raise MasksError(f"{place}: expected parts of the picture's width and height, 0 to 1")
+        if any(box[0] >= box[2] or box[1] >= box[3] for box in self.boxes):
+            raise MasksError("a box is empty; give its left, upper, right and lower sides")
+
+    @property
+    def names(self) -> list[str]:
+        """What each prompt is called."""
+        return [*self.texts, *(f"point {place}" for place in self.points), *(f"box {place}" for place in self.boxes)]
+
+
+def load_segmenter(folder: Path, prompts: Prompts, device: str, threshold: float) -> tuple[nn.Module, Segment]:
+    """Loads the model that takes the prompts.
+
+    Args:
+        folder: config.json, weights and, for texts, the tokenizer.
+        prompts: what it is asked.
+        device: where it runs.
+        threshold: the least score of an object.
+
+    Returns:
+        The model, and what asks it.
+
+    Raises:
+        MasksError: no such model, one that does not take these prompts, or transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise MasksError("transformers is not installed; pip install 'neck-export[sam3]'") from None
+    kind = _kind(folder)
+    wanted, name = (DETECTORS, "Sam3Model") if prompts.texts else (TRACKERS, "Sam3TrackerVideoModel")
+    if kind not in wanted:
+        takes = "--points and --boxes" if kind in TRACKERS else "--prompt" if kind in DETECTORS else "nothing of this"
+        raise MasksError(f"{folder}: a model of type {kind!r} takes {takes}; these prompts need {' or '.join(wanted)}")
+    transformers.utils.logging.set_verbosity_error()  # its report of keys that belong to other classes
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, told = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder) if prompts.texts else None
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise MasksError(f"{folder}: transformers cannot load it ({' '.join(str(error).split())[:300]})") from None
+    if told["missing_keys"]:
+        lacking = sorted(told["missing_keys"])
+        raise MasksError(f"{folder}: lacks {len(lacking)} of {name}'s tensors ({', '.join(lacking[:3])}, ...)")
+    model = model.eval().to(device)
+    if prompts.texts:
+        return model, lambda pixels: by_text(model, tokenizer, prompts, _image(pixels, device), threshold)
+    return model, lambda pixels: by_place(model, prompts, _image(pixels, device), threshold)
+
+
+def by_text(model: Any, tokenizer: Any, prompts: Prompts, image: Tensor, threshold: float) -> list[Objects]:  # noqa: ANN401
+    """Objects of each text; the picture is encoded once."""
+    with torch.inference_mode():
+        embeds = model.get_vision_features(pixel_values=image)
+        found = []
+        for text in prompts.texts:
+            words = tokenizer(text, return_tensors="pt", padding="max_length", max_length=TEXT_TOKENS, truncation=True)
+            ids, mask = words["input_ids"].to(image.device), words["attention_mask"].to(image.device)
+            given = model(vision_embeds=embeds, input_ids=ids, attention_mask=mask)
+            presence = given.presence_logits.sigmoid().flatten()[0]
+            scores = given.pred_logits[0].sigmoid() * presence
+            kept = scores > threshold
+            masks, boxes = given.pred_masks[0][kept] > 0, given.pred_boxes[0][kept]
+            found.append(Objects(_numpy(masks), _numpy(boxes), _numpy(scores[kept]), float(presence)))
+        return found
+
+
+def by_place(model: Any, prompts: Prompts, image: Tensor, threshold: float) -> list[Objects]:  # noqa: ANN401
+    """The object at each point and in each box: the first frame of a video of one."""
+    from transformers import Sam3TrackerVideoInferenceSession
+
+    height, width = image.shape[2:]
+    session = Sam3TrackerVideoInferenceSession(
+        image, height, width, image.device, image.device, image.device, dtype=image.dtype
+    )
+    for place in (*prompts.points, *prompts.boxes):
+        corners = torch.tensor(place).view(1, 1, -1, 2) * torch.tensor([width, height])
+        labels = [1] if len(place) == 2 else [2, 3]  # a click on the object; a box's two corners
+        given = {"point_coords": corners, "point_labels": torch.tensor([[labels]], dtype=torch.int32)}
+        session.add_point_inputs(session.obj_id_to_idx(len(session.obj_ids)), 0, given)
+    session.obj_with_new_inputs = list(session.obj_ids)
+    with torch.inference_mode():
+        given = model(session, frame_idx=0)
+    masks, scores = _numpy(given.pred_masks[:, 0] > 0), _numpy(given.object_score_logits[:, 0].sigmoid())
+    found = []
+    for index, score in enumerate(scores):
+        kept = slice(index, index + 1 if score > threshold else index)
+        boxes = np.array([_extent(mask) for mask in masks[kept]], np.float32).reshape(-1, 4)
+        found.append(Objects(masks[kept], boxes, scores[kept], float(score)))
+    return found
+
+
+def _extent(mask: Any) -> tuple[int, int, int, int]:  # noqa: ANN401 - a boolean array
+    """The box around a mask."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0)
+
+
+def _image(pixels: Pixels, device: str) -> Tensor:
+    return normalise(pixels[None]).to(device)
+
+
+def _numpy(value: Tensor) -> Any:  # noqa: ANN401 - an array of its type
+    return value.float().cpu().numpy() if value.is_floating_point() else value.cpu().numpy()
+
+
+def _kind(folder: Path) -> str:
+    """The model_type of a folder's config.json."""
+    if folder.is_file():
+        raise MasksError(f"{folder}: is a file; masks needs the whole model as a folder of transformers (config.json)")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str(config["model_type"])
+    except FileNotFoundError:
+        raise MasksError(
+            f"{folder}: holds no config.json; give a folder of transformers, such as facebook/sam3's"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MasksError(f"{folder / 'config.json'}: cannot be read ({error!r}); fetch the model again") from None

@@ -1,0 +1,243 @@
+"""The whole model twice: a sound file passes, and every kind of wrong file is seen in the masks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from exporting import neck_export_cli
+from onnx import helper
+from PIL import Image
+
+from benchmarks.masks.objects import Objects, box_iou, differ, figures, mask_ious
+from export.contract.manifest import file_entry
+from export.options import ExportOptions
+from export.pipeline import export_onnx
+
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install '.[sam3]'")
+
+from tiny_sam3 import save_model, save_tokenizer  # noqa: E402 - it imports transformers
+
+PICTURES = Path(__file__).parent / "data" / "preprocess"
+TEXTS = ("--prompt", "cat", "--prompt", "a cup", "--threshold", "0.2")
+"""Scores of the tiny model lie between 0.3 and 0.7."""
+PLACES = ("--points", "0.4,0.5", "--boxes", "0.1,0.2,0.6,0.7")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tokenizer(save_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """x.onnx, and half.onnx of the same trace."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, precision in (("x", "fp32"), ("half", "fp16")):
+        export_onnx(ExportOptions(folder / f"{name}.onnx", model, necks="both", precision=precision, verify=False))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for name in ("picture_0.png", "picture_1.png"):
+        shutil.copy(PICTURES / name, folder)
+    return folder
+
+
+def copied(files: Path, folder: Path, name: str = "x") -> Path:
+    for path in files.glob(f"{name}.*"):
+        shutil.copy(path, folder)
+    return folder / f"{name}.onnx"
+
+
+def changed(files: Path, folder: Path, change: Any) -> Path:  # noqa: ANN401 - of a graph
+    """A copy with another graph, whose manifest knows its new hash."""
+    path = copied(files, folder)
+    model = onnx.load(path, load_external_data=False)
+    change(model.graph)
+    onnx.save(model, path)
+    manifest = json.loads(path.with_suffix(".json").read_text())
+    manifest["files"] = [file_entry(path.with_name(entry["name"])) for entry in manifest["files"]]
+    path.with_suffix(".json").write_text(json.dumps(manifest))
+    return path
+
+
+def run(file: Path, model: Path, pictures: Path, *more: str | Path) -> Any:  # noqa: ANN401
+    return neck_export_cli("masks", file, "--model", model, "--images", pictures, *more)
+
+
+@pytest.mark.parametrize("asked", [TEXTS, PLACES], ids=["texts", "places"])
+def test_an_fp32_file_gives_the_same_masks(
+    asked: tuple[str, ...], files: Path, model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    file = copied(files, tmp_path)
+    ran = run(file, model, pictures, *asked, "--save", tmp_path / "drawn")
+    assert ran.code == 0, ran
+    assert "2 pictures, " in ran.out and " 0 lost, 0 found" in ran.out and "mask IoU  mean 1.000" in ran.out
+    told = json.loads(file.with_suffix(".json").read_text())["masks"]
+    assert told["passed"] and told["objects"] >= 4 and told["mean_iou"] > 0.9995 and told["largest_score_error"] < 1e-4
+    assert "simulated" not in told["method"]
+    assert "masks are the model's: mean IoU 1.000" in neck_export_cli("inspect", file).out
+    drawn = Image.open(tmp_path / "drawn" / "picture_0.png.masks.png")
+    assert drawn.size == (3 * 112, 112) and len(list((tmp_path / "drawn").iterdir())) == 2
+    third = np.asarray(drawn)[:, 224:]
+    shown = np.asarray(drawn)[:, :112]
+    assert (shown != np.asarray(drawn)[:, 112:224]).any()  # two colours
+    assert not (third == [255 // 2, 0, 96 // 2]).all(-1).any()
+
+
+def test_an_fp16_file_by_its_simulation(files: Path, model: Path, pictures: Path, tmp_path: Path) -> None:
+    """FP16 through 4 blocks moves masks of a random model by a few pixels; the figures are shown."""
+    file = copied(files, tmp_path, "half")
+    ran = run(file, model, pictures, *TEXTS, "--gate", "0.9")
+    assert ran.code == 0, ran
+    told = json.loads(file.with_suffix(".json").read_text())["masks"]
+    assert 0.9 < told["mean_iou"] <= 1 and "simulated: every FP16" in told["method"] and told["method"] in ran.out
+    assert 1e-6 < told["largest_score_error"] < 0.1
+
+
+def other_weights(graph: onnx.GraphProto) -> None:
+    """Another neck: its outputs are taken from the other's."""
+    for level in range(4):
+        swap_names(graph, f"sam3_feat_{level}", f"sam2_feat_{level}")
+
+
+def swapped_levels(graph: onnx.GraphProto) -> None:
+    """Level 0 is level 1 enlarged, level 1 is level 0 thinned out."""
+    rename(graph, "sam3_feat_0", "fine")
+    rename(graph, "sam3_feat_1", "coarse")
+    for source, target, factor in (("coarse", "sam3_feat_0", 2.0), ("fine", "sam3_feat_1", 0.5)):
+        scales = helper.make_tensor(f"{target}.scales", onnx.TensorProto.FLOAT, [4], [1, 1, factor, factor])
+        graph.initializer.append(scales)
+        graph.node.append(helper.make_node("Resize", [source, "", scales.name], [target], mode="nearest"))
+
+
+def without_positions(graph: onnx.GraphProto) -> None:
+    for level in range(4):
+        rename(graph, f"sam3_pos_{level}", f"pos_{level}")
+        graph.node.append(helper.make_node("Sub", [f"pos_{level}", f"pos_{level}"], [f"sam3_pos_{level}"]))
+
+
+def rename(graph: onnx.GraphProto, old: str, new: str) -> None:
+    """Gives a value inside the graph another name; the graph's output keeps its own."""
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [new if name == old else name for name in names]
+
+
+def swap_names(graph: onnx.GraphProto, first: str, second: str) -> None:
+    rename(graph, first, "between")
+    rename(graph, second, first)
+    rename(graph, "between", second)
+
+
+@pytest.mark.parametrize("wrong", [other_weights, swapped_levels, without_positions], ids=lambda one: one.__name__)
+def test_a_wrong_file_is_seen(wrong: Any, files: Path, model: Path, pictures: Path, tmp_path: Path) -> None:  # noqa: ANN401
+    file = changed(files, tmp_path, wrong)
+    ran = run(file, model, pictures, *TEXTS, "--no-check")
+    assert ran.code == 3, ran
+    assert "error: " in ran.err and "the masks are not the model's" in ran.err and "picture_" in ran.err
+    told = json.loads(file.with_suffix(".json").read_text())["masks"]
+    assert not told["passed"] and told["below_gate"]
+    assert "masks are NOT the model's" in neck_export_cli("inspect", file).out
+
+
+def test_other_weights_are_refused_before(files: Path, model: Path, pictures: Path, tmp_path: Path) -> None:
+    file = copied(files, tmp_path)
+    where = file.with_suffix(".json")
+    manifest = json.loads(where.read_text())
+    manifest["fingerprints"]["sam3"]["float32"] = "0" * 64
+    where.write_text(json.dumps(manifest))
+    ran = run(file, model, pictures, *TEXTS)
+    assert ran.code == 1 and "holds other weights than the model's encoder at vision_encoder (sam3)" in ran.err
+    assert "masks" not in json.loads(where.read_text())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "ask for objects by --prompt TEXT, or by --points X,Y and --boxes X0,Y0,X1,Y1"),
+        ((*TEXTS, "--points", "0.5,0.5"), "ask for objects by --prompt TEXT, or by"),
+        (("--points", "0.5,1.5"), "(0.5, 1.5): expected parts of the picture's width and height, 0 to 1"),
+        (("--boxes", "0.5,0.5,0.4,0.6"), "a box is empty; give its left, upper, right and lower sides"),
+        (("--prompt", "cat", "--threshold", "0.99"), "no object above the score threshold in any picture"),
+    ],
+)
+def test_prompts_that_cannot_be(words: tuple[str, ...], message: str, files: Path, model: Path, pictures: Path) -> None:
+    ran = run(files / "x.onnx", model, pictures, *words)
+    assert ran.code == 1 and message in ran.err and len(ran.err.splitlines()) <= 2
+
+
+def test_points_that_are_no_numbers(files: Path, model: Path, pictures: Path) -> None:
+    for words in (("--points", "a,b"), ("--points", "0.1,0.2,0.3"), ("--boxes", "0.1,0.2")):
+        assert run(files / "x.onnx", model, pictures, *words).code == 2
+
+
+def test_models_that_cannot_be(files: Path, model: Path, pictures: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    for kind, asked, message in (
+        (
+            "sam3_tracker_video",
+            TEXTS,
+            "a model of type 'sam3_tracker_video' takes --points and --boxes; these prompts need",
+        ),
+        ("sam3", PLACES, "a model of type 'sam3' takes --prompt; these prompts need sam3_tracker_video or sam3_video"),
+        ("clip", TEXTS, "a model of type 'clip' takes nothing of this"),
+        ("sam3_video", TEXTS, "transformers cannot load it"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+        ran = run(files / "x.onnx", tmp_path, pictures, *asked)
+        assert ran.code == 1 and message in ran.err and len(ran.err.splitlines()) <= 2, ran
+    for path, message in (
+        (model / "model.safetensors", "is a file; masks needs the whole model as a folder of transformers"),
+        (pictures, "holds no config.json"),
+    ):
+        ran = run(files / "x.onnx", path, pictures, *TEXTS)
+        assert ran.code == 1 and message in ran.err, ran
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    ran = run(files / "x.onnx", model, empty, *TEXTS)
+    assert ran.code == 1 and "holds no picture" in ran.err
+
+
+def objects(*squares: tuple[int, int], side: int = 4, presence: float = 1.0) -> Objects:
+    """Squares by their upper left corners in a picture of 16 x 16."""
+    masks = np.zeros((len(squares), 16, 16), bool)
+    for mask, (top, left) in zip(masks, squares, strict=True):
+        mask[top : top + side, left : left + side] = True
+    boxes = np.array([(left, top, left + side, top + side) for top, left in squares], np.float32).reshape(-1, 4)
+    return Objects(masks, boxes, np.linspace(0.9, 0.6, len(squares), dtype=np.float32), presence)
+
+
+def test_objects_are_paired_by_their_masks() -> None:
+    one = differ("a", "cat", objects((0, 0), (8, 8)), objects((8, 9), (0, 0), presence=0.75))
+    assert (
+        one.ious == (1.0, 12 / 20) and one.box_ious == (1.0, pytest.approx(12 / 20)) and (one.lost, one.found) == (0, 0)
+    )
+    assert one.score_errors == (pytest.approx(0.3), pytest.approx(0.3)) and one.presence_error == 0.25
+    gone = differ("b", "cat", objects((0, 0), (8, 8)), objects((0, 3)))
+    assert (gone.ious, gone.lost, gone.found, gone.worst) == ((), 2, 1, 0.0)
+    none = differ("c", "cat", objects(), objects())
+    assert (none.ious, none.lost, none.found, none.worst) == ((), 0, 0, 1.0)
+    assert mask_ious(np.zeros((1, 2, 2), bool), np.zeros((1, 2, 2), bool))[0, 0] == 1
+    assert box_iou(np.zeros(4, np.float32), np.zeros(4, np.float32)) == 1
+
+
+def test_the_verdict() -> None:
+    same, near = (
+        differ("a", "cat", objects((0, 0)), objects((0, 0))),
+        differ("b", "cat", objects((8, 8)), objects((8, 9))),
+    )
+    assert figures([same], 0.99)["passed"] and not figures([same, near], 0.99)["passed"]
+    found = figures([same, near], 0.8)
+    assert found["passed"] and found["mean_iou"] == 0.8 and found["worst_iou"] == 0.6 and found["worst_picture"] == "b"
+    lost = differ("c", "cat", objects((0, 0)), objects())
+    assert not figures([same, lost], 0.1)["passed"]
+    assert figures([same, lost], 0.1)["worst_picture"] == "c"
