@@ -204,7 +204,7 @@ def test_small_operators_on_the_cpu_are_no_reason() -> None:
     [
         ("tensorrt-10.3", ["tensorrt-10.3"]),
         ("TensorRT-10.13.3 , openvino", ["tensorrt-10.13.3", "openvino-2026.4"]),
-        ("jetpack-6.2", ["tensorrt-10.3"]),
+        ("jetpack-6.2", ["tensorrt-10.3@8.7"]),
         ("jetpack-7.0", ["tensorrt-10.13"]),
         ("triton-25.09", ["tensorrt-10.13.3", "onnxruntime-gpu-1.23.0"]),
         ("triton-25.10", ["tensorrt-10.13.3", "onnxruntime-gpu-1.23.1"]),

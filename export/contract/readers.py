@@ -83,8 +83,7 @@ class Reader:
     @property
     def name(self) -> str:
         """How a message names it: `TensorRT 10.3`."""
-        on = f" on compute capability {self.capability}" if self.capability else ""
-        return f"{TITLES[self.family]} {self.version or self.since}{on}"
+        return f"{TITLES[self.family]} {self.version or self.since}"
 
     @property
     def full_name(self) -> str:

@@ -63,7 +63,8 @@ def _check_types(readers: Sequence[Reader], precision: Precision) -> None:
     wanted = CODES[precision].name if precision in CODES else TYPES[precision].name
     small = [one for one in readers if one.capability and version_key(one.capability) < FP8_CAPABILITY]
     if wanted == FP8 and small:
-        raise ReaderError(f"--precision fp8: {small[0].name}: {NO_FP8}; use --precision int8")
+        where = f"{small[0].name} on compute capability {small[0].capability}"
+        raise ReaderError(f"--precision fp8: {where}: {NO_FP8}; use --precision int8")
     unable = [reader.name for reader in readers if wanted not in reader.types]
     if unable:
         able = [reader.name for reader in readers if wanted in reader.types]
