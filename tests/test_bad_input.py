@@ -240,7 +240,7 @@ def test_bad_option(arguments: tuple[str, ...], words: tuple[str, ...], tmp_path
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--precision", "fp8"),
+        ("--precision", "fp4"),
         ("--precision", ""),
         ("--attention", "fast"),
         ("--positions", "graphs"),

@@ -299,5 +299,5 @@ def test_no_server(programs: Programs, tmp_path: Path) -> None:
         assert "; " in ran.error
     assert programs.run("neck-triton").code == 2
     assert programs.run("neck-triton", "localhost:1").code == 2
-    assert programs.run("neck-triton", "x", "y", "--precision", "int8").code == 2
+    assert programs.run("neck-triton", "x", "y", "--precision", "int4").code == 2
     assert programs.run("neck-triton", "--help").out.startswith("Usage: neck-triton URL")
