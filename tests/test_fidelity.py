@@ -91,6 +91,8 @@ def test_tolerances_are_the_houses() -> None:
         "fp32": Tolerance(1e-4, 0.99999),
         "fp16": Tolerance(1e-2, 0.9995),
         "bf16": Tolerance(5e-2, 0.998),
+        "fp8": Tolerance(5e-2, 0.998),
+        "int8": Tolerance(5e-2, 0.998),
     } == TOLERANCES
     assert POSITION_MAX_ABS["fp16"] == 2e-3
     assert POSITION_MAX_ABS["fp32"] == 1e-5
