@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ AMOUNT = 800.0
 
 
 def plant_in_residual(state: dict[str, torch.Tensor], amount: float = AMOUNT) -> None:
-    """One channel of the residual stream is large between the blocks, and is taken back in the end."""
-    for block, sign in ((0, 1), (1, 1), (2, -1), (3, -1)):
-        state[f"{PREFIX}trunk.blocks.{block}.attn.proj.bias"][5] += sign * amount
+    """One channel of the residual stream is large after the second block, and is taken back in the end."""
+    for module, share in (("1.mlp.fc2", 2), ("2.attn.proj", -1), ("3.attn.proj", -1)):
+        state[f"{PREFIX}trunk.blocks.{module}.bias"][5] += share * amount
 
 
 def lowered(precision: Precision, residual: Residual, rewrites: Rewrites | None = None) -> ir.Model:
@@ -50,23 +51,22 @@ ON_THE_WAY = ("/Add", "/Add_1", ".attn.proj/Add", ".mlp.fc1/Add", ".mlp/Gelu", "
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("rewrites", [None, Rewrites.none()])
-def test_the_stream_changes_but_for_its_last_sum(precision: Precision, rewrites: Rewrites | None) -> None:
+def test_the_stream_changes_but_for_one_sum(precision: Precision, rewrites: Rewrites | None) -> None:
     plain, made = types(lowered(precision, "auto", rewrites)), types(lowered(precision, "fp32", rewrites))
-    last = load_golden("meta-dual").config.depth - 1
-    wanted = {f"trunk.blocks.{block}{name}" for block in range(last + 1) for name in ON_THE_WAY} | {"trunk/Add"}
-    wanted -= {f"trunk.blocks.{last}/Add_1", f"trunk.blocks.{last}.mlp.fc2/Add"}
+    blocks = range(load_golden("meta-dual").config.depth)
+    wanted = {f"trunk.blocks.{block}{name}" for block in blocks for name in ON_THE_WAY} | {"trunk/Add"}
+    wanted -= {"trunk.blocks.1/Add", "trunk.blocks.1.attn.proj/Add"}
     assert {name for name, kind in made.items() if kind != plain.get(name, kind)} == wanted
     assert {made[name] for name in wanted} == {"FLOAT"}
-    assert made.keys() - plain.keys() == {f"trunk.blocks.{last}/stored_stream"}
+    assert made.keys() - plain.keys() == {"trunk.blocks.1/stored_stream"}
 
 
-def test_the_last_norm_reads_the_stream_that_the_last_sum_reads() -> None:
+def test_what_the_first_block_gives_is_stored_in_the_low_precision() -> None:
     nodes = {str(node.name): node for node in lowered("fp16", "fp32").graph}
-    last = f"trunk.blocks.{load_golden('meta-dual').config.depth - 1}"
-    rounded = nodes[f"{last}/stored_stream"].outputs[0]
+    rounded = nodes["trunk.blocks.1/stored_stream"].outputs[0]
     assert rounded.dtype == ir.DataType.FLOAT16
-    assert nodes[f"{last}/Add_1"].inputs[0] is rounded
-    norm = nodes[f"{last}.norm2/LayerNormalization"].inputs[0]
+    assert nodes["trunk.blocks.1/Add"].inputs[0] is rounded
+    norm = nodes["trunk.blocks.1.norm1/LayerNormalization"].inputs[0]
     assert norm is not None and norm.producer().inputs[0] is rounded  # type: ignore[union-attr]
 
 
@@ -147,8 +147,15 @@ def test_trt_takes_fp32_where_fp16_fails_and_says_so(planted: dict[str, Any], tm
     ]
 
 
-def with_outliers(encoder: Sam3DualViTDetNeck) -> Sam3DualViTDetNeck:
-    """Eight channels of the residual stream, the same in all blocks, to which every product adds 20 times as much."""
+def with_massive_channels(encoder: Sam3DualViTDetNeck) -> Sam3DualViTDetNeck:
+    """Eight channels of the residual stream that block 1 makes large for good, as trained transformers have them."""
+    channels = torch.randperm(encoder.trunk.config.embed_dim, generator=torch.Generator().manual_seed(1))[:8]
+    encoder.trunk.blocks[1].mlp.fc2.bias[channels] += 100
+    return encoder
+
+
+def with_large_products(encoder: Sam3DualViTDetNeck) -> Sam3DualViTDetNeck:
+    """Eight channels of the stream, the same in all blocks, to which every product adds 20 times as much."""
     channels = torch.randperm(encoder.trunk.config.embed_dim, generator=torch.Generator().manual_seed(1))[:8]
     for block in encoder.trunk.blocks:
         for linear in (block.attn.proj, block.mlp.fc2):
@@ -158,12 +165,18 @@ def with_outliers(encoder: Sam3DualViTDetNeck) -> Sam3DualViTDetNeck:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("outliers", [False, True])
-def test_full_depth(outliers: bool, tmp_path: Path) -> None:
-    """The bar of `--residual fp32`; seed 0, 336 px, rounding simulation. Not yet run since the stream is FP32."""
+@pytest.mark.parametrize(
+    ("change", "share"),
+    [
+        (lambda encoder: encoder, 0.6),  # 0.58 to 0.597
+        (with_massive_channels, 0.6),  # 0.37 to 0.41
+        (with_large_products, 0.8),  # 0.72 to 0.75: what FP16 products round is large, and no sum mends that
+    ],
+)
+def test_full_depth(change: Callable[[Sam3DualViTDetNeck], Sam3DualViTDetNeck], share: float, tmp_path: Path) -> None:
+    """The bar of `--residual fp32`: each feature's relative L2 against FP16's; seed 0, 336 px, rounding simulation."""
     config = dataclasses.replace(EncoderConfig(), image_size=(336, 336))
-    encoder, signature = random_encoder(config), encoder_signature(config, positions="none")
-    encoder = with_outliers(encoder) if outliers else encoder
+    encoder, signature = change(random_encoder(config)), encoder_signature(config, positions="none")
     model, reference = trace(DeployEncoder(encoder, signature, Rewrites())), make_reference(encoder, signature)
     path, errors = tmp_path / "x.onnx", {}
     for residual in ("fp16", "fp32"):
@@ -171,13 +184,13 @@ def test_full_depth(outliers: bool, tmp_path: Path) -> None:
         lower(copy, "fp16", residual=residual)  # type: ignore[arg-type]
         ir.save(copy, path, external_data="x.onnx.data")
         errors[residual] = [row.relative_l2 for row in verify_onnx(path, signature, reference, "fp16").comparisons]
-        print("outliers" if outliers else "random", residual, errors[residual], flush=True)
-    assert all(fp32 <= 0.6 * fp16 for fp16, fp32 in zip(errors["fp16"], errors["fp32"], strict=True))
+        print(residual, errors[residual], flush=True)
+    assert all(fp32 <= share * fp16 for fp16, fp32 in zip(errors["fp16"], errors["fp32"], strict=True))
 
 
 @pytest.mark.slow
 def test_kernels_and_bytes_at_full_size(tmp_path: Path) -> None:
-    """The same: 4 blocks gave 55 kernels both and 2.293 against 2.080 GB (TensorRT-RTX 1.7). Full depth not yet run."""
+    """The same: 307 kernels both, 15.350 against 13.353 GB (TensorRT-RTX 1.7)."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
     from engines.builder.build import build_plan
     from engines.builder.options import BuildOptions
