@@ -46,8 +46,9 @@ GPU_MISSING = "needs an NVIDIA GPU with its driver, torch's CUDA build, and a Te
 
 
 LONGEST = (
-    *("trace", "build", "plan", "bench", "interrupt", "cpp_engine", "bisect", "roofline", "pipeline", "tune"),
-    *("backends", "cli", "cli_service", "simulate"),
+    *("cpp_engine", "bench", "build", "trace", "plan", "pipeline", "gpu_played", "backends", "attach", "readers"),
+    *("server_load", "cli", "interrupt", "server", "checkpoint", "cli_service", "bisect", "roofline", "bad_input"),
+    *("quantise", "tune", "head_file", "states", "forms", "layers", "browser", "cpp_client", "masks", "simulate"),
 )
 """The files that take longest, the longest first: one that is begun last keeps one core busy and the others idle."""
 
