@@ -18,9 +18,9 @@ demo: .venv/ready
 	$(BIN)/neck-export onnx --checkpoint random --precision fp16 --output build/sam3-encoder.onnx
 	$(BIN)/neck-export trt build/sam3-encoder.onnx --fp16
 
-# a process a core and one for those that wait, a file in one process, the longest files first, one thread each
+# a process a core, a file in one process, the longest files first, one thread each
 test: .venv/ready .triton/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -q -m slow
