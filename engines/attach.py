@@ -99,12 +99,10 @@ def detach(model: Any) -> None:  # noqa: ANN401 - as in attach
     if record.freed:
         raise AttachError(f"{type(model).__name__}: its own encoder was freed (free=True); load the model again")
     now = next(model.parameters(), None)
-    for slot, original in record.originals:
-        if now is not None and (now.device, now.dtype) != (
-            record.device,
-            record.dtype,
-        ):  # .half(), .to("cuda") meanwhile
+    if now is not None and (now.device, now.dtype) != (record.device, record.dtype):  # .half(), .to("cuda") meanwhile
+        for _, original in record.originals:
             original._apply(lambda value: value.to(now.device, now.dtype if value.is_floating_point() else None))
+    for slot, original in record.originals:
         setattr(slot.parent, slot.name, original)
     record.encoder.close()
 

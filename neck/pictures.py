@@ -159,6 +159,12 @@ def normalise(pixels: Pixels) -> torch.Tensor:
     return image.to(torch.float32, memory_format=torch.contiguous_format).mul_(PIXEL_SCALE).sub_(1)
 
 
+def denormalise(image: torch.Tensor) -> torch.Tensor:
+    """What `normalise` took: (B, 3, H, W) -> uint8 (B, H, W, 3) on the same device."""
+    pixels = ((image.float() + 1) * 127.5).round().clamp(0, 255)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
 def load_pictures(
     paths: Sequence[Path], size: tuple[int, int], value_range: ValueRange | None = None, say: Say = silent
 ) -> Pixels:

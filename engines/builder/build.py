@@ -20,7 +20,7 @@ from engines.builder.timing_cache import missed, read_replayed, replay_timing, r
 from engines.sheet.layer_sheet import LayerSheet
 from engines.sheet.read_layers import LayerSheetError, read_accumulations, sheet_from_inspector, sheet_from_log
 from export.contract.export_command import export_again
-from export.contract.readers import FP8_CAPABILITY, version_key
+from export.contract.readers import has_fp8
 from export.contract.signature import BATCH, TensorSpec
 
 NUMPY = {
@@ -155,7 +155,7 @@ def _check_attentions(onnx: Path, graph: Graph, options: BuildOptions) -> None:
 
 
 def _check_fp8(onnx: Path, options: BuildOptions, targets: Sequence[str]) -> None:
-    small = [target for target in targets if target != "none" and version_key(target) < FP8_CAPABILITY]
+    small = [target for target in targets if target != "none" and not has_fp8(target)]
     if options.precision == "fp8" and small:
         raise BuildError(
             f"{onnx}: no FP8 products on compute capability {', '.join(small)}, they came with 8.9; "

@@ -21,6 +21,7 @@ from export.proof.verify import positions_path
 from export.weights_origin import manifest_signature
 from neck.config import check_image_size
 from neck.necks import Outputs
+from neck.pictures import denormalise
 from neck.position import PositionEmbeddingSine
 
 Levels = tuple[list[Tensor], list[Tensor]]
@@ -61,7 +62,7 @@ class DeployedEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.path = path = Path(path)
-        plan = is_plan(path)
+        self._plan = plan = is_plan(path)
         self.manifest: dict[str, Any] = read_manifest(manifest_path(path), "plan" if plan else "onnx")
         self.signature = signature = manifest_signature(manifest_path(path), self.manifest)
         self.levels = tuple(range(len(signature.level_sizes)) if levels is None else levels)
@@ -101,7 +102,7 @@ class DeployedEncoder(nn.Module):
     @property
     def onnx_manifest(self) -> dict[str, Any] | None:
         """The manifest of the ONNX file, of which a plan keeps a copy; None of a foreign file."""
-        found: dict[str, Any] | None = self.manifest.get("onnx_manifest") if is_plan(self.path) else self.manifest
+        found: dict[str, Any] | None = self.manifest.get("onnx_manifest") if self._plan else self.manifest
         return found
 
     @property
@@ -164,7 +165,7 @@ class DeployedEncoder(nn.Module):
 
     def export_again(self, **changes: str) -> str:
         """The command that exports the file with other options."""
-        if not is_plan(self.path):
+        if not self._plan:
             return export_again(self.path, **changes)
         options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
         return f"neck-export onnx {options}, and build its plan"
@@ -224,7 +225,7 @@ class DeployedEncoder(nn.Module):
         return {name: value.to(images.device, images.dtype) for name, value in found.items()}
 
     def _infer(self, image: Tensor, wanted: Sequence[TensorSpec]) -> dict[str, Tensor]:
-        if is_plan(self.path):
+        if self._plan:
             outputs: dict[str, Tensor] = self._file.infer({"image": image})
             return {spec.name: outputs[spec.name] for spec in wanted}
         made = {
@@ -238,8 +239,7 @@ class DeployedEncoder(nn.Module):
         """The file's input: normalised numbers, or the pixels that they came from."""
         if self.signature.input == "float":
             return images.to(self.device, torch.float32).contiguous()
-        pixels = ((images.to(self.device, torch.float32) + 1) * 127.5).round().clamp(0, 255)
-        return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return denormalise(images.to(self.device))
 
     def _position(self, neck: str, level: int, images: Tensor) -> Tensor:
         """A position encoding (B, C, h, w), which is no copy for each picture."""

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from export.proof.rounding_simulation import AS_WRITTEN, simulate
-from export.proof.verify import require_runtime
+from export.proof.rounding_simulation import simulate
+from export.proof.verify import open_model, require_runtime
 
 ELEMENTS = {
     torch.float32: onnx.TensorProto.FLOAT,
@@ -52,15 +52,14 @@ class OrtFile:
             providers = [("CUDAExecutionProvider", {"device_id": device.index or 0})]
             # a node without a CUDA kernel would be computed on the CPU without a word (onnxruntime #28025)
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        source: Any = str(path)
-        if simulated:
-            model = ir.load(path)
+        model = ir.load(path) if simulated else None
+        if model is not None:
             simulate(model)
-            options.add_session_config_entry(*AS_WRITTEN)
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-            source = ir.to_proto(model).SerializeToString()
         try:
-            self._session = ort.InferenceSession(source, options, providers=providers)
+            if model is not None:
+                self._session = open_model(model, path.parent)
+            else:
+                self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no common class of its own
             why = " ".join(str(error).split())[:300]
             raise RuntimeFileError(f"{path}: ONNX Runtime {ort.__version__} does not load it ({why})") from None

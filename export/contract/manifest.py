@@ -148,6 +148,15 @@ def staging(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; what is there gets the name `path` when the block ends, whole or not at all."""
+    with staging(path) as folder:
+        staged = folder / path.name
+        yield staged
+        os.replace(staged, path)
+
+
+@contextlib.contextmanager
 def locked(folder: Path, wait: bool = True) -> Iterator[None]:
     """Holds a folder's lock.
 

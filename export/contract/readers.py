@@ -240,6 +240,11 @@ def version_key(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
+def has_fp8(capability: str) -> bool:
+    """Whether a GPU of a compute capability has FP8 products; one that is not told is taken to have them."""
+    return not capability or version_key(capability) >= FP8_CAPABILITY
+
+
 def _parts(name: str) -> list[str]:
     """The plain readers that a known product carries."""
     product, _, version = name.partition("-")

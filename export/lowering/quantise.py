@@ -195,11 +195,10 @@ def _quantise_product(
     graph: ir.Graph, name: str, node: ir.Node, scale: float, kind: Kind, inputs: dict[tuple[ir.Value, float], ir.Value]
 ) -> None:
     value, weight, result = cast(ir.Value, node.inputs[0]), cast(ir.Value, node.inputs[1]), node.outputs[0]
-    tensor = cast(ir.TensorProtocol, weight.const_value)
-    codes = encode_weight(_as_torch(tensor), kind, str(weight.name))
+    codes = encode_weight(_as_torch(cast(ir.TensorProtocol, weight.const_value)), kind, str(weight.name))
     scales = {"input_scale": scale, "weight_scale": codes.scale}
     values = {key: add_initializer(graph, f"{name}.{key}", ir.tensor(np.float32(one))) for key, one in scales.items()}
-    stored = add_initializer(graph, f"{name}.weight_{kind}", _stored(tensor, codes, str(weight.name)))
+    stored = add_initializer(graph, f"{name}.weight_{kind}", _stored(codes))
     new = []
     if (value, scale) not in inputs:
         zero = add_initializer(graph, f"{name}.input_zero", _zero(kind))
@@ -241,7 +240,7 @@ def _zero(kind: Kind) -> ir.TensorProtocol:
     return ir.tensor(np.zeros((), np.int8 if kind == "int8" else ml_dtypes.float8_e4m3fn))
 
 
-def _stored(tensor: ir.TensorProtocol, codes: Codes, name: str) -> ir.TensorProtocol:
+def _stored(codes: Codes) -> ir.TensorProtocol:
     array = codes.codes.contiguous()
     if array.dtype == torch.int8:
         return ir.tensor(array.numpy())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from export.contract.readers import FP8, FP8_CAPABILITY, NO_FP8, Reader, ReaderError, version_key
+from export.contract.readers import FP8, NO_FP8, Reader, ReaderError, has_fp8
 from export.lowering.attention import AUTO, AttentionForm
 from export.lowering.precision import TYPES, Precision
 from export.lowering.quantise import CODES
@@ -61,7 +61,7 @@ def choose_form(
 
 def _check_types(readers: Sequence[Reader], precision: Precision) -> None:
     wanted = CODES[precision].name if precision in CODES else TYPES[precision].name
-    small = [one for one in readers if one.capability and version_key(one.capability) < FP8_CAPABILITY]
+    small = [one for one in readers if not has_fp8(one.capability)]
     if wanted == FP8 and small:
         where = f"{small[0].name} on compute capability {small[0].capability}"
         raise ReaderError(f"--precision fp8: {where}: {NO_FP8}; use --precision int8")

@@ -15,7 +15,6 @@ import onnx_ir.passes.common as common_passes
 
 from export.contract.readers import (
     FP8,
-    FP8_CAPABILITY,
     NO_FP8,
     READERS,
     SMALL,
@@ -24,7 +23,7 @@ from export.contract.readers import (
     Reader,
     ReaderError,
     find_readers,
-    version_key,
+    has_fp8,
 )
 
 INTEGERS = frozenset({"BOOL", "INT32", "INT64", "UINT8"})
@@ -90,7 +89,7 @@ def why_not(reader: Reader, needs: Needs) -> str | None:
             return f"it does not build {operator} in {kind} ({count} nodes)"
         if needs.versions[operator] >= reader.on_cpu.get(operator, needs.opset + 1) and operator not in SMALL:
             return f"it computes {operator} of opset {needs.opset} on the CPU ({count} nodes)"
-    if FP8 in needs.types and reader.capability and version_key(reader.capability) < FP8_CAPABILITY:
+    if FP8 in needs.types and not has_fp8(reader.capability):
         return f"{NO_FP8}; use --precision int8"
     unknown = sorted(needs.types - reader.types - INTEGERS)
     return f"it is not known to compute in {', '.join(unknown)}" if unknown else None

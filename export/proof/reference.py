@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from export.contract.manifest import staging
+from export.contract.manifest import replacing
 from export.proof.fidelity import FidelityError
 
 
@@ -38,11 +37,9 @@ def write_reference(path: Path, pixels: np.ndarray, outputs: Mapping[str, np.nda
         FidelityError: it cannot be written.
     """
     try:
-        with staging(path) as folder:
-            staged = folder / path.name
+        with replacing(path) as staged:
             arrays = {"pixels": pixels, **outputs}
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, staged)
-            os.replace(staged, path)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise FidelityError(f"{path}: cannot be written ({why}); check the folder and the disk") from None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -231,18 +232,23 @@ def run_model(model: ir.Model, folder: Path, image: np.ndarray) -> list[np.ndarr
 
     Its run is one long call, during which Python sees no signal, so it has a thread of its own: Ctrl-C ends it at once.
     """
-    ort = require_runtime()
-    options, run = ort.SessionOptions(), ort.RunOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry(*AS_WRITTEN)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session, run = open_model(model, folder), require_runtime().RunOptions()
     with ThreadPoolExecutor(1) as thread:
         try:
             return list(thread.submit(session.run, None, {"image": image}, run).result())
         except BaseException:
             run.terminate = True
             raise
+
+
+def open_model(model: ir.Model, folder: Path) -> Any:  # noqa: ANN401 - ONNX Runtime's session
+    """A session on the CPU of a model whose external weights lie in `folder`, its Q and DQ run as they are written."""
+    ort = require_runtime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry(*AS_WRITTEN)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def first_non_finite(model: ir.Model, rounded: list[ir.Value], folder: Path, image: np.ndarray) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from export.contract.manifest import staging
+from export.contract.manifest import replacing
 from export.contract.signature import Signature
 from export.proof.verify import Report, reference_pixels
 from neck.necks import Sam3DualViTDetNeck
@@ -176,10 +175,8 @@ def save_calibration(path: Path, calibration: Calibration) -> None:
         for field in FIELDS
     }
     try:
-        with staging(path) as folder:
-            staged = folder / path.name
+        with replacing(path) as staged:
             staged.write_bytes(safetensors.torch.save(tensors, {"neck_export_calibration": json.dumps(about)}))
-            os.replace(staged, path)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise CalibrationError(f"{path}: cannot be written ({why}); check the folder and the disk") from None

@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from export.contract.manifest import staging
+from export.contract.manifest import replacing
 from export.lowering.quantise import Kind
 from export.proof.fidelity import Comparison
 from export.proof.verify import Report
@@ -189,6 +188,5 @@ def _read(state: Path | None, key: Mapping[str, Any]) -> dict[str, dict[str, flo
 
 
 def _keep(state: Path, values: Mapping[str, Any]) -> None:
-    with staging(state) as folder:
-        (folder / state.name).write_text(json.dumps(values) + "\n", encoding="utf-8")
-        os.replace(folder / state.name, state)
+    with replacing(state) as staged:
+        staged.write_text(json.dumps(values) + "\n", encoding="utf-8")

@@ -18,7 +18,6 @@ from export.quantising.calibration import (
     Calibration,
     calibrate,
     calibration_pixels,
-    fingerprint,
     linear_layers,
     read_calibration,
     save_calibration,
@@ -126,7 +125,7 @@ def settle(
     ranges = {name: choose_range(name, calibration.layers[name], layers[name].weight.detach(), kind) for name in names}
     curve: tuple[dict[str, Any], ...] = ()
     if AUTO in patterns:
-        choice = _chosen(encoder, signature, kind, options, images, ranges, report)
+        choice = _chosen(encoder, signature, kind, options, images, ranges, calibration.encoder, report)
         ranges, curve = {name: ranges[name] for name in names if name in choice.names}, choice.curve
     encoder.set_imgsz(signature.image_size)
     if note := clipping_note(ranges, kind):
@@ -156,9 +155,10 @@ def _chosen(
     options: QuantiseOptions,
     images: Path | PictureFolder | None,
     ranges: Mapping[str, Range],
+    weights: str,
     report: Report,
 ) -> Choice:
-    """Tries the products alone at a small size, then sets of them at the export's own."""
+    """Tries the products alone at a small size, then sets of them at the export's own; `weights` is their SHA-256."""
     found, patch = quantisation_of(kind, ranges), encoder_config(encoder).patch_size
     layers = {name: layer for name, layer in linear_layers(encoder).items() if name in ranges}
     small = at_size(signature, PROXY, patch)
@@ -166,7 +166,7 @@ def _chosen(
     trials = Trials(encoder, small, pixels, found)
     state = options.calibration.with_suffix(f".{kind}.json") if options.calibration else None
     key = {
-        "encoder": fingerprint(encoder),
+        "encoder": weights,
         "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
         "outputs": [signature.necks, signature.levels],
         "ranges": {name: [one.scale, one.share] for name, one in ranges.items()},
