@@ -9,10 +9,10 @@ from typing import Any
 
 import onnx_ir as ir
 
+from export.contract.errors import ExportError
 from export.contract.export_command import export_again
 from export.contract.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
 from export.contract.readers import ReaderError
-from export.graph.trace import ExportError
 from export.proof.reader_check import check_claims, graph_needs, read_by
 
 FORMS = {

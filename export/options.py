@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from export.contract.errors import ExportError
 from export.contract.readers import find_readers
 from export.contract.signature import (
     BatchRange,
@@ -18,7 +19,6 @@ from export.contract.signature import (
     encoder_signature,
 )
 from export.graph.rewrite import Rewrites
-from export.graph.trace import ExportError
 from export.lowering.attention import AttentionForm
 from export.lowering.precision import OPSETS, Precision, Residual, check_residual
 from export.lowering.quantise import CODES

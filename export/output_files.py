@@ -9,9 +9,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from export.contract.errors import ExportError
 from export.contract.manifest import data_path, manifest_path
 from export.contract.signature import Signature
-from export.graph.trace import ExportError
 from export.lowering.precision import TORCH_TYPES, TYPES, Precision
 from export.proof.verify import positions_path
 from neck.necks import Sam3DualViTDetNeck

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import safetensors.torch
 import torch
 
+from export.contract.errors import ExportError
 from export.contract.manifest import (
     ManifestError,
     check_files,
@@ -28,7 +29,7 @@ from export.contract.readers import find_readers
 from export.contract.signature import Signature
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
-from export.graph.trace import ExportError, trace
+from export.graph.trace import trace
 from export.inspect import read_graph
 from export.lowering.precision import Precision, lower, residual_type, residuals_to_try
 from export.lowering.quantise import CODES

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from export.contract.errors import ExportError
 from export.contract.manifest import ManifestError, file_entry, sha256
 from export.contract.signature import Signature
-from export.graph.trace import ExportError
 from export.lowering.precision import TYPES, Precision
 from neck.checkpoint import load_encoder, random_encoder
 from neck.config import ConfigError, EncoderConfig

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
+from export.contract.signature import BatchRange
 from export.graph.deployed_module import DeployEncoder
 
 MOST_BYTES = 1 << 26
@@ -27,8 +28,11 @@ Export = Callable[[DeployEncoder], ir.Model]
 
 def structure(module: DeployEncoder) -> str:
     """All that a trace depends on: classes, plain attributes, names, shapes and types, but no number of a tensor."""
-    signature = dataclasses.replace(module.signature, dtype="float32")  # the graph is FP32 whatever the file will be
-    parts = [repr(signature)]
+    batch = module.signature.batch
+    if batch.dynamic:  # its size is a name in the graph, whatever the range's other ends
+        batch = BatchRange(batch.minimum, batch.minimum, 1 << 16)
+    # the graph is FP32 whatever the file will be
+    parts = [repr(dataclasses.replace(module.signature, dtype="float32", batch=batch))]
     for path, child in module.named_modules():
         tensors = {**child._parameters, **child._buffers}
         plain = {name: repr(value) for name, value in vars(child).items() if _is_plain(value) and name != "signature"}

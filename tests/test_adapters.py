@@ -20,8 +20,8 @@ from benchmarks.measure.prepare import make_weights
 from benchmarks.measure.torch_runner import make_module
 from benchmarks.measure.work_folder import digest, identity
 from benchmarks.options import SELECTION, BenchOptions
+from export.contract.errors import ExportError
 from export.contract.manifest import file_entry
-from export.graph.trace import ExportError
 from export.weights_origin import merged_adapter
 from neck.checkpoint import CheckpointError, load_encoder
 from neck.config import EncoderConfig

@@ -27,9 +27,9 @@ from engines.builder.onnx_graph import BuildError, RefusedError
 from engines.builder.options import BuildOptions
 from engines.builder.parsed_network import keep_attentions_whole
 from engines.plan import PlanOptions, make_plan
+from export.contract.errors import ExportError
 from export.contract.manifest import manifest_path, read_manifest
 from export.contract.signature import BatchRange
-from export.graph.trace import ExportError
 from export.pipeline import export_onnx
 
 Exported = Callable[..., Path]

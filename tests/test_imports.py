@@ -187,6 +187,11 @@ def test_the_contract_does_not_load_torch(module: str) -> None:
     assert not loaded_by(f"import {module}") & HEAVY
 
 
+def test_a_file_is_looked_at_without_torch() -> None:
+    """`inspect` and what it takes apart: torch is 3 of 5 seconds."""
+    assert "torch" not in loaded_by("import export.inspect, engines.inspect, engines.builder.plan_kind")
+
+
 def test_the_benchmark_does_not_load_jsonschema() -> None:
     """A bare GPU machine has none."""
     assert "jsonschema" not in loaded_by("import benchmarks.bench, benchmarks.report.report_files")

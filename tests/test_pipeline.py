@@ -31,9 +31,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import export.proof.verify
+from export.contract.errors import ExportError
 from export.contract.manifest import ManifestError, file_entry, read_manifest, sha256
 from export.contract.signature import BatchRange, Signature, SignatureError
-from export.graph.trace import ExportError
 from export.options import ExportOptions, check_options, load, sign
 from export.pipeline import ExportResult, RejectedError, export_onnx, verify_file, write_onnx
 from export.proof.fidelity import TOLERANCES, FidelityError, compare

@@ -16,8 +16,8 @@ import torch
 from conftest import Save, load_golden, run_onnx, traced, worst_error
 from torch import Tensor
 
+from export.contract.errors import ExportError
 from export.graph.cleanup import MODULE
-from export.graph.trace import ExportError
 from export.lowering.attention import find_attentions
 from export.lowering.precision import converted_weight, lower
 from export.proof.rounding_simulation import simulate

@@ -19,10 +19,10 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import nn
 
+from export.contract.errors import ExportError
 from export.contract.readers import ReaderError, find_readers
 from export.graph.cleanup import MODULE
 from export.graph.rewrite import Rewrites
-from export.graph.trace import ExportError
 from export.lowering.precision import lower
 from export.lowering.quantise import (
     CODES,

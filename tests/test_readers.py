@@ -14,6 +14,7 @@ import pytest
 from conftest import Save, load_golden, traced
 from exporting import golden_options, neck_export_cli, trace_quickly
 
+from export.contract.errors import ExportError
 from export.contract.readers import (
     NEWEST,
     READERS,
@@ -26,7 +27,6 @@ from export.contract.readers import (
     version_key,
 )
 from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
-from export.graph.trace import ExportError
 from export.lowering.precision import OPSETS, Precision, lower
 from export.lowering.shared_form import choose_form
 from export.pipeline import export_onnx, verify_file

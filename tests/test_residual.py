@@ -14,10 +14,11 @@ import torch
 from conftest import load_golden, traced
 from exporting import PREFIX, golden_options, neck_export_cli, save_state, trace_quickly
 
+from export.contract.errors import ExportError
 from export.contract.signature import encoder_signature
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
-from export.graph.trace import ExportError, trace
+from export.graph.trace import trace
 from export.lowering.precision import Precision, Residual, lower
 from export.pipeline import RejectedError, export_onnx
 from export.proof.verify import make_reference, verify_onnx

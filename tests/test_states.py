@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from benchmarks.measure.prepare import make_weights
 from benchmarks.measure.torch_runner import make_module
 from benchmarks.options import SELECTION
+from export.contract.errors import ExportError
 from export.contract.manifest import ManifestError
-from export.graph.trace import ExportError
 from export.options import ExportOptions, check_options
 from export.weights_origin import encoder_config, manifest_encoder, state_line, weights_origin
 from neck.checkpoint import CheckpointError, load_encoder

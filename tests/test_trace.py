@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from torch.onnx._internal.exporter._core import TorchTensor as TorchsOwnTensor
 
 import export.graph.trace
+from export.contract.errors import ExportError
 from export.contract.signature import encoder_signature
 from export.graph.constant_folding import LAZY_BYTES
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
-from export.graph.trace import ExportError, trace
+from export.graph.trace import trace
 from export.lowering.precision import lower
 from neck.checkpoint import random_encoder
 from neck.config import EncoderConfig

@@ -19,9 +19,9 @@ from engines.builder.onnx_graph import BuildError, RefusedError
 from engines.builder.onnx_source import Source, lower_file
 from engines.builder.options import BuildOptions
 from engines.builder.plan_stream import Progress
+from export.contract.errors import ExportError
 from export.contract.export_command import export_again
 from export.graph.cleanup import MODULE
-from export.graph.trace import ExportError
 from export.inspect import attention_forms
 from export.lowering.attention import AUTO, AttentionForm
 from export.lowering.precision import Precision, Residual

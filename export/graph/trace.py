@@ -19,6 +19,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import nn
 
+from export.contract.errors import ExportError
 from export.graph.cleanup import INPUT, MODULE, tidy
 from export.graph.constant_folding import add_initializer, fold_constants
 from export.graph.deployed_module import DeployEncoder
@@ -28,10 +29,6 @@ from neck.trunk import Block, ViTDetTrunk
 CANONICAL_OPSET = 23
 SCOPES = "pkg.torch.onnx.name_scopes"
 BLOCKS = "trunk.blocks."
-
-
-class ExportError(RuntimeError):
-    """The module could not be turned into an ONNX graph."""
 
 
 def trace(module: DeployEncoder) -> ir.Model:

@@ -17,9 +17,9 @@ from typing import Literal, cast
 import numpy as np
 import onnx_ir as ir
 
+from export.contract.errors import ExportError
 from export.graph.cleanup import MODULE
 from export.graph.constant_folding import add_initializer
-from export.graph.trace import ExportError
 
 AttentionForm = Literal["auto", "fp32acc", "scores32", "fused", "unfused"]
 AUTO = {"fp32": "fused", "fp16": "fp32acc", "bf16": "fused", "fp8": "fp32acc", "int8": "fp32acc"}

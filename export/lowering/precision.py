@@ -19,9 +19,9 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
+from export.contract.errors import ExportError
 from export.graph.cleanup import INPUT, MODULE
 from export.graph.constant_folding import LAZY_BYTES, add_initializer
-from export.graph.trace import ExportError
 from export.lowering.attention import AttentionForm, lower_attentions
 from export.lowering.quantise import CODES, Quantisation, quantise
 from export.lowering.residual import residual_stream

@@ -22,9 +22,9 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
+from export.contract.errors import ExportError
 from export.graph.cleanup import MODULE
 from export.graph.constant_folding import add_initializer
-from export.graph.trace import ExportError
 
 Kind = Literal["fp8", "int8"]
 LIMITS: dict[Kind, float] = {"fp8": 448.0, "int8": 127.0}

@@ -10,8 +10,8 @@ from typing import cast
 
 import onnx_ir as ir
 
+from export.contract.errors import ExportError
 from export.graph.cleanup import MODULE
-from export.graph.trace import ExportError
 from export.lowering.attention import AttentionForm, lower_attentions
 from export.lowering.precision import LOW, TYPES, Precision, retype, set_opset
 

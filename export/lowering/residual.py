@@ -11,8 +11,9 @@ import re
 
 import onnx_ir as ir
 
+from export.contract.errors import ExportError
 from export.graph.cleanup import MODULE
-from export.graph.trace import BLOCKS, ExportError
+from export.graph.trace import BLOCKS
 
 BLOCK = re.compile(re.escape(BLOCKS) + r"\d+")
 """The path of a block itself, whose Adds are its two residual sums."""

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from export.contract.errors import ExportError
 from export.contract.signature import Signature
-from export.graph.trace import ExportError
 from export.lowering.quantise import CODES, Kind, Quantisation, match_products
 from export.proof.fidelity import TOLERANCES
 from export.proof.verify import Report, reference_pixels

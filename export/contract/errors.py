@@ -1,0 +1,7 @@
+"""What an export ends with when it cannot be done; apart from the tracing, since who reads a file needs no torch."""
+
+from __future__ import annotations
+
+
+class ExportError(RuntimeError):
+    """An encoder could not be turned into a file, or a file is none of ours."""
