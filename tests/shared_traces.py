@@ -19,9 +19,13 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 from export.contract.signature import BatchRange
 from export.graph.deployed_module import DeployEncoder
+from neck.config import EncoderConfig
 
 MOST_BYTES = 1 << 26
 """Weights that are written with their graph; a larger encoder is traced anew."""
+
+TOLD_BY_MODULES = ("image_size", "depth", "global_blocks", "necks", "scale_factors", "sam2_head")
+"""Of an encoder's config: what its forward does not read, since grid, blocks and necks are modules and attributes."""
 
 Export = Callable[[DeployEncoder], ir.Model]
 
@@ -35,7 +39,7 @@ def structure(module: DeployEncoder) -> str:
     parts = [repr(dataclasses.replace(module.signature, dtype="float32", batch=batch))]
     for path, child in module.named_modules():
         tensors = {**child._parameters, **child._buffers}
-        plain = {name: repr(value) for name, value in vars(child).items() if _is_plain(value) and name != "signature"}
+        plain = {name: _plain(value) for name, value in vars(child).items() if _is_plain(value) and name != "signature"}
         shapes = {name: (value.shape, value.dtype) for name, value in tensors.items() if value is not None}
         parts.append(f"{path} {type(child)!r} {plain} {shapes}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -45,6 +49,12 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype)) or dataclasses.is_dataclass(value)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, EncoderConfig):
+        return repr({name: part for name, part in vars(value).items() if name not in TOLD_BY_MODULES})
+    return repr(value)
 
 
 def _is_foreign(module: DeployEncoder) -> bool:

@@ -47,6 +47,26 @@ def test_the_second_encoder_has_its_own_weights(tmp_path: Path, save: Save, monk
     assert len(exported) == 1
 
 
+def test_a_deeper_trunk_is_the_same_trace(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of its blocks are traced, whatever its depth."""
+    exported: list[DeployEncoder] = []
+    real = export.graph.trace._export
+
+    def counted(module: DeployEncoder) -> object:
+        exported.append(module)
+        return real(module)
+
+    monkeypatch.setattr(export.graph.trace, "_export", SharedTraces(counted, tmp_path))  # type: ignore[arg-type]
+    image = torch.rand(1, 3, 112, 112)
+    for changes in ({}, {"depth": 2, "global_blocks": (1,)}, {"depth": 5, "global_blocks": (2,)}):
+        config = tiny_config(**changes)
+        encoder = random_encoder(config)
+        module = DeployEncoder(encoder, encoder_signature(config, positions="none"), Rewrites())
+        found = run_onnx(save(export.graph.trace.trace(module)), image)
+        assert worst_error(found, {name: named_outputs(encoder, image)[name] for name in found}) < 2e-5
+    assert len(exported) == 1
+
+
 def _window(module: DeployEncoder) -> None:
     module.trunk.blocks[0].window_size = 0
 
