@@ -14,12 +14,16 @@ BIN := .venv/bin
 .triton/ready: tests/server-setup.sh
 	PYTHON=$(PYTHON) sh tests/server-setup.sh
 
+# Meta's and Ultralytics' packages for the tests (220 MB on disk); without them they are skipped
+.families/ready: tests/families-setup.sh .venv/ready
+	sh tests/families-setup.sh
+
 demo: .venv/ready
 	$(BIN)/neck-export onnx --checkpoint random --precision fp16 --output build/sam3-encoder.onnx
 	$(BIN)/neck-export trt build/sam3-encoder.onnx --fp16
 
 # a process a core, a file in one process, the longest files first, one thread each
-test: .venv/ready .triton/ready
+test: .venv/ready .triton/ready .families/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/ready
@@ -47,4 +51,4 @@ lint-cpp: .venv/ready
 	$(BIN)/python -m pytest -q -m slow tests/test_cpp_style.py
 
 clean:
-	rm -rf .venv .triton build
+	rm -rf .venv .triton .families build

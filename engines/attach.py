@@ -161,6 +161,10 @@ def _check_weights(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[
             f"{manifest_path(encoder.path)}: does not tell the weights' fingerprint, so whether they are the model's "
             "is not known; export it again, or attach(..., check=False)"
         )
+    if any(parameter.is_meta for parameter in live.parameters()):
+        raise AttachError(
+            f"the model at {live.slots[0].path} has no weights (meta device); load them, or attach(..., check=False)"
+        )
     head = "sam2" in necks and encoder.signature.has_head("sam2")
     config = dataclasses.replace(EncoderConfig.from_dict(source["encoder"]), necks=tuple(necks), sam2_head=head)
     others = differing(source["fingerprints"], live.fingerprints(config), lowest_type(live))

@@ -16,6 +16,7 @@ WANTS = (
     (r"\bapt install (g\+\+|libgd)", "the C++ tools", f"apt-get install {CPP_PACKAGES}"),
     (r"Chromium", "a browser", "apt-get install chromium chromium-driver fonts-dejavu-core"),
     (r"[Tt]riton ?server|nvidia-pytriton", "a Triton server", "make .triton/ready"),
+    (r"packages with SAM 3", "Meta's and Ultralytics' packages", "make .families/ready"),
     (r"unshare", "namespaces", "run as root, with util-linux"),
     (r"tmpfs|mount", "the right to mount a tmpfs", "run as root"),
     (r"/proc\b", "Linux's /proc", "-"),

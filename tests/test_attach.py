@@ -232,6 +232,52 @@ def test_a_half_precision_model(dtype: torch.dtype, model: Any, file: Path) -> N
     detach(model)
 
 
+def test_under_autocast(model: Any, file: Path) -> None:  # noqa: ANN401
+    """Features have autocast's type, as the model's own have, whatever the pictures' is."""
+    with torch.autocast("cpu", torch.bfloat16):
+        own = model.vision_encoder(frames(1)).fpn_hidden_states
+        attach(model, file)
+        with pytest.warns(UserWarning, match=r"its outputs are cast to the model's torch\.bfloat16"):
+            found = model.vision_encoder(frames(1)).fpn_hidden_states
+        detach(model)
+    assert {one.dtype for one in found} == {one.dtype for one in own} == {torch.bfloat16}
+
+
+def test_a_model_on_another_device(model: Any, file: Path) -> None:  # noqa: ANN401
+    """Where no runtime is, where no weights are, and elsewhere than the file: refused, the model as it was."""
+    before = dict(model.named_modules())
+    model.to("meta")
+    with pytest.raises(EncoderError, match=r"x\.onnx: ONNX Runtime runs it on the CPU or a GPU, not on meta; device="):
+        attach(model, file)
+    with pytest.raises(AttachError, match=r"the model at vision_encoder has no weights \(meta device\)"):
+        attach(model, file, device="cpu")
+    assert dict(model.named_modules()) == before
+    attach(model, file, device="cpu", check=False)
+    detach(model)
+
+
+def test_a_file_that_runs_elsewhere_than_the_model(
+    model: Any,  # noqa: ANN401
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a plan, which runs on the GPU whatever is said, beside a model on the CPU; the file is closed."""
+    before, opened = dict(model.named_modules()), []
+
+    class Elsewhere(DeployedEncoder):
+        def __init__(self, *given: Any, **options: Any) -> None:  # noqa: ANN401
+            super().__init__(*given, **options)
+            self.device = torch.device("cuda")
+            opened.append(self)
+
+    monkeypatch.setattr("engines.attach.DeployedEncoder", Elsewhere)
+    with pytest.raises(AttachError, match=r"runs on cuda, the model is on cpu; move it: model\.to\('cuda'\)"):
+        attach(model, file)
+    assert_as_it_was(model, before)
+    with pytest.raises(EncoderError, match="is closed"):
+        opened[0](frames(1))
+
+
 def test_detach_follows_the_model(model: Any, file: Path) -> None:  # noqa: ANN401
     attach(model, file)
     model.half()

@@ -28,6 +28,12 @@ Levels = tuple[list[Tensor], list[Tensor]]
 """Features and positions of one neck, finest level first."""
 
 
+def model_dtype(images: Tensor) -> torch.dtype:
+    """The type in which a model expects features: the images', or autocast's where that is on (Meta's videos)."""
+    kind = images.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype
+
+
 class DeployedEncoder(nn.Module):
     """A plan or an ONNX file of ours in the place of the encoder: the interface of Sam3DualViTDetNeck.
 
@@ -115,8 +121,8 @@ class DeployedEncoder(nn.Module):
     def forward(self, images: Tensor) -> Outputs:
         """images (B, 3, H, W), normalised -> (sam3_feats, sam3_poss, sam2_feats, sam2_poss), finest level first.
 
-        What Sam3DualViTDetNeck gives, in the type and on the device of `images`: without `sam3` its lists are empty,
-        without `sam2` they are None.
+        What Sam3DualViTDetNeck gives, in the type (or autocast's) and on the device of `images`: without `sam3` its
+        lists are empty, without `sam2` they are None.
 
         Raises:
             EncoderError: pictures of another size or in a batch that the file does not take, or closed.
@@ -201,11 +207,12 @@ class DeployedEncoder(nn.Module):
                 f"{self.path}: takes {batch} pictures at once, got {len(images)}; give fewer, or export it by "
                 f"{self.export_again(batch=wanted)}"
             )
-        half = images.dtype in (torch.float16, torch.bfloat16) and self.output_dtype == torch.float32
+        half = model_dtype(images).itemsize < self.output_dtype.itemsize
         if half and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self.path}: computes in float32; its outputs are cast to the model's {images.dtype}", stacklevel=3
+                f"{self.path}: computes in float32; its outputs are cast to the model's {model_dtype(images)}",
+                stacklevel=3,
             )
 
     @property
@@ -222,7 +229,7 @@ class DeployedEncoder(nn.Module):
         for name in [name for name in found if "_pos_" in name]:
             value = found.pop(name)[:1]
             self._stored[name] = value.clone() if len(images) > 1 else value
-        return {name: value.to(images.device, images.dtype) for name, value in found.items()}
+        return {name: value.to(images.device, model_dtype(images)) for name, value in found.items()}
 
     def _infer(self, image: Tensor, wanted: Sequence[TensorSpec]) -> dict[str, Tensor]:
         if self._plan:
@@ -244,10 +251,10 @@ class DeployedEncoder(nn.Module):
     def _position(self, neck: str, level: int, images: Tensor) -> Tensor:
         """A position encoding (B, C, h, w), which is no copy for each picture."""
         name = self.signature.spec(neck, "pos", level).name
-        key = (name, images.dtype, images.device)
+        key = (name, model_dtype(images), images.device)
         if key not in self._positions:
             if name not in self._stored:
                 size = torch.empty(1, 1, *self.signature.level_sizes[level])
                 self._stored[name] = PositionEmbeddingSine(self.signature.d_model)(size)
-            self._positions[key] = self._stored[name].to(images.device, images.dtype)
+            self._positions[key] = self._stored[name].to(images.device, key[1])
         return self._positions[key].expand(len(images), -1, -1, -1)

@@ -122,7 +122,7 @@ class TrackerNeckStandIn(nn.Module):
 def _with_unread(encoder: DeployedEncoder, images: Tensor, levels: Levels, unread: int) -> Levels:
     feats, positions = levels
     channels, sizes = encoder.signature.d_model, encoder.signature.level_sizes[len(feats) : len(feats) + unread]
-    more = [not_read(images, (len(images), channels, *size)) for size in sizes]
+    more = [not_read(feats[0], (len(images), channels, *size)) for size in sizes]
     return feats + more, positions + more
 
 
