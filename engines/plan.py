@@ -53,6 +53,7 @@ class PlanOptions:
             is FP16, and FP32 where verification fails.
         build: the builder's options; its precision and batch are taken from the file.
         verify: whether to compare the plan with PyTorch before it gets its name.
+        settled: what `settle_source` found for the same file and options before, so that `--tune` asks once.
     """
 
     onnx: Path
@@ -68,6 +69,7 @@ class PlanOptions:
     verify: bool = True
     images: Path | PictureFolder | None = None
     tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    settled: tuple[Settled | None, tuple[str, ...]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,8 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
     with contextlib.ExitStack() as left, staging(options.output) as folder:
         staged = folder / options.output.name
         verdict: Verdict | None = None
-        settled, notes = settle_source(source, job.precision, options.quantise, options.images, report)
+        asked = (source, job.precision, options.quantise, options.images, report)
+        settled, notes = options.settled or settle_source(*asked)
         for residual in job.residuals:
             if verdict:
                 notes = (f"{', '.join(verdict.failed_names)} left tolerance: built again with residual sums in FP32",)
