@@ -18,9 +18,10 @@ demo: .venv/ready
 	$(BIN)/neck-export onnx --checkpoint random --precision fp16 --output build/sam3-encoder.onnx
 	$(BIN)/neck-export trt build/sam3-encoder.onnx --fp16
 
-# a process a core, a file in one process, the longest files first, one thread each
+# a process a core, a file in one process, the longest files first, one thread each; bytecode is kept wherever the
+# environment says otherwise: without, each of the hundred processes that tests start compiles our modules for 0.5 s
 test: .venv/ready .triton/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -q -m slow

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import named_outputs, shared_encoder, tiny_config
+from conftest import load_golden, named_outputs, shared_encoder, tiny_config, traced
 
 from benchmarks.errors import BenchError
 from benchmarks.measure.backends import REFERENCE, Backend, backends_for, choose_backends, open_runner, why_unavailable
@@ -331,7 +331,8 @@ def test_what_libraries_print_is_no_answer(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
-    wide = tiny_config(embed_dim=32, depth=2, global_blocks=(1,))  # TensorRT fuses heads of 16 channels or more
+    wide = load_golden("meta-dual").config  # TensorRT fuses heads of 16 channels or more
+    traced(load_golden("meta-dual").encoder, wide, necks="sam3")  # the worker's own would be a cold one
     work = tmp_path_factory.mktemp("work")
     with Workplace(work, BenchOptions(work, config=wide, necks="sam3")) as made:
         made.prepare()
