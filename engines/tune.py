@@ -104,14 +104,14 @@ def tune_plan(
     source = read_source(options.onnx, report)
     if source.manifest is None or source.precision != "fp32" or options.precision in (None, "fp32"):
         raise TuneError(
-            f"{options.onnx}: --tune lowers an FP32 file of neck-export; export one, and add --fp16, --bf16 or --precision"
+            f"{options.onnx}: --tune lowers an FP32 file of neck-export; export one, add --fp16, --bf16 or --precision"
         )
     folder = options.output.with_name(options.output.name + ".tuning")
     state = folder / "rows.json"
     key = Job(options, flavor, source, options.precision, report).key
     rows = finished_rows(state, key, options.output.name)
     settled = settle_source(source, options.precision, options.quantise, options.images, report)
-    options = dataclasses.replace(options, settled=settled)
+    options = dataclasses.replace(options, known=settled)
     attentions = ATTENTIONS if options.precision != "bf16" else ("fused", "fp32acc")
     for attention, upsampling in itertools.product(attentions, UPSAMPLINGS):
         if any((row.attention, row.upsampling) == (attention, upsampling) for row in rows):
