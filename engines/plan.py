@@ -49,8 +49,7 @@ class PlanOptions:
         onnx, output: the ONNX file, and the plan to write.
         precision: what the plan computes in; None is the file's.
         attention: form of attention; `auto` is the first of the file's and the later ones that TensorRT takes.
-        upsampling, keep_fp32, residual, quantise: how an FP32 file is lowered to that precision; a residual of `auto`
-            is FP16, and FP32 where verification fails.
+        upsampling, keep_fp32, residual, quantise: how an FP32 file is lowered; `auto` residuals: FP16, if need be FP32.
         build: the builder's options; its precision and batch are taken from the file.
         verify: whether to compare the plan with PyTorch before it gets its name.
     """
@@ -68,6 +67,7 @@ class PlanOptions:
     verify: bool = True
     images: Path | PictureFolder | None = None
     tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    known: tuple[Settled | None, tuple[str, ...]] | None = None  # of settle_source, so that `--tune` asks once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
     with contextlib.ExitStack() as left, staging(options.output) as folder:
         staged = folder / options.output.name
         verdict: Verdict | None = None
-        settled, notes = settle_source(source, job.precision, options.quantise, options.images, report)
+        settled, notes = options.known or settle_source(source, job.precision, options.quantise, options.images, report)
         for residual in job.residuals:
             if verdict:
                 notes = (f"{', '.join(verdict.failed_names)} left tolerance: built again with residual sums in FP32",)

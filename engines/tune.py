@@ -16,7 +16,7 @@ import torch
 
 from engines.builder.flavor import FlavorError, choose_flavor
 from engines.builder.onnx_graph import BuildError
-from engines.builder.onnx_source import read_source
+from engines.builder.onnx_source import read_source, settle_source
 from engines.plan import Job, PlanOptions, PlanResult, make_plan, publish_plan
 from engines.run.plan_checks import SessionError
 from engines.run.timing import median_ms
@@ -92,6 +92,7 @@ def tune_plan(
 
     Raises:
         TuneError: no GPU, a file that is not FP32, or no candidate that passes.
+        CalibrationError, PictureError, ExportError: as make_plan's, of FP8 and INT8.
     """
     if options.build.replay_timing:
         raise TuneError("--tune tries what --replay-timing would have no times of; give one of them")
@@ -103,12 +104,14 @@ def tune_plan(
     source = read_source(options.onnx, report)
     if source.manifest is None or source.precision != "fp32" or options.precision in (None, "fp32"):
         raise TuneError(
-            f"{options.onnx}: --tune lowers an FP32 file of neck-export; export one, and add --fp16 or --bf16"
+            f"{options.onnx}: --tune lowers an FP32 file of neck-export; export one, add --fp16, --bf16 or --precision"
         )
     folder = options.output.with_name(options.output.name + ".tuning")
     state = folder / "rows.json"
     key = Job(options, flavor, source, options.precision, report).key
     rows = finished_rows(state, key, options.output.name)
+    settled = settle_source(source, options.precision, options.quantise, options.images, report)
+    options = dataclasses.replace(options, known=settled)
     attentions = ATTENTIONS if options.precision != "bf16" else ("fused", "fp32acc")
     for attention, upsampling in itertools.product(attentions, UPSAMPLINGS):
         if any((row.attention, row.upsampling) == (attention, upsampling) for row in rows):

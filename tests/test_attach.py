@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from exporting import trace_quickly
 from torch import Tensor, nn
 
 from engines.attach import AttachError, attach, detach
@@ -21,6 +22,8 @@ from engines.live.stand_ins import FpnStandIn
 from export.contract.manifest import ManifestError
 from export.options import ExportOptions
 from export.pipeline import export_onnx
+from export.proof.fidelity import TOLERANCES
+from export.quantising.settle import QuantiseOptions
 from neck.checkpoint import load_encoder
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install '.[sam3]'")
@@ -43,7 +46,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def file(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its encoder with both necks, batch 1 or 2."""
     output = tmp_path_factory.mktemp("file") / "x.onnx"
-    export_onnx(ExportOptions(output, checkpoint, necks="both", verify=False))
+    with pytest.MonkeyPatch.context() as patch:
+        trace_quickly(patch)
+        export_onnx(ExportOptions(output, checkpoint, necks="both", verify=False))
     return output
 
 
@@ -133,6 +138,20 @@ def test_every_output_of_the_whole_model(kind: str, checkpoint: Path, file: Path
     with pytest.raises(EncoderError, match="is closed; open it again"):
         encoder(frames(1))
     assert not any(isinstance(part, FpnStandIn) for part in model.modules())
+
+
+def test_a_quantised_file(model: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN401
+    """The features err by what the export's gate lets pass, more or less: of other pictures."""
+    trace_quickly(monkeypatch)
+    path, limit, asked = tmp_path / "x.onnx", TOLERANCES["fp8"].relative_l2, QuantiseOptions(("*.mlp.fc2",))
+    export_onnx(ExportOptions(path, checkpoint, necks="both", precision="fp8", quantise=asked))
+    with torch.no_grad():
+        exact = model.vision_encoder(frames(1)).fpn_hidden_states
+        attach(model, path, simulated=True)
+        found = model.vision_encoder(frames(1)).fpn_hidden_states
+        detach(model)
+    errors = [float((one - want).norm() / want.norm()) for one, want in zip(found, exact, strict=True)]
+    assert 1e-3 < max(errors) < 1.5 * limit, errors
 
 
 @pytest.fixture(scope="module")

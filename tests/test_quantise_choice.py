@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +22,16 @@ from export.quantising.calibration import CalibrationError, calibrate, linear_la
 from export.quantising.choice import (
     Choice,
     Product,
+    Record,
     choose,
     curve_lines,
     expected_error,
     measure_products,
     order_products,
+    unmeasured,
 )
 from export.quantising.ranges import choose_range
-from export.quantising.settle import QuantiseOptions, budget_tolerances, manifest_tolerances
+from export.quantising.settle import QuantiseOptions, budget_tolerances, manifest_tolerances, settle
 from export.quantising.trials import Trials, at_size, rounded_layers
 
 BUDGET = TOLERANCES["fp8"].relative_l2
@@ -58,8 +60,11 @@ def trials() -> Trials:
 
 @functools.cache
 def measured() -> tuple[Product, ...]:
-    layers = linear_layers(load_golden("meta-dual").encoder)
-    return tuple(measure_products(layers, 64, trials().run, {}, None, lambda line: None))
+    return tuple(measure_products(of_layers(), trials().run, Record(None, {}), lambda line: None))
+
+
+def of_layers() -> list[Product]:
+    return unmeasured(linear_layers(load_golden("meta-dual").encoder), 64)
 
 
 @functools.cache
@@ -138,7 +143,6 @@ def test_a_budget_that_nothing_meets() -> None:
 
 
 def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
-    layers = linear_layers(load_golden("meta-dual").encoder)
     state, asked = tmp_path / "c.fp8.json", []
 
     def run(name: str, most: int = 100) -> list[Comparison]:
@@ -147,14 +151,34 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
         asked.append(name)
         return figures(0.01)
 
-    measure = functools.partial(measure_products, layers, 64, key={"scales": [1, 2]}, state=state, report=print)
+    def measure(scale: int, run: Callable[[str], list[Comparison]]) -> list[Product]:
+        return measure_products(of_layers(), run, Record(state, {"scales": (1, scale)}), print)
+
     with pytest.raises(KeyboardInterrupt):
-        measure(run=functools.partial(run, most=3))
-    assert len(json.loads(state.read_text())["errors"]) == 3
-    assert len(measure(run=run)) == 16
-    assert sorted(asked) == sorted(layers)
-    measure_products(layers, 64, run, {"scales": [1]}, state, print)  # the control: of other ranges
+        measure(2, functools.partial(run, most=3))
+    assert len(json.loads(state.read_text())["rows"]) == 3
+    assert len(measure(2, run)) == 16
+    assert sorted(asked) == sorted(one.name for one in of_layers())
+    assert measure(2, functools.partial(run, most=0)) == measure(2, run)  # all of it held, to the bit
+    measure(3, run)  # the control: of other ranges
     assert len(asked) == 32
+    for damaged in ("", "[]", "{"):
+        state.write_text(damaged)
+        assert not Record(state, {}).rows
+
+
+def test_where_all_products_fit_none_is_tried_alone() -> None:
+    golden, told = load_golden("meta-dual"), list[str]()
+    for kind, budget in (("int8", None), ("fp8", 0.3)):
+        options = QuantiseOptions(budget=budget)
+        found = settle(golden.encoder, signature(), kind, options, None, [], told.append)  # type: ignore[arg-type]
+        assert len(found.quantisation.scales) == 16
+        assert [row["error"] is None for row in found.facts["curve"]] == [True] * 8 + [False]
+        assert found.facts["curve"][-1]["error"] <= 0.95 * (budget or BUDGET)
+        (mark,) = (line for line in curve_lines(found.facts["curve"], 16) if "<- chosen" in line)
+        assert mark.split()[:2] == ["16", "100.0%"]
+    assert not [line for line in told if line.startswith("product ")]
+    assert "trial: all 16 products" in told
 
 
 def test_a_budget_is_the_tolerance_of_the_features() -> None:

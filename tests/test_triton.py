@@ -137,6 +137,16 @@ def test_a_plan_with_dynamic_batch(plan: Path, tmp_path: Path) -> None:
     assert set(found.files) == {found.path / name for name in listing(found.path) if not name.endswith("/")}
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_a_quantised_plan(precision: str, tmp_path: Path) -> None:
+    """Its outputs are FP16; what no GPU verified is said."""
+    unverified = {"verified": False, "reason": "not verified: no NVIDIA driver", "onnx": VERDICT}
+    found = make(write_plan(tmp_path / "encoder.plan", precision=precision, verification=unverified), tmp_path)
+    assert {kind for _, kind, _ in tensors(config_of(found).output)} == {FP16}
+    assert "encoder.plan not verified: no NVIDIA driver; its ONNX graph is verified" in found.notes
+    assert json.loads((found.path / "sam3-encoder" / "1" / "manifest.json").read_text())["precision"] == precision
+
+
 def test_a_fixed_batch_keeps_its_dimension(tmp_path: Path) -> None:
     config = config_of(make(write_plan(tmp_path / "encoder.plan", batch="2"), tmp_path))
     assert config.max_batch_size == 0 and not config.HasField("dynamic_batching")

@@ -106,6 +106,25 @@ def test_none_that_passes_is_an_error_with_the_table(source: Path, tmp_path: Pat
     assert not (tmp_path / "encoder.plan").exists()
 
 
+def test_what_is_quantised_is_settled_once_for_all_candidates(source: Path, tmp_path: Path) -> None:
+    told, asked = list[str](), list[PlanOptions]()
+
+    def one(options: PlanOptions, report: Report) -> PlanResult:
+        asked.append(options)
+        if options.attention == "scores32" and options.upsampling == "conv":
+            return make_plan(options, report)
+        raise BuildError("planted")
+
+    options = dataclasses.replace(options_for(source, tmp_path), precision="int8")
+    tuning = tune_plan(options, told.append, make=one, measure=measure)
+    assert len(asked) == 6
+    assert sum(line.startswith("calibration: picture") for line in told) == 1
+    assert tuning.best.manifest["quantisation"]["asked"] == ["auto"]
+    assert len(tuning.best.manifest["quantisation"]["products"]) == 16
+    assert "quantised products 16 of 16 in INT8" in "\n".join(tuning_lines(tuning))
+    assert any("calibrated on the one picture" in note for note in tuning.best.notes)
+
+
 @pytest.mark.skipif(has_gpu(), reason="says what happens where no GPU is")
 def test_without_a_gpu_nothing_is_measured(source: Path, tmp_path: Path) -> None:
     with pytest.raises(TuneError, match="needs an NVIDIA GPU"):

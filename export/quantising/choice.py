@@ -1,12 +1,14 @@
 """Which products a budget allows: each one's own error is measured once; they are taken by time saved per error added.
 
 Errors of products are nearly independent, so their squares add. The order is told by trials at 336 pixels; how many are
-taken, by trials of whole sets at the export's own size.
+taken, by trials of whole sets at the export's own size. Where all of them stay within the budget no order is measured.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +19,7 @@ from torch import nn
 
 from export.contract.manifest import replacing
 from export.lowering.quantise import Kind
-from export.proof.fidelity import Comparison
+from export.proof.fidelity import TOLERANCES, Comparison, Tolerance, tolerance_for
 from export.proof.verify import Report
 from export.quantising.calibration import CalibrationError
 
@@ -39,7 +41,7 @@ class Product:
     Attributes:
         name: its layer's path.
         operations: 2 x multiply-add for one picture.
-        errors: relative L2 of each feature with this product alone quantised.
+        errors: relative L2 of each feature with this product alone quantised; empty where that is not measured.
     """
 
     name: str
@@ -77,33 +79,73 @@ def expected_ms(products: Sequence[Product], quantised: int, kind: Kind) -> floa
     return 1e3 * sum(seconds)
 
 
+class Record:
+    """What was measured, kept in a file as it grows, so that an interrupted choice goes on.
+
+    Args:
+        path: the file; None keeps nothing.
+        key: what the figures depend on; those that the file holds for another key are measured again.
+    """
+
+    def __init__(self, path: Path | None, key: Mapping[str, Any]) -> None:
+        self.path, self.key = path, json.loads(json.dumps(key))
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        with contextlib.suppress(OSError, ValueError):
+            held = json.loads(path.read_text(encoding="utf-8")) if path is not None else None
+            if isinstance(held, dict) and held.get("key") == self.key:
+                self.rows = held["rows"]
+
+    def figures(self, name: str, run: Callable[[], Sequence[Comparison]]) -> list[Comparison]:
+        """The figures under a name, run where the record does not hold them."""
+        if name not in self.rows:
+            self.rows[name] = [dataclasses.asdict(row) for row in run()]
+            if self.path is not None:
+                with replacing(self.path) as staged:
+                    staged.write_text(json.dumps({"key": self.key, "rows": self.rows}) + "\n", encoding="utf-8")
+        return [Comparison(**(row | {"tolerance": Tolerance(**row["tolerance"])})) for row in self.rows[name]]
+
+
+def unmeasured(layers: Mapping[str, nn.Linear], tokens: int) -> list[Product]:
+    """The products of layers on so many tokens of one picture, none of whose errors are known."""
+    return [Product(name, 2 * tokens * one.in_features * one.out_features, {}) for name, one in layers.items()]
+
+
 def measure_products(
-    layers: Mapping[str, nn.Linear],
-    tokens: int,
-    run: Callable[[str], Sequence[Comparison]],
-    key: Mapping[str, Any],
-    state: Path | None,
-    report: Report,
+    products: Sequence[Product], run: Callable[[str], Sequence[Comparison]], record: Record, report: Report
 ) -> list[Product]:
     """Tries every product alone.
 
     Args:
-        layers: the products that may be quantised.
-        tokens: of one picture.
+        products: those that may be quantised.
         run: the figures with one product quantised.
-        key: what the errors depend on; those that a file holds for another are measured again.
-        state: file of what was measured, kept as it grows, so that an interrupted run goes on; None keeps nothing.
+        record: of what was measured before.
         report: told of every product.
     """
-    told: dict[str, dict[str, float]] = _read(state, key)
-    for number, name in enumerate(layers, 1):
-        if name not in told:
-            report(f"product {number} of {len(layers)}: {name}")
-            told[name] = {row.name: row.relative_l2 for row in run(name)}
-            if state is not None:
-                _keep(state, {"key": key, "errors": told})
-    sizes = {name: 2 * tokens * layer.in_features * layer.out_features for name, layer in layers.items()}
-    return [Product(name, sizes[name], told[name]) for name in layers]
+    found = []
+    for number, one in enumerate(products, 1):
+        report(f"product {number} of {len(products)}: {one.name}")
+        rows = record.figures(f"alone: {one.name}", functools.partial(run, one.name))
+        found.append(dataclasses.replace(one, errors={row.name: row.relative_l2 for row in rows}))
+    return found
+
+
+def budget_overrides(budget: float | None) -> dict[str, float]:
+    """A budget as overrides of the tolerances; the default is none, whose cosine would be looser than the default's."""
+    return {} if budget in (None, TOLERANCES["fp8"].relative_l2) else {"*_feat_*": budget}
+
+
+def within(rows: Sequence[Comparison], budget: float, kind: Kind) -> bool:
+    """Whether the figures of a set leave room for what FP16 rounds."""
+    cosines = [tolerance_for(row.name, kind, budget_overrides(budget)).cosine for row in rows]
+    return all(
+        row.relative_l2 <= FILL * budget and row.cosine >= cosine for row, cosine in zip(rows, cosines, strict=True)
+    )
+
+
+def choose_all(products: Sequence[Product], rows: Sequence[Comparison], kind: Kind) -> Choice:
+    """All products, whose figures as a set are within the budget."""
+    measured = {len(products): max(row.relative_l2 for row in rows)}
+    return Choice(tuple(one.name for one in products), tuple(_curve(products, kind, measured)))
 
 
 def choose(
@@ -131,7 +173,7 @@ def choose(
         report(f"trial: {count} of {len(ordered)} products")
         rows = run([one.name for one in ordered[:count]])
         measured[count] = max(row.relative_l2 for row in rows)
-        return measured[count] <= FILL * budget and all(row.cosine >= row.tolerance.cosine for row in rows)
+        return within(rows, budget, kind)
 
     guess = sum(expected_error(ordered[:count]) <= FILL * budget for count in range(1, len(ordered) + 1))
     inside, outside = 0, len(ordered) + 1
@@ -153,14 +195,14 @@ def choose(
 
 def _curve(ordered: Sequence[Product], kind: Kind, measured: Mapping[int, float]) -> list[dict[str, Any]]:
     """Eighths of the products, and the sets that were tried."""
-    whole = sum(one.operations for one in ordered)
+    whole, known = sum(one.operations for one in ordered), bool(ordered[0].errors)
     counts = sorted({round(len(ordered) * eighth / 8) for eighth in range(9)} | set(measured))
     return [
         {
             "products": count,
             "share": sum(one.operations for one in ordered[:count]) / whole,
             "expected_ms": expected_ms(ordered, count, kind),
-            "expected_error": expected_error(ordered[:count]),
+            "expected_error": expected_error(ordered[:count]) if known or not count else None,
             "error": measured.get(count),
         }
         for count in counts
@@ -172,21 +214,8 @@ def curve_lines(curve: Sequence[Mapping[str, Any]], count: int) -> list[str]:
     head = f"{'products':>8} {'operations':>10} {'time':>9} {'expected L2':>12} {'measured L2':>12}"
     lines = [f"time: of these products at the published rates of an {GPU}, not measured", head]
     for row in curve:
-        error = "" if row["error"] is None else f"{row['error']:12.2e}"
+        expected, error = ("" if row[name] is None else f"{row[name]:.2e}" for name in ("expected_error", "error"))
         mark = "  <- chosen" if row["products"] == count else ""
-        figures = f"{row['share']:10.1%} {row['expected_ms']:6.2f} ms {row['expected_error']:12.2e} {error:>12}"
+        figures = f"{row['share']:10.1%} {row['expected_ms']:6.2f} ms {expected:>12} {error:>12}"
         lines.append(f"{row['products']:8} {figures}{mark}")
     return lines
-
-
-def _read(state: Path | None, key: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    try:
-        held = json.loads(state.read_text(encoding="utf-8")) if state is not None else {}
-    except (OSError, ValueError):
-        return {}
-    return held["errors"] if isinstance(held, dict) and held.get("key") == json.loads(json.dumps(key)) else {}
-
-
-def _keep(state: Path, values: Mapping[str, Any]) -> None:
-    with replacing(state) as staged:
-        staged.write_text(json.dumps(values) + "\n", encoding="utf-8")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from export.contract.errors import ExportError
 from export.contract.signature import Signature
 from export.lowering.quantise import CODES, Kind, Quantisation, match_products
-from export.proof.fidelity import TOLERANCES
+from export.proof.fidelity import TOLERANCES, Comparison
 from export.proof.verify import Report, reference_pixels
 from export.quantising.calibration import (
     Calibration,
@@ -22,7 +23,17 @@ from export.quantising.calibration import (
     read_calibration,
     save_calibration,
 )
-from export.quantising.choice import PROXY, Choice, choose, measure_products
+from export.quantising.choice import (
+    PROXY,
+    Choice,
+    Record,
+    budget_overrides,
+    choose,
+    choose_all,
+    measure_products,
+    unmeasured,
+    within,
+)
 from export.quantising.ranges import Range, choose_range, clipping_note, unpack_move
 from export.quantising.trials import Trials, at_size
 from export.weights_origin import encoder_config
@@ -73,18 +84,13 @@ def check_quantise(options: QuantiseOptions, precision: str) -> None:
 
 def budget_tolerances(options: QuantiseOptions, tolerances: Mapping[str, float]) -> dict[str, float]:
     """The overrides of the tolerances with what a budget means for the features; those that were asked come last."""
-    return _of_budget(options.budget) | dict(tolerances)
+    return budget_overrides(options.budget) | dict(tolerances)
 
 
 def manifest_tolerances(manifest: Mapping[str, Any], tolerances: Mapping[str, float] | None) -> dict[str, float]:
     """The same for a file that is there: its export's budget, where one was given."""
     facts = manifest.get("quantisation") or {}
-    return _of_budget(facts.get("budget")) | dict(tolerances or {})
-
-
-def _of_budget(budget: float | None) -> dict[str, float]:
-    """The default is no override, whose cosine would be looser than the default's."""
-    return {} if budget in (None, TOLERANCES["fp8"].relative_l2) else {"*_feat_*": budget}
+    return budget_overrides(facts.get("budget")) | dict(tolerances or {})
 
 
 def all_tolerances(
@@ -158,24 +164,36 @@ def _chosen(
     weights: str,
     report: Report,
 ) -> Choice:
-    """Tries the products alone at a small size, then sets of them at the export's own; `weights` is their SHA-256."""
+    """Tries all products at the export's own size, then each alone at a small one, then sets at the export's own.
+
+    `weights` is their SHA-256.
+    """
     found, patch = quantisation_of(kind, ranges), encoder_config(encoder).patch_size
     layers = {name: layer for name, layer in linear_layers(encoder).items() if name in ranges}
-    small = at_size(signature, PROXY, patch)
-    pixels = reference_pixels(small, images, 1)
-    trials = Trials(encoder, small, pixels, found)
-    state = options.calibration.with_suffix(f".{kind}.json") if options.calibration else None
+    small, budget = at_size(signature, PROXY, patch), _budget(options, kind)
+    sizes = (small, signature)
+    pixels = [reference_pixels(size, images, 1) for size in sizes]
     key = {
         "encoder": weights,
-        "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
+        "pixels": [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pixels],
         "outputs": [signature.necks, signature.levels],
         "ranges": {name: [one.scale, one.share] for name, one in ranges.items()},
     }
-    tokens = math.prod(side // patch for side in signature.image_size)
-    products = measure_products(layers, tokens, trials.run, key, state, report)
-    if small.image_size != signature.image_size:
-        trials = Trials(encoder, signature, reference_pixels(signature, images, 1), found)
-    return choose(products, _budget(options, kind), lambda names: trials.run(*names), kind, report)
+    record = Record(options.calibration.with_suffix(f".{kind}.json") if options.calibration else None, key)
+
+    @functools.lru_cache(1)  # one size at a time is in memory
+    def trials(index: int) -> Trials:
+        return Trials(encoder, sizes[index], pixels[index], found)
+
+    def run(names: Sequence[str]) -> list[Comparison]:
+        return record.figures(f"together: {' '.join(sorted(names))}", lambda: trials(1).run(*names))
+
+    products = unmeasured(layers, math.prod(side // patch for side in signature.image_size))
+    report(f"trial: all {len(products)} products")
+    if within(rows := run(list(layers)), budget, kind):
+        return choose_all(products, rows, kind)
+    products = measure_products(products, lambda name: trials(0).run(name), record, report)
+    return choose(products, budget, run, kind, report)
 
 
 def manifest_quantisation(manifest: Mapping[str, Any]) -> Quantisation | None:
