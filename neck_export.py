@@ -343,7 +343,7 @@ def verify(
 @app.command()
 def masks(
     file: Annotated[Path, typer.Argument(help="A plan or an ONNX file of neck-export")],
-    model: Annotated[Path, typer.Option(help="The whole SAM 3: a folder of transformers")],
+    model: Annotated[Path, typer.Option(help="The whole SAM 3: a folder of transformers, or sam3.pt")],
     images: Annotated[Path, typer.Option(help="Folder of pictures; all are used")],
     prompt: Annotated[list[str] | None, typer.Option(help="A text: objects of its kind")] = None,
     points: Annotated[list[str] | None, typer.Option(help="X,Y: the object there; parts of width and height")] = None,

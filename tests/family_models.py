@@ -1,7 +1,8 @@
 """A file inside Meta's or Ultralytics' own SAM 3, run with .families on PYTHONPATH: tiny models, their own classes.
 
 python tests/family_models.py meta|ultralytics SNIPPET.py...   in a folder with sam3.pt, build/sam3-encoder.onnx,
-build/other.onnx (other weights), picture.png and frames/; writes found.json: largest errors, and the snippets' masks.
+build/other.onnx (other weights), picture.png and frames/; writes found.json: largest errors, what `masks` tells, the
+snippets' masks.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.machinery
 import json
+import shutil
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -20,6 +22,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from benchmarks.masks.checkpoint_models import load_checkpoint_segmenter
+from benchmarks.masks.compare import MasksOptions, compare_masks
+from benchmarks.masks.objects import MasksError
+from benchmarks.masks.transformers_models import Prompts
 from engines.attach import attach, detach
 
 SIZE = 112
@@ -136,6 +142,23 @@ def compare(model: Any, run: Callable[[], Any]) -> dict[str, Any]:  # noqa: ANN4
     return {"outputs": sorted(expected), "error": found[0], "other": found[1], "same_after": same}
 
 
+def judged() -> dict[str, Any]:
+    """What `masks` finds: a file by texts, another seed's by boxes, and the lines of what it refuses."""
+    box, cup, frames = Prompts(boxes=((0.1, 0.2, 0.6, 0.7),)), Prompts(("a cup",)), Path("frames")
+    told: dict[str, Any] = {
+        "same": compare_masks(MasksOptions(Path(FILE), Path("sam3.pt"), frames, cup)),
+        "boxes": compare_masks(MasksOptions(Path(FILE), Path("sam3.pt"), frames, box)),
+        "other": compare_masks(MasksOptions(Path(OTHER), Path("sam3.pt"), frames, cup, check=False)),
+        "refused": [],
+    }
+    for file, prompts in (("sam3.pt", Prompts(points=((0.5, 0.5),))), ("encoder.pt", cup), ("picture.png", cup)):
+        try:
+            load_checkpoint_segmenter(Path(file), prompts, "cpu", 0.5, (SIZE, SIZE))
+        except MasksError as error:
+            told["refused"].append(str(error))
+    return told
+
+
 def pictures() -> Tensor:
     """(2, 3, SIZE, SIZE) with coarse shapes."""
     coarse = torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(1))
@@ -183,6 +206,7 @@ def meta() -> Iterator[dict[str, Any]]:
         found = {"video": compare(whole, lambda: whole.detector.backbone.forward_image(pictures()))}
         image = builder.build_sam3_image_model(checkpoint_path="sam3.pt", enable_inst_interactivity=True)
         found["image"] = compare(image, lambda: image.backbone.forward_image(pictures()))
+        found["judged"] = judged()
         with torch.autocast("cpu", torch.bfloat16):  # as it does by itself on `cuda`
             yield found
 
@@ -203,8 +227,11 @@ def ultralytics() -> Iterator[dict[str, Any]]:
     write_video()
     semantic = builder.build_sam3_image_model("sam3.pt")
     semantic.set_imgsz([SIZE, SIZE])
-    found = {"image": compare(semantic, lambda: semantic.backbone.forward_image(pictures()))}
+    torch.nn.init.constant_(semantic.transformer.decoder.presence_token_head.layers[-1].bias, 4.0)
     interactive = builder.build_interactive_sam3("sam3.pt")
+    torch.save({"model": {f"detector.{name}": value for name, value in semantic.state_dict().items()}}, "sam3.pt")
+    found = {"judged": judged()}
+    found["image"] = compare(semantic, lambda: semantic.backbone.forward_image(pictures()))
     interactive.set_imgsz([SIZE, SIZE])
     found["interactive"] = compare(interactive, lambda: interactive.forward_image(pictures()))
     yield found
@@ -220,6 +247,7 @@ def run_snippet(path: str) -> list[list[int]]:
 
 if __name__ == "__main__":
     load_torchvision()
+    shutil.copy("sam3.pt", "encoder.pt")  # without the rest of SAM 3, which sam3.pt gets
     with {"meta": meta, "ultralytics": ultralytics}[sys.argv[1]]() as told:
         for snippet in sys.argv[2:]:
             told[Path(snippet).stem] = run_snippet(snippet)

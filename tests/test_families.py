@@ -128,6 +128,21 @@ def test_what_the_model_reads_of_its_backbone(family: str, model: str, inputs: P
     assert found["other"] > 0.1
 
 
+@pytest.mark.parametrize(("family", "model"), [("meta", "Sam3Image"), ("ultralytics", "SAM3SemanticModel")])
+def test_masks_of_a_checkpoint(family: str, model: str, inputs: Path) -> None:
+    """`neck-export masks --model sam3.pt` in FP32: by texts, by boxes, and the other seed's file fails the gate."""
+    found = ran(family, inputs)["judged"]
+    for asked in ("same", "boxes"):
+        told = found[asked]
+        assert told["passed"] and told["mean_iou"] == 1 and told["pictures"] == 3 and told["objects"] >= 3
+        assert told["method"].startswith(f"{model} of {'sam3' if family == 'meta' else family} on cpu, its own encoder")
+    assert not found["other"]["passed"] and found["other"]["below_gate"]
+    points, part, picture = found["refused"]
+    assert points.startswith("sam3.pt: ") and "for --points give a folder of transformers" in points
+    assert part.startswith("encoder.pt: lacks ") and part.endswith("give the whole SAM 3")
+    assert "cannot load it" in picture and not any("\n" in line for line in found["refused"])
+
+
 @pytest.mark.parametrize("snippet", [name for names in SNIPPETS.values() for name in names])
 def test_the_snippets_of_the_docs(snippet: str, inputs: Path) -> None:
     """docs/use.md, as it stands but for the pictures' size: three objects or more, three frames."""

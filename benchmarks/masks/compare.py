@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.masks.checkpoint_models import load_checkpoint_segmenter
 from benchmarks.masks.drawing import save_pictures
 from benchmarks.masks.objects import Objects, differ, figures
 from benchmarks.masks.transformers_models import Prompts, Segment, load_segmenter
@@ -30,7 +31,7 @@ class MasksOptions:
 
     Attributes:
         file: a plan or an ONNX file, its manifest beside it.
-        model: a folder of transformers.
+        model: a folder of transformers, or a checkpoint for the package of Meta or Ultralytics.
         images: pictures, all of which are used.
         prompts: what is asked for.
         gate: the lowest mean mask IoU that passes.
@@ -63,7 +64,8 @@ def compare_masks(options: MasksOptions, report: Callable[[str], None] = lambda 
     paths, size = find_pictures(folder.path), manifest_signature(where, manifest).image_size
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report(f"model: {options.model}")
-    model, segment = load_segmenter(options.model, options.prompts, device, options.threshold)
+    asked = (options.model, options.prompts, device, options.threshold)
+    model, segment = load_checkpoint_segmenter(*asked, size) if options.model.is_file() else load_segmenter(*asked)
     simulated = device == "cpu" and not plan and manifest.get("precision") != "fp32"
 
     def pictures() -> Any:  # noqa: ANN401 - an iterator of pixels
@@ -76,9 +78,8 @@ def compare_masks(options: MasksOptions, report: Callable[[str], None] = lambda 
         for path, mine, theirs in zip(paths, own, other, strict=True)
         for name, one, two in zip(names, mine, theirs, strict=True)
     ]
-    method = (
-        f"{type(model).__name__} on {device}, its own encoder against the file, score threshold {options.threshold}"
-    )
+    whole = f"{type(model).__name__} of {type(model).__module__.partition('.')[0]} on {device}"
+    method = f"{whole}, its own encoder against the file, score threshold {options.threshold}"
     values = figures(found, options.gate) | {
         "method": f"{method}; {SIMULATED}" if simulated else method,
         "model": str(options.model),

@@ -102,12 +102,17 @@ def by_text(model: Any, tokenizer: Any, prompts: Prompts, image: Tensor, thresho
             words = tokenizer(text, return_tensors="pt", padding="max_length", max_length=TEXT_TOKENS, truncation=True)
             ids, mask = words["input_ids"].to(image.device), words["attention_mask"].to(image.device)
             given = model(vision_embeds=embeds, input_ids=ids, attention_mask=mask)
-            presence = given.presence_logits.sigmoid().flatten()[0]
-            scores = given.pred_logits[0].sigmoid() * presence
-            kept = scores > threshold
-            masks, boxes = given.pred_masks[0][kept] > 0, given.pred_boxes[0][kept]
-            found.append(Objects(_numpy(masks), _numpy(boxes), _numpy(scores[kept]), float(presence)))
+            masks, boxes = given.pred_masks[0], given.pred_boxes[0]
+            found.append(objects_above(threshold, given.pred_logits[0], given.presence_logits, masks, boxes))
         return found
+
+
+def objects_above(threshold: float, logits: Tensor, presence: Tensor, masks: Tensor, boxes: Tensor) -> Objects:
+    """What a detector finds above a score: logits (N,), presence's logit alone, masks' (N, h, w), boxes (N, 4)."""
+    sure = presence.sigmoid().flatten()[0]
+    scores = logits.sigmoid() * sure
+    kept = scores > threshold
+    return Objects(_numpy(masks[kept] > 0), _numpy(boxes[kept]), _numpy(scores[kept]), float(sure))
 
 
 def by_place(model: Any, prompts: Prompts, image: Tensor, threshold: float) -> list[Objects]:  # noqa: ANN401
@@ -151,14 +156,12 @@ def _numpy(value: Tensor) -> Any:  # noqa: ANN401 - an array of its type
 
 def _kind(folder: Path) -> str:
     """The model_type of a folder's config.json."""
-    if folder.is_file():
-        raise MasksError(f"{folder}: is a file; masks needs the whole model as a folder of transformers (config.json)")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return str(config["model_type"])
     except FileNotFoundError:
         raise MasksError(
-            f"{folder}: holds no config.json; give a folder of transformers, such as facebook/sam3's"
+            f"{folder}: holds no config.json; give a folder of transformers, such as facebook/sam3's, or a checkpoint"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MasksError(f"{folder / 'config.json'}: cannot be read ({error!r}); fetch the model again") from None
