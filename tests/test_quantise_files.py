@@ -12,8 +12,6 @@ import pytest
 from exporting import checkpoint_of, config_of, golden_options, listing, neck_export_cli, trace_quickly
 from PIL import Image
 
-import export.lowering.precision
-import export.pipeline
 from export.contract.manifest import manifest_path, read_manifest
 from export.options import ExportOptions
 from export.pipeline import export_onnx, verify_file
@@ -44,13 +42,13 @@ def fp8_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_other_precisions_do_not_reach_the_quantising(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bytes of the default and of FP16 were compared by hand with those from before there was any; FP8 is the control."""
+    """Bytes of the default and of FP16 were once compared with those from before there was any; FP8 is the control."""
 
     def reached(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(export.pipeline, "settle", reached)
-    monkeypatch.setattr(export.lowering.precision, "quantise", reached)
+    monkeypatch.setattr("export.pipeline.settle", reached)
+    monkeypatch.setattr("export.lowering.precision.quantise", reached)
     options = golden_options("meta-dual", tmp_path / "a.onnx", precision=precision, verify=False)
     with pytest.raises(ZeroDivisionError) if precision == "fp8" else contextlib.nullcontext():
         export_onnx(options)
