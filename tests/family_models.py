@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.masks.checkpoint_models import load_checkpoint_segmenter
@@ -107,7 +107,7 @@ def load_torchvision() -> None:
     """Of a build for CUDA, whose operators do not load beside torch's CPU build, the part in Python."""
     if torch.version.cuda is None:
         for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision
 
         # every box is kept: what is compared has gone through the same
