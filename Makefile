@@ -11,11 +11,11 @@ BIN := .venv/bin
 	touch $@
 
 # a real tritonserver for the tests (55 MB); without it they are skipped
-.triton/ready: tests/server-setup.sh
+.triton/ready: tests/server-setup.sh tests/setup-folder.sh
 	PYTHON=$(PYTHON) sh tests/server-setup.sh
 
 # Meta's and Ultralytics' packages for the tests (220 MB on disk); without them they are skipped
-.families/ready: tests/families-setup.sh .venv/ready
+.families/ready: tests/families-setup.sh tests/setup-folder.sh .venv/ready
 	sh tests/families-setup.sh
 
 demo: .venv/ready

@@ -5,18 +5,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 folder=${1:-.triton}
-state=$(sha256sum tests/server-setup.sh | cut -d ' ' -f 1)  # a folder that another state of this file made is made again
-if [ -f "$folder/ready" ] && [ "$(cat "$folder/ready")" = "$state" ]; then
-    touch "$folder/ready"
-    exit 0
-fi
-rm -rf "$folder"
-mkdir -p "$folder"
-
-refuse() {
-    echo "$1" | tee "$folder/why" >&2
-    exit 0
-}
+. tests/setup-folder.sh
 
 for python in "${PYTHON:-python3}" python3.12 python3.11 python3.10 ''; do
     [ -n "$python" ] || refuse "no Triton server: its stub and numpy 1 need Python 3.10 to 3.12 (set PYTHON)"

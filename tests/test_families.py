@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tiny_config
 
 from export.contract.signature import BatchRange
 from export.options import ExportOptions
 from export.pipeline import export_onnx
 from neck.checkpoint import random_encoder, save_meta_checkpoint
-from neck.config import EncoderConfig
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ROOT / ".families"
@@ -27,16 +27,7 @@ TOLERANCE = 1e-4
 HANG_S = 1800
 """Seconds after which a process hangs; 10 to 30 on an idle machine."""
 
-CONFIG = EncoderConfig(
-    image_size=112,
-    embed_dim=32,
-    depth=4,
-    num_heads=2,
-    window_size=4,
-    global_blocks=(1, 3),
-    pretrain_image_size=56,
-    necks=("sam3", "sam2"),
-)
+CONFIG = tiny_config(embed_dim=32, d_model=256, necks=("sam3", "sam2"))
 """As family_models.py makes the trunk; d_model 256 is written into both packages."""
 
 SNIPPETS = {"meta": ("meta-picture", "meta-video"), "ultralytics": ("ultralytics-picture", "ultralytics-video")}

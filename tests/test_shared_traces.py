@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 from conftest import Save, named_outputs, run_onnx, tiny_config, worst_error
@@ -27,15 +28,21 @@ def module_of(seed: int = 0, rewrites: Rewrites | None = None, image_size: int =
     return DeployEncoder(random_encoder(config, seed), signature, rewrites or Rewrites())
 
 
-def test_the_second_encoder_has_its_own_weights(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
-    exported: list[DeployEncoder] = []
+@pytest.fixture
+def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[DeployEncoder]:
+    """The modules that torch exports from here on; those whose structure is known are not among them."""
+    modules: list[DeployEncoder] = []
     real = export.graph.trace._export
 
-    def counted(module: DeployEncoder) -> object:
-        exported.append(module)
+    def counted(module: DeployEncoder) -> ir.Model:
+        modules.append(module)
         return real(module)
 
-    monkeypatch.setattr(export.graph.trace, "_export", SharedTraces(counted, tmp_path))  # type: ignore[arg-type]
+    monkeypatch.setattr(export.graph.trace, "_export", SharedTraces(counted, tmp_path))
+    return modules
+
+
+def test_the_second_encoder_has_its_own_weights(exported: list[DeployEncoder], save: Save) -> None:
     image = torch.rand(1, 3, 112, 112)
     encoders = [random_encoder(CONFIG, seed) for seed in (0, 1)]
     wanted = [named_outputs(encoder, image) for encoder in encoders]
@@ -47,16 +54,8 @@ def test_the_second_encoder_has_its_own_weights(tmp_path: Path, save: Save, monk
     assert len(exported) == 1
 
 
-def test_a_deeper_trunk_is_the_same_trace(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deeper_trunk_is_the_same_trace(exported: list[DeployEncoder], save: Save) -> None:
     """Two of its blocks are traced, whatever its depth."""
-    exported: list[DeployEncoder] = []
-    real = export.graph.trace._export
-
-    def counted(module: DeployEncoder) -> object:
-        exported.append(module)
-        return real(module)
-
-    monkeypatch.setattr(export.graph.trace, "_export", SharedTraces(counted, tmp_path))  # type: ignore[arg-type]
     image = torch.rand(1, 3, 112, 112)
     for changes in ({}, {"depth": 2, "global_blocks": (1,)}, {"depth": 5, "global_blocks": (2,)}):
         config = tiny_config(**changes)
