@@ -440,6 +440,7 @@ def bench(
     minutes: Annotated[float | None, typer.Option(help="End after so long; a rerun goes on")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an interrupted run measured")] = False,
     plan: Annotated[Path | None, typer.Option(help="A plan whose kernels go into the report")] = None,
+    masks: Annotated[list[Path] | None, typer.Option(help="A file whose `masks` verdict goes into the report")] = None,
     export: Annotated[bool, typer.Option("--export", help="Also what the export costs, at full size")] = False,
     merge: Annotated[bool, typer.Option("--merge", help="Measure nothing: one report of several report.json")] = False,
     compare: Annotated[Path | None, typer.Option(help="An older report.json: exit 3 where something got worse")] = None,
@@ -483,6 +484,7 @@ def bench(
                 minutes=minutes,
                 fresh=fresh,
                 plan=plan,
+                masks=tuple(masks or ()),
                 export=export,
             )
             result = run_bench(options, report)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.errors import BenchError
+from benchmarks.results.mask_verdicts import read_masks
 from engines.builder.plan_kind import is_plan
 from engines.sheet.layer_sheet import read_sheet
 from export.contract.signature import Positions, Sam2Outputs
@@ -47,6 +48,7 @@ class BenchOptions:
         timeout_s: how long a backend may take for one load or one round.
         fresh: forget the samples of an earlier run of the same benchmark.
         plan: a plan whose layer sheet goes into the report.
+        masks: files that `neck-export masks` judged, whose verdicts go into the report.
         export: also measure the exporter itself (benchmarks/export.py); some minutes, at full size.
         command: what the result says it was made by; by default this process's command line.
     """
@@ -80,6 +82,7 @@ class BenchOptions:
     timeout_s: float = 1200.0
     fresh: bool = False
     plan: Path | None = None
+    masks: tuple[Path, ...] = ()
     export: bool = False
     command: str = ""
 
@@ -120,5 +123,6 @@ def check_options(options: BenchOptions) -> None:
         raise BenchError(f"random weights have no {', '.join(chosen)}; leave it out, or name a --checkpoint")
     if options.plan and (not is_plan(options.plan) or read_sheet(options.plan) is None):
         raise BenchError(f"--plan {options.plan}: no plan with a layer sheet beside it; `neck-export trt` writes both")
+    read_masks(options.masks)
     if options.export and options.config:
         raise BenchError("the exporter is measured at full size; leave --export or --config out")

@@ -14,8 +14,13 @@ import pytest
 from exporting import neck_export_cli
 from onnx import helper
 from PIL import Image
+from synthetic import synthetic_result
 
+from benchmarks.errors import BenchError
 from benchmarks.masks.objects import Objects, box_iou, differ, figures, mask_ious
+from benchmarks.options import BenchOptions, check_options
+from benchmarks.results.mask_verdicts import read_masks
+from benchmarks.results.result_files import check_result
 from export.contract.manifest import file_entry
 from export.options import ExportOptions
 from export.pipeline import export_onnx
@@ -86,6 +91,7 @@ def test_an_fp32_file_gives_the_same_masks(
     assert told["passed"] and told["objects"] >= 4 and told["mean_iou"] > 0.9995 and told["largest_score_error"] < 1e-4
     assert "simulated" not in told["method"]
     assert "masks are the model's: mean IoU 1.000" in neck_export_cli("inspect", file).out
+    check_result(synthetic_result() | {"masks": read_masks([file])}, "a report's")
     drawn = Image.open(tmp_path / "drawn" / "picture_0.png.masks.png")
     assert drawn.size == (3 * 112, 112) and len(list((tmp_path / "drawn").iterdir())) == 2
     third = np.asarray(drawn)[:, 224:]
@@ -102,6 +108,22 @@ def test_an_fp16_file_by_its_simulation(files: Path, model: Path, pictures: Path
     told = json.loads(file.with_suffix(".json").read_text())["masks"]
     assert 0.9 < told["mean_iou"] <= 1 and "simulated: every FP16" in told["method"] and told["method"] in ran.out
     assert 1e-6 < told["largest_score_error"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda file: None, "x.onnx: its masks were not compared yet: neck-export masks .*x.onnx --model MODEL"),
+        (lambda file: file.with_suffix(".json").unlink(), "the manifest is missing"),
+        (lambda file: file.with_name("x.onnx.data").write_bytes(b""), "x.onnx.data"),
+        (lambda file: file.unlink(), "x.onnx"),
+    ],
+)
+def test_a_report_takes_no_file_without_a_verdict(spoil: Any, told: str, files: Path, tmp_path: Path) -> None:  # noqa: ANN401
+    file = copied(files, tmp_path)
+    spoil(file)
+    with pytest.raises(BenchError, match=f"--masks .*{told}"):
+        check_options(BenchOptions(tmp_path / "report", masks=(file,)))
 
 
 def other_weights(graph: onnx.GraphProto) -> None:

@@ -476,6 +476,23 @@ def test_what_the_export_costs_is_shown_where_it_was_measured() -> None:
         assert "What the export costs" in shown and re.search("21.6[ \u00a0]s", shown)
 
 
+def test_verdicts_of_masks_are_shown_where_they_were_asked_for() -> None:
+    result = synthetic_result()
+    assert ">Masks<" not in html_page(result)
+    found = {"passed": True, "gate": 0.99, "pictures": 2, "objects": 41, "lost": 0, "found": 0, "mean_iou": 0.99873}
+    found |= {"worst_iou": 0.9713, "worst_picture": "cup|.png", "method": "Sam3Model of transformers on cpu"}
+    files = [("fp16.onnx", "fp16", {}), ("int8.plan", "int8", {"passed": False, "lost": 3})]
+    result["masks"] = [{"file": name, "precision": precision, **found, **more} for name, precision, more in files]
+    other = synthetic_result(1)
+    other["machines"][0]["name"] = "Another"
+    merged = merge_results([result, other])
+    for shown in (html_page(result), markdown_page(result), html_page(merged), markdown_page(merged)):
+        for text in ("fp16.onnx, FP16", "int8.plan, INT8", "0.9987", "0.9713", "Sam3Model of transformers on cpu"):
+            assert text in shown
+        assert shown.count(">not the model" if shown.startswith("<!doctype") else "| not the model") == 1
+    assert html_page(result).count('<tr class="warned"><th scope="row">int8.plan') == 1
+
+
 # the folder
 
 

@@ -34,12 +34,9 @@ from benchmarks.report.findings import (
     worst_error,
 )
 from benchmarks.report.growth_plot import growth_plot
+from benchmarks.report.machine_facts import environment
 from benchmarks.report.method import TITLE, about, commands, encoder_facts, method
-from benchmarks.report.tables import (
-    environment,
-    errors_table,
-    tables_of,
-)
+from benchmarks.report.tables import errors_table, tables_of
 from benchmarks.results.result_files import Result, of_machine
 
 GENERATOR = "neck-export bench"
@@ -100,6 +97,7 @@ def _view(result: Result, answer: Answer) -> dict[str, Any]:
     export = tables.get("What the export costs")
     sections = [("latency", "Latency"), ("missing", "Not measured"), ("accuracy", "Accuracy"), ("growth", "Growth")]
     sections += [("roofline", "Roofline"), ("parts", "Where the time goes"), ("features", "Features")]
+    sections += [("masks", "Masks")] if "Masks" in tables else []
     sections += [("export", "Export")] if export else []
     kernels = of_machine(result, machine, "kernels")
     compared = [(row, errors_table(row)) for row in ranked(result, machine)]
@@ -125,6 +123,7 @@ def _view(result: Result, answer: Answer) -> dict[str, Any]:
         "kernels": draw(lambda result, machine, width: kernels_chart(kernels, width)),
         "features": features and _features(features),
         "candidate": features and label_of(result, features["candidate"]),
+        "masks": tables.get("Masks"),
         "export": export,
         "environment": environment(machine),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.report.findings import (
@@ -196,42 +195,23 @@ def export_table(export: dict[str, Any] | None) -> Table | None:
     return Table(caption, ("What", "Median wall time", "Peak memory", "Files"), rows)
 
 
-def environment(machine: dict[str, Any]) -> list[tuple[str, str]]:
-    """The machine and its software, name by name."""
-    told = machine["environment"]
-    pairs = [("Processor", told["processor"]), ("Cores", str(told["cores"] or NOTHING))]
-    pairs += [("Memory", scaled(told["memory_bytes"], "B"))] if told.get("memory_bytes") else []
-    pairs += _gpu(told["gpu"])
-    pairs += [(name.capitalize(), str(told[name])) for name in ("system", "python") if told.get(name)]
-    pairs += [(name, version or "not installed") for name, version in told["versions"].items()]
-    roof = machine["roofline"]
-    if roof:
-        rates = [(name.upper(), rate) for name, rate in roof["flops_per_s"].items()]
-        pairs += [(f"Matrix rate, {name}", scaled(rate, "FLOP/s") if rate else "not measured") for name, rate in rates]
-        pairs.append(("Copy rate", scaled(roof["copy_bytes_per_s"], "B/s")))
-    known = {"processor", "cores", "memory_bytes", "gpu", "system", "python", "versions"}
-    return pairs + [(_name(key), _flat(value)) for key, value in told.items() if key not in known]
-
-
-def _gpu(gpu: dict[str, Any] | None) -> list[tuple[str, str]]:
-    if gpu is None:
-        return [("GPU", "none")]
-    shown = {**gpu, "memory_bytes": scaled(gpu.get("memory_bytes"), "B")}
-    pairs = [("GPU", gpu["name"])]
-    return pairs + [(f"GPU {_name(key, False)}", _flat(value)) for key, value in shown.items() if key != "name"]
-
-
-def _name(key: str, capital: bool = True) -> str:
-    words = key.removesuffix("_bytes").replace("_", " ")
-    return words.capitalize() if capital else words
-
-
-def _flat(value: Any) -> str:  # noqa: ANN401 - any JSON value
-    if isinstance(value, dict):
-        return ", ".join(f"{_name(key, False)} {_flat(entry)}" for key, entry in value.items())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(_flat(entry) for entry in value)
-    return NOTHING if value is None else str(value)
+def masks_table(masks: list[dict[str, Any]] | None) -> Table | None:
+    """What `neck-export masks` found of files: their verdicts and the least alike picture."""
+    head = ("File", "Verdict", "Mean IoU", "Worst IoU", "Objects", "Lost", "Found", "Least alike", "Whole model")
+    rows = tuple(
+        (
+            f"{one['file']}, {one['precision'].upper()}",
+            "the model's" if one["passed"] else "not the model's",
+            *(f"{one[name]:.4f}" for name in ("mean_iou", "worst_iou")),
+            *(str(one[name]) for name in ("objects", "lost", "found")),
+            one["worst_picture"],
+            one["method"],
+        )
+        for one in masks or []
+    )
+    warned = tuple(index for index, one in enumerate(masks or []) if not one["passed"])
+    caption = "Masks of the whole model with each file in place of its encoder, against its own, by `neck-export masks`"
+    return Table(caption, head, rows, (0, 1, 7, 8), warned) if rows else None
 
 
 def tables_of(result: Result, machine: dict[str, Any]) -> dict[str, Table]:
@@ -244,6 +224,7 @@ def tables_of(result: Result, machine: dict[str, Any]) -> dict[str, Table]:
         "Growth with image size": growth_table(result, machine, "image_size"),
         "Growth with batch": growth_table(result, machine, "batch"),
         "Work": parts_table(result, machine),
+        "Masks": masks_table(of_machine(result, machine, "masks")),
         "What the export costs": export_table(of_machine(result, machine, "export")),
     }
     return {title: table for title, table in found.items() if table and table.rows}

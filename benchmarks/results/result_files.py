@@ -1,7 +1,7 @@
 """Results of the benchmark as they lie in files: the check of their form, and several runs made one.
 
 The form is result.schema.json beside this file. A machine may carry what belongs to it alone (date, command, work,
-kernels, features, export), as after a merge; where it does not, the result's own are its.
+kernels, features, masks, export), as after a merge; where it does not, the result's own are its.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ SCHEMA = 1
 
 KIND = "bench"
 
-OF_A_MACHINE = ("date", "command", "work", "kernels", "features", "export")
-"""What a merge moves from the result to the machine that it was measured on."""
+OF_A_MACHINE = ("date", "command", "work", "kernels", "features", "masks", "export")
+"""What a merge moves from the result to the machine that it was measured on; results of older versions have no masks."""
 
 Result = dict[str, Any]
 
@@ -154,7 +154,7 @@ def merge_results(results: Sequence[Result]) -> Result:
 
 
 def _self_contained(result: Result, machine: dict[str, Any], number: str) -> dict[str, Any]:
-    own = {key: machine.get(key, result[key]) for key in OF_A_MACHINE}
+    own = {key: of_machine(result, machine, key) for key in OF_A_MACHINE}
     return copy.deepcopy({**machine, **own, "id": number})
 
 
@@ -166,7 +166,7 @@ def _all_points(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 def of_machine(result: Result, machine: dict[str, Any], key: str) -> Any:  # noqa: ANN401 - any JSON value
     """What belongs to a machine (a key of OF_A_MACHINE): its own, else the result's."""
-    return machine.get(key, result[key])
+    return machine.get(key, result.get(key))
 
 
 def refuse_other_encoder(one: Result, other: Result, one_name: str, other_name: str) -> None:
