@@ -565,7 +565,8 @@ def show_curve(manifest: dict[str, Any]) -> None:
     if quantisation.get("curve"):
         from export.quantising.choice import curve_lines
 
-        typer.echo("\n".join(curve_lines(quantisation["curve"], len(quantisation["products"]))))
+        told = quantisation.get("rates") or ""
+        typer.echo("\n".join(curve_lines(quantisation["curve"], len(quantisation["products"]), told)))
 
 
 def choose_checkpoint(asked: str | None) -> Path | None:

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from export.contract.signature import Signature
 from neck.config import EncoderConfig
 
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1}
+"""Of a weight; outputs have as many, of a quantised file two."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Part:
     Attributes:
         part: its name.
         operations: of a batch.
-        weight_elements: parameters, read in the row's precision.
+        weight_elements: parameters, read in the row's precision (all of them, where some are quantised: a floor).
         table_bytes: FP32 tables (rotary) and the image, which is FP32 in every file.
         output_elements: of a batch, written in the row's precision.
     """
@@ -37,7 +38,8 @@ class Part:
 
     def bytes(self, precision: str) -> int:
         """Least bytes at a precision."""
-        return self.table_bytes + ITEM_BYTES[precision] * (self.weight_elements + self.output_elements)
+        item = ITEM_BYTES[precision]
+        return self.table_bytes + item * self.weight_elements + max(item, 2) * self.output_elements
 
 
 def encoder_parts(config: EncoderConfig, signature: Signature, batch: int, *, rewritten: bool = True) -> list[Part]:

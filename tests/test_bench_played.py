@@ -113,3 +113,14 @@ def test_what_fails_costs_its_row_alone(bench: Any) -> None:  # noqa: ANN401
     assert "illegal memory access" in rows[PLAN]["reason"] and "out of memory" in rows["eager-fp16"]["reason"]
     assert rows["eager-rewritten-fp16"]["status"] == "measured"
     assert rows["eager-rewritten-fp16"]["peak_device_bytes"] is None
+
+
+def test_quantised_plans_have_rows_and_say_what_they_err(bench: Any) -> None:  # noqa: ANN401
+    """All products of a tiny encoder err more than the gate allows, which the rows say."""
+    fp8, int8 = "tensorrt-rewritten-fp8", "tensorrt-rewritten-int8"
+    rows = bench(fp8, int8)
+    assert [row["reason"] for row in rows.values()] == [None] * 3
+    worst = {name: max(error["relative_l2"] for error in rows[name]["errors"]) for name in (fp8, int8)}
+    assert rows[fp8]["label"] == "TensorRT, rewritten, FP8, all products" and rows[fp8]["precision"] == "fp8"
+    assert all(5e-2 < error < 0.2 for error in worst.values()) and not (rows[fp8]["passed"] or rows[int8]["passed"])
+    assert rows[int8]["file_bytes"] > 0 and rows[int8]["floor_ms"] is None  # no rate of INT8 is known there

@@ -31,6 +31,7 @@ from export.quantising.choice import (
     unmeasured,
 )
 from export.quantising.ranges import choose_range
+from export.quantising.rates import product_rates
 from export.quantising.settle import QuantiseOptions, budget_tolerances, manifest_tolerances, settle
 from export.quantising.trials import Trials, at_size, rounded_layers
 
@@ -110,8 +111,8 @@ def test_squares_add() -> None:
     products = order_products(measured())
     assert expected_error(products) == pytest.approx(worst([one.name for one in products]), rel=0.5)
     assert expected_error(products) > 1.5 * max(one.worst for one in products)
-    lines = curve_lines(chosen().curve, len(chosen().names))
-    assert "published rates" in lines[0]
+    lines = curve_lines(chosen().curve, len(chosen().names), product_rates("fp8").source)
+    assert lines[0] == "time: of these products at the published rates of an L4, not measured"
     assert sum("<- chosen" in line for line in lines) == 1
     shares = [row["share"] for row in chosen().curve]
     assert shares == sorted(shares)
@@ -175,7 +176,7 @@ def test_where_all_products_fit_none_is_tried_alone() -> None:
         assert len(found.quantisation.scales) == 16
         assert [row["error"] is None for row in found.facts["curve"]] == [True] * 8 + [False]
         assert found.facts["curve"][-1]["error"] <= 0.95 * (budget or BUDGET)
-        (mark,) = (line for line in curve_lines(found.facts["curve"], 16) if "<- chosen" in line)
+        (mark,) = (line for line in curve_lines(found.facts["curve"], 16, found.facts["rates"]) if "<- chosen" in line)
         assert mark.split()[:2] == ["16", "100.0%"]
     assert not [line for line in told if line.startswith("product ")]
     assert "trial: all 16 products" in told

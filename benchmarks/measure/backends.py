@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.errors import BenchError
 
 Runtime = Literal["eager", "compile", "compile-max", "ort", "openvino", "plan"]
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8"]
 Device = Literal["cpu", "cuda"]
 
 REFERENCE = "eager-fp32"
@@ -71,7 +71,10 @@ class Runner(Protocol):
 
 
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
-NAMES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
+NAMES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "fp8": "FP8, all products", "int8": "INT8, all products"}
+QUANTISED = ("fp8", "int8")
+"""All products, the fastest that a file of the kind can be: its errors tell whether it may be used as it is."""
+
 TORCH = {
     "eager": "PyTorch eager",
     "compile": "torch.compile",
@@ -145,6 +148,8 @@ def _on_gpu() -> list[Backend]:
         _file("tensorrt-rewritten-fp16", "TensorRT", "plan", "cuda", "tensorrt"),
         _file("tensorrt-rewritten-bf16", "TensorRT", "plan", "cuda", "tensorrt"),
         _file("rtx-rewritten-fp16", "TensorRT-RTX", "plan", "cuda", "rtx"),
+        *(_file(f"tensorrt-rewritten-{kind}", "TensorRT", "plan", "cuda", "tensorrt") for kind in QUANTISED),
+        *(_file(f"rtx-rewritten-{kind}", "TensorRT-RTX", "plan", "cuda", "rtx") for kind in QUANTISED),
     ]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from export.quantising.rates import measure_rate
+
 PRODUCT_SECONDS = 0.05
 """A product is made larger until it takes so long at least; a rate that small ones reach says little."""
 
@@ -18,6 +20,7 @@ COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 
 REPEATS = {"cpu": 3, "cuda": 10}
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUANTISED = ("fp8", "int8")
 
 
 def measure_rates(device: str) -> dict[str, Any]:
@@ -26,11 +29,14 @@ def measure_rates(device: str) -> dict[str, Any]:
     FP32 on a CPU is the better of torch and numpy, whose libraries differ. TF32 is off.
 
     Returns:
-        The result's `roofline`: `device`, `flops_per_s` by precision, `copy_bytes_per_s` (read and written).
+        The result's `roofline`: `device`, `flops_per_s` by precision, `copy_bytes_per_s` (read and written). FP8 and
+        INT8 on a GPU alone, None where it does not multiply them.
     """
-    rates = {name: _product_rate(dtype, device) for name, dtype in TYPES.items()}
+    rates: dict[str, float | None] = {name: _product_rate(dtype, device) for name, dtype in TYPES.items()}
     if device == "cpu":
-        rates["fp32"] = max(rates["fp32"], _numpy_rate())
+        rates["fp32"] = max(rates["fp32"] or 0.0, _numpy_rate())
+    else:
+        rates |= {kind: _quantised_rate(kind) for kind in QUANTISED}
     source = torch.zeros(COPY_BYTES[device], dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     seconds = best_of(lambda: target.copy_(source), device)
@@ -58,6 +64,13 @@ def _product_rate(dtype: torch.dtype, device: str) -> float:
         if side >= LARGEST[device] or seconds > PRODUCT_SECONDS:
             return best
         side *= 2
+
+
+def _quantised_rate(kind: str) -> float | None:
+    try:
+        return measure_rate(kind)
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def _numpy_rate(side: int = 2048) -> float:

@@ -16,13 +16,16 @@ from benchmarks.measure.work_folder import OUTPUTS, about_file, seconds_path
 from benchmarks.options import SELECTION, selection
 from export.contract.signature import BatchRange, Signature
 from export.graph.rewrite import Rewrites
+from export.lowering.quantise import CODES
 from export.options import ExportOptions, load, sign
 from export.pipeline import export_onnx, write_onnx
 from export.proof.verify import reference_pixels
+from export.quantising.calibration import FEWEST
+from export.quantising.settle import QuantiseOptions
 from export.weights_origin import encoder_config
 from neck.checkpoint import save_meta_checkpoint
 from neck.config import EncoderConfig
-from neck.pictures import PictureFolder, ValueRange, normalise
+from neck.pictures import PictureFolder, ValueRange, find_pictures, normalise
 
 
 def make_weights(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def make_file(asked: Mapping[str, Any]) -> dict[str, Any]:
     It is not verified, its row is; nor hashed, but for a plan, whose builder checks that.
 
     Args:
-        asked: as `make_weights`, and `path`, `precision`, `module`, `runtime`.
+        asked: as `make_weights`, and `path`, `precision`, `module`, `runtime`, `images` (a folder or None).
 
     Returns:
         As `about_file`.
@@ -99,6 +102,10 @@ def make_file(asked: Mapping[str, Any]) -> dict[str, Any]:
     rewrites = Rewrites() if asked["module"] == "rewritten" else Rewrites.none()
     options = _options(asked, path)
     options = dataclasses.replace(options, precision=asked["precision"], attention=form, rewrites=rewrites)
+    if asked["precision"] in CODES:  # all products, by the benchmark's own pictures where they are enough
+        images = Path(asked["images"]) if asked["images"] else None
+        enough = images is not None and len(find_pictures(images)) >= FEWEST
+        options = dataclasses.replace(options, quantise=QuantiseOptions(("all",)), images=images if enough else None)
     if asked["runtime"] == "plan":
         export_onnx(options)  # a plan's builder wants the manifest
     else:

@@ -187,6 +187,7 @@ class Workplace:
         asked = {**self._encoder(), **values, "checkpoint": self._prepared["weights"]}
         asked |= {"image_size": values["config"]["image_size"], "path": str(path)}
         asked |= {name: getattr(backend, name) for name in ("precision", "module", "runtime")}
+        asked["images"] = str(PictureFolder.of(self.asked.images).path) if self.asked.images else None
         return self._by_itself(folder, "file", asked)
 
     def _plan(self, backend: Backend, made: Mapping[str, Any], folder: Path) -> Job:

@@ -46,7 +46,7 @@ LOG_PLOT_FROM = 3.0
 RIGHT_OF_POINTS = 4.0
 """Room for their numbers, as a factor of the logarithmic axis."""
 
-SHAPES = {"fp32": 0, "fp16": 1, "bf16": 2}
+SHAPES = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8": 3, "int8": 4}
 
 Box = tuple[float, float, float, float]
 

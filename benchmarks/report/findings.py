@@ -12,7 +12,7 @@ from benchmarks.results.result_files import Result
 
 Row = dict[str, Any]
 
-PRECISIONS = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
+PRECISIONS = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "fp8": "FP8", "int8": "INT8"}
 REASONS = 3
 """How many reasons the first screen gives; all of them stand in a table below."""
 

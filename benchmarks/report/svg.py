@@ -56,8 +56,8 @@ class Drawing:
         self._shape("path", {"d": f"M{steps}"}, css, "")
 
     def mark(self, x: float, y: float, shape: int, css: str, title: str = "", size: float = 5) -> None:
-        """A point; shapes are circle, square, diamond, triangle, so that colour is not needed to tell them apart."""
-        shape %= 4
+        """A point; shapes are circle, square, diamond and two triangles: colour is not needed to tell them apart."""
+        shape %= 5
         if shape == 0:
             place = {"cx": _number(x), "cy": _number(y), "r": _number(size)}
             return self._shape("circle", place, css, title)
@@ -65,6 +65,7 @@ class Drawing:
             [(-1, -1), (1, -1), (1, 1), (-1, 1)],
             [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)],
             [(0, -1.2), (1.2, 1), (-1.2, 1)],
+            [(0, 1.2), (1.2, -1), (-1.2, -1)],
         )[shape - 1]
         scale = size * (0.9 if shape == 1 else 1)
         steps = " L".join(f"{_number(x + scale * dx)} {_number(y + scale * dy)}" for dx, dy in corners)

@@ -10,10 +10,8 @@ from benchmarks.errors import BenchError
 from engines.builder.plan_kind import is_plan
 from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest
 
-SHOWN = (
-    "passed gate pictures objects lost found mean_iou worst_iou worst_picture mean_box_iou worst_box_iou "
-    "largest_score_error largest_presence_error method"
-).split()
+COUNTS = ("pictures", "objects", "lost", "found")
+SHOWN = ("passed", "gate", *COUNTS, "mean_iou", "worst_iou", "worst_picture", "method")
 
 
 def read_masks(files: Sequence[Path]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ SCHEMA = 1
 KIND = "bench"
 
 OF_A_MACHINE = ("date", "command", "work", "kernels", "features", "masks", "export")
-"""What a merge moves from the result to the machine that it was measured on; results of older versions have no masks."""
+"""What a merge moves from the result to the machine that it was measured on; older results have no masks."""
 
 Result = dict[str, Any]
 

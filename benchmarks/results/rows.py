@@ -128,7 +128,7 @@ def plain_twin(backend: Backend, backends: Sequence[Backend]) -> str | None:
 def best_rates(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The best of several measurements of the machine's rates: what else ran then only made them less."""
     first = found[0]
-    flops = {name: max(one["flops_per_s"][name] for one in found) for name in first["flops_per_s"]}
+    flops = {name: max((one["flops_per_s"][name] or 0.0) for one in found) or None for name in first["flops_per_s"]}
     return {**first, "flops_per_s": flops, "copy_bytes_per_s": max(one["copy_bytes_per_s"] for one in found)}
 
 
@@ -145,7 +145,7 @@ def raise_rates(
         for one in backends:
             for times in samples.times(place.name, one.id):
                 reached = total_operations(place.parts) / min(times) * 1e3
-                if reached > flops[one.precision]:
+                if flops.get(one.precision) and reached > flops[one.precision]:
                     flops[one.precision], reached_by[one.precision] = reached, one.id
     return {**roofline, "flops_per_s": flops, "reached_by": reached_by}
 

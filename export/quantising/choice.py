@@ -22,16 +22,13 @@ from export.lowering.quantise import Kind
 from export.proof.fidelity import TOLERANCES, Comparison, Tolerance, tolerance_for
 from export.proof.verify import Report
 from export.quantising.calibration import CalibrationError
+from export.quantising.rates import product_rates
 
 PROXY = 336
 """Pixels of a side of the pictures that single products are tried on: a ninth of the work at 1008."""
 
 FILL = 0.95
 """Of the budget, for products: what FP16 rounds adds to their error in squares (2e-3 on its own)."""
-
-RATES = {"fp16": 121e12, "fp8": 242.5e12, "int8": 242.5e12}
-GPU = "L4"
-"""Operations per second by its data sheet, dense: published, not measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +71,9 @@ def expected_error(products: Sequence[Product]) -> float:
 
 
 def expected_ms(products: Sequence[Product], quantised: int, kind: Kind) -> float:
-    """Milliseconds of all products with the first few quantised, at the published rates."""
-    seconds = [one.operations / RATES[kind if index < quantised else "fp16"] for index, one in enumerate(products)]
+    """Milliseconds of all products with the first few quantised, at the rates of product_rates."""
+    rates = product_rates(kind).per_s
+    seconds = [one.operations / rates[kind if index < quantised else "fp16"] for index, one in enumerate(products)]
     return 1e3 * sum(seconds)
 
 
@@ -209,10 +207,10 @@ def _curve(ordered: Sequence[Product], kind: Kind, measured: Mapping[int, float]
     ]
 
 
-def curve_lines(curve: Sequence[Mapping[str, Any]], count: int) -> list[str]:
-    """The curve for a screen; the row of the choice is marked."""
+def curve_lines(curve: Sequence[Mapping[str, Any]], count: int, rates: str) -> list[str]:
+    """The curve for a screen, with whose rates its times are by; the row of the choice is marked."""
     head = f"{'products':>8} {'operations':>10} {'time':>9} {'expected L2':>12} {'measured L2':>12}"
-    lines = [f"time: of these products at the published rates of an {GPU}, not measured", head]
+    lines = [f"time: of these products {rates}", head]
     for row in curve:
         expected, error = ("" if row[name] is None else f"{row[name]:.2e}" for name in ("expected_error", "error"))
         mark = "  <- chosen" if row["products"] == count else ""

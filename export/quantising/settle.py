@@ -35,6 +35,7 @@ from export.quantising.choice import (
     within,
 )
 from export.quantising.ranges import Range, choose_range, clipping_note, unpack_move
+from export.quantising.rates import product_rates
 from export.quantising.trials import Trials, at_size
 from export.weights_origin import encoder_config
 from neck.necks import Sam3DualViTDetNeck
@@ -145,6 +146,7 @@ def settle(
         "images": str(PictureFolder.of(images).path) if images is not None else None,
         "of": len(layers),
         "curve": list(curve),
+        "rates": product_rates(kind).source if curve else None,
         "products": {name: one.to_dict() for name, one in ranges.items()},
     }
     return Settled(quantisation_of(kind, ranges), facts)

@@ -20,7 +20,9 @@ MAGIC = {"rtx": b"vtrt", "tensorrt": b"ftrt"}
 PRODUCTS = {"MatMul": "MATRIX_MULTIPLY", "Gemm": "MATRIX_MULTIPLY", "Conv": "CONVOLUTION"}
 PRODUCTS |= {"ConvTranspose": "DECONVOLUTION"}
 TYPES = {"FLOAT": "FLOAT", "FLOAT16": "HALF", "BFLOAT16": "BF16", "UINT8": "UINT8", "INT64": "INT64", "INT32": "INT32"}
+TYPES |= {"FLOAT8E4M3FN": "FP8", "INT8": "INT8"}
 SPELLED = {"FLOAT": "Float", "HALF": "Half", "BF16": "BFloat16", "UINT8": "UInt8", "INT64": "Int64", "INT32": "Int32"}
+SPELLED |= {"FP8": "FP8", "INT8": "Int8"}
 NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "UINT8": np.uint8, "INT64": np.int64, "INT32": np.int32}
 BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "UINT8": 1, "INT64": 8, "INT32": 4}
 
@@ -98,13 +100,20 @@ def kernels_of(model: onnx.ModelProto) -> list[Kernel]:
     """One kernel for every product and attention, named as Myelin names them."""
     infos = [*model.graph.value_info, *model.graph.input, *model.graph.output]
     ports = {info.name: port_of(info) for info in infos if info.type.tensor_type.elem_type}
+    codes = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    for tensor in model.graph.initializer:
+        if tensor.name in codes.values():
+            ports[tensor.name] = Port(
+                tensor.name, TYPES[onnx.TensorProto.DataType.Name(tensor.data_type)], tuple(tensor.dims)
+            )
     kernels = []
     for node in model.graph.node:
         if node.op_type not in {*PRODUCTS, "Attention", "Softmax"}:
             continue
         fused = node.op_type in ("Attention", "Softmax")
         name = f"_gemm_mha_v2_myl0_{len(kernels)}" if fused else f"__myl_{node.op_type}_myl0_{len(kernels)}"
-        known = tuple(ports[each] for each in node.input if each in ports)
+        read = [codes.get(each, each) for each in node.input]  # the kernel takes the codes
+        known = tuple(ports[each] for each in read if each in ports)
         outputs = tuple(ports[each] for each in node.output if each in ports)
         tactic = re.sub(r"_myl0_\d+", f"_0x{len(kernels):04x}", name)
         kernels.append(Kernel(name, "kgen" if fused else "gemm", known, outputs, tactic, f"[ONNX Layer: {node.name}]"))
