@@ -14,6 +14,7 @@ import torch
 from exporting import trace_quickly
 from torch import Tensor, nn
 
+from benchmarks.live_overhead import KINDS, run_kind
 from engines.attach import AttachError, attach, detach
 from engines.live.encoder import DeployedEncoder, EncoderError
 from engines.live.file_runtimes import RuntimeFileError
@@ -423,6 +424,13 @@ def test_deployed_encoder_is_shared_by_nobody_else(file: Path) -> None:
         assert len(second[0]) == 4
     with pytest.raises(EncoderError, match="is closed"):
         one(frames(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_module_takes_around_its_session_is_measured(kind: str, file: Path) -> None:
+    found = run_kind(kind, file, 2)
+    assert len(found["inside_s"]) == len(found["around_s"]) == 2 and found["peak_bytes"] > 0
+    assert min(found["inside_s"]) > 0 and (min(found["around_s"]) > 0) == (kind == "deployed")
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["image", "video"])
