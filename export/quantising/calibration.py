@@ -105,12 +105,16 @@ def calibrate(encoder: Sam3DualViTDetNeck, pixels: np.ndarray, report: Report = 
     Raises:
         CalibrationError: a layer whose input is not finite, or zero throughout.
     """
-    layers, seen = linear_layers(encoder), len(pixels)
-    parts: dict[str, list[Layer]] = {name: [] for name in layers}
-    chance = torch.Generator().manual_seed(0)
+    layers, seen, each = linear_layers(encoder), len(pixels), -(-ROWS // len(pixels))
+    # made before any pass: what stays would else lie among what a pass frees, and the process would grow by 15 GB
+    kept = {name: _room(each * seen, layer.in_features) for name, layer in layers.items()}
+    chance, index = torch.Generator().manual_seed(0), 0
 
     def keep(name: str, tokens: Tensor) -> None:
-        parts[name].append(_kept(name, tokens.flatten(0, -2).float(), -(-ROWS // seen), chance))
+        part, room = _kept(name, tokens.flatten(0, -2).float(), each, chance), kept[name]
+        at = slice(index * each, index * each + len(part.rows))
+        room.rows[at], room.weights[at] = part.rows, part.weights
+        torch.maximum(room.channels, part.channels, out=room.channels)
 
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs[0]))
@@ -124,7 +128,10 @@ def calibrate(encoder: Sam3DualViTDetNeck, pixels: np.ndarray, report: Report = 
     finally:
         for hook in hooks:
             hook.remove()
-    found = {name: _joined(layers) for name, layers in parts.items()}
+    filled = {name: room.weights > 0 for name, room in kept.items()}
+    found = {
+        name: Layer(room.rows[filled[name]], room.weights[filled[name]], room.channels) for name, room in kept.items()
+    }
     for name, layer in found.items():
         if layer.largest == 0:
             raise CalibrationError(f"{name}: its input is zero on every picture, which tells no range")
@@ -144,9 +151,9 @@ def _kept(name: str, tokens: Tensor, rows: int, chance: torch.Generator) -> Laye
     return Layer(tokens[torch.cat((top, others))], torch.cat(weights), tokens.abs().amax(dim=0))
 
 
-def _joined(parts: list[Layer]) -> Layer:
-    rows, weights = (torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "weights"))
-    return Layer(rows, weights, torch.stack([part.channels for part in parts]).amax(dim=0))
+def _room(rows: int, channels: int) -> Layer:
+    """Room for so many tokens, of weight 0 as long as they are none."""
+    return Layer(torch.zeros(rows, channels), torch.zeros(rows), torch.zeros(channels))
 
 
 def fingerprint(encoder: Sam3DualViTDetNeck) -> str:

@@ -67,15 +67,21 @@ class Trials:
     ) -> None:
         self.encoder, self.signature, self.found = encoder, signature, found
         self.pixels = pixels
-        self.inputs: list[Tensor] = []
+        self.inputs = torch.empty(0)  # of every block, (depth, B, h, w, C)
         encoder.set_imgsz(signature.image_size)
         blocks = cast(ViTDetTrunk, encoder.trunk).blocks
-        keep = [block.register_forward_pre_hook(lambda _, inputs: self.inputs.append(inputs[0])) for block in blocks]
+        keep = [block.register_forward_pre_hook(partial(self._keep, at)) for at, block in enumerate(blocks)]
         try:
             self.reference = self._features(encoder)
         finally:
             for hook in keep:
                 hook.remove()
+
+    def _keep(self, at: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if at == 0:  # in one piece: pieces would lie among what the pass frees, and the process would grow
+            blocks = cast(ViTDetTrunk, self.encoder.trunk).blocks
+            self.inputs = torch.empty(len(blocks), *inputs[0].shape)
+        self.inputs[at] = inputs[0]
 
     def run(self, *names: str) -> list[Comparison]:
         """The figures of every feature with these products quantised."""
