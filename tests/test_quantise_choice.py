@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import load_golden, traced
 from exporting import checkpoint_of, config_of, neck_export_cli, trace_quickly
 
@@ -18,6 +19,7 @@ from export.contract.signature import Signature
 from export.lowering.quantise import Quantisation, match_products
 from export.proof.fidelity import TOLERANCES, Comparison
 from export.proof.verify import reference_outputs, reference_pixels
+from export.quantising import rates
 from export.quantising.calibration import CalibrationError, calibrate, linear_layers
 from export.quantising.choice import (
     Choice,
@@ -26,6 +28,7 @@ from export.quantising.choice import (
     choose,
     curve_lines,
     expected_error,
+    expected_ms,
     measure_products,
     order_products,
     unmeasured,
@@ -117,6 +120,44 @@ def test_squares_add() -> None:
     shares = [row["share"] for row in chosen().curve]
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0, 1)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
+    """A GPU that multiplies FP16 at one rate, and what a test adds."""
+    known = {"fp16": 1e14}
+
+    def measure(kind: str) -> float:
+        if kind not in known:
+            raise RuntimeError(
+                "torch._scaled_mm is only supported with compute capability >= 8.9\nmore"
+            )
+        return known[kind]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L40S")
+    monkeypatch.setattr(rates, "measure_rate", measure)
+    product_rates.cache_clear()
+    yield known
+    product_rates.cache_clear()
+
+
+def test_times_are_by_this_gpus_rates_where_it_multiplies_the_kind(on_a_gpu: dict[str, float]) -> None:
+    products = [Product("a", 10**14, {}), Product("b", 10**14, {})]
+    published = product_rates("fp8")
+    assert published.per_s == rates.PUBLISHED and published.source.endswith("compute capability >= 8.9)")
+    assert expected_ms(products, 1, "fp8") == pytest.approx(1e17 / 242.5e12 + 1e17 / 121e12)
+    on_a_gpu["int8"] = 4e14
+    assert product_rates("int8").source == "at the rates that torch reaches on this NVIDIA L40S, measured"
+    assert expected_ms(products, 1, "int8") == pytest.approx(1250)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["fp16", "fp8", "int8"])
+def test_a_gpu_multiplies_it(kind: str) -> None:
+    if not torch.cuda.is_available() or (kind == "fp8" and torch.cuda.get_device_capability() < (8, 9)):
+        pytest.skip("needs an NVIDIA GPU that torch can use, for FP8 of compute capability 8.9")
+    assert rates.measure_rate(kind) > 1e12
 
 
 def figures(error: float) -> list[Comparison]:
