@@ -129,9 +129,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
 
     def measure(kind: str) -> float:
         if kind not in known:
-            raise RuntimeError(
-                "torch._scaled_mm is only supported with compute capability >= 8.9\nmore"
-            )
+            raise RuntimeError("torch._scaled_mm is only supported with compute capability >= 8.9\nmore")
         return known[kind]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
