@@ -76,12 +76,15 @@ def make_image(asked: Mapping[str, Any]) -> dict[str, Any]:
     """
     path = Path(asked["path"])
     if not path.is_file():
-        signature = Signature.from_dict(asked["signature"])
-        ends = asked["picture_range"]
-        images = PictureFolder(Path(asked["images"]), ValueRange(*ends) if ends else None) if asked["images"] else None
+        signature, images = Signature.from_dict(asked["signature"]), _pictures(asked)
         with _whole(path) as staged, staged.open("wb") as file:
             np.save(file, normalise(reference_pixels(signature, images, asked["batch"])).numpy())
     return {"path": str(path)}
+
+
+def _pictures(asked: Mapping[str, Any]) -> PictureFolder | None:
+    ends = asked["picture_range"]
+    return PictureFolder(Path(asked["images"]), ValueRange(*ends) if ends else None) if asked["images"] else None
 
 
 def make_file(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +93,7 @@ def make_file(asked: Mapping[str, Any]) -> dict[str, Any]:
     It is not verified, its row is; nor hashed, but for a plan, whose builder checks that.
 
     Args:
-        asked: as `make_weights`, and `path`, `precision`, `module`, `runtime`, `images` (a folder or None).
+        asked: as `make_weights`, and `path`, `precision`, `module`, `runtime`, `images`, `picture_range`.
 
     Returns:
         As `about_file`.
@@ -103,8 +106,8 @@ def make_file(asked: Mapping[str, Any]) -> dict[str, Any]:
     options = _options(asked, path)
     options = dataclasses.replace(options, precision=asked["precision"], attention=form, rewrites=rewrites)
     if asked["precision"] in CODES:  # all products, by the benchmark's own pictures where they are enough
-        images = Path(asked["images"]) if asked["images"] else None
-        enough = images is not None and len(find_pictures(images)) >= FEWEST
+        images = _pictures(asked)
+        enough = images is not None and len(find_pictures(images.path)) >= FEWEST
         options = dataclasses.replace(options, quantise=QuantiseOptions(("all",)), images=images if enough else None)
     if asked["runtime"] == "plan":
         export_onnx(options)  # a plan's builder wants the manifest

@@ -152,11 +152,8 @@ class Workplace:
         values = {"batch": batch, "signature": signature.to_dict(), "config": config.to_dict()}
         image = self.folder / f"image-{place}.npy"
         if not image.is_file():
-            given = PictureFolder.of(self.asked.images) if self.asked.images else None
-            ends = dataclasses.astuple(given.value_range) if given and given.value_range else None
-            images = str(given.path) if given else None
             try:
-                self.ask("image", **values, images=images, picture_range=ends, path=str(image))
+                self.ask("image", **values, **self._pictures(), path=str(image))
             except WorkerError as error:
                 raise BenchError(f"the picture cannot be made: {error}") from None
         self.rest()
@@ -178,6 +175,12 @@ class Workplace:
             found[one.id] = made if isinstance(made, WorkerError) else {**dataclasses.asdict(one), **values, **made}
         return found
 
+    def _pictures(self) -> dict[str, Any]:
+        """The user's folder and what of a deep picture is black and white, as JSON values."""
+        given = PictureFolder.of(self.asked.images) if self.asked.images else None
+        ends = dataclasses.astuple(given.value_range) if given and given.value_range else None
+        return {"images": str(given.path) if given else None, "picture_range": ends}
+
     def _file(self, backend: Backend, values: Mapping[str, Any], folder: Path) -> Job:
         """The ONNX file of a backend, by a worker of its own."""
         path = folder / "encoder.onnx"
@@ -187,7 +190,7 @@ class Workplace:
         asked = {**self._encoder(), **values, "checkpoint": self._prepared["weights"]}
         asked |= {"image_size": values["config"]["image_size"], "path": str(path)}
         asked |= {name: getattr(backend, name) for name in ("precision", "module", "runtime")}
-        asked["images"] = str(PictureFolder.of(self.asked.images).path) if self.asked.images else None
+        asked |= self._pictures()
         return self._by_itself(folder, "file", asked)
 
     def _plan(self, backend: Backend, made: Mapping[str, Any], folder: Path) -> Job:
