@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import tiny_config
 from exporting import neck_export_cli, trace_quickly
+from PIL import Image
 from stand_in_gpu.device import Device
 from stand_in_gpu.play import play
 
@@ -77,8 +79,9 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     config = tmp_path / "encoder.json"
     config.write_text(json.dumps(CONFIG.to_dict()), encoding="utf-8")
 
-    def run(*backends: str) -> dict[str, dict[str, Any]]:
+    def run(*backends: str, images: Path | None = None) -> dict[str, dict[str, Any]]:
         named = [word for name in backends for word in ("--backend", name)]
+        named += ["--images", str(images)] if images else []
         options = ["--checkpoint", "random", "--config", config, "--device", "cuda", "--no-sweep", "--rounds", "1"]
         ran = neck_export_cli("bench", *options, *named, "--output", tmp_path / "report")
         assert ran.code == 0, ran.err
@@ -115,10 +118,16 @@ def test_what_fails_costs_its_row_alone(bench: Any) -> None:  # noqa: ANN401
     assert rows["eager-rewritten-fp16"]["peak_device_bytes"] is None
 
 
-def test_quantised_plans_have_rows_and_say_what_they_err(bench: Any) -> None:  # noqa: ANN401
-    """All products of a tiny encoder err more than the gate allows, which the rows say."""
+def test_quantised_plans_have_rows_and_say_what_they_err(bench: Any, tmp_path: Path) -> None:  # noqa: ANN401
+    """All products of a tiny encoder err more than the gate allows, which the rows say; eight pictures calibrate."""
+    (tmp_path / "pictures").mkdir()
+    for seed in range(8):
+        noise = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / "pictures" / f"{seed}.png")
     fp8, int8 = "tensorrt-rewritten-fp8", "tensorrt-rewritten-int8"
-    rows = bench(fp8, int8)
+    rows = bench(fp8, int8, images=tmp_path / "pictures")
+    made = json.loads(next(tmp_path.glob("report/work/encoder-*/rewritten-int8-*/encoder.json")).read_text())
+    assert made["quantisation"]["pictures"] == 8
     assert [row["reason"] for row in rows.values()] == [None] * 3
     worst = {name: max(error["relative_l2"] for error in rows[name]["errors"]) for name in (fp8, int8)}
     assert rows[fp8]["label"] == "TensorRT, rewritten, FP8, all products" and rows[fp8]["precision"] == "fp8"
