@@ -10,6 +10,7 @@ from benchmarks.errors import BenchError
 from benchmarks.measure.run import Run
 from benchmarks.measure.work_folder import Workplace
 from benchmarks.options import BenchOptions, check_options
+from benchmarks.results.mask_verdicts import read_masks
 from benchmarks.results.result import make_result
 from export.contract.manifest import locked
 
@@ -26,11 +27,13 @@ def run_bench(options: BenchOptions, report: Callable[[str], None] = lambda line
         report: told of every step.
 
     Raises:
-        BenchError: options that cannot be, no backend that can run here, another run at work in the same folder.
+        BenchError: options that cannot be, no verdict of masks beside a file, no backend that can run here,
+            another run at work in the same folder.
     """
+    masks = read_masks(options.masks)
     with open_run(options, report) as run:
         run.measure()
-        return make_result(run)
+        return make_result(run) | {"masks": masks or None}
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.errors import BenchError
-from benchmarks.results.mask_verdicts import read_masks
 from engines.builder.plan_kind import is_plan
 from engines.sheet.layer_sheet import read_sheet
 from export.contract.signature import Positions, Sam2Outputs
@@ -123,6 +122,5 @@ def check_options(options: BenchOptions) -> None:
         raise BenchError(f"random weights have no {', '.join(chosen)}; leave it out, or name a --checkpoint")
     if options.plan and (not is_plan(options.plan) or read_sheet(options.plan) is None):
         raise BenchError(f"--plan {options.plan}: no plan with a layer sheet beside it; `neck-export trt` writes both")
-    read_masks(options.masks)
     if options.export and options.config:
         raise BenchError("the exporter is measured at full size; leave --export or --config out")

@@ -126,7 +126,7 @@ def test_quantised_plans_have_rows_and_say_what_they_err(bench: Any, tmp_path: P
         Image.fromarray(noise).save(tmp_path / "pictures" / f"{seed}.png")
     fp8, int8 = "tensorrt-rewritten-fp8", "tensorrt-rewritten-int8"
     rows = bench(fp8, int8, images=tmp_path / "pictures")
-    made = json.loads(next(tmp_path.glob("report/work/encoder-*/rewritten-int8-*/encoder.json")).read_text())
+    made = json.loads(next((tmp_path / "report").rglob("rewritten-int8-*/encoder.json")).read_text())
     assert made["quantisation"]["pictures"] == 8
     assert [row["reason"] for row in rows.values()] == [None] * 3
     worst = {name: max(error["relative_l2"] for error in rows[name]["errors"]) for name in (fp8, int8)}

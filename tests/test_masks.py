@@ -16,9 +16,10 @@ from onnx import helper
 from PIL import Image
 from synthetic import synthetic_result
 
+from benchmarks.bench import run_bench
 from benchmarks.errors import BenchError
 from benchmarks.masks.objects import Objects, box_iou, differ, figures, mask_ious
-from benchmarks.options import BenchOptions, check_options
+from benchmarks.options import BenchOptions
 from benchmarks.results.mask_verdicts import read_masks
 from benchmarks.results.result_files import check_result
 from export.contract.manifest import file_entry
@@ -123,7 +124,7 @@ def test_a_report_takes_no_file_without_a_verdict(spoil: Any, told: str, files: 
     file = copied(files, tmp_path)
     spoil(file)
     with pytest.raises(BenchError, match=f"--masks .*{told}"):
-        check_options(BenchOptions(tmp_path / "report", masks=(file,)))
+        run_bench(BenchOptions(tmp_path / "report", masks=(file,)))
 
 
 def other_weights(graph: onnx.GraphProto) -> None:

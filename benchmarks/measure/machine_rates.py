@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.measure.backends import QUANTISED
 from export.quantising.rates import measure_rate
 
 PRODUCT_SECONDS = 0.05
@@ -20,7 +21,6 @@ COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 
 REPEATS = {"cpu": 3, "cuda": 10}
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-QUANTISED = ("fp8", "int8")
 
 
 def measure_rates(device: str) -> dict[str, Any]:

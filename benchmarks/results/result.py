@@ -22,7 +22,6 @@ from benchmarks.measure.samples import Place
 from benchmarks.measure.worker_process import ROOT
 from benchmarks.options import SELECTION
 from benchmarks.results.feature_pictures import feature_pictures
-from benchmarks.results.mask_verdicts import read_masks
 from benchmarks.results.result_files import can_check, row_problem
 from benchmarks.results.rows import (
     MACHINE,
@@ -64,7 +63,6 @@ def make_result(run: Run) -> dict[str, Any]:
         "growth": _growth(run),
         "kernels": _kernels(run),
         "features": _features(run, rows),
-        "masks": read_masks(run.options.masks) or None,
         "export": _export(run),
     }
 

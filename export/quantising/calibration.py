@@ -128,10 +128,7 @@ def calibrate(encoder: Sam3DualViTDetNeck, pixels: np.ndarray, report: Report = 
     finally:
         for hook in hooks:
             hook.remove()
-    filled = {name: room.weights > 0 for name, room in kept.items()}
-    found = {
-        name: Layer(room.rows[filled[name]], room.weights[filled[name]], room.channels) for name, room in kept.items()
-    }
+    found = {name: _filled(room) for name, room in kept.items()}
     for name, layer in found.items():
         if layer.largest == 0:
             raise CalibrationError(f"{name}: its input is zero on every picture, which tells no range")
@@ -154,6 +151,11 @@ def _kept(name: str, tokens: Tensor, rows: int, chance: torch.Generator) -> Laye
 def _room(rows: int, channels: int) -> Layer:
     """Room for so many tokens, of weight 0 as long as they are none."""
     return Layer(torch.zeros(rows, channels), torch.zeros(rows), torch.zeros(channels))
+
+
+def _filled(room: Layer) -> Layer:
+    taken = room.weights > 0
+    return Layer(room.rows[taken], room.weights[taken], room.channels)
 
 
 def fingerprint(encoder: Sam3DualViTDetNeck) -> str:
