@@ -119,7 +119,7 @@ def test_what_fails_costs_its_row_alone(bench: Any) -> None:  # noqa: ANN401
 
 
 def test_quantised_plans_have_rows_and_say_what_they_err(bench: Any, tmp_path: Path) -> None:  # noqa: ANN401
-    """All products of a tiny encoder err more than the gate allows, which the rows say; eight pictures calibrate."""
+    """All FP8 products of a tiny encoder err more than the gate allows, as its row says; eight pictures calibrate."""
     (tmp_path / "pictures").mkdir()
     for seed in range(8):
         noise = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)
@@ -131,5 +131,6 @@ def test_quantised_plans_have_rows_and_say_what_they_err(bench: Any, tmp_path: P
     assert [row["reason"] for row in rows.values()] == [None] * 3
     worst = {name: max(error["relative_l2"] for error in rows[name]["errors"]) for name in (fp8, int8)}
     assert rows[fp8]["label"] == "TensorRT, rewritten, FP8, all products" and rows[fp8]["precision"] == "fp8"
-    assert all(5e-2 < error < 0.2 for error in worst.values()) and not (rows[fp8]["passed"] or rows[int8]["passed"])
+    assert 5e-2 < worst[fp8] < 0.2 and not rows[fp8]["passed"]
+    assert 1e-2 < worst[int8] < 4e-2 and rows[int8]["passed"]
     assert rows[int8]["file_bytes"] > 0 and rows[int8]["floor_ms"] is None  # no rate of INT8 is known there

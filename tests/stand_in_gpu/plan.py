@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
-from export.proof.rounding_simulation import is_low_precision, simulate
+from export.proof.rounding_simulation import AS_WRITTEN, is_low_precision, simulate
 
 MAGIC = {"rtx": b"vtrt", "tensorrt": b"ftrt"}
 PRODUCTS = {"MatMul": "MATRIX_MULTIPLY", "Gemm": "MATRIX_MULTIPLY", "Conv": "CONVOLUTION"}
@@ -75,6 +75,7 @@ def _session(model: bytes) -> onnxruntime.InferenceSession:
         simulate(graph)
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
+    options.add_session_config_entry(*AS_WRITTEN)  # else sums of INT8 products overflow on a CPU without VNNI
     return onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), options, ["CPUExecutionProvider"])
 
 
