@@ -167,11 +167,11 @@ def test_a_precision_that_openvino_does_not_take_is_refused(
 ) -> None:
     """Old CPUs take FP32 for BF16, as this Core does on all of them; what a CPU lists does not tell which do."""
     openvino = pytest.importorskip("openvino")
+    hint = pytest.importorskip("openvino.properties.hint")
 
     class Old(openvino.Core):  # type: ignore[misc, name-defined]
         def compile_model(self, model: str, device: str, settings: dict[Any, Any]) -> Any:  # noqa: ANN401
-            kept = {name: value for name, value in settings.items() if value != openvino.Type.bf16}
-            return super().compile_model(model, device, {**kept, "INFERENCE_PRECISION_HINT": "f32"})
+            return super().compile_model(model, device, {**settings, hint.inference_precision: openvino.Type.f32})
 
     monkeypatch.setattr(openvino, "Core", Old)
     runner = open_runner({**job, **dataclasses.asdict(named("openvino-rewritten-bf16"))})
