@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -16,6 +18,7 @@ from exporting import golden_options, neck_export_cli, trace_quickly
 
 from export.contract.errors import ExportError
 from export.contract.readers import (
+    FP8,
     NEWEST,
     READERS,
     TITLES,
@@ -30,7 +33,7 @@ from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
 from export.lowering.precision import OPSETS, Precision, lower
 from export.lowering.shared_form import choose_form
 from export.pipeline import export_onnx, verify_file
-from export.proof.reader_check import INTEGERS, graph_needs, on_cpu, read_by, readers_entry, why_not
+from export.proof.reader_check import INTEGERS, Needs, graph_needs, on_cpu, read_by, readers_entry, why_not
 from export.proof.verify import make_reference, verify_onnx
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
@@ -178,8 +181,95 @@ def test_the_line(precision: Precision, asked: Dict, expected: str) -> None:
 def test_a_graph_that_nobody_reads() -> None:
     model = tiny("float", "none")
     lower(model, "fp16")
-    next(node for node in model.graph if node.op_type == "Gelu").domain = "com.example"
-    assert read_by(graph_needs(model)) == "read by no reader that is known here"
+    needs = graph_needs(model)
+    refused = {**needs.operators, ("Attention", "FLOAT"): 1}  # by TensorRT; the others do not compute FP8
+    fp8 = dataclasses.replace(needs, operators=refused, types=needs.types | {FP8})
+    assert read_by(fp8) == "read by no reader in the table"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda needs: {"operators": {**needs.operators, ("com.example::Gelu", "FLOAT16"): 3}}, "com.example::Gelu"),
+        (lambda needs: {"types": needs.types | {"INT16"}}, "INT16"),
+        (lambda needs: {"opset": 26}, "opset 26"),
+    ],
+)
+def test_what_the_table_does_not_know_is_unknown(change: Callable[[Needs], Dict], named: str) -> None:
+    """Never `no reader`; a file that holds it is not claimed for any reader either."""
+    model = tiny("float", "none")
+    lower(model, "fp16", attention="scores32")
+    needs = graph_needs(model)
+    assert read_by(needs).startswith("read by TensorRT 10.0")
+    strange = dataclasses.replace(needs, **change(needs))
+    assert read_by(strange).startswith("who reads it is unknown") and named in read_by(strange)
+    assert readers_entry(strange, ())["from"] == []
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of what ONNX Runtime's own tools make of an FP32 file."""
+    ort = pytest.importorskip("onnxruntime")
+    from onnxruntime import quantization as q
+
+    folder = tmp_path_factory.mktemp("quantized")
+    model = tiny("float", "none")
+    lower(model, "fp32")
+    ir.save(model, folder / "e.onnx")
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 112, 112)).astype(np.float32)
+
+    class Pictures(q.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.rest = iter([{"image": pixels}])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.rest, None)
+
+    def static(name: str, **asked: Any) -> None:  # noqa: ANN401 - quantize_static's own
+        q.quantize_static(folder / "e.onnx", folder / f"{name}.onnx", Pictures(), **asked)
+
+    static("static")
+    static("shifted", extra_options={"QuantizeBias": False})
+    static("symmetric", extra_options={"QuantizeBias": False, "ActivationSymmetric": True})
+    uint8 = {"QuantizeBias": False, "ActivationSymmetric": True}
+    static("uint8", activation_type=q.QuantType.QUInt8, extra_options=uint8)
+    q.quantize_dynamic(folder / "e.onnx", folder / "dynamic.onnx")
+    for name, level in (("basic", "BASIC"), ("extended", "EXTENDED")):
+        options = ort.SessionOptions()
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_ENABLE_{level}")
+        options.optimized_model_filepath = str(folder / f"{name}.onnx")
+        ort.InferenceSession(folder / "e.onnx", options, providers=["CPUExecutionProvider"])
+    return folder
+
+
+def reads(load: Callable[[], object]) -> bool:
+    try:
+        load()
+    except Exception:  # of another kind in every runtime
+        return False
+    return True
+
+
+@pytest.mark.filterwarnings("ignore")  # of ONNX Runtime's quantizers
+@pytest.mark.parametrize("name", ["e", "static", "shifted", "symmetric", "uint8", "dynamic", "basic", "extended"])
+def test_what_onnx_runtimes_tools_write_is_read_by_whom_the_line_says(quantized: Path, name: str) -> None:
+    """Each runtime here is asked: ONNX Runtime and OpenVINO load the file, TensorRT-RTX's parser parses it."""
+    ort, openvino = pytest.importorskip("onnxruntime"), pytest.importorskip("openvino")
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
+    path = quantized / f"{name}.onnx"
+    log = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    network = trt.Builder(log).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    real = {
+        "ONNX Runtime": reads(lambda: ort.InferenceSession(path, providers=["CPUExecutionProvider"])),
+        "OpenVINO": reads(lambda: openvino.Core().compile_model(path, "CPU")),
+        "TensorRT-RTX": trt.OnnxParser(network, log).parse_from_file(str(path)),
+    }
+    assert real["ONNX Runtime"] and real["TensorRT-RTX"] is (name in ("e", "symmetric", "basic"))
+    line = read_by(graph_needs(ir.load(path)))
+    if name == "extended":  # com.microsoft::FusedMatMul
+        assert line.startswith("who reads it is unknown") and "FusedMatMul" in line
+    else:
+        assert {reader: reader in line for reader in real} == real
 
 
 def test_attention_in_fp32_is_read_by_no_tensorrt() -> None:

@@ -1,6 +1,7 @@
 """Who reads an ONNX file: one table of TensorRT, TensorRT-RTX, ONNX Runtime and OpenVINO by version (no torch).
 
-Each line says where it was found; `run` is by us. What no source tells is not claimed: such a reader is not able.
+Each line says where it was found; `run` is by us. A reader is claimed only for what a source tells of
+it. Where a graph needs something that no line speaks of, who reads it is unknown (`export.proof.reader_check`).
 Short names of the sources: `operators.md` and `changelog` are docs/ of onnx/onnx-tensorrt at the version's release,
 `OperatorKernels.md` is docs/ of microsoft/onnxruntime, `ort#N` and `trt#N` an issue or pull request of
 microsoft/onnxruntime and NVIDIA/TensorRT.
@@ -27,7 +28,19 @@ TITLES: dict[Family, str] = {
 
 BASIC = frozenset(
     {"Add", "Cast", "Concat", "Constant", "Conv", "ConvTranspose", "DepthToSpace", "Div", "Erf", "Expand", "Gather"}
-    | {"Identity", "LayerNormalization", "MatMul", "MaxPool", "Mul", "Neg", "Pad", "ReduceMean", "Reshape", "Shape"}
+    | {
+        "Gemm",
+        "Identity",
+        "LayerNormalization",
+        "MatMul",
+        "MaxPool",
+        "Mul",
+        "Neg",
+        "Pad",
+        "ReduceMean",
+        "Reshape",
+        "Shape",
+    }
     | {"Slice", "Softmax", "Split", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze"}
 )
 """Operators of opset 17 and earlier that an exported encoder may hold, and which every reader below takes."""
@@ -36,6 +49,15 @@ NO_FP8 = "its GPU has no FP8 products, which came with compute capability 8.9"
 
 QUANTISED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 """With FP16 scales, which came with opset 19."""
+
+SHIFTED = "with a zero point"
+"""What follows the type of a QuantizeLinear or DequantizeLinear whose zero point is not known to be 0."""
+
+INTEGER_PRODUCTS = frozenset({"ConvInteger", "DynamicQuantizeLinear", "MatMulInteger"})
+"""What ONNX Runtime's quantize_dynamic writes."""
+
+QLINEAR = frozenset({"QLinearConv", "QLinearMatMul"})
+"""What ONNX Runtime's quantize_static writes in the QOperator format."""
 
 GELU, ATTENTION = frozenset({"Gelu"}), frozenset({"Attention"})
 HALF, ALL = frozenset({"FLOAT", "FLOAT16"}), frozenset({"FLOAT", "FLOAT16", "BFLOAT16"})
@@ -46,6 +68,16 @@ FP8_CAPABILITY = (8, 9)
 
 FP32_ATTENTION = ("Attention", "FLOAT")
 """An Attention whose inputs are FP32 in truth: no TensorRT builds it unless it may be decomposed (run, RTX 1.7)."""
+
+NOT_SYMMETRIC_INT8 = frozenset(
+    (operator, kind + shift)
+    for operator in QUANTISED
+    for kind in ("INT8", "UINT8", "INT16", "UINT16", "INT32")
+    for shift in ("", f" {SHIFTED}")
+    if (kind, shift) != ("INT8", "")
+)
+"""Quantization that TensorRT's parser refuses: it takes INT8 with a zero point of 0 alone (operators.md of every
+version; onnx-tensorrt#850: INT32, the biases of quantize_static; run, RTX 1.7: UINT8, INT16, INT32 and zero points)."""
 
 SMALL = frozenset({"MaxPool", "Pad"})
 """Operators that ONNX Runtime may compute on the CPU without harm: they cost copies, not arithmetic."""
@@ -61,6 +93,7 @@ class Reader:
         operators: those that are known to be read.
         types: of weights and activations; integers and uint8 pixels are read by all.
         refuses: operator and type that are known to fail.
+        lacks: operators that are known to be absent.
         on_cpu: operators that a GPU build computes on the CPU, each from which version of the operator on.
         fails: what else is known to go wrong.
         source: where all of it was found.
@@ -75,6 +108,7 @@ class Reader:
     types: frozenset[str]
     source: str
     refuses: frozenset[tuple[str, str]] = frozenset()
+    lacks: frozenset[str] = frozenset()
     on_cpu: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     fails: str = ""
     version: str = ""
@@ -92,11 +126,19 @@ class Reader:
 
 
 def _trt(since: str, opset: int, more: frozenset[str], types: frozenset[str], source: str, fails: str = "") -> Reader:
-    refuses = frozenset({FP32_ATTENTION})
-    return Reader("tensorrt", since, opset, BASIC | more, types, source, refuses=refuses, fails=fails)
+    refuses = frozenset({FP32_ATTENTION}) | NOT_SYMMETRIC_INT8
+    lacks = INTEGER_PRODUCTS | QLINEAR  # operators.md
+    return Reader("tensorrt", since, opset, BASIC | more, types, source, refuses=refuses, lacks=lacks, fails=fails)
+
+
+def _ort(since: str, opset: int, more: frozenset[str], source: str) -> Reader:
+    known = BASIC | GELU | QUANTISED | INTEGER_PRODUCTS | QLINEAR | more
+    kernels = "OperatorKernels.md: INT8 of any opset, INT32 and zero points too; run, 1.32"
+    return Reader("onnxruntime", since, opset, known, HALF | {"INT8"}, f"{source}; {kernels}; {_ORT}")
 
 
 NEWER = GELU | ATTENTION | QUANTISED
+_NOTHING: frozenset[str] = frozenset()
 _LAYOUT_21 = {"Reshape": 21, "Shape": 21, "Squeeze": 21, "Transpose": 21, "Unsqueeze": 21}
 _NEW_22 = {"Attention": 23, "ConvTranspose": 22, "MaxPool": 22, "Pad": 19}
 _ORT = "the CPU has no BF16 kernel (ort#27892; run, 1.32: Conv(22)) and the GPU none of MaxPool (OperatorKernels.md)"
@@ -128,12 +170,13 @@ READERS: tuple[Reader, ...] = (
         BASIC | NEWER,
         ALL | CODES,
         "run, 1.7.1: parses and builds all of our forms; earlier versions were not tried",
-        refuses=frozenset({FP32_ATTENTION, ("ConvTranspose", "BFLOAT16")}),
+        refuses=frozenset({FP32_ATTENTION, ("ConvTranspose", "BFLOAT16")}) | NOT_SYMMETRIC_INT8,
+        lacks=INTEGER_PRODUCTS | QLINEAR,
     ),
-    Reader("onnxruntime", "1.18", 20, BASIC | GELU, HALF, f"ort#19560: Gelu (20) in 1.18; {_ORT}"),
-    Reader("onnxruntime", "1.21", 22, BASIC | GELU, HALF, f"ort#23344: opset 22 in 1.21; {_ORT}"),
-    Reader("onnxruntime", "1.23", 23, BASIC | GELU | ATTENTION, HALF, f"ort#25156: Attention (23) in 1.23; {_ORT}"),
-    Reader("onnxruntime", "1.25", 24, BASIC | GELU | ATTENTION, HALF, f"ort#27542: Attention (24); run, 1.32; {_ORT}"),
+    _ort("1.18", 20, _NOTHING, "ort#19560: Gelu (20) in 1.18"),
+    _ort("1.21", 22, _NOTHING, "ort#23344: opset 22 in 1.21"),
+    _ort("1.23", 23, ATTENTION, "ort#25156: Attention (23) in 1.23"),
+    _ort("1.25", 24, ATTENTION, "ort#27542: Attention (24)"),
     Reader(
         "onnxruntime-gpu",
         "1.18",
@@ -170,7 +213,14 @@ READERS: tuple[Reader, ...] = (
         f"ort#27542, #27710 and OperatorKernels.md of March 2026: Attention, Cast, layouts (23) on CUDA; {_ORT}",
         on_cpu={"MaxPool": 22, "Pad": 19},
     ),
-    Reader("openvino", "2026.4", 24, BASIC | GELU | ATTENTION, ALL, "run, 2026.4.1 on a CPU, all of our forms"),
+    Reader(
+        "openvino",
+        "2026.4",
+        24,
+        BASIC | NEWER | INTEGER_PRODUCTS | QLINEAR,
+        ALL | {"INT8"},
+        "run, 2026.4.1 on a CPU, all of our forms but FP8, and what ONNX Runtime's quantizers make of them",
+    ),
 )
 """Lines of a family lie together, oldest first."""
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
@@ -16,7 +17,9 @@ import onnx_ir.passes.common as common_passes
 from export.contract.readers import (
     FP8,
     NO_FP8,
+    QUANTISED,
     READERS,
+    SHIFTED,
     SMALL,
     TITLES,
     Family,
@@ -29,6 +32,11 @@ from export.contract.readers import (
 INTEGERS = frozenset({"BOOL", "INT32", "INT64", "UINT8"})
 """Types of shapes, masks and pixels, which every reader takes (TensorRT 8.6 reads INT64 as INT32)."""
 
+KNOWN_OPERATORS = frozenset[str]().union(*(reader.operators | reader.lacks for reader in READERS))
+KNOWN_TYPES = INTEGERS.union(*(reader.types for reader in READERS))
+KNOWN_OPSET = max(reader.opset for reader in READERS)
+"""What the table speaks of; of everything else it is unknown who reads it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
@@ -36,7 +44,9 @@ class Needs:
 
     Attributes:
         opset: of the default domain.
-        operators: how many nodes there are of each operator and type; that of an Attention is the type before Casts.
+        operators: how many nodes there are of each operator and type; that of an Attention is the type before Casts,
+            that of QuantizeLinear and DequantizeLinear the type of the codes, followed by SHIFTED where their zero
+            point is not known to be 0.
         versions: in which opset each operator last changed, at the graph's opset.
         types: of all tensors.
     """
@@ -62,6 +72,10 @@ def graph_needs(model: ir.Model) -> Needs:
 
 
 def _type(node: ir.Node) -> str:
+    if node.op_type in QUANTISED and node.domain in ("", "ai.onnx"):
+        codes = node.outputs[0] if node.op_type == "QuantizeLinear" else node.inputs[0]
+        kind = codes.dtype.name if codes is not None and codes.dtype else "UNDEFINED"
+        return kind if _is_symmetric(node) else f"{kind} {SHIFTED}"
     value = node.outputs[0]
     if node.op_type == "Attention" and node.inputs[0] is not None:
         value = node.inputs[0]
@@ -69,6 +83,14 @@ def _type(node: ir.Node) -> str:
         if cast is not None and cast.op_type == "Cast" and cast.inputs[0] is not None:
             value = cast.inputs[0]
     return value.dtype.name if value.dtype else "UNDEFINED"
+
+
+def _is_symmetric(node: ir.Node) -> bool:
+    zero_point = node.inputs[2] if len(node.inputs) > 2 else None
+    if zero_point is None:
+        return True
+    known = ir.convenience.get_const_tensor(zero_point)
+    return known is not None and not known.numpy().astype(np.float32).any()
 
 
 def _version(operator: str, opset: int) -> int:
@@ -83,6 +105,8 @@ def why_not(reader: Reader, needs: Needs) -> str | None:
     if needs.opset > reader.opset:
         return f"it is known to read opset {reader.opset}, the file has {needs.opset}"
     for (operator, kind), count in needs.operators.items():
+        if operator in reader.lacks:
+            return f"it does not have {operator} ({count} nodes)"
         if operator not in reader.operators:
             return f"it is not known to read {operator} ({count} nodes)"
         if (operator, kind) in reader.refuses:
@@ -123,18 +147,47 @@ def reading_lines(needs: Needs) -> dict[Family, str]:
     return found
 
 
+def not_in_table(needs: Needs) -> list[str]:
+    """What a graph needs that no line of the table speaks of, so that nobody can say here who reads it."""
+    counts: collections.Counter[str] = collections.Counter()
+    for (operator, _), count in needs.operators.items():
+        counts[operator] += count
+    found = [f"{name} ({count} nodes)" for name, count in sorted(counts.items()) if name not in KNOWN_OPERATORS]
+    found += [f"tensors in {kind}" for kind in sorted(needs.types - KNOWN_TYPES)]
+    return found + ([f"opset {needs.opset}"] if needs.opset > KNOWN_OPSET else [])
+
+
 def read_by(needs: Needs) -> str:
-    """Who reads a graph, in one line: `read by TensorRT 10.14 and later, TensorRT-RTX, ...`."""
-    lines, parts = reading_lines(needs), []
+    """Who reads a graph, in one line: `read by TensorRT 10.14 and later, TensorRT-RTX, ...`.
+
+    What the table does not know is called unknown; `no reader` are only those that are known to refuse.
+    """
+    in_table = dataclasses.replace(
+        needs,
+        opset=min(needs.opset, KNOWN_OPSET),
+        operators={key: count for key, count in needs.operators.items() if key[0] in KNOWN_OPERATORS},
+        types=needs.types & KNOWN_TYPES,
+    )
+    known = _titles(reading_lines(in_table))
+    if not known:
+        return "read by no reader in the table"
+    unknown = not_in_table(needs)
+    if unknown:
+        return f"who reads it is unknown: the table lacks {', '.join(unknown)}; the rest is read by {known}"
+    return f"read by {known}"
+
+
+def _titles(lines: Mapping[Family, str]) -> str:
+    parts = []
     for family, since in lines.items():
         title = TITLES[family]
         if family == "onnxruntime":
             gpu = lines.get("onnxruntime-gpu")
-            where = "on a GPU too" if gpu == since else f"on a GPU {gpu} and later" if gpu else "not on a GPU"
+            where = "on a GPU too" if gpu == since else f"on a GPU {gpu} and later" if gpu else "on a GPU: unknown"
             parts.append(f"{title} {since} and later ({where})")
         elif family != "onnxruntime-gpu":
             parts.append(title if family == "tensorrt-rtx" else f"{title} {since} and later")
-    return f"read by {', '.join(parts)}" if parts else "read by no reader that is known here"
+    return ", ".join(parts)
 
 
 def read_by_file(path: Path) -> str:
