@@ -239,11 +239,29 @@ def test_an_ensemble_from_pictures(plan: Path, tmp_path: Path) -> None:
 
 def test_an_ensemble_is_not_left_without_its_outputs(onnx_file: Path, tmp_path: Path) -> None:
     make(onnx_file, tmp_path, ensemble=True)
+    (tmp_path / "repository" / "sam3-encoder" / "config.pbtxt").unlink()
+    shutil.rmtree(tmp_path / "repository" / "sam3-encoder" / "1")
     with pytest.raises(TritonError, match=r"sam3-encoder-pictures: answers with sam2_feat_0.*add --ensemble"):
         make(onnx_file, tmp_path, outputs=("sam3_*",))
-    make(onnx_file, tmp_path)  # all that it asks for is there
+    assert len(config_of(make(onnx_file, tmp_path)).output) == 16  # all that it asks for is there
+
+
+def test_a_new_version_has_the_outputs_of_the_old(onnx_file: Path, plan: Path, tmp_path: Path) -> None:
     found = make(onnx_file, tmp_path, outputs=("sam3_*",), ensemble=True)
-    assert len(config_of(found).output) == len(config_of(found, "sam3-encoder-pictures").output) == 8
+    before = state(found.path)
+    for fewer in ("sam3_feat_*", "sam3_feat_0"):
+        with pytest.raises(TritonError, match=r"sam3-encoder: the new version lacks .*sam3_pos_0"):
+            make(onnx_file, tmp_path, outputs=(fewer,), ensemble=True)
+    assert state(found.path) == before
+    more = make(onnx_file, tmp_path, ensemble=True)
+    assert len(config_of(more).output) == len(config_of(more, "sam3-encoder-pictures").output) == 16
+    first = make(plan, tmp_path / "plans", outputs=("sam3_feat_*",))
+    with pytest.raises(TritonError, match=r"sam3-encoder-outputs: the new version lacks .*sam3_feat_1"):
+        make(plan, tmp_path / "plans", outputs=("sam3_feat_0",))
+    positions = write_plan(tmp_path / "features.plan", signed={"positions": "none"})
+    with pytest.raises(TritonError, match=r"sam3-encoder: the new version lacks .*sam3_pos_0"):
+        make(positions, tmp_path / "plans")
+    assert first.version == 1 and make(plan, tmp_path / "plans", outputs=("sam3_feat_*",)).version == 2
 
 
 def test_a_plan_that_is_replaced_while_it_is_copied(
@@ -426,7 +444,7 @@ def test_an_onnx_file_is_not_served_by_compute_capability(plan: Path, onnx_file:
         ({"batch": "1:4:16"}, "max_batch_size was 8, is 16"),
         ({"batch": "4"}, "input image was TYPE_FP32 .3, 112, 112., is TYPE_FP32 .4, 3, 112, 112."),
         ({"signed": {"input_kind": "uint8"}}, "input image was TYPE_FP32"),
-        ({"signed": {"necks": "sam3", "levels": "0"}, "precision": "bf16"}, "version 1 has another precision"),
+        ({"precision": "bf16"}, "version 1 has another precision"),
         ({"onnx_manifest": {"encoder": {"depth": 3}, "weights": {}}}, "version 1 has another encoder"),
     ],
 )
@@ -635,6 +653,26 @@ def test_a_file_that_a_container_would_compute_on_the_cpu_is_refused_and_mended(
     ran = neck_export_cli(*shlex.split(command)[1:])
     assert ran.code == 0, ran.err
     assert choose_container([read_model(source.path)], "25.09")[0] == "25.09"
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "older manifest"])
+def test_the_requested_reader_decides_the_container(
+    named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24.10 and 24.11 carry the same ONNX Runtime and, as far as is known, the same TensorRT: only the name tells."""
+    trace_quickly(monkeypatch)
+    options = golden_options("meta-dual", tmp_path / "x.onnx", readers="triton-25.09,tensorrt-10.3", verify=False)
+    source = read_model(export_onnx(options).path)
+    readers = source.manifest["readers"]
+    assert readers["products"] == ["triton-25.09"]
+    if not named:
+        del readers["products"]
+    assert choose_container([source], None)[0] == "25.09"
+    assert choose_container([source], "25.12")[0] == "25.12"  # what is requested now comes first
+    readers["products"] = ["triton-24.10"]
+    assert choose_container([source], None)[0] == "24.10"
+    source.manifest["readers"] = {**readers, "asked": ["tensorrt-10.3"], "products": ["jetpack-6.2"]}
+    assert choose_container([source], None)[0] == max(ONNX_RUNTIME)
 
 
 def test_the_example_of_the_docs_works_for_its_container() -> None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from engines.service.served_model import Source, TritonError
 from export.contract.export_command import AS_AUTO, export_again
-from export.contract.readers import CODES, line_of, version_key
+from export.contract.readers import CODES, find_readers, line_of, triton_containers, version_key
 from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
 from export.proof.reader_check import graph_needs, on_cpu, why_not
 
@@ -88,7 +88,7 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
 
 
 def _for_onnx(source: Source, asked: str | None) -> tuple[str | None, list[str]]:
-    container = asked or max(ONNX_RUNTIME, key=version_key)
+    container = asked or _requested(source) or max(ONNX_RUNTIME, key=version_key)
     carried = ONNX_RUNTIME.get(container)
     if any(spec.dtype == "bfloat16" for spec in source.outputs) and version_key(container) < version_key(
         BF16_CONTAINER
@@ -101,6 +101,21 @@ def _for_onnx(source: Source, asked: str | None) -> tuple[str | None, list[str]]
         return container, [f"which ONNX Runtime is in container {container} is not known here; 1.25 or later serves"]
     notes = _check_readable(source, container, carried)
     return container, [f"container {image(container)} has ONNX Runtime {carried}", *notes]
+
+
+def _requested(source: Source) -> str | None:
+    """The newest container that `--reader triton-NN.NN` of the export named, None if it named none.
+
+    Manifests before November 30, 2026 list the container's TensorRT and ONNX Runtime, but not its name.
+    """
+    readers = source.manifest.get("readers") or {}
+    named = [container for container in triton_containers() if f"triton-{container}" in readers.get("products", ())]
+    fitting = named or [
+        container
+        for container in triton_containers()
+        if {reader.full_name for reader in find_readers(f"triton-{container}")} <= set(readers.get("asked", ()))
+    ]
+    return max(fitting, default=None)
 
 
 def _check_readable(source: Source, container: str, carried: str) -> list[str]:

@@ -85,7 +85,7 @@ def contract(config: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def check_contract(path: Path, old: Any, new: Any) -> None:  # noqa: ANN401
-    """Refuses a config that breaks clients or versions of the one that is there; outputs may come and go.
+    """Refuses a config that breaks clients or versions of the model that is there; outputs may be added.
 
     Raises:
         TritonError: saying what differs.
@@ -94,6 +94,12 @@ def check_contract(path: Path, old: Any, new: Any) -> None:  # noqa: ANN401
     inputs = {key for key in {**before, **after} if not key.startswith("output ")}
     shared = {key for key in before if key in after}
     different = sorted(key for key in inputs | shared if before.get(key) != after.get(key))
+    lacking = sorted(key.removeprefix("output ") for key in before if key not in after and key.startswith("output "))
+    if lacking and not different and any(key.startswith("output ") for key in shared):
+        raise TritonError(
+            f"{path}: the new version lacks the outputs {', '.join(lacking)}, which clients of the model may request; "
+            f"export with them, or {ELSEWHERE}"
+        )
     if different or not any(key.startswith("output ") for key in shared):
         told = [f"{key} was {before.get(key, 'absent')}, is {after.get(key, 'absent')}" for key in different]
         raise TritonError(

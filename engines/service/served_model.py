@@ -193,6 +193,11 @@ def _check_facts(manifest: Mapping[str, Any]) -> None:
     if exported is not None:
         wanted += [(key, exported[key], dict) for key in ("encoder", "weights")]
         wanted.append(("opset", exported.get("opset", 0), int))
+        readers = exported.get("readers") or {}
+        wanted.append(("readers", readers, dict))
+        lists = [readers.get(key, []) for key in ("asked", "products") if isinstance(readers, dict)]
+        wanted += [("readers", names, list) for names in lists]
+        wanted += [("readers", name, str) for names in lists if isinstance(names, list) for name in names]
     for name, value, kind in wanted:
         if not isinstance(value, kind):
             raise TypeError(f"{name} is {value!r}")

@@ -99,6 +99,7 @@ class Reader:
         source: where all of it was found.
         version: the one that was asked, `since` where none was.
         capability: of the GPU that it runs on, where that was asked: 8.7.
+        product: the product that was requested and contains it: triton-25.09, jetpack-6.2.
     """
 
     family: Family
@@ -113,6 +114,7 @@ class Reader:
     fails: str = ""
     version: str = ""
     capability: str = ""
+    product: str = dataclasses.field(default="", compare=False)
 
     @property
     def name(self) -> str:
@@ -254,9 +256,14 @@ def reader_names() -> list[str]:
     """Every name that `find_readers` takes, as far as it can be listed: of versions, those at which a line begins."""
     lines = [f"{reader.family}-{reader.since}" for reader in READERS]
     newest = [f"{family}-{version}" for family, version in NEWEST.items()]
-    triton = sorted(month for month in {*TENSORRT, *ONNX_RUNTIME} if month >= max(min(TENSORRT), min(ONNX_RUNTIME)))
     names = ["tensorrt-rtx", "openvino", *lines, *newest, *(f"jetpack-{v}" for v in JETPACK)]
-    return list(dict.fromkeys([*names, *(f"triton-{container}" for container in triton)]))
+    return list(dict.fromkeys([*names, *(f"triton-{container}" for container in triton_containers())]))
+
+
+def triton_containers() -> list[str]:
+    """The Triton containers whose TensorRT and ONNX Runtime are both known, oldest first."""
+    known = {*TENSORRT, *ONNX_RUNTIME}
+    return sorted(month for month in known if month >= max(min(TENSORRT), min(ONNX_RUNTIME)))
 
 
 def find_readers(names: str) -> tuple[Reader, ...]:
@@ -271,8 +278,10 @@ def find_readers(names: str) -> tuple[Reader, ...]:
         if capability and not re.fullmatch(r"\d+\.\d", capability):
             raise ReaderError(f"--reader {name!r}: expected a compute capability behind the @, such as 8.6")
         capability = capability or JETPACK_CAPABILITY.get(plain.lower(), "")
+        product = plain.lower() if plain.lower().startswith(("triton-", "jetpack-")) else ""
         for one in _parts(plain.lower()):
-            found[f"{one}@{capability}"] = dataclasses.replace(_find(one, plain), capability=capability)
+            reader = dataclasses.replace(_find(one, plain), capability=capability, product=product)
+            found[f"{one}@{capability}"] = reader
     return tuple(found.values())
 
 

@@ -198,7 +198,13 @@ def read_by_file(path: Path) -> str:
 def readers_entry(needs: Needs, asked: Sequence[Reader]) -> dict[str, Any]:
     """What a manifest says of a file's readers."""
     lines = [f"{family}-{since}" for family, since in reading_lines(needs).items()]
-    return {"asked": [reader.full_name for reader in asked], "from": lines, "says": read_by(needs)}
+    products = sorted({reader.product for reader in asked if reader.product})
+    return {
+        "asked": [reader.full_name for reader in asked],
+        **({"products": products} if products else {}),
+        "from": lines,
+        "says": read_by(needs),
+    }
 
 
 def check_claims(where: Path, manifest: Mapping[str, Any], needs: Needs) -> None:
