@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from engines.live.encoder import DeployedEncoder
-from engines.live.found import AttachError, LiveEncoder, Slot, find_encoder, lowest_type
+from engines.live.found import AttachError, LiveEncoder, Slot, find_encoder
 from engines.live.stand_ins import FpnStandIn, Record, TrackerNeckStandIn, VitdetStandIn
 from export.contract.manifest import manifest_path
 from neck.config import EncoderConfig
@@ -156,10 +156,10 @@ def _check_fit(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[str]
 
 def _check_weights(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[str]) -> None:
     source = encoder.onnx_manifest
-    if not source or "fingerprints" not in source:
+    if not source or "weights_sha256" not in source:
         raise AttachError(
-            f"{manifest_path(encoder.path)}: does not tell the weights' fingerprint, so whether they are the model's "
-            "is not known; export it again, or attach(..., check=False)"
+            f"{manifest_path(encoder.path)}: has no SHA-256 of the encoder's weights (files of earlier versions do not), "
+            "so they cannot be compared with the model's; export the file again, or attach(..., check=False)"
         )
     if any(parameter.is_meta for parameter in live.parameters()):
         raise AttachError(
@@ -167,7 +167,7 @@ def _check_weights(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[
         )
     head = "sam2" in necks and encoder.signature.has_head("sam2")
     config = dataclasses.replace(EncoderConfig.from_dict(source["encoder"]), necks=tuple(necks), sam2_head=head)
-    others = differing(source["fingerprints"], live.fingerprints(config), lowest_type(live))
+    others = differing(source["weights_sha256"], live.fingerprints(config))
     if others:
         raise AttachError(
             f"{encoder.path}: holds other weights than the model's encoder at {live.slots[0].path} "

@@ -33,7 +33,7 @@ def export_facts(
         "versions": {"neck-export": tool_version(), **package_versions()},
         "encoder": encoder_config(encoder).to_dict(),
         "signature": signature.to_dict(),
-        "fingerprints": fingerprints(
+        "weights_sha256": fingerprints(
             (name, tensor) for name, tensor in encoder.state_dict().items() if name.split(".")[0] in parts
         ),
         "precision": options.precision,

@@ -338,9 +338,9 @@ def test_what_does_not_fit_is_refused(model: Any, file: Path, tmp_path: Path) ->
     where.parent.mkdir()
     with_signature(file, where.parent)
     manifest = json.loads(where.read_text())
-    del manifest["fingerprints"]
+    del manifest["weights_sha256"]
     where.write_text(json.dumps(manifest))
-    with pytest.raises(AttachError, match=r"x\.json: does not tell the weights' fingerprint"):
+    with pytest.raises(AttachError, match=r"x\.json: has no SHA-256 of the encoder's weights"):
         attach(model, where.with_name("x.onnx"))
     with pytest.raises(AttachError, match="neck sam2 is not in the model, which has sam3"):
         attach(model, file, necks=("sam3", "sam2"))
@@ -405,7 +405,7 @@ def test_the_tracker_gets_no_other_pictures_features(checkpoint: Path, file: Pat
 
 def test_a_files_fingerprint_is_the_checkpoints(checkpoint: Path, file: Path) -> None:
     """The same from our module as from the live one; the manifest has each part once."""
-    told = json.loads(file.with_suffix(".json").read_text())["fingerprints"]
+    told = json.loads(file.with_suffix(".json").read_text())["weights_sha256"]
     assert list(told) == ["trunk", "sam3", "sam2"]
     from neck.weights.fingerprint import fingerprints
 

@@ -177,7 +177,7 @@ def test_other_weights_are_refused_before(files: Path, model: Path, pictures: Pa
     file = copied(files, tmp_path)
     where = file.with_suffix(".json")
     manifest = json.loads(where.read_text())
-    manifest["fingerprints"]["sam3"]["float32"] = "0" * 64
+    manifest["weights_sha256"]["sam3"]["float32"] = "0" * 64
     where.write_text(json.dumps(manifest))
     ran = run(file, model, pictures, *TEXTS)
     assert ran.code == 1 and "holds other weights than the model's encoder at vision_encoder (sam3)" in ran.err

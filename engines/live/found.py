@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from neck.checkpoint_keys import NECK_MODULES, find_layouts
 from neck.config import EncoderConfig
 from neck.necks import new_encoder
-from neck.weights.fingerprint import Fingerprints, fingerprints
+from neck.weights.fingerprint import Fingerprints, fingerprints, kind_of
 
 
 class AttachError(RuntimeError):
@@ -84,7 +84,7 @@ class LiveEncoder:
         return (parameter for module in self.modules for parameter in module.parameters())
 
     def fingerprints(self, config: EncoderConfig) -> Fingerprints:
-        """What a file of these weights has in its manifest.
+        """What a file of these weights has in its manifest, in the type of the model's weights.
 
         Args:
             config: the architecture that the file tells, with the necks and the head that are compared.
@@ -105,7 +105,8 @@ class LiveEncoder:
                 layout = dataclasses.replace(layout, necks={"sam2": layout.necks["sam3"]})
             with torch.device("meta"):
                 names = [*new_encoder(config).state_dict()]
-            return fingerprints((name, _joined(state, layout.keys(name))) for name in names)
+            tensors = ((name, _joined(state, layout.keys(name))) for name in names)
+            return fingerprints(tensors, (kind_of(lowest_type(self)),))
         except (KeyError, IndexError, StopIteration) as error:
             raise AttachError(
                 f"the model's encoder at {self.slots[0].path} is not built as the file's ({error!r}); export the "
