@@ -35,7 +35,7 @@ def fingerprints(tensors: Iterable[tuple[str, Tensor]], kinds: Sequence[str] = t
     remaining, workers = iter(tensors), torch.get_num_threads()
     with ThreadPoolExecutor(workers) as pool:
         while batch := list(itertools.islice(remaining, 2 * workers)):  # not all at once: some are made on the way
-            for name, found in pool.map(lambda item: (item[0], _digests(*item, kinds)), batch):
+            for name, found in pool.map(lambda item: (item[0], _digests(item[0], item[1], kinds)), batch):
                 part = digests.setdefault(parts[name.split(".")[0]], {kind: hashlib.sha256() for kind in kinds})
                 for kind, digest in found.items():
                     part[kind].update(digest)
@@ -62,7 +62,7 @@ def _digests(name: str, tensor: Tensor, kinds: Sequence[str]) -> dict[str, bytes
     found = {}
     for kind in kinds:
         values = kept.to(TYPES[kind]).cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
-        found[kind] = f"{name} {tuple(kept.shape)} {hashlib.sha256(values).hexdigest()}\n".encode()
+        found[kind] = f"{name} {tuple(kept.shape)} {hashlib.sha256(memoryview(values)).hexdigest()}\n".encode()
     return found
 
 
