@@ -385,7 +385,10 @@ def triton(
     kubernetes: Annotated[bool, typer.Option(help="Also a folder `kubernetes` beside the repository")] = False,
     gpus: Annotated[int, typer.Option(help="GPUs of each pod, in the Kubernetes files", min=1)] = 1,
     storage: Annotated[
-        str | None, typer.Option(help="Where pods find the repository: pvc://CLAIM[/FOLDER] or s3://BUCKET/FOLDER")
+        str | None,
+        typer.Option(
+            help="Where pods find the repository: pvc://CLAIM[/FOLDER], s3://[https://HOST:PORT/]BUCKET/FOLDER"
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="The model repository")] = Path("model_repository"),
 ) -> None:

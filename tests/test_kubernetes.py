@@ -64,6 +64,8 @@ INFERENCE_SERVICE = closed(
                     maxReplicas=WHOLE,
                     tolerations=each(ANY),
                     affinity=ANY,
+                    serviceAccountName=TEXT,
+                    terminationGracePeriodSeconds=WHOLE,
                     **{
                         "!model": closed(
                             **{"!modelFormat": closed(**{"!name": TEXT}, version=TEXT)},
@@ -90,11 +92,15 @@ OWN_SCHEMAS = {
 }
 
 
+INLINED = ("affinity", "tolerations", "volumes", "serviceAccountName", "terminationGracePeriodSeconds")
+"""Fields of a Pod that KServe's documents hold."""
+
+
 def as_pod(document: dict[str, Any]) -> dict[str, Any]:
     """What is Kubernetes' own in one of KServe's documents, as a Pod."""
     spec = document["spec"].get("predictor", document["spec"])
     container = {"name": "kserve-container", "image": "triton"}
-    own = {key: spec[key] for key in ("affinity", "tolerations", "volumes") if key in spec}
+    own = {key: spec[key] for key in INLINED if key in spec}
     pod = {"containers": spec.get("containers", [container]), **own}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": document["metadata"], "spec": pod}
 
@@ -141,7 +147,7 @@ def test_every_document_is_valid(case: str, plan: Path, tmp_path: Path) -> None:
     found = make(plan, tmp_path, **changes)
     files = documents(tmp_path / "cluster")
     kinds = {document["kind"] for content in files.values() for document in content}
-    stored = set() if case == "s3" else {"PersistentVolumeClaim"}
+    stored = {"s3": {"ServiceAccount"}, "folder": set()}.get(case, {"PersistentVolumeClaim"})
     assert kinds == stored | set(OWN_SCHEMAS) | {
         *("Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget"),
     }
@@ -273,20 +279,60 @@ def test_the_autoscaler_asks_for_waiting_requests(plan: Path, tmp_path: Path) ->
     assert scaler["metadata"]["name"] == "our-model-1-cc-8-9"  # Kubernetes' name
 
 
-def test_s3_and_a_folder_of_a_volume(plan: Path, tmp_path: Path) -> None:
-    make(plan, tmp_path, storage="s3://bucket/models")
+def predictors(files: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [found["spec"]["predictor"] for found in files["kserve.yaml"] if found["kind"] == "InferenceService"]
+
+
+@pytest.mark.parametrize(
+    ("storage", "uri", "endpoint", "https"),
+    [
+        ("s3://bucket/models", "s3://bucket/models", None, None),
+        ("s3://minio.svc:9000/models/sam3", "s3://models/sam3", "minio.svc:9000", "0"),
+        ("s3://http://10.0.0.7:9000/models", "s3://models", "10.0.0.7:9000", "0"),
+        ("s3://https://minio.example.com:443/models/a/b", "s3://models/a/b", "minio.example.com:443", "1"),
+    ],
+)
+def test_s3(storage: str, uri: str, endpoint: str | None, https: str | None, plan: Path, tmp_path: Path) -> None:
+    """Triton and KServe write the address of a server of one's own differently, and both need the keys."""
+    make(plan, tmp_path, storage=storage)
     files = documents(tmp_path / "cluster")
     container = container_of(files["deployment.yaml"][0])
-    assert "--model-repository=s3://bucket/models" in container["args"] and "storage.yaml" not in files
+    assert f"--model-repository={storage}" in container["args"] and "storage.yaml" not in files
     assert all(entry["valueFrom"]["secretKeyRef"]["name"] == "sam3-encoder-s3" for entry in container["env"])
+    (predictor,) = predictors(files)
+    assert predictor["model"]["storageUri"] == uri
+    account = next(found for found in files["kserve.yaml"] if found["kind"] == "ServiceAccount")
+    assert predictor["serviceAccountName"] == account["metadata"]["name"]
+    assert account["secrets"] == [{"name": "sam3-encoder-s3"}]
+    text = (tmp_path / "cluster" / "kserve.yaml").read_text()
+    found = dict(part.split("=", 1) for part in text.split() if part.startswith("serving.kserve.io/s3-"))
+    assert found.get("serving.kserve.io/s3-endpoint") == endpoint
+    assert found.get("serving.kserve.io/s3-usehttps") == https
+
+
+def test_an_existing_claim_is_not_written(plan: Path, tmp_path: Path) -> None:
+    """`kubectl delete -k` would delete a claim that others use."""
     make(plan, tmp_path, storage="pvc://shared/models/sam3")
     files = documents(tmp_path / "cluster")
-    mount = next(
-        mount for mount in container_of(files["deployment.yaml"][0])["volumeMounts"] if mount["name"] == "models"
-    )
-    assert mount["subPath"] == "models/sam3" and mount["readOnly"] is True
-    assert files["storage.yaml"][0]["metadata"]["name"] == "shared"
-    assert files["kserve.yaml"][1]["spec"]["predictor"]["model"]["storageUri"] == "pvc://shared/models/sam3"
+    (deployment,) = files["deployment.yaml"]
+    mounts = {mount["name"]: mount for mount in container_of(deployment)["volumeMounts"]}
+    assert mounts["models"]["subPath"] == "models/sam3" and mounts["models"]["readOnly"] is True
+    volumes = {volume["name"]: volume for volume in deployment["spec"]["template"]["spec"]["volumes"]}
+    assert volumes["models"]["persistentVolumeClaim"]["claimName"] == "shared"
+    assert "storage.yaml" not in files and "storage.yaml" not in files["kustomization.yaml"][0]["resources"]
+    (predictor,) = predictors(files)
+    assert predictor["model"]["storageUri"] == "pvc://shared/models/sam3" and "serviceAccountName" not in predictor
+    make(plan, tmp_path, name="other")  # the control: without --storage the claim is the model's own
+    assert documents(tmp_path / "cluster")["storage.yaml"][0]["metadata"]["name"] == "other-models"
+
+
+def test_kserve_waits_until_triton_has_answered(plan: Path, tmp_path: Path) -> None:
+    make(plan, tmp_path)
+    runtime, service = documents(tmp_path / "cluster")["kserve.yaml"]
+    (container,) = runtime["spec"]["containers"]
+    drained = int(next(item for item in container["args"] if "exit-timeout" in item).partition("=")[2])
+    assert service["spec"]["predictor"]["terminationGracePeriodSeconds"] > drained
+    assert container["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
 
 
 def test_the_ensembles_image_has_pillow(plan: Path, tmp_path: Path) -> None:
@@ -314,6 +360,8 @@ def test_what_is_refused(plan: Path, tmp_path: Path) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"storage": "/mnt/models"}, "storage '/mnt/models': expected pvc://CLAIM"),
         ({"storage": "pvc://Bad_Name"}, "expected pvc://CLAIM"),
+        ({"storage": "s3://https://minio.example.com/models"}, "HOST:PORT"),  # Triton takes it for a bucket
+        ({"storage": "s3://minio:9000"}, "HOST:PORT"),
         ({"gpus": 0}, "0 GPUs per pod: expected 1 to 16"),
         ({"kubernetes": tmp_path / "repository" / "cluster"}, "lies in the model repository"),
         ({"kubernetes": plan}, "encoder.plan: is a file, where the Kubernetes"),

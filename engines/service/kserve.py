@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engines.service.serving_files import USER, Serving, probe
+from engines.service.serving_files import DRAIN_SECONDS, USER, Serving, probe
 
 HTTP, GRPC = 8080, 9000
 """Ports that KServe expects."""
@@ -28,6 +28,7 @@ def serving_runtime(serving: Serving) -> dict[str, Any]:
             "capabilities": {"drop": ["ALL"]},
             "runAsNonRoot": True,
             "runAsUser": USER,
+            "seccompProfile": {"type": "RuntimeDefault"},
         },
         "startupProbe": probe("/v2/health/ready", HTTP, every=5, failures=120),
         "readinessProbe": probe("/v2/health/ready", HTTP, every=5, failures=2),
@@ -56,13 +57,15 @@ def inference_services(serving: Serving) -> list[dict[str, Any]]:
         predictor: dict[str, Any] = {
             "minReplicas": 1,
             "maxReplicas": 8,
+            "terminationGracePeriodSeconds": DRAIN_SECONDS + 15,
+            **({"serviceAccountName": serving.secret} if serving.bucket else {}),
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
             **({"affinity": affinity} if affinity else {}),
             "model": {
                 "modelFormat": {"name": "triton", "version": "2"},
                 "runtime": f"{serving.name}-triton",
                 "protocolVersion": "v2",
-                "storageUri": serving.storage,
+                "storageUri": storage_uri(serving),
             },
         }
         found.append(
@@ -74,3 +77,34 @@ def inference_services(serving: Serving) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def storage_uri(serving: Serving) -> str:
+    """The model repository as KServe names it: s3://BUCKET/FOLDER, the host being with the secret."""
+    bucket = serving.bucket
+    return f"s3://{bucket.name}/{bucket.folder}".rstrip("/") if bucket else serving.storage
+
+
+def service_account(serving: Serving) -> dict[str, Any]:
+    """The account that gives KServe's storage step the secret of S3."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": {"name": serving.secret, "labels": {"app.kubernetes.io/name": serving.name}},
+        "secrets": [{"name": serving.secret}],
+        "automountServiceAccountToken": False,
+    }
+
+
+def secret_commands(serving: Serving) -> list[str]:
+    """The commands that create the secret of S3, with the annotations that KServe reads (pkg/credentials/s3)."""
+    bucket, secret = serving.bucket, serving.secret
+    if bucket is None:
+        return []
+    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+    literals = " ".join(f"--from-literal={key}=..." for key in keys)
+    annotations = {"s3-region": "..."}
+    if bucket.endpoint:
+        annotations |= {"s3-endpoint": bucket.endpoint, "s3-usehttps": str(int(bucket.https))}
+    given = " ".join(f"serving.kserve.io/{name}={value}" for name, value in annotations.items())
+    return [f"kubectl create secret generic {secret} {literals}", f"kubectl annotate secret {secret} {given}"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.service.container_fit import image
-from engines.service.kserve import inference_services, serving_runtime
+from engines.service.kserve import inference_services, secret_commands, service_account, serving_runtime
 from engines.service.served_model import TritonError
 from engines.service.serving_files import DRAIN_SECONDS, USER, Serving, probe
 
@@ -61,17 +61,25 @@ def kubernetes_files(serving: Serving) -> dict[str, str]:
             *(autoscaler(serving, capability) for capability in each),
             disruption_budget(serving),
         ],
-        "storage.yaml": [claim(serving)] if serving.on_volume else [],
-        "kserve.yaml": [serving_runtime(serving), *inference_services(serving)],
+        "storage.yaml": [claim(serving)] if serving.own_claim else [],
+        "kserve.yaml": [
+            *([service_account(serving)] if serving.bucket else []),
+            serving_runtime(serving),
+            *inference_services(serving),
+        ],
     }
     documents = {name: content for name, content in documents.items() if content}
     resources = [name for name in documents if name != "kserve.yaml"]
     documents["kustomization.yaml"] = [
         {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": resources}
     ]
-    files = {
-        name: HEADER + EXPLAINED.get(name, "").lstrip("\n") + _dump(content) for name, content in documents.items()
-    }
+    explained = {name: text.lstrip("\n") for name, text in EXPLAINED.items()}
+    if serving.bucket:
+        commands = "".join(f"#   {line}\n" for line in secret_commands(serving))
+        note = f"# The keys of S3 are in a secret that you create, once:\n{commands}"
+        explained["deployment.yaml"] += note
+        explained["kserve.yaml"] += note
+    files = {name: HEADER + explained.get(name, "") + _dump(content) for name, content in documents.items()}
     if serving.pillow:
         steps = (f"FROM {image(serving.container)}", "ENV PIP_BREAK_SYSTEM_PACKAGES=1", f"RUN {PILLOW}")
         files["Dockerfile"] = HEADER + "".join(f"{step}\n" for step in steps)
@@ -211,7 +219,7 @@ def _container(serving: Serving) -> dict[str, Any]:
     }
     if not stored:
         container["env"] = [
-            {"name": key, "valueFrom": {"secretKeyRef": {"name": f"{serving.name}-s3", "key": key}}}
+            {"name": key, "valueFrom": {"secretKeyRef": {"name": serving.secret, "key": key}}}
             for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
         ]
     return container

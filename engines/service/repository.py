@@ -55,8 +55,8 @@ class RepositoryOptions:
         container: the Triton container that will serve, such as `25.09`; refused where known not to fit.
         kubernetes: a folder for the Kubernetes files, or None.
         gpus: of each pod, in those files.
-        storage: where the cluster finds the repository: `pvc://CLAIM[/FOLDER]` or `s3://BUCKET/FOLDER`; None is a
-            claim of the model's name.
+        storage: where the cluster finds the repository: `pvc://CLAIM[/FOLDER]`, an existing claim, `s3://BUCKET/FOLDER`
+            or `s3://[https://]HOST:PORT/BUCKET/FOLDER`; None is a new claim of the model's name, in storage.yaml.
     """
 
     model: Path
@@ -193,6 +193,7 @@ def _cluster_files(
         capabilities=capabilities,
         container=container,
         storage=options.storage or f"pvc://{kubernetes_name(options.name)}-models",
+        own_claim=options.storage is None,
         gpus=options.gpus,
         compatible=needs_compatible(source, container),
         pillow=options.ensemble,

@@ -15,6 +15,23 @@ DRAIN_SECONDS = 45
 USER = 1000
 """`triton-server` in NVIDIA's images."""
 
+CLAIM = re.compile(r"pvc://(?P<claim>[a-z0-9]([a-z0-9.-]{0,60}[a-z0-9])?)(/(?P<folder>[\w./-]*))?")
+BUCKET = re.compile(
+    r"s3://((?P<scheme>https?://)?(?P<endpoint>[\w.-]+:\d+)/)?(?P<bucket>[\w][\w.-]+)(?P<folder>(/[\w.-]+)*)/?"
+)
+"""As Triton reads it: a host of one's own has a port, and is spoken to by HTTP unless https:// stands before it
+(docs/user_guide/model_repository.md of triton-inference-server/server)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """A model repository in S3: the bucket, its folder, and the host and scheme of a server that is not Amazon's."""
+
+    name: str
+    folder: str
+    endpoint: str | None
+    https: bool
+
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
@@ -25,7 +42,9 @@ class Serving:
         source: the plan or ONNX file, the first of several.
         capabilities: compute capabilities, one Deployment each; empty is any NVIDIA GPU.
         container: such as 25.09.
-        storage: `pvc://CLAIM`, `pvc://CLAIM/FOLDER` or `s3://BUCKET/FOLDER`: where the model repository is.
+        storage: `pvc://CLAIM[/FOLDER]`, `s3://BUCKET[/FOLDER]` or `s3://[https://]HOST:PORT/BUCKET[/FOLDER]`: where
+            the model repository is.
+        own_claim: whether the claim is this model's own, so that its file belongs to the others.
         gpus: of each pod; Triton runs one instance on each.
         compatible: whether Triton must be told to load plans of older TensorRT versions.
         pillow: whether the image needs Pillow, for the ensemble.
@@ -36,14 +55,16 @@ class Serving:
     capabilities: tuple[str, ...]
     container: str
     storage: str
+    own_claim: bool = False
     gpus: int = 1
     compatible: bool = False
     pillow: bool = False
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"pvc://[a-z0-9]([a-z0-9.-]{0,60}[a-z0-9])?(/[\w./-]*)?|s3://[\w.:/-]+", self.storage):
+        if not CLAIM.fullmatch(self.storage) and not BUCKET.fullmatch(self.storage):
             raise TritonError(
-                f"storage {self.storage!r}: expected pvc://CLAIM, pvc://CLAIM/FOLDER or s3://BUCKET/FOLDER"
+                f"storage {self.storage!r}: expected pvc://CLAIM, pvc://CLAIM/FOLDER, s3://BUCKET/FOLDER, or for a "
+                f"server of your own s3://https://HOST:PORT/BUCKET/FOLDER"
             )
         if not 1 <= self.gpus <= 16:
             raise TritonError(f"{self.gpus} GPUs per pod: expected 1 to 16")
@@ -66,13 +87,26 @@ class Serving:
     @property
     def on_volume(self) -> bool:
         """Whether the repository is on a volume, which Triton reads as a folder."""
-        return self.storage.startswith("pvc://")
+        return self.bucket is None
 
     @property
     def claim_and_folder(self) -> tuple[str, str]:
         """The volume's claim and the folder in it."""
-        name, _, folder = self.storage.removeprefix("pvc://").partition("/")
-        return name, folder.strip("/")
+        found = CLAIM.fullmatch(self.storage)
+        return (found["claim"], (found["folder"] or "").strip("/")) if found else ("", "")
+
+    @property
+    def bucket(self) -> Bucket | None:
+        """Where the repository is in S3; None where it is on a volume."""
+        found = BUCKET.fullmatch(self.storage)
+        if not found:
+            return None
+        return Bucket(found["bucket"], found["folder"].strip("/"), found["endpoint"], found["scheme"] == "https://")
+
+    @property
+    def secret(self) -> str:
+        """The secret with the keys of S3, which is yours to create."""
+        return f"{self.name}-s3"
 
     @property
     def memory_gib(self) -> int:
