@@ -158,7 +158,7 @@ def _check_weights(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[
     source = encoder.onnx_manifest
     if not source or "weights_sha256" not in source:
         raise AttachError(
-            f"{manifest_path(encoder.path)}: has no SHA-256 of the encoder's weights (earlier versions did not write it), "
+            f"{manifest_path(encoder.path)}: has no SHA-256 of the weights (earlier versions did not write it), "
             "so they cannot be compared with the model's; export the file again, or attach(..., check=False)"
         )
     if any(parameter.is_meta for parameter in live.parameters()):

@@ -340,7 +340,7 @@ def test_what_does_not_fit_is_refused(model: Any, file: Path, tmp_path: Path) ->
     manifest = json.loads(where.read_text())
     del manifest["weights_sha256"]
     where.write_text(json.dumps(manifest))
-    with pytest.raises(AttachError, match=r"x\.json: has no SHA-256 of the encoder's weights"):
+    with pytest.raises(AttachError, match=r"x\.json: has no SHA-256 of the weights"):
         attach(model, where.with_name("x.onnx"))
     with pytest.raises(AttachError, match="neck sam2 is not in the model, which has sam3"):
         attach(model, file, necks=("sam3", "sam2"))

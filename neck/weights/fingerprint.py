@@ -62,7 +62,7 @@ def _digests(name: str, tensor: Tensor, kinds: Sequence[str]) -> dict[str, bytes
     found = {}
     for kind in kinds:
         values = kept.to(TYPES[kind]).cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
-        found[kind] = f"{name} {tuple(kept.shape)} {hashlib.sha256(memoryview(values)).hexdigest()}\n".encode()
+        found[kind] = f"{name} {tuple(kept.shape)} {hashlib.sha256(values.data).hexdigest()}\n".encode()
     return found
 
 
