@@ -30,6 +30,7 @@ from engines.builder.gpu import has_gpu
 from export.contract.signature import BatchRange, Signature, encoder_signature
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
+from export.proof.rounding_simulation import AS_WRITTEN
 from neck.checkpoint import load_encoder, random_encoder
 from neck.config import EncoderConfig
 from neck.necks import Sam3DualViTDetNeck, forward_necks
@@ -179,11 +180,23 @@ def worst_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return float(torch.stack(errors).max())
 
 
-def run_onnx(path: Path, image: Tensor) -> dict[str, Tensor]:
-    """Runs a file in ONNX Runtime."""
+def open_onnx(path: Path) -> Any:  # noqa: ANN401 - ONNX Runtime's session
+    """A session on the CPU that computes the same on every processor.
+
+    One thread; QuantizeLinear and DequantizeLinear are computed as they are written, because the sums of fused INT8
+    products overflow on a processor without VNNI.
+    """
     import onnxruntime as ort
 
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry(*AS_WRITTEN)
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def run_onnx(path: Path, image: Tensor) -> dict[str, Tensor]:
+    """Runs a file in ONNX Runtime."""
+    session = open_onnx(path)
     names = [output.name for output in session.get_outputs()]
     values: list[NDArray[np.float32]] = session.run(names, {"image": image.numpy()})
     return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}

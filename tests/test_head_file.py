@@ -108,7 +108,8 @@ def test_other_exports_pass_too(asked: tuple[str, ...], tmp_path: Path, monkeypa
 
 def test_openvino_runs_the_file(exported: Path) -> None:
     openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install '.[bench]'")
-    compiled = openvino.Core().compile_model(exported, "CPU")
+    # by itself it computes in BF16 where the processor has that: an error of 1.5e-2 on an EPYC with avx512_bf16
+    compiled = openvino.Core().compile_model(exported, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     outputs = compiled({"image": tracker().image.numpy()})
     found = {name: torch.from_numpy(outputs[name]) for name in NAMES}
     assert worst_error(found, tracker().expected) < GOLDEN_TOLERANCE

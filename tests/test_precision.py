@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import Save, load_golden, run_onnx, traced, worst_error
+from conftest import Save, load_golden, open_onnx, run_onnx, traced, worst_error
 from torch import Tensor
 
 from export.contract.errors import ExportError
@@ -546,10 +546,7 @@ def test_attention_is_softmax_of_scaled_products(save: Save) -> None:
     made = hand_made([ir.node("Attention", [query, key, values])], [query, key, values])
     made.graph.outputs[0].shape = ir.Shape([1, 2, 8, 4])
     lower(made, "fp32")
-    import onnxruntime as ort
-
-    session = ort.InferenceSession(save(made))
-    (found,) = session.run(None, {name: part.numpy() for name, part in zip("qkv", parts, strict=True)})
+    (found,) = open_onnx(save(made)).run(None, {name: part.numpy() for name, part in zip("qkv", parts, strict=True)})
     q, k, v = (part.double() for part in parts)
     expected = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(4), dim=-1) @ v
     assert np.abs(found - expected.numpy()).max() < 1e-6

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from conftest import Save, load_golden, traced
+from conftest import Save, load_golden, open_onnx, traced
 from exporting import golden_options, neck_export_cli, trace_quickly
 
 from export.contract.errors import ExportError
@@ -130,8 +130,7 @@ def test_the_files_compute_what_pytorch_computes(
     path = save(written_for(reader, precision, whole.model))
     assert verify_onnx(path, whole.signature, make_reference(golden.encoder, whole.signature), precision).passed
     if precision != "bf16":
-        ort = pytest.importorskip("onnxruntime")
-        assert ort.InferenceSession(path, providers=["CPUExecutionProvider"]).get_outputs()
+        assert open_onnx(path).get_outputs()
 
 
 @pytest.mark.parametrize(("precision", "reader"), FORMS)

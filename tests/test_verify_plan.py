@@ -113,20 +113,25 @@ def test_an_override_that_fits_nothing_is_told_before_the_run() -> None:
         verify_runner(never, signature, reference, "fp32", "x", {"sam9_feat_0": 0.1})
 
 
-def test_tf32_is_off_for_the_reference_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_alone_is_computed_in_full_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     signature = traced(shared_encoder(CONFIG), CONFIG, batch="1:2:3").signature
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("medium")  # BF16 on a CPU that has it, TF32 on a GPU
     seen = []
 
     def fails(*args: object) -> None:
-        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        products = torch.get_float32_matmul_precision()
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, products))
         raise MemoryError
 
     monkeypatch.setattr("export.proof.verify.reference_outputs", fails)
-    with pytest.raises(MemoryError):
-        make_reference(shared_encoder(CONFIG), signature, 1)
-    assert seen == [(False, False)]
-    assert torch.backends.cudnn.allow_tf32
+    try:
+        with pytest.raises(MemoryError):
+            make_reference(shared_encoder(CONFIG), signature, 1)
+        assert seen == [(False, False, "highest")]
+        assert torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize(("batch", "count"), [((1, 1), 1), ((4, 4), 4), ((1, 8), 2), ((3, 8), 3), ((1, 2), 2)])

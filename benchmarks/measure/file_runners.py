@@ -32,13 +32,14 @@ class OrtRunner:
 
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        providers: list[Any] = [self.job["provider"]]
+        cuda = ("CUDAExecutionProvider", {"use_tf32": "0"})  # on by default: FP32 would keep 10 bits of 23
+        providers: list[Any] = [cuda if self.job["provider"] == cuda[0] else self.job["provider"]]
         free = _free_device_bytes() if self.cuda else None
         if self.cuda:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         if self._tensorrt():
             allowed = {FP16_ALLOWED: "1" if self.job["precision"] == "fp16" else "0"}
-            providers = [(self.job["provider"], allowed), "CUDAExecutionProvider"]
+            providers = [(self.job["provider"], allowed), cuda]
         self.session = ort.InferenceSession(self.job["onnx"], options, providers=providers)
         if self.session.get_providers()[0] != self.job["provider"]:
             raise RunnerError(f"{self.job['provider']} did not start; onnxruntime took {self.session.get_providers()}")

@@ -81,10 +81,9 @@ class TorchRunner:
     def load(self) -> float | None:
         """Reads the weights; a compiled module is built by its first run."""
         job = self.job
-        if self.cuda:
-            # what is called FP32 is FP32: cuDNN's convolutions take TF32 by default
-            torch.set_float32_matmul_precision("highest")
-            torch.backends.cudnn.allow_tf32 = False
+        # what is called FP32 is FP32: cuDNN's convolutions take TF32 by default
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
         self.module = make_module(job)
         self.image = torch.from_numpy(np.load(job["image"])).to(job["device"], DTYPES[job["precision"]])
         self.names = [spec.name for spec in self.module.signature.outputs]

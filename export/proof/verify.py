@@ -89,13 +89,19 @@ def make_reference(
 
 @contextlib.contextmanager
 def _exact_fp32() -> Iterator[None]:
-    """Turns TF32 off, which torch uses in convolutions on a GPU by default: it keeps 10 bits of 23."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    """Computes FP32 in FP32, whatever the caller's program has set.
+
+    In convolutions on a GPU torch uses TF32 by default, which keeps 10 bits of 23. Under
+    `set_float32_matmul_precision("medium")` products use TF32 there, and BF16 on a CPU that has it.
+    """
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
 
 
 def reference_pixels(
