@@ -154,7 +154,7 @@ def test_versions_are_compared_as_numbers() -> None:
 def test_pyproject_asks_for_the_oldest_that_works() -> None:
     text = (ENGINES.parent / "pyproject.toml").read_text(encoding="utf-8")
     for name, distribution in (("tensorrt", "tensorrt"), ("rtx", "tensorrt-rtx-cu13")):
-        found = re.search(rf'"{distribution}>=([\d.]+),', text)
+        found = re.search(rf'"{distribution}>=([\d.]+)"', text)
         assert found is not None and version_numbers(found[1]) == OLDEST[name]  # type: ignore[index]
         listed = [version for version in VERSIONS if ("rtx" in version) == (name == "rtx")]
         assert OLDEST[name] in {version_numbers(version.rpartition("-")[2])[:2] for version in listed}  # type: ignore[index]
