@@ -62,6 +62,10 @@ FILES: list[tuple[str, Spoil]] = [
     ("an older TensorRT's plan", lambda plan: spoil(plan, tensorrt_version="10.9.0.34")),
     ("a newer TensorRT's plan", lambda plan: spoil(plan, tensorrt_version="11.4.0.106")),
     ("a later compatible plan", lambda plan: later(plan, "11.4.0.106")),
+    ("three numbers of another release", lambda plan: spoil(plan, tensorrt_version="10.16.0")),
+    ("a suffix on another release", lambda plan: spoil(plan, tensorrt_version="10.15.1.post1")),
+    ("three numbers of a later release, compatible", lambda plan: later(plan, "10.17.0")),
+    ("two numbers", lambda plan: spoil(plan, tensorrt_version="10.16")),
     ("another GPU's plan", lambda plan: spoil(plan, compute_capabilities=["8.6", "12.0"])),
 ]
 
@@ -88,6 +92,27 @@ def test_a_bad_plan_is_refused_in_pythons_words(programs: Programs, tmp_path: Pa
     assert ran.code == 1
     assert ran.error == python_says(plan)
     assert ran.out == ""
+
+
+@pytest.mark.parametrize(
+    ("built", "library"),
+    [
+        ("10.5.0", "10.5.0.18"),  # as NVIDIA's wheels 10.3 to 10.6 report themselves
+        ("10.3.0", "10.3.0.26"),
+        ("10.7.0.post1", "10.7.0.23"),
+        ("10.16.1.11", "10.16.1.11"),
+    ],
+)
+def test_a_wheels_version_is_its_librarys(programs: Programs, tmp_path: Path, built: str, library: str) -> None:
+    plan = write_plan(tmp_path, tensorrt_version=built)
+    assert python_says(plan, tensorrt(version=built)) is None
+    assert python_says(plan, tensorrt(version=library)) is None
+    ran = programs.run("neck-engine", plan, "--runs", 1, STAND_IN_VERSION=library)
+    assert ran.code == 0, ran.err
+    refused = programs.run("neck-engine", plan, "--runs", 1, STAND_IN_VERSION="10.6.0.26")  # the control
+    assert (refused.code, refused.error) == (1, python_says(plan, tensorrt(version="10.6.0.26")))
+    later(plan, built)
+    assert programs.run("neck-engine", plan, "--runs", 1, STAND_IN_VERSION="11.4.0.106").code == 0
 
 
 @pytest.mark.parametrize("text", [b"{", b"\xff\xfe", b"", b"[" * 100_000, b'{"kind": "plan", "format": 1e999}'])

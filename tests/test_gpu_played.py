@@ -21,9 +21,13 @@ from stand_in_gpu.play import play, put_smi
 from stand_in_gpu.runtime import LAYER_MS
 from stand_in_gpu.state import State
 from stand_in_gpu.tensorrt import LISTINGS
+from test_session import build_convolution
 
 import engines.bisect
 import export.pipeline
+from engines.builder.flavor import choose_flavor
+from engines.run.open_plan import open_plan
+from engines.run.plan_checks import SessionError
 from engines.run.profiling import LAYER_RUNS, LAYER_WARM_UP_RUNS
 from engines.sheet.layer_sheet import read_sheet
 from engines.tune import ROUNDS
@@ -106,6 +110,20 @@ def test_every_version_builds_verifies_and_profiles(files: dict[str, Path], tmp_
         assert (told["weights_bytes"] is None) == (version in OLD)
         assert neck_export_cli("inspect", plan).code == 0
         assert state.configs and not any(flag_of(config, "TF32") for config in state.configs)
+
+
+@pytest.mark.parametrize(("version", "told"), [("10.3", "10.3.0"), ("10.5", "10.5.0"), ("10.7", "10.7.0.post1")])
+def test_a_wheel_whose_version_is_not_four_numbers(tmp_path: Path, version: str, told: str) -> None:
+    """The wheels of 10.3 to 10.6 report three numbers, and one of 10.7 a suffix."""
+    with play(version) as state:
+        flavor = choose_flavor()
+        plan = build_convolution(tmp_path, flavor)
+        assert len(state.version) == 4 and (flavor.version, flavor.reader) == (told, f"tensorrt-{version}")
+        image = np.ones((2, 3, 8, 8), np.float32)
+        with open_plan(plan) as session:
+            assert (session.infer({"image": image})["sum"] == 3).all()
+    with play("10.13"), pytest.raises(SessionError, match=told):  # the control
+        open_plan(plan)
 
 
 def test_rtx_is_built_and_run_so_that_a_graph_can_be_captured(files: dict[str, Path], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from export.contract.readers import (
     find_readers,
     line_of,
     reader_names,
-    version_key,
+    version_numbers,
 )
 from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
 from export.lowering.precision import OPSETS, Precision, lower
@@ -336,8 +336,8 @@ def test_every_name_is_found() -> None:
 def test_the_table_is_in_order_and_says_where_from() -> None:
     for family in TITLES:
         lines = [reader for reader in READERS if reader.family == family]
-        keys = [version_key(reader.since) for reader in lines]
-        assert keys == sorted(set(keys)) and keys[-1] <= version_key(NEWEST[family])
+        keys = [version_numbers(reader.since) for reader in lines]
+        assert keys == sorted(set(keys)) and keys[-1] <= version_numbers(NEWEST[family])
         opsets = [reader.opset for reader in lines]
         assert opsets == sorted(opsets) and all(reader.opset in OPSETS for reader in lines)
     for reader in READERS:

@@ -277,6 +277,11 @@ def test_another_flavour_is_refused(tmp_path: Path) -> None:
             "needs TensorRT 11.4.0.106 exactly, here is 11.4.0.107.*version-compatible",
         ),
         ("10.16.1.11", "11.4.0.106", False, "needs TensorRT 10.16.1.11 exactly"),
+        ("10.5.0", "10.5.0.18", False, None),
+        ("10.7.0.post1", "10.7.0.post1", False, None),
+        ("10.7.0.post1", "10.8.0.43", True, None),
+        ("10.7.0.post1", "10.8.0.43", False, "needs TensorRT 10.7.0.post1 exactly, here is 10.8.0.43"),
+        ("10.5.0", "10.6.0", False, "needs TensorRT 10.5.0 exactly, here is 10.6.0"),
         ("10.16.1.11", "10.9.0.1", True, "needs TensorRT 10.16.1.11 or later, here is 10.9.0.1; build it again$"),
     ],
 )

@@ -597,6 +597,8 @@ COMPATIBLE = {"version_compatible": True, "hardware_compatible": "none"}
         ("10.13.3.9", {}, None, "25.09", "has TensorRT 10.13.3, as the plan needs"),
         ("10.13.3.9", {}, "25.09", "25.09", "as the plan needs"),
         ("10.14.1.48", {}, None, "25.12", "as the plan needs"),
+        ("10.3.0", {}, None, "24.08", "as the plan needs"),
+        ("10.7.0.post1", {}, None, "24.12", "as the plan needs"),
         ("11.1.0.106", {}, None, "26.07", "as the plan needs"),
         ("10.15.1.29", COMPATIBLE, None, "26.07", "--backend-config=tensorrt,version-compatible=true"),
         ("11.4.0.106", {}, None, None, "no Triton container with TensorRT 11.4.0.106 exactly is known here"),

@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import mmap
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from engines.builder.gpu import Gpu, find_gpu
 from engines.builder.rtx_runtime import RuntimeConfig, new_runtime_config
+from export.contract.readers import version_numbers
 
 FlavorName = Literal["tensorrt", "rtx"]
 MODULES: dict[FlavorName, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
@@ -64,7 +64,8 @@ class Flavor:
     @property
     def reader(self) -> str:
         """Its name among the readers of ONNX files: `tensorrt-10.3`."""
-        return "tensorrt-rtx" if self.name == "rtx" else f"tensorrt-{'.'.join(self.version.split('.')[:2])}"
+        numbers = version_numbers(self.version)
+        return "tensorrt-rtx" if self.name == "rtx" else f"tensorrt-{numbers[0]}.{numbers[1]}"
 
     def check_targets(self, asked: Sequence[str]) -> tuple[str, ...]:
         """The compute capabilities to build for, such as ("8.6", "12.0"); empty asks for the flavour's default.
@@ -236,12 +237,6 @@ def _import(name: FlavorName, reasons: list[str]) -> Any:  # noqa: ANN401
         reasons.append(f"{MODULES[name]} is {module.__version__}, expected {oldest} or later")
         return None
     return module
-
-
-def version_numbers(version: str) -> tuple[int, ...]:
-    """The numbers that a version begins with, to be compared as numbers: 10.13 is later than 10.3."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def find_targets(name: FlavorName) -> tuple[str, ...]:

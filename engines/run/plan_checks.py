@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.builder.flavor import RTX_MAGIC, Flavor, FlavorError, choose_flavor, version_numbers
+from engines.builder.flavor import RTX_MAGIC, Flavor, FlavorError, choose_flavor
 from engines.builder.onnx_graph import BuildError
 from engines.builder.plan_kind import is_plan
 from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest
+from export.contract.readers import release_numbers, version_numbers
 
 
 class SessionError(RuntimeError):
@@ -118,7 +119,9 @@ def check_version(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> No
     theirs, version = manifest["flavor"], manifest["tensorrt_version"]
     if theirs != flavor.name:
         raise SessionError(f"{plan}: is of flavour {theirs}, asked was {flavor.name}; use --flavor {theirs}")
-    built, here = (tuple(map(int, text.split("."))) for text in (version, flavor.version))
+    built, here = release_numbers(version), release_numbers(flavor.version)
+    known = min(len(built), len(here))
+    built, here = built[:known], here[:known]
     compatible = manifest["options"]["version_compatible"] is True
     if flavor.name == "tensorrt" and built != here and not (compatible and here > built):
         exact = "or later" if compatible else "exactly"

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from engines.service.served_model import Source, TritonError
 from export.contract.export_command import AS_AUTO, export_again
-from export.contract.readers import CODES, find_readers, line_of, triton_containers, version_key
+from export.contract.readers import CODES, find_readers, line_of, release_numbers, triton_containers, version_numbers
 from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
 from export.proof.reader_check import graph_needs, on_cpu, why_not
 
@@ -43,10 +43,12 @@ def choose_container(sources: Sequence[Source], asked: str | None) -> tuple[str 
     if sources[0].kind == "onnx":
         return _for_onnx(sources[0], asked)
     versions = {str(source.manifest["tensorrt_version"]) for source in sources}
-    if len(versions) > 1:
+    numbers = [release_numbers(version) for version in versions]
+    known = min(map(len, numbers))
+    if len({one[:known] for one in numbers}) > 1:
         paths, built = ", ".join(str(source.path) for source in sources), ", ".join(sorted(versions))
         raise TritonError(f"{paths}: built by TensorRT {built}; one container has one, so build all plans alike")
-    return _for_plan(sources[0], versions.pop(), asked)
+    return _for_plan(sources[0], str(sources[0].manifest["tensorrt_version"]), asked)
 
 
 def needs_compatible(source: Source, container: str | None) -> bool:
@@ -62,8 +64,10 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
     if asked is None:
         fitting = [name for name, carried in TENSORRT.items() if carried == _short(version)]
         if not fitting and compatible:
-            later = [name for name, carried in TENSORRT.items() if version_key(carried) > version_key(version)]
-            fitting = [name for name in later if version_key(TENSORRT[name])[0] == version_key(version)[0]] or later
+            later = [name for name, carried in TENSORRT.items() if version_numbers(carried) > version_numbers(version)]
+            fitting = [
+                name for name in later if version_numbers(TENSORRT[name])[0] == version_numbers(version)[0]
+            ] or later
         if not fitting:
             return None, [f"no Triton container with {needed} is known here; NVIDIA's support matrix names it"]
         asked = fitting[-1]
@@ -73,7 +77,7 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
         return asked, notes + ([f"start Triton with {COMPATIBLE} if it is a later one"] if compatible else [])
     if carried == _short(version):
         return asked, [f"container {image(asked)} has TensorRT {carried}, as the plan needs"]
-    if compatible and version_key(carried) > version_key(version):
+    if compatible and version_numbers(carried) > version_numbers(version):
         return asked, [f"container {image(asked)} has TensorRT {carried}; start Triton with {COMPATIBLE}"]
     fitting = [name for name, other in TENSORRT.items() if other == _short(version)]
     remedy = f"take container {fitting[-1]}" if fitting else "take the container that NVIDIA's support matrix names"
@@ -88,9 +92,9 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
 
 
 def _for_onnx(source: Source, asked: str | None) -> tuple[str | None, list[str]]:
-    container = asked or _requested(source) or max(ONNX_RUNTIME, key=version_key)
+    container = asked or _requested(source) or max(ONNX_RUNTIME, key=version_numbers)
     carried = ONNX_RUNTIME.get(container)
-    if any(spec.dtype == "bfloat16" for spec in source.outputs) and version_key(container) < version_key(
+    if any(spec.dtype == "bfloat16" for spec in source.outputs) and version_numbers(container) < version_numbers(
         BF16_CONTAINER
     ):
         raise TritonError(
@@ -146,4 +150,4 @@ def _check_readable(source: Source, container: str, carried: str) -> list[str]:
 
 
 def _short(version: str) -> str:
-    return ".".join(version.split(".")[:3])
+    return ".".join(map(str, release_numbers(version)[:3]))

@@ -12,6 +12,7 @@ from engines.builder.flavor import RTX_MAGIC
 from engines.builder.onnx_graph import BuildError
 from engines.builder.plan_kind import is_plan
 from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest
+from export.contract.readers import release_numbers
 from export.contract.signature import BatchRange, Signature, TensorSpec
 
 DATA_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "uint8": "TYPE_UINT8"}
@@ -92,7 +93,7 @@ def read_model(path: Path) -> Source:
         raise TritonError(str(error)) from None
     except OSError as error:
         raise TritonError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise TritonError(f"{where}: not as neck-export writes it ({error!r}); write {path.name} again") from None
     return source
 
@@ -187,8 +188,7 @@ def _check_facts(manifest: Mapping[str, Any]) -> None:
     wanted: list[tuple[str, Any, type]] = []
     if manifest["kind"] == "plan":
         version, options = manifest["tensorrt_version"], manifest["options"]
-        if not re.fullmatch(r"\d+(\.\d+){2,3}", str(version)):
-            raise TypeError(f"tensorrt_version is {version!r}")
+        release_numbers(version)
         wanted += [("options", options, dict), ("version_compatible", options["version_compatible"], bool)]
     if exported is not None:
         wanted += [(key, exported[key], dict) for key in ("encoder", "weights")]

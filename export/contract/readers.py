@@ -288,20 +288,36 @@ def find_readers(names: str) -> tuple[Reader, ...]:
 def line_of(family: Family, version: str) -> Reader | None:
     """The line that holds for a version, None for one that the table does not know."""
     lines = [reader for reader in READERS if reader.family == family]
-    if not re.fullmatch(r"\d+(\.\d+)*", version) or version_key(version)[:2] > version_key(NEWEST[family]):
+    if not re.fullmatch(r"\d+(\.\d+)*", version) or version_numbers(version)[:2] > version_numbers(NEWEST[family]):
         return None
-    fitting = [reader for reader in lines if version_key(reader.since) <= version_key(version)]
+    fitting = [reader for reader in lines if version_numbers(reader.since) <= version_numbers(version)]
     return dataclasses.replace(fitting[-1], version=version) if fitting else None
 
 
-def version_key(version: str) -> tuple[int, ...]:
-    """A version as numbers: 10.14 comes after 10.3."""
-    return tuple(int(part) for part in version.split("."))
+def version_numbers(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with: 10.14 comes after 10.3, and `10.7.0.post1` is (10, 7, 0)."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def release_numbers(version: str) -> tuple[int, ...]:
+    """The numbers of a TensorRT version, of which two are compared as far as both have them.
+
+    The wheels 10.3 to 10.6 report three numbers (10.5.0), one of 10.7 three and a suffix (10.7.0.post1), and later
+    wheels and every library four (10.5.0.18).
+
+    Raises:
+        ValueError: it does not begin with three numbers.
+    """
+    numbers = version_numbers(version)
+    if len(numbers) < 3:
+        raise ValueError(f"{version!r} is not a TensorRT version such as 10.16.1.11")
+    return numbers
 
 
 def has_fp8(capability: str) -> bool:
     """Whether a GPU of a compute capability has FP8 products; one that is not told is taken to have them."""
-    return not capability or version_key(capability) >= FP8_CAPABILITY
+    return not capability or version_numbers(capability) >= FP8_CAPABILITY
 
 
 def _parts(name: str) -> list[str]:

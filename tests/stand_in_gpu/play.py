@@ -15,7 +15,7 @@ import torch
 
 from stand_in_gpu.device import Device, Mode, cuda_surface
 from stand_in_gpu.state import State
-from stand_in_gpu.tensorrt import full_version, new_module
+from stand_in_gpu.tensorrt import library_version, new_module
 
 ROOTS = ("tensorrt", "tensorrt_rtx", "polygraphy")
 SMI = "#!/bin/sh\nprintf 'P0, 2040, 2040, 6251, 70.12, 72.00, 61'\n"
@@ -26,7 +26,7 @@ def play(version: str, device: Device | None = None, *, gpu: bool = True, beside
     """A machine with a GPU and one TensorRT; everything is as before when it ends.
 
     Args:
-        version: a key of tensorrt.LISTINGS, such as "10.3" or "rtx-1.7".
+        version: a key of tensorrt.LISTINGS or tensorrt.BETWEEN, such as "10.3" or "rtx-1.7".
         device: the GPU, by default an L4.
         gpu: whether there is one.
         beside: another version that is installed too, of the other flavour.
@@ -54,8 +54,7 @@ def play(version: str, device: Device | None = None, *, gpu: bool = True, beside
 
 def new_state(version: str, device: Device | None) -> State:
     """The state of a play of one version."""
-    numbers = tuple(int(part) for part in full_version(version).split("."))
-    return State(numbers, "rtx" if version.startswith("rtx") else "tensorrt", device)
+    return State(library_version(version), "rtx" if version.startswith("rtx") else "tensorrt", device)
 
 
 def environment(version: str) -> dict[str, str]:

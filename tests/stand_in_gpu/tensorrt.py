@@ -25,7 +25,14 @@ LISTINGS = {
 }
 """The versions that can be played."""
 
-FULL = {"10.3": "10.3.0", "10.13": "10.13.0.35", "10.14": "10.14.1.48"}
+BETWEEN = {"10.5": "10.3", "10.7": "10.3"}
+"""Versions without a listing of their own: they are played with the names of the nearest older one."""
+
+WHEELS = {"10.3": "10.3.0", "10.5": "10.5.0", "10.7": "10.7.0.post1", "10.13": "10.13.0.35", "10.14": "10.14.1.48"}
+"""What the module's __version__ says: those of 10.3 to 10.7 say less than their libraries."""
+
+LIBRARIES = {"10.3": "10.3.0.26", "10.5": "10.5.0.18", "10.7": "10.7.0.23"}
+"""What the library says, and plans hold, where the wheel says something else."""
 
 INTERFACES = ("ILogger", "IProgressMonitor", "IStreamWriter", "IProfiler")
 """Classes that users derive from."""
@@ -46,13 +53,19 @@ class PlayedEnum(enum.Enum):
 
 def read_listing(version: str) -> dict[str, list[str] | None]:
     """What a version offers: the members of every class."""
-    values: dict[str, list[str] | None] = json.loads((API / f"{LISTINGS[version]}.json").read_text(encoding="utf-8"))
+    listing = LISTINGS[BETWEEN.get(version, version)]
+    values: dict[str, list[str] | None] = json.loads((API / f"{listing}.json").read_text(encoding="utf-8"))
     return values
 
 
-def full_version(version: str) -> str:
+def wheel_version(version: str) -> str:
     """What the module's __version__ says."""
-    return FULL.get(version, LISTINGS[version].rpartition("-")[2])
+    return WHEELS.get(version) or LISTINGS[version].rpartition("-")[2]
+
+
+def library_version(version: str) -> tuple[int, ...]:
+    """The four numbers of the library."""
+    return tuple(int(part) for part in (LIBRARIES.get(version) or wheel_version(version)).split("."))
 
 
 def new_enum(name: str, members: list[str], version: str) -> Any:  # noqa: ANN401
@@ -76,7 +89,7 @@ def new_module(version: str, state: State) -> types.ModuleType:
     """The module `tensorrt` or `tensorrt_rtx` of a version."""
     listing = read_listing(version)
     module = types.ModuleType("tensorrt_rtx" if version.startswith("rtx") else "tensorrt")
-    module.__version__ = full_version(version)  # type: ignore[attr-defined]
+    module.__version__ = wheel_version(version)  # type: ignore[attr-defined]
     played = {**vars(builder), **vars(runtime)}
     for name, members in listing.items():
         if members and is_enum(members):

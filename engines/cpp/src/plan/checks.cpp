@@ -15,26 +15,24 @@
 namespace neck {
 namespace {
 
-/// `10.16.1` as numbers; empty where it is no version.
-std::vector<int> parse_version(std::string_view text) {
-    std::vector<int> parts;
+/// The numbers that a version begins with: `10.16.1.11`, `10.5.0` of a wheel, `10.7.0.post1`.
+std::vector<int> release_numbers(std::string_view text) {
+    std::vector<int> numbers;
     const char* at = text.data();
     const char* const end = at + text.size();
-    while (true) {
-        int part = 0;
-        const auto [next, error] = std::from_chars(at, end, part);
-        if (error != std::errc() || part < 0) {
+    while (at != end && *at >= '0' && *at <= '9') {
+        int number = 0;
+        const auto [next, error] = std::from_chars(at, end, number);
+        if (error != std::errc()) {
             return {};
         }
-        parts.push_back(part);
-        if (next == end) {
-            return parts;
-        }
-        if (*next != '.') {
-            return {};
+        numbers.push_back(number);
+        if (next == end || *next != '.') {
+            break;
         }
         at = next + 1;
     }
+    return numbers;
 }
 
 /// What TensorRT-RTX serves: neither the data centre's GPUs between Ada and RTX Blackwell (9.0, 10.x) nor Jetson's
@@ -58,12 +56,16 @@ void check_version(const std::filesystem::path& plan, const Manifest& manifest, 
         throw Error(plan.string() + ": is of flavour " + manifest.flavor + ", this program is of " + flavor +
                     "; use `neck-export trt --flavor " + flavor + "`, or build this program with the other TensorRT");
     }
-    const std::vector<int> built = parse_version(manifest.tensorrt_version);
-    const std::vector<int> here = parse_version(version);
-    if (built.empty()) {
-        throw Error(manifest.path.string() + ": not as neck-export writes it ('tensorrt_version' is " +
-                    repr(manifest.tensorrt_version) + "); build " + plan.filename().string() + " again");
+    std::vector<int> built = release_numbers(manifest.tensorrt_version);
+    std::vector<int> here = release_numbers(version);
+    if (built.size() < 3) {
+        throw Error(manifest.path.string() + ": not as neck-export writes it (" + repr(manifest.tensorrt_version) +
+                    " is not a TensorRT version such as 10.16.1.11); build " + plan.filename().string() + " again");
     }
+    // the wheels 10.3 to 10.6 report three numbers, libraries four: as many are compared as both have
+    const std::size_t known = std::min(built.size(), here.size());
+    built.resize(known);
+    here.resize(known);
     // RTX tells itself which plans it loads
     const bool compatible = manifest.version_compatible;
     if (flavor == "tensorrt" && built != here && !(compatible && here > built)) {
