@@ -119,7 +119,7 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
                 notes = (f"{', '.join(verdict.failed_names)} left tolerance: built again with residual sums in FP32",)
             typing = Typing(options.attention, options.upsampling, options.keep_fp32, residual, settled and settled[0])
             built = build_forms(job.source, staged, job.build, typing, job.flavor, left, report, progress)
-            about = _manifest(job, built, (*notes, *built.notes), settled)
+            about = _manifest(job, built, (*notes, *built.notes, *built.result.notes), settled)
             verdict, verification = _verify(job, built.typed, staged, about)
             if verdict is None or verdict.passed:
                 break

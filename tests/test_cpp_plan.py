@@ -115,6 +115,13 @@ def test_a_wheels_version_is_its_librarys(programs: Programs, tmp_path: Path, bu
     assert programs.run("neck-engine", plan, "--runs", 1, STAND_IN_VERSION="11.4.0.106").code == 0
 
 
+def test_a_plan_with_a_lean_runtime_is_loaded_with_consent(programs: Programs, tmp_path: Path) -> None:
+    plan = write_plan(tmp_path, PLAN + b"lean\n", options={"version_compatible": True, "hardware_compatible": "none"})
+    assert programs.run("neck-engine", plan, "--runs", 1).code == 0
+    refused = programs.run("neck-engine", write_plan(tmp_path, PLAN + b"lean\n"), "--runs", 1)  # the control
+    assert refused.code == 1 and "host code is not allowed" in refused.err
+
+
 @pytest.mark.parametrize("text", [b"{", b"\xff\xfe", b"", b"[" * 100_000, b'{"kind": "plan", "format": 1e999}'])
 def test_a_manifest_that_is_no_json_is_refused(programs: Programs, tmp_path: Path, text: bytes) -> None:
     plan = write_plan(tmp_path)

@@ -21,7 +21,7 @@ from stand_in_gpu.play import play, put_smi
 from stand_in_gpu.runtime import LAYER_MS
 from stand_in_gpu.state import State
 from stand_in_gpu.tensorrt import LISTINGS
-from test_session import build_convolution
+from test_session import build_convolution, convolution
 
 import engines.bisect
 import export.pipeline
@@ -29,6 +29,7 @@ from engines.builder.flavor import choose_flavor
 from engines.run.open_plan import open_plan
 from engines.run.plan_checks import SessionError
 from engines.run.profiling import LAYER_RUNS, LAYER_WARM_UP_RUNS
+from engines.run.verify import why_not_run
 from engines.sheet.layer_sheet import read_sheet
 from engines.tune import ROUNDS
 from export.contract.manifest import manifest_path, read_manifest
@@ -124,6 +125,52 @@ def test_a_wheel_whose_version_is_not_four_numbers(tmp_path: Path, version: str,
             assert (session.infer({"image": image})["sum"] == 3).all()
     with play("10.13"), pytest.raises(SessionError, match=told):  # the control
         open_plan(plan)
+
+
+def test_a_driver_that_is_too_old_for_tensorrt_is_told(tmp_path: Path) -> None:
+    """The bindings say `factory function returned nullptr`; the `gpu` extra brings TensorRT 11, which needs CUDA 13."""
+    old = {"driver": "550.54.15", "cuda": 12040}
+    onnx = convolution(tmp_path, "1")
+    with play("11.4"):
+        plan = build_convolution(tmp_path, choose_flavor())
+    words: list[tuple[str | Path, ...]] = [("trt", onnx, "--flavor", "tensorrt", "--output", tmp_path / "e.plan")]
+    words += [("verify", plan), ("profile", plan)]
+    with play("11.4", Device(**old)) as state:  # type: ignore[arg-type]
+        for command in words:
+            said = refused(state, tmp_path, *command)
+            assert "driver 550.54.15 supports CUDA 12.4" in said and "needs CUDA 13" in said
+            assert "pip install tensorrt-cu12" in said and "nullptr" not in said
+        flavor = choose_flavor("tensorrt")
+        assert flavor.driver_problem() and why_not_run(plan, read_manifest(manifest_path(plan), "plan"), flavor) is None
+    with play("10.16", Device(**old)):  # type: ignore[arg-type]
+        assert choose_flavor("tensorrt").driver_problem() is None
+        build_convolution(tmp_path, choose_flavor("tensorrt"))  # the control
+    with play("rtx-1.7", Device(**old)) as state:  # type: ignore[arg-type]
+        rtx = choose_flavor("rtx")
+        plan = build_convolution(tmp_path, rtx)  # it builds without a driver, too
+        why = why_not_run(plan, read_manifest(manifest_path(plan), "plan"), rtx)
+        assert why and "needs CUDA 13" in why and "tensorrt-rtx-cu12" in why
+        assert "needs CUDA 13" in refused(state, tmp_path, "profile", plan)
+
+
+def test_a_version_compatible_plan_runs_with_consent_alone(files: dict[str, Path], tmp_path: Path) -> None:
+    """Also in the TensorRT that built it, and for the engine inspector, which loads the plan to read its layers."""
+    words = ("trt", files["half"], "--version-compatible", "--output", tmp_path / "e.plan")
+    with play("11.4") as state:
+        state.faults.log = ""
+        ran = neck_export_cli(*words)
+        assert ran.code == 0, ran.err
+        sheet = read_sheet(tmp_path / "e.plan")
+        assert sheet and sheet.source == "engine inspector"
+        import tensorrt as trt
+
+        runtime = trt.Runtime(choose_flavor().new_logger(lambda severity, line: None))
+        assert runtime.deserialize_cuda_engine((tmp_path / "e.plan").read_bytes()) is None  # the control
+        runtime.engine_host_code_allowed = True
+        assert runtime.deserialize_cuda_engine((tmp_path / "e.plan").read_bytes()) is not None
+    with play("11.4") as state:
+        plan = built(files, tmp_path)
+        assert state.configs and neck_export_cli("profile", plan, "--json").code == 0
 
 
 def test_rtx_is_built_and_run_so_that_a_graph_can_be_captured(files: dict[str, Path], tmp_path: Path) -> None:

@@ -348,10 +348,14 @@ def test_the_ensembles_image_has_pillow(plan: Path, tmp_path: Path) -> None:
 
 
 def test_a_version_compatible_plan_tells_triton(tmp_path: Path) -> None:
-    plan = write_plan(tmp_path / "encoder.plan", options=COMPATIBLE, tensorrt_version="10.9.0.34")
-    make(plan, tmp_path)
+    """Also in the container whose TensorRT built it: without consent no lean runtime is started."""
     flag = "--backend-config=tensorrt,version-compatible=true"
-    assert flag in container_of(documents(tmp_path / "cluster")["deployment.yaml"][0])["args"]
+    for version in ("10.9.0.34", "10.13.3.9"):
+        plan = write_plan(tmp_path / "encoder.plan", options=COMPATIBLE, tensorrt_version=version)
+        make(plan, tmp_path, name=f"of-{version.replace('.', '-')}")
+        files = documents(tmp_path / "cluster")
+        assert flag in container_of(files["deployment.yaml"][0])["args"]
+        assert flag in files["kserve.yaml"][0]["spec"]["containers"][0]["args"]
     make(write_plan(tmp_path / "other.plan"), tmp_path, name="other")
     assert flag not in container_of(documents(tmp_path / "cluster")["deployment.yaml"][0])["args"]
 

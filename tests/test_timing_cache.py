@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import warnings
@@ -17,6 +18,7 @@ from stand_in_gpu.play import play
 from stand_in_gpu.tensorrt import LISTINGS
 from test_session import convolution
 
+import engines.builder.timing_cache
 from engines.builder.build import BuildResult, build_plan
 from engines.builder.flavor import Flavor, FlavorError, choose_flavor
 from engines.builder.onnx_graph import BuildError
@@ -110,6 +112,38 @@ def test_a_cache_of_another_gpu_or_version_is_refused(tmp_path: Path) -> None:
     for version, device in (("11.4", Device(name="NVIDIA A10", capability="8.6")), ("10.16", Device())):
         with play(version, device), pytest.raises(BuildError, match="is of one GPU model and one TensorRT: save one"):
             replay(onnx, cache)
+
+
+def test_a_cache_that_tensorrt_refuses_costs_no_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of another GPU under this one's name, and a disk that is full: the plan was minutes of work."""
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    words = ("--no-verify", "--flavor", "tensorrt", "--timing-cache", tmp_path / "times.cache")
+    with play("11.4", Device(name="NVIDIA A10", capability="8.6")):
+        onnx = convolution(tmp_path, "1")
+        build_plan(onnx, tmp_path / "first.plan", dataclasses.replace(FP32, timing_cache=tmp_path / "times.cache"))
+    (other,) = tmp_path.glob("times.*.cache")
+    foreign = other.rename(tmp_path / SAVED).read_bytes()
+    with play("11.4") as state:
+        ran = neck_export_cli("trt", onnx, *words, "--output", tmp_path / "second.plan")
+        assert ran.code == 0, ran.err
+        assert state.configs[-1].get_timing_cache() is None
+        manifest = read_manifest(manifest_path(tmp_path / "second.plan"), "plan")
+        assert manifest["timing_cache"] is None and SAVED in manifest["notes"][0] and SAVED in ran.out
+        assert (tmp_path / SAVED).read_bytes() == foreign and tactics(tmp_path / "second.plan")
+        (tmp_path / SAVED).unlink()
+        (tmp_path / SAVED).mkdir()
+        ran = neck_export_cli("trt", onnx, *words, "--output", tmp_path / "third.plan")
+        assert ran.code == 1 and SAVED in ran.err  # before the build, when nothing is lost
+        (tmp_path / SAVED).rmdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(engines.builder.timing_cache, "temporary", full)
+            ran = neck_export_cli("trt", onnx, *words, "--output", tmp_path / "third.plan")
+        assert ran.code == 0 and SAVED in ran.out, ran.err
+        assert neck_export_cli("trt", onnx, *words, "--output", tmp_path / "fourth.plan").code == 0  # the control
+        assert read_manifest(manifest_path(tmp_path / "fourth.plan"), "plan")["timing_cache"]["file"] == SAVED
 
 
 def test_a_file_of_another_graph_is_a_miss(tmp_path: Path) -> None:

@@ -605,7 +605,10 @@ COMPATIBLE = {"version_compatible": True, "hardware_compatible": "none"}
         ("11.4.0.106", {}, "27.01", "27.01", "which TensorRT is in container 27.01 is not known here"),
         ("10.9.0.34", COMPATIBLE, None, "25.12", "--backend-config=tensorrt,version-compatible=true"),
         ("10.9.0.34", COMPATIBLE, "25.06", "25.06", "--backend-config=tensorrt,version-compatible=true"),
-        ("10.9.0.34", COMPATIBLE, "27.01", "27.01", "version-compatible=true if it is a later one"),
+        ("10.9.0.34", COMPATIBLE, "27.01", "27.01", "--backend-config=tensorrt,version-compatible=true"),
+        ("10.13.3.9", COMPATIBLE, None, "25.09", "--backend-config=tensorrt,version-compatible=true"),
+        ("10.13.3.9", COMPATIBLE, "25.09", "25.09", "--backend-config=tensorrt,version-compatible=true"),
+        ("11.4.0.106", COMPATIBLE, None, None, "--backend-config=tensorrt,version-compatible=true"),
     ],
 )
 def test_the_container_that_fits(
@@ -615,6 +618,18 @@ def test_the_container_that_fits(
     source = source_with(tmp_path, tensorrt_version=version, options=options)
     found, notes = choose_container([source], asked)
     assert found == container and any(note in line for line in notes)
+    assert any("version-compatible=true" in line for line in notes) == (options == COMPATIBLE)
+
+
+def test_one_plan_of_several_that_needs_consent_is_enough(tmp_path: Path) -> None:
+    plain = read_model(write_plan(tmp_path / "a" / "encoder.plan"))
+    lean = read_model(write_plan(tmp_path / "b" / "encoder.plan", options=COMPATIBLE, compute_capabilities=["8.6"]))
+    for sources in ([plain, lean], [lean, plain]):
+        container, notes = choose_container(sources, None)
+        assert container == "25.09" and any("version-compatible=true" in line for line in notes)
+        with pytest.raises(TritonError, match="exactly"):
+            choose_container(sources, "25.11")  # the one without a runtime of its own needs its own container
+    assert choose_container([lean], "25.11")[0] == "25.11"
 
 
 def test_containers_that_do_not_fit(onnx_file: Path, tmp_path: Path) -> None:

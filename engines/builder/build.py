@@ -48,6 +48,7 @@ class BuildResult:
         sheet: the layer sheet, None where neither the builder's log nor the engine inspector tells the kernels.
         no_sheet: why there is none.
         timing_cache: file name and SHA-256 of the timing cache that was saved or replayed; None without one.
+        notes: what was asked and not done though the plan is whole.
     """
 
     plan: Path
@@ -64,6 +65,7 @@ class BuildResult:
     sheet: LayerSheet | None
     no_sheet: str | None = None
     timing_cache: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def build_plan(
@@ -116,17 +118,22 @@ def build_plan(
         file.flush()
         os.fsync(file.fileno())
         seconds, size = time.perf_counter() - started, os.fstat(file.fileno()).st_size
-        sheet, no_sheet = _read_sheet(flavor, watch.engine, path, graph)
+        sheet, no_sheet = _read_sheet(flavor, watch.engine, path, graph, options.version_compatible)
         os.replace(path, plan)
-    used = save_timing_cache(config, flavor, options) or replayed(options, timing)
+    used, unsaved = save_timing_cache(config, flavor, options)
     inputs = tuple(_spec(network.get_input(index)) for index in range(network.num_inputs))
     outputs = tuple(_spec(network.get_output(index)) for index in range(network.num_outputs))
     del keep  # the parser owns the weights that the network refers to
     about = (flavor.name, flavor.version, targets, flavor.gpu, inputs, outputs)
-    return BuildResult(plan, onnx, options, *about, seconds, size, sheet, no_sheet, used)
+    notes = (unsaved,) if unsaved else ()
+    return BuildResult(
+        plan, onnx, options, *about, seconds, size, sheet, no_sheet, used or replayed(options, timing), notes
+    )
 
 
-def _read_sheet(flavor: Flavor, log: str, plan: Path, graph: Graph) -> tuple[LayerSheet | None, str | None]:
+def _read_sheet(
+    flavor: Flavor, log: str, plan: Path, graph: Graph, host_code: bool
+) -> tuple[LayerSheet | None, str | None]:
     """The layer sheet from the builder's log, else from the engine inspector; None and why where neither tells.
 
     What cannot be read must not cost the plan, which took minutes: every version lists its kernels in another way.
@@ -134,7 +141,7 @@ def _read_sheet(flavor: Flavor, log: str, plan: Path, graph: Graph) -> tuple[Lay
     reasons = []
     for source, read in (("builder log", sheet_from_log), ("engine inspector", sheet_from_inspector)):
         try:
-            text = log if read is sheet_from_log else flavor.inspect(plan)
+            text = log if read is sheet_from_log else flavor.inspect(plan, host_code=host_code)
             if not text:
                 raise LayerSheetError(f"the {source} does not list the engine")
             return read(text, read_accumulations(plan), graph.attentions, graph.operations, graph.quantised), None
@@ -167,7 +174,7 @@ def _parse(onnx: Path, flavor: Flavor, watch: Watch) -> tuple[Any, Any, Any]:
     """Returns builder, network and what must outlive them."""
     trt = flavor.trt
     logger = flavor.new_logger(watch.take)
-    builder = trt.Builder(logger)
+    builder = flavor.new_builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ def common_options(onnx: Path, flavor: Flavor, network: Any, options: BuildOptio
         values["hardware_compatibility_level"] = _level(flavor, options.hardware_compatible)
     cache = timing_cache_path(flavor, options)
     if cache is not None and cache.exists():
+        if not (cache.is_file() and os.access(cache, os.R_OK)):
+            raise BuildError(f"{cache}: cannot be read as a timing cache; choose another file with --timing-cache")
         values["load_timing_cache"] = str(cache)
     return values
 

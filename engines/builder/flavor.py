@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.metadata
 import mmap
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,6 +32,12 @@ JETSONS = ("7.2", "8.7", "10.1", "11.0")
 JETSON = "; {} is a Jetson's: build on the device, with --flavor tensorrt and without --compute-capability"
 OTHERS = {"9.0": "; Hopper needs --flavor tensorrt"} | {one: JETSON.format(one) for one in JETSONS}
 """What to do for GPUs that TensorRT-RTX does not build for."""
+
+CUDA_DRIVERS = {12: "525", 13: "580"}
+"""Oldest driver of each CUDA (docs.nvidia.com, CUDA Compatibility, minor version compatibility)."""
+
+PACKAGED = {("tensorrt", 12), ("tensorrt", 13), ("rtx", 12), ("rtx", 13)}
+"""CUDA versions that NVIDIA's wheels of TensorRT 11.4 and TensorRT-RTX 1.7 are built for."""
 
 POLYGRAPHY_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 
@@ -154,11 +162,64 @@ class Flavor:
         """Whether a run can be captured as a CUDA graph: RTX is asked, TensorRT tells by failing."""
         return self.name != "rtx" or bool(context.is_stream_capturable(stream))
 
-    def inspect(self, plan: Path) -> str:
-        """What the engine inspector tells of a plan, as JSON; empty where the plan cannot be loaded here."""
+    def new_builder(self, logger: Any) -> Any:  # noqa: ANN401
+        """TensorRT's Builder.
+
+        Raises:
+            FlavorError: TensorRT cannot start here, as where the driver is too old for it.
+        """
+        return self._start(self.trt.Builder, logger)
+
+    def new_runtime(self, logger: Any, *, host_code: bool) -> Any:  # noqa: ANN401
+        """TensorRT's Runtime.
+
+        Args:
+            logger: of `new_logger`.
+            host_code: whether plans may bring code of their own: a version-compatible plan contains a lean runtime, and
+                without this consent TensorRT loads it in no version, its own included.
+
+        Raises:
+            FlavorError: TensorRT cannot start here, as where the driver is too old for it.
+        """
+        runtime = self._start(self.trt.Runtime, logger)
+        runtime.engine_host_code_allowed = host_code
+        return runtime
+
+    def _start(self, factory: Callable[[Any], Any], logger: Any) -> Any:  # noqa: ANN401
+        try:
+            return factory(logger)
+        except TypeError as error:  # pybind11: "factory function returned nullptr" (NVIDIA/TensorRT #308, #2913)
+            if "nullptr" not in str(error):
+                raise
+            why = self.driver_problem() or "it gave no reason; check with nvidia-smi that the GPU and its driver work"
+            raise FlavorError(f"{self.title} cannot start: {why}") from None
+
+    def driver_problem(self) -> str | None:
+        """Why the GPU's driver is too old for this TensorRT, and what to install; None if it is not known to be."""
+        needed = _cuda_major(self.name, self.version)
+        if self.gpu is None or needed is None or version_numbers(self.gpu.cuda)[:1] >= (needed,):
+            return None
+        have = version_numbers(self.gpu.cuda)[0]
+        package = "tensorrt-rtx" if self.name == "rtx" else "tensorrt"
+        remedy = (
+            f"update the driver to {CUDA_DRIVERS[needed]} or later" if needed in CUDA_DRIVERS else "update the driver"
+        )
+        if (self.name, have) in PACKAGED:
+            remedy += f", or run: pip uninstall {package}-cu{needed}; pip install {package}-cu{have}"
+        return (
+            f"driver {self.gpu.driver} supports CUDA {self.gpu.cuda}, but this TensorRT needs CUDA {needed}; {remedy}"
+        )
+
+    def inspect(self, plan: Path, *, host_code: bool) -> str:
+        """What the engine inspector tells of a plan that was built here, as JSON; empty if it cannot be loaded here.
+
+        Args:
+            plan: the file.
+            host_code: whether the plan is version-compatible, as in `new_runtime`.
+        """
         if self.gpu is None:
             return ""
-        runtime = self.trt.Runtime(self.new_logger(lambda severity, line: None))
+        runtime = self.new_runtime(self.new_logger(lambda severity, line: None), host_code=host_code)
         with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             engine = runtime.deserialize_cuda_engine(data)
         return "" if engine is None else inspect_engine(self.trt, engine)
@@ -167,11 +228,14 @@ class Flavor:
         """Why a plan cannot run on this machine, told by its first bytes; None where it can or where nothing tells.
 
         TensorRT has no such check: there the manifest must say it. That of RTX was not run on a GPU.
+
+        Raises:
+            FlavorError: TensorRT-RTX cannot start here.
         """
         if self.name != "rtx":
             return None
         trt = self.trt
-        runtime = trt.Runtime(self.new_logger(lambda severity, line: None))
+        runtime = self.new_runtime(self.new_logger(lambda severity, line: None), host_code=False)
         validity, diagnostics = runtime.get_engine_validity(header[: runtime.engine_header_size])
         if validity != trt.EngineValidity.INVALID:
             return None
@@ -237,6 +301,16 @@ def _import(name: FlavorName, reasons: list[str]) -> Any:  # noqa: ANN401
         reasons.append(f"{MODULES[name]} is {module.__version__}, expected {oldest} or later")
         return None
     return module
+
+
+def _cuda_major(name: FlavorName, version: str) -> int | None:
+    """The CUDA that an installed TensorRT is built for, by the name of its package; None if nothing tells."""
+    package = "tensorrt_rtx" if name == "rtx" else "tensorrt"
+    for distribution in importlib.metadata.distributions():
+        found = re.fullmatch(rf"{package}_cu(\d+)", distribution.name.lower().replace("-", "_"))
+        if found and version_numbers(distribution.version)[:3] == version_numbers(version)[:3]:
+            return int(found[1])
+    return 13 if name == "tensorrt" and version_numbers(version) >= (11,) else None
 
 
 def find_targets(name: FlavorName) -> tuple[str, ...]:

@@ -22,17 +22,28 @@ def timing_cache_path(flavor: Flavor, options: BuildOptions) -> Path | None:
     return path.with_name(f"{path.stem}.{flavor.name}-{flavor.version}-{gpu}{path.suffix}")
 
 
-def save_timing_cache(config: Any, flavor: Flavor, options: BuildOptions) -> dict[str, Any] | None:  # noqa: ANN401
-    """Keeps what the build measured, where that was asked, and says what the manifest has of it."""
+def save_timing_cache(config: Any, flavor: Flavor, options: BuildOptions) -> tuple[dict[str, Any] | None, str | None]:  # noqa: ANN401
+    """Keeps what the build measured, if that was asked; a cache that cannot be kept does not cost the finished plan.
+
+    Returns:
+        What the manifest says of the cache, None without one; and why it was not saved, None if it was.
+    """
     path = timing_cache_path(flavor, options)
     if path is None:
-        return None
-    data = bytes(config.get_timing_cache().serialize())
-    with disk_errors(path), temporary(path) as (file, unfinished):
-        file.write(data)
-        file.flush()
-        os.replace(unfinished, path)
-    return {"file": path.name, "sha256": hashlib.sha256(data).hexdigest(), "replayed": False}
+        return None, None
+    cache = config.get_timing_cache()
+    if cache is None:  # a config has none of its own (seen with RTX 1.7), and keeps none after a refusal
+        why = f"{path}: {flavor.title} refused this timing cache, so the build measured every kernel and saved nothing"
+        return None, f"{why}; delete the file, and the next build with --timing-cache starts a new one"
+    data = bytes(cache.serialize())
+    try:
+        with disk_errors(path), temporary(path) as (file, unfinished):
+            file.write(data)
+            file.flush()
+            os.replace(unfinished, path)
+    except BuildError as error:
+        return None, f"the timing cache was not saved: {error}"
+    return {"file": path.name, "sha256": hashlib.sha256(data).hexdigest(), "replayed": False}, None
 
 
 def read_replayed(flavor: Flavor, options: BuildOptions) -> bytes | None:

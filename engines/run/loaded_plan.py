@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from engines.builder.flavor import Flavor
+from engines.builder.flavor import Flavor, FlavorError
 from engines.builder.rtx_runtime import RuntimeConfig
 from engines.run.plan_checks import Port, SessionError, manifest_specs, type_name
 from engines.run.runtime_cache import RuntimeCache
@@ -55,15 +55,16 @@ class LoadedPlan:
         self._failures = collections.deque(["it gave no reason"], maxlen=1)
         self._cache, self._lock, self.capturing = cache, threading.Lock(), threading.Lock()
         self._kept: set[int] = set()  # batch sizes whose kernels are in the file
-        self._runtime = flavor.trt.Runtime(flavor.new_logger(_listener(self.warnings, self._failures)))
-        # a version-compatible plan brings its own runtime; its SHA-256 is checked
-        self._runtime.engine_host_code_allowed = manifest["options"]["version_compatible"] is True
+        logger = flavor.new_logger(_listener(self.warnings, self._failures))
+        try:  # a version-compatible plan brings code of its own; its SHA-256 is checked
+            self._runtime = flavor.new_runtime(logger, host_code=manifest["options"]["version_compatible"] is True)
+        except FlavorError as error:
+            raise SessionError(f"{plan}: {error}") from None
         with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             self.engine: Any = self._runtime.deserialize_cuda_engine(data)
         if self.engine is None:
-            raise SessionError(
-                f"{plan}: TensorRT {flavor.version} cannot load it ({self.failure}); {memory_text(device)}"
-            )
+            remedy = flavor.driver_problem() or memory_text(device)
+            raise SessionError(f"{plan}: TensorRT {flavor.version} cannot load it ({self.failure}); {remedy}")
         ports = [self._port(self.engine.get_tensor_name(index)) for index in range(self.engine.num_io_tensors)]
         self.inputs = tuple(port for port in ports if self._is_input(port.name))
         self.outputs = tuple(port for port in ports if not self._is_input(port.name))

@@ -77,14 +77,15 @@ def check_plan(plan: Path, flavor: Flavor | None = None) -> tuple[Flavor, dict[s
         flavor = flavor or choose_flavor(manifest["flavor"])
         check_version(plan, manifest, flavor)
         check_gpu(plan, manifest, flavor)
+        invalid = flavor.why_invalid(header)
     except (BuildError, ManifestError, FlavorError) as error:
         raise SessionError(str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         why = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise SessionError(f"{where}: not as neck-export writes it ({why}); build {plan.name} again") from None
-    invalid = flavor.why_invalid(header)
     if invalid:
-        raise SessionError(f"{plan}: TensorRT {flavor.version} cannot run it here ({invalid}); build it again here")
+        remedy = flavor.driver_problem() or "build it again here"
+        raise SessionError(f"{plan}: TensorRT {flavor.version} cannot run it here ({invalid}); {remedy}")
     return flavor, manifest
 
 

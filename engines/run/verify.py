@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engines.builder.flavor import Flavor
+from engines.builder.flavor import Flavor, FlavorError
 from engines.run.open_plan import open_plan
 from engines.run.plan_checks import read_header, why_other_gpu
 from engines.run.session import Session
@@ -196,6 +196,18 @@ def why_not_run(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> str 
     why = why_other_gpu(manifest, flavor)
     if why is None and not torch.cuda.is_available():
         why = "torch is a CPU build; install its CUDA build"
-    if why is None and (invalid := flavor.why_invalid(read_header(plan))):
-        why = f"TensorRT-RTX {flavor.version} says that it cannot run here ({invalid})"
+    if why is None:
+        why = _why_refused(plan, flavor)
     return None if why is None else f"not verified: {why}"
+
+
+def _why_refused(plan: Path, flavor: Flavor) -> str | None:
+    """Why TensorRT itself does not run a plan here; None if it does, or if only loading the plan can tell."""
+    try:
+        invalid = flavor.why_invalid(read_header(plan))
+    except FlavorError as error:
+        return str(error)
+    if not invalid:
+        return None
+    remedy = flavor.driver_problem()
+    return f"TensorRT-RTX {flavor.version} says that it cannot run here ({invalid})" + (f"; {remedy}" if remedy else "")

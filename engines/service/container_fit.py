@@ -48,18 +48,26 @@ def choose_container(sources: Sequence[Source], asked: str | None) -> tuple[str 
     if len({one[:known] for one in numbers}) > 1:
         paths, built = ", ".join(str(source.path) for source in sources), ", ".join(sorted(versions))
         raise TritonError(f"{paths}: built by TensorRT {built}; one container has one, so build all plans alike")
-    return _for_plan(sources[0], str(sources[0].manifest["tensorrt_version"]), asked)
+    exact = next((source for source in sources if not has_lean_runtime(source)), sources[0])
+    container, notes = _for_plan(exact, str(exact.manifest["tensorrt_version"]), asked)
+    if any(map(has_lean_runtime, sources)):
+        notes.append(
+            f"a version-compatible plan brings its own runtime: start Triton with {COMPATIBLE}, else it is refused"
+        )
+    return container, notes
 
 
-def needs_compatible(source: Source, container: str | None) -> bool:
-    """Whether the server must be told to load plans of older TensorRT versions."""
-    carried = TENSORRT.get(container or "")
-    compatible = source.kind == "plan" and source.manifest["options"]["version_compatible"] is True
-    return compatible and (carried is None or carried != _short(source.manifest["tensorrt_version"]))
+def has_lean_runtime(source: Source) -> bool:
+    """Whether a file is a version-compatible plan, which contains a lean runtime.
+
+    TensorRT runs such code only with consent, also in the version that built the plan (trtexec, `loader.cc` of Triton's
+    tensorrt_backend, triton-inference-server/server #6129), so the server must be started with COMPATIBLE.
+    """
+    return source.kind == "plan" and source.manifest["options"]["version_compatible"] is True
 
 
 def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | None, list[str]]:
-    compatible = source.manifest["options"]["version_compatible"] is True
+    compatible = has_lean_runtime(source)
     needed = f"TensorRT {version}" + (" or later" if compatible else " exactly")
     if asked is None:
         fitting = [name for name, carried in TENSORRT.items() if carried == _short(version)]
@@ -73,12 +81,11 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
         asked = fitting[-1]
     carried = TENSORRT.get(asked)
     if carried is None:
-        notes = [f"which TensorRT is in container {asked} is not known here; {source.path.name} needs {needed}"]
-        return asked, notes + ([f"start Triton with {COMPATIBLE} if it is a later one"] if compatible else [])
+        return asked, [f"which TensorRT is in container {asked} is not known here; {source.path.name} needs {needed}"]
     if carried == _short(version):
         return asked, [f"container {image(asked)} has TensorRT {carried}, as the plan needs"]
     if compatible and version_numbers(carried) > version_numbers(version):
-        return asked, [f"container {image(asked)} has TensorRT {carried}; start Triton with {COMPATIBLE}"]
+        return asked, [f"container {image(asked)} has TensorRT {carried}, which loads the plan of {version}"]
     fitting = [name for name, other in TENSORRT.items() if other == _short(version)]
     remedy = f"take container {fitting[-1]}" if fitting else "take the container that NVIDIA's support matrix names"
     name = (source.manifest.get("onnx") or {}).get("name", f"{source.path.stem}.onnx")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.service.container_fit import choose_container, needs_compatible
+from engines.service.container_fit import choose_container, has_lean_runtime
 from engines.service.ensemble import PREPROCESS_MODEL, chosen_config, pictures_config, preprocess_config
 from engines.service.existing_models import check_ensembles, check_held
 from engines.service.kubernetes import check_folder, kubernetes_files
@@ -115,7 +115,7 @@ def make_repository(options: RepositoryOptions, report: Callable[[str], None] = 
     container, notes = choose_container(sources, options.container)
     notes += [note for note in map(verification_note, sources) if note]
     models, more_notes = _models(options, source, plans)
-    cluster = _cluster_files(options, source, tuple(plans), container)
+    cluster = _cluster_files(options, sources, tuple(plans), container)
     with disk_errors(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
         with locked(options.output):
@@ -175,11 +175,12 @@ def _models(options: RepositoryOptions, source: Source, plans: dict[str, Source]
 
 
 def _cluster_files(
-    options: RepositoryOptions, source: Source, capabilities: tuple[str, ...], container: str | None
+    options: RepositoryOptions, sources: Sequence[Source], capabilities: tuple[str, ...], container: str | None
 ) -> dict[str, str]:
     """The Kubernetes files by name, checked before anything is written; none where none were asked."""
     if options.kubernetes is None:
         return {}
+    source = sources[0]
     if options.kubernetes.resolve().is_relative_to(options.output.resolve()):
         raise TritonError(f"{options.kubernetes}: lies in the model repository, where Triton takes it for a model")
     if container is None:
@@ -195,7 +196,7 @@ def _cluster_files(
         storage=options.storage or f"pvc://{kubernetes_name(options.name)}-models",
         own_claim=options.storage is None,
         gpus=options.gpus,
-        compatible=needs_compatible(source, container),
+        compatible=any(map(has_lean_runtime, sources)),
         pillow=options.ensemble,
     )
     if source.kind == "plan" and not capabilities and not serving.any_ampere:

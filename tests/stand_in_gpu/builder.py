@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 
 from stand_in_gpu import plan
-from stand_in_gpu.state import Played
+from stand_in_gpu.state import Played, check_driver
 
 VERBOSE, WARNING, ERROR = 4, 2, 1
 NEWEST_OPSET = {10: 24, 11: 24, 1: 24}
@@ -23,6 +23,7 @@ class Builder(Played):
     def __init__(self, logger: Any) -> None:  # noqa: ANN401
         if not getattr(logger, "_begun", False):
             raise TypeError("ILogger.__init__() must be called when overriding __init__")
+        check_driver(type(self).state, logger)
         self._logger = logger
 
     def create_network(self, flags: int = 0) -> Any:  # noqa: ANN401
@@ -312,7 +313,7 @@ class IBuilderConfig(Played):
         """Takes a timing cache, of this GPU and version alone."""
         if cache._of != cache._here() and not ignore_mismatch:
             self._logger.log(ERROR, "Error Code 3: Internal Error (Failed to load timing cache, header mismatch)")
-            return False
+            return False  # the config has none then, as a fresh one
         self._cache = cache
         return True
 
@@ -322,16 +323,17 @@ class IBuilderConfig(Played):
         if state.flavor == "rtx":
             return {}
         only = type(self).trt.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS in self._flags
+        times: dict[str, int] = {} if self._cache is None else self._cache._times
         for kernel in kernels:
             key = f"{kernel.kind} {kernel.inputs} {kernel.outputs}"
-            if only and key not in self._cache._times:
+            if only and key not in times:
                 self._logger.log(ERROR, f"Error Code 10: Internal Error (timing cache miss: {kernel.name})")
                 return None
-            self._cache._times.setdefault(key, next(state.measured))
-        return dict(self._cache._times)
+            times.setdefault(key, next(state.measured))
+        return dict(times)
 
     def get_timing_cache(self) -> Any:  # noqa: ANN401
-        """The timing cache."""
+        """The timing cache; None where none was taken (seen with RTX 1.7)."""
         return self._cache
 
     def set_compute_capability(self, compute_capability: Any, index: int) -> bool:  # noqa: ANN401

@@ -12,11 +12,14 @@ import onnx
 
 from stand_in_gpu import plan
 from stand_in_gpu.device import ALIGNMENT
-from stand_in_gpu.state import Played
+from stand_in_gpu.state import Played, check_driver
 
 LAYER_MS = 0.01
 COMPILE_MS = 900.0
 """What RTX needs to compile the kernels of a batch."""
+RTX_CUDA = 13000
+"""What the wheel tensorrt-rtx-cu13 is built for."""
+
 CAPABILITIES_OF_RTX = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 
@@ -29,17 +32,20 @@ class Runtime(Played):
     def __init__(self, logger: Any) -> None:  # noqa: ANN401
         if not getattr(logger, "_begun", False):
             raise TypeError("ILogger.__init__() must be called when overriding __init__")
+        check_driver(type(self).state, logger)
         self._logger = logger
 
     def deserialize_cuda_engine(self, serialized_engine: Any) -> Any:  # noqa: ANN401
         """The engine of a plan, None where it cannot be loaded."""
         state = type(self).state
-        if state.device is None:
-            return self._refuse("Error Code 1: Cuda Runtime (cudaError 35: no driver)")
+        if state.device is None or (state.flavor == "rtx" and state.device.cuda < RTX_CUDA):
+            return self._refuse("Error Code 1: Cuda Runtime (cudaError 35: CUDA driver version is insufficient)")
         found = plan.unpack(state.flavor, bytes(memoryview(serialized_engine)))
         if state.faults.load or found is None:
             return self._refuse(state.faults.load or "Error Code 1: Serialization (magic tag does not match)")
         facts, model = found
+        if "VERSION_COMPATIBLE" in facts["flags"] and not self.engine_host_code_allowed:
+            return self._refuse("Error Code 3: API Usage Error (the plan has host code, which is not allowed)")
         if facts["version"] != list(state.version) and "VERSION_COMPATIBLE" not in facts["flags"]:
             return self._refuse("Error Code 1: Serialization (version tag does not match)")
         if not facts["later"] and state.device.capability not in facts["targets"]:
@@ -53,6 +59,8 @@ class Runtime(Played):
         why = trt.EngineInvalidityDiagnostics
         if buffer[:4] != plan.MAGIC["rtx"]:
             return trt.EngineValidity.INVALID, int(why.MALFORMED_ENGINE)
+        if state.device is not None and state.device.cuda < RTX_CUDA:
+            return trt.EngineValidity.INVALID, 0  # as seen with RTX 1.7 without a driver
         if state.device is None or state.device.capability not in CAPABILITIES_OF_RTX:
             return trt.EngineValidity.INVALID, int(why.UNSUPPORTED_CC)
         return trt.EngineValidity.VALID, 0

@@ -67,6 +67,22 @@ class State:
     measured: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
 
+NULL = "pybind11::init(): factory function returned nullptr"
+"""What the bindings raise, as a TypeError, where the library gives no object (NVIDIA/TensorRT #308, #2913)."""
+
+
+def check_driver(state: State, logger: Any) -> None:  # noqa: ANN401
+    """TensorRT 11 is built for CUDA 13, and 10 for CUDA 12: with an older driver neither Builder nor Runtime is made.
+
+    Raises:
+        TypeError: as pybind11 does, which hides the reason.
+    """
+    needed = 13 if state.version[0] >= 11 else 12
+    if state.flavor == "tensorrt" and state.device is not None and state.device.cuda // 1000 < needed:
+        logger.log(1, "createInferRuntime: Error Code 6: API Usage Error (CUDA initialization failure with error: 35)")
+        raise TypeError(NULL)
+
+
 class Played:
     """A class of TensorRT: has what its version offers and nothing else.
 

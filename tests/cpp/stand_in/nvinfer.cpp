@@ -273,6 +273,10 @@ ICudaEngine* IRuntime::deserializeCudaEngine(void const* blob, std::size_t size)
         logger.log(ILogger::Severity::kERROR, "Error Code 4: Internal Error (the plan is\ncorrupt)");
         return nullptr;
     }
+    if (program->lean && !host_code) {
+        logger.log(ILogger::Severity::kERROR, "Error Code 3: API Usage Error (host code is not allowed)");
+        return nullptr;
+    }
     if (!program->warning.empty()) {
         logger.log(ILogger::Severity::kWARNING, program->warning.c_str());
     }

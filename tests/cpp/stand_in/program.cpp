@@ -107,7 +107,7 @@ std::vector<std::int64_t> numbers(const std::string& text) {
 }  // namespace
 
 /// `stand-in`, then lines `input NAME TYPE SHAPE [BATCHES]`, `output NAME TYPE SHAPE`, `scratch BYTES`, `warn TEXT`,
-/// `allocates`. What begins with TensorRT-RTX's `vtrt` is its plan.
+/// `lean`, `allocates`. What begins with TensorRT-RTX's `vtrt` is its plan.
 std::unique_ptr<Program> read_program(std::string_view plan) {
     std::istringstream stream{std::string(plan)};
     std::string first;
@@ -123,6 +123,8 @@ std::unique_ptr<Program> read_program(std::string_view plan) {
         words >> kind >> name >> type >> shape >> batch;
         if (kind == "scratch") {
             program->scratch = std::stoll(name);
+        } else if (kind == "lean") {
+            program->lean = true;
         } else if (kind == "allocates") {
             program->allocates = true;
         } else if (kind == "warn") {

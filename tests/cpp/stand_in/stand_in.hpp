@@ -81,6 +81,7 @@ public:
     std::int64_t scratch = 0;
     std::string warning;
     bool rtx = false;        ///< kernels are compiled while it runs
+    bool lean = false;       ///< has a lean runtime: host code, which the caller must allow
     bool allocates = false;  ///< memory, too: such a run cannot be captured
 };
 
