@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engines.builder.gpu import nvml_driver_version
+
 PACKAGES = {
     "torch": "neck-export itself",
     "onnx": "neck-export itself",
@@ -62,13 +64,13 @@ def installed_version(name: str) -> str | None:
 
 
 def driver_version() -> str | None:
-    """The version of NVIDIA's kernel driver, or None."""
-    try:
+    """The version of NVIDIA's driver, or None: the kernel module's, else what NVML tells (WSL2 has no /proc/driver)."""
+    with contextlib.suppress(OSError):
         # `... Kernel Module  535.161.08  ...`, or of the open driver `... Kernel Module for x86_64  550.54.15  ...`
         match = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", DRIVER.read_text())
-    except OSError:
-        return None
-    return match.group(1) if match else None
+        if match:
+            return match.group(1)
+    return nvml_driver_version()
 
 
 def gpu_names() -> list[str]:

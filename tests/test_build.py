@@ -23,7 +23,7 @@ from engines.builder import plan_stream as stream
 from engines.builder.build import BuildResult, build_plan
 from engines.builder.flavor import FlavorError, choose_flavor
 from engines.builder.gpu import has_gpu
-from engines.builder.onnx_graph import BuildError, read_graph
+from engines.builder.onnx_graph import BuildError, RefusedError, read_graph
 from engines.builder.options import BuildOptions
 from export.contract.signature import BatchRange, TensorSpec
 from export.lowering.attention import AttentionForm
@@ -415,10 +415,23 @@ def test_a_file_taken_for_stale_before_it_is_locked_is_made_again(
 
 
 @pytest.mark.parametrize(
-    "line", ["Unexpected exception std::bad_alloc", "Error Code 2: OutOfMemory (Requested size ...)"]
+    ("line", "refused", "says"),
+    [
+        ("Unexpected exception std::bad_alloc", False, "out of memory while TensorRT built"),
+        (
+            "Error Code 2: OutOfMemory (Requested size was 8589934592 bytes.)",
+            True,
+            "the GPU has too little free memory",
+        ),
+        ("Error Code 1: Cuda Runtime (out of memory)", True, "the GPU has too little free memory"),
+        ("Error Code 10: no implementation for node fc1", True, "no implementation for node fc1$"),
+    ],
 )
-def test_too_little_memory_is_told(tmp_path: Path, line: str) -> None:
-    """RTX 1.7's words under a limit of address space; under a tighter one it hangs, so its log is played here."""
+def test_too_little_memory_is_told(tmp_path: Path, line: str, refused: bool, says: str) -> None:
+    """RTX 1.7's words under a limit of address space; under a tighter one it hangs, so its log is played here.
+
+    Too little memory of the device is no end: another form of attention may need less.
+    """
     watch = stream.Watch()
 
     class Builder:
@@ -426,8 +439,9 @@ def test_too_little_memory_is_told(tmp_path: Path, line: str) -> None:
             watch.take(1, line)
             return False
 
-    with (tmp_path / "plan").open("wb") as file, pytest.raises(BuildError, match="out of memory while TensorRT built"):
+    with (tmp_path / "plan").open("wb") as file, pytest.raises(BuildError, match=says) as caught:
         stream.run_builder(choose_flavor("rtx").trt, Builder(), None, None, file, watch)
+    assert isinstance(caught.value, RefusedError) == refused
 
 
 def test_a_progress_that_raises_stops_the_build(small: Path) -> None:

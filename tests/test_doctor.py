@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from exporting import neck_export_cli
+from stand_in_gpu.play import play
 
 from engines import doctor
 from engines.doctor import PACKAGES, abilities, driver_version, examine, gpu_names, installed_version, report_lines
@@ -98,9 +99,19 @@ def test_versions_come_from_whichever_distribution_brings_the_module(monkeypatch
 )
 def test_driver(text: str | None, version: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(doctor, "nvml_driver_version", lambda: None)
     if text is not None:
         (tmp_path / "version").write_text(f"{text}\nGCC version: gcc 12.2.0\n")
     assert driver_version() == version
+
+
+def test_the_driver_of_wsl2_is_nvmls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no /proc/driver/nvidia."""
+    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "version")
+    with play("11.4"):
+        assert driver_version() == "580.95.05"
+    with play("11.4", gpu=False):
+        assert driver_version() is None
 
 
 def cuda(available: Callable[[], bool], count: int = 0) -> SimpleNamespace:

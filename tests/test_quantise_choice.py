@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import load_golden, traced
 from exporting import checkpoint_of, config_of, neck_export_cli, trace_quickly
+from stand_in_gpu.play import play
 
 from export.contract.signature import Signature
 from export.lowering.quantise import Quantisation, match_products
@@ -148,6 +149,25 @@ def test_times_are_by_this_gpus_rates_where_it_multiplies_the_kind(on_a_gpu: dic
     on_a_gpu["int8"] = 4e14
     assert product_rates("int8").source == "at the rates that torch reaches on this NVIDIA L40S, measured"
     assert expected_ms(products, 1, "int8") == pytest.approx(1250)
+
+
+@pytest.mark.parametrize(
+    ("kind", "product"), [("fp16", "mm"), ("int8", "_int_mm"), ("fp8", "_scaled_mm")], ids=lambda one: one
+)
+def test_what_is_multiplied_is_data_in_the_layout_of_the_fast_path(
+    monkeypatch: pytest.MonkeyPatch, kind: str, product: str
+) -> None:
+    """Equal numbers cost less power, and so run faster, than data; a row-major right side is slow (pytorch #165230)."""
+    multiplied: list[tuple[torch.Tensor, torch.Tensor]] = []
+    monkeypatch.setattr(rates, "SIDE", 32)
+    monkeypatch.setattr(torch, product, lambda left, right, **options: multiplied.append((left, right)))
+    with play("11.4"):
+        assert rates.measure_rate(kind) > 0
+    assert len(multiplied) == 1 + rates.REPEATS
+    for left, right in multiplied:
+        assert left.stride() == (32, 1) and right.stride() == (1, 32)
+        for side in (left, right):
+            assert len(side.to(torch.float32).unique()) > 32
 
 
 @pytest.mark.gpu

@@ -54,7 +54,9 @@ def gpu_problem() -> str | None:
         )
     said = next((" ".join(str(one.message).split()).partition(" (Triggered")[0] for one in told), "it gave no reason")
     if driver is None:
-        return f"no NVIDIA driver here (/proc/driver/nvidia): make gpu needs a GPU; {rehearse}"
+        return (
+            f"no NVIDIA driver here (neither /proc/driver/nvidia nor NVML tells one): make gpu needs a GPU; {rehearse}"
+        )
     needs = f"torch {torch.__version__} wants one for CUDA {torch.version.cuda}"
     return f"torch can use no GPU with driver {driver} ({said[:200]}); {needs}: take a newer driver or an older torch"
 

@@ -25,7 +25,7 @@ from benchmarks.measure.work_folder import Workplace
 from benchmarks.options import BenchOptions
 from benchmarks.report.report_files import write_report
 from benchmarks.results.result import all_rows, make_result
-from benchmarks.results.rows import NOT_BEGUN, NOT_ENDED
+from benchmarks.results.rows import is_waiting
 from neck.config import EncoderConfig
 
 Outcome = Literal["done", "failed", "unavailable", "unfinished"]
@@ -117,7 +117,7 @@ def _measured(options: BenchOptions) -> Found:
         cannot = str(error).startswith("no backend can run here")
         return {"outcome": "unavailable" if cannot else "failed", "reason": str(error)}
     failed = [f"{row['backend']}: {row['reason']}" for row in rows if row["status"] == "failed"]
-    waiting = [row["backend"] for row in rows if row["reason"] in (NOT_BEGUN, NOT_ENDED)]
+    waiting = [row["backend"] for row in rows if is_waiting(row)]
     outcome: Outcome = "failed" if failed else "unfinished" if waiting else "done"
     reason = "; ".join(failed) or (f"no time for {', '.join(dict.fromkeys(waiting))}" if waiting else None)
     return {"outcome": outcome, "reason": reason}

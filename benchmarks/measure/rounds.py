@@ -82,6 +82,7 @@ class Point:
         self.candidates = {one.backend.id: one for one in candidates}
         self.report, self.keep = report, keep
         self._loaded: dict[str, Worker] = {}
+        self._left: set[str] = set()  # not tried again in this run; a rerun does
         self._needed = {one.backend.id: one.needed for one in candidates}
 
     def measure(self, parts_runs: int = 0) -> None:
@@ -130,12 +131,13 @@ class Point:
     def _over(self) -> bool:
         return time.monotonic() >= self.pace.ends
 
-    def _timeout(self, grace_s: float = 0.1) -> float:
-        """How long a worker may take now."""
-        return min(self.pace.timeout_s, max(self.pace.ends - time.monotonic(), grace_s))
+    def _timeout(self, name: str, grace_s: float = 0.1) -> float:
+        """How long a worker may take now: twice as long as when it was last late."""
+        late = len(self.samples.all("cut", point=self.name, backend=name, late=True))
+        return min(self.pace.timeout_s * 2**late, max(self.pace.ends - time.monotonic(), grace_s))
 
     def _given_up(self, name: str) -> bool:
-        return self.samples.last("failed", point=self.name, backend=name) is not None
+        return name in self._left or self.samples.last("failed", point=self.name, backend=name) is not None
 
     def _visit(self, name: str, number: int) -> None:
         """One backend's turn; where memory runs out, once more with the others unloaded."""
@@ -145,9 +147,8 @@ class Point:
                 return
             except WorkerError as error:
                 self._end(name)
-                if error.late and self._over():
-                    self.report(f"{name}: ended, the time is over; a rerun begins it again")
-                    self.samples.add("cut", point=self.name, backend=name)
+                if error.late:
+                    self._leave(name, str(error))
                     return
                 others = [one for one in self._loaded if one != name]
                 if error.memory and others and attempt == "shared":
@@ -162,15 +163,25 @@ class Point:
                 self._give_up(name, f"its outputs cannot be compared: {error}")
                 return
 
-    def _give_up(self, name: str, reason: str, status: str = "failed") -> None:
-        self.report(f"{name}: {status}: {reason}")
-        self.samples.add("failed", point=self.name, backend=name, status=status, reason=reason)
+    def _give_up(self, name: str, reason: str) -> None:
+        self.report(f"{name}: failed: {reason}")
+        self.samples.add("failed", point=self.name, backend=name, status="failed", reason=reason)
+
+    def _leave(self, name: str, reason: str) -> None:
+        """Leaves a backend that was too slow to a rerun: it may need a second more than it had."""
+        self._left.add(name)
+        if self._over():
+            self.report(f"{name}: ended, the time is over; a rerun begins it again")
+            self.samples.add("cut", point=self.name, backend=name)
+            return
+        self.report(f"{name}: {reason}; a rerun gives it twice the time")
+        self.samples.add("cut", point=self.name, backend=name, late=True, reason=reason)
 
     def _take_turn(self, name: str, number: int) -> None:
         if name not in self._loaded and not self._load(name):
             return
         worker = self._loaded[name]
-        found = worker.ask("run", self._timeout(), count=self.pace.runs)
+        found = worker.ask("run", self._timeout(name), count=self.pace.runs)
         self.samples.add("times", point=self.name, backend=name, round=number, times_ms=found["times_ms"])
         self._compare(name, worker)
 
@@ -183,10 +194,10 @@ class Point:
         cuda = candidate.backend.device == "cuda"
         worker = Worker(self.folder / f"{name}.log", {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor" / name)})
         self._loaded[name] = worker
-        loaded = worker.ask("load", self._timeout(), job=job, most_bytes=None if cuda else available_bytes())
+        loaded = worker.ask("load", self._timeout(name), job=job, most_bytes=None if cuda else available_bytes())
         least_s = self.pace.warm_up_s if cuda else 0.0
         if self.pace.warm_up:
-            worker.ask("run", self._timeout(), count=self.pace.warm_up, least_s=least_s)
+            worker.ask("run", self._timeout(name), count=self.pace.warm_up, least_s=least_s)
         build_s = loaded["build_s"] if loaded["build_s"] is not None else job["build_s"]
         values = {"load_s": loaded["load_s"], "build_s": build_s, "file_bytes": job["file_bytes"]}
         values["note"] = loaded["note"]
@@ -199,7 +210,7 @@ class Point:
         wanted = any(not self._judged(other) for other in self.candidates)
         if not (wanted if name == REFERENCE else not self._judged(name)):
             return
-        names = worker.ask("outputs", self._timeout(), folder=str(folder))["names"]
+        names = worker.ask("outputs", self._timeout(name), folder=str(folder))["names"]
         found = {one: np.load(folder / f"{one}.npy", mmap_mode="r") for one in names}
         if name == REFERENCE:
             if not self._judged(name):
@@ -220,13 +231,20 @@ class Point:
         return self._given_up(name) or self.samples.last("errors", point=self.name, backend=name) is not None
 
     def _make_room(self, name: str) -> bool:
-        """Unloads others until there is memory, first those whose turn is furthest away; none where it is in vain."""
+        """Unloads others until there is memory, first those whose turn is furthest away; none where it is in vain.
+
+        What runs on a GPU needs device memory above all, and the free memory of some hosts grows only as it is used: on
+        a GPU nothing is refused, and what runs out of memory is tried again alone.
+        """
+        if self.candidates[name].backend.device == "cuda":
+            return True
         order, needed = list(self.candidates), self._needed[name]
         most = available_bytes() + sum(worker.resident_bytes() for worker in self._loaded.values())
         if most < needed:
-            self._give_up(
-                name, f"needs about {needed / 1e9:.1f} GB of memory, {most / 1e9:.1f} GB are free", "unavailable"
-            )
+            reason = f"needs about {needed / 1e9:.1f} GB of memory, {most / 1e9:.1f} GB are free"
+            self.report(f"{name}: {reason}")
+            self.samples.add("short", point=self.name, backend=name, reason=reason)
+            self._left.add(name)
             return False
         while available_bytes() < needed + SPARE_BYTES and self._loaded:
             place = order.index(name)
@@ -238,7 +256,7 @@ class Point:
     def _unload(self, name: str) -> None:
         """Ends a worker, its peaks noted; they are the better estimate from then on."""
         try:
-            peaks = self._loaded[name].ask("memory", self._timeout(GRACE_SECONDS))
+            peaks = self._loaded[name].ask("memory", self._timeout(name, GRACE_SECONDS))
             self.samples.add("memory", point=self.name, backend=name, **peaks)
             self._needed[name] = max(peaks["peak_host_bytes"], 1)
         except WorkerError as error:
@@ -253,7 +271,7 @@ class Point:
     def _measure_parts(self, runs: int) -> None:
         try:
             if REFERENCE in self._loaded or self._load(REFERENCE):
-                found = self._loaded[REFERENCE].ask("parts", self._timeout(), count=runs)
+                found = self._loaded[REFERENCE].ask("parts", self._timeout(REFERENCE), count=runs)
                 self.samples.add("parts", point=self.name, **found)
         except (WorkerError, FidelityError) as error:
             self.report(f"no time of each part: {error}")
@@ -265,4 +283,5 @@ class Point:
             for file in (self.folder / name).glob("*.npy"):
                 if not self.keep(file.stem):
                     file.unlink()
-        shutil.rmtree(self.folder / "inductor", ignore_errors=True)
+        if not self._left:  # what a late compile has made spares its rerun half of the work
+            shutil.rmtree(self.folder / "inductor", ignore_errors=True)

@@ -60,8 +60,8 @@ def make_row(
     failed = samples.last("failed", **where)
     rounds = samples.times(place.name, backend.id)
     if failed or not rounds:
-        known = failed or {"status": "unavailable", "reason": NOT_ENDED if samples.last("cut", **where) else NOT_BEGUN}
-        return empty_row(backend, place, known["status"], known["reason"])
+        status, reason = ("failed", failed["reason"]) if failed else ("unavailable", _why_waiting(samples, where))
+        return empty_row(backend, place, status, reason)
     times = [time for times in rounds for time in times]
     latency, loads = summarise(times), samples.all("load", **where)
     errors = samples.last("errors", **where) or {"errors": None, "passed": None}
@@ -83,6 +83,19 @@ def make_row(
         "share_of_floor": floor / latency.p50_ms if floor else None,
         "note": _note(backend.id, loads, len(rounds), pace),
     }
+
+
+def _why_waiting(samples: Samples, where: Mapping[str, str]) -> str:
+    """Why a backend has no figure though it did not fail: a rerun may measure it."""
+    short, cut = samples.last("short", **where), samples.last("cut", **where)
+    if cut is None:
+        return str(short["reason"]) if short else NOT_BEGUN
+    return f"not ended: {cut['reason']}; a rerun gives it twice the time" if cut.get("late") else NOT_ENDED
+
+
+def is_waiting(row: Mapping[str, Any]) -> bool:
+    """Whether a rerun measures a row for which there was too little time."""
+    return row["status"] == "unavailable" and str(row["reason"]).startswith(("not begun: ", "not ended: "))
 
 
 def _largest(lines: Sequence[Mapping[str, Any]], name: str) -> int | None:

@@ -42,16 +42,17 @@ def find_gpu() -> Gpu | None:
     return Gpu(
         name=name.value.decode(),
         compute_capability=f"{major.value}.{minor.value}",
-        driver=_driver_version(),
+        driver=nvml_driver_version() or "unknown",
         cuda=f"{version.value // 1000}.{version.value % 1000 // 10}",
     )
 
 
-def _driver_version() -> str:
+def nvml_driver_version() -> str | None:
+    """The driver's version as NVML has it, also where there is no /proc/driver (WSL2); None without a driver."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        return "unknown"
+        return None
     text = ctypes.create_string_buffer(80)
     failed = nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, len(text))
-    return "unknown" if failed else text.value.decode()
+    return None if failed else text.value.decode()

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,15 @@ Progress = Callable[[str, int, int], None]
 """Called with a phase's name, its steps done and its steps in all; from the builder's thread."""
 
 OUT_OF_MEMORY = "out of memory while TensorRT built; at full size it takes 3 GB, so close other programs"
+
+NO_HOST_MEMORY = re.compile(r"bad_?alloc", re.IGNORECASE)
+NO_DEVICE_MEMORY = re.compile(r"out ?of ?memory|gpu memory", re.IGNORECASE)
+"""TensorRT's words: `Error Code 2: OutOfMemory (Requested size was N bytes.)`, `Error Code 1: Cuda Runtime (out of
+memory)`, `Requested amount of GPU memory (N bytes) could not be allocated` are of the device, std::bad_alloc the
+host's."""
+
+DEVICE_REMEDY = "the GPU has too little free memory for this build: end other programs on it, or build with a smaller "
+DEVICE_REMEDY += "--batch or --workspace-gib"
 
 BUILDING = ".building"
 """How the name of an unfinished plan ends."""
@@ -107,10 +117,11 @@ def run_builder(trt: Any, builder: Any, network: Any, config: Any, file: IO[byte
     if built is not None and not streams:
         file.write(built)
     if not built or not file.tell():
-        short = any(word in line for line in watch.errors for word in ("bad_alloc", "OutOfMemory"))
-        if short:
+        if any(map(NO_HOST_MEMORY.search, watch.errors)):
             raise BuildError(OUT_OF_MEMORY)
-        raise RefusedError(f"TensorRT built nothing: {watch.reason}", watch.reason)
+        short = any(map(NO_DEVICE_MEMORY.search, watch.errors))  # another form may need less
+        remedy = f"\n{DEVICE_REMEDY}" if short else ""
+        raise RefusedError(f"TensorRT built nothing: {watch.reason}{remedy}", watch.reason)
 
 
 def _new_writer(trt: Any, file: IO[bytes], watch: Watch) -> Any:  # noqa: ANN401
