@@ -387,9 +387,22 @@ def triton(
     storage: Annotated[
         str | None,
         typer.Option(
-            help="Where pods find the repository: pvc://CLAIM[/FOLDER], s3://[https://HOST:PORT/]BUCKET/FOLDER"
+            help="Where pods find the repository: pvc://CLAIM[/FOLDER] of an existing claim, or "
+            "s3://[https://HOST:PORT/]BUCKET/FOLDER [default: a claim that storage.yaml makes]"
         ),
     ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(help="Image of the pods, with or without a digest; required by --ensemble [default: NVIDIA's]"),
+    ] = None,
+    proxy_image: Annotated[
+        str | None, typer.Option(help="Image of the nginx proxy in the pods [default: nginx's own]")
+    ] = None,
+    replicas: Annotated[int, typer.Option(help="Pods that always run, for each kind of GPU", min=1)] = 2,
+    rollout: Annotated[
+        Literal["surge", "replace"],
+        typer.Option(help="surge starts a new pod first and needs a spare GPU; replace ends an old pod first"),
+    ] = "surge",
     output: Annotated[Path, typer.Option(help="The model repository")] = Path("model_repository"),
 ) -> None:
     """Lays a plan or an ONNX file out for Triton, as a new version of its model."""
@@ -410,6 +423,10 @@ def triton(
             kubernetes=output.parent / "kubernetes" if kubernetes else None,
             gpus=gpus,
             storage=storage,
+            image=image,
+            proxy_image=proxy_image,
+            replicas=replicas,
+            rollout=rollout,
         )
         made = make_repository(options, report)
     for note in made.notes:

@@ -14,6 +14,7 @@ WANTS = (
     (r"clang", "clang", "for `make lint-cpp`: install clang and clang-tidy"),
     (r"onnxruntime_c_api", "ONNX Runtime's C header", "apt-get install libonnxruntime-dev"),
     (r"\bapt install (g\+\+|libgd)", "the C++ tools", f"apt-get install {CPP_PACKAGES}"),
+    (r"nginx", "nginx", "apt-get install nginx-light"),
     (r"Chromium", "a browser", "apt-get install chromium chromium-driver fonts-dejavu-core"),
     (r"[Tt]riton ?server|nvidia-pytriton", "a Triton server", "make .triton/ready"),
     (r"packages with SAM 3", "Meta's and Ultralytics' packages", "make .families/ready"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,10 @@ import pytest
 import yaml
 from test_triton import COMPATIBLE, write_plan
 
-from engines.service.kubernetes import HEADER
+from engines.service.kubernetes import HEADER, kubernetes_files
 from engines.service.repository import Repository, RepositoryOptions, TritonError, make_repository
+from engines.service.served_model import Source, read_model
+from engines.service.serving_files import DRAIN_SECONDS, PAUSE_SECONDS, Serving
 
 KUBERNETES = "1.31"
 """Oldest version whose schemas the files must pass; the newest that the validator knows is tried, too."""
@@ -64,6 +69,7 @@ INFERENCE_SERVICE = closed(
                     maxReplicas=WHOLE,
                     tolerations=each(ANY),
                     affinity=ANY,
+                    automountServiceAccountToken=TRUTH,
                     serviceAccountName=TEXT,
                     terminationGracePeriodSeconds=WHOLE,
                     **{
@@ -92,15 +98,17 @@ OWN_SCHEMAS = {
 }
 
 
-INLINED = ("affinity", "tolerations", "volumes", "serviceAccountName", "terminationGracePeriodSeconds")
-"""Fields of a Pod that KServe's documents hold."""
+POD_FIELDS = (
+    *("affinity", "tolerations", "volumes"),
+    *("automountServiceAccountToken", "serviceAccountName", "terminationGracePeriodSeconds"),
+)
 
 
 def as_pod(document: dict[str, Any]) -> dict[str, Any]:
     """What is Kubernetes' own in one of KServe's documents, as a Pod."""
     spec = document["spec"].get("predictor", document["spec"])
     container = {"name": "kserve-container", "image": "triton"}
-    own = {key: spec[key] for key in INLINED if key in spec}
+    own = {key: spec[key] for key in spec if key in POD_FIELDS}
     pod = {"containers": spec.get("containers", [container]), **own}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": document["metadata"], "spec": pod}
 
@@ -108,7 +116,7 @@ def as_pod(document: dict[str, Any]) -> dict[str, Any]:
 def check(document: dict[str, Any], version: str = KUBERNETES) -> None:
     """Checks one document strictly; a kind that has no schema fails."""
     if document["kind"] in OWN_SCHEMAS:
-        jsonschema.validate(document, OWN_SCHEMAS[document["kind"]])
+        jsonschema.Draft202012Validator(OWN_SCHEMAS[document["kind"]]).validate(document)
         if document["kind"] != "Kustomization":
             check(as_pod(document), version)
         return
@@ -131,7 +139,7 @@ def plan(tmp_path: Path) -> Path:
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "ensemble": {"ensemble": True, "outputs": ("sam3_feat_*",)},
+    "ensemble": {"ensemble": True, "outputs": ("sam3_feat_*",), "image": "registry.example.com/encoder:1"},
     "gpus": {"gpus": 4},
     "s3": {"storage": "s3://models.example.com:9000/sam3/encoder"},
     "folder": {"storage": "pvc://shared/models/sam3"},
@@ -147,16 +155,18 @@ def test_every_document_is_valid(case: str, plan: Path, tmp_path: Path) -> None:
     found = make(plan, tmp_path, **changes)
     files = documents(tmp_path / "cluster")
     kinds = {document["kind"] for content in files.values() for document in content}
-    stored = {"s3": {"ServiceAccount"}, "folder": set()}.get(case, {"PersistentVolumeClaim"})
-    assert kinds == stored | set(OWN_SCHEMAS) | {
-        *("Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget"),
+    extra = {"s3": {"ServiceAccount"}, "folder": {"Pod"}}.get(case, {"PersistentVolumeClaim", "Pod"})
+    assert kinds == extra | set(OWN_SCHEMAS) | {
+        *("Deployment", "Service", "ConfigMap", "NetworkPolicy", "HorizontalPodAutoscaler", "PodDisruptionBudget"),
     }
     for version in (KUBERNETES, kubernetes_validate.latest_version()):
         for content in files.values():
             for document in content:
                 check(document, version)
     assert files["kustomization.yaml"][0]["resources"] == [
-        name for name in ("deployment.yaml", "service.yaml", "autoscaler.yaml", "storage.yaml") if name in files
+        name
+        for name in ("deployment.yaml", "service.yaml", "network.yaml", "autoscaler.yaml", "storage.yaml")
+        if name in files
     ]
     assert {path for path in found.files if path.parent == tmp_path / "cluster"} == set(
         (tmp_path / "cluster").iterdir()
@@ -168,6 +178,9 @@ FAULTS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("Deployment", lambda found: found["spec"]["template"]["spec"]["containers"][0].update(limits={})),
     ("Deployment", lambda found: found["spec"]["template"]["spec"]["containers"][0]["startupProbe"].update(path="/")),
     ("Deployment", lambda found: found["spec"].pop("selector")),
+    ("NetworkPolicy", lambda found: found["spec"]["ingress"][0].update(port=8080)),
+    ("ConfigMap", lambda found: found["data"].update(port=8080)),
+    ("Pod", lambda found: found["spec"]["containers"][0]["securityContext"].update(readOnly=True)),
     ("Service", lambda found: found["spec"]["ports"][0].update(port="http")),
     ("HorizontalPodAutoscaler", lambda found: found["spec"].update(maxReplicas="many")),
     ("HorizontalPodAutoscaler", lambda found: found["spec"]["metrics"][0]["pods"].update(name="x")),
@@ -202,22 +215,22 @@ def test_a_planted_fault_is_seen(plan: Path, tmp_path: Path) -> None:
             check(faulty)
 
 
-def container_of(document: dict[str, Any]) -> dict[str, Any]:
-    return document["spec"]["template"]["spec"]["containers"][0]
+def container_of(document: dict[str, Any], name: str = "triton") -> dict[str, Any]:
+    containers = document["spec"]["template"]["spec"]["containers"]
+    return next(container for container in containers if container["name"] == name)
+
+
+def deployments(files: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [document for document in files["deployment.yaml"] if document["kind"] == "Deployment"]
 
 
 def test_a_pod_has_what_triton_needs(plan: Path, tmp_path: Path) -> None:
     found = make(plan, tmp_path, gpus=2)
     files = documents(tmp_path / "cluster")
-    (deployment,) = files["deployment.yaml"]
+    (deployment,) = deployments(files)
     pod, container = deployment["spec"]["template"]["spec"], container_of(deployment)
     assert found.container == "25.09" and container["image"] == "nvcr.io/nvidia/tritonserver:25.09-py3"
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "2"
-    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    assert ports == {"http": 8000, "grpc": 8001, "metrics": 8002}
-    probes = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
-    ready, live = {"path": "/v2/health/ready", "port": "http"}, {"path": "/v2/health/live", "port": "http"}
-    assert probes == {"startup": ready, "readiness": ready, "liveness": live}
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
@@ -226,7 +239,6 @@ def test_a_pod_has_what_triton_needs(plan: Path, tmp_path: Path) -> None:
     drained = int(next(item for item in container["args"] if "exit-timeout" in item).partition("=")[2])
     pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["terminationGracePeriodSeconds"] >= pause + drained
-    assert pod["securityContext"]["runAsNonRoot"] and container["securityContext"]["allowPrivilegeEscalation"] is False
     assert "--strict-readiness=false" in container["args"]
     labels = deployment["spec"]["template"]["metadata"]["labels"].items()
     assert deployment["spec"]["selector"]["matchLabels"].items() <= labels
@@ -246,7 +258,7 @@ def test_mixed_gpu_generations(plan: Path, tmp_path: Path) -> None:
     other = write_plan(tmp_path / "in" / "other.plan", compute_capabilities=["12.0"])
     make(plan, tmp_path, more=(other,))
     files = documents(tmp_path / "cluster")
-    ada, blackwell = files["deployment.yaml"]
+    ada, blackwell = deployments(files)
     assert expressions(ada) == {MAJOR: ("In", ["8"]), MINOR: ("In", ["9"])}
     assert expressions(blackwell) == {MAJOR: ("In", ["12"]), MINOR: ("In", ["0"])}
     selectors = [found["spec"]["selector"]["matchLabels"] for found in (ada, blackwell)]
@@ -263,7 +275,7 @@ def test_mixed_gpu_generations(plan: Path, tmp_path: Path) -> None:
 def test_a_plan_for_every_gpu_from_ampere_on(tmp_path: Path) -> None:
     options = {"version_compatible": False, "hardware_compatible": "ampere+"}
     make(write_plan(tmp_path / "encoder.plan", options=options), tmp_path)
-    (deployment,) = documents(tmp_path / "cluster")["deployment.yaml"]
+    (deployment,) = deployments(documents(tmp_path / "cluster"))
     assert expressions(deployment) == {MAJOR: ("Gt", ["7"])} and deployment["metadata"]["name"] == "sam3-encoder"
 
 
@@ -296,9 +308,10 @@ def test_s3(storage: str, uri: str, endpoint: str | None, https: str | None, pla
     """Triton and KServe write the address of a server of one's own differently, and both need the keys."""
     make(plan, tmp_path, storage=storage)
     files = documents(tmp_path / "cluster")
-    container = container_of(files["deployment.yaml"][0])
+    container = container_of(deployments(files)[0])
     assert f"--model-repository={storage}" in container["args"] and "storage.yaml" not in files
-    assert all(entry["valueFrom"]["secretKeyRef"]["name"] == "sam3-encoder-s3" for entry in container["env"])
+    secrets = [entry["valueFrom"].get("secretKeyRef") for entry in container["env"]]
+    assert [secret["name"] for secret in secrets if secret] == ["sam3-encoder-s3"] * 3
     (predictor,) = predictors(files)
     assert predictor["model"]["storageUri"] == uri
     account = next(found for found in files["kserve.yaml"] if found["kind"] == "ServiceAccount")
@@ -314,7 +327,7 @@ def test_an_existing_claim_is_not_written(plan: Path, tmp_path: Path) -> None:
     """`kubectl delete -k` would delete a claim that others use."""
     make(plan, tmp_path, storage="pvc://shared/models/sam3")
     files = documents(tmp_path / "cluster")
-    (deployment,) = files["deployment.yaml"]
+    (deployment,) = deployments(files)
     mounts = {mount["name"]: mount for mount in container_of(deployment)["volumeMounts"]}
     assert mounts["models"]["subPath"] == "models/sam3" and mounts["models"]["readOnly"] is True
     volumes = {volume["name"]: volume for volume in deployment["spec"]["template"]["spec"]["volumes"]}
@@ -328,23 +341,53 @@ def test_an_existing_claim_is_not_written(plan: Path, tmp_path: Path) -> None:
 
 def test_kserve_waits_until_triton_has_answered(plan: Path, tmp_path: Path) -> None:
     make(plan, tmp_path)
-    runtime, service = documents(tmp_path / "cluster")["kserve.yaml"]
+    _, runtime, service = documents(tmp_path / "cluster")["kserve.yaml"]
     (container,) = runtime["spec"]["containers"]
     drained = int(next(item for item in container["args"] if "exit-timeout" in item).partition("=")[2])
     assert service["spec"]["predictor"]["terminationGracePeriodSeconds"] > drained
     assert container["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
 
 
+def test_the_claim_can_be_filled_and_s3_be_reached(plan: Path, tmp_path: Path) -> None:
+    make(plan, tmp_path, storage="s3://s3.example.com:9000/bucket/models")
+    files = documents(tmp_path / "cluster")
+    ports = [port["port"] for rule in files["network.yaml"][0]["spec"]["egress"] for port in rule["ports"]]
+    assert ports == [53, 53, 9000] and "upload.yaml" not in files
+    make(plan, tmp_path, storage="pvc://shared/models/sam3")
+    files = documents(tmp_path / "cluster")
+    assert files["network.yaml"][0]["spec"]["egress"] == []
+    (upload,) = files["upload.yaml"]
+    (to_fill,) = upload["spec"]["containers"][0]["volumeMounts"]
+    assert to_fill == {"name": "models", "mountPath": "/models", "subPath": "models/sam3"}
+
+
+def test_what_no_longer_applies_is_removed(plan: Path, tmp_path: Path) -> None:
+    make(plan, tmp_path)
+    assert (tmp_path / "cluster" / "storage.yaml").exists()
+    (tmp_path / "cluster" / "overlay.yaml").write_text("kind: Kustomization\n")
+    make(plan, tmp_path, storage="pvc://models/sam3")
+    assert not (tmp_path / "cluster" / "storage.yaml").exists()
+    assert (tmp_path / "cluster" / "overlay.yaml").exists()  # somebody else's
+
+
 def test_the_ensembles_image_has_pillow(plan: Path, tmp_path: Path) -> None:
-    make(plan, tmp_path, ensemble=True)
+    name = "registry.example.com:5000/team/encoder:7"
+    with pytest.raises(TritonError, match="the ensemble needs an image with Pillow"):
+        make(plan, tmp_path, ensemble=True)
+    make(plan, tmp_path, ensemble=True, image=name)
     files = documents(tmp_path / "cluster")
     dockerfile = (tmp_path / "cluster" / "Dockerfile").read_text()
+    assert f"docker build -t {name} kubernetes && docker push {name}" in dockerfile
     assert "FROM nvcr.io/nvidia/tritonserver:25.09-py3\n" in dockerfile and "pip install" in dockerfile
     images = {
-        container_of(files["deployment.yaml"][0])["image"],
-        files["kserve.yaml"][0]["spec"]["containers"][0]["image"],
+        container_of(deployments(files)[0])["image"],
+        runtime_of(files)["spec"]["containers"][0]["image"],
     }
-    assert images == {"sam3-encoder-triton:25.09-py3"}
+    assert images == {name}
+
+
+def runtime_of(files: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    return next(one for one in files["kserve.yaml"] if one["kind"] == "ServingRuntime")
 
 
 def test_a_version_compatible_plan_tells_triton(tmp_path: Path) -> None:
@@ -354,10 +397,142 @@ def test_a_version_compatible_plan_tells_triton(tmp_path: Path) -> None:
         plan = write_plan(tmp_path / "encoder.plan", options=COMPATIBLE, tensorrt_version=version)
         make(plan, tmp_path, name=f"of-{version.replace('.', '-')}")
         files = documents(tmp_path / "cluster")
-        assert flag in container_of(files["deployment.yaml"][0])["args"]
-        assert flag in files["kserve.yaml"][0]["spec"]["containers"][0]["args"]
+        assert flag in container_of(deployments(files)[0])["args"]
+        assert flag in runtime_of(files)["spec"]["containers"][0]["args"]
     make(write_plan(tmp_path / "other.plan"), tmp_path, name="other")
-    assert flag not in container_of(documents(tmp_path / "cluster")["deployment.yaml"][0])["args"]
+    assert flag not in container_of(deployments(documents(tmp_path / "cluster"))[0])["args"]
+
+
+def serving_of(source: Source, other: Source, chance: random.Random) -> Serving:
+    """One combination of the options."""
+    several = chance.random() < 0.3
+    ensemble = chance.random() < 0.5
+    digest = "sha256:" + 64 * "b"
+    images = ["registry.example.com/encoder:1", f"encoder@{digest}", f"nvcr.io/nvidia/tritonserver:25.09-py3@{digest}"]
+    storage = chance.choice(
+        [None, "pvc://shared", "pvc://shared/models", "s3://bucket/models", "s3://host:9000/bucket/m"]
+    )
+    return Serving(
+        model=chance.choice(["sam3-encoder", "Our.Model_1", "m" * 63]),
+        source=chance.choice([source, other]),
+        capabilities=("8.9", "12.0") if several else chance.choice([(), ("8.9",)]),
+        container="25.09",
+        storage=storage or "pvc://own",
+        own_claim=storage is None,
+        gpus=chance.choice([1, 2, 16]),
+        compatible=chance.random() < 0.5,
+        ensemble=ensemble,
+        image_name=chance.choice(images if ensemble else [None, *images]),
+        proxy_image=chance.choice(["nginx:1", f"registry.example.com/nginx@{digest}"]),
+        replicas=chance.choice([1, 2, 3, 20]),
+        rollout=chance.choice(["surge", "replace"]),
+    )
+
+
+COMBINATIONS = 200
+
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's, where it is: 200 sets of files take a third of the time."""
+
+
+def test_combinations_of_the_options(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of 200 is valid, strictly, and has what a platform team asks for."""
+    read = functools.cache(kubernetes_validate.utils.schema_contents)  # or each check reads megabytes of schemas
+    monkeypatch.setattr(kubernetes_validate.utils, "schema_contents", read)
+    source, other = read_model(plan), read_model(write_plan(tmp_path / "fixed.plan", batch="2"))
+    chance = random.Random(29)
+    valid: set[str] = set()
+    seen = 0
+    while seen < COMBINATIONS:
+        serving = serving_of(source, other, chance)
+        if serving.image_name is not None and "nvidia" in serving.image_name and serving.ensemble:
+            continue
+        seen += 1
+        files = {
+            name: list(yaml.load_all(text, LOADER))
+            for name, text in kubernetes_files(serving).items()
+            if name.endswith(".yaml")
+        }
+        for document in (document for content in files.values() for document in content):
+            text = json.dumps(document, sort_keys=True)
+            if text not in valid:
+                check(document)
+                valid.add(text)
+        check_platform(serving, files)
+    assert len(valid) > COMBINATIONS  # they differ
+
+
+def check_platform(serving: Serving, files: dict[str, list[dict[str, Any]]]) -> None:
+    """What a platform team asks for, on one set of files."""
+    kserve, runtime = predictors(files)[0], runtime_of(files)
+    for deployment in deployments(files):
+        pod, triton, proxy = (
+            deployment["spec"]["template"]["spec"],
+            container_of(deployment),
+            container_of(deployment, "proxy"),
+        )
+        assert pod["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        for container in pod["containers"]:
+            check_locked(container, pod["volumes"])
+        step = deployment["spec"]["strategy"]["rollingUpdate"]
+        assert step == {"surge": {"maxUnavailable": 0, "maxSurge": 1}}.get(
+            serving.rollout, {"maxUnavailable": 1, "maxSurge": 0}
+        )
+        assert triton["image"] == (serving.image_name or "nvcr.io/nvidia/tritonserver:25.09-py3")
+        assert proxy["image"] == serving.proxy_image
+        # the proxy quits, closing what is kept alive, before Triton is told to end, and the pod waits for both
+        assert "-s quit" in proxy["lifecycle"]["preStop"]["exec"]["command"][2]
+        paused, sleeps = PAUSE_SECONDS, int(triton["lifecycle"]["preStop"]["exec"]["command"][1])
+        assert paused < sleeps and sleeps + DRAIN_SECONDS < pod["terminationGracePeriodSeconds"]
+        assert {"--http-address=127.0.0.1", "--grpc-address=127.0.0.1"} <= set(triton["args"])
+        check_probes(serving, triton, 8080, 8000)
+        check_closed(triton)
+    (container,) = runtime["spec"]["containers"]
+    check_locked(container, runtime["spec"]["volumes"])
+    check_probes(serving, container, 8080, 8080)
+    check_closed(container)
+    assert container["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert kserve["terminationGracePeriodSeconds"] > DRAIN_SECONDS
+    assert ("serviceAccountName" in kserve) is serving.storage.startswith("s3://")
+    assert ("storage.yaml" in files) is serving.own_claim
+    kinds = [document["kind"] for content in files.values() for document in content]
+    scalers = [one for one in files["autoscaler.yaml"] if one["kind"] == "HorizontalPodAutoscaler"]
+    budgets = [one for one in files["autoscaler.yaml"] if one["kind"] == "PodDisruptionBudget"]
+    least = sum(one["spec"]["minReplicas"] for one in scalers)
+    assert least == serving.replicas * len(scalers) and kserve["minReplicas"] == serving.replicas
+    assert all(one["spec"]["maxReplicas"] >= one["spec"]["minReplicas"] for one in scalers)
+    assert len(budgets) == (1 if least > 1 else 0) and all(one["spec"]["maxUnavailable"] < least for one in budgets)
+    assert kinds.count("NetworkPolicy") == 1
+    (policy,) = files["network.yaml"]
+    assert {port["port"] for rule in policy["spec"]["ingress"] for port in rule["ports"]} == {8080, 8081, 8002}
+
+
+def check_locked(container: dict[str, Any], volumes: list[dict[str, Any]]) -> None:
+    """It writes to volumes alone, and of the disk no more than it may."""
+    security, resources = container["securityContext"], container["resources"]
+    assert security["readOnlyRootFilesystem"] is True and security["allowPrivilegeEscalation"] is False
+    assert security["capabilities"] == {"drop": ["ALL"]}
+    assert all("ephemeral-storage" in resources[kind] for kind in ("requests", "limits"))
+    by_name = {volume["name"]: volume for volume in volumes}
+    scratch = {mount["mountPath"]: by_name[mount["name"]] for mount in container["volumeMounts"]}
+    assert "emptyDir" in scratch["/tmp"] and "sizeLimit" in scratch["/tmp"]["emptyDir"]
+
+
+def check_probes(serving: Serving, container: dict[str, Any], port: int, own: int) -> None:
+    model = f"{serving.model}-pictures" if serving.ensemble else serving.model
+    for probe in ("startupProbe", "readinessProbe"):
+        assert container[probe]["httpGet"] == {"path": f"/v2/models/{model}/ready", "port": port}
+    words = container["livenessProbe"]["exec"]["command"]
+    assert words[:3] == ["python3", "/etc/neck/canary.py", str(own)]
+    assert words[3:] == ([f"{serving.model}-preprocess", "2"] if serving.ensemble else [])
+
+
+def check_closed(container: dict[str, Any]) -> None:
+    apis = "shared-memory,model-repository,trace,logging:closed-by=$(POD_UID)"
+    assert {f"--http-restricted-api={apis}", f"--grpc-restricted-protocol={apis}"} <= set(container["args"])
+    assert any(entry["name"] == "POD_UID" for entry in container["env"])
 
 
 def test_what_is_refused(plan: Path, tmp_path: Path) -> None:
@@ -367,6 +542,12 @@ def test_what_is_refused(plan: Path, tmp_path: Path) -> None:
         ({"storage": "s3://https://minio.example.com/models"}, "HOST:PORT"),  # Triton takes it for a bucket
         ({"storage": "s3://minio:9000"}, "HOST:PORT"),
         ({"gpus": 0}, "0 GPUs per pod: expected 1 to 16"),
+        ({"replicas": 0}, "0 replicas: expected 1 to 100"),
+        ({"rollout": "big-bang"}, "rollout 'big-bang': expected surge or replace"),
+        ({"image": "registry/encoder@sha256:12"}, "image 'registry/encoder@sha256:12': expected"),
+        ({"image": "registry/encoder:1; rm"}, "image 'registry/encoder:1; rm': expected"),
+        ({"proxy_image": ""}, "image '': expected"),
+        ({"image": "nvcr.io/nvidia/tritonserver:24.01-py3"}, "the file needs nvcr.io/nvidia/tritonserver:25.09-py3"),
         ({"kubernetes": tmp_path / "repository" / "cluster"}, "lies in the model repository"),
         ({"kubernetes": plan}, "encoder.plan: is a file, where the Kubernetes"),
     ]

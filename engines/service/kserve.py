@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from engines.service.serving_files import DRAIN_SECONDS, USER, Serving, probe
+from engines.service.serving_files import (
+    GRACE_SECONDS,
+    LOCKED,
+    MOUNTS,
+    POD_UID,
+    USER,
+    Serving,
+    files_volume,
+    probe,
+    scratch,
+)
 
 HTTP, GRPC = 8080, 9000
 """Ports that KServe expects."""
@@ -12,6 +22,7 @@ HTTP, GRPC = 8080, 9000
 
 def serving_runtime(serving: Serving) -> dict[str, Any]:
     """Triton as KServe starts it: the container must be called kserve-container, the model lies in /mnt/models."""
+    disk_gib = 1 if serving.on_volume else 1 + serving.repository_gib  # KServe copies what is not on a volume
     container = {
         "name": "kserve-container",
         "image": serving.image,
@@ -22,18 +33,18 @@ def serving_runtime(serving: Serving) -> dict[str, Any]:
             f"--grpc-port={GRPC}",
             *serving.arguments,
         ],
-        "resources": serving.resources(),
+        "env": [POD_UID],
+        "resources": serving.resources(disk_gib),
         "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
+            **LOCKED,
             "runAsNonRoot": True,
             "runAsUser": USER,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "startupProbe": probe("/v2/health/ready", HTTP, every=5, failures=120),
-        "readinessProbe": probe("/v2/health/ready", HTTP, every=5, failures=2),
-        "livenessProbe": probe("/v2/health/live", HTTP, every=10, failures=3),
-        "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
+        "startupProbe": probe(serving.ready_path, HTTP, every=5, failures=120),
+        "readinessProbe": probe(serving.ready_path, HTTP, every=5, failures=2),
+        "livenessProbe": serving.liveness(HTTP),
+        "volumeMounts": MOUNTS,
     }
     return {
         "apiVersion": "serving.kserve.io/v1alpha1",
@@ -44,7 +55,7 @@ def serving_runtime(serving: Serving) -> dict[str, Any]:
             "supportedModelFormats": [{"name": "triton", "version": "2", "autoSelect": False}],
             "protocolVersions": ["v2", "grpc-v2"],
             "containers": [container],
-            "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}],
+            "volumes": [*scratch(), files_volume(serving)],
         },
     }
 
@@ -55,10 +66,11 @@ def inference_services(serving: Serving) -> list[dict[str, Any]]:
     for capability in serving.capabilities or ("",):
         affinity = serving.affinity(capability)
         predictor: dict[str, Any] = {
-            "minReplicas": 1,
-            "maxReplicas": 8,
-            "terminationGracePeriodSeconds": DRAIN_SECONDS + 15,
+            "minReplicas": serving.replicas,
+            "maxReplicas": max(8, serving.replicas),
+            "automountServiceAccountToken": False,
             **({"serviceAccountName": serving.secret} if serving.bucket else {}),
+            "terminationGracePeriodSeconds": GRACE_SECONDS,
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
             **({"affinity": affinity} if affinity else {}),
             "model": {

@@ -6,12 +6,12 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engines.service.container_fit import choose_container, has_lean_runtime
 from engines.service.ensemble import PREPROCESS_MODEL, chosen_config, pictures_config, preprocess_config
 from engines.service.existing_models import check_ensembles, check_held
-from engines.service.kubernetes import check_folder, kubernetes_files
+from engines.service.kubernetes import check_folder, kubernetes_files, remove_old
 from engines.service.model_config import engine_config, to_text
 from engines.service.repository_files import (
     CONFIG,
@@ -32,7 +32,7 @@ from engines.service.served_model import (
     read_model,
     verification_note,
 )
-from engines.service.serving_files import Serving, kubernetes_name
+from engines.service.serving_files import PROXY_IMAGE, Serving, kubernetes_name
 from export.contract.manifest import locked
 
 __all__ = ["Repository", "RepositoryOptions", "TritonError", "make_repository"]
@@ -57,6 +57,10 @@ class RepositoryOptions:
         gpus: of each pod, in those files.
         storage: where the cluster finds the repository: `pvc://CLAIM[/FOLDER]`, an existing claim, `s3://BUCKET/FOLDER`
             or `s3://[https://]HOST:PORT/BUCKET/FOLDER`; None is a new claim of the model's name, in storage.yaml.
+        image: the pods' image, instead of NVIDIA's; the ensemble needs one.
+        proxy_image: the image of the proxy before Triton; None is nginx's own.
+        replicas: pods that always run.
+        rollout: whether a new pod starts before an old one ends (`surge`), or after it (`replace`).
     """
 
     model: Path
@@ -72,6 +76,10 @@ class RepositoryOptions:
     kubernetes: Path | None = None
     gpus: int = 1
     storage: str | None = None
+    image: str | None = None
+    proxy_image: str | None = None
+    replicas: int = 2
+    rollout: Literal["surge", "replace"] = "surge"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +138,7 @@ def make_repository(options: RepositoryOptions, report: Callable[[str], None] = 
     if options.kubernetes is not None:
         with disk_errors(options.kubernetes):
             written += write_texts(options.kubernetes, cluster)
+            remove_old(options.kubernetes, cluster)
     config = options.output / options.name / CONFIG
     return Repository(options.output, options.name, version, config, tuple(written), container, (*notes, *more_notes))
 
@@ -197,7 +206,11 @@ def _cluster_files(
         own_claim=options.storage is None,
         gpus=options.gpus,
         compatible=any(map(has_lean_runtime, sources)),
-        pillow=options.ensemble,
+        ensemble=options.ensemble,
+        image_name=options.image,
+        proxy_image=PROXY_IMAGE if options.proxy_image is None else options.proxy_image,
+        replicas=options.replicas,
+        rollout=options.rollout,
     )
     if source.kind == "plan" and not capabilities and not serving.any_ampere:
         serving = dataclasses.replace(serving, capabilities=(source.compute_capability,))

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, Literal
 
 from engines.service.container_fit import COMPATIBLE, image
+from engines.service.ensemble import DECODERS
 from engines.service.served_model import Source, TritonError
 
 DRAIN_SECONDS = 45
 """How long Triton finishes requests after SIGTERM."""
+
+PAUSE_SECONDS = 10
+"""How long a pod that ends still takes requests, so that the Service has left it out by then."""
+
+GRACE_SECONDS = PAUSE_SECONDS + DRAIN_SECONDS + 10
+"""How long Kubernetes waits before it kills a pod that ends."""
+
+FILES = "/etc/neck"
+"""Where the pods find the files of the ConfigMap."""
+
+PROXY_IMAGE = "nginxinc/nginx-unprivileged:1.27-alpine"
+
+CLOSED = "shared-memory,model-repository,trace,logging"
+"""Triton's interfaces by which a client may read the server's memory, change its models, or make it write files."""
+
+IMAGE_REFERENCE = r"[a-z0-9][a-z0-9.:_/-]*(:[\w][\w.-]{0,127})?(@sha256:[0-9a-f]{64})?"
 
 USER = 1000
 """`triton-server` in NVIDIA's images."""
@@ -47,7 +64,11 @@ class Serving:
         own_claim: whether the claim is this model's own, so that its file belongs to the others.
         gpus: of each pod; Triton runs one instance on each.
         compatible: whether Triton must be told to load plans of older TensorRT versions.
-        pillow: whether the image needs Pillow, for the ensemble.
+        ensemble: whether pictures are decoded in the server, for which the image needs Pillow.
+        image_name: the image instead of NVIDIA's, a digest behind it or not.
+        proxy_image: the image that runs nginx.
+        replicas: pods that always run, for each compute capability.
+        rollout: `surge` starts a new pod before it ends an old one, which takes a spare GPU; `replace` ends one first.
     """
 
     model: str
@@ -58,7 +79,11 @@ class Serving:
     own_claim: bool = False
     gpus: int = 1
     compatible: bool = False
-    pillow: bool = False
+    ensemble: bool = False
+    image_name: str | None = None
+    proxy_image: str = PROXY_IMAGE
+    replicas: int = 2
+    rollout: Literal["surge", "replace"] = "surge"
 
     def __post_init__(self) -> None:
         if not CLAIM.fullmatch(self.storage) and not BUCKET.fullmatch(self.storage):
@@ -68,6 +93,22 @@ class Serving:
             )
         if not 1 <= self.gpus <= 16:
             raise TritonError(f"{self.gpus} GPUs per pod: expected 1 to 16")
+        if not 1 <= self.replicas <= 100:
+            raise TritonError(f"{self.replicas} replicas: expected 1 to 100")
+        if self.rollout not in ("surge", "replace"):
+            raise TritonError(f"rollout {self.rollout!r}: expected surge or replace")
+        for name in (self.image_name, self.proxy_image):
+            if name is not None and not re.fullmatch(IMAGE_REFERENCE, name):
+                raise TritonError(f"image {name!r}: expected [REGISTRY/]NAME[:TAG][@sha256:DIGEST]")
+        if self.image_name is None and self.ensemble:
+            raise TritonError(
+                "the ensemble needs an image with Pillow, which NVIDIA's does not contain; name it with "
+                f"--image, such as registry.example.com/{self.name}-triton:{self.container}, and build it from the "
+                "Dockerfile that is then written"
+            )
+        theirs, _, tag = (self.image_name or "").partition("@")[0].partition("tritonserver:")
+        if theirs.endswith("nvidia/") and tag != f"{self.container}-py3":
+            raise TritonError(f"image {self.image_name!r}: the file needs {image(self.container)}")
 
     @property
     def name(self) -> str:
@@ -76,8 +117,29 @@ class Serving:
 
     @property
     def image(self) -> str:
-        """NVIDIA's image, or the one that Dockerfile makes of it."""
-        return f"{self.name}-triton:{self.container}-py3" if self.pillow else image(self.container)
+        """The image of the pods: NVIDIA's if no other was named."""
+        return self.image_name or image(self.container)
+
+    @property
+    def served(self) -> str:
+        """The model that a pod must have before it is ready; the ensemble is loaded after all that it needs."""
+        return f"{self.model}-pictures" if self.ensemble else self.model
+
+    @property
+    def ready_path(self) -> str:
+        """Whether that model can answer; `/v2/health/ready` says yes to an empty repository."""
+        return f"/v2/models/{self.served}/ready"
+
+    @property
+    def gib(self) -> int:
+        """Size of one version, rounded up."""
+        one = sum(file.stat().st_size for file in self.source.files) * max(1, len(self.capabilities))
+        return -(-one // 2**30)
+
+    @property
+    def repository_gib(self) -> int:
+        """Room for five versions."""
+        return 2 + 5 * self.gib
 
     @property
     def any_ampere(self) -> bool:
@@ -120,6 +182,8 @@ class Serving:
             "--disable-auto-complete-config",
             "--strict-readiness=false",
             f"--exit-timeout-secs={DRAIN_SECONDS}",
+            f"--http-restricted-api={CLOSED}:closed-by=$(POD_UID)",
+            f"--grpc-restricted-protocol={CLOSED}:closed-by=$(POD_UID)",
             *([COMPATIBLE] if self.compatible else []),
         ]
 
@@ -147,13 +211,51 @@ class Serving:
         terms = {"nodeSelectorTerms": [{"matchExpressions": expressions}]}
         return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}
 
-    def resources(self) -> dict[str, Any]:
-        """Of the container: GPUs are limits, and requests follow them."""
-        memory = f"{self.memory_gib}Gi"
+    def resources(self, disk_gib: int = 1) -> dict[str, Any]:
+        """Of the container: GPUs are limits, and requests follow them.
+
+        Args:
+            disk_gib: what it may write to /tmp; as much again goes to its log at most.
+        """
+        memory, disk = f"{self.memory_gib}Gi", f"{disk_gib + 1}Gi"
         return {
-            "requests": {"cpu": str(2 * self.gpus), "memory": memory},
-            "limits": {"nvidia.com/gpu": str(self.gpus), "memory": memory},
+            "requests": {"cpu": str(2 * self.gpus), "memory": memory, "ephemeral-storage": disk},
+            "limits": {"nvidia.com/gpu": str(self.gpus), "memory": memory, "ephemeral-storage": disk},
         }
+
+    def liveness(self, port: int) -> dict[str, Any]:
+        """The probe that notices a dead decoder; see canary.py."""
+        decoders = [f"{self.model}-preprocess", str(DECODERS)] if self.ensemble else []
+        command = ["python3", f"{FILES}/canary.py", str(port), *decoders]
+        return {"exec": {"command": command}, "periodSeconds": 20, "failureThreshold": 3, "timeoutSeconds": 60}
+
+
+LOCKED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True}
+"""What no container of a pod may do; /tmp and /dev/shm are the only places where it writes."""
+
+POD_UID = {"name": "POD_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
+"""What opens the closed interfaces: nobody on the network knows it, who may read the pod in Kubernetes does."""
+
+
+def scratch(disk_gib: int = 1) -> list[dict[str, Any]]:
+    """Volumes for what a server writes: shared memory of its Python processes, and temporary files."""
+    return [
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}},
+        {"name": "tmp", "emptyDir": {"sizeLimit": f"{disk_gib}Gi"}},
+    ]
+
+
+def files_volume(serving: Serving) -> dict[str, Any]:
+    """The volume of the ConfigMap."""
+    return {"name": "files", "configMap": {"name": f"{serving.name}-files"}}
+
+
+MOUNTS: list[dict[str, Any]] = [
+    {"name": "shm", "mountPath": "/dev/shm"},
+    {"name": "tmp", "mountPath": "/tmp"},
+    {"name": "files", "mountPath": FILES, "readOnly": True},
+]
+"""Where a server finds those volumes."""
 
 
 def kubernetes_name(model: str) -> str:
@@ -162,6 +264,6 @@ def kubernetes_name(model: str) -> str:
 
 
 def probe(path: str, port: str | int, *, every: int, failures: int) -> dict[str, Any]:
-    """One of Triton's health endpoints."""
+    """A probe by HTTP."""
     values = {"periodSeconds": every, "failureThreshold": failures, "timeoutSeconds": 2}
     return {"httpGet": {"path": path, "port": port}, **values}

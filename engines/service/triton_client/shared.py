@@ -35,16 +35,27 @@ class SharedMemory:
         if tensor in self._regions and self._regions[tensor][2] != size:
             self._give_back(tensor)
         if tensor not in self._regions:
-            name = f"neck-{uuid.uuid4().hex}"
-            if self._kind == "system":
-                handle = self._library.create_shared_memory_region(name, f"/{name}", size, create_only=True)
-                self._regions[tensor] = (name, handle, size)
-                self._client.register_system_shared_memory(name, f"/{name}", size)
-            else:
-                handle = self._library.create_shared_memory_region(name, size, 0)
-                self._regions[tensor] = (name, handle, size)
-                self._client.register_cuda_shared_memory(name, self._library.get_raw_handle(handle), 0, size)
+            self._regions[tensor] = self._make(size)
         return self._regions[tensor][0], size
+
+    def _make(self, size: int) -> tuple[str, Any, int]:
+        name = f"neck-{uuid.uuid4().hex}"
+        if self._kind == "system":
+            handle = self._library.create_shared_memory_region(name, f"/{name}", size, create_only=True)
+        else:
+            handle = self._library.create_shared_memory_region(name, size, 0)
+        try:
+            self._register(name, handle, size)
+        except BaseException:
+            self._library.destroy_shared_memory_region(handle)
+            raise
+        return name, handle, size
+
+    def _register(self, name: str, handle: Any, size: int) -> None:  # noqa: ANN401
+        if self._kind == "system":
+            self._client.register_system_shared_memory(name, f"/{name}", size)
+        else:
+            self._client.register_cuda_shared_memory(name, self._library.get_raw_handle(handle), 0, size)
 
     def put(self, tensor: str, value: np.ndarray) -> tuple[str, int]:
         """Writes a tensor; returns its region's name and bytes."""

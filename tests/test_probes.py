@@ -1,0 +1,240 @@
+"""Probes, closed interfaces and proxy of the Kubernetes files, on a real tritonserver and a real nginx."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import http.client
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install 'neck-export[triton]'")
+
+from serving import client_of, files, images, part, passes
+from triton_server import Server, free_ports, running, stand_in_plan, stand_in_repository, why_missing
+
+from engines.service.triton_client.client import TritonClient
+from engines.service.triton_client.errors import ClientError
+
+pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
+
+UID = "6e1f0b0e-5a0c-4a53-8d4b-0c1d5b1f6a11"
+"""What Kubernetes would put in the place of $(POD_UID)."""
+
+needs_nginx = pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx; apt-get install nginx-light")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("probes")
+
+
+@pytest.fixture(scope="module")
+def repository(folder: Path) -> Path:
+    """The repository of an ensemble and, beside it, the Kubernetes files."""
+    plan = stand_in_plan(folder)
+    image = "registry.example.com/encoder:1"
+    return stand_in_repository(folder, plan, ensemble=True, image=image, kubernetes=folder / "cluster")
+
+
+@pytest.fixture(scope="module")
+def pod(folder: Path, repository: Path) -> dict[str, dict[str, Any]]:
+    """The containers of the Deployment by name, and the data of its ConfigMap as `files`."""
+    documents = list(yaml.safe_load_all((folder / "cluster" / "deployment.yaml").read_text()))
+    data = next(one["data"] for one in documents if one["kind"] == "ConfigMap")
+    spec = next(one["spec"]["template"]["spec"] for one in documents if one["kind"] == "Deployment")
+    return {container["name"]: container for container in spec["containers"]} | {"files": data}
+
+
+def arguments_of(pod: dict[str, dict[str, Any]]) -> list[str]:
+    """The Deployment's arguments of Triton, but those that say where things are on this machine."""
+    elsewhere = ("--model-repository", "--http-address", "--grpc-address", "--metrics-address", "--exit-timeout")
+    arguments = [word for word in pod["triton"]["args"][1:] if not word.startswith(elsewhere)]
+    return [word.replace("$(POD_UID)", UID) for word in arguments]
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path, pod: dict[str, dict[str, Any]]) -> Iterator[Server]:
+    # as on a volume that is mounted read-only: or Python's own cache makes Triton load the decoders once more
+    (repository / "sam3-encoder-preprocess" / "1" / "__pycache__").write_text("")
+    with running(repository, *arguments_of(pod)) as one:
+        wait_for(lambda: one.get(ready_path(pod))[0] == 200)
+        yield one
+
+
+def wait_for(done: Any, seconds: float = 300) -> None:  # noqa: ANN401
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def ready_path(pod: dict[str, dict[str, Any]]) -> str:
+    return str(pod["triton"]["readinessProbe"]["httpGet"]["path"])
+
+
+def probe(pod: dict[str, dict[str, Any]], server: Server, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the command of the liveness probe against a server."""
+    script = folder / "canary.py"
+    script.write_text(pod["files"]["canary.py"])
+    python, where, port, *more = pod["triton"]["livenessProbe"]["exec"]["command"]
+    assert (python, where, port) == ("python3", "/etc/neck/canary.py", "8000")
+    words = [sys.executable, "-I", str(script), server.http_url.rpartition(":")[2], *more]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def test_an_empty_volume_is_not_ready(pod: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    with running(tmp_path, *arguments_of(pod)) as empty:
+        assert empty.get("/v2/health/ready")[0] == 200  # why it is not what is probed
+        assert empty.get(ready_path(pod))[0] == 400
+
+
+def test_a_pod_that_serves_is_ready_and_live(server: Server, pod: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    assert ready_path(pod) == "/v2/models/sam3-encoder-pictures/ready" and server.get(ready_path(pod))[0] == 200
+    ran = probe(pod, server, tmp_path)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+CLOSED = ("/v2/systemsharedmemory/status", "/v2/cudasharedmemory/status", "/v2/trace/setting", "/v2/logging")
+
+
+def test_tritons_own_interfaces_are_closed(server: Server) -> None:
+    for path in CLOSED:
+        assert server.get(path)[0] == 403
+    connection = http.client.HTTPConnection(server.http_url, timeout=600)
+    connection.request("GET", CLOSED[0], headers={"closed-by": UID})
+    assert connection.getresponse().status == 200  # the control: who may read the pod may come in
+    connection.close()
+    for protocol in ("http", "grpc"):
+        with client_of(server, protocol, memory="system") as client, pytest.raises(ClientError, match="restricted"):
+            client.infer(images()[:1])
+        with client_of(server, protocol) as client:
+            assert passes(part([0]), client.infer(images()[:1]))
+
+
+@contextlib.contextmanager
+def proxy(pod: dict[str, dict[str, Any]], server: Server, folder: Path) -> Iterator[tuple[str, str, subprocess.Popen]]:
+    """nginx as the pod runs it, on ports of its own: `host:port` for HTTP and gRPC, and its process."""
+    web, grpc = free_ports(2)
+    text = pod["files"]["nginx.conf"]
+    changes = {
+        "listen 8080": f"listen 127.0.0.1:{web}",
+        "listen 8081": f"listen 127.0.0.1:{grpc}",
+        "127.0.0.1:8000": server.http_url,
+        "127.0.0.1:8001": server.grpc_url,
+        "/tmp/": f"{folder}/",
+    }
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    config = folder / "nginx.conf"
+    config.write_text(text)
+    process = subprocess.Popen(["nginx", "-c", config, "-e", "stderr", "-g", "daemon off;"])
+    try:
+        wait_for(lambda: (folder / "nginx.pid").is_file() and (folder / "nginx.pid").read_text())
+        yield f"127.0.0.1:{web}", f"127.0.0.1:{grpc}", process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def send(url: str, path: str, body: bytes | None = None, **headers: str) -> int:
+    connection = http.client.HTTPConnection(url, timeout=600)
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    try:
+        connection.request("GET" if body is None else "POST", path, body, named)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+@needs_nginx
+def test_answers_by_the_proxy_are_pytorchs(server: Server, pod: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    with proxy(pod, server, tmp_path) as (web, grpc, _):
+        with TritonClient(web, timeout_s=600) as client:
+            assert passes(part([1, 2]), client.infer(images()[[1, 2]]))
+        with TritonClient(web, "sam3-encoder-pictures", timeout_s=600) as client:
+            assert passes(part([3]), client.infer(files()[[3]]))
+        with TritonClient(grpc, protocol="grpc", timeout_s=600) as client:
+            assert passes(part([4]), client.infer(images()[[4]]))
+            assert not passes(part([5]), client.infer(images()[[4]]))  # the control
+        assert send(web, ready_path(pod)) == 200
+
+
+@needs_nginx
+def test_the_proxy_refuses_compressed_requests_and_what_is_closed(
+    server: Server, pod: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    good = b'{"inputs": [{"name": "picture", "shape": [1, 1], "datatype": "BYTES", "data": ["x"]}]}'
+    path = "/v2/models/sam3-encoder-preprocess/infer"
+    with proxy(pod, server, tmp_path) as (web, grpc, _):
+        assert send(web, path, good) == send(web, path, good, Content_Encoding="identity") == 400  # Triton's own answer
+        for encoding in ("gzip", "deflate", "GZIP", "gzip, gzip", "br"):
+            assert send(web, path, gzip.compress(good), Content_Encoding=encoding) == 415
+        closed = (*CLOSED, "/v2/%74race/setting", "/v2//logging", "/v2/models/sam3-encoder/trace/setting")
+        for one in closed:
+            assert send(web, one) == 403
+        for one in ("index", "models/sam3-encoder/load", "models/sam3-encoder/unload"):
+            assert send(web, f"/v2/repository/{one}", b"{}") == 403
+        with (
+            TritonClient(grpc, protocol="grpc", memory="system", timeout_s=600) as client,
+            pytest.raises(ClientError, match="403"),
+        ):
+            client.infer(images()[:1])
+
+
+@needs_nginx
+def test_a_proxy_that_quits_closes_kept_alive_connections(
+    server: Server, pod: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Triton alone goes on serving them until its exit timeout is over and then resets them (seen with 2.51)."""
+    with proxy(pod, server, tmp_path) as (web, _, process):
+        kept = http.client.HTTPConnection(web, timeout=600)
+        for _ in range(2):
+            kept.request("GET", "/v2/health/live")
+            response = kept.getresponse()
+            response.read()
+            assert response.status == 200 and not response.will_close
+        (sentence,) = re.findall(r"nginx (-c .*) -s quit;", pod["proxy"]["lifecycle"]["preStop"]["exec"]["command"][2])
+        words = sentence.replace("/etc/neck", str(tmp_path)).split()
+        subprocess.run(["nginx", *words, "-s", "quit"], check=True, capture_output=True)
+        assert kept.sock.recv(1) == b""  # closed, not reset
+        assert process.wait(timeout=60) == 0
+        kept.close()
+
+
+def decoders(server: Server) -> list[int]:
+    """Processes of the server that decode pictures."""
+    listed = subprocess.run(
+        ["ps", "-ww", "--ppid", str(server.process.pid), "-o", "pid=", "-o", "args="],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
+    return [int(pid) for pid, words in rows if "sam3-encoder-preprocess" in words and "stub" in words]
+
+
+def test_a_dead_decoder_is_noticed(server: Server, pod: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """Triton 2.51 does not start it again, and both of its own health paths go on saying yes; one of two is enough."""
+    assert len(decoders(server)) == 2
+    os.kill(decoders(server)[0], signal.SIGKILL)
+    wait_for(lambda: probe(pod, server, tmp_path).returncode != 0)
+    ran = probe(pod, server, tmp_path)
+    assert ran.returncode == 1 and "sam3-encoder-preprocess" in ran.stderr
+    assert server.get("/v2/health/live")[0] == server.get(ready_path(pod))[0] == 200
+    with client_of(server, model="sam3-encoder-pictures") as client, pytest.raises(ClientError, match="not healthy"):
+        for _ in range(4):
+            client.infer(np.array(files()[:1]))
