@@ -11,7 +11,6 @@ if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "neck-export":  # 
     take_over_signals()  # before the imports that take time
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
@@ -283,7 +282,7 @@ def profile(
         from engines.run.profiling import profile_plan
 
         found = profile_plan(plan, batch=batch)
-    typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(profile_lines(found)))
+    show(found.to_dict(), profile_lines(found), as_json)
 
 
 @app.command()
@@ -522,6 +521,9 @@ def bench(
 def inspect(
     file: Annotated[Path, typer.Argument(help="An ONNX file or a plan")],
     as_json: AsJson = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare every byte of an ONNX file with the manifest's SHA-256 first")
+    ] = False,
     strip_header: Annotated[Path | None, typer.Option(help="Of Ultralytics' engine: write the bare plan here")] = None,
 ) -> None:
     """Shows a file's contract, graph or kernels, and what was verified."""
@@ -539,9 +541,9 @@ def inspect(
         else:
             from export.inspect import inspect_onnx, summary_lines
 
-            found = inspect_onnx(file)
+            found = inspect_onnx(file, check)
             lines = summary_lines(found)
-    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(lines))
+    show(found, lines, as_json)
 
 
 @app.command()
@@ -551,7 +553,14 @@ def doctor(as_json: AsJson = False) -> None:
         from engines.doctor import examine, report_lines
 
         found = examine()
-    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(report_lines(found)))
+    show(found, report_lines(found), as_json)
+
+
+def show(values: dict[str, Any], lines: list[str], as_json: bool) -> None:
+    """Prints values as JSON, or the lines that tell them."""
+    from export.contract.manifest import to_json
+
+    typer.echo(to_json(values).rstrip() if as_json else "\n".join(lines))
 
 
 def show_plan(result: PlanResult) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import platform
 import statistics
@@ -22,6 +21,7 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.measure.environment import processor
+from export.contract.manifest import to_json
 
 PLAIN = "plain `torch.onnx.export`, FP32"
 OURS = "`neck-export onnx`, FP16, not verified"
@@ -60,7 +60,7 @@ def main() -> None:
     result = summary(runs, size)
     print("\n".join(table(result)))
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(to_json(result), encoding="utf-8")
 
 
 def make_checkpoint(folder: Path) -> Path:

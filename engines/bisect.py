@@ -25,6 +25,7 @@ from export.inspect import read_graph
 from export.lowering.precision import lower
 from export.proof.fidelity import Comparison, compare_output, tolerance_for
 from export.proof.verify import Report, reference_pixels
+from export.quantising.choice import budget_overrides
 from export.quantising.settle import manifest_quantisation
 from export.weights_origin import manifest_encoder
 from neck.checkpoint_keys import NECK_MODULES
@@ -98,7 +99,9 @@ def bisect(
         if adapter:  # for the command that mends
             weights = manifest["weights"]
             manifest = manifest | {"weights": weights | {"adapter": weights["adapter"] | {"path": str(adapter)}}}
-        search = Search(manifest, encoder, images, overrides or {}, folder, report, run or run_simulated)
+        budget = (manifest.get("quantisation") or {}).get("budget")
+        allowed = budget_overrides(budget, ["*"]) | dict(overrides or {})  # of the blocks too, whose figures are shown
+        search = Search(manifest, encoder, images, allowed, folder, report, run or run_simulated)
         return search.find(path, checkpoint)
 
 
@@ -160,8 +163,11 @@ class Search:
         self.report(f"trial: {', '.join(keep_fp32) or 'residual sums' if residual else 'as it is'}")
         precision = self.manifest["precision"]
         found = self._outputs(precision, keep_fp32, residual)
+        names = {self._level(output): output for output in self.outputs}  # an override names the file's output
         return [
-            compare_output(name, self.reference[name], array, tolerance_for(name, precision, self.overrides))
+            compare_output(
+                name, self.reference[name], array, tolerance_for(names.get(name, name), precision, self.overrides)
+            )
             for name, array in found.items()
         ]
 

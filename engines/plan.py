@@ -16,7 +16,7 @@ from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.onnx_source import Source, read_source, settle_source
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
 from engines.builder.plan_stream import Progress
-from engines.builder.timing_cache import replayed_hash
+from engines.builder.timing_cache import replayed_hash, timing_cache_path
 from engines.run.verify import verify_plan, why_not_run
 from engines.sheet.layer_sheet import LayerSheet, layers_path, read_sheet
 from export.contract.manifest import (
@@ -27,12 +27,14 @@ from export.contract.manifest import (
     publish,
     read_manifest,
     staging,
+    to_json,
     write_manifest,
 )
 from export.contract.signature import Signature
 from export.lowering.attention import AttentionForm
 from export.lowering.precision import Precision, Residual, residuals_to_try
 from export.lowering.upsampling import Upsampling
+from export.output_files import Place, calibration_places, check_places, manifest_places
 from export.pipeline import RejectedError
 from export.proof.fidelity import Verdict
 from export.proof.verify import Reference, Report, make_reference, verify_onnx
@@ -104,16 +106,19 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
     """
     flavor = choose_flavor(options.flavor)
     source = read_source(options.onnx, report)
-    given = (source.manifest, options.quantise, options.tolerances)
+    precision = options.precision or source.precision
+    given = (source.manifest, options.quantise, options.tolerances, source.signature(precision))
     options = dataclasses.replace(options, tolerances=all_tolerances(*given))
-    job = Job(options, flavor, source, options.precision or source.precision, report)
+    check_places(plan_places(options, flavor, precision), read_places(options, source))
+    job = Job(options, flavor, source, precision, report)
     found, reason = reusable(job)
     if found:
         return found
     with contextlib.ExitStack() as left, staging(options.output) as folder:
         staged = folder / options.output.name
         verdict: Verdict | None = None
-        settled, notes = options.known or settle_source(source, job.precision, options.quantise, options.images, report)
+        asked = (options.quantise, options.images, report, options.keep_fp32)
+        settled, notes = options.known or settle_source(source, job.precision, *asked)
         for residual in job.residuals:
             if verdict:
                 notes = (f"{', '.join(verdict.failed_names)} left tolerance: built again with residual sums in FP32",)
@@ -126,7 +131,7 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
         files, sheet = [staged], built.result.sheet
         if sheet:
             files.append(layers_path(staged))
-            files[-1].write_text(json.dumps(sheet.to_dict()) + "\n", encoding="utf-8")
+            files[-1].write_text(to_json(sheet.to_dict()), encoding="utf-8")
         manifest = write_manifest(manifest_path(staged), "plan", about | {"verification": verification}, files)
         for file in [path for path in folder.iterdir() if ".onnx" in path.name]:  # typed on the way
             file.unlink()
@@ -134,6 +139,35 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
             raise _reject(options, folder, manifest, verdict)
         publish_plan(folder, options.output)
     return PlanResult(options.output, manifest, sheet, verdict, reason=reason)
+
+
+def plan_places(options: PlanOptions, flavor: Flavor, precision: Precision) -> list[Place]:
+    """Every file that `neck-export trt` may write."""
+    plan, rejected = options.output, rejected_path(options.output)
+    places = [
+        Place("the file of --output", plan),
+        Place("its manifest", manifest_path(plan)),
+        Place("its layer sheet", layers_path(plan)),
+        Place("a plan that is rejected", rejected),
+        Place("the manifest of a plan that is rejected", manifest_path(rejected)),
+        *calibration_places(options.quantise.calibration, precision),
+    ]
+    if cache := timing_cache_path(flavor, options.build):
+        places.append(Place("the file of --timing-cache", cache))
+    return places
+
+
+def read_places(options: PlanOptions, source: Source) -> list[Place]:
+    """Every file that `neck-export trt` reads."""
+    places = manifest_places(source.path, source.manifest or {})
+    if options.build.replay_timing:
+        places.append(Place("the file of --replay-timing", options.build.replay_timing))
+    return places
+
+
+def rejected_path(plan: Path) -> Path:
+    """Where a plan that left tolerance is kept: X.plan -> X.plan.rejected."""
+    return plan.with_name(plan.name + ".rejected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +299,7 @@ def _verify(job: Job, typed: Path, staged: Path, about: dict[str, Any]) -> tuple
 
 def _reject(options: PlanOptions, folder: Path, manifest: dict[str, Any], verdict: Verdict) -> RejectedError:
     """Files a plan that failed as X.plan.rejected, its figures beside it."""
-    rejected = options.output.with_name(options.output.name + ".rejected")
+    rejected = rejected_path(options.output)
     with staging(rejected) as other:
         os.replace(folder / options.output.name, other / rejected.name)
         values = {name: value for name, value in manifest.items() if name not in ("format", "kind", "created", "files")}

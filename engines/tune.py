@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import shutil
 import statistics
@@ -21,7 +20,7 @@ from engines.plan import Job, PlanOptions, PlanResult, make_plan, publish_plan
 from engines.run.plan_checks import SessionError
 from engines.run.timing import median_ms
 from engines.sheet.layer_sheet import read_sheet
-from export.contract.manifest import manifest_path, read_manifest
+from export.contract.manifest import manifest_path, parse_json, read_manifest, to_json
 from export.lowering.attention import AttentionForm
 from export.lowering.upsampling import Upsampling
 from export.pipeline import RejectedError
@@ -110,7 +109,8 @@ def tune_plan(
     state = folder / "rows.json"
     key = Job(options, flavor, source, options.precision, report).key
     rows = finished_rows(state, key, options.output.name)
-    settled = settle_source(source, options.precision, options.quantise, options.images, report)
+    asked = (options.quantise, options.images, report, options.keep_fp32)
+    settled = settle_source(source, options.precision, *asked)
     options = dataclasses.replace(options, known=settled)
     attentions = ATTENTIONS if options.precision != "bf16" else ("fused", "fp32acc")
     for attention, upsampling in itertools.product(attentions, UPSAMPLINGS):
@@ -122,7 +122,7 @@ def tune_plan(
         rows.append(try_candidate(candidate, report, make, measure or median_ms))
         state.parent.mkdir(parents=True, exist_ok=True)
         saved = {"key": key, "rows": [dataclasses.asdict(row) for row in rows]}
-        state.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+        state.write_text(to_json(saved), encoding="utf-8")
     rows = run_final(rows, lambda row: place_of(folder, row) / options.output.name, measure or median_ms, report)
     best = fastest(rows)
     if best is None:
@@ -199,7 +199,7 @@ def finished_rows(state: Path, key: dict[str, Any], name: str) -> list[Row]:
         name: of a candidate's plan in its folder.
     """
     try:
-        saved = json.loads(state.read_text(encoding="utf-8"))
+        saved = parse_json(state.read_text(encoding="utf-8"))
         rows = [Row(**row) for row in saved["rows"]] if saved["key"] == key else []
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -11,9 +11,21 @@ import onnx_ir as ir
 
 from export.contract.errors import ExportError
 from export.contract.export_command import export_again
-from export.contract.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
+from export.contract.manifest import (
+    ManifestError,
+    check_files,
+    data_path,
+    manifest_path,
+    read_manifest,
+    unchanged,
+)
 from export.contract.readers import ReaderError
 from export.proof.reader_check import check_claims, graph_needs, read_by
+
+NOT_CHECKED = (
+    "the manifest holds a verdict on these files, but their sizes or times have changed since; "
+    "--check compares every byte, and `neck-export verify` computes the verdict again"
+)
 
 FORMS = {
     (True, True, True): "FP32",
@@ -53,8 +65,13 @@ def read_graph(path: Path) -> ir.Model:
     return model
 
 
-def inspect_onnx(path: Path) -> dict[str, Any]:
+def inspect_onnx(path: Path, check: bool = False) -> dict[str, Any]:
     """A summary of an ONNX file as JSON values.
+
+    Args:
+        path: the file.
+        check: compare every byte with the manifest's SHA-256. Otherwise a verdict is repeated only for files that
+            have the sizes and times that they had when they were verified.
 
     Raises:
         ExportError: the file cannot be read.
@@ -78,14 +95,20 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
         "weight_bytes": dict(types.most_common()),
         "attention": dict(collections.Counter(attention_forms(graph))),
     }
+    found["quantized"] = quantized_products(graph)
     needs = graph_needs(model)
     found["read_by"], found["readers_problem"] = read_by(needs), None
     try:
         manifest = read_manifest(manifest_path(path), "onnx")
-        check_files(manifest_path(path), manifest, hashes=False)
+        check_files(manifest_path(path), manifest, hashes=check)
         keys = ("created", "versions", "precision", "weights", "verification")
-        found["manifest"] = {key: manifest[key] for key in keys}
-        found["manifest"] |= {key: manifest.get(key) for key in ("residual", "quantisation", "masks")}
+        told = {key: manifest[key] for key in keys}
+        told |= {key: manifest.get(key) for key in ("residual", "quantisation", "masks")}
+        if not check and not unchanged(manifest_path(path), manifest["verification"].get("files")):
+            told |= {"masks": None}
+            if told["verification"]["verified"]:
+                told["verification"] = {"verified": False, "reason": NOT_CHECKED}
+        found["manifest"] = told
         check_claims(manifest_path(path), manifest, needs)
     except ReaderError as error:
         found["readers_problem"] = str(error)
@@ -115,6 +138,21 @@ def attention_forms(graph: ir.Graph) -> Iterator[str]:
                 yield FORMS.get((in_fp32[0], in_fp32[1], in_fp32[2]), "other")
 
 
+def quantized_products(graph: ir.Graph) -> dict[str, str]:
+    """The products of a written graph that are quantized, and the names of their codes' types.
+
+    A product is quantized where both of its factors are codes behind DequantizeLinear.
+    """
+    found = {}
+    for node in graph:
+        reads = [value.producer() if value is not None else None for value in node.inputs]
+        if node.op_type == "MatMul" and all(one is not None and one.op_type == "DequantizeLinear" for one in reads):
+            codes = reads[1].inputs[0] if reads[1] is not None else None
+            if codes is not None and codes.is_initializer() and codes.dtype is not None:
+                found[str(codes.name).rpartition(".weight_")[0]] = codes.dtype.name
+    return found
+
+
 def _before_casts(value: ir.Value | None) -> ir.Node | None:
     node = value.producer() if value is not None else None
     return _before_casts(node.inputs[0]) if node is not None and node.op_type == "Cast" else node
@@ -127,11 +165,12 @@ def _after_casts(value: ir.Value) -> ir.Node | None:
     return _after_casts(users[0].outputs[0]) if users[0].op_type == "Cast" else users[0]
 
 
-def quantised_line(quantisation: dict[str, Any]) -> str:
-    """What is quantised, of a manifest, in one line."""
-    products, pictures = quantisation["products"], quantisation["pictures"]
+def quantised_line(quantisation: dict[str, Any], count: int | None = None) -> str:
+    """What is quantised, of a manifest, in one line; `count` is what the graph itself has of it."""
+    pictures = quantisation["pictures"]
+    count = len(quantisation["products"]) if count is None else count
     return (
-        f"quantised {len(products)} of {quantisation['of']} products to {quantisation['kind']}, "
+        f"quantised {count} of {quantisation['of']} products to {quantisation['kind']}, "
         f"calibrated on {pictures} picture{'s' * (pictures > 1)}"
     )
 
@@ -162,10 +201,11 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
     precision += " with residual sums in FP32" if manifest["residual"] == "fp32" != precision else ""
     verification = manifest["verification"]
     verdict = "verified" if verification["verified"] else "NOT VERIFIED"
+    verdict = "not checked" if verification.get("reason") == NOT_CHECKED else verdict
     quantised = manifest["quantisation"]
     return [
         *lines,
-        *([f"  {quantised_line(quantised)}"] if quantised else []),
+        *([f"  {quantised_line(quantised, len(found['quantized']))}"] if quantised else []),
         f"  from    {origin}, {precision}, {manifest['created']}",
         f"  {verdict}: {verification.get('method') or verification.get('reason')}",
         *(f"    {row['name']}: relative L2 {row['relative_l2']}" for row in verification.get("outputs", [])),

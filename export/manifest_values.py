@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from export.contract.manifest import seen
 from export.contract.readers import Reader
 from export.contract.signature import Signature
 from export.lowering.attention import AUTO
@@ -55,6 +57,8 @@ def graph_facts(model: ir.Model, needs: Needs, readers: Sequence[Reader]) -> dic
     }
 
 
-def verification(verdict: Verdict | None) -> dict[str, Any]:
-    """What was proved of the file."""
-    return verdict.to_dict() if verdict else {"verified": False, "reason": "not asked: --no-verify"}
+def verification(verdict: Verdict | None, files: Iterable[Path]) -> dict[str, Any]:
+    """What was proved of the file, and what tells its files' bytes from later ones."""
+    if verdict is None:
+        return {"verified": False, "reason": "not asked: --no-verify"}
+    return verdict.to_dict() | {"files": seen(files)}

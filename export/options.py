@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from export.contract.errors import ExportError
 from export.contract.readers import find_readers
@@ -20,11 +20,17 @@ from export.contract.signature import (
 )
 from export.graph.rewrite import Rewrites
 from export.lowering.attention import AttentionForm
-from export.lowering.precision import OPSETS, Precision, Residual, check_residual
+from export.lowering.precision import OPSETS, OutputPrecision, Precision, Residual, check_residual
 from export.lowering.quantise import CODES
 from export.lowering.shared_form import Form, choose_form
 from export.lowering.upsampling import Upsampling
-from export.output_files import check_targets, disk_errors
+from export.output_files import (
+    check_places,
+    check_targets,
+    disk_errors,
+    export_places,
+    weights_places,
+)
 from export.proof.verify import require_runtime
 from export.quantising.settle import QuantiseOptions, check_quantise
 from export.weights_origin import encoder_config
@@ -75,7 +81,7 @@ class ExportOptions:
     attention: AttentionForm = "auto"
     upsampling: Upsampling = "auto"
     keep_fp32: tuple[str, ...] = ()
-    output_precision: Precision | None = None
+    output_precision: OutputPrecision | None = None
     opset: int | None = None
     residual: Residual = "auto"
     quantise: QuantiseOptions = dataclasses.field(default_factory=QuantiseOptions)
@@ -95,6 +101,7 @@ def check_options(options: ExportOptions) -> Form:
     Raises:
         ExportError, ReaderError, FidelityError, PictureError: what cannot be, and what can.
     """
+    _check_choices(options)
     config = options.config or EncoderConfig()
     if options.image_size is not None:
         check_image_size(options.image_size, config.patch_size)
@@ -107,7 +114,9 @@ def check_options(options: ExportOptions) -> Form:
     if options.checkpoint is None and (options.state is not None or options.prefix is not None):
         raise ExportError("random weights have no --state or --prefix; leave them out, or name a --checkpoint")
     with disk_errors(options.output):
-        check_targets(options.output, [options.checkpoint] if options.checkpoint else [])
+        written = export_places(options.output, options.quantise.calibration, options.precision)
+        check_places(written, weights_places(options.checkpoint, options.adapter))
+        check_targets(options.output)
     if options.adapter is not None:
         if options.checkpoint is None:
             raise ExportError(f"{options.adapter}: random weights take no adapter; give its base by --checkpoint")
@@ -119,6 +128,20 @@ def check_options(options: ExportOptions) -> Form:
     if (options.verify or options.precision in CODES) and options.images is not None:
         find_pictures(PictureFolder.of(options.images).path)
     return form
+
+
+def _check_choices(options: ExportOptions) -> None:
+    """Refuses a value that a field does not have, which a caller in Python may give.
+
+    Raises:
+        ExportError: naming the field and its values.
+    """
+    for name, hint in get_type_hints(ExportOptions).items():
+        parts = (hint, *get_args(hint))
+        choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+        value = getattr(options, name)
+        if choices and value not in choices and not (value is None and type(None) in parts):
+            raise ExportError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
 
 
 def lowering(options: ExportOptions, form: Form) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is checked of the output's place before the work, and said of it when it fails."""
+"""Every file that a command reads and writes: checked before the work, and what is said where writing fails."""
 
 from __future__ import annotations
 
@@ -6,45 +6,121 @@ import contextlib
 import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from export.contract.errors import ExportError
 from export.contract.manifest import data_path, manifest_path
 from export.contract.signature import Signature
 from export.lowering.precision import TORCH_TYPES, TYPES, Precision
+from export.lowering.quantise import CODES
 from export.proof.verify import positions_path
+from export.quantising.settle import record_path
+from export.weights_origin import shard_names
 from neck.necks import Sam3DualViTDetNeck
+from neck.weightfile import CheckpointError, find_file
+from neck.weights.adapters import adapter_files
+
+
+class Place(NamedTuple):
+    """A file that a command reads or writes, and as what."""
+
+    what: str
+    path: Path
 
 
 def target_files(output: Path) -> list[Path]:
-    """Every file that an export may write."""
+    """Every file that an export may write beside its output, the output included."""
     return [output, data_path(output), positions_path(output), manifest_path(output)]
 
 
-def check_targets(output: Path, inputs: list[Path]) -> None:
-    """Refuses an output that is a folder, or whose files would replace one that is read or is not ours.
+def export_places(output: Path, calibration: Path | None, precision: str) -> list[Place]:
+    """Every file that `neck-export onnx` may write."""
+    names = ("the file of --output", "its weights", "its position encodings", "its manifest")
+    places = [Place(what, path) for what, path in zip(names, target_files(output), strict=True)]
+    return places + calibration_places(calibration, precision)
+
+
+def calibration_places(calibration: Path | None, precision: str) -> list[Place]:
+    """What is written for `--calibration`, by every command that has it."""
+    if calibration is None or precision not in CODES:
+        return []
+    record = Place("the trials of --calibration", record_path(calibration, precision))
+    return [Place("the file of --calibration", calibration), record]
+
+
+def weights_places(checkpoint: Path | None, adapter: Path | None = None) -> list[Place]:
+    """The files of a checkpoint and of an adapter; what is missing or damaged is refused where it is read."""
+    files = [path for path in (checkpoint, adapter) if path is not None]
+    problems = (CheckpointError, OSError, ValueError, LookupError, TypeError, AttributeError)
+    if checkpoint is not None:
+        with contextlib.suppress(*problems):
+            path = find_file(checkpoint)
+            files += [path, *(path.with_name(name) for name in shard_names(path))]
+    if adapter is not None:
+        with contextlib.suppress(*problems):
+            files += adapter_files(adapter)
+    return [Place("a file of the weights", file) for file in files]
+
+
+def manifest_places(path: Path, manifest: Mapping[str, Any], checkpoint: Path | None = None) -> list[Place]:
+    """The files that are read to verify an ONNX file: its own, and the weights that its manifest names."""
+    weights = manifest.get("weights") or {}
+    told = (weights.get("path"), (weights.get("adapter") or {}).get("path"))
+    source, adapter = (Path(one) if isinstance(one, str) else None for one in told)
+    own = [Place("a file of the encoder", file) for file in target_files(path)]
+    return own + weights_places(checkpoint or source, adapter)
+
+
+def check_places(written: Sequence[Place], read: Sequence[Place]) -> None:
+    """Refuses, before any work, a command whose files are in each other's way.
+
+    Args:
+        written: every file that it may write.
+        read: files that it reads; one that it replaces in the end stands in `written` alone.
 
     Raises:
-        ExportError: saying which.
+        ExportError: a folder where a file is to be written, two files of one name, or one that would replace what is
+            read, or a file beside --calibration that is not ours.
     """
-    for file in target_files(output):
-        if file.is_dir():
-            raise ExportError(f"{file}: is a folder; name a file in it by --output")
-        taken = next((path for path in inputs if path.exists() and file.exists() and path.samefile(file)), None)
-        if taken:
-            raise ExportError(f"{taken}: is read, and --output {output} would replace it; choose another --output")
+    seen: dict[Path, str] = {}
+    for what, path in written:
+        if path.is_dir():
+            raise ExportError(f"{path}: is a folder, and {what} is to be written there; name a file")
+        place = path.parent.resolve() / path.name
+        if place in seen:
+            raise ExportError(f"{path}: {seen[place]} and {what} would have this name both; choose another for one")
+        seen[place] = what
+        for other, there in read:
+            linked = path.exists() and there.exists() and path.samefile(there)
+            if linked or place == there.parent.resolve() / there.name:
+                raise ExportError(f"{there}: {other} would be replaced by {what}; choose another name for the latter")
+        if what == "the trials of --calibration" and not _has_keys(path, {"key", "rows"}):
+            raise ExportError(f"{path}: is not a record of trials, and {what} would replace it; choose another name")
+
+
+def check_targets(output: Path) -> None:
+    """Refuses an output whose manifest would replace a file that is not a manifest.
+
+    Raises:
+        ExportError: naming it.
+    """
     manifest = manifest_path(output)
-    if manifest.is_file() and manifest.stat().st_size and not _is_manifest(manifest):
-        raise ExportError(f"{manifest}: is there and no manifest of neck-export; move it, or choose another --output")
+    if not _has_keys(manifest, {"format", "kind"}):
+        raise ExportError(f"{manifest}: is not a manifest of neck-export; move it, or choose another --output")
 
 
-def _is_manifest(path: Path) -> bool:
+def _has_keys(path: Path, keys: set[str]) -> bool:
+    """Whether a file holds a JSON object with these keys, or is not there, or is empty."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if text else dict.fromkeys(keys)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and {"format", "kind"} <= set(content)
+    return isinstance(content, dict) and keys <= set(content)
 
 
 def check_room(output: Path, encoder: Sam3DualViTDetNeck, signature: Signature, precision: Precision) -> None:

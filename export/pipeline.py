@@ -19,6 +19,7 @@ from export.contract.manifest import (
     data_path,
     locked,
     manifest_path,
+    named_files,
     publish,
     read_manifest,
     replace_manifest,
@@ -30,12 +31,12 @@ from export.contract.signature import Signature
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
 from export.graph.trace import trace
-from export.inspect import read_graph
-from export.lowering.precision import Precision, lower, residual_type, residuals_to_try
+from export.inspect import quantized_products, read_graph
+from export.lowering.precision import Precision, kept_products, lower, residual_type, residuals_to_try
 from export.lowering.quantise import CODES
 from export.manifest_values import export_facts, graph_facts, verification
 from export.options import NUMPY_NAMES, ExportOptions, check_options, load, lowering, sign
-from export.output_files import check_room, disk_errors, target_files
+from export.output_files import Place, check_places, check_room, disk_errors, manifest_places, target_files
 from export.proof.fidelity import Verdict, check_overrides
 from export.proof.reader_check import check_claims, graph_needs, read_by, require
 from export.proof.reference import check_reference, write_reference
@@ -116,7 +117,7 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
     notes: list[str] = []
     encoder = load(options, notes)
     signature = sign(options, encoder)
-    tolerances = budget_tolerances(options.quantise, options.tolerances)
+    tolerances = budget_tolerances(options.quantise, options.tolerances, signature)
     check_overrides(tolerances, [spec.name for spec in signature.outputs])
     if options.verify:
         check_memory(signature, encoder)
@@ -126,11 +127,13 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         origin = background.submit(weights_origin, *asked, options.adapter, options.adapter_alpha)
         staged = folder / options.output.name
         forms, facts = lowering(options, form), dict[str, Any]()
-        if options.precision in CODES:
-            settled = settle(encoder, signature, options.precision, options.quantise, options.images, notes, report)
-            forms["quantisation"], facts["quantisation"] = settled
         report("trace")
         canonical = trace(DeployEncoder(encoder, signature, options.rewrites))
+        kept = kept_products(canonical.graph, options.keep_fp32)  # before the work: a pattern may name no module
+        if options.precision in CODES:
+            asked_of = (options.precision, options.quantise, options.images)
+            settled = settle(encoder, signature, *asked_of, notes, report, kept)
+            forms["quantisation"], facts["quantisation"] = settled
         write_positions(encoder, signature, staged)
         reference: Reference | None = None
         verdict: Verdict | None = None
@@ -154,14 +157,22 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         if verdict and not verdict.passed:
             raise RejectedError(options.output, verdict)
         report("hashes and manifest")
+        if "quantisation" in facts:  # what is told is what the file has
+            products = facts["quantisation"]["products"]
+            told = {name: products[name] for name in quantized_products(model.graph)}
+            facts["quantisation"] = facts["quantisation"] | {"products": told}
         values = export_facts(options, form, encoder, signature) | graph_facts(model, needs, form.readers)
-        values |= {"residual": residual_type(options.precision, residual), "verification": verification(verdict)}
+        values |= {
+            "residual": residual_type(options.precision, residual),
+            "verification": verification(verdict, folder.iterdir()),
+        }
         values |= {"weights": origin.result(), "notes": notes, **facts}
         manifest = write_manifest(manifest_path(staged), "onnx", values, sorted(folder.iterdir()))
-        kept = {file.name for file in folder.iterdir()}
+        written = {file.name for file in folder.iterdir()}
         with locked(options.output.parent):
-            # what is not kept: of an export with other --positions
-            publish(folder, options.output, [file for file in target_files(options.output) if file.name not in kept])
+            # of an export with other --positions; a file that no manifest names is not ours
+            gone = {file.name for file in target_files(options.output)} & named_files(options.output) - written
+            publish(folder, options.output, [options.output.with_name(name) for name in gone])
     return ExportResult(options.output, manifest, verdict)
 
 
@@ -208,6 +219,8 @@ def verify_file(
         )
     manifest = read_manifest(where, "onnx")
     signature = manifest_signature(where, manifest)
+    if save is not None:
+        check_places([Place("the file of --save-reference", save)], manifest_places(path, manifest, checkpoint))
     tolerances = manifest_tolerances(manifest, tolerances)
     check_overrides(tolerances, [spec.name for spec in signature.outputs])
     report("hashes")
@@ -222,7 +235,8 @@ def verify_file(
     if save is not None:
         write_reference(save, reference.pixels, {spec.name: reference.outputs[spec.name] for spec in signature.outputs})
     verdict = verify_onnx(path, signature, reference, precision, overrides=tolerances, report=report)
-    replace_manifest(where, manifest | {"verification": verdict.to_dict()})
+    verified = [path.with_name(entry["name"]) for entry in manifest["files"]]
+    replace_manifest(where, manifest | {"verification": verification(verdict, verified)})
     if not verdict.passed:
         raise RejectedError(path, verdict)
     return verdict

@@ -97,6 +97,11 @@ class EncoderConfig:
                 f"embed_dim {self.embed_dim} over num_heads {self.num_heads} gives head_dim "
                 f"{self.embed_dim / self.num_heads:g}; rotary tables need a multiple of 4"
             )
+        if self.mlp_hidden < 1:
+            raise ConfigError(
+                f"mlp_ratio {self.mlp_ratio:g} of embed_dim {self.embed_dim} gives an MLP without hidden channels; "
+                f"it must be at least {1 / self.embed_dim:g}"
+            )
         if self.pretrain_image_size % self.patch_size:
             raise ConfigError(
                 f"pretrain_image_size {self.pretrain_image_size} is not a multiple of patch_size {self.patch_size}"

@@ -145,10 +145,9 @@ def test_a_plain_module_has_its_position_tables_before_it_is_compiled(job: dict[
 
 def test_a_rewritten_module_rewrites_its_weights_once(job: dict[str, Any]) -> None:
     module = make_module({**job, **dataclasses.asdict(named("eager-rewritten-fp32"))})
-    attention = module.trunk.blocks[0].attn  # type: ignore[union-attr, index]
-    weight, _ = attention.projection()
-    assert weight is attention.qkv.weight
-    assert not torch.equal(weight, shared_encoder(CONFIG).trunk.blocks[0].attn.qkv.weight)  # type: ignore[union-attr, index]
+    layer = module.get_submodule("trunk.blocks.0.attn.qkv")
+    assert type(layer) is torch.nn.Linear
+    assert not torch.equal(layer.weight, shared_encoder(CONFIG).get_parameter("trunk.blocks.0.attn.qkv.weight"))
 
 
 def test_the_parts_of_a_run_are_timed(job: dict[str, Any]) -> None:

@@ -83,6 +83,7 @@ def test_what_is_no_size_is_refused(size: Any) -> None:  # noqa: ANN401 - anythi
         ("embed_dim", True, "embed_dim is True"),
         ("window_size", -1, "window_size is -1"),
         ("mlp_ratio", 0, "mlp_ratio is 0"),
+        ("mlp_ratio", 0.01, "mlp_ratio 0.01 of embed_dim 16 .* at least 0.0625"),
         ("mlp_ratio", math.nan, "mlp_ratio is nan"),
         ("mlp_ratio", math.inf, "mlp_ratio is inf"),
         ("layer_norm_eps", "1e-5", "layer_norm_eps is '1e-5'"),

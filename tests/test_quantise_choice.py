@@ -243,10 +243,13 @@ def test_where_all_products_fit_none_is_tried_alone() -> None:
 
 def test_a_budget_is_the_tolerance_of_the_features() -> None:
     """The default is none that is given: an override of 0.05 would take a cosine of 0.9975."""
-    assert budget_tolerances(QuantiseOptions(), {"sam3_feat_0": 0.1}) == {"sam3_feat_0": 0.1}
-    assert budget_tolerances(QuantiseOptions(budget=0.05), {}) == {}
-    assert budget_tolerances(QuantiseOptions(budget=0.03), {}) == {"*_feat_*": 0.03}
-    assert manifest_tolerances({"quantisation": {"budget": 0.03}}, None) == {"*_feat_*": 0.03}
+    names = {f"sam3_feat_{level}": 0.03 for level in range(4)}
+    assert budget_tolerances(QuantiseOptions(), {"sam3_feat_0": 0.1}, signature()) == {"sam3_feat_0": 0.1}
+    assert budget_tolerances(QuantiseOptions(budget=0.05), {}, signature()) == {}
+    assert budget_tolerances(QuantiseOptions(budget=0.03), {}, signature()) == names
+    manifest = {"signature": signature().to_dict(), "quantisation": {"budget": 0.03}}
+    assert manifest_tolerances(manifest, None) == names
+    assert manifest_tolerances(manifest, {"sam3_feat_0": 0.1}) == names | {"sam3_feat_0": 0.1}
     assert manifest_tolerances({"quantisation": None}, None) == {}
 
 

@@ -10,7 +10,15 @@ import torch
 from conftest import named_outputs, tiny_config
 from torch import Tensor, nn
 
-from export.graph.rewrite import DeployAttention, PositionTables, Rewrites, WindowMajorTrunk, merge_upsampling, rewrite
+from export.graph.rewrite import (
+    DeployAttention,
+    DeployProjection,
+    PositionTables,
+    Rewrites,
+    WindowMajorTrunk,
+    merge_upsampling,
+    rewrite,
+)
 from neck.checkpoint import random_encoder
 from neck.necks import Sam3DualViTDetNeck
 from neck.position import PositionEmbeddingSine
@@ -99,7 +107,8 @@ def test_scale_and_order_go_into_the_projection() -> None:
     encoder, _ = plain((112, 112), WINDOW, ("sam3",))
     attention = rewrite(encoder, Rewrites()).get_submodule("trunk.blocks.0.attn")
     assert isinstance(attention, DeployAttention)
-    weight, bias = attention.projection()
+    assert isinstance(attention.qkv, DeployProjection)
+    weight, bias = attention.qkv.rewritten()
     given, given_bias = (encoder.get_parameter(f"trunk.blocks.0.attn.qkv.{kind}") for kind in ("weight", "bias"))
     assert torch.equal(weight[1], given[2] * 8**-0.5)  # q of head 0: (0, 2, 4, 6, 1, ...)
     assert torch.equal(weight[16 + 4], given[16 + 1])  # k

@@ -23,6 +23,7 @@ from benchmarks.gpu.child_process import adopt_orphans, run_limited
 from benchmarks.gpu.page import page_lines
 from benchmarks.gpu.time_plan import FOLDER, MINUTES, REPORT, Device, Stage, fitting, plan, table, time_limit
 from benchmarks.measure.work_folder import digest, sources_digest
+from export.contract.manifest import to_json
 
 LEAST_SECONDS = 5.0
 """A stage is not begun for less."""
@@ -92,7 +93,7 @@ class Session:
         print(f"{stage.name}: {outcome} after {seconds:.0f} s{told}", flush=True)
         with contextlib.suppress(OSError):  # a full disk; the exit code tells
             staged = self.output / ".session.json"
-            staged.write_text(json.dumps({"key": self.key, "stages": self.stages}, indent=1) + "\n", encoding="utf-8")
+            staged.write_text(to_json({"key": self.key, "stages": self.stages}), encoding="utf-8")
             staged.replace(self.output / "session.json")
 
     def _end(self) -> int:

@@ -26,6 +26,7 @@ from benchmarks.options import BenchOptions
 from benchmarks.report.report_files import write_report
 from benchmarks.results.result import all_rows, make_result
 from benchmarks.results.rows import is_waiting
+from export.contract.manifest import to_json
 from neck.config import EncoderConfig
 
 Outcome = Literal["done", "failed", "unavailable", "unfinished"]
@@ -195,7 +196,7 @@ def main() -> None:
     asked = Asked(told.output, told.device, told.ends, told.config)
     try:
         found = run_stage(stage, asked)
-        (asked.folder / f"{stage.name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (asked.folder / f"{stage.name}.json").write_text(to_json(found), encoding="utf-8")
     except (BenchError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

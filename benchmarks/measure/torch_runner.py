@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.options import selection
 from export.contract.signature import Signature
 from export.graph.deployed_module import DeployEncoder
-from export.graph.rewrite import DeployAttention, Rewrites, RotaryHalves
+from export.graph.rewrite import DeployAttention, DeployProjection, Rewrites, RotaryHalves
 from neck.checkpoint import load_encoder
 from neck.checkpoint_keys import NECK_MODULES
 from neck.config import HEAD_PARTS, EncoderConfig
@@ -25,14 +25,6 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MODES = {"compile": "default", "compile-max": "max-autotune"}
 OTHER = "other"
 """What no part of `part_modules` holds: ln_pre, the position embedding, the windows' permutations."""
-
-
-class FoldedAttention(DeployAttention):
-    """A rewritten attention whose projection is rewritten once, as a file has it, and not in every forward."""
-
-    def projection(self) -> tuple[Tensor, Tensor]:
-        """Weight (3 C, C) and bias (3 C,)."""
-        return self.qkv.weight, self.qkv.bias
 
 
 class RotaryBack(RotaryHalves):
@@ -63,11 +55,11 @@ def make_module(job: Mapping[str, Any]) -> DeployEncoder:
 
 
 def fold(attention: DeployAttention) -> None:
-    """Puts the rewritten projection into the weights."""
-    weight, bias = attention.projection()
-    attention.qkv = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    attention.qkv.weight, attention.qkv.bias = (nn.Parameter(value, requires_grad=False) for value in (weight, bias))
-    attention.__class__ = FoldedAttention
+    """Puts the rewritten projection into weights, as a file has it, so that no forward rewrites it again."""
+    weight, bias = cast(DeployProjection, attention.qkv).rewritten()
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = (nn.Parameter(value, requires_grad=False) for value in (weight, bias))
+    attention.qkv = linear
     attention.rope.__class__ = RotaryBack
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from export.contract.export_command import AS_AUTO, export_again
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest
 from export.contract.signature import BatchRange, Signature
 from export.graph.cleanup import MODULE
-from export.lowering.precision import Precision, lower
+from export.lowering.precision import Precision, kept_products, lower
 from export.lowering.quantise import CODES
 from export.options import NUMPY_NAMES
 from export.proof.verify import Report
@@ -120,8 +121,11 @@ def settle_source(
     options: QuantiseOptions,
     images: Path | PictureFolder | None,
     report: Report,
+    keep_fp32: Sequence[str] = (),
 ) -> tuple[Settled | None, tuple[str, ...]]:
     """What is quantised where an FP32 file is lowered to fp8 or int8 (None for every other), and what is to be told.
+
+    `keep_fp32` names the modules that the lowering keeps in FP32.
 
     Raises:
         BuildError: options of a file that is not lowered.
@@ -134,8 +138,9 @@ def settle_source(
     if precision not in CODES or source.precision != "fp32" or source.manifest is None:
         return None, ()  # lower_file refuses what it cannot lower
     where, notes = manifest_path(source.path), list[str]()
+    kept = kept_products(ir.load(source.path).graph, keep_fp32)
     encoder, signature = manifest_encoder(where, source.manifest), manifest_signature(where, source.manifest)
-    return settle(encoder, signature, precision, options, images, notes, report), tuple(notes)
+    return settle(encoder, signature, precision, options, images, notes, report, kept), tuple(notes)
 
 
 def lower_file(source: Source, precision: Precision, folder: Path, **forms: Any) -> Path:  # noqa: ANN401

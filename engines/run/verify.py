@@ -15,6 +15,7 @@ from engines.run.plan_checks import read_header, why_other_gpu
 from engines.run.session import Session
 from export.contract.manifest import manifest_path, read_manifest, replace_manifest
 from export.contract.signature import BatchRange, Signature
+from export.output_files import Place, check_places, manifest_places
 from export.pipeline import RejectedError
 from export.proof.fidelity import Verdict, check_overrides, compare
 from export.proof.reference import check_reference, write_reference
@@ -63,7 +64,8 @@ def verify_runner(
     if sorted(outputs) != sorted(names):
         raise VerifyError(f"{candidate} gives {', '.join(outputs) or 'no output'}; expected {', '.join(names)}")
     method = reference.method(f" ({reference.device}) against {candidate}")
-    return compare(reference.outputs, {name: outputs[name] for name in names}, precision, method, overrides)
+    found = {name: outputs[name] for name in names}
+    return compare(reference.outputs, found, precision, method, overrides, signature.dtype)
 
 
 def verify_plan(
@@ -136,6 +138,8 @@ def verify_plan_file(
     reference = None
     if save is not None:
         check_reference(save)
+        read = manifest_places(plan, manifest.get("onnx_manifest") or {}, checkpoint)
+        check_places([Place("the file of --save-reference", save)], read)
         signature = plan_signature(plan, manifest, known=False)
         encoder = manifest_encoder(where, manifest["onnx_manifest"], checkpoint, adapter)
         count = picture_count(BatchRange.parse(manifest["batch"]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from engines.service.served_model import Source, TritonError
 from export.contract.interrupt import signals_held
-from export.contract.manifest import ManifestError, check_files, staging
+from export.contract.manifest import ManifestError, check_files, staging, to_json
 
 CONFIG = "config.pbtxt"
 MANIFEST = "manifest.json"
@@ -87,7 +86,7 @@ def lay_out(folder: Path, sources: Sequence[tuple[Source, str]]) -> None:
             entries.append(entry | {"name": target.name})
         where = folder / (MANIFEST if index == 0 else f"{name}.json")
         manifest = source.manifest | {"files": entries}
-        where.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        where.write_text(to_json(manifest), encoding="utf-8")
         check_files(where, manifest, hashes=False)  # read_model compared the hashes; this sees a file replaced since
 
 

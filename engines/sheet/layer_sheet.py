@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from export.contract.manifest import parse_json
+
 GPUS = {
     "T4": (65.0, 320.0),
     "A10": (125.0, 600.0),
@@ -253,4 +255,4 @@ def layers_path(plan: Path) -> Path:
 def read_sheet(plan: Path) -> LayerSheet | None:
     """The layer sheet beside a plan, or None."""
     path = layers_path(plan)
-    return LayerSheet.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    return LayerSheet.from_dict(parse_json(path.read_text(encoding="utf-8"))) if path.is_file() else None

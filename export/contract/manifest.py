@@ -7,6 +7,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -49,24 +50,78 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
+def to_json(values: Any) -> str:  # noqa: ANN401 - JSON values
+    """Values as a strict JSON text that ends in a newline; NaN and infinity, which JSON lacks, become null."""
+    return json.dumps(_finite(values), indent=1, allow_nan=False) + "\n"
+
+
+def parse_json(text: str) -> Any:  # noqa: ANN401 - JSON values
+    """Reads a strict JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or holds NaN, infinity or a number that is too large for a float.
+        RecursionError: it is nested too deep.
+    """
+    return json.loads(text, parse_constant=_finite_number, parse_float=_finite_number)
+
+
+def _finite(values: Any) -> Any:  # noqa: ANN401
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def _finite_number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a number in JSON")
+    return number
+
+
+def seen(files: Iterable[Path]) -> list[dict[str, Any]]:
+    """Name, bytes and time of change of files, by which `unchanged` knows them again; times in whole microseconds.
+
+    Nanoseconds since 1970 pass 2^53, which JSON's readers in other languages round.
+    """
+    stats = [(file.name, file.stat()) for file in sorted(files)]
+    return [{"name": name, "bytes": stat.st_size, "modified_us": stat.st_mtime_ns // 1000} for name, stat in stats]
+
+
+def unchanged(path: Path, before: Any) -> bool:  # noqa: ANN401 - JSON values
+    """Whether the files beside a manifest have the sizes and times that `seen` noted.
+
+    Args:
+        path: the manifest.
+        before: what `seen` gave; anything else means that nobody noted it.
+    """
+    try:
+        files = [path.with_name(Path(entry["name"]).name) for entry in before]
+        return bool(files) and seen(files) == before
+    except (OSError, LookupError, TypeError, ValueError):
+        return False
+
+
 def write_manifest(path: Path, kind: str, values: dict[str, Any], files: list[Path]) -> dict[str, Any]:
     """Writes a manifest that speaks of `files`, which lie beside it, and returns its content."""
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "kind": kind,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **values,
         "files": [file_entry(file) for file in files],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return content
+    text = to_json(content)
+    path.write_text(text, encoding="utf-8")
+    return parse_json(text)
 
 
 def replace_manifest(path: Path, content: dict[str, Any]) -> None:
     """Puts new content in the place of a manifest, in one step."""
     with staging(path) as folder:
         staged = folder / path.name
-        staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        staged.write_text(to_json(content), encoding="utf-8")
         publish(folder, path)
 
 
@@ -77,7 +132,7 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         ManifestError: missing, not JSON, of another kind, or newer than this program.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ManifestError(f"{path}: the manifest is missing; it is written beside the file by neck-export") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -95,6 +150,14 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
     if not named:
         raise ManifestError(f"{path}: lists no files with their bytes and SHA-256; write the file again")
     return content
+
+
+def named_files(path: Path) -> set[str]:
+    """Names of the files that the manifest of an ONNX file speaks of; none where it has no readable manifest."""
+    try:
+        return {entry["name"] for entry in read_manifest(manifest_path(path), "onnx")["files"]}
+    except ManifestError:
+        return set()
 
 
 def check_files(path: Path, manifest: dict[str, Any], hashes: bool = True) -> None:

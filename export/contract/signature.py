@@ -111,6 +111,11 @@ class Signature:
         """The features or the positions of every neck, whether they are outputs or not."""
         return tuple(self.spec(neck, kind, level) for neck in self.necks for level in self.levels_of(neck))
 
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the feature maps, those of SAM 2's head included, whether they are outputs or not."""
+        return tuple(spec.name for spec in self.of_kind("feat"))
+
     def spec(self, neck: str, kind: Kind, level: int) -> TensorSpec:
         """One neck's feature map or position at one level."""
         channels = self.channels(neck, level) if kind == "feat" else self.d_model

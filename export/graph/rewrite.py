@@ -86,11 +86,12 @@ def shallow_copy(module: Module) -> Module:
     return twin
 
 
-class DeployAttention(nn.Module):
-    """Attention with halves instead of interleaved pairs, and the scale inside the query's weights.
+class DeployProjection(nn.Module):
+    """The linear layer of query, key and value with halves instead of pairs, and the scale inside the query's weights.
 
     Attention does not see the order of a head's channels as long as queries and keys agree, so the rows of their
-    weights are permuted from (2i, 2i + 1) to (i, i + D / 2) and the rotary needs no strided access.
+    weights are permuted from (2i, 2i + 1) to (i, i + D / 2) and the rotary needs no strided access. It is a module of
+    its own, so that the graph's nodes keep the layer's path.
     """
 
     order: Tensor  # (3 C,)
@@ -98,10 +99,8 @@ class DeployAttention(nn.Module):
 
     def __init__(self, attn: Attention, rope_halves: bool, fold_scale: bool) -> None:
         super().__init__()
-        self.num_heads, self.qkv, self.proj = attn.num_heads, attn.qkv, attn.proj
+        self.weight, self.bias = attn.qkv.weight, attn.qkv.bias
         self.rope_halves, self.fold_scale = rope_halves, fold_scale
-        self.rope = RotaryHalves() if rope_halves else attn.rope
-        self.scale = 1.0 if fold_scale else attn.scale
         dim = attn.qkv.in_features
         rows = torch.arange(2 * dim).view(2 * attn.num_heads, -1, 2).transpose(1, 2).flatten()  # per head of q and k
         self.register_buffer("order", torch.cat((rows, torch.arange(2 * dim, 3 * dim))), persistent=False)
@@ -109,21 +108,36 @@ class DeployAttention(nn.Module):
         factor[:dim] = attn.scale
         self.register_buffer("factor", factor, persistent=False)
 
-    def projection(self) -> tuple[Tensor, Tensor]:
-        """Weight (3 C, C) and bias (3 C,) of query, key and value after the rewrites."""
-        weight: Tensor = self.qkv.weight
-        bias: Tensor = self.qkv.bias
+    def rewritten(self) -> tuple[Tensor, Tensor]:
+        """Weight (3 C, C) and bias (3 C,) after the rewrites."""
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
         if self.rope_halves:
             weight, bias = weight.index_select(0, self.order), bias.index_select(0, self.order)
         if self.fold_scale:
             weight, bias = weight * self.factor[:, None], bias * self.factor
         return weight, bias
 
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., 3 C)."""
+        return F.linear(x, *self.rewritten())
+
+
+class DeployAttention(nn.Module):
+    """Attention whose query, key and value come from a DeployProjection."""
+
+    def __init__(self, attn: Attention, rope_halves: bool, fold_scale: bool) -> None:
+        super().__init__()
+        self.num_heads, self.proj = attn.num_heads, attn.proj
+        self.qkv: nn.Module = DeployProjection(attn, rope_halves, fold_scale)
+        self.rope = RotaryHalves() if rope_halves else attn.rope
+        self.scale = 1.0 if fold_scale else attn.scale
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, N, C), or any split of B * N, cos and sin (N, D / 2) -> x's shape."""
         tokens, dim = cos.shape[0], x.shape[-1]
         # one reshape and one permute: three splits cost two more kernels a block in TensorRT-RTX 1.7
-        qkv = F.linear(x, *self.projection()).view(-1, tokens, 3, self.num_heads, dim // self.num_heads)
+        qkv = self.qkv(x).view(-1, tokens, 3, self.num_heads, dim // self.num_heads)
         qk, value = qkv.permute(2, 0, 3, 1, 4).split((2, 1))  # (2, B, heads, N, D), (1, B, heads, N, D)
         query, key = self.rope(qk, cos, sin).split((1, 1))
         mixed = F.scaled_dot_product_attention(query.squeeze(0), key.squeeze(0), value.squeeze(0), scale=self.scale)

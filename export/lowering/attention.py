@@ -28,6 +28,10 @@ IN_FP32 = {"fp32acc": ["Attention"], "scores32": ["Softmax"], "fused": [], "unfu
 """Operators, or names given below, that each form computes in FP32."""
 
 
+SCALE = "neck.attention_scale"
+"""Metadata key of the Mul that scales queries: the exact factor, of which the constant is a rounding."""
+
+
 @dataclasses.dataclass
 class AttentionCore:
     """softmax(scale * query key^T) value, whatever nodes it is made of; all (B, heads, N, D)."""
@@ -117,7 +121,8 @@ def _of_softmax(node: ir.Node) -> AttentionCore | None:
     ours = scaling is not None and scaling.op_type == "Mul" and (scaling.name or "").endswith("/scale")
     if scaling is not None and ours and len(scaling.outputs[0].uses()) == 1:
         query, nodes = scaling.inputs[0], [scaling, *nodes]
-        scale = float(cast(ir.TensorProtocol, cast(ir.Value, scaling.inputs[1]).const_value).numpy())
+        rounded = cast(ir.TensorProtocol, cast(ir.Value, scaling.inputs[1]).const_value).numpy()
+        scale = float(scaling.metadata_props.get(SCALE, rounded))
     assert query is not None and key is not None and value is not None
     return AttentionCore(nodes, query, key, value, scale, users[0].outputs[0])
 
@@ -142,7 +147,7 @@ def _primitives(graph: ir.Graph, core: AttentionCore) -> list[ir.Node]:
     nodes, query = [], core.query
     if core.scale != 1.0:
         factor = add_initializer(graph, "attention_scale", ir.tensor(np.float32(core.scale)))
-        nodes.append(ir.node("Mul", [query, factor], name="scale"))
+        nodes.append(ir.node("Mul", [query, factor], name="scale", metadata_props={SCALE: repr(core.scale)}))
         query = nodes[-1].outputs[0]
         query.shape, query.type = core.query.shape, core.query.type
     *outer, tokens, head_dim = cast(ir.Shape, core.key.shape)

@@ -9,7 +9,6 @@ Between a node of one type and a node of the other stands a Cast; nothing else c
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, cast
@@ -23,11 +22,12 @@ from export.contract.errors import ExportError
 from export.graph.cleanup import INPUT, MODULE
 from export.graph.constant_folding import LAZY_BYTES, add_initializer
 from export.lowering.attention import AttentionForm, lower_attentions
-from export.lowering.quantise import CODES, Quantisation, quantise
+from export.lowering.quantise import CODES, Quantisation, find_products, is_named, quantise
 from export.lowering.residual import residual_stream
 from export.lowering.upsampling import Upsampling, lower_upsampling
 
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8"]
+OutputPrecision = Literal["fp32", "fp16", "bf16"]
 Residual = Literal["auto", "fp16", "fp32"]
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 TYPES |= {"fp8": ir.DataType.FLOAT16, "int8": ir.DataType.FLOAT16}  # of all that is not quantised
@@ -47,7 +47,7 @@ def lower(
     *,
     attention: AttentionForm = "auto",
     keep_fp32: Sequence[str] = (),
-    output_precision: Precision | None = None,
+    output_precision: OutputPrecision | None = None,
     opset: int | None = None,
     upsampling: Upsampling = "auto",
     residual: Residual = "auto",
@@ -70,12 +70,14 @@ def lower(
         ExportError: a pattern that names no module, an opset that cannot hold the graph, a file that is not FP32.
     """
     graph = model.graph
+    if output_precision in CODES:
+        raise ExportError(f"output_precision is {output_precision!r}; expected one of fp32, fp16, bf16")
     if precision in CODES and quantisation is None:
         raise ExportError(f"{precision}: no product is said to be quantised, and none of the weights are calibrated")
     low = next((value.dtype for value in graph.initializers.values() if value.dtype in LOW), None)
     if low:
         raise ExportError(f"the model is {low.name.lower()} already; precision is lowered from an FP32 model")
-    kept = _kept_modules(graph, keep_fp32)
+    kept = kept_modules(graph, keep_fp32)
     check_residual(precision, residual)
     stream = residual_stream(graph) if residual == "fp32" != precision else set()
     islands = stream | lower_attentions(graph, precision, attention, kept)
@@ -128,12 +130,26 @@ def _module(node: ir.Node) -> str:
     return node.metadata_props.get(MODULE, "")
 
 
-def _kept_modules(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:
-    """Paths of all modules that the patterns name, with the modules inside them."""
+def kept_products(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:
+    """The products that `--keep-fp32` keeps in FP32, which are therefore not quantized.
+
+    Raises:
+        ExportError: a pattern that names no module.
+    """
+    kept = kept_modules(graph, patterns)
+    return {name for name, node in find_products(graph).items() if _module(node) in kept}
+
+
+def kept_modules(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:
+    """Paths of all modules that the patterns name, with the modules inside them.
+
+    Raises:
+        ExportError: a pattern that names no module.
+    """
     modules = sorted({_module(node) for node in graph})
     kept: set[str] = set()
     for pattern in patterns:
-        found = {m for m in modules if fnmatch.fnmatchcase(m, pattern) or fnmatch.fnmatchcase(m, f"{pattern}.*")}
+        found = {module for module in modules if is_named(module, pattern)}
         if not found:
             whole = {".".join(path.split(".")[:end]) for path in modules for end in range(1, path.count(".") + 2)}
             near = difflib.get_close_matches(pattern, sorted(whole), n=4, cutoff=0.4) or sorted(whole)[:4]

@@ -38,6 +38,10 @@ FP16_TINY = 2.0**-20
 """Below it an FP16 scale has fewer than 4 bits."""
 
 
+class UnquantizableError(ExportError):
+    """A product whose weight or input no FP16 scale brings to the codes; the others can still be quantized."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantisation:
     """Which products are quantised, and how their activations are.
@@ -77,14 +81,14 @@ def scale_of(largest: float, kind: Kind, what: str) -> float:
     """The least scale that FP16 holds and that brings `largest` to the last code.
 
     Raises:
-        ExportError: FP16 holds none.
+        UnquantizableError: FP16 holds none.
     """
     exact = np.float32(largest / LIMITS[kind])
     with np.errstate(over="ignore"):
         scale = np.float16(exact)
         scale = np.nextafter(scale, np.float16(np.inf)) if np.float32(scale) < exact else scale
     if not FP16_TINY <= scale < np.inf:
-        raise ExportError(f"{what} has values of up to {largest:.3g}, which no FP16 scale brings to {kind}")
+        raise UnquantizableError(f"{what} has values of up to {largest:.3g}, which no FP16 scale brings to {kind}")
     return float(scale)
 
 
@@ -100,7 +104,7 @@ def encode_weight(weight: Tensor, kind: Kind, name: str) -> Codes:
     """Quantises a weight (K, N), per output channel in INT8.
 
     Raises:
-        ExportError: a weight that is zero or not finite throughout a scale.
+        UnquantizableError: a weight that is zero throughout, too small or not finite.
     """
     weight = weight.float()
     if kind == "fp8":
@@ -136,16 +140,17 @@ def match_products(patterns: Sequence[str], products: Collection[str]) -> list[s
     """
     chosen: set[str] = set()
     for pattern in patterns:
-        found = {
-            name
-            for name in products
-            if pattern == "all" or fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
-        }
+        found = {name for name in products if pattern == "all" or is_named(name, pattern)}
         if not found:
             shown = ", ".join(list(products)[:4])
             raise ExportError(f"--quantise {pattern!r} names no product; there are {len(products)}: {shown}, ...")
         chosen |= found
     return [name for name in products if name in chosen]
+
+
+def is_named(path: str, pattern: str) -> bool:
+    """Whether a pattern names a module or product by its path, or a module around it."""
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
 
 
 def quantise(graph: ir.Graph, quantisation: Quantisation, fp32_modules: Collection[str] = ()) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from export.contract.export_command import DTYPES
+
 CHUNK = 1 << 20
 """Elements that are compared at a time in float64; sums in float32 gave a cosine of 1.00008."""
 
@@ -106,7 +108,9 @@ class Verdict:
         return {"verified": self.passed, "method": self.method, **bad, "outputs": outputs}
 
 
-def tolerance_for(name: str, precision: str, overrides: Mapping[str, float] | None = None) -> Tolerance:
+def tolerance_for(
+    name: str, precision: str, overrides: Mapping[str, float] | None = None, dtype: str | None = None
+) -> Tolerance:
     """The tolerance of an output.
 
     Args:
@@ -114,14 +118,25 @@ def tolerance_for(name: str, precision: str, overrides: Mapping[str, float] | No
         precision: fp32, fp16, bf16, fp8 or int8.
         overrides: relative L2 by name or wildcard; the cosine follows where it is looser, as 1 - L2^2, twice what an
             error orthogonal to the reference takes from it.
+        dtype: numpy name of the output's type; where that rounds more than the precision, its tolerance holds.
     """
-    tolerance = TOLERANCES[precision]
-    if "_pos_" in name:
-        tolerance = dataclasses.replace(tolerance, max_abs=POSITION_MAX_ABS[precision])
+    tolerance = _default_tolerance(name, precision)
+    if dtype is not None:
+        tolerance = _looser(tolerance, _default_tolerance(name, DTYPES[dtype]))
     for pattern, value in (overrides or {}).items():
         if fnmatch.fnmatchcase(name, pattern):
             tolerance = Tolerance(value, min(tolerance.cosine, 1 - value**2), tolerance.max_abs)
     return tolerance
+
+
+def _default_tolerance(name: str, precision: str) -> Tolerance:
+    tolerance = TOLERANCES[precision]
+    return dataclasses.replace(tolerance, max_abs=POSITION_MAX_ABS[precision]) if "_pos_" in name else tolerance
+
+
+def _looser(one: Tolerance, other: Tolerance) -> Tolerance:
+    largest = None if one.max_abs is None or other.max_abs is None else max(one.max_abs, other.max_abs)
+    return Tolerance(max(one.relative_l2, other.relative_l2), min(one.cosine, other.cosine), largest)
 
 
 def check_overrides(overrides: Mapping[str, float], names: Sequence[str]) -> None:
@@ -139,8 +154,9 @@ def compare(
     precision: str,
     method: str,
     overrides: Mapping[str, float] | None = None,
+    dtype: str | None = None,
 ) -> Verdict:
-    """Compares every output of the candidate with the reference's.
+    """Compares every output of the candidate with the reference's, within the tolerances of `tolerance_for`.
 
     Raises:
         FidelityError: an output that the reference lacks, or of another shape; an override that names no output.
@@ -152,7 +168,8 @@ def compare(
             raise FidelityError(f"output {name} is not in the reference, which has {', '.join(reference)}")
         if reference[name].shape != array.shape:
             raise FidelityError(f"output {name} is {array.shape}, the reference {reference[name].shape}")
-        comparisons.append(compare_output(name, reference[name], array, tolerance_for(name, precision, overrides)))
+        tolerance = tolerance_for(name, precision, overrides, dtype)
+        comparisons.append(compare_output(name, reference[name], array, tolerance))
     return Verdict(tuple(comparisons), method)
 
 

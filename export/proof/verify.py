@@ -182,7 +182,7 @@ def verify_onnx(
         shapes = {name: (len(image), *array.shape[1:]) for name, array in stored.items()}
         candidate |= {name: np.broadcast_to(array, shapes[name]) for name, array in stored.items()}
     method = reference.method(f" against ONNX Runtime {require_runtime().__version__}", f", {SIMULATED}" if low else "")
-    verdict = compare(reference.outputs, candidate, precision, method, overrides)
+    verdict = compare(reference.outputs, candidate, precision, method, overrides, signature.dtype)
     if rounded and any(comparison.non_finite for comparison in verdict.comparisons):
         report("looking for the first tensor that is not finite")
         verdict = dataclasses.replace(verdict, first_bad=first_non_finite(model, rounded, path.parent, image))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -27,12 +27,22 @@ FEWEST, MOST = 8, 16
 """Pictures of a folder that are read: fewer than 8 say little, and one takes 40 s at 1008 on 2 cores."""
 
 
-FORMAT = 1
+FORMAT = 2
+"""Version of the file; 1 did not record the architecture."""
+
+METADATA = "neck_export_calibration"
 FIELDS = ("rows", "weights", "channels")
+
+NOT_OF_THE_TRUNK = ("image_size", "d_model", "scale_factors", "necks", "sam2_head")
+"""Fields of EncoderConfig that change nothing of what the trunk's layers read; the image size is recorded apart."""
 
 
 class CalibrationError(ValueError):
-    """Pictures that tell no range, or a calibration file that is not of this encoder."""
+    """Pictures that tell no range, or a calibration file that is damaged."""
+
+
+class OutdatedError(CalibrationError):
+    """A calibration of another encoder or image size, which is made again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What was seen: how many pictures at which size, of which weights, and the layers by path."""
+    """What was seen: how many pictures at which size, of which trunk (its fingerprint), and the layers by path."""
 
     pictures: int
     image_size: tuple[int, int]
@@ -103,7 +113,7 @@ def calibrate(encoder: Sam3DualViTDetNeck, pixels: np.ndarray, report: Report = 
         report: told of every picture.
 
     Raises:
-        CalibrationError: a layer whose input is not finite, or zero throughout.
+        CalibrationError: a layer whose input is not finite.
     """
     layers, seen, each = linear_layers(encoder), len(pixels), -(-ROWS // len(pixels))
     # made before any pass: what stays would else lie among what a pass frees, and the process would grow by 15 GB
@@ -129,9 +139,6 @@ def calibrate(encoder: Sam3DualViTDetNeck, pixels: np.ndarray, report: Report = 
         for hook in hooks:
             hook.remove()
     found = {name: _filled(room) for name, room in kept.items()}
-    for name, layer in found.items():
-        if layer.largest == 0:
-            raise CalibrationError(f"{name}: its input is zero on every picture, which tells no range")
     height, width = pixels.shape[1:3]
     return Calibration(seen, (height, width), fingerprint(encoder), found)
 
@@ -159,10 +166,18 @@ def _filled(room: Layer) -> Layer:
 
 
 def fingerprint(encoder: Sam3DualViTDetNeck) -> str:
-    """SHA-256 of the weights that ranges depend on: those of the trunk."""
-    digest = hashlib.sha256()
-    for name, tensor in encoder.trunk.named_parameters():
-        digest.update(name.encode() + tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    """SHA-256 of what the inputs of the trunk's layers depend on besides the pictures: its architecture and weights."""
+    config = getattr(encoder.trunk, "config", None)
+    fields = {name: value for name, value in vars(config).items() if name not in NOT_OF_THE_TRUNK} if config else {}
+    return weights_digest(encoder.trunk, repr(sorted(fields.items())))
+
+
+def weights_digest(module: nn.Module, about: str) -> str:
+    """SHA-256 of a module's parameters, their names, shapes and types, and of a text."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in module.named_parameters():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -185,7 +200,7 @@ def save_calibration(path: Path, calibration: Calibration) -> None:
     }
     try:
         with replacing(path) as staged:
-            staged.write_bytes(safetensors.torch.save(tensors, {"neck_export_calibration": json.dumps(about)}))
+            staged.write_bytes(safetensors.torch.save(tensors, {METADATA: json.dumps(about)}))
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise CalibrationError(f"{path}: cannot be written ({why}); check the folder and the disk") from None
@@ -195,24 +210,46 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
     """Reads a calibration of an encoder at an image size.
 
     Raises:
-        CalibrationError: not a calibration, or of another encoder or size.
+        CalibrationError: the file is not a calibration, or is damaged.
+        OutdatedError: it was made for another encoder or image size, or by another version.
     """
+    fix = "delete it to calibrate again, or name another file with --calibration"
     try:
         with safe_open(path, framework="pt") as file:
-            about: dict[str, Any] = json.loads((file.metadata() or {})["neck_export_calibration"])
-            layers = {
-                name: Layer(*(file.get_tensor(f"{name}.{field}") for field in FIELDS))
-                for name in linear_layers(encoder)
-                if about["encoder"] and f"{name}.rows" in file.keys()  # noqa: SIM118 - no mapping
-            }
-        size = tuple(about["image_size"])
-        found = Calibration(about["pictures"], (size[0], size[1]), about["encoder"], layers)
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError):
-        raise CalibrationError(f"{path}: is no calibration of neck-export; remove it, or name another file") from None
-    again = "calibrate again: name a file that is not there yet"
-    if found.image_size != image_size:
-        sizes = ["x".join(map(str, size)) for size in (found.image_size, image_size)]
-        raise CalibrationError(f"{path}: is of pictures of {sizes[0]} pixels, the export is of {sizes[1]}; {again}")
-    if found.encoder != fingerprint(encoder):
-        raise CalibrationError(f"{path}: is of other weights than those that are exported; {again}")
+            about = json.loads((file.metadata() or {})[METADATA])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        if not isinstance(about, dict):
+            raise ValueError
+    except (SafetensorError, OSError, ValueError, LookupError, RecursionError):
+        raise CalibrationError(f"{path}: the file is not a calibration of neck-export; {fix}") from None
+    if about.get("format") != FORMAT:
+        raise OutdatedError(f"{path}: another version of neck-export wrote it")
+    if about.get("image_size") != list(image_size):
+        raise OutdatedError(f"{path}: it was made at {about.get('image_size')} pixels, not at {list(image_size)}")
+    if about.get("encoder") != fingerprint(encoder):
+        raise OutdatedError(f"{path}: it was made for other weights or another architecture")
+    try:
+        layers = {name: _read_layer(name, layer, tensors) for name, layer in linear_layers(encoder).items()}
+        if type(about["pictures"]) is not int or about["pictures"] < 1:
+            raise ValueError(f"its number of pictures is {about['pictures']!r}")
+    except (LookupError, ValueError) as error:
+        raise CalibrationError(f"{path}: the calibration is damaged ({error}); {fix}") from None
+    return Calibration(about["pictures"], image_size, about["encoder"], layers)
+
+
+def _read_layer(name: str, layer: nn.Linear, tensors: Mapping[str, Tensor]) -> Layer:
+    """One layer's part of a calibration.
+
+    Raises:
+        LookupError, ValueError: what is missing or wrong.
+    """
+    found = Layer(*(tensors[f"{name}.{field}"] for field in FIELDS))
+    count, channels = len(found.weights) if found.weights.dim() == 1 else 0, layer.in_features
+    shapes = ((count, channels), (count,), (channels,))
+    for field, shape in zip(FIELDS, shapes, strict=True):
+        tensor = getattr(found, field)
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape or not tensor.isfinite().all():
+            raise ValueError(f"{name}.{field} is not a tensor of finite float32 numbers of the layer's shape")
+    if not count or not (found.weights > 0).all() or (found.rows.abs() > found.channels).any():
+        raise ValueError(f"the tokens of {name} do not fit their weights or channels")
     return found

@@ -6,18 +6,16 @@ taken, by trials of whole sets at the export's own size. Where all of them stay 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from export.contract.manifest import replacing
+from export.contract.manifest import parse_json, replacing, to_json
 from export.lowering.quantise import Kind
 from export.proof.fidelity import TOLERANCES, Comparison, Tolerance, tolerance_for
 from export.proof.verify import Report
@@ -82,25 +80,53 @@ class Record:
 
     Args:
         path: the file; None keeps nothing.
-        key: what the figures depend on; those that the file holds for another key are measured again.
+        key: everything that the figures depend on; those that the file holds for another key are measured again.
+
+    Attributes:
+        outdated: why the figures of a file that is there are not used; None where they are, or where there is no file.
     """
 
     def __init__(self, path: Path | None, key: Mapping[str, Any]) -> None:
-        self.path, self.key = path, json.loads(json.dumps(key))
-        self.rows: dict[str, list[dict[str, Any]]] = {}
-        with contextlib.suppress(OSError, ValueError):
-            held = json.loads(path.read_text(encoding="utf-8")) if path is not None else None
-            if isinstance(held, dict) and held.get("key") == self.key:
-                self.rows = held["rows"]
+        self.path, self.key = path, parse_json(to_json(key))
+        self.rows: dict[str, list[Comparison]] = {}
+        self.outdated: str | None = None
+        if path is None or not path.exists():
+            return
+        try:
+            held = parse_json(path.read_text(encoding="utf-8"))
+            rows = {name: [_comparison(row) for row in rows] for name, rows in held["rows"].items()}
+            differing = [part for part in self.key if held["key"].get(part) != self.key[part]]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            self.outdated = f"{path}: the file is damaged, so the trials that it recorded are run again"
+            return
+        if differing:
+            self.outdated = f"{path}: recorded with other {', '.join(differing)}, so its trials are run again"
+        else:
+            self.rows = rows
 
     def figures(self, name: str, run: Callable[[], Sequence[Comparison]]) -> list[Comparison]:
         """The figures under a name, run where the record does not hold them."""
         if name not in self.rows:
-            self.rows[name] = [dataclasses.asdict(row) for row in run()]
+            self.rows[name] = list(run())
             if self.path is not None:
+                rows = {name: [row.to_dict() for row in rows] for name, rows in self.rows.items()}
                 with replacing(self.path) as staged:
-                    staged.write_text(json.dumps({"key": self.key, "rows": self.rows}) + "\n", encoding="utf-8")
-        return [Comparison(**(row | {"tolerance": Tolerance(**row["tolerance"])})) for row in self.rows[name]]
+                    staged.write_text(to_json({"key": self.key, "rows": rows}), encoding="utf-8")
+        return self.rows[name]
+
+
+def _comparison(row: Mapping[str, Any]) -> Comparison:
+    """The figures that `Comparison.to_dict` wrote; null stands for one that was not finite.
+
+    Raises:
+        LookupError, TypeError: they are no figures.
+    """
+    values: dict[str, Any] = {name: value for name, value in row.items() if name != "passed"}
+    for name in ("max_abs", "mean_abs", "relative_l2", "cosine", "non_finite"):
+        values[name] = math.inf if values[name] is None else values[name]
+        if not isinstance(values[name], int | float):
+            raise TypeError(f"{name} is {values[name]!r}")
+    return Comparison(**values | {"tolerance": Tolerance(**values["tolerance"])})
 
 
 def unmeasured(layers: Mapping[str, nn.Linear], tokens: int) -> list[Product]:
@@ -127,14 +153,15 @@ def measure_products(
     return found
 
 
-def budget_overrides(budget: float | None) -> dict[str, float]:
-    """A budget as overrides of the tolerances; the default is none, whose cosine would be looser than the default's."""
-    return {} if budget in (None, TOLERANCES["fp8"].relative_l2) else {"*_feat_*": budget}
+def budget_overrides(budget: float | None, features: Iterable[str]) -> dict[str, float]:
+    """A budget as overrides of the features' tolerances; none for the default, whose own cosine is stricter."""
+    return {} if budget is None or budget == TOLERANCES["fp8"].relative_l2 else dict.fromkeys(features, budget)
 
 
 def within(rows: Sequence[Comparison], budget: float, kind: Kind) -> bool:
     """Whether the figures of a set leave room for what FP16 rounds."""
-    cosines = [tolerance_for(row.name, kind, budget_overrides(budget)).cosine for row in rows]
+    overrides = budget_overrides(budget, [row.name for row in rows])
+    cosines = [tolerance_for(row.name, kind, overrides).cosine for row in rows]
     return all(
         row.relative_l2 <= FILL * budget and row.cosine >= cosine for row, cosine in zip(rows, cosines, strict=True)
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.lowering.quantise import LIMITS, Kind, encode, encode_weight, scale_of
+from export.lowering.quantise import LIMITS, Kind, UnquantizableError, encode, encode_weight, scale_of
 from export.quantising.calibration import Layer
 
 PERCENTILES = (99.9, 99.99)
@@ -72,14 +72,22 @@ def choose_range(name: str, layer: Layer, weight: Tensor, kind: Kind) -> Range:
         layer: what it read.
         weight: (N, K), as torch keeps it.
         kind: fp8 or int8.
+
+    Raises:
+        UnquantizableError: the input or the weight is zero throughout, or too small or large for an FP16 scale.
     """
+    if layer.largest == 0:
+        raise UnquantizableError(f"the input of {name} is zero on every picture, which tells no range")
     weight = weight.float()
     exact = layer.rows @ weight.T
     best = _best(name, layer, weight, exact, kind)
     for share in SHARES if name.endswith(AFTER_NORM) else ():
         move = channel_move(layer.channels, weight.abs().amax(dim=0), share)
         moved = Layer(layer.rows / move, layer.weights, layer.channels / move)
-        found = _best(name, moved, weight * move, exact, kind)
+        try:
+            found = _best(name, moved, weight * move, exact, kind)
+        except UnquantizableError:  # as it is, it can be
+            continue
         if found.error < GAIN * best.error:
             best = dataclasses.replace(found, share=share, move=move)
     return best
@@ -102,7 +110,12 @@ def _best(name: str, layer: Layer, weight: Tensor, exact: Tensor, kind: Kind) ->
     norm = float((by * exact.square()).sum().sqrt())
     found = []
     for method, end in _ends(layer, kind).items():
-        scale = scale_of(end, kind, f"the input of {name}")
+        try:
+            scale = scale_of(end, kind, f"the input of {name}")
+        except UnquantizableError:
+            if method == "largest":  # the others are smaller
+                raise
+            continue
         error = float((by * (decode(values, scale, kind) @ stored - exact).square()).sum().sqrt())
         clipped = float((by * (values.abs() > end)).sum() / (by.sum() * values.shape[1]))
         found.append(Range(scale, method, layer.largest, clipped, error / norm if norm else 0.0))

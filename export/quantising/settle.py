@@ -6,22 +6,26 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from export.contract.errors import ExportError
 from export.contract.signature import Signature
-from export.lowering.quantise import CODES, Kind, Quantisation, match_products
+from export.lowering.quantise import CODES, Kind, Quantisation, UnquantizableError, match_products
 from export.proof.fidelity import TOLERANCES, Comparison
 from export.proof.verify import Report, reference_pixels
 from export.quantising.calibration import (
     Calibration,
+    OutdatedError,
     calibrate,
     calibration_pixels,
     linear_layers,
     read_calibration,
     save_calibration,
+    weights_digest,
 )
 from export.quantising.choice import (
     PROXY,
@@ -43,6 +47,9 @@ from neck.pictures import PictureFolder
 
 AUTO = "auto"
 
+RECORD_FORMAT = 2
+"""Version of the record of trials, part of its key."""
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantiseOptions:
@@ -57,6 +64,11 @@ class QuantiseOptions:
     products: tuple[str, ...] = ()
     budget: float | None = None
     calibration: Path | None = None
+
+
+def record_path(calibration: Path, kind: str) -> Path:
+    """Where the record of trials lies: X.safetensors -> X.fp8.json."""
+    return calibration.with_suffix(f".{kind}.json")
 
 
 class Settled(NamedTuple):
@@ -83,22 +95,28 @@ def check_quantise(options: QuantiseOptions, precision: str) -> None:
         raise ExportError(f"--calibration {path}: expected a file that ends in .safetensors")
 
 
-def budget_tolerances(options: QuantiseOptions, tolerances: Mapping[str, float]) -> dict[str, float]:
+def budget_tolerances(
+    options: QuantiseOptions, tolerances: Mapping[str, float], signature: Signature | None
+) -> dict[str, float]:
     """The overrides of the tolerances with what a budget means for the features; those that were asked come last."""
-    return budget_overrides(options.budget) | dict(tolerances)
+    return budget_overrides(options.budget, signature.features if signature else ()) | dict(tolerances)
 
 
 def manifest_tolerances(manifest: Mapping[str, Any], tolerances: Mapping[str, float] | None) -> dict[str, float]:
     """The same for a file that is there: its export's budget, where one was given."""
-    facts = manifest.get("quantisation") or {}
-    return budget_overrides(facts.get("budget")) | dict(tolerances or {})
+    budget = (manifest.get("quantisation") or {}).get("budget")
+    features = Signature.from_dict(manifest["signature"]).features if budget is not None else ()
+    return budget_overrides(budget, features) | dict(tolerances or {})
 
 
 def all_tolerances(
-    manifest: Mapping[str, Any] | None, options: QuantiseOptions, tolerances: Mapping[str, float]
+    manifest: Mapping[str, Any] | None,
+    options: QuantiseOptions,
+    tolerances: Mapping[str, float],
+    signature: Signature | None,
 ) -> dict[str, float]:
     """Those of a plan: the budget of its file or of its own products, then those that were asked."""
-    return manifest_tolerances(manifest or {}, budget_tolerances(options, tolerances))
+    return manifest_tolerances(manifest or {}, budget_tolerances(options, tolerances, signature))
 
 
 def settle(
@@ -109,6 +127,7 @@ def settle(
     images: Path | PictureFolder | None,
     notes: list[str],
     report: Report = lambda line: None,
+    kept: Collection[str] = (),
 ) -> Settled:
     """Calibrates, or reads a calibration, and chooses products and ranges.
 
@@ -120,19 +139,27 @@ def settle(
         images: pictures to calibrate on, where no calibration is there.
         notes: takes what the user must know.
         report: told of every step.
+        kept: products that stay in FP32 (`--keep-fp32`): they are neither quantized nor take part in the choice.
 
     Raises:
-        CalibrationError, PictureError, ExportError: pictures, a calibration or patterns that do not serve.
+        CalibrationError, PictureError, ExportError: pictures, a calibration or patterns that do not serve; no product
+            that is left.
     """
     layers = linear_layers(encoder)
     patterns = options.products or (AUTO,)
-    names = match_products([one for one in patterns if one != AUTO] or ["all"], layers)
+    asked = match_products([one for one in patterns if one != AUTO] or ["all"], layers)
+    names = [name for name in asked if name not in kept]
+    if not names:
+        raise ExportError(f"--keep-fp32 keeps all {len(asked)} products in FP32, so nothing is left for {kind}")
     calibration = _calibration(encoder, signature, options, images, notes, report)
     report(f"ranges of {len(names)} products")
-    ranges = {name: choose_range(name, calibration.layers[name], layers[name].weight.detach(), kind) for name in names}
+    ranges, left_out = _ranges({name: layers[name] for name in names}, calibration, kind)
+    notes += [f"{name} is not quantized: {reason}" for name, reason in left_out.items()]
+    if not ranges:
+        raise ExportError(f"--precision {kind}: no product can be quantized; {next(iter(left_out.values()))}")
     curve: tuple[dict[str, Any], ...] = ()
     if AUTO in patterns:
-        choice = _chosen(encoder, signature, kind, options, images, ranges, calibration.encoder, report)
+        choice = _chosen(encoder, signature, kind, options, images, ranges, notes, report)
         ranges, curve = {name: ranges[name] for name in names if name in choice.names}, choice.curve
     encoder.set_imgsz(signature.image_size)
     if note := clipping_note(ranges, kind):
@@ -145,11 +172,25 @@ def settle(
         "calibration": str(options.calibration) if options.calibration else None,
         "images": str(PictureFolder.of(images).path) if images is not None else None,
         "of": len(layers),
+        "left_out": left_out,
         "curve": list(curve),
         "rates": product_rates(kind).source if curve else None,
         "products": {name: one.to_dict() for name, one in ranges.items()},
     }
     return Settled(quantisation_of(kind, ranges), facts)
+
+
+def _ranges(
+    layers: Mapping[str, nn.Linear], calibration: Calibration, kind: Kind
+) -> tuple[dict[str, Range], dict[str, str]]:
+    """The range of each product, and why some have none."""
+    ranges, left_out = dict[str, Range](), dict[str, str]()
+    for name, layer in layers.items():
+        try:
+            ranges[name] = choose_range(name, calibration.layers[name], layer.weight.detach(), kind)
+        except UnquantizableError as error:
+            left_out[name] = str(error)
+    return ranges, left_out
 
 
 def _budget(options: QuantiseOptions, kind: Kind) -> float:
@@ -163,25 +204,28 @@ def _chosen(
     options: QuantiseOptions,
     images: Path | PictureFolder | None,
     ranges: Mapping[str, Range],
-    weights: str,
+    notes: list[str],
     report: Report,
 ) -> Choice:
-    """Tries all products at the export's own size, then each alone at a small one, then sets at the export's own.
-
-    `weights` is their SHA-256.
-    """
-    found, patch = quantisation_of(kind, ranges), encoder_config(encoder).patch_size
+    """Tries all products at the export's own size, then each alone at a small one, then sets at the export's own."""
+    config = dataclasses.replace(encoder_config(encoder), image_size=signature.image_size)
+    found, patch = quantisation_of(kind, ranges), config.patch_size
     layers = {name: layer for name, layer in linear_layers(encoder).items() if name in ranges}
     small, budget = at_size(signature, PROXY, patch), _budget(options, kind)
     sizes = (small, signature)
     pixels = [reference_pixels(size, images, 1) for size in sizes]
     key = {
-        "encoder": weights,
-        "pixels": [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pixels],
-        "outputs": [signature.necks, signature.levels],
-        "ranges": {name: [one.scale, one.share] for name, one in ranges.items()},
+        "format": RECORD_FORMAT,
+        "kind": kind,
+        "encoder": weights_digest(encoder, repr(config)),
+        "pictures": [[picture.shape, hashlib.sha256(picture.tobytes()).hexdigest()] for picture in pixels],
+        "outputs": signature.features,
+        "ranges": {name: {key: one.to_dict()[key] for key in ("scale", "move")} for name, one in ranges.items()},
     }
-    record = Record(options.calibration.with_suffix(f".{kind}.json") if options.calibration else None, key)
+    record = Record(record_path(options.calibration, kind) if options.calibration else None, key)
+    if record.outdated:
+        notes.append(record.outdated)
+        report(record.outdated)
 
     @functools.lru_cache(1)  # one size at a time is in memory
     def trials(index: int) -> Trials:
@@ -224,7 +268,11 @@ def _calibration(
 ) -> Calibration:
     if options.calibration is not None and options.calibration.exists():
         report(f"calibration: {options.calibration}")
-        return read_calibration(options.calibration, encoder, signature.image_size)
+        try:
+            return read_calibration(options.calibration, encoder, signature.image_size)
+        except OutdatedError as error:
+            notes.append(f"{error}; it was made again")
+            report(f"{error}; calibrating again")
     encoder.set_imgsz(signature.image_size)
     found = calibrate(encoder, calibration_pixels(signature, images, notes), report)
     if options.calibration is not None:

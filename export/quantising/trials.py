@@ -104,7 +104,7 @@ class Trials:
 
     def _features(self, encoder: Sam3DualViTDetNeck) -> dict[str, np.ndarray]:
         found = reference_outputs(encoder, self.pixels, self.signature)
-        return {name: array for name, array in found.items() if "_feat_" in name}
+        return {name: found[name] for name in self.signature.features}
 
 
 def at_size(signature: Signature, most: int, patch: int) -> Signature:
