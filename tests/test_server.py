@@ -6,9 +6,12 @@ import contextlib
 import http.client
 import importlib.util
 import json
+import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,7 @@ from serving import (
     reference,
     still_right,
 )
-from triton_server import Server, running, stand_in_plan, stand_in_repository, why_missing
+from triton_server import ROOT, Server, running, stand_in_plan, stand_in_repository, why_missing
 
 from engines.builder.gpu import has_gpu
 from engines.service.triton_client.__main__ import main
@@ -89,6 +92,60 @@ def test_shared_memory_is_given_back(server: Server) -> None:
             assert len(held) == 1 + len(expected()) and all(Path("/dev/shm", name).exists() for name in held)
         assert control.get_system_shared_memory_status() == []
     assert not any(Path("/dev/shm", name).exists() for name in held)
+
+
+HANGS = """
+import sys
+from serving import images
+from engines.service.triton_client.client import TritonClient
+client = TritonClient(sys.argv[1], protocol=sys.argv[2], memory="system", timeout_s=600)
+client.infer(images()[:2])
+print("answered", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_what_a_killed_client_left_is_removed_by_the_next(server: Server, protocol: str) -> None:
+    url = server.http_url if protocol == "http" else server.grpc_url
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    client = subprocess.Popen(
+        [sys.executable, "-c", HANGS, url, protocol],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    assert client.stdout is not None and client.stdout.readline() == b"answered\n"
+    with tritonclient.http.InferenceServerClient(server.http_url) as control:
+        left = [region["name"] for region in control.get_system_shared_memory_status()]
+        assert len(left) == 1 + len(expected()) and all(f"-{client.pid}-" in name for name in left)
+        client.kill()
+        client.communicate()
+        with client_of(server, protocol, memory="system") as other:
+            assert passes(part([7]), other.infer(images()[[7]]))
+            held = {region["name"] for region in control.get_system_shared_memory_status()}
+            assert len(held) == 1 + len(expected()) and held.isdisjoint(left)
+        assert control.get_system_shared_memory_status() == []
+    assert not any(Path("/dev/shm", name).exists() for name in left)
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_client_goes_on_after_its_server_was_started_again(folder: Path, plan: Path, protocol: str) -> None:
+    """The new server knows none of the client's regions, and answers 404 until they are registered again."""
+    (folder / protocol).mkdir()
+    repository = stand_in_repository(folder / protocol, plan)
+    with running(repository) as first:
+        memory, plain = client_of(first, protocol, memory="system"), client_of(first, protocol)
+        clients = (memory, plain)
+        for client in clients:
+            assert passes(part([1]), client.infer(images()[[1]]))
+    with running(repository, ports=[int(url.rpartition(":")[2]) for url in (first.http_url, first.grpc_url)]) as second:
+        for client in clients:
+            assert passes(part([2]), client.infer(images()[[2]]))
+            assert not passes(part([1]), client.infer(images()[[2]]))  # the control
+            client.close()
+        with tritonclient.http.InferenceServerClient(second.http_url) as control:
+            assert control.get_system_shared_memory_status() == []
 
 
 def test_the_onnx_file_and_the_uint8_plan_answer_the_same(server: Server) -> None:

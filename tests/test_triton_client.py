@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import concurrent.futures
 import contextlib
 import http.server
+import json
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +26,14 @@ from PIL import Image
 
 pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install 'neck-export[triton]'")
 
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 import engines.service.triton_client
+from engines.service.triton_client import shared
 from engines.service.triton_client.__main__ import main
+from engines.service.triton_client.address import read_address
 from engines.service.triton_client.client import TritonClient
 from engines.service.triton_client.errors import ClientError
 from engines.service.triton_client.model import Model, Tensor, describe
@@ -163,10 +173,61 @@ def test_a_server_that_is_no_triton(monkeypatch: pytest.MonkeyPatch, status: int
             thread.join()
 
 
-@pytest.mark.parametrize("url", ["http://localhost:8000", ""])
-def test_a_url_has_no_scheme(url: str) -> None:
-    with pytest.raises(ClientError, match="expected host:port without a scheme, such as localhost:8000"):
+@pytest.mark.parametrize("url", ["ftp://localhost:8000", "", "localhost:x", "https://", "localhost:8000?x=1", "[::1"])
+def test_a_url_that_is_none(url: str) -> None:
+    with pytest.raises(ClientError, match=r"the URL .*such as localhost:8000"):
         TritonClient(url)
+
+
+ADDRESSES = [
+    ("triton", "http", "triton:8000", False),
+    ("triton", "grpc", "triton:8001", False),
+    ("triton:9", "http", "triton:9", False),
+    ("http://triton", "http", "triton:80", False),
+    ("https://triton", "http", "triton:443", True),
+    ("https://triton:9", "grpc", "triton:9", True),
+    ("https://triton/models/a/", "http", "triton:443/models/a", True),
+    ("[::1]:9", "http", "[::1]:9", False),
+]
+
+
+@pytest.mark.parametrize(("url", "protocol", "host", "tls"), ADDRESSES)
+def test_addresses(url: str, protocol: str, host: str, tls: bool) -> None:
+    found = read_address(url, protocol)
+    assert (found.host, found.tls, found.headers) == (host, tls, {})
+    with_user = url.replace("://", "://ann:s%40cret@") if "://" in url else f"ann:s%40cret@{url}"
+    found = read_address(with_user, protocol)
+    assert (found.host, found.tls) == (host, tls)
+    assert found.headers == {"authorization": "Basic " + base64.b64encode(b"ann:s@cret").decode()}
+
+
+SECRET = "s3cr3t"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"url": f"ann:{SECRET}@127.0.0.1:1"},
+        {"url": f"https://ann:{SECRET}@127.0.0.1:1"},
+        {"url": f"ftp://ann:{SECRET}@127.0.0.1:1"},
+        {"url": f"ann:{SECRET}@127.0.0.1:x"},
+        {"url": f"ann:{SECRET}@"},
+        {"url": f"127.0.0.1:1?token={SECRET}"},
+        {"url": "127.0.0.1:1", "user": "ann", "password": SECRET},
+        {"url": "127.0.0.1:1", "token": SECRET},
+        {"url": "127.0.0.1:1", "token": SECRET, "user": "ann"},
+        {"url": "127.0.0.1:1", "headers": {"X-Key": SECRET}},
+        {"url": "127.0.0.1:1", "headers": {"X-Key": f"{SECRET}\n"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_no_secret_is_shown(protocol: Any, options: dict[str, Any]) -> None:  # noqa: ANN401
+    with pytest.raises(ClientError) as caught:
+        TritonClient(protocol=protocol, timeout_s=5, **options)
+    text = "".join(traceback.format_exception(caught.value))
+    assert SECRET not in text.replace(repr(options), "") and SECRET not in str(caught.value)
+    assert SECRET not in repr(read_address("x", "http", "ann", SECRET))
 
 
 def test_a_port_is_added() -> None:
@@ -192,15 +253,15 @@ def stand_in(ready: bool = True, index: Any = (), most: int = 8, **metadata: Any
     )
 
 
-@pytest.mark.parametrize("timeout_s", [None, 7.0])
-def test_a_model_is_described(timeout_s: float | None) -> None:
+@pytest.mark.parametrize("options", [dict, lambda: {"client_timeout": 7.0}], ids=["http", "grpc"])
+def test_a_model_is_described(options: Any) -> None:  # noqa: ANN401
     image, feature = Tensor("image", "FP32", (-1, 3, 8, 8)), Tensor("sam3_feat_0", "FP16", (-1, 4, 2, 2))
-    found = describe(stand_in(), "m", "", ["sam3_*"], timeout_s)
+    found = describe(stand_in(), "m", "", ["sam3_*"], options)
     assert found == Model(image, (feature,), max_batch=8, fixed=False)
     assert feature.bytes_of(3) == 3 * 16 * 2
-    fixed = describe(stand_in(most=0, inputs=[IMAGE | {"shape": ["4", "3", "8", "8"]}]), "m", "", [], timeout_s)
+    fixed = describe(stand_in(most=0, inputs=[IMAGE | {"shape": ["4", "3", "8", "8"]}]), "m", "", [], options)
     assert fixed.max_batch == 4 and fixed.fixed
-    assert describe(stand_in(most=0), "m", "", [], timeout_s).max_batch == 1  # a batch that Triton knows nothing of
+    assert describe(stand_in(most=0), "m", "", [], options).max_batch == 1  # a batch that Triton knows nothing of
 
 
 @pytest.mark.parametrize(
@@ -222,10 +283,10 @@ def test_a_model_is_described(timeout_s: float | None) -> None:
         (stand_in(False, [{"name": "m"}]), "m is not ready; the server has version ?"),
     ],
 )
-@pytest.mark.parametrize("timeout_s", [None, 7.0])
-def test_a_model_that_cannot_be_used_is_told(client: Any, words: str, timeout_s: float | None) -> None:  # noqa: ANN401
+@pytest.mark.parametrize("options", [dict, lambda: {"client_timeout": 7.0}], ids=["http", "grpc"])
+def test_a_model_that_cannot_be_used_is_told(client: Any, words: str, options: Any) -> None:  # noqa: ANN401
     with pytest.raises(ClientError, match=words):
-        describe(client, "m", "", ["sam3_*"], timeout_s)
+        describe(client, "m", "", ["sam3_*"], options)
 
 
 class Regions:
@@ -233,6 +294,9 @@ class Regions:
 
     def __init__(self, refusals: list[str]) -> None:
         self.refusals, self.known, self.calls = refusals, set[str](), 0
+
+    def get_system_shared_memory_status(self) -> list[dict[str, Any]]:
+        return [{"name": name} for name in sorted(self.known)]
 
     def register_system_shared_memory(self, name: str, key: str, size: int) -> None:
         self.known.add(name)
@@ -250,7 +314,7 @@ IN_USE = "Cannot unregister shared memory region 'x', it is currently in use."
 def test_a_region_in_use_is_given_back_a_little_later() -> None:
     """Seen with Triton 2.51 now and then over gRPC: the answer comes before the region is free."""
     client = Regions([IN_USE] * 2)
-    memory = SharedMemory(client, "system")
+    memory = SharedMemory(lambda: client, "system")
     value, tensor = np.arange(6, dtype=np.float32).reshape(2, 3), Tensor("x", "FP32", (-1, 3))
     name, size = memory.put("x", value)
     assert size == 24 and client.known == {name}
@@ -265,8 +329,289 @@ def test_a_region_in_use_is_given_back_a_little_later() -> None:
 def test_every_region_is_freed_here_whatever_the_server_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engines.service.triton_client.shared.IN_USE_WAITS_S", (0.0, 0.0))
     for refusals, calls in ((["no such thing"], 2), ([IN_USE] * 3, 4)):
-        memory = SharedMemory(client := Regions(refusals), "system")
+        client = Regions(refusals)
+        memory = SharedMemory(lambda client=client: client, "system")
         names = [memory.reserve(tensor, 8)[0] for tensor in "ab"]
         with pytest.raises(InferenceServerException):
             memory.close()
         assert client.calls == calls and not any(Path("/dev/shm", name).exists() for name in names)
+
+
+def a_dead_process() -> str:
+    """A region's name of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = shared._started(process.pid)
+    process.communicate(b"\n")
+    return f"neck-client-{shared._namespace():x}-{process.pid}-{started}-{16 * 'a'}"
+
+
+def test_what_a_killed_client_left_is_removed() -> None:
+    stale, foreign = a_dead_process(), f"neck-client-1-1-1-{16 * 'b'}"
+    client = Regions([])
+    memory = SharedMemory(lambda: client, "system")
+    mine, _ = memory.reserve("x", 8)
+    names = [stale, foreign, mine, "neck-client-odd", "theirs"]
+    client.known.update(names)
+    for name in (stale, foreign):
+        (shared.PLACE / name).write_bytes(b"x")
+    try:
+        assert [shared.is_stale(name) for name in names] == [True, False, False, False, False]
+        SharedMemory(lambda: client, "system")
+        assert client.known == set(names) - {stale}
+        assert not (shared.PLACE / stale).exists() and (shared.PLACE / foreign).exists()
+    finally:
+        (shared.PLACE / foreign).unlink()
+    memory.close()
+
+
+class Fake(http.server.BaseHTTPRequestHandler):
+    """Speaks Triton's protocol for one model of one output, and answers as its server's `answer` says."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.server.seen.append(dict(self.headers))  # type: ignore[attr-defined]
+        metadata = {"name": "m", "inputs": [IMAGE], "outputs": [FEATURE, FEATURE | {"name": "sam3_feat_1"}]}
+        bodies = {"/ready": {}, "/config": {"max_batch_size": 8}}
+        found = next((body for end, body in bodies.items() if self.path.endswith(end)), metadata)
+        self.reply(json.dumps(found).encode())
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.answer(self)  # type: ignore[attr-defined]
+
+    def reply(self, body: bytes, **headers: str) -> None:
+        self.send_response(200)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def tensors(self, values: dict[str, np.ndarray], cut: int = 0) -> None:
+        outputs = [
+            {
+                "name": name,
+                "datatype": "FP16",
+                "shape": list(value.shape),
+                "parameters": {"binary_data_size": value.nbytes},
+            }
+            for name, value in values.items()
+        ]
+        header = json.dumps({"model_name": "m", "outputs": outputs}).encode()
+        data = b"".join(value.tobytes() for value in values.values())
+        self.reply(header + data[: len(data) - cut], Inference_Header_Content_Length=str(len(header)))
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def fake(answer: Any, context: ssl.SSLContext | None = None) -> Iterator[tuple[str, list[dict[str, str]]]]:  # noqa: ANN401
+    """The address of a fake server, and the headers of the requests that it has seen."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Fake) as server:
+        seen: list[dict[str, str]] = []
+        server.answer, server.seen = answer, seen  # type: ignore[attr-defined]
+        if context is not None:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}", seen
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def halves(batch: int, *side: int) -> np.ndarray:
+    return np.arange(batch * 16).reshape(batch, *(side or (4, 2, 2))).astype(np.float16)
+
+
+GOOD = {"sam3_feat_0": halves(2), "sam3_feat_1": halves(2) + 1}
+ANSWERS = {
+    "one output": ({"sam3_feat_0": halves(2)}, "lacks sam3_feat_1"),
+    "none": ({}, "lacks sam3_feat_0, sam3_feat_1"),
+    "a larger batch": (GOOD | {"sam3_feat_1": halves(3)}, r"sam3_feat_1 is FP16 \[3, 4, 2, 2\], expected FP16 \[2, 4"),
+    "a smaller batch": ({name: value[:1] for name, value in GOOD.items()}, r"sam3_feat_0 is FP16 \[1, "),
+    "another shape": (GOOD | {"sam3_feat_0": halves(2, 2, 4, 2)}, r"sam3_feat_0 is FP16 \[2, 2, 4, 2\]"),
+}
+
+
+def test_a_whole_answer_is_taken() -> None:
+    """The control of the next test."""
+    with fake(lambda handler: handler.tensors(GOOD)) as (url, _), TritonClient(url, "m", timeout_s=60) as client:
+        found = client.infer(np.zeros((2, 3, 8, 8), np.float32))
+    assert sorted(found) == sorted(GOOD) and all(np.array_equal(found[name], GOOD[name]) for name in GOOD)
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_an_incomplete_answer_is_refused(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    values, words = ANSWERS[case]
+    with fake(lambda handler: handler.tensors(values)) as (url, _):
+        with TritonClient(url, "m", timeout_s=60) as client, pytest.raises(ClientError, match=words):
+            client.infer(np.zeros((2, 3, 8, 8), np.float32))
+        assert main([str(CHELSEA)] * 2 + ["--url", url, "--model", "m"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("cut", [1, 2, 30, 64])
+def test_a_cut_answer_is_refused(cut: int) -> None:
+    with (
+        fake(lambda handler: handler.tensors(GOOD, cut)) as (url, _),
+        TritonClient(url, "m", timeout_s=60) as client,
+        pytest.raises(ClientError),
+    ):
+        client.infer(np.zeros((2, 3, 8, 8), np.float32))
+
+
+def drip(handler: Fake) -> None:
+    """A byte now and then, for as long as the client takes them."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "10000")
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        for _ in range(10000):
+            handler.wfile.write(b" ")
+            time.sleep(0.02)
+
+
+def test_a_timeout_bounds_the_whole_call() -> None:
+    """Each byte comes in time; the answer would take 200 s. The client is of use again."""
+    answers = [drip, lambda handler: handler.tensors(GOOD)]
+    with (
+        fake(lambda handler: answers.pop(0)(handler)) as (url, _),
+        TritonClient(url, "m", timeout_s=3) as client,
+    ):
+        with pytest.raises(ClientError, match="no answer within 3 s"):
+            client.infer(np.zeros((2, 3, 8, 8), np.float32))
+        assert sorted(client.infer(np.zeros((2, 3, 8, 8), np.float32))) == sorted(GOOD)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -3.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_timeout_that_is_none(protocol: Any, seconds: float) -> None:  # noqa: ANN401
+    with pytest.raises(ClientError, match="timeout"):
+        TritonClient("127.0.0.1:1", protocol=protocol, timeout_s=seconds)
+
+
+def test_credentials_and_headers_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    basic = "Basic " + base64.b64encode(b"ann:pass word").decode()
+    cases: list[tuple[dict[str, Any], str, str]] = [
+        ({"user": "ann", "password": "pass word"}, "{url}", basic),
+        ({}, "http://ann:pass%20word@{url}", basic),
+        ({"token": "abc"}, "{url}", "Bearer abc"),
+        ({"headers": {"Authorization": "Custom 1", "X-Tenant": "a"}}, "{url}", "Custom 1"),
+    ]
+    with fake(lambda handler: handler.tensors(GOOD)) as (url, seen):
+        for options, form, wanted in cases:
+            seen.clear()
+            with TritonClient(form.format(url=url), "m", timeout_s=60, **options):
+                pass
+            sent = [{name.lower(): value for name, value in headers.items()} for headers in seen]
+            assert len(sent) >= 3 and {headers.get("authorization") for headers in sent} == {wanted}
+            assert {headers.get("x-tenant") for headers in sent} == {options.get("headers", {}).get("X-Tenant")}
+        monkeypatch.setenv("NECK_TRITON_PASSWORD", "pass word")
+        seen.clear()
+        arguments = [str(CHELSEA), str(CHELSEA), "--url", url, "--model", "m"]
+        assert main([*arguments, "--user", "ann", "--header", "X-Tenant: b"]) == 0
+        assert {headers.get("authorization", headers.get("Authorization")) for headers in seen} == {basic}
+        assert {headers.get("x-tenant") for headers in seen} == {"b"}
+        monkeypatch.setenv("NECK_TRITON_TOKEN", "xyz")
+        seen.clear()
+        assert main(arguments) == 0
+        assert {headers.get("authorization") for headers in seen} == {"Bearer xyz"}
+        assert main([*arguments, "--header", "X-Tenant"]) == 1
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A private authority `ca.pem`, a server's certificate that it signed, and a stranger, `other.pem`."""
+    folder = tmp_path_factory.mktemp("certificates")
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl; apt-get install openssl")
+    (folder / "san").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost")
+    new = ["openssl", "req", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    for name in ("ca", "other"):
+        files = ["-keyout", f"{name}.key", "-out", f"{name}.pem"]
+        subprocess.run([*new, "-x509", "-subj", f"/CN={name}", *files], cwd=folder, check=True, capture_output=True)
+    files = ["-keyout", "server.key", "-out", "server.csr"]
+    subprocess.run([*new[:-2], "-subj", "/CN=x", *files], cwd=folder, check=True, capture_output=True)
+    signs = "openssl x509 -req -days 2 -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -extfile san"
+    subprocess.run([*signs.split(), "-out", "server.pem"], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def test_https_with_a_private_authority(certificates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
+    ca = certificates / "ca.pem"
+    with fake(lambda handler: handler.tensors(GOOD), context) as (url, _):
+        with TritonClient(f"https://{url}", "m", timeout_s=60, ca=ca) as client:
+            assert sorted(client.infer(np.zeros((2, 3, 8, 8), np.float32))) == sorted(GOOD)
+        for other in (None, certificates / "other.pem"):
+            with pytest.raises(ClientError, match=r"not trusted.*--ca"):
+                TritonClient(f"https://{url}", "m", timeout_s=60, ca=other)
+        with pytest.raises(ClientError, match=r"missing\.pem: the trusted certificates cannot be read"):
+            TritonClient(f"https://{url}", "m", timeout_s=60, ca=certificates / "missing.pem")
+        with pytest.raises(ClientError):
+            TritonClient(f"http://{url}", "m", timeout_s=60)
+        monkeypatch.setenv("SSL_CERT_FILE", str(ca))
+        TritonClient(f"https://{url}", "m", timeout_s=60).close()
+
+
+class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """The same model over gRPC; `names` are the outputs that it answers with."""
+
+    def __init__(self, names: list[str], batch: int = 2) -> None:
+        self.names, self.batch, self.seen = names, batch, list[dict[str, str]]()
+
+    def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: ANN401 - Triton's names
+        self.seen.append({key: str(value) for key, value in context.invocation_metadata()})
+        return service_pb2.ModelReadyResponse(ready=True)
+
+    def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: ANN401
+        outputs = [FEATURE, FEATURE | {"name": "sam3_feat_1"}]
+        return service_pb2.ModelMetadataResponse(name="m", inputs=[IMAGE], outputs=outputs)  # type: ignore[list-item]
+
+    def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: ANN401
+        return service_pb2.ModelConfigResponse(config={"max_batch_size": 8})  # type: ignore[arg-type]
+
+    def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: ANN401
+        shape = [self.batch, 4, 2, 2]
+        outputs = [{"name": name, "datatype": "FP16", "shape": shape} for name in self.names]
+        raw = [halves(self.batch).tobytes()] * len(outputs)
+        return service_pb2.ModelInferResponse(model_name="m", outputs=outputs, raw_output_contents=raw)
+
+
+@contextlib.contextmanager
+def grpc_server(servicer: Servicer, certificates: Path) -> Iterator[str]:
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(2))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+    pair = ((certificates / "server.key").read_bytes(), (certificates / "server.pem").read_bytes())
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
+    server.start()
+    try:
+        yield f"https://127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+@pytest.mark.parametrize(
+    ("names", "batch", "words"),
+    [
+        (["sam3_feat_0", "sam3_feat_1"], 2, ""),
+        (["sam3_feat_1"], 2, "lacks sam3_feat_0"),
+        (["sam3_feat_0", "sam3_feat_1"], 1, r"sam3_feat_0 is FP16 \[1, 4, 2, 2\]"),
+    ],
+)
+def test_grpc_with_a_private_authority(names: list[str], batch: int, words: str, certificates: Path) -> None:
+    servicer, ca = Servicer(names, batch), certificates / "ca.pem"
+    with grpc_server(servicer, certificates) as url:
+        options: dict[str, Any] = {"protocol": "grpc", "timeout_s": 60, "ca": ca, "token": "abc"}
+        with TritonClient(url, "m", **options) as client:
+            expected = pytest.raises(ClientError, match=words) if words else contextlib.nullcontext()
+            with expected:
+                assert sorted(client.infer(np.zeros((2, 3, 8, 8), np.float32))) == names
+        with pytest.raises(ClientError):
+            TritonClient(url, "m", protocol="grpc", timeout_s=5, ca=certificates / "other.pem")
+    assert {seen["authorization"] for seen in servicer.seen} == {"Bearer abc"}

@@ -75,13 +75,16 @@ def why_missing() -> str | None:
 
 
 @contextlib.contextmanager
-def running(repository: Path, *options: str, start_s: float = START_S) -> Iterator[Server]:
-    """Runs a server on ports of its own for as long as the block takes.
+def running(
+    repository: Path, *options: str, start_s: float = START_S, ports: Sequence[int] | None = None
+) -> Iterator[Server]:
+    """Runs a server for as long as the block takes.
 
     Args:
         repository: the model repository.
         options: further options, such as `--model-control-mode=poll`.
         start_s: seconds that it may take until it is ready.
+        ports: of HTTP and gRPC, for one that was stopped and starts again; else ports of its own.
 
     Raises:
         RuntimeError: it ended or was not ready in time; the message holds the errors of its log.
@@ -90,7 +93,7 @@ def running(repository: Path, *options: str, start_s: float = START_S) -> Iterat
         folder = Path(name)
         backends = _backends(folder / "backends")
         for attempt in range(3):
-            server = _start(repository, backends, folder / f"log{attempt}.txt", options)
+            server = _start(repository, backends, folder / f"log{attempt}.txt", options, ports or free_ports(2))
             try:
                 if _wait(server, start_s):
                     yield server
@@ -122,8 +125,8 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _start(repository: Path, backends: Path, log: Path, options: Sequence[str]) -> Server:
-    web, grpc = free_ports(2)
+def _start(repository: Path, backends: Path, log: Path, options: Sequence[str], ports: Sequence[int]) -> Server:
+    web, grpc = ports
     command = [
         *((which, "--pdeathsig", "TERM") if (which := shutil.which("setpriv")) else ()),  # it never outlives the tests
         SERVER / "tritonserver" / "bin" / "tritonserver",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -11,22 +12,34 @@ from pathlib import Path
 
 import numpy as np
 
-from .client import PORTS, TritonClient
+from .address import PORTS
+from .client import TritonClient
 from .errors import ClientError
+
+SECRETS = "A bearer token is read from NECK_TRITON_TOKEN. Passwords, tokens and headers are never printed."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns 0, or 1 after an error in one line."""
-    parser = argparse.ArgumentParser(description="Send pictures to a Triton server and get the encoder's features.")
+    parser = argparse.ArgumentParser(
+        description="Send pictures to a Triton server and get the encoder's features.", epilog=SECRETS
+    )
     parser.add_argument("pictures", nargs="+", type=Path, help="picture files (PNG, JPEG, ...)")
-    parser.add_argument("--url", default="localhost", help="host:port; the port is 8000 (http) or 8001 (grpc)")
+    parser.add_argument("--url", default="localhost", help="[https://]HOST[:PORT]; port 8000 (http) or 8001 (grpc)")
     parser.add_argument("--model", default="sam3-encoder", help="sam3-encoder-pictures for the ensemble")
     parser.add_argument("--version", default="", help="a version of the model; the latest where left out")
     parser.add_argument("--protocol", choices=list(PORTS), default="http")
     parser.add_argument("--shared-memory", choices=["none", "system", "cuda"], default="none", dest="memory")
     parser.add_argument("--outputs", default="", help="names or wildcards with commas, such as sam3_feat_*; all")
     parser.add_argument("--runs", type=int, default=1, help="times that every request is sent")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a request may take")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a call may take")
+    parser.add_argument(
+        "--user", default="", help="basic authentication; the password is read from NECK_TRITON_PASSWORD"
+    )
+    parser.add_argument(
+        "--header", action="append", default=[], help="'NAME: TEXT', a header of every request; repeatable"
+    )
+    parser.add_argument("--ca", type=Path, help="certificates that https trusts (PEM); else SSL_CERT_FILE or the usual")
     parser.add_argument("--save", type=Path, help="write the features to this .npz file")
     try:
         _run(parser.parse_args(arguments))
@@ -38,7 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(asked: argparse.Namespace) -> None:
     outputs = [name.strip() for name in asked.outputs.split(",") if name.strip()]
-    options = {"protocol": asked.protocol, "memory": asked.memory, "outputs": outputs, "timeout_s": asked.timeout}
+    if not all(":" in header for header in asked.header):
+        raise ClientError("--header needs a name, a colon and a text, such as 'X-Tenant: a'")
+    options = {
+        "protocol": asked.protocol,
+        "memory": asked.memory,
+        "outputs": outputs,
+        "timeout_s": asked.timeout,
+        "user": asked.user,
+        "password": os.environ.get("NECK_TRITON_PASSWORD", ""),
+        "token": os.environ.get("NECK_TRITON_TOKEN", ""),
+        "headers": {name.strip(): text.strip() for name, _, text in (one.partition(":") for one in asked.header)},
+        "ca": asked.ca,
+    }
     parts, milliseconds = [], []
     with TritonClient(asked.url, asked.model, asked.version, **options) as client:
         for batch in client.split(asked.pictures):

@@ -34,6 +34,9 @@ def told(url: str) -> Iterator[None]:
         raise
     except Exception as error:  # tritonclient's own, and those of gevent, geventhttpclient, json
         status = error.status() if hasattr(error, "status") else "StatusCode.UNAVAILABLE"  # an InferenceServerException
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            remedy = "give the certificate of the authority that signed the server's with --ca, or in SSL_CERT_FILE"
+            raise ClientError(f"{url}: its certificate is not trusted ({one_line(error)}); {remedy}") from None
         if status in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
             remedy = "start tritonserver, give its --url (HTTP has port 8000, gRPC 8001), or a longer --timeout"
             raise ClientError(f"{url}: no answer ({type(error).__name__}: {one_line(error)}); {remedy}") from None

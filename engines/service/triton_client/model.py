@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,24 +39,40 @@ class Model:
     fixed: bool
 
 
-def describe(client: Any, name: str, version: str, outputs: Sequence[str], grpc_timeout_s: float | None) -> Model:  # noqa: ANN401
+def describe(
+    client: Any,  # noqa: ANN401 - tritonclient has no types
+    name: str,
+    version: str,
+    outputs: Sequence[str],
+    options: Callable[[], dict[str, Any]] = lambda: {},
+) -> Model:
     """Asks the server what a model takes and gives.
 
     Args:
         client: tritonclient's.
         name, version: the model; an empty version is the latest.
         outputs: names or wildcards of the outputs that are wanted; empty for all.
-        grpc_timeout_s: seconds that each call of a gRPC client may take; None for an HTTP client, which knows its own.
+        options: gives what each method of a gRPC client takes beside, such as the time that is left; nothing for HTTP.
 
     Raises:
         ClientError: the model is not ready, or has no such outputs, or is no encoder.
     """
-    limit = {} if grpc_timeout_s is None else {"client_timeout": grpc_timeout_s}
-    asked: dict[str, Any] = {"as_json": True, **limit} if limit else {}
-    if not client.is_model_ready(name, version, **limit):
-        raise ClientError(_why_not_ready(client.get_model_repository_index(**asked), name, version))
-    metadata = client.get_model_metadata(name, version, **asked)
-    config = client.get_model_config(name, version, **asked)
+
+    def asked() -> dict[str, Any]:
+        more = options()
+        return more | ({"as_json": True} if more else {})
+
+    if not client.is_model_ready(name, version, **options()):
+        try:
+            index = client.get_model_repository_index(**asked())
+        except Exception as error:  # tritonclient's own: a server may keep its list of models to itself
+            why = " ".join(str(error).split())
+            if "restricted" not in why and "403" not in why:
+                raise
+            raise ClientError(f"{name} is not ready; the server does not say what it has ({why})") from None
+        raise ClientError(_why_not_ready(index, name, version))
+    metadata = client.get_model_metadata(name, version, **asked())
+    config = client.get_model_config(name, version, **asked())
     inputs, found = (
         [Tensor(one["name"], one["datatype"], tuple(map(int, one["shape"]))) for one in metadata[key]]
         for key in ("inputs", "outputs")
