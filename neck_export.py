@@ -370,12 +370,22 @@ def masks(
 
 @app.command()
 def triton(
-    model: Annotated[Path, typer.Argument(help="A plan (TensorRT), or an ONNX file, of neck-export")],
+    model: Annotated[
+        Path | None, typer.Argument(help="TensorRT plan or ONNX file written by neck-export; none with --activate")
+    ] = None,
     more: Annotated[
         list[Path] | None, typer.Option("--plan", help="Also this plan of the same encoder, for another GPU")
     ] = None,
     name: Annotated[str, typer.Option(help="The model's name in Triton")] = "sam3-encoder",
     version: Annotated[int | None, typer.Option(help="Its version [default: one above the highest there]")] = None,
+    activate: Annotated[
+        int | None,
+        typer.Option(help="Serve this version, which is in the repository: a newer one, or an older one again"),
+    ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(help="Remove old versions but this many, the active one aside [default: keep all]", min=1),
+    ] = None,
     outputs: Annotated[list[str] | None, typer.Option(help="Outputs to answer with [default: all]")] = None,
     ensemble: Annotated[bool, typer.Option(help="Also a model that takes JPEG or PNG bytes")] = False,
     queue_delay_us: Annotated[int, typer.Option(help="How long a request may wait for a batch", min=0)] = 1000,
@@ -404,7 +414,12 @@ def triton(
     ] = "surge",
     output: Annotated[Path, typer.Option(help="The model repository")] = Path("model_repository"),
 ) -> None:
-    """Lays a plan or an ONNX file out for Triton, as a new version of its model."""
+    """Lays a plan or an ONNX file out for Triton, as a new version of its model; or chooses the version to serve."""
+    if activate is not None and model is None:
+        _activate(output, name, activate, keep)
+        return
+    if model is None or activate is not None:
+        raise typer.BadParameter("give a plan or an ONNX file, or --activate with a version", param_hint="MODEL")
     with stage() as report:
         from engines.service.repository import RepositoryOptions, make_repository
 
@@ -426,12 +441,24 @@ def triton(
             proxy_image=proxy_image,
             replicas=replicas,
             rollout=rollout,
+            keep=keep,
         )
         made = make_repository(options, report)
     for note in made.notes:
         typer.echo(note)
     for path in made.files:
         typer.echo(path)
+
+
+def _activate(output: Path, name: str, version: int, keep: int | None) -> None:
+    with stage() as report:
+        from engines.service.activation import activate_version
+
+        made = activate_version(output, name, version, keep, report)
+    before = f", before it {made.before}" if made.before not in (None, version) else ""
+    typer.echo(f"version {version} of {name} is active{before}")
+    for path in made.removed:
+        typer.echo(f"removed {path}")
 
 
 @app.command()

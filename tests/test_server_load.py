@@ -16,11 +16,12 @@ pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install
 import tritonclient.http
 from conftest import load_golden, named_outputs
 from exporting import PREFIX, save_state
-from serving import PICTURES, Arrays, Load, expected, images, part, same, statistics_of
+from serving import PICTURES, Arrays, Load, client_of, expected, images, part, same, statistics_of
 from torch import Tensor, from_numpy
 from triton_server import Server, running, stand_in_plan, stand_in_repository, why_missing, write_plan_manifest
 from tritonclient.utils import InferenceServerException
 
+from engines.service.activation import activate_version
 from export.contract.manifest import manifest_path, read_manifest
 from neck.checkpoint import load_encoder
 
@@ -40,9 +41,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("server")
 
 
+VERIFIED = {"verified": True, "method": "the tests' own", "outputs": []}
+
+
+def verify(plan: Path) -> Path:
+    """Has the manifest say that the plan was run, as `neck-export trt` does on a GPU: such a one is served at once."""
+    manifest = read_manifest(manifest_path(plan), "plan")
+    return write_plan_manifest(plan, manifest["onnx_manifest"], verification=VERIFIED)
+
+
 @pytest.fixture(scope="module")
 def plan(folder: Path) -> Path:
-    return stand_in_plan(folder)
+    return verify(stand_in_plan(folder))
 
 
 def changed(state: dict[str, Tensor]) -> None:
@@ -57,12 +67,12 @@ def tuned(folder: Path) -> tuple[Path, Arrays]:
     encoder = load_encoder(checkpoint, load_golden("meta-dual").config)
     encoder.set_imgsz((112, 112))
     outputs = {name: value.numpy() for name, value in named_outputs(encoder, from_numpy(images())).items()}
-    return stand_in_plan(folder, "tuned", checkpoint=checkpoint), outputs
+    return verify(stand_in_plan(folder, "tuned", checkpoint=checkpoint)), outputs
 
 
 @pytest.fixture(scope="module")
 def broken(folder: Path, plan: Path) -> Path:
-    """A plan that its server cannot load, with a manifest that speaks of it."""
+    """A plan that its server cannot load and that nobody verified, with a manifest that speaks of it."""
     path = folder / "broken.plan"
     path.write_bytes(b"\x00" * 4096)
     return write_plan_manifest(path, read_manifest(manifest_path(plan), "plan")["onnx_manifest"])
@@ -140,7 +150,12 @@ def test_versions_change_under_load(
         assert not explicit or load_model(server) == ""
         until(lambda: load.newest() == {2}, load)
 
-        stand_in_repository(tmp_path, broken, ensemble=True)  # version 3
+        stand_in_repository(tmp_path, broken, ensemble=True)  # version 3, which is not served
+        assert not explicit or load_model(server) == ""
+        load.wait(0.5 if explicit else 1.5)
+        assert load.newest() == {2} and "version 3" not in server.log.read_text()
+
+        activate_version(repository, "sam3-encoder", 3)
         if explicit:
             assert "version 3 is at UNAVAILABLE" in load_model(server)
         until(lambda: "failed to load 'sam3-encoder' version 3" in server.log.read_text(), load)
@@ -160,7 +175,7 @@ def test_versions_change_under_load(
         assert load.newest() == {2}
 
         config.write_text(good)
-        stand_in_repository(tmp_path, plan, ensemble=True)  # version 4, the first encoder again
+        activate_version(repository, "sam3-encoder", 1)  # the rollback
         assert not explicit or load_model(server) == ""
         until(lambda: load.newest() == {1}, load)
     assert load.faults == []
@@ -168,9 +183,17 @@ def test_versions_change_under_load(
         assert [fits for fits, _ in groupby(answers.versions)] == [1, 2, 1]
 
 
-def test_a_server_that_starts_with_a_broken_version_ends(tmp_path: Path, plan: Path, broken: Path) -> None:
-    """So a rolling update stops at its first pod, while those that run go on serving."""
-    stand_in_repository(tmp_path, plan)
+def test_a_server_starts_with_the_last_version_that_loads(
+    tmp_path: Path, plan: Path, tuned: tuple[Path, Arrays], broken: Path
+) -> None:
+    """A new pod: the newest version is broken, and was never verified, so the one before is served."""
+    stand_in_repository(tmp_path, tuned[0])
     repository = stand_in_repository(tmp_path, broken)
+    with running(repository) as server, client_of(server) as client:
+        assert same({name: value[[3]] for name, value in tuned[1].items()}, client.infer(images()[[3]]))
+    activate_version(repository, "sam3-encoder", 2)  # the control: whoever insists has no server
     with pytest.raises(RuntimeError, match="failed to load 'sam3-encoder' version 2"), running(repository):
         pass
+    activate_version(repository, "sam3-encoder", 1)
+    with running(repository) as server:
+        assert server.ready

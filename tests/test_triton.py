@@ -27,6 +27,7 @@ from exporting import golden_options, listing, neck_export_cli, trace_quickly
 from PIL import Image
 
 import engines.service.repository_files
+from engines.service.activation import activate_version
 from engines.service.container_fit import choose_container
 from engines.service.ensemble import PREPROCESS_MODEL
 from engines.service.model_config import read_config, to_text
@@ -122,7 +123,7 @@ def test_a_plan_with_dynamic_batch(plan: Path, tmp_path: Path) -> None:
     assert tensors(config.output) == [(name, FP16, dims) for name, dims in levels.items()]
     assert list(config.dynamic_batching.preferred_batch_size) == [4, 8]
     assert config.dynamic_batching.max_queue_delay_microseconds == 500
-    assert config.version_policy.latest.num_versions == 1 and not config.instance_group
+    assert list(config.version_policy.specific.versions) == [1] and not config.instance_group
     assert [warm.batch_size for warm in config.model_warmup] == [1, 4, 8]
     assert all(list(warm.inputs["image"].dims) == [3, 112, 112] for warm in config.model_warmup)
     graphs = config.optimization.cuda
@@ -132,8 +133,9 @@ def test_a_plan_with_dynamic_batch(plan: Path, tmp_path: Path) -> None:
         "sam3-encoder/",
         "sam3-encoder/config.pbtxt",
         *(f"sam3-encoder/1/{name}" for name in ("", "manifest.json", "model.plan", "model.plan.layers.json")),
+        "sam3-encoder/1/config.pbtxt",
     }
-    assert (found.version, found.container) == (1, "25.09")
+    assert (found.version, found.active, found.container) == (1, 1, "25.09")
     assert set(found.files) == {found.path / name for name in listing(found.path) if not name.endswith("/")}
 
 
@@ -247,6 +249,10 @@ def test_an_ensemble_is_not_left_without_its_outputs(onnx_file: Path, tmp_path: 
 
 
 def test_a_new_version_has_the_outputs_of_the_old(onnx_file: Path, plan: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "verified" / onnx_file.name
+    shutil.copytree(onnx_file.parent, copied.parent)
+    onnx_file = copied
+    spoil(onnx_file, verification=VERDICT)
     found = make(onnx_file, tmp_path, outputs=("sam3_*",), ensemble=True)
     before = state(found.path)
     for fewer in ("sam3_feat_*", "sam3_feat_0"):
@@ -308,17 +314,18 @@ def test_a_version_is_added_and_those_there_are_left(plan: Path, tmp_path: Path)
     second = make(plan, tmp_path)
     after = state(second.path)
     assert second.version == 2
-    assert {name: after[name] for name in before} == before  # the config too: its inode is the same
+    del before["sam3-encoder/config.pbtxt"]  # it names the version that is served
+    assert {name: after[name] for name in before} == before
+    assert list(config_of(second).version_policy.specific.versions) == [2] and second.active == 2
     assert (second.path / "sam3-encoder/2/model.plan").read_bytes() == b"ptrt other weights"
     third = make(plan, tmp_path, version=7, queue_delay_us=9)
     assert third.version == 7 and config_of(third).dynamic_batching.max_queue_delay_microseconds == 9
-    assert state(third.path)["sam3-encoder/config.pbtxt"] != before["sam3-encoder/config.pbtxt"]
     assert make(plan, tmp_path).version == 8
     for path in (first.path / "sam3-encoder").rglob("*"):
         assert path.stat().st_mode & 0o004, f"a server of another user reads {path}"
     with pytest.raises(TritonError, match=r"7: is there already and a version is never changed"):
         make(plan, tmp_path, version=7)
-    with pytest.raises(TritonError, match=r"version 3: .* Triton serves the highest"):
+    with pytest.raises(TritonError, match=r"version 3: .* versions count upwards"):
         make(plan, tmp_path, version=3)
 
 
@@ -344,6 +351,103 @@ def test_nothing_of_the_stage_is_seen_in_the_repository(
     extra = {name.split("/")[1] for names in seen for name in names - before - {"sam3-encoder/2/"}} - {"2"}
     assert extra and all(name.startswith(".version.staging-") for name in extra)  # the control: it is seen here
     assert sorted(path.name for path in (found.path / "sam3-encoder").iterdir()) == ["1", "2", "3", "config.pbtxt"]
+
+
+UNVERIFIED = {"verified": False, "reason": "not verified: no NVIDIA driver"}
+
+
+def served(found: Repository) -> list[int]:
+    return list(config_of(found).version_policy.specific.versions)
+
+
+def test_a_version_that_was_never_loaded_is_not_served(plan: Path, tmp_path: Path) -> None:
+    """Or every server that starts would end where it is broken; the first version is served, for there is no other."""
+    unverified = write_plan(tmp_path / "unverified.plan", b"ptrt broken", verification=UNVERIFIED)
+    alone = make(unverified, tmp_path / "alone")
+    assert alone.active == alone.version == 1 and served(alone) == [1]
+    first = make(plan, tmp_path)
+    before = state(first.path)
+    second = make(unverified, tmp_path)
+    assert (second.version, second.active, served(second)) == (2, 1, [1])
+    (command,) = (line.partition("all the same: ")[2] for line in second.notes if "--activate" in line)
+    assert shlex.split(command) == ["neck-export", "triton", "--activate", "2", "--output", str(second.path)]
+    after = state(second.path)
+    assert {name: after[name] for name in before} == before  # nothing that a server reads has changed
+    third = make(plan, tmp_path)
+    assert (third.version, third.active, served(third)) == (3, 3, [3])
+
+
+def test_a_version_is_activated_and_rolled_back(plan: Path, tmp_path: Path) -> None:
+    first = make(plan, tmp_path, queue_delay_us=7)
+    second = make(plan, tmp_path, queue_delay_us=8)
+    assert served(second) == [2] and config_of(second).dynamic_batching.max_queue_delay_microseconds == 8
+    done = activate_version(first.path, "sam3-encoder", 1)
+    assert (done.version, done.before, done.files) == (1, 2, (first.config,))
+    config = config_of(first)
+    assert served(first) == [1] and config.dynamic_batching.max_queue_delay_microseconds == 7  # all that it came with
+    assert activate_version(first.path, "sam3-encoder", 1).files == ()
+    ran = neck_export_cli("triton", "--activate", "2", "--output", first.path)
+    assert (ran.code, ran.out.splitlines()) == (0, ["version 2 of sam3-encoder is active, before it 1"])
+    assert served(first) == [2]
+    assert neck_export_cli("triton", plan, "--activate", "2", "--output", first.path).code == 2
+    (first.path / "sam3-encoder" / "1" / "config.pbtxt").unlink()  # as earlier releases wrote it
+    activate_version(first.path, "sam3-encoder", 1)
+    assert served(first) == [1] and config_of(first).dynamic_batching.max_queue_delay_microseconds == 8
+
+
+def test_what_cannot_be_activated(plan: Path, onnx_file: Path, tmp_path: Path) -> None:
+    found = make(plan, tmp_path)
+    make(plan, tmp_path)
+    before = state(found.path)
+    cases = [
+        ((found.path, "sam3-encoder", 3), "has no version 3; it has 1, 2"),
+        ((found.path, "other", 1), "other: no such model"),
+        ((found.path, "../repository", 1), "name '../repository': expected"),
+        ((tmp_path / "none", "sam3-encoder", 1), "no such folder"),
+    ]
+    for arguments, words in cases:
+        with pytest.raises(TritonError, match=words):
+            activate_version(*arguments)
+    with (found.path / "sam3-encoder" / "1" / "model.plan").open("r+b") as file:
+        file.write(b"other")
+    with pytest.raises(TritonError, match=r"version 1 of sam3-encoder cannot be served: .*was changed"):
+        activate_version(found.path, "sam3-encoder", 1)
+    assert state(found.path)["sam3-encoder/config.pbtxt"] == before["sam3-encoder/config.pbtxt"]
+    features = make(write_plan(tmp_path / "f.plan", signed={"positions": "none"}), tmp_path / "b")
+    make(plan, tmp_path / "b", outputs=("sam3_*",), ensemble=True)
+    with pytest.raises(TritonError, match=r"sam3-encoder-pictures: answers with sam3_pos_0"):
+        activate_version(features.path, "sam3-encoder", 1)
+
+
+def test_an_ensemble_does_not_ask_more_than_the_active_version_has(plan: Path, tmp_path: Path) -> None:
+    make(write_plan(tmp_path / "f.plan", signed={"positions": "none"}), tmp_path)
+    more = write_plan(tmp_path / "more.plan", verification=UNVERIFIED)
+    with pytest.raises(TritonError, match=r"sam3-encoder-pictures: would answer with sam3_pos_0"):
+        make(more, tmp_path, ensemble=True)
+    assert make(more, tmp_path, ensemble=True, outputs=("sam3_feat_*",)).active == 1
+    assert make(plan, tmp_path, ensemble=True).active == 3
+
+
+def test_old_versions_are_removed(plan: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "repository" / "sam3-encoder"
+
+    def there() -> list[str]:
+        return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+    for _ in range(4):
+        make(plan, tmp_path)
+    assert there() == ["1", "2", "3", "4"]
+    activate_version(tmp_path / "repository", "sam3-encoder", 2)
+    unverified = write_plan(tmp_path / "unverified.plan", verification=UNVERIFIED)
+    make(unverified, tmp_path, keep=2)
+    assert there() == ["2", "4", "5"]  # the active one stays
+    ran = neck_export_cli("triton", "--activate", "4", "--keep", "1", "--output", tmp_path / "repository")
+    assert ran.code == 0 and ran.out.splitlines()[1:] == [f"removed {folder / '2'}"]
+    assert there() == ["4", "5"]
+    with pytest.raises(TritonError, match="keep 0: expected"):
+        make(plan, tmp_path, keep=0)
+    assert make(plan, tmp_path, keep=1).version == 6 and there() == ["6"]
+    assert not [path for path in tmp_path.iterdir() if "staging" in path.name]
 
 
 CRASHES = """

@@ -54,16 +54,21 @@ def check_ensembles(output: Path, engine: Any, written: Collection[str]) -> None
     Raises:
         TritonError: naming the ensemble and the outputs.
     """
-    listed = {spec.name for spec in engine.output}
+    listed = listed_outputs(engine)
     for name in (f"{engine.name}-pictures", f"{engine.name}-outputs"):
         held = None if name in written else read_config(output / name / CONFIG)
-        missing = sorted({spec.name for spec in held.output} - listed) if held is not None else []
+        missing = sorted(listed_outputs(held) - listed) if held is not None else []
         if missing:
             remedy = "add --ensemble" if name.endswith("-pictures") else "give --outputs"
             raise TritonError(
                 f"{output / name}: answers with {', '.join(missing)}, which {engine.name} would then lack; "
                 f"{remedy}, or remove that folder"
             )
+
+
+def listed_outputs(config: Any) -> set[str]:  # noqa: ANN401
+    """Names of the outputs that a config lists."""
+    return {spec.name for spec in config.output}
 
 
 def _shared(manifest: dict[str, Any]) -> dict[str, Any]:

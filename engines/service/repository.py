@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from engines.service.activation import activate_command, active_version, remove_versions, serve_version
 from engines.service.container_fit import choose_container, has_lean_runtime
 from engines.service.ensemble import PREPROCESS_MODEL, chosen_config, pictures_config, preprocess_config
-from engines.service.existing_models import check_ensembles, check_held
+from engines.service.existing_models import check_ensembles, check_held, listed_outputs
 from engines.service.kubernetes import check_folder, kubernetes_files, remove_old
-from engines.service.model_config import engine_config, to_text
+from engines.service.model_config import engine_config, read_config, to_text
 from engines.service.repository_files import (
     CONFIG,
+    check_name,
     disk_errors,
     install,
     lay_out,
@@ -57,6 +59,7 @@ class RepositoryOptions:
         gpus: of each pod, in those files.
         storage: where the cluster finds the repository: `pvc://CLAIM[/FOLDER]`, an existing claim, `s3://BUCKET/FOLDER`
             or `s3://[https://]HOST:PORT/BUCKET/FOLDER`; None is a new claim of the model's name, in storage.yaml.
+        keep: how many versions of each model stay, the active one among them; None keeps all.
         image: the pods' image, instead of NVIDIA's; the ensemble needs one.
         proxy_image: the image of the proxy before Triton; None is nginx's own.
         replicas: pods that always run.
@@ -76,6 +79,7 @@ class RepositoryOptions:
     kubernetes: Path | None = None
     gpus: int = 1
     storage: str | None = None
+    keep: int | None = None
     image: str | None = None
     proxy_image: str | None = None
     replicas: int = 2
@@ -89,6 +93,7 @@ class Repository:
     Attributes:
         path: the model repository.
         name, version: the model and its new version.
+        active: the version that Triton serves: the new one, or the one before if the new one was not verified.
         config: its config.pbtxt.
         files: every file that was written.
         container: the Triton container that fits, None where none is known.
@@ -98,6 +103,7 @@ class Repository:
     path: Path
     name: str
     version: int
+    active: int
     config: Path
     files: tuple[Path, ...]
     container: str | None
@@ -107,8 +113,11 @@ class Repository:
 def make_repository(options: RepositoryOptions, report: Callable[[str], None] = lambda line: None) -> Repository:
     """Writes a model repository, or adds a version to the one that is there.
 
+    The config names the version that is served. That is the new one if its files were verified, which ran them, or if
+    there is no other; else it stays as it is until `activate_version`, so that servers that start have one that loads.
+
     Everything is staged beside the repository and renamed in: a version is there whole or not at all, and those that
-    are there are never touched. Files are reflinks where the file system has them, else copies, never hard links.
+    are there are never changed. Files are reflinks where the file system has them, else copies, never hard links.
     (Where the folder above is another file system or cannot be written, the stage is a hidden folder of the model's:
     Triton takes it for no version, but a polling server loads the running one once more.)
 
@@ -121,7 +130,8 @@ def make_repository(options: RepositoryOptions, report: Callable[[str], None] = 
     plans = check_same_encoder(source, [read_model(path) for path in options.more]) if options.more else {}
     sources = list(plans.values()) or [source]
     container, notes = choose_container(sources, options.container)
-    notes += [note for note in map(verification_note, sources) if note]
+    unverified = [note for note in map(verification_note, sources) if note]
+    notes += unverified
     models, more_notes = _models(options, source, plans)
     cluster = _cluster_files(options, sources, tuple(plans), container)
     with disk_errors(options.output):
@@ -131,16 +141,42 @@ def make_repository(options: RepositoryOptions, report: Callable[[str], None] = 
                 check_held(options.output / model.name, model.config, source if model.files else None)
             check_ensembles(options.output, models[0].config, [model.name for model in models])
             version = next_version(options.output / options.name, options.version)
+            before = active_version(options.output / options.name)
+            active = before if unverified and before else version
+            if active != version:
+                _check_active(options, models)
+                notes.append(
+                    f"version {version} is not verified, so version {active} stays active; to serve it all the same: "
+                    f"{activate_command(options.output, options.name, version)}"
+                )
+            serve_version(models[0].config, version)
             report(f"version {version} of {options.name}")
             written: list[Path] = []
             for model in models:
-                written += _write(options.output, model, version)
+                written += _write(options.output, model, version, active == version)
+            if options.keep:
+                for model in models:
+                    remove_versions(options.output, model.name, options.keep)
     if options.kubernetes is not None:
         with disk_errors(options.kubernetes):
             written += write_texts(options.kubernetes, cluster)
             remove_old(options.kubernetes, cluster)
     config = options.output / options.name / CONFIG
-    return Repository(options.output, options.name, version, config, tuple(written), container, (*notes, *more_notes))
+    return Repository(
+        options.output, options.name, version, active, config, tuple(written), container, (*notes, *more_notes)
+    )
+
+
+def _check_active(options: RepositoryOptions, models: Sequence[_Model]) -> None:
+    """Refuses ensembles that ask more than the version has that stays active."""
+    listed = listed_outputs(read_config(options.output / options.name / CONFIG))
+    for model in models[1:]:
+        lacking = sorted(listed_outputs(model.config) - listed) if model.script is None else []
+        if lacking:
+            raise TritonError(
+                f"{options.output / model.name}: would answer with {', '.join(lacking)}, which the active version of "
+                f"{options.name} lacks, and the new version is not verified; verify {options.model} first"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,14 +255,15 @@ def _cluster_files(
     return files
 
 
-def _write(output: Path, model: _Model, version: int) -> list[Path]:
+def _write(output: Path, model: _Model, version: int, activate: bool) -> list[Path]:
     """Writes one model; one without a plan or ONNX file gets a version only where its file is new."""
     folder = output / model.name
     with stage_beside(output, folder) as stage:
         (stage / CONFIG).write_text(to_text(model.config), encoding="utf-8")
         if model.files:
             lay_out(stage / "version", model.files)
-            return install(stage, folder, version)
+            shutil.copy(stage / CONFIG, stage / "version" / CONFIG)  # what `activate_version` puts in the model's place
+            return install(stage, folder, version, activate)
         there = versions(folder)
         name, text = "README", "An ensemble has no file; Triton wants the folder.\n"
         if model.script is not None:
@@ -240,10 +277,11 @@ def _write(output: Path, model: _Model, version: int) -> list[Path]:
 
 
 def _check_options(options: RepositoryOptions) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", options.name):
-        raise TritonError(f"name {options.name!r}: expected up to 63 letters, digits, dots, dashes and underscores")
+    check_name(options.name)
     if options.version is not None and not 1 <= options.version < 2**31:
         raise TritonError(f"version {options.version}: expected a whole number from 1")
+    if options.keep is not None and options.keep < 1:
+        raise TritonError(f"keep {options.keep}: expected a number of versions from 1")
     if options.queue_delay_us < 0:
         raise TritonError(f"queue delay {options.queue_delay_us} us: expected 0 or more")
     if options.output.exists() and not options.output.is_dir():

@@ -25,6 +25,16 @@ FICLONE = 0x40049409
 """ioctl of linux/fs.h: a file that shares the blocks of another until one of them is written."""
 
 
+def check_name(name: str) -> None:
+    """Refuses a model's name that is no folder's name.
+
+    Raises:
+        TritonError: saying what is expected.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", name):
+        raise TritonError(f"name {name!r}: expected up to 63 letters, digits, dots, dashes and underscores")
+
+
 def versions(model: Path) -> list[int]:
     """The versions of a model that are there, as Triton counts them: all digits, no leading zero."""
     if not model.is_dir():
@@ -36,7 +46,7 @@ def next_version(model: Path, asked: int | None) -> int:
     """The version to write.
 
     Raises:
-        TritonError: the asked one is there, or would not be the one that is served.
+        TritonError: the asked one is there, or older than one that is.
     """
     newest = max(versions(model), default=0)
     if asked is not None and (asked in versions(model) or (model / str(asked)).exists()):
@@ -46,8 +56,8 @@ def next_version(model: Path, asked: int | None) -> int:
         )
     if asked is not None and asked < newest:
         raise TritonError(
-            f"version {asked}: {model} has version {newest}, and Triton serves the highest; leave --version out for "
-            f"{newest + 1}"
+            f"version {asked}: {model} has version {newest} already, and versions count upwards; leave --version out "
+            f"for {newest + 1}"
         )
     return asked or newest + 1
 
@@ -90,7 +100,7 @@ def lay_out(folder: Path, sources: Sequence[tuple[Source, str]]) -> None:
         check_files(where, manifest, hashes=False)  # read_model compared the hashes; this sees a file replaced since
 
 
-def install(stage: Path, model: Path, version: int) -> list[Path]:
+def install(stage: Path, model: Path, version: int, activate: bool = True) -> list[Path]:
     """Renames what is staged into the repository and returns its files.
 
     A new model appears as one folder. To one that is there the version comes first and then its config, which is
@@ -100,6 +110,7 @@ def install(stage: Path, model: Path, version: int) -> list[Path]:
         stage: holds `version`, a folder, and config.pbtxt.
         model: the model's folder.
         version: its new version.
+        activate: whether the config is replaced, which names the version that is served.
     """
     for path in stage.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # a server of another user reads them
@@ -114,7 +125,7 @@ def install(stage: Path, model: Path, version: int) -> list[Path]:
             os.rename(whole, model)
         else:
             os.rename(stage / "version", model / str(version))
-        config = replace_config(stage / CONFIG, model / CONFIG)
+        config = replace_config(stage / CONFIG, model / CONFIG) if activate else []
     _sync(model)
     _sync(model.parent)
     return [*config, *sorted((model / str(version)).iterdir())]
