@@ -318,25 +318,27 @@ def verify(
     reader: Annotated[str, typer.Option(help="Who must be able to read an ONNX file, as of `onnx`")] = "",
 ) -> None:
     """Compares a file with the plain PyTorch module and writes the verdict into its manifest."""
-    with stage() as report:
+    notes: list[str] = []
+    with noted(notes), stage() as report:
         from engines.builder.plan_kind import is_plan
 
         asked, line = (checkpoint, pictures(images, picture_range), parse_tolerances(tolerance)), None
         if is_plan(file):
             from engines.run.verify import verify_plan_file
 
-            verdict = verify_plan_file(file, *asked, report, adapter=adapter, save=save_reference)
+            verdict = verify_plan_file(file, *asked, report, adapter=adapter, save=save_reference, notes=notes)
         else:
             from export.pipeline import verify_file
             from export.proof.reader_check import read_by_file
 
-            verdict = verify_file(file, *asked, report, adapter=adapter, save=save_reference, readers=reader)
+            more: dict[str, Any] = {"save": save_reference, "readers": reader, "notes": notes}
+            verdict = verify_file(file, *asked, report, adapter=adapter, **more)
             line = read_by_file(file)
-    show_verdict(verdict)
-    if line:
-        typer.echo(line)
-    if save_reference:
-        typer.echo(save_reference)
+        show_verdict(verdict)
+        if line:
+            typer.echo(line)
+        if save_reference:
+            typer.echo(save_reference)
 
 
 @app.command()
@@ -355,6 +357,7 @@ def masks(
 ) -> None:
     """Runs the whole SAM 3 with its own encoder and with the file: are the masks the same?"""
     spots, frames = parse_places(points, 2, "--points"), parse_places(boxes, 4, "--boxes")
+    notes: list[str] = []
     with stage() as report:
         from benchmarks.masks.compare import MasksOptions, compare_masks
         from benchmarks.masks.objects import lines, worst_lines
@@ -362,8 +365,8 @@ def masks(
 
         folder, prompts = pictures(images, picture_range) or images, Prompts(tuple(prompt or ()), spots, frames)
         options = MasksOptions(file, model, folder, prompts, gate=gate, threshold=threshold, check=check, save=save)
-        found = compare_masks(options, report)
-    typer.echo("\n".join(lines(found)))
+        found = compare_masks(options, report, notes)
+    typer.echo("\n".join([*lines(found), *(f"note: {note}" for note in notes)]))
     if not found["passed"]:
         _fail("\n".join([f"{file}: the masks are not the model's", *worst_lines(found)]), 3)
 
@@ -719,6 +722,16 @@ def stage() -> Iterator[Callable[[str], None]]:
         if type(error).__module__.split(".")[0] not in {"neck", "export", "engines", "benchmarks"}:
             raise  # a bug of ours: its traceback is wanted
         _fail(str(error))
+
+
+@contextlib.contextmanager
+def noted(notes: list[str]) -> Iterator[None]:
+    """Prints notes after everything else, also where the stage failed."""
+    try:
+        yield
+    finally:
+        for note in notes:
+            typer.echo(f"note: {note}", err=True)
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:

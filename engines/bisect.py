@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +17,7 @@ from engines.bisect_trials import TRIAL, Runner, run_on_gpu, run_simulated
 from engines.builder.onnx_source import plan_source
 from engines.builder.plan_kind import is_plan
 from export.contract.export_command import export_command
-from export.contract.manifest import check_files, data_path, manifest_path, read_manifest, staging
+from export.contract.manifest import check_files, data_path, manifest_path, read_manifest, workspace
 from export.contract.signature import Signature
 from export.graph.cleanup import MODULE
 from export.graph.deployed_module import DeployEncoder
@@ -94,8 +96,9 @@ def bisect(
         check_files(where, manifest)
     if manifest["precision"] == "fp32":
         raise BisectError(f"{path}: is FP32; only a file of lower precision has roundings to search")
-    with staging(path.with_name(f"{path.name}.bisect")) as folder:
-        encoder = manifest_encoder(where, manifest, checkpoint, adapter)
+    encoder = manifest_encoder(where, manifest, checkpoint, adapter)
+    room = 4 * sum(parameter.numel() for parameter in encoder.parameters())
+    with workspace(path.with_name(f"{path.name}.bisect"), room) as folder, disk_errors(folder):
         if adapter:  # for the command that mends
             weights = manifest["weights"]
             manifest = manifest | {"weights": weights | {"adapter": weights["adapter"] | {"path": str(adapter)}}}
@@ -103,6 +106,16 @@ def bisect(
         allowed = budget_overrides(budget, ["*"]) | dict(overrides or {})  # of the blocks too, whose figures are shown
         search = Search(manifest, encoder, images, allowed, folder, report, run or run_simulated)
         return search.find(path, checkpoint)
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turns what the disk of the trials refuses into a BisectError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise BisectError(f"{folder}: the trials cannot be written ({reason}); make room, or set TMPDIR") from None
 
 
 class Search:
@@ -155,6 +168,7 @@ class Search:
     def _command(self, path: Path, checkpoint: Path | None, keep_fp32: Sequence[str], **changes: str) -> str:
         """The command that exports the mended file."""
         output = path.with_name(f"{path.stem}.mended.onnx")
+        output = output if os.access(path.parent, os.W_OK) else Path("build") / output.name
         manifest = self.manifest | {"keep_fp32": list(keep_fp32)}
         return export_command(manifest, manifest_path(path), output, checkpoint, changes)
 

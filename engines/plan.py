@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from engines.builder.attention_forms import Built, Typing, build_forms
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.onnx_source import Source, read_source, settle_source
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
-from engines.builder.plan_stream import Progress
+from engines.builder.plan_stream import Progress, disk_errors
 from engines.builder.timing_cache import replayed_hash, timing_cache_path
 from engines.run.verify import verify_plan, why_not_run
 from engines.sheet.layer_sheet import LayerSheet, layers_path, read_sheet
@@ -100,7 +101,7 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
     """Builds, verifies and files a plan, or returns the one that is there where nothing has changed.
 
     Raises:
-        BuildError, FlavorError: what was asked cannot be built here.
+        BuildError, FlavorError: what was asked cannot be built here, or the plan cannot be written.
         ManifestError: the ONNX file is not the one that its manifest speaks of.
         RejectedError: the plan, or without a GPU its ONNX graph, left tolerance; it stays as X.plan.rejected.
     """
@@ -114,7 +115,7 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
     found, reason = reusable(job)
     if found:
         return found
-    with contextlib.ExitStack() as left, staging(options.output) as folder:
+    with disk_errors(options.output), contextlib.ExitStack() as left, staging(options.output) as folder:
         staged = folder / options.output.name
         verdict: Verdict | None = None
         asked = (options.quantise, options.images, report, options.keep_fp32)
@@ -133,8 +134,8 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
             files.append(layers_path(staged))
             files[-1].write_text(to_json(sheet.to_dict()), encoding="utf-8")
         manifest = write_manifest(manifest_path(staged), "plan", about | {"verification": verification}, files)
-        for file in [path for path in folder.iterdir() if ".onnx" in path.name]:  # typed on the way
-            file.unlink()
+        for other in set(folder.iterdir()) - {*files, manifest_path(staged)}:  # the file as it was typed on the way
+            shutil.rmtree(other) if other.is_dir() else other.unlink()
         if verdict and not verdict.passed:
             raise _reject(options, folder, manifest, verdict)
         publish_plan(folder, options.output)

@@ -16,6 +16,7 @@ import torch
 from engines.builder.flavor import FlavorError, choose_flavor
 from engines.builder.onnx_graph import BuildError
 from engines.builder.onnx_source import read_source, settle_source
+from engines.builder.plan_stream import disk_errors
 from engines.plan import Job, PlanOptions, PlanResult, make_plan, publish_plan
 from engines.run.plan_checks import SessionError
 from engines.run.timing import median_ms
@@ -109,6 +110,8 @@ def tune_plan(
     state = folder / "rows.json"
     key = Job(options, flavor, source, options.precision, report).key
     rows = finished_rows(state, key, options.output.name)
+    with disk_errors(options.output):
+        folder.mkdir(parents=True, exist_ok=True)
     asked = (options.quantise, options.images, report, options.keep_fp32)
     settled = settle_source(source, options.precision, *asked)
     options = dataclasses.replace(options, known=settled)
@@ -120,7 +123,6 @@ def tune_plan(
         place = folder / f"{attention}-{upsampling}" / options.output.name
         candidate = dataclasses.replace(options, attention=attention, upsampling=upsampling, output=place)
         rows.append(try_candidate(candidate, report, make, measure or median_ms))
-        state.parent.mkdir(parents=True, exist_ok=True)
         saved = {"key": key, "rows": [dataclasses.asdict(row) for row in rows]}
         state.write_text(to_json(saved), encoding="utf-8")
     rows = run_final(rows, lambda row: place_of(folder, row) / options.output.name, measure or median_ms, report)

@@ -22,7 +22,7 @@ from export.contract.manifest import (
     named_files,
     publish,
     read_manifest,
-    replace_manifest,
+    record_in_manifest,
     staging,
     write_manifest,
 )
@@ -186,6 +186,7 @@ def verify_file(
     adapter: Path | None = None,
     save: Path | None = None,
     readers: str = "",
+    notes: list[str] | None = None,
 ) -> Verdict:
     """Verifies a file that was exported before, and writes the verdict into its manifest.
 
@@ -198,12 +199,13 @@ def verify_file(
         tolerances: relative L2 by output name or wildcard.
         report: told of every step.
         save: where to keep the pictures and the plain module's outputs.
+        notes: takes what the user should know: that the manifest could not be updated.
 
     Raises:
         ManifestError: the manifest is missing or the files are not those that it speaks of.
         ReaderError: the graph is not read by who must, or not by whom the manifest claims.
         CheckpointError, ExportError: the weights cannot be read, or are not those that were exported.
-        RejectedError: the outputs left tolerance; the manifest says so too.
+        RejectedError: the outputs left tolerance; the manifest says so too, where it can be written.
     """
     where, asked = manifest_path(path), find_readers(readers) if readers else ()
     if not path.is_file():
@@ -236,7 +238,8 @@ def verify_file(
         write_reference(save, reference.pixels, {spec.name: reference.outputs[spec.name] for spec in signature.outputs})
     verdict = verify_onnx(path, signature, reference, precision, overrides=tolerances, report=report)
     verified = [path.with_name(entry["name"]) for entry in manifest["files"]]
-    replace_manifest(where, manifest | {"verification": verification(verdict, verified)})
+    content = manifest | {"verification": verification(verdict, verified)}
+    record_in_manifest(where, content, [] if notes is None else notes)
     if not verdict.passed:
         raise RejectedError(path, verdict)
     return verdict

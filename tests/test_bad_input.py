@@ -395,6 +395,31 @@ def test_a_disk_that_fills_while_it_is_written(
     assert verify_file(place / "x.onnx").passed
 
 
+def test_verification_on_a_disk_that_cannot_be_written(mount: Callable[[str], Path], tmp_path: Path) -> None:
+    """Full, then read-only: the figures are printed, then one line says that the manifest was not updated."""
+    place = mount("size=2m")
+    ran = run_export(tmp_path, "--output", place / "x.onnx", "--no-verify", "--precision", "fp16")
+    assert ran.code == 0, ran
+    before = listing(place)
+    with open(place / "filler", "wb") as file:
+        file.write(bytes(shutil.disk_usage(place).free))
+    for reason in ("No space left on device", "Read-only file system"):
+        ran = neck_export_cli("verify", place / "x.onnx")
+        assert ran.code == 0 and "sam3_feat_0" in ran.out, ran
+        assert ran.err == f"note: {place / 'x.json'}: the manifest was not updated ({reason})\n"
+        failed = neck_export_cli("verify", place / "x.onnx", "--tolerance", "sam3_feat_0=1e-9")
+        assert failed.code == 3 and "FAILED" in failed.err and failed.err.endswith(ran.err), failed
+        found = neck_export_cli("bisect", place / "x.onnx")
+        assert found.code == 0 and "trunk.blocks.0" in found.out, found
+        assert listing(place) == before | {name: data for name, data in listing(place).items() if name == "filler"}
+        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+    refused(
+        neck_export_cli("verify", place / "x.onnx", "--save-reference", place / "r.safetensors"),
+        str(place / "r.safetensors"),
+    )
+    refused(neck_export_cli("trt", place / "x.onnx"), str(place), "Read-only file system", "choose another --output")
+
+
 # --- interrupted
 
 

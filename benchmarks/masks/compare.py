@@ -16,7 +16,7 @@ from benchmarks.masks.objects import Objects, differ, figures
 from benchmarks.masks.transformers_models import Prompts, Segment, load_segmenter
 from engines.attach import attach, detach
 from engines.builder.plan_kind import is_plan
-from export.contract.manifest import manifest_path, read_manifest, replace_manifest
+from export.contract.manifest import manifest_path, read_manifest, record_in_manifest
 from export.proof.verify import SIMULATED
 from export.weights_origin import manifest_signature
 from neck.pictures import PictureFolder, find_pictures, load_pictures
@@ -50,8 +50,10 @@ class MasksOptions:
     save: Path | None = None
 
 
-def compare_masks(options: MasksOptions, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Compares, writes the figures into the file's manifest, and returns them.
+def compare_masks(
+    options: MasksOptions, report: Callable[[str], None] = lambda line: None, notes: list[str] | None = None
+) -> dict[str, Any]:
+    """Compares, writes the figures into the file's manifest, and returns them; `notes` tells where it is not writable.
 
     Raises:
         MasksError: the model, or prompts that it does not take.
@@ -85,7 +87,7 @@ def compare_masks(options: MasksOptions, report: Callable[[str], None] = lambda 
         "model": str(options.model),
         "prompts": names,
     }
-    replace_manifest(where, manifest | {"masks": values})
+    record_in_manifest(where, manifest | {"masks": values}, [] if notes is None else notes)
     if options.save is not None:
         save_pictures(options.save, paths, pictures(), own, other)
     return values

@@ -21,6 +21,7 @@ from engines.builder.options import BuildOptions
 from engines.builder.plan_stream import Progress
 from export.contract.errors import ExportError
 from export.contract.export_command import export_again
+from export.contract.onnx_file import load_onnx
 from export.graph.cleanup import MODULE
 from export.inspect import attention_forms
 from export.lowering.attention import AUTO, AttentionForm
@@ -163,18 +164,18 @@ def relower_file(onnx: Path, precision: Precision, form: str, folder: Path, left
     """Writes a low-precision file in another attention form: a new graph beside the weights, which are not copied.
 
     ONNX weights must lie in the graph's folder or below, and readers refuse links (onnx-ir 1.1, ONNX Runtime 1.32), so
-    the graph is written beside the file under a hidden name.
+    the graph is written beside the file under a hidden name; where the weights are links, it is written elsewhere.
 
     Args:
         onnx: the file.
         precision, form: as of relower.
-        folder: where graph and one copy of the weights go if the file's own folder cannot be written.
+        folder: where the graph and a copy of the weights go if they cannot stay where they are.
         left: removes what was written.
 
     Raises:
         BuildError: the file is not one whose nodes tell their modules.
     """
-    model = ir.load(onnx)
+    model, weights = load_onnx(onnx)
     try:
         relower(model, precision, cast(AttentionForm, form))
     except ExportError as error:
@@ -184,11 +185,16 @@ def relower_file(onnx: Path, precision: Precision, form: str, folder: Path, left
     written = onnx.with_name(name)
     left.callback(written.unlink, missing_ok=True)
     try:
-        written.write_bytes(proto)
+        if weights == onnx.parent:
+            written.write_bytes(proto)
+            return written
     except OSError:
-        written = folder / name
-        weights = (value.const_value for value in model.graph.initializers.values())
-        for file in {Path(tensor.path) for tensor in weights if isinstance(tensor, ir.ExternalTensor)}:
-            shutil.copyfile(file, folder / file.name)
-        written.write_bytes(proto)
+        pass
+    written = folder / name
+    external = (value.const_value for value in model.graph.initializers.values())
+    for location in {tensor.location for tensor in external if isinstance(tensor, ir.ExternalTensor)}:
+        file = folder / location
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(weights / location, file)  # onnx-ir refuses hard links, too
+    written.write_bytes(proto)
     return written

@@ -13,6 +13,7 @@ from engines.builder.onnx_graph import BuildError, read_graph
 from engines.builder.plan_kind import is_plan
 from export.contract.export_command import AS_AUTO, export_again
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest
+from export.contract.onnx_file import load_onnx
 from export.contract.signature import BatchRange, Signature
 from export.graph.cleanup import MODULE
 from export.lowering.precision import Precision, kept_products, lower
@@ -155,7 +156,7 @@ def lower_file(source: Source, precision: Precision, folder: Path, **forms: Any)
             f"{onnx}: is {source.precision}, asked was {precision};\n"
             f"export it again: {export_again(onnx, precision=precision, **AS_AUTO)}"
         )
-    model = ir.load(onnx)
+    model, _ = load_onnx(onnx, values=True)
     if not any(MODULE in node.metadata_props for node in model.graph):
         raise BuildError(
             f"{onnx}: was not written by neck-export, so its nodes do not tell what must stay in FP32; "

@@ -172,4 +172,6 @@ def disk_errors(plan: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reason = "no space left for it" if full else f"cannot be written ({error.strerror})"
-        raise BuildError(f"{plan}: {reason}; nothing was written, an older plan there is untouched") from None
+        raise BuildError(
+            f"{plan}: {reason}; nothing was written, an older plan there is untouched; choose another --output"
+        ) from None

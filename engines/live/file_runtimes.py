@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from export.contract.onnx_file import load_onnx
 from export.proof.rounding_simulation import simulate
 from export.proof.verify import open_model, require_runtime
 
@@ -53,12 +53,11 @@ class OrtFile:
             providers = [("CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": "0"})]
             # a node without a CUDA kernel would be computed on the CPU without a word (onnxruntime #28025)
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        model = ir.load(path) if simulated else None
-        if model is not None:
-            simulate(model)
         try:
-            if model is not None:
-                self._session = open_model(model, path.parent)
+            if simulated:
+                model, folder = load_onnx(path)
+                simulate(model)
+                self._session = open_model(model, folder)
             else:
                 self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no common class of its own

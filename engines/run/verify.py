@@ -13,7 +13,7 @@ from engines.builder.flavor import Flavor, FlavorError
 from engines.run.open_plan import open_plan
 from engines.run.plan_checks import read_header, why_other_gpu
 from engines.run.session import Session
-from export.contract.manifest import manifest_path, read_manifest, replace_manifest
+from export.contract.manifest import manifest_path, read_manifest, record_in_manifest
 from export.contract.signature import BatchRange, Signature
 from export.output_files import Place, check_places, manifest_places
 from export.pipeline import RejectedError
@@ -120,17 +120,19 @@ def verify_plan_file(
     *,
     adapter: Path | None = None,
     save: Path | None = None,
+    notes: list[str] | None = None,
 ) -> Verdict:
     """Verifies a plan that was built before, on the GPU, and writes the verdict into its manifest.
 
     Args:
         plan, checkpoint, images, overrides, report, adapter: as in verify_plan.
         save: where to keep the pictures and the plain module's outputs; written without a GPU too.
+        notes: takes what the user should know: that the manifest could not be updated.
 
     Raises:
         ManifestError: the manifest is missing or speaks of another plan.
         SessionError: the plan cannot run here.
-        RejectedError: the outputs left tolerance; the manifest says so too.
+        RejectedError: the outputs left tolerance; the manifest says so too, where it can be written.
         VerifyError, FidelityError, PictureError, CheckpointError, ExportError: as in verify_plan.
     """
     where = manifest_path(plan)
@@ -154,7 +156,7 @@ def verify_plan_file(
         overrides=overrides,
         report=report,
     )
-    replace_manifest(where, manifest | {"verification": verdict.to_dict()})
+    record_in_manifest(where, manifest | {"verification": verdict.to_dict()}, [] if notes is None else notes)
     if not verdict.passed:
         raise RejectedError(plan, verdict)
     return verdict

@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -125,6 +126,21 @@ def replace_manifest(path: Path, content: dict[str, Any]) -> None:
         publish(folder, path)
 
 
+def record_in_manifest(path: Path, content: dict[str, Any], notes: list[str]) -> None:
+    """Puts new content in the place of a manifest; where that cannot be, `notes` says so in one line.
+
+    What was measured is worth more than its record, so a read-only or full disk is no error here. A manifest that is a
+    link belongs to the cache that made the link, and is left as it is.
+    """
+    why = "it is a link, as in a download cache"
+    if not path.is_symlink():
+        try:
+            return replace_manifest(path, content)
+        except OSError as error:
+            why = error.strerror or str(error)
+    notes.append(f"{path}: the manifest was not updated ({why})")
+
+
 def read_manifest(path: Path, kind: str) -> dict[str, Any]:
     """Reads a manifest.
 
@@ -207,6 +223,22 @@ def staging(target: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # a file system without locks: then nothing is swept there either
             stack.enter_context(locked(folder))
         folder.mkdir(mode=0o700, exist_ok=True)  # swept by a run that began between the two lines above
+        yield folder
+
+
+@contextlib.contextmanager
+def workspace(target: Path, room: int) -> Iterator[Path]:
+    """A staging folder from which nothing is published; where that cannot take `room` bytes, a temporary folder."""
+    with contextlib.ExitStack() as stack:
+        folder = None
+        with contextlib.suppress(OSError):
+            if shutil.disk_usage(target.parent).free >= room:
+                folder = stack.enter_context(staging(target))
+        if folder is None:
+            folder = Path(tempfile.gettempdir()) / f"neck-export-{secrets.token_hex(8)}"
+            stack.enter_context(removed_on_signal(folder))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            folder.mkdir(mode=0o700)
         yield folder
 
 

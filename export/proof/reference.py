@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,12 +18,14 @@ def check_reference(path: Path) -> None:
     """Refuses before the work a name that no reference can have.
 
     Raises:
-        FidelityError: it does not end in .safetensors, or is a folder.
+        FidelityError: it does not end in .safetensors, is a folder, or lies in one that cannot be written.
     """
     if path.suffix != ".safetensors" or path.is_dir():
         raise FidelityError(
             f"{path}: a reference is written as a file that ends in .safetensors, such as reference.safetensors"
         )
+    if path.parent.is_dir() and not os.access(path.parent, os.W_OK):
+        raise FidelityError(f"{path}: its folder cannot be written; name another place with --save-reference")
 
 
 def write_reference(path: Path, pixels: np.ndarray, outputs: Mapping[str, np.ndarray]) -> None:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import safetensors.numpy
 import torch
 
+from export.contract.onnx_file import load_onnx
 from export.contract.signature import KINDS, BatchRange, Signature
 from export.graph.deployed_module import with_head
 from export.proof.fidelity import FidelityError, Verdict, compare
@@ -171,12 +172,12 @@ def verify_onnx(
         FidelityError: outputs that the reference lacks, an override that fits none.
     """
     image = reference.image(signature)
-    model = ir.load(path)
+    model, folder = load_onnx(path)
     low = is_low_precision(model)
     report("candidate: ONNX Runtime" + (", roundings written out" if low else ""))
     rounded = simulate(model) if low else []
     names = [spec.name for spec in signature.outputs]
-    candidate = dict(zip(names, run_model(model, path.parent, image), strict=True))
+    candidate = dict(zip(names, run_model(model, folder, image), strict=True))
     if signature.positions == "file":
         stored = safetensors.numpy.load_file(positions_path(path))
         shapes = {name: (len(image), *array.shape[1:]) for name, array in stored.items()}
@@ -185,7 +186,7 @@ def verify_onnx(
     verdict = compare(reference.outputs, candidate, precision, method, overrides, signature.dtype)
     if rounded and any(comparison.non_finite for comparison in verdict.comparisons):
         report("looking for the first tensor that is not finite")
-        verdict = dataclasses.replace(verdict, first_bad=first_non_finite(model, rounded, path.parent, image))
+        verdict = dataclasses.replace(verdict, first_bad=first_non_finite(model, rounded, folder, image))
     return verdict
 
 
