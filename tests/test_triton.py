@@ -234,7 +234,8 @@ def test_an_ensemble_from_pictures(plan: Path, tmp_path: Path) -> None:
     assert script.read_bytes() == PREPROCESS_MODEL.read_bytes()
     assert list((found.path / "sam3-encoder-pictures" / "1").iterdir())  # an empty folder gets lost in S3 and git
     again = make(plan, tmp_path, ensemble=True, outputs=("sam3_feat_0",))
-    assert {path.relative_to(found.path).parts[:2] for path in again.files} == {("sam3-encoder", "2")}
+    changed = {path.relative_to(found.path).parts[:2] for path in again.files}
+    assert changed == {("sam3-encoder", "2"), ("sam3-encoder", "config.pbtxt")}
     fixed = make(write_plan(tmp_path / "b3.plan", batch="3"), tmp_path, ensemble=True, name="fixed")
     assert tensors(config_of(fixed, "fixed-pictures").input) == [("picture", string, [3])]
 
