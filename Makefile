@@ -2,20 +2,26 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow gpu-kit gpu lint lint-cpp clean
+.PHONY: demo test test-slow gpu-kit gpu lint lint-cpp lock clean
 
-.venv/ready: pyproject.toml
+# the versions in requirements.lock and no others; as constraints, so that a CPU build of torch brings no CUDA packages
+.venv/ready: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,rtx,triton,bench,sam3,dev]'
+	$(BIN)/python -m pip install --quiet --upgrade --constraint requirements.lock pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --build-constraint requirements.lock \
+	  --editable '.[cpu,rtx,triton,bench,sam3,dev]'
 	touch $@
 
+# renews requirements.lock and those of the two folders below: what is newest today (needs network)
+lock: .venv/ready
+	sh tests/lock.sh
+
 # a real tritonserver for the tests (55 MB); without it they are skipped
-.triton/ready: tests/server-setup.sh tests/setup-folder.sh
+.triton/ready: tests/server-setup.sh tests/setup-folder.sh tests/server.lock
 	PYTHON=$(PYTHON) sh tests/server-setup.sh
 
 # Meta's and Ultralytics' packages for the tests (220 MB on disk); without them they are skipped
-.families/ready: tests/families-setup.sh tests/setup-folder.sh .venv/ready
+.families/ready: tests/families-setup.sh tests/setup-folder.sh tests/families.lock .venv/ready
 	sh tests/families-setup.sh
 
 demo: .venv/ready

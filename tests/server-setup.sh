@@ -5,6 +5,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 folder=${1:-.triton}
+lock=tests/server.lock
 . tests/setup-folder.sh
 
 for python in "${PYTHON:-python3}" python3.12 python3.11 python3.10 ''; do
@@ -13,9 +14,8 @@ for python in "${PYTHON:-python3}" python3.12 python3.11 python3.10 ''; do
     "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && break
 done
 "$python" -m venv "$folder"
-# of pytriton the server alone is used; last, for pip would tell of its other dependencies
-pip="$folder/bin/python -m pip install --quiet --disable-pip-version-check"
-$pip 'numpy<2' 'onnxruntime>=1.23' 'pillow>=11' && $pip --no-deps nvidia-pytriton==0.7.0 ||
+# of pytriton the server alone is used, so it comes without its dependencies; the lock names all that the others need
+"$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --requirement "$lock" ||
     refuse "no Triton server: pip could not install it (above)"
 server=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib") + "/pytriton/tritonserver")')
 version=$("$folder/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')

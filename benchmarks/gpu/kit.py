@@ -40,6 +40,7 @@ LEFT_OUT = {
     "ruff": "judges sources, wherever they lie",
     "selenium": "for tests of a page in a browser",
     "tensorrt": "its libraries come from NVIDIA's own index, 4 GB",
+    "uv": "finds versions of packages, where there is network",
 }
 """What of them stays out, and why."""
 
