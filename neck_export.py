@@ -704,10 +704,13 @@ def parse_tolerances(given: list[str] | None) -> dict[str, float]:
 
 @contextlib.contextmanager
 def stage() -> Iterator[Callable[[str], None]]:
-    """Runs a stage: shows its steps on a terminal, turns its errors into one or two lines and an exit code."""
+    """Runs a stage: shows its progress, turns its errors into one or two lines and an exit code."""
     try:
-        with progress() as report:
-            yield report
+        from neck.progress import step
+        from neck.progress_display import shown
+
+        with shown(sys.stderr):
+            yield step
     except (typer.BadParameter, typer.Exit):
         raise
     except KeyboardInterrupt:
@@ -737,29 +740,6 @@ def noted(notes: list[str]) -> Iterator[None]:
 def _fail(message: str, code: int = 1) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
-
-
-@contextlib.contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """Shows the present step with a clock on a terminal, and nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda line: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as shown:
-        tasks: list[Any] = []
-
-        def report(line: str) -> None:
-            if tasks:
-                shown.update(tasks[-1], total=1, completed=1)
-            tasks.append(shown.add_task(line, total=None))
-
-        yield report
-        if tasks:
-            shown.update(tasks[-1], total=1, completed=1)
 
 
 def show_verdict(verdict: Verdict, err: bool = False) -> None:

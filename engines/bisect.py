@@ -132,7 +132,7 @@ class Search:
         run: Runner,
     ) -> None:
         self.manifest, self.overrides, self.folder = manifest, overrides, folder
-        self.report, self.run = report, run
+        self.report, self.run, self.trials = report, run, 0
         signature = Signature.from_dict(manifest["signature"])
         pixels = reference_pixels(signature, images, signature.batch.minimum, report)
         self.image = pixels if signature.input == "uint8" else normalise(pixels).numpy()
@@ -174,7 +174,8 @@ class Search:
 
     def trial(self, keep_fp32: Sequence[str], residual: str | None = None) -> list[Comparison]:
         """The figures of every block and output with some modules, or the residual sums, in FP32."""
-        self.report(f"trial: {', '.join(keep_fp32) or 'residual sums' if residual else 'as it is'}")
+        self.trials += 1
+        self.report(f"trial {self.trials}: {', '.join(keep_fp32) or 'residual sums' if residual else 'as it is'}")
         precision = self.manifest["precision"]
         found = self._outputs(precision, keep_fp32, residual)
         names = {self._level(output): output for output in self.outputs}  # an override names the file's output

@@ -16,7 +16,7 @@ from engines.builder.attention_forms import Built, Typing, build_forms
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.onnx_source import Source, read_source, settle_source
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
-from engines.builder.plan_stream import Progress, disk_errors
+from engines.builder.plan_stream import disk_errors
 from engines.builder.timing_cache import replayed_hash, timing_cache_path
 from engines.run.verify import verify_plan, why_not_run
 from engines.sheet.layer_sheet import LayerSheet, layers_path, read_sheet
@@ -97,7 +97,7 @@ class PlanResult:
         return list(self.manifest.get("notes", []))
 
 
-def make_plan(options: PlanOptions, report: Report = lambda line: None, progress: Progress | None = None) -> PlanResult:
+def make_plan(options: PlanOptions, report: Report = lambda line: None) -> PlanResult:
     """Builds, verifies and files a plan, or returns the one that is there where nothing has changed.
 
     Raises:
@@ -124,7 +124,7 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, progress
             if verdict:
                 notes = (f"{', '.join(verdict.failed_names)} left tolerance: built again with residual sums in FP32",)
             typing = Typing(options.attention, options.upsampling, options.keep_fp32, residual, settled and settled[0])
-            built = build_forms(job.source, staged, job.build, typing, job.flavor, left, report, progress)
+            built = build_forms(job.source, staged, job.build, typing, job.flavor, left, report)
             about = _manifest(job, built, (*notes, *built.notes, *built.result.notes), settled)
             verdict, verification = _verify(job, built.typed, staged, about)
             if verdict is None or verdict.passed:

@@ -26,6 +26,7 @@ from export.lowering.attention import AttentionForm
 from export.lowering.upsampling import Upsampling
 from export.pipeline import RejectedError
 from export.proof.verify import Report
+from neck.progress import counted
 
 ATTENTIONS: tuple[AttentionForm, ...] = ("fp32acc", "scores32", "fused")
 """`unfused` is left out: it is the last resort for exactness, and slow by its making."""
@@ -116,7 +117,8 @@ def tune_plan(
     settled = settle_source(source, options.precision, *asked)
     options = dataclasses.replace(options, known=settled)
     attentions = ATTENTIONS if options.precision != "bf16" else ("fused", "fp32acc")
-    for attention, upsampling in itertools.product(attentions, UPSAMPLINGS):
+    candidates = [*itertools.product(attentions, UPSAMPLINGS)]
+    for attention, upsampling in counted(candidates, "candidates", len(candidates), "builds"):
         if any((row.attention, row.upsampling) == (attention, upsampling) for row in rows):
             continue
         report(f"candidate: {attention}, {upsampling}")

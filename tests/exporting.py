@@ -7,6 +7,7 @@ import functools
 import gc
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,18 @@ def listing(folder: Path) -> dict[str, bytes]:
     return found
 
 
+STEP_LINE = r"(?m)^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} "
+"""How a line of progress begins where stderr is no terminal."""
+
+
+def without_steps(err: str) -> str:
+    """What a command wrote to stderr, without its lines of progress."""
+    return re.sub(STEP_LINE + r".*\n", "", err)
+
+
 @dataclasses.dataclass(frozen=True)
 class Ran:
-    """What a command gave."""
+    """What a command gave; `err` without its progress."""
 
     code: int
     out: str
@@ -93,7 +103,7 @@ def neck_export_cli(*arguments: str | Path) -> Ran:
     result = CliRunner().invoke(neck_export.app, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    return Ran(result.exit_code, result.stdout, result.stderr)
+    return Ran(result.exit_code, result.stdout, without_steps(result.stderr))
 
 
 def plant_in_trunk(state: dict[str, torch.Tensor], factor: float = 2.0**16) -> None:

@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from conftest import Golden, Save, load_golden, traced
+from listening import listening
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
 
@@ -28,6 +29,7 @@ from engines.builder.options import BuildOptions
 from export.contract.signature import BatchRange, TensorSpec
 from export.lowering.attention import AttentionForm
 from export.lowering.precision import Precision, lower
+from neck.progress import Count
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("8.6", "8.9", "12.0")
@@ -150,14 +152,15 @@ def test_result_and_options(small: Path, tmp_path: Path) -> None:
     options = BuildOptions(optimization_level=1, workspace_bytes=1 << 30, compute_capabilities=("8.9",))
     phases: dict[str, tuple[int, int]] = {}
 
-    def progress(phase: str, done: int, total: int) -> None:
-        assert 0 <= done <= total
-        phases[phase] = (done, total)
+    def take(found: Count) -> None:
+        assert 0 <= found.done <= (found.total or 0) and found.unit == "steps"
+        phases[found.step] = (found.done, found.total or 0)
 
-    result = build_plan(small, tmp_path / "new" / "x.plan", options, progress=progress)
+    with listening(take):
+        result = build_plan(small, tmp_path / "new" / "x.plan", options)
     assert (result.flavor, result.onnx, result.gpu) == ("rtx", small, choose_flavor("rtx").gpu)
     assert result.sheet is not None and result.sheet.operations and result.seconds > 0
-    assert phases["Building engine"][0] >= 5 and len(phases) > 3
+    assert phases["build: Building engine"][0] >= 5 and len(phases) == 1  # not the phases inside it
     assert options.to_dict() == {**BuildOptions().to_dict(), "optimization_level": 1, "workspace_bytes": 1 << 30} | {
         "compute_capabilities": ["8.9"]
     }
@@ -316,6 +319,8 @@ CHILD = """
     from engines.builder.build import build_plan
     from engines.builder.onnx_graph import BuildError
     from engines.builder.options import BuildOptions
+    sys.path.append("tests")
+    from listening import listening
     onnx, plan, step = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     watches, made = [], engines.builder.build.Watch
     def watched():
@@ -323,10 +328,11 @@ CHILD = """
         return watches[-1]
     engines.builder.build.Watch = watched
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the background of a script has it ignored
-    def progress(phase, done, total):
-        if phase == "Building engine" and done >= 1:
+    def take(found):
+        phase, done = found.step.removeprefix("build: "), found.done
+        if done >= 1:
             print(phase, done, flush=True)
-        if phase == "Building engine" and done == 1:
+        if done == 1:
             if step == "interrupted":
                 os.kill(os.getpid(), signal.SIGINT)
                 watches[0].cancelled.wait(600)
@@ -334,7 +340,8 @@ CHILD = """
     if step == "small disk":
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
     try:
-        build_plan(onnx, plan, BuildOptions(compute_capabilities=("8.9",)), progress=progress)
+        with listening(take):
+            build_plan(onnx, plan, BuildOptions(compute_capabilities=("8.9",)))
     except BuildError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
@@ -445,11 +452,11 @@ def test_too_little_memory_is_told(tmp_path: Path, line: str, refused: bool, say
 
 
 def test_a_progress_that_raises_stops_the_build(small: Path) -> None:
-    def progress(phase: str, done: int, total: int) -> None:
-        raise ZeroDivisionError(phase)
+    def take(found: Count) -> None:
+        raise ZeroDivisionError(found)
 
-    with pytest.raises(ZeroDivisionError):
-        build_plan(small, small.with_suffix(".plan"), BuildOptions(), progress=progress)
+    with pytest.raises(ZeroDivisionError), listening(take):
+        build_plan(small, small.with_suffix(".plan"), BuildOptions())
     assert not small.with_suffix(".plan").exists()
 
 

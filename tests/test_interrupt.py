@@ -1,4 +1,4 @@
-"""Ctrl-C: one line and exit 130 whenever it comes, and nothing half-written."""
+"""Ctrl-C and SIGTERM: one line and exit 130 or 143 whenever they come, and nothing half-written."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exporting import ROOT, checkpoint_of, config_of, listing, neck_export_cli, trace_quickly
+from exporting import ROOT, checkpoint_of, config_of, listing, neck_export_cli, trace_quickly, without_steps
 from interrupting import MOMENTS, Moment
 
 from export.contract.interrupt import take_over_signals
 from export.contract.manifest import check_files, read_manifest
 
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
-LINES = {"SIGINT": "error: interrupted\n", "SIGTERM": "", "SIGKILL": ""}
+LINES = {"SIGINT": "error: interrupted\n", "SIGTERM": "error: terminated\n", "SIGKILL": ""}
 HANGS_S = 580
 """A guard: the run takes 10 s on a quiet machine."""
 
@@ -49,7 +49,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 def test_stopped_at(stopped: tuple[Path, dict[str, Any]], moment: Moment) -> None:
     """In the words of the command, and the folder as it was; once the names are being changed, as it will be."""
     found, around = stopped[1][str(moment)], stopped[1][moment.command]
-    assert (found["code"], found["out"], found["err"]) == (CODES[moment.signal], "", LINES[moment.signal])
+    told = without_steps(found["err"])
+    assert (found["code"], found["out"], told) == (CODES[moment.signal], "", LINES[moment.signal])
     if moment.event in ("os.remove", "os.rename"):  # hashes differ: a manifest tells when it was made
         assert sorted(found["files"]) == sorted(around["after"])
         old = around["before"]
@@ -141,6 +142,41 @@ def test_after_the_work_a_signal_changes_nothing() -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+LONG_CALL = """import hashlib, os, signal, sys, threading
+from pathlib import Path
+from export.contract.interrupt import removed_on_signal, take_over_signals
+if sys.argv[2] == "ours":
+    take_over_signals()
+else:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+folder = Path(sys.argv[1])
+with removed_on_signal(folder):
+    folder.mkdir()
+    threading.Timer(1.0, os.kill, (os.getpid(), int(sys.argv[3]))).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)  # an hour
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_inside_one_long_call_too(number: signal.Signals, tmp_path: Path) -> None:
+    """Python's own handlers wait for its end; `docker stop` kills after 10 s, and the staging folder would stay."""
+
+    def started(handler: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", LONG_CALL, str(tmp_path / handler), handler, str(int(number))]
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+
+    with started("ours") as child:
+        assert child.communicate(timeout=HANGS_S)[1].decode() == LINES[number.name]
+        assert child.returncode == CODES[number.name]
+        assert not list(tmp_path.iterdir())
+    if number == signal.SIGTERM:
+        with started("python's") as child:  # the control
+            with pytest.raises(subprocess.TimeoutExpired):
+                child.communicate(timeout=10)
+            assert list(tmp_path.iterdir())
+            child.kill()
 
 
 def test_on_a_terminal_the_cursor_comes_back() -> None:

@@ -65,7 +65,7 @@ def trials() -> Trials:
 
 @functools.cache
 def measured() -> tuple[Product, ...]:
-    return tuple(measure_products(of_layers(), trials().run, Record(None, {}), lambda line: None))
+    return tuple(measure_products(of_layers(), trials().run, Record(None, {})))
 
 
 def of_layers() -> list[Product]:
@@ -212,7 +212,7 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
         return figures(0.01)
 
     def measure(scale: int, run: Callable[[str], list[Comparison]]) -> list[Product]:
-        return measure_products(of_layers(), run, Record(state, {"scales": (1, scale)}), print)
+        return measure_products(of_layers(), run, Record(state, {"scales": (1, scale)}))
 
     with pytest.raises(KeyboardInterrupt):
         measure(2, functools.partial(run, most=3))

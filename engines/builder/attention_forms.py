@@ -18,7 +18,6 @@ from engines.builder.flavor import Flavor
 from engines.builder.onnx_graph import BuildError, RefusedError
 from engines.builder.onnx_source import Source, lower_file
 from engines.builder.options import BuildOptions
-from engines.builder.plan_stream import Progress
 from export.contract.errors import ExportError
 from export.contract.export_command import export_again
 from export.contract.onnx_file import load_onnx
@@ -78,7 +77,6 @@ def build_forms(
     flavor: Flavor,
     left: ExitStack,
     report: Report,
-    progress: Progress | None,
 ) -> Built:
     """Types a file where it must be and builds it, in the next attention form where TensorRT refuses one.
 
@@ -103,7 +101,7 @@ def build_forms(
             report(notes[-1])
         report(f"build: {flavor.name} {flavor.version}")
         try:
-            result = build_plan(typed, plan, build, flavor=flavor, progress=progress)
+            result = build_plan(typed, plan, build, flavor=flavor)
             return Built(typed, result, form, typing.residual, tuple(notes))
         except RefusedError as error:
             if later is None or not error.by_form:

@@ -15,7 +15,7 @@ from engines.builder.gpu import Gpu
 from engines.builder.onnx_graph import BuildError, Graph, RefusedError, read_graph
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
 from engines.builder.parsed_network import check_types, keep_attentions_whole
-from engines.builder.plan_stream import Progress, Watch, disk_errors, new_monitor, run_builder, temporary
+from engines.builder.plan_stream import Watch, disk_errors, new_monitor, run_builder, temporary
 from engines.builder.timing_cache import missed, read_replayed, replay_timing, replayed, save_timing_cache
 from engines.sheet.layer_sheet import LayerSheet
 from engines.sheet.read_layers import LayerSheetError, read_accumulations, sheet_from_inspector, sheet_from_log
@@ -74,7 +74,6 @@ def build_plan(
     options: BuildOptions,
     *,
     flavor: Flavor | None = None,
-    progress: Progress | None = None,
 ) -> BuildResult:
     """Builds a plan, strongly typed, and reads its layer sheet.
 
@@ -86,7 +85,6 @@ def build_plan(
         plan: the file to write.
         options: how to build.
         flavor: which TensorRT; by default the one that `choose_flavor` chooses.
-        progress: called as the build goes on.
 
     Raises:
         BuildError: a bad file, a graph that is not typed as asked, a builder that gave up, a full disk.
@@ -106,7 +104,7 @@ def build_plan(
     started, watch = time.perf_counter(), Watch()
     builder, network, keep = _parse(onnx, flavor, watch)
     check_types(onnx, flavor.trt, network, options.precision, options.keep_fp32)
-    common = common_options(onnx, flavor, network, options, new_monitor(flavor.trt, watch, progress))
+    common = common_options(onnx, flavor, network, options, new_monitor(flavor.trt, watch))
     config = flavor.create_config(builder, network, targets, common)
     if options.replay_timing and timing:
         keep = (keep, replay_timing(flavor.trt, config, options.replay_timing, timing))

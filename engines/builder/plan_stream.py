@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -17,9 +17,7 @@ from typing import IO, Any
 from engines.builder.onnx_graph import BuildError, RefusedError
 from engines.sheet.read_layers import FIRST_LINE
 from export.contract.interrupt import removed_on_signal
-
-Progress = Callable[[str, int, int], None]
-"""Called with a phase's name, its steps done and its steps in all; from the builder's thread."""
+from neck.progress import count
 
 OUT_OF_MEMORY = "out of memory while TensorRT built; at full size it takes 3 GB, so close other programs"
 
@@ -61,8 +59,8 @@ class Watch:
         return self.errors[-1][:400] if self.errors else "it gave no reason"
 
 
-def new_monitor(trt: Any, watch: Watch, progress: Progress | None) -> Any:  # noqa: ANN401
-    """A progress monitor that hands on every phase and stops a cancelled build."""
+def new_monitor(trt: Any, watch: Watch) -> Any:  # noqa: ANN401
+    """A progress monitor that tells of the outermost phases and stops a cancelled build."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -71,18 +69,19 @@ def new_monitor(trt: Any, watch: Watch, progress: Progress | None) -> Any:  # no
 
         def tell(self, name: str, done: int) -> None:
             try:
-                if progress:
-                    progress(name, done, self.steps.get(name, done))
+                count(f"build: {name}", done, self.steps[name], "steps")
             except BaseException as error:  # through the builder's C++ it would end the process
                 watch.failures.append(error)
                 watch.cancelled.set()
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            self.steps[name] = steps
-            self.tell(name, 0)
+            if parent is None:
+                self.steps[name] = steps
+                self.tell(name, 0)
 
         def step_complete(self, name: str, step: int) -> bool:
-            self.tell(name, step + 1)
+            if name in self.steps:
+                self.tell(name, step + 1)
             return not watch.cancelled.is_set()
 
         def phase_finish(self, name: str) -> None:

@@ -21,6 +21,7 @@ from engines.run.latency import Start, Starts
 from engines.run.open_plan import open_plan
 from engines.run.plan_checks import SessionError, read_header
 from engines.run.timing import make_input
+from export.contract.interrupt import removed_on_signal
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -41,7 +42,7 @@ def time_starts(plan: Path, batch: int, flavor: str, starter: Starter) -> Starts
         flavor: the plan's; TensorRT keeps nothing between starts, so it has no warm one.
         starter: starts once, with that file as runtime cache.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, removed_on_signal(Path(folder)):
         cache = Path(folder) / "kernels.cache"
         try:
             cold = starter(plan, batch, cache)

@@ -18,6 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from export.contract.interrupt import removed_on_signal, signals_held
+from neck.progress import count
+
+TOLD_BYTES = 1 << 26
+"""From this size on a file takes so long to read that its progress is worth telling."""
 
 FORMAT = 1
 """Version of the manifest; readers refuse a newer one."""
@@ -38,11 +42,13 @@ def data_path(path: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, read once in pieces of 4 MiB."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file, read once in pieces of 4 MiB; tells its progress where the file is large."""
+    digest, size = hashlib.sha256(), path.stat().st_size
     with open(path, "rb") as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
+            if size >= TOLD_BYTES:
+                count(f"hash of {path.name}", file.tell(), size, "bytes")
     return digest.hexdigest()
 
 

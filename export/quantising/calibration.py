@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from export.contract.manifest import replacing
 from export.contract.signature import Signature
-from export.proof.verify import Report, reference_pixels
+from export.proof.verify import reference_pixels
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import PictureFolder, find_pictures, load_pictures, normalise
+from neck.progress import counted
 
 ROWS = 64
 """Tokens of each layer that are kept, of all pictures together: 64 MB at full size."""
@@ -104,13 +105,12 @@ def calibration_pixels(signature: Signature, images: Path | PictureFolder | None
     return pixels
 
 
-def calibrate(encoder: Sam3DualViTDetNeck, pixels: np.ndarray, report: Report = lambda line: None) -> Calibration:
+def calibrate(encoder: Sam3DualViTDetNeck, pixels: np.ndarray) -> Calibration:
     """Runs the plain trunk on pictures, one after the other, and keeps what its linear layers read.
 
     Args:
         encoder: the plain encoder, set to the pictures' size.
         pixels: uint8 (B, H, W, 3).
-        report: told of every picture.
 
     Raises:
         CalibrationError: a layer whose input is not finite.
@@ -131,8 +131,7 @@ def calibrate(encoder: Sam3DualViTDetNeck, pixels: np.ndarray, report: Report = 
         for name, module in layers.items()
     ]
     try:
-        for index in range(seen):
-            report(f"calibration: picture {index + 1} of {seen}")
+        for index in counted(range(seen), "calibration", seen, "pictures"):
             with torch.inference_mode():
                 encoder.trunk(normalise(pixels[index : index + 1]))
     finally:

@@ -21,6 +21,7 @@ from export.proof.fidelity import TOLERANCES, Comparison, Tolerance, tolerance_f
 from export.proof.verify import Report
 from export.quantising.calibration import CalibrationError
 from export.quantising.rates import product_rates
+from neck.progress import counted
 
 PROXY = 336
 """Pixels of a side of the pictures that single products are tried on: a ninth of the work at 1008."""
@@ -135,7 +136,7 @@ def unmeasured(layers: Mapping[str, nn.Linear], tokens: int) -> list[Product]:
 
 
 def measure_products(
-    products: Sequence[Product], run: Callable[[str], Sequence[Comparison]], record: Record, report: Report
+    products: Sequence[Product], run: Callable[[str], Sequence[Comparison]], record: Record
 ) -> list[Product]:
     """Tries every product alone.
 
@@ -143,11 +144,9 @@ def measure_products(
         products: those that may be quantised.
         run: the figures with one product quantised.
         record: of what was measured before.
-        report: told of every product.
     """
     found = []
-    for number, one in enumerate(products, 1):
-        report(f"product {number} of {len(products)}: {one.name}")
+    for one in counted(products, f"errors of single products at {PROXY} px", len(products), "products"):
         rows = record.figures(f"alone: {one.name}", functools.partial(run, one.name))
         found.append(dataclasses.replace(one, errors={row.name: row.relative_l2 for row in rows}))
     return found
@@ -195,7 +194,7 @@ def choose(
     ordered, measured = order_products(products), dict[int, float]()
 
     def fits(count: int) -> bool:
-        report(f"trial: {count} of {len(ordered)} products")
+        report(f"trial {len(measured) + 1}: {count} of {len(ordered)} products")
         rows = run([one.name for one in ordered[:count]])
         measured[count] = max(row.relative_l2 for row in rows)
         return within(rows, budget, kind)

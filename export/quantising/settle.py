@@ -238,7 +238,7 @@ def _chosen(
     report(f"trial: all {len(products)} products")
     if within(rows := run(list(layers)), budget, kind):
         return choose_all(products, rows, kind)
-    products = measure_products(products, lambda name: trials(0).run(name), record, report)
+    products = measure_products(products, lambda name: trials(0).run(name), record)
     return choose(products, budget, run, kind, report)
 
 
@@ -274,7 +274,7 @@ def _calibration(
             notes.append(f"{error}; it was made again")
             report(f"{error}; calibrating again")
     encoder.set_imgsz(signature.image_size)
-    found = calibrate(encoder, calibration_pixels(signature, images, notes), report)
+    found = calibrate(encoder, calibration_pixels(signature, images, notes))
     if options.calibration is not None:
         save_calibration(options.calibration, found)
     return found
