@@ -1,15 +1,16 @@
 # `make demo` runs the main job, `make test` the tests; both set up .venv themselves. Needs Python 3.10+ and its venv.
 PYTHON ?= python3
 BIN := .venv/bin
+EXTRAS := cpu,rtx,triton,bench,sam3,dev
 
-.PHONY: demo test test-slow gpu-kit gpu lint lint-cpp lock clean
+.PHONY: demo test test-oldest test-newest test-slow gpu-kit gpu lint lint-cpp lock clean
 
 # the versions in requirements.lock and no others; as constraints, so that a CPU build of torch brings no CUDA packages
 .venv/ready: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade --constraint requirements.lock pip setuptools
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --build-constraint requirements.lock \
-	  --editable '.[cpu,rtx,triton,bench,sam3,dev]'
+	  --editable '.[$(EXTRAS)]'
 	touch $@
 
 # renews requirements.lock and those of the two folders below: what is newest today (needs network)
@@ -32,6 +33,21 @@ demo: .venv/ready
 # environment says otherwise: without, each of the hundred processes that tests start compiles our modules for 0.5 s
 test: .venv/ready .triton/ready .families/ready
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+
+# the tests with other versions than the lock's, each in an environment of its own: the oldest that pyproject allows, and
+# the newest of everything; without what needs a server, a browser, a C++ compiler or SAM 3's packages. Several GB: the
+# package index has torch for Linux with CUDA only. PYTHON= names the Python, UV= an uv.
+UV ?= $(BIN)/uv
+oldest := --resolution lowest-direct
+newest := --upgrade
+PART := --ignore-glob='tests/test_cpp_*' --ignore-glob='tests/test_server*' --ignore=tests/test_browser.py \
+  --ignore=tests/test_families.py
+
+test-oldest test-newest: test-%: .venv/ready
+	$(UV) venv --quiet --clear --python '$(PYTHON)' build/$*
+	$(UV) pip install --quiet --python build/$* $($*) --editable '.[$(EXTRAS)]'
+	$(UV) pip freeze --python build/$* > build/$*.txt
+	OMP_NUM_THREADS=1 build/$*/bin/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder $(PART)
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -q -m slow

@@ -15,7 +15,7 @@ LINE_EVERY_S = 30.0
 """Between two plain lines of one step: half a minute, so that a busy machine still shows one a minute."""
 
 
-class PlainLines(logging.StreamHandler[TextIO]):
+class PlainLines(logging.StreamHandler):  # subscriptable from Python 3.11 on
     """Writes a line when a step begins and when a count is complete, and one every half minute in between.
 
     Args:

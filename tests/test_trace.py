@@ -27,6 +27,7 @@ from conftest import (
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 from torch.onnx._internal.exporter._core import TorchTensor as TorchsOwnTensor
+from torch.torch_version import TorchVersion
 
 import export.graph.trace
 from export.contract.errors import ExportError
@@ -34,7 +35,7 @@ from export.contract.signature import encoder_signature
 from export.graph.constant_folding import LAZY_BYTES
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
-from export.graph.trace import trace
+from export.graph.trace import OLDEST_TORCH, trace
 from export.lowering.precision import lower
 from neck.checkpoint import random_encoder
 from neck.config import EncoderConfig
@@ -407,3 +408,20 @@ def test_what_cannot_be_traced_is_said_in_a_line() -> None:
     with pytest.raises(ExportError, match="torch cannot trace the encoder: ") as caught:
         traced(encoder, tiny_config())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("version", "serves"), [("2.7.1+cu126", False), ("2.8.0a0+34c6371d24.nv25.8", True)])
+def test_a_torch_that_is_too_old_is_named(version: str, serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of NVIDIA hold builds of their own, beside which pyproject's bound is not looked at."""
+    config = tiny_config()
+    module = DeployEncoder(shared_encoder(config), encoder_signature(config), Rewrites())
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+
+    def reached(module: DeployEncoder) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(export.graph.trace, "_export", reached)
+    with pytest.raises(ZeroDivisionError if serves else ExportError, match="" if serves else r"PyTorch 2\.7\.1.*2\.8"):
+        trace(module)
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"torch>={OLDEST_TORCH.removesuffix(".0a0")}"' in text

@@ -27,6 +27,10 @@ from export.graph.rewrite import shallow_copy
 from neck.trunk import Block, ViTDetTrunk
 
 CANONICAL_OPSET = 23
+
+OLDEST_TORCH = "2.8.0a0"
+"""The graphs of PyTorch 2.5 to 2.7 cannot be cut into blocks; `a0` lets NVIDIA's own builds of 2.8 pass."""
+
 SCOPES = "pkg.torch.onnx.name_scopes"
 BLOCKS = "trunk.blocks."
 
@@ -35,8 +39,13 @@ def trace(module: DeployEncoder) -> ir.Model:
     """Traces the module; its weights are referred to, not copied, until the file is written.
 
     Raises:
-        ExportError: torch cannot trace the module (a foreign trunk may do what ONNX cannot).
+        ExportError: torch cannot trace the module (a foreign trunk may do what ONNX cannot), or is too old.
     """
+    if torch.__version__ < OLDEST_TORCH:  # compared as versions
+        raise ExportError(
+            f"PyTorch {torch.__version__} is too old to export from: neck-export needs 2.8 or later; install it, or "
+            "export on another machine and bring the file"
+        )
     kinds = block_kinds(module)
     model = _export(_with_blocks(module, [same[0] for same in kinds]))
     for node in model.graph:
