@@ -69,7 +69,7 @@ def new_monitor(trt: Any, watch: Watch) -> Any:  # noqa: ANN401
 
         def tell(self, name: str, done: int) -> None:
             try:
-                count(f"build: {name}", done, self.steps[name], "steps")
+                count(f"build: {name}", done, self.steps.get(name, done), "steps")
             except BaseException as error:  # through the builder's C++ it would end the process
                 watch.failures.append(error)
                 watch.cancelled.set()
@@ -85,7 +85,8 @@ def new_monitor(trt: Any, watch: Watch) -> Any:  # noqa: ANN401
             return not watch.cancelled.is_set()
 
         def phase_finish(self, name: str) -> None:
-            self.steps.pop(name, None)
+            if name in self.steps:
+                self.tell(name, self.steps.pop(name))
 
     return Monitor()
 
