@@ -18,7 +18,7 @@ import pytest
 from conftest import load_golden
 from exporting import STEP_LINE
 from listening import listening
-from test_quantise_choice import of_layers, trials
+from test_quantise_choice import figures, of_layers
 
 import export.contract.manifest
 from export.contract.manifest import sha256
@@ -50,7 +50,7 @@ def test_calibration_products_and_bytes_are_counted(tmp_path: Path, monkeypatch:
     found: list[Count] = []
     with listening(found.append):
         calibration(3)
-        measure_products(of_layers(), trials().run, Record(None, {}))
+        measure_products(of_layers(), lambda name: figures(0.01), Record(None, {}))
         size = hash_of_a_large_file(tmp_path, monkeypatch)
         sha256(tmp_path / "x.onnx.data")
         monkeypatch.setattr(export.contract.manifest, "TOLD_BYTES", 1 << 30)
