@@ -22,9 +22,11 @@ import yaml
 
 pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install 'neck-export[triton]'")
 
-from serving import client_of, files, images, part, passes
+from serving import as_file, client_of, files, images, part, passes, pixels
+from test_deploy_docs import of
 from triton_server import Server, free_ports, running, stand_in_plan, stand_in_repository, why_missing
 
+from engines.service.triton_client.__main__ import main
 from engines.service.triton_client.client import TritonClient
 from engines.service.triton_client.errors import ClientError
 
@@ -118,10 +120,25 @@ def test_tritons_own_interfaces_are_closed(server: Server) -> None:
     assert connection.getresponse().status == 200  # the control: who may read the pod may come in
     connection.close()
     for protocol in ("http", "grpc"):
-        with client_of(server, protocol, memory="system") as client, pytest.raises(ClientError, match="restricted"):
-            client.infer(images()[:1])
+        with pytest.raises(ClientError, match="restricted"):
+            client_of(server, protocol, memory="system")
         with client_of(server, protocol) as client:
             assert passes(part([0]), client.infer(images()[:1]))
+
+
+def test_the_server_and_the_clients_of_the_docs(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As docs/deploy.md starts and asks them, but for the ports and the folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "picture.jpg").write_bytes(as_file(pixels()[0], "JPEG"))
+    words = next(words for words in of("docker", "run") if "tritonserver" in words)
+    options = [word for word in words[words.index("tritonserver") + 1 :] if not word.startswith("--model-repository")]
+    with running(repository, *options) as one:
+        for command in of("python", "-m", "engines.service.triton_client"):
+            url = one.grpc_url if "grpc" in command else one.http_url
+            assert main([*command[3:], "--url", url]) == 0, capsys.readouterr().err
+    assert (tmp_path / "features.npz").is_file()
 
 
 @contextlib.contextmanager
@@ -188,11 +205,8 @@ def test_the_proxy_refuses_compressed_requests_and_what_is_closed(
             assert send(web, one) == 403
         for one in ("index", "models/sam3-encoder/load", "models/sam3-encoder/unload"):
             assert send(web, f"/v2/repository/{one}", b"{}") == 403
-        with (
-            TritonClient(grpc, protocol="grpc", memory="system", timeout_s=600) as client,
-            pytest.raises(ClientError, match="403"),
-        ):
-            client.infer(images()[:1])
+        with pytest.raises(ClientError, match="403"):
+            TritonClient(grpc, protocol="grpc", memory="system", timeout_s=600)
 
 
 @needs_nginx

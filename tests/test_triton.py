@@ -842,7 +842,7 @@ def test_without_tritonclient_it_says_what_to_install(
     plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
-    with pytest.raises(TritonError, match=r"tritonclient is not installed .*pip install 'neck-export\[triton\]'"):
+    with pytest.raises(TritonError, match=r"tritonclient is not installed .*pip install 'tritonclient\[http,grpc\]'"):
         make(plan, tmp_path)
 
 

@@ -22,7 +22,7 @@ def schema() -> Any:  # noqa: ANN401 - a generated module without types
     try:
         from tritonclient.grpc import model_config_pb2
     except ImportError as error:
-        raise TritonError(f"tritonclient is not installed ({error}): pip install 'neck-export[triton]'") from None
+        raise TritonError(f"tritonclient is not installed ({error}): pip install 'tritonclient[http,grpc]'") from None
     return model_config_pb2
 
 
