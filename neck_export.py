@@ -66,6 +66,7 @@ PictureRange = Annotated[
     str | None, typer.Option(help="LOW:HIGH, black and white of pictures deeper than 8 bits [default: their high byte]")
 ]
 Tolerance = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")]
+Gpu = Annotated[int | None, typer.Option("--device", help="Number of the GPU that runs the plan [default: 0]", min=0)]
 Images = Annotated[Path | None, typer.Option(help="Folder of pictures to verify on")]
 ItsWeights = Annotated[Path | None, typer.Option(help="Its weights [default: where the manifest says]")]
 ItsAdapter = Annotated[Path | None, typer.Option(help="What was merged [default: where the manifest says]")]
@@ -274,6 +275,7 @@ def trt(
 def profile(
     plan: Annotated[Path, typer.Argument(help="A plan of neck-export")],
     batch: Annotated[int | None, typer.Option(help="Batch size [default: the profile's optimum]")] = None,
+    device: Gpu = None,
     as_json: AsJson = False,
 ) -> None:
     """Measures a plan's latency on the GPU: percentiles, transfers apart, memory, layers."""
@@ -281,7 +283,7 @@ def profile(
         from engines.run.latency import profile_lines
         from engines.run.profiling import profile_plan
 
-        found = profile_plan(plan, batch=batch)
+        found = profile_plan(plan, batch=batch, device=device)
     show(found.to_dict(), profile_lines(found), as_json)
 
 
@@ -316,6 +318,7 @@ def verify(
         Path | None, typer.Option(help="X.safetensors: the pictures and PyTorch's outputs, for `neck-engine --compare`")
     ] = None,
     reader: Annotated[str, typer.Option(help="Who must be able to read an ONNX file, as of `onnx`")] = "",
+    device: Gpu = None,
 ) -> None:
     """Compares a file with the plain PyTorch module and writes the verdict into its manifest."""
     notes: list[str] = []
@@ -323,10 +326,15 @@ def verify(
         from engines.builder.plan_kind import is_plan
 
         asked, line = (checkpoint, pictures(images, picture_range), parse_tolerances(tolerance)), None
-        if is_plan(file):
+        plan = is_plan(file)
+        if device is not None and not plan:
+            raise typer.BadParameter("--device chooses the GPU for a plan; an ONNX file is verified on the CPU")
+        if plan:
             from engines.run.verify import verify_plan_file
 
-            verdict = verify_plan_file(file, *asked, report, adapter=adapter, save=save_reference, notes=notes)
+            verdict = verify_plan_file(
+                file, *asked, report, adapter=adapter, save=save_reference, notes=notes, device=device
+            )
         else:
             from export.pipeline import verify_file
             from export.proof.reader_check import read_by_file

@@ -43,7 +43,7 @@ def attach(
     Args:
         model: SAM 3 of Meta's `sam3`, Ultralytics or transformers, image or video; or a predictor with it as `.model`.
         path: the file, its manifest beside it.
-        device: where the file runs; by default where the model is.
+        device: where the file runs; by default where the model is, on the same GPU.
         necks: the necks that will be read, where those are not all that the model has.
         check: whether to refuse a file of other weights than the model's encoder has.
         free: whether to free the memory of the model's own encoder; then it cannot be detached.
@@ -67,8 +67,10 @@ def attach(
         _check_fit(live, encoder, asked)
         if check:
             _check_weights(live, encoder, asked)
-        if device is None and encoder.device.type != home.type:
-            raise AttachError(f"{path} runs on {encoder.device}, the model is on {home}; move it: model.to('cuda')")
+        if device is None and encoder.device != home:
+            raise AttachError(
+                f"{path} runs on {encoder.device}, the model is on {home}; move it: model.to('{encoder.device}')"
+            )
         replacements = _replacements(live, encoder, asked)
     except Exception:
         encoder.close()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from conftest import GOLDEN_TOLERANCE, load_golden, named_outputs, worst_error
@@ -276,3 +279,55 @@ def test_a_neck_that_nobody_reads_may_lack(folder: Path, tmp_path: Path) -> None
         sam3, _, sam2, _ = model["backbone"].vision_backbone(images())
     assert len(sam3) == 4 and sam2 is None
     detach(model)
+
+
+def test_a_dynamic_batch_runs_on_cuda_and_a_heavy_operator_on_the_cpu_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime computes consumers of Shape on the CPU by design; which provider ran what is read from its profile.
+
+    The session is a real one, on the CPU; that its products ran on CUDA is written into its profile.
+    """
+    moved: set[str] = set()
+    real = onnxruntime.InferenceSession
+
+    class Session:
+        """A session that says of some operators that CUDA ran them."""
+
+        def __init__(self, path: str, options: Any, providers: Any) -> None:  # noqa: ANN401
+            with contextlib.suppress(RuntimeError):
+                if options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1":
+                    raise ValueError("nodes are assigned to the CPU, but fallback to CPU EP has been disabled")
+            self.session = real(path, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+        def io_binding(self) -> Any:  # noqa: ANN401
+            return SimpleNamespace(
+                **dict.fromkeys(("bind_input", "bind_output", "synchronize_outputs"), lambda *_: None)
+            )
+
+        def run_with_iobinding(self, binding: object) -> None:
+            self.session.run(None, {"image": np.zeros((1, 3, 112, 112), np.float32)})
+
+        def end_profiling(self) -> str:
+            path = Path(self.session.end_profiling())
+            events = json.loads(path.read_text())
+            for event in events:
+                if event.get("args", {}).get("op_name") in moved:
+                    event["args"]["provider"] = "CUDAExecutionProvider"
+            path.write_text(json.dumps(events))
+            return str(path)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    with play("11.4"):
+        image = torch.zeros(1, 3, 112, 112, device="cuda")
+        refused = OrtFile(folder / "both.onnx", torch.device("cuda", 0))
+        with pytest.raises(RuntimeFileError, match=r"computes .*Conv \(\d+ nodes\).* on the CPU"):
+            refused.run(image, {})
+        moved |= {"Conv", "MatMul", "FusedMatMul", "Attention", "ConvTranspose", "FusedConv", "Gemm", "FusedGemm"}
+        taken = OrtFile(folder / "both.onnx", torch.device("cuda", 0))
+        taken.run(image, {})
+        taken.run(image, {})  # only the first run is profiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,12 +37,28 @@ class Card:
         self.free -= count
 
 
+PROFILE = [
+    {"cat": "Session", "name": "model_run"},
+    {"cat": "Node", "name": "m", "args": {"op_name": "MatMul", "provider": "CUDAExecutionProvider"}},
+    {"cat": "Node", "name": "g", "args": {"op_name": "Gather", "provider": "CPUExecutionProvider"}},
+]
+"""What ONNX Runtime notes of a first run on a GPU."""
+
+
 class OrtSession:
     """Two GB to load, three more for the first run, as ONNX Runtime's arena takes them."""
 
-    def __init__(self, card: Card, providers: list[Any], options: Mapping[str, Any]) -> None:
-        self.card, self.providers, self.options, self.runs = card, providers, options, 0
+    profile = PROFILE
+
+    def __init__(self, card: Card, providers: list[Any], options: Mapping[str, Any], asked: Any) -> None:  # noqa: ANN401
+        self.card, self.providers, self.options, self.runs, self.asked = card, providers, options, 0, asked
         card.take(2 * GB)
+
+    def end_profiling(self) -> str:
+        assert self.asked.enable_profiling and self.runs == 1
+        path = Path(f"{self.asked.profile_file_prefix}.json")
+        path.write_text(json.dumps(self.profile))
+        return str(path)
 
     def get_providers(self) -> list[str]:
         return [one if isinstance(one, str) else one[0] for one in self.providers]
@@ -85,8 +102,9 @@ def ort(card: Card, image: Path, monkeypatch: pytest.MonkeyPatch) -> Ort:
 
     def made(provider: str = "CUDAExecutionProvider", precision: str = "fp16", **options: str) -> OrtRunner:
         module = SimpleNamespace(
-            SessionOptions=lambda: SimpleNamespace(add_session_config_entry=lambda *_: None),
-            InferenceSession=lambda path, _, providers: OrtSession(card, providers, options),
+            __version__="1.24.4",
+            SessionOptions=SimpleNamespace,
+            InferenceSession=lambda path, asked, providers: OrtSession(card, providers, options, asked),
             OrtValue=SimpleNamespace(ortvalue_from_numpy=lambda *_: None),
         )
         monkeypatch.setitem(sys.modules, "onnxruntime", module)
@@ -104,6 +122,15 @@ def test_a_rows_device_memory_is_its_own(card: Card, ort: Ort) -> None:
     assert runner.device_bytes() == 5 * GB
     card.take(-20 * GB)
     assert runner.device_bytes() == 5 * GB
+
+
+def test_what_is_small_may_be_on_the_cpu_and_what_is_heavy_may_not(ort: Ort, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Consumers of Shape go to the CPU by design, in every file with a dynamic batch."""
+    ort().load()  # the control: Gather is there
+    late = {"cat": "Node", "name": "a", "args": {"op_name": "Attention", "provider": "CPUExecutionProvider"}}
+    monkeypatch.setattr(OrtSession, "profile", [*PROFILE, late])
+    with pytest.raises(RunnerError, match=r"1\.24\.4 computes Attention \(1 nodes\) on the CPU"):
+        ort().load()
 
 
 def test_device_memory_that_cannot_be_told_is_not_told(card: Card, ort: Ort, monkeypatch: pytest.MonkeyPatch) -> None:

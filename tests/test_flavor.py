@@ -167,7 +167,7 @@ def test_types_and_flags_taken_by_name_exist() -> None:
 
 def _install(monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None, **modules: str | None) -> None:
     """Makes this process see a GPU, and modules of the given versions; None is a module that does not import."""
-    monkeypatch.setattr(flavor_module, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(flavor_module, "find_gpu", lambda device: gpu)
     for name, version in modules.items():
         module = None
         if version is not None:

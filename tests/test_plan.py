@@ -37,7 +37,7 @@ CONFIG = CASE / "encoder.json"
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests say what happens without a GPU, on a machine that has one too; test_gpu_played.py says the rest."""
-    monkeypatch.setattr("engines.builder.flavor.find_gpu", lambda: None)
+    monkeypatch.setattr("engines.builder.flavor.find_gpu", lambda device: None)
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,7 @@ CACHES: list[tuple[str, Callable[[Path, State], object], str]] = [
     ("not text", break_bytes(lambda data: data.replace(b"NVIDIA L4", b"\xff\n\x00")), "is damaged"),
     ("a pipe", make_pipe, r"cannot be read \(Invalid argument\)"),
     ("another plan", other_plan, "is of TensorRT-RTX 1.7.1.116 on NVIDIA L4 .*, here is TensorRT-RTX 1.7.1.116 on"),
-    ("another driver", lambda plan, state: setattr(state.device, "cuda", 12080), r"driver 13\.0, .* driver 12\.8, "),
+    ("another driver", lambda plan, state: setattr(state.device, "cuda", 13020), r"driver 13\.0, .* driver 13\.2, "),
     ("another GPU", lambda plan, state: setattr(state.device, "name", "NVIDIA L40S"), "here is .*NVIDIA L40S"),
     ("refused", lambda plan, state: setattr(state.faults, "foreign_kernels", True), "was refused by TensorRT-RTX"),
 ]

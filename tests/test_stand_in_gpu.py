@@ -110,8 +110,8 @@ def test_torchs_surface_is_torchs() -> None:
         for member, function in vars(value).items() if isinstance(value, type) else ():
             if inspect.isfunction(function) and not member.startswith("__"):
                 assert hasattr(real, member), f"torch.cuda.{name}.{member}"
-    for name, made in (("Stream", device.Stream), ("Event", device.Event), ("graph", device.Capture)):
-        real = getattr(torch.cuda, name)
+    for name in ("Stream", "ExternalStream", "Event", "graph"):
+        real, made = getattr(torch.cuda, name), surface[name]
         known = {*inspect.signature(real.__new__).parameters, *inspect.signature(real.__init__).parameters}
         assert set([*inspect.signature(made.__init__).parameters][1:]) <= known, name
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure.backends import TENSORRT_PROVIDER
+from engines.live.ort_placement import FirstRun
 
 FP16_ALLOWED = "trt_fp16_enable"
 """ONNX Runtime's TensorRT provider builds weakly typed engines: without it an FP16 file is computed in FP32."""
@@ -19,7 +20,7 @@ class RunnerError(RuntimeError):
 
 
 class OrtRunner:
-    """ONNX Runtime by one execution provider; a graph that needs another one is refused, not shared out."""
+    """ONNX Runtime by one execution provider; one whose heavy operators another one computes is refused."""
 
     def __init__(self, job: Mapping[str, Any]) -> None:
         self.job, self.cuda = job, job["device"] == "cuda"
@@ -36,7 +37,7 @@ class OrtRunner:
         providers: list[Any] = [cuda if self.job["provider"] == cuda[0] else self.job["provider"]]
         free = _free_device_bytes() if self.cuda else None
         if self.cuda:
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            first = FirstRun(options)
         if self._tensorrt():
             allowed = {FP16_ALLOWED: "1" if self.job["precision"] == "fp16" else "0"}
             providers = [(self.job["provider"], allowed), cuda]
@@ -54,6 +55,8 @@ class OrtRunner:
             for name in self.names:
                 self.binding.bind_output(name, "cuda")
             self.run()
+            if heavy := first.heavy_on_cpu(self.session):
+                raise RunnerError(f"ONNX Runtime {ort.__version__} computes {heavy} on the CPU, not on the GPU")
             # now: later, what other workers load and free is between the two
             self._taken = _taken(free, _free_device_bytes())
         return None

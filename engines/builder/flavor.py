@@ -39,6 +39,9 @@ CUDA_DRIVERS = {12: "525", 13: "580"}
 PACKAGED = {("tensorrt", 12), ("tensorrt", 13), ("rtx", 12), ("rtx", 13)}
 """CUDA versions that NVIDIA's wheels of TensorRT 11.4 and TensorRT-RTX 1.7 are built for."""
 
+OTHER_LOGGER = "The logger passed into"
+"""How TensorRT's warning begins at the second runtime or builder of a process."""
+
 POLYGRAPHY_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 
 
@@ -56,6 +59,7 @@ class Flavor:
         version: its version.
         targets: compute capabilities that a plan can be built for; empty where it is the GPU at hand.
         gpu: the GPU at hand, or None.
+        device: its index.
     """
 
     name: FlavorName
@@ -63,6 +67,11 @@ class Flavor:
     version: str
     targets: tuple[str, ...]
     gpu: Gpu | None
+    device: int = 0
+
+    def on(self, device: int) -> Flavor:
+        """The same TensorRT for the GPU of another index."""
+        return self if device == self.device else dataclasses.replace(self, gpu=find_gpu(device), device=device)
 
     @property
     def title(self) -> str:
@@ -244,7 +253,11 @@ class Flavor:
         return ", ".join(told) or ("no reason given" if self.gpu else "no NVIDIA GPU here")
 
     def new_logger(self, take: Callable[[int, str], None]) -> Any:  # noqa: ANN401
-        """A TensorRT logger that hands on severity (0, 1: error, 2: warning, 3: info, 4: verbose) and line."""
+        """A TensorRT logger that hands on severity (0, 1: error, 2: warning, 3: info, 4: verbose) and line.
+
+        That it is another logger than an earlier plan's is no warning: every plan has one of its own, and TensorRT-RTX
+        1.7 uses it, although it says that it does not.
+        """
         trt: Any = self.trt
 
         class Logger(trt.ILogger):
@@ -252,7 +265,8 @@ class Flavor:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, line: str) -> None:  # noqa: ANN401
-                take(int(severity), line)
+                if OTHER_LOGGER not in line:
+                    take(int(severity), line)
 
         return Logger()
 
@@ -263,16 +277,17 @@ def inspect_engine(trt: Any, engine: Any) -> str:  # noqa: ANN401
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON) or "")
 
 
-def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto") -> Flavor:
+def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto", device: int = 0) -> Flavor:
     """Chooses the TensorRT of this process and sets Polygraphy up for it.
 
     Args:
         asked: `auto` is TensorRT where it imports and a GPU is there, else TensorRT-RTX, which builds without one.
+        device: index of the GPU.
 
     Raises:
         FlavorError: what was asked is not installed, is too old or needs a GPU; it says what to install.
     """
-    gpu = find_gpu()
+    gpu = find_gpu(device)
     names: tuple[FlavorName, ...] = (asked,) if asked != "auto" else (("tensorrt", "rtx") if gpu else ("rtx",))
     reasons: list[str] = []
     for name in names:
@@ -281,7 +296,7 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto") -> Flavor:
         module = _import(name, reasons)
         if module is not None:
             _set_polygraphy_up(name)
-            return Flavor(name, module, module.__version__, _targets(name, module), gpu)
+            return Flavor(name, module, module.__version__, _targets(name, module), gpu, device)
     remedies = {
         "tensorrt": "pip install 'neck-export[gpu]' (needs an NVIDIA GPU)",
         "rtx": "pip install 'neck-export[rtx]' (builds without a GPU)",

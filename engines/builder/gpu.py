@@ -11,7 +11,7 @@ COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """The first NVIDIA GPU; `driver` is its version or `unknown`, `cuda` the newest CUDA that the driver serves."""
+    """An NVIDIA GPU; `driver` is its version or `unknown`, `cuda` the newest CUDA that the driver serves."""
 
     name: str
     compute_capability: str
@@ -24,17 +24,17 @@ def has_gpu() -> bool:
     return find_gpu() is not None
 
 
-def find_gpu() -> Gpu | None:
-    """Asks the CUDA driver for its first GPU, without torch."""
+def find_gpu(index: int = 0) -> Gpu | None:
+    """Asks the CUDA driver for a GPU, without torch; None if there is no such GPU."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
     device, version, count, major, minor = (ctypes.c_int() for _ in range(5))
-    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or index >= count.value:
         return None
     name = ctypes.create_string_buffer(128)
-    cuda.cuDeviceGet(ctypes.byref(device), 0)
+    cuda.cuDeviceGet(ctypes.byref(device), index)
     cuda.cuDeviceGetName(name, len(name), device)
     cuda.cuDriverGetVersion(ctypes.byref(version))
     cuda.cuDeviceGetAttribute(ctypes.byref(major), COMPUTE_CAPABILITY_MAJOR, device)

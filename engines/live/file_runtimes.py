@@ -10,6 +10,8 @@ import onnx
 import torch
 from torch import Tensor
 
+from engines.live.ort_placement import FirstRun
+from export.contract.export_command import export_again
 from export.contract.onnx_file import load_onnx
 from export.proof.rounding_simulation import simulate
 from export.proof.verify import open_model, require_runtime
@@ -39,7 +41,8 @@ class OrtFile:
     """
 
     def __init__(self, path: Path, device: torch.device, simulated: bool = False) -> None:
-        ort, self.device = require_runtime(), device
+        ort, self.device, self.path = require_runtime(), device, path
+        self._version, self._first = ort.__version__, None  # type: str, FirstRun | None
         options = ort.SessionOptions()
         options.log_severity_level = 3
         providers: list[Any] = ["CPUExecutionProvider"]
@@ -51,8 +54,7 @@ class OrtFile:
                 )
             # TF32 is on by default there: an FP32 file would be computed with 10 bits of 23
             providers = [("CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": "0"})]
-            # a node without a CUDA kernel would be computed on the CPU without a word (onnxruntime #28025)
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            self._first = FirstRun(options)
         try:
             if simulated:
                 model, folder = load_onnx(path)
@@ -69,7 +71,11 @@ class OrtFile:
             )
 
     def run(self, image: Tensor, outputs: Mapping[str, Tensor]) -> None:
-        """Fills the outputs; those of the file that are not among them are not handed out."""
+        """Fills the outputs; those of the file that are not among them are not handed out.
+
+        Raises:
+            RuntimeFileError: at the first run on a GPU, if a heavy operator was computed on the CPU.
+        """
         binding = self._session.io_binding()
         index = self.device.index or 0
         for bind, tensors in ((binding.bind_input, {"image": image}), (binding.bind_output, outputs)):
@@ -80,6 +86,15 @@ class OrtFile:
             torch.cuda.current_stream(self.device).synchronize()
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
+        if self._first is not None:
+            first, self._first = self._first, None
+            if heavy := first.heavy_on_cpu(self._session):
+                numbers = ".".join(self._version.split(".")[:2])
+                again = export_again(self.path, reader=f"onnxruntime-gpu-{numbers}", attention="auto", opset="auto")
+                raise RuntimeFileError(
+                    f"{self.path}: ONNX Runtime {self._version} computes {heavy} on the CPU, not on the GPU; run it on "
+                    f"the CPU (device='cpu'), update onnxruntime-gpu, or export it for this version:\n{again}"
+                )
 
     def close(self) -> None:
         """Frees the session."""

@@ -30,7 +30,7 @@ def open_file(
     if is_plan(path):
         if runtime != "auto" or simulated or (wanted is not None and wanted.type != "cuda"):
             raise EncoderError(f"{path}: a plan runs in TensorRT on the GPU only; take its ONNX file")
-        return open_plan(path)
+        return open_plan(path, device=wanted)
     if runtime == "openvino":
         if simulated or (wanted is not None and wanted.type != "cpu"):
             raise EncoderError(f"{path}: OpenVINO runs it on the CPU, without simulation; leave runtime out")
@@ -41,6 +41,8 @@ def open_file(
         wanted = torch.device("cuda" if not simulated and _ort_has_cuda() else "cpu")
     if wanted.type not in ("cpu", "cuda"):
         raise EncoderError(f"{path}: ONNX Runtime runs it on the CPU or a GPU, not on {wanted}; device='cpu'")
+    if wanted.type == "cuda" and wanted.index is None and torch.cuda.is_available():
+        wanted = torch.device("cuda", torch.cuda.current_device())
     return OrtFile(path, wanted, simulated)
 
 

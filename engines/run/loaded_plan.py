@@ -37,7 +37,6 @@ class LoadedPlan:
         inputs, outputs: what the engine takes and gives.
         warm: whether TensorRT-RTX took the kernels of an earlier start.
         warnings: what TensorRT warned of, such as a plan of another GPU model, and a runtime cache of no use.
-        capturing: held while one of its sessions captures a CUDA graph, before which torch waits for the device.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class LoadedPlan:
         self.plan, self.manifest, self.flavor, self.device = plan, manifest, flavor, device
         self.warnings: list[str] = []
         self._failures = collections.deque(["it gave no reason"], maxlen=1)
-        self._cache, self._lock, self.capturing = cache, threading.Lock(), threading.Lock()
+        self._cache, self._lock = cache, threading.Lock()
         self._kept: set[int] = set()  # batch sizes whose kernels are in the file
         logger = flavor.new_logger(_listener(self.warnings, self._failures))
         try:  # a version-compatible plan brings code of its own; its SHA-256 is checked

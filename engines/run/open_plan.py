@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,6 +14,7 @@ from engines.run.plan_checks import SessionError, check_plan
 from engines.run.pool import Pool, check_count, check_memory
 from engines.run.runtime_cache import RuntimeCache
 from engines.run.session import Session
+from engines.run.streams import new_stream
 
 
 @overload
@@ -20,6 +22,7 @@ def open_plan(
     plan: Path,
     flavor: Flavor | None = None,
     *,
+    device: int | str | torch.device | None = None,
     contexts: None = None,
     cuda_graph: bool = False,
     rtx_graphs: bool = False,
@@ -33,6 +36,7 @@ def open_plan(
     plan: Path,
     flavor: Flavor | None = None,
     *,
+    device: int | str | torch.device | None = None,
     contexts: int,
     cuda_graph: bool = False,
     rtx_graphs: bool = False,
@@ -45,6 +49,7 @@ def open_plan(
     plan: Path,
     flavor: Flavor | None = None,
     *,
+    device: int | str | torch.device | None = None,
     contexts: int | None = None,
     cuda_graph: bool = False,
     rtx_graphs: bool = False,
@@ -56,8 +61,9 @@ def open_plan(
     Args:
         plan: the file, its manifest X.plan.json beside it.
         flavor: which TensorRT; by default the one that built the plan.
+        device: the GPU, as 1, "cuda:1" or torch's device; by default torch's current one, as for a tensor on "cuda".
         contexts: how many runs may be at work at the same time, for a pool; by default a session for one thread.
-        cuda_graph: run by a CUDA graph, captured anew whenever the input's shape changes.
+        cuda_graph: run by CUDA graphs, one for each batch size, captured at its first run.
         rtx_graphs: TensorRT-RTX captures CUDA graphs of its own; not together with cuda_graph.
         runtime_cache: file in which TensorRT-RTX's compiled kernels are kept for the next start; by default
             X.plan.cache beside the plan, which the C++ library reads too.
@@ -68,25 +74,48 @@ def open_plan(
     """
     if contexts is not None:
         check_count(plan, contexts)
-    flavor, manifest = check_plan(plan, flavor)
+    where = find_device(plan, device)
+    with torch.cuda.device(where) if torch.cuda.is_available() else contextlib.nullcontext():
+        flavor, manifest = check_plan(plan, flavor, where.index)
     _check_options(plan, flavor, cuda_graph, rtx_graphs, runtime_cache)
     if not torch.cuda.is_available():
         raise SessionError(f"torch {torch.__version__} cannot use the GPU; install torch's CUDA build for this driver")
     cache = None
     if flavor.name == "rtx" and use_runtime_cache:
         cache = RuntimeCache(runtime_cache or default_cache(plan), cache_key(manifest, plan, flavor))
-    device = torch.device("cuda", 0)
-    with torch.cuda.device(device):
+    with torch.cuda.device(where):
         free = torch.cuda.mem_get_info()[0]
-        loaded = LoadedPlan(plan, manifest, flavor, device, cache=cache, rtx_graphs=rtx_graphs)
+        loaded = LoadedPlan(plan, manifest, flavor, where, cache=cache, rtx_graphs=rtx_graphs)
         if contexts is not None:
             torch.cuda.empty_cache()  # what torch keeps for itself counts as taken, and can be given
             check_memory(plan, contexts, loaded.context_bytes, torch.cuda.mem_get_info()[0])
         options: dict[str, Any] = {"cuda_graph": cuda_graph, "rtx_graphs": rtx_graphs}
-        sessions = [Session(loaded, stream=torch.cuda.Stream(), **options) for _ in range(contexts or 1)]
+        sessions = [Session(loaded, stream=new_stream(where), **options) for _ in range(contexts or 1)]
         found = sessions[0] if contexts is None else Pool(sessions, context_bytes=loaded.context_bytes)
         found.loaded_bytes = max(0, free - torch.cuda.mem_get_info()[0])  # another process may have freed some
     return found
+
+
+def find_device(plan: Path, asked: int | str | torch.device | None) -> torch.device:
+    """The GPU that is meant, with its index; the first one if torch can use none.
+
+    Raises:
+        SessionError: not a GPU, or one that is not here.
+    """
+    if isinstance(asked, int):
+        asked = f"cuda:{asked}" if asked >= 0 else "none"
+    try:
+        wanted = torch.device("cuda" if asked is None else asked)
+    except RuntimeError:
+        wanted = torch.device("cpu")
+    if wanted.type != "cuda":
+        raise SessionError(f"{plan}: a plan runs on a GPU, not on device {asked}; give its number, such as 0 or cuda:0")
+    usable = torch.cuda.is_available()
+    index = wanted.index if wanted.index is not None else torch.cuda.current_device() if usable else 0
+    if usable and index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise SessionError(f"{plan}: there is no GPU {index}; here are {count}, counted from 0")
+    return torch.device("cuda", index)
 
 
 def default_cache(plan: Path) -> Path:

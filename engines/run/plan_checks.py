@@ -48,15 +48,16 @@ def type_name(dtype: Any) -> str:  # noqa: ANN401 - numpy's or torch's
     return str(dtype).removeprefix("torch.")
 
 
-def check_plan(plan: Path, flavor: Flavor | None = None) -> tuple[Flavor, dict[str, Any]]:
+def check_plan(plan: Path, flavor: Flavor | None = None, device: int = 0) -> tuple[Flavor, dict[str, Any]]:
     """Checks all that can be known before a plan is loaded: its bytes, its manifest, this machine.
 
     Args:
         plan: the file, its manifest X.plan.json beside it.
         flavor: which TensorRT; by default the one that built the plan.
+        device: index of the GPU that it shall run on.
 
     Returns:
-        The flavour and the manifest.
+        The flavour, for that GPU, and the manifest.
 
     Raises:
         SessionError: the first thing that is wrong, and what to do.
@@ -74,7 +75,7 @@ def check_plan(plan: Path, flavor: Flavor | None = None) -> tuple[Flavor, dict[s
         if plan.name not in names:
             raise SessionError(f"{where}: speaks of {', '.join(names) or 'no file'}, not {plan.name}; build it again")
         manifest_specs(manifest)
-        flavor = flavor or choose_flavor(manifest["flavor"])
+        flavor = (flavor or choose_flavor(manifest["flavor"], device)).on(device)
         check_version(plan, manifest, flavor)
         check_gpu(plan, manifest, flavor)
         invalid = flavor.why_invalid(header)

@@ -44,17 +44,19 @@ def profile_plan(
     batch: int | None = None,
     sheet: LayerSheet | None = None,
     flavor: Flavor | None = None,
+    device: int | str | torch.device | None = None,
     runs: int = RUNS,
     seconds: float = SECONDS,
     report: Report = lambda line: None,
 ) -> Profile:
-    """Measures a plan on the first GPU.
+    """Measures a plan on a GPU.
 
     Args:
         plan: the plan, its manifest beside it.
         batch: batch size; by default the optimum of the plan's range.
         sheet: its layer sheet; by default the one beside the plan, else what the engine inspector tells.
         flavor: which TensorRT; by default the one that built the plan.
+        device: the GPU, as in open_plan.
         runs, seconds: runs are timed until there are so many, or for so long.
         report: told of every step.
 
@@ -62,7 +64,7 @@ def profile_plan(
         SessionError: the plan cannot run here.
         ProfilingError: a batch that it does not take, or too little device memory to measure in.
     """
-    with open_plan(plan, flavor, use_runtime_cache=False) as session:
+    with open_plan(plan, flavor, device=device, use_runtime_cache=False) as session:
         measure = functools.partial(time_work, session, runs, seconds)
         try:
             found = _profile(session, batch, sheet or read_sheet(plan) or _inspect(session), measure, report)
@@ -72,7 +74,8 @@ def profile_plan(
                 f"other programs or take a smaller --batch"
             ) from None
     report("starts, each in a new process")  # now that this one holds no engine
-    return dataclasses.replace(found, starts=time_starts(plan, found.batch, session.flavor.name, start_process))
+    starter = functools.partial(start_process, device=session.device.index)
+    return dataclasses.replace(found, starts=time_starts(plan, found.batch, session.flavor.name, starter))
 
 
 def _profile(
@@ -85,7 +88,7 @@ def _profile(
     precision = session.manifest["precision"]
     report("latency")
     latency = measure(session.enqueue)
-    state = read_state(timer(session, session.enqueue))
+    state = read_state(timer(session, session.enqueue), device=session.device.index)
     report("latency of a CUDA graph")
     graph_latency, problem = time_graph(session, {port.name: image}, measure)
     report("transfers")
@@ -141,9 +144,13 @@ def scale_operations(sheet: LayerSheet | None, port: Port, optimum: int, batch: 
     return sheet.operations * batch // optimum if port.batch[0] != port.batch[1] else sheet.operations
 
 
-def read_state(run: Callable[[], object], command: str = "nvidia-smi") -> dict[str, str | None] | None:
-    """Asks nvidia-smi for clocks and power while the work runs; None where it is not there or does not answer."""
-    uuid = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}" if torch.cuda.is_available() else "--id=0"
+def read_state(
+    run: Callable[[], object], command: str = "nvidia-smi", device: int | None = 0
+) -> dict[str, str | None] | None:
+    """Asks nvidia-smi for a GPU's clocks and power while the work runs; None if it is not there or does not answer."""
+    uuid = "--id=0"
+    if torch.cuda.is_available():
+        uuid = f"--id=GPU-{torch.cuda.get_device_properties(device or 0).uuid}"
     query = [command, uuid, f"--query-gpu={','.join(STATE.values())}", "--format=csv,noheader,nounits"]
     try:
         process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

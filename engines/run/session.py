@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -14,10 +15,13 @@ from torch import Tensor
 from engines.run.loaded_plan import LoadedPlan, memory_text
 from engines.run.outputs import ALIGNMENT, HandedOutput, caller_memory, view_of
 from engines.run.plan_checks import Port, SessionError, check_inputs
-from engines.run.streams import in_order, on_stream
+from engines.run.streams import in_order, on_device, on_stream
 
 WARM_UP_RUNS = 3
 """Before a CUDA graph is captured: RTX compiles its kernels in the first run."""
+
+CAPTURING = threading.Lock()
+"""Held while a CUDA graph is captured: torch allows one capture in a process, and waits for the device before it."""
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
@@ -26,16 +30,18 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 class Captured:
     """A run whose tensors stay where they are: its inputs are read and its outputs written by each replay of the graph.
 
-    `graph` is None where TensorRT-RTX captures by itself.
+    `graph` is None where TensorRT-RTX captures by itself. `context` is what it was captured from, which must not change
+    as long as the graph is replayed.
     """
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     graph: Any
+    context: Any
 
 
 class Session:
-    """A context of an engine, ready to run; for one thread at a time, on the first GPU. `open_plan` makes it.
+    """A context of an engine, ready to run; for one thread at a time, on one GPU. `open_plan` makes it.
 
     Attributes:
         plan, manifest, flavor: what was loaded, by which TensorRT.
@@ -62,14 +68,14 @@ class Session:
         self.inputs, self.outputs = loaded.inputs, loaded.outputs
         self.warnings, self.warm = loaded.warnings, loaded.warm
         self.finished = torch.cuda.Event() if stream else None
-        self._cuda_graph, self._rtx_graphs, self._ran = cuda_graph, rtx_graphs, False
-        self._captured: Captured | None = None
-        self._bound: dict[str, Tensor] = {}
+        self._cuda_graph, self._rtx_graphs = cuda_graph, rtx_graphs
+        self._captured: dict[tuple[torch.Size, ...], Captured] = {}  # of each batch size
+        self._bound: dict[str, Tensor] = {}  # of the context, for `enqueue`
+        self._results: dict[str, Tensor] = {}  # of the last run, for `to_dlpack`
         self._callers: dict[str, Tensor] = {}  # memory that outputs are written to, flat
         self.loaded: LoadedPlan | None = loaded
-        self._capturing = loaded.capturing
         self.engine: Any = loaded.engine
-        self.context: Any = loaded.new_context()
+        self.context: Any = self._new_context()
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Runs the engine once.
@@ -82,8 +88,8 @@ class Session:
         Returns:
             Outputs by name: numpy for numpy, bfloat16 as float32 (numpy has none); torch for torch, at once: work that
             is queued later on the caller's current stream sees them. They are the caller's own, fresh in each run; with
-            a CUDA graph they are the session's and the next run overwrites them; those of `bind_output` are views of
-            the memory that was given.
+            a CUDA graph they are the session's and the next run of that batch size overwrites them; those of
+            `bind_output` are views of the memory that was given.
 
         Raises:
             SessionError: inputs that the plan does not take, out of device memory, or a run that failed.
@@ -106,21 +112,8 @@ class Session:
 
         The session holds both until others are bound, so a run never writes what somebody else has by now.
         """
-        self._bound, self._ran = {}, False
-        for name, value in inputs.items():
-            shape = tuple(value.shape)
-            if not self.context.set_input_shape(name, shape):
-                raise SessionError(
-                    f"{self.plan}: {name} cannot be {shape} ({self._failure}); expected {self.inputs[0]}"
-                )
-        outputs = {port.name: self._output(port.name, port.dtype) for port in self.outputs}
-        for name, value in {**inputs, **outputs}.items():
-            if not self.context.set_tensor_address(name, value.data_ptr()):
-                where = f"{name} lies at {value.data_ptr():#x}"
-                raise SessionError(
-                    f"{self.plan}: {where}, which TensorRT does not take ({self._failure}); expected device memory "
-                    f"at a multiple of {ALIGNMENT}: give a .clone()"
-                )
+        self._bound, self._results = {}, {}
+        outputs = self._bind(self.context, inputs)
         self._bound = {**inputs, **outputs}
         return outputs
 
@@ -128,10 +121,9 @@ class Session:
         """Starts a run of what is bound on the session's stream."""
         if not self._bound:
             raise SessionError(f"{self.plan}: nothing is bound; call bind first, also after bind_output")
-        self._execute()
-        self._mark()
-        if self.loaded:
-            self.loaded.keep_kernels(len(self._bound[self.inputs[0].name]))
+        self._execute(self.context)
+        self._mark({port.name: self._bound[port.name] for port in self.outputs})
+        self._keep_kernels(self._bound)
 
     def capture(self, inputs: Mapping[str, Tensor]) -> Captured:
         """Captures a run that reads these tensors as a CUDA graph; binding others later makes the graph void.
@@ -140,17 +132,7 @@ class Session:
             SessionError: it cannot be captured; these tensors stay bound, for a run without a graph.
         """
         outputs = self.bind(inputs)
-        for _ in range(WARM_UP_RUNS):
-            self.enqueue()
-        if self.stream and not self.flavor.can_capture(self.context, self.stream.cuda_stream):
-            raise SessionError(f"{self.plan}: TensorRT-RTX says that no CUDA graph can be captured; run it without one")
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with self._capturing, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                self._execute()
-        except RuntimeError as error:
-            raise SessionError(f"{self.plan}: no CUDA graph can be captured ({error}); run it without one") from None
-        return Captured(dict(inputs), outputs, graph)
+        return self._capture(self.context, dict(inputs), outputs)
 
     def bind_output(self, name: str, memory: Any) -> None:  # noqa: ANN401 - whatever speaks DLPack
         """Has an output written to the caller's memory from the next run on, instead of to new memory.
@@ -189,9 +171,9 @@ class Session:
             SessionError: no such output, or no run yet.
         """
         self._find_output(name)
-        if not self._ran:
+        if not self._results:
             raise SessionError(f"{self.plan}: has no outputs before its first run; call infer")
-        return HandedOutput(self._bound[name], self.finished)
+        return HandedOutput(self._results[name], self.finished)
 
     def close(self) -> None:
         """Waits for the last run and frees the context, and the engine where no other session has it."""
@@ -219,24 +201,84 @@ class Session:
         raise SessionError(f"{self.plan}: has no output {name!r}; it has {there}")
 
     def _forget(self, callers: dict[str, Tensor]) -> None:
-        """What was bound goes, a CUDA graph with it, whose addresses are fixed."""
-        self._callers, self._captured, self._bound, self._ran = callers, None, {}, False
+        """What was bound goes, CUDA graphs with it, whose addresses are fixed."""
+        self._callers, self._captured, self._bound, self._results = callers, {}, {}, {}
 
-    def _execute(self) -> None:
-        if not self.context.execute_async_v3(self.stream.cuda_stream if self.stream else 0):
-            raise SessionError(f"{self.plan}: the run failed ({self._failure}); {memory_text(self.device)}")
+    def _new_context(self) -> Any:  # noqa: ANN401
+        assert self.loaded
+        with on_device(self.stream, self.device):
+            return self.loaded.new_context()
 
-    def _mark(self) -> None:
-        self._ran = True
+    def _bind(
+        self,
+        context: Any,  # noqa: ANN401
+        inputs: Mapping[str, Tensor],
+        outputs: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Sets shapes and addresses of a context; returns its outputs, which are new memory if none are given."""
+        with on_device(self.stream, self.device):
+            for name, value in inputs.items():
+                shape = tuple(value.shape)
+                if not context.set_input_shape(name, shape):
+                    raise SessionError(
+                        f"{self.plan}: {name} cannot be {shape} ({self._failure}); expected {self.inputs[0]}"
+                    )
+            if outputs is None:
+                outputs = {port.name: self._output(context, port.name, port.dtype) for port in self.outputs}
+            for name, value in {**inputs, **outputs}.items():
+                if not context.set_tensor_address(name, value.data_ptr()):
+                    where = f"{name} lies at {value.data_ptr():#x}"
+                    raise SessionError(
+                        f"{self.plan}: {where}, which TensorRT does not take ({self._failure}); expected device memory "
+                        f"at a multiple of {ALIGNMENT}: give a .clone()"
+                    )
+        return outputs
+
+    def _execute(self, context: Any) -> None:  # noqa: ANN401
+        with on_device(self.stream, self.device):
+            if not context.execute_async_v3(self.stream.cuda_stream if self.stream else 0):
+                raise SessionError(f"{self.plan}: the run failed ({self._failure}); {memory_text(self.device)}")
+
+    def _capture(self, context: Any, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Captured:  # noqa: ANN401
+        """Captures a run of a context that is bound."""
+        for _ in range(WARM_UP_RUNS):
+            self._execute(context)
+        self._keep_kernels(inputs)
+        if self.stream and not self.flavor.can_capture(context, self.stream.cuda_stream):
+            raise SessionError(f"{self.plan}: TensorRT-RTX says that no CUDA graph can be captured; run it without one")
+        graph, failure = torch.cuda.CUDAGraph(), None  # type: torch.cuda.CUDAGraph, Exception | None
+        with CAPTURING, on_device(self.stream, self.device):
+            caller = torch.cuda.current_stream()
+            try:
+                with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                    try:
+                        self._execute(context)
+                    except SessionError as error:  # the capture must be ended all the same, which may fail for it
+                        failure = error
+            except RuntimeError as error:
+                failure = failure or error
+            finally:  # a capture that does not begin or end leaves this thread on our stream
+                torch.cuda.set_stream(caller)
+        if failure:
+            raise SessionError(f"{self.plan}: no CUDA graph can be captured ({failure}); run it without one") from None
+        return Captured(inputs, outputs, graph, context)
+
+    def _mark(self, results: dict[str, Tensor]) -> None:
+        self._results = results
         if self.finished:
-            self.finished.record(self.stream)
+            with on_device(self.stream, self.device):
+                self.finished.record(self.stream)
+
+    def _keep_kernels(self, inputs: Mapping[str, Tensor]) -> None:
+        if self.loaded:
+            self.loaded.keep_kernels(len(inputs[self.inputs[0].name]))
 
     def _wait(self) -> None:
         if self.stream:
             self.stream.synchronize()
 
-    def _output(self, name: str, dtype: torch.dtype) -> Tensor:
-        shape = tuple(self.context.get_tensor_shape(name))
+    def _output(self, context: Any, name: str, dtype: torch.dtype) -> Tensor:  # noqa: ANN401
+        shape = tuple(context.get_tensor_shape(name))
         if name in self._callers:
             return view_of(self._callers[name], shape)
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -246,22 +288,32 @@ class Session:
             outputs = self.bind(inputs)
             self.enqueue()
             return outputs
-        shapes = {name: value.shape for name, value in inputs.items()}
-        captured = self._captured
-        if captured is None or {name: value.shape for name, value in captured.inputs.items()} != shapes:
-            self._wait()  # another stream than the one of its last run may get its memory
-            self._captured = None
-            own = {name: value.clone() for name, value in inputs.items()}
-            captured = self._captured = self.capture(own) if self._cuda_graph else Captured(own, self.bind(own), None)
-        with torch.cuda.stream(self.stream):
+        with on_stream(self.stream, self.device):
+            captured = self._prepared(inputs)
             for name, value in inputs.items():
                 captured.inputs[name].copy_(value)
             if captured.graph is None:
+                self._bind(self.context, captured.inputs, captured.outputs)
+                self._bound = {**captured.inputs, **captured.outputs}
                 self.enqueue()
             else:
                 captured.graph.replay()
-                self._mark()
+                self._mark(captured.outputs)
         return captured.outputs
+
+    def _prepared(self, inputs: Mapping[str, Tensor]) -> Captured:
+        """The graph of a batch size, with memory of its own for inputs and outputs; captured at its first run.
+
+        Each has a context of its own, as in the C++ library: what a graph was captured from must not change later.
+        """
+        shapes = tuple(value.shape for value in inputs.values())
+        if shapes not in self._captured:
+            own = {name: value.clone() for name, value in inputs.items()}
+            context = self._new_context() if self._cuda_graph else self.context
+            outputs = self._bind(context, own)
+            made = Captured(own, outputs, None, context)
+            self._captured[shapes] = self._capture(context, own, outputs) if self._cuda_graph else made
+        return self._captured[shapes]
 
     def _to_device(self, value: np.ndarray | Tensor) -> Tensor:
         if isinstance(value, Tensor):

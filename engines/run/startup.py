@@ -1,6 +1,6 @@
 """What a process waits for before it serves: loading a plan, then the first run; each start in a new process.
 
-python -m engines.run.startup PLAN BATCH CACHE
+python -m engines.run.startup PLAN BATCH CACHE DEVICE
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def time_starts(plan: Path, batch: int, flavor: str, starter: Starter) -> Starts
             return Starts(None, None, str(error))
 
 
-def start_process(plan: Path, batch: int, cache: Path) -> Start:
-    """Starts once, in a process of its own.
+def start_process(plan: Path, batch: int, cache: Path, device: int | None = 0) -> Start:
+    """Starts once, in a process of its own, on the GPU of that index.
 
     Raises:
         SessionError: it did not come to a second run; with its last line.
     """
-    command = [sys.executable, "-m", "engines.run.startup", str(plan), str(batch), str(cache)]
+    command = [sys.executable, "-m", "engines.run.startup", str(plan), str(batch), str(cache), str(device or 0)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     options: dict[str, Any] = {"capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": path}}
     try:
@@ -70,11 +70,11 @@ def start_process(plan: Path, batch: int, cache: Path) -> Start:
     return Start(**json.loads(ended.stdout.splitlines()[-1]))
 
 
-def time_start(plan: Path, batch: int, cache: Path) -> Start:
+def time_start(plan: Path, batch: int, cache: Path, device: int = 0) -> Start:
     """Starts once, in this process: loading (checks and SHA-256 included), first and second run with host memory."""
     begun = time.perf_counter()
     rtx = read_header(plan).startswith(RTX_MAGIC)  # TensorRT would refuse a runtime cache
-    with open_plan(plan, runtime_cache=cache if rtx else None) as session:
+    with open_plan(plan, device=device, runtime_cache=cache if rtx else None) as session:
         loaded = time.perf_counter()
         port = session.inputs[0]
         image = {port.name: make_input(port, batch).numpy()}
@@ -87,9 +87,9 @@ def time_start(plan: Path, batch: int, cache: Path) -> Start:
 
 def main() -> None:
     """Prints a start of the plan that is named, as JSON."""
-    plan, batch, cache = sys.argv[1:]
+    plan, batch, cache, device = sys.argv[1:]
     try:
-        print(json.dumps(dataclasses.asdict(time_start(Path(plan), int(batch), Path(cache)))))
+        print(json.dumps(dataclasses.asdict(time_start(Path(plan), int(batch), Path(cache), int(device)))))
     except SessionError as error:
         sys.exit(str(error))
 

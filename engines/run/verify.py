@@ -79,6 +79,7 @@ def verify_plan(
     overrides: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     flavor: Flavor | None = None,
+    device: int | str | torch.device | None = None,
 ) -> Verdict:
     """Runs a plan on the GPU and compares its outputs with the plain module's; writes nothing.
 
@@ -91,13 +92,14 @@ def verify_plan(
         overrides: relative L2 by output name or wildcard.
         report: told of every step.
         flavor: which TensorRT; by default the one that built the plan.
+        device: the GPU, as in open_plan.
 
     Raises:
         SessionError: the plan cannot run here.
         VerifyError: nothing tells which encoder the plan holds, or its outputs are others.
         FidelityError, PictureError, CheckpointError, ExportError: as the stages below say.
     """
-    with open_plan(plan, flavor, use_runtime_cache=False) as session:
+    with open_plan(plan, flavor, device=device, use_runtime_cache=False) as session:
         manifest, here = session.manifest, describe(session.flavor)
         signature = plan_signature(plan, manifest, known=encoder is not None or reference is not None)
         overrides = manifest_tolerances(manifest, overrides)
@@ -121,11 +123,12 @@ def verify_plan_file(
     adapter: Path | None = None,
     save: Path | None = None,
     notes: list[str] | None = None,
+    device: int | str | torch.device | None = None,
 ) -> Verdict:
     """Verifies a plan that was built before, on the GPU, and writes the verdict into its manifest.
 
     Args:
-        plan, checkpoint, images, overrides, report, adapter: as in verify_plan.
+        plan, checkpoint, images, overrides, report, adapter, device: as in verify_plan.
         save: where to keep the pictures and the plain module's outputs; written without a GPU too.
         notes: takes what the user should know: that the manifest could not be updated.
 
@@ -155,6 +158,7 @@ def verify_plan_file(
         images=images,
         overrides=overrides,
         report=report,
+        device=device,
     )
     record_in_manifest(where, manifest | {"verification": verdict.to_dict()}, [] if notes is None else notes)
     if not verdict.passed:

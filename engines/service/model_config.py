@@ -61,7 +61,7 @@ def engine_config(
     if source.batch.dynamic:
         config.dynamic_batching.preferred_batch_size.extend(_preferred(source.batch))
         config.dynamic_batching.max_queue_delay_microseconds = queue_delay_us
-    if source.kind == "plan" and cuda_graphs:
+    if cuda_graphs and takes_graphs(source):
         _add_cuda_graphs(config, source)
     for size in profile_sizes(source.batch):
         warm_up = config.model_warmup.add(name=f"batch-{size}", batch_size=size if source.batch.dynamic else 1)
@@ -118,13 +118,21 @@ def _data_type(spec: TensorSpec) -> int:
     return int(schema().DataType.Value(DATA_TYPES[spec.dtype]))
 
 
+def takes_graphs(source: Source) -> bool:
+    """Whether the tensorrt backend would launch the CUDA graphs that it captures of a file.
+
+    Not for a fixed batch, whose max_batch_size is 0: a graph is then kept under batch size 0, but the lookup begins
+    with the number of requests, 1 (`SetCudaGraphShape` and `FindClosestCudaGraph` in src/instance_state.cc of
+    triton-inference-server/tensorrt_backend, read at e2ef6d7 of July 2026). Such graphs would cost memory and start-up
+    time for nothing.
+    """
+    return source.kind == "plan" and source.batch.dynamic
+
+
 def _add_cuda_graphs(config: Any, source: Source) -> None:  # noqa: ANN401
-    """One graph for each batch size; the tensorrt backend wants batch_size 0 where max_batch_size is 0."""
+    """One graph for each batch size."""
     config.optimization.cuda.graphs = True
-    sizes = [0]
-    if source.batch.dynamic:
-        every = range(source.batch.minimum, source.batch.maximum + 1)
-        sizes = list(every) if len(every) <= MOST_CUDA_GRAPHS else profile_sizes(source.batch)
-    for size in sizes:
+    every = range(source.batch.minimum, source.batch.maximum + 1)
+    for size in list(every) if len(every) <= MOST_CUDA_GRAPHS else profile_sizes(source.batch):
         graph = config.optimization.cuda.graph_spec.add(batch_size=size)
         graph.input[source.image.name].dim.extend(dims(source.image, source.batch))

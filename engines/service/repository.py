@@ -13,7 +13,7 @@ from engines.service.container_fit import choose_container, has_lean_runtime
 from engines.service.ensemble import PREPROCESS_MODEL, chosen_config, pictures_config, preprocess_config
 from engines.service.existing_models import check_ensembles, check_held, listed_outputs
 from engines.service.kubernetes import check_folder, kubernetes_files, remove_old
-from engines.service.model_config import engine_config, read_config, to_text
+from engines.service.model_config import engine_config, read_config, takes_graphs, to_text
 from engines.service.repository_files import (
     CONFIG,
     check_name,
@@ -214,6 +214,11 @@ def _models(options: RepositoryOptions, source: Source, plans: dict[str, Source]
         models.append(_Model(preprocess, preprocess_config(source, preprocess), script=PREPROCESS_MODEL))
         models.append(_Model(pictures, pictures_config(source, pictures, preprocess, options.name, chosen)))
         notes.append(f"{preprocess} needs Pillow in the container's Python: pip install pillow (numpy is there)")
+    if options.cuda_graphs and source.kind == "plan" and not takes_graphs(source):
+        notes.append(
+            "no CUDA graphs: Triton never launches those of a fixed batch; for them build a plan with a dynamic batch, "
+            "such as --batch 1:1:4"
+        )
     if source.batch.dynamic and source.batch.minimum > 1:
         notes.append(f"requests must hold {source.batch.minimum} pictures at least: Triton fills no batch up")
     return models, notes

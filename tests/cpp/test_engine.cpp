@@ -163,6 +163,21 @@ void test_failures(const std::string& plan, const std::string& function, bool gr
     expect(seen > 0, function + " is never called");
 }
 
+/// TensorRT warns that the second engine's logger is another; every engine has its own.
+void test_two_engines(const std::string& plan) {
+    const neck::Engine first(plan);
+    const neck::Engine second(plan);
+    expect(first.warnings().empty() && second.warnings().empty(), "no warning of the logger");
+    struct Counting : nvinfer1::ILogger {
+        void log(Severity severity, nvinfer1::AsciiChar const* /*message*/) noexcept override {
+            warnings += severity == Severity::kWARNING ? 1 : 0;
+        }
+        int warnings = 0;
+    } logger;
+    delete nvinfer1::createInferRuntime(logger);
+    expect(logger.warnings == 1, "the control: TensorRT does warn");
+}
+
 }  // namespace
 
 void test_engine(const std::string& plan) {
@@ -184,6 +199,7 @@ void test_engine(const std::string& plan) {
         test_failures(plan, function, true);
     }
     test_dlpack(plan);
+    test_two_engines(plan);
     test_resizes(resize_here);
     test_kernels_of_the_processor();
     test_pictures_on_the_gpu(plan);

@@ -108,12 +108,12 @@ class Driver:
         return 0
 
     def cuDeviceGetCount(self, count: Any) -> int:  # noqa: ANN401
-        """One."""
-        count._obj.value = 1
+        """How many."""
+        count._obj.value = len(self.device.capabilities)
         return 0
 
     def cuDeviceGet(self, device: Any, ordinal: int) -> int:  # noqa: ANN401
-        """The first."""
+        """The one of that index."""
         device._obj.value = ordinal
         return 0
 
@@ -129,7 +129,13 @@ class Driver:
 
     def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:  # noqa: ANN401
         """Major and minor compute capability (75 and 76 in cuda.h)."""
-        value._obj.value = int(self.device.capability.split(".")[{75: 0, 76: 1}[attribute]])
+        capability = self.device.capabilities[device.value]
+        value._obj.value = int(capability.split(".")[{75: 0, 76: 1}[attribute]])
+        return 0
+
+    def cuStreamCreate(self, stream: Any, flags: int) -> int:  # noqa: ANN401
+        """A stream of the current GPU."""
+        stream._obj.value = self.device.create_stream()
         return 0
 
     def nvmlInit_v2(self) -> int:

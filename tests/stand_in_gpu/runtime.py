@@ -33,6 +33,7 @@ class Runtime(Played):
         if not getattr(logger, "_begun", False):
             raise TypeError("ILogger.__init__() must be called when overriding __init__")
         check_driver(type(self).state, logger)
+        type(self).state.take_logger(logger)
         self._logger = logger
 
     def deserialize_cuda_engine(self, serialized_engine: Any) -> Any:  # noqa: ANN401
@@ -48,7 +49,7 @@ class Runtime(Played):
             return self._refuse("Error Code 3: API Usage Error (the plan has host code, which is not allowed)")
         if facts["version"] != list(state.version) and "VERSION_COMPATIBLE" not in facts["flags"]:
             return self._refuse("Error Code 1: Serialization (version tag does not match)")
-        if not facts["later"] and state.device.capability not in facts["targets"]:
+        if not facts["later"] and state.device.capabilities[state.device.current] not in facts["targets"]:
             return self._refuse("Error Code 6: incompatible with compute capability of this device")
         return type(self).trt.ICudaEngine(self._logger, facts, model)
 
@@ -200,6 +201,7 @@ class IExecutionContext(Played):
         self._addresses: dict[str, int] = {}
         self._profiler, self._profiled = None, 0  # type: Any, int
         self._compiled: list[int] = []
+        self._index = type(self).state.device.current  # its scratch memory lies there
 
     @property
     def profiler(self) -> Any:  # noqa: ANN401
@@ -250,7 +252,14 @@ class IExecutionContext(Played):
         if state.faults.run:
             self._engine._logger.log(1, state.faults.run)
             return False
-        if device.capturing is not None and self._refuses_capture():
+        if self._index != device.current or device.queue(stream_handle).index != self._index:
+            self._engine._logger.log(1, "Error Code 1: Cuda Runtime (invalid resource handle: another device)")
+            return False
+        captured = (
+            device.capturing if device.capturing and device.capturing.queue is device.queue(stream_handle) else None
+        )
+        if captured and self._refuses_capture():
+            captured.broken = True
             self._engine._logger.log(1, "Error Code 1: Cuda Runtime (operation not permitted when stream is capturing)")
             return False
         addresses, shapes, cost = dict(self._addresses), dict(self._shapes), state.faults.cost_ms(self._engine._facts)
@@ -259,7 +268,9 @@ class IExecutionContext(Played):
             self._engine._logger.log(1, f"Error Code 3: address of {missing[0]} is not set")
             return False
         self._compile(shapes)
-        device.launch("run", cost, lambda: self._compute(addresses, shapes))
+        reads = [addresses[port.name] for port in self._engine._inputs]
+        writes = [addresses[port.name] for port in self._engine._outputs]
+        device.launch("run", cost, lambda: self._compute(addresses, shapes), stream_handle, reads, writes)
         return True
 
     def _compile(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -297,7 +308,8 @@ class IExecutionContext(Played):
     def _at(self, address: int, port: plan.Port, batch: int) -> np.ndarray:
         shape = port.at(batch)
         count = math.prod(shape) * plan.BYTES[port.kind]
-        if not type(self).state.device.holds(address, count):
+        block = type(self).state.device.block(address, count)
+        if block is None or block.index != self._index:
             raise RuntimeError(f"CUDA error: an illegal memory access was encountered ({port.name})")
         buffer = (ctypes.c_byte * count).from_address(address)
         return np.frombuffer(buffer, plan.NUMPY.get(port.kind, np.uint16)).reshape(shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,6 +56,7 @@ class State:
         contexts: every execution context.
         compiled: batches whose kernels RTX compiled at run time, in order.
         measured: numbers of the tactics that builders find to be the fastest, another one each time.
+        loggers: of the runtimes that exist.
     """
 
     version: tuple[int, ...]
@@ -65,6 +67,18 @@ class State:
     contexts: list[Any] = dataclasses.field(default_factory=list)
     compiled: list[int] = dataclasses.field(default_factory=list)
     measured: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+    loggers: weakref.WeakSet[Any] = dataclasses.field(default_factory=weakref.WeakSet)
+
+    def take_logger(self, logger: Any) -> None:  # noqa: ANN401
+        """A runtime or builder has a logger of its own: at the second one there is a warning (RTX 1.7), no more."""
+        if set(self.loggers) - {logger}:
+            logger.log(
+                2,
+                "The logger passed into createInferRuntime differs from one already registered for an existing "
+                "builder, runtime, or refitter. So the current new logger is ignored, and TensorRT will use the "
+                "existing one which is returned by nvinfer1::getLogger() instead.",
+            )
+        self.loggers.add(logger)
 
 
 NULL = "pybind11::init(): factory function returned nullptr"

@@ -65,6 +65,8 @@ private:
 namespace nvinfer1 {
 namespace {
 
+std::atomic<int> runtimes{0};
+
 int version_part(std::size_t index) {
     const char* text = std::getenv("STAND_IN_VERSION");
     std::istringstream stream(text != nullptr ? text : "10.16.1.11");
@@ -263,7 +265,10 @@ IRuntimeConfig* ICudaEngine::createRuntimeConfig() noexcept {
     return new IRuntimeConfig;
 }
 
-IRuntime::~IRuntime() noexcept { stand_in::count(-1); }
+IRuntime::~IRuntime() noexcept {
+    --runtimes;
+    stand_in::count(-1);
+}
 
 void IRuntime::setEngineHostCodeAllowed(bool allowed) noexcept { host_code = allowed; }
 
@@ -290,6 +295,11 @@ IRuntime* createInferRuntime(ILogger& logger) noexcept {
     if (stand_in::fails("createInferRuntime")) {
         logger.log(ILogger::Severity::kERROR, "CUDA initialization failure");
         return nullptr;
+    }
+    if (runtimes++ > 0) {  // as TensorRT-RTX 1.7 says it
+        logger.log(ILogger::Severity::kWARNING,
+                   "The logger passed into createInferRuntime differs from one already registered for an existing "
+                   "builder, runtime, or refitter.");
     }
     stand_in::count(1);
     return new IRuntime(logger);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string_view>
 #include <system_error>
 #include <tuple>
 
@@ -58,6 +59,9 @@ Port read_port(const nvinfer1::ICudaEngine& engine, const char* name, const std:
 
 using Spec = std::tuple<std::string, std::string, Shape>;
 
+/// How TensorRT's warning begins at the second runtime of a process; every engine has a logger of its own on purpose.
+constexpr std::string_view other_logger = "The logger passed into";
+
 std::vector<Spec> sorted_specs(const std::vector<Port>& ports, const std::vector<Port>& more) {
     std::vector<Spec> specs;
     for (const auto* list : {&ports, &more}) {
@@ -110,7 +114,8 @@ void Logger::log(Severity severity, nvinfer1::AsciiChar const* message) noexcept
         const std::lock_guard<std::mutex> lock(mutex_);
         if (severity == Severity::kERROR || severity == Severity::kINTERNAL_ERROR) {
             failure_ = one_line(message);
-        } else if (severity == Severity::kWARNING) {
+        } else if (severity == Severity::kWARNING &&
+                   std::string_view(message).find(other_logger) == std::string_view::npos) {
             warnings_.push_back(one_line(message));
         }
     } catch (...) {  // out of host memory: a line of the log is lost, no more
