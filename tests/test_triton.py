@@ -801,8 +801,8 @@ def test_the_requested_reader_decides_the_container(
 
 def test_the_example_of_the_docs_works_for_its_container() -> None:
     text = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
-    readers, containers = re.findall(r"--reader (\S+)", text), re.findall(r"tritonserver:(\d\d\.\d\d)-py3", text)
-    assert set(readers) == {f"triton-{container}" for container in containers} and len(readers) == 1
+    readers, containers = re.findall(r"--reader ([\w.-]+)", text), re.findall(r"tritonserver:(\d\d\.\d\d)-py3", text)
+    assert set(readers) == {f"triton-{container}" for container in containers} and len(set(readers)) == 1
     form = choose_form(find_readers(readers[0]), "fp16")
     assert (form.attention, form.opset) == ("scores32", None)
 
