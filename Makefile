@@ -44,7 +44,7 @@ PART := --ignore-glob='tests/test_cpp_*' --ignore-glob='tests/test_server*' --ig
   --ignore=tests/test_families.py
 
 test-oldest test-newest: test-%: .venv/ready
-	$(UV) venv --quiet --clear --python '$(PYTHON)' build/$*
+	$(UV) venv --quiet --clear --seed --python '$(PYTHON)' build/$*
 	$(UV) pip install --quiet --python build/$* $($*) --editable '.[$(EXTRAS)]'
 	$(UV) pip freeze --python build/$* > build/$*.txt
 	OMP_NUM_THREADS=1 build/$*/bin/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder $(PART)
