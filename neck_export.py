@@ -13,7 +13,7 @@ if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "neck-export":  # 
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast, get_args
 
 import typer
 
@@ -37,7 +37,22 @@ OUT_OF_MEMORY = ("can't allocate memory", "bad allocation", "bad_alloc", "Failed
 
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8"]
 OutputType = Literal["fp32", "fp16", "bf16"]
-Attention = Literal["auto", "fp32acc", "scores32", "fused", "unfused"]
+AttentionForm = Literal["auto", "fp32acc", "fused", "unfused"]
+
+
+def parse_attention(text: str) -> str:
+    """A form of attention; one that was dropped is refused with its replacement."""
+    forms = get_args(AttentionForm)
+    if text == "scores32":
+        raise typer.BadParameter(
+            "scores32 was removed; use fp32acc: the same runtimes read it, and both of its products accumulate in FP32"
+        )
+    if text not in forms:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(forms)}")
+    return text
+
+
+ATTENTION: dict[str, Any] = {"parser": parse_attention, "metavar": f"[{'|'.join(get_args(AttentionForm))}]"}
 Upsampling = Literal["auto", "deconv", "conv"]
 Residual = Literal["auto", "fp16", "fp32"]
 FlavorChoice = Literal["auto", "tensorrt", "rtx"]
@@ -99,7 +114,9 @@ def onnx(
         Literal["float", "uint8"], typer.Option(help="float: normalised (B, 3, H, W); uint8: pixels (B, H, W, 3)")
     ] = "float",
     precision: Annotated[Precision, typer.Option(help="Type of weights and activations")] = "fp32",
-    attention: Annotated[Attention, typer.Option(help="What of attention stays in FP32")] = "auto",
+    attention: Annotated[
+        AttentionForm, typer.Option(help="What of attention is computed in FP32 [auto: fp32acc for fp16]", **ATTENTION)
+    ] = "auto",
     upsampling: Annotated[Upsampling, typer.Option(help="ConvTranspose, or 1x1 convolution and DepthToSpace")] = "auto",
     keep_fp32: Annotated[list[str] | None, typer.Option(help="Module kept in FP32: trunk.blocks.31, convs.*")] = None,
     output_dtype: Annotated[
@@ -199,7 +216,8 @@ def trt(
     compute_capability: Annotated[str, typer.Option(help="GPUs to build for (RTX): 8.6,8.9,12.0")] = "",
     batch: Annotated[str | None, typer.Option(help="Profile of a dynamic batch [default: the file's]")] = None,
     attention: Annotated[
-        Attention, typer.Option(help="Form of attention [auto: the file's, or the next that this TensorRT takes]")
+        AttentionForm,
+        typer.Option(help="Form of attention [auto: the file's, or the next that this TensorRT takes]", **ATTENTION),
     ] = "auto",
     upsampling: Annotated[Upsampling, typer.Option(help="Form, where an FP32 file is lowered")] = "auto",
     keep_fp32: Annotated[list[str] | None, typer.Option(help="Module kept in FP32: trunk.blocks.31")] = None,

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from engines.bisect_trials import TRIAL, Runner, run_on_gpu, run_simulated
 from engines.builder.onnx_source import plan_source
 from engines.builder.plan_kind import is_plan
-from export.contract.export_command import export_command
+from export.contract.export_command import REPLACED_FORMS, export_command
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest, workspace
 from export.contract.signature import Signature
 from export.graph.cleanup import MODULE
@@ -24,6 +24,7 @@ from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
 from export.graph.trace import BLOCKS, trace
 from export.inspect import read_graph
+from export.lowering.attention import spelling_at
 from export.lowering.precision import lower
 from export.proof.fidelity import Comparison, compare_output, tolerance_for
 from export.proof.verify import Report, reference_pixels
@@ -220,7 +221,9 @@ class Search:
         model, options = self.canonical.clone(), {}
         if precision != "fp32":
             options = {name: self.manifest[name] for name in ("attention", "upsampling")}
-            options["attention"] = self.manifest.get("attention_form") or options["attention"]
+            form = self.manifest.get("attention_form") or options["attention"]
+            options["attention"] = REPLACED_FORMS.get(form, form)
+            options["spelling"] = self.manifest.get("attention_spelling") or spelling_at(self.manifest["opset"])
             options["residual"] = residual or self.manifest.get("residual", "auto")
             options["quantisation"] = manifest_quantisation(self.manifest)
         lower(model, cast(Any, precision), keep_fp32=keep_fp32, **options)

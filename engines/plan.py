@@ -32,7 +32,7 @@ from export.contract.manifest import (
     write_manifest,
 )
 from export.contract.signature import Signature
-from export.lowering.attention import AttentionForm
+from export.lowering.attention import AttentionForm, Spelling
 from export.lowering.precision import Precision, Residual, residuals_to_try
 from export.lowering.upsampling import Upsampling
 from export.output_files import Place, calibration_places, check_places, manifest_places
@@ -52,6 +52,7 @@ class PlanOptions:
         onnx, output: the ONNX file, and the plan to write.
         precision: what the plan computes in; None is the file's.
         attention: form of attention; `auto` is the first of the file's and the later ones that TensorRT takes.
+        spelling: how fp32acc is written; None is what this TensorRT prefers, then what else it takes.
         upsampling, keep_fp32, residual, quantise: how an FP32 file is lowered; `auto` residuals: FP16, if need be FP32.
         build: the builder's options; its precision and batch are taken from the file.
         verify: whether to compare the plan with PyTorch before it gets its name.
@@ -62,6 +63,7 @@ class PlanOptions:
     precision: Precision | None = None
     flavor: Literal["auto", "tensorrt", "rtx"] = "auto"
     attention: AttentionForm = "auto"
+    spelling: Spelling | None = None
     upsampling: Upsampling = "auto"
     keep_fp32: tuple[str, ...] = ()
     residual: Residual = "auto"
@@ -123,7 +125,8 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None) -> PlanR
         for residual in job.residuals:
             if verdict:
                 notes = (f"{', '.join(verdict.failed_names)} left tolerance: built again with residual sums in FP32",)
-            typing = Typing(options.attention, options.upsampling, options.keep_fp32, residual, settled and settled[0])
+            forms = (options.attention, options.spelling, options.upsampling, options.keep_fp32)
+            typing = Typing(*forms, residual, settled and settled[0])
             built = build_forms(job.source, staged, job.build, typing, job.flavor, left, report)
             about = _manifest(job, built, (*notes, *built.notes, *built.result.notes), settled)
             verdict, verification = _verify(job, built.typed, staged, about)
@@ -188,6 +191,7 @@ class Job:
             "onnx": self.source.files,
             "precision": self.precision,
             "attention": self.options.attention,
+            "spelling": self.options.spelling,
             "upsampling": self.options.upsampling,
             "keep_fp32": list(self.options.keep_fp32),
             "residual": self.options.residual,
@@ -253,7 +257,8 @@ def _manifest(job: Job, built: Built, notes: tuple[str, ...], settled: Settled |
     return {
         "key": job.key,
         "precision": job.precision,
-        "attention_form": built.attention,
+        "attention_form": built.attention.form,
+        "attention_spelling": built.attention.spelling,
         "residual": built.residual,
         "quantisation": settled.facts if settled else (job.source.manifest or {}).get("quantisation"),
         "notes": list(notes),

@@ -22,14 +22,18 @@ from engines.run.plan_checks import SessionError
 from engines.run.timing import median_ms
 from engines.sheet.layer_sheet import read_sheet
 from export.contract.manifest import manifest_path, parse_json, read_manifest, to_json
-from export.lowering.attention import AttentionForm
+from export.lowering.attention import AttentionForm, Spelling
 from export.lowering.upsampling import Upsampling
 from export.pipeline import RejectedError
 from export.proof.verify import Report
 from neck.progress import counted
 
-ATTENTIONS: tuple[AttentionForm, ...] = ("fp32acc", "scores32", "fused")
-"""`unfused` is left out: it is the last resort for exactness, and slow by its making."""
+FORMS: tuple[tuple[AttentionForm, Spelling], ...] = (
+    ("fp32acc", "operator"),
+    ("fp32acc", "matmul"),
+    ("fused", "matmul"),
+)
+"""Attention forms and spellings to try; `unfused` is left out, the last resort for exactness and slow by its making."""
 
 UPSAMPLINGS: tuple[Upsampling, ...] = ("deconv", "conv")
 
@@ -47,7 +51,7 @@ class Row:
     """One candidate.
 
     Attributes:
-        attention, upsampling: its forms.
+        attention, spelling, upsampling: its forms.
         latency_ms: median on the GPU right after its build, None where it was not measured.
         final_ms: median of the rounds in which the finalists were measured in turn, None for the others.
         worst_relative_l2: of all outputs against PyTorch, None where it was not built.
@@ -57,6 +61,7 @@ class Row:
     """
 
     attention: str
+    spelling: str
     upsampling: str
     latency_ms: float | None = None
     worst_relative_l2: float | None = None
@@ -64,6 +69,11 @@ class Row:
     problem: str | None = None
     final_ms: float | None = None
     residual: str = "auto"
+
+    @property
+    def name(self) -> str:
+        """Its forms, as a message and its folder name them."""
+        return f"{self.attention}, {self.spelling}, {self.upsampling}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +97,7 @@ def tune_plan(
     file, the options, TensorRT and the GPU stay the same.
 
     Args:
-        options: as for make_plan; its attention and upsampling are what is tried.
+        options: as for make_plan; its attention, spelling and upsampling are what is tried.
         report: told of every step.
         make, measure: build and verify a candidate, and its median latency in ms; replaced in tests.
 
@@ -116,14 +126,14 @@ def tune_plan(
     asked = (options.quantise, options.images, report, options.keep_fp32)
     settled = settle_source(source, options.precision, *asked)
     options = dataclasses.replace(options, known=settled)
-    attentions = ATTENTIONS if options.precision != "bf16" else ("fused", "fp32acc")
-    candidates = [*itertools.product(attentions, UPSAMPLINGS)]
-    for attention, upsampling in counted(candidates, "candidates", len(candidates), "builds"):
-        if any((row.attention, row.upsampling) == (attention, upsampling) for row in rows):
+    candidates = [*itertools.product(FORMS, UPSAMPLINGS)]
+    for (attention, spelling), upsampling in counted(candidates, "candidates", len(candidates), "builds"):
+        row = Row(attention, spelling, upsampling)
+        if any(other.name == row.name for other in rows):
             continue
-        report(f"candidate: {attention}, {upsampling}")
-        place = folder / f"{attention}-{upsampling}" / options.output.name
-        candidate = dataclasses.replace(options, attention=attention, upsampling=upsampling, output=place)
+        report(f"candidate: {row.name}")
+        forms: dict[str, Any] = {"attention": attention, "spelling": spelling, "upsampling": upsampling}
+        candidate = dataclasses.replace(options, **forms, output=place_of(folder, row) / options.output.name)
         rows.append(try_candidate(candidate, report, make, measure or median_ms))
         saved = {"key": key, "rows": [dataclasses.asdict(row) for row in rows]}
         state.write_text(to_json(saved), encoding="utf-8")
@@ -145,7 +155,7 @@ def try_candidate(
     measure: Callable[[Path], float],
 ) -> Row:
     """One row; a candidate that fails tells why instead of ending the run."""
-    row = Row(options.attention, options.upsampling)
+    row = Row(options.attention, options.spelling or "matmul", options.upsampling)
     try:
         result = make(options, report)
         worst = worst_relative_l2(result.manifest["verification"])
@@ -163,7 +173,7 @@ def try_candidate(
 
 def place_of(folder: Path, row: Row) -> Path:
     """The folder of a candidate."""
-    return folder / f"{row.attention}-{row.upsampling}"
+    return folder / row.name.replace(", ", "-")
 
 
 def run_final(
@@ -218,19 +228,21 @@ def fastest(rows: list[Row]) -> Row | None:
 
 def tuning_rows(rows: list[Row]) -> list[str]:
     """The table of all candidates."""
-    lines = [f"{'attention':10} {'upsampling':10} {'ms':>8} {'in turn':>8} {'worst L2':>9}  what became of it"]
+    forms = f"{'attention':10} {'spelling':10} {'upsampling':10}"
+    lines = [f"{forms} {'ms':>8} {'in turn':>8} {'worst L2':>9}  what became of it"]
     for row in rows:
         latency = "" if row.latency_ms is None else f"{row.latency_ms:.3f}"
         final = "" if row.final_ms is None else f"{row.final_ms:.3f}"
         worst = "" if row.worst_relative_l2 is None else f"{row.worst_relative_l2:.2e}"
         outcome = row.problem or row.layers or "passed"
         outcome += ", residual sums in FP32" if row.residual == "fp32" else ""
-        lines.append(f"{row.attention:10} {row.upsampling:10} {latency:>8} {final:>8} {worst:>9}  {outcome}")
+        forms = f"{row.attention:10} {row.spelling:10} {row.upsampling:10}"
+        lines.append(f"{forms} {latency:>8} {final:>8} {worst:>9}  {outcome}")
     return lines
 
 
 def tuning_lines(tuning: Tuning) -> list[str]:
     """The table and what was kept."""
     best = fastest(list(tuning.rows))
-    kept = f"kept: {best.attention}, {best.upsampling}" if best else "kept: none"
+    kept = f"kept: {best.name}" if best else "kept: none"
     return [*tuning_rows(list(tuning.rows)), kept]

@@ -20,6 +20,7 @@ from export.contract.manifest import (
     unchanged,
 )
 from export.contract.readers import ReaderError
+from export.lowering.attention import after_casts, before_casts
 from export.proof.reader_check import check_claims, graph_needs, read_by
 
 NOT_CHECKED = (
@@ -30,10 +31,14 @@ NOT_CHECKED = (
 FORMS = {
     (True, True, True): "FP32",
     (True, True, False): "unfused",
+    (False, True, True): "fp32acc",
     (False, True, False): "scores32",
     (False, False, False): "fused",
 }
-"""Which of the first product, the softmax and the second product are FP32 -> form of export.lowering.attention."""
+"""Which of the first product, the softmax and the second product are FP32 -> form of export.lowering.attention.
+
+Files of older versions, and of other tools, have their softmax alone in FP32 (scores32).
+"""
 
 
 def read_graph(path: Path) -> ir.Model:
@@ -132,7 +137,7 @@ def attention_forms(graph: ir.Graph) -> Iterator[str]:
             query = node.inputs[0]
             yield "fp32acc" if query is not None and query.dtype == ir.DataType.FLOAT else "Attention in low precision"
         elif node.op_type == "Softmax":
-            scores, mixed = _before_casts(node.inputs[0]), _after_casts(node.outputs[0])
+            scores, mixed = before_casts(node.inputs[0]), after_casts(node.outputs[0])
             if scores is not None and mixed is not None and scores.op_type == mixed.op_type == "MatMul":
                 in_fp32 = [one.outputs[0].dtype == ir.DataType.FLOAT for one in (scores, node, mixed)]
                 yield FORMS.get((in_fp32[0], in_fp32[1], in_fp32[2]), "other")
@@ -151,18 +156,6 @@ def quantized_products(graph: ir.Graph) -> dict[str, str]:
             if codes is not None and codes.is_initializer() and codes.dtype is not None:
                 found[str(codes.name).rpartition(".weight_")[0]] = codes.dtype.name
     return found
-
-
-def _before_casts(value: ir.Value | None) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return _before_casts(node.inputs[0]) if node is not None and node.op_type == "Cast" else node
-
-
-def _after_casts(value: ir.Value) -> ir.Node | None:
-    users = [user for user, _ in value.uses()]
-    if len(users) != 1:
-        return None
-    return _after_casts(users[0].outputs[0]) if users[0].op_type == "Cast" else users[0]
 
 
 def quantised_line(quantisation: dict[str, Any], count: int | None = None) -> str:

@@ -13,7 +13,6 @@ import onnx_ir as ir
 from export.contract.manifest import seen
 from export.contract.readers import Reader
 from export.contract.signature import Signature
-from export.lowering.attention import AUTO
 from export.lowering.shared_form import Form
 from export.options import ExportOptions
 from export.proof.fidelity import Verdict
@@ -28,7 +27,6 @@ def export_facts(
     options: ExportOptions, form: Form, encoder: Sam3DualViTDetNeck, signature: Signature
 ) -> dict[str, Any]:
     """What is exported, by what, in which forms."""
-    attention = form.attention
     parts = {"trunk", *(NECK_MODULES[neck] for neck in signature.necks)}
     parts |= {"sam2_head"} if signature.sam2_outputs == "head" else set()
     return {
@@ -40,7 +38,8 @@ def export_facts(
         ),
         "precision": options.precision,
         "attention": options.attention,
-        "attention_form": AUTO[options.precision] if attention == "auto" else attention,
+        "attention_form": form.attention,
+        "attention_spelling": form.spelling if form.attention == "fp32acc" else "matmul",
         "upsampling": options.upsampling,
         "keep_fp32": list(options.keep_fp32),
         "rewrites": dataclasses.asdict(options.rewrites),

@@ -148,6 +148,7 @@ def lowering(options: ExportOptions, form: Form) -> dict[str, Any]:
     """What export.lowering.precision.lower takes, the type of the residual sums aside."""
     return {
         "attention": form.attention,
+        "spelling": form.spelling,
         "keep_fp32": options.keep_fp32,
         "output_precision": options.output_precision,
         "opset": form.opset,

@@ -126,7 +126,7 @@ def test_bare_onnx_says_that_the_weights_are_random(tmp_path: Path, monkeypatch:
         (("--batch", "1:4:8"), {"batch": ExportOptions(Path()).batch.parse("1:4:8")}),
         (("--neck", "both", "--levels", "0,1"), {"necks": "both", "levels": "0,1"}),
         (("--positions", "file", "--input", "uint8"), {"positions": "file", "input_kind": "uint8"}),
-        (("--precision", "fp16", "--attention", "scores32"), {"precision": "fp16", "attention": "scores32"}),
+        (("--precision", "fp16", "--attention", "unfused"), {"precision": "fp16", "attention": "unfused"}),
         (("--upsampling", "conv", "--output-dtype", "fp32"), {"upsampling": "conv", "output_precision": "fp32"}),
         (("--keep-fp32", "a", "--keep-fp32", "b.*"), {"keep_fp32": ("a", "b.*")}),
         (("--opset", "20"), {"opset": 20}),
@@ -220,7 +220,7 @@ def test_inspect(exported: Path) -> None:
     assert (ran.code, ran.err) == (0, "")
     lines = ran.out.splitlines()
     assert lines[0].startswith(f"{exported}  ")
-    assert lines[0].endswith("by neck-export, opset 23")
+    assert lines[0].endswith("by neck-export, opset 20")
     assert "  input   image: float (1, 3, 112, 112)" in lines
     assert "  output  sam3_feat_0: float16 (1, 16, 32, 32)" in lines
     assert "  output  sam2_pos_3: float16 (1, 16, 4, 4)" in lines
@@ -241,7 +241,7 @@ def test_inspect_as_json(exported: Path) -> None:
     assert found["weight_bytes"]["float16"] > found["weight_bytes"].get("float", 0)
 
 
-@pytest.mark.parametrize("form", ["fp32acc", "scores32", "fused", "unfused"])
+@pytest.mark.parametrize("form", ["fp32acc", "fused", "unfused"])
 def test_inspect_tells_the_attention_form(form: str, tmp_path: Path) -> None:
     output = tmp_path / "x.onnx"
     ran = neck_export_cli(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shlex
 from collections.abc import Callable
@@ -21,13 +22,14 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip i
 import engines.plan
 import neck_export
 from engines.builder import attention_forms as forms
-from engines.builder.attention_forms import ORDER, forms_to_try, held_form, relower_file
+from engines.builder.attention_forms import ORDER, Attempt, forms_to_try, held_attention, relower_file, spellings
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.onnx_graph import BuildError, RefusedError
 from engines.builder.options import BuildOptions
 from engines.builder.parsed_network import keep_attentions_whole
 from engines.plan import PlanOptions, make_plan
 from export.contract.errors import ExportError
+from export.contract.export_command import export_again
 from export.contract.manifest import manifest_path, read_manifest
 from export.contract.signature import BatchRange
 from export.pipeline import export_onnx
@@ -54,8 +56,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return export
 
 
-def without_attention(flavor: Flavor) -> Flavor:
-    """The real TensorRT-RTX with the parser of TensorRT 10.3, which knows no Attention."""
+def without_attention(flavor: Flavor, **played: Any) -> Flavor:  # noqa: ANN401 - Flavor's own
+    """The real TensorRT-RTX with the parser of TensorRT 10.3, which knows no Attention, as another flavor plays it."""
     real = flavor.trt
 
     class Parser:
@@ -76,12 +78,13 @@ def without_attention(flavor: Flavor) -> Flavor:
             return SimpleNamespace(**{key: lambda value=value: value for key, value in told.items()})
 
     names = {name: getattr(real, name) for name in dir(real) if not name.startswith("__")}
-    return dataclasses.replace(flavor, trt=SimpleNamespace(**{**names, "OnnxParser": Parser}), version="10.3.0")
+    trt = SimpleNamespace(**{**names, "OnnxParser": Parser})
+    return dataclasses.replace(flavor, trt=trt, **played)
 
 
 @pytest.fixture
 def old_parser(monkeypatch: pytest.MonkeyPatch) -> None:
-    flavor = without_attention(choose_flavor("rtx"))
+    flavor = without_attention(choose_flavor("rtx"), version="10.3.0")
     monkeypatch.setattr(engines.plan, "choose_flavor", lambda asked: flavor)
 
 
@@ -89,41 +92,148 @@ def options_of(onnx: Path, tmp_path: Path, **changes: Any) -> PlanOptions:  # no
     return PlanOptions(onnx, tmp_path / "out" / "x.plan", **{"precision": "fp16", "flavor": "rtx", **changes})
 
 
+def played(flavor: Flavor, name: str, version: str) -> Flavor:
+    """The real TensorRT-RTX under the name and version of another TensorRT; it is built and run as RTX all the same."""
+
+    class Played(Flavor):
+        def create_config(self, *arguments: Any) -> Any:  # noqa: ANN401
+            return dataclasses.replace(flavor).create_config(*arguments)
+
+    values = {field.name: getattr(flavor, field.name) for field in dataclasses.fields(flavor)}
+    return Played(**{**values, "name": name, "version": version})
+
+
+def play(monkeypatch: pytest.MonkeyPatch, flavor: Flavor) -> None:
+    monkeypatch.setattr(engines.plan, "choose_flavor", lambda asked: flavor)
+
+
 @pytest.mark.usefixtures("old_parser")
-def test_a_parser_without_attention_gets_scores32(exported: Exported, tmp_path: Path) -> None:
-    onnx = exported()
+@pytest.mark.parametrize("asked", ["auto", "fp32acc"])
+def test_a_parser_without_attention_builds_the_default_as_it_is(exported: Exported, tmp_path: Path, asked: str) -> None:
+    made = make_plan(options_of(exported(), tmp_path, attention=asked))
+    assert made.notes == [] and made.manifest["attention_form"] == "fp32acc"
+    assert made.manifest["attention_spelling"] == "matmul"
+    assert made.sheet is not None and made.sheet.accumulation == ("fp32", "fp32") and made.sheet.warning() is None
+
+
+@pytest.mark.usefixtures("old_parser")
+@pytest.mark.parametrize("asked", ["auto", "fp32acc"])
+def test_a_file_with_the_operator_is_written_again(exported: Exported, tmp_path: Path, asked: str) -> None:
+    """For TensorRT-RTX and TensorRT before 10.14, also where its export was asked for the form, which stays."""
+    onnx = exported(opset=23, attention=asked)
     before = {path.name: path.read_bytes() for path in onnx.parent.iterdir()}
     made = make_plan(options_of(onnx, tmp_path))
-    assert len(made.notes) == 2 and all("\n" not in line for line in made.notes)
-    assert "10.3.0 refused attention as fp32acc: node trunk.blocks." in made.notes[0]
-    assert "as scores32: the first product of each attention accumulates in FP32, the second in FP16" in made.notes[1]
+    assert len(made.notes) == 1 and "\n" not in made.notes[0]
+    assert "as fp32acc (MatMul, Softmax, MatMul): both products of each attention accumulate in FP32" in made.notes[0]
     assert made.manifest["verification"]["onnx"]["verified"] is True
-    assert made.manifest["attention_form"] == "scores32"
-    assert made.sheet is not None and made.sheet.accumulation == ("fp32", "fp16")
+    assert (made.manifest["attention_form"], made.manifest["attention_spelling"]) == ("fp32acc", "matmul")
+    assert made.sheet is not None and made.sheet.accumulation == ("fp32", "fp32")
     assert sorted(path.name for path in made.path.parent.iterdir()) == ["x.plan", "x.plan.json", "x.plan.layers.json"]
     assert {path.name: path.read_bytes() for path in onnx.parent.iterdir()} == before
     again = make_plan(options_of(onnx, tmp_path))
     assert again.reused and again.notes == made.notes
 
 
-@pytest.mark.usefixtures("old_parser")
+@pytest.mark.parametrize("options", [{}, {"precision": "fp32"}, {"opset": 23}], ids=str)
+def test_tensorrt_10_14_gets_the_operator(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """NVIDIA's release notes promise FP32 accumulation for it."""
+    play(monkeypatch, played(choose_flavor("rtx"), "tensorrt", "10.14.1.48"))
+    made = make_plan(options_of(exported(**options), tmp_path, verify=False))
+    assert (made.manifest["attention_form"], made.manifest["attention_spelling"]) == ("fp32acc", "operator")
+    assert ["lowered again as fp32acc (the Attention operator)" in note for note in made.notes] == [True] * (
+        not options
+    )
+    assert made.sheet is not None and made.sheet.accumulation == ("fp32", "fp32")
+
+
+@pytest.mark.parametrize("asked", ["auto", "fp32acc"])
+def test_where_the_operator_is_refused_the_other_spelling_is_built(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    """NVIDIA/TensorRT #4705: 10.14 refuses it on some GPUs. A form that was asked for is kept: both spell it."""
+    refusing = without_attention(choose_flavor("rtx"))
+    play(monkeypatch, played(refusing, "tensorrt", "10.14.1.48"))
+    made = make_plan(options_of(exported(), tmp_path, attention=asked, verify=False))
+    assert (made.manifest["attention_form"], made.manifest["attention_spelling"]) == ("fp32acc", "matmul")
+    told = (
+        "lowered again as fp32acc (the Attention",
+        "10.14.1.48 refused attention as fp32acc (the",
+        "again as fp32acc (M",
+    )
+    assert len(made.notes) == 3 and all(part in note for part, note in zip(told, made.notes, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "expected"),
+    [
+        ("rtx", "1.7.1.116", ("matmul",)),
+        ("tensorrt", "10.3.0", ("matmul",)),
+        ("tensorrt", "10.7.0.post1", ("matmul",)),
+        ("tensorrt", "10.13.3.9", ("matmul",)),
+        ("tensorrt", "10.14.1.48", ("operator", "matmul")),
+        ("tensorrt", "11.4.0.106", ("operator", "matmul")),
+        ("tensorrt", "12.0", ("operator", "matmul")),
+    ],
+)
+def test_the_spellings_of_a_tensorrt(name: Any, version: str, expected: tuple[str, ...]) -> None:  # noqa: ANN401
+    assert spellings(Flavor(name, None, version, (), None)) == expected
+
+
 @pytest.mark.parametrize("where", ["trt", "onnx"])
-def test_an_asked_form_is_never_replaced(exported: Exported, tmp_path: Path, where: str) -> None:
+def test_an_asked_form_is_never_replaced(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def refuse(onnx: Path, *_: object, **__: object) -> None:
+        raise RefusedError(f"{onnx}: cannot parse it: node x (Softmax)", "node x")
+
+    monkeypatch.setattr(forms, "build_plan", refuse)
     onnx = exported(attention="fp32acc") if where == "onnx" else exported()
     asked = {"attention": "fp32acc"} if where == "trt" else {}
-    with pytest.raises(BuildError, match=r"cannot parse it: node trunk.*Attention") as caught:
+    with pytest.raises(BuildError, match=r"cannot parse it: node x") as caught:
         make_plan(options_of(onnx, tmp_path, **asked))
-    message = str(caught.value)
-    assert len(message.splitlines()) == 2 and not list(tmp_path.glob("out/*"))
-    # the command of the message works, as far as the command line is concerned
-    words = message.splitlines()[1].removeprefix("export it again: ")
-    assert words.startswith("neck-export onnx --config ") and "--reader tensorrt-rtx" in words
+    assert "unfused" not in str(caught.value) and not list(tmp_path.glob("out/*"))
 
 
 def test_an_asked_form_is_written_from_an_fp16_file(exported: Exported, tmp_path: Path) -> None:
-    made = make_plan(options_of(exported(), tmp_path, attention="scores32"))
-    assert made.manifest["attention_form"] == "scores32" and len(made.notes) == 1
-    assert made.sheet is not None and made.sheet.accumulation == ("fp32", "fp16")
+    made = make_plan(options_of(exported(), tmp_path, attention="fused"))
+    assert made.manifest["attention_form"] == "fused" and len(made.notes) == 1
+    assert made.sheet is not None and made.sheet.accumulation == ("fp16", "fp16")
+
+
+def scores32(onnx: Path, folder: Path, attention: str) -> Path:
+    """The file as an older version wrote it in the form scores32: its softmax alone in FP32."""
+    folder.mkdir()
+    for file in onnx.parent.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    path = folder / onnx.name
+    model = ir.load(path)
+    for node in [node for node in model.graph if (node.name or "").endswith("/mixed")]:
+        for position, value in enumerate(node.inputs):
+            node.replace_input_with(position, value.producer().inputs[0])
+        (cast, _), *_ = node.outputs[0].uses()
+        node.outputs[0].type = cast.outputs[0].type
+        ir.convenience.replace_all_uses_with(cast.outputs[0], node.outputs[0])
+    path.write_bytes(ir.to_proto(model).SerializeToString())
+    where = manifest_path(path)
+    manifest = json.loads(where.read_text())
+    del manifest["attention_spelling"]
+    manifest |= {"attention": attention, "attention_form": "scores32"}
+    entry = next(entry for entry in manifest["files"] if entry["name"] == path.name)
+    entry |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    where.write_text(json.dumps(manifest))
+    return path
+
+
+@pytest.mark.parametrize("attention", ["auto", "scores32"])
+def test_a_file_of_an_older_version_becomes_fp32acc(exported: Exported, tmp_path: Path, attention: str) -> None:
+    onnx = scores32(exported(), tmp_path / "old", attention)
+    assert held_attention(onnx) == Attempt("scores32")
+    made = make_plan(options_of(onnx, tmp_path))
+    assert (made.manifest["attention_form"], made.manifest["attention_spelling"]) == ("fp32acc", "matmul")
+    assert made.sheet is not None and made.sheet.accumulation == ("fp32", "fp32") and len(made.notes) == 1
+    assert "scores32" not in export_again(onnx) and "--attention" in export_again(onnx)
 
 
 def test_the_default_is_built_as_it_is(exported: Exported, tmp_path: Path) -> None:
@@ -139,7 +249,7 @@ def test_parsed_attentions_may_not_be_taken_apart(exported: Exported) -> None:
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    assert parser.parse_from_file(str(exported()))
+    assert parser.parse_from_file(str(exported(opset=23)))
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     entries = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
     for entry in entries:
@@ -150,7 +260,7 @@ def test_parsed_attentions_may_not_be_taken_apart(exported: Exported) -> None:
     assert keep_attentions_whole(SimpleNamespace(), network) == 0
 
 
-@pytest.mark.parametrize(("refused", "last"), [(1, "scores32"), (2, "unfused"), (3, None)])
+@pytest.mark.parametrize(("refused", "last"), [(1, "unfused"), (2, None)])
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_a_builder_that_fails_gets_the_next_form(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int, last: str | None, precision: str
@@ -160,7 +270,7 @@ def test_a_builder_that_fails_gets_the_next_form(
     build = forms.build_plan
 
     def fail(onnx: Path, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
-        tried.append(held_form(onnx))
+        tried.append(held_attention(onnx).form)
         if len(tried) <= refused:
             raise RefusedError("TensorRT built nothing: IAttention failure", "IAttention failure")
         return build(onnx, *arguments, **options)
@@ -168,12 +278,12 @@ def test_a_builder_that_fails_gets_the_next_form(
     monkeypatch.setattr(forms, "build_plan", fail)
     options = options_of(exported(precision=precision), tmp_path, verify=False)
     if last is None:
-        with pytest.raises(BuildError, match=r"built nothing.*refused attention as fp32acc.*as scores32"):
+        with pytest.raises(BuildError, match=r"built nothing.*refused attention as fp32acc"):
             make_plan(options)
     else:
         made = make_plan(options)
         assert made.manifest["attention_form"] == last and len(made.notes) == 2 * refused
-    assert tried == ["fp32acc", "scores32", "unfused"][: refused + 1]
+    assert tried == ["fp32acc", "unfused"][: refused + 1]
 
 
 def test_what_no_form_mends_is_told_at_once(
@@ -194,26 +304,30 @@ def test_what_no_form_mends_is_told_at_once(
 @pytest.mark.parametrize(
     ("held", "precision", "asked", "source", "expected"),
     [
-        ("fp32acc", "fp16", "auto", "auto", ("fp32acc", "scores32", "unfused")),
-        ("scores32", "fp16", "auto", "auto", ("scores32", "unfused")),
-        ("fp32acc", "fp16", "scores32", "auto", ("scores32",)),
+        ("fp32acc", "fp16", "auto", "auto", ("fp32acc", "unfused")),
+        ("scores32", "fp16", "auto", "auto", ("fp32acc", "unfused")),
+        ("scores32", "fp16", "auto", "scores32", ("fp32acc",)),
+        ("fp32acc", "fp16", "fused", "auto", ("fused",)),
         ("fp32acc", "fp16", "auto", "fp32acc", ("fp32acc",)),
-        ("fused", "bf16", "auto", "auto", ("fused", "scores32", "unfused")),
+        ("fused", "fp16", "auto", None, ("fused", "unfused")),
+        ("fused", "bf16", "auto", "auto", ("fused", "unfused")),
         (None, "fp32", "auto", "auto", ("auto",)),
         (None, "fp16", "auto", None, (None,)),
     ],
 )
 def test_forms_to_try(held: str, precision: Any, asked: Any, source: str | None, expected: tuple[str, ...]) -> None:  # noqa: ANN401
     manifest = None if source is None else {"attention": source, "precision": precision}
-    assert forms_to_try(held, precision, asked, manifest) == expected
+    assert tuple(attempt.form for attempt in forms_to_try(held, precision, asked, manifest)) == expected
+    both = forms_to_try(held, precision, asked, manifest, ("operator", "matmul"))
+    assert len(both) == len(expected) + ("fp32acc" in expected)
     assert set(expected) <= {*ORDER, "auto", None}
 
 
 def test_weights_are_not_copied(exported: Exported, tmp_path: Path) -> None:
-    onnx, direct = exported(), exported(attention="scores32")
+    onnx, direct = exported(), exported(opset=23)
     before = sorted(onnx.parent.iterdir())
     with ExitStack() as left:
-        written = relower_file(onnx, "fp16", "scores32", tmp_path, left)
+        written = relower_file(onnx, "fp16", Attempt("fp32acc", "operator"), tmp_path, left)
         assert written.parent == onnx.parent and written.stat().st_size < direct.stat().st_size * 1.01
         assert weights_of(written) == weights_of(direct)
         assert written not in onnx.parent.glob("*.onnx")  # which `trt` without a file looks through
@@ -237,8 +351,8 @@ def test_beside_a_folder_that_cannot_be_written_weights_are_copied_once(
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
     with ExitStack() as left:
-        written = relower_file(onnx, "fp16", "scores32", tmp_path, left)
-        assert written.parent == tmp_path and weights_of(written) == weights_of(exported(attention="scores32"))
+        written = relower_file(onnx, "fp16", Attempt("unfused"), tmp_path, left)
+        assert written.parent == tmp_path and weights_of(written) == weights_of(exported(attention="unfused"))
 
 
 def test_another_residual_of_an_fp16_file_is_refused(exported: Exported, tmp_path: Path) -> None:
@@ -252,9 +366,9 @@ def test_foreign_files_cannot_be_lowered_again(exported: Exported, tmp_path: Pat
         node.metadata_props.clear()
     path = tmp_path / "foreign.onnx"
     ir.save(model, path, external_data="foreign.onnx.data")
-    assert held_form(path) is None
+    assert held_attention(path) == Attempt(None)
     with ExitStack() as left, pytest.raises(BuildError, match="not written by neck-export"):
-        relower_file(path, "fp16", "scores32", tmp_path, left)
+        relower_file(path, "fp16", Attempt("unfused"), tmp_path, left)
 
 
 def test_the_manifest_tells_the_forms(exported: Exported) -> None:

@@ -59,7 +59,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     same = {"necks": "sam3", "batch": BatchRange(1, 2, 3), "checkpoint": checkpoint_of("meta-dual"), "verify": False}
     forms: dict[str, dict[str, Any]] = {
         "half": {**same, "precision": "fp16"},
-        "old": {**same, "precision": "fp16", "attention": "scores32"},
+        "operator": {**same, "precision": "fp16", "opset": 23},
         "single": {**same, "verify": True},
         "faulty": {"necks": "sam3", "precision": "fp16", "verify": False},
     }
@@ -73,7 +73,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def built(files: dict[str, Path], folder: Path, version: str = "11.4") -> Path:
     """A verified plan of the version that is played."""
     plan = folder / "e.plan"
-    ran = neck_export_cli("trt", files["old" if version in OLD else "half"], "--output", plan)
+    ran = neck_export_cli("trt", files["half"], "--output", plan)
     assert ran.code == 0, ran.err
     return plan
 
@@ -186,22 +186,23 @@ def test_rtx_is_built_and_run_so_that_a_graph_can_be_captured(files: dict[str, P
         assert told["graph_latency"] is None and "TensorRT-RTX says that no CUDA graph" in told["graph_problem"]
 
 
-def test_a_version_that_cannot_read_the_file_says_so(files: dict[str, Path], tmp_path: Path) -> None:
-    words = ("trt", files["half"], "--attention", "fp32acc", "--output", tmp_path / "e.plan")
-    with play("10.13") as state:
-        said = refused(state, tmp_path, *words)
-    assert "TensorRT 10.13.0.35 cannot parse it: node trunk.blocks.0.attn/" in said and "(Attention)" in said
-
-
-def test_a_version_that_cannot_read_the_file_gets_another_form(files: dict[str, Path], tmp_path: Path) -> None:
-    with play("10.13"):
-        ran = neck_export_cli("trt", files["half"], "--output", tmp_path / "e.plan")
+@pytest.mark.parametrize(
+    ("version", "file", "spelling", "told"),
+    [
+        ("10.13", "operator", "matmul", "attention lowered again as fp32acc (MatMul, Softmax, MatMul): both products"),
+        ("10.13", "half", "matmul", None),
+        ("11.4", "half", "operator", "attention lowered again as fp32acc (the Attention operator): both products"),
+        ("rtx-1.7", "half", "matmul", None),
+    ],
+)
+def test_every_version_gets_its_spelling(
+    files: dict[str, Path], tmp_path: Path, version: str, file: str, spelling: str, told: str | None
+) -> None:
+    with play(version):
+        ran = neck_export_cli("trt", files[file], "--output", tmp_path / "e.plan")
     assert ran.code == 0, ran.err
-    first, second = ran.out.splitlines()[:2]
-    assert first.startswith("TensorRT 10.13.0.35 refused attention as fp32acc: node trunk.blocks.0.attn/attention")
-    assert second.startswith(
-        "attention lowered again as scores32: the first product of each attention accumulates in FP32"
-    )
+    assert read_manifest(manifest_path(tmp_path / "e.plan"), "plan")["attention_spelling"] == spelling
+    assert any(line.startswith(told) for line in ran.out.splitlines()) if told else "lowered again" not in ran.out
 
 
 def test_a_version_that_is_too_old_is_not_taken(files: dict[str, Path], tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_a_version_that_is_too_old_is_not_taken(files: dict[str, Path], tmp_path
         import tensorrt
 
         tensorrt.__version__ = "10.2.0"
-        words = ("trt", files["old"], "--flavor", "tensorrt", "--output", tmp_path / "e.plan")
+        words = ("trt", files["half"], "--flavor", "tensorrt", "--output", tmp_path / "e.plan")
         assert "tensorrt is 10.2.0, expected 10.3 or later" in refused(state, tmp_path, *words)
         tensorrt.__version__ = "10.3.0"
         options = ("--hardware-compatible", "same")

@@ -40,7 +40,6 @@ def sheet_of(precision: Precision, form: AttentionForm, rewrites: Rewrites | Non
 
 FORMS = [
     ("fp16", "fp32acc", 4, ("fp32", "fp32")),
-    ("fp16", "scores32", 4, ("fp32", "fp16")),
     ("fp16", "fused", 4, ("fp16", "fp16")),
     ("fp16", "unfused", 0, None),
     ("bf16", "fused", 4, ("fp32", "fp32")),
@@ -59,6 +58,7 @@ def test_each_form_becomes_what_the_design_says(
     blocks = [module for kernel in sheet.fused for module in kernel.modules]
     assert blocks == ([f"trunk.blocks.{index}.attn" for index in range(4)] if fused else [])
     assert bool(sheet.warning()) == ("fp16" in (accumulation or ()))
+    assert sheet.fusable == fused
 
 
 @pytest.mark.parametrize("form", ["fp32acc", "fused"])
@@ -80,7 +80,9 @@ def test_summary_and_warning() -> None:
     assert f"{len(good.kernels)} kernels" in good.summary() and "GB moved" in good.summary()
     assert good.warning() is None
     assert "#4837" in str(bad.warning()) and "accumulation FP16" in bad.summary()
-    assert "accumulation FP32 then FP16" in sheet_of("fp16", "scores32").summary()
+    narrow = dataclasses.replace(good.fused[0], accumulation=("fp32", "fp16"))
+    one_narrow = dataclasses.replace(good, kernels=(narrow, *good.fused[1:]))
+    assert "accumulation FP32 then FP16" in one_narrow.summary() and "#4837" in str(one_narrow.warning())
     assert sheet_of("fp16", "unfused").summary().startswith("fused attentions 0 of 4, ")
 
 

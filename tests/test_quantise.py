@@ -324,7 +324,7 @@ def test_what_cannot_be_lowered_is_refused() -> None:
     golden = load_golden("meta-dual")
     model = traced(golden.encoder, golden.config, necks="sam3", positions="none").model
     with pytest.raises(ExportError, match="opset 17 has no FP8 and no FP16 scales"):
-        lower(model, "int8", quantisation=quantisation("int8", "all"), opset=17, attention="scores32")
+        lower(model, "int8", quantisation=quantisation("int8", "all"), opset=17)
 
 
 def test_a_range_is_chosen_by_the_error_of_the_product() -> None:
@@ -381,11 +381,11 @@ def test_an_input_that_is_not_finite_is_refused_and_one_of_zeros_has_no_range() 
 
 
 def test_readers() -> None:
-    assert choose_form(find_readers("jetpack-6.2"), "int8").attention == "scores32"
+    assert choose_form(find_readers("jetpack-6.2"), "int8").spelling == "matmul"
     for name in ("jetpack-6.2", "tensorrt-10.16@8.6"):
         with pytest.raises(ReaderError, match=r"--precision fp8: .* on compute capability 8.*use --precision int8"):
             choose_form(find_readers(name), "fp8")
-    assert choose_form(find_readers("tensorrt-10.16@8.9"), "fp8").attention == "fp32acc"
+    assert choose_form(find_readers("tensorrt-10.16@8.9"), "fp8").spelling == "operator"
     with pytest.raises(ReaderError, match=r"not known to be computed by TensorRT 8\.6"):
         choose_form(find_readers("tensorrt-8.6"), "int8")
     with pytest.raises(ReaderError, match="expected a compute capability behind the @"):

@@ -59,7 +59,7 @@ def tiny(kind: str, positions: str, batch: str = "1") -> ir.Model:
 
 def written_for(readers: str, precision: Precision, model: ir.Model) -> ir.Model:
     form = choose_form(find_readers(readers), precision)
-    lower(model, precision, attention=form.attention, opset=form.opset)
+    lower(model, precision, attention=form.attention, spelling=form.spelling, opset=form.opset)
     return model
 
 
@@ -151,13 +151,13 @@ def test_where_rtx_takes_them_the_real_builder_builds(save: Save, precision: Pre
     [
         (
             "fp16",
-            {},
+            {"opset": 23},
             "read by TensorRT 10.14 and later, TensorRT-RTX, "
             "ONNX Runtime 1.23 and later (on a GPU 1.25 and later), OpenVINO 2026.4 and later",
         ),
         (
             "fp16",
-            {"attention": "scores32"},
+            {},
             "read by TensorRT 10.0 and later, TensorRT-RTX, "
             "ONNX Runtime 1.18 and later (on a GPU too), OpenVINO 2026.4 and later",
         ),
@@ -280,7 +280,7 @@ def test_attention_in_fp32_is_read_by_no_tensorrt() -> None:
 def test_small_operators_on_the_cpu_are_no_reason() -> None:
     """ONNX Runtime 1.25 computes MaxPool of opset 22 on the CPU: one map of 72 x 72 a neck."""
     model = tiny("float", "none")
-    lower(model, "fp16")
+    lower(model, "fp16", opset=23)
     needs = graph_needs(model)
     gpu = cast(Reader, line_of("onnxruntime-gpu", "1.25"))
     assert why_not(gpu, needs) is None and on_cpu(gpu, needs) == ["MaxPool"]
@@ -372,13 +372,8 @@ def schemas(operator: str) -> list[Any]:
             r"opset 22, TensorRT 10\.3 is known to read 20; TensorRT-RTX 1\.7 can",
         ),
         ("tensorrt-8.6", "fp32", {"opset": 20}, r"--opset 20: TensorRT 8\.6 is known to read up to 17"),
-        (
-            "tensorrt-11.4,jetpack-6.2",
-            "fp16",
-            {"attention": "fp32acc"},
-            r"fp32acc: TensorRT 10\.3 is not known to comp",
-        ),
-        ("onnxruntime-gpu-1.24", "fp16", {"attention": "fp32acc"}, r"ONNX Runtime on a GPU 1\.24 is not known to"),
+        ("jetpack-6.2", "bf16", {"attention": "fp32acc"}, r"opset 22, TensorRT 10\.3 is known to read 20"),
+        ("jetpack-6.2", "fp16", {"attention": "fp32acc", "opset": 23}, r"--opset 23: TensorRT 10\.3 is known to read"),
     ],
 )
 def test_what_readers_do_not_share_is_refused(readers: str, precision: Any, asked: Dict, says: str) -> None:  # noqa: ANN401
@@ -388,19 +383,31 @@ def test_what_readers_do_not_share_is_refused(readers: str, precision: Any, aske
 
 
 @pytest.mark.parametrize(
-    ("readers", "attention", "opset"),
+    ("readers", "asked", "spelling", "opset"),
     [
-        ("tensorrt-11.4", "fp32acc", None),
-        ("tensorrt-10.14,onnxruntime-1.23", "fp32acc", None),
-        ("tensorrt-11.4,onnxruntime-gpu-1.24", "scores32", None),
-        ("triton-25.09", "scores32", None),
-        ("jetpack-6.2,tensorrt-8.6", "scores32", 17),
+        ("tensorrt-11.4", None, "operator", None),
+        ("tensorrt-10.14,tensorrt-11.4", 24, "operator", 24),
+        ("tensorrt-11.4", 20, "matmul", 20),
+        ("tensorrt-rtx", None, "matmul", None),
+        ("tensorrt-rtx", 23, "matmul", 23),
+        ("tensorrt-11.4,tensorrt-rtx", None, "matmul", None),
+        ("tensorrt-10.14,onnxruntime-1.23", None, "matmul", None),
+        ("tensorrt-11.4,onnxruntime-gpu-1.24", None, "matmul", None),
+        ("triton-25.09", None, "matmul", None),
+        ("jetpack-6.2,tensorrt-8.6", None, "matmul", 17),
     ],
 )
-def test_the_best_form_that_readers_share(readers: str, attention: str, opset: int | None) -> None:
-    form = choose_form(find_readers(readers), "fp16")
-    assert (form.attention, form.opset) == (attention, opset)
-    assert choose_form((), "fp16").attention == "auto"
+def test_the_best_spelling_that_readers_share(
+    readers: str, asked: int | None, spelling: str, opset: int | None
+) -> None:
+    form = choose_form(find_readers(readers), "fp16", opset=asked)
+    assert (form.attention, form.spelling, form.opset) == ("fp32acc", spelling, opset)
+
+
+def test_without_a_reader_the_opset_decides() -> None:
+    spellings = {opset: choose_form((), "fp16", opset=opset).spelling for opset in (None, 17, 22, 23, 24)}
+    assert spellings == {None: "matmul", 17: "matmul", 22: "matmul", 23: "operator", 24: "operator"}
+    assert choose_form((), "bf16", opset=23).attention == choose_form((), "fp32").attention == "fused"
 
 
 @pytest.fixture
@@ -418,7 +425,8 @@ def test_the_manifest_carries_it_and_inspect_shows_it(tmp_path: Path) -> None:
     path = exported(tmp_path, readers="triton-25.09")
     manifest = json.loads((tmp_path / "x.json").read_text())
     assert manifest["readers"]["asked"] == ["tensorrt-10.13.3", "onnxruntime-gpu-1.23.0"]
-    assert manifest["attention_form"] == "scores32" and manifest["opset"] == 20
+    assert manifest["attention_form"] == "fp32acc" and manifest["attention_spelling"] == "matmul"
+    assert manifest["opset"] == 20
     ran = neck_export_cli("inspect", path)
     assert ran.code == 0 and "  read by TensorRT 10.0 and later, TensorRT-RTX, ONNX Runtime 1.18" in ran.out
 

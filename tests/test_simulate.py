@@ -210,6 +210,13 @@ def half_outputs(encoder: Sam3DualViTDetNeck, image: torch.Tensor, precision: Pr
     return [tensor.float().numpy() for tensor in (*feats, *poss)]
 
 
+def fp32_accumulators(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention as a fused kernel of the form fp32acc computes it: FP16 products, FP32 accumulators, results in FP16."""
+    low = query.dtype
+    scores = (query.float() @ key.float().transpose(-1, -2) * scale).to(low)
+    return (scores.float().softmax(-1).to(low).float() @ value.float()).to(low)
+
+
 def check_errors(errors: Errors) -> None:
     assert errors.half.passed
     assert errors.simulated.passed, errors.simulated.failed_names
@@ -230,6 +237,24 @@ def deep() -> tuple[Sam3DualViTDetNeck, EncoderConfig]:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_full_depth(deep: tuple[Sam3DualViTDetNeck, EncoderConfig], precision: Precision, tmp_path: Path) -> None:
     check_errors(errors_of(*deep, precision, tmp_path))
+
+
+def test_fp16_products_with_fp32_accumulators(
+    deep: tuple[Sam3DualViTDetNeck, EncoderConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """PyTorch's half with attention as the MatMul spelling of fp32acc writes it, instead of PyTorch's own kernel."""
+    calls: list[torch.dtype] = []
+    own = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        if query.dtype != torch.float16:
+            return own(query, key, value, scale=scale)
+        calls.append(query.dtype)
+        return fp32_accumulators(query, key, value, scale)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    check_errors(errors_of(*deep, "fp16", tmp_path))
+    assert len(calls) == 32
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from neck.config import EncoderConfig
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
 
 CASE = DATA / "meta-dual"
-LATENCIES = {"fp32acc-deconv": 3.0, "fp32acc-conv": 2.0, "scores32-deconv": 5.0, "scores32-conv": 4.0}
+LATENCIES = {"operator-deconv": 3.0, "operator-conv": 2.0, "matmul-deconv": 5.0, "matmul-conv": 4.0}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def make(options: PlanOptions, report: Report) -> PlanResult:
 
 
 def measure(plan: Path) -> float:
-    return LATENCIES[plan.parent.name]
+    return LATENCIES[plan.parent.name.removeprefix("fp32acc-")]
 
 
 def tune(source: Path, folder: Path) -> Tuning:
@@ -60,9 +60,16 @@ def test_the_fastest_that_passes_is_kept_and_the_others_are_told(source: Path, t
     assert len(tuning.rows) == 6
     manifest = read_manifest(manifest_path(tuning.best.path), "plan")
     check_files(manifest_path(tuning.best.path), manifest)
-    assert (manifest["key"]["attention"], manifest["key"]["upsampling"]) == ("fp32acc", "conv")
+    kept = [manifest["key"][name] for name in ("attention", "spelling", "upsampling")]
+    assert kept == ["fp32acc", "operator", "conv"] and manifest["attention_spelling"] == "operator"
     text = "\n".join(tuning_lines(tuning))
-    assert "planted: the builder gave up" in text and "rejected: 1 outputs" in text and "kept: fp32acc, conv" in text
+    assert (
+        "planted: the builder gave up" in text
+        and "rejected: 1 outputs" in text
+        and "kept: fp32acc, operator, conv" in text
+    )
+    assert [row.spelling for row in tuning.rows] == ["operator", "operator", "matmul", "matmul", "matmul", "matmul"]
+    assert all("4 of 4, accumulation FP32" in str(row.layers) for row in tuning.rows if row.problem is None)
     assert {path.name for path in tmp_path.iterdir()} == {
         "encoder.plan",
         "encoder.plan.json",
@@ -83,14 +90,15 @@ def test_a_stopped_run_goes_on_where_it_was(source: Path, tmp_path: Path) -> Non
         tune_plan(options_for(source, tmp_path), make=make, measure=stop_at_third)
     assert not (tmp_path / "encoder.plan").exists()
     tuning = tune_plan(options_for(source, tmp_path), make=make, measure=stop_at_third)
-    assert tried == ["fp32acc-deconv", "fp32acc-conv", "scores32-deconv", "scores32-deconv", "scores32-conv"]
+    places = ["operator-deconv", "operator-conv", "matmul-deconv", "matmul-deconv", "matmul-conv"]
+    assert tried == [f"fp32acc-{place}" for place in places]
     assert fastest(list(tuning.rows)) == next(row for row in tuning.rows if row.latency_ms == 2.0)
 
 
 def test_other_options_start_anew(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "encoder.plan.tuning"
     folder.mkdir()
-    rows = [dataclasses.asdict(Row("fp32acc", "deconv", latency_ms=0.1))]
+    rows = [dataclasses.asdict(Row("fp32acc", "operator", "deconv", latency_ms=0.1))]
     (folder / "rows.json").write_text(json.dumps({"key": {"other": 1}, "rows": rows}))
     tuning = tune(source, tmp_path)
     assert 0.1 not in [row.latency_ms for row in tuning.rows]
@@ -111,7 +119,7 @@ def test_what_is_quantised_is_settled_once_for_all_candidates(source: Path, tmp_
 
     def one(options: PlanOptions, report: Report) -> PlanResult:
         asked.append(options)
-        if options.attention == "scores32" and options.upsampling == "conv":
+        if options.spelling == "matmul" and (options.attention, options.upsampling) == ("fp32acc", "conv"):
             return make_plan(options, report)
         raise BuildError("planted")
 

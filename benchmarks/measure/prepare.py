@@ -100,11 +100,9 @@ def make_file(asked: Mapping[str, Any]) -> dict[str, Any]:
     """
     path = Path(asked["path"])
     start = time.perf_counter()
-    # ONNX Runtime's GPU providers need not know Attention (opset 23); TensorRT builds the form that `auto` takes
-    form: Any = "scores32" if asked["precision"] != "fp32" and asked["runtime"] != "plan" else "auto"
     rewrites = Rewrites() if asked["module"] == "rewritten" else Rewrites.none()
     options = _options(asked, path)
-    options = dataclasses.replace(options, precision=asked["precision"], attention=form, rewrites=rewrites)
+    options = dataclasses.replace(options, precision=asked["precision"], rewrites=rewrites)
     if asked["precision"] in CODES:  # all products, by the benchmark's own pictures where they are enough
         images = _pictures(asked)
         enough = images is not None and len(find_pictures(images.path)) >= FEWEST
@@ -114,7 +112,7 @@ def make_file(asked: Mapping[str, Any]) -> dict[str, Any]:
     else:
         encoder = load(options)
         signature = sign(options, encoder)
-        write_onnx(encoder, signature, path, precision=options.precision, attention=form, rewrites=rewrites)
+        write_onnx(encoder, signature, path, precision=options.precision, rewrites=rewrites)
     seconds_path(path).write_text(f"{time.perf_counter() - start}\n")  # last: it says that the file is whole
     return about_file(path)
 

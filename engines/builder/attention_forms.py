@@ -1,4 +1,9 @@
-"""Attention forms for the TensorRT that is there: the file is written again in the next one where it refuses one."""
+"""Attention for the TensorRT that is there: a file is written again in its spelling, and in the next where it refuses.
+
+TensorRT 10.14 and later get the form fp32acc as the Attention operator, for which NVIDIA's release notes promise FP32
+accumulation. Older ones cannot read it, and TensorRT-RTX copies its result in a kernel of its own: they get MatMul,
+Softmax, MatMul.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,10 @@ import collections
 import dataclasses
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import onnx_ir as ir
 
@@ -19,27 +24,41 @@ from engines.builder.onnx_graph import BuildError, RefusedError
 from engines.builder.onnx_source import Source, lower_file
 from engines.builder.options import BuildOptions
 from export.contract.errors import ExportError
-from export.contract.export_command import export_again
+from export.contract.export_command import REPLACED_FORMS, export_again
 from export.contract.onnx_file import load_onnx
+from export.contract.readers import prefers_attention
 from export.graph.cleanup import MODULE
 from export.inspect import attention_forms
-from export.lowering.attention import AUTO, AttentionForm
+from export.lowering.attention import AUTO, AttentionForm, Spelling
 from export.lowering.precision import Precision, Residual
 from export.lowering.quantise import Quantisation
 from export.lowering.relower import relower
 from export.lowering.upsampling import Upsampling
 from export.proof.verify import Report
 
-ORDER: tuple[AttentionForm, ...] = ("fp32acc", "fused", "scores32", "unfused")
+ORDER: tuple[AttentionForm, ...] = ("fp32acc", "fused", "unfused")
 """Best first; `fused` is a form of BF16 alone, whose products accumulate in FP32 whatever the form."""
 
 MEANINGS = {
     "fp32acc": "both products of each attention accumulate in FP32",
-    "scores32": "the first product of each attention accumulates in FP32, the second in FP16",
     "fused": "both products of each attention accumulate in FP16",
     "unfused": "each attention is several kernels: exact, and slow",
 }
 """What a form means in FP16, as TensorRT-RTX 1.7 built it."""
+
+SPELLED = {"operator": "the Attention operator", "matmul": "MatMul, Softmax, MatMul"}
+
+
+class Attempt(NamedTuple):
+    """A form to build and its spelling; a form of None is the file as it is."""
+
+    form: str | None
+    spelling: Spelling = "matmul"
+
+    @property
+    def name(self) -> str:
+        """How a message names it."""
+        return f"fp32acc ({SPELLED[self.spelling]})" if self.form == "fp32acc" else str(self.form)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +67,12 @@ class Typing:
 
     Attributes:
         attention: the form that was asked for; `auto` is the first that TensorRT takes.
+        spelling: the spelling of fp32acc that was asked for; None is the one that TensorRT prefers, then the other.
         upsampling, keep_fp32, residual, quantisation: how an FP32 file is lowered.
     """
 
     attention: AttentionForm = "auto"
+    spelling: Spelling | None = None
     upsampling: Upsampling = "auto"
     keep_fp32: tuple[str, ...] = ()
     residual: Residual = "auto"
@@ -64,7 +85,7 @@ class Built:
 
     typed: Path
     result: BuildResult
-    attention: str | None
+    attention: Attempt
     residual: str
     notes: tuple[str, ...]
 
@@ -87,26 +108,28 @@ def build_forms(
     """
     precision, folder, typed = build.precision, plan.parent, source.path
     _check_residual(source, typing, precision)
-    there = held_form(typed) if source.precision != "fp32" else None
-    forms = forms_to_try(there, precision, typing.attention, source.manifest)
+    there = held_attention(typed) if source.precision != "fp32" else Attempt(None)
+    preferred = (typing.spelling,) if typing.spelling else spellings(flavor)
+    attempts = forms_to_try(there.form, precision, typing.attention, source.manifest, preferred)
     if precision != source.precision:
         report(f"precision pass: {source.precision} to {precision}")
-        lowering = vars(typing) | {"attention": forms[0] or typing.attention}
-        typed, there = lower_file(source, precision, folder, **lowering), forms[0]
+        there = attempts[0]
+        lowering = vars(typing) | {"attention": there.form or typing.attention, "spelling": there.spelling}
+        typed = lower_file(source, precision, folder, **lowering)
     notes: list[str] = []
-    for form, later in zip(forms, (*forms[1:], None), strict=True):
-        if form is not None and form != there and precision != "fp32":
-            typed, there = relower_file(typed, precision, form, folder, left), form
-            notes.append(meaning(form, precision))
+    for attempt, later in zip(attempts, (*attempts[1:], None), strict=True):
+        if attempt.form is not None and attempt != there and precision != "fp32":
+            typed, there = relower_file(typed, precision, attempt, folder, left), attempt
+            notes.append(meaning(attempt, precision))
             report(notes[-1])
         report(f"build: {flavor.name} {flavor.version}")
         try:
             result = build_plan(typed, plan, build, flavor=flavor)
-            return Built(typed, result, form, typing.residual, tuple(notes))
+            return Built(typed, result, attempt, typing.residual, tuple(notes))
         except RefusedError as error:
             if later is None or not error.by_form:
                 raise BuildError("; ".join([str(error), *(note for note in notes if "refused" in note)])) from None
-            notes.append(f"{flavor.title} refused attention as {form}: {error.reason}")
+            notes.append(f"{flavor.title} refused attention as {attempt.name}: {error.reason}")
             report(notes[-1])
     raise AssertionError("unreachable: the last form returns or raises")
 
@@ -120,45 +143,63 @@ def _check_residual(source: Source, typing: Typing, precision: Precision) -> Non
         )
 
 
-def held_form(onnx: Path) -> str | None:
-    """The form of most attentions of a file; None for one that cannot be written again, or has none."""
+def spellings(flavor: Flavor) -> tuple[Spelling, ...]:
+    """The spellings of fp32acc for a TensorRT, the better one first (see `prefers_attention`)."""
+    return ("operator", "matmul") if prefers_attention(flavor.name, flavor.version) else ("matmul",)
+
+
+def held_attention(onnx: Path) -> Attempt:
+    """The form of most attentions of a file and their spelling; no form for one that cannot be written again."""
     model = ir.load(onnx)
     if not any(MODULE in node.metadata_props for node in model.graph):
-        return None
+        return Attempt(None)
     counted = collections.Counter(attention_forms(model.graph))
     del counted["FP32"]  # of modules that are kept
-    return counted.most_common(1)[0][0] if counted else None
+    operator = any(node.op_type == "Attention" for node in model.graph)
+    return Attempt(counted.most_common(1)[0][0], "operator" if operator else "matmul") if counted else Attempt(None)
 
 
 def forms_to_try(
-    held: str | None, precision: Precision, asked: AttentionForm, source: Mapping[str, Any] | None
-) -> tuple[str | None, ...]:
-    """The forms to build in turn, None for the file as it is.
+    held: str | None,
+    precision: Precision,
+    asked: AttentionForm,
+    source: Mapping[str, Any] | None,
+    preferred: Sequence[Spelling] = ("matmul",),
+) -> tuple[Attempt, ...]:
+    """The forms to build in turn; a form of None is the file as it is.
 
     Args:
         held: the file's form, None where it is not a low-precision file of ours.
         precision: of the plan.
         asked: the form that was asked for; one that was is the only one.
         source: the file's manifest; a form that its export was asked for is the only one, too.
+        preferred: the spellings of fp32acc to try in turn.
     """
-    if asked != "auto" or precision == "fp32":
-        return (asked,)
-    chosen = cast(str, source.get("attention", "auto")) if source and source["precision"] != "fp32" else "auto"
+    chosen: str = asked
+    if asked == "auto" and source is not None and source["precision"] != "fp32":
+        chosen = source.get("attention", "auto")
+    if precision == "fp32":
+        return (Attempt(asked),)
     if held is None and source is not None and source["precision"] == "fp32":
         held = AUTO[precision]
-    if chosen != "auto" or held not in ORDER:
-        return (held,)
-    later = ORDER[ORDER.index(held) :]
-    return tuple(form for form in later if form != "fused" or precision == "bf16")
+    held, chosen = REPLACED_FORMS.get(str(held), held), REPLACED_FORMS.get(chosen, chosen)
+    forms: tuple[str | None, ...] = (held,) if chosen == "auto" else (chosen,)
+    if chosen == "auto" and held in ORDER:
+        later = ORDER[ORDER.index(held) :]
+        forms = tuple(form for form in later if form == held or form != "fused" or precision == "bf16")
+    attempts = []
+    for form in forms:
+        attempts += [Attempt(form, one) for one in preferred] if form == "fp32acc" else [Attempt(form)]
+    return tuple(attempts)
 
 
-def meaning(form: str, precision: str) -> str:
+def meaning(attempt: Attempt, precision: str) -> str:
     """What it means that attention is written in a form."""
-    what = MEANINGS[form] if precision != "bf16" else "BF16 products accumulate in FP32 in every form"
-    return f"attention lowered again as {form}: {what}; the verdict judges it"
+    what = "BF16 products accumulate in FP32 in every form" if precision == "bf16" else MEANINGS[str(attempt.form)]
+    return f"attention lowered again as {attempt.name}: {what}; the verdict judges it"
 
 
-def relower_file(onnx: Path, precision: Precision, form: str, folder: Path, left: ExitStack) -> Path:
+def relower_file(onnx: Path, precision: Precision, attempt: Attempt, folder: Path, left: ExitStack) -> Path:
     """Writes a low-precision file in another attention form: a new graph beside the weights, which are not copied.
 
     ONNX weights must lie in the graph's folder or below, and readers refuse links (onnx-ir 1.1, ONNX Runtime 1.32), so
@@ -166,7 +207,8 @@ def relower_file(onnx: Path, precision: Precision, form: str, folder: Path, left
 
     Args:
         onnx: the file.
-        precision, form: as of relower.
+        precision: the file's.
+        attempt: the form to write, and its spelling.
         folder: where the graph and a copy of the weights go if they cannot stay where they are.
         left: removes what was written.
 
@@ -175,10 +217,10 @@ def relower_file(onnx: Path, precision: Precision, form: str, folder: Path, left
     """
     model, weights = load_onnx(onnx)
     try:
-        relower(model, precision, cast(AttentionForm, form))
+        relower(model, precision, cast(AttentionForm, attempt.form), attempt.spelling)
     except ExportError as error:
         raise BuildError(f"{onnx}: {error}") from None
-    name = f".{onnx.name.strip('.')}.{form}.{secrets.token_hex(4)}"
+    name = f".{onnx.name.strip('.')}.{attempt.form}.{secrets.token_hex(4)}"
     proto = ir.to_proto(model).SerializeToString()  # external weights stay where they say
     written = onnx.with_name(name)
     left.callback(written.unlink, missing_ok=True)

@@ -142,7 +142,8 @@ def _read_sheet(
             text = log if read is sheet_from_log else flavor.inspect(plan, host_code=host_code)
             if not text:
                 raise LayerSheetError(f"the {source} does not list the engine")
-            return read(text, read_accumulations(plan), graph.attentions, graph.operations, graph.quantised), None
+            counted = (graph.attentions, graph.operations, graph.quantised, graph.fusable)
+            return read(text, read_accumulations(plan), *counted), None
         except LayerSheetError as error:
             reasons.append(str(error))
         except Exception as error:
@@ -152,10 +153,9 @@ def _read_sheet(
 
 def _check_attentions(onnx: Path, graph: Graph, options: BuildOptions) -> None:
     if graph.fp32_attentions:
-        form = "auto" if options.precision == "fp32" else "scores32"
         raise BuildError(
             f"{onnx}: {graph.fp32_attentions[0]} is an opset-23 Attention in FP32, which TensorRT does not build; "
-            f"export it again: {export_again(onnx, attention=form, opset='auto')}"
+            f"export it again: {export_again(onnx, attention='auto', opset='auto')}"
         )
 
 

@@ -37,12 +37,14 @@ class Graph:
         operations: 2 x multiply-add of matrix products, convolutions and attentions for each batch size that was asked;
             None where a shape is not told.
         quantised: how many matrix products have both factors from DequantizeLinear.
+        fusable: how many attentions compute their scores in FP16 or BF16: TensorRT-RTX 1.7 fuses no others.
     """
 
     attentions: int
     fp32_attentions: tuple[str, ...]
     operations: int | None
     quantised: int = 0
+    fusable: int = 0
 
 
 def read_graph(path: Path, batch: int = 1) -> Graph:
@@ -77,7 +79,8 @@ def read_graph(path: Path, batch: int = 1) -> Graph:
         and all(one in producers and producers[one].op_type == "DequantizeLinear" for one in node.input)
         for node in model.graph.node
     )
-    return Graph(attentions, tuple(fp32), _operations(model.graph, shapes, batch), quantised)
+    fusable = sum(_is_fusable(node, types, producers) for node in model.graph.node)
+    return Graph(attentions, tuple(fp32), _operations(model.graph, shapes, batch), quantised, fusable)
 
 
 def _check_weights(path: Path, graph: onnx.GraphProto) -> None:
@@ -119,13 +122,23 @@ def _shapes(graph: onnx.GraphProto) -> dict[str, Dims]:
 
 
 def _is_fp32(name: str, types: dict[str, int], producers: dict[str, onnx.NodeProto]) -> bool:
-    """Whether a value is FP32 in truth: not a Cast to FP32 of something shorter, as the fp32acc form writes it."""
+    """Whether a value is FP32 in truth: not a Cast to FP32 of something shorter, as the form fp32acc writes it."""
     producer = producers.get(name)
     if producer is not None and producer.op_type == "Cast":
         to = next(attribute.i for attribute in producer.attribute if attribute.name == "to")
         source = types.get(producer.input[0], TensorProto.UNDEFINED)
         return to == TensorProto.FLOAT and source == TensorProto.FLOAT
     return types.get(name) == TensorProto.FLOAT
+
+
+def _is_fusable(node: onnx.NodeProto, types: dict[str, int], producers: dict[str, onnx.NodeProto]) -> bool:
+    """Whether a node is an Attention, or the Softmax of scores, and the scores are in FP16 or BF16."""
+    if node.op_type == "Attention":
+        return not _is_fp32(node.input[0], types, producers)
+    scores = node.input[0] if node.op_type == "Softmax" else ""
+    while scores in producers and producers[scores].op_type == "Cast":
+        scores = producers[scores].input[0]
+    return types.get(scores) in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 def _operations(graph: onnx.GraphProto, shapes: dict[str, Dims], batch: int) -> int | None:

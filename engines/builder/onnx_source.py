@@ -178,5 +178,6 @@ def plan_source(where: Path) -> dict[str, Any]:
     if manifest["onnx_manifest"] is None:
         raise BuildError(f"{where}: the plan was built from a file without manifest, so its weights are unknown")
     forms = {name: manifest["key"][name] for name in ("attention", "upsampling", "keep_fp32")}
-    forms |= {name: manifest[name] for name in ("attention_form", "residual", "quantisation") if name in manifest}
+    held = ("attention_form", "attention_spelling", "residual", "quantisation")
+    forms |= {name: manifest[name] for name in held if name in manifest}
     return manifest["onnx_manifest"] | forms | {"precision": manifest["precision"]}

@@ -12,8 +12,8 @@ from export.contract.export_command import AS_AUTO, export_again
 
 TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "fp8": "HALF", "int8": "HALF"}
 
-SCORES = "*.attn/scores*"
-"""The matrix product that the attention form `unfused` keeps in FP32."""
+SCORES, MIXED = "*.attn/scores*", "*.attn/mixed*"
+"""The matrix products of attention that a form keeps in FP32: `unfused` the first, fp32acc the second."""
 
 
 def keep_attentions_whole(trt: Any, network: Any) -> int:  # noqa: ANN401
@@ -42,14 +42,17 @@ def check_types(onnx: Path, trt: Any, network: Any, precision: str, keep_fp32: S
     kinds = (trt.LayerType.MATRIX_MULTIPLY, trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION)
     wanted = getattr(trt.DataType, TYPES[precision])
     fp32 = [SCORES, *(f"{pattern}{end}" for pattern in keep_fp32 for end in ("/*", ".*"))]
-    seen = 0
+    seen, widened = 0, _widened(trt, network, wanted)
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type not in kinds:
             continue
         tensor = layer.get_output(0)
         seen += tensor.dtype == wanted
-        kept = tensor.dtype == trt.DataType.FLOAT and any(fnmatch.fnmatchcase(layer.name, name) for name in fp32)
+        kept = any(fnmatch.fnmatchcase(layer.name, name) for name in fp32)
+        if fnmatch.fnmatchcase(layer.name, MIXED):  # in FP32 only to accumulate there: both factors were rounded before
+            kept = kept or all(layer.get_input(position).name in widened for position in range(2))
+        kept = kept and tensor.dtype == trt.DataType.FLOAT
         if tensor.dtype != wanted and not kept:
             command = export_again(onnx, precision=precision, **AS_AUTO)
             raise BuildError(
@@ -58,3 +61,10 @@ def check_types(onnx: Path, trt: Any, network: Any, precision: str, keep_fp32: S
             )
     if not seen:
         raise BuildError(f"{onnx}: no matrix product or convolution in {precision}; not an image encoder")
+
+
+def _widened(trt: Any, network: Any, low: Any) -> set[str]:  # noqa: ANN401
+    """Names of the tensors that are casts to FP32 of tensors in a lower precision."""
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    casts = [layer for layer in layers if layer.type == trt.LayerType.CAST and layer.get_input(0).dtype == low]
+    return {layer.get_output(0).name for layer in casts if layer.get_output(0).dtype == trt.DataType.FLOAT}

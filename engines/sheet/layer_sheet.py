@@ -108,6 +108,7 @@ class LayerSheet:
         attentions: how many the graph has.
         operations: 2 x multiply-add of matrix products, convolutions and attentions at the optimum batch, where known.
         products: how many matrix products of the graph are quantised.
+        fusable: how many attentions of the graph are in a form that some TensorRT makes one kernel of.
     """
 
     source: Literal["builder log", "engine inspector"]
@@ -115,6 +116,7 @@ class LayerSheet:
     attentions: int
     operations: int | None = None
     products: int = 0
+    fusable: int = 0
 
     @property
     def quantised(self) -> tuple[Kernel, ...]:
@@ -197,8 +199,15 @@ class LayerSheet:
                 "this plan does not tell what its FP16 attention accumulates in; FP16 there is known to lose the "
                 "picture (NVIDIA/TensorRT #4837), so trust only a verified plan"
             )
+        told = not any(kernel.opaque for kernel in self.kernels)
+        if told and len(self.fused) < self.fusable:
+            return (
+                f"{self.fusable - len(self.fused)} of {self.fusable} attentions are not fused: each takes several "
+                "kernels and writes its scores to memory, which is slow; compare the forms with --tune on the GPU, "
+                "or use another TensorRT"
+            )
         missing = self.products - len(self.quantised)
-        if missing > 0 and not any(kernel.opaque for kernel in self.kernels):
+        if told and missing > 0:
             return f"{missing} of {self.products} quantised products are no FP8 or INT8 kernels"
         return None
 
@@ -238,7 +247,7 @@ class LayerSheet:
             }
             pair = kernel["accumulation"] and tuple(kernel["accumulation"])
             kernels.append(Kernel(**{**kernel, **tensors, "onnx": tuple(kernel["onnx"]), "accumulation": pair}))
-        counts = (values["attentions"], values["operations"], values.get("products", 0))
+        counts = (values["attentions"], values["operations"], values.get("products", 0), values.get("fusable", 0))
         return cls(values["source"], tuple(kernels), *counts)
 
 

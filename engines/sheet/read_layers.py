@@ -43,6 +43,7 @@ def sheet_from_log(
     attentions: int | None = None,
     operations: int | None = None,
     products: int = 0,
+    fusable: int = 0,
 ) -> LayerSheet:
     """Reads the sheet from the builder's listing of the finished engine (DETAILED profiling verbosity).
 
@@ -50,7 +51,7 @@ def sheet_from_log(
         log: the builder's message that begins with `Layers:`.
         accumulations: what `read_accumulations` read from the plan.
         attentions: how many the graph has; by default counted from the ONNX layers' names.
-        operations, products: as in LayerSheet.
+        operations, products, fusable: as in LayerSheet.
 
     Raises:
         LayerSheetError: no kernel is listed.
@@ -69,7 +70,7 @@ def sheet_from_log(
         onnx, tactic = _onnx_layers(fields["Metadata"]), fields.get("TacticName", "").partition(", ")[0]
         tensors |= {"onnx": onnx, "accumulation": accumulations.get(tactic)}
         kernels.append(Kernel(fields["Name"], fields["LayerType"], tactic, **tensors))
-    return _sheet("builder log", kernels, attentions, operations, products)
+    return _sheet("builder log", kernels, attentions, operations, products, fusable)
 
 
 def sheet_from_inspector(
@@ -78,12 +79,13 @@ def sheet_from_inspector(
     attentions: int | None = None,
     operations: int | None = None,
     products: int = 0,
+    fusable: int = 0,
 ) -> LayerSheet:
     """Reads the sheet from EngineInspector.get_engine_information(JSON); untested on a GPU.
 
     Args:
         information: the JSON, of TensorRT 10 (`Bindings`) or 11 (`I/O Tensors`); only its `Layers` are read.
-        accumulations, attentions, operations, products: as in sheet_from_log.
+        accumulations, attentions, operations, products, fusable: as in sheet_from_log.
 
     Raises:
         LayerSheetError: not JSON, or names alone, which a plan without detailed profiling verbosity gives.
@@ -95,7 +97,7 @@ def sheet_from_inspector(
         kernels = [_inspected(layer, accumulations) for layer in layers if layer.get("LayerType") not in NO_KERNELS]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise LayerSheetError("the engine inspector gave no list of layers") from None
-    return _sheet("engine inspector", kernels, attentions, operations, products)
+    return _sheet("engine inspector", kernels, attentions, operations, products, fusable)
 
 
 def read_accumulations(plan: Path) -> dict[str, tuple[str, str]]:
@@ -121,13 +123,14 @@ def _sheet(
     attentions: int | None,
     operations: int | None,
     products: int,
+    fusable: int,
 ) -> LayerSheet:
     if not kernels:
         raise LayerSheetError(f"the {source} lists no kernel")
     if attentions is None:
         layers = {unconverted(name) for kernel in kernels for name in kernel.onnx}
         attentions = sum(bool(ATTENTION_LAYER.search(name)) for name in layers)
-    return LayerSheet(source, tuple(kernels), attentions, operations, products)
+    return LayerSheet(source, tuple(kernels), attentions, operations, products, fusable)
 
 
 def _onnx_layers(metadata: str) -> tuple[str, ...]:

@@ -15,6 +15,9 @@ BASES = {"fp8": "fp16", "int8": "fp16"}
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
+REPLACED_FORMS = {"scores32": "fp32acc"}
+"""Forms of attention that were dropped, in manifests of older versions, and the form that replaces each."""
+
 AS_AUTO = {"attention": "auto", "opset": "auto", "residual": "auto", "upsampling": "auto"}
 """Changes for an export in another precision: what the file has may not be there."""
 
@@ -44,7 +47,7 @@ def export_command(
         "positions": signature["positions"],
         "input": signature["input"],
         "precision": manifest["precision"],
-        "attention": manifest["attention"],
+        "attention": REPLACED_FORMS.get(manifest["attention"], manifest["attention"]),
         "residual": manifest.get("residual", "auto"),
         "upsampling": manifest["upsampling"],
         "opset": str(manifest["opset"]),

@@ -315,6 +315,17 @@ def release_numbers(version: str) -> tuple[int, ...]:
     return numbers
 
 
+def prefers_attention(family: str, version: str) -> bool:
+    """Whether the Attention operator is the better spelling of attention that accumulates in FP32.
+
+    NVIDIA promises FP32 accumulation of it where q, k and v are cast to FP32 (release notes of TensorRT 11.3), and
+    promises nothing of MatMul - Softmax - MatMul. TensorRT-RTX 1.7 fuses both, and copies the operator's output in a
+    kernel of its own (run).
+    """
+    first = next(line.since for line in READERS if line.family == "tensorrt" and "Attention" in line.operators)
+    return family == "tensorrt" and version_numbers(version)[:2] >= version_numbers(first)
+
+
 def has_fp8(capability: str) -> bool:
     """Whether a GPU of a compute capability has FP8 products; one that is not told is taken to have them."""
     return not capability or version_numbers(capability) >= FP8_CAPABILITY

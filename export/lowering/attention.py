@@ -2,10 +2,19 @@
 
 Seen in the plans of TensorRT-RTX 1.7 (compute capability 8.9), FP16:
 
-    fp32acc    Attention, its inputs cast to FP32, its output back: one fused kernel, both products accumulate in FP32
-    scores32   MatMul, Softmax in FP32, MatMul: one fused kernel, the first product accumulates in FP32
-    fused      the same without casts: one fused kernel, both products accumulate in FP16
+    fp32acc    one fused kernel, both products accumulate in FP32
+    fused      MatMul, Softmax, MatMul without casts: one fused kernel, both products accumulate in FP16
     unfused    the first MatMul and Softmax in FP32: kernels of their own, slow
+
+The form fp32acc has two spellings:
+
+    matmul     scores = MatMul(q, k^T)                              FP16
+               p      = Cast(Softmax(Cast(scores, FP32)), FP16)
+               out    = Cast(MatMul(Cast(p, FP32), Cast(v, FP32)), FP16)
+    operator   Attention (opset 23), its inputs cast to FP32, its output cast back
+
+TensorRT-RTX 1.7 computes both alike, but it copies the operator's output in a kernel of its own: 307 kernels instead of
+277 at full size. The first MatMul must stay in FP16 and p must be rounded to FP16, or attention is not fused.
 """
 
 from __future__ import annotations
@@ -21,11 +30,16 @@ from export.contract.errors import ExportError
 from export.graph.cleanup import MODULE
 from export.graph.constant_folding import add_initializer
 
-AttentionForm = Literal["auto", "fp32acc", "scores32", "fused", "unfused"]
-AUTO = {"fp32": "fused", "fp16": "fp32acc", "bf16": "fused", "fp8": "fp32acc", "int8": "fp32acc"}
-"""BF16 products always accumulate in FP32; a FP32 Attention node does not build, so FP32 takes MatMul and Softmax."""
-IN_FP32 = {"fp32acc": ["Attention"], "scores32": ["Softmax"], "fused": [], "unfused": ["scores", "Softmax"]}
-"""Operators, or names given below, that each form computes in FP32."""
+AttentionForm = Literal["auto", "fp32acc", "fused", "unfused"]
+Spelling = Literal["matmul", "operator"]
+AUTO: dict[str, AttentionForm] = {"fp32": "fused", "fp16": "fp32acc", "bf16": "fused"}
+AUTO |= {"fp8": "fp32acc", "int8": "fp32acc"}
+"""BF16 products always accumulate in FP32; an FP32 Attention node does not build, so FP32 takes MatMul and Softmax."""
+IN_FP32 = {"fp32acc": ["attention", "softmax", "mixed"], "fused": [], "unfused": ["scores", "softmax"]}
+"""Nodes, by the names that they get below, that each form computes in FP32."""
+
+OPERATOR_OPSET = 23
+"""The opset that brought the Attention operator."""
 
 
 SCALE = "neck.attention_scale"
@@ -44,33 +58,41 @@ class AttentionCore:
     output: ir.Value
 
 
+def spelling_at(opset: int | None) -> Spelling:
+    """The spelling of a file whose target is not known: at opset 23 and later the operator, which older ones lack."""
+    return "operator" if opset is not None and opset >= OPERATOR_OPSET else "matmul"
+
+
 def lower_attentions(
-    graph: ir.Graph, precision: str, form: AttentionForm, fp32_modules: Collection[str] = ()
+    graph: ir.Graph,
+    low: ir.DataType,
+    form: AttentionForm,
+    spelling: Spelling = "matmul",
+    fp32_modules: Collection[str] = (),
 ) -> set[ir.Node]:
     """Puts every attention of the graph into a form; returns the nodes that the form wants in FP32.
 
     Args:
         graph: the canonical graph, FP32.
-        precision: what the graph is lowered to.
-        form: the form.
+        low: the type that the graph is lowered to.
+        form: the form, not `auto`.
+        spelling: how fp32acc is written.
         fp32_modules: paths of modules that stay in FP32; their attentions become MatMul and Softmax, because no
             TensorRT builds an Attention node whose inputs are FP32 in truth.
 
     Raises:
-        ExportError: fp32acc asked of an FP32 graph, where no builder takes the Attention node; an Attention of a
-            foreign trunk that is more than softmax(scale * query key^T) value.
+        ExportError: an Attention of a foreign trunk that is more than softmax(scale * query key^T) value.
     """
-    chosen = AUTO[precision] if form == "auto" else form
-    if precision == "fp32" and chosen == "fp32acc":
-        raise ExportError("--attention fp32acc is for fp16 and bf16: TensorRT does not build Attention in FP32")
     islands: set[ir.Node] = set()
     for core in find_attentions(graph):
         kept = core.nodes[-1].metadata_props.get(MODULE) in fp32_modules
-        nodes = _attention_node(core) if chosen == "fp32acc" and not kept else _primitives(graph, core)
-        wanted = IN_FP32[chosen]
+        if form == "fp32acc" and spelling == "operator" and not kept:
+            nodes = _attention_node(core)
+        else:
+            nodes = _primitives(graph, core, low if form == "fp32acc" and not kept else None)
         for node in nodes:
             node.metadata_props[MODULE] = core.nodes[-1].metadata_props.get(MODULE, "")
-        islands |= {node for node in nodes if node.op_type in wanted or node.name in wanted}
+        islands |= {node for node in nodes if node.name in IN_FP32[form]}
         _replace(graph, core, nodes)
     return islands
 
@@ -79,6 +101,20 @@ def find_attentions(graph: ir.Graph) -> list[AttentionCore]:
     """Every Attention node, and every Softmax between two MatMuls."""
     cores = [_of_attention(node) if node.op_type == "Attention" else _of_softmax(node) for node in graph]
     return [core for core in cores if core is not None]
+
+
+def before_casts(value: ir.Value | None) -> ir.Node | None:
+    """The node that a value comes from, Casts aside."""
+    node = value.producer() if value is not None else None
+    return before_casts(node.inputs[0]) if node is not None and node.op_type == "Cast" else node
+
+
+def after_casts(value: ir.Value) -> ir.Node | None:
+    """The node that alone reads a value, Casts aside; None where several do."""
+    users = [user for user, _ in value.uses()]
+    if len(users) != 1:
+        return None
+    return after_casts(users[0].outputs[0]) if users[0].op_type == "Cast" else users[0]
 
 
 def _of_attention(node: ir.Node) -> AttentionCore:
@@ -143,7 +179,8 @@ def _attention_node(core: AttentionCore) -> list[ir.Node]:
     return [*nodes, ir.node("Attention", inputs, {"scale": core.scale}, name="attention")]
 
 
-def _primitives(graph: ir.Graph, core: AttentionCore) -> list[ir.Node]:
+def _primitives(graph: ir.Graph, core: AttentionCore, rounded: ir.DataType | None) -> list[ir.Node]:
+    """MatMul, Softmax, MatMul; the probabilities between the last two are rounded to a type where one is given."""
     nodes, query = [], core.query
     if core.scale != 1.0:
         factor = add_initializer(graph, "attention_scale", ir.tensor(np.float32(core.scale)))
@@ -154,12 +191,17 @@ def _primitives(graph: ir.Graph, core: AttentionCore) -> list[ir.Node]:
     turned = ir.node("Transpose", [core.key], {"perm": [0, 1, 3, 2]}, name="transposed_key")
     scores = ir.node("MatMul", [query, turned.outputs[0]], name="scores")
     softmax = ir.node("Softmax", [scores.outputs[0]], {"axis": -1}, name="softmax")
-    mixed = ir.node("MatMul", [softmax.outputs[0], core.value], name="mixed")
+    probabilities = softmax.outputs[0]
     turned.outputs[0].shape = ir.Shape([*outer, head_dim, tokens])
-    scores.outputs[0].shape = softmax.outputs[0].shape = ir.Shape([*outer, tokens, tokens])
+    scores.outputs[0].shape = probabilities.shape = ir.Shape([*outer, tokens, tokens])
     for node in (turned, scores, softmax):
         node.outputs[0].type = core.query.type
-    return [*nodes, turned, scores, softmax, mixed]
+    nodes += [turned, scores, softmax]
+    if rounded is not None:  # between two nodes in FP32, where the precision pass would write no Cast
+        nodes.append(ir.node("Cast", [probabilities], {"to": rounded.value}, name=f"softmax/to_{rounded.name.lower()}"))
+        nodes[-1].outputs[0].shape, nodes[-1].outputs[0].type = probabilities.shape, ir.TensorType(rounded)
+        probabilities = nodes[-1].outputs[0]
+    return [*nodes, ir.node("MatMul", [probabilities, core.value], name="mixed")]
 
 
 def _replace(graph: ir.Graph, core: AttentionCore, nodes: list[ir.Node]) -> None:

@@ -21,7 +21,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from export.contract.errors import ExportError
 from export.graph.cleanup import INPUT, MODULE
 from export.graph.constant_folding import LAZY_BYTES, add_initializer
-from export.lowering.attention import AttentionForm, lower_attentions
+from export.lowering.attention import AUTO, OPERATOR_OPSET, AttentionForm, Spelling, lower_attentions, spelling_at
 from export.lowering.quantise import CODES, Quantisation, find_products, is_named, quantise
 from export.lowering.residual import residual_stream
 from export.lowering.upsampling import Upsampling, lower_upsampling
@@ -46,6 +46,7 @@ def lower(
     precision: Precision,
     *,
     attention: AttentionForm = "auto",
+    spelling: Spelling | None = None,
     keep_fp32: Sequence[str] = (),
     output_precision: OutputPrecision | None = None,
     opset: int | None = None,
@@ -59,9 +60,10 @@ def lower(
         model: what `trace` made, or an FP32 file of ours.
         precision: type of weights and activations outside the FP32 islands.
         attention: form of the attentions; `auto` is fp32acc for fp16, fused for bf16 and fp32.
+        spelling: how fp32acc is written; by default what `spelling_at` the opset says.
         keep_fp32: paths of modules that stay in FP32, with wildcards (`trunk.blocks.31`, `convs.*`).
         output_precision: type of the outputs, by default the graph's.
-        opset: by default 23 where Attention stays, 22 for bf16 convolutions and 20 elsewhere.
+        opset: by default 23 for the Attention operator, 22 for bf16 convolutions and 20 elsewhere.
         upsampling: ConvTranspose (`deconv`) or 1x1 convolution with DepthToSpace (`conv`); `auto` is conv for bf16.
         residual: type of the blocks' residual sums; `auto` is the precision.
         quantisation: which products are fp8 or int8 where that is the precision.
@@ -77,10 +79,12 @@ def lower(
     low = next((value.dtype for value in graph.initializers.values() if value.dtype in LOW), None)
     if low:
         raise ExportError(f"the model is {low.name.lower()} already; precision is lowered from an FP32 model")
+    form = AUTO[precision] if attention == "auto" else attention
+    check_form(precision, form, opset)
     kept = kept_modules(graph, keep_fp32)
     check_residual(precision, residual)
     stream = residual_stream(graph) if residual == "fp32" != precision else set()
-    islands = stream | lower_attentions(graph, precision, attention, kept)
+    islands = stream | lower_attentions(graph, TYPES[precision], form, spelling or spelling_at(opset), kept)
     lower_upsampling(graph, precision, upsampling)
     if quantisation is not None:
         quantise(graph, quantisation, kept)
@@ -92,6 +96,21 @@ def lower(
         name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()
     ]:
         del graph.initializers[name]
+
+
+def check_form(precision: Precision, attention: str, opset: int | None) -> None:
+    """Refuses a form of attention that no graph of a precision, or of an opset, can have.
+
+    Raises:
+        ExportError: saying what there is instead.
+    """
+    if precision == "fp32" and attention == "fp32acc":
+        raise ExportError(
+            "--attention fp32acc keeps attention in FP32 where the rest is FP16 or BF16, and --precision fp32 is FP32 "
+            "throughout; use --attention auto"
+        )
+    if opset is not None and opset not in OPSETS:
+        raise ExportError(f"opset {opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
 
 
 def computes_in_fp32(node: ir.Node) -> bool:
@@ -235,13 +254,11 @@ def set_opset(model: ir.Model, opset: int | None) -> None:
     present = {node.op_type for node in model.graph}
     convolutions = [node for node in model.graph if node.op_type in ("Conv", "ConvTranspose", "MaxPool")]
     bf16 = any(node.outputs[0].dtype == ir.DataType.BFLOAT16 for node in convolutions)  # they take it from opset 22
-    opset = opset if opset is not None else 23 if "Attention" in present else 22 if bf16 else 20
+    opset = opset if opset is not None else OPERATOR_OPSET if "Attention" in present else 22 if bf16 else 20
     if opset not in OPSETS:
         raise ExportError(f"opset {opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
-    if "Attention" in present and opset < 23:
-        raise ExportError(
-            f"opset {opset} has no Attention, which the fp32acc form needs: use --opset 23, or --attention scores32"
-        )
+    if "Attention" in present and opset < OPERATOR_OPSET:
+        raise ExportError(f"opset {opset} has no Attention operator; use --opset {OPERATOR_OPSET}")
     if bf16 and opset < 22:
         raise ExportError(f"opset {opset} has no BF16 convolutions: use --opset 22, or --precision fp16")
     if "QuantizeLinear" in present and opset < 19:

@@ -12,17 +12,17 @@ import onnx_ir as ir
 
 from export.contract.errors import ExportError
 from export.graph.cleanup import MODULE
-from export.lowering.attention import AttentionForm, lower_attentions
+from export.lowering.attention import AUTO, AttentionForm, Spelling, after_casts, lower_attentions
 from export.lowering.precision import LOW, TYPES, Precision, retype, set_opset
 
 
-def relower(model: ir.Model, precision: Precision, attention: AttentionForm) -> int:
+def relower(model: ir.Model, precision: Precision, attention: AttentionForm, spelling: Spelling = "matmul") -> int:
     """Puts every attention of a low-precision model into a form, in place, and chooses the opset anew.
 
     Args:
         model: an FP16 or BF16 file of ours, its weights unread.
         precision: which of the two.
-        attention: the form.
+        attention, spelling: the form, and how fp32acc is written.
 
     Returns:
         How many attentions are in that form now; those of modules that are kept in FP32 stay as they are.
@@ -37,7 +37,8 @@ def relower(model: ir.Model, precision: Precision, attention: AttentionForm) -> 
         raise ExportError("was not written by neck-export, so its attentions cannot be written in another form")
     attentions = [node for node in graph if node.op_type in ("Attention", "Softmax")]
     kept = {node.metadata_props.get(MODULE, "") for node in attentions if not _without_casts(graph, node)}
-    islands = lower_attentions(graph, precision, attention, kept)
+    form = AUTO[precision] if attention == "auto" else attention
+    islands = lower_attentions(graph, TYPES[precision], form, spelling, kept)
     for output in (output for node in islands for output in node.outputs):
         output.type = ir.TensorType(ir.DataType.FLOAT)
     _drop_unused(graph)  # an old scale, whose name the new one takes
@@ -67,6 +68,9 @@ def _without_casts(graph: ir.Graph, node: ir.Node) -> bool:
     island = [node]
     if node.op_type == "Softmax" and scores is not None and scores.op_type == "MatMul":
         island.insert(0, scores)  # the form `unfused` has both in FP32
+    mixed = after_casts(node.outputs[0]) if node.op_type == "Softmax" else None
+    if mixed is not None and mixed.op_type == "MatMul":
+        island.append(mixed)  # fp32acc has it in FP32
     for one in island:
         for position, value in enumerate(one.inputs):
             if value is not None:

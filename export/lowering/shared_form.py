@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from export.contract.readers import FP8, NO_FP8, Reader, ReaderError, has_fp8
-from export.lowering.attention import AUTO, AttentionForm
-from export.lowering.precision import TYPES, Precision
+from export.contract.readers import FP8, NO_FP8, Reader, ReaderError, has_fp8, prefers_attention
+from export.lowering.attention import AUTO, OPERATOR_OPSET, AttentionForm, Spelling, spelling_at
+from export.lowering.precision import TYPES, Precision, check_form
 from export.lowering.quantise import CODES
 
 
@@ -18,12 +18,13 @@ class Form:
     attention: AttentionForm
     opset: int | None
     readers: tuple[Reader, ...] = ()
+    spelling: Spelling = "matmul"
 
 
 def choose_form(
     readers: Sequence[Reader], precision: Precision, attention: AttentionForm = "auto", opset: int | None = None
 ) -> Form:
-    """The form that all readers take: fp32acc where all have Attention, else scores32 at opset 20 or below.
+    """The form that all readers take: fp32acc by the Attention operator only where every reader prefers that.
 
     Args:
         readers: who shall read the file; none leaves everything as asked.
@@ -32,23 +33,19 @@ def choose_form(
 
     Raises:
         ReaderError: no file of that kind is read by all of them; it says who cannot, why, and what to ask instead.
+        ExportError: no graph of the precision has the form.
     """
+    form = AUTO[precision] if attention == "auto" else attention
+    check_form(precision, form, opset)
     if not readers:
-        return Form(attention, opset)
+        return Form(form, opset, spelling=spelling_at(opset))
     _check_types(readers, precision)
     oldest = min(readers, key=lambda reader: reader.opset)
     if opset is not None and opset > oldest.opset:
         raise ReaderError(f"--opset {opset}: {oldest.name} is known to read up to {oldest.opset}; use --opset auto")
-    lacking = next((reader for reader in readers if not _has_attention(reader)), None)
-    if attention == "fp32acc" and lacking:
-        raise ReaderError(
-            f"--attention fp32acc: {lacking.name} is not known to compute Attention (opset 23) where it should; "
-            f"use --attention auto, or another --reader"
-        )
-    form = attention
-    if attention == "auto":
-        form = "scores32" if TYPES[precision].name == "FLOAT16" and (lacking or (opset or 23) < 23) else AUTO[precision]  # type: ignore[assignment]
-    needed = 23 if form == "fp32acc" else 22 if precision == "bf16" else 20
+    operator = form == "fp32acc" and (opset or OPERATOR_OPSET) >= OPERATOR_OPSET
+    operator = operator and all(prefers_attention(one.family, one.version or one.since) for one in readers)
+    needed = OPERATOR_OPSET if operator else 22 if precision == "bf16" else 20
     if precision == "bf16" and needed > oldest.opset:
         able = [reader.name for reader in readers if reader.opset >= needed]
         others = f"{', '.join(able)} can; " if able else ""
@@ -56,7 +53,8 @@ def choose_form(
             f"--precision bf16: its convolutions need opset 22, {oldest.name} is known to read {oldest.opset}; "
             f"{others}leave it out of --reader, or use --precision fp16"
         )
-    return Form(form, opset if opset is not None or needed <= oldest.opset else oldest.opset, tuple(readers))
+    chosen = opset if opset is not None or needed <= oldest.opset else oldest.opset
+    return Form(form, chosen, tuple(readers), "operator" if operator else "matmul")
 
 
 def _check_types(readers: Sequence[Reader], precision: Precision) -> None:
@@ -73,7 +71,3 @@ def _check_types(readers: Sequence[Reader], precision: Precision) -> None:
             f"--precision {precision}: not known to be computed by {', '.join(unable)}; "
             f"{others}take another --reader, or use --precision fp16"
         )
-
-
-def _has_attention(reader: Reader) -> bool:
-    return "Attention" in reader.operators and reader.on_cpu.get("Attention", 24) > 23 and reader.opset >= 23
