@@ -243,7 +243,7 @@ def attention_types(made: ir.Model) -> list[tuple[str, str, str]]:
     """Operator, input type, output type of the nodes of block 1's attention between rotary and projection."""
     path = "trunk.blocks.1.attn"
     names = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
-    chosen = ("attention", "scale", "transposed_key", "scores", "softmax", "softmax/to_float16", "mixed")
+    chosen = ("attention", "scale", "transposed_key", "scores", "softmax", "probabilities", "mixed")
     nodes = [node for node in made.graph if node.name in {f"{path}/{name}" for name in chosen}]
     found = []
     for node in nodes:

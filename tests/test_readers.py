@@ -386,7 +386,7 @@ def test_what_readers_do_not_share_is_refused(readers: str, precision: Any, aske
     ("readers", "asked", "spelling", "opset"),
     [
         ("tensorrt-11.4", None, "operator", None),
-        ("tensorrt-10.14,tensorrt-11.4", 24, "operator", 24),
+        ("tensorrt-10.14,tensorrt-11.4", 23, "operator", 23),
         ("tensorrt-11.4", 20, "matmul", 20),
         ("tensorrt-rtx", None, "matmul", None),
         ("tensorrt-rtx", 23, "matmul", 23),
@@ -448,7 +448,7 @@ Change = Callable[[Dict], object]
     ],
 )
 def test_a_manifest_that_claims_more_than_its_graph(tmp_path: Path, change: Change, says: str) -> None:
-    path = exported(tmp_path)
+    path = exported(tmp_path, opset=23)
     where = tmp_path / "x.json"
     manifest = json.loads(where.read_text())
     change(manifest["readers"])
@@ -462,7 +462,7 @@ def test_a_manifest_that_claims_more_than_its_graph(tmp_path: Path, change: Chan
 
 @pytest.mark.usefixtures("quick")
 def test_verify_rechecks_from_the_graph(tmp_path: Path) -> None:
-    path = exported(tmp_path)
+    path = exported(tmp_path, opset=23)
     assert "read by TensorRT 10.14 and later" in neck_export_cli("verify", path, "--reader", "tensorrt-10.14").out
     refused = neck_export_cli("verify", path, "--reader", "jetpack-6.2")
     assert refused.code == 1 and "TensorRT 10.3 cannot serve it: it is known to read opset 20" in refused.err
@@ -504,7 +504,7 @@ def test_values_without_types_are_inferred() -> None:
 
 def test_what_an_entry_says() -> None:
     model = tiny("float", "none")
-    lower(model, "fp16")
+    lower(model, "fp16", opset=23)
     entry = readers_entry(graph_needs(model), find_readers("tensorrt-11.4"))
     assert entry["asked"] == ["tensorrt-11.4"] and "tensorrt-10.14" in entry["from"]
     with pytest.raises(ExportError):

@@ -211,7 +211,7 @@ def half_outputs(encoder: Sam3DualViTDetNeck, image: torch.Tensor, precision: Pr
 
 
 def fp32_accumulators(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention as a fused kernel of the form fp32acc computes it: FP16 products, FP32 accumulators, results in FP16."""
+    """Attention of the form fp32acc: FP16 products that accumulate in FP32, their results rounded to FP16."""
     low = query.dtype
     scores = (query.float() @ key.float().transpose(-1, -2) * scale).to(low)
     return (scores.float().softmax(-1).to(low).float() @ value.float()).to(low)
@@ -253,8 +253,15 @@ def test_fp16_products_with_fp32_accumulators(
         return fp32_accumulators(query, key, value, scale)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
-    check_errors(errors_of(*deep, "fp16", tmp_path))
-    assert len(calls) == 32
+    errors = errors_of(*deep, "fp16", tmp_path)
+    assert len(calls) == 32 and errors.half.passed and errors.simulated.passed
+    # of all features together: level 3 has 512 values here, whose error differs by a fifth from seed to seed
+    half, simulated, weights = (
+        float(np.sqrt(np.mean([row.relative_l2**2 for row in verdict.comparisons if "_feat_" in row.name])))
+        for verdict in (errors.half, errors.simulated, errors.weights_alone)
+    )
+    assert simulated == pytest.approx(half, rel=TORCH_SHARE)
+    assert weights < (1 - TORCH_SHARE) * half
 
 
 @pytest.mark.slow

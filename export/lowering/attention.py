@@ -198,7 +198,7 @@ def _primitives(graph: ir.Graph, core: AttentionCore, rounded: ir.DataType | Non
         node.outputs[0].type = core.query.type
     nodes += [turned, scores, softmax]
     if rounded is not None:  # between two nodes in FP32, where the precision pass would write no Cast
-        nodes.append(ir.node("Cast", [probabilities], {"to": rounded.value}, name=f"softmax/to_{rounded.name.lower()}"))
+        nodes.append(ir.node("Cast", [probabilities], {"to": rounded.value}, name="probabilities"))
         nodes[-1].outputs[0].shape, nodes[-1].outputs[0].type = probabilities.shape, ir.TensorType(rounded)
         probabilities = nodes[-1].outputs[0]
     return [*nodes, ir.node("MatMul", [probabilities, core.value], name="mixed")]
