@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 import pytest
 import typer
 from exporting import golden_options, trace_quickly
@@ -215,6 +216,7 @@ def scores32(onnx: Path, folder: Path, attention: str) -> Path:
         (cast, _), *_ = node.outputs[0].uses()
         node.outputs[0].type = cast.outputs[0].type
         ir.convenience.replace_all_uses_with(cast.outputs[0], node.outputs[0])
+    common_passes.RemoveUnusedNodesPass()(model)
     path.write_bytes(ir.to_proto(model).SerializeToString())
     where = manifest_path(path)
     manifest = json.loads(where.read_text())
