@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import itertools
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -147,6 +148,45 @@ def test_types_other_than_asked_are_refused(
     with pytest.raises(BuildError, match=says):
         build_plan(path, path.with_suffix(".plan"), BuildOptions(asked, keep_fp32=keep))
     assert not path.with_suffix(".plan").exists()
+
+
+def _unrounded(model: ir.Model) -> str:
+    """Lets block 2's second product of attention read FP32 probabilities that were never rounded."""
+    (product,) = [node for node in model.graph if node.name == "trunk.blocks.2.attn/mixed"]
+    (softmax,) = [node for node in model.graph if node.name == "trunk.blocks.2.attn/softmax"]
+    product.replace_input_with(0, softmax.outputs[0])
+    return "trunk.blocks.2.attn/mixed"
+
+
+def _widened(model: ir.Model) -> str:
+    """Puts another product of block 2 between casts to and from FP32."""
+    product = next(
+        node for node in model.graph if node.op_type == "MatMul" and (node.name or "").startswith("trunk.blocks.2.mlp.")
+    )
+    for position, value in enumerate(list(product.inputs)):
+        assert value is not None
+        up = ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value}, name=f"up{position}")
+        up.outputs[0].type, up.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), value.shape
+        model.graph.insert_before(product, up)
+        product.replace_input_with(position, up.outputs[0])
+    result = product.outputs[0]
+    down = ir.node("Cast", [result], {"to": ir.DataType.FLOAT16.value}, name="down")
+    down.outputs[0].type, down.outputs[0].shape = result.type, result.shape
+    result.type = ir.TensorType(ir.DataType.FLOAT)
+    ir.convenience.replace_all_uses_with(result, down.outputs[0])
+    down.replace_input_with(0, result)
+    model.graph.insert_after(product, down)
+    return str(product.name)
+
+
+@pytest.mark.parametrize("plant", [_unrounded, _widened])
+def test_no_other_product_may_be_fp32(small: Path, plant: Any) -> None:  # noqa: ANN401
+    """The second product of attention is, between casts: the default file builds (above)."""
+    model = ir.load(small)
+    name = plant(model)
+    small.write_bytes(ir.to_proto(model).SerializeToString())
+    with pytest.raises(BuildError, match=f"{re.escape(name)} computes in FLOAT, asked was fp16"):
+        build_plan(small, small.with_suffix(".plan"), BuildOptions())
 
 
 def test_result_and_options(small: Path, tmp_path: Path) -> None:

@@ -16,13 +16,14 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import pytest
 import typer
-from exporting import golden_options, trace_quickly
+from exporting import golden_options, neck_export_cli, trace_quickly
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
 
 import engines.plan
 import neck_export
 from engines.builder import attention_forms as forms
+from engines.builder import build
 from engines.builder.attention_forms import ORDER, Attempt, forms_to_try, held_attention, relower_file, spellings
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.onnx_graph import BuildError, RefusedError
@@ -244,6 +245,30 @@ def test_the_default_is_built_as_it_is(exported: Exported, tmp_path: Path) -> No
     assert made.sheet is not None and made.sheet.accumulation == ("fp32", "fp32")
 
 
+@pytest.mark.parametrize("fault", [None, "not fused", "FP16"])
+def test_trt_reports_what_became_of_attention(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str | None
+) -> None:
+    """A builder that fuses none, or whose second product accumulates in FP16: played, by the real one's listing."""
+    read_log, read_plan = build.sheet_from_log, build.read_accumulations
+    if fault == "not fused":
+        monkeypatch.setattr(build, "sheet_from_log", lambda log, *more: read_log(log.replace("_mha_", "_"), *more))
+    if fault == "FP16":
+        monkeypatch.setattr(build, "read_accumulations", lambda plan: dict.fromkeys(read_plan(plan), ("fp32", "fp16")))
+    words = ("trt", exported(), "--flavor", "rtx", "--no-verify", "--output", tmp_path / "x.plan")
+    ran = neck_export_cli(*words)
+    assert ran.code == 0, ran.err
+    warnings = [line for line in ran.err.splitlines() if line.startswith("warning: ")]
+    if fault == "not fused":
+        assert "fused attentions 0 of 4, " in ran.out and "4 of 4 attentions are not fused" in warnings[0]
+    elif fault == "FP16":
+        assert "accumulation FP32 then FP16" in ran.out and "accumulates in FP16" in warnings[0]
+    else:
+        assert "fused attentions 4 of 4, accumulation FP32, " in ran.out and not warnings
+    told = neck_export_cli("inspect", tmp_path / "x.plan").out
+    assert all(line.removeprefix("warning: ") in told for line in warnings)
+
+
 def test_parsed_attentions_may_not_be_taken_apart(exported: Exported) -> None:
     """By the real parser: four attentions, each told so; a module without attention layers has none."""
     trt = choose_flavor("rtx").trt
@@ -269,13 +294,13 @@ def test_a_builder_that_fails_gets_the_next_form(
 ) -> None:
     """NVIDIA/TensorRT #4705: Attention parses, and does not build."""
     tried: list[str | None] = []
-    build = forms.build_plan
+    real = forms.build_plan
 
     def fail(onnx: Path, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
         tried.append(held_attention(onnx).form)
         if len(tried) <= refused:
             raise RefusedError("TensorRT built nothing: IAttention failure", "IAttention failure")
-        return build(onnx, *arguments, **options)
+        return real(onnx, *arguments, **options)
 
     monkeypatch.setattr(forms, "build_plan", fail)
     options = options_of(exported(precision=precision), tmp_path, verify=False)

@@ -38,7 +38,7 @@ from export.pipeline import export_onnx
 
 BLOCKS = 4
 OLD = ("10.3", "10.13")
-"""Their parser has no Attention (FACTS), so they take a file of opset 20."""
+"""Their parser has no Attention."""
 
 HOPPER = {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0"}
 

@@ -57,7 +57,7 @@ def test_other_precisions_do_not_reach_the_quantising(
 def test_fp8_is_inspected(fp8_file: Path) -> None:
     told = neck_export_cli("inspect", fp8_file).out
     assert "quantised 4 of 16 products to fp8, calibrated on 1 picture" in told
-    assert "read by TensorRT 10.14 and later, TensorRT-RTX" in told
+    assert "read by TensorRT 10.0 and later, TensorRT-RTX" in told
 
 
 def test_fp8_becomes_a_plan_that_says_what_no_gpu_verified(fp8_file: Path, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_a_graph_that_nobody_reads() -> None:
 def test_what_the_table_does_not_know_is_unknown(change: Callable[[Needs], Dict], named: str) -> None:
     """Never `no reader`; a file that holds it is not claimed for any reader either."""
     model = tiny("float", "none")
-    lower(model, "fp16", attention="scores32")
+    lower(model, "fp16")
     needs = graph_needs(model)
     assert read_by(needs).startswith("read by TensorRT 10.0")
     strange = dataclasses.replace(needs, **change(needs))
@@ -402,6 +402,21 @@ def test_the_best_spelling_that_readers_share(
 ) -> None:
     form = choose_form(find_readers(readers), "fp16", opset=asked)
     assert (form.attention, form.spelling, form.opset) == ("fp32acc", spelling, opset)
+
+
+def test_one_default_file_for_every_reader() -> None:
+    """TensorRT from 10.0 on, JetPack 6 and 7, every Triton container of the table, ONNX Runtime from 1.18 on."""
+    model = tiny("float", "graph")
+    lower(model, "fp16")
+    needs, old = graph_needs(model), ("tensorrt-8.6", "tensorrt-9.0")
+    readers = [one for name in reader_names() if name not in old for one in find_readers(name)]
+    assert len(readers) > 40 and [(one.name, why_not(one, needs)) for one in readers if why_not(one, needs)] == []
+    for name in old:  # the control: opset 20
+        assert "it is known to read opset" in str(why_not(find_readers(name)[0], needs))
+    at_23 = tiny("float", "graph")
+    lower(at_23, "fp16", opset=23)
+    refusing = {one.full_name for one in readers if why_not(one, graph_needs(at_23))}
+    assert {"tensorrt-10.3@8.7", "tensorrt-10.13", "onnxruntime-1.21", "onnxruntime-gpu-1.23"} <= refusing
 
 
 def test_without_a_reader_the_opset_decides() -> None:
