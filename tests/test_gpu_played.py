@@ -420,7 +420,7 @@ def test_tune_measures_the_finalists_in_turn(files: dict[str, Path], tmp_path: P
     assert ran.code == 0, ran.err
     manifest = read_manifest(manifest_path(tmp_path / "e.plan"), "plan")
     assert (manifest["key"]["attention"], manifest["key"]["upsampling"]) == ("fused", "conv")
-    assert "kept: fused, conv" in ran.out and "in turn" in ran.out
+    assert "kept: fused, matmul, conv" in ran.out and "in turn" in ran.out
     turns = [number for number, before in zip(loads[1:], loads, strict=False) if number != before]
     assert len(turns) >= 3 * ROUNDS - 1  # a plan after another, and not all runs of one before those of the next
     assert not (tmp_path / "e.plan.tuning").exists()
@@ -437,7 +437,7 @@ def test_tune_measures_the_finalists_in_turn(files: dict[str, Path], tmp_path: P
 def test_tune_that_finds_nothing(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faults: dict[str, Any], says: str
 ) -> None:
-    monkeypatch.setattr("engines.tune.ATTENTIONS", ("fused",))
+    monkeypatch.setattr("engines.tune.FORMS", (("fused", "matmul"),))
     with play("11.4") as state:
         for name, value in faults.items():
             setattr(state.faults, name, value)

@@ -121,11 +121,12 @@ class INetworkDefinition(Played):
             return trt.ITensor(ports[name])
 
         for node in model.graph.node:
-            kind = plan.PRODUCTS.get(node.op_type, "SHUFFLE")
+            kind = "CAST" if node.op_type == "Cast" else plan.PRODUCTS.get(node.op_type, "SHUFFLE")
             if node.op_type == "Attention" and hasattr(trt.LayerType, "ATTENTION_INPUT"):
                 kind = "ATTENTION_INPUT"
             if node.output[0] in ports:
-                self._layers.append(trt.ILayer(node.name, trt.LayerType[kind], tensor(node.output[0])))
+                inputs = [tensor(name) if name in ports else None for name in node.input]
+                self._layers.append(trt.ILayer(node.name, trt.LayerType[kind], inputs, tensor(node.output[0])))
         self._inputs = [tensor(value.name) for value in model.graph.input]
         self._outputs = [tensor(value.name) for value in model.graph.output]
 
@@ -162,8 +163,12 @@ class ILayer(Played):
 
     precision_is_set = False
 
-    def __init__(self, name: str, kind: Any, output: Any) -> None:  # noqa: ANN401
-        self.name, self.type, self._output = name, kind, output
+    def __init__(self, name: str, kind: Any, inputs: list[Any], output: Any) -> None:  # noqa: ANN401
+        self.name, self.type, self._inputs, self._output = name, kind, inputs, output
+
+    def get_input(self, index: int) -> Any:  # noqa: ANN401
+        """An input, None for one that is a weight."""
+        return self._inputs[index]
 
     def get_output(self, index: int) -> Any:  # noqa: ANN401
         """An output."""
