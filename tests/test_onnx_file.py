@@ -14,7 +14,7 @@ import torch
 from exporting import golden_options, listing, neck_export_cli, trace_quickly
 
 from engines.attach import DeployedEncoder
-from engines.builder.attention_forms import relower_file
+from engines.builder.attention_forms import Attempt, relower_file
 from export.contract.errors import ExportError
 from export.contract.onnx_file import load_onnx
 from export.lowering.precision import Precision
@@ -69,7 +69,7 @@ def test_weights_are_read_and_written_elsewhere(files: tuple[Path, Path], tmp_pa
     if "fp16" in json.loads(plain.with_suffix(".json").read_text())["precision"]:
         (tmp_path / "work").mkdir()
         with contextlib.ExitStack() as left:
-            model = ir.load(relower_file(link, "fp16", "scores32", tmp_path / "work", left))
+            model = ir.load(relower_file(link, "fp16", Attempt("fp32acc", "operator"), tmp_path / "work", left))
     found = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}  # type: ignore[union-attr]
     assert found and all(np.array_equal(found[name], want[name]) for name in found.keys() & want.keys())
     assert sum(array.size for array in found.values()) > 0.9 * sum(array.size for array in want.values())
