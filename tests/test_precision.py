@@ -162,7 +162,7 @@ KEPT: list[Any] = [
     ((), set()),
     (
         ("trunk.blocks.3",),
-        {"trunk.blocks.3.attn", "trunk.blocks.3.attn.proj", "trunk.blocks.3.mlp.fc1", "trunk.blocks.3.mlp.fc2"},
+        {f"trunk.blocks.3.{name}" for name in ("attn", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")},
     ),
     (("convs.0",), {"convs.0.dconv_2x2_0", "convs.0.dconv_2x2_1", "convs.0.conv_3x3"}),
     (("convs.*.conv_3x3",), {f"convs.{level}.conv_3x3" for level in range(4)}),
