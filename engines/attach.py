@@ -10,7 +10,7 @@ detach(model)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from engines.live.encoder import DeployedEncoder
-from engines.live.found import AttachError, LiveEncoder, Slot, find_encoder
-from engines.live.stand_ins import FpnStandIn, Record, TrackerNeckStandIn, VitdetStandIn
+from engines.live.found import AttachError, LiveEncoder, find_encoder
+from engines.live.matching import check_same
+from engines.live.stand_ins import MARK, Attached
 from export.contract.manifest import manifest_path
 from neck.config import EncoderConfig
-from neck.weights.fingerprint import differing
 
 __all__ = ["AttachError", "attach", "detach"]
 
@@ -57,12 +57,14 @@ def attach(
         EncoderError, ManifestError, SessionError, RuntimeFileError: the file cannot be used here.
     """
     model = _module(model)
-    if record := _record(model):
-        raise AttachError(f"{type(model).__name__}: {record.encoder.path} is attached already; detach it first")
+    if there := _attached(model):
+        raise AttachError(f"{type(model).__name__}: {there.encoder.path} is attached already; detach it first")
     live = find_encoder(model)
     asked = tuple(necks or live.necks)
     home = next(live.parameters()).device
     encoder = DeployedEncoder(path, device or home, runtime=runtime, simulated=simulated, levels=live.read)
+    # all that the file has are handed out, whether the model itself reads them or not
+    encoder.levels = tuple(one for one in range(live.levels) if one in {*encoder.signature.levels, *live.read})
     try:
         _check_fit(live, encoder, asked)
         if check:
@@ -71,42 +73,30 @@ def attach(
             raise AttachError(
                 f"{path} runs on {encoder.device}, the model is on {home}; move it: model.to('{encoder.device}')"
             )
-        replacements = _replacements(live, encoder, asked)
+        attached = Attached(live, encoder, asked)
     except Exception:
         encoder.close()
         raise
-    originals = [(slot, slot.module) for slot, _ in replacements]
-    for slot, replacement in replacements:
-        setattr(slot.parent, slot.name, replacement)
-    rest = next(model.parameters(), None)
-    record = Record(encoder, originals, free, *((rest.device, rest.dtype) if rest is not None else (None, None)))
-    for _, replacement in replacements:
-        object.__setattr__(replacement, "record", record)
+    attached.enter([*_ancestors(model, attached)])
     if free:
-        for _, original in record.originals:
-            original.to("meta")
+        attached.free()
     return encoder
 
 
 def detach(model: Any) -> None:  # noqa: ANN401 - as in attach
-    """Gives a model its own encoder back, at the model's present device and in its type, and closes the file.
+    """Gives a model its own encoder back and closes the file.
 
     Raises:
         AttachError: nothing is attached, or the encoder's memory was freed.
     """
     model = _module(model)
-    record = _record(model)
-    if record is None:
+    attached = _attached(model)
+    if attached is None:
         raise AttachError(f"{type(model).__name__}: nothing is attached")
-    if record.freed:
+    if attached.freed:
         raise AttachError(f"{type(model).__name__}: its own encoder was freed (free=True); load the model again")
-    now = next(model.parameters(), None)
-    if now is not None and (now.device, now.dtype) != (record.device, record.dtype):  # .half(), .to("cuda") meanwhile
-        for _, original in record.originals:
-            original._apply(lambda value: value.to(now.device, now.dtype if value.is_floating_point() else None))
-    for slot, original in record.originals:
-        setattr(slot.parent, slot.name, original)
-    record.encoder.close()
+    attached.leave()
+    attached.encoder.close()
 
 
 def _module(model: Any) -> nn.Module:  # noqa: ANN401 - as in attach
@@ -117,20 +107,18 @@ def _module(model: Any) -> nn.Module:  # noqa: ANN401 - as in attach
     return inner
 
 
-def _record(model: nn.Module) -> Record | None:
-    stand_ins = (part for part in model.modules() if isinstance(part, VitdetStandIn | FpnStandIn))
-    return next((part.record for part in stand_ins), None)
+def _attached(model: nn.Module) -> Attached | None:
+    return next((vars(part)[MARK] for part in model.modules() if MARK in vars(part)), None)
 
 
-def _replacements(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[str]) -> list[tuple[Slot, nn.Module]]:
-    kind = VitdetStandIn if live.kind == "vitdet" else FpnStandIn
-    stand_in = kind(live, encoder, necks)
-    replacements: list[tuple[Slot, nn.Module]] = [(slot, stand_in) for slot in live.slots]
-    if live.tracker_neck and isinstance(stand_in, FpnStandIn):
-        replacements.append((live.tracker_neck, TrackerNeckStandIn(stand_in)))
-    if "sam2" in necks and encoder.signature.has_head("sam2"):
-        replacements += [(slot, nn.Identity()) for slot in live.head]
-    return replacements
+def _ancestors(model: nn.Module, attached: Attached) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Every module that holds a part which the file stands in for, the part's path in it, and the part."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
+        if any(module is part for part in attached.parts):
+            names = path.split(".")
+            for length in range(len(names) + 1):
+                yield modules[".".join(names[:length])], ".".join(names[length:]), module
 
 
 def _check_fit(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[str]) -> None:
@@ -169,9 +157,4 @@ def _check_weights(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[
         )
     head = "sam2" in necks and encoder.signature.has_head("sam2")
     config = dataclasses.replace(EncoderConfig.from_dict(source["encoder"]), necks=tuple(necks), sam2_head=head)
-    others = differing(source["weights_sha256"], live.fingerprints(config))
-    if others:
-        raise AttachError(
-            f"{encoder.path}: holds other weights than the model's encoder at {live.slots[0].path} "
-            f"({', '.join(others)}); export the model's own checkpoint, or attach(..., check=False)"
-        )
+    check_same(encoder.path, live, config, source["weights_sha256"])

@@ -109,10 +109,11 @@ def inspect_onnx(path: Path, check: bool = False) -> dict[str, Any]:
         keys = ("created", "versions", "precision", "weights", "verification")
         told = {key: manifest[key] for key in keys}
         told |= {key: manifest.get(key) for key in ("residual", "quantisation", "masks")}
-        if not check and not unchanged(manifest_path(path), manifest["verification"].get("files")):
-            told |= {"masks": None}
-            if told["verification"]["verified"]:
-                told["verification"] = {"verified": False, "reason": NOT_CHECKED}
+        verified = told["verification"]["verified"]
+        if verified and not check and not unchanged(manifest_path(path), manifest["verification"].get("files")):
+            told["verification"] = {"verified": False, "reason": NOT_CHECKED}
+        if not check and told["masks"] and not unchanged(manifest_path(path), told["masks"].get("files")):
+            told["masks"] = None
         found["manifest"] = told
         check_claims(manifest_path(path), manifest, needs)
     except ReaderError as error:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
+import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from exporting import trace_quickly
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.live_overhead import KINDS, run_kind
@@ -19,7 +25,8 @@ from engines.attach import AttachError, attach, detach
 from engines.live.encoder import DeployedEncoder, EncoderError
 from engines.live.file_runtimes import RuntimeFileError
 from engines.live.found import find_encoder
-from engines.live.stand_ins import FpnStandIn
+from engines.live.not_computed import NotComputed
+from engines.live.stand_ins import MARK
 from export.contract.manifest import ManifestError
 from export.options import ExportOptions
 from export.pipeline import export_onnx
@@ -89,16 +96,17 @@ def run_tracker_video(model: Any) -> dict[str, Tensor]:  # noqa: ANN401
     return tensors([dict(one) for one in (first, *model.propagate_in_video_iterator(session, start_frame_idx=0))])
 
 
-def run_video(model: Any) -> dict[str, Tensor]:  # noqa: ANN401
+def run_video(model: Any, texts: Sequence[str] = ("cat", "a cup"), pictures: Tensor | None = None) -> dict[str, Tensor]:  # noqa: ANN401
     from transformers.models.sam3_video.modeling_sam3_video import Sam3VideoInferenceSession
 
-    session = Sam3VideoInferenceSession(frames(4), SIZE, SIZE, dtype=torch.float32)
-    for text in ("cat", "a cup"):
+    pictures = frames(4) if pictures is None else pictures
+    session = Sam3VideoInferenceSession(pictures, SIZE, SIZE, dtype=torch.float32)
+    for text in texts:
         prompt = session.add_prompt(text)
         session.prompt_input_ids[prompt], session.prompt_attention_masks[prompt] = text_ids(text)
     found = tensors([dict(one) for one in model.propagate_in_video_iterator(session)])
     # what the tracker reads, whether it found an object or not
-    kept = session.cache.get_vision_features(3)
+    kept = session.cache.get_vision_features(len(pictures) - 1)
     return found | tensors(kept, "tracker")
 
 
@@ -138,7 +146,7 @@ def test_every_output_of_the_whole_model(kind: str, checkpoint: Path, file: Path
         assert all(torch.equal(value, expected[name]) for name, value in run(model).items())
     with pytest.raises(EncoderError, match="is closed; open it again"):
         encoder(frames(1))
-    assert not any(isinstance(part, FpnStandIn) for part in model.modules())
+    assert not any(MARK in vars(part) for part in model.modules())
 
 
 def test_a_quantised_file(model: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN401
@@ -173,14 +181,15 @@ def test_a_file_with_the_trackers_head(kind: str, checkpoint: Path, head_file: P
     with torch.no_grad():
         expected = run(model)
         attach(model, head_file)
-        assert isinstance(decoder.conv_s0, nn.Identity) and isinstance(decoder.conv_s1, nn.Identity)
+        passed = torch.ones(1, 2, 3, 3)
+        assert decoder.conv_s0(passed) is passed and decoder.conv_s1(passed) is passed
         assert max(differences(run(model), expected).values()) < TOLERANCE
         detach(model)
         assert all(torch.equal(value, expected[name]) for name, value in run(model).items())
         decoder.conv_s1.bias += 0.01
         with pytest.raises(AttachError, match=r"holds other weights .* \(sam2_head\)"):
             attach(model, head_file)
-    assert isinstance(decoder.conv_s0, nn.Conv2d)
+    assert "forward" not in vars(decoder.conv_s0)
 
 
 def test_a_head_needs_a_tracker(model: Any, head_file: Path) -> None:  # noqa: ANN401
@@ -193,7 +202,7 @@ def test_a_head_needs_a_tracker(model: Any, head_file: Path) -> None:  # noqa: A
 
 
 def test_a_file_without_the_last_level(checkpoint: Path, file: Path, tmp_path: Path) -> None:
-    """None of the four reads it; what stands for it is seen by who would."""
+    """None of the four reads it; whoever does gets an error."""
     short = with_signature(file, tmp_path, levels=[0, 1, 2])
     for kind in ("Sam3Model", "Sam3TrackerModel"):
         model, run = load_model(getattr(transformers, kind), checkpoint), RUNS[kind]
@@ -202,7 +211,9 @@ def test_a_file_without_the_last_level(checkpoint: Path, file: Path, tmp_path: P
             attach(model, short)
             assert max(differences(run(model), expected).values()) < TOLERANCE
             last = model.vision_encoder(frames(1)).fpn_hidden_states[3]
-        assert last.shape == (1, 128, 4, 4) and last.isnan().all() and last.untyped_storage().nbytes() == 4
+        assert last.shape == (1, 128, 4, 4)
+        with pytest.raises(AttachError, match="level 3 of the features is not among what the attached file computes"):
+            last.isnan()
         detach(model)
 
 
@@ -305,16 +316,22 @@ def test_detach_follows_the_model(model: Any, file: Path) -> None:  # noqa: ANN4
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
 
 
-def test_free(model: Any, file: Path) -> None:  # noqa: ANN401
-    """The weights' memory is given back; the model runs on the file alone and cannot be detached."""
-    own = model.vision_encoder
+def test_free(model: Any, file: Path, tmp_path: Path) -> None:  # noqa: ANN401
+    """The weights' memory is given back; the model runs on the file alone and cannot be detached, saved or loaded."""
+    own, state = model.vision_encoder, model.state_dict()
     with torch.no_grad():
         expected = run_image(model)
         attach(model, file, free=True)
         assert max(differences(run_image(model), expected).values()) < TOLERANCE
-    assert all(parameter.is_meta for parameter in own.parameters())
-    with pytest.raises(AttachError, match="was freed"):
-        detach(model)
+    assert [*own.parameters()] == [] and model.device.type == "cpu" and model.half().dtype == torch.float16
+    for call in (model.state_dict, own.state_dict, lambda: model.save_pretrained(tmp_path), lambda: detach(model)):
+        with pytest.raises(AttachError, match=r"free=True"):
+            call()
+    with pytest.raises(AttachError, match="stands in for the encoder whose weights are to be replaced"):
+        model.load_state_dict(state)
+    assert not [*tmp_path.glob("*.safetensors")]
+    with torch.no_grad(), pytest.warns(UserWarning, match="computes in float32"):
+        assert own(frames(1)).fpn_hidden_states[0].dtype == torch.float16
 
 
 def test_what_does_not_fit_is_refused(model: Any, file: Path, tmp_path: Path) -> None:  # noqa: ANN401
@@ -391,15 +408,345 @@ def load_same(model: Any) -> nn.Module:  # noqa: ANN401
     return type(model)(model.config)
 
 
-def test_the_tracker_gets_no_other_pictures_features(checkpoint: Path, file: Path) -> None:
+def test_the_tracker_gets_the_features_of_its_own_pictures(checkpoint: Path, file: Path) -> None:
+    """In any order, from each call's own hidden states; a view of another tensor is refused."""
+    model = load_model(transformers.Sam3VideoModel, checkpoint)
+    with torch.no_grad():
+        embeds = [model.detector_model.get_vision_features(pixel_values=frames(2)[turn : turn + 1]) for turn in (0, 1)]
+        want = [model.get_vision_features_for_tracker(one)[0] for one in embeds]
+        attach(model, file)
+        with pytest.raises(AttachError, match="was given another map than the attached encoder's"):
+            model.get_vision_features_for_tracker(embeds[0])
+        embeds = [model.detector_model.get_vision_features(pixel_values=frames(2)[turn : turn + 1]) for turn in (0, 1)]
+        for turn in (1, 0, 1):
+            found = model.get_vision_features_for_tracker(embeds[turn])[0]
+            errors = [
+                float((one - own).abs().max() / own.abs().max()) for one, own in zip(found, want[turn], strict=True)
+            ]
+            others = [
+                float((one - own).abs().max() / own.abs().max()) for one, own in zip(found, want[1 - turn], strict=True)
+            ]
+            assert max(errors) < TOLERANCE < min(others)
+    detach(model)
+
+
+def test_what_the_file_does_not_compute_is_passed_on_and_not_read() -> None:
+    """Every reader gets an error that names it; views, moves and copies do not read."""
+    there = NotComputed("the map", (1, 6, 4), torch.float32, torch.device("cpu"), source="run")
+    view = there.contiguous().view(1, 2, 3, -1).permute(0, 3, 1, 2).to(torch.float16)
+    assert (view.shape, view.dtype, view.source) == ((1, 4, 2, 3), torch.float16, "run")
+    assert len(there) == 1 and there.dim() == 3 and there.size(1) == 6 and hasattr(there, "view")
+    assert (there + torch.ones(1, 1, 4)).shape == (torch.ones(1, 1, 4) + there).shape == there.shape
+    assert copy.deepcopy(there) is there and pickle.loads(pickle.dumps(there)).source is None
+    readers: list[Callable[[], Any]] = [
+        *(lambda name=name: getattr(there, name)() for name in ("mean", "isnan", "numpy", "tolist", "clone")),
+        *(lambda call=call: call(there) for call in (bool, float, list, np.asarray, torch.isnan, torch.sum)),
+        *(lambda call=call: call([there]) for call in (torch.cat, torch.stack)),
+        lambda: there[0],
+        lambda: there == 1,
+        lambda: nn.Linear(4, 2)(there),  # type: ignore[arg-type]
+    ]
+    for read in readers:
+        with pytest.raises(AttachError, match="the map is not among what the attached file computes"):
+            read()
+
+
+def test_every_level_of_the_file_is_handed_out(model: Any, file: Path) -> None:  # noqa: ANN401
+    """Features that are kept and used again, on disk too; hidden states keep their place and are not read."""
+    ids, mask = text_ids("cat")
+    with torch.no_grad():
+        own = model.get_vision_features(pixel_values=frames(1))
+        want = model(pixel_values=frames(1), input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        attach(model, file)
+        kept = model.get_vision_features(pixel_values=frames(1))
+        kept = pickle.loads(pickle.dumps(kept))
+        found = model(vision_embeds=kept, input_ids=ids, attention_mask=mask)
+        whole = model(pixel_values=frames(1), input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        pair = model.vision_encoder(frames(1), return_dict=False)
+        detach(model)
+    for name in ("fpn_hidden_states", "fpn_position_encoding"):
+        assert len(kept[name]) == 4
+        errors = differences(tensors(kept[name]), tensors(own[name]))
+        assert max(errors.values()) < TOLERANCE
+    assert max(differences({"masks": found.pred_masks}, {"masks": want.pred_masks}).values()) < TOLERANCE
+    assert kept.last_hidden_state.shape == own.last_hidden_state.shape and len(pair) == 3
+    assert whole.keys() == want.keys()
+    assert [one.shape for one in whole.vision_hidden_states] == [one.shape for one in want.vision_hidden_states]
+    for unread in (kept.last_hidden_state, whole.vision_hidden_states[2]):
+        with pytest.raises(AttachError, match=r"(last_hidden_state|hidden_states\[2\]) is not among what the attached"):
+            unread.mean()
+
+
+def test_the_state_is_the_models_own(model: Any, file: Path, tmp_path: Path) -> None:  # noqa: ANN401
+    """What is saved, loaded, trained or frozen while a file is attached is the encoder that detach gives back."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    attach(model, file)
+    found = model.state_dict()
+    assert found.keys() == state.keys() and all(torch.equal(found[name], value) for name, value in state.items())
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == state.keys()
+    model.load_state_dict(state)
+    own = {name for name in state if name.startswith("vision_encoder.")}
+    assert len(own) == 90
+    changed = {
+        name: value + 1 if name == "vision_encoder.neck.fpn_layers.3.proj1.bias" else value
+        for name, value in state.items()
+    }
+    with pytest.raises(AttachError, match=r"to be replaced \(vision_encoder\.neck\.fpn_layers\.3\.proj1\.bias\)"):
+        model.load_state_dict(
+            {name: value + 1 if name not in own else changed[name] for name, value in changed.items()}, strict=False
+        )
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    rest = {name: value + 1 for name, value in state.items() if name not in own}
+    model.load_state_dict(rest, strict=False)
+    assert torch.equal(
+        model.detr_encoder.layers[0].layer_norm1.weight, rest["detr_encoder.layers.0.layer_norm1.weight"]
+    )
+    model.eval().requires_grad_(False)
+    detach(model)
+    assert not any(part.training for part in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.load_state_dict(changed)
+
+
+def test_copies_open_the_file_again(checkpoint: Path, file: Path) -> None:
+    """deepcopy and torch.save of an attached model and of a DeployedEncoder; the copy is apart from the first."""
     model = load_model(transformers.Sam3VideoModel, checkpoint)
     attach(model, file)
+    stored = io.BytesIO()
     with torch.no_grad():
-        first = model.detector_model.get_vision_features(pixel_values=frames(2)[:1])
-        second = model.detector_model.get_vision_features(pixel_values=frames(2)[1:])
-        model.get_vision_features_for_tracker(second)
-        with pytest.raises(AttachError, match="features of other pictures than were encoded last"):
-            model.get_vision_features_for_tracker(first)
+        want = run_features(model)
+        torch.save(model, stored)
+        copied = copy.deepcopy(model)
+        detach(model)
+        loaded = torch.load(io.BytesIO(stored.getvalue()), weights_only=False)
+        for other in (copied, loaded):
+            assert torch.equal(run_features(other), want)
+            with pytest.raises(AttachError, match="stands in for the encoder"):
+                other.detector_model.load_state_dict(
+                    {f"{VISION}.layers.0.mlp.fc1.weight": torch.zeros(64, 16)}, strict=False
+                )
+            detach(other)
+            assert torch.equal(run_features(other), run_features(model)) and not torch.equal(run_features(other), want)
+    with DeployedEncoder(file, levels=(0, 2)) as first:
+        second = pickle.loads(pickle.dumps(first))
+        assert second.levels == (0, 2) and torch.equal(second(frames(1))[0][1], first(frames(1))[0][1])
+    assert len(second(frames(1))[0]) == 2
+    with pytest.raises(EncoderError, match="is closed, so it cannot be copied"):
+        copy.deepcopy(first)
+
+
+VISION = "vision_encoder.backbone"
+
+
+def run_features(model: Any) -> Tensor:  # noqa: ANN401
+    """The finest features of the tracker."""
+    return model.get_vision_features_for_tracker(model.detector_model.get_vision_features(pixel_values=frames(1)))[0][0]
+
+
+def test_gradients_and_hooks_are_told(model: Any, file: Path) -> None:  # noqa: ANN401
+    """An error of the pictures' gradient, one warning of the encoder's own; one of hooks that nobody calls."""
+    attach(model, file)
+    encoder = model.vision_encoder
+    with pytest.raises(EncoderError, match="computes no gradients"):
+        encoder(frames(1).requires_grad_()).fpn_hidden_states[0].sum().backward()
+    with pytest.raises(EncoderError, match="computes no gradients"), DeployedEncoder(file) as alone:
+        alone(frames(1).requires_grad_())[0][3].sum().backward()
+    weight = torch.ones(1, requires_grad=True)  # of what reads the features
+    with pytest.warns(UserWarning, match="the encoder's own weights get none") as said:
+        for _ in range(2):
+            (encoder(frames(1)).fpn_hidden_states[0].sum() * weight).backward()
+    assert len(said) == 1 and weight.grad is not None
+    called: list[str] = []
+    encoder.register_forward_hook(lambda *given: called.append("encoder"))
+    encoder.backbone.layers[1].register_forward_hook(lambda *given: called.append("layer"))
+    encoder.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"hooks on backbone\.layers\.1 .* are not called") as said:
+        for _ in range(2):
+            assert not encoder(frames(1)).fpn_hidden_states[0].requires_grad
+    assert len(said) == 1 and called == ["encoder", "encoder"]
+    detach(model)
+    encoder(frames(1))
+    assert called[2:] == ["layer", "encoder"]
+
+
+@pytest.mark.parametrize("how", ["encoder", "model", "in place"])
+def test_compiled_before(how: str, model: Any, file: Path) -> None:  # noqa: ANN401
+    """The file computes, in the place of what was compiled and ran; the wrapper is there again after detach."""
+    whole = model
+    if how == "encoder":
+        model.vision_encoder = torch.compile(model.vision_encoder, backend="eager")
+    elif how == "model":
+        whole = torch.compile(model, backend="eager")
+    else:
+        model.vision_encoder.compile(backend="eager")
+    kind, run = (
+        type(model.vision_encoder),
+        (lambda: whole.get_vision_features(pixel_values=frames(1)).fpn_hidden_states[0]),
+    )
+    with torch.no_grad():
+        own = run()
+        encoder = attach(model, file)
+        first = encoder._infer
+        encoder._infer = lambda image, wanted: {name: value + 1 for name, value in first(image, wanted).items()}  # type: ignore[method-assign]
+        assert torch.allclose(run(), own + 1, atol=1e-3)
+        detach(model)
+        assert torch.allclose(run(), own, atol=1e-5) and type(model.vision_encoder) is kind
+
+
+def change_window(encoder: Any) -> None:  # noqa: ANN401
+    encoder.backbone.layers[0].window_size = 2
+
+
+def change_global_block(encoder: Any) -> None:  # noqa: ANN401
+    encoder.backbone.layers[2].window_size = 0
+
+
+def change_activation(encoder: Any) -> None:  # noqa: ANN401
+    encoder.backbone.layers[3].mlp.activation_fn = nn.ReLU()
+
+
+def change_approximation(encoder: Any) -> None:  # noqa: ANN401
+    encoder.backbone.layers[3].mlp.activation_fn = nn.GELU("tanh")
+
+
+def change_eps(encoder: Any) -> None:  # noqa: ANN401
+    encoder.backbone.layers[1].layer_norm2.eps = 1e-5
+
+
+def change_heads(encoder: Any) -> None:  # noqa: ANN401
+    encoder.backbone.layers[1].attention.num_attention_heads = 4
+
+
+def change_theta(encoder: Any) -> None:  # noqa: ANN401
+    encoder.backbone.layers[1].rotary_emb.inv_freq *= 1.01
+
+
+def change_grid(encoder: Any) -> None:  # noqa: ANN401
+    encoder.backbone.layers[1].position_ids *= 2
+
+
+def change_stride(encoder: Any) -> None:  # noqa: ANN401
+    encoder.neck.fpn_layers[0].proj2.padding_mode = "reflect"
+
+
+def change_neck_activation(encoder: Any) -> None:  # noqa: ANN401
+    encoder.neck.fpn_layers[0].scale_layers[1] = nn.ReLU()
+
+
+def change_pooling(encoder: Any) -> None:  # noqa: ANN401
+    encoder.neck.fpn_layers[3].scale_layers = nn.ModuleList()
+
+
+def change_temperature(encoder: Any) -> None:  # noqa: ANN401
+    encoder.neck.position_encoding.temperature = 1000
+
+
+def add_tensor(encoder: Any) -> None:  # noqa: ANN401
+    encoder.backbone.layers[1].lambda1 = nn.Parameter(torch.ones(16))
+
+
+def drop_block(encoder: Any) -> None:  # noqa: ANN401
+    encoder.backbone.layers = encoder.backbone.layers[:3]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (change_window, r"window_size of .*backbone\.layers\.0 is 4 in the file, 2 in the model"),
+        (change_global_block, r"window_size of .*layers\.2 is 4 in the file, 0 in the model"),
+        (change_activation, r"the activation of .*layers\.3 is the exact GELU in the file, ReLU"),
+        (change_approximation, r"the activation of .*layers\.3 is the exact GELU in the file, GELU\(approximate"),
+        (change_eps, r"eps of .*layers\.1\.layer_norm2 is 1e-06 in the file, 1e-05 in the model"),
+        (change_heads, r"the number of heads of .*layers\.1 is 2 in the file, 4 in the model"),
+        (change_theta, r"layers\.1\.rotary_emb\.inv_freq is another rotary table"),
+        (change_grid, r"layers\.1\.position_ids is another rotary table"),
+        (change_stride, r"padding_mode of .*fpn_layers\.0\.proj2 is zeros in the file, reflect in the model"),
+        (change_neck_activation, r"fpn_layers\.0 has a ReLU\(\) in the model, which is no exact GELU"),
+        (change_pooling, r"the scale of .*fpn_layers\.3 is 0\.5 in the file, 1 in the model"),
+        (change_temperature, r"the position encoding of the model differs"),
+        (add_tensor, r"the file lacks .*layers\.1\.lambda1"),
+        (drop_block, r"depth is 4 in the file, 3 in the model"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_another_architecture_with_the_same_tensors(
+    change: Callable[[Any], None],
+    words: str,
+    model: Any,  # noqa: ANN401
+    file: Path,
+) -> None:
+    """Field by field; the same weights are no proof of the same function."""
+    with torch.no_grad():
+        change(model.vision_encoder)
+    with pytest.raises(AttachError, match=words):
+        attach(model, file)
+    assert not any(MARK in vars(part) for part in model.modules())
+    attach(model, file, check=False)
+
+
+class Adapted(nn.Module):
+    """A layer as PEFT's LoRA leaves it, by the names of its tensors."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.lora_A = layer, nn.ModuleDict({"default": nn.Linear(16, 2, bias=False)})
+
+
+def test_an_adapter_of_peft_is_told(model: Any, file: Path) -> None:  # noqa: ANN401
+    attention = model.vision_encoder.backbone.layers[0].attention
+    attention.q_proj = Adapted(attention.q_proj)
+    with pytest.raises(
+        AttachError, match=r"has an adapter of PEFT in it \(.*q_proj.*\); merge it \(model\.merge_and_unload"
+    ):
+        attach(model, file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["Sam3Model", "Sam3TrackerModel"])
+def test_float32_pictures_of_a_half_precision_model(
+    kind: str, dtype: torch.dtype, checkpoint: Path, file: Path
+) -> None:
+    """As a processor gives them: features have the type of the model's weights."""
+    model = load_model(getattr(transformers, kind), checkpoint).to(dtype)
+    given = {"input_points": torch.tensor([[[[50.0, 60.0]]]], dtype=dtype), "input_labels": torch.tensor([[[1]]])}
+    if kind == "Sam3Model":
+        given = dict(zip(("input_ids", "attention_mask"), text_ids("cat"), strict=True))
+    with torch.no_grad():
+        own = model(pixel_values=frames(1), **given).pred_masks
+        attach(model, file)
+        with pytest.warns(UserWarning, match="computes in float32"):
+            found = model(pixel_values=frames(1), **given).pred_masks
+    assert found.dtype == own.dtype == dtype
+    assert float((found - own).float().norm() / own.float().norm()) < 0.2  # rounding of a random model
+
+
+def test_three_threads_with_a_session_each(checkpoint: Path, file: Path) -> None:
+    """One attached Sam3VideoModel: every thread gets what its own pictures give alone."""
+    model = make_sure(load_model(transformers.Sam3VideoModel, checkpoint))
+
+    def run_threads() -> dict[int, dict[str, Tensor]]:
+        found: dict[int, dict[str, Tensor]] = {}
+
+        def run(turn: int) -> None:
+            with torch.no_grad():
+                found[turn] = run_video(model, ("cat",), frames(3).roll(turn, dims=0))
+
+        threads = [threading.Thread(target=run, args=(turn,)) for turn in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
+    expected = run_threads()
+    attach(model, file)
+    found = run_threads()
+    assert found.keys() == expected.keys() == {0, 1, 2}
+    assert all(max(differences(found[turn], expected[turn]).values()) < TOLERANCE for turn in range(3))
+    other = found[0].keys() != expected[1].keys()  # of other objects, perhaps
+    assert other or max(differences(found[0], expected[1]).values()) > TOLERANCE
     detach(model)
 
 

@@ -259,8 +259,10 @@ def test_attached_where_trunk_and_convs_are(folder: Path) -> None:
             assert len(found) == len(want)
             assert all((a - b).abs().max() < GOLDEN_TOLERANCE * b.abs().max() for a, b in zip(found, want, strict=True))
             backbone.vision_backbone.set_imgsz((112, 112))
-            last = backbone.vision_backbone(images())[0][3]
-            assert last.isnan().all() and last.shape == (1, 16, 4, 4)
+            last = backbone.vision_backbone(images())[0][3]  # the model drops it, the file has it
+            assert last.shape == (1, 16, 4, 4) and last.isfinite().all()
+            with pytest.raises(AttachError, match="the trunk's map is not among what the attached file computes"):
+                backbone.vision_backbone.trunk(images())[-1].mean()
             detach(predictor)
             assert all(torch.equal(a, b) for a, b in zip(run(images()), want, strict=True))
     with pytest.raises(AttachError, match="it has no model yet; set it up first"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import pytest
 from exporting import neck_export_cli
 from onnx import helper
@@ -18,7 +22,17 @@ from synthetic import synthetic_result
 
 from benchmarks.bench import run_bench
 from benchmarks.errors import BenchError
-from benchmarks.masks.objects import Objects, box_iou, differ, figures, mask_ious
+from benchmarks.masks.objects import (
+    SAME_OBJECT,
+    Objects,
+    best_pairs,
+    box_iou,
+    differ,
+    figures,
+    lines,
+    mask_ious,
+    worst_lines,
+)
 from benchmarks.options import BenchOptions
 from benchmarks.results.mask_verdicts import read_masks
 from benchmarks.results.result_files import check_result
@@ -258,6 +272,84 @@ def test_objects_are_paired_by_their_masks() -> None:
     assert (none.ious, none.lost, none.found, none.worst) == ((), 0, 0, 1.0)
     assert mask_ious(np.zeros((1, 2, 2), bool), np.zeros((1, 2, 2), bool))[0, 0] == 1
     assert box_iou(np.zeros(4, np.float32), np.zeros(4, np.float32)) == 1
+
+
+def test_as_many_objects_are_paired_as_can_be() -> None:
+    """Random overlaps against all assignments; taking the most alike first finds fewer in some of them."""
+    generator, fewer = np.random.default_rng(0), 0
+    for _ in range(300):
+        ious = generator.random(generator.integers(1, 5, 2))
+        pairs = best_pairs(ious)
+        rows, columns = ([pair[side] for pair in pairs] for side in (0, 1))
+        assert len({*rows}) == len({*columns}) == len(pairs) and all(ious[pair] > SAME_OBJECT for pair in pairs)
+        wide = ious if ious.shape[0] <= ious.shape[1] else ious.T
+        sums = [
+            [iou for row, column in enumerate(order) if (iou := wide[row, column]) > SAME_OBJECT]
+            for order in itertools.permutations(range(wide.shape[1]), wide.shape[0])
+        ]
+        count, best = max((len(values), sum(values)) for values in sums)
+        assert len(pairs) == count and sum(ious[pair] for pair in pairs) == pytest.approx(best)
+        fewer += len(pairs_by_likeness(ious)) < count
+    assert fewer > 5
+    assert (
+        best_pairs(np.zeros((0, 3))) == best_pairs(np.zeros((2, 0))) == best_pairs(np.full((2, 2), SAME_OBJECT)) == []
+    )
+
+
+def pairs_by_likeness(ious: np.ndarray) -> list[tuple[int, int]]:
+    """The most alike first, which is not the most pairs."""
+    pairs: list[tuple[int, int]] = []
+    for index in np.argsort(-ious, axis=None):
+        row, column = divmod(int(index), ious.shape[1])
+        if ious[row, column] > SAME_OBJECT and all(row != pair[0] and column != pair[1] for pair in pairs):
+            pairs.append((row, column))
+    return pairs
+
+
+def test_what_is_not_finite_fails() -> None:
+    """In a presence, in masks of objects below the threshold, in a box; whichever encoder gave it."""
+    same, nothing = objects((0, 0)), objects()
+    sick = dataclasses.replace(nothing, presence=math.nan, non_finite=1)
+    for own, other, counts in (
+        (nothing, sick, (0, 1)),
+        (sick, nothing, (1, 0)),
+        (same, dataclasses.replace(same, non_finite=3), (0, 3)),
+    ):
+        one = differ("a", "cat", own, other)
+        found = figures([differ("b", "cat", same, same), one], 0.1)
+        assert not found["passed"] and found["worst_picture"] == "a" and one.worst == 0
+        assert found["non_finite"] == dict(zip(("own", "file"), counts, strict=True))
+        assert any(
+            line.startswith(f"NaN or infinity in {sum(counts)} of") for line in lines(found | {"method": ""})
+        ) and worst_lines(found)
+        json.dumps(found, allow_nan=False)
+    assert not figures([differ("a", "cat", nothing, sick)], 0.1)["passed"]
+    assert figures([differ("b", "cat", same, same)], 0.1)["passed"]
+    assert box_iou(np.array([0, 0, math.nan, 1], np.float32), np.array([0, 0, 1, 1], np.float32)) == 0
+
+
+def with_nan(graph: onnx.GraphProto, at: int | None) -> None:
+    """NaN in every value of the finest features, or in one."""
+    rename(graph, "sam3_feat_0", "sound")
+    rename(graph, "sam2_feat_0", "sound2")
+    for name, source in (("sam3_feat_0", "sound"), ("sam2_feat_0", "sound2")):
+        value = np.zeros((1, 128, 32, 32), np.float32)
+        value.reshape(-1)[slice(None) if at is None else at] = math.nan
+        graph.initializer.append(onnx.numpy_helper.from_array(value, f"{name}.nan"))
+        graph.node.append(helper.make_node("Add", [source, f"{name}.nan"], [name]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "at"), [((*TEXTS[:4], "--threshold", "0.99"), None), (PLACES, 5)], ids=["no object", "one pixel"]
+)
+def test_a_file_with_nan_fails(
+    asked: tuple[str, ...], at: int | None, files: Path, model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    file = changed(files, tmp_path, lambda graph: with_nan(graph, at))
+    ran = run(file, model, pictures, *asked)
+    assert ran.code == 3 and "of the model's outputs with the file" in ran.out, ran
+    told = json.loads(file.with_suffix(".json").read_text(), parse_constant=pytest.fail)["masks"]
+    assert not told["passed"] and told["non_finite"]["file"] > 0 and told["non_finite"]["own"] == 0
 
 
 def test_the_verdict() -> None:

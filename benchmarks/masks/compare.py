@@ -16,7 +16,7 @@ from benchmarks.masks.objects import Objects, differ, figures
 from benchmarks.masks.transformers_models import Prompts, Segment, load_segmenter
 from engines.attach import attach, detach
 from engines.builder.plan_kind import is_plan
-from export.contract.manifest import manifest_path, read_manifest, record_in_manifest
+from export.contract.manifest import manifest_path, read_manifest, record_in_manifest, seen
 from export.proof.verify import SIMULATED
 from export.weights_origin import manifest_signature
 from neck.pictures import PictureFolder, find_pictures, load_pictures
@@ -86,6 +86,7 @@ def compare_masks(
         "method": f"{method}; {SIMULATED}" if simulated else method,
         "model": str(options.model),
         "prompts": names,
+        "files": seen(where.with_name(entry["name"]) for entry in manifest["files"]),
     }
     record_in_manifest(where, manifest | {"masks": values}, [] if notes is None else notes)
     if options.save is not None:

@@ -30,12 +30,14 @@ class Objects:
         boxes: (N, 4), x0, y0, x1, y1 in any unit.
         scores: (N,), 0 to 1.
         presence: how sure the model is that the prompt is in the picture at all, 0 to 1.
+        non_finite: how many values of the model's outputs are NaN or infinite; objects below the threshold count.
     """
 
     masks: Masks
     boxes: Numbers
     scores: Numbers
     presence: float = 1.0
+    non_finite: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Difference:
     Attributes:
         ious, box_ious, score_errors: of every object that both have.
         lost, found: how many objects the first or the second has alone.
-        presence_error: difference of the presences.
+        presence_error: difference of the presences; None where one is not finite.
+        own_non_finite, file_non_finite: values that are NaN or infinite in the first and in the second.
     """
 
     picture: str
@@ -55,24 +58,22 @@ class Difference:
     score_errors: tuple[float, ...]
     lost: int
     found: int
-    presence_error: float
+    presence_error: float | None
+    own_non_finite: int = 0
+    file_non_finite: int = 0
 
     @property
     def worst(self) -> float:
-        """The lowest mask IoU; 0 where an object is lost or found, 1 where there is none."""
-        return 0.0 if self.lost or self.found else min(self.ious, default=1.0)
+        """The lowest mask IoU; 0 where an object is lost or found or a value is not finite, 1 where there is none."""
+        wrong = self.lost or self.found or self.own_non_finite or self.file_non_finite
+        return 0.0 if wrong else min(self.ious, default=1.0)
 
 
 def differ(picture: str, prompt: str, own: Objects, other: Objects) -> Difference:
-    """Pairs the objects of two findings by their masks, the most alike first, and compares them."""
+    """Pairs the objects of two findings by their masks and compares them."""
     ious = mask_ious(own.masks, other.masks)
-    pairs: list[tuple[int, int]] = []
-    for index in np.argsort(-ious, axis=None, kind="stable"):
-        row, column = divmod(int(index), ious.shape[1])
-        if ious[row, column] <= SAME_OBJECT:
-            break
-        if row not in {pair[0] for pair in pairs} and column not in {pair[1] for pair in pairs}:
-            pairs.append((row, column))
+    pairs = best_pairs(ious)
+    error = abs(own.presence - other.presence)
     return Difference(
         picture,
         prompt,
@@ -81,8 +82,48 @@ def differ(picture: str, prompt: str, own: Objects, other: Objects) -> Differenc
         tuple(abs(float(own.scores[row] - other.scores[column])) for row, column in pairs),
         len(own.masks) - len(pairs),
         len(other.masks) - len(pairs),
-        abs(own.presence - other.presence),
+        error if math.isfinite(error) else None,
+        own.non_finite,
+        other.non_finite,
     )
+
+
+def best_pairs(ious: npt.NDArray[np.float64]) -> list[tuple[int, int]]:
+    """The most pairs of masks with an IoU above SAME_OBJECT, each in one pair; of as many, those of the largest sum.
+
+    The Hungarian method (Kuhn 1955) with potentials: one shortest augmenting path for each row, O(n^3).
+
+    Args:
+        ious: (N, M).
+    """
+    size = max(ious.shape)
+    cost = np.zeros((size + 1, size + 1))  # row and column 0 stand for none
+    there = ious > SAME_OBJECT
+    # a pair more is worth more than all that IoUs can differ by
+    cost[1 : ious.shape[0] + 1, 1 : ious.shape[1] + 1] = np.where(there, -(size + ious), 0.0)
+    row_value, column_value = np.zeros(size + 1), np.zeros(size + 1)
+    taken_by = np.zeros(size + 1, int)
+    for row in range(1, size + 1):
+        taken_by[0], column = row, 0
+        least, before = np.full(size + 1, math.inf), np.zeros(size + 1, int)
+        visited = np.zeros(size + 1, bool)
+        while taken_by[column]:
+            visited[column] = True
+            current = taken_by[column]
+            reduced = cost[current] - row_value[current] - column_value
+            better = ~visited & (reduced < least)
+            least[better], before[better] = reduced[better], column
+            following = int(np.argmin(np.where(visited | (np.arange(size + 1) == 0), math.inf, least)))
+            step = least[following]
+            row_value[taken_by[visited]] += step
+            column_value[visited] -= step
+            least[~visited] -= step
+            column = following
+        while column:
+            taken_by[column] = taken_by[before[column]]
+            column = int(before[column])
+    pairs = ((int(row) - 1, column - 1) for column, row in enumerate(taken_by) if column)
+    return sorted(pair for pair in pairs if pair[0] < ious.shape[0] and pair[1] < ious.shape[1] and there[pair])
 
 
 def mask_ious(first: Masks, second: Masks) -> npt.NDArray[np.float64]:
@@ -96,7 +137,9 @@ def mask_ious(first: Masks, second: Masks) -> npt.NDArray[np.float64]:
 
 
 def box_iou(first: Numbers, second: Numbers) -> float:
-    """Intersection over union of two boxes x0, y0, x1, y1; of two empty boxes 1."""
+    """Intersection over union of two boxes x0, y0, x1, y1; of two empty boxes 1, of sides that are not finite 0."""
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        return 0.0
     sides = np.minimum(first[2:], second[2:]) - np.maximum(first[:2], second[:2])
     both = float(np.prod(np.maximum(sides, 0)))
     union = sum(float(np.prod(np.maximum(box[2:] - box[:2], 0))) for box in (first, second)) - both
@@ -108,14 +151,15 @@ def figures(differences: Sequence[Difference], gate: float) -> dict[str, Any]:
 
     Args:
         differences: of every picture and prompt.
-        gate: the lowest mean mask IoU that passes; an object lost or found never does.
+        gate: the lowest mean mask IoU that passes; an object lost or found, or a value that is not finite, never does.
 
     Raises:
-        MasksError: neither finding has an object in any picture.
+        MasksError: neither finding has an object in any picture, and every value is finite.
     """
+    own, other = (sum(getattr(one, name) for one in differences) for name in ("own_non_finite", "file_non_finite"))
     ious = [iou for one in differences for iou in one.ious]
     lost, found = (sum(getattr(one, name) for one in differences) for name in ("lost", "found"))
-    if not ious and not lost and not found:
+    if not (ious or lost or found or own or other):
         raise MasksError(
             "no object above the score threshold in any picture; take other prompts, pictures, --threshold"
         )
@@ -126,19 +170,22 @@ def figures(differences: Sequence[Difference], gate: float) -> dict[str, Any]:
     mean = sum(ious) / len(ious) if ious else 0.0
     bad = sorted((one for one in differences if one.worst < gate), key=lambda one: one.worst)
     return {
-        "passed": mean >= gate and not lost and not found,
+        "passed": mean >= gate and not (lost or found or own or other),
         "gate": gate,
         "pictures": len({one.picture for one in differences}),
         "objects": len(ious),
         "lost": lost,
         "found": found,
+        "non_finite": {"own": own, "file": other},
         "mean_iou": mean,
         "worst_iou": min(ious, default=0.0),
         "worst_picture": worst.picture,
         "mean_box_iou": sum(boxes) / len(boxes) if boxes else 0.0,
         "worst_box_iou": min(boxes, default=0.0),
         "largest_score_error": max(scores, default=0.0),
-        "largest_presence_error": max(one.presence_error for one in differences),
+        "largest_presence_error": max(
+            (one.presence_error for one in differences if one.presence_error is not None), default=0.0
+        ),
         "below_gate": [dataclasses.asdict(one) | {"worst": one.worst} for one in bad[:20]],
     }
 
@@ -147,6 +194,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     """The figures for a screen."""
     return [
         f"{found['pictures']} pictures, {found['objects']} objects, {found['lost']} lost, {found['found']} found",
+        *_non_finite_lines(found["non_finite"]),
         f"mask IoU  mean {found['mean_iou']:.4f}, worst {found['worst_iou']:.4f}; least alike {found['worst_picture']}",
         f"box IoU   mean {found['mean_box_iou']:.4f}, worst {found['worst_box_iou']:.4f}",
         f"scores differ by up to {found['largest_score_error']:.2e}, presence by {found['largest_presence_error']:.2e}",
@@ -154,10 +202,18 @@ def lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def _non_finite_lines(counts: dict[str, int]) -> list[str]:
+    """Which of the two encoders makes the model give NaN or infinity."""
+    whose = {"own": "the model's own encoder", "file": "the file"}
+    return [
+        f"NaN or infinity in {count} of the model's outputs with {whose[key]}" for key, count in counts.items() if count
+    ]
+
+
 def worst_lines(found: dict[str, Any]) -> list[str]:
     """The pictures below the gate, the worst first, one a line."""
     return [
         f"{one['picture']} ({one['prompt']}): mask IoU {min(one['ious'], default=0):.4f}, {one['lost']} lost, "
-        f"{one['found']} found"
+        f"{one['found']} found" + (f", {one['file_non_finite']} values not finite" if one["file_non_finite"] else "")
         for one in found["below_gate"][:5]
     ]

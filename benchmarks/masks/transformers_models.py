@@ -112,7 +112,13 @@ def objects_above(threshold: float, logits: Tensor, presence: Tensor, masks: Ten
     sure = presence.sigmoid().flatten()[0]
     scores = logits.sigmoid() * sure
     kept = scores > threshold
-    return Objects(_numpy(masks[kept] > 0), _numpy(boxes[kept]), _numpy(scores[kept]), float(sure))
+    bad = count_non_finite(logits, presence, masks, boxes)
+    return Objects(_numpy(masks[kept] > 0), _numpy(boxes[kept]), _numpy(scores[kept]), float(sure), bad)
+
+
+def count_non_finite(*tensors: Tensor) -> int:
+    """How many values are NaN or infinite."""
+    return sum(int((~tensor.isfinite()).sum()) for tensor in tensors)
 
 
 def by_place(model: Any, prompts: Prompts, image: Tensor, threshold: float) -> list[Objects]:  # noqa: ANN401
@@ -132,11 +138,12 @@ def by_place(model: Any, prompts: Prompts, image: Tensor, threshold: float) -> l
     with torch.inference_mode():
         given = model(session, frame_idx=0)
     masks, scores = _numpy(given.pred_masks[:, 0] > 0), _numpy(given.object_score_logits[:, 0].sigmoid())
-    found = []
+    found, outputs = [], zip(given.pred_masks, given.object_score_logits, strict=True)
+    bad = [count_non_finite(*pair) for pair in outputs]
     for index, score in enumerate(scores):
         kept = slice(index, index + 1 if score > threshold else index)
         boxes = np.array([_extent(mask) for mask in masks[kept]], np.float32).reshape(-1, 4)
-        found.append(Objects(masks[kept], boxes, scores[kept], float(score)))
+        found.append(Objects(masks[kept], boxes, scores[kept], float(score), bad[index]))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,10 +28,43 @@ Levels = tuple[list[Tensor], list[Tensor]]
 """Features and positions of one neck, finest level first."""
 
 
-def model_dtype(images: Tensor) -> torch.dtype:
-    """The type in which a model expects features: the images', or autocast's where that is on (Meta's videos)."""
+def model_dtype(images: Tensor, weights: torch.dtype | None = None) -> torch.dtype:
+    """The type in which a model expects features: autocast's where that is on (Meta's videos), or its weights'.
+
+    Args:
+        images: their type stands for the weights' where there are none.
+        weights: the type of the weights of the encoder that the file stands in for.
+    """
     kind = images.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights or images.dtype
+
+
+class _NoGradient(torch.autograd.Function):
+    """Puts tensors into the graph of what they were computed from, with a backward that only tells so."""
+
+    @staticmethod
+    def forward(ctx: Any, told: Callable[[], None], outputs: list[Tensor], *sources: Tensor) -> Any:  # noqa: ANN401
+        """`outputs` in a list, so that they are no inputs; `sources` are what somebody wants a gradient of."""
+        ctx.told, ctx.count = told, len(sources)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # noqa: ANN401
+        """Tells, and gives none."""
+        ctx.told()
+        return (None,) * (2 + ctx.count)
+
+
+def without_gradient(outputs: list[Tensor], sources: Sequence[Tensor], told: Callable[[], None]) -> list[Tensor]:
+    """The outputs of a file, of which `told` is called once somebody goes backward through them.
+
+    Args:
+        outputs: tensors without a graph.
+        sources: what a gradient may be wanted of; nothing is done where none is.
+        told: raises an error or warns.
+    """
+    wanted = [source for source in sources if source.requires_grad] if torch.is_grad_enabled() else []
+    return list(_NoGradient.apply(told, outputs, *wanted)) if wanted and outputs else outputs
 
 
 class DeployedEncoder(nn.Module):
@@ -78,6 +111,7 @@ class DeployedEncoder(nn.Module):
                 f"{path}: lacks level {', '.join(map(str, lacking))}; export it by "
                 f"{self.export_again(levels=','.join(map(str, sorted({*self.levels, *signature.levels}))))}"
             )
+        self._options = {"device": None if device is None else str(device), "runtime": runtime, "simulated": simulated}
         self._lock, self._warned, self._simulated = threading.Lock(), False, simulated
         self._positions: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self._stored = {}
@@ -125,31 +159,51 @@ class DeployedEncoder(nn.Module):
         lists are empty, without `sam2` they are None.
 
         Raises:
-            EncoderError: pictures of another size or in a batch that the file does not take, or closed.
+            EncoderError: pictures of another size or in a batch that the file does not take, or closed; a backward
+                pass with respect to the images.
         """
         found = self.forward_necks(images)
         sam3, sam2 = found.get("sam3", ([], [])), found.get("sam2", (None, None))
         return *sam3, *sam2
 
-    def forward_necks(self, images: Tensor, necks: Sequence[str] | None = None) -> dict[str, Levels]:
+    def forward_necks(
+        self, images: Tensor, necks: Sequence[str] | None = None, weights: torch.dtype | None = None
+    ) -> dict[str, Levels]:
         """Features and positions of the named necks, by default of all that the file has; else as forward.
 
         Outputs of other necks are computed by the file and not handed out.
+
+        Args:
+            images, necks: as said.
+            weights: the type of features where no autocast is on; by default the images'.
         """
-        self._check(images)
+        dtype = model_dtype(images, weights)
+        self.check_images(images)
+        if dtype.itemsize < self.output_dtype.itemsize and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.path}: computes in float32; its outputs are cast to the model's {dtype}", stacklevel=2
+            )
         signature = self.signature
         names = tuple(self.necks if necks is None else necks)
         with torch.no_grad(), self._lock:
             if self._file is None:
                 raise EncoderError(f"{self.path}: is closed; open it again")
-            found = self._run(images.detach(), names)
-            return {
-                neck: (
-                    [found[signature.spec(neck, "feat", level).name] for level in self.levels_of(neck)],
-                    [self._position(neck, level, images) for level in self.levels_of(neck)],
-                )
-                for neck in names
+            found = self._run(images.detach(), names, dtype)
+            positions = {
+                neck: [self._position(neck, level, images, dtype) for level in self.levels_of(neck)] for neck in names
             }
+        found = dict(zip(found, without_gradient([*found.values()], [images], self._refuse_gradient), strict=True))
+        return {
+            neck: ([found[signature.spec(neck, "feat", level).name] for level in self.levels_of(neck)], positions[neck])
+            for neck in names
+        }
+
+    def _refuse_gradient(self) -> None:
+        raise EncoderError(
+            f"{self.path}: computes no gradients, so there is none with respect to the images; use the model's own "
+            "encoder for it: detach(model)"
+        )
 
     def set_imgsz(self, imgsz: int | tuple[int, int] | list[int] = (1008, 1008)) -> None:
         """Accepts the file's own image size.
@@ -184,6 +238,16 @@ class DeployedEncoder(nn.Module):
             self._file = None
             self._positions.clear()
 
+    def __reduce__(self) -> Any:  # noqa: ANN401 - pickle's own
+        """A copy, by copy.deepcopy or pickle, opens the file again.
+
+        Raises:
+            EncoderError: it is closed.
+        """
+        if self._file is None:
+            raise EncoderError(f"{self.path}: is closed, so it cannot be copied; open it again")
+        return _reopen, (str(self.path), self._options, self.levels)
+
     def __enter__(self) -> DeployedEncoder:
         return self
 
@@ -194,7 +258,12 @@ class DeployedEncoder(nn.Module):
         """The file and where it runs."""
         return f"{self.path}, device={self.device}"
 
-    def _check(self, images: Tensor) -> None:
+    def check_images(self, images: Tensor) -> None:
+        """Checks shape, size and batch of images.
+
+        Raises:
+            EncoderError: the file does not take them.
+        """
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             got = f"{images.dtype} {tuple(images.shape)}"
             raise EncoderError(f"{self.path}: got {got}; expected normalised pictures (B, 3, H, W), floating point")
@@ -207,21 +276,14 @@ class DeployedEncoder(nn.Module):
                 f"{self.path}: takes {batch} pictures at once, got {len(images)}; give fewer, or export it by "
                 f"{self.export_again(batch=wanted)}"
             )
-        half = model_dtype(images).itemsize < self.output_dtype.itemsize
-        if half and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{self.path}: computes in float32; its outputs are cast to the model's {model_dtype(images)}",
-                stacklevel=3,
-            )
 
     @property
     def output_dtype(self) -> torch.dtype:
         """Type of the outputs before they follow the input's."""
         return torch.float32 if self._simulated else getattr(torch, self.signature.dtype)
 
-    def _run(self, images: Tensor, necks: tuple[str, ...]) -> dict[str, Tensor]:
-        """The features in the images' type and place; positions that the graph gives are kept on the way."""
+    def _run(self, images: Tensor, necks: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The features in a type and in the images' place; positions that the graph gives are kept on the way."""
         pairs = [(neck, level) for neck in necks for level in self.levels_of(neck)]
         names = {self.signature.spec(neck, kind, level).name for neck, level in pairs for kind in KINDS}
         wanted = [spec for spec in self.signature.outputs if spec.name in names - set(self._stored)]
@@ -229,7 +291,7 @@ class DeployedEncoder(nn.Module):
         for name in [name for name in found if "_pos_" in name]:
             value = found.pop(name)[:1]
             self._stored[name] = value.clone() if len(images) > 1 else value
-        return {name: value.to(images.device, model_dtype(images)) for name, value in found.items()}
+        return {name: value.to(images.device, dtype) for name, value in found.items()}
 
     def _infer(self, image: Tensor, wanted: Sequence[TensorSpec]) -> dict[str, Tensor]:
         if self._plan:
@@ -248,13 +310,18 @@ class DeployedEncoder(nn.Module):
             return images.to(self.device, torch.float32).contiguous()
         return denormalise(images.to(self.device))
 
-    def _position(self, neck: str, level: int, images: Tensor) -> Tensor:
+    def _position(self, neck: str, level: int, images: Tensor, dtype: torch.dtype) -> Tensor:
         """A position encoding (B, C, h, w), which is no copy for each picture."""
         name = self.signature.spec(neck, "pos", level).name
-        key = (name, model_dtype(images), images.device)
+        key = (name, dtype, images.device)
         if key not in self._positions:
             if name not in self._stored:
                 size = torch.empty(1, 1, *self.signature.level_sizes[level])
                 self._stored[name] = PositionEmbeddingSine(self.signature.d_model)(size)
-            self._positions[key] = self._stored[name].to(images.device, key[1])
+            self._positions[key] = self._stored[name].to(images.device, dtype)
         return self._positions[key].expand(len(images), -1, -1, -1)
+
+
+def _reopen(path: str, options: dict[str, Any], levels: tuple[int, ...]) -> DeployedEncoder:
+    """What a copy is made by."""
+    return DeployedEncoder(path, levels=levels, **options)

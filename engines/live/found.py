@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from neck.checkpoint_keys import NECK_MODULES, find_layouts
-from neck.config import EncoderConfig
-from neck.necks import new_encoder
-from neck.weights.fingerprint import Fingerprints, fingerprints, kind_of
+from neck.checkpoint_keys import NECK_MODULES
 
 
 class AttachError(RuntimeError):
@@ -32,7 +28,14 @@ class Slot:
     def module(self) -> nn.Module:
         """What it holds."""
         found: nn.Module = getattr(self.parent, self.name)
-        return found
+        return unwrapped(found)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside torch.compile's wrapper, which passes on all attributes of what it wraps."""
+    while "_orig_mod" in module._modules:
+        module = module._modules["_orig_mod"]  # type: ignore[assignment]
+    return module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,41 +86,6 @@ class LiveEncoder:
         """All weights that the file stands in for."""
         return (parameter for module in self.modules for parameter in module.parameters())
 
-    def fingerprints(self, config: EncoderConfig) -> Fingerprints:
-        """What a file of these weights has in its manifest, in the type of the model's weights.
-
-        Args:
-            config: the architecture that the file tells, with the necks and the head that are compared.
-
-        Raises:
-            AttachError: the model's encoder has another architecture, or tensors by other names.
-        """
-        state: dict[str, Tensor] = {f"encoder.{name}": tensor for name, tensor in self.module.state_dict().items()}
-        if self.tracker_neck:
-            theirs = self.tracker_neck.module.state_dict()
-            state |= {f"tracker_neck.{name}": tensor for name, tensor in theirs.items()}
-        for slot in self.head:
-            state |= {f"head.{slot.name}.{name}": tensor for name, tensor in slot.module.state_dict().items()}
-        layouts = find_layouts(state)
-        try:
-            layout = dataclasses.replace(layouts[0], decoder="head.")
-            if self.kind == "fpn" and self.necks == ("sam2",):
-                layout = dataclasses.replace(layout, necks={"sam2": layout.necks["sam3"]})
-            with torch.device("meta"):
-                names = [*new_encoder(config).state_dict()]
-            tensors = ((name, _joined(state, layout.keys(name))) for name in names)
-            return fingerprints(tensors, (kind_of(lowest_type(self)),))
-        except (KeyError, IndexError, StopIteration) as error:
-            raise AttachError(
-                f"the model's encoder at {self.slots[0].path} is not built as the file's ({error!r}); export the "
-                "model's own checkpoint"
-            ) from None
-
-
-def _joined(state: dict[str, Tensor], keys: tuple[str, ...]) -> Tensor:
-    parts = [state[key] for key in keys]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
 
 def find_encoder(model: nn.Module) -> LiveEncoder:
     """Finds the encoder of a live model.
@@ -127,8 +95,11 @@ def find_encoder(model: nn.Module) -> LiveEncoder:
     """
     slots: dict[nn.Module, list[Slot]] = {}
     for path, parent in model.named_modules():
+        if "_orig_mod" in parent._modules:  # what it wraps is in the slot that the wrapper is in
+            continue
         for name, child in parent.named_children():
-            slots.setdefault(child, []).append(Slot(parent, name, f"{path}.{name}".lstrip(".")))
+            names = [*(part for part in path.split(".") if part and part != "_orig_mod"), name]
+            slots.setdefault(unwrapped(child), []).append(Slot(parent, name, ".".join(names)))
     found = [module for module in slots if _is_vitdet(module) or _is_fpn(module)]
     if not found:
         top = ", ".join(f"{name} ({type(child).__name__})" for name, child in model.named_children()) or "nothing"
@@ -184,7 +155,9 @@ def _of_fpn(
     all_slots: dict[nn.Module, list[Slot]],
 ) -> LiveEncoder:
     """Of transformers: which neck it is tells the rest of the model, for a tracker's is called `neck` too."""
-    others = [slot for other, (slot, *_) in all_slots.items() if _has_levels(other) and other is not module.neck]
+    others = [
+        slot for other, (slot, *_) in all_slots.items() if _has_levels(other) and other is not unwrapped(module.neck)
+    ]
     others = [slot for slot in others if slot.parent is not module]
     levels = len(module.neck.fpn_layers)
     unread = 1 if levels > 3 else 0  # each of the four models reads the three finest
@@ -196,8 +169,3 @@ def _of_fpn(
 def lowest_type(encoder: LiveEncoder) -> torch.dtype:
     """The type of the encoder's weights, where they are mixed the one of fewest bits."""
     return min((parameter.dtype for parameter in encoder.parameters()), key=lambda dtype: dtype.itemsize)
-
-
-def not_read(like: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Stands for what a model does not read: not a number, so that a reader would be seen, and no memory."""
-    return torch.full((1,), math.nan, dtype=like.dtype, device=like.device).expand(size)
