@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -72,6 +73,18 @@ def test_rewrites_save_kernels_and_bytes() -> None:
     assert len(rewritten.kernels) <= len(plain.kernels)
     assert rewritten.bytes_moved is not None and plain.bytes_moved is not None
     assert rewritten.bytes_moved < plain.bytes_moved
+
+
+def test_tokens_are_permuted_once_and_back() -> None:
+    """Sequence first, as the fused kernel writes them: no kernel but the last of the trunk moves tokens alone."""
+
+    def moves(sheet: LayerSheet) -> list[str]:
+        names = [re.sub(r"_myl\d+_\d+$", "", kernel.name) for kernel in sheet.kernels]
+        return [name for name in names if re.fullmatch(r"__myl_(Resh|Tran)*Resh(Resh|Tran)*", name)]
+
+    assert moves(sheet_of("fp16", "fp32acc")) == ["__myl_ReshTran"]
+    windows_first = sheet_of("fp16", "fp32acc", Rewrites(window_major=False))  # the control: permuted in every block
+    assert len(windows_first.kernels) > len(sheet_of("fp16", "fp32acc").kernels)
 
 
 def test_summary_and_warning() -> None:
