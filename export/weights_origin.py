@@ -14,12 +14,13 @@ from export.contract.errors import ExportError
 from export.contract.manifest import ManifestError, file_entry, sha256
 from export.contract.signature import Signature
 from export.lowering.precision import TYPES, Precision
-from neck.checkpoint import load_encoder, random_encoder
+from neck.checkpoint import CheckpointError, load_encoder, random_encoder
 from neck.config import ConfigError, EncoderConfig
 from neck.necks import Sam3DualViTDetNeck
 from neck.trunk import ViTDetTrunk
 from neck.weightfile import find_file, name_state
 from neck.weights.adapters import adapter_files
+from neck.weights.fingerprint import fingerprints
 from neck.weights.records import shown
 
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
@@ -194,16 +195,71 @@ def manifest_encoder(
     assert source is not None
     if not source.exists():
         raise ExportError(f"{source}: the weights that {where.name} names are not there; say where by --checkpoint")
-    if not is_origin(weights, source):
-        raise ExportError(f"{source}: is not the checkpoint that was exported ({where.name} has its SHA-256)")
-    encoder = load_encoder(
+    if is_origin(weights, source):
+        merged = merged_adapter(where, weights, adapter)
+        encoder = _load(source, config, weights, merged, **_chosen(where, weights))
+    else:
+        encoder = _same_weights(where, manifest, config, source, adapter)
+    encoder.set_imgsz(config.image_size)
+    return encoder
+
+
+def _load(
+    source: Path, config: EncoderConfig, weights: Mapping[str, Any], adapter: Path | None, **chosen: str
+) -> Sam3DualViTDetNeck:
+    return load_encoder(
         source,
         config,
         config.necks,
         sam2_head=config.sam2_head,
-        adapter=merged_adapter(where, weights, adapter),
+        adapter=adapter,
         adapter_alpha=weights.get("adapter_alpha"),
-        **_chosen(where, weights),
+        **chosen,  # type: ignore[arg-type]
     )
-    encoder.set_imgsz(config.image_size)
-    return encoder
+
+
+def _same_weights(
+    where: Path, manifest: Mapping[str, Any], config: EncoderConfig, source: Path, adapter: Path | None
+) -> Sam3DualViTDetNeck:
+    """The encoder from another file than was exported, told by the SHA-256 of its weights.
+
+    The file may have another format, other states and prefixes, and an adapter that is merged already.
+
+    Raises:
+        ExportError: it cannot be read, or holds other weights.
+    """
+    weights, digests = manifest["weights"], manifest.get("weights_sha256")
+    if not isinstance(digests, dict):
+        raise ExportError(f"{source}: is not the checkpoint that was exported ({where.name} has its SHA-256)")
+    ways: list[tuple[Path | None, dict[str, str]]] = []
+    with contextlib.suppress(*(() if adapter is not None else (ExportError,))):
+        merged = merged_adapter(where, weights, adapter)
+        ways += [(merged, _chosen(where, weights)), (merged, {})]
+    ways += [(None, {})]
+    problems: list[Exception] = []
+    for number, (merged, chosen) in enumerate(ways):
+        if (merged, chosen) in ways[:number]:
+            continue
+        try:
+            encoder = _load(source, config, weights, merged, **chosen)
+        except CheckpointError as error:
+            problems.append(error)
+            continue
+        found = fingerprints(encoder.state_dict().items(), ("float32",))
+        others = [part for part, kinds in digests.items() if found.get(part, {}).get("float32") != kinds.get("float32")]
+        if not others:
+            return encoder
+        parts = ", ".join(others)
+        problems.insert(
+            0,
+            ExportError(
+                f"{source}: is not the checkpoint that was exported, and holds other weights ({parts}; {where.name} "
+                "has their SHA-256); give the file that was exported, or export this one"
+            ),
+        )
+    if isinstance(problems[0], ExportError):
+        raise problems[0]
+    raise ExportError(
+        f"{source}: is not the checkpoint that was exported ({where.name} has its SHA-256), and its weights cannot be "
+        f"compared with those: {problems[0]}"
+    )

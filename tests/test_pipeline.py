@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from conftest import GOLDEN_CASES, tiny_config
 from exporting import (
     PREFIX,
@@ -251,6 +252,27 @@ def test_verify_wants_the_checkpoint_that_was_exported(exported: ExportResult, t
             verify_file(exported.path, checkpoint=other)
     with pytest.raises(ExportError, match=r"the weights that x\.json names are not there"):
         verify_file(exported.path, checkpoint=tmp_path / "none.pt")
+
+
+def test_verify_takes_the_same_weights_in_another_container(exported: ExportResult, tmp_path: Path) -> None:
+    """safetensors and another prefix instead of .pt; one value changed, or no digests in the manifest: refused."""
+    state = {
+        f"net.{name.removeprefix(PREFIX)}": value.contiguous() for name, value in golden_state("meta-dual").items()
+    }
+    save_file(state, tmp_path / "same.safetensors")
+    assert verify_file(exported.path, checkpoint=tmp_path / "same.safetensors").passed
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "same.pt")
+    assert verify_file(exported.path, checkpoint=tmp_path / "same.pt").passed
+    state["net.convs.0.conv_3x3.bias"] = state["net.convs.0.conv_3x3.bias"] + 1e-6
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(ExportError, match=r"holds other weights \(sam3; x\.json has their SHA-256\)"):
+        verify_file(exported.path, checkpoint=tmp_path / "other.safetensors")
+    (tmp_path / "no.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(ExportError, match=r"no\.pt: is not the checkpoint .* cannot be compared"):
+        verify_file(exported.path, checkpoint=tmp_path / "no.pt")
+    set_manifest(weights_sha256=None)(exported)
+    with pytest.raises(ExportError, match="is not the checkpoint that was exported"):
+        verify_file(exported.path, checkpoint=tmp_path / "same.safetensors")
 
 
 def nudge(state: dict[str, Tensor]) -> None:
