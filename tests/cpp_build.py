@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from serving import pictures_of
+from synthetic_pictures import pictures_of
 
 from export.contract.manifest import locked, manifest_path, write_manifest
 

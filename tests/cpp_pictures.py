@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from serving import pictures_of
+from synthetic_pictures import pictures_of
 
 
 def write_picture(path: Path, size: int = 16, mode: str = "RGB", **options: Any) -> Path:  # noqa: ANN401

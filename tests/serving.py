@@ -14,6 +14,7 @@ import torch
 import tritonclient.http
 from conftest import load_golden, named_outputs
 from PIL import Image
+from synthetic_pictures import pictures_of
 from triton_server import Server
 
 from engines.service.triton_client.client import TritonClient
@@ -26,13 +27,6 @@ FP32 = 1e-4
 """Largest error of an answer over the largest value; other batch sizes sum in another order: up to 3e-6."""
 
 Arrays = dict[str, np.ndarray]
-
-
-def pictures_of(seed: int, count: int, size: int = 112) -> np.ndarray:
-    """Smooth random pictures, no two alike: uint8 (count, size, size, 3)."""
-    coarse = torch.rand((count, 3, 7, 7), generator=torch.Generator().manual_seed(seed))
-    smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
-    return (255 * smooth).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def reference(images: np.ndarray) -> Arrays:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from engines.bisect import BisectError, bisect, finding_lines
 from engines.bisect_trials import run_simulated
-from engines.builder.gpu import has_gpu
+from engines.builder.flavor import Flavor
 from engines.plan import PlanOptions, make_plan
 from export.contract.manifest import manifest_path
 from export.pipeline import ExportOptions, export_onnx
@@ -104,7 +104,6 @@ def test_a_plan_is_searched_as_its_graph_is(faulty: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not has_gpu(), reason="runs trial plans on an NVIDIA GPU")
-def test_a_plan_on_a_gpu(faulty: Path, tmp_path: Path) -> None:
+def test_a_plan_on_a_gpu(faulty: Path, tmp_path: Path, gpu_flavor: Flavor) -> None:
     plan = make_plan(PlanOptions(faulty, tmp_path / "faulty.plan", verify=False)).path
     assert bisect(plan).first_bad == f"trunk.blocks.{FAULTY}"

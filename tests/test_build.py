@@ -23,8 +23,7 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip i
 
 from engines.builder import plan_stream as stream
 from engines.builder.build import BuildResult, build_plan
-from engines.builder.flavor import FlavorError, choose_flavor
-from engines.builder.gpu import has_gpu
+from engines.builder.flavor import Flavor, FlavorError, choose_flavor
 from engines.builder.onnx_graph import BuildError, RefusedError, read_graph
 from engines.builder.options import BuildOptions
 from export.contract.signature import BatchRange, TensorSpec
@@ -545,10 +544,11 @@ def test_full_size(save: Save, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU or driver here: TensorRT builds for the GPU at hand only")
-def test_tensorrt_builds_for_the_gpu_at_hand(small: Path, tmp_path: Path) -> None:
+def test_tensorrt_builds_for_the_gpu_at_hand(small: Path, tmp_path: Path, gpu_flavor: Flavor) -> None:
     """What only a GPU shows: the other flavour, its timing cache, version- and hardware-compatible plans."""
-    flavor = choose_flavor("tensorrt")
+    if gpu_flavor.name != "tensorrt":
+        pytest.skip("needs TensorRT; TensorRT-RTX has no timing cache")
+    flavor = gpu_flavor
     cache = tmp_path / "times.cache"
     options = BuildOptions(timing_cache=cache, version_compatible=True, hardware_compatible="ampere+")
     first = build_plan(small, tmp_path / "x.plan", options, flavor=flavor)

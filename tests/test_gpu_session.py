@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,15 @@ from conftest import tiny_config
 from gpu_rehearsal import Base, can_unshare, make_base, run_session
 from synthetic import synthetic_result
 
+import benchmarks.gpu.archive
 import benchmarks.gpu.session
+from benchmarks.gpu.archive import archive_path, unpack_archive, write_archive
 from benchmarks.gpu.gpu_tests import checks, files_with_gpu_tests
 from benchmarks.gpu.page import MOST_LINES, page_lines
 from benchmarks.gpu.session import RESERVE_BYTES, Session
 from benchmarks.gpu.stage import Asked
 from benchmarks.gpu.start import install, read_kit
-from benchmarks.gpu.time_plan import INSTALL_MINUTES, MINUTES, REPORT, fitting, plan, table, time_limit
+from benchmarks.gpu.time_plan import INSTALL_MINUTES, MINUTES, REPORT, fitting, plan, table, time_limit, total_minutes
 from benchmarks.measure.backends import backends_for
 from benchmarks.results.result_files import check_result, read_result
 
@@ -30,7 +35,7 @@ STAGES = [one.name for one in plan("cuda")]
 
 
 def test_the_plan_of_time_fits() -> None:
-    total = INSTALL_MINUTES + sum(one.minutes for one in plan("cuda"))
+    total = total_minutes()
     assert round(total, 6) <= MINUTES == 9
     assert all(one.minutes <= one.most for one in plan("cuda"))
     assert table()[-1].split()[1] == f"{total:.1f}"
@@ -45,8 +50,16 @@ def test_every_backend_of_the_plan_is_one(device: Any) -> None:  # noqa: ANN401 
 
 def test_where_time_is_short_the_least_wanted_is_left_out() -> None:
     assert fitting(plan("cuda"), 9.0) == list(plan("cuda"))
-    assert [one.name for one in fitting(plan("cuda"), 8.0)] == [name for name in STAGES if name != "tuned"]
+    assert [one.name for one in fitting(plan("cuda"), 8.1)] == [name for name in STAGES if name != "tuned"]
     assert [one.name for one in fitting(plan("cuda"), 0.0)] == ["doctor", "weights", "eager", "report"]
+
+
+def test_the_order_of_what_is_wanted() -> None:
+    """What only a GPU can show, and the report, before what takes longest."""
+    first = ["doctor", "cpp", "session", "weights", "eager", "compiled", "rates", "report"]
+    assert [*first, "points", "plain", "tuned", "tests"] == STAGES
+    assert next(one.most for one in plan("cuda") if one.name == "doctor") <= 2.0
+    assert next(one.backends for one in plan("cuda") if one.name == "compiled") == ("compile-rewritten-fp16",)
 
 
 def test_the_reports_time_is_kept_for_it() -> None:
@@ -147,7 +160,7 @@ def session(folder: Path, minutes: float = MINUTES - INSTALL_MINUTES, wheel: str
 
 def test_a_session_runs_every_stage(stages: Stages, tmp_path: Path) -> None:
     assert session(tmp_path).run() == 0
-    assert stages.ran == STAGES
+    assert stages.ran == [*STAGES, "report"]
     assert (tmp_path / "page.txt").read_text().splitlines()[1] == "No results: nothing was measured."
     assert not (tmp_path / ".reserve").exists()
 
@@ -158,27 +171,73 @@ def test_a_stage_that_hangs_costs_itself_and_the_exit_code(stages: Stages, tmp_p
         "tuned": {"outcome": "unavailable", "reason": "-"},
     }
     assert session(tmp_path).run() == 1
-    assert stages.ran == STAGES
+    assert stages.ran == [*STAGES, "report"]
     page = (tmp_path / "page.txt").read_text()
     assert "eager failed: ended after 180 s" in page and "tuned unavailable" in page
 
 
 def test_a_second_call_goes_on(stages: Stages, tmp_path: Path) -> None:
     stages.become = {
-        "compiled": {"outcome": "unfinished", "reason": "no time for compile-fp16"},
+        "compiled": {"outcome": "unfinished", "reason": "no time for compile-rewritten-fp16"},
         "tuned": "ended by SIGKILL",
     }
     assert session(tmp_path).run() == 1
     stages.ran, stages.become = [], {}
     assert session(tmp_path).run() == 0
-    assert stages.ran == ["doctor", "compiled", "tuned", "report"]
+    assert stages.ran == ["doctor", "compiled", "report", "tuned", "report"]
     stages.ran = []
-    assert session(tmp_path, wheel="1").run() == 0 and stages.ran == STAGES  # the control: another kit begins anew
+    assert session(tmp_path, wheel="1").run() == 0 and stages.ran == [
+        *STAGES,
+        "report",
+    ]  # the control: another kit begins anew
+
+
+def test_an_archive_lets_another_machine_go_on(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has what the second call and the report need, and no more than 16 MiB."""
+    first, second = tmp_path / "a" / "gpu", tmp_path / "b" / "gpu"
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+    stages.become = {"tuned": "ended by SIGKILL"}
+    (first / "work" / "x" / "run-1").mkdir(parents=True)
+    (first / "work" / "x" / "run-1" / "samples.jsonl").write_text("{}\n")
+    (first / "work" / "x" / "weights.safetensors").write_bytes(bytes(1 << 20))
+    (first / "report.json").write_text("{}")
+    assert session(first).run() == 1
+    with tarfile.open(archive_path(first)) as archive:
+        names = set(archive.getnames())
+    assert {"session.json", "page.txt", "report.json", "work/x/run-1/samples.jsonl", "stages/eager.json"} <= names
+    assert not any("weights" in name and "stages" not in name for name in names)
+    archive_path(first).rename(archive_path(second))
+    assert unpack_archive(second) and not unpack_archive(second)  # not over a session that is there
+    stages.ran, stages.become = [], {}
+    assert session(second).run() == 0
+    assert stages.ran == ["doctor", "tuned", "report"]
+    assert (second / "work" / "x" / "run-1" / "samples.jsonl").read_text() == "{}\n"
+    noise = os.urandom(3 << 20)
+    monkeypatch.setattr(benchmarks.gpu.archive, "MOST_BYTES", 1 << 20)
+    (second / "report.html").write_bytes(noise)
+    path, left_out = write_archive(second)
+    assert left_out == ["report.html"] and path.stat().st_size < 1 << 20
+
+
+def test_an_archive_of_others_writes_nothing_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "gpu").mkdir()
+    with tarfile.open(archive_path(tmp_path / "gpu"), "w:gz") as archive:
+        for name in ("../session.json", "/tmp/session.json", "site/evil.py", "stages/../../page.txt", "page.txt"):
+            entry = tarfile.TarInfo(name)
+            entry.size = 1
+            archive.addfile(entry, io.BytesIO(b"x"))
+        link = tarfile.TarInfo("report.json")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    assert unpack_archive(tmp_path / "gpu")
+    assert [path.name for path in (tmp_path / "gpu").rglob("*")] == ["page.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu", "gpu.tar.gz"]
 
 
 def test_what_there_is_no_time_for_is_said(stages: Stages, tmp_path: Path) -> None:
     assert session(tmp_path, minutes=4.0).run() == 1
-    assert stages.ran == ["doctor", "weights", "eager", "report"]
+    assert stages.ran == ["doctor", "session", "weights", "eager", "rates", "report"]
     told = json.loads((tmp_path / "session.json").read_text())["stages"]
     assert told["tuned"]["outcome"] == "left out" and "a second call runs it" in told["tuned"]["reason"]
     stages.ran = []
@@ -206,14 +265,16 @@ def test_a_full_disk_keeps_no_stage_from_running(
     stages.become = dict.fromkeys(STAGES, "ended with exit status 1: OSError: No space left on device")
     monkeypatch.setattr(Path, "write_text", full)
     monkeypatch.setattr(Path, "write_bytes", full)
-    assert one.run() == 1 and stages.ran == STAGES
+    assert one.run() == 1 and stages.ran == [*STAGES, "report"]
 
 
 DOCTOR: dict[str, Any] = {
     "environment": {"gpu": {"name": "GPU", "driver": "1"}, "versions": {"torch": "2"}, "python": "3.12"},
-    "rates": {"flops_per_s": {"fp32": 5e13}, "copy_bytes_per_s": 3e12},
     "warning": "others use this GPU",
 }
+
+
+RATES = {"rates": {"flops_per_s": {"fp32": 5e13}, "copy_bytes_per_s": 3e12}}
 
 
 def test_the_page_has_twenty_lines_at_most() -> None:
@@ -221,7 +282,7 @@ def test_the_page_has_twenty_lines_at_most() -> None:
     result["checks"] = [{"name": str(index), "outcome": "passed", "reason": None} for index in range(5)]
     check_result(result, "the result")
     stages = {name: {"outcome": "failed", "reason": "x" * 500, "seconds": 1.0} for name in STAGES}
-    lines = page_lines(stages, result, DOCTOR)
+    lines = page_lines(stages, result, DOCTOR, RATES)
     assert len(lines) == MOST_LINES and max(map(len, lines)) <= 300
     assert lines[0].startswith("GPU, driver 1") and lines[2] == "Warning: others use this GPU"
     assert "the fastest backend within tolerance" in lines[3] and "5 passed, 0 failed" in "\n".join(lines)
@@ -313,6 +374,11 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
     yield Bare(base, folder / "kit", folder / "encoder.json")
 
 
+UNAVAILABLE = ("cpp", "session", "plain", "tuned")
+OUTCOMES = ["unavailable" if name in UNAVAILABLE else "done" for name in STAGES]
+"""On a CPU."""
+
+
 @bare_machine
 @pytest.mark.slow
 def test_rehearsal(bare: Bare, tmp_path: Path) -> None:
@@ -320,7 +386,7 @@ def test_rehearsal(bare: Bare, tmp_path: Path) -> None:
     ran = bare.run(tmp_path / "out")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     stages = json.loads((tmp_path / "out" / "session.json").read_text())["stages"]
-    assert [stages[name]["outcome"] for name in STAGES] == ["done"] * 6 + ["unavailable", "done"]
+    assert [stages[name]["outcome"] for name in STAGES] == OUTCOMES
     assert "no NVIDIA GPU" in stages["tuned"]["reason"]
     result = read_result(tmp_path / "out" / "report.json")
     rows = {row["backend"]: row["status"] for row in result["rows"] if row["sweep"] is None}

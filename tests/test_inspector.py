@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from conftest import load_golden, traced
 
-from engines.builder.gpu import has_gpu
+from engines.builder.flavor import Flavor
 from engines.sheet.layer_sheet import LayerSheet
 from engines.sheet.read_layers import LayerSheetError, read_accumulations, sheet_from_inspector
 from export.lowering.precision import lower
@@ -92,20 +92,17 @@ def test_waiting_is_no_kernel() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU or driver here: the engine inspector needs a loaded engine")
-def test_the_inspector_and_the_log_agree(tmp_path: Path) -> None:
+def test_the_inspector_and_the_log_agree(tmp_path: Path, gpu_flavor: Flavor) -> None:
     """On a GPU: an engine's JSON gives the attentions that its build counted."""
     from engines.builder.build import build_plan
-    from engines.builder.flavor import choose_flavor
     from engines.builder.options import BuildOptions
 
     golden = load_golden("meta-dual")
     model = traced(golden.encoder, golden.config, necks="sam3", positions="none").model
     lower(model, "fp16")
     ir.save(model, tmp_path / "x.onnx", external_data="x.onnx.data")
-    flavor = choose_flavor()
+    flavor, trt = gpu_flavor, gpu_flavor.trt
     result = build_plan(tmp_path / "x.onnx", tmp_path / "x.plan", BuildOptions(), flavor=flavor)
-    trt = flavor.trt
     runtime = trt.Runtime(flavor.new_logger(lambda severity, line: None))
     engine = runtime.deserialize_cuda_engine((tmp_path / "x.plan").read_bytes())
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import DATA
 
+from engines.builder.flavor import Flavor
 from engines.builder.gpu import has_gpu
 from engines.builder.onnx_graph import BuildError
 from engines.plan import PlanOptions, PlanResult, make_plan
@@ -140,8 +141,7 @@ def test_without_a_gpu_nothing_is_measured(source: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not has_gpu(), reason="tuning needs an NVIDIA GPU")
-def test_tuning_on_a_gpu(source: Path, tmp_path: Path) -> None:
+def test_tuning_on_a_gpu(source: Path, tmp_path: Path, gpu_flavor: Flavor) -> None:
     tuning = tune_plan(dataclasses.replace(options_for(source, tmp_path), flavor="auto", verify=True))
     assert tuning.best.path.is_file()
     assert any(row.latency_ms for row in tuning.rows)

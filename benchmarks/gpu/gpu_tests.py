@@ -14,15 +14,15 @@ LINE = re.compile(
     r"^(tests/\S+?\.py)::(\S+) (PASSED|FAILED|SKIPPED|ERROR|XFAIL)(?: \((.*)\))?\s*(?:\[ *\d+%\])?$", re.MULTILINE
 )
 OUTCOMES = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "not run", "XFAIL": "not run"}
-BUILDS = "test_cpp_on_cuda.py"
-"""Compiles 20 files: where that hangs, the others have ended."""
+STAGES_DO = {"test_cpp_on_cuda.py", "test_bench.py", "test_backends.py", "test_quantise_choice.py"}
+"""Files whose gpu tests repeat a stage: the C++ library on CUDA, the backends, the rates."""
 
 BROKEN = re.compile(r"^ERROR (tests/\S+\.py)(?: - (.*))?$", re.MULTILINE)
 
 
 def files_with_gpu_tests() -> list[str]:
-    """Test files that have any: others may want what is not there. The one that builds comes last."""
-    found = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: (path.name == BUILDS, path.name))
+    """Test files that have any, but those of what a stage does itself: others may want what is not there."""
+    found = (path for path in sorted((ROOT / "tests").glob("test_*.py")) if path.name not in STAGES_DO)
     return [f"tests/{path.name}" for path in found if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
 
 

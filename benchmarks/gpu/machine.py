@@ -10,7 +10,6 @@ import torch
 
 from benchmarks.gpu.time_plan import Device
 from benchmarks.measure.environment import describe_machine
-from benchmarks.measure.machine_rates import measure_rates
 from engines.doctor import driver_version, report_lines
 from engines.doctor import examine as ask_doctor
 
@@ -33,7 +32,6 @@ def examine(device: Device) -> dict[str, Any]:
     return {
         "environment": describe_machine(),
         "doctor": report_lines(doctor),
-        "rates": measure_rates(device),
         "memory": memory,
         "warning": others(memory["free"], memory["total"], memory["programs"]) if memory else None,
         "fatal": too_little(memory["free"], memory["total"], memory["programs"]) if memory else None,

@@ -23,15 +23,24 @@ from benchmarks.report.findings import (
 MOST_LINES, MOST_ROWS = 20, 9
 
 
-def page_lines(stages: Mapping[str, Mapping[str, Any]], result: dict[str, Any], doctor: Mapping[str, Any]) -> list[str]:
+def page_lines(
+    stages: Mapping[str, Mapping[str, Any]],
+    result: dict[str, Any],
+    doctor: Mapping[str, Any],
+    rates: Mapping[str, Any],
+) -> list[str]:
     """The page.
 
     Args:
         stages: of each stage `outcome`, `reason`, `seconds`.
         result: the results; empty where there are none.
         doctor: what the first stage found; empty where it did not end.
+        rates: what the stage of that name found; empty where it did not end.
     """
-    lines = [*_machine(doctor), *(_figures(result) if result else ["No results: nothing was measured."])]
+    lines = [
+        *_machine(doctor, rates.get("rates")),
+        *(_figures(result) if result else ["No results: nothing was measured."]),
+    ]
     done = [f"{name} {one['seconds']:.0f} s" for name, one in stages.items() if one["outcome"] == "done"]
     lines.append(f"Done: {', '.join(done) or 'nothing'}.")
     left = [f"{name} {one['outcome']}: {one['reason']}" for name, one in stages.items() if one["outcome"] != "done"]
@@ -41,17 +50,16 @@ def page_lines(stages: Mapping[str, Mapping[str, Any]], result: dict[str, Any], 
     return [line if len(line) <= 300 else f"{line[:297]}..." for line in (*lines, *left)]
 
 
-def _machine(doctor: Mapping[str, Any]) -> list[str]:
+def _machine(doctor: Mapping[str, Any], rates: Mapping[str, Any] | None) -> list[str]:
     if "environment" not in doctor:
         return ["The machine was not examined."]
-    told, rates = doctor["environment"], doctor["rates"]
+    told = doctor["environment"]
     gpu, versions = told["gpu"], told["versions"]
     name = f"{gpu['name']}, driver {gpu['driver']}" if gpu else f"{told['processor']}, {told['cores']} cores, no GPU"
-    flops = ", ".join(f"{key.upper()} {scaled(rate, 'FLOP/s')}" for key, rate in rates["flops_per_s"].items())
-    lines = [
-        f"{name}, torch {versions['torch']}, Python {told['python']}",
-        f"Its own rates: {flops}, copy {scaled(rates['copy_bytes_per_s'], 'B/s')}",
-    ]
+    lines = [f"{name}, torch {versions['torch']}, Python {told['python']}"]
+    if rates:
+        flops = ", ".join(f"{key.upper()} {scaled(rate, 'FLOP/s')}" for key, rate in rates["flops_per_s"].items())
+        lines.append(f"Its own rates: {flops}, copy {scaled(rates['copy_bytes_per_s'], 'B/s')}")
     return lines + ([f"Warning: {doctor['warning']}"] if doctor.get("warning") else [])
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from benchmarks.gpu.archive import archive_path, unpack_archive, write_archive
 from benchmarks.gpu.child_process import adopt_orphans, run_limited
 from benchmarks.gpu.page import page_lines
 from benchmarks.gpu.time_plan import FOLDER, MINUTES, REPORT, Device, Stage, fitting, plan, table, time_limit
@@ -57,13 +59,22 @@ class Session:
         """Runs what an earlier call has not done; the exit code says whether all is done."""
         adopt_orphans()
         wanted = [one for one in plan(self.device) if not self._done(one)]
+        news = True  # that no report has yet
         with self._reserve():
             for place, stage in enumerate(wanted):
-                if stage not in fitting(wanted[place:], self._left() / 60):
+                if stage == REPORT:
+                    if place > 1:  # more than the doctor went before
+                        self._stage(REPORT)
+                        self._archive()
+                        news = False
+                elif stage not in fitting(wanted[place:], self._left() / 60):
                     self._note(stage, "left out", "the time is short; a second call runs it")
-                elif stage != REPORT and not self._stage(stage):
+                elif not self._stage(stage):
                     return self._end()
-        self._stage(REPORT)
+                else:
+                    news = True
+        if news:
+            self._stage(REPORT)
         return self._end()
 
     def _stage(self, stage: Stage) -> bool:
@@ -102,11 +113,32 @@ class Session:
         if fatal:
             print(f"error: {fatal}", file=sys.stderr, flush=True)
             return 1
-        lines = page_lines(self.stages, _json(self.output / "report.json"), _json(self._found("doctor")))
+        lines = self._page()
+        print("\n".join(["", *lines]), flush=True)
+        self._archive()
+        return exit_code(self.stages)
+
+    def _page(self) -> list[str]:
+        found = (_json(self.output / "report.json"), _json(self._found("doctor")), _json(self._found("rates")))
+        lines = page_lines(self.stages, *found)
         with contextlib.suppress(OSError):
             (self.output / "page.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print("\n".join(["", *lines]), flush=True)
-        return exit_code(self.stages)
+        return lines
+
+    def _archive(self) -> None:
+        """Writes what can be carried off; on a full disk that is said, and costs nothing else."""
+        self._page()
+        try:
+            path, left_out = write_archive(self.output)
+        except OSError as error:
+            print(f"no archive: {error}", flush=True)
+            return
+        told = f"; too large for it: {', '.join(left_out)}" if left_out else ""
+        print(
+            f"{path}: {path.stat().st_size / 2**20:.1f} MiB to carry off; beside {self.output.name} on another "
+            f"machine it lets the next call go on{told}",
+            flush=True,
+        )
 
     def _done(self, stage: Stage) -> bool:
         """Whether an earlier call has it; the machine may be another one, so that it is looked at again."""
@@ -180,6 +212,12 @@ def main() -> None:
             path = asked.output / name
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     (asked.output / FOLDER).mkdir(parents=True, exist_ok=True)
+    if not asked.fresh:
+        try:
+            if unpack_archive(asked.output):
+                print(f"{archive_path(asked.output)}: goes on where that session stopped", flush=True)
+        except (OSError, EOFError, tarfile.TarError) as error:
+            sys.exit(f"error: {archive_path(asked.output)}: is no whole archive ({error}); copy it again or remove it")
     print("\n".join(table(asked.device)), flush=True)
     sys.exit(Session(asked.output, asked.device, asked.ends, asked.config, kit["wheels"]).run())
 

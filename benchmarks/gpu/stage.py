@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,12 @@ from typing import Any, Literal
 
 from benchmarks.bench import open_run
 from benchmarks.errors import BenchError
+from benchmarks.gpu.cpp_on_cuda import run_on_cuda
 from benchmarks.gpu.gpu_tests import checks, run_tests
 from benchmarks.gpu.machine import examine
 from benchmarks.gpu.time_plan import FOLDER, POINT_BATCHES, POINT_SCALES, QUICK_BUILD_S, Device, Stage, plan
 from benchmarks.gpu.weights import FULL_SHA256, weights_digest
+from benchmarks.measure.machine_rates import measure_rates
 from benchmarks.measure.work_folder import Workplace
 from benchmarks.options import BenchOptions
 from benchmarks.report.report_files import write_report
@@ -80,6 +83,31 @@ def doctor(asked: Asked) -> Found:
     return {"outcome": "failed" if found["fatal"] else "done", **found}
 
 
+def cpp(asked: Asked) -> Found:
+    """The C++ library on CUDA itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        ended = run_on_cuda(Path(folder))
+    outcome: Outcome = {"passed": "done", "failed": "failed", "not run": "unavailable"}[ended.outcome]  # type: ignore[assignment]
+    check = {"name": "C++ library on CUDA", "outcome": ended.outcome, "reason": ended.reason}
+    return {"outcome": outcome, "reason": ended.reason, "checks": [check]}
+
+
+def session(asked: Asked) -> Found:
+    """Python's sessions on torch.cuda."""
+    if asked.device != "cuda":
+        return {"outcome": "unavailable", "reason": "needs an NVIDIA GPU that torch can use"}
+    from benchmarks.gpu.session_checks import run_checks
+
+    found = run_checks()
+    failed = [f"{one['name']}: {one['reason']}" for one in found if one["outcome"] == "failed"]
+    return {"outcome": "failed" if failed else "done", "reason": "; ".join(failed)[:1000] or None, "checks": found}
+
+
+def rates(asked: Asked) -> Found:
+    """What the machine itself reaches."""
+    return {"outcome": "done", "reason": None, "rates": measure_rates(asked.device)}
+
+
 def weights(asked: Asked) -> Found:
     """Makes the random weights that every backend maps, and says whether they are the same as elsewhere."""
     options = asked.options()
@@ -97,6 +125,8 @@ def weights(asked: Asked) -> Found:
 
 def measure(asked: Asked, stage: Stage) -> Found:
     """Measures the stage's backends at the main point."""
+    if not stage.backends:
+        return {"outcome": "unavailable", "reason": f"there is none of it on {asked.device}"}
     return _measured(asked.options(backends=stage.backends, timeout_s=stage.answer_s))
 
 
@@ -164,7 +194,9 @@ def _checks(asked: Asked) -> list[dict[str, Any]]:
     same = asked.found("weights").get("same")
     outcome = {True: "passed", False: "failed", None: "not run"}[same]
     reason = asked.found("weights").get("reason")
-    return [{"name": "random weights", "outcome": outcome, "reason": reason}, *checks(asked.folder / "tests.txt")]
+    stages = [one for name in ("cpp", "session") for one in asked.found(name).get("checks", [])]
+    weights = {"name": "random weights", "outcome": outcome, "reason": reason}
+    return [weights, *stages, *checks(asked.folder / "tests.txt")]
 
 
 def _say(line: str) -> None:
@@ -175,6 +207,9 @@ def run_stage(stage: Stage, asked: Asked) -> Found:
     """What a stage found; `outcome` and `reason` say how it ended."""
     own: dict[str, Callable[[], Found]] = {
         "doctor": lambda: doctor(asked),
+        "cpp": lambda: cpp(asked),
+        "session": lambda: session(asked),
+        "rates": lambda: rates(asked),
         "weights": lambda: weights(asked),
         "tests": lambda: run_tests(asked.folder / "tests.txt"),
         "points": lambda: points(asked, stage),

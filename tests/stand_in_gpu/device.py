@@ -76,10 +76,11 @@ class Queue:
 
 @dataclasses.dataclass
 class Block:
-    """Memory that somebody holds: its size, its GPU, and which work wrote it last."""
+    """Memory that somebody holds: its size, its GPU, what holds it, and which work wrote it last."""
 
     size: int
     index: int
+    held: weakref.ref[Any]
     writer: tuple[Queue, int] | None = None
 
 
@@ -169,16 +170,15 @@ class Device:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {count} bytes")
         held = mmap.mmap(-1, max(count, 1))
         address = ctypes.addressof(ctypes.c_char.from_buffer(held))
-        self._blocks[address] = Block(count, index)
+        block = self._blocks[address] = Block(count, index, weakref.ref(held))
         self.free_bytes -= count
-        weakref.finalize(held, self._free, address)
+        weakref.finalize(held, self._free, address, block)
         return address, held
 
-    def _free(self, address: int) -> None:
-        with self._lock:  # torch keeps memory until the work that uses it has run
-            for queue in list(self._queues.values()):
-                queue.settle()
-            self.free_bytes += self._blocks.pop(address).size
+    def _free(self, address: int, block: Block) -> None:
+        self.free_bytes += block.size
+        if self._blocks.get(address) is block:  # the mapping is gone already: another thread may have the address
+            del self._blocks[address]
 
     def block(self, address: int, count: int = 1) -> Block | None:
         """The memory that these bytes lie in, None where nobody holds them."""
@@ -249,7 +249,14 @@ class Device:
             known = max(queue.seen.get(writer, 0), self._host.get(writer, 0))
             if writer is not queue and known < place:
                 raise DeviceFault("a run reads or writes memory that work on another stream may not have written yet")
-        place = queue.push(run)
+        # torch gives memory to others in a stream's order: what is queued has it until it has run
+        kept = [block.held() for block in map(self.block, (*reads, *writes)) if block]
+
+        def work() -> None:
+            run()
+            kept.clear()
+
+        place = queue.push(work)
         for address in writes:
             if block := self.block(address):
                 block.writer = (queue, place)
@@ -544,6 +551,10 @@ def cuda_surface(device: Device) -> dict[str, Any]:
         "synchronize": synchronize,
         "current_stream": lambda device_index=None: played.stream_of(_index(device_index)),
         "set_stream": played.set_stream,
+        "is_current_stream_capturing": lambda: (
+            played.capturing is not None and played.capturing.queue is played.stream_of(played.current).queue
+        ),
+        "_sleep": lambda cycles: None,
         "stream": on_stream,
         "device": on_gpu,
         "Stream": Pooled,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import os
@@ -46,6 +47,7 @@ def play(version: str, device: Device | None = None, *, gpu: bool = True, beside
         if here is not None:
             for name, value in cuda_surface(here).items():
                 patch.setattr(torch.cuda, name, value)
+            patch.setattr("engines.run.streams._spare", collections.defaultdict(list))  # those of this device
             patch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
             stack.enter_context(Mode(here))
         _make_short(patch)
