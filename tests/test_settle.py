@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from export.contract.errors import ExportError
-from export.contract.manifest import manifest_path, read_manifest
+from export.contract.manifest import ManifestError, data_path, manifest_path, read_manifest, write_manifest
 from export.contract.signature import Signature, encoder_signature
+from export.graph.rewrite import Rewrites
 from export.inspect import inspect_onnx, quantized_products, summary_lines
-from export.pipeline import RejectedError, export_onnx
+from export.lowering.attention import find_attentions
+from export.lowering.precision import lower
+from export.lowering.relower import relower
+from export.options import check_options
+from export.pipeline import RejectedError, export_onnx, verify_file
+from export.proof.fidelity import TOLERANCES
 from export.proof.verify import reference_pixels
 from export.quantising.calibration import METADATA, CalibrationError, calibrate, read_calibration, save_calibration
 from export.quantising.settle import QuantiseOptions, Settled, record_path, settle
@@ -329,3 +336,135 @@ def test_meta_dual_has_these_products() -> None:
     names = {name for name, module in golden.encoder.named_modules() if isinstance(module, torch.nn.Linear)}
     assert names == set(ALL)
     assert traced(golden.encoder, golden.config, necks="sam3", positions="none").model.graph
+
+
+# --- files, JSON, verdicts and types: the rest of what is said
+
+
+@pytest.mark.parametrize(
+    ("output", "calibration", "positions"),
+    [("c.fp8.onnx", "c.safetensors", "none"), ("d.onnx", "d.positions.safetensors", "file")],
+)
+@pytest.mark.parametrize("folder", ["", "link/"])
+def test_files_of_one_command_that_collide_are_refused_before_any_work(
+    output: str, calibration: str, positions: str, folder: str, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    told: list[str] = []
+    quantise = QuantiseOptions(calibration=tmp_path / folder / calibration)
+    changes = {"precision": "fp8", "positions": positions, "quantise": quantise}
+    with pytest.raises(ExportError, match=re.escape(str(tmp_path))):
+        export_onnx(golden_options("meta-dual", tmp_path / output, **changes), told.append)
+    assert not told and [path.name for path in tmp_path.iterdir()] == ["link"]
+    check_options(golden_options("meta-dual", tmp_path / f"other-{output}", **changes))  # the control
+
+
+def test_a_calibration_takes_no_others_place(tmp_path: Path) -> None:
+    weights, mine = tmp_path / "w.safetensors", tmp_path / "c.int8.json"
+    save_file({"a": torch.zeros(1)}, weights)
+    mine.write_text('{"kind": "onnx", "format": 1}')
+    for calibration, subject in ((weights, "w.safetensors"), (tmp_path / "c.safetensors", "c.int8.json")):
+        options = golden_options("meta-dual", tmp_path / "a.onnx", precision="int8", checkpoint=weights)
+        with pytest.raises(ExportError, match=subject):
+            check_options(dataclasses.replace(options, quantise=QuantiseOptions(calibration=calibration)))
+    mine.write_text('{"key": {}, "rows": {}}')  # the control: a record
+    check_options(dataclasses.replace(options, quantise=QuantiseOptions(calibration=tmp_path / "c.safetensors")))
+
+
+def test_an_export_removes_only_what_its_manifest_names(tmp_path: Path) -> None:
+    mine = tmp_path / "a.positions.safetensors"
+    mine.write_bytes(b"mine")
+    export_onnx(golden_options("meta-dual", tmp_path / "a.onnx", verify=False))
+    assert mine.read_bytes() == b"mine"
+
+
+def test_a_saved_reference_takes_no_files_place(tmp_path: Path) -> None:
+    export_onnx(golden_options("meta-dual", tmp_path / "a.onnx", verify=False, positions="file"))
+    before = (tmp_path / "a.positions.safetensors").read_bytes()
+    with pytest.raises(ExportError, match=r"a\.positions\.safetensors"):
+        verify_file(tmp_path / "a.onnx", save=tmp_path / "a.positions.safetensors")
+    assert (tmp_path / "a.positions.safetensors").read_bytes() == before
+
+
+def test_manifests_are_strict_json(tmp_path: Path) -> None:
+    values = {"a": [1.5, float("nan"), {"b": -float("inf")}], "c": (1, None, "NaN")}
+    content = write_manifest(tmp_path / "x.json", "onnx", values, [])
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == content
+    assert content["a"] == [1.5, None, {"b": None}] and content["c"] == [1, None, "NaN"]
+    for number in ("NaN", "Infinity", "-Infinity", "1e999"):
+        (tmp_path / "y.json").write_text(text.replace("1.5", number))
+        with pytest.raises(ManifestError, match=r"y\.json"):
+            read_manifest(tmp_path / "y.json", "onnx")
+    read_manifest(tmp_path / "x.json", "onnx")  # the control
+
+
+def test_inspect_repeats_a_verdict_only_for_bytes_that_it_knows(tmp_path: Path) -> None:
+    result = export_onnx(golden_options("meta-dual", tmp_path / "a.onnx", precision="fp16", **SMALL))
+
+    def told(*options: str) -> tuple[bool, str]:
+        ran = neck_export_cli("inspect", result.path, *options)
+        found = json.loads(neck_export_cli("inspect", result.path, *options, "--json").out)["manifest"]
+        return bool(found and found["verification"]["verified"]), ran.out
+
+    assert told()[0] and "relative L2" in told()[1]
+    data = data_path(result.path)
+    weights = bytearray(data.read_bytes())
+    sound = bytes(weights)
+    weights[100] ^= 64
+    data.write_bytes(weights)
+    assert not told()[0] and "relative L2" not in told()[1]
+    assert not told("--check")[0]
+    data.write_bytes(sound)  # the bytes of then, at another time
+    assert not told()[0] and told("--check")[0] and "relative L2" in told("--check")[1]
+    verify_file(result.path)
+    assert told()[0]
+
+
+@pytest.mark.parametrize(
+    ("precision", "outputs"), [("fp32", "fp16"), ("fp32", "bf16"), ("fp16", "bf16"), ("fp16", "fp32"), ("bf16", "fp32")]
+)
+def test_the_tolerance_follows_the_outputs_type(precision: str, outputs: str, tmp_path: Path) -> None:
+    options = golden_options("meta-dual", tmp_path / "a.onnx", precision=precision, output_precision=outputs)
+    result = export_onnx(dataclasses.replace(options, necks="sam3", levels="2"))
+    assert result.verdict is not None and result.verdict.passed
+    wider = TOLERANCES[max(precision, outputs, key=lambda one: TOLERANCES[one].relative_l2)]
+    assert result.verdict.comparisons[0].tolerance == wider
+    assert verify_file(result.path).passed
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("output_precision", "int8"), ("output_precision", "fp8"), ("precision", "fp64"), ("positions", "x")],
+)
+def test_a_value_that_a_field_does_not_have_is_refused(field: str, value: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=f"{field} is '{value}'"):
+        check_options(golden_options("meta-dual", tmp_path / "a.onnx", **{field: value}))
+    golden = load_golden("meta-dual")
+    if field == "output_precision":
+        with pytest.raises(ExportError, match=field):
+            lower(traced(golden.encoder, golden.config).model, "fp32", output_precision=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_file_is_lowered_again_with_the_exact_scale(precision: str) -> None:
+    """Without the folded scale; the constant holds it in the file's type, off by up to 1.5e-3 in BF16."""
+    golden = load_golden("meta-dual")
+    model = traced(golden.encoder, golden.config, Rewrites(fold_scale=False), necks="sam3", positions="none").model
+    lower(model, precision, attention="scores32")  # type: ignore[arg-type]
+    exact = (golden.config.embed_dim // golden.config.num_heads) ** -0.5
+    rounded = {core.scale for core in find_attentions(model.graph)}
+    constants = [value for name, value in model.graph.initializers.items() if "attention_scale" in name]
+    assert rounded == {exact} and constants
+    assert all(float(value.const_value.numpy()) != exact for value in constants)  # type: ignore[union-attr]
+    again = ir.from_proto(ir.to_proto(model))
+    relower(again, precision, "fp32acc")  # type: ignore[arg-type]
+    assert {core.scale for core in find_attentions(again.graph)} == {exact}
+
+
+def test_a_folded_bias_keeps_its_name() -> None:
+    golden = load_golden("meta-dual")
+    names = list(traced(golden.encoder, golden.config, necks="sam3", positions="none").model.graph.initializers)
+    assert "trunk.blocks.0.attn.qkv.bias" in names and not [
+        name for name in names if name.endswith((".order", ".factor"))
+    ]

@@ -104,7 +104,7 @@ def _run(evaluator: ReferenceEvaluator, feeds: dict[str, np.ndarray]) -> list[np
 def _replace(graph: ir.Graph, node: ir.Node, tensors: Sequence[ir.TensorProtocol]) -> None:
     """Puts the tensors in the place of a node; one made of a module's weight takes the weight's name."""
     weights = [value for value in node.inputs if value is not None and "." in str(value.name)]
-    source = max(weights, key=lambda value: cast(ir.TensorProtocol, value.const_value).nbytes, default=None)
+    source = max(weights, key=_is_source, default=None)
     values = []
     for old, tensor in zip(node.outputs, tensors, strict=True):
         values.append(add_initializer(graph, str((source or old).name), tensor))
@@ -114,6 +114,12 @@ def _replace(graph: ir.Graph, node: ir.Node, tensors: Sequence[ir.TensorProtocol
         name = str(source.name)
         del graph.initializers[name]
         values[0].name = name
+
+
+def _is_source(value: ir.Value) -> tuple[bool, int]:
+    """How much a constant is what a result is made of: numbers before the indices that select them, then by size."""
+    tensor = cast(ir.TensorProtocol, value.const_value)
+    return tensor.dtype.is_floating_point(), tensor.nbytes
 
 
 def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
