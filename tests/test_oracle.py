@@ -129,7 +129,7 @@ def draw(number: int, chance: random.Random) -> Case:
     """What the combination with this number is; every choice is drawn whether it is used or not."""
     name = chance.choice(list(BASES))
     precision = chance.choice(["fp32", "fp16", "bf16", "fp8", "int8"])
-    attention = chance.choice(["auto", "auto", "scores32", "fused", "unfused", "fp32acc"])
+    attention = chance.choice(["auto", "auto", "fused", "unfused", "fp32acc"])
     residual = chance.choice(["auto", "auto", "fp32"])
     drawn: dict[str, Any] = {
         "precision": precision,

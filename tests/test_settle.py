@@ -451,10 +451,10 @@ def test_a_file_is_lowered_again_with_the_exact_scale(precision: str) -> None:
     """Without the folded scale; the constant holds it in the file's type, off by up to 1.5e-3 in BF16."""
     encoder, exact = random_encoder(TINY), TINY.head_dim**-0.5
     model = traced(encoder, TINY, Rewrites(fold_scale=False), necks="sam3", levels="2", positions="none").model
-    lower(model, precision, attention="scores32")  # type: ignore[arg-type]
+    lower(model, precision, attention="unfused")  # type: ignore[arg-type]
     constants = [value for name, value in model.graph.initializers.items() if "attention_scale" in name]
     assert constants and all(float(value.const_value.numpy()) != exact for value in constants)  # type: ignore[union-attr]
-    for form in ("fused", "scores32", "fused", "fp32acc"):
+    for form in ("fused", "unfused", "fused", "fp32acc"):
         model = ir.from_proto(ir.to_proto(model))
         relower(model, precision, form)  # type: ignore[arg-type]
         if form == "fused":
