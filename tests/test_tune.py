@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import DATA
+from listening import listening
 
 from engines.builder.flavor import Flavor
 from engines.builder.gpu import has_gpu
@@ -20,6 +21,7 @@ from export.pipeline import ExportOptions, RejectedError, export_onnx
 from export.proof.fidelity import Tolerance, Verdict, compare_output
 from export.proof.verify import Report
 from neck.config import EncoderConfig
+from neck.progress import Count
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
 
@@ -57,8 +59,11 @@ def tune(source: Path, folder: Path) -> Tuning:
 
 
 def test_the_fastest_that_passes_is_kept_and_the_others_are_told(source: Path, tmp_path: Path) -> None:
-    tuning = tune(source, tmp_path)
+    counts: list[Count] = []
+    with listening(counts.append):
+        tuning = tune(source, tmp_path)
     assert len(tuning.rows) == 6
+    assert [(one.done, one.total) for one in counts if one.unit == "builds"] == [(done, 6) for done in range(7)]
     manifest = read_manifest(manifest_path(tuning.best.path), "plan")
     check_files(manifest_path(tuning.best.path), manifest)
     kept = [manifest["key"][name] for name in ("attention", "spelling", "upsampling")]
