@@ -28,8 +28,9 @@ from neck.trunk import Block, ViTDetTrunk
 
 CANONICAL_OPSET = 23
 
-OLDEST_TORCH = "2.8.0a0"
-"""The graphs of PyTorch 2.5 to 2.7 cannot be cut into blocks; `a0` lets NVIDIA's own builds of 2.8 pass."""
+OLDEST_TORCH = "2.10.0a0"
+"""With a dynamic batch and padded windows PyTorch 2.9 refuses and 2.8 silently fixes the batch; the graphs of 2.5 to
+2.7 cannot be cut into blocks. `a0` lets NVIDIA's own builds of 2.10 pass."""
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 BLOCKS = "trunk.blocks."
@@ -43,7 +44,7 @@ def trace(module: DeployEncoder) -> ir.Model:
     """
     if torch.__version__ < OLDEST_TORCH:  # compared as versions
         raise ExportError(
-            f"PyTorch {torch.__version__} is too old to export from: neck-export needs 2.8 or later; install it, or "
+            f"PyTorch {torch.__version__} is too old to export from: neck-export needs 2.10 or later; install it, or "
             "export on another machine and bring the file"
         )
     kinds = block_kinds(module)
