@@ -421,7 +421,9 @@ def test_a_torch_that_is_too_old_is_named(version: str, serves: bool, monkeypatc
         raise ZeroDivisionError("reached")
 
     monkeypatch.setattr(export.graph.trace, "_export", reached)
-    with pytest.raises(ZeroDivisionError if serves else ExportError, match="reached" if serves else r"PyTorch 2\.9\.1.*2\.10"):
+    with pytest.raises(
+        ZeroDivisionError if serves else ExportError, match="reached" if serves else r"PyTorch 2\.9\.1.*2\.10"
+    ):
         trace(module)
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
     assert f'"torch>={OLDEST_TORCH.removesuffix(".0a0")}"' in text
