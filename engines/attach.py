@@ -74,10 +74,10 @@ def attach(
                 f"{path} runs on {encoder.device}, the model is on {home}; move it: model.to('{encoder.device}')"
             )
         attached = Attached(live, encoder, asked)
+        attached.enter([*_ancestors(model, attached)])
     except Exception:
         encoder.close()
         raise
-    attached.enter([*_ancestors(model, attached)])
     if free:
         attached.free()
     return encoder

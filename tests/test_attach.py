@@ -309,6 +309,21 @@ def test_a_file_that_runs_elsewhere_than_the_model(
         opened[0](frames(1))
 
 
+def test_an_attachment_that_breaks_off(model: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN401
+    """The model is as it was, and can be attached."""
+
+    def broken(*given: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("engines.live.stand_ins.LoadGuard", broken)
+        attach(model, file)
+    parts = [part for part in model.modules() if MARK in vars(part) or "forward" in vars(part)]
+    assert parts == []
+    attach(model, file)
+    detach(model)
+
+
 def test_detach_follows_the_model(model: Any, file: Path) -> None:  # noqa: ANN401
     attach(model, file)
     model.half()

@@ -90,7 +90,7 @@ class Live:
         for path, module in self.modules.items():
             if path.startswith(layout.blocks):
                 values = {**dict(module.named_buffers(recurse=False)), "freqs_cis": getattr(module, "freqs_cis", None)}
-                found |= {f"{path}.{name}": value for name, value in values.items() if isinstance(value, Tensor)}
+                found |= {f"{path}.{name}": value.cpu() for name, value in values.items() if isinstance(value, Tensor)}
         return {name: value for name, value in found.items() if is_table(layout, name)}
 
 

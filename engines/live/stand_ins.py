@@ -79,6 +79,13 @@ class Attached:
         Args:
             ancestors: every module of the model that holds one of `parts`, that part's path in it, and the part.
         """
+        try:
+            self._enter(ancestors)
+        except Exception:
+            self.leave()  # the model is as it was
+            raise
+
+    def _enter(self, ancestors: Sequence[tuple[nn.Module, str, nn.Module]]) -> None:
         if self.kind == "vitdet":
             self._put(self.module, "forward", self.run_vitdet)
             self._put(self._trunk, "forward", self.run_trunk)
@@ -112,7 +119,7 @@ class Attached:
                 vars(module)[name] = value
             else:
                 vars(module).pop(name, None)
-        delattr(self.module, MARK)
+        vars(self.module).pop(MARK, None)
         self._before, self._guards = [], []
 
     def free(self) -> None:
