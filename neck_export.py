@@ -11,6 +11,7 @@ if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "neck-export":  # 
     take_over_signals()  # before the imports that take time
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast, get_args
@@ -234,6 +235,8 @@ def trt(
     hardware_compatible: Annotated[
         Literal["none", "ampere+", "same"], typer.Option(help="GPUs that the plan runs on (TensorRT)")
     ] = "none",
+    checkpoint: ItsWeights = None,
+    adapter: ItsAdapter = None,
     tune: Annotated[bool, typer.Option(help="Build all forms, keep the fastest that passes (GPU)")] = False,
     verify: Annotated[bool, typer.Option(help="Compare with PyTorch before the plan gets its name")] = True,
     images: Images = None,
@@ -277,6 +280,8 @@ def trt(
             verify=verify,
             images=pictures(images, picture_range),
             tolerances=parse_tolerances(tolerance),
+            checkpoint=checkpoint,
+            adapter=adapter,
         )
         if tune:
             from engines.tune import tune_plan, tuning_lines
@@ -681,13 +686,17 @@ def parse_size(size: str) -> int | tuple[int, int]:
 
 
 def pictures(images: Path | None, picture_range: str | None) -> Path | PictureFolder | None:
-    """The folder of --images, read as --picture-range says: `LOW:HIGH`, which says nothing without --images."""
+    """The folder of --images, read as --picture-range says (`LOW:HIGH`); tells which of its files are skipped."""
+    if images is None:
+        if picture_range is not None:
+            raise typer.BadParameter("--picture-range requires --images", param_hint="--picture-range")
+        return None
+    from neck.pictures import PictureError, PictureFolder, ValueRange, skipped_line
+
+    if skipped := skipped_line(images):
+        typer.echo(f"note: {skipped}", err=True)
     if picture_range is None:
         return images
-    if images is None:
-        raise typer.BadParameter("is of the pictures of --images", param_hint="--picture-range")
-    from neck.pictures import PictureError, PictureFolder, ValueRange
-
     try:
         return PictureFolder(images, ValueRange.parse(picture_range))
     except PictureError as error:
@@ -780,9 +789,22 @@ def show_verdict(verdict: Verdict, err: bool = False) -> None:
         typer.echo(f"first tensor that is not finite: {verdict.first_bad}", err=err)
 
 
+def prepare_text() -> None:
+    """Lets every path be printed, and `--option=~/file` be written, which shells leave as it is."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # what a code page lacks (cp1252, ASCII), and bytes of a path that are no UTF-8, are escaped
+            stream.reconfigure(errors="backslashreplace")
+    for index, argument in enumerate(sys.argv):
+        option, sign, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        if value.startswith("~/") or value == "~":
+            sys.argv[index] = option + sign + os.path.expanduser(value)
+
+
 def main() -> None:
     """Entry point of `neck-export`."""
     take_over_signals()
+    prepare_text()
     try:
         app()
     finally:

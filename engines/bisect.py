@@ -18,6 +18,7 @@ from engines.builder.onnx_source import plan_source
 from engines.builder.plan_kind import is_plan
 from export.contract.export_command import REPLACED_FORMS, export_command
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest, workspace
+from export.contract.onnx_file import check_path
 from export.contract.signature import Signature
 from export.graph.cleanup import MODULE
 from export.graph.deployed_module import DeployEncoder
@@ -87,6 +88,7 @@ def bisect(
         BisectError: an FP32 file, or one that no few modules mend.
         ManifestError, CheckpointError, ExportError: the file or its weights cannot be read.
     """
+    check_path(path)
     where = manifest_path(path)
     if is_plan(path):
         manifest = plan_source(where)

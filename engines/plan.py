@@ -25,12 +25,14 @@ from export.contract.manifest import (
     check_files,
     locked,
     manifest_path,
+    new_folder,
     publish,
     read_manifest,
     staging,
     to_json,
     write_manifest,
 )
+from export.contract.onnx_file import check_path
 from export.contract.signature import Signature
 from export.lowering.attention import AttentionForm, Spelling
 from export.lowering.precision import Precision, Residual, residuals_to_try
@@ -56,6 +58,8 @@ class PlanOptions:
         upsampling, keep_fp32, residual, quantise: how an FP32 file is lowered; `auto` residuals: FP16, if need be FP32.
         build: the builder's options; its precision and batch are taken from the file.
         verify: whether to compare the plan with PyTorch before it gets its name.
+        checkpoint, adapter: the weights that the file was exported from, and what was merged into them, where they are
+            no longer where its manifest says.
     """
 
     onnx: Path
@@ -72,6 +76,8 @@ class PlanOptions:
     verify: bool = True
     images: Path | PictureFolder | None = None
     tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    checkpoint: Path | None = None
+    adapter: Path | None = None
     known: tuple[Settled | None, tuple[str, ...]] | None = None  # of settle_source, so that `--tune` asks once
 
 
@@ -107,6 +113,8 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None) -> PlanR
         ManifestError: the ONNX file is not the one that its manifest speaks of.
         RejectedError: the plan, or without a GPU its ONNX graph, left tolerance; it stays as X.plan.rejected.
     """
+    for path in (options.onnx, options.output):
+        check_path(path)
     flavor = choose_flavor(options.flavor)
     source = read_source(options.onnx, report)
     precision = options.precision or source.precision
@@ -117,11 +125,18 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None) -> PlanR
     found, reason = reusable(job)
     if found:
         return found
-    with disk_errors(options.output), contextlib.ExitStack() as left, staging(options.output) as folder:
+    with (
+        disk_errors(options.output),
+        new_folder(options.output.parent),
+        contextlib.ExitStack() as left,
+        staging(options.output) as folder,
+    ):
         staged = folder / options.output.name
         verdict: Verdict | None = None
         asked = (options.quantise, options.images, report, options.keep_fp32)
-        settled, notes = options.known or settle_source(source, job.precision, *asked)
+        settled, notes = options.known or settle_source(
+            source, job.precision, *asked, checkpoint=options.checkpoint, adapter=options.adapter
+        )
         for residual in job.residuals:
             if verdict:
                 notes = (f"{', '.join(verdict.failed_names)} left tolerance: built again with residual sums in FP32",)
@@ -163,7 +178,7 @@ def plan_places(options: PlanOptions, flavor: Flavor, precision: Precision) -> l
 
 def read_places(options: PlanOptions, source: Source) -> list[Place]:
     """Every file that `neck-export trt` reads."""
-    places = manifest_places(source.path, source.manifest or {})
+    places = manifest_places(source.path, source.manifest or {}, options.checkpoint)
     if options.build.replay_timing:
         places.append(Place("the file of --replay-timing", options.build.replay_timing))
     return places
@@ -223,7 +238,7 @@ class Job:
         """What the encoder that the file's manifest tells of gives in PyTorch."""
         where, manifest = manifest_path(self.source.path), self.source.manifest or {}
         signature = Signature.from_dict(manifest["signature"])
-        encoder = manifest_encoder(where, manifest)
+        encoder = manifest_encoder(where, manifest, self.options.checkpoint, self.options.adapter)
         return make_reference(encoder, signature, images=self.options.images, report=self.report)
 
 
@@ -293,7 +308,14 @@ def _verify(job: Job, typed: Path, staged: Path, about: dict[str, Any]) -> tuple
         report("verify: the plan against PyTorch")
         # a session loads no plan without its manifest; written here alone, since its SHA-256 reads the whole plan
         write_manifest(manifest_path(staged), "plan", about | {"verification": {"verified": False}}, [staged])
-        verdict = verify_plan(staged, images=options.images, overrides=options.tolerances, report=report)
+        verdict = verify_plan(
+            staged,
+            checkpoint=options.checkpoint,
+            adapter=options.adapter,
+            images=options.images,
+            overrides=options.tolerances,
+            report=report,
+        )
         return verdict, verdict.to_dict()
     before = source.manifest["verification"]
     if typed == source.path and before["verified"] and not options.images and not options.tolerances:

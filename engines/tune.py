@@ -124,7 +124,7 @@ def tune_plan(
     with disk_errors(options.output):
         folder.mkdir(parents=True, exist_ok=True)
     asked = (options.quantise, options.images, report, options.keep_fp32)
-    settled = settle_source(source, options.precision, *asked)
+    settled = settle_source(source, options.precision, *asked, checkpoint=options.checkpoint, adapter=options.adapter)
     options = dataclasses.replace(options, known=settled)
     candidates = [*itertools.product(FORMS, UPSAMPLINGS)]
     for (attention, spelling), upsampling in counted(candidates, "candidates", len(candidates), "builds"):

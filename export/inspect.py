@@ -15,6 +15,7 @@ from export.contract.manifest import (
     ManifestError,
     check_files,
     data_path,
+    lfs_pointer,
     manifest_path,
     read_manifest,
     unchanged,
@@ -49,6 +50,8 @@ def read_graph(path: Path) -> ir.Model:
     """
     if not path.is_file():
         raise ExportError(f"{path}: no such file; export it by `neck-export onnx`")
+    if pointer := lfs_pointer(path):
+        raise ExportError(pointer)
     again = f"export it again: {export_again(path)}"
     try:
         model = ir.load(path)
@@ -65,6 +68,8 @@ def read_graph(path: Path) -> ir.Model:
     for file, end in ends.items():
         if not file.is_file():
             raise ExportError(f"{path}: its weights {file} are missing; copy them beside it, or {again}")
+        if file.stat().st_size < end and (pointer := lfs_pointer(file)):
+            raise ExportError(pointer)
         if file.stat().st_size < end:
             raise ExportError(f"{file}: is cut off at {file.stat().st_size:,} of {end:,} bytes; copy it again")
     return model

@@ -102,9 +102,8 @@ def check_options(options: ExportOptions) -> Form:
         ExportError, ReaderError, FidelityError, PictureError: what cannot be, and what can.
     """
     _check_choices(options)
-    config = options.config or EncoderConfig()
-    if options.image_size is not None:
-        check_image_size(options.image_size, config.patch_size)
+    if options.image_size is not None and (options.config or options.checkpoint is None):
+        check_image_size(options.image_size, (options.config or EncoderConfig()).patch_size)
     if options.opset is not None and options.opset not in OPSETS:
         raise ExportError(f"opset {options.opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
     check_residual(options.precision, options.residual)

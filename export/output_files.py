@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 from export.contract.errors import ExportError
 from export.contract.manifest import data_path, manifest_path
+from export.contract.onnx_file import check_path
 from export.contract.signature import Signature
+from export.contract.sizes import size_text
 from export.lowering.precision import TORCH_TYPES, TYPES, Precision
 from export.lowering.quantise import CODES
 from export.proof.verify import positions_path
@@ -106,6 +108,7 @@ def check_targets(output: Path) -> None:
     Raises:
         ExportError: naming it.
     """
+    check_path(output)
     manifest = manifest_path(output)
     if not _has_keys(manifest, {"format", "kind"}):
         raise ExportError(f"{manifest}: is not a manifest of neck-export; move it, or choose another --output")
@@ -135,7 +138,7 @@ def check_room(output: Path, encoder: Sam3DualViTDetNeck, signature: Signature, 
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         raise ExportError(
-            f"{output.parent}: {free / 1e9:.2f} GB are free, the file needs {needed / 1e9:.2f} GB; "
+            f"{output.parent}: {size_text(free)} are free, the file needs {size_text(needed)}; "
             f"make room or choose another --output"
         )
 

@@ -20,12 +20,14 @@ from export.contract.manifest import (
     locked,
     manifest_path,
     named_files,
+    new_folder,
     publish,
     read_manifest,
     record_in_manifest,
     staging,
     write_manifest,
 )
+from export.contract.onnx_file import check_path
 from export.contract.readers import find_readers
 from export.contract.signature import Signature
 from export.graph.deployed_module import DeployEncoder
@@ -121,7 +123,12 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
     check_overrides(tolerances, [spec.name for spec in signature.outputs])
     if options.verify:
         check_memory(signature, encoder)
-    with disk_errors(options.output), ThreadPoolExecutor(1) as background, staging(options.output) as folder:
+    with (
+        disk_errors(options.output),
+        new_folder(options.output.parent),
+        ThreadPoolExecutor(1) as background,
+        staging(options.output) as folder,
+    ):
         check_room(options.output, encoder, signature, options.precision)
         asked = (options.checkpoint, options.seed, options.state, options.prefix)
         origin = background.submit(weights_origin, *asked, options.adapter, options.adapter_alpha)
@@ -210,6 +217,7 @@ def verify_file(
     where, asked = manifest_path(path), find_readers(readers) if readers else ()
     if not path.is_file():
         raise ExportError(f"{path}: no such file; export it by `neck-export onnx`")
+    check_path(path)
     require_runtime()
     if save is not None:
         check_reference(save)
@@ -217,7 +225,9 @@ def verify_file(
         needs = graph_needs(read_graph(path))
         require(asked, needs, str(path), f"it is {read_by(needs)}")
         raise ManifestError(
-            f"{where}: the manifest is missing, so its weights are unknown; {path.name} is {read_by(needs)}"
+            f"{where}: the manifest is missing, so what {path.name} was exported from is unknown, and it cannot be "
+            f"compared with PyTorch; only files that neck-export wrote can, with their manifest. "
+            f"{path.name}: {read_by(needs)}"
         )
     manifest = read_manifest(where, "onnx")
     signature = manifest_signature(where, manifest)

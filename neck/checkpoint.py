@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from neck.weights.adapters import check_base, find_adapter
 from neck.weights.hf_config import hf_config_file, picture_notes, read_hf_config
 from neck.weights.mask_decoder import with_decoder
 from neck.weights.merging import Changes, merge, merge_notes, plan_changes
-from neck.weights.not_checkpoints import channels_last, quantised
+from neck.weights.not_checkpoints import channels_last, quantised, shard_of
 from neck.weights.rotary_tables import check_tables, is_table
 from neck.weights.several_encoders import chosen_by_prefix, without_copies
 
@@ -39,9 +40,26 @@ __all__ = ["CheckpointError", "load_encoder", "random_encoder", "save_meta_check
 Choose = Callable[[Sequence[str]], Sequence[str]]
 """Chooses the necks to load from those that a checkpoint has."""
 
+P = ParamSpec("P")
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def _naming_shards(load: Callable[P, Sam3DualViTDetNeck]) -> Callable[P, Sam3DualViTDetNeck]:
+    """Says in an error of load_encoder that the file is one shard of several, where its name tells that."""
+
+    @functools.wraps(load)
+    def told(*args: P.args, **kwargs: P.kwargs) -> Sam3DualViTDetNeck:
+        try:
+            return load(*args, **kwargs)
+        except CheckpointError as error:
+            shard = shard_of(Path(args[0] if args else kwargs["path"]))  # type: ignore[arg-type]
+            raise CheckpointError(f"{error}; {shard}" if shard else str(error)) from None
+
+    return told
+
+
+@_naming_shards
 def load_encoder(
     path: Path,
     config: EncoderConfig | None = None,

@@ -23,7 +23,13 @@ Say = Callable[[str], None]
 
 # Named, so that Pillow never hands a file to Ghostscript (EPS) or to a plugin that nobody asked for.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+SUFFIXES |= {".ppm", ".pgm"}
+
+UNREAD = frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw"})
+"""Suffixes of pictures that are not read here."""
+
+MOST_NAMED = 4
 
 # The golden tensors have the bits of x * float32(2 / 255) - 1; x / 127.5 - 1 and four other ways are 1.2e-7 off.
 PIXEL_SCALE = 2 / 255
@@ -206,8 +212,30 @@ def find_pictures(folder: Path) -> list[Path]:
     # Hidden: macOS puts a `._photo.jpg` that is no JPEG beside each `photo.jpg` on foreign disks.
     pictures = [path for path in entries if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()]
     if not pictures:
-        raise PictureError(f"{folder} holds no picture; put files there that end in {', '.join(sorted(SUFFIXES))}.")
+        skipped = f"{line}; " if (line := skipped_line(folder)) else ""
+        names = ", ".join(sorted(SUFFIXES))
+        raise PictureError(f"{folder} holds no picture; {skipped}put files there that end in {names}.")
     return pictures
+
+
+def skipped_line(folder: Path) -> str | None:
+    """Counts and names the files that `find_pictures` leaves out, hidden ones aside; None where there is none."""
+    try:
+        entries = sorted(Path(folder).iterdir())
+    except (OSError, ValueError):  # told by find_pictures
+        return None
+    skipped = [
+        path.name for path in entries if path.suffix.lower() not in SUFFIXES and path.name[0] != "." and path.is_file()
+    ]
+    if not skipped:
+        return None
+    more = f" and {len(skipped) - MOST_NAMED} more" if len(skipped) > MOST_NAMED else ""
+    files = "1 file was" if len(skipped) == 1 else f"{len(skipped)} files were"
+    convert = any(Path(name).suffix.lower() in UNREAD for name in skipped)
+    return (
+        f"{folder}: {files} skipped ({', '.join(skipped[:MOST_NAMED])}{more})"
+        f"{'; convert HEIC, AVIF and raw pictures to PNG or JPEG' if convert else ''}"
+    )
 
 
 def _open_file(path: Path) -> BinaryIO:

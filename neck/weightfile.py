@@ -67,6 +67,8 @@ def read_state(path: Path, state: str | None = None) -> State:
     path = find_file(path)
     head = _head(path)
     if _is_index(head):
+        if known := file_of(path, head):
+            raise CheckpointError(known)
         if state is not None:
             raise CheckpointError(f"{path}: an index of shards has one state; leave --state out")
         return State(unwrap_names(path, _read_shards(path)))
@@ -95,6 +97,10 @@ def find_file(path: Path) -> Path:
         raise CheckpointError(f"No such file: the folder {path} has no {' or '.join(FOLDER_NAMES)}; name a file")
     if not path.is_file():
         raise CheckpointError(missing(path))
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{path}: PyTorch and safetensors open no path that is not UTF-8; rename it") from None
     return path
 
 

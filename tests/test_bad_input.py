@@ -25,6 +25,7 @@ from exporting import (
     Ran,
     checkpoint_of,
     config_of,
+    golden_options,
     listing,
     neck_export_cli,
     quick_trace,
@@ -36,8 +37,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import export.pipeline
+from engines.bisect import bisect
+from engines.plan import PlanOptions, make_plan
+from export.contract.errors import ExportError
 from export.graph.deployed_module import DeployEncoder
-from export.pipeline import verify_file
+from export.inspect import inspect_onnx
+from export.pipeline import export_onnx, verify_file
 from export.proof.verify import run_model
 
 CONFIG = config_of("meta-dual")
@@ -320,6 +325,33 @@ def test_a_missing_folder_is_made(tmp_path: Path) -> None:
     assert sorted(listing(tmp_path / "a" / "b")) == ["x.json", "x.onnx", "x.onnx.data"]
 
 
+def test_a_folder_that_was_made_for_nothing_goes(mount: Callable[[str], Path], tmp_path: Path) -> None:
+    place = mount("size=64k")
+    assert run_export(tmp_path, "--output", place / "a" / "b" / "x.onnx").code == 1
+    assert listing(place) == {}
+
+
+def test_a_path_that_is_not_utf_8_is_blamed(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    with pytest.raises(ExportError, match="UTF-8"):
+        export_onnx(golden_options("meta-dual", folder / "x.onnx"))
+    assert not folder.exists()
+    assert run_export(tmp_path, "--output", tmp_path / "x.onnx", "--no-verify").code == 0
+    folder.mkdir()
+    for file in ("x.onnx", "x.json", "x.onnx.data"):
+        (tmp_path / file).rename(folder / file)
+    works: list[Callable[[], object]] = [
+        lambda: verify_file(folder / "x.onnx"),
+        lambda: bisect(folder / "x.onnx"),
+        lambda: make_plan(PlanOptions(folder / "x.onnx", tmp_path / "x.plan")),
+        lambda: make_plan(PlanOptions(tmp_path / "x.onnx", folder / "x.plan")),
+    ]
+    for work in works:
+        with pytest.raises(ExportError, match="UTF-8"):
+            work()
+    assert inspect_onnx(folder / "x.onnx")["manifest"]  # the control: nothing but the path is wrong
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for output in (tmp_path / "file" / "x.onnx", tmp_path / "file" / "deeper" / "x.onnx"):
@@ -366,7 +398,7 @@ def test_too_small_a_disk_is_seen_before_the_work(
     place = mount("size=64k")
     monkeypatch.setattr(export.pipeline, "trace", lambda module: pytest.fail("traced"))
     ran = run_export(tmp_path, "--output", place / "x.onnx")
-    refused(ran, f"{place}: 0.00 GB are free, the file needs 0.00 GB; make room or choose another --output")
+    refused(ran, f"{place}: 65.5 kB are free, the file needs 363 kB; make room or choose another --output")
     nothing_written(place)
 
 

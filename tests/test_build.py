@@ -285,7 +285,9 @@ def test_what_the_parser_refuses_is_told_with_the_node(small: Path) -> None:
     node = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
     node.op_type = "NoSuchOperator"
     onnx.save(model, small)
-    with pytest.raises(BuildError, match=rf"cannot parse it: node {node.name} \(NoSuchOperator\).*\n.*--opset auto"):
+    with pytest.raises(
+        BuildError, match=rf"TensorRT-RTX [\d.]+ cannot parse it: node {node.name} \(NoSuchOperator\).*\n.*--opset auto"
+    ):
         build_plan(small, small.with_suffix(".plan"), BuildOptions())
 
 

@@ -50,6 +50,28 @@ def imported_by(*arguments: str) -> tuple[set[str], str]:
     return set(re.findall(r"\| +([A-Za-z_]+)[\w.]*$", done.stderr, re.MULTILINE)), done.stdout
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "cp932", "ascii"])
+def test_a_path_that_the_code_page_lacks_is_escaped(encoding: str, tmp_path: Path) -> None:
+    """Once the work is done, as on Windows with a Western code page, or for a pipe in a container."""
+    folder = tmp_path / "모델"  # Hangul: in none of the three
+    folder.mkdir()
+    path = export_onnx(golden_options("meta-dual", folder / "e.onnx", verify=False)).path
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "neck_export.py", "inspect", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment, timeout=600, check=False)
+    assert done.returncode == 0 and b"\\ubaa8\\ub378" in done.stdout, done.stderr
+
+
+def test_a_home_that_the_shell_leaves_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["neck-export", "onnx", "--checkpoint=~/sam3.pt", "--images", "~/pictures", "--output", "a~/b", "--x=y~/z"]
+    monkeypatch.setattr(sys, "argv", given)
+    neck_export.prepare_text()
+    assert sys.argv[2:] == [
+        *("--checkpoint=/home/me/sam3.pt", "--images", "/home/me/pictures", "--output", "a~/b", "--x=y~/z"),
+    ]
+
+
 @pytest.mark.parametrize("arguments", [("--help",), ("onnx", "--help")])
 def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
     """Under 0.4 s: torch alone takes longer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -44,10 +45,47 @@ FILES: dict[str, tuple[bytes, str]] = {
     "spaces.pt": (b"\n\n  <HTML lang=en>", "a web page"),
     "denied.safetensors": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "a web page"),
     "gated.pt": (b"Access to model facebook/sam3 is restricted. You must have access to it", "wants a login"),
+    "gated.safetensors": (b'{"error":"Repository facebook/sam3 is gated"}', "wants a login"),
+    "message.pt": (b'{\n "message": "Not Found", "status": 404}', "wants a login"),
+    "index.json": (b'{"metadata": {"error": 0}, "weight_map": {}}', "no SAM 3 image encoder"),  # the control
     "sam3.gguf": (b"GGUF\x03\x00\x00\x00", "a GGUF file"),
     "packed.pt.gz": (gzip.compress(b"x" * 100), "an archive (tar, gzip, ...)"),
     "notes.pt": (b"these are not weights", "not a checkpoint, it begins with b'these are'"),  # the control
 }
+
+
+def test_a_shard_of_several(tmp_path: Path) -> None:
+    state = {name: value for name, value in golden_state("meta-dual").items() if not value.is_complex()}
+    names, shards = sorted(state), [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    half = {name: shards[index * 2 // len(names)] for index, name in enumerate(names)}
+    for shard in shards:
+        save_file({name: state[name].clone() for name in names if half[name] == shard}, tmp_path / shard)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": half}))
+    for number, shard in enumerate(shards, 1):
+        message = error_of(tmp_path / shard)
+        assert f"shard {number} of 2" in message and f"pass the folder {tmp_path}" in message
+    load_encoder(tmp_path, CONFIG)  # the control
+    save_file({name: value.clone() for name, value in state.items()}, tmp_path / "whole-00001-of-00002.safetensors")
+    load_encoder(tmp_path / "whole-00001-of-00002.safetensors", CONFIG)  # nothing of the encoder is elsewhere
+
+
+def test_the_caches_folder_of_a_model(tmp_path: Path) -> None:
+    folder = tmp_path / "models--facebook--sam3"
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "blobs").mkdir()
+    assert str(folder / "snapshots" / "abc") in error_of(folder)
+
+
+def test_a_path_that_is_not_utf_8_is_blamed(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    for suffix in (".pt", ".safetensors"):
+        state = {name: value.clone() for name, value in golden_state("meta-dual").items() if not value.is_complex()}
+        torch.save(state, tmp_path / "x.pt") if suffix == ".pt" else save_file(state, tmp_path / "x.safetensors")
+        load_encoder(tmp_path / f"x{suffix}", CONFIG)  # the control
+        (tmp_path / f"x{suffix}").rename(folder / f"x{suffix}")
+        message = error_of(folder / f"x{suffix}")
+        assert "UTF-8" in message and "damaged" not in message
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -204,6 +204,26 @@ def test_the_case_through_the_command_line(folder: Path, monkeypatch: pytest.Mon
     assert not (folder / "no").exists()
 
 
+def test_an_image_size_of_another_patch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patch size is the checkpoint's: 16 takes 128 pixels, 14 does not."""
+    trace_quickly(monkeypatch)
+    asked = ("--image-size", "128", "--no-verify", "--output", folder / "out" / "x.onnx")
+    refused_14 = neck_export_cli("onnx", "--checkpoint", folder, *asked)
+    assert refused_14.code == 1 and "multiple" in refused_14.err and "14" in refused_14.err
+    weights = load_file(folder / "model.safetensors")
+    (name,) = [name for name in weights if name.endswith("patch_embeddings.projection.weight")]
+    weights[name] = torch.nn.functional.pad(weights[name], (1, 1, 1, 1)).contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    vision = config.get("vision_config", config)
+    backbone = vision.get("backbone_config", vision)
+    backbone |= {"patch_size": 16, "image_size": 128, "pretrain_image_size": 48}
+    (folder / "config.json").write_text(json.dumps(config))
+    ran = neck_export_cli("onnx", "--checkpoint", folder, *asked)
+    assert ran.code == 0, ran
+    assert json.loads((folder / "out" / "x.json").read_text())["encoder"]["patch_size"] == 16
+
+
 def test_theta_turns_the_tables() -> None:
     trunk = load_encoder(CASE).trunk
     assert isinstance(trunk, ViTDetTrunk)

@@ -81,6 +81,27 @@ def test_a_changed_file_is_told(written: Path, change: Callable[[Path], Any], wo
     assert "x.onnx.data" in str(caught.value)
 
 
+def test_a_git_lfs_pointer_is_told(written: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5000003\n"
+    content = read_manifest(written, "onnx")
+    written.with_name("x.onnx.data").write_bytes(pointer)
+    with pytest.raises(ManifestError, match=r"x\.onnx\.data: a Git LFS pointer"):
+        check_files(written, content)
+    written.write_bytes(pointer)
+    with pytest.raises(ManifestError, match=r"x\.json: a Git LFS pointer"):
+        read_manifest(written, "onnx")
+
+
+def test_a_file_that_was_renamed_with_its_manifest(written: Path) -> None:
+    content = read_manifest(written, "onnx")
+    written.with_name("x.onnx").rename(written.with_name("y.onnx"))
+    with pytest.raises(ManifestError, match="is missing"):  # the control: the manifest has its name yet
+        check_files(written, content)
+    written.rename(written.with_name("y.json"))
+    with pytest.raises(ManifestError, match=r"y\.json: was renamed.* from x\.json.*x\.onnx, x\.onnx\.data"):
+        check_files(written.with_name("y.json"), content)
+
+
 def test_sizes_alone_do_not_see_a_changed_byte(written: Path) -> None:
     """The control of `hashes`."""
     change_byte(written.with_name("x.onnx"))

@@ -14,7 +14,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from neck.pictures import PictureError, find_pictures, load_pictures, normalise, read_picture, resize_picture
+from neck.pictures import (
+    PictureError,
+    find_pictures,
+    load_pictures,
+    normalise,
+    read_picture,
+    resize_picture,
+    skipped_line,
+)
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "preprocess"
@@ -252,6 +260,28 @@ def test_find_pictures(tmp_path: Path) -> None:
         find_pictures(tmp_path / "missing")
     with pytest.raises(PictureError, match="Not a directory"):
         find_pictures(tmp_path / "a.jpg")
+
+
+def test_the_other_names_of_jpeg(tmp_path: Path) -> None:
+    for name in ("a.jfif", "b.JPE"):
+        Image.fromarray(halves()).save(tmp_path / name, format="JPEG")
+    assert find_pictures(tmp_path) == [tmp_path / "a.jfif", tmp_path / "b.JPE"]
+    assert load_pictures(find_pictures(tmp_path), (4, 4)).shape == (2, 4, 4, 3)
+    assert skipped_line(tmp_path) is None
+
+
+def test_files_that_are_skipped_are_counted_and_named(tmp_path: Path) -> None:
+    for name in ("a.jpg", "1.HEIC", "2.avif", "3.txt", "4.txt", "5.txt", "._x.heic"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "folder").mkdir()
+    line = skipped_line(tmp_path) or ""
+    assert "5 files" in line and "1.HEIC, 2.avif, 3.txt, 4.txt and 1 more" in line and "convert" in line
+    for path in tmp_path.glob("*.*"):
+        if path.suffix.lower() not in (".heic",):
+            path.unlink()
+    with pytest.raises(PictureError, match=r"1 file was skipped \(1\.HEIC\)"):
+        find_pictures(tmp_path)
+    assert skipped_line(tmp_path / "missing") is None
 
 
 def test_wrong_arrays_and_sizes() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from conftest import DATA
 from exporting import plant_in_trunk, save_state
 from typer.testing import CliRunner
@@ -155,6 +156,27 @@ def test_a_dynamic_batch_becomes_the_plans_profile(tmp_path: Path) -> None:
     assert result.manifest["inputs"][0]["shape"][0] == "batch"
     # the file was verified when it was exported, so its figures are taken over
     assert result.verdict is None and result.manifest["verification"]["onnx"]["verified"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_the_weights_may_have_moved(precision: str, exported: Path, tmp_path: Path) -> None:
+    """Exported on one machine, built on another: --checkpoint says where they are now."""
+    for file in exported.parent.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    onnx_file, where = tmp_path / exported.name, manifest_path(tmp_path / exported.name)
+    manifest = read_manifest(where, "onnx")
+    manifest["weights"]["path"] = str(tmp_path / "gone.pt")
+    where.write_text(json.dumps(manifest))
+    arguments = ["trt", str(onnx_file), "--precision", precision, "--flavor", "rtx"]
+    ran = CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 1 and "--checkpoint" in ran.output
+    ran = CliRunner().invoke(app, [*arguments, "--checkpoint", str(CASE / "checkpoint.pt")])
+    assert ran.exit_code == 0 and "is verified" in ran.output, ran.output
+    other = tmp_path / "other.pt"
+    state = torch.load(CASE / "checkpoint.pt", weights_only=True)
+    torch.save({"more": state}, other)
+    ran = CliRunner().invoke(app, [*arguments, "--checkpoint", str(other), "--output", str(tmp_path / "y.plan")])
+    assert ran.exit_code == 1 and str(other) in ran.output  # the control: other bytes, so not taken unseen
 
 
 def test_two_builds_into_one_folder_leave_one_whole_plan(exported: Path, tmp_path: Path) -> None:

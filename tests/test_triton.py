@@ -285,7 +285,7 @@ def test_a_plan_that_is_replaced_while_it_is_copied(
     monkeypatch.setattr(engines.service.repository_files, "_copy", other)
     with pytest.raises(TritonError, match="has 13 bytes, its manifest says 104"):
         make(plan, tmp_path)
-    assert listing(tmp_path / "repository") == {}
+    assert not (tmp_path / "repository").exists()
 
 
 def test_a_new_preprocessing_is_a_new_version(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,10 +487,15 @@ def test_a_full_disk(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         patch.setattr(engines.service.repository_files, "_copy", full)
         make(plan, tmp_path)
     usage = SimpleNamespace(free=10)
-    with monkeypatch.context() as patch, pytest.raises(TritonError, match=r"0\.00 GB are free, the model needs"):
+    with monkeypatch.context() as patch, pytest.raises(TritonError, match="10 bytes are free, the model needs 1"):
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         make(plan, tmp_path)
-    assert listing(tmp_path / "repository") == {}
+    assert not (tmp_path / "repository").exists()  # no empty folder is left
+    (tmp_path / "repository").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(TritonError, match="are free"):
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        make(plan, tmp_path)
+    assert listing(tmp_path / "repository") == {}  # one that was there stays
 
 
 def test_runs_at_once_make_a_version_each(plan: Path, tmp_path: Path) -> None:

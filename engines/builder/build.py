@@ -185,7 +185,7 @@ def _parse(onnx: Path, flavor: Flavor, watch: Watch) -> tuple[Any, Any, Any]:
         reason = reasons[0] if reasons else watch.reason
         remedy = export_again(onnx, attention="auto", opset="auto", reader=flavor.reader)
         raise RefusedError(
-            f"{onnx}: TensorRT {flavor.version} cannot parse it: {reason}\nexport it again: {remedy}",
+            f"{onnx}: {flavor.title} cannot parse it: {reason}\nexport it again: {remedy}",
             reason,
             by_form="Attention" in kinds,
         )

@@ -48,7 +48,7 @@ def _level(flavor: Flavor, asked: str) -> Any:  # noqa: ANN401
         return trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if not hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY"):
         raise BuildError(
-            f"--hardware-compatible same: TensorRT {flavor.version} has no such level (10.9 has); leave it out, a plan "
+            f"--hardware-compatible same: {flavor.title} has no such level (10.9 has); leave it out, a plan "
             f"runs on GPUs of its compute capability anyway"
         )
     return trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY

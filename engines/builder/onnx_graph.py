@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, helper
 
 from export.contract.export_command import export_again
+from export.contract.manifest import lfs_pointer
 
 Dims = tuple[int | str, ...]
 
@@ -58,6 +59,8 @@ def read_graph(path: Path, batch: int = 1) -> Graph:
         BuildError: missing, truncated, or without the files of its weights.
     """
     try:
+        if pointer := lfs_pointer(path):
+            raise BuildError(pointer)
         model = onnx.load(path, load_external_data=False)
     except FileNotFoundError:
         raise BuildError(f"No such file: {path}; `neck-export onnx` writes it") from None
@@ -99,7 +102,8 @@ def _check_weights(path: Path, graph: onnx.GraphProto) -> None:
             raise BuildError(f"No such file: {file}, the weights of {path.name}; copy both or {_again(path)}")
         if file.stat().st_size < end:
             raise BuildError(
-                f"{file}: truncated, has {file.stat().st_size:,} of {end:,} bytes; copy it again or {_again(path)}"
+                lfs_pointer(file)
+                or f"{file}: truncated, has {file.stat().st_size:,} of {end:,} bytes; copy it again or {_again(path)}"
             )
 
 

@@ -123,10 +123,14 @@ def settle_source(
     images: Path | PictureFolder | None,
     report: Report,
     keep_fp32: Sequence[str] = (),
+    *,
+    checkpoint: Path | None = None,
+    adapter: Path | None = None,
 ) -> tuple[Settled | None, tuple[str, ...]]:
     """What is quantised where an FP32 file is lowered to fp8 or int8 (None for every other), and what is to be told.
 
-    `keep_fp32` names the modules that the lowering keeps in FP32.
+    `keep_fp32` names the modules that the lowering keeps in FP32; `checkpoint` and `adapter` are as of
+    manifest_encoder.
 
     Raises:
         BuildError: options of a file that is not lowered.
@@ -140,7 +144,8 @@ def settle_source(
         return None, ()  # lower_file refuses what it cannot lower
     where, notes = manifest_path(source.path), list[str]()
     kept = kept_products(ir.load(source.path).graph, keep_fp32)
-    encoder, signature = manifest_encoder(where, source.manifest), manifest_signature(where, source.manifest)
+    encoder = manifest_encoder(where, source.manifest, checkpoint, adapter)
+    signature = manifest_signature(where, source.manifest)
     return settle(encoder, signature, precision, options, images, notes, report, kept), tuple(notes)
 
 

@@ -63,7 +63,7 @@ class LoadedPlan:
             self.engine: Any = self._runtime.deserialize_cuda_engine(data)
         if self.engine is None:
             remedy = flavor.driver_problem() or memory_text(device)
-            raise SessionError(f"{plan}: TensorRT {flavor.version} cannot load it ({self.failure}); {remedy}")
+            raise SessionError(f"{plan}: {flavor.title} cannot load it ({self.failure}); {remedy}")
         ports = [self._port(self.engine.get_tensor_name(index)) for index in range(self.engine.num_io_tensors)]
         self.inputs = tuple(port for port in ports if self._is_input(port.name))
         self.outputs = tuple(port for port in ports if not self._is_input(port.name))

@@ -86,7 +86,7 @@ def check_plan(plan: Path, flavor: Flavor | None = None, device: int = 0) -> tup
         raise SessionError(f"{where}: not as neck-export writes it ({why}); build {plan.name} again") from None
     if invalid:
         remedy = flavor.driver_problem() or "build it again here"
-        raise SessionError(f"{plan}: TensorRT {flavor.version} cannot run it here ({invalid}); {remedy}")
+        raise SessionError(f"{plan}: {flavor.title} cannot run it here ({invalid}); {remedy}")
     return flavor, manifest
 
 

@@ -35,7 +35,7 @@ from engines.service.served_model import (
     verification_note,
 )
 from engines.service.serving_files import PROXY_IMAGE, Serving, kubernetes_name
-from export.contract.manifest import locked
+from export.contract.manifest import locked, new_folder
 
 __all__ = ["Repository", "RepositoryOptions", "TritonError", "make_repository"]
 
@@ -134,29 +134,27 @@ def make_repository(options: RepositoryOptions, report: Callable[[str], None] = 
     notes += unverified
     models, more_notes = _models(options, source, plans)
     cluster = _cluster_files(options, sources, tuple(plans), container)
-    with disk_errors(options.output):
-        options.output.mkdir(parents=True, exist_ok=True)
-        with locked(options.output):
+    with disk_errors(options.output), new_folder(options.output), locked(options.output):
+        for model in models:
+            check_held(options.output / model.name, model.config, source if model.files else None)
+        check_ensembles(options.output, models[0].config, [model.name for model in models])
+        version = next_version(options.output / options.name, options.version)
+        before = active_version(options.output / options.name)
+        active = before if unverified and before else version
+        if active != version:
+            _check_active(options, models)
+            notes.append(
+                f"version {version} is not verified, so version {active} stays active; to serve it all the same: "
+                f"{activate_command(options.output, options.name, version)}"
+            )
+        serve_version(models[0].config, version)
+        report(f"version {version} of {options.name}")
+        written: list[Path] = []
+        for model in models:
+            written += _write(options.output, model, version, active == version)
+        if options.keep:
             for model in models:
-                check_held(options.output / model.name, model.config, source if model.files else None)
-            check_ensembles(options.output, models[0].config, [model.name for model in models])
-            version = next_version(options.output / options.name, options.version)
-            before = active_version(options.output / options.name)
-            active = before if unverified and before else version
-            if active != version:
-                _check_active(options, models)
-                notes.append(
-                    f"version {version} is not verified, so version {active} stays active; to serve it all the same: "
-                    f"{activate_command(options.output, options.name, version)}"
-                )
-            serve_version(models[0].config, version)
-            report(f"version {version} of {options.name}")
-            written: list[Path] = []
-            for model in models:
-                written += _write(options.output, model, version, active == version)
-            if options.keep:
-                for model in models:
-                    remove_versions(options.output, model.name, options.keep)
+                remove_versions(options.output, model.name, options.keep)
     if options.kubernetes is not None:
         with disk_errors(options.kubernetes):
             written += write_texts(options.kubernetes, cluster)

@@ -14,6 +14,7 @@ from pathlib import Path
 from engines.service.served_model import Source, TritonError
 from export.contract.interrupt import signals_held
 from export.contract.manifest import ManifestError, check_files, staging, to_json
+from export.contract.sizes import size_text
 
 CONFIG = "config.pbtxt"
 MANIFEST = "manifest.json"
@@ -172,7 +173,7 @@ def _check_room(folder: Path, files: Sequence[Path]) -> None:
     needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(folder).free
     if free < needed:
         raise TritonError(
-            f"{folder.parent}: {free / 1e9:.2f} GB are free, the model needs {needed / 1e9:.2f} GB; make room or "
+            f"{folder.parent}: {size_text(free)} are free, the model needs {size_text(needed)}; make room or "
             f"choose another --output"
         )
 

@@ -27,6 +27,10 @@ FORMAT = 1
 """Version of the manifest; readers refuse a newer one."""
 
 
+LFS = b"version https://git-lfs"
+"""How a pointer begins that Git LFS leaves in the place of a large file."""
+
+
 class ManifestError(ValueError):
     """A manifest that is missing, damaged, or does not describe the files beside it."""
 
@@ -158,6 +162,8 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ManifestError(f"{path}: the manifest is missing; it is written beside the file by neck-export") from None
     except (OSError, ValueError, RecursionError) as error:
+        if path.is_file() and (pointer := lfs_pointer(path)):
+            raise ManifestError(pointer) from None
         raise ManifestError(f"{path}: the manifest cannot be read ({error}); write the file again") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise ManifestError(f"{path}: is not the manifest of a {kind} file; write the file again")
@@ -197,14 +203,55 @@ def check_files(path: Path, manifest: dict[str, Any], hashes: bool = True) -> No
         if Path(entry["name"]).name != entry["name"]:
             raise ManifestError(f"{path}: names {entry['name']!r}, a path outside its folder; write the file again")
         file = path.with_name(entry["name"])
+        if not file.is_file() and (names := _renamed(path, manifest)):
+            raise ManifestError(f"{path}: was renamed, with the file beside it, from {names[0]}; {names[1]}")
         if not file.is_file():
             raise ManifestError(f"{file}: is missing; the manifest {path.name} says it belongs here")
+        if file.stat().st_size != entry["bytes"] and (pointer := lfs_pointer(file)):
+            raise ManifestError(pointer)
         if file.stat().st_size != entry["bytes"]:
             raise ManifestError(
                 f"{file}: has {file.stat().st_size} bytes, its manifest says {entry['bytes']}; write it again"
             )
         if hashes and sha256(file) != entry["sha256"]:
             raise ManifestError(f"{file}: was changed after its manifest {path.name} was written; write it again")
+
+
+def _renamed(path: Path, manifest: dict[str, Any]) -> tuple[str, str] | None:
+    """The name that a manifest had, and how to undo its renaming; None where the manifest still has that name."""
+    names = [entry["name"] for entry in manifest["files"]]
+    had = manifest_path(path.with_name(names[0])).name if names else path.name
+    main = next((name for name in names if manifest_path(path.with_name(name)).name == path.name), None)
+    in_triton = path.name == "manifest.json"
+    if in_triton or main is not None or had == path.name or path.with_name(had).exists():
+        return None
+    return had, f"files that belong together keep their names: rename them back to {had}, {', '.join(names)}"
+
+
+def lfs_pointer(path: Path) -> str | None:
+    """Says that a file is a Git LFS pointer, where it is one."""
+    with path.open("rb") as file:
+        if file.read(len(LFS)) != LFS:
+            return None
+    return f"{path}: a Git LFS pointer, not the file itself; `git lfs pull` in its folder fetches it"
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[None]:
+    """Makes a folder and those above it; what is made and still empty when the block fails is removed again.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager

@@ -9,6 +9,20 @@ import onnx_ir as ir
 from export.contract.errors import ExportError
 
 
+def check_path(path: Path) -> None:
+    """Refuses a path that ONNX Runtime and TensorRT cannot open.
+
+    Raises:
+        ExportError: its bytes are not UTF-8.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise ExportError(
+            f"{path.absolute()}: ONNX Runtime and TensorRT open no path that is not UTF-8; rename it"
+        ) from None
+
+
 def load_onnx(path: Path, values: bool = False) -> tuple[ir.Model, Path]:
     """Reads an ONNX file whose weights will be read, too.
 

@@ -19,6 +19,7 @@ import torch
 
 from export.contract.onnx_file import load_onnx
 from export.contract.signature import KINDS, BatchRange, Signature
+from export.contract.sizes import size_text
 from export.graph.deployed_module import with_head
 from export.proof.fidelity import FidelityError, Verdict, compare
 from export.proof.rounding_simulation import AS_WRITTEN, is_low_precision, simulate, watch_finite
@@ -224,8 +225,8 @@ def check_memory(signature: Signature, encoder: Sam3DualViTDetNeck) -> None:
     if found and needed > int(found[1]) * 1024:
         height, width = signature.image_size
         raise FidelityError(
-            f"verification at {height}x{width} needs {needed / 1e9:,.0f} GB for one block's attention, "
-            f"{int(found[1]) / 1e6:,.0f} GB are free;\ntake a smaller --image-size or --batch, or --no-verify"
+            f"verification at {height}x{width} needs {size_text(needed)} for one block's attention, "
+            f"{size_text(int(found[1]) * 1024)} are free;\ntake a smaller --image-size or --batch, or --no-verify"
         )
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.(?:safetensors|bin)$")
+PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head", b"access to model", b"invalid username")
 LFS = b"version https://git-lfs"
 DEEPSPEED = re.compile(r"(?:zero_pp_rank|bf16_zero_pp_rank).*_states\.pt$")
 
@@ -40,6 +42,12 @@ def folder_of(path: Path) -> str | None:
             f"{path}: a folder of torch.distributed.checkpoint; turn it into a file by\n"
             f"`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} weights.pt`"
         )
+    snapshots = sorted(child for child in path.glob("snapshots/*") if child.is_dir())
+    if snapshots:
+        return (
+            f"{path}: the folder that the Hugging Face cache keeps for a model; pass the folder of one revision in it: "
+            f"{' or '.join(map(str, snapshots[:4]))}"
+        )
     inner = [path, *(child for child in sorted(path.glob("global_step*")) if child.is_dir())]
     if any(DEEPSPEED.search(file.name) for folder in inner for file in folder.glob("*.pt")):
         root = path.parent if path.name.startswith("global_step") else path
@@ -61,7 +69,8 @@ def file_of(path: Path, head: bytes) -> str | None:
         return folder_of(path.parent)
     if head.startswith(LFS):
         return f"{path}: a Git LFS pointer, not the weights themselves; `git lfs pull` in its folder fetches them"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"access to model", b"invalid username")):
+    refused = text.startswith(b"{") and (b'"error"' in head or b'"message"' in head) and b"weight_map" not in head
+    if refused or text.startswith(PAGES):
         return (
             f"{path}: not a checkpoint but a web page or a refusal, in the place of a download that wants a login;\n"
             "log in, accept the licence (Hugging Face: `hf auth login`, `hf download`), and fetch the file again"
@@ -97,6 +106,16 @@ def quantised(tensors: Mapping[str, Tensor], starts: Iterable[str]) -> str | Non
 
 def _is_code(name: str, tensor: Tensor) -> bool:
     return tensor.dtype not in FLOATS and not tensor.is_complex() and name.endswith((".weight", ".bias", "pos_embed"))
+
+
+def shard_of(path: Path) -> str | None:
+    """Says that a file is one shard of several, and what to pass; None where its name tells no such thing."""
+    found = SHARD.search(path.name)
+    if not found or int(found[2]) < 2:
+        return None
+    index = next(path.parent.glob("*.index.json"), None)
+    whole = f"pass the folder {path.parent}" if index else "download all of them and their index, and pass the folder"
+    return f"{path.name} is shard {int(found[1])} of {int(found[2])}, so some tensors are in the other files; {whole}"
 
 
 def channels_last(tensors: Mapping[str, Tensor], patches: Iterable[str]) -> str | None:
