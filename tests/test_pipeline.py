@@ -525,7 +525,7 @@ def test_without_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     check_memory(sign(options, encoder), encoder)
     (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:      50 kB\n")
     monkeypatch.setattr(export.proof.verify, "MEMORY", tmp_path / "meminfo")
-    with pytest.raises(FidelityError, match=r"verification at 112x112 needs 65\.5 kB for one block's attention") as caught:
+    with pytest.raises(FidelityError, match=r"at 112x112 needs 65\.5 kB for one block's attention") as caught:
         check_memory(sign(options, encoder), encoder)
     assert len(str(caught.value).splitlines()) == 2
 
