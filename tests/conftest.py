@@ -48,7 +48,7 @@ GPU_MISSING = "needs an NVIDIA GPU with its driver, torch's CUDA build, and a Te
 
 
 LONGEST = (
-    *("cpp_engine", "bench", "families"),
+    *("cpp_engine", "bench", "families", "oracle", "settle", "recount"),
     *("build", "trace", "plan", "pipeline", "gpu_played", "backends", "attach", "readers"),
     *("server_load", "cli", "interrupt", "server", "checkpoint", "cli_service", "bisect", "roofline", "bad_input"),
     *("quantise", "tune", "head_file", "states", "forms", "layers", "browser", "cpp_client", "masks", "simulate"),
