@@ -524,7 +524,8 @@ def test_operations_are_counted(save: Save) -> None:
 
 
 @pytest.mark.slow
-def test_full_size(save: Save, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_full_size(save: Save, tmp_path: Path, target: str) -> None:
     """The published encoder in FP16, features only: the bars of the layer sheet."""
     from export.contract.signature import encoder_signature
     from export.graph.deployed_module import DeployEncoder
@@ -537,11 +538,11 @@ def test_full_size(save: Save, tmp_path: Path) -> None:
     model = trace(DeployEncoder(random_encoder(config), encoder_signature(config, positions="none"), Rewrites()))
     lower(model, "fp16")
     path = save(model)
-    result: BuildResult = build_plan(path, tmp_path / "x.plan", BuildOptions(compute_capabilities=("8.9",)))
+    result: BuildResult = build_plan(path, tmp_path / "x.plan", BuildOptions(compute_capabilities=(target,)))
     sheet = result.sheet
     assert sheet is not None and sheet.bytes_moved is not None
     assert sheet.summary().startswith("fused attentions 32 of 32, accumulation FP32, ")
-    assert len(sheet.kernels) <= 310 and sheet.bytes_moved <= 13.5e9
+    assert len(sheet.kernels) <= 277 and sheet.bytes_moved <= 12.82e9
     assert result.plan_bytes <= 1.05 * path.with_name(path.name + ".data").stat().st_size
 
 
