@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES, TESTS = ROOT / "engines" / "cpp", ROOT / "tests" / "cpp"
 VERSION = "10.16.1.11"
 TOOLS = ("cmake", "ninja", "c++")
-HEADERS = ("gd.h", "openssl/evp.h", "curl/curl.h", "nlohmann/json.hpp")
+HEADERS = ("jpeglib.h", "zlib.h", "openssl/evp.h", "curl/curl.h", "nlohmann/json.hpp")
 
 PLAN = b"""stand-in
 input image float32 -1,3,16,16 1,2,4
@@ -88,7 +88,7 @@ def why_missing() -> str | None:
     if checked.returncode == 0:
         return None
     missing = [line.rpartition(": ")[2] for line in checked.stderr.splitlines() if "missing: " in line]
-    packages = "libgd-dev libssl-dev libcurl4-openssl-dev nlohmann-json3-dev"
+    packages = "libjpeg-dev zlib1g-dev libssl-dev libcurl4-openssl-dev nlohmann-json3-dev"
     return f"needs {', '.join(sorted(set(missing)))}; apt install {packages}"
 
 

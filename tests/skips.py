@@ -6,14 +6,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-CPP_PACKAGES = "g++ cmake ninja-build libgd-dev libssl-dev libcurl4-openssl-dev nlohmann-json3-dev libpython3-dev"
+CPP_PACKAGES = (
+    "g++ cmake ninja-build libjpeg-dev zlib1g-dev libssl-dev libcurl4-openssl-dev nlohmann-json3-dev libpython3-dev"
+)
 
 WANTS = (
     (r"NVIDIA's headers|SDK|NECK_CUDA_ROOT", "NVIDIA's headers", "set NECK_TENSORRT_INCLUDE and NECK_CUDA_ROOT"),
     (r"nvcc", "CUDA's compiler", "install CUDA's toolkit, its bin on PATH"),
     (r"clang", "clang", "for `make lint-cpp`: install clang and clang-tidy"),
     (r"onnxruntime_c_api", "ONNX Runtime's C header", "apt-get install libonnxruntime-dev"),
-    (r"\bapt install (g\+\+|libgd)", "the C++ tools", f"apt-get install {CPP_PACKAGES}"),
+    (r"\bapt install (g\+\+|libjpeg)", "the C++ tools", f"apt-get install {CPP_PACKAGES}"),
     (r"nginx", "nginx", "apt-get install nginx-light"),
     (r"Chromium", "a browser", "apt-get install chromium chromium-driver fonts-dejavu-core"),
     (r"[Tt]riton ?server|nvidia-pytriton", "a Triton server", "make .triton/ready"),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import json
 import os
 import random
 import struct
 import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,8 +25,9 @@ from cpp_build import (
 )
 from cpp_pictures import chunk, cut, noise, turned, write_picture, write_png
 from PIL import Image
+from unusual_pictures import jpeg, repeat_last_scan, write_all
 
-from neck.pictures import load_pictures, normalise, read_picture
+from neck.pictures import PictureError, load_pictures, normalise, read_picture
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 
@@ -31,6 +37,7 @@ def deep(channels: int) -> np.ndarray:
 
 
 Write = Callable[[Path], Path]
+PREPROCESS_MODEL = Path(__file__).parent.parent / "engines" / "service" / "preprocess" / "model.py"
 
 
 def longer(path: Path) -> Path:
@@ -71,6 +78,128 @@ def test_pixels_are_pythons(programs: Programs, tmp_path: Path, name: str, write
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout[: pixels.size] == pixels.tobytes()
     assert ended.stdout[pixels.size :] == normalise(pixels[None]).numpy().tobytes()
+
+
+def preprocess_model(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The ensemble's decoder without its server."""
+    backend = ModuleType("triton_python_backend_utils")
+    monkeypatch.setitem(sys.modules, backend.__name__, backend)
+    spec = importlib.util.spec_from_file_location("preprocess_model", PREPROCESS_MODEL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def shown(read: Callable[[], np.ndarray], refusal: type[Exception]) -> str:
+    """Size and SHA-256 of pixels, as `neck-tests pictures` prints them, or that there are none."""
+    try:
+        pixels = read()
+    except refusal:
+        return "refused"
+    height, width, _ = pixels.shape
+    return f"(1, {height}, {width}, 3) {hashlib.sha256(pixels.tobytes()).hexdigest()}"
+
+
+def test_unusual_pictures_are_the_same_bits_or_refused_by_all_three(
+    programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C++, Python and the ensemble's decoder; the control is that turned pictures differ from those that are not."""
+    paths = write_all(tmp_path)
+    model = preprocess_model(monkeypatch)
+    ran = programs.run("neck-tests", "pictures", *paths)
+    assert (ran.code, ran.err) == (0, "")
+    found = ["refused" if line.startswith("error: ") else line.removeprefix("read: ") for line in ran.out.splitlines()]
+    wanted = [shown(lambda path=path: read_picture(path), PictureError) for path in paths]  # type: ignore[misc]
+    served = [
+        shown(lambda path=path: model.decode(path.read_bytes()), model.BadPictureError)  # type: ignore[misc]
+        for path in paths
+    ]
+    assert {path.name: text for path, text in zip(paths, found, strict=True)} == {
+        path.name: text for path, text in zip(paths, wanted, strict=True)
+    }
+    assert served == wanted
+    by_name = dict(zip((path.name for path in paths), wanted, strict=True))
+    assert len(paths) >= 120
+    assert len(paths) // 5 > wanted.count("refused") > 20
+    turns = {by_name[f"exif-big-{value}.jpg"] for value in range(1, 9)}
+    assert len(turns) == 8 and "refused" not in turns
+    assert by_name["exif-big-long.jpg"] == by_name["exif-little-6.jpg"] != by_name["exif-big-byte.jpg"]
+
+
+def test_inks_of_every_kind_are_pillows(programs: Programs, tmp_path: Path) -> None:
+    """CMYK with every black: each of 256 x 256 pairs of one ink and black, from a JPEG of flat blocks."""
+    inks, blacks = np.meshgrid(np.arange(0, 256, 5), np.arange(256), indexing="ij")
+    flat = np.stack([inks, 255 - inks, inks // 2, blacks], axis=-1).astype(np.uint8)
+    path = tmp_path / "inks.jpg"
+    Image.fromarray(flat.repeat(8, axis=0).repeat(8, axis=1), "CMYK").save(path, quality=100, subsampling=0)
+    ran = programs.run("neck-tests", "pictures", path)
+    assert ran.out == f"read: {shown(lambda: read_picture(path), PictureError)}\n"
+
+
+def test_what_a_picture_may_cost_is_limited(
+    programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scans and pixels: refused before anything is unpacked, in C++ and in the ensemble."""
+    model = preprocess_model(monkeypatch)
+    files = {scans: tmp_path / f"{scans}.jpg" for scans in (100, 101)}
+    for scans, path in files.items():
+        path.write_bytes(repeat_last_scan(jpeg(progressive=True), scans))
+    Image.new("L", (6000, 5000)).save(tmp_path / "large.jpg", progressive=True, quality=5)
+    large = tmp_path / "large-36.jpg"  # at 30 million pixels 24 and a half take as long as 12 of the largest picture
+    large.write_bytes(repeat_last_scan((tmp_path / "large.jpg").read_bytes(), 36))
+    ran = programs.run("neck-tests", "pictures", files[100], files[101], large)
+    lines = ran.out.splitlines()
+    assert lines[0].startswith("read: ")
+    assert lines[1].startswith(f"error: {files[101]} is a JPEG of 101 scans")
+    assert lines[2].startswith(f"error: {large} is a JPEG of 36 scans")
+    assert model.decode(files[100].read_bytes()).shape == (21, 34, 3)
+    for path in (files[101], large):
+        with pytest.raises(model.BadPictureError, match="scans"):
+            model.decode(path.read_bytes())
+    data = jpeg()
+    assert model.decode(data, model.Limits(21 * 34, 1)).shape == (21, 34, 3)
+    with pytest.raises(model.BadPictureError, match="pixels"):
+        model.decode(data, model.Limits(21 * 34 - 1, 1))
+    limits = programs.run("neck-tests", "limits", tmp_path / "100.jpg")
+    assert limits.out.splitlines() == ["read", "pixels", "scans", "error", "error"]
+
+
+def test_the_ensembles_limits_are_read_from_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = preprocess_model(monkeypatch)
+    output = {"name": "image", "data_type": "TYPE_UINT8", "dims": ["16", "16", "3"]}
+    started = model.TritonPythonModel()
+    started.initialize({"model_config": json.dumps({"output": [output]})})
+    assert started.limits == (89_478_485, 100)
+    told = {"max_pixels": {"string_value": "1000"}, "max_scans": {"string_value": "9"}}
+    started.initialize({"model_config": json.dumps({"output": [output], "parameters": told})})
+    assert started.limits == (1000, 9)
+    for bad in ("0", "-1", "many", ""):
+        told["max_scans"] = {"string_value": bad}
+        with pytest.raises(ValueError, match="max_scans"):
+            started.initialize({"model_config": json.dumps({"output": [output], "parameters": told})})
+
+
+def test_pictures_from_memory_are_those_of_files(programs: Programs, tmp_path: Path) -> None:
+    paths = [turned(tmp_path / "a.jpg"), write_picture(tmp_path / "b.png", 30), tmp_path / "c.png"]
+    paths[2].write_bytes(b"\x89PNG\r\n\x1a\n")
+    ran = programs.run("neck-tests", "memory", *paths)
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.splitlines()[:2] == ["same", "same"]
+    assert ran.out.splitlines()[2].startswith("error: picture 1 of 1 is damaged")
+
+
+def test_damaged_data_are_reported_to_the_log(programs: Programs, tmp_path: Path) -> None:
+    """libjpeg makes pixels up, as it does for Pillow; the program says so, the library's own stderr is empty."""
+    data = jpeg()
+    path = tmp_path / "ended.jpg"
+    path.write_bytes(data[: len(data) * 2 // 3] + b"\xff\xd9")
+    ran = programs.run("neck-tests", "log", path)
+    assert ran.out.startswith(f"warning: {path} is damaged, and libjpeg made up a part of its pixels (")
+    assert ran.err == ""
+    assert programs.run("neck-tests", "pictures", path).err == ""
+    path.write_bytes(data)
+    assert programs.run("neck-tests", "log", path).out == ""
 
 
 def bomb(path: Path) -> Path:

@@ -6,7 +6,8 @@
 //   neck-tests half                              65536 float32: every half
 //   neck-tests picture FILE                      uint8 pixels, then float32 normalised
 //   neck-tests resize HEIGHT WIDTH THREADS FILE...   uint8 pixels of that size
-//   neck-tests safetensors|plan|pictures FILE... one line for each: what is in it, or the error
+//   neck-tests safetensors|plan|pictures|memory FILE... one line for each: what is in it, or the error
+//   neck-tests limits|log FILE                   a picture under several limits; what reading it reports to the log
 //   neck-tests leak|overflow                     does wrong what the sanitizers and the stand-ins must see
 #include <cstdlib>
 

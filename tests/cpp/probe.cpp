@@ -6,7 +6,9 @@
 #include <vector>
 
 #include "cuda_runtime_api.h"
+#include "files/files.hpp"
 #include "neck/error.hpp"
+#include "neck/log.hpp"
 #include "neck/manifest.hpp"
 #include "neck/picture.hpp"
 #include "neck/preprocess.hpp"
@@ -24,6 +26,33 @@ void dump_halves() {
     }
 }
 
+/// What the limits let through: as many pixels and scans as there are, one fewer of each, and limits that are none.
+void try_limits(const std::string& file) {
+    const neck::Tensor pixels = neck::read_picture(file);
+    const std::int64_t count = pixels.shape[1] * pixels.shape[2];
+    for (const neck::PictureLimits limits :
+         {neck::PictureLimits{count * 100, 100}, {count - 1, 100}, {count * 100, 99}, {0, 100}, {count, 0}}) {
+        try {
+            neck::read_picture(file, limits);
+            std::cout << "read\n";
+        } catch (const neck::Error& error) {
+            const std::string told = error.what();
+            std::cout << (told.find(" scans, of which") != std::string::npos ? "scans"
+                          : told.find(" pixels that are safe") != std::string::npos ? "pixels" : "error") << "\n";
+        }
+    }
+}
+
+/// Whether a picture's file gives the same from memory, read and resized.
+std::string compare_from_memory(const std::string& path) {
+    const neck::FileBytes file = neck::read_file(path);
+    const neck::Preprocessor preprocessor({"image", neck::DataType::uint8, {-1, 16, 20, 3}});
+    const neck::Batch decoded = preprocessor.decode({file.text()});
+    const bool same = neck::decode_picture(file.data(), file.size()).data == neck::read_picture(path).data &&
+                      decoded.image.data == preprocessor.read({path}).image.data && decoded.fits.size() == 1;
+    return same ? "same" : "different";
+}
+
 std::string read(const std::string& kind, const std::string& file) {
     std::string line = "read:";
     if (kind == "safetensors") {
@@ -36,8 +65,11 @@ std::string read(const std::string& kind, const std::string& file) {
         }
     } else if (kind == "plan") {
         line += " " + neck::read_manifest(file).flavor;
+    } else if (kind == "memory") {
+        return compare_from_memory(file);
     } else {
-        line += " " + neck::read_picture(file).describe();
+        const neck::Tensor pixels = neck::read_picture(file);
+        line += " " + neck::to_text(pixels.shape) + " " + neck::sha256(pixels.data.data(), pixels.data.size());
     }
     return line;
 }
@@ -60,6 +92,21 @@ int probe(int count, char** values) {
         return static_cast<const volatile char*>(memory)[count + 2];
     }
     try {
+        if (kind == "limits") {
+            try_limits(values[2]);
+            return 0;
+        }
+        if (kind == "log") {
+            neck::set_log([](neck::LogLevel level, const std::string& line) {
+                std::cout << (level == neck::LogLevel::warning ? "warning: " : "error: ") << line << "\n";
+            });
+            neck::read_picture(values[2]);
+            neck::set_log([](neck::LogLevel, const std::string&) { throw 3; });  // ignored
+            neck::read_picture(values[2]);
+            neck::set_log({});
+            neck::read_picture(values[2]);
+            return 0;
+        }
         if (kind == "picture") {
             const neck::Tensor pixels = neck::read_picture(values[2]);
             write(pixels.data);

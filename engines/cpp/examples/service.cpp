@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <future>
 #include <iostream>
 #include <mutex>
@@ -89,7 +90,7 @@ int main(int count, char** values) {
         for (std::future<void>& thread : threads) {
             thread.get();
         }
-    } catch (const neck::Error& error) {
+    } catch (const std::exception& error) {  // neck::Error, or what this program itself could not get
         std::cerr << error.what() << "\n";
         return 1;
     }

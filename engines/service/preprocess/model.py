@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
@@ -23,18 +24,51 @@ except ImportError:
 
 FORMATS = ("JPEG", "PNG")
 PIXEL_SCALE = np.float32(2 / 255)
+MAX_PIXELS = 89_478_485
+"""Pixels of a picture by default: Pillow's limit. While it is decoded a picture takes up to 10 bytes for each."""
+MAX_SCANS = 100
+"""Scans of a JPEG by default. A decoder goes over all pixels in each of them; 3 to 12 are usual."""
+FULL_SIZE_SCANS = 12
+"""Scans of a JPEG of MAX_PIXELS. A smaller one may have as many more as take the same time: 4 s at most."""
+STRIP = 256
+"""Rows that are converted at a time, so that no second copy of a whole picture is made."""
+MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+"""What may follow in the pixels of a JPEG, where 0xFF is followed by 0 or a restart marker otherwise."""
+END_OF_JPEG, START_OF_SCAN, WITHOUT_CONTENT = 0xD9, 0xDA, (0x01, 0xD8)
 
 
 class BadPictureError(ValueError):
     """A picture that a request cannot be answered for."""
 
 
+class Limits(NamedTuple):
+    """What a picture may cost."""
+
+    pixels: int = MAX_PIXELS
+    scans: int = MAX_SCANS
+
+
+def limit_of(parameters: dict[str, dict[str, str]], name: str, default: int) -> int:
+    """A whole number above 0 from the parameters of config.pbtxt."""
+    text = parameters.get(name, {}).get("string_value", str(default))
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise ValueError(f"the parameter {name} in config.pbtxt is {text!r}; give a whole number above 0")
+    return int(text)
+
+
 class TritonPythonModel:
     """What Triton's python backend calls."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Reads the size and kind of the encoder's input from the config."""
+        """Reads the size and kind of the encoder's input, and the limits of pictures, from the config.
+
+        The config's parameters `max_pixels` and `max_scans` replace the defaults of this file.
+        """
         config = json.loads(args["model_config"])
+        told = config.get("parameters", {})
+        self.limits = Limits(
+            *(limit_of(told, *pair) for pair in (("max_pixels", MAX_PIXELS), ("max_scans", MAX_SCANS)))
+        )
         output = config["output"][0]
         self.name = output["name"]
         self.as_pixels = output["data_type"] == "TYPE_UINT8"
@@ -51,7 +85,7 @@ class TritonPythonModel:
         pixels = []
         for index, data in enumerate(files):
             try:
-                pixels.append(resize(decode(bytes(data)), self.size))
+                pixels.append(resize(decode(bytes(data), self.limits), self.size))
             except BadPictureError as error:
                 message = f"picture {index + 1} of {len(files)} {error}"
                 failure = pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG)
@@ -61,33 +95,75 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse(output_tensors=[tensor])
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes, limits: Limits = Limits()) -> np.ndarray:  # noqa: B008 - a tuple
     """The bytes of a JPEG or PNG file as upright RGB pixels, uint8 (H, W, 3)."""
     if not data:
         raise BadPictureError("is empty (0 bytes)")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # of metadata that nobody reads, and of sizes that are checked here
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                check_cost(image, data, limits)
                 image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        reason = f"has more than the {Image.MAX_IMAGE_PIXELS} pixels that are safe to unpack; make it smaller"
+                ImageOps.exif_transpose(image, in_place=True)
+                return to_rgb(image)
+    except BadPictureError:
+        raise
+    except Image.DecompressionBombError:
+        reason = too_many_pixels(limits)
     except UnidentifiedImageError:
         reason = f"is damaged or no {' or '.join(FORMATS)} file ({len(data)} bytes)"
+    except MemoryError:
+        reason = "does not fit into the memory of this server"
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, struct.error, IndexError ...
         reason = f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})"
     raise BadPictureError(reason)
 
 
+def too_many_pixels(limits: Limits) -> str:
+    """What is wrong with a picture that is too large."""
+    return f"has more than the {limits.pixels} pixels that are safe to unpack; make it smaller"
+
+
+def check_cost(image: Image.Image, data: bytes, limits: Limits) -> None:
+    """Refuses a picture that would take too much memory or time, before anything is unpacked."""
+    pixels = image.width * image.height
+    if pixels > limits.pixels:
+        raise BadPictureError(too_many_pixels(limits))
+    if image.format != "PNG":
+        scans = count_scans(data, image.fp.tell())  # type: ignore[attr-defined]
+        allowed = min(limits.scans, max(1, FULL_SIZE_SCANS * limits.pixels // max(1, pixels)))
+        if scans > allowed:
+            raise BadPictureError(
+                f"is a JPEG of {scans} scans; at its size {allowed} are safe to unpack; save it again"
+            )
+
+
+def count_scans(data: bytes, start: int) -> int:
+    """The scans of a JPEG, of whose first one the pixels begin at `start`."""
+    scans = 1
+    while (found := MARKER.search(data, start)) and (marker := data[found.end() - 1]) != END_OF_JPEG:
+        scans += marker == START_OF_SCAN
+        length = 0 if marker in WITHOUT_CONTENT else int.from_bytes(data[found.end() : found.end() + 2], "big")
+        start = found.end() + length
+    return scans
+
+
 def to_rgb(image: Image.Image) -> np.ndarray:
     """RGB pixels; 16-bit grey keeps its high byte, alpha is dropped."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, STRIP):
+        pixels[top : top + STRIP] = strip_to_rgb(image.crop((0, top, image.width, min(top + STRIP, image.height))))
+    return pixels
+
+
+def strip_to_rgb(image: Image.Image) -> np.ndarray:
+    """The pixels of some rows, uint8 (H, W, 3) or, of grey, (H, W, 1)."""
     if image.mode.startswith("I"):  # a PNG of 16-bit grey, which Pillow would clip at 255
-        grey = (np.asarray(image).astype(np.int32) >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        return (np.asarray(image).astype(np.int32) >> 8).astype(np.uint8)[:, :, None]
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours; Pillow warns about the direct way
-    return np.array(image.convert("RGB"))
+        image = image.convert("RGBA")  # the same colors; Pillow warns about the direct way
+    return np.asarray(image.convert("RGB"))
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

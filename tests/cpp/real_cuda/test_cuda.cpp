@@ -1,5 +1,5 @@
 // neck::Engine and neck::Pool on CUDA itself, with the stand-in of TensorRT: test_cuda FOLDER. Exit status 77: there is
-// no driver or GPU. It reads no manifest: so it needs neither nlohmann-json, OpenSSL nor GD.
+// no driver or GPU. It reads no manifest: so it needs neither nlohmann-json, OpenSSL, libjpeg nor zlib.
 #include <cuda_runtime_api.h>
 
 #include <atomic>
@@ -125,7 +125,7 @@ std::string sha256(const std::byte* /*data*/, std::size_t /*size*/) {
     throw Error("no SHA-256 is computed here; build engines/cpp");
 }
 
-Pixels decode(std::string_view /*file*/) { throw PictureFault("cannot be read here; build engines/cpp"); }
+Pixels decode(std::string_view /*file*/, const PictureLimits& /*limits*/) { throw PictureFault("cannot be read here; build engines/cpp"); }
 
 }  // namespace neck
 

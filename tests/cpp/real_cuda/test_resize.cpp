@@ -38,7 +38,7 @@ void resize_on_gpu(const neck::DeviceResize& job) {
 namespace neck {
 
 // what preprocess.cpp links and does not call here
-Pixels decode(std::string_view /*file*/) { throw PictureFault("cannot be read here; build engines/cpp"); }
+Pixels decode(std::string_view /*file*/, const PictureLimits& /*limits*/) { throw PictureFault("cannot be read here; build engines/cpp"); }
 
 }  // namespace neck
 

@@ -36,6 +36,7 @@ struct Context {
     bool lazy = false;  ///< kernels of a shape are still compiled when its first run is over
     std::shared_ptr<int> changes = std::make_shared<int>(0);
     std::atomic<int> users{0};
+    bool broken = false;
 };
 
 /// A call of a context: aborts where another thread is in one. TensorRT's are for one thread at a time.
@@ -134,7 +135,9 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
         std::fprintf(stderr, "stand-in: a CUDA graph is captured of kernels that serve until others are compiled\n");
         std::abort();
     }
-    if (!whole || forbidden || stand_in::fails("enqueueV3")) {
+    // a context whose run failed is of no more use, as after an error of CUDA's
+    own->broken = own->broken || stand_in::fails("enqueueV3");
+    if (!whole || forbidden || own->broken) {
         own->logger.log(ILogger::Severity::kERROR, "Error Code 1: Cuda Runtime\n(out of memory)");
         return false;
     }

@@ -9,6 +9,7 @@
 
 #include "neck/dlpack.hpp"
 #include "neck/error.hpp"
+#include "neck/export.hpp"
 #include "neck/manifest.hpp"
 #include "neck/preprocess.hpp"
 #include "neck/tensor.hpp"
@@ -42,11 +43,11 @@ struct DeviceTensor {
     std::size_t bytes = 0;
 };
 
-/// A plan in device memory, ready to run; for one thread at a time.
+/// A plan in device memory, ready to run; for one thread at a time. One that was moved from throws Error.
 ///
 /// All device memory is allocated when it is made. Its own buffers are used by one run after the other: a run waits,
 /// on the GPU, for the run before it, on whichever stream that was.
-class Engine {
+class NECK_API Engine {
 public:
     /// Checks the plan, its manifest, the GPU and TensorRT's version, then loads it.
     /// \throws Error it cannot run here; the message says why and what to do.
@@ -67,6 +68,14 @@ public:
 
     /// Whether the kernels of an earlier start were there.
     bool warm() const;
+
+    /// Whether a call of CUDA or TensorRT failed since the context was made: what its next run gives is not known.
+    bool failed() const;
+
+    /// After such a failure: makes the context, its memory and its graphs anew; the weights stay. Memory that was bound to
+    /// outputs is no longer.
+    /// \throws Error the GPU has not recovered: CUDA's errors of a kernel's memory accesses last until the process ends.
+    void recover();
 
     /// Another context over the same weights, with buffers of its own: for another thread.
     /// \throws Error as loading.

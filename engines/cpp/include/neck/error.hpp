@@ -2,12 +2,21 @@
 
 #include <stdexcept>
 
+#include "neck/export.hpp"
+
 namespace neck {
 
-/// The one exception of this library; its message says what, what it got, what it expected and what to do.
-class Error : public std::runtime_error {
+/// What every function of this library throws if it fails; the message says what failed, what was expected and what to
+/// do.
+class NECK_API Error : public std::runtime_error {
 public:
     using std::runtime_error::runtime_error;
+};
+
+/// Host memory ran out. The file or picture that the message names may be intact.
+class NECK_API MemoryError : public Error {
+public:
+    using Error::Error;
 };
 
 }  // namespace neck

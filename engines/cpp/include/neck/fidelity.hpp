@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "neck/export.hpp"
 #include "neck/tensor.hpp"
 
 namespace neck {
@@ -20,10 +21,10 @@ struct Tolerance {
 
 /// The tolerance of an output, such as `sam3_feat_0`.
 /// \throws Error a precision that is not fp32, fp16, bf16, fp8 or int8.
-Tolerance tolerance_for(std::string_view name, std::string_view precision);
+NECK_API Tolerance tolerance_for(std::string_view name, std::string_view precision);
 
 /// The error figures of one output, and whether they are within tolerance.
-struct Comparison {
+struct NECK_API Comparison {
     std::string name;
     double max_abs = 0;
     double mean_abs = 0;
@@ -35,18 +36,19 @@ struct Comparison {
     bool passed() const;
 };
 
-/// Compares one output with the reference's of the same shape, sums in double.
-Comparison compare_output(const Tensor& reference, const Tensor& candidate, const Tolerance& tolerance);
+/// Compares one output with the reference's, sums in double.
+/// \throws Error another shape than the reference's, or data that are not those of a shape.
+NECK_API Comparison compare_output(const Tensor& reference, const Tensor& candidate, const Tolerance& tolerance);
 
 /// Compares every output of the candidate with the reference's.
 /// \throws Error an output that the reference lacks, or of another shape.
-std::vector<Comparison> compare(const std::vector<Tensor>& reference, const std::vector<Tensor>& candidate,
+NECK_API std::vector<Comparison> compare(const std::vector<Tensor>& reference, const std::vector<Tensor>& candidate,
                                 std::string_view precision);
 
 /// Whether there are outputs and all of them passed.
-bool passed(const std::vector<Comparison>& comparisons);
+NECK_API bool passed(const std::vector<Comparison>& comparisons);
 
 /// Writes the table of figures that `neck-export verify` shows.
-void write_table(std::ostream& out, const std::vector<Comparison>& comparisons);
+NECK_API void write_table(std::ostream& out, const std::vector<Comparison>& comparisons);
 
 }  // namespace neck

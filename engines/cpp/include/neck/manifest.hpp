@@ -5,12 +5,13 @@
 #include <string>
 #include <vector>
 
+#include "neck/export.hpp"
 #include "neck/tensor.hpp"
 
 namespace neck {
 
 /// The parts of a plan's manifest (X.plan.json) that decide whether and how it runs.
-struct Manifest {
+struct NECK_API Manifest {
     /// A file that it speaks of.
     struct File {
         std::string name;
@@ -42,11 +43,11 @@ struct Manifest {
 };
 
 /// Where the manifest of a plan lies: X.plan.json.
-std::filesystem::path manifest_path(const std::filesystem::path& plan);
+NECK_API std::filesystem::path manifest_path(const std::filesystem::path& plan);
 
 /// Reads the manifest beside a plan and checks what needs no GPU: that both are whole and belong together.
 /// \param hashes also compares SHA-256, which reads every byte.
 /// \throws Error the first thing that is wrong, in the words of `neck-export`.
-Manifest read_manifest(const std::filesystem::path& plan, bool hashes = true);
+NECK_API Manifest read_manifest(const std::filesystem::path& plan, bool hashes = true);
 
 }  // namespace neck

@@ -17,13 +17,13 @@ struct PoolOptions {
 /// Several contexts of one engine for many threads: the weights are in device memory once.
 ///
 /// Who asks first is served first. All methods may be called from any thread.
-class Pool {
+class NECK_API Pool {
     class State;
 
 public:
     /// The right to use one context; it goes back when this ends, by whatever way, and with it memory that was bound to
-    /// outputs: it waits for a run that writes there.
-    class Lease {
+    /// outputs: it waits for a run that writes there. One that was moved from throws Error.
+    class NECK_API Lease {
     public:
         Lease(Lease&&) noexcept;
         Lease& operator=(Lease&&) noexcept;
@@ -39,6 +39,7 @@ public:
         friend class Pool;
         Lease(std::shared_ptr<State> state, std::size_t index);
         void give_back() noexcept;
+        State& state() const;
 
         std::shared_ptr<State> state_;
         std::size_t index_ = 0;
@@ -54,8 +55,8 @@ public:
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
 
-    /// Waits for a context.
-    /// \throws Error none came free in time, too many wait already, or the pool was closed.
+    /// Waits for a context. One in which a call of CUDA or TensorRT failed before is made anew first.
+    /// \throws Error none came free in time, too many wait already, the pool was closed, or the context cannot be made.
     Lease acquire(std::chrono::milliseconds timeout);
 
     /// Refuses who waits and who comes; leases that are out stay good.

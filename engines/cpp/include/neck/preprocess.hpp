@@ -1,8 +1,12 @@
 #pragma once
 
+#include <cstddef>
 #include <filesystem>
+#include <functional>
+#include <string_view>
 #include <vector>
 
+#include "neck/export.hpp"
 #include "neck/picture.hpp"
 #include "neck/tensor.hpp"
 
@@ -16,7 +20,7 @@ struct Fit {
 };
 
 /// The fit of a picture to a model's size.
-Fit fit_of(Size original, Size wanted);
+NECK_API Fit fit_of(Size original, Size wanted);
 
 /// Pictures as a model takes them.
 struct Batch {
@@ -27,16 +31,20 @@ struct Batch {
 /// Any picture to a model's input: read, resized (bilinear with antialias), normalised where the input is float.
 ///
 /// Every value is within one level of 255 of what neck/pictures.py gives. Its methods may be called from many threads.
-class Preprocessor {
+class NECK_API Preprocessor {
 public:
     /// \param input of a model: float32 (B, 3, H, W) or uint8 (B, H, W, 3).
     /// \param threads that one call may use.
+    /// \param limits of each picture file.
     /// \throws Error an input of another kind.
-    explicit Preprocessor(Port input, int threads = 1);
+    explicit Preprocessor(Port input, int threads = 1, PictureLimits limits = {});
 
     /// Reads PNG and JPEG files.
     /// \throws Error no picture, or the first that cannot be used; the message names it.
     Batch read(const std::vector<std::filesystem::path>& pictures) const;
+
+    /// The same for PNG and JPEG files that are in memory; messages count them from 1.
+    Batch decode(const std::vector<std::string_view>& pictures) const;
 
     /// Takes pixels that are in memory.
     /// \param pixels RGB, uint8 (B, H, W, 3).
@@ -46,12 +54,15 @@ public:
     Size size() const { return size_; }
 
 private:
+    Batch collect(std::size_t count, const std::function<Tensor(std::size_t)>& pixels_of) const;
+    Batch fit(const Tensor& pixels) const;
     void put(const std::byte* pixels, Size size, std::byte* target, int threads) const;
     Tensor empty(std::size_t count) const;
 
     Port input_;
     Size size_;
     int threads_;
+    PictureLimits limits_;
 };
 
 }  // namespace neck

@@ -3,6 +3,7 @@
 #include <filesystem>
 #include <vector>
 
+#include "neck/export.hpp"
 #include "neck/tensor.hpp"
 
 namespace neck {
@@ -14,6 +15,6 @@ struct Reference {
 };
 
 /// \throws Error as read_safetensors, or where `pixels` or the outputs are missing or of another kind.
-Reference read_reference(const std::filesystem::path& path);
+NECK_API Reference read_reference(const std::filesystem::path& path);
 
 }  // namespace neck

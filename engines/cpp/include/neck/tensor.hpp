@@ -7,6 +7,8 @@
 #include <string_view>
 #include <vector>
 
+#include "neck/export.hpp"
+
 namespace neck {
 
 enum class DataType { float32, float16, bfloat16, uint8, int32, int64 };
@@ -15,27 +17,42 @@ enum class DataType { float32, float16, bfloat16, uint8, int32, int64 };
 using Shape = std::vector<std::int64_t>;
 
 /// numpy's name, such as `float32`.
-std::string_view name_of(DataType type);
+NECK_API std::string_view name_of(DataType type);
 
 /// The type of numpy's name; empty where it is none of ours.
-std::optional<DataType> type_of(std::string_view name);
+NECK_API std::optional<DataType> type_of(std::string_view name);
 
 /// Bytes of one element.
-std::size_t size_of(DataType type);
+NECK_API std::size_t size_of(DataType type);
 
 /// `(1, 3, 1008, 1008)`, as Python writes it.
-std::string to_text(const Shape& shape);
+NECK_API std::string to_text(const Shape& shape);
 
 /// Bytes of a tensor.
 /// \throws Error a negative side, or more bytes than an address can count.
-std::size_t bytes_of(DataType type, const Shape& shape);
+NECK_API std::size_t bytes_of(DataType type, const Shape& shape);
 
 /// A tensor in host memory, contiguous, little-endian.
-struct Tensor {
+///
+/// Its members may be changed; what takes a tensor checks again that its data are those of its shape.
+struct NECK_API Tensor {
     std::string name;
     DataType type = DataType::float32;
-    Shape shape;
+    Shape shape{0};
     std::vector<std::byte> data;
+
+    /// Without elements.
+    Tensor() = default;
+
+    /// \throws Error data that are not those of the type and shape.
+    Tensor(std::string name, DataType type, Shape shape, std::vector<std::byte> data);
+
+    /// All zero.
+    /// \throws Error as bytes_of.
+    Tensor(std::string name, DataType type, Shape shape);
+
+    /// \throws Error as making it.
+    void check() const;
 
     /// `float32 (1, 3, 1008, 1008)`
     std::string describe() const;
@@ -44,14 +61,15 @@ struct Tensor {
     std::vector<float> to_floats() const;
 
     /// Entries first .. first + count of the first side, under the same name.
+    /// \throws Error there are none, or as check().
     Tensor slice(std::int64_t first, std::int64_t count) const;
 };
 
 /// One element of IEEE half precision.
-float half_to_float(std::uint16_t bits);
+NECK_API float half_to_float(std::uint16_t bits);
 
 /// An input or output of an engine: its shape, -1 for a dynamic batch, and the batches that it takes.
-struct Port {
+struct NECK_API Port {
     std::string name;
     DataType type = DataType::float32;
     Shape shape;

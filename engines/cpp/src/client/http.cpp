@@ -2,8 +2,12 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <charconv>
+#include <cstdint>
 #include <cstdio>
+#include <cstdlib>
+#include <new>
 #include <utility>
 
 #include "neck/error.hpp"
@@ -11,6 +15,8 @@
 
 namespace neck {
 namespace {
+
+constexpr std::size_t largest_description = std::size_t{1} << 24U;  // bytes of a model's config or metadata
 
 struct ListEnd {
     void operator()(curl_slist* list) const { curl_slist_free_all(list); }
@@ -22,6 +28,7 @@ struct Sink {
     Answer answer;
     std::size_t largest = 0;
     bool too_long = false;
+    bool no_memory = false;
 };
 
 /// What is sent: JSON, then the tensor where it lies.
@@ -40,7 +47,7 @@ std::size_t on_body(char* data, std::size_t size, std::size_t count, void* user)
     try {
         sink.answer.body.append(data, bytes);
     } catch (...) {  // out of memory: curl stops, no exception may cross it
-        sink.too_long = true;
+        sink.no_memory = true;
         return 0;
     }
     return bytes;
@@ -99,6 +106,37 @@ void set(CURL* curl, CURLoption option, Value value) {
     }
 }
 
+/// A header's name or value that cannot begin another line.
+bool one_header(std::string_view text) {
+    return std::none_of(text.begin(), text.end(), [](unsigned char letter) { return letter < 0x20 || letter == 0x7f; });
+}
+
+void check_options(const TritonOptions& options) {
+    constexpr std::int64_t longest = std::int64_t{1} << 31;  // milliseconds; curl counts in a long
+    for (const auto& [name, time] : {std::pair("timeout", options.timeout), {"connect_timeout", options.connect_timeout}}) {
+        if (time.count() < 1 || time.count() >= longest) {
+            throw Error(std::string(name) + " is " + std::to_string(time.count()) + " ms; give 1 to " +
+                        std::to_string(longest - 1));
+        }
+    }
+    if (options.largest_answer < 1) {
+        throw Error("largest_answer is 0 bytes; give 1 or more");
+    }
+    for (const auto& [name, value] : options.headers) {
+        constexpr std::string_view more = "!#$%&'*+-.^_`|~";
+        const bool token = !name.empty() && std::all_of(name.begin(), name.end(), [&](unsigned char letter) {
+            return std::isalnum(letter) != 0 || more.find(static_cast<char>(letter)) != std::string_view::npos;
+        });
+        if (!token || !one_header(value)) {
+            throw Error("the header " + repr(name) + " cannot be sent; give a name of letters, digits and '-', and a " +
+                        "value of one line");
+        }
+    }
+    if (!one_header(options.token) || !one_header(options.username)) {
+        throw Error("the token or user name has control characters; give text of one line");
+    }
+}
+
 std::string remedy(CURLcode code, const TritonOptions& options) {
     switch (code) {
         case CURLE_COULDNT_CONNECT:
@@ -107,6 +145,9 @@ std::string remedy(CURLcode code, const TritonOptions& options) {
         case CURLE_OPERATION_TIMEDOUT:
             return "nothing whole came within " + std::to_string(options.timeout.count()) +
                    " ms; is the server overloaded, or the timeout too short?";
+        case CURLE_PEER_FAILED_VERIFICATION:
+        case CURLE_SSL_CACERT_BADFILE:
+            return "give the certificate of the authority that signed the server's: --ca FILE, or SSL_CERT_FILE";
         case CURLE_URL_MALFORMAT:
         case CURLE_UNSUPPORTED_PROTOCOL:
             return "expected an address such as localhost:8000";
@@ -119,22 +160,80 @@ std::string remedy(CURLcode code, const TritonOptions& options) {
 
 Http::Http(std::string url, const TritonOptions& options) : url_(std::move(url)), options_(options) {
     start_curl();
+    curl_.reset(curl_easy_init());
+    if (!curl_) {
+        throw std::bad_alloc();
+    }
+    take_credentials();
+    check_options(options_);
     if (url_.find("://") == std::string::npos) {
         url_ = "http://" + url_;
     }
     while (!url_.empty() && url_.back() == '/') {
         url_.pop_back();
     }
-    curl_.reset(curl_easy_init());
-    if (!curl_) {
-        throw Error("libcurl cannot start; is memory left?");
+    if (options_.ca_file.empty()) {
+        const char* told = std::getenv("SSL_CERT_FILE");  // NOLINT(concurrency-mt-unsafe): read as OpenSSL reads it
+        options_.ca_file = told != nullptr ? told : "";
     }
 }
 
-Answer Http::perform(const std::string& path, curl_slist* headers) {
+/// Takes USER:PASSWORD@ out of the URL, so that no message shows it.
+void Http::take_credentials() {
+    const std::size_t scheme = url_.find("://");
+    const std::size_t host = scheme == std::string::npos ? 0 : scheme + 3;
+    const std::size_t end = std::min(url_.find_first_of("/?#", host), url_.size());
+    const std::size_t at = url_.substr(0, end).rfind('@');
+    std::string credentials;
+    if (at != std::string::npos && at >= host) {
+        credentials = url_.substr(host, at - host);
+        url_.erase(host, at + 1 - host);
+    }
+    const std::size_t query = url_.find_first_of("?#@", host);  // a token may stand there: it is not shown
+    if (query != std::string::npos || !plain(url_)) {
+        throw Error(one_line(url_.substr(0, query)) +
+                    ": is followed by a query or other letters; expected an address such as localhost:8000, with " +
+                    "credentials as options");
+    }
+    const std::size_t colon = credentials.find(':');
+    if (options_.username.empty() && !credentials.empty()) {
+        options_.username = unescape(credentials.substr(0, colon));
+        options_.password = colon == std::string::npos ? "" : unescape(credentials.substr(colon + 1));
+    }
+}
+
+std::string Http::unescape(std::string_view text) const {
+    struct Free {
+        void operator()(char* plain_text) const { curl_free(plain_text); }
+    };
+    int length = 0;
+    const std::unique_ptr<char, Free> found(
+        curl_easy_unescape(curl_.get(), text.data(), static_cast<int>(text.size()), &length));
+    if (!found) {
+        throw std::bad_alloc();
+    }
+    return {found.get(), static_cast<std::size_t>(length)};
+}
+
+Answer Http::perform(const std::string& path, std::vector<std::string> lines, std::size_t largest) {
     CURL* curl = curl_.get();
+    if (!options_.token.empty()) {
+        lines.push_back("Authorization: Bearer " + options_.token);
+    }
+    for (const auto& [name, value] : options_.headers) {
+        lines.push_back(name + (value.empty() ? ";" : ": " + value));  // curl's form of an empty one
+    }
+    List headers;
+    for (const std::string& line : lines) {
+        curl_slist* longer = curl_slist_append(headers.get(), line.c_str());
+        if (longer == nullptr) {
+            throw std::bad_alloc();
+        }
+        static_cast<void>(headers.release());
+        headers.reset(longer);
+    }
     Sink sink;
-    sink.largest = options_.largest_answer;
+    sink.largest = largest;
     std::array<char, CURL_ERROR_SIZE> reason{};
     const std::string address = url_ + "/" + path;
     set(curl, CURLOPT_URL, address.c_str());
@@ -143,7 +242,15 @@ Answer Http::perform(const std::string& path, curl_slist* headers) {
 #else
     set(curl, CURLOPT_PROTOCOLS, static_cast<long>(CURLPROTO_HTTP | CURLPROTO_HTTPS));
 #endif
-    set(curl, CURLOPT_HTTPHEADER, headers);
+    if (!options_.username.empty()) {
+        set(curl, CURLOPT_HTTPAUTH, static_cast<long>(CURLAUTH_BASIC));
+        set(curl, CURLOPT_USERNAME, options_.username.c_str());
+        set(curl, CURLOPT_PASSWORD, options_.password.c_str());
+    }
+    if (!options_.ca_file.empty()) {
+        set(curl, CURLOPT_CAINFO, options_.ca_file.c_str());
+    }
+    set(curl, CURLOPT_HTTPHEADER, headers.get());
     set(curl, CURLOPT_NOSIGNAL, 1L);
     set(curl, CURLOPT_ERRORBUFFER, reason.data());
     set(curl, CURLOPT_CONNECTTIMEOUT_MS, static_cast<long>(options_.connect_timeout.count()));
@@ -155,9 +262,13 @@ Answer Http::perform(const std::string& path, curl_slist* headers) {
     const CURLcode code = curl_easy_perform(curl);
     curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &sink.answer.status);
     curl_easy_reset(curl);  // the pointers above go with this call; the connection stays
+    if (sink.no_memory || code == CURLE_OUT_OF_MEMORY) {
+        throw MemoryError(address + ": the host has too little free memory for the answer; ask for fewer outputs or " +
+                          "pictures, or end other programs");
+    }
     if (sink.too_long) {
-        throw Error(address + ": the answer is longer than " + std::to_string(options_.largest_answer) +
-                    " bytes; ask for fewer outputs, or allow more");
+        throw Error(address + ": the answer is longer than " + std::to_string(largest) +
+                    " bytes; ask for fewer outputs or pictures, or allow more");
     }
     if (code != CURLE_OK) {
         const std::string told = reason[0] != '\0' ? reason.data() : curl_easy_strerror(code);
@@ -168,30 +279,23 @@ Answer Http::perform(const std::string& path, curl_slist* headers) {
 
 Answer Http::get(const std::string& path) {
     set(curl_.get(), CURLOPT_HTTPGET, 1L);
-    return perform(path, nullptr);
+    return perform(path, {}, std::min(options_.largest_answer, largest_description));
 }
 
-Answer Http::post(const std::string& path, const std::string& json, const std::vector<std::byte>& bytes) {
-    Source source{{json, {reinterpret_cast<const char*>(bytes.data()), bytes.size()}}};
+Answer Http::post(const std::string& path, const std::string& json, std::string_view bytes) {
+    Source source{{json, bytes}};
     const std::size_t total = json.size() + bytes.size();
-    List headers;
-    // without "Expect:" curl waits a second for a go-ahead that Triton does not give
-    for (const std::string& line : {"Inference-Header-Content-Length: " + std::to_string(json.size()),
-                                    std::string("Content-Type: application/octet-stream"), std::string("Expect:")}) {
-        curl_slist* longer = curl_slist_append(headers.get(), line.c_str());
-        if (longer == nullptr) {
-            throw Error("libcurl is out of memory");
-        }
-        static_cast<void>(headers.release());
-        headers.reset(longer);
-    }
     set(curl_.get(), CURLOPT_POST, 1L);
     set(curl_.get(), CURLOPT_POSTFIELDSIZE_LARGE, static_cast<curl_off_t>(total));
     set(curl_.get(), CURLOPT_READFUNCTION, &on_send);
     set(curl_.get(), CURLOPT_READDATA, static_cast<void*>(&source));
     set(curl_.get(), CURLOPT_SEEKFUNCTION, &on_seek);
     set(curl_.get(), CURLOPT_SEEKDATA, static_cast<void*>(&source));
-    return perform(path, headers.get());
+    // without "Expect:" curl waits a second for a go-ahead that Triton does not give
+    return perform(path,
+                   {"Inference-Header-Content-Length: " + std::to_string(json.size()),
+                    "Content-Type: application/octet-stream", "Expect:"},
+                   options_.largest_answer);
 }
 
 std::string Http::escape(const std::string& part) const {
@@ -200,7 +304,7 @@ std::string Http::escape(const std::string& part) const {
     };
     const std::unique_ptr<char, Free> text(curl_easy_escape(curl_.get(), part.data(), static_cast<int>(part.size())));
     if (!text) {
-        throw Error("libcurl is out of memory");
+        throw std::bad_alloc();
     }
     return text.get();
 }

@@ -23,13 +23,14 @@ class Http {
 public:
     Http(std::string url, const TritonOptions& options);
 
+    /// Without credentials.
     const std::string& url() const { return url_; }
 
     /// \throws Error the server cannot be reached, is too slow, or breaks off.
     Answer get(const std::string& path);
 
     /// Sends JSON, then bytes.
-    Answer post(const std::string& path, const std::string& json, const std::vector<std::byte>& bytes);
+    Answer post(const std::string& path, const std::string& json, std::string_view bytes);
 
     /// A part of a path, with all that is special in one escaped.
     std::string escape(const std::string& part) const;
@@ -38,7 +39,9 @@ private:
     struct CurlEnd {
         void operator()(CURL* handle) const { curl_easy_cleanup(handle); }
     };
-    Answer perform(const std::string& path, curl_slist* headers);
+    Answer perform(const std::string& path, std::vector<std::string> lines, std::size_t largest);
+    void take_credentials();
+    std::string unescape(std::string_view text) const;
 
     std::string url_;
     TritonOptions options_;

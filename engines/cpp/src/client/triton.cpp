@@ -1,9 +1,13 @@
 #include "neck/triton.hpp"
 
 #include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <map>
 #include <utility>
 
 #include "client/http.hpp"
+#include "files/guard.hpp"
 #include "files/json.hpp"
 #include "files/text.hpp"
 #include "tensors/type_names.hpp"
@@ -12,6 +16,7 @@ namespace neck {
 namespace {
 
 constexpr TypeNames names{"FP32", "FP16", "BF16", "UINT8", "INT32", "INT64"};
+constexpr std::string_view bytes_type = "BYTES";  // elements of any length, each after its length in 4 bytes
 
 Json parse(std::string_view text) {
     Json json = parse_json(text);
@@ -58,11 +63,17 @@ Shape shape_of(const Json& tensor) {
     return shape;
 }
 
-std::vector<Port> read_ports(const Json& metadata, const char* key, std::int64_t largest_batch) {
+/// \param bytes gets the tensors of type BYTES; nullptr: they are refused.
+std::vector<Port> read_ports(const Json& metadata, const char* key, std::int64_t largest_batch,
+                             std::vector<BytesPort>* bytes) {
     std::vector<Port> ports;
     for (const Json& tensor : list_of(metadata, key)) {
         if (!tensor.is_object()) {
             throw Fault{"has tensors that are no objects"};
+        }
+        if (bytes != nullptr && text_or_empty(tensor, "datatype") == bytes_type) {
+            bytes->push_back({name_of(tensor), shape_of(tensor), largest_batch});
+            continue;
         }
         Port port{name_of(tensor), type_of(tensor), shape_of(tensor)};
         if (port.shape.empty()) {
@@ -99,16 +110,17 @@ std::vector<Tensor> read_outputs(const Answer& answer) {
         if (!output.is_object()) {
             throw Fault{"has outputs that are no objects"};
         }
-        Tensor tensor{name_of(output), type_of(output), shape_of(output), {}};
+        const std::string name = name_of(output);
+        const DataType type = type_of(output);
+        const Shape shape = shape_of(output);
         const std::size_t size = binary_size(output);
-        if (size != bytes_of(tensor.type, tensor.shape) || size > rest.size()) {
-            throw Fault{repr(tensor.name) + " is " + tensor.describe() + ", but has " +
+        if (size != bytes_of(type, shape) || size > rest.size()) {
+            throw Fault{repr(name) + " is " + std::string(neck::name_of(type)) + " " + to_text(shape) + ", but has " +
                         std::to_string(std::min(size, rest.size())) + " bytes"};
         }
         const auto* begin = reinterpret_cast<const std::byte*>(rest.data());
-        tensor.data.assign(begin, begin + size);
+        outputs.emplace_back(name, type, shape, std::vector<std::byte>(begin, begin + size));
         rest.remove_prefix(size);
-        outputs.push_back(std::move(tensor));
     }
     if (!rest.empty()) {
         throw Fault{"has " + std::to_string(rest.size()) + " bytes more than its outputs"};
@@ -122,19 +134,59 @@ std::string server_error(const Answer& answer) {
     return one_line(told.empty() ? std::string_view(answer.body).substr(0, 400) : std::string_view(told));
 }
 
-std::string request_json(const Tensor& input, const std::vector<std::string>& outputs) {
+/// What is sent before the bytes of an input.
+std::string request_json(const std::string& name, std::string_view type, const Shape& shape, std::size_t bytes,
+                         const std::vector<std::string>& outputs) {
     Json request;
-    request["inputs"] = Json::array({{{"name", input.name},
-                                      {"datatype", name_in(names, input.type)},
-                                      {"shape", input.shape},
-                                      {"parameters", {{"binary_data_size", input.data.size()}}}}});
-    if (outputs.empty()) {
-        request["parameters"]["binary_data_output"] = true;
-    }
-    for (const std::string& name : outputs) {
-        request["outputs"].push_back({{"name", name}, {"parameters", {{"binary_data", true}}}});
+    request["inputs"] = Json::array({{{"name", name},
+                                      {"datatype", type},
+                                      {"shape", shape},
+                                      {"parameters", {{"binary_data_size", bytes}}}}});
+    for (const std::string& output : outputs) {
+        request["outputs"].push_back({{"name", output}, {"parameters", {{"binary_data", true}}}});
     }
     return dump_json(request);
+}
+
+const Port* find(const std::vector<Port>& ports, const std::string& name) {
+    const auto found = std::find_if(ports.begin(), ports.end(), [&](const Port& port) { return port.name == name; });
+    return found == ports.end() ? nullptr : &*found;
+}
+
+/// Whether an output has the type and shape that the model's metadata give, for this batch.
+bool fits(const Port& port, const Tensor& output, std::int64_t batch) {
+    bool right = port.type == output.type && port.shape.size() == output.shape.size();
+    for (std::size_t side = 0; right && side < port.shape.size(); ++side) {
+        const std::int64_t wanted = port.shape[side] < 0 && side == 0 ? batch : port.shape[side];
+        right = wanted < 0 || wanted == output.shape[side];
+    }
+    return right;
+}
+
+/// Whether an answer has exactly the outputs that were asked for, each whole.
+/// \throws Fault
+void check_whole(const std::vector<Tensor>& found, const TritonModel& model, const std::vector<std::string>& wanted,
+                 std::int64_t batch) {
+    for (const std::string& name : wanted) {
+        const auto count =
+            std::count_if(found.begin(), found.end(), [&](const Tensor& output) { return output.name == name; });
+        if (count != 1) {
+            throw Fault{(count == 0 ? "lacks the output " : "has more than once the output ") + repr(name) +
+                        "; asked for were " + joined(wanted, [](const std::string& each) { return each; })};
+        }
+    }
+    for (const Tensor& output : found) {
+        const Port* port = find(model.outputs, output.name);
+        if (port == nullptr || found.size() != wanted.size()) {
+            throw Fault{"has the output " + repr(output.name) + " among " + std::to_string(found.size()) +
+                        "; asked for were " + joined(wanted, [](const std::string& each) { return each; })};
+        }
+        if (!fits(*port, output, batch)) {
+            throw Fault{"has " + output.name + " as " + output.describe() + " for a batch of " + std::to_string(batch) +
+                        "; the model's metadata say " + std::string(neck::name_of(port->type)) + " " +
+                        to_text(port->shape)};
+        }
+    }
 }
 
 }  // namespace
@@ -167,30 +219,36 @@ public:
         }
     }
 
+    TritonModel model(const std::string& name, const std::string& version);
+
+    /// Sends an input, whose bytes are given, and returns the outputs, which are whole.
+    std::vector<Tensor> infer(const std::string& model_name, const std::string& version,
+                              const std::function<std::string(const std::vector<std::string>&)>& request,
+                              std::string_view bytes, std::int64_t batch, std::vector<std::string> outputs);
+
     Http http;
+
+private:
+    std::map<std::pair<std::string, std::string>, TritonModel> known_;  ///< by name and version
 };
 
-TritonClient::TritonClient(std::string url, TritonOptions options)
-    : impl_(std::make_unique<Impl>(std::move(url), options)) {}
-TritonClient::~TritonClient() = default;
-TritonClient::TritonClient(TritonClient&&) noexcept = default;
-TritonClient& TritonClient::operator=(TritonClient&&) noexcept = default;
-
-TritonModel TritonClient::model(const std::string& name, const std::string& version) {
-    const std::string path = impl_->path_of(name, version);
-    const Answer config = impl_->http.get(path + "/config");
-    const std::int64_t largest = impl_->take(path + "/config", config, [&] {
+TritonModel TritonClient::Impl::model(const std::string& name, const std::string& version) {
+    const std::string path = path_of(name, version);
+    const Answer config = http.get(path + "/config");
+    const std::int64_t largest = take(path + "/config", config, [&] {
         const Json json = parse(config.body);
         const auto found = json.find("max_batch_size");
         return found != json.end() && found->is_number_integer() ? std::max<std::int64_t>(1, found->get<std::int64_t>())
                                                                  : 1;
     });
-    const Answer answer = impl_->http.get(path);
-    return impl_->take(path, answer, [&] {
+    const Answer answer = http.get(path);
+    TritonModel read = take(path, answer, [&] {
         const Json json = parse(answer.body);
-        TritonModel model{name_of(json), {}, one_line(text_or_empty(json, "platform")), {}, {}};
-        model.inputs = read_ports(json, "inputs", largest);
-        model.outputs = read_ports(json, "outputs", largest);
+        TritonModel model;
+        model.name = name_of(json);
+        model.platform = one_line(text_or_empty(json, "platform"));
+        model.inputs = read_ports(json, "inputs", largest, &model.bytes_inputs);
+        model.outputs = read_ports(json, "outputs", largest, nullptr);
         if (json.contains("versions")) {
             for (const Json& each : list_of(json, "versions")) {
                 model.versions.push_back(each.is_string() ? each.get<std::string>() : "?");
@@ -198,17 +256,89 @@ TritonModel TritonClient::model(const std::string& name, const std::string& vers
         }
         return model;
     });
+    known_[{name, version}] = read;
+    return read;
+}
+
+std::vector<Tensor> TritonClient::Impl::infer(
+    const std::string& model_name, const std::string& version,
+    const std::function<std::string(const std::vector<std::string>&)>& request, std::string_view bytes,
+    std::int64_t batch, std::vector<std::string> outputs) {
+    const auto found = known_.find({model_name, version});
+    const TritonModel described = found == known_.end() ? model(model_name, version) : found->second;
+    if (outputs.empty()) {
+        for (const Port& port : described.outputs) {
+            outputs.push_back(port.name);
+        }
+    }
+    const std::string path = path_of(model_name, version) + "/infer";
+    try {
+        const Answer answer = http.post(path, request(outputs), bytes);
+        return take(path, answer, [&] {
+            std::vector<Tensor> tensors = read_outputs(answer);
+            check_whole(tensors, described, outputs, batch);
+            return tensors;
+        });
+    } catch (const Error&) {
+        known_.erase({model_name, version});  // another version may be loaded: the next call asks again
+        throw;
+    }
+}
+
+TritonClient::TritonClient(std::string url, TritonOptions options)
+    : impl_(guarded("Triton client", [&] { return std::make_unique<Impl>(std::move(url), options); })) {}
+TritonClient::~TritonClient() = default;
+TritonClient::TritonClient(TritonClient&&) noexcept = default;
+TritonClient& TritonClient::operator=(TritonClient&&) noexcept = default;
+
+TritonClient::Impl& TritonClient::impl() const {
+    if (!impl_) {
+        throw Error("this neck::TritonClient was moved from; use the client that it was moved to");
+    }
+    return *impl_;
+}
+
+const std::string& TritonClient::url() const { return impl().http.url(); }
+
+TritonModel TritonClient::model(const std::string& name, const std::string& version) {
+    Impl& client = impl();
+    return guarded(client.http.url(), [&] { return client.model(name, version); });
 }
 
 std::vector<Tensor> TritonClient::infer(const std::string& model, const Tensor& input,
                                         const std::vector<std::string>& outputs, const std::string& version) {
-    if (input.data.size() != bytes_of(input.type, input.shape)) {
-        throw Error("input " + input.name + " is " + input.describe() + ", but has " +
-                    std::to_string(input.data.size()) + " bytes");
-    }
-    const std::string path = impl_->path_of(model, version) + "/infer";
-    const Answer answer = impl_->http.post(path, request_json(input, outputs), input.data);
-    return impl_->take(path, answer, [&] { return read_outputs(answer); });
+    Impl& client = impl();
+    return guarded(client.http.url(), [&] {
+        input.check();
+        const auto request = [&](const std::vector<std::string>& wanted) {
+            return request_json(input.name, name_in(names, input.type), input.shape, input.data.size(), wanted);
+        };
+        const std::string_view bytes(reinterpret_cast<const char*>(input.data.data()), input.data.size());
+        return client.infer(model, version, request, bytes, input.shape.empty() ? 1 : input.shape[0], outputs);
+    });
+}
+
+std::vector<Tensor> TritonClient::infer_bytes(const std::string& model, const std::string& input,
+                                              const std::vector<std::string_view>& elements,
+                                              const std::vector<std::string>& outputs, const std::string& version) {
+    Impl& client = impl();
+    return guarded(client.http.url(), [&] {
+        std::string bytes;
+        for (const std::string_view element : elements) {
+            if (element.size() > UINT32_MAX) {
+                throw Error("an element of " + input + " has " + std::to_string(element.size()) +
+                            " bytes; BYTES of Triton end at 4294967295");
+            }
+            const auto length = static_cast<std::uint32_t>(element.size());
+            bytes.append(reinterpret_cast<const char*>(&length), sizeof length);
+            bytes += element;
+        }
+        const auto batch = static_cast<std::int64_t>(elements.size());
+        const auto request = [&](const std::vector<std::string>& wanted) {
+            return request_json(input, bytes_type, {batch, 1}, bytes.size(), wanted);
+        };
+        return client.infer(model, version, request, bytes, batch, outputs);
+    });
 }
 
 }  // namespace neck

@@ -14,6 +14,7 @@
 
 #include "neck/error.hpp"
 #include "neck/fidelity.hpp"
+#include "neck/log.hpp"
 #include "files/text.hpp"
 
 namespace neck {
@@ -144,8 +145,8 @@ Batch choose_image(const Asked& asked, const Port& input, const std::optional<Re
         return {preprocessor.prepare(pixels).image, {}};
     }
     const std::int64_t batch = asked.batch > 0 ? asked.batch : input.optimum_batch;
-    Tensor grey{"pixels", DataType::uint8, {batch, size.height, size.width, 3}, {}};
-    grey.data.assign(bytes_of(grey.type, grey.shape), std::byte{128});
+    Tensor grey{"pixels", DataType::uint8, {batch, size.height, size.width, 3}};
+    std::fill(grey.data.begin(), grey.data.end(), std::byte{128});
     return {preprocessor.prepare(grey).image, {}};
 }
 
@@ -208,6 +209,11 @@ int run_command(const std::string& name, const std::string& help, const std::fun
     }
     // a reader that went away, such as `head`, is told below instead
     std::signal(SIGPIPE, SIG_IGN);
+    set_log([name](LogLevel level, const std::string& line) {
+        if (level == LogLevel::warning) {  // an error of TensorRT's is in the message of what it lets fail
+            std::cerr << name + ": " + line + "\n";
+        }
+    });
     Exit code = Exit::failed;
     try {
         code = command();
@@ -220,6 +226,7 @@ int run_command(const std::string& name, const std::string& help, const std::fun
     } catch (const std::exception& error) {
         std::cerr << name << ": " << one_line(error.what()) << "; this should not happen, please report it\n";
     }
+    set_log({});  // threads of TensorRT's may log until the process ends
     std::cout.flush();
     if (!std::cout) {
         std::cerr << name << ": standard output cannot be written (closed, or its disk is full)\n";

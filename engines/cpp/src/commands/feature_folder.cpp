@@ -7,8 +7,12 @@
 #include <algorithm>
 #include <cctype>
 #include <cerrno>
+#include <climits>
+#include <map>
 #include <system_error>
 
+#include "files/files.hpp"
+#include "files/log.hpp"
 #include "neck/error.hpp"
 #include "neck/safetensors.hpp"
 
@@ -18,6 +22,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr const char* ending = ".safetensors";
+constexpr std::size_t staged_ending = 7;  // what write_whole adds: a point and six letters
 
 }  // namespace
 
@@ -39,14 +44,25 @@ FeatureFolder::~FeatureFolder() { close(descriptor_); }
 
 fs::path FeatureFolder::of(const fs::path& picture) const { return folder_ / (picture.filename().string() + ending); }
 
+bool FeatureFolder::name_too_long(const fs::path& picture) {
+    return picture.filename().string().size() + std::string(ending).size() + staged_ending > NAME_MAX;
+}
+
 void FeatureFolder::tidy() const {
     const std::string mark = std::string(ending) + ".";
-    for (const fs::directory_entry& entry : fs::directory_iterator(folder_)) {
-        const std::string name = entry.path().filename().string();
-        const std::size_t at = name.rfind(mark);
-        if (at != std::string::npos && name.size() == at + mark.size() + 6 && entry.is_regular_file()) {
-            fs::remove(entry.path());
+    try {
+        for (const fs::directory_entry& entry : fs::directory_iterator(folder_)) {
+            const std::string name = entry.path().filename().string();
+            const std::size_t at = name.rfind(mark);
+            std::error_code ignored;
+            if (at != std::string::npos && name.size() == at + std::string(ending).size() + staged_ending &&
+                entry.is_regular_file(ignored)) {
+                fs::remove(entry.path(), ignored);
+            }
         }
+    } catch (const fs::filesystem_error& error) {
+        throw Error(folder_.string() + ": cannot be listed (" + error.code().message() +
+                    "); check the folder and its permissions");
     }
 }
 
@@ -58,7 +74,8 @@ std::vector<fs::path> find_pictures(const fs::path& folder) {
             std::transform(kind.begin(), kind.end(), kind.begin(),
                            [](unsigned char letter) { return static_cast<char>(std::tolower(letter)); });
             const bool hidden = entry.path().filename().string().front() == '.';
-            if (!hidden && (kind == ".png" || kind == ".jpg" || kind == ".jpeg") && entry.is_regular_file()) {
+            std::error_code unknown;
+            if (!hidden && (kind == ".png" || kind == ".jpg" || kind == ".jpeg") && !entry.is_directory(unknown)) {
                 pictures.push_back(entry.path());
             }
         }
@@ -73,15 +90,52 @@ std::vector<fs::path> find_pictures(const fs::path& folder) {
     return pictures;
 }
 
+namespace {
+
+/// Whether a picture is still the one that was recorded: of the same size and time, or else of the same bytes. One that
+/// cannot be read is none.
+bool same_picture(const fs::path& picture, std::map<std::string, std::string>& recorded) {
+    try {
+        const OpenFile file(picture);
+        if (recorded["picture_bytes"] != std::to_string(file.size())) {
+            return false;
+        }
+        return recorded["picture_modified_ns"] == std::to_string(file.modified_ns()) ||
+               recorded["picture_sha256"] == sha256_of_file(picture);
+    } catch (const std::system_error&) {
+        return false;
+    }
+}
+
+}  // namespace
+
 std::vector<fs::path> FeatureFolder::find_missing(const std::vector<fs::path>& pictures,
                                                   const std::string& plan_hash) const {
     std::vector<fs::path> missing;
     for (const fs::path& picture : pictures) {
         const fs::path features = of(picture);
-        if (!fs::exists(features)) {
+        std::error_code unknown;
+        if (!fs::exists(features, unknown)) {
             missing.push_back(picture);
-        } else if (read_safetensors_metadata(features)["plan"] != plan_hash) {
+            continue;
+        }
+        std::map<std::string, std::string> recorded;
+        try {
+            recorded = read_safetensors_metadata(features);
+        } catch (const MemoryError&) {
+            throw;
+        } catch (const Error& error) {
+            log_line(LogLevel::warning, std::string(error.what()) + "; it is computed again");
+            missing.push_back(picture);
+            continue;
+        }
+        if (recorded["plan"] != plan_hash) {
             throw Error(features.string() + ": has features of another plan; give another folder, or remove them");
+        }
+        if (!same_picture(picture, recorded)) {
+            log_line(LogLevel::warning, picture.string() + ": was changed after its features were computed; they are " +
+                                            "computed again");
+            missing.push_back(picture);
         }
     }
     return missing;

@@ -28,8 +28,9 @@ Runs a plan of `neck-export trt`, its manifest PLAN.json beside it, on the GPU.
   --startup           time the start: loading, first and second run. A second call finds TensorRT-RTX's kernels in
                       PLAN.cache and starts warm
   --serve-folder IN OUT
-                      the features of IN's pictures: OUT/NAME.safetensors each; what is there is left alone,
-                      pictures that cannot be read are told and left out
+                      compute the features of IN's pictures: OUT/NAME.safetensors each. Features that are there are
+                      kept unless they are damaged or the picture has changed. Each picture that cannot be read
+                      gives one line on stderr, and the exit code 1
   --device N          CUDA's number of the GPU (default 0)
   --manifest          check the files and print what the manifest says; needs no GPU
   --help              this text
@@ -106,15 +107,6 @@ neck::Latency measure(cudaStream_t stream, std::int64_t runs, const std::string&
     return neck::summarise(std::move(times));
 }
 
-/// Prints the warnings from one on; \return how many there are.
-std::size_t print_warnings(const neck::Engine& engine, std::size_t from = 0) {
-    const std::vector<std::string>& warnings = engine.warnings();
-    for (; from < warnings.size(); ++from) {
-        std::cerr << "neck-engine: " << warnings[from] << "\n";
-    }
-    return from;
-}
-
 /// What a process waits for before it serves: loading, then the first run.
 Exit print_startup(const Arguments& arguments, const neck::EngineOptions& options) {
     const auto start = std::chrono::steady_clock::now();
@@ -136,7 +128,6 @@ Exit print_startup(const Arguments& arguments, const neck::EngineOptions& option
     lap("first run, batch " + std::to_string(part.shape[0]));
     engine.infer(part, stream.get());
     lap("second run");
-    print_warnings(engine);
     return Exit::done;
 }
 
@@ -168,7 +159,6 @@ Exit run(const Arguments& arguments) {
         return print_startup(arguments, options);
     }
     neck::Engine engine(plan, options);
-    const std::size_t told = print_warnings(engine);
     const neck::DeviceGuard guard(arguments.device, plan);
     const neck::OwnedStream stream = neck::make_stream(plan);
     const neck::Batch pictures = neck::choose_image(arguments, engine.input(), reference);
@@ -176,7 +166,6 @@ Exit run(const Arguments& arguments) {
     const std::vector<neck::Tensor> outputs =
         neck::run_in_batches(image, engine.input(), arguments.batch,
                              [&](const neck::Tensor& part) { return engine.infer(part, stream.get()); });
-    print_warnings(engine, told);
     const std::string& precision = engine.manifest().precision;
     std::cout << plan << ": " << precision << ", " << engine.runtime() << "\n";
     const Exit code = neck::print_outputs(pictures, outputs, reference, precision, engine.runtime());

@@ -1,8 +1,12 @@
+#include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <iostream>
 #include <optional>
+#include <string_view>
 
 #include "commands/command.hpp"
+#include "files/files.hpp"
 #include "neck/triton.hpp"
 #include "files/text.hpp"
 
@@ -15,7 +19,7 @@ constexpr const char* help = R"(Usage: neck-triton URL [PICTURE] [options]
 Sends a picture to a model in Triton over HTTP and prints its features' shapes and the latency.
 
   URL                   such as localhost:8000
-  PICTURE               PNG or JPEG, resized to what the model takes
+  PICTURE               PNG or JPEG, resized to what the model takes; an ensemble that takes files gets it as it is
   --compare FILE        check the outputs against a reference of `neck-export verify --save-reference`;
                         without PICTURE its own pictures are sent
   --model NAME          (default sam3-encoder)
@@ -24,7 +28,13 @@ Sends a picture to a model in Triton over HTTP and prints its features' shapes a
   --batch N             pictures in one request
   --runs N              timed requests (default 20)
   --timeout MS          of one request (default 60000)
+  --largest-answer MB   refuse longer answers (default 4295)
+  --user NAME           basic authentication; the password is read from NECK_TRITON_PASSWORD
+  --header 'NAME: TEXT' a header of every request; may be given several times
+  --ca FILE             certificates that https trusts (PEM); by default SSL_CERT_FILE, or the system's
   --help                this text
+
+A bearer token is read from NECK_TRITON_TOKEN. Credentials may also be a part of the URL; they are never printed.
 
 Exit codes: 0 done, 1 an error, 2 usage, 3 outputs that leave tolerance.
 )";
@@ -53,11 +63,33 @@ Arguments parse(int count, char** values) {
     const auto take_timeout = [&](const std::string& value) {
         arguments.options.timeout = std::chrono::milliseconds(neck::parse_count("--timeout", value));
     };
+    const auto take_largest = [&](const std::string& value) {
+        arguments.options.largest_answer =
+            static_cast<std::size_t>(neck::parse_count("--largest-answer", value)) * 1'000'000;
+    };
+    const auto take_header = [&](const std::string& value) {
+        const std::size_t colon = value.find(':');
+        if (colon == std::string::npos) {
+            throw neck::UsageError{"--header needs a name, a colon and a text, such as 'X-Tenant: a'"};
+        }
+        const std::size_t text = std::min(value.find_first_not_of(' ', colon + 1), value.size());
+        arguments.options.headers.emplace_back(value.substr(0, colon), value.substr(text));
+    };
+    const auto from_environment = [](const char* name) {
+        const char* value = std::getenv(name);  // NOLINT(concurrency-mt-unsafe): before any thread
+        return std::string(value != nullptr ? value : "");
+    };
+    arguments.options.token = from_environment("NECK_TRITON_TOKEN");
     neck::parse(count, values, arguments,
                 {{"model", true, [&](const std::string& value) { arguments.model = value; }},
                  {"model-version", true, take_version},
                  {"precision", true, take_precision},
-                 {"timeout", true, take_timeout}});
+                 {"timeout", true, take_timeout},
+                 {"largest-answer", true, take_largest},
+                 {"user", true, [&](const std::string& value) { arguments.options.username = value; }},
+                 {"header", true, take_header},
+                 {"ca", true, [&](const std::string& value) { arguments.options.ca_file = value; }}});
+    arguments.options.password = from_environment("NECK_TRITON_PASSWORD");
     if (!arguments.help && !arguments.picture && !arguments.reference) {
         throw neck::UsageError{"expected URL and PICTURE, or URL and --compare"};
     }
@@ -73,6 +105,79 @@ std::string choose_precision(const Arguments& arguments, const std::vector<neck:
     return type == neck::DataType::float16 ? "fp16" : type == neck::DataType::bfloat16 ? "bf16" : "fp32";
 }
 
+/// Sends requests to the model and keeps how long each took.
+class Sender {
+public:
+    Sender(neck::TritonClient& client, const Arguments& arguments) : client_(client), arguments_(arguments) {}
+
+    std::vector<neck::Tensor> send(const neck::Tensor& part) {
+        return timed([&] { return client_.infer(arguments_.model, part, {}, arguments_.version); });
+    }
+
+    std::vector<neck::Tensor> send(const std::string& input, const std::vector<std::string_view>& files) {
+        return timed([&] { return client_.infer_bytes(arguments_.model, input, files, {}, arguments_.version); });
+    }
+
+    /// Prints the latency of `runs` more requests.
+    template <typename Send>
+    void measure(std::int64_t batch, Send send_one) {
+        milliseconds_.clear();
+        for (std::int64_t index = 0; index < arguments_.runs; ++index) {
+            send_one();
+        }
+        neck::print_latencies("this client's clock",
+                              {{"a request, batch " + std::to_string(batch), neck::summarise(milliseconds_)}});
+    }
+
+private:
+    template <typename Work>
+    std::vector<neck::Tensor> timed(Work work) {
+        const auto start = std::chrono::steady_clock::now();
+        std::vector<neck::Tensor> outputs = work();
+        const auto end = std::chrono::steady_clock::now();
+        milliseconds_.push_back(std::chrono::duration<double, std::milli>(end - start).count());
+        return outputs;
+    }
+
+    neck::TritonClient& client_;
+    const Arguments& arguments_;
+    std::vector<double> milliseconds_;
+};
+
+/// Prints the outputs, and their figures where there is a reference.
+Exit print(const Arguments& arguments, const std::string& server, const neck::Batch& pictures,
+           const std::vector<neck::Tensor>& outputs, const std::optional<neck::Reference>& reference) {
+    std::cout << server << "\n";
+    return neck::print_outputs(pictures, outputs, reference, choose_precision(arguments, outputs), server);
+}
+
+neck::FileBytes read_picture_file(const std::string& path) {
+    try {
+        return neck::read_file(path);
+    } catch (const std::system_error& error) {
+        throw neck::Error(path + " cannot be read (" + error.code().message() + "); check the path and its permissions");
+    }
+}
+
+/// Sends the file itself, as often as the batch says, to a model that decodes it.
+Exit run_file(const Arguments& arguments, const neck::BytesPort& input, const std::string& server, Sender& sender,
+              const std::optional<neck::Reference>& reference) {
+    if (!arguments.picture) {
+        throw neck::Error(arguments.model + " takes picture files; give a PICTURE");
+    }
+    const neck::FileBytes file = read_picture_file(*arguments.picture);
+    const auto batch = static_cast<std::size_t>(std::max<std::int64_t>(1, arguments.batch));
+    const std::vector<std::string_view> files(batch, file.text());
+    const std::vector<neck::Tensor> outputs = sender.send(input.name, files);
+    neck::Batch sent;
+    sent.image = neck::Tensor(input.name, neck::DataType::uint8, {static_cast<std::int64_t>(file.size())});
+    const Exit code = print(arguments, server, sent, outputs, reference);
+    if (code == Exit::done) {
+        sender.measure(static_cast<std::int64_t>(batch), [&] { sender.send(input.name, files); });
+    }
+    return code;
+}
+
 Exit run(const Arguments& arguments) {
     if (arguments.help) {
         std::cout << help;
@@ -81,36 +186,28 @@ Exit run(const Arguments& arguments) {
     const std::optional<neck::Reference> reference = neck::read_asked(arguments);
     neck::TritonClient client(arguments.target, arguments.options);
     const neck::TritonModel model = client.model(arguments.model, arguments.version);
-    if (model.inputs.size() != 1) {
-        throw neck::Error(arguments.model + " takes " + std::to_string(model.inputs.size()) +
+    const std::string server = model.name + " in Triton at " + client.url() +
+                               (model.platform.empty() ? "" : " (" + model.platform + ")");
+    Sender sender(client, arguments);
+    if (model.inputs.empty() && model.bytes_inputs.size() == 1) {
+        return run_file(arguments, model.bytes_inputs[0], server, sender, reference);
+    }
+    if (model.inputs.size() != 1 || !model.bytes_inputs.empty()) {
+        throw neck::Error(arguments.model + " takes " +
+                          std::to_string(model.inputs.size() + model.bytes_inputs.size()) +
                           " inputs; expected one, a picture");
     }
     const neck::Port& input = model.inputs[0];
     const neck::Batch pictures = neck::choose_image(arguments, input, reference);
     const neck::Tensor& image = pictures.image;
-    std::vector<double> milliseconds;
-    const auto send = [&](const neck::Tensor& part) {
-        const auto start = std::chrono::steady_clock::now();
-        std::vector<neck::Tensor> outputs = client.infer(arguments.model, part, {}, arguments.version);
-        milliseconds.push_back(
-            std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
-        return outputs;
-    };
+    const auto send = [&](const neck::Tensor& part) { return sender.send(part); };
     const std::vector<neck::Tensor> outputs = neck::run_in_batches(image, input, arguments.batch, send);
-    const std::string server = model.name + " in Triton at " + arguments.target;
-    std::cout << server << (model.platform.empty() ? "" : " (" + model.platform + ")") << "\n";
-    const Exit code = neck::print_outputs(pictures, outputs, reference, choose_precision(arguments, outputs), server);
-    if (code != Exit::done) {
-        return code;
+    const Exit code = print(arguments, server, pictures, outputs, reference);
+    if (code == Exit::done) {
+        const neck::Tensor part = neck::first_batch(image, input, arguments.batch);
+        sender.measure(part.shape[0], [&] { sender.send(part); });
     }
-    const neck::Tensor part = neck::first_batch(image, input, arguments.batch);
-    milliseconds.clear();
-    for (std::int64_t index = 0; index < arguments.runs; ++index) {
-        send(part);
-    }
-    neck::print_latencies("this client's clock",
-                          {{"a request, batch " + std::to_string(part.shape[0]), neck::summarise(milliseconds)}});
-    return Exit::done;
+    return code;
 }
 
 }  // namespace

@@ -6,12 +6,15 @@
 #include <atomic>
 #include <future>
 #include <iostream>
+#include <map>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
 #include "commands/feature_folder.hpp"
+#include "files/files.hpp"
 #include "neck/pool.hpp"
 #include "neck/preprocess.hpp"
 #include "neck/safetensors.hpp"
@@ -22,6 +25,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr std::size_t largest_file = std::size_t{1} << 31U;
 constexpr std::chrono::hours patience{24};  // contexts come back as soon as their run is over
 
 /// The work of all threads, and what came of it.
@@ -34,12 +38,12 @@ public:
     void run(Pool& pool, const Preprocessor& preprocessor, const Port& input) {
         try {
             while (!stopped_) {
-                std::vector<fs::path> names;
-                const Batch batch = read(preprocessor, names);
-                if (names.empty()) {
+                std::vector<Read> pictures;
+                const Batch batch = read(preprocessor, pictures);
+                if (pictures.empty()) {
                     return;
                 }
-                write(names, batch.fits, infer(pool, batch.image, input));
+                write(pictures, batch.fits, infer(pool, batch.image, input));
             }
         } catch (...) {
             stopped_ = true;
@@ -51,28 +55,66 @@ public:
     std::size_t bad() const { return bad_; }
 
 private:
+    /// A picture that is in the batch, and what its features record of its file.
+    struct Read {
+        fs::path path;
+        std::map<std::string, std::string> facts;
+    };
+
+    /// The bytes of a picture file, and what is recorded of them.
+    struct Source {
+        FileBytes file;
+        std::map<std::string, std::string> facts;
+    };
+
+    static Source read_source(const fs::path& path) {
+        if (FeatureFolder::name_too_long(path)) {
+            throw Error(path.string() + " has too long a name for its features' file; give it a shorter one");
+        }
+        try {
+            OpenFile open(path);
+            if (open.size() > largest_file) {
+                throw Error(path.string() + " has " + std::to_string(open.size()) + " bytes, more than a picture; " +
+                            "fetch it again");
+            }
+            FileBytes file(open.size());
+            open.read(file.data(), file.size());
+            std::map<std::string, std::string> facts{{"picture_bytes", std::to_string(file.size())},
+                                                     {"picture_modified_ns", std::to_string(open.modified_ns())},
+                                                     {"picture_sha256", sha256(file.data(), file.size())}};
+            return {std::move(file), std::move(facts)};
+        } catch (const std::system_error& error) {
+            throw Error(path.string() + " cannot be opened (" + error.code().message() +
+                        "); check the path and its permissions.");
+        }
+    }
+
     /// The next pictures that can be read, as many as one run takes.
-    Batch read(const Preprocessor& preprocessor, std::vector<fs::path>& names) {
+    Batch read(const Preprocessor& preprocessor, std::vector<Read>& done) {
         Batch batch;
-        while (names.size() < batch_) {
+        while (done.size() < batch_) {
             const std::size_t index = next_++;
             if (index >= pictures_.size()) {
                 break;
             }
             try {
-                Batch one = preprocessor.read({pictures_[index]});
-                if (names.empty()) {
+                Source source = read_source(pictures_[index]);
+                Batch one = preprocessor.prepare(
+                    decode_picture(source.file.data(), source.file.size(), {}, pictures_[index].string()));
+                if (done.empty()) {
                     batch.image = std::move(one.image);
                 } else {
                     batch.image.data.insert(batch.image.data.end(), one.image.data.begin(), one.image.data.end());
                     ++batch.image.shape[0];
                 }
                 batch.fits.push_back(one.fits[0]);
-                names.push_back(pictures_[index]);
+                done.push_back({pictures_[index], std::move(source.facts)});
+            } catch (const MemoryError&) {
+                throw;  // the picture may be intact, and the next one would not fare better
             } catch (const Error& error) {
                 ++bad_;
                 const std::lock_guard<std::mutex> lock(printing_);
-                std::cerr << "neck-engine: left out: " << one_line(error.what()) << "\n";
+                std::cerr << "neck-engine: left out: " + std::string(error.what()) + "\n";
             }
         }
         return batch;
@@ -92,20 +134,21 @@ private:
         return lease->infer(filled, lease.stream());
     }
 
-    void write(const std::vector<fs::path>& names, const std::vector<Fit>& fits, const std::vector<Tensor>& outputs) {
-        for (std::size_t index = 0; index < names.size(); ++index) {
+    void write(const std::vector<Read>& pictures, const std::vector<Fit>& fits, const std::vector<Tensor>& outputs) {
+        for (std::size_t index = 0; index < pictures.size(); ++index) {
             std::vector<Tensor> own;
             own.reserve(outputs.size());
             for (const Tensor& output : outputs) {
                 own.push_back(output.slice(static_cast<std::int64_t>(index), 1));
             }
             const Fit& fit = fits[index];
-            write_safetensors(out_.of(names[index]), own,
-                              {{"plan", hash_},
-                               {"height", std::to_string(fit.original.height)},
-                               {"width", std::to_string(fit.original.width)},
-                               {"scale_y", format("%.17g", fit.scale_y)},
-                               {"scale_x", format("%.17g", fit.scale_x)}});
+            std::map<std::string, std::string> told = pictures[index].facts;
+            told["plan"] = hash_;
+            told["height"] = std::to_string(fit.original.height);
+            told["width"] = std::to_string(fit.original.width);
+            told["scale_y"] = format("%.17g", fit.scale_y);
+            told["scale_x"] = format("%.17g", fit.scale_x);
+            write_safetensors(out_.of(pictures[index].path), own, told);
             const std::size_t now = ++done_;
             if (isatty(STDERR_FILENO) != 0) {
                 const std::lock_guard<std::mutex> lock(printing_);
@@ -169,8 +212,8 @@ Exit serve_folder(const fs::path& plan, const fs::path& in, const fs::path& out,
         std::cerr << (isatty(STDERR_FILENO) != 0 ? "\n" : "");
     }
     std::cout << out.string() << ": features of " << done << " pictures written, " << there << " were there, " << bad
-              << " cannot be read\n";
-    return Exit::done;
+              << " failed\n";
+    return bad == 0 ? Exit::done : Exit::failed;
 }
 
 }  // namespace neck

@@ -16,8 +16,9 @@ struct FolderOptions {
 
 /// Computes the features of a folder's pictures: OUT/NAME.safetensors for each, whole or not there.
 ///
-/// What is there already is left alone, so that a call after one that was killed goes on. A picture that cannot be
-/// read is told on stderr and left out.
+/// Features that are there already are kept, so that a call after one that was killed goes on, unless they are damaged or
+/// their picture was changed. For each picture that fails there is one line on stderr.
+/// \return Exit::failed if any picture failed.
 /// \throws Error a folder that cannot be used, or that holds features of another plan.
 Exit serve_folder(const std::filesystem::path& plan, const std::filesystem::path& in, const std::filesystem::path& out,
                   const EngineOptions& engine, const FolderOptions& options);

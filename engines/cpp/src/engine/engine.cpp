@@ -4,6 +4,8 @@
 #include <optional>
 #include <utility>
 
+#include "files/guard.hpp"
+#include "files/log.hpp"
 #include "plan/checks.hpp"
 #include "engine/engine_impl.hpp"
 #include "plan/flavor.hpp"
@@ -66,6 +68,11 @@ Engine::Impl::~Impl() {
 
 /// Frees what lies on the GPU, each thing before those that it uses.
 void Engine::Impl::release() {
+    release_buffers();
+    loaded_.reset();
+}
+
+void Engine::Impl::release_buffers() {
     if (done_) {
         cudaEventSynchronize(done_.get());  // the last run may still be at work in our memory
     }
@@ -76,7 +83,27 @@ void Engine::Impl::release() {
     output_.clear();
     input_.reset();
     scratch_.reset();
-    loaded_.reset();
+}
+
+/// Makes the context and its memory anew. The weights stay where they are.
+void Engine::Impl::recover() {
+    const DeviceGuard guard(options_.device, plan_);
+    release_buffers();
+    cudaGetLastError();  // of what was freed after the failure
+    last_batch_ = 0;
+    failed = true;
+    try {
+        allocate_buffers();
+    } catch (...) {
+        release_buffers();
+        throw;
+    }
+    failed = false;
+}
+
+void Engine::Impl::warn(const std::string& line) {
+    warnings.push_back(line);
+    log_line(LogLevel::warning, line);
 }
 
 void Engine::Impl::load(const std::string& version) {
@@ -96,7 +123,7 @@ void Engine::Impl::load(const std::string& version) {
                   "); kernels are compiled anew";
     }
     if (!why_not.empty()) {
-        warnings.push_back(why_not);
+        warn(why_not);
     }
     allocate_buffers();
     check(cudaMemGetInfo(&after, &total), plan_ + ": asking for free memory");
@@ -105,7 +132,7 @@ void Engine::Impl::load(const std::string& version) {
 
 void Engine::Impl::allocate_buffers() {
     const Port& port = input();
-    largest_batch_ = options_.max_batch > 0 ? options_.max_batch : port.largest_batch;
+    largest_batch_ = options_.max_batch != 0 ? options_.max_batch : port.largest_batch;
     if (largest_batch_ < port.smallest_batch || largest_batch_ > port.largest_batch) {
         throw Error(plan_ + ": a largest batch of " + std::to_string(largest_batch_) + " was asked; expected " +
                     port.describe());
@@ -128,41 +155,104 @@ void Engine::Impl::allocate_buffers() {
     }
 }
 
+namespace {
+
+template <typename Impl>
+Impl& existing(const std::unique_ptr<Impl>& impl) {
+    if (!impl) {
+        throw Error("this neck::Engine was moved from; use the engine that it was moved to");
+    }
+    return *impl;
+}
+
+/// Does work on the GPU and notes whether that failed.
+template <typename Impl, typename Work>
+auto use(const std::unique_ptr<Impl>& impl, Work work) -> decltype(work(*impl)) {
+    Impl& engine = existing(impl);
+    return guarded(engine.plan(), [&] {
+        if (!engine.ready()) {
+            throw Error(engine.plan() + ": its context was given up after a failure of the GPU; call recover(), or " +
+                        "start the program again");
+        }
+        try {
+            return work(engine);
+        } catch (const GpuError&) {
+            engine.failed = true;
+            throw;
+        }
+    });
+}
+
+}  // namespace
+
 Engine::Engine(const std::filesystem::path& plan, const EngineOptions& options)
-    : impl_(std::make_unique<Impl>(plan, options)) {}
+    : impl_(guarded(plan.string(), [&] { return std::make_unique<Impl>(plan, options); })) {}
 Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Engine::~Engine() = default;
 Engine::Engine(Engine&&) noexcept = default;
 Engine& Engine::operator=(Engine&&) noexcept = default;
 
-const Manifest& Engine::manifest() const { return impl_->manifest; }
-const Port& Engine::input() const { return impl_->input(); }
-const std::vector<Port>& Engine::outputs() const { return impl_->outputs(); }
-const std::string& Engine::runtime() const { return impl_->runtime; }
-const std::vector<std::string>& Engine::warnings() const { return impl_->warnings; }
-Engine Engine::another() const { return Engine(std::make_unique<Impl>(impl_.get())); }
-std::size_t Engine::context_bytes() const { return impl_->context_bytes(); }
+const Manifest& Engine::manifest() const { return existing(impl_).manifest; }
+const Port& Engine::input() const { return existing(impl_).input(); }
+const std::vector<Port>& Engine::outputs() const { return existing(impl_).outputs(); }
+const std::string& Engine::runtime() const { return existing(impl_).runtime; }
+const std::vector<std::string>& Engine::warnings() const { return existing(impl_).warnings; }
+bool Engine::warm() const { return existing(impl_).warm; }
+bool Engine::failed() const { return existing(impl_).failed; }
+std::size_t Engine::loaded_bytes() const { return existing(impl_).loaded_bytes; }
+std::size_t Engine::context_bytes() const { return existing(impl_).context_bytes(); }
+Event Engine::finished() const { return existing(impl_).finished(); }
+
+Engine Engine::another() const {
+    const Impl& first = existing(impl_);
+    return guarded(first.plan(), [&] { return Engine(std::make_unique<Impl>(&first)); });
+}
+
+void Engine::recover() {
+    Impl& engine = existing(impl_);
+    guarded(engine.plan(), [&] { engine.recover(); });
+}
+
 void Engine::bind_output(const std::string& name, void* memory, std::size_t bytes) {
-    impl_->bind_output(name, memory, bytes);
+    use(impl_, [&](Impl& engine) { engine.bind_output(name, memory, bytes); });
 }
-void Engine::unbind_outputs() noexcept { impl_->unbind_outputs(); }
-dlpack::Managed* Engine::to_dlpack(const std::string& name) const { return impl_->to_dlpack(name); }
-Event Engine::finished() const { return impl_->finished(); }
-bool Engine::warm() const { return impl_->warm; }
-std::size_t Engine::loaded_bytes() const { return impl_->loaded_bytes; }
-void Engine::copy_in(const Tensor& image, Stream stream) { impl_->copy_in(image, stream); }
+
+void Engine::unbind_outputs() noexcept {
+    if (impl_ && impl_->ready()) {
+        impl_->unbind_outputs();
+    }
+}
+
+dlpack::Managed* Engine::to_dlpack(const std::string& name) const {
+    return use(impl_, [&](const Impl& engine) { return engine.to_dlpack(name); });
+}
+
+void Engine::copy_in(const Tensor& image, Stream stream) {
+    use(impl_, [&](Impl& engine) { engine.copy_in(image, stream); });
+}
+
 Fit Engine::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch, Stream stream, std::int64_t entry) {
-    return impl_->copy_in_rgb8(pixels, size, pitch, stream, entry);
+    return use(impl_, [&](Impl& engine) { return engine.copy_in_rgb8(pixels, size, pitch, stream, entry); });
 }
-void Engine::enqueue(std::int64_t batch, Stream stream) { impl_->enqueue(batch, stream, nullptr); }
-void Engine::enqueue(std::int64_t batch, Stream stream, const void* image) { impl_->enqueue(batch, stream, image); }
-std::vector<DeviceTensor> Engine::device_outputs() const { return impl_->device_outputs(); }
-std::vector<Tensor> Engine::copy_out(Stream stream) { return impl_->copy_out(stream); }
+
+void Engine::enqueue(std::int64_t batch, Stream stream) { enqueue(batch, stream, nullptr); }
+
+void Engine::enqueue(std::int64_t batch, Stream stream, const void* image) {
+    use(impl_, [&](Impl& engine) { engine.enqueue(batch, stream, image); });
+}
+
+std::vector<DeviceTensor> Engine::device_outputs() const {
+    return use(impl_, [](const Impl& engine) { return engine.device_outputs(); });
+}
+
+std::vector<Tensor> Engine::copy_out(Stream stream) {
+    return use(impl_, [&](Impl& engine) { return engine.copy_out(stream); });
+}
 
 std::vector<Tensor> Engine::infer(const Tensor& image, Stream stream) {
-    impl_->copy_in(image, stream);
-    impl_->enqueue(image.shape[0], stream, nullptr);
-    return impl_->copy_out(stream);
+    copy_in(image, stream);
+    enqueue(image.shape.at(0), stream);
+    return copy_out(stream);
 }
 
 }  // namespace neck

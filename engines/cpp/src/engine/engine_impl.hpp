@@ -47,6 +47,11 @@ public:
     std::vector<Tensor> copy_out(cudaStream_t stream);
     void bind_output(const std::string& name, void* memory, std::size_t bytes);
     void unbind_outputs() noexcept;
+    void recover();
+    const std::string& plan() const { return plan_; }
+
+    /// Whether its context and memory are there: a recovery that failed leaves none.
+    bool ready() const { return context_ != nullptr; }
     dlpack::Managed* to_dlpack(const std::string& name) const;
     cudaEvent_t finished() const { return done_.get(); }
     std::size_t context_bytes() const { return context_bytes_; }
@@ -56,12 +61,15 @@ public:
     std::vector<std::string> warnings;
     std::size_t loaded_bytes = 0;
     bool warm = false;
+    bool failed = false;  ///< a call of CUDA or TensorRT failed since the context was made
     const Port& input() const { return loaded_->inputs[0]; }
     const std::vector<Port>& outputs() const { return loaded_->outputs; }
 
 private:
     void load(const std::string& version);
     void release();
+    void release_buffers();
+    void warn(const std::string& line);
     void allocate_buffers();
     void check_batch(const std::string& got, std::int64_t batch) const;
     void bind(nvinfer1::IExecutionContext& context, std::int64_t batch, const void* image);

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "files/guard.hpp"
 #include "gpu/cuda.hpp"
 #include "files/text.hpp"
 
@@ -54,32 +55,18 @@ public:
         }
     }
 
+    /// Waits for a context; one whose GPU calls failed is made anew first.
     std::size_t acquire(std::chrono::milliseconds timeout) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        if (!closed_ && !free_.empty()) {  // then nobody waits
-            const std::size_t index = free_.back();
-            free_.pop_back();
-            return index;
+        const std::size_t index = wait_for_one(timeout);
+        try {
+            if (engines_[index].failed()) {
+                engines_[index].recover();
+            }
+        } catch (...) {
+            give_back(index);
+            throw;
         }
-        if (!closed_ && waiting_.size() >= most_waiting_) {
-            throw Error(plan_ + ": " + std::to_string(waiting_.size()) + " wait for one of " +
-                        std::to_string(engines_.size()) + " contexts already; come later, or make a larger pool");
-        }
-        const auto self = waiting_.emplace(waiting_.end());
-        constexpr std::chrono::milliseconds longest = std::chrono::hours(24 * 365);  // the clock ends somewhere
-        const bool done =
-            self->changed.wait_for(lock, std::min(timeout, longest), [&] { return self->granted || closed_; });
-        const bool granted = self->granted;
-        const std::size_t index = self->index;
-        waiting_.erase(self);
-        if (granted) {
-            return index;
-        }
-        if (done) {
-            throw Error(plan_ + ": the pool of contexts is closed; make another");
-        }
-        throw Error(plan_ + ": none of " + std::to_string(engines_.size()) + " contexts came free within " +
-                    std::to_string(timeout.count()) + " ms; wait longer, or make a larger pool");
+        return index;
     }
 
     void give_back(std::size_t index) {
@@ -111,6 +98,7 @@ public:
     Engine& engine(std::size_t index) { return engines_[index]; }
     Stream stream(std::size_t index) const { return streams_[index].get(); }
     int contexts() const { return static_cast<int>(engines_.size()); }
+    const std::string& plan() const { return plan_; }
 
 private:
     struct Waiter {
@@ -118,6 +106,34 @@ private:
         std::size_t index = 0;
         std::condition_variable changed{};
     };
+
+    std::size_t wait_for_one(std::chrono::milliseconds timeout) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        if (!closed_ && !free_.empty()) {  // then nobody waits
+            const std::size_t index = free_.back();
+            free_.pop_back();
+            return index;
+        }
+        if (!closed_ && waiting_.size() >= most_waiting_) {
+            throw Error(plan_ + ": " + std::to_string(waiting_.size()) + " wait for one of " +
+                        std::to_string(engines_.size()) + " contexts already; come later, or make a larger pool");
+        }
+        const auto self = waiting_.emplace(waiting_.end());
+        constexpr std::chrono::milliseconds longest = std::chrono::hours(24 * 365);  // the clock ends somewhere
+        const bool done =
+            self->changed.wait_for(lock, std::min(timeout, longest), [&] { return self->granted || closed_; });
+        const bool granted = self->granted;
+        const std::size_t index = self->index;
+        waiting_.erase(self);
+        if (granted) {
+            return index;
+        }
+        if (done) {
+            throw Error(plan_ + ": the pool of contexts is closed; make another");
+        }
+        throw Error(plan_ + ": none of " + std::to_string(engines_.size()) + " contexts came free within " +
+                    std::to_string(timeout.count()) + " ms; wait longer, or make a larger pool");
+    }
 
     std::string plan_;
     int device_;
@@ -150,14 +166,23 @@ void Pool::Lease::give_back() noexcept {
     }
 }
 
-Engine& Pool::Lease::operator*() const { return state_->engine(index_); }
-Stream Pool::Lease::stream() const { return state_->stream(index_); }
+Pool::State& Pool::Lease::state() const {
+    if (!state_) {
+        throw Error("this lease was moved from; use the lease that it was moved to");
+    }
+    return *state_;
+}
+
+Engine& Pool::Lease::operator*() const { return state().engine(index_); }
+Stream Pool::Lease::stream() const { return state().stream(index_); }
 
 Pool::Pool(const std::filesystem::path& plan, const PoolOptions& options, const EngineOptions& engine)
-    : state_(std::make_shared<State>(plan, options, engine)) {}
+    : state_(guarded(plan.string(), [&] { return std::make_shared<State>(plan, options, engine); })) {}
 Pool::~Pool() { close(); }
 
-Pool::Lease Pool::acquire(std::chrono::milliseconds timeout) { return {state_, state_->acquire(timeout)}; }
+Pool::Lease Pool::acquire(std::chrono::milliseconds timeout) {
+    return guarded(state_->plan(), [&] { return Lease(state_, state_->acquire(timeout)); });
+}
 void Pool::close() { state_->close(); }
 int Pool::contexts() const { return state_->contexts(); }
 std::size_t Pool::waiting() const { return state_->waiting(); }

@@ -101,7 +101,7 @@ void Engine::Impl::bind(nvinfer1::IExecutionContext& context, std::int64_t batch
 void Engine::Impl::run(nvinfer1::IExecutionContext& context, cudaStream_t stream) {
     if (!context.enqueueV3(stream)) {
         cudaGetLastError();
-        throw Error(plan_ + ": the run failed (" + loaded_->logger->failure() + "); " + memory_text());
+        throw GpuError(plan_ + ": the run failed (" + loaded_->logger->failure() + "); " + memory_text());
     }
 }
 
@@ -122,7 +122,7 @@ Prepared& Engine::Impl::captured(std::int64_t batch) {
     const auto succeed = [&](cudaError_t code) {
         if (code != cudaSuccess) {
             cudaGetLastError();
-            throw Error(plan_ + ": no CUDA graph can be captured (" + cudaGetErrorString(code) +
+            throw GpuError(plan_ + ": no CUDA graph can be captured (" + cudaGetErrorString(code) +
                         "); run it without one");
         }
     };
@@ -175,7 +175,7 @@ void Engine::Impl::keep_kernels(std::int64_t batch) {
     const std::lock_guard<std::mutex> lock(loaded_->making);
     const std::string failed = cache_.write(cached_kernels(loaded_->config));
     if (!failed.empty()) {
-        warnings.push_back(failed);
+        warn(failed);
     }
 }
 

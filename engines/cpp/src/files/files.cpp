@@ -1,7 +1,6 @@
 #include "files/files.hpp"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -27,28 +26,47 @@ struct Descriptor {
 
 }  // namespace
 
-MappedFile::MappedFile(const std::filesystem::path& path) {
-    // without O_NONBLOCK a pipe would hold the program for ever
-    const Descriptor file{open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
+// without O_NONBLOCK a pipe would hold the program for ever
+OpenFile::OpenFile(const std::filesystem::path& path) : number_(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
     struct stat about {};
-    if (file.number < 0 || fstat(file.number, &about) != 0) {
-        fail(errno);
-    }
-    if (S_ISDIR(about.st_mode)) {
-        fail(EISDIR);
-    }
-    if (!S_ISREG(about.st_mode)) {
-        fail(EINVAL);
+    const bool known = number_ >= 0 && fstat(number_, &about) == 0;
+    const int code = !known ? errno : S_ISDIR(about.st_mode) ? EISDIR : !S_ISREG(about.st_mode) ? EINVAL : 0;
+    if (code != 0) {
+        if (number_ >= 0) {
+            close(number_);
+        }
+        fail(code);
     }
     size_ = static_cast<std::size_t>(about.st_size);
-    if (size_ == 0) {
-        return;
+    modified_ns_ = std::int64_t{about.st_mtim.tv_sec} * 1'000'000'000 + about.st_mtim.tv_nsec;
+}
+
+OpenFile::~OpenFile() { close(number_); }
+
+void OpenFile::read(std::byte* target, std::size_t bytes) {
+    while (bytes > 0) {
+        const ssize_t got = ::read(number_, target, bytes);
+        if (got < 0 && errno != EINTR) {
+            fail(errno);
+        }
+        if (got == 0) {
+            throw Ended();
+        }
+        if (got > 0) {
+            target += got;
+            bytes -= static_cast<std::size_t>(got);
+        }
     }
-    void* address = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.number, 0);
-    if (address == MAP_FAILED) {  // NOLINT: the system's own constant
-        fail(errno);
+}
+
+FileBytes read_file(const std::filesystem::path& path, std::size_t most) {
+    OpenFile file(path);
+    if (file.size() > most) {
+        fail(EFBIG);
     }
-    data_ = address;
+    FileBytes bytes(file.size());
+    file.read(bytes.data(), bytes.size());
+    return bytes;
 }
 
 void write_whole(const std::filesystem::path& path, const std::vector<std::string_view>& parts) {
@@ -75,12 +93,6 @@ void write_whole(const std::filesystem::path& path, const std::vector<std::strin
             unlink(staged.c_str());
         }
         throw;
-    }
-}
-
-MappedFile::~MappedFile() {
-    if (data_ != nullptr) {
-        munmap(data_, size_);
     }
 }
 

@@ -1,12 +1,46 @@
 #include "files/json.hpp"
 
+#include <string>
+
 #include "files/text.hpp"
 
 namespace neck {
+namespace {
 
-Json parse_json(std::string_view text) { return Json::parse(text, nullptr, false); }
+constexpr int deepest = 64;  // of our own files: 6; writing a value goes down by a function call for each level
+
+/// Whether brackets outside strings are nested deeper than is taken.
+bool too_deep(std::string_view text) {
+    int depth = 0;
+    bool quoted = false;
+    for (std::size_t at = 0; at < text.size(); ++at) {
+        const char letter = text[at];
+        if (quoted) {
+            at += letter == '\\' ? 1 : 0;
+            quoted = letter != '"';
+        } else if (letter == '"') {
+            quoted = true;
+        } else if (letter == '[' || letter == '{') {
+            if (++depth > deepest) {
+                return true;
+            }
+        } else if (letter == ']' || letter == '}') {
+            --depth;
+        }
+    }
+    return false;
+}
+
+}  // namespace
+
+Json parse_json(std::string_view text) {
+    return too_deep(text) ? Json(Json::value_t::discarded) : Json::parse(text, nullptr, false);
+}
 
 Json parse_json_or_say(std::string_view text) {
+    if (too_deep(text)) {
+        throw Fault{"it is nested more than " + std::to_string(deepest) + " levels deep"};
+    }
     try {
         return Json::parse(text);
     } catch (const Json::exception& error) {

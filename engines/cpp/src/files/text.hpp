@@ -3,19 +3,21 @@
 #include <string>
 #include <string_view>
 
+#include "neck/export.hpp"
+
 namespace neck {
 
 /// 'text', as Python's repr writes it, so that odd bytes in a file do no harm on a terminal.
-std::string repr(std::string_view text);
+NECK_API std::string repr(std::string_view text);
 
 /// Whether a name is UTF-8 without quotes, backslashes and control characters, so that it can be shown as it is.
-bool plain(std::string_view name);
+NECK_API bool plain(std::string_view name);
 
 /// One line of UTF-8, runs of white space made one space, about 400 bytes at most.
-std::string one_line(std::string_view text);
+NECK_API std::string one_line(std::string_view text);
 
 /// printf into a string.
-[[gnu::format(printf, 1, 2)]] std::string format(const char* pattern, ...);
+[[gnu::format(printf, 1, 2)]] NECK_API std::string format(const char* pattern, ...);
 
 /// `a, b, c`
 template <typename Range, typename Name>

@@ -11,9 +11,9 @@ void check(cudaError_t code, const std::string& what) {
     }
     cudaGetLastError();  // else the next call would tell it again
     if (code == cudaErrorMemoryAllocation) {
-        throw Error(what + ": out of device memory; " + memory_text());
+        throw GpuError(what + ": out of device memory; " + memory_text());
     }
-    throw Error(what + " failed (" + cudaGetErrorString(code) + "); " +
+    throw GpuError(what + " failed (" + cudaGetErrorString(code) + "); " +
                 "nvidia-smi tells whether the GPU still works; start the program again");
 }
 

@@ -7,12 +7,20 @@
 #include <string>
 #include <type_traits>
 
+#include "neck/error.hpp"
+
 namespace neck {
+
+/// A call of CUDA or TensorRT failed: the context that ran is of no more use.
+class NECK_API GpuError : public Error {
+public:
+    using Error::Error;
+};
 
 /// Throws where a call of the CUDA runtime failed.
 /// \param what begins the message: the plan, then what was tried.
-/// \throws Error
-void check(cudaError_t code, const std::string& what);
+/// \throws GpuError
+NECK_API void check(cudaError_t code, const std::string& what);
 
 /// The newest CUDA that the driver serves, such as `13.0`.
 std::string driver_version(const std::string& plan);
@@ -31,7 +39,7 @@ struct DeviceFree {
 using DeviceMemory = std::unique_ptr<std::byte, DeviceFree>;
 
 /// \throws Error out of device memory.
-DeviceMemory allocate(std::size_t bytes, const std::string& plan);
+NECK_API DeviceMemory allocate(std::size_t bytes, const std::string& plan);
 
 /// A CUDA handle and what ends it.
 template <typename Handle, cudaError_t (*destroy)(Handle)>
@@ -47,13 +55,13 @@ using OwnedEvent = Owned<cudaEvent_t, cudaEventDestroy>;
 using OwnedGraph = Owned<cudaGraph_t, cudaGraphDestroy>;
 using OwnedGraphExec = Owned<cudaGraphExec_t, cudaGraphExecDestroy>;
 
-OwnedStream make_stream(const std::string& what);
+NECK_API OwnedStream make_stream(const std::string& what);
 
 /// \param flags cudaEventDefault, which tells times, or cudaEventDisableTiming.
-OwnedEvent make_event(const std::string& what, unsigned flags);
+NECK_API OwnedEvent make_event(const std::string& what, unsigned flags);
 
 /// Makes a GPU the thread's current one, and the one before it again at the end.
-class DeviceGuard {
+class NECK_API DeviceGuard {
 public:
     DeviceGuard(int device, const std::string& what);
     ~DeviceGuard();

@@ -1,34 +1,56 @@
 #include "neck/picture.hpp"
 
+#include <string_view>
 #include <system_error>
 #include <utility>
 
-#include "pictures/decode.hpp"
 #include "files/files.hpp"
+#include "files/guard.hpp"
+#include "files/log.hpp"
 #include "neck/error.hpp"
+#include "pictures/decode.hpp"
 
 namespace neck {
 namespace {
 
-MappedFile open_picture(const std::filesystem::path& path) {
+constexpr std::size_t largest_file = std::size_t{1} << 31U;
+
+Tensor decode_named(std::string_view file, const PictureLimits& limits, const std::string& name) {
+    if (limits.most_pixels < 1 || limits.most_scans < 1) {
+        throw Error("limits of pictures are " + std::to_string(limits.most_pixels) + " pixels and " +
+                    std::to_string(limits.most_scans) + " scans; give numbers above 0");
+    }
     try {
-        return MappedFile(path);
-    } catch (const std::system_error& error) {
-        throw Error(path.string() + " cannot be opened (" + error.code().message() +
-                    "); check the path and its permissions.");
+        Pixels pixels = decode(file, limits);
+        if (!pixels.warning.empty()) {
+            log_line(LogLevel::warning, name + " " + pixels.warning);
+        }
+        return {"pixels", DataType::uint8, {1, pixels.size.height, pixels.size.width, 3}, std::move(pixels.data)};
+    } catch (const PictureFault& fault) {
+        throw Error(name + " " + fault.what() + ".");
     }
 }
 
 }  // namespace
 
-Tensor read_picture(const std::filesystem::path& path) {
-    const MappedFile file = open_picture(path);
-    try {
-        Pixels pixels = decode(file.text());
-        return {"pixels", DataType::uint8, {1, pixels.size.height, pixels.size.width, 3}, std::move(pixels.data)};
-    } catch (const PictureFault& fault) {
-        throw Error(path.string() + " " + fault.what() + ".");
-    }
+Tensor read_picture(const std::filesystem::path& path, const PictureLimits& limits) {
+    return guarded(path.string(), [&] {
+        try {
+            return decode_named(read_file(path, largest_file).text(), limits, path.string());
+        } catch (const std::system_error& error) {
+            throw Error(path.string() + " cannot be opened (" + error.code().message() +
+                        "); check the path and its permissions.");
+        }
+    });
+}
+
+Tensor decode_picture(const void* data, std::size_t bytes, const PictureLimits& limits, const std::string& name) {
+    return guarded(name, [&] {
+        if (data == nullptr && bytes > 0) {
+            throw Error(name + " has " + std::to_string(bytes) + " bytes at no address; give the file's bytes");
+        }
+        return decode_named({static_cast<const char*>(data), bytes}, limits, name);
+    });
 }
 
 Size picture_size(const Port& input) {
@@ -44,13 +66,23 @@ Size picture_size(const Port& input) {
 }
 
 Tensor repeat(const Tensor& tensor, std::int64_t count) {
-    Tensor many{tensor.name, tensor.type, tensor.shape, {}};
-    many.shape.at(0) *= count;
-    many.data.reserve(bytes_of(many.type, many.shape));
-    for (std::int64_t index = 0; index < count; ++index) {
-        many.data.insert(many.data.end(), tensor.data.begin(), tensor.data.end());
-    }
-    return many;
+    return guarded(tensor.name, [&] {
+        tensor.check();
+        if (tensor.shape.empty() || count < 1) {
+            throw Error(tensor.name + " is " + tensor.describe() + ": it cannot be repeated " + std::to_string(count) +
+                        " times; give a tensor with a batch, and a number above 0");
+        }
+        Shape shape = tensor.shape;
+        if (__builtin_mul_overflow(shape[0], count, &shape[0])) {
+            shape[0] = -1;  // what bytes_of refuses
+        }
+        std::vector<std::byte> data;
+        data.reserve(bytes_of(tensor.type, shape));
+        for (std::int64_t index = 0; index < count; ++index) {
+            data.insert(data.end(), tensor.data.begin(), tensor.data.end());
+        }
+        return Tensor{tensor.name, tensor.type, shape, std::move(data)};
+    });
 }
 
 }  // namespace neck

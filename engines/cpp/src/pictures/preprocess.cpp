@@ -6,8 +6,10 @@
 #include <cstring>
 #include <functional>
 #include <future>
+#include <string>
 #include <utility>
 
+#include "files/guard.hpp"
 #include "neck/error.hpp"
 #include "pictures/resize.hpp"
 #include "pictures/taps.hpp"
@@ -53,13 +55,11 @@ Fit fit_of(Size original, Size wanted) {
             static_cast<double>(original.width) / static_cast<double>(wanted.width)};
 }
 
-Preprocessor::Preprocessor(Port input, int threads)
-    : input_(std::move(input)), size_(picture_size(input_)), threads_(std::max(1, threads)) {}
+Preprocessor::Preprocessor(Port input, int threads, PictureLimits limits)
+    : input_(std::move(input)), size_(picture_size(input_)), threads_(std::max(1, threads)), limits_(limits) {}
 
 Tensor Preprocessor::empty(std::size_t count) const {
-    Tensor image{input_.name, input_.type, input_.at(static_cast<std::int64_t>(count)), {}};
-    image.data.resize(bytes_of(image.type, image.shape));
-    return image;
+    return {input_.name, input_.type, input_.at(static_cast<std::int64_t>(count))};
 }
 
 /// Writes one picture where the model reads it: uint8 (H, W, 3), or float32 (3, H, W).
@@ -89,17 +89,18 @@ void Preprocessor::put(const std::byte* pixels, Size size, std::byte* target, in
           [&](std::int64_t first, std::int64_t last) { resize_rows(view, down, across, first, last, take); });
 }
 
-Batch Preprocessor::read(const std::vector<std::filesystem::path>& pictures) const {
-    if (pictures.empty()) {
+/// Fills a batch with pictures, whose pixels `pixels_of` gives by their number, from several threads.
+Batch Preprocessor::collect(std::size_t pictures, const std::function<Tensor(std::size_t)>& pixels_of) const {
+    if (pictures == 0) {
         throw Error("No picture was given; give one or more picture files.");
     }
-    Batch batch{empty(pictures.size()), std::vector<Fit>(pictures.size())};
-    const auto count = static_cast<std::int64_t>(pictures.size());
-    const std::size_t each = batch.image.data.size() / pictures.size();
+    Batch batch{empty(pictures), std::vector<Fit>(pictures)};
+    const auto count = static_cast<std::int64_t>(pictures);
+    const std::size_t each = batch.image.data.size() / pictures;
     const int threads = std::max<int>(1, threads_ / static_cast<int>(std::min<std::int64_t>(count, threads_)));
     share(threads_, count, [&](std::int64_t first, std::int64_t last) {
         for (auto index = static_cast<std::size_t>(first); index < static_cast<std::size_t>(last); ++index) {
-            const Tensor pixels = read_picture(pictures[index]);
+            const Tensor pixels = pixels_of(index);
             const Size size{pixels.shape[1], pixels.shape[2]};
             put(pixels.data.data(), size, batch.image.data.data() + index * each, threads);
             batch.fits[index] = fit_of(size, size_);
@@ -108,7 +109,26 @@ Batch Preprocessor::read(const std::vector<std::filesystem::path>& pictures) con
     return batch;
 }
 
+Batch Preprocessor::read(const std::vector<std::filesystem::path>& pictures) const {
+    return guarded("preparing pictures", [&] {
+        return collect(pictures.size(), [&](std::size_t index) { return read_picture(pictures[index], limits_); });
+    });
+}
+
+Batch Preprocessor::decode(const std::vector<std::string_view>& pictures) const {
+    return guarded("preparing pictures", [&] {
+        return collect(pictures.size(), [&](std::size_t index) {
+            const std::string name = "picture " + std::to_string(index + 1) + " of " + std::to_string(pictures.size());
+            return decode_picture(pictures[index].data(), pictures[index].size(), limits_, name);
+        });
+    });
+}
+
 Batch Preprocessor::prepare(const Tensor& pixels) const {
+    return guarded("preparing pictures", [&] { return fit(pixels); });
+}
+
+Batch Preprocessor::fit(const Tensor& pixels) const {
     if (pixels.type != DataType::uint8 || pixels.shape.size() != 4 || pixels.shape[3] != 3 || pixels.data.empty() ||
         pixels.data.size() != bytes_of(pixels.type, pixels.shape)) {
         throw Error("Pixels are " + pixels.describe() + "; give uint8 (B, H, W, 3), RGB, not empty.");

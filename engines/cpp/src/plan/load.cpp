@@ -8,6 +8,7 @@
 
 #include "gpu/cuda.hpp"
 #include "files/files.hpp"
+#include "files/log.hpp"
 #include "neck/error.hpp"
 #include "files/text.hpp"
 
@@ -110,15 +111,23 @@ void read_ports(LoadedEngine& loaded, const std::filesystem::path& plan, const M
 }  // namespace
 
 void Logger::log(Severity severity, nvinfer1::AsciiChar const* message) noexcept {
+    const bool failed = severity == Severity::kERROR || severity == Severity::kINTERNAL_ERROR;
+    if (!failed && (severity != Severity::kWARNING ||
+                    std::string_view(message).find(other_logger) != std::string_view::npos)) {
+        return;
+    }
     try {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (severity == Severity::kERROR || severity == Severity::kINTERNAL_ERROR) {
-            failure_ = one_line(message);
-        } else if (severity == Severity::kWARNING &&
-                   std::string_view(message).find(other_logger) == std::string_view::npos) {
-            warnings_.push_back(one_line(message));
+        const std::string line = one_line(message);
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            if (failed) {
+                failure_ = line;
+            } else {
+                warnings_.push_back(line);
+            }
         }
-    } catch (...) {  // out of host memory: a line of the log is lost, no more
+        log_line(failed ? LogLevel::error : LogLevel::warning, (failed ? "TensorRT: " : "TensorRT warns: ") + line);
+    } catch (...) {  // NOLINT(bugprone-empty-catch): out of host memory, a line of the log is lost, no more
     }
 }
 
@@ -148,7 +157,8 @@ std::shared_ptr<LoadedEngine> load_engine(const std::filesystem::path& plan, con
     // a version-compatible plan brings its own runtime; its SHA-256 is checked
     loaded.runtime->setEngineHostCodeAllowed(manifest.version_compatible);
     try {
-        const MappedFile file(plan);
+        // in memory of our own until TensorRT has it: a mapped file that is cut meanwhile would end the process
+        const FileBytes file = read_file(plan);
         loaded.engine.reset(loaded.runtime->deserializeCudaEngine(file.data(), file.size()));
     } catch (const std::system_error& error) {
         throw Error(plan.string() + ": cannot be read (" + error.code().message() +

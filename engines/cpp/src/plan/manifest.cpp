@@ -1,11 +1,10 @@
 #include "neck/manifest.hpp"
 
 #include <algorithm>
-#include <fstream>
-#include <iterator>
 #include <system_error>
 
 #include "files/files.hpp"
+#include "files/guard.hpp"
 #include "files/json.hpp"
 #include "neck/error.hpp"
 #include "files/text.hpp"
@@ -16,6 +15,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr std::int64_t format_here = 1;
+constexpr std::size_t largest_manifest = std::size_t{1} << 26U;
 constexpr std::string_view rtx_magic = "vtrt";  // first bytes of a TensorRT-RTX plan
 
 Manifest::Spec read_spec(const Json& port) {
@@ -48,7 +48,7 @@ std::string read_verification(const Json& content) {
 
 std::string read_text(const fs::path& path) {
     try {
-        return std::string(MappedFile(path).text());
+        return std::string(read_file(path, largest_manifest).text());
     } catch (const std::system_error& error) {
         if (error.code() == std::errc::no_such_file_or_directory) {
             throw Error(path.string() + ": the manifest is missing; it is written beside the file by neck-export");
@@ -110,14 +110,16 @@ void check_file(const fs::path& manifest, const Manifest::File& entry, bool hash
                      " was written; write it again");
     };
     try {
-        const MappedFile file(path);
-        if (file.size() != static_cast<std::uint64_t>(entry.bytes)) {
-            throw Error(path.string() + ": has " + std::to_string(file.size()) + " bytes, its manifest says " +
+        const std::size_t bytes = OpenFile(path).size();
+        if (bytes != static_cast<std::uint64_t>(entry.bytes)) {
+            throw Error(path.string() + ": has " + std::to_string(bytes) + " bytes, its manifest says " +
                         std::to_string(entry.bytes) + "; write it again");
         }
-        if (hashes && sha256(file.data(), file.size()) != entry.sha256) {
+        if (hashes && sha256_of_file(path) != entry.sha256) {
             throw changed();
         }
+    } catch (const OpenFile::Ended&) {
+        throw changed();
     } catch (const std::system_error& failed) {
         throw Error(path.string() + ": cannot be read (" + failed.code().message() + "); write it again");
     }
@@ -125,7 +127,9 @@ void check_file(const fs::path& manifest, const Manifest::File& entry, bool hash
 
 std::string read_header(const fs::path& plan) {
     try {
-        std::string header(MappedFile(plan).text().substr(0, rtx_magic.size()));
+        OpenFile file(plan);
+        std::string header(std::min(file.size(), rtx_magic.size()), '\0');
+        file.read(reinterpret_cast<std::byte*>(header.data()), header.size());
         if (header.empty()) {
             throw Error(plan.string() + ": is empty; build it again");
         }
@@ -174,7 +178,9 @@ const std::string& Manifest::plan_hash() const {
 
 fs::path manifest_path(const fs::path& plan) { return plan.string() + ".json"; }
 
-Manifest read_manifest(const fs::path& plan, bool hashes) {
+namespace {
+
+Manifest read_checked(const fs::path& plan, bool hashes) {
     const std::string header = read_header(plan);
     Manifest manifest;
     manifest.path = manifest_path(plan);
@@ -204,6 +210,12 @@ Manifest read_manifest(const fs::path& plan, bool hashes) {
                     "; build it again");
     }
     return manifest;
+}
+
+}  // namespace
+
+Manifest read_manifest(const fs::path& plan, bool hashes) {
+    return guarded(plan.string(), [&] { return read_checked(plan, hashes); });
 }
 
 }  // namespace neck

@@ -38,7 +38,7 @@ std::string RuntimeCache::read(std::string& why_not) {
         return std::string();
     };
     try {
-        const MappedFile file(path_);
+        const FileBytes file = read_file(path_);
         std::string_view text = file.text();
         if (text.substr(0, magic.size()) != magic) {
             return dropped("is no runtime cache");

@@ -38,6 +38,12 @@ bool Comparison::passed() const {
 }
 
 Comparison compare_output(const Tensor& reference, const Tensor& candidate, const Tolerance& tolerance) {
+    reference.check();
+    candidate.check();
+    if (reference.shape != candidate.shape) {
+        throw Error("output " + candidate.name + " is " + to_text(candidate.shape) + ", the reference " +
+                    to_text(reference.shape) + "; compare it with a reference of the same pictures and size");
+    }
     const std::vector<float> left = reference.to_floats();
     const std::vector<float> right = candidate.to_floats();
     double largest = 0;
@@ -75,16 +81,13 @@ Comparison compare_output(const Tensor& reference, const Tensor& candidate, cons
 std::vector<Comparison> compare(const std::vector<Tensor>& reference, const std::vector<Tensor>& candidate,
                                 std::string_view precision) {
     std::vector<Comparison> comparisons;
+    comparisons.reserve(candidate.size());
     for (const Tensor& tensor : candidate) {
         const auto found = std::find_if(reference.begin(), reference.end(),
                                         [&](const Tensor& other) { return other.name == tensor.name; });
         if (found == reference.end()) {
             throw Error("output " + tensor.name + " is not in the reference, which has " +
                         joined(reference, [](const Tensor& other) { return other.name; }));
-        }
-        if (found->shape != tensor.shape) {
-            throw Error("output " + tensor.name + " is " + to_text(tensor.shape) + ", the reference " +
-                        to_text(found->shape));
         }
         comparisons.push_back(compare_output(*found, tensor, tolerance_for(tensor.name, precision)));
     }

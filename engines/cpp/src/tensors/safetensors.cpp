@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "files/files.hpp"
+#include "files/guard.hpp"
 #include "files/json.hpp"
 #include "neck/error.hpp"
 #include "files/text.hpp"
@@ -14,6 +15,8 @@
 
 namespace neck {
 namespace {
+
+constexpr std::size_t largest_header = 100'000'000;  // that of the safetensors package, too
 
 constexpr TypeNames names{"F32", "F16", "BF16", "U8", "I32", "I64"};
 
@@ -39,42 +42,51 @@ std::vector<std::int64_t> numbers_of(const Json& value) {
 
 /// A tensor without its data, and where they lie.
 struct Entry {
-    Tensor tensor;
+    std::string name;
+    DataType type = DataType::float32;
+    Shape shape;
     std::size_t begin = 0;
     std::size_t end = 0;
 };
 
 Entry read_entry(const std::string& name, const Json& value) {
     const std::vector<std::int64_t> offsets = numbers_of(value.at("data_offsets"));
-    Entry entry{{name, type_of(value.at("dtype")), numbers_of(value.at("shape")), {}}};
+    Entry entry{name, type_of(value.at("dtype")), numbers_of(value.at("shape"))};
     if (offsets.size() != 2 || offsets[0] > offsets[1]) {
         throw Fault{"has no place in the file"};
     }
     entry.begin = static_cast<std::size_t>(offsets[0]);
     entry.end = static_cast<std::size_t>(offsets[1]);
-    if (entry.end - entry.begin != bytes_of(entry.tensor.type, entry.tensor.shape)) {
+    if (entry.end - entry.begin != bytes_of(entry.type, entry.shape)) {
         throw Fault{"has " + std::to_string(entry.end - entry.begin) + " bytes, not those of " +
-                    entry.tensor.describe()};
+                    std::string(neck::name_of(entry.type)) + " " + to_text(entry.shape)};
     }
     return entry;
 }
 
-/// Takes the header off the beginning of a file; the tensors' bytes are left.
-Json take_header(std::string_view& file) {
+/// Reads the header of a file; the tensors' bytes follow.
+/// \param data gets how many those are.
+Json read_header(OpenFile& file, std::size_t& data) {
     std::uint64_t length = 0;
     if (file.size() < sizeof length) {
         throw Fault{"is damaged: it ends too early"};
     }
-    std::memcpy(&length, file.data(), sizeof length);
-    file.remove_prefix(sizeof length);
-    if (length > file.size()) {
+    file.read(reinterpret_cast<std::byte*>(&length), sizeof length);
+    data = file.size() - sizeof length;
+    if (length > data) {
         throw Fault{"is no safetensors file, or its end is missing"};
     }
-    Json header = parse_json(file.substr(0, length));
+    if (length > largest_header) {
+        throw Fault{"has a header of " + std::to_string(length) + " bytes; expected at most " +
+                    std::to_string(largest_header)};
+    }
+    FileBytes text(length);
+    file.read(text.data(), length);
+    data -= length;
+    Json header = parse_json(text.text());
     if (!header.is_object()) {
         throw Fault{"its header is no JSON object"};
     }
-    file.remove_prefix(length);
     return header;
 }
 
@@ -103,48 +115,62 @@ std::vector<Entry> read_entries(const Json& header) {
     return entries;
 }
 
-std::vector<Tensor> read_tensors(std::string_view data) {
-    const Json header = take_header(data);
-    std::vector<Tensor> tensors;
+/// The tensors in the order of their bytes, which have neither gaps nor overlaps, as the format demands: nothing is read
+/// twice, nothing is hidden.
+std::vector<Entry> read_places(const Json& header, std::size_t data) {
+    std::vector<Entry> entries = read_entries(header);
     std::size_t place = 0;
-    // without gaps and overlaps, as the format demands: nothing is read twice, nothing is hidden
-    for (Entry& entry : read_entries(header)) {
-        if (entry.begin != place || entry.end > data.size()) {
-            throw Fault{"is damaged: " + repr(entry.tensor.name) + " is not where it should be"};
+    for (const Entry& entry : entries) {
+        if (entry.begin != place || entry.end > data) {
+            throw Fault{"is damaged: " + repr(entry.name) + " is not where it should be"};
         }
-        const auto* begin = reinterpret_cast<const std::byte*>(data.data());
-        entry.tensor.data.assign(begin + entry.begin, begin + entry.end);
         place = entry.end;
-        tensors.push_back(std::move(entry.tensor));
     }
-    if (place != data.size()) {
-        throw Fault{"is damaged: it has " + std::to_string(data.size() - place) + " bytes more than its tensors"};
+    if (place != data) {
+        throw Fault{"is damaged: it has " + std::to_string(data - place) + " bytes more than its tensors"};
     }
-    return tensors;
+    return entries;
 }
 
-/// Reads a file by `read`, which is given its bytes.
+/// Reads a file by `read`, which is given it.
 template <typename Read>
-auto read_file(const std::filesystem::path& path, Read read) {
+auto read_by(const std::filesystem::path& path, Read read) {
     constexpr const char* remedy = "; `neck-export verify --save-reference` writes such a file";
-    try {
-        const MappedFile file(path);
-        return read(file.text());
-    } catch (const std::system_error& error) {
-        throw Error(path.string() + ": cannot be read (" + error.code().message() + ")" + remedy);
-    } catch (const Fault& fault) {
-        throw Error(path.string() + ": " + fault.why + remedy);
-    }
+    return guarded(path.string(), [&] {
+        try {
+            OpenFile file(path);
+            return read(file);
+        } catch (const OpenFile::Ended&) {
+            throw Error(path.string() + ": became shorter while it was read; read it again when it is written");
+        } catch (const std::system_error& error) {
+            throw Error(path.string() + ": cannot be read (" + error.code().message() + ")" + remedy);
+        } catch (const Fault& fault) {
+            throw Error(path.string() + ": " + fault.why + remedy);
+        }
+    });
 }
 
 }  // namespace
 
-std::vector<Tensor> read_safetensors(const std::filesystem::path& path) { return read_file(path, read_tensors); }
+std::vector<Tensor> read_safetensors(const std::filesystem::path& path) {
+    return read_by(path, [](OpenFile& file) {
+        std::size_t data = 0;
+        const Json header = read_header(file, data);
+        std::vector<Tensor> tensors;
+        for (Entry& entry : read_places(header, data)) {
+            tensors.emplace_back(std::move(entry.name), entry.type, std::move(entry.shape));
+            file.read(tensors.back().data.data(), tensors.back().data.size());
+        }
+        return tensors;
+    });
+}
 
 std::map<std::string, std::string> read_safetensors_metadata(const std::filesystem::path& path) {
-    return read_file(path, [](std::string_view file) {
+    return read_by(path, [](OpenFile& file) {
+        std::size_t data = 0;
+        const Json header = read_header(file, data);
+        read_places(header, data);
         std::map<std::string, std::string> metadata;
-        const Json header = take_header(file);
         const auto found = header.find("__metadata__");
         if (found != header.end() && found->is_object()) {
             for (const auto& [name, value] : found->items()) {
@@ -157,33 +183,47 @@ std::map<std::string, std::string> read_safetensors_metadata(const std::filesyst
 
 void write_safetensors(const std::filesystem::path& path, const std::vector<Tensor>& tensors,
                        const std::map<std::string, std::string>& metadata) {
-    Json header = Json::object();
-    std::vector<std::string_view> parts(2);
-    std::size_t place = 0;
-    for (const Tensor& tensor : tensors) {
-        if (!plain(tensor.name)) {
-            throw Error(path.string() + ": " + repr(tensor.name) + " is no name for a tensor; expected UTF-8 text");
+    guarded(path.string(), [&] {
+        Json header = Json::object();
+        std::vector<std::string_view> parts(2);
+        std::size_t place = 0;
+        for (const Tensor& tensor : tensors) {
+            if (!plain(tensor.name) || tensor.name == "__metadata__" || header.contains(tensor.name)) {
+                throw Error(path.string() + ": " + repr(tensor.name) +
+                            " cannot be the name of a tensor there; give each a name of its own, of UTF-8 text " +
+                            "without quotes, and not __metadata__");
+            }
+            tensor.check();
+            header[tensor.name] = {{"dtype", name_in(names, tensor.type)},
+                                   {"shape", tensor.shape},
+                                   {"data_offsets", {place, place + tensor.data.size()}}};
+            place += tensor.data.size();
+            parts.emplace_back(reinterpret_cast<const char*>(tensor.data.data()), tensor.data.size());
         }
-        header[tensor.name] = {{"dtype", name_in(names, tensor.type)},
-                               {"shape", tensor.shape},
-                               {"data_offsets", {place, place + tensor.data.size()}}};
-        place += tensor.data.size();
-        parts.emplace_back(reinterpret_cast<const char*>(tensor.data.data()), tensor.data.size());
-    }
-    if (!metadata.empty()) {
-        header["__metadata__"] = metadata;
-    }
-    std::string text = dump_json(header);
-    text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the tensors begin at a multiple of 8 bytes
-    const std::uint64_t length = text.size();
-    parts[0] = {reinterpret_cast<const char*>(&length), sizeof length};
-    parts[1] = text;
-    try {
-        write_whole(path, parts);
-    } catch (const std::system_error& error) {
-        throw Error(path.string() + ": cannot be written (" + error.code().message() +
-                    "); check the folder and the disk");
-    }
+        if (!metadata.empty()) {
+            header["__metadata__"] = metadata;
+        }
+        std::string text;
+        try {
+            text = header.dump();
+        } catch (const Json::exception&) {
+            throw Error(path.string() + ": its metadata are not UTF-8 text; give text, such as hexadecimal digits");
+        }
+        text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the tensors begin at a multiple of 8 bytes
+        if (text.size() > largest_header) {
+            throw Error(path.string() + ": its header would have " + std::to_string(text.size()) + " bytes; at most " +
+                        std::to_string(largest_header) + " can be read again, so write fewer tensors or less metadata");
+        }
+        const std::uint64_t length = text.size();
+        parts[0] = {reinterpret_cast<const char*>(&length), sizeof length};
+        parts[1] = text;
+        try {
+            write_whole(path, parts);
+        } catch (const std::system_error& error) {
+            throw Error(path.string() + ": cannot be written (" + error.code().message() +
+                        "); check the folder and the disk");
+        }
+    });
 }
 
 }  // namespace neck

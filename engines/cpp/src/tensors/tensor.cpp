@@ -5,6 +5,8 @@
 #include <limits>
 #include <utility>
 
+#include "files/guard.hpp"
+#include "files/text.hpp"
 #include "neck/error.hpp"
 #include "tensors/type_names.hpp"
 
@@ -75,10 +77,27 @@ float half_to_float(std::uint16_t bits) {
     return float_of(sign | (exponent + 112U) << 23U | fraction << 13U);
 }
 
+Tensor::Tensor(std::string name_, DataType type_, Shape shape_, std::vector<std::byte> data_)
+    : name(std::move(name_)), type(type_), shape(std::move(shape_)), data(std::move(data_)) {
+    guarded(name, [&] { check(); });
+}
+
+Tensor::Tensor(std::string name_, DataType type_, Shape shape_)
+    : name(std::move(name_)), type(type_), shape(std::move(shape_)) {
+    guarded(name, [&] { data.resize(bytes_of(type, shape)); });
+}
+
+void Tensor::check() const {
+    if (data.size() != bytes_of(type, shape)) {
+        throw Error("tensor " + repr(name) + " has " + std::to_string(data.size()) + " bytes, but " + describe() +
+                    " needs " + std::to_string(bytes_of(type, shape)) + "; give data and shape that belong together");
+    }
+}
+
 std::string Tensor::describe() const { return std::string(name_of(type)) + " " + to_text(shape); }
 
 std::vector<float> Tensor::to_floats() const {
-    std::vector<float> floats(data.size() / size_of(type));
+    std::vector<float> floats = guarded(name, [&] { return std::vector<float>(data.size() / size_of(type)); });
     switch (type) {
         case DataType::float32:
             convert<float>(data, floats, [](float value) { return value; });
@@ -108,12 +127,15 @@ Tensor Tensor::slice(std::int64_t first, std::int64_t count) const {
         throw Error(name + " is " + describe() + ": it has no entries " + std::to_string(first) + " to " +
                     std::to_string(first + count - 1));
     }
-    const std::size_t each = data.size() / static_cast<std::size_t>(shape[0]);
-    const auto begin = data.begin() + static_cast<std::ptrdiff_t>(each * static_cast<std::size_t>(first));
-    Tensor part{
-        name, type, shape, {begin, begin + static_cast<std::ptrdiff_t>(each * static_cast<std::size_t>(count))}};
-    part.shape[0] = count;
-    return part;
+    return guarded(name, [&] {
+        check();
+        const std::size_t each = data.size() / static_cast<std::size_t>(shape[0]);
+        const auto begin = data.begin() + static_cast<std::ptrdiff_t>(each * static_cast<std::size_t>(first));
+        Shape sides = shape;
+        sides[0] = count;
+        return Tensor(name, type, sides,
+                      {begin, begin + static_cast<std::ptrdiff_t>(each * static_cast<std::size_t>(count))});
+    });
 }
 
 std::string Port::describe() const {
