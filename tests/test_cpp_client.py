@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import re
+import shutil
 import socket
+import ssl
+import struct
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -83,7 +88,7 @@ def test_a_picture_is_sent(programs: Programs, url: str, tmp_path: Path) -> None
     one = write_reference(tmp_path / "one.safetensors", 1)
     ran = programs.run("neck-triton", f"http://{url}/", picture, "--compare", one, "--runs", 1, "--model-version", 1)
     assert ran.code == 0
-    assert ran.out.startswith(f"sam3-encoder in Triton at http://{url}/ (tensorrt_plan)\n")
+    assert ran.out.startswith(f"sam3-encoder in Triton at http://{url} (tensorrt_plan)\n")
     Image.fromarray(pixels()[1]).save(picture)
     assert programs.run("neck-triton", url, picture, "--compare", one).code == 3
 
@@ -121,20 +126,23 @@ def test_the_servers_own_words_are_shown(programs: Programs, url: str, reference
 
 
 Answer = tuple[int, dict[str, str], bytes]
+Request = tuple[dict[str, str], bytes]
 
 
 class Handler(BaseHTTPRequestHandler):
     """Answers as the test's `answers` say: by the end of the path, (status, headers, body)."""
 
     answers: dict[str, Answer]
+    seen: ClassVar[list[Request]]
     stall: threading.Event
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        self.seen.append((dict(self.headers), b""))
         self.reply()
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.seen.append((dict(self.headers), self.rfile.read(int(self.headers["Content-Length"]))))
         self.reply()
 
     def reply(self) -> None:
@@ -154,10 +162,17 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(answers: dict[str, Answer]) -> Iterator[str]:
+def serving(
+    answers: dict[str, Answer],
+    seen: list[Request] | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> Iterator[str]:
+    """A server of these answers, whose address is given; `seen` gets each request's headers and body."""
     stall = threading.Event()
-    kind = type("Answers", (Handler,), {"answers": answers, "stall": stall})
+    kind = type("Answers", (Handler,), {"answers": answers, "stall": stall, "seen": [] if seen is None else seen})
     with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:
@@ -220,6 +235,15 @@ def huge(side: int) -> dict[str, Any]:
     return tensor("feat", side, side, side, parameters={"binary_data_size": 16})
 
 
+def two_outputs(header: Any) -> dict[str, Answer]:  # noqa: ANN401
+    """A model of two outputs that answers with what is given."""
+    return {**infer(header), "m": answer(model_of(tensor("feat", -1, 4), tensor("more", -1, 4)))}
+
+
+def two_rows() -> dict[str, Answer]:
+    return infer(outputs(tensor("feat", 2, 4, parameters={"binary_data_size": 32})), FEAT.tobytes() * 2)
+
+
 BAD: list[tuple[str, dict[str, Answer], str]] = [
     ("404", {**GOOD, "config": (404, {}, b'{"error": "no model m"}')}, r"the server refuses \(HTTP 404\): no model m"),
     ("500", {**GOOD, "infer": (500, {}, b"<html>\n broken\xff </html>")}, r"HTTP 500\): <html> broken\\xff </html>"),
@@ -234,6 +258,19 @@ BAD: list[tuple[str, dict[str, Answer], str]] = [
         {**GOOD, "m": answer(model_of(tensor("t", 1, datatype="BYTES")))},
         "'t' is of type 'BYTES'; expected FP32",
     ),
+    ("lacks one", two_outputs(outputs(tensor("feat", 1, 4, **FEAT_BYTES))), "lacks the output 'more'"),
+    (
+        "twice",
+        infer(outputs(*[tensor("feat", 1, 4, **FEAT_BYTES)] * 2), FEAT.tobytes() * 2),
+        "has more than once the output 'feat'",
+    ),
+    (
+        "one more",
+        infer(outputs(tensor("feat", 1, 4, **FEAT_BYTES), tensor("x", 1, 4, **FEAT_BYTES)), FEAT.tobytes() * 2),
+        "has the output '(feat|x)' among 2",
+    ),
+    ("other type", infer(outputs(tensor("feat", 1, 4, datatype="INT32", **FEAT_BYTES))), "has feat as int32"),
+    ("other shape", infer(outputs(tensor("feat", 1, 2, 2, **FEAT_BYTES))), r"has feat as float32 \(1, 2, 2\)"),
     ("odd name", {**GOOD, "m": answer(model_of(tensor("\x1b[2J", 1)))}, r"has the odd name '\\x1b\[2J'"),
     ("odd shape", {**GOOD, "m": answer(model_of({**tensor("t"), "shape": ["x"]}))}, "a shape that is not of numbers"),
     ("odd version", {**GOOD, "m": answer({**model_of(), "versions": 3})}, "the answer has no list 'versions'"),
@@ -246,7 +283,8 @@ BAD: list[tuple[str, dict[str, Answer], str]] = [
     ("too few bytes", infer(outputs(tensor("feat", 1, 4, **FEAT_BYTES)), b"123"), r"\(1, 4\), but has 3 bytes"),
     ("too many bytes", infer(outputs(tensor("feat", 1, 4, **FEAT_BYTES)), FEAT.tobytes() + b"12"), "has 2 bytes more"),
     ("wrong size", infer(outputs(tensor("feat", 1, 5, **FEAT_BYTES))), r"\(1, 5\), but has 16 bytes"),
-    ("wrong batch", infer(outputs(tensor("feat", 2, 2, **FEAT_BYTES))), "for a batch of 1; expected as many"),
+    ("wrong batch", two_rows(), r"has feat as float32 \(2, 4\) for a batch of 1"),
+    ("no outputs", infer(outputs(), b""), "lacks the output 'feat'"),
     ("huge shape", infer(outputs(huge(2**40))), "a tensor cannot be float32"),
     ("negative shape", infer(outputs(huge(-1))), "a tensor cannot be float32"),
     ("beyond int64", infer(outputs(huge(2**64))), "the answer"),
@@ -255,7 +293,7 @@ BAD: list[tuple[str, dict[str, Answer], str]] = [
     ("long header", infer(outputs(), length=10**6), "does not say where its binary data begin"),
     ("negative header", infer(outputs(), length=-5), "does not say where its binary data begin"),
     ("cut header", infer(outputs(tensor("feat", 1, 4, **FEAT_BYTES)), length=9), "the answer is no JSON object"),
-    ("other output", infer(outputs(tensor("other", 1, 4, **FEAT_BYTES))), "output other is not in the reference"),
+    ("other output", infer(outputs(tensor("other", 1, 4, **FEAT_BYTES))), "lacks the output 'feat'"),
     ("half an answer", {**GOOD, "infer": (200, {"Content-Length": "99999"}, b"{")}, "does Triton's HTTP port answer"),
 ]
 
@@ -269,8 +307,148 @@ def test_a_server_that_misbehaves_is_refused(
     assert re.search(message, ran.error), ran.error
 
 
-def test_no_outputs_are_no_success(programs: Programs, tmp_path: Path) -> None:
-    assert ask(programs, tmp_path, infer(outputs(), b"")).code == 3
+SECRET = "s3cret"
+
+
+def test_credentials_are_sent_and_never_printed(programs: Programs, tmp_path: Path) -> None:
+    """A part of the URL, options, or in the environment; also where the server cannot be reached."""
+    reference = tmp_path / "reference.safetensors"
+    save_reference(reference, np.zeros((1, 16, 16, 3), np.uint8), {"feat": FEAT[None]})
+    seen: list[Request] = []
+    options = ("--compare", reference, "--model", "m", "--runs", 1)
+    basic = "Basic " + base64.b64encode(f"me@x:{SECRET}/".encode()).decode()
+    with serving(GOOD, seen) as url:
+        ran = programs.run("neck-triton", f"http://me%40x:{SECRET}%2F@{url}/", *options)
+        assert ran.code == 0 and SECRET not in ran.out + ran.err and f"http://{url} " in ran.out
+        assert {headers["Authorization"] for headers, _ in seen} == {basic} and len(seen) == 4
+        seen.clear()
+        ran = programs.run("neck-triton", url, *options, "--user", "me@x", NECK_TRITON_PASSWORD=f"{SECRET}/")
+        assert ran.code == 0 and {headers["Authorization"] for headers, _ in seen} == {basic}
+        seen.clear()
+        more = ("--header", "X-Tenant: a: b", "--header", "X-Empty:")
+        ran = programs.run("neck-triton", url, *options, *more, NECK_TRITON_TOKEN=SECRET)
+        assert ran.code == 0 and {headers["Authorization"] for headers, _ in seen} == {f"Bearer {SECRET}"}
+        assert all(headers["X-Tenant"] == "a: b" and headers["X-Empty"] == "" for headers, _ in seen)
+        refused = {**GOOD, "config": (401, {}, b"")}
+    with serving(refused) as url:
+        unauthorized = programs.run("neck-triton", f"me:{SECRET}@{url}", *options)
+    nowhere = [f"me:{SECRET}@127.0.0.1:1", f"http://{SECRET}@[", f"127.0.0.1:1/?token={SECRET}", f"ftp://a:{SECRET}@b"]
+    for ran in [unauthorized, *(programs.run("neck-triton", address, *options) for address in nowhere)]:
+        assert ran.code == 1 and ran.err
+        assert SECRET not in ran.out + ran.err
+    wrong = programs.run("neck-triton", url, *options, "--header", f"a b: {SECRET}")
+    assert (wrong.code, SECRET in wrong.err) == (1, False)
+    assert programs.run("neck-triton", url, *options, "--header", "nothing").code == 2
+
+
+def test_a_private_authority_is_trusted_when_it_is_given(programs: Programs, tmp_path: Path) -> None:
+    """By --ca or SSL_CERT_FILE; the control is without either, and with another authority."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl; apt install openssl")
+    for name in ("mine", "other"):
+        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        command += ["-days", "1", "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"]
+        subprocess.run(
+            [*command, "-keyout", tmp_path / f"{name}.key", "-out", tmp_path / f"{name}.pem"],
+            check=True,
+            capture_output=True,
+        )
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(tmp_path / "mine.pem", tmp_path / "mine.key")
+    reference = tmp_path / "reference.safetensors"
+    save_reference(reference, np.zeros((1, 16, 16, 3), np.uint8), {"feat": FEAT[None]})
+    with serving(GOOD, tls=tls) as url:
+
+        def ask_over_tls(*options: Any, **environment: str) -> Any:  # noqa: ANN401
+            arguments = (f"https://{url}", "--compare", reference, "--model", "m", "--runs", 1, *options)
+            return programs.run("neck-triton", *arguments, **environment)
+
+        assert ask_over_tls("--ca", tmp_path / "mine.pem").code == 0
+        assert ask_over_tls(SSL_CERT_FILE=str(tmp_path / "mine.pem")).code == 0
+        for ran in (
+            ask_over_tls(SSL_CERT_FILE=""),
+            ask_over_tls("--ca", tmp_path / "other.pem", SSL_CERT_FILE=str(tmp_path / "mine.pem")),
+            ask_over_tls("--ca", tmp_path / "none.pem"),
+        ):
+            assert ran.code == 1
+            assert "--ca FILE" in ran.error
+
+
+def test_an_answer_that_is_too_long_is_refused(programs: Programs, tmp_path: Path) -> None:
+    """The answer of 4 MB is taken by default and with a limit above it."""
+    long = np.zeros(1_000_000, np.float32)
+    header = outputs(tensor("feat", 1, len(long), parameters={"binary_data_size": long.nbytes}))
+    answers = {**infer(header, long.tobytes()), "m": answer(model_of(tensor("feat", -1, len(long))))}
+    reference = tmp_path / "reference.safetensors"
+    save_reference(reference, np.zeros((1, 16, 16, 3), np.uint8), {"feat": long[None]})
+    with serving(answers) as url:
+        arguments = (url, "--compare", reference, "--model", "m", "--runs", 1)
+        assert programs.run("neck-triton", *arguments).code == 0
+        assert programs.run("neck-triton", *arguments, "--largest-answer", 5).code == 0
+        ran = programs.run("neck-triton", *arguments, "--largest-answer", 3)
+    assert ran.code == 1
+    assert "the answer is longer than 3000000 bytes" in ran.error
+    described = {**GOOD, "m": answer({**model_of(tensor("feat", -1, 4)), "platform": "x" * (1 << 24)})}
+    assert "the answer is longer than 16777216 bytes" in ask(programs, tmp_path, described).error
+
+
+def test_an_ensemble_gets_the_file_itself(programs: Programs, tmp_path: Path) -> None:
+    """An input of type BYTES: each picture after its length, as it is on the disk."""
+    picture = {**tensor("picture", -1, 1, datatype="BYTES")}
+    answers = {
+        **GOOD,
+        "m": answer({**model_of(tensor("feat", -1, 4)), "inputs": [picture]}),
+        "infer": two_rows()["infer"],
+    }
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"any bytes\0\xff")
+    seen: list[Request] = []
+    with serving(answers, seen) as url:
+        ran = programs.run("neck-triton", url, path, "--model", "m", "--batch", 2, "--runs", 1)
+        assert (ran.code, ran.err) == (0, "")
+        assert "no PICTURE" not in ran.err
+        assert programs.run("neck-triton", url, tmp_path / "none.jpg", "--model", "m").code == 1
+        assert (
+            "give a PICTURE"
+            in programs.run("neck-triton", url, "--compare", write_reference_of_one(tmp_path), "--model", "m").error
+        )
+    headers, body = next(request for request in seen if request[1])
+    length = int(headers["Inference-Header-Content-Length"])
+    (sent,) = json.loads(body[:length])["inputs"]
+    assert (sent["name"], sent["datatype"], sent["shape"]) == ("picture", "BYTES", [2, 1])
+    element = struct.pack("<I", 11) + path.read_bytes()
+    assert body[length:] == element * 2
+
+
+def write_reference_of_one(folder: Path) -> Path:
+    path = folder / "one.safetensors"
+    save_reference(path, np.zeros((1, 16, 16, 3), np.uint8), {"feat": FEAT[None]})
+    return path
+
+
+@pytest.fixture(scope="module")
+def ensemble_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The real server with the ensemble that decodes pictures."""
+    if triton_server.why_missing():
+        pytest.skip(str(triton_server.why_missing()))
+    folder = tmp_path_factory.mktemp("cpp-ensemble")
+    with running(stand_in_repository(folder, stand_in_plan(folder), ensemble=True)) as server:
+        yield server.http_url
+
+
+def test_the_real_ensemble_answers_as_the_encoder(programs: Programs, ensemble_url: str, tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    Image.fromarray(pixels()[0]).save(picture)
+    one = write_reference(tmp_path / "one.safetensors", 1)
+    arguments = (ensemble_url, picture, "--model", "sam3-encoder-pictures", "--compare", one, "--runs", 1)
+    ran = programs.run("neck-triton", *arguments, "--precision", "fp32")
+    assert (ran.code, ran.err) == (0, ""), ran.out
+    Image.fromarray(pixels()[1]).save(picture)
+    assert programs.run("neck-triton", *arguments, "--precision", "fp32").code == 3
+    picture.write_bytes(b"no picture")
+    ran = programs.run("neck-triton", *arguments)
+    assert ran.code == 1
+    assert "picture 1 of 1 is damaged or no JPEG or PNG file" in ran.error
 
 
 def test_a_server_that_says_nothing_is_given_up(programs: Programs, tmp_path: Path) -> None:

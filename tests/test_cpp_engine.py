@@ -41,6 +41,12 @@ def test_the_engine_does_right_and_every_call_may_fail(programs: Programs, tmp_p
     assert "cudaGraphInstantiateWithFlags (graph): 1 calls failed" in ran.out
 
 
+def test_what_cannot_be_right_is_refused(programs: Programs, tmp_path: Path) -> None:
+    """Tensors, files and options that do not fit, and objects that were moved from."""
+    ran = programs.run("neck-tests", "checks", small_plan(tmp_path), tmp_path)
+    assert (ran.code, ran.err) == (0, "")
+
+
 def test_a_pool_serves_many_threads(programs: Programs, tmp_path: Path) -> None:
     """Four contexts, 16 threads; first come, first served; leases that throw; closed with requests in flight."""
     ran = programs.run("neck-tests", "pool", small_plan(tmp_path), 16, 30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import struct
 import subprocess
 from collections.abc import Callable
@@ -14,10 +15,12 @@ from cpp_build import (
     PLAN,
     Programs,
     settings,
+    spoil,
     why_missing,
     write_plan,
 )
 from cpp_pictures import turned, write_picture
+from PIL import Image
 from safetensors.numpy import save_file
 
 from export.contract.manifest import manifest_path
@@ -114,6 +117,93 @@ def test_arrays_are_numpys(programs: Programs, tmp_path: Path) -> None:
     ran = programs.run("neck-tests", "safetensors", tmp_path / "x.safetensors")
     wanted = {f"{name} {value.dtype} {value.shape} sum {float(value.sum()):.6f}" for name, value in arrays.items()}
     assert set(ran.out.strip().removeprefix("read: ").removesuffix(";").split("; ")) == wanted
+
+
+BIG = 20_000
+"""Bytes of a file of several pages: one that is cut loses whole ones."""
+
+
+def large_picture(folder: Path) -> Path:
+    noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "x.png")
+    return folder / "x.png"
+
+
+def large_manifest(folder: Path) -> Path:
+    plan = write_plan(folder)
+    spoil(plan, notes="x" * BIG)
+    return plan
+
+
+def large_plan(folder: Path) -> Path:
+    return write_plan(folder, PLAN + b"#" * BIG)
+
+
+def large_tensors(folder: Path) -> Path:
+    save_file({"a": np.zeros(BIG, np.float32)}, folder / "x.safetensors")
+    return folder / "x.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("kind", "write"),
+    [("pictures", large_picture), ("plan", large_manifest), ("plan", large_plan), ("safetensors", large_tensors)],
+    ids=["picture", "manifest", "plan", "safetensors"],
+)
+def test_a_file_that_is_cut_while_it_is_read_is_an_error(
+    programs: Programs, tmp_path: Path, kind: str, write: Write
+) -> None:
+    """It is cut between the look at its size and the reading; a mapped one would end the process with SIGBUS."""
+    path = write(tmp_path)
+    assert programs.run("neck-tests", kind, path).out.startswith("read:")
+    ran = programs.run("neck-tests", kind, path, CUT_AFTER_OPENING="1")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.startswith(f"error: {path}")
+
+
+DEEP = 100_000
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_deeply_nested_json_is_an_error(programs: Programs, tmp_path: Path, opening: str) -> None:
+    """In a manifest and in the header of a safetensors file; 60 levels are read."""
+    closing = {"[": "]", '{"a":': "}"}[opening]
+    for depth in (60, DEEP):
+        nested = f"{opening * depth}1{closing * depth}"
+        plan = write_plan(tmp_path)
+        manifest_path(plan).write_text(manifest_path(plan).read_text().replace('"format": 1', f'"format": {nested}'))
+        assert nested in manifest_path(plan).read_text()
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(raw(f'{{"__metadata__": {{"plan": {nested}}}}}', b""))
+        for kind, file in (("plan", plan), ("safetensors", path), ("metadata", path)):
+            ran = programs.run("neck-tests", kind, file)
+            assert (ran.code, ran.err) == (0, "")
+            assert ran.out.startswith("read:" if (depth, kind != "plan") == (60, True) else "error: ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "write"),
+    [
+        ("safetensors", lambda folder: small_safetensors(folder / "x.safetensors")),
+        ("metadata", lambda folder: small_safetensors(folder / "x.safetensors")),
+        ("pictures", lambda folder: write_picture(folder / "x.png")),
+        ("pictures", lambda folder: turned(folder / "x.jpg")),
+        ("memory", lambda folder: write_picture(folder / "x.png")),
+        ("plan", lambda folder: write_plan(folder)),
+    ],
+    ids=["safetensors", "metadata", "png", "jpeg", "memory", "manifest"],
+)
+def test_lack_of_memory_is_an_error_of_its_own(programs: Programs, tmp_path: Path, kind: str, write: Write) -> None:
+    """Every allocation fails in its turn: each time it is told as such, and nothing else leaves the library."""
+    ran = programs.run("neck-tests", "allocations", kind, write(tmp_path))
+    assert (ran.code, ran.err) == (0, "")
+    failed, told = map(int, re.findall(r"\d+", ran.out.splitlines()[-1]))
+    assert failed == told > 5
+
+
+def test_threads_that_cannot_be_started_are_an_error(programs: Programs) -> None:
+    ran = programs.run("neck-tests", "threads", ASAN_OPTIONS="detect_leaks=0")  # its search for leaks needs a thread
+    assert ran.err == ""
+    assert ran.out.startswith("error: preparing pictures: the operating system refuses (")
 
 
 def raw(header: str, data: bytes = bytes(8)) -> bytes:

@@ -7,6 +7,7 @@ runtime's include and lib; TensorRT_ROOT and CUDAToolkit_ROOT a whole SDK, for t
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -232,6 +233,88 @@ def test_what_is_installed_can_be_built_with(programs: Programs, tmp_path: Path)
     for name in ("neck-triton", "neck-engine"):
         helped = subprocess.run([there / "bin" / name, "--help"], capture_output=True, text=True)
         assert helped.stdout.startswith(f"Usage: {name}")
+
+
+PARENT = """
+cmake_minimum_required(VERSION 3.21)
+project(parent LANGUAGES CXX)
+set(CMAKE_CXX_STANDARD 20)
+add_subdirectory(${SOURCES} neck)
+install(FILES CMakeLists.txt DESTINATION share/parent)
+"""
+
+
+def test_a_project_around_it_keeps_its_own(tmp_path: Path) -> None:
+    """add_subdirectory: the later C++ standard is used, and the project's installation has none of our files."""
+    (tmp_path / "CMakeLists.txt").write_text(PARENT)
+    built, there = tmp_path / "built", tmp_path / "there"
+    options = [f"-DSOURCES={SOURCES}", "-DNECK_BUILD_ENGINE=OFF", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
+    assert cmake(tmp_path, built, *options).returncode == 0
+    commands = [entry["command"] for entry in json.loads((built / "compile_commands.json").read_text())]
+    assert commands and all("++20" in command for command in commands)
+    subprocess.run(["cmake", "--install", built, "--prefix", there], check=True, capture_output=True)
+    assert [path.name for path in there.rglob("*") if path.is_file()] == ["CMakeLists.txt"]
+
+
+CLIENT = """
+cmake_minimum_required(VERSION 3.20)
+project(consumer LANGUAGES CXX)
+find_package(neck 0.1 REQUIRED COMPONENTS client)
+if(TARGET neck::engine)
+  message(FATAL_ERROR "nobody asked for the engine")
+endif()
+add_executable(consumer main.cpp)
+target_link_libraries(consumer PRIVATE neck::client)
+find_package(neck 0.1 COMPONENTS engine QUIET)
+if(neck_FOUND)
+  message(FATAL_ERROR "the engine was not built")
+endif()
+"""
+CLIENT_MAIN = """
+#include <iostream>
+#include <neck/picture.hpp>
+#include <neck/triton.hpp>
+int main() {
+    try {
+        neck::TritonClient("localhost:1").model("x");
+    } catch (const neck::Error& error) {  // across the boundary of a library with hidden symbols
+        std::cout << error.what() << "\\n";
+    }
+}
+"""
+
+
+def test_packagers_get_what_they_expect(tmp_path: Path) -> None:
+    """Shared libraries with hidden symbols, versions in their names, and a package whose client stands alone."""
+    library, there, consumer = tmp_path / "library", tmp_path / "there", tmp_path / "consumer"
+    options = [
+        "-DNECK_BUILD_ENGINE=OFF",
+        "-DBUILD_SHARED_LIBS=ON",
+        "-DCMAKE_BUILD_TYPE=Debug",
+        "-DCMAKE_UNITY_BUILD=ON",
+    ]
+    options += ["-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_UNITY_BUILD_BATCH_SIZE=0", "-DCMAKE_CXX_VISIBILITY_PRESET=hidden"]
+    options += ["-DCMAKE_CXX_FLAGS=-g0"]
+    assert cmake(SOURCES, library, *options).returncode == 0
+    build(library)
+    subprocess.run(["cmake", "--install", library, "--prefix", there], check=True, capture_output=True)
+    (shared,) = there.rglob("libneck_client.so.0.1.0")
+    assert {path.name for path in shared.parent.glob("libneck_*")} == {
+        f"libneck_{name}.so{version}" for name in ("client", "common") for version in ("", ".0.1", ".0.1.0")
+    }
+    names = subprocess.run(["nm", "-DC", "--defined-only", shared], capture_output=True, text=True, check=True).stdout
+    assert "neck::TritonClient::model(" in names
+    assert "neck::Http::" not in names  # the control: what is not offered is hidden
+    consumer.mkdir()
+    (consumer / "CMakeLists.txt").write_text(CLIENT)
+    (consumer / "main.cpp").write_text(CLIENT_MAIN)
+    configured = cmake(consumer, tmp_path / "built", f"-DCMAKE_PREFIX_PATH={there}")
+    assert configured.returncode == 0, configured.stderr
+    build(tmp_path / "built")
+    ran = subprocess.run([tmp_path / "built" / "consumer"], capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("http://localhost:1/v2/models/x/config: ")
+    helped = subprocess.run([there / "bin" / "neck-triton", "--help"], capture_output=True, text=True, check=True)
+    assert helped.stdout.startswith("Usage: neck-triton")
 
 
 def test_a_missing_sdk_is_told_with_what_to_give(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Writes pictures that cameras, tools and networks make and that readers disagree about: python unusual_pictures.py FOLDER.
+"""Writes pictures that cameras, tools and networks make and that readers disagree about: unusual_pictures.py FOLDER.
 
 Every file is made from the same few pixels, so that a wrong turn, color or row shows.
 """
@@ -48,9 +48,7 @@ def with_segments(data: bytes, *segments: tuple[int, bytes]) -> bytes:
     return data[:at] + added + data[at:]
 
 
-def tiff(
-    *entries: Entry, order: str = "<", head: bytes | None = None, tail: bytes = b"", count: int | None = None
-) -> bytes:
+def tiff(*entries: Entry, order: str = "<", head: bytes | None = None, count: int | None = None) -> bytes:
     """EXIF data of one directory; a value of more than 4 bytes lies behind it."""
     start = head or (b"II\x2a\0" if order == "<" else b"MM\0\x2a")
     told = len(entries) if count is None else count
@@ -61,7 +59,7 @@ def tiff(
             outside += value
         else:
             lines += struct.pack(order + "HHL", tag, kind, number) + value.ljust(4, b"\0")
-    return start + struct.pack(order + "LH", 8, told) + lines + bytes(4) + outside + tail
+    return start + struct.pack(order + "LH", 8, told) + lines + bytes(4) + outside
 
 
 def turn(kind: int, value: bytes, order: str = "<", number: int | None = None, **more: Any) -> bytes:  # noqa: ANN401
@@ -304,7 +302,7 @@ def pngs() -> Iterator[tuple[str, bytes]]:
         + whole[25:29]
         + struct.pack(">I", zlib.crc32(whole[12:24] + b"\x03" + whole[25:29]))
         + whole[33:],
-    )  # noqa: E501
+    )
     for value in (3, 6, 8):
         yield f"png-exif-{value}", png(before=chunk(b"eXIf", short(value, ">")))
     yield "png-exif-prefixed", png(before=chunk(b"eXIf", EXIF + short(6)))

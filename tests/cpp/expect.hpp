@@ -30,7 +30,7 @@ inline void expect_error(const std::function<void()>& call, const std::string& p
 }
 
 inline neck::Tensor image_of(std::int64_t batch, float value) {
-    neck::Tensor image{"image", neck::DataType::float32, {batch, 3, 2, 2}, {}};
+    neck::Tensor image{"image", neck::DataType::float32, {batch, 3, 2, 2}};
     const std::vector<float> values(static_cast<std::size_t>(batch) * 12, value);
     const auto* begin = reinterpret_cast<const std::byte*>(values.data());
     image.data.assign(begin, begin + values.size() * sizeof(float));

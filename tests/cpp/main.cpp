@@ -1,5 +1,6 @@
 // What Python's tests run of the library itself:
 //   neck-tests engine PLAN
+//   neck-tests checks PLAN FOLDER
 //   neck-tests pool PLAN THREADS REQUESTS [SECONDS]
 //   neck-tests share PLAN                        two threads in one context, which the stand-in must see
 // with a plan of float32 (1 to 4, 3, 2, 2) in, float16 and float32 of 5 channels out; and
@@ -7,6 +8,8 @@
 //   neck-tests picture FILE                      uint8 pixels, then float32 normalised
 //   neck-tests resize HEIGHT WIDTH THREADS FILE...   uint8 pixels of that size
 //   neck-tests safetensors|plan|pictures|memory FILE... one line for each: what is in it, or the error
+//   neck-tests allocations KIND FILE             the same with every allocation failing in its turn
+//   neck-tests threads                           a resize in a process that may start no thread
 //   neck-tests limits|log FILE                   a picture under several limits; what reading it reports to the log
 //   neck-tests leak|overflow                     does wrong what the sanitizers and the stand-ins must see
 #include <cstdlib>
@@ -18,6 +21,8 @@ int main(int count, char** values) {
     const std::string kind = count > 1 ? values[1] : "";
     if (kind == "engine" && count == 3) {
         test_engine(values[2]);
+    } else if (kind == "checks" && count == 4) {
+        test_checks(values[2], values[3]);
     } else if (kind == "share" && count == 3) {
         share_a_context(values[2]);
     } else if (kind == "pool" && count > 4) {

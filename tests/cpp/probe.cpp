@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda_runtime_api.h"
+#include "faults.hpp"
 #include "files/files.hpp"
 #include "neck/error.hpp"
 #include "neck/log.hpp"
@@ -63,6 +64,10 @@ std::string read(const std::string& kind, const std::string& file) {
             }
             line += " " + tensor.name + " " + tensor.describe() + " sum " + std::to_string(sum) + ";";
         }
+    } else if (kind == "metadata") {
+        for (const auto& [name, value] : neck::read_safetensors_metadata(file)) {
+            line += " " + name + "=" + value.substr(0, 40);
+        }
     } else if (kind == "plan") {
         line += " " + neck::read_manifest(file).flavor;
     } else if (kind == "memory") {
@@ -80,6 +85,31 @@ int probe(int count, char** values) {
     const std::string kind = values[1];
     if (kind == "half") {
         dump_halves();
+        return 0;
+    }
+    if (kind == "threads") {
+        refuse_threads();
+        return 0;
+    }
+    if (kind == "allocations") {
+        const std::filesystem::path path = values[3];
+        const std::string file(neck::read_file(path).text());
+        const neck::Preprocessor preprocessor({"image", neck::DataType::uint8, {-1, 16, 20, 3}}, 2);
+        const std::vector<std::string_view> files(3, file);
+        const std::string what = values[2];
+        fail_every_allocation([&] {
+            if (what == "safetensors") {
+                neck::read_safetensors(path);
+            } else if (what == "metadata") {
+                neck::read_safetensors_metadata(path);
+            } else if (what == "plan") {
+                neck::read_manifest(path);
+            } else if (what == "memory") {
+                preprocessor.decode(files);
+            } else {
+                neck::read_picture(path);
+            }
+        });
         return 0;
     }
     if (kind == "leak") {

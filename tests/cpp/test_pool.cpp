@@ -94,6 +94,51 @@ void test_bound_memory_goes_back(const std::string& plan) {
            "a context that was given back with memory bound");
 }
 
+/// A run that failed costs its own request alone: the next one has a context that was made anew.
+void test_recovery(const std::string& plan) {
+    for (const bool graph : {false, true}) {
+        neck::EngineOptions options;
+        options.cuda_graph = graph;
+        neck::Pool pool(plan, options_of(1), options);
+        const auto right = [&](float value) {
+            const neck::Pool::Lease lease = pool.acquire(1ms);
+            return doubled(lease->infer(image_of(2, value), lease.stream()), 2, value);
+        };
+        expect(right(3), "the control");
+        const char* const functions[] = {"enqueueV3", "cudaGraphLaunch"};
+        stand_in::start_over();
+        setenv("STAND_IN_FAIL", (std::string(functions[graph ? 1 : 0]) + ":1").c_str(), 1);
+        expect_error([&] { right(4); }, graph ? ": the run failed (" : "the run failed (");
+        unsetenv("STAND_IN_FAIL");
+        const int before = stand_in::alive();
+        expect(right(5) && right(6), "requests after one that failed");
+        expect(stand_in::alive() == before, "the old context and its memory are gone");
+        // while it cannot be made anew each request is told so, and the pool waits for the GPU
+        setenv("STAND_IN_FAIL", functions[graph ? 1 : 0], 1);
+        expect_error([&] { right(4); }, "the run failed");
+        setenv("STAND_IN_FAIL", "cudaMalloc", 1);
+        expect_error([&] { right(4); }, "out of device memory");
+        expect_error([&] { right(4); }, "out of device memory");
+        unsetenv("STAND_IN_FAIL");
+        expect(right(7), "a GPU that is back");
+    }
+    neck::Engine engine(plan);
+    setenv("STAND_IN_FAIL", "enqueueV3", 1);
+    expect_error([&] { engine.infer(image_of(1, 1), nullptr); }, "the run failed");
+    expect(engine.failed(), "it is noted");
+    setenv("STAND_IN_FAIL", "cudaMalloc", 1);
+    expect_error([&] { engine.recover(); }, "out of device memory");
+    expect_error([&] { engine.infer(image_of(1, 1), nullptr); }, "its context was given up");
+    engine.unbind_outputs();
+    unsetenv("STAND_IN_FAIL");
+    engine.recover();
+    expect(!engine.failed() && doubled(engine.infer(image_of(1, 8), nullptr), 1, 8), "an engine that recovered");
+    neck::Tensor wrong = image_of(1, 1);
+    wrong.shape = {2, 3, 2, 1};
+    expect_error([&] { engine.infer(wrong, nullptr); }, "expected image");
+    expect(!engine.failed(), "a wrong input is no failure of the GPU");
+}
+
 void test_closed(const std::string& plan) {
     std::optional<neck::Pool::Lease> out;
     {
@@ -130,6 +175,7 @@ void test_pool(const std::string& plan, int threads, int requests, std::chrono::
     test_first_come_first_served(plan);
     test_pool_refusals(plan);
     test_bound_memory_goes_back(plan);
+    test_recovery(plan);
     test_closed(plan);
     test_many_threads(plan, 4, threads, requests, least);
     expect(stand_in::alive() == 0, "nothing is left on the GPU");

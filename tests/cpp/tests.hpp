@@ -11,5 +11,8 @@ void test_pool(const std::string& plan, int threads, int requests, std::chrono::
 /// it does not see it, five minutes.
 void share_a_context(const std::string& plan);
 
+/// What is refused; `folder` is written to.
+void test_checks(const std::string& plan, const std::string& folder);
+
 /// \return the exit status.
 int probe(int count, char** values);

@@ -44,7 +44,8 @@ struct NECK_API Tensor {
     /// Without elements.
     Tensor() = default;
 
-    /// \throws Error data that are not those of the type and shape.
+    /// \param data of the type and shape; none: they are filled in later.
+    /// \throws Error data of another size.
     Tensor(std::string name, DataType type, Shape shape, std::vector<std::byte> data);
 
     /// All zero.

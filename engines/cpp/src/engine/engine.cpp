@@ -186,7 +186,7 @@ auto use(const std::unique_ptr<Impl>& impl, Work work) -> decltype(work(*impl)) 
 }  // namespace
 
 Engine::Engine(const std::filesystem::path& plan, const EngineOptions& options)
-    : impl_(guarded(plan.string(), [&] { return std::make_unique<Impl>(plan, options); })) {}
+    : impl_(guarded(plan, [&] { return std::make_unique<Impl>(plan, options); })) {}
 Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Engine::~Engine() = default;
 Engine::Engine(Engine&&) noexcept = default;

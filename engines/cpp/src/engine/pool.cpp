@@ -177,7 +177,7 @@ Engine& Pool::Lease::operator*() const { return state().engine(index_); }
 Stream Pool::Lease::stream() const { return state().stream(index_); }
 
 Pool::Pool(const std::filesystem::path& plan, const PoolOptions& options, const EngineOptions& engine)
-    : state_(guarded(plan.string(), [&] { return std::make_shared<State>(plan, options, engine); })) {}
+    : state_(guarded(plan, [&] { return std::make_shared<State>(plan, options, engine); })) {}
 Pool::~Pool() { close(); }
 
 Pool::Lease Pool::acquire(std::chrono::milliseconds timeout) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <exception>
+#include <filesystem>
 #include <new>
 #include <string>
 #include <system_error>
@@ -10,22 +11,26 @@
 
 namespace neck {
 
+inline const std::string& subject_text(const std::string& subject) { return subject; }
+inline std::string subject_text(const char* subject) { return subject; }
+inline std::string subject_text(const std::filesystem::path& subject) { return subject.string(); }
+
 /// Does work of the public interface, which throws nothing but Error.
-/// \param subject begins the message: a file, a plan or an address.
-template <typename Work>
-auto guarded(const std::string& subject, Work work) -> decltype(work()) {
+/// \param subject begins the message: a file, a plan or an address; it is made a text only for that.
+template <typename Subject, typename Work>
+auto guarded(const Subject& subject, Work work) -> decltype(work()) {
     try {
         return work();
     } catch (const Error&) {
         throw;
     } catch (const std::bad_alloc&) {
-        throw MemoryError(subject + ": the host has too little free memory for this; end other programs, or use " +
-                          "smaller pictures, batches or files");
+        throw MemoryError(subject_text(subject) + ": the host has too little free memory for this; end other programs, " +
+                          "or use smaller pictures, batches or files");
     } catch (const std::system_error& error) {
-        throw Error(subject + ": the operating system refuses (" + one_line(error.what()) +
+        throw Error(subject_text(subject) + ": the operating system refuses (" + one_line(error.what()) +
                     "); check the limits of this process on threads, open files and memory");
     } catch (const std::exception& error) {
-        throw Error(subject + ": unexpected failure (" + one_line(error.what()) + "); please report it");
+        throw Error(subject_text(subject) + ": unexpected failure (" + one_line(error.what()) + "); please report it");
     }
 }
 

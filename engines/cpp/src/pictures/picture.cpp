@@ -34,7 +34,7 @@ Tensor decode_named(std::string_view file, const PictureLimits& limits, const st
 }  // namespace
 
 Tensor read_picture(const std::filesystem::path& path, const PictureLimits& limits) {
-    return guarded(path.string(), [&] {
+    return guarded(path, [&] {
         try {
             return decode_named(read_file(path, largest_file).text(), limits, path.string());
         } catch (const std::system_error& error) {

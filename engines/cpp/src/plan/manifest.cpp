@@ -215,7 +215,7 @@ Manifest read_checked(const fs::path& plan, bool hashes) {
 }  // namespace
 
 Manifest read_manifest(const fs::path& plan, bool hashes) {
-    return guarded(plan.string(), [&] { return read_checked(plan, hashes); });
+    return guarded(plan, [&] { return read_checked(plan, hashes); });
 }
 
 }  // namespace neck

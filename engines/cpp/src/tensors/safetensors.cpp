@@ -136,7 +136,7 @@ std::vector<Entry> read_places(const Json& header, std::size_t data) {
 template <typename Read>
 auto read_by(const std::filesystem::path& path, Read read) {
     constexpr const char* remedy = "; `neck-export verify --save-reference` writes such a file";
-    return guarded(path.string(), [&] {
+    return guarded(path, [&] {
         try {
             OpenFile file(path);
             return read(file);
@@ -183,7 +183,7 @@ std::map<std::string, std::string> read_safetensors_metadata(const std::filesyst
 
 void write_safetensors(const std::filesystem::path& path, const std::vector<Tensor>& tensors,
                        const std::map<std::string, std::string>& metadata) {
-    guarded(path.string(), [&] {
+    guarded(path, [&] {
         Json header = Json::object();
         std::vector<std::string_view> parts(2);
         std::size_t place = 0;
