@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 import yaml
 from test_triton import COMPATIBLE, write_plan
 
+from engines.service.ensemble import DECODERS, PREPROCESS_MODEL
 from engines.service.kubernetes import HEADER, kubernetes_files
 from engines.service.repository import Repository, RepositoryOptions, TritonError, make_repository
 from engines.service.served_model import Source, read_model
@@ -460,6 +463,24 @@ def test_combinations_of_the_options(plan: Path, tmp_path: Path, monkeypatch: py
                 valid.add(text)
         check_platform(serving, files)
     assert len(valid) > COMBINATIONS  # they differ
+
+
+BYTES_PER_PIXEL, DECODER_AT_REST = 10, 220 * 2**20
+"""What a decoder takes, measured: preprocess/model.py with torch, on a progressive JPEG."""
+
+
+def test_a_pod_has_room_for_its_decoders(plan: Path) -> None:
+    """For a picture as large as their limits allow in each of them; the control is a pod without them."""
+    source = read_model(plan)
+    without, with_them = (
+        dataclasses.replace(serving_of(source, source, random.Random(1)), ensemble=ensemble)
+        for ensemble in (False, True)
+    )
+    (pixels,) = re.findall(r"^MAX_PIXELS = ([0-9_]+)$", PREPROCESS_MODEL.read_text(), re.MULTILINE)
+    most = DECODERS * (BYTES_PER_PIXEL * int(pixels) + DECODER_AT_REST)
+    room = (with_them.memory_gib - without.memory_gib) * 2**30
+    assert most < room < 2 * most
+    assert with_them.resources()["limits"]["memory"] == f"{with_them.memory_gib}Gi"
 
 
 def check_platform(serving: Serving, files: dict[str, list[dict[str, Any]]]) -> None:

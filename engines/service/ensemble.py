@@ -19,6 +19,10 @@ PREPROCESS_MODEL = Path(__file__).parent / "preprocess" / "model.py"
 DECODERS = 2
 """Instances of the preprocessing model: a picture is decoded by one core."""
 
+DECODER_MIB = 1100
+"""Memory of one at most: 220 MiB with torch, and 855 MiB more for a progressive JPEG of 9400 x 9500 pixels with all colors
+at full size, the largest that its limits allow (preprocess/model.py, `decode` and `resize`, Pillow 13, measured)."""
+
 
 def preprocess_config(source: Source, name: str) -> Any:  # noqa: ANN401 - ModelConfig
     """The config of the model that decodes and resizes pictures.

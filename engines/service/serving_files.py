@@ -7,7 +7,7 @@ import re
 from typing import Any, Literal
 
 from engines.service.container_fit import COMPATIBLE, image
-from engines.service.ensemble import DECODERS
+from engines.service.ensemble import DECODER_MIB, DECODERS
 from engines.service.served_model import Source, TritonError
 
 DRAIN_SECONDS = 45
@@ -172,8 +172,9 @@ class Serving:
 
     @property
     def memory_gib(self) -> int:
-        """Estimate of a pod's memory: the file is read whole, once more while a new version loads; and /dev/shm."""
-        return 6 + 3 * sum(file.stat().st_size for file in self.source.files) // 2**30
+        """Estimate of a pod's memory: the file, once more while a new version loads; /dev/shm; the ensemble's decoders."""
+        decoders = -(-DECODERS * DECODER_MIB // 1024) if self.ensemble else 0
+        return 6 + 3 * sum(file.stat().st_size for file in self.source.files) // 2**30 + decoders
 
     @property
     def arguments(self) -> list[str]:
