@@ -20,7 +20,7 @@ DECODERS = 2
 """Instances of the preprocessing model: a picture is decoded by one core."""
 
 DECODER_MIB = 1100
-"""Memory of one at most: 220 MiB with torch, and 855 MiB more for a progressive JPEG of 9400 x 9500 pixels with all colors
+"""Memory of one at most: 220 MiB with torch, and 855 MiB more for a progressive JPEG of 9400 x 9500 pixels, all colors
 at full size, the largest that its limits allow (preprocess/model.py, `decode` and `resize`, Pillow 13, measured)."""
 
 

@@ -172,7 +172,7 @@ class Serving:
 
     @property
     def memory_gib(self) -> int:
-        """Estimate of a pod's memory: the file, once more while a new version loads; /dev/shm; the ensemble's decoders."""
+        """Estimate of a pod: the file is read whole, once more while a new version loads; /dev/shm; the decoders."""
         decoders = -(-DECODERS * DECODER_MIB // 1024) if self.ensemble else 0
         return 6 + 3 * sum(file.stat().st_size for file in self.source.files) // 2**30 + decoders
 
