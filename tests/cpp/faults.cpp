@@ -18,10 +18,11 @@
 namespace {
 
 std::atomic<long> until_failure{0};  // 0: no allocation fails
+std::size_t smallest = 0;             // bytes of those that are counted
 
 void* take(std::size_t size, std::size_t alignment) {
     constexpr std::size_t most = std::size_t{1} << 38U;  // the address sanitizer ends the program above 2^40
-    if ((until_failure > 0 && --until_failure == 0) || size > most) {
+    if ((size >= smallest && until_failure > 0 && --until_failure == 0) || size > most) {
         throw std::bad_alloc();
     }
     void* memory = nullptr;
@@ -63,7 +64,8 @@ extern "C" int fstat(int number, struct stat* about) noexcept {
     return code;
 }
 
-void fail_every_allocation(const std::function<void()>& work) {
+void fail_every_allocation(std::size_t least, const std::function<void()>& work) {
+    smallest = least;
     long failed = 0;
     long told = 0;
     for (long number = 1;; ++number) {

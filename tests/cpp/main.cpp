@@ -8,7 +8,7 @@
 //   neck-tests picture FILE                      uint8 pixels, then float32 normalised
 //   neck-tests resize HEIGHT WIDTH THREADS FILE...   uint8 pixels of that size
 //   neck-tests safetensors|plan|pictures|memory FILE... one line for each: what is in it, or the error
-//   neck-tests allocations KIND FILE             the same with every allocation failing in its turn
+//   neck-tests allocations KIND FILE LEAST       the same with every allocation of so many bytes failing in its turn
 //   neck-tests threads                           a resize in a process that may start no thread
 //   neck-tests limits|log FILE                   a picture under several limits; what reading it reports to the log
 //   neck-tests leak|overflow                     does wrong what the sanitizers and the stand-ins must see

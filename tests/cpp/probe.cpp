@@ -97,7 +97,7 @@ int probe(int count, char** values) {
         const neck::Preprocessor preprocessor({"image", neck::DataType::uint8, {-1, 16, 20, 3}}, 2);
         const std::vector<std::string_view> files(3, file);
         const std::string what = values[2];
-        fail_every_allocation([&] {
+        fail_every_allocation(static_cast<std::size_t>(std::stoi(values[4])), [&] {
             if (what == "safetensors") {
                 neck::read_safetensors(path);
             } else if (what == "metadata") {

@@ -52,7 +52,7 @@ void test_written_files(const std::string& folder) {
     Tensor cut = a;
     cut.data.resize(3);
     const std::vector<std::vector<Tensor>> wrong{{a, a}, {cut}, {Tensor("__metadata__", DataType::uint8, {1})},
-                                                 {Tensor("a\"b", DataType::uint8, {1})},
+                                                 {Tensor("a'b", DataType::uint8, {1})},
                                                  {Tensor("a\xff", DataType::uint8, {1})}};
     for (const std::vector<Tensor>& tensors : wrong) {
         expect_error([&] { neck::write_safetensors(path, tensors); }, "");

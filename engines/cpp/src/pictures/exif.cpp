@@ -11,7 +11,7 @@
 namespace neck {
 namespace {
 
-constexpr std::string_view exif_magic("Exif\0\0", 6);
+constexpr std::string_view exif_prefix("Exif\0\0", 6);
 constexpr std::size_t orientation_tag = 0x0112;
 
 /// A TIFF structure in memory; numbers beyond its end are absent.
@@ -149,8 +149,8 @@ int orientation_of_xmp(std::string_view xmp) {
 
 int orientation_of(const Metadata& metadata) {
     std::string_view exif = metadata.exif;
-    for (int times = 0; times < 2 && exif.substr(0, exif_magic.size()) == exif_magic; ++times) {
-        exif.remove_prefix(exif_magic.size());
+    for (int times = 0; times < 2 && exif.substr(0, exif_prefix.size()) == exif_prefix; ++times) {
+        exif.remove_prefix(exif_prefix.size());
     }
     try {
         if (const auto found = exif.empty() ? std::nullopt : orientation_of_tiff(exif)) {
