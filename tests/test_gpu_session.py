@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 from conftest import tiny_config
 from gpu_rehearsal import Base, can_unshare, make_base, run_session
+from stand_in_gpu.play import environment
 from synthetic import synthetic_result
 
 import benchmarks.gpu.archive
 import benchmarks.gpu.session
 from benchmarks.gpu.archive import archive_path, unpack_archive, write_archive
-from benchmarks.gpu.gpu_tests import checks, files_with_gpu_tests
+from benchmarks.gpu.gpu_tests import checks, files_with_gpu_tests, run_tests
 from benchmarks.gpu.page import MOST_LINES, page_lines
 from benchmarks.gpu.session import RESERVE_BYTES, Session
 from benchmarks.gpu.stage import Asked
@@ -287,6 +288,23 @@ def test_the_page_has_twenty_lines_at_most() -> None:
     assert lines[0].startswith("GPU, driver 1") and lines[2] == "Warning: others use this GPU"
     assert "the fastest backend within tolerance" in lines[3] and "5 passed, 0 failed" in "\n".join(lines)
     assert "further stages" in lines[-1]
+
+
+LACKING = ("tensorrt", "tensorrt_rtx", "tritonclient", "tritonclient.http", "openvino", "kubernetes_validate")
+"""Modules that a bare machine with a GPU does not have, and the kit does not bring."""
+
+
+@pytest.mark.slow
+def test_a_bare_machine_with_a_gpu_fails_no_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU is the stand-in's, and there is no TensorRT: what cannot be run is skipped, with its reason."""
+    for name, value in environment("11.4", LACKING).items():
+        monkeypatch.setenv(name, value)
+    found = run_tests(tmp_path / "tests.txt")
+    outcomes = {one["name"]: (one["outcome"], one["reason"]) for one in checks(tmp_path / "tests.txt")}
+    assert found["outcome"] == "done", (tmp_path / "tests.txt").read_text()[-5000:]
+    assert {outcome for outcome, _ in outcomes.values()} <= {"passed", "not run"} and len(outcomes) >= 16
+    without = [reason for outcome, reason in outcomes.values() if outcome == "not run"]
+    assert sum("TensorRT" in str(reason) for reason in without) >= 10
 
 
 PRINTED = """

@@ -271,7 +271,12 @@ class Mode(TorchFunctionMode):
 
     def block_of(self, value: object) -> Block | None:
         """The memory that a tensor lies in; None if that is the host's."""
-        return self.device.block(value.data_ptr()) if isinstance(value, Tensor) and value.numel() > 0 else None
+        if not isinstance(value, Tensor) or not self.device._blocks or value.is_meta or value.numel() == 0:
+            return None
+        try:
+            return self.device.block(value.data_ptr())
+        except RuntimeError:  # a FakeTensor of a trace has none
+            return None
 
     def on_device(self, value: object) -> bool:
         """Whether a value is a tensor that lies on the device."""

@@ -7,7 +7,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,17 @@ def new_state(version: str, device: Device | None) -> State:
     return State(library_version(version), "rtx" if version.startswith("rtx") else "tensorrt", device)
 
 
-def environment(version: str) -> dict[str, str]:
-    """Variables with which a Python process that a test starts, and every one that it starts, plays a version too."""
+def environment(version: str, without: Sequence[str] = ()) -> dict[str, str]:
+    """Variables with which a Python process that a test starts, and every one that it starts, plays a version too.
+
+    Args:
+        version: as of play.
+        without: modules that cannot be imported there, such as TensorRT's own on a bare machine with a GPU.
+    """
     site, tests = Path(__file__).parent / "site", Path(__file__).parent.parent
     paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(paths), "NECK_PLAYED": version, "NECK_PLAYED_TESTS": str(tests)}
+    told = {"NECK_PLAYED": version, "NECK_PLAYED_TESTS": str(tests), "NECK_PLAYED_WITHOUT": ",".join(without)}
+    return {"PYTHONPATH": os.pathsep.join(paths), **told}
 
 
 def put_smi(folder: Path, patch: pytest.MonkeyPatch) -> None:

@@ -11,4 +11,6 @@ if "NECK_PLAYED" in os.environ:
 
     stack = contextlib.ExitStack()
     stack.enter_context(play(os.environ["NECK_PLAYED"]))
+    for name in filter(None, os.environ.get("NECK_PLAYED_WITHOUT", "").split(",")):
+        sys.modules[name] = None  # type: ignore[assignment]
     atexit.register(stack.close)
