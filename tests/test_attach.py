@@ -349,6 +349,19 @@ def test_free(model: Any, file: Path, tmp_path: Path) -> None:  # noqa: ANN401
         assert own(frames(1)).fpn_hidden_states[0].dtype == torch.float16
 
 
+def test_a_neck_that_is_not_asked_for_stays(checkpoint: Path, file: Path) -> None:
+    """The tracker's own neck is neither freed nor guarded where the file does not stand in for it."""
+    model = load_model(transformers.Sam3VideoModel, checkpoint)
+    state = {name: value + 1 for name, value in model.tracker_neck.state_dict().items()}
+    attach(model, file, necks=("sam3",), free=True)
+    model.tracker_neck.load_state_dict(state)
+    assert [*model.tracker_neck.parameters()] and not [*model.detector_model.vision_encoder.parameters()]
+    with torch.no_grad():
+        embeds = model.detector_model.get_vision_features(pixel_values=frames(1))
+        with pytest.raises(AttachError, match="last_hidden_state is not among what the attached file computes"):
+            model.get_vision_features_for_tracker(embeds)
+
+
 def test_what_does_not_fit_is_refused(model: Any, file: Path, tmp_path: Path) -> None:  # noqa: ANN401
     before = dict(model.named_modules())
     sizes = [[36, 36], [18, 18], [9, 9], [4, 4]]

@@ -66,7 +66,7 @@ class Attached:
         self.encoder, self.freed = encoder, False
         self.module, self.kind, self.levels = live.module, live.kind, live.levels
         self._necks, self._own = tuple(necks), live.necks[0]
-        self._tracker_neck = live.tracker_neck.module if live.tracker_neck else None
+        self._tracker_neck = live.tracker_neck.module if live.tracker_neck and "sam2" in necks else None
         with_head = "sam2" in necks and encoder.signature.has_head("sam2")
         self._heads = [slot.module for slot in live.head] if with_head else []
         self._before: list[tuple[nn.Module, str, bool, Any]] = []
@@ -97,7 +97,7 @@ class Attached:
             self._put(self.module, "forward", self.run_fpn)
             self._put(self._trunk, "forward", self.run_backbone)
             self._put(unwrapped(self.module.neck), "forward", self.run_own_neck)  # type: ignore[arg-type]
-            if self._tracker_neck is not None and "sam2" in self._necks:
+            if self._tracker_neck is not None:
                 self._put(self._tracker_neck, "forward", self.run_tracker_neck)
         for head in self._heads:
             self._put(head, "forward", self.pass_on)
