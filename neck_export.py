@@ -691,10 +691,11 @@ def pictures(images: Path | None, picture_range: str | None) -> Path | PictureFo
         if picture_range is not None:
             raise typer.BadParameter("--picture-range requires --images", param_hint="--picture-range")
         return None
-    from neck.pictures import PictureError, PictureFolder, ValueRange, skipped_line
+    from neck.pictures import PictureError, PictureFolder, ValueRange, find_pictures, skipped_line
 
-    if skipped := skipped_line(images):
-        typer.echo(f"note: {skipped}", err=True)
+    with contextlib.suppress(PictureError):  # the stage says it, with what was skipped
+        if find_pictures(images) and (skipped := skipped_line(images)):
+            typer.echo(f"note: {skipped}", err=True)
     if picture_range is None:
         return images
     try:
