@@ -418,7 +418,7 @@ def triton(
     ] = None,
     keep: Annotated[
         int | None,
-        typer.Option(help="Remove old versions but this many, the active one aside [default: keep all]", min=1),
+        typer.Option(help="Keep this many versions, and the active one in any case [default: all]", min=1),
     ] = None,
     outputs: Annotated[list[str] | None, typer.Option(help="Outputs to answer with [default: all]")] = None,
     ensemble: Annotated[bool, typer.Option(help="Also a model that takes JPEG or PNG bytes")] = False,
