@@ -24,7 +24,9 @@ from benchmarks.gpu.archive import archive_path, unpack_archive, write_archive
 from benchmarks.gpu.child_process import adopt_orphans, run_limited
 from benchmarks.gpu.page import page_lines
 from benchmarks.gpu.time_plan import FOLDER, MINUTES, REPORT, Device, Stage, fitting, plan, table, time_limit
+from benchmarks.measure.environment import package_versions, processor
 from benchmarks.measure.work_folder import digest, sources_digest
+from engines.doctor import driver_version
 from export.contract.manifest import to_json
 
 LEAST_SECONDS = 5.0
@@ -52,7 +54,10 @@ class Session:
         self.output, self.device, self.ends, self.config = output, device, ends, config
         self.scale = max(1.0, self._left() / 60 / MINUTES)
         told = config.read_text(encoding="utf-8") if config else None
-        self.key = digest({"device": device, "config": told, "kit": kit, "sources": sources_digest()})
+        machine = [processor(), driver_version(), package_versions()]  # as the samples' own key: they go on together
+        self.key = digest(
+            {"device": device, "config": told, "kit": kit, "sources": sources_digest(), "machine": machine}
+        )
         self.stages: dict[str, dict[str, Any]] = self._read()
 
     def run(self) -> int:
