@@ -187,7 +187,7 @@ class WindowMajorTrunk(ViTDetTrunk):
 
     The tokens lie as (n, W, B, C): both attentions, (n, W B) and (n W, B), then read and write them with the sequence
     first, as TensorRT-RTX 1.7's fused attention writes its result. With the windows first it permuted the tokens again
-    around every global block, in kernels of its own: 51 instead of 49 for an encoder of four blocks.
+    around every global block, in kernels of its own: 277 kernels and 12.815 GB at full size, instead of 273 and 12.667.
     """
 
     def forward(self, images: Tensor) -> list[Tensor]:
