@@ -104,6 +104,7 @@ def test_a_plan_is_searched_as_its_graph_is(faulty: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.gpu
-def test_a_plan_on_a_gpu(faulty: Path, tmp_path: Path, gpu_flavor: Flavor) -> None:
+def test_a_plan_on_a_gpu(request: pytest.FixtureRequest, tmp_path: Path, gpu_flavor: Flavor) -> None:
+    faulty = request.getfixturevalue("faulty")  # an export of seconds, made only where it can be used
     plan = make_plan(PlanOptions(faulty, tmp_path / "faulty.plan", verify=False)).path
     assert bisect(plan).first_bad == f"trunk.blocks.{FAULTY}"

@@ -296,10 +296,11 @@ def test_a_live_model_has_its_file_on_its_own_gpu(
 
     def encoder(path: Path, device: Any, **options: Any) -> SimpleNamespace:  # noqa: ANN401
         asked.append(device)
-        return SimpleNamespace(device=torch.device("cuda", 0), close=lambda: None)
+        signature = SimpleNamespace(levels=(0,))
+        return SimpleNamespace(device=torch.device("cuda", 0), close=lambda: None, signature=signature)
 
     home = SimpleNamespace(device=torch.device("cuda", 1))
-    live = SimpleNamespace(parameters=lambda: iter([home]), necks=("sam3",), read=(0,))
+    live = SimpleNamespace(parameters=lambda: iter([home]), necks=("sam3",), read=(0,), levels=1)
     monkeypatch.setattr(engines.attach, "find_encoder", lambda model: live)
     monkeypatch.setattr(engines.attach, "DeployedEncoder", encoder)
     monkeypatch.setattr(engines.attach, "_check_fit", lambda *given: None)
