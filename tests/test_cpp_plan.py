@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ def later(plan: Path, version: str) -> None:
     spoil(plan, tensorrt_version=version, options=options)
 
 
+def with_another_file(plan: Path, entry: dict[str, object]) -> None:
+    spoil(plan, files=[*json.loads(manifest_path(plan).read_text())["files"], entry])
+
+
 FILES: list[tuple[str, Spoil]] = [
     ("no plan", lambda plan: plan.unlink()),
     ("a rejected plan", lambda plan: plan.rename(plan.with_name("x.plan.rejected"))),
@@ -52,7 +57,7 @@ FILES: list[tuple[str, Spoil]] = [
     ("files without names", lambda plan: spoil(plan, files=[{"bytes": 1}])),
     ("no file at all", lambda plan: spoil(plan, files=[])),
     ("a file elsewhere", lambda plan: spoil(plan, files=[{"name": "../x", "bytes": 1, "sha256": "0"}])),
-    ("a file that is missing", lambda plan: spoil(plan, files=[{"name": "y", "bytes": 1, "sha256": "0"}])),
+    ("a file that is missing", lambda plan: with_another_file(plan, {"name": "y", "bytes": 1, "sha256": "0"})),
     ("no inputs", lambda plan: spoil(plan, inputs=None)),
     ("no flavour", lambda plan: spoil(plan, flavor=None)),
     ("no version", lambda plan: spoil(plan, tensorrt_version=None)),
