@@ -35,7 +35,8 @@ def folder_of(folder: Path, count: int) -> list[Path]:
     """A plan and pictures of it, every tenth damaged."""
     write_plan(folder / "plan")
     (folder / "in").mkdir()
-    paths = [noise(folder / "in" / f"{index:03}.{('png', 'jpg')[index % 2]}", 20, 16 + index) for index in range(count)]
+    kinds = ("png", "jpg", "jfif", "jpe")
+    paths = [noise(folder / "in" / f"{index:03}.{kinds[index % 4]}", 20, 16 + index) for index in range(count)]
     for path in paths[::10]:
         cut(path)
     (folder / "in" / "notes.txt").touch()
@@ -105,7 +106,7 @@ def test_a_folder_that_cannot_be_served_is_told(programs: Programs, tmp_path: Pa
     assert ran.error.endswith("has features of another plan; give another folder, or remove them")
     for path in paths:
         path.unlink()
-    assert serve(programs, tmp_path).error.endswith("put files there that end in .png, .jpg or .jpeg")
+    assert serve(programs, tmp_path).error.startswith(f"{tmp_path / 'in'}: contains no picture")
     assert "cannot be listed" in programs.run("neck-engine", tmp_path, "--serve-folder", "none", tmp_path).error
     assert programs.run("neck-engine", tmp_path, "--serve-folder", tmp_path).code == 2
 

@@ -73,9 +73,10 @@ std::vector<fs::path> find_pictures(const fs::path& folder) {
             std::string kind = entry.path().extension().string();
             std::transform(kind.begin(), kind.end(), kind.begin(),
                            [](unsigned char letter) { return static_cast<char>(std::tolower(letter)); });
+            const bool jpeg = kind == ".jpg" || kind == ".jpeg" || kind == ".jpe" || kind == ".jfif";
             const bool hidden = entry.path().filename().string().front() == '.';
             std::error_code unknown;
-            if (!hidden && (kind == ".png" || kind == ".jpg" || kind == ".jpeg") && !entry.is_directory(unknown)) {
+            if (!hidden && (kind == ".png" || jpeg) && !entry.is_directory(unknown)) {
                 pictures.push_back(entry.path());
             }
         }
@@ -84,7 +85,7 @@ std::vector<fs::path> find_pictures(const fs::path& folder) {
                     "); give a folder that holds pictures");
     }
     if (pictures.empty()) {
-        throw Error(folder.string() + ": holds no picture; put files there that end in .png, .jpg or .jpeg");
+        throw Error(folder.string() + ": contains no picture; its files must end in .png, .jpg, .jpeg, .jpe or .jfif");
     }
     std::sort(pictures.begin(), pictures.end());
     return pictures;
