@@ -85,8 +85,9 @@ def new_monitor(trt: Any, watch: Watch) -> Any:  # noqa: ANN401
             return not watch.cancelled.is_set()
 
         def phase_finish(self, name: str) -> None:
-            if name in self.steps:
-                self.tell(name, self.steps.pop(name))
+            if name in self.steps and not watch.cancelled.is_set():  # a cancelled phase finishes too
+                self.tell(name, self.steps[name])
+            self.steps.pop(name, None)
 
     return Monitor()
 
