@@ -7,6 +7,7 @@ import functools
 import gc
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,6 +55,15 @@ LONGEST = (
     *("quantise", "tune", "head_file", "states", "forms", "layers", "browser", "cpp_client", "masks", "simulate"),
 )
 """The files that take longest, the longest first: one that is begun last keeps one core busy and the others idle."""
+
+
+def pytest_configure() -> None:
+    """Lets Ctrl-C reach the commands that tests start, also if the shell started pytest in the background.
+
+    Such a shell ignores SIGINT, and a child process inherits that.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
