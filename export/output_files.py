@@ -119,7 +119,7 @@ def _has_keys(path: Path, keys: set[str]) -> bool:
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if text else dict.fromkeys(keys)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a folder that is a file is told later
         return True
     except (OSError, ValueError, RecursionError):
         return False

@@ -16,6 +16,8 @@ WANTS = (
     (r"clang", "clang", "for `make lint-cpp`: install clang and clang-tidy"),
     (r"onnxruntime_c_api", "ONNX Runtime's C header", "apt-get install libonnxruntime-dev"),
     (r"\bapt install (g\+\+|libjpeg)", "the C++ tools", f"apt-get install {CPP_PACKAGES}"),
+    (r"\bopenssl\b", "OpenSSL's command", "apt-get install openssl"),
+    (r"installs from the lock", "an environment of the lock", "make .venv/ready"),
     (r"nginx", "nginx", "apt-get install nginx-light"),
     (r"Chromium", "a browser", "apt-get install chromium chromium-driver fonts-dejavu-core"),
     (r"[Tt]riton ?server|nvidia-pytriton", "a Triton server", "make .triton/ready"),

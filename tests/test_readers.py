@@ -182,7 +182,8 @@ def test_a_graph_that_nobody_reads() -> None:
     lower(model, "fp16")
     needs = graph_needs(model)
     refused = {**needs.operators, ("Attention", "FLOAT"): 1}  # by TensorRT; the others do not compute FP8
-    fp8 = dataclasses.replace(needs, operators=refused, types=needs.types | {FP8})
+    versions = {**needs.versions, "Attention": 23}
+    fp8 = dataclasses.replace(needs, operators=refused, versions=versions, types=needs.types | {FP8})
     assert read_by(fp8) == "read by no reader in the table"
 
 

@@ -114,7 +114,8 @@ def of_architecture(file: File) -> dict[str, float]:
     for index in range(depth):
         cuts = [file.constants.get(node.input[1]) for node in file.of("Reshape", f"trunk.blocks.{index}.attn")]
         (cut,) = {tuple(one) for one in cuts if one is not None and len(one) == 5 and one[2] == 3}
-        tokens[index], found["encoder.num_heads"] = cut[1], cut[3]
+        tokens[index] = cut[0] if cut[1] < 0 else cut[1]  # rewritten: (tokens, -1, 3, heads, head_dim)
+        found["encoder.num_heads"] = cut[3]
     everywhere = [index for index, count in tokens.items() if count == math.prod(grid)]
     found |= {f"encoder.global_blocks[{place}]": index for place, index in enumerate(everywhere)}
     (window,) = {math.isqrt(count) for index, count in tokens.items() if index not in everywhere}
