@@ -151,11 +151,11 @@ class Handler(BaseHTTPRequestHandler):
             self.stall.wait(30)
             return
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        # closing without a word races with the client's next request on this connection
+        for name, value in {"Content-Length": str(len(body)), "Connection": "close", **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
-        self.close_connection = True
 
     def log_message(self, *arguments: object) -> None:
         """Says nothing."""
