@@ -43,6 +43,11 @@ void test_tensors() {
     expect_error([&] { neck::repeat(whole, 0); }, "cannot be repeated 0 times");
     expect_error([&] { neck::repeat(whole, INT64_MAX); }, "a tensor cannot be float32");
     expect(neck::compare_output(whole, whole, tolerance).passed(), "the control");
+    // an output that rounds more than the plan's precision has the tolerance of its own type, as in Python
+    const Tensor half("a", DataType::float16, {2}, std::vector<std::byte>(4));
+    expect(neck::compare({half}, {half}, "fp32").front().tolerance.relative_l2 == 1e-2, "the tolerance of FP16");
+    expect(neck::compare({half}, {half}, "int8").front().tolerance.relative_l2 == 5e-2, "the looser of both");
+    expect(neck::compare({whole}, {whole}, "fp32").front().tolerance.relative_l2 == 1e-4, "the control");
 }
 
 /// What is written can be read, or is not written.

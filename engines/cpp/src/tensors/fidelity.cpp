@@ -78,6 +78,22 @@ Comparison compare_output(const Tensor& reference, const Tensor& candidate, cons
     return {candidate.name, largest, total / count, relative, cosine, 0, tolerance};
 }
 
+namespace {
+
+/// The tolerance of an output of this type: a type that rounds more than the precision brings its own.
+Tolerance tolerance_of(const Tensor& output, std::string_view precision) {
+    Tolerance tolerance = tolerance_for(output.name, precision);
+    if (output.type == DataType::float16 || output.type == DataType::bfloat16) {
+        const Tolerance own = tolerance_for(output.name, output.type == DataType::float16 ? "fp16" : "bf16");
+        tolerance.relative_l2 = std::max(tolerance.relative_l2, own.relative_l2);
+        tolerance.cosine = std::min(tolerance.cosine, own.cosine);
+        tolerance.max_abs = std::max(tolerance.max_abs, own.max_abs);
+    }
+    return tolerance;
+}
+
+}  // namespace
+
 std::vector<Comparison> compare(const std::vector<Tensor>& reference, const std::vector<Tensor>& candidate,
                                 std::string_view precision) {
     std::vector<Comparison> comparisons;
@@ -89,7 +105,7 @@ std::vector<Comparison> compare(const std::vector<Tensor>& reference, const std:
             throw Error("output " + tensor.name + " is not in the reference, which has " +
                         joined(reference, [](const Tensor& other) { return other.name; }));
         }
-        comparisons.push_back(compare_output(*found, tensor, tolerance_for(tensor.name, precision)));
+        comparisons.push_back(compare_output(*found, tensor, tolerance_of(tensor, precision)));
     }
     return comparisons;
 }
