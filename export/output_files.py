@@ -92,12 +92,14 @@ def check_places(written: Sequence[Place], read: Sequence[Place]) -> None:
             raise ExportError(f"{path}: is a folder, and {what} is to be written there; name a file")
         place = path.parent.resolve() / path.name
         if place in seen:
-            raise ExportError(f"{path}: {seen[place]} and {what} would have this name both; choose another for one")
+            raise ExportError(
+                f"{path}: {seen[place]} and {what} would both be written to this file; choose another name for one"
+            )
         seen[place] = what
         for other, there in read:
             linked = path.exists() and there.exists() and path.samefile(there)
             if linked or place == there.parent.resolve() / there.name:
-                raise ExportError(f"{there}: {other} would be replaced by {what}; choose another name for the latter")
+                raise ExportError(f"{there}: writing {what} would replace {other}; choose another name for {what}")
         if what == "the trials of --calibration" and not _has_keys(path, {"key", "rows"}):
             raise ExportError(f"{path}: is not a record of trials, and {what} would replace it; choose another name")
 

@@ -284,7 +284,7 @@ def _check_options(options: RepositoryOptions) -> None:
     if options.version is not None and not 1 <= options.version < 2**31:
         raise TritonError(f"version {options.version}: expected a whole number from 1")
     if options.keep is not None and options.keep < 1:
-        raise TritonError(f"keep {options.keep}: expected a number of versions from 1")
+        raise TritonError(f"--keep {options.keep}: expected the number of versions to keep, at least 1")
     if options.queue_delay_us < 0:
         raise TritonError(f"queue delay {options.queue_delay_us} us: expected 0 or more")
     if options.output.exists() and not options.output.is_dir():
