@@ -33,13 +33,13 @@ KINDS = ("bare", "deployed")
 class Timed:
     """A session that keeps what its last run took, in seconds."""
 
-    def __init__(self, session: Any) -> None:  # noqa: ANN401 - ONNX Runtime's
+    def __init__(self, session: Any) -> None:
         self.session, self.seconds = session, 0.0
 
-    def io_binding(self) -> Any:  # noqa: ANN401 - ONNX Runtime's
+    def io_binding(self) -> Any:
         return self.session.io_binding()
 
-    def run_with_iobinding(self, binding: Any) -> None:  # noqa: ANN401 - ONNX Runtime's
+    def run_with_iobinding(self, binding: Any) -> None:
         start = time.perf_counter()
         self.session.run_with_iobinding(binding)
         self.seconds = time.perf_counter() - start

@@ -28,7 +28,7 @@ __all__ = ["AttachError", "attach", "detach"]
 
 
 def attach(
-    model: Any,  # noqa: ANN401 - a module, or a predictor that has one
+    model: Any,
     path: str | Path,
     device: str | torch.device | None = None,
     *,
@@ -83,7 +83,7 @@ def attach(
     return encoder
 
 
-def detach(model: Any) -> None:  # noqa: ANN401 - as in attach
+def detach(model: Any) -> None:
     """Gives a model its own encoder back and closes the file.
 
     Raises:
@@ -99,7 +99,7 @@ def detach(model: Any) -> None:  # noqa: ANN401 - as in attach
     attached.encoder.close()
 
 
-def _module(model: Any) -> nn.Module:  # noqa: ANN401 - as in attach
+def _module(model: Any) -> nn.Module:
     inner = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     if not isinstance(inner, nn.Module):
         remedy = "it has no model yet; set it up first" if hasattr(model, "model") else "give a module or a predictor"

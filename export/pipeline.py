@@ -263,7 +263,7 @@ def write_onnx(
     precision: Precision = "fp32",
     rewrites: Rewrites | None = None,
     report: Report = lambda line: None,
-    **lowering: Any,  # noqa: ANN401 - export.lowering.precision.lower's
+    **lowering: Any,
 ) -> ir.Model:
     """Traces, lowers and writes an encoder with any trunk: X.onnx and X.onnx.data, neither verified nor atomic.
 
@@ -277,7 +277,7 @@ def write_onnx(
     return write_lowered(canonical, path, precision, **lowering)
 
 
-def write_lowered(canonical: ir.Model, path: Path, precision: Precision, **lowering: Any) -> ir.Model:  # noqa: ANN401
+def write_lowered(canonical: ir.Model, path: Path, precision: Precision, **lowering: Any) -> ir.Model:
     """Writes a traced graph in a precision and the forms that export.lowering.precision.lower takes."""
     model = canonical.clone()
     lower(model, precision, **lowering)

@@ -187,7 +187,7 @@ def exact_ratio(hidden: int, embed_dim: int) -> float:
     return ratio if int(embed_dim * ratio) == hidden else (hidden + 0.5) / embed_dim
 
 
-def check_image_size(size: Any, patch_size: int) -> tuple[int, int]:  # noqa: ANN401 - the seed takes int, tuple or list
+def check_image_size(size: Any, patch_size: int) -> tuple[int, int]:
     """Returns (height, width) in pixels from an int, (h, w) or [h, w].
 
     Raises:

@@ -69,7 +69,7 @@ class PlainLines(logging.StreamHandler):  # subscriptable from Python 3.11 on
 class Bars(logging.Handler):
     """A line with a clock for every step and a bar for every count, by rich."""
 
-    def __init__(self, shown: Any) -> None:  # noqa: ANN401 - rich's Progress
+    def __init__(self, shown: Any) -> None:
         super().__init__()
         self._shown, self._step = shown, None  # type: Any, Any
         self._tasks: dict[str, Any] = {}
@@ -94,7 +94,7 @@ class Bars(logging.Handler):
             self._end(task)
         super().close()
 
-    def _end(self, task: Any) -> None:  # noqa: ANN401 - rich's
+    def _end(self, task: Any) -> None:
         if task is not None:
             self._shown.update(task, total=1, completed=1)
 

@@ -151,7 +151,7 @@ def load_golden(case: str) -> Golden:
     return Golden(config, encoder, expected.pop("image"), expected)
 
 
-def tiny_config(**changes: Any) -> EncoderConfig:  # noqa: ANN401 - EncoderConfig's own fields
+def tiny_config(**changes: Any) -> EncoderConfig:
     """A config of 4 blocks that runs in milliseconds; head_dim 8, so that the attention scale is no power of two."""
     values: dict[str, Any] = {
         "image_size": 112,
@@ -190,7 +190,7 @@ def worst_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return float(torch.stack(errors).max())
 
 
-def open_onnx(path: Path) -> Any:  # noqa: ANN401 - ONNX Runtime's session
+def open_onnx(path: Path) -> Any:
     """A session on the CPU that computes the same on every processor.
 
     One thread; QuantizeLinear and DequantizeLinear are computed as they are written, because the sums of fused INT8
@@ -232,7 +232,7 @@ def traced(
     config: EncoderConfig,
     rewrites: Rewrites | None = None,
     batch: str = "1",
-    **asked: Any,  # noqa: ANN401 - encoder_signature's own options
+    **asked: Any,
 ) -> Traced:
     """Traces an encoder, once for all tests that ask for the same (a trace takes 3 s whatever the encoder's size)."""
     asked.setdefault("necks", "all")

@@ -147,7 +147,7 @@ def rtx_library() -> Path | None:
     return next((path for folder in folders for path in Path(folder).glob("libtensorrt_rtx.so.*")), None)
 
 
-def facts(**changes: Any) -> dict[str, Any]:  # noqa: ANN401
+def facts(**changes: Any) -> dict[str, Any]:
     """What the manifest of `PLAN` says."""
     feat = {"name": "sam3_feat_0", "dtype": "float16", "shape": ["batch", 8, 4, 4]}
     values = {
@@ -164,7 +164,7 @@ def facts(**changes: Any) -> dict[str, Any]:  # noqa: ANN401
     return {**values, **changes}
 
 
-def write_plan(folder: Path, data: bytes = PLAN, **changes: Any) -> Path:  # noqa: ANN401
+def write_plan(folder: Path, data: bytes = PLAN, **changes: Any) -> Path:
     """Writes x.plan and its manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     plan = folder / "x.plan"
@@ -173,7 +173,7 @@ def write_plan(folder: Path, data: bytes = PLAN, **changes: Any) -> Path:  # noq
     return plan
 
 
-def spoil(plan: Path, **changes: Any) -> None:  # noqa: ANN401
+def spoil(plan: Path, **changes: Any) -> None:
     """Edits a manifest; None takes a key out."""
     where = manifest_path(plan)
     content = {**json.loads(where.read_text()), **changes}

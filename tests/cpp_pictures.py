@@ -12,7 +12,7 @@ from PIL import Image
 from synthetic_pictures import pictures_of
 
 
-def write_picture(path: Path, size: int = 16, mode: str = "RGB", **options: Any) -> Path:  # noqa: ANN401
+def write_picture(path: Path, size: int = 16, mode: str = "RGB", **options: Any) -> Path:
     Image.fromarray(pictures_of(1, 1, size)[0]).convert(mode).save(path, **options)
     return path
 

@@ -63,7 +63,7 @@ def config_of(case: str) -> Path:
     return DATA / case / "encoder.json"
 
 
-def golden_options(case: str, output: Path, **changes: Any) -> ExportOptions:  # noqa: ANN401 - ExportOptions' own fields
+def golden_options(case: str, output: Path, **changes: Any) -> ExportOptions:
     """Options that export all of a golden case."""
     size = json.loads((DATA / case / "case.json").read_text())["run_image_size"]
     config = EncoderConfig.from_file(config_of(case))

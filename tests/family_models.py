@@ -38,23 +38,23 @@ TEXT = {"width": 32, "heads": 2, "layers": 1}
 class OnCpu(TorchFunctionMode):
     """Makes on the CPU what Meta's modules make on `cuda` whatever machine they are on."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401 - torch's own
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in ("cuda", "pin_memory"):
             return args[0]
         given = {name: _cpu(value) for name, value in (kwargs or {}).items()}
         return func(*map(_cpu, args), **given)
 
 
-def _cpu(value: Any) -> Any:  # noqa: ANN401 - an argument of torch
+def _cpu(value: Any) -> Any:
     is_cuda = isinstance(value, str | torch.device) and torch.device("cpu") != value and str(value).startswith("cuda")
     return "cpu" if is_cuda else value
 
 
-def smaller(module: Any, name: str, **changes: Any) -> None:  # noqa: ANN401 - of a package
+def smaller(module: Any, name: str, **changes: Any) -> None:
     """Lets a package's builder make one of its classes with other sizes."""
     real = getattr(module, name)
 
-    def make(*args: Any, **given: Any) -> Any:  # noqa: ANN401
+    def make(*args: Any, **given: Any) -> Any:
         made = real(*args, **{**given, **changes})
         if name == "VETextEncoder":  # it leaves what a checkpoint fills as the memory happens to be
             for parameter in made.parameters():
@@ -77,13 +77,13 @@ def regions(masks: Tensor) -> tuple[Tensor, Tensor]:
     return labels, counts
 
 
-def surer(scoring: Any) -> None:  # noqa: ANN401
+def surer(scoring: Any) -> None:
     """Lifts the scores of a package's class, so that random weights find objects."""
     real = scoring.forward
     scoring.forward = lambda self, *given: real(self, *given) + 8
 
 
-def stand_in(name: str, **attributes: Any) -> None:  # noqa: ANN401
+def stand_in(name: str, **attributes: Any) -> None:
     """A module in the place of a package that is imported and not used, or that brings data."""
     module = types.ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -114,7 +114,7 @@ def load_torchvision() -> None:
         torchvision.ops.nms = lambda boxes, scores, iou_threshold: scores.argsort(descending=True)
 
 
-def tensors(value: Any, name: str = "") -> dict[str, Tensor]:  # noqa: ANN401 - what a backbone gives
+def tensors(value: Any, name: str = "") -> dict[str, Tensor]:
     """Every tensor by its path."""
     if isinstance(value, Tensor):
         return {name: value}
@@ -129,7 +129,7 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return float(torch.stack(errors).max())
 
 
-def compare(model: Any, run: Callable[[], Any]) -> dict[str, Any]:  # noqa: ANN401
+def compare(model: Any, run: Callable[[], Any]) -> dict[str, Any]:
     """What a model reads of its backbone: its own, the file's, another file's, and after detach."""
     with torch.no_grad():
         expected, found = tensors(run()), []

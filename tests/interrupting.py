@@ -178,7 +178,7 @@ def _ort(act: Callable[[], None]) -> None:
 
     run = onnxruntime.InferenceSession.run
 
-    def signalled(*arguments: Any) -> Any:  # noqa: ANN401
+    def signalled(*arguments: Any) -> Any:
         act()
         return run(*arguments)
 
@@ -190,7 +190,7 @@ def _builder(act: Callable[[], None]) -> None:
 
     take = Watch.take
 
-    def signalled(self: Any, *arguments: Any) -> None:  # noqa: ANN401
+    def signalled(self: Any, *arguments: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
             act()
         take(self, *arguments)

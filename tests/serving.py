@@ -85,7 +85,7 @@ def same(wanted: Arrays, found: Arrays) -> bool:
     )
 
 
-def client_of(server: Server, protocol: str = "http", **options: Any) -> TritonClient:  # noqa: ANN401
+def client_of(server: Server, protocol: str = "http", **options: Any) -> TritonClient:
     url = server.http_url if protocol == "http" else server.grpc_url
     return TritonClient(url, protocol=protocol, timeout_s=600, **options)  # type: ignore[arg-type]
 

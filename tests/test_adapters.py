@@ -63,7 +63,7 @@ def adapter(tmp_path: Path) -> Path:
     return shutil.copytree(ADAPTERS / "plain", tmp_path / "adapter")
 
 
-def change_config(folder: Path, **entries: Any) -> None:  # noqa: ANN401 - JSON values
+def change_config(folder: Path, **entries: Any) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
 
@@ -74,7 +74,7 @@ def change_tensors(folder: Path, change: Callable[[State], State | None]) -> Non
     save_file(change(state) or state, file)
 
 
-def refused(folder: Path, base: Path = CASE, **options: Any) -> str:  # noqa: ANN401 - load_encoder's own options
+def refused(folder: Path, base: Path = CASE, **options: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
         load_encoder(base, adapter=folder, **options)
     assert len(str(caught.value).splitlines()) <= 2

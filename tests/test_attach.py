@@ -66,7 +66,7 @@ def model(checkpoint: Path) -> Iterator[Any]:
     yield load_model(transformers.Sam3Model, checkpoint)
 
 
-def tensors(value: Any, name: str = "") -> dict[str, Tensor]:  # noqa: ANN401 - any output of transformers
+def tensors(value: Any, name: str = "") -> dict[str, Tensor]:
     """Every tensor of an output, by its path."""
     if isinstance(value, Tensor):
         return {name: value}
@@ -74,19 +74,19 @@ def tensors(value: Any, name: str = "") -> dict[str, Tensor]:  # noqa: ANN401 - 
     return {path: found for key, inner in pairs for path, found in tensors(inner, f"{name}.{key}").items()}
 
 
-def run_image(model: Any) -> dict[str, Tensor]:  # noqa: ANN401
+def run_image(model: Any) -> dict[str, Tensor]:
     ids, mask = text_ids("cat")
     return tensors(model(pixel_values=frames(1), input_ids=ids, attention_mask=mask))
 
 
-def run_points(model: Any) -> dict[str, Tensor]:  # noqa: ANN401
+def run_points(model: Any) -> dict[str, Tensor]:
     points = torch.tensor([[[[40.0, 50.0]], [[80.0, 20.0]]]])
     return tensors(
         model(pixel_values=frames(1), input_points=points, input_labels=torch.ones(1, 2, 1, dtype=torch.int32))
     )
 
 
-def run_tracker_video(model: Any) -> dict[str, Tensor]:  # noqa: ANN401
+def run_tracker_video(model: Any) -> dict[str, Tensor]:
     session = transformers.Sam3TrackerVideoInferenceSession(frames(4), SIZE, SIZE, dtype=torch.float32)
     for name, point in ((1, (40.0, 50.0)), (7, (80.0, 20.0))):
         given = {"point_coords": torch.tensor([[[point]]]), "point_labels": torch.ones(1, 1, 1, dtype=torch.int32)}
@@ -96,7 +96,7 @@ def run_tracker_video(model: Any) -> dict[str, Tensor]:  # noqa: ANN401
     return tensors([dict(one) for one in (first, *model.propagate_in_video_iterator(session, start_frame_idx=0))])
 
 
-def run_video(model: Any, texts: Sequence[str] = ("cat", "a cup"), pictures: Tensor | None = None) -> dict[str, Tensor]:  # noqa: ANN401
+def run_video(model: Any, texts: Sequence[str] = ("cat", "a cup"), pictures: Tensor | None = None) -> dict[str, Tensor]:
     from transformers.models.sam3_video.modeling_sam3_video import Sam3VideoInferenceSession
 
     pictures = frames(4) if pictures is None else pictures
@@ -149,7 +149,7 @@ def test_every_output_of_the_whole_model(kind: str, checkpoint: Path, file: Path
     assert not any(MARK in vars(part) for part in model.modules())
 
 
-def test_a_quantised_file(model: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN401
+def test_a_quantised_file(model: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The features err by what the export's gate lets pass, more or less: of other pictures."""
     trace_quickly(monkeypatch)
     path, limit, asked = tmp_path / "x.onnx", TOLERANCES["fp8"].relative_l2, QuantiseOptions(("*.mlp.fc2",))
@@ -192,7 +192,7 @@ def test_a_file_with_the_trackers_head(kind: str, checkpoint: Path, head_file: P
     assert "forward" not in vars(decoder.conv_s0)
 
 
-def test_a_head_needs_a_tracker(model: Any, head_file: Path) -> None:  # noqa: ANN401
+def test_a_head_needs_a_tracker(model: Any, head_file: Path) -> None:
     """A detector reads sam3 of such a file; its sam2 outputs are nobody's."""
     with torch.no_grad():
         expected = run_image(model)
@@ -217,7 +217,7 @@ def test_a_file_without_the_last_level(checkpoint: Path, file: Path, tmp_path: P
         detach(model)
 
 
-def with_signature(file: Path, folder: Path, **changes: Any) -> Path:  # noqa: ANN401 - values of a manifest
+def with_signature(file: Path, folder: Path, **changes: Any) -> Path:
     """A copy of a file whose manifest has another signature; its graph gives more than that says."""
     for path in file.parent.iterdir():
         shutil.copy(path, folder / path.name)
@@ -233,7 +233,7 @@ def assert_as_it_was(model: nn.Module, before: dict[str, nn.Module]) -> None:
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
-def test_other_weights_are_refused(model: Any, checkpoint: Path, file: Path) -> None:  # noqa: ANN401
+def test_other_weights_are_refused(model: Any, checkpoint: Path, file: Path) -> None:
     before = dict(model.named_modules())
     weight = model.vision_encoder.backbone.layers[2].mlp.fc1.weight
     with torch.no_grad():
@@ -250,7 +250,7 @@ def test_other_weights_are_refused(model: Any, checkpoint: Path, file: Path) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_half_precision_model(dtype: torch.dtype, model: Any, file: Path) -> None:  # noqa: ANN401
+def test_a_half_precision_model(dtype: torch.dtype, model: Any, file: Path) -> None:
     """Its rounded weights are known again; the outputs are cast, which is said once."""
     model.to(dtype)
     encoder = attach(model, file)
@@ -263,7 +263,7 @@ def test_a_half_precision_model(dtype: torch.dtype, model: Any, file: Path) -> N
     detach(model)
 
 
-def test_under_autocast(model: Any, file: Path) -> None:  # noqa: ANN401
+def test_under_autocast(model: Any, file: Path) -> None:
     """Features have autocast's type, as the model's own have, whatever the pictures' is."""
     with torch.autocast("cpu", torch.bfloat16):
         own = model.vision_encoder(frames(1)).fpn_hidden_states
@@ -274,7 +274,7 @@ def test_under_autocast(model: Any, file: Path) -> None:  # noqa: ANN401
     assert {one.dtype for one in found} == {one.dtype for one in own} == {torch.bfloat16}
 
 
-def test_a_model_on_another_device(model: Any, file: Path) -> None:  # noqa: ANN401
+def test_a_model_on_another_device(model: Any, file: Path) -> None:
     """Where no runtime is, where no weights are, and elsewhere than the file: refused, the model as it was."""
     before = dict(model.named_modules())
     model.to("meta")
@@ -288,7 +288,7 @@ def test_a_model_on_another_device(model: Any, file: Path) -> None:  # noqa: ANN
 
 
 def test_a_file_that_runs_elsewhere_than_the_model(
-    model: Any,  # noqa: ANN401
+    model: Any,
     file: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -296,7 +296,7 @@ def test_a_file_that_runs_elsewhere_than_the_model(
     before, opened = dict(model.named_modules()), []
 
     class Elsewhere(DeployedEncoder):
-        def __init__(self, *given: Any, **options: Any) -> None:  # noqa: ANN401
+        def __init__(self, *given: Any, **options: Any) -> None:
             super().__init__(*given, **options)
             self.device = torch.device("cuda")
             opened.append(self)
@@ -309,7 +309,7 @@ def test_a_file_that_runs_elsewhere_than_the_model(
         opened[0](frames(1))
 
 
-def test_an_attachment_that_breaks_off(model: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN401
+def test_an_attachment_that_breaks_off(model: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is as it was, and can be attached."""
 
     def broken(*given: object) -> None:
@@ -324,14 +324,14 @@ def test_an_attachment_that_breaks_off(model: Any, file: Path, monkeypatch: pyte
     detach(model)
 
 
-def test_detach_follows_the_model(model: Any, file: Path) -> None:  # noqa: ANN401
+def test_detach_follows_the_model(model: Any, file: Path) -> None:
     attach(model, file)
     model.half()
     detach(model)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
 
 
-def test_free(model: Any, file: Path, tmp_path: Path) -> None:  # noqa: ANN401
+def test_free(model: Any, file: Path, tmp_path: Path) -> None:
     """The weights' memory is given back; the model runs on the file alone and cannot be detached, saved or loaded."""
     own, state = model.vision_encoder, model.state_dict()
     with torch.no_grad():
@@ -362,7 +362,7 @@ def test_a_neck_that_is_not_asked_for_stays(checkpoint: Path, file: Path) -> Non
             model.get_vision_features_for_tracker(embeds)
 
 
-def test_what_does_not_fit_is_refused(model: Any, file: Path, tmp_path: Path) -> None:  # noqa: ANN401
+def test_what_does_not_fit_is_refused(model: Any, file: Path, tmp_path: Path) -> None:
     before = dict(model.named_modules())
     sizes = [[36, 36], [18, 18], [9, 9], [4, 4]]
     for changes, words in (
@@ -396,7 +396,7 @@ def test_what_does_not_fit_is_refused(model: Any, file: Path, tmp_path: Path) ->
     assert_as_it_was(model, before)
 
 
-def test_attached_twice_and_not_at_all(model: Any, file: Path) -> None:  # noqa: ANN401
+def test_attached_twice_and_not_at_all(model: Any, file: Path) -> None:
     with pytest.raises(AttachError, match="nothing is attached"):
         detach(model)
     attach(model, file)
@@ -407,7 +407,7 @@ def test_attached_twice_and_not_at_all(model: Any, file: Path) -> None:  # noqa:
     detach(model)
 
 
-def test_pictures_that_the_file_does_not_take(model: Any, file: Path) -> None:  # noqa: ANN401
+def test_pictures_that_the_file_does_not_take(model: Any, file: Path) -> None:
     attach(model, file)
     with pytest.raises(EncoderError, match=r"takes 1 pictures at once, got 3; .*--batch 1:3:3"):
         model.vision_encoder(frames(3))
@@ -418,7 +418,7 @@ def test_pictures_that_the_file_does_not_take(model: Any, file: Path) -> None:  
     detach(model)
 
 
-def test_models_without_an_encoder(model: Any, file: Path) -> None:  # noqa: ANN401
+def test_models_without_an_encoder(model: Any, file: Path) -> None:
     with pytest.raises(AttachError, match=r"Linear holds no image encoder of SAM 3: found nothing; expected somewhere"):
         attach(nn.Linear(2, 2), file)
     with pytest.raises(AttachError, match=r"found detr \(Sam3DetrEncoder\); expected"):
@@ -432,7 +432,7 @@ def test_models_without_an_encoder(model: Any, file: Path) -> None:  # noqa: ANN
         attach(twice, file)
 
 
-def load_same(model: Any) -> nn.Module:  # noqa: ANN401
+def load_same(model: Any) -> nn.Module:
     return type(model)(model.config)
 
 
@@ -479,7 +479,7 @@ def test_what_the_file_does_not_compute_is_passed_on_and_not_read() -> None:
             read()
 
 
-def test_every_level_of_the_file_is_handed_out(model: Any, file: Path) -> None:  # noqa: ANN401
+def test_every_level_of_the_file_is_handed_out(model: Any, file: Path) -> None:
     """Features that are kept and used again, on disk too; hidden states keep their place and are not read."""
     ids, mask = text_ids("cat")
     with torch.no_grad():
@@ -505,7 +505,7 @@ def test_every_level_of_the_file_is_handed_out(model: Any, file: Path) -> None: 
             unread.mean()
 
 
-def test_the_state_is_the_models_own(model: Any, file: Path, tmp_path: Path) -> None:  # noqa: ANN401
+def test_the_state_is_the_models_own(model: Any, file: Path, tmp_path: Path) -> None:
     """What is saved, loaded, trained or frozen while a file is attached is the encoder that detach gives back."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
@@ -568,12 +568,12 @@ def test_copies_open_the_file_again(checkpoint: Path, file: Path) -> None:
 VISION = "vision_encoder.backbone"
 
 
-def run_features(model: Any) -> Tensor:  # noqa: ANN401
+def run_features(model: Any) -> Tensor:
     """The finest features of the tracker."""
     return model.get_vision_features_for_tracker(model.detector_model.get_vision_features(pixel_values=frames(1)))[0][0]
 
 
-def test_gradients_and_hooks_are_told(model: Any, file: Path) -> None:  # noqa: ANN401
+def test_gradients_and_hooks_are_told(model: Any, file: Path) -> None:
     """An error of the pictures' gradient, one warning of the encoder's own; one of hooks that nobody calls."""
     attach(model, file)
     encoder = model.vision_encoder
@@ -600,7 +600,7 @@ def test_gradients_and_hooks_are_told(model: Any, file: Path) -> None:  # noqa: 
 
 
 @pytest.mark.parametrize("how", ["encoder", "model", "in place"])
-def test_compiled_before(how: str, model: Any, file: Path) -> None:  # noqa: ANN401
+def test_compiled_before(how: str, model: Any, file: Path) -> None:
     """The file computes, in the place of what was compiled and ran; the wrapper is there again after detach."""
     whole = model
     if how == "encoder":
@@ -623,59 +623,59 @@ def test_compiled_before(how: str, model: Any, file: Path) -> None:  # noqa: ANN
         assert torch.allclose(run(), own, atol=1e-5) and type(model.vision_encoder) is kind
 
 
-def change_window(encoder: Any) -> None:  # noqa: ANN401
+def change_window(encoder: Any) -> None:
     encoder.backbone.layers[0].window_size = 2
 
 
-def change_global_block(encoder: Any) -> None:  # noqa: ANN401
+def change_global_block(encoder: Any) -> None:
     encoder.backbone.layers[2].window_size = 0
 
 
-def change_activation(encoder: Any) -> None:  # noqa: ANN401
+def change_activation(encoder: Any) -> None:
     encoder.backbone.layers[3].mlp.activation_fn = nn.ReLU()
 
 
-def change_approximation(encoder: Any) -> None:  # noqa: ANN401
+def change_approximation(encoder: Any) -> None:
     encoder.backbone.layers[3].mlp.activation_fn = nn.GELU("tanh")
 
 
-def change_eps(encoder: Any) -> None:  # noqa: ANN401
+def change_eps(encoder: Any) -> None:
     encoder.backbone.layers[1].layer_norm2.eps = 1e-5
 
 
-def change_heads(encoder: Any) -> None:  # noqa: ANN401
+def change_heads(encoder: Any) -> None:
     encoder.backbone.layers[1].attention.num_attention_heads = 4
 
 
-def change_theta(encoder: Any) -> None:  # noqa: ANN401
+def change_theta(encoder: Any) -> None:
     encoder.backbone.layers[1].rotary_emb.inv_freq *= 1.01
 
 
-def change_grid(encoder: Any) -> None:  # noqa: ANN401
+def change_grid(encoder: Any) -> None:
     encoder.backbone.layers[1].position_ids *= 2
 
 
-def change_stride(encoder: Any) -> None:  # noqa: ANN401
+def change_stride(encoder: Any) -> None:
     encoder.neck.fpn_layers[0].proj2.padding_mode = "reflect"
 
 
-def change_neck_activation(encoder: Any) -> None:  # noqa: ANN401
+def change_neck_activation(encoder: Any) -> None:
     encoder.neck.fpn_layers[0].scale_layers[1] = nn.ReLU()
 
 
-def change_pooling(encoder: Any) -> None:  # noqa: ANN401
+def change_pooling(encoder: Any) -> None:
     encoder.neck.fpn_layers[3].scale_layers = nn.ModuleList()
 
 
-def change_temperature(encoder: Any) -> None:  # noqa: ANN401
+def change_temperature(encoder: Any) -> None:
     encoder.neck.position_encoding.temperature = 1000
 
 
-def add_tensor(encoder: Any) -> None:  # noqa: ANN401
+def add_tensor(encoder: Any) -> None:
     encoder.backbone.layers[1].lambda1 = nn.Parameter(torch.ones(16))
 
 
-def drop_block(encoder: Any) -> None:  # noqa: ANN401
+def drop_block(encoder: Any) -> None:
     encoder.backbone.layers = encoder.backbone.layers[:3]
 
 
@@ -702,7 +702,7 @@ def drop_block(encoder: Any) -> None:  # noqa: ANN401
 def test_another_architecture_with_the_same_tensors(
     change: Callable[[Any], None],
     words: str,
-    model: Any,  # noqa: ANN401
+    model: Any,
     file: Path,
 ) -> None:
     """Field by field; the same weights are no proof of the same function."""
@@ -722,7 +722,7 @@ class Adapted(nn.Module):
         self.base_layer, self.lora_A = layer, nn.ModuleDict({"default": nn.Linear(16, 2, bias=False)})
 
 
-def test_an_adapter_of_peft_is_told(model: Any, file: Path) -> None:  # noqa: ANN401
+def test_an_adapter_of_peft_is_told(model: Any, file: Path) -> None:
     attention = model.vision_encoder.backbone.layers[0].attention
     attention.q_proj = Adapted(attention.q_proj)
     with pytest.raises(

@@ -169,7 +169,7 @@ def test_a_precision_that_openvino_does_not_take_is_refused(
     hint = pytest.importorskip("openvino.properties.hint")
 
     class Old(openvino.Core):  # type: ignore[misc, name-defined]
-        def compile_model(self, model: str, device: str, settings: dict[Any, Any]) -> Any:  # noqa: ANN401
+        def compile_model(self, model: str, device: str, settings: dict[Any, Any]) -> Any:
             return super().compile_model(model, device, {**settings, hint.inference_precision: openvino.Type.f32})
 
     monkeypatch.setattr(openvino, "Core", Old)
@@ -179,7 +179,7 @@ def test_a_precision_that_openvino_does_not_take_is_refused(
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_a_machine_lacks_is_said(device: Any) -> None:  # noqa: ANN401 - a literal
+def test_what_a_machine_lacks_is_said(device: Any) -> None:
     backends = backends_for(device)
     assert backends[0].id == REFERENCE and backends[0].device == device
     assert len({one.id for one in backends}) == len(backends)

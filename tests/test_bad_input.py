@@ -508,7 +508,7 @@ def test_onnx_runtime_is_interrupted_in_its_run(monkeypatch: pytest.MonkeyPatch)
     ends: list[str] = []
     run = ort.InferenceSession.run
 
-    def signalled(session: ort.InferenceSession, *arguments: Any) -> Any:  # noqa: ANN401
+    def signalled(session: ort.InferenceSession, *arguments: Any) -> Any:
         threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
         try:
             return run(session, *arguments)

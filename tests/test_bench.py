@@ -59,7 +59,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bench")
 
 
-def options_for(output: Path, **changes: Any) -> BenchOptions:  # noqa: ANN401 - BenchOptions' own fields
+def options_for(output: Path, **changes: Any) -> BenchOptions:
     values = {"config": CONFIG, "device": "cpu", "sweep": False, "rounds": 2, "backends": (ORT,), "timeout_s": SECONDS}
     return BenchOptions(output, **{**values, **changes})  # type: ignore[arg-type]
 
@@ -296,11 +296,11 @@ def test_out_of_memory_costs_one_row(output: Path, tmp_path: Path, monkeypatch: 
     del huge
     make, needed, plain = Workplace.jobs, benchmarks.measure.run.needed_bytes, "ort-cpu-plain-fp32"
 
-    def jobs(place: Workplace, *rest: Any) -> dict[str, Any]:  # noqa: ANN401
+    def jobs(place: Workplace, *rest: Any) -> dict[str, Any]:
         found = make(place, *rest)
         return {**found, ORT: {**found[ORT], "image": str(tmp_path / "huge.npy")}}  # type: ignore[dict-item]
 
-    def estimate(backend: Backend, *rest: Any) -> int:  # noqa: ANN401
+    def estimate(backend: Backend, *rest: Any) -> int:
         return 1 << 60 if backend.id == plain else needed(backend, *rest)
 
     monkeypatch.setattr(Workplace, "jobs", jobs)

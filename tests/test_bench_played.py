@@ -41,7 +41,7 @@ class Played:
         self.name, self.worker = log.stem, Worker()
         self.pid = 0
 
-    def ask(self, command: str, timeout_s: float, **asked: Any) -> dict[str, Any]:  # noqa: ANN401
+    def ask(self, command: str, timeout_s: float, **asked: Any) -> dict[str, Any]:
         try:
             if error := self.fails.get((self.name, command)):
                 raise error
@@ -91,7 +91,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield run
 
 
-def test_a_plan_is_built_run_and_judged(bench: Any) -> None:  # noqa: ANN401 - the fixture's function
+def test_a_plan_is_built_run_and_judged(bench: Any) -> None:
     rows = bench(PLAN, "eager-rewritten-fp16", "ort-cuda-rewritten-fp16")
     for name in (PLAN, "eager-rewritten-fp16"):
         assert rows[name]["status"] == "measured" and rows[name]["passed"], rows[name]
@@ -100,14 +100,14 @@ def test_a_plan_is_built_run_and_judged(bench: Any) -> None:  # noqa: ANN401 - t
     assert "no CUDAExecutionProvider" in rows["ort-cuda-rewritten-fp16"]["reason"]
 
 
-def test_a_plan_without_a_cuda_graph_says_so_and_is_right(bench: Any) -> None:  # noqa: ANN401
+def test_a_plan_without_a_cuda_graph_says_so_and_is_right(bench: Any) -> None:
     Played.device.capture_fails = True
     row = bench(PLAN)[PLAN]
     assert row["status"] == "measured" and row["passed"]
     assert re.search(r"no CUDA graph \(.*no CUDA graph can be captured", row["note"])
 
 
-def test_what_fails_costs_its_row_alone(bench: Any) -> None:  # noqa: ANN401
+def test_what_fails_costs_its_row_alone(bench: Any) -> None:
     Played.fails[PLAN, "load"] = RuntimeError("CUDA error: an illegal memory access was encountered")
     Played.fails["eager-fp16", "load"] = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
     Played.fails["eager-rewritten-fp16", "memory"] = RuntimeError("planted")
@@ -118,7 +118,7 @@ def test_what_fails_costs_its_row_alone(bench: Any) -> None:  # noqa: ANN401
     assert rows["eager-rewritten-fp16"]["peak_device_bytes"] is None
 
 
-def test_quantised_plans_have_rows_and_say_what_they_err(bench: Any, tmp_path: Path) -> None:  # noqa: ANN401
+def test_quantised_plans_have_rows_and_say_what_they_err(bench: Any, tmp_path: Path) -> None:
     """All FP8 products of a tiny encoder err more than the gate allows, as its row says; eight pictures calibrate."""
     (tmp_path / "pictures").mkdir()
     for seed in range(8):

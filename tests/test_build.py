@@ -58,7 +58,7 @@ def typed_file(
     precision: Precision = "fp16",
     case: str = "meta-dual",
     batch: str = "1",
-    **asked: Any,  # noqa: ANN401 - of `lower`
+    **asked: Any,
 ) -> Path:
     """A golden encoder's file: one neck, no positions, unless `signature` asks otherwise."""
     golden = load_golden(case)
@@ -179,7 +179,7 @@ def _widened(model: ir.Model) -> str:
 
 
 @pytest.mark.parametrize("plant", [_unrounded, _widened])
-def test_no_other_product_may_be_fp32(small: Path, plant: Any) -> None:  # noqa: ANN401
+def test_no_other_product_may_be_fp32(small: Path, plant: Any) -> None:
     """The second product of attention is, between casts: the default file builds (above)."""
     model = ir.load(small)
     name = plant(model)
@@ -213,7 +213,7 @@ def test_nvidias_own_config_has_the_flags(small: Path, monkeypatch: pytest.Monke
     """Read from the real object: no TF32, and a plan whose runs allocate nothing, else no CUDA graph takes them."""
     flavor, configs = choose_flavor("rtx"), []
 
-    def watched(trt: Any, builder: Any, network: Any, config: Any, file: Any, watch: Any) -> None:  # noqa: ANN401
+    def watched(trt: Any, builder: Any, network: Any, config: Any, file: Any, watch: Any) -> None:
         configs.append(config)
         raise BuildError("seen")
 
@@ -268,7 +268,7 @@ def _outside(path: Path) -> Path:
         (_outside, "'../secret.data', outside its folder"),
     ],
 )
-def test_bad_files_are_told(small: Path, spoil: Any, says: str) -> None:  # noqa: ANN401
+def test_bad_files_are_told(small: Path, spoil: Any, says: str) -> None:
     plan = small.with_suffix(".plan")
     plan.write_bytes(b"old")
     path = spoil(small)

@@ -76,7 +76,7 @@ def save(state: State, path: Path, wrapper: str | None = "model") -> Path:
     return path
 
 
-def error_of(path: Path, case: str = "meta-dual", **options: Any) -> str:  # noqa: ANN401 - load_encoder's own options
+def error_of(path: Path, case: str = "meta-dual", **options: Any) -> str:
     options.setdefault("config", config_of(case))
     with pytest.raises(CheckpointError) as caught:
         load_encoder(path, **options)
@@ -247,7 +247,7 @@ def test_config_that_contradicts_the_tensors(fields: dict[str, Any]) -> None:
     assert message.count("it says") == 1
 
 
-def hf_config(**changes: Any) -> dict[str, Any]:  # noqa: ANN401 - values of a JSON file
+def hf_config(**changes: Any) -> dict[str, Any]:
     return {
         "model_type": "sam3_vit_model",
         "hidden_size": 32,

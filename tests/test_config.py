@@ -26,7 +26,7 @@ def test_a_config_is_frozen() -> None:
 
 
 @pytest.mark.parametrize("size", [(112, 56), [112, 56]])
-def test_json_gives_the_same_config_again(size: Any) -> None:  # noqa: ANN401 - a tuple or a list
+def test_json_gives_the_same_config_again(size: Any) -> None:
     config = tiny_config(image_size=size, necks=("sam3", "sam2"))
     again = EncoderConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
@@ -35,7 +35,7 @@ def test_json_gives_the_same_config_again(size: Any) -> None:  # noqa: ANN401 - 
 
 
 @pytest.mark.parametrize("size", [336, (336, 336), [336, 336]])
-def test_an_int_is_a_square(size: Any) -> None:  # noqa: ANN401 - an int, a tuple or a list
+def test_an_int_is_a_square(size: Any) -> None:
     assert check_image_size(size, 14) == (336, 336)
 
 
@@ -57,7 +57,7 @@ def test_height_comes_first() -> None:
         ((14, 100_002), ["14x100002", "GB"]),
     ],
 )
-def test_a_size_that_cannot_be_is_refused_with_a_remedy(size: Any, said: list[str]) -> None:  # noqa: ANN401
+def test_a_size_that_cannot_be_is_refused_with_a_remedy(size: Any, said: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         check_image_size(size, 14)
     assert all(part in str(caught.value) for part in said), str(caught.value)
@@ -70,7 +70,7 @@ def test_the_memory_of_a_huge_size_is_that_of_its_tensors() -> None:
 
 
 @pytest.mark.parametrize("size", [True, 1008.0, "1008", None, (), (1008,), (1008, 1008, 3), (1008, 1008.0), (True, 14)])
-def test_what_is_no_size_is_refused(size: Any) -> None:  # noqa: ANN401 - anything
+def test_what_is_no_size_is_refused(size: Any) -> None:
     with pytest.raises(ConfigError, match=r"give a whole number or \(height, width\)"):
         check_image_size(size, 14)
 
@@ -103,7 +103,7 @@ def test_what_is_no_size_is_refused(size: Any) -> None:  # noqa: ANN401 - anythi
         ("image_size", 100, "nearest: 98 and 112"),
     ],
 )
-def test_a_value_that_cannot_work_is_named(field: str, value: Any, said: str) -> None:  # noqa: ANN401 - anything
+def test_a_value_that_cannot_work_is_named(field: str, value: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         tiny_config(**{field: value})
 

@@ -183,7 +183,7 @@ def serving(
             thread.join()
 
 
-def tensor(name: str, *shape: int, datatype: str = "FP32", **more: Any) -> dict[str, Any]:  # noqa: ANN401
+def tensor(name: str, *shape: int, datatype: str = "FP32", **more: Any) -> dict[str, Any]:
     return {"name": name, "datatype": datatype, "shape": shape, **more}
 
 
@@ -192,7 +192,7 @@ def model_of(*outputs: dict[str, Any]) -> dict[str, Any]:
     return {"name": "m", "versions": ["1"], "platform": "p", "inputs": [image], "outputs": list(outputs)}
 
 
-def answer(header: Any, body: bytes = b"", status: int = 200, length: int | None = None) -> Answer:  # noqa: ANN401
+def answer(header: Any, body: bytes = b"", status: int = 200, length: int | None = None) -> Answer:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     told = len(text) if length is None else length
     return status, {"Inference-Header-Content-Length": str(told)}, text + body
@@ -207,7 +207,7 @@ GOOD: dict[str, Answer] = {
 }
 
 
-def ask(programs: Programs, folder: Path, answers: dict[str, Answer], *options: Any) -> Any:  # noqa: ANN401
+def ask(programs: Programs, folder: Path, answers: dict[str, Answer], *options: Any) -> Any:
     """Sends a reference of one picture to a server of these answers."""
     reference = folder / "reference.safetensors"
     save_reference(reference, np.zeros((1, 16, 16, 3), np.uint8), {"feat": FEAT[None]})
@@ -215,7 +215,7 @@ def ask(programs: Programs, folder: Path, answers: dict[str, Answer], *options: 
         return programs.run("neck-triton", url, "--compare", reference, "--model", "m", "--runs", 1, *options)
 
 
-def infer(header: Any, body: bytes = FEAT.tobytes(), **more: Any) -> dict[str, Answer]:  # noqa: ANN401
+def infer(header: Any, body: bytes = FEAT.tobytes(), **more: Any) -> dict[str, Answer]:
     return {**GOOD, "infer": answer(header, body, **more)}
 
 
@@ -235,7 +235,7 @@ def huge(side: int) -> dict[str, Any]:
     return tensor("feat", side, side, side, parameters={"binary_data_size": 16})
 
 
-def two_outputs(header: Any) -> dict[str, Answer]:  # noqa: ANN401
+def two_outputs(header: Any) -> dict[str, Answer]:
     """A model of two outputs that answers with what is given."""
     return {**infer(header), "m": answer(model_of(tensor("feat", -1, 4), tensor("more", -1, 4)))}
 
@@ -359,7 +359,7 @@ def test_a_private_authority_is_trusted_when_it_is_given(programs: Programs, tmp
     save_reference(reference, np.zeros((1, 16, 16, 3), np.uint8), {"feat": FEAT[None]})
     with serving(GOOD, tls=tls) as url:
 
-        def ask_over_tls(*options: Any, **environment: str) -> Any:  # noqa: ANN401
+        def ask_over_tls(*options: Any, **environment: str) -> Any:
             arguments = (f"https://{url}", "--compare", reference, "--model", "m", "--runs", 1, *options)
             return programs.run("neck-triton", *arguments, **environment)
 
@@ -461,7 +461,7 @@ def test_a_server_that_says_nothing_is_given_up(programs: Programs, tmp_path: Pa
 
 
 def test_no_server(programs: Programs, tmp_path: Path) -> None:
-    def ask_at(url: str) -> Any:  # noqa: ANN401
+    def ask_at(url: str) -> Any:
         return programs.run("neck-triton", url, "--compare", tmp_path / "reference.safetensors")
 
     assert "cannot be read (No such file or directory)" in ask_at("localhost:1").error

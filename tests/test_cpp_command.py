@@ -73,7 +73,7 @@ def test_the_figures_are_pythons(programs: Programs, tmp_path: Path) -> None:
     assert shown.output.splitlines()[1:] == ran.out.splitlines()[5:8]
 
 
-def _app(verdict: Any) -> Any:  # noqa: ANN401
+def _app(verdict: Any) -> Any:
     """A command that prints a verdict as `neck-export verify` does."""
     import typer
 

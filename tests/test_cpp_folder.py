@@ -26,7 +26,7 @@ from neck.pictures import load_pictures, read_picture
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 
 
-def serve(programs: Programs, folder: Path, *options: Any, **environment: str) -> Any:  # noqa: ANN401
+def serve(programs: Programs, folder: Path, *options: Any, **environment: str) -> Any:
     arguments = (folder / "plan" / "x.plan", "--serve-folder", folder / "in", folder / "out", *options)
     return programs.run("neck-engine", *arguments, **environment)
 

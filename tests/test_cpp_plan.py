@@ -152,7 +152,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("key", "value"), BAD_VALUES)
-def test_a_manifest_with_odd_values_is_refused(programs: Programs, tmp_path: Path, key: str, value: Any) -> None:  # noqa: ANN401
+def test_a_manifest_with_odd_values_is_refused(programs: Programs, tmp_path: Path, key: str, value: Any) -> None:
     plan = write_plan(tmp_path)
     spoil(plan, **{key: value})
     ran = programs.run("neck-engine", plan)

@@ -21,7 +21,7 @@ from cpp_build import (
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 
 
-def run_rtx(programs: Programs, folder: Path, lines: bytes = b"", fail: str = "") -> Any:  # noqa: ANN401
+def run_rtx(programs: Programs, folder: Path, lines: bytes = b"", fail: str = "") -> Any:
     """Runs a TensorRT-RTX plan by a CUDA graph."""
     plan, reference = write_plan(folder, b"vtrt " + PLAN + lines, **RTX), write_reference(folder)
     environment = {"STAND_IN_VERSION": "1.7.1.116", "STAND_IN_FAIL": fail}
@@ -44,7 +44,7 @@ def test_an_rtx_plan_that_cannot_be_captured_is_told_before(programs: Programs, 
     assert ran.error == f"{tmp_path / 'x.plan'}: {wanted}build it again by `neck-export trt`"
 
 
-def start_rtx(programs: Programs, plan: Path, *options: Any, **environment: str) -> Any:  # noqa: ANN401
+def start_rtx(programs: Programs, plan: Path, *options: Any, **environment: str) -> Any:
     """Times the start of a TensorRT-RTX plan."""
     environment = {"STAND_IN_VERSION": "1.7.1.116", **environment}
     return programs.run("neck-engine-rtx", plan, "--startup", "--batch", 2, *options, **environment)

@@ -92,7 +92,7 @@ def test_positions_from_wherever_they_are(name: str, folder: Path, tmp_path: Pat
     assert half.dtype == torch.float64
 
 
-def with_manifest(file: Path, folder: Path, **changes: Any) -> Path:  # noqa: ANN401 - values of a signature
+def with_manifest(file: Path, folder: Path, **changes: Any) -> Path:
     """A copy of a file whose manifest says something else of its signature."""
     for path in file.parent.glob(f"{file.stem}.*"):
         shutil.copy(path, folder / path.name)
@@ -296,7 +296,7 @@ def test_a_dynamic_batch_runs_on_cuda_and_a_heavy_operator_on_the_cpu_is_refused
     class Session:
         """A session that says of some operators that CUDA ran them."""
 
-        def __init__(self, path: str, options: Any, providers: Any) -> None:  # noqa: ANN401
+        def __init__(self, path: str, options: Any, providers: Any) -> None:
             with contextlib.suppress(RuntimeError):
                 if options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1":
                     raise ValueError("nodes are assigned to the CPU, but fallback to CPU EP has been disabled")
@@ -305,7 +305,7 @@ def test_a_dynamic_batch_runs_on_cuda_and_a_heavy_operator_on_the_cpu_is_refused
         def get_providers(self) -> list[str]:
             return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
-        def io_binding(self) -> Any:  # noqa: ANN401
+        def io_binding(self) -> Any:
             return SimpleNamespace(
                 **dict.fromkeys(("bind_input", "bind_output", "synchronize_outputs"), lambda *_: None)
             )

@@ -50,7 +50,7 @@ class OrtSession:
 
     profile = PROFILE
 
-    def __init__(self, card: Card, providers: list[Any], options: Mapping[str, Any], asked: Any) -> None:  # noqa: ANN401
+    def __init__(self, card: Card, providers: list[Any], options: Mapping[str, Any], asked: Any) -> None:
         self.card, self.providers, self.options, self.runs, self.asked = card, providers, options, 0, asked
         card.take(2 * GB)
 

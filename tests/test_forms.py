@@ -44,7 +44,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """An exported file of one neck without positions, once for each set of options; tests leave it as it is."""
     made: dict[str, Path] = {}
 
-    def export(**options: Any) -> Path:  # noqa: ANN401 - ExportOptions' own
+    def export(**options: Any) -> Path:
         key = repr(sorted(options.items()))
         if key not in made:
             with pytest.MonkeyPatch.context() as patch:
@@ -58,12 +58,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return export
 
 
-def without_attention(flavor: Flavor, **played: Any) -> Flavor:  # noqa: ANN401 - Flavor's own
+def without_attention(flavor: Flavor, **played: Any) -> Flavor:
     """The real TensorRT-RTX with the parser of TensorRT 10.3, which knows no Attention, as another flavor plays it."""
     real = flavor.trt
 
     class Parser:
-        def __init__(self, network: Any, logger: Any) -> None:  # noqa: ANN401
+        def __init__(self, network: Any, logger: Any) -> None:
             self.real, self.refused = real.OnnxParser(network, logger), ""
 
         def parse_from_file(self, path: str) -> bool:
@@ -75,7 +75,7 @@ def without_attention(flavor: Flavor, **played: Any) -> Flavor:  # noqa: ANN401 
         def num_errors(self) -> int:
             return 1 if self.refused else int(self.real.num_errors)
 
-        def get_error(self, index: int) -> Any:  # noqa: ANN401
+        def get_error(self, index: int) -> Any:
             told = {"node_name": self.refused, "node_operator": "Attention", "desc": "No importer registered for op"}
             return SimpleNamespace(**{key: lambda value=value: value for key, value in told.items()})
 
@@ -90,7 +90,7 @@ def old_parser(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines.plan, "choose_flavor", lambda asked: flavor)
 
 
-def options_of(onnx: Path, tmp_path: Path, **changes: Any) -> PlanOptions:  # noqa: ANN401 - PlanOptions' own
+def options_of(onnx: Path, tmp_path: Path, **changes: Any) -> PlanOptions:
     return PlanOptions(onnx, tmp_path / "out" / "x.plan", **{"precision": "fp16", "flavor": "rtx", **changes})
 
 
@@ -98,7 +98,7 @@ def played(flavor: Flavor, name: str, version: str) -> Flavor:
     """The real TensorRT-RTX under the name and version of another TensorRT; it is built and run as RTX all the same."""
 
     class Played(Flavor):
-        def create_config(self, *arguments: Any) -> Any:  # noqa: ANN401
+        def create_config(self, *arguments: Any) -> Any:
             return dataclasses.replace(flavor).create_config(*arguments)
 
     values = {field.name: getattr(flavor, field.name) for field in dataclasses.fields(flavor)}
@@ -179,7 +179,7 @@ def test_where_the_operator_is_refused_the_other_spelling_is_built(
         ("tensorrt", "12.0", ("operator", "matmul")),
     ],
 )
-def test_the_spellings_of_a_tensorrt(name: Any, version: str, expected: tuple[str, ...]) -> None:  # noqa: ANN401
+def test_the_spellings_of_a_tensorrt(name: Any, version: str, expected: tuple[str, ...]) -> None:
     assert spellings(Flavor(name, None, version, (), None)) == expected
 
 
@@ -296,7 +296,7 @@ def test_a_builder_that_fails_gets_the_next_form(
     tried: list[str | None] = []
     real = forms.build_plan
 
-    def fail(onnx: Path, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+    def fail(onnx: Path, *arguments: Any, **options: Any) -> Any:
         tried.append(held_attention(onnx).form)
         if len(tried) <= refused:
             raise RefusedError("TensorRT built nothing: IAttention failure", "IAttention failure")
@@ -342,7 +342,7 @@ def test_what_no_form_mends_is_told_at_once(
         (None, "fp16", "auto", None, (None,)),
     ],
 )
-def test_forms_to_try(held: str, precision: Any, asked: Any, source: str | None, expected: tuple[str, ...]) -> None:  # noqa: ANN401
+def test_forms_to_try(held: str, precision: Any, asked: Any, source: str | None, expected: tuple[str, ...]) -> None:
     manifest = None if source is None else {"attention": source, "precision": precision}
     assert tuple(attempt.form for attempt in forms_to_try(held, precision, asked, manifest)) == expected
     both = forms_to_try(held, precision, asked, manifest, ("operator", "matmul"))

@@ -44,7 +44,7 @@ HOPPER = {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_traces() -> Any:  # noqa: ANN401
+def _quick_traces() -> Any:
     """One trace serves every export and every search of these tests."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (export.pipeline, engines.bisect):
@@ -88,7 +88,7 @@ def refused(state: State, folder: Path, *words: str | Path, code: int = 1) -> st
     return ran.err
 
 
-def flag_of(config: Any, name: str) -> bool:  # noqa: ANN401 - IBuilderConfig
+def flag_of(config: Any, name: str) -> bool:
     """Whether a builder's config has a flag."""
     return bool(config.get_flag(type(config).trt.BuilderFlag[name]))
 

@@ -45,7 +45,7 @@ def test_the_plan_of_time_fits() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_backend_of_the_plan_is_one(device: Any) -> None:  # noqa: ANN401 - a literal
+def test_every_backend_of_the_plan_is_one(device: Any) -> None:
     assert {name for one in plan(device) for name in one.backends} <= {one.id for one in backends_for(device)}
 
 
@@ -373,7 +373,7 @@ class Bare:
     kit: Path
     config: Path
 
-    def run(self, output: Path, minutes: float = 27.0, **options: Any) -> subprocess.CompletedProcess[str]:  # noqa: ANN401
+    def run(self, output: Path, minutes: float = 27.0, **options: Any) -> subprocess.CompletedProcess[str]:
         """Runs a session; prints what it said, for a reader of a rehearsal."""
         told = ["--config", str(self.config), "--minutes", str(minutes)]
         ran = run_session(self.base, self.kit, output, *told, **options)

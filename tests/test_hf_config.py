@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def change(folder: Path, remove: tuple[str, ...] = (), **entries: Any) -> None:  # noqa: ANN401 - JSON values
+def change(folder: Path, remove: tuple[str, ...] = (), **entries: Any) -> None:
     """Changes entries of the backbone in a folder's config.json."""
     config = json.loads((folder / "config.json").read_text())
     backbone = config["backbone_config"]

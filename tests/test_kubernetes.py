@@ -28,7 +28,7 @@ KUBERNETES = "1.31"
 """Oldest version whose schemas the files must pass; the newest that the validator knows is tried, too."""
 
 
-def closed(**properties: Any) -> dict[str, Any]:  # noqa: ANN401
+def closed(**properties: Any) -> dict[str, Any]:
     """An object with these fields and no other; those that begin with `!` are required."""
     required = [name.removeprefix("!") for name in properties if name.startswith("!")]
     fields = {name.removeprefix("!"): schema for name, schema in properties.items()}
@@ -126,7 +126,7 @@ def check(document: dict[str, Any], version: str = KUBERNETES) -> None:
     kubernetes_validate.validate(document, version, strict=True)
 
 
-def make(plan: Path, folder: Path, **changes: Any) -> Repository:  # noqa: ANN401
+def make(plan: Path, folder: Path, **changes: Any) -> Repository:
     options = {"kubernetes": folder / "cluster", **changes}
     return make_repository(RepositoryOptions(plan, folder / "repository", **options))
 

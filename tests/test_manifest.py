@@ -116,7 +116,7 @@ def test_a_path_outside_is_refused(written: Path, name: str) -> None:
         check_files(written, content)
 
 
-def edited(**changes: Any) -> Callable[[dict[str, Any]], str]:  # noqa: ANN401 - JSON values
+def edited(**changes: Any) -> Callable[[dict[str, Any]], str]:
     return lambda content: json.dumps(content | changes)
 
 

@@ -78,7 +78,7 @@ def copied(files: Path, folder: Path, name: str = "x") -> Path:
     return folder / f"{name}.onnx"
 
 
-def changed(files: Path, folder: Path, change: Any) -> Path:  # noqa: ANN401 - of a graph
+def changed(files: Path, folder: Path, change: Any) -> Path:
     """A copy with another graph, whose manifest knows its new hash."""
     path = copied(files, folder)
     model = onnx.load(path, load_external_data=False)
@@ -90,7 +90,7 @@ def changed(files: Path, folder: Path, change: Any) -> Path:  # noqa: ANN401 - o
     return path
 
 
-def run(file: Path, model: Path, pictures: Path, *more: str | Path) -> Any:  # noqa: ANN401
+def run(file: Path, model: Path, pictures: Path, *more: str | Path) -> Any:
     return neck_export_cli("masks", file, "--model", model, "--images", pictures, *more)
 
 
@@ -134,7 +134,7 @@ def test_an_fp16_file_by_its_simulation(files: Path, model: Path, pictures: Path
         (lambda file: file.unlink(), "x.onnx"),
     ],
 )
-def test_a_report_takes_no_file_without_a_verdict(spoil: Any, told: str, files: Path, tmp_path: Path) -> None:  # noqa: ANN401
+def test_a_report_takes_no_file_without_a_verdict(spoil: Any, told: str, files: Path, tmp_path: Path) -> None:
     file = copied(files, tmp_path)
     spoil(file)
     with pytest.raises(BenchError, match=f"--masks .*{told}"):
@@ -177,7 +177,7 @@ def swap_names(graph: onnx.GraphProto, first: str, second: str) -> None:
 
 
 @pytest.mark.parametrize("wrong", [other_weights, swapped_levels, without_positions], ids=lambda one: one.__name__)
-def test_a_wrong_file_is_seen(wrong: Any, files: Path, model: Path, pictures: Path, tmp_path: Path) -> None:  # noqa: ANN401
+def test_a_wrong_file_is_seen(wrong: Any, files: Path, model: Path, pictures: Path, tmp_path: Path) -> None:
     file = changed(files, tmp_path, wrong)
     ran = run(file, model, pictures, *TEXTS, "--no-check")
     assert ran.code == 3, ran

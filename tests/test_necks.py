@@ -39,7 +39,7 @@ class Ones(nn.Module):
         return torch.ones(x.shape, dtype=torch.float64)
 
 
-def foreign(**options: Any) -> Sam3DualViTDetNeck:  # noqa: ANN401 - Sam3DualViTDetNeck's own options
+def foreign(**options: Any) -> Sam3DualViTDetNeck:
     return Sam3DualViTDetNeck(ForeignTrunk(), PositionEmbeddingSine(12), 12, **options)
 
 
@@ -118,7 +118,7 @@ def test_fewer_levels_in_any_order() -> None:
 
 
 @pytest.mark.parametrize("size", [84, (84, 112), [84, 112]])
-def test_set_imgsz_reaches_the_trunk(size: Any) -> None:  # noqa: ANN401 - an int, a tuple or a list
+def test_set_imgsz_reaches_the_trunk(size: Any) -> None:
     encoder = foreign()
     encoder.set_imgsz(size)
     assert encoder.trunk.asked == [size]

@@ -55,7 +55,7 @@ def test_the_oracle_computes_what_the_public_implementations_gave(case: str) -> 
     state = golden.encoder.state_dict()
     levels = range(len(golden.config.scale_factors))
 
-    def error(**changes: Any) -> float:  # noqa: ANN401 - Facts' own
+    def error(**changes: Any) -> float:
         facts = dataclasses.replace(facts_of(golden.config), **changes)
         found = encode(state, golden.image.double().numpy(), facts, golden.config.necks, levels)
         return worst_error({name: torch.from_numpy(array.copy()) for name, array in found.items()}, golden.expected)
@@ -70,7 +70,7 @@ def facts_of(config: EncoderConfig) -> Facts:
     return Facts(config.grid, *numbers, tuple(config.scale_factors))
 
 
-def base(**changes: Any) -> dict[str, Any]:  # noqa: ANN401 - ExportOptions' own
+def base(**changes: Any) -> dict[str, Any]:
     return {"output": Path(), "seed": 3, **changes}
 
 
@@ -201,7 +201,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Exports a case; None where it is refused because no product is left to quantize."""
     kept: dict[str, Any] = {}
 
-    def keep(*arguments: Any, **named: Any) -> ir.Model:  # noqa: ANN401 - write_lowered's own
+    def keep(*arguments: Any, **named: Any) -> ir.Model:
         kept["model"] = write(*arguments, **named)
         return kept["model"]
 

@@ -38,10 +38,10 @@ class Foreign:
     def __init__(self, value: Tensor) -> None:
         self.value, self.data = value, value.data_ptr()
 
-    def __dlpack__(self, **asked: Any) -> Any:  # noqa: ANN401
+    def __dlpack__(self, **asked: Any) -> Any:
         return self.value.__dlpack__(**asked)
 
-    def __dlpack_device__(self) -> Any:  # noqa: ANN401
+    def __dlpack_device__(self) -> Any:
         return self.value.__dlpack_device__()
 
 

@@ -58,7 +58,7 @@ def exported(tmp_path: Path) -> ExportResult:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("case", GOLDEN_CASES)
-def test_golden(case: str, precision: Any, tmp_path: Path) -> None:  # noqa: ANN401 - a Precision
+def test_golden(case: str, precision: Any, tmp_path: Path) -> None:
     output = tmp_path / "made" / "deeper" / "x.onnx"
     steps: list[str] = []
     options = golden_options(case, output, precision=precision)
@@ -204,7 +204,7 @@ def unlink(name: str) -> Callable[[ExportResult], None]:
     return lambda result: result.path.with_name(name).unlink()
 
 
-def set_manifest(**changes: Any) -> Callable[[ExportResult], None]:  # noqa: ANN401 - JSON values
+def set_manifest(**changes: Any) -> Callable[[ExportResult], None]:
     def change(result: ExportResult) -> None:
         content = json.loads(result.manifest_path.read_text()) | changes
         result.manifest_path.write_text(json.dumps(content))
@@ -302,7 +302,7 @@ def test_shards_have_hashes_too(tmp_path: Path) -> None:
 # --- random weights
 
 
-def random_options(output: Path, **changes: Any) -> ExportOptions:  # noqa: ANN401 - ExportOptions' own fields
+def random_options(output: Path, **changes: Any) -> ExportOptions:
     return ExportOptions(output, config=tiny_config(), **changes)
 
 
@@ -389,7 +389,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_the_output_takes_no_others_place(tmp_path: Path) -> None:
-    def refused(output: Path, words: str, **changes: Any) -> None:  # noqa: ANN401 - ExportOptions' own fields
+    def refused(output: Path, words: str, **changes: Any) -> None:
         before = listing(tmp_path)
         with pytest.raises(ExportError, match=words) as caught:
             export_onnx(golden_options("meta-dual", output, **changes))

@@ -37,7 +37,7 @@ THREADS, CONTEXTS, REQUESTS = 16, 4, 20
 class GuardedContext(Context):
     """Notes where two threads are between binding and the end of a run at the same time."""
 
-    def __init__(self, engine: Any) -> None:  # noqa: ANN401
+    def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         self.owner: int | None = None
         self.trespasses: list[str] = []
@@ -62,7 +62,7 @@ class GuardedContext(Context):
 class GuardedFlavor(type(stand_in())):  # type: ignore[misc]
     """A flavour whose contexts are guarded."""
 
-    def create_context(self, engine: Any, made_with: Any) -> GuardedContext:  # noqa: ANN401
+    def create_context(self, engine: Any, made_with: Any) -> GuardedContext:
         return GuardedContext(engine)
 
 

@@ -36,7 +36,7 @@ def model() -> ir.Model:
     return traced(golden.encoder, golden.config, batch="2").model
 
 
-def lowered(precision: str, **options: Any) -> ir.Model:  # noqa: ANN401 - lower's own options
+def lowered(precision: str, **options: Any) -> ir.Model:
     made = model()
     lower(made, precision, **options)  # type: ignore[arg-type]
     return made

@@ -76,7 +76,7 @@ def server(repository: Path, pod: dict[str, dict[str, Any]]) -> Iterator[Server]
         yield one
 
 
-def wait_for(done: Any, seconds: float = 300) -> None:  # noqa: ANN401
+def wait_for(done: Any, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end

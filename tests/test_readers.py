@@ -225,7 +225,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.rest, None)
 
-    def static(name: str, **asked: Any) -> None:  # noqa: ANN401 - quantize_static's own
+    def static(name: str, **asked: Any) -> None:
         q.quantize_static(folder / "e.onnx", folder / f"{name}.onnx", Pictures(), **asked)
 
     static("static")
@@ -377,7 +377,7 @@ def schemas(operator: str) -> list[Any]:
         ("jetpack-6.2", "fp16", {"attention": "fp32acc", "opset": 23}, r"--opset 23: TensorRT 10\.3 is known to read"),
     ],
 )
-def test_what_readers_do_not_share_is_refused(readers: str, precision: Any, asked: Dict, says: str) -> None:  # noqa: ANN401
+def test_what_readers_do_not_share_is_refused(readers: str, precision: Any, asked: Dict, says: str) -> None:
     with pytest.raises(ReaderError, match=says) as caught:
         choose_form(find_readers(readers), precision, **asked)
     assert len(str(caught.value).splitlines()) == 1
@@ -431,7 +431,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     trace_quickly(monkeypatch)
 
 
-def exported(folder: Path, **options: Any) -> Path:  # noqa: ANN401 - ExportOptions' own
+def exported(folder: Path, **options: Any) -> Path:
     values = {"necks": "sam3", "positions": "none", "precision": "fp16", "verify": False, **options}
     return export_onnx(golden_options("meta-dual", folder / "x.onnx", **values)).path
 

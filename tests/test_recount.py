@@ -52,7 +52,7 @@ NOT_IN_THE_FILE = {
 """Numbers that no file tells; every other must be counted."""
 
 
-def numbers(values: Any, path: str = "") -> Iterator[tuple[str, float]]:  # noqa: ANN401 - JSON values
+def numbers(values: Any, path: str = "") -> Iterator[tuple[str, float]]:
     """Every number of a JSON value by its place."""
     if isinstance(values, dict):
         for key, value in values.items():

@@ -42,7 +42,7 @@ class FakeWorker:
     def resident_bytes(self) -> int:
         return 10 << 30
 
-    def ask(self, command: str, timeout_s: float, **values: Any) -> dict[str, Any]:  # noqa: ANN401
+    def ask(self, command: str, timeout_s: float, **values: Any) -> dict[str, Any]:
         self.timeouts.append(timeout_s)
         if command == "load" and self.name in self.hangs:
             FakeWorker.clock += timeout_s
@@ -152,7 +152,7 @@ def test_an_interrupted_run_ends_its_workers_at_once(tmp_path: Path, monkeypatch
     """Ctrl-C comes in the middle of a run, whose answer must not be taken for that of a later question."""
     ask = FakeWorker.ask
 
-    def asked(worker: FakeWorker, command: str, timeout_s: float, **values: Any) -> dict[str, Any]:  # noqa: ANN401
+    def asked(worker: FakeWorker, command: str, timeout_s: float, **values: Any) -> dict[str, Any]:
         if worker.name == "c" and command == "run":
             raise KeyboardInterrupt
         assert command != "memory"

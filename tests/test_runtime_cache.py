@@ -29,7 +29,7 @@ from export.contract.manifest import manifest_path, read_manifest
 KEY = "TensorRT-RTX 1.7.1.116 on NVIDIA L4 (compute capability 8.9), driver 13.0, plan abc"
 
 
-def start(plan: Path, *batches: int, **options: Any) -> tuple[bool, list[str]]:  # noqa: ANN401
+def start(plan: Path, *batches: int, **options: Any) -> tuple[bool, list[str]]:
     """Opens a plan, runs batches; whether it found kernels, and what was warned of."""
     with open_plan(plan, **options) as session:
         for batch in batches:

@@ -75,7 +75,7 @@ WAYS = [("http", "none"), ("grpc", "none"), ("http", "system"), ("grpc", "system
 
 @pytest.mark.parametrize(("protocol", "memory"), WAYS)
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_answers_are_pytorchs(server: Server, protocol: str, memory: Any, batch: int) -> None:  # noqa: ANN401
+def test_answers_are_pytorchs(server: Server, protocol: str, memory: Any, batch: int) -> None:
     wanted, others = list(range(batch)), list(range(batch, 2 * batch))
     with client_of(server, protocol, memory=memory) as client:
         for indices in (wanted, others, wanted):  # the same regions of memory with other content
@@ -283,7 +283,7 @@ def request(
     data: bytes,
     name: str = "image",
     datatype: str = "FP32",
-    **more: Any,  # noqa: ANN401 - JSON
+    **more: Any,
 ) -> tuple[bytes, int]:
     """Body of an HTTP request with a binary tensor, and the length of its JSON."""
     tensor = {"name": name, "shape": shape, "datatype": datatype, "parameters": {"binary_data_size": len(data)}}

@@ -44,13 +44,13 @@ class StandIn(Flavor):
     def why_invalid(self, header: bytes) -> str | None:
         return "malformed engine" if b"BAD" in header else None
 
-    def new_logger(self, take: Callable[[int, str], None]) -> Any:  # noqa: ANN401
+    def new_logger(self, take: Callable[[int, str], None]) -> Any:
         return take
 
-    def create_runtime_config(self, engine: Any, cached: bytes, own_graphs: bool) -> RuntimeConfig | None:  # noqa: ANN401
+    def create_runtime_config(self, engine: Any, cached: bytes, own_graphs: bool) -> RuntimeConfig | None:
         return RuntimeConfig()
 
-    def create_context(self, engine: Any, made_with: RuntimeConfig) -> Any:  # noqa: ANN401
+    def create_context(self, engine: Any, made_with: RuntimeConfig) -> Any:
         return engine.create_execution_context()
 
 
@@ -119,7 +119,7 @@ class Runtime:
     def __init__(self, take: Callable[[int, str], None], *, output: torch.dtype, loads: bool) -> None:
         self.take, self.output, self.loads, self.engine_host_code_allowed = take, output, loads, False
 
-    def deserialize_cuda_engine(self, data: Any) -> Engine | None:  # noqa: ANN401
+    def deserialize_cuda_engine(self, data: Any) -> Engine | None:
         self.take(2, "Using an engine plan file across different models of devices is not recommended")
         if not self.loads:
             self.take(1, "Error Code 2: OutOfMemory")
@@ -127,12 +127,12 @@ class Runtime:
         return Engine(self, {"image": (torch.float32, (-1, 2, 3)), "twice": (self.output, (-1, 2, 3))})
 
 
-def stand_in(*, output: torch.dtype = torch.float16, loads: bool = True, **changes: Any) -> StandIn:  # noqa: ANN401
+def stand_in(*, output: torch.dtype = torch.float16, loads: bool = True, **changes: Any) -> StandIn:
     trt = SimpleNamespace(Runtime=functools.partial(Runtime, output=output, loads=loads))
     return StandIn(**{"name": "rtx", "trt": trt, "version": "1.7.1.116", "targets": TARGETS, "gpu": L4, **changes})
 
 
-def facts(**changes: Any) -> dict[str, Any]:  # noqa: ANN401
+def facts(**changes: Any) -> dict[str, Any]:
     """What a plan's manifest says."""
     image = {"name": "image", "dtype": "float32", "shape": ["batch", 2, 3]}
     values = {
@@ -149,7 +149,7 @@ def facts(**changes: Any) -> dict[str, Any]:  # noqa: ANN401
     return {**values, **changes}
 
 
-def write_plan(folder: Path, data: bytes = b"vtrt" + bytes(100), **changes: Any) -> Path:  # noqa: ANN401
+def write_plan(folder: Path, data: bytes = b"vtrt" + bytes(100), **changes: Any) -> Path:
     plan = folder / "x.plan"
     plan.write_bytes(data)
     write_manifest(manifest_path(plan), "plan", facts(**changes), [plan])
@@ -204,7 +204,7 @@ def test_a_whole_plan_passes_the_checks(tmp_path: Path) -> None:
     assert manifest["flavor"] == "rtx"
 
 
-def spoil(plan: Path, **changes: Any) -> None:  # noqa: ANN401
+def spoil(plan: Path, **changes: Any) -> None:
     """Edits a manifest; None takes a key out."""
     where = manifest_path(plan)
     content = {**json.loads(where.read_text()), **changes}

@@ -58,27 +58,27 @@ def failed(found: list[dict[str, Any]]) -> dict[str, str]:
     return {one["name"].removeprefix("session: "): one["reason"] for one in found if one["outcome"] != "passed"}
 
 
-def test_sound_sessions_pass(opened: Any) -> None:  # noqa: ANN401
+def test_sound_sessions_pass(opened: Any) -> None:
     found = run_checks(opened)
     assert failed(found) == {} and len(found) == len(CHECKS) == 10
 
 
-def test_sessions_that_do_not_wait_fail(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN401
+def test_sessions_that_do_not_wait_fail(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: the order between the caller's stream and the session's is gone."""
     monkeypatch.setattr(engines.run.session, "in_order", lambda stream, device: contextlib.nullcontext())
     assert {"tensors of other streams", "graphs", "pool", "handed over"} <= set(failed(run_checks(opened)))
 
 
-def test_torchs_streams_fail(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN401
+def test_torchs_streams_fail(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmarks.gpu.torch_engine, "new_stream", lambda device: torch.cuda.Stream(device))
     assert "streams of their own" in failed(run_checks(opened))
 
 
-def test_synchronous_streams_fail(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN401
+def test_synchronous_streams_fail(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where everything waits by itself nothing is shown."""
     execute = benchmarks.gpu.torch_engine.Context.execute_async_v3
 
-    def at_once(self: Any, stream_handle: int) -> bool:  # noqa: ANN401
+    def at_once(self: Any, stream_handle: int) -> bool:
         done = execute(self, stream_handle)
         if not torch.cuda.is_current_stream_capturing():
             with contextlib.suppress(RuntimeError):
@@ -89,11 +89,11 @@ def test_synchronous_streams_fail(opened: Any, monkeypatch: pytest.MonkeyPatch) 
     assert "streams are asynchronous" in failed(run_checks(opened))
 
 
-def test_a_capture_that_leaves_its_stream_fails(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN401
+def test_a_capture_that_leaves_its_stream_fails(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in's capture_end fails for a run that was refused, as torch's may, and leaves the stream."""
     execute = benchmarks.gpu.torch_engine.Context.execute_async_v3
 
-    def refused(self: Any, stream_handle: int) -> bool:  # noqa: ANN401
+    def refused(self: Any, stream_handle: int) -> bool:
         done = execute(self, stream_handle)
         graph = torch.cuda.graph.played.capturing  # type: ignore[attr-defined]
         if not done and graph:

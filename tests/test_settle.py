@@ -112,7 +112,7 @@ def test_the_signature_tells_the_features() -> None:
     assert both.features == ("sam3_feat_2", "sam2_feat_2")
 
 
-def head_export(output: Path, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - ExportOptions' own
+def head_export(output: Path, **changes: Any) -> dict[str, Any]:
     quantise = QuantiseOptions(changes.pop("products", ("all",)), changes.pop("budget", None))
     values = {**HEAD, "precision": "fp8", "quantise": quantise, **changes}
     return export_onnx(golden_options("hf-tracker", output, **values)).manifest
@@ -142,7 +142,7 @@ def test_a_head_without_level_2_is_quantized(kind: str, budget: float | None, tm
 TINY = tiny_config(image_size=56, depth=2, global_blocks=(1,))
 
 
-def settled(encoder: Sam3DualViTDetNeck, config: EncoderConfig, path: Path | None, **changes: Any) -> Settled:  # noqa: ANN401
+def settled(encoder: Sam3DualViTDetNeck, config: EncoderConfig, path: Path | None, **changes: Any) -> Settled:
     """Settles a tiny encoder; `notes` of the changes takes what is told."""
     signature = encoder_signature(config, levels="2", positions="none")
     notes = changes.pop("notes", [])
@@ -275,7 +275,7 @@ DAMAGES: dict[str, Damage] = {
 
 
 @functools.cache
-def kept_calibration() -> Any:  # noqa: ANN401
+def kept_calibration() -> Any:
     signature = encoder_signature(TINY, levels="2", positions="none")
     return calibrate(random_encoder(TINY), reference_pixels(signature, None, 2))
 

@@ -58,7 +58,7 @@ def test_a_name_or_an_argument_that_no_version_has_fails() -> None:
     class Invented(Played):
         supports_model = 1
 
-        def build_serialised_network(self, network: Any, config: Any) -> None:  # noqa: ANN401
+        def build_serialised_network(self, network: Any, config: Any) -> None:
             """Of another spelling."""
 
         def create_network(self, explicit_batch: bool) -> None:

@@ -48,7 +48,7 @@ def test_the_profile_has_both(tmp_path: Path) -> None:
         assert set(told["cold"]) == {"warm", "load_s", "first_run_s", "second_run_s"}
 
 
-def run_here(command: Sequence[str], **options: Any) -> SimpleNamespace:  # noqa: ANN401
+def run_here(command: Sequence[str], **options: Any) -> SimpleNamespace:
     """What a Python process would do, in this one, which has torch already."""
     assert command[:3] == [sys.executable, "-m", startup.__name__]
     out, code, error = io.StringIO(), 0, ""
@@ -71,7 +71,7 @@ def test_a_start_is_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
         problem = time_starts(plan, 1, "rtx", start_process).problem
         assert problem and problem.startswith(f"{plan}: a start failed: {plan}: the run failed (Error Code 1")
 
-    def hangs(command: Sequence[str], timeout: float, **options: Any) -> None:  # noqa: ANN401
+    def hangs(command: Sequence[str], timeout: float, **options: Any) -> None:
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(subprocess, "run", hangs)

@@ -52,7 +52,7 @@ def plain(factor: float = 1.0) -> State:
     }
 
 
-def load(path: Path, **options: Any) -> Sam3DualViTDetNeck:  # noqa: ANN401 - load_encoder's own options
+def load(path: Path, **options: Any) -> Sam3DualViTDetNeck:
     return load_encoder(path, CONFIG, **options)
 
 
@@ -68,7 +68,7 @@ def save(content: object, path: Path) -> Path:
     return path
 
 
-def error_of(path: Path, **options: Any) -> str:  # noqa: ANN401 - load_encoder's own options
+def error_of(path: Path, **options: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
         load(path, **options)
     message = str(caught.value)

@@ -130,10 +130,10 @@ def test_rtx_and_tensorrt_change_the_batch_size(tmp_path: Path, version: str) ->
 class Refusing:
     """A context whose run fails while a graph is captured."""
 
-    def __init__(self, context: Any, state: State) -> None:  # noqa: ANN401
+    def __init__(self, context: Any, state: State) -> None:
         self._context, self._state = context, state
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
     def execute_async_v3(self, stream_handle: int) -> bool:
@@ -208,7 +208,7 @@ def test_a_second_plan_does_not_warn_of_its_logger(played: tuple[State, Path]) -
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
-            def log(self, severity: Any, line: str) -> None:  # noqa: ANN401
+            def log(self, severity: Any, line: str) -> None:
                 lines.append(line)
 
         trt.Runtime(Logger())
@@ -294,7 +294,7 @@ def test_a_live_model_has_its_file_on_its_own_gpu(
     opened.close()
     asked: list[Any] = []
 
-    def encoder(path: Path, device: Any, **options: Any) -> SimpleNamespace:  # noqa: ANN401
+    def encoder(path: Path, device: Any, **options: Any) -> SimpleNamespace:
         asked.append(device)
         signature = SimpleNamespace(levels=(0,))
         return SimpleNamespace(device=torch.device("cuda", 0), close=lambda: None, signature=signature)

@@ -38,7 +38,7 @@ def table(block: int, grid: int = 8, theta: float = 10000.0, scale: float | None
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def put_tables(state: State, **options: Any) -> None:  # noqa: ANN401 - table's own options
+def put_tables(state: State, **options: Any) -> None:
     for block in range(4):
         state[table_key(block)] = table(block, **options)
 
@@ -91,7 +91,7 @@ def test_a_planted_table_is_refused(block: int, planted: Tensor, says: str, tmp_
 
 
 @pytest.mark.parametrize(("field", "value"), [("num_heads", 4), ("window_size", 2), ("global_blocks", (1,))])
-def test_tables_tell_a_config_that_no_shape_contradicts(field: str, value: Any, tmp_path: Path) -> None:  # noqa: ANN401
+def test_tables_tell_a_config_that_no_shape_contradicts(field: str, value: Any, tmp_path: Path) -> None:
     config = EncoderConfig.from_dict({**CONFIG.to_dict(), field: value})
     assert "is another rotary table than the config gives" in error_of(save_state(tmp_path / "x.pt"), config)
 

@@ -47,7 +47,7 @@ def saved(folder: Path) -> tuple[Path, Path]:
     return onnx, folder / SAVED
 
 
-def replay(onnx: Path, cache: Path, **changes: Any) -> BuildResult:  # noqa: ANN401
+def replay(onnx: Path, cache: Path, **changes: Any) -> BuildResult:
     options = dataclasses.replace(FP32, replay_timing=cache, **changes)
     return build_plan(onnx, onnx.with_name("again.plan"), options)
 
@@ -95,7 +95,7 @@ BAD: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("change", "says"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
-def test_a_cache_that_cannot_be_replayed_gives_no_plan(tmp_path: Path, change: Any, says: str) -> None:  # noqa: ANN401
+def test_a_cache_that_cannot_be_replayed_gives_no_plan(tmp_path: Path, change: Any, says: str) -> None:
     with play("11.4"):
         onnx, cache = saved(tmp_path)
         replay(onnx, cache)  # the control

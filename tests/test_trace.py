@@ -289,7 +289,7 @@ def test_weights_are_referred_to_and_nothing_is_printed(
     lazy_kinds = (TorchTensor, TorchsOwnTensor, ir.LazyTensor)
     real = {kind: getattr(kind, "numpy") for kind in lazy_kinds}  # noqa: B009 - for mypy
 
-    def watched(tensor: Any) -> Any:  # noqa: ANN401 - onnx-ir's own
+    def watched(tensor: Any) -> Any:
         if tensor.nbytes > LAZY_BYTES:
             raise Evaluated
         return real[type(tensor)](tensor)

@@ -86,7 +86,7 @@ def test_the_seeds_forward_of_a_tracker() -> None:
     assert {name.split(".")[0] for name in golden.encoder.state_dict()} == {"trunk", "sam2_convs"}
 
 
-def without(*names: str) -> Any:  # noqa: ANN401 - a change of save_state
+def without(*names: str) -> Any:
     def change(state: dict[str, Tensor]) -> None:
         for key in [key for key in state if key.startswith(tuple(f"{PREFIX}{name}." for name in names))]:
             del state[key]
@@ -105,7 +105,7 @@ def test_a_meta_checkpoint_with_sam2_convs_alone(tmp_path: Path) -> None:
         load_encoder(tmp_path / "x.pt", DUAL, ("sam3",))
 
 
-def save_tri(path: Path, change: Any) -> Path:  # noqa: ANN401 - a change of a state dict
+def save_tri(path: Path, change: Any) -> Path:
     state = {name: tensor.clone() for name, tensor in golden_state("meta-tri").items()}
     change(state)
     torch.save({"model": state}, path)

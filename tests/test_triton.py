@@ -57,7 +57,7 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_onnx(golden_options("meta-dual", path, batch=BatchRange(1, 4, 8), verify=False)).path
 
 
-def facts(batch: str = "1:4:8", seed: int = 0, signed: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:  # noqa: ANN401
+def facts(batch: str = "1:4:8", seed: int = 0, signed: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     """What the manifest of a TensorRT plan says."""
     config = tiny_config()
     signature = encoder_signature(config, batch=BatchRange.parse(batch), dtype="float16", **(signed or {})).to_dict()
@@ -79,7 +79,7 @@ def facts(batch: str = "1:4:8", seed: int = 0, signed: dict[str, Any] | None = N
     return {**values, **changes}
 
 
-def write_plan(path: Path, data: bytes = b"ptrt" + bytes(range(100)), **changes: Any) -> Path:  # noqa: ANN401
+def write_plan(path: Path, data: bytes = b"ptrt" + bytes(range(100)), **changes: Any) -> Path:
     """A plan that only TensorRT could tell from a true one, with its layer sheet and manifest."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
@@ -94,17 +94,17 @@ def plan(tmp_path: Path) -> Path:
     return write_plan(tmp_path / "in" / "encoder.plan")
 
 
-def make(model: Path, folder: Path, **changes: Any) -> Repository:  # noqa: ANN401
+def make(model: Path, folder: Path, **changes: Any) -> Repository:
     return make_repository(RepositoryOptions(model, folder / "repository", **changes))
 
 
-def config_of(repository: Repository, name: str | None = None) -> Any:  # noqa: ANN401
+def config_of(repository: Repository, name: str | None = None) -> Any:
     config = read_config(repository.path / (name or repository.name) / "config.pbtxt")
     assert config is not None and {field.name for field, _ in config.ListFields()} <= USED
     return config
 
 
-def tensors(specs: Any) -> list[tuple[str, int, list[int]]]:  # noqa: ANN401
+def tensors(specs: Any) -> list[tuple[str, int, list[int]]]:
     return [(spec.name, spec.data_type, list(spec.dims)) for spec in specs]
 
 
@@ -594,7 +594,7 @@ def test_a_folder_that_another_tool_wrote(plan: Path, onnx_file: Path, tmp_path:
         make(plan, tmp_path)
 
 
-def spoil(plan: Path, **changes: Any) -> None:  # noqa: ANN401
+def spoil(plan: Path, **changes: Any) -> None:
     where = manifest_path(plan)
     where.write_text(json.dumps(json.loads(where.read_text()) | changes))
 
@@ -637,7 +637,7 @@ def test_a_manifest_that_does_not_fit(changes: dict[str, Any], message: str, pla
 
 
 @pytest.mark.parametrize("value", [None, 3, "x", {"x": 3}], ids=str)
-def test_a_manifest_with_anything_in_it(value: Any, plan: Path, onnx_file: Path, tmp_path: Path) -> None:  # noqa: ANN401
+def test_a_manifest_with_anything_in_it(value: Any, plan: Path, onnx_file: Path, tmp_path: Path) -> None:
     """Each fact, missing or of another type, is served or refused, never a traceback."""
     onnx = tmp_path / "onnx" / onnx_file.name
     shutil.copytree(onnx_file.parent, onnx.parent)
@@ -696,7 +696,7 @@ def test_the_output_is_a_file_or_cannot_be_written(plan: Path, tmp_path: Path) -
         make_repository(RepositoryOptions(plan, tmp_path / "repository" / "below"))
 
 
-def source_with(tmp_path: Path, **changes: Any) -> Source:  # noqa: ANN401
+def source_with(tmp_path: Path, **changes: Any) -> Source:
     return read_model(write_plan(tmp_path / "encoder.plan", **changes))
 
 
@@ -834,7 +834,7 @@ def test_the_tables_are_in_order() -> None:
         (None, "encoder.plan not verified: its manifest does not say why"),
     ],
 )
-def test_what_is_not_verified_is_said(verification: Any, note: str | None, tmp_path: Path) -> None:  # noqa: ANN401
+def test_what_is_not_verified_is_said(verification: Any, note: str | None, tmp_path: Path) -> None:
     found = make(write_plan(tmp_path / "in" / "encoder.plan", verification=verification), tmp_path)
     told = [line for line in found.notes if "verified" in line]
     assert told == ([note] if note else [])
@@ -886,7 +886,7 @@ def preprocess(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     yield module
 
 
-def started(module: ModuleType, found: Repository) -> Any:  # noqa: ANN401
+def started(module: ModuleType, found: Repository) -> Any:
     from google.protobuf import json_format
 
     config = config_of(found, f"{found.name}-preprocess")
@@ -899,7 +899,7 @@ def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(height * width).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
-def save(picture: Image.Image, path: Path, **options: Any) -> Path:  # noqa: ANN401
+def save(picture: Image.Image, path: Path, **options: Any) -> Path:
     picture.save(path, **options)
     return path
 

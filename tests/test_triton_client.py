@@ -134,7 +134,7 @@ def silent() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_a_server_that_does_not_answer(protocol: Any) -> None:  # noqa: ANN401
+def test_a_server_that_does_not_answer(protocol: Any) -> None:
     with silent() as url, pytest.raises(ClientError, match=r"no answer.*longer --timeout"):
         TritonClient(url, protocol=protocol, timeout_s=0.3)
 
@@ -222,7 +222,7 @@ SECRET = "s3cr3t"
     ids=str,
 )
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_no_secret_is_shown(protocol: Any, options: dict[str, Any]) -> None:  # noqa: ANN401
+def test_no_secret_is_shown(protocol: Any, options: dict[str, Any]) -> None:
     with pytest.raises(ClientError) as caught:
         TritonClient(protocol=protocol, timeout_s=5, **options)
     text = "".join(traceback.format_exception(caught.value))
@@ -240,7 +240,7 @@ IMAGE = {"name": "image", "datatype": "FP32", "shape": [-1, 3, 8, 8]}
 FEATURE = {"name": "sam3_feat_0", "datatype": "FP16", "shape": [-1, 4, 2, 2]}
 
 
-def stand_in(ready: bool = True, index: Any = (), most: int = 8, **metadata: Any) -> Any:  # noqa: ANN401
+def stand_in(ready: bool = True, index: Any = (), most: int = 8, **metadata: Any) -> Any:
     """What `describe` asks of tritonclient."""
     told = {"inputs": [IMAGE], "outputs": [FEATURE], **metadata}
     return SimpleNamespace(
@@ -254,7 +254,7 @@ def stand_in(ready: bool = True, index: Any = (), most: int = 8, **metadata: Any
 
 
 @pytest.mark.parametrize("options", [dict, lambda: {"client_timeout": 7.0}], ids=["http", "grpc"])
-def test_a_model_is_described(options: Any) -> None:  # noqa: ANN401
+def test_a_model_is_described(options: Any) -> None:
     image, feature = Tensor("image", "FP32", (-1, 3, 8, 8)), Tensor("sam3_feat_0", "FP16", (-1, 4, 2, 2))
     found = describe(stand_in(), "m", "", ["sam3_*"], options)
     assert found == Model(image, (feature,), max_batch=8, fixed=False)
@@ -284,7 +284,7 @@ def test_a_model_is_described(options: Any) -> None:  # noqa: ANN401
     ],
 )
 @pytest.mark.parametrize("options", [dict, lambda: {"client_timeout": 7.0}], ids=["http", "grpc"])
-def test_a_model_that_cannot_be_used_is_told(client: Any, words: str, options: Any) -> None:  # noqa: ANN401
+def test_a_model_that_cannot_be_used_is_told(client: Any, words: str, options: Any) -> None:
     with pytest.raises(ClientError, match=words):
         describe(client, "m", "", ["sam3_*"], options)
 
@@ -406,7 +406,7 @@ class Fake(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def fake(answer: Any, context: ssl.SSLContext | None = None) -> Iterator[tuple[str, list[dict[str, str]]]]:  # noqa: ANN401
+def fake(answer: Any, context: ssl.SSLContext | None = None) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """The address of a fake server, and the headers of the requests that it has seen."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Fake) as server:
         seen: list[dict[str, str]] = []
@@ -488,7 +488,7 @@ def test_a_timeout_bounds_the_whole_call() -> None:
 
 @pytest.mark.parametrize("seconds", [0.0, -3.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_a_timeout_that_is_none(protocol: Any, seconds: float) -> None:  # noqa: ANN401
+def test_a_timeout_that_is_none(protocol: Any, seconds: float) -> None:
     with pytest.raises(ClientError, match="timeout"):
         TritonClient("127.0.0.1:1", protocol=protocol, timeout_s=seconds)
 
@@ -565,18 +565,18 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self, names: list[str], batch: int = 2) -> None:
         self.names, self.batch, self.seen = names, batch, list[dict[str, str]]()
 
-    def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: ANN401 - Triton's names
+    def ModelReady(self, request: Any, context: Any) -> Any:
         self.seen.append({key: str(value) for key, value in context.invocation_metadata()})
         return service_pb2.ModelReadyResponse(ready=True)
 
-    def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: ANN401
+    def ModelMetadata(self, request: Any, context: Any) -> Any:
         outputs = [FEATURE, FEATURE | {"name": "sam3_feat_1"}]
         return service_pb2.ModelMetadataResponse(name="m", inputs=[IMAGE], outputs=outputs)  # type: ignore[list-item]
 
-    def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: ANN401
+    def ModelConfig(self, request: Any, context: Any) -> Any:
         return service_pb2.ModelConfigResponse(config={"max_batch_size": 8})  # type: ignore[arg-type]
 
-    def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: ANN401
+    def ModelInfer(self, request: Any, context: Any) -> Any:
         shape = [self.batch, 4, 2, 2]
         outputs = [{"name": name, "datatype": "FP16", "shape": shape} for name in self.names]
         raw = [halves(self.batch).tobytes()] * len(outputs)

@@ -197,7 +197,7 @@ def test_windows_do_not_mix_pictures() -> None:
 
 
 @pytest.mark.parametrize("given", [84, (84, 84), [84, 84]])
-def test_set_imgsz(given: Any) -> None:  # noqa: ANN401 - an int, a tuple or a list
+def test_set_imgsz(given: Any) -> None:
     trunk = new_trunk(tiny_config())
     fresh = new_trunk(tiny_config(image_size=84))
     trunk.set_imgsz(given)
@@ -218,7 +218,7 @@ def test_set_imgsz_has_the_published_default() -> None:
 @pytest.mark.parametrize(
     ("size", "said"), [(100, "98 and 112"), (0, "at least"), (-14, "at least"), ((112, 99), "98"), (14_000, "GB")]
 )
-def test_set_imgsz_refuses(size: Any, said: str) -> None:  # noqa: ANN401 - an int or a tuple
+def test_set_imgsz_refuses(size: Any, said: str) -> None:
     trunk = new_trunk(tiny_config())
     with pytest.raises(ConfigError, match=said):
         trunk.set_imgsz(size)

@@ -129,7 +129,7 @@ def test_what_is_quantised_is_settled_once_for_all_candidates(
     settled, asked = list[Path](), list[PlanOptions]()
     for module in (engines.tune, engines.plan):
 
-        def settle(*arguments: Any, real: Any = module.settle_source, **more: Any) -> Any:  # noqa: ANN401
+        def settle(*arguments: Any, real: Any = module.settle_source, **more: Any) -> Any:
             settled.append(arguments[0].path)
             return real(*arguments, **more)
 

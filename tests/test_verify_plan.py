@@ -46,7 +46,7 @@ def runner(path: Path) -> Runner:
     return run
 
 
-def export(save: Save, precision: str = "fp32", **asked: Any) -> tuple[Path, Signature]:  # noqa: ANN401
+def export(save: Save, precision: str = "fp32", **asked: Any) -> tuple[Path, Signature]:
     graph = traced(shared_encoder(CONFIG), CONFIG, batch="1:2:3", **asked)
     lower(graph.model, precision)  # type: ignore[arg-type]
     return save(graph.model), graph.signature

@@ -131,7 +131,7 @@ def text_ids(text: str) -> tuple[Tensor, Tensor]:
     return ids, torch.ones_like(ids)
 
 
-def load_model(kind: type[PreTrainedModel], folder: Path) -> Any:  # noqa: ANN401 - any of the four
+def load_model(kind: type[PreTrainedModel], folder: Path) -> Any:
     """Loads one of the four models from the checkpoint."""
     if kind is not Sam3TrackerModel:
         return kind.from_pretrained(folder).eval()
@@ -143,7 +143,7 @@ def load_model(kind: type[PreTrainedModel], folder: Path) -> Any:  # noqa: ANN40
     return model.eval()
 
 
-def make_sure(model: Any) -> Any:  # noqa: ANN401 - a model of videos
+def make_sure(model: Any) -> Any:
     """Lifts all mask logits far above zero.
 
     Videos threshold a mask and read it again in the next frame: a pixel within rounding of zero may fall to either

@@ -162,12 +162,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def stand_in_options(output: Path, **changes: Any) -> ExportOptions:  # noqa: ANN401 - ExportOptions' own fields
+def stand_in_options(output: Path, **changes: Any) -> ExportOptions:
     """How the tests export the golden case meta-dual: both necks, dynamic batch 1:4:8, not verified."""
     return golden_options("meta-dual", output, **{"batch": BatchRange(1, 4, 8), "verify": False, **changes})
 
 
-def stand_in_plan(folder: Path, name: str = "encoder", **changes: Any) -> Path:  # noqa: ANN401 - ExportOptions' own fields
+def stand_in_plan(folder: Path, name: str = "encoder", **changes: Any) -> Path:
     """Writes NAME.plan and its manifest: an ONNX file's bytes, said to be a TensorRT plan.
 
     Args:
@@ -183,7 +183,7 @@ def stand_in_plan(folder: Path, name: str = "encoder", **changes: Any) -> Path: 
     return write_plan_manifest(plan, read_manifest(manifest_path(source), "onnx"))
 
 
-def write_plan_manifest(plan: Path, source: dict[str, Any], **changes: Any) -> Path:  # noqa: ANN401
+def write_plan_manifest(plan: Path, source: dict[str, Any], **changes: Any) -> Path:
     """Writes the manifest that `neck-export trt` would write for a plan of this ONNX file."""
     signature = source["signature"]
     values = {
@@ -208,7 +208,7 @@ def write_plan_manifest(plan: Path, source: dict[str, Any], **changes: Any) -> P
     return plan
 
 
-def stand_in_repository(folder: Path, model: Path, **options: Any) -> Path:  # noqa: ANN401 - RepositoryOptions' fields
+def stand_in_repository(folder: Path, model: Path, **options: Any) -> Path:
     """Makes `folder`/model_repository serve a model, as `neck-export triton` does, and returns its path."""
     output = folder / "model_repository"
     make_repository(RepositoryOptions(model=model, output=output, **options))

@@ -32,7 +32,7 @@ def pixels(channels: int = 3) -> np.ndarray:
     return ((slope + chance) % 256).astype(np.uint8)
 
 
-def jpeg(mode: str = "RGB", channels: int = 3, **options: Any) -> bytes:  # noqa: ANN401
+def jpeg(mode: str = "RGB", channels: int = 3, **options: Any) -> bytes:
     stream = io.BytesIO()
     array = pixels(channels)
     Image.fromarray(array[:, :, 0] if channels == 1 else array, mode).save(
@@ -62,7 +62,7 @@ def tiff(*entries: Entry, order: str = "<", head: bytes | None = None, count: in
     return start + struct.pack(order + "LH", 8, told) + lines + bytes(4) + outside
 
 
-def turn(kind: int, value: bytes, order: str = "<", number: int | None = None, **more: Any) -> bytes:  # noqa: ANN401
+def turn(kind: int, value: bytes, order: str = "<", number: int | None = None, **more: Any) -> bytes:
     """EXIF data with the orientation as a value of a type."""
     return tiff((0x0112, kind, len(value) // TYPES[kind] if number is None else number, value), order=order, **more)
 
@@ -138,7 +138,7 @@ def exif_jpegs() -> Iterator[tuple[str, bytes]]:
     yield "xmp-and-exif-broken", with_segments(jpeg(), (0xE1, EXIF + b"hello, world"), (0xE1, XMP + attribute))
 
 
-def with_exif(data: bytes, **options: Any) -> bytes:  # noqa: ANN401
+def with_exif(data: bytes, **options: Any) -> bytes:
     return with_segments(jpeg(**options), (0xE1, EXIF + data))
 
 
@@ -234,7 +234,7 @@ def rows_of(samples: np.ndarray, depth: int, filters: int | None = 0) -> bytes:
     return out
 
 
-def png(depth: int = 8, color: int = 2, before: bytes = b"", after: bytes = b"", **changes: Any) -> bytes:  # noqa: ANN401
+def png(depth: int = 8, color: int = 2, before: bytes = b"", after: bytes = b"", **changes: Any) -> bytes:
     """A PNG of a kind. Changes: interlaced, filters, size, data (packed), chunks (of pixels), end."""
     height, width = changes.get("size", (HEIGHT, WIDTH))
     chance = np.random.default_rng(depth * 10 + color)

@@ -161,7 +161,7 @@ class Session:
         return found["stages"] if found.get("key") == self.key else {}
 
     @contextlib.contextmanager
-    def _reserve(self) -> Any:  # noqa: ANN401 - a generator
+    def _reserve(self) -> Any:
         path = self.output / ".reserve"
         try:
             with contextlib.suppress(OSError):

@@ -200,7 +200,7 @@ def run_checks(opened: Opened | None = None) -> list[dict[str, Any]]:
     found = []
     with tempfile.TemporaryDirectory() as folder:
 
-        def real(**options: Any) -> list[Session]:  # noqa: ANN401
+        def real(**options: Any) -> list[Session]:
             return open_session(Path(folder), **options)
 
         for check in CHECKS:

@@ -62,7 +62,7 @@ class Asked:
         """Of the stages' files."""
         return self.output / FOLDER
 
-    def options(self, **changes: Any) -> BenchOptions:  # noqa: ANN401 - BenchOptions' own fields
+    def options(self, **changes: Any) -> BenchOptions:
         """The benchmark of the encoder, the main point alone."""
         config = EncoderConfig.from_file(self.config) if self.config else None
         minutes = max(0.0, self.ends - time.time()) / 60

@@ -140,23 +140,23 @@ class Engine:
 class TorchFlavor(Flavor):
     """A TensorRT that is torch."""
 
-    def new_logger(self, take: Callable[[int, str], None]) -> Any:  # noqa: ANN401
+    def new_logger(self, take: Callable[[int, str], None]) -> Any:
         """The function itself."""
         return take
 
-    def new_runtime(self, logger: Any, *, host_code: bool) -> Any:  # noqa: ANN401
+    def new_runtime(self, logger: Any, *, host_code: bool) -> Any:
         """A runtime that makes an Engine of any plan."""
         return SimpleNamespace(deserialize_cuda_engine=lambda data: Engine(logger, self))
 
-    def create_runtime_config(self, engine: Any, cached: bytes, own_graphs: bool) -> RuntimeConfig:  # noqa: ANN401
+    def create_runtime_config(self, engine: Any, cached: bytes, own_graphs: bool) -> RuntimeConfig:
         """Nothing."""
         return RuntimeConfig()
 
-    def create_context(self, engine: Any, made_with: RuntimeConfig) -> Any:  # noqa: ANN401
+    def create_context(self, engine: Any, made_with: RuntimeConfig) -> Any:
         """A context."""
         return engine.create_execution_context()
 
-    def can_capture(self, context: Any, stream: int) -> bool:  # noqa: ANN401
+    def can_capture(self, context: Any, stream: int) -> bool:
         """As TensorRT: the capture tells."""
         return True
 

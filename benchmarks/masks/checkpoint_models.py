@@ -137,7 +137,7 @@ def _lacking() -> Iterator[list[str]]:
     """Collects what load_state_dict(strict=False) leaves as it was; no builder tells."""
     real, lacking = nn.Module.load_state_dict, []
 
-    def load(self: nn.Module, *args: Any, **given: Any) -> Any:  # noqa: ANN401 - torch's own
+    def load(self: nn.Module, *args: Any, **given: Any) -> Any:
         told = real(self, *args, **given)
         lacking.extend(told.missing_keys)
         return told

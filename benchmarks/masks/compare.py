@@ -70,7 +70,7 @@ def compare_masks(
     model, segment = load_checkpoint_segmenter(*asked, size) if options.model.is_file() else load_segmenter(*asked)
     simulated = device == "cpu" and not plan and manifest.get("precision") != "fp32"
 
-    def pictures() -> Any:  # noqa: ANN401 - an iterator of pixels
+    def pictures() -> Any:
         return (load_pictures([path], size, folder.value_range)[0] for path in paths)
 
     own, other = run_twice(model, segment, options.file, pictures, options.check, simulated, report)

@@ -93,7 +93,7 @@ def load_segmenter(folder: Path, prompts: Prompts, device: str, threshold: float
     return model, lambda pixels: by_place(model, prompts, _image(pixels, device), threshold)
 
 
-def by_text(model: Any, tokenizer: Any, prompts: Prompts, image: Tensor, threshold: float) -> list[Objects]:  # noqa: ANN401
+def by_text(model: Any, tokenizer: Any, prompts: Prompts, image: Tensor, threshold: float) -> list[Objects]:
     """Objects of each text; the picture is encoded once."""
     with torch.inference_mode():
         embeds = model.get_vision_features(pixel_values=image)
@@ -121,7 +121,7 @@ def count_non_finite(*tensors: Tensor) -> int:
     return sum(int((~tensor.isfinite()).sum()) for tensor in tensors)
 
 
-def by_place(model: Any, prompts: Prompts, image: Tensor, threshold: float) -> list[Objects]:  # noqa: ANN401
+def by_place(model: Any, prompts: Prompts, image: Tensor, threshold: float) -> list[Objects]:
     """The object at each point and in each box: the first frame of a video of one."""
     from transformers import Sam3TrackerVideoInferenceSession
 
@@ -147,7 +147,7 @@ def by_place(model: Any, prompts: Prompts, image: Tensor, threshold: float) -> l
     return found
 
 
-def _extent(mask: Any) -> tuple[int, int, int, int]:  # noqa: ANN401 - a boolean array
+def _extent(mask: Any) -> tuple[int, int, int, int]:
     """The box around a mask."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0)
@@ -157,7 +157,7 @@ def _image(pixels: Pixels, device: str) -> Tensor:
     return normalise(pixels[None]).to(device)
 
 
-def _numpy(value: Tensor) -> Any:  # noqa: ANN401 - an array of its type
+def _numpy(value: Tensor) -> Any:
     return value.float().cpu().numpy() if value.is_floating_point() else value.cpu().numpy()
 
 

@@ -82,7 +82,7 @@ class Samples:
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
 
-    def add(self, kind: str, **values: Any) -> None:  # noqa: ANN401 - JSON values
+    def add(self, kind: str, **values: Any) -> None:
         """Appends a line; it is on the disk when this returns."""
         line = {"sample": kind, **values}
         self._write(line)
@@ -93,12 +93,12 @@ class Samples:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def all(self, kind: str, **match: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - JSON values
+    def all(self, kind: str, **match: Any) -> list[dict[str, Any]]:
         """The lines of a kind with these values, in order."""
         wanted = {"sample": kind, **match}
         return [line for line in self.lines if all(line.get(name) == value for name, value in wanted.items())]
 
-    def last(self, kind: str, **match: Any) -> dict[str, Any] | None:  # noqa: ANN401 - JSON values
+    def last(self, kind: str, **match: Any) -> dict[str, Any] | None:
         """The newest of them, or None."""
         found = self.all(kind, **match)
         return found[-1] if found else None

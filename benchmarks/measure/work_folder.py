@@ -85,7 +85,7 @@ class Workplace:
         self._prepared: dict[str, Any] = {}
         self.config = EncoderConfig()  # the encoder's own, once it is prepared
 
-    def ask(self, command: str, **values: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON values
+    def ask(self, command: str, **values: Any) -> dict[str, Any]:
         """Asks the preparing worker, which is started again where it died."""
         if self._worker is None:
             self._worker = Worker(self.folder / "prepare.log")

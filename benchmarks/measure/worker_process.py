@@ -71,7 +71,7 @@ class Worker:
             return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return 0
 
-    def ask(self, command: str, timeout_s: float, **asked: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON values
+    def ask(self, command: str, timeout_s: float, **asked: Any) -> dict[str, Any]:
         """Sends a command and waits for the answer.
 
         Raises:

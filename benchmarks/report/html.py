@@ -129,7 +129,7 @@ def _view(result: Result, answer: Answer) -> dict[str, Any]:
     }
 
 
-def _drawn(result: Result, machine: dict[str, Any], chart: Any) -> dict[str, Markup] | None:  # noqa: ANN401 - a chart
+def _drawn(result: Result, machine: dict[str, Any], chart: Any) -> dict[str, Markup] | None:
     """A chart at both widths, None where it has nothing to show."""
     wide, narrow = (chart(result, machine, width) for width in (WIDE, NARROW))
     # ElementTree escaped every text and attribute

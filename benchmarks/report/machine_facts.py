@@ -38,7 +38,7 @@ def _name(key: str, capital: bool = True) -> str:
     return words.capitalize() if capital else words
 
 
-def _flat(value: Any) -> str:  # noqa: ANN401 - any JSON value
+def _flat(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{_name(key, False)} {_flat(entry)}" for key, entry in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -164,7 +164,7 @@ def _all_points(results: Sequence[Result]) -> list[dict[str, Any]]:
     return [copy.deepcopy(points[key]) for key in sorted(points)]
 
 
-def of_machine(result: Result, machine: dict[str, Any], key: str) -> Any:  # noqa: ANN401 - any JSON value
+def of_machine(result: Result, machine: dict[str, Any], key: str) -> Any:
     """What belongs to a machine (a key of OF_A_MACHINE): its own, else the result's."""
     return machine.get(key, result.get(key))
 

@@ -193,6 +193,6 @@ def _parse(onnx: Path, flavor: Flavor, watch: Watch) -> tuple[Any, Any, Any]:
     return builder, network, (logger, parser)
 
 
-def _spec(tensor: Any) -> TensorSpec:  # noqa: ANN401
+def _spec(tensor: Any) -> TensorSpec:
     kind = NUMPY.get(tensor.dtype.name, tensor.dtype.name)
     return TensorSpec(tensor.name, kind, tuple(BATCH if side == -1 else int(side) for side in tensor.shape))

@@ -13,7 +13,7 @@ from engines.builder.timing_cache import timing_cache_path
 from export.contract.export_command import export_again
 
 
-def common_options(onnx: Path, flavor: Flavor, network: Any, options: BuildOptions, monitor: Any) -> dict[str, Any]:  # noqa: ANN401
+def common_options(onnx: Path, flavor: Flavor, network: Any, options: BuildOptions, monitor: Any) -> dict[str, Any]:
     """Arguments that both of Polygraphy's config classes take.
 
     Raises:
@@ -42,7 +42,7 @@ def common_options(onnx: Path, flavor: Flavor, network: Any, options: BuildOptio
     return values
 
 
-def _level(flavor: Flavor, asked: str) -> Any:  # noqa: ANN401
+def _level(flavor: Flavor, asked: str) -> Any:
     trt = flavor.trt
     if asked == "ampere+":
         return trt.HardwareCompatibilityLevel.AMPERE_PLUS
@@ -54,7 +54,7 @@ def _level(flavor: Flavor, asked: str) -> Any:  # noqa: ANN401
     return trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
 
 
-def _profile(onnx: Path, network: Any, options: BuildOptions) -> Any:  # noqa: ANN401
+def _profile(onnx: Path, network: Any, options: BuildOptions) -> Any:
     """The optimization profile of a dynamic batch, or None for a fixed one."""
     image = network.get_input(0)
     if network.num_inputs != 1:

@@ -134,7 +134,7 @@ class Flavor:
         if version_compatible and self.gpu is None:
             raise FlavorError("--version-compatible: TensorRT-RTX builds such plans only where a GPU is; leave it out")
 
-    def create_config(self, builder: Any, network: Any, targets: Sequence[str], common: dict[str, Any]) -> Any:  # noqa: ANN401
+    def create_config(self, builder: Any, network: Any, targets: Sequence[str], common: dict[str, Any]) -> Any:
         """Makes the builder's config through Polygraphy; `common` are the arguments of both its config classes."""
         from polygraphy.logger import G_LOGGER
 
@@ -157,21 +157,21 @@ class Flavor:
         config.clear_flag(trt.BuilderFlag.TF32)  # allowed by default, and FP32 products would keep 10 bits of 23
         return config
 
-    def create_runtime_config(self, engine: Any, cached: bytes, own_graphs: bool) -> RuntimeConfig | None:  # noqa: ANN401
+    def create_runtime_config(self, engine: Any, cached: bytes, own_graphs: bool) -> RuntimeConfig | None:
         """What every context of an engine is made with; None where it is refused. Arguments as new_runtime_config's."""
         return new_runtime_config(self.trt, engine, cached, own_graphs) if self.name == "rtx" else RuntimeConfig()
 
-    def create_context(self, engine: Any, made_with: RuntimeConfig) -> Any:  # noqa: ANN401
+    def create_context(self, engine: Any, made_with: RuntimeConfig) -> Any:
         """Makes an execution context; None where there is no memory for it."""
         if self.name == "rtx":
             return engine.create_execution_context(made_with.runtime_config)
         return engine.create_execution_context()
 
-    def can_capture(self, context: Any, stream: int) -> bool:  # noqa: ANN401
+    def can_capture(self, context: Any, stream: int) -> bool:
         """Whether a run can be captured as a CUDA graph: RTX is asked, TensorRT tells by failing."""
         return self.name != "rtx" or bool(context.is_stream_capturable(stream))
 
-    def new_builder(self, logger: Any) -> Any:  # noqa: ANN401
+    def new_builder(self, logger: Any) -> Any:
         """TensorRT's Builder.
 
         Raises:
@@ -179,7 +179,7 @@ class Flavor:
         """
         return self._start(self.trt.Builder, logger)
 
-    def new_runtime(self, logger: Any, *, host_code: bool) -> Any:  # noqa: ANN401
+    def new_runtime(self, logger: Any, *, host_code: bool) -> Any:
         """TensorRT's Runtime.
 
         Args:
@@ -194,7 +194,7 @@ class Flavor:
         runtime.engine_host_code_allowed = host_code
         return runtime
 
-    def _start(self, factory: Callable[[Any], Any], logger: Any) -> Any:  # noqa: ANN401
+    def _start(self, factory: Callable[[Any], Any], logger: Any) -> Any:
         try:
             return factory(logger)
         except TypeError as error:  # pybind11: "factory function returned nullptr" (NVIDIA/TensorRT #308, #2913)
@@ -252,7 +252,7 @@ class Flavor:
         told = [name.lower().replace("_", " ") for name, reason in reasons.items() if int(diagnostics) & int(reason)]
         return ", ".join(told) or ("no reason given" if self.gpu else "no NVIDIA GPU here")
 
-    def new_logger(self, take: Callable[[int, str], None]) -> Any:  # noqa: ANN401
+    def new_logger(self, take: Callable[[int, str], None]) -> Any:
         """A TensorRT logger that hands on severity (0, 1: error, 2: warning, 3: info, 4: verbose) and line.
 
         That it is another logger than an earlier plan's is no warning: every plan has one of its own, and TensorRT-RTX
@@ -264,14 +264,14 @@ class Flavor:
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
-            def log(self, severity: Any, line: str) -> None:  # noqa: ANN401
+            def log(self, severity: Any, line: str) -> None:
                 if OTHER_LOGGER not in line:
                     take(int(severity), line)
 
         return Logger()
 
 
-def inspect_engine(trt: Any, engine: Any) -> str:  # noqa: ANN401
+def inspect_engine(trt: Any, engine: Any) -> str:
     """What the engine inspector tells of an engine in memory, as JSON."""
     inspector = engine.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON) or "")
@@ -305,7 +305,7 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto", device: in
     raise FlavorError(f"no TensorRT: {'; '.join(reasons)}\n{shown}")
 
 
-def _import(name: FlavorName, reasons: list[str]) -> Any:  # noqa: ANN401
+def _import(name: FlavorName, reasons: list[str]) -> Any:
     try:
         module = importlib.import_module(MODULES[name])
     except (ImportError, OSError, RuntimeError) as error:  # a wheel without its libraries raises any of them
@@ -334,7 +334,7 @@ def find_targets(name: FlavorName) -> tuple[str, ...]:
     return () if module is None else _targets(name, module)
 
 
-def _targets(name: FlavorName, module: Any) -> tuple[str, ...]:  # noqa: ANN401
+def _targets(name: FlavorName, module: Any) -> tuple[str, ...]:
     """Compute capabilities that the flavour names: SM89 is 8.9, SM120 is 12.0."""
     if name != "rtx":
         return ()

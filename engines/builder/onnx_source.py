@@ -149,7 +149,7 @@ def settle_source(
     return settle(encoder, signature, precision, options, images, notes, report, kept), tuple(notes)
 
 
-def lower_file(source: Source, precision: Precision, folder: Path, **forms: Any) -> Path:  # noqa: ANN401
+def lower_file(source: Source, precision: Precision, folder: Path, **forms: Any) -> Path:
     """Writes an FP32 file in another precision into a folder; `forms` are those of export.lowering.precision.lower.
 
     Raises:

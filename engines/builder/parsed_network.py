@@ -16,7 +16,7 @@ SCORES, MIXED = "*.attn/scores*", "*.attn/mixed*"
 """The matrix products of attention that a form keeps in FP32: `unfused` the first, fp32acc the second."""
 
 
-def keep_attentions_whole(trt: Any, network: Any) -> int:  # noqa: ANN401
+def keep_attentions_whole(trt: Any, network: Any) -> int:
     """Forbids the builder to take attentions apart: one that it cannot fuse is a failed build, no slow engine.
 
     Returns:
@@ -33,7 +33,7 @@ def keep_attentions_whole(trt: Any, network: Any) -> int:  # noqa: ANN401
     return len(entries)
 
 
-def check_types(onnx: Path, trt: Any, network: Any, precision: str, keep_fp32: Sequence[str]) -> None:  # noqa: ANN401
+def check_types(onnx: Path, trt: Any, network: Any, precision: str, keep_fp32: Sequence[str]) -> None:
     """Checks that the parsed graph computes in the type that was asked: a strongly typed engine is what its graph is.
 
     Raises:
@@ -63,7 +63,7 @@ def check_types(onnx: Path, trt: Any, network: Any, precision: str, keep_fp32: S
         raise BuildError(f"{onnx}: no matrix product or convolution in {precision}; not an image encoder")
 
 
-def _widened(trt: Any, network: Any, low: Any) -> set[str]:  # noqa: ANN401
+def _widened(trt: Any, network: Any, low: Any) -> set[str]:
     """Names of the tensors that are casts to FP32 of tensors in a lower precision."""
     layers = (network.get_layer(index) for index in range(network.num_layers))
     casts = [layer for layer in layers if layer.type == trt.LayerType.CAST and layer.get_input(0).dtype == low]

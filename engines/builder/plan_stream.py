@@ -59,7 +59,7 @@ class Watch:
         return self.errors[-1][:400] if self.errors else "it gave no reason"
 
 
-def new_monitor(trt: Any, watch: Watch) -> Any:  # noqa: ANN401
+def new_monitor(trt: Any, watch: Watch) -> Any:
     """A progress monitor that tells of the outermost phases and stops a cancelled build."""
 
     class Monitor(trt.IProgressMonitor):
@@ -92,7 +92,7 @@ def new_monitor(trt: Any, watch: Watch) -> Any:  # noqa: ANN401
     return Monitor()
 
 
-def run_builder(trt: Any, builder: Any, network: Any, config: Any, file: IO[bytes], watch: Watch) -> None:  # noqa: ANN401
+def run_builder(trt: Any, builder: Any, network: Any, config: Any, file: IO[bytes], watch: Watch) -> None:
     """Builds in a second thread, so that Ctrl-C reaches this one, and streams the plan into the file.
 
     Raises:
@@ -125,7 +125,7 @@ def run_builder(trt: Any, builder: Any, network: Any, config: Any, file: IO[byte
         raise RefusedError(f"TensorRT built nothing: {watch.reason}{remedy}", watch.reason)
 
 
-def _new_writer(trt: Any, file: IO[bytes], watch: Watch) -> Any:  # noqa: ANN401
+def _new_writer(trt: Any, file: IO[bytes], watch: Watch) -> Any:
     """Takes the plan's bytes as the builder gives them."""
 
     class Writer(trt.IStreamWriter):

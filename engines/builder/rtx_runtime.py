@@ -25,7 +25,7 @@ class RuntimeConfig:
         return b"" if memory is None else bytes(memory)
 
 
-def new_runtime_config(trt: Any, engine: Any, cached: bytes, own_graphs: bool) -> RuntimeConfig | None:  # noqa: ANN401
+def new_runtime_config(trt: Any, engine: Any, cached: bytes, own_graphs: bool) -> RuntimeConfig | None:
     """The runtime config of an engine; None where TensorRT-RTX refuses it.
 
     Kernels for the shapes at hand are compiled at once and not, as by default, in the background while fallback kernels

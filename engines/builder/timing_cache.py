@@ -22,7 +22,7 @@ def timing_cache_path(flavor: Flavor, options: BuildOptions) -> Path | None:
     return path.with_name(f"{path.stem}.{flavor.name}-{flavor.version}-{gpu}{path.suffix}")
 
 
-def save_timing_cache(config: Any, flavor: Flavor, options: BuildOptions) -> tuple[dict[str, Any] | None, str | None]:  # noqa: ANN401
+def save_timing_cache(config: Any, flavor: Flavor, options: BuildOptions) -> tuple[dict[str, Any] | None, str | None]:
     """Keeps what the build measured, if that was asked; a cache that cannot be kept does not cost the finished plan.
 
     Returns:
@@ -85,7 +85,7 @@ def replayed(options: BuildOptions, data: bytes | None) -> dict[str, Any] | None
     return {"file": options.replay_timing.name, "sha256": hashlib.sha256(data).hexdigest(), "replayed": True}
 
 
-def replay_timing(trt: Any, config: Any, path: Path, data: bytes) -> Any:  # noqa: ANN401
+def replay_timing(trt: Any, config: Any, path: Path, data: bytes) -> Any:
     """Has a build take its kernels from a saved cache, and fail where one is not in it.
 
     What TensorRT cannot read gives an empty cache and a warning (seen with TensorRT-RTX 1.7), and then every kernel is

@@ -43,13 +43,13 @@ class _NoGradient(torch.autograd.Function):
     """Puts tensors into the graph of what they were computed from, with a backward that only tells so."""
 
     @staticmethod
-    def forward(ctx: Any, told: Callable[[], None], outputs: list[Tensor], *sources: Tensor) -> Any:  # noqa: ANN401
+    def forward(ctx: Any, told: Callable[[], None], outputs: list[Tensor], *sources: Tensor) -> Any:
         """`outputs` in a list, so that they are no inputs; `sources` are what somebody wants a gradient of."""
         ctx.told, ctx.count = told, len(sources)
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:  # noqa: ANN401
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         """Tells, and gives none."""
         ctx.told()
         return (None,) * (2 + ctx.count)
@@ -238,7 +238,7 @@ class DeployedEncoder(nn.Module):
             self._file = None
             self._positions.clear()
 
-    def __reduce__(self) -> Any:  # noqa: ANN401 - pickle's own
+    def __reduce__(self) -> Any:
         """A copy, by copy.deepcopy or pickle, opens the file again.
 
         Raises:

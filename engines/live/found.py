@@ -133,12 +133,12 @@ def _is_fpn(module: nn.Module) -> bool:
     return isinstance(getattr(backbone, "layers", None), nn.ModuleList) and _has_levels(getattr(module, "neck", None))
 
 
-def _has_levels(module: Any) -> bool:  # noqa: ANN401 - whatever an attribute holds
+def _has_levels(module: Any) -> bool:
     return isinstance(module, nn.Module) and isinstance(getattr(module, "fpn_layers", None), nn.ModuleList)
 
 
 def _of_vitdet(
-    module: Any,  # noqa: ANN401 - of unknown attributes
+    module: Any,
     slots: tuple[Slot, ...],
     head: tuple[Slot, ...],
 ) -> LiveEncoder:
@@ -149,7 +149,7 @@ def _of_vitdet(
 
 
 def _of_fpn(
-    module: Any,  # noqa: ANN401
+    module: Any,
     slots: tuple[Slot, ...],
     head: tuple[Slot, ...],
     all_slots: dict[nn.Module, list[Slot]],

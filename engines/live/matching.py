@@ -240,7 +240,7 @@ def _rest(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
     yield from _positions(_value(holder, "position_encoding"), config, found.encoder.kind)
 
 
-def _positions(encoding: Any, config: EncoderConfig, kind: str) -> Iterator[str]:  # noqa: ANN401 - a module of theirs
+def _positions(encoding: Any, config: EncoderConfig, kind: str) -> Iterator[str]:
     """Computes the encoding of a small map, which tells all of its fields."""
     size = torch.zeros(1, config.d_model, 3, 5)
     try:
@@ -253,7 +253,7 @@ def _positions(encoding: Any, config: EncoderConfig, kind: str) -> Iterator[str]
         yield f"the position encoding of the model differs from the file's by {error:.2g}"
 
 
-def _is_gelu(activation: Any) -> bool:  # noqa: ANN401 - a module or a function
+def _is_gelu(activation: Any) -> bool:
     """Whether it is the exact GELU: tanh's approximation is off by up to 5e-4."""
     values = torch.linspace(-4, 4, 81)
     try:
@@ -263,7 +263,7 @@ def _is_gelu(activation: Any) -> bool:  # noqa: ANN401 - a module or a function
     return isinstance(given, Tensor) and bool((given.float() - F.gelu(values)).abs().max() < 1e-5)
 
 
-def _named(activation: Any) -> str:  # noqa: ANN401 - a module or a function
+def _named(activation: Any) -> str:
     return getattr(activation, "__name__", None) or repr(activation)
 
 
@@ -271,7 +271,7 @@ def _first(found: Live, path: str, *names: str) -> nn.Module | None:
     return next((found.modules[f"{path}.{name}"] for name in names if f"{path}.{name}" in found.modules), None)
 
 
-def _value(module: Any, *names: str) -> Any:  # noqa: ANN401 - of any module
+def _value(module: Any, *names: str) -> Any:
     """The first attribute that is there."""
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 

@@ -15,7 +15,7 @@ class NotComputedError(AttachError, AttributeError):
 
 
 def _shaped(name: str) -> Callable[..., Any]:
-    def method(self: NotComputed, *args: Any, **options: Any) -> NotComputed:  # noqa: ANN401 - as torch's
+    def method(self: NotComputed, *args: Any, **options: Any) -> NotComputed:
         like = getattr(torch.empty(self.shape, device="meta"), name)(*args, **options)
         return NotComputed(self.what, like.shape, self.dtype, self.device, self.source)
 
@@ -23,7 +23,7 @@ def _shaped(name: str) -> Callable[..., Any]:
 
 
 def _moved(name: str) -> Callable[..., Any]:
-    def method(self: NotComputed, *args: Any, **options: Any) -> NotComputed:  # noqa: ANN401 - as torch's
+    def method(self: NotComputed, *args: Any, **options: Any) -> NotComputed:
         like = getattr(torch.empty((), dtype=self.dtype, device=self.device), name)(*args, **options)
         return NotComputed(self.what, self.shape, like.dtype, like.device, self.source)
 
@@ -31,7 +31,7 @@ def _moved(name: str) -> Callable[..., Any]:
 
 
 def _combined(name: str) -> Callable[..., Any]:
-    def method(self: NotComputed, other: Any) -> NotComputed:  # noqa: ANN401 - a tensor or a number
+    def method(self: NotComputed, other: Any) -> NotComputed:
         shape = torch.broadcast_shapes(self.shape, getattr(other, "shape", ()))
         return NotComputed(self.what, shape, self.dtype, self.device)
 
@@ -39,7 +39,7 @@ def _combined(name: str) -> Callable[..., Any]:
 
 
 def _refused(name: str) -> Callable[..., Any]:
-    def method(self: NotComputed, *args: object, **options: object) -> Any:  # noqa: ANN401 - gives nothing
+    def method(self: NotComputed, *args: object, **options: object) -> Any:
         raise self.error(name)
 
     return method
@@ -64,7 +64,7 @@ class NotComputed:
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
-        source: Any = None,  # noqa: ANN401 - stand_ins imports this file
+        source: Any = None,
     ) -> None:
         self.what, self.shape, self.dtype, self.device, self.source = what, torch.Size(shape), dtype, device, source
 
@@ -90,7 +90,7 @@ class NotComputed:
         """The same."""
         return len(self.shape)
 
-    def size(self, dim: int | None = None) -> Any:  # noqa: ANN401 - as torch's
+    def size(self, dim: int | None = None) -> Any:
         """The shape, or one side."""
         return self.shape if dim is None else self.shape[dim]
 
@@ -104,13 +104,13 @@ class NotComputed:
             "to have the model's own encoder compute it"
         )
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - gives nothing
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         raise self.error(name)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What torch calls where it is an argument of a function.
 
         Raises:
@@ -129,12 +129,12 @@ class NotComputed:
         """Itself: it holds nothing that could be changed."""
         return self
 
-    def __reduce__(self) -> Any:  # noqa: ANN401 - pickle's own
+    def __reduce__(self) -> Any:
         """Without its run: saved features are read without the file."""
         return NotComputed, (self.what, tuple(self.shape), self.dtype, self.device)
 
 
-def _find(value: Any) -> Any:  # noqa: ANN401 - the arguments of a function of torch
+def _find(value: Any) -> Any:
     """The first NotComputed in nested arguments; there is one, or torch would not have asked."""
     if isinstance(value, NotComputed):
         return value

@@ -22,12 +22,12 @@ CPU_PROVIDER = "CPUExecutionProvider"
 class FirstRun:
     """Profiles a session from its making to the end of its first run; `asked` are the options to make it with."""
 
-    def __init__(self, asked: Any) -> None:  # noqa: ANN401 - SessionOptions
+    def __init__(self, asked: Any) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="neck-export-")
         asked.enable_profiling = True
         asked.profile_file_prefix = str(Path(self._folder.name) / "first")
 
-    def heavy_on_cpu(self, session: Any) -> str | None:  # noqa: ANN401 - InferenceSession
+    def heavy_on_cpu(self, session: Any) -> str | None:
         """Ends the profile, and names what of HEAVY ran on the CPU: `Attention (32 nodes)`; None if nothing did."""
         with self._folder:
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))

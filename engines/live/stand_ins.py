@@ -144,10 +144,10 @@ class Attached:
         return tensors[-1].dtype
 
     @property
-    def _trunk(self) -> Any:  # noqa: ANN401 - a module of theirs
+    def _trunk(self) -> Any:
         return unwrapped(getattr(self.module, "trunk" if self.kind == "vitdet" else "backbone"))
 
-    def _neck(self, name: str) -> Any:  # noqa: ANN401 - a module of theirs
+    def _neck(self, name: str) -> Any:
         """The module of one neck."""
         if self.kind == "vitdet":
             return getattr(self.module, NECK_MODULES[name])
@@ -161,14 +161,14 @@ class Attached:
     # What takes the place of a forward. torch.compile leaves it alone and compiles the rest of the model around it.
 
     @torch.compiler.disable
-    def run_fpn(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401
+    def run_fpn(self, *args: Any, **options: Any) -> Any:
         """transformers' vision encoder: as it is, around another backbone and neck."""
         had, value = next((had, value) for module, name, had, value in self._before if module is self.module)
         forward = value if had else types.MethodType(type(self.module).forward, self.module)
         return forward(*args, **options)
 
     @torch.compiler.disable
-    def run_backbone(self, pixel_values: Tensor, **options: Any) -> Any:  # noqa: ANN401
+    def run_backbone(self, pixel_values: Tensor, **options: Any) -> Any:
         """transformers' backbone: hidden states that carry the pictures to the necks."""
         run, config = Run(self, pixel_values, self._necks), getattr(self._trunk, "config", None)
         (height, width), channels = self.encoder.signature.level_sizes[2], self.encoder.trunk_channels
@@ -223,7 +223,7 @@ class Attached:
             raise AttachError(f"{self.encoder.path}: the attached file has the encoder's own necks only; detach(model)")
         return self._run_of(x).neck(names[0])
 
-    def set_imgsz(self, imgsz: Any = (1008, 1008), *more: Any) -> None:  # noqa: ANN401 - as the seed takes it
+    def set_imgsz(self, imgsz: Any = (1008, 1008), *more: Any) -> None:
         """As DeployedEncoder.set_imgsz, and then the model's own."""
         self.encoder.set_imgsz(imgsz)
         if not self.freed:
@@ -357,11 +357,11 @@ class LoadGuard:
                 )
 
 
-def _is_same(value: Any, own: Tensor) -> bool:  # noqa: ANN401 - of a state
+def _is_same(value: Any, own: Tensor) -> bool:
     if not isinstance(value, Tensor) or value.shape != own.shape or value.is_meta:
         return False
     return torch.equal(value.to(own.device, own.dtype), own)
 
 
-def _package(thing: Any) -> str:  # noqa: ANN401 - a function, a class or what is called
+def _package(thing: Any) -> str:
     return str(getattr(thing, "__module__", "") or "").partition(".")[0]

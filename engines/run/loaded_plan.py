@@ -84,7 +84,7 @@ class LoadedPlan:
         scratch = max(0, int(self.engine.get_device_memory_size_for_profile_v2(0)))
         return scratch + sum(most_bytes(port, largest) for port in (*self.inputs, *self.outputs))
 
-    def new_context(self) -> Any:  # noqa: ANN401
+    def new_context(self) -> Any:
         """An execution context over these weights.
 
         Raises:

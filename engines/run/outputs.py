@@ -32,11 +32,11 @@ class HandedOutput:
     tensor: Tensor
     finished: torch.cuda.Event | None
 
-    def __dlpack_device__(self) -> Any:  # noqa: ANN401 - DLPack's pair of device type and number
+    def __dlpack_device__(self) -> Any:
         """Where it lies."""
         return self.tensor.__dlpack_device__()
 
-    def __dlpack__(self, **asked: Any) -> Any:  # noqa: ANN401 - a capsule, and what its protocol has or will have
+    def __dlpack__(self, **asked: Any) -> Any:
         """The capsule: this thread's current stream waits for the run, and the consumer's `stream` for that (torch)."""
         if self.finished is not None:
             with torch.cuda.device(self.tensor.device):
@@ -44,7 +44,7 @@ class HandedOutput:
         return self.tensor.__dlpack__(**asked)
 
 
-def caller_memory(plan: Path, port: Port, largest: int, device: torch.device, memory: Any) -> Tensor:  # noqa: ANN401
+def caller_memory(plan: Path, port: Port, largest: int, device: torch.device, memory: Any) -> Tensor:
     """The caller's memory for an output, as a flat tensor that keeps it alive.
 
     Args:

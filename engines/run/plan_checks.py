@@ -43,7 +43,7 @@ class Port:
         return fits and type_name(value.dtype) == type_name(self.dtype)
 
 
-def type_name(dtype: Any) -> str:  # noqa: ANN401 - numpy's or torch's
+def type_name(dtype: Any) -> str:
     """`float32` for torch's and for numpy's."""
     return str(dtype).removeprefix("torch.")
 

@@ -166,7 +166,7 @@ def read_state(
     return parse_state(output) if process.returncode == 0 else None
 
 
-def new_profiler(trt: Any, times: dict[str, float]) -> Any:  # noqa: ANN401
+def new_profiler(trt: Any, times: dict[str, float]) -> Any:
     """TensorRT's IProfiler that adds up the milliseconds of each layer."""
 
     class Profiler(trt.IProfiler):

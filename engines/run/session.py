@@ -134,7 +134,7 @@ class Session:
         outputs = self.bind(inputs)
         return self._capture(self.context, dict(inputs), outputs)
 
-    def bind_output(self, name: str, memory: Any) -> None:  # noqa: ANN401 - whatever speaks DLPack
+    def bind_output(self, name: str, memory: Any) -> None:
         """Has an output written to the caller's memory from the next run on, instead of to new memory.
 
         Args:
@@ -204,14 +204,14 @@ class Session:
         """What was bound goes, CUDA graphs with it, whose addresses are fixed."""
         self._callers, self._captured, self._bound, self._results = callers, {}, {}, {}
 
-    def _new_context(self) -> Any:  # noqa: ANN401
+    def _new_context(self) -> Any:
         assert self.loaded
         with on_device(self.stream, self.device):
             return self.loaded.new_context()
 
     def _bind(
         self,
-        context: Any,  # noqa: ANN401
+        context: Any,
         inputs: Mapping[str, Tensor],
         outputs: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
@@ -234,12 +234,12 @@ class Session:
                     )
         return outputs
 
-    def _execute(self, context: Any) -> None:  # noqa: ANN401
+    def _execute(self, context: Any) -> None:
         with on_device(self.stream, self.device):
             if not context.execute_async_v3(self.stream.cuda_stream if self.stream else 0):
                 raise SessionError(f"{self.plan}: the run failed ({self._failure}); {memory_text(self.device)}")
 
-    def _capture(self, context: Any, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Captured:  # noqa: ANN401
+    def _capture(self, context: Any, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Captured:
         """Captures a run of a context that is bound."""
         for _ in range(WARM_UP_RUNS):
             self._execute(context)
@@ -277,7 +277,7 @@ class Session:
         if self.stream:
             self.stream.synchronize()
 
-    def _output(self, context: Any, name: str, dtype: torch.dtype) -> Tensor:  # noqa: ANN401
+    def _output(self, context: Any, name: str, dtype: torch.dtype) -> Tensor:
         shape = tuple(context.get_tensor_shape(name))
         if name in self._callers:
             return view_of(self._callers[name], shape)

@@ -36,7 +36,7 @@ class Activation:
     removed: tuple[Path, ...]
 
 
-def serve_version(config: Any, version: int) -> None:  # noqa: ANN401 - ModelConfig
+def serve_version(config: Any, version: int) -> None:
     """Makes a config name the only version that is served."""
     config.version_policy.CopyFrom(schema().ModelVersionPolicy(specific={"versions": [version]}))
 
@@ -99,7 +99,7 @@ def activate_version(
     return Activation(name, version, before, tuple(files), tuple(removed))
 
 
-def _config_of(model: Path, version: int, held: Any) -> Any:  # noqa: ANN401
+def _config_of(model: Path, version: int, held: Any) -> Any:
     """The config that a version came with; one of before November 30, 2026 came with none and has the model's."""
     where = model / str(version) / MANIFEST
     try:

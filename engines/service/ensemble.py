@@ -24,7 +24,7 @@ DECODER_MIB = 1100
 at full size, the largest that its limits allow (preprocess/model.py, `decode` and `resize`, Pillow 13, measured)."""
 
 
-def preprocess_config(source: Source, name: str) -> Any:  # noqa: ANN401 - ModelConfig
+def preprocess_config(source: Source, name: str) -> Any:
     """The config of the model that decodes and resizes pictures.
 
     Its instances are on the CPU by name, or Triton would start one per GPU; that is the only instance_group here.
@@ -37,7 +37,7 @@ def preprocess_config(source: Source, name: str) -> Any:  # noqa: ANN401 - Model
     return config
 
 
-def pictures_config(source: Source, name: str, preprocess: str, engine: str, outputs: Sequence[TensorSpec]) -> Any:  # noqa: ANN401
+def pictures_config(source: Source, name: str, preprocess: str, engine: str, outputs: Sequence[TensorSpec]) -> Any:
     """The config of the ensemble from pictures to features."""
     config = _config(source, name)
     config.platform = "ensemble"
@@ -50,7 +50,7 @@ def pictures_config(source: Source, name: str, preprocess: str, engine: str, out
     return config
 
 
-def chosen_config(source: Source, name: str, engine: str, outputs: Sequence[TensorSpec]) -> Any:  # noqa: ANN401
+def chosen_config(source: Source, name: str, engine: str, outputs: Sequence[TensorSpec]) -> Any:
     """The config of an ensemble that answers with some of a plan's outputs.
 
     The tensorrt backend demands a config that lists every output of the plan (`expected configuration for output`,
@@ -65,18 +65,18 @@ def chosen_config(source: Source, name: str, engine: str, outputs: Sequence[Tens
     return config
 
 
-def _config(source: Source, name: str) -> Any:  # noqa: ANN401
+def _config(source: Source, name: str) -> Any:
     config = schema().ModelConfig(name=name, max_batch_size=source.batch.maximum if source.batch.dynamic else 0)
     config.version_policy.latest.num_versions = 1
     return config
 
 
-def _add_picture(config: Any, source: Source) -> None:  # noqa: ANN401
+def _add_picture(config: Any, source: Source) -> None:
     pictures = 1 if source.batch.dynamic else source.batch.optimum
     config.input.add(name=PICTURE, data_type=schema().DataType.Value("TYPE_STRING"), dims=[pictures])
 
 
-def _add_engine(config: Any, source: Source, engine: str, outputs: Sequence[TensorSpec]) -> None:  # noqa: ANN401
+def _add_engine(config: Any, source: Source, engine: str, outputs: Sequence[TensorSpec]) -> None:
     step = config.ensemble_scheduling.step.add(model_name=engine, model_version=-1)
     step.input_map[source.image.name] = source.image.name
     for spec in outputs:

@@ -12,7 +12,7 @@ from engines.service.served_model import Source, TritonError
 from export.contract.manifest import ManifestError, read_manifest
 
 
-def check_held(model: Path, config: Any, source: Source | None) -> None:  # noqa: ANN401
+def check_held(model: Path, config: Any, source: Source | None) -> None:
     """Refuses a folder that holds something else than older versions of this model; `source` is what an engine runs."""
     if not model.exists():
         return
@@ -43,7 +43,7 @@ def check_held(model: Path, config: Any, source: Source | None) -> None:  # noqa
             )
 
 
-def check_ensembles(output: Path, engine: Any, written: Collection[str]) -> None:  # noqa: ANN401 - ModelConfig
+def check_ensembles(output: Path, engine: Any, written: Collection[str]) -> None:
     """Refuses an engine without outputs that an ensemble, left as it is, asks of it: that would no longer load.
 
     Args:
@@ -66,7 +66,7 @@ def check_ensembles(output: Path, engine: Any, written: Collection[str]) -> None
             )
 
 
-def listed_outputs(config: Any) -> set[str]:  # noqa: ANN401
+def listed_outputs(config: Any) -> set[str]:
     """Names of the outputs that a config lists."""
     return {spec.name for spec in config.output}
 
@@ -77,7 +77,7 @@ def _shared(manifest: dict[str, Any]) -> dict[str, Any]:
     return {"precision": manifest.get("precision"), "encoder": (exported or {}).get("encoder")}
 
 
-def contract(config: Any) -> dict[str, Any]:  # noqa: ANN401
+def contract(config: Any) -> dict[str, Any]:
     """What clients and older versions of a model rely on, in words; outputs by name."""
     names = schema().DataType.Name
     tensors = {
@@ -89,7 +89,7 @@ def contract(config: Any) -> dict[str, Any]:  # noqa: ANN401
     return {"backend": backend, "max_batch_size": config.max_batch_size, **tensors}
 
 
-def check_contract(path: Path, old: Any, new: Any) -> None:  # noqa: ANN401
+def check_contract(path: Path, old: Any, new: Any) -> None:
     """Refuses a config that breaks clients or versions of the model that is there; outputs may be added.
 
     Raises:

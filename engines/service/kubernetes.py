@@ -405,7 +405,7 @@ def _dump(documents: Sequence[Mapping[str, Any]]) -> str:
     class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]  # of a class that is looked up
         """Writes a text of several lines as such a block."""
 
-    def represent(dumper: Any, text: str) -> Any:  # noqa: ANN401 - PyYAML has no types
+    def represent(dumper: Any, text: str) -> Any:
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
     Dumper.add_representer(str, represent)

@@ -13,7 +13,7 @@ MOST_CUDA_GRAPHS = 16
 """Each keeps memory of its own: where the batch may be larger, only the profile's three sizes are captured."""
 
 
-def schema() -> Any:  # noqa: ANN401 - a generated module without types
+def schema() -> Any:
     """Triton's protobuf module.
 
     Raises:
@@ -34,7 +34,7 @@ def engine_config(
     *,
     queue_delay_us: int,
     cuda_graphs: bool,
-) -> Any:  # noqa: ANN401 - ModelConfig
+) -> Any:
     """The config of the model that runs the plan or ONNX file.
 
     A fixed batch B keeps its dimension: max_batch_size 0, dims with B. dims are always written, because auto-complete
@@ -71,7 +71,7 @@ def engine_config(
     return config
 
 
-def add_tensors(target: Any, specs: Sequence[TensorSpec], batch: BatchRange) -> None:  # noqa: ANN401
+def add_tensors(target: Any, specs: Sequence[TensorSpec], batch: BatchRange) -> None:
     """Lists inputs or outputs in a config."""
     for spec in specs:
         target.add(name=spec.name, data_type=_data_type(spec), dims=dims(spec, batch))
@@ -87,14 +87,14 @@ def profile_sizes(batch: BatchRange) -> list[int]:
     return sorted({batch.minimum, batch.optimum, batch.maximum})
 
 
-def to_text(config: Any) -> str:  # noqa: ANN401
+def to_text(config: Any) -> str:
     """The config as config.pbtxt has it."""
     from google.protobuf import text_format  # type: ignore[import-untyped]
 
     return "# Written by neck-export triton.\n" + text_format.MessageToString(config)
 
 
-def read_config(path: Path) -> Any | None:  # noqa: ANN401
+def read_config(path: Path) -> Any | None:
     """The config of a model that is there, or None.
 
     Raises:
@@ -129,7 +129,7 @@ def takes_graphs(source: Source) -> bool:
     return source.kind == "plan" and source.batch.dynamic
 
 
-def _add_cuda_graphs(config: Any, source: Source) -> None:  # noqa: ANN401
+def _add_cuda_graphs(config: Any, source: Source) -> None:
     """One graph for each batch size."""
     config.optimization.cuda.graphs = True
     every = range(source.batch.minimum, source.batch.maximum + 1)

@@ -167,7 +167,7 @@ def _inspected(layer: Mapping[str, Any], accumulations: Mapping[str, tuple[str, 
     return Kernel(_text(layer.get("Name")), _text(layer.get("LayerType")), tactic, **tensors)
 
 
-def _tensor(told: Any) -> Tensor:  # noqa: ANN401 - of JSON
+def _tensor(told: Any) -> Tensor:
     """A tensor of the inspector's JSON; its size is not told where its sides are no numbers."""
     values = told if isinstance(told, Mapping) else {}
     sides = _list(values.get("Dimensions")) or [None]
@@ -177,11 +177,11 @@ def _tensor(told: Any) -> Tensor:  # noqa: ANN401 - of JSON
     return Tensor(_text(values.get("Name")), tuple(sides) if known else (-1,), _first_type(words))
 
 
-def _list(value: Any) -> list[Any]:  # noqa: ANN401 - of JSON
+def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _text(value: Any) -> str:  # noqa: ANN401 - of JSON
+def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 

@@ -61,12 +61,12 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def to_json(values: Any) -> str:  # noqa: ANN401 - JSON values
+def to_json(values: Any) -> str:
     """Values as a strict JSON text that ends in a newline; NaN and infinity, which JSON lacks, become null."""
     return json.dumps(_finite(values), indent=1, allow_nan=False) + "\n"
 
 
-def parse_json(text: str) -> Any:  # noqa: ANN401 - JSON values
+def parse_json(text: str) -> Any:
     """Reads a strict JSON text.
 
     Raises:
@@ -76,7 +76,7 @@ def parse_json(text: str) -> Any:  # noqa: ANN401 - JSON values
     return json.loads(text, parse_constant=_finite_number, parse_float=_finite_number)
 
 
-def _finite(values: Any) -> Any:  # noqa: ANN401
+def _finite(values: Any) -> Any:
     if isinstance(values, dict):
         return {key: _finite(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
@@ -100,7 +100,7 @@ def seen(files: Iterable[Path]) -> list[dict[str, Any]]:
     return [{"name": name, "bytes": stat.st_size, "modified_us": stat.st_mtime_ns // 1000} for name, stat in stats]
 
 
-def unchanged(path: Path, before: Any) -> bool:  # noqa: ANN401 - JSON values
+def unchanged(path: Path, before: Any) -> bool:
     """Whether the files beside a manifest have the sizes and times that `seen` noted.
 
     Args:

@@ -249,7 +249,7 @@ def run_model(model: ir.Model, folder: Path, image: np.ndarray) -> list[np.ndarr
             raise
 
 
-def open_model(model: ir.Model, folder: Path) -> Any:  # noqa: ANN401 - ONNX Runtime's session
+def open_model(model: ir.Model, folder: Path) -> Any:
     """A session on the CPU of a model whose external weights lie in `folder`, its Q and DQ run as they are written."""
     ort = require_runtime()
     options = ort.SessionOptions()

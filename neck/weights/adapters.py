@@ -65,7 +65,7 @@ class Scaling:
         return alpha / (math.sqrt(rank) if self.root else rank)
 
 
-def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:  # noqa: ANN401 - a rank or an alpha
+def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """PEFT's rule: the first key that, as a regular expression, is the name or the end of it after a dot."""
     return next((value for key, value in pattern.items() if re.match(rf"(?:.*\.)?(?:{key})$", module)), default)
 

@@ -134,7 +134,7 @@ def _backbone_fields(file: Path, section: dict[str, Any]) -> dict[str, Any]:
     return values | _theta(section)
 
 
-def _side(name: str, value: Any) -> Any:  # noqa: ANN401 - any JSON value; EncoderConfig judges it
+def _side(name: str, value: Any) -> Any:
     """One side of a square that is given as a number or as two."""
     if not isinstance(value, list):
         return value

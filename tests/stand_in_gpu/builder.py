@@ -20,35 +20,35 @@ ATTENTION_SINCE = (10, 14)
 class Builder(Played):
     """trt.Builder."""
 
-    def __init__(self, logger: Any) -> None:  # noqa: ANN401
+    def __init__(self, logger: Any) -> None:
         if not getattr(logger, "_begun", False):
             raise TypeError("ILogger.__init__() must be called when overriding __init__")
         check_driver(type(self).state, logger)
         self._logger = logger
 
-    def create_network(self, flags: int = 0) -> Any:  # noqa: ANN401
+    def create_network(self, flags: int = 0) -> Any:
         """An empty network."""
         trt = type(self).trt
         typed = type(self).state.version[0] != 10 or flags >> int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) & 1
         return trt.INetworkDefinition(typed=bool(typed))
 
-    def create_builder_config(self) -> Any:  # noqa: ANN401
+    def create_builder_config(self) -> Any:
         """A config with the defaults: TF32 is allowed."""
         config = type(self).trt.IBuilderConfig()
         config._logger = self._logger
         type(self).state.configs.append(config)
         return config
 
-    def create_optimization_profile(self) -> Any:  # noqa: ANN401
+    def create_optimization_profile(self) -> Any:
         """An empty profile."""
         return type(self).trt.IOptimizationProfile()
 
-    def build_serialized_network(self, network: Any, config: Any) -> Any:  # noqa: ANN401
+    def build_serialized_network(self, network: Any, config: Any) -> Any:
         """The plan, None where the builder gave up."""
         data = self._build(network, config)
         return None if data is None else type(self).trt.IHostMemory(data)
 
-    def build_serialized_network_to_stream(self, network: Any, config: Any, writer: Any) -> bool:  # noqa: ANN401
+    def build_serialized_network_to_stream(self, network: Any, config: Any, writer: Any) -> bool:
         """Streams the plan; a stream that takes nothing is a success all the same (RTX 1.7)."""
         data = self._build(network, config)
         if data is None:
@@ -58,7 +58,7 @@ class Builder(Played):
             writer.write(part)
         return True
 
-    def _build(self, network: Any, config: Any) -> bytes | None:  # noqa: ANN401
+    def _build(self, network: Any, config: Any) -> bytes | None:
         state = type(self).state
         monitor = getattr(config, "_progress_monitor", None)
         if monitor is not None:
@@ -90,7 +90,7 @@ class Builder(Played):
 class IHostMemory(Played):
     """trt.IHostMemory: the bytes by the buffer protocol, which Python 3.11 gives to subclasses of bytes alone."""
 
-    def __new__(cls, data: bytes) -> Any:  # noqa: ANN401
+    def __new__(cls, data: bytes) -> Any:
         return _HostMemory(data)
 
 
@@ -109,7 +109,7 @@ class INetworkDefinition(Played):
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
 
-    def __iter__(self) -> Any:  # noqa: ANN401
+    def __iter__(self) -> Any:
         return iter(self._layers)
 
     def _take(self, model: onnx.ModelProto) -> None:
@@ -117,7 +117,7 @@ class INetworkDefinition(Played):
         infos = [*model.graph.value_info, *model.graph.output, *model.graph.input]
         ports = {info.name: plan.port_of(info) for info in infos if info.type.tensor_type.elem_type}
 
-        def tensor(name: str) -> Any:  # noqa: ANN401
+        def tensor(name: str) -> Any:
             return trt.ITensor(ports[name])
 
         for node in model.graph.node:
@@ -135,7 +135,7 @@ class INetworkDefinition(Played):
         """How many layers."""
         return len(self._layers)
 
-    def get_layer(self, index: int) -> Any:  # noqa: ANN401
+    def get_layer(self, index: int) -> Any:
         """A layer."""
         return self._layers[index]
 
@@ -144,7 +144,7 @@ class INetworkDefinition(Played):
         """How many inputs."""
         return len(self._inputs)
 
-    def get_input(self, index: int) -> Any:  # noqa: ANN401
+    def get_input(self, index: int) -> Any:
         """An input."""
         return self._inputs[index]
 
@@ -153,7 +153,7 @@ class INetworkDefinition(Played):
         """How many outputs."""
         return len(self._outputs)
 
-    def get_output(self, index: int) -> Any:  # noqa: ANN401
+    def get_output(self, index: int) -> Any:
         """An output."""
         return self._outputs[index]
 
@@ -163,14 +163,14 @@ class ILayer(Played):
 
     precision_is_set = False
 
-    def __init__(self, name: str, kind: Any, inputs: list[Any], output: Any) -> None:  # noqa: ANN401
+    def __init__(self, name: str, kind: Any, inputs: list[Any], output: Any) -> None:
         self.name, self.type, self._inputs, self._output = name, kind, inputs, output
 
-    def get_input(self, index: int) -> Any:  # noqa: ANN401
+    def get_input(self, index: int) -> Any:
         """An input, None for one that is a weight."""
         return self._inputs[index]
 
-    def get_output(self, index: int) -> Any:  # noqa: ANN401
+    def get_output(self, index: int) -> Any:
         """An output."""
         return self._output
 
@@ -179,7 +179,7 @@ class IAttentionInputLayer(ILayer):
     """trt.IAttentionInputLayer."""
 
     @property
-    def attention(self) -> Any:  # noqa: ANN401
+    def attention(self) -> Any:
         """The attention that it begins."""
         if "_attention" not in vars(self):
             self._attention = type(self).trt.IAttention()
@@ -204,7 +204,7 @@ class ITensor(Played):
 class OnnxParser(Played):
     """trt.OnnxParser."""
 
-    def __init__(self, network: Any, logger: Any) -> None:  # noqa: ANN401
+    def __init__(self, network: Any, logger: Any) -> None:
         self._network, self._logger, self._errors = network, logger, []  # type: Any, Any, list[Any]
 
     def parse_from_file(self, model: str) -> bool:
@@ -224,7 +224,7 @@ class OnnxParser(Played):
         """How many errors."""
         return len(self._errors)
 
-    def get_error(self, index: int) -> Any:  # noqa: ANN401
+    def get_error(self, index: int) -> Any:
         """An error."""
         return self._errors[index]
 
@@ -257,11 +257,11 @@ class IOptimizationProfile(Played):
     def __bool__(self) -> bool:
         return True
 
-    def set_shape(self, input: str, min: Any, opt: Any, max: Any) -> None:  # noqa: ANN401
+    def set_shape(self, input: str, min: Any, opt: Any, max: Any) -> None:
         """Shapes of an input."""
         self._shapes[input] = [tuple(min), tuple(opt), tuple(max)]
 
-    def get_shape(self, input: str) -> Any:  # noqa: ANN401
+    def get_shape(self, input: str) -> Any:
         """Shapes of an input."""
         return self._shapes[input]
 
@@ -275,38 +275,38 @@ class IBuilderConfig(Played):
         self._targets: list[Any] = []
         self._cache: Any = None
 
-    def set_flag(self, flag: Any) -> None:  # noqa: ANN401
+    def set_flag(self, flag: Any) -> None:
         """Sets a flag."""
         self._flags.add(flag)
 
-    def clear_flag(self, flag: Any) -> None:  # noqa: ANN401
+    def clear_flag(self, flag: Any) -> None:
         """Clears a flag."""
         self._flags.discard(flag)
 
-    def get_flag(self, flag: Any) -> bool:  # noqa: ANN401
+    def get_flag(self, flag: Any) -> bool:
         """Whether a flag is set."""
         return flag in self._flags
 
     @property
-    def progress_monitor(self) -> Any:  # noqa: ANN401
+    def progress_monitor(self) -> Any:
         """Told of the progress."""
         return self._progress_monitor
 
     @progress_monitor.setter
-    def progress_monitor(self, monitor: Any) -> None:  # noqa: ANN401
+    def progress_monitor(self, monitor: Any) -> None:
         if not getattr(monitor, "_begun", False):
             raise TypeError("IProgressMonitor.__init__() must be called when overriding __init__")
         self._progress_monitor = monitor
 
-    def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None:  # noqa: ANN401
+    def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None:
         """Limits scratch memory."""
 
-    def add_optimization_profile(self, profile: Any) -> int:  # noqa: ANN401
+    def add_optimization_profile(self, profile: Any) -> int:
         """Adds a profile."""
         self._profiles.append(profile)
         return len(self._profiles) - 1
 
-    def create_timing_cache(self, serialized_timing_cache: bytes) -> Any:  # noqa: ANN401
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> Any:
         """A timing cache; an empty one where the bytes are none, as the real one (seen with RTX 1.7)."""
         data = bytes(serialized_timing_cache)
         if data and not data.startswith(b"[["):
@@ -314,7 +314,7 @@ class IBuilderConfig(Played):
             data = b""
         return type(self).trt.ITimingCache(data)
 
-    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:  # noqa: ANN401
+    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
         """Takes a timing cache, of this GPU and version alone."""
         if cache._of != cache._here() and not ignore_mismatch:
             self._logger.log(ERROR, "Error Code 3: Internal Error (Failed to load timing cache, header mismatch)")
@@ -337,21 +337,21 @@ class IBuilderConfig(Played):
             times.setdefault(key, next(state.measured))
         return dict(times)
 
-    def get_timing_cache(self) -> Any:  # noqa: ANN401
+    def get_timing_cache(self) -> Any:
         """The timing cache; None where none was taken (seen with RTX 1.7)."""
         return self._cache
 
-    def set_compute_capability(self, compute_capability: Any, index: int) -> bool:  # noqa: ANN401
+    def set_compute_capability(self, compute_capability: Any, index: int) -> bool:
         """A GPU to build for."""
         self._targets.append(compute_capability)
         return True
 
-    def _problem(self, network: Any) -> str | None:  # noqa: ANN401
+    def _problem(self, network: Any) -> str | None:
         if any(-1 in network.get_input(index).shape for index in range(network.num_inputs)) and not self._profiles:
             return "Network has dynamic or shape inputs, but no optimization profile has been defined."
         return None
 
-    def _facts(self, state: Any) -> dict[str, Any]:  # noqa: ANN401
+    def _facts(self, state: Any) -> dict[str, Any]:
         """What a plan holds of it."""
         trt, device = type(self).trt, state.device
         profiles = self._profiles[0]._shapes if self._profiles else {}
@@ -382,6 +382,6 @@ class ITimingCache(Played):
         state = type(self).state
         return [state.device and state.device.name, *state.version]
 
-    def serialize(self) -> Any:  # noqa: ANN401
+    def serialize(self) -> Any:
         """Its bytes."""
         return type(self).trt.IHostMemory(json.dumps([self._of, self._times]).encode())

@@ -282,7 +282,7 @@ class Mode(TorchFunctionMode):
         """Whether a value is a tensor that lies on the device."""
         return self.block_of(value) is not None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if name in ("__get__", "data_ptr", "numel", "is_contiguous", "stride", "size", "dim", "element_size"):
             return self._property(func, args) if name == "__get__" else func(*args, **kwargs)
@@ -303,7 +303,7 @@ class Mode(TorchFunctionMode):
             self.device.synchronize(at[0])
         return found
 
-    def _call(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+    def _call(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         places = any(isinstance(value, PLACES) for value in (*args, *kwargs.values()))
         if (not places and name not in NEW and name not in MOVES) or func is torch.device:
             return func(*args, **kwargs)
@@ -326,14 +326,14 @@ class Mode(TorchFunctionMode):
         there = self.block_of(found)
         return found if there and there.index == index else self.device.put(found, index)
 
-    def _property(self, func: Any, args: Any) -> Any:  # noqa: ANN401
+    def _property(self, func: Any, args: Any) -> Any:
         block = self.block_of(args[0]) if func in (Tensor.device.__get__, Tensor.is_cuda.__get__) else None
         if func == Tensor.device.__get__:
             return torch.device("cuda", block.index) if block else func(*args)
         return block is not None if func == Tensor.is_cuda.__get__ else func(*args)
 
 
-def _tensors(args: Any, kwargs: Any) -> Iterator[Any]:  # noqa: ANN401
+def _tensors(args: Any, kwargs: Any) -> Iterator[Any]:
     for value in (*args, *kwargs.values()):
         yield from value if isinstance(value, list | tuple) else (value,)
 
@@ -355,7 +355,7 @@ def _elsewhere(
     """The arguments with `cpu` in the place of `cuda`, and which GPU was asked for."""
     asked = None
 
-    def change(value: Any) -> Any:  # noqa: ANN401
+    def change(value: Any) -> Any:
         nonlocal asked
         named = isinstance(value, str) and value.partition(":")[0] == "cuda"
         if named or (isinstance(value, torch.device) and value.type == "cuda"):
@@ -501,7 +501,7 @@ def cuda_surface(device: Device) -> dict[str, Any]:
 
     played = device
 
-    def _index(place: Any) -> int:  # noqa: ANN401
+    def _index(place: Any) -> int:
         place = torch.device(place) if isinstance(place, str) else place
         index = place.index if isinstance(place, torch.device) else place
         return played.current if index is None else int(index)
@@ -522,7 +522,7 @@ def cuda_surface(device: Device) -> dict[str, Any]:
             played.current = index
 
     @contextlib.contextmanager
-    def on_gpu(device: Any) -> Iterator[None]:  # noqa: ANN401
+    def on_gpu(device: Any) -> Iterator[None]:
         before = played.current
         played.current = _index(device)
         try:

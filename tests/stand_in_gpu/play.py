@@ -108,40 +108,40 @@ class Driver:
     def __init__(self, device: Device) -> None:
         self.device = device
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"the driver has no symbol {name}")
 
     def cuInit(self, flags: int) -> int:
         """Success."""
         return 0
 
-    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: ANN401
+    def cuDeviceGetCount(self, count: Any) -> int:
         """How many."""
         count._obj.value = len(self.device.capabilities)
         return 0
 
-    def cuDeviceGet(self, device: Any, ordinal: int) -> int:  # noqa: ANN401
+    def cuDeviceGet(self, device: Any, ordinal: int) -> int:
         """The one of that index."""
         device._obj.value = ordinal
         return 0
 
-    def cuDeviceGetName(self, name: Any, length: int, device: Any) -> int:  # noqa: ANN401
+    def cuDeviceGetName(self, name: Any, length: int, device: Any) -> int:
         """Its name."""
         name.value = self.device.name.encode()[: length - 1]
         return 0
 
-    def cuDriverGetVersion(self, version: Any) -> int:  # noqa: ANN401
+    def cuDriverGetVersion(self, version: Any) -> int:
         """The newest CUDA that it serves."""
         version._obj.value = self.device.cuda
         return 0
 
-    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:  # noqa: ANN401
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
         """Major and minor compute capability (75 and 76 in cuda.h)."""
         capability = self.device.capabilities[device.value]
         value._obj.value = int(capability.split(".")[{75: 0, 76: 1}[attribute]])
         return 0
 
-    def cuStreamCreate(self, stream: Any, flags: int) -> int:  # noqa: ANN401
+    def cuStreamCreate(self, stream: Any, flags: int) -> int:
         """A stream of the current GPU."""
         stream._obj.value = self.device.create_stream()
         return 0
@@ -150,7 +150,7 @@ class Driver:
         """Success."""
         return 0
 
-    def nvmlSystemGetDriverVersion(self, version: Any, length: int) -> int:  # noqa: ANN401
+    def nvmlSystemGetDriverVersion(self, version: Any, length: int) -> int:
         """The driver's version."""
         version.value = self.device.driver.encode()[: length - 1]
         return 0
@@ -159,7 +159,7 @@ class Driver:
 def _put_driver_in(patch: pytest.MonkeyPatch, device: Device | None) -> None:
     load = ctypes.CDLL
 
-    def find(name: Any, *more: Any, **options: Any) -> Any:  # noqa: ANN401
+    def find(name: Any, *more: Any, **options: Any) -> Any:
         if name in ("libcuda.so.1", "libnvidia-ml.so.1"):
             if device is None:
                 raise OSError(f"{name}: cannot open shared object file")

@@ -29,14 +29,14 @@ class Runtime(Played):
     engine_host_code_allowed = False
     engine_header_size = 64
 
-    def __init__(self, logger: Any) -> None:  # noqa: ANN401
+    def __init__(self, logger: Any) -> None:
         if not getattr(logger, "_begun", False):
             raise TypeError("ILogger.__init__() must be called when overriding __init__")
         check_driver(type(self).state, logger)
         type(self).state.take_logger(logger)
         self._logger = logger
 
-    def deserialize_cuda_engine(self, serialized_engine: Any) -> Any:  # noqa: ANN401
+    def deserialize_cuda_engine(self, serialized_engine: Any) -> Any:
         """The engine of a plan, None where it cannot be loaded."""
         state = type(self).state
         if state.device is None or (state.flavor == "rtx" and state.device.cuda < RTX_CUDA):
@@ -53,7 +53,7 @@ class Runtime(Played):
             return self._refuse("Error Code 6: incompatible with compute capability of this device")
         return type(self).trt.ICudaEngine(self._logger, facts, model)
 
-    def get_engine_validity(self, buffer: bytes) -> Any:  # noqa: ANN401
+    def get_engine_validity(self, buffer: bytes) -> Any:
         """Whether a plan runs here, and why not (RTX)."""
         trt, state = type(self).trt, type(self).state
         assert len(buffer) <= self.engine_header_size
@@ -73,7 +73,7 @@ class Runtime(Played):
 class ICudaEngine(Played):
     """trt.ICudaEngine."""
 
-    def __init__(self, logger: Any, facts: dict[str, Any], model: bytes) -> None:  # noqa: ANN401
+    def __init__(self, logger: Any, facts: dict[str, Any], model: bytes) -> None:
         graph = onnx.load_from_string(model)
         self._logger, self._facts, self._model = logger, facts, model
         self._inputs = [plan.port_of(value) for value in graph.graph.input]
@@ -90,7 +90,7 @@ class ICudaEngine(Played):
         """A name."""
         return list(self._ports)[index]
 
-    def get_tensor_mode(self, name: str) -> Any:  # noqa: ANN401
+    def get_tensor_mode(self, name: str) -> Any:
         """Input or output."""
         return type(self).trt.TensorIOMode["INPUT" if self._ports[name] in self._inputs else "OUTPUT"]
 
@@ -98,7 +98,7 @@ class ICudaEngine(Played):
         """A shape, -1 where it is dynamic."""
         return self._ports[name].shape
 
-    def get_tensor_dtype(self, name: str) -> Any:  # noqa: ANN401
+    def get_tensor_dtype(self, name: str) -> Any:
         """A type."""
         return type(self).trt.DataType[self._ports[name].kind]
 
@@ -106,7 +106,7 @@ class ICudaEngine(Played):
         """Smallest, optimum, largest shape."""
         return [tuple(shape) for shape in self._facts["profiles"][name]]
 
-    def get_engine_stat(self, stat: Any) -> int:  # noqa: ANN401
+    def get_engine_stat(self, stat: Any) -> int:
         """A figure of the engine."""
         return len(self._model) if stat.name == "TOTAL_WEIGHTS_SIZE" else -1
 
@@ -114,17 +114,17 @@ class ICudaEngine(Played):
         """Scratch memory."""
         return 1 << 20
 
-    def create_runtime_config(self) -> Any:  # noqa: ANN401
+    def create_runtime_config(self) -> Any:
         """A runtime config."""
         return type(self).trt.IRuntimeConfig()
 
-    def create_execution_context(self, runtime_config: Any = None) -> Any:  # noqa: ANN401
+    def create_execution_context(self, runtime_config: Any = None) -> Any:
         """A context; in TensorRT 10.3 its argument is an allocation strategy."""
         context = type(self).trt.IExecutionContext(self, runtime_config)
         type(self).state.contexts.append(context)
         return context
 
-    def create_engine_inspector(self) -> Any:  # noqa: ANN401
+    def create_engine_inspector(self) -> Any:
         """An inspector."""
         return type(self).trt.EngineInspector(self)
 
@@ -139,16 +139,16 @@ class IRuntimeConfig(Played):
             self.dynamic_shapes_kernel_specialization_strategy = strategy
             self.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
 
-    def create_runtime_cache(self) -> Any:  # noqa: ANN401
+    def create_runtime_cache(self) -> Any:
         """An empty cache."""
         return type(self).trt.IRuntimeCache()
 
-    def set_runtime_cache(self, cache: Any) -> bool:  # noqa: ANN401
+    def set_runtime_cache(self, cache: Any) -> bool:
         """Takes a cache, which is filled while contexts run."""
         self._cache = cache
         return True
 
-    def get_runtime_cache(self) -> Any:  # noqa: ANN401
+    def get_runtime_cache(self) -> Any:
         """The cache."""
         return self._cache
 
@@ -159,11 +159,11 @@ class IRuntimeCache(Played):
     def __init__(self) -> None:
         self._batches: list[int] = []
 
-    def serialize(self) -> Any:  # noqa: ANN401
+    def serialize(self) -> Any:
         """Its bytes."""
         return type(self).trt.IHostMemory(json.dumps(self._batches).encode())
 
-    def deserialize(self, blob: Any) -> bool:  # noqa: ANN401
+    def deserialize(self, blob: Any) -> bool:
         """Takes what `serialize` gave; False, the cache unchanged, where it is of another GPU or no cache."""
         if type(self).state.faults.foreign_kernels:
             return False
@@ -179,10 +179,10 @@ class IRuntimeCache(Played):
 class EngineInspector(Played):
     """trt.EngineInspector."""
 
-    def __init__(self, engine: Any) -> None:  # noqa: ANN401
+    def __init__(self, engine: Any) -> None:
         self._engine = engine
 
-    def get_engine_information(self, format: Any) -> str:  # noqa: ANN401
+    def get_engine_information(self, format: Any) -> str:
         """What the engine is made of."""
         state = type(self).state
         if state.faults.inspector is not None:
@@ -195,7 +195,7 @@ class EngineInspector(Played):
 class IExecutionContext(Played):
     """trt.IExecutionContext."""
 
-    def __init__(self, engine: Any, runtime_config: Any) -> None:  # noqa: ANN401
+    def __init__(self, engine: Any, runtime_config: Any) -> None:
         self._engine, self._config = engine, runtime_config
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
@@ -204,17 +204,17 @@ class IExecutionContext(Played):
         self._index = type(self).state.device.current  # its scratch memory lies there
 
     @property
-    def profiler(self) -> Any:  # noqa: ANN401
+    def profiler(self) -> Any:
         """Told of every layer's time."""
         return self._profiler
 
     @profiler.setter
-    def profiler(self, profiler: Any) -> None:  # noqa: ANN401
+    def profiler(self, profiler: Any) -> None:
         if not getattr(profiler, "_begun", False):
             raise TypeError("IProfiler.__init__() must be called when overriding __init__")
         self._profiler, self._profiled = profiler, 0
 
-    def set_input_shape(self, name: str, shape: Any) -> bool:  # noqa: ANN401
+    def set_input_shape(self, name: str, shape: Any) -> bool:
         """Chooses the batch."""
         want, low_high = self._engine._ports[name].shape, self._engine._facts["profiles"].get(name)
         batch = (low_high[0][0], low_high[2][0]) if low_high else (want[0], want[0])

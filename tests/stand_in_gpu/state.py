@@ -69,7 +69,7 @@ class State:
     measured: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     loggers: weakref.WeakSet[Any] = dataclasses.field(default_factory=weakref.WeakSet)
 
-    def take_logger(self, logger: Any) -> None:  # noqa: ANN401
+    def take_logger(self, logger: Any) -> None:
         """A runtime or builder has a logger of its own: at the second one there is a warning (RTX 1.7), no more."""
         if set(self.loggers) - {logger}:
             logger.log(
@@ -85,7 +85,7 @@ NULL = "pybind11::init(): factory function returned nullptr"
 """What the bindings raise, as a TypeError, where the library gives no object (NVIDIA/TensorRT #308, #2913)."""
 
 
-def check_driver(state: State, logger: Any) -> None:  # noqa: ANN401
+def check_driver(state: State, logger: Any) -> None:
     """TensorRT 11 is built for CUDA 13, and 10 for CUDA 12: with an older driver neither Builder nor Runtime is made.
 
     Raises:
@@ -110,7 +110,7 @@ class Played:
     trt: Any = None
     state: Any = None
 
-    def __getattribute__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattribute__(self, name: str) -> Any:
         if name.startswith("_"):
             return object.__getattribute__(self, name)
         cls = type(self)

@@ -68,7 +68,7 @@ def library_version(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in (LIBRARIES.get(version) or wheel_version(version)).split("."))
 
 
-def new_enum(name: str, members: list[str], version: str) -> Any:  # noqa: ANN401
+def new_enum(name: str, members: list[str], version: str) -> Any:
     """An enum of a listing; STRONGLY_TYPED is 1 in TensorRT 10 and 0 in 11 and RTX."""
     order = [member for member in VALUES.get(name, sorted(members)) if member in members]
     numbers = {member: index for index, member in enumerate(order)}
@@ -100,7 +100,7 @@ def new_module(version: str, state: State) -> types.ModuleType:
             offers = {"offers": frozenset(members or ()), "trt": module, "state": state}
             setattr(module, name, type(name, (played[name],), offers))
 
-    def missing(name: str) -> Any:  # noqa: ANN401
+    def missing(name: str) -> Any:
         if name in listing:
             raise NotImplementedError(f"the stand-in does not play {name} of TensorRT {version}")
         raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
@@ -112,7 +112,7 @@ def new_module(version: str, state: State) -> types.ModuleType:
 def _interface(name: str) -> type:
     """A class to derive from, whose own __init__ must be called, as pybind11 demands."""
 
-    def __init__(self: Any) -> None:  # noqa: ANN401
+    def __init__(self: Any) -> None:
         self._begun = True
 
     return type(name, (), {"__init__": __init__})

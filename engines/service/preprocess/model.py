@@ -79,7 +79,7 @@ class TritonPythonModel:
         """Answers each request by itself, so that a bad picture spoils no other request."""
         return [self.answer(request) for request in requests]
 
-    def answer(self, request: Any) -> Any:  # noqa: ANN401 - Triton's own types
+    def answer(self, request: Any) -> Any:
         """One request's pictures, or what is wrong with the first bad one."""
         files = pb_utils.get_input_tensor_by_name(request, "picture").as_numpy().reshape(-1)
         pixels = []

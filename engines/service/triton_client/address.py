@@ -102,7 +102,7 @@ def trusted(ca: Path | str | None) -> str | None:
     return where
 
 
-def connect(library: Any, protocol: str, address: Address, ca: Path | str | None, timeout_s: float) -> Any:  # noqa: ANN401
+def connect(library: Any, protocol: str, address: Address, ca: Path | str | None, timeout_s: float) -> Any:
     """tritonclient's client of the server, which sends the headers with every request.
 
     Raises:
@@ -119,7 +119,7 @@ def connect(library: Any, protocol: str, address: Address, ca: Path | str | None
     if address.headers:
 
         class Headers(library.InferenceServerClientPlugin):
-            def __call__(self, request: Any) -> None:  # noqa: ANN401
+            def __call__(self, request: Any) -> None:
                 request.headers = {**(request.headers or {}), **address.headers}
 
         client.register_plugin(Headers())

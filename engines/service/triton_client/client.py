@@ -168,7 +168,7 @@ class TritonClient:
         )
         return self._outputs(result, len(images))
 
-    def _outputs(self, result: Any, batch: int) -> dict[str, np.ndarray]:  # noqa: ANN401 - tritonclient's InferResult
+    def _outputs(self, result: Any, batch: int) -> dict[str, np.ndarray]:
         """The answer's outputs, all that were asked for and of the shapes that the model has.
 
         Raises:
@@ -192,7 +192,7 @@ class TritonClient:
             found[tensor.name] = value
         return found
 
-    def _check(self, tensor: Tensor, output: Any, batch: int) -> None:  # noqa: ANN401 - a dict (HTTP) or a message (gRPC)
+    def _check(self, tensor: Tensor, output: Any, batch: int) -> None:
         shape, datatype = (
             (output.get("shape", ()), output.get("datatype"))
             if isinstance(output, dict)

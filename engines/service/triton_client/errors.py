@@ -12,7 +12,7 @@ class ClientError(RuntimeError):
     """A request that cannot be made or was refused; the message says why and what to do."""
 
 
-def import_part(name: str, remedy: str) -> Any:  # noqa: ANN401 - a module
+def import_part(name: str, remedy: str) -> Any:
     """Imports a part of tritonclient, or says what to install."""
     try:
         return importlib.import_module(name)

@@ -40,7 +40,7 @@ class Model:
 
 
 def describe(
-    client: Any,  # noqa: ANN401 - tritonclient has no types
+    client: Any,
     name: str,
     version: str,
     outputs: Sequence[str],
@@ -92,7 +92,7 @@ def describe(
     return Model(inputs[0], tuple(chosen), most, first > 0)
 
 
-def _why_not_ready(index: Any, name: str, version: str) -> str:  # noqa: ANN401 - a list (HTTP) or a dict (gRPC)
+def _why_not_ready(index: Any, name: str, version: str) -> str:
     entries = index.get("models", []) if isinstance(index, dict) else index
     here = [one for one in entries if one["name"] == name]
     if not here:

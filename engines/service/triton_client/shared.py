@@ -96,7 +96,7 @@ class SharedMemory:
             raise
         return name, handle, size
 
-    def _register(self, name: str, handle: Any, size: int) -> None:  # noqa: ANN401 - tritonclient has no types
+    def _register(self, name: str, handle: Any, size: int) -> None:
         client, options = self._client(), self._options()
         if self._kind == "system":
             client.register_system_shared_memory(name, f"/{name}", size, **options)
