@@ -20,7 +20,6 @@ from exporting import trace_quickly
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.live_overhead import KINDS, run_kind
 from engines.attach import AttachError, attach, detach
 from engines.live.encoder import DeployedEncoder, EncoderError
 from engines.live.file_runtimes import RuntimeFileError
@@ -801,11 +800,16 @@ def test_deployed_encoder_is_shared_by_nobody_else(file: Path) -> None:
         one(frames(1))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_the_module_takes_around_its_session_is_measured(kind: str, file: Path) -> None:
-    found = run_kind(kind, file, 2)
-    assert len(found["inside_s"]) == len(found["around_s"]) == 2 and found["peak_bytes"] > 0
-    assert min(found["inside_s"]) > 0 and (min(found["around_s"]) > 0) == (kind == "deployed")
+def test_what_the_module_takes_around_its_session_is_told(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The snippet of docs/use.md that profiles a run."""
+    text = (Path(__file__).parent.parent / "docs" / "use.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "build").symlink_to(file.parent)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet.replace("sam3-encoder", "x").replace("1008", str(SIZE)), "use.md", "exec"), {})
+    assert "run_with_iobinding" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["image", "video"])
