@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from engines.builder.gpu import nvml_driver_version
+from export.contract.extras import install
 
 PACKAGES = {
     "torch": "neck-export itself",
     "onnx": "neck-export itself",
     "onnx-ir": "neck-export itself",
-    "onnxruntime": "pip install 'neck-export[cpu]'",
-    "onnxruntime-gpu": "pip install 'neck-export[gpu]'",
-    "tensorrt": "pip install 'neck-export[gpu]'",
-    "tensorrt-rtx-cu13": "pip install 'neck-export[rtx]'",
-    "polygraphy": "pip install 'neck-export[rtx]' or '[gpu]'",
+    "onnxruntime": install("cpu"),
+    "onnxruntime-gpu": install("gpu"),
+    "tensorrt": install("gpu"),
+    "tensorrt-rtx-cu13": install("rtx"),
+    "polygraphy": install("rtx"),
 }
 """Distribution -> what installs it."""
 

@@ -19,7 +19,7 @@ import pytest
 from conftest import Golden, Save, load_golden, traced
 from listening import listening
 
-pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
 
 from engines.builder import plan_stream as stream
 from engines.builder.build import BuildResult, build_plan

@@ -24,7 +24,7 @@ from PIL import Image
 
 if why_missing() is not None:
     pytest.skip(str(why_missing()), allow_module_level=True)
-pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install 'neck-export[triton]'")
+pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install '.[triton]'")
 
 import triton_server
 from serving import expected, pixels

@@ -151,7 +151,7 @@ def test_a_plan_that_computes_equals_pytorch(programs: Programs, tmp_path: Path,
     """An encoder as the stand-in's plan, run by ONNX Runtime, against what `verify --save-reference` saved."""
     if ort_include() is None:
         pytest.skip("needs onnxruntime_c_api.h; apt install libonnxruntime-dev (Debian 13), or give NECK_ORT_INCLUDE")
-    pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install 'neck-export[triton]'")
+    pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install '.[triton]'")
     from triton_server import stand_in_plan
 
     plan = stand_in_plan(tmp_path, input_kind=input_kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -50,14 +51,14 @@ TENSORRT, RTX = {"onnxruntime": "1.31.1", "tensorrt": "11.4"}, {"onnxruntime": "
 @pytest.mark.parametrize(
     ("packages", "gpus", "expected"),
     [
-        ({}, [], ("onnxruntime is missing: pip", "no TensorRT: pip install 'neck-export[gpu]'", "no TensorRT")),
+        ({}, [], ("onnxruntime is missing: pip", "no TensorRT: pip install '.[gpu]'", "no TensorRT")),
         ({"onnxruntime": "1.31.1"}, ["8.9"], ("yes", "no TensorRT: pip", "no TensorRT")),
         (TENSORRT, [], ("yes", "no NVIDIA GPU", "no NVIDIA GPU")),
         (TENSORRT, ["8.9"], ("yes", "yes", "yes")),
         (TENSORRT, ["9.0"], ("yes", "yes", "yes")),
         (RTX, [], ("yes", "yes", "no NVIDIA GPU")),
         (RTX, ["8.9", "9.0"], ("yes", "yes", "yes")),
-        (RTX, ["9.0"], ("yes", "yes", "TensorRT-RTX does not run on compute capability 9.0: pip install 'neck-exp")),
+        (RTX, ["9.0"], ("yes", "yes", "TensorRT-RTX does not run on compute capability 9.0: pip install '.[gpu]'")),
         (RTX, ["10.0"], ("yes", "yes", "TensorRT-RTX does not run on compute capability 10.0")),
         (TENSORRT | RTX, ["9.0"], ("yes", "yes", "yes")),
     ],
@@ -74,6 +75,23 @@ def test_a_missing_package_has_its_remedy(monkeypatch: pytest.MonkeyPatch) -> No
     lines = report_lines(examine())
     for name, remedy in PACKAGES.items():
         assert f"package  {name} not installed: {remedy}" in lines
+
+
+def test_what_a_message_installs_is_there() -> None:
+    """neck-export is on no package index, and only an extra of pyproject.toml can be installed."""
+    root = Path(__file__).parent.parent
+    folders = ("neck", "export", "engines", "benchmarks", "docs", "tests")
+    paths = [path for folder in folders for path in (root / folder).rglob("*") if path.suffix in (".py", ".md")]
+    texts = {path: path.read_text() for path in [*paths, root / "README.md", root / "neck_export.py"]}
+    assert [path for path, text in texts.items() if re.search(r"pip install '?neck-export", text)] == []
+    named = {
+        extra
+        for text in texts.values()
+        for found in re.findall(r"pip install '?\.\[([\w,]+)\]|\binstall\(\"(\w+)\"\)", text)
+        for extra in "".join(found).split(",")
+    }
+    declared = (root / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    assert {"cpu", "gpu", "rtx", "triton"} <= named <= set(re.findall(r"(?m)^(\w+) = ", declared))
 
 
 def test_versions_come_from_whichever_distribution_brings_the_module(monkeypatch: pytest.MonkeyPatch) -> None:

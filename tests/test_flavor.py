@@ -210,13 +210,13 @@ def test_choice(
 @pytest.mark.parametrize(
     ("asked", "gpu", "tensorrt", "says"),
     [
-        ("auto", None, None, r"neck-export\[gpu\]'.* or pip install 'neck-export\[rtx\]'"),
-        ("auto", GPU, None, r"tensorrt cannot be imported.*\n.*neck-export\[gpu\]"),
+        ("auto", None, None, r"'\.\[gpu\]' in .* or pip install '\.\[rtx\]'"),
+        ("auto", GPU, None, r"tensorrt cannot be imported.*\n.*'\.\[gpu\]'"),
         ("auto", GPU, "8.6.1", "tensorrt is 8.6.1, expected 10.3 or later"),
         ("auto", GPU, "10.2.0", "tensorrt is 10.2.0, expected 10.3 or later"),
         ("tensorrt", None, "10.16.1", "needs an NVIDIA GPU.*--flavor rtx"),
-        ("tensorrt", GPU, None, r"neck-export\[gpu\]"),
-        ("rtx", None, None, r"neck-export\[rtx\]"),
+        ("tensorrt", GPU, None, r"'\.\[gpu\]'"),
+        ("rtx", None, None, r"'\.\[rtx\]'"),
     ],
 )
 def test_what_is_missing_is_said(

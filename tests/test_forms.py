@@ -18,7 +18,7 @@ import pytest
 import typer
 from exporting import golden_options, neck_export_cli, trace_quickly
 
-pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
 
 import engines.plan
 import neck_export

@@ -449,7 +449,7 @@ def test_doctor_names_what_runs_here() -> None:
     with play("rtx-1.7", Device(**HOPPER)):  # type: ignore[arg-type]
         ran = neck_export_cli("doctor")
     assert "NVIDIA H100 80GB HBM3, compute capability 9.0" in ran.out
-    assert "TensorRT-RTX does not run on compute capability 9.0: pip install 'neck-export[gpu]'" in ran.out
+    assert "TensorRT-RTX does not run on compute capability 9.0: pip install '.[gpu]'" in ran.out
 
 
 def test_triton_needs_pythons_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

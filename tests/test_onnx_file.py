@@ -86,7 +86,7 @@ def test_a_deployed_encoder_of_a_cache(files: tuple[Path, Path]) -> None:
 
 
 def test_a_plan_of_a_cache(files: tuple[Path, Path], tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
     link = files[1]
     output = tmp_path / "plan" / "x.plan"
     ran = neck_export_cli("trt", link, "--fp16", "--flavor", "rtx", "--no-verify", "--output", output)

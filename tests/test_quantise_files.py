@@ -61,7 +61,7 @@ def test_fp8_is_inspected(fp8_file: Path) -> None:
 
 
 def test_fp8_becomes_a_plan_that_says_what_no_gpu_verified(fp8_file: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
     plan = tmp_path / "a.plan"
     built = neck_export_cli("trt", fp8_file, "--flavor", "rtx", "--compute-capability", "8.9", "--output", plan)
     assert built.code == 0, built.err
@@ -113,7 +113,7 @@ def test_int8_from_end_to_end(tmp_path: Path) -> None:
     )
     assert verify_file(tmp_path / "a.onnx").passed
     assert "every block and output is within tolerance" in neck_export_cli("bisect", tmp_path / "a.onnx").out
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
     built = neck_export_cli("trt", tmp_path / "a.onnx", "--flavor", "rtx", "--compute-capability", "8.6")
     assert built.code == 0, built.err
     assert "quantised products 16 of 16 in INT8 (accumulation not told)" in built.out
@@ -122,7 +122,7 @@ def test_int8_from_end_to_end(tmp_path: Path) -> None:
 
 def test_fp8_from_an_fp32_file(tmp_path: Path) -> None:
     """`trt --precision fp8` calibrates by the manifest; a GPU without FP8 is refused and INT8 named."""
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
     export_onnx(export(tmp_path, "a.onnx", verify=False))
     words = ["trt", tmp_path / "a.onnx", "--flavor", "rtx", "--precision", "fp8", "--quantise", "*.3.mlp"]
     built = neck_export_cli(*words, "--compute-capability", "8.9,12.0")

@@ -135,7 +135,7 @@ def test_the_files_compute_what_pytorch_computes(
 
 @pytest.mark.parametrize(("precision", "reader"), FORMS)
 def test_where_rtx_takes_them_the_real_builder_builds(save: Save, precision: Precision, reader: str) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
     from engines.builder.build import build_plan
     from engines.builder.options import BuildOptions
 
@@ -255,7 +255,7 @@ def reads(load: Callable[[], object]) -> bool:
 def test_what_onnx_runtimes_tools_write_is_read_by_whom_the_line_says(quantized: Path, name: str) -> None:
     """Each runtime here is asked: ONNX Runtime and OpenVINO load the file, TensorRT-RTX's parser parses it."""
     openvino = pytest.importorskip("openvino")
-    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
     path = quantized / f"{name}.onnx"
     log = trt.Logger(trt.Logger.INTERNAL_ERROR)
     network = trt.Builder(log).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

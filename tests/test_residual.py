@@ -135,7 +135,7 @@ def test_bisect_knows_it(planted: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_trt_takes_fp32_where_fp16_fails_and_says_so(planted: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
     from engines.plan import PlanOptions, make_plan
 
     onnx = export_onnx(golden_options("meta-dual", tmp_path / "x.onnx", **{**planted, "precision": "fp32"})).path
@@ -192,7 +192,7 @@ def test_full_depth(change: Callable[[Sam3DualViTDetNeck], Sam3DualViTDetNeck], 
 @pytest.mark.slow
 def test_kernels_and_bytes_at_full_size(tmp_path: Path) -> None:
     """The same: 273 kernels both, 14.664 against 12.667 GB (TensorRT-RTX 1.7)."""
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'neck-export[rtx]'")
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
     from engines.builder.build import build_plan
     from engines.builder.options import BuildOptions
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install 'neck-export[triton]'")
+pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install '.[triton]'")
 
 import tritonclient.http
 from serving import (

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install 'neck-export[triton]'")
+pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install '.[triton]'")
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.masks.objects import MasksError, Objects
+from export.contract.extras import install
 from neck.pictures import Pixels, normalise
 
 Segment = Callable[[Pixels], list[Objects]]
@@ -71,7 +72,7 @@ def load_segmenter(folder: Path, prompts: Prompts, device: str, threshold: float
     try:
         import transformers
     except ImportError:
-        raise MasksError("transformers is not installed; pip install 'neck-export[sam3]'") from None
+        raise MasksError(f"transformers is not installed: {install('sam3')}") from None
     kind = _kind(folder)
     wanted, name = (DETECTORS, "Sam3Model") if prompts.texts else (TRACKERS, "Sam3TrackerVideoModel")
     if kind not in wanted:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from benchmarks.errors import BenchError
+from export.contract.extras import install
 
 Runtime = Literal["eager", "compile", "compile-max", "ort", "openvino", "plan"]
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8"]
@@ -219,7 +220,7 @@ def _torch_lacks(backend: Backend, facts: Mapping[str, Any], named: bool) -> str
 
 def _ort_lacks(backend: Backend, facts: Mapping[str, Any]) -> str | None:
     if facts["providers"] is None:
-        return f"onnxruntime is not installed: pip install 'neck-export[{'cpu' if backend.device == 'cpu' else 'gpu'}]'"
+        return f"onnxruntime is not installed: {install('cpu' if backend.device == 'cpu' else 'gpu')}"
     if backend.provider not in facts["providers"]:
         return f"this onnxruntime has no {backend.provider}: pip install onnxruntime-gpu"
     if backend.device == "cpu" and backend.precision != "fp32":
@@ -231,7 +232,7 @@ def _ort_lacks(backend: Backend, facts: Mapping[str, Any]) -> str | None:
 
 def _openvino_lacks(backend: Backend, facts: Mapping[str, Any]) -> str | None:
     if facts["openvino"] is None:
-        return "openvino is not installed: pip install 'neck-export[bench]'"
+        return f"openvino is not installed: {install('bench')}"
     if NAMES[backend.precision] not in facts["openvino"]:
         return (
             f"OpenVINO's CPU plugin does not compute {NAMES[backend.precision]} here ({', '.join(facts['openvino'])})"

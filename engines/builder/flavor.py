@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from engines.builder.gpu import Gpu, find_gpu
 from engines.builder.rtx_runtime import RuntimeConfig, new_runtime_config
+from export.contract.extras import install
 from export.contract.readers import version_numbers
 
 FlavorName = Literal["tensorrt", "rtx"]
@@ -298,8 +299,8 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto", device: in
             _set_polygraphy_up(name)
             return Flavor(name, module, module.__version__, _targets(name, module), gpu, device)
     remedies = {
-        "tensorrt": "pip install 'neck-export[gpu]' (needs an NVIDIA GPU)",
-        "rtx": "pip install 'neck-export[rtx]' (builds without a GPU)",
+        "tensorrt": f"{install(EXTRAS['tensorrt'])} (needs an NVIDIA GPU)",
+        "rtx": f"{install(EXTRAS['rtx'])} (builds without a GPU)",
     }
     shown = " or ".join(remedy for name, remedy in remedies.items() if asked in ("auto", name))
     raise FlavorError(f"no TensorRT: {'; '.join(reasons)}\n{shown}")
@@ -349,7 +350,7 @@ def _set_polygraphy_up(name: FlavorName) -> None:
     try:
         from polygraphy import config as polygraphy_config
     except ImportError:
-        raise FlavorError(f"polygraphy is not installed: pip install 'neck-export[{EXTRAS[name]}]'") from None
+        raise FlavorError(f"polygraphy is not installed: {install(EXTRAS[name])}") from None
 
     if "polygraphy.backend.trt" in sys.modules and bool(polygraphy_config.USE_TENSORRT_RTX) != wanted:
         raise FlavorError(f"this process uses the other TensorRT already; start another for --flavor {name}")

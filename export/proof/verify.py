@@ -17,6 +17,7 @@ import onnx_ir as ir
 import safetensors.numpy
 import torch
 
+from export.contract.extras import install
 from export.contract.onnx_file import load_onnx
 from export.contract.signature import KINDS, BatchRange, Signature
 from export.contract.sizes import size_text
@@ -206,7 +207,7 @@ def require_runtime() -> ModuleType:
         import onnxruntime
     except ImportError:
         raise FidelityError(
-            "ONNX Runtime is not installed, so no file can be verified: pip install 'neck-export[cpu]', or --no-verify"
+            f"ONNX Runtime is not installed, so no file can be verified: {install('cpu')}, or give --no-verify"
         ) from None
     return onnxruntime
 
