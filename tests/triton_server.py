@@ -162,6 +162,18 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def decoders(server: Server) -> list[int]:
+    """Processes of the server that decode pictures."""
+    listed = subprocess.run(
+        ["ps", "-ww", "--ppid", str(server.process.pid), "-o", "pid=", "-o", "args="],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
+    return [int(pid) for pid, words in rows if "sam3-encoder-preprocess" in words and "stub" in words]
+
+
 def stand_in_options(output: Path, **changes: Any) -> ExportOptions:
     """How the tests export the golden case meta-dual: both necks, dynamic batch 1:4:8, not verified."""
     return golden_options("meta-dual", output, **{"batch": BatchRange(1, 4, 8), "verify": False, **changes})
