@@ -25,7 +25,7 @@ pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install
 
 from serving import as_file, client_of, files, images, part, passes, pixels
 from test_deploy_docs import of
-from triton_server import Server, decoders, free_ports, running, stand_in_plan, stand_in_repository, why_missing
+from triton_server import ROOT, Server, decoders, free_ports, running, stand_in_plan, stand_in_repository, why_missing
 
 from engines.service.triton_client.__main__ import main
 from engines.service.triton_client.client import TritonClient
@@ -140,6 +140,45 @@ def test_the_server_and_the_clients_of_the_docs(
             url = one.grpc_url if "grpc" in command else one.http_url
             assert main([*command[3:], "--url", url]) == 0, capsys.readouterr().err
     assert (tmp_path / "features.npz").is_file()
+
+
+READ_ONLY = """
+set -e
+mount --make-rprivate /
+mount --bind / / && mount -o remount,ro,bind /
+mount --bind /tmp /mnt && mount -o remount,ro,bind /mnt
+mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm
+while [ "$1" != -- ]; do
+  case $1 in /tmp/*) mkdir -p "$1"; mount --bind "/mnt${1#/tmp}" "$1" && mount -o remount,ro,bind "$1" ;; esac
+  shift
+done
+shift
+exec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all "$@"
+"""
+"""Everything is read-only but /tmp and /dev/shm, which are empty; without capabilities, as the pods' containers."""
+
+
+def test_it_serves_from_a_read_only_root(repository: Path, pod: dict[str, dict[str, Any]]) -> None:
+    if not all(map(shutil.which, ("unshare", "setpriv"))) or subprocess.run(["unshare", "-m", "true"]).returncode:
+        pytest.skip("needs unshare and setpriv of util-linux, as root")
+    assert pod["triton"]["securityContext"]["readOnlyRootFilesystem"] is True
+    assert {mount["mountPath"] for mount in pod["triton"]["volumeMounts"] if not mount.get("readOnly")} == {
+        "/tmp",
+        "/dev/shm",
+    }
+
+    def inside(backends: Path) -> list[str | Path]:
+        return ["unshare", "-m", "sh", "-c", READ_ONLY, "sh", repository, backends, "--"]
+
+    with running(repository, *arguments_of(pod), inside=inside) as one:
+        with client_of(one, model="sam3-encoder-pictures") as client:
+            assert passes(part([1, 2]), client.infer(files()[[1, 2]]))
+        root = Path("/proc", str(one.process.pid), "root")
+        for folder in (ROOT, repository, Path("/var/tmp")):  # the control: nothing can be written there
+            with pytest.raises(OSError, match="Read-only"):
+                Path(f"{root}{folder}", "written").touch()
+        written = [path for place in ("tmp", "dev/shm") for path in (root / place).rglob("*") if path.is_file()]
+        print(sorted(str(path.relative_to(root)) for path in written if repository.name not in str(path)))
 
 
 @contextlib.contextmanager

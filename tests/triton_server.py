@@ -17,7 +17,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,11 @@ def why_missing() -> str | None:
 
 @contextlib.contextmanager
 def running(
-    repository: Path, *options: str, start_s: float = START_S, ports: Sequence[int] | None = None
+    repository: Path,
+    *options: str,
+    start_s: float = START_S,
+    ports: Sequence[int] | None = None,
+    inside: Callable[[Path], Sequence[str | Path]] = lambda backends: (),
 ) -> Iterator[Server]:
     """Runs a server for as long as the block takes.
 
@@ -85,6 +89,7 @@ def running(
         options: further options, such as `--model-control-mode=poll`.
         start_s: seconds that it may take until it is ready.
         ports: of HTTP and gRPC, for one that was stopped and starts again; else ports of its own.
+        inside: gives the command that runs the server's command, from the folder of its backends.
 
     Raises:
         RuntimeError: it ended or was not ready in time; the message holds the errors of its log.
@@ -93,7 +98,8 @@ def running(
         folder = Path(name)
         backends = _backends(folder / "backends")
         for attempt in range(3):
-            server = _start(repository, backends, folder / f"log{attempt}.txt", options, ports or free_ports(2))
+            log, chosen = folder / f"log{attempt}.txt", ports or free_ports(2)
+            server = _start(repository, backends, log, options, chosen, inside(backends))
             try:
                 if _wait(server, start_s):
                     yield server
@@ -125,10 +131,18 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _start(repository: Path, backends: Path, log: Path, options: Sequence[str], ports: Sequence[int]) -> Server:
+def _start(
+    repository: Path,
+    backends: Path,
+    log: Path,
+    options: Sequence[str],
+    ports: Sequence[int],
+    inside: Sequence[str | Path],
+) -> Server:
     web, grpc = ports
     command = [
         *((which, "--pdeathsig", "TERM") if (which := shutil.which("setpriv")) else ()),  # it never outlives the tests
+        *inside,
         SERVER / "tritonserver" / "bin" / "tritonserver",
         f"--model-repository={repository}",
         f"--backend-directory={backends}",
