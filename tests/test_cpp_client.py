@@ -12,6 +12,7 @@ import ssl
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -166,10 +167,11 @@ def serving(
     answers: dict[str, Answer],
     seen: list[Request] | None = None,
     tls: ssl.SSLContext | None = None,
+    handler: type[Handler] = Handler,
 ) -> Iterator[str]:
     """A server of these answers, whose address is given; `seen` gets each request's headers and body."""
     stall = threading.Event()
-    kind = type("Answers", (Handler,), {"answers": answers, "stall": stall, "seen": [] if seen is None else seen})
+    kind = type("Answers", (handler,), {"answers": answers, "stall": stall, "seen": [] if seen is None else seen})
     with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
         if tls is not None:
             server.socket = tls.wrap_socket(server.socket, server_side=True)
@@ -305,6 +307,83 @@ def test_a_server_that_misbehaves_is_refused(
     ran = ask(programs, tmp_path, answers)
     assert ran.code == 1
     assert re.search(message, ran.error), ran.error
+
+
+LARGE = 1024
+"""Side of a picture whose request does not fit into a socket's buffers: 3 MB."""
+
+
+class ClosingHandler(Handler):
+    """Keeps its connections, and closes those of `closed` (1 is the first) when their POST has begun, or has come."""
+
+    closed: ClassVar[set[int]]
+    how: ClassVar[str]
+    posts: ClassVar[list[int]]
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections = self.number = getattr(self.server, "connections", 0) + 1
+
+    def do_POST(self) -> None:
+        self.posts.append(self.number)
+        if self.how == "late":
+            time.sleep(2)
+        if self.number not in self.closed:
+            super().do_POST()
+            return
+        if self.how in ("at its end", "in its answer"):
+            self.rfile.read(int(self.headers["Content-Length"]))
+        if self.how == "in its answer":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Le")
+        reset = struct.pack("ii", 1, 0)  # closing sends a reset, as the kernel does if bytes have not been read
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        self.rfile.close()
+        self.connection.close()
+        self.close_connection = True
+
+
+@pytest.mark.parametrize(
+    ("how", "closed", "code", "posts"),
+    [
+        ("at the beginning", {1}, 0, [1, 2, 2]),
+        ("at its end", {1}, 0, [1, 2, 2]),
+        ("at the beginning", {1, 2}, 1, [1, 2]),
+        ("at its end", {1, 2}, 1, [1, 2]),
+        ("in its answer", {1}, 1, [1]),
+        ("late", {1}, 1, [1, 2]),
+    ],
+)
+def test_a_kept_connection_that_was_closed_is_opened_once_more(
+    programs: Programs, tmp_path: Path, how: str, closed: set[int], code: int, posts: list[int]
+) -> None:
+    """A request is sent again if nothing of its answer has come, on a new connection, and no third time.
+
+    One timeout bounds both: the two waits of the late server are together longer than it.
+    """
+    reference = tmp_path / "reference.safetensors"
+    save_reference(reference, np.zeros((1, LARGE, LARGE, 3), np.uint8), {"feat": FEAT[None]})
+    image = tensor("image", -1, LARGE, LARGE, 3, datatype="UINT8")
+    answers = {**GOOD, "m": answer({**model_of(tensor("feat", -1, 4)), "inputs": [image]})}
+    kept = {
+        name: (status, {**headers, "Connection": "keep-alive"}, body)
+        for name, (status, headers, body) in answers.items()
+    }
+    more = {"closed": closed, "how": how, "posts": []}
+    with serving(kept, handler=type("Closing", (ClosingHandler,), more)) as url:
+        arguments = (
+            url,
+            "--compare",
+            reference,
+            "--model",
+            "m",
+            "--runs",
+            1,
+            "--timeout",
+            20000 if how != "late" else 3000,
+        )
+        ran = programs.run("neck-triton", *arguments)
+    assert (ran.code, more["posts"]) == (code, posts), ran.err
+    assert code == 0 or f"http://{url}/v2/models/m/infer" in ran.error
 
 
 SECRET = "s3cret"

@@ -1,9 +1,12 @@
 #include "client/http.hpp"
 
+#include <strings.h>
+
 #include <algorithm>
 #include <array>
 #include <cctype>
 #include <charconv>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -27,15 +30,20 @@ using List = std::unique_ptr<curl_slist, ListEnd>;
 struct Sink {
     Answer answer;
     std::size_t largest = 0;
+    bool begun = false;  ///< a line of the answer has come
     bool too_long = false;
     bool no_memory = false;
 };
 
+}  // namespace
+
 /// What is sent: JSON, then the tensor where it lies.
-struct Source {
+struct Http::Source {
     std::array<std::string_view, 2> parts;
     std::size_t sent = 0;
 };
+
+namespace {
 
 std::size_t on_body(char* data, std::size_t size, std::size_t count, void* user) {
     Sink& sink = *static_cast<Sink*>(user);
@@ -55,13 +63,10 @@ std::size_t on_body(char* data, std::size_t size, std::size_t count, void* user)
 
 std::size_t on_header(char* data, std::size_t size, std::size_t count, void* user) {
     Sink& sink = *static_cast<Sink*>(user);
+    sink.begun = true;
     const std::string_view line(data, size * count);
     constexpr std::string_view wanted = "inference-header-content-length:";
-    const bool same = line.size() > wanted.size() &&
-                      std::equal(wanted.begin(), wanted.end(), line.begin(), [](char letter, char found) {
-                          return letter == (found >= 'A' && found <= 'Z' ? static_cast<char>(found + 32) : found);
-                      });
-    if (same) {
+    if (line.size() > wanted.size() && strncasecmp(line.data(), wanted.data(), wanted.size()) == 0) {
         const std::size_t digits = std::min(line.find_first_not_of(" \t", wanted.size()), line.size());
         std::from_chars(line.data() + digits, line.data() + line.size(), sink.answer.header_length);
     }
@@ -69,7 +74,7 @@ std::size_t on_header(char* data, std::size_t size, std::size_t count, void* use
 }
 
 std::size_t on_send(char* target, std::size_t size, std::size_t count, void* user) {
-    Source& source = *static_cast<Source*>(user);
+    Http::Source& source = *static_cast<Http::Source*>(user);
     std::size_t skip = source.sent;
     for (const std::string_view part : source.parts) {
         if (skip < part.size()) {
@@ -87,8 +92,17 @@ int on_seek(void* user, curl_off_t offset, int origin) {
     if (origin != SEEK_SET || offset < 0) {
         return CURL_SEEKFUNC_CANTSEEK;
     }
-    static_cast<Source*>(user)->sent = static_cast<std::size_t>(offset);
+    static_cast<Http::Source*>(user)->sent = static_cast<std::size_t>(offset);
     return CURL_SEEKFUNC_OK;
+}
+
+using CurlText = std::unique_ptr<char, decltype(&curl_free)>;
+
+const char* checked(const CurlText& text) {
+    if (!text) {
+        throw std::bad_alloc();
+    }
+    return text.get();
 }
 
 void start_curl() {
@@ -203,19 +217,18 @@ void Http::take_credentials() {
 }
 
 std::string Http::unescape(std::string_view text) const {
-    struct Free {
-        void operator()(char* plain_text) const { curl_free(plain_text); }
-    };
     int length = 0;
-    const std::unique_ptr<char, Free> found(
-        curl_easy_unescape(curl_.get(), text.data(), static_cast<int>(text.size()), &length));
-    if (!found) {
-        throw std::bad_alloc();
-    }
-    return {found.get(), static_cast<std::size_t>(length)};
+    const CurlText found(curl_easy_unescape(curl_.get(), text.data(), static_cast<int>(text.size()), &length), curl_free);
+    return {checked(found), static_cast<std::size_t>(length)};
 }
 
-Answer Http::perform(const std::string& path, std::vector<std::string> lines, std::size_t largest) {
+std::string Http::escape(const std::string& part) const {
+    const CurlText found(curl_easy_escape(curl_.get(), part.data(), static_cast<int>(part.size())), curl_free);
+    return checked(found);
+}
+
+Answer Http::perform(const std::string& path, std::vector<std::string> lines, std::size_t largest, Source* source) {
+    const auto deadline = std::chrono::steady_clock::now() + options_.timeout;
     CURL* curl = curl_.get();
     if (!options_.token.empty()) {
         lines.push_back("Authorization: Bearer " + options_.token);
@@ -259,7 +272,25 @@ Answer Http::perform(const std::string& path, std::vector<std::string> lines, st
     set(curl, CURLOPT_WRITEDATA, static_cast<void*>(&sink));
     set(curl, CURLOPT_HEADERFUNCTION, &on_header);
     set(curl, CURLOPT_HEADERDATA, static_cast<void*>(&sink));
-    const CURLcode code = curl_easy_perform(curl);
+    if (source != nullptr) {
+        set(curl, CURLOPT_POST, 1L);
+        set(curl, CURLOPT_POSTFIELDSIZE_LARGE, static_cast<curl_off_t>(source->parts[0].size() + source->parts[1].size()));
+        set(curl, CURLOPT_READFUNCTION, &on_send);
+        set(curl, CURLOPT_READDATA, static_cast<void*>(source));
+        set(curl, CURLOPT_SEEKFUNCTION, &on_seek);
+        set(curl, CURLOPT_SEEKDATA, static_cast<void*>(source));
+    }
+    CURLcode code = curl_easy_perform(curl);
+    long opened = 0;
+    curl_easy_getinfo(curl, CURLINFO_NUM_CONNECTS, &opened);
+    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
+    if (code == CURLE_SEND_ERROR && opened == 0 && !sink.begun && left.count() > 0 && source != nullptr) {
+        // the server closed the kept connection while it was written to; if that is seen later curl itself sends again
+        source->sent = 0;
+        set(curl, CURLOPT_FRESH_CONNECT, 1L);
+        set(curl, CURLOPT_TIMEOUT_MS, static_cast<long>(left.count()));
+        code = curl_easy_perform(curl);
+    }
     curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &sink.answer.status);
     curl_easy_reset(curl);  // the pointers above go with this call; the connection stays
     if (sink.no_memory || code == CURLE_OUT_OF_MEMORY) {
@@ -278,35 +309,16 @@ Answer Http::perform(const std::string& path, std::vector<std::string> lines, st
 }
 
 Answer Http::get(const std::string& path) {
-    set(curl_.get(), CURLOPT_HTTPGET, 1L);
-    return perform(path, {}, std::min(options_.largest_answer, largest_description));
+    return perform(path, {}, std::min(options_.largest_answer, largest_description), nullptr);
 }
 
 Answer Http::post(const std::string& path, const std::string& json, std::string_view bytes) {
     Source source{{json, bytes}};
-    const std::size_t total = json.size() + bytes.size();
-    set(curl_.get(), CURLOPT_POST, 1L);
-    set(curl_.get(), CURLOPT_POSTFIELDSIZE_LARGE, static_cast<curl_off_t>(total));
-    set(curl_.get(), CURLOPT_READFUNCTION, &on_send);
-    set(curl_.get(), CURLOPT_READDATA, static_cast<void*>(&source));
-    set(curl_.get(), CURLOPT_SEEKFUNCTION, &on_seek);
-    set(curl_.get(), CURLOPT_SEEKDATA, static_cast<void*>(&source));
     // without "Expect:" curl waits a second for a go-ahead that Triton does not give
     return perform(path,
                    {"Inference-Header-Content-Length: " + std::to_string(json.size()),
                     "Content-Type: application/octet-stream", "Expect:"},
-                   options_.largest_answer);
-}
-
-std::string Http::escape(const std::string& part) const {
-    struct Free {
-        void operator()(char* text) const { curl_free(text); }
-    };
-    const std::unique_ptr<char, Free> text(curl_easy_escape(curl_.get(), part.data(), static_cast<int>(part.size())));
-    if (!text) {
-        throw std::bad_alloc();
-    }
-    return text.get();
+                   options_.largest_answer, &source);
 }
 
 }  // namespace neck

@@ -18,9 +18,12 @@ struct Answer {
     std::size_t header_length = 0;  ///< of the JSON before binary tensors; 0: not told
 };
 
-/// HTTP to one server by libcurl; its connection is kept from call to call.
+/// HTTP to one server by libcurl; its connection is kept from call to call. If the server closes a kept
+/// connection before anything of an answer has come, the request is sent once more on a new one, within the timeout.
 class Http {
 public:
+    struct Source;
+
     Http(std::string url, const TritonOptions& options);
 
     /// Without credentials.
@@ -39,7 +42,7 @@ private:
     struct CurlEnd {
         void operator()(CURL* handle) const { curl_easy_cleanup(handle); }
     };
-    Answer perform(const std::string& path, std::vector<std::string> lines, std::size_t largest);
+    Answer perform(const std::string& path, std::vector<std::string> lines, std::size_t largest, Source* source);
     void take_credentials();
     std::string unescape(std::string_view text) const;
 
