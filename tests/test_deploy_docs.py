@@ -14,7 +14,7 @@ from exporting import neck_export_cli
 from test_triton import write_plan
 
 import neck_export
-from engines.service.serving_files import PROXY_IMAGE
+from engines.service.kubernetes import PROXY_IMAGE
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")

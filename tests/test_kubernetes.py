@@ -19,10 +19,9 @@ import yaml
 from test_triton import COMPATIBLE, write_plan
 
 from engines.service.ensemble import DECODERS, PREPROCESS_MODEL
-from engines.service.kubernetes import HEADER, kubernetes_files
+from engines.service.kubernetes import DRAIN_SECONDS, HEADER, PAUSE_SECONDS, Serving, kubernetes_files
 from engines.service.repository import Repository, RepositoryOptions, TritonError, make_repository
 from engines.service.served_model import Source, read_model
-from engines.service.serving_files import DRAIN_SECONDS, PAUSE_SECONDS, Serving
 
 KUBERNETES = "1.31"
 """Oldest version whose schemas the files must pass; the newest that the validator knows is tried, too."""
@@ -438,6 +437,10 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's, where it is: 200 sets of files take a third of the time."""
 
 
+def parsed(files: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
+    return {name: list(yaml.load_all(text, LOADER)) for name, text in files.items() if name.endswith(".yaml")}
+
+
 def test_combinations_of_the_options(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of 200 is valid, strictly, and has what a platform team asks for."""
     read = functools.cache(kubernetes_validate.utils.schema_contents)  # or each check reads megabytes of schemas
@@ -451,11 +454,7 @@ def test_combinations_of_the_options(plan: Path, tmp_path: Path, monkeypatch: py
         if serving.image_name is not None and "nvidia" in serving.image_name and serving.ensemble:
             continue
         seen += 1
-        files = {
-            name: list(yaml.load_all(text, LOADER))
-            for name, text in kubernetes_files(serving).items()
-            if name.endswith(".yaml")
-        }
+        files = parsed(kubernetes_files(serving))
         for document in (document for content in files.values() for document in content):
             text = json.dumps(document, sort_keys=True)
             if text not in valid:
@@ -480,7 +479,8 @@ def test_a_pod_has_room_for_its_decoders(plan: Path) -> None:
     most = DECODERS * (BYTES_PER_PIXEL * int(pixels) + DECODER_AT_REST)
     room = (with_them.memory_gib - without.memory_gib) * 2**30
     assert most < room < 2 * most
-    assert with_them.resources()["limits"]["memory"] == f"{with_them.memory_gib}Gi"
+    deployment = deployments(parsed(kubernetes_files(with_them)))[0]
+    assert container_of(deployment)["resources"]["limits"]["memory"] == f"{with_them.memory_gib}Gi"
 
 
 def check_platform(serving: Serving, files: dict[str, list[dict[str, Any]]]) -> None:

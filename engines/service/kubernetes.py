@@ -1,4 +1,4 @@
-"""Kubernetes files for a model repository: Deployments, Service, autoscalers, storage; kserve.py has KServe's.
+"""Kubernetes and KServe files for a model repository, from the templates in templates/.
 
 Nothing here was run on a cluster: the tests check the files against Kubernetes' own schemas, and run the probes, the
 proxy and Triton's options with a real tritonserver and nginx.
@@ -6,411 +6,259 @@ proxy and Triton's options with a real tritonserver and nginx.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from engines.service.container_fit import image
-from engines.service.kserve import inference_services, secret_commands, service_account, serving_runtime
-from engines.service.served_model import TritonError
-from engines.service.serving_files import (
-    FILES,
-    GRACE_SECONDS,
-    LOCKED,
-    MOUNTS,
-    PAUSE_SECONDS,
-    POD_UID,
-    USER,
-    Serving,
-    files_volume,
-    probe,
-    scratch,
-)
-
-HEADER = "# Written by neck-export triton; change it by a kustomize overlay, or it is written over.\n"
-
-HTTP, GRPC, METRICS = 8000, 8001, 8002
-"""Ports of the Service."""
-
-PROXY_HTTP, PROXY_GRPC = 8080, 8081
-"""Ports of the proxy in the pod; Triton itself is reached from inside the pod alone."""
-
-POLL_SECONDS = 30
-
-PROXY_SCRATCH = {"name": "proxy-tmp", "mountPath": "/tmp"}
-
-PILLOW = "pip install --no-cache-dir pillow"
+from engines.service.container_fit import COMPATIBLE, image
+from engines.service.ensemble import DECODER_MIB, DECODERS
+from engines.service.served_model import Source, TritonError
 
 HERE = Path(__file__).parent
 
-EXPLAINED = {
-    "deployment.yaml": """
-# A pod is ready once Triton has the model that clients ask for: an empty volume has none. --strict-readiness=false
-# keeps a pod in service whose Triton cannot load a new version and goes on with the old one.
-# --model-control-mode=poll: config.pbtxt names the version that is served, so one that is being copied is not loaded.
-# The proxy closes kept-alive connections when a pod ends, refuses compressed requests, and hides Triton's interfaces
-# for shared memory, model control, traces and logs; Triton closes them, too (--http-restricted-api).
-# requests and limits of CPU, memory and disk are estimates; measure yours.
-""",
-    "autoscaler.yaml": """
-# nv_inference_pending_request_count (Triton's gauge of waiting requests) needs Prometheus and prometheus-adapter, which
-# serves it as a pods metric with its `model` label. Without them the autoscaler still has the CPU's metric, by which it
-# scales up but not down; delete the Pods metric where there will be none. GPU use is no measure here: one busy request
-# shows as 100 %.
-# With two pods or more a disruption budget lets a node be drained while another pod serves. One pod alone has none: a
-# budget would either forbid the drain or allow the outage.
-""",
-    "network.yaml": """
-# Pods of the same namespace reach HTTP and gRPC, pods of every namespace the metrics (Prometheus). A gateway in another
-# namespace needs a rule of its own. It works where the cluster's network plugin enforces policies.
-""",
-    "storage.yaml": """
-# ReadWriteMany: pods read it while a job adds versions. The class must offer that (NFS, CephFS, EFS, Filestore).
-""",
-    "upload.yaml": """
-# A pod that fills the claim, not part of `kubectl apply -k`; it ends after an hour:
-#   kubectl apply -f upload.yaml && kubectl wait --for=condition=Ready pod/{name}-upload --timeout=10m
-#   kubectl cp --no-preserve=true model_repository/. {name}-upload:/models && kubectl delete -f upload.yaml
-# A further version: copy its folder first and the model's config.pbtxt last.
-""",
-    "kserve.yaml": """
-# Instead of the other files, where KServe is installed: kubectl apply -f kserve.yaml
-# (and -f storage.yaml if that is here).
-# KServe's storage step gets the repository when a pod starts; a new version is served by new pods.
-""",
+HEADER = "# Written by neck-export triton; change it by a kustomize overlay, or it is written over.\n"
+
+DRAIN_SECONDS = 45
+"""How long Triton finishes requests after SIGTERM."""
+
+PAUSE_SECONDS = 10
+"""How long a pod that ends still takes requests, so that the Service has left it out by then."""
+
+VALUES = {
+    "DRAIN_SECONDS": DRAIN_SECONDS,
+    "PAUSE_SECONDS": PAUSE_SECONDS,
+    "GRACE_SECONDS": PAUSE_SECONDS + DRAIN_SECONDS + 10,  # until Kubernetes kills a pod that ends
+    "FILES": "/etc/neck",  # where the pods find the files of the ConfigMap
+    "USER": 1000,  # `triton-server` in NVIDIA's images
+    # Triton's interfaces by which a client may read the server's memory, change its models, or make it write files
+    "CLOSED": "shared-memory,model-repository,trace,logging",
+    "S3_KEYS": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"),
+    "COMPATIBLE": COMPATIBLE,
+    "DECODERS": DECODERS,
 }
+"""What the templates name."""
+
+PROXY_IMAGE = "nginxinc/nginx-unprivileged:1.27-alpine"
+
+IMAGE_REFERENCE = r"[a-z0-9][a-z0-9.:_/-]*(:[\w][\w.-]{0,127})?(@sha256:[0-9a-f]{64})?"
+
+CLAIM = re.compile(r"pvc://(?P<claim>[a-z0-9]([a-z0-9.-]{0,60}[a-z0-9])?)(/(?P<folder>[\w./-]*))?")
+BUCKET = re.compile(
+    r"s3://((?P<scheme>https?://)?(?P<endpoint>[\w.-]+:\d+)/)?(?P<bucket>[\w][\w.-]+)(?P<folder>(/[\w.-]+)*)/?"
+)
+"""As Triton reads it: a host of one's own has a port, and is spoken to by HTTP unless https:// stands before it
+(docs/user_guide/model_repository.md of triton-inference-server/server)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """A model repository in S3: the bucket, its folder, and the host and scheme of a server that is not Amazon's."""
+
+    name: str
+    folder: str
+    endpoint: str | None
+    https: bool
+
+    @property
+    def port(self) -> int:
+        """The port of the S3 service."""
+        return int((self.endpoint or ":443").rpartition(":")[2])
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """What the files need to know.
+
+    Attributes:
+        model: the model's name in Triton.
+        source: the plan or ONNX file, the first of several.
+        capabilities: compute capabilities, one Deployment each; empty is any NVIDIA GPU.
+        container: such as 25.09.
+        storage: `pvc://CLAIM[/FOLDER]`, `s3://BUCKET[/FOLDER]` or `s3://[https://]HOST:PORT/BUCKET[/FOLDER]`: where
+            the model repository is.
+        own_claim: whether the claim is this model's own, so that its file belongs to the others.
+        gpus: of each pod; Triton runs one instance on each.
+        compatible: whether Triton must be told to load plans of older TensorRT versions.
+        ensemble: whether pictures are decoded in the server, for which the image needs Pillow.
+        image_name: the image instead of NVIDIA's, a digest behind it or not.
+        proxy_image: the image that runs nginx.
+        replicas: pods that always run, for each compute capability.
+        rollout: `surge` starts a new pod before it ends an old one, which takes a spare GPU; `replace` ends one first.
+    """
+
+    model: str
+    source: Source
+    capabilities: tuple[str, ...]
+    container: str
+    storage: str
+    own_claim: bool = False
+    gpus: int = 1
+    compatible: bool = False
+    ensemble: bool = False
+    image_name: str | None = None
+    proxy_image: str = PROXY_IMAGE
+    replicas: int = 2
+    rollout: Literal["surge", "replace"] = "surge"
+
+    def __post_init__(self) -> None:
+        if not CLAIM.fullmatch(self.storage) and not BUCKET.fullmatch(self.storage):
+            raise TritonError(
+                f"storage {self.storage!r}: expected pvc://CLAIM, pvc://CLAIM/FOLDER, s3://BUCKET/FOLDER, or for a "
+                f"server of your own s3://https://HOST:PORT/BUCKET/FOLDER"
+            )
+        if not 1 <= self.gpus <= 16:
+            raise TritonError(f"{self.gpus} GPUs per pod: expected 1 to 16")
+        if not 1 <= self.replicas <= 100:
+            raise TritonError(f"{self.replicas} replicas: expected 1 to 100")
+        if self.rollout not in ("surge", "replace"):
+            raise TritonError(f"rollout {self.rollout!r}: expected surge or replace")
+        for name in (self.image_name, self.proxy_image):
+            if name is not None and not re.fullmatch(IMAGE_REFERENCE, name):
+                raise TritonError(f"image {name!r}: expected [REGISTRY/]NAME[:TAG][@sha256:DIGEST]")
+        if self.image_name is None and self.ensemble:
+            raise TritonError(
+                "the ensemble needs an image with Pillow, which NVIDIA's does not contain; name it with "
+                f"--image, such as registry.example.com/{self.name}-triton:{self.container}, and build it from the "
+                "Dockerfile that is then written"
+            )
+        theirs, _, tag = (self.image_name or "").partition("@")[0].partition("tritonserver:")
+        if theirs.endswith("nvidia/") and tag != f"{self.container}-py3":
+            raise TritonError(f"image {self.image_name!r}: the file needs {image(self.container)}")
+
+    @property
+    def name(self) -> str:
+        """The model's name as Kubernetes takes names."""
+        return kubernetes_name(self.model)
+
+    @property
+    def image(self) -> str:
+        """The image of the pods: NVIDIA's if no other was named."""
+        return self.image_name or image(self.container)
+
+    @property
+    def ready_path(self) -> str:
+        """Whether the model can answer, or the ensemble, which is loaded after all that it needs.
+
+        `/v2/health/ready` says yes to an empty repository.
+        """
+        return f"/v2/models/{self.model}{'-pictures' if self.ensemble else ''}/ready"
+
+    @property
+    def gib(self) -> int:
+        """Size of one version, rounded up."""
+        return -(-self.source.bytes * max(1, len(self.capabilities)) // 2**30)
+
+    @property
+    def repository_gib(self) -> int:
+        """Room for five versions."""
+        return 2 + 5 * self.gib
+
+    @property
+    def scratch_gib(self) -> int:
+        """Room in /tmp: Triton copies a version from S3 there before it loads it, the old one and the new one."""
+        return 1 if self.on_volume else 1 + 2 * self.gib
+
+    @property
+    def memory_gib(self) -> int:
+        """Estimate of a pod: the file is read whole, once more while a new version loads; /dev/shm; the decoders."""
+        decoders = -(-DECODERS * DECODER_MIB // 1024) if self.ensemble else 0
+        return 6 + 3 * self.source.bytes // 2**30 + decoders
+
+    @property
+    def proxy_config(self) -> str:
+        """nginx.conf with room for the largest request: a tensor in JSON takes up to five times its bytes."""
+        port = self.source.image
+        values = math.prod(side for side in port.shape[1:] if isinstance(side, int))
+        one = values * (4 if port.dtype == "float32" else 1)
+        megabytes = max(256, 5 * self.source.batch.maximum * one // 10**6)
+        text = (HERE / "nginx.conf").read_text(encoding="utf-8")
+        return text.replace("client_max_body_size 256m;", f"client_max_body_size {megabytes}m;")
+
+    @property
+    def any_ampere(self) -> bool:
+        """Whether the plan runs on every GPU from compute capability 8.0 on."""
+        return self.source.manifest.get("options", {}).get("hardware_compatible") == "ampere+"
+
+    @property
+    def on_volume(self) -> bool:
+        """Whether the repository is on a volume, which Triton reads as a folder."""
+        return self.bucket is None
+
+    @property
+    def claim(self) -> str:
+        """The volume's claim."""
+        found = CLAIM.fullmatch(self.storage)
+        return found["claim"] if found else ""
+
+    @property
+    def folder(self) -> str:
+        """The folder in the volume, empty for the whole of it."""
+        found = CLAIM.fullmatch(self.storage)
+        return (found["folder"] or "").strip("/") if found else ""
+
+    @property
+    def bucket(self) -> Bucket | None:
+        """Where the repository is in S3; None where it is on a volume."""
+        found = BUCKET.fullmatch(self.storage)
+        if not found:
+            return None
+        return Bucket(found["bucket"], found["folder"].strip("/"), found["endpoint"], found["scheme"] == "https://")
+
+    @property
+    def storage_uri(self) -> str:
+        """The repository as KServe names it: s3://BUCKET/FOLDER, the host being with the secret."""
+        return f"s3://{self.bucket.name}/{self.bucket.folder}".rstrip("/") if self.bucket else self.storage
+
+    @property
+    def secret(self) -> str:
+        """The secret with the keys of S3, which is yours to create."""
+        return f"{self.name}-s3"
+
+    def component(self, capability: str) -> str:
+        """The label of the pods for one compute capability, empty for any."""
+        return f"cc-{capability.replace('.', '-')}" if capability else "any"
+
+    def named(self, capability: str) -> str:
+        """The name of what there is once per compute capability."""
+        return f"{self.name}-{self.component(capability)}" if capability else self.name
+
+
+def kubernetes_name(model: str) -> str:
+    """A model's name with what Kubernetes takes: small letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")[:40].strip("-")
 
 
 def kubernetes_files(serving: Serving) -> dict[str, str]:
-    """The files by name.
+    """The files by name."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    Raises:
-        TritonError: PyYAML is not installed.
-    """
-    each = serving.capabilities or ("",)
-    mounted = serving.on_volume
-    documents: dict[str, list[dict[str, Any]]] = {
-        "deployment.yaml": [pod_files(serving), *(deployment(serving, capability) for capability in each)],
-        "service.yaml": [service(serving)],
-        "network.yaml": [network_policy(serving)],
-        "autoscaler.yaml": [
-            *(autoscaler(serving, capability) for capability in each),
-            *([disruption_budget(serving)] if serving.replicas * len(each) > 1 else []),
-        ],
-        "storage.yaml": [claim(serving)] if serving.own_claim else [],
-        "upload.yaml": [upload(serving)] if mounted else [],
-        "kserve.yaml": [
-            pod_files(serving),
-            *([service_account(serving)] if serving.bucket else []),
-            serving_runtime(serving),
-            *inference_services(serving),
-        ],
+    applied = ["deployment.yaml", "service.yaml", "network.yaml", "autoscaler.yaml"]
+    applied += ["storage.yaml"] if serving.own_claim else []
+    names = [*applied, "kustomization.yaml", "kserve.yaml"]
+    names += ["upload.yaml"] if serving.on_volume else []
+    names += ["Dockerfile"] if serving.ensemble else []
+    canary = (HERE / "canary.py").read_text(encoding="utf-8")
+    values = {
+        "serving": serving,
+        "capabilities": serving.capabilities or ("",),
+        "canary": canary,
+        "digest": hashlib.sha256((serving.proxy_config + canary).encode()).hexdigest(),
+        "applied": applied,
+        "base_image": image(serving.container),
     }
-    documents = {name: content for name, content in documents.items() if content}
-    resources = [name for name in documents if name not in ("kserve.yaml", "upload.yaml")]
-    documents["kustomization.yaml"] = [
-        {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": resources}
-    ]
-    explained = {name: text.lstrip("\n").replace("{name}", serving.name) for name, text in EXPLAINED.items()}
-    if serving.bucket:
-        commands = "".join(f"#   {line}\n" for line in secret_commands(serving))
-        note = f"# The keys of S3 are in a secret that you create, once:\n{commands}"
-        explained["deployment.yaml"] += note
-        explained["kserve.yaml"] += note
-    files = {name: HEADER + explained.get(name, "") + _dump(content) for name, content in documents.items()}
-    if serving.ensemble:
-        build = f"# docker build -t {serving.image} kubernetes && docker push {serving.image}\n"
-        steps = (f"FROM {image(serving.container)}", "ENV PIP_BREAK_SYSTEM_PACKAGES=1", f"RUN {PILLOW}")
-        files["Dockerfile"] = HEADER + build + "".join(f"{step}\n" for step in steps)
-    return files
-
-
-def pod_files(serving: Serving) -> dict[str, Any]:
-    """The ConfigMap with the proxy's configuration and the liveness probe."""
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": {"name": f"{serving.name}-files", "labels": {"app.kubernetes.io/name": serving.name}},
-        "data": {"nginx.conf": proxy_config(serving), "canary.py": (HERE / "canary.py").read_text(encoding="utf-8")},
-    }
-
-
-def proxy_config(serving: Serving) -> str:
-    """nginx.conf with room for the largest request: tensors written out as JSON take up to five times their bytes."""
-    port = serving.source.image
-    one = math.prod(side for side in port.shape[1:] if isinstance(side, int)) * (4 if port.dtype == "float32" else 1)
-    megabytes = max(256, 5 * serving.source.batch.maximum * one // 10**6)
-    text = (HERE / "nginx.conf").read_text(encoding="utf-8")
-    return text.replace("client_max_body_size 256m;", f"client_max_body_size {megabytes}m;")
-
-
-def deployment(serving: Serving, capability: str) -> dict[str, Any]:
-    """The Deployment for one compute capability."""
-    labels = serving.labels(capability)
-    pod = {
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
-        "securityContext": _pod_security(),
-        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
-        "topologySpreadConstraints": [
-            {
-                "maxSkew": 1,
-                "topologyKey": "kubernetes.io/hostname",
-                "whenUnsatisfiable": "ScheduleAnyway",
-                "labelSelector": {"matchLabels": labels},
-            }
-        ],
-        "containers": [_container(serving), _proxy(serving)],
-        "volumes": _volumes(serving),
-    }
-    affinity = serving.affinity(capability)
-    steps = {"maxUnavailable": 0, "maxSurge": 1} if serving.rollout == "surge" else {"maxUnavailable": 1, "maxSurge": 0}
-    digest = hashlib.sha256(json.dumps(pod_files(serving)).encode()).hexdigest()
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {"name": serving.named(capability), "labels": labels},
-        "spec": {
-            "selector": {"matchLabels": labels},
-            "strategy": {"type": "RollingUpdate", "rollingUpdate": steps},
-            "template": {
-                # the digest replaces the pods when the ConfigMap changes
-                "metadata": {"labels": labels, "annotations": {**_scraped(METRICS), "neck-export/files": digest}},
-                "spec": pod | ({"affinity": affinity} if affinity else {}),
-            },
-        },
-    }
-
-
-def service(serving: Serving) -> dict[str, Any]:
-    """One Service before the Deployments of all compute capabilities."""
-    ports = {"http": HTTP, "grpc": GRPC, "metrics": METRICS}
-    return {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {"name": serving.name, "labels": {"app.kubernetes.io/name": serving.name}},
-        "spec": {
-            "selector": {"app.kubernetes.io/name": serving.name},
-            "ports": [{"name": name, "port": port, "targetPort": name} for name, port in ports.items()],
-        },
-    }
-
-
-def network_policy(serving: Serving) -> dict[str, Any]:
-    """Who may reach the pods, and whom they may reach: nobody, or the S3 service and the names' service."""
-    egress: list[dict[str, Any]] = []
-    if serving.bucket:
-        port = int((serving.bucket.endpoint or ":443").rpartition(":")[2])
-        names = [{"port": 53, "protocol": protocol} for protocol in ("UDP", "TCP")]
-        egress = [{"ports": [*names, {"port": port, "protocol": "TCP"}]}]
-    return {
-        "apiVersion": "networking.k8s.io/v1",
-        "kind": "NetworkPolicy",
-        "metadata": {"name": serving.name, "labels": {"app.kubernetes.io/name": serving.name}},
-        "spec": {
-            "podSelector": {"matchLabels": {"app.kubernetes.io/name": serving.name}},
-            "policyTypes": ["Ingress", "Egress"],
-            "ingress": [
-                {"from": [{"podSelector": {}}], "ports": [_tcp(PROXY_HTTP), _tcp(PROXY_GRPC)]},
-                {"from": [{"namespaceSelector": {}}], "ports": [_tcp(METRICS)]},
-            ],
-            "egress": egress,
-        },
-    }
-
-
-def autoscaler(serving: Serving, capability: str) -> dict[str, Any]:
-    """Scales out where more than one full batch waits in each pod."""
-    waiting = {
-        "metric": {
-            "name": "nv_inference_pending_request_count",
-            "selector": {"matchLabels": {"model": serving.model}},
-        },
-        "target": {"type": "AverageValue", "averageValue": str(serving.source.batch.maximum * serving.gpus)},
-    }
-    processor = {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 80}}
-    return {
-        "apiVersion": "autoscaling/v2",
-        "kind": "HorizontalPodAutoscaler",
-        "metadata": {"name": serving.named(capability), "labels": serving.labels(capability)},
-        "spec": {
-            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": serving.named(capability)},
-            "minReplicas": serving.replicas,
-            "maxReplicas": max(8, serving.replicas),
-            "metrics": [{"type": "Pods", "pods": waiting}, {"type": "Resource", "resource": processor}],
-            "behavior": {"scaleDown": {"stabilizationWindowSeconds": 600}},
-        },
-    }
-
-
-def disruption_budget(serving: Serving) -> dict[str, Any]:
-    """Lets a node be drained while another pod serves; a pod that does not serve is no reason to wait."""
-    selector = {"matchLabels": {"app.kubernetes.io/name": serving.name}}
-    return {
-        "apiVersion": "policy/v1",
-        "kind": "PodDisruptionBudget",
-        "metadata": {"name": serving.name, "labels": {"app.kubernetes.io/name": serving.name}},
-        "spec": {"maxUnavailable": 1, "selector": selector, "unhealthyPodEvictionPolicy": "AlwaysAllow"},
-    }
-
-
-def claim(serving: Serving) -> dict[str, Any]:
-    """The volume that holds the model repository; room for five versions."""
-    return {
-        "apiVersion": "v1",
-        "kind": "PersistentVolumeClaim",
-        "metadata": {"name": serving.claim_and_folder[0], "labels": {"app.kubernetes.io/name": serving.name}},
-        "spec": {
-            "accessModes": ["ReadWriteMany"],
-            "resources": {"requests": {"storage": f"{serving.repository_gib}Gi"}},
-        },
-    }
-
-
-def upload(serving: Serving) -> dict[str, Any]:
-    """A pod that has the volume for an hour, so that the repository can be copied to it."""
-    disk = {"cpu": "100m", "memory": "256Mi", "ephemeral-storage": "1Gi"}
-    container = {
-        "name": "upload",
-        "image": serving.image,
-        "command": ["sleep", "3600"],
-        "resources": {"requests": disk, "limits": {name: disk[name] for name in ("memory", "ephemeral-storage")}},
-        "securityContext": LOCKED,
-        "volumeMounts": [{key: value for key, value in _models_mount(serving).items() if key != "readOnly"}],
-    }
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": f"{serving.name}-upload"},
-        "spec": {
-            "restartPolicy": "Never",
-            "activeDeadlineSeconds": 3600,
-            "automountServiceAccountToken": False,
-            "enableServiceLinks": False,
-            "securityContext": _pod_security(),
-            "containers": [container],
-            "volumes": [_models_volume(serving)],
-        },
-    }
-
-
-def _container(serving: Serving) -> dict[str, Any]:
-    stored = serving.on_volume
-    keys = [] if stored else ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"]
-    return {
-        "name": "triton",
-        "image": serving.image,
-        "args": [
-            "tritonserver",
-            f"--model-repository={'/models' if stored else serving.storage}",
-            "--model-control-mode=poll",
-            f"--repository-poll-secs={POLL_SECONDS}",
-            *("--http-address=127.0.0.1", "--grpc-address=127.0.0.1", "--metrics-address=0.0.0.0"),
-            *serving.arguments,
-        ],
-        "env": [
-            POD_UID,
-            *({"name": key, "valueFrom": {"secretKeyRef": {"name": serving.secret, "key": key}}} for key in keys),
-        ],
-        "ports": [{"name": "metrics", "containerPort": METRICS}],
-        "resources": serving.resources(_scratch_gib(serving)),
-        "securityContext": LOCKED,
-        # by the proxy, as clients come; loading and warm-up may take 10 minutes
-        "startupProbe": probe(serving.ready_path, PROXY_HTTP, every=5, failures=120),
-        "readinessProbe": probe(serving.ready_path, PROXY_HTTP, every=5, failures=2),
-        "livenessProbe": serving.liveness(HTTP),
-        # the proxy first ends what clients began
-        "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(PAUSE_SECONDS + 2)]}}},
-        "volumeMounts": [*MOUNTS, *([_models_mount(serving)] if stored else [])],
-    }
-
-
-def _proxy(serving: Serving) -> dict[str, Any]:
-    """nginx before Triton: when it quits it finishes what it has begun and closes kept-alive connections."""
-    nginx = f"nginx -c {FILES}/nginx.conf -e stderr"
-    small = {"cpu": "100m", "memory": "256Mi", "ephemeral-storage": "1Gi"}
-    return {
-        "name": "proxy",
-        "image": serving.proxy_image,
-        "command": ["/bin/sh", "-c", f"exec {nginx} -g 'daemon off;'"],
-        "ports": [{"name": "http", "containerPort": PROXY_HTTP}, {"name": "grpc", "containerPort": PROXY_GRPC}],
-        "resources": {"requests": small, "limits": {name: small[name] for name in ("memory", "ephemeral-storage")}},
-        "securityContext": LOCKED,
-        "livenessProbe": {"tcpSocket": {"port": PROXY_HTTP}, "periodSeconds": 10, "failureThreshold": 3},
-        "lifecycle": {
-            "preStop": {
-                "exec": {
-                    "command": [
-                        "/bin/sh",
-                        "-c",
-                        f"sleep {PAUSE_SECONDS}; {nginx} -s quit; while [ -e /tmp/nginx.pid ]; do sleep 0.2; done",
-                    ]
-                }
-            }
-        },
-        "volumeMounts": [PROXY_SCRATCH, *(mount for mount in MOUNTS if mount["name"] == "files")],
-    }
-
-
-def _pod_security() -> dict[str, Any]:
-    return {
-        "runAsNonRoot": True,
-        "runAsUser": USER,
-        "runAsGroup": USER,
-        "fsGroup": USER,
-        "fsGroupChangePolicy": "OnRootMismatch",  # or every start changes the owner of every file on the volume
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
-
-
-def _scratch_gib(serving: Serving) -> int:
-    """Triton copies a version from S3 to /tmp before it loads it: the old one and the new one."""
-    return 1 if serving.on_volume else 1 + 2 * serving.gib
-
-
-def _models_mount(serving: Serving) -> dict[str, Any]:
-    folder = serving.claim_and_folder[1]
-    models = {"name": "models", "mountPath": "/models", "readOnly": True}
-    return models | ({"subPath": folder} if folder else {})
-
-
-def _models_volume(serving: Serving) -> dict[str, Any]:
-    return {"name": "models", "persistentVolumeClaim": {"claimName": serving.claim_and_folder[0]}}
-
-
-def _volumes(serving: Serving) -> list[dict[str, Any]]:
-    models = [_models_volume(serving)] if serving.on_volume else []
-    proxys = {"name": PROXY_SCRATCH["name"], "emptyDir": {"sizeLimit": "512Mi"}}
-    return [*scratch(_scratch_gib(serving)), proxys, files_volume(serving), *models]
-
-
-def _tcp(port: int) -> dict[str, Any]:
-    return {"port": port, "protocol": "TCP"}
-
-
-def _scraped(port: int) -> Mapping[str, str]:
-    return {"prometheus.io/scrape": "true", "prometheus.io/port": str(port), "prometheus.io/path": "/metrics"}
-
-
-def _dump(documents: Sequence[Mapping[str, Any]]) -> str:
-    try:
-        import yaml  # type: ignore[import-untyped]
-    except ImportError:
-        raise TritonError("PyYAML is not installed: pip install pyyaml") from None
-
-    class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]  # of a class that is looked up
-        """Writes a text of several lines as such a block."""
-
-    def represent(dumper: Any, text: str) -> Any:
-        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-    Dumper.add_representer(str, represent)
-    plain = (json.loads(json.dumps(document)) for document in documents)  # what is shared would become YAML anchors
-    return "---\n".join(yaml.dump(document, Dumper=Dumper, sort_keys=False, width=110) for document in plain)
+    templates = Environment(
+        loader=FileSystemLoader(HERE / "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.globals |= VALUES
+    return {name: HEADER + templates.get_template(f"{name}.jinja").render(values) for name in names}
 
 
 def check_folder(folder: Path, files: Sequence[str]) -> None:
@@ -429,7 +277,7 @@ def check_folder(folder: Path, files: Sequence[str]) -> None:
 
 def remove_old(folder: Path, files: Collection[str]) -> None:
     """Removes what an earlier run wrote and this one does not: a claim that is now another's must not stay here."""
-    for name in {*EXPLAINED, "Dockerfile"}.difference(files):
+    for name in {path.stem for path in (HERE / "templates").iterdir()}.difference(files):
         if (folder / name).is_file() and _is_ours(folder / name):
             (folder / name).unlink()
 

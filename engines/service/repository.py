@@ -12,7 +12,7 @@ from engines.service.activation import activate_command, active_version, remove_
 from engines.service.container_fit import choose_container, has_lean_runtime
 from engines.service.ensemble import PREPROCESS_MODEL, chosen_config, pictures_config, preprocess_config
 from engines.service.existing_models import check_ensembles, check_held, listed_outputs
-from engines.service.kubernetes import check_folder, kubernetes_files, remove_old
+from engines.service.kubernetes import PROXY_IMAGE, Serving, check_folder, kubernetes_files, kubernetes_name, remove_old
 from engines.service.model_config import engine_config, read_config, takes_graphs, to_text
 from engines.service.repository_files import (
     CONFIG,
@@ -34,7 +34,6 @@ from engines.service.served_model import (
     read_model,
     verification_note,
 )
-from engines.service.serving_files import PROXY_IMAGE, Serving, kubernetes_name
 from export.contract.manifest import locked, new_folder
 
 __all__ = ["Repository", "RepositoryOptions", "TritonError", "make_repository"]

@@ -49,6 +49,11 @@ class Source:
         return tuple(self.path.with_name(entry["name"]) for entry in self.manifest["files"])
 
     @property
+    def bytes(self) -> int:
+        """The size of them all."""
+        return sum(file.stat().st_size for file in self.files)
+
+    @property
     def compute_capability(self) -> str:
         """The one that a plan was built for.
 
