@@ -230,12 +230,6 @@ def test_no_secret_is_shown(protocol: Any, options: dict[str, Any]) -> None:
     assert SECRET not in repr(read_address("x", "http", "ann", SECRET))
 
 
-def test_a_port_is_added() -> None:
-    for protocol, port in (("http", 8000), ("grpc", 8001)):
-        with pytest.raises(ClientError, match=f"nowhere.invalid:{port}: no answer"):
-            TritonClient("nowhere.invalid", protocol=protocol, timeout_s=5)  # type: ignore[arg-type]
-
-
 IMAGE = {"name": "image", "datatype": "FP32", "shape": [-1, 3, 8, 8]}
 FEATURE = {"name": "sam3_feat_0", "datatype": "FP16", "shape": [-1, 4, 2, 2]}
 
@@ -247,13 +241,21 @@ def stand_in(ready: bool = True, index: Any = (), most: int = 8, **metadata: Any
         is_model_ready=lambda name, version, **limit: ready,
         get_model_metadata=lambda name, version, **asked: told,
         get_model_config=lambda name, version, **asked: (
-            {"config": {"max_batch_size": most}} if asked else {"max_batch_size": most}
+            {"config": {"max_batch_size": most}} if asked.get("as_json") else {"max_batch_size": most}
         ),
-        get_model_repository_index=lambda **asked: {"models": list(index)} if asked else list(index),
+        get_model_repository_index=lambda **asked: {"models": list(index)} if asked.get("as_json") else list(index),
     )
 
 
-@pytest.mark.parametrize("options", [dict, lambda: {"client_timeout": 7.0}], ids=["http", "grpc"])
+def options_of(**more: Any) -> dict[str, Any]:
+    """What a gRPC method is given; an HTTP method gets nothing."""
+    return {"client_timeout": 7.0, **more}
+
+
+BOTH = pytest.mark.parametrize("options", [lambda **_: {}, options_of], ids=["http", "grpc"])
+
+
+@BOTH
 def test_a_model_is_described(options: Any) -> None:
     image, feature = Tensor("image", "FP32", (-1, 3, 8, 8)), Tensor("sam3_feat_0", "FP16", (-1, 4, 2, 2))
     found = describe(stand_in(), "m", "", ["sam3_*"], options)
@@ -283,7 +285,7 @@ def test_a_model_is_described(options: Any) -> None:
         (stand_in(False, [{"name": "m"}]), "m is not ready; the server has version ?"),
     ],
 )
-@pytest.mark.parametrize("options", [dict, lambda: {"client_timeout": 7.0}], ids=["http", "grpc"])
+@BOTH
 def test_a_model_that_cannot_be_used_is_told(client: Any, words: str, options: Any) -> None:
     with pytest.raises(ClientError, match=words):
         describe(client, "m", "", ["sam3_*"], options)

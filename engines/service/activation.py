@@ -8,9 +8,9 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from engines.service.existing_models import check_ensembles, listed_outputs
+from engines.service.existing_models import check_ensembles
 from engines.service.model_config import read_config, schema, to_text
 from engines.service.repository_files import (
     CONFIG,
@@ -82,14 +82,14 @@ def activate_version(
         if not output.is_dir():
             raise TritonError(f"{output}: no such folder; name the model repository by --output")
         with locked(output):
-            held, there = read_config(model / CONFIG), versions(model)
-            if held is None or not there:
+            there = versions(model) if (model / CONFIG).is_file() else []
+            if not there:
                 raise TritonError(f"{model}: no such model; give --name and --output as they were given to add it")
             if version not in there:
                 known = ", ".join(map(str, there))
                 raise TritonError(f"{model}: has no version {version}; it has {known}")
             report("hashes of the files")
-            config = _config_of(model, version, held)
+            config = _config_of(model / str(version))
             check_ensembles(output, config, ())
             before = active_version(model)
             with stage_beside(output, model) as stage:
@@ -99,26 +99,18 @@ def activate_version(
     return Activation(name, version, before, tuple(files), tuple(removed))
 
 
-def _config_of(model: Path, version: int, held: Any) -> Any:
-    """The config that a version came with; one of before November 30, 2026 came with none and has the model's."""
-    where = model / str(version) / MANIFEST
+def _config_of(folder: Path) -> Any:
+    """The config that a version was written with, naming it; its files are compared with their manifests before."""
+    kind: Literal["plan", "onnx"] = "onnx" if (folder / "model.onnx").is_file() else "plan"
     try:
-        kind = "onnx" if (model / str(version) / "model.onnx").is_file() else "plan"
-        manifest = read_manifest(where, kind)
-        check_files(where, manifest)
-        for other in sorted(where.parent.glob("*.plan.json")):  # plans for further compute capabilities
-            check_files(other, read_manifest(other, "plan"))
+        for where in (folder / MANIFEST, *sorted(folder.glob("*.plan.json"))):  # plans for further compute capabilities
+            check_files(where, read_manifest(where, kind))
     except ManifestError as error:
-        raise TritonError(f"version {version} of {model.name} cannot be served: {error}") from None
-    config = read_config(model / str(version) / CONFIG)
+        raise TritonError(f"version {folder.name} of {folder.parent.name} cannot be served: {error}") from None
+    config = read_config(folder / CONFIG)
     if config is None:
-        config = schema().ModelConfig()
-        config.CopyFrom(held)
-        outputs = (manifest.get("signature") or manifest).get("outputs") or []
-        lacking = listed_outputs(held) - {output["name"] for output in outputs}
-        if lacking:
-            raise TritonError(f"version {version} of {model.name} lacks {', '.join(sorted(lacking))}; export it again")
-    serve_version(config, version)
+        raise TritonError(f"{folder / CONFIG}: no such file; export the version again")
+    serve_version(config, int(folder.name))
     return config
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from engines.service.served_model import Source, TritonError
 from export.contract.export_command import AS_AUTO, export_again
-from export.contract.readers import CODES, find_readers, line_of, release_numbers, triton_containers, version_numbers
+from export.contract.readers import CODES, line_of, release_numbers, triton_containers, version_numbers
 from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
 from export.proof.reader_check import graph_needs, on_cpu, why_not
 
@@ -115,18 +115,9 @@ def _for_onnx(source: Source, asked: str | None) -> tuple[str | None, list[str]]
 
 
 def _requested(source: Source) -> str | None:
-    """The newest container that `--reader triton-NN.NN` of the export named, None if it named none.
-
-    Manifests before November 30, 2026 list the container's TensorRT and ONNX Runtime, but not its name.
-    """
-    readers = source.manifest.get("readers") or {}
-    named = [container for container in triton_containers() if f"triton-{container}" in readers.get("products", ())]
-    fitting = named or [
-        container
-        for container in triton_containers()
-        if {reader.full_name for reader in find_readers(f"triton-{container}")} <= set(readers.get("asked", ()))
-    ]
-    return max(fitting, default=None)
+    """The newest container that `--reader triton-NN.NN` of the export named, None if it named none."""
+    named = (source.manifest.get("readers") or {}).get("products", ())
+    return max((container for container in triton_containers() if f"triton-{container}" in named), default=None)
 
 
 def _check_readable(source: Source, container: str, carried: str) -> list[str]:

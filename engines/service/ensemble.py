@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.service.model_config import add_tensors, schema
+from engines.service.model_config import add_tensors, new_config, schema
 from engines.service.served_model import Source
 from export.contract.signature import TensorSpec
 
@@ -29,7 +29,7 @@ def preprocess_config(source: Source, name: str) -> Any:
 
     Its instances are on the CPU by name, or Triton would start one per GPU; that is the only instance_group here.
     """
-    config = _config(source, name)
+    config = new_config(source, name)
     config.backend = "python"
     _add_picture(config, source)
     add_tensors(config.output, [source.image], source.batch)
@@ -39,7 +39,7 @@ def preprocess_config(source: Source, name: str) -> Any:
 
 def pictures_config(source: Source, name: str, preprocess: str, engine: str, outputs: Sequence[TensorSpec]) -> Any:
     """The config of the ensemble from pictures to features."""
-    config = _config(source, name)
+    config = new_config(source, name)
     config.platform = "ensemble"
     _add_picture(config, source)
     add_tensors(config.output, outputs, source.batch)
@@ -57,17 +57,11 @@ def chosen_config(source: Source, name: str, engine: str, outputs: Sequence[Tens
     InitializeIOBindings, read in its source of July 2026; with auto-complete on, missing ones are filled in). It copies
     only what a request asks for, and an ensemble asks for what it maps.
     """
-    config = _config(source, name)
+    config = new_config(source, name)
     config.platform = "ensemble"
     add_tensors(config.input, [source.image], source.batch)
     add_tensors(config.output, outputs, source.batch)
     _add_engine(config, source, engine, outputs)
-    return config
-
-
-def _config(source: Source, name: str) -> Any:
-    config = schema().ModelConfig(name=name, max_batch_size=source.batch.maximum if source.batch.dynamic else 0)
-    config.version_policy.latest.num_versions = 1
     return config
 
 

@@ -26,6 +26,13 @@ def schema() -> Any:
     return model_config_pb2
 
 
+def new_config(source: Source, name: str) -> Any:
+    """A config with what all models of a repository have."""
+    config = schema().ModelConfig(name=name, max_batch_size=source.batch.maximum if source.batch.dynamic else 0)
+    config.version_policy.latest.num_versions = 1
+    return config
+
+
 def engine_config(
     source: Source,
     name: str,
@@ -49,12 +56,11 @@ def engine_config(
         queue_delay_us: how long a request waits for others, where the batch is dynamic.
         cuda_graphs: whether the tensorrt backend captures them.
     """
-    config = schema().ModelConfig(name=name, max_batch_size=source.batch.maximum if source.batch.dynamic else 0)
+    config = new_config(source, name)
     if source.kind == "plan":
         config.platform = "tensorrt_plan"
     else:
         config.backend = "onnxruntime"
-    config.version_policy.latest.num_versions = 1
     config.cc_model_filenames.update(plans or {})
     add_tensors(config.input, [source.image], source.batch)
     add_tensors(config.output, outputs, source.batch)

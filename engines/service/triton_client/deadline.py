@@ -60,9 +60,9 @@ class Deadline:
             raise self._late()
         return left
 
-    def options(self) -> dict[str, Any]:
-        """What a gRPC method is given; nothing for HTTP."""
-        return {} if self._gevent is not None else {"client_timeout": self.left_s()}
+    def options(self, **more: Any) -> dict[str, Any]:
+        """What a gRPC method is given, `more` among it; nothing for HTTP."""
+        return {} if self._gevent is not None else {"client_timeout": self.left_s(), **more}
 
     def _late(self) -> ClientError:
         return ClientError(

@@ -44,7 +44,7 @@ def describe(
     name: str,
     version: str,
     outputs: Sequence[str],
-    options: Callable[[], dict[str, Any]] = lambda: {},
+    options: Callable[..., dict[str, Any]] = lambda **_: {},
 ) -> Model:
     """Asks the server what a model takes and gives.
 
@@ -52,27 +52,23 @@ def describe(
         client: tritonclient's.
         name, version: the model; an empty version is the latest.
         outputs: names or wildcards of the outputs that are wanted; empty for all.
-        options: gives what each method of a gRPC client takes beside, such as the time that is left; nothing for HTTP.
+        options: `Deadline.options`, what each method is given beside.
 
     Raises:
         ClientError: the model is not ready, or has no such outputs, or is no encoder.
     """
 
-    def asked() -> dict[str, Any]:
-        more = options()
-        return more | ({"as_json": True} if more else {})
-
     if not client.is_model_ready(name, version, **options()):
         try:
-            index = client.get_model_repository_index(**asked())
+            index = client.get_model_repository_index(**options(as_json=True))
         except Exception as error:  # tritonclient's own: a server may keep its list of models to itself
             why = " ".join(str(error).split())
             if "restricted" not in why and "403" not in why:
                 raise
             raise ClientError(f"{name} is not ready; the server does not say what it has ({why})") from None
         raise ClientError(_why_not_ready(index, name, version))
-    metadata = client.get_model_metadata(name, version, **asked())
-    config = client.get_model_config(name, version, **asked())
+    metadata = client.get_model_metadata(name, version, **options(as_json=True))
+    config = client.get_model_config(name, version, **options(as_json=True))
     inputs, found = (
         [Tensor(one["name"], one["datatype"], tuple(map(int, one["shape"]))) for one in metadata[key]]
         for key in ("inputs", "outputs")

@@ -35,11 +35,11 @@ class SharedMemory:
     Args:
         client: gives tritonclient's client.
         kind: `system` or `cuda`.
-        options: gives what each of its methods takes beside, such as the time that is left.
+        options: `Deadline.options`, what each of its methods is given beside.
     """
 
     def __init__(
-        self, client: Callable[[], Any], kind: Memory, options: Callable[[], dict[str, Any]] = lambda: {}
+        self, client: Callable[[], Any], kind: Memory, options: Callable[..., dict[str, Any]] = lambda **_: {}
     ) -> None:
         folder = {"system": "shared_memory", "cuda": "cuda_shared_memory"}[kind]
         self._library = import_part(
@@ -125,8 +125,7 @@ class SharedMemory:
     def _remove_stale(self) -> None:
         """Removes regions of clients on this machine that live no more: on the server, and their memory."""
         status = getattr(self._client(), f"get_{self._kind}_shared_memory_status")
-        options = self._options()
-        known = status(**options, **({"as_json": True} if options else {}))  # a gRPC client answers in JSON if asked
+        known = status(**self._options(as_json=True))
         listed = known.get("regions", {}) if isinstance(known, dict) else [region["name"] for region in known]
         for name in filter(is_stale, list(listed)):
             with contextlib.suppress(self._refusal):  # it is in use, or another client was faster
