@@ -30,9 +30,12 @@ demo: .venv/ready
 	$(BIN)/neck-export trt build/sam3-encoder.onnx --fp16
 
 # a process a core, a file in one process, the longest files first, one thread each; bytecode is kept wherever the
-# environment says otherwise: without, each of the hundred processes that tests start compiles our modules for 0.5 s
+# environment says otherwise: without, each of the hundred processes that tests start compiles our modules for 0.5 s, and
+# in a new environment torch as well, for 5 s (torch 2.15)
+RUN = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(1)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+
 test: .venv/ready .triton/ready .families/ready
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+	$(call RUN,$(BIN))
 
 # the tests with other versions than the lock's, each in an environment of its own: the oldest that pyproject allows, and
 # the newest of everything; without what needs a server, a browser, a C++ compiler or SAM 3's packages. Several GB: the
@@ -47,7 +50,7 @@ test-oldest test-newest: test-%: .venv/ready
 	$(UV) venv --quiet --clear --seed --python '$(PYTHON)' build/$*
 	$(UV) pip install --quiet --python build/$* $($*) --editable '.[$(EXTRAS)]'
 	$(UV) pip freeze --python build/$* > build/$*.txt
-	OMP_NUM_THREADS=1 build/$*/bin/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder $(PART)
+	$(call RUN,build/$*/bin) $(PART)
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -q -m slow
