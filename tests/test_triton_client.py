@@ -35,7 +35,7 @@ from engines.service.triton_client import shared
 from engines.service.triton_client.__main__ import main
 from engines.service.triton_client.address import read_address
 from engines.service.triton_client.client import TritonClient
-from engines.service.triton_client.errors import ClientError
+from engines.service.triton_client.errors import ClientError, told
 from engines.service.triton_client.model import Model, Tensor, describe
 from engines.service.triton_client.pictures import normalise, read_pixels
 from engines.service.triton_client.shared import SharedMemory
@@ -533,7 +533,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "san").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost")
     new = ["openssl", "req", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     for name in ("ca", "other"):
-        files = ["-keyout", f"{name}.key", "-out", f"{name}.pem"]
+        files = ["-addext", "keyUsage=critical,keyCertSign", "-keyout", f"{name}.key", "-out", f"{name}.pem"]
         subprocess.run([*new, "-x509", "-subj", f"/CN={name}", *files], cwd=folder, check=True, capture_output=True)
     files = ["-keyout", "server.key", "-out", "server.csr"]
     subprocess.run([*new[:-2], "-subj", "/CN=x", *files], cwd=folder, check=True, capture_output=True)
@@ -559,6 +559,22 @@ def test_https_with_a_private_authority(certificates: Path, monkeypatch: pytest.
             TritonClient(f"http://{url}", "m", timeout_s=60)
         monkeypatch.setenv("SSL_CERT_FILE", str(ca))
         TritonClient(f"https://{url}", "m", timeout_s=60).close()
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("CA cert does not include key usage extension", "Python 3.13"),
+        ("Missing Authority Key Identifier", "Python 3.13"),
+        ("self-signed certificate in certificate chain", "--ca"),
+    ],
+)
+def test_why_a_certificate_is_not_trusted(reason: str, remedy: str) -> None:
+    """From Python 3.13 on an authority's certificate may be refused although it was given."""
+    with pytest.raises(ClientError) as found, told("https://x"):
+        raise ssl.SSLError(1, f"[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: {reason} (_ssl.c:1020)")
+    message = str(found.value)
+    assert reason in message and [words for words in ("Python 3.13", "--ca") if words in message] == [remedy]
 
 
 class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):

@@ -25,6 +25,10 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
+MALFORMED = ("key usage extension", "Key Identifier", "marked critical")
+"""What OpenSSL says of a certificate that breaks RFC 5280; Python's default context checks that from 3.13 on."""
+
+
 @contextlib.contextmanager
 def told(url: str) -> Iterator[None]:
     """Turns what tritonclient and its transports raise into one sentence."""
@@ -36,6 +40,8 @@ def told(url: str) -> Iterator[None]:
         status = error.status() if hasattr(error, "status") else "StatusCode.UNAVAILABLE"  # an InferenceServerException
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             remedy = "give the certificate of the authority that signed the server's with --ca, or in SSL_CERT_FILE"
+            if any(words in str(error) for words in MALFORMED):
+                remedy = "make the certificate again with that extension, which Python 3.13 and later require"
             raise ClientError(f"{url}: its certificate is not trusted ({one_line(error)}); {remedy}") from None
         if status in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
             remedy = "start tritonserver, give its --url (HTTP has port 8000, gRPC 8001), or a longer --timeout"
