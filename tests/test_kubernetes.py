@@ -139,40 +139,27 @@ def plan(tmp_path: Path) -> Path:
     return write_plan(tmp_path / "in" / "encoder.plan")
 
 
-CASES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "ensemble": {"ensemble": True, "outputs": ("sam3_feat_*",), "image": "registry.example.com/encoder:1"},
-    "gpus": {"gpus": 4},
-    "s3": {"storage": "s3://models.example.com:9000/sam3/encoder"},
-    "folder": {"storage": "pvc://shared/models/sam3"},
-    "mixed": {"more": True},
-}
-
-
-@pytest.mark.parametrize("case", list(CASES))
-def test_every_document_is_valid(case: str, plan: Path, tmp_path: Path) -> None:
-    changes = dict(CASES[case])
-    if changes.pop("more", False):
-        changes["more"] = (write_plan(tmp_path / "in" / "other.plan", compute_capabilities=["12.0"]),)
-    found = make(plan, tmp_path, **changes)
-    files = documents(tmp_path / "cluster")
-    kinds = {document["kind"] for content in files.values() for document in content}
-    extra = {"s3": {"ServiceAccount"}, "folder": {"Pod"}}.get(case, {"PersistentVolumeClaim", "Pod"})
-    assert kinds == extra | set(OWN_SCHEMAS) | {
-        *("Deployment", "Service", "ConfigMap", "NetworkPolicy", "HorizontalPodAutoscaler", "PodDisruptionBudget"),
-    }
-    for version in (KUBERNETES, kubernetes_validate.latest_version()):
-        for content in files.values():
-            for document in content:
-                check(document, version)
-    assert files["kustomization.yaml"][0]["resources"] == [
-        name
-        for name in ("deployment.yaml", "service.yaml", "network.yaml", "autoscaler.yaml", "storage.yaml")
-        if name in files
+def test_every_document_is_valid(plan: Path, tmp_path: Path) -> None:
+    """Against the oldest and the newest schemas; which files there are, and what `kubectl apply -k` takes."""
+    other = write_plan(tmp_path / "in" / "other.plan", compute_capabilities=["12.0"])
+    always = {"Deployment", "Service", "ConfigMap", "NetworkPolicy", "HorizontalPodAutoscaler", "PodDisruptionBudget"}
+    cases: list[tuple[dict[str, Any], set[str]]] = [
+        ({"more": (other,), "ensemble": True, "image": "registry/encoder:1"}, {"PersistentVolumeClaim", "Pod"}),
+        ({"storage": "s3://models.example.com:9000/sam3/encoder"}, {"ServiceAccount"}),
+        ({"storage": "pvc://shared/models/sam3"}, {"Pod"}),
     ]
-    assert {path for path in found.files if path.parent == tmp_path / "cluster"} == set(
-        (tmp_path / "cluster").iterdir()
-    )
+    for number, (changes, extra) in enumerate(cases):
+        folder = tmp_path / f"cluster{number}"
+        found = make(plan, tmp_path, name=f"m{number}", **{"kubernetes": folder, **changes})
+        files = documents(folder)
+        for version in (KUBERNETES, kubernetes_validate.latest_version()):
+            for document in (document for content in files.values() for document in content):
+                check(document, version)
+        kinds = {document["kind"] for content in files.values() for document in content}
+        assert kinds == always | extra | set(OWN_SCHEMAS)
+        applied = ["deployment.yaml", "service.yaml", "network.yaml", "autoscaler.yaml", "storage.yaml"]
+        assert files["kustomization.yaml"][0]["resources"] == [name for name in applied if name in files]
+        assert {path for path in found.files if path.parent == folder} == set(folder.iterdir())
 
 
 FAULTS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
@@ -226,27 +213,6 @@ def deployments(files: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [document for document in files["deployment.yaml"] if document["kind"] == "Deployment"]
 
 
-def test_a_pod_has_what_triton_needs(plan: Path, tmp_path: Path) -> None:
-    found = make(plan, tmp_path, gpus=2)
-    files = documents(tmp_path / "cluster")
-    (deployment,) = deployments(files)
-    pod, container = deployment["spec"]["template"]["spec"], container_of(deployment)
-    assert found.container == "25.09" and container["image"] == "nvcr.io/nvidia/tritonserver:25.09-py3"
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == "2"
-    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
-    volumes = {volume["name"]: volume for volume in pod["volumes"]}
-    assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
-    assert volumes[mounts["/models"]]["persistentVolumeClaim"]["claimName"] == "sam3-encoder-models"
-    assert files["storage.yaml"][0]["metadata"]["name"] == "sam3-encoder-models"
-    drained = int(next(item for item in container["args"] if "exit-timeout" in item).partition("=")[2])
-    pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert pod["terminationGracePeriodSeconds"] >= pause + drained
-    assert "--strict-readiness=false" in container["args"]
-    labels = deployment["spec"]["template"]["metadata"]["labels"].items()
-    assert deployment["spec"]["selector"]["matchLabels"].items() <= labels
-    assert files["service.yaml"][0]["spec"]["selector"].items() <= labels
-
-
 def expressions(document: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
     affinity = document["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]
     (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
@@ -256,29 +222,18 @@ def expressions(document: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
 MAJOR, MINOR = "nvidia.com/gpu.compute.major", "nvidia.com/gpu.compute.minor"
 
 
-def test_mixed_gpu_generations(plan: Path, tmp_path: Path) -> None:
+def test_mixed_gpu_generations_and_a_plan_for_all(plan: Path, tmp_path: Path) -> None:
     other = write_plan(tmp_path / "in" / "other.plan", compute_capabilities=["12.0"])
     make(plan, tmp_path, more=(other,))
     files = documents(tmp_path / "cluster")
     ada, blackwell = deployments(files)
     assert expressions(ada) == {MAJOR: ("In", ["8"]), MINOR: ("In", ["9"])}
     assert expressions(blackwell) == {MAJOR: ("In", ["12"]), MINOR: ("In", ["0"])}
-    selectors = [found["spec"]["selector"]["matchLabels"] for found in (ada, blackwell)]
-    assert selectors[0] != selectors[1]  # or each Deployment would count the other's pods
-    (service,) = files["service.yaml"]
-    assert all(service["spec"]["selector"].items() <= selector.items() for selector in selectors)
-    scaled = [
-        found["spec"]["scaleTargetRef"]["name"] for found in files["autoscaler.yaml"] if "metrics" in found["spec"]
-    ]
-    assert scaled == [found["metadata"]["name"] for found in (ada, blackwell)]
-    assert len([found for found in files["kserve.yaml"] if found["kind"] == "InferenceService"]) == 2
-
-
-def test_a_plan_for_every_gpu_from_ampere_on(tmp_path: Path) -> None:
+    assert len(predictors(files)) == 2
     options = {"version_compatible": False, "hardware_compatible": "ampere+"}
-    make(write_plan(tmp_path / "encoder.plan", options=options), tmp_path)
+    make(write_plan(tmp_path / "encoder.plan", options=options), tmp_path, name="ampere")
     (deployment,) = deployments(documents(tmp_path / "cluster"))
-    assert expressions(deployment) == {MAJOR: ("Gt", ["7"])} and deployment["metadata"]["name"] == "sam3-encoder"
+    assert expressions(deployment) == {MAJOR: ("Gt", ["7"])} and deployment["metadata"]["name"] == "ampere"
 
 
 def test_the_autoscaler_asks_for_waiting_requests(plan: Path, tmp_path: Path) -> None:
@@ -325,51 +280,27 @@ def test_s3(storage: str, uri: str, endpoint: str | None, https: str | None, pla
     assert found.get("serving.kserve.io/s3-usehttps") == https
 
 
-def test_an_existing_claim_is_not_written(plan: Path, tmp_path: Path) -> None:
-    """`kubectl delete -k` would delete a claim that others use."""
+def test_storage(plan: Path, tmp_path: Path) -> None:
+    """An existing claim is not written, or `kubectl delete -k` would delete it; what no longer applies is removed."""
+    make(plan, tmp_path)  # the control: without --storage the claim is the model's own
+    assert documents(tmp_path / "cluster")["storage.yaml"][0]["metadata"]["name"] == "sam3-encoder-models"
+    (tmp_path / "cluster" / "overlay.yaml").write_text("kind: Kustomization\n")  # somebody else's
     make(plan, tmp_path, storage="pvc://shared/models/sam3")
     files = documents(tmp_path / "cluster")
+    assert "storage.yaml" not in files and "overlay.yaml" in files
     (deployment,) = deployments(files)
-    mounts = {mount["name"]: mount for mount in container_of(deployment)["volumeMounts"]}
-    assert mounts["models"]["subPath"] == "models/sam3" and mounts["models"]["readOnly"] is True
+    (mount,) = (mount for mount in container_of(deployment)["volumeMounts"] if mount["name"] == "models")
+    assert mount == {"name": "models", "mountPath": "/models", "subPath": "models/sam3", "readOnly": True}
     volumes = {volume["name"]: volume for volume in deployment["spec"]["template"]["spec"]["volumes"]}
     assert volumes["models"]["persistentVolumeClaim"]["claimName"] == "shared"
-    assert "storage.yaml" not in files and "storage.yaml" not in files["kustomization.yaml"][0]["resources"]
-    (predictor,) = predictors(files)
-    assert predictor["model"]["storageUri"] == "pvc://shared/models/sam3" and "serviceAccountName" not in predictor
-    make(plan, tmp_path, name="other")  # the control: without --storage the claim is the model's own
-    assert documents(tmp_path / "cluster")["storage.yaml"][0]["metadata"]["name"] == "other-models"
-
-
-def test_kserve_waits_until_triton_has_answered(plan: Path, tmp_path: Path) -> None:
-    make(plan, tmp_path)
-    _, runtime, service = documents(tmp_path / "cluster")["kserve.yaml"]
-    (container,) = runtime["spec"]["containers"]
-    drained = int(next(item for item in container["args"] if "exit-timeout" in item).partition("=")[2])
-    assert service["spec"]["predictor"]["terminationGracePeriodSeconds"] > drained
-    assert container["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-
-
-def test_the_claim_can_be_filled_and_s3_be_reached(plan: Path, tmp_path: Path) -> None:
+    (to_fill,) = files["upload.yaml"][0]["spec"]["containers"][0]["volumeMounts"]
+    assert to_fill == {"name": "models", "mountPath": "/models", "subPath": "models/sam3"}
+    assert predictors(files)[0]["model"]["storageUri"] == "pvc://shared/models/sam3"
+    assert files["network.yaml"][0]["spec"]["egress"] == []
     make(plan, tmp_path, storage="s3://s3.example.com:9000/bucket/models")
     files = documents(tmp_path / "cluster")
     ports = [port["port"] for rule in files["network.yaml"][0]["spec"]["egress"] for port in rule["ports"]]
     assert ports == [53, 53, 9000] and "upload.yaml" not in files
-    make(plan, tmp_path, storage="pvc://shared/models/sam3")
-    files = documents(tmp_path / "cluster")
-    assert files["network.yaml"][0]["spec"]["egress"] == []
-    (upload,) = files["upload.yaml"]
-    (to_fill,) = upload["spec"]["containers"][0]["volumeMounts"]
-    assert to_fill == {"name": "models", "mountPath": "/models", "subPath": "models/sam3"}
-
-
-def test_what_no_longer_applies_is_removed(plan: Path, tmp_path: Path) -> None:
-    make(plan, tmp_path)
-    assert (tmp_path / "cluster" / "storage.yaml").exists()
-    (tmp_path / "cluster" / "overlay.yaml").write_text("kind: Kustomization\n")
-    make(plan, tmp_path, storage="pvc://models/sam3")
-    assert not (tmp_path / "cluster" / "storage.yaml").exists()
-    assert (tmp_path / "cluster" / "overlay.yaml").exists()  # somebody else's
 
 
 def test_the_ensembles_image_has_pillow(plan: Path, tmp_path: Path) -> None:
@@ -486,7 +417,12 @@ def test_a_pod_has_room_for_its_decoders(plan: Path) -> None:
 def check_platform(serving: Serving, files: dict[str, list[dict[str, Any]]]) -> None:
     """What a platform team asks for, on one set of files."""
     kserve, runtime = predictors(files)[0], runtime_of(files)
-    for deployment in deployments(files):
+    (service,) = files["service.yaml"]
+    selectors = [one["spec"]["selector"]["matchLabels"] for one in deployments(files)]
+    assert len({json.dumps(one) for one in selectors}) == len(selectors) == max(1, len(serving.capabilities))
+    for deployment, selector in zip(deployments(files), selectors, strict=True):
+        labels = deployment["spec"]["template"]["metadata"]["labels"]
+        assert service["spec"]["selector"].items() <= selector.items() <= labels.items()
         pod, triton, proxy = (
             deployment["spec"]["template"]["spec"],
             container_of(deployment),
@@ -501,6 +437,10 @@ def check_platform(serving: Serving, files: dict[str, list[dict[str, Any]]]) -> 
         assert step == {"surge": {"maxUnavailable": 0, "maxSurge": 1}}.get(
             serving.rollout, {"maxUnavailable": 1, "maxSurge": 0}
         )
+        assert triton["resources"]["limits"].keys() == {"nvidia.com/gpu", "memory", "ephemeral-storage"}
+        assert triton["resources"]["limits"]["nvidia.com/gpu"] == str(serving.gpus)
+        assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}} in pod["volumes"]
+        assert {"name": "shm", "mountPath": "/dev/shm"} in triton["volumeMounts"]
         assert triton["image"] == (serving.image_name or "nvcr.io/nvidia/tritonserver:25.09-py3")
         assert proxy["image"] == serving.proxy_image
         # the proxy quits, closing what is kept alive, before Triton is told to end, and the pod waits for both
@@ -520,6 +460,8 @@ def check_platform(serving: Serving, files: dict[str, list[dict[str, Any]]]) -> 
     assert ("storage.yaml" in files) is serving.own_claim
     kinds = [document["kind"] for content in files.values() for document in content]
     scalers = [one for one in files["autoscaler.yaml"] if one["kind"] == "HorizontalPodAutoscaler"]
+    scaled = [one["spec"]["scaleTargetRef"]["name"] for one in scalers]
+    assert scaled == [one["metadata"]["name"] for one in deployments(files)]
     budgets = [one for one in files["autoscaler.yaml"] if one["kind"] == "PodDisruptionBudget"]
     least = sum(one["spec"]["minReplicas"] for one in scalers)
     assert least == serving.replicas * len(scalers) and kserve["minReplicas"] == serving.replicas
@@ -552,7 +494,8 @@ def check_probes(serving: Serving, container: dict[str, Any], port: int, own: in
 
 def check_closed(container: dict[str, Any]) -> None:
     apis = "shared-memory,model-repository,trace,logging:closed-by=$(POD_UID)"
-    assert {f"--http-restricted-api={apis}", f"--grpc-restricted-protocol={apis}"} <= set(container["args"])
+    wanted = {f"--http-restricted-api={apis}", f"--grpc-restricted-protocol={apis}", "--strict-readiness=false"}
+    assert wanted <= set(container["args"])
     assert any(entry["name"] == "POD_UID" for entry in container["env"])
 
 
