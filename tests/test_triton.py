@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import importlib.util
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import unusual_pictures
 from conftest import GOLDEN_TOLERANCE, load_golden, run_onnx, tiny_config, worst_error
 from exporting import golden_options, listing, neck_export_cli, trace_quickly
 from PIL import Image
@@ -39,7 +41,7 @@ from export.contract.signature import BatchRange, encoder_signature
 from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
 from export.lowering.shared_form import choose_form
 from export.pipeline import export_onnx
-from neck.pictures import normalise, read_picture, resize_picture
+from neck.pictures import PictureError, normalise, read_picture, resize_picture
 
 ROOT = Path(__file__).parent.parent
 VERDICT = {"verified": True, "method": "ONNX Runtime", "outputs": []}
@@ -137,16 +139,7 @@ def test_a_plan_with_dynamic_batch(plan: Path, tmp_path: Path) -> None:
     }
     assert (found.version, found.active, found.container) == (1, 1, "25.09")
     assert set(found.files) == {found.path / name for name in listing(found.path) if not name.endswith("/")}
-
-
-@pytest.mark.parametrize("precision", ["fp8", "int8"])
-def test_a_quantised_plan(precision: str, tmp_path: Path) -> None:
-    """Its outputs are FP16; what no GPU verified is said."""
-    unverified = {"verified": False, "reason": "not verified: no NVIDIA driver", "onnx": VERDICT}
-    found = make(write_plan(tmp_path / "encoder.plan", precision=precision, verification=unverified), tmp_path)
-    assert {kind for _, kind, _ in tensors(config_of(found).output)} == {FP16}
-    assert "encoder.plan not verified: no NVIDIA driver; its ONNX graph is verified" in found.notes
-    assert json.loads((found.path / "sam3-encoder" / "1" / "manifest.json").read_text())["precision"] == precision
+    assert to_text(config) == found.config.read_text()
 
 
 def test_a_fixed_batch_keeps_its_dimension(tmp_path: Path) -> None:
@@ -527,28 +520,24 @@ def test_several_plans_by_compute_capability(tmp_path: Path) -> None:
         check_files(where, read_manifest(where, "plan"))
 
 
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
+def test_plans_that_are_not_one_encoder(onnx_file: Path, tmp_path: Path) -> None:
+    ampere = {"compute_capabilities": ["8.6"]}
+    cases: list[tuple[dict[str, Any], str]] = [
         ({}, "is for compute capability 8.9, as is"),
-        ({"compute_capabilities": ["8.6"], "seed": 1}, "has another weights than"),
-        ({"compute_capabilities": ["8.6"], "batch": "1:2:4"}, "has another batch than"),
-        ({"compute_capabilities": ["8.6"], "signed": {"positions": "none"}}, "has another outputs than"),
-        ({"compute_capabilities": ["8.6"], "precision": "bf16"}, "has another precision than"),
-        ({"compute_capabilities": ["8.6"], "tensorrt_version": "10.14.1.48"}, "one container has one"),
+        (ampere | {"seed": 1}, "has another weights than"),
+        (ampere | {"batch": "1:2:4"}, "has another batch than"),
+        (ampere | {"signed": {"positions": "none"}}, "has another outputs than"),
+        (ampere | {"precision": "bf16"}, "has another precision than"),
+        (ampere | {"tensorrt_version": "10.14.1.48"}, "one container has one"),
         ({"compute_capabilities": ["8.6", "8.9"]}, "expected one such as 8.9"),
-    ],
-)
-def test_plans_that_are_not_one_encoder(second: dict[str, Any], message: str, tmp_path: Path) -> None:
-    first, other = plans(tmp_path, second)
-    with pytest.raises(TritonError, match=message):
-        make(first, tmp_path, more=(other,))
-    assert not (tmp_path / "repository").exists()
-
-
-def test_an_onnx_file_is_not_served_by_compute_capability(plan: Path, onnx_file: Path, tmp_path: Path) -> None:
+    ]
+    for second, message in cases:
+        first, other = plans(tmp_path, second)
+        with pytest.raises(TritonError, match=message):
+            make(first, tmp_path, more=(other,))
     with pytest.raises(TritonError, match="is no plan"):
-        make(plan, tmp_path, more=(onnx_file,))
+        make(first, tmp_path, more=(onnx_file,))
+    assert not (tmp_path / "repository").exists()
 
 
 @pytest.mark.parametrize(
@@ -816,29 +805,22 @@ def test_the_tables_are_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("verification", "note"),
+    ("precision", "verification", "note"),
     [
-        (VERDICT, None),
-        (
-            {"verified": False, "reason": "not verified: no NVIDIA driver"},
-            "encoder.plan not verified: no NVIDIA driver",
-        ),
-        (
-            {"verified": False, "reason": "not verified: no NVIDIA driver", "onnx": VERDICT},
-            "encoder.plan not verified: no NVIDIA driver; its ONNX graph is verified",
-        ),
-        (None, "encoder.plan not verified: its manifest does not say why"),
+        ("fp16", VERDICT, ""),
+        ("fp16", {"verified": False, "reason": "not verified: no GPU"}, "not verified: no GPU"),
+        ("fp8", {"verified": False, "reason": "not verified: x", "onnx": VERDICT}, "its ONNX graph is verified"),
+        ("int8", None, "not verified: its manifest does not say why"),
     ],
 )
-def test_what_is_not_verified_is_said(verification: Any, note: str | None, tmp_path: Path) -> None:
-    found = make(write_plan(tmp_path / "in" / "encoder.plan", verification=verification), tmp_path)
-    told = [line for line in found.notes if "verified" in line]
-    assert told == ([note] if note else [])
-
-
-def test_the_config_is_text_that_triton_reads(plan: Path, tmp_path: Path) -> None:
+def test_what_is_not_verified_is_said(precision: str, verification: Any, note: str, tmp_path: Path) -> None:
+    """Of plans of any precision; the outputs of a quantized one are FP16."""
+    plan = write_plan(tmp_path / "in" / "encoder.plan", precision=precision, verification=verification)
     found = make(plan, tmp_path)
-    assert to_text(config_of(found)) == found.config.read_text()
+    told = [line for line in found.notes if "verified" in line]
+    assert len(told) == bool(note) and all(note in line for line in told)
+    assert {kind for _, kind, _ in tensors(config_of(found).output)} == {FP16}
+    assert read_manifest(found.path / "sam3-encoder" / "1" / "manifest.json", "plan")["precision"] == precision
 
 
 def test_without_tritonclient_it_says_what_to_install(
@@ -891,52 +873,30 @@ def started(module: ModuleType, found: Repository) -> Any:
     return model
 
 
-def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
-    return np.random.default_rng(height * width).integers(0, 256, (height, width, channels), dtype=np.uint8)
-
-
-def save(picture: Image.Image, path: Path, **options: Any) -> Path:
-    picture.save(path, **options)
-    return path
-
-
-def pictures(folder: Path) -> dict[str, Path]:
-    """JPEG and PNG files of every mode that cameras and tools write."""
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    smooth = Image.fromarray(noise(9, 7)).resize((150, 201), Image.Resampling.BICUBIC)
-    palette = smooth.convert("P")
-    return {
-        "jpeg": save(smooth, folder / "a.jpg"),
-        "turned": save(smooth, folder / "b.jpg", exif=turned),
-        "cmyk": save(smooth.convert("CMYK"), folder / "c.jpg"),
-        "grey": save(smooth.convert("L"), folder / "d.jpg"),
-        "png": save(smooth, folder / "e.png"),
-        "alpha": save(Image.fromarray(np.dstack([np.asarray(smooth), noise(201, 150, 1)])), folder / "f.png"),
-        "palette": save(palette, folder / "g.png", transparency=3),
-        "grey16": save(Image.fromarray(np.arange(0, 60000, 20, dtype=np.uint16).reshape(50, 60)), folder / "h.png"),
-        "bits": save(smooth.convert("1"), folder / "i.png"),
-    }
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def test_pictures_become_what_neck_makes_of_them(preprocess: ModuleType, plan: Path, tmp_path: Path) -> None:
+    """JPEG and PNG files of every mode that cameras and tools write; those that neck refuses are other tests'."""
     assert preprocess.torch is not None  # the exact resize
-    files = pictures(tmp_path)
-    expected = np.stack([resize_picture(read_picture(path), (112, 112)) for path in files.values()])
-    data = np.array([path.read_bytes() for path in files.values()], dtype=object).reshape(-1, 1)
-    (response,) = started(preprocess, make(plan, tmp_path, ensemble=True)).execute(
-        [{"picture": Tensor("picture", data)}]
-    )
+    files, expected = [], []
+    for path in unusual_pictures.write_all(tmp_path):
+        with contextlib.suppress(PictureError):
+            expected.append(resize_picture(read_picture(path), (112, 112)))
+            files.append(path.read_bytes())
+    assert len(files) > 90
+    request = {"picture": Tensor("picture", np.array(files, dtype=object).reshape(-1, 1))}
+    (response,) = started(preprocess, make(plan, tmp_path, ensemble=True)).execute([request])
     (tensor,) = response.tensors
     assert response.error is None and tensor.name == "image"
     assert tensor.value.dtype == np.float32 and tensor.value.flags.c_contiguous
-    np.testing.assert_array_equal(tensor.value, normalise(expected).numpy())
-    assert not np.array_equal(tensor.value[0], tensor.value[1])  # the control: the orientation counts
+    np.testing.assert_array_equal(tensor.value, normalise(np.stack(expected)).numpy())
+    assert not np.array_equal(tensor.value[0], tensor.value[1])  # the control: pictures differ
     pixels = write_plan(tmp_path / "uint8.plan", signed={"input_kind": "uint8"})
-    model = started(preprocess, make(pixels, tmp_path, ensemble=True, name="pixels"))
-    (response,) = model.execute([{"picture": Tensor("picture", data)}])
+    (response,) = started(preprocess, make(pixels, tmp_path, ensemble=True, name="pixels")).execute([request])
     assert response.tensors[0].value.dtype == np.uint8
-    np.testing.assert_array_equal(response.tensors[0].value, expected)
+    np.testing.assert_array_equal(response.tensors[0].value, np.stack(expected))
 
 
 PILLOW_LEVELS, PILLOW_SHARE = 1, 3e-2
@@ -977,7 +937,8 @@ def test_a_bad_picture_spoils_its_own_request_only(
     kind: str, preprocess: ModuleType, plan: Path, tmp_path: Path
 ) -> None:
     data, message = bad_pictures()[kind]
-    good = save(Image.fromarray(noise(50, 40)), tmp_path / "good.png").read_bytes()
+    Image.fromarray(noise(50, 40)).save(tmp_path / "good.png")
+    good = (tmp_path / "good.png").read_bytes()
     model = started(preprocess, make(plan, tmp_path, ensemble=True))
     requests = [{"picture": Tensor("picture", np.array(files, dtype=object))} for files in ([[good], [data]], [[good]])]
     failed, answered = model.execute(requests)
