@@ -359,12 +359,14 @@ def verify(
                 file, *asked, report, adapter=adapter, save=save_reference, notes=notes, device=device
             )
         else:
+            from export.contract.onnx_file import OnnxFile
             from export.pipeline import verify_file
-            from export.proof.reader_check import read_by_file
+            from export.proof.reader_check import graph_needs, read_by
 
+            parsed = OnnxFile(file)
             more: dict[str, Any] = {"save": save_reference, "readers": reader, "notes": notes}
-            verdict = verify_file(file, *asked, report, adapter=adapter, **more)
-            line = read_by_file(file)
+            verdict = verify_file(parsed, *asked, report, adapter=adapter, **more)
+            line = read_by(graph_needs(parsed.model))
         show_verdict(verdict)
         if line:
             typer.echo(line)

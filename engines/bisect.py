@@ -18,13 +18,12 @@ from engines.builder.onnx_source import plan_source
 from engines.builder.plan_kind import is_plan
 from export.contract.export_command import REPLACED_FORMS, export_command
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest, workspace
-from export.contract.onnx_file import check_path
+from export.contract.onnx_file import OnnxFile, check_path
 from export.contract.signature import Signature
 from export.graph.cleanup import MODULE
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
 from export.graph.trace import BLOCKS, trace
-from export.inspect import read_graph
 from export.lowering.attention import spelling_at
 from export.lowering.precision import lower
 from export.proof.fidelity import Comparison, compare_output, tolerance_for
@@ -94,7 +93,7 @@ def bisect(
         manifest = plan_source(where)
         run = run or functools.partial(run_on_gpu, plan=read_manifest(where, "plan"))
     else:
-        read_graph(path)
+        OnnxFile(path).check()
         manifest = read_manifest(where, "onnx")
         check_files(where, manifest)
     if manifest["precision"] == "fp32":

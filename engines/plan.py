@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import shutil
@@ -32,17 +31,17 @@ from export.contract.manifest import (
     to_json,
     write_manifest,
 )
-from export.contract.onnx_file import check_path
-from export.contract.signature import Signature
+from export.contract.onnx_file import OnnxFile, check_path
+from export.contract.signature import BatchRange
 from export.lowering.attention import AttentionForm, Spelling
 from export.lowering.precision import Precision, Residual, residuals_to_try
 from export.lowering.upsampling import Upsampling
 from export.output_files import Place, calibration_places, check_places, manifest_places
 from export.pipeline import RejectedError
 from export.proof.fidelity import Verdict
-from export.proof.verify import Reference, Report, make_reference, verify_onnx
+from export.proof.verify import Report, picture_count, verify_onnx
 from export.quantising.settle import QuantiseOptions, Settled, all_tolerances
-from export.weights_origin import manifest_encoder, tool_version
+from export.weights_origin import tool_version
 from neck.pictures import PictureFolder
 
 
@@ -78,7 +77,6 @@ class PlanOptions:
     tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
     checkpoint: Path | None = None
     adapter: Path | None = None
-    known: tuple[Settled | None, tuple[str, ...]] | None = None  # of settle_source, so that `--tune` asks once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +103,38 @@ class PlanResult:
         return list(self.manifest.get("notes", []))
 
 
-def make_plan(options: PlanOptions, report: Report = lambda line: None) -> PlanResult:
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What the plans of one ONNX file share: made once for all candidates of `--tune`.
+
+    Attributes:
+        source: the file, with what PyTorch gives.
+        settled, notes: what is quantised, and what is to be told of it.
+    """
+
+    source: Source
+    settled: Settled | None
+    notes: tuple[str, ...]
+
+
+def read_onnx(options: PlanOptions, report: Report) -> Source:
+    """The ONNX file of a plan; see read_source."""
+    more = {"checkpoint": options.checkpoint, "adapter": options.adapter, "images": options.images}
+    return read_source(options.onnx, report, **more)  # type: ignore[arg-type]
+
+
+def prepare(options: PlanOptions, source: Source, precision: Precision) -> Prepared:
+    """Settles what is quantised; see settle_source."""
+    return Prepared(source, *settle_source(source, precision, options.quantise, options.keep_fp32))
+
+
+def make_plan(options: PlanOptions, report: Report = lambda line: None, prepared: Prepared | None = None) -> PlanResult:
     """Builds, verifies and files a plan, or returns the one that is there where nothing has changed.
+
+    Args:
+        options: what to build.
+        report: told of every step.
+        prepared: what other plans of the same file have made already; by default it is made here.
 
     Raises:
         BuildError, FlavorError: what was asked cannot be built here, or the plan cannot be written.
@@ -116,7 +144,7 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None) -> PlanR
     for path in (options.onnx, options.output):
         check_path(path)
     flavor = choose_flavor(options.flavor)
-    source = read_source(options.onnx, report)
+    source = prepared.source if prepared else read_onnx(options, report)
     precision = options.precision or source.precision
     given = (source.manifest, options.quantise, options.tolerances, source.signature(precision))
     options = dataclasses.replace(options, tolerances=all_tolerances(*given))
@@ -133,10 +161,8 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None) -> PlanR
     ):
         staged = folder / options.output.name
         verdict: Verdict | None = None
-        asked = (options.quantise, options.images, report, options.keep_fp32)
-        settled, notes = options.known or settle_source(
-            source, job.precision, *asked, checkpoint=options.checkpoint, adapter=options.adapter
-        )
+        prepared = prepared or prepare(options, source, precision)
+        settled, notes = prepared.settled, prepared.notes
         for residual in job.residuals:
             if verdict:
                 notes = (f"{', '.join(verdict.failed_names)} left tolerance: built again with residual sums in FP32",)
@@ -233,14 +259,6 @@ class Job:
         asked = self.options.residual
         return residuals_to_try(self.precision, asked) if self.source.precision == "fp32" else (asked,)
 
-    @functools.cached_property
-    def reference(self) -> Reference:
-        """What the encoder that the file's manifest tells of gives in PyTorch."""
-        where, manifest = manifest_path(self.source.path), self.source.manifest or {}
-        signature = Signature.from_dict(manifest["signature"])
-        encoder = manifest_encoder(where, manifest, self.options.checkpoint, self.options.adapter)
-        return make_reference(encoder, signature, images=self.options.images, report=self.report)
-
 
 def reusable(job: Job) -> tuple[PlanResult | None, str | None]:
     """The plan that is there, or why it must be built again; both None where there is none."""
@@ -295,7 +313,7 @@ def _manifest(job: Job, built: Built, notes: tuple[str, ...], settled: Settled |
     }
 
 
-def _verify(job: Job, typed: Path, staged: Path, about: dict[str, Any]) -> tuple[Verdict | None, dict[str, Any]]:
+def _verify(job: Job, typed: OnnxFile, staged: Path, about: dict[str, Any]) -> tuple[Verdict | None, dict[str, Any]]:
     """The verdict on the plan where it runs here, else on its ONNX graph, and what the manifest says of it."""
     options, source, report = job.options, job.source, job.report
     if not options.verify:
@@ -306,22 +324,15 @@ def _verify(job: Job, typed: Path, staged: Path, about: dict[str, Any]) -> tuple
         return None, {"verified": False, "reason": unknown}
     if (reason := why_not_run(staged, about, job.flavor)) is None:
         report("verify: the plan against PyTorch")
-        # a session loads no plan without its manifest; written here alone, since its SHA-256 reads the whole plan
-        write_manifest(manifest_path(staged), "plan", about | {"verification": {"verified": False}}, [staged])
-        verdict = verify_plan(
-            staged,
-            checkpoint=options.checkpoint,
-            adapter=options.adapter,
-            images=options.images,
-            overrides=options.tolerances,
-            report=report,
-        )
+        reference = source.references.of(signature, picture_count(BatchRange.parse(about["batch"])))
+        verdict = verify_plan(staged, about, reference=reference, overrides=options.tolerances, report=report)
         return verdict, verdict.to_dict()
     before = source.manifest["verification"]
-    if typed == source.path and before["verified"] and not options.images and not options.tolerances:
+    if typed is source.file and before["verified"] and not options.images and not options.tolerances:
         return None, {"verified": False, "reason": reason, "onnx": before}
     report("verify: the ONNX graph against PyTorch, as the plan does not run here")
-    verdict = verify_onnx(typed, signature, job.reference, job.precision, overrides=options.tolerances, report=report)
+    reference = source.references.of(signature)
+    verdict = verify_onnx(typed, signature, reference, job.precision, overrides=options.tolerances, report=report)
     return verdict, {"verified": False, "reason": reason, "onnx": verdict.to_dict()}
 
 
@@ -330,8 +341,9 @@ def _reject(options: PlanOptions, folder: Path, manifest: dict[str, Any], verdic
     rejected = rejected_path(options.output)
     with staging(rejected) as other:
         os.replace(folder / options.output.name, other / rejected.name)
-        values = {name: value for name, value in manifest.items() if name not in ("format", "kind", "created", "files")}
-        write_manifest(manifest_path(other / rejected.name), "plan", values, [other / rejected.name])
+        (entry,) = (entry for entry in manifest["files"] if entry["name"] == options.output.name)
+        content = manifest | {"files": [entry | {"name": rejected.name}]}
+        manifest_path(other / rejected.name).write_text(to_json(content), encoding="utf-8")
         publish_plan(other, rejected)
     return RejectedError(rejected, verdict)
 

@@ -15,13 +15,12 @@ import torch
 
 from engines.builder.flavor import FlavorError, choose_flavor
 from engines.builder.onnx_graph import BuildError
-from engines.builder.onnx_source import read_source, settle_source
 from engines.builder.plan_stream import disk_errors
-from engines.plan import Job, PlanOptions, PlanResult, make_plan, publish_plan
+from engines.plan import Job, PlanOptions, PlanResult, Prepared, make_plan, prepare, publish_plan, read_onnx
 from engines.run.plan_checks import SessionError
 from engines.run.timing import median_ms
 from engines.sheet.layer_sheet import read_sheet
-from export.contract.manifest import manifest_path, parse_json, read_manifest, to_json
+from export.contract.manifest import ManifestError, check_files, manifest_path, parse_json, read_manifest, to_json
 from export.lowering.attention import AttentionForm, Spelling
 from export.lowering.upsampling import Upsampling
 from export.pipeline import RejectedError
@@ -88,7 +87,7 @@ def tune_plan(
     options: PlanOptions,
     report: Report = lambda line: None,
     *,
-    make: Callable[[PlanOptions, Report], PlanResult] = make_plan,
+    make: Callable[[PlanOptions, Report, Prepared], PlanResult] = make_plan,
     measure: Callable[[Path], float] | None = None,
 ) -> Tuning:
     """Builds, verifies and profiles every candidate; the fastest that passes gets the plan's name.
@@ -112,20 +111,19 @@ def tune_plan(
         raise TuneError("--tune measures every candidate, so it needs an NVIDIA GPU with its driver; build without it")
     if measure is None and not torch.cuda.is_available():
         raise TuneError("--tune runs every candidate by torch, which is a CPU build; install its CUDA build")
-    source = read_source(options.onnx, report)
+    source = read_onnx(options, report)
     if source.manifest is None or source.precision != "fp32" or options.precision in (None, "fp32"):
         raise TuneError(
             f"{options.onnx}: --tune lowers an FP32 file of neck-export; export one, add --fp16, --bf16 or --precision"
         )
+    measure = measure or measured_ms
     folder = options.output.with_name(options.output.name + ".tuning")
     state = folder / "rows.json"
     key = Job(options, flavor, source, options.precision, report).key
     rows = finished_rows(state, key, options.output.name)
     with disk_errors(options.output):
         folder.mkdir(parents=True, exist_ok=True)
-    asked = (options.quantise, options.images, report, options.keep_fp32)
-    settled = settle_source(source, options.precision, *asked, checkpoint=options.checkpoint, adapter=options.adapter)
-    options = dataclasses.replace(options, known=settled)
+    prepared = prepare(options, source, options.precision)
     candidates = [*itertools.product(FORMS, UPSAMPLINGS)]
     for (attention, spelling), upsampling in counted(candidates, "candidates", len(candidates), "builds"):
         row = Row(attention, spelling, upsampling)
@@ -134,10 +132,10 @@ def tune_plan(
         report(f"candidate: {row.name}")
         forms: dict[str, Any] = {"attention": attention, "spelling": spelling, "upsampling": upsampling}
         candidate = dataclasses.replace(options, **forms, output=place_of(folder, row) / options.output.name)
-        rows.append(try_candidate(candidate, report, make, measure or median_ms))
+        rows.append(try_candidate(candidate, lambda one: make(one, report, prepared), measure))
         saved = {"key": key, "rows": [dataclasses.asdict(row) for row in rows]}
         state.write_text(to_json(saved), encoding="utf-8")
-    rows = run_final(rows, lambda row: place_of(folder, row) / options.output.name, measure or median_ms, report)
+    rows = run_final(rows, lambda row: place_of(folder, row) / options.output.name, measure, report)
     best = fastest(rows)
     if best is None:
         reasons = "\n".join(tuning_rows(rows))
@@ -148,16 +146,18 @@ def tune_plan(
     return Tuning(tuple(rows), PlanResult(options.output, manifest, read_sheet(options.output), None))
 
 
+def measured_ms(plan: Path) -> float:
+    """The median latency of a candidate, whose bytes were hashed when it was built or found."""
+    return median_ms(plan, read_manifest(manifest_path(plan), "plan"))
+
+
 def try_candidate(
-    options: PlanOptions,
-    report: Report,
-    make: Callable[[PlanOptions, Report], PlanResult],
-    measure: Callable[[Path], float],
+    options: PlanOptions, make: Callable[[PlanOptions], PlanResult], measure: Callable[[Path], float]
 ) -> Row:
     """One row; a candidate that fails tells why instead of ending the run."""
     row = Row(options.attention, options.spelling or "matmul", options.upsampling)
     try:
-        result = make(options, report)
+        result = make(options)
         worst = worst_relative_l2(result.manifest["verification"])
         layers = result.sheet.summary() if result.sheet else None
         residual = result.manifest.get("residual", "auto")
@@ -217,7 +217,17 @@ def finished_rows(state: Path, key: dict[str, Any], name: str) -> list[Row]:
         rows = [Row(**row) for row in saved["rows"]] if saved["key"] == key else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    return [row for row in rows if row.problem is not None or (place_of(state.parent, row) / name).is_file()]
+    return [row for row in rows if row.problem is not None or is_whole(place_of(state.parent, row) / name)]
+
+
+def is_whole(plan: Path) -> bool:
+    """Whether a plan is as its manifest says, byte for byte."""
+    where = manifest_path(plan)
+    try:
+        check_files(where, read_manifest(where, "plan"))
+    except ManifestError:
+        return False
+    return True
 
 
 def fastest(rows: list[Row]) -> Row | None:

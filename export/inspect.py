@@ -9,17 +9,15 @@ from typing import Any
 
 import onnx_ir as ir
 
-from export.contract.errors import ExportError
-from export.contract.export_command import export_again
 from export.contract.manifest import (
     ManifestError,
     check_files,
     data_path,
-    lfs_pointer,
     manifest_path,
     read_manifest,
     unchanged,
 )
+from export.contract.onnx_file import OnnxFile
 from export.contract.readers import ReaderError
 from export.lowering.attention import after_casts, before_casts
 from export.proof.reader_check import check_claims, graph_needs, read_by
@@ -42,39 +40,6 @@ Files of older versions, and of other tools, have their softmax alone in FP32 (s
 """
 
 
-def read_graph(path: Path) -> ir.Model:
-    """Reads an ONNX file's graph; its weights stay in the file beside it.
-
-    Raises:
-        ExportError: no such file, not ONNX, or its weights are missing.
-    """
-    if not path.is_file():
-        raise ExportError(f"{path}: no such file; export it by `neck-export onnx`")
-    if pointer := lfs_pointer(path):
-        raise ExportError(pointer)
-    again = f"export it again: {export_again(path)}"
-    try:
-        model = ir.load(path)
-    except Exception as error:  # protobuf and onnx-ir raise many kinds
-        raise ExportError(f"{path}: is not a whole ONNX file ({type(error).__name__}); {again}") from None
-    if not len(model.graph) or not model.graph.outputs:
-        raise ExportError(f"{path}: is not a whole ONNX file (no outputs in it); {again}")
-    ends: dict[Path, int] = {}
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            file = Path(tensor.path)
-            ends[file] = max(ends.get(file, 0), (tensor.offset or 0) + (tensor.length or 0))
-    for file, end in ends.items():
-        if not file.is_file():
-            raise ExportError(f"{path}: its weights {file} are missing; copy them beside it, or {again}")
-        if file.stat().st_size < end and (pointer := lfs_pointer(file)):
-            raise ExportError(pointer)
-        if file.stat().st_size < end:
-            raise ExportError(f"{file}: is cut off at {file.stat().st_size:,} of {end:,} bytes; copy it again")
-    return model
-
-
 def inspect_onnx(path: Path, check: bool = False) -> dict[str, Any]:
     """A summary of an ONNX file as JSON values.
 
@@ -86,7 +51,7 @@ def inspect_onnx(path: Path, check: bool = False) -> dict[str, Any]:
     Raises:
         ExportError: the file cannot be read.
     """
-    model = read_graph(path)
+    model = OnnxFile(path).model
     graph = model.graph
     types: collections.Counter[str] = collections.Counter()
     for value in graph.initializers.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -34,10 +34,10 @@ from export.output_files import (
 from export.proof.verify import require_runtime
 from export.quantising.settle import QuantiseOptions, check_quantise
 from export.weights_origin import encoder_config
-from neck.checkpoint import load_encoder, random_encoder
 from neck.config import EncoderConfig, check_image_size
 from neck.necks import Sam3DualViTDetNeck
 from neck.pictures import PictureFolder, find_pictures
+from neck.source import EncoderSource, Loaded
 from neck.weights.adapters import adapter_files
 
 NUMPY_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float16", "int8": "float16"}
@@ -48,11 +48,7 @@ class ExportOptions:
     """What to export; the command line's options, whose help says more.
 
     Attributes:
-        checkpoint: a checkpoint, or None for seeded random weights.
-        state, prefix: which state of the checkpoint, and which encoder of the state, where it holds several.
-        config: the architecture where the checkpoint does not tell it.
-        adapter: a folder of PEFT whose LoRA is merged into the checkpoint's weights.
-        adapter_alpha: lora_alpha of an adapter that the checkpoint itself holds.
+        checkpoint, state, prefix, adapter, adapter_alpha, config, seed: the encoder; see `source`.
         necks: `auto` is sam3, or what is there where sam3 is not.
         sam2_outputs: `head` gives levels 0 and 1 of the sam2 neck as SAM 2's mask decoder reads them.
         image_size: (height, width) in pixels, or None for the config's.
@@ -91,6 +87,12 @@ class ExportOptions:
     images: Path | PictureFolder | None = None
     tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
+    @property
+    def source(self) -> EncoderSource:
+        """The encoder's weights and, where these do not tell it, its architecture."""
+        adapter = (self.adapter, self.adapter_alpha)
+        return EncoderSource(self.checkpoint, self.seed, self.state, self.prefix, *adapter, self.config)
+
 
 def check_options(options: ExportOptions) -> Form:
     """Refuses what is known to fail before the weights are read.
@@ -102,25 +104,26 @@ def check_options(options: ExportOptions) -> Form:
         ExportError, ReaderError, FidelityError, PictureError: what cannot be, and what can.
     """
     _check_choices(options)
-    if options.image_size is not None and (options.config or options.checkpoint is None):
-        check_image_size(options.image_size, (options.config or EncoderConfig()).patch_size)
+    source = options.source
+    if options.image_size is not None and (source.config or source.path is None):
+        check_image_size(options.image_size, (source.config or EncoderConfig()).patch_size)
     if options.opset is not None and options.opset not in OPSETS:
         raise ExportError(f"opset {options.opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
     check_residual(options.precision, options.residual)
     check_quantise(options.quantise, options.precision)
     readers = find_readers(options.readers) if options.readers else ()
     form = choose_form(readers, options.precision, options.attention, options.opset)
-    if options.checkpoint is None and (options.state is not None or options.prefix is not None):
+    if source.path is None and (source.state is not None or source.prefix is not None):
         raise ExportError("random weights have no --state or --prefix; leave them out, or name a --checkpoint")
     with disk_errors(options.output):
         written = export_places(options.output, options.quantise.calibration, options.precision)
-        check_places(written, weights_places(options.checkpoint, options.adapter))
+        check_places(written, weights_places(source.path, source.adapter))
         check_targets(options.output)
-    if options.adapter is not None:
-        if options.checkpoint is None:
-            raise ExportError(f"{options.adapter}: random weights take no adapter; give its base by --checkpoint")
-        adapter_files(options.adapter)
-    elif options.checkpoint is None and options.adapter_alpha is not None:
+    if source.adapter is not None:
+        if source.path is None:
+            raise ExportError(f"{source.adapter}: random weights take no adapter; give its base by --checkpoint")
+        adapter_files(source.adapter)
+    elif source.path is None and source.alpha is not None:
         raise ExportError("random weights hold no adapter; leave --adapter-alpha out")
     if options.verify:
         require_runtime()
@@ -155,42 +158,32 @@ def lowering(options: ExportOptions, form: Form) -> dict[str, Any]:
     }
 
 
-def load(options: ExportOptions, notes: list[str] | None = None) -> Sam3DualViTDetNeck:
+def load(options: ExportOptions) -> Loaded:
     """The plain encoder of an export with the necks that it asks for, set to its image size.
-
-    Args:
-        options: the export.
-        notes: as in load_encoder.
 
     Raises:
         CheckpointError, SignatureError, ExportError: the weights, a neck or the size cannot be had.
     """
-    config, head = options.config or EncoderConfig(), options.sam2_outputs == "head"
-    if options.checkpoint is None:
+    source, head = options.source, options.sam2_outputs == "head"
+
+    def choose(there: Sequence[str]) -> Sequence[str]:
+        return choose_necks(options.necks, there, options.sam2_outputs)
+
+    if source.path is None:
         named = [name for name in ("sam2", "interactive", "propagation") if name in options.necks]
         dual = options.necks in ("both", "all") or named == ["sam2"] or head
         necks = ("sam3", "sam2") if dual else ("sam3", "interactive", "propagation") if named else ("sam3",)
         if head:
-            choose_necks(options.necks, necks, options.sam2_outputs)
+            choose(necks)
         try:
-            encoder = random_encoder(dataclasses.replace(config, necks=necks, sam2_head=head), options.seed)
+            loaded = source.load(necks, sam2_head=head)
         except NotImplementedError as error:
             raise ExportError(f"random weights: {error}") from None
     else:
-        encoder = load_encoder(
-            options.checkpoint,
-            options.config,
-            lambda there: choose_necks(options.necks, there, options.sam2_outputs),
-            sam2_head=head,
-            state=options.state,
-            prefix=options.prefix,
-            adapter=options.adapter,
-            adapter_alpha=options.adapter_alpha,
-            notes=notes,
-        )
+        loaded = source.load(choose, sam2_head=head)
     if options.image_size is not None:
-        encoder.set_imgsz(options.image_size)
-    return encoder
+        loaded.encoder.set_imgsz(options.image_size)
+    return loaded
 
 
 def sign(options: ExportOptions, encoder: Sam3DualViTDetNeck) -> Signature:

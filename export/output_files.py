@@ -19,9 +19,8 @@ from export.lowering.precision import TORCH_TYPES, TYPES, Precision
 from export.lowering.quantise import CODES
 from export.proof.verify import positions_path
 from export.quantising.settle import record_path
-from export.weights_origin import shard_names
 from neck.necks import Sam3DualViTDetNeck
-from neck.weightfile import CheckpointError, find_file
+from neck.weightfile import CheckpointError, find_file, shard_files
 from neck.weights.adapters import adapter_files
 
 
@@ -52,14 +51,14 @@ def calibration_places(calibration: Path | None, precision: str) -> list[Place]:
     return [Place("the file of --calibration", calibration), record]
 
 
-def weights_places(checkpoint: Path | None, adapter: Path | None = None) -> list[Place]:
+def weights_places(checkpoint: Path | None, adapter: Path | None) -> list[Place]:
     """The files of a checkpoint and of an adapter; what is missing or damaged is refused where it is read."""
     files = [path for path in (checkpoint, adapter) if path is not None]
     problems = (CheckpointError, OSError, ValueError, LookupError, TypeError, AttributeError)
     if checkpoint is not None:
         with contextlib.suppress(*problems):
             path = find_file(checkpoint)
-            files += [path, *(path.with_name(name) for name in shard_names(path))]
+            files += [path, *(shard_files(path) if path.suffix == ".json" else ())]
     if adapter is not None:
         with contextlib.suppress(*problems):
             files += adapter_files(adapter)

@@ -27,13 +27,13 @@ from export.contract.manifest import (
     staging,
     write_manifest,
 )
-from export.contract.onnx_file import check_path
+from export.contract.onnx_file import OnnxFile, check_path
 from export.contract.readers import find_readers
 from export.contract.signature import Signature
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
 from export.graph.trace import trace
-from export.inspect import quantized_products, read_graph
+from export.inspect import quantized_products
 from export.lowering.precision import Precision, kept_products, lower, residual_type, residuals_to_try
 from export.lowering.quantise import CODES
 from export.manifest_values import export_facts, graph_facts, verification
@@ -43,7 +43,7 @@ from export.proof.fidelity import Verdict, check_overrides
 from export.proof.reader_check import check_claims, graph_needs, read_by, require
 from export.proof.reference import check_reference, write_reference
 from export.proof.verify import (
-    Reference,
+    References,
     Report,
     check_memory,
     make_reference,
@@ -115,9 +115,9 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         RejectedError: the file's outputs left tolerance.
     """
     form = check_options(options)
-    report("weights: " + (str(options.checkpoint) if options.checkpoint else f"random, seed {options.seed}"))
-    notes: list[str] = []
-    encoder = load(options, notes)
+    report(f"weights: {options.source}")
+    loaded = load(options)
+    encoder, notes = loaded.encoder, [*loaded.notes]
     signature = sign(options, encoder)
     tolerances = budget_tolerances(options.quantise, options.tolerances, signature)
     check_overrides(tolerances, [spec.name for spec in signature.outputs])
@@ -130,19 +130,17 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         staging(options.output) as folder,
     ):
         check_room(options.output, encoder, signature, options.precision)
-        asked = (options.checkpoint, options.seed, options.state, options.prefix)
-        origin = background.submit(weights_origin, *asked, options.adapter, options.adapter_alpha)
+        origin = background.submit(weights_origin, loaded.origin)
         staged = folder / options.output.name
         forms, facts = lowering(options, form), dict[str, Any]()
         report("trace")
         canonical = trace(DeployEncoder(encoder, signature, options.rewrites))
+        references = References(encoder, options.images, report)
         kept = kept_products(canonical.graph, options.keep_fp32)  # before the work: a pattern may name no module
         if options.precision in CODES:
-            asked_of = (options.precision, options.quantise, options.images)
-            settled = settle(encoder, signature, *asked_of, notes, report, kept)
+            settled = settle(references, signature, options.precision, options.quantise, notes, kept)
             forms["quantisation"], facts["quantisation"] = settled
         write_positions(encoder, signature, staged)
-        reference: Reference | None = None
         verdict: Verdict | None = None
         for residual in residuals_to_try(options.precision, options.residual):
             if verdict:
@@ -153,10 +151,8 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
             needs = graph_needs(model)
             require(form.readers, needs, f"--reader {options.readers}", "take another reader, or another --precision")
             if options.verify:
-                reference = reference or make_reference(encoder, signature, images=options.images, report=report)
-                verdict = verify_onnx(
-                    staged, signature, reference, options.precision, overrides=tolerances, report=report
-                )
+                proof = (signature, references.of(signature), options.precision)
+                verdict = verify_onnx(staged, *proof, overrides=tolerances, report=report)
                 sums = ", residual sums in FP32" if residual == "fp32" else ""
                 verdict = dataclasses.replace(verdict, method=verdict.method + sums)
             if verdict is None or verdict.passed:
@@ -184,7 +180,7 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
 
 
 def verify_file(
-    path: Path,
+    file: Path | OnnxFile,
     checkpoint: Path | None = None,
     images: Path | PictureFolder | None = None,
     tolerances: Mapping[str, float] | None = None,
@@ -198,7 +194,7 @@ def verify_file(
     """Verifies a file that was exported before, and writes the verdict into its manifest.
 
     Args:
-        path: the ONNX file.
+        file: the ONNX file.
         readers: who must be able to read the graph, names with commas.
         checkpoint, adapter: its weights and the adapter that was merged, where they are no longer where the manifest
             says.
@@ -214,7 +210,8 @@ def verify_file(
         CheckpointError, ExportError: the weights cannot be read, or are not those that were exported.
         RejectedError: the outputs left tolerance; the manifest says so too, where it can be written.
     """
-    where, asked = manifest_path(path), find_readers(readers) if readers else ()
+    file = OnnxFile.of(file)
+    path, where, asked = file.path, manifest_path(file.path), find_readers(readers) if readers else ()
     if not path.is_file():
         raise ExportError(f"{path}: no such file; export it by `neck-export onnx`")
     check_path(path)
@@ -222,7 +219,7 @@ def verify_file(
     if save is not None:
         check_reference(save)
     if not where.exists():
-        needs = graph_needs(read_graph(path))
+        needs = graph_needs(file.model)
         require(asked, needs, str(path), f"it is {read_by(needs)}")
         raise ManifestError(
             f"{where}: the manifest is missing, so what {path.name} was exported from is unknown, and it cannot be "
@@ -237,7 +234,7 @@ def verify_file(
     check_overrides(tolerances, [spec.name for spec in signature.outputs])
     report("hashes")
     check_files(where, manifest)
-    needs = graph_needs(read_graph(path))
+    needs = graph_needs(file.model)
     check_claims(where, manifest, needs)
     require(asked, needs, str(path), f"it is {read_by(needs)}")
     report("weights")
@@ -246,7 +243,7 @@ def verify_file(
     reference = make_reference(encoder, signature, images=images, report=report)
     if save is not None:
         write_reference(save, reference.pixels, {spec.name: reference.outputs[spec.name] for spec in signature.outputs})
-    verdict = verify_onnx(path, signature, reference, precision, overrides=tolerances, report=report)
+    verdict = verify_onnx(file, signature, reference, precision, overrides=tolerances, report=report)
     verified = [path.with_name(entry["name"]) for entry in manifest["files"]]
     content = manifest | {"verification": verification(verdict, verified)}
     record_in_manifest(where, content, [] if notes is None else notes)

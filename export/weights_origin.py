@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from export.contract.errors import ExportError
 from export.contract.manifest import ManifestError, file_entry, sha256
 from export.contract.signature import Signature
 from export.lowering.precision import TYPES, Precision
-from neck.checkpoint import CheckpointError, load_encoder, random_encoder
+from neck.checkpoint import CheckpointError
 from neck.config import ConfigError, EncoderConfig
 from neck.necks import Sam3DualViTDetNeck
+from neck.source import EncoderSource, Origin
 from neck.trunk import ViTDetTrunk
-from neck.weightfile import find_file, name_state
+from neck.weightfile import find_file
 from neck.weights.adapters import adapter_files
 from neck.weights.fingerprint import fingerprints
 from neck.weights.records import shown
@@ -27,29 +27,17 @@ PACKAGES = ("torch", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
 """Distributions whose versions the manifest keeps, those that are installed."""
 
 
-def weights_origin(
-    checkpoint: Path | None,
-    seed: int,
-    state: str | None = None,
-    prefix: str | None = None,
-    adapter: Path | None = None,
-    adapter_alpha: float | None = None,
-) -> dict[str, Any]:
-    """Where weights came from: a seed, or a file with its SHA-256 and, for an index, those of its shards.
-
-    Args:
-        state, prefix: what was asked for, as load_encoder takes them; the state that was read is told, and the others.
-        adapter, adapter_alpha: what was merged into them: a folder, or an adapter inside the checkpoint.
-    """
-    if checkpoint is None:
-        return {"random": True, "seed": seed}
-    path = find_file(checkpoint)
-    shards = [file_entry(path.with_name(name)) for name in shard_names(path)]
-    name, others = name_state(path, state)
-    told: dict[str, Any] = {"shards": shards, "state": name, "other_states": list(others), "prefix": prefix}
-    told["adapter_alpha"] = adapter_alpha
-    if adapter is not None:
-        told["adapter"] = {"path": str(adapter.resolve()), "files": list(map(file_entry, adapter_files(adapter)))}
+def weights_origin(origin: Origin) -> dict[str, Any]:
+    """What a manifest says of the weights: a seed, or the file with its SHA-256 and those of its shards and adapter."""
+    source = origin.source
+    if source.path is None:
+        return {"random": True, "seed": source.seed}
+    path, *shards = origin.files
+    told: dict[str, Any] = {"shards": list(map(file_entry, shards)), "state": origin.state}
+    told |= {"other_states": list(origin.other_states), "prefix": source.prefix, "adapter_alpha": source.alpha}
+    if source.adapter is not None:
+        files = list(map(file_entry, adapter_files(source.adapter)))
+        told["adapter"] = {"path": str(source.adapter.resolve()), "files": files}
     return {
         "random": False,
         "path": str(path.resolve()),
@@ -65,13 +53,6 @@ def state_line(weights: Mapping[str, Any]) -> str | None:
         return None
     there = f"; other states with an encoder there: {', '.join(map(shown, others))} (--state)" if others else ""
     return f"weights: state {shown(weights.get('state') or '(the file itself)')} of {weights['name']}{there}"
-
-
-def shard_names(path: Path) -> list[str]:
-    """Names of the files that a safetensors index speaks of; none where the path is another file."""
-    if path.suffix != ".json":
-        return []
-    return sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
 
 
 def is_origin(weights: Mapping[str, Any], checkpoint: Path) -> bool:
@@ -158,14 +139,6 @@ def manifest_precision(where: Path, manifest: Mapping[str, Any]) -> Precision:
     return precision
 
 
-def _chosen(where: Path, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The state and prefix that were exported, as load_encoder takes them."""
-    chosen = {key: weights[key] for key in ("state", "prefix") if weights.get(key) is not None}
-    if not all(isinstance(value, str) for value in chosen.values()):
-        raise ManifestError(f"{where}: its weights' state or prefix is no text; write the file again")
-    return chosen
-
-
 def manifest_encoder(
     where: Path, manifest: Mapping[str, Any], checkpoint: Path | None = None, adapter: Path | None = None
 ) -> Sam3DualViTDetNeck:
@@ -183,43 +156,33 @@ def manifest_encoder(
     try:
         config = EncoderConfig.from_dict(manifest["encoder"])
         weights = dict(manifest["weights"])
-        random, source = weights["random"], None if weights["random"] else Path(weights["path"])
+        random, path = weights["random"], None if weights["random"] else Path(weights["path"])
+        names = {key: weights[key] for key in ("state", "prefix") if weights.get(key) is not None}
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise ManifestError(f"{where}: does not say what was exported ({error!r}); write the file again") from None
     if random:
         for option, given in (("--checkpoint", checkpoint), ("--adapter", adapter)):
             if given is not None:
                 raise ExportError(f"{given}: {where.name} says that random weights were exported; leave {option} out")
-        return random_encoder(config, weights["seed"])
-    source = checkpoint or source
-    assert source is not None
-    if not source.exists():
-        raise ExportError(f"{source}: the weights that {where.name} names are not there; say where by --checkpoint")
-    if is_origin(weights, source):
-        merged = merged_adapter(where, weights, adapter)
-        encoder = _load(source, config, weights, merged, **_chosen(where, weights))
+        return EncoderSource(seed=weights["seed"], config=config).load().encoder
+    if not all(isinstance(value, str) for value in names.values()):
+        raise ManifestError(f"{where}: its weights' state or prefix is no text; write the file again")
+    path = checkpoint or path
+    assert path is not None
+    if not path.exists():
+        raise ExportError(f"{path}: the weights that {where.name} names are not there; say where by --checkpoint")
+    source = EncoderSource(path, config=config, alpha=weights.get("adapter_alpha"), **names)
+    if is_origin(weights, path):
+        source = dataclasses.replace(source, adapter=merged_adapter(where, weights, adapter))
+        encoder = source.load(config.necks, sam2_head=config.sam2_head).encoder
     else:
         encoder = _same_weights(where, manifest, config, source, adapter)
     encoder.set_imgsz(config.image_size)
     return encoder
 
 
-def _load(
-    source: Path, config: EncoderConfig, weights: Mapping[str, Any], adapter: Path | None, **chosen: str
-) -> Sam3DualViTDetNeck:
-    return load_encoder(
-        source,
-        config,
-        config.necks,
-        sam2_head=config.sam2_head,
-        adapter=adapter,
-        adapter_alpha=weights.get("adapter_alpha"),
-        **chosen,  # type: ignore[arg-type]
-    )
-
-
 def _same_weights(
-    where: Path, manifest: Mapping[str, Any], config: EncoderConfig, source: Path, adapter: Path | None
+    where: Path, manifest: Mapping[str, Any], config: EncoderConfig, source: EncoderSource, adapter: Path | None
 ) -> Sam3DualViTDetNeck:
     """The encoder from another file than was exported, told by the SHA-256 of its weights.
 
@@ -228,20 +191,18 @@ def _same_weights(
     Raises:
         ExportError: it cannot be read, or holds other weights.
     """
-    weights, digests = manifest["weights"], manifest.get("weights_sha256")
+    digests, path = manifest.get("weights_sha256"), source.path
     if not isinstance(digests, dict):
-        raise ExportError(f"{source}: is not the checkpoint that was exported ({where.name} has its SHA-256)")
-    ways: list[tuple[Path | None, dict[str, str]]] = []
+        raise ExportError(f"{path}: is not the checkpoint that was exported ({where.name} has its SHA-256)")
+    unnamed = dataclasses.replace(source, state=None, prefix=None)
+    ways = [unnamed]
     with contextlib.suppress(*(() if adapter is not None else (ExportError,))):
-        merged = merged_adapter(where, weights, adapter)
-        ways += [(merged, _chosen(where, weights)), (merged, {})]
-    ways += [(None, {})]
+        merged = merged_adapter(where, manifest["weights"], adapter)
+        ways = [dataclasses.replace(one, adapter=merged) for one in (source, unnamed)] + ways
     problems: list[Exception] = []
-    for number, (merged, chosen) in enumerate(ways):
-        if (merged, chosen) in ways[:number]:
-            continue
+    for way in dict.fromkeys(ways):
         try:
-            encoder = _load(source, config, weights, merged, **chosen)
+            encoder = way.load(config.necks, sam2_head=config.sam2_head).encoder
         except CheckpointError as error:
             problems.append(error)
             continue
@@ -253,13 +214,13 @@ def _same_weights(
         problems.insert(
             0,
             ExportError(
-                f"{source}: is not the checkpoint that was exported, and holds other weights ({parts}; {where.name} "
+                f"{path}: is not the checkpoint that was exported, and holds other weights ({parts}; {where.name} "
                 "has their SHA-256); give the file that was exported, or export this one"
             ),
         )
     if isinstance(problems[0], ExportError):
         raise problems[0]
     raise ExportError(
-        f"{source}: is not the checkpoint that was exported ({where.name} has its SHA-256), and its weights cannot be "
+        f"{path}: is not the checkpoint that was exported ({where.name} has its SHA-256), and its weights cannot be "
         f"compared with those: {problems[0]}"
     )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,8 @@ from neck.checkpoint_keys import META_DECODER, NECK_MODULES, Layout, find_layout
 from neck.config import ConfigError, EncoderConfig
 from neck.necks import Sam3DualViTDetNeck, new_encoder
 from neck.random_noise import even_noise
-from neck.weightfile import CheckpointError, read_tensors
+from neck.source import Choose, EncoderSource, Loaded, Origin
+from neck.weightfile import CheckpointError, read_state
 from neck.weights.adapters import check_base, find_adapter
 from neck.weights.hf_config import hf_config_file, picture_notes, read_hf_config
 from neck.weights.mask_decoder import with_decoder
@@ -35,31 +35,11 @@ from neck.weights.not_checkpoints import channels_last, quantised, shard_of
 from neck.weights.rotary_tables import check_tables, is_table
 from neck.weights.several_encoders import chosen_by_prefix, without_copies
 
-__all__ = ["CheckpointError", "load_encoder", "random_encoder", "save_meta_checkpoint"]
-
-Choose = Callable[[Sequence[str]], Sequence[str]]
-"""Chooses the necks to load from those that a checkpoint has."""
-
-P = ParamSpec("P")
+__all__ = ["CheckpointError", "load_encoder", "random_encoder", "read_checkpoint", "save_meta_checkpoint"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def _naming_shards(load: Callable[P, Sam3DualViTDetNeck]) -> Callable[P, Sam3DualViTDetNeck]:
-    """Says in an error of load_encoder that the file is one shard of several, where its name tells that."""
-
-    @functools.wraps(load)
-    def told(*args: P.args, **kwargs: P.kwargs) -> Sam3DualViTDetNeck:
-        try:
-            return load(*args, **kwargs)
-        except CheckpointError as error:
-            shard = shard_of(Path(args[0] if args else kwargs["path"]))  # type: ignore[arg-type]
-            raise CheckpointError(f"{error}; {shard}" if shard else str(error)) from None
-
-    return told
-
-
-@_naming_shards
 def load_encoder(
     path: Path,
     config: EncoderConfig | None = None,
@@ -74,18 +54,9 @@ def load_encoder(
 ) -> Sam3DualViTDetNeck:
     """Loads the image encoder from a checkpoint of Meta, Ultralytics or Hugging Face.
 
-    The weights stay in the mapped file where they are float32 and need no concatenation (see read_tensors).
-
     Args:
-        path: .pt, .safetensors, a safetensors index, or the folder of one.
-        config: the architecture; None infers it. Its necks are not used, its levels only where their number fits.
-        necks: names of the necks to load, or what chooses them from those that are there; None means all. The
-            others need not be whole. The class is Sam3DualViTDetNeck for sam3 and sam3 + sam2, else a subclass.
-        sam2_head: also load the mask decoder's conv_s0 and conv_s1 (`encoder.sam2_head`); sam2 must be loaded.
-        state: which state of a training file, as read_state takes it.
-        prefix: which encoder of a state that holds several: what stands before `trunk.` or `backbone.`.
-        adapter: a folder that PEFT saved, whose LoRA is merged into the weights.
-        adapter_alpha: lora_alpha of an adapter that the checkpoint itself holds, where nothing beside it tells.
+        path, config, state, prefix, adapter, adapter_alpha: as in EncoderSource.
+        necks, sam2_head: as in EncoderSource.load.
         notes: takes what the user should know: what was merged or ignored, and another size than was trained.
 
     Returns:
@@ -94,10 +65,36 @@ def load_encoder(
     Raises:
         CheckpointError: what is wrong with the file, the tensors, the config or the adapter, and what to do.
     """
-    path, notes = Path(path), [] if notes is None else notes
+    source = EncoderSource(Path(path), 0, state, prefix, adapter, adapter_alpha, config)
+    loaded = source.load(necks, sam2_head=sam2_head)
+    if notes is not None:
+        notes += loaded.notes
+    return loaded.encoder
+
+
+def read_checkpoint(
+    source: EncoderSource, necks: Sequence[str] | Choose | None = None, *, sam2_head: bool = False
+) -> Loaded:
+    """Loads the image encoder from a checkpoint of Meta, Ultralytics or Hugging Face; see EncoderSource.load.
+
+    The weights stay in the mapped file where they are float32 and need no concatenation (see read_state). The config's
+    necks are not used, its levels only where their number fits. Necks that are not loaded need not be whole. The class
+    is Sam3DualViTDetNeck for sam3 and sam3 + sam2, else a subclass.
+    """
+    assert source.path is not None
+    try:
+        return _read(source.path, source, necks, sam2_head)
+    except CheckpointError as error:
+        shard = shard_of(source.path)  # its name may tell that it is one of several
+        raise CheckpointError(f"{error}; {shard}" if shard else str(error)) from None
+
+
+def _read(path: Path, source: EncoderSource, necks: Sequence[str] | Choose | None, sam2_head: bool) -> Loaded:
+    config, notes = source.config, list[str]()
     check_base(path)
-    tensors, lora = find_adapter(path, read_tensors(path, state), adapter, adapter_alpha)
-    layout = with_class_row(_find_layout(path, tensors, prefix), tensors)
+    read = read_state(path, source.state)
+    tensors, lora = find_adapter(path, read.tensors, source.adapter, source.alpha)
+    layout = with_class_row(_find_layout(path, tensors, source.prefix), tensors)
     for problem in (
         quantised(tensors, (layout.trunk, *layout.necks.values())),
         channels_last(tensors, layout.keys("trunk.patch_embed.proj.weight")),
@@ -143,7 +140,8 @@ def load_encoder(
     if layout.gaps:
         notes.append(f"{path}: blocks {listing(map(str, layout.indices), 40)} are taken as 0 to {config.depth - 1}")
     encoder.load_state_dict(_convert(path, layout, tensors, list(wanted), changes, notes), assign=True)
-    return encoder.requires_grad_(False).eval()
+    origin = Origin(source, read.files, read.name, read.others)
+    return Loaded(encoder.requires_grad_(False).eval(), origin, tuple(notes))
 
 
 def _find_layout(path: Path, tensors: dict[str, Tensor], prefix: str | None) -> Layout:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from neck.config import HEAD_PARTS, LEVEL_SCALES, EncoderConfig
 from neck.position import PositionEmbeddingSine
 from neck.trunk import ViTDetTrunk
 
+Module = TypeVar("Module", bound=nn.Module)
 Outputs = tuple[list[Tensor], list[Tensor], list[Tensor] | None, list[Tensor] | None]
 
 
@@ -114,6 +116,24 @@ class Sam3DualViTDetNeck(nn.Module):
     def set_imgsz(self, imgsz: int | tuple[int, int] | list[int] = (1008, 1008)) -> None:
         """Sets the trunk's image size in pixels."""
         self.trunk.set_imgsz(imgsz)  # type: ignore[operator]
+
+    def at_size(self, imgsz: int | tuple[int, int] | list[int]) -> Sam3DualViTDetNeck:
+        """A copy that is set to another image size and shares all modules below the trunk; this one stays as it is.
+
+        Of a foreign trunk, `set_imgsz` must change the trunk's own attributes and buffers alone, as ViTDetTrunk's does.
+        """
+        twin, trunk = shallow_copy(self), shallow_copy(self.trunk)
+        twin.trunk = trunk
+        twin.set_imgsz(imgsz)
+        return twin
+
+
+def shallow_copy(module: Module) -> Module:
+    """A module with its own registry of children and buffers, the children, weights and buffers being shared."""
+    twin = copy.copy(module)
+    twin._modules = module._modules.copy()
+    twin._buffers = module._buffers.copy()
+    return twin
 
 
 class Sam3AnyViTDetNeck(Sam3DualViTDetNeck):

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from neck.weights.not_checkpoints import file_of, folder_of, missing
 from neck.weights.records import StandIn, TensorRecord
-from neck.weights.states import Entries, choose_state, find_states
+from neck.weights.states import choose_state, find_states
 from neck.weights.torchfile import ADVICE, CheckpointError, TorchFile
 from neck.weights.wrapper_names import unwrap_names
 
-__all__ = ["CheckpointError", "State", "find_file", "name_state", "read_state", "read_tensors"]
+__all__ = ["CheckpointError", "State", "find_file", "read_state", "shard_files"]
 
 INDEX_NAME = "model.safetensors.index.json"
 FOLDER_NAMES = (INDEX_NAME, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -38,16 +38,13 @@ class State:
         tensors: by name, views of the mapped file.
         name: its place in the file, dots for depth; "" is the file itself.
         others: places of the other states that hold an encoder.
+        files: the file, or the index and then its shards.
     """
 
     tensors: dict[str, Tensor]
     name: str = ""
     others: tuple[str, ...] = ()
-
-
-def read_tensors(path: Path, state: str | None = None) -> dict[str, Tensor]:
-    """The tensors of read_state."""
-    return read_state(path, state).tensors
+    files: tuple[Path, ...] = ()
 
 
 def read_state(path: Path, state: str | None = None) -> State:
@@ -71,19 +68,14 @@ def read_state(path: Path, state: str | None = None) -> State:
             raise CheckpointError(known)
         if state is not None:
             raise CheckpointError(f"{path}: an index of shards has one state; leave --state out")
-        return State(unwrap_names(path, _read_shards(path)))
+        shards, tensors = shard_files(path), dict[str, Tensor]()
+        for file in shards:
+            if not file.is_file():
+                raise CheckpointError(f"No such file: {file}, a shard of {path.name}; download it too")
+            tensors.update(_read_file(file, _head(file), None).tensors)
+        return State(unwrap_names(path, tensors), files=(path, *shards))
     found = _read_file(path, head, state)
-    return dataclasses.replace(found, tensors=unwrap_names(path, found.tensors))
-
-
-def name_state(path: Path, state: str | None = None) -> tuple[str, tuple[str, ...]]:
-    """Name and others of the state that read_state would read; no tensor is read."""
-    path = find_file(path)
-    head = _head(path)
-    if _is_safetensors(head) or not head.startswith(TORCH_STARTS):
-        return "", ()
-    _, _, name, others = _open_torch(path, state)
-    return name, others
+    return dataclasses.replace(found, tensors=unwrap_names(path, found.tensors), files=(path,))
 
 
 def find_file(path: Path) -> Path:
@@ -148,39 +140,26 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _read_shards(path: Path) -> dict[str, Tensor]:
+def shard_files(path: Path) -> list[Path]:
+    """The files that an index of shards speaks of, whether they are there or not.
+
+    Raises:
+        CheckpointError: it is not an index, or names a file outside its folder.
+    """
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not an index of shards ({type(error).__name__}: {error}); expected JSON with a weight_map"
         ) from None
-    tensors: dict[str, Tensor] = {}
     for shard in shards:
         if not isinstance(shard, str) or shard in ("", ".", "..") or re.search(r"[/\\:]", shard):
             raise CheckpointError(f"{path}: names the shard {shard!r}; shards must be files in the index's own folder")
-        file = path.parent / shard
-        if not file.is_file():
-            raise CheckpointError(f"No such file: {file}, a shard of {path.name}; download it too")
-        tensors.update(_read_file(file, _head(file), None).tensors)
-    return tensors
+    return [path.parent / shard for shard in shards]
 
 
 def _read_torch(path: Path, asked: str | None) -> State:
-    file, states, name, others = _open_torch(path, asked)
-    entries = states[name]
-    if entries.others:
-        listed = ", ".join(f"{key} is a {kind}" for key, kind in list(entries.others.items())[:4])
-        raise CheckpointError(
-            f"{path}: {len(entries.others)} of its tensors are not plain ones ({listed}): quantised, sparse or cut\n"
-            f"between processes; gather and dequantise them where they were made, then {ADVICE}"
-        )
-    return State({key: file.tensor(record) for key, record in entries.tensors.items()}, name, others)
-
-
-def _open_torch(path: Path, asked: str | None) -> tuple[TorchFile, dict[str, Entries], str, tuple[str, ...]]:
-    """The file, its states, the place of the one to read, and the places of the others that hold an encoder."""
     file = TorchFile(path)
     if not isinstance(file.root, dict | StandIn):
         raise CheckpointError(f"{path}: holds a {_kind(file.root)}, expected a dict of tensors or a module")
@@ -190,7 +169,15 @@ def _open_torch(path: Path, asked: str | None) -> tuple[TorchFile, dict[str, Ent
         shown = ", ".join(repr(key[:40]) for key in keys[:8]) or "nothing"
         raise CheckpointError(f"{path}: no tensors in it (its keys: {shown}); expected a state dict or a module")
     name = choose_state(path, states, asked)
-    return file, states, name, tuple(place for place, found in states.items() if found.fits and place != name)
+    entries = states[name]
+    if entries.others:
+        listed = ", ".join(f"{key} is a {kind}" for key, kind in list(entries.others.items())[:4])
+        raise CheckpointError(
+            f"{path}: {len(entries.others)} of its tensors are not plain ones ({listed}): quantised, sparse or cut\n"
+            f"between processes; gather and dequantise them where they were made, then {ADVICE}"
+        )
+    others = tuple(place for place, found in states.items() if found.fits and place != name)
+    return State({key: file.tensor(record) for key, record in entries.tensors.items()}, name, others)
 
 
 def _kind(value: object) -> str:

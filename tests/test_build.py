@@ -254,16 +254,16 @@ def _outside(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda path: path.with_name("none.onnx"), "No such file: .*none.onnx; `neck-export onnx` writes it"),
+        (lambda path: path.with_name("none.onnx"), "none.onnx: no such file; `neck-export onnx` writes it"),
         (
             _without_data,
-            "No such file: .*onnx.data, the weights of .*onnx; copy both or export it again: neck-export onnx",
+            "its weights .*onnx.data are missing; copy them beside it, or export it again: neck-export onnx",
         ),
         (lambda path: _truncated(path, 0.5), "not a whole ONNX file.*export it again"),
-        (lambda path: _truncated(path, 0), "empty or truncated; export it again"),
+        (lambda path: _truncated(path, 0), "no outputs in it.*export it again"),
         (
             lambda path: _truncated(path.with_name(path.name + ".data"), 0.5) and path,
-            r"truncated, has [\d,]+ of [\d,]+ by",
+            r"is cut off at [\d,]+ of [\d,]+ by",
         ),
         (_outside, "'../secret.data', outside its folder"),
     ],

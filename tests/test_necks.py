@@ -210,3 +210,15 @@ def test_sam31_has_three_levels_and_the_seeds_forward() -> None:
         "interactive_convs",
         "propagation_convs",
     }
+
+
+def test_a_copy_at_another_size_shares_the_weights_and_leaves_the_encoder_as_it_is() -> None:
+    config = tiny_config()
+    encoder, alone = random_encoder(config), random_encoder(tiny_config(image_size=(56, 112)))
+    small, image = encoder.at_size((56, 112)), torch.rand(1, 3, 56, 112)
+    found, wanted = named_outputs(small, image), named_outputs(alone, image)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    pairs = zip(small.parameters(), encoder.parameters(), strict=True)
+    assert all(mine.data_ptr() == theirs.data_ptr() for mine, theirs in pairs)
+    with pytest.raises(ValueError, match="the trunk is set to 112x112"):  # the control: the encoder itself has its size
+        encoder(image)

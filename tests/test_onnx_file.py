@@ -16,7 +16,7 @@ from exporting import golden_options, listing, neck_export_cli, trace_quickly
 from engines.attach import DeployedEncoder
 from engines.builder.attention_forms import Attempt, relower_file
 from export.contract.errors import ExportError
-from export.contract.onnx_file import load_onnx
+from export.contract.onnx_file import OnnxFile
 from export.lowering.precision import Precision
 from export.pipeline import export_onnx, verify_file
 
@@ -63,9 +63,9 @@ def test_verify_in_a_cache(files: tuple[Path, Path]) -> None:
 def test_weights_are_read_and_written_elsewhere(files: tuple[Path, Path], tmp_path: Path) -> None:
     plain, link = files
     want = {name: value.const_value.numpy() for name, value in ir.load(plain).graph.initializers.items()}  # type: ignore[union-attr]
-    model, folder = load_onnx(link)
+    model, folder = OnnxFile(link).load()
     assert folder == link.parent.parent.parent / "blobs"
-    assert load_onnx(plain)[1] == plain.parent
+    assert OnnxFile(plain).load()[1] == plain.parent
     if "fp16" in json.loads(plain.with_suffix(".json").read_text())["precision"]:
         (tmp_path / "work").mkdir()
         with contextlib.ExitStack() as left:
@@ -111,7 +111,7 @@ def test_links_that_onnx_runtime_refuses(where: str, tmp_path: Path, monkeypatch
         (folder / "e.onnx").symlink_to("../plain/e.onnx")
         data.symlink_to("../secret/data")
     with pytest.raises(ExportError, match=str(data)):
-        load_onnx(folder / "e.onnx")
+        OnnxFile(folder / "e.onnx").load()
     ran = neck_export_cli("verify", folder / "e.onnx")
     assert ran.code == 1 and ran.err.startswith(f"error: {data}: ") and ran.err.count("\n") == 1
     data.unlink()
@@ -126,6 +126,6 @@ def test_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "other").hardlink_to(data)
     assert neck_export_cli("verify", path).code == 0
     with pytest.raises(ExportError, match=str(data)):
-        load_onnx(path, values=True)
+        OnnxFile(path).load(values=True)
     (tmp_path / "other").unlink()
-    assert load_onnx(path, values=True)[1] == path.parent
+    assert OnnxFile(path).load(values=True)[1] == path.parent

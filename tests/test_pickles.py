@@ -25,7 +25,7 @@ from mapped import MAPS, are_mapped
 from torch import Tensor, nn
 
 from neck.checkpoint import load_encoder
-from neck.weightfile import CheckpointError, read_state, read_tensors
+from neck.weightfile import CheckpointError, read_state
 from neck.weights import pickles, states, torchfile
 from neck.weights.pickles import read_pickle
 from neck.weights.records import Name, PickleError, StandIn
@@ -182,7 +182,7 @@ def tensors() -> dict[str, Tensor]:
 
 def assert_as_torch(path: Path) -> dict[str, Tensor]:
     """Checks that a file of tensors comes back as torch.load gives it."""
-    expected, found = torch.load(path, weights_only=True), read_tensors(path)
+    expected, found = torch.load(path, weights_only=True), read_state(path).tensors
     assert list(found) == list(expected)
     for name, value in expected.items():
         assert found[name].dtype == value.dtype and found[name].stride() == value.stride(), name
@@ -215,7 +215,7 @@ def test_old_files_with_views(tmp_path: Path) -> None:
     head = b"".join(pickle.dumps(value, 2) for value in (torchfile.MAGIC, 1001, {}))
     data = struct.pack("<q8f", 8, *range(8))
     path.write_bytes(head + b"\x80\x02}X\x01\x00\x00\x00a" + body + b"s." + pickle.dumps(["0"], 2) + data)
-    assert read_tensors(path)["a"].tolist() == torch.load(path)["a"].tolist() == [2.0, 3.0, 4.0, 5.0]
+    assert read_state(path).tensors["a"].tolist() == torch.load(path)["a"].tolist() == [2.0, 3.0, 4.0, 5.0]
 
 
 def rewrite(source: Path, target: Path, change: Callable[[str, bytes], bytes], compression: int = 0) -> Path:
@@ -232,7 +232,7 @@ def test_repacked_files(compression: int, tmp_path: Path) -> None:
     state = {"a": torch.randn(10, 10, generator=generator), "b": torch.randn(3, generator=generator).double()}
     torch.save(state, tmp_path / "x.pt")
     path = rewrite(tmp_path / "x.pt", tmp_path / "y.pt", lambda name, data: data, compression)
-    found = read_tensors(path)
+    found = read_state(path).tensors
     assert all(torch.equal(found[name], value) for name, value in state.items())
     assert all(value.data_ptr() % value.itemsize == 0 for value in found.values())
 
@@ -246,7 +246,7 @@ def test_other_byte_order(tmp_path: Path) -> None:
             return np.frombuffer(data, types[name]).byteswap().tobytes()
         return b"big" if name == "byteorder" else data
 
-    found = read_tensors(rewrite(tmp_path / "x.pt", tmp_path / "big.pt", swap))
+    found = read_state(rewrite(tmp_path / "x.pt", tmp_path / "big.pt", swap)).tensors
     assert found["a"].tolist() == list(range(6)) and found["b"].tolist() == [0, 1, 2]
 
 
@@ -264,7 +264,7 @@ def test_tensors_that_are_not_plain_are_named(make: Callable[[], Tensor], tmp_pa
     path = tmp_path / "x.pt"
     torch.save({"model": {"trunk.weight": make(), "b": torch.ones(2)}}, path)
     with pytest.raises(CheckpointError, match=r"1 of its tensors are not plain ones \(trunk.weight is a torch._utils"):
-        read_tensors(path)
+        read_state(path)
 
 
 @pytest.mark.skipif(not MAPS.exists(), reason="reads what the process has mapped from /proc")

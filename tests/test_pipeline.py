@@ -93,7 +93,7 @@ def test_golden(case: str, precision: Any, tmp_path: Path) -> None:
     assert content["graph"]["nodes"] == len(model.graph) == sum(content["graph"]["operators"].values())
     assert {"neck-export", "torch", "onnx", "onnx-ir", "onnxruntime"} <= set(content["versions"])
 
-    encoder = load(options)
+    encoder = load(options).encoder
     signature = Signature.from_dict(content["signature"])
     assert signature == sign(options, encoder)
     assert [spec.name for spec in signature.outputs] == names
@@ -333,7 +333,7 @@ def test_random_weights_are_the_same_again(tmp_path: Path) -> None:
 )
 def test_random_weights_have_the_necks_that_are_asked(necks: str, has: tuple[str, ...]) -> None:
     options = random_options(Path("x.onnx"), necks=necks)
-    encoder = load(options)
+    encoder = load(options).encoder
     assert tuple(encoder.necks) == has
     if necks == "foo":
         with pytest.raises(SignatureError, match="unknown neck 'foo'"):
@@ -433,7 +433,7 @@ def test_a_level_that_would_be_empty(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="level 3 is empty at 14x14 pixels; its sides must be 28 at least"):
         export_onnx(options)
     for fits in (dataclasses.replace(options, levels="0,1,2"), dataclasses.replace(options, image_size=28)):
-        assert all(0 not in spec.shape for spec in sign(fits, load(fits)).outputs)
+        assert all(0 not in spec.shape for spec in sign(fits, load(fits).encoder).outputs)
 
 
 # --- planted overflow
@@ -473,7 +473,7 @@ def test_a_planted_overflow_is_refused(
     kept = neck_export_cli(*arguments, "--precision", "fp16", "--keep-fp32", module)
     assert kept.code == 0  # the control: without that overflow the same weights pass
 
-    encoder, plain = load(options), load(golden_options("meta-dual", output))
+    encoder, plain = load(options).encoder, load(golden_options("meta-dual", output)).encoder
     signature = sign(options, encoder)
     pixels = reference_pixels(signature, None, 1)
     reference = reference_outputs(plain, pixels, signature)
@@ -485,7 +485,7 @@ def test_onnx_runtime_alone_passes_a_planted_overflow(tmp_path: Path) -> None:
     """The control, and why the simulation judges: between two convolutions nothing is seen (1.31, x86-64)."""
     checkpoint = save_state(tmp_path / "planted.pt", plant_in_neck)
     options = golden_options("meta-dual", tmp_path / "x.onnx", checkpoint=checkpoint, precision="fp16")
-    encoder = load(options)
+    encoder = load(options).encoder
     signature = sign(options, encoder)
     pixels = reference_pixels(signature, None, 1)
     reference = reference_outputs(encoder, pixels, signature)
@@ -521,7 +521,7 @@ def test_without_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_without_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = golden_options("meta-dual", tmp_path / "x.onnx")
-    encoder = load(options)
+    encoder = load(options).encoder
     check_memory(sign(options, encoder), encoder)
     (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:      50 kB\n")
     monkeypatch.setattr(export.proof.verify, "MEMORY", tmp_path / "meminfo")

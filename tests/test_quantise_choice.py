@@ -19,7 +19,7 @@ from stand_in_gpu.play import play
 from export.contract.signature import Signature
 from export.lowering.quantise import Quantisation, match_products
 from export.proof.fidelity import TOLERANCES, Comparison
-from export.proof.verify import reference_outputs, reference_pixels
+from export.proof.verify import References, reference_outputs, reference_pixels
 from export.quantising import rates
 from export.quantising.calibration import CalibrationError, calibrate, linear_layers
 from export.quantising.choice import (
@@ -60,7 +60,7 @@ def trials() -> Trials:
     pixels = reference_pixels(signature(), None, 1)
     layers, found = linear_layers(encoder), calibrate(encoder, pixels).layers
     scales = {name: choose_range(name, found[name], layers[name].weight, "fp8").scale for name in layers}
-    return Trials(encoder, signature(), pixels, Quantisation("fp8", scales))
+    return Trials(References(encoder), signature(), Quantisation("fp8", scales))
 
 
 @functools.cache
@@ -231,7 +231,7 @@ def test_where_all_products_fit_none_is_tried_alone() -> None:
     golden, told = load_golden("meta-dual"), list[str]()
     for kind, budget in (("int8", None), ("fp8", 0.3)):
         options = QuantiseOptions(budget=budget)
-        found = settle(golden.encoder, signature(), kind, options, None, [], told.append)  # type: ignore[arg-type]
+        found = settle(References(golden.encoder, None, told.append), signature(), kind, options, [])  # type: ignore[arg-type]
         assert len(found.quantisation.scales) == 16
         assert [row["error"] is None for row in found.facts["curve"]] == [True] * 8 + [False]
         assert found.facts["curve"][-1]["error"] <= 0.95 * (budget or BUDGET)

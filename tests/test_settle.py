@@ -29,7 +29,7 @@ from export.lowering.relower import relower
 from export.options import check_options
 from export.pipeline import RejectedError, export_onnx, verify_file
 from export.proof.fidelity import TOLERANCES
-from export.proof.verify import reference_pixels
+from export.proof.verify import References, reference_pixels
 from export.quantising.calibration import METADATA, CalibrationError, calibrate, read_calibration, save_calibration
 from export.quantising.settle import QuantiseOptions, Settled, record_path, settle
 from neck.checkpoint import random_encoder
@@ -147,7 +147,7 @@ def settled(encoder: Sam3DualViTDetNeck, config: EncoderConfig, path: Path | Non
     signature = encoder_signature(config, levels="2", positions="none")
     notes = changes.pop("notes", [])
     options = QuantiseOptions(changes.pop("products", ("auto",)), 0.5, path)
-    return settle(encoder, signature, changes.pop("kind", "int8"), options, None, notes)
+    return settle(References(encoder), signature, changes.pop("kind", "int8"), options, notes)
 
 
 OTHERS: dict[str, dict[str, Any]] = {

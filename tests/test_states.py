@@ -34,8 +34,9 @@ from export.weights_origin import encoder_config, manifest_encoder, state_line, 
 from neck.checkpoint import CheckpointError, load_encoder
 from neck.config import EncoderConfig
 from neck.necks import Sam3DualViTDetNeck
+from neck.source import EncoderSource
 from neck.trunk import Block
-from neck.weightfile import name_state, read_state, read_tensors
+from neck.weightfile import read_state
 
 State = dict[str, Tensor]
 CONFIG = EncoderConfig.from_file(config_of("meta-dual"))
@@ -186,7 +187,7 @@ def test_names_elsewhere_may_be_alike(tmp_path: Path) -> None:
     state = {**plain(), "decoder.weight": torch.ones(1), "decoder.module.weight": torch.zeros(1)}
     path = save(state, tmp_path / "x.pt")
     assert_is(load(path), plain())
-    assert {"decoder.weight", "decoder.module.weight"} <= set(read_tensors(path))
+    assert {"decoder.weight", "decoder.module.weight"} <= set(read_state(path).tensors)
 
 
 def test_flat_parameters_of_fsdp(tmp_path: Path) -> None:
@@ -227,7 +228,6 @@ def test_the_state_that_is_taken(places: str, taken: str, others: str, tmp_path:
     path = save(content, tmp_path / "last.pt")
     found = read_state(path)
     assert (found.name, set(found.others)) == (taken, set(others.split()))
-    assert name_state(path) == (found.name, found.others)
     assert_is(load(path), states[taken])
     for place, state in states.items():
         assert_is(load(path, state=place), state)
@@ -289,7 +289,8 @@ def test_files_of_one_state(name: str, tmp_path: Path) -> None:
     if name.endswith(".json"):
         (tmp_path / name).write_text('{"weight_map": {"a": "x.safetensors"}}')
     assert_is(load(tmp_path / name), plain())
-    assert name_state(tmp_path / name) == ("", ())
+    read = read_state(tmp_path / name)
+    assert (read.name, read.others) == ("", ())
     assert "one state; leave --state out" in error_of(tmp_path / name, state="model")
 
 
@@ -298,7 +299,8 @@ def test_safetensors_whose_length_looks_like_a_pickle(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     assert path.read_bytes()[:2] == b"\x80\x00"
-    assert name_state(path) == ("", ()) and read_tensors(path)["x"].tolist() == [0.0]
+    read = read_state(path)
+    assert (read.name, read.others) == ("", ()) and read.tensors["x"].tolist() == [0.0]
 
 
 # -- what lies beside the tensors, and modules --
@@ -413,7 +415,7 @@ def test_a_module_alone_or_twice(wrap: Callable[[nn.Module], object], tmp_path: 
 def test_shared_parts_of_a_module_have_both_names(tmp_path: Path) -> None:
     inner = nn.Linear(2, 2)
     module = nn.ModuleDict({"a": inner, "b": nn.Sequential(inner)})
-    found = read_tensors(save(module, tmp_path / "x.pt"))
+    found = read_state(save(module, tmp_path / "x.pt")).tensors
     assert list(found) == list(module.state_dict()) == ["a.weight", "a.bias", "b.0.weight", "b.0.bias"]
     assert found["a.weight"].data_ptr() == found["b.0.weight"].data_ptr()
 
@@ -491,7 +493,7 @@ def test_the_manifest_tells_the_state_and_finds_it_again(tmp_path: Path) -> None
     path = save(
         {"model": plain(), "ema": {f"a.{name}": value for name, value in plain(2.0).items()}}, tmp_path / "x.pt"
     )
-    weights = weights_origin(path, 0, "ema", "a.")
+    weights = weights_origin(EncoderSource(path, state="ema", prefix="a.", config=CONFIG).load().origin)
     assert (weights["state"], weights["other_states"], weights["prefix"]) == ("ema", ["model"], "a.")
     assert state_line(weights) == "weights: state ema of x.pt; other states with an encoder there: model (--state)"
     manifest = {"encoder": encoder_config(load(path)).to_dict(), "weights": weights}
@@ -506,7 +508,8 @@ def test_the_manifest_tells_the_state_and_finds_it_again(tmp_path: Path) -> None
 
 def test_the_manifest_is_silent_where_there_is_one_state(tmp_path: Path) -> None:
     for content, state in ((plain(), None), ({"model": plain()}, "model")):
-        weights = weights_origin(save(content, tmp_path / "x.pt"), 0)
+        source = EncoderSource(save(content, tmp_path / "x.pt"), config=CONFIG)
+        weights = weights_origin(source.load().origin)
         assert weights.get("state") == state and not {"other_states", "prefix"} & set(weights)
     assert state_line({"name": "x.safetensors", "random": False}) is None
 

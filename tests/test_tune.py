@@ -13,11 +13,10 @@ from conftest import DATA
 from listening import listening
 
 import engines.plan
-import engines.tune
 from engines.builder.flavor import Flavor
 from engines.builder.gpu import has_gpu
 from engines.builder.onnx_graph import BuildError
-from engines.plan import PlanOptions, PlanResult, make_plan
+from engines.plan import PlanOptions, PlanResult, Prepared, make_plan
 from engines.tune import Row, TuneError, Tuning, fastest, tune_plan, tuning_lines
 from export.contract.manifest import check_files, manifest_path, read_manifest
 from export.pipeline import ExportOptions, RejectedError, export_onnx
@@ -43,14 +42,14 @@ def options_for(source: Path, folder: Path) -> PlanOptions:
     return PlanOptions(source, folder / "encoder.plan", precision="fp16", flavor="rtx", verify=False)
 
 
-def make(options: PlanOptions, report: Report) -> PlanResult:
+def make(options: PlanOptions, report: Report, prepared: Prepared) -> PlanResult:
     """Builds, but the form `fused` is rejected with convolutions and does not build without."""
     if options.attention == "fused":
         if options.upsampling == "deconv":
             raise BuildError("planted: the builder gave up")
         row = compare_output("sam3_feat_0", np.ones(4), np.zeros(4), Tolerance(1e-2, 0.9995))
         raise RejectedError(options.output, Verdict((row,), "planted"))
-    return make_plan(options, report)
+    return make_plan(options, report, prepared)
 
 
 def measure(plan: Path) -> float:
@@ -114,7 +113,7 @@ def test_other_options_start_anew(source: Path, tmp_path: Path) -> None:
 
 
 def test_none_that_passes_is_an_error_with_the_table(source: Path, tmp_path: Path) -> None:
-    def refuse(options: PlanOptions, report: Report) -> PlanResult:
+    def refuse(options: PlanOptions, report: Report, prepared: Prepared) -> PlanResult:
         raise BuildError("planted")
 
     with pytest.raises(TuneError, match="no candidate passed") as caught:
@@ -127,18 +126,18 @@ def test_what_is_quantised_is_settled_once_for_all_candidates(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settled, asked = list[Path](), list[PlanOptions]()
-    for module in (engines.tune, engines.plan):
+    real = engines.plan.settle_source
 
-        def settle(*arguments: Any, real: Any = module.settle_source, **more: Any) -> Any:
-            settled.append(arguments[0].path)
-            return real(*arguments, **more)
+    def settle(*arguments: Any) -> Any:
+        settled.append(arguments[0].path)
+        return real(*arguments)
 
-        monkeypatch.setattr(module, "settle_source", settle)
+    monkeypatch.setattr(engines.plan, "settle_source", settle)
 
-    def one(options: PlanOptions, report: Report) -> PlanResult:
+    def one(options: PlanOptions, report: Report, prepared: Prepared) -> PlanResult:
         asked.append(options)
         if options.spelling == "matmul" and (options.attention, options.upsampling) == ("fp32acc", "conv"):
-            return make_plan(options, report)
+            return make_plan(options, report, prepared)
         raise BuildError("planted")
 
     options = dataclasses.replace(options_for(source, tmp_path), precision="int8")

@@ -124,7 +124,7 @@ def test_the_reference_alone_is_computed_in_full_fp32(monkeypatch: pytest.Monkey
         seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, products))
         raise MemoryError
 
-    monkeypatch.setattr("export.proof.verify.reference_outputs", fails)
+    monkeypatch.setattr("export.proof.verify.forward_necks", fails)
     try:
         with pytest.raises(MemoryError):
             make_reference(shared_encoder(CONFIG), signature, 1)

@@ -41,7 +41,7 @@ def make_weights(asked: Mapping[str, Any]) -> dict[str, Any]:
     if asked["checkpoint"] is None and made.is_file():
         asked = {**asked, "checkpoint": made, "config": asked["config"] or EncoderConfig().to_dict()}
     options = _options(asked, made)
-    encoder = load(options)
+    encoder = load(options).encoder
     if options.checkpoint is None:
         save_meta_checkpoint(encoder, made)
     return {
@@ -110,7 +110,7 @@ def make_file(asked: Mapping[str, Any]) -> dict[str, Any]:
     if asked["runtime"] == "plan":
         export_onnx(options)  # a plan's builder wants the manifest
     else:
-        encoder = load(options)
+        encoder = load(options).encoder
         signature = sign(options, encoder)
         write_onnx(encoder, signature, path, precision=options.precision, rewrites=rewrites)
     seconds_path(path).write_text(f"{time.perf_counter() - start}\n")  # last: it says that the file is whole

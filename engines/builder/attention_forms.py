@@ -25,7 +25,7 @@ from engines.builder.onnx_source import Source, lower_file
 from engines.builder.options import BuildOptions
 from export.contract.errors import ExportError
 from export.contract.export_command import REPLACED_FORMS, export_again
-from export.contract.onnx_file import load_onnx
+from export.contract.onnx_file import OnnxFile
 from export.contract.readers import prefers_attention
 from export.graph.cleanup import MODULE
 from export.inspect import attention_forms
@@ -83,7 +83,7 @@ class Typing:
 class Built:
     """A plan that was built: from which file, in which forms, and how it came to them."""
 
-    typed: Path
+    typed: OnnxFile
     result: BuildResult
     attention: Attempt
     residual: str
@@ -106,7 +106,7 @@ def build_forms(
     Raises:
         BuildError: no form builds, or something that no form mends; with the reasons that forms were refused for.
     """
-    precision, folder, typed = build.precision, plan.parent, source.path
+    precision, folder, typed = build.precision, plan.parent, source.file
     _check_residual(source, typing, precision)
     there = held_attention(typed) if source.precision != "fp32" else Attempt(None)
     preferred = (typing.spelling,) if typing.spelling else spellings(flavor)
@@ -115,11 +115,11 @@ def build_forms(
         report(f"precision pass: {source.precision} to {precision}")
         there = attempts[0]
         lowering = vars(typing) | {"attention": there.form or typing.attention, "spelling": there.spelling}
-        typed = lower_file(source, precision, folder, **lowering)
+        typed = OnnxFile(lower_file(source, precision, folder, **lowering))
     notes: list[str] = []
     for attempt, later in zip(attempts, (*attempts[1:], None), strict=True):
         if attempt.form is not None and attempt != there and precision != "fp32":
-            typed, there = relower_file(typed, precision, attempt, folder, left), attempt
+            typed, there = OnnxFile(relower_file(typed, precision, attempt, folder, left)), attempt
             notes.append(meaning(attempt, precision))
             report(notes[-1])
         report(f"build: {flavor.name} {flavor.version}")
@@ -148,9 +148,9 @@ def spellings(flavor: Flavor) -> tuple[Spelling, ...]:
     return ("operator", "matmul") if prefers_attention(flavor.name, flavor.version) else ("matmul",)
 
 
-def held_attention(onnx: Path) -> Attempt:
+def held_attention(onnx: Path | OnnxFile) -> Attempt:
     """The form of most attentions of a file and their spelling; no form for one that cannot be written again."""
-    model = ir.load(onnx)
+    model = OnnxFile.of(onnx).model
     if not any(MODULE in node.metadata_props for node in model.graph):
         return Attempt(None)
     counted = collections.Counter(attention_forms(model.graph))
@@ -199,14 +199,14 @@ def meaning(attempt: Attempt, precision: str) -> str:
     return f"attention lowered again as {attempt.name}: {what}; the verdict judges it"
 
 
-def relower_file(onnx: Path, precision: Precision, attempt: Attempt, folder: Path, left: ExitStack) -> Path:
+def relower_file(file: Path | OnnxFile, precision: Precision, attempt: Attempt, folder: Path, left: ExitStack) -> Path:
     """Writes a low-precision file in another attention form: a new graph beside the weights, which are not copied.
 
     ONNX weights must lie in the graph's folder or below, and readers refuse links (onnx-ir 1.1, ONNX Runtime 1.32), so
     the graph is written beside the file under a hidden name; where the weights are links, it is written elsewhere.
 
     Args:
-        onnx: the file.
+        file: the file.
         precision: the file's.
         attempt: the form to write, and its spelling.
         folder: where the graph and a copy of the weights go if they cannot stay where they are.
@@ -215,7 +215,8 @@ def relower_file(onnx: Path, precision: Precision, attempt: Attempt, folder: Pat
     Raises:
         BuildError: the file is not one whose nodes tell their modules.
     """
-    model, weights = load_onnx(onnx)
+    file = OnnxFile.of(file)
+    onnx, (model, weights) = file.path, file.load()
     try:
         relower(model, precision, cast(AttentionForm, attempt.form), attempt.spelling)
     except ExportError as error:
@@ -233,8 +234,8 @@ def relower_file(onnx: Path, precision: Precision, attempt: Attempt, folder: Pat
     written = folder / name
     external = (value.const_value for value in model.graph.initializers.values())
     for location in {tensor.location for tensor in external if isinstance(tensor, ir.ExternalTensor)}:
-        file = folder / location
-        file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(weights / location, file)  # onnx-ir refuses hard links, too
+        copied = folder / location
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(weights / location, copied)  # onnx-ir refuses hard links, too
     written.write_bytes(proto)
     return written

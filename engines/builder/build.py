@@ -20,6 +20,7 @@ from engines.builder.timing_cache import missed, read_replayed, replay_timing, r
 from engines.sheet.layer_sheet import LayerSheet
 from engines.sheet.read_layers import LayerSheetError, read_accumulations, sheet_from_inspector, sheet_from_log
 from export.contract.export_command import export_again
+from export.contract.onnx_file import OnnxFile
 from export.contract.readers import has_fp8
 from export.contract.signature import BATCH, TensorSpec
 
@@ -69,7 +70,7 @@ class BuildResult:
 
 
 def build_plan(
-    onnx: Path,
+    file: Path | OnnxFile,
     plan: Path,
     options: BuildOptions,
     *,
@@ -81,7 +82,7 @@ def build_plan(
     plan the last to finish wins. Ctrl-C stops the builder at its next step and leaves no file.
 
     Args:
-        onnx: the file; typed as it shall run.
+        file: the ONNX file; typed as it shall run.
         plan: the file to write.
         options: how to build.
         flavor: which TensorRT; by default the one that `choose_flavor` chooses.
@@ -91,7 +92,8 @@ def build_plan(
         FlavorError: no TensorRT, or options that it does not have.
     """
     flavor = flavor or choose_flavor()
-    graph = read_graph(onnx, (options.batch or DEFAULT_BATCH).optimum)
+    onnx = OnnxFile.of(file).path
+    graph = read_graph(file, (options.batch or DEFAULT_BATCH).optimum)
     _check_attentions(onnx, graph, options)
     targets = flavor.check_targets(options.compute_capabilities)
     _check_fp8(onnx, options, targets or ((flavor.gpu.compute_capability,) if flavor.gpu else ()))
@@ -108,14 +110,14 @@ def build_plan(
     config = flavor.create_config(builder, network, targets, common)
     if options.replay_timing and timing:
         keep = (keep, replay_timing(flavor.trt, config, options.replay_timing, timing))
-    with disk_errors(plan), temporary(plan) as (file, path):
+    with disk_errors(plan), temporary(plan) as (stream, path):
         try:
-            run_builder(flavor.trt, builder, network, config, file, watch)
+            run_builder(flavor.trt, builder, network, config, stream, watch)
         except RefusedError as error:
             raise missed(error, options.replay_timing) if options.replay_timing else error from None
-        file.flush()
-        os.fsync(file.fileno())
-        seconds, size = time.perf_counter() - started, os.fstat(file.fileno()).st_size
+        stream.flush()
+        os.fsync(stream.fileno())
+        seconds, size = time.perf_counter() - started, os.fstat(stream.fileno()).st_size
         sheet, no_sheet = _read_sheet(flavor, watch.engine, path, graph, options.version_compatible)
         os.replace(path, plan)
     used, unsaved = save_timing_cache(config, flavor, options)

@@ -6,14 +6,11 @@ import dataclasses
 import math
 from pathlib import Path
 
-import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import TensorProto, helper
+import onnx_ir as ir
 
-from export.contract.export_command import export_again
-from export.contract.manifest import lfs_pointer
-
-Dims = tuple[int | str, ...]
+from export.contract.errors import ExportError
+from export.contract.onnx_file import OnnxFile
+from export.lowering.attention import before_casts
 
 
 class BuildError(RuntimeError):
@@ -48,116 +45,73 @@ class Graph:
     fusable: int = 0
 
 
-def read_graph(path: Path, batch: int = 1) -> Graph:
-    """Reads an ONNX file and checks that it is whole.
-
-    Args:
-        path: the file; its weights may lie in other files beside it.
-        batch: size that a dynamic batch dimension takes when operations are counted.
+def whole_file(onnx: Path | OnnxFile) -> OnnxFile:
+    """The file, found whole.
 
     Raises:
         BuildError: missing, truncated, or without the files of its weights.
     """
     try:
-        if pointer := lfs_pointer(path):
-            raise BuildError(pointer)
-        model = onnx.load(path, load_external_data=False)
-    except FileNotFoundError:
-        raise BuildError(f"No such file: {path}; `neck-export onnx` writes it") from None
-    except (DecodeError, ValueError, OSError) as error:
-        raise BuildError(f"{path}: not a whole ONNX file ({str(error) or 'truncated'}); {_again(path)}") from None
-    if not model.graph.output:
-        raise BuildError(f"{path}: an ONNX file without outputs, so empty or truncated; {_again(path)}")
-    _check_weights(path, model.graph)
-    types, shapes = _types(model.graph), _shapes(model.graph)
-    producers = {output: node for node in model.graph.node for output in node.output}
+        return OnnxFile.of(onnx).check()
+    except ExportError as error:
+        raise BuildError(str(error)) from None
+
+
+def read_graph(onnx: Path | OnnxFile, batch: int = 1) -> Graph:
+    """Reads what a layer sheet and a builder's checks need of an ONNX file.
+
+    Args:
+        onnx: the file; its weights may lie in other files beside it.
+        batch: size that a dynamic batch dimension takes when operations are counted.
+
+    Raises:
+        BuildError: missing, truncated, or without the files of its weights.
+    """
+    graph = whole_file(onnx).model.graph
     fp32 = [
-        node.name or node.output[0]
-        for node in model.graph.node
-        if node.op_type == "Attention" and _is_fp32(node.input[0], types, producers)
+        node.name or str(node.outputs[0].name)
+        for node in graph
+        if node.op_type == "Attention" and _is_fp32(node.inputs[0])
     ]
-    attentions = sum(node.op_type in ("Attention", "Softmax") for node in model.graph.node)
-    quantised = sum(
-        node.op_type == "MatMul"
-        and all(one in producers and producers[one].op_type == "DequantizeLinear" for one in node.input)
-        for node in model.graph.node
-    )
-    fusable = sum(_is_fusable(node, types, producers) for node in model.graph.node)
-    return Graph(attentions, tuple(fp32), _operations(model.graph, shapes, batch), quantised, fusable)
+    attentions = sum(node.op_type in ("Attention", "Softmax") for node in graph)
+    quantised = sum(node.op_type == "MatMul" and all(map(_is_dequantised, node.inputs)) for node in graph)
+    return Graph(attentions, tuple(fp32), _operations(graph, batch), quantised, sum(map(_is_fusable, graph)))
 
 
-def _check_weights(path: Path, graph: onnx.GraphProto) -> None:
-    """Checks that every external weight lies inside a file beside the ONNX file."""
-    ends: dict[str, int] = {}
-    for tensor in graph.initializer:
-        where = {entry.key: entry.value for entry in tensor.external_data}
-        if tensor.data_location == TensorProto.EXTERNAL and where.get("location"):
-            end = int(where.get("offset", 0)) + int(where.get("length", 0))
-            ends[where["location"]] = max(end, ends.get(where["location"], 0))
-    for name, end in ends.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise BuildError(f"{path}: its weights lie in {name!r}, outside its folder; {_again(path)}")
-        file = path.with_name(name)
-        if not file.is_file():
-            raise BuildError(f"No such file: {file}, the weights of {path.name}; copy both or {_again(path)}")
-        if file.stat().st_size < end:
-            raise BuildError(
-                lfs_pointer(file)
-                or f"{file}: truncated, has {file.stat().st_size:,} of {end:,} bytes; copy it again or {_again(path)}"
-            )
+def _is_dequantised(value: ir.Value | None) -> bool:
+    producer = value.producer() if value is not None else None
+    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
-def _again(path: Path) -> str:
-    return f"export it again: {export_again(path)}"
-
-
-def _types(graph: onnx.GraphProto) -> dict[str, int]:
-    infos = [*graph.value_info, *graph.input, *graph.output]
-    types = {info.name: info.type.tensor_type.elem_type for info in infos}
-    return types | {tensor.name: tensor.data_type for tensor in graph.initializer}
-
-
-def _shapes(graph: onnx.GraphProto) -> dict[str, Dims]:
-    shapes: dict[str, Dims] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    for info in [*graph.value_info, *graph.input, *graph.output]:
-        if info.type.tensor_type.HasField("shape"):
-            shapes[info.name] = tuple(dim.dim_param or dim.dim_value for dim in info.type.tensor_type.shape.dim)
-    return shapes
-
-
-def _is_fp32(name: str, types: dict[str, int], producers: dict[str, onnx.NodeProto]) -> bool:
+def _is_fp32(value: ir.Value | None) -> bool:
     """Whether a value is FP32 in truth: not a Cast to FP32 of something shorter, as the form fp32acc writes it."""
-    producer = producers.get(name)
-    if producer is not None and producer.op_type == "Cast":
-        to = next(attribute.i for attribute in producer.attribute if attribute.name == "to")
-        source = types.get(producer.input[0], TensorProto.UNDEFINED)
-        return to == TensorProto.FLOAT and source == TensorProto.FLOAT
-    return types.get(name) == TensorProto.FLOAT
+    producer = value.producer() if value is not None else None
+    if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
+        return producer.outputs[0].dtype == producer.inputs[0].dtype == ir.DataType.FLOAT
+    return value is not None and value.dtype == ir.DataType.FLOAT
 
 
-def _is_fusable(node: onnx.NodeProto, types: dict[str, int], producers: dict[str, onnx.NodeProto]) -> bool:
+def _is_fusable(node: ir.Node) -> bool:
     """Whether a node is an Attention, or the Softmax of scores, and the scores are in FP16 or BF16."""
     if node.op_type == "Attention":
-        return not _is_fp32(node.input[0], types, producers)
-    scores = node.input[0] if node.op_type == "Softmax" else ""
-    while scores in producers and producers[scores].op_type == "Cast":
-        scores = producers[scores].input[0]
-    return types.get(scores) in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+        return not _is_fp32(node.inputs[0])
+    scores = before_casts(node.inputs[0]) if node.op_type == "Softmax" else None
+    return scores is not None and scores.outputs[0].dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
-def _operations(graph: onnx.GraphProto, shapes: dict[str, Dims], batch: int) -> int | None:
+def _operations(graph: ir.Graph, batch: int) -> int | None:
     total = 0
-    for node in graph.node:
+    for node in graph:
         try:
-            sides = [_sides(shapes[name], batch) for name in (*node.input[:2], node.output[0]) if name]
-        except (KeyError, ValueError):
+            sides = [_sides(value, batch) for value in (*node.inputs[:2], node.outputs[0]) if value is not None]
+        except ValueError:
             if node.op_type in ("MatMul", "Gemm", "Conv", "ConvTranspose", "Attention"):
                 return None
             continue
         if node.op_type == "MatMul":
             total += 2 * math.prod(sides[-1]) * sides[0][-1]
         elif node.op_type == "Gemm":
-            by_column = any(helper.get_attribute_value(item) for item in node.attribute if item.name == "transA")
+            by_column = bool(node.attributes.get_int("transA", 0))
             total += 2 * math.prod(sides[-1]) * sides[0][0 if by_column else -1]
         elif node.op_type == "Conv":
             total += 2 * math.prod(sides[-1]) * math.prod(sides[1][1:])
@@ -168,11 +122,14 @@ def _operations(graph: onnx.GraphProto, shapes: dict[str, Dims], batch: int) -> 
     return total
 
 
-def _sides(dims: Dims, batch: int) -> list[int]:
+def _sides(value: ir.Value, batch: int) -> list[int]:
     """Numbers of a shape; `4*batch` is 4 times the batch. ValueError where one is not told."""
+    shape = value.const_value.shape if value.const_value is not None else value.shape
+    if shape is None:
+        raise ValueError(value.name)
     sides = []
-    for dim in dims:
-        factors = str(dim).replace(" ", "").split("*")
+    for dim in shape:
+        factors = str(dim if isinstance(dim, int) else dim.value or "").replace(" ", "").split("*")
         sides.append(math.prod(int(factor) if factor.isdecimal() else batch for factor in factors))
         if sides[-1] < 1 or any(not factor.isalnum() for factor in factors):
             raise ValueError(dim)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
 
-from engines.builder.onnx_graph import BuildError, read_graph
+from engines.builder.onnx_graph import BuildError, whole_file
 from engines.builder.plan_kind import is_plan
 from export.contract.export_command import AS_AUTO, export_again
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest
-from export.contract.onnx_file import load_onnx
+from export.contract.onnx_file import OnnxFile
 from export.contract.signature import BatchRange, Signature
 from export.graph.cleanup import MODULE
 from export.lowering.precision import Precision, kept_products, lower
 from export.lowering.quantise import CODES
 from export.options import NUMPY_NAMES
-from export.proof.verify import Report
+from export.proof.verify import References, Report
 from export.quantising.settle import QuantiseOptions, Settled, check_quantise, settle
 from export.weights_origin import manifest_encoder, manifest_signature
 from neck.pictures import PictureFolder
@@ -30,14 +31,38 @@ class Source:
     """The ONNX file that a plan is built from.
 
     Attributes:
-        path: the file.
+        file: the file.
         manifest: its manifest, None where another tool wrote the file.
         precision: what it computes in.
+        checkpoint, adapter: the weights that it was exported from, and what was merged into them, where they are no
+            longer where its manifest says.
+        images: pictures to judge and to calibrate on; without a folder the shipped one.
+        report: told of every step.
     """
 
-    path: Path
+    file: OnnxFile
     manifest: dict[str, Any] | None
     precision: Precision
+    checkpoint: Path | None = None
+    adapter: Path | None = None
+    images: Path | PictureFolder | None = None
+    report: Report = lambda line: None
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.file.path
+
+    @functools.cached_property
+    def references(self) -> References:
+        """What the encoder that the file was exported from gives in PyTorch.
+
+        Raises:
+            ManifestError, CheckpointError, ExportError: as manifest_encoder says.
+        """
+        where = manifest_path(self.path)
+        encoder = manifest_encoder(where, self.manifest or {}, self.checkpoint, self.adapter)
+        return References(encoder, self.images, self.report)
 
     @property
     def files(self) -> list[dict[str, Any]]:
@@ -79,8 +104,19 @@ def newest_onnx(folder: Path) -> Path:
     return files[-1]
 
 
-def read_source(onnx: Path, report: Report) -> Source:
+def read_source(
+    onnx: Path,
+    report: Report,
+    *,
+    checkpoint: Path | None = None,
+    adapter: Path | None = None,
+    images: Path | PictureFolder | None = None,
+) -> Source:
     """Finds the file whole, and as its manifest says byte for byte where it has one.
+
+    Args:
+        onnx: the file.
+        report, checkpoint, adapter, images: as in Source.
 
     Raises:
         BuildError: missing, truncated, or a plan.
@@ -88,24 +124,24 @@ def read_source(onnx: Path, report: Report) -> Source:
     """
     if is_plan(onnx):
         raise BuildError(f"{onnx}: is a plan already; name the ONNX file that it is built from")
-    read_graph(onnx)
+    file = whole_file(onnx)
     where = manifest_path(onnx)
     if not where.exists():
-        return Source(onnx, None, typed_as(onnx))
+        return Source(file, None, typed_as(file), report=report)
     manifest = read_manifest(where, "onnx")
     report("hashes of the ONNX file")
     check_files(where, manifest)
-    return Source(onnx, manifest, manifest["precision"])
+    return Source(file, manifest, manifest["precision"], checkpoint, adapter, images, report)
 
 
-def typed_as(onnx: Path) -> Precision:
+def typed_as(file: OnnxFile) -> Precision:
     """The type that an ONNX file computes in: of its FP16 and BF16 weights the larger part, FP32 where it has neither.
 
     Where any are FP8 or INT8, that is what it is. A file with most of its weights in an FP32 island (a trial of
     `bisect`) is a low-precision file all the same.
     """
     sizes: dict[str, int] = {"FLOAT16": 0, "BFLOAT16": 0, **{code.name: 0 for code in CODES.values()}}
-    for value in ir.load(onnx).graph.initializers.values():
+    for value in file.model.graph.initializers.values():
         if value.const_value is not None and value.const_value.dtype.name in sizes:
             sizes[value.const_value.dtype.name] += value.const_value.nbytes
     if not any(sizes.values()):
@@ -120,17 +156,11 @@ def settle_source(
     source: Source,
     precision: Precision,
     options: QuantiseOptions,
-    images: Path | PictureFolder | None,
-    report: Report,
     keep_fp32: Sequence[str] = (),
-    *,
-    checkpoint: Path | None = None,
-    adapter: Path | None = None,
 ) -> tuple[Settled | None, tuple[str, ...]]:
     """What is quantised where an FP32 file is lowered to fp8 or int8 (None for every other), and what is to be told.
 
-    `keep_fp32` names the modules that the lowering keeps in FP32; `checkpoint` and `adapter` are as of
-    manifest_encoder.
+    `keep_fp32` names the modules that the lowering keeps in FP32.
 
     Raises:
         BuildError: options of a file that is not lowered.
@@ -142,11 +172,10 @@ def settle_source(
         raise BuildError(f"{source.path}: is {precision} already; {words}")
     if precision not in CODES or source.precision != "fp32" or source.manifest is None:
         return None, ()  # lower_file refuses what it cannot lower
-    where, notes = manifest_path(source.path), list[str]()
-    kept = kept_products(ir.load(source.path).graph, keep_fp32)
-    encoder = manifest_encoder(where, source.manifest, checkpoint, adapter)
-    signature = manifest_signature(where, source.manifest)
-    return settle(encoder, signature, precision, options, images, notes, report, kept), tuple(notes)
+    notes = list[str]()
+    kept = kept_products(source.file.model.graph, keep_fp32)
+    signature = manifest_signature(manifest_path(source.path), source.manifest)
+    return settle(source.references, signature, precision, options, notes, kept), tuple(notes)
 
 
 def lower_file(source: Source, precision: Precision, folder: Path, **forms: Any) -> Path:
@@ -161,7 +190,7 @@ def lower_file(source: Source, precision: Precision, folder: Path, **forms: Any)
             f"{onnx}: is {source.precision}, asked was {precision};\n"
             f"export it again: {export_again(onnx, precision=precision, **AS_AUTO)}"
         )
-    model, _ = load_onnx(onnx, values=True)
+    model, _ = source.file.load(values=True)
     if not any(MODULE in node.metadata_props for node in model.graph):
         raise BuildError(
             f"{onnx}: was not written by neck-export, so its nodes do not tell what must stay in FP32; "

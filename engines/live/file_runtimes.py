@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engines.live.ort_placement import FirstRun
 from export.contract.export_command import export_again
-from export.contract.onnx_file import load_onnx
+from export.contract.onnx_file import OnnxFile
 from export.proof.rounding_simulation import simulate
 from export.proof.verify import open_model, require_runtime
 
@@ -57,7 +57,7 @@ class OrtFile:
             self._first = FirstRun(options)
         try:
             if simulated:
-                model, folder = load_onnx(path)
+                model, folder = OnnxFile(path).load()
                 simulate(model)
                 self._session = open_model(model, folder)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, overload
 
@@ -28,6 +29,7 @@ def open_plan(
     rtx_graphs: bool = False,
     runtime_cache: Path | None = None,
     use_runtime_cache: bool = True,
+    manifest: Mapping[str, Any] | None = None,
 ) -> Session: ...
 
 
@@ -55,6 +57,7 @@ def open_plan(
     rtx_graphs: bool = False,
     runtime_cache: Path | None = None,
     use_runtime_cache: bool = True,
+    manifest: Mapping[str, Any] | None = None,
 ) -> Session | Pool:
     """Checks a plan against its manifest and this machine, and loads it.
 
@@ -68,6 +71,8 @@ def open_plan(
         runtime_cache: file in which TensorRT-RTX's compiled kernels are kept for the next start; by default
             X.plan.cache beside the plan, which the C++ library reads too.
         use_runtime_cache: whether to read and write it.
+        manifest: what the manifest will say, of a plan that this process has just built; then none is read, and no
+            file is hashed.
 
     Raises:
         SessionError: it cannot run here; the message says why and what to do.
@@ -76,7 +81,7 @@ def open_plan(
         check_count(plan, contexts)
     where = find_device(plan, device)
     with torch.cuda.device(where) if torch.cuda.is_available() else contextlib.nullcontext():
-        flavor, manifest = check_plan(plan, flavor, where.index)
+        flavor, manifest = check_plan(plan, flavor, where.index, manifest)
     _check_options(plan, flavor, cuda_graph, rtx_graphs, runtime_cache)
     if not torch.cuda.is_available():
         raise SessionError(f"torch {torch.__version__} cannot use the GPU; install torch's CUDA build for this driver")

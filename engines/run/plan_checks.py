@@ -48,13 +48,17 @@ def type_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_plan(plan: Path, flavor: Flavor | None = None, device: int = 0) -> tuple[Flavor, dict[str, Any]]:
+def check_plan(
+    plan: Path, flavor: Flavor | None = None, device: int = 0, known: Mapping[str, Any] | None = None
+) -> tuple[Flavor, dict[str, Any]]:
     """Checks all that can be known before a plan is loaded: its bytes, its manifest, this machine.
 
     Args:
         plan: the file, its manifest X.plan.json beside it.
         flavor: which TensorRT; by default the one that built the plan.
         device: index of the GPU that it shall run on.
+        known: what the manifest will say, of a plan that this process has just built; by default it is read, and the
+            files are compared with it.
 
     Returns:
         The flavour, for that GPU, and the manifest.
@@ -65,15 +69,13 @@ def check_plan(plan: Path, flavor: Flavor | None = None, device: int = 0) -> tup
     header, where = read_header(plan), manifest_path(plan)
     try:
         is_plan(plan)
-        manifest = read_manifest(where, "plan")
+        manifest = dict(known or read_manifest(where, "plan"))
         if header.startswith(RTX_MAGIC) != (manifest["flavor"] == "rtx"):
             raise SessionError(
                 f"{plan}: begins with {header[:4]!r}, no plan of flavour {manifest['flavor']}; build it again"
             )
-        check_files(where, manifest)
-        names = [entry["name"] for entry in manifest["files"]]
-        if plan.name not in names:
-            raise SessionError(f"{where}: speaks of {', '.join(names) or 'no file'}, not {plan.name}; build it again")
+        if known is None:
+            _check_files(plan, where, manifest)
         manifest_specs(manifest)
         flavor = (flavor or choose_flavor(manifest["flavor"], device)).on(device)
         check_version(plan, manifest, flavor)
@@ -88,6 +90,13 @@ def check_plan(plan: Path, flavor: Flavor | None = None, device: int = 0) -> tup
         remedy = flavor.driver_problem() or "build it again here"
         raise SessionError(f"{plan}: {flavor.title} cannot run it here ({invalid}); {remedy}")
     return flavor, manifest
+
+
+def _check_files(plan: Path, where: Path, manifest: dict[str, Any]) -> None:
+    check_files(where, manifest)
+    names = [entry["name"] for entry in manifest["files"]]
+    if plan.name not in names:
+        raise SessionError(f"{where}: speaks of {', '.join(names) or 'no file'}, not {plan.name}; build it again")
 
 
 def read_header(plan: Path) -> bytes:

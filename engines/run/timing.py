@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from engines.builder.flavor import Flavor
 from engines.run.latency import Latency, summarise, time_runs
 from engines.run.open_plan import open_plan
 from engines.run.plan_checks import Port, SessionError
@@ -22,18 +22,20 @@ Measure = Callable[[Callable[[], object]], Latency]
 """Times a piece of work."""
 
 
-def median_ms(plan: Path, *, flavor: Flavor | None = None, runs: int = RUNS, seconds: float = SECONDS) -> float:
+def median_ms(
+    plan: Path, manifest: Mapping[str, Any] | None = None, *, runs: int = RUNS, seconds: float = SECONDS
+) -> float:
     """Median latency at the optimum batch without transfers, by CUDA graph where that is faster.
 
     Args:
         plan: the plan, its manifest beside it.
-        flavor: which TensorRT; by default the one that built the plan.
+        manifest: its content, of a plan whose bytes were compared with it already; as in open_plan.
         runs, seconds: runs are timed until there are so many, or for so long.
 
     Raises:
         SessionError: the plan cannot run here, or there is no device memory for its inputs and outputs.
     """
-    with open_plan(plan, flavor, use_runtime_cache=False) as session:
+    with open_plan(plan, use_runtime_cache=False, manifest=manifest) as session:
         port, timed = session.inputs[0], functools.partial(time_work, session, runs, seconds)
         try:
             image = make_input(port, optimum_batch(session)).to(session.device)

@@ -70,6 +70,7 @@ def verify_runner(
 
 def verify_plan(
     plan: Path,
+    manifest: Mapping[str, Any] | None = None,
     *,
     encoder: Sam3DualViTDetNeck | None = None,
     checkpoint: Path | None = None,
@@ -85,6 +86,7 @@ def verify_plan(
 
     Args:
         plan: the plan, its manifest beside it.
+        manifest: what the manifest will say, of a plan that was built just now; its bytes are not hashed then.
         encoder: the plain encoder; by default the one that the manifest tells of, on the CPU.
         checkpoint, adapter: its weights and the adapter in them, where they are no longer where the manifest says.
         reference: what `make_reference` made for this signature; by default it is made here, which takes longest.
@@ -99,7 +101,7 @@ def verify_plan(
         VerifyError: nothing tells which encoder the plan holds, or its outputs are others.
         FidelityError, PictureError, CheckpointError, ExportError: as the stages below say.
     """
-    with open_plan(plan, flavor, device=device, use_runtime_cache=False) as session:
+    with open_plan(plan, flavor, device=device, use_runtime_cache=False, manifest=manifest) as session:
         manifest, here = session.manifest, describe(session.flavor)
         signature = plan_signature(plan, manifest, known=encoder is not None or reference is not None)
         overrides = manifest_tolerances(manifest, overrides)

@@ -1,12 +1,15 @@
-"""An ONNX file that is read with its weights, also where files are links: the cache of a hub, DVC, git-annex, Bazel."""
+"""An ONNX file: found whole, parsed once, and read also where files are links (the cache of a hub, DVC, Bazel)."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import onnx_ir as ir
 
 from export.contract.errors import ExportError
+from export.contract.export_command import export_again
+from export.contract.manifest import lfs_pointer
 
 
 def check_path(path: Path) -> None:
@@ -23,52 +26,103 @@ def check_path(path: Path) -> None:
         ) from None
 
 
-def load_onnx(path: Path, values: bool = False) -> tuple[ir.Model, Path]:
-    """Reads an ONNX file whose weights will be read, too.
-
-    Links are followed as ONNX Runtime 1.32 follows them when it is given a path: weights that are a link must lie
-    beside the file that the path itself leads to. onnx-ir, and ONNX Runtime when it is given bytes, follow none.
+class OnnxFile:
+    """An ONNX file, which is parsed when its model is asked for, and not again.
 
     Args:
-        path: the file.
-        values: whether the weights will be read here, and not by a runtime alone; onnx-ir 1.1 reads no hard links.
-
-    Returns:
-        The model, and the folder from which its weights are located.
-
-    Raises:
-        ExportError: the weights are a link that leads elsewhere, which ONNX Runtime refuses, or have hard links.
+        path: the file; its weights may lie in other files beside it.
     """
-    model = ir.load(path)
-    external = [
-        (value, value.const_value)
-        for value in model.graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    ]
-    if values:
-        for file in {Path(tensor.path) for _, tensor in external}:
-            if file.is_file() and file.stat().st_nlink > 1:
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def of(cls, file: Path | OnnxFile) -> OnnxFile:
+        """The file at a path, or the file itself."""
+        return file if isinstance(file, cls) else cls(Path(file))  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def model(self) -> ir.Model:
+        """The graph, to be read and not to be changed (see `load`); its weights stay in the files beside it.
+
+        Raises:
+            ExportError: no such file, not ONNX, or its weights are missing, cut off or outside its folder.
+        """
+        path = self.path
+        if not path.is_file():
+            raise ExportError(f"{path}: no such file; `neck-export onnx` writes it")
+        if pointer := lfs_pointer(path):
+            raise ExportError(pointer)
+        again = f"export it again: {export_again(path)}"
+        try:
+            model = ir.load(path)
+        except Exception as error:  # protobuf and onnx-ir raise many kinds
+            raise ExportError(f"{path}: is not a whole ONNX file ({type(error).__name__}); {again}") from None
+        if not len(model.graph) or not model.graph.outputs:
+            raise ExportError(f"{path}: is not a whole ONNX file (no outputs in it); {again}")
+        ends: dict[Path, int] = {}
+        for tensor in _external(model).values():
+            if Path(tensor.location).is_absolute() or ".." in Path(tensor.location).parts:
+                raise ExportError(f"{path}: its weights lie in {str(tensor.location)!r}, outside its folder; {again}")
+            file = Path(tensor.path)
+            ends[file] = max(ends.get(file, 0), (tensor.offset or 0) + (tensor.length or 0))
+        for file, end in ends.items():
+            if not file.is_file():
+                raise ExportError(f"{path}: its weights {file} are missing; copy them beside it, or {again}")
+            if file.stat().st_size < end:
+                cut = f"{file}: is cut off at {file.stat().st_size:,} of {end:,} bytes; copy it again, or {again}"
+                raise ExportError(lfs_pointer(file) or cut)
+        return model
+
+    def check(self) -> OnnxFile:
+        """Finds the file whole; raises what `model` raises."""
+        _ = self.model
+        return self
+
+    def load(self, values: bool = False) -> tuple[ir.Model, Path]:
+        """A copy of the model that may be changed, and the folder from which its weights are located.
+
+        Links are followed as ONNX Runtime 1.32 follows them when it is given a path: weights that are a link must lie
+        beside the file that the path itself leads to. onnx-ir, and ONNX Runtime when it is given bytes, follow none.
+
+        Args:
+            values: whether the weights will be read here, and not by a runtime alone; onnx-ir 1.1 reads no hard links.
+
+        Raises:
+            ExportError: the weights are a link that leads elsewhere, which ONNX Runtime refuses, or have hard links.
+        """
+        model, path = self.model.clone(), self.path
+        external = _external(model)
+        if values:
+            for file in {Path(tensor.path) for tensor in external.values()}:
+                if file.stat().st_nlink > 1:
+                    raise ExportError(
+                        f"{file}: has {file.stat().st_nlink} hard links, which onnx-ir refuses to read; "
+                        f"make a copy and put it in its place"
+                    )
+        if not any(Path(tensor.path).is_symlink() for tensor in external.values()):
+            return model, path.parent
+        real = path.resolve()
+        for value, tensor in external.items():
+            target = Path(tensor.path).resolve()
+            if not target.is_relative_to(real.parent):
                 raise ExportError(
-                    f"{file}: has {file.stat().st_nlink} hard links, which onnx-ir refuses to read; "
-                    f"make a copy and put it in its place"
+                    f"{tensor.path}: is a link to {target}, which does not lie beside {real}, so ONNX Runtime refuses "
+                    f"it; copy the weights to {path.parent}, or make {path} a link to the file beside them"
                 )
-    if not any(Path(tensor.path).is_symlink() for _, tensor in external):
-        return model, path.parent
-    real = path.resolve()
-    for value, tensor in external:
-        target = Path(tensor.path).resolve()
-        if not target.is_relative_to(real.parent):
-            raise ExportError(
-                f"{tensor.path}: is a link to {target}, which does not lie beside {real}, so ONNX Runtime refuses it; "
-                f"copy the weights to {path.parent}, or make {path} a link to the file beside them"
+            value.const_value = ir.ExternalTensor(
+                target.relative_to(real.parent),
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=str(tensor.name),
+                base_dir=real.parent,
             )
-        value.const_value = ir.ExternalTensor(
-            target.relative_to(real.parent),
-            tensor.offset,
-            tensor.length,
-            tensor.dtype,
-            shape=tensor.shape,
-            name=str(tensor.name),
-            base_dir=real.parent,
-        )
-    return model, real.parent
+        return model, real.parent
+
+
+def _external(model: ir.Model) -> dict[ir.Value, ir.ExternalTensor]:
+    """The weights that lie in files of their own."""
+    values = {value: value.const_value for value in model.graph.initializers.values()}
+    return {value: tensor for value, tensor in values.items() if isinstance(tensor, ir.ExternalTensor)}

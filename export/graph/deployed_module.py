@@ -7,9 +7,9 @@ from typing import cast
 from torch import Tensor, nn
 
 from export.contract.signature import Signature, SignatureError
-from export.graph.rewrite import Rewrites, rewrite, shallow_copy
+from export.graph.rewrite import Rewrites, rewrite
 from neck.checkpoint_keys import NECK_MODULES
-from neck.necks import Sam3DualViTDetNeck
+from neck.necks import Sam3DualViTDetNeck, shallow_copy
 from neck.pictures import PIXEL_SCALE
 
 

@@ -6,20 +6,17 @@ forward: written to a file, the change is folded into the weight while the weigh
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neck.necks import Sam2Head, Sam3DualViTDetNeck
+from neck.necks import Sam2Head, Sam3DualViTDetNeck, shallow_copy
 from neck.position import PositionEmbeddingSine
 from neck.trunk import Attention, Block, ViTDetTrunk, cut_windows
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +75,6 @@ def rewrite_trunk(trunk: ViTDetTrunk, rewrites: Rewrites) -> ViTDetTrunk:
             if isinstance(block.attn, DeployAttention):
                 block.attn.tokens_first = True
     return trunk
-
-
-def shallow_copy(module: Module) -> Module:
-    """A module with its own registry of children and buffers, the children, weights and buffers being shared."""
-    twin = copy.copy(module)
-    twin._modules = module._modules.copy()
-    twin._buffers = module._buffers.copy()
-    return twin
 
 
 class DeployProjection(nn.Module):

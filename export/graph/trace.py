@@ -23,7 +23,7 @@ from export.contract.errors import ExportError
 from export.graph.cleanup import INPUT, MODULE, tidy
 from export.graph.constant_folding import add_initializer, fold_constants
 from export.graph.deployed_module import DeployEncoder
-from export.graph.rewrite import shallow_copy
+from neck.necks import shallow_copy
 from neck.trunk import Block, ViTDetTrunk
 
 CANONICAL_OPSET = 23

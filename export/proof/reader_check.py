@@ -109,8 +109,6 @@ def why_not(reader: Reader, needs: Needs) -> str | None:
             return f"it does not have {operator} ({count} nodes)"
         if operator not in reader.operators:
             return f"it is not known to read {operator} ({count} nodes)"
-        if needs.versions[operator] >= reader.lacks_from.get(operator, needs.opset + 1):
-            return f"it does not have {operator} of opset {needs.opset} ({count} nodes)"
         if (operator, kind) in reader.refuses:
             return f"it does not build {operator} in {kind} ({count} nodes)"
         if needs.versions[operator] >= reader.on_cpu.get(operator, needs.opset + 1) and operator not in SMALL:
@@ -190,11 +188,6 @@ def _titles(lines: Mapping[Family, str]) -> str:
         elif family != "onnxruntime-gpu":
             parts.append(title if family == "tensorrt-rtx" else f"{title} {since} and later")
     return ", ".join(parts)
-
-
-def read_by_file(path: Path) -> str:
-    """`read_by` of a file."""
-    return read_by(graph_needs(ir.load(path)))
 
 
 def readers_entry(needs: Needs, asked: Sequence[Reader]) -> dict[str, Any]:

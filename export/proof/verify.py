@@ -18,19 +18,12 @@ import safetensors.numpy
 import torch
 
 from export.contract.extras import install
-from export.contract.onnx_file import load_onnx
-from export.contract.readers import version_numbers
+from export.contract.onnx_file import OnnxFile
 from export.contract.signature import KINDS, BatchRange, Signature
 from export.contract.sizes import size_text
 from export.graph.deployed_module import with_head
 from export.proof.fidelity import FidelityError, Verdict, compare
-from export.proof.rounding_simulation import (
-    AS_WRITTEN,
-    is_low_precision,
-    simulate,
-    spell_out_quantize,
-    watch_finite,
-)
+from export.proof.rounding_simulation import AS_WRITTEN, is_low_precision, simulate, watch_finite
 from neck.necks import Sam3DualViTDetNeck, forward_necks
 from neck.pictures import PictureFolder, find_pictures, load_pictures, normalise
 from neck.trunk import ViTDetTrunk
@@ -91,10 +84,37 @@ def make_reference(
     notes: list[str] = []
     pixels = reference_pixels(signature, images, count or picture_count(signature.batch), notes.append)
     report("reference: the plain module in PyTorch FP32")
-    encoder.set_imgsz(signature.image_size)
-    with _exact_fp32():
-        outputs = reference_outputs(encoder, pixels, signature)
+    outputs = reference_outputs(encoder.at_size(signature.image_size), pixels, signature)
     return Reference(pixels, outputs, next(encoder.parameters()).device.type, tuple(notes))
+
+
+class References:
+    """What the plain encoder gives: computed once for each size and number of pictures, for all verdicts of a command.
+
+    Args:
+        encoder, images, report: as make_reference takes them.
+    """
+
+    def __init__(
+        self,
+        encoder: Sam3DualViTDetNeck,
+        images: Path | PictureFolder | None = None,
+        report: Report = lambda line: None,
+    ) -> None:
+        self.encoder, self.images, self.report = encoder, images, report
+        self._made: dict[tuple[Any, ...], Reference] = {}
+
+    def of(self, signature: Signature, count: int | None = None) -> Reference:
+        """The reference for files with a signature, as make_reference makes it.
+
+        Raises:
+            PictureError: pictures that cannot be read.
+        """
+        count = count or picture_count(signature.batch)
+        key = (count, signature.image_size, signature.necks, signature.levels, signature.sam2_outputs)
+        if key not in self._made:
+            self._made[key] = make_reference(self.encoder, signature, count, self.images, self.report)
+        return self._made[key]
 
 
 @contextlib.contextmanager
@@ -142,7 +162,7 @@ def reference_outputs(encoder: Sam3DualViTDetNeck, pixels: np.ndarray, signature
     """
     encoder = with_head(encoder, signature)
     images = normalise(pixels).to(next(encoder.parameters()).device)
-    with torch.inference_mode():
+    with _exact_fp32(), torch.inference_mode():
         outputs = forward_necks(encoder, images, signature.necks, signature.levels)
         if encoder.sam2_head is not None:
             feats, _ = outputs["sam2"]
@@ -157,7 +177,7 @@ def reference_outputs(encoder: Sam3DualViTDetNeck, pixels: np.ndarray, signature
 
 
 def verify_onnx(
-    path: Path,
+    file: Path | OnnxFile,
     signature: Signature,
     reference: Reference,
     precision: str,
@@ -170,7 +190,7 @@ def verify_onnx(
     An FP16 or BF16 file is judged through its rounding simulation, an FP32 file in ONNX Runtime as it is.
 
     Args:
-        path: the ONNX file, its weights beside it.
+        file: the ONNX file, its weights beside it.
         signature: its contract.
         reference: what the plain module gives.
         precision: which tolerances apply.
@@ -181,14 +201,15 @@ def verify_onnx(
         FidelityError: outputs that the reference lacks, an override that fits none.
     """
     image = reference.image(signature)
-    model, folder = load_onnx(path)
+    file = OnnxFile.of(file)
+    model, folder = file.load()
     low = is_low_precision(model)
     report("candidate: ONNX Runtime" + (", roundings written out" if low else ""))
     rounded = simulate(model) if low else []
     names = [spec.name for spec in signature.outputs]
     candidate = dict(zip(names, run_model(model, folder, image), strict=True))
     if signature.positions == "file":
-        stored = safetensors.numpy.load_file(positions_path(path))
+        stored = safetensors.numpy.load_file(positions_path(file.path))
         shapes = {name: (len(image), *array.shape[1:]) for name, array in stored.items()}
         candidate |= {name: np.broadcast_to(array, shapes[name]) for name, array in stored.items()}
     method = reference.method(f" against ONNX Runtime {require_runtime().__version__}", f", {SIMULATED}" if low else "")
@@ -258,25 +279,13 @@ def run_model(model: ir.Model, folder: Path, image: np.ndarray) -> list[np.ndarr
 
 
 def open_model(model: ir.Model, folder: Path) -> Any:
-    """A session on the CPU of a model whose external weights lie in `folder`, its Q and DQ run as they are written.
-
-    Raises:
-        FidelityError: ONNX Runtime does not load it, such as one of an opset that is newer than its version.
-    """
+    """A session on the CPU of a model whose external weights lie in `folder`, its Q and DQ run as they are written."""
     ort = require_runtime()
-    if version_numbers(ort.__version__) < (1, 24) and model.opset_imports.get("", 0) >= 23:
-        spell_out_quantize(model)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry(*AS_WRITTEN)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-    try:
-        return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions have no common class of its own
-        raise FidelityError(
-            f"ONNX Runtime {ort.__version__} does not load the graph ({' '.join(str(error).split())[:300]});\n"
-            "export it with --opset auto, install a newer ONNX Runtime, or use --no-verify"
-        ) from None
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def first_non_finite(model: ir.Model, rounded: list[ir.Value], folder: Path, image: np.ndarray) -> str | None:

@@ -16,7 +16,7 @@ from export.contract.errors import ExportError
 from export.contract.signature import Signature
 from export.lowering.quantise import CODES, Kind, Quantisation, UnquantizableError, match_products
 from export.proof.fidelity import TOLERANCES, Comparison
-from export.proof.verify import Report, reference_pixels
+from export.proof.verify import References, Report, reference_pixels
 from export.quantising.calibration import (
     Calibration,
     OutdatedError,
@@ -120,31 +120,28 @@ def all_tolerances(
 
 
 def settle(
-    encoder: Sam3DualViTDetNeck,
+    references: References,
     signature: Signature,
     kind: Kind,
     options: QuantiseOptions,
-    images: Path | PictureFolder | None,
     notes: list[str],
-    report: Report = lambda line: None,
     kept: Collection[str] = (),
 ) -> Settled:
     """Calibrates, or reads a calibration, and chooses products and ranges.
 
     Args:
-        encoder: the plain encoder, set to the signature's size.
+        references: of the plain encoder; their pictures are those to calibrate on where no calibration is there.
         signature: of the export.
         kind: fp8 or int8.
         options: what is asked.
-        images: pictures to calibrate on, where no calibration is there.
         notes: takes what the user must know.
-        report: told of every step.
         kept: products that stay in FP32 (`--keep-fp32`): they are neither quantized nor take part in the choice.
 
     Raises:
         CalibrationError, PictureError, ExportError: pictures, a calibration or patterns that do not serve; no product
             that is left.
     """
+    encoder, images, report = references.encoder, references.images, references.report
     layers = linear_layers(encoder)
     patterns = options.products or (AUTO,)
     asked = match_products([one for one in patterns if one != AUTO] or ["all"], layers)
@@ -159,9 +156,8 @@ def settle(
         raise ExportError(f"--precision {kind}: no product can be quantized; {next(iter(left_out.values()))}")
     curve: tuple[dict[str, Any], ...] = ()
     if AUTO in patterns:
-        choice = _chosen(encoder, signature, kind, options, images, ranges, notes, report)
+        choice = _chosen(references, signature, kind, options, ranges, notes)
         ranges, curve = {name: ranges[name] for name in names if name in choice.names}, choice.curve
-    encoder.set_imgsz(signature.image_size)
     if note := clipping_note(ranges, kind):
         notes.append(note)
     facts = {
@@ -198,22 +194,20 @@ def _budget(options: QuantiseOptions, kind: Kind) -> float:
 
 
 def _chosen(
-    encoder: Sam3DualViTDetNeck,
+    references: References,
     signature: Signature,
     kind: Kind,
     options: QuantiseOptions,
-    images: Path | PictureFolder | None,
     ranges: Mapping[str, Range],
     notes: list[str],
-    report: Report,
 ) -> Choice:
     """Tries all products at the export's own size, then each alone at a small one, then sets at the export's own."""
+    encoder, report = references.encoder, references.report
     config = dataclasses.replace(encoder_config(encoder), image_size=signature.image_size)
     found, patch = quantisation_of(kind, ranges), config.patch_size
     layers = {name: layer for name, layer in linear_layers(encoder).items() if name in ranges}
     small, budget = at_size(signature, PROXY, patch), _budget(options, kind)
-    sizes = (small, signature)
-    pixels = [reference_pixels(size, images, 1) for size in sizes]
+    pixels = [reference_pixels(size, references.images, 1) for size in (small, signature)]
     key = {
         "format": RECORD_FORMAT,
         "kind": kind,
@@ -227,18 +221,18 @@ def _chosen(
         notes.append(record.outdated)
         report(record.outdated)
 
-    @functools.lru_cache(1)  # one size at a time is in memory
-    def trials(index: int) -> Trials:
-        return Trials(encoder, sizes[index], pixels[index], found)
+    @functools.cache
+    def trials(size: Signature) -> Trials:
+        return Trials(references, size, found)
 
     def run(names: Sequence[str]) -> list[Comparison]:
-        return record.figures(f"together: {' '.join(sorted(names))}", lambda: trials(1).run(*names))
+        return record.figures(f"together: {' '.join(sorted(names))}", lambda: trials(signature).run(*names))
 
     products = unmeasured(layers, math.prod(side // patch for side in signature.image_size))
     report(f"trial: all {len(products)} products")
     if within(rows := run(list(layers)), budget, kind):
         return choose_all(products, rows, kind)
-    products = measure_products(products, lambda name: trials(0).run(name), record)
+    products = measure_products(products, lambda name: trials(small).run(name), record)
     return choose(products, budget, run, kind, report)
 
 
@@ -273,8 +267,7 @@ def _calibration(
         except OutdatedError as error:
             notes.append(f"{error}; it was made again")
             report(f"{error}; calibrating again")
-    encoder.set_imgsz(signature.image_size)
-    found = calibrate(encoder, calibration_pixels(signature, images, notes))
+    found = calibrate(encoder.at_size(signature.image_size), calibration_pixels(signature, images, notes))
     if options.calibration is not None:
         save_calibration(options.calibration, found)
     return found

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from export.contract.signature import Signature
-from export.graph.rewrite import shallow_copy
 from export.lowering.quantise import Kind, Quantisation, encode_weight
 from export.proof.fidelity import Comparison, compare_output, tolerance_for
-from export.proof.verify import reference_outputs
+from export.proof.verify import References, reference_outputs
 from export.quantising.calibration import linear_layers
 from export.quantising.ranges import decode
-from neck.necks import Sam3DualViTDetNeck
+from neck.necks import Sam3DualViTDetNeck, shallow_copy
 from neck.trunk import ViTDetTrunk
 
 ONE = torch.ones(())
@@ -52,27 +51,25 @@ class Trials:
     """Trials at one image size on one batch of pictures; the blocks before the first rounded one run once.
 
     Args:
-        encoder: the plain encoder; its image size is set to the signature's by every trial.
+        references: of the plain encoder. The reference of the signature must not have been made before, since what the
+            blocks read is kept from its pass.
         signature: necks, levels and image size.
-        pixels: uint8 (B, H, W, 3).
         found: of every product that may be quantised.
     """
 
     def __init__(
         self,
-        encoder: Sam3DualViTDetNeck,
+        references: References,
         signature: Signature,
-        pixels: np.ndarray,
         found: Quantisation,
     ) -> None:
-        self.encoder, self.signature, self.found = encoder, signature, found
-        self.pixels = pixels
+        self.encoder, self.signature, self.found = references.encoder.at_size(signature.image_size), signature, found
         self.inputs = torch.empty(0)  # of every block, (depth, B, h, w, C)
-        encoder.set_imgsz(signature.image_size)
-        blocks = cast(ViTDetTrunk, encoder.trunk).blocks
+        blocks = cast(ViTDetTrunk, self.encoder.trunk).blocks
         keep = [block.register_forward_pre_hook(partial(self._keep, at)) for at, block in enumerate(blocks)]
         try:
-            self.reference = self._features(encoder)
+            reference = references.of(signature, 1)
+            self.pixels, self.reference = reference.pixels, reference.outputs
         finally:
             for hook in keep:
                 hook.remove()
@@ -86,7 +83,6 @@ class Trials:
     def run(self, *names: str) -> list[Comparison]:
         """The figures of every feature with these products quantised."""
         start = min(int(name.split(".")[2]) for name in names)
-        self.encoder.set_imgsz(self.signature.image_size)
         encoder, trunk = shallow_copy(self.encoder), shallow_copy(cast(ViTDetTrunk, self.encoder.trunk))
         trunk.blocks = nn.ModuleList(list(trunk.blocks)[start:])
         encoder.trunk = trunk

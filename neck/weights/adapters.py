@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from neck.weightfile import CheckpointError, read_tensors
+from neck.weightfile import CheckpointError, read_state
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -109,7 +109,7 @@ def read_adapter(folder: Path) -> Adapter:
     """
     config, weights = adapter_files(folder)
     scaling = _read_scaling(config)
-    tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in read_tensors(weights).items()}
+    tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in read_state(weights).tensors.items()}
     factors, others = _pair(folder, tensors)
     return Adapter(folder, factors, others, scaling)
 
