@@ -25,7 +25,17 @@ pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install
 
 from serving import as_file, client_of, files, images, part, passes, pixels
 from test_deploy_docs import of
-from triton_server import ROOT, Server, decoders, free_ports, running, stand_in_plan, stand_in_repository, why_missing
+from triton_server import (
+    ROOT,
+    Server,
+    ask,
+    decoders,
+    free_ports,
+    running,
+    stand_in_plan,
+    stand_in_repository,
+    why_missing,
+)
 
 from engines.service.triton_client.__main__ import main
 from engines.service.triton_client.client import TritonClient
@@ -116,10 +126,7 @@ CLOSED = ("/v2/systemsharedmemory/status", "/v2/cudasharedmemory/status", "/v2/t
 def test_tritons_own_interfaces_are_closed(server: Server) -> None:
     for path in CLOSED:
         assert server.get(path)[0] == 403
-    connection = http.client.HTTPConnection(server.http_url, timeout=600)
-    connection.request("GET", CLOSED[0], headers={"closed-by": UID})
-    assert connection.getresponse().status == 200  # the control: who may read the pod may come in
-    connection.close()
+    assert ask(server.http_url, CLOSED[0], closed_by=UID)[0] == 200  # the control: who may read the pod may come in
     for protocol in ("http", "grpc"):
         with pytest.raises(ClientError, match="restricted"):
             client_of(server, protocol, memory="system")
@@ -207,16 +214,6 @@ def proxy(pod: dict[str, dict[str, Any]], server: Server, folder: Path) -> Itera
         process.wait()
 
 
-def send(url: str, path: str, body: bytes | None = None, **headers: str) -> int:
-    connection = http.client.HTTPConnection(url, timeout=600)
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    try:
-        connection.request("GET" if body is None else "POST", path, body, named)
-        return connection.getresponse().status
-    finally:
-        connection.close()
-
-
 @needs_nginx
 def test_answers_by_the_proxy_are_pytorchs(server: Server, pod: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     with proxy(pod, server, tmp_path) as (web, grpc, _):
@@ -227,7 +224,7 @@ def test_answers_by_the_proxy_are_pytorchs(server: Server, pod: dict[str, dict[s
         with TritonClient(grpc, protocol="grpc", timeout_s=600) as client:
             assert passes(part([4]), client.infer(images()[[4]]))
             assert not passes(part([5]), client.infer(images()[[4]]))  # the control
-        assert send(web, ready_path(pod)) == 200
+        assert ask(web, ready_path(pod))[0] == 200
 
 
 @needs_nginx
@@ -237,14 +234,15 @@ def test_the_proxy_refuses_compressed_requests_and_what_is_closed(
     good = b'{"inputs": [{"name": "picture", "shape": [1, 1], "datatype": "BYTES", "data": ["x"]}]}'
     path = "/v2/models/sam3-encoder-preprocess/infer"
     with proxy(pod, server, tmp_path) as (web, grpc, _):
-        assert send(web, path, good) == send(web, path, good, Content_Encoding="identity") == 400  # Triton's own answer
+        for headers in ({}, {"Content_Encoding": "identity"}):
+            assert ask(web, path, good, **headers)[0] == 400  # Triton's own answer
         for encoding in ("gzip", "deflate", "GZIP", "gzip, gzip", "br"):
-            assert send(web, path, gzip.compress(good), Content_Encoding=encoding) == 415
+            assert ask(web, path, gzip.compress(good), Content_Encoding=encoding)[0] == 415
         closed = (*CLOSED, "/v2/%74race/setting", "/v2//logging", "/v2/models/sam3-encoder/trace/setting")
         for one in closed:
-            assert send(web, one) == 403
+            assert ask(web, one)[0] == 403
         for one in ("index", "models/sam3-encoder/load", "models/sam3-encoder/unload"):
-            assert send(web, f"/v2/repository/{one}", b"{}") == 403
+            assert ask(web, f"/v2/repository/{one}", b"{}")[0] == 403
         with pytest.raises(ClientError, match="403"):
             TritonClient(grpc, protocol="grpc", memory="system", timeout_s=600)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import importlib.util
 import json
 import os
@@ -35,7 +34,7 @@ from serving import (
     reference,
     still_right,
 )
-from triton_server import ROOT, Server, running, stand_in_plan, stand_in_repository, why_missing
+from triton_server import ROOT, Server, ask, running, stand_in_plan, stand_in_repository, why_missing
 
 from engines.builder.gpu import has_gpu
 from engines.service.triton_client.__main__ import main
@@ -293,14 +292,9 @@ def request(
 
 def post(server: Server, body: bytes, header: int | None = None, model: str = "sam3-encoder") -> tuple[int, str]:
     """Status and text of an answer to a raw request."""
-    connection = http.client.HTTPConnection(server.http_url, timeout=600)
-    headers = {} if header is None else {"Inference-Header-Content-Length": str(header)}
-    try:
-        connection.request("POST", f"/v2/models/{model}/infer", body, headers)
-        response = connection.getresponse()
-        return response.status, response.read().decode(errors="replace")
-    finally:
-        connection.close()
+    headers = {} if header is None else {"Inference_Header_Content_Length": str(header)}
+    status, answer = ask(server.http_url, f"/v2/models/{model}/infer", body, **headers)
+    return status, answer.decode(errors="replace")
 
 
 SHAPE = [1, 3, 112, 112]

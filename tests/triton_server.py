@@ -49,13 +49,7 @@ class Server:
 
     def get(self, path: str) -> tuple[int, bytes]:
         """Status and body of a plain GET."""
-        connection = http.client.HTTPConnection(self.http_url, timeout=600)
-        try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
+        return ask(self.http_url, path)
 
     @property
     def ready(self) -> bool:
@@ -64,6 +58,18 @@ class Server:
             return self.get("/v2/health/ready")[0] == 200
         except (OSError, http.client.HTTPException):
             return False
+
+
+def ask(url: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+    """Status and body of the answer to a GET or, with a body, a POST; `_` in a header's name is `-`."""
+    connection = http.client.HTTPConnection(url, timeout=600)
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    try:
+        connection.request("GET" if body is None else "POST", path, body, named)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
 
 
 def why_missing() -> str | None:
