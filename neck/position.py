@@ -45,7 +45,9 @@ class PositionEmbeddingSine(nn.Module):
     def _kept(self, length: int, device: torch.device) -> Tensor:
         """The table in float32 on a device, made once; an exported graph makes its own, whatever ran before."""
         key = (length, str(device))
-        if torch.compiler.is_exporting() or key not in self._tables:
+        # inside torch.compile torch 2.10 says that it is exporting, too
+        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        if exporting or key not in self._tables:
             table = self.table(length, device).to(torch.float32)
             if torch.compiler.is_compiling() or type(table) is not Tensor:  # a trace's own
                 return table

@@ -147,7 +147,7 @@ def test_a_damaged_tiff_is_damaged(tmp_path: Path) -> None:
     with pytest.raises(PictureError, match=r"is damaged or in no known format|cannot be decoded"):
         read_picture(path)
     path.write_bytes(b"II*\0" + b"\xff" * 4)  # its table would lie behind its end
-    with pytest.raises(PictureError, match="is damaged or in no known format"):
+    with pytest.raises(PictureError, match=r"is damaged or in no known format|cannot be decoded"):
         read_picture(path)
 
 

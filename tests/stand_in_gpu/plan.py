@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
-from export.proof.rounding_simulation import AS_WRITTEN, is_low_precision, simulate
+from export.proof.rounding_simulation import AS_WRITTEN, is_low_precision, simulate, spell_out_quantize
 
 MAGIC = {"rtx": b"vtrt", "tensorrt": b"ftrt"}
 PRODUCTS = {"MatMul": "MATRIX_MULTIPLY", "Gemm": "MATRIX_MULTIPLY", "Conv": "CONVOLUTION"}
@@ -73,6 +73,7 @@ def _session(model: bytes) -> onnxruntime.InferenceSession:
     graph = ir.from_proto(onnx.load_from_string(model))
     if is_low_precision(graph):
         simulate(graph)
+        spell_out_quantize(graph)  # with the same codes: ONNX Runtime 1.23 has no QuantizeLinear of opset 23
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     options.add_session_config_entry(*AS_WRITTEN)  # else sums of INT8 products overflow on a CPU without VNNI
