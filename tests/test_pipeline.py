@@ -512,7 +512,7 @@ def test_a_weight_beyond_fp16_is_named(tmp_path: Path) -> None:
 
 def test_without_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(FidelityError, match=r"ONNX Runtime is not installed.*neck-export\[cpu\].*--no-verify"):
+    with pytest.raises(FidelityError, match=r"ONNX Runtime is not installed.*\[cpu\].*--no-verify"):
         export_onnx(golden_options("meta-dual", tmp_path / "x.onnx"))
     assert export_onnx(golden_options("meta-dual", tmp_path / "x.onnx", verify=False)).verdict is None
     monkeypatch.undo()
