@@ -113,23 +113,35 @@ class Answers:
     failed: list[str] = dataclasses.field(default_factory=list)
 
 
+def one_answer(
+    client: TritonClient,
+    inputs: np.ndarray,
+    chance: np.random.Generator,
+    references: list[Arrays],
+    answers: Answers,
+    number: int,
+) -> None:
+    """Sends 1 to 3 pictures of its own choice and checks that the answer is one version's, of these pictures."""
+    indices = chance.choice(PICTURES, size=int(chance.integers(1, 4)), replace=False).tolist()
+    found = client.infer(inputs[indices])
+    wanted = [{name: value[indices] for name, value in one.items()} for one in references]
+    fits = [version for version, one in enumerate(wanted, start=1) if same(one, found)]
+    if len(fits) != 1:
+        answers.wrong.append(f"client {number}, pictures {indices}: fits versions {fits}")
+    answers.versions.append(fits[0] if fits else 0)
+    answers.count += 1
+
+
 def one_client(
     server: Server, number: int, stop: threading.Event, references: list[Arrays], ensemble: bool, answers: Answers
 ) -> None:
-    """Sends requests of 1 to 3 pictures of its own choice and checks each answer against its own pictures."""
+    """Sends requests without a pause and checks each answer against its own pictures."""
     chance = np.random.default_rng(number)
     model, inputs = ("sam3-encoder-pictures", files()) if ensemble else ("sam3-encoder", images())
     try:
         with client_of(server, "http" if number % 2 else "grpc", model=model) as client:
             while not stop.is_set():
-                indices = chance.choice(PICTURES, size=int(chance.integers(1, 4)), replace=False).tolist()
-                found = client.infer(inputs[indices])
-                wanted = [{name: value[indices] for name, value in one.items()} for one in references]
-                fits = [version for version, one in enumerate(wanted, start=1) if same(one, found)]
-                if len(fits) != 1:
-                    answers.wrong.append(f"client {number}, pictures {indices}: fits versions {fits}")
-                answers.versions.append(fits[0] if fits else 0)
-                answers.count += 1
+                one_answer(client, inputs, chance, references, answers, number)
     except Exception as error:  # a thread's error would be lost
         answers.failed.append(f"client {number}: {error!r}")
 

@@ -2,30 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import subprocess
+import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install 'neck-export[triton]'")
+pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install '.[triton]'")
 
 import tritonclient.http
 from conftest import load_golden, named_outputs
 from exporting import PREFIX, save_state
-from serving import PICTURES, Arrays, Load, client_of, expected, images, part, same, statistics_of
+from serving import (
+    PICTURES,
+    Answers,
+    Arrays,
+    Load,
+    client_of,
+    expected,
+    files,
+    images,
+    one_answer,
+    part,
+    same,
+    statistics_of,
+)
 from torch import Tensor, from_numpy
-from triton_server import Server, running, stand_in_plan, stand_in_repository, why_missing, write_plan_manifest
+from triton_server import (
+    ROOT,
+    Server,
+    decoders,
+    free_ports,
+    running,
+    stand_in_plan,
+    stand_in_repository,
+    why_missing,
+    write_plan_manifest,
+)
 from tritonclient.utils import InferenceServerException
 
 from engines.service.activation import activate_version
+from engines.service.triton_client.client import TritonClient
+from engines.service.triton_client.errors import ClientError
 from export.contract.manifest import manifest_path, read_manifest
 from neck.checkpoint import load_encoder
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
+
+CANARY = ROOT / "engines" / "service" / "canary.py"
 
 LOAD_S = float(os.environ.get("NECK_LOAD_SECONDS", "5"))
 """How long the server is kept under load."""
@@ -197,3 +231,189 @@ def test_a_server_starts_with_the_last_version_that_loads(
     activate_version(repository, "sam3-encoder", 1)
     with running(repository) as server:
         assert server.ready
+
+
+STORM_S = float(os.environ.get("NECK_STORM_SECONDS", "60"))
+"""How long everything happens at once."""
+
+STALL_S = 3.0
+"""How long a decoder gets no processor; Triton's Python backend takes it for dead after one second."""
+
+KINDS = {
+    "no answer": "the server is gone or starts again",
+    "not healthy": "a decoder is dead or stalls",
+    "is not ready": "the model is not loaded yet",
+}
+"""Words of the errors that clients may be told, and what each means."""
+
+SHARING = """
+import sys, time
+import numpy as np
+from serving import images, same
+from engines.service.triton_client.client import TritonClient
+from engines.service.triton_client.errors import ClientError
+references = [{name: value[:2] for name, value in np.load(path).items()} for path in sys.argv[2:]]
+while True:
+    try:
+        with TritonClient(sys.argv[1], memory="system", timeout_s=120) as client:
+            while True:
+                found = client.infer(images()[:2])
+                print("right" if any(same(one, found) for one in references) else "wrong", flush=True)
+    except ClientError:
+        time.sleep(0.2)
+"""
+
+
+class Kubelet:
+    """Plays Kubernetes: starts the server again, on its ports, where it ended or where three probes in a row failed."""
+
+    def __init__(self, repository: Path) -> None:
+        self.repository, self.ports = repository, free_ports(2)
+        self.server: Server | None = None
+        self.text, self.restarts = "", [""]
+        self.stop, self.thread = threading.Event(), threading.Thread(target=self._run)
+
+    def __enter__(self) -> Kubelet:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        probe = [sys.executable, "-I", str(CANARY), str(self.ports[0]), "sam3-encoder-preprocess", "2"]
+        while not self.stop.is_set():
+            try:
+                with running(self.repository, *CONTROL["poll"], ports=self.ports) as server:
+                    self.server, failures = server, 0
+                    while failures < 3 and server.process.poll() is None and not self.stop.wait(1):
+                        self.text += server.log.read_text(errors="replace")[len(self.text) :]
+                        words = [*probe, str(server.process.pid)]
+                        failed = subprocess.run(words, capture_output=True, check=False).returncode != 0
+                        failures = failures + 1 if failed else 0
+                    self.server, code = None, server.process.poll()
+                    self.restarts.append("three probes failed" if code is None else f"ended with {code}")
+            except RuntimeError as error:  # the broken version was the active one
+                self.restarts.append(str(error))
+
+    def decoders(self) -> list[int]:
+        return decoders(self.server) if self.server else []
+
+
+def stubborn(
+    ports: list[int], number: int, stop: threading.Event, references: list[Arrays], answers: Answers, told: list[str]
+) -> None:
+    """A client that goes on after an error, with a new connection; a third of them send picture files."""
+    chance, grpc = np.random.default_rng(number), number % 2 == 0
+    model, inputs = ("sam3-encoder-pictures", files()) if number % 3 == 0 else ("sam3-encoder", images())
+    options: dict[str, Any] = {"memory": "system" if number % 6 == 1 else "none", "timeout_s": 120}
+    while not stop.is_set():
+        try:
+            with TritonClient(
+                f"127.0.0.1:{ports[grpc]}", model, protocol="grpc" if grpc else "http", **options
+            ) as client:
+                while not stop.is_set():
+                    one_answer(client, inputs, chance, references, answers, number)
+        except ClientError as error:
+            told.append(str(error))
+            time.sleep(0.2)
+        except Exception as error:  # a thread's error would be lost
+            answers.failed.append(f"client {number}: {error!r}")
+            return
+
+
+@pytest.mark.slow
+def test_a_minute_of_everything_at_once(tmp_path: Path, plan: Path, tuned: tuple[Path, Arrays], broken: Path) -> None:
+    """16 clients, 4 of which are killed; two versions, one of them broken; one decoder stalls, another is killed."""
+    repository = stand_in_repository(tmp_path, plan, ensemble=True)
+    (repository / "sam3-encoder-preprocess" / "1" / "__pycache__").write_text("")  # as on a volume that is read-only
+    references = [expected(), tuned[1]]
+    paths = [tmp_path / f"version{number}.npz" for number in (1, 2)]
+    for path, arrays in zip(paths, references, strict=True):
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+    stop, answers = threading.Event(), [Answers() for _ in range(12)]
+    told: list[list[str]] = [[] for _ in answers]
+    start = time.monotonic()
+
+    def until(done: Callable[[], object], seconds: float = 1200) -> None:
+        end = time.monotonic() + seconds
+        while not done():
+            assert [text for each in answers for text in (*each.wrong, *each.failed)] == []
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+    def until_all_are_answered(version: int) -> None:
+        before = [each.count for each in answers]
+        until(lambda: all(now.count > was + 4 for now, was in zip(answers, before, strict=True)))
+        until(lambda: {each.versions[-1] for each in answers} == {version})
+
+    with contextlib.ExitStack() as stack:
+        kubelet = stack.enter_context(Kubelet(repository))
+        threads = [
+            threading.Thread(target=stubborn, args=(kubelet.ports, number, stop, references, answers[number], one))
+            for number, one in enumerate(told)
+        ]
+        stack.callback(lambda: [thread.join(timeout=600) for thread in threads])
+        stack.callback(stop.set)
+        for thread in threads:
+            thread.start()
+        words = [sys.executable, "-c", SHARING, f"127.0.0.1:{kubelet.ports[0]}", *map(str, paths)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+        sharing = [subprocess.Popen(words, stdout=subprocess.PIPE, env=environment) for _ in range(4)]
+        for process in sharing:
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            assert process.stdout is not None and process.stdout.readline() == b"right\n"
+        until_all_are_answered(1)
+
+        stand_in_repository(tmp_path, tuned[0], ensemble=True)
+        until_all_are_answered(2)
+        stand_in_repository(tmp_path, broken, ensemble=True)
+        activate_version(repository, "sam3-encoder", 3)
+        until(lambda: "failed to load 'sam3-encoder' version 3" in kubelet.text + kubelet.restarts[-1])
+        activate_version(repository, "sam3-encoder", 2)
+        until_all_are_answered(2)
+
+        for process in sharing:
+            process.kill()
+            assert set(process.communicate()[0].split()) == {b"right"}
+        until_all_are_answered(2)
+        until(lambda: kubelet.server)
+        with TritonClient(f"127.0.0.1:{kubelet.ports[0]}", memory="system", timeout_s=120) as client:
+            assert same({name: value[[3]] for name, value in tuned[1].items()}, client.infer(images()[[3]]))
+        left = [path.name for path in Path("/dev/shm").glob("neck-client-*")] + registered(kubelet)
+        assert not [name for name in left if any(f"-{process.pid}-" in name for process in sharing)]
+
+        until(lambda: len(kubelet.decoders()) == 2)
+        os.kill(kubelet.decoders()[0], signal.SIGKILL)
+        count = len(kubelet.restarts)
+        until(lambda: len(kubelet.restarts) > count)
+        until_all_are_answered(2)
+
+        until(lambda: len(kubelet.decoders()) == 2)
+        stalls = kubelet.decoders()[0]
+        os.kill(stalls, signal.SIGSTOP)
+        time.sleep(STALL_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(stalls, signal.SIGCONT)
+        until_all_are_answered(2)
+        until(lambda: time.monotonic() > start + STORM_S)
+        until_all_are_answered(2)
+        stop.set()
+        for thread in threads:
+            thread.join(timeout=600)
+        seconds = time.monotonic() - start
+        until(lambda: kubelet.server)
+        assert registered(kubelet) == []
+    kinds = Counter(next((word for word in KINDS if word in text), text) for each in told for text in each)
+    assert kinds and set(kinds) <= set(KINDS)
+    told_of = ", ".join(f"{count} '{kind}'" for kind, count in kinds.items())
+    print(f"{seconds:.0f} s, 16 clients: {sum(each.count for each in answers)} answers, all right; errors: {told_of}")
+    print(f"the server was started again: {kubelet.restarts[1:-1]}")
+
+
+def registered(kubelet: Kubelet) -> list[str]:
+    """The regions of shared memory that the server knows."""
+    with tritonclient.http.InferenceServerClient(f"127.0.0.1:{kubelet.ports[0]}") as control:
+        return [region["name"] for region in control.get_system_shared_memory_status()]
