@@ -180,18 +180,25 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    for pid in _stubs(process):  # a server that was killed or crashed leaves them behind
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _stubs(process: subprocess.Popen[bytes]) -> dict[int, list[str]]:
+    """The processes of a server's Python backend and their arguments, one of which is the server's process id."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended just now
+            words = path.read_text(errors="replace").split("\0")
+            if words[0].endswith("triton_python_backend_stub") and str(process.pid) in words:
+                found[int(path.parent.name)] = words
+    return found
 
 
 def decoders(server: Server) -> list[int]:
     """Processes of the server that decode pictures."""
-    listed = subprocess.run(
-        ["ps", "-ww", "--ppid", str(server.process.pid), "-o", "pid=", "-o", "args="],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    rows = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
-    return [int(pid) for pid, words in rows if "sam3-encoder-preprocess" in words and "stub" in words]
+    return [pid for pid, words in _stubs(server.process).items() if any("-preprocess_" in word for word in words)]
 
 
 def stand_in_options(output: Path, **changes: Any) -> ExportOptions:
