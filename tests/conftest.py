@@ -27,7 +27,7 @@ from torch import Tensor
 import benchmarks.measure.worker_process
 import export.graph.trace
 from engines.builder.flavor import Flavor, FlavorError, choose_flavor
-from engines.builder.gpu import has_gpu
+from engines.builder.gpu import find_gpu
 from export.contract.signature import BatchRange, Signature, encoder_signature
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
@@ -272,7 +272,7 @@ def save(tmp_path: Path) -> Save:
 @pytest.fixture
 def gpu_flavor() -> Flavor:
     """The TensorRT of this machine, where it can run plans."""
-    if not has_gpu() or not torch.cuda.is_available():
+    if find_gpu() is None or not torch.cuda.is_available():
         pytest.skip(GPU_MISSING)
     try:
         flavor = choose_flavor("auto")

@@ -36,7 +36,7 @@ from serving import (
 )
 from triton_server import ROOT, Server, ask, running, stand_in_plan, stand_in_repository, why_missing
 
-from engines.builder.gpu import has_gpu
+from engines.builder.gpu import find_gpu
 from engines.service.triton_client.__main__ import main
 from engines.service.triton_client.errors import ClientError
 from export.contract.signature import BatchRange
@@ -214,7 +214,7 @@ def test_cuda_shared_memory_without_its_library(server: Server) -> None:
 @pytest.mark.gpu
 def test_answers_through_cuda_shared_memory(server: Server) -> None:
     """The stand-in copies to the CPU and back; the memory, its handles and their way are the real ones."""
-    if not has_gpu() or not importlib.util.find_spec("cuda"):
+    if find_gpu() is None or not importlib.util.find_spec("cuda"):
         pytest.skip("needs an NVIDIA GPU with its driver, and tritonclient[cuda]")
     with client_of(server, memory="cuda") as client:
         found = client.infer(images()[:3])

@@ -65,7 +65,7 @@ def test_sound_sessions_pass(opened: Any) -> None:
 
 def test_sessions_that_do_not_wait_fail(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: the order between the caller's stream and the session's is gone."""
-    monkeypatch.setattr(engines.run.session, "in_order", lambda stream, device: contextlib.nullcontext())
+    monkeypatch.setattr(engines.run.session, "on_device", lambda stream, device, **_: contextlib.nullcontext())
     assert {"tensors of other streams", "graphs", "pool", "handed over"} <= set(failed(run_checks(opened)))
 
 

@@ -14,7 +14,7 @@ from listening import listening
 
 import engines.plan
 from engines.builder.flavor import Flavor
-from engines.builder.gpu import has_gpu
+from engines.builder.gpu import find_gpu
 from engines.builder.onnx_graph import BuildError
 from engines.plan import PlanOptions, PlanResult, Prepared, make_plan
 from engines.tune import Row, TuneError, Tuning, fastest, tune_plan, tuning_lines
@@ -150,7 +150,7 @@ def test_what_is_quantised_is_settled_once_for_all_candidates(
     assert any("calibrated on the one picture" in note for note in tuning.best.notes)
 
 
-@pytest.mark.skipif(has_gpu(), reason="says what happens where no GPU is")
+@pytest.mark.skipif(find_gpu() is not None, reason="says what happens where no GPU is")
 def test_without_a_gpu_nothing_is_measured(source: Path, tmp_path: Path) -> None:
     with pytest.raises(TuneError, match="needs an NVIDIA GPU"):
         tune_plan(options_for(source, tmp_path))

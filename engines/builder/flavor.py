@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engines.builder.gpu import Gpu, find_gpu
-from engines.builder.rtx_runtime import RuntimeConfig, new_runtime_config
 from export.contract.extras import install
 from export.contract.readers import version_numbers
 
@@ -48,6 +47,25 @@ POLYGRAPHY_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 
 class FlavorError(RuntimeError):
     """Neither flavour of TensorRT can do what was asked on this machine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeConfig:
+    """What every context of an engine is made with; TensorRT has none.
+
+    Attributes:
+        runtime_config, runtime_cache: TensorRT-RTX's own, which must outlive the contexts; None where it has none.
+        warm: whether the cache took kernels of an earlier start.
+    """
+
+    runtime_config: Any = None
+    runtime_cache: Any = None
+    warm: bool = False
+
+    def kernels(self) -> bytes:
+        """What was compiled so far, to be kept; empty where there is no cache, or it gives nothing."""
+        memory = None if self.runtime_cache is None else self.runtime_cache.serialize()
+        return b"" if memory is None else bytes(memory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,3 +373,29 @@ def _set_polygraphy_up(name: FlavorName) -> None:
     if "polygraphy.backend.trt" in sys.modules and bool(polygraphy_config.USE_TENSORRT_RTX) != wanted:
         raise FlavorError(f"this process uses the other TensorRT already; start another for --flavor {name}")
     polygraphy_config.USE_TENSORRT_RTX = wanted
+
+
+def new_runtime_config(trt: Any, engine: Any, cached: bytes, own_graphs: bool) -> RuntimeConfig | None:
+    """The runtime config of an engine; None where TensorRT-RTX refuses it.
+
+    Kernels for the shapes at hand are compiled at once and not, as by default, in the background while fallback kernels
+    run: those would be measured, and captured in a CUDA graph.
+
+    Args:
+        trt, engine: TensorRT-RTX and its engine.
+        cached: what `RuntimeConfig.kernels` gave in an earlier process, or nothing.
+        own_graphs: TensorRT-RTX captures each run as a CUDA graph of its own.
+    """
+    runtime_config = engine.create_runtime_config()
+    if runtime_config is None:
+        return None
+    runtime_config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    if own_graphs:
+        runtime_config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        if runtime_config.cuda_graph_strategy != trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE:
+            return None
+    runtime_cache = runtime_config.create_runtime_cache()
+    warm = runtime_cache is not None and bool(cached) and bool(runtime_cache.deserialize(cached))
+    if runtime_cache is not None and not runtime_config.set_runtime_cache(runtime_cache):
+        runtime_cache, warm = None, False
+    return RuntimeConfig(runtime_config, runtime_cache, warm)

@@ -19,11 +19,6 @@ class Gpu:
     cuda: str
 
 
-def has_gpu() -> bool:
-    """Whether an NVIDIA GPU and its driver are here."""
-    return find_gpu() is not None
-
-
 def find_gpu(index: int = 0) -> Gpu | None:
     """Asks the CUDA driver for a GPU, without torch; None if there is no such GPU."""
     try:

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from engines.builder.flavor import Flavor, FlavorError
-from engines.builder.rtx_runtime import RuntimeConfig
+from engines.builder.flavor import Flavor, FlavorError, RuntimeConfig
 from engines.run.plan_checks import Port, SessionError, manifest_specs, type_name
 from engines.run.runtime_cache import RuntimeCache
 from export.contract.manifest import manifest_path

@@ -15,7 +15,7 @@ from torch import Tensor
 from engines.run.loaded_plan import LoadedPlan, memory_text
 from engines.run.outputs import ALIGNMENT, HandedOutput, caller_memory, view_of
 from engines.run.plan_checks import Port, SessionError, check_inputs
-from engines.run.streams import in_order, on_device, on_stream
+from engines.run.streams import on_device
 
 WARM_UP_RUNS = 3
 """Before a CUDA graph is captured: RTX compiles its kernels in the first run."""
@@ -100,10 +100,10 @@ class Session:
         if any(isinstance(value, Tensor) for value in inputs.values()):
             with self._errors():
                 tensors = {name: self._to_device(value) for name, value in inputs.items()}
-                with in_order(self.stream, self.device):
+                with on_device(self.stream, self.device, in_order=True):
                     return self._run(tensors)  # type: ignore[return-value]
         # nothing of it leaves this stream, so runs of other sessions overlap, copies included
-        with self._errors(), on_stream(self.stream, self.device):
+        with self._errors(), on_device(self.stream, self.device, current=True):
             outputs = self._run({name: self._to_device(value) for name, value in inputs.items()})
             return {name: _to_numpy(value) for name, value in outputs.items()}  # type: ignore[misc]
 
@@ -288,7 +288,7 @@ class Session:
             outputs = self.bind(inputs)
             self.enqueue()
             return outputs
-        with on_stream(self.stream, self.device):
+        with on_device(self.stream, self.device, current=True):
             captured = self._prepared(inputs)
             for name, value in inputs.items():
                 captured.inputs[name].copy_(value)

@@ -52,38 +52,26 @@ def _create(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def on_device(stream: torch.cuda.Stream | None, device: torch.device) -> Iterator[None]:
-    """Makes the device this thread's current one: TensorRT runs, and allocates, on that."""
-    if stream is None:
-        yield
-        return
-    with torch.cuda.device(device):
-        yield
+def on_device(
+    stream: torch.cuda.Stream | None, device: torch.device, *, current: bool = False, in_order: bool = False
+) -> Iterator[None]:
+    """Makes the device this thread's current one: TensorRT runs, and allocates, on that.
 
-
-@contextlib.contextmanager
-def on_stream(stream: torch.cuda.Stream | None, device: torch.device) -> Iterator[None]:
-    """Does all work, copies included, on a stream."""
-    if stream is None:
+    Args:
+        stream, device: the session's.
+        current: do all work, copies included, on the stream.
+        in_order: let the stream wait for the caller's before, and the caller's for it after.
+    """
+    with contextlib.ExitStack() as stack:
+        if stream is not None:
+            stack.enter_context(torch.cuda.device(device))
+            if current:
+                stack.enter_context(torch.cuda.stream(stream))
+            if in_order:
+                caller = torch.cuda.current_stream()
+                stream.wait_stream(caller)
+                stack.callback(caller.wait_stream, stream)
         yield
-        return
-    with torch.cuda.device(device), torch.cuda.stream(stream):
-        yield
-
-
-@contextlib.contextmanager
-def in_order(stream: torch.cuda.Stream | None, device: torch.device) -> Iterator[None]:
-    """Lets a stream wait for the caller's before, and the caller's for it after."""
-    if stream is None:
-        yield
-        return
-    with torch.cuda.device(device):
-        caller = torch.cuda.current_stream()
-        stream.wait_stream(caller)
-        try:
-            yield
-        finally:
-            caller.wait_stream(stream)
 
 
 def after_caller(stream: torch.cuda.Stream | None, device: torch.device) -> None:

@@ -95,7 +95,6 @@ class Reader:
         refuses: operator and type that are known to fail.
         lacks: operators that are known to be absent.
         on_cpu: operators that a GPU build computes on the CPU, each from which version of the operator on.
-        fails: what else is known to go wrong.
         source: where all of it was found.
         version: the one that was asked, `since` where none was.
         capability: of the GPU that it runs on, where that was asked: 8.7.
@@ -111,7 +110,6 @@ class Reader:
     refuses: frozenset[tuple[str, str]] = frozenset()
     lacks: frozenset[str] = frozenset()
     on_cpu: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
-    fails: str = ""
     version: str = ""
     capability: str = ""
     product: str = dataclasses.field(default="", compare=False)
@@ -127,10 +125,10 @@ class Reader:
         return f"{self.family}-{self.version or self.since}" + (f"@{self.capability}" if self.capability else "")
 
 
-def _trt(since: str, opset: int, more: frozenset[str], types: frozenset[str], source: str, fails: str = "") -> Reader:
+def _trt(since: str, opset: int, more: frozenset[str], types: frozenset[str], source: str) -> Reader:
     refuses = frozenset({FP32_ATTENTION}) | NOT_SYMMETRIC_INT8
     lacks = INTEGER_PRODUCTS | QLINEAR  # operators.md
-    return Reader("tensorrt", since, opset, BASIC | more, types, source, refuses=refuses, lacks=lacks, fails=fails)
+    return Reader("tensorrt", since, opset, BASIC | more, types, source, refuses=refuses, lacks=lacks)
 
 
 def _ort(since: str, opset: int, more: frozenset[str], source: str) -> Reader:
@@ -155,14 +153,13 @@ READERS: tuple[Reader, ...] = (
         ALL | CODES,
         "operators.md 10.0 and 10.1: opset 9 to 20, Gelu, FP8 and INT8; later ones up to 10.13 not seen",
     ),
-    _trt("10.14", 23, NEWER, ALL | CODES, "changelog 10.14: Attention", "trt#4705: no Attention builds on an RTX 4080"),
+    _trt("10.14", 23, NEWER, ALL | CODES, "changelog 10.14: Attention (trt#4705: none builds on an RTX 4080)"),
     _trt(
         "10.15",
         24,
         NEWER,
         ALL | CODES,
-        "operators.md 10.15: opset 9 to 24",
-        "trt#4738, #4739 (10.16): Attention with several outputs, or inside If",
+        "operators.md 10.15: opset 9 to 24 (trt#4738, #4739: not Attention with several outputs, or inside If)",
     ),
     _trt("11.0", 24, NEWER, ALL | CODES, "operators.md 11.2: opset 9 to 24; bindings of 11.4"),
     Reader(
