@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import importlib.metadata
 import json
 import os
 import signal
@@ -28,6 +29,7 @@ import benchmarks.measure.worker_process
 import export.graph.trace
 from engines.builder.flavor import Flavor, FlavorError, choose_flavor
 from engines.builder.gpu import find_gpu
+from export.contract.readers import version_numbers
 from export.contract.signature import BatchRange, Signature, encoder_signature
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
@@ -46,6 +48,10 @@ GOLDEN_TOLERANCE = 2e-5
 """Of each output's largest value: FP32 sums in another order over 4 blocks give up to 3e-6 (torch and ONNX Runtime)."""
 
 GPU_MISSING = "needs an NVIDIA GPU with its driver, torch's CUDA build, and a TensorRT that runs on that GPU"
+
+
+NEWEST_OPSET = 24 if version_numbers(importlib.metadata.version("onnxruntime")) >= (1, 25) else 23
+"""The newest opset that ONNX Runtime runs here: 1.23, the newest for Python 3.10, refuses 24."""
 
 
 LONGEST = (

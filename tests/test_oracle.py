@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import GOLDEN_CASES, load_golden, tiny_config, worst_error
+from conftest import GOLDEN_CASES, NEWEST_OPSET, load_golden, tiny_config, worst_error
 from exporting import quick_trace
 from oracle import Array, Facts, encode
 
@@ -137,7 +137,7 @@ def draw(number: int, chance: random.Random) -> Case:
         "upsampling": chance.choice(["auto", "deconv", "conv"]),
         "residual": residual,
         "output_precision": chance.choice([None, None, "fp32", "fp16", "bf16"]),
-        "opset": chance.choice([None, None, 23, 24]),
+        "opset": chance.choice([None, None, 23, NEWEST_OPSET]),
         "keep_fp32": tuple(chance.sample(KEPT, chance.choice([0, 0, 1, 2]))),
     }
     products = chance.choice([("all",), ("auto",), ("*.0.mlp", "*.1.attn.proj"), ("trunk.blocks.1",), ("*.attn.qkv",)])

@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import Save, load_golden, open_onnx, run_onnx, traced, worst_error
+from conftest import NEWEST_OPSET, Save, load_golden, open_onnx, run_onnx, traced, worst_error
 from torch import Tensor
 
 from export.contract.errors import ExportError
@@ -314,7 +314,7 @@ def test_attention_forms(precision: str, form: str, expected: list[tuple[str, st
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("opset", [23, 24])
+@pytest.mark.parametrize("opset", {23, NEWEST_OPSET})
 def test_at_opset_23_it_is_the_operator(precision: str, opset: int, save: Save) -> None:
     made = lowered(precision, attention="fp32acc", opset=opset)
     assert attention_types(made) == [("Attention", "fp32", "fp32")]

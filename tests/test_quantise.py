@@ -37,7 +37,7 @@ from export.lowering.quantise import (
 )
 from export.lowering.shared_form import choose_form
 from export.proof.reader_check import graph_needs, reading_lines
-from export.proof.rounding_simulation import simulate
+from export.proof.rounding_simulation import simulate, spell_out_quantize
 from export.proof.verify import reference_outputs, reference_pixels, run_model
 from export.quantising.calibration import (
     Calibration,
@@ -97,7 +97,9 @@ def by_definition(values: np.ndarray, scale: float, kind: Kind) -> np.ndarray:
 
 @each_kind
 @pytest.mark.parametrize("scale", [1.0, 0.0123291015625])
-def test_onnx_runtime_and_torch_give_the_definition_to_the_bit(kind: Kind, scale: float) -> None:
+@pytest.mark.parametrize("spelled", [False, True])
+def test_onnx_runtime_and_torch_give_the_definition_to_the_bit(kind: Kind, scale: float, spelled: bool) -> None:
+    """Where ONNX Runtime lacks QuantizeLinear, too, which is then spelled out."""
     values = edges(scale)
     code = int(CODES[kind])
     nodes = [
@@ -115,6 +117,9 @@ def test_onnx_runtime_and_torch_give_the_definition_to_the_bit(kind: Kind, scale
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     model = ir.from_proto(onnx.shape_inference.infer_shapes(proto, strict_mode=True))
     simulate(model)
+    if spelled:
+        spell_out_quantize(model)
+    assert ("QuantizeLinear" in {node.op_type for node in model.graph}) is not spelled
     (found,) = run_model(model, Path(), values)
     with np.errstate(over="ignore"):
         half = values.astype(np.float16).astype(np.float32)

@@ -20,7 +20,7 @@ import export.proof.rounding_simulation
 from export.contract.signature import encoder_signature
 from export.lowering.precision import Precision
 from export.pipeline import write_onnx
-from export.proof.fidelity import Verdict, compare
+from export.proof.fidelity import FidelityError, Verdict, compare
 from export.proof.rounding_simulation import is_low_precision, simulate, watch_finite
 from export.proof.verify import first_non_finite, reference_outputs, reference_pixels, run_model
 from neck.checkpoint import random_encoder
@@ -270,3 +270,12 @@ def test_full_size(precision: Precision, tmp_path: Path) -> None:
     """The published architecture at 336 pixels."""
     config = EncoderConfig(image_size=(336, 336))
     check_errors(errors_of(random_encoder(config), config, precision, tmp_path))
+
+
+def test_a_graph_that_onnx_runtime_does_not_load_is_told() -> None:
+    """Such as one of an opset that is newer than its version."""
+    model = overflow()
+    model.opset_imports[""] = 99
+    with pytest.raises(FidelityError, match="opset") as found:
+        run(model, IMAGE)
+    assert "--no-verify" in str(found.value)

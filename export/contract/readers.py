@@ -56,6 +56,9 @@ SHIFTED = "with a zero point"
 INTEGER_PRODUCTS = frozenset({"ConvInteger", "DynamicQuantizeLinear", "MatMulInteger"})
 """What ONNX Runtime's quantize_dynamic writes."""
 
+CONV_INTEGER = frozenset({"ConvInteger"})
+"""With INT8 weights, which ONNX Runtime 1.23 does not load although its own quantize_dynamic writes them (run)."""
+
 QLINEAR = frozenset({"QLinearConv", "QLinearMatMul"})
 """What ONNX Runtime's quantize_static writes in the QOperator format."""
 
@@ -94,6 +97,7 @@ class Reader:
         types: of weights and activations; integers and uint8 pixels are read by all.
         refuses: operator and type that are known to fail.
         lacks: operators that are known to be absent.
+        lacks_from: operators that are known to be absent from a version of the operator on.
         on_cpu: operators that a GPU build computes on the CPU, each from which version of the operator on.
         source: where all of it was found.
         version: the one that was asked, `since` where none was.
@@ -109,6 +113,7 @@ class Reader:
     source: str
     refuses: frozenset[tuple[str, str]] = frozenset()
     lacks: frozenset[str] = frozenset()
+    lacks_from: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     on_cpu: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     version: str = ""
     capability: str = ""
@@ -131,10 +136,15 @@ def _trt(since: str, opset: int, more: frozenset[str], types: frozenset[str], so
     return Reader("tensorrt", since, opset, BASIC | more, types, source, refuses=refuses, lacks=lacks)
 
 
-def _ort(since: str, opset: int, more: frozenset[str], source: str) -> Reader:
-    known = BASIC | GELU | QUANTISED | INTEGER_PRODUCTS | QLINEAR | more
+def _ort(
+    since: str, opset: int, more: frozenset[str], source: str, lacks_from: Mapping[str, int] | None = None
+) -> Reader:
+    known = BASIC | GELU | QUANTISED | (INTEGER_PRODUCTS - CONV_INTEGER) | QLINEAR | more
     kernels = "OperatorKernels.md: INT8 of any opset, INT32 and zero points too; run, 1.32"
-    return Reader("onnxruntime", since, opset, known, HALF | {"INT8"}, f"{source}; {kernels}; {_ORT}")
+    types = HALF | {"INT8"}
+    return Reader(
+        "onnxruntime", since, opset, known, types, f"{source}; {kernels}; {_ORT}", lacks_from=lacks_from or {}
+    )
 
 
 NEWER = GELU | ATTENTION | QUANTISED
@@ -174,8 +184,15 @@ READERS: tuple[Reader, ...] = (
     ),
     _ort("1.18", 20, _NOTHING, "ort#19560: Gelu (20) in 1.18"),
     _ort("1.21", 22, _NOTHING, "ort#23344: opset 22 in 1.21"),
-    _ort("1.23", 23, ATTENTION, "ort#25156: Attention (23) in 1.23"),
-    _ort("1.25", 24, ATTENTION, "ort#27542: Attention (24)"),
+    _ort(
+        "1.23",
+        23,
+        ATTENTION,
+        "ort#25156: Attention (23) in 1.23; run, 1.23.0 and 1.23.2: no QuantizeLinear (23)",
+        {"QuantizeLinear": 23},
+    ),
+    _ort("1.24", 23, ATTENTION | CONV_INTEGER, "run, 1.24.1: QuantizeLinear (23) and ConvInteger"),
+    _ort("1.25", 24, ATTENTION | CONV_INTEGER, "ort#27542: Attention (24)"),
     Reader(
         "onnxruntime-gpu",
         "1.18",

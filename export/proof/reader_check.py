@@ -109,6 +109,8 @@ def why_not(reader: Reader, needs: Needs) -> str | None:
             return f"it does not have {operator} ({count} nodes)"
         if operator not in reader.operators:
             return f"it is not known to read {operator} ({count} nodes)"
+        if needs.versions[operator] >= reader.lacks_from.get(operator, needs.opset + 1):
+            return f"it does not have {operator} of opset {needs.opset} ({count} nodes)"
         if (operator, kind) in reader.refuses:
             return f"it does not build {operator} in {kind} ({count} nodes)"
         if needs.versions[operator] >= reader.on_cpu.get(operator, needs.opset + 1) and operator not in SMALL:

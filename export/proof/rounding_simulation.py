@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import numpy as np
 import onnx_ir as ir
 
 LOW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
@@ -24,6 +25,10 @@ AS_WRITTEN = ("session.disable_quant_qdq", "1")
 
 EXACT = MOVES | {"DequantizeLinear"}
 """What is not rounded: a builder makes one product of DequantizeLinear and MatMul, whose inputs are the codes."""
+
+
+LIMITS = {ir.DataType.FLOAT8E4M3FN: (), ir.DataType.INT8: (-128, 127)}
+"""Between which codes a value is clipped before a Cast to their type, which saturates by itself in FP8 alone."""
 
 
 def is_low_precision(model: ir.Model) -> bool:
@@ -54,6 +59,33 @@ def simulate(model: ir.Model) -> list[ir.Value]:
                 if node.op_type not in EXACT:
                     rounded.append(_round(graph, node, output, low))
     return rounded
+
+
+def spell_out_quantize(model: ir.Model) -> None:
+    """Writes every QuantizeLinear of FP32 values as Div and Cast, with the same codes, in place.
+
+    ONNX Runtime 1.23, the newest for Python 3.10, has no QuantizeLinear of opset 23 (run: 1.24.1 has it).
+    """
+    for node in list(model.graph):
+        value, zero = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+        known = ir.convenience.get_const_tensor(zero) if zero is not None else None
+        if node.op_type != "QuantizeLinear" or value is None or value.dtype != ir.DataType.FLOAT or known is None:
+            continue
+        if known.size != 1 or known.dtype not in LIMITS or known.numpy().astype(np.float32).any():
+            continue
+        chain = [ir.node("Div", [value, node.inputs[1]])]
+        if limits := LIMITS[known.dtype]:
+            chain.append(ir.node("Round", chain[-1].outputs))
+            bounds = [ir.node("Constant", [], {"value": ir.tensor(np.float32(limit))}) for limit in limits]
+            chain += [*bounds, ir.node("Clip", [chain[-1].outputs[0], *(one.outputs[0] for one in bounds)])]
+        chain.append(ir.node("Cast", chain[-1].outputs, {"to": known.dtype.value}))
+        codes = node.outputs[0]
+        name, chain[-1].outputs[0].type, chain[-1].outputs[0].shape = codes.name, codes.type, codes.shape
+        model.graph.insert_before(node, chain)
+        for user, position in list(codes.uses()):
+            user.replace_input_with(position, chain[-1].outputs[0])
+        model.graph.remove(node, safe=True)
+        chain[-1].outputs[0].name = name
 
 
 def _cast_up_weight(graph: ir.Graph, weight: ir.Value) -> None:

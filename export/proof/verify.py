@@ -19,11 +19,18 @@ import torch
 
 from export.contract.extras import install
 from export.contract.onnx_file import OnnxFile
+from export.contract.readers import version_numbers
 from export.contract.signature import KINDS, BatchRange, Signature
 from export.contract.sizes import size_text
 from export.graph.deployed_module import with_head
 from export.proof.fidelity import FidelityError, Verdict, compare
-from export.proof.rounding_simulation import AS_WRITTEN, is_low_precision, simulate, watch_finite
+from export.proof.rounding_simulation import (
+    AS_WRITTEN,
+    is_low_precision,
+    simulate,
+    spell_out_quantize,
+    watch_finite,
+)
 from neck.necks import Sam3DualViTDetNeck, forward_necks
 from neck.pictures import PictureFolder, find_pictures, load_pictures, normalise
 from neck.trunk import ViTDetTrunk
@@ -279,13 +286,25 @@ def run_model(model: ir.Model, folder: Path, image: np.ndarray) -> list[np.ndarr
 
 
 def open_model(model: ir.Model, folder: Path) -> Any:
-    """A session on the CPU of a model whose external weights lie in `folder`, its Q and DQ run as they are written."""
+    """A session on the CPU of a model whose external weights lie in `folder`, its Q and DQ run as they are written.
+
+    Raises:
+        FidelityError: ONNX Runtime does not load it, such as one of an opset that is newer than its version.
+    """
     ort = require_runtime()
+    if version_numbers(ort.__version__) < (1, 24) and model.opset_imports.get("", 0) >= 23:
+        spell_out_quantize(model)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry(*AS_WRITTEN)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions have no common class of its own
+        raise FidelityError(
+            f"ONNX Runtime {ort.__version__} does not load the graph ({' '.join(str(error).split())[:300]});\n"
+            "export it with --opset auto, install a newer ONNX Runtime, or use --no-verify"
+        ) from None
 
 
 def first_non_finite(model: ir.Model, rounded: list[ir.Value], folder: Path, image: np.ndarray) -> str | None:
