@@ -803,12 +803,12 @@ def test_deployed_encoder_is_shared_by_nobody_else(file: Path) -> None:
 def test_what_the_module_takes_around_its_session_is_told(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The snippet of docs/use.md that profiles a run."""
-    text = (Path(__file__).parent.parent / "docs" / "use.md").read_text(encoding="utf-8")
+    """The snippet of docs/attach.md that profiles a run."""
+    text = (Path(__file__).parent.parent / "docs" / "attach.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
     (tmp_path / "build").symlink_to(file.parent)
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet.replace("sam3-encoder", "x").replace("1008", str(SIZE)), "use.md", "exec"), {})
+    exec(compile(snippet.replace("sam3-encoder", "x").replace("1008", str(SIZE)), "attach.md", "exec"), {})
     assert "run_with_iobinding" in capsys.readouterr().out
 
 
@@ -816,8 +816,8 @@ def test_what_the_module_takes_around_its_session_is_told(
 def test_the_snippets_of_the_docs(
     index: int, checkpoint: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """docs/use.md, run in a folder with a model, its file (under the name x.onnx) and pictures."""
-    text = (Path(__file__).parent.parent / "docs" / "use.md").read_text(encoding="utf-8")
+    """docs/attach.md, run in a folder with a model, its file (under the name x.onnx) and pictures."""
+    text = (Path(__file__).parent.parent / "docs" / "attach.md").read_text(encoding="utf-8")
     snippet = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[index]
     shutil.copytree(checkpoint, tmp_path / "sam3")
     save_tokenizer(tmp_path / "sam3")
@@ -831,6 +831,6 @@ def test_the_snippets_of_the_docs(
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     with torch.no_grad():
-        exec(compile(snippet.replace("sam3-encoder", "x"), "use.md", "exec"), names)
+        exec(compile(snippet.replace("sam3-encoder", "x"), "attach.md", "exec"), names)
     masks = names["masks"]
     assert masks.shape == (1, 4, 32, 32) if index == 0 else len(masks) == 2

@@ -31,7 +31,7 @@ CONFIG = tiny_config(embed_dim=32, d_model=256, necks=("sam3", "sam2"))
 """As family_models.py makes the trunk; d_model 256 is written into both packages."""
 
 SNIPPETS = {"meta": ("meta-picture", "meta-video"), "ultralytics": ("ultralytics-picture", "ultralytics-video")}
-"""In the order of docs/use.md, after the two of transformers."""
+"""In the order of docs/attach.md, after the two of transformers."""
 MODELS = {"meta": ("image", "video"), "ultralytics": ("image", "interactive")}
 BOTH_NECKS = [
     *(f".backbone_fpn.{level}" for level in range(3)),
@@ -64,7 +64,7 @@ def write_inputs(folder: Path) -> None:
     (folder / "frames").mkdir()
     for name in ("picture.png", "frames/0.png", "frames/1.png", "frames/2.png"):
         shutil.copy(Path(__file__).parent / "data" / "preprocess" / "picture_0.png", folder / name)
-    text = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "attach.md").read_text(encoding="utf-8")
     found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[2:]
     names = [name for family in SNIPPETS.values() for name in family]
     for name, snippet in zip(names, found, strict=True):
@@ -136,7 +136,7 @@ def test_masks_of_a_checkpoint(family: str, model: str, inputs: Path) -> None:
 
 @pytest.mark.parametrize("snippet", [name for names in SNIPPETS.values() for name in names])
 def test_the_snippets_of_the_docs(snippet: str, inputs: Path) -> None:
-    """docs/use.md, as it stands but for the pictures' size: three objects or more, three frames."""
+    """docs/attach.md, as it stands but for the pictures' size: three objects or more, three frames."""
     masks = ran(snippet.partition("-")[0], inputs)[snippet]
     assert len(masks) == 3
     assert all(shape[-2:] == masks[0][-2:] and 0 not in shape for shape in masks)

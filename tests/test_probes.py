@@ -24,7 +24,7 @@ import yaml
 pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install '.[triton]'")
 
 from serving import as_file, client_of, files, images, part, passes, pixels
-from test_deploy_docs import of
+from test_docs import of
 from triton_server import (
     ROOT,
     Server,
@@ -137,7 +137,7 @@ def test_tritons_own_interfaces_are_closed(server: Server) -> None:
 def test_the_server_and_the_clients_of_the_docs(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As docs/deploy.md starts and asks them, but for the ports and the folder."""
+    """As docs/serve.md starts and asks them, but for the ports and the folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "picture.jpg").write_bytes(as_file(pixels()[0], "JPEG"))
     words = next(words for words in of("docker", "run") if "tritonserver" in words)

@@ -42,9 +42,9 @@ def test_every_reason_has_a_remedy(reason: str) -> None:
 
 
 def test_ci_installs_what_is_said() -> None:
-    """And README lists it."""
+    """And CONTRIBUTING lists it."""
     remedies = " ".join(remedy for _, _, remedy in WANTS if remedy.startswith("apt-get"))
     named = set(remedies.replace("apt-get install", "").split()) - {"libonnxruntime-dev"}
-    for name in (".ci/run", "README.md"):
+    for name in (".ci/run", "CONTRIBUTING.md"):
         said = (ROOT / name).read_text(encoding="utf-8").replace("`", " ").split()
         assert named - set(said) == set(), name

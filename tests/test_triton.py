@@ -790,7 +790,7 @@ def test_the_requested_reader_decides_the_container(tmp_path: Path, monkeypatch:
 
 
 def test_the_example_of_the_docs_works_for_its_container() -> None:
-    text = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
     readers, containers = re.findall(r"--reader ([\w.-]+)", text), re.findall(r"tritonserver:(\d\d\.\d\d)-py3", text)
     assert set(readers) == {f"triton-{container}" for container in containers} and len(set(readers)) == 1
     form = choose_form(find_readers(readers[0]), "fp16")
