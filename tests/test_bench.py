@@ -29,8 +29,7 @@ from benchmarks.measure.samples import Place, Samples
 from benchmarks.measure.work_folder import Workplace
 from benchmarks.measure.worker_process import ROOT
 from benchmarks.options import BenchOptions
-from benchmarks.report.axis_plots import error_plot, roofline_plot
-from benchmarks.report.bar_charts import WIDE, latency_chart, parts_chart
+from benchmarks.report.charts import error_plot, latency_chart, parts_chart, roofline_plot
 from benchmarks.report.findings import ranked
 from benchmarks.report.report_files import write_report
 from benchmarks.results.comparison import compare_results
@@ -193,7 +192,7 @@ def test_a_measured_result_becomes_a_report(ran: Ran, tmp_path: Path) -> None:
             assert row["label"] in text
     assert [row["backend"] for row in ranked(measured, machine)] != []
     for chart in (latency_chart, parts_chart, error_plot, roofline_plot):
-        assert chart(measured, machine, WIDE), chart
+        assert chart(measured, machine), chart
     assert measured["features"]["levels"] and Tags(page.read_text(encoding="utf-8")).open == []
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.results.result_files import Result
+from benchmarks.results.result_files import Result, of_machine
 
 Row = dict[str, Any]
 
@@ -103,13 +103,24 @@ def swept(result: Result, machine: dict[str, Any], sweep: str) -> dict[str, list
     own = [row for row in measured if row["sweep"] is None and (row["backend"], _held(row, sweep)) in held]
     found: dict[str, dict[tuple[int, ...], Row]] = {}
     for row in (*own, *asked):
-        found.setdefault(row["backend"], {}).setdefault((*row["image_size"], row["batch"]), row)
+        found.setdefault(row["backend"], {}).setdefault(point_of(row), row)
     return {backend: [points[key] for key in sorted(points)] for backend, points in found.items() if len(points) > 1}
 
 
 def _held(row: Row, sweep: str) -> tuple[int, ...]:
     """What a sweep leaves as it is."""
     return (row["batch"],) if sweep == "image_size" else tuple(row["image_size"])
+
+
+def point_of(row: Row) -> tuple[int, ...]:
+    """Height, width and batch of a row."""
+    return (*row["image_size"], row["batch"])
+
+
+def closed_form(result: Result, machine: dict[str, Any]) -> dict[tuple[int, ...], float]:
+    """Operations by height, width and batch."""
+    own = {point_of(result["encoder"]): of_machine(result, machine, "work")["operations"]}
+    return {point_of(point): point["operations"] for point in result["growth"]} | own
 
 
 def _rows(result: Result, machine: dict[str, Any]) -> list[Row]:

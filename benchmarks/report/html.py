@@ -1,13 +1,12 @@
 """report.html: one file that loads nothing, runs no script, and fits a screen, a phone and paper.
 
-Jinja2 (which torch brings) fills the template and escapes every text. The policy in its head forbids loading anything
-and lets no style but the page's own in, by its SHA-256.
+Jinja2 fills the template and escapes every text. The policy in its head forbids loading anything and lets no style but
+the page's own in, by its SHA-256.
 """
 
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import re
 from pathlib import Path
@@ -16,8 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from benchmarks.report.axis_plots import error_plot, roofline_plot
-from benchmarks.report.bar_charts import NARROW, WIDE, kernels_chart, latency_chart, parts_chart
+from benchmarks.report.charts import error_plot, growth_plot, kernels_chart, latency_chart, parts_chart, roofline_plot
 from benchmarks.report.findings import (
     Answer,
     Row,
@@ -33,9 +31,7 @@ from benchmarks.report.findings import (
     significant,
     worst_error,
 )
-from benchmarks.report.growth_plot import growth_plot
-from benchmarks.report.machine_facts import environment
-from benchmarks.report.method import TITLE, about, commands, encoder_facts, method
+from benchmarks.report.method import TITLE, about, commands, encoder_facts, environment, method
 from benchmarks.report.tables import errors_table, tables_of
 from benchmarks.results.result_files import Result, of_machine
 
@@ -51,17 +47,18 @@ def html_page(result: Result) -> str:
     Args:
         result: a checked result.
     """
-    template = Environment(
+    jinja = Environment(
         loader=FileSystemLoader(PAGE),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=_tied,
-    ).get_template("report.html.jinja")
+    )
+    jinja.filters |= {"error_figure": error_figure, "significant": significant}
     style = (PAGE / "style.css").read_text(encoding="utf-8")
     found = answers(result)
-    return template.render(
+    return jinja.get_template("report.html.jinja").render(
         result=result,
         title=TITLE,
         generator=GENERATOR,
@@ -85,69 +82,38 @@ def _tied(value: object) -> object:
 
 def _view(result: Result, answer: Answer) -> dict[str, Any]:
     """What the template shows of one machine."""
-    machine = answer.machine
-    draw = functools.partial(_drawn, result, machine)
-    tables = tables_of(result, machine)
-    growth = [
-        (chart, tables.get(f"Growth with {sweep.replace('_', ' ')}"), sweep.replace("_", "-"))
-        for sweep in ("image_size", "batch")
-        if (chart := draw(functools.partial(_growth, sweep=sweep)))
-    ]
-    features = of_machine(result, machine, "features")
-    export = tables.get("What the export costs")
-    sections = [("latency", "Latency"), ("missing", "Not measured"), ("accuracy", "Accuracy"), ("growth", "Growth")]
-    sections += [("roofline", "Roofline"), ("parts", "Where the time goes"), ("features", "Features")]
-    sections += [("masks", "Masks")] if "Masks" in tables else []
-    sections += [("export", "Export")] if export else []
-    kernels = of_machine(result, machine, "kernels")
+    machine, best = answer.machine, answer.best
+    tables, features = tables_of(result, machine), of_machine(result, machine, "features")
+    sections = {"latency": "Latency", "missing": "Not measured", "accuracy": "Accuracy", "growth": "Growth"}
+    sections |= {"roofline": "Roofline", "parts": "Where the time goes", "features": "Features"}
+    sections |= {"masks": "Masks"} if "Masks" in tables else {}
+    sections |= {"export": "Export"} if "What the export costs" in tables else {}
     compared = [(row, errors_table(row)) for row in ranked(result, machine)]
-    errors = [table for _, table in compared if table]
     return {
         "id": machine["id"],
         "name": machine["name"],
-        **_answer(result, answer),
-        "missing": tables.get("Not measured"),
+        "best": best and best["label"],
+        "facts": _facts(result, best) if best else [],
+        "caution": caution_sentence(answer),
         "missing_sentence": missing_sentence(result, machine),
-        "sections": [*sections, ("environment", "Machine")],
-        "latency": draw(latency_chart),
-        "results": tables.get("Latency and error"),
-        "costs": tables.get("Costs"),
-        "plain": tables.get("What the rewrites buy"),
-        "accuracy": draw(error_plot),
-        "errors": errors,
-        "open": next((table for row, table in compared if row is answer.best), None),
-        "growth": growth,
-        "roofline": draw(roofline_plot),
-        "parts": draw(parts_chart),
-        "parts_table": tables.get("Work"),
-        "kernels": draw(lambda result, machine, width: kernels_chart(kernels, width)),
-        "features": features and _features(features),
+        "sections": {**sections, "environment": "Machine"},
+        "tables": tables,
+        "latency": latency_chart(result, machine),
+        "accuracy": error_plot(result, machine),
+        "growth": {sweep: growth_plot(result, machine, sweep) for sweep in ("image_size", "batch")},
+        "roofline": roofline_plot(result, machine),
+        "parts": parts_chart(result, machine),
+        "kernels": kernels_chart(result, machine),
+        "errors": [table for _, table in compared if table],
+        "open": next((table for row, table in compared if row is best), None),
+        "features": features,
         "candidate": features and label_of(result, features["candidate"]),
-        "masks": tables.get("Masks"),
-        "export": export,
         "environment": environment(machine),
     }
 
 
-def _drawn(result: Result, machine: dict[str, Any], chart: Any) -> dict[str, Markup] | None:
-    """A chart at both widths, None where it has nothing to show."""
-    wide, narrow = (chart(result, machine, width) for width in (WIDE, NARROW))
-    # ElementTree escaped every text and attribute
-    return {"wide": Markup(wide), "narrow": Markup(narrow)} if wide and narrow else None
-
-
-def _growth(result: Result, machine: dict[str, Any], width: float, sweep: str) -> str | None:
-    return growth_plot(result, machine, sweep, width)
-
-
-def _answer(result: Result, answer: Answer) -> dict[str, Any]:
-    """The first screen: the backend, four figures, and a caution where a faster one must not be taken."""
-    best = answer.best
-    facts = _facts(result, best) if best else []
-    return {"best": best and best["label"], "facts": facts, "caution": caution_sentence(answer)}
-
-
 def _facts(result: Result, best: Row) -> list[dict[str, str]]:
+    """The four figures of the first screen."""
     latency, ratio = best["latency"], best.get("ratio")
     high = f"p90 {milliseconds(latency['p90_ms'])}, p99 {milliseconds(latency['p99_ms'])}"
     spread = f"median of {latency['runs']} run{'s' * (latency['runs'] > 1)}; {high}"
@@ -161,17 +127,3 @@ def _facts(result: Result, best: Row) -> list[dict[str, str]]:
     limits = [error["tolerance"]["relative_l2"] for error in best["errors"] or [] if error.get("tolerance")]
     note = "relative L2 of the worst output" + (f"; tolerance {error_figure(max(limits))}" if limits else "")
     return [*facts, {"name": "Error", "figure": error_figure(worst_error(best)), "note": note}]
-
-
-def _features(features: dict[str, Any]) -> dict[str, Any]:
-    levels = [
-        {
-            **level,
-            "factor_text": significant(level["factor"], 1),
-            "largest_text": "not finite"
-            if level["largest_difference"] is None
-            else error_figure(level["largest_difference"]),
-        }
-        for level in features["levels"]
-    ]
-    return {**features, "levels": levels}

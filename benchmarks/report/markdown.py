@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 
 from benchmarks.report.findings import answer_sentence, answers, caution_sentence, missing_sentence, ranked
-from benchmarks.report.machine_facts import environment
-from benchmarks.report.method import TITLE, about, commands, encoder_facts, method
+from benchmarks.report.method import TITLE, about, commands, encoder_facts, environment, method
 from benchmarks.report.tables import Table, errors_table, tables_of
 from benchmarks.results.result_files import Result
 

@@ -1,96 +1,37 @@
-"""A small writer of inline SVG: shapes by class, scales and ticks, text that does not run into other text.
-
-Own code of 200 lines, where matplotlib would add 40 MB, glyphs as outlines and colours that no dark mode reaches.
+"""A plot with two axes as inline SVG, drawn once: the page scales it. Own code, where matplotlib would add 40 MB,
+glyphs as outlines and colours that no dark mode reaches.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
 from xml.etree import ElementTree
 
-TEXT, SMALL = 13.0, 11.5
-"""Sizes of text, in pixels of the drawing."""
+TEXT = 12.0
+"""Size of the text in units of the drawing, which are pixels on a phone; the style sheet says the same."""
 
 WIDTH_OF_EM = 0.6
 """Mean advance of a letter; DejaVu Sans, the widest of the usual system fonts, has 0.59 for these words."""
 
-Anchor = Literal["start", "middle", "end"]
+WIDTH, HEIGHT = 390.0, 316.0
+LEFT, TOP, RIGHT, BOTTOM = 48.0, 26.0, 380.0, 276.0
+"""The plot's frame inside the drawing."""
 
-
-class Drawing:
-    """One inline SVG. Colours come from the page's style sheet by class, so no style attribute is needed."""
-
-    def __init__(self, width: float, css: str, label: str) -> None:
-        self.width = width
-        self.height = 0.0
-        self.root = ElementTree.Element("svg", {"class": f"chart {css}", "role": "img", "aria-label": label})
-
-    def text(self, x: float, y: float, content: str, css: str = "", anchor: Anchor = "start") -> None:
-        """Text on a baseline; `css` with `small` is set in the small size."""
-        attributes = {"x": _number(x), "y": _number(y)}
-        if css:
-            attributes["class"] = css
-        if anchor != "start":
-            attributes["text-anchor"] = anchor
-        ElementTree.SubElement(self.root, "text", attributes).text = content
-        self.height = max(self.height, y + 5)
-
-    def rect(self, x: float, y: float, width: float, height: float, css: str, title: str = "") -> None:
-        """A bar; its title is shown where the pointer rests."""
-        place = {"x": x, "y": y, "width": max(0.0, width), "height": height}
-        self._shape("rect", {key: _number(value) for key, value in place.items()} | {"rx": "1.5"}, css, title)
-        self.height = max(self.height, y + height)
-
-    def line(self, x1: float, y1: float, x2: float, y2: float, css: str) -> None:
-        """A straight line."""
-        place = {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
-        self._shape("line", {key: _number(value) for key, value in place.items()}, css, "")
-        self.height = max(self.height, y1, y2)
-
-    def path(self, points: Sequence[tuple[float, float]], css: str) -> None:
-        """A line through points."""
-        steps = " L".join(f"{_number(x)} {_number(y)}" for x, y in points)
-        self._shape("path", {"d": f"M{steps}"}, css, "")
-
-    def mark(self, x: float, y: float, shape: int, css: str, title: str = "", size: float = 5) -> None:
-        """A point; shapes are circle, square, diamond and two triangles: colour is not needed to tell them apart."""
-        shape %= 5
-        if shape == 0:
-            place = {"cx": _number(x), "cy": _number(y), "r": _number(size)}
-            return self._shape("circle", place, css, title)
-        corners = (
-            [(-1, -1), (1, -1), (1, 1), (-1, 1)],
-            [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)],
-            [(0, -1.2), (1.2, 1), (-1.2, 1)],
-            [(0, 1.2), (1.2, -1), (-1.2, -1)],
-        )[shape - 1]
-        scale = size * (0.9 if shape == 1 else 1)
-        steps = " L".join(f"{_number(x + scale * dx)} {_number(y + scale * dy)}" for dx, dy in corners)
-        return self._shape("path", {"d": f"M{steps} Z"}, css, title)
-
-    def _shape(self, tag: str, attributes: dict[str, str], css: str, title: str) -> None:
-        element = ElementTree.SubElement(self.root, tag, {**attributes, "class": css})
-        if title:
-            ElementTree.SubElement(element, "title").text = title
-
-    def markup(self) -> str:
-        """The element as text; every name and label is escaped."""
-        size = f"0 0 {_number(self.width)} {_number(math.ceil(self.height) + 2)}"
-        self.root.set("viewBox", size)
-        return ElementTree.tostring(self.root, encoding="unicode")
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Values to pixels, linear or logarithmic.
+    """Values to places, linear or logarithmic.
 
     Attributes:
-        low, high: the values at both ends; above 0 where it is logarithmic.
-        start, end: their pixels.
-        log: whether it is logarithmic.
+        low, high: the values at both ends; above 0 if the scale is logarithmic.
+        start, end: their places.
+        log: whether the scale is logarithmic.
     """
 
     low: float
@@ -100,7 +41,7 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """The pixel of a value; one that lies outside is drawn at the end."""
+        """The place of a value; one that lies outside is drawn at the end."""
         low, high, value = self.low, self.high, min(max(value, self.low), self.high)
         if self.log:
             low, high, value = math.log10(low), math.log10(high), math.log10(value)
@@ -133,8 +74,7 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
 
 def log_range(values: Sequence[float]) -> tuple[float, float]:
     """Round ends (1, 2, 5 times a power of ten) around values, with a little room."""
-    low, high = min(values) / 1.15, max(values) * 1.15
-    return _round_down(low), 1 / _round_down(1 / high)
+    return _round_down(min(values) / 1.15), 1 / _round_down(1 / (max(values) * 1.15))
 
 
 def _round_down(value: float) -> float:
@@ -142,72 +82,114 @@ def _round_down(value: float) -> float:
     return power * max(factor for factor in (1, 2, 5) if factor * power <= value * (1 + 1e-9))
 
 
-def text_width(content: str, size: float = TEXT) -> float:
+def mark(shape: int, css: str, x: float = 7, y: float = 7) -> ElementTree.Element:
+    """A point: circle, square, diamond or one of two triangles, so that colour is not needed to tell points apart."""
+    if shape % 5 == 0:
+        return ElementTree.Element("circle", {"cx": _number(x), "cy": _number(y), "r": "5", "class": css})
+    corners = (
+        [(-4.5, -4.5), (4.5, -4.5), (4.5, 4.5), (-4.5, 4.5)],
+        [(0, -6.5), (6.5, 0), (0, 6.5), (-6.5, 0)],
+        [(0, -6), (6, 5), (-6, 5)],
+        [(0, 6), (6, -5), (-6, -5)],
+    )[shape % 5 - 1]
+    return ElementTree.Element("path", {"d": f"{_steps([(x + dx, y + dy) for dx, dy in corners])} Z", "class": css})
+
+
+class Plot:
+    """One inline SVG. Colours come from the page's style sheet by class, so no style attribute is needed.
+
+    Args:
+        label: told to a screen reader.
+        across, up: the scales; `up` begins at the bottom.
+    """
+
+    def __init__(self, label: str, across: Scale, up: Scale) -> None:
+        self.across, self.up = across, up
+        size = f"0 0 {_number(WIDTH)} {_number(HEIGHT)}"
+        self.root = ElementTree.Element("svg", {"class": "chart", "role": "img", "aria-label": label, "viewBox": size})
+        # what numbers keep clear of: texts, marks, and all that lies outside the frame
+        self._taken: list[Box] = [(-1e3, -1e3, LEFT, 1e3), (RIGHT, -1e3, 1e3, 1e3)]
+        self._taken += [(-1e3, -1e3, 1e3, TOP), (-1e3, BOTTOM, 1e3, 1e3)]
+        self._numbers: list[tuple[float, float, int]] = []
+
+    def axes(self, across: str, up: str, across_ticks: dict[float, str], up_ticks: dict[float, str]) -> None:
+        """Names of both axes, and grid lines at ticks with their texts; one that would run into another has none."""
+        last = -math.inf
+        for tick, text in across_ticks.items():
+            x, half = self.across(tick), text_width(text) / 2
+            self.line([(x, TOP), (x, BOTTOM)], "grid")
+            if x - half > last + 6:
+                self.text(min(x, WIDTH - half), BOTTOM + 16, text, "middle")
+                last = x + half
+        for tick, text in up_ticks.items():
+            y = self.up(tick)
+            self.line([(LEFT, y), (RIGHT, y)], "grid")
+            self.text(LEFT - 6, y + 4, text, "end")
+        self.text(RIGHT, BOTTOM + 34, across, "end")
+        self.text(2, 12, up)
+
+    def text(self, x: float, y: float, content: str, anchor: str = "start", css: str = "") -> None:
+        """Text on a baseline."""
+        place = {"x": _number(x), "y": _number(y), "text-anchor": anchor, "class": css}
+        ElementTree.SubElement(self.root, "text", place).text = content
+        width = text_width(content)
+        left = x - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
+        self._taken.append((left, y - TEXT, left + width, y + 2))
+
+    def line(self, points: Sequence[tuple[float, float]], css: str) -> None:
+        """A line through places of the drawing."""
+        ElementTree.SubElement(self.root, "path", {"d": _steps(points), "class": css})
+
+    def curve(self, points: Sequence[tuple[float, float]], css: str) -> None:
+        """A line through values."""
+        self.line([(self.across(x), self.up(y)) for x, y in points], css)
+
+    def point(self, x: float, y: float, shape: int, css: str, title: str, number: int | None = None) -> None:
+        """A mark at a place; its title is shown where the pointer rests, its number beside it."""
+        element = mark(shape, css, x, y)
+        ElementTree.SubElement(element, "title").text = title
+        self.root.append(element)
+        self._taken.append((x - 6, y - 6, x + 6, y + 6))
+        if number is not None:
+            self._numbers.append((x, y, number))
+
+    def markup(self) -> str:
+        """The element as text, each number where it is free; every name and label is escaped."""
+        for x, y, number in self._numbers:
+            width = text_width(str(number))
+            dx, dy = free_place(x, y, width, 13, self._taken)
+            left = x + dx - (width if dx < 0 else 0)
+            if dy or abs(dx) > 9:
+                self.line([(x, y), (left + width / 2, y + dy)], "leader")
+            self.text(left, y + dy + 4, str(number), css="value")
+        return ElementTree.tostring(self.root, encoding="unicode")
+
+
+def text_width(content: str) -> float:
     """About how wide a text is."""
-    return len(content) * size * WIDTH_OF_EM
-
-
-def fitted(content: str, width: float, size: float = TEXT) -> str:
-    """A text cut in its middle to fit a width: names often differ at the end."""
-    most = max(8, int(width / (size * WIDTH_OF_EM)))
-    if len(content) <= most:
-        return content
-    tail = (most - 3) // 2
-    return f"{content[: most - 3 - tail].rstrip(' ,')}...{content[-tail:].lstrip(' ,')}"
-
-
-def spread_apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places near the wanted ones, `gap` apart at least and within the limits as far as there is room."""
-    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
-    gap = min(gap, (high - low) / max(1, len(wanted) - 1))
-    blocks: list[list[int]] = []  # of neighbours that touch; each is centred on what its members want
-    for index in order:
-        blocks.append([index])
-        while len(blocks) > 1 and _start(blocks[-1], wanted, gap) < _start(blocks[-2], wanted, gap) + gap * len(
-            blocks[-2]
-        ):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    found = [0.0] * len(wanted)
-    for block in blocks:
-        start = _start(block, wanted, gap)
-        for place, index in enumerate(block):
-            found[index] = start + gap * place
-    return _within([found[index] for index in order], order, gap, low, high)
-
-
-def _start(block: Sequence[int], wanted: Sequence[float], gap: float) -> float:
-    return sum(wanted[index] for index in block) / len(block) - gap * (len(block) - 1) / 2
-
-
-def _within(places: list[float], order: Sequence[int], gap: float, low: float, high: float) -> list[float]:
-    """Ascending places pushed inside the limits, given back in the order that was asked for."""
-    for index, place in enumerate(places):
-        places[index] = max(place, low + gap * index)
-    last = len(places) - 1
-    found = [0.0] * len(places)
-    for index, place in enumerate(places):
-        found[order[index]] = min(place, high - gap * (last - index))
-    return found
-
-
-def free_place(x: float, y: float, width: float, height: float, taken: list[tuple[float, float, float, float]]) -> int:
-    """Which of the places beside a point (`PLACES`) overlaps least with boxes (left, top, right, bottom)."""
-
-    def overlap(index: int) -> float:
-        left, top = x + PLACES[index][0] - (width if PLACES[index][0] < 0 else 0), y + PLACES[index][1] - height / 2
-        right, bottom = left + width, top + height
-        return sum(
-            max(0.0, min(right, box[2]) - max(left, box[0])) * max(0.0, min(bottom, box[3]) - max(top, box[1]))
-            for box in taken
-        )
-
-    return min(range(len(PLACES)), key=lambda index: (round(overlap(index), 3), index))
+    return len(content) * TEXT * WIDTH_OF_EM
 
 
 PLACES = [
-    (dx, dy) for distance in (9, 22, 36, 50) for dy in (0, -14, 14, -28, 28, -42, 42) for dx in (distance, -distance)
+    (dx * side, dy)
+    for dx, dy, side in itertools.product((9, 24, 39, 54), (0, -14, 14, -28, 28, -42, 42, -56, 56), (1, -1))
 ]
 """Offsets of a label's near side from its point, best first."""
+
+
+def free_place(x: float, y: float, width: float, height: float, taken: Sequence[Box]) -> tuple[float, float]:
+    """Which of PLACES beside a point overlaps least with what is taken."""
+
+    def overlap(place: tuple[float, float]) -> float:
+        left, top = x + place[0] - (width if place[0] < 0 else 0), y + place[1] - height / 2
+        sides = ((min(left + width, b[2]) - max(left, b[0]), min(top + height, b[3]) - max(top, b[1])) for b in taken)
+        return round(sum(max(0.0, wide) * max(0.0, high) for wide, high in sides), 3)
+
+    return min(PLACES, key=overlap)  # of equal ones the first
+
+
+def _steps(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + " L".join(f"{_number(x)} {_number(y)}" for x, y in points)
 
 
 def _number(value: float) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.report.findings import (
     NOTHING,
     Row,
+    closed_form,
     error_figure,
     label_of,
     may_be_used,
@@ -16,6 +17,7 @@ from benchmarks.report.findings import (
     missing,
     numbers,
     percent,
+    point_of,
     ranked,
     ratio_figure,
     scaled,
@@ -145,20 +147,16 @@ def errors_table(row: Row) -> Table | None:
 def growth_table(result: Result, machine: dict[str, Any], sweep: str) -> Table | None:
     """Median latency of each backend at each point of a sweep, and the operations there."""
     lines = swept(result, machine, sweep)
-    points = sorted({(*row["image_size"], row["batch"]) for rows in lines.values() for row in rows})
+    points = sorted({point_of(row) for rows in lines.values() for row in rows})
     if not points:
         return None
-    order = numbers(result, machine)
+    order, known = numbers(result, machine), closed_form(result, machine)
     head = ("Backend", *(size_name(point) if sweep == "image_size" else f"batch {point[2]}" for point in points))
     cells = []
     for backend in sorted(lines, key=lambda name: order[name]):
-        found = {(*row["image_size"], row["batch"]): milliseconds(median_ms(row)) for row in lines[backend]}
+        found = {point_of(row): milliseconds(median_ms(row)) for row in lines[backend]}
         figures = (found.get(point, NOTHING) for point in points)
         cells.append((f"{order[backend]}. {label_of(result, backend)}", *figures))
-    encoder, work = result["encoder"], of_machine(result, machine, "work")
-    known = {(*point["image_size"], point["batch"]): point["operations"] for point in result["growth"]}
-    own = (*encoder["image_size"], encoder["batch"])
-    known[own] = work["operations"]
     cells.append(("operations", *(scaled(known.get(point), "FLOP") for point in points)))
     held = f"batch {points[0][2]}" if sweep == "image_size" else size_name(points[0])
     return Table(f"Latency, p50, at {held}", head, tuple(cells))
