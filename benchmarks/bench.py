@@ -9,9 +9,11 @@ from typing import Any
 from benchmarks.errors import BenchError
 from benchmarks.measure.run import Run
 from benchmarks.measure.work_folder import Workplace
-from benchmarks.options import BenchOptions, check_options
+from benchmarks.options import SELECTION, BenchOptions
 from benchmarks.results.mask_verdicts import read_masks
 from benchmarks.results.result import make_result
+from engines.builder.plan_kind import is_plan
+from engines.sheet.layer_sheet import read_sheet
 from export.contract.manifest import locked
 
 __all__ = ["BenchError", "BenchOptions", "run_bench"]
@@ -50,3 +52,25 @@ def open_run(options: BenchOptions, report: Callable[[str], None] = lambda line:
     except OSError as error:
         where, why = error.filename or work, error.strerror or str(error)
         raise BenchError(f"{where}: {why}; mend it or name another --output") from None
+
+
+def check_options(options: BenchOptions) -> None:
+    """Refuses what cannot be.
+
+    Raises:
+        BenchError: saying what can.
+        BuildError: --plan names another tool's plan.
+    """
+    counts = {name: getattr(options, name) for name in ("batch", "rounds", "runs", "warm_up")}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise BenchError(f"{name.replace('_', '-')} is {value}; it must be 1 at least")
+    if options.positions == "file":
+        raise BenchError("positions in a file are no output of a run; choose graph or none")
+    chosen = [f"--{name.replace('_', '-')}" for name in SELECTION if getattr(options, name) is not None]
+    if options.checkpoint is None and chosen:
+        raise BenchError(f"random weights have no {', '.join(chosen)}; leave it out, or name a --checkpoint")
+    if options.plan and (not is_plan(options.plan) or read_sheet(options.plan) is None):
+        raise BenchError(f"--plan {options.plan}: no plan with a layer sheet beside it; `neck-export trt` writes both")
+    if options.export and options.config:
+        raise BenchError("the exporter is measured at full size; leave --export or --config out")

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from benchmarks.errors import BenchError
-from engines.builder.plan_kind import is_plan
-from engines.sheet.layer_sheet import read_sheet
 from export.contract.signature import Positions, Sam2Outputs
 from neck.config import EncoderConfig
 from neck.pictures import PictureFolder
@@ -20,12 +16,6 @@ SIZES, BATCHES = (336, 672, 1008, 1344), (1, 2, 4, 8)
 
 SELECTION = ("state", "prefix", "adapter", "adapter_alpha")
 """Which weights of a checkpoint, and what is merged into them: options of the same names of load_encoder."""
-
-
-def selection(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The SELECTION among JSON values, as load_encoder takes it."""
-    adapter = Path(asked["adapter"]) if asked["adapter"] else None
-    return {**{name: asked[name] for name in SELECTION}, "adapter": adapter}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,25 +92,3 @@ DEFAULTS = {
 }
 """Rounds, runs in a round, warm-up runs, by device and `quick`; a GPU warms up for a second at least. On a CPU a run of
 seconds needs little: `--quick` takes another round instead."""
-
-
-def check_options(options: BenchOptions) -> None:
-    """Refuses what cannot be.
-
-    Raises:
-        BenchError: saying what can.
-        BuildError: --plan names another tool's plan.
-    """
-    counts = {name: getattr(options, name) for name in ("batch", "rounds", "runs", "warm_up")}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise BenchError(f"{name.replace('_', '-')} is {value}; it must be 1 at least")
-    if options.positions == "file":
-        raise BenchError("positions in a file are no output of a run; choose graph or none")
-    chosen = [f"--{name.replace('_', '-')}" for name in SELECTION if getattr(options, name) is not None]
-    if options.checkpoint is None and chosen:
-        raise BenchError(f"random weights have no {', '.join(chosen)}; leave it out, or name a --checkpoint")
-    if options.plan and (not is_plan(options.plan) or read_sheet(options.plan) is None):
-        raise BenchError(f"--plan {options.plan}: no plan with a layer sheet beside it; `neck-export trt` writes both")
-    if options.export and options.config:
-        raise BenchError("the exporter is measured at full size; leave --export or --config out")

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import DATA
-from exporting import checkpoint_of, config_of, listing, neck_export_cli, trace_quickly
+from exporting import bench_module, checkpoint_of, config_of, listing, neck_export_cli, trace_quickly
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.measure.prepare import make_weights
-from benchmarks.measure.torch_runner import make_module
 from benchmarks.measure.work_folder import digest, identity
-from benchmarks.options import SELECTION, BenchOptions
+from benchmarks.options import BenchOptions
 from export.contract.errors import ExportError
 from export.contract.manifest import file_entry
 from export.weights_origin import merged_adapter
@@ -450,15 +449,12 @@ def test_a_file_without_adapters_takes_none_at_verify(tmp_path: Path) -> None:
 
 
 def test_a_benchmark_merges_the_adapter(tmp_path: Path) -> None:
-    asked: dict[str, Any] = {"checkpoint": str(CASE), "config": None, "seed": 0, "image_size": None, "batch": 1}
-    asked |= {"necks": "all", "levels": "all", "positions": "none", "sam2_outputs": "features"}
-    asked |= {"folder": str(tmp_path), **dict.fromkeys(SELECTION)}
     weights = {}
-    for adapter in (None, str(ADAPTERS / "rslora")):
-        made = make_weights({**asked, "adapter": adapter})
-        module = make_module({**made, "module": "plain", "precision": "fp32", "device": "cpu"})
+    for adapter in (None, ADAPTERS / "rslora"):
+        asked = BenchOptions(tmp_path, checkpoint=CASE, necks="all", positions="none", adapter=adapter)
+        module = bench_module(make_weights(asked, tmp_path))
         weights[adapter] = module.state_dict()["trunk.blocks.0.mlp.fc2.weight"]
-        wanted = load_encoder(CASE, adapter=Path(adapter) if adapter else None).state_dict()
+        wanted = load_encoder(CASE, adapter=adapter).state_dict()
         assert torch.equal(weights[adapter], wanted["trunk.blocks.0.mlp.fc2.weight"])
     assert not torch.equal(*weights.values())  # the control
 

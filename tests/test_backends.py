@@ -20,14 +20,23 @@ import torch
 from conftest import load_golden, named_outputs, shared_encoder, tiny_config, traced
 
 from benchmarks.errors import BenchError
-from benchmarks.measure.backends import REFERENCE, Backend, backends_for, choose_backends, open_runner, why_unavailable
+from benchmarks.measure.backends import (
+    REFERENCE,
+    Backend,
+    Job,
+    backends_for,
+    choose_backends,
+    open_runner,
+    why_unavailable,
+)
 from benchmarks.measure.environment import _gpu_compiler
 from benchmarks.measure.file_runners import RunnerError
+from benchmarks.measure.point import Pace
 from benchmarks.measure.torch_runner import OTHER, TorchRunner, make_module
 from benchmarks.measure.work_folder import Workplace
 from benchmarks.measure.worker import OUT_OF_MEMORY, peak_bytes
 from benchmarks.measure.worker_process import ROOT, Worker, WorkerError
-from benchmarks.options import SELECTION, BenchOptions
+from benchmarks.options import BenchOptions
 from benchmarks.results.result import plan_kernels
 from export.contract.signature import encoder_signature
 from export.graph.rewrite import Rewrites
@@ -60,34 +69,35 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
+PACE = Pace(1, 1, 1, 0.0, HANGS_S, float("inf"))
+
+
+def of(job: Job, name: str) -> Job:
+    """The same for another backend."""
+    return dataclasses.replace(job, backend=named(name))
+
+
 def named(name: str) -> Backend:
     return next(one for one in (*backends_for("cpu"), *backends_for("cuda")) if one.id == name)
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """What every backend of a tiny encoder runs on; the file is the rewritten FP32 one."""
     folder = tmp_path_factory.mktemp("job")
-    encoder = shared_encoder(CONFIG)
-    save_meta_checkpoint(encoder, folder / "weights.pt")
-    image = torch.randn(1, 3, *CONFIG.image_size, generator=torch.Generator().manual_seed(0))
-    np.save(folder / "image.npy", image.numpy())
+    save_meta_checkpoint(shared_encoder(CONFIG), folder / "weights.pt")
+    np.save(folder / "image.npy", torch.randn(1, 3, *CONFIG.image_size, generator=torch.Generator().manual_seed(0)))
     options = ExportOptions(folder / "encoder.onnx", checkpoint=folder / "weights.pt", config=CONFIG, verify=False)
     export_onnx(options)
-    return {
-        "weights": str(folder / "weights.pt"),
-        **dict.fromkeys(SELECTION),
-        "image": str(folder / "image.npy"),
-        "onnx": str(options.output),
-        "config": CONFIG.to_dict(),
-        "signature": encoder_signature(CONFIG).to_dict(),
-    }
+    encoder = BenchOptions(folder, checkpoint=folder / "weights.pt", config=CONFIG)
+    image, onnx = folder / "image.npy", options.output
+    return Job(named(REFERENCE), encoder, CONFIG, encoder_signature(CONFIG), image, onnx)
 
 
 @pytest.fixture(scope="module")
-def expected(job: dict[str, Any]) -> dict[str, np.ndarray]:
+def expected(job: Job) -> dict[str, np.ndarray]:
     """The plain module's outputs."""
-    outputs = named_outputs(shared_encoder(CONFIG), torch.from_numpy(np.load(job["image"])))
+    outputs = named_outputs(shared_encoder(CONFIG), torch.from_numpy(np.load(job.image)))
     return {name: value.numpy() for name, value in outputs.items()}
 
 
@@ -104,11 +114,11 @@ def expected(job: dict[str, Any]) -> dict[str, np.ndarray]:
         "openvino-rewritten-fp32",
     ],
 )
-def test_every_backend_computes_the_encoder(name: str, job: dict[str, Any], expected: dict[str, np.ndarray]) -> None:
+def test_every_backend_computes_the_encoder(name: str, job: Job, expected: dict[str, np.ndarray]) -> None:
     backend = named(name)
     if backend.runtime == "openvino":
         pytest.importorskip("openvino")
-    runner = open_runner({**job, **dataclasses.asdict(backend)})
+    runner = open_runner(dataclasses.replace(job, backend=backend))
     assert runner.load() is None
     runner.run()
     runner.run()
@@ -125,12 +135,11 @@ def test_every_backend_computes_the_encoder(name: str, job: dict[str, Any], expe
     assert runner.device_bytes() is None
     moved = {one: np.roll(array, 1, axis=-1) for one, array in found.items()}
     assert not compare(expected, moved, backend.precision, name).passed
-    runner.close()
 
 
-def test_a_plain_module_has_its_position_tables_before_it_is_compiled(job: dict[str, Any]) -> None:
+def test_a_plain_module_has_its_position_tables_before_it_is_compiled(job: Job) -> None:
     """As the rewritten one has them: neither makes them in a run, which flattered the rewritten on a GPU."""
-    module = make_module({**job, **dataclasses.asdict(named("eager-fp32"))})
+    module = make_module(of(job, "eager-fp32"))
     found: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
@@ -143,15 +152,15 @@ def test_a_plain_module_has_its_position_tables_before_it_is_compiled(job: dict[
     assert "arange" not in graph.code and "conv2d" in graph.code
 
 
-def test_a_rewritten_module_rewrites_its_weights_once(job: dict[str, Any]) -> None:
-    module = make_module({**job, **dataclasses.asdict(named("eager-rewritten-fp32"))})
+def test_a_rewritten_module_rewrites_its_weights_once(job: Job) -> None:
+    module = make_module(of(job, "eager-rewritten-fp32"))
     layer = module.get_submodule("trunk.blocks.0.attn.qkv")
     assert type(layer) is torch.nn.Linear
     assert not torch.equal(layer.weight, shared_encoder(CONFIG).get_parameter("trunk.blocks.0.attn.qkv.weight"))
 
 
-def test_the_parts_of_a_run_are_timed(job: dict[str, Any]) -> None:
-    runner = TorchRunner({**job, **dataclasses.asdict(named("eager-fp32"))})
+def test_the_parts_of_a_run_are_timed(job: Job) -> None:
+    runner = TorchRunner(of(job, "eager-fp32"))
     runner.load()
     found = runner.parts_ms()
     assert found is not None
@@ -161,9 +170,7 @@ def test_the_parts_of_a_run_are_timed(job: dict[str, Any]) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in runner.module.modules())
 
 
-def test_a_precision_that_openvino_does_not_take_is_refused(
-    job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_precision_that_openvino_does_not_take_is_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Old CPUs take FP32 for BF16, as this Core does on all of them; what a CPU lists does not tell which do."""
     openvino = pytest.importorskip("openvino")
     hint = pytest.importorskip("openvino.properties.hint")
@@ -173,7 +180,7 @@ def test_a_precision_that_openvino_does_not_take_is_refused(
             return super().compile_model(model, device, {**settings, hint.inference_precision: openvino.Type.f32})
 
     monkeypatch.setattr(openvino, "Core", Old)
-    runner = open_runner({**job, **dataclasses.asdict(named("openvino-rewritten-bf16"))})
+    runner = open_runner(of(job, "openvino-rewritten-bf16"))
     with pytest.raises(RunnerError, match="computes in f32, asked was bf16"):
         runner.load()
 
@@ -224,27 +231,27 @@ def worker(tmp_path: Path) -> Iterator[Worker]:
         yield made
 
 
-def test_a_worker_runs_a_backend(worker: Worker, job: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
-    values = {**job, **dataclasses.asdict(named("ort-cpu-rewritten-fp32"))}
+def test_a_worker_runs_a_backend(worker: Worker, job: Job, expected: dict[str, Any], tmp_path: Path) -> None:
+    values = of(job, "ort-cpu-rewritten-fp32")
     assert worker.ask("load", HANGS_S, job=values, most_bytes=None)["load_s"] > 0
-    assert len(worker.ask("run", HANGS_S, count=3)["times_ms"]) == 3
-    names = worker.ask("outputs", HANGS_S, folder=str(tmp_path / "out"))["names"]
+    assert len(worker.ask("run", HANGS_S, count=3)) == 3
+    names = worker.ask("outputs", HANGS_S, folder=tmp_path / "out")
     found = {name: np.load(tmp_path / "out" / f"{name}.npy") for name in names}
     assert compare(expected, found, "fp32", "worker").passed
     peak = worker.ask("memory", HANGS_S)["peak_host_bytes"]
     assert 20e6 < peak < peak_bytes()  # onnxruntime without torch is less than this process
 
 
-def test_out_of_memory_is_an_answer(worker: Worker, job: dict[str, Any], tmp_path: Path) -> None:
+def test_out_of_memory_is_an_answer(worker: Worker, job: Job, tmp_path: Path) -> None:
     """A picture of 8 GB (of holes in the file) where the worker may take 2."""
     huge = np.lib.format.open_memmap(tmp_path / "huge.npy", mode="w+", dtype=np.float32, shape=(2 << 30,))
     del huge
-    values = {**job, **dataclasses.asdict(named("ort-cpu-rewritten-fp32"))}
+    values = of(job, "ort-cpu-rewritten-fp32")
     with pytest.raises(WorkerError, match="out of memory") as error:
-        worker.ask("load", HANGS_S, job={**values, "image": str(tmp_path / "huge.npy")}, most_bytes=2 << 30)
+        worker.ask("load", HANGS_S, job=dataclasses.replace(values, image=tmp_path / "huge.npy"), most_bytes=2 << 30)
     assert error.value.memory
     with pytest.raises(WorkerError) as error:
-        worker.ask("load", HANGS_S, job={**values, "image": str(tmp_path / "nowhere.npy")}, most_bytes=2 << 30)
+        worker.ask("load", HANGS_S, job=dataclasses.replace(values, image=tmp_path / "nowhere.npy"), most_bytes=2 << 30)
     assert not error.value.memory
 
 
@@ -262,10 +269,10 @@ def test_what_runtimes_say_when_memory_is_out(text: str) -> None:
     assert not OUT_OF_MEMORY.search("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
 
 
-def test_an_exception_costs_one_answer(worker: Worker, job: dict[str, Any]) -> None:
-    values = {**job, **dataclasses.asdict(named("ort-cpu-rewritten-fp32"))}
+def test_an_exception_costs_one_answer(worker: Worker, job: Job) -> None:
+    values = of(job, "ort-cpu-rewritten-fp32")
     with pytest.raises(WorkerError, match="File doesn't exist") as error:
-        worker.ask("load", HANGS_S, job={**values, "onnx": "/nowhere.onnx"}, most_bytes=None)
+        worker.ask("load", HANGS_S, job=dataclasses.replace(values, onnx=Path("/nowhere.onnx")), most_bytes=None)
     assert not error.value.memory
     assert worker.ask("load", HANGS_S, job=values, most_bytes=None)["load_s"] > 0
 
@@ -300,7 +307,7 @@ def test_a_worker_that_hangs_is_ended(worker: Worker) -> None:
         os.kill(worker.pid, 0)
 
 
-def test_a_worker_takes_along_what_it_started(tmp_path: Path) -> None:
+def test_a_worker_takes_along_what_it_started(tmp_path: Path, job: Job) -> None:
     """A runtime that starts a process, as compilers do; it would else go on when the worker was ended."""
     code = "import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
     (tmp_path / "onnxruntime.py").write_text(f"{code}raise ImportError(child.pid)\n")
@@ -308,8 +315,7 @@ def test_a_worker_takes_along_what_it_started(tmp_path: Path) -> None:
         Worker(tmp_path / "log", {"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as worker,
         pytest.raises(WorkerError, match="ImportError") as error,
     ):
-        backend = dataclasses.asdict(named("ort-cpu-rewritten-fp32"))
-        worker.ask("load", 60, job={**backend, "onnx": "", "image": ""}, most_bytes=None)
+        worker.ask("load", 60, job=of(job, "ort-cpu-rewritten-fp32"), most_bytes=None)
     stat, ends = Path("/proc", str(error.value).rpartition(" ")[2], "stat"), time.monotonic() + 120
     while _runs(stat) and time.monotonic() < ends:
         time.sleep(0.02)  # a signal is delivered when the child has its turn
@@ -324,15 +330,14 @@ def _runs(stat: Path) -> bool:
         return False
 
 
-def test_what_libraries_print_is_no_answer(tmp_path: Path) -> None:
+def test_what_libraries_print_is_no_answer(tmp_path: Path, job: Job) -> None:
     """A module that prints when it is imported, as some runtimes do."""
     (tmp_path / "onnxruntime.py").write_text("print('hello')\nraise ImportError('planted')\n")
     with (
         Worker(tmp_path / "log", {"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as worker,
         pytest.raises(WorkerError, match="ImportError: planted"),
     ):
-        backend = dataclasses.asdict(named("ort-cpu-rewritten-fp32"))
-        worker.ask("load", HANGS_S, job={**backend, "onnx": "", "image": ""}, most_bytes=None)
+        worker.ask("load", HANGS_S, job=of(job, "ort-cpu-rewritten-fp32"), most_bytes=None)
     assert "hello" in (tmp_path / "log").read_text()
 
 
@@ -350,22 +355,23 @@ def test_a_plan_is_built_for_its_backend(place: Workplace, worker: Worker) -> No
     """TensorRT-RTX builds without a GPU; what runs the plan says that there is none."""
     pytest.importorskip("tensorrt_rtx")
     backend = named("rtx-rewritten-fp16")
-    made = place.jobs([backend], *place.sign(None, 1))[backend.id]
-    assert isinstance(made, dict)
-    kernels = plan_kernels(Path(made["plan"]))
+    made = place.jobs([backend], place.point(None, 1, PACE))[backend.id]
+    assert isinstance(made, Job)
+    kernels = plan_kernels(made.plan)
     assert kernels and all(set(one) == {"name", "kind", "ms", "bytes"} for one in kernels)
-    assert made["build_s"] > 0 and made["file_bytes"] == Path(made["plan"]).stat().st_size
+    assert made.build_s and made.build_s > 0 and made.file_bytes == made.plan.stat().st_size
     if not torch.cuda.is_available():
         with pytest.raises(WorkerError, match=r"SessionError: .*no NVIDIA GPU"):
             worker.ask("load", HANGS_S, job=made, most_bytes=None)
 
 
 def test_a_file_that_cannot_be_made_is_one_backends_matter(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(place._prepared, "weights", "/nowhere.pt")
+    nowhere = dataclasses.replace(place.prepared.encoder, checkpoint=Path("/nowhere.pt"))
+    monkeypatch.setattr(place, "prepared", dataclasses.replace(place.prepared, encoder=nowhere))
     backends = [named("eager-fp32"), named("ort-cpu-plain-fp32")]
-    made = place.jobs(backends, *place.sign(None, 1))
+    made = place.jobs(backends, place.point(None, 1, PACE))
     assert isinstance(made["ort-cpu-plain-fp32"], WorkerError) and "nowhere.pt" in str(made["ort-cpu-plain-fp32"])
-    assert isinstance(made["eager-fp32"], dict)
+    assert isinstance(made["eager-fp32"], Job)
 
 
 def test_plain_and_rewritten_differ_by_the_module_alone() -> None:
@@ -377,11 +383,11 @@ def test_plain_and_rewritten_differ_by_the_module_alone() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["eager-fp16", "eager-rewritten-bf16", "compile-max-rewritten-fp16"])
-def test_backends_on_a_gpu(name: str, job: dict[str, Any], expected: dict[str, np.ndarray]) -> None:
+def test_backends_on_a_gpu(name: str, job: Job, expected: dict[str, np.ndarray]) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU that torch can use")
     backend = next(one for one in backends_for("cuda") if one.id == name)
-    runner = open_runner({**job, **dataclasses.asdict(backend)})
+    runner = open_runner(dataclasses.replace(job, backend=backend))
     runner.load()
     runner.run()
     assert compare(expected, runner.outputs(), backend.precision, name).passed

@@ -22,12 +22,12 @@ import benchmarks.measure.rounds
 import benchmarks.measure.run
 from benchmarks.bench import run_bench
 from benchmarks.errors import BenchError
-from benchmarks.measure.backends import REFERENCE, Backend, backends_for
-from benchmarks.measure.rounds import Pace
+from benchmarks.measure.backends import REFERENCE, Backend, Job, backends_for
+from benchmarks.measure.point import Pace, Point
 from benchmarks.measure.run import Run
-from benchmarks.measure.samples import Place, Samples
+from benchmarks.measure.samples import Samples
 from benchmarks.measure.work_folder import Workplace
-from benchmarks.measure.worker_process import ROOT
+from benchmarks.measure.worker_process import ROOT, WorkerError
 from benchmarks.options import BenchOptions
 from benchmarks.report.charts import error_plot, latency_chart, parts_chart, roofline_plot
 from benchmarks.report.findings import ranked
@@ -45,6 +45,7 @@ from export.graph.rewrite import Rewrites
 from export.graph.trace import trace
 
 CONFIG = tiny_config()
+POINT = Point("p", None, CONFIG, encoder_signature(CONFIG), Pace(1, 1, 1, 0.0, 1.0, 0.0))
 ORT = "ort-cpu-rewritten-fp32"
 NAMES = [REFERENCE, "eager-rewritten-fp32", "ort-cpu-plain-fp32", ORT]
 
@@ -295,9 +296,10 @@ def test_out_of_memory_costs_one_row(output: Path, tmp_path: Path, monkeypatch: 
     del huge
     make, needed, plain = Workplace.jobs, benchmarks.measure.run.needed_bytes, "ort-cpu-plain-fp32"
 
-    def jobs(place: Workplace, *rest: Any) -> dict[str, Any]:
+    def jobs(place: Workplace, *rest: Any) -> dict[str, Job | WorkerError]:
         found = make(place, *rest)
-        return {**found, ORT: {**found[ORT], "image": str(tmp_path / "huge.npy")}}  # type: ignore[dict-item]
+        assert isinstance(found[ORT], Job)
+        return {**found, ORT: dataclasses.replace(found[ORT], image=tmp_path / "huge.npy")}
 
     def estimate(backend: Backend, *rest: Any) -> int:
         return 1 << 60 if backend.id == plain else needed(backend, *rest)
@@ -356,31 +358,30 @@ def test_the_best_rates_count() -> None:
 
 
 def test_no_rate_is_less_than_what_a_backend_reached(tmp_path: Path) -> None:
-    place = Place("p", (112, 112), 1, None, encoder_parts(CONFIG, encoder_signature(CONFIG), 1))
-    operations = total_operations(place.parts)
+    operations = total_operations(POINT.parts)
     known = {"flops_per_s": {"fp32": operations * 100.0, "bf16": 1.0}}
     with Samples(tmp_path / "samples.jsonl", "key") as samples:
         samples.add("times", point="p", backend=REFERENCE, round=0, times_ms=[20.0, 40.0])
-        slower = raise_rates(known, [place], backends_for("cpu"), samples)
+        slower = raise_rates(known, [POINT], backends_for("cpu"), samples)
         assert slower == {**known, "reached_by": {"fp32": None, "bf16": None}}
         samples.add("times", point="p", backend=ORT, round=0, times_ms=[50.0, 5.0])
-        raised = raise_rates(known, [place], backends_for("cpu"), samples)
+        raised = raise_rates(known, [POINT], backends_for("cpu"), samples)
     assert raised["flops_per_s"] == {"fp32": pytest.approx(operations * 200.0), "bf16": 1.0}
     assert raised["reached_by"] == {"fp32": ORT, "bf16": None}
 
 
 def test_a_row_whose_figures_cannot_be_does_not_cost_the_report(tmp_path: Path) -> None:
-    backend, place = backends_for("cpu")[0], Place("p", (112, 112), 1, None, [])
+    backend = backends_for("cpu")[0]
     with Samples(tmp_path / "samples.jsonl", "key") as samples:
         samples.add("times", point="p", backend=REFERENCE, round=0, times_ms=[20.0])
         samples.add("errors", point="p", backend=REFERENCE, errors=[], passed=None)
         samples.add("memory", point="p", backend=REFERENCE, peak_host_bytes=5, peak_device_bytes=-5)
         rates = {"flops_per_s": {"fp32": 1.0}, "copy_bytes_per_s": 1.0}
-        row = make_row(backend, place, samples, rates, Pace(1, 1, 1, 0.0, 1.0, 0.0))
-    found = _sound(row, backend, place)
+        row = make_row(backend, POINT, samples, rates)
+    found = _sound(row, backend, POINT)
     assert found["status"] == "failed" and "peak_device_bytes: -5 is less than the minimum" in found["reason"]
     sound = {**row, "peak_device_bytes": 5}
-    assert _sound(sound, backend, place) is sound
+    assert _sound(sound, backend, POINT) is sound
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from stand_in_gpu.play import play
 
 import benchmarks.measure.rounds
 import benchmarks.measure.work_folder
-from benchmarks.measure.worker import OUT_OF_MEMORY, Worker
+from benchmarks.measure.worker import Worker, as_answer
 from benchmarks.measure.worker_process import WorkerError
 from benchmarks.results.result_files import read_result
 
@@ -41,19 +42,19 @@ class Played:
         self.name, self.worker = log.stem, Worker()
         self.pid = 0
 
-    def ask(self, command: str, timeout_s: float, **asked: Any) -> dict[str, Any]:
+    def ask(self, command: str, timeout_s: float, **asked: Any) -> Any:
         try:
             if error := self.fails.get((self.name, command)):
                 raise error
             if command == "rates":
                 return RATES
             with contextlib.nullcontext() if command in ("weights", "image", "file") else play("10.16", self.device):
-                return json.loads(json.dumps(self.worker.answer({"do": command, **asked})))
+                given = pickle.loads(pickle.dumps(asked))
+                return pickle.loads(pickle.dumps(self.worker.answer(command, **given)))
         except WorkerError:
             raise
         except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-            raise WorkerError(text, memory=bool(OUT_OF_MEMORY.search(text))) from None
+            raise as_answer(error) from None
 
     def resident_bytes(self) -> int:
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -12,15 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_config
 from torch import Tensor
 
 import benchmarks.measure.file_runners
 import engines.run.open_plan
-from benchmarks.measure.backends import TENSORRT_PROVIDER, backends_for
+from benchmarks.measure.backends import TENSORRT_PROVIDER, Job, backends_for
 from benchmarks.measure.file_runners import FP16_ALLOWED, OrtRunner, PlanRunner, RunnerError
 from benchmarks.measure.torch_runner import TorchRunner
 from benchmarks.measure.worker import Worker
+from benchmarks.options import BenchOptions
 from engines.run.plan_checks import SessionError
+from export.contract.signature import encoder_signature
 
 GB = 1 << 30
 EXACT_CUDA = ("CUDAExecutionProvider", {"use_tf32": "0"})
@@ -93,6 +97,14 @@ def image(tmp_path: Path) -> Path:
     return tmp_path / "image.npy"
 
 
+def job_of(runtime: str, image: Path, **changes: str) -> Job:
+    """A job of a GPU's backend; no file is there."""
+    backend = next(one for one in backends_for("cuda") if one.runtime == runtime)
+    config = tiny_config()
+    changed = dataclasses.replace(backend, **changes)  # type: ignore[arg-type]
+    return Job(changed, BenchOptions(image.parent), config, encoder_signature(config), image)
+
+
 Ort = Callable[..., OrtRunner]
 
 
@@ -108,8 +120,7 @@ def ort(card: Card, image: Path, monkeypatch: pytest.MonkeyPatch) -> Ort:
             OrtValue=SimpleNamespace(ortvalue_from_numpy=lambda *_: None),
         )
         monkeypatch.setitem(sys.modules, "onnxruntime", module)
-        job = {"device": "cuda", "provider": provider, "precision": precision, "image": str(image), "onnx": "x"}
-        return OrtRunner(job)
+        return OrtRunner(job_of("ort", image, provider=provider, precision=precision))
 
     return made
 
@@ -191,7 +202,7 @@ def test_a_plan_runs_on_buffers_that_are_held(captures: bool, image: Path, monke
     monkeypatch.setattr(engines.run.open_plan, "open_plan", lambda plan, **options: session)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: torch.no_grad())
-    runner = PlanRunner({"plan": "x.plan", "image": str(image)})
+    runner = PlanRunner(job_of("plan", image))
     runner.load()
     runner.run()
     assert runner.outputs()["y"].tolist() == [48.0, 48.0]
@@ -228,7 +239,7 @@ def test_what_a_compiler_tried_is_no_part_of_a_peak(image: Path, monkeypatch: py
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: held.update(peak=held["now"]))
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: held["peak"])
-    runner = TorchRunner({"device": "cpu", "precision": "fp32", "image": str(image), "runtime": "compile-max"})
+    runner = TorchRunner(job_of("compile-max", image, device="cpu", precision="fp32"))
     runner.cuda = True
     assert runner.load() is not None
     assert held["peak"] == 0
@@ -242,6 +253,6 @@ def test_a_device_peak_that_fails_leaves_the_hosts(capsys: pytest.CaptureFixture
 
     worker = Worker()
     worker.runner = SimpleNamespace(device_bytes=broken)  # type: ignore[assignment]
-    found = worker.memory({})
+    found = worker.memory()
     assert found["peak_host_bytes"] > 0 and found["peak_device_bytes"] is None
     assert "planted" in capsys.readouterr().err

@@ -5,21 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GOLDEN_TOLERANCE, load_golden, run_onnx, worst_error
-from exporting import checkpoint_of, config_of, neck_export_cli, quick_trace, trace_quickly
+from exporting import bench_module, checkpoint_of, config_of, neck_export_cli, quick_trace, trace_quickly
 from safetensors.torch import load_file
 from test_head import HEAD, NAMES, TINY, deployed, outputs_of, tracker
 from test_roofline import AGREEMENT, count
 
+from benchmarks.measure.backends import REFERENCE
 from benchmarks.measure.prepare import make_weights
-from benchmarks.measure.torch_runner import make_module
-from benchmarks.options import SELECTION
+from benchmarks.options import BenchOptions
 from benchmarks.roofline import encoder_parts, total_bytes, total_operations
 from engines.service.repository import RepositoryOptions, make_repository
 from export.contract.export_command import export_command
@@ -117,17 +116,13 @@ def test_openvino_runs_the_file(exported: Path) -> None:
 
 def test_a_benchmarks_module_has_the_head(tmp_path: Path) -> None:
     """Random weights, written once and read by every backend; the plain module and the folded one agree."""
-    asked: dict[str, Any] = {"checkpoint": None, "config": dataclasses.replace(TINY, sam2_head=False).to_dict()}
-    asked |= {"seed": 0, "image_size": None, "batch": 1, "necks": "sam2", "levels": "all", "positions": "none"}
-    made = make_weights({**asked, "sam2_outputs": "head", "folder": str(tmp_path), **dict.fromkeys(SELECTION)})
+    config = dataclasses.replace(TINY, sam2_head=False)
+    asked = BenchOptions(tmp_path, config=config, necks="sam2", positions="none", sam2_outputs="head")
+    made = make_weights(asked, tmp_path)
     image = torch.randn(1, 3, 112, 112, generator=torch.Generator().manual_seed(0))
-    plain, folded = (
-        outputs_of(make_module({**made, "module": module, "precision": "fp32", "device": "cpu"}), image)
-        for module in ("plain", "rewritten")
-    )
+    plain, folded = (outputs_of(bench_module(made, name), image) for name in (REFERENCE, "eager-rewritten-fp32"))
     assert list(plain) == NAMES[:3] and worst_error(folded, plain) < GOLDEN_TOLERANCE
-    again = make_weights({**asked, "sam2_outputs": "head", "folder": str(tmp_path), **dict.fromkeys(SELECTION)})
-    assert again["signature"] == made["signature"]
+    assert make_weights(asked, tmp_path).signature == made.signature
 
 
 @pytest.mark.parametrize("rewrites", [Rewrites.none(), Rewrites()], ids=["plain", "folded"])

@@ -13,12 +13,13 @@ import pytest
 from conftest import tiny_config
 
 import benchmarks.measure.rounds
-from benchmarks.measure.backends import REFERENCE, Device, backends_for
-from benchmarks.measure.rounds import Candidate, Pace, Point
-from benchmarks.measure.samples import Place, Samples
+from benchmarks.measure.backends import REFERENCE, Device, Job, backends_for
+from benchmarks.measure.point import Pace, Point
+from benchmarks.measure.rounds import Rounds
+from benchmarks.measure.samples import Samples
 from benchmarks.measure.worker_process import WorkerError
+from benchmarks.options import BenchOptions
 from benchmarks.results.rows import is_waiting, make_row
-from benchmarks.roofline import encoder_parts
 from export.contract.signature import encoder_signature
 
 RATES = {"flops_per_s": {"fp32": 1e11}, "copy_bytes_per_s": 1e10}
@@ -42,14 +43,14 @@ class FakeWorker:
     def resident_bytes(self) -> int:
         return 10 << 30
 
-    def ask(self, command: str, timeout_s: float, **values: Any) -> dict[str, Any]:
+    def ask(self, command: str, timeout_s: float, **values: Any) -> Any:
         self.timeouts.append(timeout_s)
         if command == "load" and self.name in self.hangs:
             FakeWorker.clock += timeout_s
             raise WorkerError(f"no answer to `load` in {timeout_s} s", late=True)
         if command == "outputs":
-            Path(values["folder"]).mkdir(exist_ok=True)
-            np.save(Path(values["folder"]) / "x.npy", np.ones(3, np.float32))
+            values["folder"].mkdir(exist_ok=True)
+            np.save(values["folder"] / "x.npy", np.ones(3, np.float32))
         if command == "run":
             if self.kills.get(self.name, 0):
                 self.kills[self.name] -= 1
@@ -58,14 +59,20 @@ class FakeWorker:
             FakeWorker.clock += 1
         return {
             "load": {"load_s": 1.0, "build_s": None, "note": None},
-            "run": {"times_ms": [1.0]},
-            "outputs": {"names": ["x"]},
+            "run": [1.0],
+            "outputs": ["x"],
             "memory": {"peak_host_bytes": 10 << 30, "peak_device_bytes": None},
         }[command]
 
     def close(self) -> None:
         self.loaded.remove(self.name)
         self.history.append(f"-{self.name}")
+
+
+def point_at(pace: Pace) -> Point:
+    """The tiny encoder's own size."""
+    config = tiny_config()
+    return Point("p", None, config, encoder_signature(config), pace)
 
 
 def fake_point(
@@ -88,12 +95,12 @@ def fake_point(
     samples = Samples(folder / "samples.jsonl", "key")
     names = [REFERENCE, "b", "c"]
     backend = backends_for(device)[0]
-    job = {"build_s": None, "file_bytes": None}
-    candidates = [Candidate(dataclasses.replace(backend, id=name), job, needed) for name in names]
-    paces = Pace(rounds=2, runs=1, warm_up=1, warm_up_s=0.0, timeout_s=timeout_s, ends=ends, **pace)
+    point = point_at(Pace(rounds=2, runs=1, warm_up=1, warm_up_s=0.0, timeout_s=timeout_s, ends=ends, **pace))
+    encoder = (BenchOptions(folder), point.config, point.signature)
+    jobs = {name: Job(dataclasses.replace(backend, id=name), *encoder, folder / "image.npy") for name in names}
     keep: Callable[[str], bool] = lambda name: True  # noqa: E731
     with samples:
-        Point("p", folder / "p", candidates, samples, paces, print, keep).measure()
+        Rounds(point, folder / "p", jobs, dict.fromkeys(names, needed), samples, print, keep).measure()
     return samples
 
 
@@ -152,7 +159,7 @@ def test_an_interrupted_run_ends_its_workers_at_once(tmp_path: Path, monkeypatch
     """Ctrl-C comes in the middle of a run, whose answer must not be taken for that of a later question."""
     ask = FakeWorker.ask
 
-    def asked(worker: FakeWorker, command: str, timeout_s: float, **values: Any) -> dict[str, Any]:
+    def asked(worker: FakeWorker, command: str, timeout_s: float, **values: Any) -> Any:
         if worker.name == "c" and command == "run":
             raise KeyboardInterrupt
         assert command != "memory"
@@ -171,10 +178,8 @@ def in_time(folder: Path, ends: float, monkeypatch: pytest.MonkeyPatch, timeout_
 
 def row_of(samples: Samples, name: str) -> dict[str, Any]:
     """A backend's row at the point."""
-    config = tiny_config()
-    place = Place("p", (112, 112), 1, None, encoder_parts(config, encoder_signature(config), 1))
     backend = dataclasses.replace(backends_for("cpu")[0], id=name)
-    return make_row(backend, place, samples, RATES, Pace(2, 1, 1, 0.0, 1.0, 0.0))
+    return make_row(backend, point_at(Pace(2, 1, 1, 0.0, 1.0, 0.0)), samples, RATES)
 
 
 def test_backends_that_are_not_begun_in_time_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

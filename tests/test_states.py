@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import datetime
 import decimal
 import enum
@@ -19,14 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exporting import checkpoint_of, config_of, golden_state, neck_export_cli, trace_quickly
+from exporting import bench_module, checkpoint_of, config_of, golden_state, neck_export_cli, trace_quickly
 from mapped import MAPS, are_mapped
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.measure.prepare import make_weights
-from benchmarks.measure.torch_runner import make_module
-from benchmarks.options import SELECTION
+from benchmarks.options import BenchOptions
 from export.contract.errors import ExportError
 from export.contract.manifest import ManifestError
 from export.options import ExportOptions, check_options
@@ -517,12 +517,9 @@ def test_the_manifest_is_silent_where_there_is_one_state(tmp_path: Path) -> None
 def test_a_benchmark_maps_the_state_that_was_asked_for(tmp_path: Path) -> None:
     ema = {f"a.{name}": value for name, value in plain(2.0).items()}
     path = save({"model": plain(), "ema": ema}, tmp_path / "x.pt")
-    asked = {"checkpoint": str(path), "config": CONFIG.to_dict(), "seed": 0, "image_size": None, "batch": 1}
-    asked |= {"necks": "all", "levels": "all", "positions": "none", "sam2_outputs": "features", "folder": str(tmp_path)}
-    plainly = dict.fromkeys(SELECTION)
+    asked = BenchOptions(tmp_path, checkpoint=path, config=CONFIG, necks="all", positions="none")
     for chosen, factor in (({"state": "ema", "prefix": "a."}, 2.0), ({"state": None, "prefix": None}, 1.0)):
-        made = make_weights({**asked, **plainly, **chosen})
-        module = make_module({**made, "module": "plain", "precision": "fp32", "device": "cpu"})
+        module = bench_module(make_weights(dataclasses.replace(asked, **chosen), tmp_path))  # type: ignore[arg-type]
         assert torch.equal(module.trunk.pos_embed, plain(factor)["trunk.pos_embed"])  # type: ignore[arg-type]
 
 

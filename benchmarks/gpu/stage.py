@@ -113,7 +113,8 @@ def weights(asked: Asked) -> Found:
     options = asked.options()
     with Workplace(asked.output / "work", options) as place:
         prepared = place.prepare()
-    digest = weights_digest(Path(prepared["weights"]))
+    assert prepared.encoder.checkpoint is not None
+    digest = weights_digest(prepared.encoder.checkpoint)
     known = None if asked.config else FULL_SHA256
     if known is None or digest == known:
         return {"outcome": "done", "sha256": digest, "same": None if known is None else True}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from benchmarks.errors import BenchError
+from benchmarks.options import BenchOptions
 from export.contract.extras import install
+from export.contract.signature import Signature
+from neck.config import EncoderConfig
 
 Runtime = Literal["eager", "compile", "compile-max", "ort", "openvino", "plan"]
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8"]
@@ -46,6 +50,30 @@ class Backend:
         return self.runtime in ("ort", "openvino", "plan")
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a worker loads.
+
+    Attributes:
+        backend: what runs.
+        encoder: where its weights are: the options, their checkpoint being one that every backend maps.
+        config, signature: the encoder at the size that is measured, and its outputs.
+        image: the picture, float32 (B, 3, H, W) as .npy.
+        onnx, plan: the file, where the backend runs one.
+        build_s, file_bytes: what making it took.
+    """
+
+    backend: Backend
+    encoder: BenchOptions
+    config: EncoderConfig
+    signature: Signature
+    image: Path
+    onnx: Path = Path()
+    plan: Path = Path()
+    build_s: float | None = None
+    file_bytes: int | None = None
+
+
 class Runner(Protocol):
     """A backend in memory, with one input bound; `open_runner` makes it."""
 
@@ -60,15 +88,15 @@ class Runner(Protocol):
 
     def device_bytes(self) -> int | None:
         """Most device memory that it took, None on a CPU and where it cannot be told."""
+        return None
 
     def note(self) -> str | None:
         """What a reader of its row must know, once it is loaded."""
+        return None
 
     def parts_ms(self) -> dict[str, float] | None:
         """Milliseconds of each part in one more run, None where the runtime does not tell."""
-
-    def close(self) -> None:
-        """Frees it."""
+        return None
 
 
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
@@ -240,18 +268,13 @@ def _openvino_lacks(backend: Backend, facts: Mapping[str, Any]) -> str | None:
     return None
 
 
-def open_runner(job: Mapping[str, Any]) -> Runner:
-    """The runner of a job, nothing loaded yet.
-
-    Args:
-        job: the backend's fields, and `image`, `weights`, `config`, `signature`, `onnx`, `plan`: what it runs on.
-    """
-    if job["runtime"] in ("eager", "compile", "compile-max"):
+def open_runner(job: Job) -> Runner:
+    """The runner of a job, nothing loaded yet."""
+    if not job.backend.file:
         from benchmarks.measure.torch_runner import TorchRunner
 
         return TorchRunner(job)
     from benchmarks.measure.file_runners import OpenVinoRunner, OrtRunner, PlanRunner
 
-    makers: dict[str, Callable[[Mapping[str, Any]], Runner]]
-    makers = {"ort": OrtRunner, "openvino": OpenVinoRunner, "plan": PlanRunner}
-    return makers[job["runtime"]](job)
+    makers: dict[str, Callable[[Job], Runner]] = {"ort": OrtRunner, "openvino": OpenVinoRunner, "plan": PlanRunner}
+    return makers[job.backend.runtime](job)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.measure.backends import TENSORRT_PROVIDER
+from benchmarks.measure.backends import TENSORRT_PROVIDER, Job, Runner
 from engines.live.ort_placement import FirstRun
 
 FP16_ALLOWED = "trt_fp16_enable"
@@ -19,11 +17,11 @@ class RunnerError(RuntimeError):
     """A runtime that does not do what its row would say."""
 
 
-class OrtRunner:
+class OrtRunner(Runner):
     """ONNX Runtime by one execution provider; one whose heavy operators another one computes is refused."""
 
-    def __init__(self, job: Mapping[str, Any]) -> None:
-        self.job, self.cuda = job, job["device"] == "cuda"
+    def __init__(self, job: Job) -> None:
+        self.job, self.cuda, self.provider = job, job.backend.device == "cuda", job.backend.provider
         self._values: list[Any] = []
         self._taken: int | None = None
 
@@ -34,20 +32,20 @@ class OrtRunner:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         cuda = ("CUDAExecutionProvider", {"use_tf32": "0"})  # on by default: FP32 would keep 10 bits of 23
-        providers: list[Any] = [cuda if self.job["provider"] == cuda[0] else self.job["provider"]]
+        providers: list[Any] = [cuda if self.provider == cuda[0] else self.provider]
         free = _free_device_bytes() if self.cuda else None
         if self.cuda:
             first = FirstRun(options)
         if self._tensorrt():
-            allowed = {FP16_ALLOWED: "1" if self.job["precision"] == "fp16" else "0"}
-            providers = [(self.job["provider"], allowed), cuda]
-        self.session = ort.InferenceSession(self.job["onnx"], options, providers=providers)
-        if self.session.get_providers()[0] != self.job["provider"]:
-            raise RunnerError(f"{self.job['provider']} did not start; onnxruntime took {self.session.get_providers()}")
+            allowed = {FP16_ALLOWED: "1" if self.job.backend.precision == "fp16" else "0"}
+            providers = [(self.provider, allowed), cuda]
+        self.session = ort.InferenceSession(self.job.onnx, options, providers=providers)
+        if self.session.get_providers()[0] != self.provider:
+            raise RunnerError(f"{self.provider} did not start; onnxruntime took {self.session.get_providers()}")
         if self._tensorrt():
             self._check_fp16(allowed[FP16_ALLOWED])
         self.names = [output.name for output in self.session.get_outputs()]
-        self.image = np.load(self.job["image"])
+        self.image = np.load(self.job.image)
         if self.cuda:
             self.binding = self.session.io_binding()
             self._device_image = ort.OrtValue.ortvalue_from_numpy(self.image, "cuda", 0)
@@ -62,7 +60,7 @@ class OrtRunner:
         return None
 
     def _tensorrt(self) -> bool:
-        return bool(self.job["provider"] == TENSORRT_PROVIDER)
+        return bool(self.provider == TENSORRT_PROVIDER)
 
     def _check_fp16(self, asked: str) -> None:
         """Refuses a provider that does not compute an FP16 file in FP16, as its row would say."""
@@ -94,20 +92,11 @@ class OrtRunner:
             return None
         return "FP16 is allowed; the provider's engine is weakly typed, so TensorRT may take FP32 where that is faster"
 
-    def parts_ms(self) -> dict[str, float] | None:
-        """Not told."""
-        return None
 
-    def close(self) -> None:
-        """Frees the session."""
-        self._values = []
-        del self.session
-
-
-class OpenVinoRunner:
+class OpenVinoRunner(Runner):
     """OpenVINO on the CPU, its inference precision set and read back: it would take BF16 by itself where it can."""
 
-    def __init__(self, job: Mapping[str, Any]) -> None:
+    def __init__(self, job: Job) -> None:
         self.job = job
 
     def load(self) -> float | None:
@@ -115,14 +104,14 @@ class OpenVinoRunner:
         import openvino
         import openvino.properties.hint as hint
 
-        wanted = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16}[self.job["precision"]]
+        wanted = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16}[self.job.backend.precision]
         settings = {hint.inference_precision: wanted, hint.performance_mode: hint.PerformanceMode.LATENCY}
-        self.model = openvino.Core().compile_model(self.job["onnx"], "CPU", settings)
+        self.model = openvino.Core().compile_model(self.job.onnx, "CPU", settings)
         found = self.model.get_property(hint.inference_precision)
         if found != wanted:
             raise RunnerError(f"OpenVINO computes in {found.get_type_name()}, asked was {wanted.get_type_name()}")
         self.request = self.model.create_infer_request()
-        self.image = np.load(self.job["image"])
+        self.image = np.load(self.job.image)
         return None
 
     def run(self) -> None:
@@ -134,27 +123,12 @@ class OpenVinoRunner:
         ports = {port.any_name: port for port in self.model.outputs}
         return {name: np.array(self.request.get_tensor(port).data, np.float32) for name, port in ports.items()}
 
-    def device_bytes(self) -> int | None:
-        """None: it runs on the CPU."""
-        return None
 
-    def note(self) -> None:
-        """Nothing."""
-
-    def parts_ms(self) -> dict[str, float] | None:
-        """Not told."""
-        return None
-
-    def close(self) -> None:
-        """Frees the model."""
-        del self.request, self.model
-
-
-class PlanRunner:
+class PlanRunner(Runner):
     """A TensorRT or TensorRT-RTX plan, by CUDA graph where one can be captured."""
 
-    def __init__(self, job: Mapping[str, Any]) -> None:
-        self.job, self._note = job, None  # type: Mapping[str, Any], str | None
+    def __init__(self, job: Job) -> None:
+        self.job, self._note = job, None  # type: Job, str | None
 
     def load(self) -> float | None:
         """Loads the plan and binds the input on the GPU."""
@@ -163,8 +137,8 @@ class PlanRunner:
         from engines.run.open_plan import open_plan
         from engines.run.plan_checks import SessionError
 
-        self.session = open_plan(Path(self.job["plan"]), use_runtime_cache=False)
-        self._image = {"image": torch.from_numpy(np.load(self.job["image"])).to(self.session.device)}
+        self.session = open_plan(self.job.plan, use_runtime_cache=False)
+        self._image = {"image": torch.from_numpy(np.load(self.job.image)).to(self.session.device)}
         try:
             self._graph = self.session.capture(self._image)
             self._outputs, self._start = self._graph.outputs, self._graph.graph.replay
@@ -196,14 +170,6 @@ class PlanRunner:
     def note(self) -> str | None:
         """Whether it runs without a CUDA graph, and why."""
         return self._note
-
-    def parts_ms(self) -> dict[str, float] | None:
-        """Not told; `neck-export profile` gives the time of each layer."""
-        return None
-
-    def close(self) -> None:
-        """Frees the engine."""
-        self.session.close()
 
 
 def _free_device_bytes() -> int:

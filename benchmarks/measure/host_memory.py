@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 from benchmarks.measure.backends import Backend
-from benchmarks.roofline import ITEM_BYTES, encoder_parts
-from export.contract.signature import Signature
-from neck.config import EncoderConfig
+from benchmarks.measure.point import Point
+from benchmarks.roofline import ITEM_BYTES
 
 BASE_BYTES = {"eager": 4e8, "compile": 1.2e9, "compile-max": 2e9, "ort": 2e8, "openvino": 3e8, "plan": 4e8}
 """The interpreter with what the runtime loads (torch 2.13, ONNX Runtime 1.32, OpenVINO 2026.4 on x86-64)."""
@@ -16,16 +15,9 @@ WEIGHT_COPIES = {"eager": 1.0, "compile": 1.0, "compile-max": 1.0, "ort": 1.1, "
 """Resident at full depth and 336 px: ONNX Runtime 2.1 GB, OpenVINO 3.9 GB, which repacks what it has read."""
 
 
-def needed_bytes(backend: Backend, config: EncoderConfig, signature: Signature, batch: int) -> int:
-    """An estimate of the resident memory of a worker at its largest.
-
-    Args:
-        backend: what runs.
-        config: the architecture; its image size is the run's.
-        signature: which outputs.
-        batch: pictures.
-    """
-    parts = encoder_parts(config, signature, batch)
+def needed_bytes(backend: Backend, point: Point) -> int:
+    """An estimate of the resident memory of a worker at its largest."""
+    config, batch, parts = point.config, point.batch, point.parts
     weights = 4 * sum(part.weight_elements for part in parts)
     total = BASE_BYTES[backend.runtime] + weights * WEIGHT_COPIES[backend.runtime]
     if backend.precision != "fp32":

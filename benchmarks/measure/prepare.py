@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.measure.work_folder import OUTPUTS, about_file, seconds_path
-from benchmarks.options import SELECTION, selection
+from benchmarks.measure.backends import Job
+from benchmarks.measure.work_folder import Prepared, about_file, seconds_path
+from benchmarks.options import BenchOptions
 from export.contract.signature import BatchRange, Signature
 from export.graph.rewrite import Rewrites
 from export.lowering.quantise import CODES
@@ -25,117 +24,81 @@ from export.quantising.settle import QuantiseOptions
 from export.weights_origin import encoder_config
 from neck.checkpoint import save_meta_checkpoint
 from neck.config import EncoderConfig
-from neck.pictures import PictureFolder, ValueRange, find_pictures, normalise
+from neck.pictures import PictureFolder, find_pictures, normalise
+
+SHARED = {field.name for field in dataclasses.fields(ExportOptions)} & {
+    field.name for field in dataclasses.fields(BenchOptions)
+}
+"""What both are asked for by the same names."""
 
 
-def make_weights(asked: Mapping[str, Any]) -> dict[str, Any]:
+def make_weights(asked: BenchOptions, folder: Path) -> Prepared:
     """The checkpoint that every backend maps: the user's, or random weights that are written once.
 
     Args:
-        asked: `checkpoint`, SELECTION, `config`, `seed`, `image_size`, OUTPUTS, `batch`, `folder`.
-
-    Returns:
-        `weights`, SELECTION, `config`, `parameters`, `signature` as JSON values.
+        asked: the encoder, at its own size.
+        folder: for random weights.
     """
-    made = Path(asked["folder"]) / "weights.pt"
-    if asked["checkpoint"] is None and made.is_file():
-        asked = {**asked, "checkpoint": made, "config": asked["config"] or EncoderConfig().to_dict()}
-    options = _options(asked, made)
+    made = folder / "weights.pt"
+    if asked.checkpoint is None and made.is_file():
+        asked = dataclasses.replace(asked, checkpoint=made, config=asked.config or EncoderConfig())
+    options = _options(dataclasses.replace(asked, image_size=None, batch=1), made)
     encoder = load(options).encoder
     if options.checkpoint is None:
         save_meta_checkpoint(encoder, made)
-    return {
-        "weights": str(options.checkpoint or made),
-        **{name: asked[name] for name in SELECTION},
-        "config": encoder_config(encoder).to_dict(),
-        "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
-        "signature": sign(options, encoder).to_dict(),
-    }
+    config = encoder_config(encoder)
+    mapped = dataclasses.replace(asked, checkpoint=asked.checkpoint or made, config=config)
+    count = sum(parameter.numel() for parameter in encoder.parameters())
+    return Prepared(mapped, config, count, sign(options, encoder))
 
 
-def _options(asked: Mapping[str, Any], output: Path) -> ExportOptions:
-    config, checkpoint, batch = asked["config"], asked["checkpoint"], asked["batch"]
-    return ExportOptions(
-        output,
-        checkpoint=Path(checkpoint) if checkpoint else None,
-        **selection(asked),
-        config=EncoderConfig.from_dict(config) if config else None,
-        seed=asked["seed"],
-        image_size=tuple(asked["image_size"]) if asked["image_size"] else None,
-        batch=BatchRange(batch, batch, batch),
-        **{name: asked[name] for name in OUTPUTS},
-        verify=False,
-    )
+def _options(asked: BenchOptions, output: Path, **changes: Any) -> ExportOptions:
+    values = {name: getattr(asked, name) for name in SHARED - {"images"}}
+    values |= {"output": output, "batch": BatchRange(asked.batch, asked.batch, asked.batch), "verify": False}
+    return ExportOptions(**{**values, **changes})
 
 
-def make_image(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The normalised picture of a size and batch: float32 (B, 3, H, W) as .npy.
-
-    Args:
-        asked: `signature`, `batch`, `images` (a folder or None), `picture_range` (two numbers or None), `path`.
-    """
-    path = Path(asked["path"])
-    if not path.is_file():
-        signature, images = Signature.from_dict(asked["signature"]), _pictures(asked)
-        with _whole(path) as staged, staged.open("wb") as file:
-            np.save(file, normalise(reference_pixels(signature, images, asked["batch"])).numpy())
-    return {"path": str(path)}
+def make_image(asked: BenchOptions, signature: Signature, path: Path) -> None:
+    """The normalised picture of a size and batch: float32 (B, 3, H, W) as .npy."""
+    pictures = PictureFolder.of(asked.images) if asked.images else None
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with staged.open("wb") as file:
+            np.save(file, normalise(reference_pixels(signature, pictures, signature.batch.optimum)).numpy())
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
-def _pictures(asked: Mapping[str, Any]) -> PictureFolder | None:
-    ends = asked["picture_range"]
-    return PictureFolder(Path(asked["images"]), ValueRange(*ends) if ends else None) if asked["images"] else None
-
-
-def make_file(asked: Mapping[str, Any]) -> dict[str, Any]:
+def make_file(job: Job, path: Path) -> dict[str, Any]:
     """Exports the ONNX file of a backend.
 
     It is not verified, its row is; nor hashed, but for a plan, whose builder checks that.
 
-    Args:
-        asked: as `make_weights`, and `path`, `precision`, `module`, `runtime`, `images`, `picture_range`.
-
     Returns:
         As `about_file`.
     """
-    path = Path(asked["path"])
     start = time.perf_counter()
-    rewrites = Rewrites() if asked["module"] == "rewritten" else Rewrites.none()
-    options = _options(asked, path)
-    options = dataclasses.replace(options, precision=asked["precision"], rewrites=rewrites)
-    if asked["precision"] in CODES:  # all products, by the benchmark's own pictures where they are enough
-        images = _pictures(asked)
+    backend, rewrites = job.backend, Rewrites() if job.backend.module == "rewritten" else Rewrites.none()
+    asked = dataclasses.replace(job.encoder, image_size=job.config.image_size, batch=job.signature.batch.optimum)
+    options = _options(asked, path, precision=backend.precision, rewrites=rewrites)
+    if backend.precision in CODES:  # all products, by the benchmark's own pictures where they are enough
+        images = PictureFolder.of(asked.images) if asked.images else None
         enough = images is not None and len(find_pictures(images.path)) >= FEWEST
         options = dataclasses.replace(options, quantise=QuantiseOptions(("all",)), images=images if enough else None)
-    if asked["runtime"] == "plan":
+    if backend.runtime == "plan":
         export_onnx(options)  # a plan's builder wants the manifest
     else:
         encoder = load(options).encoder
-        signature = sign(options, encoder)
-        write_onnx(encoder, signature, path, precision=options.precision, rewrites=rewrites)
+        write_onnx(encoder, sign(options, encoder), path, precision=options.precision, rewrites=rewrites)
     seconds_path(path).write_text(f"{time.perf_counter() - start}\n")  # last: it says that the file is whole
     return about_file(path)
 
 
-def make_plan_file(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Builds the plan of an ONNX file, or finds the one that was built before.
+def make_plan(onnx: Path, path: Path, flavor: str) -> dict[str, Any]:
+    """Builds the plan of an ONNX file, or finds the one that was built before."""
+    from engines.plan import PlanOptions
+    from engines.plan import make_plan as build
 
-    Args:
-        asked: `onnx`, `path`, `flavor`.
-    """
-    from engines.plan import PlanOptions, make_plan
-
-    path = Path(asked["path"])
-    result = make_plan(PlanOptions(Path(asked["onnx"]), path, flavor=asked["flavor"], verify=False))
-    return {"plan": str(path), "build_s": result.manifest["build_seconds"], "file_bytes": path.stat().st_size}
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file that has its name once it is whole."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield staged
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    result = build(PlanOptions(onnx, path, flavor=flavor, verify=False))  # type: ignore[arg-type]
+    return {"plan": path, "build_s": result.manifest["build_seconds"], "file_bytes": path.stat().st_size}

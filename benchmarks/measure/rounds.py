@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.measure.backends import REFERENCE, Backend
+from benchmarks.measure.backends import REFERENCE, Job
 from benchmarks.measure.environment import available_bytes
+from benchmarks.measure.point import Point
 from benchmarks.measure.samples import Samples
 from benchmarks.measure.worker_process import Worker, WorkerError
 from export.proof.fidelity import FidelityError, compare
@@ -27,63 +27,32 @@ SPARE_BYTES = 1 << 30
 """Left free beside what a worker is known or thought to need."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Pace:
-    """How much is run.
-
-    Attributes:
-        rounds: of all backends in turn.
-        runs: of each backend in a round, one after the other.
-        warm_up: runs after each load that are not counted; on a GPU for `warm_up_s` seconds at least.
-        timeout_s: how long a worker may take for one answer.
-        ends: when the run's time is over, in `time.monotonic` seconds: nothing is begun, what is at work is ended.
-        rounds_end: when no further round is begun, the first aside.
-    """
-
-    rounds: int
-    runs: int
-    warm_up: int
-    warm_up_s: float
-    timeout_s: float
-    ends: float
-    rounds_end: float = float("inf")
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A backend at a point: `job` is what it loads, `needed` the memory that it likely takes."""
-
-    backend: Backend
-    job: Mapping[str, Any]
-    needed: int
-
-
-class Point:
+class Rounds:
     """The measurement of one point; `measure` does it.
 
     Args:
-        name: of the point in the samples.
+        point: where.
         folder: for the workers' outputs and logs.
-        candidates: the reference first.
+        jobs: what the workers load, by backend, the reference first.
+        needed: the memory that each likely takes.
         keep: which outputs stay in `folder` for the report's pictures.
     """
 
     def __init__(
         self,
-        name: str,
+        point: Point,
         folder: Path,
-        candidates: Sequence[Candidate],
+        jobs: Mapping[str, Job],
+        needed: Mapping[str, int],
         samples: Samples,
-        pace: Pace,
         report: Report,
         keep: Callable[[str], bool],
     ) -> None:
-        self.name, self.folder, self.samples, self.pace = name, folder, samples, pace
-        self.candidates = {one.backend.id: one for one in candidates}
+        self.name, self.pace, self.folder, self.jobs, self.samples = point.name, point.pace, folder, jobs, samples
         self.report, self.keep = report, keep
+        self._needed = dict(needed)
         self._loaded: dict[str, Worker] = {}
         self._left: set[str] = set()  # not tried again in this run; a rerun does
-        self._needed = {one.backend.id: one.needed for one in candidates}
 
     def measure(self, parts_runs: int = 0) -> None:
         """Measures the rounds that the samples lack, of each backend.
@@ -120,13 +89,19 @@ class Point:
 
     def _lacking(self) -> dict[str, int]:
         """The backends of the next round with how many rounds they lack; those that once took too long come last."""
-        living = [name for name in self.candidates if not self._given_up(name)]
+        living = [name for name in self.jobs if not self._given_up(name)]
         lacking = {name: self.pace.rounds - self.samples.whole_rounds(self.name, name) for name in living}
         if all(rounds <= 0 for rounds in lacking.values()):
             return {}
         chosen = [name for name in living if lacking[name] > 0 or name == REFERENCE]
-        chosen.sort(key=lambda name: self.samples.last("cut", point=self.name, backend=name) is not None)
+        chosen.sort(key=lambda name: self._has("cut", name))
         return {name: lacking[name] for name in chosen}
+
+    def _add(self, kind: str, name: str, **values: Any) -> None:
+        self.samples.add(kind, point=self.name, backend=name, **values)
+
+    def _has(self, kind: str, name: str) -> bool:
+        return self.samples.last(kind, point=self.name, backend=name) is not None
 
     def _over(self) -> bool:
         return time.monotonic() >= self.pace.ends
@@ -137,7 +112,7 @@ class Point:
         return min(self.pace.timeout_s * 2**late, max(self.pace.ends - time.monotonic(), grace_s))
 
     def _given_up(self, name: str) -> bool:
-        return name in self._left or self.samples.last("failed", point=self.name, backend=name) is not None
+        return name in self._left or self._has("failed", name)
 
     def _visit(self, name: str, number: int) -> None:
         """One backend's turn; where memory runs out, once more with the others unloaded."""
@@ -165,70 +140,64 @@ class Point:
 
     def _give_up(self, name: str, reason: str) -> None:
         self.report(f"{name}: failed: {reason}")
-        self.samples.add("failed", point=self.name, backend=name, status="failed", reason=reason)
+        self._add("failed", name, status="failed", reason=reason)
 
     def _leave(self, name: str, reason: str) -> None:
         """Leaves a backend that was too slow to a rerun: it may need a second more than it had."""
         self._left.add(name)
         if self._over():
             self.report(f"{name}: ended, the time is over; a rerun begins it again")
-            self.samples.add("cut", point=self.name, backend=name)
+            self._add("cut", name)
             return
         self.report(f"{name}: {reason}; a rerun gives it twice the time")
-        self.samples.add("cut", point=self.name, backend=name, late=True, reason=reason)
+        self._add("cut", name, late=True, reason=reason)
 
     def _take_turn(self, name: str, number: int) -> None:
         if name not in self._loaded and not self._load(name):
             return
         worker = self._loaded[name]
-        found = worker.ask("run", self._timeout(name), count=self.pace.runs)
-        self.samples.add("times", point=self.name, backend=name, round=number, times_ms=found["times_ms"])
+        times = worker.ask("run", self._timeout(name), count=self.pace.runs)
+        self._add("times", name, round=number, times_ms=times)
         self._compare(name, worker)
 
     def _load(self, name: str) -> bool:
         """Loads and warms up."""
-        candidate = self.candidates[name]
         if not self._make_room(name):
             return False
-        job = candidate.job
-        cuda = candidate.backend.device == "cuda"
+        job = self.jobs[name]
+        cuda = job.backend.device == "cuda"
         worker = Worker(self.folder / f"{name}.log", {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor" / name)})
         self._loaded[name] = worker
         loaded = worker.ask("load", self._timeout(name), job=job, most_bytes=None if cuda else available_bytes())
         least_s = self.pace.warm_up_s if cuda else 0.0
         if self.pace.warm_up:
             worker.ask("run", self._timeout(name), count=self.pace.warm_up, least_s=least_s)
-        build_s = loaded["build_s"] if loaded["build_s"] is not None else job["build_s"]
-        values = {"load_s": loaded["load_s"], "build_s": build_s, "file_bytes": job["file_bytes"]}
-        values["note"] = loaded["note"]
-        self.samples.add("load", point=self.name, backend=name, **values)
+        build_s = loaded["build_s"] if loaded["build_s"] is not None else job.build_s
+        self._add("load", name, **loaded | {"build_s": build_s, "file_bytes": job.file_bytes})
         return True
 
     def _compare(self, name: str, worker: Worker) -> None:
         """Where it was not done yet, writes the outputs and their error figures against the reference's."""
         folder, reference = self.folder / name, self.folder / REFERENCE
-        wanted = any(not self._judged(other) for other in self.candidates)
+        wanted = any(not self._judged(other) for other in self.jobs)
         if not (wanted if name == REFERENCE else not self._judged(name)):
             return
-        names = worker.ask("outputs", self._timeout(name), folder=str(folder))["names"]
+        names = worker.ask("outputs", self._timeout(name), folder=folder)
         found = {one: np.load(folder / f"{one}.npy", mmap_mode="r") for one in names}
-        if name == REFERENCE:
+        if name == REFERENCE or not reference.is_dir():
             if not self._judged(name):
-                self.samples.add("errors", point=self.name, backend=name, errors=[], passed=None)
-            return
-        if not reference.is_dir():
-            self.samples.add("errors", point=self.name, backend=name, errors=[], passed=None)
+                self._add("errors", name, errors=[], passed=None)
             return
         expected = {one: np.load(reference / f"{one}.npy", mmap_mode="r") for one in names}
-        verdict = compare(expected, found, self.candidates[name].backend.precision, f"PyTorch FP32 against {name}")
+        verdict = compare(expected, found, self.jobs[name].backend.precision, f"PyTorch FP32 against {name}")
         errors = [comparison.to_dict() for comparison in verdict.comparisons]
-        self.samples.add("errors", point=self.name, backend=name, errors=errors, passed=verdict.passed)
+        self._add("errors", name, errors=errors, passed=verdict.passed)
         for one in names:
             if not self.keep(one):
                 (folder / f"{one}.npy").unlink()
 
     def _judged(self, name: str) -> bool:
-        return self._given_up(name) or self.samples.last("errors", point=self.name, backend=name) is not None
+        return self._given_up(name) or self._has("errors", name)
 
     def _make_room(self, name: str) -> bool:
         """Unloads others until there is memory, first those whose turn is furthest away; none where it is in vain.
@@ -236,14 +205,14 @@ class Point:
         What runs on a GPU needs device memory above all, and the free memory of some hosts grows only as it is used: on
         a GPU nothing is refused, and what runs out of memory is tried again alone.
         """
-        if self.candidates[name].backend.device == "cuda":
+        if self.jobs[name].backend.device == "cuda":
             return True
-        order, needed = list(self.candidates), self._needed[name]
+        order, needed = list(self.jobs), self._needed[name]
         most = available_bytes() + sum(worker.resident_bytes() for worker in self._loaded.values())
         if most < needed:
             reason = f"needs about {needed / 1e9:.1f} GB of memory, {most / 1e9:.1f} GB are free"
             self.report(f"{name}: {reason}")
-            self.samples.add("short", point=self.name, backend=name, reason=reason)
+            self._add("short", name, reason=reason)
             self._left.add(name)
             return False
         while available_bytes() < needed + SPARE_BYTES and self._loaded:
@@ -257,7 +226,7 @@ class Point:
         """Ends a worker, its peaks noted; they are the better estimate from then on."""
         try:
             peaks = self._loaded[name].ask("memory", self._timeout(name, GRACE_SECONDS))
-            self.samples.add("memory", point=self.name, backend=name, **peaks)
+            self._add("memory", name, **peaks)
             self._needed[name] = max(peaks["peak_host_bytes"], 1)
         except WorkerError as error:
             self.report(f"{name}: no peak memory: {error}")
@@ -272,14 +241,14 @@ class Point:
         try:
             if REFERENCE in self._loaded or self._load(REFERENCE):
                 found = self._loaded[REFERENCE].ask("parts", self._timeout(REFERENCE), count=runs)
-                self.samples.add("parts", point=self.name, **found)
+                self.samples.add("parts", point=self.name, parts_ms=found)
         except (WorkerError, FidelityError) as error:
             self.report(f"no time of each part: {error}")
             self._end(REFERENCE)
 
     def _drop_outputs(self) -> None:
         """Frees the disk of what nothing reads any more."""
-        for name in self.candidates:
+        for name in self.jobs:
             for file in (self.folder / name).glob("*.npy"):
                 if not self.keep(file.stem):
                     file.unlink()

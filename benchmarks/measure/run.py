@@ -15,20 +15,19 @@ from benchmarks.measure.backends import (
     SWEPT,
     Backend,
     Device,
+    Job,
     choose_backends,
     why_unavailable,
 )
 from benchmarks.measure.environment import package_versions, processor
 from benchmarks.measure.host_memory import needed_bytes
-from benchmarks.measure.rounds import Candidate, Pace, Point, Report
-from benchmarks.measure.samples import Place, Samples
+from benchmarks.measure.point import Pace, Point
+from benchmarks.measure.rounds import Report, Rounds
+from benchmarks.measure.samples import Samples
 from benchmarks.measure.work_folder import Workplace, digest
 from benchmarks.measure.worker_process import WorkerError
 from benchmarks.options import DEFAULTS, BenchOptions
-from benchmarks.roofline import encoder_parts
 from engines.doctor import driver_version
-from export.contract.signature import Signature
-from neck.config import EncoderConfig
 
 MAIN_SHARE = 0.6
 """Of a run of `minutes`, where sweeps follow the main point."""
@@ -48,16 +47,10 @@ class Run:
     Attributes:
         options, place: what is asked, and where the encoder lies.
         environment, device: the machine.
-        prepared: what `Workplace.prepare` found.
-        config, signature: of the main point.
-        points: of the sweeps.
+        main, swept: the encoder's own point, and those of the sweeps that are others.
         backends, unavailable: all that the result lists; id -> reason of those that cannot run here.
-        pace, sweep_pace: how often things run.
         folder, samples: of this benchmark.
-        main, swept: the points, once `measure` is done.
     """
-
-    main: Place
 
     def __init__(self, options: BenchOptions, place: Workplace, report: Report) -> None:
         started = time.monotonic()
@@ -69,21 +62,25 @@ class Run:
             raise BenchError(f"the machine cannot be examined: {error}") from None
         self.environment, facts = found["environment"], found["capabilities"]
         self.device: Device = _device(options, facts["cuda"])
-        self.prepared = place.prepare()
+        place.prepare()
+        pace, sweep_pace = _paces(options, self.device, started)
         size = self._main_size()
-        self.config, self.signature = place.sign(size, options.batch)
-        self.points = self._sweep_points(size)
-        self.swept: list[Place] = []
+        self.main = place.point(size, options.batch, pace)
+        # a size that cannot be is an error before anything is measured
+        points = [
+            place.point(size if side is None else side, batch, sweep_pace, sweep)
+            for sweep, side, batch in options.sweeps
+        ]
+        self.swept = [one for one in points if one.files != self.main.files]
         named = options.backends or (QUICK[self.device] if options.quick else ())
         self.backends = choose_backends(self.device, named)
         reasons = {one.id: why_unavailable(one, facts, one.id in options.backends) for one in self.backends}
         self.unavailable = {name: reason for name, reason in reasons.items() if reason}
         self._refuse_nothing()
-        self.pace, self.sweep_pace = _paces(options, self.device, started)
         self.folder, self.samples = self._open_samples()
 
     def _main_size(self) -> int | tuple[int, int] | None:
-        config, options = self.place.config, self.options
+        config, options = self.place.prepared.config, self.options
         small = 24 * config.patch_size
         if options.image_size is None and options.quick and self.device == "cpu" and min(config.image_size) > small:
             return small
@@ -102,8 +99,8 @@ class Run:
         options = self.options
         deciding = {
             "encoder": self.place.folder.name,
-            "point": [self.config.image_size, options.batch],
-            "pace": dataclasses.astuple(self.pace)[:4],
+            "point": [self.main.image_size, options.batch],
+            "pace": dataclasses.astuple(self.main.pace)[:4],
             "machine": [processor(), driver_version(), package_versions()],
         }
         key = digest(deciding)
@@ -120,10 +117,11 @@ class Run:
     def measure(self) -> None:
         """Measures what the samples lack."""
         self._measure_rates("before")
-        self.main = self._measure(self.config, self.signature, None, self.pace, self.available())
-        for sweep, config, signature in self.points:
-            self.swept.append(self._measure(config, signature, sweep, self.sweep_pace, self.swept_backends()))
-        if not self.options.quick and time.monotonic() < self.sweep_pace.ends:
+        self._measure(self.main, self.available())
+        for point in self.swept:
+            self._measure(point, self.swept_backends())
+        ends = (self.swept or [self.main])[-1].pace.ends
+        if not self.options.quick and time.monotonic() < ends:
             self._measure_rates("after")
 
     def available(self) -> list[Backend]:
@@ -140,65 +138,33 @@ class Run:
                 raise BenchError(f"the machine's rates cannot be measured: {error}") from None
             self.place.rest()
 
-    def _measure(
-        self, config: EncoderConfig, signature: Signature, sweep: str | None, pace: Pace, backends: Sequence[Backend]
-    ) -> Place:
-        """Measures one point."""
-        batch, (height, width) = signature.batch.optimum, config.image_size
-        place = Place(
-            f"{height}x{width} batch {batch}" + (" (sweep)" if sweep else ""),
-            config.image_size,
-            batch,
-            sweep,
-            encoder_parts(config, signature, batch),
-        )
-
-        if time.monotonic() < pace.ends and self._lacks(place.name, pace, backends):
-            self.place.ends = pace.ends
-            candidates = self._candidates(place.name, config, signature, backends)
+    def _measure(self, point: Point, backends: Sequence[Backend]) -> None:
+        """Measures what one point lacks."""
+        living = [one for one in backends if self.samples.last("failed", point=point.name, backend=one.id) is None]
+        lacking = any(self.samples.whole_rounds(point.name, one.id) < point.pace.rounds for one in living)
+        if lacking and time.monotonic() < point.pace.ends:
+            jobs = self._jobs(point, living)
+            needed = {name: needed_bytes(job.backend, point) for name, job in jobs.items()}
             # the features of the main point become pictures
-            keep: Callable[[str], bool] = (lambda name: False) if sweep else (lambda name: "_pos_" not in name)
-            point = Point(place.name, self.folder / place.slug, candidates, self.samples, pace, self.report, keep)
-            point.measure(0 if sweep else PARTS_RUNS[self.device])
-        if sweep:
-            self.place.drop(config, signature)
-        return place
+            keep: Callable[[str], bool] = (lambda name: False) if point.sweep else (lambda name: "_pos_" not in name)
+            rounds = Rounds(point, self.folder / point.slug, jobs, needed, self.samples, self.report, keep)
+            rounds.measure(0 if point.sweep else PARTS_RUNS[self.device])
+        if point.sweep:
+            self.place.drop(point)
 
-    def _lacks(self, point: str, pace: Pace, backends: Sequence[Backend]) -> bool:
-        living = (one.id for one in backends if self.samples.last("failed", point=point, backend=one.id) is None)
-        return any(self.samples.whole_rounds(point, name) < pace.rounds for name in living)
-
-    def _candidates(
-        self, point: str, config: EncoderConfig, signature: Signature, backends: Sequence[Backend]
-    ) -> list[Candidate]:
-        """The backends of a point with what they load; one whose file cannot be made has failed."""
-        self.report(f"{point}: pictures and files")
-        candidates = []
-        living = [one for one in backends if self.samples.last("failed", point=point, backend=one.id) is None]
-        jobs = self.place.jobs(living, config, signature)
-        for one in living:
-            job = jobs[one.id]
-            if isinstance(job, WorkerError) and job.late and time.monotonic() >= self.place.ends:
-                self.report(f"{one.id}: its file is not made, the time is over; a rerun makes it")
-            elif isinstance(job, WorkerError):
-                reason = f"what it runs cannot be made: {job}"
-                self.samples.add("failed", point=point, backend=one.id, status="failed", reason=reason)
+    def _jobs(self, point: Point, backends: Sequence[Backend]) -> dict[str, Job]:
+        """What the backends of a point load; one whose file cannot be made has failed."""
+        self.report(f"{point.name}: pictures and files")
+        found = {}
+        for name, job in self.place.jobs(backends, point).items():
+            if isinstance(job, Job):
+                found[name] = job
+            elif job.late and time.monotonic() >= point.pace.ends:
+                self.report(f"{name}: its file is not made, the time is over; a rerun makes it")
             else:
-                candidates.append(Candidate(one, job, needed_bytes(one, config, signature, signature.batch.optimum)))
-        return candidates
-
-    def _sweep_points(self, main_size: int | tuple[int, int] | None) -> list[tuple[str, EncoderConfig, Signature]]:
-        """Sweep, config and signature of every point that is not the main one.
-
-        Raises:
-            BenchError: a size that cannot be, before anything is measured.
-        """
-        points = []
-        for sweep, size, batch in self.options.sweeps:
-            config, signature = self.place.sign(size if size is not None else main_size, batch)
-            if (config.image_size, batch) != (self.config.image_size, self.options.batch):
-                points.append((sweep, config, signature))
-        return points
+                reason = f"what it runs cannot be made: {job}"
+                self.samples.add("failed", point=point.name, backend=name, status="failed", reason=reason)
+        return found
 
     def swept_backends(self) -> list[Backend]:
         """What the sweeps measure: `swept`, else those of SWEPT, that are asked; else all that need no compiler."""

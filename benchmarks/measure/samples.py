@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import BenchError
-from benchmarks.roofline import Part
 
 SCHEMA = 1
 KIND = "bench-samples"
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """A point as rows name it.
-
-    Attributes:
-        name: in the samples.
-        image_size, batch: what runs.
-        sweep: which sweep it is part of, if any.
-        parts: the fewest operations and bytes, those of the rewritten module: every row's floor.
-    """
-
-    name: str
-    image_size: tuple[int, int]
-    batch: int
-    sweep: str | None
-    parts: Sequence[Part]
-
-    @property
-    def slug(self) -> str:
-        """The name as a folder."""
-        return re.sub(r"[^0-9a-z]+", "-", self.name).strip("-")
 
 
 class Samples:

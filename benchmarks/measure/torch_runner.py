@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.options import selection
-from export.contract.signature import Signature
+from benchmarks.measure.backends import Job, Runner
+from benchmarks.options import SELECTION
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import DeployAttention, DeployProjection, Rewrites, RotaryHalves
 from neck.checkpoint import load_encoder
 from neck.checkpoint_keys import NECK_MODULES
-from neck.config import HEAD_PARTS, EncoderConfig
+from neck.config import HEAD_PARTS
 from neck.position import PositionEmbeddingSine
 from neck.trunk import Block, ViTDetTrunk
 
@@ -35,22 +34,23 @@ class RotaryBack(RotaryHalves):
         return super().forward(x, cos, sin).to(x.dtype)
 
 
-def make_module(job: Mapping[str, Any]) -> DeployEncoder:
+def make_module(job: Job) -> DeployEncoder:
     """The encoder of a job on its device; weights in its precision, rotary and position tables in FP32."""
-    config, signature = EncoderConfig.from_dict(job["config"]), Signature.from_dict(job["signature"])
-    weights, head = Path(job["weights"]), config.sam2_head
-    encoder = load_encoder(weights, config, necks=config.necks, sam2_head=head, **selection(job))
+    config, signature, backend = job.config, job.signature, job.backend
+    chosen: dict[str, Any] = {name: getattr(job.encoder, name) for name in SELECTION}
+    assert job.encoder.checkpoint is not None
+    encoder = load_encoder(job.encoder.checkpoint, config, necks=config.necks, sam2_head=config.sam2_head, **chosen)
     encoder.set_imgsz(signature.image_size)
-    module = DeployEncoder(encoder, signature, Rewrites() if job["module"] == "rewritten" else Rewrites.none())
+    module = DeployEncoder(encoder, signature, Rewrites() if backend.module == "rewritten" else Rewrites.none())
     for part in module.modules():
         if isinstance(part, DeployAttention):
             fold(part)
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(job["device"], DTYPES[job["precision"]])
-    module = module.to(job["device"]).eval()
+        parameter.data = parameter.data.to(backend.device, DTYPES[backend.precision])
+    module = module.to(backend.device).eval()
     if isinstance(module.position_encoding, PositionEmbeddingSine):
         for size in signature.level_sizes:  # its tables are there before it is compiled, as the rewritten module's are
-            module.position_encoding(torch.empty(1, device=job["device"]).expand(1, 1, *size))
+            module.position_encoding(torch.empty(1, device=backend.device).expand(1, 1, *size))
     return module
 
 
@@ -63,26 +63,26 @@ def fold(attention: DeployAttention) -> None:
     attention.rope.__class__ = RotaryBack
 
 
-class TorchRunner:
+class TorchRunner(Runner):
     """Runs the module on one input."""
 
-    def __init__(self, job: Mapping[str, Any]) -> None:
-        self.job, self.cuda = job, job["device"] == "cuda"
+    def __init__(self, job: Job) -> None:
+        self.job, self.cuda = job, job.backend.device == "cuda"
         self._results: tuple[Tensor, ...] = ()
 
     def load(self) -> float | None:
         """Reads the weights; a compiled module is built by its first run."""
-        job = self.job
+        backend = self.job.backend
         # what is called FP32 is FP32: cuDNN's convolutions take TF32 by default
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
-        self.module = make_module(job)
-        self.image = torch.from_numpy(np.load(job["image"])).to(job["device"], DTYPES[job["precision"]])
+        self.module = make_module(self.job)
+        self.image = torch.from_numpy(np.load(self.job.image)).to(backend.device, DTYPES[backend.precision])
         self.names = [spec.name for spec in self.module.signature.outputs]
         self._call: Callable[[Tensor], tuple[Tensor, ...]] = self.module
-        if job["runtime"] == "eager":
+        if backend.runtime == "eager":
             return None
-        self._call = torch.compile(self.module, mode=MODES[job["runtime"]], dynamic=False)
+        self._call = torch.compile(self.module, mode=MODES[backend.runtime], dynamic=False)
         start = time.perf_counter()
         self.run()
         seconds = time.perf_counter() - start
@@ -107,12 +107,9 @@ class TorchRunner:
         """Most memory that torch's allocator held since the module was loaded or built."""
         return torch.cuda.max_memory_reserved() if self.cuda else None
 
-    def note(self) -> None:
-        """Nothing: it runs as its row says or not at all."""
-
     def parts_ms(self) -> dict[str, float] | None:
         """Milliseconds of each part in one eager run, taken by hooks; on a GPU it waits at every hook."""
-        if self.job["runtime"] != "eager":
+        if self.job.backend.runtime != "eager":
             return None
         times: dict[str, float] = {}
         hooks = [hook for part, module in part_modules(self.module) for hook in self._timed(part, module, times)]
@@ -122,11 +119,6 @@ class TorchRunner:
         for hook in hooks:
             hook.remove()
         return {**times, OTHER: total - sum(times.values())}
-
-    def close(self) -> None:
-        """Frees the module."""
-        self._results = ()
-        del self.module, self._call
 
     def _timed(self, part: str, module: nn.Module, times: dict[str, float]) -> list[Any]:
         started: list[float] = []

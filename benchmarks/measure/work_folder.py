@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import BenchError
-from benchmarks.measure.backends import Backend
+from benchmarks.measure.backends import Backend, Job
 from benchmarks.measure.environment import available_bytes
+from benchmarks.measure.point import Pace, Point
 from benchmarks.measure.worker_process import ROOT, Worker, WorkerError
 from benchmarks.options import SELECTION, BenchOptions
 from export.contract.manifest import data_path
@@ -22,11 +23,7 @@ from export.contract.signature import BatchRange, Signature, SignatureError, enc
 from neck.config import ConfigError, EncoderConfig
 from neck.pictures import PictureFolder
 
-Job = dict[str, Any] | WorkerError
-"""What a worker loads, or why it cannot be made."""
-
-OUTPUTS = ("necks", "levels", "positions", "sam2_outputs")
-"""What is asked of the encoder's outputs, as ExportOptions and encoder_signature name it."""
+Size = int | tuple[int, int]
 
 ROOM_BYTES = 8 << 30
 """An export at full size takes up to 2.4 GB."""
@@ -34,9 +31,27 @@ ROOM_BYTES = 8 << 30
 PREPARE_SECONDS = 1800.0
 """An export at full size takes half a minute, a plan on a small GPU many."""
 
+OUTPUTS = ("necks", "levels", "positions", "sam2_outputs")
+"""Options that name the encoder's outputs, as encoder_signature calls them."""
 
-ENCODER = ("checkpoint", *SELECTION, "config", "seed", "necks", "levels", "positions", "sam2_outputs", "images")
+ENCODER = ("checkpoint", *SELECTION, "config", "seed", *OUTPUTS, "images")
 """Options that name the encoder and its pictures."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """The encoder once it is there.
+
+    Attributes:
+        encoder: what was asked, its checkpoint being the one that every backend maps.
+        config, signature: at its own size.
+        parameters: how many it has.
+    """
+
+    encoder: BenchOptions
+    config: EncoderConfig
+    parameters: int
+    signature: Signature
 
 
 def identity(asked: BenchOptions) -> dict[str, Any]:
@@ -70,22 +85,21 @@ def seconds_path(path: Path) -> Path:
 def about_file(path: Path) -> dict[str, Any]:
     """`onnx`, `build_s` (by whichever run exported it) and `file_bytes` of an exported file."""
     size = path.stat().st_size + data_path(path).stat().st_size
-    return {"onnx": str(path), "build_s": float(seconds_path(path).read_text()), "file_bytes": size}
+    return {"onnx": path, "build_s": float(seconds_path(path).read_text()), "file_bytes": size}
 
 
 class Workplace:
     """A folder for one encoder and a worker that makes what lies in it; a context that ends the worker."""
 
+    prepared: Prepared
+
     def __init__(self, work: Path, asked: BenchOptions) -> None:
         self.asked = asked
         self.folder = work / f"encoder-{digest(identity(asked))}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.ends = float("inf")  # when no file is made any more, in time.monotonic seconds
         self._worker: Worker | None = None
-        self._prepared: dict[str, Any] = {}
-        self.config = EncoderConfig()  # the encoder's own, once it is prepared
 
-    def ask(self, command: str, **values: Any) -> dict[str, Any]:
+    def ask(self, command: str, **values: Any) -> Any:
         """Asks the preparing worker, which is started again where it died."""
         if self._worker is None:
             self._worker = Worker(self.folder / "prepare.log")
@@ -101,36 +115,25 @@ class Workplace:
             self._worker.close()
         self._worker = None
 
-    def prepare(self) -> dict[str, Any]:
+    def prepare(self) -> Prepared:
         """Finds or makes the weights.
-
-        Returns:
-            `weights`, `config`, `parameters` and `signature`, as prepare.make_weights.
 
         Raises:
             BenchError: they cannot be read or made.
         """
         try:
-            self._prepared = self.ask("weights", **self._encoder(), folder=str(self.folder), image_size=None, batch=1)
+            self.prepared = self.ask("weights", asked=self.asked, folder=self.folder)
         except WorkerError as error:
             raise BenchError(f"the encoder cannot be made: {error}") from None
-        self.config = EncoderConfig.from_dict(self._prepared["config"])
-        return self._prepared
+        return self.prepared
 
-    def _encoder(self) -> dict[str, Any]:
-        asked = self.asked
-        config = asked.config.to_dict() if asked.config else None
-        values = {name: getattr(asked, name) for name in (*SELECTION, "seed", *OUTPUTS)}
-        paths = {name: str(path) if (path := getattr(asked, name)) else None for name in ("checkpoint", "adapter")}
-        return {**values, **paths, "config": config}
-
-    def sign(self, image_size: int | tuple[int, int] | None, batch: int) -> tuple[EncoderConfig, Signature]:
-        """Config and signature at a size; None is the config's own.
+    def point(self, image_size: Size | None, batch: int, pace: Pace, sweep: str | None = None) -> Point:
+        """The point of a size; None is the config's own.
 
         Raises:
             BenchError: a size, neck or level that cannot be.
         """
-        config = self.config
+        config = self.prepared.config
         try:
             if image_size is not None:
                 config = dataclasses.replace(config, image_size=image_size)  # type: ignore[arg-type]
@@ -138,81 +141,74 @@ class Workplace:
             signature = encoder_signature(config, batch=BatchRange(batch, batch, batch), **kept)
         except (ConfigError, SignatureError) as error:
             raise BenchError(str(error)) from None
+        height, width = config.image_size
         if not all(side for level in signature.levels for side in signature.level_sizes[level]):
-            raise BenchError(f"image size {config.image_size[0]}x{config.image_size[1]} leaves a level empty")
-        return config, signature
+            raise BenchError(f"image size {height}x{width} leaves a level empty")
+        name = f"{height}x{width} batch {batch}" + (" (sweep)" if sweep else "")
+        return Point(name, sweep, config, signature, pace)
 
-    def jobs(self, backends: Sequence[Backend], config: EncoderConfig, signature: Signature) -> dict[str, Job]:
-        """What a worker loads, by backend; the picture and the files are made where they are not there.
+    def jobs(self, backends: Sequence[Backend], point: Point) -> dict[str, Job | WorkerError]:
+        """What a worker loads, or why it cannot be made, by backend; picture and files are made where they lack.
 
         Two files are made at a time, since an export keeps one core busy, but plans one by one: their builder measures.
         """
-        batch, (height, width) = signature.batch.optimum, config.image_size
-        place = f"{height}x{width}-b{batch}"
-        values = {"batch": batch, "signature": signature.to_dict(), "config": config.to_dict()}
-        image = self.folder / f"image-{place}.npy"
+        image = self.folder / f"image-{point.files}.npy"
         if not image.is_file():
             try:
-                self.ask("image", **values, **self._pictures(), path=str(image))
+                self.ask("image", asked=self.asked, signature=point.signature, path=image)
             except WorkerError as error:
                 raise BenchError(f"the picture cannot be made: {error}") from None
         self.rest()
-        values |= {name: self._prepared[name] for name in ("weights", *SELECTION)} | {"image": str(image)}
-        folders = {
-            one.id: self.folder / f"{one.module}-{one.precision}-{place}{'-plan' * (one.runtime == 'plan')}"
-            for one in backends
-            if one.file
-        }
-        firsts = {folder: one for one in reversed(backends) if (folder := folders.get(one.id))}
+        made = {one.id: Job(one, self.prepared.encoder, point.config, point.signature, image) for one in backends}
+        firsts = {self._folder(job): job for job in reversed(made.values()) if job.backend.file}
         at_once = 1 if any(one.runtime == "plan" for one in backends) or available_bytes() < ROOM_BYTES else 2
         with ThreadPoolExecutor(at_once) as pool:
-            files = dict(zip(firsts, pool.map(lambda at: self._file(firsts[at], values, at), firsts), strict=True))
-        found: dict[str, Job] = {}
-        for one in backends:
-            made: Job = files[folders[one.id]] if one.file else {"build_s": None, "file_bytes": None}
-            if one.runtime == "plan" and not isinstance(made, WorkerError):
-                made = self._plan(one, made, folders[one.id])
-            found[one.id] = made if isinstance(made, WorkerError) else {**dataclasses.asdict(one), **values, **made}
+            files = dict(zip(firsts, pool.map(lambda job: self._file(job, point.pace), firsts.values()), strict=True))
+        found: dict[str, Job | WorkerError] = {}
+        for name, job in made.items():
+            try:
+                about = files[self._folder(job)] if job.backend.file else {}
+                if isinstance(about, WorkerError):
+                    raise about
+                if job.backend.runtime == "plan":
+                    about = about | self._plan(job, about, point.pace)
+                found[name] = dataclasses.replace(job, **about)
+            except WorkerError as error:
+                found[name] = error
         return found
 
-    def _pictures(self) -> dict[str, Any]:
-        """The user's folder and what of a deep picture is black and white, as JSON values."""
-        given = PictureFolder.of(self.asked.images) if self.asked.images else None
-        ends = dataclasses.astuple(given.value_range) if given and given.value_range else None
-        return {"images": str(given.path) if given else None, "picture_range": ends}
+    def _folder(self, job: Job) -> Path:
+        """Of an exported file, which several backends may run."""
+        height, width = job.config.image_size
+        name = f"{job.backend.module}-{job.backend.precision}-{height}x{width}-b{job.signature.batch.optimum}"
+        return self.folder / (f"{name}-plan" if job.backend.runtime == "plan" else name)
 
-    def _file(self, backend: Backend, values: Mapping[str, Any], folder: Path) -> Job:
+    def _file(self, job: Job, pace: Pace) -> dict[str, Any] | WorkerError:
         """The ONNX file of a backend, by a worker of its own."""
-        path = folder / "encoder.onnx"
+        path = self._folder(job) / "encoder.onnx"
         if seconds_path(path).is_file():
             return about_file(path)
-        folder.mkdir(exist_ok=True)
-        asked = {**self._encoder(), **values, "checkpoint": self._prepared["weights"]}
-        asked |= {"image_size": values["config"]["image_size"], "path": str(path)}
-        asked |= {name: getattr(backend, name) for name in ("precision", "module", "runtime")}
-        asked |= self._pictures()
-        return self._by_itself(folder, "file", asked)
+        path.parent.mkdir(exist_ok=True)
+        try:
+            return self._by_itself(path.parent, pace, "file", job=job, path=path)
+        except WorkerError as error:
+            return error
 
-    def _plan(self, backend: Backend, made: Mapping[str, Any], folder: Path) -> Job:
+    def _plan(self, job: Job, about: Mapping[str, Any], pace: Pace) -> dict[str, Any]:
         """The plan of a file, by a worker of its own: one flavour of TensorRT to a process."""
-        path = folder / f"{backend.provider}.plan"
-        plan = self._by_itself(folder, "plan", {"onnx": made["onnx"], "path": str(path), "flavor": backend.provider})
-        if isinstance(plan, WorkerError):
-            return plan
-        return {**made, **plan, "build_s": made["build_s"] + plan["build_s"]}
+        path, flavor = about["onnx"].with_name(f"{job.backend.provider}.plan"), job.backend.provider
+        plan = self._by_itself(path.parent, pace, "plan", onnx=about["onnx"], path=path, flavor=flavor)
+        return {**plan, "build_s": about["build_s"] + plan["build_s"]}
 
-    def _by_itself(self, folder: Path, command: str, asked: Mapping[str, Any]) -> Job:
+    def _by_itself(self, folder: Path, pace: Pace, command: str, **asked: Any) -> dict[str, Any]:
         with Worker(folder.with_name(f"{folder.name}.log")) as worker:
-            try:
-                return worker.ask(command, min(PREPARE_SECONDS, max(self.ends - time.monotonic(), 0.1)), **asked)
-            except WorkerError as error:
-                return error
+            seconds = min(PREPARE_SECONDS, max(pace.ends - time.monotonic(), 0.1))
+            made: dict[str, Any] = worker.ask(command, seconds, **asked)
+            return made
 
-    def drop(self, config: EncoderConfig, signature: Signature) -> None:
+    def drop(self, point: Point) -> None:
         """Removes the files of a point that nothing runs any more (1.8 GB each at full size)."""
-        height, width = config.image_size
-        place = f"{height}x{width}-b{signature.batch.optimum}"
-        for folder in (*self.folder.glob(f"*-{place}"), *self.folder.glob(f"*-{place}-plan")):
+        for folder in (*self.folder.glob(f"*-{point.files}"), *self.folder.glob(f"*-{point.files}-plan")):
             shutil.rmtree(folder)
 
     def __enter__(self) -> Workplace:

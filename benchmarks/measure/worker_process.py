@@ -1,16 +1,19 @@
-"""A worker as the benchmark holds it: start, ask, end. Whatever becomes of it is a sentence."""
+"""A worker as the benchmark holds it: start, ask, end. Whatever becomes of it is a sentence.
+
+A process of its own and not multiprocessing.Process: that imports the main module again in each worker, which would be
+part of the memory that is measured, and gives no environment, session or log to one.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +44,25 @@ class Worker:
     """One worker process; a context that ends it.
 
     Args:
-        log: where its standard error goes.
+        log: where all that it prints goes.
         environment: further environment variables.
     """
 
     def __init__(self, log: Path, environment: Mapping[str, str] | None = None) -> None:
         self.log = log
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        with log.open("ab") as errors:
-            self._from = errors.tell()
+        self._connection, theirs = Pipe()
+        with log.open("ab") as printed, theirs:
+            self._from = printed.tell()
             self._process = subprocess.Popen(
-                COMMAND,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
+                (*COMMAND, str(theirs.fileno())),
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=printed,
+                pass_fds=[theirs.fileno()],
                 env={**os.environ, **SETTINGS, "PYTHONPATH": path, **(environment or {})},
                 start_new_session=True,  # Ctrl-C is the parent's, which ends its workers
             )
-        self._read = b""
 
     @property
     def pid(self) -> int:
@@ -71,36 +75,23 @@ class Worker:
             return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return 0
 
-    def ask(self, command: str, timeout_s: float, **asked: Any) -> dict[str, Any]:
+    def ask(self, command: str, timeout_s: float, **asked: Any) -> Any:
         """Sends a command and waits for the answer.
 
         Raises:
             WorkerError: it answered with an error, ended, or gave no answer in time; in the last two cases it is gone.
         """
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # told by the missing answer
-            self._process.stdin.write(json.dumps({"do": command, **asked}).encode() + b"\n")
-            self._process.stdin.flush()
-        answer = json.loads(self._line(command, timeout_s))
-        if "error" in answer:
-            raise WorkerError(answer["error"], answer["memory"])
+        try:
+            self._connection.send((command, asked))
+            if not self._connection.poll(timeout_s):
+                self.close()
+                raise WorkerError(f"no answer to `{command}` in {timeout_s:.3g} s; it was ended", late=True)
+            answer = self._connection.recv()
+        except (EOFError, OSError):
+            raise self._ended(command) from None
+        if isinstance(answer, WorkerError):
+            raise answer
         return answer
-
-    def _line(self, command: str, timeout_s: float) -> bytes:
-        assert self._process.stdout is not None
-        ends = time.monotonic() + timeout_s
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            while b"\n" not in self._read:
-                if not selector.select(max(0.0, ends - time.monotonic())):
-                    self.close()
-                    raise WorkerError(f"no answer to `{command}` in {timeout_s:.3g} s; it was ended", late=True)
-                piece = os.read(self._process.stdout.fileno(), 1 << 16)
-                if not piece:
-                    raise self._ended(command)
-                self._read += piece
-        line, _, self._read = self._read.partition(b"\n")
-        return line
 
     def _ended(self, command: str) -> WorkerError:
         self.close()
@@ -120,14 +111,11 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process, at once where it does not end by itself, and what it started, such as compilers."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+        self._connection.close()
         if self._process.returncode is None:
             self._let_end()
             os.killpg(self.pid, signal.SIGKILL)  # it leads the group, whose number is its own until it is waited for
             self._process.wait()
-        self._process.stdout.close()
 
     def _let_end(self, seconds: float = 0.2) -> None:
         """Gives it a moment to end by itself; the operating system frees what it holds either way."""

@@ -194,7 +194,7 @@ def error_plot(result: Result, machine: dict[str, Any]) -> Chart | None:
     bands = 22 * (0.0 in errors), 22 * (math.inf in errors)
     slowest, fastest = median_ms(rows[-1]), median_ms(rows[0])
     log = slowest > LOG_PLOT_FROM * fastest
-    ends = log_range([fastest, slowest]) if log else (0, slowest * 1.12)
+    ends: tuple[float, float] = log_range([fastest, slowest]) if log else (0.0, slowest * 1.12)
     up = Scale(low, high, BOTTOM - bands[0], TOP + bands[1], True)
     label = f"Scatter plot of error against latency, {len(rows)} backends"
     plot = Plot(label, Scale(*ends, LEFT, RIGHT, log), up)

@@ -16,9 +16,8 @@ import numpy as np
 from benchmarks.errors import BenchError
 from benchmarks.measure.backends import REFERENCE, Backend
 from benchmarks.measure.environment import machine_name
-from benchmarks.measure.rounds import Pace
+from benchmarks.measure.point import Point
 from benchmarks.measure.run import Run
-from benchmarks.measure.samples import Place
 from benchmarks.measure.worker_process import ROOT
 from benchmarks.options import SELECTION
 from benchmarks.results.feature_pictures import feature_pictures
@@ -33,7 +32,7 @@ from benchmarks.results.rows import (
     raise_rates,
     work_of,
 )
-from benchmarks.roofline import encoder_parts, total_bytes, total_operations
+from benchmarks.roofline import total_bytes, total_operations
 from engines.sheet.layer_sheet import read_sheet
 from neck.pictures import PictureFolder, find_pictures, read_picture
 
@@ -50,7 +49,6 @@ def make_result(run: Run) -> dict[str, Any]:
     roofline, rows = all_rows(run)
     environment = run.environment if can_check() else {**run.environment, "form": UNCHECKED}
     machine = {"id": MACHINE, "name": machine_name(run.environment), "environment": environment}
-    plain = encoder_parts(run.config, run.signature, run.options.batch, rewritten=False)
     return {
         "schema": 1,
         "kind": "bench",
@@ -59,7 +57,7 @@ def make_result(run: Run) -> dict[str, Any]:
         "encoder": _encoder(run),
         "machines": [{**machine, "roofline": roofline}],
         "rows": rows,
-        "work": work_of(plain, run.main.name, run.samples),
+        "work": work_of(run.main, run.samples),
         "growth": _growth(run),
         "kernels": _kernels(run),
         "features": _features(run, rows),
@@ -68,20 +66,20 @@ def make_result(run: Run) -> dict[str, Any]:
 
 
 def _encoder(run: Run) -> dict[str, Any]:
-    options, signature = run.options, run.signature
+    options, signature = run.options, run.main.signature
     random = f"random (seed {options.seed})"
     chosen = [f"{key} {getattr(options, key)}" for key in SELECTION if getattr(options, key) is not None]
     head = {"sam2_outputs": signature.sam2_outputs} if signature.sam2_outputs != "features" else {}  # older have none
     return {
         "checkpoint": ", ".join([str(options.checkpoint), *chosen]) if options.checkpoint else random,
-        "image_size": list(run.config.image_size),
+        "image_size": list(run.main.image_size),
         "batch": options.batch,
         "necks": list(signature.necks),
         "levels": list(signature.levels),
         "positions": signature.positions,
         **head,
-        "config": run.config.to_dict(),
-        "parameters": run.prepared["parameters"],
+        "config": run.main.config.to_dict(),
+        "parameters": run.place.prepared.parameters,
     }
 
 
@@ -100,44 +98,43 @@ def all_rows(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         BenchError: nothing could be measured.
     """
     roofline = _roofline(run)
-    rows = _rows(run, run.main, roofline, run.pace)
+    rows = _rows(run, run.main, roofline)
     if not any(row["status"] == "measured" for row in rows):
         reasons = "; ".join(f"{row['backend']}: {row['reason']}" for row in rows)
         raise BenchError(f"no backend could be measured: {reasons}; --fresh tries again")
     for sweep in dict.fromkeys(name for name, _, _ in run.options.sweeps):
-        points = [place for place in run.swept if place.sweep == sweep]
+        points = [point for point in run.swept if point.sweep == sweep]
         if len(points) < sum(name == sweep for name, _, _ in run.options.sweeps):
             points.append(dataclasses.replace(run.main, sweep=sweep))
-        for place in sorted(points, key=lambda one: (one.image_size, one.batch)):
-            rows += _rows(run, place, roofline, run.pace if place.name == run.main.name else run.sweep_pace)
+        for point in sorted(points, key=lambda one: (one.image_size, one.batch)):
+            rows += _rows(run, point, roofline)
     return roofline, rows
 
 
-def _rows(run: Run, place: Place, roofline: dict[str, Any], pace: Pace) -> list[dict[str, Any]]:
+def _rows(run: Run, point: Point, roofline: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
-    for one in run.swept_backends() if place.sweep else run.backends:
+    for one in run.swept_backends() if point.sweep else run.backends:
         if one.id in run.unavailable:
-            rows.append(empty_row(one, place, "unavailable", run.unavailable[one.id]))
+            rows.append(empty_row(one, point, "unavailable", run.unavailable[one.id]))
         else:
             twin = plain_twin(one, run.available())
-            rows.append(_sound(make_row(one, place, run.samples, roofline, pace, twin), one, place))
+            rows.append(_sound(make_row(one, point, run.samples, roofline, twin), one, point))
     return rows
 
 
-def _sound(row: dict[str, Any], backend: Backend, place: Place) -> dict[str, Any]:
+def _sound(row: dict[str, Any], backend: Backend, point: Point) -> dict[str, Any]:
     """The row, or where its figures cannot be, one that says so: it must not cost the report."""
     problem = row_problem(row)
-    return row if problem is None else empty_row(backend, place, "failed", f"its figures cannot be: {problem}")
+    return row if problem is None else empty_row(backend, point, "failed", f"its figures cannot be: {problem}")
 
 
 def _growth(run: Run) -> list[dict[str, Any]]:
     """The closed form at every point, of the plain module."""
     found = {}
-    for place in (run.main, *run.swept):
-        config, signature = run.place.sign(place.image_size, place.batch)
-        parts = encoder_parts(config, signature, place.batch, rewritten=False)
+    for point in (run.main, *run.swept):
+        parts = point.plain_parts
         work = {"operations": total_operations(parts), "least_bytes": total_bytes(parts, "fp32")}
-        found[place.image_size, place.batch] = {"image_size": list(place.image_size), "batch": place.batch, **work}
+        found[point.image_size, point.batch] = {"image_size": list(point.image_size), "batch": point.batch, **work}
     return [found[key] for key in sorted(found)]
 
 

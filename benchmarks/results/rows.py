@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.measure.backends import REFERENCE, Backend
-from benchmarks.measure.rounds import Pace
-from benchmarks.measure.samples import Place, Samples
-from benchmarks.roofline import Part, floor_ms, total_bytes, total_operations
+from benchmarks.measure.point import Pace, Point
+from benchmarks.measure.samples import Samples
+from benchmarks.roofline import floor_ms, total_bytes, total_operations
 from engines.run.latency import summarise
 
 MACHINE = "m0"
@@ -19,7 +19,7 @@ NOT_BEGUN = "not begun: the time for this run was over (--minutes); a rerun begi
 NOT_ENDED = "not ended: the time for this run was over (--minutes); a rerun begins it again"
 
 
-def empty_row(backend: Backend, place: Place, status: str, reason: str | None) -> dict[str, Any]:
+def empty_row(backend: Backend, point: Point, status: str, reason: str | None) -> dict[str, Any]:
     """A row without figures."""
     figures = (
         "times_ms warm_up_runs latency images_per_s load_s build_s file_bytes peak_host_bytes peak_device_bytes errors "
@@ -30,9 +30,9 @@ def empty_row(backend: Backend, place: Place, status: str, reason: str | None) -
         "backend": backend.id,
         "label": backend.label,
         **{name: getattr(backend, name) for name in ("device", "precision", "module")},
-        "image_size": list(place.image_size),
-        "batch": place.batch,
-        "sweep": place.sweep,
+        "image_size": list(point.image_size),
+        "batch": point.batch,
+        "sweep": point.sweep,
         "status": status,
         "reason": reason,
         **dict.fromkeys(figures.split()),
@@ -41,47 +41,45 @@ def empty_row(backend: Backend, place: Place, status: str, reason: str | None) -
 
 def make_row(
     backend: Backend,
-    place: Place,
+    point: Point,
     samples: Samples,
     roofline: Mapping[str, Any],
-    pace: Pace,
     plain: str | None = None,
 ) -> dict[str, Any]:
     """The row of a backend at a point.
 
     Args:
-        backend, place: which.
+        backend, point: which.
         samples: what was measured.
         roofline: the machine's rates.
-        pace: how often it was to run.
         plain: the backend that differs by the plain module alone, for `ratio_to_plain`.
     """
-    where = {"point": place.name, "backend": backend.id}
+    where = {"point": point.name, "backend": backend.id}
     failed = samples.last("failed", **where)
-    rounds = samples.times(place.name, backend.id)
+    rounds = samples.times(point.name, backend.id)
     if failed or not rounds:
         status, reason = ("failed", failed["reason"]) if failed else ("unavailable", _why_waiting(samples, where))
-        return empty_row(backend, place, status, reason)
+        return empty_row(backend, point, status, reason)
     times = [time for times in rounds for time in times]
     latency, loads = summarise(times), samples.all("load", **where)
     errors = samples.last("errors", **where) or {"errors": None, "passed": None}
     memory = samples.all("memory", **where)
-    floor = floor_ms(place.parts, backend.precision, roofline["flops_per_s"], roofline["copy_bytes_per_s"])
+    floor = floor_ms(point.parts, backend.precision, roofline["flops_per_s"], roofline["copy_bytes_per_s"])
     return {
-        **empty_row(backend, place, "measured", None),
+        **empty_row(backend, point, "measured", None),
         "times_ms": times,
-        "warm_up_runs": pace.warm_up,
+        "warm_up_runs": point.pace.warm_up,
         "latency": dataclasses.asdict(latency),
-        "images_per_s": place.batch * 1e3 / latency.mean_ms,
+        "images_per_s": point.batch * 1e3 / latency.mean_ms,
         **{name: loads[0][name] if loads else None for name in ("load_s", "build_s", "file_bytes")},
         **{name: _largest(memory, name) for name in ("peak_host_bytes", "peak_device_bytes")},
         "errors": errors["errors"],
         "passed": errors["passed"],
-        "ratio": ratio(samples, place.name, backend.id, REFERENCE),
-        "ratio_to_plain": ratio(samples, place.name, backend.id, plain) if plain else None,
+        "ratio": ratio(samples, point.name, backend.id, REFERENCE),
+        "ratio_to_plain": ratio(samples, point.name, backend.id, plain) if plain else None,
         "floor_ms": floor,
         "share_of_floor": floor / latency.p50_ms if floor else None,
-        "note": _note(backend.id, loads, len(rounds), pace),
+        "note": _note(backend.id, loads, len(rounds), point.pace),
     }
 
 
@@ -146,7 +144,7 @@ def best_rates(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def raise_rates(
-    roofline: Mapping[str, Any], places: Sequence[Place], backends: Sequence[Backend], samples: Samples
+    roofline: Mapping[str, Any], points: Sequence[Point], backends: Sequence[Backend], samples: Samples
 ) -> dict[str, Any]:
     """The rates, none less than what a backend reached on the whole encoder: a product is a sample of the machine only.
 
@@ -154,18 +152,18 @@ def raise_rates(
         The roofline, with `reached_by`: the backend that raised a precision's rate, None where the product stands.
     """
     flops, reached_by = dict(roofline["flops_per_s"]), dict.fromkeys(roofline["flops_per_s"])
-    for place in places:
+    for point in points:
         for one in backends:
-            for times in samples.times(place.name, one.id):
-                reached = total_operations(place.parts) / min(times) * 1e3
+            for times in samples.times(point.name, one.id):
+                reached = total_operations(point.parts) / min(times) * 1e3
                 if flops.get(one.precision) and reached > flops[one.precision]:
                     flops[one.precision], reached_by[one.precision] = reached, one.id
     return {**roofline, "flops_per_s": flops, "reached_by": reached_by}
 
 
-def work_of(run: Sequence[Part], point: str, samples: Samples) -> dict[str, Any]:
+def work_of(point: Point, samples: Samples) -> dict[str, Any]:
     """Operations and least bytes of the reference by part, with the milliseconds of each where they were measured."""
-    line = samples.last("parts", point=point)
+    line, run = samples.last("parts", point=point.name), point.plain_parts
     ms = dict(line["parts_ms"]) if line else {}
     parts = [
         {"part": one.part, "operations": one.operations, "bytes": one.bytes("fp32"), "ms": ms.pop(one.part, None)}
