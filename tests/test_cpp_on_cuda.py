@@ -6,10 +6,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import cpp_on_cuda
 import pytest
-
-import benchmarks.gpu.cpp_on_cuda
-from benchmarks.gpu.cpp_on_cuda import (
+from cpp_on_cuda import (
     NOT_RUN,
     Ended,
     Toolkit,
@@ -21,7 +20,8 @@ from benchmarks.gpu.cpp_on_cuda import (
     refused_headers,
     run_on_cuda,
 )
-from benchmarks.gpu.gpu_tests import checks, files_with_gpu_tests
+
+from benchmarks.gpu.gpu_tests import ON_CUDA, checks, files_with_gpu_tests
 from engines.doctor import driver_version
 
 
@@ -74,7 +74,7 @@ def test_the_tools_that_are_not_there_are_named(
 
 
 def test_without_a_driver_nothing_is_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(benchmarks.gpu.cpp_on_cuda, "driver_version", lambda: None)
+    monkeypatch.setattr(cpp_on_cuda, "driver_version", lambda: None)
     assert run_on_cuda(tmp_path / "build") == Ended("not run", "no NVIDIA driver")
     assert not (tmp_path / "build").exists()
 
@@ -106,6 +106,9 @@ def test_the_tests_of_a_session_do_not_repeat_its_stage() -> None:
     """A stage of `make gpu` runs the C++ library on CUDA itself."""
     files = files_with_gpu_tests()
     assert files and "tests/test_cpp_on_cuda.py" not in files
+    for name in ON_CUDA.values():
+        file, _, test = name.partition("::")
+        assert f"def {test}(" in (Path(__file__).parent.parent / file).read_text(encoding="utf-8")
 
 
 @pytest.mark.gpu

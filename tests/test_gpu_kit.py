@@ -19,9 +19,9 @@ import benchmarks.gpu.machine
 from benchmarks.gpu.kit import LEFT_OUT, MOST_BYTES, THERE, KitError, There, chosen, describe, lacking, requirements
 from benchmarks.gpu.machine import NEEDED_BYTES, gpu_problem, others, too_little
 from benchmarks.gpu.session import unmet
+from benchmarks.gpu.stage import FULL_SHA256, weights_digest
 from benchmarks.gpu.start import KitError as StartError
 from benchmarks.gpu.start import read_kit
-from benchmarks.gpu.weights import FULL_SHA256, weights_digest
 from neck.checkpoint import random_encoder, save_meta_checkpoint
 from neck.config import EncoderConfig
 

@@ -299,7 +299,7 @@ def test_a_bare_machine_with_a_gpu_fails_no_test(tmp_path: Path, monkeypatch: py
     """The GPU is the stand-in's, and there is no TensorRT: what cannot be run is skipped, with its reason."""
     for name, value in environment("11.4", LACKING).items():
         monkeypatch.setenv(name, value)
-    found = run_tests(tmp_path / "tests.txt")
+    found = run_tests(tmp_path / "tests.txt", files_with_gpu_tests())
     outcomes = {one["name"]: (one["outcome"], one["reason"]) for one in checks(tmp_path / "tests.txt")}
     assert found["outcome"] == "done", (tmp_path / "tests.txt").read_text()[-5000:]
     assert {outcome for outcome, _ in outcomes.values()} <= {"passed", "not run"} and len(outcomes) >= 16
@@ -392,7 +392,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
     yield Bare(base, folder / "kit", folder / "encoder.json")
 
 
-UNAVAILABLE = ("cpp", "session", "plain", "tuned")
+UNAVAILABLE = ("cpp", "session", "plain", "tuned", "tests")
 OUTCOMES = ["unavailable" if name in UNAVAILABLE else "done" for name in STAGES]
 """On a CPU."""
 

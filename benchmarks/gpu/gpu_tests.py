@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,17 @@ LINE = re.compile(
     r"^(tests/\S+?\.py)::(\S+) (PASSED|FAILED|SKIPPED|ERROR|XFAIL)(?: \((.*)\))?\s*(?:\[ *\d+%\])?$", re.MULTILINE
 )
 OUTCOMES = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "not run", "XFAIL": "not run"}
-STAGES_DO = {"test_cpp_on_cuda.py", "test_bench.py", "test_backends.py", "test_quantise_choice.py"}
-"""Files whose gpu tests repeat a stage: the C++ library on CUDA, the backends, the rates."""
+ON_CUDA = {
+    "cpp": "tests/test_cpp_on_cuda.py::test_the_engine_runs_on_cuda",
+    "session": "tests/test_session_checks.py::test_sessions_on_cuda",
+}
+"""What needs CUDA and no TensorRT, by its stage: run before all others."""
+
+STAGES_DO = {
+    *("test_cpp_on_cuda.py", "test_session_checks.py"),
+    *("test_bench.py", "test_backends.py", "test_quantise_choice.py"),
+}
+"""Files whose gpu tests repeat a stage: those of ON_CUDA, the backends, the rates."""
 
 BROKEN = re.compile(r"^ERROR (tests/\S+\.py)(?: - (.*))?$", re.MULTILINE)
 
@@ -26,11 +36,11 @@ def files_with_gpu_tests() -> list[str]:
     return [f"tests/{path.name}" for path in found if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
 
 
-def run_tests(log: Path) -> dict[str, Any]:
-    """Runs the tests marked `gpu`; what pytest prints goes into the log line by line."""
+def run_tests(log: Path, tests: Sequence[str]) -> dict[str, Any]:
+    """Runs those of the tests that are marked `gpu`; what pytest prints goes into the log line by line."""
     # its own warnings are not other versions' of torch, whose are no errors here
     options = ["-v", "-m", "gpu and not slow", "-W", "default", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command = [sys.executable, "-m", "pytest", *options, "--continue-on-collection-errors", *files_with_gpu_tests()]
+    command = [sys.executable, "-m", "pytest", *options, "--continue-on-collection-errors", *tests]
     environment = {**os.environ, "COLUMNS": "400", "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as out:
         subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False)
@@ -38,8 +48,9 @@ def run_tests(log: Path) -> dict[str, Any]:
     failed = [one["name"] for one in found if one["outcome"] == "failed"]
     if not found:
         return {"outcome": "failed", "reason": f"no test was run: see {log}"}
-    passed = sum(one["outcome"] == "passed" for one in found)
-    return {"outcome": "failed" if failed else "done", "reason": ", ".join(failed) or None, "passed": passed}
+    if all(one["outcome"] == "not run" for one in found):
+        return {"outcome": "unavailable", "reason": found[0]["reason"]}
+    return {"outcome": "failed" if failed else "done", "reason": ", ".join(failed) or None}
 
 
 def checks(log: Path) -> list[dict[str, Any]]:

@@ -8,21 +8,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from benchmarks.bench import open_run
 from benchmarks.errors import BenchError
-from benchmarks.gpu.cpp_on_cuda import run_on_cuda
-from benchmarks.gpu.gpu_tests import checks, run_tests
+from benchmarks.gpu.gpu_tests import ON_CUDA, checks, files_with_gpu_tests, run_tests
 from benchmarks.gpu.machine import examine
 from benchmarks.gpu.time_plan import FOLDER, POINT_BATCHES, POINT_SCALES, QUICK_BUILD_S, Device, Stage, plan
-from benchmarks.gpu.weights import FULL_SHA256, weights_digest
 from benchmarks.measure.machine_rates import measure_rates
 from benchmarks.measure.work_folder import Workplace
 from benchmarks.options import BenchOptions
@@ -34,6 +35,9 @@ from neck.config import EncoderConfig
 
 Outcome = Literal["done", "failed", "unavailable", "unfinished"]
 Found = dict[str, Any]
+
+FULL_SHA256 = "8d50441c702f664756b02aee291659fa517725bb49c496256043d751fbc0d1ce"
+"""Of the full encoder's random weights, seed 0, as an x86-64 CPU with AVX2 made them (tests/test_gpu_kit.py, slow)."""
 
 PACE = {"cuda": {"rounds": 5, "runs": 10, "warm_up": 5}, "cpu": {"rounds": 2, "runs": 1, "warm_up": 1}}
 """Of every stage, so that all add to the same samples."""
@@ -83,24 +87,9 @@ def doctor(asked: Asked) -> Found:
     return {"outcome": "failed" if found["fatal"] else "done", **found}
 
 
-def cpp(asked: Asked) -> Found:
-    """The C++ library on CUDA itself."""
-    with tempfile.TemporaryDirectory() as folder:
-        ended = run_on_cuda(Path(folder))
-    outcome: Outcome = {"passed": "done", "failed": "failed", "not run": "unavailable"}[ended.outcome]  # type: ignore[assignment]
-    check = {"name": "C++ library on CUDA", "outcome": ended.outcome, "reason": ended.reason}
-    return {"outcome": outcome, "reason": ended.reason, "checks": [check]}
-
-
-def session(asked: Asked) -> Found:
-    """Python's sessions on torch.cuda."""
-    if asked.device != "cuda":
-        return {"outcome": "unavailable", "reason": "needs an NVIDIA GPU that torch can use"}
-    from benchmarks.gpu.session_checks import run_checks
-
-    found = run_checks()
-    failed = [f"{one['name']}: {one['reason']}" for one in found if one["outcome"] == "failed"]
-    return {"outcome": "failed" if failed else "done", "reason": "; ".join(failed)[:1000] or None, "checks": found}
+def tests(asked: Asked, name: str, chosen: Sequence[str]) -> Found:
+    """Runs tests that need a GPU."""
+    return run_tests(asked.folder / f"{name}.txt", chosen)
 
 
 def rates(asked: Asked) -> Found:
@@ -122,6 +111,15 @@ def weights(asked: Asked) -> Found:
         f"the random weights have SHA-256 {digest[:12]}, elsewhere {known[:12]}; errors cannot be compared with those"
     )
     return {"outcome": "failed", "sha256": digest, "same": False, "reason": reason}
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256 over the names and bytes of all weights of a checkpoint that `save_meta_checkpoint` wrote."""
+    digest = hashlib.sha256()
+    for name, tensor in torch.load(path, mmap=True, weights_only=True)["model"].items():
+        digest.update(name.encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
 
 
 def measure(asked: Asked, stage: Stage) -> Found:
@@ -195,9 +193,8 @@ def _checks(asked: Asked) -> list[dict[str, Any]]:
     same = asked.found("weights").get("same")
     outcome = {True: "passed", False: "failed", None: "not run"}[same]
     reason = asked.found("weights").get("reason")
-    stages = [one for name in ("cpp", "session") for one in asked.found(name).get("checks", [])]
     weights = {"name": "random weights", "outcome": outcome, "reason": reason}
-    return [weights, *stages, *checks(asked.folder / "tests.txt")]
+    return [weights, *(one for name in (*ON_CUDA, "tests") for one in checks(asked.folder / f"{name}.txt"))]
 
 
 def _say(line: str) -> None:
@@ -208,11 +205,10 @@ def run_stage(stage: Stage, asked: Asked) -> Found:
     """What a stage found; `outcome` and `reason` say how it ended."""
     own: dict[str, Callable[[], Found]] = {
         "doctor": lambda: doctor(asked),
-        "cpp": lambda: cpp(asked),
-        "session": lambda: session(asked),
+        **{name: functools.partial(tests, asked, name, [chosen]) for name, chosen in ON_CUDA.items()},
         "rates": lambda: rates(asked),
         "weights": lambda: weights(asked),
-        "tests": lambda: run_tests(asked.folder / "tests.txt"),
+        "tests": lambda: tests(asked, "tests", files_with_gpu_tests()),
         "points": lambda: points(asked, stage),
         "report": lambda: report(asked),
     }

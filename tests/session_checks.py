@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch_engine import BATCHES, SIDE
 
-from benchmarks.gpu.torch_engine import BATCHES, SIDE, open_session
 from engines.run.plan_checks import SessionError
 from engines.run.pool import Pool
 from engines.run.session import Session
 
 Opened = Callable[..., list[Session]]
-"""As open_session, its folder chosen."""
+"""As torch_engine.open_session, its folder chosen."""
 
 TURNS, THREADS, CONTEXTS, MANY = 20, 8, 3, 40
 GUARD_S = 60.0
@@ -193,21 +190,3 @@ CHECKS = (
     *(streams_are_asynchronous, host_memory, tensors_of_other_streams, graphs, failed_capture, captures_in_threads),
     *(pool, streams_of_their_own, handed_over, another_gpu),
 )
-
-
-def run_checks(opened: Opened | None = None) -> list[dict[str, Any]]:
-    """Every check with its outcome, as the results' `checks`."""
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-
-        def real(**options: Any) -> list[Session]:
-            return open_session(Path(folder), **options)
-
-        for check in CHECKS:
-            outcome, reason = "passed", None
-            try:
-                check(opened or real)
-            except Exception as error:  # whatever it is: the next check may tell more
-                outcome, reason = "failed", " ".join(f"{type(error).__name__}: {error}".split())[:400]
-            found.append({"name": f"session: {check.__name__.replace('_', ' ')}", "outcome": outcome, "reason": reason})
-    return found

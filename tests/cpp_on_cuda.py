@@ -17,7 +17,7 @@ from typing import Literal
 
 from engines.doctor import driver_version
 
-SOURCE = Path(__file__).parent.parent.parent / "tests" / "cpp" / "real_cuda"
+SOURCE = Path(__file__).parent / "cpp" / "real_cuda"
 NOT_RUN = 77
 """The program's exit status where it finds no driver or GPU."""
 
