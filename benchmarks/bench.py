@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import BenchError
 from benchmarks.measure.run import Run
 from benchmarks.measure.work_folder import Workplace
 from benchmarks.options import SELECTION, BenchOptions
-from benchmarks.results.mask_verdicts import read_masks
 from benchmarks.results.result import make_result
 from engines.builder.plan_kind import is_plan
 from engines.sheet.layer_sheet import read_sheet
-from export.contract.manifest import locked
+from export.contract.manifest import ManifestError, check_files, locked, manifest_path, read_manifest
+
+COUNTS = ("pictures", "objects", "lost", "found")
+SHOWN = ("passed", "gate", *COUNTS, "mean_iou", "worst_iou", "worst_picture", "method")
 
 __all__ = ["BenchError", "BenchOptions", "run_bench"]
 
@@ -74,3 +77,30 @@ def check_options(options: BenchOptions) -> None:
         raise BenchError(f"--plan {options.plan}: no plan with a layer sheet beside it; `neck-export trt` writes both")
     if options.export and options.config:
         raise BenchError("the exporter is measured at full size; leave --export or --config out")
+
+
+def read_masks(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """The figures of files that were judged, in the form of result.schema.json.
+
+    Args:
+        files: ONNX files or plans, their manifests beside them.
+
+    Raises:
+        BenchError: one that was not judged, or has changed since.
+    """
+    return [_read_verdict(file) for file in files]
+
+
+def _read_verdict(file: Path) -> dict[str, Any]:
+    where = manifest_path(file)
+    try:
+        manifest = read_manifest(where, "plan" if is_plan(file) else "onnx")
+        check_files(where, manifest, hashes=False)
+    except ManifestError as error:
+        raise BenchError(f"--masks {file}: {error}") from None
+    found = manifest.get("masks")
+    if not found:
+        raise BenchError(
+            f"--masks {file}: its masks were not compared yet: neck-export masks {file} --model MODEL --images FOLDER"
+        )
+    return {"file": file.name, "precision": manifest["precision"], **{name: found.get(name) for name in SHOWN}}

@@ -20,7 +20,7 @@ from onnx import helper
 from PIL import Image
 from synthetic import synthetic_result
 
-from benchmarks.bench import run_bench
+from benchmarks.bench import read_masks, run_bench
 from benchmarks.errors import BenchError
 from benchmarks.masks.objects import (
     SAME_OBJECT,
@@ -34,7 +34,6 @@ from benchmarks.masks.objects import (
     worst_lines,
 )
 from benchmarks.options import BenchOptions
-from benchmarks.results.mask_verdicts import read_masks
 from benchmarks.results.result_files import check_result
 from export.contract.manifest import file_entry
 from export.options import ExportOptions

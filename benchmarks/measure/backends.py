@@ -104,87 +104,53 @@ NAMES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "fp8": "FP8, all produc
 QUANTISED = ("fp8", "int8")
 """All products, the fastest that a file of the kind can be: its errors tell whether it may be used as it is."""
 
-TORCH = {
-    "eager": "PyTorch eager",
-    "compile": "torch.compile",
-    "compile-max": "torch.compile max-autotune, CUDA graphs",
+RUNTIMES: dict[str, tuple[str, Runtime, Device | None, str]] = {
+    "eager": ("PyTorch eager", "eager", None, ""),
+    "compile": ("torch.compile", "compile", None, ""),
+    "compile-max": ("torch.compile max-autotune, CUDA graphs", "compile-max", None, ""),
+    "ort-cpu": ("ONNX Runtime CPU", "ort", "cpu", "CPUExecutionProvider"),
+    "ort-cuda": ("ONNX Runtime CUDA", "ort", "cuda", "CUDAExecutionProvider"),
+    "ort-tensorrt": ("ONNX Runtime TensorRT", "ort", "cuda", TENSORRT_PROVIDER),
+    "openvino": ("OpenVINO CPU", "openvino", "cpu", "CPU"),
+    "tensorrt": ("TensorRT", "plan", "cuda", "tensorrt"),
+    "rtx": ("TensorRT-RTX", "plan", "cuda", "rtx"),
 }
+"""What an id begins with -> label, runtime, device (None: the run's), provider; then come module and precision."""
 
-
-def _torch(runtime: Runtime, device: Device, precision: Precision, rewritten: bool) -> Backend:
-    module, part = ("rewritten", "-rewritten") if rewritten else ("plain", "")
-    name = f"{runtime}{part}-{precision}"
-    return Backend(name, f"{TORCH[runtime]}, {module}, {NAMES[precision]}", runtime, device, precision, module)  # type: ignore[arg-type]
-
-
-def _file(name: str, label: str, runtime: Runtime, device: Device, provider: str) -> Backend:
-    *_, module, precision = name.split("-")
-    text = f"{label}, {module}, {NAMES[precision]}"
-    return Backend(name, text, runtime, device, precision, module, provider)  # type: ignore[arg-type]
-
-
-def _cpu() -> list[Backend]:
-    return [
-        _torch("eager", "cpu", "fp32", False),
-        _torch("eager", "cpu", "fp32", True),
-        _file("ort-cpu-plain-fp32", "ONNX Runtime CPU", "ort", "cpu", "CPUExecutionProvider"),
-        _file("ort-cpu-rewritten-fp32", "ONNX Runtime CPU", "ort", "cpu", "CPUExecutionProvider"),
-        _file("openvino-plain-fp32", "OpenVINO CPU", "openvino", "cpu", "CPU"),
-        _file("openvino-rewritten-fp32", "OpenVINO CPU", "openvino", "cpu", "CPU"),
-        _torch("compile", "cpu", "fp32", False),
-        _torch("compile", "cpu", "fp32", True),
-        *(
-            _torch("eager", "cpu", precision, rewritten)
-            for precision in ("bf16", "fp16")
-            for rewritten in (False, True)
-        ),
-        _torch("compile", "cpu", "bf16", True),
-        _file("openvino-rewritten-bf16", "OpenVINO CPU", "openvino", "cpu", "CPU"),
-        _file("ort-cpu-rewritten-fp16", "ONNX Runtime CPU", "ort", "cpu", "CPUExecutionProvider"),
-    ]
-
-
-def _cuda() -> list[Backend]:
-    """In the order of what is asked most: a run whose time is short leaves out the last."""
-    return [
-        _torch("eager", "cuda", "fp32", False),
-        _torch("eager", "cuda", "fp32", True),
-        *(
-            _torch("eager", "cuda", precision, rewritten)
-            for precision in ("fp16", "bf16")
-            for rewritten in (False, True)
-        ),
-        _torch("compile", "cuda", "fp16", True),
-        _torch("compile", "cuda", "fp16", False),
-        _torch("compile-max", "cuda", "fp16", True),
-        *_on_gpu(),
-        _torch("compile", "cuda", "bf16", True),
-        _torch("compile", "cuda", "bf16", False),
-        _torch("compile-max", "cuda", "bf16", True),
-        _torch("compile-max", "cuda", "fp16", False),
-    ]
-
-
-def _on_gpu() -> list[Backend]:
-    return [
-        _file("ort-cuda-plain-fp16", "ONNX Runtime CUDA", "ort", "cuda", "CUDAExecutionProvider"),
-        _file("ort-cuda-rewritten-fp16", "ONNX Runtime CUDA", "ort", "cuda", "CUDAExecutionProvider"),
-        dataclasses.replace(
-            _file("ort-tensorrt-rewritten-fp16", "ONNX Runtime TensorRT", "ort", "cuda", TENSORRT_PROVIDER),
-            label="ONNX Runtime TensorRT, rewritten, FP16 allowed",  # its engine is weakly typed: it need not be taken
-        ),
-        _file("tensorrt-plain-fp16", "TensorRT", "plan", "cuda", "tensorrt"),
-        _file("tensorrt-rewritten-fp16", "TensorRT", "plan", "cuda", "tensorrt"),
-        _file("tensorrt-rewritten-bf16", "TensorRT", "plan", "cuda", "tensorrt"),
-        _file("rtx-rewritten-fp16", "TensorRT-RTX", "plan", "cuda", "rtx"),
-        *(_file(f"tensorrt-rewritten-{kind}", "TensorRT", "plan", "cuda", "tensorrt") for kind in QUANTISED),
-        *(_file(f"rtx-rewritten-{kind}", "TensorRT-RTX", "plan", "cuda", "rtx") for kind in QUANTISED),
-    ]
+CPU = (
+    *("eager-fp32", "eager-rewritten-fp32", "ort-cpu-plain-fp32", "ort-cpu-rewritten-fp32"),
+    *("openvino-plain-fp32", "openvino-rewritten-fp32", "compile-fp32", "compile-rewritten-fp32"),
+    *("eager-bf16", "eager-rewritten-bf16", "eager-fp16", "eager-rewritten-fp16", "compile-rewritten-bf16"),
+    *("openvino-rewritten-bf16", "ort-cpu-rewritten-fp16"),
+)
+GPU_FILES = (
+    *("ort-cuda-plain-fp16", "ort-cuda-rewritten-fp16", "ort-tensorrt-rewritten-fp16", "tensorrt-plain-fp16"),
+    *("tensorrt-rewritten-fp16", "tensorrt-rewritten-bf16", "rtx-rewritten-fp16", "tensorrt-rewritten-fp8"),
+    *("tensorrt-rewritten-int8", "rtx-rewritten-fp8", "rtx-rewritten-int8"),
+)
+CUDA = (
+    *("eager-fp32", "eager-rewritten-fp32", "eager-fp16", "eager-rewritten-fp16", "eager-bf16", "eager-rewritten-bf16"),
+    *("compile-rewritten-fp16", "compile-fp16", "compile-max-rewritten-fp16", *GPU_FILES),
+    *("compile-rewritten-bf16", "compile-bf16", "compile-max-rewritten-bf16", "compile-max-fp16"),
+)
+"""In the order of what is asked most: a run whose time is short leaves out the last."""
 
 
 def backends_for(device: Device) -> list[Backend]:
     """Every backend of a run on this device; a CPU's list ends with those that a GPU would add."""
-    return _cuda() if device == "cuda" else [*_cpu(), *_on_gpu(), _torch("compile-max", "cuda", "fp16", True)]
+    if device == "cuda":
+        return [_backend(name, "cuda") for name in CUDA]
+    added = [*GPU_FILES, "compile-max-rewritten-fp16"]
+    return [*(_backend(name, "cpu") for name in CPU), *(_backend(name, "cuda") for name in added)]
+
+
+def _backend(name: str, device: Device) -> Backend:
+    start, _, precision = name.rpartition("-")
+    module = "rewritten" if start.endswith("-rewritten") else "plain"
+    title, runtime, own, provider = RUNTIMES[start.removesuffix("-rewritten").removesuffix("-plain")]
+    # the engine of ONNX Runtime's TensorRT provider is weakly typed: it need not take FP16
+    label = f"{title}, {module}, {NAMES[precision]}{' allowed' * (provider == TENSORRT_PROVIDER)}"
+    return Backend(name, label, runtime, own or device, precision, module, provider)  # type: ignore[arg-type]
 
 
 SWEPT = {
