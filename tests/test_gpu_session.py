@@ -26,7 +26,7 @@ from benchmarks.gpu.gpu_tests import checks, files_with_gpu_tests, run_tests
 from benchmarks.gpu.page import MOST_LINES, page_lines
 from benchmarks.gpu.session import RESERVE_BYTES, Session
 from benchmarks.gpu.stage import Asked
-from benchmarks.gpu.start import install, read_kit
+from benchmarks.gpu.start import install
 from benchmarks.gpu.time_plan import INSTALL_MINUTES, MINUTES, REPORT, fitting, plan, table, time_limit, total_minutes
 from benchmarks.measure.backends import backends_for
 from benchmarks.results.result_files import check_result, read_result
@@ -156,7 +156,7 @@ def session(folder: Path, minutes: float = MINUTES - INSTALL_MINUTES, wheel: str
     """One whose time begins now."""
     (folder / "stages").mkdir(exist_ok=True)
     clock = benchmarks.gpu.session.time.time()
-    return Session(folder, "cuda", clock + 60 * minutes, None, {"x.whl": wheel})
+    return Session(folder, "cuda", clock + 60 * minutes, None, wheel)
 
 
 def test_a_session_runs_every_stage(stages: Stages, tmp_path: Path) -> None:
@@ -437,7 +437,7 @@ def test_rehearsal_with_backends_that_hang_die_and_run_out_of_memory(bare: Bare,
 @pytest.mark.slow
 def test_rehearsal_on_a_disk_that_fills(bare: Bare, tmp_path: Path) -> None:
     """The disk holds the environment, the reserve, and not all outputs: what was measured before is in the report."""
-    site = install(bare.kit, read_kit(bare.kit), tmp_path / "measured")
+    site = install(bare.kit, tmp_path / "measured")
     held = sum(-(-path.stat().st_size // 4096) * 4096 for path in site.rglob("*")) + RESERVE_BYTES
     ran = bare.run(tmp_path / "out", disk=held + SPARE_BYTES)
     assert ran.returncode == 1 and "No space left on device" in ran.stdout

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.utils import canonicalize_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,6 +36,7 @@ LEFT_OUT = {
     "mypy": "judges sources, wherever they lie",
     "onnxruntime-gpu": "255 MB; ONNX Runtime's CPU build is there",
     "openvino": "runs on CPUs",
+    "pyyaml": "for tests of files that no GPU changes",
     "ruff": "judges sources, wherever they lie",
     "selenium": "for tests of a page in a browser",
     "tensorrt": "its libraries come from NVIDIA's own index, 4 GB",
@@ -48,7 +48,8 @@ MOST_BYTES = 60 << 20
 SECONDS = 170.0
 """For everything: the kit is to be made in three minutes."""
 
-MANIFEST = "kit.json"
+MANIFEST, PINNED = "kit.json", "requirements.txt"
+"""What the kit is for, and what pip installs from it, each with its SHA-256."""
 
 
 class KitError(RuntimeError):
@@ -98,7 +99,7 @@ def lacking(asked: Sequence[Requirement], there: There) -> list[Requirement]:
 
 
 def chosen(report: Mapping[str, Any], asked: Sequence[Requirement], there: There) -> list[str]:
-    """The wheels of the kit as NAME==VERSION: what is asked, and of its dependencies what is not there or too old.
+    """The wheels of the kit as pip pins them: what is asked, and of its dependencies what is not there or too old.
 
     Args:
         report: pip's `--report` of a dry run.
@@ -106,6 +107,10 @@ def chosen(report: Mapping[str, Any], asked: Sequence[Requirement], there: There
         there: what the machine has.
     """
     found = {canonicalize_name(one["metadata"]["name"]): one["metadata"] for one in report["install"]}
+    hashes = {
+        canonicalize_name(one["metadata"]["name"]): one["download_info"]["archive_info"]["hashes"]["sha256"]
+        for one in report["install"]
+    }
     wanted = [canonicalize_name(one.name) for one in asked]
     for name in wanted:  # grows
         for line in found[name].get("requires_dist", []):
@@ -114,7 +119,7 @@ def chosen(report: Mapping[str, Any], asked: Sequence[Requirement], there: There
             here = needed.marker is None or needed.marker.evaluate({"python_version": there.python, "extra": ""})
             if here and into in found and into not in wanted and not there.satisfies(needed):
                 wanted.append(into)
-    return [f"{name}=={found[name]['version']}" for name in sorted(set(wanted))]
+    return [f"{name}=={found[name]['version']} --hash=sha256:{hashes[name]}" for name in sorted(set(wanted))]
 
 
 def make_kit(folder: Path, there: There, project: Path = PROJECT) -> dict[str, Any]:
@@ -129,11 +134,15 @@ def make_kit(folder: Path, there: There, project: Path = PROJECT) -> dict[str, A
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".gpu-kit") as made:
         staged, report = Path(made, "kit"), Path(made, "report.json")
         staged.mkdir()
+        pins = staged / PINNED
+        pins.touch()
         if pinned:
             dry = ["install", "--dry-run", "--ignore-installed", "--report", str(report), "--target", str(staged)]
             _pip([*dry, *_platform(there), *map(str, pinned)])
             wheels = chosen(json.loads(report.read_text(encoding="utf-8")), pinned, there)
-            _pip(["download", "--no-deps", "--dest", str(staged), *_platform(there), *wheels])
+            pins.write_text("\n".join(wheels) + "\n", encoding="utf-8")
+            kept = ["--no-deps", "--require-hashes", "--requirement", str(pins), "--dest", str(staged)]
+            _pip(["download", *kept, *_platform(there)])
         manifest = describe(staged, asked, there)
         (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
@@ -145,24 +154,14 @@ def describe(folder: Path, asked: Sequence[Requirement], there: There) -> dict[s
     """The manifest of a folder of wheels.
 
     Raises:
-        KitError: they are too large, or two are of one package.
+        KitError: they are too large.
     """
-    wheels = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.whl"))}
-    size = sum((folder / name).stat().st_size for name in wheels)
-    if size > MOST_BYTES:
-        largest = max(wheels, key=lambda name: (folder / name).stat().st_size)
-        told = f"{size / 2**20:.1f} MiB, at most {MOST_BYTES >> 20} are carried; the largest is {largest}"
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.whl"))}
+    if sum(sizes.values()) > MOST_BYTES:
+        told = f"{sum(sizes.values()) / 2**20:.1f} MiB, at most {MOST_BYTES >> 20} are carried; the largest is "
+        told += max(sizes, key=sizes.__getitem__)
         raise KitError(f"the kit has {told}: say in {THERE.name} that it is there, or leave it out (LEFT_OUT)")
-    names = [parse_wheel_filename(name)[0] for name in wheels]
-    if len(set(names)) < len(names):
-        raise KitError(f"two wheels of one package among {', '.join(wheels)}")
-    return {
-        "python": there.python,
-        "system": "Linux x86-64",
-        "requirements": [str(one) for one in asked],
-        "wheels": wheels,
-        "bytes": size,
-    }
+    return {"python": there.python, "requirements": [str(one) for one in asked], "wheels": sizes}
 
 
 def _platform(there: There) -> list[str]:
@@ -193,7 +192,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     for name in manifest["wheels"]:
         print(name)
-    print(f"{arguments.output}: {manifest['bytes'] / 2**20:.1f} MiB for Python {manifest['python']}")
+    size = sum(manifest["wheels"].values()) / 2**20
+    print(f"{arguments.output}: {size:.1f} MiB for Python {manifest['python']}")
 
 
 if __name__ == "__main__":

@@ -47,10 +47,10 @@ class Session:
         device: where the encoder runs.
         ends: when it is over, in `time.time` seconds.
         config: another encoder than the full one.
-        kit: the environment's, as far as it decides what is measured.
+        kit: the pinned requirements of the environment.
     """
 
-    def __init__(self, output: Path, device: Device, ends: float, config: Path | None, kit: dict[str, Any]) -> None:
+    def __init__(self, output: Path, device: Device, ends: float, config: Path | None, kit: str) -> None:
         self.output, self.device, self.ends, self.config = output, device, ends, config
         self.scale = max(1.0, self._left() / 60 / MINUTES)
         told = config.read_text(encoding="utf-8") if config else None
@@ -208,8 +208,8 @@ def main() -> None:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--fresh", action="store_true")
     asked = parser.parse_args()
-    kit = _json(asked.kit / "kit.json")
-    if lacks := unmet(kit["requirements"]):
+    pinned = (asked.kit / "requirements.txt").read_text(encoding="utf-8")
+    if lacks := unmet(_json(asked.kit / "kit.json")["requirements"]):
         told = f"{sys.executable} with {asked.kit} lacks {', '.join(lacks)}"
         sys.exit(f"error: {told}; say in benchmarks/gpu/there.json what is there, and make the kit again")
     if asked.fresh:
@@ -224,7 +224,7 @@ def main() -> None:
         except (OSError, EOFError, tarfile.TarError) as error:
             sys.exit(f"error: {archive_path(asked.output)}: is no whole archive ({error}); copy it again or remove it")
     print("\n".join(table(asked.device)), flush=True)
-    sys.exit(Session(asked.output, asked.device, asked.ends, asked.config, kit["wheels"]).run())
+    sys.exit(Session(asked.output, asked.device, asked.ends, asked.config, pinned).run())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python -m benchmarks.gpu.start [--kit build/gpu-kit] [--output build/gpu] [--min
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 INSTALL_SECONDS = 90.0
-MANIFEST = "kit.json"
+MANIFEST, PINNED = "kit.json", "requirements.txt"
 
 
 def main() -> None:
@@ -34,8 +33,8 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="Forget what an earlier call measured")
     asked = parser.parse_args()
     try:
-        manifest = read_kit(asked.kit)
-        site = install(asked.kit, manifest, asked.output)
+        read_kit(asked.kit)
+        site = install(asked.kit, asked.output)
     except (KitError, OSError) as error:
         sys.exit(f"error: {error}")
     path = os.pathsep.join(filter(None, (str(site), str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -51,63 +50,56 @@ class KitError(RuntimeError):
     """A kit that does not fit this machine, or is not whole."""
 
 
+MAKE = "make it by `make gpu-kit` where there is network, and bring it along"
+
+
 def read_kit(folder: Path) -> dict[str, Any]:
-    """The kit's manifest, every wheel checked.
+    """The kit's manifest.
 
     Raises:
-        KitError: no kit, one for another Python or system, or one that is not whole.
+        KitError: no kit, or one for another Python or system.
     """
-    make = "make it by `make gpu-kit` where there is network, and bring it along"
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        python, wheels = manifest["python"], manifest["wheels"]
+        python = manifest["python"]
     except FileNotFoundError:
-        raise KitError(f"{folder}: is no kit ({MANIFEST} is not there); {make}") from None
+        raise KitError(f"{folder}: is no kit ({MANIFEST} is not there); {MAKE}") from None
     except (ValueError, KeyError, TypeError):
-        raise KitError(f"{folder}/{MANIFEST}: cannot be read; {make} whole") from None
+        raise KitError(f"{folder}/{MANIFEST}: cannot be read; {MAKE} whole") from None
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     if python != here:
         told = f"{folder}: is for Python {python}, {sys.executable} is {here}"
         raise KitError(f"{told}; give the other one by `make gpu PYTHON=python{python}`, or make another kit")
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         raise KitError(f"{folder}: is for Linux x86-64, this is {platform.system()} {platform.machine()}")
-    bad = [name for name, digest in wheels.items() if _digest(folder / name) != digest]
-    if bad:
-        raise KitError(
-            f"{folder}: {len(bad)} of {len(wheels)} wheels are missing or damaged ({', '.join(bad)}); {make}"
-        )
     return manifest
 
 
-def _digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def install(kit: Path, manifest: dict[str, Any], output: Path) -> Path:
+def install(kit: Path, output: Path) -> Path:
     """Installs the wheels into a folder of their own, once, and returns it; it stands before this Python's packages.
 
     No virtual environment: one made by a Python that is itself of one does not see that one's packages.
 
     Raises:
-        KitError: pip cannot, or hangs.
+        KitError: pip cannot, hangs, or finds that the kit is not whole.
     """
-    site, mark = output / "site", output / "site" / MANIFEST
-    told = json.dumps(manifest)
-    if mark.is_file() and mark.read_text(encoding="utf-8") == told:
+    site, mark = output / "site", output / "site" / PINNED
+    pins = kit / PINNED
+    if mark.is_file() and mark.read_bytes() == pins.read_bytes():
         return site.resolve()
     shutil.rmtree(site, ignore_errors=True)
     site.mkdir(parents=True)
-    wheels = [str(kit / name) for name in manifest["wheels"]]
     options = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--disable-pip-version-check", "--quiet"]
-    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(site), *wheels]
+    options += ["--find-links", str(kit), "--require-hashes", "--requirement", str(pins)]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(site)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise KitError(f"{site}: pip did not install the kit in {INSTALL_SECONDS:g} s") from None
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise KitError(f"{site}: pip cannot install the kit: {lines[-1][:300]}")
-    mark.write_text(told, encoding="utf-8")
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
+        raise KitError(f"{kit}: pip cannot install the kit ({lines[0][:300]}); {MAKE} whole")
+    shutil.copy(pins, mark)
     return site.resolve()
 
 
