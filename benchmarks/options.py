@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from export.contract.signature import Positions, Sam2Outputs
 from neck.config import EncoderConfig
-from neck.pictures import PictureFolder
+
+if TYPE_CHECKING:
+    from neck.pictures import PictureFolder  # it imports torch, which a worker of another runtime must not hold
 
 SIZES, BATCHES = (336, 672, 1008, 1344), (1, 2, 4, 8)
 """The sweeps."""

@@ -6,8 +6,11 @@ import dataclasses
 import importlib.util
 import json
 import os
+import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -240,6 +243,15 @@ def test_a_worker_runs_a_backend(worker: Worker, job: Job, expected: dict[str, A
     assert compare(expected, found, "fp32", "worker").passed
     peak = worker.ask("memory", HANGS_S)["peak_host_bytes"]
     assert 20e6 < peak < peak_bytes()  # onnxruntime without torch is less than this process
+
+
+def test_a_worker_of_another_runtime_does_not_hold_torch(job: Job) -> None:
+    """It would be in the host's peak that its row tells; torch's own worker is the control."""
+    load = "import pickle, sys, benchmarks.measure.worker, benchmarks.measure.backends as backends\n"
+    load += "backends.open_runner(pickle.loads(sys.stdin.buffer.read())); sys.exit('torch' in sys.modules)"
+    for name, code in (("ort-cpu-rewritten-fp32", 0), ("openvino-rewritten-fp32", 0), ("eager-fp32", 1)):
+        command = [sys.executable, "-c", load]
+        assert subprocess.run(command, cwd=ROOT, input=pickle.dumps(of(job, name)), check=False).returncode == code
 
 
 def test_out_of_memory_is_an_answer(worker: Worker, job: Job, tmp_path: Path) -> None:

@@ -164,6 +164,7 @@ class Workplace:
         at_once = 1 if any(one.runtime == "plan" for one in backends) or available_bytes() < ROOM_BYTES else 2
         with ThreadPoolExecutor(at_once) as pool:
             files = dict(zip(firsts, pool.map(lambda job: self._file(job, point.pace), firsts.values()), strict=True))
+        encoder = dataclasses.replace(self.prepared.encoder, images=None)  # what runs needs none; it would import torch
         found: dict[str, Job | WorkerError] = {}
         for name, job in made.items():
             try:
@@ -172,7 +173,7 @@ class Workplace:
                     raise about
                 if job.backend.runtime == "plan":
                     about = about | self._plan(job, about, point.pace)
-                found[name] = dataclasses.replace(job, **about)
+                found[name] = dataclasses.replace(job, encoder=encoder, **about)
             except WorkerError as error:
                 found[name] = error
         return found

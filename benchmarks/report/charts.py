@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree
 
-from benchmarks.report import svg
 from benchmarks.report.findings import (
     PRECISIONS,
     SECOND,
@@ -31,7 +30,7 @@ from benchmarks.report.findings import (
     verdict,
     worst_error,
 )
-from benchmarks.report.svg import BOTTOM, LEFT, RIGHT, TOP, Plot, Scale, log_range
+from benchmarks.report.svg import BOTTOM, LEFT, RIGHT, TOP, Plot, Scale, log_range, mark, text_width
 from benchmarks.results.result_files import Result, of_machine
 
 FULL = 1000.0
@@ -229,7 +228,7 @@ def _with_key(label: str, plot: Plot, entries: Sequence[tuple[int, str, int, str
     key = []
     for shape, css, number, name in sorted(entries, key=lambda entry: entry[2]):
         root = ElementTree.Element("svg", {"class": "swatch", "viewBox": "0 0 14 14", "aria-hidden": "true"})
-        root.append(svg.mark(shape, css))
+        root.append(mark(shape, css))
         key.append((ElementTree.tostring(root, encoding="unicode"), number, name))
     return Chart(label, plot=plot.markup(), key=key)
 
@@ -277,7 +276,7 @@ def roofline_plot(result: Result, machine: dict[str, Any]) -> Chart | None:
         plot.curve([*slope, (ridge, rate), (across.high, rate)], f"line {name}")
         y = up(rate) - 5 if up(rate) - 5 > above + 14 else up(rate) + 14  # below its line where two are close
         text, above = f"{PRECISIONS.get(name, name)} {scaled(rate, 'FLOP/s')}", y
-        plot.text(min(across(ridge) + 6, RIGHT - 4 - svg.text_width(text)), y, text)
+        plot.text(min(across(ridge) + 6, RIGHT - 4 - text_width(text)), y, text)
     order = numbers(result, machine)
     for row, rate, intensity in zip(rows, rates, intensities, strict=True):
         told = f"{row['label']}: {scaled(rate, 'FLOP/s')}"
