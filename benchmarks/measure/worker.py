@@ -67,7 +67,7 @@ class Worker:
     def answer(self, command: str, **asked: Any) -> Any:
         """Does one command."""
         if command in ("weights", "image", "file", "plan"):
-            from benchmarks.measure import prepare
+            import benchmarks.measure.prepare as prepare
 
             return getattr(prepare, f"make_{command}")(**asked)
         return getattr(self, command)(**asked)
