@@ -32,6 +32,7 @@ EXTRAS = ("cpu", "gpu", "bench", "dev")
 """The extras that a GPU machine is asked for, beside what neck-export itself needs."""
 
 LEFT_OUT = {
+    "hatchling": "builds the package, where there is network",
     "kubernetes-validate": "for tests of files that no GPU changes",
     "mypy": "judges sources, wherever they lie",
     "onnxruntime-gpu": "255 MB; ONNX Runtime's CPU build is there",
