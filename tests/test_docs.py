@@ -123,7 +123,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = torch.load(folder / "meta.pt", weights_only=True)["model"]
     torch.save({"model": state, "ema": {name: 0.9 * one for name, one in state.items()}}, folder / "training.ckpt")
     (folder / "photos").mkdir()
-    for name in ("picture.png", "photos/1.png", "photos/2.png"):
+    for name in ("picture.png", *(f"photos/{number}.png" for number in range(8))):  # calibration takes 8 at least
         shutil.copy(DATA / "preprocess" / "picture_0.png", folder / name)
     with pytest.MonkeyPatch.context() as patch:
         trace_quickly(patch)
