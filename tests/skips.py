@@ -17,7 +17,7 @@ WANTS = (
     (r"onnxruntime_c_api", "ONNX Runtime's C header", "apt-get install libonnxruntime-dev"),
     (r"\bapt install (g\+\+|libjpeg)", "the C++ tools", f"apt-get install {CPP_PACKAGES}"),
     (r"\bopenssl\b", "OpenSSL's command", "apt-get install openssl"),
-    (r"installs from the lock", "an environment of the lock", "make .venv/ready"),
+    (r"installs from the lock|of the lock", "an environment of the lock", "make .venv/ready"),
     (r"nginx", "nginx", "apt-get install nginx-light"),
     (r"Chromium", "a browser", "apt-get install chromium chromium-driver fonts-dejavu-core"),
     (r"[Tt]riton ?server|nvidia-pytriton", "a Triton server", "make .triton/ready"),
@@ -33,6 +33,7 @@ WANTS = (
     (r"CuPy", "CuPy", "pip install cupy-cuda13x where a GPU is"),
     (r"transformers", "transformers", "pip install '.[sam3]'"),
     (r"selenium", "Selenium", "pip install '.[dev]'"),
+    (r"hatchling", "hatchling", "pip install '.[dev]'"),
 )
 """Words of a reason, what it wants, what brings it; the first that fits counts."""
 

@@ -43,7 +43,7 @@ def test_triton_writes_kubernetes_files_beside_the_repository(exported: Path) ->
     ran = neck_export_cli("triton", exported, "--output", exported.with_name("models"), *asked)
     assert ran.code == 0, ran.err
     deployment = (exported.with_name("kubernetes") / "deployment.yaml").read_text()
-    assert "nvidia.com/gpu: '2'" in deployment
+    assert 'nvidia.com/gpu: "2"' in deployment
     assert "s3://bucket/models" in deployment
     assert (exported.with_name("models") / "encoder" / "7").is_dir()
 

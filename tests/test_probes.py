@@ -175,7 +175,7 @@ def test_it_serves_from_a_read_only_root(repository: Path, pod: dict[str, dict[s
     }
 
     def inside(backends: Path) -> list[str | Path]:
-        return ["unshare", "-m", "sh", "-c", READ_ONLY, "sh", repository, backends, "--"]
+        return ["unshare", "-m", "sh", "-c", READ_ONLY, "sh", repository, backends, ROOT, "--"]
 
     with running(repository, *arguments_of(pod), inside=inside) as one:
         with client_of(one, model="sam3-encoder-pictures") as client:
