@@ -166,16 +166,16 @@ exec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all "$@"
 
 
 def test_it_serves_from_a_read_only_root(repository: Path, pod: dict[str, dict[str, Any]]) -> None:
-    if not all(map(shutil.which, ("unshare", "setpriv"))) or subprocess.run(["unshare", "-m", "true"]).returncode:
-        pytest.skip("needs unshare and setpriv of util-linux, as root")
+    def inside(backends: Path) -> list[str | Path]:
+        return ["unshare", "-m", "sh", "-c", READ_ONLY, "sh", repository, backends, ROOT, "--"]
+
+    if not all(map(shutil.which, ("unshare", "setpriv"))) or subprocess.run([*inside(ROOT), "true"]).returncode:
+        pytest.skip("needs unshare and setpriv of util-linux, as root, and the right to mount")
     assert pod["triton"]["securityContext"]["readOnlyRootFilesystem"] is True
     assert {mount["mountPath"] for mount in pod["triton"]["volumeMounts"] if not mount.get("readOnly")} == {
         "/tmp",
         "/dev/shm",
     }
-
-    def inside(backends: Path) -> list[str | Path]:
-        return ["unshare", "-m", "sh", "-c", READ_ONLY, "sh", repository, backends, ROOT, "--"]
 
     with running(repository, *arguments_of(pod), inside=inside) as one:
         with client_of(one, model="sam3-encoder-pictures") as client:
