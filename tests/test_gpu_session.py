@@ -344,12 +344,12 @@ if "benchmarks.measure.worker" in sys.orig_argv:
                 run(module)
                 load = module.TorchRunner.load
                 def broken(runner):
-                    if runner.job["id"] == "eager-bf16":
+                    if runner.job.backend.id == "eager-bf16":
                         subprocess.Popen(["sleep", "86399"], start_new_session=True)
                         time.sleep(86399)
-                    if runner.job["id"] == "eager-fp16":
+                    if runner.job.backend.id == "eager-fp16":
                         os.kill(os.getpid(), 9)
-                    if runner.job["id"] == "eager-rewritten-fp16":
+                    if runner.job.backend.id == "eager-rewritten-fp16":
                         bytearray(1 << 60)
                     return load(runner)
                 module.TorchRunner.load = broken

@@ -234,7 +234,10 @@ Answer Http::perform(const std::string& path, std::vector<std::string> lines, st
         lines.push_back("Authorization: Bearer " + options_.token);
     }
     for (const auto& [name, value] : options_.headers) {
-        lines.push_back(name + (value.empty() ? ";" : ": " + value));  // curl's form of an empty one
+        std::string line = name;
+        line += value.empty() ? ";" : ": ";  // curl's form of an empty one
+        line += value;
+        lines.push_back(std::move(line));
     }
     List headers;
     for (const std::string& line : lines) {

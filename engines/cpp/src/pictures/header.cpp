@@ -133,14 +133,15 @@ private:
 
     void take_international(std::string_view content) {
         std::string_view key;
-        std::string_view ignored;
+        std::string_view language;
+        std::string_view translated;
         if (!take_field(content, key) || content.size() < 2) {
             return;
         }
         const bool packed = content[0] != '\0';
         const bool known = content[1] == '\0';
         content.remove_prefix(2);
-        if (!take_field(content, ignored) || !take_field(content, ignored) || (packed && !known)) {
+        if (!take_field(content, language) || !take_field(content, translated) || (packed && !known)) {
             return;
         }
         if (key == "Raw profile type exif" || key == "XML:com.adobe.xmp") {
