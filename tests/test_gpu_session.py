@@ -430,7 +430,7 @@ def test_rehearsal_with_backends_that_hang_die_and_run_out_of_memory(bare: Bare,
     left = subprocess.run(["pgrep", "-f", "^sleep 86399"], capture_output=True, text=True)
     assert left.stdout == ""  # neither of the hanging backend's processes
     page = (tmp_path / "out" / "page.txt").read_text()
-    assert "eager failed" in page and "eager-bf16: no answer" in page
+    assert "eager failed" in page and "eager-fp16: killed" in page  # eager-bf16 is late, which is no failure
 
 
 @bare_machine
