@@ -15,6 +15,7 @@ from export.contract.signature import (
     Positions,
     Sam2Outputs,
     Signature,
+    check_levels,
     choose_necks,
     encoder_signature,
 )
@@ -204,8 +205,5 @@ def sign(options: ExportOptions, encoder: Sam3DualViTDetNeck) -> Signature:
         dtype=NUMPY_NAMES[options.output_precision or options.precision],
         sam2_outputs=options.sam2_outputs,
     )
-    for level in signature.levels:
-        if not all(signature.level_sizes[level]):
-            (height, width), least = config.image_size, 2 * config.patch_size
-            raise ExportError(f"level {level} is empty at {height}x{width} pixels; its sides must be {least} at least")
+    check_levels(signature, config)
     return signature

@@ -18,8 +18,9 @@ from benchmarks.measure.environment import available_bytes
 from benchmarks.measure.point import Pace, Point
 from benchmarks.measure.worker_process import ROOT, Worker, WorkerError
 from benchmarks.options import SELECTION, BenchOptions
+from export.contract.errors import ExportError
 from export.contract.manifest import data_path
-from export.contract.signature import BatchRange, Signature, SignatureError, encoder_signature
+from export.contract.signature import BatchRange, Signature, SignatureError, check_levels, encoder_signature
 from neck.config import ConfigError, EncoderConfig
 from neck.pictures import PictureFolder
 
@@ -139,11 +140,10 @@ class Workplace:
                 config = dataclasses.replace(config, image_size=image_size)  # type: ignore[arg-type]
             kept = {name: getattr(self.asked, name) for name in OUTPUTS}
             signature = encoder_signature(config, batch=BatchRange(batch, batch, batch), **kept)
-        except (ConfigError, SignatureError) as error:
+            check_levels(signature, config)
+        except (ConfigError, SignatureError, ExportError) as error:
             raise BenchError(str(error)) from None
         height, width = config.image_size
-        if not all(side for level in signature.levels for side in signature.level_sizes[level]):
-            raise BenchError(f"image size {height}x{width} leaves a level empty")
         name = f"{height}x{width} batch {batch}" + (" (sweep)" if sweep else "")
         return Point(name, sweep, config, signature, pace)
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from export.contract.errors import ExportError
 from neck.checkpoint_keys import NECK_MODULES
 from neck.config import HEAD_PARTS, EncoderConfig
 
@@ -253,3 +254,15 @@ def _head_levels(asked: str, levels: tuple[int, ...], necks: Sequence[str]) -> t
             f"--sam2-outputs head has levels 0, 1 and 2 of neck sam2, and --levels {asked} asks for {beyond[0]} too"
         )
     return tuple(level for level in levels if level in HEAD_LEVELS)
+
+
+def check_levels(signature: Signature, config: EncoderConfig) -> None:
+    """Refuses an image size at which a level has no pixels.
+
+    Raises:
+        ExportError: a level that is empty at the image size.
+    """
+    for level in signature.levels:
+        if not all(signature.level_sizes[level]):
+            (height, width), least = config.image_size, 2 * config.patch_size
+            raise ExportError(f"level {level} is empty at {height}x{width} pixels; its sides must be {least} at least")
