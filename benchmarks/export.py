@@ -36,6 +36,7 @@ class Run:
     wall_s: float
     peak_bytes: int
     file_bytes: int
+    cpu_s: float
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="interleaved runs of each")
     parser.add_argument("--all", action="store_true", help="also one export with verification, and a TensorRT-RTX plan")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint, by default one of random weights made for this")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file, as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = arguments.checkpoint or make_checkpoint(Path(folder))
@@ -108,7 +109,8 @@ def measure(arguments: list[str], folder: Path, fresh: bool = True) -> Run:
         sys.stderr.write((folder / "stderr").read_text(errors="replace"))
         raise subprocess.CalledProcessError(process.returncode, arguments)
     # ru_maxrss is in KiB on Linux
-    return Run(wall_s, usage.ru_maxrss * 1024, sum(file.stat().st_size for file in output.iterdir()))
+    size = sum(file.stat().st_size for file in output.iterdir())
+    return Run(wall_s, usage.ru_maxrss * 1024, size, usage.ru_utime + usage.ru_stime)
 
 
 def summary(runs: dict[str, list[Run]], checkpoint_bytes: int) -> dict[str, object]:

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
-import resource
 import sys
 import tempfile
 from datetime import date
@@ -47,9 +46,9 @@ def main() -> None:
     """Prints the table, or with --export writes the file of one exporter, which is how its process is started."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--image-size", type=int, default=1008, help="side of the square input in pixels")
-    parser.add_argument("--config", type=Path, help="encoder.json of another architecture than SAM 3's")
+    parser.add_argument("--config", type=Path, help="encoder.json with the architecture [default: SAM 3's]")
     parser.add_argument("--compute-capability", default="8.9", help="GPU to build the plans for")
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file, as JSON")
     parser.add_argument("--export", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     config = EncoderConfig.from_file(given.config) if given.config else EncoderConfig()
@@ -77,12 +76,9 @@ def compare(config: EncoderConfig, compute_capability: str, folder: Path) -> dic
     described.write_text(json.dumps(dataclasses.asdict(config)), encoding="utf-8")
     rows = {}
     for name in EXPORTERS:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        run = measure(command(name, described, folder / "out" / "encoder.onnx"), folder)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        about = {"cpu_s": cpu_s, "wall_s": run.wall_s, "peak_bytes": run.peak_bytes, "file_bytes": run.file_bytes}
-        rows[name] = about | plan_facts(folder / "out" / "encoder.onnx", compute_capability, flavor)
+        onnx = folder / "out" / "encoder.onnx"
+        run = measure(command(name, described, onnx), folder)
+        rows[name] = dataclasses.asdict(run) | plan_facts(onnx, compute_capability, flavor)
         print(f"{name}: {rows[name]}", file=sys.stderr, flush=True)
     return {
         "date": date.today().isoformat(),

@@ -33,7 +33,7 @@ def test_results_say_when_where_and_how() -> None:
 
 
 def test_ratios_are_pair_by_pair() -> None:
-    runs = {PLAIN: [Run(10.0, 100, 5), Run(20.0, 100, 5)], OURS: [Run(4.0, 50, 3), Run(4.0, 60, 3)]}
+    runs = {PLAIN: [Run(10.0, 100, 5, 9.0), Run(20.0, 100, 5, 9.0)], OURS: [Run(4.0, 50, 3, 3.0), Run(4.0, 60, 3, 3.0)]}
     result = summary(runs, 40)
     assert result["wall_ratios"] == [0.2, 0.4]
     assert result["peak_ratios"] == [0.5, 0.6]
@@ -44,7 +44,7 @@ def test_ratios_are_pair_by_pair() -> None:
 def test_a_process_is_measured_and_its_failure_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = "import pathlib, sys; b = bytearray(200 << 20); pathlib.Path(sys.argv[1], 'f').write_bytes(b[:1000])"
     run = measure([sys.executable, "-c", code, str(tmp_path / "out")], tmp_path)
-    assert run.file_bytes == 1000 and run.peak_bytes > 200 << 20 and run.wall_s > 0
+    assert run.file_bytes == 1000 and run.peak_bytes > 200 << 20 and run.wall_s > 0 and run.cpu_s > 0
     with pytest.raises(Exception, match="exit status 3"):
         measure([sys.executable, "-c", "import sys; sys.stderr.write('planted'); sys.exit(3)"], tmp_path)
     assert "planted" in capsys.readouterr().err
