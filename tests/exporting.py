@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -51,9 +52,10 @@ def quick_trace(module: DeployEncoder) -> ir.Model:
     return _traces[key].clone()
 
 
-def trace_quickly(patch: pytest.MonkeyPatch) -> None:
-    """Puts `quick_trace` into the pipeline."""
-    patch.setattr(export.pipeline, "trace", quick_trace)
+def trace_quickly(patch: pytest.MonkeyPatch, *others: ModuleType) -> None:
+    """Puts `quick_trace` into the pipeline, and into other modules that trace."""
+    for module in (export.pipeline, *others):
+        patch.setattr(module, "trace", quick_trace)
 
 
 def checkpoint_of(case: str) -> Path:

@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from exporting import checkpoint_of, config_of, golden_options, neck_export_cli, plant_in_trunk, quick_trace, save_state
+from exporting import (
+    checkpoint_of,
+    config_of,
+    golden_options,
+    neck_export_cli,
+    plant_in_trunk,
+    save_state,
+    trace_quickly,
+)
 from stand_in_gpu.play import play
 from torch import nn
 
@@ -20,7 +28,6 @@ import engines.bisect
 import engines.plan
 import engines.run.verify
 import engines.tune
-import export.pipeline
 from export.contract.manifest import sha256
 from export.contract.signature import BatchRange
 from export.pipeline import export_onnx
@@ -82,8 +89,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
 @pytest.fixture(scope="module", autouse=True)
 def _quick_traces() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (export.pipeline, engines.bisect):
-            patch.setattr(module, "trace", quick_trace)
+        trace_quickly(patch, engines.bisect)
         yield
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exporting import checkpoint_of, golden_options, neck_export_cli, plant_in_trunk, quick_trace, save_state
+from exporting import checkpoint_of, golden_options, neck_export_cli, plant_in_trunk, save_state, trace_quickly
 from safetensors.numpy import load_file
 from stand_in_gpu.device import Device
 from stand_in_gpu.play import play, put_smi
@@ -24,7 +24,6 @@ from stand_in_gpu.tensorrt import LISTINGS
 from test_session import build_convolution, convolution
 
 import engines.bisect
-import export.pipeline
 from engines.builder.flavor import choose_flavor
 from engines.run.open_plan import open_plan
 from engines.run.plan_checks import SessionError
@@ -47,8 +46,7 @@ HOPPER = {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0"}
 def _quick_traces() -> Any:
     """One trace serves every export and every search of these tests."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (export.pipeline, engines.bisect):
-            patch.setattr(module, "trace", quick_trace)
+        trace_quickly(patch, engines.bisect)
         yield
 
 

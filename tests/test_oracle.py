@@ -15,7 +15,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from conftest import GOLDEN_CASES, NEWEST_OPSET, load_golden, tiny_config, worst_error
-from exporting import quick_trace
+from exporting import trace_quickly
 from oracle import Array, Facts, encode
 
 import export.pipeline
@@ -212,7 +212,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     write, compute = export.pipeline.write_lowered, export.proof.verify.run_model
     monkeypatch.setattr(export.pipeline, "write_lowered", keep)
     monkeypatch.setattr(export.proof.verify, "run_model", run)
-    monkeypatch.setattr(export.pipeline, "trace", quick_trace)
+    trace_quickly(monkeypatch)
 
     def make(case: Case) -> Made | None:
         kept.clear()
