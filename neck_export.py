@@ -420,7 +420,10 @@ def triton(
     ] = None,
     keep: Annotated[
         int | None,
-        typer.Option(help="Keep this many versions, and the active one in any case [default: all]", min=1),
+        typer.Option(
+            help="Number of versions to keep; older ones are removed, never the active one [default: all]",
+            min=1,
+        ),
     ] = None,
     outputs: Annotated[list[str] | None, typer.Option(help="Outputs to answer with [default: all]")] = None,
     ensemble: Annotated[bool, typer.Option(help="Also a model that takes JPEG or PNG bytes")] = False,

@@ -69,12 +69,16 @@ def check_options(options: BenchOptions) -> None:
         if value is not None and value < 1:
             raise BenchError(f"{name.replace('_', '-')} is {value}; it must be 1 at least")
     if options.positions == "file":
-        raise BenchError("positions in a file are no output of a run; choose graph or none")
+        raise BenchError(
+            "--positions file: a run computes no positions, so there is nothing to measure; choose graph or none"
+        )
     chosen = [f"--{name.replace('_', '-')}" for name in SELECTION if getattr(options, name) is not None]
     if options.checkpoint is None and chosen:
         raise BenchError(f"random weights have no {', '.join(chosen)}; leave it out, or name a --checkpoint")
     if options.plan and (not is_plan(options.plan) or read_sheet(options.plan) is None):
-        raise BenchError(f"--plan {options.plan}: no plan with a layer sheet beside it; `neck-export trt` writes both")
+        raise BenchError(
+            f"--plan {options.plan}: is not a plan with a layer sheet beside it; build both with `neck-export trt`"
+        )
     if options.export and options.config:
         raise BenchError("the exporter is measured at full size; leave --export or --config out")
 

@@ -38,7 +38,7 @@ def target_files(output: Path) -> list[Path]:
 
 def export_places(output: Path, calibration: Path | None, precision: str) -> list[Place]:
     """Every file that `neck-export onnx` may write."""
-    names = ("the file of --output", "its weights", "its position encodings", "its manifest")
+    names = ("the file of --output", *(f"the {what} of --output" for what in ("weights", "positions", "manifest")))
     places = [Place(what, path) for what, path in zip(names, target_files(output), strict=True)]
     return places + calibration_places(calibration, precision)
 
@@ -98,7 +98,9 @@ def check_places(written: Sequence[Place], read: Sequence[Place]) -> None:
         for other, there in read:
             linked = path.exists() and there.exists() and path.samefile(there)
             if linked or place == there.parent.resolve() / there.name:
-                raise ExportError(f"{there}: writing {what} would replace {other}; choose another name for {what}")
+                raise ExportError(
+                    f"{there}: this is {other}, and {what} would overwrite it; choose another name for {what}"
+                )
         if what == "the trials of --calibration" and not _has_keys(path, {"key", "rows"}):
             raise ExportError(f"{path}: is not a record of trials, and {what} would replace it; choose another name")
 

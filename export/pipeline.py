@@ -213,7 +213,7 @@ def verify_file(
     file = OnnxFile.of(file)
     path, where, asked = file.path, manifest_path(file.path), find_readers(readers) if readers else ()
     if not path.is_file():
-        raise ExportError(f"{path}: no such file; export it by `neck-export onnx`")
+        raise ExportError(f"{path}: no such file; write it with `neck-export onnx`")
     check_path(path)
     require_runtime()
     if save is not None:

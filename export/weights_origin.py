@@ -82,7 +82,7 @@ def merged_adapter(where: Path, weights: Mapping[str, Any], adapter: Path | None
         return None
     folder = adapter or Path(weights["adapter"]["path"])
     if not folder.is_dir():
-        raise ExportError(f"{folder}: the adapter that {where.name} names is not there; say where by --adapter")
+        raise ExportError(f"{folder}: the adapter that {where.name} names is not there; give its path with --adapter")
     known = {entry["name"]: entry["sha256"] for entry in weights["adapter"]["files"]}
     if {file.name: sha256(file) for file in adapter_files(folder)} != known:
         raise ExportError(f"{folder}: is not the adapter that was merged ({where.name} has its SHA-256)")
@@ -166,11 +166,13 @@ def manifest_encoder(
                 raise ExportError(f"{given}: {where.name} says that random weights were exported; leave {option} out")
         return EncoderSource(seed=weights["seed"], config=config).load().encoder
     if not all(isinstance(value, str) for value in names.values()):
-        raise ManifestError(f"{where}: its weights' state or prefix is no text; write the file again")
+        raise ManifestError(f"{where}: `state` and `prefix` in the entry `weights` must be text; export the file again")
     path = checkpoint or path
     assert path is not None
     if not path.exists():
-        raise ExportError(f"{path}: the weights that {where.name} names are not there; say where by --checkpoint")
+        raise ExportError(
+            f"{path}: the weights that {where.name} names are not there; give their path with --checkpoint"
+        )
     source = EncoderSource(path, config=config, alpha=weights.get("adapter_alpha"), **names)
     if is_origin(weights, path):
         source = dataclasses.replace(source, adapter=merged_adapter(where, weights, adapter))

@@ -399,13 +399,19 @@ def test_an_export_says_what_was_merged_and_verify_merges_it_again(
     assert f", adapter {adapter}" in neck_export_cli("inspect", output).out
     moved = adapter.rename(tmp_path / "moved")
     ran = neck_export_cli("verify", output)
-    assert ran.code == 1 and f"{adapter}: the adapter that x.json names is not there; say where by --adapter" in ran.err
+    assert (
+        ran.code == 1
+        and f"{adapter}: the adapter that x.json names is not there; give its path with --adapter" in ran.err
+    )
     assert neck_export_cli("verify", output, "--adapter", moved).code == 0
     change_config(moved, lora_alpha=7)
     ran = neck_export_cli("verify", output, "--adapter", moved)
     assert ran.code == 1 and "is not the adapter that was merged (x.json has its SHA-256)" in ran.err
     output.with_suffix(".json").write_text(json.dumps({**manifest, "precision": "fp16"}))
-    for given, says in (((), "is not there; say where by --adapter"), (("--adapter", moved), "is not the adapter")):
+    for given, says in (
+        ((), "is not there; give its path with --adapter"),
+        (("--adapter", moved), "is not the adapter"),
+    ):
         ran = neck_export_cli("bisect", output, *given)
         assert ran.code == 1 and says in ran.err
 

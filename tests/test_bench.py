@@ -411,7 +411,7 @@ def test_bad_options_are_refused(case: str, output: Path, place: Workplace) -> N
     [
         ({"rounds": 0}, "rounds is 0; it must be 1 at least"),
         ({"export": True}, "leave --export or --config out"),
-        ({"positions": "file"}, "positions in a file are no output of a run"),
+        ({"positions": "file"}, "--positions file: a run computes no positions"),
         ({"checkpoint": None, "adapter_alpha": 8.0}, "random weights have no --adapter-alpha; leave it out"),
         ({"checkpoint": None, "state": "ema", "prefix": "a."}, "random weights have no --state, --prefix"),
         ({"checkpoint": Path("nowhere.pt")}, "the encoder cannot be made: .*nowhere.pt"),

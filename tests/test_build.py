@@ -254,10 +254,10 @@ def _outside(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda path: path.with_name("none.onnx"), "none.onnx: no such file; `neck-export onnx` writes it"),
+        (lambda path: path.with_name("none.onnx"), "none.onnx: no such file; write it with `neck-export onnx`"),
         (
             _without_data,
-            "its weights .*onnx.data are missing; copy them beside it, or export it again: neck-export onnx",
+            "its weights file .*onnx.data is missing; copy it there, or export it again: neck-export onnx",
         ),
         (lambda path: _truncated(path, 0.5), "not a whole ONNX file.*export it again"),
         (lambda path: _truncated(path, 0), "no outputs in it.*export it again"),

@@ -316,7 +316,7 @@ def test_inspect_of_files_that_cannot_be_read(exported: Path, tmp_path: Path) ->
     data.write_bytes(weights[:-1])
     refused(path, f"is cut off at {len(weights) - 1:,} of {len(weights):,} bytes")
     data.unlink()
-    refused(path, f"its weights {data} are missing")
+    refused(path, f"its weights file {data} is missing")
     refused(tmp_path / "no.onnx", "no such file")
     refused(tmp_path, "no such file")
     graph = path.read_bytes()

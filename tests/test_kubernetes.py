@@ -505,12 +505,18 @@ def test_what_is_refused(plan: Path, tmp_path: Path) -> None:
         ({"storage": "pvc://Bad_Name"}, "expected pvc://CLAIM"),
         ({"storage": "s3://https://minio.example.com/models"}, "HOST:PORT"),  # Triton takes it for a bucket
         ({"storage": "s3://minio:9000"}, "HOST:PORT"),
-        ({"gpus": 0}, "0 GPUs per pod: expected 1 to 16"),
-        ({"replicas": 0}, "0 replicas: expected 1 to 100"),
+        ({"gpus": 0}, "--gpus 0: a pod must have 1 to 16 GPUs"),
+        ({"replicas": 0}, "--replicas 0: there must be 1 to 100 pods"),
         ({"rollout": "big-bang"}, "rollout 'big-bang': expected surge or replace"),
-        ({"image": "registry/encoder@sha256:12"}, "image 'registry/encoder@sha256:12': expected"),
-        ({"image": "registry/encoder:1; rm"}, "image 'registry/encoder:1; rm': expected"),
-        ({"proxy_image": ""}, "image '': expected"),
+        (
+            {"image": "registry/encoder@sha256:12"},
+            "'registry/encoder@sha256:12' is not the name of an image; expected",
+        ),
+        (
+            {"image": "registry/encoder:1; rm"},
+            "'registry/encoder:1; rm' is not the name of an image; expected",
+        ),
+        ({"proxy_image": ""}, "'' is not the name of an image; expected"),
         ({"image": "nvcr.io/nvidia/tritonserver:24.01-py3"}, "the file needs nvcr.io/nvidia/tritonserver:25.09-py3"),
         ({"kubernetes": tmp_path / "repository" / "cluster"}, "lies in the model repository"),
         ({"kubernetes": plan}, "encoder.plan: is a file, where the Kubernetes"),

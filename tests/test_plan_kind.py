@@ -76,7 +76,7 @@ def test_what_trt_and_bench_say_of_it(tmp_path: Path) -> None:
     bare.rename(ours)
     with pytest.raises(BuildError, match=r"x\.plan: is a plan already; name the ONNX file that it is built from"):
         read_source(ours, print)
-    with pytest.raises(BenchError, match=r"x\.plan: no plan with a layer sheet beside it"):
+    with pytest.raises(BenchError, match=r"x\.plan: is not a plan with a layer sheet beside it"):
         check_options(BenchOptions(tmp_path, plan=ours))
     layers_path(ours).write_text(json.dumps(LayerSheet("builder log", (), 0).to_dict()))
     check_options(BenchOptions(tmp_path, plan=ours))  # the control

@@ -502,7 +502,7 @@ def test_the_manifest_tells_the_state_and_finds_it_again(tmp_path: Path) -> None
     del weights["prefix"]
     assert_is(manifest_encoder(tmp_path / "x.json", manifest), plain())
     weights["state"] = 3
-    with pytest.raises(ManifestError, match=r"x.json: its weights' state or prefix is no text"):
+    with pytest.raises(ManifestError, match=r"x.json: `state` and `prefix` in the entry `weights` must be text"):
         manifest_encoder(tmp_path / "x.json", manifest)
 
 

@@ -50,7 +50,7 @@ class KitError(RuntimeError):
     """A kit that does not fit this machine, or is not whole."""
 
 
-MAKE = "make it by `make gpu-kit` where there is network, and bring it along"
+MAKE = "run `make gpu-kit` on a machine with network, and copy the whole folder build/gpu-kit to this one"
 
 
 def read_kit(folder: Path) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def read_kit(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise KitError(f"{folder}: is no kit ({MANIFEST} is not there); {MAKE}") from None
     except (ValueError, KeyError, TypeError):
-        raise KitError(f"{folder}/{MANIFEST}: cannot be read; {MAKE} whole") from None
+        raise KitError(f"{folder}/{MANIFEST}: cannot be read; {MAKE}") from None
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     if python != here:
         told = f"{folder}: is for Python {python}, {sys.executable} is {here}"
@@ -98,7 +98,7 @@ def install(kit: Path, output: Path) -> Path:
         raise KitError(f"{site}: pip did not install the kit in {INSTALL_SECONDS:g} s") from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
-        raise KitError(f"{kit}: pip cannot install the kit ({lines[0][:300]}); {MAKE} whole")
+        raise KitError(f"{kit}: pip cannot install the kit ({lines[0][:300]}); {MAKE}")
     shutil.copy(pins, mark)
     return site.resolve()
 

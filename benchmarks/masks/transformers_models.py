@@ -72,7 +72,7 @@ def load_segmenter(folder: Path, prompts: Prompts, device: str, threshold: float
     try:
         import transformers
     except ImportError:
-        raise MasksError(f"transformers is not installed: {install('sam3')}") from None
+        raise MasksError(f"transformers is not installed; run {install('sam3')}") from None
     kind = _kind(folder)
     wanted, name = (DETECTORS, "Sam3Model") if prompts.texts else (TRACKERS, "Sam3TrackerVideoModel")
     if kind not in wanted:

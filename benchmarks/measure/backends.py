@@ -214,7 +214,7 @@ def _torch_lacks(backend: Backend, facts: Mapping[str, Any], named: bool) -> str
 
 def _ort_lacks(backend: Backend, facts: Mapping[str, Any]) -> str | None:
     if facts["providers"] is None:
-        return f"onnxruntime is not installed: {install('cpu' if backend.device == 'cpu' else 'gpu')}"
+        return f"onnxruntime is not installed; run {install('cpu' if backend.device == 'cpu' else 'gpu')}"
     if backend.provider not in facts["providers"]:
         return f"this onnxruntime has no {backend.provider}: pip install onnxruntime-gpu"
     if backend.device == "cpu" and backend.precision != "fp32":
@@ -226,7 +226,7 @@ def _ort_lacks(backend: Backend, facts: Mapping[str, Any]) -> str | None:
 
 def _openvino_lacks(backend: Backend, facts: Mapping[str, Any]) -> str | None:
     if facts["openvino"] is None:
-        return f"openvino is not installed: {install('bench')}"
+        return f"openvino is not installed; run {install('bench')}"
     if NAMES[backend.precision] not in facts["openvino"]:
         return (
             f"OpenVINO's CPU plugin does not compute {NAMES[backend.precision]} here ({', '.join(facts['openvino'])})"

@@ -368,7 +368,7 @@ def _set_polygraphy_up(name: FlavorName) -> None:
     try:
         from polygraphy import config as polygraphy_config
     except ImportError:
-        raise FlavorError(f"polygraphy is not installed: {install(EXTRAS[name])}") from None
+        raise FlavorError(f"polygraphy is not installed; run {install(EXTRAS[name])}") from None
 
     if "polygraphy.backend.trt" in sys.modules and bool(polygraphy_config.USE_TENSORRT_RTX) != wanted:
         raise FlavorError(f"this process uses the other TensorRT already; start another for --flavor {name}")

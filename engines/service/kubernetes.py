@@ -111,14 +111,16 @@ class Serving:
                 f"server of your own s3://https://HOST:PORT/BUCKET/FOLDER"
             )
         if not 1 <= self.gpus <= 16:
-            raise TritonError(f"{self.gpus} GPUs per pod: expected 1 to 16")
+            raise TritonError(f"--gpus {self.gpus}: a pod must have 1 to 16 GPUs")
         if not 1 <= self.replicas <= 100:
-            raise TritonError(f"{self.replicas} replicas: expected 1 to 100")
+            raise TritonError(f"--replicas {self.replicas}: there must be 1 to 100 pods")
         if self.rollout not in ("surge", "replace"):
             raise TritonError(f"rollout {self.rollout!r}: expected surge or replace")
         for name in (self.image_name, self.proxy_image):
             if name is not None and not re.fullmatch(IMAGE_REFERENCE, name):
-                raise TritonError(f"image {name!r}: expected [REGISTRY/]NAME[:TAG][@sha256:DIGEST]")
+                raise TritonError(
+                    f"{name!r} is not the name of an image; expected [REGISTRY/]NAME[:TAG][@sha256:DIGEST]"
+                )
         if self.image_name is None and self.ensemble:
             raise TritonError(
                 "the ensemble needs an image with Pillow, which NVIDIA's does not contain; name it with "

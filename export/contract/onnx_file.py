@@ -50,7 +50,7 @@ class OnnxFile:
         """
         path = self.path
         if not path.is_file():
-            raise ExportError(f"{path}: no such file; `neck-export onnx` writes it")
+            raise ExportError(f"{path}: no such file; write it with `neck-export onnx`")
         if pointer := lfs_pointer(path):
             raise ExportError(pointer)
         again = f"export it again: {export_again(path)}"
@@ -68,7 +68,7 @@ class OnnxFile:
             ends[file] = max(ends.get(file, 0), (tensor.offset or 0) + (tensor.length or 0))
         for file, end in ends.items():
             if not file.is_file():
-                raise ExportError(f"{path}: its weights {file} are missing; copy them beside it, or {again}")
+                raise ExportError(f"{path}: its weights file {file} is missing; copy it there, or {again}")
             if file.stat().st_size < end:
                 cut = f"{file}: is cut off at {file.stat().st_size:,} of {end:,} bytes; copy it again, or {again}"
                 raise ExportError(lfs_pointer(file) or cut)

@@ -242,7 +242,7 @@ def require_runtime() -> ModuleType:
         import onnxruntime
     except ImportError:
         raise FidelityError(
-            f"ONNX Runtime is not installed, so no file can be verified: {install('cpu')}, or give --no-verify"
+            f"ONNX Runtime is not installed, so no file can be verified; run {install('cpu')}, or give --no-verify"
         ) from None
     return onnxruntime
 
