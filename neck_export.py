@@ -20,8 +20,8 @@ import typer
 
 if TYPE_CHECKING:
     from engines.plan import PlanResult
-    from export.proof.fidelity import Verdict
-    from neck.pictures import PictureFolder
+    from export.verification.fidelity import Verdict
+    from neck.images import ImageFolder
 
 app = typer.Typer(
     help="SAM 3's image encoder: checkpoint -> verified ONNX -> TensorRT engine -> service.",
@@ -65,7 +65,7 @@ State = Annotated[
     str | None, typer.Option(help="Which state of a training file: ema [default: model's, or the only one]")
 ]
 Prefix = Annotated[str | None, typer.Option(help="Which encoder of a state that holds several: detector.")]
-Quantise = Annotated[
+Quantize = Annotated[
     list[str] | None,
     typer.Option(help="fp8, int8: which products: all, *.mlp.fc2, or auto: by the budget [auto]"),
 ]
@@ -78,12 +78,12 @@ Sam2Outputs = Annotated[
     Literal["features", "head"],
     typer.Option(help="head: the mask decoder's conv_s0 and conv_s1 folded in: sam2_high_res_0, _1, sam2_feat_2"),
 ]
-PictureRange = Annotated[
-    str | None, typer.Option(help="LOW:HIGH, black and white of pictures deeper than 8 bits [default: their high byte]")
+ImageRange = Annotated[
+    str | None, typer.Option(help="LOW:HIGH, black and white of images deeper than 8 bits [default: their high byte]")
 ]
 Tolerance = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: relative L2 of an output")]
 Gpu = Annotated[int | None, typer.Option("--device", help="Number of the GPU that runs the plan [default: 0]", min=0)]
-Images = Annotated[Path | None, typer.Option(help="Folder of pictures to verify on")]
+Images = Annotated[Path | None, typer.Option(help="Folder of images to verify on")]
 ItsWeights = Annotated[Path | None, typer.Option(help="Its weights [default: where the manifest says]")]
 ItsAdapter = Annotated[Path | None, typer.Option(help="What was merged [default: where the manifest says]")]
 Necks = Annotated[str, typer.Option(help="both, all, or names with commas; auto: sam3, or what is there")]
@@ -112,7 +112,7 @@ def onnx(
     ] = "graph",
     sam2_outputs: Sam2Outputs = "features",
     input: Annotated[
-        Literal["float", "uint8"], typer.Option(help="float: normalised (B, 3, H, W); uint8: pixels (B, H, W, 3)")
+        Literal["float", "uint8"], typer.Option(help="float: normalized (B, 3, H, W); uint8: pixels (B, H, W, 3)")
     ] = "float",
     precision: Annotated[Precision, typer.Option(help="Type of weights and activations")] = "fp32",
     attention: Annotated[
@@ -127,18 +127,18 @@ def onnx(
     residual: Annotated[
         Residual, typer.Option(help="Type of the blocks' sums [auto: the precision's; FP32 where verification fails]")
     ] = "auto",
-    quantise: Quantise = None,
+    quantize: Quantize = None,
     budget: Budget = None,
     calibration: CalibrationFile = None,
-    reader: Annotated[
+    target: Annotated[
         str, typer.Option(help="Who shall read the file, with commas: tensorrt-10.3, jetpack-6.2, triton-25.09")
     ] = "",
     rewrite: Annotated[bool, typer.Option(help="The exact rewrites for deployment")] = True,
     verify: Annotated[bool, typer.Option(help="Compare with PyTorch before the file gets its name")] = True,
     images: Annotated[
-        Path | None, typer.Option(help="Folder of pictures to verify on: its first, as many as the batch takes")
+        Path | None, typer.Option(help="Folder of images to verify on: its first, as many as the batch takes")
     ] = None,
-    picture_range: PictureRange = None,
+    image_range: ImageRange = None,
     tolerance: Tolerance = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights", min=0, max=2**31 - 1)] = 0,
     output: Annotated[Path, typer.Option(help="The file to write")] = DEFAULT_ONNX,
@@ -148,7 +148,7 @@ def onnx(
         from export.contract.signature import BatchRange
         from export.graph.rewrite import Rewrites
         from export.pipeline import ExportOptions, export_onnx
-        from export.quantising.settle import QuantiseOptions
+        from export.quantization.select_quantization import QuantizeOptions
         from export.weights_origin import state_line
         from neck.config import EncoderConfig
 
@@ -176,11 +176,11 @@ def onnx(
             output_precision=output_dtype,
             opset=parse_opset(opset),
             residual=residual,
-            quantise=QuantiseOptions(tuple(quantise or ()), budget, calibration),
-            readers=reader,
+            quantize=QuantizeOptions(tuple(quantize or ()), budget, calibration),
+            targets=target,
             rewrites=Rewrites() if rewrite else Rewrites.none(),
             verify=verify,
-            images=pictures(images, picture_range),
+            images=image_folder(images, image_range),
             tolerances=parse_tolerances(tolerance),
         )
         result = export_onnx(options, report)
@@ -208,9 +208,9 @@ def trt(
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in BF16")] = False,
     fp32: Annotated[bool, typer.Option("--fp32", help="Compute in FP32 [default: as the file]")] = False,
     precision: Annotated[
-        Precision | None, typer.Option(help="The same, and fp8, int8: calibrates and quantises an FP32 file")
+        Precision | None, typer.Option(help="The same, and fp8, int8: calibrates and quantizes an FP32 file")
     ] = None,
-    quantise: Quantise = None,
+    quantize: Quantize = None,
     budget: Budget = None,
     calibration: CalibrationFile = None,
     flavor: Annotated[FlavorChoice, typer.Option(help="auto: TensorRT where a GPU is, else TensorRT-RTX")] = "auto",
@@ -240,7 +240,7 @@ def trt(
     tune: Annotated[bool, typer.Option(help="Build all forms, keep the fastest that passes (GPU)")] = False,
     verify: Annotated[bool, typer.Option(help="Compare with PyTorch before the plan gets its name")] = True,
     images: Images = None,
-    picture_range: PictureRange = None,
+    image_range: ImageRange = None,
     tolerance: Tolerance = None,
     output: Annotated[Path | None, typer.Option(help="The plan [default: beside the ONNX file]")] = None,
 ) -> None:
@@ -254,7 +254,7 @@ def trt(
         from engines.builder.options import BuildOptions
         from engines.plan import PlanOptions, make_plan
         from export.contract.signature import BatchRange
-        from export.quantising.settle import QuantiseOptions
+        from export.quantization.select_quantization import QuantizeOptions
 
         onnx = model or newest_onnx(DEFAULT_ONNX.parent)
         options = PlanOptions(
@@ -266,7 +266,7 @@ def trt(
             upsampling=upsampling,
             keep_fp32=tuple(keep_fp32 or ()),
             residual=residual,
-            quantise=QuantiseOptions(tuple(quantise or ()), budget, calibration),
+            quantize=QuantizeOptions(tuple(quantize or ()), budget, calibration),
             build=BuildOptions(
                 batch=BatchRange.parse(batch) if batch else None,
                 compute_capabilities=tuple(part for part in compute_capability.split(",") if part),
@@ -278,7 +278,7 @@ def trt(
                 replay_timing=replay_timing,
             ),
             verify=verify,
-            images=pictures(images, picture_range),
+            images=image_folder(images, image_range),
             tolerances=parse_tolerances(tolerance),
             checkpoint=checkpoint,
             adapter=adapter,
@@ -315,8 +315,8 @@ def bisect(
     file: Annotated[Path, typer.Argument(help="An FP16 or BF16 ONNX file (made with --no-verify), or a plan (GPU)")],
     checkpoint: ItsWeights = None,
     adapter: ItsAdapter = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of pictures")] = None,
-    picture_range: PictureRange = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of images")] = None,
+    image_range: ImageRange = None,
     tolerance: Tolerance = None,
 ) -> None:
     """Finds the block that first leaves tolerance, and the smallest FP32 island that mends the file."""
@@ -324,7 +324,7 @@ def bisect(
         from engines.bisect import bisect as search
         from engines.bisect import finding_lines
 
-        tolerances, folder = parse_tolerances(tolerance), pictures(images, picture_range)
+        tolerances, folder = parse_tolerances(tolerance), image_folder(images, image_range)
         finding = search(file, checkpoint, folder, tolerances, report, adapter=adapter)
     typer.echo("\n".join(finding_lines(finding)))
 
@@ -335,12 +335,12 @@ def verify(
     checkpoint: ItsWeights = None,
     adapter: ItsAdapter = None,
     images: Images = None,
-    picture_range: PictureRange = None,
+    image_range: ImageRange = None,
     tolerance: Tolerance = None,
     save_reference: Annotated[
-        Path | None, typer.Option(help="X.safetensors: the pictures and PyTorch's outputs, for `neck-engine --compare`")
+        Path | None, typer.Option(help="X.safetensors: the images and PyTorch's outputs, for `neck-engine --compare`")
     ] = None,
-    reader: Annotated[str, typer.Option(help="Who must be able to read an ONNX file, as of `onnx`")] = "",
+    target: Annotated[str, typer.Option(help="Who must be able to read an ONNX file, as of `onnx`")] = "",
     device: Gpu = None,
 ) -> None:
     """Compares a file with the plain PyTorch module and writes the verdict into its manifest."""
@@ -348,7 +348,7 @@ def verify(
     with noted(notes), stage() as report:
         from engines.builder.plan_kind import is_plan
 
-        asked, line = (checkpoint, pictures(images, picture_range), parse_tolerances(tolerance)), None
+        asked, line = (checkpoint, image_folder(images, image_range), parse_tolerances(tolerance)), None
         plan = is_plan(file)
         if device is not None and not plan:
             raise typer.BadParameter("--device chooses the GPU for a plan; an ONNX file is verified on the CPU")
@@ -361,10 +361,10 @@ def verify(
         else:
             from export.contract.onnx_file import OnnxFile
             from export.pipeline import verify_file
-            from export.proof.reader_check import graph_needs, read_by
+            from export.verification.target_check import graph_needs, read_by
 
             parsed = OnnxFile(file)
-            more: dict[str, Any] = {"save": save_reference, "readers": reader, "notes": notes}
+            more: dict[str, Any] = {"save": save_reference, "targets": target, "notes": notes}
             verdict = verify_file(parsed, *asked, report, adapter=adapter, **more)
             line = read_by(graph_needs(parsed.model))
         show_verdict(verdict)
@@ -378,15 +378,15 @@ def verify(
 def masks(
     file: Annotated[Path, typer.Argument(help="A plan or an ONNX file of neck-export")],
     model: Annotated[Path, typer.Option(help="The whole SAM 3: a folder of transformers, or sam3.pt")],
-    images: Annotated[Path, typer.Option(help="Folder of pictures; all are used")],
+    images: Annotated[Path, typer.Option(help="Folder of images; all are used")],
     prompt: Annotated[list[str] | None, typer.Option(help="A text: objects of its kind")] = None,
     points: Annotated[list[str] | None, typer.Option(help="X,Y: the object there; parts of width and height")] = None,
     boxes: Annotated[list[str] | None, typer.Option(help="X0,Y0,X1,Y1: the object in it; parts, too")] = None,
-    picture_range: PictureRange = None,
+    image_range: ImageRange = None,
     gate: Annotated[float, typer.Option(help="The lowest mean mask IoU that passes", min=0, max=1)] = 0.99,
     threshold: Annotated[float, typer.Option(help="The least score of an object", min=0, max=1)] = 0.5,
     check: Annotated[bool, typer.Option(help="Refuse a file of other weights than the model's")] = True,
-    save: Annotated[Path | None, typer.Option(help="Folder for pictures of both masks and their difference")] = None,
+    save: Annotated[Path | None, typer.Option(help="Folder for images of both masks and their difference")] = None,
 ) -> None:
     """Runs the whole SAM 3 with its own encoder and with the file: are the masks the same?"""
     spots, frames = parse_places(points, 2, "--points"), parse_places(boxes, 4, "--boxes")
@@ -396,7 +396,7 @@ def masks(
         from benchmarks.masks.objects import lines, worst_lines
         from benchmarks.masks.transformers_models import Prompts
 
-        folder, prompts = pictures(images, picture_range) or images, Prompts(tuple(prompt or ()), spots, frames)
+        folder, prompts = image_folder(images, image_range) or images, Prompts(tuple(prompt or ()), spots, frames)
         options = MasksOptions(file, model, folder, prompts, gate=gate, threshold=threshold, check=check, save=save)
         found = compare_masks(options, report, notes)
     typer.echo("\n".join([*lines(found), *(f"note: {note}" for note in notes)]))
@@ -511,13 +511,13 @@ def bench(
     prefix: Prefix = None,
     config: Config = None,
     image_size: Annotated[str | None, typer.Option(help="Pixels: 1008, or height x width: 1008x672")] = None,
-    batch: Annotated[int, typer.Option(help="Pictures in a run", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Images in a run", min=1)] = 1,
     neck: Necks = "auto",
     levels: Levels = "all",
     positions: Annotated[Literal["graph", "none"], typer.Option(help="Position encodings: outputs or none")] = "graph",
     sam2_outputs: Sam2Outputs = "features",
-    images: Annotated[Path | None, typer.Option(help="Folder of pictures to compare outputs on")] = None,
-    picture_range: PictureRange = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of images to compare outputs on")] = None,
+    image_range: ImageRange = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: the GPU where there is one")] = "auto",
     backend: Annotated[list[str] | None, typer.Option(help="Measure this one [default: all; see report.md]")] = None,
     rounds: Annotated[int | None, typer.Option(help="Times that every backend has its turn", min=1)] = None,
@@ -561,7 +561,7 @@ def bench(
                 levels=levels,
                 positions=positions,
                 sam2_outputs=sam2_outputs,
-                images=pictures(images, picture_range),
+                images=image_folder(images, image_range),
                 device=device,
                 backends=tuple(backend or ()),
                 rounds=rounds,
@@ -645,23 +645,23 @@ def show_plan(result: PlanResult) -> None:
     graph = checked.get("onnx")
     if graph:
         typer.echo(f"its ONNX graph is {'verified' if graph['verified'] else 'NOT verified'}: {graph['method']}")
-    if result.sheet:
-        typer.echo(result.sheet.summary())
-        if warning := result.sheet.warning():
+    if result.layers:
+        typer.echo(result.layers.summary())
+        if warning := result.layers.warning():
             typer.echo(f"warning: {warning}", err=True)
     elif reason := result.manifest.get("no_layers"):
-        typer.echo(f"no layer sheet: {reason}")
+        typer.echo(f"no layer report: {reason}")
     typer.echo(f"{result.path}  {result.path.stat().st_size / 1e6:,.1f} MB")
 
 
 def show_curve(manifest: dict[str, Any]) -> None:
-    """Prints how many products were quantised, and what more or fewer would have meant, where that was measured."""
-    quantisation = manifest.get("quantisation") or {}
-    if quantisation.get("curve"):
-        from export.quantising.choice import curve_lines
+    """Prints how many products were quantized, and what more or fewer would have meant, where that was measured."""
+    quantization = manifest.get("quantization") or {}
+    if quantization.get("curve"):
+        from export.quantization.choice import curve_lines
 
-        told = quantisation.get("rates") or ""
-        typer.echo("\n".join(curve_lines(quantisation["curve"], len(quantisation["products"]), told)))
+        told = quantization.get("rates") or ""
+        typer.echo("\n".join(curve_lines(quantization["curve"], len(quantization["products"]), told)))
 
 
 def choose_checkpoint(asked: str | None) -> Path | None:
@@ -690,23 +690,23 @@ def parse_size(size: str) -> int | tuple[int, int]:
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
-def pictures(images: Path | None, picture_range: str | None) -> Path | PictureFolder | None:
-    """The folder of --images, read as --picture-range says (`LOW:HIGH`); tells which of its files are skipped."""
+def image_folder(images: Path | None, image_range: str | None) -> Path | ImageFolder | None:
+    """The folder of --images, read as --image-range says (`LOW:HIGH`); tells which of its files are skipped."""
     if images is None:
-        if picture_range is not None:
-            raise typer.BadParameter("--picture-range requires --images", param_hint="--picture-range")
+        if image_range is not None:
+            raise typer.BadParameter("--image-range requires --images", param_hint="--image-range")
         return None
-    from neck.pictures import PictureError, PictureFolder, ValueRange, find_pictures, skipped_line
+    from neck.images import ImageError, ImageFolder, ValueRange, find_images, skipped_line
 
-    with contextlib.suppress(PictureError):  # the stage says it, with what was skipped
-        if find_pictures(images) and (skipped := skipped_line(images)):
+    with contextlib.suppress(ImageError):  # the stage says it, with what was skipped
+        if find_images(images) and (skipped := skipped_line(images)):
             typer.echo(f"note: {skipped}", err=True)
-    if picture_range is None:
+    if image_range is None:
         return images
     try:
-        return PictureFolder(images, ValueRange.parse(picture_range))
-    except PictureError as error:
-        raise typer.BadParameter(str(error), param_hint="--picture-range") from None
+        return ImageFolder(images, ValueRange.parse(image_range))
+    except ImageError as error:
+        raise typer.BadParameter(str(error), param_hint="--image-range") from None
 
 
 def parse_places(given: list[str] | None, count: int, option: str) -> tuple[tuple[float, ...], ...]:

@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from engines.layers.layer_report import read_layers
+
 from benchmarks.errors import BenchError
 from benchmarks.measure.run import Run
-from benchmarks.measure.work_folder import Workplace
+from benchmarks.measure.work_folder import ArtifactCache
 from benchmarks.options import SELECTION, BenchOptions
 from benchmarks.results.result import make_result
 from engines.builder.plan_kind import is_plan
-from engines.sheet.layer_sheet import read_sheet
 from export.contract.manifest import ManifestError, check_files, locked, manifest_path, read_manifest
 
-COUNTS = ("pictures", "objects", "lost", "found")
-SHOWN = ("passed", "gate", *COUNTS, "mean_iou", "worst_iou", "worst_picture", "method")
+COUNTS = ("images", "objects", "lost", "found")
+SHOWN = ("passed", "gate", *COUNTS, "mean_iou", "worst_iou", "worst_image", "method")
 
 __all__ = ["BenchError", "BenchOptions", "run_bench"]
 
@@ -48,7 +49,7 @@ def open_run(options: BenchOptions, report: Callable[[str], None] = lambda line:
     work = options.output / "work"
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with locked(work, wait=False), Workplace(work, options) as place, Run(options, place, report) as run:
+        with locked(work, wait=False), ArtifactCache(work, options) as place, Run(options, place, report) as run:
             yield run
     except BlockingIOError:
         raise BenchError(f"{work}: another run is at work there; wait for it or name another --output") from None
@@ -75,9 +76,9 @@ def check_options(options: BenchOptions) -> None:
     chosen = [f"--{name.replace('_', '-')}" for name in SELECTION if getattr(options, name) is not None]
     if options.checkpoint is None and chosen:
         raise BenchError(f"random weights have no {', '.join(chosen)}; leave it out, or name a --checkpoint")
-    if options.plan and (not is_plan(options.plan) or read_sheet(options.plan) is None):
+    if options.plan and (not is_plan(options.plan) or read_layers(options.plan) is None):
         raise BenchError(
-            f"--plan {options.plan}: is not a plan with a layer sheet beside it; build both with `neck-export trt`"
+            f"--plan {options.plan}: is not a plan with a layer report beside it; build both with `neck-export trt`"
         )
     if options.export and options.config:
         raise BenchError("the exporter is measured at full size; leave --export or --config out")

@@ -146,13 +146,13 @@ def vision_config(config: EncoderConfig) -> Any:
 def plan_facts(onnx: Path, compute_capability: str, flavor: Flavor) -> dict[str, Any]:
     """Builds a plan of a file as it is, and reads from its layer list what the builder made of it."""
     options = BuildOptions("fp16", compute_capabilities=(compute_capability,))
-    sheet = build_plan(onnx, onnx.with_suffix(".plan"), options, flavor=flavor).sheet
-    assert sheet is not None
+    layers = build_plan(onnx, onnx.with_suffix(".plan"), options, flavor=flavor).layers
+    assert layers is not None
     return {
-        "kernels": len(sheet.kernels),
-        "bytes_moved": sheet.bytes_moved,
-        "fused": len(sheet.fused),
-        "accumulation": sheet.accumulation,
+        "kernels": len(layers.kernels),
+        "bytes_moved": layers.bytes_moved,
+        "fused": len(layers.fused),
+        "accumulation": layers.accumulation,
     }
 
 

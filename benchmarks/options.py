@@ -10,7 +10,7 @@ from export.contract.signature import Positions, Sam2Outputs
 from neck.config import EncoderConfig
 
 if TYPE_CHECKING:
-    from neck.pictures import PictureFolder  # it imports torch, which a worker of another runtime must not hold
+    from neck.images import ImageFolder  # it imports torch, which a worker of another runtime must not hold
 
 SIZES, BATCHES = (336, 672, 1008, 1344), (1, 2, 4, 8)
 """The sweeps."""
@@ -29,7 +29,7 @@ class BenchOptions:
         quick: few backends, no sweeps, on a CPU at 24 patches a side (336 px): the whole encoder in under 3 minutes.
         checkpoint, state, prefix, adapter, adapter_alpha, config, seed: the encoder.
         image_size, batch, necks, levels, positions, sam2_outputs: its main point.
-        images: a folder of pictures; without one the shipped picture.
+        images: a folder of images; without one the shipped image.
         device: where; `auto` is the GPU where there is one.
         backends: ids of those to measure; all, where none is named. The reference is always there.
         rounds, runs, warm_up: how often; None is the device's default.
@@ -38,7 +38,7 @@ class BenchOptions:
         swept: ids of what the sweeps measure; by default those of `backends.SWEPT`.
         timeout_s: how long a backend may take for one load or one round.
         fresh: forget the samples of an earlier run of the same benchmark.
-        plan: a plan whose layer sheet goes into the report.
+        plan: a plan whose layer report goes into the report.
         masks: files that `neck-export masks` judged, whose verdicts go into the report.
         export: also measure the exporter itself (benchmarks/export.py); some minutes, at full size.
         command: what the result says it was made by; by default this process's command line.
@@ -59,7 +59,7 @@ class BenchOptions:
     levels: str = "all"
     positions: Positions = "graph"
     sam2_outputs: Sam2Outputs = "features"
-    images: Path | PictureFolder | None = None
+    images: Path | ImageFolder | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backends: tuple[str, ...] = ()
     rounds: int | None = None

@@ -15,7 +15,7 @@ from export.contract.signature import Signature
 from neck.config import EncoderConfig
 
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1}
-"""Of a weight; outputs have as many, of a quantised file two."""
+"""Of a weight; outputs have as many, of a quantized file two."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Part:
     Attributes:
         part: its name.
         operations: of a batch.
-        weight_elements: parameters, read in the row's precision (all of them, where some are quantised: a floor).
+        weight_elements: parameters, read in the row's precision (all of them, where some are quantized: a floor).
         table_bytes: FP32 tables (rotary) and the image, which is FP32 in every file.
         output_elements: of a batch, written in the row's precision.
     """
@@ -48,7 +48,7 @@ def encoder_parts(config: EncoderConfig, signature: Signature, batch: int, *, re
     Args:
         config: the architecture; its image size is the run's.
         signature: which necks, levels and positions.
-        batch: pictures.
+        batch: images.
         rewritten: with each ConvTranspose merged with the 1x1 convolution after it, and the head folded, as the
             rewritten module has them.
     """
@@ -92,7 +92,7 @@ def _level_part(config: EncoderConfig, signature: Signature, level: int, batch: 
 
 
 def _level(config: EncoderConfig, scale: float, size: Sequence[int], rewritten: bool, kept: int) -> tuple[int, int]:
-    """Operations for one picture and parameters of one level of one neck, whose head keeps some of d_model channels."""
+    """Operations for one image and parameters of one level of one neck, whose head keeps some of d_model channels."""
     channels, out, pixels = config.embed_dim, config.d_model, math.prod(size)
     layers: list[tuple[int, int, int, int]] = []  # taps for each output pixel, kernel, channels in, channels out
     at = channels

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from engines.live.adapter import MARK, Attached
 from engines.live.encoder import DeployedEncoder
-from engines.live.found import AttachError, LiveEncoder, find_encoder
+from engines.live.locate_encoder import AttachError, LiveEncoder, find_encoder
 from engines.live.matching import check_same
-from engines.live.stand_ins import MARK, Attached
 from export.contract.manifest import manifest_path
 from neck.config import EncoderConfig
 

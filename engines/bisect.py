@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
+from export.quantization.select_quantization import manifest_quantization
 
 from engines.bisect_trials import TRIAL, Runner, run_on_gpu, run_simulated
 from engines.builder.onnx_source import plan_source
@@ -26,14 +27,13 @@ from export.graph.rewrite import Rewrites
 from export.graph.trace import BLOCKS, trace
 from export.lowering.attention import spelling_at
 from export.lowering.precision import lower
-from export.proof.fidelity import Comparison, compare_output, tolerance_for
-from export.proof.verify import Report, reference_pixels
-from export.quantising.choice import budget_overrides
-from export.quantising.settle import manifest_quantisation
+from export.quantization.choice import budget_overrides
+from export.verification.fidelity import Comparison, compare_output, tolerance_for
+from export.verification.verify import Report, reference_pixels
 from export.weights_origin import manifest_encoder
 from neck.checkpoint_keys import NECK_MODULES
+from neck.images import ImageFolder, normalize
 from neck.necks import Sam3DualViTDetNeck
-from neck.pictures import PictureFolder, normalise
 
 MOST_MODULES = 8
 """More FP32 modules than this are no island: BF16 is the answer then."""
@@ -63,7 +63,7 @@ class Finding:
 def bisect(
     path: Path,
     checkpoint: Path | None = None,
-    images: Path | PictureFolder | None = None,
+    images: Path | ImageFolder | None = None,
     overrides: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     run: Runner | None = None,
@@ -78,7 +78,7 @@ def bisect(
         path: the ONNX file or the plan, with its manifest.
         checkpoint, adapter: its weights and what was merged into them, where they are no longer where the manifest
             says.
-        images: a folder of pictures; without one the shipped picture.
+        images: a folder of images; without one the shipped image.
         overrides: relative L2 by output name or wildcard.
         report: told of every step.
         run: computes a low-precision model; by default the rounding simulation in ONNX Runtime, of a plan the GPU.
@@ -104,7 +104,7 @@ def bisect(
         if adapter:  # for the command that mends
             weights = manifest["weights"]
             manifest = manifest | {"weights": weights | {"adapter": weights["adapter"] | {"path": str(adapter)}}}
-        budget = (manifest.get("quantisation") or {}).get("budget")
+        budget = (manifest.get("quantization") or {}).get("budget")
         allowed = budget_overrides(budget, ["*"]) | dict(overrides or {})  # of the blocks too, whose figures are shown
         search = Search(manifest, encoder, images, allowed, folder, report, run or run_simulated)
         return search.find(path, checkpoint)
@@ -127,7 +127,7 @@ class Search:
         self,
         manifest: dict[str, Any],
         encoder: Sam3DualViTDetNeck,
-        images: Path | PictureFolder | None,
+        images: Path | ImageFolder | None,
         overrides: Mapping[str, float],
         folder: Path,
         report: Report,
@@ -137,7 +137,7 @@ class Search:
         self.report, self.run, self.trials = report, run, 0
         signature = Signature.from_dict(manifest["signature"])
         pixels = reference_pixels(signature, images, signature.batch.minimum, report)
-        self.image = pixels if signature.input == "uint8" else normalise(pixels).numpy()
+        self.image = pixels if signature.input == "uint8" else normalize(pixels).numpy()
         self.outputs = [spec.name for spec in signature.of_kind("feat")]
         report("trace")
         self.canonical = trace(DeployEncoder(encoder, signature, Rewrites(**manifest["rewrites"])))
@@ -226,7 +226,7 @@ class Search:
             options["attention"] = REPLACED_FORMS.get(form, form)
             options["spelling"] = self.manifest.get("attention_spelling") or spelling_at(self.manifest["opset"])
             options["residual"] = residual or self.manifest.get("residual", "auto")
-            options["quantisation"] = manifest_quantisation(self.manifest)
+            options["quantization"] = manifest_quantization(self.manifest)
         lower(model, cast(Any, precision), keep_fp32=keep_fp32, **options)
         names = self._watch(model)
         file = self.folder / TRIAL

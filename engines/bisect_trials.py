@@ -13,8 +13,8 @@ from engines.builder.options import BuildOptions
 from engines.plan import PlanOptions, make_plan
 from engines.run.open_plan import open_plan
 from export.contract.signature import BatchRange
-from export.proof.rounding_simulation import is_low_precision, simulate
-from export.proof.verify import run_model
+from export.verification.rounding_simulation import is_low_precision, simulate
+from export.verification.verify import run_model
 
 TRIAL = "trial.onnx"
 Runner = Callable[[ir.Model, Path, np.ndarray, Sequence[str]], list[np.ndarray]]
@@ -28,7 +28,7 @@ def run_on_gpu(
 
     Args:
         model, folder, image, keep_fp32: as for every Runner.
-        plan: the manifest of the searched plan, for its flavour, its precision and its builder's options.
+        plan: the manifest of the searched plan, for its flavor, its precision and its builder's options.
     """
     asked, batch = plan["options"], BatchRange.parse(plan["batch"])
     build = BuildOptions(

@@ -1,4 +1,4 @@
-"""What a plan holds, told by its manifest and its layer sheet: nothing is loaded, so no GPU is needed."""
+"""What a plan holds, told by its manifest and its layer report: nothing is loaded, so no GPU is needed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from engines.builder.onnx_graph import BuildError
-from engines.sheet.layer_sheet import read_sheet
+from engines.layers.layer_report import read_layers
 from export.contract.manifest import check_files, manifest_path, read_manifest
-from export.inspect import masks_lines, quantised_line
+from export.inspect import masks_lines, quantized_line
 
 
 def inspect_plan(path: Path) -> dict[str, Any]:
-    """The manifest of a plan with its layer sheet, as JSON values.
+    """The manifest of a plan with its layer report, as JSON values.
 
     Raises:
         BuildError: no such file.
@@ -22,8 +22,8 @@ def inspect_plan(path: Path) -> dict[str, Any]:
         raise BuildError(f"{path}: no such file; build it by `neck-export trt`")
     manifest = read_manifest(manifest_path(path), "plan")
     check_files(manifest_path(path), manifest)
-    sheet = read_sheet(path)
-    return {**manifest, "file": str(path), "sheet": sheet.to_dict() if sheet else None}
+    layers = read_layers(path)
+    return {**manifest, "file": str(path), "layers": layers.to_dict() if layers else None}
 
 
 def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str]:
@@ -34,7 +34,7 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
         found: what inspect_plan gave.
         kernels: how many kernels to list, those first that move most.
     """
-    gpus = ", ".join(found["compute_capabilities"]) or "the flavour's default"
+    gpus = ", ".join(found["compute_capabilities"]) or "the flavor's default"
     checked = found["verification"]
     tensors = [("input", spec) for spec in found["inputs"]] + [("output", spec) for spec in found["outputs"]]
     lines = [
@@ -43,7 +43,7 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
         *(f"  {kind:7} {spec['name']}: {spec['dtype']} {tuple(spec['shape'])}" for kind, spec in tensors),
         f"  from    {found['onnx']['name']}",
         *(f"  note    {note}" for note in found.get("notes", ())),
-        *([f"  {quantised_line(found['quantisation'])}"] if found.get("quantisation") else []),
+        *([f"  {quantized_line(found['quantization'])}"] if found.get("quantization") else []),
         *timing_cache_lines(found),
         f"  plan    {'verified: ' + checked['method'] if checked['verified'] else checked['reason']}",
     ]
@@ -51,8 +51,8 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
         word = "verified" if graph["verified"] else "NOT verified"
         lines.append(f"  graph   {word}: {graph.get('method') or graph.get('reason')}")
     lines += masks_lines(found)
-    sheet = read_sheet(path)
-    return [*lines, "", sheet.table(kernels)] if sheet else [*lines, no_sheet_line(found)]
+    layers = read_layers(path)
+    return [*lines, "", layers.table(kernels)] if layers else [*lines, no_layers_line(found)]
 
 
 def timing_cache_lines(manifest: dict[str, Any]) -> list[str]:
@@ -65,6 +65,6 @@ def timing_cache_lines(manifest: dict[str, Any]) -> list[str]:
     ]
 
 
-def no_sheet_line(manifest: dict[str, Any]) -> str:
-    """What is said where a plan has no layer sheet: why, where its manifest tells."""
-    return f"  no layer sheet: {manifest.get('no_layers') or 'its build told none'}"
+def no_layers_line(manifest: dict[str, Any]) -> str:
+    """What is said where a plan has no layer report: why, where its manifest tells."""
+    return f"  no layer report: {manifest.get('no_layers') or 'its build told none'}"

@@ -11,14 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from engines.builder.attention_forms import Built, Typing, build_forms
+from export.quantization.select_quantization import QuantizationPlan, QuantizeOptions, all_tolerances
+
+from engines.builder.attention_forms import Built, LoweringOptions, build_forms
 from engines.builder.flavor import Flavor, choose_flavor
-from engines.builder.onnx_source import Source, read_source, settle_source
+from engines.builder.onnx_source import Source, read_source, select_for_source
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
 from engines.builder.plan_stream import disk_errors
 from engines.builder.timing_cache import replayed_hash, timing_cache_path
+from engines.layers.layer_report import LayerReport, layers_path, read_layers
 from engines.run.verify import verify_plan, why_not_run
-from engines.sheet.layer_sheet import LayerSheet, layers_path, read_sheet
 from export.contract.manifest import (
     ManifestError,
     check_files,
@@ -36,13 +38,12 @@ from export.contract.signature import BatchRange
 from export.lowering.attention import AttentionForm, Spelling
 from export.lowering.precision import Precision, Residual, residuals_to_try
 from export.lowering.upsampling import Upsampling
-from export.output_files import Place, calibration_places, check_places, manifest_places
+from export.output_files import NamedPath, calibration_paths, check_paths, encoder_paths
 from export.pipeline import RejectedError
-from export.proof.fidelity import Verdict
-from export.proof.verify import Report, picture_count, verify_onnx
-from export.quantising.settle import QuantiseOptions, Settled, all_tolerances
+from export.verification.fidelity import Verdict
+from export.verification.verify import Report, image_count, verify_onnx
 from export.weights_origin import tool_version
-from neck.pictures import PictureFolder
+from neck.images import ImageFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class PlanOptions:
         precision: what the plan computes in; None is the file's.
         attention: form of attention; `auto` is the first of the file's and the later ones that TensorRT takes.
         spelling: how fp32acc is written; None is what this TensorRT prefers, then what else it takes.
-        upsampling, keep_fp32, residual, quantise: how an FP32 file is lowered; `auto` residuals: FP16, if need be FP32.
+        upsampling, keep_fp32, residual, quantize: how an FP32 file is lowered; `auto` residuals: FP16, if need be FP32.
         build: the builder's options; its precision and batch are taken from the file.
         verify: whether to compare the plan with PyTorch before it gets its name.
         checkpoint, adapter: the weights that the file was exported from, and what was merged into them, where they are
@@ -70,10 +71,10 @@ class PlanOptions:
     upsampling: Upsampling = "auto"
     keep_fp32: tuple[str, ...] = ()
     residual: Residual = "auto"
-    quantise: QuantiseOptions = dataclasses.field(default_factory=QuantiseOptions)
+    quantize: QuantizeOptions = dataclasses.field(default_factory=QuantizeOptions)
     build: BuildOptions = dataclasses.field(default_factory=BuildOptions)
     verify: bool = True
-    images: Path | PictureFolder | None = None
+    images: Path | ImageFolder | None = None
     tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
     checkpoint: Path | None = None
     adapter: Path | None = None
@@ -85,14 +86,14 @@ class PlanResult:
 
     Attributes:
         path, manifest: the plan, and what it says.
-        sheet: its layer sheet, None where the builder told none.
+        layer report: its layer report, None where the builder told none.
         verdict: what was verified: the plan where it runs here, else the typed ONNX graph, else None.
         reused, reason: whether the plan was there already; why it was built, where another was there.
     """
 
     path: Path
     manifest: dict[str, Any]
-    sheet: LayerSheet | None
+    layers: LayerReport | None
     verdict: Verdict | None
     reused: bool = False
     reason: str | None = None
@@ -109,11 +110,11 @@ class Prepared:
 
     Attributes:
         source: the file, with what PyTorch gives.
-        settled, notes: what is quantised, and what is to be told of it.
+        selected, notes: what is quantized, and what is to be told of it.
     """
 
     source: Source
-    settled: Settled | None
+    selected: QuantizationPlan | None
     notes: tuple[str, ...]
 
 
@@ -124,8 +125,8 @@ def read_onnx(options: PlanOptions, report: Report) -> Source:
 
 
 def prepare(options: PlanOptions, source: Source, precision: Precision) -> Prepared:
-    """Settles what is quantised; see settle_source."""
-    return Prepared(source, *settle_source(source, precision, options.quantise, options.keep_fp32))
+    """Selects what is quantized; see select_for_source."""
+    return Prepared(source, *select_for_source(source, precision, options.quantize, options.keep_fp32))
 
 
 def make_plan(options: PlanOptions, report: Report = lambda line: None, prepared: Prepared | None = None) -> PlanResult:
@@ -146,10 +147,10 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, prepared
     flavor = choose_flavor(options.flavor)
     source = prepared.source if prepared else read_onnx(options, report)
     precision = options.precision or source.precision
-    given = (source.manifest, options.quantise, options.tolerances, source.signature(precision))
+    given = (source.manifest, options.quantize, options.tolerances, source.signature(precision))
     options = dataclasses.replace(options, tolerances=all_tolerances(*given))
-    check_places(plan_places(options, flavor, precision), read_places(options, source))
-    job = Job(options, flavor, source, precision, report)
+    check_paths(plan_paths(options, flavor, precision), read_paths(options, source))
+    job = BuildRequest(options, flavor, source, precision, report)
     found, reason = reusable(job)
     if found:
         return found
@@ -162,51 +163,51 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, prepared
         staged = folder / options.output.name
         verdict: Verdict | None = None
         prepared = prepared or prepare(options, source, precision)
-        settled, notes = prepared.settled, prepared.notes
+        selected, notes = prepared.selected, prepared.notes
         for residual in job.residuals:
             if verdict:
                 notes = (f"{', '.join(verdict.failed_names)} left tolerance: built again with residual sums in FP32",)
             forms = (options.attention, options.spelling, options.upsampling, options.keep_fp32)
-            typing = Typing(*forms, residual, settled and settled[0])
+            typing = LoweringOptions(*forms, residual, selected and selected[0])
             built = build_forms(job.source, staged, job.build, typing, job.flavor, left, report)
-            about = _manifest(job, built, (*notes, *built.notes, *built.result.notes), settled)
+            about = _manifest(job, built, (*notes, *built.notes, *built.result.notes), selected)
             verdict, verification = _verify(job, built.typed, staged, about)
             if verdict is None or verdict.passed:
                 break
-        files, sheet = [staged], built.result.sheet
-        if sheet:
+        files, layers = [staged], built.result.layers
+        if layers:
             files.append(layers_path(staged))
-            files[-1].write_text(to_json(sheet.to_dict()), encoding="utf-8")
+            files[-1].write_text(to_json(layers.to_dict()), encoding="utf-8")
         manifest = write_manifest(manifest_path(staged), "plan", about | {"verification": verification}, files)
         for other in set(folder.iterdir()) - {*files, manifest_path(staged)}:  # the file as it was typed on the way
             shutil.rmtree(other) if other.is_dir() else other.unlink()
         if verdict and not verdict.passed:
             raise _reject(options, folder, manifest, verdict)
         publish_plan(folder, options.output)
-    return PlanResult(options.output, manifest, sheet, verdict, reason=reason)
+    return PlanResult(options.output, manifest, layers, verdict, reason=reason)
 
 
-def plan_places(options: PlanOptions, flavor: Flavor, precision: Precision) -> list[Place]:
+def plan_paths(options: PlanOptions, flavor: Flavor, precision: Precision) -> list[NamedPath]:
     """Every file that `neck-export trt` may write."""
     plan, rejected = options.output, rejected_path(options.output)
     places = [
-        Place("the file of --output", plan),
-        Place("its manifest", manifest_path(plan)),
-        Place("its layer sheet", layers_path(plan)),
-        Place("a plan that is rejected", rejected),
-        Place("the manifest of a plan that is rejected", manifest_path(rejected)),
-        *calibration_places(options.quantise.calibration, precision),
+        NamedPath("the file of --output", plan),
+        NamedPath("its manifest", manifest_path(plan)),
+        NamedPath("its layer report", layers_path(plan)),
+        NamedPath("a plan that is rejected", rejected),
+        NamedPath("the manifest of a plan that is rejected", manifest_path(rejected)),
+        *calibration_paths(options.quantize.calibration, precision),
     ]
     if cache := timing_cache_path(flavor, options.build):
-        places.append(Place("the file of --timing-cache", cache))
+        places.append(NamedPath("the file of --timing-cache", cache))
     return places
 
 
-def read_places(options: PlanOptions, source: Source) -> list[Place]:
+def read_paths(options: PlanOptions, source: Source) -> list[NamedPath]:
     """Every file that `neck-export trt` reads."""
-    places = manifest_places(source.path, source.manifest or {}, options.checkpoint)
+    places = encoder_paths(source.path, source.manifest or {}, options.checkpoint)
     if options.build.replay_timing:
-        places.append(Place("the file of --replay-timing", options.build.replay_timing))
+        places.append(NamedPath("the file of --replay-timing", options.build.replay_timing))
     return places
 
 
@@ -216,7 +217,7 @@ def rejected_path(plan: Path) -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class BuildRequest:
     """What is built, of which file, by which TensorRT, in which precision."""
 
     options: PlanOptions
@@ -236,7 +237,7 @@ class Job:
             "upsampling": self.options.upsampling,
             "keep_fp32": list(self.options.keep_fp32),
             "residual": self.options.residual,
-            "quantise": repr(self.options.quantise),
+            "quantize": repr(self.options.quantize),
             "options": dataclasses.replace(self.options.build, precision=self.precision).to_dict(),
             "replay_timing": replayed_hash(self.flavor, self.options.build),
             "flavor": self.flavor.name,
@@ -260,7 +261,7 @@ class Job:
         return residuals_to_try(self.precision, asked) if self.source.precision == "fp32" else (asked,)
 
 
-def reusable(job: Job) -> tuple[PlanResult | None, str | None]:
+def reusable(job: BuildRequest) -> tuple[PlanResult | None, str | None]:
     """The plan that is there, or why it must be built again; both None where there is none."""
     options = job.options
     if not options.output.exists():
@@ -280,10 +281,12 @@ def reusable(job: Job) -> tuple[PlanResult | None, str | None]:
     checked = manifest["verification"]
     if options.verify and not checked["verified"] and not checked.get("onnx", {}).get("verified"):
         return None, "it was not verified"
-    return PlanResult(options.output, manifest, read_sheet(options.output), None, reused=True), None
+    return PlanResult(options.output, manifest, read_layers(options.output), None, reused=True), None
 
 
-def _manifest(job: Job, built: Built, notes: tuple[str, ...], settled: Settled | None) -> dict[str, Any]:
+def _manifest(
+    job: BuildRequest, built: Built, notes: tuple[str, ...], selected: QuantizationPlan | None
+) -> dict[str, Any]:
     """What the plan's manifest says, its verification aside."""
     result, signature = built.result, job.source.signature(job.precision)
     first = result.inputs[0].shape[0]
@@ -293,7 +296,7 @@ def _manifest(job: Job, built: Built, notes: tuple[str, ...], settled: Settled |
         "attention_form": built.attention.form,
         "attention_spelling": built.attention.spelling,
         "residual": built.residual,
-        "quantisation": settled.facts if settled else (job.source.manifest or {}).get("quantisation"),
+        "quantization": selected.facts if selected else (job.source.manifest or {}).get("quantization"),
         "notes": list(notes),
         "flavor": result.flavor,
         "tensorrt_version": result.version,
@@ -305,15 +308,17 @@ def _manifest(job: Job, built: Built, notes: tuple[str, ...], settled: Settled |
         "outputs": [dataclasses.asdict(spec) for spec in result.outputs],
         "timing_cache": result.timing_cache,
         "build_seconds": round(result.seconds, 2),
-        "layers": result.sheet.summary() if result.sheet else None,
-        "no_layers": result.no_sheet,
+        "layers": result.layers.summary() if result.layers else None,
+        "no_layers": result.no_layers,
         "onnx": job.source.files[0],
         "signature": signature.to_dict() if signature else None,
         "onnx_manifest": job.source.manifest,
     }
 
 
-def _verify(job: Job, typed: OnnxFile, staged: Path, about: dict[str, Any]) -> tuple[Verdict | None, dict[str, Any]]:
+def _verify(
+    job: BuildRequest, typed: OnnxFile, staged: Path, about: dict[str, Any]
+) -> tuple[Verdict | None, dict[str, Any]]:
     """The verdict on the plan where it runs here, else on its ONNX graph, and what the manifest says of it."""
     options, source, report = job.options, job.source, job.report
     if not options.verify:
@@ -324,7 +329,7 @@ def _verify(job: Job, typed: OnnxFile, staged: Path, about: dict[str, Any]) -> t
         return None, {"verified": False, "reason": unknown}
     if (reason := why_not_run(staged, about, job.flavor)) is None:
         report("verify: the plan against PyTorch")
-        reference = source.references.of(signature, picture_count(BatchRange.parse(about["batch"])))
+        reference = source.references.of(signature, image_count(BatchRange.parse(about["batch"])))
         verdict = verify_plan(staged, about, reference=reference, overrides=options.tolerances, report=report)
         return verdict, verdict.to_dict()
     before = source.manifest["verification"]

@@ -16,15 +16,15 @@ import torch
 from engines.builder.flavor import FlavorError, choose_flavor
 from engines.builder.onnx_graph import BuildError
 from engines.builder.plan_stream import disk_errors
-from engines.plan import Job, PlanOptions, PlanResult, Prepared, make_plan, prepare, publish_plan, read_onnx
+from engines.layers.layer_report import read_layers
+from engines.plan import BuildRequest, PlanOptions, PlanResult, Prepared, make_plan, prepare, publish_plan, read_onnx
 from engines.run.plan_checks import SessionError
 from engines.run.timing import median_ms
-from engines.sheet.layer_sheet import read_sheet
 from export.contract.manifest import ManifestError, check_files, manifest_path, parse_json, read_manifest, to_json
 from export.lowering.attention import AttentionForm, Spelling
 from export.lowering.upsampling import Upsampling
 from export.pipeline import RejectedError
-from export.proof.verify import Report
+from export.verification.verify import Report
 from neck.progress import counted
 
 FORMS: tuple[tuple[AttentionForm, Spelling], ...] = (
@@ -54,7 +54,7 @@ class Row:
         latency_ms: median on the GPU right after its build, None where it was not measured.
         final_ms: median of the rounds in which the finalists were measured in turn, None for the others.
         worst_relative_l2: of all outputs against PyTorch, None where it was not built.
-        layers: the layer sheet's line.
+        layers: the layer report's line.
         problem: why it is out, None where it passed.
         residual: type of the blocks' sums; an `auto` that left tolerance in FP16 was built again in FP32.
     """
@@ -102,7 +102,7 @@ def tune_plan(
 
     Raises:
         TuneError: no GPU, a file that is not FP32, or no candidate that passes.
-        CalibrationError, PictureError, ExportError: as make_plan's, of FP8 and INT8.
+        CalibrationError, ImageError, ExportError: as make_plan's, of FP8 and INT8.
     """
     if options.build.replay_timing:
         raise TuneError("--tune tries what --replay-timing would have no times of; give one of them")
@@ -119,7 +119,7 @@ def tune_plan(
     measure = measure or measured_ms
     folder = options.output.with_name(options.output.name + ".tuning")
     state = folder / "rows.json"
-    key = Job(options, flavor, source, options.precision, report).key
+    key = BuildRequest(options, flavor, source, options.precision, report).key
     rows = finished_rows(state, key, options.output.name)
     with disk_errors(options.output):
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def tune_plan(
     publish_plan(place_of(folder, best), options.output)
     shutil.rmtree(folder, ignore_errors=True)
     manifest = read_manifest(manifest_path(options.output), "plan")
-    return Tuning(tuple(rows), PlanResult(options.output, manifest, read_sheet(options.output), None))
+    return Tuning(tuple(rows), PlanResult(options.output, manifest, read_layers(options.output), None))
 
 
 def measured_ms(plan: Path) -> float:
@@ -159,7 +159,7 @@ def try_candidate(
     try:
         result = make(options)
         worst = worst_relative_l2(result.manifest["verification"])
-        layers = result.sheet.summary() if result.sheet else None
+        layers = result.layers.summary() if result.layers else None
         residual = result.manifest.get("residual", "auto")
         row = dataclasses.replace(row, worst_relative_l2=worst, layers=layers, residual=residual)
         return dataclasses.replace(row, latency_ms=measure(result.path))

@@ -18,9 +18,9 @@ from export.contract.manifest import (
     unchanged,
 )
 from export.contract.onnx_file import OnnxFile
-from export.contract.readers import ReaderError
+from export.contract.targets import TargetError
 from export.lowering.attention import after_casts, before_casts
-from export.proof.reader_check import check_claims, graph_needs, read_by
+from export.verification.target_check import check_claims, graph_needs, read_by
 
 NOT_CHECKED = (
     "the manifest holds a verdict on these files, but their sizes or times have changed since; "
@@ -78,7 +78,7 @@ def inspect_onnx(path: Path, check: bool = False) -> dict[str, Any]:
         check_files(manifest_path(path), manifest, hashes=check)
         keys = ("created", "versions", "precision", "weights", "verification")
         told = {key: manifest[key] for key in keys}
-        told |= {key: manifest.get(key) for key in ("residual", "quantisation", "masks")}
+        told |= {key: manifest.get(key) for key in ("residual", "quantization", "masks")}
         verified = told["verification"]["verified"]
         if verified and not check and not unchanged(manifest_path(path), manifest["verification"].get("files")):
             told["verification"] = {"verified": False, "reason": NOT_CHECKED}
@@ -86,7 +86,7 @@ def inspect_onnx(path: Path, check: bool = False) -> dict[str, Any]:
             told["masks"] = None
         found["manifest"] = told
         check_claims(manifest_path(path), manifest, needs)
-    except ReaderError as error:
+    except TargetError as error:
         found["readers_problem"] = str(error)
     except (ManifestError, KeyError) as error:
         found["manifest"] = None
@@ -129,13 +129,13 @@ def quantized_products(graph: ir.Graph) -> dict[str, str]:
     return found
 
 
-def quantised_line(quantisation: dict[str, Any], count: int | None = None) -> str:
-    """What is quantised, of a manifest, in one line; `count` is what the graph itself has of it."""
-    pictures = quantisation["pictures"]
-    count = len(quantisation["products"]) if count is None else count
+def quantized_line(quantization: dict[str, Any], count: int | None = None) -> str:
+    """What is quantized, of a manifest, in one line; `count` is what the graph itself has of it."""
+    images = quantization["image_count"]
+    count = len(quantization["products"]) if count is None else count
     return (
-        f"quantised {count} of {quantisation['of']} products to {quantisation['kind']}, "
-        f"calibrated on {pictures} picture{'s' * (pictures > 1)}"
+        f"quantized {count} of {quantization['of']} products to {quantization['kind']}, "
+        f"calibrated on {images} image{'s' * (images > 1)}"
     )
 
 
@@ -166,10 +166,10 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
     verification = manifest["verification"]
     verdict = "verified" if verification["verified"] else "NOT VERIFIED"
     verdict = "not checked" if verification.get("reason") == NOT_CHECKED else verdict
-    quantised = manifest["quantisation"]
+    quantized = manifest["quantization"]
     return [
         *lines,
-        *([f"  {quantised_line(quantised, len(found['quantized']))}"] if quantised else []),
+        *([f"  {quantized_line(quantized, len(found['quantized']))}"] if quantized else []),
         f"  from    {origin}, {precision}, {manifest['created']}",
         f"  {verdict}: {verification.get('method') or verification.get('reason')}",
         *(f"    {row['name']}: relative L2 {row['relative_l2']}" for row in verification.get("outputs", [])),
@@ -184,4 +184,4 @@ def masks_lines(manifest: Mapping[str, Any]) -> list[str]:
         return []
     verdict = "masks are the model's" if masks["passed"] else "masks are NOT the model's"
     found = f"mean IoU {masks['mean_iou']:.4f}, worst {masks['worst_iou']:.4f}, {masks['objects']} objects"
-    return [f"  {verdict}: {found}, {masks['lost']} lost, {masks['found']} found in {masks['pictures']} pictures"]
+    return [f"  {verdict}: {found}, {masks['lost']} lost, {masks['found']} found in {masks['images']} images"]

@@ -11,12 +11,12 @@ from typing import Any
 import onnx_ir as ir
 
 from export.contract.manifest import seen
-from export.contract.readers import Reader
 from export.contract.signature import Signature
-from export.lowering.shared_form import Form
+from export.contract.targets import Target
+from export.lowering.resolve_target import Form
 from export.options import ExportOptions
-from export.proof.fidelity import Verdict
-from export.proof.reader_check import Needs, readers_entry
+from export.verification.fidelity import Verdict
+from export.verification.target_check import Needs, targets_entry
 from export.weights_origin import encoder_config, package_versions, tool_version
 from neck.checkpoint_keys import NECK_MODULES
 from neck.necks import Sam3DualViTDetNeck
@@ -46,11 +46,11 @@ def export_facts(
     }
 
 
-def graph_facts(model: ir.Model, needs: Needs, readers: Sequence[Reader]) -> dict[str, Any]:
-    """What was written, and who reads it; `readers` are those that were asked for."""
+def graph_facts(model: ir.Model, needs: Needs, targets: Sequence[Target]) -> dict[str, Any]:
+    """What was written, and who reads it; `targets` are those that were asked for."""
     operators = collections.Counter(node.op_type for node in model.graph)
     return {
-        "readers": readers_entry(needs, readers),
+        "targets": targets_entry(needs, targets),
         "opset": model.opset_imports[""],
         "graph": {"nodes": sum(operators.values()), "operators": dict(operators.most_common())},
     }

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from export.contract.errors import ExportError
-from export.contract.readers import find_readers
 from export.contract.signature import (
     BatchRange,
     InputKind,
@@ -19,25 +18,26 @@ from export.contract.signature import (
     choose_necks,
     encoder_signature,
 )
+from export.contract.targets import find_targets
 from export.graph.rewrite import Rewrites
 from export.lowering.attention import AttentionForm
 from export.lowering.precision import OPSETS, OutputPrecision, Precision, Residual, check_residual
-from export.lowering.quantise import CODES
-from export.lowering.shared_form import Form, choose_form
+from export.lowering.quantize import CODES
+from export.lowering.resolve_target import Form, resolve_target
 from export.lowering.upsampling import Upsampling
 from export.output_files import (
-    check_places,
+    check_paths,
     check_targets,
     disk_errors,
-    export_places,
-    weights_places,
+    export_paths,
+    weights_paths,
 )
-from export.proof.verify import require_runtime
-from export.quantising.settle import QuantiseOptions, check_quantise
+from export.quantization.select_quantization import QuantizeOptions, check_quantize
+from export.verification.verify import require_runtime
 from export.weights_origin import encoder_config
 from neck.config import EncoderConfig, check_image_size
+from neck.images import ImageFolder, find_images
 from neck.necks import Sam3DualViTDetNeck
-from neck.pictures import PictureFolder, find_pictures
 from neck.source import EncoderSource, Loaded
 from neck.weights.adapters import adapter_files
 
@@ -54,8 +54,8 @@ class ExportOptions:
         sam2_outputs: `head` gives levels 0 and 1 of the sam2 neck as SAM 2's mask decoder reads them.
         image_size: (height, width) in pixels, or None for the config's.
         residual: type of the blocks' residual sums; `auto` is the precision's, and FP32 where verification fails.
-        quantise: what of an fp8 or int8 file is quantised, and how.
-        readers: who shall read the file, names with commas; empty leaves the form to `attention` and `opset`.
+        quantize: what of an fp8 or int8 file is quantized, and how.
+        targets: who shall read the file, names with commas; empty leaves the form to `attention` and `opset`.
         verify: whether to compare the file with PyTorch before it gets its name.
     """
 
@@ -81,11 +81,11 @@ class ExportOptions:
     output_precision: OutputPrecision | None = None
     opset: int | None = None
     residual: Residual = "auto"
-    quantise: QuantiseOptions = dataclasses.field(default_factory=QuantiseOptions)
-    readers: str = ""
+    quantize: QuantizeOptions = dataclasses.field(default_factory=QuantizeOptions)
+    targets: str = ""
     rewrites: Rewrites = dataclasses.field(default_factory=Rewrites)
     verify: bool = True
-    images: Path | PictureFolder | None = None
+    images: Path | ImageFolder | None = None
     tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -99,10 +99,10 @@ def check_options(options: ExportOptions) -> Form:
     """Refuses what is known to fail before the weights are read.
 
     Returns:
-        The attention form and the opset: as asked, or the best that the asked readers share.
+        The attention form and the opset: as asked, or the best that the asked targets share.
 
     Raises:
-        ExportError, ReaderError, FidelityError, PictureError: what cannot be, and what can.
+        ExportError, ReaderError, FidelityError, ImageError: what cannot be, and what can.
     """
     _check_choices(options)
     source = options.source
@@ -111,14 +111,14 @@ def check_options(options: ExportOptions) -> Form:
     if options.opset is not None and options.opset not in OPSETS:
         raise ExportError(f"opset {options.opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
     check_residual(options.precision, options.residual)
-    check_quantise(options.quantise, options.precision)
-    readers = find_readers(options.readers) if options.readers else ()
-    form = choose_form(readers, options.precision, options.attention, options.opset)
+    check_quantize(options.quantize, options.precision)
+    targets = find_targets(options.targets) if options.targets else ()
+    form = resolve_target(targets, options.precision, options.attention, options.opset)
     if source.path is None and (source.state is not None or source.prefix is not None):
         raise ExportError("random weights have no --state or --prefix; leave them out, or name a --checkpoint")
     with disk_errors(options.output):
-        written = export_places(options.output, options.quantise.calibration, options.precision)
-        check_places(written, weights_places(source.path, source.adapter))
+        written = export_paths(options.output, options.quantize.calibration, options.precision)
+        check_paths(written, weights_paths(source.path, source.adapter))
         check_targets(options.output)
     if source.adapter is not None:
         if source.path is None:
@@ -129,7 +129,7 @@ def check_options(options: ExportOptions) -> Form:
     if options.verify:
         require_runtime()
     if (options.verify or options.precision in CODES) and options.images is not None:
-        find_pictures(PictureFolder.of(options.images).path)
+        find_images(ImageFolder.of(options.images).path)
     return form
 
 

@@ -16,15 +16,15 @@ from export.contract.onnx_file import check_path
 from export.contract.signature import Signature
 from export.contract.sizes import size_text
 from export.lowering.precision import TORCH_TYPES, TYPES, Precision
-from export.lowering.quantise import CODES
-from export.proof.verify import positions_path
-from export.quantising.settle import record_path
+from export.lowering.quantize import CODES
+from export.quantization.select_quantization import record_path
+from export.verification.verify import positions_path
 from neck.necks import Sam3DualViTDetNeck
 from neck.weightfile import CheckpointError, find_file, shard_files
 from neck.weights.adapters import adapter_files
 
 
-class Place(NamedTuple):
+class NamedPath(NamedTuple):
     """A file that a command reads or writes, and as what."""
 
     what: str
@@ -36,22 +36,22 @@ def target_files(output: Path) -> list[Path]:
     return [output, data_path(output), positions_path(output), manifest_path(output)]
 
 
-def export_places(output: Path, calibration: Path | None, precision: str) -> list[Place]:
+def export_paths(output: Path, calibration: Path | None, precision: str) -> list[NamedPath]:
     """Every file that `neck-export onnx` may write."""
     names = ("the file of --output", *(f"the {what} of --output" for what in ("weights", "positions", "manifest")))
-    places = [Place(what, path) for what, path in zip(names, target_files(output), strict=True)]
-    return places + calibration_places(calibration, precision)
+    places = [NamedPath(what, path) for what, path in zip(names, target_files(output), strict=True)]
+    return places + calibration_paths(calibration, precision)
 
 
-def calibration_places(calibration: Path | None, precision: str) -> list[Place]:
+def calibration_paths(calibration: Path | None, precision: str) -> list[NamedPath]:
     """What is written for `--calibration`, by every command that has it."""
     if calibration is None or precision not in CODES:
         return []
-    record = Place("the trials of --calibration", record_path(calibration, precision))
-    return [Place("the file of --calibration", calibration), record]
+    record = NamedPath("the trials of --calibration", record_path(calibration, precision))
+    return [NamedPath("the file of --calibration", calibration), record]
 
 
-def weights_places(checkpoint: Path | None, adapter: Path | None) -> list[Place]:
+def weights_paths(checkpoint: Path | None, adapter: Path | None) -> list[NamedPath]:
     """The files of a checkpoint and of an adapter; what is missing or damaged is refused where it is read."""
     files = [path for path in (checkpoint, adapter) if path is not None]
     problems = (CheckpointError, OSError, ValueError, LookupError, TypeError, AttributeError)
@@ -62,19 +62,19 @@ def weights_places(checkpoint: Path | None, adapter: Path | None) -> list[Place]
     if adapter is not None:
         with contextlib.suppress(*problems):
             files += adapter_files(adapter)
-    return [Place("a file of the weights", file) for file in files]
+    return [NamedPath("a file of the weights", file) for file in files]
 
 
-def manifest_places(path: Path, manifest: Mapping[str, Any], checkpoint: Path | None = None) -> list[Place]:
+def encoder_paths(path: Path, manifest: Mapping[str, Any], checkpoint: Path | None = None) -> list[NamedPath]:
     """The files that are read to verify an ONNX file: its own, and the weights that its manifest names."""
     weights = manifest.get("weights") or {}
     told = (weights.get("path"), (weights.get("adapter") or {}).get("path"))
     source, adapter = (Path(one) if isinstance(one, str) else None for one in told)
-    own = [Place("a file of the encoder", file) for file in target_files(path)]
-    return own + weights_places(checkpoint or source, adapter)
+    own = [NamedPath("a file of the encoder", file) for file in target_files(path)]
+    return own + weights_paths(checkpoint or source, adapter)
 
 
-def check_places(written: Sequence[Place], read: Sequence[Place]) -> None:
+def check_paths(written: Sequence[NamedPath], read: Sequence[NamedPath]) -> None:
     """Refuses, before any work, a command whose files are in each other's way.
 
     Args:

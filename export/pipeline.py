@@ -28,21 +28,22 @@ from export.contract.manifest import (
     write_manifest,
 )
 from export.contract.onnx_file import OnnxFile, check_path
-from export.contract.readers import find_readers
 from export.contract.signature import Signature
+from export.contract.targets import find_targets
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
 from export.graph.trace import trace
 from export.inspect import quantized_products
 from export.lowering.precision import Precision, kept_products, lower, residual_type, residuals_to_try
-from export.lowering.quantise import CODES
+from export.lowering.quantize import CODES
 from export.manifest_values import export_facts, graph_facts, verification
 from export.options import NUMPY_NAMES, ExportOptions, check_options, load, lowering, sign
-from export.output_files import Place, check_places, check_room, disk_errors, manifest_places, target_files
-from export.proof.fidelity import Verdict, check_overrides
-from export.proof.reader_check import check_claims, graph_needs, read_by, require
-from export.proof.reference import check_reference, write_reference
-from export.proof.verify import (
+from export.output_files import NamedPath, check_paths, check_room, disk_errors, encoder_paths, target_files
+from export.quantization.select_quantization import budget_tolerances, manifest_tolerances, select_quantization
+from export.verification.fidelity import Verdict, check_overrides
+from export.verification.reference import check_reference, write_reference
+from export.verification.target_check import check_claims, graph_needs, read_by, require
+from export.verification.verify import (
     References,
     Report,
     check_memory,
@@ -51,7 +52,6 @@ from export.proof.verify import (
     require_runtime,
     verify_onnx,
 )
-from export.quantising.settle import budget_tolerances, manifest_tolerances, settle
 from export.weights_origin import (
     manifest_encoder,
     manifest_precision,
@@ -59,8 +59,8 @@ from export.weights_origin import (
     tool_version,
     weights_origin,
 )
+from neck.images import ImageFolder
 from neck.necks import Sam3DualViTDetNeck
-from neck.pictures import PictureFolder
 
 __all__ = [
     "NUMPY_NAMES",
@@ -91,8 +91,8 @@ class ExportResult:
     @property
     def read_by(self) -> str | None:
         """Who reads the file, in one line."""
-        readers = self.manifest.get("readers")
-        return readers["says"] if readers else None
+        targets = self.manifest.get("targets")
+        return targets["says"] if targets else None
 
 
 class RejectedError(Exception):
@@ -111,7 +111,7 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         report: told of every step.
 
     Raises:
-        CheckpointError, ConfigError, SignatureError, PictureError, ExportError: something given cannot be used.
+        CheckpointError, ConfigError, SignatureError, ImageError, ExportError: something given cannot be used.
         RejectedError: the file's outputs left tolerance.
     """
     form = check_options(options)
@@ -119,7 +119,7 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
     loaded = load(options)
     encoder, notes = loaded.encoder, [*loaded.notes]
     signature = sign(options, encoder)
-    tolerances = budget_tolerances(options.quantise, options.tolerances, signature)
+    tolerances = budget_tolerances(options.quantize, options.tolerances, signature)
     check_overrides(tolerances, [spec.name for spec in signature.outputs])
     if options.verify:
         check_memory(signature, encoder)
@@ -138,8 +138,8 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         references = References(encoder, options.images, report)
         kept = kept_products(canonical.graph, options.keep_fp32)  # before the work: a pattern may name no module
         if options.precision in CODES:
-            settled = settle(references, signature, options.precision, options.quantise, notes, kept)
-            forms["quantisation"], facts["quantisation"] = settled
+            selected = select_quantization(references, signature, options.precision, options.quantize, notes, kept)
+            forms["quantization"], facts["quantization"] = selected
         write_positions(encoder, signature, staged)
         verdict: Verdict | None = None
         for residual in residuals_to_try(options.precision, options.residual):
@@ -149,7 +149,7 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
             report("write")
             model = write_lowered(canonical, staged, options.precision, residual=residual, **forms)
             needs = graph_needs(model)
-            require(form.readers, needs, f"--reader {options.readers}", "take another reader, or another --precision")
+            require(form.targets, needs, f"--target {options.targets}", "take another target, or another --precision")
             if options.verify:
                 proof = (signature, references.of(signature), options.precision)
                 verdict = verify_onnx(staged, *proof, overrides=tolerances, report=report)
@@ -160,11 +160,11 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         if verdict and not verdict.passed:
             raise RejectedError(options.output, verdict)
         report("hashes and manifest")
-        if "quantisation" in facts:  # what is told is what the file has
-            products = facts["quantisation"]["products"]
+        if "quantization" in facts:  # what is told is what the file has
+            products = facts["quantization"]["products"]
             told = {name: products[name] for name in quantized_products(model.graph)}
-            facts["quantisation"] = facts["quantisation"] | {"products": told}
-        values = export_facts(options, form, encoder, signature) | graph_facts(model, needs, form.readers)
+            facts["quantization"] = facts["quantization"] | {"products": told}
+        values = export_facts(options, form, encoder, signature) | graph_facts(model, needs, form.targets)
         values |= {
             "residual": residual_type(options.precision, residual),
             "verification": verification(verdict, folder.iterdir()),
@@ -182,26 +182,26 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
 def verify_file(
     file: Path | OnnxFile,
     checkpoint: Path | None = None,
-    images: Path | PictureFolder | None = None,
+    images: Path | ImageFolder | None = None,
     tolerances: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     *,
     adapter: Path | None = None,
     save: Path | None = None,
-    readers: str = "",
+    targets: str = "",
     notes: list[str] | None = None,
 ) -> Verdict:
     """Verifies a file that was exported before, and writes the verdict into its manifest.
 
     Args:
         file: the ONNX file.
-        readers: who must be able to read the graph, names with commas.
+        targets: who must be able to read the graph, names with commas.
         checkpoint, adapter: its weights and the adapter that was merged, where they are no longer where the manifest
             says.
-        images: a folder of pictures; without one the shipped picture.
+        images: a folder of images; without one the shipped image.
         tolerances: relative L2 by output name or wildcard.
         report: told of every step.
-        save: where to keep the pictures and the plain module's outputs.
+        save: where to keep the images and the plain module's outputs.
         notes: takes what the user should know: that the manifest could not be updated.
 
     Raises:
@@ -211,7 +211,7 @@ def verify_file(
         RejectedError: the outputs left tolerance; the manifest says so too, where it can be written.
     """
     file = OnnxFile.of(file)
-    path, where, asked = file.path, manifest_path(file.path), find_readers(readers) if readers else ()
+    path, where, asked = file.path, manifest_path(file.path), find_targets(targets) if targets else ()
     if not path.is_file():
         raise ExportError(f"{path}: no such file; write it with `neck-export onnx`")
     check_path(path)
@@ -229,7 +229,7 @@ def verify_file(
     manifest = read_manifest(where, "onnx")
     signature = manifest_signature(where, manifest)
     if save is not None:
-        check_places([Place("the file of --save-reference", save)], manifest_places(path, manifest, checkpoint))
+        check_paths([NamedPath("the file of --save-reference", save)], encoder_paths(path, manifest, checkpoint))
     tolerances = manifest_tolerances(manifest, tolerances)
     check_overrides(tolerances, [spec.name for spec in signature.outputs])
     report("hashes")

@@ -1,4 +1,4 @@
-"""The SAM 3 image encoder in plain PyTorch: trunk, necks, checkpoints, pictures.
+"""The SAM 3 image encoder in plain PyTorch: trunk, necks, checkpoints, images.
 
 Names are imported when they are asked for, so that `neck.config` and what stands on it alone does not load torch.
 """

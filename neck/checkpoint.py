@@ -28,10 +28,10 @@ from neck.random_noise import even_noise
 from neck.source import Choose, EncoderSource, Loaded, Origin
 from neck.weightfile import CheckpointError, read_state
 from neck.weights.adapters import check_base, find_adapter
-from neck.weights.hf_config import hf_config_file, picture_notes, read_hf_config
+from neck.weights.hf_config import hf_config_file, image_notes, read_hf_config
 from neck.weights.mask_decoder import with_decoder
 from neck.weights.merging import Changes, merge, merge_notes, plan_changes
-from neck.weights.not_checkpoints import channels_last, quantised, shard_of
+from neck.weights.not_checkpoints import channels_last, quantized, shard_of
 from neck.weights.rotary_tables import check_tables, is_table
 from neck.weights.several_encoders import chosen_by_prefix, without_copies
 
@@ -96,7 +96,7 @@ def _read(path: Path, source: EncoderSource, necks: Sequence[str] | Choose | Non
     tensors, lora = find_adapter(path, read.tensors, source.adapter, source.alpha)
     layout = with_class_row(_find_layout(path, tensors, source.prefix), tensors)
     for problem in (
-        quantised(tensors, (layout.trunk, *layout.necks.values())),
+        quantized(tensors, (layout.trunk, *layout.necks.values())),
         channels_last(tensors, layout.keys("trunk.patch_embed.proj.weight")),
     ):
         if problem:
@@ -112,7 +112,7 @@ def _read(path: Path, source: EncoderSource, necks: Sequence[str] | Choose | Non
             config, said_by = read_hf_config(file, facts), file.name
         elif config is None:
             notes.append(f"{path}: no {file.name} beside it; heads, window, theta and eps are taken as SAM 3's")
-        notes += picture_notes(file.parent)
+        notes += image_notes(file.parent)
     if config is not None:
         check_config(path, layout, config, said_by, facts)
     if layout.gaps and config is None:
@@ -202,7 +202,7 @@ def _check_tensors(
             for key, tensor in there.items()
             if tuple(tensor.shape) != expected[key]
         ],
-        "not plain float32, float16, bfloat16 or float64 tensors (quantised?)": [
+        "not plain float32, float16, bfloat16 or float64 tensors (quantized?)": [
             f"{key} is {tensor.dtype}"
             for key, tensor in there.items()
             if tensor.dtype not in DTYPES or tensor.layout is not torch.strided or tensor.is_meta

@@ -46,7 +46,7 @@ class EncoderConfig:
         mlp_ratio: hidden channels of the MLP over embed_dim, rounded down.
         window_size: side of an attention window, in patches.
         global_blocks: indices of the blocks that attend over the whole grid.
-        pretrain_image_size: side in pixels of the pictures that the position embedding was trained on.
+        pretrain_image_size: side in pixels of the images that the position embedding was trained on.
         layer_norm_eps: epsilon of every LayerNorm.
         rope_theta: base of the rotary frequencies.
         d_model: channels of every feature map and position encoding.

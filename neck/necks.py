@@ -102,7 +102,7 @@ class Sam3DualViTDetNeck(nn.Module):
         return necks
 
     def forward(self, images: Tensor) -> Outputs:
-        """images (B, 3, H, W), normalised -> (sam3_feats, sam3_poss, sam2_feats, sam2_poss), finest level first."""
+        """images (B, 3, H, W), normalized -> (sam3_feats, sam3_poss, sam2_feats, sam2_poss), finest level first."""
         x = self.trunk(images)[-1]
         sam3 = self.sam_forward_feature_levels(x, self.convs)
         sam2 = self.sam_forward_feature_levels(x, self.sam2_convs) if self.sam2_convs is not None else (None, None)

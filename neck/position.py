@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class PositionEmbeddingSine(nn.Module):
-    """The sine encoding of DETR (Carion et al. 2020) with normalised coordinates.
+    """The sine encoding of DETR (Carion et al. 2020) with normalized coordinates.
 
     Channels are the row's encoding, then the column's. Each is separable, so two small tables hold all of it.
 

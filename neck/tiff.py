@@ -11,7 +11,7 @@ KINDS = {1: "unsigned integers", 2: "signed integers", 3: "floats", 5: "complex 
 
 
 def describe_tiff(stream: BinaryIO) -> str | None:
-    """Bands and type of the first picture, such as `5 bands of 16-bit unsigned integers`; None where it is no TIFF."""
+    """Bands and type of the first image, such as `5 bands of 16-bit unsigned integers`; None where it is no TIFF."""
     stream.seek(0)
     header = stream.read(16)
     if header[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):

@@ -1,6 +1,6 @@
 """SAM 3's trunk: a ViT with windowed and global attention, after ViTDet (Li et al. 2022).
 
-Shapes: B pictures, (H, W) the grid of patches, C channels, N tokens of one attention, D channels of one head.
+Shapes: B images, (H, W) the grid of patches, C channels, N tokens of one attention, D channels of one head.
 
     image (B, 3, 14 H, 14 W) -> patches (B, H, W, C) -> + tiled position -> ln_pre -> blocks -> (B, C, H, W)
 """
@@ -159,7 +159,7 @@ class ViTDetTrunk(nn.Module):
         return tile.repeat(1, -(-height // side), -(-width // side), 1)[:, :height, :width]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images (B, 3, 14 H, 14 W), normalised -> [features (B, C, H, W)]."""
+        """images (B, 3, 14 H, 14 W), normalized -> [features (B, C, H, W)]."""
         x = self.patch_embed(images)
         if tuple(x.shape[1:3]) != self.grid:
             patch, (height, width) = self.config.patch_size, self.grid

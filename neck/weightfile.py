@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from neck.weights.not_checkpoints import file_of, folder_of, missing
-from neck.weights.records import StandIn, TensorRecord
+from neck.weights.records import OpaqueObject, TensorRecord
 from neck.weights.states import choose_state, find_states
 from neck.weights.torchfile import ADVICE, CheckpointError, TorchFile
 from neck.weights.wrapper_names import unwrap_names
@@ -161,7 +161,7 @@ def shard_files(path: Path) -> list[Path]:
 
 def _read_torch(path: Path, asked: str | None) -> State:
     file = TorchFile(path)
-    if not isinstance(file.root, dict | StandIn):
+    if not isinstance(file.root, dict | OpaqueObject):
         raise CheckpointError(f"{path}: holds a {_kind(file.root)}, expected a dict of tensors or a module")
     states = find_states(path, file.root)
     if not states:
@@ -173,8 +173,8 @@ def _read_torch(path: Path, asked: str | None) -> State:
     if entries.others:
         listed = ", ".join(f"{key} is a {kind}" for key, kind in list(entries.others.items())[:4])
         raise CheckpointError(
-            f"{path}: {len(entries.others)} of its tensors are not plain ones ({listed}): quantised, sparse or cut\n"
-            f"between processes; gather and dequantise them where they were made, then {ADVICE}"
+            f"{path}: {len(entries.others)} of its tensors are not plain ones ({listed}): quantized, sparse or cut\n"
+            f"between processes; gather and dequantize them where they were made, then {ADVICE}"
         )
     others = tuple(place for place, found in states.items() if found.fits and place != name)
     return State({key: file.tensor(record) for key, record in entries.tensors.items()}, name, others)

@@ -29,11 +29,11 @@ import benchmarks.measure.worker_process
 import export.graph.trace
 from engines.builder.flavor import Flavor, FlavorError, choose_flavor
 from engines.builder.gpu import find_gpu
-from export.contract.readers import version_numbers
 from export.contract.signature import BatchRange, Signature, encoder_signature
+from export.contract.targets import version_numbers
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
-from export.proof.rounding_simulation import AS_WRITTEN
+from export.verification.rounding_simulation import AS_WRITTEN
 from neck.checkpoint import load_encoder, random_encoder
 from neck.config import EncoderConfig
 from neck.necks import Sam3DualViTDetNeck, forward_necks
@@ -55,10 +55,10 @@ NEWEST_OPSET = 24 if version_numbers(importlib.metadata.version("onnxruntime")) 
 
 
 LONGEST = (
-    *("cpp_engine", "bench", "families", "oracle", "settle", "recount"),
-    *("build", "trace", "plan", "pipeline", "gpu_played", "backends", "attach", "readers"),
+    *("cpp_engine", "bench", "families", "oracle", "select_quantization", "recount"),
+    *("build", "trace", "plan", "pipeline", "gpu_played", "backends", "attach", "targets"),
     *("server_load", "cli", "interrupt", "server", "checkpoint", "cli_service", "bisect", "roofline", "bad_input"),
-    *("quantise", "tune", "head_file", "states", "forms", "layers", "browser", "cpp_client", "masks", "simulate"),
+    *("quantize", "tune", "head_file", "states", "forms", "layers", "browser", "cpp_client", "masks", "simulate"),
 )
 """The files that take longest, the longest first: one that is begun last keeps one core busy and the others idle."""
 
@@ -284,6 +284,6 @@ def gpu_flavor() -> Flavor:
         flavor = choose_flavor("auto")
     except FlavorError as error:  # a bare machine: nothing has failed
         pytest.skip(f"{GPU_MISSING}: {str(error).splitlines()[0]}")
-    if flavor.gpu is None or (flavor.targets and flavor.gpu.compute_capability not in flavor.targets):
+    if flavor.gpu is None or (flavor.capabilities and flavor.gpu.compute_capability not in flavor.capabilities):
         pytest.skip(GPU_MISSING)
     return flavor

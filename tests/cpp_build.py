@@ -1,4 +1,4 @@
-"""Builds engines/cpp for its tests, against the stand-ins or what is at hand, and runs what it built."""
+"""Builds engines/cpp for its tests, against the fakes or what is at hand, and runs what it built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from synthetic_pictures import pictures_of
+from synthetic_images import images_of
 
 from export.contract.manifest import locked, manifest_path, write_manifest
 
@@ -24,13 +24,13 @@ VERSION = "10.16.1.11"
 TOOLS = ("cmake", "ninja", "c++")
 HEADERS = ("jpeglib.h", "zlib.h", "openssl/evp.h", "curl/curl.h", "nlohmann/json.hpp")
 
-PLAN = b"""stand-in
+PLAN = b"""fake
 input image float32 -1,3,16,16 1,2,4
 output sam3_feat_0 float16 -1,8,4,4
 output sam3_pos_0 float32 -1,8,4,4
 scratch 1000
 """
-"""A plan of the stand-in: output 0 is twice the input's first values, output 1 that and 0.25."""
+"""A plan of the fake: output 0 is twice the input's first values, output 1 that and 0.25."""
 
 
 RTX = {"flavor": "rtx", "tensorrt_version": "1.7.1.116"}
@@ -59,7 +59,7 @@ class Programs:
     folder: Path
 
     def run(self, name: str, *arguments: str | Path | int, **environment: str) -> Ran:
-        """Runs a program with the sanitizers' and the stand-ins' leak checks on."""
+        """Runs a program with the sanitizers' and the fakes' leak checks on."""
         ended = subprocess.run(
             [self.path(name), *map(str, arguments)], capture_output=True, timeout=600, env=settings(environment)
         )
@@ -99,9 +99,9 @@ def cmake(source: Path, folder: Path, *options: str) -> subprocess.CompletedProc
     )
 
 
-def build(folder: Path, *targets: str) -> None:
+def build(folder: Path, *capabilities: str) -> None:
     """Builds what is configured; raises with the compiler's words where it fails."""
-    built = subprocess.run(["ninja", "-C", folder, *targets], capture_output=True, text=True, timeout=1800)
+    built = subprocess.run(["ninja", "-C", folder, *capabilities], capture_output=True, text=True, timeout=1800)
     if built.returncode:
         raise RuntimeError(built.stdout[-6000:] + built.stderr[-2000:])
 
@@ -118,7 +118,7 @@ def shared_programs() -> Programs:
 
 
 def build_programs(folder: Path) -> Programs:
-    """Builds all against the stand-ins."""
+    """Builds all against the fakes."""
     configured = cmake(TESTS, folder, f"-DNECK_ORT_INCLUDE={ort_include() or ''}")
     if configured.returncode:
         raise RuntimeError(configured.stdout[-3000:] + configured.stderr[-3000:])
@@ -180,17 +180,17 @@ def spoil(plan: Path, **changes: Any) -> None:
     where.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
-def stand_in_outputs(pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """What `PLAN` gives for pictures, in float32 before it is rounded."""
+def fake_outputs(pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """What `PLAN` gives for images, in float32 before it is rounded."""
     image = pixels.transpose(0, 3, 1, 2).astype(np.float32) * np.float32(2 / 255) - np.float32(1)
     twice = 2 * image.reshape(len(pixels), -1)[:, :128].reshape(len(pixels), 8, 4, 4)
     return {"sam3_feat_0": twice, "sam3_pos_0": twice + np.float32(0.25)}
 
 
 def write_reference(folder: Path, count: int = 2, change: float = 0.0, **more: np.ndarray) -> Path:
-    """A reference of `count` pictures for the stand-in's plan; `change` is added to its first output."""
-    pixels = pictures_of(2, count, 16)
-    outputs = stand_in_outputs(pixels)
+    """A reference of `count` images for the fake's plan; `change` is added to its first output."""
+    pixels = images_of(2, count, 16)
+    outputs = fake_outputs(pixels)
     outputs["sam3_feat_0"] = outputs["sam3_feat_0"] + np.float32(change)
     path = folder / "reference.safetensors"
     save_file({"pixels": pixels, **outputs, **more}, path)

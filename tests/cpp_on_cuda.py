@@ -1,4 +1,4 @@
-"""The C++ library on CUDA itself with the stand-in of TensorRT: built where a compiler and CUDA's headers are, and run.
+"""The C++ library on CUDA itself with the fake of TensorRT: built where a compiler and CUDA's headers are, and run.
 
 Of the library only what a bare machine can build: tests/cpp/real_cuda says what. No torch is needed.
 """

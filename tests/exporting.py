@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import export.pipeline
 import neck_export
-from benchmarks.measure.backends import Job, backends_for
+from benchmarks.measure.backends import RunRequest, backends_for
 from benchmarks.measure.torch_runner import make_module
 from benchmarks.measure.work_folder import Prepared
 from export.graph.deployed_module import DeployEncoder
@@ -152,4 +152,4 @@ def random_outputs(seed: int = 0, **shapes: tuple[int, ...]) -> dict[str, np.nda
 def bench_module(made: Prepared, name: str = "eager-fp32") -> DeployEncoder:
     """The module of a benchmark's backend on a CPU."""
     backend = next(one for one in backends_for("cpu") if one.id == name)
-    return make_module(Job(backend, made.encoder, made.config, made.signature, Path()))
+    return make_module(RunRequest(backend, made.encoder, made.config, made.signature, Path()))

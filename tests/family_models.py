@@ -1,7 +1,7 @@
 """A file inside Meta's or Ultralytics' own SAM 3, run with .families on PYTHONPATH: tiny models, their own classes.
 
 python tests/family_models.py meta|ultralytics SNIPPET.py...   in a folder with sam3.pt, build/sam3-encoder.onnx,
-build/other.onnx (other weights), picture.png and frames/; writes found.json: largest errors, what `masks` tells, the
+build/other.onnx (other weights), image.png and frames/; writes found.json: largest errors, what `masks` tells, the
 snippets' masks.
 """
 
@@ -83,7 +83,7 @@ def surer(scoring: Any) -> None:
     scoring.forward = lambda self, *given: real(self, *given) + 8
 
 
-def stand_in(name: str, **attributes: Any) -> None:
+def fake(name: str, **attributes: Any) -> None:
     """A module in the place of a package that is imported and not used, or that brings data."""
     module = types.ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -151,7 +151,7 @@ def judged() -> dict[str, Any]:
         "other": compare_masks(MasksOptions(Path(OTHER), Path("sam3.pt"), frames, cup, check=False)),
         "refused": [],
     }
-    for file, prompts in (("sam3.pt", Prompts(points=((0.5, 0.5),))), ("encoder.pt", cup), ("picture.png", cup)):
+    for file, prompts in (("sam3.pt", Prompts(points=((0.5, 0.5),))), ("encoder.pt", cup), ("image.png", cup)):
         try:
             load_checkpoint_segmenter(Path(file), prompts, "cpu", 0.5, (SIZE, SIZE))
         except MasksError as error:
@@ -159,7 +159,7 @@ def judged() -> dict[str, Any]:
     return told
 
 
-def pictures() -> Tensor:
+def images() -> Tensor:
     """(2, 3, SIZE, SIZE) with coarse shapes."""
     coarse = torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(1))
     return torch.nn.functional.interpolate(coarse, size=SIZE)
@@ -179,8 +179,8 @@ def write_video() -> None:
 @contextlib.contextmanager
 def meta() -> Iterator[dict[str, Any]]:
     """Meta's modules; everything that they put on a GPU stays on the CPU."""
-    stand_in("triton", jit=lambda kernel: kernel)  # its kernels are for GPUs
-    stand_in("triton.language", constexpr=int)
+    fake("triton", jit=lambda kernel: kernel)  # its kernels are for GPUs
+    fake("triton.language", constexpr=int)
     import sam3.model_builder as builder
     import sam3.perflib.connected_components
 
@@ -203,9 +203,9 @@ def meta() -> Iterator[dict[str, Any]]:
         whole.load_state_dict(encoder, strict=False)
         torch.nn.init.constant_(whole.detector.transformer.decoder.presence_token_head.layers[-1].bias, 4.0)
         torch.save({"model": whole.state_dict()}, "sam3.pt")  # the video model takes a whole checkpoint only
-        found = {"video": compare(whole, lambda: whole.detector.backbone.forward_image(pictures()))}
+        found = {"video": compare(whole, lambda: whole.detector.backbone.forward_image(images()))}
         image = builder.build_sam3_image_model(checkpoint_path="sam3.pt", enable_inst_interactivity=True)
-        found["image"] = compare(image, lambda: image.backbone.forward_image(pictures()))
+        found["image"] = compare(image, lambda: image.backbone.forward_image(images()))
         found["judged"] = judged()
         with torch.autocast("cpu", torch.bfloat16):  # as it does by itself on `cuda`
             yield found
@@ -214,11 +214,11 @@ def meta() -> Iterator[dict[str, Any]]:
 @contextlib.contextmanager
 def ultralytics() -> Iterator[dict[str, Any]]:
     """Ultralytics' modules; its tokenizer's package would be downloaded."""
-    stand_in("clip", simple_tokenizer=types.SimpleNamespace(SimpleTokenizer=Letters))
+    fake("clip", simple_tokenizer=types.SimpleNamespace(SimpleTokenizer=Letters))
     import ultralytics.models.sam.build_sam3 as builder
     import ultralytics.utils
 
-    ultralytics.utils.SETTINGS["runs_dir"] = "runs"  # else it saves pictures in this repository
+    ultralytics.utils.SETTINGS["runs_dir"] = "runs"  # else it saves images in this repository
     surer(builder.DotProductScoring)
     smaller(builder, "ViT", **TRUNK)
     smaller(builder, "VETextEncoder", **TEXT)
@@ -231,14 +231,14 @@ def ultralytics() -> Iterator[dict[str, Any]]:
     interactive = builder.build_interactive_sam3("sam3.pt")
     torch.save({"model": {f"detector.{name}": value for name, value in semantic.state_dict().items()}}, "sam3.pt")
     found = {"judged": judged()}
-    found["image"] = compare(semantic, lambda: semantic.backbone.forward_image(pictures()))
+    found["image"] = compare(semantic, lambda: semantic.backbone.forward_image(images()))
     interactive.set_imgsz([SIZE, SIZE])
-    found["interactive"] = compare(interactive, lambda: interactive.forward_image(pictures()))
+    found["interactive"] = compare(interactive, lambda: interactive.forward_image(images()))
     yield found
 
 
 def run_snippet(path: str) -> list[list[int]]:
-    """Runs one, its pictures smaller, and tells the shapes of its masks."""
+    """Runs one, its images smaller, and tells the shapes of its masks."""
     names: dict[str, Any] = {}
     code = Path(path).read_text(encoding="utf-8").replace("1008", str(SIZE))
     exec(compile(code, path, "exec"), names)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import cpp_build
-import unusual_pictures
+import unusual_images
 
 from export.contract.manifest import manifest_path
 
@@ -20,9 +20,9 @@ WHOLE, CUT = b"\0\0", b"\x81\0"
 OUTPUT = {"name": "feat", "datatype": "FP32", "shape": [1, 4], "parameters": {"binary_data_size": 16}}
 
 
-def pictures() -> list[bytes]:
+def images() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        return [path.read_bytes() for path in unusual_pictures.write_all(Path(folder))]
+        return [path.read_bytes() for path in unusual_images.write_all(Path(folder))]
 
 
 def safetensors() -> list[bytes]:
@@ -57,8 +57,8 @@ def write(folder: Path, seeds: Iterable[bytes]) -> None:
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    write(root / "pictures", pictures())
-    write(root / "cut-pictures", (cut + data for data in pictures() for cut in (WHOLE, CUT)))
+    write(root / "images", images())
+    write(root / "cut-images", (cut + data for data in images() for cut in (WHOLE, CUT)))
     write(root / "safetensors", (cut + data for data in safetensors() for cut in (WHOLE, CUT)))
     write(root / "manifest", (cut + data for data in manifests() for cut in (WHOLE, CUT)))
     write(root / "nested", (bytes([8 * 17 + kind] * count) for kind in range(8) for count in (1, 2, 8)))

@@ -115,8 +115,8 @@ def _that_run(canary: str) -> Iterator[tuple[str, bytes]]:
         system + b")\x81}" + entry("__setstate__", system) + b"b}" + entry("a", touch) + b"b",
     )
     yield "BUILD of a tensor", FOUR + system + b"b"
-    yield "stand-in as a callable", call(call(call(system, touch), touch), touch)
-    yield "append to a stand-in", call(system, touch) + b"(" + touch + b"e" + touch + b"a" + touch + touch + b"s"
+    yield "fake as a callable", call(call(call(system, touch), touch), touch)
+    yield "append to a fake", call(system, touch) + b"(" + touch + b"e" + touch + b"a" + touch + touch + b"s"
     yield "persistent id of text", b"Pos.system\n"
     yield "persistent id of a call", call(system, touch) + b"Q"
     yield "storage of another class", storage(4, kind=system)
@@ -146,7 +146,7 @@ def _that_grow(many: Callable[[int], int]) -> Iterator[tuple[str, bytes]]:
     yield "deep lists", b"]" * many(500_000) + b"a" * (many(500_000) - 1)
     yield "deep tuples", b")" + b"\x85" * many(900_000)
     yield "deep dicts", (b"}" + text("a")) * many(300_000) + b"N" + b"s" * many(300_000)
-    yield "deep stand-ins", named("a", "b") + b")R" + b")R" * many(500_000)
+    yield "deep fakes", named("a", "b") + b")R" + b")R" * many(500_000)
     yield "deep modules", _deep_modules(many(20_000))
     yield "marks without end", b"(" * many(1_900_000)
     yield "too many operations", b"}" * many(2_000_000)
@@ -192,7 +192,7 @@ def _deep_modules(depth: int) -> bytes:
 
 
 def _doubled_modules(depth: int, name: str) -> bytes:
-    """Each module holds the next twice, under one memoised name."""
+    """Each module holds the next twice, under one memoized name."""
     made = text(name) + b"\x940" + module() + b"\x94"
     for index in range(depth):
         inner = b"j" + struct.pack("<I", 1 + index)

@@ -1,4 +1,4 @@
-"""What the tests of a running Triton server share: pictures, PyTorch's answers, clients that send without a pause."""
+"""What the tests of a running Triton server share: images, PyTorch's answers, clients that send without a pause."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 import tritonclient.http
 from conftest import load_golden, named_outputs
 from PIL import Image
-from synthetic_pictures import pictures_of
+from synthetic_images import images_of
 from triton_server import Server
 
 from engines.service.triton_client.client import TritonClient
-from export.proof.fidelity import compare
-from neck.pictures import normalise
+from export.verification.fidelity import compare
+from neck.images import normalize
 
 CLIENTS = 8
-PICTURES = 24
+IMAGES = 24
 FP32 = 1e-4
 """Largest error of an answer over the largest value; other batch sizes sum in another order: up to 3e-6."""
 
@@ -38,7 +38,7 @@ def reference(images: np.ndarray) -> Arrays:
 
 
 def as_file(pixels: np.ndarray, kind: str = "PNG") -> bytes:
-    """One picture as the bytes of a file."""
+    """One image as the bytes of a file."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, kind, quality=90)
     return stream.getvalue()
@@ -51,18 +51,18 @@ def passes(expected: Arrays, found: Arrays) -> bool:
 
 @functools.cache
 def pixels() -> np.ndarray:
-    return pictures_of(0, PICTURES)
+    return images_of(0, IMAGES)
 
 
 @functools.cache
 def images() -> np.ndarray:
-    return normalise(pixels()).numpy()
+    return normalize(pixels()).numpy()
 
 
 @functools.cache
 def files() -> np.ndarray:
-    """The same pictures as PNG files, one in a row."""
-    data = np.empty((PICTURES, 1), dtype=np.object_)
+    """The same images as PNG files, one in a row."""
+    data = np.empty((IMAGES, 1), dtype=np.object_)
     data[:, 0] = [as_file(one) for one in pixels()]
     return data
 
@@ -121,13 +121,13 @@ def one_answer(
     answers: Answers,
     number: int,
 ) -> None:
-    """Sends 1 to 3 pictures of its own choice and checks that the answer is one version's, of these pictures."""
-    indices = chance.choice(PICTURES, size=int(chance.integers(1, 4)), replace=False).tolist()
+    """Sends 1 to 3 images of its own choice and checks that the answer is one version's, of these images."""
+    indices = chance.choice(IMAGES, size=int(chance.integers(1, 4)), replace=False).tolist()
     found = client.infer(inputs[indices])
     wanted = [{name: value[indices] for name, value in one.items()} for one in references]
     fits = [version for version, one in enumerate(wanted, start=1) if same(one, found)]
     if len(fits) != 1:
-        answers.wrong.append(f"client {number}, pictures {indices}: fits versions {fits}")
+        answers.wrong.append(f"client {number}, images {indices}: fits versions {fits}")
     answers.versions.append(fits[0] if fits else 0)
     answers.count += 1
 
@@ -135,9 +135,9 @@ def one_answer(
 def one_client(
     server: Server, number: int, stop: threading.Event, references: list[Arrays], ensemble: bool, answers: Answers
 ) -> None:
-    """Sends requests without a pause and checks each answer against its own pictures."""
+    """Sends requests without a pause and checks each answer against its own images."""
     chance = np.random.default_rng(number)
-    model, inputs = ("sam3-encoder-pictures", files()) if ensemble else ("sam3-encoder", images())
+    model, inputs = ("sam3-encoder-images", files()) if ensemble else ("sam3-encoder", images())
     try:
         with client_of(server, "http" if number % 2 else "grpc", model=model) as client:
             while not stop.is_set():
@@ -147,7 +147,7 @@ def one_client(
 
 
 class Load:
-    """Clients that send for as long as the block takes, the first few of them picture files to the ensemble."""
+    """Clients that send for as long as the block takes, the first few of them image files to the ensemble."""
 
     def __init__(self, server: Server, references: list[Arrays], clients: int = CLIENTS, ensemble: int = 0) -> None:
         self.stop, self.answers = threading.Event(), [Answers() for _ in range(clients)]

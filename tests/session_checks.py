@@ -1,4 +1,4 @@
-"""Python's Session and Pool on real torch.cuda, TensorRT being a stand-in: what only asynchronous streams can show."""
+"""Python's Session and Pool on real torch.cuda, TensorRT being a fake: what only asynchronous streams can show."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.results.feature_pictures import feature_pictures
+from benchmarks.results.feature_images import feature_images
 from benchmarks.results.result_files import Result, check_result
-from engines.run.latency import summarise
+from engines.run.latency import summarize
 
 LABEL = "synthetic figures, not measured"
 
@@ -116,7 +116,7 @@ def _features(generator: np.random.Generator, levels: int) -> dict[str, Any]:
     noisy = {
         name: array + generator.normal(size=array.shape).astype(np.float32) * 2e-3 for name, array in reference.items()
     }
-    return feature_pictures(reference, noisy, "noise", "ort-cpu-rewritten-fp32")
+    return feature_images(reference, noisy, "noise", "ort-cpu-rewritten-fp32")
 
 
 def _row(
@@ -130,7 +130,7 @@ def _row(
     scale: float = 1.0,
 ) -> dict[str, Any]:
     times = [float(time) for time in scale * ms * (1 + 0.02 * np.abs(generator.normal(size=9)))]
-    latency = vars(summarise(times))
+    latency = vars(summarize(times))
     floor = 12.0 if precision == "fp32" else 6.0
     names = [f"sam3_{kind}_{level}" for kind in ("feat", "pos") for level in range(4)]
     errors = [_error(name, error, precision) for name in names] if error else None  # the reference is not compared

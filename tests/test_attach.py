@@ -16,21 +16,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from export.quantization.select_quantization import QuantizeOptions
 from exporting import trace_quickly
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engines.attach import AttachError, attach, detach
+from engines.live.adapter import MARK
 from engines.live.encoder import DeployedEncoder, EncoderError
 from engines.live.file_runtimes import RuntimeFileError
-from engines.live.found import find_encoder
+from engines.live.locate_encoder import find_encoder
 from engines.live.not_computed import NotComputed
-from engines.live.stand_ins import MARK
 from export.contract.manifest import ManifestError
 from export.options import ExportOptions
 from export.pipeline import export_onnx
-from export.proof.fidelity import TOLERANCES
-from export.quantising.settle import QuantiseOptions
+from export.verification.fidelity import TOLERANCES
 from neck.checkpoint import load_encoder
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install '.[sam3]'")
@@ -95,17 +95,17 @@ def run_tracker_video(model: Any) -> dict[str, Tensor]:
     return tensors([dict(one) for one in (first, *model.propagate_in_video_iterator(session, start_frame_idx=0))])
 
 
-def run_video(model: Any, texts: Sequence[str] = ("cat", "a cup"), pictures: Tensor | None = None) -> dict[str, Tensor]:
+def run_video(model: Any, texts: Sequence[str] = ("cat", "a cup"), images: Tensor | None = None) -> dict[str, Tensor]:
     from transformers.models.sam3_video.modeling_sam3_video import Sam3VideoInferenceSession
 
-    pictures = frames(4) if pictures is None else pictures
-    session = Sam3VideoInferenceSession(pictures, SIZE, SIZE, dtype=torch.float32)
+    images = frames(4) if images is None else images
+    session = Sam3VideoInferenceSession(images, SIZE, SIZE, dtype=torch.float32)
     for text in texts:
         prompt = session.add_prompt(text)
         session.prompt_input_ids[prompt], session.prompt_attention_masks[prompt] = text_ids(text)
     found = tensors([dict(one) for one in model.propagate_in_video_iterator(session)])
     # what the tracker reads, whether it found an object or not
-    kept = session.cache.get_vision_features(len(pictures) - 1)
+    kept = session.cache.get_vision_features(len(images) - 1)
     return found | tensors(kept, "tracker")
 
 
@@ -148,11 +148,11 @@ def test_every_output_of_the_whole_model(kind: str, checkpoint: Path, file: Path
     assert not any(MARK in vars(part) for part in model.modules())
 
 
-def test_a_quantised_file(model: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The features err by what the export's gate lets pass, more or less: of other pictures."""
+def test_a_quantized_file(model: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The features err by what the export's gate lets pass, more or less: of other images."""
     trace_quickly(monkeypatch)
-    path, limit, asked = tmp_path / "x.onnx", TOLERANCES["fp8"].relative_l2, QuantiseOptions(("*.mlp.fc2",))
-    export_onnx(ExportOptions(path, checkpoint, necks="both", precision="fp8", quantise=asked))
+    path, limit, asked = tmp_path / "x.onnx", TOLERANCES["fp8"].relative_l2, QuantizeOptions(("*.mlp.fc2",))
+    export_onnx(ExportOptions(path, checkpoint, necks="both", precision="fp8", quantize=asked))
     with torch.no_grad():
         exact = model.vision_encoder(frames(1)).fpn_hidden_states
         attach(model, path, simulated=True)
@@ -263,7 +263,7 @@ def test_a_half_precision_model(dtype: torch.dtype, model: Any, file: Path) -> N
 
 
 def test_under_autocast(model: Any, file: Path) -> None:
-    """Features have autocast's type, as the model's own have, whatever the pictures' is."""
+    """Features have autocast's type, as the model's own have, whatever the images' is."""
     with torch.autocast("cpu", torch.bfloat16):
         own = model.vision_encoder(frames(1)).fpn_hidden_states
         attach(model, file)
@@ -315,7 +315,7 @@ def test_an_attachment_that_breaks_off(model: Any, file: Path, monkeypatch: pyte
         raise MemoryError
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr("engines.live.stand_ins.LoadGuard", broken)
+        patch.setattr("engines.live.adapter.LoadGuard", broken)
         attach(model, file)
     parts = [part for part in model.modules() if MARK in vars(part) or "forward" in vars(part)]
     assert parts == []
@@ -406,9 +406,9 @@ def test_attached_twice_and_not_at_all(model: Any, file: Path) -> None:
     detach(model)
 
 
-def test_pictures_that_the_file_does_not_take(model: Any, file: Path) -> None:
+def test_images_that_the_file_does_not_take(model: Any, file: Path) -> None:
     attach(model, file)
-    with pytest.raises(EncoderError, match=r"takes 1 pictures at once, got 3; .*--batch 1:3:3"):
+    with pytest.raises(EncoderError, match=r"takes 1 images at once, got 3; .*--batch 1:3:3"):
         model.vision_encoder(frames(3))
     with pytest.raises(
         EncoderError, match=r"takes 112x112 pixels, the model's images are 126x112 .*--image-size 126x112"
@@ -435,7 +435,7 @@ def load_same(model: Any) -> nn.Module:
     return type(model)(model.config)
 
 
-def test_the_tracker_gets_the_features_of_its_own_pictures(checkpoint: Path, file: Path) -> None:
+def test_the_tracker_gets_the_features_of_its_own_images(checkpoint: Path, file: Path) -> None:
     """In any order, from each call's own hidden states; a view of another tensor is refused."""
     model = load_model(transformers.Sam3VideoModel, checkpoint)
     with torch.no_grad():
@@ -465,7 +465,7 @@ def test_what_the_file_does_not_compute_is_passed_on_and_not_read() -> None:
     assert len(there) == 1 and there.dim() == 3 and there.size(1) == 6 and hasattr(there, "view")
     assert (there + torch.ones(1, 1, 4)).shape == (torch.ones(1, 1, 4) + there).shape == there.shape
     assert copy.deepcopy(there) is there and pickle.loads(pickle.dumps(there)).source is None
-    readers: list[Callable[[], Any]] = [
+    targets: list[Callable[[], Any]] = [
         *(lambda name=name: getattr(there, name)() for name in ("mean", "isnan", "numpy", "tolist", "clone")),
         *(lambda call=call: call(there) for call in (bool, float, list, np.asarray, torch.isnan, torch.sum)),
         *(lambda call=call: call([there]) for call in (torch.cat, torch.stack)),
@@ -473,7 +473,7 @@ def test_what_the_file_does_not_compute_is_passed_on_and_not_read() -> None:
         lambda: there == 1,
         lambda: nn.Linear(4, 2)(there),  # type: ignore[arg-type]
     ]
-    for read in readers:
+    for read in targets:
         with pytest.raises(AttachError, match="the map is not among what the attached file computes"):
             read()
 
@@ -573,7 +573,7 @@ def run_features(model: Any) -> Tensor:
 
 
 def test_gradients_and_hooks_are_told(model: Any, file: Path) -> None:
-    """An error of the pictures' gradient, one warning of the encoder's own; one of hooks that nobody calls."""
+    """An error of the images' gradient, one warning of the encoder's own; one of hooks that nobody calls."""
     attach(model, file)
     encoder = model.vision_encoder
     with pytest.raises(EncoderError, match="computes no gradients"):
@@ -732,9 +732,7 @@ def test_an_adapter_of_peft_is_told(model: Any, file: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["Sam3Model", "Sam3TrackerModel"])
-def test_float32_pictures_of_a_half_precision_model(
-    kind: str, dtype: torch.dtype, checkpoint: Path, file: Path
-) -> None:
+def test_float32_images_of_a_half_precision_model(kind: str, dtype: torch.dtype, checkpoint: Path, file: Path) -> None:
     """As a processor gives them: features have the type of the model's weights."""
     model = load_model(getattr(transformers, kind), checkpoint).to(dtype)
     given = {"input_points": torch.tensor([[[[50.0, 60.0]]]], dtype=dtype), "input_labels": torch.tensor([[[1]]])}
@@ -750,7 +748,7 @@ def test_float32_pictures_of_a_half_precision_model(
 
 
 def test_three_threads_with_a_session_each(checkpoint: Path, file: Path) -> None:
-    """One attached Sam3VideoModel: every thread gets what its own pictures give alone."""
+    """One attached Sam3VideoModel: every thread gets what its own images give alone."""
     model = make_sure(load_model(transformers.Sam3VideoModel, checkpoint))
 
     def run_threads() -> dict[int, dict[str, Tensor]]:
@@ -816,7 +814,7 @@ def test_what_the_module_takes_around_its_session_is_told(
 def test_the_snippets_of_the_docs(
     index: int, checkpoint: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """docs/attach.md, run in a folder with a model, its file (under the name x.onnx) and pictures."""
+    """docs/attach.md, run in a folder with a model, its file (under the name x.onnx) and images."""
     text = (Path(__file__).parent.parent / "docs" / "attach.md").read_text(encoding="utf-8")
     snippet = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[index]
     shutil.copytree(checkpoint, tmp_path / "sam3")
@@ -825,9 +823,9 @@ def test_the_snippets_of_the_docs(
     for path in file.parent.iterdir():
         shutil.copy(path, tmp_path / "build" / path.name)
     (tmp_path / "frames").mkdir()
-    picture = Path(__file__).parent / "data" / "preprocess" / "picture_0.png"
-    for name in ("picture.png", "frames/0.png", "frames/1.png"):
-        shutil.copy(picture, tmp_path / name)
+    image = Path(__file__).parent / "data" / "preprocess" / "image_0.png"
+    for name in ("image.png", "frames/0.png", "frames/1.png"):
+        shutil.copy(image, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     with torch.no_grad():

@@ -26,7 +26,7 @@ from benchmarks.errors import BenchError
 from benchmarks.measure.backends import (
     REFERENCE,
     Backend,
-    Job,
+    RunRequest,
     backends_for,
     choose_backends,
     open_runner,
@@ -34,9 +34,9 @@ from benchmarks.measure.backends import (
 )
 from benchmarks.measure.environment import _gpu_compiler
 from benchmarks.measure.file_runners import RunnerError
-from benchmarks.measure.point import Pace
+from benchmarks.measure.measure_point import Schedule
 from benchmarks.measure.torch_runner import OTHER, TorchRunner, make_module
-from benchmarks.measure.work_folder import Workplace
+from benchmarks.measure.work_folder import ArtifactCache
 from benchmarks.measure.worker import OUT_OF_MEMORY, peak_bytes
 from benchmarks.measure.worker_process import ROOT, Worker, WorkerError
 from benchmarks.options import BenchOptions
@@ -45,7 +45,7 @@ from export.contract.signature import encoder_signature
 from export.graph.rewrite import Rewrites
 from export.options import ExportOptions
 from export.pipeline import export_onnx
-from export.proof.fidelity import compare
+from export.verification.fidelity import compare
 from neck.checkpoint import save_meta_checkpoint
 
 CONFIG = tiny_config()
@@ -72,10 +72,10 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
-PACE = Pace(1, 1, 1, 0.0, HANGS_S, float("inf"))
+PACE = Schedule(1, 1, 1, 0.0, HANGS_S, float("inf"))
 
 
-def of(job: Job, name: str) -> Job:
+def of(job: RunRequest, name: str) -> RunRequest:
     """The same for another backend."""
     return dataclasses.replace(job, backend=named(name))
 
@@ -85,7 +85,7 @@ def named(name: str) -> Backend:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+def job(tmp_path_factory: pytest.TempPathFactory) -> RunRequest:
     """What every backend of a tiny encoder runs on; the file is the rewritten FP32 one."""
     folder = tmp_path_factory.mktemp("job")
     save_meta_checkpoint(shared_encoder(CONFIG), folder / "weights.pt")
@@ -94,11 +94,11 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     export_onnx(options)
     encoder = BenchOptions(folder, checkpoint=folder / "weights.pt", config=CONFIG)
     image, onnx = folder / "image.npy", options.output
-    return Job(named(REFERENCE), encoder, CONFIG, encoder_signature(CONFIG), image, onnx)
+    return RunRequest(named(REFERENCE), encoder, CONFIG, encoder_signature(CONFIG), image, onnx)
 
 
 @pytest.fixture(scope="module")
-def expected(job: Job) -> dict[str, np.ndarray]:
+def expected(job: RunRequest) -> dict[str, np.ndarray]:
     """The plain module's outputs."""
     outputs = named_outputs(shared_encoder(CONFIG), torch.from_numpy(np.load(job.image)))
     return {name: value.numpy() for name, value in outputs.items()}
@@ -117,7 +117,7 @@ def expected(job: Job) -> dict[str, np.ndarray]:
         "openvino-rewritten-fp32",
     ],
 )
-def test_every_backend_computes_the_encoder(name: str, job: Job, expected: dict[str, np.ndarray]) -> None:
+def test_every_backend_computes_the_encoder(name: str, job: RunRequest, expected: dict[str, np.ndarray]) -> None:
     backend = named(name)
     if backend.runtime == "openvino":
         pytest.importorskip("openvino")
@@ -140,7 +140,7 @@ def test_every_backend_computes_the_encoder(name: str, job: Job, expected: dict[
     assert not compare(expected, moved, backend.precision, name).passed
 
 
-def test_a_plain_module_has_its_position_tables_before_it_is_compiled(job: Job) -> None:
+def test_a_plain_module_has_its_position_tables_before_it_is_compiled(job: RunRequest) -> None:
     """As the rewritten one has them: neither makes them in a run, which flattered the rewritten on a GPU."""
     module = make_module(of(job, "eager-fp32"))
     found: list[torch.fx.GraphModule] = []
@@ -155,14 +155,14 @@ def test_a_plain_module_has_its_position_tables_before_it_is_compiled(job: Job) 
     assert "arange" not in graph.code and "conv2d" in graph.code
 
 
-def test_a_rewritten_module_rewrites_its_weights_once(job: Job) -> None:
+def test_a_rewritten_module_rewrites_its_weights_once(job: RunRequest) -> None:
     module = make_module(of(job, "eager-rewritten-fp32"))
     layer = module.get_submodule("trunk.blocks.0.attn.qkv")
     assert type(layer) is torch.nn.Linear
     assert not torch.equal(layer.weight, shared_encoder(CONFIG).get_parameter("trunk.blocks.0.attn.qkv.weight"))
 
 
-def test_the_parts_of_a_run_are_timed(job: Job) -> None:
+def test_the_parts_of_a_run_are_timed(job: RunRequest) -> None:
     runner = TorchRunner(of(job, "eager-fp32"))
     runner.load()
     found = runner.parts_ms()
@@ -173,7 +173,7 @@ def test_the_parts_of_a_run_are_timed(job: Job) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in runner.module.modules())
 
 
-def test_a_precision_that_openvino_does_not_take_is_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_precision_that_openvino_does_not_take_is_refused(job: RunRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Old CPUs take FP32 for BF16, as this Core does on all of them; what a CPU lists does not tell which do."""
     openvino = pytest.importorskip("openvino")
     hint = pytest.importorskip("openvino.properties.hint")
@@ -234,7 +234,7 @@ def worker(tmp_path: Path) -> Iterator[Worker]:
         yield made
 
 
-def test_a_worker_runs_a_backend(worker: Worker, job: Job, expected: dict[str, Any], tmp_path: Path) -> None:
+def test_a_worker_runs_a_backend(worker: Worker, job: RunRequest, expected: dict[str, Any], tmp_path: Path) -> None:
     values = of(job, "ort-cpu-rewritten-fp32")
     assert worker.ask("load", HANGS_S, job=values, most_bytes=None)["load_s"] > 0
     assert len(worker.ask("run", HANGS_S, count=3)) == 3
@@ -245,7 +245,7 @@ def test_a_worker_runs_a_backend(worker: Worker, job: Job, expected: dict[str, A
     assert 20e6 < peak < peak_bytes()  # onnxruntime without torch is less than this process
 
 
-def test_a_worker_of_another_runtime_does_not_hold_torch(job: Job) -> None:
+def test_a_worker_of_another_runtime_does_not_hold_torch(job: RunRequest) -> None:
     """It would be in the host's peak that its row tells; torch's own worker is the control."""
     load = "import pickle, sys, benchmarks.measure.worker, benchmarks.measure.backends as backends\n"
     load += "backends.open_runner(pickle.loads(sys.stdin.buffer.read())); sys.exit('torch' in sys.modules)"
@@ -254,8 +254,8 @@ def test_a_worker_of_another_runtime_does_not_hold_torch(job: Job) -> None:
         assert subprocess.run(command, cwd=ROOT, input=pickle.dumps(of(job, name)), check=False).returncode == code
 
 
-def test_out_of_memory_is_an_answer(worker: Worker, job: Job, tmp_path: Path) -> None:
-    """A picture of 8 GB (of holes in the file) where the worker may take 2."""
+def test_out_of_memory_is_an_answer(worker: Worker, job: RunRequest, tmp_path: Path) -> None:
+    """An image of 8 GB (of holes in the file) where the worker may take 2."""
     huge = np.lib.format.open_memmap(tmp_path / "huge.npy", mode="w+", dtype=np.float32, shape=(2 << 30,))
     del huge
     values = of(job, "ort-cpu-rewritten-fp32")
@@ -281,7 +281,7 @@ def test_what_runtimes_say_when_memory_is_out(text: str) -> None:
     assert not OUT_OF_MEMORY.search("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
 
 
-def test_an_exception_costs_one_answer(worker: Worker, job: Job) -> None:
+def test_an_exception_costs_one_answer(worker: Worker, job: RunRequest) -> None:
     values = of(job, "ort-cpu-rewritten-fp32")
     with pytest.raises(WorkerError, match="File doesn't exist") as error:
         worker.ask("load", HANGS_S, job=dataclasses.replace(values, onnx=Path("/nowhere.onnx")), most_bytes=None)
@@ -319,7 +319,7 @@ def test_a_worker_that_hangs_is_ended(worker: Worker) -> None:
         os.kill(worker.pid, 0)
 
 
-def test_a_worker_takes_along_what_it_started(tmp_path: Path, job: Job) -> None:
+def test_a_worker_takes_along_what_it_started(tmp_path: Path, job: RunRequest) -> None:
     """A runtime that starts a process, as compilers do; it would else go on when the worker was ended."""
     code = "import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
     (tmp_path / "onnxruntime.py").write_text(f"{code}raise ImportError(child.pid)\n")
@@ -342,7 +342,7 @@ def _runs(stat: Path) -> bool:
         return False
 
 
-def test_what_libraries_print_is_no_answer(tmp_path: Path, job: Job) -> None:
+def test_what_libraries_print_is_no_answer(tmp_path: Path, job: RunRequest) -> None:
     """A module that prints when it is imported, as some runtimes do."""
     (tmp_path / "onnxruntime.py").write_text("print('hello')\nraise ImportError('planted')\n")
     with (
@@ -354,21 +354,21 @@ def test_what_libraries_print_is_no_answer(tmp_path: Path, job: Job) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ArtifactCache]:
     wide = load_golden("meta-dual").config  # TensorRT fuses heads of 16 channels or more
     traced(load_golden("meta-dual").encoder, wide, necks="sam3")  # the worker's own would be a cold one
     work = tmp_path_factory.mktemp("work")
-    with Workplace(work, BenchOptions(work, config=wide, necks="sam3")) as made:
+    with ArtifactCache(work, BenchOptions(work, config=wide, necks="sam3")) as made:
         made.prepare()
         yield made
 
 
-def test_a_plan_is_built_for_its_backend(place: Workplace, worker: Worker) -> None:
+def test_a_plan_is_built_for_its_backend(place: ArtifactCache, worker: Worker) -> None:
     """TensorRT-RTX builds without a GPU; what runs the plan says that there is none."""
     pytest.importorskip("tensorrt_rtx")
     backend = named("rtx-rewritten-fp16")
     made = place.jobs([backend], place.point(None, 1, PACE))[backend.id]
-    assert isinstance(made, Job)
+    assert isinstance(made, RunRequest)
     kernels = plan_kernels(made.plan)
     assert kernels and all(set(one) == {"name", "kind", "ms", "bytes"} for one in kernels)
     assert made.build_s and made.build_s > 0 and made.file_bytes == made.plan.stat().st_size
@@ -377,13 +377,15 @@ def test_a_plan_is_built_for_its_backend(place: Workplace, worker: Worker) -> No
             worker.ask("load", HANGS_S, job=made, most_bytes=None)
 
 
-def test_a_file_that_cannot_be_made_is_one_backends_matter(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_made_is_one_backends_matter(
+    place: ArtifactCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nowhere = dataclasses.replace(place.prepared.encoder, checkpoint=Path("/nowhere.pt"))
     monkeypatch.setattr(place, "prepared", dataclasses.replace(place.prepared, encoder=nowhere))
     backends = [named("eager-fp32"), named("ort-cpu-plain-fp32")]
     made = place.jobs(backends, place.point(None, 1, PACE))
     assert isinstance(made["ort-cpu-plain-fp32"], WorkerError) and "nowhere.pt" in str(made["ort-cpu-plain-fp32"])
-    assert isinstance(made["eager-fp32"], Job)
+    assert isinstance(made["eager-fp32"], RunRequest)
 
 
 def test_plain_and_rewritten_differ_by_the_module_alone() -> None:
@@ -395,7 +397,7 @@ def test_plain_and_rewritten_differ_by_the_module_alone() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["eager-fp16", "eager-rewritten-bf16", "compile-max-rewritten-fp16"])
-def test_backends_on_a_gpu(name: str, job: Job, expected: dict[str, np.ndarray]) -> None:
+def test_backends_on_a_gpu(name: str, job: RunRequest, expected: dict[str, np.ndarray]) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU that torch can use")
     backend = next(one for one in backends_for("cuda") if one.id == name)

@@ -43,7 +43,7 @@ from export.contract.errors import ExportError
 from export.graph.deployed_module import DeployEncoder
 from export.inspect import inspect_onnx
 from export.pipeline import export_onnx, verify_file
-from export.proof.verify import run_model
+from export.verification.verify import run_model
 
 CONFIG = config_of("meta-dual")
 GOOD = checkpoint_of("meta-dual")
@@ -230,13 +230,13 @@ def test_half_precision_checkpoints_are_fine(tmp_path: Path) -> None:
         (("--attention", "fp32acc", "--precision", "fp16", "--opset", "16"), ("opset 16: expected 17 to 24",)),
         (("--attention", "fp32acc", "--precision", "bf16", "--opset", "20"), ("--opset 22", "--precision fp16")),
         (
-            ("--attention", "fp32acc", "--precision", "bf16", "--reader", "tensorrt-10.3"),
+            ("--attention", "fp32acc", "--precision", "bf16", "--target", "tensorrt-10.3"),
             ("TensorRT 10.3 is known to read 20",),
         ),
         (("--config", "/no/such.json"), ("/no/such.json", "not a readable JSON file")),
         (("--config", str(DATA / "meta-dual" / "case.json")), ("unknown key",)),
         (("--images", "/no/such/folder"), ("/no/such/folder cannot be listed",)),
-        (("--images", str(DATA / "meta-dual")), ("holds no picture",)),
+        (("--images", str(DATA / "meta-dual")), ("holds no image",)),
     ],
 )
 def test_bad_option(arguments: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
@@ -280,40 +280,40 @@ def test_sam2_asked_of_a_checkpoint_without(tmp_path: Path) -> None:
     nothing_written(tmp_path / "out")
 
 
-# --- pictures
+# --- images
 
 
 def exif_rotated(path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
-    Image.fromarray(COLOURS).save(path.with_suffix(".jpg"), exif=exif)
+    Image.fromarray(COLORS).save(path.with_suffix(".jpg"), exif=exif)
 
 
-COLOURS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
-PICTURES: dict[str, Callable[[Path], object]] = {
-    "16-bit": lambda path: shutil.copy(DATA / "pictures" / "rgb16.png", path),
-    "16-bit-grey": lambda path: Image.fromarray(COLOURS[:, :, 0].astype(np.uint16) * 257).save(path),
-    "grey": lambda path: Image.fromarray(COLOURS[:, :, 0]).save(path),
-    "rgba": lambda path: Image.fromarray(np.dstack([COLOURS, COLOURS[:, :, 0]])).save(path),
-    "cmyk": lambda path: Image.fromarray(COLOURS).convert("CMYK").save(path.with_suffix(".jpg")),
+COLORS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+IMAGES: dict[str, Callable[[Path], object]] = {
+    "16-bit": lambda path: shutil.copy(DATA / "images" / "rgb16.png", path),
+    "16-bit-gray": lambda path: Image.fromarray(COLORS[:, :, 0].astype(np.uint16) * 257).save(path),
+    "gray": lambda path: Image.fromarray(COLORS[:, :, 0]).save(path),
+    "rgba": lambda path: Image.fromarray(np.dstack([COLORS, COLORS[:, :, 0]])).save(path),
+    "cmyk": lambda path: Image.fromarray(COLORS).convert("CMYK").save(path.with_suffix(".jpg")),
     "exif": exif_rotated,
 }
 
 
-@pytest.mark.parametrize("kind", PICTURES)
-def test_odd_pictures_work(kind: str, tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    PICTURES[kind](tmp_path / "pictures" / "odd.png")
-    ran = run_export(tmp_path, "--images", tmp_path / "pictures")
+@pytest.mark.parametrize("kind", IMAGES)
+def test_odd_images_work(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    IMAGES[kind](tmp_path / "images" / "odd.png")
+    ran = run_export(tmp_path, "--images", tmp_path / "images")
     assert ran.code == 0, ran
     assert ran.err == ""
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", (DATA / "pictures" / "chelsea.png").read_bytes()[:5000]])
-def test_corrupt_pictures_are_told(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "bad.png").write_bytes(content)
-    refused(run_export(tmp_path, "--images", tmp_path / "pictures"), "bad.png")
+@pytest.mark.parametrize("content", [b"", b"not an image", (DATA / "images" / "chelsea.png").read_bytes()[:5000]])
+def test_corrupt_images_are_told(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "bad.png").write_bytes(content)
+    refused(run_export(tmp_path, "--images", tmp_path / "images"), "bad.png")
     nothing_written(tmp_path / "out")
 
 

@@ -22,11 +22,11 @@ import benchmarks.measure.rounds
 import benchmarks.measure.run
 from benchmarks.bench import run_bench
 from benchmarks.errors import BenchError
-from benchmarks.measure.backends import REFERENCE, Backend, Job, backends_for
-from benchmarks.measure.point import Pace, Point
+from benchmarks.measure.backends import REFERENCE, Backend, RunRequest, backends_for
+from benchmarks.measure.measure_point import MeasurePoint, Schedule
 from benchmarks.measure.run import Run
 from benchmarks.measure.samples import Samples
-from benchmarks.measure.work_folder import Workplace
+from benchmarks.measure.work_folder import ArtifactCache
 from benchmarks.measure.worker_process import ROOT, WorkerError
 from benchmarks.options import BenchOptions
 from benchmarks.report.charts import error_plot, latency_chart, parts_chart, roofline_plot
@@ -37,7 +37,7 @@ from benchmarks.results.result import _sound
 from benchmarks.results.result_files import check_result, merge_results, read_result
 from benchmarks.results.rows import best_rates, make_row, raise_rates, ratio
 from benchmarks.roofline import encoder_parts, floor_ms, total_operations
-from engines.run.latency import summarise
+from engines.run.latency import summarize
 from export.contract.manifest import locked
 from export.contract.signature import encoder_signature
 from export.graph.deployed_module import DeployEncoder
@@ -45,7 +45,7 @@ from export.graph.rewrite import Rewrites
 from export.graph.trace import trace
 
 CONFIG = tiny_config()
-POINT = Point("p", None, CONFIG, encoder_signature(CONFIG), Pace(1, 1, 1, 0.0, 1.0, 0.0))
+POINT = MeasurePoint("p", None, CONFIG, encoder_signature(CONFIG), Schedule(1, 1, 1, 0.0, 1.0, 0.0))
 ORT = "ort-cpu-rewritten-fp32"
 NAMES = [REFERENCE, "eager-rewritten-fp32", "ort-cpu-plain-fp32", ORT]
 
@@ -126,7 +126,7 @@ def test_rows_have_every_figure(ran: Ran) -> None:
     assert [name for name, _, _ in rows] == NAMES
     for (name, _, _), row in rows.items():
         assert row["status"] == "measured" and len(row["times_ms"]) == 2 and row["warm_up_runs"] == 1
-        assert row["latency"] == dataclasses.asdict(summarise(row["times_ms"]))
+        assert row["latency"] == dataclasses.asdict(summarize(row["times_ms"]))
         assert row["images_per_s"] == pytest.approx(1e3 / np.mean(row["times_ms"]))
         assert row["peak_host_bytes"] > 20e6 and row["peak_device_bytes"] is None and row["load_s"] > 0
         assert (row["file_bytes"] is not None and row["build_s"] > 0) == name.startswith("ort")
@@ -168,7 +168,7 @@ def test_work_and_time_of_each_part(ran: Ran) -> None:
     assert row["floor_ms"] == floor_ms(least, "fp32", roofline["flops_per_s"], roofline["copy_bytes_per_s"])
 
 
-def test_pictures_of_the_features(ran: Ran) -> None:
+def test_images_of_the_features(ran: Ran) -> None:
     features = ran.result["features"]
     passed = [row for row in ran.rows().values() if row["passed"]]
     assert features["candidate"] == min(passed, key=lambda row: row["latency"]["p50_ms"])["backend"]
@@ -291,20 +291,20 @@ def tmp_path_copy(folder: Path, data: bytes) -> Path:
 
 @pytest.mark.usefixtures("ran", "known_rates")
 def test_out_of_memory_costs_one_row(output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One is given a picture of 8 GB (of holes in the file) where a worker may take 3, one needs more than there is."""
+    """One is given an image of 8 GB (of holes in the file) where a worker may take 3, one needs more than there is."""
     huge = np.lib.format.open_memmap(tmp_path / "huge.npy", mode="w+", dtype=np.float32, shape=(2 << 30,))
     del huge
-    make, needed, plain = Workplace.jobs, benchmarks.measure.run.needed_bytes, "ort-cpu-plain-fp32"
+    make, needed, plain = ArtifactCache.jobs, benchmarks.measure.run.needed_bytes, "ort-cpu-plain-fp32"
 
-    def jobs(place: Workplace, *rest: Any) -> dict[str, Job | WorkerError]:
+    def jobs(place: ArtifactCache, *rest: Any) -> dict[str, RunRequest | WorkerError]:
         found = make(place, *rest)
-        assert isinstance(found[ORT], Job)
+        assert isinstance(found[ORT], RunRequest)
         return {**found, ORT: dataclasses.replace(found[ORT], image=tmp_path / "huge.npy")}
 
     def estimate(backend: Backend, *rest: Any) -> int:
         return 1 << 60 if backend.id == plain else needed(backend, *rest)
 
-    monkeypatch.setattr(Workplace, "jobs", jobs)
+    monkeypatch.setattr(ArtifactCache, "jobs", jobs)
     monkeypatch.setattr(benchmarks.measure.run, "needed_bytes", estimate)
     monkeypatch.setattr(benchmarks.measure.rounds, "available_bytes", lambda: 3 << 30)
     said: list[str] = []
@@ -393,14 +393,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.fixture(scope="module")
-def place(output: Path) -> Iterator[Workplace]:
+def place(output: Path) -> Iterator[ArtifactCache]:
     """The tiny encoder's."""
-    with Workplace(output / "work", options_for(output)) as made:
+    with ArtifactCache(output / "work", options_for(output)) as made:
         yield made
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_options_are_refused(case: str, output: Path, place: Workplace) -> None:
+def test_bad_options_are_refused(case: str, output: Path, place: ArtifactCache) -> None:
     changes, told = BAD[case]
     with pytest.raises(BenchError, match=told):
         Run(options_for(output, **changes), place, print)

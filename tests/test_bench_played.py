@@ -1,4 +1,4 @@
-"""`bench` on a GPU from the command line to its end, on a CPU: TensorRT and torch.cuda are stand-ins.
+"""`bench` on a GPU from the command line to its end, on a CPU: TensorRT and torch.cuda are fakes.
 
 The workers are in this process, each command in a play of the device but the exports, which no GPU makes.
 """
@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 from exporting import neck_export_cli, trace_quickly
+from fake_gpu.device import Device
+from fake_gpu.play import play
 from PIL import Image
-from stand_in_gpu.device import Device
-from stand_in_gpu.play import play
 
 import benchmarks.measure.rounds
 import benchmarks.measure.work_folder
@@ -119,16 +119,16 @@ def test_what_fails_costs_its_row_alone(bench: Any) -> None:
     assert rows["eager-rewritten-fp16"]["peak_device_bytes"] is None
 
 
-def test_quantised_plans_have_rows_and_say_what_they_err(bench: Any, tmp_path: Path) -> None:
-    """All FP8 products of a tiny encoder err more than the gate allows, as its row says; eight pictures calibrate."""
-    (tmp_path / "pictures").mkdir()
+def test_quantized_plans_have_rows_and_say_what_they_err(bench: Any, tmp_path: Path) -> None:
+    """All FP8 products of a tiny encoder err more than the gate allows, as its row says; eight images calibrate."""
+    (tmp_path / "images").mkdir()
     for seed in range(8):
         noise = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)
-        Image.fromarray(noise).save(tmp_path / "pictures" / f"{seed}.png")
+        Image.fromarray(noise).save(tmp_path / "images" / f"{seed}.png")
     fp8, int8 = "tensorrt-rewritten-fp8", "tensorrt-rewritten-int8"
-    rows = bench(fp8, int8, images=tmp_path / "pictures")
+    rows = bench(fp8, int8, images=tmp_path / "images")
     made = json.loads(next((tmp_path / "report").rglob("rewritten-int8-*/encoder.json")).read_text())
-    assert made["quantisation"]["pictures"] == 8
+    assert made["quantization"]["images"] == 8
     assert [row["reason"] for row in rows.values()] == [None] * 3
     worst = {name: max(error["relative_l2"] for error in rows[name]["errors"]) for name in (fp8, int8)}
     assert rows[fp8]["label"] == "TensorRT, rewritten, FP8, all products" and rows[fp8]["precision"] == "fp8"

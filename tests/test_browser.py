@@ -240,7 +240,7 @@ def test_a_planted_script_error_is_seen(browser: Chrome, report: Path, tmp_path:
 
 
 def test_nothing_is_asked_of_the_network(browser: Chrome, report: Path, tmp_path: Path) -> None:
-    """With its controls: a planted picture is refused by the policy, and asked for without it."""
+    """With its controls: a planted image is refused by the policy, and asked for without it."""
     shutil.copy(report, tmp_path / "report.html")
     served = Served(tmp_path)
     try:
@@ -256,7 +256,7 @@ def test_nothing_is_asked_of_the_network(browser: Chrome, report: Path, tmp_path
         served.close()
 
 
-def test_every_chart_picture_and_table_is_told_to_a_screen_reader(browser: Chrome, report: Path) -> None:
+def test_every_chart_image_and_table_is_told_to_a_screen_reader(browser: Chrome, report: Path) -> None:
     opened(browser, report)
     drawings = browser.find_elements("css selector", "svg:not([aria-hidden=true])")
     assert len(drawings) == 4 and all(svg.get_attribute("role") == "img" for svg in drawings)
@@ -271,10 +271,10 @@ def test_every_chart_picture_and_table_is_told_to_a_screen_reader(browser: Chrom
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG's contrast of two colours such as `rgb(1, 2, 3)`."""
+    """WCAG's contrast of two colors such as `rgb(1, 2, 3)`."""
 
-    def luminance(colour: str) -> float:
-        values = [int(value) / 255 for value in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+    def luminance(color: str) -> float:
+        values = [int(value) / 255 for value in color[color.index("(") + 1 : -1].split(",")[:3]]
         linear = [value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4 for value in values]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -288,14 +288,14 @@ def test_text_stands_out_in_light_and_dark(browser: Chrome, report: Path, scheme
     page = browser.find_element("css selector", "body").value_of_css_property("background-color")
     assert contrast(page, "rgb(255, 255, 255)") < 1.1 if scheme == "light" else contrast(page, "rgb(0, 0, 0)") < 1.3
     for selector in ("h1", ".about", "figcaption", "td", "tr.warned td", "thead th", ".pairs dt", "pre", ".caution"):
-        colour = browser.find_element("css selector", selector).value_of_css_property("color")
-        assert contrast(colour, page) >= 4.5, selector
+        color = browser.find_element("css selector", selector).value_of_css_property("color")
+        assert contrast(color, page) >= 4.5, selector
     for selector in (".chart text", ".chart .value"):
-        colour = browser.find_element("css selector", selector).value_of_css_property("fill")
-        assert contrast(colour, page) >= 4.5, selector
+        color = browser.find_element("css selector", selector).value_of_css_property("fill")
+        assert contrast(color, page) >= 4.5, selector
     for selector in (".bar.fp32", ".bar.bf16", ".bar.fp16"):  # shapes; 3 for what is no text, FP16's orange is 2.9
-        colour = browser.find_element("css selector", selector).value_of_css_property("fill")
-        assert contrast(colour, page) >= 2.8, selector
+        color = browser.find_element("css selector", selector).value_of_css_property("fill")
+        assert contrast(color, page) >= 2.8, selector
 
 
 def test_paper_shows_every_table_on_white(browser: Chrome, report: Path) -> None:

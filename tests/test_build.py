@@ -32,7 +32,7 @@ from export.lowering.precision import Precision, lower
 from neck.progress import Count
 
 ROOT = Path(__file__).parent.parent
-TARGETS = ("8.6", "8.9", "12.0")
+CAPABILITIES = ("8.6", "8.9", "12.0")
 FORMS: list[tuple[Precision, AttentionForm]] = [
     ("fp32", "fused"),
     *(("fp16", form) for form in ("fp32acc", "fused", "unfused")),
@@ -80,17 +80,17 @@ def _build_matrix(save: Save, row: tuple[int, int, int, int]) -> None:
     signature = {"necks": necks, "positions": positions}
     path = typed_file(save, precision, case, batch, attention=form, signature=signature)
     parsed = BatchRange.parse(batch)
-    options = BuildOptions(precision, parsed if parsed.dynamic else None, TARGETS)
+    options = BuildOptions(precision, parsed if parsed.dynamic else None, CAPABILITIES)
     result = build_plan(path, path.with_suffix(".plan"), options)
     config = load_golden(case).config
-    assert result.compute_capabilities == TARGETS and result.plan_bytes == path.with_suffix(".plan").stat().st_size
+    assert result.compute_capabilities == CAPABILITIES and result.plan_bytes == path.with_suffix(".plan").stat().st_size
     assert result.inputs == (TensorSpec("image", "float32", (parsed.dim, 3, *config.image_size)),)
     counted = {"sam3": 1, "both": 2, "all": 3}[necks] * len(config.scale_factors) * (1 + (positions == "graph"))
     assert len(result.outputs) == counted
     assert {spec.dtype for spec in result.outputs} == {
         {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
     }
-    assert result.sheet is not None and result.sheet.attentions == config.depth
+    assert result.layers is not None and result.layers.attentions == config.depth
 
 
 @pytest.mark.parametrize("row", PAIRS, ids=lambda row: "-".join(map(str, row)))
@@ -199,7 +199,7 @@ def test_result_and_options(small: Path, tmp_path: Path) -> None:
     with listening(take):
         result = build_plan(small, tmp_path / "new" / "x.plan", options)
     assert (result.flavor, result.onnx, result.gpu) == ("rtx", small, choose_flavor("rtx").gpu)
-    assert result.sheet is not None and result.sheet.operations and result.seconds > 0
+    assert result.layers is not None and result.layers.operations and result.seconds > 0
     assert phases["build: Building engine"][0] >= 5 and len(phases) == 1  # not the phases inside it
     assert options.to_dict() == {**BuildOptions().to_dict(), "optimization_level": 1, "workspace_bytes": 1 << 30} | {
         "compute_capabilities": ["8.9"]
@@ -524,9 +524,9 @@ def test_operations_are_counted(save: Save) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", CAPABILITIES)
 def test_full_size(save: Save, tmp_path: Path, target: str) -> None:
-    """The published encoder in FP16, features only: the bars of the layer sheet."""
+    """The published encoder in FP16, features only: the bars of the layer report."""
     from export.contract.signature import encoder_signature
     from export.graph.deployed_module import DeployEncoder
     from export.graph.rewrite import Rewrites
@@ -539,16 +539,16 @@ def test_full_size(save: Save, tmp_path: Path, target: str) -> None:
     lower(model, "fp16")
     path = save(model)
     result: BuildResult = build_plan(path, tmp_path / "x.plan", BuildOptions(compute_capabilities=(target,)))
-    sheet = result.sheet
-    assert sheet is not None and sheet.bytes_moved is not None
-    assert sheet.summary().startswith("fused attentions 32 of 32, accumulation FP32, ")
-    assert len(sheet.kernels) <= 277 and sheet.bytes_moved <= 12.82e9
+    layers = result.layers
+    assert layers is not None and layers.bytes_moved is not None
+    assert layers.summary().startswith("fused attentions 32 of 32, accumulation FP32, ")
+    assert len(layers.kernels) <= 277 and layers.bytes_moved <= 12.82e9
     assert result.plan_bytes <= 1.05 * path.with_name(path.name + ".data").stat().st_size
 
 
 @pytest.mark.gpu
 def test_tensorrt_builds_for_the_gpu_at_hand(small: Path, tmp_path: Path, gpu_flavor: Flavor) -> None:
-    """What only a GPU shows: the other flavour, its timing cache, version- and hardware-compatible plans."""
+    """What only a GPU shows: the other flavor, its timing cache, version- and hardware-compatible plans."""
     if gpu_flavor.name != "tensorrt":
         pytest.skip("needs TensorRT; TensorRT-RTX has no timing cache")
     flavor = gpu_flavor

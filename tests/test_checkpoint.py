@@ -349,7 +349,7 @@ def test_truncated(kind: str, share: float, tmp_path: Path) -> None:
 
 
 def test_zip_that_is_no_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / "pictures.pt"
+    path = tmp_path / "images.pt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "hello")
     assert "zip archive" in error_of(path)

@@ -66,11 +66,11 @@ def test_a_path_that_the_code_page_lacks_is_escaped(encoding: str, tmp_path: Pat
 
 def test_a_home_that_the_shell_leaves_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    given = ["neck-export", "onnx", "--checkpoint=~/sam3.pt", "--images", "~/pictures", "--output", "a~/b", "--x=y~/z"]
+    given = ["neck-export", "onnx", "--checkpoint=~/sam3.pt", "--images", "~/images", "--output", "a~/b", "--x=y~/z"]
     monkeypatch.setattr(sys, "argv", given)
     neck_export.prepare_text()
     assert sys.argv[2:] == [
-        *("--checkpoint=/home/me/sam3.pt", "--images", "/home/me/pictures", "--output", "a~/b", "--x=y~/z"),
+        *("--checkpoint=/home/me/sam3.pt", "--images", "/home/me/images", "--output", "a~/b", "--x=y~/z"),
     ]
 
 
@@ -157,7 +157,7 @@ def test_bare_onnx_says_that_the_weights_are_random(tmp_path: Path, monkeypatch:
         (("--opset", "auto"), {"opset": None}),
         (("--no-rewrite",), {"rewrites": ExportOptions(Path()).rewrites.none()}),
         (("--no-verify", "--seed", "7"), {"verify": False, "seed": 7}),
-        (("--images", "pictures"), {"images": Path("pictures")}),
+        (("--images", "images"), {"images": Path("images")}),
         (("--tolerance", "a=0.5", "--tolerance", "b*=1e-3"), {"tolerances": {"a": 0.5, "b*": 1e-3}}),
         (("--checkpoint", "x.pt"), {"checkpoint": Path("x.pt")}),
     ],
@@ -206,11 +206,11 @@ def test_exit_codes(tmp_path: Path) -> None:
 
 
 def test_a_real_run_is_quiet(tmp_path: Path) -> None:
-    """The whole program in a process of its own: nothing on stderr but a line for each step, no colour."""
+    """The whole program in a process of its own: nothing on stderr but a line for each step, no color."""
     command = [sys.executable, "neck_export.py", "onnx", *map(str, GOLDEN)]
     command += ["--precision", "fp16", "--output", str(tmp_path / "x.onnx")]
-    colour = {**os.environ, "FORCE_COLOR": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, env=colour)
+    color = {**os.environ, "FORCE_COLOR": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, env=color)
     assert done.returncode == 0, done.stderr
     steps = re.findall(STEP_LINE + "(.*)", done.stderr)
     assert without_steps(done.stderr) == "" and {"trace", "write", "hashes and manifest"} <= {*steps}
@@ -320,7 +320,7 @@ def test_inspect_of_files_that_cannot_be_read(exported: Path, tmp_path: Path) ->
     refused(tmp_path / "no.onnx", "no such file")
     refused(tmp_path, "no such file")
     graph = path.read_bytes()
-    for content in (b"", b"text, no graph", graph[: len(graph) // 2], (DATA / "pictures" / "chelsea.png").read_bytes()):
+    for content in (b"", b"text, no graph", graph[: len(graph) // 2], (DATA / "images" / "chelsea.png").read_bytes()):
         path.write_bytes(content)
         refused(path, "is not a whole ONNX file")
 

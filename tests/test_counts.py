@@ -1,4 +1,4 @@
-"""What a command reads, hashes and computes, counted: each file once, and each set of pictures once through PyTorch."""
+"""What a command reads, hashes and computes, counted: each file once, and each set of images once through PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from exporting import (
     save_state,
     trace_quickly,
 )
-from stand_in_gpu.play import play
+from fake_gpu.play import play
 from torch import nn
 
 import engines.bisect
@@ -31,15 +31,15 @@ import engines.tune
 from export.contract.manifest import sha256
 from export.contract.signature import BatchRange
 from export.pipeline import export_onnx
-from export.proof.verify import reference_outputs
+from export.verification.verify import reference_outputs
 from neck.necks import Sam3DualViTDetNeck
 from neck.weights.torchfile import TorchFile
 
-PICTURES = Path(__file__).parent / "data" / "pictures"
+IMAGES = Path(__file__).parent / "data" / "images"
 
 
 class Counts(collections.Counter[tuple[str, str]]):
-    """How often something was done with a file (by its name) or with a set of pictures (by its digest)."""
+    """How often something was done with a file (by its name) or with a set of images (by its digest)."""
 
     def of(self, what: str) -> dict[str, int]:
         """The counts of one kind of work."""
@@ -115,7 +115,7 @@ def run(*words: str | Path, code: int = 0) -> None:
 
 
 def once(counts: Counts, *, opened: str = "checkpoint.pt", hashed: tuple[str, ...] = ()) -> None:
-    """The checkpoint is opened and hashed once, the named files too, and each set of pictures is computed once."""
+    """The checkpoint is opened and hashed once, the named files too, and each set of images is computed once."""
     assert counts.of("opened") == {opened: 1}
     assert counts.of("hashed").items() >= {name: 1 for name in (opened, *hashed)}.items()
     assert max(counts.of("hashed").values()) == 1
@@ -128,19 +128,19 @@ TIGHT = ("--tolerance", "sam3_feat_*=1e-5")
 
 
 @pytest.mark.parametrize(
-    ("more", "pictures"),
+    ("more", "images"),
     [
         (("--precision", "fp16"), 1),
         (("--precision", "fp16", *TIGHT), 1),
-        (("--precision", "fp8", "--quantise", "auto", "--budget", "0.02"), 1),
-        (("--precision", "int8", "--quantise", "auto", "--batch", "1:1:2"), 2),  # chosen on one, verified on two
+        (("--precision", "fp8", "--quantize", "auto", "--budget", "0.02"), 1),
+        (("--precision", "int8", "--quantize", "auto", "--batch", "1:1:2"), 2),  # chosen on one, verified on two
     ],
     ids=["fp16", "retry", "fp8", "dynamic"],
 )
-def test_onnx(tmp_path: Path, counts: Counts, more: tuple[str, ...], pictures: int) -> None:
+def test_onnx(tmp_path: Path, counts: Counts, more: tuple[str, ...], images: int) -> None:
     run("onnx", *WORDS, *more, "--output", tmp_path / "e.onnx", code=3 if TIGHT[0] in more else 0)
     once(counts, hashed=() if TIGHT[0] in more else ("e.onnx", "e.onnx.data"))
-    assert len(counts.of("referred")) == pictures
+    assert len(counts.of("referred")) == images
 
 
 @pytest.mark.parametrize("more", [(), TIGHT, ("--tune",)], ids=["plain", "retry", "tune"])
@@ -175,9 +175,9 @@ def test_inspect(files: dict[str, Path], counts: Counts) -> None:
 def test_a_file_that_is_built_as_it_is_is_parsed_once(
     files: dict[str, Path], tmp_path: Path, counts: Counts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a GPU the graph is verified, here on other pictures than its export was."""
+    """Without a GPU the graph is verified, here on other images than its export was."""
     with play("rtx-1.7", gpu=False):
-        run("trt", files["half"], "--images", PICTURES, "--output", tmp_path / "e.plan")
+        run("trt", files["half"], "--images", IMAGES, "--output", tmp_path / "e.plan")
     once(counts, hashed=("half.onnx", "half.onnx.data", "e.plan"))
     assert counts.of("parsed")["half.onnx"] == 2  # the second time by the builder that is played
 

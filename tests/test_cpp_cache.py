@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cpp_build import PLAN, RTX, Programs, why_missing, write_plan
 from test_cpp_rtx import COMPILED, start_rtx
-from test_session import L4, stand_in
+from test_session import L4, fake
 
 from engines.run.loaded_plan import cache_key
 from engines.run.runtime_cache import RuntimeCache
@@ -20,7 +20,7 @@ def test_one_file_serves_both(programs: Programs, tmp_path: Path) -> None:
     plan = write_plan(tmp_path, b"vtrt " + PLAN, **RTX)
     assert COMPILED in start_rtx(programs, plan).out
     manifest = read_manifest(manifest_path(plan), "plan")
-    flavor = stand_in(gpu=type(L4)(L4.name, L4.compute_capability, L4.driver, "13.0"))
+    flavor = fake(gpu=type(L4)(L4.name, L4.compute_capability, L4.driver, "13.0"))
     path, key = plan.with_name("x.plan.cache"), cache_key(manifest, plan, flavor)
     theirs = path.read_bytes()
     content, why_not = RuntimeCache(path, key).read()

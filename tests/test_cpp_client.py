@@ -29,13 +29,13 @@ pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install
 
 import triton_server
 from serving import expected, pixels
-from triton_server import running, stand_in_plan, stand_in_repository
+from triton_server import fake_plan, fake_repository, running
 
 from engines.service.triton_client.client import TritonClient
-from export.proof.reference import write_reference as save_reference
-from neck.pictures import load_pictures
+from export.verification.reference import write_reference as save_reference
+from neck.images import load_images
 
-PHOTO = Path(__file__).parent.parent / "export" / "pictures" / "astronaut.jpg"
+PHOTO = Path(__file__).parent.parent / "export" / "images" / "astronaut.jpg"
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +46,16 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from export.contract.signature import BatchRange
 
     folder = tmp_path_factory.mktemp("cpp-server")
-    repository = stand_in_repository(folder, stand_in_plan(folder))
-    raw = stand_in_plan(folder, "raw", input_kind="uint8", batch=BatchRange(2, 2, 2))
-    stand_in_repository(folder, raw, name="raw-encoder")
+    repository = fake_repository(folder, fake_plan(folder))
+    raw = fake_plan(folder, "raw", input_kind="uint8", batch=BatchRange(2, 2, 2))
+    fake_repository(folder, raw, name="raw-encoder")
     with running(repository) as server:
         yield server.http_url
 
 
 @pytest.fixture
 def reference(tmp_path: Path) -> Path:
-    """Twelve pictures and what plain PyTorch gives for them."""
+    """Twelve images and what plain PyTorch gives for them."""
     return write_reference(tmp_path / "reference.safetensors", 12)
 
 
@@ -75,27 +75,27 @@ def test_answers_are_pytorchs(programs: Programs, url: str, reference: Path, opt
     assert "a request, batch" in ran.out
 
 
-def test_answers_to_other_pictures_fail(programs: Programs, url: str, tmp_path: Path) -> None:
-    """The control: the outputs of pictures 4 to 7 for pictures 0 to 3."""
+def test_answers_to_other_images_fail(programs: Programs, url: str, tmp_path: Path) -> None:
+    """The control: the outputs of images 4 to 7 for images 0 to 3."""
     other = write_reference(tmp_path / "other.safetensors", 4, first=4)
     ran = programs.run("neck-triton", url, "--compare", other)
     assert ran.code == 3
     assert ran.out.count("FAILED") >= 8
 
 
-def test_a_picture_is_sent(programs: Programs, url: str, tmp_path: Path) -> None:
-    picture = tmp_path / "a.png"
-    Image.fromarray(pixels()[0]).save(picture)
+def test_a_image_is_sent(programs: Programs, url: str, tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    Image.fromarray(pixels()[0]).save(image)
     one = write_reference(tmp_path / "one.safetensors", 1)
-    ran = programs.run("neck-triton", f"http://{url}/", picture, "--compare", one, "--runs", 1, "--model-version", 1)
+    ran = programs.run("neck-triton", f"http://{url}/", image, "--compare", one, "--runs", 1, "--model-version", 1)
     assert ran.code == 0
     assert ran.out.startswith(f"sam3-encoder in Triton at http://{url} (tensorrt_plan)\n")
-    Image.fromarray(pixels()[1]).save(picture)
-    assert programs.run("neck-triton", url, picture, "--compare", one).code == 3
+    Image.fromarray(pixels()[1]).save(image)
+    assert programs.run("neck-triton", url, image, "--compare", one).code == 3
 
 
-def test_a_picture_of_any_size_is_answered_as_the_python_client(programs: Programs, url: str, tmp_path: Path) -> None:
-    """A JPEG of odd sides, turned by its EXIF; the control is the same picture upside down."""
+def test_a_image_of_any_size_is_answered_as_the_python_client(programs: Programs, url: str, tmp_path: Path) -> None:
+    """A JPEG of odd sides, turned by its EXIF; the control is the same image upside down."""
     exif = Image.Exif()
     exif[0x0112] = 6
     with Image.open(PHOTO) as photo:
@@ -103,10 +103,10 @@ def test_a_picture_of_any_size_is_answered_as_the_python_client(programs: Progra
     turned.save(tmp_path / "a.jpg", exif=exif)
     turned.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "b.jpg", exif=exif)
     size = pixels().shape[1:3]
-    picture = load_pictures([tmp_path / "a.jpg"], size)
+    image = load_images([tmp_path / "a.jpg"], size)
     with TritonClient(url) as client:
         outputs = client.features([tmp_path / "a.jpg"])
-    save_reference(tmp_path / "a.safetensors", picture, outputs)
+    save_reference(tmp_path / "a.safetensors", image, outputs)
     told = tmp_path / "a.safetensors"
     ran = programs.run("neck-triton", url, tmp_path / "a.jpg", "--compare", told, "--precision", "fp16")
     assert ran.code == 0, ran.out
@@ -210,7 +210,7 @@ GOOD: dict[str, Answer] = {
 
 
 def ask(programs: Programs, folder: Path, answers: dict[str, Answer], *options: Any) -> Any:
-    """Sends a reference of one picture to a server of these answers."""
+    """Sends a reference of one image to a server of these answers."""
     reference = folder / "reference.safetensors"
     save_reference(reference, np.zeros((1, 16, 16, 3), np.uint8), {"feat": FEAT[None]})
     with serving(answers) as url:
@@ -277,9 +277,9 @@ BAD: list[tuple[str, dict[str, Answer], str]] = [
     ("odd shape", {**GOOD, "m": answer(model_of({**tensor("t"), "shape": ["x"]}))}, "a shape that is not of numbers"),
     ("odd version", {**GOOD, "m": answer({**model_of(), "versions": 3})}, "the answer has no list 'versions'"),
     (
-        "no picture",
+        "no image",
         {**GOOD, "m": answer({**model_of(), "inputs": [tensor("x", 4)]})},
-        "takes x: float32 .4., no picture",
+        "takes x: float32 .4., no image",
     ),
     ("two inputs", {**GOOD, "m": answer({**model_of(), "inputs": [tensor("x", 4)] * 2})}, "m takes 2 inputs"),
     ("too few bytes", infer(outputs(tensor("feat", 1, 4, **FEAT_BYTES)), b"123"), r"\(1, 4\), but has 3 bytes"),
@@ -310,7 +310,7 @@ def test_a_server_that_misbehaves_is_refused(
 
 
 LARGE = 1024
-"""Side of a picture whose request does not fit into a socket's buffers: 3 MB."""
+"""Side of an image whose request does not fit into a socket's buffers: 3 MB."""
 
 
 class ClosingHandler(Handler):
@@ -472,11 +472,11 @@ def test_an_answer_that_is_too_long_is_refused(programs: Programs, tmp_path: Pat
 
 
 def test_an_ensemble_gets_the_file_itself(programs: Programs, tmp_path: Path) -> None:
-    """An input of type BYTES: each picture after its length, as it is on the disk."""
-    picture = {**tensor("picture", -1, 1, datatype="BYTES")}
+    """An input of type BYTES: each image after its length, as it is on the disk."""
+    image = {**tensor("image", -1, 1, datatype="BYTES")}
     answers = {
         **GOOD,
-        "m": answer({**model_of(tensor("feat", -1, 4)), "inputs": [picture]}),
+        "m": answer({**model_of(tensor("feat", -1, 4)), "inputs": [image]}),
         "infer": two_rows()["infer"],
     }
     path = tmp_path / "a.jpg"
@@ -485,16 +485,16 @@ def test_an_ensemble_gets_the_file_itself(programs: Programs, tmp_path: Path) ->
     with serving(answers, seen) as url:
         ran = programs.run("neck-triton", url, path, "--model", "m", "--batch", 2, "--runs", 1)
         assert (ran.code, ran.err) == (0, "")
-        assert "no PICTURE" not in ran.err
+        assert "no IMAGE" not in ran.err
         assert programs.run("neck-triton", url, tmp_path / "none.jpg", "--model", "m").code == 1
         assert (
-            "give a PICTURE"
+            "give a IMAGE"
             in programs.run("neck-triton", url, "--compare", write_reference_of_one(tmp_path), "--model", "m").error
         )
     headers, body = next(request for request in seen if request[1])
     length = int(headers["Inference-Header-Content-Length"])
     (sent,) = json.loads(body[:length])["inputs"]
-    assert (sent["name"], sent["datatype"], sent["shape"]) == ("picture", "BYTES", [2, 1])
+    assert (sent["name"], sent["datatype"], sent["shape"]) == ("image", "BYTES", [2, 1])
     element = struct.pack("<I", 11) + path.read_bytes()
     assert body[length:] == element * 2
 
@@ -507,27 +507,27 @@ def write_reference_of_one(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def ensemble_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The real server with the ensemble that decodes pictures."""
+    """The real server with the ensemble that decodes images."""
     if triton_server.why_missing():
         pytest.skip(str(triton_server.why_missing()))
     folder = tmp_path_factory.mktemp("cpp-ensemble")
-    with running(stand_in_repository(folder, stand_in_plan(folder), ensemble=True)) as server:
+    with running(fake_repository(folder, fake_plan(folder), ensemble=True)) as server:
         yield server.http_url
 
 
 def test_the_real_ensemble_answers_as_the_encoder(programs: Programs, ensemble_url: str, tmp_path: Path) -> None:
-    picture = tmp_path / "a.png"
-    Image.fromarray(pixels()[0]).save(picture)
+    image = tmp_path / "a.png"
+    Image.fromarray(pixels()[0]).save(image)
     one = write_reference(tmp_path / "one.safetensors", 1)
-    arguments = (ensemble_url, picture, "--model", "sam3-encoder-pictures", "--compare", one, "--runs", 1)
+    arguments = (ensemble_url, image, "--model", "sam3-encoder-images", "--compare", one, "--runs", 1)
     ran = programs.run("neck-triton", *arguments, "--precision", "fp32")
     assert (ran.code, ran.err) == (0, ""), ran.out
-    Image.fromarray(pixels()[1]).save(picture)
+    Image.fromarray(pixels()[1]).save(image)
     assert programs.run("neck-triton", *arguments, "--precision", "fp32").code == 3
-    picture.write_bytes(b"no picture")
+    image.write_bytes(b"no image")
     ran = programs.run("neck-triton", *arguments)
     assert ran.code == 1
-    assert "picture 1 of 1 is damaged or no JPEG or PNG file" in ran.error
+    assert "image 1 of 1 is damaged or no JPEG or PNG file" in ran.error
 
 
 def test_a_server_that_says_nothing_is_given_up(programs: Programs, tmp_path: Path) -> None:

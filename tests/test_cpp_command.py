@@ -13,32 +13,32 @@ from cpp_build import (
     PLAN,
     VERSION,
     Programs,
+    fake_outputs,
     settings,
     spoil,
-    stand_in_outputs,
     why_missing,
     write_plan,
     write_reference,
 )
-from cpp_pictures import noise
+from cpp_images import noise
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 import neck_export
-from export.proof.fidelity import compare
+from export.verification.fidelity import compare
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 
 
-def test_a_picture_is_run(programs: Programs, tmp_path: Path) -> None:
-    plan, picture = write_plan(tmp_path, PLAN + b"warn other GPU\n"), noise(tmp_path / "a.png", 40, 24)
-    ran = programs.run("neck-engine", plan, picture, "--batch", 3, "--runs", 7, "--graph")
+def test_a_image_is_run(programs: Programs, tmp_path: Path) -> None:
+    plan, image = write_plan(tmp_path, PLAN + b"warn other GPU\n"), noise(tmp_path / "a.png", 40, 24)
+    ran = programs.run("neck-engine", plan, image, "--batch", 3, "--runs", 7, "--graph")
     assert ran.code == 0
     assert ran.err == "neck-engine: TensorRT warns: other GPU\n"
     lines = ran.out.splitlines()
     assert lines[0] == f"{plan}: fp16, TensorRT {VERSION} on NVIDIA L4 (compute capability 8.9)"
     assert [line.split(maxsplit=1) for line in lines[1:5]] == [
-        ["picture", "40 x 24 pixels (height x width), 2.500000 x 1.500000 of them to one of the model's"],
+        ["image", "40 x 24 pixels (height x width), 2.500000 x 1.500000 of them to one of the model's"],
         ["image", "float32 (3, 3, 16, 16)"],
         ["sam3_feat_0", "float16 (3, 8, 4, 4)"],
         ["sam3_pos_0", "float32 (3, 8, 4, 4)"],
@@ -66,7 +66,7 @@ def test_the_figures_are_pythons(programs: Programs, tmp_path: Path) -> None:
     ran = programs.run("neck-engine", write_plan(tmp_path), "--compare", reference, "--runs", 1)
     assert ran.code == 0
     expected = load_file(reference)
-    found = stand_in_outputs(expected.pop("pixels"))
+    found = fake_outputs(expected.pop("pixels"))
     found["sam3_feat_0"] = found["sam3_feat_0"].astype(np.float16)
     verdict = compare(expected, found, "fp16", "method")
     shown = CliRunner().invoke(_app(verdict))
@@ -114,8 +114,8 @@ def test_a_reference_that_is_not_finite_or_left_out_fails(programs: Programs, tm
     assert "2" in ran.out
     ran = programs.run("neck-engine", plan, "--compare", path, "--batch", 5)
     assert ran.error == (
-        "2 pictures in batches of 5: the model takes image: float32 (1 to 4, 3, 16, 16); "
-        "give another --batch or number of pictures"
+        "2 images in batches of 5: the model takes image: float32 (1 to 4, 3, 16, 16); "
+        "give another --batch or number of images"
     )
 
 
@@ -127,8 +127,8 @@ def test_a_closed_or_full_standard_output_is_an_error(programs: Programs, tmp_pa
         assert ended.returncode == 1
         assert message in ended.stderr
         assert plan.read_bytes() == PLAN
-    reader, writer = os.pipe()
-    os.close(reader)
+    target, writer = os.pipe()
+    os.close(target)
     ended = subprocess.run([command, plan, "--runs", "1"], stdout=writer, stderr=subprocess.PIPE, env=settings({}))
     os.close(writer)
     assert ended.returncode == 1

@@ -1,4 +1,4 @@
-"""neck::Engine and neck::Pool against stand-ins of TensorRT and CUDA, with sanitizers."""
+"""neck::Engine and neck::Pool against fakes of TensorRT and CUDA, with sanitizers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missin
 
 def small_plan(folder: Path) -> Path:
     """What tests/cpp/test_engine.cpp and test_pool.cpp expect."""
-    text = b"stand-in\ninput image float32 -1,3,2,2 1,2,4\noutput half float16 -1,5,2,2\noutput full float32 -1,5,2,2\n"
+    text = b"fake\ninput image float32 -1,3,2,2 1,2,4\noutput half float16 -1,5,2,2\noutput full float32 -1,5,2,2\n"
     sides = ["batch", 5, 2, 2]
     return write_plan(
         folder,
@@ -64,9 +64,7 @@ def test_a_pool_is_clean_under_the_thread_sanitizer(tmp_path: Path) -> None:
     assert (ran.code, ran.err) == (0, "")
 
 
-@pytest.mark.parametrize(
-    ("fault", "seen"), [("leak", "stand-in: 1 things were left"), ("overflow", "AddressSanitizer")]
-)
+@pytest.mark.parametrize(("fault", "seen"), [("leak", "fake: 1 things were left"), ("overflow", "AddressSanitizer")])
 def test_leaks_and_overflows_are_seen(programs: Programs, fault: str, seen: str) -> None:
     """The control."""
     ran = programs.run("neck-tests", fault)
@@ -78,4 +76,4 @@ def test_two_threads_in_one_context_are_seen(programs: Programs, tmp_path: Path)
     """The control of the pool's test: a lease whose context two threads use, as by a pool that is broken."""
     ran = programs.run("neck-tests", "share", small_plan(tmp_path))
     assert ran.code == -signal.SIGABRT
-    assert "stand-in: two threads use one context" in ran.err
+    assert "fake: two threads use one context" in ran.err

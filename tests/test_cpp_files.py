@@ -19,7 +19,7 @@ from cpp_build import (
     why_missing,
     write_plan,
 )
-from cpp_pictures import turned, write_picture
+from cpp_images import turned, write_image
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -76,9 +76,9 @@ def one_plan(path: Path) -> Path:
     ("kind", "write"),
     [
         ("safetensors", lambda folder: small_safetensors(folder / "x.safetensors")),
-        ("pictures", lambda folder: write_picture(folder / "x.png")),
-        ("pictures", lambda folder: write_picture(folder / "x.jpg")),
-        ("pictures", lambda folder: turned(folder / "x.png", size=16)),
+        ("images", lambda folder: write_image(folder / "x.png")),
+        ("images", lambda folder: write_image(folder / "x.jpg")),
+        ("images", lambda folder: turned(folder / "x.png", size=16)),
         ("plan", lambda folder: one_plan(folder / "x")),
     ],
     ids=["safetensors", "png", "jpeg", "exif", "manifest"],
@@ -123,7 +123,7 @@ BIG = 20_000
 """Bytes of a file of several pages: one that is cut loses whole ones."""
 
 
-def large_picture(folder: Path) -> Path:
+def large_image(folder: Path) -> Path:
     noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
     Image.fromarray(noise).save(folder / "x.png")
     return folder / "x.png"
@@ -146,8 +146,8 @@ def large_tensors(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "write"),
-    [("pictures", large_picture), ("plan", large_manifest), ("plan", large_plan), ("safetensors", large_tensors)],
-    ids=["picture", "manifest", "plan", "safetensors"],
+    [("images", large_image), ("plan", large_manifest), ("plan", large_plan), ("safetensors", large_tensors)],
+    ids=["image", "manifest", "plan", "safetensors"],
 )
 def test_a_file_that_is_cut_while_it_is_read_is_an_error(
     programs: Programs, tmp_path: Path, kind: str, write: Write
@@ -187,9 +187,9 @@ PAGE = 4096
 @pytest.mark.parametrize(
     ("kind", "write", "least", "most"),
     [
-        ("pictures", lambda folder: write_picture(folder / "x.png"), 0, 1000),
-        ("pictures", lambda folder: turned(folder / "x.jpg"), 0, 1000),
-        ("memory", lambda folder: write_picture(folder / "x.png"), 0, 1000),
+        ("images", lambda folder: write_image(folder / "x.png"), 0, 1000),
+        ("images", lambda folder: turned(folder / "x.jpg"), 0, 1000),
+        ("memory", lambda folder: write_image(folder / "x.png"), 0, 1000),
         ("safetensors", large_tensors, PAGE, 20),
         ("plan", large_manifest, PAGE, 20),
     ],
@@ -208,7 +208,7 @@ def test_lack_of_memory_is_an_error_of_its_own(
 def test_threads_that_cannot_be_started_are_an_error(programs: Programs) -> None:
     ran = programs.run("neck-tests", "threads", ASAN_OPTIONS="detect_leaks=0")  # its search for leaks needs a thread
     assert ran.err == ""
-    assert ran.out.startswith("error: preparing pictures: the operating system refuses (")
+    assert ran.out.startswith("error: preparing images: the operating system refuses (")
 
 
 def raw(header: str, data: bytes = bytes(8)) -> bytes:

@@ -1,4 +1,4 @@
-"""neck-engine --serve-folder: features of a folder of pictures, resumed after kills."""
+"""neck-engine --serve-folder: features of a folder of images, resumed after kills."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import pytest
 from cpp_build import (
     PLAN,
     Programs,
+    fake_outputs,
     settings,
-    stand_in_outputs,
     why_missing,
     write_plan,
 )
-from cpp_pictures import cut, noise
+from cpp_images import cut, noise
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from neck.pictures import load_pictures, read_picture
+from neck.images import load_images, read_image
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 
@@ -32,7 +32,7 @@ def serve(programs: Programs, folder: Path, *options: Any, **environment: str) -
 
 
 def folder_of(folder: Path, count: int) -> list[Path]:
-    """A plan and pictures of it, every tenth damaged."""
+    """A plan and images of it, every tenth damaged."""
     write_plan(folder / "plan")
     (folder / "in").mkdir()
     kinds = ("png", "jpg", "jfif", "jpe")
@@ -45,14 +45,14 @@ def folder_of(folder: Path, count: int) -> list[Path]:
 
 
 def check_features(folder: Path, paths: list[Path]) -> None:
-    """Every picture that can be read has its own features, whole, with its size; nothing else is there."""
+    """Every image that can be read has its own features, whole, with its size; nothing else is there."""
     good = [path for index, path in enumerate(paths) if index % 10]
     assert sorted(path.name for path in (folder / "out").iterdir()) == [f"{path.name}.safetensors" for path in good]
-    wanted = stand_in_outputs(load_pictures(good, (16, 16)))
+    wanted = fake_outputs(load_images(good, (16, 16)))
     for index, path in enumerate(good):
         with safe_open(folder / "out" / f"{path.name}.safetensors", "np") as stored:
             told = stored.metadata()
-            assert (told["height"], told["width"]) == ("20", str(read_picture(path).shape[1]))
+            assert (told["height"], told["width"]) == ("20", str(read_image(path).shape[1]))
             assert float(told["scale_y"]) == 1.25
             for name, values in wanted.items():
                 found = stored.get_tensor(name)
@@ -84,7 +84,7 @@ def test_a_folder_is_served_and_resumed_after_kills(
     bad = (count + 9) // 10
     assert ran.code == 1
     assert ran.out == (
-        f"{tmp_path / 'out'}: features of {count - bad - len(before)} pictures written, {len(before)} were there, "
+        f"{tmp_path / 'out'}: features of {count - bad - len(before)} images written, {len(before)} were there, "
         f"{bad} failed\n"
     )
     assert len(ran.err.splitlines()) == bad
@@ -95,18 +95,18 @@ def test_a_folder_is_served_and_resumed_after_kills(
 
 def test_a_folder_that_cannot_be_served_is_told(programs: Programs, tmp_path: Path) -> None:
     paths = folder_of(tmp_path, 3)
-    assert serve(programs, tmp_path, "--batch", 3).code == 1  # two pictures that can be read: not filled
+    assert serve(programs, tmp_path, "--batch", 3).code == 1  # two images that can be read: not filled
     check_features(tmp_path, paths)
     wrong = serve(programs, tmp_path, "--batch", 5)
     assert wrong.code == 1
-    assert "batches of 5 pictures; expected image: float32 (1 to 4, 3, 16, 16)" in wrong.err.splitlines()[-1]
+    assert "batches of 5 images; expected image: float32 (1 to 4, 3, 16, 16)" in wrong.err.splitlines()[-1]
     write_plan(tmp_path / "plan", PLAN + b"scratch 2000\n")
     ran = serve(programs, tmp_path)
     assert (ran.code, ran.out) == (1, "")
     assert ran.error.endswith("has features of another plan; give another folder, or remove them")
     for path in paths:
         path.unlink()
-    assert serve(programs, tmp_path).error.startswith(f"{tmp_path / 'in'}: contains no picture")
+    assert serve(programs, tmp_path).error.startswith(f"{tmp_path / 'in'}: contains no image")
     assert "cannot be listed" in programs.run("neck-engine", tmp_path, "--serve-folder", "none", tmp_path).error
     assert programs.run("neck-engine", tmp_path, "--serve-folder", tmp_path).code == 2
 
@@ -123,7 +123,7 @@ def test_one_odd_file_costs_itself_alone(programs: Programs, tmp_path: Path) -> 
     (source / "folder.png").mkdir()
     ran = serve(programs, tmp_path)
     assert ran.code == 1
-    assert ran.out.endswith("features of 3 pictures written, 0 were there, 3 failed\n")
+    assert ran.out.endswith("features of 3 images written, 0 were there, 3 failed\n")
     lines = sorted(ran.err.splitlines())
     assert [line.split(" ")[3].rpartition("/")[2][:7] for line in lines] == ["loop.pn", "nothing", "y" * 7]
     assert all(line.startswith("neck-engine: left out: ") for line in lines)
@@ -132,8 +132,8 @@ def test_one_odd_file_costs_itself_alone(programs: Programs, tmp_path: Path) -> 
     }
 
 
-def test_features_are_repaired_and_follow_their_picture(programs: Programs, tmp_path: Path) -> None:
-    """Damaged features, a changed picture, one that was only touched; the others are left alone."""
+def test_features_are_repaired_and_follow_their_image(programs: Programs, tmp_path: Path) -> None:
+    """Damaged features, a changed image, one that was only touched; the others are left alone."""
     paths = folder_of(tmp_path, 7)
     paths.pop(0).unlink()
     assert serve(programs, tmp_path).code == 0
@@ -143,12 +143,12 @@ def test_features_are_repaired_and_follow_their_picture(programs: Programs, tmp_
     features[1].write_bytes(b"")
     deep = b'{"__metadata__": {"plan": ' + b"[" * 100_000 + b"]" * 100_000 + b"}}"
     features[2].write_bytes(len(deep).to_bytes(8, "little") + deep)
-    noise(paths[3], 28, 30)  # another picture under the same name
+    noise(paths[3], 28, 30)  # another image under the same name
     os.utime(paths[4])
     inodes = [path.stat().st_ino for path in features]
     ran = serve(programs, tmp_path)
     assert ran.code == 0, ran.err
-    assert ran.out.endswith("features of 4 pictures written, 2 were there, 0 failed\n")
+    assert ran.out.endswith("features of 4 images written, 2 were there, 0 failed\n")
     assert len(ran.err.splitlines()) == 4
     assert [path.read_bytes() for path in features[:3]] == whole[:3]
     assert [path.stat().st_ino == inode for path, inode in zip(features, inodes, strict=True)] == [False] * 4 + [
@@ -156,14 +156,14 @@ def test_features_are_repaired_and_follow_their_picture(programs: Programs, tmp_
     ] * 2
     with safe_open(features[3], "np") as stored:
         assert (stored.metadata()["height"], stored.metadata()["width"]) == ("28", "30")
-    assert serve(programs, tmp_path).out.endswith("features of 0 pictures written, 6 were there, 0 failed\n")
+    assert serve(programs, tmp_path).out.endswith("features of 0 images written, 6 were there, 0 failed\n")
 
 
 OUTPUT_TYPES = {"sam3_feat_0": "float16", "sam3_pos_0": "float32"}
 
 
 def test_a_plan_of_a_fixed_batch_serves_fewer(programs: Programs, tmp_path: Path) -> None:
-    """One picture for a plan that takes two."""
+    """One image for a plan that takes two."""
     paths = folder_of(tmp_path, 2)
     text = PLAN.replace(b"-1,3,16,16 1,2,4", b"2,3,16,16 2,2,2").replace(b"-1,8", b"2,8")
     facts = {"inputs": [{"name": "image", "dtype": "float32", "shape": [2, 3, 16, 16]}]}
@@ -184,4 +184,4 @@ def test_a_terminal_is_shown_how_far_it_is(programs: Programs, tmp_path: Path) -
     shown = os.read(mine, 65536).decode()
     os.close(mine)
     assert ended.returncode == 1
-    assert "\r3 of 3 pictures" in shown.replace("\r\n", "\n")
+    assert "\r3 of 3 images" in shown.replace("\r\n", "\n")

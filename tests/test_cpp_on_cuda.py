@@ -1,4 +1,4 @@
-"""The C++ library on CUDA itself with the stand-in of TensorRT: what decides whether it is built, and the run."""
+"""The C++ library on CUDA itself with the fake of TensorRT: what decides whether it is built, and the run."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_end_of_the_program_is_a_check(tmp_path: Path) -> None:
     assert after(0, "") == Ended("passed")
     assert after(NOT_RUN, "no NVIDIA driver\n") == Ended("not run", "no NVIDIA driver")
     assert after(1, "not so: DLPack's device\n") == Ended("failed", "exit status 1: not so: DLPack's device")
-    assert after(-6, "stand-in: an input to the host: x\n").reason == "SIGABRT: stand-in: an input to the host: x"
+    assert after(-6, "fake: an input to the host: x\n").reason == "SIGABRT: fake: an input to the host: x"
     log = tmp_path / "tests.txt"
     name = "tests/test_cpp_on_cuda.py::test_the_engine_runs_on_cuda"
     log.write_text(f"{name} SKIPPED (no NVIDIA driver) [ 10%]\n", encoding="utf-8")
@@ -127,7 +127,7 @@ NO_NVCC = "needs nvcc on PATH; install CUDA's toolkit"
 @pytest.mark.skipif(driver_version() is None, reason="no NVIDIA driver")
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason=NO_NVCC)
 def test_the_resize_kernel_is_the_processors_on_the_gpu(tmp_path: Path) -> None:
-    """Within one level of neck::Preprocessor, which tests/test_cpp_pictures.py compares with neck/pictures.py."""
+    """Within one level of neck::Preprocessor, which tests/test_cpp_images.py compares with neck/images.py."""
     ended = build_and_run(tmp_path, build_s=120.0, program="test_resize")
     assert ended.outcome == "passed", ended.reason
 

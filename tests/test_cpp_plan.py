@@ -17,7 +17,7 @@ from cpp_build import (
     why_missing,
     write_plan,
 )
-from test_session import TARGETS, StandIn
+from test_session import CAPABILITIES, FakeFlavor
 
 from engines.builder.flavor import Flavor
 from engines.builder.gpu import Gpu
@@ -59,11 +59,11 @@ FILES: list[tuple[str, Spoil]] = [
     ("a file elsewhere", lambda plan: spoil(plan, files=[{"name": "../x", "bytes": 1, "sha256": "0"}])),
     ("a file that is missing", lambda plan: with_another_file(plan, {"name": "y", "bytes": 1, "sha256": "0"})),
     ("no inputs", lambda plan: spoil(plan, inputs=None)),
-    ("no flavour", lambda plan: spoil(plan, flavor=None)),
+    ("no flavor", lambda plan: spoil(plan, flavor=None)),
     ("no version", lambda plan: spoil(plan, tensorrt_version=None)),
     ("no options", lambda plan: spoil(plan, options=None)),
     ("no compute capabilities", lambda plan: spoil(plan, compute_capabilities=None)),
-    ("the magic of another flavour", lambda plan: spoil(plan, flavor="rtx")),
+    ("the magic of another flavor", lambda plan: spoil(plan, flavor="rtx")),
     ("an older TensorRT's plan", lambda plan: spoil(plan, tensorrt_version="10.9.0.34")),
     ("a newer TensorRT's plan", lambda plan: spoil(plan, tensorrt_version="11.4.0.106")),
     ("a later compatible plan", lambda plan: later(plan, "11.4.0.106")),
@@ -226,7 +226,7 @@ def test_rtx_plans_are_checked_as_python_does(
 ) -> None:
     plan = write_plan(tmp_path, b"vtrt " + PLAN, **{**RTX, **changes})
     gpu = Gpu("NVIDIA L4", capability, "", "")
-    said = python_says(plan, StandIn("rtx", None, "1.7.1.116", TARGETS, gpu))
+    said = python_says(plan, FakeFlavor("rtx", None, "1.7.1.116", CAPABILITIES, gpu))
     environment = {"STAND_IN_VERSION": "1.7.1.116", "STAND_IN_CAPABILITY": capability}
     ran = programs.run("neck-engine-rtx", plan, "--runs", 1, **environment)
     assert ran.code == (0 if said is None else 1)
@@ -234,7 +234,7 @@ def test_rtx_plans_are_checked_as_python_does(
         assert "TensorRT-RTX 1.7.1.116 on NVIDIA L4" in ran.out
     else:
         assert ran.error == said
-    assert programs.run("neck-engine", plan).code == 1  # the other flavour's program
+    assert programs.run("neck-engine", plan).code == 1  # the other flavor's program
 
 
 LOAD_FAILURES = [

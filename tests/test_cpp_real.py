@@ -143,18 +143,18 @@ def test_a_real_rtx_plan_without_a_gpu_is_told(tmp_path: Path) -> None:
     assert ended.stderr.startswith(f"neck-engine: {wanted} (")
     other = write_plan(tmp_path / "other")
     ended = subprocess.run([tmp_path / "build" / "neck-engine", other], capture_output=True, text=True, env=environment)
-    assert "is of flavour tensorrt, this program is of rtx" in ended.stderr
+    assert "is of flavor tensorrt, this program is of rtx" in ended.stderr
 
 
 @pytest.mark.parametrize("input_kind", ["float", "uint8"])
 def test_a_plan_that_computes_equals_pytorch(programs: Programs, tmp_path: Path, input_kind: str) -> None:
-    """An encoder as the stand-in's plan, run by ONNX Runtime, against what `verify --save-reference` saved."""
+    """An encoder as the fake's plan, run by ONNX Runtime, against what `verify --save-reference` saved."""
     if ort_include() is None:
         pytest.skip("needs onnxruntime_c_api.h; apt install libonnxruntime-dev (Debian 13), or give NECK_ORT_INCLUDE")
     pytest.importorskip("tritonclient.http", reason="needs tritonclient; pip install '.[triton]'")
-    from triton_server import stand_in_plan
+    from triton_server import fake_plan
 
-    plan = stand_in_plan(tmp_path, input_kind=input_kind)
+    plan = fake_plan(tmp_path, input_kind=input_kind)
     reference = tmp_path / "reference.safetensors"
     assert neck_export_cli("verify", plan.with_suffix(".onnx"), "--save-reference", reference).code == 0
     environment = {"STAND_IN_VERSION": "10.13.3.9", "STAND_IN_ORT": str(ort_library())}
@@ -183,7 +183,7 @@ target_link_libraries(service PRIVATE neck::engine TensorRT::cudart)
 MAIN = """
 #include <iostream>
 #include <neck/engine.hpp>
-#include <neck/picture.hpp>
+#include <neck/image.hpp>
 #include <neck/triton.hpp>
 int main(int, char** values) {
     try {
@@ -206,30 +206,30 @@ def test_what_is_installed_can_be_built_with(programs: Programs, tmp_path: Path)
     source.mkdir()
     (source / "CMakeLists.txt").write_text(CONSUMER)
     (source / "main.cpp").write_text(MAIN)
-    stand_in, library = TESTS / "stand_in", programs.folder / "libstand_in.a"
+    fake, library = TESTS / "fake", programs.folder / "libfake.a"
     configured = cmake(
         source,
         tmp_path / "built",
         f"-DCMAKE_PREFIX_PATH={there}",
         f"-DEXAMPLES={SOURCES / 'examples'}",
         "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined",
-        f"-DNECK_TENSORRT_INCLUDE_DIR={stand_in}",
+        f"-DNECK_TENSORRT_INCLUDE_DIR={fake}",
         f"-DNECK_TENSORRT_LIBRARY={library}",
-        f"-DNECK_CUDA_INCLUDE_DIR={stand_in}",
+        f"-DNECK_CUDA_INCLUDE_DIR={fake}",
         f"-DNECK_CUDART_LIBRARY={library}",
     )
     assert configured.returncode == 0, configured.stderr
     build(tmp_path / "built")
     ended = subprocess.run([tmp_path / "built" / "consumer", write_plan(tmp_path)], capture_output=True, text=True)
     assert ended.stdout.startswith("image: float32 (1 to 4, 3, 16, 16)\nhttp://localhost:1/v2/models/x/config: ")
-    pictures = [tmp_path / f"{name}.png" for name in ("a", "b", "none")]
-    for path in pictures[:2]:
+    images = [tmp_path / f"{name}.png" for name in ("a", "b", "none")]
+    for path in images[:2]:
         Image.new("RGB", (40, 20)).save(path)
     plan = write_plan(tmp_path)
-    ended = subprocess.run([tmp_path / "built" / "service", plan, *pictures], capture_output=True, text=True)
+    ended = subprocess.run([tmp_path / "built" / "service", plan, *images], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.count("\n")) == (0, 1)
-    assert f"{pictures[2]} cannot be opened" in ended.stderr
-    assert ended.stdout.count("sam3_feat_0, a box's y times 1.25 and x times 2.5 are the picture's") == 2
+    assert f"{images[2]} cannot be opened" in ended.stderr
+    assert ended.stdout.count("sam3_feat_0, a box's y times 1.25 and x times 2.5 are the image's") == 2
     for name in ("neck-triton", "neck-engine"):
         helped = subprocess.run([there / "bin" / name, "--help"], capture_output=True, text=True)
         assert helped.stdout.startswith(f"Usage: {name}")
@@ -272,7 +272,7 @@ endif()
 """
 CLIENT_MAIN = """
 #include <iostream>
-#include <neck/picture.hpp>
+#include <neck/image.hpp>
 #include <neck/triton.hpp>
 int main() {
     try {
@@ -318,7 +318,7 @@ def test_packagers_get_what_they_expect(tmp_path: Path) -> None:
 
 
 def test_a_missing_sdk_is_told_with_what_to_give(tmp_path: Path) -> None:
-    configured = cmake(SOURCES, tmp_path, f"-DTensorRT_ROOT={TESTS / 'stand_in'}", "-DCUDAToolkit_ROOT=/nothing")
+    configured = cmake(SOURCES, tmp_path, f"-DTensorRT_ROOT={TESTS / 'fake'}", "-DCUDAToolkit_ROOT=/nothing")
     if "neck-engine: " in configured.stdout:
         pytest.skip("CUDA and TensorRT are found here whatever is said")
     assert configured.returncode != 0

@@ -29,7 +29,7 @@ def run_rtx(programs: Programs, folder: Path, lines: bytes = b"", fail: str = ""
 
 
 def test_a_graph_of_an_rtx_plan_holds_its_specialised_kernels(programs: Programs, tmp_path: Path) -> None:
-    """The stand-in aborts where a graph is captured while kernels are still compiled in the background."""
+    """The fake aborts where a graph is captured while kernels are still compiled in the background."""
     ran = run_rtx(programs, tmp_path)
     assert (ran.code, ran.err) == (0, "")
     assert "a run, CUDA graph, batch 2" in ran.out
@@ -50,7 +50,7 @@ def start_rtx(programs: Programs, plan: Path, *options: Any, **environment: str)
     return programs.run("neck-engine-rtx", plan, "--startup", "--batch", 2, *options, **environment)
 
 
-COMPILED = "stand-in: compiles kernels of batch 2\n"
+COMPILED = "fake: compiles kernels of batch 2\n"
 
 
 @pytest.mark.parametrize("options", [[], ["--graph"], ["--rtx-graph"]])
@@ -69,7 +69,7 @@ def test_kernels_of_an_earlier_start_are_used(programs: Programs, tmp_path: Path
     assert ", warm: kernels of an earlier start\n" in warm.out
     assert COMPILED not in warm.out
     other = start_rtx(programs, plan, *options, "--batch", 4)
-    assert "stand-in: compiles kernels of batch 4\n" in other.out
+    assert "fake: compiles kernels of batch 4\n" in other.out
     assert "compiles" not in start_rtx(programs, plan, *options, "--batch", 4).out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.plan", "x.plan.cache", "x.plan.json"]
 

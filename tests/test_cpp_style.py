@@ -20,10 +20,10 @@ TIDY = "clang-tidy"
 
 
 def configured(folder: Path, compiler: str) -> Path:
-    """A build folder against the stand-ins' headers, optimised: gcc sees more then."""
+    """A build folder against the fakes' headers, optimized: gcc sees more then."""
     if shutil.which(compiler) is None:
         pytest.skip(f"needs {compiler}; apt install g++ clang")
-    stand_in = TESTS / "stand_in"
+    fake = TESTS / "fake"
     ended = cmake(
         SOURCES,
         folder,
@@ -31,17 +31,17 @@ def configured(folder: Path, compiler: str) -> Path:
         "-DCMAKE_CXX_FLAGS=-Werror",
         "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
         "-DNECK_CUDA_KERNELS=OFF",
-        f"-DNECK_TENSORRT_INCLUDE_DIR={stand_in}",
-        f"-DNECK_TENSORRT_LIBRARY={stand_in}/none.so",
-        f"-DNECK_CUDA_INCLUDE_DIR={stand_in}",
-        f"-DNECK_CUDART_LIBRARY={stand_in}/none.so",
+        f"-DNECK_TENSORRT_INCLUDE_DIR={fake}",
+        f"-DNECK_TENSORRT_LIBRARY={fake}/none.so",
+        f"-DNECK_CUDA_INCLUDE_DIR={fake}",
+        f"-DNECK_CUDART_LIBRARY={fake}/none.so",
     )
     assert ended.returncode == 0, ended.stderr
     return folder
 
 
 def objects(folder: Path) -> list[str]:
-    """What is compiled; nothing is linked, for the stand-ins are headers alone here."""
+    """What is compiled; nothing is linked, for the fakes are headers alone here."""
     told = subprocess.run(["ninja", "-C", folder, "-t", "targets", "all"], capture_output=True, text=True, check=True)
     return [line.partition(":")[0] for line in told.stdout.splitlines() if line.partition(":")[0].endswith(".o")]
 

@@ -111,7 +111,7 @@ def test_options_of_neck_export_exist(words: tuple[str, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights, pictures, and the files that commands read: FP16 exports, and a plan as TensorRT would have built it."""
+    """Weights, images, and the files that commands read: FP16 exports, and a plan as TensorRT would have built it."""
     pytest.importorskip("transformers", reason="needs transformers: pip install '.[sam3]'")
     from tiny_sam3 import save_model, save_tokenizer
 
@@ -123,8 +123,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = torch.load(folder / "meta.pt", weights_only=True)["model"]
     torch.save({"model": state, "ema": {name: 0.9 * one for name, one in state.items()}}, folder / "training.ckpt")
     (folder / "photos").mkdir()
-    for name in ("picture.png", *(f"photos/{number}.png" for number in range(8))):  # calibration takes 8 at least
-        shutil.copy(DATA / "preprocess" / "picture_0.png", folder / name)
+    for name in ("image.png", *(f"photos/{number}.png" for number in range(8))):  # calibration takes 8 at least
+        shutil.copy(DATA / "preprocess" / "image_0.png", folder / name)
     with pytest.MonkeyPatch.context() as patch:
         trace_quickly(patch)
         patch.chdir(folder)

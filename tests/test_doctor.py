@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from exporting import neck_export_cli
-from stand_in_gpu.play import play
+from fake_gpu.play import play
 
 from engines import doctor
 from engines.doctor import PACKAGES, abilities, driver_version, examine, gpu_names, installed_version, report_lines

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import GOLDEN_TOLERANCE, load_golden, named_outputs, worst_error
 from exporting import golden_options, trace_quickly
-from stand_in_gpu.play import play
+from fake_gpu.play import play
 from torch import Tensor, nn
 
 from engines.attach import AttachError, attach, detach
@@ -28,7 +28,7 @@ from engines.run.session import SessionError
 from export.contract.manifest import ManifestError
 from export.contract.signature import BatchRange
 from export.pipeline import export_onnx
-from neck.pictures import normalise
+from neck.images import normalize
 
 FP16_ERROR = 2e-2
 """Of an output's largest value, in FP16 through 4 blocks of 16 channels; found is 3e-3."""
@@ -53,13 +53,13 @@ def images(count: int = 1) -> Tensor:
     return torch.cat([golden.image[:1].roll(turn * 7, dims=3) for turn in range(count)])
 
 
-def expected(pictures: Tensor) -> dict[str, Tensor]:
-    return named_outputs(load_golden("meta-dual").encoder, pictures)
+def expected(images: Tensor) -> dict[str, Tensor]:
+    return named_outputs(load_golden("meta-dual").encoder, images)
 
 
-def named(encoder: DeployedEncoder, pictures: Tensor) -> dict[str, Tensor]:
+def named(encoder: DeployedEncoder, images: Tensor) -> dict[str, Tensor]:
     """The four lists by the file's names."""
-    lists = dict(zip(("sam3_feat", "sam3_pos", "sam2_feat", "sam2_pos"), encoder(pictures), strict=True))
+    lists = dict(zip(("sam3_feat", "sam3_pos", "sam2_feat", "sam2_pos"), encoder(images), strict=True))
     return {f"{name}_{level}": one for name, levels in lists.items() for level, one in enumerate(levels or ())}
 
 
@@ -117,15 +117,15 @@ def test_only_what_is_handed_out_is_bound(folder: Path, monkeypatch: pytest.Monk
 
     def watched(self: OrtFile, image: Tensor, outputs: dict[str, Tensor]) -> None:
         bound.append(sorted(outputs))
-        assert image.data_ptr() == pictures.data_ptr()
+        assert image.data_ptr() == batch.data_ptr()
         run(self, image, outputs)
         assert all(kept.data_ptr() for kept in outputs.values())
 
     monkeypatch.setattr(OrtFile, "run", watched)
-    pictures = images()
+    batch = images()
     encoder = DeployedEncoder(folder / "both.onnx", levels=(0, 1))
-    encoder.forward_necks(pictures, ["sam2"])
-    encoder.forward_necks(pictures, ["sam2"])
+    encoder.forward_necks(batch, ["sam2"])
+    encoder.forward_necks(batch, ["sam2"])
     assert bound == [["sam2_feat_0", "sam2_feat_1", "sam2_pos_0", "sam2_pos_1"], ["sam2_feat_0", "sam2_feat_1"]]
 
 
@@ -145,7 +145,7 @@ def test_an_fp16_file_is_simulated_where_asked(folder: Path) -> None:
 def test_uint8_files_get_the_pixels_back(folder: Path, tmp_path: Path) -> None:
     encoder = DeployedEncoder(with_manifest(folder / "both.onnx", tmp_path, input="uint8"))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), dtype=np.uint8)
-    assert np.array_equal(encoder._image(normalise(pixels)).numpy(), pixels)
+    assert np.array_equal(encoder._image(normalize(pixels)).numpy(), pixels)
 
 
 def test_threads_take_turns(folder: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_plan(folder: Path) -> None:
         assert worst_error(found, expected(images(2))) < FP16_ERROR
         with pytest.raises(EncoderError, match=r"a plan runs in TensorRT on the GPU only; take its ONNX file"):
             DeployedEncoder(plan, "cpu")
-        with pytest.raises(EncoderError, match=r"takes 1:2:3 pictures at once, got 4; .* --batch 1:4:4, and build"):
+        with pytest.raises(EncoderError, match=r"takes 1:2:3 images at once, got 4; .* --batch 1:4:4, and build"):
             encoder(images(4))
         encoder.close()
     with play("11.4", gpu=False), pytest.raises(SessionError, match="needs an NVIDIA GPU with its driver"):
@@ -190,7 +190,7 @@ def test_the_files_size_is_the_only_one(folder: Path) -> None:
     ):
         encoder.set_imgsz((126, 112))
     for wrong in (images()[0], images()[:, :2], images().to(torch.uint8)):
-        with pytest.raises(EncoderError, match=r"expected normalised pictures \(B, 3, H, W\), floating point"):
+        with pytest.raises(EncoderError, match=r"expected normalized images \(B, 3, H, W\), floating point"):
             encoder(wrong)
     with pytest.raises(EncoderError, match=r"lacks level 4; export it by"):
         DeployedEncoder(folder / "both.onnx", levels=range(5))
@@ -230,11 +230,11 @@ class Backbone(nn.Module):
         super().__init__()
         self.vision_backbone, self.scalp = encoder, 1
 
-    def both(self, pictures: Tensor) -> list[Tensor]:
-        return [one for levels in self.vision_backbone.forward(pictures) for one in levels[: -self.scalp]]
+    def both(self, images: Tensor) -> list[Tensor]:
+        return [one for levels in self.vision_backbone.forward(images) for one in levels[: -self.scalp]]
 
-    def sam2_alone(self, pictures: Tensor) -> list[Tensor]:
-        x = self.vision_backbone.trunk(pictures)[-1]
+    def sam2_alone(self, images: Tensor) -> list[Tensor]:
+        x = self.vision_backbone.trunk(images)[-1]
         pair = self.vision_backbone.sam_forward_feature_levels(x, self.vision_backbone.sam2_convs)
         return [one for levels in pair for one in levels[: -self.scalp]]
 

@@ -30,7 +30,7 @@ HANG_S = 1800
 CONFIG = tiny_config(embed_dim=32, d_model=256, necks=("sam3", "sam2"))
 """As family_models.py makes the trunk; d_model 256 is written into both packages."""
 
-SNIPPETS = {"meta": ("meta-picture", "meta-video"), "ultralytics": ("ultralytics-picture", "ultralytics-video")}
+SNIPPETS = {"meta": ("meta-image", "meta-video"), "ultralytics": ("ultralytics-image", "ultralytics-video")}
 """In the order of docs/attach.md, after the two of transformers."""
 MODELS = {"meta": ("image", "video"), "ultralytics": ("image", "interactive")}
 BOTH_NECKS = [
@@ -53,7 +53,7 @@ def why_missing() -> str | None:
 
 
 def write_inputs(folder: Path) -> None:
-    """Weights, their file and another's, pictures, and the snippets of the docs."""
+    """Weights, their file and another's, images, and the snippets of the docs."""
     (folder / "build").mkdir()
     for seed, name in ((1, "other"), (0, "sam3-encoder")):
         checkpoint = folder / "sam3.pt"
@@ -62,8 +62,8 @@ def write_inputs(folder: Path) -> None:
         batch = BatchRange.parse("1:1:2")
         export_onnx(ExportOptions(output, checkpoint, config=CONFIG, necks="both", batch=batch, verify=False))
     (folder / "frames").mkdir()
-    for name in ("picture.png", "frames/0.png", "frames/1.png", "frames/2.png"):
-        shutil.copy(Path(__file__).parent / "data" / "preprocess" / "picture_0.png", folder / name)
+    for name in ("image.png", "frames/0.png", "frames/1.png", "frames/2.png"):
+        shutil.copy(Path(__file__).parent / "data" / "preprocess" / "image_0.png", folder / name)
     text = (ROOT / "docs" / "attach.md").read_text(encoding="utf-8")
     found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[2:]
     names = [name for family in SNIPPETS.values() for name in family]
@@ -125,18 +125,18 @@ def test_masks_of_a_checkpoint(family: str, model: str, inputs: Path) -> None:
     found = ran(family, inputs)["judged"]
     for asked in ("same", "boxes"):
         told = found[asked]
-        assert told["passed"] and told["mean_iou"] == 1 and told["pictures"] == 3 and told["objects"] >= 3
+        assert told["passed"] and told["mean_iou"] == 1 and told["images"] == 3 and told["objects"] >= 3
         assert told["method"].startswith(f"{model} of {'sam3' if family == 'meta' else family} on cpu, its own encoder")
     assert not found["other"]["passed"] and found["other"]["below_gate"]
-    points, part, picture = found["refused"]
+    points, part, image = found["refused"]
     assert points.startswith("sam3.pt: ") and "for --points give a folder of transformers" in points
     assert part.startswith("encoder.pt: lacks ") and part.endswith("give the whole SAM 3")
-    assert "cannot load it" in picture and not any("\n" in line for line in found["refused"])
+    assert "cannot load it" in image and not any("\n" in line for line in found["refused"])
 
 
 @pytest.mark.parametrize("snippet", [name for names in SNIPPETS.values() for name in names])
 def test_the_snippets_of_the_docs(snippet: str, inputs: Path) -> None:
-    """docs/attach.md, as it stands but for the pictures' size: three objects or more, three frames."""
+    """docs/attach.md, as it stands but for the images' size: three objects or more, three frames."""
     masks = ran(snippet.partition("-")[0], inputs)[snippet]
     assert len(masks) == 3
     assert all(shape[-2:] == masks[0][-2:] and 0 not in shape for shape in masks)

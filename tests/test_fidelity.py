@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from exporting import random_outputs
 
-from export.proof import fidelity
-from export.proof.fidelity import (
+from export.verification import fidelity
+from export.verification.fidelity import (
     POSITION_MAX_ABS,
     TOLERANCES,
     FidelityError,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import benchmarks.measure.file_runners
 import engines.run.open_plan
-from benchmarks.measure.backends import TENSORRT_PROVIDER, Job, backends_for
+from benchmarks.measure.backends import TENSORRT_PROVIDER, RunRequest, backends_for
 from benchmarks.measure.file_runners import FP16_ALLOWED, OrtRunner, PlanRunner, RunnerError
 from benchmarks.measure.torch_runner import TorchRunner
 from benchmarks.measure.worker import Worker
@@ -97,12 +97,12 @@ def image(tmp_path: Path) -> Path:
     return tmp_path / "image.npy"
 
 
-def job_of(runtime: str, image: Path, **changes: str) -> Job:
+def job_of(runtime: str, image: Path, **changes: str) -> RunRequest:
     """A job of a GPU's backend; no file is there."""
     backend = next(one for one in backends_for("cuda") if one.runtime == runtime)
     config = tiny_config()
     changed = dataclasses.replace(backend, **changes)  # type: ignore[arg-type]
-    return Job(changed, BenchOptions(image.parent), config, encoder_signature(config), image)
+    return RunRequest(changed, BenchOptions(image.parent), config, encoder_signature(config), image)
 
 
 Ort = Callable[..., OrtRunner]

@@ -62,7 +62,7 @@ def used_names(source: str, ours: Collection[str] = ()) -> set[str]:
         target.id
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute) and node.value.attr == "trt"
-        for target in node.targets
+        for target in node.capabilities
         if isinstance(target, ast.Name)
     }
     for node in ast.walk(tree):
@@ -203,7 +203,7 @@ def test_choice(
     _install(monkeypatch, gpu, tensorrt=tensorrt, tensorrt_rtx="1.7")
     flavor = choose_flavor(asked)  # type: ignore[arg-type]
     assert (flavor.name, flavor.version) == (chosen, tensorrt if chosen == "tensorrt" else "1.7")
-    assert flavor.targets == (() if chosen == "tensorrt" else ("8.9", "12.0"))
+    assert flavor.capabilities == (() if chosen == "tensorrt" else ("8.9", "12.0"))
     assert (chosen == "rtx") == sys.modules["polygraphy"].config.USE_TENSORRT_RTX
 
 

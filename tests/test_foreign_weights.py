@@ -112,7 +112,7 @@ def test_a_name_on_the_hub_is_no_path(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     message = error_of(Path("facebook/sam3"))
     assert message.startswith("No such file: facebook/sam3") and "hf download facebook/sam3" in message
-    assert "no path" in message and "licence" in message
+    assert "no path" in message and "license" in message
     done = neck_export_cli("onnx", "--checkpoint", "facebook/sam3", "--output", "build/x.onnx")
     assert done.code == 1 and done.err.startswith("error: No such file: facebook/sam3; if it is a name on the Hugging")
     assert len(done.err.splitlines()) == 2
@@ -189,7 +189,7 @@ def test_hostile_shard_runs_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-# -- quantised weights, other layouts --
+# -- quantized weights, other layouts --
 
 
 def codes(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -209,7 +209,7 @@ def beside(state: dict[str, Tensor], **more: Tensor) -> dict[str, Tensor]:
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 ONE = torch.ones(1)
 
-QUANTISED: dict[str, tuple[Change, str]] = {
+QUANTIZED: dict[str, tuple[Change, str]] = {
     "INT8 with weight_scale": (lambda s: beside(codes(s, torch.int8), weight_scale=ONE), f"{FC1}weight_scale"),
     "bitsandbytes INT8": (
         lambda s: beside(codes(s, torch.int8), SCB=ONE, weight_format=torch.zeros((), dtype=torch.uint8)),
@@ -236,9 +236,9 @@ QUANTISED: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-@pytest.mark.parametrize("kind", QUANTISED)
-def test_quantised_weights(kind: str, suffix: str, tmp_path: Path) -> None:
-    change, says = QUANTISED[kind]
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_weights(kind: str, suffix: str, tmp_path: Path) -> None:
+    change, says = QUANTIZED[kind]
     state = change({name: value for name, value in golden_state("meta-dual").items() if not value.is_complex()})
     path = tmp_path / f"x.{suffix}"
     if suffix == "pt":
@@ -246,7 +246,7 @@ def test_quantised_weights(kind: str, suffix: str, tmp_path: Path) -> None:
     else:
         save_file({name: value.clone() for name, value in state.items()}, path)
     message = error_of(path)
-    assert "quantised" in message and says in message and "the original" in message
+    assert "quantized" in message and says in message and "the original" in message
     assert "adapter" not in message
     signs = message[message.index("(") + 1 : message.index(")")].split(", ")
     assert len(set(signs)) == len(signs)  # each named once

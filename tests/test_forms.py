@@ -115,7 +115,7 @@ def test_a_parser_without_attention_builds_the_default_as_it_is(exported: Export
     made = make_plan(options_of(exported(), tmp_path, attention=asked))
     assert made.notes == [] and made.manifest["attention_form"] == "fp32acc"
     assert made.manifest["attention_spelling"] == "matmul"
-    assert made.sheet is not None and made.sheet.accumulation == ("fp32", "fp32") and made.sheet.warning() is None
+    assert made.layers is not None and made.layers.accumulation == ("fp32", "fp32") and made.layers.warning() is None
 
 
 @pytest.mark.usefixtures("old_parser")
@@ -129,7 +129,7 @@ def test_a_file_with_the_operator_is_written_again(exported: Exported, tmp_path:
     assert "as fp32acc (MatMul, Softmax, MatMul): both products of each attention accumulate in FP32" in made.notes[0]
     assert made.manifest["verification"]["onnx"]["verified"] is True
     assert (made.manifest["attention_form"], made.manifest["attention_spelling"]) == ("fp32acc", "matmul")
-    assert made.sheet is not None and made.sheet.accumulation == ("fp32", "fp32")
+    assert made.layers is not None and made.layers.accumulation == ("fp32", "fp32")
     assert sorted(path.name for path in made.path.parent.iterdir()) == ["x.plan", "x.plan.json", "x.plan.layers.json"]
     assert {path.name: path.read_bytes() for path in onnx.parent.iterdir()} == before
     again = make_plan(options_of(onnx, tmp_path))
@@ -147,7 +147,7 @@ def test_tensorrt_10_14_gets_the_operator(
     assert ["lowered again as fp32acc (the Attention operator)" in note for note in made.notes] == [True] * (
         not options
     )
-    assert made.sheet is not None and made.sheet.accumulation == ("fp32", "fp32")
+    assert made.layers is not None and made.layers.accumulation == ("fp32", "fp32")
 
 
 @pytest.mark.parametrize("asked", ["auto", "fp32acc"])
@@ -201,7 +201,7 @@ def test_an_asked_form_is_never_replaced(
 def test_an_asked_form_is_written_from_an_fp16_file(exported: Exported, tmp_path: Path) -> None:
     made = make_plan(options_of(exported(), tmp_path, attention="fused"))
     assert made.manifest["attention_form"] == "fused" and len(made.notes) == 1
-    assert made.sheet is not None and made.sheet.accumulation == ("fp16", "fp16")
+    assert made.layers is not None and made.layers.accumulation == ("fp16", "fp16")
 
 
 def scores32(onnx: Path, folder: Path, attention: str) -> Path:
@@ -235,14 +235,14 @@ def test_a_file_of_an_older_version_becomes_fp32acc(exported: Exported, tmp_path
     assert held_attention(onnx) == Attempt("scores32")
     made = make_plan(options_of(onnx, tmp_path))
     assert (made.manifest["attention_form"], made.manifest["attention_spelling"]) == ("fp32acc", "matmul")
-    assert made.sheet is not None and made.sheet.accumulation == ("fp32", "fp32") and len(made.notes) == 1
+    assert made.layers is not None and made.layers.accumulation == ("fp32", "fp32") and len(made.notes) == 1
     assert "scores32" not in export_again(onnx) and "--attention" in export_again(onnx)
 
 
 def test_the_default_is_built_as_it_is(exported: Exported, tmp_path: Path) -> None:
     made = make_plan(options_of(exported(), tmp_path))
     assert made.notes == [] and made.manifest["attention_form"] == "fp32acc"
-    assert made.sheet is not None and made.sheet.accumulation == ("fp32", "fp32")
+    assert made.layers is not None and made.layers.accumulation == ("fp32", "fp32")
 
 
 @pytest.mark.parametrize("fault", [None, "not fused", "FP16"])
@@ -250,9 +250,9 @@ def test_trt_reports_what_became_of_attention(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str | None
 ) -> None:
     """A builder that fuses none, or whose second product accumulates in FP16: played, by the real one's listing."""
-    read_log, read_plan = build.sheet_from_log, build.read_accumulations
+    read_log, read_plan = build.layers_from_log, build.read_accumulations
     if fault == "not fused":
-        monkeypatch.setattr(build, "sheet_from_log", lambda log, *more: read_log(log.replace("_mha_", "_"), *more))
+        monkeypatch.setattr(build, "layers_from_log", lambda log, *more: read_log(log.replace("_mha_", "_"), *more))
     if fault == "FP16":
         monkeypatch.setattr(build, "read_accumulations", lambda plan: dict.fromkeys(read_plan(plan), ("fp32", "fp16")))
     words = ("trt", exported(), "--flavor", "rtx", "--no-verify", "--output", tmp_path / "x.plan")
@@ -401,7 +401,7 @@ def test_foreign_files_cannot_be_lowered_again(exported: Exported, tmp_path: Pat
 def test_the_manifest_tells_the_forms(exported: Exported) -> None:
     manifest = read_manifest(manifest_path(exported()), "onnx")
     assert (manifest["attention"], manifest["attention_form"], manifest["residual"]) == ("auto", "fp32acc", "fp16")
-    assert json.dumps(manifest["readers"])
+    assert json.dumps(manifest["targets"])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The whole GPU side from the command line to its end, on a CPU: TensorRT and torch.cuda are stand-ins.
+"""The whole GPU side from the command line to its end, on a CPU: TensorRT and torch.cuda are fakes.
 
 A played plan carries its ONNX file, and a run is its rounding simulation in ONNX Runtime. What only a GPU can show
 (speed, what a fused kernel accumulates in, what a driver says) is marked `gpu` elsewhere.
@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engines.layers.layer_report import read_layers
 from exporting import checkpoint_of, golden_options, neck_export_cli, plant_in_trunk, save_state, trace_quickly
+from fake_gpu.device import Device
+from fake_gpu.play import play, put_smi
+from fake_gpu.runtime import LAYER_MS
+from fake_gpu.state import State
+from fake_gpu.tensorrt import LISTINGS
 from safetensors.numpy import load_file
-from stand_in_gpu.device import Device
-from stand_in_gpu.play import play, put_smi
-from stand_in_gpu.runtime import LAYER_MS
-from stand_in_gpu.state import State
-from stand_in_gpu.tensorrt import LISTINGS
 from test_session import build_convolution, convolution
 
 import engines.bisect
@@ -29,7 +30,6 @@ from engines.run.open_plan import open_plan
 from engines.run.plan_checks import SessionError
 from engines.run.profiling import LAYER_RUNS, LAYER_WARM_UP_RUNS
 from engines.run.verify import why_not_run
-from engines.sheet.layer_sheet import read_sheet
 from engines.tune import ROUNDS
 from export.contract.manifest import manifest_path, read_manifest
 from export.contract.signature import BatchRange
@@ -117,7 +117,7 @@ def test_a_wheel_whose_version_is_not_four_numbers(tmp_path: Path, version: str,
     with play(version) as state:
         flavor = choose_flavor()
         plan = build_convolution(tmp_path, flavor)
-        assert len(state.version) == 4 and (flavor.version, flavor.reader) == (told, f"tensorrt-{version}")
+        assert len(state.version) == 4 and (flavor.version, flavor.target) == (told, f"tensorrt-{version}")
         image = np.ones((2, 3, 8, 8), np.float32)
         with open_plan(plan) as session:
             assert (session.infer({"image": image})["sum"] == 3).all()
@@ -158,8 +158,8 @@ def test_a_version_compatible_plan_runs_with_consent_alone(files: dict[str, Path
         state.faults.log = ""
         ran = neck_export_cli(*words)
         assert ran.code == 0, ran.err
-        sheet = read_sheet(tmp_path / "e.plan")
-        assert sheet and sheet.source == "engine inspector"
+        layers = read_layers(tmp_path / "e.plan")
+        assert layers and layers.source == "engine inspector"
         import tensorrt as trt
 
         runtime = trt.Runtime(choose_flavor().new_logger(lambda severity, line: None))
@@ -228,7 +228,7 @@ def test_a_version_that_is_too_old_is_not_taken(files: dict[str, Path], tmp_path
         ("Layers:\nName: x, LayerType: kgen, Inputs: [{ Name: , Dimensions: [-], Datatype: }]", "[1", "builder log"),
     ],
 )
-def test_a_sheet_that_cannot_be_read_costs_no_plan(
+def test_a_layers_that_cannot_be_read_costs_no_plan(
     files: dict[str, Path], tmp_path: Path, log: str | None, inspector: str | None, source: str | None
 ) -> None:
     with play("10.16") as state:
@@ -236,14 +236,14 @@ def test_a_sheet_that_cannot_be_read_costs_no_plan(
         ran = neck_export_cli("trt", files["half"], "--output", tmp_path / "e.plan")
         assert ran.code == 0, ran.err
         shown = neck_export_cli("inspect", tmp_path / "e.plan")
-    sheet, manifest = read_sheet(tmp_path / "e.plan"), read_manifest(manifest_path(tmp_path / "e.plan"), "plan")
-    assert (sheet.source if sheet else None) == source
-    if sheet is None:
+    layers, manifest = read_layers(tmp_path / "e.plan"), read_manifest(manifest_path(tmp_path / "e.plan"), "plan")
+    assert (layers.source if layers else None) == source
+    if layers is None:
         assert manifest["layers"] is None
-        assert "no layer sheet: the builder log does not list the engine; the engine inspector" in ran.out
-        assert f"no layer sheet: {manifest['no_layers']}" in shown.out
+        assert "no layer report: the builder log does not list the engine; the engine inspector" in ran.out
+        assert f"no layer report: {manifest['no_layers']}" in shown.out
     else:
-        assert sheet.operations and not {kernel.kind for kernel in sheet.kernels} & {"wait", "signal"}
+        assert layers.operations and not {kernel.kind for kernel in layers.kernels} & {"wait", "signal"}
 
 
 FAULTS: list[tuple[str, dict[str, Any], int, str]] = [
@@ -344,7 +344,7 @@ def test_verify_writes_its_verdict(files: dict[str, Path], tmp_path: Path) -> No
 def test_a_batch_that_is_dynamic(files: dict[str, Path], tmp_path: Path) -> None:
     with play("11.4"):
         plan = built(files, tmp_path)
-        assert "2 pictures" in neck_export_cli("verify", plan).out
+        assert "2 images" in neck_export_cli("verify", plan).out
         for batch in (1, 3):
             assert json.loads(neck_export_cli("profile", plan, "--batch", str(batch), "--json").out)["batch"] == batch
         ran = neck_export_cli("profile", plan, "--batch", "4")
@@ -373,7 +373,7 @@ def test_without_a_graph_the_profile_goes_on(files: dict[str, Path], tmp_path: P
         plan = built(files, tmp_path)
         state.device.capture_fails, state.faults.capturable = flaw == "capture", flaw != "stream"
         ran = neck_export_cli("profile", plan)
-        assert ran.code == 0 and "no CUDA graph: " in ran.out and "the layer sheet names" in ran.out
+        assert ran.code == 0 and "no CUDA graph: " in ran.out and "the layer report names" in ran.out
 
 
 @pytest.mark.parametrize(("version", "beside"), [("11.4", None), ("rtx-1.7", "11.4"), ("10.14", "rtx-1.7")])

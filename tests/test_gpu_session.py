@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 from conftest import tiny_config
+from fake_gpu.play import environment
 from gpu_rehearsal import Base, can_unshare, make_base, run_session
-from stand_in_gpu.play import environment
 from synthetic import synthetic_result
 
 import benchmarks.gpu.archive
@@ -296,7 +296,7 @@ LACKING = ("tensorrt", "tensorrt_rtx", "tritonclient", "tritonclient.http", "ope
 
 @pytest.mark.slow
 def test_a_bare_machine_with_a_gpu_fails_no_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The GPU is the stand-in's, and there is no TensorRT: what cannot be run is skipped, with its reason."""
+    """The GPU is the fake's, and there is no TensorRT: what cannot be run is skipped, with its reason."""
     for name, value in environment("11.4", LACKING).items():
         monkeypatch.setenv(name, value)
     found = run_tests(tmp_path / "tests.txt", files_with_gpu_tests())

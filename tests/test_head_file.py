@@ -24,7 +24,7 @@ from engines.service.repository import RepositoryOptions, make_repository
 from export.contract.export_command import export_command
 from export.contract.signature import Signature, SignatureError, encoder_signature
 from export.graph.rewrite import Rewrites
-from export.proof.verify import make_reference, reference_outputs, reference_pixels, verify_onnx
+from export.verification.verify import make_reference, reference_outputs, reference_pixels, verify_onnx
 from neck.checkpoint import load_encoder
 from neck.config import EncoderConfig
 
@@ -165,8 +165,8 @@ def test_a_plan_moves_fewer_bytes(exported: Path, tmp_path: Path, monkeypatch: p
     for onnx in (features, exported):
         plan = tmp_path / f"{onnx.stem}.plan"
         made = make_plan(PlanOptions(onnx=onnx, output=plan, precision="fp16", flavor="rtx", verify=False))
-        assert made.sheet is not None and made.sheet.bytes_moved is not None
-        moved.append(made.sheet.bytes_moved)
+        assert made.layers is not None and made.layers.bytes_moved is not None
+        moved.append(made.layers.bytes_moved)
         sizes.append(sum(int(np.prod(spec["shape"])) for spec in made.manifest["outputs"]))
     assert [spec["name"] for spec in made.manifest["outputs"]] == NAMES
     assert [spec["shape"][1] for spec in made.manifest["outputs"]] == [4, 8, 32, 32, 32, 32]

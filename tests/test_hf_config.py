@@ -273,7 +273,7 @@ def test_weights_without_their_config_are_said_to_be_taken_as_sam3s(
         ("preprocessor_config.json", [1], None),
     ],
 )
-def test_another_normalisation_is_said(folder: Path, name: str, entries: object, said: str | None) -> None:
+def test_another_normalization_is_said(folder: Path, name: str, entries: object, said: str | None) -> None:
     (folder / name).write_text(json.dumps(entries))
     notes = notes_of(folder)
     if said is None:

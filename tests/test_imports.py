@@ -17,14 +17,14 @@ FLOORS = ("neck", "export", "engines", "benchmarks", "neck_export")
 
 STAIRS = {
     "neck": ("weights",),
-    "export": ("contract", "graph", "lowering", "proof", "quantising"),
-    "engines": ("sheet", "builder", "run", "live", "service"),
+    "export": ("contract", "graph", "lowering", "proof", "quantization"),
+    "engines": ("layers", "builder", "run", "live", "service"),
     "benchmarks": ("measure", "results", "report", "masks", "gpu"),
 }
 """The folders of a floor, lowest first: each may import those before it. Files beside them may import any."""
 
 CPP = ROOT / "engines" / "cpp" / "src"
-CPP_STAIR = ("files", "tensors", "pictures", "gpu", "plan", "engine", "client", "commands")
+CPP_STAIR = ("files", "tensors", "images", "gpu", "plan", "engine", "client", "commands")
 """The folders of the C++ library, likewise; what is public is in include/neck."""
 
 
@@ -88,8 +88,11 @@ def test_imports_run_down_the_stair() -> None:
 
 def test_an_import_up_the_stair_is_seen() -> None:
     """The control."""
-    build, sheet = ROOT / "engines" / "builder" / "build.py", "from engines.sheet.layer_sheet import LayerSheet"
-    assert not up_the_stair(build, sheet, "engines")
+    build, layers = (
+        ROOT / "engines" / "builder" / "build.py",
+        "from engines.layers.layer_report import LayerSheet",
+    )
+    assert not up_the_stair(build, layers, "engines")
     assert up_the_stair(build, "from engines.run.session import Session", "engines")
 
 

@@ -1,4 +1,4 @@
-"""Layer sheets from the engine inspector's JSON, in the shapes of TensorRT 10.1 to 11."""
+"""Layer reports from the engine inspector's JSON, in the shapes of TensorRT 10.1 to 11."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 from conftest import load_golden, traced
+from engines.layers.layer_report import LayerReport
+from engines.layers.read_layers import LayerReportError, layers_from_inspector, read_accumulations
 
 from engines.builder.flavor import Flavor
-from engines.sheet.layer_sheet import LayerSheet
-from engines.sheet.read_layers import LayerSheetError, read_accumulations, sheet_from_inspector
 from export.lowering.precision import lower
 
 
@@ -35,12 +35,12 @@ def test_the_inspectors_json_is_read(datatype: dict[str, str], io: str) -> None:
         _layer("_gemm_mha_v2", datatype, TacticName="fmha_v2_flash_attention_fp16_64", Metadata=metadata),
         _layer("conv", datatype, Weights={"Type": "Half", "Count": 9}, Bias={"Type": "Half", "Count": 0}),
     ]
-    sheet = sheet_from_inspector(json.dumps({"Layers": layers, io: []}), {})
-    mha, conv = sheet.kernels
-    assert (sheet.source, sheet.attentions, len(sheet.fused)) == ("engine inspector", 1, 1)
+    layers = layers_from_inspector(json.dumps({"Layers": layers, io: []}), {})
+    mha, conv = layers.kernels
+    assert (layers.source, layers.attentions, len(layers.fused)) == ("engine inspector", 1, 1)
     assert mha.modules == ("trunk.blocks.0.attn",) and mha.bytes == 2 * 512 * 2
     assert conv.bytes == 2 * 512 * 2 + 9 * 2
-    assert "does not tell" in str(sheet.warning())
+    assert "does not tell" in str(layers.warning())
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ def test_the_inspectors_json_is_read(datatype: dict[str, str], io: str) -> None:
     ],
 )
 def test_an_inspector_that_tells_nothing_is_an_error(text: str, says: str) -> None:
-    with pytest.raises(LayerSheetError, match=says):
-        sheet_from_inspector(text, {})
+    with pytest.raises(LayerReportError, match=says):
+        layers_from_inspector(text, {})
 
 
 @pytest.mark.parametrize(
@@ -81,14 +81,14 @@ def test_an_inspector_that_tells_nothing_is_an_error(text: str, says: str) -> No
 def test_odd_json_is_not_told(odd: dict[str, object]) -> None:
     """Every one of these was an AttributeError, a TypeError or a KeyError."""
     layers = [_layer("gemm", {"Datatype": "Half"}), _layer("odd", {"Datatype": "Half"}) | odd]
-    gemm, other = sheet_from_inspector(json.dumps({"Layers": layers}), {}).kernels
+    gemm, other = layers_from_inspector(json.dumps({"Layers": layers}), {}).kernels
     assert gemm.bytes == 2 * 512 * 2
     assert other.bytes is None or other.bytes >= 2 * 512
 
 
 def test_waiting_is_no_kernel() -> None:
     layers = [_layer(kind, {"Datatype": "Half"}, LayerType=kind) for kind in ("wait", "kgen", "signal")]
-    assert [kernel.kind for kernel in sheet_from_inspector(json.dumps({"Layers": layers}), {}).kernels] == ["kgen"]
+    assert [kernel.kind for kernel in layers_from_inspector(json.dumps({"Layers": layers}), {}).kernels] == ["kgen"]
 
 
 @pytest.mark.gpu
@@ -106,10 +106,10 @@ def test_the_inspector_and_the_log_agree(tmp_path: Path, gpu_flavor: Flavor) -> 
     runtime = trt.Runtime(flavor.new_logger(lambda severity, line: None))
     engine = runtime.deserialize_cuda_engine((tmp_path / "x.plan").read_bytes())
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    sheet = sheet_from_inspector(text, read_accumulations(tmp_path / "x.plan"))
-    assert sheet.attentions == 4
-    if result.sheet is not None:
-        assert len(sheet.fused) == len(result.sheet.fused)
+    layers = layers_from_inspector(text, read_accumulations(tmp_path / "x.plan"))
+    assert layers.attentions == 4
+    if result.layers is not None:
+        assert len(layers.fused) == len(result.layers.fused)
 
 
 INSPECTED = Path(__file__).parent / "data" / "inspector"
@@ -119,36 +119,36 @@ trtexec). Of 11 no output was found: it is after NVIDIA's guide `Migrating IEngi
 11.x` (I/O Tensors; Format/Datatype in two)."""
 
 
-def inspected(version: str) -> LayerSheet:
-    return sheet_from_inspector((INSPECTED / f"tensorrt-{version}.json").read_text(encoding="utf-8"), {})
+def inspected(version: str) -> LayerReport:
+    return layers_from_inspector((INSPECTED / f"tensorrt-{version}.json").read_text(encoding="utf-8"), {})
 
 
 def test_an_inspector_of_10_1_tells_types_in_words() -> None:
-    sheet = inspected("10.1")
-    assert [kernel.kind for kernel in sheet.kernels] == ["Reformat", "CaskConvolution", "CaskPooling"]
-    convolution = sheet.kernels[1]
+    layers = inspected("10.1")
+    assert [kernel.kind for kernel in layers.kernels] == ["Reformat", "CaskConvolution", "CaskPooling"]
+    convolution = layers.kernels[1]
     assert [tensor.dtype for tensor in (*convolution.inputs, *convolution.constants)] == ["Half"] * 3
     assert convolution.bytes == 2 * (3 * 112 * 112 + 16 * 8 * 8 + 9408 + 16)
     assert convolution.onnx == ("trunk.patch_embed.proj/Conv",) and convolution.tactic.startswith("sm80_xmma_fprop")
-    assert (sheet.attentions, len(sheet.fused)) == (0, 0) and sheet.bytes_moved is not None
+    assert (layers.attentions, len(layers.fused)) == (0, 0) and layers.bytes_moved is not None
 
 
 def test_an_inspector_of_10_10_tells_fused_attentions() -> None:
     """A Myelin block that is taken apart: two fused attentions under both names, one in three kernels, and waits."""
-    sheet = inspected("10.10")
-    assert len(sheet.kernels) == 7 and sheet.by_kind == {"kgen": 4, "gemm": 3}
-    assert (sheet.attentions, len(sheet.fused)) == (3, 2) and sheet.accumulation is None
-    assert sheet.fused[0].onnx[0] == "trunk.blocks.0.attn/scores" and len(sheet.fused[0].onnx) == 5
-    assert sheet.summary().startswith("fused attentions 2 of 3, accumulation not told, 7 kernels, ")
-    assert sheet.bytes_moved is not None and "does not tell" in str(sheet.warning())
+    layers = inspected("10.10")
+    assert len(layers.kernels) == 7 and layers.by_kind == {"kgen": 4, "gemm": 3}
+    assert (layers.attentions, len(layers.fused)) == (3, 2) and layers.accumulation is None
+    assert layers.fused[0].onnx[0] == "trunk.blocks.0.attn/scores" and len(layers.fused[0].onnx) == 5
+    assert layers.summary().startswith("fused attentions 2 of 3, accumulation not told, 7 kernels, ")
+    assert layers.bytes_moved is not None and "does not tell" in str(layers.warning())
 
 
 def test_an_inspector_of_10_16_tells_types_in_words_and_in_names() -> None:
     """Cask layers and a Myelin block that is taken apart, in one engine; a batch that is not told for some kernels."""
-    sheet = inspected("10.16")
-    assert sheet.by_kind == {"kgen": 3, "Reformat": 1, "CaskConvolution": 1, "gemm": 1}
-    assert (sheet.attentions, len(sheet.fused), sheet.bytes_moved) == (1, 0, None)
-    reformat, convolution, reshape, product, softmax, last = sheet.kernels
+    layers = inspected("10.16")
+    assert layers.by_kind == {"kgen": 3, "Reformat": 1, "CaskConvolution": 1, "gemm": 1}
+    assert (layers.attentions, len(layers.fused), layers.bytes_moved) == (1, 0, None)
+    reformat, convolution, reshape, product, softmax, last = layers.kernels
     assert [tensor.dtype for tensor in (*reformat.inputs, *reformat.outputs)] == ["Float", "Half"]
     assert (reformat.bytes, reshape.bytes, product.bytes) == (None, None, 2 * 64 * (16 + 48))
     assert convolution.onnx == ("trunk.patch_embed.proj/Conv", "trunk/Add") and len(convolution.constants) == 2
@@ -158,9 +158,9 @@ def test_an_inspector_of_10_16_tells_types_in_words_and_in_names() -> None:
 def test_an_inspector_of_11_tells_no_insides_of_a_block() -> None:
     """A ForeignNode that stays whole: how many attentions it fuses, and what it moves, is not told."""
     text = (INSPECTED / "tensorrt-11.json").read_text(encoding="utf-8")
-    sheet = sheet_from_inspector(text, {}, attentions=32)
-    assert [kernel.opaque for kernel in sheet.kernels] == [False, True] and sheet.bytes_moved is None
+    layers = layers_from_inspector(text, {}, attentions=32)
+    assert [kernel.opaque for kernel in layers.kernels] == [False, True] and layers.bytes_moved is None
     line = "fused attentions not told (1 Myelin blocks, 32 in the graph), 2 kernels, bytes not told (Myelin blocks)"
-    assert sheet.summary() == line
-    assert "does not tell what its FP16 attention accumulates in" in str(sheet.warning())
-    assert LayerSheet.from_dict(json.loads(json.dumps(sheet.to_dict()))) == sheet
+    assert layers.summary() == line
+    assert "does not tell what its FP16 attention accumulates in" in str(layers.warning())
+    assert LayerReport.from_dict(json.loads(json.dumps(layers.to_dict()))) == layers

@@ -400,7 +400,7 @@ BYTES_PER_PIXEL, DECODER_AT_REST = 10, 220 * 2**20
 
 
 def test_a_pod_has_room_for_its_decoders(plan: Path) -> None:
-    """For a picture as large as their limits allow in each of them; the control is a pod without them."""
+    """For an image as large as their limits allow in each of them; the control is a pod without them."""
     source = read_model(plan)
     without, with_them = (
         dataclasses.replace(serving_of(source, source, random.Random(1)), ensemble=ensemble)
@@ -484,7 +484,7 @@ def check_locked(container: dict[str, Any], volumes: list[dict[str, Any]]) -> No
 
 
 def check_probes(serving: Serving, container: dict[str, Any], port: int, own: int) -> None:
-    model = f"{serving.model}-pictures" if serving.ensemble else serving.model
+    model = f"{serving.model}-images" if serving.ensemble else serving.model
     for probe in ("startupProbe", "readinessProbe"):
         assert container[probe]["httpGet"] == {"path": f"/v2/models/{model}/ready", "port": port}
     words = container["livenessProbe"]["exec"]["command"]

@@ -1,4 +1,4 @@
-"""The layer sheet: what the builder makes of each attention form, and both sources read alike."""
+"""The layer report: what the builder makes of each attention form, and both sources read alike."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 from conftest import load_golden, traced
+from engines.layers.layer_report import GPUS, Kernel, LayerReport, Tensor
+from engines.layers.read_layers import LayerReportError, layers_from_log, read_accumulations
 
-from engines.sheet.layer_sheet import GPUS, Kernel, LayerSheet, Tensor
-from engines.sheet.read_layers import LayerSheetError, read_accumulations, sheet_from_log
 from export.graph.rewrite import Rewrites
 from export.lowering.attention import AttentionForm
 from export.lowering.precision import Precision, lower
 
 
 @functools.cache
-def sheet_of(precision: Precision, form: AttentionForm, rewrites: Rewrites | None = None) -> LayerSheet:
-    """The sheet of a golden encoder of four blocks."""
+def layers_of(precision: Precision, form: AttentionForm, rewrites: Rewrites | None = None) -> LayerReport:
+    """The layer report of a golden encoder of four blocks."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     from engines.builder.build import build_plan
     from engines.builder.options import BuildOptions
@@ -34,9 +34,9 @@ def sheet_of(precision: Precision, form: AttentionForm, rewrites: Rewrites | Non
         onnx = Path(folder, "x.onnx")
         ir.save(model, onnx, external_data="x.onnx.data")
         options = BuildOptions(precision=precision, compute_capabilities=("8.9",))
-        sheet = build_plan(onnx, Path(folder, "x.plan"), options).sheet
-    assert sheet is not None
-    return sheet
+        layers = build_plan(onnx, Path(folder, "x.plan"), options).layers
+    assert layers is not None
+    return layers
 
 
 FORMS = [
@@ -53,23 +53,23 @@ FORMS = [
 def test_each_form_becomes_what_the_design_says(
     precision: Precision, form: AttentionForm, fused: int, accumulation: tuple[str, str] | None
 ) -> None:
-    sheet = sheet_of(precision, form)
-    assert (sheet.attentions, len(sheet.fused), sheet.accumulation) == (4, fused, accumulation)
-    assert {kernel.accumulation for kernel in sheet.fused} == ({accumulation} if fused else set())
-    blocks = [module for kernel in sheet.fused for module in kernel.modules]
+    layers = layers_of(precision, form)
+    assert (layers.attentions, len(layers.fused), layers.accumulation) == (4, fused, accumulation)
+    assert {kernel.accumulation for kernel in layers.fused} == ({accumulation} if fused else set())
+    blocks = [module for kernel in layers.fused for module in kernel.modules]
     assert blocks == ([f"trunk.blocks.{index}.attn" for index in range(4)] if fused else [])
-    assert bool(sheet.warning()) == ("fp16" in (accumulation or ()))
-    assert sheet.fusable == fused
+    assert bool(layers.warning()) == ("fp16" in (accumulation or ()))
+    assert layers.fusable == fused
 
 
 @pytest.mark.parametrize("form", ["fp32acc", "fused"])
 def test_the_plain_module_fuses_too(form: AttentionForm) -> None:
     """`--no-rewrite`: its rotary is FP32 up to the attention, which must not cost the fusion."""
-    assert len(sheet_of("fp16", form, Rewrites.none()).fused) == 4
+    assert len(layers_of("fp16", form, Rewrites.none()).fused) == 4
 
 
 def test_rewrites_save_kernels_and_bytes() -> None:
-    plain, rewritten = sheet_of("fp16", "fused", Rewrites.none()), sheet_of("fp16", "fused")
+    plain, rewritten = layers_of("fp16", "fused", Rewrites.none()), layers_of("fp16", "fused")
     assert len(rewritten.kernels) <= len(plain.kernels)
     assert rewritten.bytes_moved is not None and plain.bytes_moved is not None
     assert rewritten.bytes_moved < plain.bytes_moved
@@ -78,17 +78,17 @@ def test_rewrites_save_kernels_and_bytes() -> None:
 def test_tokens_are_permuted_once_and_back() -> None:
     """Sequence first, as the fused kernel writes them: no kernel but the last of the trunk moves tokens alone."""
 
-    def moves(sheet: LayerSheet) -> list[str]:
-        names = [re.sub(r"_myl\d+_\d+$", "", kernel.name) for kernel in sheet.kernels]
+    def moves(layers: LayerReport) -> list[str]:
+        names = [re.sub(r"_myl\d+_\d+$", "", kernel.name) for kernel in layers.kernels]
         return [name for name in names if re.fullmatch(r"__myl_(Resh|Tran)*Resh(Resh|Tran)*", name)]
 
-    assert moves(sheet_of("fp16", "fp32acc")) == ["__myl_ReshTran"]
-    windows_first = sheet_of("fp16", "fp32acc", Rewrites(window_major=False))  # the control: permuted in every block
-    assert len(windows_first.kernels) > len(sheet_of("fp16", "fp32acc").kernels)
+    assert moves(layers_of("fp16", "fp32acc")) == ["__myl_ReshTran"]
+    windows_first = layers_of("fp16", "fp32acc", Rewrites(window_major=False))  # the control: permuted in every block
+    assert len(windows_first.kernels) > len(layers_of("fp16", "fp32acc").kernels)
 
 
 def test_summary_and_warning() -> None:
-    good, bad = sheet_of("fp16", "fp32acc"), sheet_of("fp16", "fused")
+    good, bad = layers_of("fp16", "fp32acc"), layers_of("fp16", "fused")
     assert good.summary().startswith("fused attentions 4 of 4, accumulation FP32, ")
     assert f"{len(good.kernels)} kernels" in good.summary() and "GB moved" in good.summary()
     assert good.warning() is None
@@ -96,25 +96,25 @@ def test_summary_and_warning() -> None:
     narrow = dataclasses.replace(good.fused[0], accumulation=("fp32", "fp16"))
     one_narrow = dataclasses.replace(good, kernels=(narrow, *good.fused[1:]))
     assert "accumulation FP32 then FP16" in one_narrow.summary() and "#4837" in str(one_narrow.warning())
-    assert sheet_of("fp16", "unfused").summary().startswith("fused attentions 0 of 4, ")
+    assert layers_of("fp16", "unfused").summary().startswith("fused attentions 0 of 4, ")
 
 
 def test_table_and_file() -> None:
-    sheet = sheet_of("fp16", "fp32acc")
-    lines = sheet.table().splitlines()
+    layers = layers_of("fp16", "fp32acc")
+    lines = layers.table().splitlines()
     assert sum("  attention  " in line for line in lines) == 4
     assert any("not measured" in line for line in lines) and any("trunk.blocks.3.mlp.fc1" in line for line in lines)
-    assert len(sheet.table(3).splitlines()) == len(lines) - len(sheet.kernels) + 3
-    saved = json.loads(json.dumps(sheet.to_dict()))
-    assert LayerSheet.from_dict(saved) == sheet
-    assert saved["fused"] == 4 and saved["bytes_moved"] == sheet.bytes_moved
+    assert len(layers.table(3).splitlines()) == len(lines) - len(layers.kernels) + 3
+    saved = json.loads(json.dumps(layers.to_dict()))
+    assert LayerReport.from_dict(saved) == layers
+    assert saved["fused"] == 4 and saved["bytes_moved"] == layers.bytes_moved
     saved["kernels"][0]["name"] = "another"
-    assert LayerSheet.from_dict(saved) != sheet
+    assert LayerReport.from_dict(saved) != layers
 
 
 def test_the_least_time_is_that_of_operations_or_bytes() -> None:
     kernel = Kernel("k", "gemm", "", (Tensor("a", (1000, 1000), "Half"),), (), (), ("m/MatMul",))
-    by_bytes = LayerSheet("builder log", (kernel,) * 1000, 0, operations=1)
+    by_bytes = LayerReport("builder log", (kernel,) * 1000, 0, operations=1)
     tflops, gigabytes = GPUS["L4"]
     assert by_bytes.least_time_ms("L4") == pytest.approx(2e9 / (gigabytes * 1e9) * 1e3)
     by_operations = dataclasses.replace(by_bytes, operations=10**13)
@@ -146,13 +146,13 @@ LOG = "\n".join(
 
 
 def test_the_builders_listing_is_read() -> None:
-    sheet = sheet_from_log(LOG, {"_gemm_mha_v2_0x71": ("fp16", "fp32")})
-    mha, fc = sheet.kernels
+    layers = layers_from_log(LOG, {"_gemm_mha_v2_0x71": ("fp16", "fp32")})
+    mha, fc = layers.kernels
     assert (mha.attention, mha.accumulation, mha.modules) == (True, ("fp16", "fp32"), ("trunk.blocks.0.attn",))
     assert mha.bytes == 3 * 16 * 576 * 64 * 2 + 2
     assert not fc.attention and fc.bytes is None and fc.modules == ("trunk.blocks.0.mlp.fc1",)
-    assert sheet.attentions == 1 and sheet.accumulation == ("fp16", "fp32")
-    assert sheet.bytes_moved is None and "dynamic batch" in sheet.summary()
+    assert layers.attentions == 1 and layers.accumulation == ("fp16", "fp32")
+    assert layers.bytes_moved is None and "dynamic batch" in layers.summary()
 
 
 OLD_LOG = "\n".join(
@@ -176,8 +176,8 @@ OLD_LOG = "\n".join(
 
 
 def test_the_listing_of_tensorrt_10_is_read() -> None:
-    sheet = sheet_from_log(OLD_LOG, {})
-    first, conv = sheet.kernels  # a wait and a signal are no kernels
+    layers = layers_from_log(OLD_LOG, {})
+    first, conv = layers.kernels  # a wait and a signal are no kernels
     assert (first.name, first.kind, first.tactic) == ("__myl_CastMulAdd_myl0_1", "kgen", "__myl_CastMulAdd_0xd5")
     assert (first.bytes, first.modules) == (2 * 40 * 2, ("trunk.ln_pre",))
     assert (conv.kind, conv.tactic, conv.bytes) == ("CaskConvolution", "sm80_xmma", (3 + 4) * 64 * 2)
@@ -185,13 +185,13 @@ def test_the_listing_of_tensorrt_10_is_read() -> None:
 
 
 def test_an_fp16_attention_that_does_not_tell_is_warned_of() -> None:
-    sheet = sheet_from_log(LOG, {})
-    assert "accumulation not told" in sheet.summary() and "does not tell" in str(sheet.warning())
+    layers = layers_from_log(LOG, {})
+    assert "accumulation not told" in layers.summary() and "does not tell" in str(layers.warning())
 
 
 def test_a_log_without_the_engine_is_an_error() -> None:
-    with pytest.raises(LayerSheetError, match="lists no kernel"):
-        sheet_from_log("Layers:\n\nI/O Tensors:\n", {})
+    with pytest.raises(LayerReportError, match="lists no kernel"):
+        layers_from_log("Layers:\n\nI/O Tensors:\n", {})
 
 
 def test_accumulations_are_read_from_the_kernels_source(tmp_path: Path) -> None:

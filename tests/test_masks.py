@@ -43,7 +43,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers: p
 
 from tiny_sam3 import save_model, save_tokenizer  # noqa: E402 - it imports transformers
 
-PICTURES = Path(__file__).parent / "data" / "preprocess"
+IMAGES = Path(__file__).parent / "data" / "preprocess"
 TEXTS = ("--prompt", "cat", "--prompt", "a cup", "--threshold", "0.2")
 """Scores of the tiny model lie between 0.3 and 0.7."""
 PLACES = ("--points", "0.4,0.5", "--boxes", "0.1,0.2,0.6,0.7")
@@ -64,10 +64,10 @@ def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for name in ("picture_0.png", "picture_1.png"):
-        shutil.copy(PICTURES / name, folder)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for name in ("image_0.png", "image_1.png"):
+        shutil.copy(IMAGES / name, folder)
     return folder
 
 
@@ -89,35 +89,35 @@ def changed(files: Path, folder: Path, change: Any) -> Path:
     return path
 
 
-def run(file: Path, model: Path, pictures: Path, *more: str | Path) -> Any:
-    return neck_export_cli("masks", file, "--model", model, "--images", pictures, *more)
+def run(file: Path, model: Path, images: Path, *more: str | Path) -> Any:
+    return neck_export_cli("masks", file, "--model", model, "--images", images, *more)
 
 
 @pytest.mark.parametrize("asked", [TEXTS, PLACES], ids=["texts", "places"])
 def test_an_fp32_file_gives_the_same_masks(
-    asked: tuple[str, ...], files: Path, model: Path, pictures: Path, tmp_path: Path
+    asked: tuple[str, ...], files: Path, model: Path, images: Path, tmp_path: Path
 ) -> None:
     file = copied(files, tmp_path)
-    ran = run(file, model, pictures, *asked, "--save", tmp_path / "drawn")
+    ran = run(file, model, images, *asked, "--save", tmp_path / "drawn")
     assert ran.code == 0, ran
-    assert "2 pictures, " in ran.out and " 0 lost, 0 found" in ran.out and "mask IoU  mean 1.000" in ran.out
+    assert "2 images, " in ran.out and " 0 lost, 0 found" in ran.out and "mask IoU  mean 1.000" in ran.out
     told = json.loads(file.with_suffix(".json").read_text())["masks"]
     assert told["passed"] and told["objects"] >= 4 and told["mean_iou"] > 0.9995 and told["largest_score_error"] < 1e-4
     assert "simulated" not in told["method"]
     assert "masks are the model's: mean IoU 1.000" in neck_export_cli("inspect", file).out
     check_result(synthetic_result() | {"masks": read_masks([file])}, "a report's")
-    drawn = Image.open(tmp_path / "drawn" / "picture_0.png.masks.png")
+    drawn = Image.open(tmp_path / "drawn" / "image_0.png.masks.png")
     assert drawn.size == (3 * 112, 112) and len(list((tmp_path / "drawn").iterdir())) == 2
     third = np.asarray(drawn)[:, 224:]
     shown = np.asarray(drawn)[:, :112]
-    assert (shown != np.asarray(drawn)[:, 112:224]).any()  # two colours
+    assert (shown != np.asarray(drawn)[:, 112:224]).any()  # two colors
     assert not (third == [255 // 2, 0, 96 // 2]).all(-1).any()
 
 
-def test_an_fp16_file_by_its_simulation(files: Path, model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_an_fp16_file_by_its_simulation(files: Path, model: Path, images: Path, tmp_path: Path) -> None:
     """FP16 through 4 blocks moves masks of a random model by a few pixels; the figures are shown."""
     file = copied(files, tmp_path, "half")
-    ran = run(file, model, pictures, *TEXTS, "--gate", "0.9")
+    ran = run(file, model, images, *TEXTS, "--gate", "0.9")
     assert ran.code == 0, ran
     told = json.loads(file.with_suffix(".json").read_text())["masks"]
     assert 0.9 < told["mean_iou"] <= 1 and "simulated: every FP16" in told["method"] and told["method"] in ran.out
@@ -176,23 +176,23 @@ def swap_names(graph: onnx.GraphProto, first: str, second: str) -> None:
 
 
 @pytest.mark.parametrize("wrong", [other_weights, swapped_levels, without_positions], ids=lambda one: one.__name__)
-def test_a_wrong_file_is_seen(wrong: Any, files: Path, model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_wrong_file_is_seen(wrong: Any, files: Path, model: Path, images: Path, tmp_path: Path) -> None:
     file = changed(files, tmp_path, wrong)
-    ran = run(file, model, pictures, *TEXTS, "--no-check")
+    ran = run(file, model, images, *TEXTS, "--no-check")
     assert ran.code == 3, ran
-    assert "error: " in ran.err and "the masks are not the model's" in ran.err and "picture_" in ran.err
+    assert "error: " in ran.err and "the masks are not the model's" in ran.err and "image_" in ran.err
     told = json.loads(file.with_suffix(".json").read_text())["masks"]
     assert not told["passed"] and told["below_gate"]
     assert "masks are NOT the model's" in neck_export_cli("inspect", file).out
 
 
-def test_other_weights_are_refused_before(files: Path, model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_other_weights_are_refused_before(files: Path, model: Path, images: Path, tmp_path: Path) -> None:
     file = copied(files, tmp_path)
     where = file.with_suffix(".json")
     manifest = json.loads(where.read_text())
     manifest["weights_sha256"]["sam3"]["float32"] = "0" * 64
     where.write_text(json.dumps(manifest))
-    ran = run(file, model, pictures, *TEXTS)
+    ran = run(file, model, images, *TEXTS)
     assert ran.code == 1 and "holds other weights than the model's encoder at vision_encoder (sam3)" in ran.err
     assert "masks" not in json.loads(where.read_text())
 
@@ -202,22 +202,22 @@ def test_other_weights_are_refused_before(files: Path, model: Path, pictures: Pa
     [
         ((), "ask for objects by --prompt TEXT, or by --points X,Y and --boxes X0,Y0,X1,Y1"),
         ((*TEXTS, "--points", "0.5,0.5"), "ask for objects by --prompt TEXT, or by"),
-        (("--points", "0.5,1.5"), "(0.5, 1.5): expected parts of the picture's width and height, 0 to 1"),
+        (("--points", "0.5,1.5"), "(0.5, 1.5): expected parts of the image's width and height, 0 to 1"),
         (("--boxes", "0.5,0.5,0.4,0.6"), "a box is empty; give its left, upper, right and lower sides"),
-        (("--prompt", "cat", "--threshold", "0.99"), "no object above the score threshold in any picture"),
+        (("--prompt", "cat", "--threshold", "0.99"), "no object above the score threshold in any image"),
     ],
 )
-def test_prompts_that_cannot_be(words: tuple[str, ...], message: str, files: Path, model: Path, pictures: Path) -> None:
-    ran = run(files / "x.onnx", model, pictures, *words)
+def test_prompts_that_cannot_be(words: tuple[str, ...], message: str, files: Path, model: Path, images: Path) -> None:
+    ran = run(files / "x.onnx", model, images, *words)
     assert ran.code == 1 and message in ran.err and len(ran.err.splitlines()) <= 2
 
 
-def test_points_that_are_no_numbers(files: Path, model: Path, pictures: Path) -> None:
+def test_points_that_are_no_numbers(files: Path, model: Path, images: Path) -> None:
     for words in (("--points", "a,b"), ("--points", "0.1,0.2,0.3"), ("--boxes", "0.1,0.2")):
-        assert run(files / "x.onnx", model, pictures, *words).code == 2
+        assert run(files / "x.onnx", model, images, *words).code == 2
 
 
-def test_models_that_cannot_be(files: Path, model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_models_that_cannot_be(files: Path, model: Path, images: Path, tmp_path: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     for kind, asked, message in (
         (
@@ -230,28 +230,28 @@ def test_models_that_cannot_be(files: Path, model: Path, pictures: Path, tmp_pat
         ("sam3_video", TEXTS, "transformers cannot load it"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": kind}))
-        ran = run(files / "x.onnx", tmp_path, pictures, *asked)
+        ran = run(files / "x.onnx", tmp_path, images, *asked)
         assert ran.code == 1 and message in ran.err and len(ran.err.splitlines()) <= 2, ran
-    ran = run(files / "x.onnx", pictures, pictures, *TEXTS)
+    ran = run(files / "x.onnx", images, images, *TEXTS)
     assert ran.code == 1 and "holds no config.json" in ran.err, ran
     empty = tmp_path / "empty"
     empty.mkdir()
     ran = run(files / "x.onnx", model, empty, *TEXTS)
-    assert ran.code == 1 and "holds no picture" in ran.err
+    assert ran.code == 1 and "holds no image" in ran.err
 
 
 def test_a_checkpoint_without_a_package(
-    files: Path, model: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    files: Path, model: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for package in ("sam3", "ultralytics"):
         monkeypatch.setitem(sys.modules, package, None)
-    ran = run(files / "x.onnx", model / "model.safetensors", pictures, *TEXTS)
+    ran = run(files / "x.onnx", model / "model.safetensors", images, *TEXTS)
     assert ran.code == 1 and len(ran.err.splitlines()) == 1, ran
     assert "needs Meta's sam3 or ultralytics (sam3: " in ran.err and "or give a folder of transformers" in ran.err
 
 
 def objects(*squares: tuple[int, int], side: int = 4, presence: float = 1.0) -> Objects:
-    """Squares by their upper left corners in a picture of 16 x 16."""
+    """Squares by their upper left corners in an image of 16 x 16."""
     masks = np.zeros((len(squares), 16, 16), bool)
     for mask, (top, left) in zip(masks, squares, strict=True):
         mask[top : top + side, left : left + side] = True
@@ -316,7 +316,7 @@ def test_what_is_not_finite_fails() -> None:
     ):
         one = differ("a", "cat", own, other)
         found = figures([differ("b", "cat", same, same), one], 0.1)
-        assert not found["passed"] and found["worst_picture"] == "a" and one.worst == 0
+        assert not found["passed"] and found["worst_image"] == "a" and one.worst == 0
         assert found["non_finite"] == dict(zip(("own", "file"), counts, strict=True))
         assert any(
             line.startswith(f"NaN or infinity in {sum(counts)} of") for line in lines(found | {"method": ""})
@@ -342,10 +342,10 @@ def with_nan(graph: onnx.GraphProto, at: int | None) -> None:
     ("asked", "at"), [((*TEXTS[:4], "--threshold", "0.99"), None), (PLACES, 5)], ids=["no object", "one pixel"]
 )
 def test_a_file_with_nan_fails(
-    asked: tuple[str, ...], at: int | None, files: Path, model: Path, pictures: Path, tmp_path: Path
+    asked: tuple[str, ...], at: int | None, files: Path, model: Path, images: Path, tmp_path: Path
 ) -> None:
     file = changed(files, tmp_path, lambda graph: with_nan(graph, at))
-    ran = run(file, model, pictures, *asked)
+    ran = run(file, model, images, *asked)
     assert ran.code == 3 and "of the model's outputs with the file" in ran.out, ran
     told = json.loads(file.with_suffix(".json").read_text(), parse_constant=pytest.fail)["masks"]
     assert not told["passed"] and told["non_finite"]["file"] > 0 and told["non_finite"]["own"] == 0
@@ -358,7 +358,7 @@ def test_the_verdict() -> None:
     )
     assert figures([same], 0.99)["passed"] and not figures([same, near], 0.99)["passed"]
     found = figures([same, near], 0.8)
-    assert found["passed"] and found["mean_iou"] == 0.8 and found["worst_iou"] == 0.6 and found["worst_picture"] == "b"
+    assert found["passed"] and found["mean_iou"] == 0.8 and found["worst_iou"] == 0.6 and found["worst_image"] == "b"
     lost = differ("c", "cat", objects((0, 0)), objects())
     assert not figures([same, lost], 0.1)["passed"]
-    assert figures([same, lost], 0.1)["worst_picture"] == "c"
+    assert figures([same, lost], 0.1)["worst_image"] == "c"

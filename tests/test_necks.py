@@ -158,7 +158,7 @@ def test_golden_by_the_forward_of_the_seed() -> None:
 
 
 def test_golden_sees_a_small_change(golden: Golden) -> None:
-    """The control: one pixel moved by one level of a uint8 picture."""
+    """The control: one pixel moved by one level of a uint8 image."""
     image = golden.image.clone()
     image[:, 0, 40, 40] += 1 / 127.5
     assert worst_error(named_outputs(golden.encoder, image), golden.expected) > GOLDEN_TOLERANCE

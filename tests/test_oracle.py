@@ -15,20 +15,20 @@ import onnx_ir as ir
 import pytest
 import torch
 from conftest import GOLDEN_CASES, NEWEST_OPSET, load_golden, tiny_config, worst_error
+from export.quantization.select_quantization import QuantizeOptions
 from exporting import trace_quickly
 from oracle import Array, Facts, encode
 
 import export.pipeline
-import export.proof.verify
+import export.verification.verify
 from export.contract.errors import ExportError
 from export.contract.signature import BatchRange
 from export.graph.cleanup import MODULE
 from export.graph.rewrite import Rewrites
 from export.options import ExportOptions, load, sign
 from export.pipeline import RejectedError, export_onnx
-from export.proof.fidelity import Comparison
-from export.proof.verify import reference_pixels
-from export.quantising.settle import QuantiseOptions
+from export.verification.fidelity import Comparison
+from export.verification.verify import reference_pixels
 from neck.config import EncoderConfig
 from neck.necks import Sam3DualViTDetNeck
 
@@ -143,7 +143,7 @@ def draw(number: int, chance: random.Random) -> Case:
     products = chance.choice([("all",), ("auto",), ("*.0.mlp", "*.1.attn.proj"), ("trunk.blocks.1",), ("*.attn.qkv",)])
     budget = chance.choice([0.2, 0.6] if products == ("auto",) else [None, 0.2, 0.6])
     if precision in CODES:
-        drawn["quantise"] = QuantiseOptions(products, budget)
+        drawn["quantize"] = QuantizeOptions(products, budget)
     modules = [NECKS[neck] for neck in necks_of(name)]
     levels = encoder_of(name)[1].levels
     there = {"*_convs.*": len(modules) > 1, "convs.2": "convs" in modules and 2 in levels}
@@ -165,7 +165,7 @@ def necks_of(name: str) -> tuple[str, ...]:
 
 @functools.cache
 def wanted(name: str) -> dict[str, Array]:
-    """What the oracle gives for a base, on the picture that the package ships."""
+    """What the oracle gives for a base, on the image that the package ships."""
     encoder, signature = encoder_of(name)
     config = BASES[name]["config"]
     pixels = reference_pixels(signature, None, 2 if BASES[name].get("batch") else 1)
@@ -209,9 +209,9 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         kept["outputs"] = compute(model, folder, image)
         return kept["outputs"]
 
-    write, compute = export.pipeline.write_lowered, export.proof.verify.run_model
+    write, compute = export.pipeline.write_lowered, export.verification.verify.run_model
     monkeypatch.setattr(export.pipeline, "write_lowered", keep)
-    monkeypatch.setattr(export.proof.verify, "run_model", run)
+    monkeypatch.setattr(export.verification.verify, "run_model", run)
     trace_quickly(monkeypatch)
 
     def make(case: Case) -> Made | None:
@@ -251,22 +251,22 @@ def test_the_comparison_sees_what_is_wrong(make: Make) -> None:
         "residual": "auto",
         "output_precision": None,
     }
-    case = Case(0, "plain", drawn | {"opset": None, "keep_fp32": (), "quantise": QuantiseOptions(("all",), 0.6)})
+    case = Case(0, "plain", drawn | {"opset": None, "keep_fp32": (), "quantize": QuantizeOptions(("all",), 0.6)})
     made = make(case)
     assert made is not None and made.manifest is not None
     check_errors(case, made)
     check_graph(case, made)
     wrong = [array * 1.05 if place == 1 else array for place, array in enumerate(made.outputs)]
     rows = [dataclasses.replace(row, max_abs=row.max_abs * 1.1) for row in made.rows]
-    quantisation = made.manifest["quantisation"]
-    fewer = dict(list(quantisation["products"].items())[1:])
+    quantization = made.manifest["quantization"]
+    fewer = dict(list(quantization["products"].items())[1:])
     for other in (dataclasses.replace(made, outputs=wrong), dataclasses.replace(made, rows=rows)):
         with pytest.raises(AssertionError):
             check_errors(case, other)
-    for changes in ({"keep_fp32": ("*.fc2",)}, {"quantise": QuantiseOptions(("*.mlp",), 0.6)}, {"precision": "fp8"}):
+    for changes in ({"keep_fp32": ("*.fc2",)}, {"quantize": QuantizeOptions(("*.mlp",), 0.6)}, {"precision": "fp8"}):
         with pytest.raises(AssertionError):
             check_graph(Case(0, "plain", case.drawn | changes), made)
-    for said in ({"quantisation": quantisation | {"products": fewer}}, {"precision": "fp8"}, {"residual": "fp32"}):
+    for said in ({"quantization": quantization | {"products": fewer}}, {"precision": "fp8"}, {"residual": "fp32"}):
         with pytest.raises(AssertionError):
             check_graph(case, dataclasses.replace(made, manifest=made.manifest | said))
 
@@ -285,7 +285,7 @@ def tolerance_of(case: Case, name: str) -> tuple[float, float, float | None]:
     """Relative L2, cosine and largest difference that an output may have, by DESIGN and the options."""
     both = base_precision(case)
     relative, cosine = max(LIMITS[one][0] for one in both), min(LIMITS[one][1] for one in both)
-    budget = case.drawn["quantise"].budget if "quantise" in case.drawn else None
+    budget = case.drawn["quantize"].budget if "quantize" in case.drawn else None
     if budget is not None and is_feature(name):
         relative, cosine = budget, min(cosine, 1 - budget**2)
     limits = [POSITIONS[one] for one in both]
@@ -338,9 +338,9 @@ def products_of(case: Case) -> list[str]:
 
 def to_quantize(case: Case) -> set[str]:
     """The products that are asked for and not kept in FP32; with `auto` the file may have fewer."""
-    if "quantise" not in case.drawn:
+    if "quantize" not in case.drawn:
         return set()
-    patterns = case.drawn["quantise"].products
+    patterns = case.drawn["quantize"].products
     asked = [name for name in products_of(case) if patterns in (("all",), ("auto",)) or named(name, patterns)]
     return {name for name in asked if not named(name, case.drawn["keep_fp32"])}
 
@@ -401,7 +401,7 @@ def check_graph(case: Case, made: Made) -> None:
                 and codes[1] in graph.initializers.values()
             )
         assert dtype_of(node.outputs[0]) == ("FLOAT" if kept(node) else low), name
-    auto = "quantise" in case.drawn and case.drawn["quantise"].products == ("auto",)
+    auto = "quantize" in case.drawn and case.drawn["quantize"].products == ("auto",)
     assert quantized <= to_quantize(case) if auto else quantized == to_quantize(case)
     assert bool(quantized) == (precision in CODES)
     stored = [value for value in graph.initializers.values() if dtype_of(value) in CODES.values() and value.shape]
@@ -452,11 +452,11 @@ def check_graph(case: Case, made: Made) -> None:
         (name, DTYPES[of_outputs].replace("FLOAT", "FLOAT32") if of_outputs == "fp32" else DTYPES[of_outputs])
         for name in in_graph
     ]
-    facts = manifest.get("quantisation")
+    facts = manifest.get("quantization")
     assert (set(facts["products"]) if facts else set()) == quantized
     if facts:
         assert facts["of"] == len(products_of(case)) and facts["kind"] == precision and not facts["left_out"]
-        assert facts["asked"] == list(case.drawn["quantise"].products)
+        assert facts["asked"] == list(case.drawn["quantize"].products)
     assert manifest["graph"]["nodes"] == len(graph)
 
 

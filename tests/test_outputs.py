@@ -1,4 +1,4 @@
-"""Outputs in the caller's memory, and handed over by DLPack; the engine is a stand-in on the CPU."""
+"""Outputs in the caller's memory, and handed over by DLPack; the engine is a fake on the CPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stand_in_gpu.play import play
-from test_session import at, build_convolution, open_stand_in
+from fake_gpu.play import play
+from test_session import at, build_convolution, open_fake
 from torch import Tensor
 
 from engines.builder.flavor import Flavor, choose_flavor
@@ -47,7 +47,7 @@ class Foreign:
 
 @pytest.mark.parametrize("wrap", [lambda value: value, Foreign, lambda value: Foreign(value.flatten())])
 def test_an_output_is_written_to_the_callers_memory(tmp_path: Path, wrap: Callable[[Tensor], Any]) -> None:
-    with open_stand_in(tmp_path) as session:
+    with open_fake(tmp_path) as session:
         memory = room()
         session.bind_output("twice", wrap(memory))
         first = session.infer({"image": at(0, torch.ones(2, 2, 3))})["twice"]
@@ -61,7 +61,7 @@ def test_an_output_is_written_to_the_callers_memory(tmp_path: Path, wrap: Callab
 
 
 def test_the_callers_memory_is_held_while_it_is_bound(tmp_path: Path) -> None:
-    with open_stand_in(tmp_path) as session:
+    with open_fake(tmp_path) as session:
         session.bind_output("twice", room())
         address = session._callers["twice"].data_ptr()
         assert session.infer({"image": at(0, torch.ones(1, 2, 3))})["twice"].data_ptr() == address
@@ -89,7 +89,7 @@ def test_memory_that_an_output_cannot_be_written_to(memory: Callable[[], Any], s
 
 
 def test_what_is_bound_stays_where_other_memory_is_refused(tmp_path: Path) -> None:
-    with open_stand_in(tmp_path) as session:
+    with open_fake(tmp_path) as session:
         memory = room()
         session.bind_output("twice", memory)
         with pytest.raises(SessionError, match="expected 36"):
@@ -104,7 +104,7 @@ def test_what_is_bound_stays_where_other_memory_is_refused(tmp_path: Path) -> No
 
 def test_a_run_needs_new_binding_after_the_memory_changed(tmp_path: Path) -> None:
     """Addresses of memory that is held no longer must not be run with."""
-    with open_stand_in(tmp_path) as session:
+    with open_fake(tmp_path) as session:
         session.bind({"image": at(0, torch.ones(1, 2, 3))})
         session.bind_output("twice", room())
         with pytest.raises(SessionError, match="nothing is bound; call bind first, also after bind_output"):
@@ -112,7 +112,7 @@ def test_a_run_needs_new_binding_after_the_memory_changed(tmp_path: Path) -> Non
 
 
 def test_an_output_is_read_without_a_copy(tmp_path: Path) -> None:
-    with open_stand_in(tmp_path) as session:
+    with open_fake(tmp_path) as session:
         session.infer({"image": image(3, 2)})
         handed = session.to_dlpack("twice")
         for read in (torch.from_dlpack(handed), np.from_dlpack(handed)):
@@ -133,7 +133,7 @@ def test_an_output_is_read_without_a_copy(tmp_path: Path) -> None:
 
 
 def test_outputs_that_are_not_there_are_told(tmp_path: Path) -> None:
-    session = open_stand_in(tmp_path)
+    session = open_fake(tmp_path)
     with pytest.raises(SessionError, match="has no outputs before its first run; call infer"):
         session.to_dlpack("twice")
     session.bind({"image": at(0, torch.ones(1, 2, 3))})
@@ -149,7 +149,7 @@ def test_outputs_that_are_not_there_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_readers_wait_for_the_run_on_the_device(tmp_path: Path, cuda_graph: bool) -> None:
+def test_targets_wait_for_the_run_on_the_device(tmp_path: Path, cuda_graph: bool) -> None:
     """The order of streams, as calls that a played device notes."""
     with play("11.4") as state:
         assert state.device is not None

@@ -18,7 +18,7 @@ import yaml
 from test_lock import tomllib
 
 import neck_export
-from export.contract.readers import find_readers
+from export.contract.targets import find_targets
 from export.contract.triton_containers import TENSORRT
 
 ROOT = Path(__file__).parent.parent
@@ -84,8 +84,8 @@ def test_commands_of_compose_parse(name: str) -> None:
     group.commands[words[0]].make_context(words[0], words[1:])
     with pytest.raises(Exception, match="No such option"):  # the control
         group.commands[words[0]].make_context(words[0], [*words[1:], "--no-such-option"])
-    if "--reader" in words:
-        assert find_readers(words[words.index("--reader") + 1])
+    if "--target" in words:
+        assert find_targets(words[words.index("--target") + 1])
 
 
 def test_every_container_is_of_one_month() -> None:

@@ -28,7 +28,7 @@ from neck.checkpoint import load_encoder
 from neck.weightfile import CheckpointError, read_state
 from neck.weights import pickles, states, torchfile
 from neck.weights.pickles import read_pickle
-from neck.weights.records import Name, PickleError, StandIn
+from neck.weights.records import Name, OpaqueObject, PickleError
 
 # -- hostile files --
 
@@ -124,12 +124,12 @@ def test_bytes_and_sets_and_subclasses() -> None:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_objects_become_stand_ins(protocol: int) -> None:
+def test_objects_become_fake(protocol: int) -> None:
     given = argparse.Namespace(rate=0.1, name="a")
     found = read_pickle(io.BytesIO(pickle.dumps({"x": given, "y": datetime.date(2026, 1, 2)}, protocol)))
     assert isinstance(found, dict)
     assert found["x"].kind == "argparse.Namespace" and found["x"].state == {"rate": 0.1, "name": "a"}
-    assert isinstance(found["y"], StandIn) and found["y"].kind == "datetime.date"
+    assert isinstance(found["y"], OpaqueObject) and found["y"].kind == "datetime.date"
 
 
 def test_keys_that_are_not_text_are_kept_apart() -> None:
@@ -257,7 +257,7 @@ def test_other_byte_order(tmp_path: Path) -> None:
         lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
         lambda: torch.empty(2, device="meta"),
     ],
-    ids=["sparse", "quantised", "meta"],
+    ids=["sparse", "quantized", "meta"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_tensors_that_are_not_plain_are_named(make: Callable[[], Tensor], tmp_path: Path) -> None:

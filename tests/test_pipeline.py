@@ -31,18 +31,18 @@ from exporting import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import export.proof.verify
+import export.verification.verify
 from export.contract.errors import ExportError
 from export.contract.manifest import ManifestError, file_entry, read_manifest, sha256
 from export.contract.signature import BatchRange, Signature, SignatureError
 from export.options import ExportOptions, check_options, load, sign
 from export.pipeline import ExportResult, RejectedError, export_onnx, verify_file, write_onnx
-from export.proof.fidelity import TOLERANCES, FidelityError, compare
-from export.proof.verify import check_memory, reference_outputs, reference_pixels, require_runtime, run_model
+from export.verification.fidelity import TOLERANCES, FidelityError, compare
+from export.verification.verify import check_memory, reference_outputs, reference_pixels, require_runtime, run_model
 from export.weights_origin import encoder_config
 from neck.checkpoint import CheckpointError
 from neck.config import EncoderConfig
-from neck.pictures import normalise
+from neck.images import normalize
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def test_positions_in_a_file(tmp_path: Path) -> None:
     poss = [f"{neck}_pos_{level}" for neck in ("sam3", "sam2") for level in range(4)]
     assert sorted(stored) == sorted(poss)
     assert {str(tensor.dtype) for tensor in stored.values()} == {"torch.float16"}
-    assert {tensor.shape[0] for tensor in stored.values()} == {1}  # the same for every picture
+    assert {tensor.shape[0] for tensor in stored.values()} == {1}  # the same for every image
     assert not [value.name for value in ir.load(output).graph.outputs if "_pos_" in str(value.name)]
     assert result.verdict is not None
     judged = [row.name for row in result.verdict.comparisons]
@@ -151,11 +151,11 @@ def test_not_verified_is_said(tmp_path: Path) -> None:
     assert read_manifest(result.manifest_path, "onnx")["verification"]["verified"] is True
 
 
-def test_a_dynamic_batch_is_verified_on_two_different_pictures(tmp_path: Path) -> None:
+def test_a_dynamic_batch_is_verified_on_two_different_images(tmp_path: Path) -> None:
     batch = BatchRange.parse("1:2:4")
     result = export_onnx(golden_options("meta-padded", tmp_path / "x.onnx", batch=batch, input_kind="uint8"))
     assert result.verdict is not None
-    assert "2 pictures" in result.verdict.method
+    assert "2 images" in result.verdict.method
     pixels = reference_pixels(Signature.from_dict(result.manifest["signature"]), None, 2)
     assert (pixels[0] != pixels[1]).mean() > 0.9
 
@@ -490,7 +490,7 @@ def test_onnx_runtime_alone_passes_a_planted_overflow(tmp_path: Path) -> None:
     pixels = reference_pixels(signature, None, 1)
     reference = reference_outputs(encoder, pixels, signature)
     write_onnx(encoder, signature, tmp_path / "x.onnx", precision="fp16")
-    outputs = run_model(ir.load(tmp_path / "x.onnx"), tmp_path, normalise(pixels).numpy())
+    outputs = run_model(ir.load(tmp_path / "x.onnx"), tmp_path, normalize(pixels).numpy())
     names = [spec.name for spec in signature.outputs]
     assert compare(reference, dict(zip(names, outputs, strict=True)), "fp16", "test").passed
 
@@ -524,7 +524,7 @@ def test_without_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     encoder = load(options).encoder
     check_memory(sign(options, encoder), encoder)
     (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:      50 kB\n")
-    monkeypatch.setattr(export.proof.verify, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(export.verification.verify, "MEMORY", tmp_path / "meminfo")
     with pytest.raises(FidelityError, match=r"at 112x112 needs 65\.5 kB for one block's attention") as caught:
         check_memory(sign(options, encoder), encoder)
     assert len(str(caught.value).splitlines()) == 2

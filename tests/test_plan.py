@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from conftest import DATA
+from engines.layers.layer_report import layers_path, read_layers
 from exporting import plant_in_trunk, save_state
 from typer.testing import CliRunner
 
@@ -21,7 +22,6 @@ from engines.builder.onnx_source import newest_onnx
 from engines.builder.options import BuildOptions
 from engines.plan import PlanOptions, make_plan
 from engines.run.verify import NO_GPU
-from engines.sheet.layer_sheet import layers_path, read_sheet
 from export.contract.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
 from export.contract.signature import BatchRange
 from export.pipeline import ExportOptions, RejectedError, export_onnx
@@ -75,8 +75,8 @@ def test_an_fp32_file_becomes_an_fp16_plan_whose_graph_is_verified(exported: Pat
     assert manifest["signature"]["dtype"] == "float16"
     assert [spec["dtype"] for spec in manifest["outputs"]] == ["float16"] * 16
     assert manifest["onnx"]["sha256"]
-    assert result.sheet is not None and result.sheet == read_sheet(result.path)
-    assert "fused attentions 4 of 4, accumulation FP32" in result.sheet.summary()
+    assert result.layers is not None and result.layers == read_layers(result.path)
+    assert "fused attentions 4 of 4, accumulation FP32" in result.layers.summary()
     assert result.path.stat().st_mode & 0o044  # a service of another user reads it
 
 
@@ -237,7 +237,7 @@ def test_no_onnx_file_to_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert newest_onnx(tmp_path).name == "new.onnx"
 
 
-def test_the_sheet_lies_beside_the_plan(exported: Path, tmp_path: Path) -> None:
+def test_the_layers_lies_beside_the_plan(exported: Path, tmp_path: Path) -> None:
     result = make_plan(plan_options(exported, tmp_path, verify=False))
     saved = json.loads(layers_path(result.path).read_text())
     assert saved["fused"] == 4

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from engines.layers.layer_report import LayerReport, layers_path
 from exporting import DATA, listing, neck_export_cli
 
 from benchmarks.bench import BenchOptions, check_options
@@ -14,7 +15,6 @@ from engines.builder.flavor import Flavor, FlavorError
 from engines.builder.onnx_graph import BuildError
 from engines.builder.onnx_source import read_source
 from engines.builder.plan_kind import is_plan, strip_header
-from engines.sheet.layer_sheet import LayerSheet, layers_path
 from export.contract.manifest import manifest_path, write_manifest
 
 PLANS = {"TensorRT": b"ftrt", "TensorRT-RTX": b"vtrt"}
@@ -61,7 +61,7 @@ def test_a_plan_under_another_suffix(command: str, kind: str, tmp_path: Path) ->
 
 
 def test_what_trt_and_bench_say_of_it(tmp_path: Path) -> None:
-    """`trt` wants the ONNX file, `bench --plan` the layer sheet of a plan of ours; both tell before any work."""
+    """`trt` wants the ONNX file, `bench --plan` the layer report of a plan of ours; both tell before any work."""
     foreign, bare = ultralytics(tmp_path / "u.engine"), tmp_path / "x.engine"
     bare.write_bytes(b"vtrt" + bytes(100))
     for path, words in (
@@ -76,9 +76,9 @@ def test_what_trt_and_bench_say_of_it(tmp_path: Path) -> None:
     bare.rename(ours)
     with pytest.raises(BuildError, match=r"x\.plan: is a plan already; name the ONNX file that it is built from"):
         read_source(ours, print)
-    with pytest.raises(BenchError, match=r"x\.plan: is not a plan with a layer sheet beside it"):
+    with pytest.raises(BenchError, match=r"x\.plan: is not a plan with a layer report beside it"):
         check_options(BenchOptions(tmp_path, plan=ours))
-    layers_path(ours).write_text(json.dumps(LayerSheet("builder log", (), 0).to_dict()))
+    layers_path(ours).write_text(json.dumps(LayerReport("builder log", (), 0).to_dict()))
     check_options(BenchOptions(tmp_path, plan=ours))  # the control
 
 

@@ -1,4 +1,4 @@
-"""A pool of contexts: who may use one, in which order, and what comes of exceptions; the engine is a stand-in.
+"""A pool of contexts: who may use one, in which order, and what comes of exceptions; the engine is a fake.
 
 NECK_POOL_SECONDS=60 makes the stress test that long; by default it ends after a fixed number of requests.
 """
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stand_in_gpu.play import play
-from test_session import Context, at, build_convolution, facts, open_stand_in, stand_in, write_plan
+from fake_gpu.play import play
+from test_session import Context, at, build_convolution, facts, fake, open_fake, write_plan
 
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.run.loaded_plan import LoadedPlan
@@ -59,8 +59,8 @@ class GuardedContext(Context):
         return done
 
 
-class GuardedFlavor(type(stand_in())):  # type: ignore[misc]
-    """A flavour whose contexts are guarded."""
+class GuardedFlavor(type(fake())):  # type: ignore[misc]
+    """A flavor whose contexts are guarded."""
 
     def create_context(self, engine: Any, made_with: Any) -> GuardedContext:
         return GuardedContext(engine)
@@ -68,7 +68,7 @@ class GuardedFlavor(type(stand_in())):  # type: ignore[misc]
 
 def sessions_of(folder: Path, count: int = CONTEXTS) -> list[Session]:
     """Sessions over one loaded plan."""
-    base = stand_in(output=torch.float32)
+    base = fake(output=torch.float32)
     plan = write_plan(folder, outputs=[facts()["inputs"][0] | {"name": "twice"}])
     flavor, manifest = check_plan(plan, GuardedFlavor(**vars(base)))
     loaded = LoadedPlan(plan, manifest, flavor, torch.device("cpu"))
@@ -302,7 +302,7 @@ def request_sum(pool: Pool) -> float:
 
 
 def test_a_session_is_no_pool(tmp_path: Path) -> None:
-    with open_stand_in(tmp_path) as session:
+    with open_fake(tmp_path) as session:
         assert isinstance(session, Session)
 
 

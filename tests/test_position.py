@@ -47,7 +47,7 @@ def test_axes_are_not_exchangeable() -> None:
     assert error(torch.cat((found[8:], found[:8])), reference(16, 5, 9)) > 0.1
 
 
-def test_every_picture_of_a_batch_has_the_same() -> None:
+def test_every_image_of_a_batch_has_the_same() -> None:
     found = PositionEmbeddingSine(8)(torch.randn(3, 2, 4, 6))
     assert found.shape == (3, 8, 4, 6)
     assert torch.equal(found[0], found[2])

@@ -20,7 +20,7 @@ from export.contract.errors import ExportError
 from export.graph.cleanup import MODULE
 from export.lowering.attention import find_attentions
 from export.lowering.precision import converted_weight, lower
-from export.proof.rounding_simulation import simulate
+from export.verification.rounding_simulation import simulate
 
 SAME = 1e-5
 """Of an output's largest value: the same FP32 sums in another order, over 4 blocks."""

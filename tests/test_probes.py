@@ -30,10 +30,10 @@ from triton_server import (
     Server,
     ask,
     decoders,
+    fake_plan,
+    fake_repository,
     free_ports,
     running,
-    stand_in_plan,
-    stand_in_repository,
     why_missing,
 )
 
@@ -57,9 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def repository(folder: Path) -> Path:
     """The repository of an ensemble and, beside it, the Kubernetes files."""
-    plan = stand_in_plan(folder)
+    plan = fake_plan(folder)
     image = "registry.example.com/encoder:1"
-    return stand_in_repository(folder, plan, ensemble=True, image=image, kubernetes=folder / "cluster")
+    return fake_repository(folder, plan, ensemble=True, image=image, kubernetes=folder / "cluster")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_an_empty_volume_is_not_ready(pod: dict[str, dict[str, Any]], tmp_path: 
 
 
 def test_a_pod_that_serves_is_ready_and_live(server: Server, pod: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    assert ready_path(pod) == "/v2/models/sam3-encoder-pictures/ready" and server.get(ready_path(pod))[0] == 200
+    assert ready_path(pod) == "/v2/models/sam3-encoder-images/ready" and server.get(ready_path(pod))[0] == 200
     ran = probe(pod, server, tmp_path)
     assert (ran.returncode, ran.stderr) == (0, "")
 
@@ -139,7 +139,7 @@ def test_the_server_and_the_clients_of_the_docs(
 ) -> None:
     """As docs/serve.md starts and asks them, but for the ports and the folder."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "picture.jpg").write_bytes(as_file(pixels()[0], "JPEG"))
+    (tmp_path / "image.jpg").write_bytes(as_file(pixels()[0], "JPEG"))
     words = next(words for words in of("docker", "run") if "tritonserver" in words)
     options = [word for word in words[words.index("tritonserver") + 1 :] if not word.startswith("--model-repository")]
     with running(repository, *options) as one:
@@ -178,7 +178,7 @@ def test_it_serves_from_a_read_only_root(repository: Path, pod: dict[str, dict[s
     }
 
     with running(repository, *arguments_of(pod), inside=inside) as one:
-        with client_of(one, model="sam3-encoder-pictures") as client:
+        with client_of(one, model="sam3-encoder-images") as client:
             assert passes(part([1, 2]), client.infer(files()[[1, 2]]))
         root = Path("/proc", str(one.process.pid), "root")
         for folder in (ROOT, repository, Path("/var/tmp")):  # the control: nothing can be written there
@@ -219,7 +219,7 @@ def test_answers_by_the_proxy_are_pytorchs(server: Server, pod: dict[str, dict[s
     with proxy(pod, server, tmp_path) as (web, grpc, _):
         with TritonClient(web, timeout_s=600) as client:
             assert passes(part([1, 2]), client.infer(images()[[1, 2]]))
-        with TritonClient(web, "sam3-encoder-pictures", timeout_s=600) as client:
+        with TritonClient(web, "sam3-encoder-images", timeout_s=600) as client:
             assert passes(part([3]), client.infer(files()[[3]]))
         with TritonClient(grpc, protocol="grpc", timeout_s=600) as client:
             assert passes(part([4]), client.infer(images()[[4]]))
@@ -231,7 +231,7 @@ def test_answers_by_the_proxy_are_pytorchs(server: Server, pod: dict[str, dict[s
 def test_the_proxy_refuses_compressed_requests_and_what_is_closed(
     server: Server, pod: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    good = b'{"inputs": [{"name": "picture", "shape": [1, 1], "datatype": "BYTES", "data": ["x"]}]}'
+    good = b'{"inputs": [{"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": ["x"]}]}'
     path = "/v2/models/sam3-encoder-preprocess/infer"
     with proxy(pod, server, tmp_path) as (web, grpc, _):
         for headers in ({}, {"Content_Encoding": "identity"}):
@@ -274,15 +274,15 @@ def test_a_dead_decoder_is_noticed(server: Server, pod: dict[str, dict[str, Any]
     """
     stop, refused = threading.Event(), []
 
-    def send_pictures() -> None:
-        with client_of(server, model="sam3-encoder-pictures") as client:
+    def send_images() -> None:
+        with client_of(server, model="sam3-encoder-images") as client:
             while not stop.is_set():
                 try:
                     client.infer(np.array(files()[:1]))
                 except ClientError as error:
                     refused.append(str(error))
 
-    threads = [threading.Thread(target=send_pictures) for _ in range(4)]
+    threads = [threading.Thread(target=send_images) for _ in range(4)]
     for thread in threads:
         thread.start()
     try:

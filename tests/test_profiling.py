@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_session import L4, build_convolution, stand_in, write_plan
+from engines.layers.layer_report import Kernel, LayerReport, Tensor
+from test_session import L4, build_convolution, fake, write_plan
 
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.run.latency import (
@@ -24,7 +25,7 @@ from engines.run.latency import (
     join_layers,
     parse_state,
     profile_lines,
-    summarise,
+    summarize,
     time_runs,
 )
 from engines.run.plan_checks import Port, SessionError
@@ -38,7 +39,6 @@ from engines.run.profiling import (
     scale_operations,
 )
 from engines.run.timing import make_input
-from engines.sheet.layer_sheet import Kernel, LayerSheet, Tensor
 
 FIXED = Port("image", torch.float32, (2, 3, 8, 8), (2, 2))
 DYNAMIC = Port("image", torch.float32, (-1, 3, 8, 8), (1, 8))
@@ -60,12 +60,12 @@ class Clock:
 
 
 def test_percentiles_are_interpolated() -> None:
-    latency = summarise([float(value) for value in range(100, -1, -1)])
+    latency = summarize([float(value) for value in range(100, -1, -1)])
     assert latency == Latency(101, 50.0, 50.0, 90.0, 95.0, 99.0, 0.0, 100.0)
-    assert summarise([1.0, 2.0]).p90_ms == pytest.approx(1.9)
-    assert summarise([1.0] * 199 + [100.0]).p99_ms == 1.0  # one outlier of 200 is beyond p99 ...
-    assert summarise([1.0] * 197 + [100.0] * 3).p99_ms == pytest.approx(100.0)  # ... three are not
-    assert summarise([3.0]) == Latency(1, *[3.0] * 7)
+    assert summarize([1.0, 2.0]).p90_ms == pytest.approx(1.9)
+    assert summarize([1.0] * 199 + [100.0]).p99_ms == 1.0  # one outlier of 200 is beyond p99 ...
+    assert summarize([1.0] * 197 + [100.0] * 3).p99_ms == pytest.approx(100.0)  # ... three are not
+    assert summarize([3.0]) == Latency(1, *[3.0] * 7)
 
 
 def test_runs_are_timed_until_there_are_enough() -> None:
@@ -110,7 +110,7 @@ def kernel(name: str, onnx: str, sides: tuple[int, ...] = (1000,)) -> Kernel:
     return Kernel(name, "gemm", "", (tensor,), (), (tensor,), (onnx,))
 
 
-SHEET = LayerSheet(
+SHEET = LayerReport(
     "builder log",
     (kernel("fc1", "trunk.blocks.0.mlp/MatMul"), kernel("_gemm_mha_v2_1", "trunk.blocks.0.attn/attention")),
     1,
@@ -236,7 +236,7 @@ def test_the_profile_for_a_screen() -> None:
         "weights 908.0 MB, scratch 250.0 MB, in and out 68.2 MB; loading took 1,300.0 MB",
         "100.0 TFLOP/s (8192^3 fp16 product), 250 GB/s (copy)",
         "at the median of 39.000 ms: 50% of the product rate, 50% of the copy rate",
-        "3 layers, 4.000 ms with the profiler attached; the layer sheet names 2 of them",
+        "3 layers, 4.000 ms with the profiler attached; the layer report names 2 of them",
         "2.2500  56.2%       0  attention       trunk.blocks.0.attn",
         "1.0000  25.0%       ?  ?               reformat",
     ):
@@ -263,9 +263,9 @@ def test_what_is_not_known_is_said() -> None:
 
 def test_a_plan_that_cannot_run_here_gets_no_figures(tmp_path: Path) -> None:
     with pytest.raises(SessionError, match="no NVIDIA GPU"):
-        profile_plan(write_plan(tmp_path), flavor=stand_in(gpu=None))
+        profile_plan(write_plan(tmp_path), flavor=fake(gpu=None))
     with pytest.raises(SessionError, match="No such file"):
-        profile_plan(tmp_path / "none.plan", flavor=stand_in(gpu=L4))
+        profile_plan(tmp_path / "none.plan", flavor=fake(gpu=L4))
 
 
 @pytest.mark.gpu

@@ -18,12 +18,12 @@ import pytest
 from conftest import load_golden
 from exporting import STEP_LINE
 from listening import listening
-from test_quantise_choice import figures, of_layers
+from test_quantize_choice import figures, of_layers
 
 import export.contract.manifest
 from export.contract.manifest import sha256
-from export.quantising.calibration import calibrate
-from export.quantising.choice import Record, measure_products
+from export.quantization.calibration import calibrate
+from export.quantization.choice import Record, measure_products
 from neck.progress import LOG, Count, count, counted, step
 from neck.progress_display import PlainLines, shown
 
@@ -31,11 +31,11 @@ ENDS_S = 60
 """A guard: a line that has to come comes within milliseconds."""
 
 
-def calibration(pictures: int) -> None:
+def calibration(images: int) -> None:
     """A calibration on noise."""
     encoder = load_golden("meta-dual").encoder
     encoder.set_imgsz((112, 112))
-    calibrate(encoder, np.random.default_rng(0).integers(0, 256, (pictures, 112, 112, 3), np.uint8))
+    calibrate(encoder, np.random.default_rng(0).integers(0, 256, (images, 112, 112, 3), np.uint8))
 
 
 def hash_of_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -57,10 +57,8 @@ def test_calibration_products_and_bytes_are_counted(tmp_path: Path, monkeypatch:
         heard = len(found)
         sha256(tmp_path / "x.onnx.data")
     assert len(found) == heard  # the control: a small file is read in no time
-    pictures, products, hashed = (
-        [one for one in found if one.unit == unit] for unit in ("pictures", "products", "bytes")
-    )
-    assert [(one.done, one.total) for one in pictures] == [(done, 3) for done in range(4)]
+    images, products, hashed = ([one for one in found if one.unit == unit] for unit in ("images", "products", "bytes"))
+    assert [(one.done, one.total) for one in images] == [(done, 3) for done in range(4)]
     assert [(one.done, one.total) for one in products] == [(done, 16) for done in range(17)]
     assert {one.total for one in hashed} == {size} and hashed[-1].done == size and len(hashed) >= 4
 
@@ -83,13 +81,13 @@ def lines_of(work: Callable[[], object], every_s: float) -> list[str]:
 
 
 def test_without_a_terminal_a_calibration_writes_lines() -> None:
-    """Where a picture takes longer than the time between two lines, each is told; else the first and the last."""
+    """Where an image takes longer than the time between two lines, each is told; else the first and the last."""
 
     def work() -> None:
         step("trace")
         calibration(3)
 
-    told = [f"calibration: {done} of 3 pictures" for done in range(4)]
+    told = [f"calibration: {done} of 3 images" for done in range(4)]
     slow = [line for line in lines_of(work, 0.0) if "running" not in line]
     assert slow == ["trace", *told]
     assert lines_of(work, 1e9) == ["trace", told[0], told[3]]
@@ -107,11 +105,11 @@ def test_a_step_that_tells_nothing_is_told_again() -> None:
     handler = PlainLines(stream, 0.01)
     handler.handle(logging.makeLogRecord({"msg": "verify"}))
     until("verify (running for")
-    handler.handle(logging.makeLogRecord({"msg": "x", "count": Count("calibration", 5, 16, "pictures")}))
-    until("5 of 16 pictures (running for")
+    handler.handle(logging.makeLogRecord({"msg": "x", "count": Count("calibration", 5, 16, "images")}))
+    until("5 of 16 images (running for")
     handler.close()
     assert "verify (running for 0 s)" in stream.getvalue()
-    assert "calibration: 5 of 16 pictures (running for 0 s)" in stream.getvalue()
+    assert "calibration: 5 of 16 images (running for 0 s)" in stream.getvalue()
     heard = stream.getvalue()
     time.sleep(0.05)
     assert stream.getvalue() == heard  # it ends with its handler
@@ -124,8 +122,8 @@ def on_a_terminal(work: Callable[[], object]) -> str:
     with os.fdopen(slave, "w") as terminal, shown(terminal):
         work()
     text = ""
-    with os.fdopen(master, "rb", buffering=0) as reader, contextlib.suppress(OSError):  # its end is EIO
-        while piece := reader.read(1 << 16):
+    with os.fdopen(master, "rb", buffering=0) as target, contextlib.suppress(OSError):  # its end is EIO
+        while piece := target.read(1 << 16):
             text += piece.decode()
     return text
 
@@ -133,19 +131,19 @@ def on_a_terminal(work: Callable[[], object]) -> str:
 def test_on_a_terminal_there_are_bars() -> None:
     def work() -> None:
         step("step one")
-        for _ in counted("abc", "calibration", 3, "pictures"):
+        for _ in counted("abc", "calibration", 3, "images"):
             pass
         count("hash of x.onnx.data", 1 << 30, 1 << 31, "bytes")
 
     text = on_a_terminal(work)
-    assert "step one" in text and "calibration: 3 of 3 pictures" in text and "━" in text
+    assert "step one" in text and "calibration: 3 of 3 images" in text and "━" in text
     assert "hash of x.onnx.data: 1,074 of 2,147 MB" in text
     assert not re.search(STEP_LINE, text)
 
 
 def test_nobody_listens(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """In another program, which imports a stage."""
-    work: Any = lambda: [step("trace"), *counted("abc", "calibration", 3, "pictures")]  # noqa: E731
+    work: Any = lambda: [step("trace"), *counted("abc", "calibration", 3, "images")]  # noqa: E731
     work()
     assert capfd.readouterr() == ("", "")
     with shown(sys.stderr):  # the control

@@ -26,13 +26,13 @@ from export.contract.errors import ExportError
 from export.contract.manifest import FORMAT, manifest_path, read_manifest
 from export.options import ExportOptions
 from export.pipeline import RejectedError, export_onnx
-from export.proof.rounding_simulation import is_low_precision, simulate
-from export.proof.verify import reference_pixels, run_model
-from export.quantising.ranges import unpack_move
-from export.quantising.rates import PUBLISHED
+from export.quantization.ranges import unpack_move
+from export.quantization.rates import PUBLISHED
+from export.verification.rounding_simulation import is_low_precision, simulate
+from export.verification.verify import reference_pixels, run_model
 from neck.checkpoint import random_encoder
 from neck.config import EncoderConfig
-from neck.pictures import normalise
+from neck.images import normalize
 
 SEED, EXPORTS, SHARES = 26, 30, 3
 
@@ -43,11 +43,11 @@ NOT_IN_THE_FILE = {
     r"encoder\.rope_theta": "a head of 4 channels turns with one frequency, which is 1; checked where it has more",
     r"encoder\.scale_factors\[\d\]": "of levels that are not exported",
     r"signature\.level_sizes\[\d\]\[\d\]": "of levels that are not exported",
-    r"quantisation\.budget": "an option",
-    r"quantisation\.pictures": "of the calibration",
-    r"quantisation\.products\..*\.(largest|clipped|error|share)": "of the calibration; that they agree is checked",
-    r"quantisation\.curve\[\d+\]\.(expected_error|error)": "of trials",
-    r"quantisation\.curve\[\d+\]\.(share|expected_ms)": "of sets that the file does not have",
+    r"quantization\.budget": "an option",
+    r"quantization\.images": "of the calibration",
+    r"quantization\.products\..*\.(largest|clipped|error|share)": "of the calibration; that they agree is checked",
+    r"quantization\.curve\[\d+\]\.(expected_error|error)": "of trials",
+    r"quantization\.curve\[\d+\]\.(share|expected_ms)": "of sets that the file does not have",
 }
 """Numbers that no file tells; every other must be counted."""
 
@@ -175,7 +175,7 @@ def of_verdict(file: File, manifest: Mapping[str, Any], case: Case) -> dict[str,
     config = EncoderConfig.from_dict(manifest["encoder"])
     signature = export.pipeline.manifest_signature(file.path, manifest)
     pixels = reference_pixels(signature, None, 2 if signature.batch.dynamic else 1)
-    image = pixels if signature.input == "uint8" else normalise(pixels).numpy()
+    image = pixels if signature.input == "uint8" else normalize(pixels).numpy()
     model = ir.load(file.path)
     if is_low_precision(model):
         simulate(model)
@@ -202,12 +202,12 @@ def of_verdict(file: File, manifest: Mapping[str, Any], case: Case) -> dict[str,
 
 def of_products(file: File, manifest: Mapping[str, Any]) -> dict[str, float]:
     """The quantized products: their number, scales and moves in the graph, and the operations of each set."""
-    facts = manifest.get("quantisation")
+    facts = manifest.get("quantization")
     if not facts:
         return {}
     leaves = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     every = [f"trunk.blocks.{index}.{leaf}" for index in range(manifest["encoder"]["depth"]) for leaf in leaves]
-    found: dict[str, float] = {"quantisation.of": len([name for name in every if file.product(name)])}
+    found: dict[str, float] = {"quantization.of": len([name for name in every if file.product(name)])}
     makers = {output: node for node in file.nodes for output in node.output}
     quantized = []
     for name in every:
@@ -216,7 +216,7 @@ def of_products(file: File, manifest: Mapping[str, Any]) -> dict[str, float]:
             quantized.append(name)
             scale = float(file.constants[reads[0].input[1]])  # type: ignore[union-attr]
             one = facts["products"][name]
-            found[f"quantisation.products.{name}.scale"] = scale
+            found[f"quantization.products.{name}.scale"] = scale
             end = scale * CODES[facts["kind"]]
             assert (one["clipped"] == 0) == (end >= one["largest"] * (1 - 1e-6)) or one["method"] != "largest"
             assert 0 <= one["clipped"] < 1 and (one["move"] is None) == (one["share"] == 0)
@@ -233,10 +233,10 @@ def of_products(file: File, manifest: Mapping[str, Any]) -> dict[str, float]:
             if counts[-1] == len(quantized):  # all of those that may be: their operations are the whole
                 whole = sum(operations[name] for name in quantized)
                 rates = [PUBLISHED[facts["kind"]], PUBLISHED["fp16"]]
-                found[f"quantisation.curve[{place}].share"] = chosen / whole
+                found[f"quantization.curve[{place}].share"] = chosen / whole
                 seconds = 2 * tokens * (chosen / rates[0] + (whole - chosen) / rates[1])
-                found[f"quantisation.curve[{place}].expected_ms"] = 1e3 * seconds
-        found[f"quantisation.curve[{place}].products"] = row["products"]
+                found[f"quantization.curve[{place}].expected_ms"] = 1e3 * seconds
+        found[f"quantization.curve[{place}].products"] = row["products"]
     return found
 
 
@@ -334,14 +334,14 @@ def test_every_number_of_a_manifest_is_that_of_the_file(
 def test_a_number_that_is_not_the_files_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: each number of a manifest that the file tells, changed by itself, is found."""
     monkeypatch.setattr(export.pipeline, "trace", quick_trace)
-    file, manifest, case = next(one for one in exports(tmp_path, 0) if one[1].get("quantisation"))
+    file, manifest, case = next(one for one in exports(tmp_path, 0) if one[1].get("quantization"))
     assert not wrong_numbers(file, manifest, case)
     text = json.dumps(manifest)
     changed = {
         "opset": lambda content: content.update(opset=content["opset"] + 1),
         "graph.operators.Add": lambda content: content["graph"]["operators"].update(Add=1),
         "files[0].bytes": lambda content: content["files"][0].update(bytes=1),
-        "quantisation.of": lambda content: content["quantisation"].update(of=7),
+        "quantization.of": lambda content: content["quantization"].update(of=7),
         "verification.outputs[0].relative_l2": lambda content: content["verification"]["outputs"][0].update(
             relative_l2=0.5
         ),

@@ -1,4 +1,4 @@
-"""reference.safetensors: the pictures and PyTorch's outputs, which a service compares its own with."""
+"""reference.safetensors: the images and PyTorch's outputs, which a service compares its own with."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from engines.run.verify import verify_plan_file
 from export.contract.manifest import manifest_path, read_manifest, write_manifest
 from export.contract.signature import BatchRange
 from export.pipeline import RejectedError, export_onnx
-from export.proof.fidelity import FidelityError, compare
-from export.proof.reference import check_reference, write_reference
-from neck.pictures import normalise
+from export.verification.fidelity import FidelityError, compare
+from export.verification.reference import check_reference, write_reference
+from neck.images import normalize
 
 
 def load(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -41,7 +41,7 @@ def test_verify_saves_what_it_compared_with(tmp_path: Path, monkeypatch: pytest.
     assert pixels.dtype == np.uint8
     assert pixels.shape[0] == 2
     assert len(expected) == 16
-    found = {name: value.numpy() for name, value in run_onnx(output, normalise(pixels)).items()}
+    found = {name: value.numpy() for name, value in run_onnx(output, normalize(pixels)).items()}
     assert compare(expected, found, "fp32", "x").passed
     assert not compare(expected, {name: value[::-1] for name, value in found.items()}, "fp32", "x").passed
     assert list(saved.parent.iterdir()) == [saved]
@@ -83,7 +83,7 @@ def test_a_plan_is_verified_again_and_its_manifest_says_so(
     assert read_manifest(manifest_path(plan), "plan")["verification"] == verdict.to_dict()
     pixels, expected = load(saved)
     with torch.no_grad():
-        features = shared_encoder(CONFIG)(normalise(pixels))[0]
+        features = shared_encoder(CONFIG)(normalize(pixels))[0]
     assert np.allclose(expected["sam3_feat_2"], features[2].numpy(), atol=1e-5)
 
     with pytest.raises(RejectedError):

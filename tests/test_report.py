@@ -52,7 +52,7 @@ from benchmarks.report.markdown import escaped, markdown_page
 from benchmarks.report.report_files import check_folder, write_report
 from benchmarks.report.svg import TEXT, WIDTH_OF_EM, Scale, free_place, linear_ticks, log_ticks
 from benchmarks.report.tables import missing_table
-from benchmarks.results.feature_pictures import NOT_FINITE, feature_pictures
+from benchmarks.results.feature_images import NOT_FINITE, feature_images
 from benchmarks.results.result_files import Result, merge_results, read_result
 
 HOSTILE = '<script>alert("x")</script> & | `a` "quoted"\n\x1b[31m'
@@ -407,9 +407,9 @@ def test_every_anchor_has_its_target_and_every_id_is_its_own() -> None:
     tags = Tags(html_page(merged))
     ids = [attributes["id"] for _, attributes in tags.seen if "id" in attributes]
     assert len(set(ids)) == len(ids)
-    targets = [value[1:] for _, attributes in tags.seen if (value := attributes.get("href") or "").startswith("#")]
-    targets += [value for _, attributes in tags.seen if (value := attributes.get("aria-labelledby"))]
-    assert targets and set(targets) <= set(ids)
+    capabilities = [value[1:] for _, attributes in tags.seen if (value := attributes.get("href") or "").startswith("#")]
+    capabilities += [value for _, attributes in tags.seen if (value := attributes.get("aria-labeledby"))]
+    assert capabilities and set(capabilities) <= set(ids)
 
 
 def test_every_row_every_reason_and_every_output_is_on_both_pages() -> None:
@@ -432,7 +432,7 @@ def test_hostile_text_is_shown_and_not_run() -> None:
         row["reason"] = row["reason"] and HOSTILE
     result["machines"][0]["name"] = result["command"] = result["encoder"]["checkpoint"] = HOSTILE
     result["machines"][0]["environment"]["versions"]["torch"] = HOSTILE
-    result["features"]["picture"] = result["kernels"][0]["name"] = HOSTILE
+    result["features"]["image"] = result["kernels"][0]["name"] = HOSTILE
     page = html_page(result)
     tags = Tags(page)
     assert tags.open == [] and not [tag for tag, _ in tags.seen if tag == "script"]
@@ -477,8 +477,8 @@ def test_what_the_export_costs_is_shown_where_it_was_measured() -> None:
 def test_verdicts_of_masks_are_shown_where_they_were_asked_for() -> None:
     result = synthetic_result()
     assert ">Masks<" not in html_page(result)
-    found = {"passed": True, "gate": 0.99, "pictures": 2, "objects": 41, "lost": 0, "found": 0, "mean_iou": 0.99873}
-    found |= {"worst_iou": 0.9713, "worst_picture": "cup|.png", "method": "Sam3Model of transformers on cpu"}
+    found = {"passed": True, "gate": 0.99, "images": 2, "objects": 41, "lost": 0, "found": 0, "mean_iou": 0.99873}
+    found |= {"worst_iou": 0.9713, "worst_image": "cup|.png", "method": "Sam3Model of transformers on cpu"}
     files = [("fp16.onnx", "fp16", {}), ("int8.plan", "int8", {"passed": False, "lost": 3})]
     result["masks"] = [{"file": name, "precision": precision, **found, **more} for name, precision, more in files]
     other = synthetic_result(1)
@@ -563,29 +563,29 @@ def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.M
     assert len(os.listdir(tmp_path)) == 3
 
 
-# feature pictures
+# feature images
 
 
 def pixels(png: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))))
 
 
-def test_equal_features_give_equal_pictures_and_a_black_difference() -> None:
+def test_equal_features_give_equal_images_and_a_black_difference() -> None:
     features = synthetic_features(np.random.default_rng(0))
-    found = feature_pictures(features, features, "noise", "eager-fp32")
+    found = feature_images(features, features, "noise", "eager-fp32")
     assert [level["name"] for level in found["levels"]] == sorted(features)
     for level in found["levels"]:
         assert level["reference_png"] == level["candidate_png"]
         assert pixels(level["difference_png"]).max() == 0
         assert level["largest_difference"] == 0 and level["factor"] == 1
-        assert np.ptp(pixels(level["reference_png"]).reshape(-1, 3), axis=0).min() > 200  # all three colours are used
+        assert np.ptp(pixels(level["reference_png"]).reshape(-1, 3), axis=0).min() > 200  # all three colors are used
 
 
 def test_a_difference_is_seen_where_it_is_and_amplified_as_stated() -> None:
     reference = synthetic_features(np.random.default_rng(0), levels=1)
     candidate = {name: array.copy() for name, array in reference.items()}
     candidate["sam3_feat_0"][0, :, 10:30, 20:40] += 0.01
-    (level,) = feature_pictures(reference, candidate, "noise", "x")["levels"]
+    (level,) = feature_images(reference, candidate, "noise", "x")["levels"]
     shown = pixels(level["difference_png"])
     assert level["largest_difference"] == pytest.approx(0.01, rel=1e-3)
     scale = np.linalg.norm(reference["sam3_feat_0"][0], axis=0).mean()
@@ -601,7 +601,7 @@ def test_values_that_are_not_finite_are_marked() -> None:
     reference = synthetic_features(np.random.default_rng(0), levels=1)
     candidate = {"sam3_feat_0": reference["sam3_feat_0"].copy()}
     candidate["sam3_feat_0"][0, 3, 5, 7] = np.inf
-    (level,) = feature_pictures(reference, candidate, "noise", "x")["levels"]
+    (level,) = feature_images(reference, candidate, "noise", "x")["levels"]
     for name in ("candidate_png", "difference_png"):
         shown = pixels(level[name])
         assert tuple(shown[5, 7]) == NOT_FINITE and (shown.reshape(-1, 3) == NOT_FINITE).all(axis=1).sum() == 1
@@ -610,18 +610,18 @@ def test_values_that_are_not_finite_are_marked() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 400, 300), (1, 2, 5, 9), (2, 1, 4, 4)])
-def test_pictures_of_any_shape(shape: tuple[int, ...]) -> None:
+def test_images_of_any_shape(shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(0).normal(size=shape).astype(np.float16)
-    (level,) = feature_pictures({"sam3_feat_0": array}, {"sam3_feat_0": array}, "noise", "x")["levels"]
+    (level,) = feature_images({"sam3_feat_0": array}, {"sam3_feat_0": array}, "noise", "x")["levels"]
     height, width, _ = pixels(level["reference_png"]).shape
     assert max(height, width) <= 288 and width / height == pytest.approx(shape[3] / shape[2], rel=0.01)
 
 
 def test_constant_features_are_drawn() -> None:
     array = np.full((1, 4, 6, 6), 2.0, np.float32)
-    (level,) = feature_pictures({"sam3_feat_0": array}, {"sam3_feat_0": array * 1.5}, "noise", "x")["levels"]
+    (level,) = feature_images({"sam3_feat_0": array}, {"sam3_feat_0": array * 1.5}, "noise", "x")["levels"]
     assert level["largest_difference"] == 1.0
-    (level,) = feature_pictures({"sam3_feat_0": array * 0}, {"sam3_feat_0": array * 0}, "noise", "x")["levels"]
+    (level,) = feature_images({"sam3_feat_0": array * 0}, {"sam3_feat_0": array * 0}, "noise", "x")["levels"]
     assert level["largest_difference"] == 0.0
 
 
@@ -642,4 +642,4 @@ def test_features_that_cannot_be_drawn_are_refused(
     reference: dict[str, np.ndarray], candidate: dict[str, np.ndarray], message: str
 ) -> None:
     with pytest.raises(BenchError, match=message):
-        feature_pictures(reference, candidate, "noise", "x")
+        feature_images(reference, candidate, "noise", "x")

@@ -21,7 +21,7 @@ from export.graph.rewrite import Rewrites
 from export.graph.trace import trace
 from export.lowering.precision import Precision, Residual, lower
 from export.pipeline import RejectedError, export_onnx
-from export.proof.verify import make_reference, verify_onnx
+from export.verification.verify import make_reference, verify_onnx
 from neck.checkpoint import random_encoder
 from neck.config import EncoderConfig
 from neck.necks import Sam3DualViTDetNeck
@@ -199,14 +199,14 @@ def test_kernels_and_bytes_at_full_size(tmp_path: Path) -> None:
     config = EncoderConfig()
     encoder, signature = random_encoder(config), encoder_signature(config, positions="none")
     model = trace(DeployEncoder(encoder, signature, Rewrites()))
-    path, sheets = tmp_path / "x.onnx", {}
+    path, layer_reports = tmp_path / "x.onnx", {}
     for residual in ("fp16", "fp32"):
         copy = model.clone()
         lower(copy, "fp16", residual=residual)  # type: ignore[arg-type]
         ir.save(copy, path, external_data="x.onnx.data")
-        sheet = build_plan(path, tmp_path / "x.plan", BuildOptions(precision="fp16")).sheet
-        assert sheet is not None and sheet.bytes_moved is not None and sheet.accumulation == ("fp32", "fp32")
-        sheets[residual] = (len(sheet.kernels), len(sheet.fused), sheet.bytes_moved)
-        print(residual, sheets[residual], flush=True)
-    assert sheets["fp32"][:2] == sheets["fp16"][:2]
-    assert sheets["fp32"][2] <= 1.16 * sheets["fp16"][2]
+        layers = build_plan(path, tmp_path / "x.plan", BuildOptions(precision="fp16")).layers
+        assert layers is not None and layers.bytes_moved is not None and layers.accumulation == ("fp32", "fp32")
+        layer_reports[residual] = (len(layers.kernels), len(layers.fused), layers.bytes_moved)
+        print(residual, layer_reports[residual], flush=True)
+    assert layer_reports["fp32"][:2] == layer_reports["fp16"][:2]
+    assert layer_reports["fp32"][2] <= 1.16 * layer_reports["fp16"][2]

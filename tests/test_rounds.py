@@ -13,8 +13,8 @@ import pytest
 from conftest import tiny_config
 
 import benchmarks.measure.rounds
-from benchmarks.measure.backends import REFERENCE, Device, Job, backends_for
-from benchmarks.measure.point import Pace, Point
+from benchmarks.measure.backends import REFERENCE, Device, RunRequest, backends_for
+from benchmarks.measure.measure_point import MeasurePoint, Schedule
 from benchmarks.measure.rounds import Rounds
 from benchmarks.measure.samples import Samples
 from benchmarks.measure.worker_process import WorkerError
@@ -69,10 +69,10 @@ class FakeWorker:
         self.history.append(f"-{self.name}")
 
 
-def point_at(pace: Pace) -> Point:
+def point_at(schedule: Schedule) -> MeasurePoint:
     """The tiny encoder's own size."""
     config = tiny_config()
-    return Point("p", None, config, encoder_signature(config), pace)
+    return MeasurePoint("p", None, config, encoder_signature(config), schedule)
 
 
 def fake_point(
@@ -83,7 +83,7 @@ def fake_point(
     machine: int = 25,
     timeout_s: float = 5.0,
     device: Device = "cpu",
-    **pace: float,
+    **schedule: float,
 ) -> Samples:
     """Three backends that take 10 GB each on a machine of so many; their clock begins at 0 and `ends` is its time."""
     FakeWorker.loaded, FakeWorker.history, FakeWorker.clock, FakeWorker.timeouts = [], [], 0.0, []
@@ -95,9 +95,9 @@ def fake_point(
     samples = Samples(folder / "samples.jsonl", "key")
     names = [REFERENCE, "b", "c"]
     backend = backends_for(device)[0]
-    point = point_at(Pace(rounds=2, runs=1, warm_up=1, warm_up_s=0.0, timeout_s=timeout_s, ends=ends, **pace))
+    point = point_at(Schedule(rounds=2, runs=1, warm_up=1, warm_up_s=0.0, timeout_s=timeout_s, ends=ends, **schedule))
     encoder = (BenchOptions(folder), point.config, point.signature)
-    jobs = {name: Job(dataclasses.replace(backend, id=name), *encoder, folder / "image.npy") for name in names}
+    jobs = {name: RunRequest(dataclasses.replace(backend, id=name), *encoder, folder / "image.npy") for name in names}
     keep: Callable[[str], bool] = lambda name: True  # noqa: E731
     with samples:
         Rounds(point, folder / "p", jobs, dict.fromkeys(names, needed), samples, print, keep).measure()
@@ -179,7 +179,7 @@ def in_time(folder: Path, ends: float, monkeypatch: pytest.MonkeyPatch, timeout_
 def row_of(samples: Samples, name: str) -> dict[str, Any]:
     """A backend's row at the point."""
     backend = dataclasses.replace(backends_for("cpu")[0], id=name)
-    return make_row(backend, point_at(Pace(2, 1, 1, 0.0, 1.0, 0.0)), samples, RATES)
+    return make_row(backend, point_at(Schedule(2, 1, 1, 0.0, 1.0, 0.0)), samples, RATES)
 
 
 def test_backends_that_are_not_begun_in_time_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stand_in_gpu.device import Device
-from stand_in_gpu.play import play
-from stand_in_gpu.state import State
+from fake_gpu.device import Device
+from fake_gpu.play import play
+from fake_gpu.state import State
 from test_session import build_convolution
 
 from engines.builder.flavor import Flavor, choose_flavor

@@ -27,21 +27,21 @@ from serving import (
     expected,
     files,
     images,
+    images_of,
     part,
     passes,
-    pictures_of,
     pixels,
     reference,
     still_right,
 )
-from triton_server import ROOT, Server, ask, running, stand_in_plan, stand_in_repository, why_missing
+from triton_server import ROOT, Server, ask, fake_plan, fake_repository, running, why_missing
 
 from engines.builder.gpu import find_gpu
 from engines.service.triton_client.__main__ import main
 from engines.service.triton_client.errors import ClientError
 from export.contract.signature import BatchRange
-from export.proof.fidelity import compare
-from neck.pictures import load_pictures, normalise
+from export.verification.fidelity import compare
+from neck.images import load_images, normalize
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 
@@ -53,19 +53,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan(folder: Path) -> Path:
-    """The stand-in plan of meta-dual: float input, batch 1:4:8; its ONNX file lies beside it."""
-    return stand_in_plan(folder)
+    """The fake plan of meta-dual: float input, batch 1:4:8; its ONNX file lies beside it."""
+    return fake_plan(folder)
 
 
 @pytest.fixture(scope="module")
 def server(folder: Path, plan: Path) -> Iterator[Server]:
     """Serves the plan, its ONNX file, a uint8 plan, and an FP16 plan with a fixed batch of 2."""
-    stand_in_repository(folder, plan, ensemble=True)
-    stand_in_repository(folder, plan.with_suffix(".onnx"), name="onnx-encoder")
-    raw = stand_in_plan(folder, "raw", input_kind="uint8")
-    stand_in_repository(folder, raw, name="raw-encoder", ensemble=True)
-    pair = stand_in_plan(folder, "pair", batch=BatchRange(2, 2, 2), precision="fp16", necks="sam3", positions="none")
-    with running(stand_in_repository(folder, pair, name="pair-encoder")) as one:
+    fake_repository(folder, plan, ensemble=True)
+    fake_repository(folder, plan.with_suffix(".onnx"), name="onnx-encoder")
+    raw = fake_plan(folder, "raw", input_kind="uint8")
+    fake_repository(folder, raw, name="raw-encoder", ensemble=True)
+    pair = fake_plan(folder, "pair", batch=BatchRange(2, 2, 2), precision="fp16", necks="sam3", positions="none")
+    with running(fake_repository(folder, pair, name="pair-encoder")) as one:
         yield one
 
 
@@ -80,7 +80,7 @@ def test_answers_are_pytorchs(server: Server, protocol: str, memory: Any, batch:
         for indices in (wanted, others, wanted):  # the same regions of memory with other content
             found = client.infer(images()[indices])
             assert passes(part(indices), found)
-    assert not passes(part(others), found)  # the control: other pictures have other features
+    assert not passes(part(others), found)  # the control: other images have other features
 
 
 def test_shared_memory_is_given_back(server: Server) -> None:
@@ -132,7 +132,7 @@ def test_what_a_killed_client_left_is_removed_by_the_next(server: Server, protoc
 def test_a_client_goes_on_after_its_server_was_started_again(folder: Path, plan: Path, protocol: str) -> None:
     """The new server knows none of the client's regions, and answers 404 until they are registered again."""
     (folder / protocol).mkdir()
-    repository = stand_in_repository(folder / protocol, plan)
+    repository = fake_repository(folder / protocol, plan)
     with running(repository) as first:
         memory, plain = client_of(first, protocol, memory="system"), client_of(first, protocol)
         clients = (memory, plain)
@@ -167,7 +167,7 @@ def test_a_fixed_batch_in_fp16(server: Server, tmp_path: Path) -> None:
             assert {value.dtype for value in found.values()} == {np.dtype(np.float16)}
             assert sorted(found) == sorted(wanted) and compare(wanted, found, "fp16", "test").passed
             assert not compare(wanted, client.features(paths[::-1]), "fp16", "test").passed
-            with pytest.raises(ClientError, match="3 pictures: pair-encoder takes exactly 2 at once"):
+            with pytest.raises(ClientError, match="3 images: pair-encoder takes exactly 2 at once"):
                 client.features(paths[:3])
             with pytest.raises(ClientError, match=r"unexpected shape.*Expected \[2,3,112,112\], got \[1,"):
                 client.infer(images()[:1])
@@ -175,7 +175,7 @@ def test_a_fixed_batch_in_fp16(server: Server, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_the_command(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], protocol: str) -> None:
-    """More pictures than one batch holds, some of the outputs, saved."""
+    """More images than one batch holds, some of the outputs, saved."""
     paths = [tmp_path / f"{index:02}.png" for index in range(11)]
     for path, one in zip(paths, pixels(), strict=False):
         path.write_bytes(as_file(one))
@@ -196,9 +196,9 @@ def test_the_command(server: Server, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert len(told.splitlines()) == 1
 
 
-def test_picture_files_have_no_place_in_shared_memory(server: Server) -> None:
+def test_image_files_have_no_place_in_shared_memory(server: Server) -> None:
     refused = pytest.raises(ClientError, match="no fixed size for shared memory")
-    with client_of(server, model="sam3-encoder-pictures", memory="system") as client, refused:
+    with client_of(server, model="sam3-encoder-images", memory="system") as client, refused:
         client.infer(files()[:1])
 
 
@@ -213,7 +213,7 @@ def test_cuda_shared_memory_without_its_library(server: Server) -> None:
 
 @pytest.mark.gpu
 def test_answers_through_cuda_shared_memory(server: Server) -> None:
-    """The stand-in copies to the CPU and back; the memory, its handles and their way are the real ones."""
+    """The fake copies to the CPU and back; the memory, its handles and their way are the real ones."""
     if find_gpu() is None or not importlib.util.find_spec("cuda"):
         pytest.skip("needs an NVIDIA GPU with its driver, and tritonclient[cuda]")
     with client_of(server, memory="cuda") as client:
@@ -223,7 +223,7 @@ def test_answers_through_cuda_shared_memory(server: Server) -> None:
 
 def test_a_server_that_dies(folder: Path, plan: Path) -> None:
     """The next request is an error in words, and no shared memory is left."""
-    stand_in_repository(folder / "other", plan)
+    fake_repository(folder / "other", plan)
     with running(folder / "other" / "model_repository") as other:
         client = client_of(other, memory="system")
         before = set(Path("/dev/shm").glob("neck-*"))
@@ -239,36 +239,36 @@ def test_a_server_that_dies(folder: Path, plan: Path) -> None:
     assert not any(path.exists() for path in held)
 
 
-@pytest.mark.parametrize("model", ["sam3-encoder-pictures", "raw-encoder-pictures"])
+@pytest.mark.parametrize("model", ["sam3-encoder-images", "raw-encoder-images"])
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_the_ensemble_takes_picture_files(server: Server, tmp_path: Path, model: str, protocol: str) -> None:
-    """JPEG and PNG of the encoder's size, so that no resize stands between them and neck.pictures."""
+def test_the_ensemble_takes_image_files(server: Server, tmp_path: Path, model: str, protocol: str) -> None:
+    """JPEG and PNG of the encoder's size, so that no resize stands between them and neck.images."""
     paths = []
     for index, kind in enumerate(["JPEG", "PNG", "JPEG"]):
         paths.append(tmp_path / f"{index}.{kind.lower()}")
         paths[-1].write_bytes(as_file(pixels()[index], kind))
-    wanted = reference(normalise(load_pictures(paths, (112, 112))).numpy())
+    wanted = reference(normalize(load_images(paths, (112, 112))).numpy())
     with client_of(server, protocol, model=model) as client:
         found = client.features(paths)
         assert passes(wanted, found)
         assert not passes(wanted, client.features([paths[1], paths[0], paths[2]]))
 
 
-def test_the_ensemble_resizes_as_neck_pictures_does(server: Server, tmp_path: Path) -> None:
+def test_the_ensemble_resizes_as_neck_images_does(server: Server, tmp_path: Path) -> None:
     """Its Pillow differs from torch by a level in 1 of 100 to 1000 values: FP16's tolerance, not FP32's."""
     path = tmp_path / "large.png"
-    path.write_bytes(as_file(pictures_of(7, 1, 301)[0]))
-    wanted = reference(normalise(load_pictures([path], (112, 112))).numpy())
-    with client_of(server, model="sam3-encoder-pictures") as client:
+    path.write_bytes(as_file(images_of(7, 1, 301)[0]))
+    wanted = reference(normalize(load_images([path], (112, 112))).numpy())
+    with client_of(server, model="sam3-encoder-images") as client:
         found = client.features([path])
     assert compare(wanted, found, "fp16", "test").passed
     assert not compare(part([0]), found, "fp16", "test").passed
 
 
-def test_a_bad_picture_is_told_and_spoils_no_other(server: Server) -> None:
-    with client_of(server, model="sam3-encoder-pictures") as client:
-        for data in (b"", b"no picture", as_file(pixels()[0])[:200]):
-            with pytest.raises(ClientError, match=r"refuses.*picture 2 of 2"):
+def test_a_bad_image_is_told_and_spoils_no_other(server: Server) -> None:
+    with client_of(server, model="sam3-encoder-images") as client:
+        for data in (b"", b"no image", as_file(pixels()[0])[:200]):
+            with pytest.raises(ClientError, match=r"refuses.*image 2 of 2"):
                 client.infer(np.array([[as_file(pixels()[0])], [data]], dtype=np.object_))
         good = client.infer(np.array([[as_file(pixels()[0])]], dtype=np.object_))
     assert passes(part([0]), good)
@@ -305,7 +305,7 @@ BAD = {
     "huge side": (request([1, 3, 112, 2**40], ZEROS), "unexpected shape"),
     "dtype": (request(SHAPE, ZEROS[::2], datatype="FP16"), "data-type is 'FP16'.*expects 'FP32'"),
     "no dtype": (request(SHAPE, ZEROS, datatype="FP99"), "data-type is '<invalid>'.*expects 'FP32'"),
-    "input name": (request(SHAPE, ZEROS, name="picture"), "unexpected inference input 'picture'"),
+    "input name": (request(SHAPE, ZEROS, name="image"), "unexpected inference input 'image'"),
     "output name": (request(SHAPE, ZEROS, outputs=[{"name": "sam4_feat_0"}]), "output 'sam4_feat_0'"),
     "batch": (request([9, 3, 112, 112], 9 * ZEROS), "batch-size must be <= 8"),
     "batch of a million": (request([10**6, 3, 112, 112], ZEROS), "batch-size must be <= 8"),

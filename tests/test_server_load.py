@@ -24,7 +24,7 @@ import tritonclient.http
 from conftest import load_golden, named_outputs
 from exporting import PREFIX, save_state
 from serving import (
-    PICTURES,
+    IMAGES,
     Answers,
     Arrays,
     Load,
@@ -42,10 +42,10 @@ from triton_server import (
     ROOT,
     Server,
     decoders,
+    fake_plan,
+    fake_repository,
     free_ports,
     running,
-    stand_in_plan,
-    stand_in_repository,
     why_missing,
     write_plan_manifest,
 )
@@ -86,7 +86,7 @@ def verify(plan: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def plan(folder: Path) -> Path:
-    return verify(stand_in_plan(folder))
+    return verify(fake_plan(folder))
 
 
 def changed(state: dict[str, Tensor]) -> None:
@@ -101,7 +101,7 @@ def tuned(folder: Path) -> tuple[Path, Arrays]:
     encoder = load_encoder(checkpoint, load_golden("meta-dual").config)
     encoder.set_imgsz((112, 112))
     outputs = {name: value.numpy() for name, value in named_outputs(encoder, from_numpy(images())).items()}
-    return verify(stand_in_plan(folder, "tuned", checkpoint=checkpoint)), outputs
+    return verify(fake_plan(folder, "tuned", checkpoint=checkpoint)), outputs
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +114,14 @@ def broken(folder: Path, plan: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path, plan: Path) -> Iterator[Server]:
-    with running(stand_in_repository(folder, plan)) as one:
+    with running(fake_repository(folder, plan)) as one:
         yield one
 
 
-def test_every_picture_is_told_from_every_other() -> None:
+def test_every_image_is_told_from_every_other() -> None:
     """The control of all that follows."""
-    for one in range(PICTURES):
-        assert [other for other in range(PICTURES) if same(part([one]), part([other]))] == [one]
+    for one in range(IMAGES):
+        assert [other for other in range(IMAGES) if same(part([one]), part([other]))] == [one]
 
 
 def test_eight_clients_at_once(server: Server) -> None:
@@ -143,7 +143,7 @@ def test_eight_clients_at_once(server: Server) -> None:
 
 
 def test_a_mixed_up_answer_would_be_seen(server: Server) -> None:
-    """The control: the same clients, told that each picture's answer is its neighbour's."""
+    """The control: the same clients, told that each image's answer is its neighbor's."""
     with Load(server, [{name: np.roll(value, 1, axis=0) for name, value in expected().items()}], clients=2) as load:
         load.wait(0)
     assert load.faults and "fits versions []" in load.faults[0]
@@ -171,7 +171,7 @@ def until(done: Callable[[], bool], load: Load, seconds: float = 600) -> None:
 def test_versions_change_under_load(
     tmp_path: Path, plan: Path, tuned: tuple[Path, Arrays], broken: Path, mode: str
 ) -> None:
-    repository = stand_in_repository(tmp_path, plan, ensemble=True)
+    repository = fake_repository(tmp_path, plan, ensemble=True)
     explicit = mode == "explicit"
     with (
         running(repository, *CONTROL[mode]) as server,
@@ -180,11 +180,11 @@ def test_versions_change_under_load(
         load.wait(0.5)
         assert load.newest() == {1}
 
-        stand_in_repository(tmp_path, tuned[0], ensemble=True)  # version 2
+        fake_repository(tmp_path, tuned[0], ensemble=True)  # version 2
         assert not explicit or load_model(server) == ""
         until(lambda: load.newest() == {2}, load)
 
-        stand_in_repository(tmp_path, broken, ensemble=True)  # version 3, which is not served
+        fake_repository(tmp_path, broken, ensemble=True)  # version 3, which is not served
         assert not explicit or load_model(server) == ""
         load.wait(0.5 if explicit else 1.5)
         assert load.newest() == {2} and "version 3" not in server.log.read_text()
@@ -221,8 +221,8 @@ def test_a_server_starts_with_the_last_version_that_loads(
     tmp_path: Path, plan: Path, tuned: tuple[Path, Arrays], broken: Path
 ) -> None:
     """A new pod: the newest version is broken, and was never verified, so the one before is served."""
-    stand_in_repository(tmp_path, tuned[0])
-    repository = stand_in_repository(tmp_path, broken)
+    fake_repository(tmp_path, tuned[0])
+    repository = fake_repository(tmp_path, broken)
     with running(repository) as server, client_of(server) as client:
         assert same({name: value[[3]] for name, value in tuned[1].items()}, client.infer(images()[[3]]))
     activate_version(repository, "sam3-encoder", 2)  # the control: whoever insists has no server
@@ -304,9 +304,9 @@ class Kubelet:
 def stubborn(
     ports: list[int], number: int, stop: threading.Event, references: list[Arrays], answers: Answers, told: list[str]
 ) -> None:
-    """A client that goes on after an error, with a new connection; a third of them send picture files."""
+    """A client that goes on after an error, with a new connection; a third of them send image files."""
     chance, grpc = np.random.default_rng(number), number % 2 == 0
-    model, inputs = ("sam3-encoder-pictures", files()) if number % 3 == 0 else ("sam3-encoder", images())
+    model, inputs = ("sam3-encoder-images", files()) if number % 3 == 0 else ("sam3-encoder", images())
     options: dict[str, Any] = {"memory": "system" if number % 6 == 1 else "none", "timeout_s": 120}
     while not stop.is_set():
         try:
@@ -326,7 +326,7 @@ def stubborn(
 @pytest.mark.slow
 def test_a_minute_of_everything_at_once(tmp_path: Path, plan: Path, tuned: tuple[Path, Arrays], broken: Path) -> None:
     """16 clients, 4 of which are killed; two versions, one of them broken; one decoder stalls, another is killed."""
-    repository = stand_in_repository(tmp_path, plan, ensemble=True)
+    repository = fake_repository(tmp_path, plan, ensemble=True)
     (repository / "sam3-encoder-preprocess" / "1" / "__pycache__").write_text("")  # as on a volume that is read-only
     references = [expected(), tuned[1]]
     paths = [tmp_path / f"version{number}.npz" for number in (1, 2)]
@@ -367,9 +367,9 @@ def test_a_minute_of_everything_at_once(tmp_path: Path, plan: Path, tuned: tuple
             assert process.stdout is not None and process.stdout.readline() == b"right\n"
         until_all_are_answered(1)
 
-        stand_in_repository(tmp_path, tuned[0], ensemble=True)
+        fake_repository(tmp_path, tuned[0], ensemble=True)
         until_all_are_answered(2)
-        stand_in_repository(tmp_path, broken, ensemble=True)
+        fake_repository(tmp_path, broken, ensemble=True)
         activate_version(repository, "sam3-encoder", 3)
         until(lambda: "failed to load 'sam3-encoder' version 3" in kubelet.text + kubelet.restarts[-1])
         activate_version(repository, "sam3-encoder", 2)

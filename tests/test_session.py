@@ -1,4 +1,4 @@
-"""The checks before a plan is loaded, and the session; the engine is a stand-in on the CPU where no GPU is needed."""
+"""The checks before a plan is loaded, and the session; the engine is a fake on the CPU where no GPU is needed."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from export.contract.manifest import manifest_path, write_manifest
 from export.contract.signature import BatchRange
 
 L4 = Gpu("NVIDIA L4", "8.9", "570.86", "12.8")
-TARGETS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 
-class StandIn(Flavor):
-    """A flavour whose runtime is ours."""
+class FakeFlavor(Flavor):
+    """A flavor whose runtime is ours."""
 
     def why_invalid(self, header: bytes) -> str | None:
         return "malformed engine" if b"BAD" in header else None
@@ -126,9 +126,11 @@ class Runtime:
         return Engine(self, {"image": (torch.float32, (-1, 2, 3)), "twice": (self.output, (-1, 2, 3))})
 
 
-def stand_in(*, output: torch.dtype = torch.float16, loads: bool = True, **changes: Any) -> StandIn:
+def fake(*, output: torch.dtype = torch.float16, loads: bool = True, **changes: Any) -> FakeFlavor:
     trt = SimpleNamespace(Runtime=functools.partial(Runtime, output=output, loads=loads))
-    return StandIn(**{"name": "rtx", "trt": trt, "version": "1.7.1.116", "targets": TARGETS, "gpu": L4, **changes})
+    return FakeFlavor(
+        **{"name": "rtx", "trt": trt, "version": "1.7.1.116", "capabilities": CAPABILITIES, "gpu": L4, **changes}
+    )
 
 
 def facts(**changes: Any) -> dict[str, Any]:
@@ -155,10 +157,10 @@ def write_plan(folder: Path, data: bytes = b"vtrt" + bytes(100), **changes: Any)
     return plan
 
 
-def open_stand_in(folder: Path, *, output: torch.dtype = torch.float16, loads: bool = True) -> Session:
+def open_fake(folder: Path, *, output: torch.dtype = torch.float16, loads: bool = True) -> Session:
     image = facts()["inputs"][0]
     plan = write_plan(folder, outputs=[image | {"name": "twice", "dtype": str(output).removeprefix("torch.")}])
-    flavor, manifest = check_plan(plan, stand_in(output=output, loads=loads))
+    flavor, manifest = check_plan(plan, fake(output=output, loads=loads))
     return Session(LoadedPlan(plan, manifest, flavor, torch.device("cpu")), stream=None)
 
 
@@ -197,7 +199,7 @@ def build_convolution(folder: Path, flavor: Flavor, batch: str = "1:2:3") -> Pat
 
 
 def test_a_whole_plan_passes_the_checks(tmp_path: Path) -> None:
-    flavor = stand_in()
+    flavor = fake()
     found, manifest = check_plan(write_plan(tmp_path), flavor)
     assert found is flavor
     assert manifest["flavor"] == "rtx"
@@ -221,7 +223,7 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("folder", lambda plan: (plan.unlink(), plan.mkdir()), "cannot be read .*directory"),
     ("truncated", lambda plan: plan.write_bytes(b"vtrt" + bytes(50)), "has 54 bytes, its manifest says 104"),
     ("corrupt", lambda plan: plan.write_bytes(b"vtrt" + bytes(99) + b"\1"), "was changed after its manifest"),
-    ("no plan", lambda plan: plan.write_bytes(b"PK\3\4" + bytes(100)), "begins with b'PK.*no plan of flavour rtx"),
+    ("no plan", lambda plan: plan.write_bytes(b"PK\3\4" + bytes(100)), "begins with b'PK.*no plan of flavor rtx"),
     ("no manifest", lambda plan: manifest_path(plan).unlink(), "x.plan.json: the manifest is missing"),
     ("damaged", lambda plan: manifest_path(plan).write_text('{"format": 1,'), "manifest cannot be read"),
     ("onnx's", lambda plan: spoil(plan, kind="onnx"), "not the manifest of a plan file"),
@@ -239,28 +241,28 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
         lambda plan: spoil(plan, inputs=[{"name": "image", "dtype": "float32", "shape": 3}]),
         "not as neck-export",
     ),
-    ("flavor", lambda plan: spoil(plan, flavor="tensorrt"), "begins with b'vtrt', no plan of flavour tensorrt"),
+    ("flavor", lambda plan: spoil(plan, flavor="tensorrt"), "begins with b'vtrt', no plan of flavor tensorrt"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), [case[1:] for case in FILES], ids=[case[0] for case in FILES])
 def test_a_bad_file_is_a_sentence(tmp_path: Path, change: Callable[[Path], object], message: str) -> None:
     plan = write_plan(tmp_path)
-    check_plan(plan, stand_in())  # the control
+    check_plan(plan, fake())  # the control
     change(plan)
     with pytest.raises(SessionError, match=message):
-        check_plan(plan, stand_in())
+        check_plan(plan, fake())
 
 
 def test_what_rtx_says_of_a_plan_is_told(tmp_path: Path) -> None:
     plan = write_plan(tmp_path, b"vtrtBAD" + bytes(100))
     with pytest.raises(SessionError, match=r"1\.7\.1\.116 cannot run it here \(malformed engine\)"):
-        check_plan(plan, stand_in())
+        check_plan(plan, fake())
 
 
-def test_another_flavour_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SessionError, match="is of flavour rtx, asked was tensorrt; use --flavor rtx"):
-        check_plan(write_plan(tmp_path), stand_in(name="tensorrt", targets=(), version="11.4.0.106"))
+def test_another_flavor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SessionError, match="is of flavor rtx, asked was tensorrt; use --flavor rtx"):
+        check_plan(write_plan(tmp_path), fake(name="tensorrt", capabilities=(), version="11.4.0.106"))
 
 
 @pytest.mark.parametrize(
@@ -287,7 +289,7 @@ def test_another_flavour_is_refused(tmp_path: Path) -> None:
 def test_versions_of_tensorrt(built: str, here: str, compatible: bool, message: str | None) -> None:
     options = {"version_compatible": compatible, "hardware_compatible": "none"}
     manifest = facts(flavor="tensorrt", tensorrt_version=built, options=options)
-    flavor = stand_in(name="tensorrt", targets=(), version=here)
+    flavor = fake(name="tensorrt", capabilities=(), version=here)
     if message is None:
         return check_version(Path("x.plan"), manifest, flavor)
     with pytest.raises(SessionError, match=message):
@@ -295,7 +297,7 @@ def test_versions_of_tensorrt(built: str, here: str, compatible: bool, message: 
 
 
 def test_another_rtx_version_is_left_to_rtx() -> None:
-    check_version(Path("x.plan"), facts(tensorrt_version="1.6.0.1"), stand_in())
+    check_version(Path("x.plan"), facts(tensorrt_version="1.6.0.1"), fake())
 
 
 @pytest.mark.parametrize(
@@ -323,7 +325,7 @@ def test_another_rtx_version_is_left_to_rtx() -> None:
 )
 def test_compute_capabilities(name: str, built: list[str], level: str, here: str, message: str | None) -> None:
     manifest = facts(compute_capabilities=built, options={"hardware_compatible": level})
-    flavor = stand_in(name=name, targets=TARGETS if name == "rtx" else (), gpu=Gpu("a GPU", here, "570", "12.8"))
+    flavor = fake(name=name, capabilities=CAPABILITIES if name == "rtx" else (), gpu=Gpu("a GPU", here, "570", "12.8"))
     if message is None:
         return check_gpu(Path("x.plan"), manifest, flavor)
     with pytest.raises(SessionError, match=message):
@@ -334,7 +336,7 @@ def test_no_gpu_is_told(tmp_path: Path) -> None:
     with pytest.raises(
         SessionError, match="no NVIDIA GPU with a driver here; without one a plan can be built, not run"
     ):
-        check_plan(write_plan(tmp_path), stand_in(gpu=None))
+        check_plan(write_plan(tmp_path), fake(gpu=None))
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="shows what a machine without a GPU says")
@@ -353,7 +355,7 @@ def test_a_real_plan_without_a_gpu(tmp_path: Path) -> None:
 
 
 def test_numpy_in_numpy_out_of_any_batch(tmp_path: Path) -> None:
-    with open_stand_in(tmp_path) as session:
+    with open_fake(tmp_path) as session:
         assert session.inputs == (Port("image", torch.float32, (-1, 2, 3), (1, 3)),)
         for size in (1, 3, 2):
             image = np.random.default_rng(size).normal(size=(size, 2, 3)).astype(np.float32)
@@ -364,7 +366,7 @@ def test_numpy_in_numpy_out_of_any_batch(tmp_path: Path) -> None:
 
 
 def test_bfloat16_comes_as_float32(tmp_path: Path) -> None:
-    with open_stand_in(tmp_path, output=torch.bfloat16) as session:
+    with open_fake(tmp_path, output=torch.bfloat16) as session:
         (twice,) = session.infer({"image": np.full((1, 2, 3), 1.5, np.float32)}).values()
     assert twice.dtype == np.float32
     assert (twice == 3).all()
@@ -373,7 +375,7 @@ def test_bfloat16_comes_as_float32(tmp_path: Path) -> None:
 def test_numpy_that_is_read_only_or_strided(tmp_path: Path) -> None:
     image = np.arange(12, dtype=np.float32).reshape(1, 3, 4)[:, :, ::2].transpose(0, 2, 1)
     image.flags.writeable = False
-    with open_stand_in(tmp_path) as session:
+    with open_fake(tmp_path) as session:
         np.testing.assert_array_equal(session.infer({"image": image})["twice"], image * 2)
 
 
@@ -386,7 +388,7 @@ def at(offset: int, value: torch.Tensor) -> torch.Tensor:
 
 def test_an_address_that_tensorrt_does_not_take_is_copied_once(tmp_path: Path) -> None:
     """A view such as batch[1:2] of 350 x 350 pixels lies at no multiple of 256 bytes."""
-    with open_stand_in(tmp_path) as session:
+    with open_fake(tmp_path) as session:
         for offset in (0, 64, ALIGNMENT - 4):
             image = at(offset, torch.full((2, 2, 3), 3.0))
             assert (session.infer({"image": image})["twice"] == 6).all()
@@ -394,7 +396,7 @@ def test_an_address_that_tensorrt_does_not_take_is_copied_once(tmp_path: Path) -
 
 
 def test_an_address_that_is_refused_is_an_error(tmp_path: Path) -> None:
-    with open_stand_in(tmp_path) as session:
+    with open_fake(tmp_path) as session:
         session.context.addressable = False
         with pytest.raises(SessionError, match=r"image lies at 0x[0-9a-f]+, which TensorRT does not take .*of 256"):
             session.infer({"image": np.zeros((1, 2, 3), np.float32)})
@@ -402,7 +404,7 @@ def test_an_address_that_is_refused_is_an_error(tmp_path: Path) -> None:
 
 def test_what_is_bound_is_held(tmp_path: Path) -> None:
     """Outputs that a caller drops stay until others are bound: a run into freed memory would write another's."""
-    with open_stand_in(tmp_path) as session:
+    with open_fake(tmp_path) as session:
         session.bind({"image": torch.ones(1, 2, 3)})
         assert session._bound["twice"].data_ptr() == session.context.addresses["twice"]
         session.enqueue()
@@ -411,7 +413,7 @@ def test_what_is_bound_is_held(tmp_path: Path) -> None:
 
 
 def test_torch_is_read_where_it_is_and_outputs_are_the_callers(tmp_path: Path) -> None:
-    with open_stand_in(tmp_path) as session:
+    with open_fake(tmp_path) as session:
         image = at(0, torch.ones(2, 2, 3))
         first = session.infer({"image": image})["twice"]
         assert session.context.addresses == {"image": image.data_ptr(), "twice": first.data_ptr()}
@@ -422,7 +424,7 @@ def test_torch_is_read_where_it_is_and_outputs_are_the_callers(tmp_path: Path) -
 
 INPUTS: list[tuple[dict[str, Any], str]] = [
     ({}, "got inputs none; expected image: float32 .1 to 3, 2, 3."),
-    ({"picture": np.zeros((1, 2, 3), np.float32)}, "got inputs picture; expected image"),
+    ({"image": np.zeros((1, 2, 3), np.float32)}, "got inputs image; expected image"),
     (
         {"image": np.zeros((4, 2, 3), np.float32)},
         r"image is float32 \(4, 2, 3\); expected image: float32 \(1 to 3, 2, 3\)",
@@ -441,18 +443,18 @@ INPUTS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("inputs", "message"), INPUTS, ids=[message[:30] for _, message in INPUTS])
 def test_wrong_inputs_name_what_is_expected(tmp_path: Path, inputs: dict[str, Any], message: str) -> None:
-    with open_stand_in(tmp_path) as session, pytest.raises(SessionError, match=message):
+    with open_fake(tmp_path) as session, pytest.raises(SessionError, match=message):
         session.infer(inputs)
 
 
 def test_a_plan_that_does_not_load_tells_the_loggers_last_error(tmp_path: Path) -> None:
     with pytest.raises(SessionError, match=r"cannot load it \(Error Code 2: OutOfMemory\)"):
-        open_stand_in(tmp_path, loads=False)
+        open_fake(tmp_path, loads=False)
 
 
 def test_a_run_that_fails_tells_the_loggers_last_error(tmp_path: Path) -> None:
     image = np.zeros((1, 2, 3), np.float32)
-    with open_stand_in(tmp_path) as session:
+    with open_fake(tmp_path) as session:
         session.infer({"image": image})
         session.context.works = False
         session.context.set_input_shape = lambda name, shape: True
@@ -467,7 +469,7 @@ def test_out_of_device_memory_is_a_sentence(tmp_path: Path, monkeypatch: pytest.
     def full(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with open_stand_in(tmp_path) as session:
+    with open_fake(tmp_path) as session:
         monkeypatch.setattr(torch, "empty", full)
         with pytest.raises(SessionError, match=r"x\.plan: out of device memory"):
             session.infer({"image": np.zeros((1, 2, 3), np.float32)})
@@ -475,20 +477,20 @@ def test_out_of_device_memory_is_a_sentence(tmp_path: Path, monkeypatch: pytest.
 
 def test_an_edited_manifest_that_hides_the_true_tensors(tmp_path: Path) -> None:
     plan = write_plan(tmp_path, outputs=[{"name": "twice", "dtype": "float32", "shape": ["batch", 2, 3]}])
-    flavor, manifest = check_plan(plan, stand_in())
+    flavor, manifest = check_plan(plan, fake())
     assert manifest_specs(manifest)[1] == ("twice", "float32", (-1, 2, 3))
     with pytest.raises(SessionError, match="its tensors are not the engine's"):
         Session(LoadedPlan(plan, manifest, flavor, torch.device("cpu")), stream=None)
 
 
 def test_a_session_is_closed_and_freed(tmp_path: Path) -> None:
-    session = open_stand_in(tmp_path)
+    session = open_fake(tmp_path)
     assert session.warnings == ["Using an engine plan file across different models of devices is not recommended"]
     with session:
         pass
     with pytest.raises(SessionError, match="the session is closed"):
         session.infer({"image": np.zeros((1, 2, 3), np.float32)})
-    kept = open_stand_in(tmp_path)
+    kept = open_fake(tmp_path)
     seen = weakref.ref(kept)
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""The checks of Python's sessions that `make gpu` runs on real torch.cuda, here on the stand-in's streams."""
+"""The checks of Python's sessions that `make gpu` runs on real torch.cuda, here on the fake's streams."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 import session_checks
 import torch
 import torch_engine
+from fake_gpu.device import Device, Mode
+from fake_gpu.play import play
 from session_checks import CHECKS, CheckError
-from stand_in_gpu.device import Device, Mode
-from stand_in_gpu.play import play
 from torch import Tensor
 from torch_engine import open_session
 
@@ -36,7 +36,7 @@ def tensor_at(address: int, shape: tuple[int, ...], device: torch.device) -> Ten
 
 @pytest.fixture
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """open_session on two GPUs that are none: the kernels are queued on the stand-in's streams."""
+    """open_session on two GPUs that are none: the kernels are queued on the fake's streams."""
     with play("11.4", Device(others=("8.9",))) as state:
         device: Any = state.device
 
@@ -104,7 +104,7 @@ def test_synchronous_streams_fail(opened: Any, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_capture_that_leaves_its_stream_fails(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stand-in's capture_end fails for a run that was refused, as torch's may, and leaves the stream."""
+    """The fake's capture_end fails for a run that was refused, as torch's may, and leaves the stream."""
     execute = torch_engine.Context.execute_async_v3
 
     def refused(self: Any, stream_handle: int) -> bool:

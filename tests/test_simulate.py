@@ -16,17 +16,17 @@ import torch
 from exporting import trace_quickly
 from onnx import TensorProto, helper, numpy_helper
 
-import export.proof.rounding_simulation
+import export.verification.rounding_simulation
 from export.contract.signature import encoder_signature
 from export.lowering.precision import Precision
 from export.pipeline import write_onnx
-from export.proof.fidelity import FidelityError, Verdict, compare
-from export.proof.rounding_simulation import is_low_precision, simulate, watch_finite
-from export.proof.verify import first_non_finite, reference_outputs, reference_pixels, run_model
+from export.verification.fidelity import FidelityError, Verdict, compare
+from export.verification.rounding_simulation import is_low_precision, simulate, watch_finite
+from export.verification.verify import first_non_finite, reference_outputs, reference_pixels, run_model
 from neck.checkpoint import random_encoder
 from neck.config import EncoderConfig
+from neck.images import normalize
 from neck.necks import Sam3DualViTDetNeck, forward_necks
-from neck.pictures import normalise
 
 TORCH_SHARE = 0.2
 """How far the simulation's relative L2 may be from that of PyTorch's own half precision on the same weights."""
@@ -181,7 +181,7 @@ class Errors:
 def errors_of(encoder: Sam3DualViTDetNeck, config: EncoderConfig, precision: Precision, folder: Path) -> Errors:
     signature = encoder_signature(config)
     pixels = reference_pixels(signature, None, 1)
-    image = normalise(pixels)
+    image = normalize(pixels)
     reference = reference_outputs(encoder, pixels, signature)
     path = folder / f"{precision}.onnx"
     write_onnx(encoder, signature, path, precision=precision)
@@ -193,13 +193,13 @@ def errors_of(encoder: Sam3DualViTDetNeck, config: EncoderConfig, precision: Pre
     def simulated(exact: frozenset[str]) -> Verdict:
         model = ir.load(path)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(export.proof.rounding_simulation, "EXACT", exact)
+            patch.setattr(export.verification.rounding_simulation, "EXACT", exact)
             simulate(model)
         return judge(run_model(model, folder, image.numpy()))
 
     every = frozenset(node.op_type for node in ir.load(path).graph)
     half = judge(half_outputs(encoder, image, precision))
-    return Errors(half, simulated(export.proof.rounding_simulation.EXACT), simulated(every))
+    return Errors(half, simulated(export.verification.rounding_simulation.EXACT), simulated(every))
 
 
 def half_outputs(encoder: Sam3DualViTDetNeck, image: torch.Tensor, precision: Precision) -> list[np.ndarray]:

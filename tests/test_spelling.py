@@ -18,8 +18,8 @@ from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import Rewrites
 from export.graph.trace import trace
 from export.lowering.precision import lower
-from export.proof.rounding_simulation import simulate
-from export.proof.verify import make_reference, run_model, verify_onnx
+from export.verification.rounding_simulation import simulate
+from export.verification.verify import make_reference, run_model, verify_onnx
 from neck.checkpoint import random_encoder
 from neck.config import EncoderConfig
 from neck.necks import Sam3DualViTDetNeck

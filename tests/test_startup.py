@@ -1,4 +1,4 @@
-"""Cold and warm starts as `profile` times them; TensorRT is a stand-in, and no figure is judged."""
+"""Cold and warm starts as `profile` times them; TensorRT is a fake, and no figure is judged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from exporting import neck_export_cli
-from stand_in_gpu.play import play
+from fake_gpu.play import play
 from test_profiling import PROFILE
 from test_session import build_convolution
 

@@ -271,7 +271,7 @@ def test_state_of_what_is_no_encoder(tmp_path: Path) -> None:
     assert "no SAM 3 image encoder among its 1 tensors (weight)" in error_of(path, state="head")
 
 
-def test_moments_of_an_optimiser_are_no_weights(tmp_path: Path) -> None:
+def test_moments_of_an_optimizer_are_no_weights(tmp_path: Path) -> None:
     path = save({"optimizer": {"exp_avg": plain()}}, tmp_path / "x.pt")
     assert "optimizer.exp_avg" in error_of(path)
 
@@ -306,7 +306,7 @@ def test_safetensors_whose_length_looks_like_a_pickle(tmp_path: Path) -> None:
 # -- what lies beside the tensors, and modules --
 
 
-class Colour(enum.Enum):
+class Color(enum.Enum):
     RED = 1
 
 
@@ -342,14 +342,14 @@ def throw_away(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 def test_objects_beside_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     linear = nn.Linear(3, 3)
-    optimiser = torch.optim.AdamW(linear.parameters())
+    optimizer = torch.optim.AdamW(linear.parameters())
     linear(torch.ones(1, 3)).sum().backward()
-    optimiser.step()
+    optimizer.step()
     content = {
         "args": argparse.Namespace(lr=1e-4, out=Path("runs"), nested=argparse.Namespace(x=1)),
         "config": throw_away(monkeypatch).DictConfig({"a": 1}),
-        "optimizer": optimiser.state_dict(),
-        "optimiser itself": optimiser,
+        "optimizer": optimizer.state_dict(),
+        "optimizer itself": optimizer,
         "numpy": [np.float64(1.5), np.int32(3), np.arange(6.0), np.array(["a"]), np.dtype("f4")],
         "best": np.float32(0.7),
         "when": [
@@ -368,7 +368,7 @@ def test_objects_beside_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             range(3),
             ...,
         ],
-        "colour": Colour.RED,
+        "color": Color.RED,
         "types": [int, torch.float16, torch.device("cpu"), torch.Size([2]), nn.Linear],
         "model": plain(),
     }

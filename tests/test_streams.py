@@ -1,4 +1,4 @@
-"""Streams, CUDA graphs and GPUs of Python's sessions, on a stand-in whose streams are asynchronous."""
+"""Streams, CUDA graphs and GPUs of Python's sessions, on a fake whose streams are asynchronous."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from exporting import neck_export_cli
-from stand_in_gpu.device import POOLED, Device, DeviceFault, Mode
-from stand_in_gpu.play import play
-from stand_in_gpu.state import State
+from fake_gpu.device import POOLED, Device, DeviceFault, Mode
+from fake_gpu.play import play
+from fake_gpu.state import State
 from test_session import build_convolution
 
 import engines.attach
@@ -61,7 +61,7 @@ def test_every_context_has_a_stream_of_its_own(played: tuple[State, Path]) -> No
 
 
 def test_a_run_is_seen_by_who_waits_for_it_alone(played: tuple[State, Path]) -> None:
-    """The stand-in's streams: what is read without waiting is what was there before."""
+    """The fake's streams: what is read without waiting is what was there before."""
     _, plan = played
     with open_plan(plan) as session:
         image = torch.ones(2, 3, 8, 8, device="cuda")

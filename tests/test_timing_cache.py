@@ -1,4 +1,4 @@
-"""`trt --replay-timing`: the kernels of a saved timing cache again, or no plan; TensorRT is a stand-in."""
+"""`trt --replay-timing`: the kernels of a saved timing cache again, or no plan; TensorRT is a fake."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from exporting import neck_export_cli
-from stand_in_gpu.device import Device
-from stand_in_gpu.plan import unpack
-from stand_in_gpu.play import play
-from stand_in_gpu.tensorrt import LISTINGS
+from fake_gpu.device import Device
+from fake_gpu.plan import unpack
+from fake_gpu.play import play
+from fake_gpu.tensorrt import LISTINGS
 from test_session import convolution
 
 import engines.builder.timing_cache
@@ -25,7 +25,7 @@ from engines.builder.onnx_graph import BuildError
 from engines.builder.onnx_source import read_source
 from engines.builder.options import BuildOptions
 from engines.builder.timing_cache import replay_timing
-from engines.plan import Job, PlanOptions
+from engines.plan import BuildRequest, PlanOptions
 from engines.tune import TuneError, tune_plan
 from export.contract.manifest import manifest_path, read_manifest
 
@@ -185,7 +185,7 @@ def test_another_cache_is_another_plan(tmp_path: Path) -> None:
 
         def key(build: BuildOptions) -> dict[str, Any]:
             options = PlanOptions(onnx, tmp_path / "p.plan", build=build)
-            return Job(options, flavor, read_source(onnx, print), "fp32", print).key
+            return BuildRequest(options, flavor, read_source(onnx, print), "fp32", print).key
 
         first = key(dataclasses.replace(FP32, replay_timing=moved))
         again = key(dataclasses.replace(FP32, replay_timing=moved.rename(cache)))
@@ -219,8 +219,8 @@ def test_a_real_timing_cache_is_replayed(tmp_path: Path, gpu_flavor: Flavor) -> 
     (cache,) = tmp_path.glob("times.tensorrt-*.cache")
     again = dataclasses.replace(FP32, replay_timing=cache)
     second = build_plan(onnx, tmp_path / "again.plan", again, flavor=gpu_flavor)
-    assert first.sheet and second.sheet and first.timing_cache and second.timing_cache
-    assert [kernel.name for kernel in first.sheet.kernels] == [kernel.name for kernel in second.sheet.kernels]
+    assert first.layers and second.layers and first.timing_cache and second.timing_cache
+    assert [kernel.name for kernel in first.layers.kernels] == [kernel.name for kernel in second.layers.kernels]
     assert first.timing_cache["sha256"] == second.timing_cache["sha256"]
     cache.write_bytes(b"\x00" * 100)
     with pytest.raises(BuildError, match="finds no kernel in it"):

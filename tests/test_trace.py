@@ -200,7 +200,7 @@ def test_dynamic_batch(rewrites: Rewrites, size: int, positions: str, save: Save
     for batch in (1, 2, 8):
         wanted = {name: value[:batch] for name, value in expected.items()}
         assert worst_error(run_onnx(path, images[:batch]), wanted) < GOLDEN_TOLERANCE
-        if batch > 1:  # the control: each picture has its own outputs
+        if batch > 1:  # the control: each image has its own outputs
             assert worst_error(run_onnx(path, images[:batch].flip(0)), wanted) > GOLDEN_TOLERANCE
 
 

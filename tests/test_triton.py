@@ -1,4 +1,4 @@
-"""The Triton repository: configs, versions that come in whole, refusals; preprocessing against neck/pictures.py."""
+"""The Triton repository: configs, versions that come in whole, refusals; preprocessing against neck/images.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import unusual_pictures
+import unusual_images
 from conftest import GOLDEN_TOLERANCE, load_golden, run_onnx, tiny_config, worst_error
 from exporting import golden_options, listing, neck_export_cli, trace_quickly
 from PIL import Image
@@ -36,12 +36,12 @@ from engines.service.model_config import read_config, to_text
 from engines.service.repository import Repository, RepositoryOptions, TritonError, make_repository
 from engines.service.served_model import Source, read_model
 from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest, write_manifest
-from export.contract.readers import find_readers
 from export.contract.signature import BatchRange, encoder_signature
+from export.contract.targets import find_targets
 from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
-from export.lowering.shared_form import choose_form
+from export.lowering.resolve_target import resolve_target
 from export.pipeline import export_onnx
-from neck.pictures import PictureError, normalise, read_picture, resize_picture
+from neck.images import ImageError, normalize, read_image, resize_image
 
 ROOT = Path(__file__).parent.parent
 VERDICT = {"verified": True, "method": "ONNX Runtime", "outputs": []}
@@ -82,12 +82,12 @@ def facts(batch: str = "1:4:8", seed: int = 0, signed: dict[str, Any] | None = N
 
 
 def write_plan(path: Path, data: bytes = b"ptrt" + bytes(range(100)), **changes: Any) -> Path:
-    """A plan that only TensorRT could tell from a true one, with its layer sheet and manifest."""
+    """A plan that only TensorRT could tell from a true one, with its layer report and manifest."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
-    sheet = path.with_name(f"{path.name}.layers.json")
-    sheet.write_text("{}")
-    write_manifest(manifest_path(path), "plan", facts(**changes), [path, sheet])
+    layers = path.with_name(f"{path.name}.layers.json")
+    layers.write_text("{}")
+    write_manifest(manifest_path(path), "plan", facts(**changes), [path, layers])
     return path
 
 
@@ -160,7 +160,7 @@ def test_uint8_no_graphs_and_a_wide_batch(tmp_path: Path) -> None:
     config = config_of(found)
     assert tensors(config.input) == [("image", UINT8, [112, 112, 3])]
     assert [spec.batch_size for spec in config.optimization.cuda.graph_spec] == [2, 16, 64]
-    assert any("2 pictures at least" in note for note in found.notes)
+    assert any("2 images at least" in note for note in found.notes)
     config = config_of(make(pixels, tmp_path, cuda_graphs=False, name="plain"))
     assert not config.HasField("optimization")
 
@@ -209,37 +209,35 @@ def test_a_plan_lists_all_outputs_and_an_ensemble_the_chosen(plan: Path, tmp_pat
     assert any("sam3-encoder-outputs answers with sam3_feat_0, sam3_feat_1" in note for note in found.notes)
 
 
-def test_an_ensemble_from_pictures(plan: Path, tmp_path: Path) -> None:
+def test_an_ensemble_from_images(plan: Path, tmp_path: Path) -> None:
     found = make(plan, tmp_path, ensemble=True, outputs=("sam3_feat_0",))
-    preprocess, pictures = (config_of(found, f"sam3-encoder-{name}") for name in ("preprocess", "pictures"))
-    assert (preprocess.backend, pictures.platform) == ("python", "ensemble")
-    assert preprocess.max_batch_size == pictures.max_batch_size == 8
+    preprocess, images = (config_of(found, f"sam3-encoder-{name}") for name in ("preprocess", "images"))
+    assert (preprocess.backend, images.platform) == ("python", "ensemble")
+    assert preprocess.max_batch_size == images.max_batch_size == 8
     string = 13
-    assert tensors(preprocess.input) == tensors(pictures.input) == [("picture", string, [1])]
+    assert tensors(preprocess.input) == tensors(images.input) == [("image", string, [1])]
     assert tensors(preprocess.output) == tensors(config_of(found).input)
-    assert tensors(pictures.output) == tensors(config_of(found).output)[:1]
-    steps = [
-        (step.model_name, dict(step.input_map), dict(step.output_map)) for step in pictures.ensemble_scheduling.step
-    ]
+    assert tensors(images.output) == tensors(config_of(found).output)[:1]
+    steps = [(step.model_name, dict(step.input_map), dict(step.output_map)) for step in images.ensemble_scheduling.step]
     assert steps == [
-        ("sam3-encoder-preprocess", {"picture": "picture"}, {"image": "image"}),
+        ("sam3-encoder-preprocess", {"image": "image"}, {"image": "image"}),
         ("sam3-encoder", {"image": "image"}, {"sam3_feat_0": "sam3_feat_0"}),
     ]
     script = found.path / "sam3-encoder-preprocess" / "1" / "model.py"
     assert script.read_bytes() == PREPROCESS_MODEL.read_bytes()
-    assert list((found.path / "sam3-encoder-pictures" / "1").iterdir())  # an empty folder gets lost in S3 and git
+    assert list((found.path / "sam3-encoder-images" / "1").iterdir())  # an empty folder gets lost in S3 and git
     again = make(plan, tmp_path, ensemble=True, outputs=("sam3_feat_0",))
     changed = {path.relative_to(found.path).parts[:2] for path in again.files}
     assert changed == {("sam3-encoder", "2"), ("sam3-encoder", "config.pbtxt")}
     fixed = make(write_plan(tmp_path / "b3.plan", batch="3"), tmp_path, ensemble=True, name="fixed")
-    assert tensors(config_of(fixed, "fixed-pictures").input) == [("picture", string, [3])]
+    assert tensors(config_of(fixed, "fixed-images").input) == [("image", string, [3])]
 
 
 def test_an_ensemble_is_not_left_without_its_outputs(onnx_file: Path, tmp_path: Path) -> None:
     make(onnx_file, tmp_path, ensemble=True)
     (tmp_path / "repository" / "sam3-encoder" / "config.pbtxt").unlink()
     shutil.rmtree(tmp_path / "repository" / "sam3-encoder" / "1")
-    with pytest.raises(TritonError, match=r"sam3-encoder-pictures: answers with sam2_feat_0.*add --ensemble"):
+    with pytest.raises(TritonError, match=r"sam3-encoder-images: answers with sam2_feat_0.*add --ensemble"):
         make(onnx_file, tmp_path, outputs=("sam3_*",))
     assert len(config_of(make(onnx_file, tmp_path)).output) == 16  # all that it asks for is there
 
@@ -256,7 +254,7 @@ def test_a_new_version_has_the_outputs_of_the_old(onnx_file: Path, plan: Path, t
             make(onnx_file, tmp_path, outputs=(fewer,), ensemble=True)
     assert state(found.path) == before
     more = make(onnx_file, tmp_path, ensemble=True)
-    assert len(config_of(more).output) == len(config_of(more, "sam3-encoder-pictures").output) == 16
+    assert len(config_of(more).output) == len(config_of(more, "sam3-encoder-images").output) == 16
     first = make(plan, tmp_path / "plans", outputs=("sam3_feat_*",))
     with pytest.raises(TritonError, match=r"sam3-encoder-outputs: the new version lacks .*sam3_feat_1"):
         make(plan, tmp_path / "plans", outputs=("sam3_feat_0",))
@@ -412,14 +410,14 @@ def test_what_cannot_be_activated(plan: Path, onnx_file: Path, tmp_path: Path) -
     assert state(found.path)["sam3-encoder/config.pbtxt"] == before["sam3-encoder/config.pbtxt"]
     features = make(write_plan(tmp_path / "f.plan", signed={"positions": "none"}), tmp_path / "b")
     make(plan, tmp_path / "b", outputs=("sam3_*",), ensemble=True)
-    with pytest.raises(TritonError, match=r"sam3-encoder-pictures: answers with sam3_pos_0"):
+    with pytest.raises(TritonError, match=r"sam3-encoder-images: answers with sam3_pos_0"):
         activate_version(features.path, "sam3-encoder", 1)
 
 
 def test_an_ensemble_does_not_ask_more_than_the_active_version_has(plan: Path, tmp_path: Path) -> None:
     make(write_plan(tmp_path / "f.plan", signed={"positions": "none"}), tmp_path)
     more = write_plan(tmp_path / "more.plan", verification=UNVERIFIED)
-    with pytest.raises(TritonError, match=r"sam3-encoder-pictures: would answer with sam3_pos_0"):
+    with pytest.raises(TritonError, match=r"sam3-encoder-images: would answer with sam3_pos_0"):
         make(more, tmp_path, ensemble=True)
     assert make(more, tmp_path, ensemble=True, outputs=("sam3_feat_*",)).active == 1
     assert make(plan, tmp_path, ensemble=True).active == 3
@@ -777,23 +775,23 @@ def test_a_file_that_a_container_would_compute_on_the_cpu_is_refused_and_mended(
 def test_the_requested_reader_decides_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """24.10 and 24.11 carry the same ONNX Runtime and, as far as is known, the same TensorRT: only the name tells."""
     trace_quickly(monkeypatch)
-    options = golden_options("meta-dual", tmp_path / "x.onnx", readers="triton-25.09,tensorrt-10.3", verify=False)
+    options = golden_options("meta-dual", tmp_path / "x.onnx", targets="triton-25.09,tensorrt-10.3", verify=False)
     source = read_model(export_onnx(options).path)
-    readers = source.manifest["readers"]
-    assert readers["products"] == ["triton-25.09"]
+    targets = source.manifest["targets"]
+    assert targets["products"] == ["triton-25.09"]
     assert choose_container([source], None)[0] == "25.09"
     assert choose_container([source], "25.12")[0] == "25.12"  # what is requested now comes first
-    readers["products"] = ["triton-24.10"]
+    targets["products"] = ["triton-24.10"]
     assert choose_container([source], None)[0] == "24.10"
-    readers["products"] = ["jetpack-6.2"]
+    targets["products"] = ["jetpack-6.2"]
     assert choose_container([source], None)[0] == max(ONNX_RUNTIME)
 
 
 def test_the_example_of_the_docs_works_for_its_container() -> None:
     text = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
-    readers, containers = re.findall(r"--reader ([\w.-]+)", text), re.findall(r"tritonserver:(\d\d\.\d\d)-py3", text)
-    assert set(readers) == {f"triton-{container}" for container in containers} and len(set(readers)) == 1
-    form = choose_form(find_readers(readers[0]), "fp16")
+    targets, containers = re.findall(r"--target ([\w.-]+)", text), re.findall(r"tritonserver:(\d\d\.\d\d)-py3", text)
+    assert set(targets) == {f"triton-{container}" for container in containers} and len(set(targets)) == 1
+    form = resolve_target(find_targets(targets[0]), "fp16")
     assert (form.attention, form.spelling, form.opset) == ("fp32acc", "matmul", None)
 
 
@@ -831,7 +829,7 @@ def test_without_tritonclient_it_says_what_to_install(
         make(plan, tmp_path)
 
 
-# The preprocessing model, in a stand-in for the server's python backend.
+# The preprocessing model, in a fake for the server's python backend.
 
 
 class Tensor:
@@ -877,22 +875,22 @@ def noise(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_pictures_become_what_neck_makes_of_them(preprocess: ModuleType, plan: Path, tmp_path: Path) -> None:
+def test_images_become_what_neck_makes_of_them(preprocess: ModuleType, plan: Path, tmp_path: Path) -> None:
     """JPEG and PNG files of every mode that cameras and tools write; those that neck refuses are other tests'."""
     assert preprocess.torch is not None  # the exact resize
     files, expected = [], []
-    for path in unusual_pictures.write_all(tmp_path):
-        with contextlib.suppress(PictureError):
-            expected.append(resize_picture(read_picture(path), (112, 112)))
+    for path in unusual_images.write_all(tmp_path):
+        with contextlib.suppress(ImageError):
+            expected.append(resize_image(read_image(path), (112, 112)))
             files.append(path.read_bytes())
     assert len(files) > 90
-    request = {"picture": Tensor("picture", np.array(files, dtype=object).reshape(-1, 1))}
+    request = {"image": Tensor("image", np.array(files, dtype=object).reshape(-1, 1))}
     (response,) = started(preprocess, make(plan, tmp_path, ensemble=True)).execute([request])
     (tensor,) = response.tensors
     assert response.error is None and tensor.name == "image"
     assert tensor.value.dtype == np.float32 and tensor.value.flags.c_contiguous
-    np.testing.assert_array_equal(tensor.value, normalise(np.stack(expected)).numpy())
-    assert not np.array_equal(tensor.value[0], tensor.value[1])  # the control: pictures differ
+    np.testing.assert_array_equal(tensor.value, normalize(np.stack(expected)).numpy())
+    assert not np.array_equal(tensor.value[0], tensor.value[1])  # the control: images differ
     pixels = write_plan(tmp_path / "uint8.plan", signed={"input_kind": "uint8"})
     (response,) = started(preprocess, make(pixels, tmp_path, ensemble=True, name="pixels")).execute([request])
     assert response.tensors[0].value.dtype == np.uint8
@@ -907,15 +905,15 @@ def test_without_torch_the_resize_is_pillows(preprocess: ModuleType, monkeypatch
     monkeypatch.setattr(preprocess, "torch", None)
     pixels = np.asarray(Image.fromarray(noise(9, 7)).resize((150, 201), Image.Resampling.BICUBIC))
     for size in ((112, 112), (56, 168), (224, 224)):
-        exact = resize_picture(pixels, size).astype(int)
+        exact = resize_image(pixels, size).astype(int)
         difference = np.abs(preprocess.resize(pixels, size).astype(int) - exact)
         assert difference.shape == (*size, 3) and difference.max() <= PILLOW_LEVELS
         assert (difference > 0).mean() < PILLOW_SHARE
     nearest = np.asarray(Image.fromarray(pixels).resize((112, 112), Image.Resampling.NEAREST)).astype(int)
-    assert np.abs(nearest - resize_picture(pixels, (112, 112))).max() > PILLOW_LEVELS  # the control
+    assert np.abs(nearest - resize_image(pixels, (112, 112))).max() > PILLOW_LEVELS  # the control
 
 
-def bad_pictures() -> dict[str, tuple[bytes, str]]:
+def bad_images() -> dict[str, tuple[bytes, str]]:
     whole = io.BytesIO()
     Image.fromarray(noise(64, 64)).save(whole, "PNG")
     gif = io.BytesIO()
@@ -932,17 +930,15 @@ def bad_pictures() -> dict[str, tuple[bytes, str]]:
     }
 
 
-@pytest.mark.parametrize("kind", list(bad_pictures()))
-def test_a_bad_picture_spoils_its_own_request_only(
-    kind: str, preprocess: ModuleType, plan: Path, tmp_path: Path
-) -> None:
-    data, message = bad_pictures()[kind]
+@pytest.mark.parametrize("kind", list(bad_images()))
+def test_a_bad_image_spoils_its_own_request_only(kind: str, preprocess: ModuleType, plan: Path, tmp_path: Path) -> None:
+    data, message = bad_images()[kind]
     Image.fromarray(noise(50, 40)).save(tmp_path / "good.png")
     good = (tmp_path / "good.png").read_bytes()
     model = started(preprocess, make(plan, tmp_path, ensemble=True))
-    requests = [{"picture": Tensor("picture", np.array(files, dtype=object))} for files in ([[good], [data]], [[good]])]
+    requests = [{"image": Tensor("image", np.array(files, dtype=object))} for files in ([[good], [data]], [[good]])]
     failed, answered = model.execute(requests)
     assert failed.tensors == [] and failed.error.code == Failure.INVALID_ARG
-    with pytest.raises(Failure, match=f"picture 2 of 2 {message}"):
+    with pytest.raises(Failure, match=f"image 2 of 2 {message}"):
         raise failed.error
     assert answered.error is None and answered.tensors[0].value.shape == (1, 3, 112, 112)

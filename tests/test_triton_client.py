@@ -1,4 +1,4 @@
-"""The Triton client without a server: pictures, what it tells of a server that is none, and that it stands alone."""
+"""The Triton client without a server: images, what it tells of a server that is none, and that it stands alone."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from engines.service.triton_client.__main__ import main
 from engines.service.triton_client.address import read_address
 from engines.service.triton_client.client import TritonClient
 from engines.service.triton_client.errors import ClientError, told
+from engines.service.triton_client.images import normalize, read_pixels
 from engines.service.triton_client.model import Model, Tensor, describe
-from engines.service.triton_client.pictures import normalise, read_pixels
 from engines.service.triton_client.shared import SharedMemory
-from neck import pictures
+from neck import images
 
-CHELSEA = Path(__file__).parent / "data" / "pictures" / "chelsea.png"
+CHELSEA = Path(__file__).parent / "data" / "images" / "chelsea.png"
 
 
 def test_a_copy_of_the_folder_works_alone(tmp_path: Path) -> None:
@@ -59,8 +59,8 @@ def test_a_copy_of_the_folder_works_alone(tmp_path: Path) -> None:
     assert "127.0.0.1:1: no answer" in ran.stderr and len(ran.stderr.splitlines()) == 1
 
 
-def picture(mode: str) -> Image.Image:
-    """A small picture of a mode, with something in every channel."""
+def image(mode: str) -> Image.Image:
+    """A small image of a mode, with something in every channel."""
     image = Image.open(CHELSEA).convert("RGB").resize((56, 42))
     if mode == "RGBA":
         image.putalpha(Image.linear_gradient("L").resize(image.size))
@@ -68,36 +68,36 @@ def picture(mode: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1", "CMYK", "transparent palette", "turned"])
-def test_pixels_are_neck_pictures_own(tmp_path: Path, mode: str) -> None:
+def test_pixels_are_neck_images_own(tmp_path: Path, mode: str) -> None:
     path, options, exif = tmp_path / ("x.jpg" if mode in ("CMYK", "turned") else "x.png"), {}, Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     options = {"transparent palette": {"transparency": 3}, "turned": {"exif": exif}}.get(mode, {})
-    picture({"transparent palette": "P", "turned": "RGB"}.get(mode, mode)).save(path, **options)  # type: ignore[arg-type]
-    theirs = pictures.read_picture(path)
+    image({"transparent palette": "P", "turned": "RGB"}.get(mode, mode)).save(path, **options)  # type: ignore[arg-type]
+    theirs = images.read_image(path)
     assert theirs.shape == ((56, 42, 3) if mode == "turned" else (42, 56, 3))
     assert np.array_equal(read_pixels(path, theirs.shape[:2]), theirs)
 
 
 @pytest.mark.parametrize("size", [(112, 112), (70, 154), (600, 800), (1008, 1008)])
 def test_the_resize_is_one_level_off_at_most_here_and_there(size: tuple[int, int]) -> None:
-    ours, theirs = read_pixels(CHELSEA, size), pictures.load_pictures([CHELSEA], size)[0]
+    ours, theirs = read_pixels(CHELSEA, size), images.load_images([CHELSEA], size)[0]
     difference = np.abs(ours.astype(int) - theirs)
     assert difference.max() <= 1 and (difference > 0).mean() < 5e-3
     assert np.abs(ours[:, ::-1].astype(int) - theirs).max() > 1  # the control
 
 
-def test_normalised_values_have_the_bits_of_neck_pictures() -> None:
+def test_normalized_values_have_the_bits_of_neck_images() -> None:
     every = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
-    theirs = pictures.normalise(every).numpy()
-    assert normalise(every).dtype == np.float32 and np.array_equal(normalise(every), theirs)
+    theirs = images.normalize(every).numpy()
+    assert normalize(every).dtype == np.float32 and np.array_equal(normalize(every), theirs)
     assert not np.array_equal(every.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1, theirs)
 
 
-def test_what_is_no_picture_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_image_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "deep.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "cut.png").write_bytes(CHELSEA.read_bytes()[:2000])
-    cases = {"deep.png": "more than 8 bits", "text.png": "cannot identify", "cut.png": "cannot be read as a picture"}
+    cases = {"deep.png": "more than 8 bits", "text.png": "cannot identify", "cut.png": "cannot be read as an image"}
     for name, words in {**cases, "missing.png": "No such file", ".": "Is a directory"}.items():
         with pytest.raises(ClientError, match=words):
             read_pixels(tmp_path / name, (8, 8))
@@ -188,7 +188,7 @@ IMAGE = {"name": "image", "datatype": "FP32", "shape": [-1, 3, 8, 8]}
 FEATURE = {"name": "sam3_feat_0", "datatype": "FP16", "shape": [-1, 4, 2, 2]}
 
 
-def stand_in(ready: bool = True, index: Any = (), most: int = 8, **metadata: Any) -> Any:
+def fake(ready: bool = True, index: Any = (), most: int = 8, **metadata: Any) -> Any:
     """What `describe` asks of tritonclient."""
     told = {"inputs": [IMAGE], "outputs": [FEATURE], **metadata}
     return SimpleNamespace(
@@ -212,31 +212,31 @@ BOTH = pytest.mark.parametrize("options", [lambda **_: {}, options_of], ids=["ht
 @BOTH
 def test_a_model_is_described(options: Any) -> None:
     image, feature = Tensor("image", "FP32", (-1, 3, 8, 8)), Tensor("sam3_feat_0", "FP16", (-1, 4, 2, 2))
-    found = describe(stand_in(), "m", "", ["sam3_*"], options)
+    found = describe(fake(), "m", "", ["sam3_*"], options)
     assert found == Model(image, (feature,), max_batch=8, fixed=False)
     assert feature.bytes_of(3) == 3 * 16 * 2
-    fixed = describe(stand_in(most=0, inputs=[IMAGE | {"shape": ["4", "3", "8", "8"]}]), "m", "", [], options)
+    fixed = describe(fake(most=0, inputs=[IMAGE | {"shape": ["4", "3", "8", "8"]}]), "m", "", [], options)
     assert fixed.max_batch == 4 and fixed.fixed
-    assert describe(stand_in(most=0), "m", "", [], options).max_batch == 1  # a batch that Triton knows nothing of
+    assert describe(fake(most=0), "m", "", [], options).max_batch == 1  # a batch that Triton knows nothing of
 
 
 @pytest.mark.parametrize(
     ("client", "words"),
     [
         (
-            stand_in(outputs=[FEATURE | {"datatype": "BF16"}]),
+            fake(outputs=[FEATURE | {"datatype": "BF16"}]),
             "sam3_feat_0 is BF16, which numpy lacks; .*--output-dtype fp32",
         ),
-        (stand_in(inputs=[IMAGE, IMAGE]), "m has 2 inputs"),
-        (stand_in(inputs=[]), "m has 0 inputs"),
-        (stand_in(outputs=[FEATURE | {"name": "other"}]), r"m has no output sam3_\*; it has other"),
-        (stand_in(False), "the server has no model m; ready are none"),
-        (stand_in(False, [{"name": "x", "version": "1", "state": "READY"}]), "no model m; ready are x"),
+        (fake(inputs=[IMAGE, IMAGE]), "m has 2 inputs"),
+        (fake(inputs=[]), "m has 0 inputs"),
+        (fake(outputs=[FEATURE | {"name": "other"}]), r"m has no output sam3_\*; it has other"),
+        (fake(False), "the server has no model m; ready are none"),
+        (fake(False, [{"name": "x", "version": "1", "state": "READY"}]), "no model m; ready are x"),
         (
-            stand_in(False, [{"name": "m", "version": "1", "state": "UNAVAILABLE", "reason": "no such plan"}]),
+            fake(False, [{"name": "m", "version": "1", "state": "UNAVAILABLE", "reason": "no such plan"}]),
             "m is not ready; the server has version 1 UNAVAILABLE no such plan",
         ),
-        (stand_in(False, [{"name": "m"}]), "m is not ready; the server has version ?"),
+        (fake(False, [{"name": "m"}]), "m is not ready; the server has version ?"),
     ],
 )
 @BOTH

@@ -131,7 +131,7 @@ def test_parity(size: tuple[int, int], pretrain: int) -> None:
 
 
 def test_parity_sees_the_padding_and_the_axes() -> None:
-    """The controls: windows padded with 1e-2, a picture turned, and one weight changed by 1e-3."""
+    """The controls: windows padded with 1e-2, an image turned, and one weight changed by 1e-3."""
     size = (84, 140)
     trunk = new_trunk(tiny_config(image_size=size)).double()
     images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -191,7 +191,7 @@ def test_windows_come_back(size: tuple[int, int]) -> None:
     assert torch.equal(join_windows(windows, 4, *size), x)
 
 
-def test_windows_do_not_mix_pictures() -> None:
+def test_windows_do_not_mix_images() -> None:
     x = torch.stack((torch.zeros(8, 8, 1), torch.ones(8, 8, 1)))
     assert cut_windows(x, 4)[:, :, 0].mean(1).tolist() == [0.0] * 4 + [1.0] * 4
 

@@ -20,8 +20,8 @@ from engines.plan import PlanOptions, PlanResult, Prepared, make_plan
 from engines.tune import Row, TuneError, Tuning, fastest, tune_plan, tuning_lines
 from export.contract.manifest import check_files, manifest_path, read_manifest
 from export.pipeline import ExportOptions, RejectedError, export_onnx
-from export.proof.fidelity import Tolerance, Verdict, compare_output
-from export.proof.verify import Report
+from export.verification.fidelity import Tolerance, Verdict, compare_output
+from export.verification.verify import Report
 from neck.config import EncoderConfig
 from neck.progress import Count
 
@@ -122,17 +122,17 @@ def test_none_that_passes_is_an_error_with_the_table(source: Path, tmp_path: Pat
     assert not (tmp_path / "encoder.plan").exists()
 
 
-def test_what_is_quantised_is_settled_once_for_all_candidates(
+def test_what_is_quantized_is_selected_once_for_all_candidates(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settled, asked = list[Path](), list[PlanOptions]()
-    real = engines.plan.settle_source
+    selected, asked = list[Path](), list[PlanOptions]()
+    real = engines.plan.select_for_source
 
-    def settle(*arguments: Any) -> Any:
-        settled.append(arguments[0].path)
+    def select(*arguments: Any) -> Any:
+        selected.append(arguments[0].path)
         return real(*arguments)
 
-    monkeypatch.setattr(engines.plan, "settle_source", settle)
+    monkeypatch.setattr(engines.plan, "select_for_source", select)
 
     def one(options: PlanOptions, report: Report, prepared: Prepared) -> PlanResult:
         asked.append(options)
@@ -143,11 +143,11 @@ def test_what_is_quantised_is_settled_once_for_all_candidates(
     options = dataclasses.replace(options_for(source, tmp_path), precision="int8")
     tuning = tune_plan(options, make=one, measure=measure)
     assert len(asked) == 6
-    assert settled == [source]
-    assert tuning.best.manifest["quantisation"]["asked"] == ["auto"]
-    assert len(tuning.best.manifest["quantisation"]["products"]) == 16
-    assert "quantised products 16 of 16 in INT8" in "\n".join(tuning_lines(tuning))
-    assert any("calibrated on the one picture" in note for note in tuning.best.notes)
+    assert selected == [source]
+    assert tuning.best.manifest["quantization"]["asked"] == ["auto"]
+    assert len(tuning.best.manifest["quantization"]["products"]) == 16
+    assert "quantized products 16 of 16 in INT8" in "\n".join(tuning_lines(tuning))
+    assert any("calibrated on the one image" in note for note in tuning.best.notes)
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="says what happens where no GPU is")

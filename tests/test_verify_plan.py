@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Save, run_onnx, shared_encoder, tiny_config, traced
-from test_session import L4, facts, stand_in, write_plan
+from test_session import L4, facts, fake, write_plan
 
 from engines.builder.build import build_plan
 from engines.builder.flavor import Flavor
@@ -30,8 +30,8 @@ from engines.run.verify import (
 from export.contract.manifest import manifest_path, write_manifest
 from export.contract.signature import BatchRange, Signature
 from export.lowering.precision import lower
-from export.proof.fidelity import FidelityError
-from export.proof.verify import make_reference, picture_count
+from export.verification.fidelity import FidelityError
+from export.verification.verify import image_count, make_reference
 
 CONFIG = tiny_config(num_heads=1)
 """One head of 16: RTX fuses attention from 16 on."""
@@ -64,13 +64,13 @@ def test_a_true_candidate_passes_and_a_false_one_does_not(save: Save, asked: dic
 
     verdict = verify_runner(watched, signature, reference, "fp32", "ONNX Runtime")
     assert verdict.passed
-    assert verdict.method == "PyTorch FP32 (cpu) against ONNX Runtime, 2 pictures"
+    assert verdict.method == "PyTorch FP32 (cpu) against ONNX Runtime, 2 images"
     assert [row.name for row in verdict.comparisons] == [spec.name for spec in signature.outputs]
     assert any("_pos_" in row.name for row in verdict.comparisons) == (asked.get("positions") != "file")
     assert seen == [("uint8", (2, 112, 112, 3)) if asked.get("input_kind") else ("float32", (2, 3, 112, 112))]
 
     def swapped(image: np.ndarray) -> dict[str, np.ndarray]:
-        """The pictures of the batch mixed up, as a broken dynamic batch would."""
+        """The images of the batch mixed up, as a broken dynamic batch would."""
         return {name: value[::-1] for name, value in run(image).items()}
 
     false = verify_runner(swapped, signature, reference, "fp32", "ONNX Runtime")
@@ -124,7 +124,7 @@ def test_the_reference_alone_is_computed_in_full_fp32(monkeypatch: pytest.Monkey
         seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, products))
         raise MemoryError
 
-    monkeypatch.setattr("export.proof.verify.forward_necks", fails)
+    monkeypatch.setattr("export.verification.verify.forward_necks", fails)
     try:
         with pytest.raises(MemoryError):
             make_reference(shared_encoder(CONFIG), signature, 1)
@@ -135,13 +135,13 @@ def test_the_reference_alone_is_computed_in_full_fp32(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("batch", "count"), [((1, 1), 1), ((4, 4), 4), ((1, 8), 2), ((3, 8), 3), ((1, 2), 2)])
-def test_how_many_pictures(batch: tuple[int, int], count: int) -> None:
-    assert picture_count(BatchRange(batch[0], *batch)) == count
+def test_how_many_images(batch: tuple[int, int], count: int) -> None:
+    assert image_count(BatchRange(batch[0], *batch)) == count
 
 
 def test_the_method_names_gpu_and_version() -> None:
-    assert describe(stand_in()) == "TensorRT-RTX 1.7.1.116 on NVIDIA L4 (compute capability 8.9, driver 570.86)"
-    assert describe(stand_in(name="tensorrt", version="11.4.0.106", gpu=None)) == "TensorRT 11.4.0.106"
+    assert describe(fake()) == "TensorRT-RTX 1.7.1.116 on NVIDIA L4 (compute capability 8.9, driver 570.86)"
+    assert describe(fake(name="tensorrt", version="11.4.0.106", gpu=None)) == "TensorRT 11.4.0.106"
 
 
 def test_a_foreign_onnx_file_cannot_be_verified() -> None:
@@ -163,7 +163,7 @@ class OnnxSession:
     """A session whose engine is ONNX Runtime."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.run, self.manifest, self.flavor = runner(path), manifest, stand_in()
+        self.run, self.manifest, self.flavor = runner(path), manifest, fake()
         self.inputs = (Port("image", torch.float32, (-1, 3, 112, 112), (1, 3)),)
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -184,7 +184,7 @@ def test_verify_plan_finds_the_encoder_in_the_manifest(save: Save, monkeypatch: 
     verdict = verify_plan(Path("x.plan"), report=steps.append)
     assert verdict.passed
     assert verdict.method.startswith("PyTorch FP32 (cpu) against TensorRT-RTX 1.7.1.116 on NVIDIA L4")
-    assert verdict.method.endswith("2 pictures")
+    assert verdict.method.endswith("2 images")
     assert [step.split(":")[0] for step in steps] == ["reference", "candidate"]
     manifest["onnx_manifest"]["weights"]["seed"] = 1  # the control: another encoder
     assert not verify_plan(Path("x.plan")).passed
@@ -196,14 +196,14 @@ def test_a_reference_serves_many_plans(save: Save, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(verify, "open_plan", lambda plan, flavor, **options: OnnxSession(path, manifest))
     reference = make_reference(shared_encoder(CONFIG), signature, 3)
     monkeypatch.setattr(verify, "make_reference", SimpleNamespace())
-    assert verify_plan(Path("x.plan"), reference=reference).method.endswith("3 pictures")
+    assert verify_plan(Path("x.plan"), reference=reference).method.endswith("3 images")
 
 
 def test_a_plan_that_cannot_run_here_gets_no_verdict(tmp_path: Path) -> None:
     with pytest.raises(SessionError, match="no NVIDIA GPU"):
-        verify_plan(write_plan(tmp_path), flavor=stand_in(gpu=None))
+        verify_plan(write_plan(tmp_path), flavor=fake(gpu=None))
     with pytest.raises(SessionError, match="No such file"):
-        verify_plan(tmp_path / "none.plan", flavor=stand_in(gpu=L4))
+        verify_plan(tmp_path / "none.plan", flavor=fake(gpu=L4))
 
 
 @pytest.mark.gpu

@@ -120,7 +120,7 @@ def save_tokenizer(folder: Path) -> Path:
 
 
 def frames(count: int) -> Tensor:
-    """Normalised pictures (count, 3, SIZE, SIZE) with coarse shapes in them."""
+    """Normalized images (count, 3, SIZE, SIZE) with coarse shapes in them."""
     coarse = torch.randn(count, 3, 7, 7, generator=torch.Generator().manual_seed(1))
     return torch.nn.functional.interpolate(coarse, size=SIZE).clamp(-1, 1)
 

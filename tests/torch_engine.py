@@ -1,4 +1,4 @@
-"""A stand-in of TensorRT on real torch.cuda: an engine whose run is torch's kernels on the stream that it is given.
+"""A fake of TensorRT on real torch.cuda: an engine whose run is torch's kernels on the stream that it is given.
 
 It shows what a CPU cannot: order between real, asynchronous streams, graph captures and their replays. Each run sleeps
 on the GPU first, so that a wait that is missing reads what was there before.
@@ -170,8 +170,8 @@ def open_session(
     at: Callable[[int, tuple[int, ...], torch.device], Tensor] = tensor_at,
 ) -> list[Session]:
     """Sessions over one engine, each with a stream of its own, on a GPU."""
-    plan = folder / "stand-in.plan"
-    plan.write_bytes(b"stand-in")
+    plan = folder / "fake.plan"
+    plan.write_bytes(b"fake")
     flavor = TorchFlavor(
         "tensorrt", SimpleNamespace(kernels=kernels, tensor_at=at), "0.0.0.0", (), Gpu("", "0.0", "", "0.0"), device
     )

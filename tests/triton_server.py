@@ -1,6 +1,6 @@
 """A real tritonserver for tests, with ONNX Runtime in place of its GPU backends; needs `make .triton/ready`.
 
-with running(stand_in_repository(tmp_path, stand_in_plan(tmp_path))) as server:
+with running(fake_repository(tmp_path, fake_plan(tmp_path))) as server:
     ...  # server.http_url, server.grpc_url
 """
 
@@ -33,7 +33,7 @@ from export.pipeline import export_onnx
 
 ROOT = Path(__file__).parent.parent
 SERVER = ROOT / ".triton"
-STAND_IN = Path(__file__).parent / "stand_in_backend" / "model.py"
+STAND_IN = Path(__file__).parent / "fake_backend" / "model.py"
 START_S = 600
 """Seconds that a server may take until it is ready; 2 on an idle machine."""
 
@@ -197,26 +197,26 @@ def _stubs(process: subprocess.Popen[bytes]) -> dict[int, list[str]]:
 
 
 def decoders(server: Server) -> list[int]:
-    """Processes of the server that decode pictures."""
+    """Processes of the server that decode images."""
     return [pid for pid, words in _stubs(server.process).items() if any("-preprocess_" in word for word in words)]
 
 
-def stand_in_options(output: Path, **changes: Any) -> ExportOptions:
+def fake_options(output: Path, **changes: Any) -> ExportOptions:
     """How the tests export the golden case meta-dual: both necks, dynamic batch 1:4:8, not verified."""
     return golden_options("meta-dual", output, **{"batch": BatchRange(1, 4, 8), "verify": False, **changes})
 
 
-def stand_in_plan(folder: Path, name: str = "encoder", **changes: Any) -> Path:
+def fake_plan(folder: Path, name: str = "encoder", **changes: Any) -> Path:
     """Writes NAME.plan and its manifest: an ONNX file's bytes, said to be a TensorRT plan.
 
     Args:
         folder: where to write it; NAME.onnx is left there too.
         name: the files' name.
-        changes: fields of ExportOptions other than `stand_in_options` sets, such as `input_kind="uint8"`.
+        changes: fields of ExportOptions other than `fake_options` sets, such as `input_kind="uint8"`.
     """
     with pytest.MonkeyPatch.context() as patch:
         trace_quickly(patch)
-        source = export_onnx(stand_in_options(folder / f"{name}.onnx", **changes)).path
+        source = export_onnx(fake_options(folder / f"{name}.onnx", **changes)).path
     plan = folder / f"{name}.plan"
     onnx.save(onnx.load(source), plan, save_as_external_data=False)
     return write_plan_manifest(plan, read_manifest(manifest_path(source), "onnx"))
@@ -241,13 +241,13 @@ def write_plan_manifest(plan: Path, source: dict[str, Any], **changes: Any) -> P
         "onnx": source["files"][0],
         "signature": signature,
         "onnx_manifest": source,
-        "verification": {"verified": False, "reason": "not verified: a stand-in"},
+        "verification": {"verified": False, "reason": "not verified: a fake"},
     }
     write_manifest(manifest_path(plan), "plan", values | changes, [plan])
     return plan
 
 
-def stand_in_repository(folder: Path, model: Path, **options: Any) -> Path:
+def fake_repository(folder: Path, model: Path, **options: Any) -> Path:
     """Makes `folder`/model_repository serve a model, as `neck-export triton` does, and returns its path."""
     output = folder / "model_repository"
     make_repository(RepositoryOptions(model=model, output=output, **options))

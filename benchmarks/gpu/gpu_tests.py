@@ -23,7 +23,7 @@ ON_CUDA = {
 
 STAGES_DO = {
     *("test_cpp_on_cuda.py", "test_session_checks.py"),
-    *("test_bench.py", "test_backends.py", "test_quantise_choice.py"),
+    *("test_bench.py", "test_backends.py", "test_quantize_choice.py"),
 }
 """Files whose gpu tests repeat a stage: those of ON_CUDA, the backends, the rates."""
 

@@ -25,7 +25,7 @@ from benchmarks.gpu.gpu_tests import ON_CUDA, checks, files_with_gpu_tests, run_
 from benchmarks.gpu.machine import examine
 from benchmarks.gpu.time_plan import FOLDER, POINT_BATCHES, POINT_SCALES, QUICK_BUILD_S, Device, Stage, plan
 from benchmarks.measure.machine_rates import measure_rates
-from benchmarks.measure.work_folder import Workplace
+from benchmarks.measure.work_folder import ArtifactCache
 from benchmarks.options import BenchOptions
 from benchmarks.report.report_files import write_report
 from benchmarks.results.result import all_rows, make_result
@@ -100,7 +100,7 @@ def rates(asked: Asked) -> Found:
 def weights(asked: Asked) -> Found:
     """Makes the random weights that every backend maps, and says whether they are the same as elsewhere."""
     options = asked.options()
-    with Workplace(asked.output / "work", options) as place:
+    with ArtifactCache(asked.output / "work", options) as place:
         prepared = place.prepare()
     assert prepared.encoder.checkpoint is not None
     digest = weights_digest(prepared.encoder.checkpoint)

@@ -54,8 +54,8 @@ def plan(device: Device) -> tuple[Stage, ...]:
     """The stages in their order: the most wanted first."""
     return (
         Stage("doctor", "the machine, who else is on the GPU", 0.3, 2.0),
-        Stage("cpp", "the C++ library on CUDA itself, TensorRT a stand-in", 0.7, 1.6, 8),
-        Stage("session", "Python's sessions, pool, graphs, DLPack on torch.cuda, TensorRT a stand-in", 0.3, 1.0, 9),
+        Stage("cpp", "the C++ library on CUDA itself, TensorRT a fake", 0.7, 1.6, 8),
+        Stage("session", "Python's sessions, pool, graphs, DLPack on torch.cuda, TensorRT a fake", 0.3, 1.0, 9),
         Stage("weights", "random weights, the same bits as elsewhere", 0.4, 1.0),
         Stage("eager", "eager, plain and rewritten, FP32, FP16, BF16", 1.9, 3.0, backends=EAGER),
         Stage("compiled", "torch.compile, default, rewritten", 1.0, 2.5, 7, COMPILED[device], answer_s=ANSWER[device]),

@@ -1,4 +1,4 @@
-"""SAM 3 of Meta's or Ultralytics' package, from a checkpoint, asked for the objects of a picture by texts or boxes."""
+"""SAM 3 of Meta's or Ultralytics' package, from a checkpoint, asked for the objects of an image by texts or boxes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.masks.objects import MasksError, Objects
 from benchmarks.masks.transformers_models import Prompts, Segment, objects_above
-from neck.pictures import Pixels, normalise
+from neck.images import Pixels, normalize
 
 FAILURES = (OSError, ValueError, ImportError, RuntimeError, LookupError, TypeError, AttributeError, UnpicklingError)
 """What a package raises on a checkpoint that is not its own."""
@@ -30,8 +30,8 @@ class Detector:
     Attributes:
         model: the module, as attach takes it.
         words: gives the features of a text.
-        place: makes a prompt of boxes (N, 1, 4), centre, width and height as parts of the picture; N may be 0.
-        ground: finds objects, from the features of picture and text, and a prompt of boxes.
+        place: makes a prompt of boxes (N, 1, 4), center, width and height as parts of the image; N may be 0.
+        ground: finds objects, from the features of image and text, and a prompt of boxes.
     """
 
     model: Any
@@ -41,7 +41,7 @@ class Detector:
 
 
 Build = Callable[[Path, str, tuple[int, int]], Detector]
-"""Takes a checkpoint, the device, and the pictures' height and width."""
+"""Takes a checkpoint, the device, and the images' height and width."""
 
 
 def load_checkpoint_segmenter(
@@ -54,7 +54,7 @@ def load_checkpoint_segmenter(
         prompts: texts, or boxes, each of which asks for all objects like the one in it.
         device: where it runs.
         threshold: the least score of an object.
-        size: height and width of the pictures, for Ultralytics' model, which takes any.
+        size: height and width of the images, for Ultralytics' model, which takes any.
 
     Returns:
         The model in FP32, and what asks it.
@@ -102,7 +102,7 @@ def _meta() -> Build:
 
     def build(path: Path, device: str, size: tuple[int, int]) -> Detector:
         model = build_sam3_image_model(checkpoint_path=str(path), load_from_HF=False, device=device)
-        stage = Sam3Processor(model, size[0], device).find_stage  # the first text in the first picture
+        stage = Sam3Processor(model, size[0], device).find_stage  # the first text in the first image
         return Detector(
             model,
             lambda text: model.backbone.forward_text([text], device=device),
@@ -150,13 +150,13 @@ def _lacking() -> Iterator[list[str]]:
 
 
 def _segment(detector: Detector, prompts: Prompts, pixels: Pixels, device: str, threshold: float) -> list[Objects]:
-    """Objects of each prompt; the picture is encoded once."""
+    """Objects of each prompt; the image is encoded once."""
     asked: list[tuple[str, Sequence[Sequence[float]]]] = [(text, ()) for text in prompts.texts]
     for left, top, right, bottom in prompts.boxes:
         asked.append((VISUAL, [((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)]))
     found = []
     with torch.inference_mode():
-        features = detector.model.backbone.forward_image(normalise(pixels[None]).to(device))
+        features = detector.model.backbone.forward_image(normalize(pixels[None]).to(device))
         for text, boxes in asked:
             place = detector.place(torch.tensor(boxes, device=device).view(-1, 1, 4))
             given = detector.ground({**features, **detector.words(text)}, place)

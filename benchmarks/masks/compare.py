@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from benchmarks.masks.checkpoint_models import load_checkpoint_segmenter
-from benchmarks.masks.drawing import save_pictures
+from benchmarks.masks.drawing import save_images
 from benchmarks.masks.objects import Objects, differ, figures
 from benchmarks.masks.transformers_models import Prompts, Segment, load_segmenter
 from engines.attach import attach, detach
 from engines.builder.plan_kind import is_plan
 from export.contract.manifest import manifest_path, read_manifest, record_in_manifest, seen
-from export.proof.verify import SIMULATED
+from export.verification.verify import SIMULATED
 from export.weights_origin import manifest_signature
-from neck.pictures import PictureFolder, find_pictures, load_pictures
+from neck.images import ImageFolder, find_images, load_images
 
 GATE = 0.99
 THRESHOLD = 0.5
@@ -32,17 +32,17 @@ class MasksOptions:
     Attributes:
         file: a plan or an ONNX file, its manifest beside it.
         model: a folder of transformers, or a checkpoint for the package of Meta or Ultralytics.
-        images: pictures, all of which are used.
+        images: images, all of which are used.
         prompts: what is asked for.
         gate: the lowest mean mask IoU that passes.
         threshold: the least score of an object.
         check: refuse a file of other weights than the model's.
-        save: a folder for pictures of both masks and their difference.
+        save: a folder for images of both masks and their difference.
     """
 
     file: Path
     model: Path
-    images: Path | PictureFolder
+    images: Path | ImageFolder
     prompts: Prompts
     gate: float = GATE
     threshold: float = THRESHOLD
@@ -58,22 +58,22 @@ def compare_masks(
     Raises:
         MasksError: the model, or prompts that it does not take.
         AttachError, EncoderError, ManifestError, SessionError, RuntimeFileError: the file cannot be used with it.
-        PictureError: pictures that cannot be read.
+        ImageError: images that cannot be read.
     """
     where, plan = manifest_path(options.file), is_plan(options.file)
     manifest = read_manifest(where, "plan" if plan else "onnx")
-    folder = PictureFolder.of(options.images)
-    paths, size = find_pictures(folder.path), manifest_signature(where, manifest).image_size
+    folder = ImageFolder.of(options.images)
+    paths, size = find_images(folder.path), manifest_signature(where, manifest).image_size
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report(f"model: {options.model}")
     asked = (options.model, options.prompts, device, options.threshold)
     model, segment = load_checkpoint_segmenter(*asked, size) if options.model.is_file() else load_segmenter(*asked)
     simulated = device == "cpu" and not plan and manifest.get("precision") != "fp32"
 
-    def pictures() -> Any:
-        return (load_pictures([path], size, folder.value_range)[0] for path in paths)
+    def images() -> Any:
+        return (load_images([path], size, folder.value_range)[0] for path in paths)
 
-    own, other = run_twice(model, segment, options.file, pictures, options.check, simulated, report)
+    own, other = run_twice(model, segment, options.file, images, options.check, simulated, report)
     names = options.prompts.names
     found = [
         differ(path.name, name, one, two)
@@ -90,7 +90,7 @@ def compare_masks(
     }
     record_in_manifest(where, manifest | {"masks": values}, [] if notes is None else notes)
     if options.save is not None:
-        save_pictures(options.save, paths, pictures(), own, other)
+        save_images(options.save, paths, images(), own, other)
     return values
 
 
@@ -98,29 +98,29 @@ def run_twice(
     model: nn.Module,
     segment: Segment,
     file: Path,
-    pictures: Callable[[], Any],
+    images: Callable[[], Any],
     check: bool = True,
     simulated: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[list[Objects]], list[list[Objects]]]:
-    """The objects of every picture, by a model's own encoder and by the file; the model is then as before.
+    """The objects of every image, by a model's own encoder and by the file; the model is then as before.
 
     Any package's model can be compared so.
 
     Args:
         model: SAM 3, as attach takes it.
-        segment: asks the model for the objects of a picture.
+        segment: asks the model for the objects of an image.
         file: the file.
-        pictures: gives the pictures anew, each RGB (H, W, 3) at the file's size.
+        images: gives the images anew, each RGB (H, W, 3) at the file's size.
         check, simulated: as in attach.
         report: told of every step.
     """
     encoder = attach(model, file, check=check, simulated=simulated)  # first: what does not fit is told at once
     try:
         report("objects: with the file")
-        other = [segment(pixels) for pixels in pictures()]
+        other = [segment(pixels) for pixels in images()]
     finally:
         detach(model)
     del encoder
     report("objects: with the model's own encoder")
-    return [segment(pixels) for pixels in pictures()], other
+    return [segment(pixels) for pixels in images()], other

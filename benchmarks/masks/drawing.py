@@ -1,4 +1,4 @@
-"""Pictures of two findings side by side, and of where they differ."""
+"""Images of two findings side by side, and of where they differ."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.masks.objects import MasksError, Objects
-from neck.pictures import Pixels
+from neck.images import Pixels
 
 OWN, FILE, DIFFERENCE = (64, 160, 255), (255, 170, 0), (255, 0, 96)
 
 
-def save_pictures(
+def save_images(
     folder: Path,
     paths: Sequence[Path],
-    pictures: Iterable[Pixels],
+    images: Iterable[Pixels],
     own: Sequence[Sequence[Objects]],
     other: Sequence[Sequence[Objects]],
 ) -> None:
-    """Writes NAME.masks.png for each picture: the model's masks, the file's, and what only one of them has.
+    """Writes NAME.masks.png for each image: the model's masks, the file's, and what only one of them has.
 
     Raises:
         MasksError: the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, pixels, mine, theirs in zip(paths, pictures, own, other, strict=True):
+        for path, pixels, mine, theirs in zip(paths, images, own, other, strict=True):
             first, second = (_union(objects, (len(pixels), len(pixels[0]))) for objects in (mine, theirs))
-            panels = [_tint(pixels, mask, colour) for mask, colour in ((first, OWN), (second, FILE))]
+            panels = [_tint(pixels, mask, color) for mask, color in ((first, OWN), (second, FILE))]
             panels.append(_tint(pixels, first ^ second, DIFFERENCE))
             Image.fromarray(np.concatenate(panels, axis=1)).save(folder / f"{path.name}.masks.png")
     except OSError as error:
@@ -39,7 +39,7 @@ def save_pictures(
 
 
 def _union(objects: Sequence[Objects], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    """Where any object is, at the picture's size (height, width)."""
+    """Where any object is, at the image's size (height, width)."""
     whole = np.zeros(size, bool)
     for one in objects:
         for mask in one.masks:
@@ -47,7 +47,7 @@ def _union(objects: Sequence[Objects], size: tuple[int, int]) -> npt.NDArray[np.
     return whole
 
 
-def _tint(pixels: Pixels, mask: npt.NDArray[np.bool_], colour: tuple[int, int, int]) -> Pixels:
-    tinted = pixels // 2  # darker, so that the colour is seen on any picture
-    tinted[mask] = pixels[mask] // 2 + np.array(colour, np.uint8) // 2
+def _tint(pixels: Pixels, mask: npt.NDArray[np.bool_], color: tuple[int, int, int]) -> Pixels:
+    tinted = pixels // 2  # darker, so that the color is seen on any image
+    tinted[mask] = pixels[mask] // 2 + np.array(color, np.uint8) // 2
     return tinted

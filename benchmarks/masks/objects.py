@@ -1,4 +1,4 @@
-"""Objects that a model finds in a picture, and how two findings of the same picture differ."""
+"""Objects that a model finds in an image, and how two findings of the same image differ."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Numbers = npt.NDArray[np.float32]
 
 
 class MasksError(RuntimeError):
-    """A model, prompts or pictures that cannot be compared."""
+    """A model, prompts or images that cannot be compared."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Objects:
-    """What a model finds for one prompt in one picture, above its score threshold.
+    """What a model finds for one prompt in one image, above its score threshold.
 
     Attributes:
         masks: (N, h, w), at the resolution at which the model gives them.
         boxes: (N, 4), x0, y0, x1, y1 in any unit.
         scores: (N,), 0 to 1.
-        presence: how sure the model is that the prompt is in the picture at all, 0 to 1.
+        presence: how sure the model is that the prompt is in the image at all, 0 to 1.
         non_finite: how many values of the model's outputs are NaN or infinite; objects below the threshold count.
     """
 
@@ -51,7 +51,7 @@ class Difference:
         own_non_finite, file_non_finite: values that are NaN or infinite in the first and in the second.
     """
 
-    picture: str
+    image: str
     prompt: str
     ious: tuple[float, ...]
     box_ious: tuple[float, ...]
@@ -69,13 +69,13 @@ class Difference:
         return 0.0 if wrong else min(self.ious, default=1.0)
 
 
-def differ(picture: str, prompt: str, own: Objects, other: Objects) -> Difference:
+def differ(image: str, prompt: str, own: Objects, other: Objects) -> Difference:
     """Pairs the objects of two findings by their masks and compares them."""
     ious = mask_ious(own.masks, other.masks)
     pairs = best_pairs(ious)
     error = abs(own.presence - other.presence)
     return Difference(
-        picture,
+        image,
         prompt,
         tuple(float(ious[pair]) for pair in pairs),
         tuple(box_iou(own.boxes[row], other.boxes[column]) for row, column in pairs),
@@ -147,22 +147,20 @@ def box_iou(first: Numbers, second: Numbers) -> float:
 
 
 def figures(differences: Sequence[Difference], gate: float) -> dict[str, Any]:
-    """All pictures' figures and the verdict, as JSON values.
+    """All images' figures and the verdict, as JSON values.
 
     Args:
-        differences: of every picture and prompt.
+        differences: of every image and prompt.
         gate: the lowest mean mask IoU that passes; an object lost or found, or a value that is not finite, never does.
 
     Raises:
-        MasksError: neither finding has an object in any picture, and every value is finite.
+        MasksError: neither finding has an object in any image, and every value is finite.
     """
     own, other = (sum(getattr(one, name) for one in differences) for name in ("own_non_finite", "file_non_finite"))
     ious = [iou for one in differences for iou in one.ious]
     lost, found = (sum(getattr(one, name) for one in differences) for name in ("lost", "found"))
     if not (ious or lost or found or own or other):
-        raise MasksError(
-            "no object above the score threshold in any picture; take other prompts, pictures, --threshold"
-        )
+        raise MasksError("no object above the score threshold in any image; take other prompts, images, --threshold")
     boxes, scores = (
         [value for one in differences for value in getattr(one, name)] for name in ("box_ious", "score_errors")
     )
@@ -172,14 +170,14 @@ def figures(differences: Sequence[Difference], gate: float) -> dict[str, Any]:
     return {
         "passed": mean >= gate and not (lost or found or own or other),
         "gate": gate,
-        "pictures": len({one.picture for one in differences}),
+        "images": len({one.image for one in differences}),
         "objects": len(ious),
         "lost": lost,
         "found": found,
         "non_finite": {"own": own, "file": other},
         "mean_iou": mean,
         "worst_iou": min(ious, default=0.0),
-        "worst_picture": worst.picture,
+        "worst_image": worst.image,
         "mean_box_iou": sum(boxes) / len(boxes) if boxes else 0.0,
         "worst_box_iou": min(boxes, default=0.0),
         "largest_score_error": max(scores, default=0.0),
@@ -193,9 +191,9 @@ def figures(differences: Sequence[Difference], gate: float) -> dict[str, Any]:
 def lines(found: dict[str, Any]) -> list[str]:
     """The figures for a screen."""
     return [
-        f"{found['pictures']} pictures, {found['objects']} objects, {found['lost']} lost, {found['found']} found",
+        f"{found['images']} images, {found['objects']} objects, {found['lost']} lost, {found['found']} found",
         *_non_finite_lines(found["non_finite"]),
-        f"mask IoU  mean {found['mean_iou']:.4f}, worst {found['worst_iou']:.4f}; least alike {found['worst_picture']}",
+        f"mask IoU  mean {found['mean_iou']:.4f}, worst {found['worst_iou']:.4f}; least alike {found['worst_image']}",
         f"box IoU   mean {found['mean_box_iou']:.4f}, worst {found['worst_box_iou']:.4f}",
         f"scores differ by up to {found['largest_score_error']:.2e}, presence by {found['largest_presence_error']:.2e}",
         found["method"],
@@ -211,9 +209,9 @@ def _non_finite_lines(counts: dict[str, int]) -> list[str]:
 
 
 def worst_lines(found: dict[str, Any]) -> list[str]:
-    """The pictures below the gate, the worst first, one a line."""
+    """The images below the gate, the worst first, one a line."""
     return [
-        f"{one['picture']} ({one['prompt']}): mask IoU {min(one['ious'], default=0):.4f}, {one['lost']} lost, "
+        f"{one['image']} ({one['prompt']}): mask IoU {min(one['ious'], default=0):.4f}, {one['lost']} lost, "
         f"{one['found']} found" + (f", {one['file_non_finite']} values not finite" if one["file_non_finite"] else "")
         for one in found["below_gate"][:5]
     ]

@@ -1,4 +1,4 @@
-"""SAM 3 of transformers, asked for the objects of a picture by texts, or by points and boxes."""
+"""SAM 3 of transformers, asked for the objects of an image by texts, or by points and boxes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.masks.objects import MasksError, Objects
 from export.contract.extras import install
-from neck.pictures import Pixels, normalise
+from neck.images import Pixels, normalize
 
 Segment = Callable[[Pixels], list[Objects]]
 """Takes RGB pixels (H, W, 3) at the model's size; gives the objects of every prompt."""
@@ -26,11 +26,11 @@ TRACKERS = ("sam3_tracker_video", "sam3_video")
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """What is asked for in every picture: texts, or points and boxes.
+    """What is asked for in every image: texts, or points and boxes.
 
     Attributes:
         texts: such as "a cup"; each may have any number of objects.
-        points: (x, y), each one object; parts of the picture's width and height.
+        points: (x, y), each one object; parts of the image's width and height.
         boxes: (x0, y0, x1, y1), the same.
     """
 
@@ -44,7 +44,7 @@ class Prompts:
             raise MasksError("ask for objects by --prompt TEXT, or by --points X,Y and --boxes X0,Y0,X1,Y1")
         for place in places:
             if not all(0 <= side <= 1 for side in place):
-                raise MasksError(f"{place}: expected parts of the picture's width and height, 0 to 1")
+                raise MasksError(f"{place}: expected parts of the image's width and height, 0 to 1")
         if any(box[0] >= box[2] or box[1] >= box[3] for box in self.boxes):
             raise MasksError("a box is empty; give its left, upper, right and lower sides")
 
@@ -95,7 +95,7 @@ def load_segmenter(folder: Path, prompts: Prompts, device: str, threshold: float
 
 
 def by_text(model: Any, tokenizer: Any, prompts: Prompts, image: Tensor, threshold: float) -> list[Objects]:
-    """Objects of each text; the picture is encoded once."""
+    """Objects of each text; the image is encoded once."""
     with torch.inference_mode():
         embeds = model.get_vision_features(pixel_values=image)
         found = []
@@ -155,7 +155,7 @@ def _extent(mask: Any) -> tuple[int, int, int, int]:
 
 
 def _image(pixels: Pixels, device: str) -> Tensor:
-    return normalise(pixels[None]).to(device)
+    return normalize(pixels[None]).to(device)
 
 
 def _numpy(value: Tensor) -> Any:

@@ -33,7 +33,7 @@ class Backend:
         device: where.
         precision: what its weights and activations are computed in.
         module: the plain module or the rewritten one.
-        provider: ONNX Runtime's execution provider, or the flavour of TensorRT.
+        provider: ONNX Runtime's execution provider, or the flavor of TensorRT.
     """
 
     id: str
@@ -51,14 +51,14 @@ class Backend:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class RunRequest:
     """What a worker loads.
 
     Attributes:
         backend: what runs.
         encoder: where its weights are: the options, their checkpoint being one that every backend maps.
         config, signature: the encoder at the size that is measured, and its outputs.
-        image: the picture, float32 (B, 3, H, W) as .npy.
+        image: the image, float32 (B, 3, H, W) as .npy.
         onnx, plan: the file, where the backend runs one.
         build_s, file_bytes: what making it took.
     """
@@ -101,7 +101,7 @@ class Runner(Protocol):
 
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
 NAMES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "fp8": "FP8, all products", "int8": "INT8, all products"}
-QUANTISED = ("fp8", "int8")
+QUANTIZED = ("fp8", "int8")
 """All products, the fastest that a file of the kind can be: its errors tell whether it may be used as it is."""
 
 RUNTIMES: dict[str, tuple[str, Runtime, Device | None, str]] = {
@@ -234,7 +234,7 @@ def _openvino_lacks(backend: Backend, facts: Mapping[str, Any]) -> str | None:
     return None
 
 
-def open_runner(job: Job) -> Runner:
+def open_runner(job: RunRequest) -> Runner:
     """The runner of a job, nothing loaded yet."""
     if not job.backend.file:
         from benchmarks.measure.torch_runner import TorchRunner
@@ -242,5 +242,9 @@ def open_runner(job: Job) -> Runner:
         return TorchRunner(job)
     from benchmarks.measure.file_runners import OpenVinoRunner, OrtRunner, PlanRunner
 
-    makers: dict[str, Callable[[Job], Runner]] = {"ort": OrtRunner, "openvino": OpenVinoRunner, "plan": PlanRunner}
+    makers: dict[str, Callable[[RunRequest], Runner]] = {
+        "ort": OrtRunner,
+        "openvino": OpenVinoRunner,
+        "plan": PlanRunner,
+    }
     return makers[job.backend.runtime](job)

@@ -157,7 +157,7 @@ def _openvino() -> list[str] | None:
 
 
 def _plan_problem(flavor: str) -> str | None:
-    """Why no plan of a flavour can be built and run here."""
+    """Why no plan of a flavor can be built and run here."""
     from engines.builder.flavor import FlavorError, choose_flavor
     from engines.builder.gpu import find_gpu
 
@@ -168,6 +168,6 @@ def _plan_problem(flavor: str) -> str | None:
     except FlavorError as error:
         return str(error)
     assert chosen.gpu is not None
-    if chosen.targets and chosen.gpu.compute_capability not in chosen.targets:
+    if chosen.capabilities and chosen.gpu.compute_capability not in chosen.capabilities:
         return f"{flavor} {chosen.version} does not run on {chosen.gpu.name} ({chosen.gpu.compute_capability})"
     return None

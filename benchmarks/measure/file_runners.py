@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure.backends import TENSORRT_PROVIDER, Job, Runner
+from benchmarks.measure.backends import TENSORRT_PROVIDER, Runner, RunRequest
 from engines.live.ort_placement import FirstRun
 
 FP16_ALLOWED = "trt_fp16_enable"
@@ -20,7 +20,7 @@ class RunnerError(RuntimeError):
 class OrtRunner(Runner):
     """ONNX Runtime by one execution provider; one whose heavy operators another one computes is refused."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: RunRequest) -> None:
         self.job, self.cuda, self.provider = job, job.backend.device == "cuda", job.backend.provider
         self._values: list[Any] = []
         self._taken: int | None = None
@@ -96,7 +96,7 @@ class OrtRunner(Runner):
 class OpenVinoRunner(Runner):
     """OpenVINO on the CPU, its inference precision set and read back: it would take BF16 by itself where it can."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: RunRequest) -> None:
         self.job = job
 
     def load(self) -> float | None:
@@ -127,8 +127,8 @@ class OpenVinoRunner(Runner):
 class PlanRunner(Runner):
     """A TensorRT or TensorRT-RTX plan, by CUDA graph where one can be captured."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self._note = job, None  # type: Job, str | None
+    def __init__(self, job: RunRequest) -> None:
+        self.job, self._note = job, None  # type: RunRequest, str | None
 
     def load(self) -> float | None:
         """Loads the plan and binds the input on the GPU."""

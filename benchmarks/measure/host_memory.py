@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from benchmarks.measure.backends import Backend
-from benchmarks.measure.point import Point
+from benchmarks.measure.measure_point import MeasurePoint
 from benchmarks.roofline import ITEM_BYTES
 
 BASE_BYTES = {"eager": 4e8, "compile": 1.2e9, "compile-max": 2e9, "ort": 2e8, "openvino": 3e8, "plan": 4e8}
@@ -15,7 +15,7 @@ WEIGHT_COPIES = {"eager": 1.0, "compile": 1.0, "compile-max": 1.0, "ort": 1.1, "
 """Resident at full depth and 336 px: ONNX Runtime 2.1 GB, OpenVINO 3.9 GB, which repacks what it has read."""
 
 
-def needed_bytes(backend: Backend, point: Point) -> int:
+def needed_bytes(backend: Backend, point: MeasurePoint) -> int:
     """An estimate of the resident memory of a worker at its largest."""
     config, batch, parts = point.config, point.batch, point.parts
     weights = 4 * sum(part.weight_elements for part in parts)

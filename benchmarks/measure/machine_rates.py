@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measure.backends import QUANTISED
-from export.quantising.rates import measure_rate
+from benchmarks.measure.backends import QUANTIZED
+from export.quantization.rates import measure_rate
 
 PRODUCT_SECONDS = 0.05
 """A product is made larger until it takes so long at least; a rate that small ones reach says little."""
@@ -36,7 +36,7 @@ def measure_rates(device: str) -> dict[str, Any]:
     if device == "cpu":
         rates["fp32"] = max(rates["fp32"] or 0.0, _numpy_rate())
     else:
-        rates |= {kind: _quantised_rate(kind) for kind in QUANTISED}
+        rates |= {kind: _quantized_rate(kind) for kind in QUANTIZED}
     source = torch.zeros(COPY_BYTES[device], dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     seconds = best_of(lambda: target.copy_(source), device)
@@ -66,7 +66,7 @@ def _product_rate(dtype: torch.dtype, device: str) -> float:
         side *= 2
 
 
-def _quantised_rate(kind: str) -> float | None:
+def _quantized_rate(kind: str) -> float | None:
     try:
         return measure_rate(kind)
     except (RuntimeError, NotImplementedError):

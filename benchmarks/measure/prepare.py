@@ -1,4 +1,4 @@
-"""What the backends run on, made once and kept: weights, the picture, ONNX files, plans. It runs in a worker."""
+"""What the backends run on, made once and kept: weights, the image, ONNX files, plans. It runs in a worker."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from export.quantization.select_quantization import QuantizeOptions
 
-from benchmarks.measure.backends import Job
+from benchmarks.measure.backends import RunRequest
 from benchmarks.measure.work_folder import Prepared, about_file, seconds_path
 from benchmarks.options import BenchOptions
 from export.contract.signature import BatchRange, Signature
 from export.graph.rewrite import Rewrites
-from export.lowering.quantise import CODES
+from export.lowering.quantize import CODES
 from export.options import ExportOptions, load, sign
 from export.pipeline import export_onnx, write_onnx
-from export.proof.verify import reference_pixels
-from export.quantising.calibration import FEWEST
-from export.quantising.settle import QuantiseOptions
+from export.quantization.calibration import FEWEST
+from export.verification.verify import reference_pixels
 from export.weights_origin import encoder_config
 from neck.checkpoint import save_meta_checkpoint
 from neck.config import EncoderConfig
-from neck.pictures import PictureFolder, find_pictures, normalise
+from neck.images import ImageFolder, find_images, normalize
 
 SHARED = {field.name for field in dataclasses.fields(ExportOptions)} & {
     field.name for field in dataclasses.fields(BenchOptions)
@@ -59,18 +59,18 @@ def _options(asked: BenchOptions, output: Path, **changes: Any) -> ExportOptions
 
 
 def make_image(asked: BenchOptions, signature: Signature, path: Path) -> None:
-    """The normalised picture of a size and batch: float32 (B, 3, H, W) as .npy."""
-    pictures = PictureFolder.of(asked.images) if asked.images else None
+    """The normalized image of a size and batch: float32 (B, 3, H, W) as .npy."""
+    images = ImageFolder.of(asked.images) if asked.images else None
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with staged.open("wb") as file:
-            np.save(file, normalise(reference_pixels(signature, pictures, signature.batch.optimum)).numpy())
+            np.save(file, normalize(reference_pixels(signature, images, signature.batch.optimum)).numpy())
         os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)
 
 
-def make_file(job: Job, path: Path) -> dict[str, Any]:
+def make_file(job: RunRequest, path: Path) -> dict[str, Any]:
     """Exports the ONNX file of a backend.
 
     It is not verified, its row is; nor hashed, but for a plan, whose builder checks that.
@@ -82,10 +82,10 @@ def make_file(job: Job, path: Path) -> dict[str, Any]:
     backend, rewrites = job.backend, Rewrites() if job.backend.module == "rewritten" else Rewrites.none()
     asked = dataclasses.replace(job.encoder, image_size=job.config.image_size, batch=job.signature.batch.optimum)
     options = _options(asked, path, precision=backend.precision, rewrites=rewrites)
-    if backend.precision in CODES:  # all products, by the benchmark's own pictures where they are enough
-        images = PictureFolder.of(asked.images) if asked.images else None
-        enough = images is not None and len(find_pictures(images.path)) >= FEWEST
-        options = dataclasses.replace(options, quantise=QuantiseOptions(("all",)), images=images if enough else None)
+    if backend.precision in CODES:  # all products, by the benchmark's own images where they are enough
+        images = ImageFolder.of(asked.images) if asked.images else None
+        enough = images is not None and len(find_images(images.path)) >= FEWEST
+        options = dataclasses.replace(options, quantize=QuantizeOptions(("all",)), images=images if enough else None)
     if backend.runtime == "plan":
         export_onnx(options)  # a plan's builder wants the manifest
     else:

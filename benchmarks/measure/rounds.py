@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure.backends import REFERENCE, Job
+from benchmarks.measure.backends import REFERENCE, RunRequest
 from benchmarks.measure.environment import available_bytes
-from benchmarks.measure.point import Point
+from benchmarks.measure.measure_point import MeasurePoint
 from benchmarks.measure.samples import Samples
 from benchmarks.measure.worker_process import Worker, WorkerError
-from export.proof.fidelity import FidelityError, compare
+from export.verification.fidelity import FidelityError, compare
 
 Report = Callable[[str], None]
 """Takes a line that says what is being done."""
@@ -35,20 +35,26 @@ class Rounds:
         folder: for the workers' outputs and logs.
         jobs: what the workers load, by backend, the reference first.
         needed: the memory that each likely takes.
-        keep: which outputs stay in `folder` for the report's pictures.
+        keep: which outputs stay in `folder` for the report's images.
     """
 
     def __init__(
         self,
-        point: Point,
+        point: MeasurePoint,
         folder: Path,
-        jobs: Mapping[str, Job],
+        jobs: Mapping[str, RunRequest],
         needed: Mapping[str, int],
         samples: Samples,
         report: Report,
         keep: Callable[[str], bool],
     ) -> None:
-        self.name, self.pace, self.folder, self.jobs, self.samples = point.name, point.pace, folder, jobs, samples
+        self.name, self.schedule, self.folder, self.jobs, self.samples = (
+            point.name,
+            point.schedule,
+            folder,
+            jobs,
+            samples,
+        )
         self.report, self.keep = report, keep
         self._needed = dict(needed)
         self._loaded: dict[str, Worker] = {}
@@ -68,7 +74,7 @@ class Rounds:
             while lacking := self._lacking():
                 number = self.samples.rounds(self.name)
                 last = number + max(lacking.values())
-                if self._over() or (number and time.monotonic() > self.pace.rounds_end):
+                if self._over() or (number and time.monotonic() > self.schedule.rounds_end):
                     self.report(f"{self.name}: {number} of {last} rounds, the time is over; a rerun goes on")
                     break
                 self.report(f"{self.name}: round {number + 1} of {last}")
@@ -90,7 +96,7 @@ class Rounds:
     def _lacking(self) -> dict[str, int]:
         """The backends of the next round with how many rounds they lack; those that once took too long come last."""
         living = [name for name in self.jobs if not self._given_up(name)]
-        lacking = {name: self.pace.rounds - self.samples.whole_rounds(self.name, name) for name in living}
+        lacking = {name: self.schedule.rounds - self.samples.whole_rounds(self.name, name) for name in living}
         if all(rounds <= 0 for rounds in lacking.values()):
             return {}
         chosen = [name for name in living if lacking[name] > 0 or name == REFERENCE]
@@ -104,12 +110,12 @@ class Rounds:
         return self.samples.last(kind, point=self.name, backend=name) is not None
 
     def _over(self) -> bool:
-        return time.monotonic() >= self.pace.ends
+        return time.monotonic() >= self.schedule.ends
 
     def _timeout(self, name: str, grace_s: float = 0.1) -> float:
         """How long a worker may take now: twice as long as when it was last late."""
         late = len(self.samples.all("cut", point=self.name, backend=name, late=True))
-        return min(self.pace.timeout_s * 2**late, max(self.pace.ends - time.monotonic(), grace_s))
+        return min(self.schedule.timeout_s * 2**late, max(self.schedule.ends - time.monotonic(), grace_s))
 
     def _given_up(self, name: str) -> bool:
         return name in self._left or self._has("failed", name)
@@ -156,7 +162,7 @@ class Rounds:
         if name not in self._loaded and not self._load(name):
             return
         worker = self._loaded[name]
-        times = worker.ask("run", self._timeout(name), count=self.pace.runs)
+        times = worker.ask("run", self._timeout(name), count=self.schedule.runs)
         self._add("times", name, round=number, times_ms=times)
         self._compare(name, worker)
 
@@ -169,9 +175,9 @@ class Rounds:
         worker = Worker(self.folder / f"{name}.log", {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor" / name)})
         self._loaded[name] = worker
         loaded = worker.ask("load", self._timeout(name), job=job, most_bytes=None if cuda else available_bytes())
-        least_s = self.pace.warm_up_s if cuda else 0.0
-        if self.pace.warm_up:
-            worker.ask("run", self._timeout(name), count=self.pace.warm_up, least_s=least_s)
+        least_s = self.schedule.warm_up_s if cuda else 0.0
+        if self.schedule.warm_up:
+            worker.ask("run", self._timeout(name), count=self.schedule.warm_up, least_s=least_s)
         build_s = loaded["build_s"] if loaded["build_s"] is not None else job.build_s
         self._add("load", name, **loaded | {"build_s": build_s, "file_bytes": job.file_bytes})
         return True

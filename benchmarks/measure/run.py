@@ -15,16 +15,16 @@ from benchmarks.measure.backends import (
     SWEPT,
     Backend,
     Device,
-    Job,
+    RunRequest,
     choose_backends,
     why_unavailable,
 )
 from benchmarks.measure.environment import package_versions, processor
 from benchmarks.measure.host_memory import needed_bytes
-from benchmarks.measure.point import Pace, Point
+from benchmarks.measure.measure_point import MeasurePoint, Schedule
 from benchmarks.measure.rounds import Report, Rounds
 from benchmarks.measure.samples import Samples
-from benchmarks.measure.work_folder import Workplace, digest
+from benchmarks.measure.work_folder import ArtifactCache, digest
 from benchmarks.measure.worker_process import WorkerError
 from benchmarks.options import DEFAULTS, BenchOptions
 from engines.doctor import driver_version
@@ -52,7 +52,7 @@ class Run:
         folder, samples: of this benchmark.
     """
 
-    def __init__(self, options: BenchOptions, place: Workplace, report: Report) -> None:
+    def __init__(self, options: BenchOptions, place: ArtifactCache, report: Report) -> None:
         started = time.monotonic()
         self.options, self.place, self.report = options, place, report
         report("the machine and the encoder")
@@ -63,9 +63,9 @@ class Run:
         self.environment, facts = found["environment"], found["capabilities"]
         self.device: Device = _device(options, facts["cuda"])
         place.prepare()
-        pace, sweep_pace = _paces(options, self.device, started)
+        schedule, sweep_pace = _paces(options, self.device, started)
         size = self._main_size()
-        self.main = place.point(size, options.batch, pace)
+        self.main = place.point(size, options.batch, schedule)
         # a size that cannot be is an error before anything is measured
         points = [
             place.point(size if side is None else side, batch, sweep_pace, sweep)
@@ -100,7 +100,7 @@ class Run:
         deciding = {
             "encoder": self.place.folder.name,
             "point": [self.main.image_size, options.batch],
-            "pace": dataclasses.astuple(self.main.pace)[:4],
+            "pace": dataclasses.astuple(self.main.schedule)[:4],
             "machine": [processor(), driver_version(), package_versions()],
         }
         key = digest(deciding)
@@ -120,7 +120,7 @@ class Run:
         self._measure(self.main, self.available())
         for point in self.swept:
             self._measure(point, self.swept_backends())
-        ends = (self.swept or [self.main])[-1].pace.ends
+        ends = (self.swept or [self.main])[-1].schedule.ends
         if not self.options.quick and time.monotonic() < ends:
             self._measure_rates("after")
 
@@ -138,28 +138,28 @@ class Run:
                 raise BenchError(f"the machine's rates cannot be measured: {error}") from None
             self.place.rest()
 
-    def _measure(self, point: Point, backends: Sequence[Backend]) -> None:
+    def _measure(self, point: MeasurePoint, backends: Sequence[Backend]) -> None:
         """Measures what one point lacks."""
         living = [one for one in backends if self.samples.last("failed", point=point.name, backend=one.id) is None]
-        lacking = any(self.samples.whole_rounds(point.name, one.id) < point.pace.rounds for one in living)
-        if lacking and time.monotonic() < point.pace.ends:
+        lacking = any(self.samples.whole_rounds(point.name, one.id) < point.schedule.rounds for one in living)
+        if lacking and time.monotonic() < point.schedule.ends:
             jobs = self._jobs(point, living)
             needed = {name: needed_bytes(job.backend, point) for name, job in jobs.items()}
-            # the features of the main point become pictures
+            # the features of the main point become images
             keep: Callable[[str], bool] = (lambda name: False) if point.sweep else (lambda name: "_pos_" not in name)
             rounds = Rounds(point, self.folder / point.slug, jobs, needed, self.samples, self.report, keep)
             rounds.measure(0 if point.sweep else PARTS_RUNS[self.device])
         if point.sweep:
             self.place.drop(point)
 
-    def _jobs(self, point: Point, backends: Sequence[Backend]) -> dict[str, Job]:
+    def _jobs(self, point: MeasurePoint, backends: Sequence[Backend]) -> dict[str, RunRequest]:
         """What the backends of a point load; one whose file cannot be made has failed."""
-        self.report(f"{point.name}: pictures and files")
+        self.report(f"{point.name}: images and files")
         found = {}
         for name, job in self.place.jobs(backends, point).items():
-            if isinstance(job, Job):
+            if isinstance(job, RunRequest):
                 found[name] = job
-            elif job.late and time.monotonic() >= point.pace.ends:
+            elif job.late and time.monotonic() >= point.schedule.ends:
                 self.report(f"{name}: its file is not made, the time is over; a rerun makes it")
             else:
                 reason = f"what it runs cannot be made: {job}"
@@ -188,7 +188,7 @@ def _device(options: BenchOptions, cuda: bool) -> Device:
     return options.device
 
 
-def _paces(options: BenchOptions, device: Device, started: float) -> tuple[Pace, Pace]:
+def _paces(options: BenchOptions, device: Device, started: float) -> tuple[Schedule, Schedule]:
     """Of the main point and of the sweeps."""
     rounds, runs, warm_up = DEFAULTS[device, options.quick]
     rounds, runs, warm_up = options.rounds or rounds, options.runs or runs, options.warm_up or warm_up
@@ -198,6 +198,6 @@ def _paces(options: BenchOptions, device: Device, started: float) -> tuple[Pace,
     sweep_rounds = min(rounds, SWEEP_ROUNDS[device])
     rounds_end = started + QUICK_SECONDS if options.quick else float("inf")
     return (
-        Pace(rounds, runs, warm_up, warm_up_s, options.timeout_s, main_ends, rounds_end),
-        Pace(sweep_rounds, min(runs, SWEEP_RUNS), min(warm_up, SWEEP_WARM_UP), warm_up_s, options.timeout_s, ends),
+        Schedule(rounds, runs, warm_up, warm_up_s, options.timeout_s, main_ends, rounds_end),
+        Schedule(sweep_rounds, min(runs, SWEEP_RUNS), min(warm_up, SWEEP_WARM_UP), warm_up_s, options.timeout_s, ends),
     )

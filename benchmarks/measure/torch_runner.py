@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure.backends import Job, Runner
+from benchmarks.measure.backends import Runner, RunRequest
 from benchmarks.options import SELECTION
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import DeployAttention, DeployProjection, Rewrites, RotaryHalves
@@ -34,7 +34,7 @@ class RotaryBack(RotaryHalves):
         return super().forward(x, cos, sin).to(x.dtype)
 
 
-def make_module(job: Job) -> DeployEncoder:
+def make_module(job: RunRequest) -> DeployEncoder:
     """The encoder of a job on its device; weights in its precision, rotary and position tables in FP32."""
     config, signature, backend = job.config, job.signature, job.backend
     chosen: dict[str, Any] = {name: getattr(job.encoder, name) for name in SELECTION}
@@ -66,7 +66,7 @@ def fold(attention: DeployAttention) -> None:
 class TorchRunner(Runner):
     """Runs the module on one input."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: RunRequest) -> None:
         self.job, self.cuda = job, job.backend.device == "cuda"
         self._results: tuple[Tensor, ...] = ()
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import BenchError
-from benchmarks.measure.backends import Backend, Job
+from benchmarks.measure.backends import Backend, RunRequest
 from benchmarks.measure.environment import available_bytes
-from benchmarks.measure.point import Pace, Point
+from benchmarks.measure.measure_point import MeasurePoint, Schedule
 from benchmarks.measure.worker_process import ROOT, Worker, WorkerError
 from benchmarks.options import SELECTION, BenchOptions
 from export.contract.errors import ExportError
 from export.contract.manifest import data_path
 from export.contract.signature import BatchRange, Signature, SignatureError, check_levels, encoder_signature
 from neck.config import ConfigError, EncoderConfig
-from neck.pictures import PictureFolder
+from neck.images import ImageFolder
 
 Size = int | tuple[int, int]
 
@@ -36,7 +36,7 @@ OUTPUTS = ("necks", "levels", "positions", "sam2_outputs")
 """Options that name the encoder's outputs, as encoder_signature calls them."""
 
 ENCODER = ("checkpoint", *SELECTION, "config", "seed", *OUTPUTS, "images")
-"""Options that name the encoder and its pictures."""
+"""Options that name the encoder and its images."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Prepared:
 def identity(asked: BenchOptions) -> dict[str, Any]:
     """What tells the encoder from another one, a changed checkpoint or exporter included."""
     values = {name: getattr(asked, name) for name in ENCODER}
-    pictures = PictureFolder.of(asked.images).path if asked.images else None
+    images = ImageFolder.of(asked.images).path if asked.images else None
     inner = sorted(asked.adapter.glob("adapter_*")) if asked.adapter else []
-    files = [path for path in (asked.checkpoint, pictures, asked.adapter, *inner) if path and path.exists()]
+    files = [path for path in (asked.checkpoint, images, asked.adapter, *inner) if path and path.exists()]
     stamps = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return {**values, "files": stamps, "sources": sources_digest()}
 
@@ -89,7 +89,7 @@ def about_file(path: Path) -> dict[str, Any]:
     return {"onnx": path, "build_s": float(seconds_path(path).read_text()), "file_bytes": size}
 
 
-class Workplace:
+class ArtifactCache:
     """A folder for one encoder and a worker that makes what lies in it; a context that ends the worker."""
 
     prepared: Prepared
@@ -128,7 +128,7 @@ class Workplace:
             raise BenchError(f"the encoder cannot be made: {error}") from None
         return self.prepared
 
-    def point(self, image_size: Size | None, batch: int, pace: Pace, sweep: str | None = None) -> Point:
+    def point(self, image_size: Size | None, batch: int, schedule: Schedule, sweep: str | None = None) -> MeasurePoint:
         """The point of a size; None is the config's own.
 
         Raises:
@@ -145,10 +145,10 @@ class Workplace:
             raise BenchError(str(error)) from None
         height, width = config.image_size
         name = f"{height}x{width} batch {batch}" + (" (sweep)" if sweep else "")
-        return Point(name, sweep, config, signature, pace)
+        return MeasurePoint(name, sweep, config, signature, schedule)
 
-    def jobs(self, backends: Sequence[Backend], point: Point) -> dict[str, Job | WorkerError]:
-        """What a worker loads, or why it cannot be made, by backend; picture and files are made where they lack.
+    def jobs(self, backends: Sequence[Backend], point: MeasurePoint) -> dict[str, RunRequest | WorkerError]:
+        """What a worker loads, or why it cannot be made, by backend; image and files are made where they lack.
 
         Two files are made at a time, since an export keeps one core busy, but plans one by one: their builder measures.
         """
@@ -157,62 +157,66 @@ class Workplace:
             try:
                 self.ask("image", asked=self.asked, signature=point.signature, path=image)
             except WorkerError as error:
-                raise BenchError(f"the picture cannot be made: {error}") from None
+                raise BenchError(f"the image cannot be made: {error}") from None
         self.rest()
-        made = {one.id: Job(one, self.prepared.encoder, point.config, point.signature, image) for one in backends}
+        made = {
+            one.id: RunRequest(one, self.prepared.encoder, point.config, point.signature, image) for one in backends
+        }
         firsts = {self._folder(job): job for job in reversed(made.values()) if job.backend.file}
         at_once = 1 if any(one.runtime == "plan" for one in backends) or available_bytes() < ROOM_BYTES else 2
         with ThreadPoolExecutor(at_once) as pool:
-            files = dict(zip(firsts, pool.map(lambda job: self._file(job, point.pace), firsts.values()), strict=True))
+            files = dict(
+                zip(firsts, pool.map(lambda job: self._file(job, point.schedule), firsts.values()), strict=True)
+            )
         encoder = dataclasses.replace(self.prepared.encoder, images=None)  # what runs needs none; it would import torch
-        found: dict[str, Job | WorkerError] = {}
+        found: dict[str, RunRequest | WorkerError] = {}
         for name, job in made.items():
             try:
                 about = files[self._folder(job)] if job.backend.file else {}
                 if isinstance(about, WorkerError):
                     raise about
                 if job.backend.runtime == "plan":
-                    about = about | self._plan(job, about, point.pace)
+                    about = about | self._plan(job, about, point.schedule)
                 found[name] = dataclasses.replace(job, encoder=encoder, **about)
             except WorkerError as error:
                 found[name] = error
         return found
 
-    def _folder(self, job: Job) -> Path:
+    def _folder(self, job: RunRequest) -> Path:
         """Of an exported file, which several backends may run."""
         height, width = job.config.image_size
         name = f"{job.backend.module}-{job.backend.precision}-{height}x{width}-b{job.signature.batch.optimum}"
         return self.folder / (f"{name}-plan" if job.backend.runtime == "plan" else name)
 
-    def _file(self, job: Job, pace: Pace) -> dict[str, Any] | WorkerError:
+    def _file(self, job: RunRequest, schedule: Schedule) -> dict[str, Any] | WorkerError:
         """The ONNX file of a backend, by a worker of its own."""
         path = self._folder(job) / "encoder.onnx"
         if seconds_path(path).is_file():
             return about_file(path)
         path.parent.mkdir(exist_ok=True)
         try:
-            return self._by_itself(path.parent, pace, "file", job=job, path=path)
+            return self._by_itself(path.parent, schedule, "file", job=job, path=path)
         except WorkerError as error:
             return error
 
-    def _plan(self, job: Job, about: Mapping[str, Any], pace: Pace) -> dict[str, Any]:
-        """The plan of a file, by a worker of its own: one flavour of TensorRT to a process."""
+    def _plan(self, job: RunRequest, about: Mapping[str, Any], schedule: Schedule) -> dict[str, Any]:
+        """The plan of a file, by a worker of its own: one flavor of TensorRT to a process."""
         path, flavor = about["onnx"].with_name(f"{job.backend.provider}.plan"), job.backend.provider
-        plan = self._by_itself(path.parent, pace, "plan", onnx=about["onnx"], path=path, flavor=flavor)
+        plan = self._by_itself(path.parent, schedule, "plan", onnx=about["onnx"], path=path, flavor=flavor)
         return {**plan, "build_s": about["build_s"] + plan["build_s"]}
 
-    def _by_itself(self, folder: Path, pace: Pace, command: str, **asked: Any) -> dict[str, Any]:
+    def _by_itself(self, folder: Path, schedule: Schedule, command: str, **asked: Any) -> dict[str, Any]:
         with Worker(folder.with_name(f"{folder.name}.log")) as worker:
-            seconds = min(PREPARE_SECONDS, max(pace.ends - time.monotonic(), 0.1))
+            seconds = min(PREPARE_SECONDS, max(schedule.ends - time.monotonic(), 0.1))
             made: dict[str, Any] = worker.ask(command, seconds, **asked)
             return made
 
-    def drop(self, point: Point) -> None:
+    def drop(self, point: MeasurePoint) -> None:
         """Removes the files of a point that nothing runs any more (1.8 GB each at full size)."""
         for folder in (*self.folder.glob(f"*-{point.files}"), *self.folder.glob(f"*-{point.files}-plan")):
             shutil.rmtree(folder)
 
-    def __enter__(self) -> Workplace:
+    def __enter__(self) -> ArtifactCache:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure.backends import Job, Runner, open_runner
+from benchmarks.measure.backends import Runner, RunRequest, open_runner
 from benchmarks.measure.worker_process import WorkerError
 
 PR_SET_PDEATHSIG = 1
@@ -72,7 +72,7 @@ class Worker:
             return getattr(prepare, f"make_{command}")(**asked)
         return getattr(self, command)(**asked)
 
-    def load(self, job: Job, most_bytes: int | None) -> dict[str, Any]:
+    def load(self, job: RunRequest, most_bytes: int | None) -> dict[str, Any]:
         """Loads the backend of a job; on a CPU it may take no more than `most_bytes`."""
         if most_bytes is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))

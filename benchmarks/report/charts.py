@@ -48,7 +48,7 @@ RIGHT_OF_POINTS = 4.0
 KERNELS = 12
 """How many kernels are drawn; the page has no room for all 300."""
 
-COLOURS = 6
+COLORS = 6
 """Of the palette that tells series apart; the seventh takes the first one's with another mark."""
 
 SHAPES = {name: shape for shape, name in enumerate(PRECISIONS)}
@@ -81,7 +81,7 @@ class Chart:
 
     Attributes:
         label: told to a screen reader.
-        legend: class and meaning of colours and lines.
+        legend: class and meaning of colors and lines.
         groups: title and bars of each group.
         plot: SVG.
         key: mark (SVG), number and name of each point.
@@ -319,7 +319,7 @@ def growth_plot(result: Result, machine: dict[str, Any], sweep: str) -> Chart | 
     plot.axes(name, "times the first point, log", {x: f"{x:.0f}" for x in sorted(set(xs))}, up_ticks)
     order, key = numbers(result, machine), []
     for series, backend in enumerate(sorted(curves, key=lambda name: order[name])):
-        css, rows, curve = f"s{series % COLOURS + 1}", lines[backend], curves[backend]
+        css, rows, curve = f"s{series % COLORS + 1}", lines[backend], curves[backend]
         plot.curve(curve, f"line {css}")
         for row, (x, y) in zip(rows, curve, strict=True):
             size, latency = size_name(row["image_size"], row["batch"]), milliseconds(median_ms(row))

@@ -1,5 +1,5 @@
 """A plot with two axes as inline SVG, drawn once: the page scales it. Own code, where matplotlib would add 40 MB,
-glyphs as outlines and colours that no dark mode reaches.
+glyphs as outlines and colors that no dark mode reaches.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _round_down(value: float) -> float:
 
 
 def mark(shape: int, css: str, x: float = 7, y: float = 7) -> ElementTree.Element:
-    """A point: circle, square, diamond or one of two triangles, so that colour is not needed to tell points apart."""
+    """A point: circle, square, diamond or one of two triangles, so that color is not needed to tell points apart."""
     if shape % 5 == 0:
         return ElementTree.Element("circle", {"cx": _number(x), "cy": _number(y), "r": "5", "class": css})
     corners = (
@@ -96,7 +96,7 @@ def mark(shape: int, css: str, x: float = 7, y: float = 7) -> ElementTree.Elemen
 
 
 class Plot:
-    """One inline SVG. Colours come from the page's style sheet by class, so no style attribute is needed.
+    """One inline SVG. Colors come from the page's style sheet by class, so no style attribute is needed.
 
     Args:
         label: told to a screen reader.

@@ -194,7 +194,7 @@ def export_table(export: dict[str, Any] | None) -> Table | None:
 
 
 def masks_table(masks: list[dict[str, Any]] | None) -> Table | None:
-    """What `neck-export masks` found of files: their verdicts and the least alike picture."""
+    """What `neck-export masks` found of files: their verdicts and the least alike image."""
     head = ("File", "Verdict", "Mean IoU", "Worst IoU", "Objects", "Lost", "Found", "Least alike", "Whole model")
     rows = tuple(
         (
@@ -202,7 +202,7 @@ def masks_table(masks: list[dict[str, Any]] | None) -> Table | None:
             "the model's" if one["passed"] else "not the model's",
             *(f"{one[name]:.4f}" for name in ("mean_iou", "worst_iou")),
             *(str(one[name]) for name in ("objects", "lost", "found")),
-            one["worst_picture"],
+            one["worst_image"],
             one["method"],
         )
         for one in masks or []

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from engines.layers.layer_report import read_layers
 
 from benchmarks.errors import BenchError
 from benchmarks.measure.backends import REFERENCE, Backend
 from benchmarks.measure.environment import machine_name
-from benchmarks.measure.point import Point
+from benchmarks.measure.measure_point import MeasurePoint
 from benchmarks.measure.run import Run
 from benchmarks.measure.worker_process import ROOT
 from benchmarks.options import SELECTION
-from benchmarks.results.feature_pictures import feature_pictures
+from benchmarks.results.feature_images import feature_images
 from benchmarks.results.result_files import can_check, row_problem
 from benchmarks.results.rows import (
     MACHINE,
@@ -33,8 +34,7 @@ from benchmarks.results.rows import (
     work_of,
 )
 from benchmarks.roofline import total_bytes, total_operations
-from engines.sheet.layer_sheet import read_sheet
-from neck.pictures import PictureFolder, find_pictures, read_picture
+from neck.images import ImageFolder, find_images, read_image
 
 SHIPPED = "astronaut.jpg (NASA)"
 UNCHECKED = "not checked against result.schema.json, jsonschema being not installed"
@@ -111,7 +111,7 @@ def all_rows(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return roofline, rows
 
 
-def _rows(run: Run, point: Point, roofline: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows(run: Run, point: MeasurePoint, roofline: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for one in run.swept_backends() if point.sweep else run.backends:
         if one.id in run.unavailable:
@@ -122,7 +122,7 @@ def _rows(run: Run, point: Point, roofline: dict[str, Any]) -> list[dict[str, An
     return rows
 
 
-def _sound(row: dict[str, Any], backend: Backend, point: Point) -> dict[str, Any]:
+def _sound(row: dict[str, Any], backend: Backend, point: MeasurePoint) -> dict[str, Any]:
     """The row, or where its figures cannot be, one that says so: it must not cost the report."""
     problem = row_problem(row)
     return row if problem is None else empty_row(backend, point, "failed", f"its figures cannot be: {problem}")
@@ -139,22 +139,22 @@ def _growth(run: Run) -> list[dict[str, Any]]:
 
 
 def _kernels(run: Run) -> list[dict[str, Any]] | None:
-    """The layer sheet of the plan that was named, else of the one that was measured."""
+    """The layer report of the plan that was named, else of the one that was measured."""
     built = sorted(run.place.folder.glob("rewritten-*-plan/*.plan"))
     plan = run.options.plan or (built[0] if built else None)
     return plan_kernels(plan) if plan else None
 
 
 def plan_kernels(plan: Path) -> list[dict[str, Any]] | None:
-    """The layer sheet beside a plan, where there is one; the kernels' times are `neck-export profile`'s to tell."""
-    sheet = read_sheet(plan)
-    if sheet is None:
+    """The layer report beside a plan, where there is one; the kernels' times are `neck-export profile`'s to tell."""
+    layers = read_layers(plan)
+    if layers is None:
         return None
-    return [{"name": one.name, "kind": one.kind, "ms": None, "bytes": one.bytes} for one in sheet.kernels]
+    return [{"name": one.name, "kind": one.kind, "ms": None, "bytes": one.bytes} for one in layers.kernels]
 
 
 def _features(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Pictures of the first picture's features, by the reference and by the fastest backend within tolerance."""
+    """Images of the first image's features, by the reference and by the fastest backend within tolerance."""
     name = best_candidate(rows)
     if name is None:
         return None
@@ -166,19 +166,19 @@ def _features(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         for file in folder.glob("*.npy") if folder.name not in folders else ():
             file.unlink()
     if not found[name] or set(found[REFERENCE]) < set(found[name]):
-        run.report("no pictures of the features: the outputs of an earlier run are gone (--fresh measures them again)")
+        run.report("no images of the features: the outputs of an earlier run are gone (--fresh measures them again)")
         return None
-    return feature_pictures(found[REFERENCE], found[name], _picture(run), name)
+    return feature_images(found[REFERENCE], found[name], _image(run), name)
 
 
-def _picture(run: Run) -> str:
-    """The first picture's name, and where it is deeper than 8 bits what became of its values."""
+def _image(run: Run) -> str:
+    """The first image's name, and where it is deeper than 8 bits what became of its values."""
     images = run.options.images
     if images is None:
         return SHIPPED
-    folder, notes = PictureFolder.of(images), list[str]()
-    path = find_pictures(folder.path)[0]
-    read_picture(path, folder.value_range, notes.append)
+    folder, notes = ImageFolder.of(images), list[str]()
+    path = find_images(folder.path)[0]
+    read_image(path, folder.value_range, notes.append)
     return notes[0] if notes else path.name
 
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.measure.backends import REFERENCE, Backend
-from benchmarks.measure.point import Pace, Point
+from benchmarks.measure.measure_point import MeasurePoint, Schedule
 from benchmarks.measure.samples import Samples
 from benchmarks.roofline import floor_ms, total_bytes, total_operations
-from engines.run.latency import summarise
+from engines.run.latency import summarize
 
 MACHINE = "m0"
 
@@ -19,7 +19,7 @@ NOT_BEGUN = "not begun: the time for this run was over (--minutes); a rerun begi
 NOT_ENDED = "not ended: the time for this run was over (--minutes); a rerun begins it again"
 
 
-def empty_row(backend: Backend, point: Point, status: str, reason: str | None) -> dict[str, Any]:
+def empty_row(backend: Backend, point: MeasurePoint, status: str, reason: str | None) -> dict[str, Any]:
     """A row without figures."""
     figures = (
         "times_ms warm_up_runs latency images_per_s load_s build_s file_bytes peak_host_bytes peak_device_bytes errors "
@@ -41,7 +41,7 @@ def empty_row(backend: Backend, point: Point, status: str, reason: str | None) -
 
 def make_row(
     backend: Backend,
-    point: Point,
+    point: MeasurePoint,
     samples: Samples,
     roofline: Mapping[str, Any],
     plain: str | None = None,
@@ -61,14 +61,14 @@ def make_row(
         status, reason = ("failed", failed["reason"]) if failed else ("unavailable", _why_waiting(samples, where))
         return empty_row(backend, point, status, reason)
     times = [time for times in rounds for time in times]
-    latency, loads = summarise(times), samples.all("load", **where)
+    latency, loads = summarize(times), samples.all("load", **where)
     errors = samples.last("errors", **where) or {"errors": None, "passed": None}
     memory = samples.all("memory", **where)
     floor = floor_ms(point.parts, backend.precision, roofline["flops_per_s"], roofline["copy_bytes_per_s"])
     return {
         **empty_row(backend, point, "measured", None),
         "times_ms": times,
-        "warm_up_runs": point.pace.warm_up,
+        "warm_up_runs": point.schedule.warm_up,
         "latency": dataclasses.asdict(latency),
         "images_per_s": point.batch * 1e3 / latency.mean_ms,
         **{name: loads[0][name] if loads else None for name in ("load_s", "build_s", "file_bytes")},
@@ -79,7 +79,7 @@ def make_row(
         "ratio_to_plain": ratio(samples, point.name, backend.id, plain) if plain else None,
         "floor_ms": floor,
         "share_of_floor": floor / latency.p50_ms if floor else None,
-        "note": _note(backend.id, loads, len(rounds), point.pace),
+        "note": _note(backend.id, loads, len(rounds), point.schedule),
     }
 
 
@@ -101,15 +101,15 @@ def _largest(lines: Sequence[Mapping[str, Any]], name: str) -> int | None:
     return max(found) if found else None
 
 
-def _note(name: str, lines: Sequence[Mapping[str, Any]], rounds: int, pace: Pace) -> str | None:
+def _note(name: str, lines: Sequence[Mapping[str, Any]], rounds: int, schedule: Schedule) -> str | None:
     notes = ["the reference of all errors and ratios"] if name == REFERENCE else []
     notes += dict.fromkeys(line["note"] for line in lines if line.get("note"))
     loads = len(lines)
     if loads > 1:
-        warm_up = f"{pace.warm_up} warm-up run{'s' * (pace.warm_up != 1)} after each load"
+        warm_up = f"{schedule.warm_up} warm-up run{'s' * (schedule.warm_up != 1)} after each load"
         notes.append(f"loaded {loads} times in {rounds} rounds, memory being short or the run resumed; {warm_up}")
-    if rounds < pace.rounds:
-        notes.append(f"{rounds} of {pace.rounds} rounds, the time being over; a rerun goes on")
+    if rounds < schedule.rounds:
+        notes.append(f"{rounds} of {schedule.rounds} rounds, the time being over; a rerun goes on")
     return "; ".join(notes) or None
 
 
@@ -144,7 +144,7 @@ def best_rates(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def raise_rates(
-    roofline: Mapping[str, Any], points: Sequence[Point], backends: Sequence[Backend], samples: Samples
+    roofline: Mapping[str, Any], points: Sequence[MeasurePoint], backends: Sequence[Backend], samples: Samples
 ) -> dict[str, Any]:
     """The rates, none less than what a backend reached on the whole encoder: a product is a sample of the machine only.
 
@@ -161,7 +161,7 @@ def raise_rates(
     return {**roofline, "flops_per_s": flops, "reached_by": reached_by}
 
 
-def work_of(point: Point, samples: Samples) -> dict[str, Any]:
+def work_of(point: MeasurePoint, samples: Samples) -> dict[str, Any]:
     """Operations and least bytes of the reference by part, with the milliseconds of each where they were measured."""
     line, run = samples.last("parts", point=point.name), point.plain_parts
     ms = dict(line["parts_ms"]) if line else {}

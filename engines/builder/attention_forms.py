@@ -26,15 +26,15 @@ from engines.builder.options import BuildOptions
 from export.contract.errors import ExportError
 from export.contract.export_command import REPLACED_FORMS, export_again
 from export.contract.onnx_file import OnnxFile
-from export.contract.readers import prefers_attention
+from export.contract.targets import prefers_attention
 from export.graph.cleanup import MODULE
 from export.inspect import attention_forms
 from export.lowering.attention import AUTO, AttentionForm, Spelling
 from export.lowering.precision import Precision, Residual
-from export.lowering.quantise import Quantisation
+from export.lowering.quantize import Quantization
 from export.lowering.relower import relower
 from export.lowering.upsampling import Upsampling
-from export.proof.verify import Report
+from export.verification.verify import Report
 
 ORDER: tuple[AttentionForm, ...] = ("fp32acc", "fused", "unfused")
 """Best first; `fused` is a form of BF16 alone, whose products accumulate in FP32 whatever the form."""
@@ -62,13 +62,13 @@ class Attempt(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Typing:
+class LoweringOptions:
     """How a file comes to the plan's types, as export.lowering.precision.lower takes it.
 
     Attributes:
         attention: the form that was asked for; `auto` is the first that TensorRT takes.
         spelling: the spelling of fp32acc that was asked for; None is the one that TensorRT prefers, then the other.
-        upsampling, keep_fp32, residual, quantisation: how an FP32 file is lowered.
+        upsampling, keep_fp32, residual, quantization: how an FP32 file is lowered.
     """
 
     attention: AttentionForm = "auto"
@@ -76,7 +76,7 @@ class Typing:
     upsampling: Upsampling = "auto"
     keep_fp32: tuple[str, ...] = ()
     residual: Residual = "auto"
-    quantisation: Quantisation | None = None
+    quantization: Quantization | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def build_forms(
     source: Source,
     plan: Path,
     build: BuildOptions,
-    typing: Typing,
+    typing: LoweringOptions,
     flavor: Flavor,
     left: ExitStack,
     report: Report,
@@ -134,7 +134,7 @@ def build_forms(
     raise AssertionError("unreachable: the last form returns or raises")
 
 
-def _check_residual(source: Source, typing: Typing, precision: Precision) -> None:
+def _check_residual(source: Source, typing: LoweringOptions, precision: Precision) -> None:
     held = (source.manifest or {}).get("residual", source.precision)
     if precision == source.precision != "fp32" and typing.residual not in ("auto", held):
         raise BuildError(

@@ -1,4 +1,4 @@
-"""ONNX file -> TensorRT plan, strongly typed, with its layer sheet."""
+"""ONNX file -> TensorRT plan, strongly typed, with its layer report."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from engines.builder.options import DEFAULT_BATCH, BuildOptions
 from engines.builder.parsed_network import check_types, keep_attentions_whole
 from engines.builder.plan_stream import Watch, disk_errors, new_monitor, run_builder, temporary
 from engines.builder.timing_cache import missed, read_replayed, replay_timing, replayed, save_timing_cache
-from engines.sheet.layer_sheet import LayerSheet
-from engines.sheet.read_layers import LayerSheetError, read_accumulations, sheet_from_inspector, sheet_from_log
+from engines.layers.layer_report import LayerReport
+from engines.layers.read_layers import LayerReportError, layers_from_inspector, layers_from_log, read_accumulations
 from export.contract.export_command import export_again
 from export.contract.onnx_file import OnnxFile
-from export.contract.readers import has_fp8
 from export.contract.signature import BATCH, TensorSpec
+from export.contract.targets import has_fp8
 
 NUMPY = {
     "FLOAT": "float32",
@@ -42,11 +42,11 @@ class BuildResult:
         plan, onnx: the files.
         options: as asked.
         flavor, version: which TensorRT.
-        compute_capabilities: GPUs that the plan is for; empty is the flavour's default.
+        compute_capabilities: GPUs that the plan is for; empty is the flavor's default.
         gpu: the GPU at hand, or None.
         inputs, outputs: tensors of the engine, the batch `batch` where it is dynamic.
         seconds: of parsing and building; plan_bytes: size of the plan.
-        sheet: the layer sheet, None where neither the builder's log nor the engine inspector tells the kernels.
+        layer report: the layer report, None where neither the builder's log nor the engine inspector tells the kernels.
         no_sheet: why there is none.
         timing_cache: file name and SHA-256 of the timing cache that was saved or replayed; None without one.
         notes: what was asked and not done though the plan is whole.
@@ -63,8 +63,8 @@ class BuildResult:
     outputs: tuple[TensorSpec, ...]
     seconds: float
     plan_bytes: int
-    sheet: LayerSheet | None
-    no_sheet: str | None = None
+    layers: LayerReport | None
+    no_layers: str | None = None
     timing_cache: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
@@ -76,7 +76,7 @@ def build_plan(
     *,
     flavor: Flavor | None = None,
 ) -> BuildResult:
-    """Builds a plan, strongly typed, and reads its layer sheet.
+    """Builds a plan, strongly typed, and reads its layer report.
 
     The plan is written under a temporary name and renamed: until then an old plan stays whole. Of two builds of one
     plan the last to finish wins. Ctrl-C stops the builder at its next step and leaves no file.
@@ -95,8 +95,8 @@ def build_plan(
     onnx = OnnxFile.of(file).path
     graph = read_graph(file, (options.batch or DEFAULT_BATCH).optimum)
     _check_attentions(onnx, graph, options)
-    targets = flavor.check_targets(options.compute_capabilities)
-    _check_fp8(onnx, options, targets or ((flavor.gpu.compute_capability,) if flavor.gpu else ()))
+    capabilities = flavor.check_targets(options.compute_capabilities)
+    _check_fp8(onnx, options, capabilities or ((flavor.gpu.compute_capability,) if flavor.gpu else ()))
     flavor.refuse(
         timing_cache=options.timing_cache is not None,
         hardware_compatible=options.hardware_compatible != "none",
@@ -107,7 +107,7 @@ def build_plan(
     builder, network, keep = _parse(onnx, flavor, watch)
     check_types(onnx, flavor.trt, network, options.precision, options.keep_fp32)
     common = common_options(onnx, flavor, network, options, new_monitor(flavor.trt, watch))
-    config = flavor.create_config(builder, network, targets, common)
+    config = flavor.create_config(builder, network, capabilities, common)
     if options.replay_timing and timing:
         keep = (keep, replay_timing(flavor.trt, config, options.replay_timing, timing))
     with disk_errors(plan), temporary(plan) as (stream, path):
@@ -118,35 +118,35 @@ def build_plan(
         stream.flush()
         os.fsync(stream.fileno())
         seconds, size = time.perf_counter() - started, os.fstat(stream.fileno()).st_size
-        sheet, no_sheet = _read_sheet(flavor, watch.engine, path, graph, options.version_compatible)
+        layers, no_layers = _read_layers(flavor, watch.engine, path, graph, options.version_compatible)
         os.replace(path, plan)
     used, unsaved = save_timing_cache(config, flavor, options)
     inputs = tuple(_spec(network.get_input(index)) for index in range(network.num_inputs))
     outputs = tuple(_spec(network.get_output(index)) for index in range(network.num_outputs))
     del keep  # the parser owns the weights that the network refers to
-    about = (flavor.name, flavor.version, targets, flavor.gpu, inputs, outputs)
+    about = (flavor.name, flavor.version, capabilities, flavor.gpu, inputs, outputs)
     notes = (unsaved,) if unsaved else ()
     return BuildResult(
-        plan, onnx, options, *about, seconds, size, sheet, no_sheet, used or replayed(options, timing), notes
+        plan, onnx, options, *about, seconds, size, layers, no_layers, used or replayed(options, timing), notes
     )
 
 
-def _read_sheet(
+def _read_layers(
     flavor: Flavor, log: str, plan: Path, graph: Graph, host_code: bool
-) -> tuple[LayerSheet | None, str | None]:
-    """The layer sheet from the builder's log, else from the engine inspector; None and why where neither tells.
+) -> tuple[LayerReport | None, str | None]:
+    """The layer report from the builder's log, else from the engine inspector; None and why where neither tells.
 
     What cannot be read must not cost the plan, which took minutes: every version lists its kernels in another way.
     """
     reasons = []
-    for source, read in (("builder log", sheet_from_log), ("engine inspector", sheet_from_inspector)):
+    for source, read in (("builder log", layers_from_log), ("engine inspector", layers_from_inspector)):
         try:
-            text = log if read is sheet_from_log else flavor.inspect(plan, host_code=host_code)
+            text = log if read is layers_from_log else flavor.inspect(plan, host_code=host_code)
             if not text:
-                raise LayerSheetError(f"the {source} does not list the engine")
-            counted = (graph.attentions, graph.operations, graph.quantised, graph.fusable)
+                raise LayerReportError(f"the {source} does not list the engine")
+            counted = (graph.attentions, graph.operations, graph.quantized, graph.fusable)
             return read(text, read_accumulations(plan), *counted), None
-        except LayerSheetError as error:
+        except LayerReportError as error:
             reasons.append(str(error))
         except Exception as error:
             reasons.append(f"the {source} cannot be read ({type(error).__name__}: {error})")
@@ -161,8 +161,8 @@ def _check_attentions(onnx: Path, graph: Graph, options: BuildOptions) -> None:
         )
 
 
-def _check_fp8(onnx: Path, options: BuildOptions, targets: Sequence[str]) -> None:
-    small = [target for target in targets if target != "none" and not has_fp8(target)]
+def _check_fp8(onnx: Path, options: BuildOptions, capabilities: Sequence[str]) -> None:
+    small = [target for target in capabilities if target != "none" and not has_fp8(target)]
     if options.precision == "fp8" and small:
         raise BuildError(
             f"{onnx}: no FP8 products on compute capability {', '.join(small)}, they came with 8.9; "
@@ -185,7 +185,7 @@ def _parse(onnx: Path, flavor: Flavor, watch: Watch) -> tuple[Any, Any, Any]:
             kinds.add(kind)
             reasons.append((f"node {name} ({kind}): " if name else "") + " ".join(parser_error.desc().split())[:400])
         reason = reasons[0] if reasons else watch.reason
-        remedy = export_again(onnx, attention="auto", opset="auto", reader=flavor.reader)
+        remedy = export_again(onnx, attention="auto", opset="auto", target=flavor.target)
         raise RefusedError(
             f"{onnx}: {flavor.title} cannot parse it: {reason}\nexport it again: {remedy}",
             reason,

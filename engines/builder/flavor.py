@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from engines.builder.gpu import Gpu, find_gpu
 from export.contract.extras import install
-from export.contract.readers import version_numbers
+from export.contract.targets import version_numbers
 
 FlavorName = Literal["tensorrt", "rtx"]
 MODULES: dict[FlavorName, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
@@ -46,7 +46,7 @@ POLYGRAPHY_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 
 
 class FlavorError(RuntimeError):
-    """Neither flavour of TensorRT can do what was asked on this machine."""
+    """Neither flavor of TensorRT can do what was asked on this machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Flavor:
         name: `tensorrt` or `rtx`.
         trt: its Python module.
         version: its version.
-        targets: compute capabilities that a plan can be built for; empty where it is the GPU at hand.
+        capabilities: compute capabilities that a plan can be built for; empty where it is the GPU at hand.
         gpu: the GPU at hand, or None.
         device: its index.
     """
@@ -84,7 +84,7 @@ class Flavor:
     name: FlavorName
     trt: Any
     version: str
-    targets: tuple[str, ...]
+    capabilities: tuple[str, ...]
     gpu: Gpu | None
     device: int = 0
 
@@ -98,18 +98,18 @@ class Flavor:
         return f"{'TensorRT-RTX' if self.name == 'rtx' else 'TensorRT'} {self.version}"
 
     @property
-    def reader(self) -> str:
-        """Its name among the readers of ONNX files: `tensorrt-10.3`."""
+    def target(self) -> str:
+        """Its name among the targets of ONNX files: `tensorrt-10.3`."""
         numbers = version_numbers(self.version)
         return "tensorrt-rtx" if self.name == "rtx" else f"tensorrt-{numbers[0]}.{numbers[1]}"
 
     def check_targets(self, asked: Sequence[str]) -> tuple[str, ...]:
-        """The compute capabilities to build for, such as ("8.6", "12.0"); empty asks for the flavour's default.
+        """The compute capabilities to build for, such as ("8.6", "12.0"); empty asks for the flavor's default.
 
         Raises:
-            FlavorError: one that the flavour does not build for.
+            FlavorError: one that the flavor does not build for.
         """
-        if not self.targets:
+        if not self.capabilities:
             at_hand = self.gpu.compute_capability if self.gpu else "none"
             if set(asked) - {at_hand}:
                 raise FlavorError(
@@ -118,9 +118,9 @@ class Flavor:
                     + "".join(JETSON.format(target) for target in asked if target in JETSONS)
                 )
             return (at_hand,)
-        unknown = [target for target in asked if target not in self.targets]
+        unknown = [target for target in asked if target not in self.capabilities]
         if unknown:
-            supported = ", ".join(self.targets)
+            supported = ", ".join(self.capabilities)
             raise FlavorError(
                 f"compute capability {', '.join(unknown)}: TensorRT-RTX {self.version} builds for {supported}"
                 + "".join(OTHERS.get(target, "") for target in unknown)
@@ -135,7 +135,7 @@ class Flavor:
         hardware_compatible: bool = False,
         version_compatible: bool = False,
     ) -> None:
-        """Refuses what is asked for and the flavour would silently ignore.
+        """Refuses what is asked for and the flavor would silently ignore.
 
         Raises:
             FlavorError: naming it, and what to do instead.
@@ -153,7 +153,7 @@ class Flavor:
         if version_compatible and self.gpu is None:
             raise FlavorError("--version-compatible: TensorRT-RTX builds such plans only where a GPU is; leave it out")
 
-    def create_config(self, builder: Any, network: Any, targets: Sequence[str], common: dict[str, Any]) -> Any:
+    def create_config(self, builder: Any, network: Any, capabilities: Sequence[str], common: dict[str, Any]) -> Any:
         """Makes the builder's config through Polygraphy; `common` are the arguments of both its config classes."""
         from polygraphy.logger import G_LOGGER
 
@@ -164,7 +164,7 @@ class Flavor:
             if self.name == "rtx":
                 from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
-                pairs = [tuple(int(part) for part in target.split(".")) for target in targets]
+                pairs = [tuple(int(part) for part in target.split(".")) for target in capabilities]
                 config = CreateConfigRTX(compute_capabilities=pairs or None, **common)(builder, network)
                 config.set_flag(
                     trt.BuilderFlag.REQUIRE_USER_ALLOCATION
@@ -311,7 +311,7 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto", device: in
     reasons: list[str] = []
     for name in names:
         if name == "tensorrt" and gpu is None:
-            raise FlavorError("flavour tensorrt needs an NVIDIA GPU with its driver; --flavor rtx builds without one")
+            raise FlavorError("flavor tensorrt needs an NVIDIA GPU with its driver; --flavor rtx builds without one")
         module = _import(name, reasons)
         if module is not None:
             _set_polygraphy_up(name)
@@ -348,13 +348,13 @@ def _cuda_major(name: FlavorName, version: str) -> int | None:
 
 
 def find_targets(name: FlavorName) -> tuple[str, ...]:
-    """Compute capabilities that an installed flavour names; empty where it does not import."""
+    """Compute capabilities that an installed flavor names; empty where it does not import."""
     module = _import(name, [])
     return () if module is None else _targets(name, module)
 
 
 def _targets(name: FlavorName, module: Any) -> tuple[str, ...]:
-    """Compute capabilities that the flavour names: SM89 is 8.9, SM120 is 12.0."""
+    """Compute capabilities that the flavor names: SM89 is 8.9, SM120 is 12.0."""
     if name != "rtx":
         return ()
     numbers = sorted(int(name[2:]) for name in module.ComputeCapability.__members__ if name.startswith("SM"))

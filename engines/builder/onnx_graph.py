@@ -34,14 +34,14 @@ class Graph:
         fp32_attentions: names of Attention nodes that would run in FP32, which no TensorRT builds.
         operations: 2 x multiply-add of matrix products, convolutions and attentions for each batch size that was asked;
             None where a shape is not told.
-        quantised: how many matrix products have both factors from DequantizeLinear.
+        quantized: how many matrix products have both factors from DequantizeLinear.
         fusable: how many attentions compute their scores in FP16 or BF16: TensorRT-RTX 1.7 fuses no others.
     """
 
     attentions: int
     fp32_attentions: tuple[str, ...]
     operations: int | None
-    quantised: int = 0
+    quantized: int = 0
     fusable: int = 0
 
 
@@ -58,7 +58,7 @@ def whole_file(onnx: Path | OnnxFile) -> OnnxFile:
 
 
 def read_graph(onnx: Path | OnnxFile, batch: int = 1) -> Graph:
-    """Reads what a layer sheet and a builder's checks need of an ONNX file.
+    """Reads what a layer report and a builder's checks need of an ONNX file.
 
     Args:
         onnx: the file; its weights may lie in other files beside it.
@@ -74,11 +74,11 @@ def read_graph(onnx: Path | OnnxFile, batch: int = 1) -> Graph:
         if node.op_type == "Attention" and _is_fp32(node.inputs[0])
     ]
     attentions = sum(node.op_type in ("Attention", "Softmax") for node in graph)
-    quantised = sum(node.op_type == "MatMul" and all(map(_is_dequantised, node.inputs)) for node in graph)
-    return Graph(attentions, tuple(fp32), _operations(graph, batch), quantised, sum(map(_is_fusable, graph)))
+    quantized = sum(node.op_type == "MatMul" and all(map(_is_dequantized, node.inputs)) for node in graph)
+    return Graph(attentions, tuple(fp32), _operations(graph, batch), quantized, sum(map(_is_fusable, graph)))
 
 
-def _is_dequantised(value: ir.Value | None) -> bool:
+def _is_dequantized(value: ir.Value | None) -> bool:
     producer = value.producer() if value is not None else None
     return producer is not None and producer.op_type == "DequantizeLinear"
 

@@ -9,6 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
+from export.quantization.select_quantization import (
+    QuantizationPlan,
+    QuantizeOptions,
+    check_quantize,
+    select_quantization,
+)
 
 from engines.builder.onnx_graph import BuildError, whole_file
 from engines.builder.plan_kind import is_plan
@@ -18,12 +24,11 @@ from export.contract.onnx_file import OnnxFile
 from export.contract.signature import BatchRange, Signature
 from export.graph.cleanup import MODULE
 from export.lowering.precision import Precision, kept_products, lower
-from export.lowering.quantise import CODES
+from export.lowering.quantize import CODES
 from export.options import NUMPY_NAMES
-from export.proof.verify import References, Report
-from export.quantising.settle import QuantiseOptions, Settled, check_quantise, settle
+from export.verification.verify import References, Report
 from export.weights_origin import manifest_encoder, manifest_signature
-from neck.pictures import PictureFolder
+from neck.images import ImageFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Source:
         precision: what it computes in.
         checkpoint, adapter: the weights that it was exported from, and what was merged into them, where they are no
             longer where its manifest says.
-        images: pictures to judge and to calibrate on; without a folder the shipped one.
+        images: images to judge and to calibrate on; without a folder the shipped one.
         report: told of every step.
     """
 
@@ -45,7 +50,7 @@ class Source:
     precision: Precision
     checkpoint: Path | None = None
     adapter: Path | None = None
-    images: Path | PictureFolder | None = None
+    images: Path | ImageFolder | None = None
     report: Report = lambda line: None
 
     @property
@@ -110,7 +115,7 @@ def read_source(
     *,
     checkpoint: Path | None = None,
     adapter: Path | None = None,
-    images: Path | PictureFolder | None = None,
+    images: Path | ImageFolder | None = None,
 ) -> Source:
     """Finds the file whole, and as its manifest says byte for byte where it has one.
 
@@ -152,30 +157,30 @@ def typed_as(file: OnnxFile) -> Precision:
     return "fp16" if sizes["FLOAT16"] >= sizes["BFLOAT16"] else "bf16"
 
 
-def settle_source(
+def select_for_source(
     source: Source,
     precision: Precision,
-    options: QuantiseOptions,
+    options: QuantizeOptions,
     keep_fp32: Sequence[str] = (),
-) -> tuple[Settled | None, tuple[str, ...]]:
-    """What is quantised where an FP32 file is lowered to fp8 or int8 (None for every other), and what is to be told.
+) -> tuple[QuantizationPlan | None, tuple[str, ...]]:
+    """What is quantized where an FP32 file is lowered to fp8 or int8 (None for every other), and what is to be told.
 
     `keep_fp32` names the modules that the lowering keeps in FP32.
 
     Raises:
         BuildError: options of a file that is not lowered.
-        CalibrationError, PictureError, ExportError: as in settle.
+        CalibrationError, ImageError, ExportError: as in select_quantization.
     """
-    check_quantise(options, precision)
-    if source.precision == precision and options != QuantiseOptions():
-        words = "--quantise, --budget and --calibration are of its export"
+    check_quantize(options, precision)
+    if source.precision == precision and options != QuantizeOptions():
+        words = "--quantize, --budget and --calibration are of its export"
         raise BuildError(f"{source.path}: is {precision} already; {words}")
     if precision not in CODES or source.precision != "fp32" or source.manifest is None:
         return None, ()  # lower_file refuses what it cannot lower
     notes = list[str]()
     kept = kept_products(source.file.model.graph, keep_fp32)
     signature = manifest_signature(manifest_path(source.path), source.manifest)
-    return settle(source.references, signature, precision, options, notes, kept), tuple(notes)
+    return select_quantization(source.references, signature, precision, options, notes, kept), tuple(notes)
 
 
 def lower_file(source: Source, precision: Precision, folder: Path, **forms: Any) -> Path:
@@ -212,6 +217,6 @@ def plan_source(where: Path) -> dict[str, Any]:
     if manifest["onnx_manifest"] is None:
         raise BuildError(f"{where}: the plan was built from a file without manifest, so its weights are unknown")
     forms = {name: manifest["key"][name] for name in ("attention", "upsampling", "keep_fp32")}
-    held = ("attention_form", "attention_spelling", "residual", "quantisation")
+    held = ("attention_form", "attention_spelling", "residual", "quantization")
     forms |= {name: manifest[name] for name in held if name in manifest}
     return manifest["onnx_manifest"] | forms | {"precision": manifest["precision"]}

@@ -20,13 +20,13 @@ class BuildOptions:
     Attributes:
         precision: type that the graph's matrix products and convolutions must have; of fp8 and int8 their results.
         batch: optimization profile of a file with dynamic batch; by default from 1 through 4 to 8.
-        compute_capabilities: GPUs to build for (RTX), such as ("8.9", "12.0"); empty is the flavour's default.
+        compute_capabilities: GPUs to build for (RTX), such as ("8.9", "12.0"); empty is the flavor's default.
         keep_fp32: paths of modules that are in FP32 all the same, with wildcards.
         optimization_level: 0 (fast build) to 5; None is TensorRT's default.
         workspace_bytes: limit of scratch memory on the GPU; None is no limit.
         version_compatible: the plan loads in later TensorRT versions too.
         hardware_compatible: `none`, `ampere+` (8.0 and later) or `same` (GPUs of this one's compute capability).
-        timing_cache: file that keeps measured kernels between builds; flavour, version and GPU enter its name.
+        timing_cache: file that keeps measured kernels between builds; flavor, version and GPU enter its name.
         replay_timing: such a file, by its own name: every kernel is taken as it says, or the build fails.
     """
 

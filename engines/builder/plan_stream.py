@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from engines.builder.onnx_graph import BuildError, RefusedError
-from engines.sheet.read_layers import FIRST_LINE
+from engines.layers.read_layers import FIRST_LINE
 from export.contract.interrupt import removed_on_signal
 from neck.progress import count
 

@@ -14,7 +14,7 @@ from engines.builder.plan_stream import disk_errors, temporary
 
 
 def timing_cache_path(flavor: Flavor, options: BuildOptions) -> Path | None:
-    """The timing cache's file, with flavour, version and GPU in its name: times of another would mislead."""
+    """The timing cache's file, with flavor, version and GPU in its name: times of another would mislead."""
     if options.timing_cache is None:
         return None
     gpu = flavor.gpu.name.replace(" ", "-").replace("/", "-") if flavor.gpu else "none"

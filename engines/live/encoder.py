@@ -17,11 +17,11 @@ from engines.live.opening import EncoderError, open_file
 from export.contract.export_command import export_again
 from export.contract.manifest import check_files, manifest_path, read_manifest
 from export.contract.signature import HEAD_LEVELS, KINDS, TensorSpec
-from export.proof.verify import positions_path
+from export.verification.verify import positions_path
 from export.weights_origin import manifest_signature
 from neck.config import check_image_size
+from neck.images import denormalize
 from neck.necks import Outputs
-from neck.pictures import denormalise
 from neck.position import PositionEmbeddingSine
 
 Levels = tuple[list[Tensor], list[Tensor]]
@@ -71,7 +71,7 @@ class DeployedEncoder(nn.Module):
     """A plan or an ONNX file of ours in the place of the encoder: the interface of Sam3DualViTDetNeck.
 
     For any number of threads, one run at a time. The outputs are the caller's own, fresh in each run; positions do not
-    depend on the picture, so they are made once and shared by all runs: do not write into them.
+    depend on the image, so they are made once and shared by all runs: do not write into them.
 
     Args:
         path: the file, its manifest beside it.
@@ -153,13 +153,13 @@ class DeployedEncoder(nn.Module):
 
     @torch.compiler.disable
     def forward(self, images: Tensor) -> Outputs:
-        """images (B, 3, H, W), normalised -> (sam3_feats, sam3_poss, sam2_feats, sam2_poss), finest level first.
+        """images (B, 3, H, W), normalized -> (sam3_feats, sam3_poss, sam2_feats, sam2_poss), finest level first.
 
         What Sam3DualViTDetNeck gives, in the type (or autocast's) and on the device of `images`: without `sam3` its
         lists are empty, without `sam2` they are None.
 
         Raises:
-            EncoderError: pictures of another size or in a batch that the file does not take, or closed; a backward
+            EncoderError: images of another size or in a batch that the file does not take, or closed; a backward
                 pass with respect to the images.
         """
         found = self.forward_necks(images)
@@ -266,14 +266,14 @@ class DeployedEncoder(nn.Module):
         """
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             got = f"{images.dtype} {tuple(images.shape)}"
-            raise EncoderError(f"{self.path}: got {got}; expected normalised pictures (B, 3, H, W), floating point")
+            raise EncoderError(f"{self.path}: got {got}; expected normalized images (B, 3, H, W), floating point")
         batch, size = self.signature.batch, (images.shape[2], images.shape[3])
         if size != self.signature.image_size:
             raise self.wrong_size(size)
         if not batch.minimum <= len(images) <= batch.maximum:
             wanted = f"{min(batch.minimum, len(images))}:{len(images)}:{max(batch.maximum, len(images))}"
             raise EncoderError(
-                f"{self.path}: takes {batch} pictures at once, got {len(images)}; give fewer, or export it by "
+                f"{self.path}: takes {batch} images at once, got {len(images)}; give fewer, or export it by "
                 f"{self.export_again(batch=wanted)}"
             )
 
@@ -305,13 +305,13 @@ class DeployedEncoder(nn.Module):
         return made
 
     def _image(self, images: Tensor) -> Tensor:
-        """The file's input: normalised numbers, or the pixels that they came from."""
+        """The file's input: normalized numbers, or the pixels that they came from."""
         if self.signature.input == "float":
             return images.to(self.device, torch.float32).contiguous()
-        return denormalise(images.to(self.device))
+        return denormalize(images.to(self.device))
 
     def _position(self, neck: str, level: int, images: Tensor, dtype: torch.dtype) -> Tensor:
-        """A position encoding (B, C, h, w), which is no copy for each picture."""
+        """A position encoding (B, C, h, w), which is no copy for each image."""
         name = self.signature.spec(neck, "pos", level).name
         key = (name, dtype, images.device)
         if key not in self._positions:

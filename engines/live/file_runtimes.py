@@ -13,8 +13,8 @@ from torch import Tensor
 from engines.live.ort_placement import FirstRun
 from export.contract.export_command import export_again
 from export.contract.onnx_file import OnnxFile
-from export.proof.rounding_simulation import simulate
-from export.proof.verify import open_model, require_runtime
+from export.verification.rounding_simulation import simulate
+from export.verification.verify import open_model, require_runtime
 
 ELEMENTS = {
     torch.float32: onnx.TensorProto.FLOAT,
@@ -90,7 +90,7 @@ class OrtFile:
             first, self._first = self._first, None
             if heavy := first.heavy_on_cpu(self._session):
                 numbers = ".".join(self._version.split(".")[:2])
-                again = export_again(self.path, reader=f"onnxruntime-gpu-{numbers}", attention="auto", opset="auto")
+                again = export_again(self.path, target=f"onnxruntime-gpu-{numbers}", attention="auto", opset="auto")
                 raise RuntimeFileError(
                     f"{self.path}: ONNX Runtime {self._version} computes {heavy} on the CPU, not on the GPU; run it on "
                     f"the CPU (device='cpu'), update onnxruntime-gpu, or export it for this version:\n{again}"

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.live.found import AttachError, LiveEncoder, lowest_type
+from engines.live.locate_encoder import AttachError, LiveEncoder, lowest_type
 from neck.architecture import infer_fields, with_class_row
 from neck.checkpoint_keys import Layout, find_layouts, listing
 from neck.config import EncoderConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engines.live.found import AttachError
+from engines.live.locate_encoder import AttachError
 
 
 class NotComputedError(AttachError, AttributeError):
@@ -53,7 +53,7 @@ class NotComputed:
     Args:
         what: what it is, for the error.
         shape, dtype, device: of the tensor.
-        source: the run of the file (stand_ins.Run) that it belongs to; other views of it keep that.
+        source: the run of the file (adapter.Run) that it belongs to; other views of it keep that.
     """
 
     requires_grad = False

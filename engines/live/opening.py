@@ -10,11 +10,11 @@ from engines.builder.plan_kind import is_plan
 from engines.live.file_runtimes import OpenVinoFile, OrtFile
 from engines.run.open_plan import open_plan
 from engines.run.session import Session
-from export.proof.verify import require_runtime
+from export.verification.verify import require_runtime
 
 
 class EncoderError(RuntimeError):
-    """A file that cannot stand in for an encoder, or pictures that it does not take."""
+    """A file that cannot stand in for an encoder, or images that it does not take."""
 
 
 def open_file(

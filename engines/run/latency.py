@@ -1,4 +1,4 @@
-"""What a profile says: runs and their statistics, the join with the layer sheet, the screen. It needs no GPU."""
+"""What a profile says: runs and their statistics, the join with the layer report, the screen. It needs no GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.sheet.layer_sheet import LayerSheet
+from engines.layers.layer_report import LayerReport
 
 WARM_UP_RUNS, WARM_UP_SECONDS = 10, 1.0
 """Both at least: RTX compiles in its first run, and a GPU needs about a second to raise its clocks."""
@@ -64,7 +64,7 @@ class Starts:
 
 @dataclasses.dataclass(frozen=True)
 class LayerTime:
-    """The mean time of one layer; what the layer sheet says of it, None or empty where it does not know the name."""
+    """The mean time of one layer; what the layer report says of it, None or empty where it does not know the name."""
 
     name: str
     ms: float
@@ -89,7 +89,7 @@ class Profile:
         loaded_bytes: device memory that loading took.
         peak_tflops: measured here, 8192^3 product in the plan's precision by torch.
         peak_gigabytes_per_s: measured here, reads and writes of a copy on the GPU.
-        operations, bytes_moved: of a run at this batch, from the layer sheet; None where it does not tell.
+        operations, bytes_moved: of a run at this batch, from the layer report; None where it does not tell.
         layers: slowest first.
         starts: of a new process, until its first result.
     """
@@ -168,22 +168,22 @@ def time_runs(
     return times
 
 
-def summarise(times_ms: Sequence[float]) -> Latency:
+def summarize(times_ms: Sequence[float]) -> Latency:
     """Mean, percentiles, smallest and largest of the runs."""
     p50, p90, p95, p99 = (float(value) for value in np.percentile(times_ms, (50, 90, 95, 99)))
     return Latency(len(times_ms), float(np.mean(times_ms)), p50, p90, p95, p99, min(times_ms), max(times_ms))
 
 
-def join_layers(times: Mapping[str, float], sheet: LayerSheet | None) -> tuple[LayerTime, ...]:
-    """Puts what the layer sheet says beside each layer's milliseconds, slowest first."""
-    kernels = {kernel.name: kernel for kernel in sheet.kernels} if sheet else {}
-    layers = []
+def join_layers(times: Mapping[str, float], layers: LayerReport | None) -> tuple[LayerTime, ...]:
+    """Puts what the layer report says beside each layer's milliseconds, slowest first."""
+    kernels = {kernel.name: kernel for kernel in layers.kernels} if layers else {}
+    found = []
     for name, ms in times.items():
         kernel = kernels.get(name)
         kind = None if kernel is None else "attention" if kernel.attention else kernel.kind
         told = (kernel.modules, kernel.bytes) if kernel else ((), None)
-        layers.append(LayerTime(name, ms, kind, *told))
-    return tuple(sorted(layers, key=lambda layer: -layer.ms))
+        found.append(LayerTime(name, ms, kind, *told))
+    return tuple(sorted(found, key=lambda layer: -layer.ms))
 
 
 def parse_state(line: str) -> dict[str, str | None] | None:
@@ -269,7 +269,7 @@ def _layer_lines(layers: Sequence[LayerTime], limit: int) -> list[str]:
     total = sum(layer.ms for layer in layers)
     known = sum(layer.kind is not None for layer in layers)
     lines = [
-        f"{len(layers)} layers, {total:.3f} ms with the profiler attached; the layer sheet names {known} of them",
+        f"{len(layers)} layers, {total:.3f} ms with the profiler attached; the layer report names {known} of them",
         f"{'ms':>9} {'share':>6} {'GB/s':>7}  {'kind':<15} modules",
     ]
     for layer in layers[:limit]:

@@ -15,7 +15,7 @@ from engines.builder.flavor import RTX_MAGIC, Flavor, FlavorError, choose_flavor
 from engines.builder.onnx_graph import BuildError
 from engines.builder.plan_kind import is_plan
 from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest
-from export.contract.readers import release_numbers, version_numbers
+from export.contract.targets import release_numbers, version_numbers
 
 
 class SessionError(RuntimeError):
@@ -61,7 +61,7 @@ def check_plan(
             files are compared with it.
 
     Returns:
-        The flavour, for that GPU, and the manifest.
+        The flavor, for that GPU, and the manifest.
 
     Raises:
         SessionError: the first thing that is wrong, and what to do.
@@ -72,7 +72,7 @@ def check_plan(
         manifest = dict(known or read_manifest(where, "plan"))
         if header.startswith(RTX_MAGIC) != (manifest["flavor"] == "rtx"):
             raise SessionError(
-                f"{plan}: begins with {header[:4]!r}, no plan of flavour {manifest['flavor']}; build it again"
+                f"{plan}: begins with {header[:4]!r}, no plan of flavor {manifest['flavor']}; build it again"
             )
         if known is None:
             _check_files(plan, where, manifest)
@@ -100,7 +100,7 @@ def _check_files(plan: Path, where: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_header(plan: Path) -> bytes:
-    """The first bytes of a plan, by which its flavour and RTX's own check know it."""
+    """The first bytes of a plan, by which its flavor and RTX's own check know it."""
     try:
         with plan.open("rb") as file:
             header = file.read(4096)
@@ -123,13 +123,13 @@ def manifest_specs(manifest: Mapping[str, Any]) -> list[tuple[str, str, tuple[in
 
 
 def check_version(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> None:
-    """Raises SessionError where a plan is of another flavour, or of a TensorRT whose plans this one does not load.
+    """Raises SessionError where a plan is of another flavor, or of a TensorRT whose plans this one does not load.
 
     RTX is asked itself (`Flavor.why_invalid`).
     """
     theirs, version = manifest["flavor"], manifest["tensorrt_version"]
     if theirs != flavor.name:
-        raise SessionError(f"{plan}: is of flavour {theirs}, asked was {flavor.name}; use --flavor {theirs}")
+        raise SessionError(f"{plan}: is of flavor {theirs}, asked was {flavor.name}; use --flavor {theirs}")
     built, here = release_numbers(version), release_numbers(flavor.version)
     known = min(len(built), len(here))
     built, here = built[:known], here[:known]
@@ -150,7 +150,7 @@ def check_gpu(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> None:
     if why is None:
         return
     here = flavor.gpu.compute_capability
-    if flavor.targets and here not in flavor.targets:
+    if flavor.capabilities and here not in flavor.capabilities:
         raise SessionError(f"{plan}: {why}; use --flavor tensorrt")
     remedy = f"with --compute-capability {here}" if flavor.name == "rtx" else "on this GPU"
     raise SessionError(f"{plan}: {why}; build it again {remedy}")
@@ -161,7 +161,7 @@ def why_other_gpu(manifest: Mapping[str, Any], flavor: Flavor) -> str | None:
     if flavor.gpu is None:
         return None
     here, named = flavor.gpu.compute_capability, f"{flavor.gpu.name} ({flavor.gpu.compute_capability})"
-    if flavor.targets and here not in flavor.targets:
+    if flavor.capabilities and here not in flavor.capabilities:
         return f"TensorRT-RTX {flavor.version} does not run on {named}"
     built = manifest["compute_capabilities"]
     # RTX's default is 8.0 and later; TensorRT's hardware compatibility `same` is the rule without it, too

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from engines.builder.flavor import Flavor, inspect_engine
+from engines.layers.layer_report import LayerReport, read_layers
+from engines.layers.read_layers import LayerReportError, layers_from_inspector
 from engines.run.latency import PEAK_SIDE, STATE, Profile, join_layers, parse_state
 from engines.run.open_plan import open_plan
 from engines.run.plan_checks import Port
@@ -21,14 +23,12 @@ from engines.run.session import Session
 from engines.run.startup import start_process, time_starts
 from engines.run.timing import RUNS, SECONDS, Measure, make_input, optimum_batch, time_graph, time_work, timer
 from engines.run.verify import describe
-from engines.sheet.layer_sheet import LayerSheet, read_sheet
-from engines.sheet.read_layers import LayerSheetError, sheet_from_inspector
-from export.proof.verify import Report
+from export.verification.verify import Report
 
 LAYER_WARM_UP_RUNS, LAYER_RUNS = 5, 20
 COPY_BYTES = 1 << 30
 PEAK_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PEAK_TYPES |= {"fp8": torch.float16, "int8": torch.float16}  # which quantised products may pass
+PEAK_TYPES |= {"fp8": torch.float16, "int8": torch.float16}  # which quantized products may pass
 
 STATE_SECONDS = 20.0
 """It takes 0.1 to 2 s; a driver that hangs must not hold the profile."""
@@ -42,7 +42,7 @@ def profile_plan(
     plan: Path,
     *,
     batch: int | None = None,
-    sheet: LayerSheet | None = None,
+    layers: LayerReport | None = None,
     flavor: Flavor | None = None,
     device: int | str | torch.device | None = None,
     runs: int = RUNS,
@@ -54,7 +54,7 @@ def profile_plan(
     Args:
         plan: the plan, its manifest beside it.
         batch: batch size; by default the optimum of the plan's range.
-        sheet: its layer sheet; by default the one beside the plan, else what the engine inspector tells.
+        layer report: its layer report; by default the one beside the plan, else what the engine inspector tells.
         flavor: which TensorRT; by default the one that built the plan.
         device: the GPU, as in open_plan.
         runs, seconds: runs are timed until there are so many, or for so long.
@@ -67,7 +67,7 @@ def profile_plan(
     with open_plan(plan, flavor, device=device, use_runtime_cache=False) as session:
         measure = functools.partial(time_work, session, runs, seconds)
         try:
-            found = _profile(session, batch, sheet or read_sheet(plan) or _inspect(session), measure, report)
+            found = _profile(session, batch, layers or read_layers(plan) or _inspect(session), measure, report)
         except torch.OutOfMemoryError:
             raise ProfilingError(
                 f"{plan}: out of device memory; profiling needs {3 * COPY_BYTES / 1e9:.1f} GB beside the plan, so end "
@@ -79,7 +79,7 @@ def profile_plan(
 
 
 def _profile(
-    session: Session, batch: int | None, sheet: LayerSheet | None, measure: Measure, report: Report
+    session: Session, batch: int | None, layers: LayerReport | None, measure: Measure, report: Report
 ) -> Profile:
     port, optimum = session.inputs[0], optimum_batch(session)
     size = choose_batch(session.plan, port, optimum, batch)
@@ -117,9 +117,9 @@ def _profile(
         loaded_bytes=session.loaded_bytes,
         peak_tflops=tflops,
         peak_gigabytes_per_s=gigabytes_per_s,
-        operations=scale_operations(sheet, port, optimum, size),
-        bytes_moved=sheet.bytes_moved if sheet else None,
-        layers=join_layers(times, sheet),
+        operations=scale_operations(layers, port, optimum, size),
+        bytes_moved=layers.bytes_moved if layers else None,
+        layers=join_layers(times, layers),
     )
 
 
@@ -137,11 +137,11 @@ def choose_batch(plan: Path, port: Port, optimum: int, asked: int | None) -> int
     return size
 
 
-def scale_operations(sheet: LayerSheet | None, port: Port, optimum: int, batch: int) -> int | None:
-    """Operations at this batch: the sheet counts them at the optimum batch."""
-    if sheet is None or sheet.operations is None:
+def scale_operations(layers: LayerReport | None, port: Port, optimum: int, batch: int) -> int | None:
+    """Operations at this batch: the layer report counts them at the optimum batch."""
+    if layers is None or layers.operations is None:
         return None
-    return sheet.operations * batch // optimum if port.batch[0] != port.batch[1] else sheet.operations
+    return layers.operations * batch // optimum if port.batch[0] != port.batch[1] else layers.operations
 
 
 def read_state(
@@ -216,11 +216,11 @@ def _measure_peaks(dtype: torch.dtype, device: torch.device, measure: Measure) -
     return tflops, 2 * COPY_BYTES / measure(lambda: target.copy_(source)).p50_ms / 1e6
 
 
-def _inspect(session: Session) -> LayerSheet | None:
-    """The layer sheet from the engine inspector, None where it tells too little."""
+def _inspect(session: Session) -> LayerReport | None:
+    """The layer report from the engine inspector, None where it tells too little."""
     try:
-        return sheet_from_inspector(inspect_engine(session.flavor.trt, session.engine), {})
-    except LayerSheetError:
+        return layers_from_inspector(inspect_engine(session.flavor.trt, session.engine), {})
+    except LayerReportError:
         return None
 
 

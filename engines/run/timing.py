@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.run.latency import Latency, summarise, time_runs
+from engines.run.latency import Latency, summarize, time_runs
 from engines.run.open_plan import open_plan
 from engines.run.plan_checks import Port, SessionError
 from engines.run.session import Session
@@ -49,7 +49,7 @@ def median_ms(
 
 def time_work(session: Session, runs: int, seconds: float, work: Callable[[], object]) -> Latency:
     """Warms up, then times runs until there are so many, or for so long."""
-    return summarise(time_runs(timer(session, work), runs=runs, seconds=seconds))
+    return summarize(time_runs(timer(session, work), runs=runs, seconds=seconds))
 
 
 def timer(session: Session, work: Callable[[], object]) -> Callable[[], float]:
@@ -77,7 +77,7 @@ def time_graph(session: Session, inputs: Mapping[str, Tensor], measure: Measure)
 
 
 def make_input(port: Port, batch: int) -> Tensor:
-    """Seeded noise on the CPU: zeros would cost the GPU less power than pictures do."""
+    """Seeded noise on the CPU: zeros would cost the GPU less power than images do."""
     shape, generator = (batch, *port.shape[1:]), torch.Generator().manual_seed(0)
     if port.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(port.dtype)

@@ -1,4 +1,4 @@
-"""A plan against the plain PyTorch module: the same pictures through both, judged by export/fidelity."""
+"""A plan against the plain PyTorch module: the same images through both, judged by export/fidelity."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from export.quantization.select_quantization import manifest_tolerances
 
 from engines.builder.flavor import Flavor, FlavorError
 from engines.run.open_plan import open_plan
@@ -15,15 +16,14 @@ from engines.run.plan_checks import read_header, why_other_gpu
 from engines.run.session import Session
 from export.contract.manifest import manifest_path, read_manifest, record_in_manifest
 from export.contract.signature import BatchRange, Signature
-from export.output_files import Place, check_places, manifest_places
+from export.output_files import NamedPath, check_paths, encoder_paths
 from export.pipeline import RejectedError
-from export.proof.fidelity import Verdict, check_overrides, compare
-from export.proof.reference import check_reference, write_reference
-from export.proof.verify import Reference, Report, make_reference, picture_count
-from export.quantising.settle import manifest_tolerances
+from export.verification.fidelity import Verdict, check_overrides, compare
+from export.verification.reference import check_reference, write_reference
+from export.verification.verify import Reference, Report, image_count, make_reference
 from export.weights_origin import manifest_encoder
+from neck.images import ImageFolder
 from neck.necks import Sam3DualViTDetNeck
-from neck.pictures import PictureFolder
 
 Runner = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 """Takes the image as the signature says and gives the outputs by name."""
@@ -76,7 +76,7 @@ def verify_plan(
     checkpoint: Path | None = None,
     adapter: Path | None = None,
     reference: Reference | None = None,
-    images: Path | PictureFolder | None = None,
+    images: Path | ImageFolder | None = None,
     overrides: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     flavor: Flavor | None = None,
@@ -90,7 +90,7 @@ def verify_plan(
         encoder: the plain encoder; by default the one that the manifest tells of, on the CPU.
         checkpoint, adapter: its weights and the adapter in them, where they are no longer where the manifest says.
         reference: what `make_reference` made for this signature; by default it is made here, which takes longest.
-        images: a folder of pictures; without one the shipped picture.
+        images: a folder of images; without one the shipped image.
         overrides: relative L2 by output name or wildcard.
         report: told of every step.
         flavor: which TensorRT; by default the one that built the plan.
@@ -99,7 +99,7 @@ def verify_plan(
     Raises:
         SessionError: the plan cannot run here.
         VerifyError: nothing tells which encoder the plan holds, or its outputs are others.
-        FidelityError, PictureError, CheckpointError, ExportError: as the stages below say.
+        FidelityError, ImageError, CheckpointError, ExportError: as the stages below say.
     """
     with open_plan(plan, flavor, device=device, use_runtime_cache=False, manifest=manifest) as session:
         manifest, here = session.manifest, describe(session.flavor)
@@ -110,7 +110,7 @@ def verify_plan(
             if encoder is None:
                 encoder = manifest_encoder(manifest_path(plan), manifest["onnx_manifest"], checkpoint, adapter)
             low, high = session.inputs[0].batch
-            reference = make_reference(encoder, signature, picture_count(BatchRange(low, low, high)), images, report)
+            reference = make_reference(encoder, signature, image_count(BatchRange(low, low, high)), images, report)
         report(f"candidate: the plan in {here}")
         return verify_runner(_runner(session), signature, reference, manifest["precision"], here, overrides)
 
@@ -118,7 +118,7 @@ def verify_plan(
 def verify_plan_file(
     plan: Path,
     checkpoint: Path | None = None,
-    images: Path | PictureFolder | None = None,
+    images: Path | ImageFolder | None = None,
     overrides: Mapping[str, float] | None = None,
     report: Report = lambda line: None,
     *,
@@ -131,25 +131,25 @@ def verify_plan_file(
 
     Args:
         plan, checkpoint, images, overrides, report, adapter, device: as in verify_plan.
-        save: where to keep the pictures and the plain module's outputs; written without a GPU too.
+        save: where to keep the images and the plain module's outputs; written without a GPU too.
         notes: takes what the user should know: that the manifest could not be updated.
 
     Raises:
         ManifestError: the manifest is missing or speaks of another plan.
         SessionError: the plan cannot run here.
         RejectedError: the outputs left tolerance; the manifest says so too, where it can be written.
-        VerifyError, FidelityError, PictureError, CheckpointError, ExportError: as in verify_plan.
+        VerifyError, FidelityError, ImageError, CheckpointError, ExportError: as in verify_plan.
     """
     where = manifest_path(plan)
     manifest = read_manifest(where, "plan")
     reference = None
     if save is not None:
         check_reference(save)
-        read = manifest_places(plan, manifest.get("onnx_manifest") or {}, checkpoint)
-        check_places([Place("the file of --save-reference", save)], read)
+        read = encoder_paths(plan, manifest.get("onnx_manifest") or {}, checkpoint)
+        check_paths([NamedPath("the file of --save-reference", save)], read)
         signature = plan_signature(plan, manifest, known=False)
         encoder = manifest_encoder(where, manifest["onnx_manifest"], checkpoint, adapter)
-        count = picture_count(BatchRange.parse(manifest["batch"]))
+        count = image_count(BatchRange.parse(manifest["batch"]))
         reference = make_reference(encoder, signature, count, images, report)
         write_reference(save, reference.pixels, {spec.name: reference.outputs[spec.name] for spec in signature.outputs})
     verdict = verify_plan(

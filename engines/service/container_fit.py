@@ -10,9 +10,9 @@ import onnx_ir as ir
 
 from engines.service.served_model import Source, TritonError
 from export.contract.export_command import AS_AUTO, export_again
-from export.contract.readers import CODES, line_of, release_numbers, triton_containers, version_numbers
+from export.contract.targets import CODES, line_of, release_numbers, triton_containers, version_numbers
 from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
-from export.proof.reader_check import graph_needs, on_cpu, why_not
+from export.verification.target_check import graph_needs, on_cpu, why_not
 
 BF16_CONTAINER = "26.04"
 """The onnxruntime backend takes bfloat16 since March 2026 (its pull request 335), so containers after that month's."""
@@ -115,8 +115,8 @@ def _for_onnx(source: Source, asked: str | None) -> tuple[str | None, list[str]]
 
 
 def _requested(source: Source) -> str | None:
-    """The newest container that `--reader triton-NN.NN` of the export named, None if it named none."""
-    named = (source.manifest.get("readers") or {}).get("products", ())
+    """The newest container that `--target triton-NN.NN` of the export named, None if it named none."""
+    named = (source.manifest.get("targets") or {}).get("products", ())
     return max((container for container in triton_containers() if f"triton-{container}" in named), default=None)
 
 
@@ -130,15 +130,15 @@ def _check_readable(source: Source, container: str, carried: str) -> list[str]:
         needs = graph_needs(ir.load(source.path))
     except Exception as error:  # protobuf and onnx-ir raise many kinds
         raise TritonError(f"{source.path}: is not a whole ONNX file ({type(error).__name__}); copy it again") from None
-    reader = line_of("onnxruntime-gpu", carried)
-    reason = why_not(reader, needs) if reader else "what it reads is not known here"
-    if reader and reason is None:
-        small = ", ".join(on_cpu(reader, needs))
+    target = line_of("onnxruntime-gpu", carried)
+    reason = why_not(target, needs) if target else "what it reads is not known here"
+    if target and reason is None:
+        small = ", ".join(on_cpu(target, needs))
         return [f"its ONNX Runtime computes {small} on the CPU: copies, little arithmetic"] if small else []
     lines = {name: line_of("onnxruntime-gpu", version) for name, version in ONNX_RUNTIME.items()}
     fitting = [name for name, line in lines.items() if line and why_not(line, needs) is None]
     remedy = f"take container {fitting[0]} or later, or export" if fitting else "export"
-    changes = {"reader": f"triton-{container}", "attention": "auto", "opset": "auto"}
+    changes = {"target": f"triton-{container}", "attention": "auto", "opset": "auto"}
     if needs.types & {"BFLOAT16", *CODES}:
         changes |= {**AS_AUTO, "precision": "fp16"}
     raise TritonError(

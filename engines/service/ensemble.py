@@ -10,14 +10,14 @@ from engines.service.model_config import add_tensors, new_config, schema
 from engines.service.served_model import Source
 from export.contract.signature import TensorSpec
 
-PICTURE = "picture"
+IMAGE = "image"
 """The ensemble's input: the bytes of one JPEG or PNG file per element."""
 
 PREPROCESS_MODEL = Path(__file__).parent / "preprocess" / "model.py"
 """The python-backend model, copied into the repository."""
 
 DECODERS = 2
-"""Instances of the preprocessing model: a picture is decoded by one core."""
+"""Instances of the preprocessing model: an image is decoded by one core."""
 
 DECODER_MIB = 1100
 """Memory of one at most: 220 MiB with torch, and 855 MiB more for a progressive JPEG of 9400 x 9500 pixels, all colors
@@ -25,26 +25,26 @@ at full size, the largest that its limits allow (preprocess/model.py, `decode` a
 
 
 def preprocess_config(source: Source, name: str) -> Any:
-    """The config of the model that decodes and resizes pictures.
+    """The config of the model that decodes and resizes images.
 
     Its instances are on the CPU by name, or Triton would start one per GPU; that is the only instance_group here.
     """
     config = new_config(source, name)
     config.backend = "python"
-    _add_picture(config, source)
+    _add_image(config, source)
     add_tensors(config.output, [source.image], source.batch)
     config.instance_group.add(kind=schema().ModelInstanceGroup.KIND_CPU, count=DECODERS)
     return config
 
 
-def pictures_config(source: Source, name: str, preprocess: str, engine: str, outputs: Sequence[TensorSpec]) -> Any:
-    """The config of the ensemble from pictures to features."""
+def images_config(source: Source, name: str, preprocess: str, engine: str, outputs: Sequence[TensorSpec]) -> Any:
+    """The config of the ensemble from images to features."""
     config = new_config(source, name)
     config.platform = "ensemble"
-    _add_picture(config, source)
+    _add_image(config, source)
     add_tensors(config.output, outputs, source.batch)
     first = config.ensemble_scheduling.step.add(model_name=preprocess, model_version=-1)
-    first.input_map[PICTURE] = PICTURE
+    first.input_map[IMAGE] = IMAGE
     first.output_map[source.image.name] = source.image.name
     _add_engine(config, source, engine, outputs)
     return config
@@ -65,9 +65,9 @@ def chosen_config(source: Source, name: str, engine: str, outputs: Sequence[Tens
     return config
 
 
-def _add_picture(config: Any, source: Source) -> None:
-    pictures = 1 if source.batch.dynamic else source.batch.optimum
-    config.input.add(name=PICTURE, data_type=schema().DataType.Value("TYPE_STRING"), dims=[pictures])
+def _add_image(config: Any, source: Source) -> None:
+    images = 1 if source.batch.dynamic else source.batch.optimum
+    config.input.add(name=IMAGE, data_type=schema().DataType.Value("TYPE_STRING"), dims=[images])
 
 
 def _add_engine(config: Any, source: Source, engine: str, outputs: Sequence[TensorSpec]) -> None:

@@ -55,11 +55,11 @@ def check_ensembles(output: Path, engine: Any, written: Collection[str]) -> None
         TritonError: naming the ensemble and the outputs.
     """
     listed = listed_outputs(engine)
-    for name in (f"{engine.name}-pictures", f"{engine.name}-outputs"):
+    for name in (f"{engine.name}-images", f"{engine.name}-outputs"):
         held = None if name in written else read_config(output / name / CONFIG)
         missing = sorted(listed_outputs(held) - listed) if held is not None else []
         if missing:
-            remedy = "add --ensemble" if name.endswith("-pictures") else "give --outputs"
+            remedy = "add --ensemble" if name.endswith("-images") else "give --outputs"
             raise TritonError(
                 f"{output / name}: answers with {', '.join(missing)}, which {engine.name} would then lack; "
                 f"{remedy}, or remove that folder"

@@ -83,7 +83,7 @@ class Serving:
         own_claim: whether the claim is this model's own, so that its file belongs to the others.
         gpus: of each pod; Triton runs one instance on each.
         compatible: whether Triton must be told to load plans of older TensorRT versions.
-        ensemble: whether pictures are decoded in the server, for which the image needs Pillow.
+        ensemble: whether images are decoded in the server, for which the image needs Pillow.
         image_name: the image instead of NVIDIA's, a digest behind it or not.
         proxy_image: the image that runs nginx.
         replicas: pods that always run, for each compute capability.
@@ -147,7 +147,7 @@ class Serving:
 
         `/v2/health/ready` says yes to an empty repository.
         """
-        return f"/v2/models/{self.model}{'-pictures' if self.ensemble else ''}/ready"
+        return f"/v2/models/{self.model}{'-images' if self.ensemble else ''}/ready"
 
     @property
     def gib(self) -> int:

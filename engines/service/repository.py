@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from engines.service.activation import activate_command, active_version, remove_versions, serve_version
 from engines.service.container_fit import choose_container, has_lean_runtime
-from engines.service.ensemble import PREPROCESS_MODEL, chosen_config, pictures_config, preprocess_config
+from engines.service.ensemble import PREPROCESS_MODEL, chosen_config, images_config, preprocess_config
 from engines.service.existing_models import check_ensembles, check_held, listed_outputs
 from engines.service.kubernetes import PROXY_IMAGE, Serving, check_folder, kubernetes_files, kubernetes_name, remove_old
 from engines.service.model_config import engine_config, read_config, takes_graphs, to_text
@@ -50,7 +50,7 @@ class RepositoryOptions:
         name: the model's name: its folder and what clients ask for.
         version: None is one above the highest that is there.
         outputs: names or wildcards (`sam3_feat_*`); empty is all.
-        ensemble: also NAME-preprocess and NAME-pictures, which takes JPEG or PNG bytes.
+        ensemble: also NAME-preprocess and NAME-images, which takes JPEG or PNG bytes.
         queue_delay_us: how long a request waits for others to share a batch, where the batch is dynamic.
         cuda_graphs: whether Triton captures CUDA graphs of a plan.
         container: the Triton container that will serve, such as `25.09`; refused where known not to fit.
@@ -207,9 +207,9 @@ def _models(options: RepositoryOptions, source: Source, plans: dict[str, Source]
             f"Triton demands that {options.name} lists all outputs of the plan; {name} answers with {names} alone"
         )
     if options.ensemble:
-        preprocess, pictures = f"{options.name}-preprocess", f"{options.name}-pictures"
+        preprocess, images = f"{options.name}-preprocess", f"{options.name}-images"
         models.append(_Model(preprocess, preprocess_config(source, preprocess), script=PREPROCESS_MODEL))
-        models.append(_Model(pictures, pictures_config(source, pictures, preprocess, options.name, chosen)))
+        models.append(_Model(images, images_config(source, images, preprocess, options.name, chosen)))
         notes.append(f"{preprocess} needs Pillow in the container's Python: pip install pillow (numpy is there)")
     if options.cuda_graphs and source.kind == "plan" and not takes_graphs(source):
         notes.append(
@@ -217,7 +217,7 @@ def _models(options: RepositoryOptions, source: Source, plans: dict[str, Source]
             "such as --batch 1:1:4"
         )
     if source.batch.dynamic and source.batch.minimum > 1:
-        notes.append(f"requests must hold {source.batch.minimum} pictures at least: Triton fills no batch up")
+        notes.append(f"requests must hold {source.batch.minimum} images at least: Triton fills no batch up")
     return models, notes
 
 

@@ -12,8 +12,8 @@ from engines.builder.flavor import RTX_MAGIC
 from engines.builder.onnx_graph import BuildError
 from engines.builder.plan_kind import is_plan
 from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest
-from export.contract.readers import release_numbers
 from export.contract.signature import BatchRange, Signature, TensorSpec
+from export.contract.targets import release_numbers
 
 DATA_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "uint8": "TYPE_UINT8"}
 """Triton's name of each type that a file's tensors may have."""
@@ -45,7 +45,7 @@ class Source:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All that the manifest speaks of: the file itself, its weights, its layer sheet."""
+        """All that the manifest speaks of: the file itself, its weights, its layer report."""
         return tuple(self.path.with_name(entry["name"]) for entry in self.manifest["files"])
 
     @property
@@ -198,11 +198,11 @@ def _check_facts(manifest: Mapping[str, Any]) -> None:
     if exported is not None:
         wanted += [(key, exported[key], dict) for key in ("encoder", "weights")]
         wanted.append(("opset", exported.get("opset", 0), int))
-        readers = exported.get("readers") or {}
-        wanted.append(("readers", readers, dict))
-        lists = [readers.get(key, []) for key in ("asked", "products") if isinstance(readers, dict)]
-        wanted += [("readers", names, list) for names in lists]
-        wanted += [("readers", name, str) for names in lists if isinstance(names, list) for name in names]
+        targets = exported.get("targets") or {}
+        wanted.append(("targets", targets, dict))
+        lists = [targets.get(key, []) for key in ("asked", "products") if isinstance(targets, dict)]
+        wanted += [("targets", names, list) for names in lists]
+        wanted += [("targets", name, str) for names in lists if isinstance(names, list) for name in names]
     for name, value, kind in wanted:
         if not isinstance(value, kind):
             raise TypeError(f"{name} is {value!r}")

@@ -10,7 +10,7 @@ from typing import Any
 from export.contract.manifest import ManifestError, manifest_path, read_manifest
 
 BASES = {"fp8": "fp16", "int8": "fp16"}
-"""The type of what a quantised file does not quantise."""
+"""The type of what a quantized file does not quantize."""
 
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -56,8 +56,8 @@ def export_command(
     if signature.get("sam2_outputs", "features") != "features":
         options["sam2-outputs"] = signature["sam2_outputs"]
     words = ["neck-export", "onnx", "--config", str(where)]
-    if (held := manifest.get("quantisation")) and options["precision"] == held["kind"]:
-        words += [word for pattern in held["asked"] for word in ("--quantise", pattern)]
+    if (held := manifest.get("quantization")) and options["precision"] == held["kind"]:
+        words += [word for pattern in held["asked"] for word in ("--quantize", pattern)]
         words += ["--budget", str(held["budget"])]
         words += [word for key in ("calibration", "images") if held[key] for word in (f"--{key}", held[key])]
     dtype = DTYPES.get(signature.get("dtype", ""), manifest["precision"])

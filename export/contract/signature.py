@@ -78,7 +78,7 @@ class Signature:
 
     Attributes:
         image_size: (height, width) in pixels.
-        input: `float` (B, 3, H, W) normalised, or `uint8` (B, H, W, 3) RGB pixels.
+        input: `float` (B, 3, H, W) normalized, or `uint8` (B, H, W, 3) RGB pixels.
         batch: batch sizes that the file takes.
         necks: names of the necks in the file.
         levels: indices of the levels, 0 the finest.

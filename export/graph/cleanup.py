@@ -14,7 +14,7 @@ MODULE = "neck.module"
 """Metadata key of a node: the path of the module that it comes from."""
 
 INPUT = "input"
-"""The path of nodes outside every module: they turn uint8 pixels into the normalised image."""
+"""The path of nodes outside every module: they turn uint8 pixels into the normalized image."""
 
 
 def tidy(model: ir.Model) -> None:

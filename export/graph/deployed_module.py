@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from export.contract.signature import Signature, SignatureError
 from export.graph.rewrite import Rewrites, rewrite
 from neck.checkpoint_keys import NECK_MODULES
+from neck.images import PIXEL_SCALE
 from neck.necks import Sam3DualViTDetNeck, shallow_copy
-from neck.pictures import PIXEL_SCALE
 
 
 class DeployEncoder(nn.Module):

@@ -172,7 +172,7 @@ class WindowMajorTrunk(ViTDetTrunk):
     """The trunk with its tokens in window order from the patches to the neck.
 
     Attention does not care for the order of its tokens, so two permutations take the place of two in every windowed
-    block. Shape letter W here: windows of one picture; n: tokens of one window.
+    block. Shape letter W here: windows of one image; n: tokens of one window.
 
     The tokens lie as (n, W, B, C): both attentions, (n, W B) and (n W, B), then read and write them with the sequence
     first, as TensorRT-RTX 1.7's fused attention writes its result. With the windows first it permuted the tokens again
@@ -180,7 +180,7 @@ class WindowMajorTrunk(ViTDetTrunk):
     """
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images (B, 3, 14 H, 14 W), normalised -> [features (B, C, H, W)]."""
+        """images (B, 3, 14 H, 14 W), normalized -> [features (B, C, H, W)]."""
         window, (height, width) = self.config.window_size, self.grid
         rows, columns, tokens = height // window, width // window, window * window
         channels = self.config.embed_dim

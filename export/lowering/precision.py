@@ -22,7 +22,7 @@ from export.contract.errors import ExportError
 from export.graph.cleanup import INPUT, MODULE
 from export.graph.constant_folding import LAZY_BYTES, add_initializer
 from export.lowering.attention import AUTO, OPERATOR_OPSET, AttentionForm, Spelling, lower_attentions, spelling_at
-from export.lowering.quantise import CODES, Quantisation, find_products, is_named, quantise
+from export.lowering.quantize import CODES, Quantization, find_products, is_named, quantize
 from export.lowering.residual import residual_stream
 from export.lowering.upsampling import Upsampling, lower_upsampling
 
@@ -30,7 +30,7 @@ Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8"]
 OutputPrecision = Literal["fp32", "fp16", "bf16"]
 Residual = Literal["auto", "fp16", "fp32"]
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-TYPES |= {"fp8": ir.DataType.FLOAT16, "int8": ir.DataType.FLOAT16}  # of all that is not quantised
+TYPES |= {"fp8": ir.DataType.FLOAT16, "int8": ir.DataType.FLOAT16}  # of all that is not quantized
 TORCH_TYPES = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.FLOAT16: torch.float16,
@@ -52,7 +52,7 @@ def lower(
     opset: int | None = None,
     upsampling: Upsampling = "auto",
     residual: Residual = "auto",
-    quantisation: Quantisation | None = None,
+    quantization: Quantization | None = None,
 ) -> None:
     """Lowers a canonical model in place.
 
@@ -66,7 +66,7 @@ def lower(
         opset: by default 23 for the Attention operator, 22 for bf16 convolutions and 20 elsewhere.
         upsampling: ConvTranspose (`deconv`) or 1x1 convolution with DepthToSpace (`conv`); `auto` is conv for bf16.
         residual: type of the blocks' residual sums; `auto` is the precision.
-        quantisation: which products are fp8 or int8 where that is the precision.
+        quantization: which products are fp8 or int8 where that is the precision.
 
     Raises:
         ExportError: a pattern that names no module, an opset that cannot hold the graph, a file that is not FP32.
@@ -74,8 +74,8 @@ def lower(
     graph = model.graph
     if output_precision in CODES:
         raise ExportError(f"output_precision is {output_precision!r}; expected one of fp32, fp16, bf16")
-    if precision in CODES and quantisation is None:
-        raise ExportError(f"{precision}: no product is said to be quantised, and none of the weights are calibrated")
+    if precision in CODES and quantization is None:
+        raise ExportError(f"{precision}: no product is said to be quantized, and none of the weights are calibrated")
     low = next((value.dtype for value in graph.initializers.values() if value.dtype in LOW), None)
     if low:
         raise ExportError(f"the model is {low.name.lower()} already; precision is lowered from an FP32 model")
@@ -86,8 +86,8 @@ def lower(
     stream = residual_stream(graph) if residual == "fp32" != precision else set()
     islands = stream | lower_attentions(graph, TYPES[precision], form, spelling or spelling_at(opset), kept)
     lower_upsampling(graph, precision, upsampling)
-    if quantisation is not None:
-        quantise(graph, quantisation, kept)
+    if quantization is not None:
+        quantize(graph, quantization, kept)
     if precision != "fp32":
         retype(graph, TYPES[precision], lambda node: computes_in_fp32(node) or node in islands or _module(node) in kept)
     _retype_outputs(graph, TYPES[output_precision or precision])
@@ -119,7 +119,7 @@ def computes_in_fp32(node: ir.Node) -> bool:
     LayerNormalization: its sums of squares pass 65504 at C = 1024 once activations pass 8; TensorRT keeps a HALF
     LayerNormalization in HALF even with stash_type 1, and the Casts cost no kernel (TensorRT-RTX 1.7).
     Rotary (`rope`): two products and a sum are rounded once instead of three times, at no kernel either.
-    The input: uint8 pixels are normalised before they are rounded.
+    The input: uint8 pixels are normalized before they are rounded.
     """
     module = _module(node)
     return node.op_type == "LayerNormalization" or module.endswith(".rope") or module == INPUT

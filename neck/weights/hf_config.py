@@ -37,14 +37,14 @@ FIXED: dict[str, Any] = {"hidden_act": "gelu", "num_channels": 3, "qkv_bias": Tr
 USED_NECK = {"fpn_hidden_size": "d_model", "scale_factors": "scale_factors"}
 """Entry of the vision config around the backbone -> our field."""
 
-NORMALISED: dict[str, Any] = {
+NORMALIZED: dict[str, Any] = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
     "rescale_factor": 1 / 255,
     "do_normalize": True,
     "do_rescale": True,
 }
-"""Entries of a picture processor as SAM 3 has them."""
+"""Entries of an image processor as SAM 3 has them."""
 
 IRRELEVANT_NECK = (
     *("backbone_config", "backbone_feature_sizes", "hidden_act", "layer_norm_eps"),
@@ -58,7 +58,7 @@ ROPE_TYPES = ("axial", "default")
 
 # fmt: off
 IRRELEVANT = frozenset(
-    # dropout and initialisation are training's; feature sizes follow from the image size
+    # dropout and initialization are training's; feature sizes follow from the image size
     (
         "attention_dropout", "hidden_dropout", "initializer_range", "initializer_factor", "architectures",
         "attn_implementation", "auto_map", "chunk_size_feed_forward", "dtype", "id2label", "is_decoder",
@@ -184,16 +184,16 @@ def _refuse_unknown(file: Path, section: dict[str, Any], known: set[str]) -> Non
         )
 
 
-def picture_notes(folder: Path) -> list[str]:
-    """Where a fine-tune's pictures were normalised otherwise than here, which no comparison of encoders shows."""
+def image_notes(folder: Path) -> list[str]:
+    """Where a fine-tune's images were normalized otherwise than here, which no comparison of encoders shows."""
     notes = []
     for name, inner in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         try:
             told = json.loads((folder / name).read_text(encoding="utf-8"))
             told = told.get(inner, {}) if inner else told
-            other = [f"{key} {told[key]!r}" for key, ours in NORMALISED.items() if told.get(key, ours) != ours]
+            other = [f"{key} {told[key]!r}" for key, ours in NORMALIZED.items() if told.get(key, ours) != ours]
         except (OSError, ValueError, AttributeError, RecursionError):
             continue  # not there, or nothing that can be told
         if other:
-            notes.append(f"{folder / name}: {', '.join(other)}; here pictures are normalised by mean 0.5 and std 0.5")
+            notes.append(f"{folder / name}: {', '.join(other)}; here images are normalized by mean 0.5 and std 0.5")
     return notes

@@ -30,7 +30,7 @@ def missing(path: Path) -> str:
     if not HUB_NAME.fullmatch(str(path)) or path.parent.exists() or path.suffix in (".pt", ".safetensors", ".json"):
         return f"No such file: {path}"
     return (
-        f"No such file: {path}; if it is a name on the Hugging Face Hub, that is no path: accept its licence there, "
+        f"No such file: {path}; if it is a name on the Hugging Face Hub, that is no path: accept its license there, "
         f"`hf auth login`,\n`hf download {path} --local-dir {path.name}`, and pass the folder {path.name}"
     )
 
@@ -73,19 +73,19 @@ def file_of(path: Path, head: bytes) -> str | None:
     if refused or text.startswith(PAGES):
         return (
             f"{path}: not a checkpoint but a web page or a refusal, in the place of a download that wants a login;\n"
-            "log in, accept the licence (Hugging Face: `hf auth login`, `hf download`), and fetch the file again"
+            "log in, accept the license (Hugging Face: `hf auth login`, `hf download`), and fetch the file again"
         )
     if head.startswith(b"GGUF"):
         return (
-            f"{path}: a GGUF file, made for llama.cpp and mostly quantised; the original .pt or .safetensors is needed"
+            f"{path}: a GGUF file, made for llama.cpp and mostly quantized; the original .pt or .safetensors is needed"
         )
     if head[257:262] == b"ustar" or head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"BZh")):
         return f"{path}: an archive (tar, gzip, ...), not a checkpoint; unpack it and pass the file inside"
     return None
 
 
-def quantised(tensors: Mapping[str, Tensor], starts: Iterable[str]) -> str | None:
-    """Says how the weights under some prefixes are quantised; None where they are floats.
+def quantized(tensors: Mapping[str, Tensor], starts: Iterable[str]) -> str | None:
+    """Says how the weights under some prefixes are quantized; None where they are floats.
 
     A type is a surer sign than a name: an INT8 weight with its scale beside it is not an adapter.
     """
@@ -99,7 +99,7 @@ def quantised(tensors: Mapping[str, Tensor], starts: Iterable[str]) -> str | Non
         return None
     more = f" and {len(signs) - 4} more" if len(signs) > 4 else ""
     return (
-        f"the encoder's weights are quantised ({', '.join(types[:2] + scales[:2] if types else signs[:4])}{more}); "
+        f"the encoder's weights are quantized ({', '.join(types[:2] + scales[:2] if types else signs[:4])}{more}); "
         "the original in float32, float16 or bfloat16 is needed"
     )
 

@@ -22,8 +22,8 @@ from neck.weights.records import (
     DamagedPickleError,
     Key,
     Name,
+    OpaqueObject,
     PickleError,
-    StandIn,
     StorageRecord,
     TensorRecord,
     call,
@@ -116,14 +116,14 @@ class _Machine:
 
     def extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
-        if not isinstance(target, list | StandIn):
+        if not isinstance(target, list | OpaqueObject):
             raise TypeError(f"appends to a {type(target).__name__}")
         (target if isinstance(target, list) else target.items).extend(items)
 
     def update(self, items: list[Any]) -> None:
         target = self.stack[-1]
         pairs = [(key if isinstance(key, str) else Key(key), value) for key, value in _pairs(items)]
-        if isinstance(target, StandIn):
+        if isinstance(target, OpaqueObject):
             target.items.extend(pairs)
         elif isinstance(target, dict):
             target.update(pairs)
@@ -154,7 +154,7 @@ class _Machine:
 
     def build(self, _: object) -> None:
         state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, StandIn):
+        if isinstance(target, OpaqueObject):
             target.state = state
         elif not isinstance(target, dict | TensorRecord):  # attributes of a state dict or a parameter: of no use here
             raise TypeError(f"sets the state of a {type(target).__name__}")

@@ -61,7 +61,7 @@ class Name:
 
 
 @dataclasses.dataclass(eq=False, slots=True, repr=False)
-class StandIn:
+class OpaqueObject:
     """What a pickle would have made by calling something: its arguments, its state, what was put into it."""
 
     made_by: object
@@ -109,10 +109,10 @@ class Key:
 
 def call(made_by: object, args: object) -> object:
     """What takes the place of a call: a record of a tensor, a plain container, or a stand-in."""
-    if not isinstance(made_by, Name | StandIn) or not isinstance(args, tuple):
+    if not isinstance(made_by, Name | OpaqueObject) or not isinstance(args, tuple):
         raise PickleError(f"its pickle calls a {type(made_by).__name__}")
     maker = MAKERS.get((made_by.module, made_by.name)) if isinstance(made_by, Name) else None
-    return maker(*args) if maker else StandIn(made_by, args)
+    return maker(*args) if maker else OpaqueObject(made_by, args)
 
 
 def storage_of(identity: object) -> object:
@@ -165,13 +165,13 @@ def _tensor_v3(
 def _subclass(function: object, kind: object, args: object, state: object = None) -> object:
     """A tensor of a subclass, or with attributes; read as the plain tensor, where that is how it is stored."""
     itself = isinstance(function, Name) and function.name == "_rebuild_from_type_v2"  # nested, it would recurse
-    made = StandIn(kind) if itself else call(function, args)
-    return made if isinstance(made, TensorRecord) else StandIn(kind, (made, state))
+    made = OpaqueObject(kind) if itself else call(function, args)
+    return made if isinstance(made, TensorRecord) else OpaqueObject(kind, (made, state))
 
 
 def _dict(*args: object) -> object:
     """OrderedDict() and defaultdict(factory); their items follow as operations."""
-    return StandIn(Name("collections", "OrderedDict"), args) if args and not isinstance(args[0], Name) else {}
+    return OpaqueObject(Name("collections", "OrderedDict"), args) if args and not isinstance(args[0], Name) else {}
 
 
 def _first(value: object, *_: object) -> object:

@@ -34,7 +34,7 @@ def check_tables(path: Path, layout: Layout, tensors: Mapping[str, Tensor], conf
     """Compares every stored table with the one that the config gives.
 
     Returns:
-        The side in pixels of the square pictures that the tables of the global blocks are for; None without such.
+        The side in pixels of the square images that the tables of the global blocks are for; None without such.
 
     Raises:
         CheckpointError: a table of another theta, scale, window or a grid that is not square, both named.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from neck.checkpoint_keys import Layout, find_layouts
-from neck.weights.records import StandIn, TensorRecord, shown
+from neck.weights.records import OpaqueObject, TensorRecord, shown
 from neck.weights.torchfile import ADVICE, CheckpointError
 from neck.weights.wrapper_names import plain_name
 
@@ -50,7 +50,7 @@ class Entries:
     Attributes:
         kind: `tensors`, or the class of the module.
         tensors: records by name.
-        others: names that hold what is no plain tensor but was meant as one (a DTensor, a quantised one): their class.
+        others: names that hold what is no plain tensor but was meant as one (a DTensor, a quantized one): their class.
     """
 
     kind: str
@@ -97,7 +97,7 @@ def find_states(path: Path, root: object) -> dict[str, Entries]:
             if found.tensors or found.others:
                 states[place] = found
             start = f"{place}." if place else ""
-            inner = [(key, value) for key, value in children if isinstance(value, dict | StandIn | list)]
+            inner = [(key, value) for key, value in children if isinstance(value, dict | OpaqueObject | list)]
             deeper += [(f"{start}{key}", value) for key, value in inner if len(start) + len(key) <= LONGEST]
         level = deeper
     return states
@@ -164,7 +164,7 @@ def listing(states: Mapping[str, Entries]) -> str:
 
 def _children(node: object) -> Iterator[tuple[str, Any]]:
     """The named parts of a dict, of an object that the pickle would have made, or of a short list."""
-    if isinstance(node, StandIn):
+    if isinstance(node, OpaqueObject):
         yield from ((key, value) for key, value in _attributes(node).items() if isinstance(key, str))
     elif isinstance(node, dict):
         yield from ((key, value) for key, value in node.items() if isinstance(key, str))
@@ -172,7 +172,7 @@ def _children(node: object) -> Iterator[tuple[str, Any]]:
         yield from ((str(index), value) for index, value in enumerate(node))
 
 
-def _attributes(node: StandIn) -> dict[Any, Any]:
+def _attributes(node: OpaqueObject) -> dict[Any, Any]:
     """An object's attributes: its state, the first of (state, slots), or what torch.fx rebuilds a graph from."""
     for state in (node.state, *(node.state if isinstance(node.state, tuple) else ()), *node.args[:1]):
         if isinstance(state, dict):
@@ -182,7 +182,7 @@ def _attributes(node: StandIn) -> dict[Any, Any]:
 
 def _module(node: object) -> dict[Any, Any] | None:
     """The attributes of a torch.nn.Module, None of anything else."""
-    attributes = _attributes(node) if isinstance(node, StandIn) else {}
+    attributes = _attributes(node) if isinstance(node, OpaqueObject) else {}
     parts = (attributes.get("_modules"), attributes.get("_parameters"), attributes.get("_buffers"))
     return attributes if all(isinstance(part, dict) for part in parts) else None
 
@@ -192,7 +192,7 @@ def _entries(children: Sequence[tuple[str, Any]], kind: str = "tensors") -> Entr
     others = {
         key: value.kind
         for key, value in children
-        if isinstance(value, StandIn)
+        if isinstance(value, OpaqueObject)
         and (value.kind.startswith("torch._utils._rebuild") or value.kind.endswith("Tensor"))
     }
     return Entries(kind, tensors, others)
@@ -217,7 +217,7 @@ def _flatten(path: Path, root: object) -> tuple[Entries, int]:
         spent += 1 + len(inner) + len(parts) + len(left_out)
         if spent > MOST_PARTS:
             raise CheckpointError(f"{path}: refused, it has a module of more than {MOST_PARTS:,} parts; {ADVICE}")
-    return _entries(found, root.kind if isinstance(root, StandIn) else "module"), spent
+    return _entries(found, root.kind if isinstance(root, OpaqueObject) else "module"), spent
 
 
 def _named(path: Path, prefix: str, parts: Iterable[tuple[Any, Any]]) -> list[tuple[str, Any]]:

@@ -37,7 +37,7 @@ inline neck::Tensor image_of(std::int64_t batch, float value) {
     return image;
 }
 
-/// The stand-in gives 2 * value + 0.25 for the second output.
+/// The fake gives 2 * value + 0.25 for the second output.
 inline bool doubled(const std::vector<neck::Tensor>& outputs, std::int64_t batch, float value) {
     bool right = outputs.size() == 2;
     for (std::size_t index = 0; right && index < 2; ++index) {

@@ -2,16 +2,16 @@
 //   neck-tests engine PLAN
 //   neck-tests checks PLAN FOLDER
 //   neck-tests pool PLAN THREADS REQUESTS [SECONDS]
-//   neck-tests share PLAN                        two threads in one context, which the stand-in must see
+//   neck-tests share PLAN                        two threads in one context, which the fake must see
 // with a plan of float32 (1 to 4, 3, 2, 2) in, float16 and float32 of 5 channels out; and
 //   neck-tests half                              65536 float32: every half
-//   neck-tests picture FILE                      uint8 pixels, then float32 normalised
+//   neck-tests image FILE                      uint8 pixels, then float32 normalized
 //   neck-tests resize HEIGHT WIDTH THREADS FILE...   uint8 pixels of that size
-//   neck-tests safetensors|plan|pictures|memory FILE... one line for each: what is in it, or the error
+//   neck-tests safetensors|plan|images|memory FILE... one line for each: what is in it, or the error
 //   neck-tests allocations KIND FILE LEAST       the same with every allocation of so many bytes failing in its turn
 //   neck-tests threads                           a resize in a process that may start no thread
-//   neck-tests limits|log FILE                   a picture under several limits; what reading it reports to the log
-//   neck-tests leak|overflow                     does wrong what the sanitizers and the stand-ins must see
+//   neck-tests limits|log FILE                   an image under several limits; what reading it reports to the log
+//   neck-tests leak|overflow                     does wrong what the sanitizers and the fakes must see
 #include <cstdlib>
 
 #include "expect.hpp"

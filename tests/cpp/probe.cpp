@@ -11,7 +11,7 @@
 #include "neck/error.hpp"
 #include "neck/log.hpp"
 #include "neck/manifest.hpp"
-#include "neck/picture.hpp"
+#include "neck/image.hpp"
 #include "neck/preprocess.hpp"
 #include "neck/safetensors.hpp"
 #include "tests.hpp"
@@ -29,12 +29,12 @@ void dump_halves() {
 
 /// What the limits let through: as many pixels and scans as there are, one fewer of each, and limits that are none.
 void try_limits(const std::string& file) {
-    const neck::Tensor pixels = neck::read_picture(file);
+    const neck::Tensor pixels = neck::read_image(file);
     const std::int64_t count = pixels.shape[1] * pixels.shape[2];
-    for (const neck::PictureLimits limits :
-         {neck::PictureLimits{count * 100, 100}, {count - 1, 100}, {count * 100, 99}, {0, 100}, {count, 0}}) {
+    for (const neck::ImageLimits limits :
+         {neck::ImageLimits{count * 100, 100}, {count - 1, 100}, {count * 100, 99}, {0, 100}, {count, 0}}) {
         try {
-            neck::read_picture(file, limits);
+            neck::read_image(file, limits);
             std::cout << "read\n";
         } catch (const neck::Error& error) {
             const std::string told = error.what();
@@ -44,12 +44,12 @@ void try_limits(const std::string& file) {
     }
 }
 
-/// Whether a picture's file gives the same from memory, read and resized.
+/// Whether an image's file gives the same from memory, read and resized.
 std::string compare_from_memory(const std::string& path) {
     const neck::FileBytes file = neck::read_file(path);
     const neck::Preprocessor preprocessor({"image", neck::DataType::uint8, {-1, 16, 20, 3}});
     const neck::Batch decoded = preprocessor.decode({file.text()});
-    const bool same = neck::decode_picture(file.data(), file.size()).data == neck::read_picture(path).data &&
+    const bool same = neck::decode_image(file.data(), file.size()).data == neck::read_image(path).data &&
                       decoded.image.data == preprocessor.read({path}).image.data && decoded.fits.size() == 1;
     return same ? "same" : "different";
 }
@@ -73,7 +73,7 @@ std::string read(const std::string& kind, const std::string& file) {
     } else if (kind == "memory") {
         return compare_from_memory(file);
     } else {
-        const neck::Tensor pixels = neck::read_picture(file);
+        const neck::Tensor pixels = neck::read_image(file);
         line += " " + neck::to_text(pixels.shape) + " " + neck::sha256(pixels.data.data(), pixels.data.size());
     }
     return line;
@@ -107,7 +107,7 @@ int probe(int count, char** values) {
             } else if (what == "memory") {
                 preprocessor.decode(files);
             } else {
-                neck::read_picture(path);
+                neck::read_image(path);
             }
         });
         return 0;
@@ -130,15 +130,15 @@ int probe(int count, char** values) {
             neck::set_log([](neck::LogLevel level, const std::string& line) {
                 std::cout << (level == neck::LogLevel::warning ? "warning: " : "error: ") << line << "\n";
             });
-            neck::read_picture(values[2]);
+            neck::read_image(values[2]);
             neck::set_log([](neck::LogLevel, const std::string&) { throw 3; });  // ignored
-            neck::read_picture(values[2]);
+            neck::read_image(values[2]);
             neck::set_log({});
-            neck::read_picture(values[2]);
+            neck::read_image(values[2]);
             return 0;
         }
-        if (kind == "picture") {
-            const neck::Tensor pixels = neck::read_picture(values[2]);
+        if (kind == "image") {
+            const neck::Tensor pixels = neck::read_image(values[2]);
             write(pixels.data);
             write(neck::Preprocessor({"image", neck::DataType::float32, {-1, 3, pixels.shape[1], pixels.shape[2]}})
                       .prepare(pixels)

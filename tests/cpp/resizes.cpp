@@ -9,7 +9,7 @@
 #include "expect.hpp"
 #include "neck/preprocess.hpp"
 
-neck::Tensor colours_of(neck::Size size) {
+neck::Tensor colors_of(neck::Size size) {
     neck::Tensor pixels{"pixels", neck::DataType::uint8, {1, size.height, size.width, 3}, {}};
     unsigned value = 1;
     for (std::int64_t index = 0; index < size.height * size.width * 3; ++index) {
@@ -21,18 +21,18 @@ neck::Tensor colours_of(neck::Size size) {
 
 std::size_t target_bytes(const neck::DeviceResize& job) {
     const auto values = static_cast<std::size_t>(job.target_height * job.target_width * 3);
-    return job.normalised ? values * sizeof(float) : values;
+    return job.normalized ? values * sizeof(float) : values;
 }
 
 namespace {
 
 /// Whether no value is more than one level off.
-bool near(const neck::Tensor& one, const neck::Tensor& other, bool normalised) {
+bool near(const neck::Tensor& one, const neck::Tensor& other, bool normalized) {
     const std::vector<float> left = one.to_floats();
     const std::vector<float> right = other.to_floats();
     bool all = left.size() == right.size();
     for (std::size_t index = 0; index < left.size(); ++index) {
-        all = all && std::abs(left[index] - right[index]) < (normalised ? 2.01F / 255 : 1.01F);
+        all = all && std::abs(left[index] - right[index]) < (normalized ? 2.01F / 255 : 1.01F);
     }
     return all;
 }
@@ -42,11 +42,11 @@ bool near(const neck::Tensor& one, const neck::Tensor& other, bool normalised) {
 void test_resizes(const std::function<void(const neck::DeviceResize&)>& run) {
     for (const auto& [from, to] : std::vector<std::pair<neck::Size, neck::Size>>{
              {{7, 5}, {7, 5}}, {{1, 1}, {4, 3}}, {{3, 90}, {16, 16}}, {{61, 47}, {14, 28}}, {{5, 9}, {33, 8}}}) {
-        const neck::Tensor pixels = colours_of(from);
-        for (const bool normalised : {true, false}) {
+        const neck::Tensor pixels = colors_of(from);
+        for (const bool normalized : {true, false}) {
             const neck::Port input{
-                "image", normalised ? neck::DataType::float32 : neck::DataType::uint8,
-                normalised ? neck::Shape{1, 3, to.height, to.width} : neck::Shape{1, to.height, to.width, 3}};
+                "image", normalized ? neck::DataType::float32 : neck::DataType::uint8,
+                normalized ? neck::Shape{1, 3, to.height, to.width} : neck::Shape{1, to.height, to.width, 3}};
             const neck::Tensor wanted = neck::Preprocessor(input, 2).prepare(pixels).image;
             neck::Tensor found = wanted;
             std::fill(found.data.begin(), found.data.end(), std::byte{255});
@@ -55,13 +55,13 @@ void test_resizes(const std::function<void(const neck::DeviceResize&)>& run) {
             job.target = found.data.data();
             job.target_height = to.height;
             job.target_width = to.width;
-            job.normalised = normalised;
+            job.normalized = normalized;
             run(job);
             const std::string size = std::to_string(from.height) + " x " + std::to_string(from.width);
-            expect(near(found, wanted, normalised), "the kernel within one level of the processor, " + size);
+            expect(near(found, wanted, normalized), "the kernel within one level of the processor, " + size);
             neck::Tensor other = pixels;
             std::fill(other.data.begin(), other.data.end(), std::byte{60});
-            expect(!near(neck::Preprocessor(input, 2).prepare(other).image, wanted, normalised),
+            expect(!near(neck::Preprocessor(input, 2).prepare(other).image, wanted, normalized),
                    "the control, " + size);
         }
     }

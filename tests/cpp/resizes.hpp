@@ -4,10 +4,10 @@
 #include <functional>
 
 #include "gpu/device_resize.hpp"
-#include "neck/picture.hpp"
+#include "neck/image.hpp"
 
 /// Pixels without order; uint8 (1, H, W, 3).
-neck::Tensor colours_of(neck::Size size);
+neck::Tensor colors_of(neck::Size size);
 
 /// Bytes of a job's target.
 std::size_t target_bytes(const neck::DeviceResize& job);

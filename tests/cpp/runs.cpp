@@ -61,7 +61,7 @@ void test_callers_memory(const std::string& plan, bool graph) {
     neck::check(cudaMemcpyAsync(found.data(), outputs[1].data, outputs[1].bytes, cudaMemcpyDeviceToHost, stream.get()),
                 "test");
     expect(found.front() == 10.25F && found.back() == 10.25F, "outputs read where they are");
-    // the last two pictures, where they lie: not at a multiple of 256 bytes, which TensorRT refuses
+    // the last two images, where they lie: not at a multiple of 256 bytes, which TensorRT refuses
     const neck::Tensor other = image_of(2, 6);
     std::byte* const odd = memory.get() + other.data.size() / 2;
     neck::check(cudaMemcpyAsync(odd, other.data.data(), other.data.size(), cudaMemcpyHostToDevice, stream.get()),

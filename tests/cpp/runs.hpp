@@ -1,4 +1,4 @@
-// Runs of a plan that hold on the stand-in of CUDA and on CUDA itself. The plan: float32 (1 to 4, 3, 2, 2) in; `half`,
+// Runs of a plan that hold on the fake of CUDA and on CUDA itself. The plan: float32 (1 to 4, 3, 2, 2) in; `half`,
 // float16, and `full`, float32, of 5 channels out.
 #pragma once
 

@@ -7,7 +7,7 @@
 #include "expect.hpp"
 #include "neck/engine.hpp"
 #include "neck/fidelity.hpp"
-#include "neck/picture.hpp"
+#include "neck/image.hpp"
 #include "neck/pool.hpp"
 #include "neck/safetensors.hpp"
 #include "neck/triton.hpp"

@@ -1,4 +1,4 @@
-// neck::Engine against the stand-ins: order on streams, graphs, batches, every call that can fail.
+// neck::Engine against the fakes: order on streams, graphs, batches, every call that can fail.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -11,11 +11,11 @@
 #include "gpu/device_resize.hpp"
 #include "expect.hpp"
 #include "neck/engine.hpp"
-#include "pictures/resize.hpp"
+#include "images/resize.hpp"
 #include "resizes.hpp"
 #include "runs.hpp"
 #include "tests.hpp"
-#include "stand_in.hpp"
+#include "fake.hpp"
 
 namespace {
 
@@ -32,7 +32,7 @@ void resize_here(const neck::DeviceResize& job) {
 void test_kernels_of_the_processor() {
     for (const auto& [from, to] : std::vector<std::pair<neck::Size, neck::Size>>{
              {{1, 1}, {4, 3}}, {{3, 90}, {16, 16}}, {{61, 47}, {14, 28}}, {{200, 9}, {3, 8}}, {{9, 1000}, {2, 31}}}) {
-        const neck::Tensor pixels = colours_of(from);
+        const neck::Tensor pixels = colors_of(from);
         const neck::PixelView view{reinterpret_cast<const std::uint8_t*>(pixels.data.data()), from,
                                    static_cast<std::size_t>(from.width) * 3};
         const neck::Taps down(from.height, to.height);
@@ -50,11 +50,11 @@ void test_kernels_of_the_processor() {
     }
 }
 
-void test_pictures_on_the_gpu(const std::string& plan) {
+void test_images_on_the_gpu(const std::string& plan) {
     neck::Engine engine(plan);
     const OwnedStream stream = neck::make_stream("test");
     const neck::Size size{11, 6};
-    const neck::Tensor pixels = colours_of(size);
+    const neck::Tensor pixels = colors_of(size);
     constexpr std::size_t pitch = 32;
     const neck::DeviceMemory memory = neck::allocate(pitch * 11, "test");
     for (std::size_t row = 0; row < 11; ++row) {
@@ -72,9 +72,9 @@ void test_pictures_on_the_gpu(const std::string& plan) {
     for (std::size_t index = 0; index < wanted.size(); ++index) {
         near = near && std::abs(found[20 + index] - (2 * wanted[index] + 0.25F)) < 4.02F / 255;
     }
-    expect(near, "a picture on the GPU is the second of a batch");
+    expect(near, "an image on the GPU is the second of a batch");
     expect_error([&] { engine.copy_in_rgb8(pixels.data.data(), size, pitch, stream.get()); },
-                 "the picture is in host memory; expected memory of GPU 0, copy it there first");
+                 "the image is in host memory; expected memory of GPU 0, copy it there first");
     expect_error([&] { engine.copy_in_rgb8(memory.get(), size, 17, stream.get()); }, "rows of 3 bytes a pixel or more");
     expect_error([&] { engine.copy_in_rgb8(memory.get(), size, pitch, stream.get(), 4); }, "an entry below 4");
     expect_error([&] { engine.copy_in_rgb8(memory.get(), {0, 6}, pitch, stream.get()); }, "sides above 0");
@@ -83,7 +83,7 @@ void test_pictures_on_the_gpu(const std::string& plan) {
     const neck::DeviceMemory other = neck::allocate(pitch * 11, "test");
     neck::check(cudaSetDevice(0), "test");
     expect_error([&] { engine.copy_in_rgb8(other.get(), size, pitch, stream.get()); },
-                 "the picture is in the memory of GPU 1; expected memory of GPU 0, copy it there first");
+                 "the image is in the memory of GPU 1; expected memory of GPU 0, copy it there first");
     unsetenv("STAND_IN_DEVICES");
 }
 
@@ -118,11 +118,11 @@ void test_refusals(const std::string& plan) {
 
 /// Lets every call of a function fail, one after the other, until none is left.
 void test_failures(const std::string& plan, const std::string& function, bool graph) {
-    const int before = stand_in::alive();
+    const int before = fake::alive();
     int seen = 0;
     for (int call = 1;; ++call) {
         unsetenv("STAND_IN_FAIL");
-        stand_in::start_over();
+        fake::start_over();
         setenv("STAND_IN_FAIL", (function + ":" + std::to_string(call)).c_str(), 1);
         std::string told;
         try {
@@ -131,14 +131,14 @@ void test_failures(const std::string& plan, const std::string& function, bool gr
             neck::Engine engine(plan, options);
             const OwnedStream stream = neck::make_stream("test");
             const bool right = doubled(engine.infer(image_of(2, 6), stream.get()), 2, 6);
-            expect(right || stand_in::has_failed(), function + ": wrong outputs without a failure");
+            expect(right || fake::has_failed(), function + ": wrong outputs without a failure");
         } catch (const neck::Error& error) {
             told = error.what();
         }
         unsetenv("STAND_IN_FAIL");
-        expect(stand_in::alive() == before,
+        expect(fake::alive() == before,
                function + ": something is left on the GPU after call " + std::to_string(call));
-        if (!stand_in::has_failed()) {
+        if (!fake::has_failed()) {
             break;
         }
         ++seen;
@@ -202,7 +202,7 @@ void test_engine(const std::string& plan) {
     test_two_engines(plan);
     test_resizes(resize_here);
     test_kernels_of_the_processor();
-    test_pictures_on_the_gpu(plan);
+    test_images_on_the_gpu(plan);
     test_refusals(plan);
-    expect(stand_in::alive() == 0, "nothing is left on the GPU");
+    expect(fake::alive() == 0, "nothing is left on the GPU");
 }

@@ -1,4 +1,4 @@
-// neck::Pool against the stand-ins, whose contexts abort where two threads use one.
+// neck::Pool against the fakes, whose contexts abort where two threads use one.
 #include <chrono>
 #include <cstdlib>
 #include <mutex>
@@ -10,7 +10,7 @@
 #include "neck/pool.hpp"
 #include "runs.hpp"
 #include "tests.hpp"
-#include "stand_in.hpp"
+#include "fake.hpp"
 
 namespace {
 
@@ -106,13 +106,13 @@ void test_recovery(const std::string& plan) {
         };
         expect(right(3), "the control");
         const char* const functions[] = {"enqueueV3", "cudaGraphLaunch"};
-        stand_in::start_over();
+        fake::start_over();
         setenv("STAND_IN_FAIL", (std::string(functions[graph ? 1 : 0]) + ":1").c_str(), 1);
         expect_error([&] { right(4); }, graph ? ": the run failed (" : "the run failed (");
         unsetenv("STAND_IN_FAIL");
-        const int before = stand_in::alive();
+        const int before = fake::alive();
         expect(right(5) && right(6), "requests after one that failed");
-        expect(stand_in::alive() == before, "the old context and its memory are gone");
+        expect(fake::alive() == before, "the old context and its memory are gone");
         // while it cannot be made anew each request is told so, and the pool waits for the GPU
         setenv("STAND_IN_FAIL", functions[graph ? 1 : 0], 1);
         expect_error([&] { right(4); }, "the run failed");
@@ -178,5 +178,5 @@ void test_pool(const std::string& plan, int threads, int requests, std::chrono::
     test_recovery(plan);
     test_closed(plan);
     test_many_threads(plan, 4, threads, requests, least);
-    expect(stand_in::alive() == 0, "nothing is left on the GPU");
+    expect(fake::alive() == 0, "nothing is left on the GPU");
 }

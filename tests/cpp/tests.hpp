@@ -7,7 +7,7 @@
 void test_engine(const std::string& plan);
 void test_pool(const std::string& plan, int threads, int requests, std::chrono::seconds least);
 
-/// Two threads use one context at a time, as they would by a pool that is broken; the stand-in ends the program. Where
+/// Two threads use one context at a time, as they would by a pool that is broken; the fake ends the program. Where
 /// it does not see it, five minutes.
 void share_a_context(const std::string& plan);
 

@@ -1,6 +1,6 @@
-// A service in miniature: service PLAN PICTURE... answers every picture from four threads.
+// A service in miniature: service PLAN IMAGE... answers every image from four threads.
 //
-// What it shows: pictures of any size; a pool of contexts over one set of weights; an output in memory of one's own
+// What it shows: images of any size; a pool of contexts over one set of weights; an output in memory of one's own
 // that another stream reads without a copy and without the host; a start that finds TensorRT-RTX's kernels
 // (PLAN.cache).
 #include <cuda_runtime_api.h>
@@ -37,9 +37,9 @@ struct Memory {
     Memory& operator=(const Memory&) = delete;
 };
 
-/// Answers pictures until none is left; each thread has memory and a stream of its own for what it does with the
+/// Answers images until none is left; each thread has memory and a stream of its own for what it does with the
 /// answers.
-void answer(neck::Pool& pool, const std::vector<std::string>& pictures, std::atomic<std::size_t>& next) {
+void answer(neck::Pool& pool, const std::vector<std::string>& images, std::atomic<std::size_t>& next) {
     static std::mutex printing;
     const neck::Port input = pool.acquire(10s)->input();
     const neck::Port output = pool.acquire(10s)->outputs().front();
@@ -48,9 +48,9 @@ void answer(neck::Pool& pool, const std::vector<std::string>& pictures, std::ato
     const Memory features(bytes);
     cudaStream_t consumer = nullptr;
     check(cudaStreamCreateWithFlags(&consumer, cudaStreamNonBlocking));
-    for (std::size_t index = next++; index < pictures.size(); index = next++) {
+    for (std::size_t index = next++; index < images.size(); index = next++) {
         try {
-            const neck::Batch batch = preprocessor.read({pictures[index]});
+            const neck::Batch batch = preprocessor.read({images[index]});
             const neck::Pool::Lease lease = pool.acquire(10s);  // gives the context back whatever happens below
             lease->bind_output(output.name, features.address, bytes);
             lease->copy_in(batch.image, lease.stream());
@@ -63,9 +63,9 @@ void answer(neck::Pool& pool, const std::vector<std::string>& pictures, std::ato
             check(cudaStreamSynchronize(consumer));
             const neck::Fit& fit = batch.fits.front();
             const std::lock_guard<std::mutex> lock(printing);
-            std::cout << pictures[index] << ": " << output.name << ", a box's y times " << fit.scale_y
-                      << " and x times " << fit.scale_x << " are the picture's\n";
-        } catch (const neck::Error& error) {  // a picture that cannot be used does not end the service
+            std::cout << images[index] << ": " << output.name << ", a box's y times " << fit.scale_y
+                      << " and x times " << fit.scale_x << " are the image's\n";
+        } catch (const neck::Error& error) {  // an image that cannot be used does not end the service
             const std::lock_guard<std::mutex> lock(printing);
             std::cerr << error.what() << "\n";
         }
@@ -76,7 +76,7 @@ void answer(neck::Pool& pool, const std::vector<std::string>& pictures, std::ato
 }  // namespace
 
 int main(int count, char** values) {
-    const std::vector<std::string> pictures(values + std::min(count, 2), values + count);
+    const std::vector<std::string> images(values + std::min(count, 2), values + count);
     try {
         neck::PoolOptions options;
         options.contexts = 2;
@@ -85,7 +85,7 @@ int main(int count, char** values) {
         std::atomic<std::size_t> next{0};
         std::vector<std::future<void>> threads;
         for (int index = 0; index < 4; ++index) {
-            threads.push_back(std::async(std::launch::async, [&] { answer(pool, pictures, next); }));
+            threads.push_back(std::async(std::launch::async, [&] { answer(pool, images, next); }));
         }
         for (std::future<void>& thread : threads) {
             thread.get();

@@ -1,6 +1,6 @@
 """Triton python-backend model: JPEG or PNG bytes -> the encoder's input. Needs numpy and Pillow in the server's Python.
 
-It runs inside the server, so it imports nothing of neck-export; what it does is neck/pictures.py's, and a test keeps
+It runs inside the server, so it imports nothing of neck-export; what it does is neck/images.py's, and a test keeps
 the two alike. The resize is exact where torch is installed beside it; Pillow's rounds otherwise: by one level in 34 of
 112896 values of photographs, by up to two levels in 1.2 % of noise (12 cases).
 """
@@ -25,24 +25,24 @@ except ImportError:
 FORMATS = ("JPEG", "PNG")
 PIXEL_SCALE = np.float32(2 / 255)
 MAX_PIXELS = 89_478_485
-"""Pixels of a picture by default: Pillow's limit. While it is decoded a picture takes up to 10 bytes for each."""
+"""Pixels of an image by default: Pillow's limit. While it is decoded an image takes up to 10 bytes for each."""
 MAX_SCANS = 100
 """Scans of a JPEG by default. A decoder goes over all pixels in each of them; 3 to 12 are usual."""
 FULL_SIZE_SCANS = 12
 """Scans of a JPEG of MAX_PIXELS. A smaller one may have as many more as take the same time: 4 s at most."""
 STRIP = 256
-"""Rows that are converted at a time, so that no second copy of a whole picture is made."""
+"""Rows that are converted at a time, so that no second copy of a whole image is made."""
 MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 """What may follow in the pixels of a JPEG, where 0xFF is followed by 0 or a restart marker otherwise."""
 END_OF_JPEG, START_OF_SCAN, WITHOUT_CONTENT = 0xD9, 0xDA, (0x01, 0xD8)
 
 
-class BadPictureError(ValueError):
-    """A picture that a request cannot be answered for."""
+class BadImageError(ValueError):
+    """An image that a request cannot be answered for."""
 
 
 class Limits(NamedTuple):
-    """What a picture may cost."""
+    """What an image may cost."""
 
     pixels: int = MAX_PIXELS
     scans: int = MAX_SCANS
@@ -60,7 +60,7 @@ class TritonPythonModel:
     """What Triton's python backend calls."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Reads the size and kind of the encoder's input, and the limits of pictures, from the config.
+        """Reads the size and kind of the encoder's input, and the limits of images, from the config.
 
         The config's parameters `max_pixels` and `max_scans` replace the defaults of this file.
         """
@@ -76,29 +76,29 @@ class TritonPythonModel:
         self.size = (dims[0], dims[1]) if self.as_pixels else (dims[1], dims[2])
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answers each request by itself, so that a bad picture spoils no other request."""
+        """Answers each request by itself, so that a bad image spoils no other request."""
         return [self.answer(request) for request in requests]
 
     def answer(self, request: Any) -> Any:
-        """One request's pictures, or what is wrong with the first bad one."""
-        files = pb_utils.get_input_tensor_by_name(request, "picture").as_numpy().reshape(-1)
+        """One request's images, or what is wrong with the first bad one."""
+        files = pb_utils.get_input_tensor_by_name(request, "image").as_numpy().reshape(-1)
         pixels = []
         for index, data in enumerate(files):
             try:
                 pixels.append(resize(decode(bytes(data), self.limits), self.size))
-            except BadPictureError as error:
-                message = f"picture {index + 1} of {len(files)} {error}"
+            except BadImageError as error:
+                message = f"image {index + 1} of {len(files)} {error}"
                 failure = pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG)
                 return pb_utils.InferenceResponse(output_tensors=[], error=failure)
         batch = np.stack(pixels)
-        tensor = pb_utils.Tensor(self.name, batch if self.as_pixels else normalise(batch))
+        tensor = pb_utils.Tensor(self.name, batch if self.as_pixels else normalize(batch))
         return pb_utils.InferenceResponse(output_tensors=[tensor])
 
 
 def decode(data: bytes, limits: Limits = Limits()) -> np.ndarray:  # noqa: B008 - a tuple
     """The bytes of a JPEG or PNG file as upright RGB pixels, uint8 (H, W, 3)."""
     if not data:
-        raise BadPictureError("is empty (0 bytes)")
+        raise BadImageError("is empty (0 bytes)")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata that nobody reads, and of sizes that are checked here
@@ -107,7 +107,7 @@ def decode(data: bytes, limits: Limits = Limits()) -> np.ndarray:  # noqa: B008 
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)
-    except BadPictureError:
+    except BadImageError:
         raise
     except Image.DecompressionBombError:
         reason = too_many_pixels(limits)
@@ -117,26 +117,24 @@ def decode(data: bytes, limits: Limits = Limits()) -> np.ndarray:  # noqa: B008 
         reason = "does not fit into the memory of this server"
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, struct.error, IndexError ...
         reason = f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})"
-    raise BadPictureError(reason)
+    raise BadImageError(reason)
 
 
 def too_many_pixels(limits: Limits) -> str:
-    """What is wrong with a picture that is too large."""
+    """What is wrong with an image that is too large."""
     return f"has more than the {limits.pixels} pixels that are safe to unpack; make it smaller"
 
 
 def check_cost(image: Image.Image, data: bytes, limits: Limits) -> None:
-    """Refuses a picture that would take too much memory or time, before anything is unpacked."""
+    """Refuses an image that would take too much memory or time, before anything is unpacked."""
     pixels = image.width * image.height
     if pixels > limits.pixels:
-        raise BadPictureError(too_many_pixels(limits))
+        raise BadImageError(too_many_pixels(limits))
     if image.format != "PNG":
         scans = count_scans(data, image.fp.tell())  # type: ignore[attr-defined]
         allowed = min(limits.scans, max(1, FULL_SIZE_SCANS * limits.pixels // max(1, pixels)))
         if scans > allowed:
-            raise BadPictureError(
-                f"is a JPEG of {scans} scans; at its size {allowed} are safe to unpack; save it again"
-            )
+            raise BadImageError(f"is a JPEG of {scans} scans; at its size {allowed} are safe to unpack; save it again")
 
 
 def count_scans(data: bytes, start: int) -> int:
@@ -150,7 +148,7 @@ def count_scans(data: bytes, start: int) -> int:
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """RGB pixels; 16-bit grey keeps its high byte, alpha is dropped."""
+    """RGB pixels; 16-bit gray keeps its high byte, alpha is dropped."""
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     for top in range(0, image.height, STRIP):
         pixels[top : top + STRIP] = strip_to_rgb(image.crop((0, top, image.width, min(top + STRIP, image.height))))
@@ -158,8 +156,8 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def strip_to_rgb(image: Image.Image) -> np.ndarray:
-    """The pixels of some rows, uint8 (H, W, 3) or, of grey, (H, W, 1)."""
-    if image.mode.startswith("I"):  # a PNG of 16-bit grey, which Pillow would clip at 255
+    """The pixels of some rows, uint8 (H, W, 3) or, of gray, (H, W, 1)."""
+    if image.mode.startswith("I"):  # a PNG of 16-bit gray, which Pillow would clip at 255
         return (np.asarray(image).astype(np.int32) >> 8).astype(np.uint8)[:, :, None]
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colors; Pillow warns about the direct way
@@ -175,7 +173,7 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
-def normalise(pixels: np.ndarray) -> np.ndarray:
+def normalize(pixels: np.ndarray) -> np.ndarray:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in -1..1."""
     scaled = pixels.transpose(0, 3, 1, 2).astype(np.float32)
     return np.ascontiguousarray(scaled * PIXEL_SCALE - np.float32(1))

@@ -1,4 +1,4 @@
-"""`python -m engines.service.triton_client picture.jpg`; of a copied folder, `python -m triton_client picture.jpg`."""
+"""`python -m engines.service.triton_client image.jpg`; of a copied folder, `python -m triton_client image.jpg`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SECRETS = "A bearer token is read from NECK_TRITON_TOKEN. Passwords, tokens and 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns 0, or 1 after an error in one line."""
     parser = argparse.ArgumentParser(
-        description="Send pictures to a Triton server and get the encoder's features.", epilog=SECRETS
+        description="Send images to a Triton server and get the encoder's features.", epilog=SECRETS
     )
-    parser.add_argument("pictures", nargs="+", type=Path, help="picture files (PNG, JPEG, ...)")
+    parser.add_argument("images", nargs="+", type=Path, help="image files (PNG, JPEG, ...)")
     parser.add_argument("--url", default="localhost", help="[https://]HOST[:PORT]; port 8000 (http) or 8001 (grpc)")
-    parser.add_argument("--model", default="sam3-encoder", help="sam3-encoder-pictures for the ensemble")
+    parser.add_argument("--model", default="sam3-encoder", help="sam3-encoder-images for the ensemble")
     parser.add_argument("--version", default="", help="a version of the model; the latest where left out")
     parser.add_argument("--protocol", choices=list(PORTS), default="http")
     parser.add_argument("--shared-memory", choices=["none", "system", "cuda"], default="none", dest="memory")
@@ -66,7 +66,7 @@ def _run(asked: argparse.Namespace) -> None:
     }
     parts, milliseconds = [], []
     with TritonClient(asked.url, asked.model, asked.version, **options) as client:
-        for batch in client.split(asked.pictures):
+        for batch in client.split(asked.images):
             images = client.prepare(batch)
             for _ in range(max(1, asked.runs)):
                 start = time.perf_counter()

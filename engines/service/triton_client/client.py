@@ -12,8 +12,8 @@ import numpy as np
 from .address import connect, read_address
 from .deadline import Deadline
 from .errors import ClientError, import_part, told
+from .images import normalize, read_bytes, read_pixels
 from .model import Tensor, describe
-from .pictures import normalise, read_bytes, read_pixels
 from .shared import Memory, SharedMemory
 
 Protocol = Literal["http", "grpc"]
@@ -108,31 +108,31 @@ class TritonClient:
             self._client.close()
             self._client = self._connect()
 
-    def features(self, pictures: Sequence[Path | str]) -> dict[str, np.ndarray]:
-        """The features of picture files, in their order, in as few requests as the model's batch allows."""
-        parts = [self.infer(self.prepare(part)) for part in self.split(pictures)]
+    def features(self, images: Sequence[Path | str]) -> dict[str, np.ndarray]:
+        """The features of image files, in their order, in as few requests as the model's batch allows."""
+        parts = [self.infer(self.prepare(part)) for part in self.split(images)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def split(self, pictures: Sequence[Path | str]) -> list[Sequence[Path | str]]:
-        """Cuts a list of pictures into batches that the model takes."""
+    def split(self, images: Sequence[Path | str]) -> list[Sequence[Path | str]]:
+        """Cuts a list of images into batches that the model takes."""
         size = self.model.max_batch
-        if not pictures:
-            raise ClientError("no picture was given; give one or more picture files")
-        if self.model.fixed and len(pictures) % size:
-            raise ClientError(f"{len(pictures)} pictures: {self.name} takes exactly {size} at once; give a multiple")
-        return [pictures[start : start + size] for start in range(0, len(pictures), size)]
+        if not images:
+            raise ClientError("no image was given; give one or more image files")
+        if self.model.fixed and len(images) % size:
+            raise ClientError(f"{len(images)} images: {self.name} takes exactly {size} at once; give a multiple")
+        return [images[start : start + size] for start in range(0, len(images), size)]
 
-    def prepare(self, pictures: Sequence[Path | str]) -> np.ndarray:
-        """The model's input for picture files: an ensemble takes the files' bytes, the encoder pixels of its size."""
+    def prepare(self, images: Sequence[Path | str]) -> np.ndarray:
+        """The model's input for image files: an ensemble takes the files' bytes, the encoder pixels of its size."""
         image = self.model.image
         if image.datatype == "BYTES":
-            data = np.empty((len(pictures), *[1] * (len(image.shape) - 1)), dtype=np.object_)
-            data.reshape(-1)[:] = [read_bytes(Path(path)) for path in pictures]
+            data = np.empty((len(images), *[1] * (len(image.shape) - 1)), dtype=np.object_)
+            data.reshape(-1)[:] = [read_bytes(Path(path)) for path in images]
             return data
         raw = image.datatype == "UINT8"
         size = image.shape[1:3] if raw else image.shape[2:4]
-        pixels = np.stack([read_pixels(Path(path), (size[0], size[1])) for path in pictures])
-        return pixels if raw else normalise(pixels)
+        pixels = np.stack([read_pixels(Path(path), (size[0], size[1])) for path in images])
+        return pixels if raw else normalize(pixels)
 
     def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Runs the model on its input, the batch first, and returns the wanted outputs by name.

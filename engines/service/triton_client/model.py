@@ -31,7 +31,7 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What the server says of a model: it takes 1 to `max_batch` pictures, or only `max_batch` where it is fixed."""
+    """What the server says of a model: it takes 1 to `max_batch` images, or only `max_batch` where it is fixed."""
 
     image: Tensor
     outputs: tuple[Tensor, ...]
@@ -78,7 +78,7 @@ def describe(
     if unknown:
         raise ClientError(f"{name} has no output {', '.join(unknown)}; it has {', '.join(names)}")
     if len(inputs) != 1:
-        raise ClientError(f"{name} has {len(inputs)} inputs; an encoder or its ensemble has one, the picture")
+        raise ClientError(f"{name} has {len(inputs)} inputs; an encoder or its ensemble has one, the image")
     chosen = [one for one in found if not outputs or any(fnmatch.fnmatchcase(one.name, each) for each in outputs)]
     for one in (*inputs, *chosen):
         if one.datatype not in TYPES:

@@ -14,7 +14,7 @@
 
 #include "client/triton.cpp"  // what reads answers is hidden in it
 #include "neck/manifest.hpp"
-#include "neck/picture.hpp"
+#include "neck/image.hpp"
 #include "neck/safetensors.hpp"
 
 namespace {
@@ -130,14 +130,14 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t siz
     static const std::string kind = std::getenv("NECK_FUZZ") != nullptr ? std::getenv("NECK_FUZZ") : "";
     const std::string_view data(reinterpret_cast<const char*>(bytes), size);
     std::int64_t cut = -1;
-    neck::PictureLimits limits;
+    neck::ImageLimits limits;
     limits.most_pixels = 1 << 20;
-    if (kind == "pictures") {
-        expect_error_or_nothing([&] { neck::decode_picture(data.data(), data.size(), limits); });
-    } else if (kind == "cut-pictures") {
+    if (kind == "images") {
+        expect_error_or_nothing([&] { neck::decode_image(data.data(), data.size(), limits); });
+    } else if (kind == "cut-images") {
         const std::string path = write("x.png", take_cut(data, cut));
         cut_to = cut;
-        expect_error_or_nothing([&] { neck::read_picture(path, limits); });
+        expect_error_or_nothing([&] { neck::read_image(path, limits); });
         cut_to = -1;
     } else if (kind == "safetensors") {
         const std::string path = write("x.safetensors", take_cut(data, cut));

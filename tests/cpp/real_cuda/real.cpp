@@ -1,4 +1,4 @@
-// What the stand-in of TensorRT asks of its surroundings (stand_in.hpp), on CUDA itself. A run brings its inputs to the
+// What the fake of TensorRT asks of its surroundings (fake.hpp), on CUDA itself. A run brings its inputs to the
 // host, computes there in a host function of the stream, late, and takes the outputs back: all that a graph can
 // capture.
 #include <cuda_runtime_api.h>
@@ -12,9 +12,9 @@
 #include <thread>
 #include <utility>
 
-#include "stand_in.hpp"
+#include "fake.hpp"
 
-namespace stand_in {
+namespace fake {
 namespace {
 
 /// Of every run, so that a wait that is missing gives the figures of before.
@@ -29,7 +29,7 @@ std::recursive_mutex& mutex() {
 
 void need(cudaError_t code, const char* what) {
     if (code != cudaSuccess) {
-        std::fprintf(stderr, "stand-in: %s: %s\n", what, cudaGetErrorString(code));
+        std::fprintf(stderr, "fake: %s: %s\n", what, cudaGetErrorString(code));
         std::abort();
     }
 }
@@ -122,4 +122,4 @@ void spoil(void* memory, std::size_t size, cudaStream_t stream) {
     need(cudaMemsetAsync(memory, 7, size, stream), "cudaMemsetAsync");
 }
 
-}  // namespace stand_in
+}  // namespace fake

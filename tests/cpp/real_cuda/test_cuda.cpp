@@ -1,4 +1,4 @@
-// neck::Engine and neck::Pool on CUDA itself, with the stand-in of TensorRT: test_cuda FOLDER. Exit status 77: there is
+// neck::Engine and neck::Pool on CUDA itself, with the fake of TensorRT: test_cuda FOLDER. Exit status 77: there is
 // no driver or GPU. It reads no manifest: so it needs neither nlohmann-json, OpenSSL, libjpeg nor zlib.
 #include <cuda_runtime_api.h>
 
@@ -8,20 +8,20 @@
 #include <thread>
 
 #include "gpu/cuda.hpp"
-#include "pictures/decode.hpp"
+#include "images/decode.hpp"
 #include "expect.hpp"
 #include "files/files.hpp"
 #include "neck/engine.hpp"
 #include "neck/manifest.hpp"
 #include "runs.hpp"
-#include "stand_in.hpp"
+#include "fake.hpp"
 
 namespace {
 
 constexpr int not_run = 77;
 
 const char* const plan_text =
-    "stand-in\n"
+    "fake\n"
     "input image float32 -1,3,2,2 1,2,4\n"
     "output half float16 -1,5,2,2\n"
     "output full float32 -1,5,2,2\n"
@@ -105,7 +105,7 @@ Manifest read_manifest(const std::filesystem::path& plan, bool /*hashes*/) {
     Manifest manifest;
     manifest.path = plan.string() + ".json";
     manifest.flavor = "tensorrt";
-    manifest.tensorrt_version = "10.16.1.11";  // the stand-in's
+    manifest.tensorrt_version = "10.16.1.11";  // the fake's
     manifest.hardware_compatible = "ampere+";
     manifest.inputs = {{"image", "float32", {-1, 3, 2, 2}}};
     manifest.outputs = {{"half", "float16", {-1, 5, 2, 2}}, {"full", "float32", {-1, 5, 2, 2}}};
@@ -125,7 +125,7 @@ std::string sha256(const std::byte* /*data*/, std::size_t /*size*/) {
     throw Error("no SHA-256 is computed here; build engines/cpp");
 }
 
-Pixels decode(std::string_view /*file*/, const PictureLimits& /*limits*/) { throw PictureFault("cannot be read here; build engines/cpp"); }
+Pixels decode(std::string_view /*file*/, const ImageLimits& /*limits*/) { throw ImageFault("cannot be read here; build engines/cpp"); }
 
 }  // namespace neck
 
@@ -161,6 +161,6 @@ int main(int count, char** values) {
     } catch (const std::exception& error) {
         expect(false, error.what());
     }
-    expect(stand_in::alive() == 0, "nothing of TensorRT is left");
+    expect(fake::alive() == 0, "nothing of TensorRT is left");
     return failures == 0 ? 0 : 1;
 }

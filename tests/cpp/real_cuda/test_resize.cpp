@@ -4,7 +4,7 @@
 #include <iostream>
 
 #include "expect.hpp"
-#include "pictures/decode.hpp"
+#include "images/decode.hpp"
 #include "resizes.hpp"
 
 namespace {
@@ -38,7 +38,7 @@ void resize_on_gpu(const neck::DeviceResize& job) {
 namespace neck {
 
 // what preprocess.cpp links and does not call here
-Pixels decode(std::string_view /*file*/, const PictureLimits& /*limits*/) { throw PictureFault("cannot be read here; build engines/cpp"); }
+Pixels decode(std::string_view /*file*/, const ImageLimits& /*limits*/) { throw ImageFault("cannot be read here; build engines/cpp"); }
 
 }  // namespace neck
 

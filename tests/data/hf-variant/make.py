@@ -2,7 +2,7 @@
 
 - config.json, model.safetensors: a Sam3VisionModel with another rope_theta, eps and levels; its queries and keys are
   large, so that a wrong theta shows.
-- expected.safetensors: a picture and what the model gives for it.
+- expected.safetensors: an image and what the model gives for it.
 - fields.json: the entries of transformers' config classes.
 - adapters/NAME: LoRA adapters as PEFT saves them; merged.safetensors has the weights that they change, merged by PEFT.
 """

@@ -91,7 +91,7 @@ public:
     /// \throws Error an input that the plan does not take.
     void copy_in(const Tensor& image, Stream stream);
 
-    /// Brings a picture that is in device memory to the engine's input: resized and normalised by a kernel.
+    /// Brings an image that is in device memory to the engine's input: resized and normalized by a kernel.
     /// \param pixels RGB, 8 bits, on the engine's GPU.
     /// \param pitch bytes from one row to the next.
     /// \param entry of the batch, from 0.

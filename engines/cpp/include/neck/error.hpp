@@ -13,7 +13,7 @@ public:
     using std::runtime_error::runtime_error;
 };
 
-/// Host memory ran out. The file or picture that the message names may be intact.
+/// Host memory ran out. The file or image that the message names may be intact.
 class NECK_API MemoryError : public Error {
 public:
     using Error::Error;

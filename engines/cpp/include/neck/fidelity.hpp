@@ -12,7 +12,7 @@
 
 namespace neck {
 
-/// What an output may differ from the reference; export/proof/fidelity.py has the same figures.
+/// What an output may differ from the reference; export/verification/fidelity.py has the same figures.
 struct Tolerance {
     double relative_l2 = 0;
     double cosine = 1;

@@ -7,44 +7,44 @@
 #include <vector>
 
 #include "neck/export.hpp"
-#include "neck/picture.hpp"
+#include "neck/image.hpp"
 #include "neck/tensor.hpp"
 
 namespace neck {
 
-/// How a picture was brought to a model's size, straight, without keeping its aspect.
+/// How an image was brought to a model's size, straight, without keeping its aspect.
 struct Fit {
     Size original;       ///< upright
     double scale_y = 1;  ///< pixels of the original for one of the model's: a box's y times this is the original's
     double scale_x = 1;
 };
 
-/// The fit of a picture to a model's size.
+/// The fit of an image to a model's size.
 NECK_API Fit fit_of(Size original, Size wanted);
 
-/// Pictures as a model takes them.
+/// Images as a model takes them.
 struct Batch {
     Tensor image;
-    std::vector<Fit> fits;  ///< one for each picture
+    std::vector<Fit> fits;  ///< one for each image
 };
 
-/// Any picture to a model's input: read, resized (bilinear with antialias), normalised where the input is float.
+/// Any image to a model's input: read, resized (bilinear with antialias), normalized where the input is float.
 ///
-/// Every value is within one level of 255 of what neck/pictures.py gives. Its methods may be called from many threads.
+/// Every value is within one level of 255 of what neck/images.py gives. Its methods may be called from many threads.
 class NECK_API Preprocessor {
 public:
     /// \param input of a model: float32 (B, 3, H, W) or uint8 (B, H, W, 3).
     /// \param threads that one call may use.
-    /// \param limits of each picture file.
+    /// \param limits of each image file.
     /// \throws Error an input of another kind.
-    explicit Preprocessor(Port input, int threads = 1, PictureLimits limits = {});
+    explicit Preprocessor(Port input, int threads = 1, ImageLimits limits = {});
 
     /// Reads PNG and JPEG files.
-    /// \throws Error no picture, or the first that cannot be used; the message names it.
-    Batch read(const std::vector<std::filesystem::path>& pictures) const;
+    /// \throws Error no image, or the first that cannot be used; the message names it.
+    Batch read(const std::vector<std::filesystem::path>& images) const;
 
     /// The same for PNG and JPEG files that are in memory; messages count them from 1.
-    Batch decode(const std::vector<std::string_view>& pictures) const;
+    Batch decode(const std::vector<std::string_view>& images) const;
 
     /// Takes pixels that are in memory.
     /// \param pixels RGB, uint8 (B, H, W, 3).
@@ -62,7 +62,7 @@ private:
     Port input_;
     Size size_;
     int threads_;
-    PictureLimits limits_;
+    ImageLimits limits_;
 };
 
 }  // namespace neck

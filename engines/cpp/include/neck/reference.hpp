@@ -8,7 +8,7 @@
 
 namespace neck {
 
-/// What `neck-export verify --save-reference` writes: pictures and what the plain PyTorch module gives for them.
+/// What `neck-export verify --save-reference` writes: images and what the plain PyTorch module gives for them.
 struct Reference {
     Tensor pixels;                ///< uint8 (B, H, W, 3)
     std::vector<Tensor> outputs;  ///< float32, by name

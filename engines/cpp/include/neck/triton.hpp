@@ -27,7 +27,7 @@ struct TritonOptions {
     std::string ca_file{};  ///< certificates that https trusts (PEM); empty: SSL_CERT_FILE, else the system's
 };
 
-/// An input of type BYTES: an ensemble's, which takes the bytes of picture files.
+/// An input of type BYTES: an ensemble's, which takes the bytes of image files.
 struct BytesPort {
     std::string name;
     Shape shape;  ///< -1: any
@@ -71,7 +71,7 @@ public:
     std::vector<Tensor> infer(const std::string& model, const Tensor& input,
                               const std::vector<std::string>& outputs = {}, const std::string& version = {});
 
-    /// The same with an input of type BYTES (B, 1): each element is the bytes of a picture file.
+    /// The same with an input of type BYTES (B, 1): each element is the bytes of an image file.
     std::vector<Tensor> infer_bytes(const std::string& model, const std::string& input,
                                     const std::vector<std::string_view>& elements,
                                     const std::vector<std::string>& outputs = {}, const std::string& version = {});

@@ -298,11 +298,11 @@ Answer Http::perform(const std::string& path, std::vector<std::string> lines, st
     curl_easy_reset(curl);  // the pointers above go with this call; the connection stays
     if (sink.no_memory || code == CURLE_OUT_OF_MEMORY) {
         throw MemoryError(address + ": the host has too little free memory for the answer; ask for fewer outputs or " +
-                          "pictures, or end other programs");
+                          "images, or end other programs");
     }
     if (sink.too_long) {
         throw Error(address + ": the answer is longer than " + std::to_string(largest) +
-                    " bytes; ask for fewer outputs or pictures, or allow more");
+                    " bytes; ask for fewer outputs or images, or allow more");
     }
     if (code != CURLE_OK) {
         const std::string told = reason[0] != '\0' ? reason.data() : curl_easy_strerror(code);

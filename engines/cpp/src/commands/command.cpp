@@ -92,15 +92,15 @@ void parse(int count, char** values, Asked& asked, const std::vector<Option>& op
     }
     const std::vector<std::string> rest(values + optind, values + count);
     if (!asked.help && (rest.empty() || rest.size() > 2)) {
-        throw UsageError{"expected one thing to run, and at most one PICTURE"};
+        throw UsageError{"expected one thing to run, and at most one IMAGE"};
     }
     asked.target = rest.empty() ? "" : rest[0];
     if (rest.size() == 2) {
-        asked.picture = rest[1];
+        asked.image = rest[1];
     }
 }
 
-Latency summarise(std::vector<double> milliseconds) {
+Latency summarize(std::vector<double> milliseconds) {
     if (milliseconds.empty()) {
         return {};
     }
@@ -130,8 +130,8 @@ std::optional<Reference> read_asked(const Asked& asked) {
 Batch choose_image(const Asked& asked, const Port& input, const std::optional<Reference>& reference) {
     const Preprocessor preprocessor(input, static_cast<int>(std::thread::hardware_concurrency()));
     const Size size = preprocessor.size();
-    if (asked.picture) {
-        Batch batch = preprocessor.read({*asked.picture});
+    if (asked.image) {
+        Batch batch = preprocessor.read({*asked.image});
         batch.image = repeat(batch.image, asked.batch > 0 ? asked.batch : input.smallest_batch);
         return batch;
     }
@@ -145,9 +145,9 @@ Batch choose_image(const Asked& asked, const Port& input, const std::optional<Re
         return {preprocessor.prepare(pixels).image, {}};
     }
     const std::int64_t batch = asked.batch > 0 ? asked.batch : input.optimum_batch;
-    Tensor grey{"pixels", DataType::uint8, {batch, size.height, size.width, 3}};
-    std::fill(grey.data.begin(), grey.data.end(), std::byte{128});
-    return {preprocessor.prepare(grey).image, {}};
+    Tensor gray{"pixels", DataType::uint8, {batch, size.height, size.width, 3}};
+    std::fill(gray.data.begin(), gray.data.end(), std::byte{128});
+    return {preprocessor.prepare(gray).image, {}};
 }
 
 std::vector<Tensor> run_in_batches(const Tensor& image, const Port& input, std::int64_t asked,
@@ -156,8 +156,8 @@ std::vector<Tensor> run_in_batches(const Tensor& image, const Port& input, std::
     const std::int64_t batch = asked > 0 ? asked : std::min(count, input.largest_batch);
     const std::int64_t rest = count % std::max<std::int64_t>(1, batch);
     if (batch < input.smallest_batch || batch > input.largest_batch || (rest > 0 && rest < input.smallest_batch)) {
-        throw Error(std::to_string(count) + " pictures in batches of " + std::to_string(batch) + ": the model takes " +
-                    input.describe() + "; give another --batch or number of pictures");
+        throw Error(std::to_string(count) + " images in batches of " + std::to_string(batch) + ": the model takes " +
+                    input.describe() + "; give another --batch or number of images");
     }
     std::vector<Tensor> outputs;
     for (std::int64_t first = 0; first < count; first += batch) {
@@ -186,7 +186,7 @@ Exit print_outputs(const Batch& batch, const std::vector<Tensor>& outputs, const
     if (!batch.fits.empty()) {
         const Fit& fit = batch.fits[0];
         std::cout << format("%-20s %lld x %lld pixels (height x width), %.6f x %.6f of them to one of the model's\n",
-                            "picture", static_cast<long long>(fit.original.height),
+                            "image", static_cast<long long>(fit.original.height),
                             static_cast<long long>(fit.original.width), fit.scale_y, fit.scale_x);
     }
     print(batch.image);
@@ -196,7 +196,7 @@ Exit print_outputs(const Batch& batch, const std::vector<Tensor>& outputs, const
     }
     const std::vector<Comparison> comparisons = compare(reference->outputs, outputs, precision);
     const std::int64_t count = reference->pixels.shape[0];
-    std::cout << "PyTorch FP32 (reference) against " << runtime << ", " << count << " picture" << (count > 1 ? "s" : "")
+    std::cout << "PyTorch FP32 (reference) against " << runtime << ", " << count << " image" << (count > 1 ? "s" : "")
               << ", tolerances of " << precision << "\n";
     write_table(std::cout, comparisons);
     return passed(comparisons) ? Exit::done : Exit::not_equal;

@@ -28,7 +28,7 @@ std::int64_t parse_count(const std::string& option, const std::string& text);
 /// What both commands are asked for.
 struct Asked {
     std::string target;  ///< a plan, or a server
-    std::optional<std::string> picture;
+    std::optional<std::string> image;
     std::optional<std::string> reference;  ///< `--compare`
     std::int64_t batch = 0;                ///< 0: not told
     std::int64_t runs = 0;
@@ -42,7 +42,7 @@ struct Option {
     std::function<void(const std::string&)> take;
 };
 
-/// Reads a command line: target, picture, the options of both commands and those given.
+/// Reads a command line: target, image, the options of both commands and those given.
 /// \throws UsageError
 void parse(int count, char** values, Asked& asked, const std::vector<Option>& options);
 
@@ -55,7 +55,7 @@ struct Latency {
     double p99 = 0;
     std::size_t runs = 0;
 };
-Latency summarise(std::vector<double> milliseconds);
+Latency summarize(std::vector<double> milliseconds);
 
 /// Prints a heading and one line per work.
 void print_latencies(const std::string& clock, const std::vector<std::pair<std::string, Latency>>& rows);
@@ -63,19 +63,19 @@ void print_latencies(const std::string& clock, const std::vector<std::pair<std::
 /// The reference that was asked for.
 std::optional<Reference> read_asked(const Asked& asked);
 
-/// What is run, as the model takes it: the file's picture and its fit, the reference's pictures, or else grey ones.
+/// What is run, as the model takes it: the file's image and its fit, the reference's images, or else gray ones.
 Batch choose_image(const Asked& asked, const Port& input, const std::optional<Reference>& reference);
 
-/// Runs pictures in batches that the model takes and joins the outputs.
-/// \param asked the batch; 0: the largest that is not above the pictures'.
-/// \throws Error pictures that do not divide into batches that the model takes.
+/// Runs images in batches that the model takes and joins the outputs.
+/// \param asked the batch; 0: the largest that is not above the images'.
+/// \throws Error images that do not divide into batches that the model takes.
 std::vector<Tensor> run_in_batches(const Tensor& image, const Port& input, std::int64_t asked,
                                    const std::function<std::vector<Tensor>(const Tensor&)>& run);
 
-/// The first pictures, as many as one run takes.
+/// The first images, as many as one run takes.
 Tensor first_batch(const Tensor& image, const Port& input, std::int64_t asked);
 
-/// Prints name, type and shape of the input and the outputs, how a picture was fitted and, where there is a reference,
+/// Prints name, type and shape of the input and the outputs, how an image was fitted and, where there is a reference,
 /// their error figures. \return Exit::done or Exit::not_equal
 Exit print_outputs(const Batch& batch, const std::vector<Tensor>& outputs, const std::optional<Reference>& reference,
                    const std::string& precision, const std::string& runtime);

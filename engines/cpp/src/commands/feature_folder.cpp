@@ -42,10 +42,10 @@ FeatureFolder::FeatureFolder(const fs::path& folder) : folder_(folder) {
 
 FeatureFolder::~FeatureFolder() { close(descriptor_); }
 
-fs::path FeatureFolder::of(const fs::path& picture) const { return folder_ / (picture.filename().string() + ending); }
+fs::path FeatureFolder::of(const fs::path& image) const { return folder_ / (image.filename().string() + ending); }
 
-bool FeatureFolder::name_too_long(const fs::path& picture) {
-    return picture.filename().string().size() + std::string(ending).size() + staged_ending > NAME_MAX;
+bool FeatureFolder::name_too_long(const fs::path& image) {
+    return image.filename().string().size() + std::string(ending).size() + staged_ending > NAME_MAX;
 }
 
 void FeatureFolder::tidy() const {
@@ -66,8 +66,8 @@ void FeatureFolder::tidy() const {
     }
 }
 
-std::vector<fs::path> find_pictures(const fs::path& folder) {
-    std::vector<fs::path> pictures;
+std::vector<fs::path> find_images(const fs::path& folder) {
+    std::vector<fs::path> images;
     try {
         for (const fs::directory_entry& entry : fs::directory_iterator(folder)) {
             std::string kind = entry.path().extension().string();
@@ -77,32 +77,32 @@ std::vector<fs::path> find_pictures(const fs::path& folder) {
             const bool hidden = entry.path().filename().string().front() == '.';
             std::error_code unknown;
             if (!hidden && (kind == ".png" || jpeg) && !entry.is_directory(unknown)) {
-                pictures.push_back(entry.path());
+                images.push_back(entry.path());
             }
         }
     } catch (const fs::filesystem_error& error) {
         throw Error(folder.string() + ": cannot be listed (" + error.code().message() +
-                    "); give a folder that holds pictures");
+                    "); give a folder that holds images");
     }
-    if (pictures.empty()) {
-        throw Error(folder.string() + ": contains no picture; its files must end in .png, .jpg, .jpeg, .jpe or .jfif");
+    if (images.empty()) {
+        throw Error(folder.string() + ": contains no image; its files must end in .png, .jpg, .jpeg, .jpe or .jfif");
     }
-    std::sort(pictures.begin(), pictures.end());
-    return pictures;
+    std::sort(images.begin(), images.end());
+    return images;
 }
 
 namespace {
 
-/// Whether a picture is still the one that was recorded: of the same size and time, or else of the same bytes. One that
+/// Whether an image is still the one that was recorded: of the same size and time, or else of the same bytes. One that
 /// cannot be read is none.
-bool same_picture(const fs::path& picture, std::map<std::string, std::string>& recorded) {
+bool same_image(const fs::path& image, std::map<std::string, std::string>& recorded) {
     try {
-        const OpenFile file(picture);
-        if (recorded["picture_bytes"] != std::to_string(file.size())) {
+        const OpenFile file(image);
+        if (recorded["image_bytes"] != std::to_string(file.size())) {
             return false;
         }
-        return recorded["picture_modified_ns"] == std::to_string(file.modified_ns()) ||
-               recorded["picture_sha256"] == sha256_of_file(picture);
+        return recorded["image_modified_ns"] == std::to_string(file.modified_ns()) ||
+               recorded["image_sha256"] == sha256_of_file(image);
     } catch (const std::system_error&) {
         return false;
     }
@@ -110,14 +110,14 @@ bool same_picture(const fs::path& picture, std::map<std::string, std::string>& r
 
 }  // namespace
 
-std::vector<fs::path> FeatureFolder::find_missing(const std::vector<fs::path>& pictures,
+std::vector<fs::path> FeatureFolder::find_missing(const std::vector<fs::path>& images,
                                                   const std::string& plan_hash) const {
     std::vector<fs::path> missing;
-    for (const fs::path& picture : pictures) {
-        const fs::path features = of(picture);
+    for (const fs::path& image : images) {
+        const fs::path features = of(image);
         std::error_code unknown;
         if (!fs::exists(features, unknown)) {
-            missing.push_back(picture);
+            missing.push_back(image);
             continue;
         }
         std::map<std::string, std::string> recorded;
@@ -127,16 +127,16 @@ std::vector<fs::path> FeatureFolder::find_missing(const std::vector<fs::path>& p
             throw;
         } catch (const Error& error) {
             log_line(LogLevel::warning, std::string(error.what()) + "; it is computed again");
-            missing.push_back(picture);
+            missing.push_back(image);
             continue;
         }
         if (recorded["plan"] != plan_hash) {
             throw Error(features.string() + ": has features of another plan; give another folder, or remove them");
         }
-        if (!same_picture(picture, recorded)) {
-            log_line(LogLevel::warning, picture.string() + ": was changed after its features were computed; they are " +
+        if (!same_image(image, recorded)) {
+            log_line(LogLevel::warning, image.string() + ": was changed after its features were computed; they are " +
                                             "computed again");
-            missing.push_back(picture);
+            missing.push_back(image);
         }
     }
     return missing;

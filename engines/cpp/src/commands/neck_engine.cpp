@@ -14,22 +14,22 @@ namespace {
 
 using neck::Exit;
 
-constexpr const char* help = R"(Usage: neck-engine PLAN [PICTURE] [options]
+constexpr const char* help = R"(Usage: neck-engine PLAN [IMAGE] [options]
 
 Runs a plan of `neck-export trt`, its manifest PLAN.json beside it, on the GPU.
 
-  PICTURE             PNG or JPEG, resized to what the plan takes
+  IMAGE             PNG or JPEG, resized to what the plan takes
   --compare FILE      check the outputs against a reference of `neck-export verify --save-reference`;
-                      without PICTURE its own pictures are run
-  --batch N           batch size; by default the number of pictures, or the plan's optimum without any
+                      without IMAGE its own images are run
+  --batch N           batch size; by default the number of images, or the plan's optimum without any
   --runs N            timed runs (default 200)
   --graph             run by a CUDA graph
   --rtx-graph         let TensorRT-RTX capture CUDA graphs of its own
   --startup           time the start: loading, first and second run. A second call finds TensorRT-RTX's kernels in
                       PLAN.cache and starts warm
   --serve-folder IN OUT
-                      compute the features of IN's pictures: OUT/NAME.safetensors each. Features that are there are
-                      kept unless they are damaged or the picture has changed. Each picture that cannot be read
+                      compute the features of IN's images: OUT/NAME.safetensors each. Features that are there are
+                      kept unless they are damaged or the image has changed. Each image that cannot be read
                       gives one line on stderr, and the exit code 1
   --device N          CUDA's number of the GPU (default 0)
   --manifest          check the files and print what the manifest says; needs no GPU
@@ -104,7 +104,7 @@ neck::Latency measure(cudaStream_t stream, std::int64_t runs, const std::string&
             times.push_back(elapsed);
         }
     }
-    return neck::summarise(std::move(times));
+    return neck::summarize(std::move(times));
 }
 
 /// What a process waits for before it serves: loading, then the first run.
@@ -147,13 +147,13 @@ Exit run(const Arguments& arguments) {
     options.cuda_graph = arguments.graph;
     options.rtx_graphs = arguments.rtx_graph;
     if (arguments.folder) {
-        if (!arguments.picture || arguments.reference || arguments.startup) {
+        if (!arguments.image || arguments.reference || arguments.startup) {
             throw neck::UsageError{"expected PLAN --serve-folder IN OUT, without --compare and --startup"};
         }
         neck::FolderOptions folder;
         folder.batch = arguments.batch;
         folder.threads = static_cast<int>(std::max(2U, std::thread::hardware_concurrency()));
-        return neck::serve_folder(plan, *arguments.folder, *arguments.picture, options, folder);
+        return neck::serve_folder(plan, *arguments.folder, *arguments.image, options, folder);
     }
     if (arguments.startup) {
         return print_startup(arguments, options);
@@ -161,14 +161,14 @@ Exit run(const Arguments& arguments) {
     neck::Engine engine(plan, options);
     const neck::DeviceGuard guard(arguments.device, plan);
     const neck::OwnedStream stream = neck::make_stream(plan);
-    const neck::Batch pictures = neck::choose_image(arguments, engine.input(), reference);
-    const neck::Tensor& image = pictures.image;
+    const neck::Batch images = neck::choose_image(arguments, engine.input(), reference);
+    const neck::Tensor& image = images.image;
     const std::vector<neck::Tensor> outputs =
         neck::run_in_batches(image, engine.input(), arguments.batch,
                              [&](const neck::Tensor& part) { return engine.infer(part, stream.get()); });
     const std::string& precision = engine.manifest().precision;
     std::cout << plan << ": " << precision << ", " << engine.runtime() << "\n";
-    const Exit code = neck::print_outputs(pictures, outputs, reference, precision, engine.runtime());
+    const Exit code = neck::print_outputs(images, outputs, reference, precision, engine.runtime());
     if (code != Exit::done) {
         return code;
     }

@@ -14,18 +14,18 @@ namespace {
 
 using neck::Exit;
 
-constexpr const char* help = R"(Usage: neck-triton URL [PICTURE] [options]
+constexpr const char* help = R"(Usage: neck-triton URL [IMAGE] [options]
 
-Sends a picture to a model in Triton over HTTP and prints its features' shapes and the latency.
+Sends an image to a model in Triton over HTTP and prints its features' shapes and the latency.
 
   URL                   such as localhost:8000
-  PICTURE               PNG or JPEG, resized to what the model takes; an ensemble that takes files gets it as it is
+  IMAGE               PNG or JPEG, resized to what the model takes; an ensemble that takes files gets it as it is
   --compare FILE        check the outputs against a reference of `neck-export verify --save-reference`;
-                        without PICTURE its own pictures are sent
+                        without IMAGE its own images are sent
   --model NAME          (default sam3-encoder)
   --model-version N     by default the server chooses
   --precision P         fp32, fp16, bf16, fp8 or int8: whose tolerances; by default told by the outputs' type
-  --batch N             pictures in one request
+  --batch N             images in one request
   --runs N              timed requests (default 20)
   --timeout MS          of one request (default 60000)
   --largest-answer MB   refuse longer answers (default 4295)
@@ -90,8 +90,8 @@ Arguments parse(int count, char** values) {
                  {"header", true, take_header},
                  {"ca", true, [&](const std::string& value) { arguments.options.ca_file = value; }}});
     arguments.options.password = from_environment("NECK_TRITON_PASSWORD");
-    if (!arguments.help && !arguments.picture && !arguments.reference) {
-        throw neck::UsageError{"expected URL and PICTURE, or URL and --compare"};
+    if (!arguments.help && !arguments.image && !arguments.reference) {
+        throw neck::UsageError{"expected URL and IMAGE, or URL and --compare"};
     }
     return arguments;
 }
@@ -126,7 +126,7 @@ public:
             send_one();
         }
         neck::print_latencies("this client's clock",
-                              {{"a request, batch " + std::to_string(batch), neck::summarise(milliseconds_)}});
+                              {{"a request, batch " + std::to_string(batch), neck::summarize(milliseconds_)}});
     }
 
 private:
@@ -145,13 +145,13 @@ private:
 };
 
 /// Prints the outputs, and their figures where there is a reference.
-Exit print(const Arguments& arguments, const std::string& server, const neck::Batch& pictures,
+Exit print(const Arguments& arguments, const std::string& server, const neck::Batch& images,
            const std::vector<neck::Tensor>& outputs, const std::optional<neck::Reference>& reference) {
     std::cout << server << "\n";
-    return neck::print_outputs(pictures, outputs, reference, choose_precision(arguments, outputs), server);
+    return neck::print_outputs(images, outputs, reference, choose_precision(arguments, outputs), server);
 }
 
-neck::FileBytes read_picture_file(const std::string& path) {
+neck::FileBytes read_image_file(const std::string& path) {
     try {
         return neck::read_file(path);
     } catch (const std::system_error& error) {
@@ -162,10 +162,10 @@ neck::FileBytes read_picture_file(const std::string& path) {
 /// Sends the file itself, as often as the batch says, to a model that decodes it.
 Exit run_file(const Arguments& arguments, const neck::BytesPort& input, const std::string& server, Sender& sender,
               const std::optional<neck::Reference>& reference) {
-    if (!arguments.picture) {
-        throw neck::Error(arguments.model + " takes picture files; give a PICTURE");
+    if (!arguments.image) {
+        throw neck::Error(arguments.model + " takes image files; give a IMAGE");
     }
-    const neck::FileBytes file = read_picture_file(*arguments.picture);
+    const neck::FileBytes file = read_image_file(*arguments.image);
     const auto batch = static_cast<std::size_t>(std::max<std::int64_t>(1, arguments.batch));
     const std::vector<std::string_view> files(batch, file.text());
     const std::vector<neck::Tensor> outputs = sender.send(input.name, files);
@@ -195,14 +195,14 @@ Exit run(const Arguments& arguments) {
     if (model.inputs.size() != 1 || !model.bytes_inputs.empty()) {
         throw neck::Error(arguments.model + " takes " +
                           std::to_string(model.inputs.size() + model.bytes_inputs.size()) +
-                          " inputs; expected one, a picture");
+                          " inputs; expected one, an image");
     }
     const neck::Port& input = model.inputs[0];
-    const neck::Batch pictures = neck::choose_image(arguments, input, reference);
-    const neck::Tensor& image = pictures.image;
+    const neck::Batch images = neck::choose_image(arguments, input, reference);
+    const neck::Tensor& image = images.image;
     const auto send = [&](const neck::Tensor& part) { return sender.send(part); };
     const std::vector<neck::Tensor> outputs = neck::run_in_batches(image, input, arguments.batch, send);
-    const Exit code = print(arguments, server, pictures, outputs, reference);
+    const Exit code = print(arguments, server, images, outputs, reference);
     if (code == Exit::done) {
         const neck::Tensor part = neck::first_batch(image, input, arguments.batch);
         sender.measure(part.shape[0], [&] { sender.send(part); });

@@ -31,19 +31,19 @@ constexpr std::chrono::hours patience{24};  // contexts come back as soon as the
 /// The work of all threads, and what came of it.
 class Work {
 public:
-    Work(std::vector<fs::path> pictures, const FeatureFolder& out, std::string hash, std::size_t batch)
-        : pictures_(std::move(pictures)), out_(out), hash_(std::move(hash)), batch_(batch) {}
+    Work(std::vector<fs::path> images, const FeatureFolder& out, std::string hash, std::size_t batch)
+        : images_(std::move(images)), out_(out), hash_(std::move(hash)), batch_(batch) {}
 
-    /// Reads, runs and writes until no picture is left, or a thread has failed.
+    /// Reads, runs and writes until no image is left, or a thread has failed.
     void run(Pool& pool, const Preprocessor& preprocessor, const Port& input) {
         try {
             while (!stopped_) {
-                std::vector<Read> pictures;
-                const Batch batch = read(preprocessor, pictures);
-                if (pictures.empty()) {
+                std::vector<Read> images;
+                const Batch batch = read(preprocessor, images);
+                if (images.empty()) {
                     return;
                 }
-                write(pictures, batch.fits, infer(pool, batch.image, input));
+                write(images, batch.fits, infer(pool, batch.image, input));
             }
         } catch (...) {
             stopped_ = true;
@@ -55,13 +55,13 @@ public:
     std::size_t bad() const { return bad_; }
 
 private:
-    /// A picture that is in the batch, and what its features record of its file.
+    /// An image that is in the batch, and what its features record of its file.
     struct Read {
         fs::path path;
         std::map<std::string, std::string> facts;
     };
 
-    /// The bytes of a picture file, and what is recorded of them.
+    /// The bytes of an image file, and what is recorded of them.
     struct Source {
         FileBytes file;
         std::map<std::string, std::string> facts;
@@ -74,14 +74,14 @@ private:
         try {
             OpenFile open(path);
             if (open.size() > largest_file) {
-                throw Error(path.string() + " has " + std::to_string(open.size()) + " bytes, more than a picture; " +
+                throw Error(path.string() + " has " + std::to_string(open.size()) + " bytes, more than an image; " +
                             "fetch it again");
             }
             FileBytes file(open.size());
             open.read(file.data(), file.size());
-            std::map<std::string, std::string> facts{{"picture_bytes", std::to_string(file.size())},
-                                                     {"picture_modified_ns", std::to_string(open.modified_ns())},
-                                                     {"picture_sha256", sha256(file.data(), file.size())}};
+            std::map<std::string, std::string> facts{{"image_bytes", std::to_string(file.size())},
+                                                     {"image_modified_ns", std::to_string(open.modified_ns())},
+                                                     {"image_sha256", sha256(file.data(), file.size())}};
             return {std::move(file), std::move(facts)};
         } catch (const std::system_error& error) {
             throw Error(path.string() + " cannot be opened (" + error.code().message() +
@@ -89,18 +89,18 @@ private:
         }
     }
 
-    /// The next pictures that can be read, as many as one run takes.
+    /// The next images that can be read, as many as one run takes.
     Batch read(const Preprocessor& preprocessor, std::vector<Read>& done) {
         Batch batch;
         while (done.size() < batch_) {
             const std::size_t index = next_++;
-            if (index >= pictures_.size()) {
+            if (index >= images_.size()) {
                 break;
             }
             try {
-                Source source = read_source(pictures_[index]);
+                Source source = read_source(images_[index]);
                 Batch one = preprocessor.prepare(
-                    decode_picture(source.file.data(), source.file.size(), {}, pictures_[index].string()));
+                    decode_image(source.file.data(), source.file.size(), {}, images_[index].string()));
                 if (done.empty()) {
                     batch.image = std::move(one.image);
                 } else {
@@ -108,9 +108,9 @@ private:
                     ++batch.image.shape[0];
                 }
                 batch.fits.push_back(one.fits[0]);
-                done.push_back({pictures_[index], std::move(source.facts)});
+                done.push_back({images_[index], std::move(source.facts)});
             } catch (const MemoryError&) {
-                throw;  // the picture may be intact, and the next one would not fare better
+                throw;  // the image may be intact, and the next one would not fare better
             } catch (const Error& error) {
                 ++bad_;
                 const std::lock_guard<std::mutex> lock(printing_);
@@ -125,7 +125,7 @@ private:
         if (image.shape[0] >= input.smallest_batch) {
             return lease->infer(image, lease.stream());
         }
-        Tensor filled = image;  // the last pictures of a plan that takes no fewer: the first one fills up
+        Tensor filled = image;  // the last images of a plan that takes no fewer: the first one fills up
         while (filled.shape[0] < input.smallest_batch) {
             const Tensor first = image.slice(0, 1);
             filled.data.insert(filled.data.end(), first.data.begin(), first.data.end());
@@ -134,30 +134,30 @@ private:
         return lease->infer(filled, lease.stream());
     }
 
-    void write(const std::vector<Read>& pictures, const std::vector<Fit>& fits, const std::vector<Tensor>& outputs) {
-        for (std::size_t index = 0; index < pictures.size(); ++index) {
+    void write(const std::vector<Read>& images, const std::vector<Fit>& fits, const std::vector<Tensor>& outputs) {
+        for (std::size_t index = 0; index < images.size(); ++index) {
             std::vector<Tensor> own;
             own.reserve(outputs.size());
             for (const Tensor& output : outputs) {
                 own.push_back(output.slice(static_cast<std::int64_t>(index), 1));
             }
             const Fit& fit = fits[index];
-            std::map<std::string, std::string> told = pictures[index].facts;
+            std::map<std::string, std::string> told = images[index].facts;
             told["plan"] = hash_;
             told["height"] = std::to_string(fit.original.height);
             told["width"] = std::to_string(fit.original.width);
             told["scale_y"] = format("%.17g", fit.scale_y);
             told["scale_x"] = format("%.17g", fit.scale_x);
-            write_safetensors(out_.of(pictures[index].path), own, told);
+            write_safetensors(out_.of(images[index].path), own, told);
             const std::size_t now = ++done_;
             if (isatty(STDERR_FILENO) != 0) {
                 const std::lock_guard<std::mutex> lock(printing_);
-                std::cerr << "\r" << now + bad_ << " of " << pictures_.size() << " pictures" << std::flush;
+                std::cerr << "\r" << now + bad_ << " of " << images_.size() << " images" << std::flush;
             }
         }
     }
 
-    std::vector<fs::path> pictures_;
+    std::vector<fs::path> images_;
     const FeatureFolder& out_;
     std::string hash_;
     std::size_t batch_;
@@ -172,12 +172,12 @@ private:
 
 Exit serve_folder(const fs::path& plan, const fs::path& in, const fs::path& out, const EngineOptions& engine,
                   const FolderOptions& options) {
-    const std::vector<fs::path> pictures = find_pictures(in);
+    const std::vector<fs::path> images = find_images(in);
     const std::string hash = read_manifest(plan, engine.check_hashes).plan_hash();
     const FeatureFolder folder(out);
     folder.tidy();
-    std::vector<fs::path> missing = folder.find_missing(pictures, hash);
-    const std::size_t there = pictures.size() - missing.size();
+    std::vector<fs::path> missing = folder.find_missing(images, hash);
+    const std::size_t there = images.size() - missing.size();
     std::size_t done = 0;
     std::size_t bad = 0;
     if (!missing.empty()) {
@@ -187,7 +187,7 @@ Exit serve_folder(const fs::path& plan, const fs::path& in, const fs::path& out,
         const Port input = pool.acquire(patience)->input();
         const std::int64_t batch = options.batch > 0 ? options.batch : input.optimum_batch;
         if (batch < input.smallest_batch || batch > input.largest_batch) {
-            throw Error(plan.string() + ": batches of " + std::to_string(batch) + " pictures; expected " +
+            throw Error(plan.string() + ": batches of " + std::to_string(batch) + " images; expected " +
                         input.describe());
         }
         const Preprocessor preprocessor(input);
@@ -211,7 +211,7 @@ Exit serve_folder(const fs::path& plan, const fs::path& in, const fs::path& out,
         bad = work.bad();
         std::cerr << (isatty(STDERR_FILENO) != 0 ? "\n" : "");
     }
-    std::cout << out.string() << ": features of " << done << " pictures written, " << there << " were there, " << bad
+    std::cout << out.string() << ": features of " << done << " images written, " << there << " were there, " << bad
               << " failed\n";
     return bad == 0 ? Exit::done : Exit::failed;
 }

@@ -9,16 +9,16 @@
 namespace neck {
 
 struct FolderOptions {
-    std::int64_t batch = 0;  ///< pictures in one run; 0: the plan's optimum
-    int threads = 2;         ///< that read pictures and write features
+    std::int64_t batch = 0;  ///< images in one run; 0: the plan's optimum
+    int threads = 2;         ///< that read images and write features
     int contexts = 2;        ///< so that one copies while another runs
 };
 
-/// Computes the features of a folder's pictures: OUT/NAME.safetensors for each, whole or not there.
+/// Computes the features of a folder's images: OUT/NAME.safetensors for each, whole or not there.
 ///
 /// Features that are there already are kept, so that a call after one that was killed goes on, unless they are damaged or
-/// their picture was changed. For each picture that fails there is one line on stderr.
-/// \return Exit::failed if any picture failed.
+/// their image was changed. For each image that fails there is one line on stderr.
+/// \return Exit::failed if any image failed.
 /// \throws Error a folder that cannot be used, or that holds features of another plan.
 Exit serve_folder(const std::filesystem::path& plan, const std::filesystem::path& in, const std::filesystem::path& out,
                   const EngineOptions& engine, const FolderOptions& options);

@@ -54,21 +54,21 @@ void Engine::Impl::copy_in(const Tensor& image, cudaStream_t stream) {
 
 Fit Engine::Impl::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch, cudaStream_t stream,
                                std::int64_t entry) {
-    const Size wanted = picture_size(input());
+    const Size wanted = image_size(input());
     if (size.height < 1 || size.width < 1 || pitch < static_cast<std::size_t>(size.width) * 3 || entry < 0 ||
         entry >= largest_batch_) {
-        throw Error(plan_ + ": a picture of " + std::to_string(size.height) + " x " + std::to_string(size.width) +
+        throw Error(plan_ + ": an image of " + std::to_string(size.height) + " x " + std::to_string(size.width) +
                     " pixels with " + std::to_string(pitch) + " bytes a row cannot be entry " + std::to_string(entry) +
                     "; expected sides above 0, rows of 3 bytes a pixel or more, and an entry below " +
                     std::to_string(largest_batch_));
     }
     const DeviceGuard guard(options_.device, plan_);
-    check_device_memory(pixels, options_.device, plan_ + ": the picture");
+    check_device_memory(pixels, options_.device, plan_ + ": the image");
     DeviceResize job{static_cast<const std::uint8_t*>(pixels), size.height, size.width, pitch};
     job.target = input_.get() + static_cast<std::size_t>(entry) * bytes_of(input().type, input().at(1));
     job.target_height = wanted.height;
     job.target_width = wanted.width;
-    job.normalised = input().type == DataType::float32;
+    job.normalized = input().type == DataType::float32;
     wait_before(stream);
     const cudaError_t launched = launch_resize(job, stream);
     if (launched == cudaErrorNotSupported) {
@@ -76,7 +76,7 @@ Fit Engine::Impl::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch,
                     ": this library was built without CUDA's compiler, which its resize needs; build it where " +
                     "nvcc is, or give pixels in host memory to neck::Preprocessor");
     }
-    check(launched, plan_ + ": resizing the picture");
+    check(launched, plan_ + ": resizing the image");
     mark_after(stream);
     return fit_of(size, wanted);
 }

@@ -5,11 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "pictures/taps.hpp"
+#include "images/taps.hpp"
 
 namespace neck {
 
-/// One picture in device memory, and where the model reads it.
+/// One image in device memory, and where the model reads it.
 struct DeviceResize {
     const std::uint8_t* pixels = nullptr;  ///< RGB, 8 bits
     std::int64_t height = 0;
@@ -18,7 +18,7 @@ struct DeviceResize {
     void* target = nullptr;  ///< float32 (3, H, W), or uint8 (H, W, 3)
     std::int64_t target_height = 0;
     std::int64_t target_width = 0;
-    bool normalised = false;  ///< float32
+    bool normalized = false;  ///< float32
 };
 
 /// Computes one pixel of the model's input: the kernel's body, which is plain C++, too.
@@ -42,8 +42,8 @@ NECK_EVERYWHERE inline void resize_pixel(const DeviceResize& job, std::int64_t r
     for (int channel = 0; channel < 3; ++channel) {
         const float value = sums[channel] / total + 0.5F;
         const auto level = static_cast<std::uint8_t>(value < 255 ? value : 255);
-        if (job.normalised) {
-            static_cast<float*>(job.target)[channel * job.target_height * job.target_width + place] = normalised(level);
+        if (job.normalized) {
+            static_cast<float*>(job.target)[channel * job.target_height * job.target_width + place] = normalized(level);
         } else {
             static_cast<std::uint8_t*>(job.target)[place * 3 + channel] = level;
         }

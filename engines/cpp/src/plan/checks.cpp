@@ -35,7 +35,7 @@ std::vector<int> release_numbers(std::string_view text) {
     return numbers;
 }
 
-/// What TensorRT-RTX serves: neither the data centre's GPUs between Ada and RTX Blackwell (9.0, 10.x) nor Jetson's
+/// What TensorRT-RTX serves: neither the data center's GPUs between Ada and RTX Blackwell (9.0, 10.x) nor Jetson's
 /// (8.7, 11.0).
 bool serves_rtx(const Gpu& gpu) {
     constexpr std::array<int, 4> known{75, 80, 86, 89};
@@ -53,7 +53,7 @@ std::string version_here() {
 void check_version(const std::filesystem::path& plan, const Manifest& manifest, const std::string& flavor,
                    const std::string& version) {
     if (manifest.flavor != flavor) {
-        throw Error(plan.string() + ": is of flavour " + manifest.flavor + ", this program is of " + flavor +
+        throw Error(plan.string() + ": is of flavor " + manifest.flavor + ", this program is of " + flavor +
                     "; use `neck-export trt --flavor " + flavor + "`, or build this program with the other TensorRT");
     }
     std::vector<int> built = release_numbers(manifest.tensorrt_version);

@@ -20,7 +20,7 @@ struct Gpu {
 /// The version of the TensorRT that is loaded, such as `10.16.1.11`.
 std::string version_here();
 
-/// \throws Error the plan is of another flavour, or of a TensorRT whose plans this one does not load.
+/// \throws Error the plan is of another flavor, or of a TensorRT whose plans this one does not load.
 void check_version(const std::filesystem::path& plan, const Manifest& manifest, const std::string& flavor,
                    const std::string& version);
 

@@ -30,7 +30,7 @@ private:
     std::vector<std::string> warnings_;
 };
 
-/// A deserialised plan, whose weights all contexts share; the engine goes first, the logger last.
+/// A deserialized plan, whose weights all contexts share; the engine goes first, the logger last.
 struct LoadedEngine {
     std::unique_ptr<Logger> logger;
     std::unique_ptr<nvinfer1::IRuntime> runtime;

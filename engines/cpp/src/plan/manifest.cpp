@@ -196,7 +196,7 @@ Manifest read_checked(const fs::path& plan, bool hashes) {
                     plan.filename().string() + " again");
     }
     if ((header == rtx_magic) != (manifest.flavor == "rtx")) {
-        throw Error(plan.string() + ": begins with b" + repr(header) + ", no plan of flavour " + manifest.flavor +
+        throw Error(plan.string() + ": begins with b" + repr(header) + ", no plan of flavor " + manifest.flavor +
                     "; build it again");
     }
     for (const Manifest::File& file : manifest.files) {

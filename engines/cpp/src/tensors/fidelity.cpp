@@ -42,7 +42,7 @@ Comparison compare_output(const Tensor& reference, const Tensor& candidate, cons
     candidate.check();
     if (reference.shape != candidate.shape) {
         throw Error("output " + candidate.name + " is " + to_text(candidate.shape) + ", the reference " +
-                    to_text(reference.shape) + "; compare it with a reference of the same pictures and size");
+                    to_text(reference.shape) + "; compare it with a reference of the same images and size");
     }
     const std::vector<float> left = reference.to_floats();
     const std::vector<float> right = candidate.to_floats();

@@ -1,0 +1,1 @@
+"""What the builder made of a graph: the layer report."""

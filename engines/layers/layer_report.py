@@ -1,0 +1,267 @@
+"""The layer report of a plan: what the builder made of the graph, told without running it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from export.contract.manifest import parse_json
+
+GPUS = {
+    "T4": (65.0, 320.0),
+    "A10": (125.0, 600.0),
+    "A100": (312.0, 2039.0),
+    "L4": (121.0, 300.0),
+    "L40S": (362.0, 864.0),
+    "H100": (989.4, 3350.0),
+    "H200": (989.4, 4800.0),
+    "RTX 3090": (71.0, 936.0),
+    "RTX 4080": (97.5, 717.0),
+    "RTX 4090": (165.2, 1008.0),
+    "RTX 5090": (209.5, 1792.0),
+}
+"""Published, not measured (NVIDIA's data sheets; SXM, 80 GB): dense FP16 TFLOP/s with FP32 accumulation, GB/s."""
+
+ATTENTION_KERNEL = re.compile(r"mha|flash_?attention", re.IGNORECASE)
+QUANTIZED = ("FP8", "Int8")
+BYTES = {"Float": 4, "Half": 2, "BFloat16": 2, "Int64": 8, "Int32": 4, "Int8": 1, "UInt8": 1, "Bool": 1, "FP8": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor that a kernel reads or writes; a dimension of -1 depends on the batch."""
+
+    name: str
+    dims: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int | None:
+        """Size, None where a dimension or the type is not told."""
+        size = BYTES.get(self.dtype)
+        return None if size is None or min(self.dims, default=0) < 0 else math.prod(self.dims) * size
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One kernel of a plan.
+
+    Attributes:
+        name, kind, tactic: as the builder names them.
+        inputs, constants, outputs: tensors that it reads and writes.
+        onnx: names of the ONNX nodes that it comes from; ours begin with the module's path.
+        accumulation: of a fused attention, the types in which its first and second product accumulate, where told.
+    """
+
+    name: str
+    kind: str
+    tactic: str
+    inputs: tuple[Tensor, ...]
+    constants: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    onnx: tuple[str, ...]
+    accumulation: tuple[str, str] | None = None
+
+    @property
+    def attention(self) -> bool:
+        """Whether it is a whole attention in one kernel."""
+        return bool(ATTENTION_KERNEL.search(f"{self.name} {self.tactic}"))
+
+    @property
+    def quantized(self) -> str | None:
+        """FP8 or INT8 where it is a product of two tensors of that type."""
+        types = [one.dtype for one in (*self.inputs, *self.constants)]
+        return next((name.upper() for name in QUANTIZED if types.count(name) > 1), None)
+
+    @property
+    def opaque(self) -> bool:
+        """Whether it is a whole part of the graph of which the plan tells the ends alone (Myelin's ForeignNode)."""
+        return self.kind == "Myelin" or self.name.startswith("{ForeignNode[")
+
+    @property
+    def bytes(self) -> int | None:
+        """Bytes read and written, weights included, None where a tensor's size is not told."""
+        if self.opaque:
+            return None
+        sizes = [tensor.bytes for tensor in (*self.inputs, *self.constants, *self.outputs)]
+        return sum(size for size in sizes if size is not None) if None not in sizes else None
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of the modules that it comes from, in order."""
+        return tuple(dict.fromkeys(name.rpartition("/")[0] or name for name in map(unconverted, self.onnx)))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What a plan is made of.
+
+    Attributes:
+        source: `builder log` or `engine inspector`.
+        kernels: in the order in which they run.
+        attentions: how many the graph has.
+        operations: 2 x multiply-add of matrix products, convolutions and attentions at the optimum batch, where known.
+        products: how many matrix products of the graph are quantized.
+        fusable: how many attentions of the graph are in a form that some TensorRT makes one kernel of.
+    """
+
+    source: Literal["builder log", "engine inspector"]
+    kernels: tuple[Kernel, ...]
+    attentions: int
+    operations: int | None = None
+    products: int = 0
+    fusable: int = 0
+
+    @property
+    def quantized(self) -> tuple[Kernel, ...]:
+        """The FP8 and INT8 products; what they accumulate in is not listed by any builder so far."""
+        return tuple(kernel for kernel in self.kernels if kernel.quantized)
+
+    @property
+    def fused(self) -> tuple[Kernel, ...]:
+        """The attentions that are one kernel each."""
+        return tuple(kernel for kernel in self.kernels if kernel.attention)
+
+    @property
+    def accumulation(self) -> tuple[str, str] | None:
+        """Types in which the fused attentions' two products accumulate, the narrowest of all; None where not told.
+
+        BF16 products accumulate in FP32 (the tensor cores have no other way), so their traits say `fp32` here.
+        """
+        told = [kernel.accumulation for kernel in self.fused]
+        if not told or None in told:
+            return None
+        first, second = (
+            "fp16" if "fp16" in types else "fp32" for types in zip(*(pair for pair in told if pair), strict=True)
+        )
+        return first, second
+
+    @property
+    def bytes_moved(self) -> int | None:
+        """Bytes that all kernels read and write, None where the batch is dynamic."""
+        sizes = [kernel.bytes for kernel in self.kernels]
+        return sum(size for size in sizes if size is not None) if None not in sizes else None
+
+    @property
+    def by_kind(self) -> dict[str, int]:
+        """Number of kernels of each kind, most first."""
+        return dict(collections.Counter(kernel.kind for kernel in self.kernels).most_common())
+
+    def least_time_ms(self, gpu: str) -> float | None:
+        """Time below which no GPU of that name runs the plan: its operations or its bytes at the published peak.
+
+        Args:
+            gpu: a key of GPUS.
+        """
+        if self.operations is None or self.bytes_moved is None:
+            return None
+        tflops, gigabytes = GPUS[gpu]
+        return max(self.operations / tflops / 1e9, self.bytes_moved / gigabytes / 1e6)
+
+    def summary(self) -> str:
+        """The layer report in one line."""
+        opaque = sum(kernel.opaque for kernel in self.kernels)
+        parts = [f"fused attentions {len(self.fused)} of {self.attentions}"]
+        if opaque:
+            parts = [f"fused attentions not told ({opaque} Myelin blocks, {self.attentions} in the graph)"]
+        if self.fused:
+            first, second = self.accumulation or ("not told", "not told")
+            both = first.upper() if first == second else f"{first.upper()} then {second.upper()}"
+            parts.append(f"accumulation {both if self.accumulation else 'not told'}")
+        if self.products:
+            kinds = " and ".join(sorted({str(kernel.quantized) for kernel in self.quantized})) or "FP8 or INT8"
+            told = f"not told ({opaque} Myelin blocks, {self.products} in the graph)" if opaque else None
+            told = told or f"{len(self.quantized)} of {self.products} in {kinds} (accumulation not told)"
+            parts.append(f"quantized products {told}")
+        parts.append(f"{len(self.kernels)} kernels")
+        moved = self.bytes_moved
+        reason = "Myelin blocks" if opaque else "dynamic batch"
+        parts.append(f"bytes not told ({reason})" if moved is None else f"{moved / 1e9:.3g} GB moved")
+        return ", ".join(parts)
+
+    def warning(self) -> str | None:
+        """What is dangerous about the plan's attention, or not as asked about its products, or None."""
+        if any("fp16" in (kernel.accumulation or ()) for kernel in self.fused):
+            return (
+                "attention accumulates in FP16: published SAM 3 engines of this kind lost the image without an error "
+                "(cosine 0.06, NVIDIA/TensorRT #4837). Export with --attention fp32acc, or trust only a verified plan"
+            )
+        hidden = [kernel for kernel in self.kernels if kernel.opaque and self.attentions]
+        half = [kernel for kernel in (*self.fused, *hidden) if any(one.dtype == "Half" for one in kernel.inputs)]
+        if half and self.accumulation is None:
+            return (
+                "this plan does not tell what its FP16 attention accumulates in; FP16 there is known to lose the "
+                "image (NVIDIA/TensorRT #4837), so trust only a verified plan"
+            )
+        told = not any(kernel.opaque for kernel in self.kernels)
+        if told and len(self.fused) < self.fusable:
+            return (
+                f"{self.fusable - len(self.fused)} of {self.fusable} attentions are not fused: each takes several "
+                "kernels and writes its scores to memory, which is slow; compare the forms with --tune on the GPU, "
+                "or use another TensorRT"
+            )
+        missing = self.products - len(self.quantized)
+        if told and missing > 0:
+            return f"{missing} of {self.products} quantized products are no FP8 or INT8 kernels"
+        return None
+
+    def table(self, limit: int | None = None) -> str:
+        """The layer report as text: totals, least times, then the kernels that move most.
+
+        Args:
+            limit: how many kernels to list, all by default.
+        """
+        lines = [self.summary(), "kernels: " + ", ".join(f"{count} {kind}" for kind, count in self.by_kind.items())]
+        if self.operations is not None:
+            lines.append(f"operations: {self.operations / 1e12:.3g} TFLOP")
+        times = [(gpu, self.least_time_ms(gpu)) for gpu in GPUS]
+        if all(time is not None for _, time in times):
+            shown = ", ".join(f"{gpu} {time:.3g} ms" for gpu, time in times)
+            lines.append(f"least time by published peaks, not measured: {shown}")
+        lines += [*filter(None, [self.warning()]), "", f"{'MB':>9}  {'kind':<15} modules"]
+        for kernel in sorted(self.kernels, key=lambda kernel: -(kernel.bytes or 0))[:limit]:
+            moved = "?" if kernel.bytes is None else f"{kernel.bytes / 1e6:.2f}"
+            kind = "attention" if kernel.attention else kernel.kind
+            lines.append(f"{moved:>9}  {kind:<15} {', '.join(kernel.modules) or kernel.name}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layer report as JSON values, the totals beside the kernels for readers that want no rules."""
+        totals = {"fused": len(self.fused), "accumulation": self.accumulation, "bytes_moved": self.bytes_moved}
+        return json.loads(json.dumps({**dataclasses.asdict(self), **totals, "by_kind": self.by_kind}))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
+        """The layer report that `to_dict` wrote."""
+        kernels = []
+        for kernel in values["kernels"]:
+            tensors = {
+                key: tuple(Tensor(t["name"], tuple(t["dims"]), t["dtype"]) for t in kernel[key])
+                for key in ("inputs", "constants", "outputs")
+            }
+            pair = kernel["accumulation"] and tuple(kernel["accumulation"])
+            kernels.append(Kernel(**{**kernel, **tensors, "onnx": tuple(kernel["onnx"]), "accumulation": pair}))
+        counts = (values["attentions"], values["operations"], values.get("products", 0), values.get("fusable", 0))
+        return cls(values["source"], tuple(kernels), *counts)
+
+
+def unconverted(name: str) -> str:
+    """The name of the node that a Cast of the precision pass (`node/to_float16`) stands at."""
+    return re.sub(r"/to_(float|float16|bfloat16)$", "", name)
+
+
+def layers_path(plan: Path) -> Path:
+    """Where a plan's layer report lies."""
+    return plan.with_name(plan.name + ".layers.json")
+
+
+def read_layers(plan: Path) -> LayerReport | None:
+    """The layer report beside a plan, or None."""
+    path = layers_path(plan)
+    return LayerReport.from_dict(parse_json(path.read_text(encoding="utf-8"))) if path.is_file() else None

@@ -1,1 +1,0 @@
-"""What the builder made of a graph: the layer sheet."""

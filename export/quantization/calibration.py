@@ -1,0 +1,254 @@
+"""What the trunk's linear layers read on real images: kept in a file, it is what every range is chosen by."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from export.contract.manifest import replacing
+from export.contract.signature import Signature
+from export.verification.verify import reference_pixels
+from neck.images import ImageFolder, find_images, load_images, normalize
+from neck.necks import Sam3DualViTDetNeck
+from neck.progress import counted
+
+ROWS = 64
+"""Tokens of each layer that are kept, of all images together: 64 MB at full size."""
+
+FEWEST, MOST = 8, 16
+"""Images of a folder that are read: fewer than 8 say little, and one takes 40 s at 1008 on 2 cores."""
+
+
+FORMAT = 2
+"""Version of the file; 1 did not record the architecture."""
+
+METADATA = "neck_export_calibration"
+FIELDS = ("rows", "weights", "channels")
+
+NOT_OF_THE_TRUNK = ("image_size", "d_model", "scale_factors", "necks", "sam2_head")
+"""Fields of EncoderConfig that change nothing of what the trunk's layers read; the image size is recorded apart."""
+
+
+class CalibrationError(ValueError):
+    """Images that tell no range, or a calibration file that is damaged."""
+
+
+class OutdatedError(CalibrationError):
+    """A calibration of another encoder or image size, which is made again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The input of one linear layer.
+
+    Attributes:
+        rows: (R, K) tokens: those with the largest values of each image, and others by chance.
+        weights: (R,) how many tokens each stands for.
+        channels: (K,) the largest magnitude of each channel, of all tokens.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    channels: Tensor
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude of all tokens."""
+        return float(self.channels.amax())
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What was seen: how many images at which size, of which trunk (its fingerprint), and the layers by path."""
+
+    images: int
+    image_size: tuple[int, int]
+    encoder: str
+    layers: dict[str, Layer]
+
+
+def linear_layers(encoder: Sam3DualViTDetNeck) -> dict[str, nn.Linear]:
+    """The trunk's linear layers by path, in the order of computation."""
+    return {name: module for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
+
+
+def calibration_pixels(signature: Signature, images: Path | ImageFolder | None, notes: list[str]) -> np.ndarray:
+    """Images to calibrate on, uint8 (B, H, W, 3); without a folder the shipped one, and a note of what it is worth.
+
+    Raises:
+        CalibrationError: too few, or one of a single color.
+        ImageError: one that cannot be read.
+    """
+    if images is None:
+        notes.append(
+            f"calibrated on the one image that comes along, so what your images hold beyond its ranges is clipped: "
+            f"give {FEWEST} or more of yours by --images"
+        )
+        return reference_pixels(signature, None, 1)
+    folder = ImageFolder.of(images)
+    paths = find_images(folder.path)[:MOST]
+    if len(paths) < FEWEST:
+        raise CalibrationError(f"{folder.path}: holds {len(paths)} images; calibration takes {FEWEST} at least")
+    pixels = load_images(paths, signature.image_size, folder.value_range, notes.append)
+    for path, image in zip(paths, pixels, strict=True):
+        if image.min() == image.max():
+            raise CalibrationError(f"{path}: is of one color throughout, which tells no range; take it out")
+    return pixels
+
+
+def calibrate(encoder: Sam3DualViTDetNeck, pixels: np.ndarray) -> Calibration:
+    """Runs the plain trunk on images, one after the other, and keeps what its linear layers read.
+
+    Args:
+        encoder: the plain encoder, set to the images' size.
+        pixels: uint8 (B, H, W, 3).
+
+    Raises:
+        CalibrationError: a layer whose input is not finite.
+    """
+    layers, seen, each = linear_layers(encoder), len(pixels), -(-ROWS // len(pixels))
+    # made before any pass: what stays would else lie among what a pass frees, and the process would grow by 15 GB
+    kept = {name: _room(each * seen, layer.in_features) for name, layer in layers.items()}
+    chance, index = torch.Generator().manual_seed(0), 0
+
+    def keep(name: str, tokens: Tensor) -> None:
+        part, room = _kept(name, tokens.flatten(0, -2).float(), each, chance), kept[name]
+        at = slice(index * each, index * each + len(part.rows))
+        room.rows[at], room.weights[at] = part.rows, part.weights
+        torch.maximum(room.channels, part.channels, out=room.channels)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs[0]))
+        for name, module in layers.items()
+    ]
+    try:
+        for index in counted(range(seen), "calibration", seen, "images"):
+            with torch.inference_mode():
+                encoder.trunk(normalize(pixels[index : index + 1]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {name: _filled(room) for name, room in kept.items()}
+    height, width = pixels.shape[1:3]
+    return Calibration(seen, (height, width), fingerprint(encoder), found)
+
+
+def _kept(name: str, tokens: Tensor, rows: int, chance: torch.Generator) -> Layer:
+    """Some of the tokens (N, K) of an image: a quarter are those with the largest values."""
+    largest = tokens.abs().amax(dim=1)
+    if not largest.isfinite().all():
+        raise CalibrationError(f"{name}: its input is not finite on an image; the weights are damaged")
+    order = largest.argsort(descending=True)
+    top, rest = order[: max(1, rows // 4)], order[max(1, rows // 4) :]
+    others = rest[torch.randperm(len(rest), generator=chance)[: rows - len(top)]]
+    weights = [torch.ones(len(top)), torch.full((len(others),), len(rest) / max(1, len(others)))]
+    return Layer(tokens[torch.cat((top, others))], torch.cat(weights), tokens.abs().amax(dim=0))
+
+
+def _room(rows: int, channels: int) -> Layer:
+    """Room for so many tokens, of weight 0 as long as they are none."""
+    return Layer(torch.zeros(rows, channels), torch.zeros(rows), torch.zeros(channels))
+
+
+def _filled(room: Layer) -> Layer:
+    taken = room.weights > 0
+    return Layer(room.rows[taken], room.weights[taken], room.channels)
+
+
+def fingerprint(encoder: Sam3DualViTDetNeck) -> str:
+    """SHA-256 of what the inputs of the trunk's layers depend on besides the images: its architecture and weights."""
+    config = getattr(encoder.trunk, "config", None)
+    fields = {name: value for name, value in vars(config).items() if name not in NOT_OF_THE_TRUNK} if config else {}
+    return weights_digest(encoder.trunk, repr(sorted(fields.items())))
+
+
+def weights_digest(module: nn.Module, about: str) -> str:
+    """SHA-256 of a module's parameters, their names, shapes and types, and of a text."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in module.named_parameters():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_calibration(path: Path, calibration: Calibration) -> None:
+    """Writes a calibration as safetensors; it is there whole or not at all.
+
+    Raises:
+        CalibrationError: it cannot be written.
+    """
+    about = {
+        "format": FORMAT,
+        "images": calibration.images,
+        "image_size": calibration.image_size,
+        "encoder": calibration.encoder,
+    }
+    tensors = {
+        f"{name}.{field}": getattr(layer, field).contiguous()
+        for name, layer in calibration.layers.items()
+        for field in FIELDS
+    }
+    try:
+        with replacing(path) as staged:
+            staged.write_bytes(safetensors.torch.save(tensors, {METADATA: json.dumps(about)}))
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CalibrationError(f"{path}: cannot be written ({why}); check the folder and the disk") from None
+
+
+def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[int, int]) -> Calibration:
+    """Reads a calibration of an encoder at an image size.
+
+    Raises:
+        CalibrationError: the file is not a calibration, or is damaged.
+        OutdatedError: it was made for another encoder or image size, or by another version.
+    """
+    fix = "delete it to calibrate again, or name another file with --calibration"
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})[METADATA])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        if not isinstance(about, dict):
+            raise ValueError
+    except (SafetensorError, OSError, ValueError, LookupError, RecursionError):
+        raise CalibrationError(f"{path}: the file is not a calibration of neck-export; {fix}") from None
+    if about.get("format") != FORMAT:
+        raise OutdatedError(f"{path}: another version of neck-export wrote it")
+    if about.get("image_size") != list(image_size):
+        raise OutdatedError(f"{path}: it was made at {about.get('image_size')} pixels, not at {list(image_size)}")
+    if about.get("encoder") != fingerprint(encoder):
+        raise OutdatedError(f"{path}: it was made for other weights or another architecture")
+    try:
+        layers = {name: _read_layer(name, layer, tensors) for name, layer in linear_layers(encoder).items()}
+        if type(about["images"]) is not int or about["images"] < 1:
+            raise ValueError(f"its number of images is {about['images']!r}")
+    except (LookupError, ValueError) as error:
+        raise CalibrationError(f"{path}: the calibration is damaged ({error}); {fix}") from None
+    return Calibration(about["images"], image_size, about["encoder"], layers)
+
+
+def _read_layer(name: str, layer: nn.Linear, tensors: Mapping[str, Tensor]) -> Layer:
+    """One layer's part of a calibration.
+
+    Raises:
+        LookupError, ValueError: what is missing or wrong.
+    """
+    found = Layer(*(tensors[f"{name}.{field}"] for field in FIELDS))
+    count, channels = len(found.weights) if found.weights.dim() == 1 else 0, layer.in_features
+    shapes = ((count, channels), (count,), (channels,))
+    for field, shape in zip(FIELDS, shapes, strict=True):
+        tensor = getattr(found, field)
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape or not tensor.isfinite().all():
+            raise ValueError(f"{name}.{field} is not a tensor of finite float32 numbers of the layer's shape")
+    if not count or not (found.weights > 0).all() or (found.rows.abs() > found.channels).any():
+        raise ValueError(f"the tokens of {name} do not fit their weights or channels")
+    return found

@@ -1,0 +1,560 @@
+"""Who reads a file: the table, the file that is written for a reader, and what is claimed of one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from conftest import Save, load_golden, open_onnx, traced
+from exporting import golden_options, neck_export_cli, trace_quickly
+from onnx import TensorProto, helper, numpy_helper
+
+from export.contract.errors import ExportError
+from export.contract.targets import (
+    FP8,
+    NEWEST,
+    TARGETS,
+    TITLES,
+    Target,
+    TargetError,
+    find_targets,
+    line_of,
+    target_names,
+    version_numbers,
+)
+from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
+from export.lowering.precision import OPSETS, Precision, lower
+from export.lowering.resolve_target import resolve_target
+from export.pipeline import export_onnx, verify_file
+from export.verification.target_check import (
+    INTEGERS,
+    Needs,
+    graph_needs,
+    on_cpu,
+    read_by,
+    reading_lines,
+    targets_entry,
+    why_not,
+)
+from export.verification.verify import make_reference, verify_onnx
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+SIGNATURES = [(kind, positions) for kind in ("float", "uint8") for positions in ("graph", "none")]
+FORMS: list[tuple[Precision, str]] = [
+    ("fp32", "tensorrt-8.6"),
+    ("fp32", "tensorrt-11.4"),
+    ("fp16", "tensorrt-8.6"),
+    ("fp16", "tensorrt-10.3"),
+    ("fp16", "tensorrt-11.4"),
+    ("bf16", "tensorrt-rtx"),
+]
+"""Every file that the table can ask for, but for opset 19, each by a reader that asks for it."""
+
+Dict = dict[str, Any]
+
+
+def tiny(kind: str, positions: str, batch: str = "1") -> ir.Model:
+    golden = load_golden("meta-dual")
+    asked: Dict = {"necks": "sam3", "positions": positions, "input_kind": kind}
+    return traced(golden.encoder, golden.config, batch=batch, **asked).model
+
+
+def written_for(targets: str, precision: Precision, model: ir.Model) -> ir.Model:
+    form = resolve_target(find_targets(targets), precision)
+    lower(model, precision, attention=form.attention, spelling=form.spelling, opset=form.opset)
+    return model
+
+
+def beyond(target: Target, model: ir.Model) -> set[str]:
+    """What of a file the table does not give a reader; written anew here, from the file's own protobuf."""
+    proto = ir.to_proto(model)
+    opset = {entry.domain: entry.version for entry in proto.opset_import}[""]
+    names = {onnx.TensorProto.DataType.Name(number) for number in range(1, 20)}
+    found = {info.type.tensor_type.elem_type for info in (*proto.graph.value_info, *proto.graph.output)}
+    found |= {tensor.data_type for tensor in proto.graph.initializer}
+    types = {onnx.TensorProto.DataType.Name(number) for number in found} & names
+    return (
+        {node.op_type for node in proto.graph.node} - target.operators
+        | (types - target.types - INTEGERS)
+        | ({f"opset {opset}"} if opset > target.opset else set())
+    )
+
+
+@pytest.mark.parametrize(("kind", "positions"), SIGNATURES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_reader_gets_what_it_reads(kind: str, positions: str, precision: Precision) -> None:
+    refused, written = [], {}
+    for target in TARGETS:
+        name = target.full_name
+        try:
+            form = resolve_target([target], precision)
+            if form not in written:  # readers share most of the forms
+                written[form] = written_for(name, precision, tiny(kind, positions))
+        except TargetError as error:
+            refused.append(target)
+            assert target.name in str(error) and "--precision fp16" in str(error), error
+            assert len(str(error).splitlines()) == 1
+            continue
+        assert beyond(target, written[form]) == set(), name
+        assert why_not(target, graph_needs(written[form])) is None, name
+    assert refused == (
+        [target for target in TARGETS if target.opset < 22 or "BFLOAT16" not in target.types]
+        if precision == "bf16"
+        else []
+    )
+
+
+@pytest.mark.parametrize(("operator", "opset"), [("RotaryEmbedding", 23), ("Swish", 24), ("Attention", 23)])
+def test_a_planted_newer_operator_is_seen(operator: str, opset: int) -> None:
+    """The control: TensorRT 10.3 is known to read neither operator nor opset."""
+    (target,) = find_targets("tensorrt-10.3")
+    model = written_for("tensorrt-10.3", "fp16", tiny("float", "none"))
+    softmax = next(node for node in model.graph if node.op_type == "Softmax")
+    planted = ir.node(operator, [softmax.inputs[0]], name="planted")
+    planted.outputs[0].type = softmax.outputs[0].type
+    model.graph.insert_after(softmax, planted)
+    needs = graph_needs(model)
+    assert beyond(target, model) == {operator}
+    assert why_not(target, needs) == f"it is not known to read {operator} (1 nodes)"
+    model.opset_imports[""] = opset
+    assert f"opset {target.opset}, the file has {opset}" in str(why_not(target, graph_needs(model)))
+
+
+@pytest.mark.parametrize(("kind", "positions"), [SIGNATURES[0], SIGNATURES[3]])
+@pytest.mark.parametrize(("precision", "target"), FORMS)
+def test_the_files_compute_what_pytorch_computes(
+    save: Save, kind: str, positions: str, precision: Precision, target: str
+) -> None:
+    """In ONNX Runtime, FP16 and BF16 by their rounding simulation; FP32 and FP16 also load in it as they are."""
+    golden = load_golden("meta-dual")
+    asked: Dict = {"necks": "sam3", "positions": positions, "input_kind": kind}
+    whole = traced(golden.encoder, golden.config, **asked)
+    path = save(written_for(target, precision, whole.model))
+    assert verify_onnx(path, whole.signature, make_reference(golden.encoder, whole.signature), precision).passed
+    if precision != "bf16":
+        assert open_onnx(path).get_outputs()
+
+
+@pytest.mark.parametrize(("precision", "target"), FORMS)
+def test_where_rtx_takes_them_the_real_builder_builds(save: Save, precision: Precision, target: str) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
+    from engines.builder.build import build_plan
+    from engines.builder.options import BuildOptions
+
+    model = written_for(target, precision, tiny("uint8", "graph"))
+    assert why_not(find_targets("tensorrt-rtx")[0], graph_needs(model)) is None
+    path = save(model)
+    result = build_plan(path, path.with_suffix(".plan"), BuildOptions(precision, compute_capabilities=("8.9",)))
+    assert result.plan_bytes
+
+
+@pytest.mark.parametrize(
+    ("precision", "asked", "expected"),
+    [
+        (
+            "fp16",
+            {"opset": 23},
+            "read by TensorRT 10.14 and later, TensorRT-RTX, "
+            "ONNX Runtime 1.23 and later (on a GPU 1.25 and later), OpenVINO 2026.4 and later",
+        ),
+        (
+            "fp16",
+            {},
+            "read by TensorRT 10.0 and later, TensorRT-RTX, "
+            "ONNX Runtime 1.18 and later (on a GPU too), OpenVINO 2026.4 and later",
+        ),
+        ("bf16", {}, "read by TensorRT 10.14 and later, TensorRT-RTX, OpenVINO 2026.4 and later"),
+        ("bf16", {"upsampling": "deconv"}, "read by TensorRT 10.14 and later, OpenVINO 2026.4 and later"),
+        (
+            "fp32",
+            {"opset": 17},
+            "read by TensorRT 8.6 and later, TensorRT-RTX, "
+            "ONNX Runtime 1.18 and later (on a GPU too), OpenVINO 2026.4 and later",
+        ),
+    ],
+)
+def test_the_line(precision: Precision, asked: Dict, expected: str) -> None:
+    model = tiny("float", "none")
+    lower(model, precision, **asked)
+    assert read_by(graph_needs(model)) == expected
+
+
+def test_a_graph_that_nobody_reads() -> None:
+    model = tiny("float", "none")
+    lower(model, "fp16")
+    needs = graph_needs(model)
+    refused = {**needs.operators, ("Attention", "FLOAT"): 1}  # by TensorRT; the others do not compute FP8
+    versions = {**needs.versions, "Attention": 23}
+    fp8 = dataclasses.replace(needs, operators=refused, versions=versions, types=needs.types | {FP8})
+    assert read_by(fp8) == "read by no reader in the table"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda needs: {"operators": {**needs.operators, ("com.example::Gelu", "FLOAT16"): 3}}, "com.example::Gelu"),
+        (lambda needs: {"types": needs.types | {"INT16"}}, "INT16"),
+        (lambda needs: {"opset": 26}, "opset 26"),
+    ],
+)
+def test_what_the_table_does_not_know_is_unknown(change: Callable[[Needs], Dict], named: str) -> None:
+    """Never `no reader`; a file that holds it is not claimed for any reader either."""
+    model = tiny("float", "none")
+    lower(model, "fp16")
+    needs = graph_needs(model)
+    assert read_by(needs).startswith("read by TensorRT 10.0")
+    strange = dataclasses.replace(needs, **change(needs))
+    assert read_by(strange).startswith("who reads it is unknown") and named in read_by(strange)
+    assert targets_entry(strange, ())["from"] == []
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of what ONNX Runtime's own tools make of an FP32 file."""
+    ort = pytest.importorskip("onnxruntime")
+    from onnxruntime import quantization as q
+
+    folder = tmp_path_factory.mktemp("quantized")
+    model = tiny("float", "none")
+    lower(model, "fp32")
+    ir.save(model, folder / "e.onnx")
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 112, 112)).astype(np.float32)
+
+    class Images(q.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.rest = iter([{"image": pixels}])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.rest, None)
+
+    def static(name: str, **asked: Any) -> None:
+        q.quantize_static(folder / "e.onnx", folder / f"{name}.onnx", Images(), **asked)
+
+    static("static")
+    static("shifted", extra_options={"QuantizeBias": False})
+    static("symmetric", extra_options={"QuantizeBias": False, "ActivationSymmetric": True})
+    uint8 = {"QuantizeBias": False, "ActivationSymmetric": True}
+    static("uint8", activation_type=q.QuantType.QUInt8, extra_options=uint8)
+    q.quantize_dynamic(folder / "e.onnx", folder / "dynamic.onnx")
+    for name, level in (("basic", "BASIC"), ("extended", "EXTENDED")):
+        options = ort.SessionOptions()
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_ENABLE_{level}")
+        options.optimized_model_filepath = str(folder / f"{name}.onnx")
+        ort.InferenceSession(folder / "e.onnx", options, providers=["CPUExecutionProvider"])
+    return folder
+
+
+def reads(load: Callable[[], object]) -> bool:
+    try:
+        load()
+    except Exception:  # of another kind in every runtime
+        return False
+    return True
+
+
+@pytest.mark.filterwarnings("ignore")  # of ONNX Runtime's quantizers
+@pytest.mark.parametrize("name", ["e", "static", "shifted", "symmetric", "uint8", "dynamic", "basic", "extended"])
+def test_what_onnx_runtimes_tools_write_is_read_by_whom_the_line_says(quantized: Path, name: str) -> None:
+    """Each runtime here is asked: ONNX Runtime and OpenVINO load the file, TensorRT-RTX's parser parses it."""
+    openvino = pytest.importorskip("openvino")
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
+    path = quantized / f"{name}.onnx"
+    log = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    network = trt.Builder(log).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    real = {
+        "ONNX Runtime": reads(lambda: open_onnx(path)),
+        "OpenVINO": reads(lambda: openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})),
+        "TensorRT-RTX": trt.OnnxParser(network, log).parse_from_file(str(path)),
+    }
+    if version_numbers(openvino.__version__)[:2] < (2026, 4):
+        del real["OpenVINO"]  # of which the table says nothing
+    assert real["TensorRT-RTX"] is (name in ("e", "symmetric", "basic"))
+    needs, installed = graph_needs(ir.load(path)), importlib.metadata.version("onnxruntime")
+    line = read_by(needs)
+    if name == "extended":  # com.microsoft::FusedMatMul
+        assert line.startswith("who reads it is unknown") and "FusedMatMul" in line
+    else:
+        told = {target: target in line for target in real}
+        if version_numbers(installed) < (1, 24):  # 1.23 does not load what its own quantize_dynamic writes
+            told["ONNX Runtime"] = why_not(cast(Target, line_of("onnxruntime", installed)), needs) is None
+        assert told == real and (name == "dynamic" or real["ONNX Runtime"])
+
+
+def test_attention_in_fp32_is_read_by_no_tensorrt() -> None:
+    """The canonical graph: no TensorRT builds it, ONNX Runtime runs it."""
+    line = read_by(graph_needs(tiny("float", "none")))
+    assert "TensorRT" not in line and line.startswith("read by ONNX Runtime 1.23 and later")
+
+
+def test_small_operators_on_the_cpu_are_no_reason() -> None:
+    """ONNX Runtime 1.25 computes MaxPool of opset 22 on the CPU: one map of 72 x 72 a neck."""
+    model = tiny("float", "none")
+    lower(model, "fp16", opset=23)
+    needs = graph_needs(model)
+    gpu = cast(Target, line_of("onnxruntime-gpu", "1.25"))
+    assert why_not(gpu, needs) is None and on_cpu(gpu, needs) == ["MaxPool"]
+    older = cast(Target, line_of("onnxruntime-gpu", "1.24.4"))
+    assert why_not(older, needs) == "it computes Attention of opset 23 on the CPU (4 nodes)"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("tensorrt-10.3", ["tensorrt-10.3"]),
+        ("TensorRT-10.13.3 , openvino", ["tensorrt-10.13.3", "openvino-2026.4"]),
+        ("jetpack-6.2", ["tensorrt-10.3@8.7"]),
+        ("jetpack-7.0", ["tensorrt-10.13"]),
+        ("triton-25.09", ["tensorrt-10.13.3", "onnxruntime-gpu-1.23.0"]),
+        ("triton-25.10", ["tensorrt-10.13.3", "onnxruntime-gpu-1.23.1"]),
+        ("tensorrt-rtx,tensorrt-rtx-1.7", ["tensorrt-rtx-1.7"]),
+    ],
+)
+def test_names(names: str, expected: list[str]) -> None:
+    assert [target.full_name for target in find_targets(names)] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("tensort-10.3", r"'tensort-10\.3': no such reader; near it: tensorrt-10\.\d"),
+        ("jetpack-6", "near it: .*jetpack-6"),
+        ("triton-25.13", r"near it: .*triton-25\.1"),
+        ("", "''"),
+        ("nonsense", "no such reader; near it: "),
+        ("tensorrt", r"its version is missing, as in tensorrt-11\.4; known are 8\.6 to 11\.4"),
+        ("onnxruntime-gpu", r"as in onnxruntime-gpu-1\.32; known are 1\.18 to 1\.32"),
+        ("tensorrt-", "its version is missing"),
+        ("tensorrt-12.0", r"what tensorrt-12\.0 reads is not known here; known are 8\.6 to 11\.4"),
+        ("tensorrt-7.2", r"known are 8\.6 to 11\.4"),
+        ("onnxruntime-1.16", r"known are 1\.18 to 1\.32"),
+        ("tensorrt-rtx-1.2", r"known are 1\.7"),
+        ("tensorrt-10.x", r"known are 8\.6 to 11\.4"),
+    ],
+)
+def test_unknown_readers_are_told(name: str, says: str) -> None:
+    with pytest.raises(TargetError, match=says) as caught:
+        find_targets(name)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_every_name_is_found() -> None:
+    for name in target_names():
+        assert find_targets(name), name
+
+
+def test_the_table_is_in_order_and_says_where_from() -> None:
+    for family in TITLES:
+        lines = [target for target in TARGETS if target.family == family]
+        keys = [version_numbers(target.since) for target in lines]
+        assert keys == sorted(set(keys)) and keys[-1] <= version_numbers(NEWEST[family])
+        opsets = [target.opset for target in lines]
+        assert opsets == sorted(opsets) and all(target.opset in OPSETS for target in lines)
+    for target in TARGETS:
+        assert len(target.source) > 10 and not target.version
+        known = {*target.operators, *(operator for operator, _ in target.refuses), *target.on_cpu}
+        for operator in known:
+            assert onnx.defs.get_schema(operator, 24).since_version
+        for operator in target.operators:
+            assert min(schema.since_version for schema in schemas(operator)) <= target.opset
+    assert set(TENSORRT) | set(ONNX_RUNTIME)
+
+
+@functools.cache
+def every_schema() -> list[Any]:
+    """With their documents: a third of a second."""
+    return onnx.defs.get_all_schemas_with_history()
+
+
+def schemas(operator: str) -> list[Any]:
+    return [one for one in every_schema() if one.name == operator and not one.domain]
+
+
+@pytest.mark.parametrize(
+    ("targets", "precision", "asked", "says"),
+    [
+        ("tensorrt-8.6", "bf16", {}, r"--precision bf16: not known to be computed by TensorRT 8\.6; "),
+        ("tensorrt-8.6,openvino", "bf16", {}, r"by TensorRT 8\.6; OpenVINO 2026\.4 can; "),
+        (
+            "tensorrt-10.3,tensorrt-rtx",
+            "bf16",
+            {},
+            r"opset 22, TensorRT 10\.3 is known to read 20; TensorRT-RTX 1\.7 can",
+        ),
+        ("tensorrt-8.6", "fp32", {"opset": 20}, r"--opset 20: TensorRT 8\.6 is known to read up to 17"),
+        ("jetpack-6.2", "bf16", {"attention": "fp32acc"}, r"opset 22, TensorRT 10\.3 is known to read 20"),
+        ("jetpack-6.2", "fp16", {"attention": "fp32acc", "opset": 23}, r"--opset 23: TensorRT 10\.3 is known to read"),
+    ],
+)
+def test_what_readers_do_not_share_is_refused(targets: str, precision: Any, asked: Dict, says: str) -> None:
+    with pytest.raises(TargetError, match=says) as caught:
+        resolve_target(find_targets(targets), precision, **asked)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("targets", "asked", "spelling", "opset"),
+    [
+        ("tensorrt-11.4", None, "operator", None),
+        ("tensorrt-10.14,tensorrt-11.4", 23, "operator", 23),
+        ("tensorrt-11.4", 20, "matmul", 20),
+        ("tensorrt-rtx", None, "matmul", None),
+        ("tensorrt-rtx", 23, "matmul", 23),
+        ("tensorrt-11.4,tensorrt-rtx", None, "matmul", None),
+        ("tensorrt-10.14,onnxruntime-1.23", None, "matmul", None),
+        ("tensorrt-11.4,onnxruntime-gpu-1.24", None, "matmul", None),
+        ("triton-25.09", None, "matmul", None),
+        ("jetpack-6.2,tensorrt-8.6", None, "matmul", 17),
+    ],
+)
+def test_the_best_spelling_that_readers_share(
+    targets: str, asked: int | None, spelling: str, opset: int | None
+) -> None:
+    form = resolve_target(find_targets(targets), "fp16", opset=asked)
+    assert (form.attention, form.spelling, form.opset) == ("fp32acc", spelling, opset)
+
+
+def test_one_default_file_for_every_reader() -> None:
+    """TensorRT from 10.0 on, JetPack 6 and 7, every Triton container of the table, ONNX Runtime from 1.18 on."""
+    model = tiny("float", "graph")
+    lower(model, "fp16")
+    needs, old = graph_needs(model), ("tensorrt-8.6", "tensorrt-9.0")
+    targets = [one for name in target_names() if name not in old for one in find_targets(name)]
+    assert len(targets) > 40 and [(one.name, why_not(one, needs)) for one in targets if why_not(one, needs)] == []
+    for name in old:  # the control: opset 20
+        assert "it is known to read opset" in str(why_not(find_targets(name)[0], needs))
+    at_23 = tiny("float", "graph")
+    lower(at_23, "fp16", opset=23)
+    refusing = {one.full_name for one in targets if why_not(one, graph_needs(at_23))}
+    assert {"tensorrt-10.3@8.7", "tensorrt-10.13", "onnxruntime-1.21", "onnxruntime-gpu-1.23"} <= refusing
+
+
+def test_without_a_reader_the_opset_decides() -> None:
+    spellings = {opset: resolve_target((), "fp16", opset=opset).spelling for opset in (None, 17, 22, 23, 24)}
+    assert spellings == {None: "matmul", 17: "matmul", 22: "matmul", 23: "operator", 24: "operator"}
+    assert resolve_target((), "bf16", opset=23).attention == resolve_target((), "fp32").attention == "fused"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace_quickly(monkeypatch)
+
+
+def exported(folder: Path, **options: Any) -> Path:
+    values = {"necks": "sam3", "positions": "none", "precision": "fp16", "verify": False, **options}
+    return export_onnx(golden_options("meta-dual", folder / "x.onnx", **values)).path
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_manifest_carries_it_and_inspect_shows_it(tmp_path: Path) -> None:
+    path = exported(tmp_path, targets="triton-25.09")
+    manifest = json.loads((tmp_path / "x.json").read_text())
+    assert manifest["targets"]["asked"] == ["tensorrt-10.13.3", "onnxruntime-gpu-1.23.0"]
+    assert manifest["attention_form"] == "fp32acc" and manifest["attention_spelling"] == "matmul"
+    assert manifest["opset"] == 20
+    ran = neck_export_cli("inspect", path)
+    assert ran.code == 0 and "  read by TensorRT 10.0 and later, TensorRT-RTX, ONNX Runtime 1.18" in ran.out
+
+
+Change = Callable[[Dict], object]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda targets: targets["asked"].append("tensorrt-10.3"),
+            r"claims that TensorRT 10\.3 reads the file, but it is",
+        ),
+        (lambda targets: targets.update({"from": ["tensorrt-8.6"]}), r"claims that TensorRT 8\.6 reads"),
+        (lambda targets: targets.update({"from": ["tensorrt-99"]}), "is damaged"),
+        (lambda targets: targets.pop("asked"), "is damaged"),
+    ],
+)
+def test_a_manifest_that_claims_more_than_its_graph(tmp_path: Path, change: Change, says: str) -> None:
+    path = exported(tmp_path, opset=23)
+    where = tmp_path / "x.json"
+    manifest = json.loads(where.read_text())
+    change(manifest["targets"])
+    where.write_text(json.dumps(manifest))
+    with pytest.raises(TargetError, match=says) as caught:
+        verify_file(path)
+    assert len(str(caught.value).splitlines()) <= 2
+    ran = neck_export_cli("inspect", path)
+    assert ran.code == 0 and "WRONG: " in ran.out
+
+
+@pytest.mark.usefixtures("quick")
+def test_verify_rechecks_from_the_graph(tmp_path: Path) -> None:
+    path = exported(tmp_path, opset=23)
+    assert "read by TensorRT 10.14 and later" in neck_export_cli("verify", path, "--target", "tensorrt-10.14").out
+    refused = neck_export_cli("verify", path, "--target", "jetpack-6.2")
+    assert refused.code == 1 and "TensorRT 10.3 cannot serve it: it is known to read opset 20" in refused.err
+    # a file of another tool has no manifest: its numbers cannot be compared, who reads it can be told
+    (tmp_path / "x.json").unlink()
+    foreign = neck_export_cli("verify", path)
+    assert foreign.code == 1 and "the manifest is missing" in foreign.err and "read by TensorRT 10.14" in foreign.err
+    assert "cannot serve it" in neck_export_cli("verify", path, "--target", "jetpack-6.2").err
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--target", "tensort-10"], "no such reader; near it"),
+        (["--target", "tensorrt-8.6", "--precision", "bf16"], "not known to be computed by TensorRT 8.6"),
+        (["--target", "tensorrt-8.6", "--opset", "20"], "--opset 20: TensorRT 8.6"),
+        (["--residual", "fp16", "--precision", "bf16"], "--residual fp16: the sums of a bf16 file are bf16"),
+        (["--residual", "fp16"], "--residual fp16: the sums of a fp32 file are fp32"),
+    ],
+)
+def test_bad_options_are_told_before_the_work(tmp_path: Path, arguments: list[str], says: str) -> None:
+    ran = neck_export_cli("onnx", "--checkpoint", "random", *arguments, "--output", tmp_path / "x.onnx")
+    assert ran.code == 1 and says in ran.err and len(ran.err.splitlines()) <= 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_without_types_are_inferred() -> None:
+    model = tiny("float", "none")
+    lower(model, "fp16")
+    complete = graph_needs(model.clone())
+    for node in model.graph:
+        for output in node.outputs:
+            if not output.is_graph_output():
+                output.type = None
+    found: Mapping[tuple[str, str], int] = graph_needs(model).operators
+    assert found == complete.operators
+
+
+def test_what_an_entry_says() -> None:
+    model = tiny("float", "none")
+    lower(model, "fp16", opset=23)
+    entry = targets_entry(graph_needs(model), find_targets("tensorrt-11.4"))
+    assert entry["asked"] == ["tensorrt-11.4"] and "tensorrt-10.14" in entry["from"]
+    with pytest.raises(ExportError):
+        lower(tiny("float", "none"), "fp32", residual="fp16")
+
+
+@pytest.mark.parametrize(("opset", "since"), [(20, "1.18"), (22, "1.21"), (23, "1.24")])
+def test_onnx_runtime_1_23_quantizes_up_to_opset_22(opset: int, since: str) -> None:
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy"]
+    weights = [numpy_helper.from_array(np.float32(1), "s"), numpy_helper.from_array(np.int8(0), "z")]
+    graph = helper.make_graph(nodes, "test", ends[:1], ends[1:], weights)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    needs = graph_needs(ir.from_proto(onnx.shape_inference.infer_shapes(proto)))
+    assert reading_lines(needs)["onnxruntime"] == since
+    refused = why_not(cast(Target, line_of("onnxruntime", "1.23.2")), needs)
+    assert (refused is not None and "QuantizeLinear of opset 23" in refused) is (opset == 23)
