@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.layers.layer_report import read_layers
-
 from benchmarks.errors import BenchError
 from benchmarks.measure.run import Run
 from benchmarks.measure.work_folder import ArtifactCache
 from benchmarks.options import SELECTION, BenchOptions
 from benchmarks.results.result import make_result
 from engines.builder.plan_kind import is_plan
+from engines.layers.layer_report import read_layers
 from export.contract.manifest import ManifestError, check_files, locked, manifest_path, read_manifest
 
 COUNTS = ("images", "objects", "lost", "found")

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
-from export.quantization.select_quantization import manifest_quantization
 
 from engines.bisect_trials import TRIAL, Runner, run_on_gpu, run_simulated
 from engines.builder.onnx_source import plan_source
@@ -28,6 +27,7 @@ from export.graph.trace import BLOCKS, trace
 from export.lowering.attention import spelling_at
 from export.lowering.precision import lower
 from export.quantization.choice import budget_overrides
+from export.quantization.select_quantization import manifest_quantization
 from export.verification.fidelity import Comparison, compare_output, tolerance_for
 from export.verification.verify import Report, reference_pixels
 from export.weights_origin import manifest_encoder

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from export.quantization.select_quantization import QuantizationPlan, QuantizeOptions, all_tolerances
-
 from engines.builder.attention_forms import Built, LoweringOptions, build_forms
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.onnx_source import Source, read_source, select_for_source
@@ -40,6 +38,7 @@ from export.lowering.precision import Precision, Residual, residuals_to_try
 from export.lowering.upsampling import Upsampling
 from export.output_files import NamedPath, calibration_paths, check_paths, encoder_paths
 from export.pipeline import RejectedError
+from export.quantization.select_quantization import QuantizationPlan, QuantizeOptions, all_tolerances
 from export.verification.fidelity import Verdict
 from export.verification.verify import Report, image_count, verify_onnx
 from export.weights_origin import tool_version

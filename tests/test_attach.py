@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from export.quantization.select_quantization import QuantizeOptions
 from exporting import trace_quickly
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from engines.live.not_computed import NotComputed
 from export.contract.manifest import ManifestError
 from export.options import ExportOptions
 from export.pipeline import export_onnx
+from export.quantization.select_quantization import QuantizeOptions
 from export.verification.fidelity import TOLERANCES
 from neck.checkpoint import load_encoder
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines.layers.layer_report import read_layers
 from exporting import checkpoint_of, golden_options, neck_export_cli, plant_in_trunk, save_state, trace_quickly
 from fake_gpu.device import Device
 from fake_gpu.play import play, put_smi
@@ -26,6 +25,7 @@ from test_session import build_convolution, convolution
 
 import engines.bisect
 from engines.builder.flavor import choose_flavor
+from engines.layers.layer_report import read_layers
 from engines.run.open_plan import open_plan
 from engines.run.plan_checks import SessionError
 from engines.run.profiling import LAYER_RUNS, LAYER_WARM_UP_RUNS

@@ -8,10 +8,10 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 from conftest import load_golden, traced
-from engines.layers.layer_report import LayerReport
-from engines.layers.read_layers import LayerReportError, layers_from_inspector, read_accumulations
 
 from engines.builder.flavor import Flavor
+from engines.layers.layer_report import LayerReport
+from engines.layers.read_layers import LayerReportError, layers_from_inspector, read_accumulations
 from export.lowering.precision import lower
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 from conftest import load_golden, traced
+
 from engines.layers.layer_report import GPUS, Kernel, LayerReport, Tensor
 from engines.layers.read_layers import LayerReportError, layers_from_log, read_accumulations
-
 from export.graph.rewrite import Rewrites
 from export.lowering.attention import AttentionForm
 from export.lowering.precision import Precision, lower

@@ -15,7 +15,6 @@ import onnx_ir as ir
 import pytest
 import torch
 from conftest import GOLDEN_CASES, NEWEST_OPSET, load_golden, tiny_config, worst_error
-from export.quantization.select_quantization import QuantizeOptions
 from exporting import trace_quickly
 from oracle import Array, Facts, encode
 
@@ -27,6 +26,7 @@ from export.graph.cleanup import MODULE
 from export.graph.rewrite import Rewrites
 from export.options import ExportOptions, load, sign
 from export.pipeline import RejectedError, export_onnx
+from export.quantization.select_quantization import QuantizeOptions
 from export.verification.fidelity import Comparison
 from export.verification.verify import reference_pixels
 from neck.config import EncoderConfig

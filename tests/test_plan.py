@@ -13,13 +13,13 @@ import onnx
 import pytest
 import torch
 from conftest import DATA
-from engines.layers.layer_report import layers_path, read_layers
 from exporting import plant_in_trunk, save_state
 from typer.testing import CliRunner
 
 from engines.builder.onnx_graph import BuildError
 from engines.builder.onnx_source import newest_onnx
 from engines.builder.options import BuildOptions
+from engines.layers.layer_report import layers_path, read_layers
 from engines.plan import PlanOptions, make_plan
 from engines.run.verify import NO_GPU
 from export.contract.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from engines.layers.layer_report import LayerReport, layers_path
 from exporting import DATA, listing, neck_export_cli
 
 from benchmarks.bench import BenchOptions, check_options
@@ -15,6 +14,7 @@ from engines.builder.flavor import Flavor, FlavorError
 from engines.builder.onnx_graph import BuildError
 from engines.builder.onnx_source import read_source
 from engines.builder.plan_kind import is_plan, strip_header
+from engines.layers.layer_report import LayerReport, layers_path
 from export.contract.manifest import manifest_path, write_manifest
 
 PLANS = {"TensorRT": b"ftrt", "TensorRT-RTX": b"vtrt"}

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines.layers.layer_report import Kernel, LayerReport, Tensor
 from test_session import L4, build_convolution, fake, write_plan
 
 from engines.builder.flavor import Flavor, choose_flavor
+from engines.layers.layer_report import Kernel, LayerReport, Tensor
 from engines.run.latency import (
     STATE,
     WARM_UP_RUNS,

@@ -14,7 +14,6 @@ import onnx_ir as ir
 import pytest
 import torch
 from conftest import load_golden, traced
-from export.quantization.select_quantization import quantization_of
 from exporting import trace_quickly
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
@@ -48,6 +47,7 @@ from export.quantization.calibration import (
     save_calibration,
 )
 from export.quantization.ranges import choose_range, clipping_note, pack_move, unpack_move
+from export.quantization.select_quantization import quantization_of
 from export.verification.rounding_simulation import simulate, spell_out_quantize
 from export.verification.target_check import graph_needs, reading_lines
 from export.verification.verify import reference_outputs, reference_pixels, run_model

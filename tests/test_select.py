@@ -14,7 +14,6 @@ import onnx_ir as ir
 import pytest
 import torch
 from conftest import load_golden, tiny_config, traced
-from export.quantization.select_quantization import QuantizationPlan, QuantizeOptions, record_path, select_quantization
 from exporting import golden_options, neck_export_cli, trace_quickly
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,6 +29,7 @@ from export.lowering.relower import relower
 from export.options import check_options
 from export.pipeline import RejectedError, export_onnx, verify_file
 from export.quantization.calibration import METADATA, CalibrationError, calibrate, read_calibration, save_calibration
+from export.quantization.select_quantization import QuantizationPlan, QuantizeOptions, record_path, select_quantization
 from export.verification.fidelity import TOLERANCES
 from export.verification.verify import References, reference_pixels
 from neck.checkpoint import random_encoder

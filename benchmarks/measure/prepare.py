@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from export.quantization.select_quantization import QuantizeOptions
 
 from benchmarks.measure.backends import RunRequest
 from benchmarks.measure.work_folder import Prepared, about_file, seconds_path
@@ -20,6 +19,7 @@ from export.lowering.quantize import CODES
 from export.options import ExportOptions, load, sign
 from export.pipeline import export_onnx, write_onnx
 from export.quantization.calibration import FEWEST
+from export.quantization.select_quantization import QuantizeOptions
 from export.verification.verify import reference_pixels
 from export.weights_origin import encoder_config
 from neck.checkpoint import save_meta_checkpoint

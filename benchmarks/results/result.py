@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engines.layers.layer_report import read_layers
 
 from benchmarks.errors import BenchError
 from benchmarks.measure.backends import REFERENCE, Backend
@@ -34,6 +33,7 @@ from benchmarks.results.rows import (
     work_of,
 )
 from benchmarks.roofline import total_bytes, total_operations
+from engines.layers.layer_report import read_layers
 from neck.images import ImageFolder, find_images, read_image
 
 SHIPPED = "astronaut.jpg (NASA)"

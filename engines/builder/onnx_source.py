@@ -9,12 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
-from export.quantization.select_quantization import (
-    QuantizationPlan,
-    QuantizeOptions,
-    check_quantize,
-    select_quantization,
-)
 
 from engines.builder.onnx_graph import BuildError, whole_file
 from engines.builder.plan_kind import is_plan
@@ -26,6 +20,12 @@ from export.graph.cleanup import MODULE
 from export.lowering.precision import Precision, kept_products, lower
 from export.lowering.quantize import CODES
 from export.options import NUMPY_NAMES
+from export.quantization.select_quantization import (
+    QuantizationPlan,
+    QuantizeOptions,
+    check_quantize,
+    select_quantization,
+)
 from export.verification.verify import References, Report
 from export.weights_origin import manifest_encoder, manifest_signature
 from neck.images import ImageFolder

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from export.quantization.select_quantization import manifest_tolerances
 
 from engines.builder.flavor import Flavor, FlavorError
 from engines.run.open_plan import open_plan
@@ -18,6 +17,7 @@ from export.contract.manifest import manifest_path, read_manifest, record_in_man
 from export.contract.signature import BatchRange, Signature
 from export.output_files import NamedPath, check_paths, encoder_paths
 from export.pipeline import RejectedError
+from export.quantization.select_quantization import manifest_tolerances
 from export.verification.fidelity import Verdict, check_overrides, compare
 from export.verification.reference import check_reference, write_reference
 from export.verification.verify import Reference, Report, image_count, make_reference
