@@ -17,7 +17,7 @@ FLOORS = ("neck", "export", "engines", "benchmarks", "neck_export")
 
 STAIRS = {
     "neck": ("weights",),
-    "export": ("contract", "graph", "lowering", "proof", "quantization"),
+    "export": ("contract", "graph", "lowering", "verification", "quantization"),
     "engines": ("layers", "builder", "run", "live", "service"),
     "benchmarks": ("measure", "results", "report", "masks", "gpu"),
 }

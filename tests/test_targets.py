@@ -1,4 +1,4 @@
-"""Who reads a file: the table, the file that is written for a reader, and what is claimed of one."""
+"""Who reads a file: the table, the file that is written for a target, and what is claimed of one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ FORMS: list[tuple[Precision, str]] = [
     ("fp16", "tensorrt-11.4"),
     ("bf16", "tensorrt-rtx"),
 ]
-"""Every file that the table can ask for, but for opset 19, each by a reader that asks for it."""
+"""Every file that the table can ask for, but for opset 19, each by a target that asks for it."""
 
 Dict = dict[str, Any]
 
@@ -75,7 +75,7 @@ def written_for(targets: str, precision: Precision, model: ir.Model) -> ir.Model
 
 
 def beyond(target: Target, model: ir.Model) -> set[str]:
-    """What of a file the table does not give a reader; written anew here, from the file's own protobuf."""
+    """What of a file the table does not give a target; written anew here, from the file's own protobuf."""
     proto = ir.to_proto(model)
     opset = {entry.domain: entry.version for entry in proto.opset_import}[""]
     names = {onnx.TensorProto.DataType.Name(number) for number in range(1, 20)}
@@ -97,7 +97,7 @@ def test_every_reader_gets_what_it_reads(kind: str, positions: str, precision: P
         name = target.full_name
         try:
             form = resolve_target([target], precision)
-            if form not in written:  # readers share most of the forms
+            if form not in written:  # targets share most of the forms
                 written[form] = written_for(name, precision, tiny(kind, positions))
         except TargetError as error:
             refused.append(target)
@@ -195,7 +195,7 @@ def test_a_graph_that_nobody_reads() -> None:
     refused = {**needs.operators, ("Attention", "FLOAT"): 1}  # by TensorRT; the others do not compute FP8
     versions = {**needs.versions, "Attention": 23}
     fp8 = dataclasses.replace(needs, operators=refused, versions=versions, types=needs.types | {FP8})
-    assert read_by(fp8) == "read by no reader in the table"
+    assert read_by(fp8) == "read by no target in the table"
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_graph_that_nobody_reads() -> None:
     ],
 )
 def test_what_the_table_does_not_know_is_unknown(change: Callable[[Needs], Dict], named: str) -> None:
-    """Never `no reader`; a file that holds it is not claimed for any reader either."""
+    """Never `no target`; a file that holds it is not claimed for any target either."""
     model = tiny("float", "none")
     lower(model, "fp16")
     needs = graph_needs(model)
@@ -325,11 +325,11 @@ def test_names(names: str, expected: list[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("tensort-10.3", r"'tensort-10\.3': no such reader; near it: tensorrt-10\.\d"),
+        ("tensort-10.3", r"'tensort-10\.3': no such target; near it: tensorrt-10\.\d"),
         ("jetpack-6", "near it: .*jetpack-6"),
         ("triton-25.13", r"near it: .*triton-25\.1"),
         ("", "''"),
-        ("nonsense", "no such reader; near it: "),
+        ("nonsense", "no such target; near it: "),
         ("tensorrt", r"its version is missing, as in tensorrt-11\.4; known are 8\.6 to 11\.4"),
         ("onnxruntime-gpu", r"as in onnxruntime-gpu-1\.32; known are 1\.18 to 1\.32"),
         ("tensorrt-", "its version is missing"),
@@ -510,7 +510,7 @@ def test_verify_rechecks_from_the_graph(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--target", "tensort-10"], "no such reader; near it"),
+        (["--target", "tensort-10"], "no such target; near it"),
         (["--target", "tensorrt-8.6", "--precision", "bf16"], "not known to be computed by TensorRT 8.6"),
         (["--target", "tensorrt-8.6", "--opset", "20"], "--opset 20: TensorRT 8.6"),
         (["--residual", "fp16", "--precision", "bf16"], "--residual fp16: the sums of a bf16 file are bf16"),

@@ -108,7 +108,7 @@ class Key:
 
 
 def call(made_by: object, args: object) -> object:
-    """What takes the place of a call: a record of a tensor, a plain container, or a stand-in."""
+    """What takes the place of a call: a record of a tensor, a plain container, or an opaque object."""
     if not isinstance(made_by, Name | OpaqueObject) or not isinstance(args, tuple):
         raise PickleError(f"its pickle calls a {type(made_by).__name__}")
     maker = MAKERS.get((made_by.module, made_by.name)) if isinstance(made_by, Name) else None
@@ -193,4 +193,4 @@ MAKERS: dict[tuple[str, str], Callable[..., object]] = {
     ("builtins", "frozenset"): _first,
     ("__builtin__", "set"): _first,
 }
-"""The whole list of what a call in a pickle may become besides a stand-in, all of it written above."""
+"""The whole list of what a call in a pickle may become besides an opaque object, all of it written above."""
