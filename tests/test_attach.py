@@ -806,7 +806,11 @@ def test_what_the_module_takes_around_its_session_is_told(
     (snippet,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
     (tmp_path / "build").symlink_to(file.parent)
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet.replace("sam3-encoder", "x").replace("1008", str(SIZE)), "attach.md", "exec"), {})
+    snippet = snippet.replace("sam3-encoder", "x").replace("1008", str(SIZE))
+    assert (
+        "print_stats(3)" in snippet
+    )  # of an encoder this small, any call may be among the three slowest: print them all
+    exec(compile(snippet.replace("print_stats(3)", "print_stats()"), "attach.md", "exec"), {})
     assert "run_with_iobinding" in capsys.readouterr().out
 
 
