@@ -6,8 +6,8 @@ keeps its arguments and state, and a tensor a `TensorRecord` that says where its
 
 Why not torch's weights_only unpickler with opaque objects on its list of safe globals: it calls what is on that list,
 makes tensors and buffers of any claimed size while it reads, knows protocol 2 only, and its list is the process's. Why
-not pickle.Unpickler with a find_class of our own: its C code hashes every key (a tuple of itself twice, sixty deep, never
-ends), resizes its memo to any index, and gives no place to count. So too nothing here copies what the memo can hold:
+not pickle.Unpickler with a find_class of our own: its C code hashes every key (a tuple of itself twice, sixty deep,
+never ends), resizes its memo to any index, and gives no place to count. So too nothing here copies what the memo can hold:
 a list that is copied by every operation that names it is a file of quadratic cost.
 """
 
