@@ -1,14 +1,14 @@
 """Reads a pickle as data: nothing that it names is looked up, imported or called.
 
-`pickletools.genops` of the standard library splits a pickle of any protocol into operations; the machine below carries
-them out on plain containers. What a pickle names becomes a `Name`, what it would make of it an `OpaqueObject` that
-keeps its arguments and state, and a tensor a `TensorRecord` that says where its numbers lie.
+`pickletools.genops` of the standard library splits a pickle of any protocol into operations; the machine below
+carries them out on plain containers. What a pickle names becomes a `Name`, what it would make of it an `OpaqueObject`
+that keeps its arguments and state, and a tensor a `TensorRecord` that says where its numbers lie.
 
 Why not torch's weights_only unpickler with opaque objects on its list of safe globals: it calls what is on that list,
-makes tensors and buffers of any claimed size while it reads, knows protocol 2 only, and its list is the process's. Why
-not pickle.Unpickler with a find_class of our own: its C code hashes every key (a tuple of itself twice, sixty deep,
-never ends), resizes its memo to any index, and gives no place to count. So too nothing here copies what the memo can hold:
-a list that is copied by every operation that names it is a file of quadratic cost.
+makes tensors and buffers of any claimed size while it reads, knows protocol 2 only, and its list is the process's.
+Why not pickle.Unpickler with a find_class of our own: its C code hashes every key (a tuple of itself twice, sixty
+deep, never ends), resizes its memo to any index, and gives no place to count. So too nothing here copies what the
+memo can hold: a list that is copied by every operation that names it is a file of quadratic cost.
 """
 
 from __future__ import annotations
