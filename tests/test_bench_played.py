@@ -128,7 +128,7 @@ def test_quantized_plans_have_rows_and_say_what_they_err(bench: Any, tmp_path: P
     fp8, int8 = "tensorrt-rewritten-fp8", "tensorrt-rewritten-int8"
     rows = bench(fp8, int8, images=tmp_path / "images")
     made = json.loads(next((tmp_path / "report").rglob("rewritten-int8-*/encoder.json")).read_text())
-    assert made["quantization"]["images"] == 8
+    assert made["quantization"]["image_count"] == 8
     assert [row["reason"] for row in rows.values()] == [None] * 3
     worst = {name: max(error["relative_l2"] for error in rows[name]["errors"]) for name in (fp8, int8)}
     assert rows[fp8]["label"] == "TensorRT, rewritten, FP8, all products" and rows[fp8]["precision"] == "fp8"
