@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from export.contract.options import (
+    ADAPTER,
+    ADAPTER_ALPHA,
+    CHECKPOINT,
+    CONFIG,
+    FILES,
+    IMAGE_SIZE,
+    IMAGES,
+    LEVELS,
+    NECKS,
+    PREFIX,
+    SAM2_OUTPUTS,
+    STATE,
+    TENSORS,
+)
 from export.contract.signature import Positions, Sam2Outputs
 from neck.config import EncoderConfig
+from neck.option import Option
 
 if TYPE_CHECKING:
     from neck.images import ImageFolder  # it imports torch, which a worker of another runtime must not hold
+
+MEASURED, REPORT = "Measurement", "Report"
+LEAST_1 = {"min": 1}
 
 SIZES, BATCHES = (336, 672, 1008, 1344), (1, 2, 4, 8)
 """The sweeps."""
@@ -22,59 +41,98 @@ SELECTION = ("state", "prefix", "adapter", "adapter_alpha")
 
 @dataclasses.dataclass(frozen=True)
 class BenchOptions:
-    """What to measure; the command line's options, whose help says more.
+    """What to measure; the help of the options says what they are.
 
     Attributes:
-        output: the folder; what a rerun goes on from lies in OUTPUT/work.
+        output: what a rerun goes on from lies in OUTPUT/work.
         quick: few backends, no sweeps, on a CPU at 24 patches a side (336 px): the whole encoder in under 3 minutes.
-        checkpoint, state, prefix, adapter, adapter_alpha, config, seed: the encoder.
         image_size, batch, necks, levels, positions, sam2_outputs: its main point.
-        images: a folder of images; without one the shipped image.
-        device: where; `auto` is the GPU where there is one.
-        backends: ids of those to measure; all, where none is named. The reference is always there.
+        images: without a folder the packaged image.
+        backends: all, where none is named. The reference is always there.
         rounds, runs, warm_up: how often; None is the device's default.
         sweep: whether to sweep `sizes` and `batches`.
         minutes: after so long nothing is begun and what is at work is ended; its row says so, and a rerun goes on.
         swept: ids of what the sweeps measure; by default those of `backends.SWEPT`.
         timeout_s: how long a backend may take for one load or one round.
-        fresh: forget the samples of an earlier run of the same benchmark.
-        plan: a plan whose layer report goes into the report.
-        masks: files that `neck-export masks` judged, whose verdicts go into the report.
-        export: also measure the exporter itself (benchmarks/export.py); some minutes, at full size.
         command: what the result says it was made by; by default this process's command line.
     """
 
-    output: Path
-    quick: bool = False
-    checkpoint: Path | None = None
-    state: str | None = None
-    prefix: str | None = None
-    adapter: Path | None = None
-    adapter_alpha: float | None = None
-    config: EncoderConfig | None = None
+    output: Annotated[Path, Option("Write report.json, report.md and report.html to this folder.", FILES)] = Path(
+        "report"
+    )
+    quick: Annotated[
+        bool, Option("Measure a small size in few rounds, without sweeps: it takes minutes.", MEASURED, "--quick")
+    ] = False
+    checkpoint: Annotated[Path | None, CHECKPOINT] = None
+    adapter: Annotated[Path | None, ADAPTER] = None
+    adapter_alpha: Annotated[float | None, ADAPTER_ALPHA] = None
+    state: Annotated[str | None, STATE] = None
+    prefix: Annotated[str | None, PREFIX] = None
+    config: Annotated[EncoderConfig | None, CONFIG] = None
     seed: int = 0
-    image_size: int | tuple[int, int] | None = None
-    batch: int = 1
-    necks: str = "auto"
-    levels: str = "all"
-    positions: Positions = "graph"
-    sam2_outputs: Sam2Outputs = "features"
-    images: Path | ImageFolder | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    backends: tuple[str, ...] = ()
-    rounds: int | None = None
+    image_size: Annotated[int | tuple[int, int] | None, IMAGE_SIZE] = None
+    batch: Annotated[int, Option("Set the batch size: images per run.", TENSORS, settings=LEAST_1)] = 1
+    necks: Annotated[str, NECKS] = "auto"
+    levels: Annotated[str, LEVELS] = "all"
+    positions: Annotated[
+        Positions,
+        Option(
+            "Return the position encodings as outputs (graph), or not at all (none).",
+            TENSORS,
+            read=Literal["graph", "none"],
+            default="graph",
+        ),
+    ] = "graph"
+    sam2_outputs: Annotated[Sam2Outputs, SAM2_OUTPUTS] = "features"
+    images: Annotated[
+        Path | ImageFolder | None,
+        IMAGES.but(help="Compare the outputs on the images of this folder. [default: the packaged image]"),
+    ] = None
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Option("Measure on this device. [auto: the GPU if there is one, else the CPU]", MEASURED),
+    ] = "auto"
+    backends: Annotated[
+        tuple[str, ...],
+        Option(
+            "Measure this backend; repeatable, e.g. onnxruntime-fp32; report.md lists the names. [default: all]",
+            MEASURED,
+            name="backend",
+        ),
+    ] = ()
+    rounds: Annotated[
+        int | None,
+        Option(
+            "Give every backend its turn this many times. [default: 5 on a CPU, 10 on a GPU; 3 and 5 with --quick]",
+            MEASURED,
+            settings=LEAST_1,
+        ),
+    ] = None
     runs: int | None = None
     warm_up: int | None = None
-    sweep: bool = True
+    sweep: Annotated[
+        bool, Option("Measure image sizes from 336 to 1344 pixels and batch sizes from 1 to 8, too.", MEASURED)
+    ] = True
     sizes: tuple[int, ...] = SIZES
     batches: tuple[int, ...] = BATCHES
-    minutes: float | None = None
+    minutes: Annotated[
+        float | None,
+        Option("Stop after this many minutes, e.g. 30; the same command continues later. [default: never]", MEASURED),
+    ] = None
     swept: tuple[str, ...] = ()
     timeout_s: float = 1200.0
-    fresh: bool = False
-    plan: Path | None = None
-    masks: tuple[Path, ...] = ()
-    export: bool = False
+    fresh: Annotated[bool, Option("Discard what an interrupted run measured, and start anew.", MEASURED, "--fresh")] = (
+        False
+    )
+    plan: Annotated[
+        Path | None,
+        Option("Add the kernels of this plan to the report, e.g. build/sam3-encoder.plan. [default: none]", REPORT),
+    ] = None
+    masks: Annotated[
+        tuple[Path, ...],
+        Option("Add the `neck-export masks` verdict on this file to the report; repeatable. [default: none]", REPORT),
+    ] = ()
+    export: Annotated[bool, Option("Add what an export costs at full size to the report.", REPORT, "--export")] = False
     command: str = ""
 
     @property

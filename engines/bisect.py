@@ -19,10 +19,10 @@ from engines.builder.plan_kind import is_plan
 from export.contract.export_command import REPLACED_FORMS, export_command
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest, workspace
 from export.contract.onnx_file import OnnxFile, check_path
+from export.contract.options import Rewrites
 from export.contract.signature import Signature
 from export.graph.cleanup import MODULE
 from export.graph.deployed_module import DeployEncoder
-from export.graph.rewrite import Rewrites
 from export.graph.trace import BLOCKS, trace
 from export.lowering.attention import spelling_at
 from export.lowering.precision import lower

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from engines.builder.options import BuildOptions
-from engines.plan import PlanOptions, make_plan
+from engines.builder.options import BuildOptions, PlanOptions
+from engines.plan import make_plan
 from engines.run.open_plan import open_plan
 from export.contract.signature import BatchRange
 from export.verification.rounding_simulation import is_low_precision, simulate

@@ -7,14 +7,13 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from engines.builder.attention_forms import Built, LoweringOptions, build_forms
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.onnx_source import Source, read_source, select_for_source
-from engines.builder.options import DEFAULT_BATCH, BuildOptions
+from engines.builder.options import DEFAULT_BATCH, BuildOptions, PlanOptions
 from engines.builder.plan_stream import disk_errors
 from engines.builder.timing_cache import replayed_hash, timing_cache_path
 from engines.layers.layer_report import LayerReport, layers_path, read_layers
@@ -32,51 +31,15 @@ from export.contract.manifest import (
     write_manifest,
 )
 from export.contract.onnx_file import OnnxFile, check_path
+from export.contract.options import Precision, Residual
 from export.contract.signature import BatchRange
-from export.lowering.attention import AttentionForm, Spelling
-from export.lowering.precision import Precision, Residual, residuals_to_try
-from export.lowering.upsampling import Upsampling
+from export.lowering.precision import residuals_to_try
 from export.output_files import NamedPath, calibration_paths, check_paths, encoder_paths
 from export.pipeline import RejectedError
-from export.quantization.select_quantization import QuantizationPlan, QuantizeOptions, all_tolerances
+from export.quantization.select_quantization import QuantizationPlan, all_tolerances
 from export.verification.fidelity import Verdict
 from export.verification.verify import Report, image_count, verify_onnx
 from export.weights_origin import tool_version
-from neck.images import ImageFolder
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanOptions:
-    """What to build; the command line's options, whose help says more.
-
-    Attributes:
-        onnx, output: the ONNX file, and the plan to write.
-        precision: what the plan computes in; None is the file's.
-        attention: form of attention; `auto` is the first of the file's and the later ones that TensorRT takes.
-        spelling: how fp32acc is written; None is what this TensorRT prefers, then what else it takes.
-        upsampling, keep_fp32, residual, quantize: how an FP32 file is lowered; `auto` residuals: FP16, if need be FP32.
-        build: the builder's options; its precision and batch are taken from the file.
-        verify: whether to compare the plan with PyTorch before it gets its name.
-        checkpoint, adapter: the weights that the file was exported from, and what was merged into them, where they are
-            no longer where its manifest says.
-    """
-
-    onnx: Path
-    output: Path
-    precision: Precision | None = None
-    flavor: Literal["auto", "tensorrt", "rtx"] = "auto"
-    attention: AttentionForm = "auto"
-    spelling: Spelling | None = None
-    upsampling: Upsampling = "auto"
-    keep_fp32: tuple[str, ...] = ()
-    residual: Residual = "auto"
-    quantize: QuantizeOptions = dataclasses.field(default_factory=QuantizeOptions)
-    build: BuildOptions = dataclasses.field(default_factory=BuildOptions)
-    verify: bool = True
-    images: Path | ImageFolder | None = None
-    tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    checkpoint: Path | None = None
-    adapter: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)

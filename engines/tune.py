@@ -15,14 +15,14 @@ import torch
 
 from engines.builder.flavor import FlavorError, choose_flavor
 from engines.builder.onnx_graph import BuildError
+from engines.builder.options import PlanOptions
 from engines.builder.plan_stream import disk_errors
 from engines.layers.layer_report import read_layers
-from engines.plan import BuildRequest, PlanOptions, PlanResult, Prepared, make_plan, prepare, publish_plan, read_onnx
+from engines.plan import BuildRequest, PlanResult, Prepared, make_plan, prepare, publish_plan, read_onnx
 from engines.run.plan_checks import SessionError
 from engines.run.timing import median_ms
 from export.contract.manifest import ManifestError, check_files, manifest_path, parse_json, read_manifest, to_json
-from export.lowering.attention import AttentionForm, Spelling
-from export.lowering.upsampling import Upsampling
+from export.contract.options import AttentionForm, Spelling, Upsampling
 from export.pipeline import RejectedError
 from export.verification.verify import Report
 from neck.progress import counted

@@ -11,10 +11,10 @@ from typing import Any
 import onnx_ir as ir
 
 from export.contract.manifest import seen
+from export.contract.options import ExportOptions
 from export.contract.signature import Signature
 from export.contract.targets import Target
 from export.lowering.resolve_target import Form
-from export.options import ExportOptions
 from export.verification.fidelity import Verdict
 from export.verification.target_check import Needs, targets_entry
 from export.weights_origin import encoder_config, package_versions, tool_version

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from export.contract.errors import ExportError
+from export.contract.options import ExportOptions
 from export.contract.signature import (
-    BatchRange,
-    InputKind,
-    Positions,
-    Sam2Outputs,
     Signature,
     check_levels,
     choose_necks,
     encoder_signature,
 )
 from export.contract.targets import find_targets
-from export.graph.rewrite import Rewrites
-from export.lowering.attention import AttentionForm
-from export.lowering.precision import OPSETS, OutputPrecision, Precision, Residual, check_residual
+from export.lowering.precision import OPSETS, check_residual
 from export.lowering.quantize import CODES
 from export.lowering.resolve_target import Form, resolve_target
-from export.lowering.upsampling import Upsampling
 from export.output_files import (
     check_paths,
     check_targets,
@@ -32,67 +24,16 @@ from export.output_files import (
     export_paths,
     weights_paths,
 )
-from export.quantization.select_quantization import QuantizeOptions, check_quantize
+from export.quantization.select_quantization import check_quantize
 from export.verification.verify import require_runtime
 from export.weights_origin import encoder_config
 from neck.config import EncoderConfig, check_image_size
 from neck.images import ImageFolder, find_images
 from neck.necks import Sam3DualViTDetNeck
-from neck.source import EncoderSource, Loaded
+from neck.source import Loaded
 from neck.weights.adapters import adapter_files
 
 NUMPY_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float16", "int8": "float16"}
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportOptions:
-    """What to export; the command line's options, whose help says more.
-
-    Attributes:
-        checkpoint, state, prefix, adapter, adapter_alpha, config, seed: the encoder; see `source`.
-        necks: `auto` is sam3, or what is there where sam3 is not.
-        sam2_outputs: `head` gives levels 0 and 1 of the sam2 neck as SAM 2's mask decoder reads them.
-        image_size: (height, width) in pixels, or None for the config's.
-        residual: type of the blocks' residual sums; `auto` is the precision's, and FP32 where verification fails.
-        quantize: what of an fp8 or int8 file is quantized, and how.
-        targets: who shall read the file, names with commas; empty leaves the form to `attention` and `opset`.
-        verify: whether to compare the file with PyTorch before it gets its name.
-    """
-
-    output: Path
-    checkpoint: Path | None = None
-    state: str | None = None
-    prefix: str | None = None
-    config: EncoderConfig | None = None
-    adapter: Path | None = None
-    adapter_alpha: float | None = None
-    seed: int = 0
-    image_size: int | tuple[int, int] | None = None
-    batch: BatchRange = dataclasses.field(default_factory=BatchRange)
-    necks: str = "auto"
-    levels: str = "all"
-    positions: Positions = "graph"
-    sam2_outputs: Sam2Outputs = "features"
-    input_kind: InputKind = "float"
-    precision: Precision = "fp32"
-    attention: AttentionForm = "auto"
-    upsampling: Upsampling = "auto"
-    keep_fp32: tuple[str, ...] = ()
-    output_precision: OutputPrecision | None = None
-    opset: int | None = None
-    residual: Residual = "auto"
-    quantize: QuantizeOptions = dataclasses.field(default_factory=QuantizeOptions)
-    targets: str = ""
-    rewrites: Rewrites = dataclasses.field(default_factory=Rewrites)
-    verify: bool = True
-    images: Path | ImageFolder | None = None
-    tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def source(self) -> EncoderSource:
-        """The encoder's weights and, where these do not tell it, its architecture."""
-        adapter = (self.adapter, self.adapter_alpha)
-        return EncoderSource(self.checkpoint, self.seed, self.state, self.prefix, *adapter, self.config)
 
 
 def check_options(options: ExportOptions) -> Form:
@@ -139,7 +80,7 @@ def _check_choices(options: ExportOptions) -> None:
     Raises:
         ExportError: naming the field and its values.
     """
-    for name, hint in get_type_hints(ExportOptions).items():
+    for name, hint in get_type_hints(ExportOptions, localns={"ImageFolder": ImageFolder}).items():
         parts = (hint, *get_args(hint))
         choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
         value = getattr(options, name)

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from export.contract.errors import ExportError
 from export.contract.manifest import data_path, manifest_path
 from export.contract.onnx_file import check_path
+from export.contract.options import Precision
 from export.contract.signature import Signature
 from export.contract.sizes import size_text
-from export.lowering.precision import TORCH_TYPES, TYPES, Precision
+from export.lowering.precision import TORCH_TYPES, TYPES
 from export.lowering.quantize import CODES
 from export.quantization.select_quantization import record_path
 from export.verification.verify import positions_path

@@ -28,16 +28,16 @@ from export.contract.manifest import (
     write_manifest,
 )
 from export.contract.onnx_file import OnnxFile, check_path
+from export.contract.options import ExportOptions, Precision, Rewrites
 from export.contract.signature import Signature
 from export.contract.targets import find_targets
 from export.graph.deployed_module import DeployEncoder
-from export.graph.rewrite import Rewrites
 from export.graph.trace import trace
 from export.inspect import quantized_products
-from export.lowering.precision import Precision, kept_products, lower, residual_type, residuals_to_try
+from export.lowering.precision import kept_products, lower, residual_type, residuals_to_try
 from export.lowering.quantize import CODES
 from export.manifest_values import export_facts, graph_facts, verification
-from export.options import NUMPY_NAMES, ExportOptions, check_options, load, lowering, sign
+from export.options import NUMPY_NAMES, check_options, load, lowering, sign
 from export.output_files import NamedPath, check_paths, check_room, disk_errors, encoder_paths, target_files
 from export.quantization.select_quantization import budget_tolerances, manifest_tolerances, select_quantization
 from export.verification.fidelity import Verdict, check_overrides

@@ -11,8 +11,9 @@ from typing import Any
 
 from export.contract.errors import ExportError
 from export.contract.manifest import ManifestError, file_entry, sha256
+from export.contract.options import Precision
 from export.contract.signature import Signature
-from export.lowering.precision import TYPES, Precision
+from export.lowering.precision import TYPES
 from neck.checkpoint import CheckpointError
 from neck.config import ConfigError, EncoderConfig
 from neck.necks import Sam3DualViTDetNeck

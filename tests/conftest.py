@@ -29,10 +29,10 @@ import benchmarks.measure.worker_process
 import export.graph.trace
 from engines.builder.flavor import Flavor, FlavorError, choose_flavor
 from engines.builder.gpu import find_gpu
+from export.contract.options import Rewrites
 from export.contract.signature import BatchRange, Signature, encoder_signature
 from export.contract.targets import version_numbers
 from export.graph.deployed_module import DeployEncoder
-from export.graph.rewrite import Rewrites
 from export.verification.rounding_simulation import AS_WRITTEN
 from neck.checkpoint import load_encoder, random_encoder
 from neck.config import EncoderConfig

@@ -24,9 +24,9 @@ import neck_export
 from benchmarks.measure.backends import RunRequest, backends_for
 from benchmarks.measure.torch_runner import make_module
 from benchmarks.measure.work_folder import Prepared
+from export.contract.options import ExportOptions
 from export.graph.deployed_module import DeployEncoder
 from export.graph.trace import trace
-from export.options import ExportOptions
 from neck.config import EncoderConfig
 
 ROOT = Path(__file__).parent.parent

@@ -23,9 +23,8 @@ from torch import Tensor, library
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.masks.checkpoint_models import load_checkpoint_segmenter
-from benchmarks.masks.compare import MasksOptions, compare_masks
-from benchmarks.masks.objects import MasksError
-from benchmarks.masks.transformers_models import Prompts
+from benchmarks.masks.compare import compare_masks
+from benchmarks.masks.options import MasksError, MasksOptions, Prompts
 from engines.attach import attach, detach
 
 SIZE = 112

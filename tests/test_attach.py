@@ -27,9 +27,8 @@ from engines.live.file_runtimes import RuntimeFileError
 from engines.live.locate_encoder import find_encoder
 from engines.live.not_computed import NotComputed
 from export.contract.manifest import ManifestError
-from export.options import ExportOptions
+from export.contract.options import ExportOptions, QuantizeOptions
 from export.pipeline import export_onnx
-from export.quantization.select_quantization import QuantizeOptions
 from export.verification.fidelity import TOLERANCES
 from neck.checkpoint import load_encoder
 

@@ -41,9 +41,8 @@ from benchmarks.measure.worker import OUT_OF_MEMORY, peak_bytes
 from benchmarks.measure.worker_process import ROOT, Worker, WorkerError
 from benchmarks.options import BenchOptions
 from benchmarks.results.result import plan_kernels
+from export.contract.options import ExportOptions, Rewrites
 from export.contract.signature import encoder_signature
-from export.graph.rewrite import Rewrites
-from export.options import ExportOptions
 from export.pipeline import export_onnx
 from export.verification.fidelity import compare
 from neck.checkpoint import save_meta_checkpoint

@@ -38,7 +38,8 @@ from torch import Tensor
 
 import export.pipeline
 from engines.bisect import bisect
-from engines.plan import PlanOptions, make_plan
+from engines.builder.options import PlanOptions
+from engines.plan import make_plan
 from export.contract.errors import ExportError
 from export.graph.deployed_module import DeployEncoder
 from export.inspect import inspect_onnx

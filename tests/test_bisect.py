@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 from engines.bisect import BisectError, bisect, finding_lines
 from engines.bisect_trials import run_simulated
 from engines.builder.flavor import Flavor
-from engines.plan import PlanOptions, make_plan
+from engines.builder.options import PlanOptions
+from engines.plan import make_plan
 from export.contract.manifest import manifest_path
-from export.pipeline import ExportOptions, export_onnx
+from export.contract.options import ExportOptions
+from export.pipeline import export_onnx
 from neck.config import EncoderConfig
 from neck_export import app
 

@@ -26,9 +26,9 @@ from engines.builder.build import BuildResult, build_plan
 from engines.builder.flavor import Flavor, FlavorError, choose_flavor
 from engines.builder.onnx_graph import BuildError, RefusedError, read_graph
 from engines.builder.options import BuildOptions
+from export.contract.options import AttentionForm, Precision
 from export.contract.signature import BatchRange, TensorSpec
-from export.lowering.attention import AttentionForm
-from export.lowering.precision import Precision, lower
+from export.lowering.precision import lower
 from neck.progress import Count
 
 ROOT = Path(__file__).parent.parent
@@ -527,9 +527,9 @@ def test_operations_are_counted(save: Save) -> None:
 @pytest.mark.parametrize("target", CAPABILITIES)
 def test_full_size(save: Save, tmp_path: Path, target: str) -> None:
     """The published encoder in FP16, features only: the bars of the layer report."""
+    from export.contract.options import Rewrites
     from export.contract.signature import encoder_signature
     from export.graph.deployed_module import DeployEncoder
-    from export.graph.rewrite import Rewrites
     from export.graph.trace import trace
     from neck.checkpoint import random_encoder
     from neck.config import EncoderConfig

@@ -29,7 +29,7 @@ from exporting import (
 import export.pipeline
 import neck_export
 from export.contract.manifest import read_manifest
-from export.options import ExportOptions
+from export.contract.options import ExportOptions
 from export.pipeline import ExportResult, export_onnx
 
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxruntime", "numpy", "rich", "PIL", "safetensors", "tensorrt", "polygraphy"}

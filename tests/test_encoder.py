@@ -21,9 +21,10 @@ from fake_gpu.play import play
 from torch import Tensor, nn
 
 from engines.attach import AttachError, attach, detach
+from engines.builder.options import PlanOptions
 from engines.live.encoder import DeployedEncoder, EncoderError
 from engines.live.file_runtimes import OrtFile, RuntimeFileError
-from engines.plan import PlanOptions, make_plan
+from engines.plan import make_plan
 from engines.run.session import SessionError
 from export.contract.manifest import ManifestError
 from export.contract.signature import BatchRange

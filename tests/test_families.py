@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from conftest import tiny_config
 
+from export.contract.options import ExportOptions
 from export.contract.signature import BatchRange
-from export.options import ExportOptions
 from export.pipeline import export_onnx
 from neck.checkpoint import random_encoder, save_meta_checkpoint
 

@@ -27,9 +27,9 @@ from engines.builder import build
 from engines.builder.attention_forms import ORDER, Attempt, forms_to_try, held_attention, relower_file, spellings
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.onnx_graph import BuildError, RefusedError
-from engines.builder.options import BuildOptions
+from engines.builder.options import BuildOptions, PlanOptions
 from engines.builder.parsed_network import keep_attentions_whole
-from engines.plan import PlanOptions, make_plan
+from engines.plan import make_plan
 from export.contract.errors import ExportError
 from export.contract.export_command import export_again
 from export.contract.manifest import manifest_path, read_manifest

@@ -17,9 +17,10 @@ from exporting import checkpoint_of, config_of, golden_state, listing, neck_expo
 from safetensors.torch import load_file
 from torch import Tensor
 
+from export.contract.options import Rewrites
 from export.contract.signature import BatchRange, Signature, encoder_signature
 from export.graph.deployed_module import DeployEncoder
-from export.graph.rewrite import Rewrites, rewrite
+from export.graph.rewrite import rewrite
 from neck.checkpoint import CheckpointError, load_encoder, random_encoder, save_meta_checkpoint
 from neck.config import ConfigError, EncoderConfig
 from neck.necks import Sam3DualViTDetNeck

@@ -20,10 +20,11 @@ from benchmarks.measure.backends import REFERENCE
 from benchmarks.measure.prepare import make_weights
 from benchmarks.options import BenchOptions
 from benchmarks.roofline import encoder_parts, total_bytes, total_operations
-from engines.service.repository import RepositoryOptions, make_repository
+from engines.service.options import RepositoryOptions
+from engines.service.repository import make_repository
 from export.contract.export_command import export_command
+from export.contract.options import Rewrites
 from export.contract.signature import Signature, SignatureError, encoder_signature
-from export.graph.rewrite import Rewrites
 from export.verification.verify import make_reference, reference_outputs, reference_pixels, verify_onnx
 from neck.checkpoint import load_encoder
 from neck.config import EncoderConfig
@@ -156,7 +157,8 @@ def test_what_the_head_saves_at_full_size() -> None:
 def test_a_plan_moves_fewer_bytes(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NVIDIA's own builder: the features' file and the head's, both FP16."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
-    from engines.plan import PlanOptions, make_plan
+    from engines.builder.options import PlanOptions
+    from engines.plan import make_plan
 
     trace_quickly(monkeypatch)
     features = tmp_path / "features.onnx"

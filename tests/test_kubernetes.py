@@ -20,7 +20,8 @@ from test_triton import COMPATIBLE, write_plan
 
 from engines.service.ensemble import DECODERS, PREPROCESS_MODEL
 from engines.service.kubernetes import DRAIN_SECONDS, HEADER, PAUSE_SECONDS, Serving, kubernetes_files
-from engines.service.repository import Repository, RepositoryOptions, TritonError, make_repository
+from engines.service.options import RepositoryOptions
+from engines.service.repository import Repository, TritonError, make_repository
 from engines.service.served_model import Source, read_model
 
 KUBERNETES = "1.31"

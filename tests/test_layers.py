@@ -15,9 +15,8 @@ from conftest import load_golden, traced
 
 from engines.layers.layer_report import GPUS, Kernel, LayerReport, Tensor
 from engines.layers.read_layers import LayerReportError, layers_from_log, read_accumulations
-from export.graph.rewrite import Rewrites
-from export.lowering.attention import AttentionForm
-from export.lowering.precision import Precision, lower
+from export.contract.options import AttentionForm, Precision, Rewrites
+from export.lowering.precision import lower
 
 
 @functools.cache

@@ -36,7 +36,7 @@ from benchmarks.masks.objects import (
 from benchmarks.options import BenchOptions
 from benchmarks.results.result_files import check_result
 from export.contract.manifest import file_entry
-from export.options import ExportOptions
+from export.contract.options import ExportOptions
 from export.pipeline import export_onnx
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install '.[sam3]'")

@@ -17,7 +17,7 @@ from engines.attach import DeployedEncoder
 from engines.builder.attention_forms import Attempt, relower_file
 from export.contract.errors import ExportError
 from export.contract.onnx_file import OnnxFile
-from export.lowering.precision import Precision
+from export.contract.options import Precision
 from export.pipeline import export_onnx, verify_file
 
 

@@ -21,12 +21,11 @@ from oracle import Array, Facts, encode
 import export.pipeline
 import export.verification.verify
 from export.contract.errors import ExportError
+from export.contract.options import ExportOptions, QuantizeOptions, Rewrites
 from export.contract.signature import BatchRange
 from export.graph.cleanup import MODULE
-from export.graph.rewrite import Rewrites
-from export.options import ExportOptions, load, sign
+from export.options import load, sign
 from export.pipeline import RejectedError, export_onnx
-from export.quantization.select_quantization import QuantizeOptions
 from export.verification.fidelity import Comparison
 from export.verification.verify import reference_pixels
 from neck.config import EncoderConfig

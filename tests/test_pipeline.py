@@ -34,8 +34,9 @@ from torch import Tensor
 import export.verification.verify
 from export.contract.errors import ExportError
 from export.contract.manifest import ManifestError, file_entry, read_manifest, sha256
+from export.contract.options import ExportOptions
 from export.contract.signature import BatchRange, Signature, SignatureError
-from export.options import ExportOptions, check_options, load, sign
+from export.options import check_options, load, sign
 from export.pipeline import ExportResult, RejectedError, export_onnx, verify_file, write_onnx
 from export.verification.fidelity import TOLERANCES, FidelityError, compare
 from export.verification.verify import check_memory, reference_outputs, reference_pixels, require_runtime, run_model

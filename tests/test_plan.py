@@ -18,13 +18,14 @@ from typer.testing import CliRunner
 
 from engines.builder.onnx_graph import BuildError
 from engines.builder.onnx_source import newest_onnx
-from engines.builder.options import BuildOptions
+from engines.builder.options import BuildOptions, PlanOptions
 from engines.layers.layer_report import layers_path, read_layers
-from engines.plan import PlanOptions, make_plan
+from engines.plan import make_plan
 from engines.run.verify import NO_GPU
 from export.contract.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
+from export.contract.options import ExportOptions
 from export.contract.signature import BatchRange
-from export.pipeline import ExportOptions, RejectedError, export_onnx
+from export.pipeline import RejectedError, export_onnx
 from neck.config import EncoderConfig
 from neck_export import app
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from exporting import DATA, listing, neck_export_cli
 
-from benchmarks.bench import BenchOptions, check_options
+from benchmarks.bench import check_options
 from benchmarks.errors import BenchError
+from benchmarks.options import BenchOptions
 from engines.builder.flavor import Flavor, FlavorError
 from engines.builder.onnx_graph import BuildError
 from engines.builder.onnx_source import read_source

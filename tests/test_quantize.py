@@ -19,9 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from export.contract.errors import ExportError
+from export.contract.options import Rewrites
 from export.contract.targets import TargetError, find_targets
 from export.graph.cleanup import MODULE
-from export.graph.rewrite import Rewrites
 from export.lowering.precision import lower
 from export.lowering.quantize import (
     CODES,

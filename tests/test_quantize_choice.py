@@ -16,6 +16,7 @@ from conftest import load_golden, traced
 from exporting import checkpoint_of, config_of, neck_export_cli, trace_quickly
 from fake_gpu.play import play
 
+from export.contract.options import QuantizeOptions
 from export.contract.signature import Signature
 from export.lowering.quantize import Quantization, match_products
 from export.quantization import rates
@@ -34,12 +35,7 @@ from export.quantization.choice import (
 )
 from export.quantization.ranges import choose_range
 from export.quantization.rates import product_rates
-from export.quantization.select_quantization import (
-    QuantizeOptions,
-    budget_tolerances,
-    manifest_tolerances,
-    select_quantization,
-)
+from export.quantization.select_quantization import budget_tolerances, manifest_tolerances, select_quantization
 from export.quantization.trials import Trials, at_size, rounded_layers
 from export.verification.fidelity import TOLERANCES, Comparison
 from export.verification.verify import References, reference_outputs, reference_pixels

@@ -13,7 +13,7 @@ from exporting import checkpoint_of, config_of, golden_options, listing, neck_ex
 from PIL import Image
 
 from export.contract.manifest import manifest_path, read_manifest
-from export.options import ExportOptions
+from export.contract.options import ExportOptions
 from export.pipeline import export_onnx, verify_file
 
 OPTIONS = ("--checkpoint", checkpoint_of("meta-dual"), "--config", config_of("meta-dual"), "--neck", "sam3")

@@ -24,7 +24,7 @@ from test_oracle import BASES, FIGURES, Case, draw, is_feature, tolerance_of, wa
 import export.pipeline
 from export.contract.errors import ExportError
 from export.contract.manifest import FORMAT, manifest_path, read_manifest
-from export.options import ExportOptions
+from export.contract.options import ExportOptions
 from export.pipeline import RejectedError, export_onnx
 from export.quantization.ranges import unpack_move
 from export.quantization.rates import PUBLISHED

@@ -15,11 +15,11 @@ from conftest import load_golden, traced
 from exporting import PREFIX, golden_options, neck_export_cli, save_state, trace_quickly
 
 from export.contract.errors import ExportError
+from export.contract.options import Precision, Residual, Rewrites
 from export.contract.signature import encoder_signature
 from export.graph.deployed_module import DeployEncoder
-from export.graph.rewrite import Rewrites
 from export.graph.trace import trace
-from export.lowering.precision import Precision, Residual, lower
+from export.lowering.precision import lower
 from export.pipeline import RejectedError, export_onnx
 from export.verification.verify import make_reference, verify_onnx
 from neck.checkpoint import random_encoder
@@ -136,7 +136,8 @@ def test_bisect_knows_it(planted: dict[str, Any], tmp_path: Path) -> None:
 
 def test_trt_takes_fp32_where_fp16_fails_and_says_so(planted: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
-    from engines.plan import PlanOptions, make_plan
+    from engines.builder.options import PlanOptions
+    from engines.plan import make_plan
 
     onnx = export_onnx(golden_options("meta-dual", tmp_path / "x.onnx", **{**planted, "precision": "fp32"})).path
     options = PlanOptions(onnx, tmp_path / "x.plan", precision="fp16", flavor="rtx")

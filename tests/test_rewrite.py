@@ -10,11 +10,11 @@ import torch
 from conftest import named_outputs, tiny_config
 from torch import Tensor, nn
 
+from export.contract.options import Rewrites
 from export.graph.rewrite import (
     DeployAttention,
     DeployProjection,
     PositionTables,
-    Rewrites,
     WindowMajorTrunk,
     merge_upsampling,
     rewrite,

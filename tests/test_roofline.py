@@ -13,9 +13,9 @@ from conftest import shared_encoder, tiny_config, traced
 from torch import nn
 
 from benchmarks.roofline import encoder_parts, floor_ms, total_bytes, total_operations
+from export.contract.options import Rewrites
 from export.contract.signature import encoder_signature
 from export.graph.deployed_module import DeployEncoder
-from export.graph.rewrite import Rewrites
 from export.graph.trace import trace
 from neck.config import EncoderConfig
 from neck.necks import new_encoder

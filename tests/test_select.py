@@ -20,8 +20,8 @@ from torch import Tensor
 
 from export.contract.errors import ExportError
 from export.contract.manifest import ManifestError, data_path, manifest_path, read_manifest, write_manifest
+from export.contract.options import QuantizeOptions, Rewrites
 from export.contract.signature import Signature, encoder_signature
-from export.graph.rewrite import Rewrites
 from export.inspect import inspect_onnx, quantized_products, summary_lines
 from export.lowering.attention import find_attentions
 from export.lowering.precision import lower
@@ -29,7 +29,7 @@ from export.lowering.relower import relower
 from export.options import check_options
 from export.pipeline import RejectedError, export_onnx, verify_file
 from export.quantization.calibration import METADATA, CalibrationError, calibrate, read_calibration, save_calibration
-from export.quantization.select_quantization import QuantizationPlan, QuantizeOptions, record_path, select_quantization
+from export.quantization.select_quantization import QuantizationPlan, record_path, select_quantization
 from export.verification.fidelity import TOLERANCES
 from export.verification.verify import References, reference_pixels
 from neck.checkpoint import random_encoder

@@ -13,9 +13,9 @@ from conftest import Save, named_outputs, run_onnx, tiny_config, worst_error
 from shared_traces import SharedTraces, structure
 
 import export.graph.trace
+from export.contract.options import Rewrites
 from export.contract.signature import encoder_signature
 from export.graph.deployed_module import DeployEncoder
-from export.graph.rewrite import Rewrites
 from neck.checkpoint import random_encoder
 from neck.trunk import ViTDetTrunk
 

@@ -17,8 +17,8 @@ from exporting import trace_quickly
 from onnx import TensorProto, helper, numpy_helper
 
 import export.verification.rounding_simulation
+from export.contract.options import Precision
 from export.contract.signature import encoder_signature
-from export.lowering.precision import Precision
 from export.pipeline import write_onnx
 from export.verification.fidelity import FidelityError, Verdict, compare
 from export.verification.rounding_simulation import is_low_precision, simulate, watch_finite

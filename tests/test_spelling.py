@@ -13,9 +13,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from export.contract.options import Rewrites
 from export.contract.signature import encoder_signature
 from export.graph.deployed_module import DeployEncoder
-from export.graph.rewrite import Rewrites
 from export.graph.trace import trace
 from export.lowering.precision import lower
 from export.verification.rounding_simulation import simulate

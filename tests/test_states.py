@@ -29,7 +29,8 @@ from benchmarks.measure.prepare import make_weights
 from benchmarks.options import BenchOptions
 from export.contract.errors import ExportError
 from export.contract.manifest import ManifestError
-from export.options import ExportOptions, check_options
+from export.contract.options import ExportOptions
+from export.options import check_options
 from export.weights_origin import encoder_config, manifest_encoder, state_line, weights_origin
 from neck.checkpoint import CheckpointError, load_encoder
 from neck.config import EncoderConfig

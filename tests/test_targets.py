@@ -19,6 +19,7 @@ from exporting import golden_options, neck_export_cli, trace_quickly
 from onnx import TensorProto, helper, numpy_helper
 
 from export.contract.errors import ExportError
+from export.contract.options import Precision
 from export.contract.targets import (
     FP8,
     NEWEST,
@@ -32,7 +33,7 @@ from export.contract.targets import (
     version_numbers,
 )
 from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
-from export.lowering.precision import OPSETS, Precision, lower
+from export.lowering.precision import OPSETS, lower
 from export.lowering.resolve_target import resolve_target
 from export.pipeline import export_onnx, verify_file
 from export.verification.target_check import (

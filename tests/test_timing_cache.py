@@ -23,9 +23,9 @@ from engines.builder.build import BuildResult, build_plan
 from engines.builder.flavor import Flavor, FlavorError, choose_flavor
 from engines.builder.onnx_graph import BuildError
 from engines.builder.onnx_source import read_source
-from engines.builder.options import BuildOptions
+from engines.builder.options import BuildOptions, PlanOptions
 from engines.builder.timing_cache import replay_timing
-from engines.plan import BuildRequest, PlanOptions
+from engines.plan import BuildRequest
 from engines.tune import TuneError, tune_plan
 from export.contract.manifest import manifest_path, read_manifest
 

@@ -31,10 +31,10 @@ from torch.torch_version import TorchVersion
 
 import export.graph.trace
 from export.contract.errors import ExportError
+from export.contract.options import Rewrites
 from export.contract.signature import encoder_signature
 from export.graph.constant_folding import LAZY_BYTES
 from export.graph.deployed_module import DeployEncoder
-from export.graph.rewrite import Rewrites
 from export.graph.trace import OLDEST_TORCH, trace
 from export.lowering.precision import lower
 from neck.checkpoint import random_encoder

@@ -21,7 +21,8 @@ from exporting import (
 )
 from torch import Tensor
 
-from engines.service.repository import RepositoryOptions, make_repository
+from engines.service.options import RepositoryOptions
+from engines.service.repository import make_repository
 from neck.checkpoint import CheckpointError, load_encoder
 from neck.config import EncoderConfig
 from neck.necks import Sam3AnyViTDetNeck, Sam3DualViTDetNeck

@@ -33,7 +33,8 @@ from engines.service.activation import activate_version
 from engines.service.container_fit import choose_container
 from engines.service.ensemble import PREPROCESS_MODEL
 from engines.service.model_config import read_config, to_text
-from engines.service.repository import Repository, RepositoryOptions, TritonError, make_repository
+from engines.service.options import RepositoryOptions
+from engines.service.repository import Repository, TritonError, make_repository
 from engines.service.served_model import Source, read_model
 from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest, write_manifest
 from export.contract.signature import BatchRange, encoder_signature

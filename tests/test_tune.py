@@ -16,10 +16,12 @@ import engines.plan
 from engines.builder.flavor import Flavor
 from engines.builder.gpu import find_gpu
 from engines.builder.onnx_graph import BuildError
-from engines.plan import PlanOptions, PlanResult, Prepared, make_plan
+from engines.builder.options import PlanOptions
+from engines.plan import PlanResult, Prepared, make_plan
 from engines.tune import Row, TuneError, Tuning, fastest, tune_plan, tuning_lines
 from export.contract.manifest import check_files, manifest_path, read_manifest
-from export.pipeline import ExportOptions, RejectedError, export_onnx
+from export.contract.options import ExportOptions
+from export.pipeline import RejectedError, export_onnx
 from export.verification.fidelity import Tolerance, Verdict, compare_output
 from export.verification.verify import Report
 from neck.config import EncoderConfig

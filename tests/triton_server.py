@@ -25,10 +25,11 @@ import onnx
 import pytest
 from exporting import golden_options, trace_quickly
 
-from engines.service.repository import RepositoryOptions, make_repository
+from engines.service.options import RepositoryOptions
+from engines.service.repository import make_repository
 from export.contract.manifest import manifest_path, read_manifest, write_manifest
+from export.contract.options import ExportOptions
 from export.contract.signature import BatchRange
-from export.options import ExportOptions
 from export.pipeline import export_onnx
 
 ROOT = Path(__file__).parent.parent

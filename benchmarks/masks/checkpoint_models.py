@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.masks.objects import MasksError, Objects
-from benchmarks.masks.transformers_models import Prompts, Segment, objects_above
+from benchmarks.masks.objects import Objects
+from benchmarks.masks.options import MasksError, Prompts
+from benchmarks.masks.transformers_models import Segment, objects_above
 from neck.images import Pixels, normalize
 
 FAILURES = (OSError, ValueError, ImportError, RuntimeError, LookupError, TypeError, AttributeError, UnpicklingError)

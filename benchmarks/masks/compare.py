@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,41 +12,14 @@ from torch import nn
 from benchmarks.masks.checkpoint_models import load_checkpoint_segmenter
 from benchmarks.masks.drawing import save_images
 from benchmarks.masks.objects import Objects, differ, figures
-from benchmarks.masks.transformers_models import Prompts, Segment, load_segmenter
+from benchmarks.masks.options import MasksOptions
+from benchmarks.masks.transformers_models import Segment, load_segmenter
 from engines.attach import attach, detach
 from engines.builder.plan_kind import is_plan
 from export.contract.manifest import manifest_path, read_manifest, record_in_manifest, seen
 from export.verification.verify import SIMULATED
 from export.weights_origin import manifest_signature
 from neck.images import ImageFolder, find_images, load_images
-
-GATE = 0.99
-THRESHOLD = 0.5
-
-
-@dataclasses.dataclass(frozen=True)
-class MasksOptions:
-    """What to compare.
-
-    Attributes:
-        file: a plan or an ONNX file, its manifest beside it.
-        model: a folder of transformers, or a checkpoint for the package of Meta or Ultralytics.
-        images: images, all of which are used.
-        prompts: what is asked for.
-        gate: the lowest mean mask IoU that passes.
-        threshold: the least score of an object.
-        check: refuse a file of other weights than the model's.
-        save: a folder for images of both masks and their difference.
-    """
-
-    file: Path
-    model: Path
-    images: Path | ImageFolder
-    prompts: Prompts
-    gate: float = GATE
-    threshold: float = THRESHOLD
-    check: bool = True
-    save: Path | None = None
 
 
 def compare_masks(

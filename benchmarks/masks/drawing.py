@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from benchmarks.masks.objects import MasksError, Objects
+from benchmarks.masks.objects import Objects
+from benchmarks.masks.options import MasksError
 from neck.images import Pixels
 
 OWN, FILE, DIFFERENCE = (64, 160, 255), (255, 170, 0), (255, 0, 96)

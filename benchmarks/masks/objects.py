@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.masks.options import MasksError
+
 SAME_OBJECT = 0.5
 """Mask IoU above which two masks are one object; below it, one is lost and another found."""
 
 Masks = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.float32]
-
-
-class MasksError(RuntimeError):
-    """A model, prompts or images that cannot be compared."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.masks.objects import MasksError, Objects
+from benchmarks.masks.objects import Objects
+from benchmarks.masks.options import MasksError, Prompts
 from export.contract.extras import install
 from neck.images import Pixels, normalize
 
@@ -22,36 +22,6 @@ Segment = Callable[[Pixels], list[Objects]]
 TEXT_TOKENS = 32
 DETECTORS = ("sam3", "sam3_video")
 TRACKERS = ("sam3_tracker_video", "sam3_video")
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """What is asked for in every image: texts, or points and boxes.
-
-    Attributes:
-        texts: such as "a cup"; each may have any number of objects.
-        points: (x, y), each one object; parts of the image's width and height.
-        boxes: (x0, y0, x1, y1), the same.
-    """
-
-    texts: tuple[str, ...] = ()
-    points: tuple[tuple[float, ...], ...] = ()
-    boxes: tuple[tuple[float, ...], ...] = ()
-
-    def __post_init__(self) -> None:
-        places = self.points + self.boxes
-        if bool(self.texts) == bool(places):
-            raise MasksError("ask for objects by --prompt TEXT, or by --points X,Y and --boxes X0,Y0,X1,Y1")
-        for place in places:
-            if not all(0 <= side <= 1 for side in place):
-                raise MasksError(f"{place}: expected parts of the image's width and height, 0 to 1")
-        if any(box[0] >= box[2] or box[1] >= box[3] for box in self.boxes):
-            raise MasksError("a box is empty; give its left, upper, right and lower sides")
-
-    @property
-    def names(self) -> list[str]:
-        """What each prompt is called."""
-        return [*self.texts, *(f"point {place}" for place in self.points), *(f"box {place}" for place in self.boxes)]
 
 
 def load_segmenter(folder: Path, prompts: Prompts, device: str, threshold: float) -> tuple[nn.Module, Segment]:

@@ -13,13 +13,12 @@ import numpy as np
 from benchmarks.measure.backends import RunRequest
 from benchmarks.measure.work_folder import Prepared, about_file, seconds_path
 from benchmarks.options import BenchOptions
+from export.contract.options import ExportOptions, QuantizeOptions, Rewrites
 from export.contract.signature import BatchRange, Signature
-from export.graph.rewrite import Rewrites
 from export.lowering.quantize import CODES
-from export.options import ExportOptions, load, sign
+from export.options import load, sign
 from export.pipeline import export_onnx, write_onnx
 from export.quantization.calibration import FEWEST
-from export.quantization.select_quantization import QuantizeOptions
 from export.verification.verify import reference_pixels
 from export.weights_origin import encoder_config
 from neck.checkpoint import save_meta_checkpoint
@@ -97,7 +96,7 @@ def make_file(job: RunRequest, path: Path) -> dict[str, Any]:
 
 def make_plan(onnx: Path, path: Path, flavor: str) -> dict[str, Any]:
     """Builds the plan of an ONNX file, or finds the one that was built before."""
-    from engines.plan import PlanOptions
+    from engines.builder.options import PlanOptions
     from engines.plan import make_plan as build
 
     result = build(PlanOptions(onnx, path, flavor=flavor, verify=False))  # type: ignore[arg-type]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from benchmarks.measure.backends import Runner, RunRequest
 from benchmarks.options import SELECTION
+from export.contract.options import Rewrites
 from export.graph.deployed_module import DeployEncoder
-from export.graph.rewrite import DeployAttention, DeployProjection, Rewrites, RotaryHalves
+from export.graph.rewrite import DeployAttention, DeployProjection, RotaryHalves
 from neck.checkpoint import load_encoder
 from neck.checkpoint_keys import NECK_MODULES
 from neck.config import HEAD_PARTS

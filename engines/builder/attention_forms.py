@@ -26,14 +26,13 @@ from engines.builder.options import BuildOptions
 from export.contract.errors import ExportError
 from export.contract.export_command import REPLACED_FORMS, export_again
 from export.contract.onnx_file import OnnxFile
+from export.contract.options import AttentionForm, Precision, Residual, Spelling, Upsampling
 from export.contract.targets import prefers_attention
 from export.graph.cleanup import MODULE
 from export.inspect import attention_forms
-from export.lowering.attention import AUTO, AttentionForm, Spelling
-from export.lowering.precision import Precision, Residual
+from export.lowering.attention import AUTO
 from export.lowering.quantize import Quantization
 from export.lowering.relower import relower
-from export.lowering.upsampling import Upsampling
 from export.verification.verify import Report
 
 ORDER: tuple[AttentionForm, ...] = ("fp32acc", "fused", "unfused")

@@ -15,17 +15,13 @@ from engines.builder.plan_kind import is_plan
 from export.contract.export_command import AS_AUTO, export_again
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest
 from export.contract.onnx_file import OnnxFile
+from export.contract.options import Precision, QuantizeOptions
 from export.contract.signature import BatchRange, Signature
 from export.graph.cleanup import MODULE
-from export.lowering.precision import Precision, kept_products, lower
+from export.lowering.precision import kept_products, lower
 from export.lowering.quantize import CODES
 from export.options import NUMPY_NAMES
-from export.quantization.select_quantization import (
-    QuantizationPlan,
-    QuantizeOptions,
-    check_quantize,
-    select_quantization,
-)
+from export.quantization.select_quantization import QuantizationPlan, check_quantize, select_quantization
 from export.verification.verify import References, Report
 from export.weights_origin import manifest_encoder, manifest_signature
 from neck.images import ImageFolder

@@ -1,45 +1,133 @@
-"""What a build is asked for."""
+"""What a build is asked for, by the command line and by Python (no torch)."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from export.contract.options import (
+    ATTENTION,
+    FILES,
+    KEEP_FP32,
+    PRECISION,
+    RESIDUAL,
+    TARGET,
+    UPSAMPLING,
+    VERIFICATION,
+    AttentionForm,
+    FileAdapter,
+    FileCheckpoint,
+    Images,
+    Precision,
+    QuantizeOptions,
+    Residual,
+    Spelling,
+    Tolerances,
+    Upsampling,
+)
 from export.contract.signature import BatchRange
-from export.lowering.precision import Precision
+from neck.option import Group, Option, OptionError
+
+BUILD = "Build"
 
 DEFAULT_BATCH = BatchRange(1, 4, 8)
 """Optimization profile of a dynamic batch whose range nobody said."""
 
+SWITCHES = tuple(
+    Option(f"Compute in {name.upper()}; the same as --precision {name}.", PRECISION, f"--{name}", bool, default=False)
+    for name in ("fp16", "bf16", "fp32")
+)
+
+
+def choose_precision(named: Precision | None, *switched: bool) -> Precision | None:
+    """The one precision of --precision and the switches."""
+    chosen: list[Any] = [one.key() for one, on in zip(SWITCHES, switched, strict=True) if on]
+    chosen += [named] if named else []
+    if len(chosen) > 1:
+        raise OptionError(f"{' and '.join(chosen)}: choose one precision")
+    return chosen[0] if chosen else None
+
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
-    """How to build.
+    """How to build; the help of the options says what they are.
 
     Attributes:
         precision: type that the graph's matrix products and convolutions must have; of fp8 and int8 their results.
         batch: optimization profile of a file with dynamic batch; by default from 1 through 4 to 8.
-        compute_capabilities: GPUs to build for (RTX), such as ("8.9", "12.0"); empty is the flavor's default.
+        compute_capabilities: such as ("8.9", "12.0"); empty is the flavor's default.
         keep_fp32: paths of modules that are in FP32 all the same, with wildcards.
-        optimization_level: 0 (fast build) to 5; None is TensorRT's default.
-        workspace_bytes: limit of scratch memory on the GPU; None is no limit.
-        version_compatible: the plan loads in later TensorRT versions too.
-        hardware_compatible: `none`, `ampere+` (8.0 and later) or `same` (GPUs of this one's compute capability).
-        timing_cache: file that keeps measured kernels between builds; flavor, version and GPU enter its name.
-        replay_timing: such a file, by its own name: every kernel is taken as it says, or the build fails.
+        workspace_bytes: None is no limit.
+        hardware_compatible: `ampere+` is 8.0 and later, `same` GPUs of this one's compute capability.
+        timing_cache: flavor, version and GPU enter its name; `replay_timing` is such a file by its own name.
     """
 
     precision: Precision = "fp16"
-    batch: BatchRange | None = None
-    compute_capabilities: tuple[str, ...] = ()
+    batch: Annotated[
+        BatchRange | None,
+        Option(
+            "Build for these batch sizes of an ONNX file with a dynamic batch, minimum:optimum:maximum, e.g. 1:4:8. "
+            "[default: those of the ONNX file]",
+            TARGET,
+            read=str,
+            parse=BatchRange.parse,
+        ),
+    ] = None
+    compute_capabilities: Annotated[
+        tuple[str, ...],
+        Option(
+            "Build for GPUs of these compute capabilities, separated by commas, e.g. 8.6,8.9,12.0 (TensorRT-RTX only). "
+            "[default: 8.0 and later]",
+            TARGET,
+            name="compute-capability",
+            read=str,
+            default="",
+            parse=lambda text: tuple(part for part in text.split(",") if part),
+        ),
+    ] = ()
     keep_fp32: tuple[str, ...] = ()
-    optimization_level: int | None = None
-    workspace_bytes: int | None = None
-    version_compatible: bool = False
-    hardware_compatible: Literal["none", "ampere+", "same"] = "none"
-    timing_cache: Path | None = None
-    replay_timing: Path | None = None
+    optimization_level: Annotated[
+        int | None,
+        Option("Search this long for fast kernels: 0 (fast build) to 5. [default: TensorRT's]", BUILD),
+    ] = None
+    workspace_bytes: Annotated[
+        int | None,
+        Option(
+            "Limit the plan's scratch memory on the GPU to this many GiB, e.g. 2. [default: no limit]",
+            BUILD,
+            name="workspace-gib",
+            read=float,
+            parse=lambda gib: int(gib * 2**30) if gib else None,
+        ),
+    ] = None
+    version_compatible: Annotated[
+        bool, Option("Build a plan that later versions of the same TensorRT can load, too.", TARGET)
+    ] = False
+    hardware_compatible: Annotated[
+        Literal["none", "ampere+", "same"],
+        Option(
+            "Build a plan for this GPU alone (none), for compute capability 8.0 and later (ampere+), or for all GPUs "
+            "of this one's compute capability (same); TensorRT only.",
+            TARGET,
+        ),
+    ] = "none"
+    timing_cache: Annotated[
+        Path | None,
+        Option(
+            "Keep the measured times of kernels in this file for the next build, e.g. times.cache (TensorRT only). "
+            "[default: not kept]",
+            BUILD,
+        ),
+    ] = None
+    replay_timing: Annotated[
+        Path | None,
+        Option(
+            "Build with the kernels that this timing cache names, or fail if one is missing in it (TensorRT only). "
+            "[default: kernels are measured]",
+            BUILD,
+        ),
+    ] = None
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON values; two builds are alike where these are (the timing caches' places aside)."""
@@ -48,3 +136,60 @@ class BuildOptions:
         values["compute_capabilities"], values["keep_fp32"] = list(self.compute_capabilities), list(self.keep_fp32)
         del values["timing_cache"], values["replay_timing"]
         return values
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """What to build; the help of the options says what they are.
+
+    Attributes:
+        precision: None is the file's.
+        spelling: how fp32acc is written; None is what this TensorRT prefers, then what else it takes.
+        build: the builder's options; its precision and batch are taken from the file.
+        checkpoint, adapter: the weights that the file was exported from, and what was merged into them, where they are
+            no longer where its manifest says.
+    """
+
+    onnx: Annotated[
+        Path,
+        Option("ONNX file to build. [default: the newest in build/]", name="model", default=None, argument=True),
+    ]
+    output: Annotated[
+        Path, Option("Write the plan here. [default: beside the ONNX file, e.g. x.plan]", FILES, default=None)
+    ]
+    precision: Annotated[
+        Precision | None,
+        Option(
+            "Compute in this precision; an FP32 file is lowered to it, and calibrated for fp8 and int8. [default: the "
+            "precision of the ONNX file]",
+            PRECISION,
+            parse=choose_precision,
+            always=True,
+            also=SWITCHES,
+        ),
+    ] = None
+    flavor: Annotated[
+        Literal["auto", "tensorrt", "rtx"],
+        Option(
+            "Build with TensorRT or with TensorRT-RTX. [auto: TensorRT if it and a GPU are present, else TensorRT-RTX]",
+            TARGET,
+        ),
+    ] = "auto"
+    attention: Annotated[
+        AttentionForm,
+        ATTENTION.but(
+            help="Choose the form of attention: fp32acc, fused or unfused. [auto: the form in the ONNX file, or the "
+            "next one that this TensorRT builds]"
+        ),
+    ] = "auto"
+    spelling: Spelling | None = None
+    upsampling: Annotated[Upsampling, UPSAMPLING] = "auto"
+    keep_fp32: Annotated[tuple[str, ...], KEEP_FP32] = ()
+    residual: Annotated[Residual, RESIDUAL] = "auto"
+    quantize: Annotated[QuantizeOptions, Group] = dataclasses.field(default_factory=QuantizeOptions)
+    build: Annotated[BuildOptions, Group] = dataclasses.field(default_factory=BuildOptions)
+    verify: Annotated[bool, Option("Compare the plan with PyTorch before it gets its name.", VERIFICATION)] = True
+    images: Images = None
+    tolerances: Tolerances = dataclasses.field(default_factory=dict)
+    checkpoint: FileCheckpoint = None
+    adapter: FileAdapter = None

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from engines.service.activation import activate_command, active_version, remove_versions, serve_version
 from engines.service.container_fit import choose_container, has_lean_runtime
@@ -14,6 +14,7 @@ from engines.service.ensemble import PREPROCESS_MODEL, chosen_config, images_con
 from engines.service.existing_models import check_ensembles, check_held, listed_outputs
 from engines.service.kubernetes import PROXY_IMAGE, Serving, check_folder, kubernetes_files, kubernetes_name, remove_old
 from engines.service.model_config import engine_config, read_config, takes_graphs, to_text
+from engines.service.options import RepositoryOptions
 from engines.service.repository_files import (
     CONFIG,
     check_name,
@@ -37,52 +38,6 @@ from engines.service.served_model import (
 from export.contract.manifest import locked, new_folder
 
 __all__ = ["Repository", "RepositoryOptions", "TritonError", "make_repository"]
-
-
-@dataclasses.dataclass(frozen=True)
-class RepositoryOptions:
-    """What to write.
-
-    Attributes:
-        model: X.plan or X.onnx, its manifest beside it.
-        output: the model repository's folder.
-        more: further plans of the same encoder for other compute capabilities.
-        name: the model's name: its folder and what clients ask for.
-        version: None is one above the highest that is there.
-        outputs: names or wildcards (`sam3_feat_*`); empty is all.
-        ensemble: also NAME-preprocess and NAME-images, which takes JPEG or PNG bytes.
-        queue_delay_us: how long a request waits for others to share a batch, where the batch is dynamic.
-        cuda_graphs: whether Triton captures CUDA graphs of a plan.
-        container: the Triton container that will serve, such as `25.09`; refused where known not to fit.
-        kubernetes: a folder for the Kubernetes files, or None.
-        gpus: of each pod, in those files.
-        storage: where the cluster finds the repository: `pvc://CLAIM[/FOLDER]`, an existing claim, `s3://BUCKET/FOLDER`
-            or `s3://[https://]HOST:PORT/BUCKET/FOLDER`; None is a new claim of the model's name, in storage.yaml.
-        keep: how many versions of each model stay, the active one among them; None keeps all.
-        image: the pods' image, instead of NVIDIA's; the ensemble needs one.
-        proxy_image: the image of the proxy before Triton; None is nginx's own.
-        replicas: pods that always run.
-        rollout: whether a new pod starts before an old one ends (`surge`), or after it (`replace`).
-    """
-
-    model: Path
-    output: Path
-    more: tuple[Path, ...] = ()
-    name: str = "sam3-encoder"
-    version: int | None = None
-    outputs: tuple[str, ...] = ()
-    ensemble: bool = False
-    queue_delay_us: int = 1000
-    cuda_graphs: bool = True
-    container: str | None = None
-    kubernetes: Path | None = None
-    gpus: int = 1
-    storage: str | None = None
-    keep: int | None = None
-    image: str | None = None
-    proxy_image: str | None = None
-    replicas: int = 2
-    rollout: Literal["surge", "replace"] = "surge"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from export.contract.options import Rewrites
 from export.contract.signature import Signature, SignatureError
-from export.graph.rewrite import Rewrites, rewrite
+from export.graph.rewrite import rewrite
 from neck.checkpoint_keys import NECK_MODULES
 from neck.images import PIXEL_SCALE
 from neck.necks import Sam3DualViTDetNeck, shallow_copy

@@ -6,7 +6,6 @@ forward: written to a file, the change is folded into the weight while the weigh
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import cast
 
@@ -14,26 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from export.contract.options import Rewrites
 from neck.necks import Sam2Head, Sam3DualViTDetNeck, shallow_copy
 from neck.position import PositionEmbeddingSine
 from neck.trunk import Attention, Block, ViTDetTrunk, cut_windows
-
-
-@dataclasses.dataclass(frozen=True)
-class Rewrites:
-    """Which rewrites to apply; all by default."""
-
-    window_major: bool = True
-    rope_halves: bool = True
-    fold_scale: bool = True
-    merge_upsampling: bool = True
-    position_tables: bool = True
-    fold_head: bool = True
-
-    @classmethod
-    def none(cls) -> Rewrites:
-        """No rewrite: the plain module, as `--no-rewrite` exports it."""
-        return cls(**{field.name: False for field in dataclasses.fields(cls)})
 
 
 def rewrite(encoder: Sam3DualViTDetNeck, rewrites: Rewrites) -> Sam3DualViTDetNeck:

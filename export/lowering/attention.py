@@ -21,17 +21,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
 
 from export.contract.errors import ExportError
+from export.contract.options import AttentionForm, Spelling
 from export.graph.cleanup import MODULE
 from export.graph.constant_folding import add_initializer
 
-AttentionForm = Literal["auto", "fp32acc", "fused", "unfused"]
-Spelling = Literal["matmul", "operator"]
 AUTO: dict[str, AttentionForm] = {"fp32": "fused", "fp16": "fp32acc", "bf16": "fused"}
 AUTO |= {"fp8": "fp32acc", "int8": "fp32acc"}
 """BF16 products always accumulate in FP32; an FP32 Attention node does not build, so FP32 takes MatMul and Softmax."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -19,16 +19,14 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
 from export.contract.errors import ExportError
+from export.contract.options import AttentionForm, OutputPrecision, Precision, Residual, Spelling, Upsampling
 from export.graph.cleanup import INPUT, MODULE
 from export.graph.constant_folding import LAZY_BYTES, add_initializer
-from export.lowering.attention import AUTO, OPERATOR_OPSET, AttentionForm, Spelling, lower_attentions, spelling_at
+from export.lowering.attention import AUTO, OPERATOR_OPSET, lower_attentions, spelling_at
 from export.lowering.quantize import CODES, Quantization, find_products, is_named, quantize
 from export.lowering.residual import residual_stream
-from export.lowering.upsampling import Upsampling, lower_upsampling
+from export.lowering.upsampling import lower_upsampling
 
-Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8"]
-OutputPrecision = Literal["fp32", "fp16", "bf16"]
-Residual = Literal["auto", "fp16", "fp32"]
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 TYPES |= {"fp8": ir.DataType.FLOAT16, "int8": ir.DataType.FLOAT16}  # of all that is not quantized
 TORCH_TYPES = {

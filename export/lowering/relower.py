@@ -11,9 +11,10 @@ from typing import cast
 import onnx_ir as ir
 
 from export.contract.errors import ExportError
+from export.contract.options import AttentionForm, Precision, Spelling
 from export.graph.cleanup import MODULE
-from export.lowering.attention import AUTO, AttentionForm, Spelling, after_casts, lower_attentions
-from export.lowering.precision import LOW, TYPES, Precision, retype, set_opset
+from export.lowering.attention import AUTO, after_casts, lower_attentions
+from export.lowering.precision import LOW, TYPES, retype, set_opset
 
 
 def relower(model: ir.Model, precision: Precision, attention: AttentionForm, spelling: Spelling = "matmul") -> int:

@@ -7,15 +7,14 @@ GPU.
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
 
+from export.contract.options import Upsampling
 from export.graph.cleanup import MODULE
 from export.graph.constant_folding import add_initializer
-
-Upsampling = Literal["auto", "deconv", "conv"]
 
 
 def lower_upsampling(graph: ir.Graph, precision: str, form: Upsampling) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from export.contract.errors import ExportError
+from export.contract.options import QuantizeOptions
 from export.contract.signature import Signature
 from export.lowering.quantize import CODES, Kind, Quantization, UnquantizableError, match_products
 from export.quantization.calibration import (
@@ -49,21 +50,6 @@ AUTO = "auto"
 
 RECORD_FORMAT = 2
 """Version of the record of trials, part of its key."""
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizeOptions:
-    """What is asked of an FP8 or INT8 file.
-
-    Attributes:
-        products: patterns of products, or `all`; with `auto`, or without any, as many of them as the budget allows.
-        budget: relative L2 that every feature may err; None is the precision's tolerance.
-        calibration: where the calibration lies, or shall lie.
-    """
-
-    products: tuple[str, ...] = ()
-    budget: float | None = None
-    calibration: Path | None = None
 
 
 def record_path(calibration: Path, kind: str) -> Path:
