@@ -260,7 +260,10 @@ def triton(
     asked: Callable[[], RepositoryOptions],
     activate: Annotated[
         int | None,
-        Option("Serve this version, which is in the repository: a newer one, or an older one again, e.g. 2.", MODEL),
+        Option(
+            "Serve this version of the repository, e.g. 2. [default: the new one, if it was verified]",
+            MODEL,
+        ),
     ] = None,
 ) -> None:
     """Add a plan or an ONNX file to a Triton model repository, or choose the version to serve."""

@@ -95,7 +95,7 @@ class BenchOptions:
     backends: Annotated[
         tuple[str, ...],
         Option(
-            "Measure this backend; repeatable, e.g. onnxruntime-fp32; report.md lists the names. [default: all]",
+            "Measure this backend; repeatable, e.g. ort-cpu-plain-fp32; report.md lists the names. [default: all]",
             MEASURED,
             name="backend",
         ),

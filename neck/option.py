@@ -91,9 +91,9 @@ def declared(annotation: Any) -> tuple[Any, Option | type | None]:
 
 def fields(options: type) -> Iterator[tuple[dataclasses.Field[Any], Option | type]]:
     """Every field of a dataclass that is an option or a group; an option's `read` and `default` are filled in."""
-    names = _Names(vars(sys.modules[options.__module__]))
+    names = vars(sys.modules[options.__module__])
     for field in dataclasses.fields(options):
-        kind, found = declared(eval(str(field.type), {}, names))
+        kind, found = declared(eval(str(field.type), names, _Names(names)))
         if isinstance(found, Option):
             given = found.default
             if given is UNSET and (found.read or isinstance(field.default, tuple)):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 from exporting import (
     DATA,
     ROOT,
@@ -28,9 +29,14 @@ from exporting import (
 
 import export.pipeline
 import neck_export
+from benchmarks.masks.options import MasksOptions, Prompts
+from benchmarks.options import BenchOptions
+from engines.builder.options import PlanOptions
+from engines.service.options import RepositoryOptions
 from export.contract.manifest import read_manifest
-from export.contract.options import ExportOptions
+from export.contract.options import BisectOptions, ExportOptions, VerifyOptions
 from export.pipeline import ExportResult, export_onnx
+from neck.option import build
 
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxruntime", "numpy", "rich", "PIL", "safetensors", "tensorrt", "polygraphy"}
 COMMANDS = [command.callback.__name__ for command in neck_export.app.registered_commands if command.callback]
@@ -104,6 +110,50 @@ def test_help_names_every_command() -> None:
     assert all(re.search(rf"^  {command} +\w", ran.out, re.MULTILINE) for command in COMMANDS)
     assert neck_export_cli("onnxx").code == 2
     assert neck_export_cli().code == 2
+
+
+def options_of(command: str) -> tuple[Any, dict[str, Any]]:
+    group: Any = typer.main.get_command(neck_export.app)
+    made = group.commands[command]
+    context = made.make_context(command, [], resilient_parsing=True)
+    return made, {one.name: (one, one.get_help_record(context)[1]) for one in made.params if one.name != "help"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_sentences_with_a_default_under_a_heading(command: str) -> None:
+    _, options = options_of(command)
+    out = neck_export_cli(command, "--help").out
+    for name, (one, told) in options.items():
+        assert re.match(r"[A-Z].*[.]( \[|$)", one.help, re.DOTALL), f"{name}: {one.help}"
+        if one.param_type_name == "option":
+            assert f"\n{one.rich_help_panel}:\n" in out
+            assert one.is_flag or "[default: " in told or "required" in told, f"{name}: {told}"
+
+
+def test_help_says_what_comes_after_what() -> None:
+    lines = neck_export_cli("--help").out.split("The usual sequence:\n\n")[1].splitlines()[:4]
+    assert [line.split()[:2] for line in lines] == [["neck-export", name] for name in ("onnx", "trt", "triton")] + [[]]
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "arguments"),
+    [
+        ("onnx", ExportOptions(), ["--checkpoint", "random"]),
+        ("trt", PlanOptions(Path("x.onnx"), Path("x.plan")), ["x.onnx", "--output", "x.plan"]),
+        ("triton", RepositoryOptions(Path("x.plan")), ["x.plan"]),
+        ("bench", BenchOptions(), ["--checkpoint", "random"]),
+        ("verify", VerifyOptions(Path("x.onnx")), ["x.onnx"]),
+        ("bisect", BisectOptions(Path("x.onnx")), ["x.onnx"]),
+        (
+            "masks",
+            MasksOptions(Path("x.onnx"), Path("m"), DATA, Prompts(points=((0.5, 0.25),))),
+            ["x.onnx", "--model", "m", "--images", str(DATA), "--points", "0.5,0.25"],
+        ),
+    ],
+)
+def test_defaults_of_the_command_line_are_those_of_python(command: str, options: Any, arguments: list[str]) -> None:
+    made, _ = options_of(command)
+    assert build(type(options), made.make_context(command, arguments).params) == options
 
 
 # --- onnx

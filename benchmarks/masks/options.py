@@ -38,12 +38,16 @@ class Prompts:
 
     texts: Annotated[
         tuple[str, ...],
-        Option("Find all objects that this text describes; repeatable, e.g. 'a cup'.", PROMPTS, name="prompt"),
+        Option(
+            "Find all objects that this text describes; repeatable, e.g. 'a cup'. [default: none]",
+            PROMPTS,
+            name="prompt",
+        ),
     ] = ()
     points: Annotated[
         tuple[tuple[float, ...], ...],
         Option(
-            "Find the object at this point, X,Y in parts of width and height; repeatable, e.g. 0.5,0.4.",
+            "Find the object at this point, X,Y in parts of the size; repeatable, e.g. 0.5,0.4. [default: none]",
             PROMPTS,
             read=list[str],
             parse=functools.partial(parse_places, 2),
@@ -52,7 +56,8 @@ class Prompts:
     boxes: Annotated[
         tuple[tuple[float, ...], ...],
         Option(
-            "Find the object in this box, X0,Y0,X1,Y1 in parts of width and height; repeatable, e.g. 0.1,0.2,0.6,0.9.",
+            "Find the object in this box, X0,Y0,X1,Y1 in parts of the size; repeatable, e.g. 0.1,0.2,0.6,0.9. "
+            "[default: none]",
             PROMPTS,
             read=list[str],
             parse=functools.partial(parse_places, 4),

@@ -40,7 +40,7 @@ class RepositoryOptions:
     more: Annotated[
         tuple[Path, ...],
         Option(
-            "Serve this plan of the same encoder, too, on another kind of GPU; repeatable, e.g. hopper.plan.",
+            "Serve this plan of the same encoder on another kind of GPU; repeatable, e.g. hopper.plan. [default: none]",
             MODEL,
             name="--plan",
         ),

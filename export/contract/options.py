@@ -121,7 +121,9 @@ CHECKPOINT = Option(
 )
 ADAPTER = Option("Merge the LoRA of this PEFT folder into the weights, e.g. my-lora. [default: none]", WEIGHTS)
 ADAPTER_ALPHA = Option(
-    "Use this lora_alpha for an adapter inside the checkpoint if the file does not contain one, e.g. 16.", WEIGHTS
+    "Use this lora_alpha for an adapter inside the checkpoint if the file does not contain one, e.g. 16. [default: "
+    "the file's]",
+    WEIGHTS,
 )
 STATE = Option(
     "Read this state of a training file that holds several, e.g. ema. [default: the model's, or the only one]", WEIGHTS
@@ -165,7 +167,8 @@ ATTENTION = Option(
     settings={"metavar": f"<{'|'.join(get_args(AttentionForm))}>"},
 )
 KEEP_FP32 = Option(
-    "Keep this module in FP32; wildcards are allowed and the option is repeatable, e.g. trunk.blocks.31 or 'convs.*'.",
+    "Keep this module in FP32; wildcards are allowed and the option is repeatable, e.g. trunk.blocks.31 or 'convs.*'. "
+    "[default: none]",
     PRECISION,
 )
 UPSAMPLING = Option(
@@ -202,7 +205,8 @@ IMAGES = Option(
     also=(RANGE,),
 )
 TOLERANCES = Option(
-    "Allow this relative L2 error for the outputs of this name; repeatable, e.g. sam3_feat_0=0.02 or '*_feat_*=0.02'.",
+    "Allow this relative L2 error for the outputs of this name; repeatable, e.g. sam3_feat_0=0.02 or '*_feat_*=0.02'. "
+    "[default: the precision's]",
     VERIFICATION,
     name="tolerance",
     read=list[str],
