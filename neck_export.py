@@ -210,10 +210,15 @@ def bisect(asked: Callable[[], BisectOptions]) -> None:
 
 @command(VerifyOptions)
 def verify(asked: Callable[[], VerifyOptions]) -> None:
-    """Compare a file with the plain PyTorch module and write the verdict into its manifest."""
+    """Compare a file with the plain PyTorch module and write the verdict into its manifest.
+
+    An ONNX file without a manifest may be anyone's SAM 3 encoder: name the weights that it should have with
+    --checkpoint. Its input and its outputs are identified by value, and if it is wrong the cause is named.
+    """
     notes: list[str] = []
     with noted(notes), stage() as report:
         from engines.builder.plan_kind import is_plan
+        from export.foreign.judge import ForeignVerdict
 
         it, line = asked(), None
         given = (it.checkpoint, it.images, it.tolerances, report)
@@ -221,6 +226,8 @@ def verify(asked: Callable[[], VerifyOptions]) -> None:
         plan = is_plan(it.file)
         if it.device is not None and not plan:
             raise typer.BadParameter("--device chooses the GPU for a plan; an ONNX file is verified on the CPU")
+        if plan and (it.state or it.prefix or it.config or it.write_manifest):
+            raise typer.BadParameter("--state, --prefix, --config and --write-manifest are for ONNX files")
         if plan:
             from engines.run.verify import verify_plan_file
 
@@ -231,10 +238,15 @@ def verify(asked: Callable[[], VerifyOptions]) -> None:
             from export.verification.target_check import graph_needs, read_by
 
             parsed = OnnxFile(it.file)
+            more |= {"state": it.state, "prefix": it.prefix, "config": it.config, "write_manifest": it.write_manifest}
             verdict = verify_file(parsed, *given, **more, targets=it.targets)
             line = read_by(graph_needs(parsed.model))
         show_verdict(verdict)
-        if line:
+        if line and isinstance(verdict, ForeignVerdict):
+            from engines.foreign_builds import builder_lines
+
+            typer.echo("\n".join(builder_lines(parsed, verdict, report)))
+        elif line:
             typer.echo(line)
         if it.save_reference:
             typer.echo(it.save_reference)
@@ -474,8 +486,8 @@ def show_verdict(verdict: Verdict, err: bool = False) -> None:
         word = "ok" if row.passed else f"{row.non_finite} non-finite" if row.non_finite else "FAILED"
         figures = f"{row.max_abs:10.2e} {row.mean_abs:10.2e} {row.relative_l2:10.2e} {row.cosine:11.8f}"
         typer.echo(f"{row.name:20} {figures}  {word}", err=err)
-    if verdict.first_bad:
-        typer.echo(f"first tensor that is not finite: {verdict.first_bad}", err=err)
+    for line in verdict.lines():
+        typer.echo(line, err=err)
 
 
 def prepare_text() -> None:

@@ -19,6 +19,8 @@ from export.contract.manifest import (
 )
 from export.contract.onnx_file import OnnxFile
 from export.contract.targets import TargetError
+from export.foreign.recognize import describe_graph
+from export.foreign.risks import graph_risks
 from export.lowering.attention import after_casts, before_casts
 from export.verification.target_check import check_claims, graph_needs, read_by
 
@@ -92,6 +94,13 @@ def inspect_onnx(path: Path, check: bool = False) -> dict[str, Any]:
         found["manifest"] = None
         missing = f"{manifest_path(path)}: says nothing of {error}; write the file again"
         found["manifest_problem"] = missing if isinstance(error, KeyError) else str(error)
+        if not manifest_path(path).exists():
+            found["seems"] = describe_graph(model, sum(found["attention"].values()))
+            found["risks"] = graph_risks(model, found["attention"])[:-1]  # the last is `read_by`
+            found["manifest_problem"] = (
+                f"{manifest_path(path)}: the manifest is missing, as it is of a file that another tool wrote; "
+                f"`neck-export verify {path} --checkpoint sam3.pt` judges it"
+            )
     return found
 
 
@@ -156,7 +165,9 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
     ]
     manifest = found["manifest"]
     if manifest is None:
-        return [*lines, f"  not verified: {found['manifest_problem']}"]
+        seems = [f"  seems   {found['seems']}"] if "seems" in found else []
+        risks = [f"  risk    {risk}" for risk in found.get("risks", ())]
+        return [*lines, *seems, *risks, f"  not verified: {found['manifest_problem']}"]
     weights_from = manifest["weights"]
     origin = f"random, seed {weights_from['seed']}" if weights_from["random"] else weights_from["path"]
     origin += f", adapter {weights_from['adapter']['path']}" if "adapter" in weights_from else ""

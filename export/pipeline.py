@@ -31,6 +31,8 @@ from export.contract.onnx_file import OnnxFile, check_path
 from export.contract.options import ExportOptions, Precision, Rewrites
 from export.contract.signature import Signature
 from export.contract.targets import find_targets
+from export.foreign.adopt import adopt
+from export.foreign.judge import judge_file
 from export.graph.deployed_module import DeployEncoder
 from export.graph.trace import trace
 from export.inspect import quantized_products
@@ -59,8 +61,11 @@ from export.weights_origin import (
     tool_version,
     weights_origin,
 )
+from neck.checkpoint import CheckpointError
+from neck.config import EncoderConfig
 from neck.images import ImageFolder
 from neck.necks import Sam3DualViTDetNeck
+from neck.source import EncoderSource, Loaded
 
 __all__ = [
     "NUMPY_NAMES",
@@ -99,7 +104,7 @@ class RejectedError(Exception):
     """The file does not compute what PyTorch computes; nothing was left under its name."""
 
     def __init__(self, path: Path, verdict: Verdict) -> None:
-        super().__init__(f"{path}: rejected, {', '.join(verdict.failed_names)} left tolerance")
+        super().__init__(f"{path}: rejected, {verdict.summary}")
         self.path, self.verdict = path, verdict
 
 
@@ -190,8 +195,15 @@ def verify_file(
     save: Path | None = None,
     targets: str = "",
     notes: list[str] | None = None,
+    config: EncoderConfig | None = None,
+    state: str | None = None,
+    prefix: str | None = None,
+    write_manifest: bool = False,
 ) -> Verdict:
     """Verifies a file that was exported before, and writes the verdict into its manifest.
+
+    A file without a manifest is another tool's: its input, its outputs and what is wrong with it are found out by
+    comparison with the encoder of `checkpoint`, and the verdict is a ForeignVerdict.
 
     Args:
         file: the ONNX file.
@@ -203,9 +215,11 @@ def verify_file(
         report: told of every step.
         save: where to keep the images and the plain module's outputs.
         notes: takes what the user should know: that the manifest could not be updated.
+        config, state, prefix: which encoder of `checkpoint`, for a file without a manifest; as in EncoderSource.
+        write_manifest: whether a file without a manifest gets one if it passes, as export.foreign.adopt says.
 
     Raises:
-        ManifestError: the manifest is missing or the files are not those that it speaks of.
+        ManifestError: the manifest is missing and no checkpoint is given, or the files are not those that it speaks of.
         ReaderError: the graph is not read by who must, or not by whom the manifest claims.
         CheckpointError, ExportError: the weights cannot be read, or are not those that were exported.
         RejectedError: the outputs left tolerance; the manifest says so too, where it can be written.
@@ -221,11 +235,26 @@ def verify_file(
     if not where.exists():
         needs = graph_needs(file.model)
         require(asked, needs, str(path), f"it is {read_by(needs)}")
-        raise ManifestError(
-            f"{where}: the manifest is missing, so what {path.name} was exported from is unknown, and it cannot be "
-            f"compared with PyTorch; only files that neck-export wrote can, with their manifest. "
-            f"{path.name}: {read_by(needs)}"
-        )
+        if checkpoint is None:
+            raise ManifestError(
+                f"{where}: the manifest is missing, so what {path.name} was exported from is unknown; give the weights "
+                f"that it should have with --checkpoint. {path.name}: {read_by(needs)}"
+            )
+        report("weights")
+        loaded = with_head_if_any(EncoderSource(checkpoint, 0, state, prefix, adapter, config=config))
+        foreign, made = judge_file(file, loaded.encoder, images, tolerances, report)
+        if save is not None:
+            write_reference(save, made.pixels, {one.output: made.outputs[one.tensor] for one in foreign.matches})
+        if not foreign.passed:
+            raise RejectedError(path, foreign)
+        if write_manifest:
+            target = adopt(file, foreign, loaded.encoder, loaded.origin, made, report)
+            (notes if notes is not None else []).append(f"manifest written: {manifest_path(target)}, of {target.name}")
+        return foreign
+    given = {"config": config, "state": state, "prefix": prefix, "write-manifest": write_manifest}
+    if any(given.values()):
+        name = next(name for name, value in given.items() if value)
+        raise ExportError(f"{path}: its manifest tells which encoder it holds; leave --{name} out")
     manifest = read_manifest(where, "onnx")
     signature = manifest_signature(where, manifest)
     if save is not None:
@@ -250,6 +279,18 @@ def verify_file(
     if not verdict.passed:
         raise RejectedError(path, verdict)
     return verdict
+
+
+def with_head_if_any(source: EncoderSource) -> Loaded:
+    """The encoder with all of its necks, and with the mask decoder's convolutions if the checkpoint has them.
+
+    Raises:
+        CheckpointError: the weights cannot be read.
+    """
+    try:
+        return source.load(sam2_head=True)
+    except CheckpointError:
+        return source.load()
 
 
 def write_onnx(

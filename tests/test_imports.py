@@ -17,7 +17,7 @@ FLOORS = ("neck", "export", "engines", "benchmarks", "neck_export")
 
 STAIRS = {
     "neck": ("weights",),
-    "export": ("contract", "graph", "lowering", "verification", "quantization"),
+    "export": ("contract", "graph", "lowering", "verification", "quantization", "foreign"),
     "engines": ("layers", "builder", "run", "live", "service"),
     "benchmarks": ("measure", "results", "report", "masks", "gpu"),
 }

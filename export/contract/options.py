@@ -395,11 +395,29 @@ class BisectOptions:
 class VerifyOptions:
     """The file to verify, and how."""
 
-    file: Annotated[Path, Option("ONNX file or TensorRT plan written by neck-export.", argument=True)]
+    file: Annotated[
+        Path,
+        Option(
+            "ONNX file or TensorRT plan written by neck-export, or anyone's SAM 3 encoder in ONNX, which requires "
+            "--checkpoint.",
+            argument=True,
+        ),
+    ]
     checkpoint: FileCheckpoint = None
     adapter: FileAdapter = None
+    state: Annotated[str | None, STATE] = None
+    prefix: Annotated[str | None, PREFIX] = None
+    config: Annotated[EncoderConfig | None, CONFIG] = None
     images: Images = None
     tolerances: Tolerances = dataclasses.field(default_factory=dict)
+    write_manifest: Annotated[
+        bool,
+        Option(
+            "If an ONNX file without a manifest passes, write the manifest that trt, triton, attach and masks need. "
+            "If its input or outputs have other names or layouts, a copy is adapted: X.neck.onnx.",
+            VERIFICATION,
+        ),
+    ] = False
     save_reference: Annotated[
         Path | None,
         Option(

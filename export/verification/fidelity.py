@@ -101,6 +101,15 @@ class Verdict:
         """Names of the outputs that left tolerance."""
         return [comparison.name for comparison in self.comparisons if not comparison.passed]
 
+    @property
+    def summary(self) -> str:
+        """Why it failed, in a few words."""
+        return f"{', '.join(self.failed_names)} left tolerance"
+
+    def lines(self) -> list[str]:
+        """What is to be told besides the figures."""
+        return [f"first tensor that is not finite: {self.first_bad}"] if self.first_bad else []
+
     def to_dict(self) -> dict[str, Any]:
         """The verdict as JSON values."""
         outputs = [comparison.to_dict() for comparison in self.comparisons]

@@ -125,7 +125,7 @@ class References:
 
 
 @contextlib.contextmanager
-def _exact_fp32() -> Iterator[None]:
+def exact_fp32() -> Iterator[None]:
     """Computes FP32 in FP32, whatever the caller's program has set.
 
     In convolutions on a GPU torch uses TF32 by default, which keeps 10 bits of 23. Under
@@ -169,7 +169,7 @@ def reference_outputs(encoder: Sam3DualViTDetNeck, pixels: np.ndarray, signature
     """
     encoder = with_head(encoder, signature)
     images = normalize(pixels).to(next(encoder.parameters()).device)
-    with _exact_fp32(), torch.inference_mode():
+    with exact_fp32(), torch.inference_mode():
         outputs = forward_necks(encoder, images, signature.necks, signature.levels)
         if encoder.sam2_head is not None:
             feats, _ = outputs["sam2"]
@@ -272,14 +272,19 @@ def image_count(batch: BatchRange) -> int:
 
 
 def run_model(model: ir.Model, folder: Path, image: np.ndarray) -> list[np.ndarray]:
-    """Runs a model whose external weights lie in `folder` in ONNX Runtime on the CPU.
+    """Runs a model whose external weights lie in `folder` in ONNX Runtime on the CPU."""
+    return run_session(open_model(model, folder), {"image": image})
+
+
+def run_session(session: Any, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Runs a session of `open_model`.
 
     Its run is one long call, during which Python sees no signal, so it has a thread of its own: Ctrl-C ends it at once.
     """
-    session, run = open_model(model, folder), require_runtime().RunOptions()
+    run = require_runtime().RunOptions()
     with ThreadPoolExecutor(1) as thread:
         try:
-            return list(thread.submit(session.run, None, {"image": image}, run).result())
+            return list(thread.submit(session.run, None, dict(feeds), run).result())
         except BaseException:
             run.terminate = True
             raise

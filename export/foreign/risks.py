@@ -1,0 +1,95 @@
+"""What of a sound file may fail in another runtime: told by its graph, and by the largest values that were seen."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Mapping
+
+import onnx_ir as ir
+
+from export.contract.targets import NEWEST, TITLES, line_of
+from export.verification.rounding_simulation import LOW
+from export.verification.target_check import graph_needs, not_in_table, read_by, why_not
+
+SQUARE_LIMIT = 255.0
+"""The largest value whose square FP16 holds (65504): LayerNorm's variance is a mean of squares."""
+SCORE_LIMIT = 1024.0
+"""Above it neighbors in FP16 are 1 apart, so that a softmax of such scores is off by a factor of up to e."""
+
+
+def graph_risks(model: ir.Model, forms: Mapping[str, int], dynamic_size: bool = False) -> list[str]:
+    """Risks that the graph alone tells.
+
+    Args:
+        model: the file's graph.
+        forms: how many of its attentions have each form (`export.inspect.attention_forms`).
+        dynamic_size: whether its image may have any size.
+    """
+    graph, found = model.graph, list[str]()
+    forms = collections.Counter(forms)
+    low = any(output.dtype in LOW for node in graph for output in node.outputs)
+    half = any(output.dtype == ir.DataType.FLOAT16 for node in graph for output in node.outputs)
+    accumulate = forms["fused"] + forms["scores32"] + forms["Attention in low precision"]
+    if half and accumulate:
+        found.append(
+            f"{accumulate} attentions are in FP16: TensorRT fuses them and accumulates their products in FP16, as in "
+            "the engines that failed (NVIDIA/TensorRT#4837); `neck-export onnx` accumulates in FP32"
+        )
+    if low and (unfused := forms["unfused"] + forms["FP32"]):
+        found.append(f"{unfused} attentions have scores in FP32, so TensorRT does not fuse them, which is slow")
+    for operator, what in (("LayerNormalization", "LayerNorms"), ("Softmax", "softmaxes")):
+        if count := sum(node.op_type == operator and node.outputs[0].dtype == ir.DataType.FLOAT16 for node in graph):
+            found.append(f"{count} {what} are computed in FP16")
+    if count := sum(map(_is_tanh, graph)):
+        found.append(
+            f"{count} GELUs are computed by tanh or another approximation: SAM 3's is exact, off by up to 5e-4"
+        )
+    if dynamic_size:
+        found.append(
+            "its image size is dynamic: it was judged at one size, and a table of positions for that size would be "
+            "wrong at every other"
+        )
+    return found + list(_targets(model))
+
+
+def _is_tanh(node: ir.Node) -> bool:
+    if node.op_type == "Gelu":
+        return node.attributes.get_string("approximate", "none") == "tanh"
+    return node.op_type in ("Tanh", "FastGelu", "QuickGelu")
+
+
+def _targets(model: ir.Model) -> Iterable[str]:
+    """Which of the newest targets refuse the graph, and why; then who reads it."""
+    needs = graph_needs(model)
+    if unknown := not_in_table(needs):
+        yield f"operators or types that no target is known to support: {', '.join(unknown)}"
+    else:
+        for family, version in NEWEST.items():
+            target = line_of(family, version)
+            if target is not None and family != "onnxruntime-gpu" and (reason := why_not(target, needs)):
+                yield f"{TITLES[family]} {version} does not load it: {reason}"
+    yield read_by(needs)
+
+
+def value_risks(largest: Mapping[str, float]) -> list[str]:
+    """Risks that the largest inputs of the LayerNorms and softmaxes in FP16 tell.
+
+    Args:
+        largest: operator and node, parted by a bar -> largest magnitude of its input.
+    """
+    found = []
+    for operator, limit, why in (
+        ("LayerNormalization", SQUARE_LIMIT, "their squares overflow FP16 where a runtime computes the variance in it"),
+        (
+            "SkipLayerNormalization",
+            SQUARE_LIMIT,
+            "their squares overflow FP16 where a runtime computes the variance in it",
+        ),
+        ("Softmax", SCORE_LIMIT, "FP16 keeps no fractions of such scores"),
+    ):
+        values = {name.partition("|")[2]: value for name, value in largest.items() if name.startswith(f"{operator}|")}
+        above = {name: value for name, value in values.items() if not value <= limit}
+        if above:
+            name, value = max(above.items(), key=lambda pair: pair[1])
+            found.append(f"{len(above)} {operator} nodes in FP16 take values up to {value:.4g} ({name}): {why}")
+    return found
