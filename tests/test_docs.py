@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 import typer.main
@@ -131,6 +132,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("sam3-encoder", "tuned"):
             made = ("--precision", "fp16", "--neck", "both", "--output", f"build/{name}.onnx")
             assert neck_export_cli("onnx", "--checkpoint", "sam3", *made).code == 0
+        made = ("--checkpoint", "sam3", "--output", "other/encoder.onnx", "--no-verify")
+        assert neck_export_cli("onnx", *made).code == 0
+    onnx.save(onnx.load(folder / "other" / "encoder.onnx"), folder / "vision_encoder.onnx")  # without a manifest
     write_plan(folder / "build" / "sam3-encoder.plan")
     return folder
 

@@ -59,10 +59,12 @@ def plain_error(path: Path, verdict: ForeignVerdict, encoder: Sam3DualViTDetNeck
 
 
 def check(path: Path, encoder: Sam3DualViTDetNeck) -> ForeignVerdict:
-    """Judges a file, and its verdict by a plain run."""
+    """Judges a file, and the verdict by a plain run, which does not see that of positions the largest error counts."""
     verdict = judged(path, encoder)
     agrees = plain_error(path, verdict, encoder) <= TOLERANCES[verdict.precision].relative_l2
-    assert verdict.passed == agrees, "\n".join(verdict.lines())
+    positions = [row.name for row in verdict.comparisons if not row.passed and row.tolerance.max_abs is not None]
+    assert ([name for name in verdict.failed_names if name not in positions] == []) == agrees
+    assert verdict.passed == (agrees and not positions), "\n".join(verdict.lines())
     assert verdict.passed or verdict.causes[0].kind != "unknown"
     return verdict
 
@@ -91,10 +93,15 @@ def test_transformers_exporter(precision: str, fusions: str | None, tmp_path: Pa
     exporters.OnnxExporter.save_program(made.program, path)
     model.float()
     verdict = check(path, encoder)
-    assert verdict.passed and verdict.precision == precision
+    assert verdict.precision == precision
+    if precision == "fp16":  # transformers computes the angles of the positions in FP16 too: off by up to 3.3e-3
+        assert {cause.kind for cause in verdict.causes} == {"rounding"}
+        assert all(str(cause.output).startswith("fpn_position_encoding") for cause in verdict.causes)
+        verdict = judge_file(OnnxFile(path), encoder, tolerances={"fpn_position_encoding.*": 1e-2})[0]
+    assert verdict.passed, "\n".join(verdict.lines())
     assert {match.tensor for match in verdict.matches} >= {"trunk", *(f"sam3_feat_{level}" for level in range(4))}
     assert verdict.weights is not None and verdict.weights.origin == "the checkpoint's"
-    if precision == "fp16":
+    if precision == "fp16" and not fusions:
         assert any("accumulates their products in FP16" in risk for risk in verdict.risks)
 
 

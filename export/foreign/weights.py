@@ -89,7 +89,7 @@ def compare_weights(model: ir.Model, encoder: Sam3DualViTDetNeck) -> WeightsFoun
         shape = tuple(side for side in values.shape if side != 1)
         if not math.prod(shape) >= SMALLEST or not np.isfinite(values.reshape(-1)[:SAMPLED].astype(np.float32)).all():
             continue
-        found = _nearest(values, shape, known)
+        found = _nearest(values, shape, kind, known)
         if found is None:
             continue
         form, error, scaled = found
@@ -201,7 +201,7 @@ def _sample(array: np.ndarray) -> np.ndarray:
     return vector / norm if norm else vector
 
 
-def _nearest(values: np.ndarray, shape: tuple[int, ...], known: Known) -> tuple[str, float, bool] | None:
+def _nearest(values: np.ndarray, shape: tuple[int, ...], kind: str, known: Known) -> tuple[str, float, bool] | None:
     """Form and relative L2 of the tensor that is most like some values, and whether one is the other times a number."""
     candidates = known.get(shape)
     if not candidates:
@@ -217,6 +217,8 @@ def _nearest(values: np.ndarray, shape: tuple[int, ...], known: Known) -> tuple[
     error = float(np.linalg.norm((a - b).astype(np.float64))) / norm
     if error <= SAME:
         return form, error, False
+    if kind in ("float16", "bfloat16") and np.array_equal(a, b.astype(numpy_type(kind)).astype(np.float32)):
+        return form, 0.0, False
     scale = float(np.dot(a, b)) / norm**2
     if scale > 0 and abs(scale - 1) > 1e-2:
         scaled = float(np.linalg.norm((a / scale - b).astype(np.float64))) / norm
