@@ -309,6 +309,17 @@ def no_bias(edit: Edit) -> None:
     weights_of(edit, encoder().convs[1].conv_3x3.bias, lambda array: array * 0)
 
 
+def cropped(edit: Edit) -> None:
+    """Level 0 without its last rows."""
+    ends = [edit.constant([value], np.int64) for value in (0, 30, 2)]
+    edit.after(FEATS[0], lambda value: [edit.node("Slice", [value, *ends], [1, 16, 30, 32])])
+
+
+def fewer_channels(edit: Edit) -> None:
+    ends = [edit.constant([value], np.int64) for value in (0, 8, 1)]
+    edit.after(FEATS[0], lambda value: [edit.node("Slice", [value, *ends], [1, 8, 32, 32])])
+
+
 FAULTS: dict[str, tuple[Build, str]] = {
     "ImageNet's normalization of 0..1": (imagenet_of(1), "normalization"),
     "ImageNet's normalization of 0..255": (imagenet_of(1 / 255), "normalization"),
@@ -338,6 +349,8 @@ FAULTS: dict[str, tuple[Build, str]] = {
     "NaN": (not_a_number, "overflow"),
     "GELU by tanh": (tanh_gelu, "operator"),
     "a bias missing": (no_bias, "operator"),
+    "map of another size": (cropped, "levels"),
+    "channels missing": (fewer_channels, "levels"),
 }
 
 
@@ -348,6 +361,31 @@ def test_a_planted_fault_is_refused_and_named(name: str, tmp_path: Path) -> None
     assert not verdict.passed
     assert [cause.kind for cause in verdict.causes][:1] == [kind], "\n".join(verdict.lines())
     assert verdict.to_dict()["causes"][0]["kind"] == kind
+
+
+def test_without_a_patch_embedding_every_encoding_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a file that cuts the image itself; a wrong one is refused all the same."""
+    monkeypatch.setattr("export.foreign.judge.find_patch_embedding", lambda model, patch: None)
+    verdict = judged(edited(lambda edit: edit.affine(2 / 255, -1)), tmp_path)
+    assert verdict.passed and str(verdict.encoding).startswith("RGB in 0..255")
+    assert not judged(edited(imagenet_of(1)), tmp_path / "wrong").passed
+
+
+def test_an_operator_that_the_simulation_does_not_know_is_told(tmp_path: Path) -> None:
+    """The FP16 graph is then run as it is."""
+
+    def build(edit: Edit) -> None:
+        low("fp16", opset=20, attention="fused")(edit)
+        inner = edit.node("Identity", [edit.graph.outputs[3]], [1, 16, 4, 4], HALF)
+        branch = ir.Graph([], inner.outputs, nodes=[inner], name="branch")
+        other = edit.node("Identity", [edit.graph.outputs[3]], [1, 16, 4, 4], HALF)
+        second = ir.Graph([], other.outputs, nodes=[other], name="second")
+        yes = edit.constant(True, np.bool_)
+        edit.after(FEATS[3], lambda value: [edit.node("If", [yes], then_branch=branch, else_branch=second, dtype=HALF)])
+
+    verdict = judged(edited(build), tmp_path)
+    assert verdict.passed
+    assert "run as it is" in verdict.method and "simulation" in verdict.method
 
 
 # --- the command line, the manifest, Python

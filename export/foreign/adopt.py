@@ -159,7 +159,7 @@ def contract_of(file: OnnxFile, verdict: ForeignVerdict) -> Signature:
                                 input_kind="uint8" if image.dtype == "uint8" else "float",
                                 batch=batch,
                                 dtype=NUMPY_NAMES.get(value.dtype or ir.DataType.FLOAT, "float32"),
-                                sam2_outputs=head,  # type: ignore[arg-type]
+                                sam2_outputs=head,
                             )
                         except SignatureError:
                             continue
@@ -209,8 +209,9 @@ class _Builder:
     def constant(self, array: Any, dtype: Any) -> ir.Value:
         self.count += 1
         name = f"neck.constant_{self.count}"
-        tensor = ir.tensor(np.asarray(array, dtype), name=name)
-        value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+        given = np.asarray(array, dtype)
+        tensor = ir.tensor(given, name=name)
+        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(given.shape), type=ir.TensorType(tensor.dtype))
         self.graph.register_initializer(value)
         return value
 
@@ -326,7 +327,7 @@ def _in_planes(
     batch, channels, height, width = shape
     n = -1 if batch == BATCH else batch
     rows, columns = [height, width], [n, height, width, channels]
-    chain = {
+    forms: dict[str, list[tuple[str, Sequence[int | str]]]] = {
         "NCHW": [],
         "NHWC": [("Transpose", [0, 3, 1, 2])],
         "tokens (N, HW, C)": [("Reshape", columns), ("Transpose", [0, 3, 1, 2])],
@@ -336,9 +337,9 @@ def _in_planes(
         "HWC": [("Reshape", [1, *rows, channels]), ("Transpose", [0, 3, 1, 2])],
         "tokens (HW, C)": [("Reshape", [1, *rows, channels]), ("Transpose", [0, 3, 1, 2])],
         "tokens (C, HW)": [("Reshape", [1, channels, *rows])],
-    }[match.layout]
+    }
     dtype = value.dtype or ir.DataType.FLOAT
-    for operator, axes in chain:
+    for operator, axes in forms[match.layout]:
         more = [builder.constant(axes, np.int64)] if operator == "Reshape" else []
         kept = {"perm": axes} if operator == "Transpose" else {}
         sides = axes if operator == "Reshape" else shape

@@ -216,7 +216,7 @@ def _position_cause(match: Match, array: np.ndarray, encoder: Sam3DualViTDetNeck
 
 def _map(encoding: PositionEmbeddingSine, height: int, width: int) -> np.ndarray:
     """The encoding of a map: (1, channels, height, width)."""
-    return encoding(torch.empty(1, 1, height, width)).numpy()  # type: ignore[no-any-return]
+    return encoding(torch.empty(1, 1, height, width)).numpy()
 
 
 def network_causes(
@@ -264,12 +264,12 @@ def _network_variants(trunk: ViTDetTrunk) -> Iterator[tuple[str, str, Callable[[
         grid = trunk.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
         resized = F.interpolate(grid.detach(), (height, width), mode=mode, align_corners=False).permute(0, 2, 3, 1)
         sentence = f"positions for another size: the position embedding is resized ({mode}) where SAM 3 tiles it"
-        yield "positions", sentence, functools.partial(_replaced, trunk, "position", lambda value=resized: value)
+        yield "positions", sentence, functools.partial(_replaced, trunk, resized)
     none = torch.zeros_like(trunk.position())
     yield (
         "positions",
         "the position embedding is missing",
-        functools.partial(_replaced, trunk, "position", lambda: none),
+        functools.partial(_replaced, trunk, none),
     )
     yield "operator", "GELU is computed by tanh where SAM 3's is exact", functools.partial(_tanh, trunk)
     blocks = len(trunk.blocks)
@@ -289,12 +289,13 @@ def _tables(trunk: ViTDetTrunk, angles: torch.Tensor) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replaced(trunk: ViTDetTrunk, method: str, by: Callable[[], Any]) -> Iterator[None]:
-    trunk.__dict__[method] = by
+def _replaced(trunk: ViTDetTrunk, position: torch.Tensor) -> Iterator[None]:
+    """Another position embedding of the grid."""
+    trunk.__dict__["position"] = lambda: position
     try:
         yield
     finally:
-        del trunk.__dict__[method]
+        del trunk.__dict__["position"]
 
 
 class _TanhMlp(nn.Module):
@@ -305,7 +306,7 @@ class _TanhMlp(nn.Module):
         self.fc1, self.fc2 = mlp.fc1, mlp.fc2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # type: ignore[no-any-return]
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import fnmatch
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from export.foreign.running import patch_embedding as find_patch_embedding
 from export.foreign.weights import WeightsFound, compare_weights
 from export.inspect import attention_forms
 from export.verification.fidelity import Comparison, Verdict, check_overrides, compare_output, tolerance_for
-from export.verification.verify import Reference, Report, reference_pixels, require_runtime
+from export.verification.verify import Reference, Report, check_memory, reference_pixels, require_runtime
 from export.weights_origin import encoder_config
 from neck.images import ImageFolder
 from neck.necks import Sam3DualViTDetNeck
@@ -162,6 +163,7 @@ class _Judge:
         self.encoder = encoder.at_size(image.size)
         config = encoder_config(self.encoder)
         signature = encoder_signature(config, necks="all", batch=BatchRange(image.count, image.count, image.count))
+        check_memory(signature, self.encoder)
         self.notes: list[str] = []
         self.pixels = reference_pixels(signature, images, image.count, self.notes.append)
         self.images = Encoding().encode(self.pixels)
@@ -265,7 +267,7 @@ class _Judge:
             error = _feature_error(matches)
             if error < best[0]:
                 best = error, (encoding, arrays, largest, matches, unmatched)
-        return best[1] if best[0] <= 5 * EMBEDDED else (self.image.encodings()[0], *first)  # type: ignore[no-any-return]
+        return best[1] if best[0] <= 5 * EMBEDDED else (self.image.encodings()[0], *first)
 
     def _compare(self, matches: Sequence[Match], tensors: Arrays, precision: str, arrays: Arrays) -> list[Comparison]:
         check_overrides(self.tolerances, [*(match.output for match in matches), *(match.tensor for match in matches)])
@@ -303,16 +305,28 @@ class _Judge:
         return first_non_finite(runner, {self.image.name: self.image.array(encoding.encode(self.pixels))})
 
     def _misshapen(self, arrays: Arrays, unmatched: Sequence[str], tensors: Arrays) -> list[Cause]:
-        """Outputs that look like maps of the encoder, of another size."""
+        """Outputs that look like maps of the encoder, of another size or with other channels."""
         causes = []
         channels = {array.shape[1] for array in tensors.values()}
-        sizes = ", ".join(dict.fromkeys(f"{array.shape[2]}x{array.shape[3]}" for array in tensors.values()))
+        sides = {array.shape[2:] for array in tensors.values()}
+        tokens = {height * width for height, width in sides}
+        sizes = ", ".join(dict.fromkeys(f"{height}x{width}" for height, width in sides))
         for name in unmatched:
             shape = arrays[name].shape
-            if len(shape) in (3, 4) and channels & {*shape[1:]}:
-                kind = "positions" if "pos" in name.lower() else "levels"
-                sentence = f"{name} is {shape_text(arrays[name])}, a map for another size: the encoder's are {sizes}"
-                causes.append(Cause(kind, name, sentence))
+            kind = "positions" if "pos" in name.lower() else "levels"
+            told = f"{name} is {shape_text(arrays[name])}"
+            pairs = set(itertools.pairwise(shape))
+            if len(shape) not in (2, 3, 4) or arrays[name].dtype.kind not in "fV":
+                continue
+            if len(shape) > 2 and channels & {*shape}:
+                causes.append(Cause(kind, name, f"{told}, a map for another size: the encoder's are {sizes}"))
+            elif pairs & sides or tokens & {*shape}:
+                hint = (
+                    ""
+                    if self.encoder.sam2_head
+                    else "; SAM 2's high-resolution maps need a checkpoint with the mask decoder"
+                )
+                causes.append(Cause(kind, name, f"{told}, a map with channels that no output of the encoder has{hint}"))
         return causes
 
     def _causes(

@@ -51,16 +51,16 @@ def layouts(array: np.ndarray, shape: Sequence[int]) -> Iterator[tuple[str, np.n
         if array.size != batch * channels * tokens:
             continue
         n, c, hw = batch, channels, tokens
-        forms = {
+        forms: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
             "NCHW": ((n, c, height, width), (0, 1, 2, 3)),
             "NHWC": ((n, height, width, c), (0, 3, 1, 2)),
         }
-        flat = {
+        flat: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
             "tokens (N, HW, C)": ((n, hw, c), (n, height, width, c), (0, 3, 1, 2)),
             "tokens (HW, N, C)": ((hw, n, c), (height, width, n, c), (2, 3, 0, 1)),
             "tokens (N, C, HW)": ((n, c, hw), (n, c, height, width), (0, 1, 2, 3)),
         }
-        single = {
+        single: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
             "CHW": ((c, height, width), (1, c, height, width), (0, 1, 2, 3)),
             "HWC": ((height, width, c), (1, height, width, c), (0, 3, 1, 2)),
             "tokens (HW, C)": ((hw, c), (1, height, width, c), (0, 3, 1, 2)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch
 from export.verification.verify import exact_fp32
 from neck.config import HEAD_PARTS
 from neck.necks import Sam3DualViTDetNeck
+from neck.trunk import ViTDetTrunk
 
 Arrays = dict[str, np.ndarray]
 
@@ -45,10 +46,11 @@ def encoder_tensors(encoder: Sam3DualViTDetNeck, images: np.ndarray) -> Arrays:
 
 def patch_embedding(encoder: Sam3DualViTDetNeck, images: np.ndarray) -> np.ndarray:
     """What the patch projection gives of float32 images (B, 3, H, W): (B, embed_dim, h, w)."""
-    weight = encoder.trunk.patch_embed.proj.weight  # type: ignore[union-attr]
+    project = cast(ViTDetTrunk, encoder.trunk).patch_embed.proj
     with exact_fp32(), torch.inference_mode():
-        given = torch.from_numpy(np.ascontiguousarray(images)).to(weight.device)  # type: ignore[arg-type]
-        return encoder.trunk.patch_embed.proj(given).float().cpu().numpy()  # type: ignore[union-attr,operator,no-any-return]
+        given = torch.from_numpy(np.ascontiguousarray(images)).to(project.weight.device)
+        found: np.ndarray = project(given).float().cpu().numpy()
+        return found
 
 
 def describe(name: str) -> str:

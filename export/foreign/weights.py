@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +14,7 @@ import torch
 from export.foreign.image_input import numpy_type
 from export.graph.rewrite import DeployProjection, Rewrites, rewrite
 from neck.necks import Sam3DualViTDetNeck
+from neck.trunk import ViTDetTrunk
 
 SMALLEST = 16
 """Elements; a smaller tensor is found by chance."""
@@ -155,7 +156,7 @@ def _dequantized(value: ir.Value) -> np.ndarray | None:
             zero = node.inputs[3] if len(node.inputs) > 3 else None
             known_zero = ir.convenience.get_const_tensor(zero) if zero is not None else None
             codes = value.const_value.numpy().astype(np.float32)
-            return codes - (known_zero.numpy().astype(np.float32) if known_zero is not None else 0)  # type: ignore[no-any-return]
+            return codes - (known_zero.numpy().astype(np.float32) if known_zero is not None else 0)
     return None
 
 
@@ -180,7 +181,7 @@ def _by_shape(encoder: Sam3DualViTDetNeck) -> Known:
                 add("split", name, part)
         if name == "trunk.pos_embed":
             add("without its class token", name, tensor[:, 1:])
-            add("tiled", name, encoder.trunk.position())  # type: ignore[operator,union-attr]
+            add("tiled", name, cast(ViTDetTrunk, encoder.trunk).position())
     plain = {tensor.data_ptr() for tensor in encoder.state_dict().values()}
     deployed = rewrite(encoder, Rewrites())
     for module in deployed.modules():
