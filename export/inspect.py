@@ -96,7 +96,7 @@ def inspect_onnx(path: Path, check: bool = False) -> dict[str, Any]:
         found["manifest_problem"] = missing if isinstance(error, KeyError) else str(error)
         if not manifest_path(path).exists():
             found["seems"] = describe_graph(model, sum(found["attention"].values()))
-            found["risks"] = graph_risks(model, found["attention"])[:-1]  # the last is `read_by`
+            found["risks"] = graph_risks(model, found["attention"])
             found["manifest_problem"] = (
                 f"{manifest_path(path)}: the manifest is missing, as it is of a file that another tool wrote; "
                 f"`neck-export verify {path} --checkpoint sam3.pt` judges it"

@@ -18,6 +18,7 @@ from foreign_files import CASE, Edit, half, perturbed, plain_model, swap_weights
 
 from engines.builder.flavor import FlavorError, choose_flavor
 from engines.foreign_builds import builder_lines
+from engines.live.encoder import DeployedEncoder
 from export.contract.errors import ExportError
 from export.contract.onnx_file import OnnxFile
 from export.foreign.judge import ForeignVerdict, judge_file
@@ -471,6 +472,10 @@ def test_write_manifest_makes_a_file_that_our_commands_take(sound: Path) -> None
     assert "sam3_feat_3" in again.out
     told = neck_export_cli("inspect", ours, "--check")
     assert told.code == 0 and "verified: PyTorch FP32" in told.out
+    with DeployedEncoder(ours, "cpu") as live, torch.no_grad():
+        image = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (1, 3, SIDE, SIDE)).astype(np.float32))
+        found, wanted = live(image)[0], encoder()(image)[0]
+        assert max(float((one - two).abs().max()) for one, two in zip(found, wanted, strict=True)) < 1e-4
     served = neck_export_cli("triton", ours, "--output", sound.parent / "repository")
     assert served.code == 0, served.err
     changed = bytearray(ours.read_bytes())

@@ -27,6 +27,7 @@ from export.foreign.running import patch_embedding as find_patch_embedding
 from export.foreign.weights import WeightsFound, compare_weights
 from export.inspect import attention_forms
 from export.verification.fidelity import Comparison, Verdict, check_overrides, compare_output, tolerance_for
+from export.verification.target_check import graph_needs, read_by
 from export.verification.verify import Reference, Report, check_memory, reference_pixels, require_runtime
 from export.weights_origin import encoder_config
 from neck.images import ImageFolder
@@ -53,6 +54,7 @@ class ForeignVerdict(Verdict):
         weights: whose weights it has.
         causes: what is wrong, the most certain first.
         risks: what may go wrong in another runtime.
+        read_by: which runtimes load it.
         images: how many it was judged on.
         encoder: the plain encoder at the file's size.
     """
@@ -66,6 +68,7 @@ class ForeignVerdict(Verdict):
     weights: WeightsFound | None = None
     causes: tuple[Cause, ...] = ()
     risks: tuple[str, ...] = ()
+    read_by: str = ""
     images: int = 1
     encoder: Sam3DualViTDetNeck | None = None
 
@@ -95,6 +98,7 @@ class ForeignVerdict(Verdict):
             *([f"absent  {', '.join(self.missing)}"] if self.missing else []),
             f"type    {self.precision}: its tolerances apply",
             *([f"weights {self.weights}"] if self.weights else []),
+            *([f"runtime {self.read_by}"] if self.read_by else []),
             *(f"risk    {risk}" for risk in self.risks),
             *super().lines(),
             *(f"WRONG   {cause.sentence}" for cause in self.causes),
@@ -112,6 +116,7 @@ class ForeignVerdict(Verdict):
             "weights": self.weights.to_dict() if self.weights else None,
             "causes": [dataclasses.asdict(cause) for cause in self.causes],
             "risks": list(self.risks),
+            "read_by": self.read_by,
         }
 
 
@@ -211,6 +216,7 @@ class _Judge:
             weights,
             tuple(causes),
             (*graph_risks(self.file.model, self._forms(), self.image.dynamic_size), *value_risks(largest)),
+            read_by(graph_needs(self.file.model)),
             len(self.pixels),
             self.encoder,
         )

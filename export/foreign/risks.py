@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from export.contract.targets import NEWEST, TITLES, line_of
 from export.verification.rounding_simulation import LOW
-from export.verification.target_check import graph_needs, not_in_table, read_by, why_not
+from export.verification.target_check import graph_needs, not_in_table, why_not
 
 SQUARE_LIMIT = 255.0
 """The largest value whose square FP16 holds (65504): LayerNorm's variance is a mean of squares."""
@@ -59,7 +59,7 @@ def _is_tanh(node: ir.Node) -> bool:
 
 
 def _targets(model: ir.Model) -> Iterable[str]:
-    """Which of the newest targets refuse the graph, and why; then who reads it."""
+    """Which of the newest targets refuse the graph, and why."""
     needs = graph_needs(model)
     if unknown := not_in_table(needs):
         yield f"operators or types that no target is known to support: {', '.join(unknown)}"
@@ -68,7 +68,6 @@ def _targets(model: ir.Model) -> Iterable[str]:
             target = line_of(family, version)
             if target is not None and family != "onnxruntime-gpu" and (reason := why_not(target, needs)):
                 yield f"{TITLES[family]} {version} does not load it: {reason}"
-    yield read_by(needs)
 
 
 def value_risks(largest: Mapping[str, float]) -> list[str]:
