@@ -27,11 +27,12 @@ from benchmarks.options import MEASURED, REPORT, BenchOptions
 from engines.builder.options import BUILD, PlanOptions
 from engines.service.options import KUBERNETES, MODEL, SERVING, RepositoryOptions
 from export.contract import options as shared
-from export.contract.options import DEFAULT_ONNX, DEVICE, BisectOptions, ExportOptions, VerifyOptions
+from export.contract.options import DEVICE, BisectOptions, ExportOptions, VerifyOptions
 from neck.option import UNSET, Option, OptionError, build, declared, parameters
 
 if TYPE_CHECKING:
     from engines.plan import PlanResult
+    from export.pipeline import ExportResult
     from export.verification.fidelity import Verdict
 
 HELP = """SAM 3's image encoder: from a checkpoint to a verified ONNX file, a TensorRT plan and a service.
@@ -132,24 +133,9 @@ def onnx(asked: Callable[[], ExportOptions]) -> None:
     """Export the encoder to ONNX and compare the file with PyTorch."""
     with stage() as report:
         from export.pipeline import export_onnx
-        from export.weights_origin import state_line
 
         result = export_onnx(asked(), report)
-        chosen = state_line(result.manifest["weights"])
-    for note in result.manifest.get("notes", ()):
-        typer.echo(f"note: {note}")
-    if chosen:
-        typer.echo(chosen)
-    show_curve(result.manifest)
-    if result.verdict:
-        show_verdict(result.verdict)
-    else:
-        typer.echo("not verified: --no-verify")
-    if result.read_by:
-        typer.echo(result.read_by)
-    for entry in result.manifest["files"]:
-        typer.echo(f"{result.path.with_name(entry['name'])}  {entry['bytes'] / 1e6:,.1f} MB")
-    typer.echo(result.manifest_path)
+    show_export(result)
 
 
 @command(PlanOptions)
@@ -159,22 +145,18 @@ def trt(
         bool, Option("Build every form of attention, and keep the fastest plan that passes; needs a GPU.", BUILD)
     ] = False,
 ) -> None:
-    """Build a TensorRT plan from an ONNX file and compare it with PyTorch."""
+    """Build a TensorRT plan from an ONNX file, or from a checkpoint, and compare it with PyTorch."""
     with stage() as report:
         options = asked()
-        from engines.builder.onnx_source import newest_onnx
-        from engines.plan import make_plan
+        from engines.api import make_engine
 
-        source = options.onnx or newest_onnx(DEFAULT_ONNX.parent)
-        options = dataclasses.replace(options, onnx=source, output=options.output or source.with_suffix(".plan"))
-        if tune:
-            from engines.tune import tune_plan, tuning_lines
+        result = make_engine(options, tune, report)
+    if result.exported:
+        show_export(result.exported)
+    if result.tuning:
+        from engines.tune import tuning_lines
 
-            tuning = tune_plan(options, report)
-            typer.echo("\n".join(tuning_lines(tuning)))
-            result = tuning.best
-        else:
-            result = make_plan(options, report)
+        typer.echo("\n".join(tuning_lines(result.tuning)))
     show_plan(result)
 
 
@@ -399,6 +381,26 @@ def show(values: dict[str, Any], lines: list[str], as_json: bool) -> None:
     from export.contract.manifest import to_json
 
     typer.echo(to_json(values).rstrip() if as_json else "\n".join(lines))
+
+
+def show_export(result: ExportResult) -> None:
+    """Prints what was exported, its error figures, and the files."""
+    from export.weights_origin import state_line
+
+    for note in result.manifest.get("notes", ()):
+        typer.echo(f"note: {note}")
+    if chosen := state_line(result.manifest["weights"]):
+        typer.echo(chosen)
+    show_curve(result.manifest)
+    if result.verdict:
+        show_verdict(result.verdict)
+    else:
+        typer.echo("not verified: --no-verify")
+    if result.read_by:
+        typer.echo(result.read_by)
+    for entry in result.manifest["files"]:
+        typer.echo(f"{result.path.with_name(entry['name'])}  {entry['bytes'] / 1e6:,.1f} MB")
+    typer.echo(result.manifest_path)
 
 
 def show_plan(result: PlanResult) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engines.builder.attention_forms import Built, LoweringOptions, build_forms
 from engines.builder.flavor import Flavor, choose_flavor
@@ -35,11 +35,14 @@ from export.contract.options import Precision, Residual
 from export.contract.signature import BatchRange
 from export.lowering.precision import residuals_to_try
 from export.output_files import NamedPath, calibration_paths, check_paths, encoder_paths
-from export.pipeline import RejectedError
+from export.pipeline import ExportResult, RejectedError
 from export.quantization.select_quantization import QuantizationPlan, all_tolerances
 from export.verification.fidelity import Verdict
 from export.verification.verify import Report, image_count, verify_onnx
 from export.weights_origin import tool_version
+
+if TYPE_CHECKING:
+    from engines.tune import Tuning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,8 @@ class PlanResult:
         layer report: its layer report, None where the builder told none.
         verdict: what was verified: the plan where it runs here, else the typed ONNX graph, else None.
         reused, reason: whether the plan was there already; why it was built, where another was there.
+        exported: the export that the plan was built from, if one call made both.
+        tuning: all candidates of `--tune`, None without it.
     """
 
     path: Path
@@ -59,6 +64,8 @@ class PlanResult:
     verdict: Verdict | None
     reused: bool = False
     reason: str | None = None
+    exported: ExportResult | None = None
+    tuning: Tuning | None = None
 
     @property
     def notes(self) -> list[str]:

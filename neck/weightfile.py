@@ -17,7 +17,7 @@ from neck.weights.states import choose_state, find_states
 from neck.weights.torchfile import ADVICE, CheckpointError, TorchFile
 from neck.weights.wrapper_names import unwrap_names
 
-__all__ = ["CheckpointError", "State", "find_file", "read_state", "shard_files"]
+__all__ = ["CheckpointError", "State", "find_file", "is_checkpoint", "read_state", "shard_files"]
 
 INDEX_NAME = "model.safetensors.index.json"
 FOLDER_NAMES = (INDEX_NAME, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -25,6 +25,9 @@ FOLDER_NAMES = (INDEX_NAME, "model.safetensors", "pytorch_model.bin.index.json",
 
 TORCH_STARTS = (b"PK\x03\x04", b"\x80")
 """A zip archive, or a pickle of protocol 2 and later."""
+
+WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+"""How files of weights are named; others are told by their first bytes."""
 
 LARGEST_HEADER = 100_000_000
 """Bytes of the largest header that safetensors itself accepts."""
@@ -94,6 +97,17 @@ def find_file(path: Path) -> Path:
     except UnicodeEncodeError:
         raise CheckpointError(f"{path}: PyTorch and safetensors open no path that is not UTF-8; rename it") from None
     return path
+
+
+def is_checkpoint(given: str | Path) -> bool:
+    """Whether a path names weights rather than an ONNX file or a plan, as far as its name and first bytes tell."""
+    path = Path(given)
+    if str(given) == "random" or path.is_dir() or path.suffix in WEIGHT_SUFFIXES:
+        return True
+    if path.suffix == ".onnx" or not path.is_file():
+        return False
+    head = _head(path)
+    return _is_safetensors(head) or _is_index(head) or head.startswith(TORCH_STARTS)
 
 
 def _head(path: Path) -> bytes:

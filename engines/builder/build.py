@@ -95,13 +95,7 @@ def build_plan(
     onnx = OnnxFile.of(file).path
     graph = read_graph(file, (options.batch or DEFAULT_BATCH).optimum)
     _check_attentions(onnx, graph, options)
-    capabilities = flavor.check_targets(options.compute_capabilities)
-    _check_fp8(onnx, options, capabilities or ((flavor.gpu.compute_capability,) if flavor.gpu else ()))
-    flavor.refuse(
-        timing_cache=options.timing_cache is not None,
-        hardware_compatible=options.hardware_compatible != "none",
-        version_compatible=options.version_compatible,
-    )
+    capabilities = check_request(flavor, onnx, options)
     timing = read_replayed(flavor, options)
     started, watch = time.perf_counter(), Watch()
     builder, network, keep = _parse(onnx, flavor, watch)
@@ -159,6 +153,22 @@ def _check_attentions(onnx: Path, graph: Graph, options: BuildOptions) -> None:
             f"{onnx}: {graph.fp32_attentions[0]} is an opset-23 Attention in FP32, which TensorRT does not build; "
             f"export it again: {export_again(onnx, attention='auto', opset='auto')}"
         )
+
+
+def check_request(flavor: Flavor, onnx: Path, options: BuildOptions) -> tuple[str, ...]:
+    """Refuses what a TensorRT does not do, before anything is read or built; returns the GPUs to build for.
+
+    Raises:
+        BuildError, FlavorError: naming the option.
+    """
+    capabilities = flavor.check_targets(options.compute_capabilities)
+    _check_fp8(onnx, options, capabilities or ((flavor.gpu.compute_capability,) if flavor.gpu else ()))
+    flavor.refuse(
+        timing_cache=options.timing_cache is not None,
+        hardware_compatible=options.hardware_compatible != "none",
+        version_compatible=options.version_compatible,
+    )
+    return capabilities
 
 
 def _check_fp8(onnx: Path, options: BuildOptions, capabilities: Sequence[str]) -> None:

@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from export.contract.options import (
+    ADAPTER_ALPHA,
     ATTENTION,
+    CONFIG,
+    FILE_ADAPTER,
     FILES,
+    IMAGE_SIZE,
     KEEP_FP32,
+    NECKS,
     PRECISION,
+    PREFIX,
     RESIDUAL,
+    STATE,
     TARGET,
     UPSAMPLING,
     VERIFICATION,
     AttentionForm,
-    FileAdapter,
     FileCheckpoint,
     Images,
     Precision,
@@ -27,6 +33,7 @@ from export.contract.options import (
     Upsampling,
 )
 from export.contract.signature import BatchRange
+from neck.config import EncoderConfig
 from neck.option import Group, Option, OptionError
 
 BUILD = "Build"
@@ -67,8 +74,8 @@ class BuildOptions:
     batch: Annotated[
         BatchRange | None,
         Option(
-            "Build for these batch sizes of an ONNX file with a dynamic batch, minimum:optimum:maximum, e.g. 1:4:8. "
-            "[default: those of the ONNX file]",
+            "Build for these batch sizes of an ONNX file with a dynamic batch, minimum:optimum:maximum, e.g. 1:4:8; "
+            "if MODEL is a checkpoint: export it for them. [default: those of the ONNX file; 1]",
             TARGET,
             read=str,
             parse=BatchRange.parse,
@@ -138,6 +145,23 @@ class BuildOptions:
         return values
 
 
+def of_weights(option: Option) -> Option:
+    """An option of the export that `trt` makes first if MODEL is a checkpoint."""
+    return option.but(help=f"If MODEL is a checkpoint: {option.help[0].lower()}{option.help[1:]}")
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsOptions:
+    """How a checkpoint is exported before its plan is built; all else is as `neck-export onnx` has it by default."""
+
+    config: Annotated[EncoderConfig | None, of_weights(CONFIG)] = None
+    state: Annotated[str | None, of_weights(STATE)] = None
+    prefix: Annotated[str | None, of_weights(PREFIX)] = None
+    adapter_alpha: Annotated[float | None, of_weights(ADAPTER_ALPHA)] = None
+    image_size: Annotated[int | tuple[int, int] | None, of_weights(IMAGE_SIZE)] = None
+    necks: Annotated[str, of_weights(NECKS)] = "auto"
+
+
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
     """What to build; the help of the options says what they are.
@@ -148,11 +172,18 @@ class PlanOptions:
         build: the builder's options; its precision and batch are taken from the file.
         checkpoint, adapter: the weights that the file was exported from, and what was merged into them, where they are
             no longer where its manifest says.
+        weights: how the checkpoint is exported that stands in the place of the ONNX file (engines.api.make_engine).
     """
 
     onnx: Annotated[
         Path,
-        Option("ONNX file to build. [default: the newest in build/]", name="model", default=None, argument=True),
+        Option(
+            "ONNX file to build, or a checkpoint to export first: sam3.pt, a folder, a name on the Hugging Face Hub. "
+            "[default: the newest ONNX file in build/]",
+            name="model",
+            default=None,
+            argument=True,
+        ),
     ]
     output: Annotated[
         Path, Option("Write the plan here. [default: beside the ONNX file, e.g. x.plan]", FILES, default=None)
@@ -192,4 +223,7 @@ class PlanOptions:
     images: Images = None
     tolerances: Tolerances = dataclasses.field(default_factory=dict)
     checkpoint: FileCheckpoint = None
-    adapter: FileAdapter = None
+    adapter: Annotated[
+        Path | None, FILE_ADAPTER.but(help=f"{FILE_ADAPTER.help} If MODEL is a checkpoint: merge it into the weights.")
+    ] = None
+    weights: Annotated[WeightsOptions, Group] = dataclasses.field(default_factory=WeightsOptions)
