@@ -67,7 +67,8 @@ def build_engine(
     plan. Progress is reported through the logger `neck_export`.
 
     Args:
-        model: an ONNX file, or weights: a file, a folder, or `random`. None takes the newest ONNX file in build/.
+        model: an ONNX file, or weights: a file, a folder, a name on the Hugging Face Hub, or `random`. None takes the
+            newest ONNX file in build/.
         output: the plan to write; None writes it beside the ONNX file.
         config, state, prefix, adapter_alpha, image_size, neck: of the export, as in export.export_encoder; only if
             `model` is a checkpoint.
@@ -87,8 +88,8 @@ def build_engine(
 
     Raises:
         BuildError, FlavorError, TuneError: the plan cannot be built here; the message says why, and what to do.
-        CheckpointError, ConfigError, SignatureError, ImageError, ExportError, ManifestError: an argument or a file
-            cannot be used.
+        CheckpointError, HubError, ConfigError, SignatureError, ImageError, ExportError, ManifestError: an argument or a
+            file cannot be used.
         RejectedError: outputs are out of tolerance.
     """
     options = PlanOptions(

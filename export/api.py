@@ -21,6 +21,7 @@ from export.contract.options import (
 from export.contract.signature import BatchRange, InputKind, Positions, Sam2Outputs
 from export.pipeline import ExportResult, export_onnx
 from neck.config import EncoderConfig
+from neck.hub import local_checkpoint
 from neck.images import ImageFolder, ValueRange
 from neck.option import OptionError
 from neck.progress import step
@@ -69,7 +70,8 @@ def export_encoder(
     value.
 
     Args:
-        checkpoint: a file or folder of weights, or `random` for seeded random weights.
+        checkpoint: a file or folder of weights, a name on the Hugging Face Hub such as `facebook/sam3`, or `random` for
+            seeded random weights.
         output: the ONNX file to write; its weights and its manifest are written beside it.
         config: an encoder.json, or its content; needed only if the weights do not reveal the architecture.
         image_size: pixels: 1008, or (height, width), or `1008x672`.
@@ -84,8 +86,8 @@ def export_encoder(
         Path and manifest of the file, and the verdict with its error figures (None without verification).
 
     Raises:
-        CheckpointError, ConfigError, SignatureError, TargetError, ImageError, ExportError: an argument cannot be used;
-            the message says which, and what to do.
+        CheckpointError, HubError, ConfigError, SignatureError, TargetError, ImageError, ExportError: an argument cannot
+            be used; the message says which, and what to do.
         RejectedError: the file's outputs are out of tolerance; no file was written.
     """
     options = ExportOptions(
@@ -122,8 +124,8 @@ def export_encoder(
 
 
 def checkpoint_path(checkpoint: str | Path) -> Path | None:
-    """Where the weights are; None stands for random weights."""
-    return None if str(checkpoint) == "random" else Path(checkpoint)
+    """Where the weights are, downloaded if they are on the Hugging Face Hub; None stands for random weights."""
+    return None if str(checkpoint) == "random" else local_checkpoint(checkpoint)
 
 
 def several(given: Texts) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from export.contract.export_command import hub_text
 from export.contract.manifest import (
     ManifestError,
     check_files,
@@ -169,7 +170,11 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
         risks = [f"  risk    {risk}" for risk in found.get("risks", ())]
         return [*lines, *seems, *risks, f"  not verified: {found['manifest_problem']}"]
     weights_from = manifest["weights"]
-    origin = f"random, seed {weights_from['seed']}" if weights_from["random"] else weights_from["path"]
+    origin = (
+        f"random, seed {weights_from['seed']}"
+        if weights_from["random"]
+        else hub_text(weights_from) or weights_from["path"]
+    )
     origin += f", adapter {weights_from['adapter']['path']}" if "adapter" in weights_from else ""
     origin += f", state {weights_from['state']}" if weights_from.get("state") else ""
     precision = manifest["precision"]

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from export.contract.errors import ExportError
+from export.contract.export_command import hub_text
 from export.contract.manifest import ManifestError, file_entry, sha256
 from export.contract.options import Precision
 from export.contract.signature import Signature
 from export.lowering.precision import TYPES
 from neck.checkpoint import CheckpointError
 from neck.config import ConfigError, EncoderConfig
+from neck.hub import hub_origin, local_checkpoint
 from neck.necks import Sam3DualViTDetNeck
 from neck.source import EncoderSource, Origin
 from neck.trunk import ViTDetTrunk
@@ -29,7 +32,11 @@ PACKAGES = ("torch", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
 
 
 def weights_origin(origin: Origin) -> dict[str, Any]:
-    """What a manifest says of the weights: a seed, or the file with its SHA-256 and those of its shards and adapter."""
+    """What a manifest says of the weights: a seed, or the file with its SHA-256 and those of its shards and adapter.
+
+    The path is not resolved: the Hugging Face Hub's cache keeps files as links, and what is read beside the weights is
+    found by the link's name. Weights from there also have their repository and commit.
+    """
     source = origin.source
     if source.path is None:
         return {"random": True, "seed": source.seed}
@@ -39,9 +46,11 @@ def weights_origin(origin: Origin) -> dict[str, Any]:
     if source.adapter is not None:
         files = list(map(file_entry, adapter_files(source.adapter)))
         told["adapter"] = {"path": str(source.adapter.resolve()), "files": files}
+    if hub := hub_origin(path):
+        told["hub"] = {"repository": hub.repo, "commit": hub.revision, "file": hub.file}
     return {
         "random": False,
-        "path": str(path.resolve()),
+        "path": os.path.abspath(path),
         **file_entry(path),
         **{key: value for key, value in told.items() if value},
     }
@@ -168,11 +177,12 @@ def manifest_encoder(
         return EncoderSource(seed=weights["seed"], config=config).load().encoder
     if not all(isinstance(value, str) for value in names.values()):
         raise ManifestError(f"{where}: `state` and `prefix` in the entry `weights` must be text; export the file again")
-    path = checkpoint or path
+    path = local_checkpoint(checkpoint) if checkpoint else path
     assert path is not None
     if not path.exists():
         raise ExportError(
             f"{path}: the weights that {where.name} names are not there; give their path with --checkpoint"
+            + (f", or download them again: --checkpoint {hub_text(weights)}" if "hub" in weights else "")
         )
     source = EncoderSource(path, config=config, alpha=weights.get("adapter_alpha"), **names)
     if is_origin(weights, path):

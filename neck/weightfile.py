@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from neck.hub import hub_name
 from neck.weights.not_checkpoints import file_of, folder_of, missing
 from neck.weights.records import OpaqueObject, TensorRecord
 from neck.weights.states import choose_state, find_states
@@ -100,9 +101,9 @@ def find_file(path: Path) -> Path:
 
 
 def is_checkpoint(given: str | Path) -> bool:
-    """Whether a path names weights rather than an ONNX file or a plan, as far as its name and first bytes tell."""
+    """Whether a path or a name on the Hugging Face Hub stands for weights rather than an ONNX file or a plan."""
     path = Path(given)
-    if str(given) == "random" or path.is_dir() or path.suffix in WEIGHT_SUFFIXES:
+    if str(given) == "random" or path.is_dir() or path.suffix in WEIGHT_SUFFIXES or hub_name(given):
         return True
     if path.suffix == ".onnx" or not path.is_file():
         return False

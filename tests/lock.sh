@@ -5,7 +5,7 @@ set -eu
 cd "$(dirname "$0")/.."
 export UV_PYTHON_DOWNLOADS=never UV_CUSTOM_COMPILE_COMMAND='make lock'
 uv=${UV:-.venv/bin/uv}
-extras='--extra cpu --extra rtx --extra triton --extra bench --extra sam3 --extra dev'
+extras='--extra cpu --extra rtx --extra triton --extra hub --extra bench --extra sam3 --extra dev'
 
 compile() { # what is asked, and the file
     output=$1

@@ -257,7 +257,7 @@ def test_what_snippets_import_is_there(page: Path) -> None:
                 assert all(hasattr(module, name.name) for name in node.names)
 
 
-@pytest.mark.parametrize("word", ["vision_embeds", "export_onnx"])
+@pytest.mark.parametrize("word", ["vision_embeds", "export_encoder"])
 def test_snippets_of_the_readme_run(word: str, place: Path) -> None:
     """One encoding for many prompts, and the export from Python."""
     (snippet,) = [one for one in snippets(PAGES[0]) if word in one]
@@ -265,7 +265,7 @@ def test_snippets_of_the_readme_run(word: str, place: Path) -> None:
     names: dict[str, Any] = {}
     with torch.no_grad():
         exec(compile(text, "README.md", "exec"), names)
-    if word == "export_onnx":
+    if word == "export_encoder":
         assert names["result"].verdict.passed and len(names["features"]) == 4
     else:
         assert [mask.shape for mask in names["masks"].values()] == [(1, 4, 32, 32)] * 3

@@ -66,7 +66,7 @@ def export_command(
     if weights["random"] and checkpoint is None:
         words += ["--checkpoint", "random", "--seed", str(weights["seed"])]
     else:
-        words += ["--checkpoint", str(checkpoint or weights["path"])]
+        words += ["--checkpoint", str(checkpoint or hub_text(weights) or weights["path"])]
         words += ["--adapter", weights["adapter"]["path"]] if "adapter" in weights else []
         words += ["--adapter-alpha", str(weights["adapter_alpha"])] if "adapter_alpha" in weights else []
         words += [word for key in ("state", "prefix") if weights.get(key) for word in (f"--{key}", weights[key])]
@@ -77,6 +77,12 @@ def export_command(
     for module in manifest["keep_fp32"]:
         words += ["--keep-fp32", module]
     return shlex.join([*words, "--output", str(output)])
+
+
+def hub_text(weights: Mapping[str, Any]) -> str:
+    """The name on the Hugging Face Hub of the weights that a manifest names; empty for those from elsewhere."""
+    hub = weights.get("hub")
+    return f"{hub['repository']}@{hub['commit']}/{hub['file']}" if hub else ""
 
 
 def export_again(onnx: Path, **changes: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from export.contract.signature import BatchRange, InputKind, Positions, Sam2Outputs
 from neck.config import EncoderConfig
+from neck.hub import local_checkpoint
 from neck.option import Group, Option, OptionError
 from neck.source import EncoderSource
 
@@ -36,7 +37,7 @@ def choose_checkpoint(asked: str | None) -> Path | None:
     if asked == "random":
         return None
     if asked is not None:
-        return Path(asked)
+        return local_checkpoint(asked)
     if DEFAULT_CHECKPOINT.exists():
         return DEFAULT_CHECKPOINT
     print(f"no --checkpoint and no {DEFAULT_CHECKPOINT} here: exporting seeded RANDOM weights", file=sys.stderr)
@@ -112,8 +113,8 @@ def parse_attention(text: str) -> str:
 
 # options of several commands
 CHECKPOINT = Option(
-    "Read the weights from this file or folder: sam3.pt, a .safetensors file, a folder of shards, or `random` for "
-    "seeded random weights. [default: sam3.pt in this folder if it exists, else random]",
+    "Read the weights from this file or folder, or download them: sam3.pt, a folder of shards, a name on the Hugging "
+    "Face Hub such as facebook/sam3 (also owner/name@revision/file), or `random` for seeded random weights. [default: sam3.pt in this folder if it exists, else random]",
     WEIGHTS,
     read=str,
     parse=choose_checkpoint,

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+from neck.hub import hub_name
+
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.(?:safetensors|bin)$")
 PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head", b"access to model", b"invalid username")
 LFS = b"version https://git-lfs"
@@ -26,12 +27,13 @@ SCALES = re.compile(
 
 
 def missing(path: Path) -> str:
-    """Says that a path is not there, and of a name on the Hugging Face Hub that it is no path."""
-    if not HUB_NAME.fullmatch(str(path)) or path.parent.exists() or path.suffix in (".pt", ".safetensors", ".json"):
+    """Says that a path is not there, and how a name on the Hugging Face Hub is given."""
+    name = hub_name(f"hf://{path}")
+    if path.suffix in (".pt", ".safetensors", ".json") or name is None or name.file:
         return f"No such file: {path}"
     return (
-        f"No such file: {path}; if it is a name on the Hugging Face Hub, that is no path: accept its license there, "
-        f"`hf auth login`,\n`hf download {path} --local-dir {path.name}`, and pass the folder {path.name}"
+        f"No such file: {path}; if it is a name on the Hugging Face Hub, give it as --checkpoint hf://{path}, or\n"
+        f"`hf download {path} --local-dir {path.name}` and pass the folder {path.name}"
     )
 
 
