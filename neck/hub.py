@@ -111,7 +111,8 @@ class _Hub:
                 f"{name}: no such file or folder here; if it is a name on the Hugging Face Hub, install the package "
                 "that downloads from there: pip install huggingface_hub"
             ) from None
-        self.name, self.api, self.errors = name, huggingface_hub, errors
+        self.name, self.errors = name, errors
+        self.api: Any = huggingface_hub
         self.endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
         self.cache = Path(constants.HF_HUB_CACHE)
         self.commit, self.offline = name.revision, False

@@ -114,7 +114,8 @@ def parse_attention(text: str) -> str:
 # options of several commands
 CHECKPOINT = Option(
     "Read the weights from this file or folder, or download them: sam3.pt, a folder of shards, a name on the Hugging "
-    "Face Hub such as facebook/sam3 (also owner/name@revision/file), or `random` for seeded random weights. [default: sam3.pt in this folder if it exists, else random]",
+    "Face Hub such as facebook/sam3 (also owner/name@revision/file), or `random` for seeded random weights. "
+    "[default: sam3.pt in this folder if it exists, else random]",
     WEIGHTS,
     read=str,
     parse=choose_checkpoint,
