@@ -425,6 +425,9 @@ def show_plan(result: PlanResult) -> None:
             typer.echo(f"warning: {warning}", err=True)
     elif reason := result.manifest.get("no_layers"):
         typer.echo(f"no layer report: {reason}")
+    from engines.layers.plan_memory import memory_lines
+
+    typer.echo("\n".join(line.strip() for line in memory_lines(result.manifest)))
     typer.echo(f"{result.path}  {result.path.stat().st_size / 1e6:,.1f} MB")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from engines.builder.onnx_graph import BuildError
 from engines.layers.layer_report import read_layers
+from engines.layers.plan_memory import memory_lines
 from export.contract.manifest import check_files, manifest_path, read_manifest
 from export.inspect import masks_lines, quantized_line
 
@@ -45,6 +46,7 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
         *(f"  note    {note}" for note in found.get("notes", ())),
         *([f"  {quantized_line(found['quantization'])}"] if found.get("quantization") else []),
         *timing_cache_lines(found),
+        *memory_lines(found),
         f"  plan    {'verified: ' + checked['method'] if checked['verified'] else checked['reason']}",
     ]
     if graph := checked.get("onnx"):

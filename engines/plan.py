@@ -17,6 +17,7 @@ from engines.builder.options import DEFAULT_BATCH, BuildOptions, PlanOptions
 from engines.builder.plan_stream import disk_errors
 from engines.builder.timing_cache import replayed_hash, timing_cache_path
 from engines.layers.layer_report import LayerReport, layers_path, read_layers
+from engines.layers.plan_memory import plan_memory
 from engines.run.verify import verify_plan, why_not_run
 from export.contract.manifest import (
     ManifestError,
@@ -259,6 +260,8 @@ def _manifest(
     """What the plan's manifest says, its verification aside."""
     result, signature = built.result, job.source.signature(job.precision)
     first = result.inputs[0].shape[0]
+    batch = str(result.options.batch or DEFAULT_BATCH) if isinstance(first, str) else str(first)
+    tensors = [dataclasses.asdict(spec) for spec in (*result.inputs, *result.outputs)]
     return {
         "key": job.key,
         "precision": job.precision,
@@ -272,9 +275,10 @@ def _manifest(
         "compute_capabilities": list(result.compute_capabilities),
         "gpu": dataclasses.asdict(result.gpu) if result.gpu else None,
         "options": result.options.to_dict(),
-        "batch": str(result.options.batch or DEFAULT_BATCH) if isinstance(first, str) else str(first),
-        "inputs": [dataclasses.asdict(spec) for spec in result.inputs],
-        "outputs": [dataclasses.asdict(spec) for spec in result.outputs],
+        "batch": batch,
+        "inputs": tensors[: len(result.inputs)],
+        "outputs": tensors[len(result.inputs) :],
+        "memory": plan_memory(result.memory, tensors, batch),
         "timing_cache": result.timing_cache,
         "build_seconds": round(result.seconds, 2),
         "layers": result.layers.summary() if result.layers else None,

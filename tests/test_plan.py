@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from engines.builder.onnx_graph import BuildError
 from engines.builder.onnx_source import newest_onnx
 from engines.builder.options import BuildOptions, PlanOptions
 from engines.layers.layer_report import layers_path, read_layers
+from engines.layers.plan_memory import memory_lines, pool_bytes, read_memory
 from engines.plan import make_plan
 from engines.run.verify import NO_GPU
 from export.contract.manifest import ManifestError, check_files, data_path, manifest_path, read_manifest
@@ -148,6 +150,30 @@ def test_a_low_precision_file_is_not_turned_into_another(exported: Path, tmp_pat
     source = export(tmp_path / "half.onnx", precision="fp16", verify=False)
     with pytest.raises(BuildError, match="is fp16, asked was bf16"):
         make_plan(plan_options(source, tmp_path / "out", precision="bf16"))
+
+
+def test_the_plans_memory_is_told(tmp_path: Path) -> None:
+    """Weights and activations as the builder logs them, inputs and outputs from their shapes, a pool of N from both."""
+    source = export(tmp_path / "in" / "encoder.onnx", batch=BatchRange(1, 2, 4), verify=False)
+    found = {}
+    for largest in (2, 4):
+        build = BuildOptions(batch=BatchRange(1, 2, largest))
+        made = make_plan(plan_options(source, tmp_path / str(largest), build=build, verify=False))
+        memory = found[largest] = made.manifest["memory"]
+        tensors = [*made.manifest["inputs"], *made.manifest["outputs"]]
+        items = {"float32": 4, "float16": 2}
+        sizes = [items[one["dtype"]] * largest * math.prod(one["shape"][1:]) for one in tensors]
+        assert memory["io_bytes"] == sum(sizes)
+        total = memory["weights_bytes"] + 4 * (memory["activation_bytes"] + memory["io_bytes"])
+        assert pool_bytes(memory, 4) == total
+        shown = CliRunner().invoke(app, ["inspect", str(made.path)]).output
+        assert f"4: {total / 1e6:,.1f} MB" in shown and f"at batch {largest}" in shown
+    weights = data_path(source).stat().st_size / 2  # FP16 of an FP32 file
+    assert 0.9 * weights < found[4]["weights_bytes"] < 1.5 * weights
+    assert found[4]["activation_bytes"] > 1.5 * found[2]["activation_bytes"]
+    lines = memory_lines(made.manifest | {"memory": None})  # a plan of an older version: what its shapes tell
+    assert len(lines) == 1 and lines[0].count("unknown") == 2
+    assert read_memory("Total Weights Memory: 12 bytes") == {"weights_bytes": 12} and not read_memory("Weights: 12")
 
 
 def test_a_dynamic_batch_becomes_the_plans_profile(tmp_path: Path) -> None:

@@ -6,6 +6,10 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import re
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -314,6 +318,9 @@ def test_small_operators_on_the_cpu_are_no_reason() -> None:
         ("TensorRT-10.13.3 , openvino", ["tensorrt-10.13.3", "openvino-2026.4"]),
         ("jetpack-6.2", ["tensorrt-10.3@8.7"]),
         ("jetpack-7.0", ["tensorrt-10.13"]),
+        ("jetpack-7.2.1, jetpack-7.2.2@8.7", ["tensorrt-10.16", "tensorrt-10.16@8.7"]),
+        ("tensorrt-11.3,tensorrt-11.4.1,tensorrt-11.5", ["tensorrt-11.3", "tensorrt-11.4.1", "tensorrt-11.5"]),
+        ("triton-26.08", ["tensorrt-11.2.1", "onnxruntime-gpu-1.28.0"]),
         ("triton-25.09", ["tensorrt-10.13.3", "onnxruntime-gpu-1.23.0"]),
         ("triton-25.10", ["tensorrt-10.13.3", "onnxruntime-gpu-1.23.1"]),
         ("tensorrt-rtx,tensorrt-rtx-1.7", ["tensorrt-rtx-1.7"]),
@@ -321,6 +328,65 @@ def test_small_operators_on_the_cpu_are_no_reason() -> None:
 )
 def test_names(names: str, expected: list[str]) -> None:
     assert [target.full_name for target in find_targets(names)] == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tensorrt-11.3", "tensorrt-11.4.1", "tensorrt-11.5", "jetpack-7.2", "jetpack-7.2.1", "jetpack-7.2.2"),
+        *("triton-26.08", "onnxruntime-1.32", "onnxruntime-gpu-1.32"),
+    ],
+)
+def test_the_newest_targets_get_what_they_read(name: str, precision: Precision) -> None:
+    written = written_for(name, precision, tiny("float", "graph"))
+    for target in find_targets(name):
+        assert beyond(target, written) == set() and why_not(target, graph_needs(written)) is None
+        older = dataclasses.replace(target, operators=target.operators - {"LayerNormalization"})  # the control
+        assert beyond(older, written) == {"LayerNormalization"} and why_not(older, graph_needs(written))
+
+
+PACKAGES = {
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt-rtx-cu13",
+    "onnxruntime": "onnxruntime",
+    "onnxruntime-gpu": "onnxruntime-gpu",
+    "openvino": "openvino",
+}
+"""Names on the package index of what the families are."""
+
+
+def older_rows(published: Mapping[str, str]) -> list[str]:
+    """The families of whose newest published version the table knows nothing yet."""
+    return [
+        f"{TITLES[family]}: the table ends at {NEWEST[family]}, published is {published[family]}"
+        for family in TITLES
+        if family in published and version_numbers(published[family])[:2] > version_numbers(NEWEST[family])[:2]
+    ]
+
+
+def test_rows_that_are_older_than_what_is_published_are_named() -> None:
+    newest: dict[str, str] = dict(NEWEST)
+    assert older_rows(newest) == [] and older_rows({}) == []
+    assert older_rows(newest | {"openvino": f"{NEWEST['openvino']}.9"}) == []  # a patch release reads the same
+    (row,) = older_rows(newest | {"tensorrt": "99.0.0.1"})
+    assert "TensorRT: " in row and "99.0.0.1" in row and NEWEST["tensorrt"] in row
+
+
+@pytest.mark.slow
+def test_which_rows_are_older_than_the_package_index_says() -> None:
+    """Asks the package index, and warns: a newer release is no fault of this one."""
+    published = {}
+    for family, package in PACKAGES.items():
+        command = [sys.executable, "-m", "pip", "index", "versions", package]
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        found = re.match(rf"{package} \((\S+)\)", asked.stdout)
+        if found:
+            published[family] = found[1]
+    if not published:
+        pytest.skip("the package index does not answer: run with a network and pip in the environment")
+    for row in older_rows(published):
+        warnings.warn(row, stacklevel=1)
 
 
 @pytest.mark.parametrize(
@@ -331,14 +397,14 @@ def test_names(names: str, expected: list[str]) -> None:
         ("triton-25.13", r"near it: .*triton-25\.1"),
         ("", "''"),
         ("nonsense", "no such target; near it: "),
-        ("tensorrt", r"its version is missing, as in tensorrt-11\.4; known are 8\.6 to 11\.4"),
+        ("tensorrt", r"its version is missing, as in tensorrt-11\.5; known are 8\.6 to 11\.5"),
         ("onnxruntime-gpu", r"as in onnxruntime-gpu-1\.32; known are 1\.18 to 1\.32"),
         ("tensorrt-", "its version is missing"),
-        ("tensorrt-12.0", r"what tensorrt-12\.0 reads is not known here; known are 8\.6 to 11\.4"),
-        ("tensorrt-7.2", r"known are 8\.6 to 11\.4"),
+        ("tensorrt-12.0", r"what tensorrt-12\.0 reads is not known here; known are 8\.6 to 11\.5"),
+        ("tensorrt-7.2", r"known are 8\.6 to 11\.5"),
         ("onnxruntime-1.16", r"known are 1\.18 to 1\.32"),
         ("tensorrt-rtx-1.2", r"known are 1\.7"),
-        ("tensorrt-10.x", r"known are 8\.6 to 11\.4"),
+        ("tensorrt-10.x", r"known are 8\.6 to 11\.5"),
     ],
 )
 def test_unknown_readers_are_told(name: str, says: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class BuildResult:
         no_sheet: why there is none.
         timing_cache: file name and SHA-256 of the timing cache that was saved or replayed; None without one.
         notes: what was asked and not done though the plan is whole.
+        memory: device memory of weights and activations in bytes, as far as the builder's log tells it.
     """
 
     plan: Path
@@ -67,6 +68,7 @@ class BuildResult:
     no_layers: str | None = None
     timing_cache: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    memory: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def build_plan(
@@ -121,7 +123,17 @@ def build_plan(
     about = (flavor.name, flavor.version, capabilities, flavor.gpu, inputs, outputs)
     notes = (unsaved,) if unsaved else ()
     return BuildResult(
-        plan, onnx, options, *about, seconds, size, layers, no_layers, used or replayed(options, timing), notes
+        plan,
+        onnx,
+        options,
+        *about,
+        seconds,
+        size,
+        layers,
+        no_layers,
+        used or replayed(options, timing),
+        notes,
+        watch.memory,
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from engines.builder.onnx_graph import BuildError, RefusedError
+from engines.layers.plan_memory import read_memory
 from engines.layers.read_layers import FIRST_LINE
 from export.contract.interrupt import removed_on_signal
 from neck.progress import count
@@ -35,7 +36,7 @@ BUILDING = ".building"
 
 
 class Watch:
-    """What is seen of a running build: its errors, the finished engine's listing, what our own callbacks raised.
+    """What is seen of a running build: errors, the finished engine's listing and memory, what our callbacks raised.
 
     The rest of the log (2.7 MB at full size) is dropped. Once `cancelled` is set, the builder stops at its next step.
     """
@@ -43,6 +44,7 @@ class Watch:
     def __init__(self) -> None:
         self.errors: list[str] = []
         self.engine = ""
+        self.memory: dict[str, int] = {}
         self.failures: list[BaseException] = []
         self.cancelled = threading.Event()
 
@@ -52,6 +54,8 @@ class Watch:
             self.errors.append(" ".join(line.split()))
         elif line.startswith(FIRST_LINE):
             self.engine = line
+        else:
+            self.memory |= read_memory(line)
 
     @property
     def reason(self) -> str:

@@ -171,7 +171,14 @@ TARGETS: tuple[Target, ...] = (
         ALL | CODES,
         "operators.md 10.15: opset 9 to 24 (trt#4738, #4739: not Attention with several outputs, or inside If)",
     ),
-    _trt("11.0", 24, NEWER, ALL | CODES, "operators.md 11.2: opset 9 to 24; bindings of 11.4"),
+    _trt(
+        "11.0",
+        24,
+        NEWER,
+        ALL | CODES,
+        "operators.md 11.2: opset 9 to 24; bindings of 11.4; releases 11.3, 11.4 and 11.5 of NVIDIA/TensorRT and "
+        "onnx-tensorrt, and docs.nvidia.com, release notes 11.4.1: nothing removed, opset 25 in 11.5",
+    ),
     Target(
         "tensorrt-rtx",
         "1.7",
@@ -241,7 +248,7 @@ TARGETS: tuple[Target, ...] = (
 """Lines of a family lie together, oldest first."""
 
 NEWEST: dict[Family, str] = {
-    "tensorrt": "11.4",
+    "tensorrt": "11.5",
     "tensorrt-rtx": "1.7",
     "onnxruntime": "1.32",
     "onnxruntime-gpu": "1.32",
@@ -254,12 +261,14 @@ JETPACK = {
     "6.2": "10.3",  # the compute stack of 6.1; roboflow/inference and others build on it
     "7.0": "10.13",  # dusty-nv/jetson-containers#1263
     "7.1": "10.13",  # roboflow/inference#1935
-    "7.2": "10.16",  # roboflow/inference#2478, read from a device
+    "7.2": "10.16",  # roboflow/inference#2478, read from a device; OE4T/meta-tegra#2224: Orin and Thor
+    "7.2.1": "10.16",  # OE4T/meta-tegra#2339 changes no TensorRT; public projects on Orin Nano name 10.16
+    "7.2.2": "10.16",  # at least: 7.2's. TensorRT 11.4.1's release notes name 7.2.2; what it installs was not found
 }
 """TensorRT of NVIDIA's Jetson releases; they carry no ONNX Runtime."""
 
 JETPACK_CAPABILITY = {"jetpack-6.1": "8.7", "jetpack-6.2": "8.7"}
-"""Of the only GPU that these run on (Orin); later ones run on Thor too."""
+"""Of the only GPU that these run on (Orin); 7.0 and 7.1 run on Thor, 7.2 on both: `jetpack-7.2@8.7` is Orin."""
 
 
 class TargetError(ValueError):

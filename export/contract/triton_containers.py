@@ -14,8 +14,9 @@ TENSORRT = {
     "25.11": "10.14.1",
     "25.12": "10.14.1",
     "26.07": "11.1.0",
+    "26.08": "11.2.1",
 }
-"""TensorRT of Triton's containers, as far as it could be read on 2026-11-22.
+"""TensorRT of Triton's containers, as far as it could be read on 2026-11-30.
 
 NVIDIA's own list (docs.nvidia.com/deeplearning/frameworks/support-matrix) was out of reach. The versions are what
 public projects wrote of nvcr.io/nvidia/tensorrt of the same month, which has the TensorRT of Triton's container (said
@@ -52,5 +53,9 @@ ONNX_RUNTIME = {
     "26.05": "1.24.4",
     "26.06": "1.24.4",
     "26.07": "1.27.0",
+    "26.08": "1.28.0",
 }
-"""ONNX Runtime of Triton's containers: triton-inference-server/server, docs/introduction/compatibility.md, 2026-08."""
+"""ONNX Runtime of Triton's containers: triton-inference-server/server, docs/introduction/compatibility.md, 2026-08.
+
+26.08 is what public projects wrote of nvcr.io/nvidia/tritonserver:26.08-py3: TensorRT 11.2.1, ONNX Runtime 1.28.0.
+"""
