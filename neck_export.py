@@ -277,6 +277,7 @@ def triton(
         typer.echo(note)
     for path in made.files:
         typer.echo(path)
+    typer.echo(f"measure it once it is served: {made.measure}")
 
 
 def _activate(options: RepositoryOptions, version: int) -> None:

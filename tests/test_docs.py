@@ -48,6 +48,7 @@ PROGRAMS = {
     "scp": "",
     "apt": "",
     "cmake": "",
+    "trtexec": "",
     "build/cpp/neck-engine": "",
     "build/cpp/neck-triton": "",
     "neck-engine": "",

@@ -8,6 +8,7 @@ import errno
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -945,3 +946,28 @@ def test_a_bad_image_spoils_its_own_request_only(kind: str, preprocess: ModuleTy
     with pytest.raises(Failure, match=f"image 2 of 2 {message}"):
         raise failed.error
     assert answered.error is None and answered.tensors[0].value.shape == (1, 3, 112, 112)
+
+
+@pytest.mark.parametrize(("batch", "kind"), [("1:2:4", "float"), ("2", "float"), ("1", "uint8")])
+def test_the_line_of_perf_analyzer_names_shape_and_input(
+    batch: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace_quickly(monkeypatch)
+    size = 112 if kind == "float" else 56
+    asked: dict[str, Any] = {"necks": "sam3", "batch": BatchRange.parse(batch), "input_kind": kind, "image_size": size}
+    onnx = export_onnx(golden_options("meta-dual", tmp_path / "x.onnx", verify=False, **asked)).path
+    perf, output = tmp_path / "perf", tmp_path / "models"
+    ran = neck_export_cli("triton", onnx, "--output", output, "--perf-input", perf)
+    assert ran.code == 0, ran.err
+    words = shlex.split(ran.out.splitlines()[-1].partition(": ")[2])
+    given = dict(zip(words[1::2], words[2::2], strict=True))
+    config = config_of(make(onnx, tmp_path / "other"))
+    name, _, sides = given["--shape"].partition(":")
+    shape = [int(side) for side in sides.split(",")]
+    assert (name, shape) == (config.input[0].name, list(config.input[0].dims))
+    assert ("-b" in given) == (config.max_batch_size > 0) and given["--input-data"] == str(perf)
+    data = np.fromfile(perf / "image", np.float32 if kind == "float" else np.uint8)
+    assert data.size == math.prod(shape)  # of one request
+    assert float(data.min()) < float(data.max()) <= (1.0 if kind == "float" else 255)
+    plain = neck_export_cli("triton", onnx, "--output", output).out.splitlines()[-1]
+    assert "--input-data random" in plain

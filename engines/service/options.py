@@ -79,6 +79,14 @@ class RepositoryOptions:
             SERVING,
         ),
     ] = None
+    perf_input: Annotated[
+        Path | None,
+        Option(
+            "Write the packaged image to this folder as the input of the perf_analyzer command that is printed, e.g. "
+            "perf. [default: perf_analyzer sends random data]",
+            FILES,
+        ),
+    ] = None
     kubernetes: Annotated[
         Path | None,
         Option(

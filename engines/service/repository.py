@@ -15,6 +15,7 @@ from engines.service.existing_models import check_ensembles, check_held, listed_
 from engines.service.kubernetes import PROXY_IMAGE, Serving, check_folder, kubernetes_files, kubernetes_name, remove_old
 from engines.service.model_config import engine_config, read_config, takes_graphs, to_text
 from engines.service.options import RepositoryOptions
+from engines.service.perf_analyzer import perf_line, write_input
 from engines.service.repository_files import (
     CONFIG,
     check_name,
@@ -52,6 +53,7 @@ class Repository:
         files: every file that was written.
         container: the Triton container that fits, None where none is known.
         notes: what a user must know, one sentence each.
+        measure: the command that measures the served model.
     """
 
     path: Path
@@ -62,6 +64,7 @@ class Repository:
     files: tuple[Path, ...]
     container: str | None
     notes: tuple[str, ...]
+    measure: str
 
 
 def make_repository(options: RepositoryOptions, report: Callable[[str], None] = lambda line: None) -> Repository:
@@ -113,9 +116,12 @@ def make_repository(options: RepositoryOptions, report: Callable[[str], None] = 
         with disk_errors(options.kubernetes):
             written += write_texts(options.kubernetes, cluster)
             remove_old(options.kubernetes, cluster)
-    config = options.output / options.name / CONFIG
+    if options.perf_input is not None:
+        written.append(write_input(source, options.perf_input))
+    measure = perf_line(source, options.name, options.perf_input)
+    config, notes = options.output / options.name / CONFIG, [*notes, *more_notes]
     return Repository(
-        options.output, options.name, version, active, config, tuple(written), container, (*notes, *more_notes)
+        options.output, options.name, version, active, config, tuple(written), container, tuple(notes), measure
     )
 
 
