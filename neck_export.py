@@ -338,6 +338,14 @@ def inspect(
             "Compare every byte of an ONNX file with the SHA-256 in its manifest first.", shared.VERIFICATION, "--check"
         ),
     ] = False,
+    card: Annotated[
+        bool,
+        Option(
+            "Write a folder for the Hugging Face Hub beside the file: a model card, the file and its manifest.",
+            shared.FILES,
+            "--card",
+        ),
+    ] = False,
     strip_header: Annotated[
         Path | None,
         Option(
@@ -354,6 +362,12 @@ def inspect(
         if strip_header:
             found = plan_kind.strip_header(file, strip_header)
             lines = [f"{name}: {value}" for name, value in found.items()] + [str(strip_header)]
+        elif card:
+            from engines.card import write_card
+
+            folder, *files = map(str, write_card(file))
+            found = {"folder": folder, "files": files}
+            lines = [*files, f"upload it: hf upload OWNER/NAME {folder}"]
         elif plan_kind.is_plan(file):
             from engines.inspect import inspect_plan, plan_lines
 
