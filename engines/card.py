@@ -193,8 +193,8 @@ def _license(weights: Mapping[str, Any]) -> list[str]:
         return ["The weights are random numbers; no license of SAM 3's applies to them."]
     base = base_model(weights)
     return [
-        f"The weights are those of [{base}](https://huggingface.co/{base}) or a fine-tune of them, and stay under their "
-        "license; SAM 3's is the "
+        f"The weights are those of [{base}](https://huggingface.co/{base}) or a fine-tune of them, and stay under "
+        "their license; SAM 3's is the "
         f"[SAM License]({LICENSE['license_link']}), which has to go with every copy: put it into this repository as "
         "`LICENSE`, and change the metadata above if your weights have another one."
     ]
