@@ -17,12 +17,13 @@ from typing import Literal
 
 from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
 
-Family = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-gpu", "openvino"]
+Family = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-webgpu", "openvino"]
 TITLES: dict[Family, str] = {
     "tensorrt": "TensorRT",
     "tensorrt-rtx": "TensorRT-RTX",
     "onnxruntime": "ONNX Runtime",
     "onnxruntime-gpu": "ONNX Runtime on a GPU",
+    "onnxruntime-webgpu": "ONNX Runtime on WebGPU",
     "openvino": "OpenVINO",
 }
 
@@ -237,6 +238,16 @@ TARGETS: tuple[Target, ...] = (
         on_cpu={"MaxPool": 22, "Pad": 19},
     ),
     Target(
+        "onnxruntime-webgpu",
+        "1.31",
+        20,
+        BASIC | GELU,
+        frozenset({"FLOAT"}),
+        "run, 1.31.1 with onnxruntime-ep-webgpu 0.4.0 on SwiftShader: every node at opset 17 and 20, ConvTranspose and "
+        "MaxPool (22), Attention (23) and what depends on Shape on the CPU; FP16 not tried, SwiftShader has no f16",
+        on_cpu={"Attention": 23, "ConvTranspose": 22, "MaxPool": 22, "Shape": 1},
+    ),
+    Target(
         "openvino",
         "2026.4",
         24,
@@ -252,9 +263,13 @@ NEWEST: dict[Family, str] = {
     "tensorrt-rtx": "1.7",
     "onnxruntime": "1.32",
     "onnxruntime-gpu": "1.32",
+    "onnxruntime-webgpu": "1.31",
     "openvino": "2026.4",
 }
 """Newer versions than these are not known here."""
+
+UNVERSIONED: dict[str, str] = {name: NEWEST[name] for name in ("tensorrt-rtx", "onnxruntime-webgpu", "openvino")}
+"""Families whose name alone stands for the newest version that is known here."""
 
 JETPACK = {
     "6.1": "10.3",  # docs.pytorch.org/TensorRT v2.6.1, getting_started/jetpack
@@ -279,7 +294,7 @@ def target_names() -> list[str]:
     """Every name that `find_targets` takes, as far as it can be listed: of versions, those at which a line begins."""
     lines = [f"{target.family}-{target.since}" for target in TARGETS]
     newest = [f"{family}-{version}" for family, version in NEWEST.items()]
-    names = ["tensorrt-rtx", "openvino", *lines, *newest, *(f"jetpack-{v}" for v in JETPACK)]
+    names = [*UNVERSIONED, *lines, *newest, *(f"jetpack-{v}" for v in JETPACK)]
     return list(dict.fromkeys([*names, *(f"triton-{container}" for container in triton_containers())]))
 
 
@@ -363,11 +378,10 @@ def _parts(name: str) -> list[str]:
         tables = {"tensorrt": TENSORRT, "onnxruntime-gpu": ONNX_RUNTIME}
         # a month that a table lacks has at least what the months before it have
         return [f"{family}-{table[max(m for m in table if m <= version)]}" for family, table in tables.items()]
-    return [f"{name}-{NEWEST['tensorrt-rtx']}" if name == "tensorrt-rtx" else name]
+    return [f"{name}-{UNVERSIONED[name]}" if name in UNVERSIONED else name]
 
 
 def _find(name: str, asked: str) -> Target:
-    name = f"{name}-{NEWEST['openvino']}" if name == "openvino" else name
     family, _, version = (f"{name}-" if name in TITLES else name).rpartition("-")
     if family in TITLES:
         target = line_of(family, version)

@@ -68,7 +68,8 @@ def _check_types(targets: Sequence[Target], precision: Precision) -> None:
     if unable:
         able = [target.name for target in targets if wanted in target.types]
         others = f"{', '.join(able)} can; " if able else ""
+        remedy = "fp16" if all("FLOAT16" in target.types for target in targets) else "fp32"
         raise TargetError(
             f"--precision {precision}: not known to be computed by {', '.join(unable)}; "
-            f"{others}take another --target, or use --precision fp16"
+            f"{others}take another --target, or use --precision {remedy}"
         )
