@@ -135,9 +135,10 @@ def make_engine(options: PlanOptions, tune: bool = False, report: Report = step)
     """
     exported = None
     if options.onnx is not None and is_checkpoint(options.onnx):
+        weights = options.onnx
         request, options = _split(options)
         _check_before_export(options)
-        exported = export_onnx(request, report)
+        exported = export_onnx(dataclasses.replace(request, checkpoint=checkpoint_path(weights)), report)
     else:
         onnx = options.onnx or newest_onnx(DEFAULT_ONNX.parent)
         if options.weights != WeightsOptions():
@@ -153,11 +154,10 @@ def make_engine(options: PlanOptions, tune: bool = False, report: Report = step)
 
 
 def _split(options: PlanOptions) -> tuple[ExportOptions, PlanOptions]:
-    """The export of a checkpoint and the build of what it writes.
+    """The export of a checkpoint, which is not looked for yet, and the build of what it writes.
 
     Raises:
         BuildError: options that contradict each other.
-        HubError: a checkpoint on the Hugging Face Hub that cannot be had.
     """
     given, asked = options.onnx, options.weights
     if options.checkpoint is not None:
@@ -167,7 +167,6 @@ def _split(options: PlanOptions) -> tuple[ExportOptions, PlanOptions]:
         raise BuildError(f"{onnx}: the ONNX file gets this name; give the plan another, such as {onnx.stem}.plan")
     request = ExportOptions(
         output=onnx,
-        checkpoint=checkpoint_path(given),
         state=asked.state,
         prefix=asked.prefix,
         config=asked.config,

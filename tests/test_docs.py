@@ -272,6 +272,24 @@ def test_snippets_of_the_readme_run(word: str, place: Path) -> None:
         assert [mask.shape for mask in names["masks"].values()] == [(1, 4, 32, 32)] * 3
 
 
+@pytest.mark.parametrize("name", ["export", "build"])
+def test_snippets_of_one_call_run(name: str, place: Path) -> None:
+    (snippet,) = [one for one in snippets(ROOT / "docs" / f"{name}.md") if f"import {CALLS[name]}" in one]
+    text = snippet.replace('"sam3.pt"', '"sam3"').replace("1008, 672", "112, 56")
+    if name == "build":
+        try:
+            choose_flavor("rtx")
+        except FlavorError:
+            pytest.skip("needs TensorRT-RTX: pip install '.[rtx]'")
+        text = text.replace('precision="fp16"', 'precision="fp16", flavor="rtx"')
+    names: dict[str, Any] = {}
+    exec(compile(text, f"{name}.md", "exec"), names)
+    assert names["result"].path.is_file()
+
+
+CALLS = {"export": "export_encoder", "build": "build_engine"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", TEXTS[page]):
