@@ -170,7 +170,7 @@ def _plan_facts(manifest: Mapping[str, Any]) -> list[str]:
 
 def _made(name: str, manifest: Mapping[str, Any], source: Mapping[str, Any], weights: Mapping[str, Any]) -> list[str]:
     lines = [f"Written on {manifest['created'][:10]} by neck-export:", "", "```"]
-    if "weights" in source:
+    if "signature" in source:
         told = {**without_places(source), "weights": dict(without_places(source)["weights"])}
         onnx = Path(manifest["onnx"]["name"] if "onnx" in manifest else name)
         lines.append(export_command(told, manifest_path(onnx), onnx))
