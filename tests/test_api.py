@@ -140,7 +140,7 @@ def test_weights_to_a_plan_in_one_call(tmp_path: Path) -> None:
 def test_what_does_not_go_with_the_model_is_refused_before_the_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engines.api.export_encoder", lambda *given, **asked: pytest.fail("exported"))
+    monkeypatch.setattr("engines.api.export_onnx", lambda *given, **asked: pytest.fail("exported"))
     (tmp_path / "x.onnx").touch()
     plan = tmp_path / "e.plan"
     for words, subject in (
