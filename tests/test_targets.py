@@ -498,10 +498,12 @@ def test_one_default_file_for_every_reader() -> None:
     model = tiny("float", "graph")
     lower(model, "fp16")
     needs, old = graph_needs(model), ("tensorrt-8.6", "tensorrt-9.0")
-    targets = [one for name in target_names() if name not in old for one in find_targets(name)]
+    others = (*old, "onnxruntime-webgpu", "onnxruntime-webgpu-1.31")  # FP32 alone
+    targets = [one for name in target_names() if name not in others for one in find_targets(name)]
     assert len(targets) > 40 and [(one.name, why_not(one, needs)) for one in targets if why_not(one, needs)] == []
     for name in old:  # the control: opset 20
         assert "it is known to read opset" in str(why_not(find_targets(name)[0], needs))
+    assert "FLOAT16" in str(why_not(find_targets("onnxruntime-webgpu")[0], needs))
     at_23 = tiny("float", "graph")
     lower(at_23, "fp16", opset=23)
     refusing = {one.full_name for one in targets if why_not(one, graph_needs(at_23))}
