@@ -39,7 +39,7 @@ class EncoderSource:
     config: EncoderConfig | None = None
 
     def __str__(self) -> str:
-        return str(self.path) if self.path else f"random, seed {self.seed}"
+        return str(self.path) if self.path else f"random weights with seed {self.seed}"
 
     def load(self, necks: Sequence[str] | Choose | None = None, *, sam2_head: bool = False) -> Loaded:
         """Loads the encoder in float32, in eval mode, without gradients.

@@ -202,7 +202,7 @@ def test_some_levels(necks: str, levels: str, sam2: list[str]) -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"necks": ("sam3",)}, "with necks sam3 and d_model 16; it needs neck sam2"),
+        ({"necks": ("sam3",)}, "with necks sam3 and d_model 16; it needs"),
         ({"d_model": 12}, "a multiple of 8"),
         ({"sam2_head": "yes"}, "it must be true or false"),
     ],
@@ -228,10 +228,10 @@ def misshape(state: dict[str, Tensor]) -> None:
     [
         (
             lacking("mask_decoder"),
-            ("has no mask decoder", "sam_mask_decoder.conv_s0", "mask_decoder.conv_s0", ".conv_s1"),
+            ("mask decoder", "sam_mask_decoder.conv_s0", "mask_decoder.conv_s0", ".conv_s1"),
         ),
         (lacking("conv_s1"), ("missing", f"{META}conv_s1.weight", f"{META}conv_s1.bias")),
-        (misshape, ("misshapen", f"{META}conv_s1.weight is (", "expected (")),
+        (misshape, ("shape", f"{META}conv_s1.weight has the shape (", "expected (")),
         (lambda state: state[f"{META}conv_s0.bias"].fill_(float("nan")), ("NaN or infinity", f"{META}conv_s0.bias")),
         (lacking("sam2_convs"), ("--sam2-outputs head is of neck sam2, which is not in the checkpoint; it has sam3",)),
     ],

@@ -39,21 +39,21 @@ def folder_of(path: Path) -> str | None:
     """What a folder without weights of ours is, and how to turn it into a file; None where it is not known."""
     if (path / ".metadata").is_file() or any(path.glob("*.distcp")):
         return (
-            f"{path}: a folder of torch.distributed.checkpoint; turn it into a file by\n"
-            f"`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} weights.pt`"
+            f"{path}: this is a folder of torch.distributed.checkpoint; convert it into one file with\n`python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} weights.pt`"
         )
     snapshots = sorted(child for child in path.glob("snapshots/*") if child.is_dir())
     if snapshots:
         return (
-            f"{path}: the folder that the Hugging Face cache keeps for a model; pass the folder of one revision in it: "
+            f"{path}: this is the Hugging Face cache's folder of a model; pass the folder of one revision instead: "
             f"{' or '.join(map(str, snapshots[:4]))}"
         )
     inner = [path, *(child for child in sorted(path.glob("global_step*")) if child.is_dir())]
     if any(DEEPSPEED.search(file.name) for folder in inner for file in folder.glob("*.pt")):
         root = path.parent if path.name.startswith("global_step") else path
         return (
-            f"{path}: a checkpoint of DeepSpeed ZeRO; turn it into a file by\n"
-            f"`python {root}/zero_to_fp32.py {root} weights`, which DeepSpeed has put there"
+            f"{path}: this is a DeepSpeed ZeRO checkpoint; convert it into one file with\n`python "
+            f"{root}/zero_to_fp32.py {root} weights` (DeepSpeed has put that script there)"
         )
     return None
 
@@ -68,19 +68,21 @@ def file_of(path: Path, head: bytes) -> str | None:
     if path.suffix == ".distcp" or path.name == ".metadata" or DEEPSPEED.search(path.name):
         return folder_of(path.parent)
     if head.startswith(LFS):
-        return f"{path}: a Git LFS pointer, not the weights themselves; `git lfs pull` in its folder fetches them"
+        return f"{path}: this is a Git LFS pointer, not the weights; run `git lfs pull` in its folder to download them"
     refused = text.startswith(b"{") and (b'"error"' in head or b'"message"' in head) and b"weight_map" not in head
     if refused or text.startswith(PAGES):
         return (
-            f"{path}: not a checkpoint but a web page or a refusal, in the place of a download that wants a login;\n"
-            "log in, accept the license (Hugging Face: `hf auth login`, `hf download`), and fetch the file again"
+            f"{path}: this is a web page or an error message, not a checkpoint; the download probably requires a "
+            "login.\nLog in, accept the license (Hugging Face: `hf auth login`, `hf download`), and download the "
+            "file again"
         )
     if head.startswith(b"GGUF"):
         return (
-            f"{path}: a GGUF file, made for llama.cpp and mostly quantized; the original .pt or .safetensors is needed"
+            f"{path}: GGUF files are made for llama.cpp and are usually quantized; use the original .pt or "
+            ".safetensors file"
         )
     if head[257:262] == b"ustar" or head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"BZh")):
-        return f"{path}: an archive (tar, gzip, ...), not a checkpoint; unpack it and pass the file inside"
+        return f"{path}: this is an archive (tar, gzip, ...), not a checkpoint; unpack it and pass the file inside"
     return None
 
 
@@ -100,7 +102,7 @@ def quantized(tensors: Mapping[str, Tensor], starts: Iterable[str]) -> str | Non
     more = f" and {len(signs) - 4} more" if len(signs) > 4 else ""
     return (
         f"the encoder's weights are quantized ({', '.join(types[:2] + scales[:2] if types else signs[:4])}{more}); "
-        "the original in float32, float16 or bfloat16 is needed"
+        "use the original weights in float32, float16 or bfloat16"
     )
 
 
@@ -114,8 +116,8 @@ def shard_of(path: Path) -> str | None:
     if not found or int(found[2]) < 2:
         return None
     index = next(path.parent.glob("*.index.json"), None)
-    whole = f"pass the folder {path.parent}" if index else "download all of them and their index, and pass the folder"
-    return f"{path.name} is shard {int(found[1])} of {int(found[2])}, so some tensors are in the other files; {whole}"
+    whole = f"pass the folder {path.parent}" if index else "download all shards and their index, and pass the folder"
+    return f"{path.name} is shard {int(found[1])} of {int(found[2])}, so it has only some of the tensors; {whole}"
 
 
 def channels_last(tensors: Mapping[str, Tensor], patches: Iterable[str]) -> str | None:
@@ -128,7 +130,8 @@ def channels_last(tensors: Mapping[str, Tensor], patches: Iterable[str]) -> str 
         shape = tuple(tensors[name].shape) if name in tensors else ()
         if len(shape) == 4 and shape[3] == 3 and shape[1] == shape[2] != 3:
             return (
-                f"convolutions with channels last, as MLX keeps them: {name} is {shape}, PyTorch's is "
-                f"{(shape[0], shape[3], *shape[1:3])};\ntake the original weights, or permute every convolution back"
+                f"the convolutions have their channels last, as in MLX: {name} has the shape {shape}, but PyTorch "
+                f"needs {(shape[0], shape[3], *shape[1:3])};\nuse the original weights, or permute every convolution "
+                "back"
             )
     return None

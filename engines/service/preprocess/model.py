@@ -122,7 +122,7 @@ def decode(data: bytes, limits: Limits = Limits()) -> np.ndarray:  # noqa: B008 
 
 def too_many_pixels(limits: Limits) -> str:
     """What is wrong with an image that is too large."""
-    return f"has more than the {limits.pixels} pixels that are safe to unpack; make it smaller"
+    return f"has more than {limits.pixels} pixels, the limit for decoding; make the image smaller"
 
 
 def check_cost(image: Image.Image, data: bytes, limits: Limits) -> None:
@@ -134,7 +134,7 @@ def check_cost(image: Image.Image, data: bytes, limits: Limits) -> None:
         scans = count_scans(data, image.fp.tell())  # type: ignore[attr-defined]
         allowed = min(limits.scans, max(1, FULL_SIZE_SCANS * limits.pixels // max(1, pixels)))
         if scans > allowed:
-            raise BadImageError(f"is a JPEG of {scans} scans; at its size {allowed} are safe to unpack; save it again")
+            raise BadImageError(f"is a JPEG of {scans} scans; at its size the limit is {allowed}; save it again with fewer")
 
 
 def count_scans(data: bytes, start: int) -> int:

@@ -305,16 +305,16 @@ Header read_jpeg(std::string_view file) {
 
 Header read_header(std::string_view file) {
     if (file.empty()) {
-        throw ImageFault("is empty (0 bytes); fetch or save it again");
+        throw ImageFault("is empty (0 bytes); download or save it again");
     }
     const bool png = begins(file, png_magic);
     if (!png && !begins(file, jpeg_magic)) {
-        throw ImageFault("is damaged or in no known format (PNG, JPEG); fetch it again or convert it to PNG");
+        throw ImageFault("is damaged or has an unknown format (known are PNG, JPEG); download it again or convert it to PNG");
     }
     Header header = png ? read_png(file) : read_jpeg(file);
     if (header.size.height == 0 || header.size.width == 0 || (png ? header.pixels.empty() : header.scans == 0)) {
         throw ImageFault(
-            "is damaged (it tells no size, or has no pixels); fetch it again or save it as 8-bit RGB PNG");
+            "is damaged (it has no size or no pixels); download it again or save it as 8-bit RGB PNG");
     }
     return header;
 }
