@@ -89,7 +89,7 @@ def check_paths(written: Sequence[NamedPath], read: Sequence[NamedPath]) -> None
     seen: dict[Path, str] = {}
     for what, path in written:
         if path.is_dir():
-            raise ExportError(f"{path}: is a folder, and {what} is to be written there; name a file")
+            raise ExportError(f"{path}: this is a folder, but {what} needs a file name; give one")
         place = path.parent.resolve() / path.name
         if place in seen:
             raise ExportError(
@@ -103,7 +103,9 @@ def check_paths(written: Sequence[NamedPath], read: Sequence[NamedPath]) -> None
                     f"{there}: this is {other}, and {what} would overwrite it; choose another name for {what}"
                 )
         if what == "the trials of --calibration" and not _has_keys(path, {"key", "rows"}):
-            raise ExportError(f"{path}: is not a record of trials, and {what} would replace it; choose another name")
+            raise ExportError(
+                f"{path}: the file is not a record of trials, but {what} would replace it; choose another name"
+            )
 
 
 def check_targets(output: Path) -> None:
@@ -115,7 +117,10 @@ def check_targets(output: Path) -> None:
     check_path(output)
     manifest = manifest_path(output)
     if not _has_keys(manifest, {"format", "kind"}):
-        raise ExportError(f"{manifest}: is not a manifest of neck-export; move it, or choose another --output")
+        raise ExportError(
+            f"{manifest}: this file is not a manifest of neck-export and would be overwritten; move it, or choose "
+            "another --output"
+        )
 
 
 def _has_keys(path: Path, keys: set[str]) -> bool:
@@ -142,8 +147,8 @@ def check_room(output: Path, encoder: Sam3DualViTDetNeck, signature: Signature, 
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         raise ExportError(
-            f"{output.parent}: {size_text(free)} are free, the file needs {size_text(needed)}; "
-            f"make room or choose another --output"
+            f"{output.parent}: the disk has {size_text(free)} free, but the file needs {size_text(needed)}; make "
+            "room or choose another --output"
         )
 
 
@@ -161,6 +166,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "written" in str(error)):
             raise ExportError(f"{path.parent}: the disk is full; make room or choose another --output") from None
         if isinstance(error, FileExistsError | NotADirectoryError):
-            raise ExportError(f"{error.filename or path}: is a file, not a folder; choose another --output") from None
+            raise ExportError(
+                f"{error.filename or path}: this is a file, but a folder is needed there; choose another --output"
+            ) from None
         reason = error.strerror or str(error) or type(error).__name__
         raise ExportError(f"{error.filename or path}: {reason}; choose another --output") from None

@@ -45,7 +45,7 @@ BASIC = frozenset(
 )
 """Operators of opset 17 and earlier that an exported encoder may hold, and which every target below takes."""
 
-NO_FP8 = "its GPU has no FP8 products, which came with compute capability 8.9"
+NO_FP8 = "its GPU cannot multiply matrices in FP8, which needs compute capability 8.9"
 
 QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 """With FP16 scales, which came with opset 19."""
@@ -290,7 +290,7 @@ def find_targets(names: str) -> tuple[Target, ...]:
     for name in (part.strip() for part in names.split(",")):
         plain, _, capability = name.partition("@")
         if capability and not re.fullmatch(r"\d+\.\d", capability):
-            raise TargetError(f"--target {name!r}: expected a compute capability behind the @, such as 8.6")
+            raise TargetError(f"--target {name!r}: expected a compute capability after the @, such as 8.6")
         capability = capability or JETPACK_CAPABILITY.get(plain.lower(), "")
         product = plain.lower() if plain.lower().startswith(("triton-", "jetpack-")) else ""
         for one in _parts(plain.lower()):
@@ -367,8 +367,10 @@ def _find(name: str, asked: str) -> Target:
         first = next(line.since for line in TARGETS if line.family == family)
         newest = NEWEST[family]
         known = f"{first} to {newest}" if first != newest else first
-        what = f"what {name} reads is not known here" if version else f"its version is missing, as in {family}-{newest}"
+        what = (
+            f"what {name} can load is unknown" if version else (f"the version is missing, such as in {family}-{newest}")
+        )
         raise TargetError(f"--target {asked!r}: {what}; known are {known}")
     near = difflib.get_close_matches(asked.lower(), target_names(), n=4, cutoff=0.4)
     shown = near or ["tensorrt-10.3", "tensorrt-rtx", "onnxruntime-1.23", "jetpack-6.2", "triton-25.09"]
-    raise TargetError(f"--target {asked!r}: no such target; near it: {', '.join(shown)}")
+    raise TargetError(f"--target {asked!r}: no such target; similar names are {', '.join(shown)}")

@@ -125,7 +125,7 @@ def _of_attention(node: ir.Node) -> AttentionCore:
     if more or not all(heads) or any(_number(node, name) for name in ("is_causal", "softcap")):
         path = node.metadata_props.get(MODULE) or node.name
         raise ExportError(
-            f"the attention of {path} has a mask, a cache, grouped heads or a cap; only plain ones can be lowered"
+            f"the attention {path} has a mask, a cache, grouped heads or a softcap; only plain attention can be lowered"
         )
     head_dim = cast(int, shape[-1])
     return AttentionCore([node], query, key, value, scale.as_float() if scale else head_dim**-0.5, node.outputs[0])

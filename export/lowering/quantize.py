@@ -88,7 +88,9 @@ def scale_of(largest: float, kind: Kind, what: str) -> float:
         scale = np.float16(exact)
         scale = np.nextafter(scale, np.float16(np.inf)) if np.float32(scale) < exact else scale
     if not FP16_TINY <= scale < np.inf:
-        raise UnquantizableError(f"{what} has values of up to {largest:.3g}, which no FP16 scale brings to {kind}")
+        raise UnquantizableError(
+            f"{what} has values of at most {largest:.3g}, too small for an FP16 scale to map to {kind}"
+        )
     return float(scale)
 
 
@@ -143,7 +145,7 @@ def match_products(patterns: Sequence[str], products: Collection[str]) -> list[s
         found = {name for name in products if pattern == "all" or is_named(name, pattern)}
         if not found:
             shown = ", ".join(list(products)[:4])
-            raise ExportError(f"--quantize {pattern!r} names no product; there are {len(products)}: {shown}, ...")
+            raise ExportError(f"--quantize {pattern!r} names no linear layer; there are {len(products)}: {shown}, ...")
         chosen |= found
     return [name for name in products if name in chosen]
 
@@ -168,7 +170,10 @@ def quantize(graph: ir.Graph, quantization: Quantization, fp32_modules: Collecti
     inputs: dict[tuple[ir.Value, float], ir.Value] = {}
     for name, scale in quantization.scales.items():
         if name not in products:
-            raise ExportError(f"{name}: to be quantized, and no product of the graph; calibrate for this encoder")
+            raise ExportError(
+                f"{name}: the calibration names this layer, but the graph has no such linear layer; calibrate this "
+                "encoder again"
+            )
         if products[name].metadata_props.get(MODULE, "") not in fp32_modules:
             if name in quantization.moves:
                 move_channels(graph, name, products[name], quantization.moves[name])
@@ -187,7 +192,10 @@ def move_channels(graph: ir.Graph, name: str, node: ir.Node, factors: Tensor) ->
     while (norm := value.producer()) is not None and norm.op_type in LAYOUT and len(value.uses()) == 1:
         value = cast(ir.Value, norm.inputs[0])
     if norm is None or norm.op_type != "LayerNormalization" or len(value.uses()) > 1:
-        raise ExportError(f"{name}: its input is no LayerNorm of its own, so no channel can be scaled; calibrate again")
+        raise ExportError(
+            f"{name}: the layer's input does not come from a LayerNorm of its own, so its channels cannot be "
+            "scaled; calibrate again"
+        )
     changes = [(norm, 1, 1 / factors), (norm, 2, 1 / factors), (node, 1, factors[:, None])]
     for user, position, factor in changes:
         if position < len(user.inputs) and (old := user.inputs[position]) is not None:

@@ -134,7 +134,9 @@ def check_cost(image: Image.Image, data: bytes, limits: Limits) -> None:
         scans = count_scans(data, image.fp.tell())  # type: ignore[attr-defined]
         allowed = min(limits.scans, max(1, FULL_SIZE_SCANS * limits.pixels // max(1, pixels)))
         if scans > allowed:
-            raise BadImageError(f"is a JPEG of {scans} scans; at its size the limit is {allowed}; save it again with fewer")
+            raise BadImageError(
+                f"is a JPEG of {scans} scans; at its size the limit is {allowed}; save it again with fewer"
+            )
 
 
 def count_scans(data: bytes, start: int) -> int:
