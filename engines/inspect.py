@@ -19,7 +19,7 @@ def inspect_plan(path: Path) -> dict[str, Any]:
         ManifestError: the manifest is missing or damaged, or the plan is not the one it speaks of.
     """
     if not path.is_file():
-        raise BuildError(f"{path}: no such file; build it by `neck-export trt`")
+        raise BuildError(f"{path}: no such file; build it with `neck-export trt`")
     manifest = read_manifest(manifest_path(path), "plan")
     check_files(manifest_path(path), manifest)
     layers = read_layers(path)
@@ -67,4 +67,4 @@ def timing_cache_lines(manifest: dict[str, Any]) -> list[str]:
 
 def no_layers_line(manifest: dict[str, Any]) -> str:
     """What is said where a plan has no layer report: why, where its manifest tells."""
-    return f"  no layer report: {manifest.get('no_layers') or 'its build told none'}"
+    return f"no layer report: {manifest.get('no_layers') or 'the builder did not list its layers'}"

@@ -80,15 +80,15 @@ def activate_version(
     model = output / name
     with disk_errors(output):
         if not output.is_dir():
-            raise TritonError(f"{output}: no such folder; name the model repository by --output")
+            raise TritonError(f"{output}: no such folder; name the model repository with --output")
         with locked(output):
             there = versions(model) if (model / CONFIG).is_file() else []
             if not there:
-                raise TritonError(f"{model}: no such model; give --name and --output as they were given to add it")
+                raise TritonError(f"{model}: no such model; use the same --name and --output as when it was added")
             if version not in there:
                 known = ", ".join(map(str, there))
-                raise TritonError(f"{model}: has no version {version}; it has {known}")
-            report("hashes of the files")
+                raise TritonError(f"{model}: there is no version {version}; the model has {known}")
+            report("checking the SHA-256 of the files")
             config = _config_of(model / str(version))
             check_ensembles(output, config, ())
             before = active_version(model)

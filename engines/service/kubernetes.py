@@ -20,7 +20,9 @@ from engines.service.served_model import Source, TritonError
 
 HERE = Path(__file__).parent
 
-HEADER = "# Written by neck-export triton; change it by a kustomize overlay, or it is written over.\n"
+HEADER = (
+    "# Written by neck-export triton. Change it with a kustomize overlay, because the next run overwrites this file.\n"
+)
 
 DRAIN_SECONDS = 45
 """How long Triton finishes requests after SIGTERM."""
@@ -107,15 +109,15 @@ class Serving:
     def __post_init__(self) -> None:
         if not CLAIM.fullmatch(self.storage) and not BUCKET.fullmatch(self.storage):
             raise TritonError(
-                f"storage {self.storage!r}: expected pvc://CLAIM, pvc://CLAIM/FOLDER, s3://BUCKET/FOLDER, or for a "
-                f"server of your own s3://https://HOST:PORT/BUCKET/FOLDER"
+                f"--storage {self.storage!r} is invalid; expected pvc://CLAIM, pvc://CLAIM/FOLDER, "
+                "s3://BUCKET/FOLDER, or for a server of your own s3://https://HOST:PORT/BUCKET/FOLDER"
             )
         if not 1 <= self.gpus <= 16:
-            raise TritonError(f"--gpus {self.gpus}: a pod must have 1 to 16 GPUs")
+            raise TritonError(f"--gpus {self.gpus} is invalid; a pod can have 1 to 16 GPUs")
         if not 1 <= self.replicas <= 100:
-            raise TritonError(f"--replicas {self.replicas}: there must be 1 to 100 pods")
+            raise TritonError(f"--replicas {self.replicas} is invalid; there can be 1 to 100 pods")
         if self.rollout not in ("surge", "replace"):
-            raise TritonError(f"rollout {self.rollout!r}: expected surge or replace")
+            raise TritonError(f"--rollout {self.rollout!r} is invalid; expected surge or replace")
         for name in (self.image_name, self.proxy_image):
             if name is not None and not re.fullmatch(IMAGE_REFERENCE, name):
                 raise TritonError(
@@ -129,7 +131,9 @@ class Serving:
             )
         theirs, _, tag = (self.image_name or "").partition("@")[0].partition("tritonserver:")
         if theirs.endswith("nvidia/") and tag != f"{self.container}-py3":
-            raise TritonError(f"image {self.image_name!r}: the file needs {image(self.container)}")
+            raise TritonError(
+                f"--image {self.image_name!r} is another image, but the file needs {image(self.container)}"
+            )
 
     @property
     def name(self) -> str:
@@ -270,11 +274,11 @@ def check_folder(folder: Path, files: Sequence[str]) -> None:
         TritonError: naming the first.
     """
     if folder.exists() and not folder.is_dir():
-        raise TritonError(f"{folder}: is a file, where the Kubernetes files' folder goes; move it")
+        raise TritonError(f"{folder}: this is a file, but the folder of the Kubernetes files must be there; move it")
     for name in files:
         path = folder / name
         if path.exists() and not _is_ours(path):
-            raise TritonError(f"{path}: is there and not written by neck-export; move it, since it would be lost")
+            raise TritonError(f"{path}: this file was not written by neck-export and would be overwritten; move it")
 
 
 def remove_old(folder: Path, files: Collection[str]) -> None:

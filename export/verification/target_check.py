@@ -135,7 +135,7 @@ def require(targets: Sequence[Target], needs: Needs, what: str, remedy: str) -> 
     for target in targets:
         reason = why_not(target, needs)
         if reason:
-            raise TargetError(f"{what}: {target.name} cannot load it: {reason}")
+            raise TargetError(f"{what}: {target.name} cannot load it: {reason}\n{remedy}")
 
 
 def reading_lines(needs: Needs) -> dict[Family, str]:

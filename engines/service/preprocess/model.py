@@ -112,9 +112,9 @@ def decode(data: bytes, limits: Limits = Limits()) -> np.ndarray:  # noqa: B008 
     except Image.DecompressionBombError:
         reason = too_many_pixels(limits)
     except UnidentifiedImageError:
-        reason = f"is damaged or no {' or '.join(FORMATS)} file ({len(data)} bytes)"
+        reason = f"is damaged or not a {' or '.join(FORMATS)} file ({len(data)} bytes)"
     except MemoryError:
-        reason = "does not fit into the memory of this server"
+        reason = "does not fit into the memory of the server"
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, struct.error, IndexError ...
         reason = f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})"
     raise BadImageError(reason)

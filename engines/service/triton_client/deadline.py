@@ -25,7 +25,7 @@ class Deadline:
 
     def __init__(self, seconds: float, protocol: str, url: str) -> None:
         if not (math.isfinite(seconds) and seconds > 0):
-            raise ClientError(f"timeout {seconds:g} s: expected a number above 0")
+            raise ClientError(f"the timeout {seconds:g} s is invalid; expected a number above 0")
         self.seconds, self.url = seconds, url
         self._gevent = import_part("gevent", "pip install 'tritonclient[http]'") if protocol == "http" else None
         self._end = 0.0
