@@ -299,7 +299,7 @@ def test_a_builder_that_fails_gets_the_next_form(
     def fail(onnx: Path, *arguments: Any, **options: Any) -> Any:
         tried.append(held_attention(onnx).form)
         if len(tried) <= refused:
-            raise RefusedError("TensorRT built nothing: IAttention failure", "IAttention failure")
+            raise RefusedError("IAttention", "IAttention failure")
         return real(onnx, *arguments, **options)
 
     monkeypatch.setattr(forms, "build_plan", fail)
@@ -383,7 +383,7 @@ def test_beside_a_folder_that_cannot_be_written_weights_are_copied_once(
 
 
 def test_another_residual_of_an_fp16_file_is_refused(exported: Exported, tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match=r"residual sums are fp16, asked was fp32;\n.*--residual fp32"):
+    with pytest.raises(BuildError, match=r"residual sums of the file are fp16, but fp32 was requested;\n.*--residual fp32"):
         make_plan(options_of(exported(), tmp_path, residual="fp32"))
 
 

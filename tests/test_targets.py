@@ -214,7 +214,7 @@ def test_what_the_table_does_not_know_is_unknown(change: Callable[[Needs], Dict]
     needs = graph_needs(model)
     assert read_by(needs).startswith("read by TensorRT 10.0")
     strange = dataclasses.replace(needs, **change(needs))
-    assert read_by(strange).startswith("who reads it is unknown") and named in read_by(strange)
+    assert read_by(strange).startswith("read by unknown targets") and named in read_by(strange)
     assert targets_entry(strange, ())["from"] == []
 
 
@@ -282,7 +282,7 @@ def test_what_onnx_runtimes_tools_write_is_read_by_whom_the_line_says(quantized:
     needs, installed = graph_needs(ir.load(path)), importlib.metadata.version("onnxruntime")
     line = read_by(needs)
     if name == "extended":  # com.microsoft::FusedMatMul
-        assert line.startswith("who reads it is unknown") and "FusedMatMul" in line
+        assert line.startswith("read by unknown targets") and "FusedMatMul" in line
     else:
         told = {target: target in line for target in real}
         if version_numbers(installed) < (1, 24):  # 1.23 does not load what its own quantize_dynamic writes
@@ -333,8 +333,8 @@ def test_names(names: str, expected: list[str]) -> None:
         ("nonsense", "no such target; near it: "),
         ("tensorrt", r"its version is missing, as in tensorrt-11\.4; known are 8\.6 to 11\.4"),
         ("onnxruntime-gpu", r"as in onnxruntime-gpu-1\.32; known are 1\.18 to 1\.32"),
-        ("tensorrt-", "its version is missing"),
-        ("tensorrt-12.0", r"what tensorrt-12\.0 reads is not known here; known are 8\.6 to 11\.4"),
+        ("tensorrt-", "version is missing"),
+        ("tensorrt-12.0", r"tensorrt-12\.0 .*known are 8\.6 to 11\.4"),
         ("tensorrt-7.2", r"known are 8\.6 to 11\.4"),
         ("onnxruntime-1.16", r"known are 1\.18 to 1\.32"),
         ("tensorrt-rtx-1.2", r"known are 1\.7"),
@@ -382,7 +382,7 @@ def schemas(operator: str) -> list[Any]:
 @pytest.mark.parametrize(
     ("targets", "precision", "asked", "says"),
     [
-        ("tensorrt-8.6", "bf16", {}, r"--precision bf16: not known to be computed by TensorRT 8\.6; "),
+        ("tensorrt-8.6", "bf16", {}, r"--precision bf16: TensorRT 8\.6 "),
         ("tensorrt-8.6,openvino", "bf16", {}, r"by TensorRT 8\.6; OpenVINO 2026\.4 can; "),
         (
             "tensorrt-10.3,tensorrt-rtx",
@@ -512,7 +512,7 @@ def test_verify_rechecks_from_the_graph(tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (["--target", "tensort-10"], "no such target; near it"),
-        (["--target", "tensorrt-8.6", "--precision", "bf16"], "not known to be computed by TensorRT 8.6"),
+        (["--target", "tensorrt-8.6", "--precision", "bf16"], "TensorRT 8.6 is not known to compute in it"),
         (["--target", "tensorrt-8.6", "--opset", "20"], "--opset 20: TensorRT 8.6"),
         (["--residual", "fp16", "--precision", "bf16"], "--residual fp16: the sums of a bf16 file are bf16"),
         (["--residual", "fp16"], "--residual fp16: the sums of a fp32 file are fp32"),

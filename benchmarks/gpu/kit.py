@@ -161,7 +161,9 @@ def describe(folder: Path, asked: Sequence[Requirement], there: There) -> dict[s
     if sum(sizes.values()) > MOST_BYTES:
         told = f"{sum(sizes.values()) / 2**20:.1f} MiB, at most {MOST_BYTES >> 20} are carried; the largest is "
         told += max(sizes, key=sizes.__getitem__)
-        raise KitError(f"the kit has {told}: say in {THERE.name} that it is there, or leave it out (LEFT_OUT)")
+        raise KitError(
+            f"the kit has {told}: list the package as already there in {THERE.name}, or leave it out (LEFT_OUT)"
+        )
     return {"python": there.python, "requirements": [str(one) for one in asked], "wheels": sizes}
 
 
@@ -175,7 +177,9 @@ def _pip(arguments: Sequence[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise KitError(f"pip {arguments[0]} did not end in {SECONDS:g} s; look at the network, and try again") from None
+        raise KitError(
+            f"pip {arguments[0]} did not finish within {SECONDS:g} s; check the network, and try again"
+        ) from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if re.match(r"ERROR", line)] or [done.stderr.strip()]
         raise KitError(f"pip {arguments[0]} failed: {' '.join(lines[-1].split())[:300]}")
@@ -185,7 +189,9 @@ def main() -> None:
     """Makes the kit and says what is in it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("build/gpu-kit"))
-    parser.add_argument("--there", type=Path, default=THERE, help="What the machine has [default: beside this file]")
+    parser.add_argument(
+        "--there", type=Path, default=THERE, help=("File that says what the machine has [default: beside this file]")
+    )
     arguments = parser.parse_args()
     try:
         manifest = make_kit(arguments.output, There.read(arguments.there))

@@ -108,7 +108,8 @@ def weights(asked: Asked) -> Found:
     if known is None or digest == known:
         return {"outcome": "done", "sha256": digest, "same": None if known is None else True}
     reason = (
-        f"the random weights have SHA-256 {digest[:12]}, elsewhere {known[:12]}; errors cannot be compared with those"
+        f"the random weights have SHA-256 {digest[:12]}, but {known[:12]} on other machines; errors cannot be "
+        "compared with theirs"
     )
     return {"outcome": "failed", "sha256": digest, "same": False, "reason": reason}
 
@@ -125,7 +126,7 @@ def weights_digest(path: Path) -> str:
 def measure(asked: Asked, stage: Stage) -> Found:
     """Measures the stage's backends at the main point."""
     if not stage.backends:
-        return {"outcome": "unavailable", "reason": f"there is none of it on {asked.device}"}
+        return {"outcome": "unavailable", "reason": f"none exists on {asked.device}"}
     return _measured(asked.options(backends=stage.backends, timeout_s=stage.answer_s))
 
 
@@ -133,7 +134,7 @@ def points(asked: Asked, stage: Stage) -> Found:
     """Measures the fastest backend that is built quickly, at other sizes and batches."""
     name = _fastest(asked)
     if name is None:
-        return {"outcome": "unavailable", "reason": "no backend was measured that could be taken to other sizes"}
+        return {"outcome": "unavailable", "reason": "no backend was measured that could run at other sizes"}
     found = _measured(asked.options(backends=(name,), timeout_s=stage.answer_s, **_sweeps(asked, name)))
     return {**found, "fastest": name}
 

@@ -158,7 +158,9 @@ def figures(differences: Sequence[Difference], gate: float) -> dict[str, Any]:
     ious = [iou for one in differences for iou in one.ious]
     lost, found = (sum(getattr(one, name) for one in differences) for name in ("lost", "found"))
     if not (ious or lost or found or own or other):
-        raise MasksError("no object above the score threshold in any image; take other prompts, images, --threshold")
+        raise MasksError(
+            "no object exceeds the score threshold in any image; choose other prompts or images, or a lower --threshold"
+        )
     boxes, scores = (
         [value for one in differences for value in getattr(one, name)] for name in ("box_ious", "score_errors")
     )
@@ -189,9 +191,10 @@ def figures(differences: Sequence[Difference], gate: float) -> dict[str, Any]:
 def lines(found: dict[str, Any]) -> list[str]:
     """The figures for a screen."""
     return [
-        f"{found['images']} images, {found['objects']} objects, {found['lost']} lost, {found['found']} found",
+        f"{found['images']} images, {found['objects']} objects, {found['lost']} lost, {found['found']} additional",
         *_non_finite_lines(found["non_finite"]),
-        f"mask IoU  mean {found['mean_iou']:.4f}, worst {found['worst_iou']:.4f}; least alike {found['worst_image']}",
+        f"mask IoU  mean {found['mean_iou']:.4f}, worst {found['worst_iou']:.4f}; largest difference in "
+        f"{found['worst_image']}",
         f"box IoU   mean {found['mean_box_iou']:.4f}, worst {found['worst_box_iou']:.4f}",
         f"scores differ by up to {found['largest_score_error']:.2e}, presence by {found['largest_presence_error']:.2e}",
         found["method"],

@@ -67,10 +67,10 @@ class Prompts:
     def __post_init__(self) -> None:
         places = self.points + self.boxes
         if bool(self.texts) == bool(places):
-            raise MasksError("ask for objects by --prompt TEXT, or by --points X,Y and --boxes X0,Y0,X1,Y1")
+            raise MasksError("no prompt was given; use --prompt TEXT, or --points X,Y and --boxes X0,Y0,X1,Y1")
         for place in places:
             if not all(0 <= side <= 1 for side in place):
-                raise MasksError(f"{place}: expected parts of the image's width and height, 0 to 1")
+                raise MasksError(f"{place} is outside the image; expected fractions of the width and height, from 0 to 1")
         if any(box[0] >= box[2] or box[1] >= box[3] for box in self.boxes):
             raise MasksError("a box is empty; give its left, upper, right and lower sides")
 

@@ -111,7 +111,7 @@ class Worker:
         try:
             device = self.runner.device_bytes()
         except Exception as error:  # whatever a runtime raises
-            print(f"no peak of the device: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"the device's peak memory is unknown: {type(error).__name__}: {error}", file=sys.stderr)
             device = None
         return {"peak_host_bytes": peak_bytes(), "peak_device_bytes": device}
 

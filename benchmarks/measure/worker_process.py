@@ -85,7 +85,9 @@ class Worker:
             self._connection.send((command, asked))
             if not self._connection.poll(timeout_s):
                 self.close()
-                raise WorkerError(f"no answer to `{command}` in {timeout_s:.3g} s; it was ended", late=True)
+                raise WorkerError(
+                    (f"no answer to `{command}` within {timeout_s:.3g} s, so the process was stopped"), late=True
+                )
             answer = self._connection.recv()
         except (EOFError, OSError):
             raise self._ended(command) from None
@@ -97,17 +99,19 @@ class Worker:
         self.close()
         code = self._process.returncode
         if code >= 0:
-            return WorkerError(f"ended with exit status {code} in `{command}`; {self._last_words()}")
+            return WorkerError(f"the process failed with exit status {code} in `{command}`; {self._last_words()}")
         name = signal.Signals(-code).name
         if name == "SIGKILL":
-            return WorkerError(f"killed (SIGKILL) in `{command}`, most likely because memory ran out", memory=True)
+            return WorkerError(
+                (f"the process was killed (SIGKILL) in `{command}`, most likely because memory ran out"), memory=True
+            )
         return WorkerError(f"crashed ({name}) in `{command}`; {self._last_words()}")
 
     def _last_words(self) -> str:
         with self.log.open("rb") as file:
             file.seek(self._from)
             lines = file.read().decode(errors="replace").strip().splitlines()
-        return lines[-1][:400] if lines else f"it said nothing, see {self.log}"
+        return lines[-1][:400] if lines else f"there was no output, see {self.log}"
 
     def close(self) -> None:
         """Ends the process, at once where it does not end by itself, and what it started, such as compilers."""

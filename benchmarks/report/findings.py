@@ -75,12 +75,12 @@ def missing_sentence(result: Result, machine: dict[str, Any]) -> str:
     reasons = collections.Counter(row["reason"] for name, row in gone.items() if name not in done)
     told = [f"failed: {', '.join(failed)}"] if failed else []
     known = reasons.most_common(REASONS)
-    told += [f"{count}: {_brief(reason or 'no reason told')}" for reason, count in known]
+    told += [f"{count}: {_brief(reason or 'for an unknown reason')}" for reason, count in known]
     rest = reasons.total() - sum(count for _, count in known)
     told += [f"{rest} for other reasons"] if rest else []
     text = f"{len(backends - done)} of {len(backends)} backends were not measured here"
     text += f" ({'; '.join(told)})." if told else "."
-    return text + (f" Of the sweeps {len(points)} rows were not measured." if points else "")
+    return text + (f"In the sweeps {len(points)} rows were not measured." if points else "")
 
 
 def _brief(reason: str, most: int = 70) -> str:

@@ -109,7 +109,7 @@ def missing_table(result: Result, machine: dict[str, Any]) -> Table | None:
         sizes += [size] if size not in sizes else []
     rows = tuple((label, "; ".join(sizes), status, reason) for (label, status, reason), sizes in groups.items())
     head = ("Backend", "Size", "Status", "Reason")
-    return Table("Asked for and not measured", head, rows, (0, 1, 2, 3)) if rows else None
+    return Table("Requested but not measured", head, rows, (0, 1, 2, 3)) if rows else None
 
 
 def plain_table(result: Result, machine: dict[str, Any]) -> Table | None:

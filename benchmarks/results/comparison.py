@@ -55,7 +55,7 @@ class Change:
         if self.kind == "less exact":
             new = "not finite" if self.new is None else f"{self.new:.3g}"
             old = "not finite" if self.old is None else f"{self.old:.3g}"
-            return f"{size}: {self.what} less exact, relative L2 {old} -> {new}"
+            return f"{size}: {self.what} became less accurate, relative L2 {old} -> {new}"
         return f"{size}: no longer measured: {self.what}"
 
 
@@ -79,7 +79,7 @@ def compare_results(new: Result, old: Result) -> list[Change]:
     pairs = [(before[key], row) for key, row in after.items() if key in before]
     if not pairs:
         raise BenchError(
-            f"the two results have no measured row in common: the new one is of {_machines(new)}, the old one of "
+            f"the two results have no measured row in common: the new one is from {_machines(new)}, the old one from "
             f"{_machines(old)}; compare runs of the same machine and backends"
         )
     names = {machine["id"]: machine["name"] for machine in new["machines"]}

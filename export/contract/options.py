@@ -39,7 +39,10 @@ def choose_checkpoint(asked: str | None) -> Path | None:
         return Path(asked)
     if DEFAULT_CHECKPOINT.exists():
         return DEFAULT_CHECKPOINT
-    print(f"no --checkpoint and no {DEFAULT_CHECKPOINT} here: exporting seeded RANDOM weights", file=sys.stderr)
+    print(
+        f"there is no --checkpoint and no {DEFAULT_CHECKPOINT} in this folder, so seeded RANDOM weights are exported",
+        file=sys.stderr,
+    )
     return None
 
 
@@ -103,7 +106,7 @@ def parse_attention(text: str) -> str:
     forms = get_args(AttentionForm)
     if text == "scores32":
         raise OptionError(
-            "scores32 was removed; use fp32acc: the same runtimes read it, and both of its products accumulate in FP32"
+            "scores32 was removed; use fp32acc, which the same runtimes read and which accumulates in FP32"
         )
     if text not in forms:
         raise OptionError(f"{text!r} is not one of {', '.join(forms)}")
