@@ -133,7 +133,12 @@ def test_other_exports_build(save: Save, precision: Precision, asked: dict[str, 
 @pytest.mark.parametrize(
     ("held", "asked", "keep", "says"),
     [
-        ("fp32", "fp16", (), r"trunk\.patch_embed\.proj/Conv computes in FLOAT, but fp16 was requested.*--precision fp16"),
+        (
+            "fp32",
+            "fp16",
+            (),
+            r"trunk\.patch_embed\.proj/Conv computes in FLOAT, but fp16 was requested.*--precision fp16",
+        ),
         ("fp16", "fp32", (), "computes in HALF, but fp32 was requested"),
         ("bf16", "fp16", (), "computes in BF16, but fp16 was requested"),
         ("fp32", "fp16", ("trunk", "convs.0"), r"convs\.1\..* computes in FLOAT"),

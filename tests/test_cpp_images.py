@@ -193,7 +193,7 @@ def test_damaged_data_are_reported_to_the_log(programs: Programs, tmp_path: Path
     path = tmp_path / "ended.jpg"
     path.write_bytes(data[: len(data) * 2 // 3] + b"\xff\xd9")
     ran = programs.run("neck-tests", "log", path)
-    assert ran.out.startswith(f"warning: {path} is damaged, and libjpeg made up a part of its pixels (")
+    assert ran.out.startswith(f"warning: {path} is damaged, and libjpeg invented a part of the pixels (")
     assert ran.err == ""
     assert programs.run("neck-tests", "images", path).err == ""
     path.write_bytes(data)

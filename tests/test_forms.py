@@ -383,7 +383,9 @@ def test_beside_a_folder_that_cannot_be_written_weights_are_copied_once(
 
 
 def test_another_residual_of_an_fp16_file_is_refused(exported: Exported, tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match=r"residual sums of the file are fp16, but fp32 was requested;\n.*--residual fp32"):
+    with pytest.raises(
+        BuildError, match=r"residual sums of the file are fp16, but fp32 was requested;\n.*--residual fp32"
+    ):
         make_plan(options_of(exported(), tmp_path, residual="fp32"))
 
 

@@ -100,10 +100,10 @@ void test_bound_outputs(const std::string& plan, bool graph) {
     expect_error([&] { engine.bind_output("full", mine.get(), bytes - 1); },
                  "the memory for full has 319 bytes; expected 320, enough for a batch of 4");
     expect_error([&] { engine.bind_output("full", mine.get() + 4, bytes); },
-                 "at an address that is no multiple of 256 bytes; give what cudaMalloc gave");
+                 "at an address that is not a multiple of 256 bytes; give memory as cudaMalloc returns it");
     alignas(256) static std::byte host[bytes];
     expect_error([&] { engine.bind_output("full", host, bytes); }, "is in host memory; expected memory of GPU 0");
-    expect_error([&] { engine.bind_output("none", mine.get(), bytes); }, "has no output 'none'; it has half, full");
+    expect_error([&] { engine.bind_output("none", mine.get(), bytes); }, "the plan has no output 'none'; it has half, full");
     expect(doubled(engine.infer(image_of(1, 5), stream.get()), 1, 5), "refused memory changes nothing");
     engine.bind_output("full", nullptr, 0);
     expect(doubled(engine.infer(image_of(3, 6), stream.get()), 3, 6), "the engine's own memory again");
