@@ -399,7 +399,7 @@ def test_an_export_says_what_was_merged_and_verify_merges_it_again(
     ran = neck_export_cli("verify", output)
     assert (
         ran.code == 1
-        and f"{adapter}: the adapter that x.json names is not there; give its path with --adapter" in ran.err
+        and f"{adapter}: the adapter that x.json names does not exist; give its path with --adapter" in ran.err
     )
     assert neck_export_cli("verify", output, "--adapter", moved).code == 0
     change_config(moved, lora_alpha=7)

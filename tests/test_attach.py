@@ -423,7 +423,7 @@ def test_models_without_an_encoder(model: Any, file: Path) -> None:
         attach(nn.ModuleDict({"detr": model.detr_encoder}), file)
     with pytest.raises(AttachError, match="Sam3VisionModel itself is the encoder; give the model around it"):
         attach(model.vision_encoder, file)
-    with pytest.raises(AttachError, match="str is no model of PyTorch: give a module or a predictor"):
+    with pytest.raises(AttachError, match="str is not a PyTorch model"):
         attach("model.pt", file)
     twice = nn.ModuleDict({"a": model, "b": load_same(model)})
     with pytest.raises(AttachError, match=r"holds 2 encoders \(a\.vision_encoder, b\.vision_encoder\); attach to the"):

@@ -224,7 +224,7 @@ def entry(begin: int, end: int, shape: str = "[1]", dtype: str = '"F32"') -> str
     [
         (b"1234567", "is damaged: it ends too early"),
         (struct.pack("<Q", 2**63), "is not a safetensors file, or it is truncated"),
-        (raw("[1]"), "its header is not a JSON object"),
+        (raw("[1]"), "the header is not a JSON object"),
         (raw(f'{{"a": {entry(0, 4)}}}'), "is damaged: it has 4 bytes more than its tensors"),
         (raw(f'{{"a": {entry(0, 4)}, "b": {entry(0, 4)}}}'), "is damaged: 'b' is at the wrong position"),
         (raw(f'{{"a": {entry(0, 4)}, "b": {entry(8, 12)}}}'), "is damaged: 'b' is at the wrong position"),

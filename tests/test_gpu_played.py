@@ -187,9 +187,9 @@ def test_rtx_is_built_and_run_so_that_a_graph_can_be_captured(files: dict[str, P
 @pytest.mark.parametrize(
     ("version", "file", "spelling", "told"),
     [
-        ("10.13", "operator", "matmul", "attention lowered again as fp32acc (MatMul, Softmax, MatMul): both products"),
+        ("10.13", "operator", "matmul", "the attention was rewritten as fp32acc (MatMul, Softmax, MatMul): both"),
         ("10.13", "half", "matmul", None),
-        ("11.4", "half", "operator", "Attention operator"),
+        ("11.4", "half", "operator", "the attention was rewritten as fp32acc (the Attention operator): both"),
         ("rtx-1.7", "half", "matmul", None),
     ],
 )
@@ -200,7 +200,11 @@ def test_every_version_gets_its_spelling(
         ran = neck_export_cli("trt", files[file], "--output", tmp_path / "e.plan")
     assert ran.code == 0, ran.err
     assert read_manifest(manifest_path(tmp_path / "e.plan"), "plan")["attention_spelling"] == spelling
-    assert any(line.startswith(told) for line in ran.out.splitlines()) if told else "lowered again" not in ran.out
+    assert (
+        any(line.startswith(told) for line in ran.out.splitlines())
+        if told
+        else "attention was rewritten" not in ran.out
+    )
 
 
 def test_a_version_that_is_too_old_is_not_taken(files: dict[str, Path], tmp_path: Path) -> None:
@@ -389,7 +393,7 @@ def test_a_plan_is_searched_by_its_own_tensorrt(
         ran = neck_export_cli("bisect", tmp_path / "e.plan")
         assert ran.code == 0, ran.err
         assert "first outside tolerance: trunk.blocks.2" in ran.out
-        command = shlex.split(ran.out.splitlines()[-1].partition("mended by: ")[2])
+        command = shlex.split(ran.out.splitlines()[-1].partition("fixed by: ")[2])
         assert command[command.index("--keep-fp32") + 1] == "trunk.blocks.2.attn"
         assert len(state.configs) > before + 2  # the trials were built by this very TensorRT
     assert not list(tmp_path.glob(".bisect*"))

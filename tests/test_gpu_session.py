@@ -240,7 +240,7 @@ def test_what_there_is_no_time_for_is_said(stages: Stages, tmp_path: Path) -> No
     assert session(tmp_path, minutes=4.0).run() == 1
     assert stages.ran == ["doctor", "session", "weights", "eager", "rates", "report"]
     told = json.loads((tmp_path / "session.json").read_text())["stages"]
-    assert told["tuned"]["outcome"] == "left out" and "a second call runs it" in told["tuned"]["reason"]
+    assert told["tuned"]["outcome"] == "left out" and "run the command again" in told["tuned"]["reason"]
     stages.ran = []
     assert session(tmp_path, minutes=-1.0).run() == 1
     assert stages.ran == []
@@ -263,7 +263,7 @@ def test_a_full_disk_keeps_no_stage_from_running(
         raise OSError(28, "No space left on device", str(path))
 
     one = session(tmp_path)
-    stages.become = dict.fromkeys(STAGES, "ended with exit status 1: OSError: No space left on device")
+    stages.become = dict.fromkeys(STAGES, "failed with exit status 1: OSError: No space left on device")
     monkeypatch.setattr(Path, "write_text", full)
     monkeypatch.setattr(Path, "write_bytes", full)
     assert one.run() == 1 and stages.ran == [*STAGES, "report"]

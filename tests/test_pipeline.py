@@ -468,8 +468,8 @@ def test_a_planted_overflow_is_refused(
     assert ran.code == 3
     assert ran.out == ""
     *_, first_bad, last = ran.err.splitlines()
-    assert first_bad.startswith(f"first tensor that is not finite: {module}.")
-    assert last == f"error: {output}: rejected, {', '.join(failed)} left tolerance"
+    assert first_bad.startswith(f"first tensor with NaN or infinity: {module}.")
+    assert last.startswith(f"error: {output}: ") and ", ".join(failed) in last
     assert listing(output.parent) == {}
     kept = neck_export_cli(*arguments, "--precision", "fp16", "--keep-fp32", module)
     assert kept.code == 0  # the control: without that overflow the same weights pass

@@ -272,5 +272,5 @@ def test_auto_from_end_to_end(tmp_path: Path) -> None:
     assert len(quantization["curve"]) >= 9
     refused = neck_export_cli(*words[:-1], tmp_path / "b.onnx", "--budget", "0.001")
     assert refused.code == 1
-    assert "no product stays within it" in refused.err
+    assert "--budget" in refused.err
     assert not list(tmp_path.glob("b*"))

@@ -51,7 +51,7 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is not there"),
+        (None, "no such file"),
         ("", "JSON"),
         (json.dumps(synthetic_result(sweep=False))[:-500], "JSON"),
         ("\xff", "JSON"),

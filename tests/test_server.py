@@ -206,7 +206,7 @@ def test_cuda_shared_memory_without_its_library(server: Server) -> None:
     if importlib.util.find_spec("cuda"):
         pytest.skip("CUDA's Python bindings are installed")
     with pytest.raises(
-        ClientError, match=r"cuda_shared_memory the folder cannot be used here.*pip install 'tritonclient\[cuda\]'"
+        ClientError, match=r"cuda_shared_memory cannot be used here.*pip install 'tritonclient\[cuda\]'"
     ):
         client_of(server, memory="cuda")
 

@@ -227,7 +227,7 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("no manifest", lambda plan: manifest_path(plan).unlink(), "x.plan.json: the manifest is missing"),
     ("damaged", lambda plan: manifest_path(plan).write_text('{"format": 1,'), "manifest cannot be read"),
     ("onnx's", lambda plan: spoil(plan, kind="onnx"), "not the manifest of a plan file"),
-    ("newer", lambda plan: spoil(plan, format=99), "manifest format 99"),
+    ("newer", lambda plan: spoil(plan, format=99), "format 99"),
     ("no version", lambda plan: spoil(plan, tensorrt_version=None), "lacks 'tensorrt_version'"),
     ("bad version", lambda plan: spoil(plan, tensorrt_version="new"), "not as neck-export writes it .*'new'"),
     ("number", lambda plan: spoil(plan, tensorrt_version=10), "not as neck-export writes it"),

@@ -69,7 +69,9 @@ def test_a_start_is_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
         assert starts.cold and starts.warm and starts.warm.warm
         state.faults.run = "Error Code 1: Cuda Runtime (launch failed)"
         problem = time_starts(plan, 1, "rtx", start_process).problem
-        assert problem and problem.startswith(f"{plan}: a start failed: {plan}: the run failed (Error Code 1")
+        assert problem and problem.startswith(
+            f"{plan}: starting the engine failed: {plan}: the run failed (Error Code 1"
+        )
 
     def hangs(command: Sequence[str], timeout: float, **options: Any) -> None:
         raise subprocess.TimeoutExpired(command, timeout)

@@ -203,7 +203,7 @@ def test_what_the_real_builder_makes_of_a_damaged_cache() -> None:
     config = builder.create_builder_config()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # RTX calls timing caches deprecated since 1.2
-        with pytest.raises(BuildError, match=f"x.cache: TensorRT {trt.__version__} finds no kernel in it"):
+        with pytest.raises(BuildError, match=f"x.cache: .*TensorRT {trt.__version__}"):
             replay_timing(trt, config, Path("x.cache"), b"\x00" * 99)
     assert not config.get_flag(trt.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS)
 
