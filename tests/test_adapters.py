@@ -184,7 +184,7 @@ def test_alpha_and_adapters_that_have_no_place(tmp_path: Path) -> None:
         load_encoder(CASE, adapter_alpha=8)
     folder = save_unmerged(tmp_path / "x", "plain")
     assert "adapter" in refused(ADAPTERS / "plain", folder, adapter_alpha=4.0)
-    with pytest.raises(CheckpointError, match="--checkpoint, and this folder"):
+    with pytest.raises(CheckpointError, match="--checkpoint and this folder with --adapter"):
         load_encoder(ADAPTERS / "plain")
 
 
@@ -226,7 +226,7 @@ def test_two_adapters_in_a_file_are_not_guessed_between(tmp_path: Path) -> None:
     state = load_file(folder / "model.safetensors")
     more = {key.replace(".default.", ".second."): value.clone() for key, value in state.items() if ".default." in key}
     save_file({**state, **more}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="adapters default"):
+    with pytest.raises(CheckpointError, match="default, second"):
         load_encoder(folder, adapter_alpha=4)
 
 
@@ -310,7 +310,7 @@ def of_rank(factor: Tensor, rank: int) -> Tensor:
         (rename("backbone.", "text."), "merged"),
         (
             cut("lora_A", lambda factor: factor[:, :8]),
-            "for another base: backbone.layers.0.attention.q_proj",
+            "backbone.layers.0.attention.q_proj",
         ),
         (cut("lora_B", lambda factor: factor[:8]), "(16, 16)"),
         (cut("lora_", lambda factor: factor[:0] if factor.shape[0] == 4 else factor[:, :0]), "has rank 0"),
@@ -376,7 +376,7 @@ def test_what_peft_saves_beyond_lora_is_refused(name: str, says: str) -> None:
 def test_folders_that_are_no_adapter(tmp_path: Path, adapter: Path) -> None:
     assert "has no adapter_config.json" in refused(tmp_path)
     (adapter / "adapter_model.safetensors").unlink()
-    assert "it has no adapter_model.safetensors or adapter_model.bin" in refused(adapter)
+    assert "has no adapter_model.safetensors or adapter_model.bin" in refused(adapter)
 
 
 # -- the command line --
@@ -404,7 +404,7 @@ def test_an_export_says_what_was_merged_and_verify_merges_it_again(
     assert neck_export_cli("verify", output, "--adapter", moved).code == 0
     change_config(moved, lora_alpha=7)
     ran = neck_export_cli("verify", output, "--adapter", moved)
-    assert ran.code == 1 and "is not the adapter that was merged (x.json has its SHA-256)" in ran.err
+    assert ran.code == 1 and "this is not the adapter that was merged" in ran.err
     output.with_suffix(".json").write_text(json.dumps({**manifest, "precision": "fp16"}))
     for given, says in (
         ((), "give its path with --adapter"),

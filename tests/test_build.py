@@ -142,7 +142,7 @@ def test_other_exports_build(save: Save, precision: Precision, asked: dict[str, 
         ("fp16", "fp32", (), "computes in HALF, but fp32 was requested"),
         ("bf16", "fp16", (), "computes in BF16, but fp16 was requested"),
         ("fp32", "fp16", ("trunk", "convs.0"), r"convs\.1\..* computes in FLOAT"),
-        ("fp32", "fp16", ("trunk", "convs.*"), "no matrix product or convolution in fp16"),
+        ("fp32", "fp16", ("trunk", "convs.*"), "no matrix multiplication or convolution in fp16"),
     ],
 )
 def test_types_other_than_asked_are_refused(
@@ -262,7 +262,7 @@ def _outside(path: Path) -> Path:
         (lambda path: path.with_name("none.onnx"), "none.onnx: no such file; write it with `neck-export onnx`"),
         (
             _without_data,
-            "its weights file .*onnx.data is missing; copy it there, or export it again: neck-export onnx",
+            "weights file .*onnx.data is missing; copy it there, or export it again: neck-export onnx",
         ),
         (lambda path: _truncated(path, 0.5), "incomplete or damaged.*export it again"),
         (lambda path: _truncated(path, 0), "no outputs.*export it again"),
@@ -291,7 +291,8 @@ def test_what_the_parser_refuses_is_told_with_the_node(small: Path) -> None:
     node.op_type = "NoSuchOperator"
     onnx.save(model, small)
     with pytest.raises(
-        BuildError, match=rf"TensorRT-RTX [\d.]+ cannot parse it: node {node.name} \(NoSuchOperator\).*\n.*--opset auto"
+        BuildError,
+        match=rf"TensorRT-RTX [\d.]+ cannot parse the file: node {node.name} \(NoSuchOperator\).*\n.*--opset auto",
     ):
         build_plan(small, small.with_suffix(".plan"), BuildOptions())
 
@@ -354,7 +355,7 @@ def test_a_disk_that_refuses_leaves_the_old_plan(small: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "fsync", refuse)
     says = "no space left" if number == errno.ENOSPC else "cannot be written .Permission denied"
-    with pytest.raises(BuildError, match=f"{plan}: {says}.*older plan there is untouched"):
+    with pytest.raises(BuildError, match=f"{plan}: {says}.*an existing plan was kept"):
         build_plan(small, plan, BuildOptions(compute_capabilities=("8.9",)))
     assert plan.read_bytes() == b"old" and not list(plan.parent.glob(".*"))
 

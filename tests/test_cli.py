@@ -224,7 +224,7 @@ def test_onnx_prints_figures_and_files(tmp_path: Path) -> None:
     ran = neck_export_cli("onnx", *GOLDEN, "--precision", "fp16", "--output", output)
     assert (ran.code, ran.err) == (0, "")
     state, method, header, *rows = ran.out.splitlines()
-    assert state == "weights: state model of checkpoint.pt"
+    assert state == "state model of checkpoint.pt"
     assert method.startswith("PyTorch FP32 against ONNX Runtime ")
     assert "simulated" in method
     assert header.split() == ["output", "max", "abs", "mean", "abs", "rel.", "L2", "cosine", "verdict"]
@@ -372,7 +372,7 @@ def test_inspect_of_files_that_cannot_be_read(exported: Path, tmp_path: Path) ->
     graph = path.read_bytes()
     for content in (b"", b"text, no graph", graph[: len(graph) // 2], (DATA / "images" / "chelsea.png").read_bytes()):
         path.write_bytes(content)
-        refused(path, "is not a whole ONNX file")
+        refused(path, "incomplete or damaged")
 
 
 def test_a_rejected_file_is_told_by_inspect(exported: Path, tmp_path: Path) -> None:

@@ -278,7 +278,11 @@ BAD: list[tuple[str, dict[str, Answer], str]] = [
     ("other type", infer(outputs(tensor("feat", 1, 4, datatype="INT32", **FEAT_BYTES))), "has feat as int32"),
     ("other shape", infer(outputs(tensor("feat", 1, 2, 2, **FEAT_BYTES))), r"has feat as float32 \(1, 2, 2\)"),
     ("odd name", {**GOOD, "m": answer(model_of(tensor("\x1b[2J", 1)))}, r"has the invalid name '\\x1b\[2J'"),
-    ("odd shape", {**GOOD, "m": answer(model_of({**tensor("t"), "shape": ["x"]}))}, "a shape that is not of numbers"),
+    (
+        "odd shape",
+        {**GOOD, "m": answer(model_of({**tensor("t"), "shape": ["x"]}))},
+        "a shape that does not consist of numbers",
+    ),
     ("odd version", {**GOOD, "m": answer({**model_of(), "versions": 3})}, "the answer has no list 'versions'"),
     (
         "no image",
@@ -300,7 +304,11 @@ BAD: list[tuple[str, dict[str, Answer], str]] = [
     ("negative header", infer(outputs(), length=-5), "does not say where the binary data begin"),
     ("cut header", infer(outputs(tensor("feat", 1, 4, **FEAT_BYTES)), length=9), "the answer is not a JSON object"),
     ("other output", infer(outputs(tensor("other", 1, 4, **FEAT_BYTES))), "does not have the output 'feat'"),
-    ("half an answer", {**GOOD, "infer": (200, {"Content-Length": "99999"}, b"{")}, "does Triton's HTTP port answer"),
+    (
+        "half an answer",
+        {**GOOD, "infer": (200, {"Content-Length": "99999"}, b"{")},
+        "check that this is Triton's HTTP port",
+    ),
 ]
 
 
@@ -492,7 +500,7 @@ def test_an_ensemble_gets_the_file_itself(programs: Programs, tmp_path: Path) ->
         assert "no IMAGE" not in ran.err
         assert programs.run("neck-triton", url, tmp_path / "none.jpg", "--model", "m").code == 1
         assert (
-            "give a IMAGE"
+            "give an IMAGE"
             in programs.run("neck-triton", url, "--compare", write_reference_of_one(tmp_path), "--model", "m").error
         )
     headers, body = next(request for request in seen if request[1])

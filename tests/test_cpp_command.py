@@ -85,7 +85,7 @@ def _app(verdict: Any) -> Any:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"pixels": np.zeros((1, 16, 16, 3), np.float32)}, "is no reference, which has uint8 `pixels`"),
+        ({"pixels": np.zeros((1, 16, 16, 3), np.float32)}, "is not a reference file, which has uint8 `pixels`"),
         ({"sam3_pos_0": np.zeros((2, 8, 4, 5), np.float32)}, "is (2, 8, 4, 4), but the reference has (2, 8, 4, 5)"),
         ({"sam3_pos_0": np.zeros((3, 8, 4, 4), np.float32)}, "is (3, 8, 4, 4), but pixels are (2, 16, 16, 3)"),
         ({"sam3_pos_0": np.zeros((2, 8, 4, 4))}, "'sam3_pos_0' is of type 'F64'; expected U8"),

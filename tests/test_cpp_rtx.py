@@ -41,7 +41,7 @@ def test_an_rtx_plan_that_cannot_be_captured_is_told_before(programs: Programs, 
     ran = run_rtx(programs, tmp_path, b"allocates\n")
     assert ran.code == 1
     wanted = "no CUDA graph can be captured (TensorRT-RTX allocates while it runs this plan); run it without one, or "
-    assert ran.error == f"{tmp_path / 'x.plan'}: {wanted}build it again by `neck-export trt`"
+    assert ran.error == f"{tmp_path / 'x.plan'}: {wanted}build the plan again with `neck-export trt`"
 
 
 def start_rtx(programs: Programs, plan: Path, *options: Any, **environment: str) -> Any:

@@ -67,7 +67,7 @@ def test_a_range_scales(suffix: str, tmp_path: Path) -> None:
     path = save(tmp_path, REFLECTANCE, f"sat.{suffix}")
     pixels = read_image(path, ValueRange(0, 4000), said.append)
     assert np.array_equal(pixels, np.rint(REFLECTANCE / 4000 * 255).astype(np.uint8)[:, :, None].repeat(3, axis=2))
-    assert said == [f"sat.{suffix}: 16-bit gray, values 0 to 4000; 0 to 4000 become 0 to 255"]
+    assert said == [f"sat.{suffix}: 16-bit gray with values 0 to 4000; 0 to 4000 are scaled to 0 to 255"]
     clipped = read_image(path, ValueRange(1000, 2000))[:, :, 0]
     assert (clipped[REFLECTANCE <= 1000] == 0).all() and (clipped[REFLECTANCE >= 2000] == 255).all()
     assert not np.array_equal(clipped, pixels[:, :, 0])
@@ -82,7 +82,7 @@ def test_floats_need_a_range(tmp_path: Path) -> None:
     values = np.linspace(0, 0.4, 16, dtype=np.float32).reshape(4, 4)
     values[0, 0] = np.nan
     path = save(tmp_path, values, "float.tif")
-    with pytest.raises(ImageError, match=r"tif is 32-bit float gray, values 0\.02\d* to 0\.4, .*--image-range"):
+    with pytest.raises(ImageError, match=r"tif is 32-bit float gray with values 0\.02\d* to 0\.4, .*--image-range"):
         read_image(path)
     pixels = read_image(path, ValueRange(0, 0.4))
     assert pixels[0, 0, 0] == 0 and pixels[-1, -1, 0] == 255

@@ -51,8 +51,8 @@ TENSORRT, RTX = {"onnxruntime": "1.31.1", "tensorrt": "11.4"}, {"onnxruntime": "
 @pytest.mark.parametrize(
     ("packages", "gpus", "expected"),
     [
-        ({}, [], ("onnxruntime is missing: pip", "no TensorRT: pip install '.[gpu]'", "no TensorRT")),
-        ({"onnxruntime": "1.31.1"}, ["8.9"], ("yes", "no TensorRT: pip", "no TensorRT")),
+        ({}, [], ("onnxruntime is missing: pip", "no TensorRT; pip install '.[gpu]'", "no TensorRT")),
+        ({"onnxruntime": "1.31.1"}, ["8.9"], ("yes", "no TensorRT; pip", "no TensorRT")),
         (TENSORRT, [], ("yes", "no NVIDIA GPU", "no NVIDIA GPU")),
         (TENSORRT, ["8.9"], ("yes", "yes", "yes")),
         (TENSORRT, ["9.0"], ("yes", "yes", "yes")),

@@ -231,7 +231,7 @@ def test_one_process_keeps_its_flavor(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, GPU, tensorrt="10.16.1", tensorrt_rtx="1.7")
     choose_flavor("rtx")
     monkeypatch.setitem(sys.modules, "polygraphy.backend.trt", types.ModuleType("polygraphy.backend.trt"))
-    with pytest.raises(FlavorError, match="start another for --flavor tensorrt"):
+    with pytest.raises(FlavorError, match="start another process for --flavor tensorrt"):
         choose_flavor("tensorrt")
 
 

@@ -144,7 +144,7 @@ def test_a_kit_that_is_too_large_is_refused(tmp_path: Path) -> None:
 def test_what_the_machine_lacks_after_all_is_told() -> None:
     assert unmet(["pytest>=1", "torch>=2.9"]) == []
     assert unmet(["torch>=99", "no-such-thing"]) == [
-        f"torch>=99 (there is {importlib.metadata.version('torch')})",  # a wheel may leave out the suffix: 2.15.0+cu132
+        f"torch>=99 (installed is {importlib.metadata.version('torch')})",  # a wheel may leave out +cu132
         "no-such-thing",
     ]
 

@@ -181,7 +181,7 @@ def test_rtx_is_built_and_run_so_that_a_graph_can_be_captured(files: dict[str, P
         assert strategy.name == "EAGER"
         state.faults.capturable = False
         told = json.loads(neck_export_cli("profile", plan, "--json").out)
-        assert told["graph_latency"] is None and "TensorRT-RTX says that no CUDA graph" in told["graph_problem"]
+        assert told["graph_latency"] is None and "TensorRT-RTX reports that no CUDA graph" in told["graph_problem"]
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_a_sound_plan_has_nothing_to_mend(files: dict[str, Path], tmp_path: Path
         plan = built(files, tmp_path)
         assert "within tolerance" in neck_export_cli("bisect", plan).out
         state.faults.builder = "Error Code 10: planted"
-        assert "TensorRT built nothing: Error Code 10: planted" in neck_export_cli("bisect", plan).err
+        assert "TensorRT could not build the plan:  Error Code 10: planted" in neck_export_cli("bisect", plan).err
 
 
 def test_tune_measures_the_finalists_in_turn(files: dict[str, Path], tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ print(len(psutil.Process().children(recursive=True)))
     ("code", "seconds", "told"),
     [
         ("time.sleep(600)", "2", "after 2 s"),
-        ("os.kill(os.getpid(), 9)", "60", "ended by SIGKILL"),
+        ("os.kill(os.getpid(), 9)", "60", "stopped by SIGKILL"),
         ("raise MemoryError('planted')", "60", "with exit status 1: MemoryError"),
         ("sys.exit(0)", "60", "None"),
     ],
@@ -180,7 +180,7 @@ def test_a_stage_that_hangs_costs_itself_and_the_exit_code(stages: Stages, tmp_p
 def test_a_second_call_goes_on(stages: Stages, tmp_path: Path) -> None:
     stages.become = {
         "compiled": {"outcome": "unfinished", "reason": "no time for compile-rewritten-fp16"},
-        "tuned": "ended by SIGKILL",
+        "tuned": "stopped by SIGKILL",
     }
     assert session(tmp_path).run() == 1
     stages.ran, stages.become = [], {}
@@ -198,7 +198,7 @@ def test_an_archive_lets_another_machine_go_on(stages: Stages, tmp_path: Path, m
     first, second = tmp_path / "a" / "gpu", tmp_path / "b" / "gpu"
     for folder in (first, second):
         folder.mkdir(parents=True)
-    stages.become = {"tuned": "ended by SIGKILL"}
+    stages.become = {"tuned": "stopped by SIGKILL"}
     (first / "work" / "x" / "run-1").mkdir(parents=True)
     (first / "work" / "x" / "run-1" / "samples.jsonl").write_text("{}\n")
     (first / "work" / "x" / "weights.safetensors").write_bytes(bytes(1 << 20))

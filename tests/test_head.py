@@ -254,8 +254,8 @@ def test_bad_checkpoint(change: Callable[[dict[str, Tensor]], None], words: tupl
         (("--neck", "sam3"), "--sam2-outputs head"),
         ((), "--neck sam2 or --neck both"),
         (("--neck", "sam2", "--levels", "0,1,2,3"), "--levels 0,1,2,3"),
-        (("--neck", "sam2", "--levels", "3"), "is of levels 0 and 1, and --levels 3 has neither"),
-        (("--neck", "both", "--levels", "2,3"), "is of levels 0 and 1, and --levels 2,3 has neither"),
+        (("--neck", "sam2", "--levels", "3"), "but --levels 3 selects neither"),
+        (("--neck", "both", "--levels", "2,3"), "but --levels 2,3 selects neither"),
         (("--neck", "interactive"), "neck interactive is not in the checkpoint"),
     ],
 )

@@ -220,7 +220,7 @@ BROKEN = {
     "folder": "is a folder; give an image file",
     "fifo": "pipe; give an image file",
     "eps": "is damaged or",
-    "float": "is 32-bit float gray, values 1 to 1, of no fixed range",
+    "float": "is 32-bit float gray with values 1 to 1, and this type has no fixed range",
 }
 
 
@@ -291,10 +291,10 @@ def test_wrong_arrays_and_sizes() -> None:
     four: tuple[npt.NDArray[Any], ...]
     four = (pixels, pixels[None].astype(np.int16), pixels[None].transpose(0, 3, 1, 2))
     for wrong in three:
-        with pytest.raises(ImageError, match=r"give uint8 \(H, W, 3\)"):
+        with pytest.raises(ImageError, match=r"uint8 array \(H, W, 3\)"):
             resize_image(wrong, (8, 8))
     for wrong in four:
-        with pytest.raises(ImageError, match=r"give uint8 \(B, H, W, 3\)"):
+        with pytest.raises(ImageError, match=r"uint8 array \(B, H, W, 3\)"):
             normalize(wrong)
     for size in ((0, 8), (8, -1), (8,)):
         with pytest.raises(ImageError, match=r"give \(height, width\)"):

@@ -139,7 +139,7 @@ def test_an_inspector_of_10_10_tells_fused_attentions() -> None:
     assert len(layers.kernels) == 7 and layers.by_kind == {"kgen": 4, "gemm": 3}
     assert (layers.attentions, len(layers.fused)) == (3, 2) and layers.accumulation is None
     assert layers.fused[0].onnx[0] == "trunk.blocks.0.attn/scores" and len(layers.fused[0].onnx) == 5
-    assert layers.summary().startswith("fused attentions 2 of 3, accumulation not told, 7 kernels, ")
+    assert layers.summary().startswith("fused attentions 2 of 3, accumulation unknown, 7 kernels, ")
     assert layers.bytes_moved is not None and "does not tell" in str(layers.warning())
 
 

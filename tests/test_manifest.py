@@ -70,7 +70,7 @@ def change_byte(file: Path) -> None:
     ("change", "words"),
     [
         (Path.unlink, "is missing"),
-        (lambda file: file.write_bytes(b"short"), "has 5 bytes, its manifest says 5000003"),
+        (lambda file: file.write_bytes(b"short"), "has 5 bytes, but its manifest says 5000003"),
         (change_byte, "was changed after its manifest x.json was written"),
     ],
 )

@@ -100,7 +100,7 @@ def test_an_fp32_file_gives_the_same_masks(
     file = copied(files, tmp_path)
     ran = run(file, model, images, *asked, "--save", tmp_path / "drawn")
     assert ran.code == 0, ran
-    assert "2 images, " in ran.out and " 0 lost, 0 found" in ran.out and "mask IoU  mean 1.000" in ran.out
+    assert "2 images, " in ran.out and " 0 lost, 0 additional" in ran.out and "mask IoU  mean 1.000" in ran.out
     told = json.loads(file.with_suffix(".json").read_text())["masks"]
     assert told["passed"] and told["objects"] >= 4 and told["mean_iou"] > 0.9995 and told["largest_score_error"] < 1e-4
     assert "simulated" not in told["method"]
@@ -127,7 +127,10 @@ def test_an_fp16_file_by_its_simulation(files: Path, model: Path, images: Path, 
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (lambda file: None, "x.onnx: its masks were not compared yet: neck-export masks .*x.onnx --model MODEL"),
+        (
+            lambda file: None,
+            "x.onnx: the masks of this file were not compared yet; run neck-export masks .*x.onnx --model MODEL",
+        ),
         (lambda file: file.with_suffix(".json").unlink(), "the manifest is missing"),
         (lambda file: file.with_name("x.onnx.data").write_bytes(b""), "x.onnx.data"),
         (lambda file: file.unlink(), "x.onnx"),
@@ -180,7 +183,7 @@ def test_a_wrong_file_is_seen(wrong: Any, files: Path, model: Path, images: Path
     file = changed(files, tmp_path, wrong)
     ran = run(file, model, images, *TEXTS, "--no-check")
     assert ran.code == 3, ran
-    assert "error: " in ran.err and "the masks are not the model's" in ran.err and "image_" in ran.err
+    assert "error: " in ran.err and "the masks differ from the model's" in ran.err and "image_" in ran.err
     told = json.loads(file.with_suffix(".json").read_text())["masks"]
     assert not told["passed"] and told["below_gate"]
     assert "the model's" in neck_export_cli("inspect", file).out
@@ -193,7 +196,7 @@ def test_other_weights_are_refused_before(files: Path, model: Path, images: Path
     manifest["weights_sha256"]["sam3"]["float32"] = "0" * 64
     where.write_text(json.dumps(manifest))
     ran = run(file, model, images, *TEXTS)
-    assert ran.code == 1 and "holds other weights than the model's encoder at vision_encoder (sam3)" in ran.err
+    assert ran.code == 1 and "the file has other weights than the model's encoder at vision_encoder (sam3)" in ran.err
     assert "masks" not in json.loads(where.read_text())
 
 

@@ -86,7 +86,7 @@ def test_what_runs_is_heard(tmp_path: Path) -> None:
         (pickles, "MOST_OPERATIONS", {"a": list(range(100))}, "operations"),
         (states, "MOST_VISITED", {str(index): {} for index in range(20)}, "entries"),
         (states, "MOST_PARTS", nn.Sequential(*(nn.ReLU() for _ in range(20))), "more than 10 parts"),
-        (states, "LONGEST", nn.ModuleDict({"a" * 20: nn.ReLU()}), "a name of more than 10 letters"),
+        (states, "LONGEST", nn.ModuleDict({"a" * 20: nn.ReLU()}), "a name of more than 10 characters"),
     ],
 )
 def test_limits(

@@ -527,7 +527,7 @@ def value(name: str, *shape: int) -> ir.Value:
 def test_an_attention_that_is_more_is_refused(more: list[ir.Value], attributes: dict[str, Any], heads: int) -> None:
     query, key, values = value("q", 1, 2, 8, 4), value("k", 1, heads, 8, 4), value("v", 1, heads, 8, 4)
     node = ir.node("Attention", [query, key, values, *more], attributes)
-    with pytest.raises(ExportError, match="the attention of node0 has a mask, a cache, grouped heads or a cap"):
+    with pytest.raises(ExportError, match="node0 has a mask, a cache, grouped heads or a softcap"):
         find_attentions(hand_made([node], [query, key, values, *more]).graph)
 
 

@@ -324,7 +324,7 @@ def test_kept_modules_are_not_quantized() -> None:
 def test_what_cannot_be_lowered_is_refused() -> None:
     with pytest.raises(ExportError, match="int8: no"):
         quantized("int8")
-    with pytest.raises(ExportError, match=r"names no product; there are 16: trunk.blocks.0.attn.qkv"):
+    with pytest.raises(ExportError, match=r"names no linear layer; there are 16: trunk.blocks.0.attn.qkv"):
         quantized("int8", "trunk.blocks.9")
     golden = load_golden("meta-dual")
     model = traced(golden.encoder, golden.config, necks="sam3", positions="none").model
@@ -380,7 +380,7 @@ def test_an_input_that_is_not_finite_is_refused_and_one_of_zeros_has_no_range() 
     with pytest.raises(UnquantizableError, match=f"the input of {name} is zero"):
         choose_range(name, layer, linear_layers(encoder)[name].weight, "int8")
     norm.weight.data.fill_(float("nan"))
-    with pytest.raises(CalibrationError, match=f"{name}: its input is not finite"):
+    with pytest.raises(CalibrationError, match=f"{name}: the input of this layer is not finite"):
         calibrate(encoder, pixels)
 
 
@@ -392,6 +392,6 @@ def test_targets() -> None:
     assert resolve_target(find_targets("tensorrt-10.16@8.9"), "fp8").spelling == "operator"
     with pytest.raises(TargetError, match=r"TensorRT 8\.6"):
         resolve_target(find_targets("tensorrt-8.6"), "int8")
-    with pytest.raises(TargetError, match="expected a compute capability behind the @"):
+    with pytest.raises(TargetError, match="expected a compute capability after the @"):
         find_targets("tensorrt-10.16@ada")
     assert find_targets("tensorrt-10.16@8.6")[0].full_name == "tensorrt-10.16@8.6"

@@ -56,7 +56,7 @@ def test_other_precisions_do_not_reach_the_quantizing(
 
 def test_fp8_is_inspected(fp8_file: Path) -> None:
     told = neck_export_cli("inspect", fp8_file).out
-    assert "quantized 4 of 16 products to fp8, calibrated on 1 image" in told
+    assert "4 of 16 linear layers are quantized to fp8, calibrated on 1 image" in told
     assert "read by TensorRT 10.0 and later, TensorRT-RTX" in told
 
 
@@ -65,13 +65,13 @@ def test_fp8_becomes_a_plan_that_says_what_no_gpu_verified(fp8_file: Path, tmp_p
     plan = tmp_path / "a.plan"
     built = neck_export_cli("trt", fp8_file, "--flavor", "rtx", "--compute-capability", "8.9", "--output", plan)
     assert built.code == 0, built.err
-    assert "quantized products 4 of 4 in FP8 (accumulation not told)" in built.out
+    assert "quantized linear layers 4 of 4 in FP8 (accumulation unknown)" in built.out
     manifest = read_manifest(manifest_path(plan), "plan")
     verified = manifest["verification"]
     assert manifest["precision"] == "fp8"
     assert verified["onnx"]["verified"]
     assert verified["verified"] or "the plan is not verified: " in built.out
-    assert "quantized 4 of 16 products to fp8" in neck_export_cli("inspect", plan).out
+    assert "4 of 16 linear layers are quantized to fp8" in neck_export_cli("inspect", plan).out
     refused = neck_export_cli("triton", plan, "--output", tmp_path / "repository")
     assert refused.code == 1
     assert "is a plan of TensorRT-RTX" in refused.err
@@ -108,7 +108,7 @@ def test_int8_from_end_to_end(tmp_path: Path) -> None:
     assert [found["files"][1]["sha256"] for found in (one, two)] == [one["files"][1]["sha256"]] * 2
     assert len(one["quantization"]["products"]) == one["quantization"]["of"] == 16
     assert (
-        "quantized 16 of 16 products to int8, calibrated on 1 image"
+        "16 of 16 linear layers are quantized to int8, calibrated on 1 image"
         in neck_export_cli("inspect", tmp_path / "a.onnx").out
     )
     assert verify_file(tmp_path / "a.onnx").passed
@@ -116,8 +116,8 @@ def test_int8_from_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
     built = neck_export_cli("trt", tmp_path / "a.onnx", "--flavor", "rtx", "--compute-capability", "8.6")
     assert built.code == 0, built.err
-    assert "quantized products 16 of 16 in INT8 (accumulation not told)" in built.out
-    assert "quantized 16 of 16 products to int8" in neck_export_cli("inspect", tmp_path / "a.plan").out
+    assert "quantized linear layers 16 of 16 in INT8 (accumulation unknown)" in built.out
+    assert "16 of 16 linear layers are quantized to int8" in neck_export_cli("inspect", tmp_path / "a.plan").out
 
 
 def test_fp8_from_an_fp32_file(tmp_path: Path) -> None:

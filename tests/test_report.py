@@ -217,14 +217,14 @@ def test_what_is_missing_is_told_in_short() -> None:
         "driver on this machine; 1: killed by signal 9: out of memory)."
     )
     gone = next(row for row in result["rows"] if row["status"] == "unavailable")
-    reason = "this CPU has no BF16 matrix instructions, so torch would emulate them; name it by --backends"
+    reason = "this CPU has no BF16 matrix instructions, so torch would emulate them"
     result["rows"] += [{**gone, "backend": f"b{index}", "label": f"b{index}", "reason": reason} for index in range(20)]
     sentence = missing_sentence(result, machine)
     assert "22 of 30" in sentence and "20: this CPU has no BF16 matrix instructions;" in sentence
     assert len(sentence) < 300
     late = {"backend": "eager-fp32", "label": "PyTorch eager", "sweep": "image_size", "image_size": [1344, 1344]}
     result["rows"].append({**gone, **late, "status": "failed", "reason": "out of memory"})
-    assert missing_sentence(result, machine).endswith(" Of the sweeps 1 rows were not measured.")
+    assert missing_sentence(result, machine).endswith(" In the sweeps 1 rows were not measured.")
 
 
 def test_what_is_missing_at_every_point_is_told_once() -> None:
@@ -509,7 +509,7 @@ def test_the_folder_has_three_whole_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("report.json", '{"kind": "bench", "schema": 2}', "has schema 2, this program reads schema 1.* left as it is"),
+        ("report.json", '{"kind": "bench", "schema": 2}', "schema 2, but this version reads schema 1.* not changed"),
         ("report.json", '{"mine": 1}', "kind"),
         ("report.json", "{", "JSON"),
         ("report.md", "# My own report\n", "report.md: was not written by neck-export bench"),

@@ -59,8 +59,8 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
         ("[" * 100_000, "nested too deep"),
         ("[1, 2]", "holds a JSON list, expected kind 'bench'"),
         ('{"format": 1, "kind": "onnx"}', "holds kind 'onnx', expected kind 'bench'"),
-        ('{"kind": "bench", "schema": 2}', "has schema 2, this program reads schema 1"),
-        ('{"kind": "bench"}', "has schema None, this program reads schema 1"),
+        ('{"kind": "bench", "schema": 2}', "schema 2, but this version reads schema 1"),
+        ('{"kind": "bench"}', "schema None, but this version reads schema 1"),
         ('{"kind": "bench", "schema": 1}', "itself: 'date'"),
     ],
 )
@@ -272,7 +272,7 @@ def test_backends_that_were_not_asked_for_are_not_compared() -> None:
 
 def test_other_machines_are_not_compared() -> None:
     new = on_another_machine(synthetic_result(scale=2.0))
-    with pytest.raises(BenchError, match="no measured row in common: the new one is of Another processor"):
+    with pytest.raises(BenchError, match="no measured row in common: the new one is from Another processor"):
         compare_results(new, synthetic_result())
     with_gpu = synthetic_result(gpu=True)
     with pytest.raises(BenchError, match="no measured row in common"):

@@ -86,5 +86,5 @@ def test_starts_for_a_screen() -> None:
     assert "cold start: loading 2.50 s, first run 11.25 s, second 0.041 s" in text
     assert "warm start, by the kernels of the cold one: loading 2.25 s, first run 0.50 s, second 0.040 s" in text
     assert "start" not in "\n".join(profile_lines(PROFILE))
-    failed = dataclasses.replace(PROFILE, starts=Starts(problem="x.plan: a start failed: out of memory"))
-    assert "start not told: x.plan: a start failed: out of memory" in profile_lines(failed)
+    failed = dataclasses.replace(PROFILE, starts=Starts(problem="x.plan: starting the engine failed: out of memory"))
+    assert "startup time unknown: x.plan: starting the engine failed: out of memory" in profile_lines(failed)

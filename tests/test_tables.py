@@ -199,7 +199,7 @@ def test_positions_that_are_no_square_quote_the_given_config(rows: int, tmp_path
     path = save_state(
         tmp_path / "x.pt", lambda state: state.update({f"{PREFIX}trunk.pos_embed": torch.zeros(1, rows, 32)})
     )
-    assert f"pos_embed is (1, {rows}, 32), expected (1, 17, 32)" in error_of(path)
+    assert f"pos_embed has the shape (1, {rows}, 32), expected (1, 17, 32)" in error_of(path)
 
 
 # -- blocks with gaps --
@@ -224,7 +224,7 @@ def test_blocks_with_gaps_need_a_config_that_knows_of_them(tmp_path: Path) -> No
     path = save_state(tmp_path / "x.pt", pruned)
     assert "blocks 1" in error_of(path, None)
     whole = EncoderConfig.from_dict({**CONFIG.to_dict(), "depth": 6})
-    assert "depth 6, checkpoint has 4 (blocks 1, 3 are absent)" in error_of(path, whole)
+    assert "(blocks 1, 3 are missing)" in error_of(path, whole)
     far = save_state(tmp_path / "far.pt", lambda state: state.update({f"{PREFIX}trunk.blocks.9999.x": torch.ones(1)}))
     message = error_of(far, CONFIG)
-    assert "checkpoint has 5 (blocks 4, 5, 6, 7, 8, 9, 10, 11 and 9987 more are absent)" in message
+    assert "(blocks 4, 5, 6, 7, 8, 9, 10, 11 and 9987 more are missing)" in message

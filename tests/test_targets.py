@@ -127,7 +127,7 @@ def test_a_planted_newer_operator_is_seen(operator: str, opset: int) -> None:
     assert beyond(target, model) == {operator}
     assert why_not(target, needs) == f"it is not known to read {operator} (1 nodes)"
     model.opset_imports[""] = opset
-    assert f"opset {target.opset}, the file has {opset}" in str(why_not(target, graph_needs(model)))
+    assert f"opset {target.opset}, but the file has {opset}" in str(why_not(target, graph_needs(model)))
 
 
 @pytest.mark.parametrize(("kind", "positions"), [SIGNATURES[0], SIGNATURES[3]])
@@ -326,12 +326,12 @@ def test_names(names: str, expected: list[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("tensort-10.3", r"'tensort-10\.3': no such target; near it: tensorrt-10\.\d"),
-        ("jetpack-6", "near it: .*jetpack-6"),
-        ("triton-25.13", r"near it: .*triton-25\.1"),
+        ("tensort-10.3", r"'tensort-10\.3': no such target; similar names are tensorrt-10\.\d"),
+        ("jetpack-6", "jetpack-6"),
+        ("triton-25.13", r"triton-25\.1"),
         ("", "''"),
-        ("nonsense", "no such target; near it: "),
-        ("tensorrt", r"its version is missing, as in tensorrt-11\.4; known are 8\.6 to 11\.4"),
+        ("nonsense", "no such target; similar names are "),
+        ("tensorrt", r"the version is missing, such as in tensorrt-11\.4;  known are 8\.6 to 11\.4"),
         ("onnxruntime-gpu", r"as in onnxruntime-gpu-1\.32; known are 1\.18 to 1\.32"),
         ("tensorrt-", "version is missing"),
         ("tensorrt-12.0", r"tensorrt-12\.0 .*known are 8\.6 to 11\.4"),
@@ -388,11 +388,11 @@ def schemas(operator: str) -> list[Any]:
             "tensorrt-10.3,tensorrt-rtx",
             "bf16",
             {},
-            r"opset 22, TensorRT 10\.3 is known to read 20; TensorRT-RTX 1\.7 can",
+            r"opset 22, but TensorRT 10\.3 is only known to read opset 20; TensorRT-RTX 1\.7 can",
         ),
-        ("tensorrt-8.6", "fp32", {"opset": 20}, r"--opset 20: TensorRT 8\.6 is known to read up to 17"),
-        ("jetpack-6.2", "bf16", {"attention": "fp32acc"}, r"opset 22, TensorRT 10\.3 is known to read 20"),
-        ("jetpack-6.2", "fp16", {"attention": "fp32acc", "opset": 23}, r"--opset 23: TensorRT 10\.3 is known to read"),
+        ("tensorrt-8.6", "fp32", {"opset": 20}, r"--opset 20: TensorRT 8\.6 is only known to read opsets up to 17"),
+        ("jetpack-6.2", "bf16", {"attention": "fp32acc"}, r"opset 22, but TensorRT 10\.3 is only known to read opset 20"),
+        ("jetpack-6.2", "fp16", {"attention": "fp32acc", "opset": 23}, r"--opset 23: TensorRT 10\.3 is only known to read"),
     ],
 )
 def test_what_readers_do_not_share_is_refused(targets: str, precision: Any, asked: Dict, says: str) -> None:
@@ -431,7 +431,7 @@ def test_one_default_file_for_every_reader() -> None:
     targets = [one for name in target_names() if name not in old for one in find_targets(name)]
     assert len(targets) > 40 and [(one.name, why_not(one, needs)) for one in targets if why_not(one, needs)] == []
     for name in old:  # the control: opset 20
-        assert "it is known to read opset" in str(why_not(find_targets(name)[0], needs))
+        assert "it is only known to read opset" in str(why_not(find_targets(name)[0], needs))
     at_23 = tiny("float", "graph")
     lower(at_23, "fp16", opset=23)
     refusing = {one.full_name for one in targets if why_not(one, graph_needs(at_23))}
@@ -499,12 +499,12 @@ def test_verify_rechecks_from_the_graph(tmp_path: Path) -> None:
     path = exported(tmp_path, opset=23)
     assert "read by TensorRT 10.14 and later" in neck_export_cli("verify", path, "--target", "tensorrt-10.14").out
     refused = neck_export_cli("verify", path, "--target", "jetpack-6.2")
-    assert refused.code == 1 and "TensorRT 10.3 cannot serve it: it is known to read opset 20" in refused.err
+    assert refused.code == 1 and "TensorRT 10.3 cannot load it: it is only known to read opset 20" in refused.err
     # a file of another tool has no manifest: its numbers cannot be compared, who reads it can be told
     (tmp_path / "x.json").unlink()
     foreign = neck_export_cli("verify", path)
     assert foreign.code == 1 and "the manifest is missing" in foreign.err and "read by TensorRT 10.14" in foreign.err
-    assert "cannot serve it" in neck_export_cli("verify", path, "--target", "jetpack-6.2").err
+    assert "cannot load it" in neck_export_cli("verify", path, "--target", "jetpack-6.2").err
 
 
 @pytest.mark.usefixtures("quick")
@@ -514,8 +514,8 @@ def test_verify_rechecks_from_the_graph(tmp_path: Path) -> None:
         (["--target", "tensort-10"], "no such target; near it"),
         (["--target", "tensorrt-8.6", "--precision", "bf16"], "TensorRT 8.6 is not known to compute in it"),
         (["--target", "tensorrt-8.6", "--opset", "20"], "--opset 20: TensorRT 8.6"),
-        (["--residual", "fp16", "--precision", "bf16"], "--residual fp16: the sums of a bf16 file are bf16"),
-        (["--residual", "fp16"], "--residual fp16: the sums of a fp32 file are fp32"),
+        (["--residual", "fp16", "--precision", "bf16"], "--residual fp16: the residual sums of a bf16 file are bf16"),
+        (["--residual", "fp16"], "--residual fp16: the residual sums of a fp32 file are fp32"),
     ],
 )
 def test_bad_options_are_told_before_the_work(tmp_path: Path, arguments: list[str], says: str) -> None:

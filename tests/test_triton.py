@@ -161,7 +161,7 @@ def test_uint8_no_graphs_and_a_wide_batch(tmp_path: Path) -> None:
     config = config_of(found)
     assert tensors(config.input) == [("image", UINT8, [112, 112, 3])]
     assert [spec.batch_size for spec in config.optimization.cuda.graph_spec] == [2, 16, 64]
-    assert any("2 images at least" in note for note in found.notes)
+    assert any("at least 2 images" in note for note in found.notes)
     config = config_of(make(pixels, tmp_path, cuda_graphs=False, name="plain"))
     assert not config.HasField("optimization")
 
@@ -275,7 +275,7 @@ def test_a_plan_that_is_replaced_while_it_is_copied(
         target.write_bytes(b"another build")
 
     monkeypatch.setattr(engines.service.repository_files, "_copy", other)
-    with pytest.raises(TritonError, match="has 13 bytes, its manifest says 104"):
+    with pytest.raises(TritonError, match="has 13 bytes, but its manifest says 104"):
         make(plan, tmp_path)
     assert not (tmp_path / "repository").exists()
 
@@ -364,7 +364,7 @@ def test_a_version_that_was_never_loaded_is_not_served(plan: Path, tmp_path: Pat
     before = state(first.path)
     second = make(unverified, tmp_path)
     assert (second.version, second.active, served(second)) == (2, 1, [1])
-    (command,) = (line.partition("all the same: ")[2] for line in second.notes if "--activate" in line)
+    (command,) = (line.partition("nevertheless: ")[2] for line in second.notes if "--activate" in line)
     assert shlex.split(command) == ["neck-export", "triton", "--activate", "2", "--output", str(second.path)]
     after = state(second.path)
     assert {name: after[name] for name in before} == before  # nothing that a server reads has changed
@@ -396,7 +396,7 @@ def test_what_cannot_be_activated(plan: Path, onnx_file: Path, tmp_path: Path) -
     make(plan, tmp_path)
     before = state(found.path)
     cases = [
-        ((found.path, "sam3-encoder", 3), "has no version 3; it has 1, 2"),
+        ((found.path, "sam3-encoder", 3), "there is no version 3; the model has 1, 2"),
         ((found.path, "other", 1), "other: no such model"),
         ((found.path, "../repository", 1), "name '../repository': expected"),
         ((tmp_path / "none", "sam3-encoder", 1), "no such folder"),
@@ -480,7 +480,10 @@ def test_a_full_disk(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         patch.setattr(engines.service.repository_files, "_copy", full)
         make(plan, tmp_path)
     usage = SimpleNamespace(free=10)
-    with monkeypatch.context() as patch, pytest.raises(TritonError, match="10 bytes are free, the model needs 1"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(TritonError, match="the disk has 10 bytes free, but the model needs 1"),
+    ):
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         make(plan, tmp_path)
     assert not (tmp_path / "repository").exists()  # no empty folder is left
@@ -512,7 +515,7 @@ def test_several_plans_by_compute_capability(tmp_path: Path) -> None:
     first, second = plans(tmp_path, {"compute_capabilities": ["8.6"]})
     found = make(first, tmp_path, more=(second,))
     assert dict(config_of(found).cc_model_filenames) == {"8.9": "model_8.9.plan", "8.6": "model_8.6.plan"}
-    assert "GPUs of other compute capabilities than 8.9, 8.6 find no plan in sam3-encoder" in found.notes
+    assert "sam3-encoder has no plan for GPUs of other compute capabilities than 8.9, 8.6" in found.notes
     version = found.path / "sam3-encoder" / "1"
     assert (version / "model_8.6.plan").read_bytes() == b"ptrt 8.6"
     for where in (version / "manifest.json", version / "model_8.6.plan.json"):
@@ -527,8 +530,8 @@ def test_plans_that_are_not_one_encoder(onnx_file: Path, tmp_path: Path) -> None
         (ampere | {"batch": "1:2:4"}, "has another batch than"),
         (ampere | {"signed": {"positions": "none"}}, "has another outputs than"),
         (ampere | {"precision": "bf16"}, "has another precision than"),
-        (ampere | {"tensorrt_version": "10.14.1.48"}, "one container has one"),
-        ({"compute_capabilities": ["8.6", "8.9"]}, "expected one such as 8.9"),
+        (ampere | {"tensorrt_version": "10.14.1.48"}, "a container has only one"),
+        ({"compute_capabilities": ["8.6", "8.9"]}, "one such as 8.9"),
     ]
     for second, message in cases:
         first, other = plans(tmp_path, second)
@@ -594,15 +597,15 @@ MANIFESTS: list[tuple[dict[str, Any], str]] = [
     ({"files": [{"name": "encoder.plan", "bytes": 104, "sha256": "0"}]}, "was changed after its manifest"),
     ({"files": [{"name": "../encoder.plan", "bytes": 104, "sha256": "0"}]}, "a path outside its folder"),
     ({"flavor": "rtx"}, "plan of TensorRT-RTX.*--flavor tensorrt`, or serve the ONNX file"),
-    ({"batch": "x"}, "not as neck-export writes it"),
-    ({"batch": "2"}, "not as neck-export writes it"),
+    ({"batch": "x"}, "the manifest is damaged"),
+    ({"batch": "2"}, "the manifest is damaged"),
     ({"inputs": []}, "0 inputs and 8 outputs"),
-    ({"outputs": facts()["outputs"] * 2}, "a tensor is there twice"),
+    ({"outputs": facts()["outputs"] * 2}, "a tensor is listed twice"),
     ({"outputs": [{"name": "x", "dtype": "float64", "shape": ["batch", 1]}]}, "x is float64"),
-    ({"outputs": [{"name": "x", "dtype": "float16", "shape": ["batch", "h"]}]}, "not as neck-export writes it"),
+    ({"outputs": [{"name": "x", "dtype": "float16", "shape": ["batch", "h"]}]}, "the manifest is damaged"),
     (
         {"verification": {"verified": False, "outputs": [{"name": "sam3_feat_0", "passed": False}]}},
-        r"failed verification \(sam3_feat_0\), so it is not deployed",
+        r"verification failed \(sam3_feat_0\)",
     ),
     (
         {
@@ -646,7 +649,7 @@ def test_a_manifest_with_anything_in_it(value: Any, plan: Path, onnx_file: Path,
 
 
 def test_files_that_are_none(plan: Path, tmp_path: Path) -> None:
-    with pytest.raises(TritonError, match="is a folder; name a plan"):
+    with pytest.raises(TritonError, match="is a folder; give a plan"):
         make(tmp_path, tmp_path)
     with pytest.raises(TritonError, match="no such file"):
         make(tmp_path / "none.onnx", tmp_path)
@@ -664,9 +667,9 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"name": ".."}, "name '..': expected"),
     ({"version": 0}, "version 0: expected"),
     ({"queue_delay_us": -1}, "queue delay -1 us"),
-    ({"outputs": ("sam2_feat_0",)}, "output 'sam2_feat_0': encoder.plan has none; it has sam3_feat_0, sam3_feat_1"),
+    ({"outputs": ("sam2_feat_0",)}, "'sam2_feat_0': encoder.plan has no such output; it has sam3_feat_0, sam3_feat_1"),
     ({"container": "latest"}, "container 'latest': expected a year and month"),
-    ({"container": "25.01"}, "needs TensorRT 10.13.3.9 exactly, container 25.01 has 10.8.0; take container 25.09"),
+    ({"container": "25.01"}, "needs TensorRT 10.13.3.9 exactly, but container 25.01 has 10.8.0; use container 25.09"),
 ]
 
 
@@ -746,7 +749,7 @@ def test_containers_that_do_not_fit(onnx_file: Path, tmp_path: Path) -> None:
     assert "27.01" in choose_container([onnx], "27.01")[1][0]
     bfloat = dataclasses.replace(onnx, outputs=(dataclasses.replace(onnx.outputs[0], dtype="bfloat16"),))
     assert choose_container([bfloat], "26.04")[0] == "26.04"
-    with pytest.raises(TritonError, match=r"bfloat16 outputs.*\n.*--output-dtype fp32"):
+    with pytest.raises(TritonError, match=r"bfloat16.*\n.*--output-dtype fp32"):
         choose_container([bfloat], "25.12")
 
 
@@ -759,11 +762,11 @@ def test_a_file_that_a_container_would_compute_on_the_cpu_is_refused_and_mended(
     source = read_model(export_onnx(options).path)
     assert choose_container([source], None)[0] == choose_container([source], "26.07")[0] == max(ONNX_RUNTIME)
     assert "computes MaxPool on the CPU" in choose_container([source], "26.07")[1][1]
-    with pytest.raises(TritonError, match=r"25\.07 has ONNX Runtime 1\.22\.0: it is known to read opset 22"):
+    with pytest.raises(TritonError, match=r"25\.07 has ONNX Runtime 1\.22\.0: it is only known to read opset 22"):
         choose_container([source], "25.07")
     with pytest.raises(TritonError, match=r"1\.17\.3"):
         choose_container([source], "24.04")
-    told = r"25\.09 has ONNX Runtime 1\.23\.0: it computes Attention of opset 23 on the CPU .*; take container 26\.07"
+    told = r"25\.09 has ONNX Runtime 1\.23\.0: it computes Attention of opset 23 on the CPU .*; use container 26\.07"
     with pytest.raises(TritonError, match=told) as caught:
         choose_container([source], "25.09")
     first, command = str(caught.value).splitlines()

@@ -149,8 +149,8 @@ void test_failures(const std::string& plan, const std::string& function, bool gr
         expect(told.find('\n') == std::string::npos, function + ": more than one line");
         if (function == "cudaMalloc") {
             expect(
-                told.find("out of device memory; 20.0 of 24.0 GB of device memory are free; if too little, end other "
-                          "programs or take a smaller batch") != std::string::npos,
+                told.find("out of device memory; 20.0 of 24.0 GB of device memory are free; if that is too little, close "
+                          "other programs or use a smaller batch") != std::string::npos,
                 told);
         }
         if (graph && function == "cudaStreamBeginCapture") {

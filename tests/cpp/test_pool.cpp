@@ -58,7 +58,7 @@ void test_pool_refusals(const std::string& plan) {
     // scratch 1000, input 4 * 48, outputs 4 * 40 and 4 * 80 bytes
     setenv("STAND_IN_FREE", "4000", 1);
     expect_error([&] { neck::Pool(plan, options_of(5)); },
-                 "5 contexts need 0.0 MB of device memory beside the first, 0.0 MB are free; take at most 3, or a "
+                 "5 contexts need 0.0 MB of device memory in addition to the first, but 0.0 MB are free; use at most 3, or a "
                  "smaller largest batch");
     neck::Pool pool(plan, options_of(2, 1));
     unsetenv("STAND_IN_FREE");
@@ -128,7 +128,7 @@ void test_recovery(const std::string& plan) {
     expect(engine.failed(), "it is noted");
     setenv("STAND_IN_FAIL", "cudaMalloc", 1);
     expect_error([&] { engine.recover(); }, "out of device memory");
-    expect_error([&] { engine.infer(image_of(1, 1), nullptr); }, "its context was given up");
+    expect_error([&] { engine.infer(image_of(1, 1), nullptr); }, "the execution context was discarded");
     engine.unbind_outputs();
     unsetenv("STAND_IN_FAIL");
     engine.recover();
