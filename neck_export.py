@@ -453,7 +453,7 @@ def stage() -> Iterator[Callable[[str], None]]:
         _fail("interrupted", 130)
     except Exception as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
-            _fail("out of memory; close other programs, or take a smaller --image-size or --batch")
+            _fail("out of memory; close other programs, or use a smaller --image-size or --batch")
         verdict = getattr(error, "verdict", None)
         if verdict is not None:
             show_verdict(verdict, err=True)

@@ -301,7 +301,7 @@ def test_a_file_that_runs_elsewhere_than_the_model(
 
     monkeypatch.setattr("engines.attach.DeployedEncoder", Elsewhere)
     with pytest.raises(
-        AttachError, match=r"runs on cuda, but the model is on cpu; move the model:  model\.to\('cuda'\)"
+        AttachError, match=r"runs on cuda, but the model is on cpu; move the model: model\.to\('cuda'\)"
     ):
         attach(model, file)
     assert_as_it_was(model, before)
@@ -411,7 +411,7 @@ def test_attached_twice_and_not_at_all(model: Any, file: Path) -> None:
 
 def test_images_that_the_file_does_not_take(model: Any, file: Path) -> None:
     attach(model, file)
-    with pytest.raises(EncoderError, match=r"takes 1 images at once, but 3 were given;  .*--batch 1:3:3"):
+    with pytest.raises(EncoderError, match=r"takes 1 images at once, but 3 were given; .*--batch 1:3:3"):
         model.vision_encoder(frames(3))
     with pytest.raises(
         EncoderError, match=r"112x112 pixels, but the model's images have 126x112 .*--image-size 126x112"
@@ -425,7 +425,7 @@ def test_models_without_an_encoder(model: Any, file: Path) -> None:
         attach(nn.Linear(2, 2), file)
     with pytest.raises(AttachError, match=r"found detr \(Sam3DetrEncoder\); expected"):
         attach(nn.ModuleDict({"detr": model.detr_encoder}), file)
-    with pytest.raises(AttachError, match="Sam3VisionModel is the encoder itself;  give the model around it"):
+    with pytest.raises(AttachError, match="Sam3VisionModel is the encoder itself; give the model around it"):
         attach(model.vision_encoder, file)
     with pytest.raises(AttachError, match="str is not a PyTorch model"):
         attach("model.pt", file)

@@ -176,7 +176,7 @@ def test_a_plan(folder: Path) -> None:
         with pytest.raises(EncoderError, match=r"runs in TensorRT on"):
             DeployedEncoder(plan, "cpu")
         with pytest.raises(
-            EncoderError, match=r"takes 1:2:3 images at once, but 4 were given;  .* --batch 1:4:4, and build"
+            EncoderError, match=r"takes 1:2:3 images at once, but 4 were given; .* --batch 1:4:4, and build"
         ):
             encoder(images(4))
         encoder.close()

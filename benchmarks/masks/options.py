@@ -28,7 +28,7 @@ def parse_places(count: int, given: Sequence[str]) -> tuple[tuple[float, ...], .
     except ValueError:
         places = ((),)
     if any(len(place) != count for place in places):
-        raise OptionError(f"expected {count} numbers with commas, such as 0.5")
+        raise OptionError(f"expected {count} numbers separated by commas, such as 0.5")
     return places
 
 
@@ -70,9 +70,9 @@ class Prompts:
             raise MasksError("no prompt was given; use --prompt TEXT, or --points X,Y and --boxes X0,Y0,X1,Y1")
         for place in places:
             if not all(0 <= side <= 1 for side in place):
-                raise MasksError(f"{place} is outside the image; expected fractions of the width and height, from 0 to 1")
+                raise MasksError(f"{place} is outside the image; expected fractions of width and height, 0 to 1")
         if any(box[0] >= box[2] or box[1] >= box[3] for box in self.boxes):
-            raise MasksError("a box is empty; give its left, upper, right and lower sides")
+            raise MasksError("a box is empty; give its left, upper, right and lower side")
 
     @property
     def names(self) -> list[str]:

@@ -104,11 +104,11 @@ class Verdict:
     @property
     def summary(self) -> str:
         """Why it failed, in a few words."""
-        return f"{', '.join(self.failed_names)} left tolerance"
+        return f"{', '.join(self.failed_names)} exceeded the tolerance"
 
     def lines(self) -> list[str]:
-        """What is to be told besides the figures."""
-        return [f"first tensor that is not finite: {self.first_bad}"] if self.first_bad else []
+        """Lines for the user besides the figures."""
+        return [f"first tensor with NaN or infinity: {self.first_bad}"] if self.first_bad else []
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as JSON values."""
