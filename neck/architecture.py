@@ -106,7 +106,7 @@ def published_config(path: Path, layout: Layout, facts: dict[str, Any]) -> Encod
         return EncoderConfig(**known)
     template = ", ".join(f'"{field}": {value}' for field, value in {**known, **dict.fromkeys(UNTOLD, "?")}.items())
     raise CheckpointError(
-        f"{path}: the encoder does not have SAM 3's published architecture, and its tensors do not tell "
+        f"{path}: the encoder does not have SAM 3's published architecture, and its tensors do not determine "
         f"{', '.join(UNTOLD)}.\nPass --config FILE, a JSON file with this content (replace each ?): {{{template}}}"
     )
 

@@ -20,6 +20,9 @@ FLOORS = ("neck", "export", "engines", "benchmarks", "neck_export.py")
 PROGRESS = {"report", "step", "count", "counted"}
 """Functions whose first string is a message even if it is a single word."""
 
+NO_MESSAGES = {"Option", "Argument", "but", "Target", "_trt"}
+"""Calls whose strings are help texts of options, or sources of the table of targets."""
+
 CPP_STRING = re.compile(r'"((?:[^"\\\n]|\\.)*)"')
 
 
@@ -69,7 +72,7 @@ def python_messages(path: Path) -> Iterator[Message]:
             return  # a docstring
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            if name.rpartition(".")[2] in {"Option", "Argument"} or name.startswith("re."):
+            if name.rpartition(".")[2] in NO_MESSAGES or name.startswith("re."):
                 return
             if not name.endswith((".join", ".format", ".replace")):
                 kind = name

@@ -545,8 +545,8 @@ def test_plans_that_are_not_one_encoder(onnx_file: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch": "1:4:16"}, "max_batch_size was 8, is 16"),
-        ({"batch": "4"}, "input image was TYPE_FP32 .3, 112, 112., is TYPE_FP32 .4, 3, 112, 112."),
+        ({"batch": "1:4:16"}, "max_batch_size was 8, but is now 16"),
+        ({"batch": "4"}, "input image was TYPE_FP32 .3, 112, 112., but is now TYPE_FP32 .4, 3, 112, 112."),
         ({"signed": {"input_kind": "uint8"}}, "input image was TYPE_FP32"),
         ({"precision": "bf16"}, "version 1 has another precision"),
         ({"onnx_manifest": {"encoder": {"depth": 3}, "weights": {}}}, "version 1 has another encoder"),
@@ -565,7 +565,7 @@ def test_a_folder_that_holds_another_model(changes: dict[str, Any], message: str
 def test_a_folder_that_another_tool_wrote(plan: Path, onnx_file: Path, tmp_path: Path) -> None:
     found = make(plan, tmp_path)
     folder, config = found.config.parent, found.config.read_text()
-    with pytest.raises(TritonError, match="backend was tensorrt_plan, is onnxruntime"):
+    with pytest.raises(TritonError, match="backend was tensorrt_plan, but is now onnxruntime"):
         make(onnx_file, tmp_path)
     (folder / "1" / "manifest.json").unlink()
     with pytest.raises(TritonError, match="not written by neck-export"):

@@ -145,7 +145,7 @@ def _tensors(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str
     for name, value in told.items():
         if value != getattr(config, name):
             different = True
-            yield f"{name} is {getattr(config, name)} in the file, {value} in the model"
+            yield f"{name} is {getattr(config, name)} in the file, but {value} in the model"
     if different:
         return
     with torch.device("meta"):
@@ -160,7 +160,7 @@ def _tensors(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str
         yield f"the file does not have {listing(more, 3)}"
     for key, shape in wanted.items():
         if key in found.state and tuple(found.state[key].shape) != shape:
-            yield f"{key} is {shape} in the file, {tuple(found.state[key].shape)} in the model"
+            yield f"{key} is {shape} in the file, but {tuple(found.state[key].shape)} in the model"
 
 
 def _layers(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
@@ -179,7 +179,7 @@ def _layers(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
                 continue
             for field in fields:
                 if (mine := getattr(layer, field)) != (value := getattr(theirs, field)):
-                    yield f"{field} of {path} is {mine} in the file, {value} in the model"
+                    yield f"{field} of {path} is {mine} in the file, but {value} in the model"
 
 
 def _blocks(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
@@ -197,12 +197,12 @@ def _blocks(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
             if theirs is None:
                 yield f"{name} of {path} cannot be read from a {type(module).__name__}"
             elif not math.isclose(mine, theirs, rel_tol=1e-6):
-                yield f"{name} of {path} is {mine:g} in the file, {theirs:g} in the model"
+                yield f"{name} of {path} is {mine:g} in the file, but {theirs:g} in the model"
         activation = _value(mlp, "activation_fn", "act")
         if activation is None and not type(mlp).__module__.startswith("neck."):  # ours calls a function
             yield f"the activation of {path} cannot be read from a {type(mlp).__name__}"
         elif activation is not None and not _is_gelu(activation):
-            yield f"the activation of {path} is the exact GELU in the file, {_named(activation)} in the model"
+            yield f"the activation of {path} is the exact GELU in the file, but {_named(activation)} in the model"
 
 
 def _levels(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
@@ -214,7 +214,7 @@ def _levels(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
             doubled = sum(isinstance(module, nn.ConvTranspose2d) for module in inside)
             halved = sum(isinstance(module, nn.MaxPool2d) for module in inside)
             if (theirs := 2.0 ** (doubled - halved)) != scale:
-                yield f"the scale of {path} is {scale:g} in the file, {theirs:g} in the model"
+                yield f"the scale of {path} is {scale:g} in the file, but {theirs:g} in the model"
             known = (*LAYER_FIELDS, nn.MaxPool2d, nn.Identity)
             leaves = [module for module in inside if not [*module.children()] and not isinstance(module, known)]
             for module in leaves:
@@ -231,10 +231,10 @@ def _rest(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
     trunk = found.modules[layout.trunk.removesuffix(".")]
     ends = _value(trunk, "full_attn_ids")
     if ends and ends[-1] != config.depth - 1:
-        yield f"block {config.depth - 1} is the last in the file, {ends[-1]} in the model"
+        yield f"block {config.depth - 1} is the last in the file, but {ends[-1]} in the model"
     for name, value in (("tile_abs_pos", True), ("retain_cls_token", False), ("use_abs_pos", True)):
         if _value(trunk, name) not in (None, value):
-            yield f"{name} is {value} in the file, {not value} in the model"
+            yield f"{name} is {value} in the file, but {not value} in the model"
     if found.encoder.kind == "vitdet" and isinstance(norm := _value(trunk, "ln_post"), nn.LayerNorm):
         yield f"the model has a {type(norm).__name__} after its last block, but the file has none"
     holder = found.encoder.module if found.encoder.kind == "vitdet" else getattr(found.encoder.module, "neck", None)

@@ -106,7 +106,7 @@ def check_contract(path: Path, old: Any, new: Any) -> None:
             f"request; export with them, or {ELSEWHERE}"
         )
     if different or not any(key.startswith("output ") for key in shared):
-        told = [f"{key} was {before.get(key, 'absent')}, is {after.get(key, 'absent')}" for key in different]
+        told = [f"{key} was {before.get(key, 'absent')}, but is now {after.get(key, 'absent')}" for key in different]
         raise TritonError(
             f"{path}: the folder contains another model ({'; '.join(told) or 'no output in common'}); {ELSEWHERE}"
         )

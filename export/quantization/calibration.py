@@ -228,9 +228,11 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
     if about.get("format") != FORMAT:
         raise OutdatedError(f"{path}: another version of neck-export wrote it")
     if about.get("image_size") != list(image_size):
-        raise OutdatedError(f"{path}: it was made at {about.get('image_size')} pixels, not at {list(image_size)}")
+        raise OutdatedError(
+            f"{path}: the calibration was made at {about.get('image_size')} pixels, not at {list(image_size)}"
+        )
     if about.get("encoder") != fingerprint(encoder):
-        raise OutdatedError(f"{path}: it was made for other weights or another architecture")
+        raise OutdatedError(f"{path}: the calibration was made for other weights or another architecture")
     try:
         layers = {name: _read_layer(name, layer, tensors) for name, layer in linear_layers(encoder).items()}
         if type(about["images"]) is not int or about["images"] < 1:
