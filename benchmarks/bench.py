@@ -87,7 +87,7 @@ def check_options(options: BenchOptions) -> None:
 
 
 def read_masks(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """The figures of files that were judged, in the form of result.schema.json.
+    """The verdicts of `neck-export masks` on files, in the form of result.schema.json.
 
     Args:
         files: ONNX files or plans, their manifests beside them.

@@ -146,7 +146,7 @@ def vision_config(config: EncoderConfig) -> Any:
 
 
 def plan_facts(onnx: Path, compute_capability: str, flavor: Flavor) -> dict[str, Any]:
-    """Builds a plan of a file as it is, and reads from its layer list what the builder made of it."""
+    """Builds a plan of an unchanged file, and reads kernels and attentions from its layer list."""
     options = BuildOptions("fp16", compute_capabilities=(compute_capability,))
     layers = build_plan(onnx, onnx.with_suffix(".plan"), options, flavor=flavor).layers
     assert layers is not None

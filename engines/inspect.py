@@ -34,7 +34,7 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
         found: what inspect_plan gave.
         kernels: how many kernels to list, those first that move most.
     """
-    gpus = ", ".join(found["compute_capabilities"]) or "the flavor's default"
+    gpus = ", ".join(found["compute_capabilities"]) or "the default GPUs of the flavor"
     checked = found["verification"]
     tensors = [("input", spec) for spec in found["inputs"]] + [("output", spec) for spec in found["outputs"]]
     lines = [

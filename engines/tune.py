@@ -159,7 +159,7 @@ def measured_ms(plan: Path) -> float:
 def try_candidate(
     options: PlanOptions, make: Callable[[PlanOptions], PlanResult], measure: Callable[[Path], float]
 ) -> Row:
-    """One row; a candidate that fails tells why instead of ending the run."""
+    """One row; a candidate that fails has its reason in the row instead of stopping the run."""
     row = Row(options.attention, options.spelling or "matmul", options.upsampling)
     try:
         result = make(options)

@@ -139,7 +139,7 @@ def quantized_products(graph: ir.Graph) -> dict[str, str]:
 
 
 def quantized_line(quantization: dict[str, Any], count: int | None = None) -> str:
-    """What is quantized, of a manifest, in one line; `count` is what the graph itself has of it."""
+    """A line about quantization from a manifest; `count` is the number of layers found in the graph."""
     images = quantization["image_count"]
     count = len(quantization["products"]) if count is None else count
     return (
@@ -189,7 +189,7 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
 
 
 def masks_lines(manifest: Mapping[str, Any]) -> list[str]:
-    """What `neck-export masks` found of a file, in a line; none where it was not asked."""
+    """A line with the result of `neck-export masks`; empty if it was not run."""
     masks = manifest.get("masks")
     if not masks:
         return []

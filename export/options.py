@@ -37,7 +37,7 @@ NUMPY_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": 
 
 
 def check_options(options: ExportOptions) -> Form:
-    """Refuses what is known to fail before the weights are read.
+    """Refuses requests that are known to fail, before the weights are read.
 
     Returns:
         The attention form and the opset: as asked, or the best that the asked targets share.
@@ -94,7 +94,7 @@ def _check_choices(options: ExportOptions) -> None:
 
 
 def lowering(options: ExportOptions, form: Form) -> dict[str, Any]:
-    """What export.lowering.precision.lower takes, the type of the residual sums aside."""
+    """The arguments of export.lowering.precision.lower, except the type of the residual sums."""
     return {
         "attention": form.attention,
         "spelling": form.spelling,

@@ -45,7 +45,7 @@ def export_paths(output: Path, calibration: Path | None, precision: str) -> list
 
 
 def calibration_paths(calibration: Path | None, precision: str) -> list[NamedPath]:
-    """What is written for `--calibration`, by every command that has it."""
+    """The files that `--calibration` writes, for every command that has the option."""
     if calibration is None or precision not in CODES:
         return []
     record = NamedPath("the trials of --calibration", record_path(calibration, precision))
@@ -53,7 +53,7 @@ def calibration_paths(calibration: Path | None, precision: str) -> list[NamedPat
 
 
 def weights_paths(checkpoint: Path | None, adapter: Path | None) -> list[NamedPath]:
-    """The files of a checkpoint and of an adapter; what is missing or damaged is refused where it is read."""
+    """The files of a checkpoint and an adapter; missing or damaged ones are refused when they are read."""
     files = [path for path in (checkpoint, adapter) if path is not None]
     problems = (CheckpointError, OSError, ValueError, LookupError, TypeError, AttributeError)
     if checkpoint is not None:
@@ -136,7 +136,7 @@ def _has_keys(path: Path, keys: set[str]) -> bool:
 
 
 def check_room(output: Path, encoder: Sam3DualViTDetNeck, signature: Signature, precision: Precision) -> None:
-    """Refuses before the work where the disk cannot hold the weights.
+    """Refuses before the work if the disk cannot hold the weights.
 
     Raises:
         ExportError: saying how much is free and how much it takes.
@@ -154,7 +154,7 @@ def check_room(output: Path, encoder: Sam3DualViTDetNeck, signature: Signature, 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns what the file system says of the output folder into one sentence.
+    """Turns a file system error of the output folder into one sentence.
 
     Raises:
         ExportError: for every OSError.

@@ -82,7 +82,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult:
-    """What came of an export: the file, its manifest, and the verdict, None where none was asked."""
+    """The result of an export: the file, its manifest, and the verdict (None if none was requested)."""
 
     path: Path
     manifest: dict[str, Any]
@@ -90,12 +90,12 @@ class ExportResult:
 
     @property
     def manifest_path(self) -> Path:
-        """Where the manifest lies."""
+        """The path of the manifest."""
         return manifest_path(self.path)
 
     @property
     def read_by(self) -> str | None:
-        """Who reads the file, in one line."""
+        """The runtimes that can load the file, in one line."""
         targets = self.manifest.get("targets")
         return targets["says"] if targets else None
 
@@ -319,7 +319,7 @@ def write_onnx(
 
 
 def write_lowered(canonical: ir.Model, path: Path, precision: Precision, **lowering: Any) -> ir.Model:
-    """Writes a traced graph in a precision and the forms that export.lowering.precision.lower takes."""
+    """Writes a traced graph in a precision and form; the arguments are those of export.lowering.precision.lower."""
     model = canonical.clone()
     lower(model, precision, **lowering)
     ir.save(model, path, external_data=data_path(path).name)

@@ -34,7 +34,7 @@ TELLTALES = {
 
 
 def with_class_row(layout: Layout, tensors: Mapping[str, Tensor]) -> Layout:
-    """The layout with what its position embedding's length tells: n * n rows, or one more for the class token.
+    """The layout, completed by the length of its position embedding: n * n rows, or one more for the class token.
 
     Meta keeps that row and Hugging Face drops it, but either file may have been saved by the other's rule.
     """
@@ -99,7 +99,7 @@ def check_config(path: Path, layout: Layout, config: EncoderConfig, said_by: str
 
 
 def published_config(path: Path, layout: Layout, facts: dict[str, Any]) -> EncoderConfig:
-    """SAM 3's own values for what the shapes do not tell, if the rest is SAM 3's."""
+    """SAM 3's own values for what the shapes do not determine, if everything else matches SAM 3."""
     known = {"layer_norm_eps": DEFAULT_EPS[layout.source], **facts}
     published = EncoderConfig()
     if all(facts.get(field) == getattr(published, field) for field in PUBLISHED):

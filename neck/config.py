@@ -30,7 +30,7 @@ LISTS: tuple[tuple[str, Any, str], ...] = (
 
 
 class ConfigError(ValueError):
-    """An architecture that cannot be built, or a file that does not hold one."""
+    """An architecture that cannot be built, or a file that does not describe one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +187,7 @@ class EncoderConfig:
 
 
 def exact_ratio(hidden: int, embed_dim: int) -> float:
-    """The mlp_ratio that gives exactly these hidden channels, whatever its rounding."""
+    """The mlp_ratio that gives exactly these hidden channels in spite of rounding."""
     ratio = hidden / embed_dim
     return ratio if int(embed_dim * ratio) == hidden else (hidden + 0.5) / embed_dim
 

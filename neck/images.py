@@ -73,7 +73,7 @@ class ValueRange:
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-    """A folder of images and how those deeper than 8 bits are to be read."""
+    """A folder of images, and how to read those with more than 8 bits."""
 
     path: Path
     value_range: ValueRange | None = None
@@ -85,7 +85,7 @@ class ImageFolder:
 
 
 def silent(line: str) -> None:
-    """Says nothing."""
+    """Ignores the line."""
 
 
 def read_image(path: Path, value_range: ValueRange | None = None, say: Say = silent) -> Pixels:
@@ -172,7 +172,7 @@ def normalize(pixels: Pixels) -> torch.Tensor:
 
 
 def denormalize(image: torch.Tensor) -> torch.Tensor:
-    """What `normalize` took: (B, 3, H, W) -> uint8 (B, H, W, 3) on the same device."""
+    """Inverts `normalize`: (B, 3, H, W) -> uint8 (B, H, W, 3) on the same device."""
     pixels = ((image.float() + 1) * 127.5).round().clamp(0, 255)
     return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
@@ -227,7 +227,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def skipped_line(folder: Path) -> str | None:
-    """Counts and names the files that `find_images` leaves out, hidden ones aside; None where there is none."""
+    """Counts and names the visible files that `find_images` skips; None if there are none."""
     try:
         entries = sorted(Path(folder).iterdir())
     except (OSError, ValueError):  # told by find_images

@@ -43,7 +43,7 @@ def level_convs(scale: float, channels: int, d_model: int) -> nn.Sequential:
 
 
 class Sam2Head(nn.Module):
-    """What SAM 2's mask decoder does first to the two finer levels of its neck: a 1x1 convolution each.
+    """The first step of SAM 2's mask decoder for the two finer levels of its neck: a 1x1 convolution each.
 
     Args:
         d_model: channels of every feature map.

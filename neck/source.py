@@ -65,7 +65,7 @@ class EncoderSource:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What was read.
+    """Where an encoder's weights came from.
 
     Attributes:
         source: what was asked for.
@@ -82,7 +82,7 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """An encoder, what it was read from, and what the user should know of it."""
+    """An encoder, its origin, and notes for the user."""
 
     encoder: Sam3DualViTDetNeck
     origin: Origin

@@ -48,7 +48,7 @@ class State:
 
 
 def read_state(path: Path, state: str | None = None) -> State:
-    """Reads the tensors of one state of a checkpoint; what kind of file it is, its first bytes tell.
+    """Reads the tensors of one state of a checkpoint; the format is recognized by the first bytes.
 
     The tensors are views of the mapped file (except in a .pt from before PyTorch 1.6, a compressed one or one of the
     other byte order, which are read): it must not be overwritten in place while they are used. Replacing it by a

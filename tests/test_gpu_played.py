@@ -258,9 +258,14 @@ FAULTS: list[tuple[str, dict[str, Any], int, str]] = [
         "Error",
     ),
     ("memory", {"builder": "Error Code 2: OutOfMemory (bad_alloc)"}, 1, "out of memory"),
-    ("load", {"load": "Error Code 1: Cuda Runtime (out of memory)"}, 1, "cannot load it (Error Code 1: Cuda Runtime"),
+    (
+        "load",
+        {"load": "Error Code 1: Cuda Runtime (out of memory)"},
+        1,
+        "cannot load the plan (Error Code 1: Cuda Runtime",
+    ),
     ("run", {"run": "Error Code 1: Cuda Runtime (launch failed)"}, 1, "the run failed (Error Code 1: Cuda Runtime"),
-    ("address", {"address": True}, 1, "which TensorRT does not take (Error Code 3"),
+    ("address", {"address": True}, 1, "which TensorRT does not accept (Error Code 3"),
     ("outputs", {"distort": lambda name, value: -value if name == "sam3_feat_2" else value}, 3, "sam3_feat_2"),
     ("infinite", {"distort": lambda name, value: value / np.float32(0)}, 3, "non-finite"),
 ]

@@ -402,7 +402,7 @@ def test_an_address_that_tensorrt_does_not_take_is_copied_once(tmp_path: Path) -
 def test_an_address_that_is_refused_is_an_error(tmp_path: Path) -> None:
     with open_fake(tmp_path) as session:
         session.context.addressable = False
-        with pytest.raises(SessionError, match=r"image lies at 0x[0-9a-f]+, which TensorRT does not take .*of 256"):
+        with pytest.raises(SessionError, match=r"image lies at 0x[0-9a-f]+, which TensorRT does not accept .*of 256"):
             session.infer({"image": np.zeros((1, 2, 3), np.float32)})
 
 
@@ -452,7 +452,7 @@ def test_wrong_inputs_name_what_is_expected(tmp_path: Path, inputs: dict[str, An
 
 
 def test_a_plan_that_does_not_load_tells_the_loggers_last_error(tmp_path: Path) -> None:
-    with pytest.raises(SessionError, match=r"cannot load it \(Error Code 2: OutOfMemory\)"):
+    with pytest.raises(SessionError, match=r"cannot load the plan \(Error Code 2: OutOfMemory\)"):
         open_fake(tmp_path, loads=False)
 
 

@@ -31,7 +31,7 @@ BROKEN = re.compile(r"^ERROR (tests/\S+\.py)(?: - (.*))?$", re.MULTILINE)
 
 
 def files_with_gpu_tests() -> list[str]:
-    """Test files that have any, but those of what a stage does itself: others may want what is not there."""
+    """Test files with tests marked gpu, except those that a stage runs itself."""
     found = (path for path in sorted((ROOT / "tests").glob("test_*.py")) if path.name not in STAGES_DO)
     return [f"tests/{path.name}" for path in found if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
 
@@ -54,7 +54,7 @@ def run_tests(log: Path, tests: Sequence[str]) -> dict[str, Any]:
 
 
 def checks(log: Path) -> list[dict[str, Any]]:
-    """Every test that ended, by what pytest printed of it: the results' `checks`."""
+    """The result of every finished test, read from pytest's output: the results' `checks`."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     found: list[dict[str, Any]] = [
         {"name": f"{file}::{name}", "outcome": OUTCOMES[outcome], "reason": reason or None}

@@ -59,7 +59,7 @@ class KitError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class There:
-    """What a machine has.
+    """The packages and Python version of the GPU machine.
 
     Attributes:
         python: its version, such as 3.12.
@@ -78,7 +78,7 @@ class There:
         return cls(found["python"], tuple(found["wheels"]), found["packages"])
 
     def satisfies(self, requirement: Requirement) -> bool:
-        """Whether it has what is required; a version that nobody told is taken to do."""
+        """Whether the machine fulfills a requirement; an unknown version is assumed to."""
         name = canonicalize_name(requirement.name)
         if name not in self.packages:
             return False
@@ -87,7 +87,7 @@ class There:
 
 
 def requirements(project: Path = PROJECT) -> list[Requirement]:
-    """What pyproject asks of a GPU machine, in order, each once, LEFT_OUT left out."""
+    """The packages that pyproject requires on a GPU machine, each once, without LEFT_OUT."""
     told = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
     lines = [*told["dependencies"], *(line for extra in EXTRAS for line in told["optional-dependencies"][extra])]
     asked = [Requirement(line) for line in dict.fromkeys(lines)]
@@ -95,12 +95,12 @@ def requirements(project: Path = PROJECT) -> list[Requirement]:
 
 
 def lacking(asked: Sequence[Requirement], there: There) -> list[Requirement]:
-    """What of it the machine lacks."""
+    """The requirements that the machine does not fulfill."""
     return [one for one in asked if not there.satisfies(one)]
 
 
 def chosen(report: Mapping[str, Any], asked: Sequence[Requirement], there: There) -> list[str]:
-    """The wheels of the kit as pip pins them: what is asked, and of its dependencies what is not there or too old.
+    """The wheels of the kit as pip pins them: requirements, and dependencies that are missing or too old.
 
     Args:
         report: pip's `--report` of a dry run.
@@ -186,7 +186,7 @@ def _pip(arguments: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Makes the kit and says what is in it."""
+    """Makes the kit and prints its size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("build/gpu-kit"))
     parser.add_argument(

@@ -23,7 +23,7 @@ SECONDS = 20.0
 
 
 def examine(device: Device) -> dict[str, Any]:
-    """What a session wants to know first; `fatal` where nothing can be measured here, in one line or two."""
+    """The machine's facts; `fatal` is set, in one or two lines, if nothing can be measured here."""
     problem = gpu_problem() if device == "cuda" else None
     if problem:
         return {"fatal": problem}
@@ -77,14 +77,14 @@ def device_memory() -> dict[str, Any]:
 
 
 def others(free: int, total: int, programs: list[str]) -> str | None:
-    """That others hold memory of the GPU, so that what is measured is theirs too."""
+    """A warning that other programs use the GPU."""
     if total - free < OTHERS_BYTES:
         return None
     return f"other programs use this GPU: {_room(free, total, programs)}; times include their work"
 
 
 def too_little(free: int, total: int, programs: list[str]) -> str | None:
-    """That the GPU has no room."""
+    """A message that the GPU has too little free memory."""
     if free >= NEEDED_BYTES:
         return None
     needs = f"{NEEDED_BYTES / 1e9:.0f} GB are needed"

@@ -61,7 +61,7 @@ class Session:
         self.stages: dict[str, dict[str, Any]] = self._read()
 
     def run(self) -> int:
-        """Runs what an earlier call has not done; the exit code says whether all is done."""
+        """Runs the stages that an earlier call has not finished; the exit code says whether all are done."""
         adopt_orphans()
         wanted = [one for one in plan(self.device) if not self._done(one)]
         news = True  # that no report has yet
@@ -178,7 +178,7 @@ def exit_code(stages: dict[str, dict[str, Any]]) -> int:
 
 
 def unmet(requirements: Sequence[str]) -> list[str]:
-    """What of the requirements this environment lacks, with what it has."""
+    """The requirements that this environment does not fulfill, with the installed versions."""
     found = []
     for line in requirements:
         asked = Requirement(line)

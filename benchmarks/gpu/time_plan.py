@@ -84,7 +84,7 @@ POINT_SCALES, POINT_BATCHES = (2 / 3, 4 / 3), (4, 8)
 
 
 def fitting(stages: Sequence[Stage], minutes: float) -> list[Stage]:
-    """The stages that fit into the time by their expected minutes, those of the lowest `drop` left out first."""
+    """The stages that fit into the time; those with the lowest `drop` are left out first."""
     kept = list(stages)
     droppable = sorted((one for one in stages if one.drop is not None), key=lambda one: one.drop or 0)
     for one in droppable:
@@ -108,7 +108,7 @@ def time_limit(stage: Stage, left_s: float, scale: float = 1.0) -> float:
 
 
 def total_minutes(device: Device = "cuda") -> float:
-    """What is expected of everything: the environment, every stage, and the second report."""
+    """The expected minutes of everything: the environment, every stage, and the second report."""
     return INSTALL_MINUTES + sum(one.minutes for one in plan(device)) + REPORT.minutes
 
 

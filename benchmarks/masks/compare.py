@@ -25,7 +25,7 @@ from neck.images import ImageFolder, find_images, load_images
 def compare_masks(
     options: MasksOptions, report: Callable[[str], None] = lambda line: None, notes: list[str] | None = None
 ) -> dict[str, Any]:
-    """Compares, writes the figures into the file's manifest, and returns them; `notes` tells where it is not writable.
+    """Compares, stores the figures in the file's manifest, and returns them; `notes` says if it is not writable.
 
     Raises:
         MasksError: the model, or prompts that it does not take.
@@ -75,7 +75,7 @@ def run_twice(
     simulated: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[list[Objects]], list[list[Objects]]]:
-    """The objects of every image, by a model's own encoder and by the file; the model is then as before.
+    """The objects of every image with the model's own encoder and with the file; the model is restored.
 
     Any package's model can be compared so.
 

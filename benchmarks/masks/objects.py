@@ -21,7 +21,7 @@ Numbers = npt.NDArray[np.float32]
 
 @dataclasses.dataclass(frozen=True)
 class Objects:
-    """What a model finds for one prompt in one image, above its score threshold.
+    """The objects that a model finds for one prompt in one image, above its score threshold.
 
     Attributes:
         masks: (N, h, w), at the resolution at which the model gives them.
@@ -62,13 +62,13 @@ class Difference:
 
     @property
     def worst(self) -> float:
-        """The lowest mask IoU; 0 where an object is lost or found or a value is not finite, 1 where there is none."""
+        """The lowest mask IoU: 0 if an object is lost, additional or not finite; 1 if there is none."""
         wrong = self.lost or self.found or self.own_non_finite or self.file_non_finite
         return 0.0 if wrong else min(self.ious, default=1.0)
 
 
 def differ(image: str, prompt: str, own: Objects, other: Objects) -> Difference:
-    """Pairs the objects of two findings by their masks and compares them."""
+    """Pairs the objects of two results by their masks and compares them."""
     ious = mask_ious(own.masks, other.masks)
     pairs = best_pairs(ious)
     error = abs(own.presence - other.presence)

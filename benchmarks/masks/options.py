@@ -34,7 +34,7 @@ def parse_places(count: int, given: Sequence[str]) -> tuple[tuple[float, ...], .
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """What is asked for in every image: texts, each for any number of objects, or points and boxes for one each."""
+    """The prompts for every image: texts, each for any number of objects, or points and boxes for one each."""
 
     texts: Annotated[
         tuple[str, ...],
@@ -76,7 +76,7 @@ class Prompts:
 
     @property
     def names(self) -> list[str]:
-        """What each prompt is called."""
+        """The name of each prompt."""
         return [*self.texts, *(f"point {place}" for place in self.points), *(f"box {place}" for place in self.boxes)]
 
 

@@ -52,7 +52,7 @@ class Backend:
 
 @dataclasses.dataclass(frozen=True)
 class RunRequest:
-    """What a worker loads.
+    """What a worker must load.
 
     Attributes:
         backend: what runs.
@@ -87,11 +87,11 @@ class Runner(Protocol):
         """The last run's outputs by name, in float32."""
 
     def device_bytes(self) -> int | None:
-        """Most device memory that it took, None on a CPU and where it cannot be told."""
+        """Peak device memory; None on a CPU or if it is unknown."""
         return None
 
     def note(self) -> str | None:
-        """What a reader of its row must know, once it is loaded."""
+        """A note for the backend's row in the report, once it is loaded."""
         return None
 
     def parts_ms(self) -> dict[str, float] | None:
@@ -167,7 +167,7 @@ QUICK = {
 
 
 def choose_backends(device: Device, asked: Sequence[str]) -> list[Backend]:
-    """The asked backends in the table's order, the reference first and always; all where none is named.
+    """The requested backends in the table's order, always beginning with the reference; all if none is named.
 
     Raises:
         BenchError: a name that is none.

@@ -39,13 +39,13 @@ def processor() -> str:
 
 
 def available_bytes() -> int:
-    """Memory that can be taken without swapping."""
+    """Memory that is available without swapping."""
     found = re.search(r"MemAvailable: *(\d+) kB", MEMORY.read_text()) if MEMORY.is_file() else None
     return int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def package_versions() -> dict[str, str | None]:
-    """Versions of what runs an encoder; None where it is not installed."""
+    """Versions of the packages that can run an encoder; None if one is not installed."""
     found = {name: [installed_version(one) for one in names] for name, names in VERSIONS.items()}
     return {name: next(filter(None, versions), None) for name, versions in found.items()}
 
@@ -90,14 +90,14 @@ def _gpu() -> dict[str, Any] | None:
 
 
 def machine_name(environment: dict[str, Any]) -> str:
-    """What a table calls the machine."""
+    """The machine's name in tables."""
     if environment["gpu"]:
         return str(environment["gpu"]["name"])
     return f"{environment['processor']}, {environment['cores']} cores"
 
 
 def capabilities() -> dict[str, Any]:
-    """What `backends.why_unavailable` asks of this machine, as JSON values."""
+    """The facts about this machine that `backends.why_unavailable` needs, as JSON values."""
     import torch
 
     flags = set(re.findall(r"[^\s:]+", _cpu_flags()))

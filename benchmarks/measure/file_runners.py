@@ -26,7 +26,7 @@ class OrtRunner(Runner):
         self._taken: int | None = None
 
     def load(self) -> float | None:
-        """Makes the session; on a GPU it is run once, for what device memory that takes."""
+        """Makes the session; on a GPU it is run once to measure its device memory."""
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -89,14 +89,14 @@ class OrtRunner(Runner):
         return self._taken
 
     def note(self) -> str | None:
-        """That TensorRT's provider chooses types itself."""
+        """A note that TensorRT's provider chooses types itself."""
         if not self._tensorrt():
             return None
         return "FP16 is allowed; the provider's engine is weakly typed, so TensorRT may choose FP32 if it is faster"
 
 
 class OpenVinoRunner(Runner):
-    """OpenVINO on the CPU, its inference precision set and read back: it would take BF16 by itself where it can."""
+    """OpenVINO on the CPU with a stated inference precision, read back, because OpenVINO may choose BF16 by itself."""
 
     def __init__(self, job: RunRequest) -> None:
         self.job = job
@@ -165,7 +165,7 @@ class PlanRunner(Runner):
         return {name: value.float().cpu().numpy() for name, value in self._outputs.items()}
 
     def device_bytes(self) -> int | None:
-        """What loading took, the engine's scratch memory included, and the outputs."""
+        """Device memory of loading, with the engine's scratch memory and the outputs."""
         loaded: int = self.session.loaded_bytes
         if loaded <= 0:  # something else was freed meanwhile
             return None

@@ -61,7 +61,7 @@ class Rounds:
         self._left: set[str] = set()  # not tried again in this run; a rerun does
 
     def measure(self, parts_runs: int = 0) -> None:
-        """Measures the rounds that the samples lack, of each backend.
+        """Measures the rounds of each backend that are missing in the samples.
 
         What was left out for want of time in an earlier run has rounds of its own with the reference, since a ratio is
         of runs in the same round.

@@ -115,7 +115,7 @@ class Run:
         return folder, samples
 
     def measure(self) -> None:
-        """Measures what the samples lack."""
+        """Measures everything that is missing in the samples."""
         self._measure_rates("before")
         self._measure(self.main, self.available())
         for point in self.swept:
@@ -169,7 +169,7 @@ class Run:
         return found
 
     def swept_backends(self) -> list[Backend]:
-        """What the sweeps measure: `swept`, else those of SWEPT, that are asked; else all that need no compiler."""
+        """The backends of the sweeps: `swept`, else the requested ones of SWEPT, else all that need no compiler."""
         asked = [one for one in self.available() if one.id != REFERENCE]
         swept = [one for one in asked if one.id in (self.options.swept or SWEPT[self.device])]
         swept = swept or [one for one in asked if one.runtime not in ("compile", "compile-max")]

@@ -70,7 +70,7 @@ class Worker:
         return self._process.pid
 
     def resident_bytes(self) -> int:
-        """Memory that it holds now, mapped files included; 0 where the system does not tell or it is gone."""
+        """Resident memory, including mapped files; 0 if it is unknown or the process is gone."""
         with contextlib.suppress(OSError, ValueError, IndexError):
             return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return 0
@@ -114,7 +114,7 @@ class Worker:
         return lines[-1][:400] if lines else f"there was no output, see {self.log}"
 
     def close(self) -> None:
-        """Ends the process, at once where it does not end by itself, and what it started, such as compilers."""
+        """Stops the process with its children, such as compilers; kills it if it does not stop by itself."""
         self._connection.close()
         if self._process.returncode is None:
             self._let_end()

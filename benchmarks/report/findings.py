@@ -25,7 +25,7 @@ NOTHING = "-"
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a reader wants first, of one machine.
+    """The main findings about one machine.
 
     Attributes:
         machine: its entry in the results.
@@ -144,7 +144,7 @@ def worst_error(row: Row) -> float | None:
 
 
 def is_reference(row: Row) -> bool:
-    """Whether the row is what all others are compared with."""
+    """Whether all other rows are compared with this one."""
     return bool(row.get("ratio")) and row["ratio"]["to"] == row["backend"]
 
 
@@ -206,7 +206,7 @@ def error_figure(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share of 1."""
+    """A fraction as a percentage."""
     return NOTHING if value is None else f"{significant(value * 100, 2)} %"
 
 
@@ -251,7 +251,7 @@ def answer_sentence(result: Result, answer: Answer) -> str:
 
 
 def caution_sentence(answer: Answer) -> str | None:
-    """That a faster backend must not be taken, and why; None where there is none."""
+    """A warning that a faster backend must not be used, and why; None if there is none."""
     outside = answer.fastest_outside
     if outside is None:
         return None

@@ -33,7 +33,7 @@ def commands(result: Result) -> list[str]:
 
 
 def method(result: Result) -> list[str]:
-    """How it was measured, in sentences that hold for this result."""
+    """The method of measurement, in sentences that hold for this result."""
     rows = [row for row in result["rows"] if row["status"] == "measured" and row["sweep"] is None]
     runs = sorted({row["latency"]["runs"] for row in rows})
     warm = sorted({row["warm_up_runs"] for row in rows if row.get("warm_up_runs") is not None})
@@ -63,7 +63,7 @@ def _range(values: list[int]) -> str:
 
 
 def encoder_facts(result: Result) -> list[tuple[str, str]]:
-    """What was measured."""
+    """Facts about the encoder that was measured."""
     encoder = result["encoder"]
     pairs = [
         ("Weights", encoder["checkpoint"]),

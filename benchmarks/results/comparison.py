@@ -60,7 +60,7 @@ class Change:
 
 
 def compare_results(new: Result, old: Result) -> list[Change]:
-    """What got slower or less exact from `old` to `new`, beyond the spread.
+    """What became slower or less accurate from `old` to `new`, beyond the spread.
 
     A row is its machine (processor, cores, GPU), backend, size and batch. It is slower where its median exceeds the old
     one by more than both runs' spreads together, a spread being the distance from the 25th to the 75th percentile of
@@ -93,7 +93,7 @@ def spread_ms(times_ms: Sequence[float]) -> float:
 
 
 def hardware(machine: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes two machines the same: processor, cores, GPU."""
+    """The values by which two machines count as the same: processor, cores, GPU."""
     environment = machine["environment"]
     gpu = environment["gpu"]
     return environment["processor"], environment["cores"], gpu["name"] if gpu else None

@@ -84,7 +84,7 @@ def can_check() -> bool:
 
 
 def row_problem(row: Mapping[str, Any]) -> str | None:
-    """What of a row the form does not allow; None where it is sound or cannot be checked."""
+    """What the schema does not allow in a row; None if the row is valid or cannot be checked."""
     schema = _schema()
     return _problem(row, {**schema["$defs"]["row"], "$defs": schema["$defs"]}) if can_check() else None
 
@@ -169,7 +169,7 @@ def _all_points(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def of_machine(result: Result, machine: dict[str, Any], key: str) -> Any:
-    """What belongs to a machine (a key of OF_A_MACHINE): its own, else the result's."""
+    """A machine's value of a key of OF_A_MACHINE: its own, else the result's."""
     return machine.get(key, result.get(key))
 
 

@@ -130,7 +130,7 @@ def ratio(samples: Samples, point: str, name: str, to: str) -> dict[str, Any] | 
 
 
 def plain_twin(backend: Backend, backends: Sequence[Backend]) -> str | None:
-    """The backend that differs from a rewritten one by the plain module alone."""
+    """The backend that differs from a rewritten one only by the plain module."""
     if backend.module == "plain":
         return None
     same = dataclasses.asdict(backend) | {"id": "", "label": "", "module": "plain"}
@@ -150,7 +150,7 @@ def best_rates(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def raise_rates(
     roofline: Mapping[str, Any], points: Sequence[MeasurePoint], backends: Sequence[Backend], samples: Samples
 ) -> dict[str, Any]:
-    """The rates, none less than what a backend reached on the whole encoder: a product is a sample of the machine only.
+    """The rates, raised to what a backend reached on the whole encoder, because one multiplication is only a sample.
 
     Returns:
         The roofline, with `reached_by`: the backend that raised a precision's rate, None where the product stands.

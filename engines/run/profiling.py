@@ -35,7 +35,7 @@ STATE_SECONDS = 20.0
 
 
 class ProfilingError(RuntimeError):
-    """A plan that cannot be profiled as asked."""
+    """A plan that cannot be profiled as requested."""
 
 
 def profile_plan(
@@ -124,7 +124,7 @@ def _profile(
 
 
 def choose_batch(plan: Path, port: Port, optimum: int, asked: int | None) -> int:
-    """The batch to profile: what is asked, else the optimum.
+    """The batch to profile: the requested one, else the optimum.
 
     Raises:
         ProfilingError: the plan does not take it.

@@ -21,7 +21,7 @@ class RuntimeCache:
         self._written = ""  # SHA-256 of what the file has
 
     def read(self) -> tuple[bytes, str | None]:
-        """What is in the file, empty where there is none of ours; and one line where it cannot be used."""
+        """The content of the file (empty if it is not ours), and a line if it cannot be used."""
         try:
             text = _read_whole(self.path)
         except FileNotFoundError:

@@ -118,7 +118,7 @@ class Session:
         return outputs
 
     def enqueue(self) -> None:
-        """Starts a run of what is bound on the session's stream."""
+        """Starts inference with the bound input on the session's stream."""
         if not self._bound:
             raise SessionError(f"{self.plan}: no input is bound; call bind first, also after bind_output")
         self._execute(self.context)

@@ -44,7 +44,7 @@ def verify_runner(
     candidate: str,
     overrides: Mapping[str, float] | None = None,
 ) -> Verdict:
-    """Compares what a runner gives with the reference.
+    """Compares a runner's outputs with the reference.
 
     Args:
         run: the candidate.
@@ -169,7 +169,7 @@ def verify_plan_file(
 
 
 def plan_signature(plan: Path, manifest: Mapping[str, Any], known: bool) -> Signature:
-    """The contract that a plan's manifest tells.
+    """The contract in a plan's manifest.
 
     Args:
         plan, manifest: the plan and its manifest.

@@ -27,7 +27,7 @@ from export.contract.manifest import ManifestError, check_files, locked, read_ma
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """What was switched: a model's active version, the one before, and the files that were written or removed."""
+    """What was switched: the model's active version, the previous one, and the files written or removed."""
 
     name: str
     version: int
@@ -115,7 +115,7 @@ def _config_of(folder: Path) -> Any:
 
 
 def remove_versions(output: Path, name: str, keep: int) -> list[Path]:
-    """Removes the oldest versions of a model, so that `keep` stay and the active one; the caller holds the lock.
+    """Removes the oldest versions of a model except `keep` of them and the active one; the caller holds the lock.
 
     A folder is renamed out of the repository before it is deleted: a polling server sees it whole or not at all.
     """

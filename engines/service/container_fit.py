@@ -26,7 +26,7 @@ def image(container: str) -> str:
 
 
 def choose_container(sources: Sequence[Source], asked: str | None) -> tuple[str | None, list[str]]:
-    """The container that serves the files, and what a user must know of it.
+    """The container that can serve the files, and notes for the user.
 
     Args:
         sources: an ONNX file, or plans of one model.

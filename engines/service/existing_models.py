@@ -13,7 +13,7 @@ from export.contract.manifest import ManifestError, read_manifest
 
 
 def check_held(model: Path, config: Any, source: Source | None) -> None:
-    """Refuses a folder that holds something else than older versions of this model; `source` is what an engine runs."""
+    """Refuses a folder that contains anything but older versions of this model."""
     if not model.exists():
         return
     if not model.is_dir():
@@ -78,7 +78,7 @@ def _shared(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def contract(config: Any) -> dict[str, Any]:
-    """What clients and older versions of a model rely on, in words; outputs by name."""
+    """What clients and older versions of a model rely on, as text; outputs by name."""
     names = schema().DataType.Name
     tensors = {
         f"{key} {tensor.name}": f"{names(tensor.data_type)} {list(tensor.dims)}"

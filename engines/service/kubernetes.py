@@ -73,7 +73,7 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
-    """What the files need to know.
+    """The values of the Kubernetes files.
 
     Attributes:
         model: the model's name in Triton.
@@ -137,7 +137,7 @@ class Serving:
 
     @property
     def name(self) -> str:
-        """The model's name as Kubernetes takes names."""
+        """The model's name in Kubernetes' characters."""
         return kubernetes_name(self.model)
 
     @property
@@ -176,7 +176,7 @@ class Serving:
 
     @property
     def proxy_config(self) -> str:
-        """nginx.conf with room for the largest request: a tensor in JSON takes up to five times its bytes."""
+        """nginx.conf with room for the largest request: a tensor in JSON needs up to five times its bytes."""
         port = self.source.image
         values = math.prod(side for side in port.shape[1:] if isinstance(side, int))
         one = values * (4 if port.dtype == "float32" else 1)
@@ -208,7 +208,7 @@ class Serving:
 
     @property
     def bucket(self) -> Bucket | None:
-        """Where the repository is in S3; None where it is on a volume."""
+        """The repository's address in S3; None if it is on a volume."""
         found = BUCKET.fullmatch(self.storage)
         if not found:
             return None
@@ -229,12 +229,12 @@ class Serving:
         return f"cc-{capability.replace('.', '-')}" if capability else "any"
 
     def named(self, capability: str) -> str:
-        """The name of what there is once per compute capability."""
+        """The name of a resource that exists once per compute capability."""
         return f"{self.name}-{self.component(capability)}" if capability else self.name
 
 
 def kubernetes_name(model: str) -> str:
-    """A model's name with what Kubernetes takes: small letters, digits and dashes."""
+    """A model's name in Kubernetes' characters: lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")[:40].strip("-")
 
 
@@ -282,7 +282,7 @@ def check_folder(folder: Path, files: Sequence[str]) -> None:
 
 
 def remove_old(folder: Path, files: Collection[str]) -> None:
-    """Removes what an earlier run wrote and this one does not: a claim that is now another's must not stay here."""
+    """Removes files of an earlier run that this one does not write."""
     for name in {path.stem for path in (HERE / "templates").iterdir()}.difference(files):
         if (folder / name).is_file() and _is_ours(folder / name):
             (folder / name).unlink()

@@ -29,7 +29,7 @@ def schema() -> Any:
 
 
 def new_config(source: Source, name: str) -> Any:
-    """A config with what all models of a repository have."""
+    """A config with the entries that all models of a repository share."""
     config = schema().ModelConfig(name=name, max_batch_size=source.batch.maximum if source.batch.dynamic else 0)
     config.version_policy.latest.num_versions = 1
     return config

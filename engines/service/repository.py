@@ -42,7 +42,7 @@ __all__ = ["Repository", "RepositoryOptions", "TritonError", "make_repository"]
 
 @dataclasses.dataclass(frozen=True)
 class Repository:
-    """What was written.
+    """The files that were written.
 
     Attributes:
         path: the model repository.

@@ -79,7 +79,7 @@ def stage_beside(output: Path, model: Path) -> Iterator[Path]:
 
 
 def lay_out(folder: Path, sources: Sequence[tuple[Source, str]]) -> None:
-    """Copies what a version holds, each manifest with the names that the files have here.
+    """Copies the files of a version; each manifest names the files as they are called here.
 
     Args:
         folder: the version's, made here.
@@ -106,7 +106,7 @@ def lay_out(folder: Path, sources: Sequence[tuple[Source, str]]) -> None:
 
 
 def install(stage: Path, model: Path, version: int, activate: bool = True) -> list[Path]:
-    """Renames what is staged into the repository and returns its files.
+    """Renames the staged files into the repository and returns them.
 
     A new model appears as one folder. To one that is there the version comes first and then its config, which is
     replaced only where it differs: a polling server loads a model again whose config is new.

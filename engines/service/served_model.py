@@ -20,7 +20,7 @@ DATA_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_
 
 
 class TritonError(ValueError):
-    """A model repository that cannot be written as asked; the message says why and what to do."""
+    """A model repository that cannot be written as requested; the message contains the reason and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def read_model(path: Path) -> Source:
 
 
 def verification_note(source: Source) -> str | None:
-    """What a user must know of an unverified file, None of a verified one.
+    """The note about an unverified file; None for a verified one.
 
     Raises:
         TritonError: the file was verified and failed.
@@ -128,7 +128,7 @@ def verification_note(source: Source) -> str | None:
 
 
 def choose_outputs(source: Source, asked: Sequence[str]) -> tuple[TensorSpec, ...]:
-    """The outputs that names or wildcards choose, in the file's order; all where none is asked.
+    """The outputs that match names or wildcards, in the file's order; all if none is given.
 
     Raises:
         TritonError: a name that no output has, saying which are there.
@@ -146,7 +146,7 @@ def choose_outputs(source: Source, asked: Sequence[str]) -> tuple[TensorSpec, ..
 
 
 def origin(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What two files of one encoder have in common, as far as their manifests tell: architecture, weights, contract."""
+    """What two files of one encoder share according to their manifests: architecture, weights, contract."""
     exported = manifest.get("onnx_manifest") if manifest["kind"] == "plan" else manifest
     known: dict[str, Any] = {"precision": manifest.get("precision")}
     if manifest["kind"] == "plan":

@@ -80,7 +80,7 @@ def export_command(
 
 
 def export_again(onnx: Path, **changes: str) -> str:
-    """The command that writes an ONNX file again in its place, told by the manifest beside it.
+    """The command that writes an ONNX file again, reconstructed from its manifest.
 
     A file that another tool wrote has none: its command is not known here, and so the changed options alone are told.
     """

@@ -36,17 +36,17 @@ class ManifestError(ValueError):
 
 
 def manifest_path(path: Path) -> Path:
-    """Where the manifest of a file lies: X.onnx -> X.json, X.plan -> X.plan.json."""
+    """The path of a file's manifest: X.onnx -> X.json, X.plan -> X.plan.json."""
     return path.with_suffix(".json") if path.suffix == ".onnx" else path.with_name(path.name + ".json")
 
 
 def data_path(path: Path) -> Path:
-    """Where the external weights of an ONNX file lie."""
+    """The path of an ONNX file's external weights."""
     return path.with_name(path.name + ".data")
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, read once in pieces of 4 MiB; tells its progress where the file is large."""
+    """SHA-256 of a file, read once in pieces of 4 MiB; reports progress for a large file."""
     digest, size = hashlib.sha256(), path.stat().st_size
     with open(path, "rb") as file:
         while piece := file.read(1 << 22):
@@ -57,12 +57,12 @@ def sha256(path: Path) -> str:
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file: name, bytes, SHA-256."""
+    """The manifest's entry for a file: name, bytes, SHA-256."""
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def to_json(values: Any) -> str:
-    """Values as a strict JSON text that ends in a newline; NaN and infinity, which JSON lacks, become null."""
+    """Values as strict JSON text that ends in a newline; NaN and infinity, which JSON does not have, become null."""
     return json.dumps(_finite(values), indent=1, allow_nan=False) + "\n"
 
 
@@ -242,7 +242,7 @@ def _renamed(path: Path, manifest: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def lfs_pointer(path: Path) -> str | None:
-    """Says that a file is a Git LFS pointer, where it is one."""
+    """The message for a Git LFS pointer; None for any other file."""
     with path.open("rb") as file:
         if file.read(len(LFS)) != LFS:
             return None
@@ -251,7 +251,7 @@ def lfs_pointer(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[None]:
-    """Makes a folder and those above it; what is made and still empty when the block fails is removed again.
+    """Makes a folder with its parents; those that are still empty are removed if the block fails.
 
     Raises:
         OSError: it cannot be made.
@@ -269,7 +269,7 @@ def new_folder(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """A temporary folder on the target's file system, removed whatever happens; publish what is done from it.
+    """A temporary folder on the target's file system, always removed; publish finished files from it.
 
     What a killed run left there is removed first. A living run holds a lock on its folder, which ends with it.
 
@@ -310,7 +310,7 @@ def workspace(target: Path, room: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there gets the name `path` when the block ends, whole or not at all."""
+    """A temporary path to write to; at the end of the block the complete file is renamed to `path`."""
     with staging(path) as folder:
         staged = folder / path.name
         yield staged

@@ -27,7 +27,7 @@ def check_path(path: Path) -> None:
 
 
 class OnnxFile:
-    """An ONNX file, which is parsed when its model is asked for, and not again.
+    """An ONNX file that is parsed at most once, when its model is needed.
 
     Args:
         path: the file; its weights may lie in other files beside it.
@@ -84,7 +84,7 @@ class OnnxFile:
         return self
 
     def load(self, values: bool = False) -> tuple[ir.Model, Path]:
-        """A copy of the model that may be changed, and the folder from which its weights are located.
+        """A copy of the model that may be changed, and the folder of its external weights.
 
         Links are followed as ONNX Runtime 1.32 follows them when it is given a path: weights that are a link must lie
         beside the file that the path itself leads to. onnx-ir, and ONNX Runtime when it is given bytes, follow none.

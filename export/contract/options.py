@@ -32,7 +32,7 @@ TARGET, VERIFICATION, FILES = "Target", "Verification", "Files"
 
 
 def choose_checkpoint(asked: str | None) -> Path | None:
-    """The checkpoint to read, or None for random weights, saying so where nothing was asked."""
+    """The checkpoint to read, or None for random weights, with a message if that was not requested."""
     if asked == "random":
         return None
     if asked is not None:
@@ -59,7 +59,7 @@ def parse_size(size: str) -> int | tuple[int, int]:
 
 
 def parse_images(images: Path | None, image_range: str | None) -> Path | ImageFolder | None:
-    """The folder of --images, read as --image-range says (`LOW:HIGH`); tells which of its files are skipped."""
+    """The folder of --images, read with --image-range (`LOW:HIGH`); reports which of its files are skipped."""
     if images is None:
         if image_range is not None:
             raise OptionError("--image-range requires --images", RANGE.name)
@@ -102,7 +102,7 @@ def parse_tolerances(given: Sequence[str]) -> dict[str, float]:
 
 
 def parse_attention(text: str) -> str:
-    """A form of attention; one that was dropped is refused with its replacement."""
+    """Parses a form of attention; a removed one is refused with its replacement."""
     forms = get_args(AttentionForm)
     if text == "scores32":
         raise OptionError(

@@ -26,7 +26,7 @@ HEAD_LEVELS = range(len(HEAD_PARTS) + 1)
 
 
 class SignatureError(ValueError):
-    """Outputs or inputs that the encoder does not have, or a batch range that is none."""
+    """Outputs or inputs that the encoder does not have, or an invalid batch range."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class BatchRange:
-    """Batch sizes that a file takes: TensorRT's minimum, optimum and maximum; fixed where all are equal."""
+    """Batch sizes of a file: TensorRT's minimum, optimum and maximum; fixed if all are equal."""
 
     minimum: int = 1
     optimum: int = 1
@@ -129,7 +129,7 @@ class Signature:
         return TensorSpec(name, self.dtype, (self.batch.dim, channels, *self.level_sizes[level]))
 
     def channels(self, neck: str, level: int) -> int:
-        """Channels of a feature map: d_model, or what the head leaves of it."""
+        """Channels of a feature map: d_model, or fewer after the head."""
         return self.d_model // (HEAD_PARTS[level] if self.has_head(neck) and level < len(HEAD_PARTS) else 1)
 
     def has_head(self, neck: str) -> bool:
@@ -211,7 +211,7 @@ def encoder_signature(
 
 
 def choose_necks(asked: str, available: Sequence[str], sam2_outputs: Sam2Outputs = "features") -> tuple[str, ...]:
-    """The asked necks in the encoder's order; a head is of neck sam2, which must be among them."""
+    """The requested necks in the encoder's order; a SAM 2 head requires the neck sam2."""
     auto = ["sam3"] if "sam3" in available else list(available)
     sets = {"auto": auto, "both": ["sam3", "sam2"], "all": list(available)}
     names = sets.get(asked, [name.strip() for name in asked.split(",")])
@@ -238,7 +238,7 @@ def choose_necks(asked: str, available: Sequence[str], sam2_outputs: Sam2Outputs
 
 
 def choose_levels(asked: str, count: int) -> tuple[int, ...]:
-    """The asked levels, finest first."""
+    """The requested levels, finest first."""
     if asked == "all":
         return tuple(range(count))
     if not re.fullmatch(r" *\d+ *(, *\d+ *)*", asked):

@@ -88,7 +88,7 @@ SMALL = frozenset({"MaxPool", "Pad"})
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a family reads from a version on, until its next line.
+    """What a family of runtimes can load, from one version to the next entry.
 
     Attributes:
         family, since: whose line it is, and the first version that it holds for.
@@ -126,7 +126,7 @@ class Target:
 
     @property
     def full_name(self) -> str:
-        """What `find_targets` takes: `tensorrt-10.3`, `tensorrt-10.3@8.7`."""
+        """The name for `find_targets`: `tensorrt-10.3`, `tensorrt-10.3@8.7`."""
         return f"{self.family}-{self.version or self.since}" + (f"@{self.capability}" if self.capability else "")
 
 
@@ -263,11 +263,11 @@ JETPACK_CAPABILITY = {"jetpack-6.1": "8.7", "jetpack-6.2": "8.7"}
 
 
 class TargetError(ValueError):
-    """A target that is not known, or a file that an asked target cannot read; the message says what to do."""
+    """An unknown target, or a file that a requested target cannot load; the message contains the fix."""
 
 
 def target_names() -> list[str]:
-    """Every name that `find_targets` takes, as far as it can be listed: of versions, those at which a line begins."""
+    """The names that `find_targets` accepts; of versions, those at which an entry begins."""
     lines = [f"{target.family}-{target.since}" for target in TARGETS]
     newest = [f"{family}-{version}" for family, version in NEWEST.items()]
     names = ["tensorrt-rtx", "openvino", *lines, *newest, *(f"jetpack-{v}" for v in JETPACK)]
@@ -300,7 +300,7 @@ def find_targets(names: str) -> tuple[Target, ...]:
 
 
 def line_of(family: Family, version: str) -> Target | None:
-    """The line that holds for a version, None for one that the table does not know."""
+    """The entry that holds for a version; None if the table does not know the version."""
     lines = [target for target in TARGETS if target.family == family]
     if not re.fullmatch(r"\d+(\.\d+)*", version) or version_numbers(version)[:2] > version_numbers(NEWEST[family]):
         return None
@@ -341,7 +341,7 @@ def prefers_attention(family: str, version: str) -> bool:
 
 
 def has_fp8(capability: str) -> bool:
-    """Whether a GPU of a compute capability has FP8 products; one that is not told is taken to have them."""
+    """Whether a GPU can multiply matrices in FP8; an unknown compute capability is assumed to."""
     return not capability or version_numbers(capability) >= FP8_CAPABILITY
 
 

@@ -58,7 +58,7 @@ class AttentionCore:
 
 
 def spelling_at(opset: int | None) -> Spelling:
-    """The spelling of a file whose target is not known: at opset 23 and later the operator, which older ones lack."""
+    """The spelling for an unknown target: the operator from opset 23 on, which older opsets do not have."""
     return "operator" if opset is not None and opset >= OPERATOR_OPSET else "matmul"
 
 

@@ -126,12 +126,12 @@ def computes_in_fp32(node: ir.Node) -> bool:
 
 
 def residuals_to_try(precision: str, residual: Residual) -> tuple[Residual, ...]:
-    """As asked; an `auto` of FP16 that fails is tried again with FP32 sums."""
+    """The residual types to try: the requested one; for `auto` with FP16, FP32 sums after a failure."""
     return ("auto", "fp32") if (precision, residual) == ("fp16", "auto") else (residual,)
 
 
 def residual_type(precision: str, residual: Residual) -> Residual:
-    """What a manifest says: the type of FP16's sums, and `auto` where they have the precision's."""
+    """The manifest's entry: the type of FP16's sums, or `auto` if it is the precision's."""
     return "fp16" if TYPES[precision] == ir.DataType.FLOAT16 and residual == "auto" else residual
 
 
@@ -153,7 +153,7 @@ def _module(node: ir.Node) -> str:
 
 
 def kept_products(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:
-    """The products that `--keep-fp32` keeps in FP32, which are therefore not quantized.
+    """The linear layers that `--keep-fp32` keeps in FP32, so that they are not quantized.
 
     Raises:
         ExportError: a pattern that names no module.

@@ -39,12 +39,12 @@ FP16_TINY = 2.0**-20
 
 
 class UnquantizableError(ExportError):
-    """A product whose weight or input no FP16 scale brings to the codes; the others can still be quantized."""
+    """A layer whose weight or input no FP16 scale can map to the codes; other layers can still be quantized."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """Which products are quantized, and how their activations are.
+    """Which linear layers are quantized, and the ranges of their inputs.
 
     Attributes:
         kind: fp8 (E4M3) or int8.
@@ -78,7 +78,7 @@ class Codes:
 
 
 def scale_of(largest: float, kind: Kind, what: str) -> float:
-    """The least scale that FP16 holds and that brings `largest` to the last code.
+    """The smallest FP16 scale that maps `largest` to the last code.
 
     Raises:
         UnquantizableError: FP16 holds none.
@@ -95,7 +95,7 @@ def scale_of(largest: float, kind: Kind, what: str) -> float:
 
 
 def encode(values: Tensor, scale: float | Tensor, kind: Kind) -> Tensor:
-    """Codes of values as ONNX's QuantizeLinear gives them: divided, rounded half to even, saturated."""
+    """Codes of values as computed by ONNX's QuantizeLinear: divided, rounded half to even, saturated."""
     codes = values / scale
     if kind == "int8":
         return codes.round().clamp(-128, 127).to(torch.int8)
@@ -122,7 +122,7 @@ def encode_weight(weight: Tensor, kind: Kind, name: str) -> Codes:
 
 
 def find_products(graph: ir.Graph) -> dict[str, ir.Node]:
-    """The products of the trunk's linear layers by the layer's path: MatMuls by a weight (K, N) that is named so."""
+    """The trunk's linear layers by path: MatMuls with a weight (K, N) of that name."""
     found = {}
     for node in graph:
         weight = node.inputs[1] if node.op_type == "MatMul" else None
@@ -135,7 +135,7 @@ def find_products(graph: ir.Graph) -> dict[str, ir.Node]:
 
 
 def match_products(patterns: Sequence[str], products: Collection[str]) -> list[str]:
-    """The products that patterns name, in the order of `products`.
+    """The linear layers that match the patterns, in the order of `products`.
 
     Raises:
         ExportError: a pattern that names none.
@@ -151,12 +151,12 @@ def match_products(patterns: Sequence[str], products: Collection[str]) -> list[s
 
 
 def is_named(path: str, pattern: str) -> bool:
-    """Whether a pattern names a module or product by its path, or a module around it."""
+    """Whether a pattern matches the path of a module, or of a module around it."""
     return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
 
 
 def quantize(graph: ir.Graph, quantization: Quantization, fp32_modules: Collection[str] = ()) -> None:
-    """Quantizes products of an FP32 graph in place; the types of the rest are given afterwards.
+    """Quantizes linear layers of an FP32 graph in place; the types of the rest are changed afterwards.
 
     Args:
         graph: the canonical graph.
@@ -181,7 +181,7 @@ def quantize(graph: ir.Graph, quantization: Quantization, fp32_modules: Collecti
 
 
 def move_channels(graph: ir.Graph, name: str, node: ir.Node, factors: Tensor) -> None:
-    """Divides the channels of the LayerNorm before a product by factors, and multiplies the product's weight by them.
+    """Divides the channels of the LayerNorm before a layer by factors, and multiplies the layer's weight by them.
 
     SmoothQuant's identity (Xiao et al., 2023). The factors are powers of two, so it holds to the bit.
 

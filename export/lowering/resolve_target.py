@@ -14,7 +14,7 @@ from export.lowering.quantize import CODES
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What `export.lowering.precision.lower` is asked for, and for whom; an opset of None is its choice."""
+    """The arguments of `export.lowering.precision.lower` and the targets; opset None is chosen there."""
 
     attention: AttentionForm
     opset: int | None
@@ -25,7 +25,7 @@ class Form:
 def resolve_target(
     targets: Sequence[Target], precision: Precision, attention: AttentionForm = "auto", opset: int | None = None
 ) -> Form:
-    """The form that all targets take: fp32acc by the Attention operator only where every target prefers that.
+    """The form that all targets can load: the Attention operator only if every target prefers it.
 
     Args:
         targets: who shall read the file; none leaves everything as asked.

@@ -80,12 +80,12 @@ IRRELEVANT = frozenset(
 
 
 def hf_config_file(path: Path) -> Path:
-    """Where Hugging Face puts the config.json of a checkpoint (a file or a folder)."""
+    """The path at which Hugging Face puts the config.json of a checkpoint (a file or a folder)."""
     return (path if path.is_dir() else path.parent) / "config.json"
 
 
 def read_hf_config(file: Path, facts: dict[str, Any]) -> EncoderConfig:
-    """The architecture that a config.json gives; what it leaves out has their default, SAM 3's value.
+    """The architecture described by a config.json; missing fields have transformers' defaults, SAM 3's values.
 
     Args:
         file: config.json of a whole model, its vision part or its backbone.
@@ -191,7 +191,7 @@ def _refuse_unknown(file: Path, section: dict[str, Any], known: set[str]) -> Non
 
 
 def image_notes(folder: Path) -> list[str]:
-    """Where a fine-tune's images were normalized otherwise than here, which no comparison of encoders shows."""
+    """Notes about a fine-tune whose images were normalized differently, which no comparison of encoders shows."""
     notes = []
     for name, inner in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         try:

@@ -121,7 +121,7 @@ def merge(weight: Tensor, change: tuple[Tensor, Tensor, float]) -> Tensor:
 
 
 def merge_notes(adapter: Adapter, changes: Changes, ignored: Sequence[str]) -> list[str]:
-    """What the user is told: how much was merged, and what was not."""
+    """Notes for the user: how much was merged, and what was not."""
     if not adapter.factors:
         return [
             (

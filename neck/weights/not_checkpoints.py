@@ -26,7 +26,7 @@ SCALES = re.compile(
 
 
 def missing(path: Path) -> str:
-    """Says that a path is not there, and of a name on the Hugging Face Hub that it is no path."""
+    """The message for a missing path; a name on the Hugging Face Hub is explained."""
     if not HUB_NAME.fullmatch(str(path)) or path.parent.exists() or path.suffix in (".pt", ".safetensors", ".json"):
         return f"No such file: {path}"
     return (
@@ -36,7 +36,7 @@ def missing(path: Path) -> str:
 
 
 def folder_of(path: Path) -> str | None:
-    """What a folder without weights of ours is, and how to turn it into a file; None where it is not known."""
+    """Describes a folder without weights of ours and how to convert it into a file; None if it is unknown."""
     if (path / ".metadata").is_file() or any(path.glob("*.distcp")):
         return (
             f"{path}: this is a folder of torch.distributed.checkpoint; convert it into one file with\n`python -m "
@@ -59,7 +59,7 @@ def folder_of(path: Path) -> str | None:
 
 
 def file_of(path: Path, head: bytes) -> str | None:
-    """What a file that is no checkpoint is, told by its first bytes; None where it is not known.
+    """Describes a file that is not a checkpoint, recognized by its first bytes; None if it is unknown.
 
     Args:
         head: its first 512 bytes.
@@ -87,7 +87,7 @@ def file_of(path: Path, head: bytes) -> str | None:
 
 
 def quantized(tensors: Mapping[str, Tensor], starts: Iterable[str]) -> str | None:
-    """Says how the weights under some prefixes are quantized; None where they are floats.
+    """Describes how the weights under some prefixes are quantized; None if they are floats.
 
     A type is a surer sign than a name: an INT8 weight with its scale beside it is not an adapter.
     """
@@ -111,7 +111,7 @@ def _is_code(name: str, tensor: Tensor) -> bool:
 
 
 def shard_of(path: Path) -> str | None:
-    """Says that a file is one shard of several, and what to pass; None where its name tells no such thing."""
+    """The message for a file that is one shard of several; None if its name does not say so."""
     found = SHARD.search(path.name)
     if not found or int(found[2]) < 2:
         return None
@@ -121,7 +121,7 @@ def shard_of(path: Path) -> str | None:
 
 
 def channels_last(tensors: Mapping[str, Tensor], patches: Iterable[str]) -> str | None:
-    """Says that convolutions have their channels last, as MLX and TensorFlow keep them; None where they do not.
+    """The message for convolutions with channels last, as in MLX and TensorFlow; None if they are as in PyTorch.
 
     Args:
         patches: names that the patch embedding's weight may have; PyTorch's has shape (C, 3, patch, patch).

@@ -36,7 +36,7 @@ DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value
 
 
 class PickleError(ValueError):
-    """A pickle that is not what torch.save writes, or asks for what is never done."""
+    """A pickle that torch.save did not write, or that asks for something forbidden."""
 
 
 class DamagedPickleError(PickleError):
@@ -62,7 +62,7 @@ class Name:
 
 @dataclasses.dataclass(eq=False, slots=True, repr=False)
 class OpaqueObject:
-    """What a pickle would have made by calling something: its arguments, its state, what was put into it."""
+    """An object that a pickle would have made with a call: arguments, state and items, recorded but never executed."""
 
     made_by: object
     args: tuple[Any, ...] = ()
@@ -80,7 +80,7 @@ class OpaqueObject:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class StorageRecord:
-    """A storage of a file: `count` elements of a type; `first` of them are before it where it is a view."""
+    """A storage of a file: `count` elements of a type, a view that begins after `first` elements."""
 
     key: str
     dtype: torch.dtype
@@ -90,7 +90,7 @@ class StorageRecord:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class TensorRecord:
-    """A tensor of a file, in elements of its type."""
+    """A tensor of a file; positions and sizes count elements of its type."""
 
     storage: StorageRecord
     dtype: torch.dtype
@@ -102,13 +102,13 @@ class TensorRecord:
 
 @dataclasses.dataclass(eq=False, slots=True, repr=False)
 class Key:
-    """A key of a dict that is not a string, compared by identity: no hostile key is ever hashed."""
+    """A dict key that is not a string, compared by identity, so that no hostile key is ever hashed."""
 
     value: object
 
 
 def call(made_by: object, args: object) -> object:
-    """What takes the place of a call: a record of a tensor, a plain container, or an opaque object."""
+    """The result recorded for a call: a record of a tensor, a plain container, or an opaque object."""
     if not isinstance(made_by, Name | OpaqueObject) or not isinstance(args, tuple):
         raise PickleError(f"the pickle calls a {type(made_by).__name__}")
     maker = MAKERS.get((made_by.module, made_by.name)) if isinstance(made_by, Name) else None

@@ -31,7 +31,7 @@ def is_table(layout: Layout, key: str) -> bool:
 
 
 def check_tables(path: Path, layout: Layout, tensors: Mapping[str, Tensor], config: EncoderConfig) -> int | None:
-    """Compares every stored table with the one that the config gives.
+    """Compares every stored table with the one computed from the config.
 
     Returns:
         The side in pixels of the square images that the tables of the global blocks are for; None without such.

@@ -74,7 +74,7 @@ class Entries:
 
 
 def find_states(path: Path, root: object) -> dict[str, Entries]:
-    """Every state dict and module of a file by its place, dots for depth; the file itself is `""`."""
+    """Every state dict and module of a file by its dotted path; the file itself is `""`."""
     states: dict[str, Entries] = {}
     seen: set[int] = set()
     left = MOST_VISITED

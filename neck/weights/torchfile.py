@@ -44,7 +44,7 @@ UNREADABLE = (
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not hold the encoder that was asked for."""
+    """A checkpoint that cannot be read, or that does not contain the requested encoder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Span:
 
 
 class TorchFile:
-    """A file of torch.save whose pickle is read; tensors come when they are asked for.
+    """A file written by torch.save: the pickle is read at once, tensors on demand.
 
     Attributes:
         root: what the pickle holds, see read_pickle.
@@ -85,7 +85,7 @@ class TorchFile:
             raise self._damaged(error) from None
 
     def tensor(self, record: TensorRecord) -> Tensor:
-        """The tensor of a record: a view of the mapped file, copied only where the file does not hold it as it is.
+        """The tensor of a record: a view of the mapped file, copied only if the file stores it differently.
 
         Raises:
             CheckpointError: the file does not hold what the record claims.

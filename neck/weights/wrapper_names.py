@@ -25,7 +25,7 @@ def plain_name(name: str) -> str:
 
 
 def unwrap_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by their plain names.
+    """The tensors by their names without wrappers.
 
     Two that would then have one name stay as they are where they are one tensor, or no part of an encoder.
 

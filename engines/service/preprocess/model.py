@@ -42,7 +42,7 @@ class BadImageError(ValueError):
 
 
 class Limits(NamedTuple):
-    """What an image may cost."""
+    """Limits on the pixels and scans of an image."""
 
     pixels: int = MAX_PIXELS
     scans: int = MAX_SCANS
@@ -57,7 +57,7 @@ def limit_of(parameters: dict[str, dict[str, str]], name: str, default: int) -> 
 
 
 class TritonPythonModel:
-    """What Triton's python backend calls."""
+    """The interface that Triton's python backend calls."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Reads the size and kind of the encoder's input, and the limits of images, from the config.
@@ -76,11 +76,11 @@ class TritonPythonModel:
         self.size = (dims[0], dims[1]) if self.as_pixels else (dims[1], dims[2])
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answers each request by itself, so that a bad image spoils no other request."""
+        """Answers each request separately, so that a bad image affects no other request."""
         return [self.answer(request) for request in requests]
 
     def answer(self, request: Any) -> Any:
-        """One request's images, or what is wrong with the first bad one."""
+        """The images of one request, or an error about the first bad one."""
         files = pb_utils.get_input_tensor_by_name(request, "image").as_numpy().reshape(-1)
         pixels = []
         for index, data in enumerate(files):
@@ -121,7 +121,7 @@ def decode(data: bytes, limits: Limits = Limits()) -> np.ndarray:  # noqa: B008 
 
 
 def too_many_pixels(limits: Limits) -> str:
-    """What is wrong with an image that is too large."""
+    """The message for an image with too many pixels."""
     return f"has more than {limits.pixels} pixels, the limit for decoding; make the image smaller"
 
 

@@ -114,7 +114,7 @@ class TritonClient:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def split(self, images: Sequence[Path | str]) -> list[Sequence[Path | str]]:
-        """Cuts a list of images into batches that the model takes."""
+        """Splits a list of images into batches that the model accepts."""
         size = self.model.max_batch
         if not images:
             raise ClientError("no image was given; give one or more image files")
@@ -126,7 +126,7 @@ class TritonClient:
         return [images[start : start + size] for start in range(0, len(images), size)]
 
     def prepare(self, images: Sequence[Path | str]) -> np.ndarray:
-        """The model's input for image files: an ensemble takes the files' bytes, the encoder pixels of its size."""
+        """The model's input for image files: their bytes for an ensemble, else pixels of the encoder's size."""
         image = self.model.image
         if image.datatype == "BYTES":
             data = np.empty((len(images), *[1] * (len(image.shape) - 1)), dtype=np.object_)

@@ -25,13 +25,13 @@ class Tensor:
     shape: tuple[int, ...]
 
     def bytes_of(self, batch: int) -> int:
-        """Bytes that it takes for a batch."""
+        """The bytes of a batch."""
         return batch * math.prod(self.shape[1:]) * np.dtype(TYPES[self.datatype]).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What the server says of a model: it takes 1 to `max_batch` images, or only `max_batch` where it is fixed."""
+    """The server's metadata of a model; it accepts 1 to `max_batch` images, or exactly `max_batch` if fixed."""
 
     image: Tensor
     outputs: tuple[Tensor, ...]
@@ -46,7 +46,7 @@ def describe(
     outputs: Sequence[str],
     options: Callable[..., dict[str, Any]] = lambda **_: {},
 ) -> Model:
-    """Asks the server what a model takes and gives.
+    """Asks the server for the inputs and outputs of a model.
 
     Args:
         client: tritonclient's.
