@@ -262,7 +262,7 @@ FAULTS: list[tuple[str, dict[str, Any], int, str]] = [
         "load",
         {"load": "Error Code 1: Cuda Runtime (out of memory)"},
         1,
-        "cannot load the plan (Error Code 1: Cuda Runtime",
+        "cannot load the plan (Error Code 1",
     ),
     ("run", {"run": "Error Code 1: Cuda Runtime (launch failed)"}, 1, "the run failed (Error Code 1: Cuda Runtime"),
     ("address", {"address": True}, 1, "which TensorRT does not accept (Error Code 3"),
