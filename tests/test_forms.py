@@ -165,7 +165,7 @@ def test_where_the_operator_is_refused_the_other_spelling_is_built(
     told = (
         "was rewritten as fp32acc (the Attention",
         "10.14.1.48 refused the attention form fp32acc (the",
-        "again as fp32acc (M",
+        "rewritten as fp32acc (M",
     )
     assert len(made.notes) == 3 and all(part in note for part, note in zip(told, made.notes, strict=True))
 

@@ -40,7 +40,7 @@ def test_the_inspectors_json_is_read(datatype: dict[str, str], io: str) -> None:
     assert (layers.source, layers.attentions, len(layers.fused)) == ("engine inspector", 1, 1)
     assert mha.modules == ("trunk.blocks.0.attn",) and mha.bytes == 2 * 512 * 2
     assert conv.bytes == 2 * 512 * 2 + 9 * 2
-    assert "does not tell" in str(layers.warning())
+    assert "does not show" in str(layers.warning())
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_an_inspector_of_10_10_tells_fused_attentions() -> None:
     assert (layers.attentions, len(layers.fused)) == (3, 2) and layers.accumulation is None
     assert layers.fused[0].onnx[0] == "trunk.blocks.0.attn/scores" and len(layers.fused[0].onnx) == 5
     assert layers.summary().startswith("fused attentions 2 of 3, accumulation unknown, 7 kernels, ")
-    assert layers.bytes_moved is not None and "does not tell" in str(layers.warning())
+    assert layers.bytes_moved is not None and "does not show" in str(layers.warning())
 
 
 def test_an_inspector_of_10_16_tells_types_in_words_and_in_names() -> None:

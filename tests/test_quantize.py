@@ -138,7 +138,7 @@ def test_a_scale_is_what_fp16_holds_and_clips_nothing() -> None:
             scale = scale_of(largest, kind, "it")  # type: ignore[arg-type]
             assert np.float16(scale) == scale
             assert largest <= np.float32(scale) * limit < largest * 1.01
-    with pytest.raises(ExportError, match="to 1e-05"):
+    with pytest.raises(ExportError, match="at most 1e-05"):
         scale_of(1e-5, "int8", "it")
 
 

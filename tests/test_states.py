@@ -496,7 +496,9 @@ def test_the_manifest_tells_the_state_and_finds_it_again(tmp_path: Path) -> None
     )
     weights = weights_origin(EncoderSource(path, state="ema", prefix="a.", config=CONFIG).load().origin)
     assert (weights["state"], weights["other_states"], weights["prefix"]) == ("ema", ["model"], "a.")
-    assert state_line(weights) == "other states with an encoder"
+    assert state_line(weights) == (
+        "read the state ema of x.pt; there are other states with an encoder: model (choose with --state)"
+    )
     manifest = {"encoder": encoder_config(load(path)).to_dict(), "weights": weights}
     assert_is(manifest_encoder(tmp_path / "x.json", manifest), plain(2.0))
     weights["state"] = "model"  # the control
@@ -545,7 +547,7 @@ def test_onnx_by_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     done = neck_export_cli("onnx", *options, "--state", "ema")
     assert (done.code, done.err) == (0, "")
-    assert done.out.startswith("other states with an encoder")
+    assert done.out.startswith("read the state ema of x.pt; there are other states with an encoder: model")
     assert ", state ema, fp32" in neck_export_cli("inspect", output).out
     for asked, says in (("emma", "has no state 'emma'"), ("ema.x", "has no state 'ema.x'")):
         done = neck_export_cli("onnx", *options, "--state", asked)
