@@ -302,7 +302,7 @@ def test_a_builder_that_fails_gets_the_next_form(
     def fail(onnx: Path, *arguments: Any, **options: Any) -> Any:
         tried.append(held_attention(onnx).form)
         if len(tried) <= refused:
-            raise RefusedError("IAttention", "IAttention failure")
+            raise RefusedError("TensorRT could not build the plan: IAttention failure", "IAttention failure")
         return real(onnx, *arguments, **options)
 
     monkeypatch.setattr(forms, "build_plan", fail)
