@@ -225,9 +225,13 @@ def verify(asked: Callable[[], VerifyOptions]) -> None:
         more: dict[str, Any] = {"adapter": it.adapter, "save": it.save_reference, "notes": notes}
         plan = is_plan(it.file)
         if it.device is not None and not plan:
-            raise typer.BadParameter("--device chooses the GPU of a plan; an ONNX file is verified on the CPU, so leave it out")
+            raise typer.BadParameter(
+                "--device chooses the GPU of a plan; an ONNX file is verified on the CPU, so leave it out"
+            )
         if plan and (it.state or it.prefix or it.config or it.write_manifest):
-            raise typer.BadParameter("--state, --prefix, --config and --write-manifest need an ONNX file, but this is a plan")
+            raise typer.BadParameter(
+                "--state, --prefix, --config and --write-manifest need an ONNX file, but this is a plan"
+            )
         if plan:
             from engines.run.verify import verify_plan_file
 

@@ -252,7 +252,9 @@ def verify_file(
             raise RejectedError(path, foreign)
         if write_manifest:
             target = adopt(file, foreign, loaded.encoder, loaded.origin, made, report)
-            (notes if notes is not None else []).append(f"the manifest {manifest_path(target)} of {target.name} was written")
+            (notes if notes is not None else []).append(
+                f"the manifest {manifest_path(target)} of {target.name} was written"
+            )
         return foreign
     given = {"config": config, "state": state, "prefix": prefix, "write-manifest": write_manifest}
     if any(given.values()):

@@ -320,7 +320,7 @@ def of_rank(factor: Tensor, rank: int) -> Tensor:
         ),
         (spoil(float("nan")), "lora_B"),
         (spoil(float("inf")), "lora_B"),
-        (cut("lora_A", lambda factor: factor.to(torch.int8)), "is torch.int8, expected a float tensor"),
+        (cut("lora_A", lambda factor: factor.to(torch.int8)), "is torch.int8; expected a float tensor"),
         (lambda state: {key: value for key, value in state.items() if "fc1.lora_B" not in key}, "has no lora_B.weight"),
         (lambda state: {"x.weight": torch.ones(1)}, "no module of the encoder"),
     ],

@@ -58,8 +58,8 @@ TENSORRT, RTX = {"onnxruntime": "1.31.1", "tensorrt": "11.4"}, {"onnxruntime": "
         (TENSORRT, ["9.0"], ("yes", "yes", "yes")),
         (RTX, [], ("yes", "yes", "no NVIDIA GPU")),
         (RTX, ["8.9", "9.0"], ("yes", "yes", "yes")),
-        (RTX, ["9.0"], ("yes", "yes", "compute capability 9.0: pip")),
-        (RTX, ["10.0"], ("yes", "yes", "compute capability 10.0")),
+        (RTX, ["9.0"], ("yes", "yes", "TensorRT-RTX does not support compute capability 9.0; pip")),
+        (RTX, ["10.0"], ("yes", "yes", "TensorRT-RTX does not support compute capability 10.0")),
         (TENSORRT | RTX, ["9.0"], ("yes", "yes", "yes")),
     ],
 )

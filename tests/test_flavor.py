@@ -246,7 +246,7 @@ def test_targets() -> None:
     assert rtx().check_targets(["8.9", "12.0", "8.9"]) == ("8.9", "12.0")
     assert rtx().check_targets([]) == ()
     assert TENSORRT.check_targets([]) == TENSORRT.check_targets(["8.9"]) == ("8.9",)
-    with pytest.raises(FlavorError, match=r"9\.0: TensorRT-RTX 1\.7 builds for 8\.6, 8\.9, 12\.0; Hopper needs"):
+    with pytest.raises(FlavorError, match=r"9\.0: TensorRT-RTX 1\.7 only builds for 8\.6, 8\.9, 12\.0; Hopper needs"):
         rtx().check_targets(["8.9", "9.0"])
     with pytest.raises(FlavorError, match=r"8\.9"):
         TENSORRT.check_targets(["8.6"])

@@ -145,7 +145,7 @@ def test_what_the_machine_lacks_after_all_is_told() -> None:
     assert unmet(["pytest>=1", "torch>=2.9"]) == []
     assert unmet(["torch>=99", "no-such-thing"]) == [
         f"torch>=99 (installed is {importlib.metadata.version('torch')})",  # a wheel may leave out +cu132
-        "no-such-thing",
+        "no-such-thing (installed is none)",
     ]
 
 

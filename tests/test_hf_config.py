@@ -120,11 +120,11 @@ def test_json_that_python_does_not_read(text: str, folder: Path) -> None:
         ({"layer_scale_init_value": 0.1}, "layer_scale_init_value 0.1"),
         ({"patch_size": [14, 16]}, "patch_size [14"),
         ({"image_size": [84, 126]}, "image_size [84"),
-        ({"pretrain_image_size": [42, 84]}, "pretrain_image_size [42, 84] is no square"),
-        ({"intermediate_size": 41}, "hidden channels (embed_dim * mlp_ratio) 41, checkpoint has 40"),
+        ({"pretrain_image_size": [42, 84]}, "pretrain_image_size [42, 84] is not square"),
+        ({"intermediate_size": 41}, "hidden channels (embed_dim * mlp_ratio) is 41, but the checkpoint has 40"),
         ({"head_dim": 4}, "head_dim 4"),
         ({"use_qk_norm": True}, "use_qk_norm True"),
-        ({"pretrain_image_size": 56}, "pretrain_image_size 56, checkpoint has 42"),
+        ({"pretrain_image_size": 56}, "pretrain_image_size is 56, but the checkpoint has 42"),
     ],
 )
 def test_what_the_encoder_does_not_have_is_refused(folder: Path, entries: dict[str, Any], says: str) -> None:
@@ -136,8 +136,8 @@ def test_what_the_encoder_does_not_have_is_refused(folder: Path, entries: dict[s
     ("entries", "says"),
     [
         ({"scale_factors": [4.0, 2.0]}, "scale_factors 4, 2, but the checkpoint has 3 levels"),
-        ({"fpn_hidden_size": 16}, "d_model 16, checkpoint has 8"),
-        ({"neck_norm": "layer"}, "neck_norm 'layer' in its sam3_vision_model"),
+        ({"fpn_hidden_size": 16}, "d_model is 16, but the checkpoint has 8"),
+        ({"neck_norm": "layer"}, "neck_norm 'layer'"),
     ],
 )
 def test_the_necks_entries(folder: Path, entries: dict[str, Any], says: str) -> None:

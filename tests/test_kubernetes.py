@@ -502,13 +502,13 @@ def check_closed(container: dict[str, Any]) -> None:
 
 def test_what_is_refused(plan: Path, tmp_path: Path) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"storage": "/mnt/models"}, "storage '/mnt/models': expected pvc://CLAIM"),
+        ({"storage": "/mnt/models"}, "--storage '/mnt/models' is invalid"),
         ({"storage": "pvc://Bad_Name"}, "expected pvc://CLAIM"),
         ({"storage": "s3://https://minio.example.com/models"}, "HOST:PORT"),  # Triton takes it for a bucket
         ({"storage": "s3://minio:9000"}, "HOST:PORT"),
         ({"gpus": 0}, "--gpus 0 is invalid"),
         ({"replicas": 0}, "--replicas 0 is invalid"),
-        ({"rollout": "big-bang"}, "rollout 'big-bang': expected surge or replace"),
+        ({"rollout": "big-bang"}, "--rollout 'big-bang' is invalid"),
         (
             {"image": "registry/encoder@sha256:12"},
             "'registry/encoder@sha256:12' is not the name of an image; expected",

@@ -57,7 +57,7 @@ def test_a_plan_under_another_suffix(command: str, kind: str, tmp_path: Path) ->
     ran = neck_export_cli(command, path)
     assert (ran.code, ran.out) == (1, "")
     (line,) = ran.err.splitlines()
-    assert line.startswith(f"error: {path}: is a {kind} plan, but its manifest x.engine.json is missing")
+    assert line.startswith(f"error: {path}: this is a {kind} plan, but its manifest x.engine.json is missing")
     assert "name it x.plan again and put x.plan.json beside it" in line
 
 
@@ -67,7 +67,7 @@ def test_what_trt_and_bench_say_of_it(tmp_path: Path) -> None:
     bare.write_bytes(b"vtrt" + bytes(100))
     for path, words in (
         (foreign, "is an engine of Ultralytics"),
-        (bare, "is a TensorRT-RTX plan, and x.engine.json is"),
+        (bare, "is a TensorRT-RTX plan, but its manifest x.engine.json"),
     ):
         with pytest.raises(BuildError, match=words):
             read_source(path, print)

@@ -239,7 +239,7 @@ def test_where_all_products_fit_none_is_tried_alone() -> None:
         (mark,) = (line for line in curve_lines(found.facts["curve"], 16, found.facts["rates"]) if "<- chosen" in line)
         assert mark.split()[:2] == ["16", "100.0%"]
     assert not [line for line in told if line.startswith("product ")]
-    assert "all 16" in told
+    assert "trial: quantizing all 16 linear layers" in told
 
 
 def test_a_budget_is_the_tolerance_of_the_features() -> None:

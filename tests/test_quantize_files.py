@@ -74,7 +74,7 @@ def test_fp8_becomes_a_plan_that_says_what_no_gpu_verified(fp8_file: Path, tmp_p
     assert "4 of 16 linear layers are quantized to fp8" in neck_export_cli("inspect", plan).out
     refused = neck_export_cli("triton", plan, "--output", tmp_path / "repository")
     assert refused.code == 1
-    assert "is a plan of TensorRT-RTX" in refused.err
+    assert "is a TensorRT-RTX plan" in refused.err
 
 
 def test_triton_takes_no_fp8_onnx_file_and_says_what_it_takes(fp8_file: Path, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_fp8_from_an_fp32_file(tmp_path: Path) -> None:
     words = ["trt", tmp_path / "a.onnx", "--flavor", "rtx", "--precision", "fp8", "--quantize", "*.3.mlp"]
     built = neck_export_cli(*words, "--compute-capability", "8.9,12.0")
     assert built.code == 0, built.err
-    assert "quantized products 2 of 2 in FP8" in built.out
+    assert "quantized linear layers 2 of 2 in FP8" in built.out
     refused = neck_export_cli(*words, "--compute-capability", "8.6,8.9", "--no-verify")
     assert refused.code == 1
     assert "compute capability 8.6" in refused.err

@@ -57,8 +57,8 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
         ("\xff", "JSON"),
         ('{"schema": NaN}', "NaN is no JSON number"),
         ("[" * 100_000, "nested too deep"),
-        ("[1, 2]", "holds a JSON list, expected kind 'bench'"),
-        ('{"format": 1, "kind": "onnx"}', "holds kind 'onnx', expected kind 'bench'"),
+        ("[1, 2]", "contains a JSON list, expected kind 'bench'"),
+        ('{"format": 1, "kind": "onnx"}', "contains kind 'onnx', expected kind 'bench'"),
         ('{"kind": "bench", "schema": 2}', "schema 2, but this version reads schema 1"),
         ('{"kind": "bench"}', "schema None, but this version reads schema 1"),
         ('{"kind": "bench", "schema": 1}', "itself: 'date'"),
@@ -230,14 +230,14 @@ def test_what_got_less_exact_is_told(old: float | None, new: float | None, told:
     assert len(found) == told
     if told:
         (change,) = found
-        assert (change.kind, change.what) == ("less", "sam3_feat_2")
+        assert (change.kind, change.what) == ("less exact", "sam3_feat_2")
         assert "sam3_feat_2" in str(change)
 
 
 def test_an_output_that_left_tolerance_is_told() -> None:
     new = synthetic_result()
     row_of(new, "eager-bf16")["errors"][0]["passed"] = False
-    assert [change.kind for change in compare_results(new, synthetic_result())] == ["less"]
+    assert [change.kind for change in compare_results(new, synthetic_result())] == ["less exact"]
 
 
 def test_a_row_that_is_no_longer_measured_is_told() -> None:

@@ -118,7 +118,7 @@ CACHES: list[tuple[str, Callable[[Path, State], object], str]] = [
         "is for TensorRT-RTX 1.7.1.116 on NVIDIA L4 .*, but this is TensorRT-RTX 1.7.1.116 on",
     ),
     ("another driver", lambda plan, state: setattr(state.device, "cuda", 13020), r"driver 13\.0, .* driver 13\.2, "),
-    ("another GPU", lambda plan, state: setattr(state.device, "name", "NVIDIA L40S"), "here is .*NVIDIA L40S"),
+    ("another GPU", lambda plan, state: setattr(state.device, "name", "NVIDIA L40S"), "but this is .*NVIDIA L40S"),
     (
         "refused",
         lambda plan, state: setattr(state.faults, "foreign_kernels", True),

@@ -428,7 +428,7 @@ def test_torch_is_read_where_it_is_and_outputs_are_the_callers(tmp_path: Path) -
 
 INPUTS: list[tuple[dict[str, Any], str]] = [
     ({}, "the inputs none were given; expected image: float32 .1 to 3, 2, 3."),
-    ({"image": np.zeros((1, 2, 3), np.float32)}, "the inputs image were given; expected image"),
+    ({"pixels": np.zeros((1, 2, 3), np.float32)}, "the inputs pixels were given; expected image"),
     (
         {"image": np.zeros((4, 2, 3), np.float32)},
         r"image is float32 \(4, 2, 3\); expected image: float32 \(1 to 3, 2, 3\)",
@@ -441,7 +441,7 @@ INPUTS: list[tuple[dict[str, Any], str]] = [
     ({"image": torch.zeros(1, 2, 3, dtype=torch.float16)}, r"image is float16"),
     ({"image": torch.zeros(1, 3, 2).mT}, "not contiguous; expected contiguous on cpu"),
     ({"image": torch.zeros(1, 2, 3, device="meta")}, "image is on meta"),
-    ({"image": [[[0.0] * 3] * 2]}, "got list; expected numpy arrays, or torch tensors on cpu"),
+    ({"image": [[[0.0] * 3] * 2]}, "list were given; expected numpy arrays, or torch tensors on cpu"),
 ]
 
 

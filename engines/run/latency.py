@@ -206,8 +206,8 @@ def profile_lines(profile: Profile, layers: int = 20) -> list[str]:
         _state_line(profile.state),
         "",
         f"{'milliseconds, by CUDA events':38} {'p50':>8} {'p90':>8} {'p95':>8} {'p99':>8} {'mean':>8} {'runs':>5}",
-        _latency_line("inference, kernel by kernel, without transfers", profile.latency),
-        _latency_line("inference, CUDA graph, without transfers", profile.graph_latency)
+        _latency_line("inference, kernel by kernel, no copies", profile.latency),
+        _latency_line("inference, CUDA graph, no copies", profile.graph_latency)
         if profile.graph_latency
         else f"no CUDA graph: {profile.graph_problem}",
         _latency_line(f"copy in, {profile.bytes_in / 1e6:,.1f} MB", profile.copy_in),
