@@ -270,7 +270,7 @@ def _outside(path: Path) -> Path:
             lambda path: _truncated(path.with_name(path.name + ".data"), 0.5) and path,
             r"[\d,]+ of [\d,]+",
         ),
-        (_outside, "'../secret.data', outside its folder"),
+        (_outside, "'../secret.data', outside its own folder"),
     ],
 )
 def test_bad_files_are_told(small: Path, spoil: Any, says: str) -> None:
@@ -354,7 +354,7 @@ def test_a_disk_that_refuses_leaves_the_old_plan(small: Path, monkeypatch: pytes
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    says = "no space left" if number == errno.ENOSPC else "cannot be written .Permission denied"
+    says = "there is no space left on the disk" if number == errno.ENOSPC else "the file cannot be written .Permission denied"
     with pytest.raises(BuildError, match=f"{plan}: {says}.*an existing plan was kept"):
         build_plan(small, plan, BuildOptions(compute_capabilities=("8.9",)))
     assert plan.read_bytes() == b"old" and not list(plan.parent.glob(".*"))
