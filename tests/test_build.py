@@ -354,7 +354,11 @@ def test_a_disk_that_refuses_leaves_the_old_plan(small: Path, monkeypatch: pytes
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    says = "there is no space left on the disk" if number == errno.ENOSPC else "the file cannot be written .Permission denied"
+    says = (
+        "there is no space left on the disk"
+        if number == errno.ENOSPC
+        else "the file cannot be written .Permission denied"
+    )
     with pytest.raises(BuildError, match=f"{plan}: {says}.*an existing plan was kept"):
         build_plan(small, plan, BuildOptions(compute_capabilities=("8.9",)))
     assert plan.read_bytes() == b"old" and not list(plan.parent.glob(".*"))

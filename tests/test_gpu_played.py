@@ -409,7 +409,7 @@ def test_a_sound_plan_has_nothing_to_mend(files: dict[str, Path], tmp_path: Path
         plan = built(files, tmp_path)
         assert "within tolerance" in neck_export_cli("bisect", plan).out
         state.faults.builder = "Error Code 10: planted"
-        assert "TensorRT could not build the plan:  Error Code 10: planted" in neck_export_cli("bisect", plan).err
+        assert "TensorRT could not build the plan: Error Code 10: planted" in neck_export_cli("bisect", plan).err
 
 
 def test_tune_measures_the_finalists_in_turn(files: dict[str, Path], tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_doctor_names_what_runs_here() -> None:
     with play("rtx-1.7", Device(**HOPPER)):  # type: ignore[arg-type]
         ran = neck_export_cli("doctor")
     assert "NVIDIA H100 80GB HBM3, compute capability 9.0" in ran.out
-    assert "compute capability 9.0: pip" in ran.out
+    assert "compute capability 9.0; pip" in ran.out
 
 
 def test_triton_needs_pythons_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,7 +472,7 @@ def test_triton_needs_pythons_header(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with play("11.4"):
         from benchmarks.measure.environment import capabilities
 
-        assert capabilities()["compilers"]["cuda"] == "torch.compile needs Python.h"
+        assert capabilities()["compilers"]["cuda"] == "torch.compile needs Python.h; run apt-get install python3-dev"
         (tmp_path / "Python.h").touch()
         assert capabilities()["compilers"]["cuda"] is None
         assert capabilities()["plans"]["tensorrt"] is None

@@ -223,8 +223,8 @@ def touch_weights(result: ExportResult) -> None:
     [
         (unlink("x.onnx"), ExportError, "no such file"),
         (unlink("x.json"), ManifestError, "manifest is missing"),
-        (unlink("x.onnx.data"), ManifestError, "x.onnx.data: is missing"),
-        (touch_weights, ManifestError, "x.onnx.data: was changed after"),
+        (unlink("x.onnx.data"), ManifestError, "x.onnx.data: the file is missing"),
+        (touch_weights, ManifestError, "x.onnx.data: the file was changed after"),
         (set_manifest(signature=None), ManifestError, "`signature` is damaged"),
         (set_manifest(signature={}), ManifestError, "`signature` is damaged"),
         (set_manifest(encoder={"depth": 0}), ManifestError, "exported"),
@@ -232,7 +232,11 @@ def touch_weights(result: ExportResult) -> None:
         (set_manifest(weights=None), ManifestError, "exported"),
         (set_manifest(weights={"random": False}), ManifestError, "exported"),
         (set_manifest(weights={"random": False, "path": "/no/such.pt"}), ExportError, "/no/such.pt: the weights that"),
-        (set_manifest(precision="fp4"), ManifestError, "precision 'fp4', expected fp32, fp16, bf16, fp8, int8"),
+        (
+            set_manifest(precision="fp4"),
+            ManifestError,
+            "the precision 'fp4' is unknown, expected fp32, fp16, bf16, fp8, int8",
+        ),
     ],
 )
 def test_verify_refuses(
@@ -269,7 +273,7 @@ def test_verify_takes_the_same_weights_in_another_container(exported: ExportResu
     with pytest.raises(ExportError, match=r"x\.json"):
         verify_file(exported.path, checkpoint=tmp_path / "other.safetensors")
     (tmp_path / "no.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(ExportError, match=r"no\.pt: is not the checkpoint .* cannot be compared"):
+    with pytest.raises(ExportError, match=r"no\.pt: this is not the checkpoint .* cannot be compared"):
         verify_file(exported.path, checkpoint=tmp_path / "no.pt")
     set_manifest(weights_sha256=None)(exported)
     with pytest.raises(ExportError, match="is not the checkpoint that was exported"):
