@@ -232,7 +232,7 @@ def test_the_profile_for_a_screen() -> None:
     for part in (
         "build/x.plan: batch 4, fp16, TensorRT 11.4.0.106 on NVIDIA L4 (compute capability 8.9, driver 570.86)",
         "under load: P0, SM 2040 of 2040 MHz, memory 6251 MHz, 70.12 of 72.00 W, 61 C",
-        "inference, kernel by kernel, no copies    40.000   42.000   43.000   44.000   41.000   200",
+        "inference, kernel by kernel, no copies   40.000   42.000   43.000   44.000   41.000   200",
         "copy in, 12.2 MB",
         "throughput, one inference after the other: 97.6, 100.0 by CUDA graph images/s",
         "weights 908.0 MB, scratch 250.0 MB, in and out 68.2 MB; loading took 1,300.0 MB",

@@ -512,8 +512,8 @@ def test_the_folder_has_three_whole_files(tmp_path: Path) -> None:
         ("report.json", '{"kind": "bench", "schema": 2}', "schema 2, but this version reads schema 1.* not changed"),
         ("report.json", '{"mine": 1}', "kind"),
         ("report.json", "{", "JSON"),
-        ("report.md", "# My own report\n", "report.md: was not written by neck-export bench"),
-        ("report.html", "<p>mine</p>", "report.html: was not written by neck-export bench"),
+        ("report.md", "# My own report\n", "report.md: the file was not written by neck-export bench"),
+        ("report.html", "<p>mine</p>", "report.html: the file was not written by neck-export bench"),
     ],
 )
 def test_a_file_that_is_not_ours_is_left(tmp_path: Path, name: str, content: str, message: str) -> None:

@@ -219,7 +219,7 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
         lambda plan: plan.rename(f"{plan}.rejected"),
         r"it failed verification; see .*x\.plan\.rejected\.json",
     ),
-    ("empty", lambda plan: plan.write_bytes(b""), "x.plan: is empty"),
+    ("empty", lambda plan: plan.write_bytes(b""), "x.plan: the file is empty"),
     ("folder", lambda plan: (plan.unlink(), plan.mkdir()), "cannot be read .*directory"),
     ("truncated", lambda plan: plan.write_bytes(b"vtrt" + bytes(50)), "has 54 bytes, but its manifest says 104"),
     ("corrupt", lambda plan: plan.write_bytes(b"vtrt" + bytes(99) + b"\1"), "was changed after its manifest"),
@@ -233,7 +233,7 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("number", lambda plan: spoil(plan, tensorrt_version=10), "the manifest is damaged"),
     ("no options", lambda plan: spoil(plan, options={}), "lacks 'version_compatible'"),
     ("options", lambda plan: spoil(plan, options="none"), "the manifest is damaged"),
-    ("no files", lambda plan: spoil(plan, files=[]), "speaks of no file, not x.plan"),
+    ("no files", lambda plan: spoil(plan, files=[]), "names no file instead of x.plan"),
     ("no hash", lambda plan: spoil(plan, files=[{"name": "x.plan", "bytes": 104}]), "SHA-256"),
     ("no inputs", lambda plan: spoil(plan, inputs=None), "lacks 'inputs'"),
     (

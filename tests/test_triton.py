@@ -411,7 +411,7 @@ def test_what_cannot_be_activated(plan: Path, onnx_file: Path, tmp_path: Path) -
     assert state(found.path)["sam3-encoder/config.pbtxt"] == before["sam3-encoder/config.pbtxt"]
     features = make(write_plan(tmp_path / "f.plan", signed={"positions": "none"}), tmp_path / "b")
     make(plan, tmp_path / "b", outputs=("sam3_*",), ensemble=True)
-    with pytest.raises(TritonError, match=r"sam3-encoder-images: answers with sam3_pos_0"):
+    with pytest.raises(TritonError, match=r"sam3-encoder-images: this ensemble answers with sam3_pos_0"):
         activate_version(features.path, "sam3-encoder", 1)
 
 
@@ -537,7 +537,7 @@ def test_plans_that_are_not_one_encoder(onnx_file: Path, tmp_path: Path) -> None
         first, other = plans(tmp_path, second)
         with pytest.raises(TritonError, match=message):
             make(first, tmp_path, more=(other,))
-    with pytest.raises(TritonError, match="is no plan"):
+    with pytest.raises(TritonError, match="this is not a plan"):
         make(first, tmp_path, more=(onnx_file,))
     assert not (tmp_path / "repository").exists()
 

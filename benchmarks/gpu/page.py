@@ -71,7 +71,7 @@ def _figures(result: dict[str, Any]) -> list[str]:
         figures = (milliseconds(median_ms(row)), ratio_figure(row), error_figure(worst_error(row)), verdict(row))
         lines.append(f"  {row['label']}: {figures[0]}, ratio {figures[1]}, error {figures[2]}, {figures[3]}")
     if len(rows) > MOST_ROWS:
-        lines.append(f"and {len(rows) - MOST_ROWS} slower ones; see report.md")
+        lines.append(f"  and {len(rows) - MOST_ROWS} slower ones; see report.md")
     for sweep in ("image_size", "batch"):
         for found in list(swept(result, machine, sweep).values())[-1:]:
             points = (f"{size_name(row['image_size'], row['batch'])} {milliseconds(median_ms(row))}" for row in found)

@@ -80,7 +80,7 @@ def missing_sentence(result: Result, machine: dict[str, Any]) -> str:
     told += [f"{rest} for other reasons"] if rest else []
     text = f"{len(backends - done)} of {len(backends)} backends were not measured here"
     text += f" ({'; '.join(told)})." if told else "."
-    return text + (f"In the sweeps {len(points)} rows were not measured." if points else "")
+    return text + (f" In the sweeps {len(points)} rows were not measured." if points else "")
 
 
 def _brief(reason: str, most: int = 70) -> str:
