@@ -207,9 +207,13 @@ def verify(asked: Callable[[], VerifyOptions]) -> None:
         more: dict[str, Any] = {"adapter": it.adapter, "save": it.save_reference, "notes": notes}
         plan = is_plan(it.file)
         if it.device is not None and not plan:
-            raise typer.BadParameter("--device chooses the GPU for a plan; an ONNX file is verified on the CPU")
+            raise typer.BadParameter(
+                "--device chooses the GPU of a plan; an ONNX file is verified on the CPU, so leave it out"
+            )
         if plan and (it.state or it.prefix or it.config or it.write_manifest):
-            raise typer.BadParameter("--state, --prefix, --config and --write-manifest are for ONNX files")
+            raise typer.BadParameter(
+                "--state, --prefix, --config and --write-manifest need an ONNX file, but this is a plan"
+            )
         if plan:
             from engines.run.verify import verify_plan_file
 
@@ -246,7 +250,7 @@ def masks(asked: Callable[[], MasksOptions]) -> None:
         found = compare_masks(options, report, notes)
     typer.echo("\n".join([*lines(found), *(f"note: {note}" for note in notes)]))
     if not found["passed"]:
-        _fail("\n".join([f"{options.file}: the masks are not the model's", *worst_lines(found)]), 3)
+        _fail("\n".join([f"{options.file}: the masks differ from the model's", *worst_lines(found)]), 3)
 
 
 @command(RepositoryOptions)
@@ -308,7 +312,7 @@ def bench(
 ) -> None:
     """Measure every way to run the encoder on this machine, and how exact each is; write a report."""
     if bool(files) != merge:
-        raise typer.BadParameter("give files with --merge, and --merge with files", param_hint="--merge")
+        raise typer.BadParameter("--merge needs result files, and result files need --merge", param_hint="--merge")
     with stage() as report:
         from benchmarks.bench import run_bench
         from benchmarks.report.report_files import check_folder, write_report
@@ -421,7 +425,7 @@ def show_export(result: ExportResult) -> None:
 def show_plan(result: PlanResult) -> None:
     """Prints what a plan is made of and what was and was not verified."""
     if result.reused:
-        typer.echo("nothing has changed: the plan that is there is kept")
+        typer.echo("nothing has changed, so the existing plan is kept")
     elif result.reason:
         typer.echo(f"built again: {result.reason}")
     for note in result.notes:
@@ -473,7 +477,7 @@ def stage() -> Iterator[Callable[[str], None]]:
         _fail("interrupted", 130)
     except Exception as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
-            _fail("out of memory; close other programs, or take a smaller --image-size or --batch")
+            _fail("out of memory; close other programs, or use a smaller --image-size or --batch")
         verdict = getattr(error, "verdict", None)
         if verdict is not None:
             show_verdict(verdict, err=True)

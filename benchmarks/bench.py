@@ -51,10 +51,12 @@ def open_run(options: BenchOptions, report: Callable[[str], None] = lambda line:
         with locked(work, wait=False), ArtifactCache(work, options) as place, Run(options, place, report) as run:
             yield run
     except BlockingIOError:
-        raise BenchError(f"{work}: another run is at work there; wait for it or name another --output") from None
+        raise BenchError(
+            f"{work}: another benchmark is running in this folder; wait until it is done, or choose another --output"
+        ) from None
     except OSError as error:
         where, why = error.filename or work, error.strerror or str(error)
-        raise BenchError(f"{where}: {why}; mend it or name another --output") from None
+        raise BenchError(f"{where}: {why}; repair the folder or choose another --output") from None
 
 
 def check_options(options: BenchOptions) -> None:
@@ -67,24 +69,25 @@ def check_options(options: BenchOptions) -> None:
     counts = {name: getattr(options, name) for name in ("batch", "rounds", "runs", "warm_up")}
     for name, value in counts.items():
         if value is not None and value < 1:
-            raise BenchError(f"{name.replace('_', '-')} is {value}; it must be 1 at least")
+            raise BenchError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if options.positions == "file":
         raise BenchError(
-            "--positions file: a run computes no positions, so there is nothing to measure; choose graph or none"
+            "--positions file: position encodings from a file are not computed at run time, so there is nothing to "
+            "measure; choose graph or none"
         )
     chosen = [f"--{name.replace('_', '-')}" for name in SELECTION if getattr(options, name) is not None]
     if options.checkpoint is None and chosen:
-        raise BenchError(f"random weights have no {', '.join(chosen)}; leave it out, or name a --checkpoint")
+        raise BenchError(f"random weights have no {', '.join(chosen)}; leave it out, or give a --checkpoint")
     if options.plan and (not is_plan(options.plan) or read_layers(options.plan) is None):
         raise BenchError(
-            f"--plan {options.plan}: is not a plan with a layer report beside it; build both with `neck-export trt`"
+            f"--plan {options.plan}: this is not a plan with a layer report; build both with `neck-export trt`"
         )
     if options.export and options.config:
-        raise BenchError("the exporter is measured at full size; leave --export or --config out")
+        raise BenchError("the exporter is only measured at full size; leave out --export or --config")
 
 
 def read_masks(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """The figures of files that were judged, in the form of result.schema.json.
+    """The verdicts of `neck-export masks` on files, in the form of result.schema.json.
 
     Args:
         files: ONNX files or plans, their manifests beside them.
@@ -105,6 +108,7 @@ def _read_verdict(file: Path) -> dict[str, Any]:
     found = manifest.get("masks")
     if not found:
         raise BenchError(
-            f"--masks {file}: its masks were not compared yet: neck-export masks {file} --model MODEL --images FOLDER"
+            f"--masks {file}: the masks of this file were not compared yet; run neck-export masks {file} --model "
+            "MODEL --images FOLDER"
         )
     return {"file": file.name, "precision": manifest["precision"], **{name: found.get(name) for name in SHOWN}}

@@ -42,9 +42,11 @@ class Run:
 def main() -> None:
     """Runs the comparison and prints a table and JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=3, help="interleaved runs of each")
-    parser.add_argument("--all", action="store_true", help="also one export with verification, and a TensorRT-RTX plan")
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint, by default one of random weights made for this")
+    parser.add_argument("--runs", type=int, default=3, help="number of interleaved runs of each")
+    parser.add_argument(
+        "--all", action="store_true", help=("also measure one export with verification, and a TensorRT-RTX plan")
+    )
+    parser.add_argument("--checkpoint", type=Path, help="checkpoint to export [default: random weights made for this]")
     parser.add_argument("--json", type=Path, help="also write the figures to this file, as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -47,7 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--image-size", type=int, default=1008, help="side of the square input in pixels")
     parser.add_argument("--config", type=Path, help="encoder.json with the architecture [default: SAM 3's]")
-    parser.add_argument("--compute-capability", default="8.9", help="GPU to build the plans for")
+    parser.add_argument(
+        "--compute-capability", default="8.9", help=("compute capability of the GPU to build the plans for")
+    )
     parser.add_argument("--json", type=Path, help="also write the figures to this file, as JSON")
     parser.add_argument("--export", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -144,7 +146,7 @@ def vision_config(config: EncoderConfig) -> Any:
 
 
 def plan_facts(onnx: Path, compute_capability: str, flavor: Flavor) -> dict[str, Any]:
-    """Builds a plan of a file as it is, and reads from its layer list what the builder made of it."""
+    """Builds a plan of an unchanged file, and reads kernels and attentions from its layer list."""
     options = BuildOptions("fp16", compute_capabilities=(compute_capability,))
     layers = build_plan(onnx, onnx.with_suffix(".plan"), options, flavor=flavor).layers
     assert layers is not None

@@ -71,7 +71,8 @@ def attach(
             _check_weights(live, encoder, asked)
         if device is None and encoder.device != home:
             raise AttachError(
-                f"{path} runs on {encoder.device}, the model is on {home}; move it: model.to('{encoder.device}')"
+                f"{path} runs on {encoder.device}, but the model is on {home}; move the model: "
+                f"model.to('{encoder.device}')"
             )
         attached = Attached(live, encoder, asked)
         attached.enter([*_ancestors(model, attached)])
@@ -92,9 +93,11 @@ def detach(model: Any) -> None:
     model = _module(model)
     attached = _attached(model)
     if attached is None:
-        raise AttachError(f"{type(model).__name__}: nothing is attached")
+        raise AttachError(f"{type(model).__name__}: no file is attached to this model")
     if attached.freed:
-        raise AttachError(f"{type(model).__name__}: its own encoder was freed (free=True); load the model again")
+        raise AttachError(
+            f"{type(model).__name__}: the model's own encoder was freed (free=True); load the model again"
+        )
     attached.leave()
     attached.encoder.close()
 
@@ -102,8 +105,12 @@ def detach(model: Any) -> None:
 def _module(model: Any) -> nn.Module:
     inner = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     if not isinstance(inner, nn.Module):
-        remedy = "it has no model yet; set it up first" if hasattr(model, "model") else "give a module or a predictor"
-        raise AttachError(f"{type(model).__name__} is no model of PyTorch: {remedy}")
+        remedy = (
+            ("the predictor has no model yet; set it up first")
+            if hasattr(model, "model")
+            else "give a module or a predictor"
+        )
+        raise AttachError(f"{type(model).__name__} is not a PyTorch model: {remedy}")
     return inner
 
 
@@ -124,22 +131,27 @@ def _ancestors(model: nn.Module, attached: Attached) -> Iterator[tuple[nn.Module
 def _check_fit(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[str]) -> None:
     where = f"{encoder.path}: "
     if lacking := [neck for neck in necks if neck not in encoder.necks]:
-        also = "; or say which the model reads: attach(..., necks=('sam3',))" if "sam3" in encoder.necks else ""
+        also = (
+            ("; or name the necks that the model uses: attach(..., necks=('sam3',))") if "sam3" in encoder.necks else ""
+        )
         both = ",".join([*encoder.necks, *lacking])
         raise AttachError(
-            f"{where}has no neck {', '.join(lacking)}, which the model at {live.slots[0].path} has; export it by "
-            f"{encoder.export_again(neck=both)}{also}"
+            f"{where}the file has no neck {', '.join(lacking)}, which the model at {live.slots[0].path} uses; export "
+            f"it with {encoder.export_again(neck=both)}{also}"
         )
     if unknown := [neck for neck in necks if neck not in live.necks]:
         raise AttachError(f"neck {', '.join(unknown)} is not in the model, which has {', '.join(live.necks)}")
     if "sam2" in necks and encoder.signature.has_head("sam2") and len(live.head) != 2:
         raise AttachError(
-            f"{where}its sam2 outputs are the mask decoder's, of which the model has {len(live.head) // 2}; "
-            f"export it by {encoder.export_again(sam2_outputs='features')}"
+            f"{where}the sam2 outputs of the file include the mask decoder's convolutions, of which the model has "
+            f"{len(live.head) // 2} sets; export it with {encoder.export_again(sam2_outputs='features')}"
         )
     levels = len(encoder.signature.level_sizes)
     if levels != live.levels:
-        raise AttachError(f"{where}is of an encoder with {levels} levels, the model's has {live.levels}")
+        raise AttachError(
+            f"{where}the file was exported from an encoder with {levels} levels, but the model's encoder has "
+            f"{live.levels}"
+        )
     if live.image_size not in (None, encoder.signature.image_size):
         raise encoder.wrong_size(live.image_size or (0, 0))
 
@@ -148,12 +160,14 @@ def _check_weights(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[
     source = encoder.onnx_manifest
     if not source or "weights_sha256" not in source:
         raise AttachError(
-            f"{manifest_path(encoder.path)}: has no SHA-256 of the weights (earlier versions did not write it), "
-            "so they cannot be compared with the model's; export the file again, or attach(..., check=False)"
+            f"{manifest_path(encoder.path)}: the manifest has no SHA-256 of the weights (earlier versions did not "
+            "write it), so they cannot be compared with the model's; export the file again, or use attach(..., "
+            "check=False)"
         )
     if any(parameter.is_meta for parameter in live.parameters()):
         raise AttachError(
-            f"the model at {live.slots[0].path} has no weights (meta device); load them, or attach(..., check=False)"
+            f"the model at {live.slots[0].path} has no weights (meta device); load them, or use attach(..., "
+            "check=False)"
         )
     head = "sam2" in necks and encoder.signature.has_head("sam2")
     config = dataclasses.replace(EncoderConfig.from_dict(source["encoder"]), necks=tuple(necks), sam2_head=head)

@@ -97,7 +97,7 @@ def bisect(
         manifest = read_manifest(where, "onnx")
         check_files(where, manifest)
     if manifest["precision"] == "fp32":
-        raise BisectError(f"{path}: is FP32; only a file of lower precision has roundings to search")
+        raise BisectError(f"{path}: the file is FP32, so it has no rounding to search; give a file of lower precision")
     encoder = manifest_encoder(where, manifest, checkpoint, adapter)
     room = 4 * sum(parameter.numel() for parameter in encoder.parameters())
     with workspace(path.with_name(f"{path.name}.bisect"), room) as folder, disk_errors(folder):
@@ -117,7 +117,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise BisectError(f"{folder}: the trials cannot be written ({reason}); make room, or set TMPDIR") from None
+        raise BisectError(
+            f"{folder}: the temporary files cannot be written ({reason}); make room, or set TMPDIR"
+        ) from None
 
 
 class Search:
@@ -139,9 +141,9 @@ class Search:
         pixels = reference_pixels(signature, images, signature.batch.minimum, report)
         self.image = pixels if signature.input == "uint8" else normalize(pixels).numpy()
         self.outputs = [spec.name for spec in signature.of_kind("feat")]
-        report("trace")
+        report("tracing the encoder")
         self.canonical = trace(DeployEncoder(encoder, signature, Rewrites(**manifest["rewrites"])))
-        report("reference: the same graph in FP32")
+        report("computing the reference: the same graph in FP32")
         self.reference = self._outputs("fp32", ())
 
     def find(self, path: Path, checkpoint: Path | None) -> Finding:
@@ -159,8 +161,8 @@ class Search:
             module = next((row.name for row in trial if not row.passed and row.name not in added), None)
             if module is None or len(added) == MOST_MODULES:
                 raise BisectError(
-                    f"{path}: {first} is the first to leave tolerance, and keeping {', '.join(added)} in FP32 "
-                    f"does not mend it; export with --precision bf16"
+                    f"{path}: {first} is the first to exceed the tolerance, and keeping {', '.join(added)} in FP32 "
+                    "does not fix it; export with --precision bf16"
                 )
             added = (*added, module)
             trial = self.trial((*kept, *added))
@@ -177,7 +179,9 @@ class Search:
     def trial(self, keep_fp32: Sequence[str], residual: str | None = None) -> list[Comparison]:
         """The figures of every block and output with some modules, or the residual sums, in FP32."""
         self.trials += 1
-        self.report(f"trial {self.trials}: {', '.join(keep_fp32) or 'residual sums' if residual else 'as it is'}")
+        self.report(
+            f"trial {self.trials}: {', '.join(keep_fp32) or 'residual sums' if residual else 'the file as it is'}"
+        )
         precision = self.manifest["precision"]
         found = self._outputs(precision, keep_fp32, residual)
         names = {self._level(output): output for output in self.outputs}  # an override names the file's output
@@ -260,5 +264,5 @@ def finding_lines(finding: Finding) -> list[str]:
         word = "" if row.passed else f"  {row.non_finite} non-finite" if row.non_finite else "  outside"
         lines.append(f"{row.name:20} {row.relative_l2:10.2e} {row.cosine:11.8f}{word}")
     if finding.first_bad is None:
-        return [*lines, "every block and output is within tolerance"]
-    return [*lines, f"first outside tolerance: {finding.first_bad}", f"mended by: {finding.command}"]
+        return [*lines, "Every block and output is within tolerance."]
+    return [*lines, f"first outside tolerance: {finding.first_bad}", f"fixed by: {finding.command}"]

@@ -105,14 +105,14 @@ def abilities(
     """
     runtime = packages["onnxruntime"] or packages["onnxruntime-gpu"]
     tensorrt, rtx = packages["tensorrt"], packages["tensorrt-rtx-cu13"]
-    no_gpu = "no NVIDIA GPU that torch can use: look at the driver, or install torch's CUDA build"
-    building = f"no TensorRT: {PACKAGES['tensorrt']}, or {PACKAGES['tensorrt-rtx-cu13']} (builds without a GPU)"
+    no_gpu = "no NVIDIA GPU that torch can use; check the driver, or install torch's CUDA build"
+    building = f"no TensorRT; {PACKAGES['tensorrt']}, or {PACKAGES['tensorrt-rtx-cu13']} (builds without a GPU)"
     running = "no TensorRT, see above"
     if tensorrt or rtx:
         building = "yes" if rtx or capabilities else no_gpu
         running = "yes" if capabilities else no_gpu
     if running == "yes" and not tensorrt and capabilities[0] not in rtx_targets:
-        running = f"TensorRT-RTX does not run on compute capability {capabilities[0]}: {PACKAGES['tensorrt']}"
+        running = f"TensorRT-RTX does not support compute capability {capabilities[0]}; {PACKAGES['tensorrt']}"
     return {
         "export to ONNX": "yes",
         "verify ONNX": "yes" if runtime else f"onnxruntime is missing: {PACKAGES['onnxruntime']}",

@@ -20,7 +20,7 @@ def inspect_plan(path: Path) -> dict[str, Any]:
         ManifestError: the manifest is missing or damaged, or the plan is not the one it speaks of.
     """
     if not path.is_file():
-        raise BuildError(f"{path}: no such file; build it by `neck-export trt`")
+        raise BuildError(f"{path}: no such file; build it with `neck-export trt`")
     manifest = read_manifest(manifest_path(path), "plan")
     check_files(manifest_path(path), manifest)
     layers = read_layers(path)
@@ -35,7 +35,7 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
         found: what inspect_plan gave.
         kernels: how many kernels to list, those first that move most.
     """
-    gpus = ", ".join(found["compute_capabilities"]) or "the flavor's default"
+    gpus = ", ".join(found["compute_capabilities"]) or "the default GPUs of the flavor"
     checked = found["verification"]
     tensors = [("input", spec) for spec in found["inputs"]] + [("output", spec) for spec in found["outputs"]]
     lines = [
@@ -69,4 +69,4 @@ def timing_cache_lines(manifest: dict[str, Any]) -> list[str]:
 
 def no_layers_line(manifest: dict[str, Any]) -> str:
     """What is said where a plan has no layer report: why, where its manifest tells."""
-    return f"  no layer report: {manifest.get('no_layers') or 'its build told none'}"
+    return f"  no layer report: {manifest.get('no_layers') or 'the builder did not list its layers'}"

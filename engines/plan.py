@@ -136,7 +136,12 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, prepared
         selected, notes = prepared.selected, prepared.notes
         for residual in job.residuals:
             if verdict:
-                notes = (f"{', '.join(verdict.failed_names)} left tolerance: built again with residual sums in FP32",)
+                notes = (
+                    (
+                        f"{', '.join(verdict.failed_names)} exceeded the tolerance, so the plan was built again with "
+                        "residual sums in FP32"
+                    ),
+                )
             forms = (options.attention, options.spelling, options.upsampling, options.keep_fp32)
             typing = LoweringOptions(*forms, residual, selected and selected[0])
             built = build_forms(job.source, staged, job.build, typing, job.flavor, left, report)
@@ -163,9 +168,9 @@ def plan_paths(options: PlanOptions, flavor: Flavor, precision: Precision) -> li
     places = [
         NamedPath("the file of --output", plan),
         NamedPath("its manifest", manifest_path(plan)),
-        NamedPath("its layer report", layers_path(plan)),
-        NamedPath("a plan that is rejected", rejected),
-        NamedPath("the manifest of a plan that is rejected", manifest_path(rejected)),
+        NamedPath("the layer report of the plan", layers_path(plan)),
+        NamedPath("a rejected plan", rejected),
+        NamedPath("the manifest of a rejected plan", manifest_path(rejected)),
         *calibration_paths(options.quantize.calibration, precision),
     ]
     if cache := timing_cache_path(flavor, options.build):
@@ -247,7 +252,7 @@ def reusable(job: BuildRequest) -> tuple[PlanResult | None, str | None]:
         if old.get(name) != value:
             return None, f"{name} was {json.dumps(old.get(name))}, is {json.dumps(value)}"
     if job.source.manifest is None:
-        return None, f"{options.onnx.name} has no manifest that tells whether it changed"
+        return None, f"{options.onnx.name} has no manifest, so it is unknown whether it changed"
     checked = manifest["verification"]
     if options.verify and not checked["verified"] and not checked.get("onnx", {}).get("verified"):
         return None, "it was not verified"
@@ -298,17 +303,17 @@ def _verify(
         return None, {"verified": False, "reason": "not verified: --no-verify"}
     signature = source.signature(job.precision)
     if source.manifest is None or signature is None:
-        unknown = f"not verified: {source.path.name} has no manifest, so the weights to compare with are unknown"
+        unknown = f"not verified: {source.path.name} has no manifest, so it is unknown which weights to compare with"
         return None, {"verified": False, "reason": unknown}
     if (reason := why_not_run(staged, about, job.flavor)) is None:
-        report("verify: the plan against PyTorch")
+        report("verifying the plan against PyTorch")
         reference = source.references.of(signature, image_count(BatchRange.parse(about["batch"])))
         verdict = verify_plan(staged, about, reference=reference, overrides=options.tolerances, report=report)
         return verdict, verdict.to_dict()
     before = source.manifest["verification"]
     if typed is source.file and before["verified"] and not options.images and not options.tolerances:
         return None, {"verified": False, "reason": reason, "onnx": before}
-    report("verify: the ONNX graph against PyTorch, as the plan does not run here")
+    report("verifying the ONNX graph against PyTorch, because the plan does not run on this machine")
     reference = source.references.of(signature)
     verdict = verify_onnx(typed, signature, reference, job.precision, overrides=options.tolerances, report=report)
     return verdict, {"verified": False, "reason": reason, "onnx": verdict.to_dict()}

@@ -105,16 +105,21 @@ def tune_plan(
         CalibrationError, ImageError, ExportError: as make_plan's, of FP8 and INT8.
     """
     if options.build.replay_timing:
-        raise TuneError("--tune tries what --replay-timing would have no times of; give one of them")
+        raise TuneError("--tune needs the times of kernels that --replay-timing would not have; use only one of them")
     flavor = choose_flavor(options.flavor)
     if flavor.gpu is None and measure is None:
-        raise TuneError("--tune measures every candidate, so it needs an NVIDIA GPU with its driver; build without it")
+        raise TuneError(
+            "--tune measures every candidate, so it needs an NVIDIA GPU with its driver; build without --tune"
+        )
     if measure is None and not torch.cuda.is_available():
-        raise TuneError("--tune runs every candidate by torch, which is a CPU build; install its CUDA build")
+        raise TuneError(
+            "--tune runs every candidate with torch, but the installed torch is a CPU build; install its CUDA build"
+        )
     source = read_onnx(options, report)
     if source.manifest is None or source.precision != "fp32" or options.precision in (None, "fp32"):
         raise TuneError(
-            f"{options.onnx}: --tune lowers an FP32 file of neck-export; export one, add --fp16, --bf16 or --precision"
+            f"{options.onnx}: --tune needs an FP32 file written by neck-export; export one, and add --fp16, --bf16 "
+            "or --precision"
         )
     measure = measure or measured_ms
     folder = options.output.with_name(options.output.name + ".tuning")
@@ -129,7 +134,7 @@ def tune_plan(
         row = Row(attention, spelling, upsampling)
         if any(other.name == row.name for other in rows):
             continue
-        report(f"candidate: {row.name}")
+        report(f"building candidate {row.name}")
         forms: dict[str, Any] = {"attention": attention, "spelling": spelling, "upsampling": upsampling}
         candidate = dataclasses.replace(options, **forms, output=place_of(folder, row) / options.output.name)
         rows.append(try_candidate(candidate, lambda one: make(one, report, prepared), measure))
@@ -139,7 +144,7 @@ def tune_plan(
     best = fastest(rows)
     if best is None:
         reasons = "\n".join(tuning_rows(rows))
-        raise TuneError(f"{options.output}: no candidate passed\n{reasons}")
+        raise TuneError(f"{options.output}: no candidate passed verification\n{reasons}")
     publish_plan(place_of(folder, best), options.output)
     shutil.rmtree(folder, ignore_errors=True)
     manifest = read_manifest(manifest_path(options.output), "plan")
@@ -154,7 +159,7 @@ def measured_ms(plan: Path) -> float:
 def try_candidate(
     options: PlanOptions, make: Callable[[PlanOptions], PlanResult], measure: Callable[[Path], float]
 ) -> Row:
-    """One row; a candidate that fails tells why instead of ending the run."""
+    """One row; a candidate that fails has its reason in the row instead of stopping the run."""
     row = Row(options.attention, options.spelling or "matmul", options.upsampling)
     try:
         result = make(options)
@@ -165,7 +170,7 @@ def try_candidate(
         return dataclasses.replace(row, latency_ms=measure(result.path))
     except RejectedError as error:
         worst = max(row.relative_l2 for row in error.verdict.comparisons)
-        problem = f"rejected: {len(error.verdict.failed_names)} outputs left tolerance"
+        problem = f"rejected: {len(error.verdict.failed_names)} outputs exceeded the tolerance"
         return dataclasses.replace(row, worst_relative_l2=worst, problem=problem)
     except (BuildError, FlavorError, SessionError, MemoryError) as error:
         return dataclasses.replace(row, problem=" ".join(str(error).split())[:200])
@@ -188,7 +193,7 @@ def run_final(
         return rows
     times: dict[Row, list[float]] = {row: [] for row in final}
     for number in range(ROUNDS):
-        report(f"finalists, round {number + 1} of {ROUNDS}")
+        report(f"measuring the finalists, round {number + 1} of {ROUNDS}")
         for row in [*times] if number % 2 == 0 else [*reversed(times)]:
             try:
                 times[row].append(measure(plan_of(row)))

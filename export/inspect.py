@@ -26,8 +26,8 @@ from export.lowering.attention import after_casts, before_casts
 from export.verification.target_check import check_claims, graph_needs, read_by
 
 NOT_CHECKED = (
-    "the manifest holds a verdict on these files, but their sizes or times have changed since; "
-    "--check compares every byte, and `neck-export verify` computes the verdict again"
+    "the manifest contains a verdict on these files, but their sizes or times have changed since; --check compares "
+    "every byte, and `neck-export verify` computes the verdict again"
 )
 
 FORMS = {
@@ -93,7 +93,7 @@ def inspect_onnx(path: Path, check: bool = False) -> dict[str, Any]:
         found["readers_problem"] = str(error)
     except (ManifestError, KeyError) as error:
         found["manifest"] = None
-        missing = f"{manifest_path(path)}: says nothing of {error}; write the file again"
+        missing = f"{manifest_path(path)}: the manifest has no entry {error}; write the file again"
         found["manifest_problem"] = missing if isinstance(error, KeyError) else str(error)
         if not manifest_path(path).exists():
             found["seems"] = describe_graph(model, sum(found["attention"].values()))
@@ -140,12 +140,12 @@ def quantized_products(graph: ir.Graph) -> dict[str, str]:
 
 
 def quantized_line(quantization: dict[str, Any], count: int | None = None) -> str:
-    """What is quantized, of a manifest, in one line; `count` is what the graph itself has of it."""
+    """A line about quantization from a manifest; `count` is the number of layers found in the graph."""
     images = quantization["image_count"]
     count = len(quantization["products"]) if count is None else count
     return (
-        f"quantized {count} of {quantization['of']} products to {quantization['kind']}, "
-        f"calibrated on {images} image{'s' * (images > 1)}"
+        f"{count} of {quantization['of']} linear layers are quantized to {quantization['kind']}, calibrated on "
+        f"{images} image{'s' * (images > 1)}"
     )
 
 
@@ -155,7 +155,7 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
     weights = ", ".join(f"{size / 1e6:,.1f} MB {name}" for name, size in found["weight_bytes"].items())
     forms = ", ".join(f"{count} {name}" for name, count in found["attention"].items()) or "none"
     lines = [
-        f"{found['file']}  {found['bytes'] / 1e6:,.1f} MB, by {found['producer']}, opset {found['opset']}",
+        f"{found['file']}  {found['bytes'] / 1e6:,.1f} MB, written by {found['producer']}, opset {found['opset']}",
         *(f"  input   {line}" for line in found["inputs"]),
         *(f"  output  {line}" for line in found["outputs"]),
         f"  graph   {found['nodes']} nodes: {operators}",
@@ -171,7 +171,7 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
         return [*lines, *seems, *risks, f"  not verified: {found['manifest_problem']}"]
     weights_from = manifest["weights"]
     origin = (
-        f"random, seed {weights_from['seed']}"
+        f"random weights (seed {weights_from['seed']})"
         if weights_from["random"]
         else hub_text(weights_from) or weights_from["path"]
     )
@@ -194,10 +194,10 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
 
 
 def masks_lines(manifest: Mapping[str, Any]) -> list[str]:
-    """What `neck-export masks` found of a file, in a line; none where it was not asked."""
+    """A line with the result of `neck-export masks`; empty if it was not run."""
     masks = manifest.get("masks")
     if not masks:
         return []
-    verdict = "masks are the model's" if masks["passed"] else "masks are NOT the model's"
+    verdict = "the masks agree with the model's" if masks["passed"] else "the masks DIFFER from the model's"
     found = f"mean IoU {masks['mean_iou']:.4f}, worst {masks['worst_iou']:.4f}, {masks['objects']} objects"
-    return [f"  {verdict}: {found}, {masks['lost']} lost, {masks['found']} found in {masks['images']} images"]
+    return [f"  {verdict}: {found}, {masks['lost']} lost, {masks['found']} additional, in {masks['images']} images"]

@@ -26,7 +26,7 @@ from neck.weights.fingerprint import fingerprints
 def export_facts(
     options: ExportOptions, form: Form, encoder: Sam3DualViTDetNeck, signature: Signature
 ) -> dict[str, Any]:
-    """What is exported, by what, in which forms."""
+    """What was exported, with which versions and in which forms."""
     parts = {"trunk", *(NECK_MODULES[neck] for neck in signature.necks)}
     parts |= {"sam2_head"} if signature.sam2_outputs == "head" else set()
     return {
@@ -47,7 +47,7 @@ def export_facts(
 
 
 def graph_facts(model: ir.Model, needs: Needs, targets: Sequence[Target]) -> dict[str, Any]:
-    """What was written, and who reads it; `targets` are those that were asked for."""
+    """What was written and which runtimes can load it; `targets` are the requested ones."""
     operators = collections.Counter(node.op_type for node in model.graph)
     return {
         "targets": targets_entry(needs, targets),
@@ -57,7 +57,7 @@ def graph_facts(model: ir.Model, needs: Needs, targets: Sequence[Target]) -> dic
 
 
 def verification(verdict: Verdict | None, files: Iterable[Path]) -> dict[str, Any]:
-    """What was proved of the file, and what tells its files' bytes from later ones."""
+    """The verdict, and the bytes that it refers to."""
     if verdict is None:
         return {"verified": False, "reason": "not asked: --no-verify"}
     return verdict.to_dict() | {"files": seen(files)}

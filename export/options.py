@@ -37,7 +37,7 @@ NUMPY_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": 
 
 
 def check_options(options: ExportOptions) -> Form:
-    """Refuses what is known to fail before the weights are read.
+    """Refuses requests that are known to fail, before the weights are read.
 
     Returns:
         The attention form and the opset: as asked, or the best that the asked targets share.
@@ -50,23 +50,28 @@ def check_options(options: ExportOptions) -> Form:
     if options.image_size is not None and (source.config or source.path is None):
         check_image_size(options.image_size, (source.config or EncoderConfig()).patch_size)
     if options.opset is not None and options.opset not in OPSETS:
-        raise ExportError(f"opset {options.opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
+        raise ExportError(
+            f"opset {options.opset} is not supported; expected {OPSETS.start} to {OPSETS.stop - 1}, or auto"
+        )
     check_residual(options.precision, options.residual)
     check_quantize(options.quantize, options.precision)
     targets = find_targets(options.targets) if options.targets else ()
     form = resolve_target(targets, options.precision, options.attention, options.opset)
     if source.path is None and (source.state is not None or source.prefix is not None):
-        raise ExportError("random weights have no --state or --prefix; leave them out, or name a --checkpoint")
+        raise ExportError("random weights have no --state or --prefix; leave these options out, or give a --checkpoint")
     with disk_errors(options.output):
         written = export_paths(options.output, options.quantize.calibration, options.precision)
         check_paths(written, weights_paths(source.path, source.adapter))
         check_targets(options.output)
     if source.adapter is not None:
         if source.path is None:
-            raise ExportError(f"{source.adapter}: random weights take no adapter; give its base by --checkpoint")
+            raise ExportError(
+                f"{source.adapter}: an adapter cannot be merged into random weights; give its base model with "
+                "--checkpoint"
+            )
         adapter_files(source.adapter)
     elif source.path is None and source.alpha is not None:
-        raise ExportError("random weights hold no adapter; leave --adapter-alpha out")
+        raise ExportError("random weights contain no adapter; leave out --adapter-alpha")
     if options.verify:
         require_runtime()
     if (options.verify or options.precision in CODES) and options.images is not None:
@@ -89,7 +94,7 @@ def _check_choices(options: ExportOptions) -> None:
 
 
 def lowering(options: ExportOptions, form: Form) -> dict[str, Any]:
-    """What export.lowering.precision.lower takes, the type of the residual sums aside."""
+    """The arguments of export.lowering.precision.lower, except the type of the residual sums."""
     return {
         "attention": form.attention,
         "spelling": form.spelling,

@@ -45,7 +45,7 @@ def export_paths(output: Path, calibration: Path | None, precision: str) -> list
 
 
 def calibration_paths(calibration: Path | None, precision: str) -> list[NamedPath]:
-    """What is written for `--calibration`, by every command that has it."""
+    """The files that `--calibration` writes, for every command that has the option."""
     if calibration is None or precision not in CODES:
         return []
     record = NamedPath("the trials of --calibration", record_path(calibration, precision))
@@ -53,7 +53,7 @@ def calibration_paths(calibration: Path | None, precision: str) -> list[NamedPat
 
 
 def weights_paths(checkpoint: Path | None, adapter: Path | None) -> list[NamedPath]:
-    """The files of a checkpoint and of an adapter; what is missing or damaged is refused where it is read."""
+    """The files of a checkpoint and an adapter; missing or damaged ones are refused when they are read."""
     files = [path for path in (checkpoint, adapter) if path is not None]
     problems = (CheckpointError, OSError, ValueError, LookupError, TypeError, AttributeError)
     if checkpoint is not None:
@@ -89,7 +89,7 @@ def check_paths(written: Sequence[NamedPath], read: Sequence[NamedPath]) -> None
     seen: dict[Path, str] = {}
     for what, path in written:
         if path.is_dir():
-            raise ExportError(f"{path}: is a folder, and {what} is to be written there; name a file")
+            raise ExportError(f"{path}: this is a folder, but {what} needs a file name; give one")
         place = path.parent.resolve() / path.name
         if place in seen:
             raise ExportError(
@@ -103,7 +103,9 @@ def check_paths(written: Sequence[NamedPath], read: Sequence[NamedPath]) -> None
                     f"{there}: this is {other}, and {what} would overwrite it; choose another name for {what}"
                 )
         if what == "the trials of --calibration" and not _has_keys(path, {"key", "rows"}):
-            raise ExportError(f"{path}: is not a record of trials, and {what} would replace it; choose another name")
+            raise ExportError(
+                f"{path}: the file is not a record of trials, but {what} would replace it; choose another name"
+            )
 
 
 def check_targets(output: Path) -> None:
@@ -115,7 +117,10 @@ def check_targets(output: Path) -> None:
     check_path(output)
     manifest = manifest_path(output)
     if not _has_keys(manifest, {"format", "kind"}):
-        raise ExportError(f"{manifest}: is not a manifest of neck-export; move it, or choose another --output")
+        raise ExportError(
+            f"{manifest}: this file is not a manifest of neck-export and would be overwritten; move it, or choose "
+            "another --output"
+        )
 
 
 def _has_keys(path: Path, keys: set[str]) -> bool:
@@ -131,7 +136,7 @@ def _has_keys(path: Path, keys: set[str]) -> bool:
 
 
 def check_room(output: Path, encoder: Sam3DualViTDetNeck, signature: Signature, precision: Precision) -> None:
-    """Refuses before the work where the disk cannot hold the weights.
+    """Refuses before the work if the disk cannot hold the weights.
 
     Raises:
         ExportError: saying how much is free and how much it takes.
@@ -142,14 +147,14 @@ def check_room(output: Path, encoder: Sam3DualViTDetNeck, signature: Signature, 
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         raise ExportError(
-            f"{output.parent}: {size_text(free)} are free, the file needs {size_text(needed)}; "
-            f"make room or choose another --output"
+            f"{output.parent}: the disk has {size_text(free)} free, but the file needs {size_text(needed)}; make "
+            "room or choose another --output"
         )
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns what the file system says of the output folder into one sentence.
+    """Turns a file system error of the output folder into one sentence.
 
     Raises:
         ExportError: for every OSError.
@@ -161,6 +166,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "written" in str(error)):
             raise ExportError(f"{path.parent}: the disk is full; make room or choose another --output") from None
         if isinstance(error, FileExistsError | NotADirectoryError):
-            raise ExportError(f"{error.filename or path}: is a file, not a folder; choose another --output") from None
+            raise ExportError(
+                f"{error.filename or path}: this is a file, but a folder is needed there; choose another --output"
+            ) from None
         reason = error.strerror or str(error) or type(error).__name__
         raise ExportError(f"{error.filename or path}: {reason}; choose another --output") from None

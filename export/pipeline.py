@@ -82,7 +82,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult:
-    """What came of an export: the file, its manifest, and the verdict, None where none was asked."""
+    """The result of an export: the file, its manifest, and the verdict (None if none was requested)."""
 
     path: Path
     manifest: dict[str, Any]
@@ -90,12 +90,12 @@ class ExportResult:
 
     @property
     def manifest_path(self) -> Path:
-        """Where the manifest lies."""
+        """The path of the manifest."""
         return manifest_path(self.path)
 
     @property
     def read_by(self) -> str | None:
-        """Who reads the file, in one line."""
+        """The runtimes that can load the file, in one line."""
         targets = self.manifest.get("targets")
         return targets["says"] if targets else None
 
@@ -104,7 +104,7 @@ class RejectedError(Exception):
     """The file does not compute what PyTorch computes; nothing was left under its name."""
 
     def __init__(self, path: Path, verdict: Verdict) -> None:
-        super().__init__(f"{path}: rejected, {verdict.summary}")
+        super().__init__(f"{path}: the file was rejected: {verdict.summary}")
         self.path, self.verdict = path, verdict
 
 
@@ -120,7 +120,7 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         RejectedError: the file's outputs left tolerance.
     """
     form = check_options(options)
-    report(f"weights: {options.source}")
+    report(f"loading the weights: {options.source}")
     loaded = load(options)
     encoder, notes = loaded.encoder, [*loaded.notes]
     signature = sign(options, encoder)
@@ -138,7 +138,7 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         origin = background.submit(weights_origin, loaded.origin)
         staged = folder / options.output.name
         forms, facts = lowering(options, form), dict[str, Any]()
-        report("trace")
+        report("tracing the encoder")
         canonical = trace(DeployEncoder(encoder, signature, options.rewrites))
         references = References(encoder, options.images, report)
         kept = kept_products(canonical.graph, options.keep_fp32)  # before the work: a pattern may name no module
@@ -149,12 +149,15 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         verdict: Verdict | None = None
         for residual in residuals_to_try(options.precision, options.residual):
             if verdict:
-                notes.append(f"{', '.join(verdict.failed_names)} left tolerance: residual sums now in FP32")
+                notes.append(
+                    f"{', '.join(verdict.failed_names)} exceeded the tolerance, so the residual sums were changed "
+                    "to FP32"
+                )
                 report(notes[-1])
-            report("write")
+            report("writing the file")
             model = write_lowered(canonical, staged, options.precision, residual=residual, **forms)
             needs = graph_needs(model)
-            require(form.targets, needs, f"--target {options.targets}", "take another target, or another --precision")
+            require(form.targets, needs, f"--target {options.targets}", "choose another target, or another --precision")
             if options.verify:
                 proof = (signature, references.of(signature), options.precision)
                 verdict = verify_onnx(staged, *proof, overrides=tolerances, report=report)
@@ -164,7 +167,7 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
                 break
         if verdict and not verdict.passed:
             raise RejectedError(options.output, verdict)
-        report("hashes and manifest")
+        report("computing hashes and writing the manifest")
         if "quantization" in facts:  # what is told is what the file has
             products = facts["quantization"]["products"]
             told = {name: products[name] for name in quantized_products(model.graph)}
@@ -234,13 +237,13 @@ def verify_file(
         check_reference(save)
     if not where.exists():
         needs = graph_needs(file.model)
-        require(asked, needs, str(path), f"it is {read_by(needs)}")
+        require(asked, needs, str(path), f"the file is {read_by(needs)}")
         if checkpoint is None:
             raise ManifestError(
-                f"{where}: the manifest is missing, so what {path.name} was exported from is unknown; give the weights "
-                f"that it should have with --checkpoint. {path.name}: {read_by(needs)}"
+                f"{where}: the manifest is missing, so it is unknown which weights {path.name} was exported from; give "
+                f"these weights with --checkpoint. {path.name} is {read_by(needs)}"
             )
-        report("weights")
+        report("loading the weights")
         loaded = with_head_if_any(EncoderSource(checkpoint, 0, state, prefix, adapter, config=config))
         foreign, made = judge_file(file, loaded.encoder, images, tolerances, report)
         if save is not None:
@@ -249,24 +252,26 @@ def verify_file(
             raise RejectedError(path, foreign)
         if write_manifest:
             target = adopt(file, foreign, loaded.encoder, loaded.origin, made, report)
-            (notes if notes is not None else []).append(f"manifest written: {manifest_path(target)}, of {target.name}")
+            (notes if notes is not None else []).append(
+                f"the manifest {manifest_path(target)} of {target.name} was written"
+            )
         return foreign
     given = {"config": config, "state": state, "prefix": prefix, "write-manifest": write_manifest}
     if any(given.values()):
         name = next(name for name, value in given.items() if value)
-        raise ExportError(f"{path}: its manifest tells which encoder it holds; leave --{name} out")
+        raise ExportError(f"{path}: the manifest already says which encoder the file contains; leave out --{name}")
     manifest = read_manifest(where, "onnx")
     signature = manifest_signature(where, manifest)
     if save is not None:
         check_paths([NamedPath("the file of --save-reference", save)], encoder_paths(path, manifest, checkpoint))
     tolerances = manifest_tolerances(manifest, tolerances)
     check_overrides(tolerances, [spec.name for spec in signature.outputs])
-    report("hashes")
+    report("checking hashes")
     check_files(where, manifest)
     needs = graph_needs(file.model)
     check_claims(where, manifest, needs)
-    require(asked, needs, str(path), f"it is {read_by(needs)}")
-    report("weights")
+    require(asked, needs, str(path), f"the file is {read_by(needs)}")
+    report("loading the weights")
     encoder = manifest_encoder(where, manifest, checkpoint, adapter)
     precision = manifest_precision(where, manifest)
     reference = make_reference(encoder, signature, images=images, report=report)
@@ -308,15 +313,15 @@ def write_onnx(
     Returns:
         The lowered model, its weights still unread.
     """
-    report("trace")
+    report("tracing the encoder")
     canonical = trace(DeployEncoder(encoder, signature, rewrites or Rewrites()))
-    report("write")
+    report("writing the file")
     write_positions(encoder, signature, path)
     return write_lowered(canonical, path, precision, **lowering)
 
 
 def write_lowered(canonical: ir.Model, path: Path, precision: Precision, **lowering: Any) -> ir.Model:
-    """Writes a traced graph in a precision and the forms that export.lowering.precision.lower takes."""
+    """Writes a traced graph in a precision and form; the arguments are those of export.lowering.precision.lower."""
     model = canonical.clone()
     lower(model, precision, **lowering)
     ir.save(model, path, external_data=data_path(path).name)

@@ -61,8 +61,12 @@ def state_line(weights: Mapping[str, Any]) -> str | None:
     others = weights.get("other_states")
     if not others and not weights.get("state"):
         return None
-    there = f"; other states with an encoder there: {', '.join(map(shown, others))} (--state)" if others else ""
-    return f"weights: state {shown(weights.get('state') or '(the file itself)')} of {weights['name']}{there}"
+    there = (
+        (f"; there are other states with an encoder: {', '.join(map(shown, others))} (choose with --state)")
+        if others
+        else ""
+    )
+    return f"read the state {shown(weights.get('state') or '(the file itself)')} of {weights['name']}{there}"
 
 
 def is_origin(weights: Mapping[str, Any], checkpoint: Path) -> bool:
@@ -88,14 +92,16 @@ def merged_adapter(where: Path, weights: Mapping[str, Any], adapter: Path | None
     """
     if "adapter" not in weights:
         if adapter is not None:
-            raise ExportError(f"{adapter}: {where.name} names no adapter that was merged; leave --adapter out")
+            raise ExportError(f"{adapter}: according to {where.name} no adapter was merged; leave out --adapter")
         return None
     folder = adapter or Path(weights["adapter"]["path"])
     if not folder.is_dir():
-        raise ExportError(f"{folder}: the adapter that {where.name} names is not there; give its path with --adapter")
+        raise ExportError(f"{folder}: the adapter that {where.name} names does not exist; give its path with --adapter")
     known = {entry["name"]: entry["sha256"] for entry in weights["adapter"]["files"]}
     if {file.name: sha256(file) for file in adapter_files(folder)} != known:
-        raise ExportError(f"{folder}: is not the adapter that was merged ({where.name} has its SHA-256)")
+        raise ExportError(
+            f"{folder}: this is not the adapter that was merged (its SHA-256 differs from the one in {where.name})"
+        )
     return folder
 
 
@@ -119,7 +125,9 @@ def encoder_config(encoder: Sam3DualViTDetNeck) -> EncoderConfig:
     """The config of an encoder of ours at its present image size, with the necks that it has."""
     trunk = encoder.trunk
     if not isinstance(trunk, ViTDetTrunk):
-        raise ExportError(f"the trunk is a {type(trunk).__name__}; build a Signature for it and call write_onnx")
+        raise ExportError(
+            f"the trunk is a {type(trunk).__name__}, not a ViTDetTrunk; build a Signature for it and call write_onnx"
+        )
     patch, (height, width) = trunk.config.patch_size, trunk.grid
     has = {"necks": tuple(encoder.necks), "sam2_head": encoder.sam2_head is not None}
     return dataclasses.replace(trunk.config, image_size=(height * patch, width * patch), **has)  # type: ignore[arg-type]
@@ -134,7 +142,7 @@ def manifest_signature(where: Path, manifest: Mapping[str, Any]) -> Signature:
     try:
         return Signature.from_dict(manifest["signature"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ManifestError(f"{where}: its signature is damaged ({error!r}); write the file again") from None
+        raise ManifestError(f"{where}: the entry `signature` is damaged ({error!r}); write the file again") from None
 
 
 def manifest_precision(where: Path, manifest: Mapping[str, Any]) -> Precision:
@@ -145,7 +153,9 @@ def manifest_precision(where: Path, manifest: Mapping[str, Any]) -> Precision:
     """
     precision = manifest.get("precision")
     if precision not in TYPES:
-        raise ManifestError(f"{where}: precision {precision!r}, expected {', '.join(TYPES)}; write the file again")
+        raise ManifestError(
+            f"{where}: the precision {precision!r} is unknown, expected {', '.join(TYPES)}; write the file again"
+        )
     return precision
 
 
@@ -169,11 +179,13 @@ def manifest_encoder(
         random, path = weights["random"], None if weights["random"] else Path(weights["path"])
         names = {key: weights[key] for key in ("state", "prefix") if weights.get(key) is not None}
     except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise ManifestError(f"{where}: does not say what was exported ({error!r}); write the file again") from None
+        raise ManifestError(
+            f"{where}: the manifest does not say which weights were exported ({error!r}); write the file again"
+        ) from None
     if random:
         for option, given in (("--checkpoint", checkpoint), ("--adapter", adapter)):
             if given is not None:
-                raise ExportError(f"{given}: {where.name} says that random weights were exported; leave {option} out")
+                raise ExportError(f"{given}: {where.name} says that random weights were exported; leave out {option}")
         return EncoderSource(seed=weights["seed"], config=config).load().encoder
     if not all(isinstance(value, str) for value in names.values()):
         raise ManifestError(f"{where}: `state` and `prefix` in the entry `weights` must be text; export the file again")
@@ -181,7 +193,7 @@ def manifest_encoder(
     assert path is not None
     if not path.exists():
         raise ExportError(
-            f"{path}: the weights that {where.name} names are not there; give their path with --checkpoint"
+            f"{path}: the weights that {where.name} names do not exist; give their path with --checkpoint"
             + (f", or download them again: --checkpoint {hub_text(weights)}" if "hub" in weights else "")
         )
     source = EncoderSource(path, config=config, alpha=weights.get("adapter_alpha"), **names)
@@ -206,7 +218,9 @@ def _same_weights(
     """
     digests, path = manifest.get("weights_sha256"), source.path
     if not isinstance(digests, dict):
-        raise ExportError(f"{path}: is not the checkpoint that was exported ({where.name} has its SHA-256)")
+        raise ExportError(
+            f"{path}: this is not the checkpoint that was exported (its SHA-256 differs from the one in {where.name})"
+        )
     unnamed = dataclasses.replace(source, state=None, prefix=None)
     ways = [unnamed]
     with contextlib.suppress(*(() if adapter is not None else (ExportError,))):
@@ -227,13 +241,13 @@ def _same_weights(
         problems.insert(
             0,
             ExportError(
-                f"{path}: is not the checkpoint that was exported, and holds other weights ({parts}; {where.name} "
-                "has their SHA-256); give the file that was exported, or export this one"
+                f"{path}: this is not the checkpoint that was exported, and its weights differ ({parts}; by their "
+                f"SHA-256 in {where.name}); give the checkpoint that was exported, or export this one"
             ),
         )
     if isinstance(problems[0], ExportError):
         raise problems[0]
     raise ExportError(
-        f"{path}: is not the checkpoint that was exported ({where.name} has its SHA-256), and its weights cannot be "
-        f"compared with those: {problems[0]}"
+        f"{path}: this is not the checkpoint that was exported (its SHA-256 differs from the one in {where.name}), "
+        f"and its weights cannot be compared: {problems[0]}"
     )

@@ -34,7 +34,7 @@ TELLTALES = {
 
 
 def with_class_row(layout: Layout, tensors: Mapping[str, Tensor]) -> Layout:
-    """The layout with what its position embedding's length tells: n * n rows, or one more for the class token.
+    """The layout, completed by the length of its position embedding: n * n rows, or one more for the class token.
 
     Meta keeps that row and Hugging Face drops it, but either file may have been saved by the other's rule.
     """
@@ -89,22 +89,25 @@ def check_config(path: Path, layout: Layout, config: EncoderConfig, said_by: str
         what = "hidden channels (embed_dim * mlp_ratio)" if field == "mlp_ratio" else field
         where = f" ({layout.keys(tells[field])[0]})" if field in tells else ""
         if field == "depth" and layout.gaps:
-            where = f" (blocks {listing(map(str, layout.gaps))} are absent)"
-        wrong.append(f"{what} {said[field]}, checkpoint has {has[field]}{where}")
+            where = f" (blocks {listing(map(str, layout.gaps))} are missing)"
+        wrong.append(f"{what} is {said[field]}, but the checkpoint has {has[field]}{where}")
     if wrong:
-        raise CheckpointError(f"{path}: {said_by} contradicts the tensors: it says {'; it says '.join(wrong)}")
+        raise CheckpointError(
+            f"{path}: {said_by} contradicts the checkpoint's tensors: {'; '.join(wrong)}; correct the "
+            "configuration, or pass another with --config"
+        )
 
 
 def published_config(path: Path, layout: Layout, facts: dict[str, Any]) -> EncoderConfig:
-    """SAM 3's own values for what the shapes do not tell, if the rest is SAM 3's."""
+    """SAM 3's own values for what the shapes do not determine, if everything else matches SAM 3."""
     known = {"layer_norm_eps": DEFAULT_EPS[layout.source], **facts}
     published = EncoderConfig()
     if all(facts.get(field) == getattr(published, field) for field in PUBLISHED):
         return EncoderConfig(**known)
     template = ", ".join(f'"{field}": {value}' for field, value in {**known, **dict.fromkeys(UNTOLD, "?")}.items())
     raise CheckpointError(
-        f"{path}: not the published architecture, and its tensors do not tell {', '.join(UNTOLD)};\n"
-        f"pass --config with a JSON file, filling in: {{{template}}}"
+        f"{path}: the encoder does not have SAM 3's published architecture, and its tensors do not determine "
+        f"{', '.join(UNTOLD)}.\nPass --config FILE, a JSON file with this content (replace each ?): {{{template}}}"
     )
 
 
@@ -117,7 +120,10 @@ def level_scales(
         return LEVEL_SCALES[:levels]  # a file of SAM 3.1 has three
     if len(config.scale_factors) != levels:
         given = ", ".join(f"{scale:g}" for scale in config.scale_factors)
-        raise CheckpointError(f"{path}: the config gives scale_factors {given}, the checkpoint has {levels} levels")
+        raise CheckpointError(
+            f"{path}: the configuration has the scale_factors {given}, but the checkpoint has {levels} levels; give "
+            "one scale factor per level"
+        )
     return config.scale_factors
 
 
@@ -135,9 +141,12 @@ def with_trained_size(
     """
     if not trained or config.image_size == (trained, trained):
         return config
-    tables = f"{path}: its rotary tables are for {trained}x{trained} pixels"
+    tables = f"{path}: the checkpoint's rotary tables were made for {trained}x{trained} pixels"
     if given:
-        notes.append(f"{tables}, the config says {config.image_size[0]}x{config.image_size[1]}")
+        notes.append(
+            f"{tables}, but the configuration says {config.image_size[0]}x{config.image_size[1]}; the size of the "
+            "configuration is used"
+        )
         return config
-    notes.append(f"{tables}, its default size")
+    notes.append(f"{tables}, which is therefore the default image size")
     return dataclasses.replace(config, image_size=(trained, trained))

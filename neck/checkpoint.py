@@ -111,13 +111,17 @@ def _read(path: Path, source: EncoderSource, necks: Sequence[str] | Choose | Non
         if config is None and file.is_file():
             config, said_by = read_hf_config(file, facts), file.name
         elif config is None:
-            notes.append(f"{path}: no {file.name} beside it; heads, window, theta and eps are taken as SAM 3's")
+            notes.append(
+                f"{path}: there is no {file.name} in the checkpoint's folder; heads, window, theta and epsilon are "
+                "assumed to be SAM 3's"
+            )
         notes += image_notes(file.parent)
     if config is not None:
         check_config(path, layout, config, said_by, facts)
     if layout.gaps and config is None:
         raise CheckpointError(
-            f"{path}: blocks {listing(map(str, layout.gaps))} are absent; where pruned, pass --config"
+            f"{path}: blocks {listing(map(str, layout.gaps))} are missing; if they were pruned, describe the "
+            "remaining architecture with --config"
         )
     try:
         parts: dict[str, Any] = {"necks": chosen, "sam2_head": sam2_head}
@@ -138,7 +142,9 @@ def _read(path: Path, source: EncoderSource, necks: Sequence[str] | Choose | Non
         changes, ignored = plan_changes(path, lora, layout, chosen, expected)
         notes += merge_notes(lora, changes, ignored)
     if layout.gaps:
-        notes.append(f"{path}: blocks {listing(map(str, layout.indices), 40)} are taken as 0 to {config.depth - 1}")
+        notes.append(
+            f"{path}: blocks {listing(map(str, layout.indices), 40)} are renumbered to 0 to {config.depth - 1}"
+        )
     encoder.load_state_dict(_convert(path, layout, tensors, list(wanted), changes, notes), assign=True)
     origin = Origin(source, read.files, read.name, read.others)
     return Loaded(encoder.requires_grad_(False).eval(), origin, tuple(notes))
@@ -154,14 +160,14 @@ def _find_layout(path: Path, tensors: dict[str, Tensor], prefix: str | None) -> 
         return complete[0]
     if complete:
         found = " and ".join(f"{layout.trunk}* with {', '.join(layout.necks.values())}*" for layout in complete)
-        raise CheckpointError(f"{path}: holds more than one encoder ({found}); choose by --prefix")
+        raise CheckpointError(f"{path}: the checkpoint contains several encoders ({found}); choose one with --prefix")
     if layouts:
-        what = f"a trunk ({layouts[0].trunk}*) but no SAM 3 neck beside it"
+        what = f"the checkpoint has a trunk ({layouts[0].trunk}*) but no SAM 3 neck"
     else:
-        what = f"no SAM 3 image encoder among its {len(tensors)} tensors ({listing(tensors, 3)})"
+        what = f"the checkpoint has no SAM 3 image encoder among its {len(tensors)} tensors ({listing(tensors, 3)})"
     raise CheckpointError(
-        f"{path}: {what}; a checkpoint of another model? Expected trunk.* and convs.* (Meta, Ultralytics) or "
-        "backbone.* and neck.fpn_layers.* (Hugging Face), under any prefix"
+        f"{path}: {what}; check that it is a checkpoint of SAM 3. Expected are tensors named trunk.* and convs.* "
+        "(Meta, Ultralytics) or backbone.* and neck.fpn_layers.* (Hugging Face), with any prefix"
     )
 
 
@@ -171,7 +177,8 @@ def _choose_necks(path: Path, layout: Layout, necks: Sequence[str] | Choose | No
     if asked - set(layout.necks):
         lacking = ", ".join(sorted(asked - set(layout.necks)))
         raise CheckpointError(
-            f"{path}: asked for neck {lacking}, but the checkpoint has {', '.join(layout.necks)} only"
+            f"{path}: neck {lacking} was requested, but the checkpoint has only {', '.join(layout.necks)}; choose "
+            "with --neck"
         )
     return tuple(neck for neck in NECK_MODULES if neck in asked)
 
@@ -191,18 +198,18 @@ def _check_tensors(
         expected.update(layout.shapes(name, tuple(ours.shape)))
     there = {key: tensors[key] for key in expected if key in tensors}
     problems = {
-        "missing": [key for key in expected if key not in tensors],
-        "not known in a SAM 3 encoder (adapters must be merged first)": [
+        "are missing": [key for key in expected if key not in tensors],
+        "do not belong to a SAM 3 encoder (a LoRA adapter must be merged first)": [
             key
             for key in tensors
             if layout.has_inside(key, necks) and key not in expected and not is_table(layout, key)
         ],
-        "misshapen": [
-            f"{key} is {tuple(tensor.shape)}, expected {expected[key]}"
+        "have the wrong shape": [
+            f"{key} has the shape {tuple(tensor.shape)}, expected {expected[key]}"
             for key, tensor in there.items()
             if tuple(tensor.shape) != expected[key]
         ],
-        "not plain float32, float16, bfloat16 or float64 tensors (quantized?)": [
+        "are not plain float32, float16, bfloat16 or float64 tensors (they may be quantized)": [
             f"{key} is {tensor.dtype}"
             for key, tensor in there.items()
             if tensor.dtype not in DTYPES or tensor.layout is not torch.strided or tensor.is_meta
@@ -235,10 +242,14 @@ def _convert(
         converted[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
     if bad:
         raise CheckpointError(
-            f"{path}: NaN or infinity in {len(bad)} of the encoder's tensors: {listing(bad)}; use a sound checkpoint"
+            f"{path}: NaN or infinity in {len(bad)} of the encoder's tensors: {listing(bad)}; use a checkpoint "
+            "with finite weights"
         )
     if constant:
-        notes.append(f"{path}: {listing(constant)} hold one value only; a download that was cut, or never trained?")
+        notes.append(
+            f"{path}: every value of {listing(constant)} is the same; the download may be incomplete, or the "
+            "encoder was never trained"
+        )
     return converted
 
 

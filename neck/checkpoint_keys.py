@@ -54,7 +54,7 @@ MOST_LAYOUTS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where one encoder lies in a checkpoint.
+    """The position of one encoder in a checkpoint.
 
     Args:
         source: `meta` (also Ultralytics) or `hf`.
@@ -74,17 +74,17 @@ class Layout:
 
     @property
     def trunk(self) -> str:
-        """What stands before the names inside the trunk."""
+        """The prefix of the names inside the trunk."""
         return self.prefix + ("trunk." if self.source == "meta" else "backbone.")
 
     @property
     def blocks(self) -> str:
-        """What stands before a block's index."""
+        """The prefix of a block's index."""
         return self.trunk + ("blocks." if self.source == "meta" else "layers.")
 
     @property
     def gaps(self) -> list[int]:
-        """Indices below the last block's that the checkpoint lacks."""
+        """Indices below the last block's that are missing in the checkpoint."""
         return sorted(set(range(max(self.indices, default=0))) - set(self.indices))
 
     def keys(self, name: str) -> tuple[str, ...]:
@@ -127,7 +127,7 @@ class Layout:
 
 
 def find_layouts(keys: Iterable[str]) -> list[Layout]:
-    """Every trunk in a checkpoint, told by its keys, with the necks beside it (there may be none)."""
+    """Every trunk in a checkpoint, recognized by its keys, with the necks beside it (possibly none)."""
     keys = list(keys)
     trackers = sorted({match[1] for key in keys if (match := TRACKER_NECK_KEY.match(key))})[:MOST_LAYOUTS]
     layouts = []

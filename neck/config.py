@@ -30,7 +30,7 @@ LISTS: tuple[tuple[str, Any, str], ...] = (
 
 
 class ConfigError(ValueError):
-    """An architecture that cannot be built, or a file that does not hold one."""
+    """An architecture that cannot be built, or a file that does not describe one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,31 +94,33 @@ class EncoderConfig:
     def _check_together(self) -> None:
         if self.embed_dim % self.num_heads or self.head_dim % 4:
             raise ConfigError(
-                f"embed_dim {self.embed_dim} over num_heads {self.num_heads} gives head_dim "
-                f"{self.embed_dim / self.num_heads:g}; rotary tables need a multiple of 4"
+                f"embed_dim {self.embed_dim} divided by num_heads {self.num_heads} gives head_dim "
+                f"{self.embed_dim / self.num_heads:g}; head_dim must be a multiple of 4 for the rotary tables"
             )
         if self.mlp_hidden < 1:
             raise ConfigError(
-                f"mlp_ratio {self.mlp_ratio:g} of embed_dim {self.embed_dim} gives an MLP without hidden channels; "
-                f"it must be at least {1 / self.embed_dim:g}"
+                f"mlp_ratio {self.mlp_ratio:g} with embed_dim {self.embed_dim} gives an MLP without hidden channels; "
+                f"mlp_ratio must be at least {1 / self.embed_dim:g}"
             )
         if self.pretrain_image_size % self.patch_size:
             raise ConfigError(
-                f"pretrain_image_size {self.pretrain_image_size} is not a multiple of patch_size {self.patch_size}"
+                f"pretrain_image_size {self.pretrain_image_size} must be a multiple of patch_size {self.patch_size}"
             )
         if self.d_model % 4:
-            raise ConfigError(f"d_model is {self.d_model}; the sine position encoding needs a multiple of 4")
+            raise ConfigError(f"d_model is {self.d_model}; it must be a multiple of 4 for the sine position encoding")
         outside = [index for index in self.global_blocks if not 0 <= index < self.depth]
         if outside:
-            raise ConfigError(f"global_blocks {outside} lie outside the {self.depth} blocks 0..{self.depth - 1}")
+            raise ConfigError(
+                f"global_blocks names blocks {outside}, but the trunk has only blocks 0 to {self.depth - 1}"
+            )
         if not self.necks or not self.scale_factors:
-            raise ConfigError("an encoder needs at least one neck and one level")
+            raise ConfigError("the configuration has no neck or no scale factor; it must have at least one of each")
         if not isinstance(self.sam2_head, bool):
             raise ConfigError(f"sam2_head is {self.sam2_head!r}; it must be true or false")
         if self.sam2_head and ("sam2" not in self.necks or self.d_model % HEAD_PARTS[0]):
             raise ConfigError(
-                f"sam2_head is true with necks {', '.join(self.necks)} and d_model {self.d_model}; "
-                f"it needs neck sam2 and a multiple of {HEAD_PARTS[0]}"
+                f"sam2_head is true with necks {', '.join(self.necks)} and d_model {self.d_model}; it needs the neck "
+                f"sam2 and a d_model that is a multiple of {HEAD_PARTS[0]}"
             )
 
     @property
@@ -152,7 +154,7 @@ class EncoderConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ConfigError(f"unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+            raise ConfigError(f"unknown key {', '.join(unknown)}; the known keys are {', '.join(sorted(known))}")
         try:
             return cls(**values)
         except TypeError as error:
@@ -164,14 +166,17 @@ class EncoderConfig:
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
-            raise ConfigError(f"{path}: not a readable JSON file ({error})") from None
+            raise ConfigError(f"{path}: the file cannot be read as JSON ({error})") from None
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: holds a {type(values).__name__}, expected an object of EncoderConfig's fields")
+            raise ConfigError(
+                f"{path}: the file contains a {type(values).__name__}, expected a JSON object with the fields of "
+                "EncoderConfig"
+            )
         values = values.get("onnx_manifest") or values  # a plan's manifest holds its ONNX file's
         if {"model_type", "architectures"} & set(values):
             raise ConfigError(
-                f"{path}: a config.json of Hugging Face, which is read where it lies beside its weights; "
-                "leave --config out, or write an encoder.json with EncoderConfig's fields"
+                f"{path}: this is Hugging Face's config.json, which is read automatically from the checkpoint's "
+                "folder; leave out --config, or write an encoder.json with the fields of EncoderConfig"
             )
         if isinstance(values.get("encoder"), dict):  # a manifest
             values = values["encoder"]
@@ -182,7 +187,7 @@ class EncoderConfig:
 
 
 def exact_ratio(hidden: int, embed_dim: int) -> float:
-    """The mlp_ratio that gives exactly these hidden channels, whatever its rounding."""
+    """The mlp_ratio that gives exactly these hidden channels in spite of rounding."""
     ratio = hidden / embed_dim
     return ratio if int(embed_dim * ratio) == hidden else (hidden + 0.5) / embed_dim
 
@@ -195,19 +200,24 @@ def check_image_size(size: Any, patch_size: int) -> tuple[int, int]:
     """
     sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
     if len(sides) != 2 or any(not isinstance(side, int) or isinstance(side, bool) for side in sides):
-        raise ConfigError(f"image size {size!r}: give a whole number or (height, width) in pixels")
+        raise ConfigError(f"the image size {size!r} is invalid; give a whole number, or (height, width) in pixels")
     for side in sides:
         if side < 1:
-            raise ConfigError(f"image size {side}: a side must be at least one patch, {patch_size} pixels")
+            raise ConfigError(
+                f"the image size {side} is too small; a side must have at least one patch of {patch_size} pixels"
+            )
     if max(sides) > LARGEST_SIDE:
         tokens = (sides[0] // patch_size) * (sides[1] // patch_size)
         raise ConfigError(
-            f"image size {sides[0]}x{sides[1]} is above {LARGEST_SIDE} a side: in FP32 its finest feature map takes "
-            f"{tokens * 16 * 256 * 4 / 1e9:,.0f} GB and one head's attention scores {tokens**2 * 4 / 1e9:,.0f} GB"
+            f"the image size {sides[0]}x{sides[1]} is larger than {LARGEST_SIDE} pixels a side; in FP32 the finest "
+            f"feature map would need {tokens * 16 * 256 * 4 / 1e9:,.0f} GB and the attention scores of one head "
+            f"{tokens**2 * 4 / 1e9:,.0f} GB"
         )
     for side in sides:
         if side % patch_size:
             below = side // patch_size * patch_size
             nearest = f"{below} and {below + patch_size}" if below else f"{patch_size}"
-            raise ConfigError(f"image size {side} is not a multiple of the patch size {patch_size}; nearest: {nearest}")
+            raise ConfigError(
+                f"the image size {side} is not a multiple of the patch size {patch_size}; nearest: {nearest}"
+            )
     return int(sides[0]), int(sides[1])

@@ -62,7 +62,7 @@ class ValueRange:
         except ValueError:
             low = high = math.nan
         if not -math.inf < low < high < math.inf:
-            raise ImageError(f"{text!r} is no range of pixel values; give LOW:HIGH, such as 0:4000.")
+            raise ImageError(f"{text!r} is not a range of pixel values; give LOW:HIGH, such as 0:4000.")
         return cls(low, high)
 
     def scale(self, values: np.ndarray) -> Pixels:
@@ -73,7 +73,7 @@ class ValueRange:
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-    """A folder of images and how those deeper than 8 bits are to be read."""
+    """A folder of images, and how to read those with more than 8 bits."""
 
     path: Path
     value_range: ValueRange | None = None
@@ -85,7 +85,7 @@ class ImageFolder:
 
 
 def silent(line: str) -> None:
-    """Says nothing."""
+    """Ignores the line."""
 
 
 def read_image(path: Path, value_range: ValueRange | None = None, say: Say = silent) -> Pixels:
@@ -112,17 +112,23 @@ def read_image(path: Path, value_range: ValueRange | None = None, say: Say = sil
         try:
             return _decode(stream, value_range, lambda line: say(f"{Path(path).name}: {line}"))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            reason = f"has more than the {Image.MAX_IMAGE_PIXELS} pixels that are safe to unpack; make it smaller"
+            reason = f"has more than {Image.MAX_IMAGE_PIXELS} pixels, the limit for decoding; make the image smaller"
         except _NoRangeError as error:
             reason = str(error)
         except UnidentifiedImageError:
-            reason = f"is damaged or in no known format ({', '.join(FORMATS)}); fetch it again or convert it to PNG"
+            reason = (
+                f"is damaged or has an unknown format (known are {', '.join(FORMATS)}); download it again or "
+                "convert it to PNG"
+            )
             if tiff := describe_tiff(stream):
-                reason = f"is a TIFF of {tiff}; taken are 1 band (gray) of 8, 16 or 32 bits and 3 or 4 (RGB) of 8 or 16"
-                reason += "; choose three bands, as `gdal_translate -b 3 -b 2 -b 1 -ot Byte -scale` does"
+                reason = (
+                    f"is a TIFF file with {tiff}; supported are 1 band (gray) of 8, 16 or 32 bits and 3 or 4 bands "
+                    "(RGB) of 8 or 16 bits"
+                )
+                reason += "; select three bands, for example with `gdal_translate -b 3 -b 2 -b 1 -ot Byte -scale`"
         except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, struct.error, IndexError ...
             cause = " ".join(str(error).split()) or type(error).__name__
-            reason = f"cannot be decoded ({cause}); fetch it again or save it as 8-bit RGB PNG"
+            reason = f"cannot be decoded ({cause}); download it again or save it as 8-bit RGB PNG"
     raise ImageError(f"{path} {reason}.")
 
 
@@ -141,7 +147,7 @@ def resize_image(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     """
     _check_pixels(pixels, dimensions=3)
     if len(size) != 2 or min(size) < 1:
-        raise ImageError(f"An image cannot be resized to {tuple(size)}; give (height, width), both 1 or more.")
+        raise ImageError(f"An image cannot be resized to {tuple(size)}; give (height, width), both at least 1.")
     # Golden images, 112 x 112: torch on uint8 is exact; Pillow's BILINEAR is 1 level off in 34 of 112896 values.
     image = torch.from_numpy(np.array(pixels, order="C")).permute(2, 0, 1)[None]  # (H, W, 3) -> (1, 3, H, W)
     resized = torch.nn.functional.interpolate(image, tuple(size), mode="bilinear", antialias=True)
@@ -166,7 +172,7 @@ def normalize(pixels: Pixels) -> torch.Tensor:
 
 
 def denormalize(image: torch.Tensor) -> torch.Tensor:
-    """What `normalize` took: (B, 3, H, W) -> uint8 (B, H, W, 3) on the same device."""
+    """Inverts `normalize`: (B, 3, H, W) -> uint8 (B, H, W, 3) on the same device."""
     pixels = ((image.float() + 1) * 127.5).round().clamp(0, 255)
     return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
@@ -208,18 +214,20 @@ def find_images(folder: Path) -> list[Path]:
         entries = sorted(Path(folder).iterdir())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(f"{folder} cannot be listed ({reason}); give a folder that holds images.") from None
+        raise ImageError(
+            f"The folder {folder} cannot be listed ({reason}); give a folder that contains images."
+        ) from None
     # Hidden: macOS puts a `._photo.jpg` that is no JPEG beside each `photo.jpg` on foreign disks.
     images = [path for path in entries if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()]
     if not images:
         skipped = f"{line}; " if (line := skipped_line(folder)) else ""
         names = ", ".join(sorted(SUFFIXES))
-        raise ImageError(f"{folder} holds no image; {skipped}put files there that end in {names}.")
+        raise ImageError(f"The folder {folder} contains no image; {skipped}put in files that end in {names}.")
     return images
 
 
 def skipped_line(folder: Path) -> str | None:
-    """Counts and names the files that `find_images` leaves out, hidden ones aside; None where there is none."""
+    """Counts and names the visible files that `find_images` skips; None if there are none."""
     try:
         entries = sorted(Path(folder).iterdir())
     except (OSError, ValueError):  # told by find_images
@@ -243,7 +251,7 @@ def _open_file(path: Path) -> BinaryIO:
     if path.is_dir():
         raise ImageError(f"{path} is a folder; give an image file.")
     if path.is_fifo():  # opening it would wait for ever
-        raise ImageError(f"{path} is a pipe; give an image file.")
+        raise ImageError(f"{path} is a named pipe; give an image file.")
     try:
         stream = path.open("rb")
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
@@ -251,7 +259,7 @@ def _open_file(path: Path) -> BinaryIO:
         raise ImageError(f"{path} cannot be opened ({reason}); check the path and its permissions.") from None
     if os.fstat(stream.fileno()).st_size == 0:  # devices such as /dev/zero too
         stream.close()
-        raise ImageError(f"{path} is empty (0 bytes); fetch or save it again.")
+        raise ImageError(f"{path} is empty (0 bytes); download or save it again.")
     return stream
 
 
@@ -272,10 +280,14 @@ def _decode(stream: BinaryIO, value_range: ValueRange | None, say: Say) -> Pixel
     if deep_color:
         if value_range:
             raise _NoRangeError(
-                "has 16-bit color, of which Pillow reads the high byte alone; save it as 8-bit RGB PNG, scaled"
+                "has 16-bit color, of which Pillow reads only the high byte, so the range cannot be applied; scale "
+                "the image yourself and save it as 8-bit RGB PNG"
             )
         most = int(np.asarray(upright).max())
-        say(f"16-bit color, values up to about {most * 257}; the high byte of each is taken, 0 to {most} of 255")
+        say(
+            f"16-bit color with values up to about {most * 257}; the high byte of each value is used, which gives 0 "
+            f"to {most} of 255"
+        )
     if upright.mode == "P" and "transparency" in upright.info:
         upright = upright.convert("RGBA")  # the same colors; Pillow warns about the direct way
     return np.array(upright.convert("RGB"))
@@ -284,21 +296,26 @@ def _decode(stream: BinaryIO, value_range: ValueRange | None, say: Say) -> Pixel
 def _to_8_bits(values: np.ndarray, bits: int, value_range: ValueRange | None, say: Say) -> Pixels:
     """Gray pixels deeper than 8 bits (H, W), by the range or, of 16 bits, by their high byte."""
     known = values[np.isfinite(values)]
-    seen = f"{known.min():.6g} to {known.max():.6g}" if known.size else "none that is finite"
-    kind = f"{bits}-bit {'float ' if values.dtype.kind == 'f' else ''}gray, values {seen}"
+    seen = f"{known.min():.6g} to {known.max():.6g}" if known.size else "none of which is finite"
+    kind = f"{bits}-bit {'float ' if values.dtype.kind == 'f' else ''}gray with values {seen}"
     if value_range:
-        say(f"{kind}; {value_range.low:g} to {value_range.high:g} become 0 to 255")
+        say(f"{kind}; {value_range.low:g} to {value_range.high:g} are scaled to 0 to 255")
         return value_range.scale(values)
     if bits == 32:
-        raise _NoRangeError(f"is {kind}, of no fixed range; say which are black and white: --image-range LOW:HIGH")
+        raise _NoRangeError(
+            f"is {kind}, and this type has no fixed range; name the values of black and white with --image-range "
+            "LOW:HIGH"
+        )
     # Pillow clips 16-bit gray at 255 but takes the high byte of 16-bit RGB; both take the high byte here.
     high = (values.astype(np.int32) >> 8).astype(np.uint8)
     taken = f"{high.min()} to {high.max()} of 255"
-    say(f"{kind} of 65535; the high byte of each is taken, {taken} (--image-range LOW:HIGH scales)")
+    say(
+        f"{kind} of 65535; the high byte of each value is used, which gives {taken} (scale with --image-range LOW:HIGH)"
+    )
     return high
 
 
 def _check_pixels(pixels: Pixels, dimensions: int) -> None:
     wanted = "(H, W, 3)" if dimensions == 3 else "(B, H, W, 3)"
     if pixels.dtype != np.uint8 or pixels.ndim != dimensions or pixels.shape[-1] != 3 or 0 in pixels.shape:
-        raise ImageError(f"Pixels are {pixels.dtype} {pixels.shape}; give uint8 {wanted}, RGB, not empty.")
+        raise ImageError(f"The pixels are {pixels.dtype} {pixels.shape}; give a non-empty uint8 array {wanted} in RGB.")

@@ -36,14 +36,14 @@ def level_convs(scale: float, channels: int, d_model: int) -> nn.Sequential:
     elif scale == 0.5:
         convs.add_module("maxpool_2x2", nn.MaxPool2d(kernel_size=2, stride=2))
     elif scale != 1.0:
-        raise NotImplementedError(f"scale factor {scale}: only 4.0, 2.0, 1.0 and 0.5 exist")
+        raise NotImplementedError(f"the scale factor {scale} is not supported; use 4.0, 2.0, 1.0 or 0.5")
     convs.add_module("conv_1x1", nn.Conv2d(out, d_model, kernel_size=1))
     convs.add_module("conv_3x3", nn.Conv2d(d_model, d_model, kernel_size=3, padding=1))
     return convs
 
 
 class Sam2Head(nn.Module):
-    """What SAM 2's mask decoder does first to the two finer levels of its neck: a 1x1 convolution each.
+    """The first step of SAM 2's mask decoder for the two finer levels of its neck: a 1x1 convolution each.
 
     Args:
         d_model: channels of every feature map.
@@ -222,5 +222,7 @@ def _with_necks(config: EncoderConfig) -> Sam3DualViTDetNeck:
     if config.necks == ("sam3", "interactive", "propagation"):
         return Sam3TriViTDetNeck(trunk, position, config.d_model, config.scale_factors)
     if len(set(config.necks) & set(NECK_MODULES)) < len(config.necks):
-        raise NotImplementedError(f"necks {config.necks}: known are {', '.join(NECK_MODULES)}, each once")
+        raise NotImplementedError(
+            f"the necks {config.necks} are not supported; use {', '.join(NECK_MODULES)}, each at most once"
+        )
     return Sam3AnyViTDetNeck(trunk, position, config.d_model, config.scale_factors, config.necks)

@@ -37,18 +37,18 @@ class Count(NamedTuple):
 
 
 def step(text: str) -> None:
-    """Tells that a step begins."""
+    """Reports that a step begins."""
     LOG.info("%s", text)
 
 
 def count(text: str, done: int, total: int | None, unit: str) -> None:
-    """Tells how much of a step is done; the arguments are Count's."""
+    """Reports how much of a step is done; the arguments are those of Count."""
     found = Count(text, done, total, unit)
     LOG.info("%s", found, extra={"count": found})
 
 
 def counted(items: Iterable[Item], text: str, total: int | None, unit: str) -> Iterator[Item]:
-    """Hands out items one by one and tells how many are done."""
+    """Yields items one by one and reports how many are done."""
     count(text, 0, total, unit)
     for done, item in enumerate(items, 1):
         yield item

@@ -33,7 +33,7 @@ class PlainLines(logging.StreamHandler):  # subscriptable from Python 3.11 on
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Takes a record; logging holds this handler's lock."""
+        """Shows a record; logging holds this handler's lock."""
         now = time.monotonic()
         found: Count | None = getattr(record, "count", None)
         if found is None:

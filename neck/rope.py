@@ -36,10 +36,10 @@ def axial_angles(
 
 
 class Rotary(nn.Module):
-    """Turns interleaved pairs of channels; a module without weights, so that its path tells a graph's nodes."""
+    """Rotates interleaved pairs of channels; a module without weights, so that its path names the graph's nodes."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turns the pairs (2i, 2i + 1) of x (..., N, D) by the angles of cos, sin (N, D / 2), in their dtype."""
+        """Rotates the pairs (2i, 2i + 1) of x (..., N, D) by the angles of cos, sin (N, D / 2), in their dtype."""
         even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
         return turned.flatten(-2).to(x.dtype)

@@ -39,7 +39,7 @@ class EncoderSource:
     config: EncoderConfig | None = None
 
     def __str__(self) -> str:
-        return str(self.path) if self.path else f"random, seed {self.seed}"
+        return str(self.path) if self.path else f"random weights with seed {self.seed}"
 
     def load(self, necks: Sequence[str] | Choose | None = None, *, sam2_head: bool = False) -> Loaded:
         """Loads the encoder in float32, in eval mode, without gradients.
@@ -65,7 +65,7 @@ class EncoderSource:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What was read.
+    """Where an encoder's weights came from.
 
     Attributes:
         source: what was asked for.
@@ -82,7 +82,7 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """An encoder, what it was read from, and what the user should know of it."""
+    """An encoder, its origin, and notes for the user."""
 
     encoder: Sam3DualViTDetNeck
     origin: Origin

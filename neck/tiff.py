@@ -21,11 +21,11 @@ def describe_tiff(stream: BinaryIO) -> str | None:
         stream.seek(tags.next)
         tags.load(stream)
         bands, bits = int(tags.get(SAMPLES, 1)), sorted(set(tags.get(BITS, (1,))))
-        kinds = {KINDS.get(kind, "values of an unknown kind") for kind in tags.get(FORMAT, (1,))}
+        kinds = {KINDS.get(kind, "values of unknown type") for kind in tags.get(FORMAT, (1,))}
         packed = tags.get(COMPRESSION, 1)
         if WIDTH not in tags:
             return None
     except Exception:  # a damaged TIFF: Pillow raises SyntaxError, struct.error, TypeError ...
         return None
-    how = "" if packed in COMPRESSION_INFO else f", in compression {packed}, which Pillow does not unpack"
+    how = "" if packed in COMPRESSION_INFO else f" in compression {packed}, which Pillow cannot decode"
     return f"{bands} band{'s' * (bands != 1)} of {' and '.join(map(str, bits))}-bit {' and '.join(sorted(kinds))}{how}"

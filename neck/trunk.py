@@ -164,7 +164,7 @@ class ViTDetTrunk(nn.Module):
         if tuple(x.shape[1:3]) != self.grid:
             patch, (height, width) = self.config.patch_size, self.grid
             raise ValueError(
-                f"images are {images.shape[-2]}x{images.shape[-1]}, the trunk is set to "
+                f"the images have {images.shape[-2]}x{images.shape[-1]} pixels, but the trunk is set to "
                 f"{height * patch}x{width * patch}; call set_imgsz first"
             )
         x = self.ln_pre(x + self.position())

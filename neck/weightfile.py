@@ -52,7 +52,7 @@ class State:
 
 
 def read_state(path: Path, state: str | None = None) -> State:
-    """Reads the tensors of one state of a checkpoint; what kind of file it is, its first bytes tell.
+    """Reads the tensors of one state of a checkpoint; the format is recognized by the first bytes.
 
     The tensors are views of the mapped file (except in a .pt from before PyTorch 1.6, a compressed one or one of the
     other byte order, which are read): it must not be overwritten in place while they are used. Replacing it by a
@@ -71,11 +71,11 @@ def read_state(path: Path, state: str | None = None) -> State:
         if known := file_of(path, head):
             raise CheckpointError(known)
         if state is not None:
-            raise CheckpointError(f"{path}: an index of shards has one state; leave --state out")
+            raise CheckpointError(f"{path}: a sharded checkpoint (with an index) has only one state; leave out --state")
         shards, tensors = shard_files(path), dict[str, Tensor]()
         for file in shards:
             if not file.is_file():
-                raise CheckpointError(f"No such file: {file}, a shard of {path.name}; download it too")
+                raise CheckpointError(f"No such file: {file}; {path.name} names this shard, so download it too")
             tensors.update(_read_file(file, _head(file), None).tensors)
         return State(unwrap_names(path, tensors), files=(path, *shards))
     found = _read_file(path, head, state)
@@ -90,13 +90,17 @@ def find_file(path: Path) -> Path:
                 return path / name
         if known := folder_of(path):
             raise CheckpointError(known)
-        raise CheckpointError(f"No such file: the folder {path} has no {' or '.join(FOLDER_NAMES)}; name a file")
+        raise CheckpointError(
+            f"{path}: the folder contains no {' or '.join(FOLDER_NAMES)}; name the file with the weights"
+        )
     if not path.is_file():
         raise CheckpointError(missing(path))
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise CheckpointError(f"{path}: PyTorch and safetensors open no path that is not UTF-8; rename it") from None
+        raise CheckpointError(
+            f"{path}: PyTorch and safetensors can only open paths in UTF-8; rename the file or folder"
+        ) from None
     return path
 
 
@@ -116,7 +120,7 @@ def _head(path: Path) -> bytes:
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        raise CheckpointError(f"{path}: the file cannot be read ({error.strerror})") from None
     if not head:
         raise CheckpointError(f"{path}: the file is empty; copy or download it again")
     return head
@@ -134,14 +138,15 @@ def _read_file(path: Path, head: bytes, state: str | None) -> State:
     # safetensors first: the length at its front may begin with any byte, also with a pickle's 0x80
     if _is_safetensors(head):
         if state is not None:
-            raise CheckpointError(f"{path}: a .safetensors has one state; leave --state out")
+            raise CheckpointError(f"{path}: a .safetensors file has only one state; leave out --state")
         return State(_read_safetensors(path))
     if known := file_of(path, head):
         raise CheckpointError(known)
     if head.startswith(TORCH_STARTS):
         return _read_torch(path, state)
     raise CheckpointError(
-        f"{path}: not a checkpoint, it begins with {head[:9]!r}; expected a PyTorch .pt, a .safetensors or {INDEX_NAME}"
+        f"{path}: the file is not a checkpoint (it begins with {head[:9]!r}); expected a PyTorch .pt, a .safetensors "
+        f"or {INDEX_NAME}"
     )
 
 
@@ -151,7 +156,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, ValueError) as error:
         size = path.stat().st_size
         raise CheckpointError(
-            f"{path}: a truncated or damaged .safetensors of {size:,} bytes ({error}); copy or download it again"
+            f"{path}: the .safetensors file of {size:,} bytes is truncated or damaged ({error}); copy or download it "
+            "again"
         ) from None
 
 
@@ -166,30 +172,35 @@ def shard_files(path: Path) -> list[Path]:
         shards = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: not an index of shards ({type(error).__name__}: {error}); expected JSON with a weight_map"
+            f"{path}: the file is not an index of shards ({type(error).__name__}: {error}); expected JSON with a "
+            "weight_map"
         ) from None
     for shard in shards:
         if not isinstance(shard, str) or shard in ("", ".", "..") or re.search(r"[/\\:]", shard):
-            raise CheckpointError(f"{path}: names the shard {shard!r}; shards must be files in the index's own folder")
+            raise CheckpointError(
+                f"{path}: the index names the shard {shard!r}; shards must be files in the folder of the index"
+            )
     return [path.parent / shard for shard in shards]
 
 
 def _read_torch(path: Path, asked: str | None) -> State:
     file = TorchFile(path)
     if not isinstance(file.root, dict | OpaqueObject):
-        raise CheckpointError(f"{path}: holds a {_kind(file.root)}, expected a dict of tensors or a module")
+        raise CheckpointError(f"{path}: the file contains a {_kind(file.root)}, expected a dict of tensors or a module")
     states = find_states(path, file.root)
     if not states:
         keys = [key for key in file.root if isinstance(key, str)] if isinstance(file.root, dict) else []
         shown = ", ".join(repr(key[:40]) for key in keys[:8]) or "nothing"
-        raise CheckpointError(f"{path}: no tensors in it (its keys: {shown}); expected a state dict or a module")
+        raise CheckpointError(
+            f"{path}: the file contains no tensors (its keys are {shown}); expected a state dict or a module"
+        )
     name = choose_state(path, states, asked)
     entries = states[name]
     if entries.others:
         listed = ", ".join(f"{key} is a {kind}" for key, kind in list(entries.others.items())[:4])
         raise CheckpointError(
-            f"{path}: {len(entries.others)} of its tensors are not plain ones ({listed}): quantized, sparse or cut\n"
-            f"between processes; gather and dequantize them where they were made, then {ADVICE}"
+            f"{path}: {len(entries.others)} of its tensors are not plain tensors ({listed}), but quantized, sparse "
+            f"or sharded over processes.\nGather or dequantize them in the program that made them, then {ADVICE}"
         )
     others = tuple(place for place, found in states.items() if found.fits and place != name)
     return State({key: file.tensor(record) for key, record in entries.tensors.items()}, name, others)

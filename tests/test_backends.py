@@ -183,7 +183,7 @@ def test_a_precision_that_openvino_does_not_take_is_refused(job: RunRequest, mon
 
     monkeypatch.setattr(openvino, "Core", Old)
     runner = open_runner(of(job, "openvino-rewritten-bf16"))
-    with pytest.raises(RunnerError, match="computes in f32, asked was bf16"):
+    with pytest.raises(RunnerError, match="f32, but bf16 was requested"):
         runner.load()
 
 
@@ -312,7 +312,7 @@ def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 def test_a_worker_that_hangs_is_ended(worker: Worker) -> None:
     os.kill(worker.pid, signal.SIGSTOP)
-    with pytest.raises(WorkerError, match=r"no answer to `facts` in 0.5 s; it was ended"):
+    with pytest.raises(WorkerError, match=r"no answer to `facts`"):
         worker.ask("facts", 0.5)
     with pytest.raises(ProcessLookupError):
         os.kill(worker.pid, 0)

@@ -133,11 +133,16 @@ def test_other_exports_build(save: Save, precision: Precision, asked: dict[str, 
 @pytest.mark.parametrize(
     ("held", "asked", "keep", "says"),
     [
-        ("fp32", "fp16", (), r"trunk\.patch_embed\.proj/Conv computes in FLOAT, asked was fp16.*--precision fp16"),
-        ("fp16", "fp32", (), "computes in HALF, asked was fp32"),
-        ("bf16", "fp16", (), "computes in BF16, asked was fp16"),
+        (
+            "fp32",
+            "fp16",
+            (),
+            r"trunk\.patch_embed\.proj/Conv computes in FLOAT, but fp16 was requested.*--precision fp16",
+        ),
+        ("fp16", "fp32", (), "computes in HALF, but fp32 was requested"),
+        ("bf16", "fp16", (), "computes in BF16, but fp16 was requested"),
         ("fp32", "fp16", ("trunk", "convs.0"), r"convs\.1\..* computes in FLOAT"),
-        ("fp32", "fp16", ("trunk", "convs.*"), "no matrix product or convolution in fp16"),
+        ("fp32", "fp16", ("trunk", "convs.*"), "no matrix multiplication or convolution in fp16"),
     ],
 )
 def test_types_other_than_asked_are_refused(
@@ -184,7 +189,7 @@ def test_no_other_product_may_be_fp32(small: Path, plant: Any) -> None:
     model = ir.load(small)
     name = plant(model)
     small.write_bytes(ir.to_proto(model).SerializeToString())
-    with pytest.raises(BuildError, match=f"{re.escape(name)} computes in FLOAT, asked was fp16"):
+    with pytest.raises(BuildError, match=f"{re.escape(name)} computes in FLOAT, but fp16 was requested"):
         build_plan(small, small.with_suffix(".plan"), BuildOptions())
 
 
@@ -257,15 +262,15 @@ def _outside(path: Path) -> Path:
         (lambda path: path.with_name("none.onnx"), "none.onnx: no such file; write it with `neck-export onnx`"),
         (
             _without_data,
-            "its weights file .*onnx.data is missing; copy it there, or export it again: neck-export onnx",
+            "weights file .*onnx.data is missing; copy it there, or export it again: neck-export onnx",
         ),
-        (lambda path: _truncated(path, 0.5), "not a whole ONNX file.*export it again"),
-        (lambda path: _truncated(path, 0), "no outputs in it.*export it again"),
+        (lambda path: _truncated(path, 0.5), "incomplete or damaged.*export it again"),
+        (lambda path: _truncated(path, 0), "no outputs.*export it again"),
         (
             lambda path: _truncated(path.with_name(path.name + ".data"), 0.5) and path,
-            r"is cut off at [\d,]+ of [\d,]+ by",
+            r"[\d,]+ of [\d,]+",
         ),
-        (_outside, "'../secret.data', outside its folder"),
+        (_outside, "'../secret.data', outside its own folder"),
     ],
 )
 def test_bad_files_are_told(small: Path, spoil: Any, says: str) -> None:
@@ -286,7 +291,8 @@ def test_what_the_parser_refuses_is_told_with_the_node(small: Path) -> None:
     node.op_type = "NoSuchOperator"
     onnx.save(model, small)
     with pytest.raises(
-        BuildError, match=rf"TensorRT-RTX [\d.]+ cannot parse it: node {node.name} \(NoSuchOperator\).*\n.*--opset auto"
+        BuildError,
+        match=rf"TensorRT-RTX [\d.]+ cannot parse the file: node {node.name} \(NoSuchOperator\).*\n.*--opset auto",
     ):
         build_plan(small, small.with_suffix(".plan"), BuildOptions())
 
@@ -309,7 +315,7 @@ def golden_trace() -> ir.Model:
 def test_what_the_builder_refuses_is_told(save: Save) -> None:
     """TensorRT-RTX 1.7 has no BF16 ConvTranspose."""
     path = typed_file(save, "bf16", upsampling="deconv")
-    with pytest.raises(BuildError, match=r"TensorRT built nothing: .*deconv"):
+    with pytest.raises(BuildError, match=r"deconv"):
         build_plan(path, path.with_suffix(".plan"), BuildOptions("bf16"))
     assert not list(path.parent.glob("*.plan*")) and not list(path.parent.glob(".*"))
 
@@ -321,8 +327,8 @@ def test_what_the_builder_refuses_is_told(save: Save) -> None:
         (BuildOptions(compute_capabilities=("8.9", "nonsense")), "nonsense"),
         (BuildOptions(timing_cache=Path("times.cache")), "--timing-cache"),
         (BuildOptions(hardware_compatible="ampere+"), "--hardware-compatible"),
-        (BuildOptions(optimization_level=6), "optimization level 6: expected 0 to 5"),
-        (BuildOptions(batch=BatchRange.parse("1:4:8")), "its batch is 1, asked was 1:4:8; export again with --batch"),
+        (BuildOptions(optimization_level=6), "expected 0 to 5"),
+        (BuildOptions(batch=BatchRange.parse("1:4:8")), "1:4:8"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused(small: Path, options: BuildOptions, says: str) -> None:
@@ -348,8 +354,12 @@ def test_a_disk_that_refuses_leaves_the_old_plan(small: Path, monkeypatch: pytes
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    says = "no space left for it" if number == errno.ENOSPC else "cannot be written .Permission denied"
-    with pytest.raises(BuildError, match=f"{plan}: {says}.*older plan there is untouched"):
+    says = (
+        "there is no space left on the disk"
+        if number == errno.ENOSPC
+        else "the file cannot be written .Permission denied"
+    )
+    with pytest.raises(BuildError, match=f"{plan}: {says}.*an existing plan was kept"):
         build_plan(small, plan, BuildOptions(compute_capabilities=("8.9",)))
     assert plan.read_bytes() == b"old" and not list(plan.parent.glob(".*"))
 
@@ -405,7 +415,7 @@ def test_a_full_disk_is_told(small: Path, tmp_path: Path) -> None:
     plan = tmp_path / "x.plan"
     with _start(small, plan, "small disk") as child:
         _, stderr = child.communicate(timeout=HANGS_S)
-    assert child.returncode == 1 and "no space left for it" in stderr and "Traceback" not in stderr
+    assert child.returncode == 1 and "no space left" in stderr and "Traceback" not in stderr
     assert not list(tmp_path.glob("*.plan")) and not list(tmp_path.glob(".*"))
 
 
@@ -466,7 +476,7 @@ def test_a_file_taken_for_stale_before_it_is_locked_is_made_again(
 @pytest.mark.parametrize(
     ("line", "refused", "says"),
     [
-        ("Unexpected exception std::bad_alloc", False, "out of memory while TensorRT built"),
+        ("Unexpected exception std::bad_alloc", False, "out of memory"),
         (
             "Error Code 2: OutOfMemory (Requested size was 8589934592 bytes.)",
             True,

@@ -123,7 +123,7 @@ def test_the_servers_own_words_are_shown(programs: Programs, url: str, reference
     assert ran.code == 1
     assert "is not found" in ran.error or "is not available" in ran.error or "is not at ready" in ran.error
     ran = programs.run("neck-triton", url, "--compare", reference, "--batch", 9)
-    assert (ran.code, "the model takes image: float32 (1 to 8, 3, 112, 112)" in ran.error) == (1, True)
+    assert (ran.code, "the model's input is image: float32 (1 to 8, 3, 112, 112)" in ran.error) == (1, True)
 
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -247,24 +247,28 @@ def two_rows() -> dict[str, Answer]:
 
 
 BAD: list[tuple[str, dict[str, Answer], str]] = [
-    ("404", {**GOOD, "config": (404, {}, b'{"error": "no model m"}')}, r"the server refuses \(HTTP 404\): no model m"),
+    (
+        "404",
+        {**GOOD, "config": (404, {}, b'{"error": "no model m"}')},
+        r"the server refused the request \(HTTP 404\): no model m",
+    ),
     ("500", {**GOOD, "infer": (500, {}, b"<html>\n broken\xff </html>")}, r"HTTP 500\): <html> broken\\xff </html>"),
-    ("503 without a word", {**GOOD, "infer": (503, {}, b"")}, r"the server refuses \(HTTP 503\): "),
-    ("302", {**GOOD, "m": (302, {"Location": "/v2/other"}, b"")}, r"the server refuses \(HTTP 302\)"),
-    ("no JSON", {**GOOD, "m": answer(b"hello")}, "the answer is no JSON object"),
-    ("deep JSON", {**GOOD, "m": answer(b"[" * 100_000)}, "the answer is no JSON object"),
+    ("503 without a word", {**GOOD, "infer": (503, {}, b"")}, r"the server refused the request \(HTTP 503\): "),
+    ("302", {**GOOD, "m": (302, {"Location": "/v2/other"}, b"")}, r"the server refused the request \(HTTP 302\)"),
+    ("no JSON", {**GOOD, "m": answer(b"hello")}, "the answer is not a JSON object"),
+    ("deep JSON", {**GOOD, "m": answer(b"[" * 100_000)}, "the answer is not a JSON object"),
     ("no inputs", {**GOOD, "m": answer({"name": "m"})}, "the answer has no list 'inputs'"),
-    ("odd inputs", {**GOOD, "m": answer({"name": "m", "inputs": [3]})}, "has tensors that are no objects"),
+    ("odd inputs", {**GOOD, "m": answer({"name": "m", "inputs": [3]})}, "has tensors that are not objects"),
     (
         "text",
         {**GOOD, "m": answer(model_of(tensor("t", 1, datatype="BYTES")))},
         "'t' is of type 'BYTES'; expected FP32",
     ),
-    ("lacks one", two_outputs(outputs(tensor("feat", 1, 4, **FEAT_BYTES))), "lacks the output 'more'"),
+    ("lacks one", two_outputs(outputs(tensor("feat", 1, 4, **FEAT_BYTES))), "does not have the output 'more'"),
     (
         "twice",
         infer(outputs(*[tensor("feat", 1, 4, **FEAT_BYTES)] * 2), FEAT.tobytes() * 2),
-        "has more than once the output 'feat'",
+        "has several times the output 'feat'",
     ),
     (
         "one more",
@@ -273,8 +277,12 @@ BAD: list[tuple[str, dict[str, Answer], str]] = [
     ),
     ("other type", infer(outputs(tensor("feat", 1, 4, datatype="INT32", **FEAT_BYTES))), "has feat as int32"),
     ("other shape", infer(outputs(tensor("feat", 1, 2, 2, **FEAT_BYTES))), r"has feat as float32 \(1, 2, 2\)"),
-    ("odd name", {**GOOD, "m": answer(model_of(tensor("\x1b[2J", 1)))}, r"has the odd name '\\x1b\[2J'"),
-    ("odd shape", {**GOOD, "m": answer(model_of({**tensor("t"), "shape": ["x"]}))}, "a shape that is not of numbers"),
+    ("odd name", {**GOOD, "m": answer(model_of(tensor("\x1b[2J", 1)))}, r"has the invalid name '\\x1b\[2J'"),
+    (
+        "odd shape",
+        {**GOOD, "m": answer(model_of({**tensor("t"), "shape": ["x"]}))},
+        "a shape that does not consist of numbers",
+    ),
     ("odd version", {**GOOD, "m": answer({**model_of(), "versions": 3})}, "the answer has no list 'versions'"),
     (
         "no image",
@@ -286,17 +294,21 @@ BAD: list[tuple[str, dict[str, Answer], str]] = [
     ("too many bytes", infer(outputs(tensor("feat", 1, 4, **FEAT_BYTES)), FEAT.tobytes() + b"12"), "has 2 bytes more"),
     ("wrong size", infer(outputs(tensor("feat", 1, 5, **FEAT_BYTES))), r"\(1, 5\), but has 16 bytes"),
     ("wrong batch", two_rows(), r"has feat as float32 \(2, 4\) for a batch of 1"),
-    ("no outputs", infer(outputs(), b""), "lacks the output 'feat'"),
+    ("no outputs", infer(outputs(), b""), "does not have the output 'feat'"),
     ("huge shape", infer(outputs(huge(2**40))), "a tensor cannot be float32"),
     ("negative shape", infer(outputs(huge(-1))), "a tensor cannot be float32"),
     ("beyond int64", infer(outputs(huge(2**64))), "the answer"),
     ("JSON data", infer(outputs(tensor("feat", 1, 4, data=[0, 1, 2, 3]))), "'feat' has no binary data"),
-    ("no header length", {**GOOD, "infer": (200, {}, GOOD["infer"][2])}, "does not say where its binary data begin"),
-    ("long header", infer(outputs(), length=10**6), "does not say where its binary data begin"),
-    ("negative header", infer(outputs(), length=-5), "does not say where its binary data begin"),
-    ("cut header", infer(outputs(tensor("feat", 1, 4, **FEAT_BYTES)), length=9), "the answer is no JSON object"),
-    ("other output", infer(outputs(tensor("other", 1, 4, **FEAT_BYTES))), "lacks the output 'feat'"),
-    ("half an answer", {**GOOD, "infer": (200, {"Content-Length": "99999"}, b"{")}, "does Triton's HTTP port answer"),
+    ("no header length", {**GOOD, "infer": (200, {}, GOOD["infer"][2])}, "does not say where the binary data begin"),
+    ("long header", infer(outputs(), length=10**6), "does not say where the binary data begin"),
+    ("negative header", infer(outputs(), length=-5), "does not say where the binary data begin"),
+    ("cut header", infer(outputs(tensor("feat", 1, 4, **FEAT_BYTES)), length=9), "the answer is not a JSON object"),
+    ("other output", infer(outputs(tensor("other", 1, 4, **FEAT_BYTES))), "does not have the output 'feat'"),
+    (
+        "half an answer",
+        {**GOOD, "infer": (200, {"Content-Length": "99999"}, b"{")},
+        "check that this is Triton's HTTP port",
+    ),
 ]
 
 
@@ -488,7 +500,7 @@ def test_an_ensemble_gets_the_file_itself(programs: Programs, tmp_path: Path) ->
         assert "no IMAGE" not in ran.err
         assert programs.run("neck-triton", url, tmp_path / "none.jpg", "--model", "m").code == 1
         assert (
-            "give a IMAGE"
+            "give an IMAGE"
             in programs.run("neck-triton", url, "--compare", write_reference_of_one(tmp_path), "--model", "m").error
         )
     headers, body = next(request for request in seen if request[1])
@@ -535,7 +547,7 @@ def test_a_server_that_says_nothing_is_given_up(programs: Programs, tmp_path: Pa
         ran = ask(programs, tmp_path, {**GOOD, silent: (0, {}, b"")}, "--timeout", 300)
         assert ran.code == 1
         assert re.search(
-            r"nothing whole came within 300 ms; is the server overloaded, or the timeout too short\?", ran.error
+            r"no complete answer came within 300 ms; the server may be overloaded or the timeout too short", ran.error
         )
 
 
@@ -543,13 +555,13 @@ def test_no_server(programs: Programs, tmp_path: Path) -> None:
     def ask_at(url: str) -> Any:
         return programs.run("neck-triton", url, "--compare", tmp_path / "reference.safetensors")
 
-    assert "cannot be read (No such file or directory)" in ask_at("localhost:1").error
+    assert "the file cannot be read (No such file or directory)" in ask_at("localhost:1").error
     save_reference(tmp_path / "reference.safetensors", np.zeros((1, 16, 16, 3), np.uint8), {"feat": FEAT[None]})
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody else can take it
         ran = ask_at(f"127.0.0.1:{taken.getsockname()[1]}")
     assert ran.code == 1
-    assert ran.error.endswith("is the server up, and the address right?")
+    assert ran.error.endswith("check that the server is running and the address is right")
     for address in ("file:///etc/passwd", "gopher://x", "http://[", ""):
         ran = ask_at(address)
         assert ran.code == 1, address

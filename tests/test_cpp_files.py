@@ -208,7 +208,7 @@ def test_lack_of_memory_is_an_error_of_its_own(
 def test_threads_that_cannot_be_started_are_an_error(programs: Programs) -> None:
     ran = programs.run("neck-tests", "threads", ASAN_OPTIONS="detect_leaks=0")  # its search for leaks needs a thread
     assert ran.err == ""
-    assert ran.out.startswith("error: preparing images: the operating system refuses (")
+    assert ran.out.startswith("error: preparing images: the operating system refused a resource (")
 
 
 def raw(header: str, data: bytes = bytes(8)) -> bytes:
@@ -223,18 +223,18 @@ def entry(begin: int, end: int, shape: str = "[1]", dtype: str = '"F32"') -> str
     ("data", "message"),
     [
         (b"1234567", "is damaged: it ends too early"),
-        (struct.pack("<Q", 2**63), "is no safetensors file, or its end is missing"),
-        (raw("[1]"), "its header is no JSON object"),
+        (struct.pack("<Q", 2**63), "is not a safetensors file, or it is truncated"),
+        (raw("[1]"), "the header is not a JSON object"),
         (raw(f'{{"a": {entry(0, 4)}}}'), "is damaged: it has 4 bytes more than its tensors"),
-        (raw(f'{{"a": {entry(0, 4)}, "b": {entry(0, 4)}}}'), "is damaged: 'b' is not where it should be"),
-        (raw(f'{{"a": {entry(0, 4)}, "b": {entry(8, 12)}}}'), "is damaged: 'b' is not where it should be"),
-        (raw(f'{{"a": {entry(4, 0)}}}'), "'a' has no place in the file"),
+        (raw(f'{{"a": {entry(0, 4)}, "b": {entry(0, 4)}}}'), "is damaged: 'b' is at the wrong position"),
+        (raw(f'{{"a": {entry(0, 4)}, "b": {entry(8, 12)}}}'), "is damaged: 'b' is at the wrong position"),
+        (raw(f'{{"a": {entry(4, 0)}}}'), "'a' has no position in the file"),
         (raw(f'{{"a": {entry(0, 8)}}}'), "'a' has 8 bytes, not those of float32 (1,)"),
-        (raw(f'{{"a": {entry(0, 8, "[-2]")}}}'), "'a' has sides or offsets that are no numbers"),
+        (raw(f'{{"a": {entry(0, 8, "[-2]")}}}'), "'a' has sizes or offsets that are not numbers"),
         (raw(f'{{"a": {entry(0, 8, "[4294967296, 4294967296, 4294967296]")}}}'), "'a': a tensor cannot be float32"),
         (raw(f'{{"a": {entry(0, 8, dtype="3")}}}'), "'a' is of type '3'; expected U8"),
-        (raw('{"a": 3}'), "'a' is not described as it should be"),
-        (raw(f'{{"\\u001b[2J": {entry(0, 4)}}}'), "has a tensor with the odd name '\\x1b[2J'"),
+        (raw('{"a": 3}'), "'a' has an invalid description"),
+        (raw(f'{{"\\u001b[2J": {entry(0, 4)}}}'), "has a tensor with the invalid name '\\x1b[2J'"),
     ],
 )
 def test_a_safetensors_file_that_is_not_whole_is_refused(

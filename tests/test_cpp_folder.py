@@ -84,11 +84,11 @@ def test_a_folder_is_served_and_resumed_after_kills(
     bad = (count + 9) // 10
     assert ran.code == 1
     assert ran.out == (
-        f"{tmp_path / 'out'}: features of {count - bad - len(before)} images written, {len(before)} were there, "
+        f"{tmp_path / 'out'}: features of {count - bad - len(before)} images written, {len(before)} existed already, "
         f"{bad} failed\n"
     )
     assert len(ran.err.splitlines()) == bad
-    assert all(line.startswith(f"neck-engine: left out: {tmp_path / 'in'}") for line in ran.err.splitlines())
+    assert all(line.startswith(f"neck-engine: skipped: {tmp_path / 'in'}") for line in ran.err.splitlines())
     check_features(tmp_path, paths)
     assert {path: path.stat().st_ino for path in before} == before
 
@@ -103,11 +103,13 @@ def test_a_folder_that_cannot_be_served_is_told(programs: Programs, tmp_path: Pa
     write_plan(tmp_path / "plan", PLAN + b"scratch 2000\n")
     ran = serve(programs, tmp_path)
     assert (ran.code, ran.out) == (1, "")
-    assert ran.error.endswith("has features of another plan; give another folder, or remove them")
+    assert ran.error.endswith("the folder has features of another plan; give another folder, or remove them")
     for path in paths:
         path.unlink()
-    assert serve(programs, tmp_path).error.startswith(f"{tmp_path / 'in'}: contains no image")
-    assert "cannot be listed" in programs.run("neck-engine", tmp_path, "--serve-folder", "none", tmp_path).error
+    assert serve(programs, tmp_path).error.startswith(f"{tmp_path / 'in'}: the folder contains no image")
+    assert (
+        "the folder cannot be listed" in programs.run("neck-engine", tmp_path, "--serve-folder", "none", tmp_path).error
+    )
     assert programs.run("neck-engine", tmp_path, "--serve-folder", tmp_path).code == 2
 
 
@@ -123,10 +125,10 @@ def test_one_odd_file_costs_itself_alone(programs: Programs, tmp_path: Path) -> 
     (source / "folder.png").mkdir()
     ran = serve(programs, tmp_path)
     assert ran.code == 1
-    assert ran.out.endswith("features of 3 images written, 0 were there, 3 failed\n")
+    assert ran.out.endswith("features of 3 images written, 0 existed already, 3 failed\n")
     lines = sorted(ran.err.splitlines())
     assert [line.split(" ")[3].rpartition("/")[2][:7] for line in lines] == ["loop.pn", "nothing", "y" * 7]
-    assert all(line.startswith("neck-engine: left out: ") for line in lines)
+    assert all(line.startswith("neck-engine: skipped: ") for line in lines)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         f"{path.name}.safetensors" for path in (*paths[1:], longest)
     }
@@ -148,7 +150,7 @@ def test_features_are_repaired_and_follow_their_image(programs: Programs, tmp_pa
     inodes = [path.stat().st_ino for path in features]
     ran = serve(programs, tmp_path)
     assert ran.code == 0, ran.err
-    assert ran.out.endswith("features of 4 images written, 2 were there, 0 failed\n")
+    assert ran.out.endswith("features of 4 images written, 2 existed already, 0 failed\n")
     assert len(ran.err.splitlines()) == 4
     assert [path.read_bytes() for path in features[:3]] == whole[:3]
     assert [path.stat().st_ino == inode for path, inode in zip(features, inodes, strict=True)] == [False] * 4 + [
@@ -156,7 +158,7 @@ def test_features_are_repaired_and_follow_their_image(programs: Programs, tmp_pa
     ] * 2
     with safe_open(features[3], "np") as stored:
         assert (stored.metadata()["height"], stored.metadata()["width"]) == ("28", "30")
-    assert serve(programs, tmp_path).out.endswith("features of 0 images written, 6 were there, 0 failed\n")
+    assert serve(programs, tmp_path).out.endswith("features of 0 images written, 6 existed already, 0 failed\n")
 
 
 OUTPUT_TYPES = {"sam3_feat_0": "float16", "sam3_pos_0": "float32"}

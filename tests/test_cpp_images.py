@@ -193,7 +193,7 @@ def test_damaged_data_are_reported_to_the_log(programs: Programs, tmp_path: Path
     path = tmp_path / "ended.jpg"
     path.write_bytes(data[: len(data) * 2 // 3] + b"\xff\xd9")
     ran = programs.run("neck-tests", "log", path)
-    assert ran.out.startswith(f"warning: {path} is damaged, and libjpeg made up a part of its pixels (")
+    assert ran.out.startswith(f"warning: {path} is damaged, and libjpeg invented a part of the pixels (")
     assert ran.err == ""
     assert programs.run("neck-tests", "images", path).err == ""
     path.write_bytes(data)
@@ -213,16 +213,16 @@ BAD_IMAGES: list[tuple[str, Write, str]] = [
     ("none.png", lambda path: path, "cannot be opened (No such file or directory); check the path"),
     ("folder.png", lambda path: (path.mkdir(), path)[1], "cannot be opened (Is a directory); check the path"),
     ("pipe.png", lambda path: (os.mkfifo(path), path)[1], "cannot be opened (Invalid argument); check the path"),
-    ("empty.png", lambda path: (path.touch(), path)[1], "is empty (0 bytes); fetch or save it again."),
-    ("a.gif", write_image, "is damaged or in no known format (PNG, JPEG); fetch it again or convert it to PNG."),
+    ("empty.png", lambda path: (path.touch(), path)[1], "is empty (0 bytes"),
+    ("a.gif", write_image, "is damaged or has an unknown format"),
     ("cut.png", lambda path: cut(write_image(path)), "is damaged ("),
     ("cut.jpg", lambda path: cut(write_image(path)), "is damaged ("),
     ("short.jpg", lambda path: cut(write_image(path), 2), "is damaged (it ends too early); "),
-    ("zero.png", lambda path: write_png(path, 8, 2, np.zeros((16, 0, 3))), "is damaged (it tells no size, or has no "),
+    ("zero.png", lambda path: write_png(path, 8, 2, np.zeros((16, 0, 3))), "is damaged ("),
     (
         "bomb.png",
         lambda path: bomb(path),
-        "has more than the 89478485 pixels that are safe to unpack; make it smaller.",
+        "has more than 89478485 pixels",
     ),
 ]
 

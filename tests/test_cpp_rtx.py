@@ -34,14 +34,14 @@ def test_a_graph_of_an_rtx_plan_holds_its_specialised_kernels(programs: Programs
     assert (ran.code, ran.err) == (0, "")
     assert "a run, CUDA graph, batch 2" in ran.out
     *_, error = run_rtx(programs, tmp_path, fail="createRuntimeConfig").err.splitlines()  # after a note on the cache
-    assert "no context to run it can be made (Error Code 2: OutOfMemory (runtime config))" in error
+    assert "no execution context can be created (Error Code 2: OutOfMemory (runtime config))" in error
 
 
 def test_an_rtx_plan_that_cannot_be_captured_is_told_before(programs: Programs, tmp_path: Path) -> None:
     ran = run_rtx(programs, tmp_path, b"allocates\n")
     assert ran.code == 1
     wanted = "no CUDA graph can be captured (TensorRT-RTX allocates while it runs this plan); run it without one, or "
-    assert ran.error == f"{tmp_path / 'x.plan'}: {wanted}build it again by `neck-export trt`"
+    assert ran.error == f"{tmp_path / 'x.plan'}: {wanted}build the plan again with `neck-export trt`"
 
 
 def start_rtx(programs: Programs, plan: Path, *options: Any, **environment: str) -> Any:
@@ -77,12 +77,17 @@ def test_kernels_of_an_earlier_start_are_used(programs: Programs, tmp_path: Path
 CACHES: list[tuple[str, Callable[[Path], object], dict[str, str], str]] = [
     ("damaged", lambda cache: cache.write_bytes(cache.read_bytes()[:-1]), {}, "is damaged"),
     ("changed", lambda cache: cache.write_bytes(cache.read_bytes().replace(b"batch 2", b"batch 3")), {}, "is damaged"),
-    ("empty", lambda cache: cache.write_bytes(b""), {}, "is no runtime cache"),
-    ("another file", lambda cache: cache.write_bytes(b"\0" * 999), {}, "is no runtime cache"),
-    ("a folder", lambda cache: (cache.unlink(), cache.mkdir()), {}, "cannot be read (Is a directory)"),
+    ("empty", lambda cache: cache.write_bytes(b""), {}, "is not a runtime cache"),
+    ("another file", lambda cache: cache.write_bytes(b"\0" * 999), {}, "is not a runtime cache"),
+    (
+        "a folder",
+        lambda cache: (cache.unlink(), cache.mkdir()),
+        {},
+        "the file cannot be read (Is a directory)",
+    ),
     ("another driver", lambda cache: None, {"STAND_IN_DRIVER": "12080"}, "driver 13.0, plan "),
     ("another RTX", lambda cache: None, {"STAND_IN_VERSION": "1.7.2.9"}, "is of TensorRT-RTX 1.7.1.116 on NVIDIA L4"),
-    ("refused", lambda cache: None, {"STAND_IN_FAIL": "deserialize"}, "the runtime cache was refused by TensorRT-RTX"),
+    ("refused", lambda cache: None, {"STAND_IN_FAIL": "deserialize"}, "TensorRT-RTX refused the runtime cache"),
 ]
 
 
@@ -102,7 +107,7 @@ def test_a_damaged_or_foreign_cache_is_dropped_with_one_line(
     assert (ran.code, ", cold\n" in ran.out) == (0, True)
     line, *more = ran.err.splitlines()
     assert message in line
-    assert line.endswith("; kernels are compiled anew")
+    assert line.endswith("; kernels are compiled again")
     assert len(more) == (1 if name == "a folder" else 0)  # and it cannot be written
     if name not in ("a folder", "refused"):
         assert ", warm" in start_rtx(programs, plan, **environment).out  # written anew
@@ -112,7 +117,7 @@ def test_a_cache_of_another_plan_is_dropped(programs: Programs, tmp_path: Path) 
     plan = write_plan(tmp_path, b"vtrt " + PLAN, **RTX)
     start_rtx(programs, plan)
     write_plan(tmp_path, b"vtrt " + PLAN + b"scratch 2000\n", **RTX)
-    assert "; kernels are compiled anew" in start_rtx(programs, plan).err
+    assert "; kernels are compiled again" in start_rtx(programs, plan).err
 
 
 def test_a_cache_that_cannot_be_written_is_told_once(programs: Programs, tmp_path: Path) -> None:
@@ -142,8 +147,11 @@ def test_two_starts_at_once_leave_one_whole_cache(programs: Programs, tmp_path: 
 
 def test_rtx_graphs_are_for_rtx_alone(programs: Programs, tmp_path: Path) -> None:
     ran = programs.run("neck-engine", write_plan(tmp_path), "--rtx-graph")
-    assert "CUDA graphs of TensorRT-RTX's own need TensorRT-RTX, this program is of tensorrt" in ran.error
+    assert (
+        "the CUDA graphs that TensorRT-RTX captures itself need TensorRT-RTX, but this program was built with tensorrt"
+        in ran.error
+    )
     plan = write_plan(tmp_path / "rtx", b"vtrt " + PLAN, **RTX)
     assert "need cuda_graph to be off" in start_rtx(programs, plan, "--rtx-graph", "--graph").error
     ran = start_rtx(programs, plan, "--rtx-graph", STAND_IN_FAIL="setCudaGraphStrategy")
-    assert "no context to run it can be made" in ran.error
+    assert "no execution context can be created" in ran.error

@@ -51,15 +51,15 @@ TENSORRT, RTX = {"onnxruntime": "1.31.1", "tensorrt": "11.4"}, {"onnxruntime": "
 @pytest.mark.parametrize(
     ("packages", "gpus", "expected"),
     [
-        ({}, [], ("onnxruntime is missing: pip", "no TensorRT: pip install '.[gpu]'", "no TensorRT")),
-        ({"onnxruntime": "1.31.1"}, ["8.9"], ("yes", "no TensorRT: pip", "no TensorRT")),
+        ({}, [], ("onnxruntime is missing: pip", "no TensorRT; pip install '.[gpu]'", "no TensorRT")),
+        ({"onnxruntime": "1.31.1"}, ["8.9"], ("yes", "no TensorRT; pip", "no TensorRT")),
         (TENSORRT, [], ("yes", "no NVIDIA GPU", "no NVIDIA GPU")),
         (TENSORRT, ["8.9"], ("yes", "yes", "yes")),
         (TENSORRT, ["9.0"], ("yes", "yes", "yes")),
         (RTX, [], ("yes", "yes", "no NVIDIA GPU")),
         (RTX, ["8.9", "9.0"], ("yes", "yes", "yes")),
-        (RTX, ["9.0"], ("yes", "yes", "TensorRT-RTX does not run on compute capability 9.0: pip install '.[gpu]'")),
-        (RTX, ["10.0"], ("yes", "yes", "TensorRT-RTX does not run on compute capability 10.0")),
+        (RTX, ["9.0"], ("yes", "yes", "TensorRT-RTX does not support compute capability 9.0; pip")),
+        (RTX, ["10.0"], ("yes", "yes", "TensorRT-RTX does not support compute capability 10.0")),
         (TENSORRT | RTX, ["9.0"], ("yes", "yes", "yes")),
     ],
 )

@@ -173,9 +173,11 @@ def test_a_plan(folder: Path) -> None:
         found = named(encoder, images(2))
         assert {(one.device.type, one.dtype) for one in found.values()} == {("cpu", torch.float32)}
         assert worst_error(found, expected(images(2))) < FP16_ERROR
-        with pytest.raises(EncoderError, match=r"a plan runs in TensorRT on the GPU only; take its ONNX file"):
+        with pytest.raises(EncoderError, match=r"runs in TensorRT on"):
             DeployedEncoder(plan, "cpu")
-        with pytest.raises(EncoderError, match=r"takes 1:2:3 images at once, got 4; .* --batch 1:4:4, and build"):
+        with pytest.raises(
+            EncoderError, match=r"takes 1:2:3 images at once, but 4 were given; .* --batch 1:4:4, and build"
+        ):
             encoder(images(4))
         encoder.close()
     with play("11.4", gpu=False), pytest.raises(SessionError, match="needs an NVIDIA GPU with its driver"):
@@ -186,20 +188,18 @@ def test_the_files_size_is_the_only_one(folder: Path) -> None:
     encoder = DeployedEncoder(folder / "both.onnx")
     encoder.set_imgsz(112)
     encoder.set_imgsz([112, 112])
-    with pytest.raises(
-        EncoderError, match=r"takes 112x112 pixels, .* are 126x112 .*neck-export onnx .*--image-size 126x"
-    ):
+    with pytest.raises(EncoderError, match=r"112x112 pixels, .* have 126x112 .*neck-export onnx .*--image-size 126x"):
         encoder.set_imgsz((126, 112))
     for wrong in (images()[0], images()[:, :2], images().to(torch.uint8)):
-        with pytest.raises(EncoderError, match=r"expected normalized images \(B, 3, H, W\), floating point"):
+        with pytest.raises(EncoderError, match=r"expected normalized"):
             encoder(wrong)
-    with pytest.raises(EncoderError, match=r"lacks level 4; export it by"):
+    with pytest.raises(EncoderError, match=r"level 4; export it"):
         DeployedEncoder(folder / "both.onnx", levels=range(5))
 
 
 def test_files_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
     path = with_manifest(folder / "both.onnx", tmp_path)
-    with pytest.raises(RuntimeFileError, match="has no CUDA here; pip install onnxruntime-gpu, or run it on the CPU"):
+    with pytest.raises(RuntimeFileError, match="pip install onnxruntime-gpu, or"):
         DeployedEncoder(path, "cuda:0")
     for options in (
         {"device": "cuda", "simulated": True},
@@ -218,9 +218,9 @@ def test_files_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
     manifest = json.loads(path.with_suffix(".json").read_text())
     manifest["files"] = []
     path.with_suffix(".json").write_text(json.dumps(manifest))
-    with pytest.raises(RuntimeFileError, match=r"ONNX Runtime .* does not load it"):
+    with pytest.raises(RuntimeFileError, match=r"ONNX Runtime .* cannot load the file"):
         DeployedEncoder(path)
-    with pytest.raises(RuntimeFileError, match=r"OpenVINO .* does not load it"):
+    with pytest.raises(RuntimeFileError, match=r"OpenVINO .* cannot load the file"):
         DeployedEncoder(path, runtime="openvino")
 
 
@@ -262,11 +262,13 @@ def test_attached_where_trunk_and_convs_are(folder: Path) -> None:
             backbone.vision_backbone.set_imgsz((112, 112))
             last = backbone.vision_backbone(images())[0][3]  # the model drops it, the file has it
             assert last.shape == (1, 16, 4, 4) and last.isfinite().all()
-            with pytest.raises(AttachError, match="the trunk's map is not among what the attached file computes"):
+            with pytest.raises(
+                AttachError, match=r"the trunk's map .*is not among the values that the attached file computes"
+            ):
                 backbone.vision_backbone.trunk(images())[-1].mean()
             detach(predictor)
             assert all(torch.equal(a, b) for a, b in zip(run(images()), want, strict=True))
-    with pytest.raises(AttachError, match="it has no model yet; set it up first"):
+    with pytest.raises(AttachError, match="has no model yet; set it up first"):
         attach(Predictor(None), folder / "both.onnx")
 
 

@@ -126,12 +126,14 @@ def test_masks_of_a_checkpoint(family: str, model: str, inputs: Path) -> None:
     for asked in ("same", "boxes"):
         told = found[asked]
         assert told["passed"] and told["mean_iou"] == 1 and told["images"] == 3 and told["objects"] >= 3
-        assert told["method"].startswith(f"{model} of {'sam3' if family == 'meta' else family} on cpu, its own encoder")
+        assert told["method"].startswith(
+            f"{model} of {'sam3' if family == 'meta' else family} on cpu, with its own encoder"
+        )
     assert not found["other"]["passed"] and found["other"]["below_gate"]
     points, part, image = found["refused"]
     assert points.startswith("sam3.pt: ") and "for --points give a folder of transformers" in points
-    assert part.startswith("encoder.pt: lacks ") and part.endswith("give the whole SAM 3")
-    assert "cannot load it" in image and not any("\n" in line for line in found["refused"])
+    assert part.startswith("encoder.pt: ") and part.endswith("the whole SAM 3")
+    assert "cannot load the checkpoint" in image and not any("\n" in line for line in found["refused"])
 
 
 @pytest.mark.parametrize("snippet", [name for names in SNIPPETS.values() for name in names])

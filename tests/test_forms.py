@@ -126,7 +126,10 @@ def test_a_file_with_the_operator_is_written_again(exported: Exported, tmp_path:
     before = {path.name: path.read_bytes() for path in onnx.parent.iterdir()}
     made = make_plan(options_of(onnx, tmp_path))
     assert len(made.notes) == 1 and "\n" not in made.notes[0]
-    assert "as fp32acc (MatMul, Softmax, MatMul): both products of each attention accumulate in FP32" in made.notes[0]
+    assert (
+        "as fp32acc (MatMul, Softmax, MatMul): both matrix multiplications of each attention accumulate in FP32"
+        in made.notes[0]
+    )
     assert made.manifest["verification"]["onnx"]["verified"] is True
     assert (made.manifest["attention_form"], made.manifest["attention_spelling"]) == ("fp32acc", "matmul")
     assert made.layers is not None and made.layers.accumulation == ("fp32", "fp32")
@@ -144,7 +147,7 @@ def test_tensorrt_10_14_gets_the_operator(
     play(monkeypatch, played(choose_flavor("rtx"), "tensorrt", "10.14.1.48"))
     made = make_plan(options_of(exported(**options), tmp_path, verify=False))
     assert (made.manifest["attention_form"], made.manifest["attention_spelling"]) == ("fp32acc", "operator")
-    assert ["lowered again as fp32acc (the Attention operator)" in note for note in made.notes] == [True] * (
+    assert ["was rewritten as fp32acc (the Attention operator)" in note for note in made.notes] == [True] * (
         not options
     )
     assert made.layers is not None and made.layers.accumulation == ("fp32", "fp32")
@@ -160,9 +163,9 @@ def test_where_the_operator_is_refused_the_other_spelling_is_built(
     made = make_plan(options_of(exported(), tmp_path, attention=asked, verify=False))
     assert (made.manifest["attention_form"], made.manifest["attention_spelling"]) == ("fp32acc", "matmul")
     told = (
-        "lowered again as fp32acc (the Attention",
-        "10.14.1.48 refused attention as fp32acc (the",
-        "again as fp32acc (M",
+        "was rewritten as fp32acc (the Attention",
+        "10.14.1.48 refused the attention form fp32acc (the",
+        "rewritten as fp32acc (M",
     )
     assert len(made.notes) == 3 and all(part in note for part, note in zip(told, made.notes, strict=True))
 
@@ -188,12 +191,12 @@ def test_an_asked_form_is_never_replaced(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     def refuse(onnx: Path, *_: object, **__: object) -> None:
-        raise RefusedError(f"{onnx}: cannot parse it: node x (Softmax)", "node x")
+        raise RefusedError(f"{onnx}cannot parse the file: node x (Softmax)", "node x")
 
     monkeypatch.setattr(forms, "build_plan", refuse)
     onnx = exported(attention="fp32acc") if where == "onnx" else exported()
     asked = {"attention": "fp32acc"} if where == "trt" else {}
-    with pytest.raises(BuildError, match=r"cannot parse it: node x") as caught:
+    with pytest.raises(BuildError, match=r"cannot parse the file: node x") as caught:
         make_plan(options_of(onnx, tmp_path, **asked))
     assert "unfused" not in str(caught.value) and not list(tmp_path.glob("out/*"))
 
@@ -299,13 +302,13 @@ def test_a_builder_that_fails_gets_the_next_form(
     def fail(onnx: Path, *arguments: Any, **options: Any) -> Any:
         tried.append(held_attention(onnx).form)
         if len(tried) <= refused:
-            raise RefusedError("TensorRT built nothing: IAttention failure", "IAttention failure")
+            raise RefusedError("TensorRT could not build the plan: IAttention failure", "IAttention failure")
         return real(onnx, *arguments, **options)
 
     monkeypatch.setattr(forms, "build_plan", fail)
     options = options_of(exported(precision=precision), tmp_path, verify=False)
     if last is None:
-        with pytest.raises(BuildError, match=r"built nothing.*refused attention as fp32acc"):
+        with pytest.raises(BuildError, match=r"could not build the plan.*refused the attention form fp32acc"):
             make_plan(options)
     else:
         made = make_plan(options)
@@ -320,7 +323,7 @@ def test_what_no_form_mends_is_told_at_once(
 
     def fail(onnx: Path, *_: object, **__: object) -> None:
         calls.append(onnx)
-        raise RefusedError("cannot parse it: node x (NoSuchOperator)", "node x", by_form=False)
+        raise RefusedError("cannot parse the file: node x (NoSuchOperator)", "node x", by_form=False)
 
     monkeypatch.setattr(forms, "build_plan", fail)
     with pytest.raises(BuildError, match="NoSuchOperator"):
@@ -383,7 +386,9 @@ def test_beside_a_folder_that_cannot_be_written_weights_are_copied_once(
 
 
 def test_another_residual_of_an_fp16_file_is_refused(exported: Exported, tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match=r"residual sums are fp16, asked was fp32;\n.*--residual fp32"):
+    with pytest.raises(
+        BuildError, match=r"residual sums of the file are fp16, but fp32 was requested;\n.*--residual fp32"
+    ):
         make_plan(options_of(exported(), tmp_path, residual="fp32"))
 
 

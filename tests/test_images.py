@@ -213,14 +213,14 @@ def write_broken(folder: Path, case: str) -> Path:
 BROKEN = {
     "missing": "cannot be opened .No such file or directory.; check the path",
     "empty": "is empty .0 bytes.",
-    "text": "is damaged or in no known format",
+    "text": "is damaged or",
     "truncated": "cannot be decoded .*truncated",
-    "signature only": "is damaged or in no known format",
-    "corrupt": "is damaged or in no known format",
+    "signature only": "is damaged or",
+    "corrupt": "is damaged or",
     "folder": "is a folder; give an image file",
-    "fifo": "is a pipe; give an image file",
-    "eps": "is damaged or in no known format",
-    "float": "is 32-bit float gray, values 1 to 1, of no fixed range",
+    "fifo": "pipe; give an image file",
+    "eps": "is damaged or",
+    "float": "is 32-bit float gray with values 1 to 1, and this type has no fixed range",
 }
 
 
@@ -238,7 +238,7 @@ def test_broken_file_gives_one_clear_error(case: str, tmp_path: Path) -> None:
 def test_decompression_bomb(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(halves()).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(ImageError, match=rf"more than the {limit} pixels"):
+    with pytest.raises(ImageError, match=rf"more than {limit} pixels"):
         read_image(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 960)
     assert np.array_equal(read_image(tmp_path / "a.png"), halves())
@@ -254,7 +254,7 @@ def test_find_images(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "d.png").mkdir()
     assert find_images(tmp_path) == [tmp_path / "a.jpg", tmp_path / "b.PNG"]
-    with pytest.raises(ImageError, match="holds no image"):
+    with pytest.raises(ImageError, match="no image"):
         find_images(tmp_path / "d.png")
     with pytest.raises(ImageError, match="No such file"):
         find_images(tmp_path / "missing")
@@ -291,10 +291,10 @@ def test_wrong_arrays_and_sizes() -> None:
     four: tuple[npt.NDArray[Any], ...]
     four = (pixels, pixels[None].astype(np.int16), pixels[None].transpose(0, 3, 1, 2))
     for wrong in three:
-        with pytest.raises(ImageError, match=r"give uint8 \(H, W, 3\)"):
+        with pytest.raises(ImageError, match=r"uint8 array \(H, W, 3\)"):
             resize_image(wrong, (8, 8))
     for wrong in four:
-        with pytest.raises(ImageError, match=r"give uint8 \(B, H, W, 3\)"):
+        with pytest.raises(ImageError, match=r"uint8 array \(B, H, W, 3\)"):
             normalize(wrong)
     for size in ((0, 8), (8, -1), (8,)):
         with pytest.raises(ImageError, match=r"give \(height, width\)"):

@@ -40,7 +40,7 @@ def test_the_inspectors_json_is_read(datatype: dict[str, str], io: str) -> None:
     assert (layers.source, layers.attentions, len(layers.fused)) == ("engine inspector", 1, 1)
     assert mha.modules == ("trunk.blocks.0.attn",) and mha.bytes == 2 * 512 * 2
     assert conv.bytes == 2 * 512 * 2 + 9 * 2
-    assert "does not tell" in str(layers.warning())
+    assert "does not show" in str(layers.warning())
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_the_inspectors_json_is_read(datatype: dict[str, str], io: str) -> None:
         ("[]", "no list"),
         ('{"Layers": null}', "no list"),
         ('{"Layers": 3}', "no list"),
-        ('{"Layers": ["conv_1"]}', "names alone"),
+        ('{"Layers": ["conv_1"]}', "names"),
         ('{"Layers": []}', "no kernel"),
     ],
 )
@@ -139,8 +139,8 @@ def test_an_inspector_of_10_10_tells_fused_attentions() -> None:
     assert len(layers.kernels) == 7 and layers.by_kind == {"kgen": 4, "gemm": 3}
     assert (layers.attentions, len(layers.fused)) == (3, 2) and layers.accumulation is None
     assert layers.fused[0].onnx[0] == "trunk.blocks.0.attn/scores" and len(layers.fused[0].onnx) == 5
-    assert layers.summary().startswith("fused attentions 2 of 3, accumulation not told, 7 kernels, ")
-    assert layers.bytes_moved is not None and "does not tell" in str(layers.warning())
+    assert layers.summary().startswith("fused attentions 2 of 3, accumulation unknown, 7 kernels, ")
+    assert layers.bytes_moved is not None and "does not show" in str(layers.warning())
 
 
 def test_an_inspector_of_10_16_tells_types_in_words_and_in_names() -> None:
@@ -160,7 +160,7 @@ def test_an_inspector_of_11_tells_no_insides_of_a_block() -> None:
     text = (INSPECTED / "tensorrt-11.json").read_text(encoding="utf-8")
     layers = layers_from_inspector(text, {}, attentions=32)
     assert [kernel.opaque for kernel in layers.kernels] == [False, True] and layers.bytes_moved is None
-    line = "fused attentions not told (1 Myelin blocks, 32 in the graph), 2 kernels, bytes not told (Myelin blocks)"
+    line = "fused attentions unknown (1 Myelin blocks, 32 in the graph), 2 kernels, bytes moved unknown (Myelin blocks)"
     assert layers.summary() == line
-    assert "does not tell what its FP16 attention accumulates in" in str(layers.warning())
+    assert "FP16 attention accumulates" in str(layers.warning())
     assert LayerReport.from_dict(json.loads(json.dumps(layers.to_dict()))) == layers

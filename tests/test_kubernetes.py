@@ -502,13 +502,13 @@ def check_closed(container: dict[str, Any]) -> None:
 
 def test_what_is_refused(plan: Path, tmp_path: Path) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"storage": "/mnt/models"}, "storage '/mnt/models': expected pvc://CLAIM"),
+        ({"storage": "/mnt/models"}, "--storage '/mnt/models' is invalid"),
         ({"storage": "pvc://Bad_Name"}, "expected pvc://CLAIM"),
         ({"storage": "s3://https://minio.example.com/models"}, "HOST:PORT"),  # Triton takes it for a bucket
         ({"storage": "s3://minio:9000"}, "HOST:PORT"),
-        ({"gpus": 0}, "--gpus 0: a pod must have 1 to 16 GPUs"),
-        ({"replicas": 0}, "--replicas 0: there must be 1 to 100 pods"),
-        ({"rollout": "big-bang"}, "rollout 'big-bang': expected surge or replace"),
+        ({"gpus": 0}, "--gpus 0 is invalid"),
+        ({"replicas": 0}, "--replicas 0 is invalid"),
+        ({"rollout": "big-bang"}, "--rollout 'big-bang' is invalid"),
         (
             {"image": "registry/encoder@sha256:12"},
             "'registry/encoder@sha256:12' is not the name of an image; expected",
@@ -519,18 +519,20 @@ def test_what_is_refused(plan: Path, tmp_path: Path) -> None:
         ),
         ({"proxy_image": ""}, "'' is not the name of an image; expected"),
         ({"image": "nvcr.io/nvidia/tritonserver:24.01-py3"}, "the file needs nvcr.io/nvidia/tritonserver:25.09-py3"),
-        ({"kubernetes": tmp_path / "repository" / "cluster"}, "lies in the model repository"),
-        ({"kubernetes": plan}, "encoder.plan: is a file, where the Kubernetes"),
+        ({"kubernetes": tmp_path / "repository" / "cluster"}, "inside the model repository"),
+        ({"kubernetes": plan}, "encoder.plan: this is a file, but the folder of the Kubernetes"),
     ]
     for changes, message in refused:
         with pytest.raises(TritonError, match=message):
             make(plan, tmp_path, **changes)
     unknown = write_plan(tmp_path / "unknown.plan", tensorrt_version="11.4.0.106")
-    with pytest.raises(TritonError, match=r"no Triton container with TensorRT 11\.4\.0\.106 is known.*by --container"):
+    with pytest.raises(
+        TritonError, match=r"no Triton container with TensorRT 11\.4\.0\.106 is known.*with --container"
+    ):
         make(unknown, tmp_path)
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "service.yaml").write_text("kind: Service\n")
-    with pytest.raises(TritonError, match=r"service\.yaml: is there and not written by neck-export"):
+    with pytest.raises(TritonError, match=r"not written by neck-export"):
         make(plan, tmp_path)
     assert not (tmp_path / "repository").exists()
     (tmp_path / "cluster" / "service.yaml").unlink()

@@ -185,7 +185,7 @@ def test_the_listing_of_tensorrt_10_is_read() -> None:
 
 def test_an_fp16_attention_that_does_not_tell_is_warned_of() -> None:
     layers = layers_from_log(LOG, {})
-    assert "accumulation not told" in layers.summary() and "does not tell" in str(layers.warning())
+    assert "accumulation" in layers.summary() and "does not show" in str(layers.warning())
 
 
 def test_a_log_without_the_engine_is_an_error() -> None:

@@ -70,7 +70,7 @@ def change_byte(file: Path) -> None:
     ("change", "words"),
     [
         (Path.unlink, "is missing"),
-        (lambda file: file.write_bytes(b"short"), "has 5 bytes, its manifest says 5000003"),
+        (lambda file: file.write_bytes(b"short"), "has 5 bytes, but its manifest says 5000003"),
         (change_byte, "was changed after its manifest x.json was written"),
     ],
 )
@@ -129,8 +129,8 @@ def edited(**changes: Any) -> Callable[[dict[str, Any]], str]:
         (lambda content: "[1]", "not the manifest of a onnx file"),
         (lambda content: "{}", "not the manifest of a onnx file"),
         (edited(kind="plan"), "not the manifest of a onnx file"),
-        (edited(format=FORMAT + 1), f"manifest format {FORMAT + 1}, this program reads {FORMAT}; upgrade it"),
-        (edited(format=None), "manifest format None"),
+        (edited(format=FORMAT + 1), f"the manifest has format {FORMAT + 1}, but this version reads format {FORMAT}"),
+        (edited(format=None), "format None"),
         (edited(files=None), "lists no files"),
         (edited(files=["x.onnx"]), "lists no files"),
         (edited(files=[{"name": "x.onnx", "bytes": "3", "sha256": ""}]), "lists no files"),

@@ -94,7 +94,7 @@ def test_a_plan_of_a_cache(files: tuple[Path, Path], tmp_path: Path) -> None:
     assert sorted(listing(output.parent)) == ["x.plan", "x.plan.json", "x.plan.layers.json"]
 
 
-@pytest.mark.parametrize("where", ["weights alone", "elsewhere"])
+@pytest.mark.parametrize("where", ["weights", "elsewhere"])
 def test_links_that_onnx_runtime_refuses(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one line that names the link; no file outside is read."""
     path = exported(tmp_path / "plain", "fp32", monkeypatch)
@@ -102,7 +102,7 @@ def test_links_that_onnx_runtime_refuses(where: str, tmp_path: Path, monkeypatch
     folder.mkdir()
     (folder / "e.json").write_bytes(path.with_suffix(".json").read_bytes())
     data = folder / "e.onnx.data"
-    if where == "weights alone":
+    if where == "weights":
         (folder / "e.onnx").write_bytes(path.read_bytes())
         data.symlink_to("../plain/e.onnx.data")
     else:

@@ -444,7 +444,7 @@ def check_graph(case: Case, made: Made) -> None:
     if case.drawn["residual"] == "fp32":
         assert residual == "fp32"
     elif residual == "fp32":
-        assert precision == "fp16" and any("left tolerance" in note for note in manifest["notes"])
+        assert precision == "fp16" and any("tolerance" in note for note in manifest["notes"])
     assert manifest["precision"] == precision
     assert manifest["keep_fp32"] == list(kept_patterns)
     assert [(spec["name"], spec["dtype"].upper()) for spec in manifest["signature"]["outputs"]] == [

@@ -43,7 +43,7 @@ def test_an_engine_of_ultralytics(command: str, name: str, tmp_path: Path) -> No
     assert (ran.code, ran.out) == (1, "")
     first, second = ran.err.splitlines()
     assert first.startswith(
-        f"error: {path}: is an engine of Ultralytics: JSON (description Ultralytics SAM model, task"
+        f"error: {path}: this is an engine of Ultralytics: JSON (description Ultralytics SAM model, task"
     )
     assert f"neck-export inspect {path} --strip-header {path.with_suffix('.bare.plan')}" in second
     assert listing(tmp_path) == before
@@ -57,8 +57,8 @@ def test_a_plan_under_another_suffix(command: str, kind: str, tmp_path: Path) ->
     ran = neck_export_cli(command, path)
     assert (ran.code, ran.out) == (1, "")
     (line,) = ran.err.splitlines()
-    assert line.startswith(f"error: {path}: is a {kind} plan, and x.engine.json is not beside it")
-    assert "name it x.plan again, beside x.plan.json" in line
+    assert line.startswith(f"error: {path}: this is a {kind} plan, but its manifest x.engine.json is missing")
+    assert "name it x.plan again and put x.plan.json beside it" in line
 
 
 def test_what_trt_and_bench_say_of_it(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_what_trt_and_bench_say_of_it(tmp_path: Path) -> None:
     bare.write_bytes(b"vtrt" + bytes(100))
     for path, words in (
         (foreign, "is an engine of Ultralytics"),
-        (bare, "is a TensorRT-RTX plan, and x.engine.json is"),
+        (bare, "is a TensorRT-RTX plan, but its manifest x.engine.json"),
     ):
         with pytest.raises(BuildError, match=words):
             read_source(path, print)
@@ -75,9 +75,9 @@ def test_what_trt_and_bench_say_of_it(tmp_path: Path) -> None:
             check_options(BenchOptions(tmp_path, plan=path))
     ours = tmp_path / "x.plan"
     bare.rename(ours)
-    with pytest.raises(BuildError, match=r"x\.plan: is a plan already; name the ONNX file that it is built from"):
+    with pytest.raises(BuildError, match=r"is a plan already; name the ONNX file"):
         read_source(ours, print)
-    with pytest.raises(BenchError, match=r"x\.plan: is not a plan with a layer report beside it"):
+    with pytest.raises(BenchError, match=r"x\.plan: this is not a plan with a layer report"):
         check_options(BenchOptions(tmp_path, plan=ours))
     layers_path(ours).write_text(json.dumps(LayerReport("builder log", (), 0).to_dict()))
     check_options(BenchOptions(tmp_path, plan=ours))  # the control
@@ -100,7 +100,7 @@ def test_anything_else_is_told_by_its_name(content: bytes, tmp_path: Path) -> No
         path = tmp_path / name
         path.write_bytes(content)
         assert is_plan(path) == expected
-        with pytest.raises(BuildError, match=r"x\.\w+: has no header of Ultralytics; it is no plan"):
+        with pytest.raises(BuildError, match=r"x\.\w+: the file has no Ultralytics header; it is no plan"):
             strip_header(path, tmp_path / "out.plan")
     assert not is_plan(next((DATA / "meta-dual").glob("checkpoint.*")))
     assert not is_plan(tmp_path) and is_plan(tmp_path / "none.plan")
@@ -120,7 +120,7 @@ def test_what_cannot_be_stripped(tmp_path: Path) -> None:
     path, bare = ultralytics(tmp_path / "x.engine"), tmp_path / "bare.plan"
     bare.write_bytes(b"ftrt")
     for given, output, words in (
-        (path, path, "is the file that is read"),
+        (path, path, "this is the input file"),
         (bare, tmp_path / "y.plan", "it is a bare TensorRT plan"),
         (tmp_path / "none", bare, "No such file or directory; nothing was written"),
     ):
@@ -132,7 +132,10 @@ def test_what_cannot_be_stripped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("capability", ["8.7", "11.0"])
 def test_a_jetson_is_built_for_on_the_device(capability: str) -> None:
     rtx = Flavor("rtx", None, "1.7", ("8.6", "8.9"), None)
-    with pytest.raises(FlavorError, match=rf"{capability} is a Jetson's: build on the device, with --flavor tensorrt"):
+    with pytest.raises(
+        FlavorError,
+        match=rf"{capability} is a Jetson's compute capability: build on the device, with --flavor tensorrt",
+    ):
         rtx.check_targets([capability])
     with pytest.raises(FlavorError) as caught:
         rtx.check_targets(["6.1"])

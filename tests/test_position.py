@@ -68,7 +68,7 @@ def test_the_temperature_is_used() -> None:
 
 @pytest.mark.parametrize("channels", [2, 6, 255])
 def test_channels_come_in_fours(channels: int) -> None:
-    with pytest.raises(ValueError, match=f"is {channels}; expected a multiple of 4"):
+    with pytest.raises(ValueError, match=f"num_pos_feats is {channels}"):
         PositionEmbeddingSine(channels)
 
 

@@ -217,14 +217,14 @@ def test_what_is_missing_is_told_in_short() -> None:
         "driver on this machine; 1: killed by signal 9: out of memory)."
     )
     gone = next(row for row in result["rows"] if row["status"] == "unavailable")
-    reason = "this CPU has no BF16 matrix instructions, so torch would emulate them; name it by --backends"
+    reason = "this CPU has no BF16 matrix instructions, so torch would emulate them"
     result["rows"] += [{**gone, "backend": f"b{index}", "label": f"b{index}", "reason": reason} for index in range(20)]
     sentence = missing_sentence(result, machine)
     assert "22 of 30" in sentence and "20: this CPU has no BF16 matrix instructions;" in sentence
     assert len(sentence) < 300
     late = {"backend": "eager-fp32", "label": "PyTorch eager", "sweep": "image_size", "image_size": [1344, 1344]}
     result["rows"].append({**gone, **late, "status": "failed", "reason": "out of memory"})
-    assert missing_sentence(result, machine).endswith(" Of the sweeps 1 rows were not measured.")
+    assert missing_sentence(result, machine).endswith(" In the sweeps 1 rows were not measured.")
 
 
 def test_what_is_missing_at_every_point_is_told_once() -> None:
@@ -509,11 +509,11 @@ def test_the_folder_has_three_whole_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("report.json", '{"kind": "bench", "schema": 2}', "has schema 2, this program reads schema 1.* left as it is"),
-        ("report.json", '{"mine": 1}', "holds kind None.* left as it is: move it"),
-        ("report.json", "{", "no whole JSON file.* left as it is"),
-        ("report.md", "# My own report\n", "report.md: was not written by neck-export bench"),
-        ("report.html", "<p>mine</p>", "report.html: was not written by neck-export bench"),
+        ("report.json", '{"kind": "bench", "schema": 2}', "schema 2, but this version reads schema 1.* not changed"),
+        ("report.json", '{"mine": 1}', "kind"),
+        ("report.json", "{", "JSON"),
+        ("report.md", "# My own report\n", "report.md: the file was not written by neck-export bench"),
+        ("report.html", "<p>mine</p>", "report.html: the file was not written by neck-export bench"),
     ],
 )
 def test_a_file_that_is_not_ours_is_left(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -545,7 +545,7 @@ def test_without_jsonschema_a_report_is_written_and_no_file_is_read(
     """A bare GPU machine has none; what it measured is no worse for that."""
     monkeypatch.setitem(sys.modules, "jsonschema", None)
     data, _, _ = write_report(synthetic_result(), tmp_path)
-    with pytest.raises(BenchError, match=r"report\.json: its form cannot be checked without jsonschema: pip install"):
+    with pytest.raises(BenchError, match=r"cannot be checked without jsonschema"):
         read_result(data)
 
 

@@ -217,31 +217,35 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "rejected",
         lambda plan: plan.rename(f"{plan}.rejected"),
-        r"it failed verification, see .*x\.plan\.rejected\.json",
+        r"it failed verification; see .*x\.plan\.rejected\.json",
     ),
-    ("empty", lambda plan: plan.write_bytes(b""), "x.plan: is empty"),
+    ("empty", lambda plan: plan.write_bytes(b""), "x.plan: the file is empty"),
     ("folder", lambda plan: (plan.unlink(), plan.mkdir()), "cannot be read .*directory"),
-    ("truncated", lambda plan: plan.write_bytes(b"vtrt" + bytes(50)), "has 54 bytes, its manifest says 104"),
+    ("truncated", lambda plan: plan.write_bytes(b"vtrt" + bytes(50)), "has 54 bytes, but its manifest says 104"),
     ("corrupt", lambda plan: plan.write_bytes(b"vtrt" + bytes(99) + b"\1"), "was changed after its manifest"),
-    ("no plan", lambda plan: plan.write_bytes(b"PK\3\4" + bytes(100)), "begins with b'PK.*no plan of flavor rtx"),
+    ("no plan", lambda plan: plan.write_bytes(b"PK\3\4" + bytes(100)), "begins with b'PK.*not a plan of flavor rtx"),
     ("no manifest", lambda plan: manifest_path(plan).unlink(), "x.plan.json: the manifest is missing"),
     ("damaged", lambda plan: manifest_path(plan).write_text('{"format": 1,'), "manifest cannot be read"),
     ("onnx's", lambda plan: spoil(plan, kind="onnx"), "not the manifest of a plan file"),
-    ("newer", lambda plan: spoil(plan, format=99), "manifest format 99"),
+    ("newer", lambda plan: spoil(plan, format=99), "format 99"),
     ("no version", lambda plan: spoil(plan, tensorrt_version=None), "lacks 'tensorrt_version'"),
-    ("bad version", lambda plan: spoil(plan, tensorrt_version="new"), "not as neck-export writes it .*'new'"),
-    ("number", lambda plan: spoil(plan, tensorrt_version=10), "not as neck-export writes it"),
+    ("bad version", lambda plan: spoil(plan, tensorrt_version="new"), "the manifest is damaged .*'new'"),
+    ("number", lambda plan: spoil(plan, tensorrt_version=10), "the manifest is damaged"),
     ("no options", lambda plan: spoil(plan, options={}), "lacks 'version_compatible'"),
-    ("options", lambda plan: spoil(plan, options="none"), "not as neck-export writes it"),
-    ("no files", lambda plan: spoil(plan, files=[]), "speaks of no file, not x.plan"),
+    ("options", lambda plan: spoil(plan, options="none"), "the manifest is damaged"),
+    ("no files", lambda plan: spoil(plan, files=[]), "names no file instead of x.plan"),
     ("no hash", lambda plan: spoil(plan, files=[{"name": "x.plan", "bytes": 104}]), "SHA-256"),
     ("no inputs", lambda plan: spoil(plan, inputs=None), "lacks 'inputs'"),
     (
         "inputs",
         lambda plan: spoil(plan, inputs=[{"name": "image", "dtype": "float32", "shape": 3}]),
-        "not as neck-export",
+        "the manifest is damaged",
     ),
-    ("flavor", lambda plan: spoil(plan, flavor="tensorrt"), "begins with b'vtrt', no plan of flavor tensorrt"),
+    (
+        "flavor",
+        lambda plan: spoil(plan, flavor="tensorrt"),
+        "begins with b'vtrt', so it is not a plan of flavor tensorrt",
+    ),
 ]
 
 
@@ -256,12 +260,12 @@ def test_a_bad_file_is_a_sentence(tmp_path: Path, change: Callable[[Path], objec
 
 def test_what_rtx_says_of_a_plan_is_told(tmp_path: Path) -> None:
     plan = write_plan(tmp_path, b"vtrtBAD" + bytes(100))
-    with pytest.raises(SessionError, match=r"1\.7\.1\.116 cannot run it here \(malformed engine\)"):
+    with pytest.raises(SessionError, match=r"here \(malformed engine\)"):
         check_plan(plan, fake())
 
 
 def test_another_flavor_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SessionError, match="is of flavor rtx, asked was tensorrt; use --flavor rtx"):
+    with pytest.raises(SessionError, match="use --flavor rtx"):
         check_plan(write_plan(tmp_path), fake(name="tensorrt", capabilities=(), version="11.4.0.106"))
 
 
@@ -334,7 +338,7 @@ def test_compute_capabilities(name: str, built: list[str], level: str, here: str
 
 def test_no_gpu_is_told(tmp_path: Path) -> None:
     with pytest.raises(
-        SessionError, match="no NVIDIA GPU with a driver here; without one a plan can be built, not run"
+        SessionError, match="no NVIDIA GPU with a driver here; a plan can be built without one, but not run"
     ):
         check_plan(write_plan(tmp_path), fake(gpu=None))
 
@@ -347,10 +351,10 @@ def test_a_real_plan_without_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(SessionError, match="no NVIDIA GPU with a driver here"):
         open_plan(plan)
     pretended = dataclasses.replace(flavor, gpu=L4)
-    with pytest.raises(SessionError, match=r"cannot run it here \(.+\)"):
+    with pytest.raises(SessionError, match=r"cannot run the plan here \(.+\)"):
         open_plan(plan, pretended)
     manifest = json.loads(manifest_path(plan).read_text())
-    with pytest.raises(SessionError, match=r"cannot load it .*cudaError 35"):
+    with pytest.raises(SessionError, match=r"cannot load the plan .*cudaError 35"):
         LoadedPlan(plan, manifest, pretended, torch.device("cpu"))
 
 
@@ -398,7 +402,7 @@ def test_an_address_that_tensorrt_does_not_take_is_copied_once(tmp_path: Path) -
 def test_an_address_that_is_refused_is_an_error(tmp_path: Path) -> None:
     with open_fake(tmp_path) as session:
         session.context.addressable = False
-        with pytest.raises(SessionError, match=r"image lies at 0x[0-9a-f]+, which TensorRT does not take .*of 256"):
+        with pytest.raises(SessionError, match=r"image lies at 0x[0-9a-f]+, which TensorRT does not accept .*of 256"):
             session.infer({"image": np.zeros((1, 2, 3), np.float32)})
 
 
@@ -423,8 +427,8 @@ def test_torch_is_read_where_it_is_and_outputs_are_the_callers(tmp_path: Path) -
 
 
 INPUTS: list[tuple[dict[str, Any], str]] = [
-    ({}, "got inputs none; expected image: float32 .1 to 3, 2, 3."),
-    ({"image": np.zeros((1, 2, 3), np.float32)}, "got inputs image; expected image"),
+    ({}, "the inputs none were given; expected image: float32 .1 to 3, 2, 3."),
+    ({"pixels": np.zeros((1, 2, 3), np.float32)}, "the inputs pixels were given; expected image"),
     (
         {"image": np.zeros((4, 2, 3), np.float32)},
         r"image is float32 \(4, 2, 3\); expected image: float32 \(1 to 3, 2, 3\)",
@@ -437,7 +441,7 @@ INPUTS: list[tuple[dict[str, Any], str]] = [
     ({"image": torch.zeros(1, 2, 3, dtype=torch.float16)}, r"image is float16"),
     ({"image": torch.zeros(1, 3, 2).mT}, "not contiguous; expected contiguous on cpu"),
     ({"image": torch.zeros(1, 2, 3, device="meta")}, "image is on meta"),
-    ({"image": [[[0.0] * 3] * 2]}, "got list; expected numpy arrays, or torch tensors on cpu"),
+    ({"image": [[[0.0] * 3] * 2]}, "list were given; expected numpy arrays, or torch tensors on cpu"),
 ]
 
 
@@ -448,7 +452,7 @@ def test_wrong_inputs_name_what_is_expected(tmp_path: Path, inputs: dict[str, An
 
 
 def test_a_plan_that_does_not_load_tells_the_loggers_last_error(tmp_path: Path) -> None:
-    with pytest.raises(SessionError, match=r"cannot load it \(Error Code 2: OutOfMemory\)"):
+    with pytest.raises(SessionError, match=r"cannot load the plan \(Error Code 2: OutOfMemory\)"):
         open_fake(tmp_path, loads=False)
 
 
@@ -479,7 +483,7 @@ def test_an_edited_manifest_that_hides_the_true_tensors(tmp_path: Path) -> None:
     plan = write_plan(tmp_path, outputs=[{"name": "twice", "dtype": "float32", "shape": ["batch", 2, 3]}])
     flavor, manifest = check_plan(plan, fake())
     assert manifest_specs(manifest)[1] == ("twice", "float32", (-1, 2, 3))
-    with pytest.raises(SessionError, match="its tensors are not the engine's"):
+    with pytest.raises(SessionError, match="the tensors in the manifest differ from the engine's"):
         Session(LoadedPlan(plan, manifest, flavor, torch.device("cpu")), stream=None)
 
 

@@ -170,7 +170,7 @@ def test_levels(asked: str, chosen: tuple[int, ...]) -> None:
     [
         ("4", "level 4 does not exist; the encoder has levels 0 to 3"),
         ("0,7", "level 7"),
-        ("", "expected indices with commas"),
+        ("", "expected indices"),
         ("-1", "expected indices"),
         ("0,,1", "expected indices"),
         ("finest", "expected indices"),

@@ -69,13 +69,15 @@ def test_a_start_is_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
         assert starts.cold and starts.warm and starts.warm.warm
         state.faults.run = "Error Code 1: Cuda Runtime (launch failed)"
         problem = time_starts(plan, 1, "rtx", start_process).problem
-        assert problem and problem.startswith(f"{plan}: a start failed: {plan}: the run failed (Error Code 1")
+        assert problem and problem.startswith(
+            f"{plan}: starting the engine failed: {plan}: the run failed (Error Code 1"
+        )
 
     def hangs(command: Sequence[str], timeout: float, **options: Any) -> None:
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(subprocess, "run", hangs)
-    assert "a start took more than 600 s" in str(time_starts(plan, 1, "rtx", start_process).problem)
+    assert "than 600 s" in str(time_starts(plan, 1, "rtx", start_process).problem)
 
 
 def test_starts_for_a_screen() -> None:
@@ -84,5 +86,5 @@ def test_starts_for_a_screen() -> None:
     assert "cold start: loading 2.50 s, first run 11.25 s, second 0.041 s" in text
     assert "warm start, by the kernels of the cold one: loading 2.25 s, first run 0.50 s, second 0.040 s" in text
     assert "start" not in "\n".join(profile_lines(PROFILE))
-    failed = dataclasses.replace(PROFILE, starts=Starts(problem="x.plan: a start failed: out of memory"))
-    assert "start not told: x.plan: a start failed: out of memory" in profile_lines(failed)
+    failed = dataclasses.replace(PROFILE, starts=Starts(problem="x.plan: starting the engine failed: out of memory"))
+    assert "startup time unknown: x.plan: starting the engine failed: out of memory" in profile_lines(failed)

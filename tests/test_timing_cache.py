@@ -78,13 +78,13 @@ def test_two_builds_choose_the_same_kernels(tmp_path: Path, version: str) -> Non
 
 BAD: list[tuple[str, Any, str]] = [
     ("missing", lambda path: path.unlink(), r"No such file: .*\.cache; `neck-export trt --timing-cache FILE` saves"),
-    ("empty", lambda path: path.write_bytes(b""), "is empty, so no kernel is in it; save it again"),
+    ("empty", lambda path: path.write_bytes(b""), "save it again"),
     ("folder", lambda path: (path.unlink(), path.mkdir()), r"cannot be read \(Is a directory\)"),
-    ("damaged", lambda path: path.write_bytes(b"\x00" * 99), r"TensorRT 11\.4\.0\.106 finds no kernel in it for"),
+    ("damaged", lambda path: path.write_bytes(b"\x00" * 99), r"TensorRT 11\.4\.0\.106"),
     (
         "no kernels",
         lambda path: path.write_text(json.dumps([json.loads(path.read_text())[0], {}])),
-        "finds no kernel in",
+        "no kernel",
     ),
     (
         "others",
@@ -110,7 +110,10 @@ def test_a_cache_of_another_gpu_or_version_is_refused(tmp_path: Path) -> None:
     with play("11.4"):
         onnx, cache = saved(tmp_path)
     for version, device in (("11.4", Device(name="NVIDIA A10", capability="8.6")), ("10.16", Device())):
-        with play(version, device), pytest.raises(BuildError, match="is of one GPU model and one TensorRT: save one"):
+        with (
+            play(version, device),
+            pytest.raises(BuildError, match="valid for one GPU model and one TensorRT version"),
+        ):
             replay(onnx, cache)
 
 
@@ -164,14 +167,14 @@ def test_the_name_that_was_given_to_timing_cache_is_explained(tmp_path: Path) ->
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     with play("11.4"):
         onnx, cache = saved(tmp_path)
-        with pytest.raises(BuildError, match="--replay-timing measures nothing that --timing-cache could keep"):
+        with pytest.raises(BuildError, match="--replay-timing measures nothing that --timing-cache could"):
             replay(onnx, cache, timing_cache=cache)
         build = dataclasses.replace(FP32, replay_timing=cache)
-        with pytest.raises(TuneError, match="give one of them"):
+        with pytest.raises(TuneError, match="one of them"):
             tune_plan(PlanOptions(onnx, tmp_path / "t.plan", build=build))
     with play("rtx-1.7"):
         ran = neck_export_cli("trt", onnx, "--replay-timing", cache, "--output", tmp_path / "r.plan")
-        assert ran.code == 1 and "--replay-timing: TensorRT-RTX chooses kernels when it runs" in ran.err
+        assert ran.code == 1 and "--replay-timing: TensorRT-RTX chooses kernels" in ran.err
         with pytest.raises(FlavorError, match="leave it out"):
             replay(onnx, cache)
 
@@ -203,7 +206,7 @@ def test_what_the_real_builder_makes_of_a_damaged_cache() -> None:
     config = builder.create_builder_config()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # RTX calls timing caches deprecated since 1.2
-        with pytest.raises(BuildError, match=f"x.cache: TensorRT {trt.__version__} finds no kernel in it"):
+        with pytest.raises(BuildError, match=f"x.cache: .*TensorRT {trt.__version__}"):
             replay_timing(trt, config, Path("x.cache"), b"\x00" * 99)
     assert not config.get_flag(trt.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS)
 
@@ -223,5 +226,5 @@ def test_a_real_timing_cache_is_replayed(tmp_path: Path, gpu_flavor: Flavor) -> 
     assert [kernel.name for kernel in first.layers.kernels] == [kernel.name for kernel in second.layers.kernels]
     assert first.timing_cache["sha256"] == second.timing_cache["sha256"]
     cache.write_bytes(b"\x00" * 100)
-    with pytest.raises(BuildError, match="finds no kernel in it"):
+    with pytest.raises(BuildError, match="no kernel"):
         build_plan(onnx, tmp_path / "again.plan", again, flavor=gpu_flavor)

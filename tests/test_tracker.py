@@ -102,7 +102,7 @@ def test_a_meta_checkpoint_with_sam2_convs_alone(tmp_path: Path) -> None:
     found = named_outputs(encoder, whole.image)
     ours = named_outputs(whole.encoder, whole.image)
     assert all(torch.equal(value, ours[name]) for name, value in found.items()) and len(found) == 8
-    with pytest.raises(CheckpointError, match="asked for neck sam3, but the checkpoint has sam2 only"):
+    with pytest.raises(CheckpointError, match="neck sam3 was requested, but the checkpoint has only sam2"):
         load_encoder(tmp_path / "x.pt", DUAL, ("sam3",))
 
 

@@ -225,7 +225,7 @@ def test_a_model_is_described(options: Any) -> None:
     [
         (
             fake(outputs=[FEATURE | {"datatype": "BF16"}]),
-            "sam3_feat_0 is BF16, which numpy lacks; .*--output-dtype fp32",
+            "sam3_feat_0 is BF16, which numpy does not have; .*--output-dtype fp32",
         ),
         (fake(inputs=[IMAGE, IMAGE]), "m has 2 inputs"),
         (fake(inputs=[]), "m has 0 inputs"),

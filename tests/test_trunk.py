@@ -205,7 +205,7 @@ def test_set_imgsz(given: Any) -> None:
     assert trunk.grid == (6, 6)
     assert torch.equal(trunk(images)[0], fresh(images)[0])
     trunk.set_imgsz(112)
-    with pytest.raises(ValueError, match=r"images are 84x84, the trunk is set to 112x112; call set_imgsz"):
+    with pytest.raises(ValueError, match=r"84x84 pixels, but the trunk is set to 112x112; call set_imgsz"):
         trunk(images)
 
 

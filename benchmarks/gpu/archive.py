@@ -24,7 +24,7 @@ def archive_path(output: Path) -> Path:
 
 
 def write_archive(output: Path) -> tuple[Path, list[str]]:
-    """Writes the archive; what would make it too large is left out, the least needed first.
+    """Writes the archive; the least important files are left out if it would become too large.
 
     Returns:
         The archive, and the names of what was left out.

@@ -66,16 +66,16 @@ def run_limited(command: Sequence[str], seconds: float, log: Path, environment: 
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
-        return f"ended after {time.monotonic() - started:.0f} s, its time being over"
+        return f"stopped after {time.monotonic() - started:.0f} s, because its time was over"
     finally:
         end_all()
         reader.join(WAIT_SECONDS)  # all who could write are gone
     if code == 0:
         return None
     if code < 0:
-        return f"ended by {signal.Signals(-code).name}"
+        return f"stopped by {signal.Signals(-code).name}"
     lines = tail.decode(errors="replace").strip().splitlines()
-    return f"ended with exit status {code}: {lines[-1][:400] if lines else 'it said nothing'}"
+    return f"failed with exit status {code}: {lines[-1][:400] if lines else 'there was no output'}"
 
 
 def _keep(process: subprocess.Popen[bytes], log: Path, tail: bytearray) -> None:

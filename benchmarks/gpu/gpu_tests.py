@@ -31,7 +31,7 @@ BROKEN = re.compile(r"^ERROR (tests/\S+\.py)(?: - (.*))?$", re.MULTILINE)
 
 
 def files_with_gpu_tests() -> list[str]:
-    """Test files that have any, but those of what a stage does itself: others may want what is not there."""
+    """Test files with tests marked gpu, except those that a stage runs itself."""
     found = (path for path in sorted((ROOT / "tests").glob("test_*.py")) if path.name not in STAGES_DO)
     return [f"tests/{path.name}" for path in found if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
 
@@ -47,14 +47,14 @@ def run_tests(log: Path, tests: Sequence[str]) -> dict[str, Any]:
     found = checks(log)
     failed = [one["name"] for one in found if one["outcome"] == "failed"]
     if not found:
-        return {"outcome": "failed", "reason": f"no test was run: see {log}"}
+        return {"outcome": "failed", "reason": f"no test was run; see {log}"}
     if all(one["outcome"] == "not run" for one in found):
         return {"outcome": "unavailable", "reason": found[0]["reason"]}
     return {"outcome": "failed" if failed else "done", "reason": ", ".join(failed) or None}
 
 
 def checks(log: Path) -> list[dict[str, Any]]:
-    """Every test that ended, by what pytest printed of it: the results' `checks`."""
+    """The result of every finished test, read from pytest's output: the results' `checks`."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     found: list[dict[str, Any]] = [
         {"name": f"{file}::{name}", "outcome": OUTCOMES[outcome], "reason": reason or None}

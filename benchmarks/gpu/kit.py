@@ -59,7 +59,7 @@ class KitError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class There:
-    """What a machine has.
+    """The packages and Python version of the GPU machine.
 
     Attributes:
         python: its version, such as 3.12.
@@ -78,7 +78,7 @@ class There:
         return cls(found["python"], tuple(found["wheels"]), found["packages"])
 
     def satisfies(self, requirement: Requirement) -> bool:
-        """Whether it has what is required; a version that nobody told is taken to do."""
+        """Whether the machine fulfills a requirement; an unknown version is assumed to."""
         name = canonicalize_name(requirement.name)
         if name not in self.packages:
             return False
@@ -87,7 +87,7 @@ class There:
 
 
 def requirements(project: Path = PROJECT) -> list[Requirement]:
-    """What pyproject asks of a GPU machine, in order, each once, LEFT_OUT left out."""
+    """The packages that pyproject requires on a GPU machine, each once, without LEFT_OUT."""
     told = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
     lines = [*told["dependencies"], *(line for extra in EXTRAS for line in told["optional-dependencies"][extra])]
     asked = [Requirement(line) for line in dict.fromkeys(lines)]
@@ -95,12 +95,12 @@ def requirements(project: Path = PROJECT) -> list[Requirement]:
 
 
 def lacking(asked: Sequence[Requirement], there: There) -> list[Requirement]:
-    """What of it the machine lacks."""
+    """The requirements that the machine does not fulfill."""
     return [one for one in asked if not there.satisfies(one)]
 
 
 def chosen(report: Mapping[str, Any], asked: Sequence[Requirement], there: There) -> list[str]:
-    """The wheels of the kit as pip pins them: what is asked, and of its dependencies what is not there or too old.
+    """The wheels of the kit as pip pins them: requirements, and dependencies that are missing or too old.
 
     Args:
         report: pip's `--report` of a dry run.
@@ -161,7 +161,9 @@ def describe(folder: Path, asked: Sequence[Requirement], there: There) -> dict[s
     if sum(sizes.values()) > MOST_BYTES:
         told = f"{sum(sizes.values()) / 2**20:.1f} MiB, at most {MOST_BYTES >> 20} are carried; the largest is "
         told += max(sizes, key=sizes.__getitem__)
-        raise KitError(f"the kit has {told}: say in {THERE.name} that it is there, or leave it out (LEFT_OUT)")
+        raise KitError(
+            f"the kit has {told}: list the package as already there in {THERE.name}, or leave it out (LEFT_OUT)"
+        )
     return {"python": there.python, "requirements": [str(one) for one in asked], "wheels": sizes}
 
 
@@ -175,17 +177,21 @@ def _pip(arguments: Sequence[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise KitError(f"pip {arguments[0]} did not end in {SECONDS:g} s; look at the network, and try again") from None
+        raise KitError(
+            f"pip {arguments[0]} did not finish within {SECONDS:g} s; check the network, and try again"
+        ) from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if re.match(r"ERROR", line)] or [done.stderr.strip()]
         raise KitError(f"pip {arguments[0]} failed: {' '.join(lines[-1].split())[:300]}")
 
 
 def main() -> None:
-    """Makes the kit and says what is in it."""
+    """Makes the kit and prints its size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("build/gpu-kit"))
-    parser.add_argument("--there", type=Path, default=THERE, help="What the machine has [default: beside this file]")
+    parser.add_argument(
+        "--there", type=Path, default=THERE, help=("File that says what the machine has [default: beside this file]")
+    )
     arguments = parser.parse_args()
     try:
         manifest = make_kit(arguments.output, There.read(arguments.there))

@@ -23,7 +23,7 @@ SECONDS = 20.0
 
 
 def examine(device: Device) -> dict[str, Any]:
-    """What a session wants to know first; `fatal` where nothing can be measured here, in one line or two."""
+    """The machine's facts; `fatal` is set, in one or two lines, if nothing can be measured here."""
     problem = gpu_problem() if device == "cuda" else None
     if problem:
         return {"fatal": problem}
@@ -48,15 +48,19 @@ def gpu_problem() -> str | None:
     rehearse = "`make gpu GPU_DEVICE=cpu` rehearses without one"
     if torch.version.cuda is None:
         return (
-            f"torch {torch.__version__} is no CUDA build: make gpu with a Python that has one (PYTHON=...); {rehearse}"
+            f"torch {torch.__version__} is not a CUDA build; run make gpu with a Python that has one (PYTHON=...); "
+            f"{rehearse}"
         )
-    said = next((" ".join(str(one.message).split()).partition(" (Triggered")[0] for one in told), "it gave no reason")
+    said = next((" ".join(str(one.message).split()).partition(" (Triggered")[0] for one in told), "NVML gave no reason")
     if driver is None:
         return (
-            f"no NVIDIA driver here (neither /proc/driver/nvidia nor NVML tells one): make gpu needs a GPU; {rehearse}"
+            "there is no NVIDIA driver here (neither /proc/driver/nvidia nor NVML reports one), and make gpu needs "
+            f"a GPU; {rehearse}"
         )
-    needs = f"torch {torch.__version__} wants one for CUDA {torch.version.cuda}"
-    return f"torch can use no GPU with driver {driver} ({said[:200]}); {needs}: take a newer driver or an older torch"
+    needs = f"torch {torch.__version__} needs one for CUDA {torch.version.cuda}"
+    return (
+        f"torch can use no GPU with driver {driver} ({said[:200]}); {needs}: install a newer driver or an older torch"
+    )
 
 
 def device_memory() -> dict[str, Any]:
@@ -73,18 +77,18 @@ def device_memory() -> dict[str, Any]:
 
 
 def others(free: int, total: int, programs: list[str]) -> str | None:
-    """That others hold memory of the GPU, so that what is measured is theirs too."""
+    """A warning that other programs use the GPU."""
     if total - free < OTHERS_BYTES:
         return None
-    return f"others use this GPU: {_room(free, total, programs)}; times are not this program's alone"
+    return f"other programs use this GPU: {_room(free, total, programs)}; times include their work"
 
 
 def too_little(free: int, total: int, programs: list[str]) -> str | None:
-    """That the GPU has no room."""
+    """A message that the GPU has too little free memory."""
     if free >= NEEDED_BYTES:
         return None
     needs = f"{NEEDED_BYTES / 1e9:.0f} GB are needed"
-    return f"too little device memory: {_room(free, total, programs)}, {needs}; end other programs or take another GPU"
+    return f"too little device memory: {_room(free, total, programs)}, {needs}; close other programs or use another GPU"
 
 
 def _room(free: int, total: int, programs: list[str]) -> str:

@@ -61,7 +61,7 @@ class Session:
         self.stages: dict[str, dict[str, Any]] = self._read()
 
     def run(self) -> int:
-        """Runs what an earlier call has not done; the exit code says whether all is done."""
+        """Runs the stages that an earlier call has not finished; the exit code says whether all are done."""
         adopt_orphans()
         wanted = [one for one in plan(self.device) if not self._done(one)]
         news = True  # that no report has yet
@@ -73,7 +73,7 @@ class Session:
                         self._archive()
                         news = False
                 elif stage not in fitting(wanted[place:], self._left() / 60):
-                    self._note(stage, "left out", "the time is short; a second call runs it")
+                    self._note(stage, "left out", "there is too little time left; run the command again to do it")
                 elif not self._stage(stage):
                     return self._end()
                 else:
@@ -86,7 +86,7 @@ class Session:
         """Runs one stage; False where nothing can be measured here."""
         limit = time_limit(stage, self._left(), self.scale)
         if limit < LEAST_SECONDS:
-            self._note(stage, "left out", "the time was over; a second call runs it")
+            self._note(stage, "left out", "the time was over; run the command again to do it")
             return True
         print(f"{stage.name}: {stage.what} (at most {limit:.0f} s)", flush=True)
         found_at, started = self._found(stage.name), time.monotonic()
@@ -136,12 +136,12 @@ class Session:
         try:
             path, left_out = write_archive(self.output)
         except OSError as error:
-            print(f"no archive: {error}", flush=True)
+            print(f"no archive was written: {error}", flush=True)
             return
-        told = f"; too large for it: {', '.join(left_out)}" if left_out else ""
+        told = f"; too large for the archive: {', '.join(left_out)}" if left_out else ""
         print(
-            f"{path}: {path.stat().st_size / 2**20:.1f} MiB to carry off; beside {self.output.name} on another "
-            f"machine it lets the next call go on{told}",
+            f"{path}: {path.stat().st_size / 2**20:.1f} MiB to copy; put beside {self.output.name} on another "
+            f"machine, it lets the next call continue there{told}",
             flush=True,
         )
 
@@ -178,7 +178,7 @@ def exit_code(stages: dict[str, dict[str, Any]]) -> int:
 
 
 def unmet(requirements: Sequence[str]) -> list[str]:
-    """What of the requirements this environment lacks, with what it has."""
+    """The requirements that this environment does not fulfill, with the installed versions."""
     found = []
     for line in requirements:
         asked = Requirement(line)
@@ -187,7 +187,7 @@ def unmet(requirements: Sequence[str]) -> list[str]:
         except importlib.metadata.PackageNotFoundError:
             version = None
         if version is None or not asked.specifier.contains(version, prereleases=True):
-            found.append(f"{line} (there is {version or 'none'})")
+            found.append(f"{line} (installed is {version or 'none'})")
     return found
 
 
@@ -210,8 +210,11 @@ def main() -> None:
     asked = parser.parse_args()
     pinned = (asked.kit / "requirements.txt").read_text(encoding="utf-8")
     if lacks := unmet(_json(asked.kit / "kit.json")["requirements"]):
-        told = f"{sys.executable} with {asked.kit} lacks {', '.join(lacks)}"
-        sys.exit(f"error: {told}; say in benchmarks/gpu/there.json what is there, and make the kit again")
+        told = f"{sys.executable} with {asked.kit} does not have {', '.join(lacks)}"
+        sys.exit(
+            f"error: {told}; correct benchmarks/gpu/there.json, which lists what the machine has, and make the kit "
+            "again"
+        )
     if asked.fresh:
         for name in ("work", "session.json"):
             path = asked.output / name
@@ -220,9 +223,11 @@ def main() -> None:
     if not asked.fresh:
         try:
             if unpack_archive(asked.output):
-                print(f"{archive_path(asked.output)}: goes on where that session stopped", flush=True)
+                print(f"{archive_path(asked.output)}: continuing where that session stopped", flush=True)
         except (OSError, EOFError, tarfile.TarError) as error:
-            sys.exit(f"error: {archive_path(asked.output)}: is no whole archive ({error}); copy it again or remove it")
+            sys.exit(
+                f"error: {archive_path(asked.output)}: the archive is incomplete ({error}); copy it again or remove it"
+            )
     print("\n".join(table(asked.device)), flush=True)
     sys.exit(Session(asked.output, asked.device, asked.ends, asked.config, pinned).run())
 

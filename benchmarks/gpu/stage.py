@@ -45,7 +45,7 @@ PACE = {"cuda": {"rounds": 5, "runs": 10, "warm_up": 5}, "cpu": {"rounds": 2, "r
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What a stage is told.
+    """The arguments of a stage.
 
     Attributes:
         output: the session's folder.
@@ -63,7 +63,7 @@ class Asked:
 
     @property
     def folder(self) -> Path:
-        """Of the stages' files."""
+        """The folder of the stages' files."""
         return self.output / FOLDER
 
     def options(self, **changes: Any) -> BenchOptions:
@@ -74,7 +74,7 @@ class Asked:
         return BenchOptions(self.output, config=config, device=self.device, command=self.command, **values)
 
     def found(self, name: str) -> Found:
-        """What an earlier stage found."""
+        """The result of an earlier stage."""
         with contextlib.suppress(OSError, ValueError):  # not run, or cut by a full disk
             found: Found = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
             return found
@@ -82,7 +82,7 @@ class Asked:
 
 
 def doctor(asked: Asked) -> Found:
-    """The machine: what it is, what it reaches, who else is there."""
+    """Examines the machine: hardware, rates, other programs on the GPU."""
     found = examine(asked.device)
     return {"outcome": "failed" if found["fatal"] else "done", **found}
 
@@ -93,7 +93,7 @@ def tests(asked: Asked, name: str, chosen: Sequence[str]) -> Found:
 
 
 def rates(asked: Asked) -> Found:
-    """What the machine itself reaches."""
+    """Measures the rates of the machine itself."""
     return {"outcome": "done", "reason": None, "rates": measure_rates(asked.device)}
 
 
@@ -108,7 +108,8 @@ def weights(asked: Asked) -> Found:
     if known is None or digest == known:
         return {"outcome": "done", "sha256": digest, "same": None if known is None else True}
     reason = (
-        f"the random weights have SHA-256 {digest[:12]}, elsewhere {known[:12]}; errors cannot be compared with those"
+        f"the random weights have SHA-256 {digest[:12]}, but {known[:12]} on other machines; errors cannot be "
+        "compared with theirs"
     )
     return {"outcome": "failed", "sha256": digest, "same": False, "reason": reason}
 
@@ -125,7 +126,7 @@ def weights_digest(path: Path) -> str:
 def measure(asked: Asked, stage: Stage) -> Found:
     """Measures the stage's backends at the main point."""
     if not stage.backends:
-        return {"outcome": "unavailable", "reason": f"there is none of it on {asked.device}"}
+        return {"outcome": "unavailable", "reason": f"none exists on {asked.device}"}
     return _measured(asked.options(backends=stage.backends, timeout_s=stage.answer_s))
 
 
@@ -133,7 +134,7 @@ def points(asked: Asked, stage: Stage) -> Found:
     """Measures the fastest backend that is built quickly, at other sizes and batches."""
     name = _fastest(asked)
     if name is None:
-        return {"outcome": "unavailable", "reason": "no backend was measured that could be taken to other sizes"}
+        return {"outcome": "unavailable", "reason": "no backend was measured that could run at other sizes"}
     found = _measured(asked.options(backends=(name,), timeout_s=stage.answer_s, **_sweeps(asked, name)))
     return {**found, "fastest": name}
 
@@ -202,7 +203,7 @@ def _say(line: str) -> None:
 
 
 def run_stage(stage: Stage, asked: Asked) -> Found:
-    """What a stage found; `outcome` and `reason` say how it ended."""
+    """The result of a stage; `outcome` and `reason` say how it ended."""
     own: dict[str, Callable[[], Found]] = {
         "doctor": lambda: doctor(asked),
         **{name: functools.partial(tests, asked, name, [chosen]) for name, chosen in ON_CUDA.items()},

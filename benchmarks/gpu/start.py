@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/gpu"))
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--config", type=Path, help="encoder.json of another encoder than the full one")
+    parser.add_argument("--config", type=Path, help="encoder.json of another encoder than the full-size one")
     parser.add_argument("--fresh", action="store_true", help="Forget what an earlier call measured")
     asked = parser.parse_args()
     try:
@@ -63,15 +63,15 @@ def read_kit(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         python = manifest["python"]
     except FileNotFoundError:
-        raise KitError(f"{folder}: is no kit ({MANIFEST} is not there); {MAKE}") from None
+        raise KitError(f"{folder}: the folder is not a kit ({MANIFEST} is missing); {MAKE}") from None
     except (ValueError, KeyError, TypeError):
-        raise KitError(f"{folder}/{MANIFEST}: cannot be read; {MAKE}") from None
+        raise KitError(f"{folder}/{MANIFEST}: the file cannot be read; {MAKE}") from None
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     if python != here:
-        told = f"{folder}: is for Python {python}, {sys.executable} is {here}"
-        raise KitError(f"{told}; give the other one by `make gpu PYTHON=python{python}`, or make another kit")
+        told = f"{folder}: the kit is for Python {python}, but {sys.executable} is {here}"
+        raise KitError(f"{told}; choose that Python with `make gpu PYTHON=python{python}`, or make another kit")
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        raise KitError(f"{folder}: is for Linux x86-64, this is {platform.system()} {platform.machine()}")
+        raise KitError(f"{folder}: the kit is for Linux x86-64, but this is {platform.system()} {platform.machine()}")
     return manifest
 
 
@@ -95,7 +95,9 @@ def install(kit: Path, output: Path) -> Path:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise KitError(f"{site}: pip did not install the kit in {INSTALL_SECONDS:g} s") from None
+        raise KitError(
+            f"{site}: pip did not install the kit within {INSTALL_SECONDS:g} s; check the disk and try again"
+        ) from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
         raise KitError(f"{kit}: pip cannot install the kit ({lines[0][:300]}); {MAKE}")

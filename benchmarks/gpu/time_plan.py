@@ -53,15 +53,21 @@ FOLDER = "stages"
 def plan(device: Device) -> tuple[Stage, ...]:
     """The stages in their order: the most wanted first."""
     return (
-        Stage("doctor", "the machine, who else is on the GPU", 0.3, 2.0),
-        Stage("cpp", "the C++ library on CUDA itself, TensorRT a fake", 0.7, 1.6, 8),
-        Stage("session", "Python's sessions, pool, graphs, DLPack on torch.cuda, TensorRT a fake", 0.3, 1.0, 9),
+        Stage("doctor", "the machine, and which other programs use the GPU", 0.3, 2.0),
+        Stage("cpp", "the C++ library on real CUDA, with a fake TensorRT", 0.7, 1.6, 8),
+        Stage(
+            "session",
+            ("Python's sessions, pool, CUDA graphs and DLPack on torch.cuda, with a fake TensorRT"),
+            0.3,
+            1.0,
+            9,
+        ),
         Stage("weights", "random weights, the same bits as elsewhere", 0.4, 1.0),
         Stage("eager", "eager, plain and rewritten, FP32, FP16, BF16", 1.9, 3.0, backends=EAGER),
         Stage("compiled", "torch.compile, default, rewritten", 1.0, 2.5, 7, COMPILED[device], answer_s=ANSWER[device]),
-        Stage("rates", "what the machine itself reaches", 0.3, 1.0, 6),
+        Stage("rates", "the rates that the machine itself reaches", 0.3, 1.0, 6),
         REPORT,
-        Stage("points", "batch 4 and 8, 672 and 1344 pixels of the fastest", 0.7, 2.3, 2, points=True),
+        Stage("points", "batch 4 and 8, and 672 and 1344 pixels, of the fastest backend", 0.7, 2.3, 2, points=True),
         Stage("plain", "torch.compile, default, plain", 0.7, 2.5, 3, PLAIN[device], answer_s=ANSWER[device]),
         Stage("tuned", "torch.compile max-autotune with CUDA graphs", 0.7, 3.0, 1, TUNED, answer_s=150.0),
         Stage("tests", "further tests marked gpu", 0.4, 1.6, 4),
@@ -78,7 +84,7 @@ POINT_SCALES, POINT_BATCHES = (2 / 3, 4 / 3), (4, 8)
 
 
 def fitting(stages: Sequence[Stage], minutes: float) -> list[Stage]:
-    """The stages that fit into the time by their expected minutes, those of the lowest `drop` left out first."""
+    """The stages that fit into the time; those with the lowest `drop` are left out first."""
     kept = list(stages)
     droppable = sorted((one for one in stages if one.drop is not None), key=lambda one: one.drop or 0)
     for one in droppable:
@@ -102,7 +108,7 @@ def time_limit(stage: Stage, left_s: float, scale: float = 1.0) -> float:
 
 
 def total_minutes(device: Device = "cuda") -> float:
-    """What is expected of everything: the environment, every stage, and the second report."""
+    """The expected minutes of everything: the environment, every stage, and the second report."""
     return INSTALL_MINUTES + sum(one.minutes for one in plan(device)) + REPORT.minutes
 
 

@@ -25,7 +25,7 @@ from neck.images import ImageFolder, find_images, load_images
 def compare_masks(
     options: MasksOptions, report: Callable[[str], None] = lambda line: None, notes: list[str] | None = None
 ) -> dict[str, Any]:
-    """Compares, writes the figures into the file's manifest, and returns them; `notes` tells where it is not writable.
+    """Compares, stores the figures in the file's manifest, and returns them; `notes` says if it is not writable.
 
     Raises:
         MasksError: the model, or prompts that it does not take.
@@ -37,7 +37,7 @@ def compare_masks(
     folder = ImageFolder.of(options.images)
     paths, size = find_images(folder.path), manifest_signature(where, manifest).image_size
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    report(f"model: {options.model}")
+    report(f"loading the model {options.model}")
     asked = (options.model, options.prompts, device, options.threshold)
     model, segment = load_checkpoint_segmenter(*asked, size) if options.model.is_file() else load_segmenter(*asked)
     simulated = device == "cpu" and not plan and manifest.get("precision") != "fp32"
@@ -53,7 +53,7 @@ def compare_masks(
         for name, one, two in zip(names, mine, theirs, strict=True)
     ]
     whole = f"{type(model).__name__} of {type(model).__module__.partition('.')[0]} on {device}"
-    method = f"{whole}, its own encoder against the file, score threshold {options.threshold}"
+    method = f"{whole}, with its own encoder and with the file, score threshold {options.threshold:g}"
     values = figures(found, options.gate) | {
         "method": f"{method}; {SIMULATED}" if simulated else method,
         "model": str(options.model),
@@ -75,7 +75,7 @@ def run_twice(
     simulated: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[list[Objects]], list[list[Objects]]]:
-    """The objects of every image, by a model's own encoder and by the file; the model is then as before.
+    """The objects of every image with the model's own encoder and with the file; the model is restored.
 
     Any package's model can be compared so.
 
@@ -89,10 +89,10 @@ def run_twice(
     """
     encoder = attach(model, file, check=check, simulated=simulated)  # first: what does not fit is told at once
     try:
-        report("objects: with the file")
+        report("finding objects with the file")
         other = [segment(pixels) for pixels in images()]
     finally:
         detach(model)
     del encoder
-    report("objects: with the model's own encoder")
+    report("finding objects with the model's own encoder")
     return [segment(pixels) for pixels in images()], other

@@ -23,7 +23,7 @@ def save_images(
     own: Sequence[Sequence[Objects]],
     other: Sequence[Sequence[Objects]],
 ) -> None:
-    """Writes NAME.masks.png for each image: the model's masks, the file's, and what only one of them has.
+    """Writes NAME.masks.png for each image: the model's masks, the file's masks, and their difference.
 
     Raises:
         MasksError: the folder cannot be written.

@@ -21,7 +21,7 @@ Numbers = npt.NDArray[np.float32]
 
 @dataclasses.dataclass(frozen=True)
 class Objects:
-    """What a model finds for one prompt in one image, above its score threshold.
+    """The objects that a model finds for one prompt in one image, above its score threshold.
 
     Attributes:
         masks: (N, h, w), at the resolution at which the model gives them.
@@ -62,13 +62,13 @@ class Difference:
 
     @property
     def worst(self) -> float:
-        """The lowest mask IoU; 0 where an object is lost or found or a value is not finite, 1 where there is none."""
+        """The lowest mask IoU: 0 if an object is lost, additional or not finite; 1 if there is none."""
         wrong = self.lost or self.found or self.own_non_finite or self.file_non_finite
         return 0.0 if wrong else min(self.ious, default=1.0)
 
 
 def differ(image: str, prompt: str, own: Objects, other: Objects) -> Difference:
-    """Pairs the objects of two findings by their masks and compares them."""
+    """Pairs the objects of two results by their masks and compares them."""
     ious = mask_ious(own.masks, other.masks)
     pairs = best_pairs(ious)
     error = abs(own.presence - other.presence)
@@ -158,7 +158,9 @@ def figures(differences: Sequence[Difference], gate: float) -> dict[str, Any]:
     ious = [iou for one in differences for iou in one.ious]
     lost, found = (sum(getattr(one, name) for one in differences) for name in ("lost", "found"))
     if not (ious or lost or found or own or other):
-        raise MasksError("no object above the score threshold in any image; take other prompts, images, --threshold")
+        raise MasksError(
+            "no object exceeds the score threshold in any image; choose other prompts or images, or a lower --threshold"
+        )
     boxes, scores = (
         [value for one in differences for value in getattr(one, name)] for name in ("box_ious", "score_errors")
     )
@@ -189,9 +191,10 @@ def figures(differences: Sequence[Difference], gate: float) -> dict[str, Any]:
 def lines(found: dict[str, Any]) -> list[str]:
     """The figures for a screen."""
     return [
-        f"{found['images']} images, {found['objects']} objects, {found['lost']} lost, {found['found']} found",
+        f"{found['images']} images, {found['objects']} objects, {found['lost']} lost, {found['found']} additional",
         *_non_finite_lines(found["non_finite"]),
-        f"mask IoU  mean {found['mean_iou']:.4f}, worst {found['worst_iou']:.4f}; least alike {found['worst_image']}",
+        f"mask IoU  mean {found['mean_iou']:.4f}, worst {found['worst_iou']:.4f}; largest difference in "
+        f"{found['worst_image']}",
         f"box IoU   mean {found['mean_box_iou']:.4f}, worst {found['worst_box_iou']:.4f}",
         f"scores differ by up to {found['largest_score_error']:.2e}, presence by {found['largest_presence_error']:.2e}",
         found["method"],

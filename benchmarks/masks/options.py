@@ -28,13 +28,13 @@ def parse_places(count: int, given: Sequence[str]) -> tuple[tuple[float, ...], .
     except ValueError:
         places = ((),)
     if any(len(place) != count for place in places):
-        raise OptionError(f"expected {count} numbers with commas, such as 0.5")
+        raise OptionError(f"expected {count} numbers separated by commas, such as 0.5")
     return places
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """What is asked for in every image: texts, each for any number of objects, or points and boxes for one each."""
+    """The prompts for every image: texts, each for any number of objects, or points and boxes for one each."""
 
     texts: Annotated[
         tuple[str, ...],
@@ -67,16 +67,16 @@ class Prompts:
     def __post_init__(self) -> None:
         places = self.points + self.boxes
         if bool(self.texts) == bool(places):
-            raise MasksError("ask for objects by --prompt TEXT, or by --points X,Y and --boxes X0,Y0,X1,Y1")
+            raise MasksError("no prompt was given; use --prompt TEXT, or --points X,Y and --boxes X0,Y0,X1,Y1")
         for place in places:
             if not all(0 <= side <= 1 for side in place):
-                raise MasksError(f"{place}: expected parts of the image's width and height, 0 to 1")
+                raise MasksError(f"{place} is outside the image; expected fractions of width and height, 0 to 1")
         if any(box[0] >= box[2] or box[1] >= box[3] for box in self.boxes):
-            raise MasksError("a box is empty; give its left, upper, right and lower sides")
+            raise MasksError("a box is empty; give its left, upper, right and lower side")
 
     @property
     def names(self) -> list[str]:
-        """What each prompt is called."""
+        """The name of each prompt."""
         return [*self.texts, *(f"point {place}" for place in self.points), *(f"box {place}" for place in self.boxes)]
 
 

@@ -25,7 +25,7 @@ TRACKERS = ("sam3_tracker_video", "sam3_video")
 
 
 def load_segmenter(folder: Path, prompts: Prompts, device: str, threshold: float) -> tuple[nn.Module, Segment]:
-    """Loads the model that takes the prompts.
+    """Loads the model that accepts the prompts.
 
     Args:
         folder: config.json, weights and, for texts, the tokenizer.
@@ -79,7 +79,7 @@ def by_text(model: Any, tokenizer: Any, prompts: Prompts, image: Tensor, thresho
 
 
 def objects_above(threshold: float, logits: Tensor, presence: Tensor, masks: Tensor, boxes: Tensor) -> Objects:
-    """What a detector finds above a score: logits (N,), presence's logit alone, masks' (N, h, w), boxes (N, 4)."""
+    """A detector's objects above a score: logits (N,), the presence logit, mask logits (N, h, w), boxes (N, 4)."""
     sure = presence.sigmoid().flatten()[0]
     scores = logits.sigmoid() * sure
     kept = scores > threshold

@@ -52,7 +52,7 @@ class Backend:
 
 @dataclasses.dataclass(frozen=True)
 class RunRequest:
-    """What a worker loads.
+    """What a worker must load.
 
     Attributes:
         backend: what runs.
@@ -87,11 +87,11 @@ class Runner(Protocol):
         """The last run's outputs by name, in float32."""
 
     def device_bytes(self) -> int | None:
-        """Most device memory that it took, None on a CPU and where it cannot be told."""
+        """Peak device memory; None on a CPU or if it is unknown."""
         return None
 
     def note(self) -> str | None:
-        """What a reader of its row must know, once it is loaded."""
+        """A note for the backend's row in the report, once it is loaded."""
         return None
 
     def parts_ms(self) -> dict[str, float] | None:
@@ -167,7 +167,7 @@ QUICK = {
 
 
 def choose_backends(device: Device, asked: Sequence[str]) -> list[Backend]:
-    """The asked backends in the table's order, the reference first and always; all where none is named.
+    """The requested backends in the table's order, always beginning with the reference; all if none is named.
 
     Raises:
         BenchError: a name that is none.
@@ -176,7 +176,7 @@ def choose_backends(device: Device, asked: Sequence[str]) -> list[Backend]:
     names = {backend.id for backend in known}
     unknown = [name for name in asked if name not in names]
     if unknown:
-        raise BenchError(f"no backend {', '.join(unknown)} on {device}; there are {', '.join(sorted(names))}")
+        raise BenchError(f"no backend {', '.join(unknown)} on {device}; choose from {', '.join(sorted(names))}")
     return [backend for backend in known if not asked or backend.id in asked or backend.id == REFERENCE]
 
 
@@ -206,8 +206,8 @@ def _torch_lacks(backend: Backend, facts: Mapping[str, Any], named: bool) -> str
     slow = backend.device == "cpu" and backend.precision != "fp32" and not facts["cpu_computes"][backend.precision]
     if slow and not named:
         return (
-            f"this CPU has no {NAMES[backend.precision]} matrix instructions, so torch would emulate them, slower than "
-            f"FP32; name it by --backend to measure it all the same"
+            f"this CPU has no {NAMES[backend.precision]} matrix instructions, so torch would emulate them more "
+            "slowly than FP32; name the backend with --backend to measure it nevertheless"
         )
     return facts["compilers"][backend.device] if backend.runtime != "eager" else None
 
@@ -216,10 +216,11 @@ def _ort_lacks(backend: Backend, facts: Mapping[str, Any]) -> str | None:
     if facts["providers"] is None:
         return f"onnxruntime is not installed; run {install('cpu' if backend.device == 'cpu' else 'gpu')}"
     if backend.provider not in facts["providers"]:
-        return f"this onnxruntime has no {backend.provider}: pip install onnxruntime-gpu"
+        return f"this onnxruntime has no {backend.provider}; run pip install onnxruntime-gpu"
     if backend.device == "cpu" and backend.precision != "fp32":
         return (
-            f"ONNX Runtime's CPU provider computes an {NAMES[backend.precision]} file in FP32, so it would not be one"
+            f"ONNX Runtime's CPU provider computes a {NAMES[backend.precision]} file in FP32, so it would not "
+            f"measure {NAMES[backend.precision]}"
         )
     return None
 

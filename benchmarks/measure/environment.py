@@ -39,13 +39,13 @@ def processor() -> str:
 
 
 def available_bytes() -> int:
-    """Memory that can be taken without swapping."""
+    """Memory that is available without swapping."""
     found = re.search(r"MemAvailable: *(\d+) kB", MEMORY.read_text()) if MEMORY.is_file() else None
     return int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def package_versions() -> dict[str, str | None]:
-    """Versions of what runs an encoder; None where it is not installed."""
+    """Versions of the packages that can run an encoder; None if one is not installed."""
     found = {name: [installed_version(one) for one in names] for name, names in VERSIONS.items()}
     return {name: next(filter(None, versions), None) for name, versions in found.items()}
 
@@ -90,14 +90,14 @@ def _gpu() -> dict[str, Any] | None:
 
 
 def machine_name(environment: dict[str, Any]) -> str:
-    """What a table calls the machine."""
+    """The machine's name in tables."""
     if environment["gpu"]:
         return str(environment["gpu"]["name"])
     return f"{environment['processor']}, {environment['cores']} cores"
 
 
 def capabilities() -> dict[str, Any]:
-    """What `backends.why_unavailable` asks of this machine, as JSON values."""
+    """The facts about this machine that `backends.why_unavailable` needs, as JSON values."""
     import torch
 
     flags = set(re.findall(r"[^\s:]+", _cpu_flags()))
@@ -120,22 +120,22 @@ def _cpu_flags() -> str:
 def _cpu_compiler() -> str | None:
     """What torch.compile lacks on the CPU."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++")):
-        return "torch.compile needs a C++ compiler here: apt-get install g++"
+        return "torch.compile needs a C++ compiler here; run apt-get install g++"
     return _header_problem()
 
 
 def _header_problem() -> str | None:
     """What is said where Python's headers are missing: Inductor's C++ and Triton's launchers include them."""
     found = Path(sysconfig.get_path("include"), "Python.h").is_file()
-    return None if found else "torch.compile needs Python.h: apt-get install python3-dev"
+    return None if found else "torch.compile needs Python.h; run apt-get install python3-dev"
 
 
 def _gpu_compiler() -> str | None:
     """What torch.compile lacks on a GPU."""
     if importlib.util.find_spec("triton") is None:
-        return "torch.compile needs Triton's compiler here: pip install triton"
+        return "torch.compile needs Triton's compiler here; run pip install triton"
     if not any(shutil.which(name) for name in (os.environ.get("CC") or "gcc", "clang", "cc")):
-        return "torch.compile needs a C compiler for Triton: apt-get install gcc"
+        return "torch.compile needs a C compiler for Triton; run apt-get install gcc"
     return _header_problem()
 
 
@@ -162,12 +162,12 @@ def _plan_problem(flavor: str) -> str | None:
     from engines.builder.gpu import find_gpu
 
     if find_gpu() is None:
-        return "no NVIDIA GPU with a driver here; without one a plan can be built, not run"
+        return "no NVIDIA GPU with a driver here; a plan can be built without one, but not run"
     try:
         chosen = choose_flavor(flavor)  # type: ignore[arg-type]
     except FlavorError as error:
         return str(error)
     assert chosen.gpu is not None
     if chosen.capabilities and chosen.gpu.compute_capability not in chosen.capabilities:
-        return f"{flavor} {chosen.version} does not run on {chosen.gpu.name} ({chosen.gpu.compute_capability})"
+        return f"{flavor} {chosen.version} does not support {chosen.gpu.name} ({chosen.gpu.compute_capability})"
     return None

@@ -26,7 +26,7 @@ class OrtRunner(Runner):
         self._taken: int | None = None
 
     def load(self) -> float | None:
-        """Makes the session; on a GPU it is run once, for what device memory that takes."""
+        """Makes the session; on a GPU it is run once to measure its device memory."""
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -41,7 +41,7 @@ class OrtRunner(Runner):
             providers = [(self.provider, allowed), cuda]
         self.session = ort.InferenceSession(self.job.onnx, options, providers=providers)
         if self.session.get_providers()[0] != self.provider:
-            raise RunnerError(f"{self.provider} did not start; onnxruntime took {self.session.get_providers()}")
+            raise RunnerError(f"{self.provider} did not start; onnxruntime chose {self.session.get_providers()}")
         if self._tensorrt():
             self._check_fp16(allowed[FP16_ALLOWED])
         self.names = [output.name for output in self.session.get_outputs()]
@@ -54,7 +54,7 @@ class OrtRunner(Runner):
                 self.binding.bind_output(name, "cuda")
             self.run()
             if heavy := first.heavy_on_cpu(self.session):
-                raise RunnerError(f"ONNX Runtime {ort.__version__} computes {heavy} on the CPU, not on the GPU")
+                raise RunnerError(f"ONNX Runtime {ort.__version__} would compute {heavy} on the CPU instead of the GPU")
             # now: later, what other workers load and free is between the two
             self._taken = _taken(free, _free_device_bytes())
         return None
@@ -66,7 +66,9 @@ class OrtRunner(Runner):
         """Refuses a provider that does not compute an FP16 file in FP16, as its row would say."""
         found = self.session.get_provider_options()[TENSORRT_PROVIDER].get(FP16_ALLOWED)
         if found != asked:
-            raise RunnerError(f"{FP16_ALLOWED} is {found}, asked was {asked}; an FP16 file would be computed in FP32")
+            raise RunnerError(
+                f"{FP16_ALLOWED} is {found}, but {asked} was requested; an FP16 file would be computed in FP32"
+            )
 
     def run(self) -> None:
         """One run; on a GPU the input lies there already and the outputs stay there."""
@@ -87,14 +89,14 @@ class OrtRunner(Runner):
         return self._taken
 
     def note(self) -> str | None:
-        """That TensorRT's provider chooses types itself."""
+        """A note that TensorRT's provider chooses types itself."""
         if not self._tensorrt():
             return None
-        return "FP16 is allowed; the provider's engine is weakly typed, so TensorRT may take FP32 where that is faster"
+        return "FP16 is allowed; the provider's engine is weakly typed, so TensorRT may choose FP32 if it is faster"
 
 
 class OpenVinoRunner(Runner):
-    """OpenVINO on the CPU, its inference precision set and read back: it would take BF16 by itself where it can."""
+    """OpenVINO on the CPU with a stated inference precision, read back, because OpenVINO may choose BF16 by itself."""
 
     def __init__(self, job: RunRequest) -> None:
         self.job = job
@@ -109,7 +111,9 @@ class OpenVinoRunner(Runner):
         self.model = openvino.Core().compile_model(self.job.onnx, "CPU", settings)
         found = self.model.get_property(hint.inference_precision)
         if found != wanted:
-            raise RunnerError(f"OpenVINO computes in {found.get_type_name()}, asked was {wanted.get_type_name()}")
+            raise RunnerError(
+                f"OpenVINO computes in {found.get_type_name()}, but {wanted.get_type_name()} was requested"
+            )
         self.request = self.model.create_infer_request()
         self.image = np.load(self.job.image)
         return None
@@ -145,7 +149,7 @@ class PlanRunner(Runner):
         except SessionError as error:
             # bound again: the capture bound buffers of its own, which went with it
             self._outputs, self._start = self.session.bind(self._image), self.session.enqueue
-            self._note = f"no CUDA graph ({error})"
+            self._note = f"no CUDA graph was captured ({error})"
         return None
 
     def run(self) -> None:
@@ -161,7 +165,7 @@ class PlanRunner(Runner):
         return {name: value.float().cpu().numpy() for name, value in self._outputs.items()}
 
     def device_bytes(self) -> int | None:
-        """What loading took, the engine's scratch memory included, and the outputs."""
+        """Device memory of loading, with the engine's scratch memory and the outputs."""
         loaded: int = self.session.loaded_bytes
         if loaded <= 0:  # something else was freed meanwhile
             return None

@@ -24,7 +24,7 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def measure_rates(device: str) -> dict[str, Any]:
-    """The best of a few products by precision, and of a few copies.
+    """The best of several matrix multiplications for each precision, and of several copies.
 
     FP32 on a CPU is the better of torch and numpy, whose libraries differ. TF32 is off.
 

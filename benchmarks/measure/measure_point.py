@@ -67,7 +67,7 @@ class MeasurePoint:
 
     @property
     def files(self) -> str:
-        """What the names of its image and files end with."""
+        """The suffix of the names of its image and files."""
         return f"{self.image_size[0]}x{self.image_size[1]}-b{self.batch}"
 
     @functools.cached_property

@@ -61,7 +61,7 @@ class Rounds:
         self._left: set[str] = set()  # not tried again in this run; a rerun does
 
     def measure(self, parts_runs: int = 0) -> None:
-        """Measures the rounds that the samples lack, of each backend.
+        """Measures the rounds of each backend that are missing in the samples.
 
         What was left out for want of time in an earlier run has rounds of its own with the reference, since a ratio is
         of runs in the same round.
@@ -75,7 +75,10 @@ class Rounds:
                 number = self.samples.rounds(self.name)
                 last = number + max(lacking.values())
                 if self._over() or (number and time.monotonic() > self.schedule.rounds_end):
-                    self.report(f"{self.name}: {number} of {last} rounds, the time is over; a rerun goes on")
+                    self.report(
+                        f"{self.name}: {number} of {last} rounds are done, but the time is over; run the command "
+                        "again to continue"
+                    )
                     break
                 self.report(f"{self.name}: round {number + 1} of {last}")
                 for name in lacking:
@@ -133,7 +136,7 @@ class Rounds:
                     return
                 others = [one for one in self._loaded if one != name]
                 if error.memory and others and attempt == "shared":
-                    self.report(f"{name}: {error}; once more with the others unloaded")
+                    self.report(f"{name}: {error}; trying again with the other backends unloaded")
                     for other in others:
                         self._unload(other)
                     continue
@@ -141,7 +144,7 @@ class Rounds:
                 return
             except FidelityError as error:
                 self._end(name)
-                self._give_up(name, f"its outputs cannot be compared: {error}")
+                self._give_up(name, f"the outputs cannot be compared: {error}")
                 return
 
     def _give_up(self, name: str, reason: str) -> None:
@@ -152,10 +155,10 @@ class Rounds:
         """Leaves a backend that was too slow to a rerun: it may need a second more than it had."""
         self._left.add(name)
         if self._over():
-            self.report(f"{name}: ended, the time is over; a rerun begins it again")
+            self.report(f"{name}: stopped, because the time is over; run the command again to repeat it")
             self._add("cut", name)
             return
-        self.report(f"{name}: {reason}; a rerun gives it twice the time")
+        self.report(f"{name}: {reason}; the next run gives it twice the time")
         self._add("cut", name, late=True, reason=reason)
 
     def _take_turn(self, name: str, number: int) -> None:
@@ -216,7 +219,7 @@ class Rounds:
         order, needed = list(self.jobs), self._needed[name]
         most = available_bytes() + sum(worker.resident_bytes() for worker in self._loaded.values())
         if most < needed:
-            reason = f"needs about {needed / 1e9:.1f} GB of memory, {most / 1e9:.1f} GB are free"
+            reason = f"needs about {needed / 1e9:.1f} GB of memory, but only {most / 1e9:.1f} GB are free"
             self.report(f"{name}: {reason}")
             self._add("short", name, reason=reason)
             self._left.add(name)
@@ -224,7 +227,7 @@ class Rounds:
         while available_bytes() < needed + SPARE_BYTES and self._loaded:
             place = order.index(name)
             furthest = max(self._loaded, key=lambda other: (order.index(other) - place) % len(order))
-            self.report(f"{furthest}: unloaded, {name} needs its memory")
+            self.report(f"{furthest}: unloaded, because {name} needs its memory")
             self._unload(furthest)
         return True
 
@@ -235,7 +238,7 @@ class Rounds:
             self._add("memory", name, **peaks)
             self._needed[name] = max(peaks["peak_host_bytes"], 1)
         except WorkerError as error:
-            self.report(f"{name}: no peak memory: {error}")
+            self.report(f"{name}: the peak memory is unknown: {error}")
         self._end(name)
 
     def _end(self, name: str) -> None:
@@ -249,7 +252,7 @@ class Rounds:
                 found = self._loaded[REFERENCE].ask("parts", self._timeout(REFERENCE), count=runs)
                 self.samples.add("parts", point=self.name, parts_ms=found)
         except (WorkerError, FidelityError) as error:
-            self.report(f"no time of each part: {error}")
+            self.report(f"the time of each part is unknown: {error}")
             self._end(REFERENCE)
 
     def _drop_outputs(self) -> None:

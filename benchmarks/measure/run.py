@@ -55,7 +55,7 @@ class Run:
     def __init__(self, options: BenchOptions, place: ArtifactCache, report: Report) -> None:
         started = time.monotonic()
         self.options, self.place, self.report = options, place, report
-        report("the machine and the encoder")
+        report("examining the machine and the encoder")
         try:
             found = place.ask("facts")
         except WorkerError as error:
@@ -111,11 +111,11 @@ class Run:
         samples = Samples(folder / "samples.jsonl", key)
         if samples.resumed:
             rounds = len(samples.all("round"))
-            self.report(f"{folder}: goes on after {rounds} rounds measured before (--fresh forgets them)")
+            self.report(f"{folder}: continuing after {rounds} rounds that were measured before (--fresh discards them)")
         return folder, samples
 
     def measure(self) -> None:
-        """Measures what the samples lack."""
+        """Measures everything that is missing in the samples."""
         self._measure_rates("before")
         self._measure(self.main, self.available())
         for point in self.swept:
@@ -131,7 +131,7 @@ class Run:
     def _measure_rates(self, when: str) -> None:
         """The machine's rates, before the backends and after: the best counts."""
         if self.samples.last("rates", when=when) is None:
-            self.report(f"the machine's own rates, {when} the backends")
+            self.report(f"measuring the machine's own rates, {when} the backends")
             try:
                 self.samples.add("rates", when=when, **self.place.ask("rates", device=self.device))
             except WorkerError as error:
@@ -154,20 +154,22 @@ class Run:
 
     def _jobs(self, point: MeasurePoint, backends: Sequence[Backend]) -> dict[str, RunRequest]:
         """What the backends of a point load; one whose file cannot be made has failed."""
-        self.report(f"{point.name}: images and files")
+        self.report(f"{point.name}: preparing images and files")
         found = {}
         for name, job in self.place.jobs(backends, point).items():
             if isinstance(job, RunRequest):
                 found[name] = job
             elif job.late and time.monotonic() >= point.schedule.ends:
-                self.report(f"{name}: its file is not made, the time is over; a rerun makes it")
+                self.report(
+                    f"{name}: the file was not written, because the time is over; run the command again to write it"
+                )
             else:
-                reason = f"what it runs cannot be made: {job}"
+                reason = f"the file or module to run cannot be made: {job}"
                 self.samples.add("failed", point=point.name, backend=name, status="failed", reason=reason)
         return found
 
     def swept_backends(self) -> list[Backend]:
-        """What the sweeps measure: `swept`, else those of SWEPT, that are asked; else all that need no compiler."""
+        """The backends of the sweeps: `swept`, else the requested ones of SWEPT, else all that need no compiler."""
         asked = [one for one in self.available() if one.id != REFERENCE]
         swept = [one for one in asked if one.id in (self.options.swept or SWEPT[self.device])]
         swept = swept or [one for one in asked if one.runtime not in ("compile", "compile-max")]
@@ -182,7 +184,7 @@ class Run:
 
 def _device(options: BenchOptions, cuda: bool) -> Device:
     if options.device == "cuda" and not cuda:
-        raise BenchError("--device cuda: torch can use no NVIDIA GPU here; look at the driver, or use --device cpu")
+        raise BenchError("--device cuda: torch can use no NVIDIA GPU here; check the driver, or use --device cpu")
     if options.device == "auto":
         return "cuda" if cuda else "cpu"
     return options.device

@@ -41,14 +41,14 @@ class Samples:
         try:
             head, *lines = [json.loads(line) for line in whole.splitlines()] or [None]
         except ValueError as error:
-            told = f"is no file of samples ({error}); move it away or name another --output"
+            told = f"is not a file of samples ({error}); move it away or choose another --output"
             raise BenchError(f"{self.path}: {told}") from None
         found = {name: head.get(name) for name in ("schema", "kind", "key")} if isinstance(head, dict) else head
         expected = {"schema": SCHEMA, "kind": KIND, "key": key}
         if found != expected:
             raise BenchError(
-                f"{self.path}: begins with {json.dumps(found)[:200]}, expected {json.dumps(expected)}; move it away or "
-                f"name another --output"
+                f"{self.path}: the file begins with {json.dumps(found)[:200]}, expected {json.dumps(expected)}; move "
+                "it away or choose another --output"
             )
         self.lines = lines
         if len(whole) < len(data):  # killed while a line was written

@@ -109,7 +109,7 @@ class TorchRunner(Runner):
         return torch.cuda.max_memory_reserved() if self.cuda else None
 
     def parts_ms(self) -> dict[str, float] | None:
-        """Milliseconds of each part in one eager run, taken by hooks; on a GPU it waits at every hook."""
+        """Milliseconds of each part in one eager run, measured by hooks, each of which waits for the GPU."""
         if self.job.backend.runtime != "eager":
             return None
         times: dict[str, float] = {}

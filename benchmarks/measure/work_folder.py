@@ -56,7 +56,7 @@ class Prepared:
 
 
 def identity(asked: BenchOptions) -> dict[str, Any]:
-    """What tells the encoder from another one, a changed checkpoint or exporter included."""
+    """Values that identify the encoder, including its checkpoint and exporter."""
     values = {name: getattr(asked, name) for name in ENCODER}
     images = ImageFolder.of(asked.images).path if asked.images else None
     inner = sorted(asked.adapter.glob("adapter_*")) if asked.adapter else []
@@ -71,7 +71,7 @@ def digest(values: Mapping[str, Any]) -> str:
 
 
 def sources_digest() -> str:
-    """Of the code that decides what is exported and run."""
+    """Digest of the code that decides what is exported and run."""
     folders = ("neck", "export", "engines/builder", "engines/run", "benchmarks/measure")
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     files.append(ROOT / "engines" / "plan.py")
@@ -111,7 +111,7 @@ class ArtifactCache:
             raise
 
     def rest(self) -> None:
-        """Ends the preparing worker; the next question starts one. What it holds is free for the backends."""
+        """Stops the preparing worker to free its memory for the backends; the next request starts another."""
         if self._worker:
             self._worker.close()
         self._worker = None
@@ -148,7 +148,7 @@ class ArtifactCache:
         return MeasurePoint(name, sweep, config, signature, schedule)
 
     def jobs(self, backends: Sequence[Backend], point: MeasurePoint) -> dict[str, RunRequest | WorkerError]:
-        """What a worker loads, or why it cannot be made, by backend; image and files are made where they lack.
+        """What each backend's worker must load, or why it cannot be made; missing images and files are made.
 
         Two files are made at a time, since an export keeps one core busy, but plans one by one: their builder measures.
         """

@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def as_answer(error: Exception) -> WorkerError:
-    """What the benchmark is told of an error."""
+    """The answer to the benchmark about an error."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
     memory = isinstance(error, MemoryError)
     return WorkerError(f"out of memory ({error})" if memory else text, memory or bool(OUT_OF_MEMORY.search(text)))
@@ -60,7 +60,7 @@ def _end_with_parent() -> None:
 
 
 class Worker:
-    """What this process holds: a backend that was loaded, or nothing yet. Each command is a method, or prepares."""
+    """The backend that this process has loaded, if any. Each command is a method, or prepares files."""
 
     runner: Runner
 
@@ -111,7 +111,7 @@ class Worker:
         try:
             device = self.runner.device_bytes()
         except Exception as error:  # whatever a runtime raises
-            print(f"no peak of the device: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"the device's peak memory is unknown: {type(error).__name__}: {error}", file=sys.stderr)
             device = None
         return {"peak_host_bytes": peak_bytes(), "peak_device_bytes": device}
 
@@ -122,7 +122,7 @@ class Worker:
         return {"environment": describe_machine(), "capabilities": capabilities()}
 
     def rates(self, device: str) -> dict[str, Any]:
-        """What `device` reaches."""
+        """The measured rates of `device`."""
         from benchmarks.measure.machine_rates import measure_rates
 
         return measure_rates(device)

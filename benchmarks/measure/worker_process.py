@@ -70,7 +70,7 @@ class Worker:
         return self._process.pid
 
     def resident_bytes(self) -> int:
-        """Memory that it holds now, mapped files included; 0 where the system does not tell or it is gone."""
+        """Resident memory, including mapped files; 0 if it is unknown or the process is gone."""
         with contextlib.suppress(OSError, ValueError, IndexError):
             return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return 0
@@ -85,7 +85,9 @@ class Worker:
             self._connection.send((command, asked))
             if not self._connection.poll(timeout_s):
                 self.close()
-                raise WorkerError(f"no answer to `{command}` in {timeout_s:.3g} s; it was ended", late=True)
+                raise WorkerError(
+                    (f"no answer to `{command}` within {timeout_s:.3g} s, so the process was stopped"), late=True
+                )
             answer = self._connection.recv()
         except (EOFError, OSError):
             raise self._ended(command) from None
@@ -97,20 +99,22 @@ class Worker:
         self.close()
         code = self._process.returncode
         if code >= 0:
-            return WorkerError(f"ended with exit status {code} in `{command}`; {self._last_words()}")
+            return WorkerError(f"the process failed with exit status {code} in `{command}`; {self._last_words()}")
         name = signal.Signals(-code).name
         if name == "SIGKILL":
-            return WorkerError(f"killed (SIGKILL) in `{command}`, most likely because memory ran out", memory=True)
+            return WorkerError(
+                (f"the process was killed (SIGKILL) in `{command}`, most likely because memory ran out"), memory=True
+            )
         return WorkerError(f"crashed ({name}) in `{command}`; {self._last_words()}")
 
     def _last_words(self) -> str:
         with self.log.open("rb") as file:
             file.seek(self._from)
             lines = file.read().decode(errors="replace").strip().splitlines()
-        return lines[-1][:400] if lines else f"it said nothing, see {self.log}"
+        return lines[-1][:400] if lines else f"there was no output, see {self.log}"
 
     def close(self) -> None:
-        """Ends the process, at once where it does not end by itself, and what it started, such as compilers."""
+        """Stops the process with its children, such as compilers; kills it if it does not stop by itself."""
         self._connection.close()
         if self._process.returncode is None:
             self._let_end()

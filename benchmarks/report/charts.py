@@ -98,7 +98,7 @@ LATENCIES = ("p50", "p90", "p95", "p99")
 
 
 def latency_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
-    """Median, spread up to the 99th percentile, and floor of every measured row; None where there is none."""
+    """Median, spread up to the 99th percentile, and floor of every measured row; None without rows."""
     rows = ranked(result, machine)
     if not rows:
         return None
@@ -295,7 +295,7 @@ def growth_plot(result: Result, machine: dict[str, Any], sweep: str) -> Chart | 
         return None
 
     def value(point: tuple[int, ...]) -> float:
-        """Where a point lies along the sweep: side of the square of the same area, or batch."""
+        """The position of a point along the sweep: side of the square of the same area, or batch."""
         return math.sqrt(point[0] * point[1]) if sweep == "image_size" else float(point[2])
 
     work = closed_form(result, machine)

@@ -25,7 +25,7 @@ NOTHING = "-"
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a reader wants first, of one machine.
+    """The main findings about one machine.
 
     Attributes:
         machine: its entry in the results.
@@ -75,12 +75,12 @@ def missing_sentence(result: Result, machine: dict[str, Any]) -> str:
     reasons = collections.Counter(row["reason"] for name, row in gone.items() if name not in done)
     told = [f"failed: {', '.join(failed)}"] if failed else []
     known = reasons.most_common(REASONS)
-    told += [f"{count}: {_brief(reason or 'no reason told')}" for reason, count in known]
+    told += [f"{count}: {_brief(reason or 'for an unknown reason')}" for reason, count in known]
     rest = reasons.total() - sum(count for _, count in known)
     told += [f"{rest} for other reasons"] if rest else []
     text = f"{len(backends - done)} of {len(backends)} backends were not measured here"
     text += f" ({'; '.join(told)})." if told else "."
-    return text + (f" Of the sweeps {len(points)} rows were not measured." if points else "")
+    return text + (f" In the sweeps {len(points)} rows were not measured." if points else "")
 
 
 def _brief(reason: str, most: int = 70) -> str:
@@ -144,7 +144,7 @@ def worst_error(row: Row) -> float | None:
 
 
 def is_reference(row: Row) -> bool:
-    """Whether the row is what all others are compared with."""
+    """Whether all other rows are compared with this one."""
     return bool(row.get("ratio")) and row["ratio"]["to"] == row["backend"]
 
 
@@ -206,7 +206,7 @@ def error_figure(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share of 1."""
+    """A fraction as a percentage."""
     return NOTHING if value is None else f"{significant(value * 100, 2)} %"
 
 
@@ -251,7 +251,7 @@ def answer_sentence(result: Result, answer: Answer) -> str:
 
 
 def caution_sentence(answer: Answer) -> str | None:
-    """That a faster backend must not be taken, and why; None where there is none."""
+    """A warning that a faster backend must not be used, and why; None if there is none."""
     outside = answer.fastest_outside
     if outside is None:
         return None

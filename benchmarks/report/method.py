@@ -33,11 +33,11 @@ def commands(result: Result) -> list[str]:
 
 
 def method(result: Result) -> list[str]:
-    """How it was measured, in sentences that hold for this result."""
+    """The method of measurement, in sentences that hold for this result."""
     rows = [row for row in result["rows"] if row["status"] == "measured" and row["sweep"] is None]
     runs = sorted({row["latency"]["runs"] for row in rows})
     warm = sorted({row["warm_up_runs"] for row in rows if row.get("warm_up_runs") is not None})
-    lines = ["All backends ran in turn, round by round, so that the machine's drift falls on all alike."]
+    lines = ["All backends ran in turn, round by round, so that slow changes of the machine affect all of them alike."]
     if runs:
         lines.append(f"Timed runs of a backend: {_range(runs)}; warm-up runs before: {_range(warm) or 'not told'}.")
     if any(row.get("peak_device_bytes") for row in rows):
@@ -48,13 +48,13 @@ def method(result: Result) -> list[str]:
         for name, value in machine["environment"].get("settings", {}).items()
     }
     if settings:
-        lines.append(f"Every backend ran in a process of its own with {', '.join(sorted(settings))}.")
+        lines.append(f"Every backend ran in its own process with {', '.join(sorted(settings))}.")
     return [
         *lines,
-        "A ratio is taken round by round: its median, with the lowest and highest round in brackets.",
-        "Errors are of every output against the plain module in PyTorch FP32, summed in float64.",
-        "The floor is the greater of operations over the measured product rate and least bytes over the measured copy "
-        "rate. Operations count 2 for each multiply-add.",
+        "A ratio is computed for each round; shown are the median and, in brackets, the lowest and highest round.",
+        "Errors compare every output with the plain module in PyTorch FP32, summed in float64.",
+        "The floor is the larger of two times: operations divided by the measured matrix multiplication rate, and "
+        "minimum bytes divided by the measured copy rate. A multiply-add counts as 2 operations.",
     ]
 
 
@@ -63,7 +63,7 @@ def _range(values: list[int]) -> str:
 
 
 def encoder_facts(result: Result) -> list[tuple[str, str]]:
-    """What was measured."""
+    """Facts about the encoder that was measured."""
     encoder = result["encoder"]
     pairs = [
         ("Weights", encoder["checkpoint"]),

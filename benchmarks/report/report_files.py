@@ -59,16 +59,19 @@ def check_folder(folder: Path) -> None:
             by this program, or the folder is a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise BenchError(f"{folder}: is a file, not a folder; choose another --output")
+        raise BenchError(f"{folder}: this is a file, not a folder; choose another --output")
     markdown, page, data = (folder / name for name in NAMES)
     if data.exists():
         try:
             read_result(data)
         except BenchError as error:
-            raise BenchError(f"{error}; it is left as it is: move it, or choose another --output") from None
+            raise BenchError(f"{error}; the file was not changed: move it, or choose another --output") from None
     for path, mark in ((markdown, MARK), (page, f'content="{GENERATOR}"')):
         if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace")[:4096]:
-            raise BenchError(f"{path}: was not written by {GENERATOR}; move it, or choose another --output")
+            raise BenchError(
+                f"{path}: the file was not written by {GENERATOR} and would be overwritten; move it, or choose "
+                "another --output"
+            )
 
 
 def json_text(result: Result) -> str:
@@ -80,7 +83,9 @@ def json_text(result: Result) -> str:
     try:
         return json.dumps(result, indent=1, allow_nan=False) + "\n"
     except ValueError:
-        raise BenchError("the result has a figure that is not finite, which JSON cannot hold; make it null") from None
+        raise BenchError(
+            "the result contains a figure that is not finite, which JSON cannot hold; make it null"
+        ) from None
 
 
 def _write(path: Path, text: str) -> None:

@@ -178,7 +178,7 @@ PLACES = [
 
 
 def free_place(x: float, y: float, width: float, height: float, taken: Sequence[Box]) -> tuple[float, float]:
-    """Which of PLACES beside a point overlaps least with what is taken."""
+    """The one of PLACES beside a point that overlaps least with the occupied areas."""
 
     def overlap(place: tuple[float, float]) -> float:
         left, top = x + place[0] - (width if place[0] < 0 else 0), y + place[1] - height / 2

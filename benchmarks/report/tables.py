@@ -75,7 +75,7 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
 
 
 def costs_table(result: Result, machine: dict[str, Any]) -> Table:
-    """What each measured row takes beside its time."""
+    """The costs of each measured row besides its time."""
     order = numbers(result, machine)
     head = ("Backend", "Images/s", "Host peak", "Device peak", "Load", "Build", "File", "Runs", "Warm-up", "Note")
     cells = tuple(
@@ -101,7 +101,7 @@ def costs_table(result: Result, machine: dict[str, Any]) -> Table:
 
 
 def missing_table(result: Result, machine: dict[str, Any]) -> Table | None:
-    """What was asked for and not measured, with the reasons."""
+    """Backends that were requested but not measured, with the reasons."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for row in missing(result, machine):
         sizes = groups.setdefault((row["label"], row["status"], row["reason"] or NOTHING), [])
@@ -109,11 +109,11 @@ def missing_table(result: Result, machine: dict[str, Any]) -> Table | None:
         sizes += [size] if size not in sizes else []
     rows = tuple((label, "; ".join(sizes), status, reason) for (label, status, reason), sizes in groups.items())
     head = ("Backend", "Size", "Status", "Reason")
-    return Table("Asked for and not measured", head, rows, (0, 1, 2, 3)) if rows else None
+    return Table("Requested but not measured", head, rows, (0, 1, 2, 3)) if rows else None
 
 
 def plain_table(result: Result, machine: dict[str, Any]) -> Table | None:
-    """What the exact rewrites buy: each rewritten row's latency over its plain twin's."""
+    """The effect of the exact rewrites: the latency of each rewritten row divided by that of its plain twin."""
     rows = tuple(
         (row["label"], label_of(result, row["ratio_to_plain"]["to"]), ratio_figure(row, "ratio_to_plain"))
         for row in ranked(result, machine)
@@ -176,7 +176,7 @@ def parts_table(result: Result, machine: dict[str, Any]) -> Table:
 
 
 def export_table(export: dict[str, Any] | None) -> Table | None:
-    """What the exporter itself costs (benchmarks/export.py)."""
+    """The cost of the export itself (benchmarks/export.py)."""
     if not export:
         return None
     machine = export["machine"]
@@ -194,7 +194,7 @@ def export_table(export: dict[str, Any] | None) -> Table | None:
 
 
 def masks_table(masks: list[dict[str, Any]] | None) -> Table | None:
-    """What `neck-export masks` found of files: their verdicts and the least alike image."""
+    """Results of `neck-export masks`: verdicts, and the image with the largest difference."""
     head = ("File", "Verdict", "Mean IoU", "Worst IoU", "Objects", "Lost", "Found", "Least alike", "Whole model")
     rows = tuple(
         (
@@ -213,7 +213,7 @@ def masks_table(masks: list[dict[str, Any]] | None) -> Table | None:
 
 
 def tables_of(result: Result, machine: dict[str, Any]) -> dict[str, Table]:
-    """Every table of a machine that has rows, by its title, in the order of a report."""
+    """Every table of a machine that has rows, by title, in the order of a report."""
     found = {
         "Latency and error": results_table(result, machine),
         "Costs": costs_table(result, machine),

@@ -55,12 +55,12 @@ class Change:
         if self.kind == "less exact":
             new = "not finite" if self.new is None else f"{self.new:.3g}"
             old = "not finite" if self.old is None else f"{self.old:.3g}"
-            return f"{size}: {self.what} less exact, relative L2 {old} -> {new}"
+            return f"{size}: {self.what} became less accurate, relative L2 {old} -> {new}"
         return f"{size}: no longer measured: {self.what}"
 
 
 def compare_results(new: Result, old: Result) -> list[Change]:
-    """What got slower or less exact from `old` to `new`, beyond the spread.
+    """What became slower or less accurate from `old` to `new`, beyond the spread.
 
     A row is its machine (processor, cores, GPU), backend, size and batch. It is slower where its median exceeds the old
     one by more than both runs' spreads together, a spread being the distance from the 25th to the 75th percentile of
@@ -79,7 +79,7 @@ def compare_results(new: Result, old: Result) -> list[Change]:
     pairs = [(before[key], row) for key, row in after.items() if key in before]
     if not pairs:
         raise BenchError(
-            f"the two results have no measured row in common: the new one is of {_machines(new)}, the old one of "
+            f"the two results have no measured row in common: the new one is from {_machines(new)}, the old one from "
             f"{_machines(old)}; compare runs of the same machine and backends"
         )
     names = {machine["id"]: machine["name"] for machine in new["machines"]}
@@ -93,7 +93,7 @@ def spread_ms(times_ms: Sequence[float]) -> float:
 
 
 def hardware(machine: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes two machines the same: processor, cores, GPU."""
+    """The values by which two machines count as the same: processor, cores, GPU."""
     environment = machine["environment"]
     gpu = environment["gpu"]
     return environment["processor"], environment["cores"], gpu["name"] if gpu else None

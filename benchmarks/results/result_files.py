@@ -36,13 +36,13 @@ def read_result(path: Path) -> Result:
     try:
         result = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
-        raise BenchError(f"{path}: is not there; `neck-export bench` writes it as report.json") from None
+        raise BenchError(f"{path}: no such file; `neck-export bench` writes it as report.json") from None
     except OSError as error:
-        raise BenchError(f"{path}: cannot be read ({error.strerror})") from None
+        raise BenchError(f"{path}: the file cannot be read ({error.strerror})") from None
     except ValueError as error:  # JSON and UTF-8 both
-        raise BenchError(f"{path}: is no whole JSON file ({error}); measure again, or copy it again") from None
+        raise BenchError(f"{path}: the file is not complete JSON ({error}); measure again, or copy it again") from None
     except RecursionError:
-        raise BenchError(f"{path}: is nested too deep for a results file") from None
+        raise BenchError(f"{path}: the JSON is nested too deeply for a results file") from None
     check_result(result, str(path))
     return result
 
@@ -63,14 +63,18 @@ def check_result(result: object, where: str) -> None:
     """
     if not isinstance(result, dict) or result.get("kind") != KIND:
         found = f"kind {result.get('kind')!r}" if isinstance(result, dict) else f"a JSON {type(result).__name__}"
-        raise BenchError(f"{where}: holds {_short(found)}, expected kind {KIND!r}, results of `neck-export bench`")
+        raise BenchError(
+            f"{where}: the file contains {_short(found)}, expected kind {KIND!r}, the results of `neck-export bench`"
+        )
     if result.get("schema") != SCHEMA:
         found = _short(f"schema {result.get('schema')!r}")
-        raise BenchError(f"{where}: has {found}, this program reads schema {SCHEMA}; use the version that wrote it")
+        raise BenchError(
+            f"{where}: the file has {found}, but this version reads schema {SCHEMA}; use the version that wrote it"
+        )
     if not can_check():
-        raise BenchError(f"{where}: its form cannot be checked without jsonschema: pip install jsonschema")
+        raise BenchError(f"{where}: the file cannot be checked without jsonschema; run pip install jsonschema")
     if problem := _problem(result, _schema()):
-        raise BenchError(f"{where}: is no results file of schema {SCHEMA}: {problem}")
+        raise BenchError(f"{where}: the file does not follow results schema {SCHEMA}: {problem}")
     _check_machines(result, where)
 
 
@@ -80,7 +84,7 @@ def can_check() -> bool:
 
 
 def row_problem(row: Mapping[str, Any]) -> str | None:
-    """What of a row the form does not allow; None where it is sound or cannot be checked."""
+    """What the schema does not allow in a row; None if the row is valid or cannot be checked."""
     schema = _schema()
     return _problem(row, {**schema["$defs"]["row"], "$defs": schema["$defs"]}) if can_check() else None
 
@@ -99,7 +103,7 @@ def _problem(value: object, schema: Mapping[str, Any]) -> str | None:
 def _check_machines(result: Result, where: str) -> None:
     known = [machine["id"] for machine in result["machines"]]
     if len(set(known)) < len(known):
-        raise BenchError(f"{where}: machines/*/id: {', '.join(known)}; expected a name of its own for each")
+        raise BenchError(f"{where}: machines/*/id: {', '.join(known)}; every machine must have its own id")
     for index, row in enumerate(result["rows"]):
         if row["machine"] not in known:
             raise BenchError(f"{where}: rows/{index}/machine: {row['machine']!r} is none of {', '.join(known)}")
@@ -125,7 +129,7 @@ def merge_results(results: Sequence[Result]) -> Result:
         BenchError: fewer than two, of different encoders, or the same runs twice.
     """
     if len(results) < 2:
-        raise BenchError(f"a merge takes two results or more, got {len(results)}")
+        raise BenchError(f"--merge needs at least two results, but got {len(results)}")
     for index, other in enumerate(results[1:], 2):
         refuse_other_encoder(results[0], other, "the first result", f"result {index}")
     machines: list[dict[str, Any]] = []
@@ -136,7 +140,7 @@ def merge_results(results: Sequence[Result]) -> Result:
             own = [row for row in result["rows"] if row["machine"] == machine["id"]]
             runs = [machine["environment"], [{**row, "machine": None} for row in own]]
             if runs in seen:
-                raise BenchError(f"the runs on {machine['name']} of {result['date']} are there twice; leave one out")
+                raise BenchError(f"the runs on {machine['name']} of {result['date']} are given twice; leave one out")
             seen.append(runs)
             number = f"m{len(machines)}"
             machines.append(_self_contained(result, machine, number))
@@ -165,7 +169,7 @@ def _all_points(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def of_machine(result: Result, machine: dict[str, Any], key: str) -> Any:
-    """What belongs to a machine (a key of OF_A_MACHINE): its own, else the result's."""
+    """A machine's value of a key of OF_A_MACHINE: its own, else the result's."""
     return machine.get(key, result.get(key))
 
 
@@ -179,7 +183,7 @@ def refuse_other_encoder(one: Result, other: Result, one_name: str, other_name: 
     differing = [key for key in dict.fromkeys((*left, *right)) if left.get(key) != right.get(key)]
     if differing:
         told = "; ".join(f"{key} {_told(left, right, key)}" for key in differing)
-        raise BenchError(f"{one_name} and {other_name} are of different encoders: {told}; measure the same one")
+        raise BenchError(f"{one_name} and {other_name} come from different encoders: {told}; measure the same encoder")
 
 
 def _told(left: dict[str, Any], right: dict[str, Any], key: str) -> str:

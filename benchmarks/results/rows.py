@@ -15,8 +15,8 @@ from engines.run.latency import summarize
 
 MACHINE = "m0"
 
-NOT_BEGUN = "not begun: the time for this run was over (--minutes); a rerun begins it"
-NOT_ENDED = "not ended: the time for this run was over (--minutes); a rerun begins it again"
+NOT_BEGUN = "not started: the time for this run was over (--minutes); run the command again to measure it"
+NOT_ENDED = "not finished: the time for this run was over (--minutes); run the command again to measure it"
 
 
 def empty_row(backend: Backend, point: MeasurePoint, status: str, reason: str | None) -> dict[str, Any]:
@@ -88,12 +88,12 @@ def _why_waiting(samples: Samples, where: Mapping[str, str]) -> str:
     short, cut = samples.last("short", **where), samples.last("cut", **where)
     if cut is None:
         return str(short["reason"]) if short else NOT_BEGUN
-    return f"not ended: {cut['reason']}; a rerun gives it twice the time" if cut.get("late") else NOT_ENDED
+    return f"not finished: {cut['reason']}; the next run gives it twice the time" if cut.get("late") else NOT_ENDED
 
 
 def is_waiting(row: Mapping[str, Any]) -> bool:
     """Whether a rerun measures a row for which there was too little time."""
-    return row["status"] == "unavailable" and str(row["reason"]).startswith(("not begun: ", "not ended: "))
+    return row["status"] == "unavailable" and str(row["reason"]).startswith(("not started: ", "not finished: "))
 
 
 def _largest(lines: Sequence[Mapping[str, Any]], name: str) -> int | None:
@@ -107,9 +107,13 @@ def _note(name: str, lines: Sequence[Mapping[str, Any]], rounds: int, schedule: 
     loads = len(lines)
     if loads > 1:
         warm_up = f"{schedule.warm_up} warm-up run{'s' * (schedule.warm_up != 1)} after each load"
-        notes.append(f"loaded {loads} times in {rounds} rounds, memory being short or the run resumed; {warm_up}")
+        notes.append(
+            f"loaded {loads} times in {rounds} rounds, because memory was short or the run was resumed; {warm_up}"
+        )
     if rounds < schedule.rounds:
-        notes.append(f"{rounds} of {schedule.rounds} rounds, the time being over; a rerun goes on")
+        notes.append(
+            f"{rounds} of {schedule.rounds} rounds, because the time was over; run the command again to continue"
+        )
     return "; ".join(notes) or None
 
 
@@ -126,7 +130,7 @@ def ratio(samples: Samples, point: str, name: str, to: str) -> dict[str, Any] | 
 
 
 def plain_twin(backend: Backend, backends: Sequence[Backend]) -> str | None:
-    """The backend that differs from a rewritten one by the plain module alone."""
+    """The backend that differs from a rewritten one only by the plain module."""
     if backend.module == "plain":
         return None
     same = dataclasses.asdict(backend) | {"id": "", "label": "", "module": "plain"}
@@ -146,7 +150,7 @@ def best_rates(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def raise_rates(
     roofline: Mapping[str, Any], points: Sequence[MeasurePoint], backends: Sequence[Backend], samples: Samples
 ) -> dict[str, Any]:
-    """The rates, none less than what a backend reached on the whole encoder: a product is a sample of the machine only.
+    """The rates, raised to what a backend reached on the whole encoder, because one multiplication is only a sample.
 
     Returns:
         The roofline, with `reached_by`: the backend that raised a precision's rate, None where the product stands.

@@ -39,9 +39,9 @@ ORDER: tuple[AttentionForm, ...] = ("fp32acc", "fused", "unfused")
 """Best first; `fused` is a form of BF16 alone, whose products accumulate in FP32 whatever the form."""
 
 MEANINGS = {
-    "fp32acc": "both products of each attention accumulate in FP32",
-    "fused": "both products of each attention accumulate in FP16",
-    "unfused": "each attention is several kernels: exact, and slow",
+    "fp32acc": "both matrix multiplications of each attention accumulate in FP32",
+    "fused": "both matrix multiplications of each attention accumulate in FP16",
+    "unfused": "each attention consists of several kernels, which is exact but slow",
 }
 """What a form means in FP16, as TensorRT-RTX 1.7 built it."""
 
@@ -111,7 +111,7 @@ def build_forms(
     preferred = (typing.spelling,) if typing.spelling else spellings(flavor)
     attempts = forms_to_try(there.form, precision, typing.attention, source.manifest, preferred)
     if precision != source.precision:
-        report(f"precision pass: {source.precision} to {precision}")
+        report(f"lowering the precision from {source.precision} to {precision}")
         there = attempts[0]
         lowering = vars(typing) | {"attention": there.form or typing.attention, "spelling": there.spelling}
         typed = OnnxFile(lower_file(source, precision, folder, **lowering))
@@ -121,14 +121,14 @@ def build_forms(
             typed, there = OnnxFile(relower_file(typed, precision, attempt, folder, left)), attempt
             notes.append(meaning(attempt, precision))
             report(notes[-1])
-        report(f"build: {flavor.name} {flavor.version}")
+        report(f"building with {flavor.name} {flavor.version}")
         try:
             result = build_plan(typed, plan, build, flavor=flavor)
             return Built(typed, result, attempt, typing.residual, tuple(notes))
         except RefusedError as error:
             if later is None or not error.by_form:
                 raise BuildError("; ".join([str(error), *(note for note in notes if "refused" in note)])) from None
-            notes.append(f"{flavor.title} refused attention as {attempt.name}: {error.reason}")
+            notes.append(f"{flavor.title} refused the attention form {attempt.name}: {error.reason}")
             report(notes[-1])
     raise AssertionError("unreachable: the last form returns or raises")
 
@@ -137,8 +137,8 @@ def _check_residual(source: Source, typing: LoweringOptions, precision: Precisio
     held = (source.manifest or {}).get("residual", source.precision)
     if precision == source.precision != "fp32" and typing.residual not in ("auto", held):
         raise BuildError(
-            f"{source.path}: its residual sums are {held}, asked was {typing.residual};\n"
-            f"export it again: {export_again(source.path, residual=typing.residual)}"
+            f"{source.path}: the residual sums of the file are {held}, but {typing.residual} was requested;"
+            f"\nexport it again: {export_again(source.path, residual=typing.residual)}"
         )
 
 
@@ -194,8 +194,12 @@ def forms_to_try(
 
 def meaning(attempt: Attempt, precision: str) -> str:
     """What it means that attention is written in a form."""
-    what = "BF16 products accumulate in FP32 in every form" if precision == "bf16" else MEANINGS[str(attempt.form)]
-    return f"attention lowered again as {attempt.name}: {what}; the verdict judges it"
+    what = (
+        ("BF16 matrix multiplications accumulate in FP32 in every form")
+        if precision == "bf16"
+        else MEANINGS[str(attempt.form)]
+    )
+    return f"the attention was rewritten as {attempt.name}: {what}; verification checks its accuracy"
 
 
 def relower_file(file: Path | OnnxFile, precision: Precision, attempt: Attempt, folder: Path, left: ExitStack) -> Path:

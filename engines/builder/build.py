@@ -162,7 +162,7 @@ def _read_layers(
 def _check_attentions(onnx: Path, graph: Graph, options: BuildOptions) -> None:
     if graph.fp32_attentions:
         raise BuildError(
-            f"{onnx}: {graph.fp32_attentions[0]} is an opset-23 Attention in FP32, which TensorRT does not build; "
+            f"{onnx}: {graph.fp32_attentions[0]} is an opset-23 Attention in FP32, which TensorRT cannot build; "
             f"export it again: {export_again(onnx, attention='auto', opset='auto')}"
         )
 
@@ -187,8 +187,8 @@ def _check_fp8(onnx: Path, options: BuildOptions, capabilities: Sequence[str]) -
     small = [target for target in capabilities if target != "none" and not has_fp8(target)]
     if options.precision == "fp8" and small:
         raise BuildError(
-            f"{onnx}: no FP8 products on compute capability {', '.join(small)}, they came with 8.9; "
-            f"leave it out of --compute-capability, or export in INT8: {export_again(onnx, precision='int8')}"
+            f"{onnx}: compute capability {', '.join(small)} has no FP8 matrix multiplication, which needs 8.9; leave "
+            f"it out of --compute-capability, or export in INT8: {export_again(onnx, precision='int8')}"
         )
 
 
@@ -209,7 +209,7 @@ def _parse(onnx: Path, flavor: Flavor, watch: Watch) -> tuple[Any, Any, Any]:
         reason = reasons[0] if reasons else watch.reason
         remedy = export_again(onnx, attention="auto", opset="auto", target=flavor.target)
         raise RefusedError(
-            f"{onnx}: {flavor.title} cannot parse it: {reason}\nexport it again: {remedy}",
+            f"{onnx}: {flavor.title} cannot parse the file: {reason}\nexport it again: {remedy}",
             reason,
             by_form="Attention" in kinds,
         )

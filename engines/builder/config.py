@@ -26,7 +26,7 @@ def common_options(onnx: Path, flavor: Flavor, network: Any, options: BuildOptio
         values["profiles"] = [profile]
     if options.optimization_level is not None:
         if not 0 <= options.optimization_level <= 5:
-            raise BuildError(f"optimization level {options.optimization_level}: expected 0 to 5")
+            raise BuildError(f"--optimization-level {options.optimization_level} is invalid; expected 0 to 5")
         values["builder_optimization_level"] = options.optimization_level
     if options.workspace_bytes is not None:
         values["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: options.workspace_bytes}
@@ -37,7 +37,9 @@ def common_options(onnx: Path, flavor: Flavor, network: Any, options: BuildOptio
     cache = timing_cache_path(flavor, options)
     if cache is not None and cache.exists():
         if not (cache.is_file() and os.access(cache, os.R_OK)):
-            raise BuildError(f"{cache}: cannot be read as a timing cache; choose another file with --timing-cache")
+            raise BuildError(
+                f"{cache}: the file is not a readable timing cache; choose another file with --timing-cache"
+            )
         values["load_timing_cache"] = str(cache)
     return values
 
@@ -48,8 +50,8 @@ def _level(flavor: Flavor, asked: str) -> Any:
         return trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if not hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY"):
         raise BuildError(
-            f"--hardware-compatible same: {flavor.title} has no such level (10.9 has); leave it out, a plan "
-            f"runs on GPUs of its compute capability anyway"
+            f"--hardware-compatible same: {flavor.title} has no such level (10.9 introduced it); leave it out, since "
+            "a plan runs on all GPUs of its compute capability anyway"
         )
     return trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
 
@@ -59,16 +61,20 @@ def _profile(onnx: Path, network: Any, options: BuildOptions) -> Any:
     image = network.get_input(0)
     if network.num_inputs != 1:
         raise BuildError(
-            f"{onnx}: has {network.num_inputs} inputs, expected the image alone; export it by `neck-export onnx`"
+            f"{onnx}: the file has {network.num_inputs} inputs, expected only the image; export it with `neck-export "
+            "onnx`"
         )
     shape = tuple(image.shape)
     if -1 in shape[1:]:
-        raise BuildError(f"{onnx}: input {image.name} is {shape}; only the batch may be dynamic, so fix the image size")
+        raise BuildError(
+            f"{onnx}: input {image.name} has the shape {shape}, but only the batch may be dynamic; export the file "
+            "with a fixed image size"
+        )
     if shape[0] != -1:
         if options.batch is not None and str(options.batch) != str(shape[0]):
             raise BuildError(
-                f"{onnx}: its batch is {shape[0]}, asked was {options.batch}; "
-                f"export again with --batch {options.batch}: {export_again(onnx, batch=str(options.batch))}"
+                f"{onnx}: the file has batch {shape[0]}, but {options.batch} was requested; export it again: "
+                f"{export_again(onnx, batch=str(options.batch))}"
             )
         return None
     from polygraphy.backend.trt import Profile

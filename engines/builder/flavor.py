@@ -29,7 +29,10 @@ RTX_MAGIC = b"vtrt"
 
 JETSONS = ("7.2", "8.7", "10.1", "11.0")
 """Xavier, Orin, and Thor by its two names (https://developer.nvidia.com/cuda/gpus)."""
-JETSON = "; {} is a Jetson's: build on the device, with --flavor tensorrt and without --compute-capability"
+JETSON = (
+    "; {} is a Jetson's compute capability: build on the device, with --flavor tensorrt and without "
+    "--compute-capability"
+)
 OTHERS = {"9.0": "; Hopper needs --flavor tensorrt"} | {one: JETSON.format(one) for one in JETSONS}
 """What to do for GPUs that TensorRT-RTX does not build for."""
 
@@ -113,17 +116,17 @@ class Flavor:
             at_hand = self.gpu.compute_capability if self.gpu else "none"
             if set(asked) - {at_hand}:
                 raise FlavorError(
-                    f"compute capability {', '.join(asked)}: TensorRT builds for the GPU at hand ({at_hand}) only; "
-                    f"leave it out, use --hardware-compatible, or --flavor rtx"
-                    + "".join(JETSON.format(target) for target in asked if target in JETSONS)
+                    f"compute capability {', '.join(asked)}: TensorRT only builds for the GPU of this machine "
+                    f"({at_hand}); leave the option out, or use --hardware-compatible or --flavor "
+                    f"rtx{''.join(JETSON.format(target) for target in asked if target in JETSONS)}"
                 )
             return (at_hand,)
         unknown = [target for target in asked if target not in self.capabilities]
         if unknown:
             supported = ", ".join(self.capabilities)
             raise FlavorError(
-                f"compute capability {', '.join(unknown)}: TensorRT-RTX {self.version} builds for {supported}"
-                + "".join(OTHERS.get(target, "") for target in unknown)
+                f"compute capability {', '.join(unknown)}: TensorRT-RTX {self.version} only builds for "
+                f"{supported}{''.join(OTHERS.get(target, '') for target in unknown)}"
             )
         return tuple(dict.fromkeys(asked))
 
@@ -143,15 +146,17 @@ class Flavor:
         if self.name != "rtx":
             return
         if timing_cache:
-            raise FlavorError("--timing-cache: TensorRT-RTX measures nothing while it builds; leave it out")
+            raise FlavorError("--timing-cache: TensorRT-RTX does not measure kernels while it builds; leave it out")
         if replay_timing:
             raise FlavorError(
-                "--replay-timing: TensorRT-RTX chooses kernels when it runs, by no such cache; leave it out"
+                "--replay-timing: TensorRT-RTX chooses kernels at run time and uses no timing cache; leave it out"
             )
         if hardware_compatible:
-            raise FlavorError("--hardware-compatible: TensorRT-RTX ignores it; name the GPUs by --compute-capability")
+            raise FlavorError("--hardware-compatible: TensorRT-RTX ignores it; name the GPUs with --compute-capability")
         if version_compatible and self.gpu is None:
-            raise FlavorError("--version-compatible: TensorRT-RTX builds such plans only where a GPU is; leave it out")
+            raise FlavorError(
+                "--version-compatible: TensorRT-RTX can build such plans only on a machine with a GPU; leave it out"
+            )
 
     def create_config(self, builder: Any, network: Any, capabilities: Sequence[str], common: dict[str, Any]) -> Any:
         """Makes the builder's config through Polygraphy; `common` are the arguments of both its config classes."""
@@ -219,7 +224,9 @@ class Flavor:
         except TypeError as error:  # pybind11: "factory function returned nullptr" (NVIDIA/TensorRT #308, #2913)
             if "nullptr" not in str(error):
                 raise
-            why = self.driver_problem() or "it gave no reason; check with nvidia-smi that the GPU and its driver work"
+            why = self.driver_problem() or (
+                "TensorRT gave no reason; check with nvidia-smi that the GPU and its driver work"
+            )
             raise FlavorError(f"{self.title} cannot start: {why}") from None
 
     def driver_problem(self) -> str | None:
@@ -311,7 +318,7 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto", device: in
     reasons: list[str] = []
     for name in names:
         if name == "tensorrt" and gpu is None:
-            raise FlavorError("flavor tensorrt needs an NVIDIA GPU with its driver; --flavor rtx builds without one")
+            raise FlavorError("--flavor tensorrt needs an NVIDIA GPU with its driver; --flavor rtx builds without one")
         module = _import(name, reasons)
         if module is not None:
             _set_polygraphy_up(name)
@@ -321,7 +328,7 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto", device: in
         "rtx": f"{install(EXTRAS['rtx'])} (builds without a GPU)",
     }
     shown = " or ".join(remedy for name, remedy in remedies.items() if asked in ("auto", name))
-    raise FlavorError(f"no TensorRT: {'; '.join(reasons)}\n{shown}")
+    raise FlavorError(f"TensorRT is not installed: {'; '.join(reasons)}\n{shown}")
 
 
 def _import(name: FlavorName, reasons: list[str]) -> Any:
@@ -332,7 +339,7 @@ def _import(name: FlavorName, reasons: list[str]) -> Any:
         return None
     if version_numbers(module.__version__) < OLDEST[name]:
         oldest = ".".join(map(str, OLDEST[name]))
-        reasons.append(f"{MODULES[name]} is {module.__version__}, expected {oldest} or later")
+        reasons.append(f"{MODULES[name]} has version {module.__version__}, but {oldest} or later is needed")
         return None
     return module
 
@@ -371,7 +378,10 @@ def _set_polygraphy_up(name: FlavorName) -> None:
         raise FlavorError(f"polygraphy is not installed; run {install(EXTRAS[name])}") from None
 
     if "polygraphy.backend.trt" in sys.modules and bool(polygraphy_config.USE_TENSORRT_RTX) != wanted:
-        raise FlavorError(f"this process uses the other TensorRT already; start another for --flavor {name}")
+        raise FlavorError(
+            "the other TensorRT is already loaded in this process, and both cannot be; start another process for "
+            f"--flavor {name}"
+        )
     polygraphy_config.USE_TENSORRT_RTX = wanted
 
 

@@ -101,7 +101,7 @@ def newest_onnx(folder: Path) -> Path:
     """
     files = sorted(folder.glob("*.onnx"), key=lambda file: file.stat().st_mtime)
     if not files:
-        raise BuildError(f"{folder}: holds no ONNX file; run `neck-export onnx` first, or name one")
+        raise BuildError(f"{folder}: the folder contains no ONNX file; run `neck-export onnx` first, or name a file")
     return files[-1]
 
 
@@ -124,13 +124,13 @@ def read_source(
         ManifestError: damaged, or the file was changed after it was written.
     """
     if is_plan(onnx):
-        raise BuildError(f"{onnx}: is a plan already; name the ONNX file that it is built from")
+        raise BuildError(f"{onnx}: this file is a plan already; name the ONNX file to build from")
     file = whole_file(onnx)
     where = manifest_path(onnx)
     if not where.exists():
         return Source(file, None, typed_as(file), report=report)
     manifest = read_manifest(where, "onnx")
-    report("hashes of the ONNX file")
+    report("checking the SHA-256 of the ONNX file")
     check_files(where, manifest)
     return Source(file, manifest, manifest["precision"], checkpoint, adapter, images, report)
 
@@ -169,8 +169,8 @@ def select_for_source(
     """
     check_quantize(options, precision)
     if source.precision == precision and options != QuantizeOptions():
-        words = "--quantize, --budget and --calibration are of its export"
-        raise BuildError(f"{source.path}: is {precision} already; {words}")
+        words = "--quantize, --budget and --calibration belong to the export, not to the build"
+        raise BuildError(f"{source.path}: the file is {precision} already; {words}")
     if precision not in CODES or source.precision != "fp32" or source.manifest is None:
         return None, ()  # lower_file refuses what it cannot lower
     notes = list[str]()
@@ -188,14 +188,14 @@ def lower_file(source: Source, precision: Precision, folder: Path, **forms: Any)
     onnx = source.path
     if source.precision != "fp32":
         raise BuildError(
-            f"{onnx}: is {source.precision}, asked was {precision};\n"
-            f"export it again: {export_again(onnx, precision=precision, **AS_AUTO)}"
+            f"{onnx}: the file is {source.precision}, but {precision} was requested;"
+            f"\nexport it again: {export_again(onnx, precision=precision, **AS_AUTO)}"
         )
     model, _ = source.file.load(values=True)
     if not any(MODULE in node.metadata_props for node in model.graph):
         raise BuildError(
-            f"{onnx}: was not written by neck-export, so its nodes do not tell what must stay in FP32; "
-            f"build it as it is with --fp32, or export it with --precision {precision}"
+            f"{onnx}: the file was not written by neck-export, so it is unknown which nodes must stay in FP32; build "
+            f"it unchanged with --fp32, or export it with --precision {precision}"
         )
     lower(model, precision, **forms)
     typed = folder / f"{onnx.stem}.{precision}.onnx"
@@ -211,7 +211,7 @@ def plan_source(where: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(where, "plan")
     if manifest["onnx_manifest"] is None:
-        raise BuildError(f"{where}: the plan was built from a file without manifest, so its weights are unknown")
+        raise BuildError(f"{where}: the plan was built from a file without a manifest, so its weights are unknown")
     forms = {name: manifest["key"][name] for name in ("attention", "upsampling", "keep_fp32")}
     held = ("attention_form", "attention_spelling", "residual", "quantization")
     forms |= {name: manifest[name] for name in held if name in manifest}

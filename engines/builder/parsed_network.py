@@ -56,11 +56,14 @@ def check_types(onnx: Path, trt: Any, network: Any, precision: str, keep_fp32: S
         if tensor.dtype != wanted and not kept:
             command = export_again(onnx, precision=precision, **AS_AUTO)
             raise BuildError(
-                f"{onnx}: {layer.name} computes in {tensor.dtype.name}, asked was {precision}; "
-                f"name what may stay by --keep-fp32, or export it again: {command}"
+                f"{onnx}: {layer.name} computes in {tensor.dtype.name}, but {precision} was requested; allow it with "
+                f"--keep-fp32, or export the file again: {command}"
             )
     if not seen:
-        raise BuildError(f"{onnx}: no matrix product or convolution in {precision}; not an image encoder")
+        raise BuildError(
+            f"{onnx}: the file has no matrix multiplication or convolution in {precision}, so it is not an image "
+            "encoder of that precision"
+        )
 
 
 def _widened(trt: Any, network: Any, low: Any) -> set[str]:

@@ -32,15 +32,17 @@ def is_plan(path: Path) -> bool:
     if metadata is not None:
         bare = path.with_suffix(".bare.plan")
         raise BuildError(
-            f"{path}: is an engine of Ultralytics: JSON ({_told(metadata)}), then a {kind} plan; neck-export reads "
-            f"what it wrote and proved:\nexport the weights by `neck-export onnx` and `neck-export trt`, or take the "
-            f"bare plan by `neck-export inspect {path} --strip-header {bare}`"
+            f"{path}: this is an engine of Ultralytics: JSON ({_told(metadata)}), then a {kind} plan; neck-export "
+            "only reads plans that it built and verified itself:"
+            f"\nexport the weights with `neck-export onnx` and build them with `neck-export trt`, or extract the bare "
+            f"plan with `neck-export inspect {path} --strip-header {bare}`"
         )
     if kind and path.suffix != ".plan" and not manifest_path(path).is_file():
         name = path.with_suffix(".plan").name
         raise BuildError(
-            f"{path}: is a {kind} plan, and {manifest_path(path).name} is not beside it; if neck-export built it, "
-            f"name it {name} again, beside {name}.json; another tool's plan can only be rebuilt, by `neck-export trt`"
+            f"{path}: this is a {kind} plan, but its manifest {manifest_path(path).name} is missing. If neck-export "
+            f"built it, name it {name} again and put {name}.json beside it; a plan of another tool can only be "
+            "rebuilt, with `neck-export trt`"
         )
     return bool(kind) or path.suffix == ".plan"
 
@@ -56,9 +58,9 @@ def strip_header(path: Path, output: Path) -> dict[str, Any]:
             kind, metadata = _begins(file)
             if metadata is None:
                 held = f"a bare {kind} plan" if kind else "no plan"
-                raise BuildError(f"{path}: has no header of Ultralytics; it is {held}")
+                raise BuildError(f"{path}: the file has no Ultralytics header; it is {held}")
             if output.exists() and output.samefile(path):
-                raise BuildError(f"{output}: is the file that is read; name another")
+                raise BuildError(f"{output}: this is the input file; name another output")
             with staging(output) as folder:
                 with (folder / output.name).open("wb") as plan:
                     shutil.copyfileobj(file, plan, 1 << 22)

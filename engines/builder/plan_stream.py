@@ -20,7 +20,7 @@ from engines.layers.read_layers import FIRST_LINE
 from export.contract.interrupt import removed_on_signal
 from neck.progress import count
 
-OUT_OF_MEMORY = "out of memory while TensorRT built; at full size it takes 3 GB, so close other programs"
+OUT_OF_MEMORY = "TensorRT ran out of memory during the build; at full size it needs 3 GB, so close other programs"
 
 NO_HOST_MEMORY = re.compile(r"bad_?alloc", re.IGNORECASE)
 NO_DEVICE_MEMORY = re.compile(r"out ?of ?memory|gpu memory", re.IGNORECASE)
@@ -28,7 +28,7 @@ NO_DEVICE_MEMORY = re.compile(r"out ?of ?memory|gpu memory", re.IGNORECASE)
 memory)`, `Requested amount of GPU memory (N bytes) could not be allocated` are of the device, std::bad_alloc the
 host's."""
 
-DEVICE_REMEDY = "the GPU has too little free memory for this build: end other programs on it, or build with a smaller "
+DEVICE_REMEDY = "the GPU has too little free memory for this build: close other programs on it, or build with a smaller "
 DEVICE_REMEDY += "--batch or --workspace-gib"
 
 BUILDING = ".building"
@@ -60,7 +60,7 @@ class Watch:
     @property
     def reason(self) -> str:
         """The last error, in one line."""
-        return self.errors[-1][:400] if self.errors else "it gave no reason"
+        return self.errors[-1][:400] if self.errors else "TensorRT gave no reason"
 
 
 def new_monitor(trt: Any, watch: Watch) -> Any:
@@ -126,7 +126,7 @@ def run_builder(trt: Any, builder: Any, network: Any, config: Any, file: IO[byte
             raise BuildError(OUT_OF_MEMORY)
         short = any(map(NO_DEVICE_MEMORY.search, watch.errors))  # another form may need less
         remedy = f"\n{DEVICE_REMEDY}" if short else ""
-        raise RefusedError(f"TensorRT built nothing: {watch.reason}{remedy}", watch.reason)
+        raise RefusedError(f"TensorRT could not build the plan: {watch.reason}{remedy}", watch.reason)
 
 
 def _new_writer(trt: Any, file: IO[bytes], watch: Watch) -> Any:
@@ -176,7 +176,7 @@ def disk_errors(plan: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reason = "no space left for it" if full else f"cannot be written ({error.strerror})"
+        reason = "there is no space left on the disk" if full else f"the file cannot be written ({error.strerror})"
         raise BuildError(
-            f"{plan}: {reason}; nothing was written, an older plan there is untouched; choose another --output"
+            f"{plan}: {reason}; nothing was written and an existing plan was kept; choose another --output"
         ) from None

@@ -58,7 +58,7 @@ def read_replayed(flavor: Flavor, options: BuildOptions) -> bytes | None:
         return None
     flavor.refuse(replay_timing=True)
     if options.timing_cache is not None:
-        raise BuildError("--replay-timing measures nothing that --timing-cache could keep; give one of them")
+        raise BuildError("--replay-timing measures nothing that --timing-cache could save; use only one of them")
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -66,9 +66,11 @@ def read_replayed(flavor: Flavor, options: BuildOptions) -> bytes | None:
         there = f"give {named}" if named and named.exists() else "`neck-export trt --timing-cache FILE` saves one"
         raise BuildError(f"No such file: {path}; {there}") from None
     except OSError as error:
-        raise BuildError(f"{path}: cannot be read ({error.strerror}); expected a saved timing cache") from None
+        raise BuildError(
+            f"{path}: the timing cache cannot be read ({error.strerror}); give a file that --timing-cache saved"
+        ) from None
     if not data:
-        raise BuildError(f"{path}: is empty, so no kernel is in it; save it again by `neck-export trt --timing-cache`")
+        raise BuildError(f"{path}: the timing cache is empty; save it again with `neck-export trt --timing-cache`")
     return data
 
 
@@ -101,8 +103,8 @@ def replay_timing(trt: Any, config: Any, path: Path, data: bytes) -> Any:
     there = cache is not None and len(bytes(cache.serialize())) > len(bytes(empty.serialize()))
     if not there or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise BuildError(
-            f"{path}: TensorRT {trt.__version__} finds no kernel in it for this GPU; a timing cache is of one GPU "
-            f"model and one TensorRT: save one here by `neck-export trt --timing-cache`"
+            f"{path}: the timing cache has no kernel for TensorRT {trt.__version__} on this GPU; it is only valid "
+            "for one GPU model and one TensorRT version. Save one here with `neck-export trt --timing-cache`"
         )
     config.set_flag(trt.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS)
     return cache
@@ -110,5 +112,5 @@ def replay_timing(trt: Any, config: Any, path: Path, data: bytes) -> Any:
 
 def missed(error: RefusedError, path: Path) -> RefusedError:
     """The error of a replay, with what may be missing."""
-    remedy = f"with --replay-timing every kernel must be in {path}: save it of this file with the same options"
+    remedy = f"with --replay-timing every kernel must be in {path}: save it with the same file and options"
     return RefusedError(f"{error}\n{remedy} by --timing-cache", error.reason, error.by_form)

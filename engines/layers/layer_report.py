@@ -169,46 +169,47 @@ class LayerReport:
         opaque = sum(kernel.opaque for kernel in self.kernels)
         parts = [f"fused attentions {len(self.fused)} of {self.attentions}"]
         if opaque:
-            parts = [f"fused attentions not told ({opaque} Myelin blocks, {self.attentions} in the graph)"]
+            parts = [f"fused attentions unknown ({opaque} Myelin blocks, {self.attentions} in the graph)"]
         if self.fused:
-            first, second = self.accumulation or ("not told", "not told")
+            first, second = self.accumulation or ("unknown", "unknown")
             both = first.upper() if first == second else f"{first.upper()} then {second.upper()}"
-            parts.append(f"accumulation {both if self.accumulation else 'not told'}")
+            parts.append(f"accumulation {both if self.accumulation else 'unknown'}")
         if self.products:
             kinds = " and ".join(sorted({str(kernel.quantized) for kernel in self.quantized})) or "FP8 or INT8"
-            told = f"not told ({opaque} Myelin blocks, {self.products} in the graph)" if opaque else None
-            told = told or f"{len(self.quantized)} of {self.products} in {kinds} (accumulation not told)"
-            parts.append(f"quantized products {told}")
+            told = f"unknown ({opaque} Myelin blocks, {self.products} in the graph)" if opaque else None
+            told = told or f"{len(self.quantized)} of {self.products} in {kinds} (accumulation unknown)"
+            parts.append(f"quantized linear layers {told}")
         parts.append(f"{len(self.kernels)} kernels")
         moved = self.bytes_moved
         reason = "Myelin blocks" if opaque else "dynamic batch"
-        parts.append(f"bytes not told ({reason})" if moved is None else f"{moved / 1e9:.3g} GB moved")
+        parts.append(f"bytes moved unknown ({reason})" if moved is None else f"{moved / 1e9:.3g} GB moved")
         return ", ".join(parts)
 
     def warning(self) -> str | None:
         """What is dangerous about the plan's attention, or not as asked about its products, or None."""
         if any("fp16" in (kernel.accumulation or ()) for kernel in self.fused):
             return (
-                "attention accumulates in FP16: published SAM 3 engines of this kind lost the image without an error "
-                "(cosine 0.06, NVIDIA/TensorRT #4837). Export with --attention fp32acc, or trust only a verified plan"
+                "attention accumulates in FP16: published SAM 3 engines of this kind returned useless features "
+                "without an error (cosine 0.06, NVIDIA/TensorRT #4837). Export with --attention fp32acc, or trust "
+                "only a verified plan"
             )
         hidden = [kernel for kernel in self.kernels if kernel.opaque and self.attentions]
         half = [kernel for kernel in (*self.fused, *hidden) if any(one.dtype == "Half" for one in kernel.inputs)]
         if half and self.accumulation is None:
             return (
-                "this plan does not tell what its FP16 attention accumulates in; FP16 there is known to lose the "
-                "image (NVIDIA/TensorRT #4837), so trust only a verified plan"
+                "the layer report does not show in which type the FP16 attention accumulates; accumulation in FP16 "
+                "is known to give useless features (NVIDIA/TensorRT #4837), so trust only a verified plan"
             )
         told = not any(kernel.opaque for kernel in self.kernels)
         if told and len(self.fused) < self.fusable:
             return (
-                f"{self.fusable - len(self.fused)} of {self.fusable} attentions are not fused: each takes several "
+                f"{self.fusable - len(self.fused)} of {self.fusable} attentions are not fused: each runs as several "
                 "kernels and writes its scores to memory, which is slow; compare the forms with --tune on the GPU, "
                 "or use another TensorRT"
             )
         missing = self.products - len(self.quantized)
         if told and missing > 0:
-            return f"{missing} of {self.products} quantized products are no FP8 or INT8 kernels"
+            return f"{missing} of {self.products} quantized linear layers do not run as FP8 or INT8 kernels"
         return None
 
     def table(self, limit: int | None = None) -> str:
@@ -223,7 +224,7 @@ class LayerReport:
         times = [(gpu, self.least_time_ms(gpu)) for gpu in GPUS]
         if all(time is not None for _, time in times):
             shown = ", ".join(f"{gpu} {time:.3g} ms" for gpu, time in times)
-            lines.append(f"least time by published peaks, not measured: {shown}")
+            lines.append(f"minimum time by published peak rates, not measured: {shown}")
         lines += [*filter(None, [self.warning()]), "", f"{'MB':>9}  {'kind':<15} modules"]
         for kernel in sorted(self.kernels, key=lambda kernel: -(kernel.bytes or 0))[:limit]:
             moved = "?" if kernel.bytes is None else f"{kernel.bytes / 1e6:.2f}"

@@ -93,10 +93,12 @@ def layers_from_inspector(
     try:
         layers = json.loads(information)["Layers"]
         if any(not isinstance(layer, dict) for layer in layers):
-            raise LayerReportError("the plan tells its layers' names alone; build it with detailed profiling verbosity")
+            raise LayerReportError(
+                "the plan only contains the names of its layers; build it with detailed profiling verbosity"
+            )
         kernels = [_inspected(layer, accumulations) for layer in layers if layer.get("LayerType") not in NO_KERNELS]
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise LayerReportError("the engine inspector gave no list of layers") from None
+        raise LayerReportError("the engine inspector returned no list of layers") from None
     return _layers("engine inspector", kernels, attentions, operations, products, fusable)
 
 

@@ -220,7 +220,10 @@ class Attached:
         """Its sam_forward_feature_levels: one neck of a trunk's map."""
         names = [name for name, module in NECK_MODULES.items() if getattr(self.module, module, None) is convs]
         if not names:
-            raise AttachError(f"{self.encoder.path}: the attached file has the encoder's own necks only; detach(model)")
+            raise AttachError(
+                f"{self.encoder.path}: the attached file computes only the encoder's own necks; detach it with "
+                "detach(model)"
+            )
         return self._run_of(x).neck(names[0])
 
     def set_imgsz(self, imgsz: Any = (1008, 1008), *more: Any) -> None:
@@ -270,16 +273,17 @@ class Attached:
         run = hidden.source if isinstance(hidden, NotComputed) else None
         if run is None or run._attached is not self:
             raise AttachError(
-                f"{self.encoder.path}: a neck was given another map than the attached encoder's (computed before "
-                "attach, or loaded); encode the images again"
+                f"{self.encoder.path}: a neck received a feature map that the attached encoder did not compute (it "
+                "was computed before attach, or loaded); encode the images again"
             )
         return run
 
     def _warn_of_training(self) -> None:
         self._warn(
             "training",
-            f"{self.encoder.path}: a backward pass reached the attached file, which computes no gradients: the "
-            "encoder's own weights get none; freeze them (requires_grad_(False)), or detach(model) to train them",
+            f"{self.encoder.path}: a backward pass reached the attached file, which computes no gradients, so the "
+            "weights of the encoder receive none; freeze them (requires_grad_(False)), or use detach(model) to "
+            "train them",
         )
 
     def _warn_of_hooks(self) -> None:
@@ -290,8 +294,9 @@ class Attached:
             if any(_package(hook) != _package(type(module)) for hook in hooks):  # transformers' own look for outputs
                 self._warn(
                     "hooks",
-                    f"{self.encoder.path}: the hooks on {path} of the model's encoder are not called while the file is "
-                    "attached, for it computes the whole encoder; detach(model) to have them called",
+                    f"{self.encoder.path}: the hooks on {path} of the model's encoder are not called while the file "
+                    "is attached, because the file computes the whole encoder; use detach(model) if they must be "
+                    "called",
                 )
                 return
 
@@ -318,7 +323,7 @@ class Attached:
         if self.freed:
             raise AttachError(
                 f"{self.encoder.path}: the weights of the model's own encoder were freed (free=True), so its state "
-                "cannot be taken or saved; load the model again, or attach it without free=True"
+                "cannot be read or saved; load the model again, or attach the file without free=True"
             )
 
 
@@ -351,9 +356,9 @@ class LoadGuard:
             ]
             if others:
                 raise AttachError(
-                    f"{attached.encoder.path}: stands in for the encoder whose weights are to be replaced "
-                    f"({others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}); detach(model) first, "
-                    "and export the new weights"
+                    f"{attached.encoder.path}: the file stands in for the encoder whose weights would be replaced "
+                    f"({others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}); use detach(model) "
+                    "first, then export the new weights"
                 )
 
 

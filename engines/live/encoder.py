@@ -108,7 +108,7 @@ class DeployedEncoder(nn.Module):
         lacking = sorted(set(self.levels) - set(signature.levels) - (set() if levels else self._beyond_head()))
         if lacking:
             raise EncoderError(
-                f"{path}: lacks level {', '.join(map(str, lacking))}; export it by "
+                f"{path}: the file has no level {', '.join(map(str, lacking))}; export it with "
                 f"{self.export_again(levels=','.join(map(str, sorted({*self.levels, *signature.levels}))))}"
             )
         self._options = {"device": None if device is None else str(device), "runtime": runtime, "simulated": simulated}
@@ -182,13 +182,14 @@ class DeployedEncoder(nn.Module):
         if dtype.itemsize < self.output_dtype.itemsize and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self.path}: computes in float32; its outputs are cast to the model's {dtype}", stacklevel=2
+                f"{self.path}: the file computes in float32, so its outputs are cast to the model's {dtype}",
+                stacklevel=2,
             )
         signature = self.signature
         names = tuple(self.necks if necks is None else necks)
         with torch.no_grad(), self._lock:
             if self._file is None:
-                raise EncoderError(f"{self.path}: is closed; open it again")
+                raise EncoderError(f"{self.path}: the encoder is closed; open it again")
             found = self._run(images.detach(), names, dtype)
             positions = {
                 neck: [self._position(neck, level, images, dtype) for level in self.levels_of(neck)] for neck in names
@@ -201,8 +202,8 @@ class DeployedEncoder(nn.Module):
 
     def _refuse_gradient(self) -> None:
         raise EncoderError(
-            f"{self.path}: computes no gradients, so there is none with respect to the images; use the model's own "
-            "encoder for it: detach(model)"
+            f"{self.path}: the file computes no gradients, so there are none with respect to the images; use the "
+            "model's own encoder for them: detach(model)"
         )
 
     def set_imgsz(self, imgsz: int | tuple[int, int] | list[int] = (1008, 1008)) -> None:
@@ -219,8 +220,9 @@ class DeployedEncoder(nn.Module):
         """What to say where a model's images have another size than the file's."""
         sizes = ["x".join(map(str, size)) for size in (self.signature.image_size, asked)]
         return EncoderError(
-            f"{self.path}: takes {sizes[0]} pixels, the model's images are {sizes[1]} (height x width); resize to "
-            f"{sizes[0]}, or export that size: {self.export_again(image_size=sizes[1])}"
+            f"{self.path}: the file takes images of {sizes[0]} pixels, but the model's images have {sizes[1]} "
+            f"(height x width); resize them to {sizes[0]}, or export that size: "
+            f"{self.export_again(image_size=sizes[1])}"
         )
 
     def export_again(self, **changes: str) -> str:
@@ -245,7 +247,7 @@ class DeployedEncoder(nn.Module):
             EncoderError: it is closed.
         """
         if self._file is None:
-            raise EncoderError(f"{self.path}: is closed, so it cannot be copied; open it again")
+            raise EncoderError(f"{self.path}: the encoder is closed and cannot be copied; open it again")
         return _reopen, (str(self.path), self._options, self.levels)
 
     def __enter__(self) -> DeployedEncoder:
@@ -266,15 +268,17 @@ class DeployedEncoder(nn.Module):
         """
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             got = f"{images.dtype} {tuple(images.shape)}"
-            raise EncoderError(f"{self.path}: got {got}; expected normalized images (B, 3, H, W), floating point")
+            raise EncoderError(
+                f"{self.path}: the input is {got}; expected normalized floating-point images (B, 3, H, W)"
+            )
         batch, size = self.signature.batch, (images.shape[2], images.shape[3])
         if size != self.signature.image_size:
             raise self.wrong_size(size)
         if not batch.minimum <= len(images) <= batch.maximum:
             wanted = f"{min(batch.minimum, len(images))}:{len(images)}:{max(batch.maximum, len(images))}"
             raise EncoderError(
-                f"{self.path}: takes {batch} images at once, got {len(images)}; give fewer, or export it by "
-                f"{self.export_again(batch=wanted)}"
+                f"{self.path}: the file takes {batch} images at once, but {len(images)} were given; give fewer, or "
+                f"export it with {self.export_again(batch=wanted)}"
             )
 
     @property

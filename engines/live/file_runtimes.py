@@ -49,8 +49,8 @@ class OrtFile:
         if device.type == "cuda":
             if "CUDAExecutionProvider" not in ort.get_available_providers():
                 raise RuntimeFileError(
-                    f"{path}: ONNX Runtime has no CUDA here; pip install onnxruntime-gpu, or run it on the CPU: "
-                    "device='cpu'"
+                    f"{path}: this ONNX Runtime has no CUDA provider; run pip install onnxruntime-gpu, or use the "
+                    "CPU: device='cpu'"
                 )
             # TF32 is on by default there: an FP32 file would be computed with 10 bits of 23
             providers = [("CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": "0"})]
@@ -64,10 +64,10 @@ class OrtFile:
                 self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no common class of its own
             why = " ".join(str(error).split())[:300]
-            raise RuntimeFileError(f"{path}: ONNX Runtime {ort.__version__} does not load it ({why})") from None
+            raise RuntimeFileError(f"{path}: ONNX Runtime {ort.__version__} cannot load the file ({why})") from None
         if device.type == "cuda" and self._session.get_providers()[0] != "CUDAExecutionProvider":
             raise RuntimeFileError(
-                f"{path}: ONNX Runtime's CUDA provider did not start; `neck-export doctor` says more"
+                f"{path}: ONNX Runtime's CUDA provider did not start; run `neck-export doctor` to see why"
             )
 
     def run(self, image: Tensor, outputs: Mapping[str, Tensor]) -> None:
@@ -92,8 +92,9 @@ class OrtFile:
                 numbers = ".".join(self._version.split(".")[:2])
                 again = export_again(self.path, target=f"onnxruntime-gpu-{numbers}", attention="auto", opset="auto")
                 raise RuntimeFileError(
-                    f"{self.path}: ONNX Runtime {self._version} computes {heavy} on the CPU, not on the GPU; run it on "
-                    f"the CPU (device='cpu'), update onnxruntime-gpu, or export it for this version:\n{again}"
+                    f"{self.path}: ONNX Runtime {self._version} would compute {heavy} on the CPU instead of the GPU. "
+                    "Use device='cpu', update onnxruntime-gpu, or export the file for this version:"
+                    f"\n{again}"
                 )
 
     def close(self) -> None:
@@ -114,14 +115,14 @@ class OpenVinoFile:
             import openvino
             import openvino.properties.hint as hint
         except ImportError:
-            raise RuntimeFileError(f"{path}: OpenVINO is not installed; pip install openvino") from None
+            raise RuntimeFileError(f"{path}: OpenVINO is not installed; run pip install openvino") from None
         self._tensor, self._scratch = openvino.Tensor, {}  # type: Any, dict[tuple[str, int], Any]
         settings = {hint.inference_precision: openvino.Type.f32}  # by itself it would take BF16 where it can
         try:
             self._request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
         except RuntimeError as error:
             why = " ".join(str(error).split())[:300]
-            raise RuntimeFileError(f"{path}: OpenVINO {openvino.__version__} does not load it ({why})") from None
+            raise RuntimeFileError(f"{path}: OpenVINO {openvino.__version__} cannot load the file ({why})") from None
 
     def run(self, image: Tensor, outputs: Mapping[str, Tensor]) -> None:
         """Fills the outputs, as OrtFile.run."""

@@ -103,14 +103,17 @@ def find_encoder(model: nn.Module) -> LiveEncoder:
     found = [module for module in slots if _is_vitdet(module) or _is_fpn(module)]
     if not found:
         top = ", ".join(f"{name} ({type(child).__name__})" for name, child in model.named_children()) or "nothing"
-        it = " itself is the encoder; give the model around it" if _is_vitdet(model) or _is_fpn(model) else ""
+        it = " is the encoder itself; give the model around it" if _is_vitdet(model) or _is_fpn(model) else ""
         raise AttachError(
-            f"{type(model).__name__}{it or ' holds no image encoder of SAM 3'}: found {top[:300]}; expected somewhere "
-            "a module with trunk and convs (Meta, Ultralytics) or backbone and neck.fpn_layers (transformers)"
+            f"{type(model).__name__}{it or ' contains no SAM 3 image encoder'}. It contains {top[:300]}; expected a "
+            "module with trunk and convs (Meta, Ultralytics) or with backbone and neck.fpn_layers (transformers)"
         )
     if len(found) > 1:
         places = ", ".join(slots[module][0].path for module in found)
-        raise AttachError(f"{type(model).__name__} holds {len(found)} encoders ({places}); attach to the part with one")
+        raise AttachError(
+            f"{type(model).__name__} contains {len(found)} encoders ({places}); attach to the part that contains "
+            "only one"
+        )
     where = tuple(slots[found[0]])
     head = _find_head(slots)
     if _is_vitdet(found[0]):

@@ -69,15 +69,16 @@ class Live:
         """
         if adapted := [name for name in self.state if any(mark in name for mark in ADAPTED)]:
             raise AttachError(
-                f"the encoder at {self.encoder.slots[0].path} has an adapter of PEFT in it ({adapted[0]}); merge it "
-                "(model.merge_and_unload()), and attach a file of the merged weights, as `neck-export onnx --adapter "
-                "FOLDER` exports them; or attach(..., check=False)"
+                f"the encoder at {self.encoder.slots[0].path} has an unmerged PEFT adapter ({adapted[0]}); merge it "
+                "(model.merge_and_unload()) and attach a file of the merged weights, which `neck-export onnx "
+                "--adapter FOLDER` exports; or use attach(..., check=False)"
             )
         layouts = find_layouts(self.state)
         if not layouts or not layouts[0].necks:
             raise AttachError(
-                f"the tensors of the encoder at {self.encoder.slots[0].path} have names that are not SAM 3's "
-                f"({listing(self.state, 3)}), so they cannot be compared with the file's; attach(..., check=False)"
+                f"the tensors of the encoder at {self.encoder.slots[0].path} do not have SAM 3's names "
+                f"({listing(self.state, 3)}), so they cannot be compared with the file's; use attach(..., "
+                "check=False) to skip the comparison"
             )
         layout = dataclasses.replace(with_class_row(layouts[0], self.state), decoder="head.")
         if self.encoder.kind == "fpn" and self.encoder.necks == ("sam2",):
@@ -111,16 +112,16 @@ def check_same(path: Path, live: LiveEncoder, config: EncoderConfig, digests: Ma
     where = f"the model's encoder at {live.slots[0].path}"
     if others := [*_architecture(found, layout, config)]:
         raise AttachError(
-            f"{path}: was exported from another architecture than {where} has: {'; '.join(others[:8])}; export the "
-            "model's own checkpoint with its own config, or attach(..., check=False)"
+            f"{path}: the file was exported from another architecture than that of {where}: {'; '.join(others[:8])}; "
+            "export the model's own checkpoint with its own config, or use attach(..., check=False)"
         )
     with torch.device("meta"):
         names = [*new_encoder(config).state_dict()]
     tensors = ((name, _joined([found.state[key] for key in layout.keys(name)])) for name in names)
     if parts := differing(digests, fingerprints(tensors, (kind_of(lowest_type(live)),))):
         raise AttachError(
-            f"{path}: holds other weights than {where} ({', '.join(parts)}); export the model's own checkpoint, or "
-            "attach(..., check=False)"
+            f"{path}: the file has other weights than {where} ({', '.join(parts)}); export the model's own "
+            "checkpoint, or use attach(..., check=False)"
         )
 
 
@@ -144,7 +145,7 @@ def _tensors(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str
     for name, value in told.items():
         if value != getattr(config, name):
             different = True
-            yield f"{name} is {getattr(config, name)} in the file, {value} in the model"
+            yield f"{name} is {getattr(config, name)} in the file, but {value} in the model"
     if different:
         return
     with torch.device("meta"):
@@ -153,13 +154,13 @@ def _tensors(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str
     for name, tensor in ours.items():
         wanted |= layout.shapes(name, tuple(tensor.shape))
     if lacking := [key for key in wanted if key not in found.state]:
-        yield f"the model lacks {listing(lacking, 3)}"
+        yield f"the model does not have {listing(lacking, 3)}"
     inside = [key for key in found.state if layout.has_inside(key, config.necks) and not is_table(layout, key)]
     if more := [key for key in inside if key not in wanted]:
-        yield f"the file lacks {listing(more, 3)}"
+        yield f"the file does not have {listing(more, 3)}"
     for key, shape in wanted.items():
         if key in found.state and tuple(found.state[key].shape) != shape:
-            yield f"{key} is {shape} in the file, {tuple(found.state[key].shape)} in the model"
+            yield f"{key} is {shape} in the file, but {tuple(found.state[key].shape)} in the model"
 
 
 def _layers(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
@@ -178,7 +179,7 @@ def _layers(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
                 continue
             for field in fields:
                 if (mine := getattr(layer, field)) != (value := getattr(theirs, field)):
-                    yield f"{field} of {path} is {mine} in the file, {value} in the model"
+                    yield f"{field} of {path} is {mine} in the file, but {value} in the model"
 
 
 def _blocks(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
@@ -194,14 +195,14 @@ def _blocks(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
             ("the scale of scores", config.head_dim**-0.5, _value(attention, "scale", "scaling")),
         ):
             if theirs is None:
-                yield f"{name} of {path} cannot be told of a {type(module).__name__}"
+                yield f"{name} of {path} cannot be read from a {type(module).__name__}"
             elif not math.isclose(mine, theirs, rel_tol=1e-6):
-                yield f"{name} of {path} is {mine:g} in the file, {theirs:g} in the model"
+                yield f"{name} of {path} is {mine:g} in the file, but {theirs:g} in the model"
         activation = _value(mlp, "activation_fn", "act")
         if activation is None and not type(mlp).__module__.startswith("neck."):  # ours calls a function
-            yield f"the activation of {path} cannot be told of a {type(mlp).__name__}"
+            yield f"the activation of {path} cannot be read from a {type(mlp).__name__}"
         elif activation is not None and not _is_gelu(activation):
-            yield f"the activation of {path} is the exact GELU in the file, {_named(activation)} in the model"
+            yield f"the activation of {path} is the exact GELU in the file, but {_named(activation)} in the model"
 
 
 def _levels(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
@@ -213,12 +214,12 @@ def _levels(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
             doubled = sum(isinstance(module, nn.ConvTranspose2d) for module in inside)
             halved = sum(isinstance(module, nn.MaxPool2d) for module in inside)
             if (theirs := 2.0 ** (doubled - halved)) != scale:
-                yield f"the scale of {path} is {scale:g} in the file, {theirs:g} in the model"
+                yield f"the scale of {path} is {scale:g} in the file, but {theirs:g} in the model"
             known = (*LAYER_FIELDS, nn.MaxPool2d, nn.Identity)
             leaves = [module for module in inside if not [*module.children()] and not isinstance(module, known)]
             for module in leaves:
                 if not isinstance(module, nn.ModuleList) and not _is_gelu(module):
-                    yield f"{path} has a {_named(module)} in the model, which is no exact GELU"
+                    yield f"{path} has a {_named(module)} in the model, which is not the exact GELU"
 
 
 def _rest(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
@@ -230,12 +231,12 @@ def _rest(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
     trunk = found.modules[layout.trunk.removesuffix(".")]
     ends = _value(trunk, "full_attn_ids")
     if ends and ends[-1] != config.depth - 1:
-        yield f"block {config.depth - 1} is the last in the file, {ends[-1]} in the model"
+        yield f"block {config.depth - 1} is the last in the file, but {ends[-1]} in the model"
     for name, value in (("tile_abs_pos", True), ("retain_cls_token", False), ("use_abs_pos", True)):
         if _value(trunk, name) not in (None, value):
-            yield f"{name} is {value} in the file, {not value} in the model"
+            yield f"{name} is {value} in the file, but {not value} in the model"
     if found.encoder.kind == "vitdet" and isinstance(norm := _value(trunk, "ln_post"), nn.LayerNorm):
-        yield f"the model has {type(norm).__name__} after its last block, the file has none"
+        yield f"the model has a {type(norm).__name__} after its last block, but the file has none"
     holder = found.encoder.module if found.encoder.kind == "vitdet" else getattr(found.encoder.module, "neck", None)
     yield from _positions(_value(holder, "position_encoding"), config, found.encoder.kind)
 

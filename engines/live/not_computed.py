@@ -100,8 +100,8 @@ class NotComputed:
     def error(self, name: str) -> NotComputedError:
         """What to raise where something reads it."""
         return NotComputedError(
-            f"{self.what} is not among what the attached file computes, so it cannot be read ({name}); detach(model) "
-            "to have the model's own encoder compute it"
+            f"{self.what} ({name}) is not among the values that the attached file computes; use detach(model) to "
+            "have the model's own encoder compute it"
         )
 
     def __getattr__(self, name: str) -> Any:

@@ -29,18 +29,20 @@ def open_file(
     wanted = torch.device(device) if device is not None else None
     if is_plan(path):
         if runtime != "auto" or simulated or (wanted is not None and wanted.type != "cuda"):
-            raise EncoderError(f"{path}: a plan runs in TensorRT on the GPU only; take its ONNX file")
+            raise EncoderError(f"{path}: a plan only runs in TensorRT on a GPU; use the ONNX file for other runtimes")
         return open_plan(path, device=wanted)
     if runtime == "openvino":
         if simulated or (wanted is not None and wanted.type != "cpu"):
-            raise EncoderError(f"{path}: OpenVINO runs it on the CPU, without simulation; leave runtime out")
+            raise EncoderError(
+                f"{path}: OpenVINO runs the file only on the CPU and without simulated rounding; leave out runtime"
+            )
         return OpenVinoFile(path)
     if simulated and wanted is not None and wanted.type != "cpu":
-        raise EncoderError(f"{path}: its roundings are simulated on the CPU only; leave simulated out")
+        raise EncoderError(f"{path}: rounding can only be simulated on the CPU; leave out simulated")
     if wanted is None:
         wanted = torch.device("cuda" if not simulated and _ort_has_cuda() else "cpu")
     if wanted.type not in ("cpu", "cuda"):
-        raise EncoderError(f"{path}: ONNX Runtime runs it on the CPU or a GPU, not on {wanted}; device='cpu'")
+        raise EncoderError(f"{path}: ONNX Runtime runs the file on the CPU or a GPU, not on {wanted}; use device='cpu'")
     if wanted.type == "cuda" and wanted.index is None and torch.cuda.is_available():
         wanted = torch.device("cuda", torch.cuda.current_device())
     return OrtFile(path, wanted, simulated)

@@ -206,8 +206,8 @@ def profile_lines(profile: Profile, layers: int = 20) -> list[str]:
         _state_line(profile.state),
         "",
         f"{'milliseconds, by CUDA events':38} {'p50':>8} {'p90':>8} {'p95':>8} {'p99':>8} {'mean':>8} {'runs':>5}",
-        _latency_line("a run, kernel by kernel, no transfers", profile.latency),
-        _latency_line("a run, CUDA graph, no transfers", profile.graph_latency)
+        _latency_line("inference, kernel by kernel, no copies", profile.latency),
+        _latency_line("inference, CUDA graph, no copies", profile.graph_latency)
         if profile.graph_latency
         else f"no CUDA graph: {profile.graph_problem}",
         _latency_line(f"copy in, {profile.bytes_in / 1e6:,.1f} MB", profile.copy_in),
@@ -222,7 +222,7 @@ def profile_lines(profile: Profile, layers: int = 20) -> list[str]:
 
 def _state_line(state: Mapping[str, str | None] | None) -> str:
     if state is None:
-        return "clocks and power: not told (nvidia-smi is not here or does not answer)"
+        return "clocks and power are unknown (nvidia-smi is missing or does not answer)"
     told = {name: value or "?" for name, value in state.items()}
     return (
         f"under load: {told['power_state']}, SM {told['sm_mhz']} of {told['sm_max_mhz']} MHz, memory "
@@ -238,14 +238,14 @@ def _latency_line(name: str, latency: Latency) -> str:
 def _summary_lines(profile: Profile) -> list[str]:
     rates = [f"{profile.images_per_s(profile.latency):.1f}"]
     rates += [f"{profile.images_per_s(profile.graph_latency):.1f} by CUDA graph"] if profile.graph_latency else []
-    weights = "not told" if profile.weights_bytes is None else f"{profile.weights_bytes / 1e6:,.1f} MB"
+    weights = "unknown" if profile.weights_bytes is None else f"{profile.weights_bytes / 1e6:,.1f} MB"
     peak, moved = profile.peak_share, profile.bandwidth_share
     shares = [
-        "operations not told" if peak is None else f"{peak:.0%} of the product rate",
-        "bytes not told" if moved is None else f"{moved:.0%} of the copy rate",
+        "number of operations unknown" if peak is None else f"{peak:.0%} of the matrix multiplication rate",
+        "number of bytes unknown" if moved is None else f"{moved:.0%} of the copy rate",
     ]
     return [
-        f"throughput, one run after the other: {', '.join(rates)} images/s",
+        f"throughput, one inference after the other: {', '.join(rates)} images/s",
         f"device memory: weights {weights}, scratch {profile.scratch_bytes / 1e6:,.1f} MB, in and out "
         f"{(profile.bytes_in + profile.bytes_out) / 1e6:,.1f} MB; loading took {profile.loaded_bytes / 1e6:,.1f} MB",
         f"measured here by torch: {profile.peak_tflops:.1f} TFLOP/s ({PEAK_SIDE}^3 {profile.precision} product), "
@@ -256,7 +256,7 @@ def _summary_lines(profile: Profile) -> list[str]:
 
 def _start_lines(starts: Starts) -> list[str]:
     """The time to the first result of a new process, its imports aside."""
-    return ([f"start not told: {starts.problem}"] if starts.problem else []) + [
+    return ([f"startup time unknown: {starts.problem}"] if starts.problem else []) + [
         f"{'warm start, by the kernels of the cold one' if one.warm else 'cold start'}: loading {one.load_s:.2f} s, "
         f"first run {one.first_run_s:.2f} s, second {one.second_run_s:.3f} s"
         for one in (starts.cold, starts.warm)

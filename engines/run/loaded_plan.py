@@ -50,7 +50,7 @@ class LoadedPlan:
     ) -> None:
         self.plan, self.manifest, self.flavor, self.device = plan, manifest, flavor, device
         self.warnings: list[str] = []
-        self._failures = collections.deque(["it gave no reason"], maxlen=1)
+        self._failures = collections.deque(["TensorRT gave no reason"], maxlen=1)
         self._cache, self._lock = cache, threading.Lock()
         self._kept: set[int] = set()  # batch sizes whose kernels are in the file
         logger = flavor.new_logger(_listener(self.warnings, self._failures))
@@ -62,12 +62,14 @@ class LoadedPlan:
             self.engine: Any = self._runtime.deserialize_cuda_engine(data)
         if self.engine is None:
             remedy = flavor.driver_problem() or memory_text(device)
-            raise SessionError(f"{plan}: {flavor.title} cannot load it ({self.failure}); {remedy}")
+            raise SessionError(f"{plan}: {flavor.title} cannot load the plan ({self.failure}); {remedy}")
         ports = [self._port(self.engine.get_tensor_name(index)) for index in range(self.engine.num_io_tensors)]
         self.inputs = tuple(port for port in ports if self._is_input(port.name))
         self.outputs = tuple(port for port in ports if not self._is_input(port.name))
         if sorted((port.name, type_name(port.dtype), port.shape) for port in ports) != manifest_specs(manifest):
-            raise SessionError(f"{manifest_path(plan)}: its tensors are not the engine's; build {plan.name} again")
+            raise SessionError(
+                f"{manifest_path(plan)}: the tensors in the manifest differ from the engine's; build {plan.name} again"
+            )
         self._made_with = self._read_kernels(rtx_graphs)
         self.warm = self._made_with is not None and self._made_with.warm
 
@@ -91,7 +93,7 @@ class LoadedPlan:
         """
         context = None if self._made_with is None else self.flavor.create_context(self.engine, self._made_with)
         if context is None:
-            why = f"no context to run it can be made ({self.failure})"
+            why = f"no execution context can be created ({self.failure})"
             raise SessionError(f"{self.plan}: {why}; {memory_text(self.device)}")
         return context
 
@@ -109,7 +111,7 @@ class LoadedPlan:
         cached, why_not = self._cache.read() if self._cache else (b"", None)
         made_with = self.flavor.create_runtime_config(self.engine, cached, rtx_graphs)
         if cached and made_with is not None and not made_with.warm:
-            why_not = f"the runtime cache was refused by TensorRT-RTX ({self.failure}); kernels are compiled anew"
+            why_not = f"TensorRT-RTX refused the runtime cache ({self.failure}); kernels are compiled again"
         if why_not:
             self.warnings.append(why_not)
         return made_with
@@ -120,7 +122,10 @@ class LoadedPlan:
     def _port(self, name: str) -> Port:
         shape, kind = tuple(self.engine.get_tensor_shape(name)), self.engine.get_tensor_dtype(name).name
         if kind not in TYPES or not shape:
-            raise SessionError(f"{self.plan}: {name} is {kind} {shape}; expected a batch of {', '.join(TYPES)}")
+            raise SessionError(
+                f"{self.plan}: {name} is {kind} {shape}; expected a tensor with a batch and one of the types "
+                f"{', '.join(TYPES)}"
+            )
         batch = (shape[0], shape[0])
         if shape[0] == -1 and self._is_input(name):
             smallest, _, largest = self.engine.get_tensor_profile_shape(name, 0)
@@ -136,7 +141,9 @@ def most_bytes(port: Port, largest: int) -> int:
 def cache_key(manifest: Mapping[str, Any], plan: Path, flavor: Flavor) -> str:
     """What a runtime cache is of; word for word as in the C++ library, so that both read one file."""
     if flavor.gpu is None:
-        raise SessionError(f"{plan}: no NVIDIA GPU with a driver here; without one a plan can be built, not run")
+        raise SessionError(
+            f"{plan}: there is no NVIDIA GPU with a driver here; a plan can be built without one, but not run"
+        )
     sha256 = next(entry["sha256"] for entry in manifest["files"] if entry["name"] == plan.name)
     gpu = f"{flavor.gpu.name} (compute capability {flavor.gpu.compute_capability})"
     return f"TensorRT-RTX {flavor.version} on {gpu}, driver {flavor.gpu.cuda}, plan {sha256}"
@@ -145,10 +152,10 @@ def cache_key(manifest: Mapping[str, Any], plan: Path, flavor: Flavor) -> str:
 def memory_text(device: torch.device) -> str:
     """What a message says of device memory."""
     if device.type != "cuda":
-        return "device memory is not told"
+        return "the free device memory is unknown"
     free, total = torch.cuda.mem_get_info(device)
     room = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB of device memory are free"
-    return f"{room}; if too little, end other programs or take a smaller batch"
+    return f"{room}; if that is too little, close other programs or use a smaller batch"
 
 
 def _listener(warnings: list[str], failures: collections.deque[str]) -> Callable[[int, str], None]:

@@ -114,12 +114,14 @@ def find_device(plan: Path, asked: int | str | torch.device | None) -> torch.dev
     except RuntimeError:
         wanted = torch.device("cpu")
     if wanted.type != "cuda":
-        raise SessionError(f"{plan}: a plan runs on a GPU, not on device {asked}; give its number, such as 0 or cuda:0")
+        raise SessionError(
+            f"{plan}: a plan runs on a GPU, not on device {asked}; give the GPU's number, such as 0 or cuda:0"
+        )
     usable = torch.cuda.is_available()
     index = wanted.index if wanted.index is not None else torch.cuda.current_device() if usable else 0
     if usable and index >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise SessionError(f"{plan}: there is no GPU {index}; here are {count}, counted from 0")
+        raise SessionError(f"{plan}: there is no GPU {index}; this machine has {count}, numbered from 0")
     return torch.device("cuda", index)
 
 
@@ -130,7 +132,14 @@ def default_cache(plan: Path) -> Path:
 
 def _check_options(plan: Path, flavor: Flavor, cuda_graph: bool, rtx_graphs: bool, runtime_cache: Path | None) -> None:
     if rtx_graphs and (flavor.name != "rtx" or cuda_graph):
-        need = "cuda_graph to be off" if flavor.name == "rtx" else "TensorRT-RTX, this plan is of tensorrt"
-        raise SessionError(f"{plan}: CUDA graphs of TensorRT-RTX's own need {need}")
+        need = (
+            "cuda_graph to be off"
+            if flavor.name == "rtx"
+            else ("a plan of TensorRT-RTX, but this plan is for TensorRT")
+        )
+        raise SessionError(f"{plan}: the CUDA graphs that TensorRT-RTX captures itself need {need}")
     if runtime_cache is not None and flavor.name != "rtx":
-        raise SessionError(f"{plan}: TensorRT has no kernels to keep in a runtime_cache; leave it out")
+        raise SessionError(
+            f"{plan}: TensorRT compiles no kernels at run time, so it has nothing to keep in a runtime_cache; leave "
+            "it out"
+        )

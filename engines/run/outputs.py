@@ -60,11 +60,11 @@ def caller_memory(plan: Path, port: Port, largest: int, device: torch.device, me
         found = memory if isinstance(memory, Tensor) else torch.from_dlpack(memory)
     except (AttributeError, TypeError, RuntimeError, BufferError) as error:
         raise SessionError(
-            f"{what} is a {type(memory).__name__} that torch cannot read ({str(error).splitlines()[0]}); give a torch "
-            f"tensor or a CuPy array"
+            f"{what} is a {type(memory).__name__} that torch cannot read ({str(error).splitlines()[0]}); give a "
+            "torch tensor or a CuPy array"
         ) from None
     if found.device != device:
-        raise SessionError(f"{what} is on {found.device}; expected memory of {device}, copy it there first")
+        raise SessionError(f"{what} is on {found.device}; expected memory of {device}, so copy it there first")
     if found.dtype != port.dtype or not found.is_contiguous():
         got = f"{type_name(found.dtype)}, {'' if found.is_contiguous() else 'not '}contiguous"
         raise SessionError(f"{what} is {got}; expected {type_name(port.dtype)}, contiguous")
@@ -76,7 +76,7 @@ def caller_memory(plan: Path, port: Port, largest: int, device: torch.device, me
         )
     if found.data_ptr() % ALIGNMENT:
         raise SessionError(
-            f"{what} is at an address that is no multiple of {ALIGNMENT} bytes; give the beginning of an allocation"
+            f"{what} is at an address that is not a multiple of {ALIGNMENT} bytes; give the start of an allocation"
         )
     return found.detach().reshape(-1)
 

@@ -72,7 +72,8 @@ def check_plan(
         manifest = dict(known or read_manifest(where, "plan"))
         if header.startswith(RTX_MAGIC) != (manifest["flavor"] == "rtx"):
             raise SessionError(
-                f"{plan}: begins with {header[:4]!r}, no plan of flavor {manifest['flavor']}; build it again"
+                f"{plan}: the file begins with {header[:4]!r}, so it is not a plan of flavor {manifest['flavor']}; "
+                "build it again"
             )
         if known is None:
             _check_files(plan, where, manifest)
@@ -85,10 +86,10 @@ def check_plan(
         raise SessionError(str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         why = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise SessionError(f"{where}: not as neck-export writes it ({why}); build {plan.name} again") from None
+        raise SessionError(f"{where}: the manifest is damaged ({why}); build {plan.name} again") from None
     if invalid:
         remedy = flavor.driver_problem() or "build it again here"
-        raise SessionError(f"{plan}: {flavor.title} cannot run it here ({invalid}); {remedy}")
+        raise SessionError(f"{plan}: {flavor.title} cannot run the plan here ({invalid}); {remedy}")
     return flavor, manifest
 
 
@@ -96,7 +97,9 @@ def _check_files(plan: Path, where: Path, manifest: dict[str, Any]) -> None:
     check_files(where, manifest)
     names = [entry["name"] for entry in manifest["files"]]
     if plan.name not in names:
-        raise SessionError(f"{where}: speaks of {', '.join(names) or 'no file'}, not {plan.name}; build it again")
+        raise SessionError(
+            f"{where}: the manifest names {', '.join(names) or 'no file'} instead of {plan.name}; build the plan again"
+        )
 
 
 def read_header(plan: Path) -> bytes:
@@ -106,12 +109,14 @@ def read_header(plan: Path) -> bytes:
             header = file.read(4096)
     except FileNotFoundError:
         rejected = plan.with_name(f"{plan.name}.rejected")
-        why = f"it failed verification, see {rejected}.json" if rejected.exists() else "`neck-export trt` builds it"
+        why = f"it failed verification; see {rejected}.json" if rejected.exists() else "`neck-export trt` builds it"
         raise SessionError(f"No such file: {plan}; {why}") from None
     except OSError as error:
-        raise SessionError(f"{plan}: cannot be read ({error.strerror}); expected a plan of `neck-export trt`") from None
+        raise SessionError(
+            f"{plan}: the file cannot be read ({error.strerror}); expected a plan built with `neck-export trt`"
+        ) from None
     if not header:
-        raise SessionError(f"{plan}: is empty; build it again")
+        raise SessionError(f"{plan}: the file is empty; build it again")
     return header
 
 
@@ -129,7 +134,9 @@ def check_version(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> No
     """
     theirs, version = manifest["flavor"], manifest["tensorrt_version"]
     if theirs != flavor.name:
-        raise SessionError(f"{plan}: is of flavor {theirs}, asked was {flavor.name}; use --flavor {theirs}")
+        raise SessionError(
+            f"{plan}: the plan is for flavor {theirs}, but {flavor.name} was requested; use --flavor {theirs}"
+        )
     built, here = release_numbers(version), release_numbers(flavor.version)
     known = min(len(built), len(here))
     built, here = built[:known], here[:known]
@@ -138,14 +145,17 @@ def check_version(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> No
         exact = "or later" if compatible else "exactly"
         remedy = "" if compatible else ", or with --version-compatible for later versions"
         raise SessionError(
-            f"{plan}: needs TensorRT {version} {exact}, here is {flavor.version}; build it again{remedy}"
+            f"{plan}: the plan needs TensorRT {version} {exact}, but {flavor.version} is installed; build it "
+            f"again{remedy}"
         )
 
 
 def check_gpu(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> None:
     """Raises SessionError where there is no GPU, or not one that the plan was built for."""
     if flavor.gpu is None:
-        raise SessionError(f"{plan}: no NVIDIA GPU with a driver here; without one a plan can be built, not run")
+        raise SessionError(
+            f"{plan}: there is no NVIDIA GPU with a driver here; a plan can be built without one, but not run"
+        )
     why = why_other_gpu(manifest, flavor)
     if why is None:
         return
@@ -162,14 +172,14 @@ def why_other_gpu(manifest: Mapping[str, Any], flavor: Flavor) -> str | None:
         return None
     here, named = flavor.gpu.compute_capability, f"{flavor.gpu.name} ({flavor.gpu.compute_capability})"
     if flavor.capabilities and here not in flavor.capabilities:
-        return f"TensorRT-RTX {flavor.version} does not run on {named}"
+        return f"TensorRT-RTX {flavor.version} does not support {named}"
     built = manifest["compute_capabilities"]
     # RTX's default is 8.0 and later; TensorRT's hardware compatibility `same` is the rule without it, too
     later = manifest["options"]["hardware_compatible"] == "ampere+" or not built
     if here in built or (later and version_numbers(here) >= (8, 0)):
         return None
     wanted = "8.0 or later" if later else ", ".join(built)
-    return f"is for compute capability {wanted}, here is {named}"
+    return f"the plan is for compute capability {wanted}, but the GPU is {named}"
 
 
 def check_inputs(
@@ -181,10 +191,12 @@ def check_inputs(
     """Raises SessionError where inputs are not what the engine takes, or torch's not where it reads."""
     expected = ", ".join(map(str, ports))
     if sorted(inputs) != sorted(port.name for port in ports):
-        raise SessionError(f"{plan}: got inputs {', '.join(inputs) or 'none'}; expected {expected}")
+        raise SessionError(f"{plan}: the inputs {', '.join(inputs) or 'none'} were given; expected {expected}")
     if not any(all(isinstance(value, kind) for value in inputs.values()) for kind in (np.ndarray, Tensor)):
         kinds = {type(value).__name__ for value in inputs.values()}
-        raise SessionError(f"{plan}: got {', '.join(kinds)}; expected numpy arrays, or torch tensors on {device}")
+        raise SessionError(
+            f"{plan}: {', '.join(kinds)} were given; expected numpy arrays, or torch tensors on {device}"
+        )
     for port in ports:
         value = inputs[port.name]
         if not port.takes(value):

@@ -100,8 +100,8 @@ class Pool:
                 return self._free.pop()
             if len(self._waiting) >= self._most_waiting:
                 raise SessionError(
-                    f"{self.plan}: {len(self._waiting)} wait for one of {self.contexts} contexts already; come later, "
-                    f"or make a larger pool"
+                    f"{self.plan}: {len(self._waiting)} threads already wait for one of {self.contexts} contexts; "
+                    "try again later, or make a larger pool"
                 )
             waiter = _Waiter(self._lock)
             self._waiting.append(waiter)
@@ -118,8 +118,8 @@ class Pool:
                 return waiter.session
             self._check_open()
         raise SessionError(
-            f"{self.plan}: none of {self.contexts} contexts came free within {timeout:g} s; wait longer, or make a "
-            f"larger pool"
+            f"{self.plan}: none of {self.contexts} contexts became free within {timeout:g} s; wait longer, or make a "
+            "larger pool"
         )
 
     def _check_open(self) -> None:
@@ -146,7 +146,7 @@ class Pool:
 def check_count(plan: Path, contexts: int) -> None:
     """Raises SessionError for a pool of none, or of more than anybody means."""
     if not 1 <= contexts <= MOST_CONTEXTS:
-        raise SessionError(f"{plan}: a pool of {contexts} contexts; give 1 to {MOST_CONTEXTS}")
+        raise SessionError(f"{plan}: a pool of {contexts} contexts is not possible; give 1 to {MOST_CONTEXTS}")
 
 
 def check_memory(plan: Path, contexts: int, each: int, free: int) -> None:
@@ -160,7 +160,7 @@ def check_memory(plan: Path, contexts: int, each: int, free: int) -> None:
     """
     most = free // max(1, each)
     if contexts > most:
-        fewer = f"take at most {most}, or " if most else "end other programs, or build the plan with "
+        fewer = f"use at most {most}, or " if most else "close other programs, or build the plan with "
         raise SessionError(
             f"{plan}: {contexts} contexts need {contexts * each / 1e6:.1f} MB of device memory beside the weights, "
             f"{free / 1e6:.1f} MB are free; {fewer}a smaller largest batch"

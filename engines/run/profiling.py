@@ -35,7 +35,7 @@ STATE_SECONDS = 20.0
 
 
 class ProfilingError(RuntimeError):
-    """A plan that cannot be profiled as asked."""
+    """A plan that cannot be profiled as requested."""
 
 
 def profile_plan(
@@ -73,7 +73,7 @@ def profile_plan(
                 f"{plan}: out of device memory; profiling needs {3 * COPY_BYTES / 1e9:.1f} GB beside the plan, so end "
                 f"other programs or take a smaller --batch"
             ) from None
-    report("starts, each in a new process")  # now that this one holds no engine
+    report("measuring startup, each start in a new process")  # now that this one holds no engine
     starter = functools.partial(start_process, device=session.device.index)
     return dataclasses.replace(found, starts=time_starts(plan, found.batch, session.flavor.name, starter))
 
@@ -86,17 +86,17 @@ def _profile(
     image = make_input(port, size).to(session.device)
     outputs = session.bind({port.name: image})
     precision = session.manifest["precision"]
-    report("latency")
+    report("measuring latency")
     latency = measure(session.enqueue)
     state = read_state(timer(session, session.enqueue), device=session.device.index)
-    report("latency of a CUDA graph")
+    report("measuring latency of a CUDA graph")
     graph_latency, problem = time_graph(session, {port.name: image}, measure)
-    report("transfers")
+    report("measuring transfers")
     tensors = {"in": [image], "out": list(outputs.values())}
     copies = {way: measure(_copying(values, way == "in")) for way, values in tensors.items()}
-    report("the GPU's own peak")
+    report("measuring the GPU's own peak rates")
     tflops, gigabytes_per_s = _measure_peaks(PEAK_TYPES[precision], session.device, measure)
-    report("time per layer")
+    report("measuring time per layer")
     session.bind({port.name: image})
     times = _layer_times(session)
     return Profile(
@@ -124,7 +124,7 @@ def _profile(
 
 
 def choose_batch(plan: Path, port: Port, optimum: int, asked: int | None) -> int:
-    """The batch to profile: what is asked, else the optimum.
+    """The batch to profile: the requested one, else the optimum.
 
     Raises:
         ProfilingError: the plan does not take it.
@@ -133,7 +133,9 @@ def choose_batch(plan: Path, port: Port, optimum: int, asked: int | None) -> int
     size = optimum if asked is None else asked
     if not low <= size <= high:
         takes = str(low) if low == high else f"{low} to {high}"
-        raise ProfilingError(f"{plan}: takes a batch of {takes}, asked was {size}; build it again with --batch {size}")
+        raise ProfilingError(
+            f"{plan}: the plan takes a batch of {takes}, but {size} was requested; build it again with --batch {size}"
+        )
     return size
 
 

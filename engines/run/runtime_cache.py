@@ -21,7 +21,7 @@ class RuntimeCache:
         self._written = ""  # SHA-256 of what the file has
 
     def read(self) -> tuple[bytes, str | None]:
-        """What is in the file, empty where there is none of ours; and one line where it cannot be used."""
+        """The content of the file (empty if it is not ours), and a line if it cannot be used."""
         try:
             text = _read_whole(self.path)
         except FileNotFoundError:
@@ -29,13 +29,13 @@ class RuntimeCache:
         except OSError as error:
             return self._dropped(f"cannot be read ({error.strerror})")
         if not text.startswith(MAGIC):
-            return self._dropped("is no runtime cache")
+            return self._dropped("is not a runtime cache")
         key, _, rest = text[len(MAGIC) :].partition(b"\n")
         sha256, _, content = rest.partition(b"\n")
         if hashlib.sha256(content).hexdigest().encode() != sha256:
             return self._dropped("is damaged")
         if key != self.key.encode():
-            return self._dropped(f"is of {_one_line(key)}, here is {self.key}")
+            return self._dropped(f"is for {_one_line(key)}, but this is {self.key}")
         self._written = sha256.decode()
         return content, None
 
@@ -62,7 +62,7 @@ class RuntimeCache:
         return None
 
     def _dropped(self, why: str) -> tuple[bytes, str]:
-        return b"", f"{self.path}: {why}; kernels are compiled anew"
+        return b"", f"{self.path}: {why}; kernels are compiled again"
 
 
 def _read_whole(path: Path) -> bytes:

@@ -118,9 +118,9 @@ class Session:
         return outputs
 
     def enqueue(self) -> None:
-        """Starts a run of what is bound on the session's stream."""
+        """Starts inference with the bound input on the session's stream."""
         if not self._bound:
-            raise SessionError(f"{self.plan}: nothing is bound; call bind first, also after bind_output")
+            raise SessionError(f"{self.plan}: no input is bound; call bind first, also after bind_output")
         self._execute(self.context)
         self._mark({port.name: self._bound[port.name] for port in self.outputs})
         self._keep_kernels(self._bound)
@@ -172,7 +172,7 @@ class Session:
         """
         self._find_output(name)
         if not self._results:
-            raise SessionError(f"{self.plan}: has no outputs before its first run; call infer")
+            raise SessionError(f"{self.plan}: there are no outputs before the first run; call infer")
         return HandedOutput(self._results[name], self.finished)
 
     def close(self) -> None:
@@ -198,7 +198,7 @@ class Session:
             if port.name == name:
                 return port
         there = ", ".join(port.name for port in self.outputs)
-        raise SessionError(f"{self.plan}: has no output {name!r}; it has {there}")
+        raise SessionError(f"{self.plan}: the plan has no output {name!r}; it has {there}")
 
     def _forget(self, callers: dict[str, Tensor]) -> None:
         """What was bound goes, CUDA graphs with it, whose addresses are fixed."""
@@ -229,8 +229,8 @@ class Session:
                 if not context.set_tensor_address(name, value.data_ptr()):
                     where = f"{name} lies at {value.data_ptr():#x}"
                     raise SessionError(
-                        f"{self.plan}: {where}, which TensorRT does not take ({self._failure}); expected device memory "
-                        f"at a multiple of {ALIGNMENT}: give a .clone()"
+                        f"{self.plan}: {where}, which TensorRT does not accept ({self._failure}); expected device "
+                        f"memory at a multiple of {ALIGNMENT} bytes: give a .clone()"
                     )
         return outputs
 
@@ -245,7 +245,9 @@ class Session:
             self._execute(context)
         self._keep_kernels(inputs)
         if self.stream and not self.flavor.can_capture(context, self.stream.cuda_stream):
-            raise SessionError(f"{self.plan}: TensorRT-RTX says that no CUDA graph can be captured; run it without one")
+            raise SessionError(
+                f"{self.plan}: TensorRT-RTX reports that no CUDA graph can be captured; run it without one"
+            )
         graph, failure = torch.cuda.CUDAGraph(), None  # type: torch.cuda.CUDAGraph, Exception | None
         with CAPTURING, on_device(self.stream, self.device):
             caller = torch.cuda.current_stream()

@@ -63,10 +63,12 @@ def start_process(plan: Path, batch: int, cache: Path, device: int | None = 0) -
     try:
         ended = subprocess.run(command, timeout=MOST_SECONDS, check=False, **options)
     except subprocess.TimeoutExpired:
-        raise SessionError(f"{plan}: a start took more than {MOST_SECONDS:g} s") from None
+        raise SessionError(
+            f"{plan}: starting the engine took longer than {MOST_SECONDS:g} s; check that no other process uses the GPU"
+        ) from None
     if ended.returncode:
         last = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
-        raise SessionError(f"{plan}: a start failed: {last}")
+        raise SessionError(f"{plan}: starting the engine failed: {last}")
     return Start(**json.loads(ended.stdout.splitlines()[-1]))
 
 

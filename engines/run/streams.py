@@ -47,7 +47,9 @@ def _create(device: torch.device) -> int:
         torch.cuda.synchronize(device)  # a call of CUDA's runtime: it makes the device's context this thread's current
         code = cuda.cuStreamCreate(ctypes.byref(handle), CU_STREAM_NON_BLOCKING)
     if code or not handle.value:
-        raise SessionError(f"CUDA cannot make a stream on {device} (error {code}); nvidia-smi tells whether it works")
+        raise SessionError(
+            f"CUDA cannot create a stream on {device} (error {code}); check with nvidia-smi that the GPU works"
+        )
     return handle.value
 
 

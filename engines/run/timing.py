@@ -43,7 +43,7 @@ def median_ms(
             latency = timed(session.enqueue)
             captured, _ = time_graph(session, {port.name: image}, timed)
         except torch.OutOfMemoryError:
-            raise SessionError(f"{plan}: out of device memory; end other programs, or take a smaller batch") from None
+            raise SessionError(f"{plan}: out of device memory; close other programs, or use a smaller batch") from None
     return min(one.p50_ms for one in (latency, captured) if one)
 
 

@@ -44,7 +44,7 @@ def verify_runner(
     candidate: str,
     overrides: Mapping[str, float] | None = None,
 ) -> Verdict:
-    """Compares what a runner gives with the reference.
+    """Compares a runner's outputs with the reference.
 
     Args:
         run: the candidate.
@@ -62,7 +62,7 @@ def verify_runner(
     check_overrides(overrides or {}, names)
     outputs = run(reference.image(signature))
     if sorted(outputs) != sorted(names):
-        raise VerifyError(f"{candidate} gives {', '.join(outputs) or 'no output'}; expected {', '.join(names)}")
+        raise VerifyError(f"{candidate} returns {', '.join(outputs) or 'no output'}; expected {', '.join(names)}")
     method = reference.method(f" ({reference.device}) against {candidate}")
     found = {name: outputs[name] for name in names}
     return compare(reference.outputs, found, precision, method, overrides, signature.dtype)
@@ -111,7 +111,7 @@ def verify_plan(
                 encoder = manifest_encoder(manifest_path(plan), manifest["onnx_manifest"], checkpoint, adapter)
             low, high = session.inputs[0].batch
             reference = make_reference(encoder, signature, image_count(BatchRange(low, low, high)), images, report)
-        report(f"candidate: the plan in {here}")
+        report(f"running the plan in {here}")
         return verify_runner(_runner(session), signature, reference, manifest["precision"], here, overrides)
 
 
@@ -169,7 +169,7 @@ def verify_plan_file(
 
 
 def plan_signature(plan: Path, manifest: Mapping[str, Any], known: bool) -> Signature:
-    """The contract that a plan's manifest tells.
+    """The contract in a plan's manifest.
 
     Args:
         plan, manifest: the plan and its manifest.
@@ -180,8 +180,8 @@ def plan_signature(plan: Path, manifest: Mapping[str, Any], known: bool) -> Sign
     """
     if not manifest.get("signature") or not (known or manifest.get("onnx_manifest")):
         raise VerifyError(
-            f"{plan}: built from an ONNX file that neck-export did not write, so nothing tells what to compare "
-            f"with; export it by `neck-export onnx` and build that"
+            f"{plan}: the plan was built from an ONNX file that neck-export did not write, so it is unknown what to "
+            "compare it with; export the encoder with `neck-export onnx` and build that file"
         )
     return Signature.from_dict(manifest["signature"])
 
@@ -222,4 +222,7 @@ def _why_refused(plan: Path, flavor: Flavor) -> str | None:
     if not invalid:
         return None
     remedy = flavor.driver_problem()
-    return f"TensorRT-RTX {flavor.version} says that it cannot run here ({invalid})" + (f"; {remedy}" if remedy else "")
+    return (
+        f"TensorRT-RTX {flavor.version} reports that the plan cannot run here "
+        f"({invalid}){f'; {remedy}' if remedy else ''}"
+    )

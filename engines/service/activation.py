@@ -27,7 +27,7 @@ from export.contract.manifest import ManifestError, check_files, locked, read_ma
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """What was switched: a model's active version, the one before, and the files that were written or removed."""
+    """What was switched: the model's active version, the previous one, and the files written or removed."""
 
     name: str
     version: int
@@ -80,15 +80,15 @@ def activate_version(
     model = output / name
     with disk_errors(output):
         if not output.is_dir():
-            raise TritonError(f"{output}: no such folder; name the model repository by --output")
+            raise TritonError(f"{output}: no such folder; name the model repository with --output")
         with locked(output):
             there = versions(model) if (model / CONFIG).is_file() else []
             if not there:
-                raise TritonError(f"{model}: no such model; give --name and --output as they were given to add it")
+                raise TritonError(f"{model}: no such model; use the same --name and --output as when it was added")
             if version not in there:
                 known = ", ".join(map(str, there))
-                raise TritonError(f"{model}: has no version {version}; it has {known}")
-            report("hashes of the files")
+                raise TritonError(f"{model}: there is no version {version}; the model has {known}")
+            report("checking the SHA-256 of the files")
             config = _config_of(model / str(version))
             check_ensembles(output, config, ())
             before = active_version(model)
@@ -115,7 +115,7 @@ def _config_of(folder: Path) -> Any:
 
 
 def remove_versions(output: Path, name: str, keep: int) -> list[Path]:
-    """Removes the oldest versions of a model, so that `keep` stay and the active one; the caller holds the lock.
+    """Removes the oldest versions of a model except `keep` of them and the active one; the caller holds the lock.
 
     A folder is renamed out of the repository before it is deleted: a polling server sees it whole or not at all.
     """

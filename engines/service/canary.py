@@ -20,7 +20,7 @@ TIMEOUT_S = 50.0
 
 
 def main(port: str, model: str = "", processes: str = "0", server: str = "") -> str:
-    """Returns what is wrong, empty if nothing is."""
+    """Returns what is wrong; empty if nothing is."""
     alive = count_alive(model, server)
     if 0 < alive < int(processes):  # none: they are called otherwise there, and the requests must tell
         return f"{alive} of {processes} processes of {model} are alive"

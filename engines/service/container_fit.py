@@ -26,7 +26,7 @@ def image(container: str) -> str:
 
 
 def choose_container(sources: Sequence[Source], asked: str | None) -> tuple[str | None, list[str]]:
-    """The container that serves the files, and what a user must know of it.
+    """The container that can serve the files, and notes for the user.
 
     Args:
         sources: an ONNX file, or plans of one model.
@@ -39,7 +39,7 @@ def choose_container(sources: Sequence[Source], asked: str | None) -> tuple[str 
         TritonError: the asked one is known not to fit, or plans need different ones.
     """
     if asked is not None and not re.fullmatch(r"2\d\.(0[1-9]|1[0-2])", asked):
-        raise TritonError(f"container {asked!r}: expected a year and month such as 25.09")
+        raise TritonError(f"container {asked!r} is invalid; expected a year and month such as 25.09")
     if sources[0].kind == "onnx":
         return _for_onnx(sources[0], asked)
     versions = {str(source.manifest["tensorrt_version"]) for source in sources}
@@ -47,12 +47,16 @@ def choose_container(sources: Sequence[Source], asked: str | None) -> tuple[str 
     known = min(map(len, numbers))
     if len({one[:known] for one in numbers}) > 1:
         paths, built = ", ".join(str(source.path) for source in sources), ", ".join(sorted(versions))
-        raise TritonError(f"{paths}: built by TensorRT {built}; one container has one, so build all plans alike")
+        raise TritonError(
+            f"{paths}: these plans were built by TensorRT {built}, but a container has only one version; build all "
+            "of them with the same TensorRT"
+        )
     exact = next((source for source in sources if not has_lean_runtime(source)), sources[0])
     container, notes = _for_plan(exact, str(exact.manifest["tensorrt_version"]), asked)
     if any(map(has_lean_runtime, sources)):
         notes.append(
-            f"a version-compatible plan brings its own runtime: start Triton with {COMPATIBLE}, else it is refused"
+            f"a version-compatible plan brings its own runtime: start Triton with {COMPATIBLE}, otherwise Triton "
+            "refuses it"
         )
     return container, notes
 
@@ -77,24 +81,25 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
                 name for name in later if version_numbers(TENSORRT[name])[0] == version_numbers(version)[0]
             ] or later
         if not fitting:
-            return None, [f"no Triton container with {needed} is known here; NVIDIA's support matrix names it"]
+            return None, [f"no Triton container with {needed} is known here; look it up in NVIDIA's support matrix"]
         asked = fitting[-1]
     carried = TENSORRT.get(asked)
     if carried is None:
-        return asked, [f"which TensorRT is in container {asked} is not known here; {source.path.name} needs {needed}"]
+        return asked, [f"the TensorRT version of container {asked} is unknown here; {source.path.name} needs {needed}"]
     if carried == _short(version):
         return asked, [f"container {image(asked)} has TensorRT {carried}, as the plan needs"]
     if compatible and version_numbers(carried) > version_numbers(version):
         return asked, [f"container {image(asked)} has TensorRT {carried}, which loads the plan of {version}"]
     fitting = [name for name, other in TENSORRT.items() if other == _short(version)]
-    remedy = f"take container {fitting[-1]}" if fitting else "take the container that NVIDIA's support matrix names"
+    remedy = f"use container {fitting[-1]}" if fitting else "use the container that NVIDIA's support matrix names"
     name = (source.manifest.get("onnx") or {}).get("name", f"{source.path.stem}.onnx")
     onnx, precision = source.path.with_name(name), source.manifest.get("precision", "fp16")
     kind = ["--precision", precision] if precision in ("fp8", "int8") else [f"--{precision}"]
     words = ["neck-export", "trt", str(onnx), *kind, "--flavor", "tensorrt", "--output", str(source.path)]
     raise TritonError(
-        f"{source.path}: needs {needed}, container {asked} has {carried}; {remedy}, or build it again in this one:\n"
-        f"{shlex.join(words)}"
+        f"{source.path}: the plan needs {needed}, but container {asked} has {carried}; {remedy}, or build it again "
+        "in this one:"
+        f"\n{shlex.join(words)}"
     )
 
 
@@ -105,11 +110,12 @@ def _for_onnx(source: Source, asked: str | None) -> tuple[str | None, list[str]]
         BF16_CONTAINER
     ):
         raise TritonError(
-            f"{source.path}: has bfloat16 outputs, which container {container} does not take from ONNX Runtime; "
-            f"take {BF16_CONTAINER} or later, or export it again:\n{export_again(source.path, output_dtype='fp32')}"
+            f"{source.path}: the outputs are bfloat16, which Triton in container {container} does not accept from "
+            f"ONNX Runtime; use {BF16_CONTAINER} or later, or export it again:"
+            f"\n{export_again(source.path, output_dtype='fp32')}"
         )
     if carried is None:
-        return container, [f"which ONNX Runtime is in container {container} is not known here; 1.25 or later serves"]
+        return container, [f"the ONNX Runtime version of container {container} is unknown here; 1.25 or later serves"]
     notes = _check_readable(source, container, carried)
     return container, [f"container {image(container)} has ONNX Runtime {carried}", *notes]
 
@@ -129,15 +135,17 @@ def _check_readable(source: Source, container: str, carried: str) -> list[str]:
     try:
         needs = graph_needs(ir.load(source.path))
     except Exception as error:  # protobuf and onnx-ir raise many kinds
-        raise TritonError(f"{source.path}: is not a whole ONNX file ({type(error).__name__}); copy it again") from None
+        raise TritonError(
+            f"{source.path}: the ONNX file is incomplete or damaged ({type(error).__name__}); copy it again"
+        ) from None
     target = line_of("onnxruntime-gpu", carried)
-    reason = why_not(target, needs) if target else "what it reads is not known here"
+    reason = why_not(target, needs) if target else "what this version can load is unknown here"
     if target and reason is None:
         small = ", ".join(on_cpu(target, needs))
-        return [f"its ONNX Runtime computes {small} on the CPU: copies, little arithmetic"] if small else []
+        return [f"ONNX Runtime computes {small} on the CPU, which copies data and computes little"] if small else []
     lines = {name: line_of("onnxruntime-gpu", version) for name, version in ONNX_RUNTIME.items()}
     fitting = [name for name, line in lines.items() if line and why_not(line, needs) is None]
-    remedy = f"take container {fitting[0]} or later, or export" if fitting else "export"
+    remedy = f"use container {fitting[0]} or later, or export" if fitting else "export"
     changes = {"target": f"triton-{container}", "attention": "auto", "opset": "auto"}
     if needs.types & {"BFLOAT16", *CODES}:
         changes |= {**AS_AUTO, "precision": "fp16"}

@@ -13,15 +13,15 @@ from export.contract.manifest import ManifestError, read_manifest
 
 
 def check_held(model: Path, config: Any, source: Source | None) -> None:
-    """Refuses a folder that holds something else than older versions of this model; `source` is what an engine runs."""
+    """Refuses a folder that contains anything but older versions of this model."""
     if not model.exists():
         return
     if not model.is_dir():
-        raise TritonError(f"{model}: is a file; {ELSEWHERE}")
+        raise TritonError(f"{model}: this is a file, not a folder; {ELSEWHERE}")
     held = read_config(model / CONFIG)
     if held is None:
         if any(model.iterdir()):
-            raise TritonError(f"{model}: the folder holds another model (no {CONFIG}); {ELSEWHERE}")
+            raise TritonError(f"{model}: the folder contains another model (without {CONFIG}); {ELSEWHERE}")
         return
     check_contract(model, held, config)
     if source is None:
@@ -32,13 +32,13 @@ def check_held(model: Path, config: Any, source: Source | None) -> None:
             old = read_manifest(where, source.kind)
         except ManifestError as error:
             raise TritonError(
-                f"{model}: the folder holds another model, not written by neck-export ({error}); {ELSEWHERE}"
+                f"{model}: the folder contains another model, not written by neck-export ({error}); {ELSEWHERE}"
             ) from None
         before, after = _shared(old), _shared(source.manifest)
         different = [key for key in after if before[key] is not None and before[key] != after[key]]
         if different:
             raise TritonError(
-                f"{model}: the folder holds another model (version {version} has another {', '.join(different)}); "
+                f"{model}: the folder contains another model (version {version} has another {', '.join(different)}); "
                 f"{ELSEWHERE}"
             )
 
@@ -61,8 +61,8 @@ def check_ensembles(output: Path, engine: Any, written: Collection[str]) -> None
         if missing:
             remedy = "add --ensemble" if name.endswith("-images") else "give --outputs"
             raise TritonError(
-                f"{output / name}: answers with {', '.join(missing)}, which {engine.name} would then lack; "
-                f"{remedy}, or remove that folder"
+                f"{output / name}: this ensemble answers with {', '.join(missing)}, which {engine.name} would no "
+                f"longer have; {remedy}, or remove that folder"
             )
 
 
@@ -78,7 +78,7 @@ def _shared(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def contract(config: Any) -> dict[str, Any]:
-    """What clients and older versions of a model rely on, in words; outputs by name."""
+    """What clients and older versions of a model rely on, as text; outputs by name."""
     names = schema().DataType.Name
     tensors = {
         f"{key} {tensor.name}": f"{names(tensor.data_type)} {list(tensor.dims)}"
@@ -102,11 +102,11 @@ def check_contract(path: Path, old: Any, new: Any) -> None:
     lacking = sorted(key.removeprefix("output ") for key in before if key not in after and key.startswith("output "))
     if lacking and not different and any(key.startswith("output ") for key in shared):
         raise TritonError(
-            f"{path}: the new version lacks the outputs {', '.join(lacking)}, which clients of the model may request; "
-            f"export with them, or {ELSEWHERE}"
+            f"{path}: the new version does not have the outputs {', '.join(lacking)}, which clients of the model may "
+            f"request; export with them, or {ELSEWHERE}"
         )
     if different or not any(key.startswith("output ") for key in shared):
-        told = [f"{key} was {before.get(key, 'absent')}, is {after.get(key, 'absent')}" for key in different]
+        told = [f"{key} was {before.get(key, 'absent')}, but is now {after.get(key, 'absent')}" for key in different]
         raise TritonError(
-            f"{path}: the folder holds another model ({'; '.join(told) or 'no output in common'}); {ELSEWHERE}"
+            f"{path}: the folder contains another model ({'; '.join(told) or 'no output in common'}); {ELSEWHERE}"
         )

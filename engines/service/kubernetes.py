@@ -20,7 +20,9 @@ from engines.service.served_model import Source, TritonError
 
 HERE = Path(__file__).parent
 
-HEADER = "# Written by neck-export triton; change it by a kustomize overlay, or it is written over.\n"
+HEADER = (
+    "# Written by neck-export triton. Change it with a kustomize overlay, because the next run overwrites this file.\n"
+)
 
 DRAIN_SECONDS = 45
 """How long Triton finishes requests after SIGTERM."""
@@ -71,7 +73,7 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
-    """What the files need to know.
+    """The values of the Kubernetes files.
 
     Attributes:
         model: the model's name in Triton.
@@ -107,15 +109,15 @@ class Serving:
     def __post_init__(self) -> None:
         if not CLAIM.fullmatch(self.storage) and not BUCKET.fullmatch(self.storage):
             raise TritonError(
-                f"storage {self.storage!r}: expected pvc://CLAIM, pvc://CLAIM/FOLDER, s3://BUCKET/FOLDER, or for a "
-                f"server of your own s3://https://HOST:PORT/BUCKET/FOLDER"
+                f"--storage {self.storage!r} is invalid; expected pvc://CLAIM, pvc://CLAIM/FOLDER, "
+                "s3://BUCKET/FOLDER, or for a server of your own s3://https://HOST:PORT/BUCKET/FOLDER"
             )
         if not 1 <= self.gpus <= 16:
-            raise TritonError(f"--gpus {self.gpus}: a pod must have 1 to 16 GPUs")
+            raise TritonError(f"--gpus {self.gpus} is invalid; a pod can have 1 to 16 GPUs")
         if not 1 <= self.replicas <= 100:
-            raise TritonError(f"--replicas {self.replicas}: there must be 1 to 100 pods")
+            raise TritonError(f"--replicas {self.replicas} is invalid; there can be 1 to 100 pods")
         if self.rollout not in ("surge", "replace"):
-            raise TritonError(f"rollout {self.rollout!r}: expected surge or replace")
+            raise TritonError(f"--rollout {self.rollout!r} is invalid; expected surge or replace")
         for name in (self.image_name, self.proxy_image):
             if name is not None and not re.fullmatch(IMAGE_REFERENCE, name):
                 raise TritonError(
@@ -129,11 +131,13 @@ class Serving:
             )
         theirs, _, tag = (self.image_name or "").partition("@")[0].partition("tritonserver:")
         if theirs.endswith("nvidia/") and tag != f"{self.container}-py3":
-            raise TritonError(f"image {self.image_name!r}: the file needs {image(self.container)}")
+            raise TritonError(
+                f"--image {self.image_name!r} is another image, but the file needs {image(self.container)}"
+            )
 
     @property
     def name(self) -> str:
-        """The model's name as Kubernetes takes names."""
+        """The model's name in Kubernetes' characters."""
         return kubernetes_name(self.model)
 
     @property
@@ -172,7 +176,7 @@ class Serving:
 
     @property
     def proxy_config(self) -> str:
-        """nginx.conf with room for the largest request: a tensor in JSON takes up to five times its bytes."""
+        """nginx.conf with room for the largest request: a tensor in JSON needs up to five times its bytes."""
         port = self.source.image
         values = math.prod(side for side in port.shape[1:] if isinstance(side, int))
         one = values * (4 if port.dtype == "float32" else 1)
@@ -204,7 +208,7 @@ class Serving:
 
     @property
     def bucket(self) -> Bucket | None:
-        """Where the repository is in S3; None where it is on a volume."""
+        """The repository's address in S3; None if it is on a volume."""
         found = BUCKET.fullmatch(self.storage)
         if not found:
             return None
@@ -225,12 +229,12 @@ class Serving:
         return f"cc-{capability.replace('.', '-')}" if capability else "any"
 
     def named(self, capability: str) -> str:
-        """The name of what there is once per compute capability."""
+        """The name of a resource that exists once per compute capability."""
         return f"{self.name}-{self.component(capability)}" if capability else self.name
 
 
 def kubernetes_name(model: str) -> str:
-    """A model's name with what Kubernetes takes: small letters, digits and dashes."""
+    """A model's name in Kubernetes' characters: lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")[:40].strip("-")
 
 
@@ -270,15 +274,15 @@ def check_folder(folder: Path, files: Sequence[str]) -> None:
         TritonError: naming the first.
     """
     if folder.exists() and not folder.is_dir():
-        raise TritonError(f"{folder}: is a file, where the Kubernetes files' folder goes; move it")
+        raise TritonError(f"{folder}: this is a file, but the folder of the Kubernetes files must be there; move it")
     for name in files:
         path = folder / name
         if path.exists() and not _is_ours(path):
-            raise TritonError(f"{path}: is there and not written by neck-export; move it, since it would be lost")
+            raise TritonError(f"{path}: this file was not written by neck-export and would be overwritten; move it")
 
 
 def remove_old(folder: Path, files: Collection[str]) -> None:
-    """Removes what an earlier run wrote and this one does not: a claim that is now another's must not stay here."""
+    """Removes files of an earlier run that this one does not write."""
     for name in {path.stem for path in (HERE / "templates").iterdir()}.difference(files):
         if (folder / name).is_file() and _is_ours(folder / name):
             (folder / name).unlink()

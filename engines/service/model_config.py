@@ -22,12 +22,14 @@ def schema() -> Any:
     try:
         from tritonclient.grpc import model_config_pb2
     except ImportError as error:
-        raise TritonError(f"tritonclient is not installed ({error}): pip install 'tritonclient[http,grpc]'") from None
+        raise TritonError(
+            f"tritonclient is not installed ({error}); run pip install 'tritonclient[http,grpc]'"
+        ) from None
     return model_config_pb2
 
 
 def new_config(source: Source, name: str) -> Any:
-    """A config with what all models of a repository have."""
+    """A config with the entries that all models of a repository share."""
     config = schema().ModelConfig(name=name, max_batch_size=source.batch.maximum if source.batch.dynamic else 0)
     config.version_policy.latest.num_versions = 1
     return config
@@ -113,7 +115,7 @@ def read_config(path: Path) -> Any | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
-        raise TritonError(f"{path}: cannot be read as a Triton config ({error}); mend or move it") from None
+        raise TritonError(f"{path}: the file cannot be read as a Triton config ({error}); correct or move it") from None
 
 
 def _preferred(batch: BatchRange) -> list[int]:

@@ -43,7 +43,7 @@ __all__ = ["Repository", "RepositoryOptions", "TritonError", "make_repository"]
 
 @dataclasses.dataclass(frozen=True)
 class Repository:
-    """What was written.
+    """The files that were written.
 
     Attributes:
         path: the model repository.
@@ -82,7 +82,7 @@ def make_repository(options: RepositoryOptions, report: Callable[[str], None] = 
         TritonError: what was given cannot be served as asked, or the repository cannot be written.
     """
     _check_options(options)
-    report("hashes of the files")
+    report("checking the SHA-256 of the files")
     source = read_model(options.model)
     plans = check_same_encoder(source, [read_model(path) for path in options.more]) if options.more else {}
     sources = list(plans.values()) or [source]
@@ -101,11 +101,11 @@ def make_repository(options: RepositoryOptions, report: Callable[[str], None] = 
         if active != version:
             _check_active(options, models)
             notes.append(
-                f"version {version} is not verified, so version {active} stays active; to serve it all the same: "
+                f"version {version} is not verified, so version {active} stays active; to serve it nevertheless: "
                 f"{activate_command(options.output, options.name, version)}"
             )
         serve_version(models[0].config, version)
-        report(f"version {version} of {options.name}")
+        report(f"writing version {version} of {options.name}")
         written: list[Path] = []
         for model in models:
             written += _write(options.output, model, version, active == version)
@@ -132,8 +132,9 @@ def _check_active(options: RepositoryOptions, models: Sequence[_Model]) -> None:
         lacking = sorted(listed_outputs(model.config) - listed) if model.script is None else []
         if lacking:
             raise TritonError(
-                f"{options.output / model.name}: would answer with {', '.join(lacking)}, which the active version of "
-                f"{options.name} lacks, and the new version is not verified; verify {options.model} first"
+                f"{options.output / model.name}: the ensemble would answer with {', '.join(lacking)}, which the "
+                f"active version of {options.name} does not have, and the new version is not verified; verify "
+                f"{options.model} first"
             )
 
 
@@ -159,26 +160,28 @@ def _models(options: RepositoryOptions, source: Source, plans: dict[str, Source]
     laid = laid or [(source, "model.plan" if source.kind == "plan" else "model.onnx")]
     models = [_Model(options.name, config, files=tuple(laid))]
     if plans:
-        notes.append(f"GPUs of other compute capabilities than {', '.join(plans)} find no plan in {options.name}")
+        notes.append(f"{options.name} has no plan for GPUs of other compute capabilities than {', '.join(plans)}")
     if len(listed) != len(chosen):
         name = f"{options.name}-outputs"
         models.append(_Model(name, chosen_config(source, name, options.name, chosen)))
         names = ", ".join(spec.name for spec in chosen)
         notes.append(
-            f"Triton demands that {options.name} lists all outputs of the plan; {name} answers with {names} alone"
+            f"Triton requires {options.name} to list all outputs of the plan; {name} answers only with {names}"
         )
     if options.ensemble:
         preprocess, images = f"{options.name}-preprocess", f"{options.name}-images"
         models.append(_Model(preprocess, preprocess_config(source, preprocess), script=PREPROCESS_MODEL))
         models.append(_Model(images, images_config(source, images, preprocess, options.name, chosen)))
-        notes.append(f"{preprocess} needs Pillow in the container's Python: pip install pillow (numpy is there)")
+        notes.append(f"{preprocess} needs Pillow in the container's Python (numpy is there); run: pip install pillow")
     if options.cuda_graphs and source.kind == "plan" and not takes_graphs(source):
         notes.append(
-            "no CUDA graphs: Triton never launches those of a fixed batch; for them build a plan with a dynamic batch, "
-            "such as --batch 1:1:4"
+            "CUDA graphs are off, because Triton never launches them for a fixed batch; to use them, build a plan "
+            "with a dynamic batch, such as --batch 1:1:4"
         )
     if source.batch.dynamic and source.batch.minimum > 1:
-        notes.append(f"requests must hold {source.batch.minimum} images at least: Triton fills no batch up")
+        notes.append(
+            f"requests must contain at least {source.batch.minimum} images, because Triton does not fill up a batch"
+        )
     return models, notes
 
 
@@ -190,11 +193,14 @@ def _cluster_files(
         return {}
     source = sources[0]
     if options.kubernetes.resolve().is_relative_to(options.output.resolve()):
-        raise TritonError(f"{options.kubernetes}: lies in the model repository, where Triton takes it for a model")
+        raise TritonError(
+            f"{options.kubernetes}: this folder lies inside the model repository, where Triton would treat it as a "
+            "model; choose another"
+        )
     if container is None:
         raise TritonError(
-            f"{source.path}: no Triton container with TensorRT {source.manifest['tensorrt_version']} is known here, so "
-            f"the Kubernetes files cannot name one; give it by --container"
+            f"{source.path}: no Triton container with TensorRT {source.manifest['tensorrt_version']} is known here, "
+            "so the Kubernetes files cannot name one; give it with --container"
         )
     serving = Serving(
         model=options.name,
@@ -228,7 +234,7 @@ def _write(output: Path, model: _Model, version: int, activate: bool) -> list[Pa
             shutil.copy(stage / CONFIG, stage / "version" / CONFIG)  # what `activate_version` puts in the model's place
             return install(stage, folder, version, activate)
         there = versions(folder)
-        name, text = "README", "An ensemble has no file; Triton wants the folder.\n"
+        name, text = "README", "An ensemble has no file, but Triton requires this folder.\n"
         if model.script is not None:
             name, text = "model.py", model.script.read_text(encoding="utf-8")
         newest = folder / str(max(there, default=0)) / name
@@ -242,10 +248,10 @@ def _write(output: Path, model: _Model, version: int, activate: bool) -> list[Pa
 def _check_options(options: RepositoryOptions) -> None:
     check_name(options.name)
     if options.version is not None and not 1 <= options.version < 2**31:
-        raise TritonError(f"version {options.version}: expected a whole number from 1")
+        raise TritonError(f"--version {options.version} is invalid; expected a whole number of at least 1")
     if options.keep is not None and options.keep < 1:
-        raise TritonError(f"--keep {options.keep}: expected the number of versions to keep, at least 1")
+        raise TritonError(f"--keep {options.keep} is invalid; expected the number of versions to keep, at least 1")
     if options.queue_delay_us < 0:
-        raise TritonError(f"queue delay {options.queue_delay_us} us: expected 0 or more")
+        raise TritonError(f"the queue delay {options.queue_delay_us} us is invalid; expected 0 or more")
     if options.output.exists() and not options.output.is_dir():
-        raise TritonError(f"{options.output}: is a file; name a folder for the model repository by --output")
+        raise TritonError(f"{options.output}: this is a file; name a folder for the model repository with --output")

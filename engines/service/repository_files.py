@@ -33,7 +33,9 @@ def check_name(name: str) -> None:
         TritonError: saying what is expected.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", name):
-        raise TritonError(f"name {name!r}: expected up to 63 letters, digits, dots, dashes and underscores")
+        raise TritonError(
+            f"--name {name!r} is invalid; expected up to 63 letters, digits, dots, dashes and underscores"
+        )
 
 
 def versions(model: Path) -> list[int]:
@@ -52,13 +54,13 @@ def next_version(model: Path, asked: int | None) -> int:
     newest = max(versions(model), default=0)
     if asked is not None and (asked in versions(model) or (model / str(asked)).exists()):
         raise TritonError(
-            f"{model / str(asked)}: is there already and a version is never changed; leave --version out for "
-            f"{newest + 1}"
+            f"{model / str(asked)}: this version exists already and versions are never changed; leave out --version "
+            f"to write {newest + 1}"
         )
     if asked is not None and asked < newest:
         raise TritonError(
-            f"version {asked}: {model} has version {newest} already, and versions count upwards; leave --version out "
-            f"for {newest + 1}"
+            f"--version {asked}: {model} already has version {newest}, and new versions must have higher numbers; "
+            f"leave out --version to write {newest + 1}"
         )
     return asked or newest + 1
 
@@ -77,7 +79,7 @@ def stage_beside(output: Path, model: Path) -> Iterator[Path]:
 
 
 def lay_out(folder: Path, sources: Sequence[tuple[Source, str]]) -> None:
-    """Copies what a version holds, each manifest with the names that the files have here.
+    """Copies the files of a version; each manifest names the files as they are called here.
 
     Args:
         folder: the version's, made here.
@@ -92,7 +94,9 @@ def lay_out(folder: Path, sources: Sequence[tuple[Source, str]]) -> None:
         for entry, file in zip(source.manifest["files"], source.files, strict=True):
             target = folder / renamed.get(file.name, file.name)
             if target.exists() or target.name == MANIFEST:
-                raise TritonError(f"{file}: a model has a file {target.name} of its own; export under another name")
+                raise TritonError(
+                    f"{file}: the name is needed for a file of the model ({target.name}); export under another name"
+                )
             _copy(file, target)
             entries.append(entry | {"name": target.name})
         where = folder / (MANIFEST if index == 0 else f"{name}.json")
@@ -102,7 +106,7 @@ def lay_out(folder: Path, sources: Sequence[tuple[Source, str]]) -> None:
 
 
 def install(stage: Path, model: Path, version: int, activate: bool = True) -> list[Path]:
-    """Renames what is staged into the repository and returns its files.
+    """Renames the staged files into the repository and returns them.
 
     A new model appears as one folder. To one that is there the version comes first and then its config, which is
     replaced only where it differs: a polling server loads a model again whose config is new.
@@ -173,8 +177,8 @@ def _check_room(folder: Path, files: Sequence[Path]) -> None:
     needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(folder).free
     if free < needed:
         raise TritonError(
-            f"{folder.parent}: {size_text(free)} are free, the model needs {size_text(needed)}; make room or "
-            f"choose another --output"
+            f"{folder.parent}: the disk has {size_text(free)} free, but the model needs {size_text(needed)}; make "
+            "room or choose another --output"
         )
 
 

@@ -20,7 +20,7 @@ DATA_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_
 
 
 class TritonError(ValueError):
-    """A model repository that cannot be written as asked; the message says why and what to do."""
+    """A model repository that cannot be written as requested; the message contains the reason and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Source:
         named = self.manifest.get("compute_capabilities")
         if not isinstance(named, list) or len(named) != 1 or not re.fullmatch(r"\d{1,2}\.\d", str(named[0])):
             raise TritonError(
-                f"{manifest_path(self.path)}: names compute capabilities {named!r}, expected one such as 8.9; "
-                f"several plans are told apart by it, so build {self.path.name} again"
+                f"{manifest_path(self.path)}: the manifest names the compute capabilities {named!r}, but expected is "
+                f"one such as 8.9, because several plans are distinguished by it; build {self.path.name} again"
             )
         return str(named[0])
 
@@ -77,7 +77,9 @@ def read_model(path: Path) -> Source:
     """
     if path.is_dir() or not path.exists():
         found = "is a folder" if path.is_dir() else "no such file"
-        raise TritonError(f"{path}: {found}; name a plan of `neck-export trt` or an ONNX file of `neck-export onnx`")
+        raise TritonError(
+            f"{path}: {found}; give a plan built with `neck-export trt` or an ONNX file written with `neck-export onnx`"
+        )
     kind: Literal["plan", "onnx"] = "onnx" if path.suffix == ".onnx" else "plan"
     where = manifest_path(path)
     try:
@@ -89,7 +91,7 @@ def read_model(path: Path) -> Source:
             _refuse_rtx(path, header, manifest)
         check_files(where, manifest)
         if path.name not in [entry["name"] for entry in manifest["files"]]:
-            raise TritonError(f"{where}: does not speak of {path.name}; write the file again")
+            raise TritonError(f"{where}: the manifest does not name {path.name}; write the file again")
         _check_facts(manifest)
         source = Source(path, kind, manifest, *_tensors(manifest))
         _check_tensors(source)
@@ -97,14 +99,14 @@ def read_model(path: Path) -> Source:
     except (BuildError, ManifestError) as error:
         raise TritonError(str(error)) from None
     except OSError as error:
-        raise TritonError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+        raise TritonError(f"{path}: the file cannot be read ({error.strerror}); check its permissions") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise TritonError(f"{where}: not as neck-export writes it ({error!r}); write {path.name} again") from None
+        raise TritonError(f"{where}: the manifest is damaged ({error!r}); write {path.name} again") from None
     return source
 
 
 def verification_note(source: Source) -> str | None:
-    """What a user must know of an unverified file, None of a verified one.
+    """The note about an unverified file; None for a verified one.
 
     Raises:
         TritonError: the file was verified and failed.
@@ -117,16 +119,16 @@ def verification_note(source: Source) -> str | None:
         if verdict.get("outputs") and not verdict["verified"]:
             bad = [output["name"] for output in verdict["outputs"] if not output.get("passed")]
             raise TritonError(
-                f"{source.path}: failed verification ({', '.join(bad)}), so it is not deployed; "
-                f"`neck-export bisect` says where it leaves tolerance"
+                f"{source.path}: verification failed ({', '.join(bad)}), so the file is not deployed; `neck-export "
+                "bisect` finds the block that exceeds the tolerance"
             )
-    reason = str(checked.get("reason", "not verified: its manifest does not say why"))
+    reason = str(checked.get("reason", "not verified: the manifest does not say why"))
     reason = reason if reason.startswith("not verified") else f"not verified: {reason}"
     return f"{source.path.name} {reason}" + ("; its ONNX graph is verified" if graph.get("verified") else "")
 
 
 def choose_outputs(source: Source, asked: Sequence[str]) -> tuple[TensorSpec, ...]:
-    """The outputs that names or wildcards choose, in the file's order; all where none is asked.
+    """The outputs that match names or wildcards, in the file's order; all if none is given.
 
     Raises:
         TritonError: a name that no output has, saying which are there.
@@ -136,13 +138,15 @@ def choose_outputs(source: Source, asked: Sequence[str]) -> tuple[TensorSpec, ..
     names = [spec.name for spec in source.outputs]
     for pattern in asked:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise TritonError(f"output {pattern!r}: {source.path.name} has none; it has {', '.join(names)}")
+            raise TritonError(
+                f"--outputs {pattern!r}: {source.path.name} has no such output; it has {', '.join(names)}"
+            )
     chosen = [spec for spec in source.outputs if any(fnmatch.fnmatchcase(spec.name, pattern) for pattern in asked)]
     return tuple(chosen) if asked else source.outputs
 
 
 def origin(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What two files of one encoder have in common, as far as their manifests tell: architecture, weights, contract."""
+    """What two files of one encoder share according to their manifests: architecture, weights, contract."""
     exported = manifest.get("onnx_manifest") if manifest["kind"] == "plan" else manifest
     known: dict[str, Any] = {"precision": manifest.get("precision")}
     if manifest["kind"] == "plan":
@@ -162,19 +166,19 @@ def check_same_encoder(first: Source, others: Sequence[Source]) -> dict[str, Sou
     plans: dict[str, Source] = {}
     for source in (first, *others):
         if source.kind != "plan":
-            raise TritonError(f"{source.path}: is no plan; only plans are served by compute capability")
+            raise TritonError(f"{source.path}: this is not a plan, and only plans are served by compute capability")
         ours, theirs = origin(first.manifest), origin(source.manifest)
         different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
         if different:
             raise TritonError(
-                f"{source.path}: has another {', '.join(different)} than {first.path}; several plans of one model must "
-                f"be one encoder built on several GPUs, so build both from one ONNX file"
+                f"{source.path}: the plan has another {', '.join(different)} than {first.path}; several plans of one "
+                "model must be the same encoder built on several GPUs, so build both from one ONNX file"
             )
         twice = plans.setdefault(source.compute_capability, source)
         if twice is not source:
             raise TritonError(
-                f"{source.path}: is for compute capability {source.compute_capability}, as is {twice.path}; "
-                f"leave one out"
+                f"{source.path}: the plan is for compute capability {source.compute_capability}, like {twice.path}; "
+                "leave one out"
             )
     return plans
 
@@ -182,8 +186,8 @@ def check_same_encoder(first: Source, others: Sequence[Source]) -> dict[str, Sou
 def _refuse_rtx(path: Path, header: bytes, manifest: Mapping[str, Any]) -> None:
     if manifest["flavor"] == "rtx" or header == RTX_MAGIC:
         raise TritonError(
-            f"{path}: is a plan of TensorRT-RTX, which Triton's tensorrt backend cannot load; build it on the serving "
-            f"GPU by `neck-export trt --flavor tensorrt`, or serve the ONNX file"
+            f"{path}: this is a TensorRT-RTX plan, which Triton's tensorrt backend cannot load; build it on the "
+            "serving GPU with `neck-export trt --flavor tensorrt`, or serve the ONNX file"
         )
 
 
@@ -230,9 +234,11 @@ def _check_tensors(source: Source) -> None:
     ports = (source.image, *source.outputs)
     names = [port.name for port in ports]
     if len(set(names)) != len(names):
-        raise TypeError(f"a tensor is there twice: {', '.join(names)}")
+        raise TypeError(f"a tensor is listed twice: {', '.join(names)}")
     for port in ports:
         if port.dtype not in DATA_TYPES:
-            raise TritonError(f"{source.path}: {port.name} is {port.dtype}; Triton serves {', '.join(DATA_TYPES)} here")
+            raise TritonError(
+                f"{source.path}: {port.name} is {port.dtype}, but Triton serves only {', '.join(DATA_TYPES)} here"
+            )
         if port.shape[0] != source.batch.dim or not all(isinstance(side, int) and side > 0 for side in port.shape[1:]):
-            raise TypeError(f"{port.name} is {port.shape}, its batch {source.batch}")
+            raise TypeError(f"{port.name} has the shape {port.shape}, but its batch is {source.batch}")

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class ExportError(RuntimeError):
-    """An encoder could not be turned into a file, or a file is none of ours."""
+    """An encoder could not be exported, or a file was not written by neck-export."""

@@ -86,7 +86,7 @@ def hub_text(weights: Mapping[str, Any]) -> str:
 
 
 def export_again(onnx: Path, **changes: str) -> str:
-    """The command that writes an ONNX file again in its place, told by the manifest beside it.
+    """The command that writes an ONNX file again, reconstructed from its manifest.
 
     A file that another tool wrote has none: its command is not known here, and so the changed options alone are told.
     """

@@ -53,7 +53,7 @@ def _wait_for_signals(reader: int) -> None:
 
 
 def ignore_signals() -> None:
-    """From here on a signal that was taken over does nothing: the work is done, or its remains are being removed."""
+    """Ignores signals from here on, because the work is done or its remains are being removed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is _leave:
             signal.signal(number, signal.SIG_IGN)

@@ -36,33 +36,33 @@ class ManifestError(ValueError):
 
 
 def manifest_path(path: Path) -> Path:
-    """Where the manifest of a file lies: X.onnx -> X.json, X.plan -> X.plan.json."""
+    """The path of a file's manifest: X.onnx -> X.json, X.plan -> X.plan.json."""
     return path.with_suffix(".json") if path.suffix == ".onnx" else path.with_name(path.name + ".json")
 
 
 def data_path(path: Path) -> Path:
-    """Where the external weights of an ONNX file lie."""
+    """The path of an ONNX file's external weights."""
     return path.with_name(path.name + ".data")
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, read once in pieces of 4 MiB; tells its progress where the file is large."""
+    """SHA-256 of a file, read once in pieces of 4 MiB; reports progress for a large file."""
     digest, size = hashlib.sha256(), path.stat().st_size
     with open(path, "rb") as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
             if size >= TOLD_BYTES:
-                count(f"hash of {path.name}", file.tell(), size, "bytes")
+                count(f"computing the SHA-256 of {path.name}", file.tell(), size, "bytes")
     return digest.hexdigest()
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file: name, bytes, SHA-256."""
+    """The manifest's entry for a file: name, bytes, SHA-256."""
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def to_json(values: Any) -> str:
-    """Values as a strict JSON text that ends in a newline; NaN and infinity, which JSON lacks, become null."""
+    """Values as strict JSON text that ends in a newline; NaN and infinity, which JSON does not have, become null."""
     return json.dumps(_finite(values), indent=1, allow_nan=False) + "\n"
 
 
@@ -142,7 +142,7 @@ def record_in_manifest(path: Path, content: dict[str, Any], notes: list[str]) ->
     What was measured is worth more than its record, so a read-only or full disk is no error here. A manifest that is a
     link belongs to the cache that made the link, and is left as it is.
     """
-    why = "it is a link, as in a download cache"
+    why = "it is a link, such as in a download cache"
     if not path.is_symlink():
         try:
             return replace_manifest(path, content)
@@ -160,15 +160,21 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ManifestError(f"{path}: the manifest is missing; it is written beside the file by neck-export") from None
+        raise ManifestError(
+            f"{path}: the manifest is missing; neck-export writes it together with the file, so copy it too or "
+            "write the file again"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         if path.is_file() and (pointer := lfs_pointer(path)):
             raise ManifestError(pointer) from None
         raise ManifestError(f"{path}: the manifest cannot be read ({error}); write the file again") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
-        raise ManifestError(f"{path}: is not the manifest of a {kind} file; write the file again")
+        raise ManifestError(f"{path}: the file is not the manifest of a {kind} file; write that file again")
     if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
-        raise ManifestError(f"{path}: manifest format {content.get('format')}, this program reads {FORMAT}; upgrade it")
+        raise ManifestError(
+            f"{path}: the manifest has format {content.get('format')}, but this version reads format {FORMAT}; "
+            "upgrade neck-export or write the file again"
+        )
     files = content.get("files")
     wanted = {"name": str, "bytes": int, "sha256": str}
     named = isinstance(files, list) and all(
@@ -176,7 +182,7 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         for entry in files
     )
     if not named:
-        raise ManifestError(f"{path}: lists no files with their bytes and SHA-256; write the file again")
+        raise ManifestError(f"{path}: the manifest lists no files with their sizes and SHA-256; write the file again")
     return content
 
 
@@ -201,20 +207,27 @@ def check_files(path: Path, manifest: dict[str, Any], hashes: bool = True) -> No
     """
     for entry in manifest["files"]:
         if Path(entry["name"]).name != entry["name"]:
-            raise ManifestError(f"{path}: names {entry['name']!r}, a path outside its folder; write the file again")
+            raise ManifestError(
+                f"{path}: the manifest names {entry['name']!r}, a path outside its folder; write the file again"
+            )
         file = path.with_name(entry["name"])
         if not file.is_file() and (names := _renamed(path, manifest)):
-            raise ManifestError(f"{path}: was renamed, with the file beside it, from {names[0]}; {names[1]}")
+            raise ManifestError(f"{path}: this file and its data file were renamed from {names[0]}; {names[1]}")
         if not file.is_file():
-            raise ManifestError(f"{file}: is missing; the manifest {path.name} says it belongs here")
+            raise ManifestError(
+                f"{file}: the file is missing, but the manifest {path.name} names it; copy it there or write it again"
+            )
         if file.stat().st_size != entry["bytes"] and (pointer := lfs_pointer(file)):
             raise ManifestError(pointer)
         if file.stat().st_size != entry["bytes"]:
             raise ManifestError(
-                f"{file}: has {file.stat().st_size} bytes, its manifest says {entry['bytes']}; write it again"
+                f"{file}: the file has {file.stat().st_size} bytes, but its manifest says {entry['bytes']}; write it "
+                "again"
             )
         if hashes and sha256(file) != entry["sha256"]:
-            raise ManifestError(f"{file}: was changed after its manifest {path.name} was written; write it again")
+            raise ManifestError(
+                f"{file}: the file was changed after its manifest {path.name} was written; write it again"
+            )
 
 
 def _renamed(path: Path, manifest: dict[str, Any]) -> tuple[str, str] | None:
@@ -225,20 +238,20 @@ def _renamed(path: Path, manifest: dict[str, Any]) -> tuple[str, str] | None:
     in_triton = path.name == "manifest.json"
     if in_triton or main is not None or had == path.name or path.with_name(had).exists():
         return None
-    return had, f"files that belong together keep their names: rename them back to {had}, {', '.join(names)}"
+    return had, f"files that belong together must keep their names; rename them back to {had}, {', '.join(names)}"
 
 
 def lfs_pointer(path: Path) -> str | None:
-    """Says that a file is a Git LFS pointer, where it is one."""
+    """The message for a Git LFS pointer; None for any other file."""
     with path.open("rb") as file:
         if file.read(len(LFS)) != LFS:
             return None
-    return f"{path}: a Git LFS pointer, not the file itself; `git lfs pull` in its folder fetches it"
+    return f"{path}: this is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder to download it"
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[None]:
-    """Makes a folder and those above it; what is made and still empty when the block fails is removed again.
+    """Makes a folder with its parents; those that are still empty are removed if the block fails.
 
     Raises:
         OSError: it cannot be made.
@@ -256,7 +269,7 @@ def new_folder(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """A temporary folder on the target's file system, removed whatever happens; publish what is done from it.
+    """A temporary folder on the target's file system, always removed; publish finished files from it.
 
     What a killed run left there is removed first. A living run holds a lock on its folder, which ends with it.
 
@@ -297,7 +310,7 @@ def workspace(target: Path, room: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there gets the name `path` when the block ends, whole or not at all."""
+    """A temporary path to write to; at the end of the block the complete file is renamed to `path`."""
     with staging(path) as folder:
         staged = folder / path.name
         yield staged

@@ -22,12 +22,12 @@ def check_path(path: Path) -> None:
         str(path.absolute()).encode()
     except UnicodeEncodeError:
         raise ExportError(
-            f"{path.absolute()}: ONNX Runtime and TensorRT open no path that is not UTF-8; rename it"
+            f"{path.absolute()}: ONNX Runtime and TensorRT can only open paths in UTF-8; rename the file or folder"
         ) from None
 
 
 class OnnxFile:
-    """An ONNX file, which is parsed when its model is asked for, and not again.
+    """An ONNX file that is parsed at most once, when its model is needed.
 
     Args:
         path: the file; its weights may lie in other files beside it.
@@ -57,20 +57,24 @@ class OnnxFile:
         try:
             model = ir.load(path)
         except Exception as error:  # protobuf and onnx-ir raise many kinds
-            raise ExportError(f"{path}: is not a whole ONNX file ({type(error).__name__}); {again}") from None
+            raise ExportError(
+                f"{path}: the ONNX file is incomplete or damaged ({type(error).__name__}); {again}"
+            ) from None
         if not len(model.graph) or not model.graph.outputs:
-            raise ExportError(f"{path}: is not a whole ONNX file (no outputs in it); {again}")
+            raise ExportError(f"{path}: the ONNX file is incomplete or damaged (it has no outputs); {again}")
         ends: dict[Path, int] = {}
         for tensor in _external(model).values():
             if Path(tensor.location).is_absolute() or ".." in Path(tensor.location).parts:
-                raise ExportError(f"{path}: its weights lie in {str(tensor.location)!r}, outside its folder; {again}")
+                raise ExportError(
+                    f"{path}: the model refers to weights at {str(tensor.location)!r}, outside its own folder; {again}"
+                )
             file = Path(tensor.path)
             ends[file] = max(ends.get(file, 0), (tensor.offset or 0) + (tensor.length or 0))
         for file, end in ends.items():
             if not file.is_file():
-                raise ExportError(f"{path}: its weights file {file} is missing; copy it there, or {again}")
+                raise ExportError(f"{path}: the weights file {file} is missing; copy it there, or {again}")
             if file.stat().st_size < end:
-                cut = f"{file}: is cut off at {file.stat().st_size:,} of {end:,} bytes; copy it again, or {again}"
+                cut = f"{file}: the file has only {file.stat().st_size:,} of {end:,} bytes; copy it again, or {again}"
                 raise ExportError(lfs_pointer(file) or cut)
         return model
 
@@ -80,7 +84,7 @@ class OnnxFile:
         return self
 
     def load(self, values: bool = False) -> tuple[ir.Model, Path]:
-        """A copy of the model that may be changed, and the folder from which its weights are located.
+        """A copy of the model that may be changed, and the folder of its external weights.
 
         Links are followed as ONNX Runtime 1.32 follows them when it is given a path: weights that are a link must lie
         beside the file that the path itself leads to. onnx-ir, and ONNX Runtime when it is given bytes, follow none.
@@ -97,8 +101,8 @@ class OnnxFile:
             for file in {Path(tensor.path) for tensor in external.values()}:
                 if file.stat().st_nlink > 1:
                     raise ExportError(
-                        f"{file}: has {file.stat().st_nlink} hard links, which onnx-ir refuses to read; "
-                        f"make a copy and put it in its place"
+                        f"{file}: the file has {file.stat().st_nlink} hard links, which onnx-ir refuses to read; "
+                        "replace it by a copy"
                     )
         if not any(Path(tensor.path).is_symlink() for tensor in external.values()):
             return model, path.parent
@@ -107,8 +111,9 @@ class OnnxFile:
             target = Path(tensor.path).resolve()
             if not target.is_relative_to(real.parent):
                 raise ExportError(
-                    f"{tensor.path}: is a link to {target}, which does not lie beside {real}, so ONNX Runtime refuses "
-                    f"it; copy the weights to {path.parent}, or make {path} a link to the file beside them"
+                    f"{tensor.path}: this link points to {target}, which is not in the folder of {real}, so ONNX "
+                    f"Runtime refuses it; copy the weights to {path.parent}, or make {path} a link to the file in "
+                    "the folder of the weights"
                 )
             value.const_value = ir.ExternalTensor(
                 target.relative_to(real.parent),

@@ -33,14 +33,17 @@ TARGET, VERIFICATION, FILES = "Target", "Verification", "Files"
 
 
 def choose_checkpoint(asked: str | None) -> Path | None:
-    """The checkpoint to read, or None for random weights, saying so where nothing was asked."""
+    """The checkpoint to read, or None for random weights, with a message if that was not requested."""
     if asked == "random":
         return None
     if asked is not None:
         return local_checkpoint(asked)
     if DEFAULT_CHECKPOINT.exists():
         return DEFAULT_CHECKPOINT
-    print(f"no --checkpoint and no {DEFAULT_CHECKPOINT} here: exporting seeded RANDOM weights", file=sys.stderr)
+    print(
+        f"there is no --checkpoint and no {DEFAULT_CHECKPOINT} in this folder, so seeded RANDOM weights are exported",
+        file=sys.stderr,
+    )
     return None
 
 
@@ -57,7 +60,7 @@ def parse_size(size: str) -> int | tuple[int, int]:
 
 
 def parse_images(images: Path | None, image_range: str | None) -> Path | ImageFolder | None:
-    """The folder of --images, read as --image-range says (`LOW:HIGH`); tells which of its files are skipped."""
+    """The folder of --images, read with --image-range (`LOW:HIGH`); reports which of its files are skipped."""
     if images is None:
         if image_range is not None:
             raise OptionError("--image-range requires --images", RANGE.name)
@@ -100,11 +103,11 @@ def parse_tolerances(given: Sequence[str]) -> dict[str, float]:
 
 
 def parse_attention(text: str) -> str:
-    """A form of attention; one that was dropped is refused with its replacement."""
+    """Parses a form of attention; a removed one is refused with its replacement."""
     forms = get_args(AttentionForm)
     if text == "scores32":
         raise OptionError(
-            "scores32 was removed; use fp32acc: the same runtimes read it, and both of its products accumulate in FP32"
+            "scores32 was removed; use fp32acc, which the same runtimes read and which accumulates in FP32"
         )
     if text not in forms:
         raise OptionError(f"{text!r} is not one of {', '.join(forms)}")

@@ -26,7 +26,7 @@ HEAD_LEVELS = range(len(HEAD_PARTS) + 1)
 
 
 class SignatureError(ValueError):
-    """Outputs or inputs that the encoder does not have, or a batch range that is none."""
+    """Outputs or inputs that the encoder does not have, or an invalid batch range."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class BatchRange:
-    """Batch sizes that a file takes: TensorRT's minimum, optimum and maximum; fixed where all are equal."""
+    """Batch sizes of a file: TensorRT's minimum, optimum and maximum; fixed if all are equal."""
 
     minimum: int = 1
     optimum: int = 1
@@ -48,14 +48,19 @@ class BatchRange:
 
     def __post_init__(self) -> None:
         if not 1 <= self.minimum <= self.optimum <= self.maximum:
-            raise SignatureError(f"batch {self}: expected 1 <= minimum <= optimum <= maximum, such as 1:4:8")
+            raise SignatureError(
+                f"batch {self} is invalid; expected minimum:optimum:maximum in ascending order, at least 1, such as "
+                "1:4:8"
+            )
 
     @classmethod
     def parse(cls, text: str) -> BatchRange:
         """Reads `4` (fixed) or `1:4:8` (minimum, optimum, maximum)."""
         numbers = text.split(":")
         if len(numbers) not in (1, 3) or not all(number.isdecimal() for number in numbers):
-            raise SignatureError(f"batch {text!r}: expected a number or minimum:optimum:maximum, such as 1:4:8")
+            raise SignatureError(
+                f"batch {text!r} is invalid; expected a number or minimum:optimum:maximum, such as 1:4:8"
+            )
         return cls(*(int(number) for number in (numbers * 3 if len(numbers) == 1 else numbers)))
 
     @property
@@ -124,7 +129,7 @@ class Signature:
         return TensorSpec(name, self.dtype, (self.batch.dim, channels, *self.level_sizes[level]))
 
     def channels(self, neck: str, level: int) -> int:
-        """Channels of a feature map: d_model, or what the head leaves of it."""
+        """Channels of a feature map: d_model, or fewer after the head."""
         return self.d_model // (HEAD_PARTS[level] if self.has_head(neck) and level < len(HEAD_PARTS) else 1)
 
     def has_head(self, neck: str) -> bool:
@@ -206,36 +211,38 @@ def encoder_signature(
 
 
 def choose_necks(asked: str, available: Sequence[str], sam2_outputs: Sam2Outputs = "features") -> tuple[str, ...]:
-    """The asked necks in the encoder's order; a head is of neck sam2, which must be among them."""
+    """The requested necks in the encoder's order; a SAM 2 head requires the neck sam2."""
     auto = ["sam3"] if "sam3" in available else list(available)
     sets = {"auto": auto, "both": ["sam3", "sam2"], "all": list(available)}
     names = sets.get(asked, [name.strip() for name in asked.split(",")])
     unknown = [name for name in names if name not in NECK_MODULES]
     if unknown:
         raise SignatureError(
-            f"unknown neck {', '.join(map(repr, unknown))}; known are {', '.join(NECK_MODULES)}, both, all, auto"
+            f"unknown neck {', '.join(map(repr, unknown))}; choose from {', '.join(NECK_MODULES)}, both, all, auto"
         )
     missing = [name for name in names if name not in available]
     if missing:
-        raise SignatureError(f"neck {', '.join(missing)} is not in the checkpoint, which has {', '.join(available)}")
+        raise SignatureError(
+            f"neck {', '.join(missing)} is not in the checkpoint, which has {', '.join(available)}; choose with --neck"
+        )
     if sam2_outputs == "head" and "sam2" not in available:
         raise SignatureError(
-            f"--sam2-outputs head is of neck sam2, which is not in the checkpoint; it has {', '.join(available)}"
+            f"--sam2-outputs head needs the neck sam2, but the checkpoint has only {', '.join(available)}; leave it out"
         )
     if sam2_outputs == "head" and "sam2" not in names:
         raise SignatureError(
-            f"--sam2-outputs head is of neck sam2, and --neck {asked} is {', '.join(names)}; "
-            "take --neck sam2 or --neck both"
+            f"--sam2-outputs head needs the neck sam2, but --neck {asked} selects {', '.join(names)}; use --neck "
+            "sam2 or --neck both"
         )
     return tuple(name for name in available if name in names)
 
 
 def choose_levels(asked: str, count: int) -> tuple[int, ...]:
-    """The asked levels, finest first."""
+    """The requested levels, finest first."""
     if asked == "all":
         return tuple(range(count))
     if not re.fullmatch(r" *\d+ *(, *\d+ *)*", asked):
-        raise SignatureError(f"levels {asked!r}: expected indices with commas, such as 0,1,2")
+        raise SignatureError(f"levels {asked!r} are invalid; expected indices separated by commas, such as 0,1,2")
     levels = sorted({int(level) for level in asked.split(",")})
     if levels[-1] >= count:
         raise SignatureError(f"level {levels[-1]} does not exist; the encoder has levels 0 to {count - 1}")
@@ -245,13 +252,17 @@ def choose_levels(asked: str, count: int) -> tuple[int, ...]:
 def _head_levels(asked: str, levels: tuple[int, ...], necks: Sequence[str]) -> tuple[int, ...]:
     """The levels of a file whose sam2 outputs are the head's; level 3 stays where another neck has it."""
     if not any(level < len(HEAD_PARTS) for level in levels):
-        raise SignatureError(f"--sam2-outputs head is of levels 0 and 1, and --levels {asked} has neither")
+        raise SignatureError(
+            f"--sam2-outputs head concerns levels 0 and 1, but --levels {asked} selects neither; add one of them or "
+            "leave --sam2-outputs out"
+        )
     if tuple(necks) != ("sam2",):
         return levels
     beyond = [level for level in levels if level not in HEAD_LEVELS]
     if beyond and asked != "all":
         raise SignatureError(
-            f"--sam2-outputs head has levels 0, 1 and 2 of neck sam2, and --levels {asked} asks for {beyond[0]} too"
+            f"--sam2-outputs head exists for levels 0, 1 and 2 of the neck sam2, but --levels {asked} also selects "
+            f"{beyond[0]}; leave that level out"
         )
     return tuple(level for level in levels if level in HEAD_LEVELS)
 
@@ -265,4 +276,6 @@ def check_levels(signature: Signature, config: EncoderConfig) -> None:
     for level in signature.levels:
         if not all(signature.level_sizes[level]):
             (height, width), least = config.image_size, 2 * config.patch_size
-            raise ExportError(f"level {level} is empty at {height}x{width} pixels; its sides must be {least} at least")
+            raise ExportError(
+                f"level {level} would be empty at {height}x{width} pixels; each side must have at least {least} pixels"
+            )

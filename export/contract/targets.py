@@ -46,7 +46,7 @@ BASIC = frozenset(
 )
 """Operators of opset 17 and earlier that an exported encoder may hold, and which every target below takes."""
 
-NO_FP8 = "its GPU has no FP8 products, which came with compute capability 8.9"
+NO_FP8 = "its GPU cannot multiply matrices in FP8, which needs compute capability 8.9"
 
 QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 """With FP16 scales, which came with opset 19."""
@@ -89,7 +89,7 @@ SMALL = frozenset({"MaxPool", "Pad"})
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a family reads from a version on, until its next line.
+    """What a family of runtimes can load, from one version to the next entry.
 
     Attributes:
         family, since: whose line it is, and the first version that it holds for.
@@ -127,7 +127,7 @@ class Target:
 
     @property
     def full_name(self) -> str:
-        """What `find_targets` takes: `tensorrt-10.3`, `tensorrt-10.3@8.7`."""
+        """The name for `find_targets`: `tensorrt-10.3`, `tensorrt-10.3@8.7`."""
         return f"{self.family}-{self.version or self.since}" + (f"@{self.capability}" if self.capability else "")
 
 
@@ -287,11 +287,11 @@ JETPACK_CAPABILITY = {"jetpack-6.1": "8.7", "jetpack-6.2": "8.7"}
 
 
 class TargetError(ValueError):
-    """A target that is not known, or a file that an asked target cannot read; the message says what to do."""
+    """An unknown target, or a file that a requested target cannot load; the message contains the fix."""
 
 
 def target_names() -> list[str]:
-    """Every name that `find_targets` takes, as far as it can be listed: of versions, those at which a line begins."""
+    """The names that `find_targets` accepts; of versions, those at which an entry begins."""
     lines = [f"{target.family}-{target.since}" for target in TARGETS]
     newest = [f"{family}-{version}" for family, version in NEWEST.items()]
     names = [*UNVERSIONED, *lines, *newest, *(f"jetpack-{v}" for v in JETPACK)]
@@ -314,7 +314,7 @@ def find_targets(names: str) -> tuple[Target, ...]:
     for name in (part.strip() for part in names.split(",")):
         plain, _, capability = name.partition("@")
         if capability and not re.fullmatch(r"\d+\.\d", capability):
-            raise TargetError(f"--target {name!r}: expected a compute capability behind the @, such as 8.6")
+            raise TargetError(f"--target {name!r}: expected a compute capability after the @, such as 8.6")
         capability = capability or JETPACK_CAPABILITY.get(plain.lower(), "")
         product = plain.lower() if plain.lower().startswith(("triton-", "jetpack-")) else ""
         for one in _parts(plain.lower()):
@@ -324,7 +324,7 @@ def find_targets(names: str) -> tuple[Target, ...]:
 
 
 def line_of(family: Family, version: str) -> Target | None:
-    """The line that holds for a version, None for one that the table does not know."""
+    """The entry that holds for a version; None if the table does not know the version."""
     lines = [target for target in TARGETS if target.family == family]
     if not re.fullmatch(r"\d+(\.\d+)*", version) or version_numbers(version)[:2] > version_numbers(NEWEST[family]):
         return None
@@ -365,7 +365,7 @@ def prefers_attention(family: str, version: str) -> bool:
 
 
 def has_fp8(capability: str) -> bool:
-    """Whether a GPU of a compute capability has FP8 products; one that is not told is taken to have them."""
+    """Whether a GPU can multiply matrices in FP8; an unknown compute capability is assumed to."""
     return not capability or version_numbers(capability) >= FP8_CAPABILITY
 
 
@@ -390,8 +390,10 @@ def _find(name: str, asked: str) -> Target:
         first = next(line.since for line in TARGETS if line.family == family)
         newest = NEWEST[family]
         known = f"{first} to {newest}" if first != newest else first
-        what = f"what {name} reads is not known here" if version else f"its version is missing, as in {family}-{newest}"
+        what = (
+            f"what {name} can load is unknown" if version else (f"the version is missing, such as in {family}-{newest}")
+        )
         raise TargetError(f"--target {asked!r}: {what}; known are {known}")
     near = difflib.get_close_matches(asked.lower(), target_names(), n=4, cutoff=0.4)
     shown = near or ["tensorrt-10.3", "tensorrt-rtx", "onnxruntime-1.23", "jetpack-6.2", "triton-25.09"]
-    raise TargetError(f"--target {asked!r}: no such target; near it: {', '.join(shown)}")
+    raise TargetError(f"--target {asked!r}: no such target; similar names are {', '.join(shown)}")

@@ -58,7 +58,7 @@ def split_sequences(graph: ir.Graph) -> None:
 
 
 def drop_zero_biases(graph: ir.Graph) -> None:
-    """Drops the bias of zeros that torch gives a convolution without one."""
+    """Drops the zero bias that torch gives a convolution without a bias."""
     for node in graph:
         if node.op_type == "Conv" and len(node.inputs) == 3:
             bias = cast(ir.Value, node.inputs[2]).const_value

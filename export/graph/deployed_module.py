@@ -62,7 +62,9 @@ def with_head(encoder: Sam3DualViTDetNeck, signature: Signature) -> Sam3DualViTD
     """
     wanted = signature.sam2_outputs == "head"
     if wanted and encoder.sam2_head is None:
-        raise SignatureError("the encoder has no mask decoder's convolutions; load it by load_encoder(sam2_head=True)")
+        raise SignatureError(
+            "the encoder was loaded without the mask decoder's convolutions; load it with load_encoder(sam2_head=True)"
+        )
     if wanted or encoder.sam2_head is None:
         return encoder
     encoder = shallow_copy(encoder)

@@ -41,7 +41,7 @@ def rewrite(encoder: Sam3DualViTDetNeck, rewrites: Rewrites) -> Sam3DualViTDetNe
 
 
 def rewrite_trunk(trunk: ViTDetTrunk, rewrites: Rewrites) -> ViTDetTrunk:
-    """Rewrites the attentions, then the token order where the grid divides by the window."""
+    """Rewrites the attentions, and the token order if the window divides the grid."""
     trunk = shallow_copy(trunk)
     blocks = []
     for block in trunk.blocks:
@@ -127,7 +127,7 @@ class DeployAttention(nn.Module):
 
 
 class RotaryHalves(nn.Module):
-    """Turns the pairs (i, i + D / 2) of x (..., N, D) by the angles of cos, sin (N, D / 2)."""
+    """Rotates the pairs (i, i + D / 2) of x (..., N, D) by the angles of cos, sin (N, D / 2)."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(..., N, D) -> (..., N, D)."""

@@ -44,8 +44,8 @@ def trace(module: DeployEncoder) -> ir.Model:
     """
     if torch.__version__ < OLDEST_TORCH:  # compared as versions
         raise ExportError(
-            f"PyTorch {torch.__version__} is too old to export from: neck-export needs 2.10 or later; install it, or "
-            "export on another machine and bring the file"
+            f"PyTorch {torch.__version__} is too old for the export, which needs 2.10 or later; upgrade it, or "
+            "export on another machine and copy the file"
         )
     kinds = block_kinds(module)
     model = _export(_with_blocks(module, [same[0] for same in kinds]))
@@ -101,7 +101,7 @@ def _export(module: DeployEncoder) -> ir.Model:
             )
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ExportError(f"torch cannot trace the encoder: {reason}") from error
+        raise ExportError(f"torch.export cannot trace the encoder: {reason}") from error
     assert program is not None
     return program.model
 
@@ -176,7 +176,9 @@ def _entry(part: list[ir.Node], live: set[ir.Value]) -> ir.Value:
     inside = {value for node in part for value in node.outputs}
     outside = {value for node in part for value in node.inputs if value in live and value not in inside}
     if len(outside) != 1:
-        raise ExportError(f"a traced block reads {len(outside)} tensors of the image, expected 1; use --no-rewrite")
+        raise ExportError(
+            f"a traced block reads {len(outside)} tensors that depend on the image, expected 1; use --no-rewrite"
+        )
     return outside.pop()
 
 
@@ -185,7 +187,7 @@ def _exit(part: list[ir.Node]) -> ir.Value:
     inside = set(part)
     leaving = [value for node in part for value in node.outputs if any(user not in inside for user, _ in value.uses())]
     if len(leaving) != 1:
-        raise ExportError(f"a traced block gives {len(leaving)} tensors, expected 1; use --no-rewrite")
+        raise ExportError(f"a traced block returns {len(leaving)} tensors, expected 1; use --no-rewrite")
     return leaving[0]
 
 

@@ -58,7 +58,7 @@ class AttentionCore:
 
 
 def spelling_at(opset: int | None) -> Spelling:
-    """The spelling of a file whose target is not known: at opset 23 and later the operator, which older ones lack."""
+    """The spelling for an unknown target: the operator from opset 23 on, which older opsets do not have."""
     return "operator" if opset is not None and opset >= OPERATOR_OPSET else "matmul"
 
 
@@ -125,7 +125,7 @@ def _of_attention(node: ir.Node) -> AttentionCore:
     if more or not all(heads) or any(_number(node, name) for name in ("is_causal", "softcap")):
         path = node.metadata_props.get(MODULE) or node.name
         raise ExportError(
-            f"the attention of {path} has a mask, a cache, grouped heads or a cap; only plain ones can be lowered"
+            f"the attention {path} has a mask, a cache, grouped heads or a softcap; only plain attention can be lowered"
         )
     head_dim = cast(int, shape[-1])
     return AttentionCore([node], query, key, value, scale.as_float() if scale else head_dim**-0.5, node.outputs[0])

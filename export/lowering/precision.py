@@ -71,12 +71,14 @@ def lower(
     """
     graph = model.graph
     if output_precision in CODES:
-        raise ExportError(f"output_precision is {output_precision!r}; expected one of fp32, fp16, bf16")
+        raise ExportError(f"output_precision is {output_precision!r}; expected fp32, fp16 or bf16")
     if precision in CODES and quantization is None:
-        raise ExportError(f"{precision}: no product is said to be quantized, and none of the weights are calibrated")
+        raise ExportError(f"{precision}: no layer to quantize was given, and the weights have no calibration")
     low = next((value.dtype for value in graph.initializers.values() if value.dtype in LOW), None)
     if low:
-        raise ExportError(f"the model is {low.name.lower()} already; precision is lowered from an FP32 model")
+        raise ExportError(
+            f"the model is {low.name.lower()} already; only an FP32 model can be lowered to another precision"
+        )
     form = AUTO[precision] if attention == "auto" else attention
     check_form(precision, form, opset)
     kept = kept_modules(graph, keep_fp32)
@@ -104,11 +106,11 @@ def check_form(precision: Precision, attention: str, opset: int | None) -> None:
     """
     if precision == "fp32" and attention == "fp32acc":
         raise ExportError(
-            "--attention fp32acc keeps attention in FP32 where the rest is FP16 or BF16, and --precision fp32 is FP32 "
+            "--attention fp32acc keeps attention in FP32 inside an FP16 or BF16 file, but --precision fp32 is FP32 "
             "throughout; use --attention auto"
         )
     if opset is not None and opset not in OPSETS:
-        raise ExportError(f"opset {opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
+        raise ExportError(f"opset {opset} is not supported; expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
 
 
 def computes_in_fp32(node: ir.Node) -> bool:
@@ -124,12 +126,12 @@ def computes_in_fp32(node: ir.Node) -> bool:
 
 
 def residuals_to_try(precision: str, residual: Residual) -> tuple[Residual, ...]:
-    """As asked; an `auto` of FP16 that fails is tried again with FP32 sums."""
+    """The residual types to try: the requested one; for `auto` with FP16, FP32 sums after a failure."""
     return ("auto", "fp32") if (precision, residual) == ("fp16", "auto") else (residual,)
 
 
 def residual_type(precision: str, residual: Residual) -> Residual:
-    """What a manifest says: the type of FP16's sums, and `auto` where they have the precision's."""
+    """The manifest's entry: the type of FP16's sums, or `auto` if it is the precision's."""
     return "fp16" if TYPES[precision] == ir.DataType.FLOAT16 and residual == "auto" else residual
 
 
@@ -140,7 +142,10 @@ def check_residual(precision: str, residual: Residual) -> None:
         ExportError: saying what there is.
     """
     if residual == "fp16" and TYPES[precision] != ir.DataType.FLOAT16:
-        raise ExportError(f"--residual fp16: the sums of a {precision} file are {precision}; leave it out, or say fp32")
+        raise ExportError(
+            f"--residual fp16: the residual sums of a {precision} file are {precision}; leave the option out, or "
+            "use --residual fp32"
+        )
 
 
 def _module(node: ir.Node) -> str:
@@ -148,7 +153,7 @@ def _module(node: ir.Node) -> str:
 
 
 def kept_products(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:
-    """The products that `--keep-fp32` keeps in FP32, which are therefore not quantized.
+    """The linear layers that `--keep-fp32` keeps in FP32, so that they are not quantized.
 
     Raises:
         ExportError: a pattern that names no module.
@@ -170,7 +175,9 @@ def kept_modules(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:
         if not found:
             whole = {".".join(path.split(".")[:end]) for path in modules for end in range(1, path.count(".") + 2)}
             near = difflib.get_close_matches(pattern, sorted(whole), n=4, cutoff=0.4) or sorted(whole)[:4]
-            raise ExportError(f"--keep-fp32 {pattern!r} names no module of the graph; near it: {', '.join(near)}")
+            raise ExportError(
+                f"--keep-fp32 {pattern!r} names no module of the graph; similar names are {', '.join(near)}"
+            )
         kept |= found
     return kept
 
@@ -219,8 +226,8 @@ def converted_weight(name: str, tensor: ir.TensorProtocol, dtype: ir.DataType) -
         ends = torch.stack(exact.aminmax())  # 17 times as fast as isfinite over all that was converted
         if not ends.to(TORCH_TYPES[dtype]).isfinite().all():
             raise ExportError(
-                f"weight {name} has values of up to {ends.abs().max():.6g}, beyond {dtype.name.lower()}; "
-                f"keep its module in FP32 by --keep-fp32, or use --precision bf16"
+                f"weight {name} has values of up to {ends.abs().max():.6g}, beyond the range of "
+                f"{dtype.name.lower()}; keep its module in FP32 with --keep-fp32, or use --precision bf16"
             )
         return TorchTensor(exact.to(TORCH_TYPES[dtype]).contiguous())
 
@@ -254,13 +261,13 @@ def set_opset(model: ir.Model, opset: int | None) -> None:
     bf16 = any(node.outputs[0].dtype == ir.DataType.BFLOAT16 for node in convolutions)  # they take it from opset 22
     opset = opset if opset is not None else OPERATOR_OPSET if "Attention" in present else 22 if bf16 else 20
     if opset not in OPSETS:
-        raise ExportError(f"opset {opset}: expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
+        raise ExportError(f"opset {opset} is not supported; expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
     if "Attention" in present and opset < OPERATOR_OPSET:
         raise ExportError(f"opset {opset} has no Attention operator; use --opset {OPERATOR_OPSET}")
     if bf16 and opset < 22:
-        raise ExportError(f"opset {opset} has no BF16 convolutions: use --opset 22, or --precision fp16")
+        raise ExportError(f"opset {opset} has no BF16 convolutions; use --opset 22, or --precision fp16")
     if "QuantizeLinear" in present and opset < 19:
-        raise ExportError(f"opset {opset} has no FP8 and no FP16 scales: use --opset 19, or --precision fp16")
+        raise ExportError(f"opset {opset} has no FP8 and no FP16 scales; use --opset 19, or --precision fp16")
     if opset < 20:
         _expand_gelu(model.graph)
     model.opset_imports[""] = opset

@@ -39,12 +39,12 @@ FP16_TINY = 2.0**-20
 
 
 class UnquantizableError(ExportError):
-    """A product whose weight or input no FP16 scale brings to the codes; the others can still be quantized."""
+    """A layer whose weight or input no FP16 scale can map to the codes; other layers can still be quantized."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """Which products are quantized, and how their activations are.
+    """Which linear layers are quantized, and the ranges of their inputs.
 
     Attributes:
         kind: fp8 (E4M3) or int8.
@@ -78,7 +78,7 @@ class Codes:
 
 
 def scale_of(largest: float, kind: Kind, what: str) -> float:
-    """The least scale that FP16 holds and that brings `largest` to the last code.
+    """The smallest FP16 scale that maps `largest` to the last code.
 
     Raises:
         UnquantizableError: FP16 holds none.
@@ -88,12 +88,14 @@ def scale_of(largest: float, kind: Kind, what: str) -> float:
         scale = np.float16(exact)
         scale = np.nextafter(scale, np.float16(np.inf)) if np.float32(scale) < exact else scale
     if not FP16_TINY <= scale < np.inf:
-        raise UnquantizableError(f"{what} has values of up to {largest:.3g}, which no FP16 scale brings to {kind}")
+        raise UnquantizableError(
+            f"{what} has values of at most {largest:.3g}, too small for an FP16 scale to map to {kind}"
+        )
     return float(scale)
 
 
 def encode(values: Tensor, scale: float | Tensor, kind: Kind) -> Tensor:
-    """Codes of values as ONNX's QuantizeLinear gives them: divided, rounded half to even, saturated."""
+    """Codes of values as computed by ONNX's QuantizeLinear: divided, rounded half to even, saturated."""
     codes = values / scale
     if kind == "int8":
         return codes.round().clamp(-128, 127).to(torch.int8)
@@ -120,7 +122,7 @@ def encode_weight(weight: Tensor, kind: Kind, name: str) -> Codes:
 
 
 def find_products(graph: ir.Graph) -> dict[str, ir.Node]:
-    """The products of the trunk's linear layers by the layer's path: MatMuls by a weight (K, N) that is named so."""
+    """The trunk's linear layers by path: MatMuls with a weight (K, N) of that name."""
     found = {}
     for node in graph:
         weight = node.inputs[1] if node.op_type == "MatMul" else None
@@ -133,7 +135,7 @@ def find_products(graph: ir.Graph) -> dict[str, ir.Node]:
 
 
 def match_products(patterns: Sequence[str], products: Collection[str]) -> list[str]:
-    """The products that patterns name, in the order of `products`.
+    """The linear layers that match the patterns, in the order of `products`.
 
     Raises:
         ExportError: a pattern that names none.
@@ -143,18 +145,18 @@ def match_products(patterns: Sequence[str], products: Collection[str]) -> list[s
         found = {name for name in products if pattern == "all" or is_named(name, pattern)}
         if not found:
             shown = ", ".join(list(products)[:4])
-            raise ExportError(f"--quantize {pattern!r} names no product; there are {len(products)}: {shown}, ...")
+            raise ExportError(f"--quantize {pattern!r} names no linear layer; there are {len(products)}: {shown}, ...")
         chosen |= found
     return [name for name in products if name in chosen]
 
 
 def is_named(path: str, pattern: str) -> bool:
-    """Whether a pattern names a module or product by its path, or a module around it."""
+    """Whether a pattern matches the path of a module, or of a module around it."""
     return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
 
 
 def quantize(graph: ir.Graph, quantization: Quantization, fp32_modules: Collection[str] = ()) -> None:
-    """Quantizes products of an FP32 graph in place; the types of the rest are given afterwards.
+    """Quantizes linear layers of an FP32 graph in place; the types of the rest are changed afterwards.
 
     Args:
         graph: the canonical graph.
@@ -168,7 +170,10 @@ def quantize(graph: ir.Graph, quantization: Quantization, fp32_modules: Collecti
     inputs: dict[tuple[ir.Value, float], ir.Value] = {}
     for name, scale in quantization.scales.items():
         if name not in products:
-            raise ExportError(f"{name}: to be quantized, and no product of the graph; calibrate for this encoder")
+            raise ExportError(
+                f"{name}: the calibration names this layer, but the graph has no such linear layer; calibrate this "
+                "encoder again"
+            )
         if products[name].metadata_props.get(MODULE, "") not in fp32_modules:
             if name in quantization.moves:
                 move_channels(graph, name, products[name], quantization.moves[name])
@@ -176,7 +181,7 @@ def quantize(graph: ir.Graph, quantization: Quantization, fp32_modules: Collecti
 
 
 def move_channels(graph: ir.Graph, name: str, node: ir.Node, factors: Tensor) -> None:
-    """Divides the channels of the LayerNorm before a product by factors, and multiplies the product's weight by them.
+    """Divides the channels of the LayerNorm before a layer by factors, and multiplies the layer's weight by them.
 
     SmoothQuant's identity (Xiao et al., 2023). The factors are powers of two, so it holds to the bit.
 
@@ -187,7 +192,10 @@ def move_channels(graph: ir.Graph, name: str, node: ir.Node, factors: Tensor) ->
     while (norm := value.producer()) is not None and norm.op_type in LAYOUT and len(value.uses()) == 1:
         value = cast(ir.Value, norm.inputs[0])
     if norm is None or norm.op_type != "LayerNormalization" or len(value.uses()) > 1:
-        raise ExportError(f"{name}: its input is no LayerNorm of its own, so no channel can be scaled; calibrate again")
+        raise ExportError(
+            f"{name}: the layer's input does not come from a LayerNorm of its own, so its channels cannot be "
+            "scaled; calibrate again"
+        )
     changes = [(norm, 1, 1 / factors), (norm, 2, 1 / factors), (node, 1, factors[:, None])]
     for user, position, factor in changes:
         if position < len(user.inputs) and (old := user.inputs[position]) is not None:

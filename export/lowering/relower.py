@@ -33,9 +33,11 @@ def relower(model: ir.Model, precision: Precision, attention: AttentionForm, spe
     """
     graph = model.graph
     if precision == "fp32":
-        raise ExportError("the model is fp32; its attention is lowered with its precision")
+        raise ExportError("the model is FP32; its attention can only be lowered together with its precision")
     if not any(MODULE in node.metadata_props for node in graph):
-        raise ExportError("was not written by neck-export, so its attentions cannot be written in another form")
+        raise ExportError(
+            "the file was not written by neck-export, so its attention cannot be rewritten in another form"
+        )
     attentions = [node for node in graph if node.op_type in ("Attention", "Softmax")]
     kept = {node.metadata_props.get(MODULE, "") for node in attentions if not _without_casts(graph, node)}
     form = AUTO[precision] if attention == "auto" else attention

@@ -14,7 +14,7 @@ from export.lowering.quantize import CODES
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What `export.lowering.precision.lower` is asked for, and for whom; an opset of None is its choice."""
+    """The arguments of `export.lowering.precision.lower` and the targets; opset None is chosen there."""
 
     attention: AttentionForm
     opset: int | None
@@ -25,7 +25,7 @@ class Form:
 def resolve_target(
     targets: Sequence[Target], precision: Precision, attention: AttentionForm = "auto", opset: int | None = None
 ) -> Form:
-    """The form that all targets take: fp32acc by the Attention operator only where every target prefers that.
+    """The form that all targets can load: the Attention operator only if every target prefers it.
 
     Args:
         targets: who shall read the file; none leaves everything as asked.
@@ -43,7 +43,9 @@ def resolve_target(
     _check_types(targets, precision)
     oldest = min(targets, key=lambda target: target.opset)
     if opset is not None and opset > oldest.opset:
-        raise TargetError(f"--opset {opset}: {oldest.name} is known to read up to {oldest.opset}; use --opset auto")
+        raise TargetError(
+            f"--opset {opset}: {oldest.name} is only known to read opsets up to {oldest.opset}; use --opset auto"
+        )
     operator = form == "fp32acc" and (opset or OPERATOR_OPSET) >= OPERATOR_OPSET
     operator = operator and all(prefers_attention(one.family, one.version or one.since) for one in targets)
     needed = OPERATOR_OPSET if operator else 22 if precision == "bf16" else 20
@@ -51,8 +53,8 @@ def resolve_target(
         able = [target.name for target in targets if target.opset >= needed]
         others = f"{', '.join(able)} can; " if able else ""
         raise TargetError(
-            f"--precision bf16: its convolutions need opset 22, {oldest.name} is known to read {oldest.opset}; "
-            f"{others}leave it out of --target, or use --precision fp16"
+            f"--precision bf16: BF16 convolutions need opset 22, but {oldest.name} is only known to read opset "
+            f"{oldest.opset}; {others}leave it out of --target, or use --precision fp16"
         )
     chosen = opset if opset is not None or needed <= oldest.opset else oldest.opset
     return Form(form, chosen, tuple(targets), "operator" if operator else "matmul")
@@ -70,6 +72,6 @@ def _check_types(targets: Sequence[Target], precision: Precision) -> None:
         others = f"{', '.join(able)} can; " if able else ""
         remedy = "fp16" if all("FLOAT16" in target.types for target in targets) else "fp32"
         raise TargetError(
-            f"--precision {precision}: not known to be computed by {', '.join(unable)}; "
-            f"{others}take another --target, or use --precision {remedy}"
+            f"--precision {precision}: {', '.join(unable)} is not known to compute in it; {others}choose another "
+            f"--target, or use --precision {remedy}"
         )

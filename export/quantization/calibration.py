@@ -90,18 +90,22 @@ def calibration_pixels(signature: Signature, images: Path | ImageFolder | None, 
     """
     if images is None:
         notes.append(
-            f"calibrated on the one image that comes along, so what your images hold beyond its ranges is clipped: "
-            f"give {FEWEST} or more of yours by --images"
+            "calibrated on the one image that neck-export ships, so values of your images beyond its ranges will be "
+            f"clipped; give {FEWEST} or more of your images with --images"
         )
         return reference_pixels(signature, None, 1)
     folder = ImageFolder.of(images)
     paths = find_images(folder.path)[:MOST]
     if len(paths) < FEWEST:
-        raise CalibrationError(f"{folder.path}: holds {len(paths)} images; calibration takes {FEWEST} at least")
+        raise CalibrationError(
+            f"{folder.path}: the folder has {len(paths)} images, but calibration needs at least {FEWEST}"
+        )
     pixels = load_images(paths, signature.image_size, folder.value_range, notes.append)
     for path, image in zip(paths, pixels, strict=True):
         if image.min() == image.max():
-            raise CalibrationError(f"{path}: is of one color throughout, which tells no range; take it out")
+            raise CalibrationError(
+                f"{path}: the whole image has one color, so it gives no range of values; remove it from the folder"
+            )
     return pixels
 
 
@@ -146,7 +150,7 @@ def _kept(name: str, tokens: Tensor, rows: int, chance: torch.Generator) -> Laye
     """Some of the tokens (N, K) of an image: a quarter are those with the largest values."""
     largest = tokens.abs().amax(dim=1)
     if not largest.isfinite().all():
-        raise CalibrationError(f"{name}: its input is not finite on an image; the weights are damaged")
+        raise CalibrationError(f"{name}: the input of this layer is not finite for an image; check the weights")
     order = largest.argsort(descending=True)
     top, rest = order[: max(1, rows // 4)], order[max(1, rows // 4) :]
     others = rest[torch.randperm(len(rest), generator=chance)[: rows - len(top)]]
@@ -202,7 +206,7 @@ def save_calibration(path: Path, calibration: Calibration) -> None:
             staged.write_bytes(safetensors.torch.save(tensors, {METADATA: json.dumps(about)}))
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
-        raise CalibrationError(f"{path}: cannot be written ({why}); check the folder and the disk") from None
+        raise CalibrationError(f"{path}: the file cannot be written ({why}); check the folder and the disk") from None
 
 
 def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[int, int]) -> Calibration:
@@ -224,9 +228,11 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
     if about.get("format") != FORMAT:
         raise OutdatedError(f"{path}: another version of neck-export wrote it")
     if about.get("image_size") != list(image_size):
-        raise OutdatedError(f"{path}: it was made at {about.get('image_size')} pixels, not at {list(image_size)}")
+        raise OutdatedError(
+            f"{path}: the calibration was made at {about.get('image_size')} pixels, not at {list(image_size)}"
+        )
     if about.get("encoder") != fingerprint(encoder):
-        raise OutdatedError(f"{path}: it was made for other weights or another architecture")
+        raise OutdatedError(f"{path}: the calibration was made for other weights or another architecture")
     try:
         layers = {name: _read_layer(name, layer, tensors) for name, layer in linear_layers(encoder).items()}
         if type(about["images"]) is not int or about["images"] < 1:

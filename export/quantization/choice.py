@@ -101,7 +101,7 @@ class Record:
             self.outdated = f"{path}: the file is damaged, so the trials that it recorded are run again"
             return
         if differing:
-            self.outdated = f"{path}: recorded with other {', '.join(differing)}, so its trials are run again"
+            self.outdated = f"{path}: the trials were recorded with other {', '.join(differing)}, so they are run again"
         else:
             self.rows = rows
 
@@ -146,7 +146,9 @@ def measure_products(
         record: of what was measured before.
     """
     found = []
-    for one in counted(products, f"errors of single products at {PROXY} px", len(products), "products"):
+    for one in counted(
+        products, (f"measuring the error of each linear layer at {PROXY} pixels"), len(products), "products"
+    ):
         rows = record.figures(f"alone: {one.name}", functools.partial(run, one.name))
         found.append(dataclasses.replace(one, errors={row.name: row.relative_l2 for row in rows}))
     return found
@@ -194,7 +196,7 @@ def choose(
     ordered, measured = order_products(products), dict[int, float]()
 
     def fits(count: int) -> bool:
-        report(f"trial {len(measured) + 1}: {count} of {len(ordered)} products")
+        report(f"trial {len(measured) + 1}: quantizing {count} of {len(ordered)} linear layers")
         rows = run([one.name for one in ordered[:count]])
         measured[count] = max(row.relative_l2 for row in rows)
         return within(rows, budget, kind)
@@ -211,8 +213,8 @@ def choose(
         at = at if inside < at < outside else (inside + outside) // 2
     if not inside:
         raise CalibrationError(
-            f"--budget {budget:g}: no product stays within it; the one that errs least, {ordered[0].name}, "
-            f"alone gives {min(measured.values()):.3g}"
+            f"--budget {budget:g}: quantizing even a single linear layer exceeds it; the best one, "
+            f"{ordered[0].name}, alone gives {min(measured.values()):.3g}; raise the budget or use --precision fp16"
         )
     return Choice(tuple(one.name for one in ordered[:inside]), tuple(_curve(ordered, kind, measured)))
 

@@ -77,7 +77,7 @@ def choose_range(name: str, layer: Layer, weight: Tensor, kind: Kind) -> Range:
         UnquantizableError: the input or the weight is zero throughout, or too small or large for an FP16 scale.
     """
     if layer.largest == 0:
-        raise UnquantizableError(f"the input of {name} is zero on every image, which tells no range")
+        raise UnquantizableError(f"the input of {name} is zero for every image, so it has no range")
     weight = weight.float()
     exact = layer.rows @ weight.T
     best = _best(name, layer, weight, exact, kind)
@@ -148,6 +148,6 @@ def clipping_note(ranges: dict[str, Range], kind: Kind) -> str | None:
     if worst.clipped < NAMED_SHARE:
         return None
     return (
-        f"{name}: {worst.clipped:.2%} of its input is clipped, beyond {worst.scale * LIMITS[kind]:.3g} "
-        f"where the largest is {worst.largest:.3g} ({worst.method} errs least)"
+        f"{name}: {worst.clipped:.2%} of the input values are clipped at {worst.scale * LIMITS[kind]:.3g}, while the "
+        f"largest is {worst.largest:.3g} ({worst.method} gives the smallest error)"
     )

@@ -30,7 +30,9 @@ def product_rates(kind: str) -> Rates:
         found = {one: measure_rate(one) for one in ("fp16", kind)}
     except (RuntimeError, NotImplementedError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        return published._replace(source=f"{published.source}: torch does not multiply {kind.upper()} here ({why})")
+        return published._replace(
+            source=(f"{published.source}, because torch cannot multiply {kind.upper()} matrices here ({why})")
+        )
     return Rates(found, f"at the rates that torch reaches on this {torch.cuda.get_device_name()}, measured")
 
 

@@ -72,13 +72,15 @@ def check_quantize(options: QuantizeOptions, precision: str) -> None:
     """
     if precision not in CODES:
         if options != QuantizeOptions():
-            raise ExportError(f"--quantize, --budget and --calibration are of fp8 and int8, --precision is {precision}")
+            raise ExportError(
+                f"--quantize, --budget and --calibration need --precision fp8 or int8, but --precision is {precision}"
+            )
         return
     if options.budget is not None and not 0 < options.budget < 1:
-        raise ExportError(f"--budget {options.budget:g}: expected a relative L2 between 0 and 1")
+        raise ExportError(f"--budget {options.budget:g} is invalid; expected a relative L2 between 0 and 1")
     path = options.calibration
     if path is not None and (path.suffix != ".safetensors" or path.is_dir()):
-        raise ExportError(f"--calibration {path}: expected a file that ends in .safetensors")
+        raise ExportError(f"--calibration {path}: the file name must end in .safetensors")
 
 
 def budget_tolerances(
@@ -133,13 +135,15 @@ def select_quantization(
     asked = match_products([one for one in patterns if one != AUTO] or ["all"], layers)
     names = [name for name in asked if name not in kept]
     if not names:
-        raise ExportError(f"--keep-fp32 keeps all {len(asked)} products in FP32, so nothing is left for {kind}")
+        raise ExportError(
+            f"--keep-fp32 keeps all {len(asked)} linear layers in FP32, so nothing is left to quantize to {kind}"
+        )
     calibration = _calibration(encoder, signature, options, images, notes, report)
-    report(f"ranges of {len(names)} products")
+    report(f"computing the ranges of {len(names)} linear layers")
     ranges, left_out = _ranges({name: layers[name] for name in names}, calibration, kind)
     notes += [f"{name} is not quantized: {reason}" for name, reason in left_out.items()]
     if not ranges:
-        raise ExportError(f"--precision {kind}: no product can be quantized; {next(iter(left_out.values()))}")
+        raise ExportError(f"--precision {kind}: no linear layer can be quantized; {next(iter(left_out.values()))}")
     curve: tuple[dict[str, Any], ...] = ()
     if AUTO in patterns:
         choice = _chosen(references, signature, kind, options, ranges, notes)
@@ -215,7 +219,7 @@ def _chosen(
         return record.figures(f"together: {' '.join(sorted(names))}", lambda: trials(signature).run(*names))
 
     products = unmeasured(layers, math.prod(side // patch for side in signature.image_size))
-    report(f"trial: all {len(products)} products")
+    report(f"trial: quantizing all {len(products)} linear layers")
     if within(rows := run(list(layers)), budget, kind):
         return choose_all(products, rows, kind)
     products = measure_products(products, lambda name: trials(small).run(name), record)
@@ -247,11 +251,11 @@ def _calibration(
     report: Report,
 ) -> Calibration:
     if options.calibration is not None and options.calibration.exists():
-        report(f"calibration: {options.calibration}")
+        report(f"reading the calibration {options.calibration}")
         try:
             return read_calibration(options.calibration, encoder, signature.image_size)
         except OutdatedError as error:
-            notes.append(f"{error}; it was made again")
+            notes.append(f"{error}; the calibration was made again")
             report(f"{error}; calibrating again")
     found = calibrate(encoder.at_size(signature.image_size), calibration_pixels(signature, images, notes))
     if options.calibration is not None:

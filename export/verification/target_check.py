@@ -103,7 +103,7 @@ def _version(operator: str, opset: int) -> int:
 def why_not(target: Target, needs: Needs) -> str | None:
     """Why a target cannot read a graph, or would compute it badly, in a few words; None where it can."""
     if needs.opset > target.opset:
-        return f"it is known to read opset {target.opset}, the file has {needs.opset}"
+        return f"it is only known to read opset {target.opset}, but the file has {needs.opset}"
     for (operator, kind), count in needs.operators.items():
         if operator in target.lacks:
             return f"it does not have {operator} ({count} nodes)"
@@ -135,7 +135,7 @@ def require(targets: Sequence[Target], needs: Needs, what: str, remedy: str) -> 
     for target in targets:
         reason = why_not(target, needs)
         if reason:
-            raise TargetError(f"{what}: {target.name} cannot serve it: {reason}\n{remedy}")
+            raise TargetError(f"{what}: {target.name} cannot load it: {reason}\n{remedy}")
 
 
 def reading_lines(needs: Needs) -> dict[Family, str]:
@@ -175,7 +175,10 @@ def read_by(needs: Needs) -> str:
         return "read by no target in the table"
     unknown = not_in_table(needs)
     if unknown:
-        return f"who reads it is unknown: the table lacks {', '.join(unknown)}; the rest is read by {known}"
+        return (
+            f"read by unknown targets, because the table has no entry for {', '.join(unknown)}; everything else is "
+            f"read by {known}"
+        )
     return f"read by {known}"
 
 
@@ -217,7 +220,7 @@ def check_claims(where: Path, manifest: Mapping[str, Any], needs: Needs) -> None
         names = [str(name) for name in (*claims["asked"], *claims["from"])]
         targets = find_targets(",".join(names)) if names else ()
     except (KeyError, TypeError, TargetError) as error:
-        raise TargetError(f"{where}: what it says of targets is damaged ({error}); write the file again") from None
+        raise TargetError(f"{where}: the entry about targets is damaged ({error}); write the file again") from None
     for target in targets:
         reason = why_not(target, needs)
         if reason:

@@ -40,7 +40,7 @@ Report = Callable[[str], None]
 
 MEMORY = Path("/proc/meminfo")
 
-SIMULATED = "simulated: every FP16 or BF16 rounding of the graph written out in FP32 ONNX Runtime"
+SIMULATED = "simulated: every FP16 or BF16 rounding of the graph is computed explicitly in FP32 ONNX Runtime"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def make_reference(
     """
     notes: list[str] = []
     pixels = reference_pixels(signature, images, count or image_count(signature.batch), notes.append)
-    report("reference: the plain module in PyTorch FP32")
+    report("computing the reference: the plain module in PyTorch FP32")
     outputs = reference_outputs(encoder.at_size(signature.image_size), pixels, signature)
     return Reference(pixels, outputs, next(encoder.parameters()).device.type, tuple(notes))
 
@@ -211,7 +211,7 @@ def verify_onnx(
     file = OnnxFile.of(file)
     model, folder = file.load()
     low = is_low_precision(model)
-    report("candidate: ONNX Runtime" + (", roundings written out" if low else ""))
+    report(f"running the file in ONNX Runtime{', with explicit rounding' if low else ''}")
     rounded = simulate(model) if low else []
     names = [spec.name for spec in signature.outputs]
     candidate = dict(zip(names, run_model(model, folder, image), strict=True))
@@ -222,7 +222,7 @@ def verify_onnx(
     method = reference.method(f" against ONNX Runtime {require_runtime().__version__}", f", {SIMULATED}" if low else "")
     verdict = compare(reference.outputs, candidate, precision, method, overrides, signature.dtype)
     if rounded and any(comparison.non_finite for comparison in verdict.comparisons):
-        report("looking for the first tensor that is not finite")
+        report("searching for the first tensor with NaN or infinity")
         verdict = dataclasses.replace(verdict, first_bad=first_non_finite(model, rounded, folder, image))
     return verdict
 
@@ -242,7 +242,7 @@ def require_runtime() -> ModuleType:
         import onnxruntime
     except ImportError:
         raise FidelityError(
-            f"ONNX Runtime is not installed, so no file can be verified; run {install('cpu')}, or give --no-verify"
+            f"ONNX Runtime is not installed, so the file cannot be verified; run {install('cpu')}, or use --no-verify"
         ) from None
     return onnxruntime
 
@@ -262,7 +262,7 @@ def check_memory(signature: Signature, encoder: Sam3DualViTDetNeck) -> None:
         height, width = signature.image_size
         raise FidelityError(
             f"verification at {height}x{width} needs {size_text(needed)} for one block's attention, "
-            f"{size_text(int(found[1]) * 1024)} are free;\ntake a smaller --image-size or --batch, or --no-verify"
+            f"{size_text(int(found[1]) * 1024)} are free.\nUse a smaller --image-size or --batch, or --no-verify"
         )
 
 

@@ -60,7 +60,7 @@ class Scaling:
         """The factor of a module whose tensors have this rank; raises ValueError where the config says another."""
         said = _by_pattern(self.rank_pattern, module, self.rank)
         if said is not None and said != rank:
-            raise ValueError(f"its tensors have rank {rank}, its config says {said}")
+            raise ValueError(f"the tensors have rank {rank}, but the adapter's config says {said}")
         alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.root else rank)
 
@@ -97,7 +97,9 @@ def adapter_files(folder: Path) -> list[Path]:
     weights = next((folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()), None)
     if not config.is_file() or weights is None:
         lacks = CONFIG_NAME if not config.is_file() else " or ".join(WEIGHTS_NAMES)
-        raise CheckpointError(f"{folder}: no PEFT adapter, it has no {lacks}; name the folder that PEFT saved")
+        raise CheckpointError(
+            f"{folder}: the folder has no {lacks}, so it is not a PEFT adapter; give the folder that PEFT saved"
+        )
     return [config, weights]
 
 
@@ -121,7 +123,9 @@ def check_base(path: Path) -> None:
         CheckpointError: saying where it belongs.
     """
     if path.is_dir() and (path / CONFIG_NAME).is_file() and any((path / name).is_file() for name in WEIGHTS_NAMES):
-        raise CheckpointError(f"{path}: a PEFT adapter; give its base by --checkpoint, and this folder by --adapter")
+        raise CheckpointError(
+            f"{path}: this is a PEFT adapter; give the base model with --checkpoint and this folder with --adapter"
+        )
 
 
 def find_adapter(
@@ -139,14 +143,16 @@ def find_adapter(
         CheckpointError: one of the files cannot be read, or what is asked does not go together.
     """
     if alpha is not None and not 0 < alpha < math.inf:
-        raise CheckpointError(f"{path}: --adapter-alpha is {alpha}, expected a number above 0")
+        raise CheckpointError(f"{path}: --adapter-alpha is {alpha}; it must be a number above 0")
     tensors, inside = split_adapter(path, tensors, alpha)
     if alpha is not None and (inside is None or not inside.factors):
-        raise CheckpointError(f"{path}: holds no adapter that is not merged; leave --adapter-alpha out")
+        raise CheckpointError(f"{path}: the checkpoint contains no unmerged adapter; leave out --adapter-alpha")
     if folder is None:
         return tensors, inside
     if inside is not None and inside.factors:
-        raise CheckpointError(f"{path}: holds an adapter already; merge one of them first, or leave --adapter out")
+        raise CheckpointError(
+            f"{path}: the checkpoint already contains an unmerged adapter; merge it first, or leave out --adapter"
+        )
     return tensors, read_adapter(folder)
 
 
@@ -171,14 +177,16 @@ def split_adapter(
         if key not in inner:
             name = WRAPPED.sub(".", key)
             if name in plain or (name != key and name in tensors):
-                raise CheckpointError(f"{path}: {key} and {name} are the same tensor's; save one of them")
+                raise CheckpointError(f"{path}: {key} and {name} name the same tensor; save only one of them")
             plain[name] = tensor
     factors, others = _pair(path, {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in inner.items()})
     beside = path.parent / CONFIG_NAME if path.is_file() else path / CONFIG_NAME
     scaling = Scaling(alpha) if alpha is not None else None
     if inner and beside.is_file():
         if scaling:
-            raise CheckpointError(f"{beside}: tells its adapter's alpha; leave --adapter-alpha out, or take it away")
+            raise CheckpointError(
+                f"{beside}: this file already gives the adapter's alpha; leave out --adapter-alpha, or remove the file"
+            )
         scaling = _read_scaling(beside)
     return plain, Adapter(path, factors, others, scaling)
 
@@ -194,11 +202,15 @@ def _pair(where: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[T
         names.add(match["adapter"] or "default")
         found.setdefault(match["module"], {})[match["factor"]] = tensor
     if len(names) > 1:
-        raise CheckpointError(f"{where}: holds adapters {', '.join(sorted(names))}; save the wanted one alone")
+        raise CheckpointError(
+            f"{where}: the file contains several adapters ({', '.join(sorted(names))}); save only the one to merge"
+        )
     for module, factors in found.items():
         if len(factors) < 2:
             lacks = "B" if "A" in factors else "A"
-            raise CheckpointError(f"{where}: {module} has no lora_{lacks}.weight; save the adapter again")
+            raise CheckpointError(
+                f"{where}: the adapted module {module} has no lora_{lacks}.weight; save the adapter again"
+            )
     return {module: (factors["A"], factors["B"]) for module, factors in found.items()}, tuple(others)
 
 
@@ -206,18 +218,21 @@ def _read_scaling(file: Path) -> Scaling:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not a readable JSON file ({error}); save the adapter again") from None
+        raise CheckpointError(f"{file}: the file cannot be read as JSON ({error}); save the adapter again") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(f"{file}: peft_type {kind!r}, only LORA is merged; merge it by PEFT's merge_and_unload")
+        raise CheckpointError(
+            f"{file}: peft_type is {kind!r}, but only LORA can be merged here; merge the adapter with PEFT's "
+            "merge_and_unload"
+        )
     other = [f"{key} {config[key]!r:.40}" for key in config if key not in (*USED, *IRRELEVANT) and config[key]]
     if config.get("init_lora_weights") not in SOUND_INITS:
         other.append(f"init_lora_weights {config['init_lora_weights']!r}")
     if other:
-        what = "DoRA: " if config.get("use_dora") else ""
+        what = "DoRA, " if config.get("use_dora") else ""
         raise CheckpointError(
-            f"{file}: {what}{', '.join(other[:8])} is more than plain LoRA and is not merged here; "
-            "merge it by PEFT's merge_and_unload"
+            f"{file}: the adapter uses more than plain LoRA ({what}{', '.join(other[:8])}), which cannot be merged "
+            "here; merge it with PEFT's merge_and_unload"
         )
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")
@@ -227,11 +242,11 @@ def _read_scaling(file: Path) -> Scaling:
         numbers += pattern.items() if isinstance(pattern, dict) else [(name, pattern)]
     for name, value in numbers:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise CheckpointError(f"{file}: {name} is {value!r}, expected a number above 0; save the adapter again")
+            raise CheckpointError(f"{file}: {name} is {value!r}; it must be a number above 0; save the adapter again")
     ranks, alphas = patterns.values()
     for key in (*ranks, *alphas):
         try:
             re.compile(key)
         except re.error as error:
-            raise CheckpointError(f"{file}: pattern {key!r} is no regular expression ({error})") from None
+            raise CheckpointError(f"{file}: the pattern {key!r} is not a regular expression ({error})") from None
     return Scaling(float(alpha), rank, ranks, alphas, bool(config.get("use_rslora")))

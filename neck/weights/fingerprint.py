@@ -43,7 +43,7 @@ def fingerprints(tensors: Iterable[tuple[str, Tensor]], kinds: Sequence[str] = t
 
 
 def differing(file: Mapping[str, Mapping[str, str]], model: Fingerprints) -> list[str]:
-    """The parts of a model whose weights a file does not hold, in every type that the model's fingerprints have."""
+    """The parts of a model whose weights differ from a file's, in every type that the model's fingerprints have."""
     return [
         part
         for part, kinds in model.items()

@@ -80,12 +80,12 @@ IRRELEVANT = frozenset(
 
 
 def hf_config_file(path: Path) -> Path:
-    """Where Hugging Face puts the config.json of a checkpoint (a file or a folder)."""
+    """The path at which Hugging Face puts the config.json of a checkpoint (a file or a folder)."""
     return (path if path.is_dir() else path.parent) / "config.json"
 
 
 def read_hf_config(file: Path, facts: dict[str, Any]) -> EncoderConfig:
-    """The architecture that a config.json gives; what it leaves out has their default, SAM 3's value.
+    """The architecture described by a config.json; missing fields have transformers' defaults, SAM 3's values.
 
     Args:
         file: config.json of a whole model, its vision part or its backbone.
@@ -97,16 +97,18 @@ def read_hf_config(file: Path, facts: dict[str, Any]) -> EncoderConfig:
     try:
         found = _find_backbone(json.loads(file.read_text(encoding="utf-8")), {})
         if found is None:
-            raise CheckpointError(f"{file}: describes no SAM 3 vision backbone; pass --config, or correct the file")
+            raise CheckpointError(f"{file}: the file describes no SAM 3 vision backbone; correct it, or pass --config")
         backbone, neck = found
         values = {**_backbone_fields(file, backbone), **_neck_fields(file, neck)}
         return EncoderConfig.from_dict({"layer_norm_eps": LAYER_NORM_EPS, **facts, **values})
     except CheckpointError:
         raise
     except ConfigError as error:
-        raise CheckpointError(f"{file}: {error}; pass --config, or correct it") from None
+        raise CheckpointError(f"{file}: {error}; correct the file, or pass --config") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
-        raise CheckpointError(f"{file}: not a readable JSON file ({error}); pass --config, or correct it") from None
+        raise CheckpointError(
+            f"{file}: the file cannot be read as JSON ({error}); correct it, or pass --config"
+        ) from None
 
 
 def _find_backbone(node: object, parent: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -122,7 +124,7 @@ def _backbone_fields(file: Path, section: dict[str, Any]) -> dict[str, Any]:
     other = [f"{key} {section[key]!r}" for key, value in FIXED.items() if section.get(key, value) != value]
     if other:
         has = ", ".join(f"{key} {value!r}" for key, value in FIXED.items())
-        raise CheckpointError(f"{file}: {', '.join(other)} is not supported; the encoder has {has}")
+        raise CheckpointError(f"{file}: {', '.join(other)} is not supported; the encoder requires {has}")
     _refuse_unknown(file, section, {*USED, *SQUARES, *CONVERTED, *FIXED})
     values = {ours: section[theirs] for theirs, ours in USED.items() if theirs in section}
     values |= {ours: _side(theirs, section[theirs]) for theirs, ours in SQUARES.items() if theirs in section}
@@ -141,7 +143,8 @@ def _side(name: str, value: Any) -> Any:
     if len(value) == 2 and value[0] == value[1]:
         return value[0]
     raise ConfigError(
-        f"{name} {value!r} is no square: transformers' rotary tables for it scale both axes alike, ours each by itself"
+        f"{name} {value!r} is not square; for such sizes transformers scales the rotary tables of both axes alike "
+        "and neck-export scales each axis separately, so the results would differ"
     )
 
 
@@ -152,16 +155,18 @@ def _theta(section: dict[str, Any]) -> dict[str, Any]:
     if rope is None:
         return told
     if not isinstance(rope, dict):
-        raise ConfigError(f"rope_parameters is {rope!r}; expected an object")
+        raise ConfigError(f"rope_parameters is {rope!r}; it must be an object")
     kind = rope.get("rope_type", "axial")
     unknown = sorted(key for key, value in rope.items() if key not in ("rope_type", "rope_theta") and value is not None)
     if kind not in ROPE_TYPES or unknown:
         what = f"rope_type {kind!r}" if kind not in ROPE_TYPES else f"with {', '.join(unknown)}"
-        raise ConfigError(f"rope_parameters {what} is not supported; the encoder has rope_type 'axial' with rope_theta")
+        raise ConfigError(f"rope_parameters {what} is not supported; use rope_type 'axial' with rope_theta alone")
     if rope.get("rope_theta") is None:
         return told
     if told and told["rope_theta"] != rope["rope_theta"]:
-        raise ConfigError(f"rope_theta is {told['rope_theta']!r}, in rope_parameters {rope['rope_theta']!r}")
+        raise ConfigError(
+            f"rope_theta is {told['rope_theta']!r}, but rope_parameters has {rope['rope_theta']!r}; make them equal"
+        )
     return {"rope_theta": rope["rope_theta"]}
 
 
@@ -179,13 +184,14 @@ def _refuse_unknown(file: Path, section: dict[str, Any], known: set[str]) -> Non
     ]
     if unknown:
         raise CheckpointError(
-            f"{file}: {', '.join(unknown[:8])} in its {section.get('model_type', 'backbone_config')} may change the "
-            "encoder and is not known here;\nremove what changes nothing, or pass --config with the architecture"
+            f"{file}: {section.get('model_type', 'backbone_config')} has the unknown fields "
+            f"{', '.join(unknown[:8])}, which may change the encoder;\nremove those that have no effect, or describe "
+            "the architecture with --config"
         )
 
 
 def image_notes(folder: Path) -> list[str]:
-    """Where a fine-tune's images were normalized otherwise than here, which no comparison of encoders shows."""
+    """Notes about a fine-tune whose images were normalized differently, which no comparison of encoders shows."""
     notes = []
     for name, inner in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         try:
@@ -195,5 +201,8 @@ def image_notes(folder: Path) -> list[str]:
         except (OSError, ValueError, AttributeError, RecursionError):
             continue  # not there, or nothing that can be told
         if other:
-            notes.append(f"{folder / name}: {', '.join(other)}; here images are normalized by mean 0.5 and std 0.5")
+            notes.append(
+                f"{folder / name}: {', '.join(other)}; neck-export ignores this and normalizes images with mean 0.5 "
+                "and std 0.5"
+            )
     return notes

@@ -25,13 +25,14 @@ def with_decoder(path: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> L
     near = nearest(starts, layout.necks["sam2"])
     if not near:
         raise CheckpointError(
-            f"{path}: has no mask decoder, whose convolutions --sam2-outputs head folds in; looked for {LOOKED_FOR}, "
-            "under any prefix;\nname the whole model's checkpoint, or leave --sam2-outputs head out"
+            f"{path}: the checkpoint has no SAM 2 mask decoder, whose convolutions --sam2-outputs head folds into "
+            f"the encoder; searched for {LOOKED_FOR} with any prefix.\nGive the checkpoint of the whole model, or "
+            "leave out --sam2-outputs head"
         )
     if any(not _is_same(near[0], other, tensors) for other in near[1:]):
         raise CheckpointError(
-            f"{path}: holds {len(near)} different mask decoders ({listing(f'{start}*' for start in near)}) beside "
-            f"{layout.necks['sam2']}*; save the one that is meant"
+            f"{path}: there are {len(near)} different mask decoders ({listing(f'{start}*' for start in near)}) for "
+            f"the neck {layout.necks['sam2']}*; save a checkpoint with only the right one"
         )
     return dataclasses.replace(layout, decoder=near[0])
 

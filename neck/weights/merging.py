@@ -51,11 +51,13 @@ def plan_changes(
     lost = [name for name, key in found.items() if key is None and ours.search(name)]
     extra = [name for name in adapter.others if _find(name, names) is not None or ours.search(name)]
     if lost:
-        raise CheckpointError(f"{where}: an adapter for another base than {path}, which has no {listing(lost)}")
+        raise CheckpointError(
+            f"{where}: the adapter belongs to another base model than {path}, which has no {listing(lost)}"
+        )
     if extra:
         raise CheckpointError(
-            f"{where}: {listing(extra)} is more than LoRA's factors (a bias, DoRA or modules_to_save) and is not "
-            "merged here; merge it by PEFT's merge_and_unload"
+            f"{where}: {listing(extra)} is more than plain LoRA (a bias, DoRA or modules_to_save) and cannot be "
+            "merged here; merge the adapter with PEFT's merge_and_unload"
         )
     changes: Changes = {}
     for module, key in found.items():
@@ -63,15 +65,15 @@ def plan_changes(
             continue
         if adapter.scaling is None:
             raise CheckpointError(
-                f"{where}: holds an adapter that is not merged ({module} and others), and nothing tells its alpha;\n"
-                f"put its {CONFIG_NAME} beside it, or pass --adapter-alpha"
+                f"{where}: the checkpoint contains an unmerged adapter ({module} and others) whose alpha is "
+                f"unknown;\nput the adapter's {CONFIG_NAME} into the same folder, or pass --adapter-alpha"
             )
         first, second = adapter.factors[module]
         changes[key] = (first, second, _factor(where, module, key, first, second, expected[key], adapter.scaling))
     ignored = [*(name for name, key in found.items() if key is None), *adapter.others]
     if not changes and where != path:
         has = listing(ignored, 3) or "no tensors"
-        raise CheckpointError(f"{where}: adapts no module of the encoder (it has {has}); leave it out")
+        raise CheckpointError(f"{where}: the adapter changes no module of the encoder (it has {has}); leave it out")
     return changes, ignored
 
 
@@ -90,19 +92,21 @@ def _factor(
     """The factor of B @ A, after a look at both."""
     rank = first.shape[0] if first.dim() else 0
     if rank < 1:
-        raise CheckpointError(f"{where}: {module} has rank 0; save the adapter again")
+        raise CheckpointError(f"{where}: the adapted module {module} has rank 0; save the adapter again")
     fits = first.dim() == second.dim() == len(shape) and second.shape[1] == rank
     fits = fits and math.prod(second.shape[2:]) == 1 and (second.shape[0], *first.shape[1:]) == shape
     if not fits or TRANSPOSED.search(key):  # PEFT has no LoRA of a transposed convolution
         raise CheckpointError(
-            f"{where}: an adapter for another base: {module} has A {tuple(first.shape)} and B {tuple(second.shape)}, "
-            f"which do not give the weight's {shape}"
+            f"{where}: the adapter belongs to another base model: for {module} its factors A {tuple(first.shape)} "
+            f"and B {tuple(second.shape)} do not fit the weight of shape {shape}"
         )
     for name, factor in (("A", first), ("B", second)):
         if not factor.is_floating_point():
-            raise CheckpointError(f"{where}: lora_{name} of {module} is {factor.dtype}, expected a float tensor")
+            raise CheckpointError(f"{where}: lora_{name} of {module} is {factor.dtype}; expected a float tensor")
         if not torch.isfinite(factor).all():
-            raise CheckpointError(f"{where}: NaN or infinity in lora_{name} of {module}; use a sound adapter")
+            raise CheckpointError(
+                f"{where}: lora_{name} of {module} contains NaN or infinity; use an adapter with finite weights"
+            )
     try:
         return scaling.of(module, rank)
     except ValueError as error:
@@ -117,10 +121,17 @@ def merge(weight: Tensor, change: tuple[Tensor, Tensor, float]) -> Tensor:
 
 
 def merge_notes(adapter: Adapter, changes: Changes, ignored: Sequence[str]) -> list[str]:
-    """What the user is told: how much was merged, and what was not."""
+    """Notes for the user: how much was merged, and what was not."""
     if not adapter.factors:
-        return [f"{adapter.where}: the base of an adapter that is not in it (base_layer in its names); taken as it is"]
+        return [
+            (
+                f"{adapter.where}: the tensor names show that an adapter was used (base_layer), but the file has only "
+                "the base weights; they are exported without the adapter"
+            )
+        ]
     told = [f"adapter {adapter.where}: merged into {len(changes)} weights"] if changes else []
     if ignored:
-        told.append(f"adapter {adapter.where}: ignored, not in this encoder: {listing(ignored)}")
+        told.append(
+            f"adapter {adapter.where}: these parts do not belong to the encoder and were ignored: {listing(ignored)}"
+        )
     return told

@@ -27,7 +27,7 @@ SCALES = re.compile(
 
 
 def missing(path: Path) -> str:
-    """Says that a path is not there, and how a name on the Hugging Face Hub is given."""
+    """The message for a missing path; a name on the Hugging Face Hub is explained."""
     name = hub_name(f"hf://{path}")
     if path.suffix in (".pt", ".safetensors", ".json") or name is None or name.file:
         return f"No such file: {path}"
@@ -38,30 +38,30 @@ def missing(path: Path) -> str:
 
 
 def folder_of(path: Path) -> str | None:
-    """What a folder without weights of ours is, and how to turn it into a file; None where it is not known."""
+    """Describes a folder without weights of ours and how to convert it into a file; None if it is unknown."""
     if (path / ".metadata").is_file() or any(path.glob("*.distcp")):
         return (
-            f"{path}: a folder of torch.distributed.checkpoint; turn it into a file by\n"
-            f"`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} weights.pt`"
+            f"{path}: this is a folder of torch.distributed.checkpoint; convert it into one file with\n`python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} weights.pt`"
         )
     snapshots = sorted(child for child in path.glob("snapshots/*") if child.is_dir())
     if snapshots:
         return (
-            f"{path}: the folder that the Hugging Face cache keeps for a model; pass the folder of one revision in it: "
+            f"{path}: this is the Hugging Face cache's folder of a model; pass the folder of one revision instead: "
             f"{' or '.join(map(str, snapshots[:4]))}"
         )
     inner = [path, *(child for child in sorted(path.glob("global_step*")) if child.is_dir())]
     if any(DEEPSPEED.search(file.name) for folder in inner for file in folder.glob("*.pt")):
         root = path.parent if path.name.startswith("global_step") else path
         return (
-            f"{path}: a checkpoint of DeepSpeed ZeRO; turn it into a file by\n"
-            f"`python {root}/zero_to_fp32.py {root} weights`, which DeepSpeed has put there"
+            f"{path}: this is a DeepSpeed ZeRO checkpoint; convert it into one file with\n`python "
+            f"{root}/zero_to_fp32.py {root} weights` (DeepSpeed has put that script there)"
         )
     return None
 
 
 def file_of(path: Path, head: bytes) -> str | None:
-    """What a file that is no checkpoint is, told by its first bytes; None where it is not known.
+    """Describes a file that is not a checkpoint, recognized by its first bytes; None if it is unknown.
 
     Args:
         head: its first 512 bytes.
@@ -70,24 +70,26 @@ def file_of(path: Path, head: bytes) -> str | None:
     if path.suffix == ".distcp" or path.name == ".metadata" or DEEPSPEED.search(path.name):
         return folder_of(path.parent)
     if head.startswith(LFS):
-        return f"{path}: a Git LFS pointer, not the weights themselves; `git lfs pull` in its folder fetches them"
+        return f"{path}: this is a Git LFS pointer, not the weights; run `git lfs pull` in its folder to download them"
     refused = text.startswith(b"{") and (b'"error"' in head or b'"message"' in head) and b"weight_map" not in head
     if refused or text.startswith(PAGES):
         return (
-            f"{path}: not a checkpoint but a web page or a refusal, in the place of a download that wants a login;\n"
-            "log in, accept the license (Hugging Face: `hf auth login`, `hf download`), and fetch the file again"
+            f"{path}: this is a web page or an error message, not a checkpoint; the download probably requires a "
+            "login.\nLog in, accept the license (Hugging Face: `hf auth login`, `hf download`), and download the "
+            "file again"
         )
     if head.startswith(b"GGUF"):
         return (
-            f"{path}: a GGUF file, made for llama.cpp and mostly quantized; the original .pt or .safetensors is needed"
+            f"{path}: GGUF files are made for llama.cpp and are usually quantized; use the original .pt or "
+            ".safetensors file"
         )
     if head[257:262] == b"ustar" or head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"BZh")):
-        return f"{path}: an archive (tar, gzip, ...), not a checkpoint; unpack it and pass the file inside"
+        return f"{path}: this is an archive (tar, gzip, ...), not a checkpoint; unpack it and pass the file inside"
     return None
 
 
 def quantized(tensors: Mapping[str, Tensor], starts: Iterable[str]) -> str | None:
-    """Says how the weights under some prefixes are quantized; None where they are floats.
+    """Describes how the weights under some prefixes are quantized; None if they are floats.
 
     A type is a surer sign than a name: an INT8 weight with its scale beside it is not an adapter.
     """
@@ -102,7 +104,7 @@ def quantized(tensors: Mapping[str, Tensor], starts: Iterable[str]) -> str | Non
     more = f" and {len(signs) - 4} more" if len(signs) > 4 else ""
     return (
         f"the encoder's weights are quantized ({', '.join(types[:2] + scales[:2] if types else signs[:4])}{more}); "
-        "the original in float32, float16 or bfloat16 is needed"
+        "use the original weights in float32, float16 or bfloat16"
     )
 
 
@@ -111,17 +113,17 @@ def _is_code(name: str, tensor: Tensor) -> bool:
 
 
 def shard_of(path: Path) -> str | None:
-    """Says that a file is one shard of several, and what to pass; None where its name tells no such thing."""
+    """The message for a file that is one shard of several; None if its name does not say so."""
     found = SHARD.search(path.name)
     if not found or int(found[2]) < 2:
         return None
     index = next(path.parent.glob("*.index.json"), None)
-    whole = f"pass the folder {path.parent}" if index else "download all of them and their index, and pass the folder"
-    return f"{path.name} is shard {int(found[1])} of {int(found[2])}, so some tensors are in the other files; {whole}"
+    whole = f"pass the folder {path.parent}" if index else "download all shards and their index, and pass the folder"
+    return f"{path.name} is shard {int(found[1])} of {int(found[2])}, so it has only some of the tensors; {whole}"
 
 
 def channels_last(tensors: Mapping[str, Tensor], patches: Iterable[str]) -> str | None:
-    """Says that convolutions have their channels last, as MLX and TensorFlow keep them; None where they do not.
+    """The message for convolutions with channels last, as in MLX and TensorFlow; None if they are as in PyTorch.
 
     Args:
         patches: names that the patch embedding's weight may have; PyTorch's has shape (C, 3, patch, patch).
@@ -130,7 +132,8 @@ def channels_last(tensors: Mapping[str, Tensor], patches: Iterable[str]) -> str 
         shape = tuple(tensors[name].shape) if name in tensors else ()
         if len(shape) == 4 and shape[3] == 3 and shape[1] == shape[2] != 3:
             return (
-                f"convolutions with channels last, as MLX keeps them: {name} is {shape}, PyTorch's is "
-                f"{(shape[0], shape[3], *shape[1:3])};\ntake the original weights, or permute every convolution back"
+                f"the convolutions have their channels last, as in MLX: {name} has the shape {shape}, but PyTorch "
+                f"needs {(shape[0], shape[3], *shape[1:3])};\nuse the original weights, or permute every convolution "
+                "back"
             )
     return None

@@ -36,7 +36,7 @@ DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value
 
 
 class PickleError(ValueError):
-    """A pickle that is not what torch.save writes, or asks for what is never done."""
+    """A pickle that torch.save did not write, or that asks for something forbidden."""
 
 
 class DamagedPickleError(PickleError):
@@ -62,7 +62,7 @@ class Name:
 
 @dataclasses.dataclass(eq=False, slots=True, repr=False)
 class OpaqueObject:
-    """What a pickle would have made by calling something: its arguments, its state, what was put into it."""
+    """An object that a pickle would have made with a call: arguments, state and items, recorded but never executed."""
 
     made_by: object
     args: tuple[Any, ...] = ()
@@ -80,7 +80,7 @@ class OpaqueObject:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class StorageRecord:
-    """A storage of a file: `count` elements of a type; `first` of them are before it where it is a view."""
+    """A storage of a file: `count` elements of a type, a view that begins after `first` elements."""
 
     key: str
     dtype: torch.dtype
@@ -90,7 +90,7 @@ class StorageRecord:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class TensorRecord:
-    """A tensor of a file, in elements of its type."""
+    """A tensor of a file; positions and sizes count elements of its type."""
 
     storage: StorageRecord
     dtype: torch.dtype
@@ -102,15 +102,15 @@ class TensorRecord:
 
 @dataclasses.dataclass(eq=False, slots=True, repr=False)
 class Key:
-    """A key of a dict that is not a string, compared by identity: no hostile key is ever hashed."""
+    """A dict key that is not a string, compared by identity, so that no hostile key is ever hashed."""
 
     value: object
 
 
 def call(made_by: object, args: object) -> object:
-    """What takes the place of a call: a record of a tensor, a plain container, or an opaque object."""
+    """The result recorded for a call: a record of a tensor, a plain container, or an opaque object."""
     if not isinstance(made_by, Name | OpaqueObject) or not isinstance(args, tuple):
-        raise PickleError(f"its pickle calls a {type(made_by).__name__}")
+        raise PickleError(f"the pickle calls a {type(made_by).__name__}")
     maker = MAKERS.get((made_by.module, made_by.name)) if isinstance(made_by, Name) else None
     return maker(*args) if maker else OpaqueObject(made_by, args)
 
@@ -121,11 +121,11 @@ def storage_of(identity: object) -> object:
     if kind == "module" and isinstance(identity, tuple) and len(identity) > 1:  # a class and its source (before 1.6)
         return identity[1]
     if not isinstance(identity, tuple) or kind != "storage" or len(identity) not in (5, 6):
-        raise PickleError("its pickle has a persistent id that is no storage's")
+        raise PickleError("the pickle has a persistent id that does not name a storage")
     _, name, key, _, count, *view = identity
     dtype = STORAGES.get(name.name) if isinstance(name, Name) and name.module in ("torch", "torch.storage") else None
     if dtype is None or not isinstance(key, str):
-        raise PickleError("its pickle has a storage of an unknown type")
+        raise PickleError("the pickle has a storage of unknown type")
     record = StorageRecord(key, dtype, _whole(count))
     if view and view[0] is not None:
         _, first, count = view[0]
@@ -135,7 +135,7 @@ def storage_of(identity: object) -> object:
 
 def _whole(value: object) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise PickleError("its pickle has a tensor whose size is no size")
+        raise PickleError("the pickle has a tensor with an invalid size")
     return value
 
 
@@ -151,12 +151,12 @@ def _tensor_v3(
     metadata: object = None,
 ) -> TensorRecord:  # fmt: skip
     if not isinstance(storage, StorageRecord) or not isinstance(size, tuple) or not isinstance(stride, tuple):
-        raise PickleError("its pickle has a tensor without a storage")
+        raise PickleError("the pickle has a tensor without a storage")
     if len(size) != len(stride) or len(size) > MOST_DIMENSIONS:
-        raise PickleError("its pickle has a tensor whose size is no size")
+        raise PickleError("the pickle has a tensor with an invalid size")
     element = DTYPES.get(dtype.name) if isinstance(dtype, Name) and dtype.module == "torch" else storage.dtype
     if element is None:
-        raise PickleError("its pickle has a tensor of an unknown type")
+        raise PickleError("the pickle has a tensor of unknown type")
     bits = tuple(bit for bit in ("conj", "neg") if isinstance(metadata, dict) and metadata.get(bit))
     sides, steps = tuple(_whole(side) for side in size), tuple(_whole(step) for step in stride)
     return TensorRecord(storage, element, _whole(offset), sides, steps, bits)

@@ -31,7 +31,7 @@ def is_table(layout: Layout, key: str) -> bool:
 
 
 def check_tables(path: Path, layout: Layout, tensors: Mapping[str, Tensor], config: EncoderConfig) -> int | None:
-    """Compares every stored table with the one that the config gives.
+    """Compares every stored table with the one computed from the config.
 
     Returns:
         The side in pixels of the square images that the tables of the global blocks are for; None without such.
@@ -43,7 +43,7 @@ def check_tables(path: Path, layout: Layout, tensors: Mapping[str, Tensor], conf
     for key, block, kind, part in _stored(layout, tensors):
         table = tensors[key]
         is_global = block in config.global_blocks
-        wrong = f"{path}: {key} is another rotary table than the config gives"
+        wrong = f"{path}: the rotary table {key} does not match the configuration"
         if kind == "inv_freq":
             ours = axial_angles(1, 2, config.head_dim, theta=config.rope_theta)[1, : config.head_dim // 4]
             if table.shape != ours.shape or _differ(table, ours):
@@ -52,18 +52,20 @@ def check_tables(path: Path, layout: Layout, tensors: Mapping[str, Tensor], conf
         side = math.isqrt(table.shape[0]) if table.dim() else 0
         if side < 1 or side * side != table.shape[0] or (not is_global and side != config.window_size):
             what = "a square grid" if is_global else f"its window of {config.window_size}x{config.window_size}"
-            raise CheckpointError(f"{wrong}: it has shape {tuple(table.shape)}, expected the tokens of {what}")
+            raise CheckpointError(
+                f"{wrong}: it has the shape {tuple(table.shape)}, expected one row for each token of {what}"
+            )
         scale = config.window_size / side
         found, wanted = _parts(table, kind, part, _values(side, scale, kind, config))
         if found.shape != wanted.shape:
-            raise CheckpointError(f"{wrong}: it has shape {tuple(table.shape)}, expected {tuple(wanted.shape)}")
+            raise CheckpointError(f"{wrong}: it has the shape {tuple(table.shape)}, expected {tuple(wanted.shape)}")
         if _differ(found, wanted):
             raise CheckpointError(f"{wrong}: {_difference(found, wanted, kind, part, config)}")
         if is_global:
             grids.setdefault(side, key)
     if len(grids) > 1:
         named = " and ".join(f"{side}x{side} patches in {key}" for side, key in grids.items())
-        raise CheckpointError(f"{path}: its global blocks have rotary tables of different grids: {named}")
+        raise CheckpointError(f"{path}: the rotary tables of the global blocks were made for different grids: {named}")
     return next(iter(grids)) * config.patch_size if grids else None
 
 
@@ -113,17 +115,17 @@ def _difference(found: Tensor, wanted: Tensor, kind: str, part: str, config: Enc
             angles = [angle[::2] for angle in angles]
         steps = [float(angle[0]) for angle in angles]
         if all(steps) and abs(steps[0] - steps[1]) > 0.01 * steps[1]:
-            return f"it turns by {steps[0]:.4g} a column, the config by {steps[1]:.4g}"
+            return f"the angle grows by {steps[0]:.4g} per column, but by {steps[1]:.4g} in the configuration"
         if abs(_theta(angles[0] / angles[0][0], config) - config.rope_theta) > 0.01 * config.rope_theta:
             return _thetas(angles[0] / angles[0][0], config)
-    return f"its values differ by up to {float((found.double() - wanted).abs().max()):.2g}"
+    return f"the values differ by up to {float((found.double() - wanted).abs().max()):.2g}"
 
 
 def _thetas(frequencies: Tensor, config: EncoderConfig) -> str:
     """The theta of a table's frequencies beside the config's."""
     return (
-        f"its theta is about {_theta(frequencies, config):.4g}, the config's rope_theta {config.rope_theta:g};\n"
-        'where the table is right, pass --config with that "rope_theta"'
+        f"the table has a theta of about {_theta(frequencies, config):.4g}, but rope_theta in the configuration is "
+        f"{config.rope_theta:g}.\nIf the table is right, pass --config with that rope_theta"
     )
 
 

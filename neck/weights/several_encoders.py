@@ -24,7 +24,9 @@ def chosen_by_prefix(path: Path, layouts: Sequence[Layout], prefix: str) -> list
     chosen = exact or [layout for layout in layouts if layout.prefix.startswith(wanted)]
     if not chosen:
         there = ", ".join(repr(layout.prefix) for layout in layouts) or "none"
-        raise CheckpointError(f"{path}: no encoder under the prefix {prefix!r}; the prefixes of encoders are: {there}")
+        raise CheckpointError(
+            f"{path}: there is no encoder with the prefix {prefix!r}; the encoders have the prefixes {there}"
+        )
     return chosen
 
 

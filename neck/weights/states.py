@@ -68,13 +68,13 @@ class Entries:
         return any(layout.necks for layout in self.layouts)
 
     def __str__(self) -> str:
-        what = "" if self.kind == "tensors" else f"a {self.kind} of "
+        what = "" if self.kind == "tensors" else f"a {self.kind} with "
         names = ", ".join(shown(name, 40) for name in list(self.tensors)[:2])
         return f"{what}{len(self.tensors)} tensors: {names}, ..." if names else f"{what}no tensors"
 
 
 def find_states(path: Path, root: object) -> dict[str, Entries]:
-    """Every state dict and module of a file by its place, dots for depth; the file itself is `""`."""
+    """Every state dict and module of a file by its dotted path; the file itself is `""`."""
     states: dict[str, Entries] = {}
     seen: set[int] = set()
     left = MOST_VISITED
@@ -92,7 +92,9 @@ def find_states(path: Path, root: object) -> dict[str, Entries]:
             children = list(_children(node))
             left -= 1 + len(children)
             if left < 0:
-                raise CheckpointError(f"{path}: refused, it has more than {MOST_VISITED:,} entries; {ADVICE}")
+                raise CheckpointError(
+                    f"{path}: refused, because the file has more than {MOST_VISITED:,} entries; {ADVICE}"
+                )
             found = _entries(children)
             if found.tensors or found.others:
                 states[place] = found
@@ -114,7 +116,7 @@ def choose_state(path: Path, states: Mapping[str, Entries], asked: str | None) -
     if asked is not None:
         inside = {place: entries for place, entries in states.items() if f"{place}.".startswith(f"{asked}.")}
         if not inside:
-            raise CheckpointError(f"{path}: has no state {asked!r}; it holds {listing(states)}")
+            raise CheckpointError(f"{path}: the file has no state {asked!r}; it contains {listing(states)}")
         states = inside
         if asked in states:
             return asked
@@ -125,8 +127,8 @@ def choose_state(path: Path, states: Mapping[str, Entries], asked: str | None) -
     chosen = _by_words([(place, place.split(".") if place else []) for place in fitting])
     if chosen is None:
         raise CheckpointError(
-            f"{path}: holds several states with an encoder ({', '.join(map(shown, fitting[:MOST_LISTED]))}); "
-            "choose by --state NAME"
+            f"{path}: the file contains several states with an encoder "
+            f"({', '.join(map(shown, fitting[:MOST_LISTED]))}); choose one with --state"
         )
     return chosen
 
@@ -136,7 +138,7 @@ def _least_bad(path: Path, weights: Mapping[str, Entries], states: Mapping[str, 
     trunks = [place for place, entries in weights.items() if entries.layouts]
     if len(weights) == 1 or len(trunks) == 1:
         return (trunks or list(weights))[0]
-    raise CheckpointError(f"{path}: no SAM 3 image encoder in any of its states: {listing(states)}")
+    raise CheckpointError(f"{path}: none of its states contains a SAM 3 image encoder: {listing(states)}")
 
 
 def _by_words(places: Sequence[tuple[str, Sequence[str]]]) -> str | None:
@@ -216,12 +218,14 @@ def _flatten(path: Path, root: object) -> tuple[Entries, int]:
         pending += [(f"{name}.", value) for name, value in reversed(inner)]
         spent += 1 + len(inner) + len(parts) + len(left_out)
         if spent > MOST_PARTS:
-            raise CheckpointError(f"{path}: refused, it has a module of more than {MOST_PARTS:,} parts; {ADVICE}")
+            raise CheckpointError(f"{path}: refused, because a module has more than {MOST_PARTS:,} parts; {ADVICE}")
     return _entries(found, root.kind if isinstance(root, OpaqueObject) else "module"), spent
 
 
 def _named(path: Path, prefix: str, parts: Iterable[tuple[Any, Any]]) -> list[tuple[str, Any]]:
     named = [(name, value) for name, value in parts if isinstance(name, str)]
     if any(len(prefix) + len(name) > LONGEST for name, _ in named):
-        raise CheckpointError(f"{path}: refused, it has a module with a name of more than {LONGEST} letters; {ADVICE}")
+        raise CheckpointError(
+            f"{path}: refused, because a module has a name of more than {LONGEST} characters; {ADVICE}"
+        )
     return [(f"{prefix}{name}", value) for name, value in named]

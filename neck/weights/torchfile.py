@@ -32,7 +32,9 @@ MAGIC = 0x1950A86A20F9469CFC6C
 """The first pickle in a file of torch.save from before PyTorch 1.6."""
 
 
-ADVICE = "where you trust it, save the weights alone: torch.save(model.state_dict(), 'weights.pt')"
+ADVICE = (
+    "if you trust the file, load it in Python and save only the weights: torch.save(model.state_dict(), 'weights.pt')"
+)
 
 UNREADABLE = (
     *(zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError),
@@ -42,7 +44,7 @@ UNREADABLE = (
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not hold the encoder that was asked for."""
+    """A checkpoint that cannot be read, or that does not contain the requested encoder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Span:
 
 
 class TorchFile:
-    """A file of torch.save whose pickle is read; tensors come when they are asked for.
+    """A file written by torch.save: the pickle is read at once, tensors on demand.
 
     Attributes:
         root: what the pickle holds, see read_pickle.
@@ -76,14 +78,14 @@ class TorchFile:
         except DamagedPickleError as error:
             raise self._damaged(error) from None
         except PickleError as error:
-            raise CheckpointError(f"{path}: refused, {error}; {ADVICE}") from None
+            raise CheckpointError(f"{path}: refused, because {error}; {ADVICE}") from None
         except CheckpointError:
             raise
         except UNREADABLE as error:
             raise self._damaged(error) from None
 
     def tensor(self, record: TensorRecord) -> Tensor:
-        """The tensor of a record: a view of the mapped file, copied only where the file does not hold it as it is.
+        """The tensor of a record: a view of the mapped file, copied only if the file stores it differently.
 
         Raises:
             CheckpointError: the file does not hold what the record claims.
@@ -103,9 +105,13 @@ class TorchFile:
         first = view.first * view.dtype.itemsize // item + record.offset
         last = first + sum((side - 1) * step for side, step in zip(record.size, record.stride, strict=True))
         if (last + 1) * item > storage.nbytes():
-            raise self._damaged(f"a tensor of {elements:,} elements in a storage of {storage.nbytes():,} bytes")
+            raise self._damaged(
+                f"a tensor of {elements:,} elements does not fit its storage of {storage.nbytes():,} bytes"
+            )
         if elements > max(MOST_EXPANDED, storage.nbytes() // item):
-            raise CheckpointError(f"{self.path}: refused, a tensor claims {elements:,} elements of a smaller storage")
+            raise CheckpointError(
+                f"{self.path}: refused, because a tensor claims {elements:,} elements in a smaller storage"
+            )
         tensor = torch.empty(0, dtype=record.dtype).set_(storage, first, record.size, record.stride)
         tensor = tensor.conj() if "conj" in record.bits else tensor
         return -tensor if "neg" in record.bits else tensor
@@ -132,7 +138,7 @@ class TorchFile:
             if span.start % dtype.itemsize:  # torch.save aligns to 64 bytes, archivers that repack do not
                 storage = storage.clone()
         else:
-            raise self._damaged(f"storage {record.key} is not there")
+            raise self._damaged(f"storage {record.key} is missing")
         if self.bytes_order != sys.byteorder and dtype.itemsize > 1:
             storage = storage.clone()
             storage.byteswap(dtype)
@@ -150,14 +156,17 @@ class TorchFile:
         names = {entry.filename: entry for entry in entries}
         roots = [name[: -len("data.pkl")] for name in names if name.rpartition("/")[2] == "data.pkl"]
         if not roots:
-            raise CheckpointError(f"{self.path}: a zip archive, but not one that torch.save wrote (it has no data.pkl)")
+            raise CheckpointError(
+                f"{self.path}: this zip archive was not written by torch.save (it has no data.pkl); use a .pt or "
+                ".safetensors file with the weights"
+            )
         root = min(roots, key=len)
         if f"{root}constants.pkl" in names:
             raise CheckpointError(
-                f"{self.path}: a TorchScript archive, expected a state dict; save its state_dict() instead"
+                f"{self.path}: this is a TorchScript archive; save the state_dict() of its model instead"
             )
         if names[f"{root}data.pkl"].file_size > MOST_PICKLE_BYTES:
-            raise PickleError(f"its pickle is larger than {MOST_PICKLE_BYTES >> 20} MB")
+            raise PickleError(f"the pickle is larger than {MOST_PICKLE_BYTES >> 20} MB")
         if f"{root}byteorder" in names:
             self.bytes_order = archive.read(f"{root}byteorder")[:8].decode()
         stored = {name: entry for name, entry in names.items() if name.startswith(f"{root}data/")}
@@ -167,7 +176,8 @@ class TorchFile:
         else:
             if sum(entry.file_size for entry in stored.values()) > MOST_UNPACKED * self.path.stat().st_size:
                 raise CheckpointError(
-                    f"{self.path}: refused, it unpacks to more than {MOST_UNPACKED} times its size; unpack it yourself"
+                    f"{self.path}: refused, because its content is more than {MOST_UNPACKED} times as large as the "
+                    "file; unpack it yourself and save the weights uncompressed"
                 )
             self._archive, self._names = archive, {name[len(root) + 5 :]: name for name in stored}
         return read_pickle(io.BytesIO(archive.read(f"{root}data.pkl")))
@@ -176,18 +186,18 @@ class TorchFile:
         """Magic number, version and system as pickles; then the object, its storages' keys, and their bytes."""
         head = io.BytesIO(file.read(MOST_PICKLE_BYTES))
         if read_pickle(head) != MAGIC:
-            raise PickleError("a pickle that torch.save did not write")
+            raise PickleError("the pickle was not written by torch.save")
         storages: dict[str, StorageRecord] = {}
         _version, _system, root, keys = (read_pickle(head, storages) for _ in range(4))
         if not isinstance(keys, list):
-            raise DamagedPickleError("its pickle is damaged (no list of storages)")
+            raise DamagedPickleError("the pickle is damaged (it has no list of storages)")
         start = head.tell()
         for key in keys:
             file.seek(start)
             (count,) = struct.unpack("<q", file.read(8))
             size = count * storages[key].dtype.itemsize
             if count < 0 or start + 8 + size > self.path.stat().st_size:
-                raise self._damaged(f"storage {key} ends after the file")
+                raise self._damaged(f"storage {key} extends beyond the end of the file")
             self.spans[key] = Span(start + 8, size)
             start += 8 + size
         return root
@@ -196,7 +206,7 @@ class TorchFile:
         size = self.path.stat().st_size
         words = (str(reason) or type(reason).__name__).splitlines()[0]
         return CheckpointError(
-            f"{self.path}: a truncated or damaged .pt of {size:,} bytes ({words}); copy or download it again"
+            f"{self.path}: the .pt file of {size:,} bytes is truncated or damaged ({words}); copy or download it again"
         )
 
 

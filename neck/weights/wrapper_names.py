@@ -25,7 +25,7 @@ def plain_name(name: str) -> str:
 
 
 def unwrap_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by their plain names.
+    """The tensors by their names without wrappers.
 
     Two that would then have one name stay as they are where they are one tensor, or no part of an encoder.
 
@@ -34,8 +34,9 @@ def unwrap_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     if flat := [name for name in tensors if FLAT.search(name)]:
         raise CheckpointError(
-            f"{path}: holds FSDP's flattened parameters ({flat[0]}), cut between processes;\n"
-            "save it from training with StateDictType.FULL_STATE_DICT, or get_model_state_dict(full_state_dict=True)"
+            f"{path}: the file contains FSDP's flattened parameters ({flat[0]}), which are sharded over "
+            "processes;\nsave the model in training with StateDictType.FULL_STATE_DICT, or with "
+            "get_model_state_dict(full_state_dict=True)"
         )
     sources: dict[str, str] = {}
     plain: dict[str, Tensor] = {}
@@ -45,7 +46,10 @@ def unwrap_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             sources[short], plain[short] = name, tensor
         elif not _is_same(plain[short], tensor):
             if ENCODER.search(f"{short}."):
-                raise CheckpointError(f"{path}: {sources[short]} and {name} are two tensors of one name, {short}")
+                raise CheckpointError(
+                    f"{path}: {sources[short]} and {name} are different tensors, but both would be named {short}; "
+                    "save only one of them"
+                )
             plain[name] = tensor
     return plain
 

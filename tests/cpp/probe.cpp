@@ -38,8 +38,8 @@ void try_limits(const std::string& file) {
             std::cout << "read\n";
         } catch (const neck::Error& error) {
             const std::string told = error.what();
-            std::cout << (told.find(" scans, of which") != std::string::npos ? "scans"
-                          : told.find(" pixels that are safe") != std::string::npos ? "pixels" : "error") << "\n";
+            std::cout << (told.find(" scans; at its size") != std::string::npos ? "scans"
+                          : told.find(" pixels, the limit") != std::string::npos ? "pixels" : "error") << "\n";
         }
     }
 }

@@ -19,7 +19,7 @@ void test_batches(const std::string& plan, bool graph) {
     neck::Engine engine(plan, options);
     const OwnedStream one = neck::make_stream("test");
     const OwnedStream two = neck::make_stream("test");
-    expect_error([&] { engine.device_outputs(); }, "no outputs before its first run");
+    expect_error([&] { engine.device_outputs(); }, "no outputs before the first run");
     float value = 1;
     for (const std::int64_t batch : {1, 4, 2, 1, 4, 3}) {  // back and forth: graphs are captured and used again
         value += 1;
@@ -89,7 +89,7 @@ void test_bound_outputs(const std::string& plan, bool graph) {
     const neck::DeviceMemory mine = neck::allocate(bytes + 256, "test");
     expect(doubled(engine.infer(image_of(2, 1), stream.get()), 2, 1), "the engine's own memory");
     engine.bind_output("full", mine.get(), bytes);
-    expect_error([&] { engine.device_outputs(); }, "no outputs before its first run");
+    expect_error([&] { engine.device_outputs(); }, "no outputs before the first run");
     engine.copy_in(image_of(2, 4), stream.get());
     engine.enqueue(2, stream.get());
     // another stream waits for the event, not for the host
@@ -100,10 +100,10 @@ void test_bound_outputs(const std::string& plan, bool graph) {
     expect_error([&] { engine.bind_output("full", mine.get(), bytes - 1); },
                  "the memory for full has 319 bytes; expected 320, enough for a batch of 4");
     expect_error([&] { engine.bind_output("full", mine.get() + 4, bytes); },
-                 "at an address that is no multiple of 256 bytes; give what cudaMalloc gave");
+                 "at an address that is not a multiple of 256 bytes; give memory as cudaMalloc returns it");
     alignas(256) static std::byte host[bytes];
     expect_error([&] { engine.bind_output("full", host, bytes); }, "is in host memory; expected memory of GPU 0");
-    expect_error([&] { engine.bind_output("none", mine.get(), bytes); }, "has no output 'none'; it has half, full");
+    expect_error([&] { engine.bind_output("none", mine.get(), bytes); }, "the plan has no output 'none'; it has half, full");
     expect(doubled(engine.infer(image_of(1, 5), stream.get()), 1, 5), "refused memory changes nothing");
     engine.bind_output("full", nullptr, 0);
     expect(doubled(engine.infer(image_of(3, 6), stream.get()), 3, 6), "the engine's own memory again");
@@ -116,7 +116,7 @@ void test_dlpack(const std::string& plan) {
     neck::dlpack::Managed* full = nullptr;
     {
         neck::Engine engine(plan);
-        expect_error([&] { engine.to_dlpack("full"); }, "no outputs before its first run");
+        expect_error([&] { engine.to_dlpack("full"); }, "no outputs before the first run");
         engine.infer(image_of(2, 7), stream.get());
         half = engine.to_dlpack("half");
         full = engine.to_dlpack("full");

@@ -39,7 +39,7 @@ void test_tensors() {
         expect_error([&] { neck::repeat(wrong, 2); }, "tensor 'a' has");
     }
     expect_error([&] { neck::compare_output(whole, Tensor("a", DataType::float32, {3, 2}), tolerance); },
-                 "is (3, 2), the reference (2, 3)");
+                 "is (3, 2), but the reference has (2, 3)");
     expect_error([&] { neck::repeat(whole, 0); }, "cannot be repeated 0 times");
     expect_error([&] { neck::repeat(whole, INT64_MAX); }, "a tensor cannot be float32");
     expect(neck::compare_output(whole, whole, tolerance).passed(), "the control");

@@ -74,7 +74,7 @@ void test_images_on_the_gpu(const std::string& plan) {
     }
     expect(near, "an image on the GPU is the second of a batch");
     expect_error([&] { engine.copy_in_rgb8(pixels.data.data(), size, pitch, stream.get()); },
-                 "the image is in host memory; expected memory of GPU 0, copy it there first");
+                 "the image is in host memory; expected memory of GPU 0, so copy it there first");
     expect_error([&] { engine.copy_in_rgb8(memory.get(), size, 17, stream.get()); }, "rows of 3 bytes a pixel or more");
     expect_error([&] { engine.copy_in_rgb8(memory.get(), size, pitch, stream.get(), 4); }, "an entry below 4");
     expect_error([&] { engine.copy_in_rgb8(memory.get(), {0, 6}, pitch, stream.get()); }, "sides above 0");
@@ -83,7 +83,7 @@ void test_images_on_the_gpu(const std::string& plan) {
     const neck::DeviceMemory other = neck::allocate(pitch * 11, "test");
     neck::check(cudaSetDevice(0), "test");
     expect_error([&] { engine.copy_in_rgb8(other.get(), size, pitch, stream.get()); },
-                 "the image is in the memory of GPU 1; expected memory of GPU 0, copy it there first");
+                 "the image is in the memory of GPU 1; expected memory of GPU 0, so copy it there first");
     unsetenv("STAND_IN_DEVICES");
 }
 
@@ -110,10 +110,10 @@ void test_refusals(const std::string& plan) {
     expect(doubled(engine.infer(image_of(2, 1), stream.get()), 2, 1), "it goes on after a refusal");
     options.max_batch = 5;
     expect_error([&] { neck::Engine(plan, options); },
-                 "a largest batch of 5 was asked; expected image: float32 (1 to 4");
+                 "a largest batch of 5 was requested; expected image: float32 (1 to 4");
     options = {};
     options.device = 3;
-    expect_error([&] { neck::Engine(plan, options); }, "there is no GPU 3; here are 1");
+    expect_error([&] { neck::Engine(plan, options); }, "there is no GPU 3; this machine has 1");
 }
 
 /// Lets every call of a function fail, one after the other, until none is left.
@@ -149,8 +149,8 @@ void test_failures(const std::string& plan, const std::string& function, bool gr
         expect(told.find('\n') == std::string::npos, function + ": more than one line");
         if (function == "cudaMalloc") {
             expect(
-                told.find("out of device memory; 20.0 of 24.0 GB of device memory are free; if too little, end other "
-                          "programs or take a smaller batch") != std::string::npos,
+                told.find("out of device memory; 20.0 of 24.0 GB of device memory are free; if that is too little, close "
+                          "other programs or use a smaller batch") != std::string::npos,
                 told);
         }
         if (graph && function == "cudaStreamBeginCapture") {

@@ -53,12 +53,12 @@ void test_first_come_first_served(const std::string& plan) {
 void test_pool_refusals(const std::string& plan) {
     for (const int contexts : {0, -1, 1025}) {
         expect_error([&] { neck::Pool(plan, options_of(contexts)); },
-                     "a pool of " + std::to_string(contexts) + " contexts; give 1 to 1024");
+                     "a pool of " + std::to_string(contexts) + " contexts is not possible; give 1 to 1024");
     }
     // scratch 1000, input 4 * 48, outputs 4 * 40 and 4 * 80 bytes
     setenv("STAND_IN_FREE", "4000", 1);
     expect_error([&] { neck::Pool(plan, options_of(5)); },
-                 "5 contexts need 0.0 MB of device memory beside the first, 0.0 MB are free; take at most 3, or a "
+                 "5 contexts need 0.0 MB of device memory in addition to the first, but 0.0 MB are free; use at most 3, or a "
                  "smaller largest batch");
     neck::Pool pool(plan, options_of(2, 1));
     unsetenv("STAND_IN_FREE");
@@ -67,11 +67,11 @@ void test_pool_refusals(const std::string& plan) {
     neck::Pool::Lease two = pool.acquire(1ms);
     expect(&*one != &*two && one.stream() != two.stream(), "two contexts");
     expect_error([&] { pool.acquire(1ms); },
-                 "none of 2 contexts came free within 1 ms; wait longer, or make a larger pool");
+                 "none of 2 contexts became free within 1 ms; wait longer, or make a larger pool");
     std::thread waits([&] { pool.acquire(10min); });
     wait_for(pool, 1);
     expect_error([&] { pool.acquire(10min); },
-                 "1 wait for one of 2 contexts already; come later, or make a larger pool");
+                 "1 threads already wait for one of 2 contexts; try again later, or make a larger pool");
     { const neck::Pool::Lease moved = std::move(two); }
     waits.join();
     two = pool.acquire(1ms);  // into one that was moved from
@@ -128,7 +128,7 @@ void test_recovery(const std::string& plan) {
     expect(engine.failed(), "it is noted");
     setenv("STAND_IN_FAIL", "cudaMalloc", 1);
     expect_error([&] { engine.recover(); }, "out of device memory");
-    expect_error([&] { engine.infer(image_of(1, 1), nullptr); }, "its context was given up");
+    expect_error([&] { engine.infer(image_of(1, 1), nullptr); }, "the execution context was discarded");
     engine.unbind_outputs();
     unsetenv("STAND_IN_FAIL");
     engine.recover();
@@ -145,7 +145,7 @@ void test_closed(const std::string& plan) {
         neck::Pool pool(plan, options_of(1));
         out = pool.acquire(1ms);
         std::thread waits(
-            [&] { expect_error([&] { pool.acquire(10min); }, "the pool of contexts is closed; make another"); });
+            [&] { expect_error([&] { pool.acquire(10min); }, "the pool of contexts is closed; create another"); });
         wait_for(pool, 1);
         pool.close();
         waits.join();

@@ -42,7 +42,7 @@ class BadImageError(ValueError):
 
 
 class Limits(NamedTuple):
-    """What an image may cost."""
+    """Limits on the pixels and scans of an image."""
 
     pixels: int = MAX_PIXELS
     scans: int = MAX_SCANS
@@ -57,7 +57,7 @@ def limit_of(parameters: dict[str, dict[str, str]], name: str, default: int) -> 
 
 
 class TritonPythonModel:
-    """What Triton's python backend calls."""
+    """The interface that Triton's python backend calls."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Reads the size and kind of the encoder's input, and the limits of images, from the config.
@@ -76,11 +76,11 @@ class TritonPythonModel:
         self.size = (dims[0], dims[1]) if self.as_pixels else (dims[1], dims[2])
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answers each request by itself, so that a bad image spoils no other request."""
+        """Answers each request separately, so that a bad image affects no other request."""
         return [self.answer(request) for request in requests]
 
     def answer(self, request: Any) -> Any:
-        """One request's images, or what is wrong with the first bad one."""
+        """The images of one request, or an error about the first bad one."""
         files = pb_utils.get_input_tensor_by_name(request, "image").as_numpy().reshape(-1)
         pixels = []
         for index, data in enumerate(files):
@@ -112,17 +112,17 @@ def decode(data: bytes, limits: Limits = Limits()) -> np.ndarray:  # noqa: B008 
     except Image.DecompressionBombError:
         reason = too_many_pixels(limits)
     except UnidentifiedImageError:
-        reason = f"is damaged or no {' or '.join(FORMATS)} file ({len(data)} bytes)"
+        reason = f"is damaged or not a {' or '.join(FORMATS)} file ({len(data)} bytes)"
     except MemoryError:
-        reason = "does not fit into the memory of this server"
+        reason = "does not fit into the memory of the server"
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, struct.error, IndexError ...
         reason = f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})"
     raise BadImageError(reason)
 
 
 def too_many_pixels(limits: Limits) -> str:
-    """What is wrong with an image that is too large."""
-    return f"has more than the {limits.pixels} pixels that are safe to unpack; make it smaller"
+    """The message for an image with too many pixels."""
+    return f"has more than {limits.pixels} pixels, the limit for decoding; make the image smaller"
 
 
 def check_cost(image: Image.Image, data: bytes, limits: Limits) -> None:
@@ -134,7 +134,9 @@ def check_cost(image: Image.Image, data: bytes, limits: Limits) -> None:
         scans = count_scans(data, image.fp.tell())  # type: ignore[attr-defined]
         allowed = min(limits.scans, max(1, FULL_SIZE_SCANS * limits.pixels // max(1, pixels)))
         if scans > allowed:
-            raise BadImageError(f"is a JPEG of {scans} scans; at its size {allowed} are safe to unpack; save it again")
+            raise BadImageError(
+                f"is a JPEG of {scans} scans; at its size the limit is {allowed}; save it again with fewer"
+            )
 
 
 def count_scans(data: bytes, start: int) -> int:

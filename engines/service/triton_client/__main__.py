@@ -22,24 +22,39 @@ SECRETS = "A bearer token is read from NECK_TRITON_TOKEN. Passwords, tokens and 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns 0, or 1 after an error in one line."""
     parser = argparse.ArgumentParser(
-        description="Send images to a Triton server and get the encoder's features.", epilog=SECRETS
+        description="Send images to a Triton server and receive the encoder's features.", epilog=SECRETS
     )
     parser.add_argument("images", nargs="+", type=Path, help="image files (PNG, JPEG, ...)")
     parser.add_argument("--url", default="localhost", help="[https://]HOST[:PORT]; port 8000 (http) or 8001 (grpc)")
-    parser.add_argument("--model", default="sam3-encoder", help="sam3-encoder-images for the ensemble")
-    parser.add_argument("--version", default="", help="a version of the model; the latest where left out")
+    parser.add_argument(
+        "--model",
+        default="sam3-encoder",
+        help=("model to call; sam3-encoder-images is the ensemble that takes image files"),
+    )
+    parser.add_argument("--version", default="", help="version of the model; the latest if left out")
     parser.add_argument("--protocol", choices=list(PORTS), default="http")
     parser.add_argument("--shared-memory", choices=["none", "system", "cuda"], default="none", dest="memory")
-    parser.add_argument("--outputs", default="", help="names or wildcards with commas, such as sam3_feat_*; all")
-    parser.add_argument("--runs", type=int, default=1, help="times that every request is sent")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a call may take")
     parser.add_argument(
-        "--user", default="", help="basic authentication; the password is read from NECK_TRITON_PASSWORD"
+        "--outputs",
+        default="",
+        help=("outputs to request: names or wildcards separated by commas, such as sam3_feat_*; all if left out"),
+    )
+    parser.add_argument("--runs", type=int, default=1, help="how often every request is sent")
+    parser.add_argument("--timeout", type=float, default=60.0, help="most seconds that a call may take")
+    parser.add_argument(
+        "--user", default="", help="user for basic authentication; the password is read from NECK_TRITON_PASSWORD"
     )
     parser.add_argument(
-        "--header", action="append", default=[], help="'NAME: TEXT', a header of every request; repeatable"
+        "--header",
+        action="append",
+        default=[],
+        help=("header 'NAME: TEXT' that is sent with every request; may be repeated"),
     )
-    parser.add_argument("--ca", type=Path, help="certificates that https trusts (PEM); else SSL_CERT_FILE or the usual")
+    parser.add_argument(
+        "--ca",
+        type=Path,
+        help=("certificates that https trusts (a PEM file); if left out, SSL_CERT_FILE or the system's"),
+    )
     parser.add_argument("--save", type=Path, help="write the features to this .npz file")
     try:
         _run(parser.parse_args(arguments))
@@ -52,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(asked: argparse.Namespace) -> None:
     outputs = [name.strip() for name in asked.outputs.split(",") if name.strip()]
     if not all(":" in header for header in asked.header):
-        raise ClientError("--header needs a name, a colon and a text, such as 'X-Tenant: a'")
+        raise ClientError("--header is invalid; expected a name, a colon and a text, such as 'X-Tenant: a'")
     options = {
         "protocol": asked.protocol,
         "memory": asked.memory,
@@ -82,7 +97,9 @@ def _run(asked: argparse.Namespace) -> None:
             with asked.save.open("wb") as file:
                 np.savez(file, **features)  # type: ignore[arg-type]
         except OSError as error:
-            raise ClientError(f"{asked.save}: cannot be written ({error.strerror}); give another --save") from None
+            raise ClientError(
+                f"{asked.save}: the file cannot be written ({error.strerror}); give another --save"
+            ) from None
 
 
 if __name__ == "__main__":

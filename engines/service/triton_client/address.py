@@ -59,9 +59,9 @@ def read_address(
         parts = urllib.parse.urlsplit(url if "://" in url else f"//{url}")
         port, name = parts.port, parts.hostname or ""
     except ValueError:
-        raise ClientError(f"the URL cannot be read; {expected}") from None
+        raise ClientError(f"the URL is invalid; {expected}") from None
     if parts.scheme not in ("", "http", "https") or not name:
-        raise ClientError(f"the URL has no host, or another scheme than http and https; {expected}")
+        raise ClientError(f"the URL has no host, or a scheme other than http and https; {expected}")
     if parts.query or parts.fragment or (protocol == "grpc" and parts.path.strip("/")):
         raise ClientError(f"the URL has more than a host and a port; {expected}")
     host = f"[{name}]" if ":" in name else name
@@ -72,7 +72,7 @@ def read_address(
         password or urllib.parse.unquote(parts.password or ""),
     )
     if user and token:
-        raise ClientError("both a user and a token were given; give one of them")
+        raise ClientError("both a user and a token were given; give only one of them")
     sent = {str(key).lower(): str(value) for key, value in (headers or {}).items()}
     if user:
         sent["authorization"] = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
@@ -80,7 +80,9 @@ def read_address(
         sent["authorization"] = f"Bearer {token}"
     for key, value in sent.items():
         if not re.fullmatch(r"[a-z0-9!#$%&'*+.^_`|~-]+", key) or not re.fullmatch(r"[\x20-\x7e]*", value):
-            raise ClientError(f"header {key!r}: its name or its value has characters that a header cannot have")
+            raise ClientError(
+                f"the name or the value of the header {key!r} has characters that are not allowed in a header"
+            )
     tls = parts.scheme == "https"
     return Address(("https://" if tls else "") + host, host, tls, sent)
 
@@ -97,7 +99,7 @@ def trusted(ca: Path | str | None) -> str | None:
             Path(where).read_bytes()
         except OSError as error:
             raise ClientError(
-                f"{where}: the trusted certificates cannot be read ({error.strerror}); give --ca"
+                f"{where}: the file of trusted certificates cannot be read ({error.strerror}); give another with --ca"
             ) from None
     return where
 

@@ -114,16 +114,19 @@ class TritonClient:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def split(self, images: Sequence[Path | str]) -> list[Sequence[Path | str]]:
-        """Cuts a list of images into batches that the model takes."""
+        """Splits a list of images into batches that the model accepts."""
         size = self.model.max_batch
         if not images:
             raise ClientError("no image was given; give one or more image files")
         if self.model.fixed and len(images) % size:
-            raise ClientError(f"{len(images)} images: {self.name} takes exactly {size} at once; give a multiple")
+            raise ClientError(
+                f"{len(images)} images were given, but {self.name} takes exactly {size} at once; give a multiple of "
+                f"{size}"
+            )
         return [images[start : start + size] for start in range(0, len(images), size)]
 
     def prepare(self, images: Sequence[Path | str]) -> np.ndarray:
-        """The model's input for image files: an ensemble takes the files' bytes, the encoder pixels of its size."""
+        """The model's input for image files: their bytes for an ensemble, else pixels of the encoder's size."""
         image = self.model.image
         if image.datatype == "BYTES":
             data = np.empty((len(images), *[1] * (len(image.shape) - 1)), dtype=np.object_)
@@ -177,7 +180,7 @@ class TritonClient:
         told_of = {tensor: result.get_output(tensor.name) for tensor in self.model.outputs}
         missing = [tensor.name for tensor, output in told_of.items() if output is None]
         if missing:
-            raise ClientError(f"{self.url}: the answer lacks {', '.join(missing)}; {self._look}")
+            raise ClientError(f"{self.url}: the answer has no {', '.join(missing)}; {self._look}")
         found = {}
         for tensor, output in told_of.items():
             self._check(tensor, output, batch)
@@ -185,10 +188,10 @@ class TritonClient:
                 value = self._shared.get(tensor, batch) if self._shared else result.as_numpy(tensor.name)
             except (ValueError, TypeError) as error:  # fewer bytes than the shape has
                 raise ClientError(
-                    f"{self.url}: the answer's {tensor.name} is not whole ({error}); {self._look}"
+                    f"{self.url}: {tensor.name} in the answer is incomplete ({error}); {self._look}"
                 ) from None
             if value is None:
-                raise ClientError(f"{self.url}: the answer's {tensor.name} has no data; {self._look}")
+                raise ClientError(f"{self.url}: {tensor.name} in the answer has no data; {self._look}")
             found[tensor.name] = value
         return found
 
@@ -202,10 +205,10 @@ class TritonClient:
         fits = len(shape) == len(wanted) and all(side in (-1, int(of)) for side, of in zip(wanted, shape, strict=True))
         if not fits or datatype != tensor.datatype:
             raise ClientError(
-                f"{self.url}: the answer's {tensor.name} is {datatype} {list(shape)}, expected {tensor.datatype} "
+                f"{self.url}: {tensor.name} in the answer is {datatype} {list(shape)}, expected {tensor.datatype} "
                 f"{list(wanted)}; {self._look}"
             )
 
     @property
     def _look(self) -> str:
-        return f"check what serves {self.name} there"
+        return f"check which program serves {self.name} there"

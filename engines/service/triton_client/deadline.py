@@ -12,7 +12,7 @@ from .errors import ClientError, import_part
 
 
 class Deadline:
-    """Bounds the calls of one client: HTTP calls by a timer of gevent, which their sockets obey; gRPC calls by its own.
+    """Limits the time of a client's calls: HTTP calls with gevent's timer, gRPC calls with gRPC's own deadline.
 
     Args:
         seconds: that a call may take.
@@ -25,14 +25,14 @@ class Deadline:
 
     def __init__(self, seconds: float, protocol: str, url: str) -> None:
         if not (math.isfinite(seconds) and seconds > 0):
-            raise ClientError(f"timeout {seconds:g} s: expected a number above 0")
+            raise ClientError(f"the timeout {seconds:g} s is invalid; expected a number above 0")
         self.seconds, self.url = seconds, url
         self._gevent = import_part("gevent", "pip install 'tritonclient[http]'") if protocol == "http" else None
         self._end = 0.0
 
     @contextlib.contextmanager
     def running(self, broken: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Raises ClientError where the block takes longer; `broken` is then called, to drop half-read connections."""
+        """Raises ClientError if the block takes too long, after calling `broken` to drop half-read connections."""
         self._end = time.monotonic() + self.seconds
         if self._gevent is None:
             yield
@@ -61,7 +61,7 @@ class Deadline:
         return left
 
     def options(self, **more: Any) -> dict[str, Any]:
-        """What a gRPC method is given, `more` among it; nothing for HTTP."""
+        """Options for a gRPC method, including `more`; nothing for HTTP."""
         return {} if self._gevent is not None else {"client_timeout": self.left_s(), **more}
 
     def _late(self) -> ClientError:

@@ -39,12 +39,15 @@ def told(url: str) -> Iterator[None]:
     except Exception as error:  # tritonclient's own, and those of gevent, geventhttpclient, json
         status = error.status() if hasattr(error, "status") else "StatusCode.UNAVAILABLE"  # an InferenceServerException
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            remedy = "give the certificate of the authority that signed the server's with --ca, or in SSL_CERT_FILE"
+            remedy = (
+                "pass the certificate of the authority that signed the server's certificate with --ca, or in "
+                "SSL_CERT_FILE"
+            )
             if any(words in str(error) for words in MALFORMED):
-                remedy = "make the certificate again with that extension, which Python 3.13 and later require"
-            raise ClientError(f"{url}: its certificate is not trusted ({one_line(error)}); {remedy}") from None
+                remedy = "create the certificate again with that extension, which Python 3.13 and later require"
+            raise ClientError(f"{url}: the server's certificate is not trusted ({one_line(error)}); {remedy}") from None
         if status in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
-            remedy = "start tritonserver, give its --url (HTTP has port 8000, gRPC 8001), or a longer --timeout"
+            remedy = "start tritonserver, check --url (HTTP uses port 8000, gRPC 8001), or give a longer --timeout"
             raise ClientError(f"{url}: no answer ({type(error).__name__}: {one_line(error)}); {remedy}") from None
-        who = "the server refuses" if status else "the request cannot be sent"
+        who = "the server refused the request" if status else "the request cannot be sent"
         raise ClientError(f"{url}: {who}: {one_line(error)}") from None

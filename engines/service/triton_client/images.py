@@ -24,7 +24,9 @@ def read_pixels(path: Path, size: tuple[int, int]) -> np.ndarray:
             with Image.open(path, formats=FORMATS) as image:
                 upright = ImageOps.exif_transpose(image)
                 if upright.mode[0] in "IF":
-                    raise ClientError(f"{path}: has {upright.mode} pixels, more than 8 bits; save it as 8-bit RGB")
+                    raise ClientError(
+                        f"{path}: the image has {upright.mode} pixels of more than 8 bits; save it as 8-bit RGB"
+                    )
                 if upright.mode == "P" and "transparency" in upright.info:
                     upright = upright.convert("RGBA")
                 return np.array(upright.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR))
@@ -44,4 +46,4 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ClientError(f"{path}: cannot be read ({error.strerror}); give an image file") from None
+        raise ClientError(f"{path}: the file cannot be read ({error.strerror}); give an image file") from None

@@ -25,13 +25,13 @@ class Tensor:
     shape: tuple[int, ...]
 
     def bytes_of(self, batch: int) -> int:
-        """Bytes that it takes for a batch."""
+        """The bytes of a batch."""
         return batch * math.prod(self.shape[1:]) * np.dtype(TYPES[self.datatype]).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What the server says of a model: it takes 1 to `max_batch` images, or only `max_batch` where it is fixed."""
+    """The server's metadata of a model; it accepts 1 to `max_batch` images, or exactly `max_batch` if fixed."""
 
     image: Tensor
     outputs: tuple[Tensor, ...]
@@ -46,7 +46,7 @@ def describe(
     outputs: Sequence[str],
     options: Callable[..., dict[str, Any]] = lambda **_: {},
 ) -> Model:
-    """Asks the server what a model takes and gives.
+    """Asks the server for the inputs and outputs of a model.
 
     Args:
         client: tritonclient's.
@@ -65,7 +65,7 @@ def describe(
             why = " ".join(str(error).split())
             if "restricted" not in why and "403" not in why:
                 raise
-            raise ClientError(f"{name} is not ready; the server does not say what it has ({why})") from None
+            raise ClientError(f"{name} is not ready, and the server does not list its models ({why})") from None
         raise ClientError(_why_not_ready(index, name, version))
     metadata = client.get_model_metadata(name, version, **options(as_json=True))
     config = client.get_model_config(name, version, **options(as_json=True))
@@ -78,11 +78,16 @@ def describe(
     if unknown:
         raise ClientError(f"{name} has no output {', '.join(unknown)}; it has {', '.join(names)}")
     if len(inputs) != 1:
-        raise ClientError(f"{name} has {len(inputs)} inputs; an encoder or its ensemble has one, the image")
+        raise ClientError(
+            f"{name} has {len(inputs)} inputs, but an encoder or its ensemble has one, the image; check the model's "
+            "name"
+        )
     chosen = [one for one in found if not outputs or any(fnmatch.fnmatchcase(one.name, each) for each in outputs)]
     for one in (*inputs, *chosen):
         if one.datatype not in TYPES:
-            raise ClientError(f"{one.name} is {one.datatype}, which numpy lacks; export with --output-dtype fp32")
+            raise ClientError(
+                f"{one.name} is {one.datatype}, which numpy does not have; export with --output-dtype fp32"
+            )
     first = inputs[0].shape[0]
     most = first if first > 0 else max(1, int(config.get("config", config).get("max_batch_size", 1)))
     return Model(inputs[0], tuple(chosen), most, first > 0)

@@ -51,7 +51,7 @@ class SharedMemory:
         self._remove_stale()
 
     def reserve(self, tensor: str, size: int) -> tuple[str, int]:
-        """Makes a tensor's region where there is none of its size; returns the region's name and bytes."""
+        """Makes a tensor's region if none of its size exists; returns the region's name and bytes."""
         if tensor in self._regions and self._regions[tensor][2] != size:
             self._give_back(tensor)
         if tensor not in self._regions:
@@ -72,7 +72,7 @@ class SharedMemory:
         return np.array(self._library.get_contents_as_numpy(handle, TYPES[tensor.datatype], shape))
 
     def register_again(self) -> None:
-        """Tells the server of every region, after it was started again and knows none."""
+        """Registers every region again after the server was restarted."""
         for name, handle, size in self._regions.values():
             with contextlib.suppress(self._refusal):  # it knows this one still
                 self._register(name, handle, size)

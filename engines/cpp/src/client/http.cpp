@@ -155,18 +155,19 @@ std::string remedy(CURLcode code, const TritonOptions& options) {
     switch (code) {
         case CURLE_COULDNT_CONNECT:
         case CURLE_COULDNT_RESOLVE_HOST:
-            return "is the server up, and the address right?";
+            return "check that the server is running and the address is right";
         case CURLE_OPERATION_TIMEDOUT:
-            return "nothing whole came within " + std::to_string(options.timeout.count()) +
-                   " ms; is the server overloaded, or the timeout too short?";
+            return "no complete answer came within " + std::to_string(options.timeout.count()) +
+                   " ms; the server may be overloaded or the timeout too short";
         case CURLE_PEER_FAILED_VERIFICATION:
         case CURLE_SSL_CACERT_BADFILE:
-            return "give the certificate of the authority that signed the server's: --ca FILE, or SSL_CERT_FILE";
+            return "give the certificate of the authority that signed the server's certificate with --ca FILE or "
+                "SSL_CERT_FILE";
         case CURLE_URL_MALFORMAT:
         case CURLE_UNSUPPORTED_PROTOCOL:
             return "expected an address such as localhost:8000";
         default:
-            return "does Triton's HTTP port answer there? its log may tell more";
+            return "check that this is Triton's HTTP port; the server's log may tell more";
     }
 }
 
@@ -206,7 +207,8 @@ void Http::take_credentials() {
     const std::size_t query = url_.find_first_of("?#@", host);  // a token may stand there: it is not shown
     if (query != std::string::npos || !plain(url_)) {
         throw Error(one_line(url_.substr(0, query)) +
-                    ": is followed by a query or other letters; expected an address such as localhost:8000, with " +
+                    ": the address is followed by a query or other text; expected an address such as localhost:8000, "
+                    "with " +
                     "credentials as options");
     }
     const std::size_t colon = credentials.find(':');
@@ -298,11 +300,11 @@ Answer Http::perform(const std::string& path, std::vector<std::string> lines, st
     curl_easy_reset(curl);  // the pointers above go with this call; the connection stays
     if (sink.no_memory || code == CURLE_OUT_OF_MEMORY) {
         throw MemoryError(address + ": the host has too little free memory for the answer; ask for fewer outputs or " +
-                          "images, or end other programs");
+                          "images, or close other programs");
     }
     if (sink.too_long) {
         throw Error(address + ": the answer is longer than " + std::to_string(largest) +
-                    " bytes; ask for fewer outputs or images, or allow more");
+                    " bytes; request fewer outputs or images, or allow a longer answer");
     }
     if (code != CURLE_OK) {
         const std::string told = reason[0] != '\0' ? reason.data() : curl_easy_strerror(code);

@@ -21,7 +21,7 @@ constexpr std::string_view bytes_type = "BYTES";  // elements of any length, eac
 Json parse(std::string_view text) {
     Json json = parse_json(text);
     if (!json.is_object()) {
-        throw Fault{"is no JSON object"};
+        throw Fault{"is not a JSON object"};
     }
     return json;
 }
@@ -29,7 +29,7 @@ Json parse(std::string_view text) {
 std::string name_of(const Json& object) {
     std::string name = text_or_empty(object, "name");
     if (name.empty() || !plain(name)) {
-        throw Fault{"has the odd name " + repr(name)};
+        throw Fault{"has the invalid name " + repr(name)};
     }
     return name;
 }
@@ -56,7 +56,7 @@ Shape shape_of(const Json& tensor) {
     Shape shape;
     for (const Json& side : list_of(tensor, "shape")) {
         if (!side.is_number_integer()) {
-            throw Fault{repr(text_or_empty(tensor, "name")) + " has a shape that is not of numbers"};
+            throw Fault{repr(text_or_empty(tensor, "name")) + " has a shape that does not consist of numbers"};
         }
         shape.push_back(side.get<std::int64_t>());
     }
@@ -69,7 +69,7 @@ std::vector<Port> read_ports(const Json& metadata, const char* key, std::int64_t
     std::vector<Port> ports;
     for (const Json& tensor : list_of(metadata, key)) {
         if (!tensor.is_object()) {
-            throw Fault{"has tensors that are no objects"};
+            throw Fault{"has tensors that are not objects"};
         }
         if (bytes != nullptr && text_or_empty(tensor, "datatype") == bytes_type) {
             bytes->push_back({name_of(tensor), shape_of(tensor), largest_batch});
@@ -77,7 +77,7 @@ std::vector<Port> read_ports(const Json& metadata, const char* key, std::int64_t
         }
         Port port{name_of(tensor), type_of(tensor), shape_of(tensor)};
         if (port.shape.empty()) {
-            throw Fault{"has a tensor without shape"};
+            throw Fault{"has a tensor without a shape"};
         }
         port.largest_batch = port.shape[0] < 0 ? largest_batch : port.shape[0];
         port.smallest_batch = port.shape[0] < 0 ? 1 : port.shape[0];
@@ -101,14 +101,14 @@ std::size_t binary_size(const Json& output) {
 
 std::vector<Tensor> read_outputs(const Answer& answer) {
     if (answer.header_length == 0 || answer.header_length > answer.body.size()) {
-        throw Fault{"does not say where its binary data begin (Inference-Header-Content-Length)"};
+        throw Fault{"does not say where the binary data begin (Inference-Header-Content-Length)"};
     }
     const Json json = parse(std::string_view(answer.body).substr(0, answer.header_length));
     std::string_view rest = std::string_view(answer.body).substr(answer.header_length);
     std::vector<Tensor> outputs;
     for (const Json& output : list_of(json, "outputs")) {
         if (!output.is_object()) {
-            throw Fault{"has outputs that are no objects"};
+            throw Fault{"has outputs that are not objects"};
         }
         const std::string name = name_of(output);
         const DataType type = type_of(output);
@@ -171,15 +171,15 @@ void check_whole(const std::vector<Tensor>& found, const TritonModel& model, con
         const auto count =
             std::count_if(found.begin(), found.end(), [&](const Tensor& output) { return output.name == name; });
         if (count != 1) {
-            throw Fault{(count == 0 ? "lacks the output " : "has more than once the output ") + repr(name) +
-                        "; asked for were " + joined(wanted, [](const std::string& each) { return each; })};
+            throw Fault{(count == 0 ? "does not have the output " : "has several times the output ") + repr(name) +
+                        "; requested were " + joined(wanted, [](const std::string& each) { return each; })};
         }
     }
     for (const Tensor& output : found) {
         const Port* port = find(model.outputs, output.name);
         if (port == nullptr || found.size() != wanted.size()) {
             throw Fault{"has the output " + repr(output.name) + " among " + std::to_string(found.size()) +
-                        "; asked for were " + joined(wanted, [](const std::string& each) { return each; })};
+                        "; requested were " + joined(wanted, [](const std::string& each) { return each; })};
         }
         if (!fits(*port, output, batch)) {
             throw Fault{"has " + output.name + " as " + output.describe() + " for a batch of " + std::to_string(batch) +
@@ -204,10 +204,10 @@ public:
     auto take(const std::string& path, const Answer& answer, Use use) {
         const std::string address = http.url() + "/" + path;
         if (answer.status != 200) {
-            throw Error(address + ": the server refuses (HTTP " + std::to_string(answer.status) +
+            throw Error(address + ": the server refused the request (HTTP " + std::to_string(answer.status) +
                         "): " + server_error(answer));
         }
-        constexpr const char* hint = "; is it Triton with its binary tensor extension?";
+        constexpr const char* hint = "; check that the server is Triton with the binary tensor extension";
         try {
             return use();
         } catch (const Fault& fault) {
@@ -327,7 +327,7 @@ std::vector<Tensor> TritonClient::infer_bytes(const std::string& model, const st
         for (const std::string_view element : elements) {
             if (element.size() > UINT32_MAX) {
                 throw Error("an element of " + input + " has " + std::to_string(element.size()) +
-                            " bytes; BYTES of Triton end at 4294967295");
+                            " bytes, but an element of type BYTES can have at most 4294967295");
             }
             const auto length = static_cast<std::uint32_t>(element.size());
             bytes.append(reinterpret_cast<const char*>(&length), sizeof length);

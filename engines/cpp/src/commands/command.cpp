@@ -86,13 +86,13 @@ void parse(int count, char** values, Asked& asked, const std::vector<Option>& op
     int found = 0;
     for (int code = 0; (code = getopt_long(count, values, "", rows.data(), &found)) != -1;) {
         if (code != 0) {
-            throw UsageError{"an option that is not known, or lacks its value"};
+            throw UsageError{"an option is unknown or has no value"};
         }
         known[static_cast<std::size_t>(found)].take(optarg != nullptr ? optarg : "");
     }
     const std::vector<std::string> rest(values + optind, values + count);
     if (!asked.help && (rest.empty() || rest.size() > 2)) {
-        throw UsageError{"expected one thing to run, and at most one IMAGE"};
+        throw UsageError{"expected one file or URL to run, and at most one IMAGE"};
     }
     asked.target = rest.empty() ? "" : rest[0];
     if (rest.size() == 2) {
@@ -140,7 +140,7 @@ Batch choose_image(const Asked& asked, const Port& input, const std::optional<Re
         if (pixels.shape[1] != size.height || pixels.shape[2] != size.width) {
             throw Error("the reference's pixels are " + pixels.describe() + "; the model takes " +
                         std::to_string(size.height) + " x " + std::to_string(size.width) +
-                        " (height x width); make it of the model's own file");
+                        " (height x width); make the reference with the model's own file");
         }
         return {preprocessor.prepare(pixels).image, {}};
     }
@@ -222,7 +222,7 @@ int run_command(const std::string& name, const std::string& help, const std::fun
     } catch (const Error& error) {
         std::cerr << name << ": " << error.what() << "\n";
     } catch (const std::bad_alloc&) {
-        std::cerr << name << ": out of memory; end other programs or take a smaller batch\n";
+        std::cerr << name << ": out of memory; close other programs or use a smaller batch\n";
     } catch (const std::exception& error) {
         std::cerr << name << ": " << one_line(error.what()) << "; this should not happen, please report it\n";
     }

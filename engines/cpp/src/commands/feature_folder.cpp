@@ -31,12 +31,13 @@ FeatureFolder::FeatureFolder(const fs::path& folder) : folder_(folder) {
     fs::create_directories(folder, error);
     descriptor_ = open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (descriptor_ < 0) {
-        throw Error(folder.string() + ": cannot be used (" + std::generic_category().message(errno) +
+        throw Error(folder.string() + ": the folder cannot be used (" + std::generic_category().message(errno) +
                     "); give a folder for the features");
     }
     if (flock(descriptor_, LOCK_EX | LOCK_NB) != 0) {
         close(descriptor_);
-        throw Error(folder.string() + ": another process writes features there; wait for it, or give another folder");
+        throw Error(folder.string() + ": another process writes features to this folder; wait until it is done, or "
+            "give another folder");
     }
 }
 
@@ -61,7 +62,7 @@ void FeatureFolder::tidy() const {
             }
         }
     } catch (const fs::filesystem_error& error) {
-        throw Error(folder_.string() + ": cannot be listed (" + error.code().message() +
+        throw Error(folder_.string() + ": the folder cannot be listed (" + error.code().message() +
                     "); check the folder and its permissions");
     }
 }
@@ -81,11 +82,12 @@ std::vector<fs::path> find_images(const fs::path& folder) {
             }
         }
     } catch (const fs::filesystem_error& error) {
-        throw Error(folder.string() + ": cannot be listed (" + error.code().message() +
-                    "); give a folder that holds images");
+        throw Error(folder.string() + ": the folder cannot be listed (" + error.code().message() +
+                    "); give a folder that contains images");
     }
     if (images.empty()) {
-        throw Error(folder.string() + ": contains no image; its files must end in .png, .jpg, .jpeg, .jpe or .jfif");
+        throw Error(folder.string() + ": the folder contains no image; put in files that end in .png, .jpg, .jpeg, "
+            ".jpe or .jfif");
     }
     std::sort(images.begin(), images.end());
     return images;
@@ -131,10 +133,12 @@ std::vector<fs::path> FeatureFolder::find_missing(const std::vector<fs::path>& i
             continue;
         }
         if (recorded["plan"] != plan_hash) {
-            throw Error(features.string() + ": has features of another plan; give another folder, or remove them");
+            throw Error(features.string() + ": the folder has features of another plan; give another folder, or "
+                "remove them");
         }
         if (!same_image(image, recorded)) {
-            log_line(LogLevel::warning, image.string() + ": was changed after its features were computed; they are " +
+            log_line(LogLevel::warning, image.string() + ": the image was changed after its features were computed; "
+                "they are " +
                                             "computed again");
             missing.push_back(image);
         }

@@ -163,7 +163,7 @@ neck::FileBytes read_image_file(const std::string& path) {
 Exit run_file(const Arguments& arguments, const neck::BytesPort& input, const std::string& server, Sender& sender,
               const std::optional<neck::Reference>& reference) {
     if (!arguments.image) {
-        throw neck::Error(arguments.model + " takes image files; give a IMAGE");
+        throw neck::Error(arguments.model + " accepts image files; give an IMAGE");
     }
     const neck::FileBytes file = read_image_file(*arguments.image);
     const auto batch = static_cast<std::size_t>(std::max<std::int64_t>(1, arguments.batch));

@@ -69,12 +69,13 @@ private:
 
     static Source read_source(const fs::path& path) {
         if (FeatureFolder::name_too_long(path)) {
-            throw Error(path.string() + " has too long a name for its features' file; give it a shorter one");
+            throw Error(path.string() + " has a name that is too long for a file of features; rename the image");
         }
         try {
             OpenFile open(path);
             if (open.size() > largest_file) {
-                throw Error(path.string() + " has " + std::to_string(open.size()) + " bytes, more than an image; " +
+                throw Error(path.string() + " has " + std::to_string(open.size()) + " bytes, more than an image can "
+                    "have; " +
                             "fetch it again");
             }
             FileBytes file(open.size());
@@ -114,7 +115,7 @@ private:
             } catch (const Error& error) {
                 ++bad_;
                 const std::lock_guard<std::mutex> lock(printing_);
-                std::cerr << "neck-engine: left out: " + std::string(error.what()) + "\n";
+                std::cerr << "neck-engine: skipped: " + std::string(error.what()) + "\n";
             }
         }
         return batch;
@@ -211,7 +212,7 @@ Exit serve_folder(const fs::path& plan, const fs::path& in, const fs::path& out,
         bad = work.bad();
         std::cerr << (isatty(STDERR_FILENO) != 0 ? "\n" : "");
     }
-    std::cout << out.string() << ": features of " << done << " images written, " << there << " were there, " << bad
+    std::cout << out.string() << ": features of " << done << " images written, " << there << " existed already, " << bad
               << " failed\n";
     return bad == 0 ? Exit::done : Exit::failed;
 }

@@ -22,8 +22,8 @@ Engine::Impl::Impl(const std::filesystem::path& plan, const EngineOptions& optio
               " (compute capability " + gpu.capability() + ")";
     const bool rtx = flavor_here() == "rtx";
     if (options.rtx_graphs && (!rtx || options.cuda_graph)) {
-        throw Error(plan_ + ": CUDA graphs of TensorRT-RTX's own need " +
-                    (rtx ? "cuda_graph to be off" : "TensorRT-RTX, this program is of " + flavor_here()));
+        throw Error(plan_ + ": the CUDA graphs that TensorRT-RTX captures itself need " +
+                    (rtx ? "cuda_graph to be off" : "TensorRT-RTX, but this program was built with " + flavor_here()));
     }
     if (rtx && options.use_runtime_cache) {
         cache_ = RuntimeCache(options.runtime_cache.empty() ? plan_ + ".cache" : options.runtime_cache.string(),
@@ -119,8 +119,8 @@ void Engine::Impl::load(const std::string& version) {
     const std::string cached = cache_.read(why_not);
     loaded_->config = make_runtime_config(*loaded_->engine, cached, options_.rtx_graphs, warm);
     if (!cached.empty() && !warm) {
-        why_not = "the runtime cache was refused by TensorRT-RTX (" + loaded_->logger->failure() +
-                  "); kernels are compiled anew";
+        why_not = "TensorRT-RTX refused the runtime cache (" + loaded_->logger->failure() +
+                  "); kernels are compiled again";
     }
     if (!why_not.empty()) {
         warn(why_not);
@@ -134,7 +134,7 @@ void Engine::Impl::allocate_buffers() {
     const Port& port = input();
     largest_batch_ = options_.max_batch != 0 ? options_.max_batch : port.largest_batch;
     if (largest_batch_ < port.smallest_batch || largest_batch_ > port.largest_batch) {
-        throw Error(plan_ + ": a largest batch of " + std::to_string(largest_batch_) + " was asked; expected " +
+        throw Error(plan_ + ": a largest batch of " + std::to_string(largest_batch_) + " was requested; expected " +
                     port.describe());
     }
     scratch_bytes_ = loaded_->engine->getDeviceMemorySizeV2();
@@ -171,7 +171,8 @@ auto use(const std::unique_ptr<Impl>& impl, Work work) -> decltype(work(*impl)) 
     Impl& engine = existing(impl);
     return guarded(engine.plan(), [&] {
         if (!engine.ready()) {
-            throw Error(engine.plan() + ": its context was given up after a failure of the GPU; call recover(), or " +
+            throw Error(engine.plan() + ": the execution context was discarded after the GPU failed; call recover(), "
+                "or " +
                         "start the program again");
         }
         try {

@@ -41,7 +41,7 @@ std::size_t Engine::Impl::find_output(const std::string& name) const {
     const auto found =
         std::find_if(outputs().begin(), outputs().end(), [&](const Port& port) { return port.name == name; });
     if (found == outputs().end()) {
-        throw Error(plan_ + ": has no output " + repr(name) + "; it has " +
+        throw Error(plan_ + ": the plan has no output " + repr(name) + "; it has " +
                     joined(outputs(), [](const Port& port) { return port.name; }));
     }
     return static_cast<std::size_t>(found - outputs().begin());
@@ -58,8 +58,8 @@ void Engine::Impl::bind_output(const std::string& name, void* memory, std::size_
                         ", enough for a batch of " + std::to_string(largest_batch_));
         }
         if (reinterpret_cast<std::uintptr_t>(memory) % alignment != 0) {
-            throw Error(what + " is at an address that is no multiple of " + std::to_string(alignment) +
-                        " bytes; give what cudaMalloc gave");
+            throw Error(what + " is at an address that is not a multiple of " + std::to_string(alignment) +
+                        " bytes; give memory as cudaMalloc returns it");
         }
         check_device_memory(memory, options_.device, what);
     }

@@ -25,8 +25,8 @@ void check_memory(const std::string& plan, const Engine& first, int contexts) {
     const std::size_t more = static_cast<std::size_t>(contexts) - 1;
     if (more > free_bytes / each) {
         throw Error(plan +
-                    format(": %d contexts need %.1f MB of device memory beside the first, %.1f MB are free; take "
-                           "at most %zu, or a smaller largest batch",
+                    format(": %d contexts need %.1f MB of device memory in addition to the first, but %.1f MB are "
+                        "free; use at most %zu, or a smaller largest batch",
                            contexts, static_cast<double>(more * each) / 1e6, static_cast<double>(free_bytes) / 1e6,
                            1 + free_bytes / each));
     }
@@ -39,7 +39,8 @@ public:
     State(const std::filesystem::path& plan, const PoolOptions& options, const EngineOptions& engine)
         : plan_(plan.string()), device_(engine.device), most_waiting_(options.most_waiting) {
         if (options.contexts < 1 || options.contexts > most_contexts) {
-            throw Error(plan_ + ": a pool of " + std::to_string(options.contexts) + " contexts; give 1 to " +
+            throw Error(plan_ + ": a pool of " + std::to_string(options.contexts) + " contexts is not possible; give "
+                "1 to " +
                         std::to_string(most_contexts));
         }
         engines_.emplace_back(plan, engine);
@@ -115,8 +116,8 @@ private:
             return index;
         }
         if (!closed_ && waiting_.size() >= most_waiting_) {
-            throw Error(plan_ + ": " + std::to_string(waiting_.size()) + " wait for one of " +
-                        std::to_string(engines_.size()) + " contexts already; come later, or make a larger pool");
+            throw Error(plan_ + ": " + std::to_string(waiting_.size()) + " threads already wait for one of " +
+                        std::to_string(engines_.size()) + " contexts; try again later, or make a larger pool");
         }
         const auto self = waiting_.emplace(waiting_.end());
         constexpr std::chrono::milliseconds longest = std::chrono::hours(24 * 365);  // the clock ends somewhere
@@ -129,9 +130,9 @@ private:
             return index;
         }
         if (done) {
-            throw Error(plan_ + ": the pool of contexts is closed; make another");
+            throw Error(plan_ + ": the pool of contexts is closed; create another");
         }
-        throw Error(plan_ + ": none of " + std::to_string(engines_.size()) + " contexts came free within " +
+        throw Error(plan_ + ": none of " + std::to_string(engines_.size()) + " contexts became free within " +
                     std::to_string(timeout.count()) + " ms; wait longer, or make a larger pool");
     }
 

@@ -73,8 +73,8 @@ Fit Engine::Impl::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch,
     const cudaError_t launched = launch_resize(job, stream);
     if (launched == cudaErrorNotSupported) {
         throw Error(plan_ +
-                    ": this library was built without CUDA's compiler, which its resize needs; build it where " +
-                    "nvcc is, or give pixels in host memory to neck::Preprocessor");
+                    ": this library was built without nvcc, which resizing on the GPU needs; build it with " +
+                    "nvcc, or give pixels in host memory to neck::Preprocessor");
     }
     check(launched, plan_ + ": resizing the image");
     mark_after(stream);
@@ -93,7 +93,7 @@ void Engine::Impl::bind(nvinfer1::IExecutionContext& context, std::int64_t batch
         bound = context.setTensorAddress(outputs()[index].name.c_str(), output_[index].address()) && bound;
     }
     if (!bound) {
-        throw Error(plan_ + ": its tensors cannot be bound (" + loaded_->logger->failure() +
+        throw Error(plan_ + ": the tensors cannot be bound (" + loaded_->logger->failure() +
                     "); give device memory that is aligned to 256 bytes");
     }
 }
@@ -129,7 +129,7 @@ Prepared& Engine::Impl::captured(std::int64_t batch) {
     if (!is_capturable(*prepared.context, stream)) {
         throw Error(plan_ +
                     ": no CUDA graph can be captured (TensorRT-RTX allocates while it runs this plan); run it " +
-                    "without one, or build it again by `neck-export trt`");
+                    "without one, or build the plan again with `neck-export trt`");
     }
     succeed(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     const bool ran = prepared.context->enqueueV3(stream);
@@ -181,7 +181,7 @@ void Engine::Impl::keep_kernels(std::int64_t batch) {
 
 std::vector<DeviceTensor> Engine::Impl::device_outputs() const {
     if (last_batch_ == 0) {
-        throw Error(plan_ + ": has no outputs before its first run; call enqueue");
+        throw Error(plan_ + ": there are no outputs before the first run; call enqueue");
     }
     std::vector<DeviceTensor> tensors;
     for (std::size_t index = 0; index < output_.size(); ++index) {

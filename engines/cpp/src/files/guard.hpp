@@ -24,10 +24,10 @@ auto guarded(const Subject& subject, Work work) -> decltype(work()) {
     } catch (const Error&) {
         throw;
     } catch (const std::bad_alloc&) {
-        throw MemoryError(subject_text(subject) + ": the host has too little free memory for this; end other programs, " +
+        throw MemoryError(subject_text(subject) + ": the host has too little free memory for this; close other programs, " +
                           "or use smaller images, batches or files");
     } catch (const std::system_error& error) {
-        throw Error(subject_text(subject) + ": the operating system refuses (" + one_line(error.what()) +
+        throw Error(subject_text(subject) + ": the operating system refused a resource (" + one_line(error.what()) +
                     "); check the limits of this process on threads, open files and memory");
     } catch (const std::exception& error) {
         throw Error(subject_text(subject) + ": unexpected failure (" + one_line(error.what()) + "); please report it");

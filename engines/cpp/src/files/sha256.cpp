@@ -45,7 +45,7 @@ public:
 private:
     static void check(int done) {
         if (done != 1) {
-            throw Error("OpenSSL computes no SHA-256 here; check its configuration (openssl list -digest-algorithms)");
+            throw Error("OpenSSL cannot compute SHA-256; check its configuration (openssl list -digest-algorithms)");
         }
     }
 

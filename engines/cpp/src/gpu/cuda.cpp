@@ -14,7 +14,7 @@ void check(cudaError_t code, const std::string& what) {
         throw GpuError(what + ": out of device memory; " + memory_text());
     }
     throw GpuError(what + " failed (" + cudaGetErrorString(code) + "); " +
-                "nvidia-smi tells whether the GPU still works; start the program again");
+                "check with nvidia-smi that the GPU still works, and start the program again");
 }
 
 void check_device_memory(const void* address, int device, const std::string& what) {
@@ -24,7 +24,7 @@ void check_device_memory(const void* address, int device, const std::string& wha
     if (!on_device || (found.type == cudaMemoryTypeDevice && found.device != device)) {
         throw Error(what + " is in " +
                     (on_device ? "the memory of GPU " + std::to_string(found.device) : "host memory") +
-                    "; expected memory of GPU " + std::to_string(device) + ", copy it there first");
+                    "; expected memory of GPU " + std::to_string(device) + ", so copy it there first");
     }
 }
 
@@ -39,10 +39,10 @@ std::string memory_text() {
     std::size_t total_bytes = 0;
     if (cudaMemGetInfo(&free_bytes, &total_bytes) != cudaSuccess) {
         cudaGetLastError();
-        return "device memory is not told";
+        return "the free device memory is unknown";
     }
     return format(
-        "%.1f of %.1f GB of device memory are free; if too little, end other programs or take a smaller batch",
+        "%.1f of %.1f GB of device memory are free; if that is too little, close other programs or use a smaller batch",
         static_cast<double>(free_bytes) / 1e9, static_cast<double>(total_bytes) / 1e9);
 }
 

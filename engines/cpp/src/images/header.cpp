@@ -63,7 +63,7 @@ std::string unpack(std::string_view packed) {
     text.resize(text.size() - stream.avail_out);
     inflateEnd(&stream);
     if (rest && text.size() == largest_text) {
-        damaged("its text unpacks to more than 1 MiB");
+        damaged("its text is larger than 1 MiB when unpacked");
     }
     return code == Z_OK || code == Z_STREAM_END || code == Z_BUF_ERROR ? text : std::string();
 }
@@ -90,7 +90,7 @@ std::string from_hex(std::string_view text) {
         const int high = digit(text[0]);
         const int low = text.size() > 1 ? digit(text[1]) : -1;
         if (high < 0 || low < 0) {
-            damaged("its EXIF profile has other letters than hexadecimal digits");
+            damaged("its EXIF profile has characters other than hexadecimal digits");
         }
         bytes += static_cast<char>(high * 16 + low);
         text.remove_prefix(2);
@@ -121,7 +121,7 @@ private:
         std::string_view key = content;
         if (take_field(content, key)) {
             if (packed && !content.empty() && content[0] != '\0') {
-                damaged("its text is packed by an unknown method");
+                damaged("its text is compressed with an unknown method");
             }
         } else {
             content = {};
@@ -182,7 +182,7 @@ void take_ihdr(std::string_view content, Header& header) {
     const bool small = header.depth == 1 || header.depth == 2 || header.depth == 4;
     if (!known || content[11] != '\0' ||
         !(header.depth == 8 || (header.depth == 16 && !indexed) || (small && (gray || indexed)))) {
-        damaged("its kind of pixels is no PNG's");
+        damaged("its pixel type does not exist in PNG");
     }
 }
 
@@ -305,16 +305,16 @@ Header read_jpeg(std::string_view file) {
 
 Header read_header(std::string_view file) {
     if (file.empty()) {
-        throw ImageFault("is empty (0 bytes); fetch or save it again");
+        throw ImageFault("is empty (0 bytes); download or save it again");
     }
     const bool png = begins(file, png_magic);
     if (!png && !begins(file, jpeg_magic)) {
-        throw ImageFault("is damaged or in no known format (PNG, JPEG); fetch it again or convert it to PNG");
+        throw ImageFault("is damaged or has an unknown format (known are PNG, JPEG); download it again or convert it to PNG");
     }
     Header header = png ? read_png(file) : read_jpeg(file);
     if (header.size.height == 0 || header.size.width == 0 || (png ? header.pixels.empty() : header.scans == 0)) {
         throw ImageFault(
-            "is damaged (it tells no size, or has no pixels); fetch it again or save it as 8-bit RGB PNG");
+            "is damaged (it has no size or no pixels); download it again or save it as 8-bit RGB PNG");
     }
     return header;
 }

@@ -17,7 +17,7 @@ constexpr std::size_t largest_file = std::size_t{1} << 31U;
 
 Tensor decode_named(std::string_view file, const ImageLimits& limits, const std::string& name) {
     if (limits.most_pixels < 1 || limits.most_scans < 1) {
-        throw Error("limits of images are " + std::to_string(limits.most_pixels) + " pixels and " +
+        throw Error("the limits of images are " + std::to_string(limits.most_pixels) + " pixels and " +
                     std::to_string(limits.most_scans) + " scans; give numbers above 0");
     }
     try {
@@ -47,7 +47,7 @@ Tensor read_image(const std::filesystem::path& path, const ImageLimits& limits) 
 Tensor decode_image(const void* data, std::size_t bytes, const ImageLimits& limits, const std::string& name) {
     return guarded(name, [&] {
         if (data == nullptr && bytes > 0) {
-            throw Error(name + " has " + std::to_string(bytes) + " bytes at no address; give the file's bytes");
+            throw Error(name + " has " + std::to_string(bytes) + " bytes at a null address; give the file's bytes");
         }
         return decode_named({static_cast<const char*>(data), bytes}, limits, name);
     });
@@ -61,8 +61,8 @@ Size image_size(const Port& input) {
     if (shape.size() == 4 && input.type == DataType::float32 && shape[1] == 3 && shape[2] > 0 && shape[3] > 0) {
         return {shape[2], shape[3]};
     }
-    throw Error("the model takes " + input.describe() +
-                ", no image; expected float32 (B, 3, H, W) or uint8 (B, H, W, 3)");
+    throw Error("the model's input is " + input.describe() +
+                ", which is not an image; expected float32 (B, 3, H, W) or uint8 (B, H, W, 3)");
 }
 
 Tensor repeat(const Tensor& tensor, std::int64_t count) {

@@ -139,7 +139,7 @@ void decode_jpeg(std::string_view file, const Header& header, Canvas& canvas) {
         damaged(errors.reason.data());
     }
     if (errors.reason[0] != '\0') {
-        canvas.warn("is damaged, and libjpeg made up a part of its pixels (" + one_line(errors.reason.data()) + ")");
+        canvas.warn("is damaged, and libjpeg invented a part of the pixels (" + one_line(errors.reason.data()) + ")");
     }
 }
 

@@ -131,7 +131,7 @@ Batch Preprocessor::prepare(const Tensor& pixels) const {
 Batch Preprocessor::fit(const Tensor& pixels) const {
     if (pixels.type != DataType::uint8 || pixels.shape.size() != 4 || pixels.shape[3] != 3 || pixels.data.empty() ||
         pixels.data.size() != bytes_of(pixels.type, pixels.shape)) {
-        throw Error("Pixels are " + pixels.describe() + "; give uint8 (B, H, W, 3), RGB, not empty.");
+        throw Error("The pixels are " + pixels.describe() + "; give a non-empty uint8 array (B, H, W, 3) in RGB.");
     }
     const auto count = static_cast<std::size_t>(pixels.shape[0]);
     const Size size{pixels.shape[1], pixels.shape[2]};

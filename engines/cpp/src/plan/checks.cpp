@@ -53,13 +53,14 @@ std::string version_here() {
 void check_version(const std::filesystem::path& plan, const Manifest& manifest, const std::string& flavor,
                    const std::string& version) {
     if (manifest.flavor != flavor) {
-        throw Error(plan.string() + ": is of flavor " + manifest.flavor + ", this program is of " + flavor +
+        throw Error(plan.string() + ": the plan is for flavor " + manifest.flavor + ", but this program is for " +
+            flavor +
                     "; use `neck-export trt --flavor " + flavor + "`, or build this program with the other TensorRT");
     }
     std::vector<int> built = release_numbers(manifest.tensorrt_version);
     std::vector<int> here = release_numbers(version);
     if (built.size() < 3) {
-        throw Error(manifest.path.string() + ": not as neck-export writes it (" + repr(manifest.tensorrt_version) +
+        throw Error(manifest.path.string() + ": the manifest is damaged (" + repr(manifest.tensorrt_version) +
                     " is not a TensorRT version such as 10.16.1.11); build " + plan.filename().string() + " again");
     }
     // the wheels 10.3 to 10.6 report three numbers, libraries four: as many are compared as both have
@@ -69,8 +70,9 @@ void check_version(const std::filesystem::path& plan, const Manifest& manifest, 
     // RTX tells itself which plans it loads
     const bool compatible = manifest.version_compatible;
     if (flavor == "tensorrt" && built != here && !(compatible && here > built)) {
-        throw Error(plan.string() + ": needs TensorRT " + manifest.tensorrt_version +
-                    (compatible ? " or later" : " exactly") + ", here is " + version + "; build it again" +
+        throw Error(plan.string() + ": the plan needs TensorRT " + manifest.tensorrt_version +
+                    (compatible ? " or later" : " exactly") + ", but this program uses " + version + "; build it "
+                        "again" +
                     (compatible ? "" : ", or with --version-compatible for later versions"));
     }
 }
@@ -81,20 +83,21 @@ Gpu find_gpu(const std::filesystem::path& plan, int device) {
     if (code != cudaSuccess || count == 0) {
         cudaGetLastError();
         const std::string why = code == cudaSuccess ? "CUDA finds none" : cudaGetErrorString(code);
-        throw Error(plan.string() + ": no NVIDIA GPU with a driver here; without one a plan can be built, not run (" +
+        throw Error(plan.string() + ": there is no NVIDIA GPU with a driver here; a plan can be built without one, "
+            "but not run (" +
                     why + ")");
     }
     if (device < 0 || device >= count) {
-        throw Error(plan.string() + ": there is no GPU " + std::to_string(device) + "; here are " +
-                    std::to_string(count) + ", counted from 0");
+        throw Error(plan.string() + ": there is no GPU " + std::to_string(device) + "; this machine has " +
+                    std::to_string(count) + ", numbered from 0");
     }
     Gpu gpu{"GPU " + std::to_string(device)};
     cudaDeviceProp properties{};
     if (cudaGetDeviceProperties(&properties, device) != cudaSuccess ||
         cudaDeviceGetAttribute(&gpu.major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
         cudaDeviceGetAttribute(&gpu.minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
-        throw Error(plan.string() + ": CUDA tells nothing of GPU " + std::to_string(device) +
-                    "; nvidia-smi tells whether it works");
+        throw Error(plan.string() + ": CUDA cannot read the properties of GPU " + std::to_string(device) +
+                    "; check with nvidia-smi that it works");
     }
     gpu.name = properties.name;
     return gpu;
@@ -106,7 +109,7 @@ void check_gpu(const std::filesystem::path& plan, const Manifest& manifest, cons
     const std::string here = gpu.capability();
     const bool rtx = manifest.flavor == "rtx";
     if (rtx && !serves_rtx(gpu)) {
-        throw Error(plan.string() + ": TensorRT-RTX " + version + " does not run on " + gpu.describe() +
+        throw Error(plan.string() + ": TensorRT-RTX " + version + " does not support " + gpu.describe() +
                     "; use --flavor tensorrt");
     }
     // RTX's default is 8.0 and later; TensorRT's hardware compatibility `same` is the rule without it, too
@@ -115,7 +118,8 @@ void check_gpu(const std::filesystem::path& plan, const Manifest& manifest, cons
         return;
     }
     const std::string wanted = later ? "8.0 or later" : joined(built, [](const std::string& each) { return each; });
-    throw Error(plan.string() + ": is for compute capability " + wanted + ", here is " + gpu.describe() +
+    throw Error(plan.string() + ": the plan is for compute capability " + wanted + ", but the GPU is " +
+        gpu.describe() +
                 "; build it again " + (rtx ? "with --compute-capability " + here : "on this GPU"));
 }
 

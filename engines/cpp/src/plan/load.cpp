@@ -43,7 +43,8 @@ Port read_port(const nvinfer1::ICudaEngine& engine, const char* name, const std:
         !shape.empty() && std::all_of(shape.begin() + 1, shape.end(), [](auto side) { return side >= 0; });
     if (!type || !fixed) {
         throw Error(plan.string() + ": " + name + " is " + (type ? std::string(name_of(*type)) : "of another type") +
-                    " " + to_text(shape) + "; expected a batch of float32, float16, bfloat16, uint8, int32, int64");
+                    " " + to_text(shape) + "; expected a tensor with a batch and one of the types float32, float16, "
+                    "bfloat16, uint8, int32, int64");
     }
     Port port{name, *type, shape, shape[0], shape[0], shape[0]};
     if (shape[0] < 0 && engine.getTensorIOMode(name) == nvinfer1::TensorIOMode::kINPUT) {
@@ -92,12 +93,13 @@ void read_ports(LoadedEngine& loaded, const std::filesystem::path& plan, const M
         (input ? loaded.inputs : loaded.outputs).push_back(read_port(*loaded.engine, name, plan));
     }
     if (sorted_specs(loaded.inputs, loaded.outputs) != sorted_specs(manifest)) {
-        throw Error(manifest.path.string() + ": its tensors are not the engine's; build " + plan.filename().string() +
+        throw Error(manifest.path.string() + ": the tensors in the manifest differ from the engine's; build " +
+            plan.filename().string() +
                     " again");
     }
     if (loaded.inputs.size() != 1) {
-        throw Error(plan.string() + ": takes " + std::to_string(loaded.inputs.size()) +
-                    " inputs, expected one, `image`; build it from a file of `neck-export onnx`");
+        throw Error(plan.string() + ": the plan has " + std::to_string(loaded.inputs.size()) +
+                    " inputs, expected one, `image`; build it from a file that `neck-export onnx` wrote");
     }
     for (Port& output : loaded.outputs) {
         if (output.shape[0] < 0) {
@@ -148,7 +150,8 @@ std::shared_ptr<LoadedEngine> load_engine(const std::filesystem::path& plan, con
     loaded.logger = std::make_unique<Logger>();
     loaded.runtime.reset(nvinfer1::createInferRuntime(*loaded.logger));
     const auto refused = [&] {
-        return Error(plan.string() + ": TensorRT " + version + " cannot load it (" + loaded.logger->failure() + "); " +
+        return Error(plan.string() + ": TensorRT " + version + " cannot load the plan "
+            "(" + loaded.logger->failure() + "); " +
                      memory_text());
     };
     if (!loaded.runtime) {
@@ -161,8 +164,8 @@ std::shared_ptr<LoadedEngine> load_engine(const std::filesystem::path& plan, con
         const FileBytes file = read_file(plan);
         loaded.engine.reset(loaded.runtime->deserializeCudaEngine(file.data(), file.size()));
     } catch (const std::system_error& error) {
-        throw Error(plan.string() + ": cannot be read (" + error.code().message() +
-                    "); expected a plan of `neck-export trt`");
+        throw Error(plan.string() + ": the file cannot be read (" + error.code().message() +
+                    "); expected a plan built with `neck-export trt`");
     }
     if (!loaded.engine) {
         throw refused();
@@ -176,7 +179,8 @@ std::unique_ptr<nvinfer1::IExecutionContext> make_context(LoadedEngine& loaded, 
     const std::lock_guard<std::mutex> lock(loaded.making);
     std::unique_ptr<nvinfer1::IExecutionContext> context = create_context(*loaded.engine, loaded.config);
     if (!context) {
-        throw Error(plan + ": no context to run it can be made (" + loaded.logger->failure() + "); " + memory_text());
+        throw Error(plan + ": no execution context can be created (" + loaded.logger->failure() + "); " +
+            memory_text());
     }
     if (bytes > 0) {
         context->setDeviceMemoryV2(memory, bytes);

@@ -21,7 +21,7 @@ constexpr std::string_view rtx_magic = "vtrt";  // first bytes of a TensorRT-RTX
 Manifest::Spec read_spec(const Json& port) {
     Manifest::Spec spec{text_at(port, "name"), text_at(port, "dtype"), {}};
     if (!plain(spec.name) || !plain(spec.dtype)) {
-        throw Fault{"a tensor has the odd name " + repr(spec.name)};
+        throw Fault{"a tensor has the invalid name " + repr(spec.name)};
     }
     for (const Json& side : list_at(port, "shape")) {
         if (!side.is_string() && !side.is_number_integer()) {
@@ -51,7 +51,8 @@ std::string read_text(const fs::path& path) {
         return std::string(read_file(path, largest_manifest).text());
     } catch (const std::system_error& error) {
         if (error.code() == std::errc::no_such_file_or_directory) {
-            throw Error(path.string() + ": the manifest is missing; it is written beside the file by neck-export");
+            throw Error(path.string() + ": the manifest is missing; neck-export writes it together with the file, so "
+                "copy it too or write the file again");
         }
         throw Error(path.string() + ": the manifest cannot be read (" + error.code().message() +
                     "); write the file again");
@@ -66,14 +67,15 @@ Json parse(const fs::path& path) {
         throw Error(path.string() + ": the manifest cannot be read (" + fault.why + "); write the file again");
     }
     if (text_or_empty(content, "kind") != "plan") {
-        throw Error(path.string() + ": is not the manifest of a plan file; write the file again");
+        throw Error(path.string() + ": the file is not the manifest of a plan file; write that file again");
     }
     const auto format_found = content.find("format");
     const bool known = format_found != content.end() && format_found->is_number_integer();
     if (!known || format_found->get<std::int64_t>() > format_here) {
         const std::string got = format_found == content.end() ? "None" : one_line(dump_json(*format_found));
-        throw Error(path.string() + ": manifest format " + got + ", this program reads " + std::to_string(format_here) +
-                    "; upgrade it");
+        throw Error(path.string() + ": the manifest has format " + got + ", but this version reads format " +
+            std::to_string(format_here) +
+                    "; upgrade neck-export or write the file again");
     }
     return content;
 }
@@ -90,29 +92,29 @@ std::vector<Manifest::File> read_files(const fs::path& path, const Json& content
         }
         return files;
     } catch (const Fault&) {
-        throw Error(path.string() + ": lists no files with their bytes and SHA-256; write the file again");
+        throw Error(path.string() + ": the manifest lists no files with their sizes and SHA-256; write the file again");
     }
 }
 
 void check_file(const fs::path& manifest, const Manifest::File& entry, bool hashes) {
     if (entry.name.empty() || entry.name.find('/') != std::string::npos || entry.name.find('\0') != std::string::npos) {
-        throw Error(manifest.string() + ": names " + repr(entry.name) +
+        throw Error(manifest.string() + ": the manifest names " + repr(entry.name) +
                     ", a path outside its folder; write the file again");
     }
     const fs::path path = fs::path(manifest).replace_filename(entry.name);
     std::error_code error;
     if (!fs::is_regular_file(path, error)) {
-        throw Error(path.string() + ": is missing; the manifest " + manifest.filename().string() +
-                    " says it belongs here");
+        throw Error(path.string() + ": the file is missing, but the manifest " + manifest.filename().string() +
+                    " names it; copy it there or write it again");
     }
     const auto changed = [&] {
-        return Error(path.string() + ": was changed after its manifest " + manifest.filename().string() +
+        return Error(path.string() + ": the file was changed after its manifest " + manifest.filename().string() +
                      " was written; write it again");
     };
     try {
         const std::size_t bytes = OpenFile(path).size();
         if (bytes != static_cast<std::uint64_t>(entry.bytes)) {
-            throw Error(path.string() + ": has " + std::to_string(bytes) + " bytes, its manifest says " +
+            throw Error(path.string() + ": the file has " + std::to_string(bytes) + " bytes, but its manifest says " +
                         std::to_string(entry.bytes) + "; write it again");
         }
         if (hashes && sha256_of_file(path) != entry.sha256) {
@@ -137,13 +139,13 @@ std::string read_header(const fs::path& plan) {
     } catch (const std::system_error& error) {
         if (error.code() != std::errc::no_such_file_or_directory) {
             throw Error(plan.string() + ": cannot be read (" + error.code().message() +
-                        "); expected a plan of `neck-export trt`");
+                        "); expected a plan built with `neck-export trt`");
         }
         const std::string rejected = plan.string() + ".rejected";
         std::error_code ignored;
         const bool failed = fs::exists(rejected, ignored);
         throw Error("No such file: " + plan.string() + "; " +
-                    (failed ? "it failed verification, see " + rejected + ".json" : "`neck-export trt` builds it"));
+                    (failed ? "it failed verification; see " + rejected + ".json" : "`neck-export trt` builds it"));
     }
 }
 
@@ -189,14 +191,15 @@ Manifest read_checked(const fs::path& plan, bool hashes) {
     try {
         read_values(content, manifest);
     } catch (const Fault& fault) {
-        throw Error(manifest.path.string() + ": not as neck-export writes it (" + one_line(fault.why) + "); build " +
+        throw Error(manifest.path.string() + ": the manifest is damaged (" + one_line(fault.why) + "); build " +
                     plan.filename().string() + " again");
     } catch (const Json::exception& error) {
-        throw Error(manifest.path.string() + ": not as neck-export writes it (" + one_line(error.what()) + "); build " +
+        throw Error(manifest.path.string() + ": the manifest is damaged (" + one_line(error.what()) + "); build " +
                     plan.filename().string() + " again");
     }
     if ((header == rtx_magic) != (manifest.flavor == "rtx")) {
-        throw Error(plan.string() + ": begins with b" + repr(header) + ", no plan of flavor " + manifest.flavor +
+        throw Error(plan.string() + ": the file begins with b" + repr(header) + ", so it is not a plan of flavor " +
+            manifest.flavor +
                     "; build it again");
     }
     for (const Manifest::File& file : manifest.files) {
@@ -206,7 +209,8 @@ Manifest read_checked(const fs::path& plan, bool hashes) {
     const auto own = [&](const Manifest::File& file) { return file.name == name; };
     if (std::none_of(manifest.files.begin(), manifest.files.end(), own)) {
         const std::string names = joined(manifest.files, [](const Manifest::File& file) { return file.name; });
-        throw Error(manifest.path.string() + ": speaks of " + (names.empty() ? "no file" : names) + ", not " + name +
+        throw Error(manifest.path.string() + ": the manifest names " + (names.empty() ? "no file" : names) + " "
+            "instead of " + name +
                     "; build it again");
     }
     return manifest;

@@ -34,14 +34,14 @@ std::string RuntimeCache::read(std::string& why_not) {
         return {};
     }
     const auto dropped = [&](const std::string& why) {
-        why_not = path_.string() + ": " + why + "; kernels are compiled anew";
+        why_not = path_.string() + ": " + why + "; kernels are compiled again";
         return std::string();
     };
     try {
         const FileBytes file = read_file(path_);
         std::string_view text = file.text();
         if (text.substr(0, magic.size()) != magic) {
-            return dropped("is no runtime cache");
+            return dropped("is not a runtime cache");
         }
         text.remove_prefix(magic.size());
         const std::string_view key = take_line(text);
@@ -50,7 +50,7 @@ std::string RuntimeCache::read(std::string& why_not) {
             return dropped("is damaged");
         }
         if (key != key_) {
-            return dropped("is of " + one_line(key) + ", here is " + key_);
+            return dropped("is for " + one_line(key) + ", but this is " + key_);
         }
         written_ = hash;
         return std::string(text);

@@ -41,7 +41,7 @@ Comparison compare_output(const Tensor& reference, const Tensor& candidate, cons
     reference.check();
     candidate.check();
     if (reference.shape != candidate.shape) {
-        throw Error("output " + candidate.name + " is " + to_text(candidate.shape) + ", the reference " +
+        throw Error("output " + candidate.name + " is " + to_text(candidate.shape) + ", but the reference has " +
                     to_text(reference.shape) + "; compare it with a reference of the same images and size");
     }
     const std::vector<float> left = reference.to_floats();

@@ -33,7 +33,7 @@ std::vector<std::int64_t> numbers_of(const Json& value) {
     std::vector<std::int64_t> numbers;
     for (const Json& number : value) {
         if (!number.is_number_unsigned() || number.get<std::uint64_t>() > INT64_MAX) {
-            throw Fault{"has sides or offsets that are no numbers"};
+            throw Fault{"has sizes or offsets that are not numbers"};
         }
         numbers.push_back(number.get<std::int64_t>());
     }
@@ -53,7 +53,7 @@ Entry read_entry(const std::string& name, const Json& value) {
     const std::vector<std::int64_t> offsets = numbers_of(value.at("data_offsets"));
     Entry entry{name, type_of(value.at("dtype")), numbers_of(value.at("shape"))};
     if (offsets.size() != 2 || offsets[0] > offsets[1]) {
-        throw Fault{"has no place in the file"};
+        throw Fault{"has no position in the file"};
     }
     entry.begin = static_cast<std::size_t>(offsets[0]);
     entry.end = static_cast<std::size_t>(offsets[1]);
@@ -74,7 +74,7 @@ Json read_header(OpenFile& file, std::size_t& data) {
     file.read(reinterpret_cast<std::byte*>(&length), sizeof length);
     data = file.size() - sizeof length;
     if (length > data) {
-        throw Fault{"is no safetensors file, or its end is missing"};
+        throw Fault{"is not a safetensors file, or it is truncated"};
     }
     if (length > largest_header) {
         throw Fault{"has a header of " + std::to_string(length) + " bytes; expected at most " +
@@ -85,7 +85,7 @@ Json read_header(OpenFile& file, std::size_t& data) {
     data -= length;
     Json header = parse_json(text.text());
     if (!header.is_object()) {
-        throw Fault{"its header is no JSON object"};
+        throw Fault{"the header is not a JSON object"};
     }
     return header;
 }
@@ -97,14 +97,14 @@ std::vector<Entry> read_entries(const Json& header) {
             continue;
         }
         if (!plain(name)) {
-            throw Fault{"has a tensor with the odd name " + repr(name)};
+            throw Fault{"has a tensor with the invalid name " + repr(name)};
         }
         try {
             entries.push_back(read_entry(name, value));
         } catch (const Fault& fault) {
             throw Fault{repr(name) + " " + fault.why};
         } catch (const Json::exception& error) {
-            throw Fault{repr(name) + " is not described as it should be (" + one_line(error.what()) + ")"};
+            throw Fault{repr(name) + " has an invalid description (" + one_line(error.what()) + ")"};
         } catch (const Error& error) {
             throw Fault{repr(name) + ": " + error.what()};
         }
@@ -122,7 +122,7 @@ std::vector<Entry> read_places(const Json& header, std::size_t data) {
     std::size_t place = 0;
     for (const Entry& entry : entries) {
         if (entry.begin != place || entry.end > data) {
-            throw Fault{"is damaged: " + repr(entry.name) + " is not where it should be"};
+            throw Fault{"is damaged: " + repr(entry.name) + " is at the wrong position"};
         }
         place = entry.end;
     }
@@ -141,7 +141,8 @@ auto read_by(const std::filesystem::path& path, Read read) {
             OpenFile file(path);
             return read(file);
         } catch (const OpenFile::Ended&) {
-            throw Error(path.string() + ": became shorter while it was read; read it again when it is written");
+            throw Error(path.string() + ": the file became shorter while it was read; read it again when it is "
+                "complete");
         } catch (const std::system_error& error) {
             throw Error(path.string() + ": cannot be read (" + error.code().message() + ")" + remedy);
         } catch (const Fault& fault) {
@@ -190,8 +191,8 @@ void write_safetensors(const std::filesystem::path& path, const std::vector<Tens
         for (const Tensor& tensor : tensors) {
             if (!plain(tensor.name) || tensor.name == "__metadata__" || header.contains(tensor.name)) {
                 throw Error(path.string() + ": " + repr(tensor.name) +
-                            " cannot be the name of a tensor there; give each a name of its own, of UTF-8 text " +
-                            "without quotes, and not __metadata__");
+                            " is not a valid name of a tensor; names must be unique UTF-8 text without quotes, " +
+                            "and not __metadata__");
             }
             tensor.check();
             header[tensor.name] = {{"dtype", name_in(names, tensor.type)},
@@ -207,12 +208,12 @@ void write_safetensors(const std::filesystem::path& path, const std::vector<Tens
         try {
             text = header.dump();
         } catch (const Json::exception&) {
-            throw Error(path.string() + ": its metadata are not UTF-8 text; give text, such as hexadecimal digits");
+            throw Error(path.string() + ": the metadata are not UTF-8 text; give text, such as hexadecimal digits");
         }
         text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the tensors begin at a multiple of 8 bytes
         if (text.size() > largest_header) {
-            throw Error(path.string() + ": its header would have " + std::to_string(text.size()) + " bytes; at most " +
-                        std::to_string(largest_header) + " can be read again, so write fewer tensors or less metadata");
+            throw Error(path.string() + ": the header would have " + std::to_string(text.size()) + " bytes; at most " +
+                        std::to_string(largest_header) + " can be read, so write fewer tensors or less metadata");
         }
         const std::uint64_t length = text.size();
         parts[0] = {reinterpret_cast<const char*>(&length), sizeof length};

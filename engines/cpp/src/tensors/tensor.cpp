@@ -92,7 +92,7 @@ Tensor::Tensor(std::string name_, DataType type_, Shape shape_)
 void Tensor::check() const {
     if (data.size() != bytes_of(type, shape)) {
         throw Error("tensor " + repr(name) + " has " + std::to_string(data.size()) + " bytes, but " + describe() +
-                    " needs " + std::to_string(bytes_of(type, shape)) + "; give data and shape that belong together");
+                    " needs " + std::to_string(bytes_of(type, shape)) + "; give data that fits the shape");
     }
 }
 

@@ -1,0 +1,46 @@
+"""The list of messages: what it holds, and that its draws can be repeated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import messages
+import pytest
+
+
+def test_kinds_of_messages_are_found_and_docstrings_are_not(tmp_path: Path) -> None:
+    source = '''
+def load(path, notes, report):
+    """This docstring is no message at all."""
+    report("export")
+    notes.append(f"{path}: the file is old")
+    option = typer.Option(help="This help text is none either")
+    raise LoadError(f"{path} has {3.14159:.2f} of " + "it; download it again")
+'''
+    path = tmp_path / "x.py"
+    path.write_text(source)
+    found = [(found.line, found.kind, found.text) for found in messages.python_messages(path)]
+    assert found == [
+        (4, "report", "export"),
+        (5, "notes.append", "{path}: the file is old"),
+        (7, "LoadError", "{path} has {3.14159:.2f} of it; download it again"),
+    ]
+
+
+def test_a_cpp_message_is_one_line_with_its_values_in_braces(tmp_path: Path) -> None:
+    path = tmp_path / "x.cpp"
+    path.write_text(
+        '#include "a b c.hpp"\n\nvoid f() {\n    // "no message in here"\n    if (bad) {\n'
+        '        throw Error(path.string() + " cannot be "\n                    "opened; check it");\n    }\n}\n'
+    )
+    (found,) = messages.cpp_messages(path)
+    assert (found.line, found.kind) == (6, "throw")
+    assert found.text.endswith(" cannot be opened; check it")
+
+
+@pytest.mark.parametrize("folder", messages.FLOORS)
+def test_every_floor_has_messages(folder: str) -> None:
+    found = messages.messages(folder)
+    assert found
+    for message in found:
+        assert message.text.strip() and message.line <= len(message.path.read_text(encoding="utf-8").splitlines())
