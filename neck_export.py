@@ -355,6 +355,14 @@ def inspect(
             "Compare every byte of an ONNX file with the SHA-256 in its manifest first.", shared.VERIFICATION, "--check"
         ),
     ] = False,
+    gpu: Annotated[
+        str | None,
+        Option(
+            "Print a lower bound on the plan's latency on these GPUs, computed from published rates, e.g. "
+            "h100,l4,rtx-4090, or all. [default: no lower bound]",
+            MEASURED,
+        ),
+    ] = None,
     strip_header: Annotated[
         Path | None,
         Option(
@@ -374,8 +382,10 @@ def inspect(
         elif plan_kind.is_plan(file):
             from engines.inspect import inspect_plan, plan_lines
 
-            found = inspect_plan(file)
+            found = inspect_plan(file, gpu or "")
             lines = plan_lines(file, found)
+        elif gpu:
+            raise typer.BadParameter(f"{file} is not a plan; build one with `neck-export trt`", param_hint="--gpu")
         else:
             from export.inspect import inspect_onnx, summary_lines
 

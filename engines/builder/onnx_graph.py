@@ -32,17 +32,22 @@ class Graph:
     Attributes:
         attentions: how many it has, as Attention nodes or around a Softmax.
         fp32_attentions: names of Attention nodes that would run in FP32, which no TensorRT builds.
-        operations: 2 x multiply-add of matrix products, convolutions and attentions for each batch size that was asked;
-            None where a shape is not told.
+        node_operations: 2 x multiply-add of every matrix product, convolution and attention at the batch size that was
+            asked, by the node's name, or by that of its output if it has none; None where a shape is not told.
         quantized: how many matrix products have both factors from DequantizeLinear.
         fusable: how many attentions compute their scores in FP16 or BF16: TensorRT-RTX 1.7 fuses no others.
     """
 
     attentions: int
     fp32_attentions: tuple[str, ...]
-    operations: int | None
+    node_operations: dict[str, int] | None
     quantized: int = 0
     fusable: int = 0
+
+    @property
+    def operations(self) -> int | None:
+        """Operations of all nodes."""
+        return None if self.node_operations is None else sum(self.node_operations.values())
 
 
 def whole_file(onnx: Path | OnnxFile) -> OnnxFile:
@@ -99,27 +104,28 @@ def _is_fusable(node: ir.Node) -> bool:
     return scores is not None and scores.outputs[0].dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
-def _operations(graph: ir.Graph, batch: int) -> int | None:
-    total = 0
+def _operations(graph: ir.Graph, batch: int) -> dict[str, int] | None:
+    found = {}
     for node in graph:
+        if node.op_type not in ("MatMul", "Gemm", "Conv", "ConvTranspose", "Attention"):
+            continue
         try:
             sides = [_sides(value, batch) for value in (*node.inputs[:2], node.outputs[0]) if value is not None]
         except ValueError:
-            if node.op_type in ("MatMul", "Gemm", "Conv", "ConvTranspose", "Attention"):
-                return None
-            continue
+            return None
         if node.op_type == "MatMul":
-            total += 2 * math.prod(sides[-1]) * sides[0][-1]
+            count = 2 * math.prod(sides[-1]) * sides[0][-1]
         elif node.op_type == "Gemm":
             by_column = bool(node.attributes.get_int("transA", 0))
-            total += 2 * math.prod(sides[-1]) * sides[0][0 if by_column else -1]
+            count = 2 * math.prod(sides[-1]) * sides[0][0 if by_column else -1]
         elif node.op_type == "Conv":
-            total += 2 * math.prod(sides[-1]) * math.prod(sides[1][1:])
+            count = 2 * math.prod(sides[-1]) * math.prod(sides[1][1:])
         elif node.op_type == "ConvTranspose":
-            total += 2 * math.prod(sides[0]) * math.prod(sides[1][1:])
-        elif node.op_type == "Attention":  # two products of (N, D) and (M, D)
-            total += 4 * math.prod(sides[0]) * sides[1][-2]
-    return total
+            count = 2 * math.prod(sides[0]) * math.prod(sides[1][1:])
+        else:  # two products of (N, D) and (M, D)
+            count = 4 * math.prod(sides[0]) * sides[1][-2]
+        found[node.name or str(node.outputs[0].name)] = count
+    return found
 
 
 def _sides(value: ir.Value, batch: int) -> list[int]:
