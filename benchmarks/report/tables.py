@@ -54,8 +54,8 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
     """Every measured row at the encoder's own size, fastest first."""
     rows, order = ranked(result, machine), numbers(result, machine)
     reference = next((label_of(result, row["ratio"]["to"]) for row in rows if row.get("ratio")), None)
-    head = ("Backend", "p50", "p90", "p95", "p99", "Ratio", "Relative L2", "Tolerance", "Of the floor")
     bounded = any(row.get("lower_bound_ms") for row in rows)
+    head: tuple[str, ...] = ("Backend", "p50", "p90", "p95", "p99", "Ratio", "Relative L2", "Tolerance", "Of the floor")
     head += ("Cannot be below",) if bounded else ()
     cells = tuple(
         (

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from export.contract.errors import ExportError
 from export.contract.onnx_file import OnnxFile
-from export.lowering.attention import before_casts
+from export.lowering.attention import before_casts, fp8_attentions
 
 
 class BuildError(RuntimeError):
@@ -36,6 +36,7 @@ class Graph:
             asked, by the node's name, or by that of its output if it has none; None where a shape is not told.
         quantized: how many matrix products have both factors from DequantizeLinear.
         fusable: how many attentions compute their scores in FP16 or BF16: TensorRT-RTX 1.7 fuses no others.
+        fp8_attentions: how many attentions are FP8.
     """
 
     attentions: int
@@ -43,6 +44,7 @@ class Graph:
     node_operations: dict[str, int] | None
     quantized: int = 0
     fusable: int = 0
+    fp8_attentions: int = 0
 
     @property
     def operations(self) -> int | None:
@@ -79,13 +81,18 @@ def read_graph(onnx: Path | OnnxFile, batch: int = 1) -> Graph:
         if node.op_type == "Attention" and _is_fp32(node.inputs[0])
     ]
     attentions = sum(node.op_type in ("Attention", "Softmax") for node in graph)
-    quantized = sum(node.op_type == "MatMul" and all(map(_is_dequantized, node.inputs)) for node in graph)
-    return Graph(attentions, tuple(fp32), _operations(graph, batch), quantized, sum(map(_is_fusable, graph)))
+    quantized = sum(node.op_type == "MatMul" and _is_quantized(node) for node in graph)
+    counts = (quantized, sum(map(_is_fusable, graph)), len(fp8_attentions(graph)))
+    return Graph(attentions, tuple(fp32), _operations(graph, batch), *counts)
 
 
-def _is_dequantized(value: ir.Value | None) -> bool:
-    producer = value.producer() if value is not None else None
-    return producer is not None and producer.op_type == "DequantizeLinear"
+def _is_quantized(node: ir.Node) -> bool:
+    """Whether both factors are codes, and the second is a weight: the products of an FP8 attention have none."""
+    reads = [value.producer() if value is not None else None for value in node.inputs]
+    if any(one is None or one.op_type != "DequantizeLinear" for one in reads) or reads[1] is None:
+        return False
+    codes = reads[1].inputs[0]
+    return codes is not None and codes.is_initializer()
 
 
 def _is_fp32(value: ir.Value | None) -> bool:

@@ -103,6 +103,7 @@ class LayerReport:
         operations: 2 x multiply-add of matrix products, convolutions and attentions at the optimum batch, where known.
         products: how many matrix products of the graph are quantized.
         fusable: how many attentions of the graph are in a form that some TensorRT makes one kernel of.
+        fp8_attentions: how many attentions of the graph are FP8.
     """
 
     source: Literal["builder log", "engine inspector"]
@@ -111,6 +112,7 @@ class LayerReport:
     operations: int | None = None
     products: int = 0
     fusable: int = 0
+    fp8_attentions: int = 0
 
     @property
     def quantized(self) -> tuple[Kernel, ...]:
@@ -162,6 +164,8 @@ class LayerReport:
             first, second = self.accumulation or ("not told", "not told")
             both = first.upper() if first == second else f"{first.upper()} then {second.upper()}"
             parts.append(f"accumulation {both if self.accumulation else 'not told'}")
+        if self.fp8_attentions:
+            parts.append(f"FP8 attentions {self._fp8_fused()} of {self.fp8_attentions}")
         if self.products:
             kinds = " and ".join(sorted({str(kernel.quantized) for kernel in self.quantized})) or "FP8 or INT8"
             told = f"not told ({opaque} Myelin blocks, {self.products} in the graph)" if opaque else None
@@ -172,6 +176,10 @@ class LayerReport:
         reason = "Myelin blocks" if opaque else "dynamic batch"
         parts.append(f"bytes not told ({reason})" if moved is None else f"{moved / 1e9:.3g} GB moved")
         return ", ".join(parts)
+
+    def _fp8_fused(self) -> int:
+        """How many fused attentions multiply E4M3 numbers."""
+        return sum("e4m3" in kernel.family for kernel in self.fused)
 
     def warning(self) -> str | None:
         """What is dangerous about the plan's attention, or not as asked about its products, or None."""
@@ -193,6 +201,11 @@ class LayerReport:
                 f"{self.fusable - len(self.fused)} of {self.fusable} attentions are not fused: each takes several "
                 "kernels and writes its scores to memory, which is slow; compare the forms with --tune on the GPU, "
                 "or use another TensorRT"
+            )
+        if told and "unknown" not in self.families and self._fp8_fused() < self.fp8_attentions:
+            return (
+                f"{self.fp8_attentions - self._fp8_fused()} of {self.fp8_attentions} FP8 attentions do not run as FP8 "
+                "kernels; use TensorRT-RTX 1.7, or export without them: --quantize with the products' names alone"
             )
         missing = self.products - len(self.quantized)
         if told and missing > 0:
@@ -220,8 +233,8 @@ class LayerReport:
     def to_dict(self) -> dict[str, Any]:
         """The layer report as JSON values, the totals beside the kernels for readers that want no rules."""
         totals = {"fused": len(self.fused), "accumulation": self.accumulation, "bytes_moved": self.bytes_moved}
-        totals |= {"families": self.families}
-        return json.loads(json.dumps({**dataclasses.asdict(self), **totals, "by_kind": self.by_kind}))
+        counts = {"by_kind": self.by_kind, "families": self.families}
+        return json.loads(json.dumps({**dataclasses.asdict(self), **totals, **counts}))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
@@ -234,8 +247,8 @@ class LayerReport:
             }
             pairs = {key: kernel.get(key) and tuple(kernel[key]) for key in ("accumulation", "families")}
             kernels.append(Kernel(**{**kernel, **tensors, "onnx": tuple(kernel["onnx"]), **pairs}))
-        counts = (values["attentions"], values["operations"], values.get("products", 0), values.get("fusable", 0))
-        return cls(values["source"], tuple(kernels), *counts)
+        counts = {name: values.get(name, 0) for name in ("products", "fusable", "fp8_attentions")}
+        return cls(values["source"], tuple(kernels), values["attentions"], values["operations"], **counts)
 
 
 def unconverted(name: str) -> str:

@@ -46,6 +46,7 @@ def layers_from_log(
     operations: Mapping[str, int] | None = None,
     products: int = 0,
     fusable: int = 0,
+    fp8_attentions: int = 0,
 ) -> LayerReport:
     """Reads the layer report from the builder's listing of the finished engine (DETAILED profiling verbosity).
 
@@ -54,7 +55,7 @@ def layers_from_log(
         families: what `read_families` read from the plan.
         attentions: how many the graph has; by default counted from the ONNX layers' names.
         operations: of the graph's nodes by name, as `read_graph` counts them.
-        products, fusable: as in LayerReport.
+        products, fusable, fp8_attentions: as in LayerReport.
 
     Raises:
         LayerReportError: no kernel is listed.
@@ -73,7 +74,7 @@ def layers_from_log(
         onnx, tactic = _onnx_layers(fields["Metadata"]), fields.get("TacticName", "").partition(", ")[0]
         tensors |= {"onnx": onnx, **_told(families.get(tactic))}
         kernels.append(Kernel(fields["Name"], fields["LayerType"], tactic, **tensors))
-    return _layers("builder log", kernels, attentions, operations, products, fusable)
+    return _layers("builder log", kernels, attentions, operations, products, fusable, fp8_attentions)
 
 
 def layers_from_inspector(
@@ -83,12 +84,13 @@ def layers_from_inspector(
     operations: Mapping[str, int] | None = None,
     products: int = 0,
     fusable: int = 0,
+    fp8_attentions: int = 0,
 ) -> LayerReport:
     """Reads the layer report from EngineInspector.get_engine_information(JSON); untested on a GPU.
 
     Args:
         information: the JSON, of TensorRT 10 (`Bindings`) or 11 (`I/O Tensors`); only its `Layers` are read.
-        families, attentions, operations, products, fusable: as in layers_from_log.
+        families, attentions, operations, products, fusable, fp8_attentions: as in layers_from_log.
 
     Raises:
         LayerReportError: not JSON, or names alone, which a plan without detailed profiling verbosity gives.
@@ -100,7 +102,7 @@ def layers_from_inspector(
         kernels = [_inspected(layer, families) for layer in layers if layer.get("LayerType") not in NO_KERNELS]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise LayerReportError("the engine inspector gave no list of layers") from None
-    return _layers("engine inspector", kernels, attentions, operations, products, fusable)
+    return _layers("engine inspector", kernels, attentions, operations, products, fusable, fp8_attentions)
 
 
 def read_families(plan: Path) -> dict[str, tuple[str, str]]:
@@ -133,6 +135,7 @@ def _layers(
     operations: Mapping[str, int] | None,
     products: int,
     fusable: int,
+    fp8_attentions: int,
 ) -> LayerReport:
     if not kernels:
         raise LayerReportError(f"the {source} lists no kernel")
@@ -142,7 +145,7 @@ def _layers(
     total = None
     if operations is not None:
         kernels, total = _with_operations(kernels, operations), sum(operations.values())
-    return LayerReport(source, tuple(kernels), attentions, total, products, fusable)
+    return LayerReport(source, tuple(kernels), attentions, total, products, fusable, fp8_attentions)
 
 
 def _with_operations(kernels: list[Kernel], operations: Mapping[str, int]) -> list[Kernel]:
