@@ -24,6 +24,7 @@ from engines.builder.onnx_graph import read_graph
 from engines.layers.layer_report import LayerReport
 from engines.layers.read_layers import read_families
 from export.contract.errors import ExportError
+from export.contract.options import QuantizeOptions
 from export.contract.targets import find_targets, why_no_fp8_attention
 from export.inspect import attention_forms, quantized_products, told_quantization
 from export.lowering.attention import PROBABILITIES, fp8_attentions
@@ -45,7 +46,6 @@ from export.quantization.choice import Product, order_products, unmeasured_atten
 from export.quantization.ranges import choose_value_range
 from export.quantization.select_quantization import (
     QuantizationPlan,
-    QuantizeOptions,
     manifest_quantization,
     select_quantization,
 )

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import safetensors.torch
@@ -191,7 +192,7 @@ def _keep_result(
     name: str, keep: Callable[[str, Tensor], None], layer: nn.Module, _: tuple[Tensor, ...], output: Tensor
 ) -> None:
     """Keeps the result of a linear layer without its bias, as the product writes it."""
-    keep(name, output if layer.bias is None else output - layer.bias)
+    keep(name, output if layer.bias is None else output - cast(Tensor, layer.bias))
 
 
 def _attention_hooks(
