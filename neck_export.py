@@ -443,7 +443,8 @@ def show_curve(manifest: dict[str, Any]) -> None:
         from export.quantization.choice import curve_lines
 
         told = quantization.get("rates") or ""
-        typer.echo("\n".join(curve_lines(quantization["curve"], len(quantization["products"]), told)))
+        count = sum(len(quantization.get(key) or ()) for key in ("products", "attentions", "results"))
+        typer.echo("\n".join(curve_lines(quantization["curve"], count, told)))
 
 
 @contextlib.contextmanager

@@ -36,8 +36,8 @@ from export.foreign.judge import judge_file
 from export.graph.deployed_module import DeployEncoder
 from export.graph.trace import trace
 from export.inspect import told_quantization
+from export.lowering.codes import CODES
 from export.lowering.precision import kept_products, lower, residual_type, residuals_to_try
-from export.lowering.quantize import CODES
 from export.manifest_values import export_facts, graph_facts, verification
 from export.options import NUMPY_NAMES, check_options, load, lowering, sign
 from export.output_files import NamedPath, check_paths, check_room, disk_errors, encoder_paths, target_files

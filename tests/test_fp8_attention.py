@@ -28,8 +28,9 @@ from export.contract.options import QuantizeOptions
 from export.contract.targets import find_targets, why_no_fp8_attention
 from export.inspect import attention_forms, quantized_products, told_quantization
 from export.lowering.attention import PROBABILITIES, fp8_attentions
+from export.lowering.codes import AttentionScales, Kind
 from export.lowering.precision import kept_products, lower
-from export.lowering.quantize import AttentionScales, Kind, Quantization, UnquantizableError, match_products
+from export.lowering.quantize import Quantization, UnquantizableError, match_products
 from export.lowering.relower import relower
 from export.quantization import calibration as calibrating
 from export.quantization.calibration import (

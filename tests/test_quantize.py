@@ -22,10 +22,9 @@ from export.contract.errors import ExportError
 from export.contract.options import Rewrites
 from export.contract.targets import TargetError, find_targets
 from export.graph.cleanup import MODULE
+from export.lowering.codes import CODES, Kind
 from export.lowering.precision import lower
 from export.lowering.quantize import (
-    CODES,
-    Kind,
     Quantization,
     UnquantizableError,
     encode,

@@ -18,8 +18,8 @@ from export.contract.onnx_file import OnnxFile
 from export.contract.options import Precision, QuantizeOptions
 from export.contract.signature import BatchRange, Signature
 from export.graph.cleanup import MODULE
+from export.lowering.codes import CODES
 from export.lowering.precision import kept_products, lower
-from export.lowering.quantize import CODES
 from export.options import NUMPY_NAMES
 from export.quantization.select_quantization import QuantizationPlan, check_quantize, select_quantization
 from export.verification.verify import References, Report

@@ -38,7 +38,7 @@ from export.contract.errors import ExportError
 from export.contract.options import AttentionForm, Spelling
 from export.graph.cleanup import MODULE
 from export.graph.constant_folding import add_initializer
-from export.lowering.quantize import CODES, AttentionScales, zero_code
+from export.lowering.codes import CODES, AttentionScales, zero_code
 
 AUTO: dict[str, AttentionForm] = {"fp32": "fused", "fp16": "fp32acc", "bf16": "fused"}
 AUTO |= {"fp8": "fp32acc", "int8": "fp32acc"}

@@ -30,7 +30,8 @@ from export.lowering.attention import (
     lower_attentions,
     spelling_at,
 )
-from export.lowering.quantize import CODES, Quantization, find_products, is_named, quantize
+from export.lowering.codes import CODES
+from export.lowering.quantize import Quantization, find_products, is_named, quantize
 from export.lowering.residual import residual_stream
 from export.lowering.upsampling import lower_upsampling
 

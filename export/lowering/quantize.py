@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal, cast
+from typing import cast
 
 import ml_dtypes
 import numpy as np
@@ -25,12 +25,11 @@ from torch import Tensor
 from export.contract.errors import ExportError
 from export.graph.cleanup import MODULE
 from export.graph.constant_folding import add_initializer
+from export.lowering.codes import CODES, AttentionScales, Kind, zero_code
 
-Kind = Literal["fp8", "int8"]
 LIMITS: dict[Kind, float] = {"fp8": 448.0, "int8": 127.0}
 """Largest code; activations take INT8's -128 too, weights do not."""
 
-CODES: dict[Kind, ir.DataType] = {"fp8": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8}
 RESULT = ".result"
 """What follows a product's name where its result is meant."""
 
@@ -43,15 +42,6 @@ FP16_TINY = 2.0**-20
 
 class UnquantizableError(ExportError):
     """A product whose weight or input no FP16 scale brings to the codes; the others can still be quantized."""
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionScales:
-    """The scales of an FP8 attention's queries (already multiplied by the attention scale), keys and values."""
-
-    query: float
-    key: float
-    value: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,11 +276,6 @@ def _as_torch(tensor: ir.TensorProtocol) -> Tensor:
         return tensor.raw.detach()
     array = tensor.numpy()
     return torch.from_numpy(array if array.flags.writeable else array.copy())
-
-
-def zero_code(kind: Kind) -> ir.TensorProtocol:
-    """The zero point of all codes: 0."""
-    return ir.tensor(np.zeros((), np.int8 if kind == "int8" else ml_dtypes.float8_e4m3fn))
 
 
 def _stored(codes: Codes) -> ir.TensorProtocol:

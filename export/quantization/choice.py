@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from export.contract.manifest import parse_json, replacing, to_json
-from export.lowering.quantize import RESULT, Kind
+from export.lowering.codes import Kind
+from export.lowering.quantize import RESULT
 from export.quantization.calibration import CalibrationError
 from export.quantization.rates import PUBLISHED, PUBLISHED_BYTES, product_rates
 from export.verification.fidelity import TOLERANCES, Comparison, Tolerance, tolerance_for

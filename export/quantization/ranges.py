@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.lowering.quantize import LIMITS, Kind, UnquantizableError, encode, encode_weight, scale_of
+from export.lowering.codes import Kind
+from export.lowering.quantize import LIMITS, UnquantizableError, encode, encode_weight, scale_of
 from export.quantization.calibration import Layer
 
 PERCENTILES = (99.9, 99.99)

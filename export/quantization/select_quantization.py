@@ -15,15 +15,8 @@ from torch import nn
 from export.contract.errors import ExportError
 from export.contract.options import QuantizeOptions
 from export.contract.signature import Signature
-from export.lowering.quantize import (
-    CODES,
-    RESULT,
-    AttentionScales,
-    Kind,
-    Quantization,
-    UnquantizableError,
-    match_products,
-)
+from export.lowering.codes import CODES, AttentionScales, Kind
+from export.lowering.quantize import RESULT, Quantization, UnquantizableError, match_products
 from export.quantization.calibration import (
     PARTS,
     Calibration,
@@ -167,9 +160,7 @@ def select_quantization(
     if AUTO in patterns:
         choice = _chosen(references, signature, kind, options, ranges, notes)
         ranges, curve = ranges.only(choice.names), choice.curve
-    if note := clipping_note(
-        {**ranges.products, **{f"{name}{RESULT}": one for name, one in ranges.results.items()}}, kind
-    ):
+    if ranges.products and (note := clipping_note(ranges.products, kind)):
         notes.append(note)
     facts = {
         "kind": kind,

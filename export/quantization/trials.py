@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from export.contract.signature import Signature
 from export.lowering.attention import PROBABILITIES
-from export.lowering.quantize import AttentionScales, Kind, Quantization, encode_weight
+from export.lowering.codes import AttentionScales, Kind
+from export.lowering.quantize import Quantization, encode_weight
 from export.quantization.calibration import attention_layers, linear_layers
 from export.quantization.ranges import decode
 from export.verification.fidelity import Comparison, compare_output, tolerance_for
