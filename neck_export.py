@@ -350,6 +350,14 @@ def inspect(
             "--card",
         ),
     ] = False,
+    gpu: Annotated[
+        str | None,
+        Option(
+            "Print a lower bound on the plan's latency on these GPUs, computed from published rates, e.g. "
+            "h100,l4,rtx-4090, or all. [default: no lower bound]",
+            MEASURED,
+        ),
+    ] = None,
     strip_header: Annotated[
         Path | None,
         Option(
@@ -375,8 +383,10 @@ def inspect(
         elif plan_kind.is_plan(file):
             from engines.inspect import inspect_plan, plan_lines
 
-            found = inspect_plan(file)
+            found = inspect_plan(file, gpu or "")
             lines = plan_lines(file, found)
+        elif gpu:
+            raise typer.BadParameter(f"{file} is not a plan; build one with `neck-export trt`", param_hint="--gpu")
         else:
             from export.inspect import inspect_onnx, summary_lines
 
@@ -457,7 +467,8 @@ def show_curve(manifest: dict[str, Any]) -> None:
         from export.quantization.choice import curve_lines
 
         told = quantization.get("rates") or ""
-        typer.echo("\n".join(curve_lines(quantization["curve"], len(quantization["products"]), told)))
+        count = sum(len(quantization.get(key) or ()) for key in ("products", "attentions", "results"))
+        typer.echo("\n".join(curve_lines(quantization["curve"], count, told)))
 
 
 @contextlib.contextmanager

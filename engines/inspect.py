@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+import collections
 from pathlib import Path
 from typing import Any
 
 from engines.builder.onnx_graph import BuildError
+from engines.layers.gpus import find_gpus
 from engines.layers.layer_report import read_layers
+from engines.layers.lower_bound import bound_lines, lower_bound
 from engines.layers.plan_memory import memory_lines
+from engines.layers.read_layers import read_families
 from export.contract.manifest import check_files, manifest_path, read_manifest
 from export.inspect import masks_lines, quantized_line
 
 
-def inspect_plan(path: Path) -> dict[str, Any]:
+def inspect_plan(path: Path, gpus: str = "") -> dict[str, Any]:
     """The manifest of a plan with its layer report, as JSON values.
 
+    Args:
+        path: the plan.
+        gpus: names of GPUs with commas, or `all`: `lower_bounds` then contains the least latency on each.
+
     Raises:
-        BuildError: no such file.
+        BuildError: no such file, or no layer report to compute lower bounds from.
+        GpuError: a GPU whose published rates are not known here.
         ManifestError: the manifest is missing or damaged, or the plan is not the one it speaks of.
     """
     if not path.is_file():
         raise BuildError(f"{path}: no such file; build it with `neck-export trt`")
     manifest = read_manifest(manifest_path(path), "plan")
     check_files(manifest_path(path), manifest)
-    layers = read_layers(path)
-    return {**manifest, "file": str(path), "layers": layers.to_dict() if layers else None}
+    layers, asked = read_layers(path), find_gpus(gpus) if gpus else {}
+    if asked and layers is None:
+        raise BuildError(f"{path}: --gpu needs the plan's layer report, and there is none; build the plan again")
+    families = collections.Counter(" then ".join(dict.fromkeys(pair)) for pair in read_families(path).values())
+    return {
+        **manifest,
+        "file": str(path),
+        "layers": layers.to_dict() if layers else None,
+        "attention_kernels": dict(families),
+        "lower_bounds": {name: lower_bound(layers, gpu).to_dict() for name, gpu in asked.items() if layers},
+    }
 
 
 def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str]:
@@ -53,8 +71,13 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
         word = "verified" if graph["verified"] else "NOT verified"
         lines.append(f"  graph   {word}: {graph.get('method') or graph.get('reason')}")
     lines += masks_lines(found)
+    kinds = ", ".join(f"{count} of {name}" for name, count in found["attention_kernels"].items())
+    lines.append(f"  attention kernels in the plan's bytes: {kinds or 'unknown (the plan does not name them)'}")
     layers = read_layers(path)
-    return [*lines, "", layers.table(kernels)] if layers else [*lines, no_layers_line(found)]
+    if layers is None:
+        return [*lines, no_layers_line(found)]
+    bounds = bound_lines(layers, found["lower_bounds"], found["compute_capabilities"])
+    return [*lines, *([""] if bounds else []), *bounds, "", layers.table(kernels)]
 
 
 def timing_cache_lines(manifest: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.builder.attention_forms import Built, LoweringOptions, build_forms
+from engines.builder.attention_forms import Built, LoweringOptions, build_forms, no_fp8_attention
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.onnx_source import Source, read_source, select_for_source
 from engines.builder.options import DEFAULT_BATCH, BuildOptions, PlanOptions
@@ -34,6 +34,7 @@ from export.contract.manifest import (
 from export.contract.onnx_file import OnnxFile, check_path
 from export.contract.options import Precision, Residual
 from export.contract.signature import BatchRange
+from export.inspect import told_quantization
 from export.lowering.precision import residuals_to_try
 from export.output_files import NamedPath, calibration_paths, check_paths, encoder_paths
 from export.pipeline import ExportResult, RejectedError
@@ -94,9 +95,10 @@ def read_onnx(options: PlanOptions, report: Report) -> Source:
     return read_source(options.onnx, report, **more)  # type: ignore[arg-type]
 
 
-def prepare(options: PlanOptions, source: Source, precision: Precision) -> Prepared:
+def prepare(options: PlanOptions, source: Source, precision: Precision, flavor: Flavor) -> Prepared:
     """Selects what is quantized; see select_for_source."""
-    return Prepared(source, *select_for_source(source, precision, options.quantize, options.keep_fp32))
+    asked = (precision, options.quantize, options.keep_fp32, no_fp8_attention(flavor))
+    return Prepared(source, *select_for_source(source, *asked))
 
 
 def make_plan(options: PlanOptions, report: Report = lambda line: None, prepared: Prepared | None = None) -> PlanResult:
@@ -132,7 +134,7 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, prepared
     ):
         staged = folder / options.output.name
         verdict: Verdict | None = None
-        prepared = prepared or prepare(options, source, precision)
+        prepared = prepared or prepare(options, source, precision, flavor)
         selected, notes = prepared.selected, prepared.notes
         for residual in job.residuals:
             if verdict:
@@ -143,7 +145,7 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, prepared
                     ),
                 )
             forms = (options.attention, options.spelling, options.upsampling, options.keep_fp32)
-            typing = LoweringOptions(*forms, residual, selected and selected[0])
+            typing = LoweringOptions(*forms, residual, selected and selected[0], options.fp8_attention)
             built = build_forms(job.source, staged, job.build, typing, job.flavor, left, report)
             about = _manifest(job, built, (*notes, *built.notes, *built.result.notes), selected)
             verdict, verification = _verify(job, built.typed, staged, about)
@@ -209,6 +211,7 @@ class BuildRequest:
             "precision": self.precision,
             "attention": self.options.attention,
             "spelling": self.options.spelling,
+            "fp8_attention": self.options.fp8_attention,
             "upsampling": self.options.upsampling,
             "keep_fp32": list(self.options.keep_fp32),
             "residual": self.options.residual,
@@ -264,6 +267,7 @@ def _manifest(
 ) -> dict[str, Any]:
     """What the plan's manifest says, its verification aside."""
     result, signature = built.result, job.source.signature(job.precision)
+    quantization = selected.facts if selected else (job.source.manifest or {}).get("quantization")
     first = result.inputs[0].shape[0]
     batch = str(result.options.batch or DEFAULT_BATCH) if isinstance(first, str) else str(first)
     tensors = [dataclasses.asdict(spec) for spec in (*result.inputs, *result.outputs)]
@@ -273,7 +277,7 @@ def _manifest(
         "attention_form": built.attention.form,
         "attention_spelling": built.attention.spelling,
         "residual": built.residual,
-        "quantization": selected.facts if selected else (job.source.manifest or {}).get("quantization"),
+        "quantization": told_quantization(quantization, built.typed.model.graph) if quantization else None,
         "notes": list(notes),
         "flavor": result.flavor,
         "tensorrt_version": result.version,

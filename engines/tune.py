@@ -34,6 +34,8 @@ FORMS: tuple[tuple[AttentionForm, Spelling], ...] = (
 )
 """Attention forms and spellings to try; `unfused` is left out, the last resort for exactness and slow by its making."""
 
+FP8_FORM: tuple[AttentionForm, Spelling] = ("fp32acc", "matmul")
+
 UPSAMPLINGS: tuple[Upsampling, ...] = ("deconv", "conv")
 
 FINALISTS, CLOSE, ROUNDS = 3, 1.1, 5
@@ -57,6 +59,7 @@ class Row:
         layers: the layer report's line.
         problem: why it is out, None where it passed.
         residual: type of the blocks' sums; an `auto` that left tolerance in FP16 was built again in FP32.
+        fp8_attention: whether the selected attentions are FP8; the forms are those of the others.
     """
 
     attention: str
@@ -68,11 +71,12 @@ class Row:
     problem: str | None = None
     final_ms: float | None = None
     residual: str = "auto"
+    fp8_attention: bool = False
 
     @property
     def name(self) -> str:
         """Its forms, as a message and its folder name them."""
-        return f"{self.attention}, {self.spelling}, {self.upsampling}"
+        return f"{'fp8' if self.fp8_attention else self.attention}, {self.spelling}, {self.upsampling}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,14 +132,18 @@ def tune_plan(
     rows = finished_rows(state, key, options.output.name)
     with disk_errors(options.output):
         folder.mkdir(parents=True, exist_ok=True)
-    prepared = prepare(options, source, options.precision)
-    candidates = [*itertools.product(FORMS, UPSAMPLINGS)]
-    for (attention, spelling), upsampling in counted(candidates, "candidates", len(candidates), "builds"):
-        row = Row(attention, spelling, upsampling)
+    prepared = prepare(options, source, options.precision, flavor)
+    selected = prepared.selected and prepared.selected.quantization
+    candidates = [(*pair, False) for pair in itertools.product(FORMS, UPSAMPLINGS)]
+    if selected and selected.attentions:  # FP8 attention has one form; what is in FP16 beside it takes the spelling
+        candidates += [(FP8_FORM, upsampling, True) for upsampling in UPSAMPLINGS]
+    for (attention, spelling), upsampling, eight in counted(candidates, "candidates", len(candidates), "builds"):
+        row = Row(attention, spelling, upsampling, fp8_attention=eight)
         if any(other.name == row.name for other in rows):
             continue
         report(f"building candidate {row.name}")
         forms: dict[str, Any] = {"attention": attention, "spelling": spelling, "upsampling": upsampling}
+        forms["fp8_attention"] = eight
         candidate = dataclasses.replace(options, **forms, output=place_of(folder, row) / options.output.name)
         rows.append(try_candidate(candidate, lambda one: make(one, report, prepared), measure))
         saved = {"key": key, "rows": [dataclasses.asdict(row) for row in rows]}
@@ -160,7 +168,8 @@ def try_candidate(
     options: PlanOptions, make: Callable[[PlanOptions], PlanResult], measure: Callable[[Path], float]
 ) -> Row:
     """One row; a candidate that fails has its reason in the row instead of stopping the run."""
-    row = Row(options.attention, options.spelling or "matmul", options.upsampling)
+    forms = (options.attention, options.spelling or "matmul", options.upsampling)
+    row = Row(*forms, fp8_attention=options.fp8_attention)
     try:
         result = make(options)
         worst = worst_relative_l2(result.manifest["verification"])
@@ -251,7 +260,7 @@ def tuning_rows(rows: list[Row]) -> list[str]:
         worst = "" if row.worst_relative_l2 is None else f"{row.worst_relative_l2:.2e}"
         outcome = row.problem or row.layers or "passed"
         outcome += ", residual sums in FP32" if row.residual == "fp32" else ""
-        forms = f"{row.attention:10} {row.spelling:10} {row.upsampling:10}"
+        forms = f"{'fp8' if row.fp8_attention else row.attention:10} {row.spelling:10} {row.upsampling:10}"
         lines.append(f"{forms} {latency:>8} {final:>8} {worst:>9}  {outcome}")
     return lines
 

@@ -22,7 +22,7 @@ from export.contract.onnx_file import OnnxFile
 from export.contract.targets import TargetError
 from export.foreign.recognize import describe_graph
 from export.foreign.risks import graph_risks
-from export.lowering.attention import after_casts, before_casts
+from export.lowering.attention import after_casts, before_casts, fp8_attentions, is_fp8_attention
 from export.verification.target_check import check_claims, graph_needs, read_by
 
 NOT_CHECKED = (
@@ -117,6 +117,8 @@ def attention_forms(graph: ir.Graph) -> Iterator[str]:
         if node.op_type == "Attention":
             query = node.inputs[0]
             yield "fp32acc" if query is not None and query.dtype == ir.DataType.FLOAT else "Attention in low precision"
+        elif is_fp8_attention(node):
+            yield "fp8"
         elif node.op_type == "Softmax":
             scores, mixed = before_casts(node.inputs[0]), after_casts(node.outputs[0])
             if scores is not None and mixed is not None and scores.op_type == mixed.op_type == "MatMul":
@@ -139,12 +141,28 @@ def quantized_products(graph: ir.Graph) -> dict[str, str]:
     return found
 
 
+def told_quantization(facts: Mapping[str, Any], graph: ir.Graph) -> dict[str, Any]:
+    """What a manifest says is quantized, reduced to what the graph has."""
+    held = {"products": quantized_products(graph), "attentions": fp8_attentions(graph)}
+    held["results"] = coded_results(graph)
+    return {**facts, **{key: {name: facts[key][name] for name in names} for key, names in held.items() if key in facts}}
+
+
+def coded_results(graph: ir.Graph) -> list[str]:
+    """The products of a written graph whose results are codes."""
+    names = [str(node.name) for node in graph if node.op_type == "QuantizeLinear"]
+    return [name.removesuffix("/quantize_result") for name in names if name.endswith("/quantize_result")]
+
+
 def quantized_line(quantization: dict[str, Any], count: int | None = None) -> str:
     """A line about quantization from a manifest; `count` is the number of layers found in the graph."""
     images = quantization["image_count"]
     count = len(quantization["products"]) if count is None else count
+    attentions, results = (quantization.get(key) or {} for key in ("attentions", "results"))
+    more = f" and {len(attentions)} of {quantization['of_attentions']} attentions" if attentions else ""
+    more += f" ({len(results)} results as codes)" if results else ""
     return (
-        f"{count} of {quantization['of']} linear layers are quantized to {quantization['kind']}, calibrated on "
+        f"{count} of {quantization['of']} linear layers{more} are quantized to {quantization['kind']}, calibrated on "
         f"{images} image{'s' * (images > 1)}"
     )
 

@@ -14,8 +14,8 @@ from export.contract.signature import (
     encoder_signature,
 )
 from export.contract.targets import find_targets
+from export.lowering.codes import CODES
 from export.lowering.precision import OPSETS, check_residual
-from export.lowering.quantize import CODES
 from export.lowering.resolve_target import Form, resolve_target
 from export.output_files import (
     check_paths,

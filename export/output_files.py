@@ -16,8 +16,8 @@ from export.contract.onnx_file import check_path
 from export.contract.options import Precision
 from export.contract.signature import Signature
 from export.contract.sizes import size_text
+from export.lowering.codes import CODES
 from export.lowering.precision import TORCH_TYPES, TYPES
-from export.lowering.quantize import CODES
 from export.quantization.select_quantization import record_path
 from export.verification.verify import positions_path
 from neck.necks import Sam3DualViTDetNeck

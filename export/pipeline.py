@@ -30,14 +30,14 @@ from export.contract.manifest import (
 from export.contract.onnx_file import OnnxFile, check_path
 from export.contract.options import ExportOptions, Precision, Rewrites
 from export.contract.signature import Signature
-from export.contract.targets import find_targets
+from export.contract.targets import find_targets, why_no_fp8_attention
 from export.foreign.adopt import adopt
 from export.foreign.judge import judge_file
 from export.graph.deployed_module import DeployEncoder
 from export.graph.trace import trace
-from export.inspect import quantized_products
+from export.inspect import told_quantization
+from export.lowering.codes import CODES
 from export.lowering.precision import kept_products, lower, residual_type, residuals_to_try
-from export.lowering.quantize import CODES
 from export.manifest_values import export_facts, graph_facts, verification
 from export.options import NUMPY_NAMES, check_options, load, lowering, sign
 from export.output_files import NamedPath, check_paths, check_room, disk_errors, encoder_paths, target_files
@@ -143,7 +143,8 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         references = References(encoder, options.images, report)
         kept = kept_products(canonical.graph, options.keep_fp32)  # before the work: a pattern may name no module
         if options.precision in CODES:
-            selected = select_quantization(references, signature, options.precision, options.quantize, notes, kept)
+            asked = (signature, options.precision, options.quantize, notes, kept)
+            selected = select_quantization(references, *asked, why_no_fp8_attention(form.targets))
             forms["quantization"], facts["quantization"] = selected
         write_positions(encoder, signature, staged)
         verdict: Verdict | None = None
@@ -169,9 +170,7 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
             raise RejectedError(options.output, verdict)
         report("computing hashes and writing the manifest")
         if "quantization" in facts:  # what is told is what the file has
-            products = facts["quantization"]["products"]
-            told = {name: products[name] for name in quantized_products(model.graph)}
-            facts["quantization"] = facts["quantization"] | {"products": told}
+            facts["quantization"] = told_quantization(facts["quantization"], model.graph)
         values = export_facts(options, form, encoder, signature) | graph_facts(model, needs, form.targets)
         values |= {
             "residual": residual_type(options.precision, residual),

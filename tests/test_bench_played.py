@@ -92,12 +92,15 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield run
 
 
-def test_a_plan_is_built_run_and_judged(bench: Any) -> None:
+def test_a_plan_is_built_run_and_judged(bench: Any, tmp_path: Path) -> None:
     rows = bench(PLAN, "eager-rewritten-fp16", "ort-cuda-rewritten-fp16")
     for name in (PLAN, "eager-rewritten-fp16"):
         assert rows[name]["status"] == "measured" and rows[name]["passed"], rows[name]
     assert rows[PLAN]["note"] is None and rows[PLAN]["build_s"] > 0 and rows[PLAN]["file_bytes"] > 0
     assert rows["eager-fp32"]["peak_device_bytes"] > 0
+    assert 0 < rows[PLAN]["lower_bound_ms"] < rows[PLAN]["latency"]["p50_ms"]  # of an L4, the fake GPU
+    assert rows["eager-fp32"]["lower_bound_ms"] is None
+    assert "Cannot be below" in (tmp_path / "report" / "report.md").read_text()
     assert "no CUDAExecutionProvider" in rows["ort-cuda-rewritten-fp16"]["reason"]
 
 

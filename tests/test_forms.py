@@ -253,11 +253,11 @@ def test_trt_reports_what_became_of_attention(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str | None
 ) -> None:
     """A builder that fuses none, or whose second product accumulates in FP16: played, by the real one's listing."""
-    read_log, read_plan = build.layers_from_log, build.read_accumulations
+    read_log, read_plan = build.layers_from_log, build.read_families
     if fault == "not fused":
         monkeypatch.setattr(build, "layers_from_log", lambda log, *more: read_log(log.replace("_mha_", "_"), *more))
     if fault == "FP16":
-        monkeypatch.setattr(build, "read_accumulations", lambda plan: dict.fromkeys(read_plan(plan), ("fp32", "fp16")))
+        monkeypatch.setattr(build, "read_families", lambda plan: dict.fromkeys(read_plan(plan), ("a_fp32", "a_fp16")))
     words = ("trt", exported(), "--flavor", "rtx", "--no-verify", "--output", tmp_path / "x.plan")
     ran = neck_export_cli(*words)
     assert ran.code == 0, ran.err

@@ -11,7 +11,7 @@ from conftest import load_golden, traced
 
 from engines.builder.flavor import Flavor
 from engines.layers.layer_report import LayerReport
-from engines.layers.read_layers import LayerReportError, layers_from_inspector, read_accumulations
+from engines.layers.read_layers import LayerReportError, layers_from_inspector, read_families
 from export.lowering.precision import lower
 
 
@@ -106,7 +106,7 @@ def test_the_inspector_and_the_log_agree(tmp_path: Path, gpu_flavor: Flavor) -> 
     runtime = trt.Runtime(flavor.new_logger(lambda severity, line: None))
     engine = runtime.deserialize_cuda_engine((tmp_path / "x.plan").read_bytes())
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    layers = layers_from_inspector(text, read_accumulations(tmp_path / "x.plan"))
+    layers = layers_from_inspector(text, read_families(tmp_path / "x.plan"))
     assert layers.attentions == 4
     if result.layers is not None:
         assert len(layers.fused) == len(result.layers.fused)

@@ -13,8 +13,8 @@ import onnx_ir as ir
 import pytest
 from conftest import load_golden, traced
 
-from engines.layers.layer_report import GPUS, Kernel, LayerReport, Tensor
-from engines.layers.read_layers import LayerReportError, layers_from_log, read_accumulations
+from engines.layers.layer_report import LayerReport
+from engines.layers.read_layers import LayerReportError, layers_from_log, read_families
 from export.contract.options import AttentionForm, Precision, Rewrites
 from export.lowering.precision import lower
 
@@ -102,23 +102,13 @@ def test_table_and_file() -> None:
     layers = layers_of("fp16", "fp32acc")
     lines = layers.table().splitlines()
     assert sum("  attention  " in line for line in lines) == 4
-    assert any("not measured" in line for line in lines) and any("trunk.blocks.3.mlp.fc1" in line for line in lines)
+    assert "attention families: 4 Ampere_hmma_fp32" in lines and any("trunk.blocks.3.mlp.fc1" in line for line in lines)
     assert len(layers.table(3).splitlines()) == len(lines) - len(layers.kernels) + 3
     saved = json.loads(json.dumps(layers.to_dict()))
     assert LayerReport.from_dict(saved) == layers
     assert saved["fused"] == 4 and saved["bytes_moved"] == layers.bytes_moved
     saved["kernels"][0]["name"] = "another"
     assert LayerReport.from_dict(saved) != layers
-
-
-def test_the_least_time_is_that_of_operations_or_bytes() -> None:
-    kernel = Kernel("k", "gemm", "", (Tensor("a", (1000, 1000), "Half"),), (), (), ("m/MatMul",))
-    by_bytes = LayerReport("builder log", (kernel,) * 1000, 0, operations=1)
-    tflops, gigabytes = GPUS["L4"]
-    assert by_bytes.least_time_ms("L4") == pytest.approx(2e9 / (gigabytes * 1e9) * 1e3)
-    by_operations = dataclasses.replace(by_bytes, operations=10**13)
-    assert by_operations.least_time_ms("L4") == pytest.approx(10 / tflops * 1e3)
-    assert dataclasses.replace(by_bytes, operations=None).least_time_ms("L4") is None
 
 
 def _listed(name: str, dims: str) -> str:
@@ -145,8 +135,9 @@ LOG = "\n".join(
 
 
 def test_the_builders_listing_is_read() -> None:
-    layers = layers_from_log(LOG, {"_gemm_mha_v2_0x71": ("fp16", "fp32")})
+    layers = layers_from_log(LOG, {"_gemm_mha_v2_0x71": ("Ampere_hmma_fp16", "Ampere_hmma_fp32")})
     mha, fc = layers.kernels
+    assert layers.families == {"Ampere_hmma_fp16 then Ampere_hmma_fp32": 1}
     assert (mha.attention, mha.accumulation, mha.modules) == (True, ("fp16", "fp32"), ("trunk.blocks.0.attn",))
     assert mha.bytes == 3 * 16 * 576 * 64 * 2 + 2
     assert not fc.attention and fc.bytes is None and fc.modules == ("trunk.blocks.0.mlp.fc1",)
@@ -193,12 +184,13 @@ def test_a_log_without_the_engine_is_an_error() -> None:
         layers_from_log("Layers:\n\nI/O Tensors:\n", {})
 
 
-def test_accumulations_are_read_from_the_kernels_source(tmp_path: Path) -> None:
+def test_families_are_read_from_the_kernels_source(tmp_path: Path) -> None:
     plan = tmp_path / "x.plan"
     kernel = "fmha::Ampere_hmma_{}_traits,\n\tfmha::Ampere_hmma_{}_traits,\n\tfalse,\n extern __global__ void {}(\n"
     plan.write_bytes(
         b"\0\xff" + kernel.format("fp32", "fp16", "a").encode() + b"\0" + kernel.format("bf16", "bf16", "b").encode()
     )
-    assert read_accumulations(plan) == {"a": ("fp32", "fp16"), "b": ("fp32", "fp32")}
+    names = ("Ampere_hmma_fp32", "Ampere_hmma_fp16", "Ampere_hmma_bf16")
+    assert read_families(plan) == {"a": names[:2], "b": (names[2], names[2])}
     plan.write_bytes(b"\0\xff")
-    assert read_accumulations(plan) == {}
+    assert read_families(plan) == {}

@@ -22,10 +22,9 @@ from export.contract.errors import ExportError
 from export.contract.options import Rewrites
 from export.contract.targets import TargetError, find_targets
 from export.graph.cleanup import MODULE
+from export.lowering.codes import CODES, Kind
 from export.lowering.precision import lower
 from export.lowering.quantize import (
-    CODES,
-    Kind,
     Quantization,
     UnquantizableError,
     encode,
@@ -47,7 +46,7 @@ from export.quantization.calibration import (
     save_calibration,
 )
 from export.quantization.ranges import choose_range, clipping_note, pack_move, unpack_move
-from export.quantization.select_quantization import quantization_of
+from export.quantization.select_quantization import Ranges, quantization_of
 from export.verification.rounding_simulation import simulate, spell_out_quantize
 from export.verification.target_check import graph_needs, reading_lines
 from export.verification.verify import reference_outputs, reference_pixels, run_model
@@ -170,7 +169,7 @@ def quantization(kind: Kind, *patterns: str) -> Quantization:
     layers = linear_layers(load_golden("meta-dual").encoder)
     names = match_products(patterns, layers)
     ranges = {name: choose_range(name, calibrated().layers[name], layers[name].weight.detach(), kind) for name in names}
-    return quantization_of(kind, ranges)
+    return quantization_of(kind, Ranges(ranges))
 
 
 def quantized(kind: Kind, *patterns: str, precision: str | None = None, rewrites: Rewrites | None = None) -> ir.Model:

@@ -58,10 +58,16 @@ def test_what_stays_in_fp32_is_neither_quantized_nor_counted(kind: str, asked: t
     there = [name for name in there if name not in ("trunk.blocks.0.attn.qkv", "trunk.blocks.3.mlp.fc1")]
     assert sorted(quantized_products(graph)) == sorted(there) == sorted(result.manifest["quantization"]["products"])
     assert f"quantized {len(there)} of 16 products" in "\n".join(summary_lines(inspect_onnx(result.path)))
+    names = list(there)
+    if kind == "fp8":  # attentions and results of fc1, too
+        names += [f"trunk.blocks.{block}.attn.attention" for block in (0, 1, 3)]
+        names += [f"trunk.blocks.{block}.mlp.fc1.result" for block in (0, 1)]
+        assert len(result.manifest["quantization"]["attentions"]) == 3
+        assert len(result.manifest["quantization"]["results"]) == 2
     if asked == ("auto",):
         tried = json.loads(record_path(tmp_path / "c.safetensors", kind).read_text())["rows"]
-        assert list(tried) == [f"together: {' '.join(sorted(there))}"]
-        assert [row["products"] for row in result.manifest["quantization"]["curve"]][-1] == len(there)
+        assert list(tried) == [f"together: {' '.join(sorted(names))}"]
+        assert [row["products"] for row in result.manifest["quantization"]["curve"]][-1] == len(names)
 
 
 @pytest.mark.parametrize("kept", [("trunk",), ("trunk.blocks.*",), ("*.attn", "*.mlp")])

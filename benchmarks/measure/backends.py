@@ -94,6 +94,10 @@ class Runner(Protocol):
         """A note for the backend's row in the report, once it is loaded."""
         return None
 
+    def lower_bound_ms(self) -> float | None:
+        """The latency that this GPU cannot beat by its published rates, None where that is not known."""
+        return None
+
     def parts_ms(self) -> dict[str, float] | None:
         """Milliseconds of each part in one more run, None where the runtime does not tell."""
         return None

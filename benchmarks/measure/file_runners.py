@@ -175,6 +175,17 @@ class PlanRunner(Runner):
         """Whether it runs without a CUDA graph, and why."""
         return self._note
 
+    def lower_bound_ms(self) -> float | None:
+        """By the plan's layer report; None for a plan without one and for a GPU that the table does not have."""
+        import torch
+
+        from engines.layers.gpus import published_gpu
+        from engines.layers.layer_report import read_layers
+        from engines.layers.lower_bound import lower_bound
+
+        layers, gpu = read_layers(self.job.plan), published_gpu(torch.cuda.get_device_name())
+        return lower_bound(layers, gpu).bound_ms if layers and gpu else None
+
 
 def _free_device_bytes() -> int:
     import torch

@@ -15,7 +15,7 @@ from benchmarks.measure.work_folder import Prepared, about_file, seconds_path
 from benchmarks.options import BenchOptions
 from export.contract.options import ExportOptions, QuantizeOptions, Rewrites
 from export.contract.signature import BatchRange, Signature
-from export.lowering.quantize import CODES
+from export.lowering.codes import CODES
 from export.options import load, sign
 from export.pipeline import export_onnx, write_onnx
 from export.quantization.calibration import FEWEST

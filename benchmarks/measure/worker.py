@@ -80,7 +80,8 @@ class Worker:
         self.runner = open_runner(job)
         built = self.runner.load()
         seconds = time.perf_counter() - start - (built or 0.0)
-        return {"load_s": seconds, "build_s": built, "note": self.runner.note()}
+        told = {"note": self.runner.note(), "lower_bound_ms": self.runner.lower_bound_ms()}
+        return {"load_s": seconds, "build_s": built, **told}
 
     def run(self, count: int, least_s: float = 0.0) -> list[float]:
         """Times `count` runs one after the other in ms, and further ones until `least_s` seconds have passed."""

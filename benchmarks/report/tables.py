@@ -54,7 +54,9 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
     """Every measured row at the encoder's own size, fastest first."""
     rows, order = ranked(result, machine), numbers(result, machine)
     reference = next((label_of(result, row["ratio"]["to"]) for row in rows if row.get("ratio")), None)
-    head = ("Backend", "p50", "p90", "p95", "p99", "Ratio", "Relative L2", "Tolerance", "Of the floor")
+    bounded = any(row.get("lower_bound_ms") for row in rows)
+    head: tuple[str, ...] = ("Backend", "p50", "p90", "p95", "p99", "Ratio", "Relative L2", "Tolerance", "Of the floor")
+    head += ("Cannot be below",) if bounded else ()
     cells = tuple(
         (
             f"{order[row['backend']]}. {row['label']}",
@@ -63,6 +65,7 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
             error_figure(worst_error(row)),
             verdict(row).removesuffix(" tolerance"),
             percent(row.get("share_of_floor")),
+            *((milliseconds(row.get("lower_bound_ms")),) if bounded else ()),
         )
         for row in rows
     )
@@ -70,6 +73,8 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
     caption = f"All measured backends at {size}. Relative L2 is the worst output's"
     if reference:
         caption += f"; the ratio is of latency to {reference}, by round: median (lowest to highest)"
+    if bounded:
+        caption += "; a plan's latency cannot be below the last column, by the GPU's published rates"
     warned = tuple(index for index, row in enumerate(rows) if not may_be_used(row))
     return Table(f"{caption}.", head, cells, (0, 7), warned)
 

@@ -23,7 +23,7 @@ def empty_row(backend: Backend, point: MeasurePoint, status: str, reason: str | 
     """A row without figures."""
     figures = (
         "times_ms warm_up_runs latency images_per_s load_s build_s file_bytes peak_host_bytes peak_device_bytes errors "
-        "passed ratio ratio_to_plain floor_ms share_of_floor note"
+        "passed ratio ratio_to_plain floor_ms share_of_floor lower_bound_ms note"
     )
     return {
         "machine": MACHINE,
@@ -79,6 +79,7 @@ def make_row(
         "ratio_to_plain": ratio(samples, point.name, backend.id, plain) if plain else None,
         "floor_ms": floor,
         "share_of_floor": floor / latency.p50_ms if floor else None,
+        "lower_bound_ms": loads[0].get("lower_bound_ms") if loads else None,
         "note": _note(backend.id, loads, len(rounds), point.schedule),
     }
 

@@ -27,10 +27,10 @@ from export.contract.errors import ExportError
 from export.contract.export_command import REPLACED_FORMS, export_again
 from export.contract.onnx_file import OnnxFile
 from export.contract.options import AttentionForm, Precision, Residual, Spelling, Upsampling
-from export.contract.targets import prefers_attention
+from export.contract.targets import TargetError, find_targets, prefers_attention, why_no_fp8_attention
 from export.graph.cleanup import MODULE
 from export.inspect import attention_forms
-from export.lowering.attention import AUTO
+from export.lowering.attention import AUTO, fp8_attentions
 from export.lowering.quantize import Quantization
 from export.lowering.relower import relower
 from export.verification.verify import Report
@@ -68,6 +68,7 @@ class LoweringOptions:
         attention: the form that was asked for; `auto` is the first that TensorRT takes.
         spelling: the spelling of fp32acc that was asked for; None is the one that TensorRT prefers, then the other.
         upsampling, keep_fp32, residual, quantization: how an FP32 file is lowered.
+        fp8_attention: whether attentions that are quantized become FP8, where TensorRT is known to fuse them.
     """
 
     attention: AttentionForm = "auto"
@@ -76,6 +77,7 @@ class LoweringOptions:
     keep_fp32: tuple[str, ...] = ()
     residual: Residual = "auto"
     quantization: Quantization | None = None
+    fp8_attention: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +110,27 @@ def build_forms(
     precision, folder, typed = build.precision, plan.parent, source.file
     _check_residual(source, typing, precision)
     there = held_attention(typed) if source.precision != "fp32" else Attempt(None)
+    unfused = no_fp8_attention(flavor)
+    keep_fp8 = typing.fp8_attention and unfused is None
+    drops = source.precision == precision and not keep_fp8 and bool(fp8_attentions(typed.model.graph))
+    if drops:
+        there = there._replace(form=there.form or AUTO[precision])
     preferred = (typing.spelling,) if typing.spelling else spellings(flavor)
     attempts = forms_to_try(there.form, precision, typing.attention, source.manifest, preferred)
     if precision != source.precision:
         report(f"lowering the precision from {source.precision} to {precision}")
         there = attempts[0]
         lowering = vars(typing) | {"attention": there.form or typing.attention, "spelling": there.spelling}
+        lowering.pop("fp8_attention")
+        if typing.quantization is not None and not keep_fp8:
+            lowering["quantization"] = dataclasses.replace(typing.quantization, attentions={})
         typed = OnnxFile(lower_file(source, precision, folder, **lowering))
     notes: list[str] = []
+    if drops:
+        notes.append(f"FP8 attention is written in FP16: {unfused or 'as asked'}")
+        report(notes[-1])
+        first = attempts[0] if attempts[0].form else there
+        typed, there = OnnxFile(relower_file(typed, precision, first, folder, left, keep_fp8=False)), first
     for attempt, later in zip(attempts, (*attempts[1:], None), strict=True):
         if attempt.form is not None and attempt != there and precision != "fp32":
             typed, there = OnnxFile(relower_file(typed, precision, attempt, folder, left)), attempt
@@ -142,6 +157,14 @@ def _check_residual(source: Source, typing: LoweringOptions, precision: Precisio
         )
 
 
+def no_fp8_attention(flavor: Flavor) -> str | None:
+    """Why a TensorRT gets no FP8 attention, None if it is known to fuse it."""
+    try:
+        return why_no_fp8_attention(find_targets(flavor.target))
+    except TargetError:  # a version that the table does not know
+        return f"{flavor.title} is not known to fuse FP8 attention"
+
+
 def spellings(flavor: Flavor) -> tuple[Spelling, ...]:
     """The spellings of fp32acc for a TensorRT, the better one first (see `prefers_attention`)."""
     return ("operator", "matmul") if prefers_attention(flavor.name, flavor.version) else ("matmul",)
@@ -153,7 +176,7 @@ def held_attention(onnx: Path | OnnxFile) -> Attempt:
     if not any(MODULE in node.metadata_props for node in model.graph):
         return Attempt(None)
     counted = collections.Counter(attention_forms(model.graph))
-    del counted["FP32"]  # of modules that are kept
+    del counted["FP32"], counted["fp8"]  # of modules that are kept; FP8 attentions have one form
     operator = any(node.op_type == "Attention" for node in model.graph)
     return Attempt(counted.most_common(1)[0][0], "operator" if operator else "matmul") if counted else Attempt(None)
 
@@ -202,7 +225,14 @@ def meaning(attempt: Attempt, precision: str) -> str:
     return f"the attention was rewritten as {attempt.name}: {what}; verification checks its accuracy"
 
 
-def relower_file(file: Path | OnnxFile, precision: Precision, attempt: Attempt, folder: Path, left: ExitStack) -> Path:
+def relower_file(
+    file: Path | OnnxFile,
+    precision: Precision,
+    attempt: Attempt,
+    folder: Path,
+    left: ExitStack,
+    keep_fp8: bool = True,
+) -> Path:
     """Writes a low-precision file in another attention form: a new graph beside the weights, which are not copied.
 
     ONNX weights must lie in the graph's folder or below, and readers refuse links (onnx-ir 1.1, ONNX Runtime 1.32), so
@@ -214,6 +244,7 @@ def relower_file(file: Path | OnnxFile, precision: Precision, attempt: Attempt, 
         attempt: the form to write, and its spelling.
         folder: where the graph and a copy of the weights go if they cannot stay where they are.
         left: removes what was written.
+        keep_fp8: whether FP8 attentions stay as they are.
 
     Raises:
         BuildError: the file is not one whose nodes tell their modules.
@@ -221,7 +252,7 @@ def relower_file(file: Path | OnnxFile, precision: Precision, attempt: Attempt, 
     file = OnnxFile.of(file)
     onnx, (model, weights) = file.path, file.load()
     try:
-        relower(model, precision, cast(AttentionForm, attempt.form), attempt.spelling)
+        relower(model, precision, cast(AttentionForm, attempt.form), attempt.spelling, keep_fp8)
     except ExportError as error:
         raise BuildError(f"{onnx}: {error}") from None
     name = f".{onnx.name.strip('.')}.{attempt.form}.{secrets.token_hex(4)}"

@@ -18,7 +18,7 @@ from engines.builder.parsed_network import check_types, keep_attentions_whole
 from engines.builder.plan_stream import Watch, disk_errors, new_monitor, run_builder, temporary
 from engines.builder.timing_cache import missed, read_replayed, replay_timing, replayed, save_timing_cache
 from engines.layers.layer_report import LayerReport
-from engines.layers.read_layers import LayerReportError, layers_from_inspector, layers_from_log, read_accumulations
+from engines.layers.read_layers import LayerReportError, layers_from_inspector, layers_from_log, read_families
 from export.contract.export_command import export_again
 from export.contract.onnx_file import OnnxFile
 from export.contract.signature import BATCH, TensorSpec
@@ -150,8 +150,8 @@ def _read_layers(
             text = log if read is layers_from_log else flavor.inspect(plan, host_code=host_code)
             if not text:
                 raise LayerReportError(f"the {source} does not list the engine")
-            counted = (graph.attentions, graph.operations, graph.quantized, graph.fusable)
-            return read(text, read_accumulations(plan), *counted), None
+            counted = (graph.attentions, graph.node_operations, graph.quantized, graph.fusable, graph.fp8_attentions)
+            return read(text, read_families(plan), *counted), None
         except LayerReportError as error:
             reasons.append(str(error))
         except Exception as error:

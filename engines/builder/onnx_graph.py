@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from export.contract.errors import ExportError
 from export.contract.onnx_file import OnnxFile
-from export.lowering.attention import before_casts
+from export.lowering.attention import before_casts, fp8_attentions
 
 
 class BuildError(RuntimeError):
@@ -32,17 +32,24 @@ class Graph:
     Attributes:
         attentions: how many it has, as Attention nodes or around a Softmax.
         fp32_attentions: names of Attention nodes that would run in FP32, which no TensorRT builds.
-        operations: 2 x multiply-add of matrix products, convolutions and attentions for each batch size that was asked;
-            None where a shape is not told.
+        node_operations: 2 x multiply-add of every matrix product, convolution and attention at the batch size that was
+            asked, by the node's name, or by that of its output if it has none; None where a shape is not told.
         quantized: how many matrix products have both factors from DequantizeLinear.
         fusable: how many attentions compute their scores in FP16 or BF16: TensorRT-RTX 1.7 fuses no others.
+        fp8_attentions: how many attentions are FP8.
     """
 
     attentions: int
     fp32_attentions: tuple[str, ...]
-    operations: int | None
+    node_operations: dict[str, int] | None
     quantized: int = 0
     fusable: int = 0
+    fp8_attentions: int = 0
+
+    @property
+    def operations(self) -> int | None:
+        """Operations of all nodes."""
+        return None if self.node_operations is None else sum(self.node_operations.values())
 
 
 def whole_file(onnx: Path | OnnxFile) -> OnnxFile:
@@ -74,13 +81,18 @@ def read_graph(onnx: Path | OnnxFile, batch: int = 1) -> Graph:
         if node.op_type == "Attention" and _is_fp32(node.inputs[0])
     ]
     attentions = sum(node.op_type in ("Attention", "Softmax") for node in graph)
-    quantized = sum(node.op_type == "MatMul" and all(map(_is_dequantized, node.inputs)) for node in graph)
-    return Graph(attentions, tuple(fp32), _operations(graph, batch), quantized, sum(map(_is_fusable, graph)))
+    quantized = sum(node.op_type == "MatMul" and _is_quantized(node) for node in graph)
+    counts = (quantized, sum(map(_is_fusable, graph)), len(fp8_attentions(graph)))
+    return Graph(attentions, tuple(fp32), _operations(graph, batch), *counts)
 
 
-def _is_dequantized(value: ir.Value | None) -> bool:
-    producer = value.producer() if value is not None else None
-    return producer is not None and producer.op_type == "DequantizeLinear"
+def _is_quantized(node: ir.Node) -> bool:
+    """Whether both factors are codes, and the second is a weight: the products of an FP8 attention have none."""
+    reads = [value.producer() if value is not None else None for value in node.inputs]
+    if any(one is None or one.op_type != "DequantizeLinear" for one in reads) or reads[1] is None:
+        return False
+    codes = reads[1].inputs[0]
+    return codes is not None and codes.is_initializer()
 
 
 def _is_fp32(value: ir.Value | None) -> bool:
@@ -99,27 +111,28 @@ def _is_fusable(node: ir.Node) -> bool:
     return scores is not None and scores.outputs[0].dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
-def _operations(graph: ir.Graph, batch: int) -> int | None:
-    total = 0
+def _operations(graph: ir.Graph, batch: int) -> dict[str, int] | None:
+    found = {}
     for node in graph:
+        if node.op_type not in ("MatMul", "Gemm", "Conv", "ConvTranspose", "Attention"):
+            continue
         try:
             sides = [_sides(value, batch) for value in (*node.inputs[:2], node.outputs[0]) if value is not None]
         except ValueError:
-            if node.op_type in ("MatMul", "Gemm", "Conv", "ConvTranspose", "Attention"):
-                return None
-            continue
+            return None
         if node.op_type == "MatMul":
-            total += 2 * math.prod(sides[-1]) * sides[0][-1]
+            count = 2 * math.prod(sides[-1]) * sides[0][-1]
         elif node.op_type == "Gemm":
             by_column = bool(node.attributes.get_int("transA", 0))
-            total += 2 * math.prod(sides[-1]) * sides[0][0 if by_column else -1]
+            count = 2 * math.prod(sides[-1]) * sides[0][0 if by_column else -1]
         elif node.op_type == "Conv":
-            total += 2 * math.prod(sides[-1]) * math.prod(sides[1][1:])
+            count = 2 * math.prod(sides[-1]) * math.prod(sides[1][1:])
         elif node.op_type == "ConvTranspose":
-            total += 2 * math.prod(sides[0]) * math.prod(sides[1][1:])
-        elif node.op_type == "Attention":  # two products of (N, D) and (M, D)
-            total += 4 * math.prod(sides[0]) * sides[1][-2]
-    return total
+            count = 2 * math.prod(sides[0]) * math.prod(sides[1][1:])
+        else:  # two products of (N, D) and (M, D)
+            count = 4 * math.prod(sides[0]) * sides[1][-2]
+        found[node.name or str(node.outputs[0].name)] = count
+    return found
 
 
 def _sides(value: ir.Value, batch: int) -> list[int]:

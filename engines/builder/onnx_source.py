@@ -18,8 +18,8 @@ from export.contract.onnx_file import OnnxFile
 from export.contract.options import Precision, QuantizeOptions
 from export.contract.signature import BatchRange, Signature
 from export.graph.cleanup import MODULE
+from export.lowering.codes import CODES
 from export.lowering.precision import kept_products, lower
-from export.lowering.quantize import CODES
 from export.options import NUMPY_NAMES
 from export.quantization.select_quantization import QuantizationPlan, check_quantize, select_quantization
 from export.verification.verify import References, Report
@@ -158,10 +158,12 @@ def select_for_source(
     precision: Precision,
     options: QuantizeOptions,
     keep_fp32: Sequence[str] = (),
+    no_attention: str | None = None,
 ) -> tuple[QuantizationPlan | None, tuple[str, ...]]:
     """What is quantized where an FP32 file is lowered to fp8 or int8 (None for every other), and what is to be told.
 
-    `keep_fp32` names the modules that the lowering keeps in FP32.
+    `keep_fp32` names the modules that the lowering keeps in FP32; `no_attention` says why this TensorRT gets no FP8
+    attention.
 
     Raises:
         BuildError: options of a file that is not lowered.
@@ -176,7 +178,8 @@ def select_for_source(
     notes = list[str]()
     kept = kept_products(source.file.model.graph, keep_fp32)
     signature = manifest_signature(manifest_path(source.path), source.manifest)
-    return select_quantization(source.references, signature, precision, options, notes, kept), tuple(notes)
+    asked = (signature, precision, options, notes, kept, no_attention)
+    return select_quantization(source.references, *asked), tuple(notes)
 
 
 def lower_file(source: Source, precision: Precision, folder: Path, **forms: Any) -> Path:

@@ -169,6 +169,7 @@ class PlanOptions:
     Attributes:
         precision: None is the file's.
         spelling: how fp32acc is written; None is what this TensorRT prefers, then what else it takes.
+        fp8_attention: whether attentions may be FP8: those of an FP8 file, or of an FP32 file lowered to FP8.
         build: the builder's options; its precision and batch are taken from the file.
         checkpoint, adapter: the weights that the file was exported from, and what was merged into them, where they are
             no longer where its manifest says.
@@ -214,6 +215,7 @@ class PlanOptions:
         ),
     ] = "auto"
     spelling: Spelling | None = None
+    fp8_attention: bool = True
     upsampling: Annotated[Upsampling, UPSAMPLING] = "auto"
     keep_fp32: Annotated[tuple[str, ...], KEEP_FP32] = ()
     residual: Annotated[Residual, RESIDUAL] = "auto"

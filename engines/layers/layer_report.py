@@ -13,21 +13,6 @@ from typing import Any, Literal
 
 from export.contract.manifest import parse_json
 
-GPUS = {
-    "T4": (65.0, 320.0),
-    "A10": (125.0, 600.0),
-    "A100": (312.0, 2039.0),
-    "L4": (121.0, 300.0),
-    "L40S": (362.0, 864.0),
-    "H100": (989.4, 3350.0),
-    "H200": (989.4, 4800.0),
-    "RTX 3090": (71.0, 936.0),
-    "RTX 4080": (97.5, 717.0),
-    "RTX 4090": (165.2, 1008.0),
-    "RTX 5090": (209.5, 1792.0),
-}
-"""Published, not measured (NVIDIA's data sheets; SXM, 80 GB): dense FP16 TFLOP/s with FP32 accumulation, GB/s."""
-
 ATTENTION_KERNEL = re.compile(r"mha|flash_?attention", re.IGNORECASE)
 QUANTIZED = ("FP8", "Int8")
 BYTES = {"Float": 4, "Half": 2, "BFloat16": 2, "Int64": 8, "Int32": 4, "Int8": 1, "UInt8": 1, "Bool": 1, "FP8": 1}
@@ -57,6 +42,8 @@ class Kernel:
         inputs, constants, outputs: tensors that it reads and writes.
         onnx: names of the ONNX nodes that it comes from; ours begin with the module's path.
         accumulation: of a fused attention, the types in which its first and second product accumulate, where told.
+        operations: 2 x multiply-add of the matrix products, convolutions and attentions in it, where told.
+        families: of a fused attention, the kernel families of both products, where the plan names them.
     """
 
     name: str
@@ -67,6 +54,8 @@ class Kernel:
     outputs: tuple[Tensor, ...]
     onnx: tuple[str, ...]
     accumulation: tuple[str, str] | None = None
+    operations: int | None = None
+    families: tuple[str, str] | None = None
 
     @property
     def attention(self) -> bool:
@@ -78,6 +67,11 @@ class Kernel:
         """FP8 or INT8 where it is a product of two tensors of that type."""
         types = [one.dtype for one in (*self.inputs, *self.constants)]
         return next((name.upper() for name in QUANTIZED if types.count(name) > 1), None)
+
+    @property
+    def family(self) -> str:
+        """The family of a fused attention in a word; `unknown` if the plan does not name it."""
+        return " then ".join(dict.fromkeys(self.families)) if self.families else "unknown"
 
     @property
     def opaque(self) -> bool:
@@ -109,6 +103,7 @@ class LayerReport:
         operations: 2 x multiply-add of matrix products, convolutions and attentions at the optimum batch, where known.
         products: how many matrix products of the graph are quantized.
         fusable: how many attentions of the graph are in a form that some TensorRT makes one kernel of.
+        fp8_attentions: how many attentions of the graph are FP8.
     """
 
     source: Literal["builder log", "engine inspector"]
@@ -117,16 +112,22 @@ class LayerReport:
     operations: int | None = None
     products: int = 0
     fusable: int = 0
+    fp8_attentions: int = 0
 
     @property
     def quantized(self) -> tuple[Kernel, ...]:
         """The FP8 and INT8 products; what they accumulate in is not listed by any builder so far."""
-        return tuple(kernel for kernel in self.kernels if kernel.quantized)
+        return tuple(kernel for kernel in self.kernels if kernel.quantized and not kernel.attention)
 
     @property
     def fused(self) -> tuple[Kernel, ...]:
         """The attentions that are one kernel each."""
         return tuple(kernel for kernel in self.kernels if kernel.attention)
+
+    @property
+    def families(self) -> dict[str, int]:
+        """How many fused attentions are of each kernel family, most first: `Ampere_hmma_fp32`, `Ada_qmma_e4m3_fp32`."""
+        return dict(collections.Counter(kernel.family for kernel in self.fused).most_common())
 
     @property
     def accumulation(self) -> tuple[str, str] | None:
@@ -153,17 +154,6 @@ class LayerReport:
         """Number of kernels of each kind, most first."""
         return dict(collections.Counter(kernel.kind for kernel in self.kernels).most_common())
 
-    def least_time_ms(self, gpu: str) -> float | None:
-        """Time below which no GPU of that name runs the plan: its operations or its bytes at the published peak.
-
-        Args:
-            gpu: a key of GPUS.
-        """
-        if self.operations is None or self.bytes_moved is None:
-            return None
-        tflops, gigabytes = GPUS[gpu]
-        return max(self.operations / tflops / 1e9, self.bytes_moved / gigabytes / 1e6)
-
     def summary(self) -> str:
         """The layer report in one line."""
         opaque = sum(kernel.opaque for kernel in self.kernels)
@@ -174,6 +164,8 @@ class LayerReport:
             first, second = self.accumulation or ("unknown", "unknown")
             both = first.upper() if first == second else f"{first.upper()} then {second.upper()}"
             parts.append(f"accumulation {both if self.accumulation else 'unknown'}")
+        if self.fp8_attentions:
+            parts.append(f"FP8 attentions {self._fp8_fused()} of {self.fp8_attentions}")
         if self.products:
             kinds = " and ".join(sorted({str(kernel.quantized) for kernel in self.quantized})) or "FP8 or INT8"
             told = f"unknown ({opaque} Myelin blocks, {self.products} in the graph)" if opaque else None
@@ -184,6 +176,10 @@ class LayerReport:
         reason = "Myelin blocks" if opaque else "dynamic batch"
         parts.append(f"bytes moved unknown ({reason})" if moved is None else f"{moved / 1e9:.3g} GB moved")
         return ", ".join(parts)
+
+    def _fp8_fused(self) -> int:
+        """How many fused attentions multiply E4M3 numbers."""
+        return sum("e4m3" in kernel.family for kernel in self.fused)
 
     def warning(self) -> str | None:
         """What is dangerous about the plan's attention, or not as asked about its products, or None."""
@@ -207,24 +203,27 @@ class LayerReport:
                 "kernels and writes its scores to memory, which is slow; compare the forms with --tune on the GPU, "
                 "or use another TensorRT"
             )
+        if told and "unknown" not in self.families and self._fp8_fused() < self.fp8_attentions:
+            return (
+                f"{self.fp8_attentions - self._fp8_fused()} of {self.fp8_attentions} FP8 attentions do not run as FP8 "
+                "kernels; use TensorRT-RTX 1.7, or export without them: --quantize with the products' names alone"
+            )
         missing = self.products - len(self.quantized)
         if told and missing > 0:
             return f"{missing} of {self.products} quantized linear layers do not run as FP8 or INT8 kernels"
         return None
 
     def table(self, limit: int | None = None) -> str:
-        """The layer report as text: totals, least times, then the kernels that move most.
+        """The layer report as text: totals, then the kernels that move most.
 
         Args:
             limit: how many kernels to list, all by default.
         """
         lines = [self.summary(), "kernels: " + ", ".join(f"{count} {kind}" for kind, count in self.by_kind.items())]
+        if self.fused:
+            lines.append("attention families: " + ", ".join(f"{count} {name}" for name, count in self.families.items()))
         if self.operations is not None:
             lines.append(f"operations: {self.operations / 1e12:.3g} TFLOP")
-        times = [(gpu, self.least_time_ms(gpu)) for gpu in GPUS]
-        if all(time is not None for _, time in times):
-            shown = ", ".join(f"{gpu} {time:.3g} ms" for gpu, time in times)
-            lines.append(f"minimum time by published peak rates, not measured: {shown}")
         lines += [*filter(None, [self.warning()]), "", f"{'MB':>9}  {'kind':<15} modules"]
         for kernel in sorted(self.kernels, key=lambda kernel: -(kernel.bytes or 0))[:limit]:
             moved = "?" if kernel.bytes is None else f"{kernel.bytes / 1e6:.2f}"
@@ -235,7 +234,8 @@ class LayerReport:
     def to_dict(self) -> dict[str, Any]:
         """The layer report as JSON values, the totals beside the kernels for readers that want no rules."""
         totals = {"fused": len(self.fused), "accumulation": self.accumulation, "bytes_moved": self.bytes_moved}
-        return json.loads(json.dumps({**dataclasses.asdict(self), **totals, "by_kind": self.by_kind}))
+        counts = {"by_kind": self.by_kind, "families": self.families}
+        return json.loads(json.dumps({**dataclasses.asdict(self), **totals, **counts}))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
@@ -246,10 +246,10 @@ class LayerReport:
                 key: tuple(Tensor(t["name"], tuple(t["dims"]), t["dtype"]) for t in kernel[key])
                 for key in ("inputs", "constants", "outputs")
             }
-            pair = kernel["accumulation"] and tuple(kernel["accumulation"])
-            kernels.append(Kernel(**{**kernel, **tensors, "onnx": tuple(kernel["onnx"]), "accumulation": pair}))
-        counts = (values["attentions"], values["operations"], values.get("products", 0), values.get("fusable", 0))
-        return cls(values["source"], tuple(kernels), *counts)
+            pairs = {key: kernel.get(key) and tuple(kernel[key]) for key in ("accumulation", "families")}
+            kernels.append(Kernel(**{**kernel, **tensors, "onnx": tuple(kernel["onnx"]), **pairs}))
+        counts = {name: values.get(name, 0) for name in ("products", "fusable", "fp8_attentions")}
+        return cls(values["source"], tuple(kernels), values["attentions"], values["operations"], **counts)
 
 
 def unconverted(name: str) -> str:

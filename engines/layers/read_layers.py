@@ -6,6 +6,8 @@ inspector needs a loaded engine, so a GPU; it is tested on hand-made JSON only.
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import json
 import mmap
 import re
@@ -27,7 +29,7 @@ TENSOR = re.compile(r"\{ Name: (.*?)(?:, Location: \w+)?, Dimensions: \[([-\d, ]
 NO_KERNELS = frozenset({"shape_call", "wait", "signal"})
 """Computed on the host; one stream's waiting for another."""
 
-TRAITS = re.compile(rb"fmha::\w+?_(fp16|fp32|bf16)_traits,\s*fmha::\w+?_(fp16|fp32|bf16)_traits")
+TRAITS = re.compile(rb"fmha::(\w+?_(?:fp16|fp32|bf16))_traits,\s*fmha::(\w+?_(?:fp16|fp32|bf16))_traits")
 ENTRY = re.compile(rb"__global__ void (\w+)\(")
 FIRST_LINE = "Layers:"
 """How the builder's message begins that lists the finished engine."""
@@ -39,22 +41,24 @@ class LayerReportError(ValueError):
 
 def layers_from_log(
     log: str,
-    accumulations: Mapping[str, tuple[str, str]],
+    families: Mapping[str, tuple[str, str]],
     attentions: int | None = None,
-    operations: int | None = None,
+    operations: Mapping[str, int] | None = None,
     products: int = 0,
     fusable: int = 0,
+    fp8_attentions: int = 0,
 ) -> LayerReport:
     """Reads the layer report from the builder's listing of the finished engine (DETAILED profiling verbosity).
 
     Args:
         log: the builder's message that begins with `Layers:`.
-        accumulations: what `read_accumulations` read from the plan.
+        families: what `read_families` read from the plan.
         attentions: how many the graph has; by default counted from the ONNX layers' names.
-        operations, products, fusable: as in LayerSheet.
+        operations: of the graph's nodes by name, as `read_graph` counts them.
+        products, fusable, fp8_attentions: as in LayerReport.
 
     Raises:
-        LayerSheetError: no kernel is listed.
+        LayerReportError: no kernel is listed.
     """
     kernels = []
     for fields in filter(None, map(_fields, log.splitlines())):
@@ -68,27 +72,28 @@ def layers_from_log(
             for key in ("Inputs", "Constants", "Outputs")
         }
         onnx, tactic = _onnx_layers(fields["Metadata"]), fields.get("TacticName", "").partition(", ")[0]
-        tensors |= {"onnx": onnx, "accumulation": accumulations.get(tactic)}
+        tensors |= {"onnx": onnx, **_told(families.get(tactic))}
         kernels.append(Kernel(fields["Name"], fields["LayerType"], tactic, **tensors))
-    return _layers("builder log", kernels, attentions, operations, products, fusable)
+    return _layers("builder log", kernels, attentions, operations, products, fusable, fp8_attentions)
 
 
 def layers_from_inspector(
     information: str,
-    accumulations: Mapping[str, tuple[str, str]],
+    families: Mapping[str, tuple[str, str]],
     attentions: int | None = None,
-    operations: int | None = None,
+    operations: Mapping[str, int] | None = None,
     products: int = 0,
     fusable: int = 0,
+    fp8_attentions: int = 0,
 ) -> LayerReport:
     """Reads the layer report from EngineInspector.get_engine_information(JSON); untested on a GPU.
 
     Args:
         information: the JSON, of TensorRT 10 (`Bindings`) or 11 (`I/O Tensors`); only its `Layers` are read.
-        accumulations, attentions, operations, products, fusable: as in layers_from_log.
+        families, attentions, operations, products, fusable, fp8_attentions: as in layers_from_log.
 
     Raises:
-        LayerSheetError: not JSON, or names alone, which a plan without detailed profiling verbosity gives.
+        LayerReportError: not JSON, or names alone, which a plan without detailed profiling verbosity gives.
     """
     try:
         layers = json.loads(information)["Layers"]
@@ -96,43 +101,64 @@ def layers_from_inspector(
             raise LayerReportError(
                 "the plan only contains the names of its layers; build it with detailed profiling verbosity"
             )
-        kernels = [_inspected(layer, accumulations) for layer in layers if layer.get("LayerType") not in NO_KERNELS]
+        kernels = [_inspected(layer, families) for layer in layers if layer.get("LayerType") not in NO_KERNELS]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise LayerReportError("the engine inspector returned no list of layers") from None
-    return _layers("engine inspector", kernels, attentions, operations, products, fusable)
+    return _layers("engine inspector", kernels, attentions, operations, products, fusable, fp8_attentions)
 
 
-def read_accumulations(plan: Path) -> dict[str, tuple[str, str]]:
-    """Types in which each attention kernel's first and second product accumulate, by the kernel's tactic name.
+def read_families(plan: Path) -> dict[str, tuple[str, str]]:
+    """The kernel families of each fused attention's first and second product, by the name of the kernel's tactic.
 
-    A plan of TensorRT-RTX holds its generated kernels as source, where `Kernel_traits_v2_flash_attention<fmha::
-    Ampere_hmma_fp32_traits, ...>` names both and the entry point after it carries the tactic's name. bf16 traits
-    multiply bf16 and accumulate in FP32. Plans of TensorRT hold none: the result is empty.
+    A plan of TensorRT-RTX contains its generated kernels as source, in which `Kernel_traits_v2_flash_attention<fmha::
+    Ampere_hmma_fp32_traits, ...>` names both families, and the entry point after it carries the tactic's name. Plans
+    of TensorRT contain no source: the result is empty, so their families are unknown.
     """
     found: dict[str, tuple[str, str]] = {}
     with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for traits in TRAITS.finditer(data):
             entry = ENTRY.search(data, traits.end())
             if entry is not None:
-                first, second = ("fp16" if part == b"fp16" else "fp32" for part in traits.groups())
+                first, second = (part.decode() for part in traits.groups())
                 found[entry[1].decode()] = (first, second)
     return found
+
+
+def _told(families: tuple[str, str] | None) -> dict[str, Any]:
+    """Families of a kernel, and the types of its sums; bf16 products accumulate in FP32."""
+    sums = families and tuple("fp16" if family.endswith("fp16") else "fp32" for family in families)
+    return {"families": families, "accumulation": sums}
 
 
 def _layers(
     source: Literal["builder log", "engine inspector"],
     kernels: list[Kernel],
     attentions: int | None,
-    operations: int | None,
+    operations: Mapping[str, int] | None,
     products: int,
     fusable: int,
+    fp8_attentions: int,
 ) -> LayerReport:
     if not kernels:
         raise LayerReportError(f"the {source} lists no kernel")
     if attentions is None:
         layers = {unconverted(name) for kernel in kernels for name in kernel.onnx}
         attentions = sum(bool(ATTENTION_LAYER.search(name)) for name in layers)
-    return LayerReport(source, tuple(kernels), attentions, operations, products, fusable)
+    total = None
+    if operations is not None:
+        kernels, total = _with_operations(kernels, operations), sum(operations.values())
+    return LayerReport(source, tuple(kernels), attentions, total, products, fusable, fp8_attentions)
+
+
+def _with_operations(kernels: list[Kernel], operations: Mapping[str, int]) -> list[Kernel]:
+    """Gives each kernel the operations of its nodes; those of a node that several kernels name are given to none."""
+    named = collections.Counter(name for kernel in kernels for name in set(kernel.onnx))
+    return [
+        dataclasses.replace(
+            kernel, operations=sum(operations.get(name, 0) for name in set(kernel.onnx) if named[name] == 1)
+        )
+        for kernel in kernels
+    ]
 
 
 def _onnx_layers(metadata: str) -> tuple[str, ...]:
@@ -154,7 +180,7 @@ def _fields(line: str) -> dict[str, str] | None:
     return fields | {"LayerType": fields["LayerType"].partition(", ")[0], "Metadata": metadata}
 
 
-def _inspected(layer: Mapping[str, Any], accumulations: Mapping[str, tuple[str, str]]) -> Kernel:
+def _inspected(layer: Mapping[str, Any], families: Mapping[str, tuple[str, str]]) -> Kernel:
     """A kernel of the inspector's JSON; what has another form than expected counts as not told."""
     tensors: dict[str, Any] = {
         key.lower(): tuple(map(_tensor, _list(layer.get(key)))) for key in ("Inputs", "Constants", "Outputs")
@@ -165,7 +191,7 @@ def _inspected(layer: Mapping[str, Any], accumulations: Mapping[str, tuple[str, 
         if isinstance(count, int) and count:
             tensors["constants"] += (Tensor(key, (count,), _first_type(_text(weight.get("Type")))),)
     tactic, onnx = _text(layer.get("TacticName")), _onnx_layers(_text(layer.get("Metadata")))
-    tensors |= {"onnx": onnx, "accumulation": accumulations.get(tactic)}
+    tensors |= {"onnx": onnx, **_told(families.get(tactic))}
     return Kernel(_text(layer.get("Name")), _text(layer.get("LayerType")), tactic, **tensors)
 
 

@@ -255,7 +255,8 @@ class QuantizeOptions:
     """What is asked of an FP8 or INT8 file.
 
     Attributes:
-        products: patterns of products, or `all`; with `auto`, or without any, as many of them as the budget allows.
+        products: patterns of products (FP8: attentions and results too), or `all`; with `auto`, or without any, as many
+            of them as the budget allows.
         budget: None is the precision's tolerance.
     """
 
@@ -263,7 +264,8 @@ class QuantizeOptions:
         tuple[str, ...],
         Option(
             "For fp8 and int8: quantize these matrix products: auto (as many as --budget allows), all, or a pattern "
-            "such as '*.mlp.fc2'; repeatable. [default: auto]",
+            "such as '*.mlp.fc2'; repeatable. fp8 also has attentions ('*.attn.attention') and results "
+            "('*.mlp.fc1.result'). [default: auto]",
             PRECISION,
             name="quantize",
         ),

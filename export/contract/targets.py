@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from export.contract.triton_containers import ONNX_RUNTIME, TENSORRT
@@ -362,6 +362,27 @@ def prefers_attention(family: str, version: str) -> bool:
     """
     first = next(line.since for line in TARGETS if line.family == "tensorrt" and "Attention" in line.operators)
     return family == "tensorrt" and version_numbers(version)[:2] >= version_numbers(first)
+
+
+FUSES_FP8_ATTENTION = {"tensorrt-rtx": "1.7"}
+"""Since when a family makes one kernel of our FP8 attention (run: RTX 1.7 for 8.9 and 12.0, 576 and 5184 tokens).
+
+TensorRT 10.6's release notes name FP8 attention on Ada of up to 3072 tokens; no version of TensorRT was tried.
+"""
+
+
+def fuses_fp8_attention(family: str, version: str) -> bool:
+    """Whether a runtime is known to make one kernel of an FP8 attention; unfused it writes every score to memory."""
+    since = FUSES_FP8_ATTENTION.get(family)
+    return since is not None and version_numbers(version)[:2] >= version_numbers(since)
+
+
+def why_no_fp8_attention(targets: Sequence[Target]) -> str | None:
+    """Why a file for these targets has no FP8 attention, None if all of them are known to fuse it."""
+    for one in targets:
+        if not fuses_fp8_attention(one.family, one.version or one.since):
+            return f"{one.name} is not known to fuse FP8 attention (TensorRT-RTX 1.7 and later are)"
+    return None
 
 
 def has_fp8(capability: str) -> bool:

@@ -15,12 +15,20 @@ The form fp32acc has two spellings:
 
 TensorRT-RTX 1.7 computes both alike, but it copies the operator's output in a kernel of its own: 307 kernels instead of
 277 at full size. The first MatMul must stay in FP16 and p must be rounded to FP16, or attention is not fused.
+
+An FP8 attention is the first spelling with QuantizeLinear and DequantizeLinear (E4M3) on q, k, v and p:
+
+    scores = MatMul(QDQ(q), QDQ(k)^T)                       FP8 products, FP32 sums
+    p      = QDQ(Cast(Softmax(Cast(scores, FP32)), FP16))   scale 1/448, since no probability exceeds 1
+    out    = MatMul(p, QDQ(v))                              FP8 products, FP32 sums
+
+TensorRT-RTX 1.7 makes one kernel of it (family Ada_qmma_e4m3_fp32); without the pair on p, or in INT8, it does not.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import cast
 
 import numpy as np
@@ -30,6 +38,7 @@ from export.contract.errors import ExportError
 from export.contract.options import AttentionForm, Spelling
 from export.graph.cleanup import MODULE
 from export.graph.constant_folding import add_initializer
+from export.lowering.codes import CODES, AttentionScales, zero_code
 
 AUTO: dict[str, AttentionForm] = {"fp32": "fused", "fp16": "fp32acc", "bf16": "fused"}
 AUTO |= {"fp8": "fp32acc", "int8": "fp32acc"}
@@ -43,6 +52,10 @@ OPERATOR_OPSET = 23
 
 SCALE = "neck.attention_scale"
 """Metadata key of the Mul that scales queries: the exact factor, of which the constant is a rounding."""
+
+
+PROBABILITIES = 1 / 448
+"""The scale of FP8 probabilities: the largest, 1, becomes the largest code."""
 
 
 @dataclasses.dataclass
@@ -68,6 +81,7 @@ def lower_attentions(
     form: AttentionForm,
     spelling: Spelling = "matmul",
     fp32_modules: Collection[str] = (),
+    fp8: Mapping[str, AttentionScales] | None = None,
 ) -> set[ir.Node]:
     """Puts every attention of the graph into a form; returns the nodes that the form wants in FP32.
 
@@ -78,22 +92,48 @@ def lower_attentions(
         spelling: how fp32acc is written.
         fp32_modules: paths of modules that stay in FP32; their attentions become MatMul and Softmax, because no
             TensorRT builds an Attention node whose inputs are FP32 in truth.
+        fp8: scales of those that become FP8, by name (`trunk.blocks.3.attn.attention`), unless they stay in FP32.
 
     Raises:
+        ExportError: an FP8 attention that the graph does not have, or that another form than fp32acc is wanted of.
         ExportError: an Attention of a foreign trunk that is more than softmax(scale * query key^T) value.
     """
     islands: set[ir.Node] = set()
-    for core in find_attentions(graph):
+    cores = find_attentions(graph)
+    if fp8 and form != "fp32acc":
+        raise ExportError(f"FP8 attention exists in the form fp32acc only, not {form}; use --attention auto")
+    if missing := set(fp8 or ()) - {attention_name(core) for core in cores}:
+        raise ExportError(f"{min(missing)}: the graph has no such attention to quantize; calibrate for this encoder")
+    for core in cores:
         kept = core.nodes[-1].metadata_props.get(MODULE) in fp32_modules
-        if form == "fp32acc" and spelling == "operator" and not kept:
+        scales = (fp8 or {}).get(attention_name(core)) if not kept else None
+        if scales is not None:
+            nodes = _fp8_primitives(graph, core, low, scales)
+        elif form == "fp32acc" and spelling == "operator" and not kept:
             nodes = _attention_node(core)
         else:
             nodes = _primitives(graph, core, low if form == "fp32acc" and not kept else None)
         for node in nodes:
             node.metadata_props[MODULE] = core.nodes[-1].metadata_props.get(MODULE, "")
-        islands |= {node for node in nodes if node.name in IN_FP32[form]}
+        islands |= {node for node in nodes if node.name in (["softmax"] if scales else IN_FP32[form])}
         _replace(graph, core, nodes)
     return islands
+
+
+def attention_name(core: AttentionCore) -> str:
+    """The name of an attention for `--quantize`: its module's path and `attention`."""
+    return f"{core.nodes[-1].metadata_props.get(MODULE, '')}.attention"
+
+
+def is_fp8_attention(node: ir.Node) -> bool:
+    """Whether a node is the Softmax of an FP8 attention."""
+    user = after_casts(node.outputs[0]) if node.op_type == "Softmax" else None
+    return user is not None and user.op_type == "QuantizeLinear"
+
+
+def fp8_attentions(graph: ir.Graph) -> list[str]:
+    """The names of a graph's FP8 attentions."""
+    return [f"{node.metadata_props.get(MODULE, '')}.attention" for node in graph if is_fp8_attention(node)]
 
 
 def find_attentions(graph: ir.Graph) -> list[AttentionCore]:
@@ -176,6 +216,30 @@ def _attention_node(core: AttentionCore) -> list[ir.Node]:
         inputs.append(value)
     # the scale is always written: without it TensorRT's parser adds layers of its own
     return [*nodes, ir.node("Attention", inputs, {"scale": core.scale}, name="attention")]
+
+
+def _fp8_primitives(graph: ir.Graph, core: AttentionCore, low: ir.DataType, scales: AttentionScales) -> list[ir.Node]:
+    """MatMul, Softmax, MatMul with codes for queries, keys, probabilities and values."""
+    nodes, path = _primitives(graph, core, low), attention_name(core)
+    by_name = {str(node.name): node for node in nodes}
+    pairs = [
+        ("query", by_name["scores"], 0, scales.query),
+        ("key", by_name["transposed_key"], 0, scales.key),
+        ("probabilities", by_name["mixed"], 0, PROBABILITIES),
+        ("value", by_name["mixed"], 1, scales.value),
+    ]
+    for name, user, position, scale in pairs:
+        value = cast(ir.Value, user.inputs[position])
+        zero = graph.initializers.get("fp8_zero") or add_initializer(graph, "fp8_zero", zero_code("fp8"))
+        held = add_initializer(graph, f"{path}.{name}_scale", ir.tensor(np.float32(scale)))
+        quantized = ir.node("QuantizeLinear", [value, held, zero], name=f"quantize_{name}")
+        restored = ir.node("DequantizeLinear", [quantized.outputs[0], held], name=f"dequantize_{name}")
+        for node, kind in ((quantized, CODES["fp8"]), (restored, ir.DataType.FLOAT)):
+            node.outputs[0].shape, node.outputs[0].type = value.shape, ir.TensorType(kind)
+        user.replace_input_with(position, restored.outputs[0])
+        at = nodes.index(user)
+        nodes[at:at] = [quantized, restored]
+    return nodes
 
 
 def _primitives(graph: ir.Graph, core: AttentionCore, rounded: ir.DataType | None) -> list[ir.Node]:

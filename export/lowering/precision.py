@@ -22,8 +22,16 @@ from export.contract.errors import ExportError
 from export.contract.options import AttentionForm, OutputPrecision, Precision, Residual, Spelling, Upsampling
 from export.graph.cleanup import INPUT, MODULE
 from export.graph.constant_folding import LAZY_BYTES, add_initializer
-from export.lowering.attention import AUTO, OPERATOR_OPSET, lower_attentions, spelling_at
-from export.lowering.quantize import CODES, Quantization, find_products, is_named, quantize
+from export.lowering.attention import (
+    AUTO,
+    OPERATOR_OPSET,
+    attention_name,
+    find_attentions,
+    lower_attentions,
+    spelling_at,
+)
+from export.lowering.codes import CODES
+from export.lowering.quantize import Quantization, find_products, is_named, quantize
 from export.lowering.residual import residual_stream
 from export.lowering.upsampling import lower_upsampling
 
@@ -84,7 +92,8 @@ def lower(
     kept = kept_modules(graph, keep_fp32)
     check_residual(precision, residual)
     stream = residual_stream(graph) if residual == "fp32" != precision else set()
-    islands = stream | lower_attentions(graph, TYPES[precision], form, spelling or spelling_at(opset), kept)
+    eights = quantization.attentions if quantization is not None else {}
+    islands = stream | lower_attentions(graph, TYPES[precision], form, spelling or spelling_at(opset), kept, eights)
     lower_upsampling(graph, precision, upsampling)
     if quantization is not None:
         quantize(graph, quantization, kept)
@@ -153,13 +162,14 @@ def _module(node: ir.Node) -> str:
 
 
 def kept_products(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:
-    """The linear layers that `--keep-fp32` keeps in FP32, so that they are not quantized.
+    """The linear layers and attentions that `--keep-fp32` keeps in FP32, so that they are not quantized.
 
     Raises:
         ExportError: a pattern that names no module.
     """
     kept = kept_modules(graph, patterns)
-    return {name for name, node in find_products(graph).items() if _module(node) in kept}
+    attentions = {attention_name(core) for core in find_attentions(graph) if _module(core.nodes[-1]) in kept}
+    return {name for name, node in find_products(graph).items() if _module(node) in kept} | attentions
 
 
 def kept_modules(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:

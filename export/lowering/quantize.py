@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal, cast
+from typing import cast
 
 import ml_dtypes
 import numpy as np
@@ -25,12 +25,14 @@ from torch import Tensor
 from export.contract.errors import ExportError
 from export.graph.cleanup import MODULE
 from export.graph.constant_folding import add_initializer
+from export.lowering.codes import CODES, AttentionScales, Kind, zero_code
 
-Kind = Literal["fp8", "int8"]
 LIMITS: dict[Kind, float] = {"fp8": 448.0, "int8": 127.0}
 """Largest code; activations take INT8's -128 too, weights do not."""
 
-CODES: dict[Kind, ir.DataType] = {"fp8": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8}
+RESULT = ".result"
+"""What follows a product's name where its result is meant."""
+
 LAYOUT = ("Reshape", "Transpose", "Pad", "Slice")
 """What stands between a LayerNorm and its product where windows are cut; channels stay last."""
 
@@ -44,17 +46,31 @@ class UnquantizableError(ExportError):
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """Which linear layers are quantized, and the ranges of their inputs.
+    """Which linear layers and attentions are quantized, and how.
 
     Attributes:
         kind: fp8 (E4M3) or int8.
         scales: of the activations by product (`trunk.blocks.3.mlp.fc1`), one that FP16 holds.
         moves: (K,) powers of two by product, by which a LayerNorm's channels are divided and the weight multiplied.
+        attentions: scales by attention (`trunk.blocks.3.attn.attention`); of fp8 alone.
+        results: scales of results that are written as codes, by product: before the bias, so that the product's kernel
+            writes one byte for each number and the next one reads it. Only of products that are quantized.
     """
 
     kind: Kind
     scales: Mapping[str, float]
     moves: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    attentions: Mapping[str, AttentionScales] = dataclasses.field(default_factory=dict)
+    results: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def only(self, names: Collection[str]) -> Quantization:
+        """What some products, attentions and results (`trunk.blocks.3.mlp.fc1.result`) of it are."""
+        return dataclasses.replace(
+            self,
+            scales={name: scale for name, scale in self.scales.items() if name in names},
+            attentions={name: scales for name, scales in self.attentions.items() if name in names},
+            results={name: scale for name, scale in self.results.items() if f"{name}{RESULT}" in names},
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,19 +151,25 @@ def find_products(graph: ir.Graph) -> dict[str, ir.Node]:
 
 
 def match_products(patterns: Sequence[str], products: Collection[str]) -> list[str]:
-    """The linear layers that match the patterns, in the order of `products`.
+    """The linear layers, attentions and results that match the patterns, in the order of `products`.
+
+    A module around a linear layer or attention names it too; a result is named by itself or by `all` alone.
 
     Raises:
         ExportError: a pattern that names none.
     """
     chosen: set[str] = set()
     for pattern in patterns:
-        found = {name for name in products if pattern == "all" or is_named(name, pattern)}
+        found = {name for name in products if pattern == "all" or _is_asked(name, pattern)}
         if not found:
             shown = ", ".join(list(products)[:4])
             raise ExportError(f"--quantize {pattern!r} names no linear layer; there are {len(products)}: {shown}, ...")
         chosen |= found
     return [name for name in products if name in chosen]
+
+
+def _is_asked(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) if name.endswith(RESULT) else is_named(name, pattern)
 
 
 def is_named(path: str, pattern: str) -> bool:
@@ -178,6 +200,8 @@ def quantize(graph: ir.Graph, quantization: Quantization, fp32_modules: Collecti
             if name in quantization.moves:
                 move_channels(graph, name, products[name], quantization.moves[name])
             _quantize_product(graph, name, products[name], scale, quantization.kind, inputs)
+            if name in quantization.results:
+                _quantize_result(graph, name, products[name], quantization.results[name], quantization.kind)
 
 
 def move_channels(graph: ir.Graph, name: str, node: ir.Node, factors: Tensor) -> None:
@@ -214,7 +238,7 @@ def _quantize_product(
     stored = add_initializer(graph, f"{name}.weight_{kind}", _stored(codes))
     new = []
     if (value, scale) not in inputs:
-        zero = add_initializer(graph, f"{name}.input_zero", _zero(kind))
+        zero = add_initializer(graph, f"{name}.input_zero", zero_code(kind))
         quantized = _node("QuantizeLinear", f"{name}/quantize", [value, values["input_scale"], zero], value, node)
         quantized.outputs[0].type = ir.TensorType(CODES[kind])
         new = [
@@ -234,6 +258,19 @@ def _quantize_product(
         graph.insert_after(node, scaled)
 
 
+def _quantize_result(graph: ir.Graph, name: str, node: ir.Node, scale: float, kind: Kind) -> None:
+    """Writes a product's result as codes."""
+    result = node.outputs[0]
+    held = add_initializer(graph, f"{name}.result_scale", ir.tensor(np.float32(scale)))
+    zero = add_initializer(graph, f"{name}.result_zero", zero_code(kind))
+    quantized = _node("QuantizeLinear", f"{name}/quantize_result", [result, held, zero], result, node)
+    quantized.outputs[0].type = ir.TensorType(CODES[kind])
+    restored = _node("DequantizeLinear", f"{name}/dequantize_result", [quantized.outputs[0], held], result, node)
+    ir.convenience.replace_all_uses_with(result, restored.outputs[0])
+    quantized.replace_input_with(0, result)
+    graph.insert_after(node, [quantized, restored])
+
+
 def _node(operator: str, name: str, inputs: Sequence[ir.Value], like: ir.Value, product: ir.Node) -> ir.Node:
     """A node whose result has the shape and type of another value, in the product's module."""
     node = ir.node(operator, inputs, name=name, metadata_props={MODULE: product.metadata_props.get(MODULE, "")})
@@ -247,10 +284,6 @@ def _as_torch(tensor: ir.TensorProtocol) -> Tensor:
         return tensor.raw.detach()
     array = tensor.numpy()
     return torch.from_numpy(array if array.flags.writeable else array.copy())
-
-
-def _zero(kind: Kind) -> ir.TensorProtocol:
-    return ir.tensor(np.zeros((), np.int8 if kind == "int8" else ml_dtypes.float8_e4m3fn))
 
 
 def _stored(codes: Codes) -> ir.TensorProtocol:

@@ -13,17 +13,24 @@ import onnx_ir as ir
 from export.contract.errors import ExportError
 from export.contract.options import AttentionForm, Precision, Spelling
 from export.graph.cleanup import MODULE
-from export.lowering.attention import AUTO, after_casts, lower_attentions
+from export.lowering.attention import AUTO, after_casts, is_fp8_attention, lower_attentions
 from export.lowering.precision import LOW, TYPES, retype, set_opset
 
 
-def relower(model: ir.Model, precision: Precision, attention: AttentionForm, spelling: Spelling = "matmul") -> int:
+def relower(
+    model: ir.Model,
+    precision: Precision,
+    attention: AttentionForm,
+    spelling: Spelling = "matmul",
+    keep_fp8: bool = True,
+) -> int:
     """Puts every attention of a low-precision model into a form, in place, and chooses the opset anew.
 
     Args:
         model: an FP16 or BF16 file of ours, its weights unread.
         precision: which of the two.
         attention, spelling: the form, and how fp32acc is written.
+        keep_fp8: whether FP8 attentions stay FP8; else they are written in the form like all others.
 
     Returns:
         How many attentions are in that form now; those of modules that are kept in FP32 stay as they are.
@@ -38,7 +45,9 @@ def relower(model: ir.Model, precision: Precision, attention: AttentionForm, spe
         raise ExportError(
             "the file was not written by neck-export, so its attention cannot be rewritten in another form"
         )
-    attentions = [node for node in graph if node.op_type in ("Attention", "Softmax")]
+    if not keep_fp8:
+        _drop_fp8_attentions(graph)
+    attentions = [node for node in graph if node.op_type in ("Attention", "Softmax") and not is_fp8_attention(node)]
     kept = {node.metadata_props.get(MODULE, "") for node in attentions if not _without_casts(graph, node)}
     form = AUTO[precision] if attention == "auto" else attention
     islands = lower_attentions(graph, TYPES[precision], form, spelling, kept)
@@ -49,6 +58,16 @@ def relower(model: ir.Model, precision: Precision, attention: AttentionForm, spe
     _drop_unused(graph)
     set_opset(model, None)
     return len(attentions) - len(kept)
+
+
+def _drop_fp8_attentions(graph: ir.Graph) -> None:
+    """Takes QuantizeLinear and DequantizeLinear from around the attentions' queries, keys, values and probabilities."""
+    names = {f"quantize_{part}" for part in ("query", "key", "value", "probabilities")}
+    for node in list(graph):
+        if node.op_type == "QuantizeLinear" and str(node.name).rpartition("/")[2] in names:
+            restored = next(user for user, _ in node.outputs[0].uses())
+            ir.convenience.replace_all_uses_with(restored.outputs[0], cast(ir.Value, node.inputs[0]))
+            graph.remove([restored, node], safe=True)
 
 
 def _drop_unused(graph: ir.Graph) -> None:

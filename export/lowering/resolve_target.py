@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from export.contract.options import AttentionForm, Precision, Spelling
 from export.contract.targets import FP8, NO_FP8, Target, TargetError, has_fp8, prefers_attention
 from export.lowering.attention import AUTO, OPERATOR_OPSET, spelling_at
+from export.lowering.codes import CODES
 from export.lowering.precision import TYPES, check_form
-from export.lowering.quantize import CODES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import safetensors.torch
 import torch
+import torch.utils.hooks
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from export.contract.manifest import replacing
 from export.contract.signature import Signature
+from export.lowering.quantize import RESULT
 from export.verification.verify import reference_pixels
 from neck.images import ImageFolder, find_images, load_images, normalize
 from neck.necks import Sam3DualViTDetNeck
 from neck.progress import counted
+from neck.trunk import Attention
 
 ROWS = 64
 """Tokens of each layer that are kept, of all images together: 64 MB at full size."""
@@ -28,11 +34,12 @@ FEWEST, MOST = 8, 16
 """Images of a folder that are read: fewer than 8 say little, and one takes 40 s at 1008 on 2 cores."""
 
 
-FORMAT = 2
-"""Version of the file; 1 did not record the architecture."""
+FORMAT, OLDEST_FORMAT = 3, 2
+"""Version of the file; 1 did not record the architecture, 2 had no attentions and serves for products alone."""
 
 METADATA = "neck_export_calibration"
 FIELDS = ("rows", "weights", "channels")
+PARTS = ("query", "key", "value")
 
 NOT_OF_THE_TRUNK = ("image_size", "d_model", "scale_factors", "necks", "sam2_head")
 """Fields of EncoderConfig that change nothing of what the trunk's layers read; the image size is recorded apart."""
@@ -68,17 +75,37 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What was seen: how many images at which size, of which trunk (its fingerprint), and the layers by path."""
+    """What was seen.
+
+    Attributes:
+        images, image_size: how many images, and their height and width.
+        encoder: fingerprint of the trunk.
+        layers: inputs of the linear layers by path.
+        attentions: what the attentions multiplied, by name and part: `trunk.blocks.0.attn.attention.query`.
+        results: results of `mlp.fc1` before the bias, by path.
+    """
 
     images: int
     image_size: tuple[int, int]
     encoder: str
     layers: dict[str, Layer]
+    attentions: dict[str, Layer] = dataclasses.field(default_factory=dict)
+    results: dict[str, Layer] = dataclasses.field(default_factory=dict)
 
 
 def linear_layers(encoder: Sam3DualViTDetNeck) -> dict[str, nn.Linear]:
     """The trunk's linear layers by path, in the order of computation."""
     return {name: module for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
+
+
+def attention_layers(encoder: Sam3DualViTDetNeck) -> dict[str, Attention]:
+    """The trunk's attentions by the names that `--quantize` takes, in the order of computation."""
+    return {f"{name}.attention": module for name, module in encoder.named_modules() if isinstance(module, Attention)}
+
+
+def result_layers(encoder: Sam3DualViTDetNeck) -> dict[str, nn.Linear]:
+    """The linear layers whose results may be written as codes: those with the largest results, by path."""
+    return {name: layer for name, layer in linear_layers(encoder).items() if name.endswith(".mlp.fc1")}
 
 
 def calibration_pixels(signature: Signature, images: Path | ImageFolder | None, notes: list[str]) -> np.ndarray:
@@ -124,7 +151,7 @@ def calibrate(encoder: Sam3DualViTDetNeck, pixels: np.ndarray) -> Calibration:
     kept = {name: _room(each * seen, layer.in_features) for name, layer in layers.items()}
     chance, index = torch.Generator().manual_seed(0), 0
 
-    def keep(name: str, tokens: Tensor) -> None:
+    def keep(name: str, tokens: Tensor, chance: torch.Generator = chance) -> None:
         part, room = _kept(name, tokens.flatten(0, -2).float(), each, chance), kept[name]
         at = slice(index * each, index * each + len(part.rows))
         room.rows[at], room.weights[at] = part.rows, part.weights
@@ -134,6 +161,17 @@ def calibrate(encoder: Sam3DualViTDetNeck, pixels: np.ndarray) -> Calibration:
         module.register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs[0]))
         for name, module in layers.items()
     ]
+    others = torch.Generator().manual_seed(1)  # one of their own: the layers' tokens stay those of older versions
+
+    def keep_other(name: str, tokens: Tensor) -> None:
+        keep(name, tokens, others)
+
+    for name, layer in result_layers(encoder).items():
+        kept[f"{name}{RESULT}"] = _room(each * seen, layer.out_features)
+        hooks.append(layer.register_forward_hook(partial(_keep_result, f"{name}{RESULT}", keep_other)))
+    for name, attention in attention_layers(encoder).items():
+        kept |= {f"{name}.{part}": _room(each * seen, attention.qkv.in_features) for part in PARTS}
+        hooks += _attention_hooks(name, attention, keep_other)
     try:
         for index in counted(range(seen), "calibration", seen, "images"):
             with torch.inference_mode():
@@ -143,7 +181,39 @@ def calibrate(encoder: Sam3DualViTDetNeck, pixels: np.ndarray) -> Calibration:
             hook.remove()
     found = {name: _filled(room) for name, room in kept.items()}
     height, width = pixels.shape[1:3]
-    return Calibration(seen, (height, width), fingerprint(encoder), found)
+    return Calibration(seen, (height, width), fingerprint(encoder), *_sorted(found))
+
+
+def _sorted(found: Mapping[str, Layer]) -> tuple[dict[str, Layer], dict[str, Layer], dict[str, Layer]]:
+    """Layers, attentions and results of what was kept, by its names."""
+    results = {name.removesuffix(RESULT): layer for name, layer in found.items() if name.endswith(RESULT)}
+    attentions = {name: layer for name, layer in found.items() if name.rpartition(".")[2] in PARTS}
+    layers = {name: one for name, one in found.items() if name not in attentions and not name.endswith(RESULT)}
+    return layers, attentions, results
+
+
+def _keep_result(
+    name: str, keep: Callable[[str, Tensor], None], layer: nn.Module, _: tuple[Tensor, ...], output: Tensor
+) -> None:
+    """Keeps the result of a linear layer without its bias, as the product writes it."""
+    keep(name, output if layer.bias is None else output - cast(Tensor, layer.bias))
+
+
+def _attention_hooks(
+    name: str, attention: Attention, keep: Callable[[str, Tensor], None]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Keeps queries and keys after the rotary, which turns first one, then the other, and values; (B, N, C) each."""
+    turned = itertools.cycle(PARTS[:2])
+
+    def after_rotary(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        part = next(turned)
+        tokens = output.transpose(1, 2).flatten(-2)  # (B, heads, N, D) -> (B, N, C)
+        keep(f"{name}.{part}", tokens * attention.scale if part == "query" else tokens)
+
+    def after_qkv(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        keep(f"{name}.value", output.chunk(3, dim=-1)[2])
+
+    return [attention.rope.register_forward_hook(after_rotary), attention.qkv.register_forward_hook(after_qkv)]
 
 
 def _kept(name: str, tokens: Tensor, rows: int, chance: torch.Generator) -> Layer:
@@ -196,10 +266,10 @@ def save_calibration(path: Path, calibration: Calibration) -> None:
         "image_size": calibration.image_size,
         "encoder": calibration.encoder,
     }
+    kept = calibration.layers | calibration.attentions
+    kept |= {f"{name}{RESULT}": layer for name, layer in calibration.results.items()}
     tensors = {
-        f"{name}.{field}": getattr(layer, field).contiguous()
-        for name, layer in calibration.layers.items()
-        for field in FIELDS
+        f"{name}.{field}": getattr(layer, field).contiguous() for name, layer in kept.items() for field in FIELDS
     }
     try:
         with replacing(path) as staged:
@@ -225,7 +295,7 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
             raise ValueError
     except (SafetensorError, OSError, ValueError, LookupError, RecursionError):
         raise CalibrationError(f"{path}: the file is not a calibration of neck-export; {fix}") from None
-    if about.get("format") != FORMAT:
+    if about.get("format") not in range(OLDEST_FORMAT, FORMAT + 1):
         raise OutdatedError(f"{path}: another version of neck-export wrote it")
     if about.get("image_size") != list(image_size):
         raise OutdatedError(
@@ -234,22 +304,27 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
     if about.get("encoder") != fingerprint(encoder):
         raise OutdatedError(f"{path}: the calibration was made for other weights or another architecture")
     try:
-        layers = {name: _read_layer(name, layer, tensors) for name, layer in linear_layers(encoder).items()}
+        sides = {name: layer.in_features for name, layer in linear_layers(encoder).items()}
+        if about["format"] == FORMAT:
+            sides |= {f"{name}{RESULT}": layer.out_features for name, layer in result_layers(encoder).items()}
+            for name, attention in attention_layers(encoder).items():
+                sides |= {f"{name}.{part}": attention.qkv.in_features for part in PARTS}
+        kept = _sorted({name: _read_layer(name, side, tensors) for name, side in sides.items()})
         if type(about["images"]) is not int or about["images"] < 1:
             raise ValueError(f"its number of images is {about['images']!r}")
     except (LookupError, ValueError) as error:
         raise CalibrationError(f"{path}: the calibration is damaged ({error}); {fix}") from None
-    return Calibration(about["images"], image_size, about["encoder"], layers)
+    return Calibration(about["images"], image_size, about["encoder"], *kept)
 
 
-def _read_layer(name: str, layer: nn.Linear, tensors: Mapping[str, Tensor]) -> Layer:
-    """One layer's part of a calibration.
+def _read_layer(name: str, channels: int, tensors: Mapping[str, Tensor]) -> Layer:
+    """One layer's part of a calibration, of so many channels.
 
     Raises:
         LookupError, ValueError: what is missing or wrong.
     """
     found = Layer(*(tensors[f"{name}.{field}"] for field in FIELDS))
-    count, channels = len(found.weights) if found.weights.dim() == 1 else 0, layer.in_features
+    count = len(found.weights) if found.weights.dim() == 1 else 0
     shapes = ((count, channels), (count,), (channels,))
     for field, shape in zip(FIELDS, shapes, strict=True):
         tensor = getattr(found, field)

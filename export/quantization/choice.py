@@ -9,18 +9,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from export.contract.manifest import parse_json, replacing, to_json
-from export.lowering.quantize import Kind
+from export.lowering.codes import Kind
+from export.lowering.quantize import RESULT
 from export.quantization.calibration import CalibrationError
-from export.quantization.rates import product_rates
+from export.quantization.rates import PUBLISHED, PUBLISHED_BYTES, product_rates
 from export.verification.fidelity import TOLERANCES, Comparison, Tolerance, tolerance_for
 from export.verification.verify import Report
+from neck.config import EncoderConfig
 from neck.progress import counted
 
 PROXY = 336
@@ -32,17 +34,24 @@ FILL = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """What quantizing one product costs and saves.
+    """What quantizing one product, attention or result costs and saves.
 
     Attributes:
-        name: its layer's path.
-        operations: 2 x multiply-add for one image.
-        errors: relative L2 of each feature with this product alone quantized; empty where that is not measured.
+        name: its layer's path, that of an attention, or a layer's and `.result`.
+        operations: 2 x multiply-add for one image; of a result 0.
+        errors: relative L2 of each feature with this one alone quantized; empty where that is not measured.
+        bytes: that are written and read less for one image; of a product 0, since its kernel writes FP16 as before.
     """
 
     name: str
     operations: int
     errors: Mapping[str, float]
+    bytes: int = 0
+
+    @property
+    def saved_s(self) -> float:
+        """Seconds that it saves at an L4's published rates."""
+        return self.operations * (1 / PUBLISHED["fp16"] - 1 / PUBLISHED["fp8"]) + self.bytes / PUBLISHED_BYTES
 
     @property
     def worst(self) -> float:
@@ -59,8 +68,19 @@ class Choice:
 
 
 def order_products(products: Sequence[Product]) -> list[Product]:
-    """Most time saved per square of the error first; all save the same share of their own time."""
-    return sorted(products, key=lambda one: -one.operations / max(one.worst, 1e-12) ** 2)
+    """Most time saved per square of the error first; a result not before its product, of which it is a part."""
+    by_gain = sorted(products, key=lambda one: -one.saved_s / max(one.worst, 1e-12) ** 2)
+    names, ordered = {one.name for one in products}, list[Product]()
+    waiting: dict[str, Product] = {}
+    for one in by_gain:
+        owner = one.name.removesuffix(RESULT)
+        if owner != one.name and owner in names and owner not in {other.name for other in ordered}:
+            waiting[owner] = one
+            continue
+        ordered.append(one)
+        if one.name in waiting:
+            ordered.append(waiting.pop(one.name))
+    return ordered
 
 
 def expected_error(products: Sequence[Product]) -> float:
@@ -73,7 +93,7 @@ def expected_ms(products: Sequence[Product], quantized: int, kind: Kind) -> floa
     """Milliseconds of all products with the first few quantized, at the rates of product_rates."""
     rates = product_rates(kind).per_s
     seconds = [one.operations / rates[kind if index < quantized else "fp16"] for index, one in enumerate(products)]
-    return 1e3 * sum(seconds)
+    return 1e3 * (sum(seconds) + sum(one.bytes for one in products[quantized:]) / PUBLISHED_BYTES)
 
 
 class Record:
@@ -133,6 +153,24 @@ def _comparison(row: Mapping[str, Any]) -> Comparison:
 def unmeasured(layers: Mapping[str, nn.Linear], tokens: int) -> list[Product]:
     """The products of layers on so many tokens of one image, none of whose errors are known."""
     return [Product(name, 2 * tokens * one.in_features * one.out_features, {}) for name, one in layers.items()]
+
+
+def unmeasured_attentions(config: EncoderConfig, names: Collection[str]) -> list[Product]:
+    """The attentions of an encoder on one image, none of whose errors are known."""
+    height, width = config.grid
+    window = config.window_size
+    padded = -(-height // window) * -(-width // window) * window**2
+    found = []
+    for name in names:
+        whole = int(name.split(".")[2]) in config.global_blocks
+        pairs = (height * width) ** 2 if whole else padded * window**2
+        found.append(Product(name, 4 * pairs * config.embed_dim, {}))
+    return found
+
+
+def unmeasured_results(layers: Mapping[str, nn.Linear], tokens: int) -> list[Product]:
+    """The results of layers on so many tokens: written and read as one byte for each number instead of two."""
+    return [Product(f"{name}{RESULT}", 0, {}, 2 * tokens * one.out_features) for name, one in layers.items()]
 
 
 def measure_products(

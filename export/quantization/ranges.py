@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.lowering.quantize import LIMITS, Kind, UnquantizableError, encode, encode_weight, scale_of
+from export.lowering.codes import Kind
+from export.lowering.quantize import LIMITS, UnquantizableError, encode, encode_weight, scale_of
 from export.quantization.calibration import Layer
 
 PERCENTILES = (99.9, 99.99)
@@ -91,6 +92,35 @@ def choose_range(name: str, layer: Layer, weight: Tensor, kind: Kind) -> Range:
         if found.error < GAIN * best.error:
             best = dataclasses.replace(found, share=share, move=move)
     return best
+
+
+def choose_value_range(name: str, layer: Layer, kind: Kind, clip: bool) -> Range:
+    """The range of values that no weight multiplies: of a result, or of what an attention multiplies.
+
+    Args:
+        name: of the value.
+        layer: what was seen of it.
+        kind: fp8 or int8.
+        clip: whether the largest values may be clipped where that errs least; else all of them have a code.
+
+    Raises:
+        UnquantizableError: it is zero throughout, or too small or large for an FP16 scale.
+    """
+    if layer.largest == 0:
+        raise UnquantizableError(f"{name} is zero on every image, which gives no range")
+    by, values, found = layer.weights[:, None], layer.rows, []
+    norm = float((by * values.square()).sum().sqrt())
+    for method, end in (_ends(layer, kind) if clip else {"largest": layer.largest}).items():
+        try:
+            scale = scale_of(end, kind, name)
+        except UnquantizableError:
+            if method == "largest":  # the others are smaller
+                raise
+            continue
+        error = float((by * (decode(values, scale, kind) - values).square()).sum().sqrt())
+        clipped = float((by * (values.abs() > end)).sum() / (by.sum() * values.shape[1]))
+        found.append(Range(scale, method, layer.largest, clipped, error / norm if norm else 0.0))
+    return min(found, key=lambda one: one.error)
 
 
 def channel_move(inputs: Tensor, weights: Tensor, share: float) -> Tensor:

@@ -10,6 +10,9 @@ import torch
 PUBLISHED = {"fp16": 121e12, "fp8": 242.5e12, "int8": 242.5e12}
 """Operations per second of an L4 by its data sheet, dense."""
 
+PUBLISHED_BYTES = 300e9
+"""Bytes per second of an L4's memory by its data sheet."""
+
 SIDE, REPEATS = 8192, 10
 
 

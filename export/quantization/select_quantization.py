@@ -15,14 +15,19 @@ from torch import nn
 from export.contract.errors import ExportError
 from export.contract.options import QuantizeOptions
 from export.contract.signature import Signature
-from export.lowering.quantize import CODES, Kind, Quantization, UnquantizableError, match_products
+from export.lowering.codes import CODES, AttentionScales, Kind
+from export.lowering.quantize import RESULT, Quantization, UnquantizableError, match_products
 from export.quantization.calibration import (
+    PARTS,
     Calibration,
+    CalibrationError,
     OutdatedError,
+    attention_layers,
     calibrate,
     calibration_pixels,
     linear_layers,
     read_calibration,
+    result_layers,
     save_calibration,
     weights_digest,
 )
@@ -35,9 +40,11 @@ from export.quantization.choice import (
     choose_all,
     measure_products,
     unmeasured,
+    unmeasured_attentions,
+    unmeasured_results,
     within,
 )
-from export.quantization.ranges import Range, choose_range, clipping_note, unpack_move
+from export.quantization.ranges import Range, choose_range, choose_value_range, clipping_note, unpack_move
 from export.quantization.rates import product_rates
 from export.quantization.trials import Trials, at_size
 from export.verification.fidelity import TOLERANCES, Comparison
@@ -47,6 +54,8 @@ from neck.images import ImageFolder
 from neck.necks import Sam3DualViTDetNeck
 
 AUTO = "auto"
+ATTENTION = ".attention"
+"""What the name of every attention ends with."""
 
 RECORD_FORMAT = 2
 """Version of the record of trials, part of its key."""
@@ -114,6 +123,7 @@ def select_quantization(
     options: QuantizeOptions,
     notes: list[str],
     kept: Collection[str] = (),
+    no_attention: str | None = None,
 ) -> QuantizationPlan:
     """Calibrates, or reads a calibration, and chooses products and ranges.
 
@@ -123,32 +133,38 @@ def select_quantization(
         kind: fp8 or int8.
         options: what is asked.
         notes: takes what the user must know.
-        kept: products that stay in FP32 (`--keep-fp32`): they are neither quantized nor take part in the choice.
+        kept: products and attentions that stay in FP32 (`--keep-fp32`): they are neither quantized nor candidates.
+        no_attention: why the file's targets cannot have FP8 attention; None if they can.
 
     Raises:
         CalibrationError, ImageError, ExportError: images, a calibration or patterns that do not serve; no product
             that is left.
     """
     encoder, images, report = references.encoder, references.images, references.report
-    layers = linear_layers(encoder)
+    layers, attentions = linear_layers(encoder), attention_layers(encoder)
     patterns = options.products or (AUTO,)
-    asked = match_products([one for one in patterns if one != AUTO] or ["all"], layers)
+    candidates = [*layers, *attentions, *(f"{name}{RESULT}" for name in result_layers(encoder))]
+    asked = _asked([one for one in patterns if one != AUTO] or ["all"], candidates, len(layers), kind, no_attention)
     names = [name for name in asked if name not in kept]
     if not names:
         raise ExportError(
             f"--keep-fp32 keeps all {len(asked)} linear layers in FP32, so nothing is left to quantize to {kind}"
         )
     calibration = _calibration(encoder, signature, options, images, notes, report)
-    report(f"computing the ranges of {len(names)} linear layers")
-    ranges, left_out = _ranges({name: layers[name] for name in names}, calibration, kind)
+    if any(name in attentions for name in names) and not calibration.attentions:
+        names = _without_attentions(names, options, patterns, notes)
+    report(f"computing the ranges of {len(names)} layers")
+    ranges, left_out = _ranges(names, layers, calibration, kind)
     notes += [f"{name} is not quantized: {reason}" for name, reason in left_out.items()]
     if not ranges:
         raise ExportError(f"--precision {kind}: no linear layer can be quantized; {next(iter(left_out.values()))}")
+    if no_attention and kind == "fp8" and attentions:
+        notes.append(f"attention stays in FP16: {no_attention}")
     curve: tuple[dict[str, Any], ...] = ()
     if AUTO in patterns:
         choice = _chosen(references, signature, kind, options, ranges, notes)
-        ranges, curve = {name: ranges[name] for name in names if name in choice.names}, choice.curve
-    if note := clipping_note(ranges, kind):
+        ranges, curve = ranges.only(choice.names), choice.curve
+    if ranges.products and (note := clipping_note(ranges.products, kind)):
         notes.append(note)
     facts = {
         "kind": kind,
@@ -158,25 +174,113 @@ def select_quantization(
         "calibration": str(options.calibration) if options.calibration else None,
         "images": str(ImageFolder.of(images).path) if images is not None else None,
         "of": len(layers),
+        "of_attentions": len(attentions),
         "left_out": left_out,
         "curve": list(curve),
         "rates": product_rates(kind).source if curve else None,
-        "products": {name: one.to_dict() for name, one in ranges.items()},
+        **ranges.to_dict(),
     }
     return QuantizationPlan(quantization_of(kind, ranges), facts)
 
 
+def _asked(
+    patterns: Sequence[str], candidates: Sequence[str], products: int, kind: Kind, no_attention: str | None
+) -> list[str]:
+    """What patterns name; attentions and results are candidates of FP8 alone.
+
+    Args:
+        patterns: without `auto`.
+        candidates: products, then attentions and results.
+        products: how many of them are products.
+        kind: fp8 or int8.
+        no_attention: why attentions cannot be quantized for the file's targets; None if they can.
+
+    Raises:
+        ExportError: a pattern that names nothing, or only what the kind or a target does not have.
+    """
+    able = candidates if kind == "fp8" else candidates[:products]
+    able = [name for name in able if not (no_attention and name.endswith(ATTENTION))]
+    for pattern in patterns:
+        everywhere = match_products([pattern], candidates)
+        if not set(everywhere) & set(able):
+            what = f"--quantize {pattern!r} names only attentions or results of products"
+            if kind != "fp8":
+                raise ExportError(
+                    f"{what}, which exist in FP8 alone: no TensorRT fuses INT8 attention; use --precision fp8"
+                )
+            raise ExportError(f"{what}: {no_attention}; leave it out, or take another --target")
+    return match_products(patterns, able)
+
+
+def _without_attentions(
+    names: Sequence[str], options: QuantizeOptions, patterns: Sequence[str], notes: list[str]
+) -> list[str]:
+    """The products among names, for a calibration file of an older version.
+
+    Raises:
+        CalibrationError: attentions were asked for by name.
+    """
+    what = f"{options.calibration}: an older version wrote the file, without what attentions multiply"
+    fix = "delete it to calibrate again, with --images"
+    if not set(patterns) <= {AUTO, "all"}:
+        raise CalibrationError(f"{what}; {fix}, or name no attention with --quantize")
+    notes.append(f"{what}, so no attention is quantized; {fix}")
+    return [name for name in names if not name.endswith((ATTENTION, RESULT))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranges:
+    """The ranges of products by path, of attentions by name and part, and of results by the product's path."""
+
+    products: dict[str, Range] = dataclasses.field(default_factory=dict)
+    attentions: dict[str, dict[str, Range]] = dataclasses.field(default_factory=dict)
+    results: dict[str, Range] = dataclasses.field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.products or self.attentions)
+
+    def only(self, names: Collection[str]) -> Ranges:
+        """Those of some names; results of products that are among them."""
+        return Ranges(
+            {name: one for name, one in self.products.items() if name in names},
+            {name: one for name, one in self.attentions.items() if name in names},
+            {name: one for name, one in self.results.items() if f"{name}{RESULT}" in names and name in names},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, for a manifest."""
+        attentions = {
+            name: {part: one.to_dict() for part, one in parts.items()} for name, parts in self.attentions.items()
+        }
+        flat = {"products": self.products, "results": self.results}
+        return {key: {name: one.to_dict() for name, one in held.items()} for key, held in flat.items()} | {
+            "attentions": attentions
+        }
+
+
 def _ranges(
-    layers: Mapping[str, nn.Linear], calibration: Calibration, kind: Kind
-) -> tuple[dict[str, Range], dict[str, str]]:
-    """The range of each product, and why some have none."""
-    ranges, left_out = dict[str, Range](), dict[str, str]()
-    for name, layer in layers.items():
+    names: Sequence[str], layers: Mapping[str, nn.Linear], calibration: Calibration, kind: Kind
+) -> tuple[Ranges, dict[str, str]]:
+    """The range of everything that is named, and why something has none."""
+    found, left_out = Ranges(), dict[str, str]()
+    for name in names:
         try:
-            ranges[name] = choose_range(name, calibration.layers[name], layer.weight.detach(), kind)
+            if name in layers:
+                weight = layers[name].weight.detach()
+                found.products[name] = choose_range(name, calibration.layers[name], weight, kind)
+            elif name.endswith(RESULT):
+                owner = name.removesuffix(RESULT)
+                if owner in found.products:
+                    found.results[owner] = choose_value_range(name, calibration.results[owner], kind, clip=True)
+            else:
+                kept = {part: calibration.attentions[f"{name}.{part}"] for part in PARTS}
+                found.attentions[name] = {
+                    part: choose_value_range(f"the {part} of {name}", layer, kind, clip=False)
+                    for part, layer in kept.items()
+                }
         except UnquantizableError as error:
             left_out[name] = str(error)
-    return ranges, left_out
+    return found, left_out
 
 
 def _budget(options: QuantizeOptions, kind: Kind) -> float:
@@ -188,14 +292,15 @@ def _chosen(
     signature: Signature,
     kind: Kind,
     options: QuantizeOptions,
-    ranges: Mapping[str, Range],
+    ranges: Ranges,
     notes: list[str],
 ) -> Choice:
     """Tries all products at the export's own size, then each alone at a small one, then sets at the export's own."""
     encoder, report = references.encoder, references.report
     config = dataclasses.replace(encoder_config(encoder), image_size=signature.image_size)
     found, patch = quantization_of(kind, ranges), config.patch_size
-    layers = {name: layer for name, layer in linear_layers(encoder).items() if name in ranges}
+    layers = {name: layer for name, layer in linear_layers(encoder).items() if name in ranges.products}
+    results = {name: layer for name, layer in layers.items() if name in ranges.results}
     small, budget = at_size(signature, PROXY, patch), _budget(options, kind)
     pixels = [reference_pixels(size, references.images, 1) for size in (small, signature)]
     key = {
@@ -204,7 +309,7 @@ def _chosen(
         "encoder": weights_digest(encoder, repr(config)),
         "images": [[image.shape, hashlib.sha256(image.tobytes()).hexdigest()] for image in pixels],
         "outputs": signature.features,
-        "ranges": {name: {key: one.to_dict()[key] for key in ("scale", "move")} for name, one in ranges.items()},
+        "ranges": _record_ranges(ranges),
     }
     record = Record(record_path(options.calibration, kind) if options.calibration else None, key)
     if record.outdated:
@@ -218,12 +323,23 @@ def _chosen(
     def run(names: Sequence[str]) -> list[Comparison]:
         return record.figures(f"together: {' '.join(sorted(names))}", lambda: trials(signature).run(*names))
 
-    products = unmeasured(layers, math.prod(side // patch for side in signature.image_size))
-    report(f"trial: quantizing all {len(products)} linear layers")
-    if within(rows := run(list(layers)), budget, kind):
+    tokens = math.prod(side // patch for side in signature.image_size)
+    products = unmeasured(layers, tokens) + unmeasured_attentions(config, list(ranges.attentions))
+    products += unmeasured_results(results, tokens)
+    report(f"trial: quantizing all {len(products)} layers")
+    if within(rows := run([one.name for one in products]), budget, kind):
         return choose_all(products, rows, kind)
     products = measure_products(products, lambda name: trials(small).run(name), record)
     return choose(products, budget, run, kind, report)
+
+
+def _record_ranges(ranges: Ranges) -> dict[str, Any]:
+    """What the trials' figures depend on of the ranges."""
+    found: dict[str, Any] = {
+        name: {key: one.to_dict()[key] for key in ("scale", "move")} for name, one in ranges.products.items()
+    }
+    found |= {name: {part: one.scale for part, one in parts.items()} for name, parts in ranges.attentions.items()}
+    return found | {f"{name}{RESULT}": one.scale for name, one in ranges.results.items()}
 
 
 def manifest_quantization(manifest: Mapping[str, Any]) -> Quantization | None:
@@ -233,13 +349,23 @@ def manifest_quantization(manifest: Mapping[str, Any]) -> Quantization | None:
         return None
     scales = {name: one["scale"] for name, one in facts["products"].items()}
     moves = {name: unpack_move(one["move"]) for name, one in facts["products"].items() if one["move"]}
-    return Quantization(facts["kind"], scales, moves)
+    attentions = {
+        name: AttentionScales(**{part: one["scale"] for part, one in parts.items()})
+        for name, parts in facts.get("attentions", {}).items()
+    }
+    results = {name: one["scale"] for name, one in facts.get("results", {}).items()}
+    return Quantization(facts["kind"], scales, moves, attentions, results)
 
 
-def quantization_of(kind: Kind, ranges: Mapping[str, Range]) -> Quantization:
+def quantization_of(kind: Kind, ranges: Ranges) -> Quantization:
     """What ranges mean for the graph."""
-    scales = {name: one.scale for name, one in ranges.items()}
-    return Quantization(kind, scales, {name: one.move for name, one in ranges.items() if one.move is not None})
+    scales = {name: one.scale for name, one in ranges.products.items()}
+    moves = {name: one.move for name, one in ranges.products.items() if one.move is not None}
+    attentions = {
+        name: AttentionScales(**{part: one.scale for part, one in parts.items()})
+        for name, parts in ranges.attentions.items()
+    }
+    return Quantization(kind, scales, moves, attentions, {name: one.scale for name, one in ranges.results.items()})
 
 
 def _calibration(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from functools import partial
 from typing import cast
@@ -13,22 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from export.contract.signature import Signature
-from export.lowering.quantize import Kind, Quantization, encode_weight
-from export.quantization.calibration import linear_layers
+from export.lowering.attention import PROBABILITIES
+from export.lowering.codes import AttentionScales, Kind
+from export.lowering.quantize import Quantization, encode_weight
+from export.quantization.calibration import attention_layers, linear_layers
 from export.quantization.ranges import decode
 from export.verification.fidelity import Comparison, compare_output, tolerance_for
 from export.verification.verify import References, reference_outputs
 from neck.necks import Sam3DualViTDetNeck, shallow_copy
-from neck.trunk import ViTDetTrunk
+from neck.trunk import Attention, ViTDetTrunk
 
 ONE = torch.ones(())
 
 
 @contextlib.contextmanager
 def rounded_layers(encoder: Sam3DualViTDetNeck, found: Quantization) -> Iterator[None]:
-    """Rounds inputs and weights of some linear layers as the file will, while the context lasts."""
+    """Rounds what the file will round of some linear layers and attentions, while the context lasts."""
     layers, weights, hooks = linear_layers(encoder), {}, []
+    attentions = attention_layers(encoder)
     try:
+        for name, scales in found.attentions.items():
+            attentions[name].forward = partial(rounded_attention, attentions[name], scales)  # type: ignore[method-assign]
+        for name, scale in found.results.items():
+            hooks.append(layers[name].register_forward_hook(partial(_round_result, scale, found.kind)))
         for name, scale in found.scales.items():
             layer, move = layers[name], found.moves.get(name, ONE)
             weights[name] = layer.weight
@@ -39,12 +47,36 @@ def rounded_layers(encoder: Sam3DualViTDetNeck, found: Quantization) -> Iterator
     finally:
         for name, weight in weights.items():
             layers[name].weight = weight
+        for name in found.attentions:
+            attentions[name].__dict__.pop("forward", None)
         for hook in hooks:
             hook.remove()
 
 
 def _round_input(scale: float, move: Tensor, kind: Kind, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
     return (decode(inputs[0] / move, scale, kind),)
+
+
+def _round_result(scale: float, kind: Kind, layer: nn.Linear, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    bias = 0 if layer.bias is None else layer.bias
+    return decode(output - bias, scale, kind) + bias
+
+
+def rounded_attention(module: Attention, scales: AttentionScales, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """An attention's forward with FP8 queries, keys, values and probabilities; x (B, N, C) -> (B, N, C)."""
+    tokens, dim = x.shape[-2:]
+    qkv = module.qkv(x).view(-1, tokens, 3, module.num_heads, dim // module.num_heads)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, D) each
+    query = decode(module.rope(query, cos, sin) * module.scale, scales.query, "fp8")
+    key = decode(module.rope(key, cos, sin), scales.key, "fp8")
+    value = decode(value, scales.value, "fp8")
+    scale = float(np.float16(PROBABILITIES))  # as the file stores it
+    mixed = torch.empty_like(query)
+    for image, head in itertools.product(range(query.shape[0]), range(query.shape[1])):  # (N, N) at a time
+        probabilities = (query[image, head] @ key[image, head].T).softmax(dim=-1)
+        mixed[image, head] = decode(probabilities, scale, "fp8") @ value[image, head]
+    projected: Tensor = module.proj(mixed.transpose(1, 2).reshape(-1, tokens, dim))
+    return projected
 
 
 class Trials:
@@ -81,15 +113,14 @@ class Trials:
         self.inputs[at] = inputs[0]
 
     def run(self, *names: str) -> list[Comparison]:
-        """The figures of every feature with these products quantized."""
+        """The figures of every feature with these products, attentions and results quantized."""
         start = min(int(name.split(".")[2]) for name in names)
         encoder, trunk = shallow_copy(self.encoder), shallow_copy(cast(ViTDetTrunk, self.encoder.trunk))
         trunk.blocks = nn.ModuleList(list(trunk.blocks)[start:])
         encoder.trunk = trunk
         skip = trunk.blocks[0].register_forward_pre_hook(lambda _, inputs: (self.inputs[start], *inputs[1:]))
         try:
-            scales = {name: self.found.scales[name] for name in names}
-            with rounded_layers(self.encoder, dataclasses.replace(self.found, scales=scales)):
+            with rounded_layers(self.encoder, self.found.only(names)):
                 found = self._features(encoder)
         finally:
             skip.remove()
