@@ -27,7 +27,7 @@ NO_DEVICE_MEMORY = re.compile(r"out ?of ?memory|gpu memory", re.IGNORECASE)
 memory)`, `Requested amount of GPU memory (N bytes) could not be allocated` are of the device, std::bad_alloc the
 host's."""
 
-DEVICE_REMEDY = "the GPU has too little free memory for this build: close other programs on it, or build with a smaller "
+DEVICE_REMEDY = "the GPU has too little free memory for this build: close other programs on it or build with a smaller "
 DEVICE_REMEDY += "--batch or --workspace-gib"
 
 BUILDING = ".building"
