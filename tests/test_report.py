@@ -630,11 +630,11 @@ def test_constant_features_are_drawn() -> None:
     [
         ({}, {}, r"no features to draw among the outputs \(none\)"),
         ({"sam3_pos_0": np.zeros((1, 4, 3, 3))}, {}, "no features to draw among the outputs sam3_pos_0"),
-        ({"sam3_feat_0": np.zeros((1, 4, 3, 3))}, {}, "x: output sam3_feat_0 has the shape missing, expected"),
+        ({"sam3_feat_0": np.zeros((1, 4, 3, 3))}, {}, "x: output sam3_feat_0 is missing, expected"),
         (
             {"sam3_feat_0": np.zeros((1, 4, 3, 3))},
             {"sam3_feat_0": np.zeros((1, 4, 3, 4))},
-            r"x: output sam3_feat_0 has the shape \(1, 4, 3, 4\), expected \(1, 4, 3, 3\)",
+            r"x: output sam3_feat_0 is \(1, 4, 3, 4\), expected \(1, 4, 3, 3\)",
         ),
     ],
 )
