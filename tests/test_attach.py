@@ -387,7 +387,7 @@ def test_what_does_not_fit_is_refused(model: Any, file: Path, tmp_path: Path) ->
     manifest = json.loads(where.read_text())
     del manifest["weights_sha256"]
     where.write_text(json.dumps(manifest))
-    with pytest.raises(AttachError, match=r"x\.json: has no SHA-256 of the weights"):
+    with pytest.raises(AttachError, match=r"x\.json: the manifest has no SHA-256 of the weights"):
         attach(model, where.with_name("x.onnx"))
     with pytest.raises(AttachError, match="neck sam2 is not in the model, which has sam3"):
         attach(model, file, necks=("sam3", "sam2"))
@@ -430,7 +430,9 @@ def test_models_without_an_encoder(model: Any, file: Path) -> None:
     with pytest.raises(AttachError, match="str is not a PyTorch model"):
         attach("model.pt", file)
     twice = nn.ModuleDict({"a": model, "b": load_same(model)})
-    with pytest.raises(AttachError, match=r"holds 2 encoders \(a\.vision_encoder, b\.vision_encoder\); attach to the"):
+    with pytest.raises(
+        AttachError, match=r"contains 2 encoders \(a\.vision_encoder, b\.vision_encoder\); attach to the"
+    ):
         attach(twice, file)
 
 

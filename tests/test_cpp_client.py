@@ -123,7 +123,7 @@ def test_the_servers_own_words_are_shown(programs: Programs, url: str, reference
     assert ran.code == 1
     assert "is not found" in ran.error or "is not available" in ran.error or "is not at ready" in ran.error
     ran = programs.run("neck-triton", url, "--compare", reference, "--batch", 9)
-    assert (ran.code, "the model's input is image: float32 (1 to 8, 3, 112, 112)" in ran.error) == (1, True)
+    assert (ran.code, "the model takes image: float32 (1 to 8, 3, 112, 112)" in ran.error) == (1, True)
 
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -287,7 +287,7 @@ BAD: list[tuple[str, dict[str, Answer], str]] = [
     (
         "no image",
         {**GOOD, "m": answer({**model_of(), "inputs": [tensor("x", 4)]})},
-        "takes x: float32 .4., no image",
+        "input is x: float32 .4., which is not an image",
     ),
     ("two inputs", {**GOOD, "m": answer({**model_of(), "inputs": [tensor("x", 4)] * 2})}, "m takes 2 inputs"),
     ("too few bytes", infer(outputs(tensor("feat", 1, 4, **FEAT_BYTES)), b"123"), r"\(1, 4\), but has 3 bytes"),
@@ -539,7 +539,7 @@ def test_the_real_ensemble_answers_as_the_encoder(programs: Programs, ensemble_u
     image.write_bytes(b"no image")
     ran = programs.run("neck-triton", *arguments)
     assert ran.code == 1
-    assert "image 1 of 1 is damaged or no JPEG or PNG file" in ran.error
+    assert "image 1 of 1 is damaged or not a JPEG or PNG file" in ran.error
 
 
 def test_a_server_that_says_nothing_is_given_up(programs: Programs, tmp_path: Path) -> None:
@@ -555,7 +555,7 @@ def test_no_server(programs: Programs, tmp_path: Path) -> None:
     def ask_at(url: str) -> Any:
         return programs.run("neck-triton", url, "--compare", tmp_path / "reference.safetensors")
 
-    assert "the file cannot be read (No such file or directory)" in ask_at("localhost:1").error
+    assert "cannot be read (No such file or directory)" in ask_at("localhost:1").error
     save_reference(tmp_path / "reference.safetensors", np.zeros((1, 16, 16, 3), np.uint8), {"feat": FEAT[None]})
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody else can take it

@@ -93,7 +93,7 @@ def _app(verdict: Any) -> Any:
             {"sam3_pos_0": np.zeros((2, 8, 4, 4), np.uint8)},
             "output sam3_pos_0 is not in the reference, which has sam3_feat_0",
         ),
-        ({"pixels": np.zeros((2, 8, 16, 3), np.uint8)}, "pixels are uint8 (2, 8, 16, 3); the model's input is 16 x 16"),
+        ({"pixels": np.zeros((2, 8, 16, 3), np.uint8)}, "pixels are uint8 (2, 8, 16, 3); the model takes 16 x 16"),
     ],
 )
 def test_a_reference_of_another_kind_is_refused(
@@ -114,7 +114,7 @@ def test_a_reference_that_is_not_finite_or_left_out_fails(programs: Programs, tm
     assert "2" in ran.out
     ran = programs.run("neck-engine", plan, "--compare", path, "--batch", 5)
     assert ran.error == (
-        "2 images in batches of 5: the model's input is image: float32 (1 to 4, 3, 16, 16); "
+        "2 images in batches of 5: the model takes image: float32 (1 to 4, 3, 16, 16); "
         "give another --batch or number of images"
     )
 

@@ -127,7 +127,7 @@ def test_one_odd_file_costs_itself_alone(programs: Programs, tmp_path: Path) -> 
     assert ran.code == 1
     assert ran.out.endswith("features of 3 images written, 0 existed already, 3 failed\n")
     lines = sorted(ran.err.splitlines())
-    assert [line.split(" ")[3].rpartition("/")[2][:7] for line in lines] == ["loop.pn", "nothing", "y" * 7]
+    assert [line.split(" ")[2].rpartition("/")[2][:7] for line in lines] == ["loop.pn", "nothing", "y" * 7]
     assert all(line.startswith("neck-engine: skipped: ") for line in lines)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         f"{path.name}.safetensors" for path in (*paths[1:], longest)

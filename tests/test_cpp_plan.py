@@ -253,7 +253,9 @@ def test_a_load_or_run_that_fails_is_told_in_pythons_words(
     programs: Programs, tmp_path: Path, call: str, message: str
 ) -> None:
     plan = write_plan(tmp_path)
-    memory = "other programs or"
+    memory = (
+        "20.0 of 24.0 GB of device memory are free; if that is too little, close other programs or use a smaller batch"
+    )
     ran = programs.run("neck-engine", plan, STAND_IN_FAIL=call)
     assert (ran.code, ran.error) == (1, f"{plan}: {message}{memory}")
 

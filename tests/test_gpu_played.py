@@ -298,7 +298,7 @@ def test_too_little_device_memory_is_told(files: dict[str, Path], tmp_path: Path
 @pytest.mark.parametrize(
     ("device", "words", "says"),
     [
-        ({}, ("--compute-capability", "12.0"), "is for compute capability 12.0, here is NVIDIA L4 (8.9)"),
+        ({}, ("--compute-capability", "12.0"), "is for compute capability 12.0, but the GPU is NVIDIA L4 (8.9)"),
         (HOPPER, (), "TensorRT-RTX 1.7.1.116 does not run on NVIDIA H100 80GB HBM3 (9.0)"),
         (HOPPER, ("--compute-capability", "8.9,12.0"), "TensorRT-RTX 1.7.1.116 does not run on NVIDIA H100 80GB HBM3"),
         ({}, ("--compute-capability", "8.9,12.0"), None),
@@ -329,9 +329,9 @@ def test_a_plan_that_was_carried_to_another_gpu_is_refused_in_a_sentence(
     with play("11.4", Device(**HOPPER)):  # type: ignore[arg-type]
         for command in ("verify", "profile"):
             ran = neck_export_cli(command, plan)
-            assert ran.code == 1 and "is for compute capability 8.9, here is NVIDIA H100" in ran.err
+            assert ran.code == 1 and "is for compute capability 8.9, but the GPU is NVIDIA H100" in ran.err
     with play("10.16"):
-        assert "needs TensorRT 11.4.0.106 exactly, here is 10.16.1.11" in neck_export_cli("verify", plan).err
+        assert "needs TensorRT 11.4.0.106 exactly, but 10.16.1.11 is installed" in neck_export_cli("verify", plan).err
     with play("11.4", gpu=False):
         assert "needs an NVIDIA GPU" in neck_export_cli("verify", plan).err
 

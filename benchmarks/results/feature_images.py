@@ -54,7 +54,7 @@ def feature_images(
         shape = reference[name].shape
         if name not in candidate or candidate[name].shape != shape:
             found = candidate[name].shape if name in candidate else "missing"
-            raise BenchError(f"{backend}: output {name} has the shape {found}, expected {shape} like the reference")
+            raise BenchError(f"{backend}: output {name} is {found}, expected {shape} like the reference")
         levels.append(_level(name, reference[name][0], candidate[name][0]))
     return {"image": image, "candidate": backend, "levels": levels}
 

@@ -30,8 +30,8 @@ host's."""
 
 DEVICE_REMEDY = (
     "the GPU has too little free memory for this build: close other programs on it, or build with a smaller "
+    "--batch or --workspace-gib"
 )
-DEVICE_REMEDY += "--batch or --workspace-gib"
 
 BUILDING = ".building"
 """How the name of an unfinished plan ends."""

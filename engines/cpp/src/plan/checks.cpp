@@ -71,8 +71,7 @@ void check_version(const std::filesystem::path& plan, const Manifest& manifest, 
     const bool compatible = manifest.version_compatible;
     if (flavor == "tensorrt" && built != here && !(compatible && here > built)) {
         throw Error(plan.string() + ": the plan needs TensorRT " + manifest.tensorrt_version +
-                    (compatible ? " or later" : " exactly") + ", but this program uses " + version + "; build it "
-                        "again" +
+                    (compatible ? " or later" : " exactly") + ", but " + version + " is installed; build it again" +
                     (compatible ? "" : ", or with --version-compatible for later versions"));
     }
 }

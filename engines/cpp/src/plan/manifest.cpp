@@ -123,7 +123,7 @@ void check_file(const fs::path& manifest, const Manifest::File& entry, bool hash
     } catch (const OpenFile::Ended&) {
         throw changed();
     } catch (const std::system_error& failed) {
-        throw Error(path.string() + ": cannot be read (" + failed.code().message() + "); write it again");
+        throw Error(path.string() + ": the file cannot be read (" + failed.code().message() + "); write it again");
     }
 }
 
@@ -133,12 +133,12 @@ std::string read_header(const fs::path& plan) {
         std::string header(std::min(file.size(), rtx_magic.size()), '\0');
         file.read(reinterpret_cast<std::byte*>(header.data()), header.size());
         if (header.empty()) {
-            throw Error(plan.string() + ": is empty; build it again");
+            throw Error(plan.string() + ": the file is empty; build it again");
         }
         return header;
     } catch (const std::system_error& error) {
         if (error.code() != std::errc::no_such_file_or_directory) {
-            throw Error(plan.string() + ": cannot be read (" + error.code().message() +
+            throw Error(plan.string() + ": the file cannot be read (" + error.code().message() +
                         "); expected a plan built with `neck-export trt`");
         }
         const std::string rejected = plan.string() + ".rejected";
@@ -211,7 +211,7 @@ Manifest read_checked(const fs::path& plan, bool hashes) {
         const std::string names = joined(manifest.files, [](const Manifest::File& file) { return file.name; });
         throw Error(manifest.path.string() + ": the manifest names " + (names.empty() ? "no file" : names) + " "
             "instead of " + name +
-                    "; build it again");
+                    "; build the plan again");
     }
     return manifest;
 }
