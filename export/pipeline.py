@@ -240,6 +240,8 @@ def verify_file(
                 f"{where}: the manifest is missing, so what {path.name} was exported from is unknown; give the weights "
                 f"that it should have with --checkpoint. {path.name}: {read_by(needs)}"
             )
+        if save is not None:
+            check_paths([NamedPath("the file of --save-reference", save)], encoder_paths(path, {}, checkpoint))
         report("weights")
         loaded = with_head_if_any(EncoderSource(checkpoint, 0, state, prefix, adapter, config=config))
         foreign, made = judge_file(file, loaded.encoder, images, tolerances, report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -638,6 +639,18 @@ def test_outputs_whose_shape_is_not_told_are_judged(tmp_path: Path) -> None:
     for value in model.graph.outputs:
         value.shape = None
     assert judged(model, tmp_path).passed
+
+
+@pytest.mark.usefixtures("_no_builder")
+def test_nothing_is_overwritten(sound: Path, tmp_path: Path) -> None:
+    """Neither the weights by a reference, nor a file of the adapted copy's name."""
+    checkpoint = shutil.copy(checkpoint_of("hf-dual"), tmp_path / "model.safetensors")
+    refused = neck_export_cli("verify", sound, "--checkpoint", checkpoint, "--save-reference", checkpoint)
+    assert refused.code == 1 and "overwrite" in refused.err
+    (tmp_path / "other.neck.onnx").write_text("mine")
+    ran = verify_cli(sound, "--write-manifest")
+    assert ran.code == 1 and "other.neck.onnx" in ran.err
+    assert (tmp_path / "other.neck.onnx").read_text() == "mine"
 
 
 def test_without_a_checkpoint_there_is_nothing_to_compare_with(sound: Path) -> None:

@@ -74,6 +74,8 @@ def adopt(
     own = _is_ours(file.model, signature, verdict)
     target = file.path if own else file.path.with_name(f"{file.path.stem}.neck.onnx")
     check_targets(target)
+    if not own and target.exists() and not manifest_path(target).exists():
+        raise ExportError(f"{target}: exists and has no manifest, so it would be lost; move it")
     with disk_errors(target), new_folder(target.parent), staging(target) as folder:
         staged = folder / target.name
         if not own:
