@@ -242,6 +242,8 @@ def verify_file(
                 f"{where}: the manifest is missing, so it is unknown which weights {path.name} was exported from; give "
                 f"these weights with --checkpoint. {path.name} is {read_by(needs)}"
             )
+        if save is not None:
+            check_paths([NamedPath("the file of --save-reference", save)], encoder_paths(path, {}, checkpoint))
         report("loading the weights")
         loaded = with_head_if_any(EncoderSource(checkpoint, 0, state, prefix, adapter, config=config))
         foreign, made = judge_file(file, loaded.encoder, images, tolerances, report)

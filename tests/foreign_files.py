@@ -21,8 +21,8 @@ FLOAT = ir.DataType.FLOAT
 def plain_model(case: str = CASE, encoder: Sam3DualViTDetNeck | None = None, **asked: Any) -> ir.Model:
     """The unrewritten module's graph in FP32, with every neck, and constants that can be changed."""
     golden = load_golden(case)
-    rewrites = asked.pop("rewrites", Rewrites.none())
-    model = traced(encoder or golden.encoder, golden.config, rewrites, **asked).model
+    rewrites, config = asked.pop("rewrites", Rewrites.none()), asked.pop("config", golden.config)
+    model = traced(encoder or golden.encoder, config, rewrites, **asked).model
     for value in model.graph.initializers.values():
         assert value.const_value is not None
         value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)

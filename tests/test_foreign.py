@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load_golden
+from conftest import load_golden, shared_encoder, tiny_config
 from exporting import checkpoint_of, config_of, neck_export_cli
 from foreign_files import CASE, Edit, half, perturbed, plain_model, swap_weights, weights_of, write
 
@@ -21,13 +23,14 @@ from engines.foreign_builds import builder_lines
 from engines.live.encoder import DeployedEncoder
 from export.contract.errors import ExportError
 from export.contract.onnx_file import OnnxFile
+from export.foreign.adopt import contract_of
 from export.foreign.judge import ForeignVerdict, judge_file
 from export.graph.rewrite import Rewrites
 from export.lowering.precision import lower
 from export.pipeline import RejectedError, verify_file
 from neck.checkpoint import random_encoder
 from neck.config import EncoderConfig
-from neck.necks import Sam3DualViTDetNeck
+from neck.necks import Sam3DualViTDetNeck, shallow_copy
 from neck.position import PositionEmbeddingSine
 from neck.rope import axial_angles
 
@@ -203,6 +206,36 @@ def test_a_dynamic_batch_passes(tmp_path: Path) -> None:
     verdict = judged(plain_model(batch="1:1:2"), tmp_path)
     assert verdict.passed and verdict.images == 2
     assert "any batch" in "\n".join(verdict.lines())
+
+
+HEADED = tiny_config(d_model=16, necks=("sam3", "sam2"), sam2_head=True)
+HIGH_RES = {"sam2_high_res_0": "high_res_feats_0", "sam2_high_res_1": "high_res_feats_1", "sam2_feat_2": "image_embed"}
+
+
+def headed_model() -> ir.Model:
+    """SAM 2's folded high-resolution features under the names of SAM 2's exporters."""
+    asked = {"necks": "sam2", "sam2_outputs": "head", "rewrites": Rewrites()}
+    model = plain_model(encoder=shared_encoder(HEADED), config=HEADED, **asked)
+    Edit(model).keep(*HIGH_RES).rename(**HIGH_RES)
+    return model
+
+
+def test_folded_high_resolution_features_are_found(tmp_path: Path) -> None:
+    """In planes and as tokens; exchanged they are refused, and so they are without the mask decoder's weights."""
+    model = headed_model()
+    Edit(model).reshape("high_res_feats_0", 1024, 1, 2, first=(2, 3, 0, 1)).reshape("high_res_feats_1", 4, 16, 16)
+    verdict = judged(model, tmp_path, shared_encoder(HEADED))
+    assert verdict.passed, verdict.lines()
+    assert [match.tensor for match in verdict.matches] == list(HIGH_RES)
+    assert [match.layout for match in verdict.matches] == ["tokens (HW, N, C)", "CHW", "NCHW"]
+    assert contract_of(OnnxFile(tmp_path / "encoder.onnx"), verdict).sam2_outputs == "head"
+    wrong = headed_model()
+    Edit(wrong).rename(high_res_feats_0="high_res_feats_1", high_res_feats_1="high_res_feats_0")
+    assert [cause.kind for cause in judged(wrong, tmp_path, shared_encoder(HEADED)).causes] == ["levels"]
+    without = shallow_copy(shared_encoder(HEADED))
+    without.sam2_head = None
+    verdict = judged(headed_model(), tmp_path, without)
+    assert not verdict.passed and "mask decoder" in verdict.causes[0].sentence
 
 
 # --- faults
@@ -485,6 +518,22 @@ def test_write_manifest_makes_a_file_that_our_commands_take(sound: Path) -> None
 
 
 @pytest.mark.usefixtures("_no_builder")
+def test_a_copy_reads_the_weights_file_that_is_there(tmp_path: Path) -> None:
+    """Nothing of it is written twice, and the manifest speaks of it; its outputs become planes again."""
+    model = edited(lambda edit: (edit.channels(2, 1, 0), of_bytes(0, 3, 1, 2)(edit), TOKENS["(HW, N, C)"](edit)))
+    path = tmp_path / "other.onnx"
+    ir.save(model, path, external_data="other.bin")
+    ran = verify_cli(path, "--write-manifest")
+    assert ran.code == 0, ran.err
+    names = ["other.bin", "other.neck.json", "other.neck.onnx", "other.onnx"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    assert (tmp_path / "other.neck.onnx").stat().st_size < (tmp_path / "other.bin").stat().st_size
+    manifest = json.loads((tmp_path / "other.neck.json").read_text())
+    assert [entry["name"] for entry in manifest["files"]] == ["other.neck.onnx", "other.bin"]
+    assert neck_export_cli("verify", tmp_path / "other.neck.onnx").code == 0
+
+
+@pytest.mark.usefixtures("_no_builder")
 def test_our_own_file_gets_its_manifest_back(tmp_path: Path) -> None:
     """Nothing but the manifest is written, since its input and outputs are ours."""
     path = write(plain_model(rewrites=Rewrites()), tmp_path / "encoder.onnx")
@@ -590,6 +639,18 @@ def test_outputs_whose_shape_is_not_told_are_judged(tmp_path: Path) -> None:
     for value in model.graph.outputs:
         value.shape = None
     assert judged(model, tmp_path).passed
+
+
+@pytest.mark.usefixtures("_no_builder")
+def test_nothing_is_overwritten(sound: Path, tmp_path: Path) -> None:
+    """Neither the weights by a reference, nor a file of the adapted copy's name."""
+    checkpoint = shutil.copy(checkpoint_of("hf-dual"), tmp_path / "model.safetensors")
+    refused = neck_export_cli("verify", sound, "--checkpoint", checkpoint, "--save-reference", checkpoint)
+    assert refused.code == 1 and "overwrite" in refused.err
+    (tmp_path / "other.neck.onnx").write_text("mine")
+    ran = verify_cli(sound, "--write-manifest")
+    assert ran.code == 1 and "other.neck.onnx" in ran.err
+    assert (tmp_path / "other.neck.onnx").read_text() == "mine"
 
 
 def test_without_a_checkpoint_there_is_nothing_to_compare_with(sound: Path) -> None:

@@ -74,6 +74,8 @@ def adopt(
     own = _is_ours(file.model, signature, verdict)
     target = file.path if own else file.path.with_name(f"{file.path.stem}.neck.onnx")
     check_targets(target)
+    if not own and target.exists() and not manifest_path(target).exists():
+        raise ExportError(f"{target}: exists and has no manifest, so it would be lost; move it")
     with disk_errors(target), new_folder(target.parent), staging(target) as folder:
         staged = folder / target.name
         if not own:
@@ -83,16 +85,14 @@ def adopt(
         needs = graph_needs(model)
         proof = verdict.to_dict()
         if not own:
-            for data in _weights_files(model):
-                (folder / data.name).symlink_to(data.resolve())
-            checked = verify_onnx(staged, signature, reference, verdict.precision, report=report)
+            adapted = OnnxFile(file.path)  # the graph that was written, with the weights where they lie
+            adapted.model = model
+            checked = verify_onnx(adapted, signature, reference, verdict.precision, report=report)
             if not checked.passed:
                 raise ExportError(
                     f"{target}: {checked.summary} after its interface was adapted; please report this bug"
                 )
             proof = checked.to_dict() | {"adapted_from": file.path.name}
-            for data in _weights_files(model):
-                (folder / data.name).unlink()
         files = [staged if not own else target, *(target.with_name(data.name) for data in _weights_files(model))]
         values = _facts(verdict, encoder, signature, origin) | graph_facts(model, needs, ())
         values |= {"verification": proof | {"files": seen(files)}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import fnmatch
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -192,7 +193,7 @@ class _Judge:
             raise NotEncoderError(_no_feature(arrays, shared))
         precision = file_precision(runner.file.model)
         comparisons = self._compare(matches, shared, precision, arrays)
-        weights = compare_weights(self._weights_model(), self.encoder)
+        weights = compare_weights(prepared_model(self.file)[0], self.encoder)
         bad = self._first_bad(runner, encoding, comparisons)
         failed = [match for match, one in zip(matches, comparisons, strict=True) if not one.passed]
         causes = [Cause(kind, name, sentence) for name, kind, sentence in inconsistencies(matches)]
@@ -200,6 +201,7 @@ class _Judge:
         if failed:
             causes += self._causes(failed, comparisons, bad, embedded, shared, weights, precision)
         method = self._method(runner, shared)
+        forms = collections.Counter(attention_forms(self.file.model.graph))
         known = {match.tensor for match in matches} | {TRUNK}
         verdict = ForeignVerdict(
             tuple(comparisons),
@@ -215,7 +217,7 @@ class _Judge:
             precision,
             weights,
             tuple(causes),
-            (*graph_risks(self.file.model, self._forms(), self.image.dynamic_size), *value_risks(largest)),
+            (*graph_risks(self.file.model, forms, self.image.dynamic_size), *value_risks(largest)),
             read_by(graph_needs(self.file.model)),
             len(self.pixels),
             self.encoder,
@@ -298,12 +300,6 @@ class _Judge:
         kinds = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
         return kinds.get(value.dtype) if value.dtype else None
 
-    def _forms(self) -> dict[str, int]:
-        return dict(collections.Counter(attention_forms(self.file.model.graph)))
-
-    def _weights_model(self) -> ir.Model:
-        return prepared_model(self.file)[0]
-
     def _first_bad(self, runner: Runner, encoding: Encoding, comparisons: Sequence[Comparison]) -> str | None:
         if not any(one.non_finite for one in comparisons):
             return None
@@ -327,12 +323,9 @@ class _Judge:
             if len(shape) > 2 and channels & {*shape}:
                 causes.append(Cause(kind, name, f"{told}, a map for another size: the encoder's are {sizes}"))
             elif pairs & sides or tokens & {*shape}:
-                hint = (
-                    ""
-                    if self.encoder.sam2_head
-                    else "; SAM 2's high-resolution maps need a checkpoint with the mask decoder"
-                )
-                causes.append(Cause(kind, name, f"{told}, a map with channels that no output of the encoder has{hint}"))
+                told += ", a map with channels that no output of the encoder has"
+                hint = "; SAM 2's high-resolution maps need a checkpoint with the mask decoder"
+                causes.append(Cause(kind, name, told + hint * (self.encoder.sam2_head is None)))
         return causes
 
     def _causes(
@@ -353,7 +346,7 @@ class _Judge:
             causes.append(Cause("overflow", overflown[0], f"overflow: {', '.join(overflown)} not finite{where}"))
         if embedded and not self._fitting(embedded):
             self.report("cause: what the patch embedding is given")
-            embed = lambda images: patch_embedding(self.encoder, images)  # noqa: E731
+            embed = functools.partial(patch_embedding, self.encoder)
             if cause := input_cause(embedded, embed, self.images, moved=weights.origin != "other weights"):
                 return [*causes, cause]
         if weights.origin in ("another fine-tune's", "other weights"):

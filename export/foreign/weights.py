@@ -16,6 +16,7 @@ from export.graph.rewrite import DeployProjection, Rewrites, rewrite
 from neck.necks import Sam3DualViTDetNeck
 from neck.trunk import ViTDetTrunk
 
+UNCHANGED = "unchanged"
 SMALLEST = 16
 """Elements; a smaller tensor is found by chance."""
 SAMPLED = 1 << 12
@@ -96,12 +97,13 @@ def compare_weights(model: ir.Model, encoder: Sam3DualViTDetNeck) -> WeightsFoun
         form, error, scaled = found
         compared += values.size
         if error <= max(SAME, ROUNDED.get(kind, 0)):
-            word = form + (", scaled" if scaled else "")
-            word += f", cast to {kind}" if kind in ROUNDED and kind != "codes" else ", quantized" * (kind == "codes")
+            words = [form] * (form != UNCHANGED) + ["scaled"] * scaled
+            words += ["quantized"] if kind == "codes" else [f"cast to {kind}"] * (kind in ROUNDED)
+            word = " and ".join(words) or UNCHANGED
             forms[word] = forms.get(word, 0) + 1
             same += values.size
         elif error <= ROUNDED["float16"] and _is_rounded(values):
-            forms[f"{form}, rounded"] = forms.get(f"{form}, rounded", 0) + 1
+            forms[f"{form} and rounded"] = forms.get(f"{form} and rounded", 0) + 1
             same += values.size
         elif len(shape) < 2:  # biases and norms are too alike to tell anything when they differ
             continue
@@ -171,11 +173,11 @@ def _by_shape(encoder: Sam3DualViTDetNeck) -> Known:
         known.setdefault(shape, []).append((form, name, array, _sample(array)))
         if len(shape) == 2:
             known.setdefault(shape[::-1], []).append(
-                (f"{form}, transposed".removeprefix("as it is, "), name, array.T, _sample(array.T))
+                ("transposed" if form == UNCHANGED else f"{form} and transposed", name, array.T, _sample(array.T))
             )
 
     for name, tensor in encoder.state_dict().items():
-        add("as it is", name, tensor)
+        add(UNCHANGED, name, tensor)
         if ".qkv." in name:
             for part in tensor.chunk(3):
                 add("split", name, part)
