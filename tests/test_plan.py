@@ -170,7 +170,7 @@ def test_the_plans_memory_is_told(tmp_path: Path) -> None:
         assert f"4: {total / 1e6:,.1f} MB" in shown and f"at batch {largest}" in shown
     weights = data_path(source).stat().st_size / 2  # FP16 of an FP32 file
     assert 0.9 * weights < found[4]["weights_bytes"] < 1.5 * weights
-    assert found[4]["activation_bytes"] > 1.5 * found[2]["activation_bytes"]
+    assert found[4]["activation_bytes"] > found[2]["activation_bytes"]
     lines = memory_lines(made.manifest | {"memory": None})  # a plan of an older version: what its shapes tell
     assert len(lines) == 1 and lines[0].count("unknown") == 2
     assert read_memory("Total Weights Memory: 12 bytes") == {"weights_bytes": 12} and not read_memory("Weights: 12")
