@@ -318,7 +318,7 @@ class _Judge:
             kind = "positions" if "pos" in name.lower() else "levels"
             told = f"{name} is {shape_text(arrays[name])}"
             pairs = set(itertools.pairwise(shape))
-            if len(shape) not in (2, 3, 4) or arrays[name].dtype.kind not in "fV":
+            if sum(side > 1 for side in shape) < 2 or len(shape) > 4 or arrays[name].dtype.kind not in "fV":
                 continue
             if len(shape) > 2 and channels & {*shape}:
                 causes.append(Cause(kind, name, f"{told}, a map for another size: the encoder's are {sizes}"))
