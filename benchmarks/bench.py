@@ -14,7 +14,8 @@ from benchmarks.options import SELECTION, BenchOptions
 from benchmarks.results.result import make_result
 from engines.builder.plan_kind import is_plan
 from engines.layers.layer_report import read_layers
-from export.contract.manifest import ManifestError, check_files, locked, manifest_path, read_manifest
+from export.contract.atomic import locked
+from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest
 
 COUNTS = ("images", "objects", "lost", "found")
 SHOWN = ("passed", "gate", *COUNTS, "mean_iou", "worst_iou", "worst_image", "method")

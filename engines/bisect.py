@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +15,9 @@ import onnx_ir as ir
 from engines.bisect_trials import TRIAL, Runner, run_on_gpu, run_simulated
 from engines.builder.onnx_source import plan_source
 from engines.builder.plan_kind import is_plan
+from export.contract.atomic import disk_errors, workspace
 from export.contract.export_command import REPLACED_FORMS, export_command
-from export.contract.manifest import check_files, data_path, manifest_path, read_manifest, workspace
+from export.contract.manifest import check_files, data_path, manifest_path, read_manifest
 from export.contract.onnx_file import OnnxFile, check_path
 from export.contract.options import Rewrites
 from export.contract.signature import Signature
@@ -100,7 +100,10 @@ def bisect(
         raise BisectError(f"{path}: the file is FP32, so it has no rounding to search; give a file of lower precision")
     encoder = manifest_encoder(where, manifest, checkpoint, adapter)
     room = 4 * sum(parameter.numel() for parameter in encoder.parameters())
-    with workspace(path.with_name(f"{path.name}.bisect"), room) as folder, disk_errors(folder):
+    with (
+        workspace(path.with_name(f"{path.name}.bisect"), room) as folder,
+        disk_errors(BisectError, folder, "set TMPDIR to a folder with more room"),
+    ):
         if adapter:  # for the command that mends
             weights = manifest["weights"]
             manifest = manifest | {"weights": weights | {"adapter": weights["adapter"] | {"path": str(adapter)}}}
@@ -108,18 +111,6 @@ def bisect(
         allowed = budget_overrides(budget, ["*"]) | dict(overrides or {})  # of the blocks too, whose figures are shown
         search = Search(manifest, encoder, images, allowed, folder, report, run or run_simulated)
         return search.find(path, checkpoint)
-
-
-@contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns what the disk of the trials refuses into a BisectError that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise BisectError(
-            f"{folder}: the temporary files cannot be written ({reason}); make room, or set TMPDIR"
-        ) from None
 
 
 class Search:

@@ -10,10 +10,10 @@ from typing import Any
 
 from engines.builder.onnx_graph import BuildError
 from engines.builder.plan_kind import is_plan
-from engines.builder.plan_stream import disk_errors
 from engines.layers.plan_memory import memory_lines
+from export.contract.atomic import disk_errors, staging
 from export.contract.export_command import export_command, hub_text
-from export.contract.manifest import check_files, manifest_path, read_manifest, staging, to_json
+from export.contract.manifest import check_files, manifest_path, read_manifest, to_json
 from export.contract.signature import Signature
 
 LICENSE = {
@@ -48,7 +48,7 @@ def write_card(file: Path) -> list[Path]:
     if folder.exists() and not (folder / README).is_file():
         raise BuildError(f"{folder}: is there already and holds no {README}; move it, so that the card can be written")
     names = [entry["name"] for entry in manifest["files"]]
-    with disk_errors(folder), staging(folder) as stage:
+    with disk_errors(BuildError, folder), staging(folder) as stage:
         whole = stage / folder.name
         whole.mkdir()
         whole.chmod(0o755)

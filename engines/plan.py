@@ -12,25 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from engines.builder.attention_forms import Built, LoweringOptions, build_forms, no_fp8_attention
 from engines.builder.flavor import Flavor, choose_flavor
+from engines.builder.onnx_graph import BuildError
 from engines.builder.onnx_source import Source, read_source, select_for_source
 from engines.builder.options import DEFAULT_BATCH, BuildOptions, PlanOptions
-from engines.builder.plan_stream import disk_errors
 from engines.builder.timing_cache import replayed_hash, timing_cache_path
 from engines.layers.layer_report import LayerReport, layers_path, read_layers
 from engines.layers.plan_memory import plan_memory
 from engines.run.verify import verify_plan, why_not_run
-from export.contract.manifest import (
-    ManifestError,
-    check_files,
-    locked,
-    manifest_path,
-    new_folder,
-    publish,
-    read_manifest,
-    staging,
-    to_json,
-    write_manifest,
-)
+from export.contract.atomic import disk_errors, locked, new_folder, publish, staging
+from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest, to_json, write_manifest
 from export.contract.onnx_file import OnnxFile, check_path
 from export.contract.options import Precision, Residual
 from export.contract.signature import BatchRange
@@ -127,7 +117,7 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, prepared
     if found:
         return found
     with (
-        disk_errors(options.output),
+        disk_errors(BuildError, options.output),
         new_folder(options.output.parent),
         contextlib.ExitStack() as left,
         staging(options.output) as folder,

@@ -16,11 +16,11 @@ import torch
 from engines.builder.flavor import FlavorError, choose_flavor
 from engines.builder.onnx_graph import BuildError
 from engines.builder.options import PlanOptions
-from engines.builder.plan_stream import disk_errors
 from engines.layers.layer_report import read_layers
 from engines.plan import BuildRequest, PlanResult, Prepared, make_plan, prepare, publish_plan, read_onnx
 from engines.run.plan_checks import SessionError
 from engines.run.timing import median_ms
+from export.contract.atomic import disk_errors
 from export.contract.manifest import ManifestError, check_files, manifest_path, parse_json, read_manifest, to_json
 from export.contract.options import AttentionForm, Spelling, Upsampling
 from export.pipeline import RejectedError
@@ -130,7 +130,7 @@ def tune_plan(
     state = folder / "rows.json"
     key = BuildRequest(options, flavor, source, options.precision, report).key
     rows = finished_rows(state, key, options.output.name)
-    with disk_errors(options.output):
+    with disk_errors(BuildError, options.output):
         folder.mkdir(parents=True, exist_ok=True)
     prepared = prepare(options, source, options.precision, flavor)
     selected = prepared.selected and prepared.selected.quantization

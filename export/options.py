@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from export.contract.atomic import disk_errors
 from export.contract.errors import ExportError
 from export.contract.options import ExportOptions
 from export.contract.signature import (
@@ -20,7 +21,6 @@ from export.lowering.resolve_target import Form, resolve_target
 from export.output_files import (
     check_paths,
     check_targets,
-    disk_errors,
     export_paths,
     weights_paths,
 )
@@ -59,7 +59,7 @@ def check_options(options: ExportOptions) -> Form:
     form = resolve_target(targets, options.precision, options.attention, options.opset)
     if source.path is None and (source.state is not None or source.prefix is not None):
         raise ExportError("random weights have no --state or --prefix; leave these options out, or give a --checkpoint")
-    with disk_errors(options.output):
+    with disk_errors(ExportError, options.output.parent):
         written = export_paths(options.output, options.quantize.calibration, options.precision)
         check_paths(written, weights_paths(source.path, source.adapter))
         check_targets(options.output)

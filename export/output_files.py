@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,24 +149,3 @@ def check_room(output: Path, encoder: Sam3DualViTDetNeck, signature: Signature, 
             f"{output.parent}: the disk has {size_text(free)} free, but the file needs {size_text(needed)}; make "
             "room or choose another --output"
         )
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a file system error of the output folder into one sentence.
-
-    Raises:
-        ExportError: for every OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        # numpy's tofile says `1000 requested and 512 written` without a number (numpy 2)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "written" in str(error)):
-            raise ExportError(f"{path.parent}: the disk is full; make room or choose another --output") from None
-        if isinstance(error, FileExistsError | NotADirectoryError):
-            raise ExportError(
-                f"{error.filename or path}: this is a file, but a folder is needed there; choose another --output"
-            ) from None
-        reason = error.strerror or str(error) or type(error).__name__
-        raise ExportError(f"{error.filename or path}: {reason}; choose another --output") from None

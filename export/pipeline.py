@@ -12,19 +12,16 @@ import onnx_ir as ir
 import safetensors.torch
 import torch
 
+from export.contract.atomic import disk_errors, locked, new_folder, publish, staging
 from export.contract.errors import ExportError
 from export.contract.manifest import (
     ManifestError,
     check_files,
     data_path,
-    locked,
     manifest_path,
     named_files,
-    new_folder,
-    publish,
     read_manifest,
     record_in_manifest,
-    staging,
     write_manifest,
 )
 from export.contract.onnx_file import OnnxFile, check_path
@@ -40,7 +37,7 @@ from export.lowering.codes import CODES
 from export.lowering.precision import kept_products, lower, residual_type, residuals_to_try
 from export.manifest_values import export_facts, graph_facts, verification
 from export.options import NUMPY_NAMES, check_options, load, lowering, sign
-from export.output_files import NamedPath, check_paths, check_room, disk_errors, encoder_paths, target_files
+from export.output_files import NamedPath, check_paths, check_room, encoder_paths, target_files
 from export.quantization.select_quantization import budget_tolerances, manifest_tolerances, select_quantization
 from export.verification.fidelity import Verdict, check_overrides
 from export.verification.reference import check_reference, write_reference
@@ -129,7 +126,7 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
     if options.verify:
         check_memory(signature, encoder)
     with (
-        disk_errors(options.output),
+        disk_errors(ExportError, options.output.parent),
         new_folder(options.output.parent),
         ThreadPoolExecutor(1) as background,
         staging(options.output) as folder,

@@ -16,7 +16,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from synthetic_images import images_of
 
-from export.contract.manifest import locked, manifest_path, write_manifest
+from export.contract.atomic import locked
+from export.contract.manifest import manifest_path, write_manifest
 
 ROOT = Path(__file__).parent.parent
 SOURCES, TESTS = ROOT / "engines" / "cpp", ROOT / "tests" / "cpp"

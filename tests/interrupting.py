@@ -62,7 +62,7 @@ MOMENTS = (
     Moment("onnx", "os.rename", "x.onnx", signal="SIGTERM"),
     *(Moment("trt", "import", name) for name in ("polygraphy", "engines.plan")),
     *(Moment("trt", "os.mkdir", ".staging", where) for where in ("here", "builder")),
-    *(Moment("trt", "open", name) for name in ("x.fp16.onnx.data", ".building", "x.plan.json")),
+    *(Moment("trt", "open", name) for name in ("x.fp16.onnx.data", "x.plan", "x.plan.json")),
     *(Moment("trt", event, name) for event, name in (("os.remove", "x.plan"), ("os.rename", "x.plan.json"))),
     Moment("trt", "os.rename", "x.plan", signal="SIGTERM"),
 )

@@ -38,7 +38,7 @@ from benchmarks.results.result_files import check_result, merge_results, read_re
 from benchmarks.results.rows import best_rates, make_row, raise_rates, ratio
 from benchmarks.roofline import encoder_parts, floor_ms, total_operations
 from engines.run.latency import summarize
-from export.contract.manifest import locked
+from export.contract.atomic import locked
 from export.contract.options import Rewrites
 from export.contract.signature import encoder_signature
 from export.graph.deployed_module import DeployEncoder

@@ -13,20 +13,18 @@ from typing import Any
 import pytest
 from exporting import listing
 
-from export.contract import manifest
+from export.contract import atomic
+from export.contract.atomic import locked, publish, staging
 from export.contract.manifest import (
     FORMAT,
     ManifestError,
     check_files,
     data_path,
     file_entry,
-    locked,
     manifest_path,
-    publish,
     read_manifest,
     replace_manifest,
     sha256,
-    staging,
     write_manifest,
 )
 
@@ -207,10 +205,25 @@ def test_after_a_crash_while_publishing_there_is_no_mixture(
             raise OSError("crash")
         replace(source, to)
 
-    monkeypatch.setattr(manifest.os, "replace", crash)
+    monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(OSError, match="crash"):
         stage(target, own="new", data="new")
     assert not target.exists()
+
+
+def test_a_folder_swept_before_it_is_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, taken = atomic.fcntl.flock, list[Path]()
+
+    def lock_late(folder: int, how: int) -> None:
+        if not taken:
+            taken.extend(tmp_path.glob(".x.onnx.staging-*"))
+            taken[0].rmdir()
+        lock(folder, how)
+
+    monkeypatch.setattr(atomic.fcntl, "flock", lock_late)
+    with staging(tmp_path / "x.onnx") as folder:
+        assert folder.is_dir() and folder != taken[0]
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_run_left_is_swept(tmp_path: Path) -> None:

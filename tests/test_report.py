@@ -21,7 +21,6 @@ from PIL import Image
 from synthetic import LABEL, Tags, synthetic_features, synthetic_result
 
 from benchmarks.errors import BenchError
-from benchmarks.report import report_files as report
 from benchmarks.report.charts import (
     Chart,
     error_plot,
@@ -556,8 +555,8 @@ def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.M
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(report.os, "fsync", full)
-    with pytest.raises(BenchError, match="the disk is full; choose another --output"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(BenchError, match="the disk is full; make room or choose another --output"):
         write_report(synthetic_result(1), tmp_path)
     assert [path.read_bytes() for path in paths] == before
     assert len(os.listdir(tmp_path)) == 3

@@ -165,7 +165,7 @@ def test_a_folder_that_takes_no_file_is_told_and_the_run_goes_on(
 
     with play("rtx-1.7"):
         plan = build_convolution(tmp_path, choose_flavor())
-        monkeypatch.setattr(runtime_cache, "temporary", refuse)
+        monkeypatch.setattr(runtime_cache, "replacing", refuse)
         _, lines = start(plan, 2, 2)
     why = f"the runtime cache cannot be written ({os.strerror(number)})"
     assert lines == [f"{plan}.cache: {why}; the next start compiles its kernels again"]

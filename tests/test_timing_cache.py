@@ -142,7 +142,7 @@ def test_a_cache_that_tensorrt_refuses_costs_no_plan(tmp_path: Path, monkeypatch
         assert ran.code == 1 and SAVED in ran.err  # before the build, when nothing is lost
         (tmp_path / SAVED).rmdir()
         with monkeypatch.context() as patch:
-            patch.setattr(engines.builder.timing_cache, "temporary", full)
+            patch.setattr(engines.builder.timing_cache, "replacing", full)
             ran = neck_export_cli("trt", onnx, *words, "--output", tmp_path / "third.plan")
         assert ran.code == 0 and SAVED in ran.out, ran.err
         assert neck_export_cli("trt", onnx, *words, "--output", tmp_path / "fourth.plan").code == 0  # the control

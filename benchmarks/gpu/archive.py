@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
+
+from export.contract.atomic import replacing
 
 MOST_BYTES = 16 << 20
 """Of the archive: what terminals and chats still take."""
@@ -42,15 +42,9 @@ def write_archive(output: Path) -> tuple[Path, list[str]]:
             continue
         room -= size
         chosen.append(path)
-    staged = target.with_name(f".{target.name}")
-    try:
-        with tarfile.open(staged, "w:gz", compresslevel=6) as archive:
-            for path in chosen:
-                archive.add(path, path.relative_to(output).as_posix(), recursive=False)
-        os.replace(staged, target)
-    finally:
-        with contextlib.suppress(OSError):
-            staged.unlink()
+    with replacing(target) as staged, tarfile.open(staged, "w:gz", compresslevel=6) as archive:
+        for path in chosen:
+            archive.add(path, path.relative_to(output).as_posix(), recursive=False)
     return target, left_out
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from benchmarks.measure.backends import RunRequest
 from benchmarks.measure.work_folder import Prepared, about_file, seconds_path
 from benchmarks.options import BenchOptions
+from export.contract.atomic import replacing
 from export.contract.options import ExportOptions, QuantizeOptions, Rewrites
 from export.contract.signature import BatchRange, Signature
 from export.lowering.codes import CODES
@@ -60,13 +60,8 @@ def _options(asked: BenchOptions, output: Path, **changes: Any) -> ExportOptions
 def make_image(asked: BenchOptions, signature: Signature, path: Path) -> None:
     """The normalized image of a size and batch: float32 (B, 3, H, W) as .npy."""
     images = ImageFolder.of(asked.images) if asked.images else None
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with staged.open("wb") as file:
-            np.save(file, normalize(reference_pixels(signature, images, signature.batch.optimum)).numpy())
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with replacing(path) as staged, staged.open("wb") as file:
+        np.save(file, normalize(reference_pixels(signature, images, signature.batch.optimum)).numpy())
 
 
 def make_file(job: RunRequest, path: Path) -> dict[str, Any]:

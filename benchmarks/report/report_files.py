@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from pathlib import Path
 
 from benchmarks.errors import BenchError
 from benchmarks.report.html import GENERATOR, html_page
 from benchmarks.report.markdown import MARK, markdown_page
 from benchmarks.results.result_files import Result, can_check, check_result, read_result
-from export.contract.interrupt import signals_held
-from export.contract.manifest import staging
+from export.contract.atomic import disk_errors, publish, staging
 
 NAMES = ("report.md", "report.html", "report.json")
 """In the order in which they are put in place: where the JSON is new, the others are."""
@@ -33,21 +30,15 @@ def write_report(result: Result, folder: Path) -> tuple[Path, Path, Path]:
     """
     if can_check():  # else the result says that it is not
         check_result(result, "the result to be written")
-    try:
+    with disk_errors(BenchError, folder):
         check_folder(folder)
         markdown, page, data = (folder / name for name in NAMES)
         stored = json_text(result)  # first: it refuses what the pages would show
         texts = {markdown: markdown_page(result), page: html_page(result), data: stored}
         with staging(data) as staged:
             for path, text in texts.items():
-                _write(staged / path.name, text)
-            with signals_held():
-                for path in texts:
-                    os.replace(staged / path.name, path)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else error.strerror or type(error).__name__
-        raise BenchError(f"{error.filename or folder}: {reason}; choose another --output") from None
+                (staged / path.name).write_text(text, encoding="utf-8")
+            publish(staged, data)
     return data, markdown, page
 
 
@@ -86,10 +77,3 @@ def json_text(result: Result) -> str:
         raise BenchError(
             "the result contains a figure that is not finite, which JSON cannot hold; make it null"
         ) from None
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -15,10 +15,11 @@ from engines.builder.gpu import Gpu
 from engines.builder.onnx_graph import BuildError, Graph, RefusedError, read_graph
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
 from engines.builder.parsed_network import check_types, keep_attentions_whole
-from engines.builder.plan_stream import Watch, disk_errors, new_monitor, run_builder, temporary
+from engines.builder.plan_stream import Watch, new_monitor, run_builder
 from engines.builder.timing_cache import missed, read_replayed, replay_timing, replayed, save_timing_cache
 from engines.layers.layer_report import LayerReport
 from engines.layers.read_layers import LayerReportError, layers_from_inspector, layers_from_log, read_families
+from export.contract.atomic import disk_errors, replacing
 from export.contract.export_command import export_again
 from export.contract.onnx_file import OnnxFile
 from export.contract.signature import BATCH, TensorSpec
@@ -106,16 +107,14 @@ def build_plan(
     config = flavor.create_config(builder, network, capabilities, common)
     if options.replay_timing and timing:
         keep = (keep, replay_timing(flavor.trt, config, options.replay_timing, timing))
-    with disk_errors(plan), temporary(plan) as (stream, path):
+    with disk_errors(BuildError, plan), replacing(plan) as path, path.open("xb") as stream:
         try:
             run_builder(flavor.trt, builder, network, config, stream, watch)
         except RefusedError as error:
             raise missed(error, options.replay_timing) if options.replay_timing else error from None
         stream.flush()
-        os.fsync(stream.fileno())
         seconds, size = time.perf_counter() - started, os.fstat(stream.fileno()).st_size
         layers, no_layers = _read_layers(flavor, watch.engine, path, graph, options.version_compatible)
-        os.replace(path, plan)
     used, unsaved = save_timing_cache(config, flavor, options)
     inputs = tuple(_spec(network.get_input(index)) for index in range(network.num_inputs))
     outputs = tuple(_spec(network.get_output(index)) for index in range(network.num_outputs))

@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 
 from engines.builder.flavor import RTX_MAGIC
 from engines.builder.onnx_graph import BuildError
-from export.contract.manifest import manifest_path, staging
+from export.contract.atomic import staging
+from export.contract.manifest import manifest_path
 
 MAGIC = {RTX_MAGIC: "TensorRT-RTX", b"ftrt": "TensorRT"}
 

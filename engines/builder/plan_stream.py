@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
-import os
 import re
-import secrets
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import IO, Any
 
 from engines.builder.onnx_graph import BuildError, RefusedError
 from engines.layers.plan_memory import read_memory
 from engines.layers.read_layers import FIRST_LINE
-from export.contract.interrupt import removed_on_signal
 from neck.progress import count
 
 OUT_OF_MEMORY = "TensorRT ran out of memory during the build; at full size it needs 3 GB, so close other programs"
@@ -32,9 +24,6 @@ DEVICE_REMEDY = (
     "the GPU has too little free memory for this build: close other programs on it, or build with a smaller "
     "--batch or --workspace-gib"
 )
-
-BUILDING = ".building"
-"""How the name of an unfinished plan ends."""
 
 
 class Watch:
@@ -146,39 +135,3 @@ def _new_writer(trt: Any, file: IO[bytes], watch: Watch) -> Any:
                 return 0
 
     return Writer()
-
-
-@contextlib.contextmanager
-def temporary(target: Path) -> Iterator[tuple[IO[bytes], Path]]:
-    """A file beside the target and its path, removed unless it was renamed.
-
-    What killed builds left there is removed first; a living build's file is locked, so it is left alone.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.name}.*{BUILDING}"):
-        with contextlib.suppress(OSError), stale.open("rb") as left:
-            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stale.unlink()
-    while True:
-        path = target.with_name(f".{target.name}.{secrets.token_hex(4)}{BUILDING}")
-        with removed_on_signal(path), path.open("xb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                if os.fstat(file.fileno()).st_nlink:  # else another build took it for stale before it was locked
-                    yield file, path
-                    return
-            finally:
-                path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def disk_errors(plan: Path) -> Iterator[None]:
-    """Turns what a disk refuses into a BuildError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reason = "there is no space left on the disk" if full else f"the file cannot be written ({error.strerror})"
-        raise BuildError(
-            f"{plan}: {reason}; nothing was written and an existing plan was kept; choose another --output"
-        ) from None

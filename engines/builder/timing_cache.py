@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 from engines.builder.flavor import Flavor
 from engines.builder.onnx_graph import BuildError, RefusedError
 from engines.builder.options import BuildOptions
-from engines.builder.plan_stream import disk_errors, temporary
+from export.contract.atomic import disk_errors, replacing
 
 
 def timing_cache_path(flavor: Flavor, options: BuildOptions) -> Path | None:
@@ -37,10 +36,8 @@ def save_timing_cache(config: Any, flavor: Flavor, options: BuildOptions) -> tup
         return None, f"{why}; delete the file, and the next build with --timing-cache starts a new one"
     data = bytes(cache.serialize())
     try:
-        with disk_errors(path), temporary(path) as (file, unfinished):
-            file.write(data)
-            file.flush()
-            os.replace(unfinished, path)
+        with disk_errors(BuildError, path, "choose another --timing-cache"), replacing(path) as unfinished:
+            unfinished.write_bytes(data)
     except BuildError as error:
         return None, f"the timing cache was not saved: {error}"
     return {"file": path.name, "sha256": hashlib.sha256(data).hexdigest(), "replayed": False}, None

@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from engines.builder.plan_stream import temporary
+from export.contract.atomic import replacing
 
 MAGIC = b"neck-export runtime cache 1\n"
 """The first line of the file; then its key, the SHA-256 of what follows, and that. As in engines/cpp."""
@@ -50,12 +50,8 @@ class RuntimeCache:
             return None
         self._written = sha256
         try:
-            with temporary(self.path) as (file, unfinished):
-                for part in (MAGIC, self.key.encode(), b"\n", sha256.encode(), b"\n", content):
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(unfinished, self.path)
+            with replacing(self.path) as unfinished:
+                unfinished.write_bytes(b"".join((MAGIC, self.key.encode(), b"\n", sha256.encode(), b"\n", content)))
         except OSError as error:
             why = f"the runtime cache cannot be written ({error.strerror})"
             return f"{self.path}: {why}; the next start compiles its kernels again"

@@ -16,13 +16,13 @@ from engines.service.repository_files import (
     CONFIG,
     MANIFEST,
     check_name,
-    disk_errors,
     replace_config,
     stage_beside,
     versions,
 )
 from engines.service.served_model import TritonError
-from export.contract.manifest import ManifestError, check_files, locked, read_manifest
+from export.contract.atomic import disk_errors, locked
+from export.contract.manifest import ManifestError, check_files, read_manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def activate_version(
     """
     check_name(name)
     model = output / name
-    with disk_errors(output):
+    with disk_errors(TritonError, output):
         if not output.is_dir():
             raise TritonError(f"{output}: no such folder; name the model repository with --output")
         with locked(output):

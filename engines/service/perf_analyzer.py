@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from engines.service.repository_files import disk_errors
-from engines.service.served_model import Source
+from engines.service.served_model import Source, TritonError
+from export.contract.atomic import disk_errors
 
 IMAGE = Path(__file__).parent.parent.parent / "export" / "images" / "astronaut.jpg"
 
@@ -45,7 +45,7 @@ def write_input(source: Source, folder: Path) -> Path:
     pixels = load_images([IMAGE], (int(height), int(width))).repeat(count, axis=0)
     data = normalize(pixels).numpy() if source.image.dtype == "float32" else pixels
     path = folder / source.image.name
-    with disk_errors(folder):
+    with disk_errors(TritonError, folder):
         folder.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data.tobytes())
     return path

@@ -18,8 +18,8 @@ from engines.service.options import RepositoryOptions
 from engines.service.perf_analyzer import perf_line, write_input
 from engines.service.repository_files import (
     CONFIG,
+    ELSEWHERE,
     check_name,
-    disk_errors,
     install,
     lay_out,
     next_version,
@@ -36,7 +36,7 @@ from engines.service.served_model import (
     read_model,
     verification_note,
 )
-from export.contract.manifest import locked, new_folder
+from export.contract.atomic import disk_errors, locked, new_folder
 
 __all__ = ["Repository", "RepositoryOptions", "TritonError", "make_repository"]
 
@@ -91,7 +91,7 @@ def make_repository(options: RepositoryOptions, report: Callable[[str], None] = 
     notes += unverified
     models, more_notes = _models(options, source, plans)
     cluster = _cluster_files(options, sources, tuple(plans), container)
-    with disk_errors(options.output), new_folder(options.output), locked(options.output):
+    with disk_errors(TritonError, options.output, ELSEWHERE), new_folder(options.output), locked(options.output):
         for model in models:
             check_held(options.output / model.name, model.config, source if model.files else None)
         check_ensembles(options.output, models[0].config, [model.name for model in models])
@@ -113,7 +113,7 @@ def make_repository(options: RepositoryOptions, report: Callable[[str], None] = 
             for model in models:
                 remove_versions(options.output, model.name, options.keep)
     if options.kubernetes is not None:
-        with disk_errors(options.kubernetes):
+        with disk_errors(TritonError, options.kubernetes):
             written += write_texts(options.kubernetes, cluster)
             remove_old(options.kubernetes, cluster)
     if options.perf_input is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
@@ -12,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from engines.service.served_model import Source, TritonError
+from export.contract.atomic import staging, sync
 from export.contract.interrupt import signals_held
-from export.contract.manifest import ManifestError, check_files, staging, to_json
+from export.contract.manifest import ManifestError, check_files, to_json
 from export.contract.sizes import size_text
 
 CONFIG = "config.pbtxt"
@@ -102,7 +102,10 @@ def lay_out(folder: Path, sources: Sequence[tuple[Source, str]]) -> None:
         where = folder / (MANIFEST if index == 0 else f"{name}.json")
         manifest = source.manifest | {"files": entries}
         where.write_text(to_json(manifest), encoding="utf-8")
-        check_files(where, manifest, hashes=False)  # read_model compared the hashes; this sees a file replaced since
+        try:  # read_model compared the hashes; this sees a file replaced since
+            check_files(where, manifest, hashes=False)
+        except ManifestError as error:
+            raise TritonError(str(error)) from None
 
 
 def install(stage: Path, model: Path, version: int, activate: bool = True) -> list[Path]:
@@ -119,7 +122,7 @@ def install(stage: Path, model: Path, version: int, activate: bool = True) -> li
     """
     for path in stage.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # a server of another user reads them
-        _sync(path)
+        sync(path)
     with signals_held():
         if not model.exists():
             whole = stage / "model"
@@ -131,8 +134,8 @@ def install(stage: Path, model: Path, version: int, activate: bool = True) -> li
         else:
             os.rename(stage / "version", model / str(version))
         config = replace_config(stage / CONFIG, model / CONFIG) if activate else []
-    _sync(model)
-    _sync(model.parent)
+    sync(model)
+    sync(model.parent)
     return [*config, *sorted((model / str(version)).iterdir())]
 
 
@@ -155,24 +158,6 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> list[Path]:
     return [folder / name for name in texts]
 
 
-@contextlib.contextmanager
-def disk_errors(output: Path) -> Iterator[None]:
-    """Turns what the file system says into one sentence.
-
-    Raises:
-        TritonError: for every OSError, and for a file that changed while it was copied.
-    """
-    try:
-        yield
-    except ManifestError as error:
-        raise TritonError(str(error)) from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TritonError(f"{output}: the disk is full; make room or choose another --output") from None
-        where = error.filename or output
-        raise TritonError(f"{where}: {error.strerror or error}; {ELSEWHERE}") from None
-
-
 def _check_room(folder: Path, files: Sequence[Path]) -> None:
     needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(folder).free
     if free < needed:
@@ -189,11 +174,3 @@ def _copy(file: Path, target: Path) -> None:
             fcntl.ioctl(new, FICLONE, old.fileno())
         except OSError:  # another file system, or one without reflinks
             shutil.copyfileobj(old, new, 1 << 22)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

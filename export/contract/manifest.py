@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import glob
 import hashlib
 import json
 import math
-import os
-import secrets
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from export.contract.interrupt import removed_on_signal, signals_held
+from export.contract.atomic import publish, staging
 from neck.progress import count
 
 TOLD_BYTES = 1 << 26
@@ -247,109 +240,3 @@ def lfs_pointer(path: Path) -> str | None:
         if file.read(len(LFS)) != LFS:
             return None
     return f"{path}: this is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder to download it"
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[None]:
-    """Makes a folder with its parents; those that are still empty are removed if the block fails.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-@contextlib.contextmanager
-def staging(target: Path) -> Iterator[Path]:
-    """A temporary folder on the target's file system, always removed; publish finished files from it.
-
-    What a killed run left there is removed first. A living run holds a lock on its folder, which ends with it.
-
-    Raises:
-        OSError: the target's folder cannot be made or written.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.staging-"
-    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
-        with contextlib.suppress(OSError), locked(left, wait=False):  # locked: another run is at work on the same file
-            shutil.rmtree(left, ignore_errors=True)
-    folder = target.with_name(f"{prefix}{secrets.token_hex(4)}")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(removed_on_signal(folder))
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)
-        with contextlib.suppress(OSError):  # a file system without locks: then nothing is swept there either
-            stack.enter_context(locked(folder))
-        folder.mkdir(mode=0o700, exist_ok=True)  # swept by a run that began between the two lines above
-        yield folder
-
-
-@contextlib.contextmanager
-def workspace(target: Path, room: int) -> Iterator[Path]:
-    """A staging folder from which nothing is published; where that cannot take `room` bytes, a temporary folder."""
-    with contextlib.ExitStack() as stack:
-        folder = None
-        with contextlib.suppress(OSError):
-            if shutil.disk_usage(target.parent).free >= room:
-                folder = stack.enter_context(staging(target))
-        if folder is None:
-            folder = Path(tempfile.gettempdir()) / f"neck-export-{secrets.token_hex(8)}"
-            stack.enter_context(removed_on_signal(folder))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            folder.mkdir(mode=0o700)
-        yield folder
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; at the end of the block the complete file is renamed to `path`."""
-    with staging(path) as folder:
-        staged = folder / path.name
-        yield staged
-        os.replace(staged, path)
-
-
-@contextlib.contextmanager
-def locked(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Holds a folder's lock.
-
-    Raises:
-        OSError: another run holds it and `wait` is False, or the file system has no locks.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def publish(staged: Path, target: Path, gone: Iterable[Path] = ()) -> None:
-    """Moves the files of a staging folder beside the target, the target itself last.
-
-    The old target goes first: after a crash there is the old file with all that belongs to it, or none. `gone` are
-    files of the old target that the new one lacks.
-    """
-    files = sorted(staged.iterdir(), key=lambda file: file.name == target.name)
-    for file in files:
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
-    with signals_held():
-        target.unlink(missing_ok=True)
-        for file in files:
-            os.replace(file, target.with_name(file.name))
-        for file in gone:
-            file.unlink(missing_ok=True)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -12,8 +12,9 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
+from export.contract.atomic import disk_errors, new_folder, publish, staging
 from export.contract.errors import ExportError
-from export.contract.manifest import manifest_path, new_folder, publish, seen, staging, write_manifest
+from export.contract.manifest import manifest_path, seen, write_manifest
 from export.contract.onnx_file import OnnxFile
 from export.contract.signature import BATCH, BatchRange, Signature, SignatureError, encoder_signature
 from export.foreign.image_input import CLIP, IMAGENET, Encoding, ImageInput
@@ -23,7 +24,7 @@ from export.foreign.references import parts
 from export.foreign.running import prepared_model
 from export.graph.rewrite import Rewrites
 from export.manifest_values import graph_facts
-from export.output_files import check_targets, disk_errors
+from export.output_files import check_targets
 from export.verification.target_check import graph_needs
 from export.verification.verify import Reference, Report, verify_onnx
 from export.weights_origin import encoder_config, package_versions, tool_version, weights_origin
@@ -76,7 +77,7 @@ def adopt(
     check_targets(target)
     if not own and target.exists() and not manifest_path(target).exists():
         raise ExportError(f"{target}: exists and has no manifest, so it would be lost; move it")
-    with disk_errors(target), new_folder(target.parent), staging(target) as folder:
+    with disk_errors(ExportError, target.parent), new_folder(target.parent), staging(target) as folder:
         staged = folder / target.name
         if not own:
             report(f"write {target.name}")

@@ -18,7 +18,7 @@ import torch.utils.hooks
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from export.contract.manifest import replacing
+from export.contract.atomic import replacing
 from export.contract.signature import Signature
 from export.lowering.quantize import RESULT
 from export.verification.verify import reference_pixels

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from export.contract.manifest import parse_json, replacing, to_json
+from export.contract.atomic import replacing
+from export.contract.manifest import parse_json, to_json
 from export.lowering.codes import Kind
 from export.lowering.quantize import RESULT
 from export.quantization.calibration import CalibrationError

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from export.contract.manifest import replacing
+from export.contract.atomic import replacing
 from export.verification.fidelity import FidelityError
 
 
