@@ -229,7 +229,7 @@ def test_models_that_cannot_be(files: Path, model: Path, images: Path, tmp_path:
             "a model of type 'sam3_tracker_video' takes --points and --boxes; these prompts need",
         ),
         ("sam3", PLACES, "a model of type 'sam3' takes --prompt; these prompts need sam3_tracker_video or sam3_video"),
-        ("clip", TEXTS, "a model of type 'clip' takes nothing of this"),
+        ("clip", TEXTS, "a model of type 'clip' accepts none of these"),
         ("sam3_video", TEXTS, "transformers cannot load"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": kind}))

@@ -685,7 +685,7 @@ def test_options_that_cannot_be(options: dict[str, Any], message: str, plan: Pat
 
 def test_the_output_is_a_file_or_cannot_be_written(plan: Path, tmp_path: Path) -> None:
     (tmp_path / "repository").write_text("")
-    with pytest.raises(TritonError, match="repository: is a file; name a folder"):
+    with pytest.raises(TritonError, match="repository: this is a file; name a folder"):
         make(plan, tmp_path)
     with pytest.raises(TritonError, match="choose another --name or --output"):
         make_repository(RepositoryOptions(plan, tmp_path / "repository" / "below"))
