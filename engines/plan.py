@@ -25,6 +25,7 @@ from export.contract.onnx_file import OnnxFile, check_path
 from export.contract.options import Precision, Residual
 from export.contract.signature import BatchRange
 from export.inspect import told_quantization
+from export.lowering.attention import other_form
 from export.lowering.precision import residuals_to_try
 from export.output_files import NamedPath, calibration_paths, check_paths, encoder_paths
 from export.pipeline import ExportResult, RejectedError
@@ -87,7 +88,8 @@ def read_onnx(options: PlanOptions, report: Report) -> Source:
 
 def prepare(options: PlanOptions, source: Source, precision: Precision, flavor: Flavor) -> Prepared:
     """Selects what is quantized; see select_for_source."""
-    asked = (precision, options.quantize, options.keep_fp32, no_fp8_attention(flavor))
+    no_attention = no_fp8_attention(flavor) or other_form(options.attention)
+    asked = (precision, options.quantize, options.keep_fp32, no_attention)
     return Prepared(source, *select_for_source(source, *asked))
 
 

@@ -88,7 +88,7 @@ def check_paths(written: Sequence[NamedPath], read: Sequence[NamedPath]) -> None
     seen: dict[Path, str] = {}
     for what, path in written:
         if path.is_dir():
-            raise ExportError(f"{path}: this is a folder, but {what} needs a file name; give one")
+            raise ExportError(f"{path}: this is a folder, but {what} must be a file; choose another name")
         place = path.parent.resolve() / path.name
         if place in seen:
             raise ExportError(

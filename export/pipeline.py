@@ -33,6 +33,7 @@ from export.foreign.judge import judge_file
 from export.graph.deployed_module import DeployEncoder
 from export.graph.trace import trace
 from export.inspect import told_quantization
+from export.lowering.attention import other_form
 from export.lowering.codes import CODES
 from export.lowering.precision import kept_products, lower, residual_type, residuals_to_try
 from export.manifest_values import export_facts, graph_facts, verification
@@ -141,7 +142,9 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         kept = kept_products(canonical.graph, options.keep_fp32)  # before the work: a pattern may name no module
         if options.precision in CODES:
             asked = (signature, options.precision, options.quantize, notes, kept)
-            selected = select_quantization(references, *asked, why_no_fp8_attention(form.targets))
+            selected = select_quantization(
+                references, *asked, why_no_fp8_attention(form.targets) or other_form(form.attention)
+            )
             forms["quantization"], facts["quantization"] = selected
         write_positions(encoder, signature, staged)
         verdict: Verdict | None = None

@@ -200,7 +200,7 @@ def test_what_a_machine_lacks_is_said(device: Any) -> None:
 
 def test_an_fp16_file_on_a_cpu_does_not_pose_as_fp16() -> None:
     reason = why_unavailable(named("ort-cpu-rewritten-fp16"), EVERYTHING, named=True)
-    assert reason is not None and "computes an FP16 file in FP32" in reason
+    assert reason is not None and "computes files of FP16 in FP32" in reason
 
 
 def test_a_gpu_that_cannot_launch_tritons_kernels_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def test_what_is_slow_runs_where_it_is_named() -> None:
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(BenchError, match=r"no backend eager-fp8 on cpu; there are .*eager-bf16"):
+    with pytest.raises(BenchError, match=r"no backend eager-fp8 on cpu.*eager-bf16"):
         choose_backends("cpu", ["eager-fp8"])
     chosen = choose_backends("cpu", ["ort-cpu-plain-fp32"])
     assert [one.id for one in chosen] == [REFERENCE, "ort-cpu-plain-fp32"]

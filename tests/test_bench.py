@@ -385,10 +385,10 @@ def test_a_row_whose_figures_cannot_be_does_not_cost_the_report(tmp_path: Path) 
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown": ({"backends": ("tensorflow",)}, "no backend tensorflow on cpu; there are"),
+    "unknown": ({"backends": ("tensorflow",)}, "no backend tensorflow on cpu"),
     "unavailable": ({"backends": ("ort-cpu-rewritten-fp16",)}, "no backend can run here: .*fp16: .*FP32"),
     "size": ({"image_size": 100}, "image size 100 is not a multiple"),
-    "sweep": ({"sweep": True, "sizes": (112, 20160)}, "image size 20160x20160 is above 8064"),
+    "sweep": ({"sweep": True, "sizes": (112, 20160)}, "20160x20160 .*8064"),
 }
 
 

@@ -212,8 +212,8 @@ def test_choice(
     [
         ("auto", None, None, r"'\.\[gpu\]' in .* or pip install '\.\[rtx\]'"),
         ("auto", GPU, None, r"tensorrt cannot be imported.*\n.*'\.\[gpu\]'"),
-        ("auto", GPU, "8.6.1", "tensorrt is 8.6.1, expected 10.3 or later"),
-        ("auto", GPU, "10.2.0", "tensorrt is 10.2.0, expected 10.3 or later"),
+        ("auto", GPU, "8.6.1", "tensorrt has version 8.6.1"),
+        ("auto", GPU, "10.2.0", "tensorrt has version 10.2.0"),
         ("tensorrt", None, "10.16.1", "needs an NVIDIA GPU.*--flavor rtx"),
         ("tensorrt", GPU, None, r"'\.\[gpu\]'"),
         ("rtx", None, None, r"'\.\[rtx\]'"),

@@ -83,10 +83,10 @@ def test_a_git_lfs_pointer_is_told(written: Path) -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5000003\n"
     content = read_manifest(written, "onnx")
     written.with_name("x.onnx.data").write_bytes(pointer)
-    with pytest.raises(ManifestError, match=r"x\.onnx\.data: a Git LFS pointer"):
+    with pytest.raises(ManifestError, match=r"x\.onnx\.data: .*Git LFS pointer"):
         check_files(written, content)
     written.write_bytes(pointer)
-    with pytest.raises(ManifestError, match=r"x\.json: a Git LFS pointer"):
+    with pytest.raises(ManifestError, match=r"x\.json: .*Git LFS pointer"):
         read_manifest(written, "onnx")
 
 
@@ -96,7 +96,7 @@ def test_a_file_that_was_renamed_with_its_manifest(written: Path) -> None:
     with pytest.raises(ManifestError, match="is missing"):  # the control: the manifest has its name yet
         check_files(written, content)
     written.rename(written.with_name("y.json"))
-    with pytest.raises(ManifestError, match=r"y\.json: was renamed.* from x\.json.*x\.onnx, x\.onnx\.data"):
+    with pytest.raises(ManifestError, match=r"y\.json: .*renamed from x\.json.*x\.onnx, x\.onnx\.data"):
         check_files(written.with_name("y.json"), content)
 
 

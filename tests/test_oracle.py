@@ -408,7 +408,7 @@ def check_graph(case: Case, made: Made) -> None:
 
     residual = manifest["residual"] if manifest else "unknown"
     form, sums = form_of(case), list[str]()
-    attended = set()
+    attended, eight = set(), set[str]()
     for node in graph:
         path, kind, dtype = module(node), node.op_type, dtype_of(node.outputs[0])
         if dtype not in ("FLOAT", "FLOAT16", "BFLOAT16") or kind == "Cast":
@@ -422,7 +422,10 @@ def check_graph(case: Case, made: Made) -> None:
             island = kept(node) or form != "fused"
             inside = dtype_of(node.inputs[0]) if kind == "Attention" else dtype
             assert inside == ("FLOAT" if island else low), node
-            if kind == "Softmax":
+            if kind == "Softmax" and is_eight(node):
+                assert precision == "fp8" and form == "fp32acc" and not kept(node), node
+                eight.add(f"{path}.attention")
+            elif kind == "Softmax":
                 scores, mixed = scores_and_mixed(node)
                 exact = ("unfused",) if scores else ()
                 assert dtype_of(scores.outputs[0]) == ("FLOAT" if kept(node) or form in exact else low), node
@@ -453,10 +456,47 @@ def check_graph(case: Case, made: Made) -> None:
     ]
     facts = manifest.get("quantization")
     assert (set(facts["products"]) if facts else set()) == quantized
+    assert set(facts.get("attentions", {}) if facts else ()) == eight <= eight_asked(case)
+    assert not facts or case.drawn["quantize"].products == ("auto",) or eight == eight_asked(case)
     if facts:
         assert facts["of"] == len(products_of(case)) and facts["kind"] == precision and not facts["left_out"]
         assert facts["asked"] == list(case.drawn["quantize"].products)
     assert manifest["graph"]["nodes"] == len(graph)
+
+
+def is_eight(softmax: ir.Node) -> bool:
+    """Whether a Softmax is part of an FP8 attention: both products multiply codes, its result times 448 among them."""
+    users = [user for user, _ in softmax.outputs[0].uses()]
+    while [user.op_type for user in users] == ["Cast"]:
+        users = [user for user, _ in users[0].outputs[0].uses()]
+    if [user.op_type for user in users] != ["QuantizeLinear"]:
+        return False
+    scale = users[0].inputs[1]
+    assert scale is not None and scale.const_value is not None
+    assert float(scale.const_value.numpy()) == float(np.float16(1 / 448))
+    (softmaxs,) = [user for user, _ in users[0].outputs[0].uses()]
+    (mixed,) = [user for user, _ in softmaxs.outputs[0].uses()]
+    before = producer(softmax.inputs[0])
+    while before is not None and before.op_type == "Cast":
+        before = producer(before.inputs[0])
+    assert before is not None and before.op_type == mixed.op_type == "MatMul"
+    for value in (*before.inputs, *mixed.inputs):
+        read = producer(value)
+        while read is not None and read.op_type in ("Transpose", "Reshape"):
+            read = producer(read.inputs[0])
+        assert read is not None and read.op_type == "DequantizeLinear" and dtype_of(read.inputs[0]) == CODES["fp8"]
+    return True
+
+
+def eight_asked(case: Case) -> set[str]:
+    """The attentions that may be FP8: named, not kept in FP32, and of the form that FP8 attention has."""
+    if case.drawn["precision"] != "fp8" or form_of(case) != "fp32acc":
+        return set()
+    patterns = case.drawn["quantize"].products
+    depth = BASES[case.name]["config"].depth
+    every = [f"trunk.blocks.{block}.attn.attention" for block in range(depth)]
+    asked = {name for name in every if patterns in (("all",), ("auto",)) or named(name, patterns)}
+    return {name for name in asked if not named(name, case.drawn["keep_fp32"])}
 
 
 def scores_and_mixed(softmax: ir.Node) -> tuple[ir.Node, ir.Node]:

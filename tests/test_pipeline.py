@@ -65,7 +65,7 @@ def test_golden(case: str, precision: Any, tmp_path: Path) -> None:
     options = golden_options(case, output, precision=precision)
     result = export_onnx(options, steps.append)
     assert sorted(path.name for path in output.parent.iterdir()) == ["x.json", "x.onnx", "x.onnx.data"]
-    assert steps[0] == f"weights: {checkpoint_of(case)}"
+    assert steps[0] == f"loading the weights: {checkpoint_of(case)}"
     assert len(steps) == 6
 
     assert result.verdict is not None
@@ -320,7 +320,7 @@ def test_random_weights_are_the_same_again(tmp_path: Path) -> None:
     assert first == again != other
     assert [result.manifest["weights"] for result in results] == [{"random": True, "seed": seed} for seed in (0, 0, 1)]
     assert verify_file(results[2].path).passed
-    with pytest.raises(ExportError, match="random weights were exported; leave --checkpoint out"):
+    with pytest.raises(ExportError, match="random weights were exported; leave out --checkpoint"):
         verify_file(results[0].path, checkpoint=checkpoint_of("meta-dual"))
 
 
@@ -405,7 +405,7 @@ def test_the_output_takes_no_others_place(tmp_path: Path) -> None:
     (tmp_path / "y.onnx.data").mkdir()
     refused(tmp_path, "is a folder")
     refused(tmp_path / "folder.onnx", "is a folder")
-    refused(tmp_path / "y.onnx", "y.onnx.data: is a folder")
+    refused(tmp_path / "y.onnx", "y.onnx.data: this is a folder")
 
     weights = save_state(tmp_path / "weights.pt")
     refused(weights, "weights.pt", checkpoint=weights)
@@ -507,7 +507,9 @@ def test_a_weight_beyond_fp16_is_named(tmp_path: Path) -> None:
         state[f"{PREFIX}trunk.blocks.1.attn.proj.bias"][0] = 7e4
 
     checkpoint, output = save_state(tmp_path / "large.pt", overflow), tmp_path / "out" / "x.onnx"
-    with pytest.raises(ExportError, match=r"blocks\.1\.attn\.proj.* beyond float16; keep its module in FP32"):
+    with pytest.raises(
+        ExportError, match=r"blocks\.1\.attn\.proj.*beyond the range of float16; keep its module in FP32"
+    ):
         export_onnx(golden_options("meta-dual", output, checkpoint=checkpoint, precision="fp16"))
     assert listing(output.parent) == {}
 

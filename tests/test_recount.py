@@ -208,6 +208,7 @@ def of_products(file: File, manifest: Mapping[str, Any]) -> dict[str, float]:
     leaves = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     every = [f"trunk.blocks.{index}.{leaf}" for index in range(manifest["encoder"]["depth"]) for leaf in leaves]
     found: dict[str, float] = {"quantization.of": len([name for name in every if file.product(name)])}
+    found["quantization.of_attentions"] = manifest["encoder"]["depth"]
     makers = {output: node for node in file.nodes for output in node.output}
     quantized = []
     for name in every:
@@ -222,6 +223,11 @@ def of_products(file: File, manifest: Mapping[str, Any]) -> dict[str, float]:
             assert 0 <= one["clipped"] < 1 and (one["move"] is None) == (one["share"] == 0)
             if one["move"] is not None:
                 check_move(file, manifest, name, unpack_move(one["move"]).numpy())
+    of_results = [node for node in file.nodes if node.name.endswith("/quantize_result")]
+    for node in of_results:
+        name = node.name.removesuffix("/quantize_result")
+        found[f"quantization.results.{name}.scale"] = float(file.constants[node.input[1]])
+    assert sorted(facts.get("results") or ()) == sorted(one.name.removesuffix("/quantize_result") for one in of_results)
     assert list(facts["products"]) == quantized or sorted(facts["products"]) == sorted(quantized)
     operations = {name: float(np.prod(file.weight(file.product(name)).shape)) for name in every}
     counts = [row["products"] for row in facts["curve"]]

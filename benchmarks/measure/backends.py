@@ -223,7 +223,7 @@ def _ort_lacks(backend: Backend, facts: Mapping[str, Any]) -> str | None:
         return f"this onnxruntime has no {backend.provider}; run pip install onnxruntime-gpu"
     if backend.device == "cpu" and backend.precision != "fp32":
         return (
-            f"ONNX Runtime's CPU provider computes a {NAMES[backend.precision]} file in FP32, so it would not "
+            f"ONNX Runtime's CPU provider computes files of {NAMES[backend.precision]} in FP32, so it would not "
             f"measure {NAMES[backend.precision]}"
         )
     return None

@@ -75,6 +75,11 @@ def spelling_at(opset: int | None) -> Spelling:
     return "operator" if opset is not None and opset >= OPERATOR_OPSET else "matmul"
 
 
+def other_form(asked: AttentionForm) -> str | None:
+    """Why a requested form leaves no attention to FP8; None if FP8 attention has that form."""
+    return None if asked in ("auto", "fp32acc") else f"--attention {asked} is a form that FP8 attention does not have"
+
+
 def lower_attentions(
     graph: ir.Graph,
     low: ir.DataType,
