@@ -77,7 +77,7 @@ void test_written_files(const std::string& folder) {
 void test_options(const std::string& plan) {
     neck::EngineOptions options;
     options.max_batch = -3;
-    expect_error([&] { neck::Engine(plan, options); }, "a largest batch of -3 was asked");
+    expect_error([&] { neck::Engine(plan, options); }, "a largest batch of -3 was requested");
     using Milliseconds = std::chrono::milliseconds;
     for (const int time : {0, -1}) {
         neck::TritonOptions client;
