@@ -226,9 +226,13 @@ def test_models_that_cannot_be(files: Path, model: Path, images: Path, tmp_path:
         (
             "sam3_tracker_video",
             TEXTS,
-            "a model of type 'sam3_tracker_video' takes --points and --boxes; these prompts need",
+            "a model of type 'sam3_tracker_video' accepts --points and --boxes, but these prompts need",
         ),
-        ("sam3", PLACES, "a model of type 'sam3' takes --prompt; these prompts need sam3_tracker_video or sam3_video"),
+        (
+            "sam3",
+            PLACES,
+            "a model of type 'sam3' accepts --prompt, but these prompts need sam3_tracker_video or sam3_video",
+        ),
         ("clip", TEXTS, "a model of type 'clip' accepts none of these"),
         ("sam3_video", TEXTS, "transformers cannot load"),
     ):
