@@ -46,8 +46,10 @@ def load_segmenter(folder: Path, prompts: Prompts, device: str, threshold: float
     kind = _kind(folder)
     wanted, name = (DETECTORS, "Sam3Model") if prompts.texts else (TRACKERS, "Sam3TrackerVideoModel")
     if kind not in wanted:
-        takes = "--points and --boxes" if kind in TRACKERS else "--prompt" if kind in DETECTORS else "nothing of this"
-        raise MasksError(f"{folder}: a model of type {kind!r} takes {takes}; these prompts need {' or '.join(wanted)}")
+        takes = "--points and --boxes" if kind in TRACKERS else "--prompt" if kind in DETECTORS else "none of these"
+        raise MasksError(
+            f"{folder}: a model of type {kind!r} accepts {takes}, but these prompts need {' or '.join(wanted)}"
+        )
     transformers.utils.logging.set_verbosity_error()  # its report of keys that belong to other classes
     transformers.utils.logging.disable_progress_bar()
     try:
