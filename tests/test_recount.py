@@ -45,7 +45,7 @@ NOT_IN_THE_FILE = {
     r"signature\.level_sizes\[\d\]\[\d\]": "of levels that are not exported",
     r"quantization\.budget": "an option",
     r"quantization\.image_count": "of the calibration",
-    r"quantization\.products\..*\.(largest|clipped|error|share)": "of the calibration; that they agree is checked",
+    r"quantization\.(products|results|attentions)\..*\.(largest|clipped|error|share)": "of the calibration; that they agree is checked",
     r"quantization\.curve\[\d+\]\.(expected_error|error)": "of trials",
     r"quantization\.curve\[\d+\]\.(share|expected_ms)": "of sets that the file does not have",
 }
@@ -223,6 +223,9 @@ def of_products(file: File, manifest: Mapping[str, Any]) -> dict[str, float]:
             assert 0 <= one["clipped"] < 1 and (one["move"] is None) == (one["share"] == 0)
             if one["move"] is not None:
                 check_move(file, manifest, name, unpack_move(one["move"]).numpy())
+    for node in file.nodes:
+        if made := re.fullmatch(r"(.*)/quantize_(query|key|value)", node.name):
+            found[f"quantization.attentions.{made[1]}.attention.{made[2]}.scale"] = float(file.constants[node.input[1]])
     of_results = [node for node in file.nodes if node.name.endswith("/quantize_result")]
     for node in of_results:
         name = node.name.removesuffix("/quantize_result")
