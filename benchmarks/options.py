@@ -130,7 +130,11 @@ class BenchOptions:
     ] = None
     masks: Annotated[
         tuple[Path, ...],
-        Option("Add the `neck-export masks` verdict on this file to the report; repeatable. [default: none]", REPORT),
+        Option(
+            "Add the verdict of `neck-export masks` that is stored with this exported file to the report; repeatable. "
+            "[default: none]",
+            REPORT,
+        ),
     ] = ()
     export: Annotated[bool, Option("Add what an export costs at full size to the report.", REPORT, "--export")] = False
     command: str = ""

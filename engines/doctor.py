@@ -106,7 +106,7 @@ def abilities(
     runtime = packages["onnxruntime"] or packages["onnxruntime-gpu"]
     tensorrt, rtx = packages["tensorrt"], packages["tensorrt-rtx-cu13"]
     no_gpu = "no NVIDIA GPU that torch can use; check the driver, or install torch's CUDA build"
-    building = f"no TensorRT; {PACKAGES['tensorrt']}, or {PACKAGES['tensorrt-rtx-cu13']} (builds without a GPU)"
+    building = f"no TensorRT; {PACKAGES['tensorrt']}, or, to build without a GPU, {PACKAGES['tensorrt-rtx-cu13']}"
     running = "no TensorRT, see above"
     if tensorrt or rtx:
         building = "yes" if rtx or capabilities else no_gpu

@@ -142,7 +142,9 @@ def manifest_signature(where: Path, manifest: Mapping[str, Any]) -> Signature:
     try:
         return Signature.from_dict(manifest["signature"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ManifestError(f"{where}: the entry `signature` is damaged ({error!r}); write the file again") from None
+        raise ManifestError(
+            f"{where}: the entry `signature` is damaged ({error!r}); export the encoder again"
+        ) from None
 
 
 def manifest_precision(where: Path, manifest: Mapping[str, Any]) -> Precision:

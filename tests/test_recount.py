@@ -45,7 +45,8 @@ NOT_IN_THE_FILE = {
     r"signature\.level_sizes\[\d\]\[\d\]": "of levels that are not exported",
     r"quantization\.budget": "an option",
     r"quantization\.image_count": "of the calibration",
-    r"quantization\.(products|results|attentions)\..*\.(largest|clipped|error|share)": "of the calibration; checked to agree",
+    r"quantization\.(products|results|attentions)\..*\.(largest|clipped|error|share)": "of the calibration; checked "
+    "to agree",
     r"quantization\.curve\[\d+\]\.(expected_error|error)": "of trials",
     r"quantization\.curve\[\d+\]\.(share|expected_ms)": "of sets that the file does not have",
 }

@@ -140,8 +140,8 @@ class Session:
             return
         told = f"; too large for the archive: {', '.join(left_out)}" if left_out else ""
         print(
-            f"{path}: {path.stat().st_size / 2**20:.1f} MiB to copy; put beside {self.output.name} on another "
-            f"machine, it lets the next call continue there{told}",
+            f"{path} ({path.stat().st_size / 2**20:.1f} MiB): to continue on another machine, copy this file beside "
+            f"{self.output.name} there and run the command again{told}",
             flush=True,
         )
 

@@ -131,7 +131,7 @@ class Run:
     def _measure_rates(self, when: str) -> None:
         """The machine's rates, before the backends and after: the best counts."""
         if self.samples.last("rates", when=when) is None:
-            self.report(f"measuring the machine's own rates, {when} the backends")
+            self.report(f"measuring how fast this machine computes and copies, {when} the backends")
             try:
                 self.samples.add("rates", when=when, **self.place.ask("rates", device=self.device))
             except WorkerError as error:

@@ -222,7 +222,7 @@ def tables_of(result: Result, machine: dict[str, Any]) -> dict[str, Table]:
     found = {
         "Latency and error": results_table(result, machine),
         "Costs": costs_table(result, machine),
-        "What the rewrites buy": plain_table(result, machine),
+        "Speedup from the graph rewrites": plain_table(result, machine),
         "Not measured": missing_table(result, machine),
         "Growth with image size": growth_table(result, machine, "image_size"),
         "Growth with batch": growth_table(result, machine, "batch"),

@@ -74,8 +74,9 @@ class BuildOptions:
     batch: Annotated[
         BatchRange | None,
         Option(
-            "Build for these batch sizes of an ONNX file with a dynamic batch, minimum:optimum:maximum, e.g. 1:4:8; "
-            "if MODEL is a checkpoint: export it for them. [default: those of the ONNX file; 1]",
+            "Set the batch sizes of the plan, minimum:optimum:maximum, e.g. 1:4:8; an ONNX file needs a dynamic "
+            "batch, a "
+            "checkpoint is exported with one. [default: the ONNX file's; 1 for a checkpoint]",
             TARGET,
             read=str,
             parse=BatchRange.parse,

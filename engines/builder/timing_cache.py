@@ -109,5 +109,7 @@ def replay_timing(trt: Any, config: Any, path: Path, data: bytes) -> Any:
 
 def missed(error: RefusedError, path: Path) -> RefusedError:
     """The error of a replay, with what may be missing."""
-    remedy = f"with --replay-timing every kernel must be in {path}: save it with the same file and options"
-    return RefusedError(f"{error}\n{remedy} by --timing-cache", error.reason, error.by_form)
+    remedy = (
+        f"--replay-timing needs the timing of every kernel in {path}; first build the same file with the same options"
+    )
+    return RefusedError(f"{error}\n{remedy} and --timing-cache {path}", error.reason, error.by_form)

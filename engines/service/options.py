@@ -40,7 +40,8 @@ class RepositoryOptions:
     more: Annotated[
         tuple[Path, ...],
         Option(
-            "Serve this plan of the same encoder on another kind of GPU; repeatable, e.g. hopper.plan. [default: none]",
+            "Also serve this plan, built from the same encoder for another kind of GPU; repeatable, e.g. hopper.plan. "
+            "[default: none]",
             MODEL,
             name="--plan",
         ),

@@ -223,7 +223,10 @@ def _tensors(manifest: Mapping[str, Any]) -> tuple[BatchRange, TensorSpec, tuple
             for key in ("inputs", "outputs")
         )
         if len(inputs) != 1 or not outputs:
-            raise TypeError(f"{len(inputs)} inputs and {len(outputs)} outputs")
+            raise TypeError(
+                f"it has {len(inputs)} inputs and {len(outputs)} outputs, but an encoder has one input and at least "
+                f"one output"
+            )
         return BatchRange.parse(manifest["batch"]), inputs[0], outputs
     except ValueError as error:
         raise TypeError(str(error)) from None

@@ -111,9 +111,9 @@ class OnnxFile:
             target = Path(tensor.path).resolve()
             if not target.is_relative_to(real.parent):
                 raise ExportError(
-                    f"{tensor.path}: this link points to {target}, which is not in the folder of {real}, so ONNX "
-                    f"Runtime refuses it; copy the weights to {path.parent}, or make {path} a link to the file in "
-                    "the folder of the weights"
+                    f"{tensor.path}: this symbolic link leads to {target}, outside the folder of {real}, so ONNX "
+                    f"Runtime refuses it; copy the weights to {path.parent}, or move the ONNX file beside the weights "
+                    f"and make {path} a link to it"
                 )
             value.const_value = ir.ExternalTensor(
                 target.relative_to(real.parent),

@@ -126,12 +126,13 @@ CHECKPOINT = Option(
 )
 ADAPTER = Option("Merge the LoRA of this PEFT folder into the weights, e.g. my-lora. [default: none]", WEIGHTS)
 ADAPTER_ALPHA = Option(
-    "Use this lora_alpha for an adapter inside the checkpoint if the file does not contain one, e.g. 16. [default: "
-    "the file's]",
+    "Use this lora_alpha if the checkpoint contains an adapter without one, e.g. 16. [default: the checkpoint's]",
     WEIGHTS,
 )
 STATE = Option(
-    "Read this state of a training file that holds several, e.g. ema. [default: the model's, or the only one]", WEIGHTS
+    "Read this state dict of a training checkpoint that contains several, e.g. ema. [default: the model's, or the "
+    "only one]",
+    WEIGHTS,
 )
 PREFIX = Option(
     "Read the encoder with this prefix of a checkpoint that holds several, e.g. `detector.`. [default: the only one]",
@@ -156,7 +157,9 @@ NECKS = Option(
     TENSORS,
     name="neck",
 )
-LEVELS = Option("Include these levels, separated by commas; 0 is the finest, e.g. 0,1,2.", TENSORS)
+LEVELS = Option(
+    "Include these levels of the feature pyramid, separated by commas; 0 is the finest, e.g. 0,1,2.", TENSORS
+)
 SAM2_OUTPUTS = Option(
     "Choose what the sam2 neck returns: its features, or (head) what SAM 2's mask decoder reads: sam2_high_res_0, "
     "sam2_high_res_1 and sam2_feat_2, with the decoder's conv_s0 and conv_s1 included.",
@@ -182,7 +185,8 @@ UPSAMPLING = Option(
     PRECISION,
 )
 RESIDUAL = Option(
-    "Choose the type of the blocks' residual sums. [auto: the type of --precision, and FP32 if verification fails]",
+    "Choose the type of the blocks' residual sums. [auto: the type of --precision, or FP32 if the file would fail "
+    "verification otherwise]",
     PRECISION,
 )
 TARGETS = Option(
@@ -221,7 +225,8 @@ FILE_CHECKPOINT = Option(
     "Compare with the weights of this checkpoint. [default: the checkpoint that the manifest names]", VERIFICATION
 )
 FILE_ADAPTER = Option(
-    "Merge this adapter into the weights to compare with. [default: the adapter that the manifest names]", VERIFICATION
+    "Merge this adapter into the checkpoint before the comparison. [default: the adapter that the manifest names]",
+    VERIFICATION,
 )
 DEVICE = Option(
     "Run the plan on the GPU with this number, e.g. 1. [default: 0]", TARGET, name="device", settings={"min": 0}
@@ -263,9 +268,9 @@ class QuantizeOptions:
     products: Annotated[
         tuple[str, ...],
         Option(
-            "For fp8 and int8: quantize these matrix products: auto (as many as --budget allows), all, or a pattern "
-            "such as '*.mlp.fc2'; repeatable. fp8 also has attentions ('*.attn.attention') and results "
-            "('*.mlp.fc1.result'). [default: auto]",
+            "For fp8 and int8: quantize these linear layers: auto (as many as --budget allows), all, or a pattern "
+            "such as '*.mlp.fc2'; repeatable. With fp8, patterns can also select attention ('*.attn.attention') and "
+            "the outputs of layers ('*.mlp.fc1.result'). [default: auto]",
             PRECISION,
             name="quantize",
         ),
@@ -390,7 +395,11 @@ class BisectOptions:
 
     file: Annotated[
         Path,
-        Option("FP16 or BF16 ONNX file, exported with --no-verify if it fails, or a TensorRT plan.", argument=True),
+        Option(
+            "FP16 or BF16 ONNX file, or a TensorRT plan; if the export refuses the file, export it with --no-verify "
+            "first.",
+            argument=True,
+        ),
     ]
     checkpoint: FileCheckpoint = None
     adapter: FileAdapter = None

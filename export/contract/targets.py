@@ -141,7 +141,7 @@ def _ort(
     since: str, opset: int, more: frozenset[str], source: str, lacks_from: Mapping[str, int] | None = None
 ) -> Target:
     known = BASIC | GELU | QUANTIZED | (INTEGER_PRODUCTS - CONV_INTEGER) | QLINEAR | more
-    kernels = "OperatorKernels.md: INT8 of any opset, INT32 and zero points too; run, 1.32"
+    kernels = "OperatorKernels.md: INT8 of any opset, also INT32 and zero points; tried with ONNX Runtime 1.32"
     types = HALF | {"INT8"}
     return Target(
         "onnxruntime", since, opset, known, types, f"{source}; {kernels}; {_ORT}", lacks_from=lacks_from or {}

@@ -321,7 +321,9 @@ class _Judge:
             if sum(side > 1 for side in shape) < 2 or len(shape) > 4 or arrays[name].dtype.kind not in "fV":
                 continue
             if len(shape) > 2 and channels & {*shape}:
-                causes.append(Cause(kind, name, f"{told}, a map for another size: the encoder's are {sizes}"))
+                causes.append(
+                    Cause(kind, name, f"{told}, a feature map of another size; the sizes of this encoder are {sizes}")
+                )
             elif pairs & sides or tokens & {*shape}:
                 told += ", a map with channels that no output of the encoder has"
                 hint = "; SAM 2's high-resolution maps need a checkpoint with the mask decoder"

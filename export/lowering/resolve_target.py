@@ -72,6 +72,6 @@ def _check_types(targets: Sequence[Target], precision: Precision) -> None:
         others = f"{', '.join(able)} can; " if able else ""
         remedy = "fp16" if all("FLOAT16" in target.types for target in targets) else "fp32"
         raise TargetError(
-            f"--precision {precision}: {', '.join(unable)} is not known to compute in it; {others}choose another "
+            f"--precision {precision} is not known to be supported by {', '.join(unable)}; {others}choose another "
             f"--target, or use --precision {remedy}"
         )
