@@ -305,7 +305,7 @@ def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
     (tmp_path / "numpy.py").write_text("raise SystemExit('planted')\n")
     with (
         Worker(tmp_path / "log", {"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as broken,
-        pytest.raises(WorkerError, match="ended with exit status 1 in `facts`; planted"),
+        pytest.raises(WorkerError, match="failed with exit status 1 in `facts`; planted"),
     ):
         broken.ask("facts", HANGS_S)
 

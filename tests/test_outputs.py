@@ -171,7 +171,7 @@ def test_targets_wait_for_the_run_on_the_device(tmp_path: Path, cuda_graph: bool
             (bound,) = session.infer({"image": 2 * ones}).values()
             assert bound.data_ptr() == memory.data_ptr() and (memory[:2] == 6).all()
             assert (found == 3).all()
-            with pytest.raises(SessionError, match="is on cpu; expected memory of cuda:0, copy it there first"):
+            with pytest.raises(SessionError, match="is on cpu; expected memory of cuda:0, so copy it there first"):
                 session.bind_output("sum", torch.zeros(3, 1, 8, 8))
             with pytest.raises(SessionError, match="no multiple of 256 bytes"):
                 session.bind_output("sum", torch.zeros(4, 1, 8, 8, device="cuda").flatten()[16:])

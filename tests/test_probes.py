@@ -231,7 +231,7 @@ def test_answers_by_the_proxy_are_pytorchs(server: Server, pod: dict[str, dict[s
 def test_the_proxy_refuses_compressed_requests_and_what_is_closed(
     server: Server, pod: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    good = b'{"inputs": [{"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": ["x"]}]}'
+    good = b'{"inputs": [{"name": "image_file", "shape": [1, 1], "datatype": "BYTES", "data": ["x"]}]}'
     path = "/v2/models/sam3-encoder-preprocess/infer"
     with proxy(pod, server, tmp_path) as (web, grpc, _):
         for headers in ({}, {"Content_Encoding": "identity"}):

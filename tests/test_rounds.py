@@ -143,7 +143,9 @@ def test_what_cannot_fit_unloads_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     samples = fake_point(tmp_path, 26 << 30, monkeypatch)
     assert FakeWorker.history == []
     row = row_of(samples, "b")
-    assert row["status"] == "unavailable" and "needs about 27.9 GB of memory, 26.8 GB are free" in row["reason"]
+    assert (
+        row["status"] == "unavailable" and "needs about 27.9 GB of memory, but only 26.8 GB are free" in row["reason"]
+    )
     again = fake_point(tmp_path, 26 << 30, monkeypatch, machine=100)  # others have ended meanwhile
     assert row_of(again, "b")["status"] == "measured"
 

@@ -217,12 +217,12 @@ def test_an_ensemble_from_images(plan: Path, tmp_path: Path) -> None:
     assert (preprocess.backend, images.platform) == ("python", "ensemble")
     assert preprocess.max_batch_size == images.max_batch_size == 8
     string = 13
-    assert tensors(preprocess.input) == tensors(images.input) == [("image", string, [1])]
+    assert tensors(preprocess.input) == tensors(images.input) == [("image_file", string, [1])]
     assert tensors(preprocess.output) == tensors(config_of(found).input)
     assert tensors(images.output) == tensors(config_of(found).output)[:1]
     steps = [(step.model_name, dict(step.input_map), dict(step.output_map)) for step in images.ensemble_scheduling.step]
     assert steps == [
-        ("sam3-encoder-preprocess", {"image": "image"}, {"image": "image"}),
+        ("sam3-encoder-preprocess", {"image_file": "image_file"}, {"image": "image"}),
         ("sam3-encoder", {"image": "image"}, {"sam3_feat_0": "sam3_feat_0"}),
     ]
     script = found.path / "sam3-encoder-preprocess" / "1" / "model.py"
@@ -232,7 +232,7 @@ def test_an_ensemble_from_images(plan: Path, tmp_path: Path) -> None:
     changed = {path.relative_to(found.path).parts[:2] for path in again.files}
     assert changed == {("sam3-encoder", "2"), ("sam3-encoder", "config.pbtxt")}
     fixed = make(write_plan(tmp_path / "b3.plan", batch="3"), tmp_path, ensemble=True, name="fixed")
-    assert tensors(config_of(fixed, "fixed-images").input) == [("image", string, [3])]
+    assert tensors(config_of(fixed, "fixed-images").input) == [("image_file", string, [3])]
 
 
 def test_an_ensemble_is_not_left_without_its_outputs(onnx_file: Path, tmp_path: Path) -> None:
@@ -893,7 +893,7 @@ def test_images_become_what_neck_makes_of_them(preprocess: ModuleType, plan: Pat
             expected.append(resize_image(read_image(path), (112, 112)))
             files.append(path.read_bytes())
     assert len(files) > 90
-    request = {"image": Tensor("image", np.array(files, dtype=object).reshape(-1, 1))}
+    request = {"image_file": Tensor("image_file", np.array(files, dtype=object).reshape(-1, 1))}
     (response,) = started(preprocess, make(plan, tmp_path, ensemble=True)).execute([request])
     (tensor,) = response.tensors
     assert response.error is None and tensor.name == "image"
@@ -945,7 +945,9 @@ def test_a_bad_image_spoils_its_own_request_only(kind: str, preprocess: ModuleTy
     Image.fromarray(noise(50, 40)).save(tmp_path / "good.png")
     good = (tmp_path / "good.png").read_bytes()
     model = started(preprocess, make(plan, tmp_path, ensemble=True))
-    requests = [{"image": Tensor("image", np.array(files, dtype=object))} for files in ([[good], [data]], [[good]])]
+    requests = [
+        {"image_file": Tensor("image_file", np.array(files, dtype=object))} for files in ([[good], [data]], [[good]])
+    ]
     failed, answered = model.execute(requests)
     assert failed.tensors == [] and failed.error.code == Failure.INVALID_ARG
     with pytest.raises(Failure, match=f"image 2 of 2 {message}"):

@@ -395,8 +395,8 @@ def test_a_server_that_is_no_triton(status: int) -> None:
 PIXELS = np.zeros((2, 3, 8, 8), np.float32)
 GOOD = {"sam3_feat_0": halves(2), "sam3_feat_1": halves(2) + 1}
 ANSWERS = {
-    "one output": ({"sam3_feat_0": halves(2)}, "lacks sam3_feat_1"),
-    "none": ({}, "lacks sam3_feat_0, sam3_feat_1"),
+    "one output": ({"sam3_feat_0": halves(2)}, "has no sam3_feat_1"),
+    "none": ({}, "has no sam3_feat_0, sam3_feat_1"),
     "a larger batch": (GOOD | {"sam3_feat_1": halves(3)}, r"sam3_feat_1 is FP16 \[3, 4, 2, 2\], expected FP16 \[2, 4"),
     "a smaller batch": ({name: value[:1] for name, value in GOOD.items()}, r"sam3_feat_0 is FP16 \[1, "),
     "another shape": (GOOD | {"sam3_feat_0": halves(2, 2, 4, 2)}, r"sam3_feat_0 is FP16 \[2, 2, 4, 2\]"),

@@ -25,7 +25,7 @@ def main(port: str, model: str = "", processes: str = "0", server: str = "") -> 
     if 0 < alive < int(processes):  # none: they are called otherwise there, and the requests must tell
         return f"{alive} of {processes} processes of {model} are alive"
     requests = [("GET", "/v2/health/live", "")]
-    body = {"inputs": [{"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": ["canary"]}]}
+    body = {"inputs": [{"name": "image_file", "shape": [1, 1], "datatype": "BYTES", "data": ["canary"]}]}
     requests += [("POST", f"/v2/models/{model}/infer", json.dumps(body))] * (2 * int(processes))
     for method, path, text in requests:
         connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=TIMEOUT_S)

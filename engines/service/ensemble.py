@@ -10,7 +10,7 @@ from engines.service.model_config import add_tensors, new_config, schema
 from engines.service.served_model import Source
 from export.contract.signature import TensorSpec
 
-IMAGE = "image"
+IMAGE_FILE = "image_file"
 """The ensemble's input: the bytes of one JPEG or PNG file per element."""
 
 PREPROCESS_MODEL = Path(__file__).parent / "preprocess" / "model.py"
@@ -44,7 +44,7 @@ def images_config(source: Source, name: str, preprocess: str, engine: str, outpu
     _add_image(config, source)
     add_tensors(config.output, outputs, source.batch)
     first = config.ensemble_scheduling.step.add(model_name=preprocess, model_version=-1)
-    first.input_map[IMAGE] = IMAGE
+    first.input_map[IMAGE_FILE] = IMAGE_FILE
     first.output_map[source.image.name] = source.image.name
     _add_engine(config, source, engine, outputs)
     return config
@@ -67,7 +67,7 @@ def chosen_config(source: Source, name: str, engine: str, outputs: Sequence[Tens
 
 def _add_image(config: Any, source: Source) -> None:
     images = 1 if source.batch.dynamic else source.batch.optimum
-    config.input.add(name=IMAGE, data_type=schema().DataType.Value("TYPE_STRING"), dims=[images])
+    config.input.add(name=IMAGE_FILE, data_type=schema().DataType.Value("TYPE_STRING"), dims=[images])
 
 
 def _add_engine(config: Any, source: Source, engine: str, outputs: Sequence[TensorSpec]) -> None:

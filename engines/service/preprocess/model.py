@@ -81,7 +81,7 @@ class TritonPythonModel:
 
     def answer(self, request: Any) -> Any:
         """The images of one request, or an error about the first bad one."""
-        files = pb_utils.get_input_tensor_by_name(request, "image").as_numpy().reshape(-1)
+        files = pb_utils.get_input_tensor_by_name(request, "image_file").as_numpy().reshape(-1)
         pixels = []
         for index, data in enumerate(files):
             try:
