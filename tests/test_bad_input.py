@@ -357,7 +357,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for output in (tmp_path / "file" / "x.onnx", tmp_path / "file" / "deeper" / "x.onnx"):
         refused(
-            run_export(tmp_path, "--output", output), str(tmp_path / "file"), "not a folder; choose another --output"
+            run_export(tmp_path, "--output", output),
+            str(tmp_path / "file"),
+            "but a folder is needed there; choose another --output",
         )
     refused(run_export(tmp_path, "--output", "/proc/no/x.onnx"), "/proc/no", "choose another --output")
     refused(run_export(tmp_path, "--output", tmp_path / ("x" * 300)), "File name too long")

@@ -513,7 +513,7 @@ def test_https_with_a_private_authority(certificates: Path, monkeypatch: pytest.
         for other in (None, certificates / "other.pem"):
             with pytest.raises(ClientError, match=r"not trusted.*--ca"):
                 TritonClient(f"https://{url}", "m", timeout_s=60, ca=other)
-        with pytest.raises(ClientError, match=r"missing\.pem: the trusted certificates cannot be read"):
+        with pytest.raises(ClientError, match=r"missing\.pem: the file of trusted certificates cannot be read"):
             TritonClient(f"https://{url}", "m", timeout_s=60, ca=certificates / "missing.pem")
         with pytest.raises(ClientError):
             TritonClient(f"http://{url}", "m", timeout_s=60)
