@@ -399,7 +399,7 @@ def test_a_foreign_trunk_is_exported(save: Save) -> None:
 def test_a_masked_attention_is_not_lowered_without_its_mask() -> None:
     encoder = foreign_encoder(MaskedTrunk())
     model = traced(encoder, tiny_config()).model
-    with pytest.raises(ExportError, match="attention trunk.* has a mask"):
+    with pytest.raises(ExportError, match=r"attention trunk.* has a mask"):
         lower(model, "fp32")
 
 
