@@ -68,8 +68,8 @@ class BenchOptions:
     adapter_alpha: Annotated[float | None, ADAPTER_ALPHA] = None
     state: Annotated[str | None, STATE] = None
     prefix: Annotated[str | None, PREFIX] = None
-    config: Annotated[EncoderConfig | None, CONFIG] = None
     seed: int = 0
+    config: Annotated[EncoderConfig | None, CONFIG] = None
     image_size: Annotated[int | tuple[int, int] | None, IMAGE_SIZE] = None
     batch: Annotated[int, Option("Set the batch size: images per run.", TENSORS, settings=LEAST_1)] = 1
     necks: Annotated[str, NECKS] = "auto"

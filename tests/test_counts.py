@@ -75,9 +75,12 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
         return parse(path, *more, **options)
 
     def run_counted(encoder: Sam3DualViTDetNeck, pixels: np.ndarray, *more: Any) -> dict[str, np.ndarray]:
-        if not any(layer._forward_pre_hooks for layer in encoder.modules() if isinstance(layer, nn.Linear)):
+        hooked = any(
+            one._forward_pre_hooks or one._forward_hooks for one in encoder.modules() if isinstance(one, nn.Linear)
+        )
+        if not hooked and not any("forward" in vars(one) for one in encoder.modules()):
             found["referred", f"{pixels.shape} {hashlib.sha256(pixels.tobytes()).hexdigest()[:8]}"] += 1
-        return refer(encoder, pixels, *more)  # else a trial, with rounded layers
+        return refer(encoder, pixels, *more)  # else a trial, with rounded layers or attentions
 
     monkeypatch.setattr(TorchFile, "__init__", open_counted)
     monkeypatch.setattr(onnx, "load", parse_counted)

@@ -83,10 +83,10 @@ CACHES: list[tuple[str, Callable[[Path], object], dict[str, str], str]] = [
         "a folder",
         lambda cache: (cache.unlink(), cache.mkdir()),
         {},
-        "the file cannot be read (Is a directory)",
+        "cannot be read (Is a directory)",
     ),
     ("another driver", lambda cache: None, {"STAND_IN_DRIVER": "12080"}, "driver 13.0, plan "),
-    ("another RTX", lambda cache: None, {"STAND_IN_VERSION": "1.7.2.9"}, "is of TensorRT-RTX 1.7.1.116 on NVIDIA L4"),
+    ("another RTX", lambda cache: None, {"STAND_IN_VERSION": "1.7.2.9"}, "is for TensorRT-RTX 1.7.1.116 on NVIDIA L4"),
     ("refused", lambda cache: None, {"STAND_IN_FAIL": "deserialize"}, "TensorRT-RTX refused the runtime cache"),
 ]
 

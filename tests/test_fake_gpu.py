@@ -58,7 +58,7 @@ def test_a_name_or_an_argument_that_no_version_has_fails() -> None:
     class Invented(Played):
         supports_model = 1
 
-        def build_serialized_network(self, network: Any, config: Any) -> None:
+        def build_serialised_network(self, network: Any, config: Any) -> None:
             """Of another spelling."""
 
         def create_network(self, explicit_batch: bool) -> None:
@@ -66,8 +66,8 @@ def test_a_name_or_an_argument_that_no_version_has_fails() -> None:
 
     assert invented("Builder", Invented) == [
         "Builder.supports_model",
-        "Builder.build_serialized_network",
-        "Builder.build_serialized_network(network, config)",
+        "Builder.build_serialised_network",
+        "Builder.build_serialised_network(network, config)",
         "Builder.create_network(explicit_batch)",
     ]
     assert invented("IBuilder", Invented) == ["IBuilder"]

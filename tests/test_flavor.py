@@ -62,7 +62,7 @@ def used_names(source: str, ours: Collection[str] = ()) -> set[str]:
         target.id
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute) and node.value.attr == "trt"
-        for target in node.capabilities
+        for target in node.targets
         if isinstance(target, ast.Name)
     }
     for node in ast.walk(tree):
