@@ -88,9 +88,9 @@ print(len(psutil.Process().children(recursive=True)))
 @pytest.mark.parametrize(
     ("code", "seconds", "told"),
     [
-        ("time.sleep(600)", "2", "after 2 s"),
+        ("time.sleep(600)", "2", "stopped after"),
         ("os.kill(os.getpid(), 9)", "60", "stopped by SIGKILL"),
-        ("raise MemoryError('planted')", "60", "with exit status 1: MemoryError"),
+        ("raise MemoryError('planted')", "60", "failed with exit status 1: MemoryError"),
         ("sys.exit(0)", "60", "None"),
     ],
 )
@@ -98,14 +98,15 @@ def test_a_stage_is_ended_with_all_that_it_started(code: str, seconds: str, told
     """In a process of its own, since it ends all that descends from it."""
     command = [sys.executable, "-c", LIMITED, str(tmp_path / "log"), code, seconds]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert ran.stdout.splitlines() == [told, "0"], ran.stderr
+    became, left = ran.stdout.splitlines()
+    assert became.startswith(told) and left == "0", ran.stderr
 
 
 def test_a_stage_may_print_where_the_disk_is_full(tmp_path: Path) -> None:
     """Its log is a device that is always full."""
     command = [sys.executable, "-c", LIMITED, "/dev/full", "print('last words', flush=True); sys.exit(5)", "60"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert ran.stdout.splitlines() == ["with exit status 5: last", "0"], ran.stderr
+    assert ran.stdout.splitlines() == ["failed with exit status 5: last words", "0"], ran.stderr
 
 
 def test_what_a_full_disk_cut_is_as_if_it_was_not_there(tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def session(folder: Path, minutes: float = MINUTES - INSTALL_MINUTES, wheel: str
 def test_a_session_runs_every_stage(stages: Stages, tmp_path: Path) -> None:
     assert session(tmp_path).run() == 0
     assert stages.ran == [*STAGES, "report"]
-    assert (tmp_path / "page.txt").read_text().splitlines()[1] == "nothing was measured"
+    assert (tmp_path / "page.txt").read_text().splitlines()[1].endswith("nothing was measured.")
     assert not (tmp_path / ".reserve").exists()
 
 
@@ -174,7 +175,7 @@ def test_a_stage_that_hangs_costs_itself_and_the_exit_code(stages: Stages, tmp_p
     assert session(tmp_path).run() == 1
     assert stages.ran == [*STAGES, "report"]
     page = (tmp_path / "page.txt").read_text()
-    assert "eager failed: ended after 180 s" in page and "tuned unavailable" in page
+    assert "eager failed: after 180 s" in page and "tuned unavailable" in page
 
 
 def test_a_second_call_goes_on(stages: Stages, tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ def test_the_page_has_twenty_lines_at_most() -> None:
     stages = {name: {"outcome": "failed", "reason": "x" * 500, "seconds": 1.0} for name in STAGES}
     lines = page_lines(stages, result, DOCTOR, RATES)
     assert len(lines) == MOST_LINES and max(map(len, lines)) <= 300
-    assert lines[0].startswith("GPU, driver 1") and lines[2] == "Warning"
+    assert lines[0].startswith("GPU, driver 1") and lines[2].startswith("Warning")
     assert "the fastest backend within tolerance" in lines[3] and "5 passed, 0 failed" in "\n".join(lines)
     assert "further stages" in lines[-1]
 

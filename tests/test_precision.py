@@ -201,7 +201,7 @@ def test_a_pattern_that_names_nothing_is_refused(pattern: str) -> None:
 def test_a_weight_that_overflows_is_named_when_it_is_written(save: Save) -> None:
     weight = ir.tensor(np.array([1.0, -7e4], np.float32))
     with pytest.raises(
-        ExportError, match=r"weight trunk\.a has values of up to 70000, beyond float16; .*--keep-fp32"
+        ExportError, match=r"weight trunk\.a has values of up to 70000, beyond the range of float16; .*--keep-fp32"
     ) as caught:
         converted_weight("trunk.a", weight, ir.DataType.FLOAT16).numpy()
     assert "\n" not in str(caught.value)
@@ -221,7 +221,8 @@ def test_a_weight_that_overflows_stops_the_writing(name: str, save: Save) -> Non
     weight.const_value = ir.tensor(values)
     low = made.clone()
     with pytest.raises(
-        ExportError, match=r"weight \S*trunk\.blocks\.2\.mlp\.fc2\S* has values of up to 100000, beyond float16"
+        ExportError,
+        match=r"weight \S*trunk\.blocks\.2\.mlp\.fc2\S* has values of up to 100000, beyond the range of float16",
     ):
         lower(low, "fp16")
         save(low)
