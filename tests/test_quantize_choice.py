@@ -242,7 +242,7 @@ def test_where_all_products_fit_none_is_tried_alone() -> None:
         )
         assert mark.split()[:2] == [str(count), "100.0%"]
     assert not [line for line in told if line.startswith("product ")]
-    assert "trial: quantizing all 16 linear layers" in told
+    assert "trial: quantizing all 16 layers" in told
 
 
 def test_a_budget_is_the_tolerance_of_the_features() -> None:
