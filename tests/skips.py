@@ -32,6 +32,9 @@ WANTS = (
     (r"[Oo]pen[Vv](ino|INO)", "OpenVINO", "pip install '.[bench]'"),
     (r"CuPy", "CuPy", "pip install cupy-cuda13x where a GPU is"),
     (r"transformers", "transformers", "pip install '.[sam3]'"),
+    (r"ONNX Runtime", "ONNX Runtime", "pip install '.[cpu]'"),
+    (r"huggingface_hub", "huggingface_hub", "pip install '.[hub]'"),
+    (r"package index", "the package index", "run with a network"),
     (r"selenium", "Selenium", "pip install '.[dev]'"),
     (r"hatchling", "hatchling", "pip install '.[dev]'"),
 )

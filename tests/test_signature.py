@@ -145,7 +145,7 @@ def test_necks(asked: str, available: tuple[str, ...], chosen: tuple[str, ...]) 
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ("sam4", "unknown neck 'sam4'; known are sam3, sam2, interactive, propagation, both, all"),
+        ("sam4", "unknown neck 'sam4'; choose from sam3, sam2, interactive, propagation, both, all"),
         ("", "unknown neck ''"),
         ("sam3,", "unknown neck ''"),
         ("both", "neck sam2 is not in the checkpoint, which has sam3"),

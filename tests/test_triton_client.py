@@ -188,7 +188,7 @@ IMAGE = {"name": "image", "datatype": "FP32", "shape": [-1, 3, 8, 8]}
 FEATURE = {"name": "sam3_feat_0", "datatype": "FP16", "shape": [-1, 4, 2, 2]}
 
 
-def fake(ready: bool = True, index: Any = (), most: int = 8, **metadata: Any) -> Any:
+def fake_client(ready: bool = True, index: Any = (), most: int = 8, **metadata: Any) -> Any:
     """What `describe` asks of tritonclient."""
     told = {"inputs": [IMAGE], "outputs": [FEATURE], **metadata}
     return SimpleNamespace(
@@ -212,31 +212,31 @@ BOTH = pytest.mark.parametrize("options", [lambda **_: {}, options_of], ids=["ht
 @BOTH
 def test_a_model_is_described(options: Any) -> None:
     image, feature = Tensor("image", "FP32", (-1, 3, 8, 8)), Tensor("sam3_feat_0", "FP16", (-1, 4, 2, 2))
-    found = describe(fake(), "m", "", ["sam3_*"], options)
+    found = describe(fake_client(), "m", "", ["sam3_*"], options)
     assert found == Model(image, (feature,), max_batch=8, fixed=False)
     assert feature.bytes_of(3) == 3 * 16 * 2
-    fixed = describe(fake(most=0, inputs=[IMAGE | {"shape": ["4", "3", "8", "8"]}]), "m", "", [], options)
+    fixed = describe(fake_client(most=0, inputs=[IMAGE | {"shape": ["4", "3", "8", "8"]}]), "m", "", [], options)
     assert fixed.max_batch == 4 and fixed.fixed
-    assert describe(fake(most=0), "m", "", [], options).max_batch == 1  # a batch that Triton knows nothing of
+    assert describe(fake_client(most=0), "m", "", [], options).max_batch == 1  # a batch that Triton knows nothing of
 
 
 @pytest.mark.parametrize(
     ("client", "words"),
     [
         (
-            fake(outputs=[FEATURE | {"datatype": "BF16"}]),
+            fake_client(outputs=[FEATURE | {"datatype": "BF16"}]),
             "sam3_feat_0 is BF16, which numpy does not have; .*--output-dtype fp32",
         ),
-        (fake(inputs=[IMAGE, IMAGE]), "m has 2 inputs"),
-        (fake(inputs=[]), "m has 0 inputs"),
-        (fake(outputs=[FEATURE | {"name": "other"}]), r"m has no output sam3_\*; it has other"),
-        (fake(False), "the server has no model m; ready are none"),
-        (fake(False, [{"name": "x", "version": "1", "state": "READY"}]), "no model m; ready are x"),
+        (fake_client(inputs=[IMAGE, IMAGE]), "m has 2 inputs"),
+        (fake_client(inputs=[]), "m has 0 inputs"),
+        (fake_client(outputs=[FEATURE | {"name": "other"}]), r"m has no output sam3_\*; it has other"),
+        (fake_client(False), "the server has no model m; ready are none"),
+        (fake_client(False, [{"name": "x", "version": "1", "state": "READY"}]), "no model m; ready are x"),
         (
-            fake(False, [{"name": "m", "version": "1", "state": "UNAVAILABLE", "reason": "no such plan"}]),
+            fake_client(False, [{"name": "m", "version": "1", "state": "UNAVAILABLE", "reason": "no such plan"}]),
             "m is not ready; the server has version 1 UNAVAILABLE no such plan",
         ),
-        (fake(False, [{"name": "m"}]), "m is not ready; the server has version ?"),
+        (fake_client(False, [{"name": "m"}]), "m is not ready; the server has version ?"),
     ],
 )
 @BOTH
@@ -397,9 +397,12 @@ GOOD = {"sam3_feat_0": halves(2), "sam3_feat_1": halves(2) + 1}
 ANSWERS = {
     "one output": ({"sam3_feat_0": halves(2)}, "has no sam3_feat_1"),
     "none": ({}, "has no sam3_feat_0, sam3_feat_1"),
-    "a larger batch": (GOOD | {"sam3_feat_1": halves(3)}, r"sam3_feat_1 is FP16 \[3, 4, 2, 2\], expected FP16 \[2, 4"),
-    "a smaller batch": ({name: value[:1] for name, value in GOOD.items()}, r"sam3_feat_0 is FP16 \[1, "),
-    "another shape": (GOOD | {"sam3_feat_0": halves(2, 2, 4, 2)}, r"sam3_feat_0 is FP16 \[2, 2, 4, 2\]"),
+    "a larger batch": (
+        GOOD | {"sam3_feat_1": halves(3)},
+        r"sam3_feat_1 in the answer is FP16 \[3, 4, 2, 2\], expected FP16 \[2, 4",
+    ),
+    "a smaller batch": ({name: value[:1] for name, value in GOOD.items()}, r"sam3_feat_0 in the answer is FP16 \[1, "),
+    "another shape": (GOOD | {"sam3_feat_0": halves(2, 2, 4, 2)}, r"sam3_feat_0 in the answer is FP16 \[2, 2, 4, 2\]"),
 }
 
 
@@ -578,8 +581,8 @@ def grpc_server(servicer: Servicer, certificates: Path) -> Iterator[str]:
     ("names", "batch", "words"),
     [
         (["sam3_feat_0", "sam3_feat_1"], 2, ""),
-        (["sam3_feat_1"], 2, "lacks sam3_feat_0"),
-        (["sam3_feat_0", "sam3_feat_1"], 1, r"sam3_feat_0 is FP16 \[1, 4, 2, 2\]"),
+        (["sam3_feat_1"], 2, "has no sam3_feat_0"),
+        (["sam3_feat_0", "sam3_feat_1"], 1, r"sam3_feat_0 in the answer is FP16 \[1, 4, 2, 2\]"),
     ],
 )
 def test_grpc_with_a_private_authority(names: list[str], batch: int, words: str, certificates: Path) -> None:

@@ -20,6 +20,7 @@ def main(file: str, image: str, outputs: str) -> None:
     devices = [device for device in ort.get_ep_devices() if device.ep_name == webgpu.get_ep_name()]
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # as written: no fusion of ONNX Runtime's own
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = os.path.join(folder, "profile")
