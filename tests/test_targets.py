@@ -96,7 +96,7 @@ def beyond(target: Target, model: ir.Model) -> set[str]:
 
 @pytest.mark.parametrize(("kind", "positions"), SIGNATURES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_reader_gets_what_it_reads(kind: str, positions: str, precision: Precision) -> None:
+def test_every_target_gets_what_it_reads(kind: str, positions: str, precision: Precision) -> None:
     refused, written = [], {}
     for target in TARGETS:
         name = target.full_name
@@ -486,7 +486,7 @@ def test_what_targets_do_not_share_is_refused(targets: str, precision: Any, aske
         ("jetpack-6.2,tensorrt-8.6", None, "matmul", 17),
     ],
 )
-def test_the_best_spelling_that_readers_share(
+def test_the_best_spelling_that_targets_share(
     targets: str, asked: int | None, spelling: str, opset: int | None
 ) -> None:
     form = resolve_target(find_targets(targets), "fp16", opset=asked)
@@ -510,7 +510,7 @@ def test_one_default_file_for_every_target() -> None:
     assert {"tensorrt-10.3@8.7", "tensorrt-10.13", "onnxruntime-1.21", "onnxruntime-gpu-1.23"} <= refusing
 
 
-def test_without_a_reader_the_opset_decides() -> None:
+def test_without_a_target_the_opset_decides() -> None:
     spellings = {opset: resolve_target((), "fp16", opset=opset).spelling for opset in (None, 17, 22, 23, 24)}
     assert spellings == {None: "matmul", 17: "matmul", 22: "matmul", 23: "operator", 24: "operator"}
     assert resolve_target((), "bf16", opset=23).attention == resolve_target((), "fp32").attention == "fused"
