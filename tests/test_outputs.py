@@ -173,7 +173,7 @@ def test_targets_wait_for_the_run_on_the_device(tmp_path: Path, cuda_graph: bool
             assert (found == 3).all()
             with pytest.raises(SessionError, match="is on cpu; expected memory of cuda:0, so copy it there first"):
                 session.bind_output("sum", torch.zeros(3, 1, 8, 8))
-            with pytest.raises(SessionError, match="no multiple of 256 bytes"):
+            with pytest.raises(SessionError, match="not a multiple of 256 bytes"):
                 session.bind_output("sum", torch.zeros(4, 1, 8, 8, device="cuda").flatten()[16:])
 
 
