@@ -43,7 +43,7 @@ def check_options(options: ExportOptions) -> Form:
         The attention form and the opset: as asked, or the best that the asked targets share.
 
     Raises:
-        ExportError, ReaderError, FidelityError, ImageError: what cannot be, and what can.
+        ExportError, TargetError, FidelityError, ImageError: what cannot be, and what can.
     """
     _check_choices(options)
     source = options.source

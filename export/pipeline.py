@@ -222,7 +222,7 @@ def verify_file(
 
     Raises:
         ManifestError: the manifest is missing and no checkpoint is given, or the files are not those that it speaks of.
-        ReaderError: the graph is not read by who must, or not by whom the manifest claims.
+        TargetError: the graph is not read by who must, or not by whom the manifest claims.
         CheckpointError, ExportError: the weights cannot be read, or are not those that were exported.
         RejectedError: the outputs left tolerance; the manifest says so too, where it can be written.
     """

@@ -308,7 +308,7 @@ def find_targets(names: str) -> tuple[Target, ...]:
     """The targets that names with commas mean; `triton-25.09` is its TensorRT and its ONNX Runtime.
 
     Raises:
-        ReaderError: a name that is not known, with those near it, or a version that the table does not know.
+        TargetError: a name that is not known, with those near it, or a version that the table does not know.
     """
     found: dict[str, Target] = {}
     for name in (part.strip() for part in names.split(",")):

@@ -33,7 +33,7 @@ def resolve_target(
         attention, opset: as asked; only `auto` and None are chosen here.
 
     Raises:
-        ReaderError: no file of that kind is read by all of them; it says who cannot, why, and what to ask instead.
+        TargetError: no file of that kind is read by all of them; it says who cannot, why, and what to ask instead.
         ExportError: no graph of the precision has the form.
     """
     form = AUTO[precision] if attention == "auto" else attention

@@ -130,7 +130,7 @@ def require(targets: Sequence[Target], needs: Needs, what: str, remedy: str) -> 
     """Checks that every target can read a graph.
 
     Raises:
-        ReaderError: naming `what`, the first target that cannot, why, and the remedy.
+        TargetError: naming `what`, the first target that cannot, why, and the remedy.
     """
     for target in targets:
         reason = why_not(target, needs)
@@ -211,7 +211,7 @@ def check_claims(where: Path, manifest: Mapping[str, Any], needs: Needs) -> None
     """Checks what a manifest says of its file's targets against the graph; one of an older version says nothing.
 
     Raises:
-        ReaderError: it claims a target that cannot read the graph, or is damaged.
+        TargetError: it claims a target that cannot read the graph, or is damaged.
     """
     claims = manifest.get("targets")
     if claims is None:
