@@ -90,7 +90,7 @@ def test_an_import_up_the_stair_is_seen() -> None:
     """The control."""
     build, layers = (
         ROOT / "engines" / "builder" / "build.py",
-        "from engines.layers.layer_report import LayerSheet",
+        "from engines.layers.layer_report import LayerReport",
     )
     assert not up_the_stair(build, layers, "engines")
     assert up_the_stair(build, "from engines.run.session import Session", "engines")
