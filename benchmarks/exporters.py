@@ -48,7 +48,9 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=1008, help="side of the square input in pixels")
     parser.add_argument("--config", type=Path, help="encoder.json with the architecture [default: SAM 3's]")
     parser.add_argument(
-        "--compute-capability", default="8.9", help=("compute capability of the GPU to build the plans for")
+        "--compute-capability",
+        default="8.9",
+        help=("build the plans for GPUs of this compute capability, such as 8.9 for an L4"),
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file, as JSON")
     parser.add_argument("--export", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)

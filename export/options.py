@@ -16,7 +16,7 @@ from export.contract.signature import (
 )
 from export.contract.targets import find_targets
 from export.lowering.codes import CODES
-from export.lowering.precision import OPSETS, check_residual
+from export.lowering.precision import check_opset, check_residual
 from export.lowering.resolve_target import Form, resolve_target
 from export.output_files import (
     check_paths,
@@ -49,10 +49,8 @@ def check_options(options: ExportOptions) -> Form:
     source = options.source
     if options.image_size is not None and (source.config or source.path is None):
         check_image_size(options.image_size, (source.config or EncoderConfig()).patch_size)
-    if options.opset is not None and options.opset not in OPSETS:
-        raise ExportError(
-            f"opset {options.opset} is not supported; expected {OPSETS.start} to {OPSETS.stop - 1}, or auto"
-        )
+    if options.opset is not None:
+        check_opset(options.opset)
     check_residual(options.precision, options.residual)
     check_quantize(options.quantize, options.precision)
     targets = find_targets(options.targets) if options.targets else ()

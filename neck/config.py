@@ -107,7 +107,9 @@ class EncoderConfig:
                 f"pretrain_image_size {self.pretrain_image_size} must be a multiple of patch_size {self.patch_size}"
             )
         if self.d_model % 4:
-            raise ConfigError(f"d_model is {self.d_model}; it must be a multiple of 4 for the sine position encoding")
+            raise ConfigError(
+                f"d_model is {self.d_model}, but the sine position encoding needs a multiple of 4; correct the config"
+            )
         outside = [index for index in self.global_blocks if not 0 <= index < self.depth]
         if outside:
             raise ConfigError(

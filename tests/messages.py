@@ -136,7 +136,11 @@ def help_lines() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Lists the messages of neck-export with file and line.")
-    parser.add_argument("folders", nargs="*", help="Folders or files to list, such as engines/cpp [default: all]")
+    parser.add_argument(
+        "folders",
+        nargs="*",
+        help="List the messages of these folders or files only, e.g. engines/cpp [default: all messages]",
+    )
     parser.add_argument("--random", type=int, metavar="N", help="Draw N messages instead of listing all")
     parser.add_argument("--help-lines", type=int, metavar="N", default=0, help="Also draw N options with their help")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the draw")

@@ -66,7 +66,7 @@ def test_the_metadata_passes_the_hubs_own_check(exported: Path) -> None:
     card = hub.ModelCard.load(folder / "README.md")
     assert card.data.base_model == "facebook/sam3" and card.data.license == "other"
     assert card.data.license_name == "sam-license" and card.data.license_link.startswith("https://huggingface.co/")
-    assert card.data.library_name == "onnx" and {"sam3", "fp16", "onnx"} <= set(card.data.tags)
+    assert card.data.to_dict()["library_name"] == "onnx" and {"sam3", "fp16", "onnx"} <= set(card.data.tags)
     assert hub.ModelCard(str(card)).data.to_dict() == card.data.to_dict()
     bad = str(card).replace("tags:\n", "tags: x\n", 1)
     with pytest.raises(Exception, match=r"yaml|YAML|block|mapping|expected"):
@@ -91,7 +91,7 @@ def test_a_plan_has_a_card(tmp_path: Path) -> None:
     text = (write_card(plan)[0] / "README.md").read_text()
     manifest = read_manifest(tmp_path / "e.plan.json", "plan")
     assert "library_name: tensorrt" in text and manifest["tensorrt_version"] in text
-    assert hub.ModelCard(text).data.library_name == "tensorrt" and "<table>" in rendered(text)
+    assert hub.ModelCard(text).data.to_dict()["library_name"] == "tensorrt" and "<table>" in rendered(text)
 
 
 def test_what_cannot_be_a_card_is_refused(exported: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def parse_places(count: int, given: Sequence[str]) -> tuple[tuple[float, ...], .
     except ValueError:
         places = ((),)
     if any(len(place) != count for place in places):
-        raise OptionError(f"expected {count} numbers separated by commas, such as 0.5")
+        raise OptionError(f"expected {count} numbers separated by commas, such as {','.join(['0.5'] * count)}")
     return places
 
 

@@ -129,7 +129,7 @@ def merge_results(results: Sequence[Result]) -> Result:
         BenchError: fewer than two, of different encoders, or the same runs twice.
     """
     if len(results) < 2:
-        raise BenchError(f"--merge needs at least two results, but got {len(results)}")
+        raise BenchError(f"--merge needs at least two results; {len(results)} was given")
     for index, other in enumerate(results[1:], 2):
         refuse_other_encoder(results[0], other, "the first result", f"result {index}")
     machines: list[dict[str, Any]] = []

@@ -146,7 +146,10 @@ class Flavor:
         if self.name != "rtx":
             return
         if timing_cache:
-            raise FlavorError("--timing-cache: TensorRT-RTX does not measure kernels while it builds; leave it out")
+            raise FlavorError(
+                "--timing-cache: TensorRT-RTX does not measure kernels while it builds, so a cache of their times has no "
+                "effect; leave it out"
+            )
         if replay_timing:
             raise FlavorError(
                 "--replay-timing: TensorRT-RTX chooses kernels at run time and uses no timing cache; leave it out"

@@ -106,7 +106,7 @@ def lower_attentions(
     islands: set[ir.Node] = set()
     cores = find_attentions(graph)
     if fp8 and form != "fp32acc":
-        raise ExportError(f"FP8 attention exists in the form fp32acc only, not {form}; use --attention auto")
+        raise ExportError(f"FP8 attention cannot have the form {form}; use --attention auto or fp32acc")
     if missing := set(fp8 or ()) - {attention_name(core) for core in cores}:
         raise ExportError(f"{min(missing)}: the graph has no such attention to quantize; calibrate for this encoder")
     for core in cores:

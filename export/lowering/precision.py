@@ -79,7 +79,7 @@ def lower(
     """
     graph = model.graph
     if output_precision in CODES:
-        raise ExportError(f"output_precision is {output_precision!r}; expected fp32, fp16 or bf16")
+        raise ExportError(f"outputs cannot have the type {output_precision}; use --output-dtype fp32, fp16 or bf16")
     if precision in CODES and quantization is None:
         raise ExportError(f"{precision}: no layer to quantize was given, and the weights have no calibration")
     low = next((value.dtype for value in graph.initializers.values() if value.dtype in LOW), None)
@@ -118,7 +118,17 @@ def check_form(precision: Precision, attention: str, opset: int | None) -> None:
             "--attention fp32acc keeps attention in FP32 inside an FP16 or BF16 file, but --precision fp32 is FP32 "
             "throughout; use --attention auto"
         )
-    if opset is not None and opset not in OPSETS:
+    if opset is not None:
+        check_opset(opset)
+
+
+def check_opset(opset: int) -> None:
+    """Refuses an opset that no graph is written in.
+
+    Raises:
+        ExportError: naming those that there are.
+    """
+    if opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported; expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
 
 
@@ -270,8 +280,7 @@ def set_opset(model: ir.Model, opset: int | None) -> None:
     convolutions = [node for node in model.graph if node.op_type in ("Conv", "ConvTranspose", "MaxPool")]
     bf16 = any(node.outputs[0].dtype == ir.DataType.BFLOAT16 for node in convolutions)  # they take it from opset 22
     opset = opset if opset is not None else OPERATOR_OPSET if "Attention" in present else 22 if bf16 else 20
-    if opset not in OPSETS:
-        raise ExportError(f"opset {opset} is not supported; expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
+    check_opset(opset)
     if "Attention" in present and opset < OPERATOR_OPSET:
         raise ExportError(f"opset {opset} has no Attention operator; use --opset {OPERATOR_OPSET}")
     if bf16 and opset < 22:

@@ -208,7 +208,9 @@ def _asked(
                 raise ExportError(
                     f"{what}, which exist in FP8 alone: no TensorRT fuses INT8 attention; use --precision fp8"
                 )
-            raise ExportError(f"{what}: {no_attention}; leave it out, or take another --target")
+            raise ExportError(
+                f"{what}: {no_attention}; leave the pattern out, or choose another --target or --attention"
+            )
     return match_products(patterns, able)
 
 

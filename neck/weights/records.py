@@ -135,7 +135,7 @@ def storage_of(identity: object) -> object:
 
 def _whole(value: object) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise PickleError("the pickle has a tensor with an invalid size")
+        raise PickleError("the pickle describes a tensor whose size is not valid")
     return value
 
 
@@ -153,7 +153,7 @@ def _tensor_v3(
     if not isinstance(storage, StorageRecord) or not isinstance(size, tuple) or not isinstance(stride, tuple):
         raise PickleError("the pickle has a tensor without a storage")
     if len(size) != len(stride) or len(size) > MOST_DIMENSIONS:
-        raise PickleError("the pickle has a tensor with an invalid size")
+        raise PickleError("the pickle describes a tensor whose size is not valid")
     element = DTYPES.get(dtype.name) if isinstance(dtype, Name) and dtype.module == "torch" else storage.dtype
     if element is None:
         raise PickleError("the pickle has a tensor of unknown type")

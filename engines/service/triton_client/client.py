@@ -180,7 +180,7 @@ class TritonClient:
         told_of = {tensor: result.get_output(tensor.name) for tensor in self.model.outputs}
         missing = [tensor.name for tensor, output in told_of.items() if output is None]
         if missing:
-            raise ClientError(f"{self.url}: the answer has no {', '.join(missing)}; {self._look}")
+            raise ClientError(f"{self.url}: the server's answer has no {', '.join(missing)}; {self._look}")
         found = {}
         for tensor, output in told_of.items():
             self._check(tensor, output, batch)

@@ -61,7 +61,7 @@ class SharedMemory:
     def put(self, tensor: str, value: np.ndarray) -> tuple[str, int]:
         """Writes a tensor; returns its region's name and bytes."""
         if value.dtype == np.object_:
-            raise ClientError("image files have no fixed size for shared memory; send them without it")
+            raise ClientError("image files have no fixed size for shared memory; leave out --shared-memory")
         region = self.reserve(tensor, value.nbytes)
         self._library.set_shared_memory_region(self._regions[tensor][1], [np.ascontiguousarray(value)])
         return region
