@@ -147,8 +147,8 @@ class Flavor:
             return
         if timing_cache:
             raise FlavorError(
-                "--timing-cache: TensorRT-RTX does not measure kernels while it builds, so a cache of their times has no "
-                "effect; leave it out"
+                "--timing-cache: TensorRT-RTX does not measure kernels while it builds, so a cache of their times has "
+                "no effect; leave it out"
             )
         if replay_timing:
             raise FlavorError(
