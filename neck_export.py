@@ -62,7 +62,7 @@ app = typer.Typer(
 OUT_OF_MEMORY = ("can't allocate memory", "bad allocation", "bad_alloc", "Failed to allocate memory")
 """What torch and ONNX Runtime say, whose errors are no MemoryError."""
 
-AsJson = Annotated[bool, Option("Print the result as JSON.", name="--json")]
+AsJson = Annotated[bool, Option("Print the result as JSON instead of text, for use by other programs.", name="--json")]
 Options = TypeVar("Options")
 
 
@@ -142,7 +142,12 @@ def onnx(asked: Callable[[], ExportOptions]) -> None:
 def trt(
     asked: Callable[[], PlanOptions],
     tune: Annotated[
-        bool, Option("Build every form of attention, and keep the fastest plan that passes; needs a GPU.", BUILD)
+        bool,
+        Option(
+            "Build the plan with every form of attention, measure each on the GPU, and keep the fastest plan that "
+            "passes verification.",
+            BUILD,
+        ),
     ] = False,
 ) -> None:
     """Build a TensorRT plan from an ONNX file, or from a checkpoint, and compare it with PyTorch."""
@@ -162,9 +167,13 @@ def trt(
 
 @command()
 def profile(
-    plan: Annotated[Path, Option("TensorRT plan built by neck-export.", argument=True)],
+    plan: Annotated[Path, Option("Measure this TensorRT plan, which neck-export built.", argument=True)],
     batch: Annotated[
-        int | None, Option("Run this many images at once, e.g. 4. [default: the plan's optimal batch]", shared.TENSORS)
+        int | None,
+        Option(
+            "Measure with this batch size (images per inference call), e.g. 4. [default: the plan's optimal batch size]",
+            shared.TENSORS,
+        ),
     ] = None,
     device: Annotated[int | None, DEVICE] = None,
     as_json: AsJson = False,
@@ -259,7 +268,8 @@ def triton(
     activate: Annotated[
         int | None,
         Option(
-            "Serve this version of the repository, e.g. 2. [default: the new one, if it was verified]",
+            "Serve this version of the model, which must already be in the repository, e.g. 2; give no MODEL with "
+            "this option. [default: a new version is served if it was verified]",
             MODEL,
         ),
     ] = None,
@@ -299,14 +309,25 @@ def _activate(options: RepositoryOptions, version: int) -> None:
 def bench(
     asked: Callable[[], BenchOptions],
     output: Path,
-    files: Annotated[list[Path] | None, Option("With --merge: report.json files to merge.", argument=True)] = None,
+    files: Annotated[
+        list[Path] | None,
+        Option("Merge these report.json files into one report; this requires --merge.", argument=True),
+    ] = None,
     merge: Annotated[
-        bool, Option("Measure nothing, but make one report of several report.json files.", REPORT, "--merge")
+        bool,
+        Option(
+            "Do not measure anything; merge the report.json files that are given as arguments into one report, e.g. of "
+            "several machines.",
+            REPORT,
+            "--merge",
+        ),
     ] = False,
     compare: Annotated[
         Path | None,
         Option(
-            "Compare with an older report.json, and exit with code 3 if something became worse. [default: none]", REPORT
+            "Compare the result with this older report.json, and exit with code 3 if a backend has become slower "
+            "or less accurate. [default: no comparison]",
+            REPORT,
         ),
     ] = None,
 ) -> None:
@@ -334,18 +355,22 @@ def bench(
 
 @command()
 def inspect(
-    file: Annotated[Path, Option("ONNX file or TensorRT plan.", argument=True)],
+    file: Annotated[Path, Option("Describe this ONNX file or TensorRT plan.", argument=True)],
     as_json: AsJson = False,
     check: Annotated[
         bool,
         Option(
-            "Compare every byte of an ONNX file with the SHA-256 in its manifest first.", shared.VERIFICATION, "--check"
+            "First check that an ONNX file and its weights are unchanged: compare their SHA-256 with the one in "
+            "the manifest.",
+            shared.VERIFICATION,
+            "--check",
         ),
     ] = False,
     card: Annotated[
         bool,
         Option(
-            "Write a folder for the Hugging Face Hub beside the file: a model card, the file and its manifest.",
+            "Write a folder that can be uploaded to the Hugging Face Hub, beside the file; it contains a model "
+            "card, the file and its manifest.",
             shared.FILES,
             "--card",
         ),
@@ -353,16 +378,16 @@ def inspect(
     gpu: Annotated[
         str | None,
         Option(
-            "Print a lower bound on the plan's latency on these GPUs, computed from published rates, e.g. "
-            "h100,l4,rtx-4090, or all. [default: no lower bound]",
+            "Also print a lower bound on the latency of a plan on these GPUs, computed from published rates; "
+            "separate their names with commas, e.g. h100,l4,rtx-4090, or use all. [default: no lower bound]",
             MEASURED,
         ),
     ] = None,
     strip_header: Annotated[
         Path | None,
         Option(
-            "Remove the header of an Ultralytics engine and write the bare plan to this file, e.g. bare.plan. "
-            "[default: nothing is written]",
+            "Remove the header that Ultralytics writes in front of a TensorRT plan, and write the plan without it "
+            "to this file, e.g. bare.plan. [default: nothing is written]",
             shared.FILES,
         ),
     ] = None,

@@ -57,11 +57,16 @@ class BenchOptions:
         command: what the result says it was made by; by default this process's command line.
     """
 
-    output: Annotated[Path, Option("Write report.json, report.md and report.html to this folder.", FILES)] = Path(
-        "report"
-    )
+    output: Annotated[
+        Path, Option("Write the report to this folder, as the files report.json, report.md and report.html.", FILES)
+    ] = Path("report")
     quick: Annotated[
-        bool, Option("Measure a small size in few rounds, without sweeps: it takes minutes.", MEASURED, "--quick")
+        bool,
+        Option(
+            "Measure only a small image size, few rounds and no sweeps, which takes minutes instead of hours.",
+            MEASURED,
+            "--quick",
+        ),
     ] = False
     checkpoint: Annotated[Path | None, CHECKPOINT] = None
     adapter: Annotated[Path | None, ADAPTER] = None
@@ -71,13 +76,21 @@ class BenchOptions:
     seed: int = 0
     config: Annotated[EncoderConfig | None, CONFIG] = None
     image_size: Annotated[int | tuple[int, int] | None, IMAGE_SIZE] = None
-    batch: Annotated[int, Option("Set the batch size: images per run.", TENSORS, settings=LEAST_1)] = 1
+    batch: Annotated[
+        int,
+        Option(
+            "Set the batch size of the measurement, i.e. the number of images per inference call.",
+            TENSORS,
+            settings=LEAST_1,
+        ),
+    ] = 1
     necks: Annotated[str, NECKS] = "auto"
     levels: Annotated[str, LEVELS] = "all"
     positions: Annotated[
         Positions,
         Option(
-            "Return the position encodings as outputs (graph), or not at all (none).",
+            "Choose whether the measured encoder also returns its position encodings: graph (it returns them as "
+            "outputs beside the features) or none (it returns only the features).",
             TENSORS,
             read=Literal["graph", "none"],
             default="graph",
@@ -86,16 +99,20 @@ class BenchOptions:
     sam2_outputs: Annotated[Sam2Outputs, SAM2_OUTPUTS] = "features"
     images: Annotated[
         Path | ImageFolder | None,
-        IMAGES.but(help="Compare the outputs on the images of this folder. [default: the packaged image]"),
+        IMAGES.but(
+            help="Use the images of this folder to compare the outputs of each backend with those of PyTorch, e.g. photos. "
+            "[default: the image that is part of neck-export]"
+        ),
     ] = None
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
-        Option("Measure on this device. [auto: the GPU if there is one, else the CPU]", MEASURED),
+        Option("Measure on the CPU or on the GPU (cuda). auto chooses the GPU if there is one.", MEASURED),
     ] = "auto"
     backends: Annotated[
         tuple[str, ...],
         Option(
-            "Measure this backend; repeatable, e.g. ort-cpu-plain-fp32; report.md lists the names. [default: all]",
+            "Measure only this backend (a runtime with a file format and precision), e.g. ort-cpu-plain-fp32; the "
+            "option can be repeated. The report of an earlier run lists all names. [default: all backends]",
             MEASURED,
             name="backend",
         ),
@@ -103,7 +120,8 @@ class BenchOptions:
     rounds: Annotated[
         int | None,
         Option(
-            "Give every backend its turn this many times. [default: 5 on a CPU, 10 on a GPU; 3 and 5 with --quick]",
+            "Measure every backend in this many rounds, e.g. 7; in each round, the backends run one after the "
+            "other. [default: 5 on a CPU and 10 on a GPU, or 3 and 5 with --quick]",
             MEASURED,
             settings=LEAST_1,
         ),
@@ -111,32 +129,58 @@ class BenchOptions:
     runs: int | None = None
     warm_up: int | None = None
     sweep: Annotated[
-        bool, Option("Measure image sizes from 336 to 1344 pixels and batch sizes from 1 to 8, too.", MEASURED)
+        bool,
+        Option(
+            "Also measure other image sizes, from 336 to 1344 pixels, and other batch sizes, from 1 to 8. --no-sweep "
+            "skips these measurements.",
+            MEASURED,
+        ),
     ] = True
     sizes: tuple[int, ...] = SIZES
     batches: tuple[int, ...] = BATCHES
     minutes: Annotated[
         float | None,
-        Option("Stop after this many minutes, e.g. 30; the same command continues later. [default: never]", MEASURED),
+        Option(
+            "Stop the measurement after this many minutes, e.g. 30; if you run the same command again, it continues. "
+            "[default: no limit]",
+            MEASURED,
+        ),
     ] = None
     swept: tuple[str, ...] = ()
     timeout_s: float = 1200.0
-    fresh: Annotated[bool, Option("Discard what an interrupted run measured, and start anew.", MEASURED, "--fresh")] = (
-        False
-    )
+    fresh: Annotated[
+        bool,
+        Option(
+            "Discard the measurements of an interrupted run and start from the beginning; without this option, the run is "
+            "continued.",
+            MEASURED,
+            "--fresh",
+        ),
+    ] = False
     plan: Annotated[
         Path | None,
-        Option("Add the kernels of this plan to the report, e.g. build/sam3-encoder.plan. [default: none]", REPORT),
+        Option(
+            "Add a table with the kernels of this TensorRT plan to the report, e.g. build/sam3-encoder.plan. [default: "
+            "no plan]",
+            REPORT,
+        ),
     ] = None
     masks: Annotated[
         tuple[Path, ...],
         Option(
-            "Add the verdict of `neck-export masks` that is stored with this exported file to the report; repeatable. "
-            "[default: none]",
+            "Add the result of an earlier `neck-export masks` on this ONNX file or plan to the report, e.g. "
+            "build/sam3-encoder.onnx; the option can be repeated. [default: no file]",
             REPORT,
         ),
     ] = ()
-    export: Annotated[bool, Option("Add what an export costs at full size to the report.", REPORT, "--export")] = False
+    export: Annotated[
+        bool,
+        Option(
+            "Also measure the time and memory that a full-size export takes, and add them to the report.",
+            REPORT,
+            "--export",
+        ),
+    ] = False
     command: str = ""
 
     @property

@@ -121,17 +121,18 @@ def messages(*folders: str) -> list[Message]:
 
 
 def help_lines() -> list[str]:
-    """Every option of every command with its help text."""
+    """Every option of every command as `--help` prints it: with its values, its help text and its default."""
     import typer.main
 
     import neck_export
 
     group = typer.main.get_command(neck_export.app)
-    return [
-        f"neck-export {name} {'/'.join(parameter.opts)}: {getattr(parameter, 'help', '')}"
-        for name, command in sorted(group.commands.items())  # type: ignore[attr-defined]
-        for parameter in command.params
-    ]
+    lines = []
+    for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]
+        context = command.make_context(name, [], resilient_parsing=True)
+        records = (parameter.get_help_record(context) for parameter in command.params)
+        lines += [f"neck-export {name} {one[0]}: {' '.join(one[1].split())}" for one in records if one]
+    return lines
 
 
 def main() -> None:

@@ -39,7 +39,8 @@ class Prompts:
     texts: Annotated[
         tuple[str, ...],
         Option(
-            "Find all objects that this text describes; repeatable, e.g. 'a cup'. [default: none]",
+            "Search every image for all objects that this text describes, e.g. 'a cup'; the option can be "
+            "repeated. [default: no text; a text, point or box is required]",
             PROMPTS,
             name="prompt",
         ),
@@ -47,7 +48,8 @@ class Prompts:
     points: Annotated[
         tuple[tuple[float, ...], ...],
         Option(
-            "Find the object at this point, X,Y in parts of the size; repeatable, e.g. 0.5,0.4. [default: none]",
+            "Segment the object at this point of every image, X,Y as fractions of width and height, e.g. 0.5,0.4; "
+            "the option can be repeated. [default: no point]",
             PROMPTS,
             read=list[str],
             parse=functools.partial(parse_places, 2),
@@ -56,8 +58,8 @@ class Prompts:
     boxes: Annotated[
         tuple[tuple[float, ...], ...],
         Option(
-            "Find the object in this box, X0,Y0,X1,Y1 in parts of the size; repeatable, e.g. 0.1,0.2,0.6,0.9. "
-            "[default: none]",
+            "Segment the object in this box of every image, X0,Y0,X1,Y1 as fractions of width and height, e.g. "
+            "0.1,0.2,0.6,0.9; the option can be repeated. [default: no box]",
             PROMPTS,
             read=list[str],
             parse=functools.partial(parse_places, 4),
@@ -89,24 +91,60 @@ class MasksOptions:
         model: a folder of transformers, or a checkpoint for the package of Meta or Ultralytics.
     """
 
-    file: Annotated[Path, Option("ONNX file or TensorRT plan written by neck-export.", argument=True)]
-    model: Annotated[Path, Option("Load the whole SAM 3 from this folder of transformers, or from a sam3.pt.", MODEL)]
+    file: Annotated[
+        Path,
+        Option(
+            "Compare the masks that this encoder produces: an ONNX file or a TensorRT plan that neck-export wrote.",
+            argument=True,
+        ),
+    ]
+    model: Annotated[
+        Path,
+        Option(
+            "Load the complete SAM 3 model, whose encoder the file replaces, from here: a folder in the format of "
+            "transformers, or a checkpoint such as sam3.pt.",
+            MODEL,
+        ),
+    ]
     images: Annotated[
         Path | ImageFolder,
-        IMAGES.but(help="Compare on all images of this folder.", panel=MODEL, also=(RANGE.but(panel=MODEL),)),
+        IMAGES.but(
+            help="Compare the masks on every image in this folder, e.g. photos.",
+            panel=MODEL,
+            also=(RANGE.but(panel=MODEL),),
+        ),
     ]
     prompts: Annotated[Prompts, Group]
     gate: Annotated[
         float,
-        Option("Fail below this mean IoU of the masks.", VERIFICATION, settings={"min": 0, "max": 1}),
+        Option(
+            "Fail with exit code 3 if the mean IoU (overlap) between the masks of the model's own encoder and those of "
+            "the file is lower than this value.",
+            VERIFICATION,
+            settings={"min": 0, "max": 1},
+        ),
     ] = 0.99
     threshold: Annotated[
-        float, Option("Compare the objects that score at least this.", VERIFICATION, settings={"min": 0, "max": 1})
+        float,
+        Option(
+            "Compare only objects that the model detects with a score above this value.",
+            VERIFICATION,
+            settings={"min": 0, "max": 1},
+        ),
     ] = 0.5
     check: Annotated[
-        bool, Option("Refuse a file that was exported from other weights than the model's.", VERIFICATION)
+        bool,
+        Option(
+            "Refuse a file that was exported from other weights than those of --model. --no-check compares it all the "
+            "same.",
+            VERIFICATION,
+        ),
     ] = True
     save: Annotated[
         Path | None,
-        Option("Save images of the masks and their difference to this folder, e.g. masks. [default: not saved]", FILES),
+        Option(
+            "Save images that show the masks of both encoders and their difference to this folder, e.g. masks. "
+            "[default: no images are saved]",
+            FILES,
+        ),
     ] = None

@@ -42,7 +42,13 @@ DEFAULT_BATCH = BatchRange(1, 4, 8)
 """Optimization profile of a dynamic batch whose range nobody said."""
 
 SWITCHES = tuple(
-    Option(f"Compute in {name.upper()}; the same as --precision {name}.", PRECISION, f"--{name}", bool, default=False)
+    Option(
+        f"Compute in {name.upper()}; this is a short form of --precision {name}.",
+        PRECISION,
+        f"--{name}",
+        bool,
+        default=False,
+    )
     for name in ("fp16", "bf16", "fp32")
 )
 
@@ -74,9 +80,9 @@ class BuildOptions:
     batch: Annotated[
         BatchRange | None,
         Option(
-            "Set the batch sizes of the plan, minimum:optimum:maximum, e.g. 1:4:8; an ONNX file needs a dynamic "
-            "batch, a "
-            "checkpoint is exported with one. [default: the ONNX file's; 1 for a checkpoint]",
+            "Set the batch sizes that the plan accepts, as minimum:optimum:maximum, e.g. 1:4:8. An ONNX file must "
+            "have a dynamic batch; a checkpoint is exported with one. [default: the batch sizes of the ONNX file, "
+            "or 1 for a checkpoint]",
             TARGET,
             read=str,
             parse=BatchRange.parse,
@@ -85,8 +91,8 @@ class BuildOptions:
     compute_capabilities: Annotated[
         tuple[str, ...],
         Option(
-            "Build for GPUs of these compute capabilities, separated by commas, e.g. 8.6,8.9,12.0 (TensorRT-RTX only). "
-            "[default: 8.0 and later]",
+            "Build the plan for GPUs with these compute capabilities, separated by commas, e.g. 8.6,8.9,12.0. Only "
+            "TensorRT-RTX supports this option. [default: 8.0 and later]",
             TARGET,
             name="compute-capability",
             read=str,
@@ -97,12 +103,17 @@ class BuildOptions:
     keep_fp32: tuple[str, ...] = ()
     optimization_level: Annotated[
         int | None,
-        Option("Search this long for fast kernels: 0 (fast build) to 5. [default: TensorRT's]", BUILD),
+        Option(
+            "Set TensorRT's builder optimization level, from 0 (fast build) to 5 (longest search for fast kernels), "
+            "e.g. 4. [default: TensorRT's own default]",
+            BUILD,
+        ),
     ] = None
     workspace_bytes: Annotated[
         int | None,
         Option(
-            "Limit the plan's scratch memory on the GPU to this many GiB, e.g. 2. [default: no limit]",
+            "Limit the workspace (scratch memory) that the plan may use on the GPU to this many GiB, e.g. 2. "
+            "[default: no limit]",
             BUILD,
             name="workspace-gib",
             read=float,
@@ -110,29 +121,36 @@ class BuildOptions:
         ),
     ] = None
     version_compatible: Annotated[
-        bool, Option("Build a plan that later versions of the same TensorRT can load, too.", TARGET)
+        bool,
+        Option(
+            "Build a plan that later versions of the same TensorRT can load as well, not only the version that built "
+            "it.",
+            TARGET,
+        ),
     ] = False
     hardware_compatible: Annotated[
         Literal["none", "ampere+", "same"],
         Option(
-            "Build a plan for this GPU alone (none), for compute capability 8.0 and later (ampere+), or for all GPUs "
-            "of this one's compute capability (same); TensorRT only.",
+            "Choose the GPUs that can load the plan: none (only GPUs of the same model as the one that builds it), "
+            "ampere+ (compute capability 8.0 and later), or same (GPUs with the same compute capability). Only "
+            "TensorRT supports this option.",
             TARGET,
         ),
     ] = "none"
     timing_cache: Annotated[
         Path | None,
         Option(
-            "Keep the measured times of kernels in this file for the next build, e.g. times.cache (TensorRT only). "
-            "[default: not kept]",
+            "Save the kernel times that TensorRT measures to this timing cache and reuse them in the next build, "
+            "e.g. times.cache. Only TensorRT supports this option. [default: no timing cache]",
             BUILD,
         ),
     ] = None
     replay_timing: Annotated[
         Path | None,
         Option(
-            "Build with the kernels that this timing cache names, or fail if one is missing in it (TensorRT only). "
-            "[default: kernels are measured]",
+            "Choose kernels by the times in this timing cache instead of measuring them, and fail if a time is "
+            "missing, so that the build can be repeated. Only TensorRT supports this option. [default: kernels are "
+            "measured]",
             BUILD,
         ),
     ] = None
@@ -148,7 +166,7 @@ class BuildOptions:
 
 def of_weights(option: Option) -> Option:
     """An option of the export that `trt` makes first if MODEL is a checkpoint."""
-    return option.but(help=f"If MODEL is a checkpoint: {option.help[0].lower()}{option.help[1:]}")
+    return option.but(help=f"Only if MODEL is a checkpoint: {option.help[0].lower()}{option.help[1:]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,21 +198,27 @@ class PlanOptions:
     onnx: Annotated[
         Path,
         Option(
-            "ONNX file to build, or a checkpoint to export first: sam3.pt, a folder, a name on the Hugging Face Hub. "
-            "[default: the newest ONNX file in build/]",
+            "Build a plan from this ONNX file, or from a checkpoint, which is exported first: a file such as "
+            "sam3.pt, a folder, or a repository on the Hugging Face Hub. [default: the newest ONNX file in build/]",
             name="model",
             default=None,
             argument=True,
         ),
     ]
     output: Annotated[
-        Path, Option("Write the plan here. [default: beside the ONNX file, e.g. x.plan]", FILES, default=None)
+        Path,
+        Option(
+            "Write the plan to this path, e.g. build/l4.plan. [default: the path of the ONNX file with the suffix "
+            ".plan]",
+            FILES,
+            default=None,
+        ),
     ]
     precision: Annotated[
         Precision | None,
         Option(
-            "Compute in this precision; an FP32 file is lowered to it, and calibrated for fp8 and int8. [default: the "
-            "precision of the ONNX file]",
+            "Choose the precision of the plan. An ONNX file in FP32 is converted to it, after a calibration if it "
+            "is fp8 or int8; any other ONNX file must already have it. [default: the precision of the ONNX file]",
             PRECISION,
             parse=choose_precision,
             always=True,
@@ -204,15 +228,17 @@ class PlanOptions:
     flavor: Annotated[
         Literal["auto", "tensorrt", "rtx"],
         Option(
-            "Build with TensorRT or with TensorRT-RTX. [auto: TensorRT if it and a GPU are present, else TensorRT-RTX]",
+            "Build the plan with TensorRT or with TensorRT-RTX (rtx). auto chooses TensorRT if the tensorrt "
+            "package and a GPU are present, and TensorRT-RTX otherwise.",
             TARGET,
         ),
     ] = "auto"
     attention: Annotated[
         AttentionForm,
         ATTENTION.but(
-            help="Choose the form of attention: fp32acc, fused or unfused. [auto: the form in the ONNX file, or the "
-            "next one that this TensorRT builds]"
+            help="Choose how attention is computed in FP16: fp32acc accumulates its matrix multiplications in FP32, "
+            "fused accumulates them in FP16, and unfused computes the scores in FP32 with separate, slower "
+            "kernels. auto keeps the form in the ONNX file, or uses another one if this TensorRT cannot build it."
         ),
     ] = "auto"
     spelling: Spelling | None = None
@@ -222,7 +248,14 @@ class PlanOptions:
     residual: Annotated[Residual, RESIDUAL] = "auto"
     quantize: Annotated[QuantizeOptions, Group] = dataclasses.field(default_factory=QuantizeOptions)
     build: Annotated[BuildOptions, Group] = dataclasses.field(default_factory=BuildOptions)
-    verify: Annotated[bool, Option("Compare the plan with PyTorch before it gets its name.", VERIFICATION)] = True
+    verify: Annotated[
+        bool,
+        Option(
+            "Compare the outputs of the plan with those of PyTorch, and rename the plan to X.plan.rejected if they differ "
+            "by more than the tolerance. --no-verify skips the comparison.",
+            VERIFICATION,
+        ),
+    ] = True
     images: Images = None
     tolerances: Tolerances = dataclasses.field(default_factory=dict)
     checkpoint: FileCheckpoint = None

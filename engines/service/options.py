@@ -31,101 +31,139 @@ class RepositoryOptions:
     model: Annotated[
         Path,
         Option(
-            "TensorRT plan or ONNX file written by neck-export; leave it out with --activate.",
+            "Add this TensorRT plan or ONNX file, which neck-export wrote, to the model repository. Leave it out "
+            "if you use --activate.",
             default=None,
             argument=True,
         ),
     ]
-    output: Annotated[Path, Option("Write the model repository to this folder.", FILES)] = Path("model_repository")
+    output: Annotated[
+        Path, Option("Write the Triton model repository to this folder; if it exists, the model is added to it.", FILES)
+    ] = Path("model_repository")
     more: Annotated[
         tuple[Path, ...],
         Option(
-            "Also serve this plan, built from the same encoder for another kind of GPU; repeatable, e.g. hopper.plan. "
-            "[default: none]",
+            "Also serve this TensorRT plan, which was built from the same encoder for GPUs of another compute "
+            "capability, e.g. hopper.plan; the option can be repeated. [default: one plan]",
             MODEL,
             name="--plan",
         ),
     ] = ()
-    name: Annotated[str, Option("Give the model this name in Triton.", MODEL)] = "sam3-encoder"
+    name: Annotated[
+        str, Option("Use this name for the model in Triton; clients send it with every request.", MODEL)
+    ] = "sam3-encoder"
     version: Annotated[
-        int | None, Option("Write this version of the model, e.g. 3. [default: one above the highest]", MODEL)
+        int | None,
+        Option(
+            "Store the file as this version of the model, e.g. 3. [default: one above the highest existing version]",
+            MODEL,
+        ),
     ] = None
     keep: Annotated[
         int | None,
         Option(
-            "Keep this many versions and remove older ones, but never the active one, e.g. 3. [default: all]",
+            "Keep only this many versions of the model and delete the oldest ones, e.g. 3; the version that is "
+            "served is never deleted. [default: all versions are kept]",
             MODEL,
             settings=LEAST_1,
         ),
     ] = None
     outputs: Annotated[
         tuple[str, ...],
-        Option("Return only the outputs of this name; repeatable, e.g. 'sam3_feat_*'. [default: all]", SERVING),
+        Option(
+            "Return only outputs with this name to clients; wildcards are allowed ('sam3_feat_*'), and the option can "
+            "be repeated. [default: all outputs]",
+            SERVING,
+        ),
     ] = ()
     ensemble: Annotated[
-        bool, Option("Add a model that takes the bytes of a JPEG or PNG file and decodes them in Triton.", SERVING)
+        bool,
+        Option(
+            "Add a second model, e.g. sam3-encoder-images, that accepts the bytes of a JPEG or PNG file and decodes "
+            "and resizes the image in Triton.",
+            SERVING,
+        ),
     ] = False
     queue_delay_us: Annotated[
         int,
         Option(
-            "Let a request wait this many microseconds for others to share its batch.", SERVING, settings={"min": 0}
+            "Let Triton delay a request by up to this many microseconds to combine it with others into one batch; "
+            "0 disables the delay.",
+            SERVING,
+            settings={"min": 0},
         ),
     ] = 1000
-    cuda_graphs: Annotated[bool, Option("Let Triton run a plan with CUDA graphs.", SERVING)] = True
+    cuda_graphs: Annotated[
+        bool,
+        Option(
+            "Let Triton execute a TensorRT plan with CUDA graphs, which reduces the launch overhead of its kernels.",
+            SERVING,
+        ),
+    ] = True
     container: Annotated[
         str | None,
         Option(
-            "Serve with this Triton container, e.g. 25.09; one that is known not to load the file is refused. "
-            "[default: one that fits the file]",
+            "Serve the model with this release of NVIDIA's Triton container, e.g. 25.09. The command fails if that "
+            "release is known not to load the file. [default: a release that fits the file]",
             SERVING,
         ),
     ] = None
     perf_input: Annotated[
         Path | None,
         Option(
-            "Write the packaged image to this folder as the input of the perf_analyzer command that is printed, e.g. "
-            "perf. [default: perf_analyzer sends random data]",
+            "Write a test image to this folder, e.g. perf, and use it as input in the printed perf_analyzer "
+            "command. [default: perf_analyzer sends random data]",
             FILES,
         ),
     ] = None
     kubernetes: Annotated[
         Path | None,
         Option(
-            "Write Kubernetes files to a folder `kubernetes` beside the repository.",
+            "Also write Kubernetes manifests that deploy the model, to a folder `kubernetes` beside the model "
+            "repository.",
             KUBERNETES,
             read=bool,
             default=False,
             parse=lambda wanted: Path("kubernetes") if wanted else None,
         ),
     ] = None
-    gpus: Annotated[int, Option("Request this many GPUs for each pod.", KUBERNETES, settings=LEAST_1)] = 1
+    gpus: Annotated[
+        int, Option("Request this many GPUs for each pod in the Kubernetes manifests.", KUBERNETES, settings=LEAST_1)
+    ] = 1
     storage: Annotated[
         str | None,
         Option(
-            "Read the repository from here in the cluster: pvc://CLAIM[/FOLDER] of a claim that exists, or "
-            "s3://[https://HOST:PORT/]BUCKET/FOLDER. [default: a new claim in storage.yaml]",
+            "Set where the pods read the model repository in the cluster: pvc://CLAIM[/FOLDER] for an existing "
+            "volume claim, or s3://[https://HOST:PORT/]BUCKET/FOLDER for S3. [default: a new volume claim, in "
+            "storage.yaml]",
             KUBERNETES,
         ),
     ] = None
     image: Annotated[
         str | None,
         Option(
-            "Run this image in the pods, with or without a digest; --ensemble requires it, e.g. "
-            "registry.example.com/sam3-triton:25.09. [default: NVIDIA's]",
+            "Run this container image in the pods instead of NVIDIA's Triton image, e.g. "
+            "registry.example.com/sam3-triton:25.09; a digest is allowed. It is required if --ensemble is used "
+            "with --kubernetes. [default: NVIDIA's Triton image]",
             KUBERNETES,
         ),
     ] = None
     proxy_image: Annotated[
         str | None,
-        Option("Run this image as the nginx proxy in the pods. [default: nginxinc/nginx-unprivileged]", KUBERNETES),
+        Option(
+            "Run this container image as the nginx proxy in front of Triton in each pod. [default: "
+            "nginxinc/nginx-unprivileged]",
+            KUBERNETES,
+        ),
     ] = None
     replicas: Annotated[
-        int, Option("Keep this many pods running for each kind of GPU.", KUBERNETES, settings=LEAST_1)
+        int, Option("Run this many pods for each kind of GPU (compute capability).", KUBERNETES, settings=LEAST_1)
     ] = 2
     rollout: Annotated[
         Literal["surge", "replace"],
         Option(
-            "Start a new pod before an old one stops, which needs a spare GPU (surge), or after it (replace).",
+            "Choose how a deployment is updated: surge (a new pod starts before an old one stops, which needs a "
+            "spare GPU) or replace (an old pod stops first).",
             KUBERNETES,
         ),
     ] = "surge"

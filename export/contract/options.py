@@ -116,58 +116,70 @@ def parse_attention(text: str) -> str:
 
 # options of several commands
 CHECKPOINT = Option(
-    "Read the weights from this file or folder, or download them: sam3.pt, a folder of shards, a name on the Hugging "
-    "Face Hub such as facebook/sam3 (also owner/name@revision/file), or `random` for seeded random weights. "
-    "[default: sam3.pt in this folder if it exists, else random]",
+    "Read the encoder's weights from here: a checkpoint file such as sam3.pt, a folder with a sharded checkpoint, "
+    "a repository on the Hugging Face Hub such as facebook/sam3 (or owner/name@revision/file), which is "
+    "downloaded, or `random` for seeded random weights. [default: sam3.pt if the current folder contains it, else "
+    "random]",
     WEIGHTS,
     read=str,
     parse=choose_checkpoint,
     always=True,
 )
-ADAPTER = Option("Merge the LoRA of this PEFT folder into the weights, e.g. my-lora. [default: none]", WEIGHTS)
+ADAPTER = Option(
+    "Merge a LoRA adapter into the weights; name the folder that PEFT saved, e.g. my-lora. [default: no adapter is "
+    "merged]",
+    WEIGHTS,
+)
 ADAPTER_ALPHA = Option(
-    "Use this lora_alpha if the checkpoint contains an adapter without one, e.g. 16. [default: the checkpoint's]",
+    "Set the lora_alpha (scale) of a LoRA adapter that is stored unmerged in the checkpoint if the checkpoint does "
+    "not contain its lora_alpha, e.g. 16. [default: the value in the checkpoint]",
     WEIGHTS,
 )
 STATE = Option(
-    "Read this state dict of a training checkpoint that contains several, e.g. ema. [default: the model's, or the "
-    "only one]",
+    "Read the state dict with this name from a training checkpoint that contains several, e.g. ema. [default: the "
+    "only one with an encoder, or the one with a usual name such as model]",
     WEIGHTS,
 )
 PREFIX = Option(
-    "Read the encoder with this prefix of a checkpoint that holds several, e.g. `detector.`. [default: the only one]",
+    "Read the encoder whose tensor names begin with this prefix if the checkpoint contains several encoders, e.g. "
+    "`detector.`. [default: the checkpoint's only encoder]",
     WEIGHTS,
 )
 CONFIG = Option(
-    "Read the architecture from this JSON file, e.g. encoder.json. [default: inferred from the weights]",
+    "Read the encoder's architecture (depth, width, window size and so on) from this JSON file, e.g. encoder.json. "
+    "[default: inferred from the weights]",
     WEIGHTS,
     read=Path,
     parse=EncoderConfig.from_file,
 )
 IMAGE_SIZE = Option(
-    "Set the size of the input in pixels: one side (1008), or height x width (1008x672). [default: 1008, or the "
-    "config's]",
+    "Set the size of the encoder's input image in pixels: one number for a square image, e.g. 1008, or height x "
+    "width, e.g. 1008x672. [default: 1008, or the size in the encoder's configuration]",
     TENSORS,
     read=str,
     parse=parse_size,
 )
 NECKS = Option(
-    "Include these necks: auto (sam3, or the checkpoint's only neck), both (sam3 and sam2), all, or names separated by "
-    "commas, e.g. sam3,interactive.",
+    "Include these necks, each of which returns its own feature pyramid: auto (sam3, or the checkpoint's only "
+    "neck), both (sam3 and sam2), all, or neck names separated by commas, e.g. sam3,interactive.",
     TENSORS,
     name="neck",
 )
 LEVELS = Option(
-    "Include these levels of the feature pyramid, separated by commas; 0 is the finest, e.g. 0,1,2.", TENSORS
+    "Include these levels of every feature pyramid: all, or numbers separated by commas, e.g. 0,1,2. Level 0 has "
+    "the highest resolution.",
+    TENSORS,
 )
 SAM2_OUTPUTS = Option(
-    "Choose what the sam2 neck returns: its features, or (head) what SAM 2's mask decoder reads: sam2_high_res_0, "
-    "sam2_high_res_1 and sam2_feat_2, with the decoder's conv_s0 and conv_s1 included.",
+    "Choose what the sam2 neck returns: features (its feature pyramid), or head (the three inputs of SAM 2's mask "
+    "decoder: sam2_high_res_0, sam2_high_res_1 and sam2_feat_2; the encoder then includes the decoder's "
+    "convolutions conv_s0 and conv_s1).",
     TENSORS,
 )
 ATTENTION = Option(
-    "Choose the form of attention: fp32acc and unfused compute FP16 attention with FP32 accumulation or FP32 scores, "
-    "fused in the precision itself. [auto: fp32acc for fp16, fp8 and int8, else fused]",
+    "Choose how attention is computed in FP16: fp32acc accumulates its matrix multiplications in FP32, fused "
+    "accumulates them in FP16, and unfused computes the scores in FP32 with separate, slower kernels. auto chooses "
+    "fp32acc if --precision is fp16, fp8 or int8, and fused if it is fp32 or bf16.",
     PRECISION,
     read=str,
     default="auto",
@@ -175,38 +187,38 @@ ATTENTION = Option(
     settings={"metavar": f"<{'|'.join(get_args(AttentionForm))}>"},
 )
 KEEP_FP32 = Option(
-    "Keep this module in FP32; wildcards are allowed and the option is repeatable, e.g. trunk.blocks.31 or 'convs.*'. "
-    "[default: none]",
+    "Keep the module with this path in FP32 when the precision is lower, e.g. trunk.blocks.31. Wildcards are "
+    "allowed ('convs.*'), and the option can be repeated. [default: no module is kept]",
     PRECISION,
 )
 UPSAMPLING = Option(
-    "Write the necks' upsampling as ConvTranspose (deconv) or as 1x1 convolution and DepthToSpace (conv). [auto: conv "
-    "for bf16, else deconv]",
+    "Choose the ONNX operators for the upsampling in the necks: deconv (ConvTranspose) or conv (1x1 convolution "
+    "and DepthToSpace, with the same result). auto chooses conv for bf16 and deconv for every other precision.",
     PRECISION,
 )
 RESIDUAL = Option(
-    "Choose the type of the blocks' residual sums. [auto: the type of --precision, or FP32 if the file would fail "
-    "verification otherwise]",
+    "Choose the type of the residual sums in the transformer blocks: fp16 or fp32. fp32 reduces the error and "
+    "costs memory traffic. auto follows --precision, and uses fp32 if the file would fail verification otherwise.",
     PRECISION,
 )
 TARGETS = Option(
-    "Name the runtimes that must be able to load the file, separated by commas, e.g. tensorrt-10.3,triton-25.09; a "
-    "name may end in @ and a compute capability, e.g. tensorrt-10.3@8.9. [default: none; --attention and --opset "
-    "decide]",
+    "Write a file that each of these runtimes can load; separate their names with commas, e.g. "
+    "tensorrt-10.3,triton-25.09. A name may end in @ and the compute capability of a GPU, e.g. tensorrt-10.3@8.9. "
+    "[default: no particular runtime]",
     TARGET,
     name="target",
 )
 RANGE = Option(
-    "Read LOW as black and HIGH as white in images with more than 8 bits per channel, e.g. 0:4095. [default: the high "
-    "byte]",
+    "Map the pixel value LOW to black and HIGH to white (written LOW:HIGH, e.g. 0:4095) if the images of --images "
+    "have more than 8 bits per channel. [default: the high byte of 16-bit values is used]",
     VERIFICATION,
     name="image-range",
     read=str,
     default=None,
 )
 IMAGES = Option(
-    "Verify on the images of this folder: the first ones, as many as the optimal batch size. [default: the packaged "
-    "image]",
+    "Verify with the first images in this folder, as many as the optimal batch size, e.g. photos. An export to fp8 "
+    "or int8 is also calibrated with images from it. [default: the image that is part of neck-export]",
     VERIFICATION,
     read=Path,
     parse=parse_images,
@@ -214,22 +226,29 @@ IMAGES = Option(
     also=(RANGE,),
 )
 TOLERANCES = Option(
-    "Allow this relative L2 error for the outputs of this name; repeatable, e.g. sam3_feat_0=0.02 or '*_feat_*=0.02'. "
-    "[default: the precision's]",
+    "Accept a relative L2 error up to VALUE for the outputs with this NAME (written NAME=VALUE), e.g. "
+    "sam3_feat_0=0.02. Wildcards are allowed ('*_feat_*=0.02'), and the option can be repeated. [default: the "
+    "tolerance of the precision, e.g. 0.01 for fp16]",
     VERIFICATION,
     name="tolerance",
     read=list[str],
     parse=parse_tolerances,
 )
 FILE_CHECKPOINT = Option(
-    "Compare with the weights of this checkpoint. [default: the checkpoint that the manifest names]", VERIFICATION
+    "Compare the file with PyTorch running the weights of this checkpoint, e.g. sam3.pt. [default: the checkpoint "
+    "that the file's manifest names]",
+    VERIFICATION,
 )
 FILE_ADAPTER = Option(
-    "Merge this adapter into the checkpoint before the comparison. [default: the adapter that the manifest names]",
+    "Merge the LoRA adapter in this PEFT folder into the checkpoint before the comparison with PyTorch, e.g. "
+    "my-lora. [default: the adapter that the file's manifest names]",
     VERIFICATION,
 )
 DEVICE = Option(
-    "Run the plan on the GPU with this number, e.g. 1. [default: 0]", TARGET, name="device", settings={"min": 0}
+    "Run the plan on the GPU with this CUDA device number, e.g. 1. [default: 0]",
+    TARGET,
+    name="device",
+    settings={"min": 0},
 )
 
 Images = Annotated["Path | ImageFolder | None", IMAGES]
@@ -268,22 +287,27 @@ class QuantizeOptions:
     products: Annotated[
         tuple[str, ...],
         Option(
-            "For fp8 and int8: quantize these linear layers: auto (as many as --budget allows), all, or a pattern "
-            "such as '*.mlp.fc2'; repeatable. With fp8, patterns can also select attention ('*.attn.attention') and "
-            "the outputs of layers ('*.mlp.fc1.result'). [default: auto]",
+            "Choose the linear layers that --precision fp8 or int8 quantizes: auto (as many as --budget allows), "
+            "all, or a name pattern such as '*.mlp.fc2'; the option can be repeated. With fp8, patterns can also "
+            "select attention ('*.attn.attention') and the outputs of linear layers ('*.mlp.fc1.result'). "
+            "[default: auto]",
             PRECISION,
             name="quantize",
         ),
     ] = ()
     budget: Annotated[
         float | None,
-        Option("For fp8 and int8: allow every feature this relative L2 error, e.g. 0.03. [default: 0.05]", PRECISION),
+        Option(
+            "Set the largest relative L2 error that --precision fp8 or int8 may cause in any feature output, e.g. "
+            "0.03. [default: 0.05]",
+            PRECISION,
+        ),
     ] = None
     calibration: Annotated[
         Path | None,
         Option(
-            "For fp8 and int8: store the calibration in this file, or reuse it if it exists, e.g. "
-            "build/sam3.calibration.safetensors. [default: not stored]",
+            "Save the calibration that --precision fp8 or int8 needs to this file, or reuse it if the file exists, "
+            "e.g. build/sam3.calibration.safetensors. [default: the calibration is not saved]",
             PRECISION,
         ),
     ] = None
@@ -297,9 +321,14 @@ class ExportOptions:
     or what is there if sam3 is not. Without `targets` the form is left to `attention` and `opset`.
     """
 
-    output: Annotated[Path, Option("Write the ONNX file here, its weights and manifest beside it.", FILES)] = (
-        DEFAULT_ONNX
-    )
+    output: Annotated[
+        Path,
+        Option(
+            "Write the ONNX file to this path. Its weights (.onnx.data) and its manifest (.json) are written to the same "
+            "folder.",
+            FILES,
+        ),
+    ] = DEFAULT_ONNX
     checkpoint: Annotated[Path | None, CHECKPOINT] = None
     adapter: Annotated[Path | None, ADAPTER] = None
     adapter_alpha: Annotated[float | None, ADAPTER_ALPHA] = None
@@ -308,13 +337,18 @@ class ExportOptions:
     config: Annotated[EncoderConfig | None, CONFIG] = None
     seed: Annotated[
         int,
-        Option("Seed the random weights of `--checkpoint random`.", WEIGHTS, settings={"min": 0, "max": 2**31 - 1}),
+        Option(
+            "Set the seed of the random weights that `--checkpoint random` creates.",
+            WEIGHTS,
+            settings={"min": 0, "max": 2**31 - 1},
+        ),
     ] = 0
     image_size: Annotated[int | tuple[int, int] | None, IMAGE_SIZE] = None
     batch: Annotated[
         BatchRange,
         Option(
-            "Set the batch size: a fixed one (4), or minimum:optimum:maximum (1:4:8) for a dynamic batch.",
+            "Set the batch size (images per inference call): one number for a fixed batch size, e.g. 4, or "
+            "minimum:optimum:maximum for a dynamic one, e.g. 1:4:8.",
             TENSORS,
             read=str,
             default="1",
@@ -326,8 +360,8 @@ class ExportOptions:
     positions: Annotated[
         Positions,
         Option(
-            "Write the position encodings as outputs (graph), to a file beside the ONNX file (file), or not at all "
-            "(none).",
+            "Choose where the position encodings are written: graph (the ONNX file returns them as outputs), file "
+            "(they are written once, to a file beside the ONNX file), or none (they are not written).",
             TENSORS,
         ),
     ] = "graph"
@@ -335,21 +369,28 @@ class ExportOptions:
     input_kind: Annotated[
         InputKind,
         Option(
-            "Choose the input: float takes normalized images (B, 3, H, W), uint8 RGB pixels (B, H, W, 3).",
+            "Choose the type of the file's input: float (normalized images of shape (B, 3, H, W)) or uint8 (RGB "
+            "pixels of shape (B, H, W, 3), which the file itself normalizes).",
             TENSORS,
             name="input",
         ),
     ] = "float"
-    precision: Annotated[Precision, Option("Compute in this precision; it is the type of the weights.", PRECISION)] = (
-        "fp32"
-    )
+    precision: Annotated[
+        Precision,
+        Option(
+            "Choose the type of the weights and activations. fp8 and int8 quantize the matrix multiplications and keep the "
+            "rest in FP16.",
+            PRECISION,
+        ),
+    ] = "fp32"
     attention: Annotated[AttentionForm, ATTENTION] = "auto"
     upsampling: Annotated[Upsampling, UPSAMPLING] = "auto"
     keep_fp32: Annotated[tuple[str, ...], KEEP_FP32] = ()
     output_precision: Annotated[
         OutputPrecision | None,
         Option(
-            "Return the outputs in this type, e.g. fp32. [default: the type of --precision; fp16 for fp8 and int8]",
+            "Return the file's outputs in this type, e.g. fp32. [default: the type of --precision, or fp16 if that "
+            "is fp8 or int8]",
             TENSORS,
             name="output-dtype",
         ),
@@ -357,7 +398,8 @@ class ExportOptions:
     opset: Annotated[
         int | None,
         Option(
-            "Write this ONNX opset, 17 to 24. [auto: 20, or 22 for bf16, if --target does not need another]",
+            "Write the ONNX file with this opset, a number from 17 to 24. auto chooses 20, or 22 for bf16, unless "
+            "--target needs another one.",
             TARGET,
             read=str,
             default="auto",
@@ -370,7 +412,8 @@ class ExportOptions:
     rewrites: Annotated[
         Rewrites,
         Option(
-            "Apply the rewrites that make the graph faster and are exact in real arithmetic.",
+            "Apply graph rewrites that make the encoder faster and do not change its result, apart from rounding. "
+            "--no-rewrite exports the plain PyTorch module.",
             TARGET,
             name="rewrite",
             read=bool,
@@ -378,7 +421,14 @@ class ExportOptions:
             parse=lambda wanted: Rewrites() if wanted else Rewrites.none(),
         ),
     ] = dataclasses.field(default_factory=Rewrites)
-    verify: Annotated[bool, Option("Compare the file with PyTorch before it gets its name.", VERIFICATION)] = True
+    verify: Annotated[
+        bool,
+        Option(
+            "Compare the outputs of the ONNX file with those of PyTorch, and keep no file if they differ by more than the "
+            "tolerance. --no-verify skips the comparison.",
+            VERIFICATION,
+        ),
+    ] = True
     images: Images = None
     tolerances: Tolerances = dataclasses.field(default_factory=dict)
 
@@ -396,8 +446,8 @@ class BisectOptions:
     file: Annotated[
         Path,
         Option(
-            "FP16 or BF16 ONNX file, or a TensorRT plan; if the export refuses the file, export it with --no-verify "
-            "first.",
+            "Examine this file: an ONNX file in FP16 or BF16, or a TensorRT plan. If the export rejected the file, "
+            "first export it again with --no-verify.",
             argument=True,
         ),
     ]
@@ -414,8 +464,8 @@ class VerifyOptions:
     file: Annotated[
         Path,
         Option(
-            "ONNX file or TensorRT plan written by neck-export, or anyone's SAM 3 encoder in ONNX, which requires "
-            "--checkpoint.",
+            "Verify this file: an ONNX file or a TensorRT plan that neck-export wrote, or a SAM 3 encoder that "
+            "another tool exported to ONNX, which requires --checkpoint.",
             argument=True,
         ),
     ]
@@ -429,24 +479,25 @@ class VerifyOptions:
     write_manifest: Annotated[
         bool,
         Option(
-            "If an ONNX file without a manifest passes, write the manifest that trt, triton, attach and masks need. "
-            "If its input or outputs have other names or layouts, a copy is adapted: X.neck.onnx.",
+            "Write a manifest for an ONNX file of another exporter that passes verification, so that the trt, "
+            "triton and masks commands accept the file. If its inputs or outputs differ from those of neck-export, "
+            "an adapted copy is written beside it, e.g. model.neck.onnx for model.onnx.",
             VERIFICATION,
         ),
     ] = False
     save_reference: Annotated[
         Path | None,
         Option(
-            "Save the images and PyTorch's outputs to this .safetensors file, for `neck-engine --compare`, e.g. "
-            "build/reference.safetensors. [default: not saved]",
+            "Save the images and PyTorch's outputs to this .safetensors file, e.g. build/reference.safetensors, so "
+            "that the C++ program `neck-engine --compare` can check a plan against them. [default: not saved]",
             VERIFICATION,
         ),
     ] = None
     targets: Annotated[
         str,
         TARGETS.but(
-            help="Refuse an ONNX file that one of these runtimes cannot load, separated by commas, e.g. "
-            "tensorrt-10.3,triton-25.09. [default: none]"
+            help="Fail if one of these runtimes cannot load the ONNX file; separate their names with commas, e.g. "
+            "tensorrt-10.3,triton-25.09. [default: no runtime is checked]"
         ),
     ] = ""
     device: Annotated[int | None, DEVICE] = None
