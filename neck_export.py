@@ -171,7 +171,8 @@ def profile(
     batch: Annotated[
         int | None,
         Option(
-            "Measure with this batch size (images per inference call), e.g. 4. [default: the plan's optimal batch size]",
+            "Measure with this batch size (images per inference call), e.g. 4. [default: the plan's optimal batch "
+            "size]",
             shared.TENSORS,
         ),
     ] = None,

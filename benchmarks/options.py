@@ -100,7 +100,8 @@ class BenchOptions:
     images: Annotated[
         Path | ImageFolder | None,
         IMAGES.but(
-            help="Use the images of this folder to compare the outputs of each backend with those of PyTorch, e.g. photos. "
+            help="Use the images of this folder to compare the outputs of each backend with those of PyTorch, e.g. "
+            "photos. "
             "[default: the image that is part of neck-export]"
         ),
     ] = None
@@ -151,7 +152,8 @@ class BenchOptions:
     fresh: Annotated[
         bool,
         Option(
-            "Discard the measurements of an interrupted run and start from the beginning; without this option, the run is "
+            "Discard the measurements of an interrupted run and start from the beginning; without this option, the "
+            "run is "
             "continued.",
             MEASURED,
             "--fresh",

@@ -251,7 +251,8 @@ class PlanOptions:
     verify: Annotated[
         bool,
         Option(
-            "Compare the outputs of the plan with those of PyTorch, and rename the plan to X.plan.rejected if they differ "
+            "Compare the outputs of the plan with those of PyTorch, and rename the plan to X.plan.rejected if they "
+            "differ "
             "by more than the tolerance. --no-verify skips the comparison.",
             VERIFICATION,
         ),
@@ -260,6 +261,12 @@ class PlanOptions:
     tolerances: Tolerances = dataclasses.field(default_factory=dict)
     checkpoint: FileCheckpoint = None
     adapter: Annotated[
-        Path | None, FILE_ADAPTER.but(help=f"{FILE_ADAPTER.help} If MODEL is a checkpoint: merge it into the weights.")
+        Path | None,
+        FILE_ADAPTER.but(
+            help="Merge the LoRA adapter in this PEFT folder into the checkpoint, e.g. my-lora, before the checkpoint "
+            "is "
+            "exported (if MODEL is a checkpoint) or compared with the plan. [default: the adapter that the manifest of "
+            "the ONNX file names]"
+        ),
     ] = None
     weights: Annotated[WeightsOptions, Group] = dataclasses.field(default_factory=WeightsOptions)

@@ -324,7 +324,8 @@ class ExportOptions:
     output: Annotated[
         Path,
         Option(
-            "Write the ONNX file to this path. Its weights (.onnx.data) and its manifest (.json) are written to the same "
+            "Write the ONNX file to this path. Its weights (.onnx.data) and its manifest (.json) are written to the "
+            "same "
             "folder.",
             FILES,
         ),
@@ -378,7 +379,8 @@ class ExportOptions:
     precision: Annotated[
         Precision,
         Option(
-            "Choose the type of the weights and activations. fp8 and int8 quantize the matrix multiplications and keep the "
+            "Choose the type of the weights and activations. fp8 and int8 quantize the matrix multiplications and "
+            "keep the "
             "rest in FP16.",
             PRECISION,
         ),
@@ -424,7 +426,8 @@ class ExportOptions:
     verify: Annotated[
         bool,
         Option(
-            "Compare the outputs of the ONNX file with those of PyTorch, and keep no file if they differ by more than the "
+            "Compare the outputs of the ONNX file with those of PyTorch, and keep no file if they differ by more than "
+            "the "
             "tolerance. --no-verify skips the comparison.",
             VERIFICATION,
         ),
