@@ -27,6 +27,7 @@ from export.contract.options import Precision
 from export.contract.targets import (
     FP8,
     NEWEST,
+    OTHER_EXPORTERS,
     TARGETS,
     TITLES,
     Target,
@@ -264,6 +265,96 @@ def reads(load: Callable[[], object]) -> bool:
     except Exception:  # of another kind in every runtime
         return False
     return True
+
+
+SECOND_INPUT = {"Max", "Min", "Mean", "Pow", "Sum", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
+TRUTHS = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor", "Not"}
+
+
+def one_operator(operator: str, kind: int) -> onnx.ModelProto:
+    """A graph of one operator at opset 17 on images of 2 x 3 x 4 x 5."""
+    dtype, shape = helper.tensor_dtype_to_np_dtype(kind), [2, 3, 4, 5]
+    index, row = np.zeros((1, 3, 4, 5), np.int64), np.zeros((1, 3, 4, 5), dtype)
+    constants: dict[str, list[Any]] = {
+        "BatchNormalization": [np.ones(3, dtype)] * 4,
+        "Clip": [np.array(0, dtype), np.array(1, dtype)],
+        "GatherElements": [index],
+        "GatherND": [np.array([[0, 1]])],
+        "InstanceNormalization": [np.ones(3, dtype)] * 2,
+        "Range": [np.array(9), np.array(1)],
+        "ReduceSum": [np.array([2])],
+        "ScatterElements": [index, row],
+        "ScatterND": [np.array([[0, 1]]), np.zeros((1, 4, 5), dtype)],
+    }
+    attributes: dict[str, Any] = {"AveragePool": {"kernel_shape": [2, 2]}, "ArgMax": {"axis": 1}, "ArgMin": {"axis": 1}}
+    if operator.startswith("Reduce") and operator != "ReduceSum":
+        attributes[operator] = {"axes": [2]}
+    inputs = [helper.make_tensor_value_info("x", kind, shape)]
+    tensors = [numpy_helper.from_array(array, f"c{i}") for i, array in enumerate(constants.get(operator, ()))]
+    if operator in SECOND_INPUT:
+        inputs.append(helper.make_tensor_value_info("z", kind, shape))
+    elif operator in ("And", "Or", "Xor", "Not"):
+        names = "xz"[: 1 + (operator != "Not")]
+        inputs = [helper.make_tensor_value_info(name, TensorProto.BOOL, shape) for name in names]
+    elif operator == "Where":
+        inputs = [helper.make_tensor_value_info("c", TensorProto.BOOL, shape), *inputs, *inputs]
+    elif operator in ("ConstantOfShape", "Range"):  # as in a graph: of a shape and of numbers that are known
+        inputs, first = [], np.array([2, 3]) if operator == "ConstantOfShape" else np.array(0)
+        tensors = [numpy_helper.from_array(first, "c"), *tensors]
+        if operator == "ConstantOfShape":
+            attributes[operator] = {"value": numpy_helper.from_array(np.zeros(1, dtype))}
+    elif operator == "Trilu":
+        inputs = [helper.make_tensor_value_info("x", kind, [4, 4])]
+    named = [one.name for one in (*inputs, *tensors)]
+    output = TensorProto.BOOL if operator in TRUTHS else kind
+    if operator in ("ArgMax", "ArgMin", "Range", "Size"):
+        output = TensorProto.INT64
+    node = helper.make_node(operator, named, ["y"], **attributes.get(operator, {}))
+    unique = list({one.name: one for one in inputs}.values())
+    graph = helper.make_graph([node], "one", unique, [helper.make_tensor_value_info("y", output, None)], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16], ids=["fp32", "fp16"])
+def test_operators_of_other_exporters_are_loaded_by_every_runtime_that_the_table_names(kind: int) -> None:
+    """Each alone: ONNX Runtime and OpenVINO load it, TensorRT-RTX's parser parses it."""
+    ort = pytest.importorskip("onnxruntime")
+    openvino = pytest.importorskip("openvino")
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
+    log, core = trt.Logger(trt.Logger.INTERNAL_ERROR), openvino.Core()
+    newest = {**NEWEST, "openvino": "2026.4"}
+    for family in ("tensorrt", "tensorrt-rtx", "onnxruntime", "openvino"):
+        target = line_of(cast(Any, family), newest[family])
+        assert target is not None and target.operators >= OTHER_EXPORTERS
+
+    def parses(data: bytes) -> bool:
+        network = trt.Builder(log).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        return bool(trt.OnnxParser(network, log).parse(data))
+
+    failed, hint = [], {"INFERENCE_PRECISION_HINT": "f32"}
+    for operator in sorted(OTHER_EXPORTERS):
+        data = one_operator(operator, kind).SerializeToString()
+        real = {
+            "ONNX Runtime": reads(lambda data=data: ort.InferenceSession(data, providers=["CPUExecutionProvider"])),
+            "OpenVINO": reads(lambda data=data: core.compile_model(core.read_model(data), "CPU", hint)),
+            "TensorRT-RTX": parses(data),
+        }
+        failed += [f"{operator}: {runtime}" for runtime, loaded in real.items() if not loaded]
+    assert failed == []
+    assert not parses(one_operator("Trilu", kind).SerializeToString().replace(b"Trilu", b"Other"))
+
+
+def test_a_graph_with_sines_is_read_by_tensorrt() -> None:
+    """transformers' exporter computes the angles of the positions in the graph."""
+    model = tiny("float", "none")
+    lower(model, "fp16")
+    needs = graph_needs(model)
+    sines = dataclasses.replace(
+        needs, operators={**needs.operators, ("Sin", "FLOAT16"): 2}, versions={**needs.versions, "Sin": 7}
+    )
+    line = read_by(sines)
+    assert line.startswith("read by TensorRT 10.0 and later") and "on a GPU: unknown" in line
 
 
 @pytest.mark.filterwarnings("ignore")  # of ONNX Runtime's quantizers

@@ -46,6 +46,18 @@ BASIC = frozenset(
 )
 """Operators of opset 17 and earlier that an exported encoder may hold, and which every target below takes."""
 
+_OTHER_EXPORTERS = """
+Abs And ArgMax ArgMin AveragePool BatchNormalization Ceil Clip ConstantOfShape Cos Dropout Elu Equal Exp Flatten Floor
+GatherElements GatherND GlobalAveragePool Greater GreaterOrEqual HardSigmoid InstanceNormalization LeakyRelu Less
+LessOrEqual Log LogSoftmax Max Mean Min Not Or Pow Range Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMin ReduceProd
+ReduceSum ReduceSumSquare Relu Round ScatterElements ScatterND Sigmoid Sign Sin Size Softplus Sqrt Sum Tanh Trilu Where
+Xor
+"""
+OTHER_EXPORTERS = frozenset(_OTHER_EXPORTERS.split())
+"""Operators that encoders written by other tools may contain. TensorRT reads them from 8.6 on (operators.md). Loaded in
+FP32 and FP16, each in a graph of its own, by ONNX Runtime 1.18.0, 1.23.0 and 1.32.0 on the CPU, OpenVINO 2026.4.1 and
+TensorRT-RTX 1.7.1. Which of them ONNX Runtime computes on a GPU was not looked up."""
+
 NO_FP8 = "its GPU cannot multiply matrices in FP8, which needs compute capability 8.9"
 
 QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear"})
@@ -134,13 +146,13 @@ class Target:
 def _trt(since: str, opset: int, more: frozenset[str], types: frozenset[str], source: str) -> Target:
     refuses = frozenset({FP32_ATTENTION}) | NOT_SYMMETRIC_INT8
     lacks = INTEGER_PRODUCTS | QLINEAR  # operators.md
-    return Target("tensorrt", since, opset, BASIC | more, types, source, refuses=refuses, lacks=lacks)
+    return Target("tensorrt", since, opset, BASIC | OTHER_EXPORTERS | more, types, source, refuses=refuses, lacks=lacks)
 
 
 def _ort(
     since: str, opset: int, more: frozenset[str], source: str, lacks_from: Mapping[str, int] | None = None
 ) -> Target:
-    known = BASIC | GELU | QUANTIZED | (INTEGER_PRODUCTS - CONV_INTEGER) | QLINEAR | more
+    known = BASIC | OTHER_EXPORTERS | GELU | QUANTIZED | (INTEGER_PRODUCTS - CONV_INTEGER) | QLINEAR | more
     kernels = "OperatorKernels.md: INT8 of any opset, also INT32 and zero points; tried with ONNX Runtime 1.32"
     types = HALF | {"INT8"}
     return Target(
@@ -184,7 +196,7 @@ TARGETS: tuple[Target, ...] = (
         "tensorrt-rtx",
         "1.7",
         24,
-        BASIC | NEWER,
+        BASIC | OTHER_EXPORTERS | NEWER,
         ALL | CODES,
         "run, 1.7.1: parses and builds all of our forms; earlier versions were not tried",
         refuses=frozenset({FP32_ATTENTION, ("ConvTranspose", "BFLOAT16")}) | NOT_SYMMETRIC_INT8,
@@ -251,7 +263,7 @@ TARGETS: tuple[Target, ...] = (
         "openvino",
         "2026.4",
         24,
-        BASIC | NEWER | INTEGER_PRODUCTS | QLINEAR,
+        BASIC | OTHER_EXPORTERS | NEWER | INTEGER_PRODUCTS | QLINEAR,
         ALL | {"INT8"},
         "run, 2026.4.1 on a CPU, all of our forms but FP8, and what ONNX Runtime's quantizers make of them",
     ),

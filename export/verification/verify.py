@@ -301,6 +301,9 @@ def open_model(model: ir.Model, folder: Path) -> Any:
         spell_out_quantize(model)
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # The default order computes scalar outputs last and keeps the large tensors that they are computed from: 20.6 GB
+    # instead of 8.7 GB for a full-size FP16 file whose 97 softmaxes and layer norms are watched (ONNX Runtime 1.32).
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.add_session_config_entry(*AS_WRITTEN)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     try:
