@@ -147,10 +147,13 @@ def test_every_output_of_the_whole_model(kind: str, checkpoint: Path, file: Path
     assert not any(MARK in vars(part) for part in model.modules())
 
 
-def test_a_quantized_file(model: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pattern", ["*.mlp.fc2", "*.attn.attention"])
+def test_a_quantized_file(
+    model: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
     """The features err by what the export's gate lets pass, more or less: of other images."""
     trace_quickly(monkeypatch)
-    path, limit, asked = tmp_path / "x.onnx", TOLERANCES["fp8"].relative_l2, QuantizeOptions(("*.mlp.fc2",))
+    path, limit, asked = tmp_path / "x.onnx", TOLERANCES["fp8"].relative_l2, QuantizeOptions((pattern,))
     export_onnx(ExportOptions(path, checkpoint, necks="both", precision="fp8", quantize=asked))
     with torch.no_grad():
         exact = model.vision_encoder(frames(1)).fpn_hidden_states

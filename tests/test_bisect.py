@@ -19,7 +19,7 @@ from engines.builder.flavor import Flavor
 from engines.builder.options import PlanOptions
 from engines.plan import make_plan
 from export.contract.manifest import manifest_path
-from export.contract.options import ExportOptions
+from export.contract.options import ExportOptions, QuantizeOptions
 from export.pipeline import export_onnx
 from neck.config import EncoderConfig
 from neck_export import app
@@ -92,6 +92,28 @@ def test_a_sound_file_has_nothing_to_mend(tmp_path: Path, config: EncoderConfig)
     fp32 = dataclasses.replace(options, output=tmp_path / "fp32.onnx", precision="fp32")
     with pytest.raises(BisectError, match="is FP32"):
         bisect(export_onnx(fp32).path)
+
+
+def test_fp8_attentions_are_searched(faulty: Path, tmp_path: Path, config: EncoderConfig) -> None:
+    """The same fault in a file whose attentions are FP8; the command that mends it leaves the other three in FP8."""
+    options = ExportOptions(
+        output=tmp_path / "fp8.onnx",
+        checkpoint=faulty.with_name("faulty.pt"),
+        state="ema",
+        config=config,
+        precision="fp8",
+        quantize=QuantizeOptions(("*.attn.attention",)),
+        verify=False,
+    )
+    finding = bisect(export_onnx(options).path)
+    assert finding.first_bad == f"trunk.blocks.{FAULTY}"
+    assert finding.keep_fp32 == (f"trunk.blocks.{FAULTY}.attn",)
+    assert finding.command is not None
+    words = shlex.split(finding.command)
+    result = CliRunner().invoke(app, words[1:])
+    assert result.exit_code == 0, result.output
+    kept = json.loads(manifest_path(Path(words[words.index("--output") + 1])).read_text())["quantization"]["attentions"]
+    assert sorted(kept) == [f"trunk.blocks.{index}.attn.attention" for index in (0, 1, 3)]
 
 
 def test_a_plan_is_searched_as_its_graph_is(faulty: Path, tmp_path: Path) -> None:

@@ -132,6 +132,9 @@ def test_fp8_from_an_fp32_file(tmp_path: Path) -> None:
     assert refused.code == 1
     assert "compute capability 8.6" in refused.err
     assert "--precision int8" in refused.err
+    words[-1] = "*.attn.attention"  # a file whose only FP8 is in its attentions
+    refused = neck_export_cli(*words, "--compute-capability", "8.6", "--no-verify")
+    assert refused.code == 1 and "compute capability 8.6" in refused.err
 
 
 def test_an_fp8_file_that_leaves_its_budget_is_refused(tmp_path: Path) -> None:

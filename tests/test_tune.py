@@ -20,7 +20,7 @@ from engines.builder.options import PlanOptions
 from engines.plan import PlanResult, Prepared, make_plan
 from engines.tune import Row, TuneError, Tuning, fastest, tune_plan, tuning_lines
 from export.contract.manifest import check_files, manifest_path, read_manifest
-from export.contract.options import ExportOptions
+from export.contract.options import ExportOptions, QuantizeOptions
 from export.pipeline import RejectedError, export_onnx
 from export.verification.fidelity import Tolerance, Verdict, compare_output
 from export.verification.verify import Report
@@ -150,6 +150,25 @@ def test_what_is_quantized_is_selected_once_for_all_candidates(
     assert len(tuning.best.manifest["quantization"]["products"]) == 16
     assert "quantized linear layers 16 of 16 in INT8" in "\n".join(tuning_lines(tuning))
     assert any("calibrated on the one image" in note for note in tuning.best.notes)
+
+
+def test_fp8_attentions_are_of_the_candidates_that_can_have_them(source: Path, tmp_path: Path) -> None:
+    """With FP32 accumulation and MatMul; the other forms of attention stay in FP16, and their plans say so."""
+    names = [f"trunk.blocks.{index}.attn.attention" for index in range(4)]
+    found: dict[tuple[str, str], list[str]] = {}
+
+    def one(options: PlanOptions, report: Report, prepared: Prepared) -> PlanResult:
+        if options.upsampling == "deconv":
+            raise BuildError("planted: half of the candidates suffice here")
+        result = make_plan(options, report, prepared)
+        found[options.attention, options.spelling] = sorted(result.manifest["quantization"]["attentions"])
+        return result
+
+    quantize = QuantizeOptions(("*.attn.attention", "*.mlp.fc2"))
+    options = dataclasses.replace(options_for(source, tmp_path), precision="fp8", quantize=quantize)
+    tune_plan(options, make=one, measure=lambda _: 1.0)
+    assert found["fp32acc", "matmul"] == names
+    assert {tuple(one) for one in found.values()} == {tuple(names), ()}
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="says what happens where no GPU is")
