@@ -125,7 +125,7 @@ def report_lines(found: dict[str, Any]) -> list[str]:
     """The facts for a screen."""
     return [
         f"Python {found['python']}, {found['system']}, {found['cores']} cores, {found['memory_gb']} GB memory, "
-        f"{found['disk_free_gb']} GB free here",
+        f"{found['disk_free_gb']} GB of disk space free",
         f"GPU      {'; '.join(found['gpus']) or 'none'}, driver {found['driver'] or 'none'}",
         *(
             f"package  {name} {version or 'not installed: ' + PACKAGES[name]}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -179,6 +180,8 @@ add_executable(consumer main.cpp)
 target_link_libraries(consumer PRIVATE neck::engine neck::client)
 add_executable(service ${EXAMPLES}/service.cpp)
 target_link_libraries(service PRIVATE neck::engine TensorRT::cudart)
+add_executable(readme readme.cpp)
+target_link_libraries(readme neck::engine TensorRT::cudart)
 """
 MAIN = """
 #include <iostream>
@@ -206,6 +209,10 @@ def test_what_is_installed_can_be_built_with(programs: Programs, tmp_path: Path)
     source.mkdir()
     (source / "CMakeLists.txt").write_text(CONSUMER)
     (source / "main.cpp").write_text(MAIN)
+    (snippet,) = re.findall(
+        r"```cpp\n(.*?)```", (SOURCES.parent.parent / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    (source / "readme.cpp").write_text(snippet.replace("build/sam3-encoder.plan", "x.plan"))
     fake, library = TESTS / "fake", programs.folder / "libfake.a"
     configured = cmake(
         source,
@@ -230,6 +237,12 @@ def test_what_is_installed_can_be_built_with(programs: Programs, tmp_path: Path)
     assert (ended.returncode, ended.stderr.count("\n")) == (0, 1)
     assert f"{images[2]} cannot be opened" in ended.stderr
     assert ended.stdout.count("sam3_feat_0, a box's y times 1.25 and x times 2.5 are the image's") == 2
+    images[0].rename(tmp_path / "image.png")
+    readme = tmp_path / "built" / "readme"
+    ended = subprocess.run([readme], capture_output=True, text=True, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "") and "sam3_feat_0: " in ended.stdout
+    ended = subprocess.run([readme], capture_output=True, text=True, cwd=source)
+    assert ended.returncode == 1 and "x.plan" in ended.stderr
     for name in ("neck-triton", "neck-engine"):
         helped = subprocess.run([there / "bin" / name, "--help"], capture_output=True, text=True)
         assert helped.stdout.startswith(f"Usage: {name}")
