@@ -11,7 +11,7 @@ import argparse
 import ast
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,18 @@ PROGRESS = {"report", "step", "count", "counted"}
 NO_MESSAGES = {"Option", "Argument", "but", "Target", "_trt"}
 """Calls whose strings are help texts of options, or sources of the table of targets."""
 
-CPP_STRING = re.compile(r'"((?:[^"\\\n]|\\.)*)"')
+NO_CPP_MESSAGES = {"magic", "other_logger"}
+"""Constants in C++ that are compared with texts of other programs."""
+
+CPP_TOKEN = re.compile(
+    r"""(?P<skip>\s+|//[^\n]*|/\*.*?\*/|\#[^\n]*|R"\(.*?\)")|"(?P<string>(?:[^"\\]|\\.)*)"|'(?:[^'\\]|\\.)+'"""
+    r"""|\d[\w.']*|[A-Za-z_][\w:]*|<<|->|.""",
+    re.DOTALL,
+)
+CPP_WRAPPERS = re.compile(
+    r"\b(?:to_string|string|one_line|to_text|name_of|joined)\(([^(),]*(?:\([^()]*\))?[^(),]*)[^()]*\)"
+)
+"""Calls that only turn a value into text."""
 
 
 class Message(NamedTuple):
@@ -89,22 +100,106 @@ def python_messages(path: Path) -> Iterator[Message]:
     yield from search(ast.parse(path.read_text(encoding="utf-8")), "")
 
 
-def cpp_messages(path: Path) -> Iterator[Message]:
-    """The messages of a C++ file: the strings of one statement make one message."""
+class Token(NamedTuple):
+    """A word of C++ with its line; a bracket has what is between it and its end."""
+
+    text: str
+    line: int
+    string: bool = False
+    inside: tuple[Token, ...] = ()
+
+
+def cpp_tokens(code: str) -> tuple[Token, ...]:
+    """The code as a tree of brackets, without comments, directives and raw strings."""
+    levels: list[list[Token]] = [[]]
+    opened: list[Token] = []
     line = 1
-    code = re.sub(r"//[^\n]*", "", path.read_text(encoding="utf-8"))
-    for statement in re.split(r"(?<=[;{}])(?=\s*\n)", code):
-        start = line + len(statement) - len(statement.lstrip("\n"))
-        line += statement.count("\n")
-        if statement.lstrip().startswith("#include"):
-            continue
-        parts = CPP_STRING.split(statement)
-        text = ""
-        for index, part in enumerate(parts):
-            value = re.sub(r"\s+", " ", part).strip(" +,()")
-            text += part if index % 2 else ("{" + value[:60] + "}" if value and 0 < index < len(parts) - 1 else "")
-        if is_prose(text):
-            yield Message(path, start, "throw" if "throw" in parts[0] else "string", text)
+    for match in CPP_TOKEN.finditer(code):
+        text = match[0]
+        if match["string"] is not None:
+            levels[-1].append(Token(match["string"], line, string=True))
+        elif text in "([{":
+            opened.append(Token(text, line))
+            levels.append([])
+        elif text in ")]}" and opened:
+            inside = tuple(levels.pop())
+            levels[-1].append(opened.pop()._replace(inside=inside))
+        elif match["skip"] is None:
+            levels[-1].append(Token(text, line))
+        line += text.count("\n")
+    return tuple(levels[0])
+
+
+def split(tokens: Sequence[Token], *separators: str) -> list[list[Token]]:
+    parts: list[list[Token]] = [[]]
+    for token in tokens:
+        if not token.string and token.text in separators:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return parts
+
+
+def cpp_value(tokens: Sequence[Token]) -> str:
+    """A value that is put into a message: its expression, without what only turns it into text."""
+    ends = {"(": ")", "[": "]", "{": "}"}
+
+    def source(token: Token) -> str:
+        inside = "".join(map(source, token.inside))
+        return f'"{token.text}"' if token.string else token.text + inside + ends.get(token.text, "")
+
+    text = re.sub(r"\b(?:std|neck)::", "", "".join(map(source, tokens))).replace("->", ".")
+    while (shorter := CPP_WRAPPERS.sub(r"\1", text)) != text:
+        text = shorter
+    text = re.sub(r"\.(?:string|describe|what|code|c_str|filename)(?=\(\))|\(\)", "", text)
+    return re.sub(
+        r"_\b", "", re.sub(r"^repr\((.*)\)$", r"'{\1}'", text) if text.startswith("repr(") else "{" + text + "}"
+    )
+
+
+def cpp_text(tokens: Sequence[Token]) -> str | None:
+    """The text of a sum or a choice with a string in it; None if it has none."""
+    if any(token.text == "?" for token in tokens if not token.string):
+        choices = [cpp_text(part) or cpp_value(part) for part in split(tokens, "?", ":")[1:] if part]
+        return f"[{' | '.join(choices)}]" if any("{" not in choice[:1] for choice in choices) else None
+    found, texts = False, []
+    for part in split(tokens, "+", "<<"):
+        inside: str | None = None
+        if part and all(token.string for token in part):
+            inside = "".join(token.text for token in part)
+        elif len(part) == 1 and part[0].text == "(":
+            inside = cpp_text(part[0].inside)
+        elif len(part) == 2 and part[0].text in ("std::string", "format", "neck::format"):
+            inside = cpp_text(split(part[1].inside, ",")[0])
+        found = found or inside is not None
+        stream = not texts and any(token.text in ("std::cout", "std::cerr", "out") for token in part)
+        texts.append("" if stream or not part else cpp_value(part) if inside is None else inside)
+    return "".join(texts) if found else None
+
+
+def cpp_messages(path: Path) -> Iterator[Message]:
+    """The messages of a C++ file: each sum of strings and values, and each choice between strings, is one."""
+
+    def search(tokens: Sequence[Token], kind: str) -> Iterator[Message]:
+        for statement in split(tokens, ";", ",", "return", "throw", "&", "|"):
+            sides = split(statement, "=")
+            for before, side in zip([[], *sides], sides, strict=False):
+                name = before[-1].text if before and not before[-1].inside else kind
+                start = max((at + 1 for at, token in enumerate(side) if token.text == "{"), default=0)
+                text = cpp_text(side[start:])
+                if text and is_prose(text) and name not in NO_CPP_MESSAGES:
+                    line = min(token.line for token in strings(side[start:]))
+                    yield Message(path, line, name, text)
+                for at, token in enumerate(side):
+                    if token.inside and (text is None or at < start):
+                        called = at > 0 and side[at - 1].text.isidentifier()
+                        yield from search(token.inside, side[at - 1].text if called else name)
+
+    def strings(tokens: Sequence[Token]) -> Iterator[Token]:
+        for token in tokens:
+            yield from [token] if token.string else strings(token.inside)
+
+    yield from search(cpp_tokens(path.read_text(encoding="utf-8")), "string")
 
 
 def messages(*folders: str) -> list[Message]:

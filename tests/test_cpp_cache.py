@@ -28,6 +28,8 @@ def test_one_file_serves_both(programs: Programs, tmp_path: Path) -> None:
     path.unlink()
     assert RuntimeCache(path, key).write(content) is None and path.read_bytes() == theirs
     warm = start_rtx(programs, plan)
-    assert ", warm: kernels of an earlier start\n" in warm.out and COMPILED not in warm.out and warm.err == ""
+    assert (
+        "; warm start with kernels from the runtime cache\n" in warm.out and COMPILED not in warm.out and warm.err == ""
+    )
     assert RuntimeCache(path, key.replace("13.0", "12.8")).write(content) is None  # the control
     assert "is for TensorRT-RTX 1.7.1.116 on NVIDIA L4" in start_rtx(programs, plan).err

@@ -34,17 +34,17 @@ def test_a_image_is_run(programs: Programs, tmp_path: Path) -> None:
     plan, image = write_plan(tmp_path, PLAN + b"warn other GPU\n"), noise(tmp_path / "a.png", 40, 24)
     ran = programs.run("neck-engine", plan, image, "--batch", 3, "--runs", 7, "--graph")
     assert ran.code == 0
-    assert ran.err == "neck-engine: TensorRT warns: other GPU\n"
+    assert ran.err == "neck-engine: TensorRT warning: other GPU\n"
     lines = ran.out.splitlines()
     assert lines[0] == f"{plan}: fp16, TensorRT {VERSION} on NVIDIA L4 (compute capability 8.9)"
     assert [line.split(maxsplit=1) for line in lines[1:5]] == [
-        ["image", "40 x 24 pixels (height x width), 2.500000 x 1.500000 of them to one of the model's"],
+        ["image", "40 x 24 pixels (height x width), 2.500000 x 1.500000 image pixels per model pixel"],
         ["image", "float32 (3, 3, 16, 16)"],
         ["sam3_feat_0", "float16 (3, 8, 4, 4)"],
         ["sam3_pos_0", "float32 (3, 8, 4, 4)"],
     ]
     assert lines[5].split()[-6:] == ["p50", "p90", "p95", "p99", "mean", "runs"]
-    assert lines[6] == "a run, CUDA graph, batch 3                1.500    1.500    1.500    1.500    1.500     7"
+    assert lines[6] == "inference with CUDA graph, batch 3        1.500    1.500    1.500    1.500    1.500     7"
 
 
 @pytest.mark.parametrize("options", [[], ["--graph"], ["--batch", 1], ["--batch", 2]])
@@ -85,15 +85,24 @@ def _app(verdict: Any) -> Any:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"pixels": np.zeros((1, 16, 16, 3), np.float32)}, "is not a reference file, which has uint8 `pixels`"),
+        (
+            {"pixels": np.zeros((1, 16, 16, 3), np.float32)},
+            "the file is not a reference, because a reference contains uint8 `pixels`",
+        ),
         ({"sam3_pos_0": np.zeros((2, 8, 4, 5), np.float32)}, "is (2, 8, 4, 4), but the reference has (2, 8, 4, 5)"),
-        ({"sam3_pos_0": np.zeros((3, 8, 4, 4), np.float32)}, "is (3, 8, 4, 4), but pixels are (2, 16, 16, 3)"),
-        ({"sam3_pos_0": np.zeros((2, 8, 4, 4))}, "'sam3_pos_0' is of type 'F64'; expected U8"),
+        (
+            {"sam3_pos_0": np.zeros((3, 8, 4, 4), np.float32)},
+            "in `sam3_pos_0` (3, 8, 4, 4) and `pixels` (2, 16, 16, 3) differ",
+        ),
+        ({"sam3_pos_0": np.zeros((2, 8, 4, 4))}, "tensor 'sam3_pos_0' has type 'F64', but only U8"),
         (
             {"sam3_pos_0": np.zeros((2, 8, 4, 4), np.uint8)},
-            "output sam3_pos_0 is not in the reference, which has sam3_feat_0",
+            "output sam3_pos_0 is missing from the reference, which contains sam3_feat_0",
         ),
-        ({"pixels": np.zeros((2, 8, 16, 3), np.uint8)}, "pixels are uint8 (2, 8, 16, 3); the model takes 16 x 16"),
+        (
+            {"pixels": np.zeros((2, 8, 16, 3), np.uint8)},
+            "the reference are uint8 (2, 8, 16, 3), but the model needs 16 x 16",
+        ),
     ],
 )
 def test_a_reference_of_another_kind_is_refused(
@@ -114,8 +123,8 @@ def test_a_reference_that_is_not_finite_or_left_out_fails(programs: Programs, tm
     assert "2" in ran.out
     ran = programs.run("neck-engine", plan, "--compare", path, "--batch", 5)
     assert ran.error == (
-        "2 images in batches of 5: the model takes image: float32 (1 to 4, 3, 16, 16); "
-        "give another --batch or number of images"
+        "2 images cannot be run in batches of 5, because the model's input is image: float32 (1 to 4, 3, 16, 16); "
+        "change --batch or the number of images"
     )
 
 
@@ -153,6 +162,6 @@ def test_the_help_and_the_manifest_need_no_gpu(programs: Programs, tmp_path: Pat
     assert ran.code == 0
     lines = [" ".join(line.split()) for line in ran.out.splitlines()]
     assert lines[1:5] == [f"TensorRT tensorrt {VERSION}", "compute capability 8.9", "precision fp16", "batch 1:2:4"]
-    assert lines[7:] == ["verification verified: by hand", "files whole: x.plan"]
+    assert lines[7:] == ["verification verified: by hand", "files complete: x.plan"]
     spoil(plan, files=[])
     assert programs.run("neck-engine", plan, "--manifest").code == 1

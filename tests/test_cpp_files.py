@@ -222,19 +222,28 @@ def entry(begin: int, end: int, shape: str = "[1]", dtype: str = '"F32"') -> str
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"1234567", "is damaged: it ends too early"),
-        (struct.pack("<Q", 2**63), "is not a safetensors file, or it is truncated"),
-        (raw("[1]"), "the header is not a JSON object"),
-        (raw(f'{{"a": {entry(0, 4)}}}'), "is damaged: it has 4 bytes more than its tensors"),
-        (raw(f'{{"a": {entry(0, 4)}, "b": {entry(0, 4)}}}'), "is damaged: 'b' is at the wrong position"),
-        (raw(f'{{"a": {entry(0, 4)}, "b": {entry(8, 12)}}}'), "is damaged: 'b' is at the wrong position"),
-        (raw(f'{{"a": {entry(4, 0)}}}'), "'a' has no position in the file"),
-        (raw(f'{{"a": {entry(0, 8)}}}'), "'a' has 8 bytes, not those of float32 (1,)"),
-        (raw(f'{{"a": {entry(0, 8, "[-2]")}}}'), "'a' has sizes or offsets that are not numbers"),
-        (raw(f'{{"a": {entry(0, 8, "[4294967296, 4294967296, 4294967296]")}}}'), "'a': a tensor cannot be float32"),
-        (raw(f'{{"a": {entry(0, 8, dtype="3")}}}'), "'a' is of type '3'; expected U8"),
-        (raw('{"a": 3}'), "'a' has an invalid description"),
-        (raw(f'{{"\\u001b[2J": {entry(0, 4)}}}'), "has a tensor with the invalid name '\\x1b[2J'"),
+        (b"1234567", "the file is damaged, because it ends too early"),
+        (struct.pack("<Q", 2**63), "the file is truncated or is not a safetensors file"),
+        (raw("[1]"), "the file's header is not a JSON object"),
+        (raw(f'{{"a": {entry(0, 4)}}}'), "the file is damaged, because 4 bytes belong to no tensor"),
+        (
+            raw(f'{{"a": {entry(0, 4)}, "b": {entry(0, 4)}}}'),
+            "the file is damaged, because the data of tensor 'b' are at the wrong position",
+        ),
+        (
+            raw(f'{{"a": {entry(0, 4)}, "b": {entry(8, 12)}}}'),
+            "the file is damaged, because the data of tensor 'b' are at the wrong position",
+        ),
+        (raw(f'{{"a": {entry(4, 0)}}}'), "tensor 'a' has invalid data offsets"),
+        (raw(f'{{"a": {entry(0, 8)}}}'), "tensor 'a' is declared as float32 (1,), but its data have 8 bytes"),
+        (raw(f'{{"a": {entry(0, 8, "[-2]")}}}'), "tensor 'a' has a size or an offset that is not a valid whole number"),
+        (
+            raw(f'{{"a": {entry(0, 8, "[4294967296, 4294967296, 4294967296]")}}}'),
+            "tensor 'a' is invalid (a tensor cannot be float32",
+        ),
+        (raw(f'{{"a": {entry(0, 8, dtype="3")}}}'), "tensor 'a' has type '3', but only U8"),
+        (raw('{"a": 3}'), "tensor 'a' has an invalid entry in the header"),
+        (raw(f'{{"\\u001b[2J": {entry(0, 4)}}}'), "the file contains a tensor with the invalid name '\\x1b[2J'"),
     ],
 )
 def test_a_safetensors_file_that_is_not_whole_is_refused(
@@ -243,4 +252,4 @@ def test_a_safetensors_file_that_is_not_whole_is_refused(
     (tmp_path / "x.safetensors").write_bytes(data)
     ran = programs.run("neck-tests", "safetensors", tmp_path / "x.safetensors")
     assert ran.out.startswith(f"error: {tmp_path / 'x.safetensors'}: {message}")
-    assert ran.out.endswith("; `neck-export verify --save-reference` writes such a file\n")
+    assert ran.out.endswith("; `neck-export verify --save-reference` writes a valid file\n")

@@ -88,7 +88,7 @@ def test_a_folder_is_served_and_resumed_after_kills(
         f"{bad} failed\n"
     )
     assert len(ran.err.splitlines()) == bad
-    assert all(line.startswith(f"neck-engine: skipped: {tmp_path / 'in'}") for line in ran.err.splitlines())
+    assert all(line.startswith(f"neck-engine: image skipped: {tmp_path / 'in'}") for line in ran.err.splitlines())
     check_features(tmp_path, paths)
     assert {path: path.stat().st_ino for path in before} == before
 
@@ -99,14 +99,14 @@ def test_a_folder_that_cannot_be_served_is_told(programs: Programs, tmp_path: Pa
     check_features(tmp_path, paths)
     wrong = serve(programs, tmp_path, "--batch", 5)
     assert wrong.code == 1
-    assert "batches of 5 images; expected image: float32 (1 to 4, 3, 16, 16)" in wrong.err.splitlines()[-1]
+    assert "batches of 5 images, because its input is image: float32 (1 to 4, 3, 16, 16)" in wrong.err.splitlines()[-1]
     write_plan(tmp_path / "plan", PLAN + b"scratch 2000\n")
     ran = serve(programs, tmp_path)
     assert (ran.code, ran.out) == (1, "")
-    assert ran.error.endswith("the folder has features of another plan; give another folder, or remove them")
+    assert ".safetensors: these features were computed with another plan" in ran.error
     for path in paths:
         path.unlink()
-    assert serve(programs, tmp_path).error.startswith(f"{tmp_path / 'in'}: the folder contains no image")
+    assert serve(programs, tmp_path).error.startswith(f"{tmp_path / 'in'}: the folder contains no images")
     assert (
         "the folder cannot be listed" in programs.run("neck-engine", tmp_path, "--serve-folder", "none", tmp_path).error
     )
@@ -127,8 +127,8 @@ def test_one_odd_file_costs_itself_alone(programs: Programs, tmp_path: Path) -> 
     assert ran.code == 1
     assert ran.out.endswith("features of 3 images written, 0 existed already, 3 failed\n")
     lines = sorted(ran.err.splitlines())
-    assert [line.split(" ")[2].rpartition("/")[2][:7] for line in lines] == ["loop.pn", "nothing", "y" * 7]
-    assert all(line.startswith("neck-engine: skipped: ") for line in lines)
+    assert [line.split(" ")[3].rpartition("/")[2][:7] for line in lines] == ["loop.pn", "nothing", "y" * 7]
+    assert all(line.startswith("neck-engine: image skipped: ") for line in lines)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         f"{path.name}.safetensors" for path in (*paths[1:], longest)
     }

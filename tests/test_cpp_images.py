@@ -149,8 +149,8 @@ def test_what_a_image_may_cost_is_limited(programs: Programs, tmp_path: Path, mo
     ran = programs.run("neck-tests", "images", files[100], files[101], large)
     lines = ran.out.splitlines()
     assert lines[0].startswith("read: ")
-    assert lines[1].startswith(f"error: {files[101]} is a JPEG of 101 scans")
-    assert lines[2].startswith(f"error: {large} is a JPEG of 36 scans")
+    assert lines[1].startswith(f"error: {files[101]}: the image is a JPEG with 101 scans")
+    assert lines[2].startswith(f"error: {large}: the image is a JPEG with 36 scans")
     assert model.decode(files[100].read_bytes()).shape == (21, 34, 3)
     for path in (files[101], large):
         with pytest.raises(model.BadImageError, match="scans"):
@@ -184,7 +184,7 @@ def test_images_from_memory_are_those_of_files(programs: Programs, tmp_path: Pat
     ran = programs.run("neck-tests", "memory", *paths)
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.splitlines()[:2] == ["same", "same"]
-    assert ran.out.splitlines()[2].startswith("error: image 1 of 1 is damaged")
+    assert ran.out.splitlines()[2].startswith("error: image 1 of 1: the image is damaged")
 
 
 def test_damaged_data_are_reported_to_the_log(programs: Programs, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_damaged_data_are_reported_to_the_log(programs: Programs, tmp_path: Path
     path = tmp_path / "ended.jpg"
     path.write_bytes(data[: len(data) * 2 // 3] + b"\xff\xd9")
     ran = programs.run("neck-tests", "log", path)
-    assert ran.out.startswith(f"warning: {path} is damaged, and libjpeg invented a part of the pixels (")
+    assert ran.out.startswith(f"warning: {path}: the image is damaged, so libjpeg made up some of the pixels (")
     assert ran.err == ""
     assert programs.run("neck-tests", "images", path).err == ""
     path.write_bytes(data)
@@ -210,19 +210,23 @@ def bomb(path: Path) -> Path:
 
 
 BAD_IMAGES: list[tuple[str, Write, str]] = [
-    ("none.png", lambda path: path, "cannot be opened (No such file or directory); check the path"),
-    ("folder.png", lambda path: (path.mkdir(), path)[1], "cannot be opened (Is a directory); check the path"),
-    ("pipe.png", lambda path: (os.mkfifo(path), path)[1], "cannot be opened (Invalid argument); check the path"),
-    ("empty.png", lambda path: (path.touch(), path)[1], "is empty (0 bytes"),
-    ("a.gif", write_image, "is damaged or has an unknown format"),
-    ("cut.png", lambda path: cut(write_image(path)), "is damaged ("),
-    ("cut.jpg", lambda path: cut(write_image(path)), "is damaged ("),
-    ("short.jpg", lambda path: cut(write_image(path), 2), "is damaged (it ends too early); "),
-    ("zero.png", lambda path: write_png(path, 8, 2, np.zeros((16, 0, 3))), "is damaged ("),
+    ("none.png", lambda path: path, "the image cannot be opened (No such file or directory); check the path"),
+    ("folder.png", lambda path: (path.mkdir(), path)[1], "the image cannot be opened (Is a directory); check the path"),
+    (
+        "pipe.png",
+        lambda path: (os.mkfifo(path), path)[1],
+        "the image cannot be opened (Invalid argument); check the path",
+    ),
+    ("empty.png", lambda path: (path.touch(), path)[1], "the image file is empty (0 bytes"),
+    ("a.gif", write_image, "the image is damaged or has an unknown format"),
+    ("cut.png", lambda path: cut(write_image(path)), "the image is damaged ("),
+    ("cut.jpg", lambda path: cut(write_image(path)), "the image is damaged ("),
+    ("short.jpg", lambda path: cut(write_image(path), 2), "the image is damaged (the file ends too early); "),
+    ("zero.png", lambda path: write_png(path, 8, 2, np.zeros((16, 0, 3))), "the image is damaged ("),
     (
         "bomb.png",
         lambda path: bomb(path),
-        "has more than 89478485 pixels",
+        "the image has more than 89478485 pixels",
     ),
 ]
 
@@ -232,7 +236,7 @@ def test_a_bad_image_is_refused(programs: Programs, tmp_path: Path, name: str, w
     image = write(tmp_path / name)
     ran = programs.run("neck-engine", write_plan(tmp_path / "plan"), image)
     assert (ran.code, ran.out) == (1, "")
-    assert ran.error.startswith(f"{image} {message}")
+    assert ran.error.startswith(f"{image}: {message}")
 
 
 def resized(programs: Programs, size: tuple[int, int], threads: int, paths: list[Path]) -> np.ndarray:

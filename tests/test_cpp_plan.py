@@ -243,7 +243,7 @@ LOAD_FAILURES = [
         f"TensorRT {VERSION} cannot load the plan (Error Code 4: Internal Error (the plan is corrupt)); ",
     ),
     ("createInferRuntime", f"TensorRT {VERSION} cannot load the plan (CUDA initialization failure); "),
-    ("cudaMalloc:2", "out of device memory; "),
+    ("cudaMalloc:2", "allocating device memory failed: out of device memory; "),
     ("enqueueV3", "the run failed (Error Code 1: Cuda Runtime (out of memory)); "),
 ]
 
@@ -269,11 +269,11 @@ def test_a_load_or_run_that_fails_is_told_in_pythons_words(
         ),
         (
             PLAN.replace(b"float16", b"int8"),
-            "sam3_feat_0 is of another type (-1, 8, 4, 4); expected a tensor with a batch",
+            "the tensor sam3_feat_0 is of an unsupported type (-1, 8, 4, 4), but",
         ),
         (
             PLAN.replace(b"-1,8,4,4", b"-1,-1,4,4"),
-            "sam3_feat_0 is float16 (-1, -1, 4, 4); expected a tensor with a batch",
+            "the tensor sam3_feat_0 is float16 (-1, -1, 4, 4), but only its first dimension",
         ),
     ],
 )

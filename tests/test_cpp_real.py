@@ -235,8 +235,8 @@ def test_what_is_installed_can_be_built_with(programs: Programs, tmp_path: Path)
     plan = write_plan(tmp_path)
     ended = subprocess.run([tmp_path / "built" / "service", plan, *images], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.count("\n")) == (0, 1)
-    assert f"{images[2]} cannot be opened" in ended.stderr
-    assert ended.stdout.count("sam3_feat_0, a box's y times 1.25 and x times 2.5 are the image's") == 2
+    assert f"{images[2]}: the image cannot be opened" in ended.stderr
+    assert ended.stdout.count("computed sam3_feat_0; multiply y by 1.25 and x by 2.5") == 2
     images[0].rename(tmp_path / "image.png")
     readme = tmp_path / "built" / "readme"
     ended = subprocess.run([readme], capture_output=True, text=True, cwd=tmp_path)
@@ -336,7 +336,7 @@ def test_a_missing_sdk_is_told_with_what_to_give(tmp_path: Path) -> None:
         pytest.skip("CUDA and TensorRT are found here whatever is said")
     assert configured.returncode != 0
     text = " ".join(configured.stderr.split())
-    assert "give -DTensorRT_ROOT=... -DCUDAToolkit_ROOT=..., or build the Triton client alone" in text
+    assert "set -DTensorRT_ROOT=... -DCUDAToolkit_ROOT=..., or build only the Triton client" in text
 
 
 @pytest.mark.gpu

@@ -32,7 +32,7 @@ def test_a_graph_of_an_rtx_plan_holds_its_specialised_kernels(programs: Programs
     """The fake aborts where a graph is captured while kernels are still compiled in the background."""
     ran = run_rtx(programs, tmp_path)
     assert (ran.code, ran.err) == (0, "")
-    assert "a run, CUDA graph, batch 2" in ran.out
+    assert "inference with CUDA graph, batch 2" in ran.out
     *_, error = run_rtx(programs, tmp_path, fail="createRuntimeConfig").err.splitlines()  # after a note on the cache
     assert "no execution context can be created (Error Code 2: OutOfMemory (runtime config))" in error
 
@@ -40,8 +40,11 @@ def test_a_graph_of_an_rtx_plan_holds_its_specialised_kernels(programs: Programs
 def test_an_rtx_plan_that_cannot_be_captured_is_told_before(programs: Programs, tmp_path: Path) -> None:
     ran = run_rtx(programs, tmp_path, b"allocates\n")
     assert ran.code == 1
-    wanted = "no CUDA graph can be captured (TensorRT-RTX allocates while it runs this plan); run it without one, or "
-    assert ran.error == f"{tmp_path / 'x.plan'}: {wanted}build the plan again with `neck-export trt`"
+    wanted = (
+        "the CUDA graph cannot be captured, because TensorRT-RTX allocates memory while it runs this plan; "
+        "run the plan without --graph (cuda_graph), or "
+    )
+    assert ran.error == f"{tmp_path / 'x.plan'}: {wanted}build it again with `neck-export trt`"
 
 
 def start_rtx(programs: Programs, plan: Path, *options: Any, **environment: str) -> Any:
@@ -58,7 +61,7 @@ def test_kernels_of_an_earlier_start_are_used(programs: Programs, tmp_path: Path
     plan = write_plan(tmp_path, b"vtrt " + PLAN, **RTX)
     cold = start_rtx(programs, plan, *options)
     assert (cold.code, cold.err) == (0, "")
-    assert "on NVIDIA L4 (compute capability 8.9), cold\n" in cold.out
+    assert "on NVIDIA L4 (compute capability 8.9); cold start\n" in cold.out
     assert COMPILED in cold.out
     assert [line.split("  ")[0] for line in cold.out.splitlines() if line.endswith(" ms")] == [
         "loading",
@@ -66,7 +69,7 @@ def test_kernels_of_an_earlier_start_are_used(programs: Programs, tmp_path: Path
         "second run",
     ]
     warm = start_rtx(programs, plan, *options)
-    assert ", warm: kernels of an earlier start\n" in warm.out
+    assert "; warm start with kernels from the runtime cache\n" in warm.out
     assert COMPILED not in warm.out
     other = start_rtx(programs, plan, *options, "--batch", 4)
     assert "fake: compiles kernels of batch 4\n" in other.out
@@ -75,10 +78,15 @@ def test_kernels_of_an_earlier_start_are_used(programs: Programs, tmp_path: Path
 
 
 CACHES: list[tuple[str, Callable[[Path], object], dict[str, str], str]] = [
-    ("damaged", lambda cache: cache.write_bytes(cache.read_bytes()[:-1]), {}, "is damaged"),
-    ("changed", lambda cache: cache.write_bytes(cache.read_bytes().replace(b"batch 2", b"batch 3")), {}, "is damaged"),
-    ("empty", lambda cache: cache.write_bytes(b""), {}, "is not a runtime cache"),
-    ("another file", lambda cache: cache.write_bytes(b"\0" * 999), {}, "is not a runtime cache"),
+    ("damaged", lambda cache: cache.write_bytes(cache.read_bytes()[:-1]), {}, "the runtime cache is damaged"),
+    (
+        "changed",
+        lambda cache: cache.write_bytes(cache.read_bytes().replace(b"batch 2", b"batch 3")),
+        {},
+        "the runtime cache is damaged",
+    ),
+    ("empty", lambda cache: cache.write_bytes(b""), {}, "the file is not a runtime cache"),
+    ("another file", lambda cache: cache.write_bytes(b"\0" * 999), {}, "the file is not a runtime cache"),
     (
         "a folder",
         lambda cache: (cache.unlink(), cache.mkdir()),
@@ -87,7 +95,7 @@ CACHES: list[tuple[str, Callable[[Path], object], dict[str, str], str]] = [
     ),
     ("another driver", lambda cache: None, {"STAND_IN_DRIVER": "12080"}, "driver 13.0, plan "),
     ("another RTX", lambda cache: None, {"STAND_IN_VERSION": "1.7.2.9"}, "is for TensorRT-RTX 1.7.1.116 on NVIDIA L4"),
-    ("refused", lambda cache: None, {"STAND_IN_FAIL": "deserialize"}, "TensorRT-RTX refused the runtime cache"),
+    ("refused", lambda cache: None, {"STAND_IN_FAIL": "deserialize"}, "TensorRT-RTX rejected the runtime cache"),
 ]
 
 
@@ -104,20 +112,20 @@ def test_a_damaged_or_foreign_cache_is_dropped_with_one_line(
     start_rtx(programs, plan)
     change(plan.with_name("x.plan.cache"))
     ran = start_rtx(programs, plan, **environment)
-    assert (ran.code, ", cold\n" in ran.out) == (0, True)
+    assert (ran.code, "; cold start\n" in ran.out) == (0, True)
     line, *more = ran.err.splitlines()
     assert message in line
-    assert line.endswith("; kernels are compiled again")
+    assert line.endswith("; the kernels are compiled again")
     assert len(more) == (1 if name == "a folder" else 0)  # and it cannot be written
     if name not in ("a folder", "refused"):
-        assert ", warm" in start_rtx(programs, plan, **environment).out  # written anew
+        assert "; warm start" in start_rtx(programs, plan, **environment).out  # written anew
 
 
 def test_a_cache_of_another_plan_is_dropped(programs: Programs, tmp_path: Path) -> None:
     plan = write_plan(tmp_path, b"vtrt " + PLAN, **RTX)
     start_rtx(programs, plan)
     write_plan(tmp_path, b"vtrt " + PLAN + b"scratch 2000\n", **RTX)
-    assert "; kernels are compiled again" in start_rtx(programs, plan).err
+    assert "; the kernels are compiled again" in start_rtx(programs, plan).err
 
 
 def test_a_cache_that_cannot_be_written_is_told_once(programs: Programs, tmp_path: Path) -> None:
@@ -127,7 +135,7 @@ def test_a_cache_that_cannot_be_written_is_told_once(programs: Programs, tmp_pat
     ran = start_rtx(programs, plan)
     assert ran.code == 0
     wanted = (
-        f"{plan}.cache: the runtime cache cannot be written (Is a directory); the next start compiles its kernels again"
+        f"{plan}.cache: the runtime cache cannot be written (Is a directory); the next start compiles the kernels again"
     )
     assert ran.err.splitlines()[-1] == f"neck-engine: {wanted}"
     assert sorted(path.name for path in plan.parent.iterdir()) == ["x.plan", "x.plan.cache", "x.plan.json"]
@@ -141,17 +149,17 @@ def test_two_starts_at_once_leave_one_whole_cache(programs: Programs, tmp_path: 
         subprocess.Popen([*command, str(batch)], env=environment, stdout=subprocess.DEVNULL) for batch in (1, 2, 3, 4)
     ]
     assert [process.wait(120) for process in started] == [0, 0, 0, 0]
-    assert ", warm" in start_rtx(programs, plan).out
+    assert "; warm start" in start_rtx(programs, plan).out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.plan", "x.plan.cache", "x.plan.json"]
 
 
 def test_rtx_graphs_are_for_rtx_alone(programs: Programs, tmp_path: Path) -> None:
     ran = programs.run("neck-engine", write_plan(tmp_path), "--rtx-graph")
-    assert (
-        "the CUDA graphs that TensorRT-RTX captures itself need TensorRT-RTX, but this program was built with tensorrt"
-        in ran.error
-    )
+    assert "--rtx-graph (rtx_graphs) needs TensorRT-RTX, but this program was built for TensorRT" in ran.error
     plan = write_plan(tmp_path / "rtx", b"vtrt " + PLAN, **RTX)
-    assert "need cuda_graph to be off" in start_rtx(programs, plan, "--rtx-graph", "--graph").error
+    assert (
+        "--rtx-graph (rtx_graphs) cannot be combined with --graph (cuda_graph)"
+        in start_rtx(programs, plan, "--rtx-graph", "--graph").error
+    )
     ran = start_rtx(programs, plan, "--rtx-graph", STAND_IN_FAIL="setCudaGraphStrategy")
     assert "no execution context can be created" in ran.error

@@ -98,12 +98,13 @@ void test_bound_outputs(const std::string& plan, bool graph) {
     expect(engine.device_outputs()[1].data == mine.get(), "and where it is told to be");
     expect(doubled(engine.copy_out(stream.get()), 2, 4), "copied out of there");
     expect_error([&] { engine.bind_output("full", mine.get(), bytes - 1); },
-                 "the memory for full has 319 bytes; expected 320, enough for a batch of 4");
+                 "the memory for output full has 319 bytes, but a batch of 4 needs 320");
     expect_error([&] { engine.bind_output("full", mine.get() + 4, bytes); },
-                 "at an address that is not a multiple of 256 bytes; give memory as cudaMalloc returns it");
+                 "the memory for output full is not aligned to 256 bytes");
     alignas(256) static std::byte host[bytes];
-    expect_error([&] { engine.bind_output("full", host, bytes); }, "is in host memory; expected memory of GPU 0");
-    expect_error([&] { engine.bind_output("none", mine.get(), bytes); }, "the plan has no output 'none'; it has half, full");
+    expect_error([&] { engine.bind_output("full", host, bytes); }, "is in host memory; copy it to the memory of GPU 0");
+    expect_error([&] { engine.bind_output("none", mine.get(), bytes); },
+                 "the plan has no output 'none'; choose one of half, full");
     expect(doubled(engine.infer(image_of(1, 5), stream.get()), 1, 5), "refused memory changes nothing");
     engine.bind_output("full", nullptr, 0);
     expect(doubled(engine.infer(image_of(3, 6), stream.get()), 3, 6), "the engine's own memory again");

@@ -74,16 +74,17 @@ void test_images_on_the_gpu(const std::string& plan) {
     }
     expect(near, "an image on the GPU is the second of a batch");
     expect_error([&] { engine.copy_in_rgb8(pixels.data.data(), size, pitch, stream.get()); },
-                 "the image is in host memory; expected memory of GPU 0, so copy it there first");
-    expect_error([&] { engine.copy_in_rgb8(memory.get(), size, 17, stream.get()); }, "rows of 3 bytes a pixel or more");
-    expect_error([&] { engine.copy_in_rgb8(memory.get(), size, pitch, stream.get(), 4); }, "an entry below 4");
-    expect_error([&] { engine.copy_in_rgb8(memory.get(), {0, 6}, pitch, stream.get()); }, "sides above 0");
+                 "the image is in host memory; copy it to the memory of GPU 0 first");
+    expect_error([&] { engine.copy_in_rgb8(memory.get(), size, 17, stream.get()); },
+                 "rows must have at least 3 bytes per pixel");
+    expect_error([&] { engine.copy_in_rgb8(memory.get(), size, pitch, stream.get(), 4); }, "the entry must be below 4");
+    expect_error([&] { engine.copy_in_rgb8(memory.get(), {0, 6}, pitch, stream.get()); }, "0 x 6 pixels");
     setenv("STAND_IN_DEVICES", "2", 1);
     neck::check(cudaSetDevice(1), "test");
     const neck::DeviceMemory other = neck::allocate(pitch * 11, "test");
     neck::check(cudaSetDevice(0), "test");
     expect_error([&] { engine.copy_in_rgb8(other.get(), size, pitch, stream.get()); },
-                 "the image is in the memory of GPU 1; expected memory of GPU 0, so copy it there first");
+                 "the image is in the memory of GPU 1; copy it to the memory of GPU 0 first");
     unsetenv("STAND_IN_DEVICES");
 }
 
@@ -93,24 +94,24 @@ void test_refusals(const std::string& plan) {
     neck::Engine engine(plan, options);
     const OwnedStream stream = neck::make_stream("test");
     expect_error([&] { engine.infer(image_of(3, 1), stream.get()); },
-                 "image is float32 (3, 3, 2, 2); expected image: float32 (1 to 2, 3, 2, 2)");
-    expect_error([&] { engine.enqueue(0, stream.get()); }, "image is float32 (0, 3, 2, 2); expected image");
-    expect_error([&] { engine.enqueue(-1, stream.get()); }, "expected image");
+                 "image is float32 (3, 3, 2, 2), but it must be image: float32 (1 to 2, 3, 2, 2)");
+    expect_error([&] { engine.enqueue(0, stream.get()); }, "image is float32 (0, 3, 2, 2), but it must be image");
+    expect_error([&] { engine.enqueue(-1, stream.get()); }, "but it must be image");
     neck::Tensor image = image_of(1, 1);
     image.shape = {1, 3, 4, 1};
-    expect_error([&] { engine.infer(image, stream.get()); }, "image is float32 (1, 3, 4, 1); expected");
+    expect_error([&] { engine.infer(image, stream.get()); }, "image is float32 (1, 3, 4, 1), but");
     image.shape = {};
-    expect_error([&] { engine.infer(image, stream.get()); }, "image is float32 (); expected");
+    expect_error([&] { engine.infer(image, stream.get()); }, "image is float32 (), but");
     image = image_of(1, 1);
     image.type = neck::DataType::int32;
-    expect_error([&] { engine.infer(image, stream.get()); }, "image is int32 (1, 3, 2, 2); expected");
+    expect_error([&] { engine.infer(image, stream.get()); }, "image is int32 (1, 3, 2, 2), but");
     image = image_of(1, 1);
     image.data.pop_back();
-    expect_error([&] { engine.infer(image, stream.get()); }, "expected image");
+    expect_error([&] { engine.infer(image, stream.get()); }, "but it must be image");
     expect(doubled(engine.infer(image_of(2, 1), stream.get()), 2, 1), "it goes on after a refusal");
     options.max_batch = 5;
     expect_error([&] { neck::Engine(plan, options); },
-                 "a largest batch of 5 was requested; expected image: float32 (1 to 4");
+                 "max_batch is 5, but the plan's input is image: float32 (1 to 4");
     options = {};
     options.device = 3;
     expect_error([&] { neck::Engine(plan, options); }, "there is no GPU 3; this machine has 1");
@@ -154,8 +155,8 @@ void test_failures(const std::string& plan, const std::string& function, bool gr
                 told);
         }
         if (graph && function == "cudaStreamBeginCapture") {
-            expect(told.find("no CUDA graph can be captured (operation not permitted when stream is capturing); run it "
-                             "without one") != std::string::npos,
+            expect(told.find("the CUDA graph cannot be captured (operation not permitted when stream is capturing); "
+                             "run the plan without --graph") != std::string::npos,
                    told);
         }
     }

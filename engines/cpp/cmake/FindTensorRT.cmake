@@ -30,9 +30,9 @@ find_library(NECK_CUDART_LIBRARY NAMES cudart libcudart.so.13 libcudart.so.12 HI
 
 find_package_handle_standard_args(TensorRT
   REQUIRED_VARS NECK_TENSORRT_INCLUDE_DIR NECK_TENSORRT_LIBRARY NECK_CUDA_INCLUDE_DIR NECK_CUDART_LIBRARY
-  REASON_FAILURE_MESSAGE "the engine needs the headers and libraries of TensorRT 10 or later (libnvinfer) or \
-TensorRT-RTX, and of the CUDA runtime: unpack NVIDIA's SDKs and give -DTensorRT_ROOT=... -DCUDAToolkit_ROOT=..., or build \
-the Triton client alone by -DNECK_BUILD_ENGINE=OFF")
+  REASON_FAILURE_MESSAGE "neck-engine needs the headers and libraries of TensorRT 10 or later (libnvinfer) or \
+TensorRT-RTX, and of the CUDA runtime. Unpack NVIDIA's SDKs and set -DTensorRT_ROOT=... -DCUDAToolkit_ROOT=..., or build \
+only the Triton client with -DNECK_BUILD_ENGINE=OFF")
 
 if(TensorRT_FOUND)
   get_filename_component(_neck_library "${NECK_TENSORRT_LIBRARY}" NAME)

@@ -63,8 +63,8 @@ void answer(neck::Pool& pool, const std::vector<std::string>& images, std::atomi
             check(cudaStreamSynchronize(consumer));
             const neck::Fit& fit = batch.fits.front();
             const std::lock_guard<std::mutex> lock(printing);
-            std::cout << images[index] << ": " << output.name << ", a box's y times " << fit.scale_y
-                      << " and x times " << fit.scale_x << " are the image's\n";
+            std::cout << images[index] << ": computed " << output.name << "; multiply y by " << fit.scale_y
+                      << " and x by " << fit.scale_x << " to convert boxes to image pixels\n";
         } catch (const neck::Error& error) {  // an image that cannot be used does not end the service
             const std::lock_guard<std::mutex> lock(printing);
             std::cerr << error.what() << "\n";
@@ -81,7 +81,8 @@ int main(int count, char** values) {
         neck::PoolOptions options;
         options.contexts = 2;
         neck::Pool pool(count > 1 ? values[1] : "", options);
-        std::cout << pool.contexts() << " contexts of " << pool.context_bytes() << " bytes each, beside the weights\n";
+        std::cout << pool.contexts() << " contexts use " << pool.context_bytes()
+                  << " bytes of device memory each, in addition to the weights\n";
         std::atomic<std::size_t> next{0};
         std::vector<std::future<void>> threads;
         for (int index = 0; index < 4; ++index) {

@@ -108,7 +108,8 @@ const char* checked(const CurlText& text) {
 void start_curl() {
     static const CURLcode started = curl_global_init(CURL_GLOBAL_DEFAULT);
     if (started != CURLE_OK) {
-        throw Error(std::string("libcurl cannot start (") + curl_easy_strerror(started) + ")");
+        throw Error(std::string("libcurl cannot be initialized (") + curl_easy_strerror(started) +
+                    "); check its installation");
     }
 }
 
@@ -116,7 +117,8 @@ template <typename Value>
 void set(CURL* curl, CURLoption option, Value value) {
     const CURLcode code = curl_easy_setopt(curl, option, value);
     if (code != CURLE_OK) {
-        throw Error(std::string("libcurl refuses a setting (") + curl_easy_strerror(code) + ")");
+        throw Error(std::string("libcurl rejected an option (") + curl_easy_strerror(code) +
+                    "); install libcurl 7.61 or later with support for HTTPS");
     }
 }
 
@@ -129,12 +131,12 @@ void check_options(const TritonOptions& options) {
     constexpr std::int64_t longest = std::int64_t{1} << 31;  // milliseconds; curl counts in a long
     for (const auto& [name, time] : {std::pair("timeout", options.timeout), {"connect_timeout", options.connect_timeout}}) {
         if (time.count() < 1 || time.count() >= longest) {
-            throw Error(std::string(name) + " is " + std::to_string(time.count()) + " ms; give 1 to " +
-                        std::to_string(longest - 1));
+            throw Error(std::string("TritonOptions::") + name + " is " + std::to_string(time.count()) +
+                        " ms; set it to a value from 1 to " + std::to_string(longest - 1) + " ms");
         }
     }
     if (options.largest_answer < 1) {
-        throw Error("largest_answer is 0 bytes; give 1 or more");
+        throw Error("TritonOptions::largest_answer is 0 bytes; set it to 1 byte or more");
     }
     for (const auto& [name, value] : options.headers) {
         constexpr std::string_view more = "!#$%&'*+-.^_`|~";
@@ -142,12 +144,15 @@ void check_options(const TritonOptions& options) {
             return std::isalnum(letter) != 0 || more.find(static_cast<char>(letter)) != std::string_view::npos;
         });
         if (!token || !one_header(value)) {
-            throw Error("the header " + repr(name) + " cannot be sent; give a name of letters, digits and '-', and a " +
-                        "value of one line");
+            throw Error("the HTTP header " + repr(name) +
+                        " is invalid; its name must consist of letters, digits and "
+                        "'-', and its value must be one line of text");
         }
     }
     if (!one_header(options.token) || !one_header(options.username)) {
-        throw Error("the token or user name has control characters; give text of one line");
+        throw Error(
+            "the token or user name for Triton contains control characters, such as a line break; "
+            "remove them");
     }
 }
 
@@ -155,19 +160,19 @@ std::string remedy(CURLcode code, const TritonOptions& options) {
     switch (code) {
         case CURLE_COULDNT_CONNECT:
         case CURLE_COULDNT_RESOLVE_HOST:
-            return "check that the server is running and the address is right";
+            return "check that the server is running and that the address is correct";
         case CURLE_OPERATION_TIMEDOUT:
-            return "no complete answer came within " + std::to_string(options.timeout.count()) +
-                   " ms; the server may be overloaded or the timeout too short";
+            return "the server sent no complete answer within " + std::to_string(options.timeout.count()) +
+                   " ms; increase the timeout, or check whether the server is overloaded";
         case CURLE_PEER_FAILED_VERIFICATION:
         case CURLE_SSL_CACERT_BADFILE:
-            return "give the certificate of the authority that signed the server's certificate with --ca FILE or "
-                "SSL_CERT_FILE";
+            return "pass the certificate of the authority that signed the server's certificate with --ca FILE or the "
+                   "environment variable SSL_CERT_FILE";
         case CURLE_URL_MALFORMAT:
         case CURLE_UNSUPPORTED_PROTOCOL:
-            return "expected an address such as localhost:8000";
+            return "the server address must look like localhost:8000 or https://triton.example.com";
         default:
-            return "check that this is Triton's HTTP port; the server's log may tell more";
+            return "check that this is the address of Triton's HTTP port, and read the server's log";
     }
 }
 
@@ -207,9 +212,8 @@ void Http::take_credentials() {
     const std::size_t query = url_.find_first_of("?#@", host);  // a token may stand there: it is not shown
     if (query != std::string::npos || !plain(url_)) {
         throw Error(one_line(url_.substr(0, query)) +
-                    ": the address is followed by a query or other text; expected an address such as localhost:8000, "
-                    "with " +
-                    "credentials as options");
+                    ": the server address contains a query or characters that are not allowed; pass an address such as "
+                    "localhost:8000, and pass credentials as options");
     }
     const std::size_t colon = credentials.find(':');
     if (options_.username.empty() && !credentials.empty()) {
@@ -299,12 +303,14 @@ Answer Http::perform(const std::string& path, std::vector<std::string> lines, st
     curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &sink.answer.status);
     curl_easy_reset(curl);  // the pointers above go with this call; the connection stays
     if (sink.no_memory || code == CURLE_OUT_OF_MEMORY) {
-        throw MemoryError(address + ": the host has too little free memory for the answer; ask for fewer outputs or " +
+        throw MemoryError(address +
+                          ": the host has too little free memory for the answer; request fewer outputs or "
                           "images, or close other programs");
     }
     if (sink.too_long) {
-        throw Error(address + ": the answer is longer than " + std::to_string(largest) +
-                    " bytes; request fewer outputs or images, or allow a longer answer");
+        throw Error(address + ": the answer is longer than " + std::to_string(largest) + " bytes; " +
+                    (source != nullptr ? "request fewer outputs or images, or raise the limit for answers"
+                                       : "check that this is the address of Triton's HTTP port"));
     }
     if (code != CURLE_OK) {
         const std::string told = reason[0] != '\0' ? reason.data() : curl_easy_strerror(code);

@@ -21,7 +21,7 @@ constexpr std::string_view bytes_type = "BYTES";  // elements of any length, eac
 Json parse(std::string_view text) {
     Json json = parse_json(text);
     if (!json.is_object()) {
-        throw Fault{"is not a JSON object"};
+        throw Fault{"the answer is not a JSON object"};
     }
     return json;
 }
@@ -29,7 +29,7 @@ Json parse(std::string_view text) {
 std::string name_of(const Json& object) {
     std::string name = text_or_empty(object, "name");
     if (name.empty() || !plain(name)) {
-        throw Fault{"has the invalid name " + repr(name)};
+        throw Fault{"a model or tensor in the answer has the invalid name " + repr(name)};
     }
     return name;
 }
@@ -37,7 +37,7 @@ std::string name_of(const Json& object) {
 const Json& list_of(const Json& object, const char* key) {
     const auto found = object.find(key);
     if (found == object.end() || !found->is_array()) {
-        throw Fault{"has no list " + repr(key)};
+        throw Fault{"the answer does not contain the list " + repr(key)};
     }
     return *found;
 }
@@ -46,8 +46,8 @@ DataType type_of(const Json& tensor) {
     const std::string text = text_or_empty(tensor, "datatype");
     const auto type = type_in(names, text);
     if (!type) {
-        throw Fault{repr(text_or_empty(tensor, "name")) + " is of type " + repr(text) +
-                    "; expected FP32, FP16, BF16, UINT8, INT32 or INT64"};
+        throw Fault{"tensor " + repr(text_or_empty(tensor, "name")) + " has type " + repr(text) +
+                    ", but only FP32, FP16, BF16, UINT8, INT32 and INT64 are supported"};
     }
     return *type;
 }
@@ -56,7 +56,7 @@ Shape shape_of(const Json& tensor) {
     Shape shape;
     for (const Json& side : list_of(tensor, "shape")) {
         if (!side.is_number_integer()) {
-            throw Fault{repr(text_or_empty(tensor, "name")) + " has a shape that does not consist of numbers"};
+            throw Fault{"the shape of tensor " + repr(text_or_empty(tensor, "name")) + " does not consist of integers"};
         }
         shape.push_back(side.get<std::int64_t>());
     }
@@ -69,7 +69,7 @@ std::vector<Port> read_ports(const Json& metadata, const char* key, std::int64_t
     std::vector<Port> ports;
     for (const Json& tensor : list_of(metadata, key)) {
         if (!tensor.is_object()) {
-            throw Fault{"has tensors that are not objects"};
+            throw Fault{std::string("the list ") + key + " in the answer contains entries that are not JSON objects"};
         }
         if (bytes != nullptr && text_or_empty(tensor, "datatype") == bytes_type) {
             bytes->push_back({name_of(tensor), shape_of(tensor), largest_batch});
@@ -77,7 +77,7 @@ std::vector<Port> read_ports(const Json& metadata, const char* key, std::int64_t
         }
         Port port{name_of(tensor), type_of(tensor), shape_of(tensor)};
         if (port.shape.empty()) {
-            throw Fault{"has a tensor without a shape"};
+            throw Fault{"the shape of tensor " + repr(port.name) + " is empty"};
         }
         port.largest_batch = port.shape[0] < 0 ? largest_batch : port.shape[0];
         port.smallest_batch = port.shape[0] < 0 ? 1 : port.shape[0];
@@ -96,34 +96,37 @@ std::size_t binary_size(const Json& output) {
             return size->get<std::size_t>();
         }
     }
-    throw Fault{repr(text_or_empty(output, "name")) + " has no binary data"};
+    throw Fault{"output " + repr(text_or_empty(output, "name")) + " has no binary data"};
 }
 
 std::vector<Tensor> read_outputs(const Answer& answer) {
     if (answer.header_length == 0 || answer.header_length > answer.body.size()) {
-        throw Fault{"does not say where the binary data begin (Inference-Header-Content-Length)"};
+        throw Fault{
+            "the HTTP header Inference-Header-Content-Length, which says where the binary data begin, is missing or "
+            "wrong"};
     }
     const Json json = parse(std::string_view(answer.body).substr(0, answer.header_length));
     std::string_view rest = std::string_view(answer.body).substr(answer.header_length);
     std::vector<Tensor> outputs;
     for (const Json& output : list_of(json, "outputs")) {
         if (!output.is_object()) {
-            throw Fault{"has outputs that are not objects"};
+            throw Fault{"the list outputs in the answer contains entries that are not JSON objects"};
         }
         const std::string name = name_of(output);
         const DataType type = type_of(output);
         const Shape shape = shape_of(output);
         const std::size_t size = binary_size(output);
         if (size != bytes_of(type, shape) || size > rest.size()) {
-            throw Fault{repr(name) + " is " + std::string(neck::name_of(type)) + " " + to_text(shape) + ", but has " +
-                        std::to_string(std::min(size, rest.size())) + " bytes"};
+            throw Fault{"output " + repr(name) + " is declared as " + std::string(neck::name_of(type)) + " " +
+                        to_text(shape) + ", but its data have " + std::to_string(std::min(size, rest.size())) +
+                        " bytes"};
         }
         const auto* begin = reinterpret_cast<const std::byte*>(rest.data());
         outputs.emplace_back(name, type, shape, std::vector<std::byte>(begin, begin + size));
         rest.remove_prefix(size);
     }
     if (!rest.empty()) {
-        throw Fault{"has " + std::to_string(rest.size()) + " bytes more than its outputs"};
+        throw Fault{"the answer contains " + std::to_string(rest.size()) + " bytes after the last output"};
     }
     return outputs;
 }
@@ -171,20 +174,23 @@ void check_whole(const std::vector<Tensor>& found, const TritonModel& model, con
         const auto count =
             std::count_if(found.begin(), found.end(), [&](const Tensor& output) { return output.name == name; });
         if (count != 1) {
-            throw Fault{(count == 0 ? "does not have the output " : "has several times the output ") + repr(name) +
-                        "; requested were " + joined(wanted, [](const std::string& each) { return each; })};
+            throw Fault{
+                "the answer contains " +
+                (count == 0 ? "no output " + repr(name) : "the output " + repr(name) + " more than once") +
+                ", but these outputs were requested: " + joined(wanted, [](const std::string& each) { return each; })};
         }
     }
     for (const Tensor& output : found) {
         const Port* port = find(model.outputs, output.name);
         if (port == nullptr || found.size() != wanted.size()) {
-            throw Fault{"has the output " + repr(output.name) + " among " + std::to_string(found.size()) +
-                        "; requested were " + joined(wanted, [](const std::string& each) { return each; })};
+            throw Fault{
+                "the answer contains " + std::to_string(found.size()) + " outputs, including " + repr(output.name) +
+                ", but these outputs were requested: " + joined(wanted, [](const std::string& each) { return each; })};
         }
         if (!fits(*port, output, batch)) {
-            throw Fault{"has " + output.name + " as " + output.describe() + " for a batch of " + std::to_string(batch) +
-                        "; the model's metadata say " + std::string(neck::name_of(port->type)) + " " +
-                        to_text(port->shape)};
+            throw Fault{"output " + output.name + " is " + output.describe() + " for a batch of " +
+                        std::to_string(batch) + ", but the model's metadata declare it as " +
+                        std::string(neck::name_of(port->type)) + " " + to_text(port->shape)};
         }
     }
 }
@@ -207,15 +213,15 @@ public:
             throw Error(address + ": the server refused the request (HTTP " + std::to_string(answer.status) +
                         "): " + server_error(answer));
         }
-        constexpr const char* hint = "; check that the server is Triton with the binary tensor extension";
+        constexpr const char* hint = "check that the server is Triton and supports the binary tensor data extension";
         try {
             return use();
         } catch (const Fault& fault) {
-            throw Error(address + ": the answer " + one_line(fault.why) + hint);
+            throw Error(address + ": " + one_line(fault.why) + "; " + hint);
         } catch (const Json::exception& error) {
-            throw Error(address + ": the answer cannot be read (" + one_line(error.what()) + ")" + hint);
+            throw Error(address + ": the answer cannot be parsed (" + one_line(error.what()) + "); " + hint);
         } catch (const Error& error) {
-            throw Error(address + ": the answer cannot be read (" + one_line(error.what()) + ")" + hint);
+            throw Error(address + ": the answer cannot be parsed (" + one_line(error.what()) + "); " + hint);
         }
     }
 
@@ -326,8 +332,8 @@ std::vector<Tensor> TritonClient::infer_bytes(const std::string& model, const st
         std::string bytes;
         for (const std::string_view element : elements) {
             if (element.size() > UINT32_MAX) {
-                throw Error("an element of " + input + " has " + std::to_string(element.size()) +
-                            " bytes, but an element of type BYTES can have at most 4294967295");
+                throw Error("an element of input " + input + " has " + std::to_string(element.size()) +
+                            " bytes, but elements of type BYTES can have at most 4294967295; send a smaller file");
             }
             const auto length = static_cast<std::uint32_t>(element.size());
             bytes.append(reinterpret_cast<const char*>(&length), sizeof length);

@@ -64,7 +64,7 @@ std::int64_t parse_count(const std::string& option, const std::string& text) {
     std::int64_t value = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
     if (error != std::errc() || end != text.data() + text.size() || value < 1 || value > 1'000'000) {
-        throw UsageError{option + " " + repr(text) + ": expected a number from 1 to 1000000"};
+        throw UsageError{option + " must be a whole number from 1 to 1000000, but " + repr(text) + " was given"};
     }
     return value;
 }
@@ -86,13 +86,13 @@ void parse(int count, char** values, Asked& asked, const std::vector<Option>& op
     int found = 0;
     for (int code = 0; (code = getopt_long(count, values, "", rows.data(), &found)) != -1;) {
         if (code != 0) {
-            throw UsageError{"an option is unknown or has no value"};
+            throw UsageError{"an option is unknown or its value is missing; see the usage below"};
         }
         known[static_cast<std::size_t>(found)].take(optarg != nullptr ? optarg : "");
     }
     const std::vector<std::string> rest(values + optind, values + count);
     if (!asked.help && (rest.empty() || rest.size() > 2)) {
-        throw UsageError{"expected one file or URL to run, and at most one IMAGE"};
+        throw UsageError{"pass exactly one plan or server URL, and at most one IMAGE"};
     }
     asked.target = rest.empty() ? "" : rest[0];
     if (rest.size() == 2) {
@@ -115,8 +115,8 @@ Latency summarize(std::vector<double> milliseconds) {
 }
 
 void print_latencies(const std::string& clock, const std::vector<std::pair<std::string, Latency>>& rows) {
-    std::cout << format("%-38s %8s %8s %8s %8s %8s %5s\n", ("milliseconds, by " + clock).c_str(), "p50", "p90", "p95",
-                        "p99", "mean", "runs");
+    std::cout << format("%-38s %8s %8s %8s %8s %8s %5s\n", ("latency in ms (" + clock + ")").c_str(), "p50", "p90",
+                        "p95", "p99", "mean", "runs");
     for (const auto& [name, row] : rows) {
         std::cout << format("%-38s %8.3f %8.3f %8.3f %8.3f %8.3f %5zu\n", name.c_str(), row.p50, row.p90, row.p95,
                             row.p99, row.mean, row.runs);
@@ -138,9 +138,10 @@ Batch choose_image(const Asked& asked, const Port& input, const std::optional<Re
     if (reference) {
         const Tensor& pixels = reference->pixels;
         if (pixels.shape[1] != size.height || pixels.shape[2] != size.width) {
-            throw Error("the reference's pixels are " + pixels.describe() + "; the model takes " +
+            throw Error("the images in the reference are " + pixels.describe() + ", but the model needs " +
                         std::to_string(size.height) + " x " + std::to_string(size.width) +
-                        " (height x width); make the reference with the model's own file");
+                        " pixels (height x width); write a reference for this model with `neck-export verify "
+                        "--save-reference`");
         }
         return {preprocessor.prepare(pixels).image, {}};
     }
@@ -156,8 +157,8 @@ std::vector<Tensor> run_in_batches(const Tensor& image, const Port& input, std::
     const std::int64_t batch = asked > 0 ? asked : std::min(count, input.largest_batch);
     const std::int64_t rest = count % std::max<std::int64_t>(1, batch);
     if (batch < input.smallest_batch || batch > input.largest_batch || (rest > 0 && rest < input.smallest_batch)) {
-        throw Error(std::to_string(count) + " images in batches of " + std::to_string(batch) + ": the model takes " +
-                    input.describe() + "; give another --batch or number of images");
+        throw Error(std::to_string(count) + " images cannot be run in batches of " + std::to_string(batch) +
+                    ", because the model's input is " + input.describe() + "; change --batch or the number of images");
     }
     std::vector<Tensor> outputs;
     for (std::int64_t first = 0; first < count; first += batch) {
@@ -166,7 +167,9 @@ std::vector<Tensor> run_in_batches(const Tensor& image, const Port& input, std::
         for (const Tensor& output : part) {
             if (output.shape.empty() || output.shape[0] != size) {
                 throw Error("output " + output.name + " is " + output.describe() + " for a batch of " +
-                            std::to_string(size) + "; expected as many entries");
+                            std::to_string(size) +
+                            ", but its first dimension must equal the batch size; export the "
+                            "model again with `neck-export onnx`");
             }
         }
         append(outputs, std::move(part));
@@ -185,7 +188,7 @@ Exit print_outputs(const Batch& batch, const std::vector<Tensor>& outputs, const
     };
     if (!batch.fits.empty()) {
         const Fit& fit = batch.fits[0];
-        std::cout << format("%-20s %lld x %lld pixels (height x width), %.6f x %.6f of them to one of the model's\n",
+        std::cout << format("%-20s %lld x %lld pixels (height x width), %.6f x %.6f image pixels per model pixel\n",
                             "image", static_cast<long long>(fit.original.height),
                             static_cast<long long>(fit.original.width), fit.scale_y, fit.scale_x);
     }
@@ -196,15 +199,15 @@ Exit print_outputs(const Batch& batch, const std::vector<Tensor>& outputs, const
     }
     const std::vector<Comparison> comparisons = compare(reference->outputs, outputs, precision);
     const std::int64_t count = reference->pixels.shape[0];
-    std::cout << "PyTorch FP32 (reference) against " << runtime << ", " << count << " image" << (count > 1 ? "s" : "")
-              << ", tolerances of " << precision << "\n";
+    std::cout << "comparing " << runtime << " with the PyTorch FP32 reference on " << count << " image"
+              << (count > 1 ? "s" : "") << ", using the tolerances for " << precision << "\n";
     write_table(std::cout, comparisons);
     return passed(comparisons) ? Exit::done : Exit::not_equal;
 }
 
 int run_command(const std::string& name, const std::string& help, const std::function<Exit()>& command) {
     if (!fill_descriptors()) {
-        std::cerr << name << ": standard output is closed\n";
+        std::cerr << name << ": standard output is closed; open it or redirect it to a file\n";
         return Exit::failed;
     }
     // a reader that went away, such as `head`, is told below instead
@@ -222,14 +225,14 @@ int run_command(const std::string& name, const std::string& help, const std::fun
     } catch (const Error& error) {
         std::cerr << name << ": " << error.what() << "\n";
     } catch (const std::bad_alloc&) {
-        std::cerr << name << ": out of memory; close other programs or use a smaller batch\n";
+        std::cerr << name << ": the host is out of memory; close other programs or use a smaller batch\n";
     } catch (const std::exception& error) {
-        std::cerr << name << ": " << one_line(error.what()) << "; this should not happen, please report it\n";
+        std::cerr << name << ": unexpected error (" << one_line(error.what()) << "); please report it\n";
     }
     set_log({});  // threads of TensorRT's may log until the process ends
     std::cout.flush();
     if (!std::cout) {
-        std::cerr << name << ": standard output cannot be written (closed, or its disk is full)\n";
+        std::cerr << name << ": standard output cannot be written; it was closed, or its disk is full\n";
         return Exit::failed;
     }
     return code;

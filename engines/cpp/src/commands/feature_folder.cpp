@@ -31,13 +31,14 @@ FeatureFolder::FeatureFolder(const fs::path& folder) : folder_(folder) {
     fs::create_directories(folder, error);
     descriptor_ = open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (descriptor_ < 0) {
-        throw Error(folder.string() + ": the folder cannot be used (" + std::generic_category().message(errno) +
-                    "); give a folder for the features");
+        throw Error(folder.string() + ": the output folder cannot be created or opened (" +
+                    std::generic_category().message(errno) + "); check its permissions or choose another folder");
     }
     if (flock(descriptor_, LOCK_EX | LOCK_NB) != 0) {
         close(descriptor_);
-        throw Error(folder.string() + ": another process writes features to this folder; wait until it is done, or "
-            "give another folder");
+        throw Error(folder.string() +
+                    ": another process is writing features to this folder; wait until it has "
+                    "finished, or choose another folder");
     }
 }
 
@@ -63,7 +64,7 @@ void FeatureFolder::tidy() const {
         }
     } catch (const fs::filesystem_error& error) {
         throw Error(folder_.string() + ": the folder cannot be listed (" + error.code().message() +
-                    "); check the folder and its permissions");
+                    "); check its permissions");
     }
 }
 
@@ -83,11 +84,12 @@ std::vector<fs::path> find_images(const fs::path& folder) {
         }
     } catch (const fs::filesystem_error& error) {
         throw Error(folder.string() + ": the folder cannot be listed (" + error.code().message() +
-                    "); give a folder that contains images");
+                    "); pass a readable folder that contains images");
     }
     if (images.empty()) {
-        throw Error(folder.string() + ": the folder contains no image; put in files that end in .png, .jpg, .jpeg, "
-            ".jpe or .jfif");
+        throw Error(folder.string() +
+                    ": the folder contains no images; add files that end in .png, .jpg, .jpeg, "
+                    ".jpe or .jfif");
     }
     std::sort(images.begin(), images.end());
     return images;
@@ -128,18 +130,19 @@ std::vector<fs::path> FeatureFolder::find_missing(const std::vector<fs::path>& i
         } catch (const MemoryError&) {
             throw;
         } catch (const Error& error) {
-            log_line(LogLevel::warning, std::string(error.what()) + "; it is computed again");
+            log_line(LogLevel::warning, std::string(error.what()) + "; the features are computed again");
             missing.push_back(image);
             continue;
         }
         if (recorded["plan"] != plan_hash) {
-            throw Error(features.string() + ": the folder has features of another plan; give another folder, or "
-                "remove them");
+            throw Error(features.string() +
+                        ": these features were computed with another plan; choose another "
+                        "output folder, or delete the old features");
         }
         if (!same_image(image, recorded)) {
-            log_line(LogLevel::warning, image.string() + ": the image was changed after its features were computed; "
-                "they are " +
-                                            "computed again");
+            log_line(LogLevel::warning, image.string() +
+                                            ": the image was changed after its features were computed; "
+                                            "the features are computed again");
             missing.push_back(image);
         }
     }

@@ -16,26 +16,27 @@ using neck::Exit;
 
 constexpr const char* help = R"(Usage: neck-engine PLAN [IMAGE] [options]
 
-Runs a plan of `neck-export trt`, its manifest PLAN.json beside it, on the GPU.
+Runs a TensorRT plan built by `neck-export trt` on the GPU. The manifest PLAN.json must be in the same folder.
 
-  IMAGE             PNG or JPEG, resized to what the plan takes
-  --compare FILE      check the outputs against a reference of `neck-export verify --save-reference`;
-                      without IMAGE its own images are run
-  --batch N           batch size; by default the number of images, or the plan's optimum without any
-  --runs N            timed runs (default 200)
-  --graph             run by a CUDA graph
-  --rtx-graph         let TensorRT-RTX capture CUDA graphs of its own
-  --startup           time the start: loading, first and second run. A second call finds TensorRT-RTX's kernels in
-                      PLAN.cache and starts warm
+  IMAGE               PNG or JPEG file of any size; it is resized to the plan's input
+  --compare FILE      compare the outputs with a reference written by `neck-export verify --save-reference`; without
+                      IMAGE, the plan runs on the images in the reference
+  --batch N           batch size; a single IMAGE is repeated [default: the number of images, up to the plan's largest
+                      batch; without images, its optimum]
+  --runs N            number of timed runs [default: 200]
+  --graph             run the plan as a CUDA graph
+  --rtx-graph         let TensorRT-RTX capture CUDA graphs itself
+  --startup           measure how long loading, the first run and the second run take. A second call reuses the
+                      kernels that TensorRT-RTX compiled, from PLAN.cache
   --serve-folder IN OUT
-                      compute the features of IN's images: OUT/NAME.safetensors each. Features that are there are
-                      kept unless they are damaged or the image has changed. Each image that cannot be read
-                      gives one line on stderr, and the exit code 1
-  --device N          CUDA's number of the GPU (default 0)
-  --manifest          check the files and print what the manifest says; needs no GPU
-  --help              this text
+                      compute the features of all images in the folder IN and write them to OUT/NAME.safetensors.
+                      Existing features are kept unless they are damaged or their image has changed. For each
+                      image that cannot be read, one line is printed to stderr and the exit code is 1
+  --device N          index of the GPU in CUDA's numbering [default: 0]
+  --manifest          check the plan's files and print what the manifest contains; needs no GPU
+  --help              show this text
 
-Exit codes: 0 done, 1 an error, 2 usage, 3 outputs that leave the plan's tolerance.
+Exit codes: 0 success, 1 error, 2 wrong usage, 3 an output differs from the reference by more than the tolerance.
 )";
 
 constexpr int warm_up_runs = 10;
@@ -79,27 +80,27 @@ void print_manifest(const neck::Manifest& manifest) {
               << "TensorRT             " << manifest.flavor << " " << manifest.tensorrt_version << "\n"
               << "compute capability   " << (capabilities.empty() ? "8.0 or later" : capabilities) << "\n"
               << "precision            " << manifest.precision << "\n"
-              << "batch                " << (manifest.batch.empty() ? "not told" : manifest.batch) << "\n"
+              << "batch                " << (manifest.batch.empty() ? "not recorded" : manifest.batch) << "\n"
               << "inputs               " << specs(manifest.inputs) << "\n"
               << "outputs              " << specs(manifest.outputs) << "\n"
               << "verification         " << manifest.verification << "\n"
-              << "files                whole: "
+              << "files                complete: "
               << neck::joined(manifest.files, [](const neck::Manifest::File& file) { return file.name; }) << "\n";
 }
 
 /// Times a piece of work on the stream between two CUDA events.
 template <typename Work>
 neck::Latency measure(cudaStream_t stream, std::int64_t runs, const std::string& plan, Work work) {
-    const neck::OwnedEvent start = neck::make_event(plan, cudaEventDefault);
-    const neck::OwnedEvent end = neck::make_event(plan, cudaEventDefault);
+    const neck::OwnedEvent start = neck::make_event(plan + ": creating a CUDA event failed", cudaEventDefault);
+    const neck::OwnedEvent end = neck::make_event(plan + ": creating a CUDA event failed", cudaEventDefault);
     std::vector<double> times;
     for (std::int64_t index = -warm_up_runs; index < runs; ++index) {
-        neck::check(cudaEventRecord(start.get(), stream), plan + ": timing");
+        neck::check(cudaEventRecord(start.get(), stream), plan + ": timing failed");
         work();
-        neck::check(cudaEventRecord(end.get(), stream), plan + ": timing");
-        neck::check(cudaEventSynchronize(end.get()), plan + ": the run");
+        neck::check(cudaEventRecord(end.get(), stream), plan + ": timing failed");
+        neck::check(cudaEventSynchronize(end.get()), plan + ": the run failed");
         float elapsed = 0;
-        neck::check(cudaEventElapsedTime(&elapsed, start.get(), end.get()), plan + ": timing");
+        neck::check(cudaEventElapsedTime(&elapsed, start.get(), end.get()), plan + ": timing failed");
         if (index >= 0) {
             times.push_back(elapsed);
         }
@@ -117,10 +118,11 @@ Exit print_startup(const Arguments& arguments, const neck::EngineOptions& option
         before = now;
     };
     neck::Engine engine(arguments.target, options);
-    std::cout << engine.runtime() << (engine.warm() ? ", warm: kernels of an earlier start" : ", cold") << "\n";
+    std::cout << engine.runtime()
+              << (engine.warm() ? "; warm start with kernels from the runtime cache" : "; cold start") << "\n";
     lap("loading");
     const neck::DeviceGuard guard(arguments.device, arguments.target);
-    const neck::OwnedStream stream = neck::make_stream(arguments.target);
+    const neck::OwnedStream stream = neck::make_stream(arguments.target + ": creating a CUDA stream failed");
     const neck::Tensor image = neck::choose_image(arguments, engine.input(), std::nullopt).image;
     const neck::Tensor part = neck::first_batch(image, engine.input(), arguments.batch);
     before = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
@@ -148,7 +150,8 @@ Exit run(const Arguments& arguments) {
     options.rtx_graphs = arguments.rtx_graph;
     if (arguments.folder) {
         if (!arguments.image || arguments.reference || arguments.startup) {
-            throw neck::UsageError{"expected PLAN --serve-folder IN OUT, without --compare and --startup"};
+            throw neck::UsageError{
+                "--serve-folder needs PLAN, IN and OUT, and cannot be combined with --compare or --startup"};
         }
         neck::FolderOptions folder;
         folder.batch = arguments.batch;
@@ -160,7 +163,7 @@ Exit run(const Arguments& arguments) {
     }
     neck::Engine engine(plan, options);
     const neck::DeviceGuard guard(arguments.device, plan);
-    const neck::OwnedStream stream = neck::make_stream(plan);
+    const neck::OwnedStream stream = neck::make_stream(plan + ": creating a CUDA stream failed");
     const neck::Batch images = neck::choose_image(arguments, engine.input(), reference);
     const neck::Tensor& image = images.image;
     const std::vector<neck::Tensor> outputs =
@@ -178,12 +181,11 @@ Exit run(const Arguments& arguments) {
         measure(stream.get(), arguments.runs, plan, [&] { engine.enqueue(batch, stream.get()); });
     const neck::Latency whole = measure(stream.get(), std::min<std::int64_t>(arguments.runs, 20), plan,
                                         [&] { engine.infer(part, stream.get()); });
-    neck::print_latencies(
-        "CUDA events", {{std::string("a run, ") + (arguments.graph ? "CUDA graph" : "kernel by kernel") + ", batch " +
-                             std::to_string(batch),
-                         latency},
-                        {"copy in, run, copy out", whole}});
-    std::cout << neck::format("device memory: loading took %.1f MB\n",
+    neck::print_latencies("CUDA events", {{std::string("inference ") + (arguments.graph ? "with" : "without") +
+                                               " CUDA graph, batch " + std::to_string(batch),
+                                           latency},
+                                          {"inference and copies from and to host", whole}});
+    std::cout << neck::format("loading the plan used %.1f MB of device memory\n",
                               static_cast<double>(engine.loaded_bytes()) / 1e6);
     return Exit::done;
 }

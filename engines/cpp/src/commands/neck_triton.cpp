@@ -16,27 +16,31 @@ using neck::Exit;
 
 constexpr const char* help = R"(Usage: neck-triton URL [IMAGE] [options]
 
-Sends an image to a model in Triton over HTTP and prints its features' shapes and the latency.
+Sends an image to a model in Triton over HTTP, and prints the shapes of the outputs and the latency.
 
-  URL                   such as localhost:8000
-  IMAGE               PNG or JPEG, resized to what the model takes; an ensemble that takes files gets it as it is
-  --compare FILE        check the outputs against a reference of `neck-export verify --save-reference`;
-                        without IMAGE its own images are sent
-  --model NAME          (default sam3-encoder)
-  --model-version N     by default the server chooses
-  --precision P         fp32, fp16, bf16, fp8 or int8: whose tolerances; by default told by the outputs' type
-  --batch N             images in one request
-  --runs N              timed requests (default 20)
-  --timeout MS          of one request (default 60000)
-  --largest-answer MB   refuse longer answers (default 4295)
-  --user NAME           basic authentication; the password is read from NECK_TRITON_PASSWORD
-  --header 'NAME: TEXT' a header of every request; may be given several times
-  --ca FILE             certificates that https trusts (PEM); by default SSL_CERT_FILE, or the system's
-  --help                this text
+  URL                   address of Triton's HTTP port, such as localhost:8000
+  IMAGE                 PNG or JPEG file of any size; it is resized to the model's input, or sent unchanged if the
+                        model decodes image files itself
+  --compare FILE        compare the outputs with a reference written by `neck-export verify --save-reference`;
+                        without IMAGE, the images in the reference are sent
+  --model NAME          name of the model in Triton [default: sam3-encoder]
+  --model-version N     version of the model [default: the server chooses]
+  --precision P         use the tolerances for fp32, fp16, bf16, fp8 or int8 [default: chosen by the type of the
+                        outputs]
+  --batch N             images per request; a single IMAGE is repeated [default: the number of images, up to the
+                        model's largest batch]
+  --runs N              number of timed requests [default: 20]
+  --timeout MS          time limit for one request in milliseconds [default: 60000]
+  --largest-answer MB   refuse answers that are longer than this many megabytes [default: 4295]
+  --user NAME           user name for basic authentication; the password is read from NECK_TRITON_PASSWORD
+  --header 'NAME: TEXT' send this HTTP header with every request; may be repeated
+  --ca FILE             PEM file with the certificates to trust for https [default: SSL_CERT_FILE, or the system's]
+  --help                show this text
 
-A bearer token is read from NECK_TRITON_TOKEN. Credentials may also be a part of the URL; they are never printed.
+A bearer token is read from NECK_TRITON_TOKEN. The URL may contain a user name and a password. Credentials are never
+printed.
 
-Exit codes: 0 done, 1 an error, 2 usage, 3 outputs that leave tolerance.
+Exit codes: 0 success, 1 error, 2 wrong usage, 3 an output differs from the reference by more than the tolerance.
 )";
 
 constexpr std::int64_t default_runs = 20;
@@ -53,7 +57,8 @@ Arguments parse(int count, char** values) {
     arguments.runs = default_runs;
     const auto take_precision = [&](const std::string& value) {
         if (value != "fp32" && value != "fp16" && value != "bf16" && value != "fp8" && value != "int8") {
-            throw neck::UsageError{"--precision " + neck::repr(value) + ": expected fp32, fp16, bf16, fp8 or int8"};
+            throw neck::UsageError{"--precision must be fp32, fp16, bf16, fp8 or int8, but " + neck::repr(value) +
+                                   " was given"};
         }
         arguments.precision = value;
     };
@@ -70,7 +75,7 @@ Arguments parse(int count, char** values) {
     const auto take_header = [&](const std::string& value) {
         const std::size_t colon = value.find(':');
         if (colon == std::string::npos) {
-            throw neck::UsageError{"--header needs a name, a colon and a text, such as 'X-Tenant: a'"};
+            throw neck::UsageError{"--header must be a name, a colon and a value, such as 'X-Tenant: a'"};
         }
         const std::size_t text = std::min(value.find_first_not_of(' ', colon + 1), value.size());
         arguments.options.headers.emplace_back(value.substr(0, colon), value.substr(text));
@@ -91,7 +96,7 @@ Arguments parse(int count, char** values) {
                  {"ca", true, [&](const std::string& value) { arguments.options.ca_file = value; }}});
     arguments.options.password = from_environment("NECK_TRITON_PASSWORD");
     if (!arguments.help && !arguments.image && !arguments.reference) {
-        throw neck::UsageError{"expected URL and IMAGE, or URL and --compare"};
+        throw neck::UsageError{"pass URL and IMAGE, or URL and --compare FILE"};
     }
     return arguments;
 }
@@ -125,8 +130,8 @@ public:
         for (std::int64_t index = 0; index < arguments_.runs; ++index) {
             send_one();
         }
-        neck::print_latencies("this client's clock",
-                              {{"a request, batch " + std::to_string(batch), neck::summarize(milliseconds_)}});
+        neck::print_latencies("client's clock",
+                              {{"one request, batch " + std::to_string(batch), neck::summarize(milliseconds_)}});
     }
 
 private:
@@ -155,7 +160,8 @@ neck::FileBytes read_image_file(const std::string& path) {
     try {
         return neck::read_file(path);
     } catch (const std::system_error& error) {
-        throw neck::Error(path + " cannot be read (" + error.code().message() + "); check the path and its permissions");
+        throw neck::Error(path + ": the file cannot be read (" + error.code().message() +
+                          "); check the path and its permissions");
     }
 }
 
@@ -163,7 +169,7 @@ neck::FileBytes read_image_file(const std::string& path) {
 Exit run_file(const Arguments& arguments, const neck::BytesPort& input, const std::string& server, Sender& sender,
               const std::optional<neck::Reference>& reference) {
     if (!arguments.image) {
-        throw neck::Error(arguments.model + " accepts image files; give an IMAGE");
+        throw neck::Error("the model " + arguments.model + " accepts only image files; pass IMAGE too");
     }
     const neck::FileBytes file = read_image_file(*arguments.image);
     const auto batch = static_cast<std::size_t>(std::max<std::int64_t>(1, arguments.batch));
@@ -193,9 +199,9 @@ Exit run(const Arguments& arguments) {
         return run_file(arguments, model.bytes_inputs[0], server, sender, reference);
     }
     if (model.inputs.size() != 1 || !model.bytes_inputs.empty()) {
-        throw neck::Error(arguments.model + " takes " +
+        throw neck::Error("the model " + arguments.model + " has " +
                           std::to_string(model.inputs.size() + model.bytes_inputs.size()) +
-                          " inputs; expected one, an image");
+                          " inputs, but must have exactly one, the image; choose another model with --model");
     }
     const neck::Port& input = model.inputs[0];
     const neck::Batch images = neck::choose_image(arguments, input, reference);

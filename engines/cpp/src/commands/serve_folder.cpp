@@ -69,14 +69,16 @@ private:
 
     static Source read_source(const fs::path& path) {
         if (FeatureFolder::name_too_long(path)) {
-            throw Error(path.string() + " has a name that is too long for a file of features; rename the image");
+            throw Error(path.string() +
+                        ": the name is too long to be used for the file with the features; rename the image");
         }
         try {
             OpenFile open(path);
             if (open.size() > largest_file) {
-                throw Error(path.string() + " has " + std::to_string(open.size()) + " bytes, more than an image can "
-                    "have; " +
-                            "fetch it again");
+                throw Error(path.string() + ": the file has " + std::to_string(open.size()) +
+                            " bytes, but an image may have "
+                            "at most " +
+                            std::to_string(largest_file) + "; replace or remove the file");
             }
             FileBytes file(open.size());
             open.read(file.data(), file.size());
@@ -85,8 +87,8 @@ private:
                                                      {"image_sha256", sha256(file.data(), file.size())}};
             return {std::move(file), std::move(facts)};
         } catch (const std::system_error& error) {
-            throw Error(path.string() + " cannot be opened (" + error.code().message() +
-                        "); check the path and its permissions.");
+            throw Error(path.string() + ": the image cannot be opened (" + error.code().message() +
+                        "); check the path and its permissions");
         }
     }
 
@@ -115,7 +117,7 @@ private:
             } catch (const Error& error) {
                 ++bad_;
                 const std::lock_guard<std::mutex> lock(printing_);
-                std::cerr << "neck-engine: skipped: " + std::string(error.what()) + "\n";
+                std::cerr << "neck-engine: image skipped: " + std::string(error.what()) + "\n";
             }
         }
         return batch;
@@ -153,7 +155,7 @@ private:
             const std::size_t now = ++done_;
             if (isatty(STDERR_FILENO) != 0) {
                 const std::lock_guard<std::mutex> lock(printing_);
-                std::cerr << "\r" << now + bad_ << " of " << images_.size() << " images" << std::flush;
+                std::cerr << "\r" << now + bad_ << " of " << images_.size() << " images processed" << std::flush;
             }
         }
     }
@@ -188,8 +190,8 @@ Exit serve_folder(const fs::path& plan, const fs::path& in, const fs::path& out,
         const Port input = pool.acquire(patience)->input();
         const std::int64_t batch = options.batch > 0 ? options.batch : input.optimum_batch;
         if (batch < input.smallest_batch || batch > input.largest_batch) {
-            throw Error(plan.string() + ": batches of " + std::to_string(batch) + " images; expected " +
-                        input.describe());
+            throw Error(plan.string() + ": the plan cannot run batches of " + std::to_string(batch) +
+                        " images, because its input is " + input.describe() + "; change --batch");
         }
         const Preprocessor preprocessor(input);
         Work work(std::move(missing), folder, hash, static_cast<std::size_t>(batch));

@@ -22,8 +22,9 @@ Engine::Impl::Impl(const std::filesystem::path& plan, const EngineOptions& optio
               " (compute capability " + gpu.capability() + ")";
     const bool rtx = flavor_here() == "rtx";
     if (options.rtx_graphs && (!rtx || options.cuda_graph)) {
-        throw Error(plan_ + ": the CUDA graphs that TensorRT-RTX captures itself need " +
-                    (rtx ? "cuda_graph to be off" : "TensorRT-RTX, but this program was built with " + flavor_here()));
+        throw Error(plan_ + ": the option --rtx-graph (rtx_graphs) " +
+                    (rtx ? "cannot be combined with --graph (cuda_graph); use one of them"
+                         : "needs TensorRT-RTX, but this program was built for TensorRT; use --graph (cuda_graph)"));
     }
     if (rtx && options.use_runtime_cache) {
         cache_ = RuntimeCache(options.runtime_cache.empty() ? plan_ + ".cache" : options.runtime_cache.string(),
@@ -110,23 +111,23 @@ void Engine::Impl::load(const std::string& version) {
     std::size_t before = 0;
     std::size_t after = 0;
     std::size_t total = 0;
-    check(cudaMemGetInfo(&before, &total), plan_ + ": asking for free memory");
+    check(cudaMemGetInfo(&before, &total), plan_ + ": querying the free device memory failed");
     loaded_ = load_engine(plan_, manifest, version);
     for (const std::string& warning : loaded_->logger->warnings()) {
-        warnings.push_back("TensorRT warns: " + warning);
+        warnings.push_back("TensorRT warning: " + warning);
     }
     std::string why_not;
     const std::string cached = cache_.read(why_not);
     loaded_->config = make_runtime_config(*loaded_->engine, cached, options_.rtx_graphs, warm);
     if (!cached.empty() && !warm) {
-        why_not = "TensorRT-RTX refused the runtime cache (" + loaded_->logger->failure() +
-                  "); kernels are compiled again";
+        why_not = plan_ + ": TensorRT-RTX rejected the runtime cache (" + loaded_->logger->failure() +
+                  "); the kernels are compiled again";
     }
     if (!why_not.empty()) {
         warn(why_not);
     }
     allocate_buffers();
-    check(cudaMemGetInfo(&after, &total), plan_ + ": asking for free memory");
+    check(cudaMemGetInfo(&after, &total), plan_ + ": querying the free device memory failed");
     loaded_bytes = before > after ? before - after : 0;
 }
 
@@ -134,8 +135,8 @@ void Engine::Impl::allocate_buffers() {
     const Port& port = input();
     largest_batch_ = options_.max_batch != 0 ? options_.max_batch : port.largest_batch;
     if (largest_batch_ < port.smallest_batch || largest_batch_ > port.largest_batch) {
-        throw Error(plan_ + ": a largest batch of " + std::to_string(largest_batch_) + " was requested; expected " +
-                    port.describe());
+        throw Error(plan_ + ": max_batch is " + std::to_string(largest_batch_) + ", but the plan's input is " +
+                    port.describe() + "; set max_batch to a batch size that the plan supports");
     }
     scratch_bytes_ = loaded_->engine->getDeviceMemorySizeV2();
     if (scratch_bytes_ > 0) {
@@ -148,10 +149,10 @@ void Engine::Impl::allocate_buffers() {
         output_.push_back({allocate(most_bytes(output), plan_), nullptr});
         context_bytes_ += most_bytes(output);
     }
-    done_ = make_event(plan_ + ": making an event", cudaEventDisableTiming);
+    done_ = make_event(plan_ + ": creating a CUDA event failed", cudaEventDisableTiming);
     context_ = make_context(*loaded_, scratch_.get(), scratch_bytes_, plan_);
     if (options_.cuda_graph) {
-        capture_stream_ = make_stream(plan_ + ": making a stream");
+        capture_stream_ = make_stream(plan_ + ": creating a CUDA stream failed");
     }
 }
 
@@ -171,9 +172,9 @@ auto use(const std::unique_ptr<Impl>& impl, Work work) -> decltype(work(*impl)) 
     Impl& engine = existing(impl);
     return guarded(engine.plan(), [&] {
         if (!engine.ready()) {
-            throw Error(engine.plan() + ": the execution context was discarded after the GPU failed; call recover(), "
-                "or " +
-                        "start the program again");
+            throw Error(engine.plan() +
+                        ": the execution context was discarded after an error on the GPU; call recover(), "
+                        "or start the program again");
         }
         try {
             return work(engine);

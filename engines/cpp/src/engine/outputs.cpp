@@ -41,7 +41,7 @@ std::size_t Engine::Impl::find_output(const std::string& name) const {
     const auto found =
         std::find_if(outputs().begin(), outputs().end(), [&](const Port& port) { return port.name == name; });
     if (found == outputs().end()) {
-        throw Error(plan_ + ": the plan has no output " + repr(name) + "; it has " +
+        throw Error(plan_ + ": the plan has no output " + repr(name) + "; choose one of " +
                     joined(outputs(), [](const Port& port) { return port.name; }));
     }
     return static_cast<std::size_t>(found - outputs().begin());
@@ -50,20 +50,20 @@ std::size_t Engine::Impl::find_output(const std::string& name) const {
 void Engine::Impl::bind_output(const std::string& name, void* memory, std::size_t bytes) {
     Output& output = output_[find_output(name)];
     const std::size_t needed = most_bytes(outputs()[find_output(name)]);
-    const std::string what = plan_ + ": the memory for " + name;
     const DeviceGuard guard(options_.device, plan_);
     if (memory != nullptr) {
         if (bytes < needed) {
-            throw Error(what + " has " + std::to_string(bytes) + " bytes; expected " + std::to_string(needed) +
-                        ", enough for a batch of " + std::to_string(largest_batch_));
+            throw Error(plan_ + ": the memory for output " + name + " has " + std::to_string(bytes) +
+                        " bytes, but a batch of " + std::to_string(largest_batch_) + " needs " +
+                        std::to_string(needed));
         }
         if (reinterpret_cast<std::uintptr_t>(memory) % alignment != 0) {
-            throw Error(what + " is at an address that is not a multiple of " + std::to_string(alignment) +
-                        " bytes; give memory as cudaMalloc returns it");
+            throw Error(plan_ + ": the memory for output " + name + " is not aligned to " + std::to_string(alignment) +
+                        " bytes; use memory from cudaMalloc");
         }
-        check_device_memory(memory, options_.device, what);
+        check_device_memory(memory, options_.device, plan_, "the memory for " + name);
     }
-    check(cudaEventSynchronize(done_.get()), plan_ + ": the run");
+    check(cudaEventSynchronize(done_.get()), plan_ + ": the run failed");
     graphs_.clear();  // their addresses are fixed
     output.bound = memory;
     last_batch_ = 0;

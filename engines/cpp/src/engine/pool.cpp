@@ -20,15 +20,15 @@ constexpr int most_contexts = 1024;
 void check_memory(const std::string& plan, const Engine& first, int contexts) {
     std::size_t free_bytes = 0;
     std::size_t total = 0;
-    check(cudaMemGetInfo(&free_bytes, &total), plan + ": asking for free memory");
+    check(cudaMemGetInfo(&free_bytes, &total), plan + ": querying the free device memory failed");
     const std::size_t each = std::max<std::size_t>(1, first.context_bytes());
     const std::size_t more = static_cast<std::size_t>(contexts) - 1;
     if (more > free_bytes / each) {
-        throw Error(plan +
-                    format(": %d contexts need %.1f MB of device memory in addition to the first, but %.1f MB are "
-                        "free; use at most %zu, or a smaller largest batch",
-                           contexts, static_cast<double>(more * each) / 1e6, static_cast<double>(free_bytes) / 1e6,
-                           1 + free_bytes / each));
+        throw Error(
+            plan + format(": %d contexts need another %.1f MB of device memory, but only %.1f MB are free; use at most "
+                          "%zu contexts, or reduce max_batch",
+                          contexts, static_cast<double>(more * each) / 1e6, static_cast<double>(free_bytes) / 1e6,
+                          1 + free_bytes / each));
     }
 }
 
@@ -39,9 +39,8 @@ public:
     State(const std::filesystem::path& plan, const PoolOptions& options, const EngineOptions& engine)
         : plan_(plan.string()), device_(engine.device), most_waiting_(options.most_waiting) {
         if (options.contexts < 1 || options.contexts > most_contexts) {
-            throw Error(plan_ + ": a pool of " + std::to_string(options.contexts) + " contexts is not possible; give "
-                "1 to " +
-                        std::to_string(most_contexts));
+            throw Error(plan_ + ": a pool cannot have " + std::to_string(options.contexts) +
+                        " contexts; set PoolOptions::contexts to a number from 1 to " + std::to_string(most_contexts));
         }
         engines_.emplace_back(plan, engine);
         const DeviceGuard guard(device_, plan_);
@@ -51,7 +50,7 @@ public:
             if (index > 0) {
                 engines_.push_back(engines_.front().another());
             }
-            streams_.push_back(make_stream(plan_ + ": making a stream"));
+            streams_.push_back(make_stream(plan_ + ": creating a CUDA stream failed"));
             free_.push_back(static_cast<std::size_t>(index));
         }
     }
@@ -116,8 +115,8 @@ private:
             return index;
         }
         if (!closed_ && waiting_.size() >= most_waiting_) {
-            throw Error(plan_ + ": " + std::to_string(waiting_.size()) + " threads already wait for one of " +
-                        std::to_string(engines_.size()) + " contexts; try again later, or make a larger pool");
+            throw Error(plan_ + ": " + std::to_string(waiting_.size()) + " threads are already waiting for one of " +
+                        std::to_string(engines_.size()) + " contexts; try again later, or create a larger pool");
         }
         const auto self = waiting_.emplace(waiting_.end());
         constexpr std::chrono::milliseconds longest = std::chrono::hours(24 * 365);  // the clock ends somewhere
@@ -130,10 +129,10 @@ private:
             return index;
         }
         if (done) {
-            throw Error(plan_ + ": the pool of contexts is closed; create another");
+            throw Error(plan_ + ": the pool of contexts is closed; create another pool");
         }
-        throw Error(plan_ + ": none of " + std::to_string(engines_.size()) + " contexts became free within " +
-                    std::to_string(timeout.count()) + " ms; wait longer, or make a larger pool");
+        throw Error(plan_ + ": none of the " + std::to_string(engines_.size()) + " contexts became free within " +
+                    std::to_string(timeout.count()) + " ms; use a longer timeout, or create a larger pool");
     }
 
     std::string plan_;
@@ -169,7 +168,7 @@ void Pool::Lease::give_back() noexcept {
 
 Pool::State& Pool::Lease::state() const {
     if (!state_) {
-        throw Error("this lease was moved from; use the lease that it was moved to");
+        throw Error("this neck::Pool::Lease was moved from; use the lease that it was moved to");
     }
     return *state_;
 }

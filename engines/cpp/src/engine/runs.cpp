@@ -26,29 +26,30 @@ void Engine::Impl::check_batch(const std::string& got, std::int64_t batch) const
     if (batch < input().smallest_batch || batch > largest_batch_) {
         Port takes = input();
         takes.largest_batch = largest_batch_;
-        throw Error(plan_ + ": " + takes.name + " is " + got + "; expected " + takes.describe());
+        throw Error(plan_ + ": the input " + takes.name + " is " + got + ", but it must be " + takes.describe());
     }
 }
 
 void Engine::Impl::wait_before(cudaStream_t stream) {
-    check(cudaStreamWaitEvent(stream, done_.get(), 0), plan_ + ": waiting for the run before");
+    check(cudaStreamWaitEvent(stream, done_.get(), 0), plan_ + ": waiting for the previous run failed");
 }
 
 void Engine::Impl::mark_after(cudaStream_t stream) {
-    check(cudaEventRecord(done_.get(), stream), plan_ + ": marking the end of a run");
+    check(cudaEventRecord(done_.get(), stream), plan_ + ": recording the end of a run failed");
 }
 
 void Engine::Impl::copy_in(const Tensor& image, cudaStream_t stream) {
     const Port& port = input();
     const Shape expected = image.shape.empty() ? Shape() : port.at(image.shape[0]);
     if (image.type != port.type || image.shape != expected || image.data.size() != bytes_of(image.type, image.shape)) {
-        throw Error(plan_ + ": " + port.name + " is " + image.describe() + "; expected " + port.describe());
+        throw Error(plan_ + ": the input " + port.name + " is " + image.describe() + ", but it must be " +
+                    port.describe());
     }
     check_batch(image.describe(), image.shape[0]);
     const DeviceGuard guard(options_.device, plan_);
     wait_before(stream);
     check(cudaMemcpyAsync(input_.get(), image.data.data(), image.data.size(), cudaMemcpyHostToDevice, stream),
-          plan_ + ": copying the input");
+          plan_ + ": copying the input to the GPU failed");
     mark_after(stream);
 }
 
@@ -58,12 +59,14 @@ Fit Engine::Impl::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch,
     if (size.height < 1 || size.width < 1 || pitch < static_cast<std::size_t>(size.width) * 3 || entry < 0 ||
         entry >= largest_batch_) {
         throw Error(plan_ + ": an image of " + std::to_string(size.height) + " x " + std::to_string(size.width) +
-                    " pixels with " + std::to_string(pitch) + " bytes a row cannot be entry " + std::to_string(entry) +
-                    "; expected sides above 0, rows of 3 bytes a pixel or more, and an entry below " +
+                    " pixels with " + std::to_string(pitch) + " bytes per row cannot be copied to batch entry " +
+                    std::to_string(entry) +
+                    "; the sides must be above 0, rows must have at least 3 bytes per pixel, "
+                    "and the entry must be below " +
                     std::to_string(largest_batch_));
     }
     const DeviceGuard guard(options_.device, plan_);
-    check_device_memory(pixels, options_.device, plan_ + ": the image");
+    check_device_memory(pixels, options_.device, plan_, "the image");
     DeviceResize job{static_cast<const std::uint8_t*>(pixels), size.height, size.width, pitch};
     job.target = input_.get() + static_cast<std::size_t>(entry) * bytes_of(input().type, input().at(1));
     job.target_height = wanted.height;
@@ -73,10 +76,10 @@ Fit Engine::Impl::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch,
     const cudaError_t launched = launch_resize(job, stream);
     if (launched == cudaErrorNotSupported) {
         throw Error(plan_ +
-                    ": this library was built without nvcc, which resizing on the GPU needs; build it with " +
-                    "nvcc, or give pixels in host memory to neck::Preprocessor");
+                    ": this library cannot resize images on the GPU, because it was built without nvcc; build it with "
+                    "nvcc, or resize the image on the CPU with neck::Preprocessor");
     }
-    check(launched, plan_ + ": resizing the image");
+    check(launched, plan_ + ": resizing the image failed");
     mark_after(stream);
     return fit_of(size, wanted);
 }
@@ -84,8 +87,8 @@ Fit Engine::Impl::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch,
 void Engine::Impl::bind(nvinfer1::IExecutionContext& context, std::int64_t batch, const void* image) {
     const Port& port = input();
     if (!context.setInputShape(port.name.c_str(), dims_of(port.at(batch)))) {
-        throw Error(plan_ + ": " + port.name + " cannot be " + to_text(port.at(batch)) + " (" +
-                    loaded_->logger->failure() + "); expected " + port.describe());
+        throw Error(plan_ + ": TensorRT rejected the shape " + to_text(port.at(batch)) + " of the input " + port.name +
+                    " (" + loaded_->logger->failure() + "); the input must be " + port.describe());
     }
     // TensorRT's interface takes no pointer to const; it only reads an input
     bool bound = context.setTensorAddress(port.name.c_str(), const_cast<void*>(image));  // NOLINT
@@ -93,8 +96,8 @@ void Engine::Impl::bind(nvinfer1::IExecutionContext& context, std::int64_t batch
         bound = context.setTensorAddress(outputs()[index].name.c_str(), output_[index].address()) && bound;
     }
     if (!bound) {
-        throw Error(plan_ + ": the tensors cannot be bound (" + loaded_->logger->failure() +
-                    "); give device memory that is aligned to 256 bytes");
+        throw Error(plan_ + ": TensorRT rejected the address of an input or output (" + loaded_->logger->failure() +
+                    "); use device memory that is aligned to 256 bytes");
     }
 }
 
@@ -118,18 +121,19 @@ Prepared& Engine::Impl::captured(std::int64_t batch) {
     for (int index = 0; index < warm_up_runs; ++index) {
         run(*prepared.context, stream);
     }
-    check(cudaStreamSynchronize(stream), plan_ + ": the run");
+    check(cudaStreamSynchronize(stream), plan_ + ": the run failed");
     const auto succeed = [&](cudaError_t code) {
         if (code != cudaSuccess) {
             cudaGetLastError();
-            throw GpuError(plan_ + ": no CUDA graph can be captured (" + cudaGetErrorString(code) +
-                        "); run it without one");
+            throw GpuError(plan_ + ": the CUDA graph cannot be captured (" + cudaGetErrorString(code) +
+                           "); run the plan without --graph (cuda_graph)");
         }
     };
     if (!is_capturable(*prepared.context, stream)) {
-        throw Error(plan_ +
-                    ": no CUDA graph can be captured (TensorRT-RTX allocates while it runs this plan); run it " +
-                    "without one, or build the plan again with `neck-export trt`");
+        throw Error(
+            plan_ +
+            ": the CUDA graph cannot be captured, because TensorRT-RTX allocates memory while it runs this plan; "
+            "run the plan without --graph (cuda_graph), or build it again with `neck-export trt`");
     }
     succeed(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     const bool ran = prepared.context->enqueueV3(stream);
@@ -153,11 +157,11 @@ void Engine::Impl::enqueue(std::int64_t batch, cudaStream_t stream, const void* 
     } else if (image != input_.get() && (prepared || reinterpret_cast<std::uintptr_t>(image) % alignment != 0)) {
         const std::size_t bytes = bytes_of(input().type, input().at(batch));
         check(cudaMemcpyAsync(input_.get(), image, bytes, cudaMemcpyDeviceToDevice, stream),
-              plan_ + ": copying the input");
+              plan_ + ": copying the input on the GPU failed");
         image = input_.get();
     }
     if (prepared) {
-        check(cudaGraphLaunch(prepared->graph.get(), stream), plan_ + ": the run");
+        check(cudaGraphLaunch(prepared->graph.get(), stream), plan_ + ": the run failed");
     } else {
         bind(*context_, batch, image);
         run(*context_, stream);
@@ -181,7 +185,7 @@ void Engine::Impl::keep_kernels(std::int64_t batch) {
 
 std::vector<DeviceTensor> Engine::Impl::device_outputs() const {
     if (last_batch_ == 0) {
-        throw Error(plan_ + ": there are no outputs before the first run; call enqueue");
+        throw Error(plan_ + ": there are no outputs before the first run; call enqueue first");
     }
     std::vector<DeviceTensor> tensors;
     for (std::size_t index = 0; index < output_.size(); ++index) {
@@ -200,11 +204,11 @@ std::vector<Tensor> Engine::Impl::copy_out(cudaStream_t stream) {
     for (const DeviceTensor& output : found) {
         Tensor tensor{output.name, output.type, output.shape, std::vector<std::byte>(output.bytes)};
         check(cudaMemcpyAsync(tensor.data.data(), output.data, output.bytes, cudaMemcpyDeviceToHost, stream),
-              plan_ + ": copying the outputs");
+              plan_ + ": copying the outputs to the host failed");
         tensors.push_back(std::move(tensor));
     }
     mark_after(stream);
-    check(cudaStreamSynchronize(stream), plan_ + ": the run");
+    check(cudaStreamSynchronize(stream), plan_ + ": the run failed");
     return tensors;
 }
 

@@ -49,7 +49,9 @@ public:
     /// What `read` throws.
     class NECK_API Ended : public std::system_error {
     public:
-        Ended() : std::system_error(std::make_error_code(std::errc::io_error), "it became shorter") {}
+        Ended()
+            : std::system_error(std::make_error_code(std::errc::io_error),
+                                "the file became shorter while it was read") {}
     };
 
 private:

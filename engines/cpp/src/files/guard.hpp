@@ -24,13 +24,14 @@ auto guarded(const Subject& subject, Work work) -> decltype(work()) {
     } catch (const Error&) {
         throw;
     } catch (const std::bad_alloc&) {
-        throw MemoryError(subject_text(subject) + ": the host has too little free memory for this; close other programs, " +
-                          "or use smaller images, batches or files");
+        throw MemoryError(subject_text(subject) +
+                          ": the host has too little free memory; close other programs, or use "
+                          "smaller images, batches or files");
     } catch (const std::system_error& error) {
         throw Error(subject_text(subject) + ": the operating system refused a resource (" + one_line(error.what()) +
-                    "); check the limits of this process on threads, open files and memory");
+                    "); check the limits on threads, open files and memory (ulimit -a)");
     } catch (const std::exception& error) {
-        throw Error(subject_text(subject) + ": unexpected failure (" + one_line(error.what()) + "); please report it");
+        throw Error(subject_text(subject) + ": unexpected error (" + one_line(error.what()) + "); please report it");
     }
 }
 

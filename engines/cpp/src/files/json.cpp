@@ -39,7 +39,7 @@ Json parse_json(std::string_view text) {
 
 Json parse_json_or_say(std::string_view text) {
     if (too_deep(text)) {
-        throw Fault{"it is nested more than " + std::to_string(deepest) + " levels deep"};
+        throw Fault{"the JSON is nested more than " + std::to_string(deepest) + " levels deep"};
     }
     try {
         return Json::parse(text);
@@ -52,7 +52,7 @@ std::string dump_json(const Json& json) { return json.dump(-1, ' ', false, Json:
 
 const Json& at(const Json& object, const char* key) {
     if (!object.is_object()) {
-        throw Fault{std::string(object.type_name()) + " where an object with " + repr(key) + " is expected"};
+        throw Fault{"a JSON object with " + repr(key) + " is expected, but " + object.type_name() + " was found"};
     }
     const auto found = object.find(key);
     if (found == object.end()) {
@@ -64,7 +64,7 @@ const Json& at(const Json& object, const char* key) {
 std::string text_at(const Json& object, const char* key) {
     const Json& value = at(object, key);
     if (!value.is_string()) {
-        throw Fault{repr(key) + " is " + value.type_name() + ", expected a string"};
+        throw Fault{repr(key) + " must be a string, but is of type " + value.type_name()};
     }
     return value.get<std::string>();
 }
@@ -72,7 +72,7 @@ std::string text_at(const Json& object, const char* key) {
 const Json& list_at(const Json& object, const char* key) {
     const Json& value = at(object, key);
     if (!value.is_array()) {
-        throw Fault{repr(key) + " is " + value.type_name() + ", expected a list"};
+        throw Fault{repr(key) + " must be a list, but is of type " + value.type_name()};
     }
     return value;
 }

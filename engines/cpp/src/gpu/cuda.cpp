@@ -13,24 +13,24 @@ void check(cudaError_t code, const std::string& what) {
     if (code == cudaErrorMemoryAllocation) {
         throw GpuError(what + ": out of device memory; " + memory_text());
     }
-    throw GpuError(what + " failed (" + cudaGetErrorString(code) + "); " +
-                "check with nvidia-smi that the GPU still works, and start the program again");
+    throw GpuError(what + " (" + cudaGetErrorString(code) + "); " +
+                   "check with nvidia-smi that the GPU still works, and start the program again");
 }
 
-void check_device_memory(const void* address, int device, const std::string& what) {
+void check_device_memory(const void* address, int device, const std::string& plan, const std::string& name) {
     cudaPointerAttributes found{};
-    check(cudaPointerGetAttributes(&found, address), what + ": asking where it lies");
+    check(cudaPointerGetAttributes(&found, address), plan + ": querying the memory of " + name + " failed");
     const bool on_device = found.type == cudaMemoryTypeDevice || found.type == cudaMemoryTypeManaged;
     if (!on_device || (found.type == cudaMemoryTypeDevice && found.device != device)) {
-        throw Error(what + " is in " +
+        throw Error(plan + ": " + name + " is in " +
                     (on_device ? "the memory of GPU " + std::to_string(found.device) : "host memory") +
-                    "; expected memory of GPU " + std::to_string(device) + ", so copy it there first");
+                    "; copy it to the memory of GPU " + std::to_string(device) + " first");
     }
 }
 
 std::string driver_version(const std::string& plan) {
     int version = 0;
-    check(cudaDriverGetVersion(&version), plan + ": asking for the driver's version");
+    check(cudaDriverGetVersion(&version), plan + ": querying the driver version failed");
     return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
@@ -39,7 +39,7 @@ std::string memory_text() {
     std::size_t total_bytes = 0;
     if (cudaMemGetInfo(&free_bytes, &total_bytes) != cudaSuccess) {
         cudaGetLastError();
-        return "the free device memory is unknown";
+        return "the amount of free device memory is unknown; check with nvidia-smi that the GPU still works";
     }
     return format(
         "%.1f of %.1f GB of device memory are free; if that is too little, close other programs or use a smaller batch",
@@ -49,7 +49,7 @@ std::string memory_text() {
 DeviceMemory allocate(std::size_t bytes, const std::string& plan) {
     void* address = nullptr;
     // an empty tensor has an address, too: TensorRT refuses none
-    check(cudaMalloc(&address, bytes == 0 ? 1 : bytes), plan);
+    check(cudaMalloc(&address, bytes == 0 ? 1 : bytes), plan + ": allocating device memory failed");
     return DeviceMemory(static_cast<std::byte*>(address));
 }
 
@@ -66,8 +66,8 @@ OwnedEvent make_event(const std::string& what, unsigned flags) {
 }
 
 DeviceGuard::DeviceGuard(int device, const std::string& what) {
-    check(cudaGetDevice(&before_), what + ": finding the current GPU");
-    check(cudaSetDevice(device), what + ": taking GPU " + std::to_string(device));
+    check(cudaGetDevice(&before_), what + ": querying the current GPU failed");
+    check(cudaSetDevice(device), what + ": selecting GPU " + std::to_string(device) + " failed");
 }
 
 DeviceGuard::~DeviceGuard() { cudaSetDevice(before_); }

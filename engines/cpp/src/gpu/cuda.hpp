@@ -18,7 +18,7 @@ public:
 };
 
 /// Throws where a call of the CUDA runtime failed.
-/// \param what begins the message: the plan, then what was tried.
+/// \param what begins the message: the plan, then what failed.
 /// \throws GpuError
 NECK_API void check(cudaError_t code, const std::string& what);
 
@@ -28,9 +28,8 @@ std::string driver_version(const std::string& plan);
 /// `3.2 of 23.6 GB of device memory are free; if too little, ...`
 std::string memory_text();
 
-/// \param what begins the message.
 /// \throws Error an address that is not in this GPU's memory.
-void check_device_memory(const void* address, int device, const std::string& what);
+void check_device_memory(const void* address, int device, const std::string& plan, const std::string& name);
 
 /// Frees what cudaMalloc gave.
 struct DeviceFree {

@@ -10,7 +10,7 @@
 namespace neck {
 
 void damaged(std::string_view why) {
-    throw ImageFault("is damaged (" + one_line(why) + "); download it again or save it as 8-bit RGB PNG");
+    throw ImageFault("the image is damaged (" + one_line(why) + "); download it again or save it as 8-bit RGB PNG");
 }
 
 Canvas::Canvas(Size stored, int orientation) : stored_(stored) {
@@ -46,15 +46,16 @@ Pixels decode(std::string_view file, const ImageLimits& limits) {
     const Header header = read_header(file);
     const Size size = header.size;
     if (size.height > limits.most_pixels / size.width) {
-        throw ImageFault("has more than " + std::to_string(limits.most_pixels) +
-                         " pixels, the limit for decoding; make the image smaller");
+        throw ImageFault("the image has more than " + std::to_string(limits.most_pixels) +
+                         " pixels, the limit for decoding; reduce the size of the image");
     }
     // a scan goes over all pixels: at the largest size twelve take 4 s, and a smaller image may take as long
     const std::int64_t affordable = std::max<std::int64_t>(1, limits.most_pixels / (size.height * size.width) * 12);
     const std::int64_t allowed = std::min<std::int64_t>(limits.most_scans, affordable);
     if (header.scans > static_cast<std::size_t>(allowed)) {
-        throw ImageFault("is a JPEG of " + std::to_string(header.scans) + " scans; at its size the limit is " +
-                         std::to_string(allowed) + "; save it again with fewer");
+        throw ImageFault("the image is a JPEG with " + std::to_string(header.scans) +
+                         " scans, but the limit at its size is " + std::to_string(allowed) +
+                         "; save it again with fewer scans");
     }
     Canvas canvas(size, header.orientation);
     if (header.png) {

@@ -13,7 +13,7 @@
 
 namespace neck {
 
-/// Why an image cannot be used, without its name: `is damaged (...); fetch it again`.
+/// Why an image cannot be used, without its name: `the image is damaged (...); download it again`.
 class ImageFault : public std::runtime_error {
 public:
     using std::runtime_error::runtime_error;

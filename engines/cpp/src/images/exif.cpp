@@ -101,7 +101,9 @@ std::optional<int> orientation_of_tiff(std::string_view data) {
     }
     const auto first = tiff.number(4, 4);
     if (!known || !first || head == heads[5]) {
-        throw ImageFault("is damaged (its EXIF data are not a TIFF structure); save it again, or remove its metadata");
+        throw ImageFault(
+            "the image is damaged (its EXIF metadata are not a TIFF structure); save it again or remove "
+            "its metadata");
     }
     std::size_t at = *first;
     const auto count = tiff.number(at, 2);

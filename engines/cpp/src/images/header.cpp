@@ -63,7 +63,7 @@ std::string unpack(std::string_view packed) {
     text.resize(text.size() - stream.avail_out);
     inflateEnd(&stream);
     if (rest && text.size() == largest_text) {
-        damaged("its text is larger than 1 MiB when unpacked");
+        damaged("the text metadata are larger than 1 MiB when unpacked");
     }
     return code == Z_OK || code == Z_STREAM_END || code == Z_BUF_ERROR ? text : std::string();
 }
@@ -90,7 +90,7 @@ std::string from_hex(std::string_view text) {
         const int high = digit(text[0]);
         const int low = text.size() > 1 ? digit(text[1]) : -1;
         if (high < 0 || low < 0) {
-            damaged("its EXIF profile has characters other than hexadecimal digits");
+            damaged("the EXIF profile contains characters other than hexadecimal digits");
         }
         bytes += static_cast<char>(high * 16 + low);
         text.remove_prefix(2);
@@ -121,7 +121,7 @@ private:
         std::string_view key = content;
         if (take_field(content, key)) {
             if (packed && !content.empty() && content[0] != '\0') {
-                damaged("its text is compressed with an unknown method");
+                damaged("the text metadata are compressed with an unknown method");
             }
         } else {
             content = {};
@@ -170,7 +170,7 @@ private:
 
 void take_ihdr(std::string_view content, Header& header) {
     if (content.size() < 13) {
-        damaged("its header is too short");
+        damaged("the PNG header is too short");
     }
     header.size = {static_cast<std::int64_t>(number(content, 4, 4)), static_cast<std::int64_t>(number(content, 0, 4))};
     header.depth = static_cast<unsigned char>(content[8]);
@@ -182,7 +182,7 @@ void take_ihdr(std::string_view content, Header& header) {
     const bool small = header.depth == 1 || header.depth == 2 || header.depth == 4;
     if (!known || content[11] != '\0' ||
         !(header.depth == 8 || (header.depth == 16 && !indexed) || (small && (gray || indexed)))) {
-        damaged("its pixel type does not exist in PNG");
+        damaged("the PNG header contains an invalid pixel type");
     }
 }
 
@@ -200,7 +200,7 @@ Header read_png(std::string_view file) {
         });
         const bool before = header.pixels.empty();
         if (!named && before) {
-            damaged("its chunks have no names");
+            damaged("a PNG chunk has an invalid name");
         } else if (!named || kind == "IEND") {
             break;
         } else if (kind == "IDAT") {
@@ -212,14 +212,14 @@ Header read_png(std::string_view file) {
             if (before && (content.size() < length || at + 12 + length > file.size() ||
                            crc32(crc32(0, nullptr, 0), reinterpret_cast<const Bytef*>(kind.data()),
                                  static_cast<uInt>(4 + length)) != number(file, at + 8 + length, 4))) {
-                damaged("the checksum of its chunk " + repr(kind) + " is wrong");
+                damaged("the checksum of the PNG chunk " + repr(kind) + " is wrong");
             }
             if (kind == "IHDR" && before) {
                 take_ihdr(content, header);
             } else if (kind == "PLTE" && before) {
                 header.palette = content;
             } else if (content.size() < length) {
-                damaged("it ends too early");
+                damaged("the file ends too early");
             } else {
                 texts.take(kind, content);
             }
@@ -275,12 +275,12 @@ Header read_jpeg(std::string_view file) {
             continue;
         }
         if (marker < 0xc0) {
-            damaged("it has an unknown marker");
+            damaged("the file contains an unknown JPEG marker");
         }
         const std::size_t length = number(file, at + 2, 2);
         const std::string_view content = file.substr(std::min(at + 4, file.size())).substr(0, length < 2 ? 0 : length - 2);
         if (content.size() + 2 < length) {
-            damaged("it ends too early");
+            damaged("the file ends too early");
         }
         if (is_frame(marker)) {
             header.size = {static_cast<std::int64_t>(number(content, 1, 2)),
@@ -305,16 +305,19 @@ Header read_jpeg(std::string_view file) {
 
 Header read_header(std::string_view file) {
     if (file.empty()) {
-        throw ImageFault("is empty (0 bytes); download or save it again");
+        throw ImageFault("the image file is empty (0 bytes); download or save it again");
     }
     const bool png = begins(file, png_magic);
     if (!png && !begins(file, jpeg_magic)) {
-        throw ImageFault("is damaged or has an unknown format (known are PNG, JPEG); download it again or convert it to PNG");
+        throw ImageFault(
+            "the image is damaged or has an unknown format (PNG and JPEG are supported); download it again or convert "
+            "it to PNG");
     }
     Header header = png ? read_png(file) : read_jpeg(file);
     if (header.size.height == 0 || header.size.width == 0 || (png ? header.pixels.empty() : header.scans == 0)) {
         throw ImageFault(
-            "is damaged (it has no size or no pixels); download it again or save it as 8-bit RGB PNG");
+            "the image is damaged (the file contains no size or no pixels); download it again or save it as 8-bit RGB "
+            "PNG");
     }
     return header;
 }

@@ -17,17 +17,17 @@ constexpr std::size_t largest_file = std::size_t{1} << 31U;
 
 Tensor decode_named(std::string_view file, const ImageLimits& limits, const std::string& name) {
     if (limits.most_pixels < 1 || limits.most_scans < 1) {
-        throw Error("the limits of images are " + std::to_string(limits.most_pixels) + " pixels and " +
-                    std::to_string(limits.most_scans) + " scans; give numbers above 0");
+        throw Error("the limits for images are " + std::to_string(limits.most_pixels) + " pixels and " +
+                    std::to_string(limits.most_scans) + " scans; set both limits above 0");
     }
     try {
         Pixels pixels = decode(file, limits);
         if (!pixels.warning.empty()) {
-            log_line(LogLevel::warning, name + " " + pixels.warning);
+            log_line(LogLevel::warning, name + ": " + pixels.warning);
         }
         return {"pixels", DataType::uint8, {1, pixels.size.height, pixels.size.width, 3}, std::move(pixels.data)};
     } catch (const ImageFault& fault) {
-        throw Error(name + " " + fault.what() + ".");
+        throw Error(name + ": " + fault.what());
     }
 }
 
@@ -38,8 +38,8 @@ Tensor read_image(const std::filesystem::path& path, const ImageLimits& limits) 
         try {
             return decode_named(read_file(path, largest_file).text(), limits, path.string());
         } catch (const std::system_error& error) {
-            throw Error(path.string() + " cannot be opened (" + error.code().message() +
-                        "); check the path and its permissions.");
+            throw Error(path.string() + ": the image cannot be opened (" + error.code().message() +
+                        "); check the path and its permissions");
         }
     });
 }
@@ -47,7 +47,8 @@ Tensor read_image(const std::filesystem::path& path, const ImageLimits& limits) 
 Tensor decode_image(const void* data, std::size_t bytes, const ImageLimits& limits, const std::string& name) {
     return guarded(name, [&] {
         if (data == nullptr && bytes > 0) {
-            throw Error(name + " has " + std::to_string(bytes) + " bytes at a null address; give the file's bytes");
+            throw Error(name + " has " + std::to_string(bytes) +
+                        " bytes, but its address is null; pass the bytes of a file");
         }
         return decode_named({static_cast<const char*>(data), bytes}, limits, name);
     });
@@ -62,15 +63,15 @@ Size image_size(const Port& input) {
         return {shape[2], shape[3]};
     }
     throw Error("the model's input is " + input.describe() +
-                ", which is not an image; expected float32 (B, 3, H, W) or uint8 (B, H, W, 3)");
+                ", which is not an image; use a model whose input is float32 (B, 3, H, W) or uint8 (B, H, W, 3)");
 }
 
 Tensor repeat(const Tensor& tensor, std::int64_t count) {
     return guarded(tensor.name, [&] {
         tensor.check();
         if (tensor.shape.empty() || count < 1) {
-            throw Error(tensor.name + " is " + tensor.describe() + ": it cannot be repeated " + std::to_string(count) +
-                        " times; give a tensor with a batch, and a number above 0");
+            throw Error("tensor " + repr(tensor.name) + " is " + tensor.describe() + " and cannot be repeated " +
+                        std::to_string(count) + " times; pass a tensor with a batch, and a number above 0");
         }
         Shape shape = tensor.shape;
         if (__builtin_mul_overflow(shape[0], count, &shape[0])) {

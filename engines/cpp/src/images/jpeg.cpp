@@ -46,7 +46,7 @@ void nothing(j_decompress_ptr /*info*/) {}
 /// libjpeg is out of bytes: it would go on with gray pixels.
 boolean on_end(j_decompress_ptr info) {
     auto& errors = *reinterpret_cast<Errors*>(info->err);
-    std::snprintf(errors.reason.data(), errors.reason.size(), "it ends too early");
+    std::snprintf(errors.reason.data(), errors.reason.size(), "the file ends too early");
     std::longjmp(errors.back, 1);  // NOLINT
 }
 
@@ -89,8 +89,9 @@ bool run(jpeg_decompress_struct& info, jpeg_source_mgr& source, Errors& errors, 
     jpeg_read_header(&info, TRUE);
     if (info.data_precision != 8 || info.image_width != size.width || info.image_height != size.height ||
         (info.num_components != 1 && info.num_components != 3 && info.num_components != 4)) {
-        std::snprintf(errors.reason.data(), errors.reason.size(), "it has %d samples of %d bits, or two sizes",
-                      info.num_components, info.data_precision);
+        std::snprintf(errors.reason.data(), errors.reason.size(),
+                      "the JPEG has %d components of %d bits, or its headers give different sizes", info.num_components,
+                      info.data_precision);
         return false;
     }
     info.out_color_space = info.num_components == 1 ? JCS_GRAYSCALE : info.num_components == 3 ? JCS_RGB : JCS_CMYK;
@@ -139,7 +140,8 @@ void decode_jpeg(std::string_view file, const Header& header, Canvas& canvas) {
         damaged(errors.reason.data());
     }
     if (errors.reason[0] != '\0') {
-        canvas.warn("is damaged, and libjpeg invented a part of the pixels (" + one_line(errors.reason.data()) + ")");
+        canvas.warn("the image is damaged, so libjpeg made up some of the pixels (" + one_line(errors.reason.data()) +
+                    ")");
     }
 }
 

@@ -31,14 +31,14 @@ public:
         stream_.avail_out = static_cast<uInt>(row.size());
         while (stream_.avail_out > 0) {
             if (ended_ || (stream_.avail_in == 0 && !take_chunk())) {
-                damaged("it ends too early");
+                damaged("the file ends too early");
             }
             const int code = inflate(&stream_, Z_NO_FLUSH);
             if (code == Z_MEM_ERROR) {
                 throw std::bad_alloc();
             }
             if (code != Z_OK && code != Z_STREAM_END && code != Z_BUF_ERROR) {
-                damaged("its pixels cannot be unpacked");
+                damaged("the pixel data cannot be decompressed");
             }
             ended_ = code == Z_STREAM_END;
         }
@@ -103,7 +103,7 @@ void unfilter(std::vector<std::uint8_t>& row, const std::vector<std::uint8_t>& a
             }
             break;
         default:
-            damaged("a row has an unknown filter");
+            damaged("a row of pixels has an unknown PNG filter");
     }
 }
 

@@ -92,7 +92,7 @@ void Preprocessor::put(const std::byte* pixels, Size size, std::byte* target, in
 /// Fills a batch with images, whose pixels `pixels_of` gives by their number, from several threads.
 Batch Preprocessor::collect(std::size_t images, const std::function<Tensor(std::size_t)>& pixels_of) const {
     if (images == 0) {
-        throw Error("No image was given; give one or more image files.");
+        throw Error("no images were passed; pass at least one image");
     }
     Batch batch{empty(images), std::vector<Fit>(images)};
     const auto count = static_cast<std::int64_t>(images);
@@ -131,7 +131,8 @@ Batch Preprocessor::prepare(const Tensor& pixels) const {
 Batch Preprocessor::fit(const Tensor& pixels) const {
     if (pixels.type != DataType::uint8 || pixels.shape.size() != 4 || pixels.shape[3] != 3 || pixels.data.empty() ||
         pixels.data.size() != bytes_of(pixels.type, pixels.shape)) {
-        throw Error("The pixels are " + pixels.describe() + "; give a non-empty uint8 array (B, H, W, 3) in RGB.");
+        throw Error("the pixels are " + pixels.describe() +
+                    ", but they must be a non-empty uint8 array (B, H, W, 3) in RGB");
     }
     const auto count = static_cast<std::size_t>(pixels.shape[0]);
     const Size size{pixels.shape[1], pixels.shape[2]};

@@ -26,7 +26,7 @@ public:
 
 private:
     mutable std::mutex mutex_;  // TensorRT logs from threads of its own
-    std::string failure_ = "TensorRT gave no reason";
+    std::string failure_ = "TensorRT reported no reason";
     std::vector<std::string> warnings_;
 };
 

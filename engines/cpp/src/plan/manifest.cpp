@@ -21,11 +21,12 @@ constexpr std::string_view rtx_magic = "vtrt";  // first bytes of a TensorRT-RTX
 Manifest::Spec read_spec(const Json& port) {
     Manifest::Spec spec{text_at(port, "name"), text_at(port, "dtype"), {}};
     if (!plain(spec.name) || !plain(spec.dtype)) {
-        throw Fault{"a tensor has the invalid name " + repr(spec.name)};
+        throw Fault{"a tensor in the manifest has the invalid name " + repr(spec.name)};
     }
     for (const Json& side : list_at(port, "shape")) {
         if (!side.is_string() && !side.is_number_integer()) {
-            throw Fault{"the shape of " + spec.name + " has " + side.type_name() + ", expected numbers"};
+            throw Fault{"the shape of " + spec.name + " contains a value of type " + side.type_name() +
+                        " instead of a number"};
         }
         spec.shape.push_back(side.is_string() ? -1 : side.get<std::int64_t>());
     }
@@ -36,7 +37,7 @@ Manifest::Spec read_spec(const Json& port) {
 std::string read_verification(const Json& content) {
     const auto found = content.find("verification");
     if (found == content.end() || !found->is_object()) {
-        return "not told";
+        return "not recorded";
     }
     const auto verified = found->find("verified");
     if (verified != found->end() && verified->is_boolean() && verified->get<bool>()) {

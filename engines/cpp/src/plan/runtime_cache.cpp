@@ -34,30 +34,30 @@ std::string RuntimeCache::read(std::string& why_not) {
         return {};
     }
     const auto dropped = [&](const std::string& why) {
-        why_not = path_.string() + ": " + why + "; kernels are compiled again";
+        why_not = path_.string() + ": " + why + "; the kernels are compiled again";
         return std::string();
     };
     try {
         const FileBytes file = read_file(path_);
         std::string_view text = file.text();
         if (text.substr(0, magic.size()) != magic) {
-            return dropped("is not a runtime cache");
+            return dropped("the file is not a runtime cache");
         }
         text.remove_prefix(magic.size());
         const std::string_view key = take_line(text);
         const std::string_view hash = take_line(text);
         if (hash_of(text) != hash) {
-            return dropped("is damaged");
+            return dropped("the runtime cache is damaged");
         }
         if (key != key_) {
-            return dropped("is for " + one_line(key) + ", but this is " + key_);
+            return dropped("the runtime cache is for " + one_line(key) + ", but this program uses " + key_);
         }
         written_ = hash;
         return std::string(text);
     } catch (const std::system_error& error) {
         return error.code() == std::errc::no_such_file_or_directory
                    ? std::string()
-                   : dropped("cannot be read (" + error.code().message() + ")");
+                   : dropped("the runtime cache cannot be read (" + error.code().message() + ")");
     }
 }
 
@@ -75,7 +75,7 @@ std::string RuntimeCache::write(std::string_view content) {
         return {};
     } catch (const std::system_error& error) {
         return path_.string() + ": the runtime cache cannot be written (" + error.code().message() +
-               "); the next start compiles its kernels again";
+               "); the next start compiles the kernels again";
     }
 }
 

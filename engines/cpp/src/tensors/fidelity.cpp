@@ -24,7 +24,7 @@ Tolerance tolerance_for(std::string_view name, std::string_view precision) {
         tolerance = {5e-2, 0.998, none};
         position_max_abs = precision == "bf16" ? none : 2e-3;
     } else {
-        throw Error("precision " + repr(precision) + " has no tolerances; expected fp32, fp16, bf16, fp8 or int8");
+        throw Error("there are no tolerances for precision " + repr(precision) + "; use fp32, fp16, bf16, fp8 or int8");
     }
     if (name.find("_pos_") != std::string_view::npos) {
         tolerance.max_abs = position_max_abs;
@@ -42,7 +42,7 @@ Comparison compare_output(const Tensor& reference, const Tensor& candidate, cons
     candidate.check();
     if (reference.shape != candidate.shape) {
         throw Error("output " + candidate.name + " is " + to_text(candidate.shape) + ", but the reference has " +
-                    to_text(reference.shape) + "; compare it with a reference of the same images and size");
+                    to_text(reference.shape) + "; use a reference with the same images and image size");
     }
     const std::vector<float> left = reference.to_floats();
     const std::vector<float> right = candidate.to_floats();
@@ -102,8 +102,9 @@ std::vector<Comparison> compare(const std::vector<Tensor>& reference, const std:
         const auto found = std::find_if(reference.begin(), reference.end(),
                                         [&](const Tensor& other) { return other.name == tensor.name; });
         if (found == reference.end()) {
-            throw Error("output " + tensor.name + " is not in the reference, which has " +
-                        joined(reference, [](const Tensor& other) { return other.name; }));
+            throw Error("output " + tensor.name + " is missing from the reference, which contains " +
+                        joined(reference, [](const Tensor& other) { return other.name; }) +
+                        "; use a reference for this model");
         }
         comparisons.push_back(compare_output(*found, tensor, tolerance_of(tensor, precision)));
     }

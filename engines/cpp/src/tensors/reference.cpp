@@ -9,7 +9,7 @@ namespace neck {
 
 Reference read_reference(const std::filesystem::path& path) {
     const auto fault = [&](const std::string& why) {
-        return Error(path.string() + ": " + why + "; write it with `neck-export verify --save-reference`");
+        return Error(path.string() + ": " + why + "; write a new one with `neck-export verify --save-reference`");
     };
     Reference reference;
     bool found = false;
@@ -24,11 +24,14 @@ Reference read_reference(const std::filesystem::path& path) {
     const Tensor& pixels = reference.pixels;
     if (!found || pixels.type != DataType::uint8 || pixels.shape.size() != 4 || pixels.data.empty() ||
         pixels.shape[3] != 3 || reference.outputs.empty()) {
-        throw fault("is not a reference file, which has uint8 `pixels` (B, H, W, 3) and float32 outputs");
+        throw fault(
+            "the file is not a reference, because a reference contains uint8 `pixels` (B, H, W, 3) and float32 "
+            "outputs");
     }
     for (const Tensor& output : reference.outputs) {
         if (output.shape[0] != pixels.shape[0]) {
-            throw fault(output.name + " is " + to_text(output.shape) + ", but pixels are " + to_text(pixels.shape));
+            throw fault("the numbers of images in `" + output.name + "` " + to_text(output.shape) + " and `pixels` " +
+                        to_text(pixels.shape) + " differ");
         }
     }
     return reference;

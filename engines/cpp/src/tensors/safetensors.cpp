@@ -20,20 +20,21 @@ constexpr std::size_t largest_header = 100'000'000;  // that of the safetensors 
 
 constexpr TypeNames names{"F32", "F16", "BF16", "U8", "I32", "I64"};
 
-DataType type_of(const Json& value) {
+DataType type_of(const std::string& name, const Json& value) {
     const std::string text = value.is_string() ? value.get<std::string>() : dump_json(value);
     const auto type = type_in(names, text);
     if (!type) {
-        throw Fault{"is of type " + repr(text) + "; expected U8, I32, I64, F16, BF16 or F32"};
+        throw Fault{"tensor " + repr(name) + " has type " + repr(text) +
+                    ", but only U8, I32, I64, F16, BF16 and F32 are supported"};
     }
     return *type;
 }
 
-std::vector<std::int64_t> numbers_of(const Json& value) {
+std::vector<std::int64_t> numbers_of(const std::string& name, const Json& value) {
     std::vector<std::int64_t> numbers;
     for (const Json& number : value) {
         if (!number.is_number_unsigned() || number.get<std::uint64_t>() > INT64_MAX) {
-            throw Fault{"has sizes or offsets that are not numbers"};
+            throw Fault{"tensor " + repr(name) + " has a size or an offset that is not a valid whole number"};
         }
         numbers.push_back(number.get<std::int64_t>());
     }
@@ -50,16 +51,16 @@ struct Entry {
 };
 
 Entry read_entry(const std::string& name, const Json& value) {
-    const std::vector<std::int64_t> offsets = numbers_of(value.at("data_offsets"));
-    Entry entry{name, type_of(value.at("dtype")), numbers_of(value.at("shape"))};
+    const std::vector<std::int64_t> offsets = numbers_of(name, value.at("data_offsets"));
+    Entry entry{name, type_of(name, value.at("dtype")), numbers_of(name, value.at("shape"))};
     if (offsets.size() != 2 || offsets[0] > offsets[1]) {
-        throw Fault{"has no position in the file"};
+        throw Fault{"tensor " + repr(name) + " has invalid data offsets"};
     }
     entry.begin = static_cast<std::size_t>(offsets[0]);
     entry.end = static_cast<std::size_t>(offsets[1]);
     if (entry.end - entry.begin != bytes_of(entry.type, entry.shape)) {
-        throw Fault{"has " + std::to_string(entry.end - entry.begin) + " bytes, not those of " +
-                    std::string(neck::name_of(entry.type)) + " " + to_text(entry.shape)};
+        throw Fault{"tensor " + repr(name) + " is declared as " + std::string(neck::name_of(entry.type)) + " " +
+                    to_text(entry.shape) + ", but its data have " + std::to_string(entry.end - entry.begin) + " bytes"};
     }
     return entry;
 }
@@ -69,23 +70,23 @@ Entry read_entry(const std::string& name, const Json& value) {
 Json read_header(OpenFile& file, std::size_t& data) {
     std::uint64_t length = 0;
     if (file.size() < sizeof length) {
-        throw Fault{"is damaged: it ends too early"};
+        throw Fault{"the file is damaged, because it ends too early"};
     }
     file.read(reinterpret_cast<std::byte*>(&length), sizeof length);
     data = file.size() - sizeof length;
     if (length > data) {
-        throw Fault{"is not a safetensors file, or it is truncated"};
+        throw Fault{"the file is truncated or is not a safetensors file"};
     }
     if (length > largest_header) {
-        throw Fault{"has a header of " + std::to_string(length) + " bytes; expected at most " +
-                    std::to_string(largest_header)};
+        throw Fault{"the file's header has " + std::to_string(length) + " bytes, but at most " +
+                    std::to_string(largest_header) + " are allowed"};
     }
     FileBytes text(length);
     file.read(text.data(), length);
     data -= length;
     Json header = parse_json(text.text());
     if (!header.is_object()) {
-        throw Fault{"the header is not a JSON object"};
+        throw Fault{"the file's header is not a JSON object"};
     }
     return header;
 }
@@ -97,16 +98,15 @@ std::vector<Entry> read_entries(const Json& header) {
             continue;
         }
         if (!plain(name)) {
-            throw Fault{"has a tensor with the invalid name " + repr(name)};
+            throw Fault{"the file contains a tensor with the invalid name " + repr(name)};
         }
         try {
             entries.push_back(read_entry(name, value));
-        } catch (const Fault& fault) {
-            throw Fault{repr(name) + " " + fault.why};
         } catch (const Json::exception& error) {
-            throw Fault{repr(name) + " has an invalid description (" + one_line(error.what()) + ")"};
+            throw Fault{"tensor " + repr(name) + " has an invalid entry in the header (" + one_line(error.what()) +
+                        ")"};
         } catch (const Error& error) {
-            throw Fault{repr(name) + ": " + error.what()};
+            throw Fault{"tensor " + repr(name) + " is invalid (" + error.what() + ")"};
         }
     }
     std::sort(entries.begin(), entries.end(), [](const Entry& left, const Entry& right) {
@@ -122,29 +122,32 @@ std::vector<Entry> read_places(const Json& header, std::size_t data) {
     std::size_t place = 0;
     for (const Entry& entry : entries) {
         if (entry.begin != place || entry.end > data) {
-            throw Fault{"is damaged: " + repr(entry.name) + " is at the wrong position"};
+            throw Fault{"the file is damaged, because the data of tensor " + repr(entry.name) +
+                        " are at the wrong position"};
         }
         place = entry.end;
     }
     if (place != data) {
-        throw Fault{"is damaged: it has " + std::to_string(data - place) + " bytes more than its tensors"};
+        throw Fault{"the file is damaged, because " + std::to_string(data - place) + " bytes belong to no tensor"};
     }
     return entries;
 }
 
 /// Reads a file by `read`, which is given it.
+/// \param remedy ends the message about a file that is not as it should be.
 template <typename Read>
-auto read_by(const std::filesystem::path& path, Read read) {
-    constexpr const char* remedy = "; `neck-export verify --save-reference` writes such a file";
+auto read_by(const std::filesystem::path& path, const char* remedy, Read read) {
     return guarded(path, [&] {
         try {
             OpenFile file(path);
             return read(file);
         } catch (const OpenFile::Ended&) {
-            throw Error(path.string() + ": the file became shorter while it was read; read it again when it is "
-                "complete");
+            throw Error(path.string() +
+                        ": the file became shorter while it was read; try again when it is "
+                        "complete");
         } catch (const std::system_error& error) {
-            throw Error(path.string() + ": cannot be read (" + error.code().message() + ")" + remedy);
+            throw Error(path.string() + ": the file cannot be read (" + error.code().message() +
+                        "); check the path and its permissions");
         } catch (const Fault& fault) {
             throw Error(path.string() + ": " + fault.why + remedy);
         }
@@ -154,7 +157,7 @@ auto read_by(const std::filesystem::path& path, Read read) {
 }  // namespace
 
 std::vector<Tensor> read_safetensors(const std::filesystem::path& path) {
-    return read_by(path, [](OpenFile& file) {
+    return read_by(path, "; `neck-export verify --save-reference` writes a valid file", [](OpenFile& file) {
         std::size_t data = 0;
         const Json header = read_header(file, data);
         std::vector<Tensor> tensors;
@@ -167,7 +170,7 @@ std::vector<Tensor> read_safetensors(const std::filesystem::path& path) {
 }
 
 std::map<std::string, std::string> read_safetensors_metadata(const std::filesystem::path& path) {
-    return read_by(path, [](OpenFile& file) {
+    return read_by(path, "", [](OpenFile& file) {
         std::size_t data = 0;
         const Json header = read_header(file, data);
         read_places(header, data);
@@ -191,8 +194,8 @@ void write_safetensors(const std::filesystem::path& path, const std::vector<Tens
         for (const Tensor& tensor : tensors) {
             if (!plain(tensor.name) || tensor.name == "__metadata__" || header.contains(tensor.name)) {
                 throw Error(path.string() + ": " + repr(tensor.name) +
-                            " is not a valid name of a tensor; names must be unique UTF-8 text without quotes, " +
-                            "and not __metadata__");
+                            " is not a valid tensor name; names must be unique UTF-8 text without quotes, and not "
+                            "__metadata__");
             }
             tensor.check();
             header[tensor.name] = {{"dtype", name_in(names, tensor.type)},
@@ -208,12 +211,14 @@ void write_safetensors(const std::filesystem::path& path, const std::vector<Tens
         try {
             text = header.dump();
         } catch (const Json::exception&) {
-            throw Error(path.string() + ": the metadata are not UTF-8 text; give text, such as hexadecimal digits");
+            throw Error(path.string() +
+                        ": the metadata must be UTF-8 text; encode binary values, for example as hexadecimal digits");
         }
         text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the tensors begin at a multiple of 8 bytes
         if (text.size() > largest_header) {
-            throw Error(path.string() + ": the header would have " + std::to_string(text.size()) + " bytes; at most " +
-                        std::to_string(largest_header) + " can be read, so write fewer tensors or less metadata");
+            throw Error(path.string() + ": the header would have " + std::to_string(text.size()) +
+                        " bytes, but at most " + std::to_string(largest_header) +
+                        " are allowed; write fewer tensors or less metadata");
         }
         const std::uint64_t length = text.size();
         parts[0] = {reinterpret_cast<const char*>(&length), sizeof length};
@@ -221,8 +226,8 @@ void write_safetensors(const std::filesystem::path& path, const std::vector<Tens
         try {
             write_whole(path, parts);
         } catch (const std::system_error& error) {
-            throw Error(path.string() + ": cannot be written (" + error.code().message() +
-                        "); check the folder and the disk");
+            throw Error(path.string() + ": the file cannot be written (" + error.code().message() +
+                        "); check the folder's permissions and the free disk space");
         }
     });
 }

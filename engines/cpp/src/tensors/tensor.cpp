@@ -57,7 +57,7 @@ std::size_t bytes_of(DataType type, const Shape& shape) {
         if (side < 0 || __builtin_mul_overflow(bytes, static_cast<std::uint64_t>(side), &bytes) ||
             bytes > std::uint64_t{std::numeric_limits<std::int64_t>::max()}) {
             throw Error("a tensor cannot be " + std::string(name_of(type)) + " " + to_text(shape) +
-                        "; expected sides of 0 or more that fit into memory");
+                        "; no side may be negative, and the tensor must fit into memory");
         }
     }
     return bytes;
@@ -92,7 +92,7 @@ Tensor::Tensor(std::string name_, DataType type_, Shape shape_)
 void Tensor::check() const {
     if (data.size() != bytes_of(type, shape)) {
         throw Error("tensor " + repr(name) + " has " + std::to_string(data.size()) + " bytes, but " + describe() +
-                    " needs " + std::to_string(bytes_of(type, shape)) + "; give data that fits the shape");
+                    " needs " + std::to_string(bytes_of(type, shape)) + "; pass data that match the shape");
     }
 }
 
@@ -126,8 +126,8 @@ std::vector<float> Tensor::to_floats() const {
 
 Tensor Tensor::slice(std::int64_t first, std::int64_t count) const {
     if (shape.empty() || first < 0 || count < 1 || first > shape[0] - count) {
-        throw Error(name + " is " + describe() + ": it has no entries " + std::to_string(first) + " to " +
-                    std::to_string(first + count - 1));
+        throw Error("tensor " + repr(name) + " is " + describe() + ", so its entries " + std::to_string(first) +
+                    " to " + std::to_string(first + count - 1) + " do not exist");
     }
     return guarded(name, [&] {
         check();
