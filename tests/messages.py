@@ -23,17 +23,15 @@ PROGRESS = {"report", "step", "count", "counted"}
 NO_MESSAGES = {"Option", "Argument", "but", "Target", "_trt"}
 """Calls whose strings are help texts of options, or sources of the table of targets."""
 
-NO_CPP_MESSAGES = {"magic", "other_logger"}
-"""Constants in C++ that are compared with texts of other programs."""
+NO_CPP_MESSAGES = re.compile("Authorization: Bearer|Raw profile type|The logger passed|neck-export runtime cache")
+"""How texts begin that other programs read or write."""
 
 CPP_TOKEN = re.compile(
     r"""(?P<skip>\s+|//[^\n]*|/\*.*?\*/|\#[^\n]*|R"\(.*?\)")|"(?P<string>(?:[^"\\]|\\.)*)"|'(?:[^'\\]|\\.)+'"""
     r"""|\d[\w.']*|[A-Za-z_][\w:]*|<<|->|.""",
     re.DOTALL,
 )
-CPP_WRAPPERS = re.compile(
-    r"\b(?:to_string|string|one_line|to_text|name_of|joined)\(([^(),]*(?:\([^()]*\))?[^(),]*)[^()]*\)"
-)
+CPP_WRAPPERS = re.compile(r"\b(?:to_string|string|one_line|to_text|name_of)\(((?:[^()]|\([^()]*\))*)\)")
 """Calls that only turn a value into text."""
 
 
@@ -149,20 +147,26 @@ def cpp_value(tokens: Sequence[Token]) -> str:
         return f'"{token.text}"' if token.string else token.text + inside + ends.get(token.text, "")
 
     text = re.sub(r"\b(?:std|neck)::", "", "".join(map(source, tokens))).replace("->", ".")
+    text = re.sub(r"^joined\((.*?)(?:\(\))?,.*", r"\1", text)
+    text = re.sub(r"\.(?:string|describe|what|code|c_str|filename)\(\)", "", text)
     while (shorter := CPP_WRAPPERS.sub(r"\1", text)) != text:
         text = shorter
-    text = re.sub(r"\.(?:string|describe|what|code|c_str|filename)(?=\(\))|\(\)", "", text)
-    return re.sub(
-        r"_\b", "", re.sub(r"^repr\((.*)\)$", r"'{\1}'", text) if text.startswith("repr(") else "{" + text + "}"
-    )
+    text = re.sub(r"\(\)|_\b", "", text)
+    quoted = re.fullmatch(r"repr\((.*)\)", text)
+    return f"'{{{quoted[1]}}}'" if quoted else f"{{{text}}}"
 
 
 def cpp_text(tokens: Sequence[Token]) -> str | None:
     """The text of a sum or a choice with a string in it; None if it has none."""
     if any(token.text == "?" for token in tokens if not token.string):
-        choices = [cpp_text(part) or cpp_value(part) for part in split(tokens, "?", ":")[1:] if part]
-        return f"[{' | '.join(choices)}]" if any("{" not in choice[:1] for choice in choices) else None
-    found, texts = False, []
+        parts = [part for part in split(tokens, "?", ":")[1:] if part]
+        choices = [cpp_text(part) for part in parts]
+        if not any(choices):
+            return None
+        shown = [cpp_value(part) if choice is None else choice for choice, part in zip(choices, parts, strict=True)]
+        return f"[{' | '.join(shown)}]"
+    found = False
+    texts: list[str] = []
     for part in split(tokens, "+", "<<"):
         inside: str | None = None
         if part and all(token.string for token in part):
@@ -172,34 +176,34 @@ def cpp_text(tokens: Sequence[Token]) -> str | None:
         elif len(part) == 2 and part[0].text in ("std::string", "format", "neck::format"):
             inside = cpp_text(split(part[1].inside, ",")[0])
         found = found or inside is not None
-        stream = not texts and any(token.text in ("std::cout", "std::cerr", "out") for token in part)
+        stream = any(token.text in ("std::cout", "std::cerr", "out", "std::flush") for token in part)
         texts.append("" if stream or not part else cpp_value(part) if inside is None else inside)
     return "".join(texts) if found else None
 
 
-def cpp_messages(path: Path) -> Iterator[Message]:
+def cpp_messages(path: Path) -> list[Message]:
     """The messages of a C++ file: each sum of strings and values, and each choice between strings, is one."""
 
     def search(tokens: Sequence[Token], kind: str) -> Iterator[Message]:
-        for statement in split(tokens, ";", ",", "return", "throw", "&", "|"):
-            sides = split(statement, "=")
-            for before, side in zip([[], *sides], sides, strict=False):
-                name = before[-1].text if before and not before[-1].inside else kind
-                start = max((at + 1 for at, token in enumerate(side) if token.text == "{"), default=0)
-                text = cpp_text(side[start:])
-                if text and is_prose(text) and name not in NO_CPP_MESSAGES:
-                    line = min(token.line for token in strings(side[start:]))
-                    yield Message(path, line, name, text)
-                for at, token in enumerate(side):
-                    if token.inside and (text is None or at < start):
-                        called = at > 0 and side[at - 1].text.isidentifier()
-                        yield from search(token.inside, side[at - 1].text if called else name)
+        for statement in split(tokens, ";", ",", "=", "return", "throw", "&", "|"):
+            blocks = [at for at, token in enumerate(statement) if token.text == "{" and not token.string]
+            start = blocks[-1] + 1 if blocks else 0
+            text = cpp_text(statement[start:])
+            words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\{[^}]*\}", "", text or ""))
+            if text and is_prose(text) and len(words) > 2 and not NO_CPP_MESSAGES.match(text):
+                yield Message(path, min(token.line for token in strings(statement[start:])), kind, text)
+            for before, token in zip([None, *statement], statement[: start if text else None], strict=False):
+                called = before and token.text == "(" and re.fullmatch(r"(?!if|for|while|switch)\w+", before.text)
+                thrown = before and before.text.endswith(("Error", "Fault"))
+                inside = before.text if before and (called or thrown) else "string" if token.text == "{" else kind
+                yield from search(token.inside, inside)
 
     def strings(tokens: Sequence[Token]) -> Iterator[Token]:
         for token in tokens:
             yield from [token] if token.string else strings(token.inside)
 
-    yield from search(cpp_tokens(path.read_text(encoding="utf-8")), "string")
+    found = search(cpp_tokens(path.read_text(encoding="utf-8")), "string")
+    return sorted(found, key=lambda message: message.line)
 
 
 def messages(*folders: str) -> list[Message]:

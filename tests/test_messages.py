@@ -34,8 +34,23 @@ def test_a_cpp_message_is_one_line_with_its_values_in_braces(tmp_path: Path) -> 
         '        throw Error(path.string() + " cannot be "\n                    "opened; check it");\n    }\n}\n'
     )
     (found,) = messages.cpp_messages(path)
-    assert (found.line, found.kind) == (6, "throw")
-    assert found.text.endswith(" cannot be opened; check it")
+    assert (found.line, found.kind, found.text) == (6, "Error", "{path} cannot be opened; check it")
+
+
+def test_values_and_choices_in_a_cpp_message_are_shown_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x.cpp"
+    path.write_text(
+        'void f() {\n    if (a && b("no, no, no, no")) {\n'
+        '        throw Fault{"tensor " + repr(name(one)) + " has " + std::to_string(largest_) + " bytes, " +\n'
+        '                    (first ? "more than " + to_text(shape) : "too many") + "; see http://x"};  // "no"\n'
+        '    }\n    std::cerr << name << ": the file is " << error.what() << "\\n";\n}\n'
+    )
+    found = [(found.line, found.kind, found.text) for found in messages.cpp_messages(path)]
+    assert found == [
+        (2, "b", "no, no, no, no"),
+        (3, "Fault", "tensor '{name(one)}' has {largest} bytes, [more than {shape} | too many]; see http://x"),
+        (6, "string", "{name}: the file is {error}\\n"),
+    ]
 
 
 @pytest.mark.parametrize("folder", messages.FLOORS)

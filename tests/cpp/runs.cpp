@@ -102,7 +102,8 @@ void test_bound_outputs(const std::string& plan, bool graph) {
     expect_error([&] { engine.bind_output("full", mine.get() + 4, bytes); },
                  "the memory for output full is not aligned to 256 bytes");
     alignas(256) static std::byte host[bytes];
-    expect_error([&] { engine.bind_output("full", host, bytes); }, "is in host memory; copy it to the memory of GPU 0");
+    expect_error([&] { engine.bind_output("full", host, bytes); },
+                 "the memory for output full is on the host; pass memory of GPU 0");
     expect_error([&] { engine.bind_output("none", mine.get(), bytes); },
                  "the plan has no output 'none'; choose one of half, full");
     expect(doubled(engine.infer(image_of(1, 5), stream.get()), 1, 5), "refused memory changes nothing");

@@ -74,7 +74,7 @@ void test_images_on_the_gpu(const std::string& plan) {
     }
     expect(near, "an image on the GPU is the second of a batch");
     expect_error([&] { engine.copy_in_rgb8(pixels.data.data(), size, pitch, stream.get()); },
-                 "the image is in host memory; copy it to the memory of GPU 0 first");
+                 "the memory for the image is on the host; pass memory of GPU 0 instead");
     expect_error([&] { engine.copy_in_rgb8(memory.get(), size, 17, stream.get()); },
                  "rows must have at least 3 bytes per pixel");
     expect_error([&] { engine.copy_in_rgb8(memory.get(), size, pitch, stream.get(), 4); }, "the entry must be below 4");
@@ -84,7 +84,7 @@ void test_images_on_the_gpu(const std::string& plan) {
     const neck::DeviceMemory other = neck::allocate(pitch * 11, "test");
     neck::check(cudaSetDevice(0), "test");
     expect_error([&] { engine.copy_in_rgb8(other.get(), size, pitch, stream.get()); },
-                 "the image is in the memory of GPU 1; copy it to the memory of GPU 0 first");
+                 "the memory for the image is on GPU 1; pass memory of GPU 0 instead");
     unsetenv("STAND_IN_DEVICES");
 }
 

@@ -184,7 +184,7 @@ Exit run(const Arguments& arguments) {
     neck::print_latencies("CUDA events", {{std::string("inference ") + (arguments.graph ? "with" : "without") +
                                                " CUDA graph, batch " + std::to_string(batch),
                                            latency},
-                                          {"inference and copies from and to host", whole}});
+                                          {"inference with copies to and from GPU", whole}});
     std::cout << neck::format("loading the plan used %.1f MB of device memory\n",
                               static_cast<double>(engine.loaded_bytes()) / 1e6);
     return Exit::done;

@@ -155,7 +155,7 @@ private:
             const std::size_t now = ++done_;
             if (isatty(STDERR_FILENO) != 0) {
                 const std::lock_guard<std::mutex> lock(printing_);
-                std::cerr << "\r" << now + bad_ << " of " << images_.size() << " images processed" << std::flush;
+                std::cerr << "\r" << (now + bad_) << " of " << images_.size() << " images processed" << std::flush;
             }
         }
     }

@@ -61,7 +61,7 @@ void Engine::Impl::bind_output(const std::string& name, void* memory, std::size_
             throw Error(plan_ + ": the memory for output " + name + " is not aligned to " + std::to_string(alignment) +
                         " bytes; use memory from cudaMalloc");
         }
-        check_device_memory(memory, options_.device, plan_, "the memory for " + name);
+        check_device_memory(memory, options_.device, plan_, "output " + name);
     }
     check(cudaEventSynchronize(done_.get()), plan_ + ": the run failed");
     graphs_.clear();  // their addresses are fixed

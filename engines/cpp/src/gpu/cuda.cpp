@@ -5,26 +5,26 @@
 
 namespace neck {
 
-void check(cudaError_t code, const std::string& what) {
+void check(cudaError_t code, const std::string& failure) {
     if (code == cudaSuccess) {
         return;
     }
     cudaGetLastError();  // else the next call would tell it again
     if (code == cudaErrorMemoryAllocation) {
-        throw GpuError(what + ": out of device memory; " + memory_text());
+        throw GpuError(failure + ": out of device memory; " + memory_text());
     }
-    throw GpuError(what + " (" + cudaGetErrorString(code) + "); " +
+    throw GpuError(failure + " (" + cudaGetErrorString(code) + "); " +
                    "check with nvidia-smi that the GPU still works, and start the program again");
 }
 
 void check_device_memory(const void* address, int device, const std::string& plan, const std::string& name) {
     cudaPointerAttributes found{};
-    check(cudaPointerGetAttributes(&found, address), plan + ": querying the memory of " + name + " failed");
+    check(cudaPointerGetAttributes(&found, address), plan + ": querying the memory for " + name + " failed");
     const bool on_device = found.type == cudaMemoryTypeDevice || found.type == cudaMemoryTypeManaged;
     if (!on_device || (found.type == cudaMemoryTypeDevice && found.device != device)) {
-        throw Error(plan + ": " + name + " is in " +
-                    (on_device ? "the memory of GPU " + std::to_string(found.device) : "host memory") +
-                    "; copy it to the memory of GPU " + std::to_string(device) + " first");
+        throw Error(plan + ": the memory for " + name + " is " +
+                    (on_device ? "on GPU " + std::to_string(found.device) : "on the host") + "; pass memory of GPU " +
+                    std::to_string(device) + " instead");
     }
 }
 
@@ -65,9 +65,9 @@ OwnedEvent make_event(const std::string& what, unsigned flags) {
     return OwnedEvent(event);
 }
 
-DeviceGuard::DeviceGuard(int device, const std::string& what) {
-    check(cudaGetDevice(&before_), what + ": querying the current GPU failed");
-    check(cudaSetDevice(device), what + ": selecting GPU " + std::to_string(device) + " failed");
+DeviceGuard::DeviceGuard(int device, const std::string& plan) {
+    check(cudaGetDevice(&before_), plan + ": querying the current GPU failed");
+    check(cudaSetDevice(device), plan + ": selecting GPU " + std::to_string(device) + " failed");
 }
 
 DeviceGuard::~DeviceGuard() { cudaSetDevice(before_); }

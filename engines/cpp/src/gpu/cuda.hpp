@@ -18,9 +18,9 @@ public:
 };
 
 /// Throws where a call of the CUDA runtime failed.
-/// \param what begins the message: the plan, then what failed.
+/// \param failure begins the message, such as `x.plan: the run failed`.
 /// \throws GpuError
-NECK_API void check(cudaError_t code, const std::string& what);
+NECK_API void check(cudaError_t code, const std::string& failure);
 
 /// The newest CUDA that the driver serves, such as `13.0`.
 std::string driver_version(const std::string& plan);
@@ -62,7 +62,7 @@ NECK_API OwnedEvent make_event(const std::string& what, unsigned flags);
 /// Makes a GPU the thread's current one, and the one before it again at the end.
 class NECK_API DeviceGuard {
 public:
-    DeviceGuard(int device, const std::string& what);
+    DeviceGuard(int device, const std::string& plan);
     ~DeviceGuard();
     DeviceGuard(const DeviceGuard&) = delete;
     DeviceGuard& operator=(const DeviceGuard&) = delete;
