@@ -27,6 +27,7 @@ from benchmarks.options import MEASURED, REPORT, BenchOptions
 from engines.builder.options import BUILD, PlanOptions
 from engines.service.options import KUBERNETES, MODEL, SERVING, RepositoryOptions
 from export.contract import options as shared
+from export.contract.exit_codes import Exit
 from export.contract.options import DEVICE, BisectOptions, ExportOptions, VerifyOptions
 from neck.option import UNSET, Option, OptionError, build, declared, parameters
 
@@ -260,7 +261,7 @@ def masks(asked: Callable[[], MasksOptions]) -> None:
         found = compare_masks(options, report, notes)
     typer.echo("\n".join([*lines(found), *(f"note: {note}" for note in notes)]))
     if not found["passed"]:
-        _fail("\n".join([f"{options.file}: the masks differ from the model's", *worst_lines(found)]), 3)
+        _fail("\n".join([f"{options.file}: the masks differ from the model's", *worst_lines(found)]), Exit.REFUSED)
 
 
 @command(RepositoryOptions)
@@ -351,7 +352,7 @@ def bench(
     for change in changes:
         typer.echo(change, err=True)
     if changes:
-        raise typer.Exit(3)
+        raise typer.Exit(Exit.REFUSED)
 
 
 @command()
@@ -511,14 +512,14 @@ def stage() -> Iterator[Callable[[str], None]]:
     except OptionError as error:
         raise typer.BadParameter(str(error), param_hint=f"--{error.name}") from None
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", Exit.INTERRUPTED)
     except Exception as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
             _fail("out of memory; close other programs, or use a smaller --image-size or --batch")
         verdict = getattr(error, "verdict", None)
         if verdict is not None:
             show_verdict(verdict, err=True)
-            _fail(str(error), 3)
+            _fail(str(error), Exit.REFUSED)
         if type(error).__module__.split(".")[0] not in {"neck", "export", "engines", "benchmarks"}:
             raise  # a bug of ours: its traceback is wanted
         _fail(str(error))
@@ -534,7 +535,7 @@ def noted(notes: list[str]) -> Iterator[None]:
             typer.echo(f"note: {note}", err=True)
 
 
-def _fail(message: str, code: int = 1) -> NoReturn:
+def _fail(message: str, code: Exit = Exit.FAILED) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
 

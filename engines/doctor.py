@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.builder.gpu import nvml_driver_version
+from engines.builder.find_gpu import nvml_driver_version
 from export.contract.extras import install
 
 PACKAGES = {

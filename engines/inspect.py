@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from engines.builder.onnx_graph import BuildError
-from engines.layers.gpus import find_gpus
 from engines.layers.layer_report import read_layers
 from engines.layers.lower_bound import bound_lines, lower_bound
 from engines.layers.plan_memory import memory_lines
+from engines.layers.published_gpus import find_gpus
 from engines.layers.read_layers import read_families
 from export.contract.manifest import check_files, manifest_path, read_manifest
 from export.inspect import masks_lines, quantized_line

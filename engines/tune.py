@@ -18,7 +18,7 @@ from engines.builder.onnx_graph import BuildError
 from engines.builder.options import PlanOptions
 from engines.layers.layer_report import read_layers
 from engines.plan import BuildRequest, PlanResult, Prepared, make_plan, prepare, publish_plan, read_onnx
-from engines.run.plan_checks import SessionError
+from engines.run.inputs import SessionError
 from engines.run.timing import median_ms
 from export.contract.atomic import disk_errors
 from export.contract.manifest import ManifestError, check_files, manifest_path, parse_json, read_manifest, to_json

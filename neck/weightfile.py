@@ -14,9 +14,9 @@ from torch import Tensor
 from neck.hub import hub_name
 from neck.weights.not_checkpoints import file_of, folder_of, missing
 from neck.weights.records import OpaqueObject, TensorRecord
-from neck.weights.states import choose_state, find_states
+from neck.weights.state_dicts import choose_state, find_states
+from neck.weights.tensor_names import unwrap_names
 from neck.weights.torchfile import ADVICE, CheckpointError, TorchFile
-from neck.weights.wrapper_names import unwrap_names
 
 __all__ = ["CheckpointError", "State", "find_file", "is_checkpoint", "read_state", "shard_files"]
 

@@ -27,8 +27,8 @@ from torch import Tensor
 
 import benchmarks.measure.worker_process
 import export.graph.trace
+from engines.builder.find_gpu import find_gpu
 from engines.builder.flavor import Flavor, FlavorError, choose_flavor
-from engines.builder.gpu import find_gpu
 from export.contract.options import Rewrites
 from export.contract.signature import BatchRange, Signature, encoder_signature
 from export.contract.targets import version_numbers

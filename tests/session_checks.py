@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch_engine import BATCHES, SIDE
 
-from engines.run.plan_checks import SessionError
+from engines.run.inputs import SessionError
 from engines.run.pool import Pool
 from engines.run.session import Session
 

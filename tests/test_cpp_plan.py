@@ -19,9 +19,10 @@ from cpp_build import (
 )
 from test_session import CAPABILITIES, FakeFlavor
 
+from engines.builder.find_gpu import Gpu
 from engines.builder.flavor import Flavor
-from engines.builder.gpu import Gpu
-from engines.run.plan_checks import SessionError, check_plan
+from engines.run.inputs import SessionError
+from engines.run.plan_checks import check_plan
 from export.contract.manifest import manifest_path
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))

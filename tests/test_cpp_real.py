@@ -32,8 +32,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from test_session import build_convolution
 
+from engines.builder.find_gpu import find_gpu
 from engines.builder.flavor import Flavor, choose_flavor
-from engines.builder.gpu import find_gpu
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 

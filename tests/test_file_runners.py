@@ -23,7 +23,7 @@ from benchmarks.measure.file_runners import FP16_ALLOWED, OrtRunner, PlanRunner,
 from benchmarks.measure.torch_runner import TorchRunner
 from benchmarks.measure.worker import Worker
 from benchmarks.options import BenchOptions
-from engines.run.plan_checks import SessionError
+from engines.run.inputs import SessionError
 from export.contract.signature import encoder_signature
 
 GB = 1 << 30

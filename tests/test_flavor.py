@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from engines.builder import flavor as flavor_module
+from engines.builder.find_gpu import Gpu, find_gpu
 from engines.builder.flavor import OLDEST, Flavor, FlavorError, choose_flavor, version_numbers
-from engines.builder.gpu import Gpu, find_gpu
 from engines.builder.options import BuildOptions
 from engines.builder.parsed_network import TYPES
 from engines.builder.timing_cache import timing_cache_path

@@ -26,8 +26,8 @@ from test_session import build_convolution, convolution
 import engines.bisect
 from engines.builder.flavor import choose_flavor
 from engines.layers.layer_report import read_layers
+from engines.run.inputs import SessionError
 from engines.run.open_plan import open_plan
-from engines.run.plan_checks import SessionError
 from engines.run.profiling import LAYER_RUNS, LAYER_WARM_UP_RUNS
 from engines.run.verify import why_not_run
 from engines.tune import ROUNDS

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from engines.layers.gpus import PUBLISHED_GPUS, GpuError, PublishedGpu, find_gpus, published_gpu
 from engines.layers.layer_report import Kernel, LayerReport, Tensor
 from engines.layers.lower_bound import bound_lines, lower_bound, product_type
+from engines.layers.published_gpus import PUBLISHED_GPUS, GpuError, PublishedGpu, find_gpus, published_gpu
 
 MEBI = 1 << 20
 each_gpu = pytest.mark.parametrize("name", PUBLISHED_GPUS)

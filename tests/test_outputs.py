@@ -15,9 +15,9 @@ from test_session import at, build_convolution, open_fake
 from torch import Tensor
 
 from engines.builder.flavor import Flavor, choose_flavor
+from engines.run.inputs import Port, SessionError
 from engines.run.open_plan import open_plan
 from engines.run.outputs import caller_memory
-from engines.run.plan_checks import Port, SessionError
 from engines.run.session import Session
 
 TWICE = Port("twice", torch.float16, (-1, 2, 3), (-1, -1))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from neck.checkpoint import load_encoder
 from neck.weightfile import CheckpointError, read_state
-from neck.weights import pickles, states, torchfile
+from neck.weights import pickles, state_dicts, torchfile
 from neck.weights.pickles import read_pickle
 from neck.weights.records import Name, OpaqueObject, PickleError
 
@@ -84,9 +84,9 @@ def test_what_runs_is_heard(tmp_path: Path) -> None:
     ("module", "limit", "content", "says"),
     [
         (pickles, "MOST_OPERATIONS", {"a": list(range(100))}, "operations"),
-        (states, "MOST_VISITED", {str(index): {} for index in range(20)}, "entries"),
-        (states, "MOST_PARTS", nn.Sequential(*(nn.ReLU() for _ in range(20))), "more than 10 parts"),
-        (states, "LONGEST", nn.ModuleDict({"a" * 20: nn.ReLU()}), "a name of more than 10 characters"),
+        (state_dicts, "MOST_VISITED", {str(index): {} for index in range(20)}, "entries"),
+        (state_dicts, "MOST_PARTS", nn.Sequential(*(nn.ReLU() for _ in range(20))), "more than 10 parts"),
+        (state_dicts, "LONGEST", nn.ModuleDict({"a" * 20: nn.ReLU()}), "a name of more than 10 characters"),
     ],
 )
 def test_limits(

@@ -22,9 +22,10 @@ from fake_gpu.play import play
 from test_session import Context, at, build_convolution, facts, fake, open_fake, write_plan
 
 from engines.builder.flavor import Flavor, choose_flavor
+from engines.run.inputs import SessionError
 from engines.run.loaded_plan import LoadedPlan
 from engines.run.open_plan import open_plan
-from engines.run.plan_checks import SessionError, check_plan
+from engines.run.plan_checks import check_plan
 from engines.run.pool import MOST_CONTEXTS, Pool, check_memory
 from engines.run.session import Session
 

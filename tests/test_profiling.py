@@ -15,6 +15,7 @@ from test_session import L4, build_convolution, fake, write_plan
 
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.layers.layer_report import Kernel, LayerReport, Tensor
+from engines.run.inputs import Port, SessionError
 from engines.run.latency import (
     STATE,
     WARM_UP_RUNS,
@@ -28,7 +29,6 @@ from engines.run.latency import (
     summarize,
     time_runs,
 )
-from engines.run.plan_checks import Port, SessionError
 from engines.run.profiling import (
     LAYER_RUNS,
     ProfilingError,

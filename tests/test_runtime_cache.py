@@ -20,9 +20,9 @@ from test_session import build_convolution
 
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.run import runtime_cache
+from engines.run.inputs import SessionError
 from engines.run.loaded_plan import cache_key
 from engines.run.open_plan import open_plan
-from engines.run.plan_checks import SessionError
 from engines.run.runtime_cache import RuntimeCache
 from export.contract.manifest import manifest_path, read_manifest
 

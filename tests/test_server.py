@@ -36,7 +36,7 @@ from serving import (
 )
 from triton_server import ROOT, Server, ask, fake_plan, fake_repository, running, why_missing
 
-from engines.builder.gpu import find_gpu
+from engines.builder.find_gpu import find_gpu
 from engines.service.triton_client.__main__ import main
 from engines.service.triton_client.errors import ClientError
 from export.contract.signature import BatchRange

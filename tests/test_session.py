@@ -22,13 +22,14 @@ import torch
 from onnx import TensorProto, helper
 
 from engines.builder.build import build_plan
+from engines.builder.find_gpu import Gpu, find_gpu
 from engines.builder.flavor import Flavor, RuntimeConfig, choose_flavor
-from engines.builder.gpu import Gpu, find_gpu
 from engines.builder.options import BuildOptions
+from engines.run.inputs import Port, SessionError
 from engines.run.loaded_plan import TYPES, LoadedPlan
 from engines.run.open_plan import open_plan
 from engines.run.outputs import ALIGNMENT
-from engines.run.plan_checks import Port, SessionError, check_gpu, check_plan, check_version, manifest_specs
+from engines.run.plan_checks import check_gpu, check_plan, check_version, manifest_specs
 from engines.run.session import Session
 from export.contract.manifest import manifest_path, write_manifest
 from export.contract.signature import BatchRange

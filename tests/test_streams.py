@@ -22,8 +22,8 @@ import engines.attach
 from engines.attach import AttachError, attach
 from engines.builder.flavor import choose_flavor
 from engines.live.opening import open_file
+from engines.run.inputs import SessionError
 from engines.run.open_plan import open_plan
-from engines.run.plan_checks import SessionError
 from engines.run.session import Session
 
 GUARD_S = 60.0

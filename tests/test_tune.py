@@ -13,8 +13,8 @@ from conftest import DATA
 from listening import listening
 
 import engines.plan
+from engines.builder.find_gpu import find_gpu
 from engines.builder.flavor import Flavor
-from engines.builder.gpu import find_gpu
 from engines.builder.onnx_graph import BuildError
 from engines.builder.options import PlanOptions
 from engines.plan import PlanResult, Prepared, make_plan

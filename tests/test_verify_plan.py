@@ -18,7 +18,7 @@ from engines.builder.build import build_plan
 from engines.builder.flavor import Flavor
 from engines.builder.options import BuildOptions
 from engines.run import verify
-from engines.run.plan_checks import Port, SessionError
+from engines.run.inputs import Port, SessionError
 from engines.run.verify import (
     Runner,
     VerifyError,

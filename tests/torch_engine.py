@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engines.builder.find_gpu import Gpu
 from engines.builder.flavor import Flavor, RuntimeConfig
-from engines.builder.gpu import Gpu
 from engines.run.loaded_plan import LoadedPlan
 from engines.run.session import Session
 from engines.run.streams import new_stream

@@ -158,8 +158,8 @@ def _openvino() -> list[str] | None:
 
 def _plan_problem(flavor: str) -> str | None:
     """Why no plan of a flavor can be built and run here."""
+    from engines.builder.find_gpu import find_gpu
     from engines.builder.flavor import FlavorError, choose_flavor
-    from engines.builder.gpu import find_gpu
 
     if find_gpu() is None:
         return "no NVIDIA GPU with a driver here; a plan can be built without one, but not run"

@@ -138,8 +138,8 @@ class PlanRunner(Runner):
         """Loads the plan and binds the input on the GPU."""
         import torch
 
+        from engines.run.inputs import SessionError
         from engines.run.open_plan import open_plan
-        from engines.run.plan_checks import SessionError
 
         self.session = open_plan(self.job.plan, use_runtime_cache=False)
         self._image = {"image": torch.from_numpy(np.load(self.job.image)).to(self.session.device)}
@@ -179,9 +179,9 @@ class PlanRunner(Runner):
         """By the plan's layer report; None for a plan without one and for a GPU that the table does not have."""
         import torch
 
-        from engines.layers.gpus import published_gpu
         from engines.layers.layer_report import read_layers
         from engines.layers.lower_bound import lower_bound
+        from engines.layers.published_gpus import published_gpu
 
         layers, gpu = read_layers(self.job.plan), published_gpu(torch.cuda.get_device_name())
         return lower_bound(layers, gpu).bound_ms if layers and gpu else None

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from engines.builder.config import common_options
+from engines.builder.find_gpu import Gpu
 from engines.builder.flavor import Flavor, choose_flavor
-from engines.builder.gpu import Gpu
 from engines.builder.onnx_graph import BuildError, Graph, RefusedError, read_graph
 from engines.builder.options import DEFAULT_BATCH, BuildOptions
 from engines.builder.parsed_network import check_types, keep_attentions_whole

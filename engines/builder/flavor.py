@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from engines.builder.gpu import Gpu, find_gpu
+from engines.builder.find_gpu import Gpu, find_gpu
 from export.contract.extras import install
 from export.contract.targets import version_numbers
 

@@ -15,8 +15,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engines.layers.gpus import PublishedGpu
 from engines.layers.layer_report import Kernel, LayerReport, Tensor
+from engines.layers.published_gpus import PublishedGpu
 
 PRODUCT_TYPES = {"Half": "fp16", "BFloat16": "bf16", "Float": "fp32", "FP8": "fp8", "Int8": "int8"}
 

@@ -21,7 +21,7 @@ from neck.position import PositionEmbeddingSine
 from neck.weightfile import CheckpointError
 from neck.weights.fingerprint import differing, fingerprints, kind_of
 from neck.weights.rotary_tables import check_tables, is_table
-from neck.weights.wrapper_names import plain_name
+from neck.weights.tensor_names import plain_name
 
 ADAPTED = ("lora_", ".base_layer.", ".modules_to_save.")
 """In names of tensors: PEFT's, of layers around which an adapter was put."""

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from engines.builder.flavor import Flavor, FlavorError, RuntimeConfig
-from engines.run.plan_checks import Port, SessionError, manifest_specs, type_name
+from engines.run.inputs import Port, SessionError, type_name
+from engines.run.plan_checks import manifest_specs
 from engines.run.runtime_cache import RuntimeCache
 from export.contract.manifest import manifest_path
 

@@ -10,8 +10,9 @@ from typing import Any, overload
 import torch
 
 from engines.builder.flavor import Flavor
+from engines.run.inputs import SessionError
 from engines.run.loaded_plan import LoadedPlan, cache_key
-from engines.run.plan_checks import SessionError, check_plan
+from engines.run.plan_checks import check_plan
 from engines.run.pool import Pool, check_count, check_memory
 from engines.run.runtime_cache import RuntimeCache
 from engines.run.session import Session

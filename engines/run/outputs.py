@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.run.plan_checks import Port, SessionError, type_name
+from engines.run.inputs import Port, SessionError, type_name
 
 ALIGNMENT = 256
 """Bytes; what NvInferRuntime.h demands of an address. torch allocates at multiples of 512."""

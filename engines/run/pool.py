@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from engines.run.plan_checks import SessionError
+from engines.run.inputs import SessionError
 from engines.run.session import Session
 from engines.run.streams import after_caller
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from engines.builder.flavor import Flavor, inspect_engine
 from engines.layers.layer_report import LayerReport, read_layers
 from engines.layers.read_layers import LayerReportError, layers_from_inspector
+from engines.run.inputs import Port
 from engines.run.latency import PEAK_SIDE, STATE, Profile, join_layers, parse_state
 from engines.run.open_plan import open_plan
-from engines.run.plan_checks import Port
 from engines.run.session import Session
 from engines.run.startup import start_process, time_starts
 from engines.run.timing import RUNS, SECONDS, Measure, make_input, optimum_batch, time_graph, time_work, timer

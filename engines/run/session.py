@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engines.run.inputs import Port, SessionError, check_inputs
 from engines.run.loaded_plan import LoadedPlan, memory_text
 from engines.run.outputs import ALIGNMENT, HandedOutput, caller_memory, view_of
-from engines.run.plan_checks import Port, SessionError, check_inputs
 from engines.run.streams import on_device
 
 WARM_UP_RUNS = 3

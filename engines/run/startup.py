@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from engines.builder.flavor import RTX_MAGIC
+from engines.run.inputs import SessionError
 from engines.run.latency import Start, Starts
 from engines.run.open_plan import open_plan
-from engines.run.plan_checks import SessionError, read_header
+from engines.run.plan_checks import read_header
 from engines.run.timing import make_input
 from export.contract.interrupt import removed_on_signal
 

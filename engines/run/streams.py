@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from engines.run.plan_checks import SessionError
+from engines.run.inputs import SessionError
 
 CU_STREAM_NON_BLOCKING = 1
 """cuda.h: the legacy default stream does not wait for it, as for torch's own streams."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engines.run.inputs import Port, SessionError
 from engines.run.latency import Latency, summarize, time_runs
 from engines.run.open_plan import open_plan
-from engines.run.plan_checks import Port, SessionError
 from engines.run.session import Session
 
 RUNS, SECONDS = 200, 10.0

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from neck.checkpoint_keys import Layout
+from neck.weights.tensor_names import plain_name
 from neck.weights.torchfile import CheckpointError
-from neck.weights.wrapper_names import plain_name
 
 
 def chosen_by_prefix(path: Path, layouts: Sequence[Layout], prefix: str) -> list[Layout]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from neck.checkpoint_keys import Layout, find_layouts
 from neck.weights.records import OpaqueObject, TensorRecord, shown
+from neck.weights.tensor_names import plain_name
 from neck.weights.torchfile import ADVICE, CheckpointError
-from neck.weights.wrapper_names import plain_name
 
 WORDS = ("model", "state_dict", "model_state_dict", "module", "net", "network", "weights")
 """What training code calls the model that it trains, the first of them first."""
