@@ -6,7 +6,8 @@ between the GPU and its memory at the bandwidth. The L2 cache decides which byte
     bound_ms     what no run can beat: of what a kernel reads or writes, the cache may hold as much as fits in it
     uncached_ms  every kernel reads its inputs from memory and writes its outputs there
 
-Published rates hold at the published boost clock; a card that clocks higher by so much may be faster by so much.
+Rates are those at the highest clock that such a GPU was seen at, which on GeForce is up to 29 % above the published
+one (`published_gpus.py`).
 """
 
 from __future__ import annotations

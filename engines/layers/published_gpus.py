@@ -1,4 +1,8 @@
-"""Published rates of GPUs: one table with the source of every line. Nothing here was measured."""
+"""Published rates of GPUs: one table with the source of every line. Nothing here was measured by this project.
+
+A rate holds at a clock, and many cards run faster than the clock that NVIDIA publishes, so every rate is scaled to the
+highest clock that the GPU is known to run at (`clock`); if none is known, to 1.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +25,11 @@ class PublishedGpu:
         compute_capability: which kernels it runs.
         gigabytes_per_s: bandwidth of its memory.
         cache_megabytes: size of its L2 cache.
-        tflops: dense rates in 1e12 operations per second (2 for each multiply-add) at the published boost clock, by the
-            type of the factors and the type of the sums: `fp16/fp32`. FP32 products may run as TF32 where that exists.
+        tflops: published dense rates in 1e12 operations per second (2 for each multiply-add), by the type of the
+            factors and the type of the sums: `fp16/fp32`. FP32 products may run as TF32 where that exists.
         source: the document that has the figures.
         device: regular expression of the whole name that CUDA reports.
+        clock: the highest clock that was seen on such a GPU, divided by the clock of `tflops`.
     """
 
     title: str
@@ -34,9 +39,10 @@ class PublishedGpu:
     tflops: Mapping[str, float]
     source: str
     device: str
+    clock: float = 1.0
 
     def rate(self, factors: str, sums: str | None) -> float | None:
-        """Operations per second of a product, None for one that this GPU does not have.
+        """Operations per second of a product at the highest clock, None for one that this GPU does not have.
 
         Args:
             factors: fp32, fp16, bf16, fp8 or int8.
@@ -44,69 +50,101 @@ class PublishedGpu:
         """
         pairs = [f"{factors}/{sums}"] if sums else [pair for pair in self.tflops if pair.startswith(f"{factors}/")]
         rates = [self.tflops[pair] for pair in pairs if pair in self.tflops]
-        return 1e12 * max(rates) if rates else None
+        return 1e12 * self.clock * max(rates) if rates else None
 
 
-def _tflops(fp32: float, fp16: float, fp8: float | None, int8: float, fp16_sums: float = 1) -> dict[str, float]:
-    """Rates by types; `fp16_sums` is how many times as fast sums in FP16 are: 2 on GeForce, 1 elsewhere."""
+def _tflops(
+    fp32: float, fp16: float, fp8: float | None, int8: float, fp16_sums: float = 1, fp8_sums: float | None = None
+) -> dict[str, float]:
+    """Rates by types; `fp16_sums` is how many times as fast sums in FP16 are: 2 on GeForce, 1 elsewhere.
+
+    `fp8_sums` is the same for FP8 products if it differs: GeForce's Blackwell multiplies block-scaled FP8 with FP32 sums
+    at the full rate (flashinfer-ai/flashinfer#3628).
+    """
     rates = {"fp32/fp32": fp32, "fp16/fp32": fp16, "fp16/fp16": fp16_sums * fp16, "bf16/fp32": fp16, "int8/int32": int8}
-    return rates | ({"fp8/fp32": fp8, "fp8/fp16": fp16_sums * fp8} if fp8 else {})
+    return rates | ({"fp8/fp32": fp8, "fp8/fp16": (fp8_sums or fp16_sums) * fp8} if fp8 else {})
 
 
-_TURING = {"fp32/fp32": 8.1, "fp16/fp32": 65.0, "fp16/fp16": 65.0, "int8/int32": 130.0}
+_TURING = {"fp32/fp32": 8.15, "fp16/fp32": 65.2, "fp16/fp16": 65.2, "int8/int32": 130.3}
 _H100 = _tflops(494.7, 989.4, 1978.9, 1978.9)
-_ADA, _AMPERE, _BLACKWELL = "appendix A of the Ada", "appendix A of the GA102", "appendix A of the RTX Blackwell"
+_HOPPER = 1980 / 1830
+"""Rates are published at 1830 MHz; H200 and GH200 were seen at 1980 (awslabs/amazon-eks-ami#1985)."""
 
 PUBLISHED_GPUS: dict[str, PublishedGpu] = {
     "t4": PublishedGpu("T4", "7.5", 320, 4, _TURING, "T4 data sheet; L2: Turing white paper", r"(Tesla )?T4"),
     "a10": PublishedGpu(
-        "A10", "8.6", 600, 6, _tflops(62.5, 125, None, 250), "A10 data sheet; L2: GA102 white paper", r"A10"
+        "A10", "8.6", 600.2, 6, _tflops(62.5, 125, None, 250), "A10 data sheet; L2: GA102 white paper", r"A10"
     ),
     "a100": PublishedGpu(
-        "A100 SXM",
+        "A100",
         "8.0",
         2039,
         40,
         _tflops(156, 312, None, 624),
-        "A100 80GB data sheet; L2: white paper",
-        r"A100[- ].*",
+        "A100 80GB SXM data sheet; L2: white paper",
+        r"A100-(SXM4|PCIE)-(40|80)GB|A100 80GB PCIe",
     ),
     "l4": PublishedGpu(
-        "L4", "8.9", 300, 48, _tflops(60, 121, 242.5, 242.5), "L4 data sheet; L2: Ada white paper", r"L4"
+        "L4", "8.9", 300.1, 48, _tflops(60.6, 121.3, 242.5, 242.5), "L4 data sheet; L2: Ada white paper", r"L4"
     ),
     "l40s": PublishedGpu(
-        "L40S", "8.9", 864, 96, _tflops(183, 362.05, 733, 733), "L40S data sheet; L2: Ada white paper", r"L40S"
+        "L40S",
+        "8.9",
+        864,
+        96,
+        _tflops(183.3, 366.5, 733, 733),
+        "L40S data sheet, FP16 as half of its FP8 (it prints 362.05); L2: Ada white paper",
+        r"L40S",
     ),
     "h100": PublishedGpu(
-        "H100 SXM", "9.0", 3350, 50, _H100, "H100 data sheet; L2: Hopper white paper", r"H100 (80GB HBM3|PCIe)"
+        "H100 SXM",
+        "9.0",
+        3352,
+        50,
+        _H100,
+        "H100 data sheet and white paper 1.04",
+        r"H100 (80GB HBM3|PCIe)",
+        clock=_HOPPER,
     ),
-    "h200": PublishedGpu("H200 SXM", "9.0", 4800, 50, _H100, "H200 data sheet; L2: as H100", r"H200.*"),
-    "gh200": PublishedGpu("GH200", "9.0", 4900, 60, _H100, "GH200 data sheet (144 GB HBM3e)", r"GH200 .*"),
+    "h200": PublishedGpu(
+        "H200 SXM",
+        "9.0",
+        4917,
+        60,
+        _H100,
+        "H200 data sheet; bandwidth by its memory clock of 3201 MHz; L2: CUDA",
+        r"H200.*",
+        clock=_HOPPER,
+    ),
+    "gh200": PublishedGpu(
+        "GH200", "9.0", 4917, 60, _H100, "GH200 data sheet (144 GB HBM3e); L2: as H200", r"GH200 .*", clock=_HOPPER
+    ),
     "b200": PublishedGpu(
         "B200",
         "10.0",
         8000,
         128,
         _tflops(1125, 2250, 4500, 4500),
-        "HGX B200 data sheet, half its sparse rates",
+        "GB200 data sheet, half its sparse rates; HGX B200 has 7.7 TB/s. Clock: 1980 MHz of 1856, not confirmed",
         r"B200",
+        clock=1980 / 1856,
     ),
     "orin-nx": PublishedGpu(
         "Jetson Orin NX 16GB",
         "8.7",
         102.4,
         4,
-        _tflops(9.6, 19.2, None, 38.4),
+        _tflops(9.7, 19.3, None, 38.5),
         "Orin NX data sheet at 1173 MHz (super mode), the GPU without the DLAs",
-        r"Orin NX.*",
+        r"Orin NX",
     ),
     "orin-64": PublishedGpu(
         "Jetson AGX Orin 64GB",
         "8.7",
         204.8,
         4,
-        _tflops(21.3, 42.5, None, 85),
-        "AGX Orin technical brief, the GPU without the DLAs, a half its sparse rates",
+        _tflops(21.4, 42.7, None, 85.3),
+        "AGX Orin technical brief, the GPU without the DLAs, half its sparse rates. CUDA calls every Orin so",
         r"Orin",
     ),
     "thor": PublishedGpu(
@@ -114,30 +152,53 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         "11.0",
         273,
         32,
-        _tflops(129, 258.5, 517, 517),
+        _tflops(129.4, 258.8, 517.5, 517.5),
         "Jetson Thor data sheet, 1/4 and 1/8 of its sparse FP4 rate; L2: CUDA",
         r"(Jetson )?Thor",
     ),
     "rtx-3090": PublishedGpu(
-        "RTX 3090", "8.6", 936.2, 6, _tflops(35.6, 71, None, 284, 2), f"{_AMPERE} white paper", r"GeForce RTX 3090"
+        "RTX 3090",
+        "8.6",
+        936.2,
+        6,
+        _tflops(35.6, 71.2, None, 284.7, 2),
+        "GA102 white paper, appendix A. Clock: 2100 MHz of 1695 assumed, 1980 seen",
+        r"GeForce RTX 3090",
+        clock=2100 / 1695,
     ),
     "rtx-4080": PublishedGpu(
-        "RTX 4080", "8.9", 716.8, 64, _tflops(48.7, 97.5, 194.9, 389.9, 2), f"{_ADA} white paper", r"GeForce RTX 4080"
+        "RTX 4080",
+        "8.9",
+        716.8,
+        64,
+        _tflops(48.7, 97.5, 194.9, 389.9, 2),
+        "Ada white paper, appendix A. Clock: 3105 MHz of 2505, seen on Ada",
+        r"GeForce RTX 4080",
+        clock=3105 / 2505,
     ),
     "rtx-4090": PublishedGpu(
-        "RTX 4090", "8.9", 1008, 72, _tflops(82.6, 165.2, 330.3, 660.6, 2), f"{_ADA} white paper", r"GeForce RTX 4090"
+        "RTX 4090",
+        "8.9",
+        1008,
+        72,
+        _tflops(82.6, 165.2, 330.3, 660.6, 2),
+        "Ada white paper, appendix A. Clock: 3105 MHz of 2520, seen on Ada",
+        r"GeForce RTX 4090",
+        clock=3105 / 2520,
     ),
     "rtx-5090": PublishedGpu(
         "RTX 5090",
         "12.0",
         1792,
         96,
-        _tflops(104.8, 209.5, 419, 838, 2),
-        f"{_BLACKWELL} white paper",
+        _tflops(104.8, 209.5, 838, 838, 2, fp8_sums=1),
+        "RTX Blackwell white paper, appendix A; FP8 with FP32 sums: block-scaled. Clock: 3105 MHz of 2407 seen",
         r"GeForce RTX 5090",
+        clock=3105 / 2407,
     ),
 }
-"""By the name that `--gpu` takes. FP16 rates are those of FP32 sums; of two memory sizes the faster one is listed."""
+"""By the name that `--gpu` takes; of two memory sizes the faster one is listed. Figures that data sheets round down are
+computed from the number of units and the clock."""
 
 
 def find_gpus(names: str | Sequence[str]) -> dict[str, PublishedGpu]:
