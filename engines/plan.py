@@ -44,7 +44,7 @@ class PlanResult:
 
     Attributes:
         path, manifest: the plan, and what it says.
-        layer report: its layer report, None where the builder told none.
+        layers: its layer report, None where the builder told none.
         verdict: what was verified: the plan where it runs here, else the typed ONNX graph, else None.
         reused, reason: whether the plan was there already; why it was built, where another was there.
         exported: the export that the plan was built from, if one call made both.

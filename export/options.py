@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from export.contract.atomic import disk_errors
+from export.contract.dtypes import BY_PRECISION
 from export.contract.errors import ExportError
 from export.contract.options import ExportOptions
 from export.contract.signature import (
@@ -32,8 +33,6 @@ from neck.images import ImageFolder, find_images
 from neck.necks import Sam3DualViTDetNeck
 from neck.source import Loaded
 from neck.weights.adapters import adapter_files
-
-NUMPY_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float16", "int8": "float16"}
 
 
 def check_options(options: ExportOptions) -> Form:
@@ -146,7 +145,7 @@ def sign(options: ExportOptions, encoder: Sam3DualViTDetNeck) -> Signature:
         positions=options.positions,
         input_kind=options.input_kind,
         batch=options.batch,
-        dtype=NUMPY_NAMES[options.output_precision or options.precision],
+        dtype=BY_PRECISION[options.output_precision or options.precision].name,
         sam2_outputs=options.sam2_outputs,
     )
     check_levels(signature, config)

@@ -37,7 +37,7 @@ from export.lowering.attention import other_form
 from export.lowering.codes import CODES
 from export.lowering.precision import kept_products, lower, residual_type, residuals_to_try
 from export.manifest_values import export_facts, graph_facts, verification
-from export.options import NUMPY_NAMES, check_options, load, lowering, sign
+from export.options import check_options, load, lowering, sign
 from export.output_files import NamedPath, check_paths, check_room, encoder_paths, target_files
 from export.quantization.select_quantization import budget_tolerances, manifest_tolerances, select_quantization
 from export.verification.fidelity import Verdict, check_overrides
@@ -66,7 +66,6 @@ from neck.necks import Sam3DualViTDetNeck
 from neck.source import EncoderSource, Loaded
 
 __all__ = [
-    "NUMPY_NAMES",
     "ExportOptions",
     "ExportResult",
     "RejectedError",

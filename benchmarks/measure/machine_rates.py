@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure.backends import QUANTIZED
+from export.contract.dtypes import BY_PRECISION
 from export.quantization.rates import measure_rate
 
 PRODUCT_SECONDS = 0.05
@@ -20,7 +21,7 @@ COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 """Beyond the largest cache of a CPU (a few hundred MB) only in part; of a GPU by far."""
 
 REPEATS = {"cpu": 3, "cuda": 10}
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TYPES = {kind: getattr(torch, BY_PRECISION[kind].name) for kind in ("fp32", "bf16", "fp16")}
 
 
 def measure_rates(device: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure.backends import Runner, RunRequest
 from benchmarks.options import SELECTION
+from export.contract.dtypes import BY_PRECISION
 from export.contract.options import Rewrites
 from export.graph.deployed_module import DeployEncoder
 from export.graph.rewrite import DeployAttention, DeployProjection, RotaryHalves
@@ -21,7 +22,6 @@ from neck.config import HEAD_PARTS
 from neck.position import PositionEmbeddingSine
 from neck.trunk import Block, ViTDetTrunk
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MODES = {"compile": "default", "compile-max": "max-autotune"}
 OTHER = "other"
 """What no part of `part_modules` holds: ln_pre, the position embedding, the windows' permutations."""
@@ -47,7 +47,7 @@ def make_module(job: RunRequest) -> DeployEncoder:
         if isinstance(part, DeployAttention):
             fold(part)
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(backend.device, DTYPES[backend.precision])
+        parameter.data = parameter.data.to(backend.device, getattr(torch, BY_PRECISION[backend.precision].name))
     module = module.to(backend.device).eval()
     if isinstance(module.position_encoding, PositionEmbeddingSine):
         for size in signature.level_sizes:  # its tables are there before it is compiled, as the rewritten module's are
@@ -78,7 +78,9 @@ class TorchRunner(Runner):
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
         self.module = make_module(self.job)
-        self.image = torch.from_numpy(np.load(self.job.image)).to(backend.device, DTYPES[backend.precision])
+        self.image = torch.from_numpy(np.load(self.job.image)).to(
+            backend.device, getattr(torch, BY_PRECISION[backend.precision].name)
+        )
         self.names = [spec.name for spec in self.module.signature.outputs]
         self._call: Callable[[Tensor], tuple[Tensor, ...]] = self.module
         if backend.runtime == "eager":

@@ -20,19 +20,11 @@ from engines.builder.timing_cache import missed, read_replayed, replay_timing, r
 from engines.layers.layer_report import LayerReport
 from engines.layers.read_layers import LayerReportError, layers_from_inspector, layers_from_log, read_families
 from export.contract.atomic import disk_errors, replacing
+from export.contract.dtypes import BY_TENSORRT
 from export.contract.export_command import export_again
 from export.contract.onnx_file import OnnxFile
 from export.contract.signature import BATCH, TensorSpec
 from export.contract.targets import has_fp8
-
-NUMPY = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "UINT8": "uint8",
-    "INT32": "int32",
-    "INT64": "int64",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +39,8 @@ class BuildResult:
         gpu: the GPU at hand, or None.
         inputs, outputs: tensors of the engine, the batch `batch` where it is dynamic.
         seconds: of parsing and building; plan_bytes: size of the plan.
-        layer report: the layer report, None where neither the builder's log nor the engine inspector tells the kernels.
-        no_sheet: why there is none.
+        layers: the layer report, None where neither the builder's log nor the engine inspector tells the kernels.
+        no_layers: why there is none.
         timing_cache: file name and SHA-256 of the timing cache that was saved or replayed; None without one.
         notes: what was asked and not done though the plan is whole.
         memory: device memory of weights and activations in bytes, as far as the builder's log tells it.
@@ -217,5 +209,7 @@ def _parse(onnx: Path, flavor: Flavor, watch: Watch) -> tuple[Any, Any, Any]:
 
 
 def _spec(tensor: Any) -> TensorSpec:
-    kind = NUMPY.get(tensor.dtype.name, tensor.dtype.name)
-    return TensorSpec(tensor.name, kind, tuple(BATCH if side == -1 else int(side) for side in tensor.shape))
+    kind, known = tensor.dtype.name, BY_TENSORRT.get(tensor.dtype.name)
+    return TensorSpec(
+        tensor.name, known.name if known else kind, tuple(BATCH if side == -1 else int(side) for side in tensor.shape)
+    )

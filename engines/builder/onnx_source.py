@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from engines.builder.onnx_graph import BuildError, whole_file
 from engines.builder.plan_kind import is_plan
+from export.contract.dtypes import BY_PRECISION
 from export.contract.export_command import AS_AUTO, export_again
 from export.contract.manifest import check_files, data_path, manifest_path, read_manifest
 from export.contract.onnx_file import OnnxFile
@@ -20,7 +21,6 @@ from export.contract.signature import BatchRange, Signature
 from export.graph.cleanup import MODULE
 from export.lowering.codes import CODES
 from export.lowering.precision import kept_products, lower
-from export.options import NUMPY_NAMES
 from export.quantization.select_quantization import QuantizationPlan, check_quantize, select_quantization
 from export.verification.verify import References, Report
 from export.weights_origin import manifest_encoder, manifest_signature
@@ -88,7 +88,7 @@ class Source:
         if self.manifest is None:
             return None
         signature = Signature.from_dict(self.manifest["signature"])
-        dtype = signature.dtype if precision == self.precision else NUMPY_NAMES[precision]
+        dtype = signature.dtype if precision == self.precision else BY_PRECISION[precision].name
         positions: Literal["graph", "none"] = "graph" if signature.positions == "graph" else "none"
         return dataclasses.replace(signature, dtype=dtype, positions=positions)
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from engines.builder.onnx_graph import BuildError
+from export.contract.dtypes import BY_PRECISION
 from export.contract.export_command import AS_AUTO, export_again
-
-TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "fp8": "HALF", "int8": "HALF"}
 
 SCORES, MIXED = "*.attn/scores*", "*.attn/mixed*"
 """The matrix products of attention that a form keeps in FP32: `unfused` the first, fp32acc the second."""
@@ -40,7 +39,7 @@ def check_types(onnx: Path, trt: Any, network: Any, precision: str, keep_fp32: S
         BuildError: naming the first matrix product or convolution that does not, or saying that there is none.
     """
     kinds = (trt.LayerType.MATRIX_MULTIPLY, trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION)
-    wanted = getattr(trt.DataType, TYPES[precision])
+    wanted = getattr(trt.DataType, str(BY_PRECISION[precision].tensorrt))
     fp32 = [SCORES, *(f"{pattern}{end}" for pattern in keep_fp32 for end in ("/*", ".*"))]
     seen, widened = 0, _widened(trt, network, wanted)
     for index in range(network.num_layers):

@@ -7,12 +7,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from export.contract.dtypes import BY_NAME
 from export.contract.signature import BATCH, BatchRange
 
 LOGGED = re.compile(r"Total (Activation|Weights) Memory: (\d+) bytes")
 """The builder's words, seen in TensorRT-RTX 1.7; activations are for the largest batch of the profile."""
-
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1}
 
 CONTEXTS = (1, 4)
 """Sizes of a pool whose total is shown."""
@@ -34,8 +33,9 @@ def plan_memory(logged: Mapping[str, int], tensors: Iterable[Mapping[str, Any]],
     """
     largest = BatchRange.parse(batch).maximum
     sizes = [
-        ITEM_BYTES.get(tensor["dtype"], math.nan)
-        * math.prod(largest if side == BATCH else int(side) for side in tensor["shape"])
+        BY_NAME[tensor["dtype"]].bytes
+        if tensor["dtype"] in BY_NAME
+        else math.nan * math.prod(largest if side == BATCH else int(side) for side in tensor["shape"])
         for tensor in tensors
     ]
     total = sum(sizes)

@@ -58,8 +58,8 @@ def _tflops(
 ) -> dict[str, float]:
     """Rates by types; `fp16_sums` is how many times as fast sums in FP16 are: 2 on GeForce, 1 elsewhere.
 
-    `fp8_sums` is the same for FP8 products if it differs: GeForce's Blackwell multiplies block-scaled FP8 with FP32 sums
-    at the full rate (flashinfer-ai/flashinfer#3628).
+    `fp8_sums` is the same for FP8 products if it differs: GeForce's Blackwell multiplies block-scaled FP8 with FP32
+    sums at the full rate (flashinfer-ai/flashinfer#3628).
     """
     rates = {"fp32/fp32": fp32, "fp16/fp32": fp16, "fp16/fp16": fp16_sums * fp16, "bf16/fp32": fp16, "int8/int32": int8}
     return rates | ({"fp8/fp32": fp8, "fp8/fp16": (fp8_sums or fp16_sums) * fp8} if fp8 else {})

@@ -11,17 +11,11 @@ import torch
 from torch import Tensor
 
 from engines.live.ort_placement import FirstRun
+from export.contract.dtypes import BY_NAME
 from export.contract.export_command import export_again
 from export.contract.onnx_file import OnnxFile
 from export.verification.rounding_simulation import simulate
 from export.verification.verify import open_model, require_runtime
-
-ELEMENTS = {
-    torch.float32: onnx.TensorProto.FLOAT,
-    torch.float16: onnx.TensorProto.FLOAT16,
-    torch.bfloat16: onnx.TensorProto.BFLOAT16,
-    torch.uint8: onnx.TensorProto.UINT8,
-}
 
 
 class RuntimeFileError(RuntimeError):
@@ -80,7 +74,7 @@ class OrtFile:
         index = self.device.index or 0
         for bind, tensors in ((binding.bind_input, {"image": image}), (binding.bind_output, outputs)):
             for name, tensor in tensors.items():
-                element = ELEMENTS[tensor.dtype]
+                element = getattr(onnx.TensorProto, BY_NAME[str(tensor.dtype).removeprefix("torch.")].onnx)
                 bind(name, self.device.type, index, element, list(tensor.shape), tensor.data_ptr())
         if self.device.type == "cuda":  # ONNX Runtime has a stream of its own
             torch.cuda.current_stream(self.device).synchronize()

@@ -16,16 +16,10 @@ from engines.builder.flavor import Flavor, FlavorError, RuntimeConfig
 from engines.run.inputs import Port, SessionError, type_name
 from engines.run.plan_checks import manifest_specs
 from engines.run.runtime_cache import RuntimeCache
+from export.contract.dtypes import BY_TENSORRT
 from export.contract.manifest import manifest_path
 
-TYPES = {
-    "FLOAT": torch.float32,
-    "HALF": torch.float16,
-    "BF16": torch.bfloat16,
-    "UINT8": torch.uint8,
-    "INT32": torch.int32,
-    "INT64": torch.int64,
-}
+TYPES: dict[str, torch.dtype] = {name: getattr(torch, one.name) for name, one in BY_TENSORRT.items()}
 
 
 class LoadedPlan:

@@ -23,12 +23,11 @@ from engines.run.session import Session
 from engines.run.startup import start_process, time_starts
 from engines.run.timing import RUNS, SECONDS, Measure, make_input, optimum_batch, time_graph, time_work, timer
 from engines.run.verify import describe
+from export.contract.dtypes import BY_PRECISION
 from export.verification.verify import Report
 
 LAYER_WARM_UP_RUNS, LAYER_RUNS = 5, 20
 COPY_BYTES = 1 << 30
-PEAK_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PEAK_TYPES |= {"fp8": torch.float16, "int8": torch.float16}  # which quantized products may pass
 
 STATE_SECONDS = 20.0
 """It takes 0.1 to 2 s; a driver that hangs must not hold the profile."""
@@ -54,7 +53,7 @@ def profile_plan(
     Args:
         plan: the plan, its manifest beside it.
         batch: batch size; by default the optimum of the plan's range.
-        layer report: its layer report; by default the one beside the plan, else what the engine inspector tells.
+        layers: its layer report; by default the one beside the plan, else what the engine inspector tells.
         flavor: which TensorRT; by default the one that built the plan.
         device: the GPU, as in open_plan.
         runs, seconds: runs are timed until there are so many, or for so long.
@@ -95,7 +94,7 @@ def _profile(
     tensors = {"in": [image], "out": list(outputs.values())}
     copies = {way: measure(_copying(values, way == "in")) for way, values in tensors.items()}
     report("measuring the GPU's own peak rates")
-    tflops, gigabytes_per_s = _measure_peaks(PEAK_TYPES[precision], session.device, measure)
+    tflops, gigabytes_per_s = _measure_peaks(getattr(torch, BY_PRECISION[precision].name), session.device, measure)
     report("measuring time per layer")
     session.bind({port.name: image})
     times = _layer_times(session)

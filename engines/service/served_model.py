@@ -11,11 +11,12 @@ from typing import Any, Literal
 from engines.builder.flavor import RTX_MAGIC
 from engines.builder.onnx_graph import BuildError
 from engines.builder.plan_kind import is_plan
+from export.contract.dtypes import ELEMENT_TYPES
 from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest
 from export.contract.signature import BatchRange, Signature, TensorSpec
 from export.contract.targets import release_numbers
 
-DATA_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "uint8": "TYPE_UINT8"}
+DATA_TYPES = {one.name: f"TYPE_{one.triton}" for one in ELEMENT_TYPES if one.triton}
 """Triton's name of each type that a file's tensors may have."""
 
 

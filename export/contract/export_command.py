@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from export.contract.dtypes import BY_NAME
 from export.contract.manifest import ManifestError, manifest_path, read_manifest
 
 BASES = {"fp8": "fp16", "int8": "fp16"}
 """The type of what a quantized file does not quantize."""
-
-DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-
 
 REPLACED_FORMS = {"scores32": "fp32acc"}
 """Forms of attention that were dropped, in manifests of older versions, and the form that replaces each."""
@@ -60,7 +58,8 @@ def export_command(
         words += [word for pattern in held["asked"] for word in ("--quantize", pattern)]
         words += ["--budget", str(held["budget"])]
         words += [word for key in ("calibration", "images") if held[key] for word in (f"--{key}", held[key])]
-    dtype = DTYPES.get(signature.get("dtype", ""), manifest["precision"])
+    known = BY_NAME.get(signature.get("dtype", ""))
+    dtype = known.precision if known and known.precision else manifest["precision"]
     if dtype != BASES.get(manifest["precision"], manifest["precision"]):
         options.setdefault("output-dtype", dtype)
     if weights["random"] and checkpoint is None:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from export.contract.atomic import disk_errors, new_folder, publish, staging
+from export.contract.dtypes import BY_ONNX
 from export.contract.errors import ExportError
 from export.contract.manifest import manifest_path, seen, write_manifest
 from export.contract.onnx_file import OnnxFile
@@ -35,8 +36,6 @@ from neck.weights.fingerprint import fingerprints
 
 DYNAMIC = BatchRange(1, 4, 8)
 """The batch range that is written for a file whose batch is not fixed."""
-
-NUMPY_NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 
 
 def adopt(
@@ -159,7 +158,7 @@ def contract_of(file: OnnxFile, verdict: ForeignVerdict) -> Signature:
                                 positions="graph" if positions >= {*levels} and not _shared(verdict) else "none",
                                 input_kind="uint8" if image.dtype == "uint8" else "float",
                                 batch=batch,
-                                dtype=NUMPY_NAMES.get(value.dtype or ir.DataType.FLOAT, "float32"),
+                                dtype=_dtype(value),
                                 sam2_outputs=head,
                             )
                         except SignatureError:
@@ -178,6 +177,11 @@ def _shared(verdict: ForeignVerdict) -> bool:
     return image.dynamic_batch and any("_pos_" in one.tensor and len(one.array) == 1 for one in verdict.matches)
 
 
+def _dtype(value: ir.Value) -> str:
+    """NumPy's name of a value's type; float32 where the graph does not tell it."""
+    return BY_ONNX[value.dtype.name].name if value.dtype and value.dtype.name in BY_ONNX else "float32"
+
+
 def _is_ours(model: ir.Model, signature: Signature, verdict: ForeignVerdict) -> bool:
     """Whether a file has the contract's input and outputs already."""
     image = verdict.image
@@ -190,7 +194,7 @@ def _is_ours(model: ir.Model, signature: Signature, verdict: ForeignVerdict) -> 
         and verdict.encoding == Encoding("bytes" if image.dtype == "uint8" else "sam3")
         and names == [spec.name for spec in signature.outputs]
         and all(kinds[name].layout == "NCHW" for name in names)
-        and all(NUMPY_NAMES.get(value.dtype) == signature.dtype for value in model.graph.outputs if value.dtype)
+        and all(_dtype(value) == signature.dtype for value in model.graph.outputs if value.dtype)
         and not image.dynamic_size
     )
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-FLOATS = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.DOUBLE: "float64",
-    ir.DataType.BFLOAT16: "bfloat16",
-}
+from export.contract.dtypes import ELEMENT_TYPES
+
+FLOATS = {ir.DataType[one.onnx]: one.name for one in ELEMENT_TYPES if "float" in one.name}
 
 
 def file_inputs(graph: ir.Graph) -> list[ir.Value]:

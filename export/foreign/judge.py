@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from export.contract.dtypes import BY_ONNX
 from export.contract.errors import ExportError
 from export.contract.onnx_file import OnnxFile
 from export.contract.signature import BatchRange, encoder_signature
@@ -38,7 +39,6 @@ from neck.trunk import ViTDetTrunk
 EMBEDDED = 2e-2
 """Relative L2 of the patch embedding up to which a file has the right image; FP16 and BF16 differ by up to 5e-3."""
 
-LOW_TYPES = {"FLOAT16": "fp16", "BFLOAT16": "bf16"}
 CODE_TYPES = {"FLOAT8E4M3FN": "fp8", "FLOAT8E5M2": "fp8", "INT8": "int8", "UINT8": "int8"}
 
 
@@ -438,4 +438,4 @@ def file_precision(model: ir.Model) -> str:
         "DynamicQuantizeLinear",
     }:
         return next((CODE_TYPES[name] for name in CODE_TYPES if name in types and name.startswith("FLOAT8")), "int8")
-    return next((LOW_TYPES[name] for name in ("BFLOAT16", "FLOAT16") if name in types), "fp32")
+    return next((str(BY_ONNX[name].precision) for name in ("BFLOAT16", "FLOAT16") if name in types), "fp32")

@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
+from export.contract.dtypes import BY_PRECISION
 from export.contract.errors import ExportError
 from export.contract.options import AttentionForm, OutputPrecision, Precision, Residual, Spelling, Upsampling
 from export.graph.cleanup import INPUT, MODULE
@@ -35,12 +36,9 @@ from export.lowering.quantize import Quantization, find_products, is_named, quan
 from export.lowering.residual import residual_stream
 from export.lowering.upsampling import lower_upsampling
 
-TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-TYPES |= {"fp8": ir.DataType.FLOAT16, "int8": ir.DataType.FLOAT16}  # of all that is not quantized
-TORCH_TYPES = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
+TYPES = {precision: ir.DataType[one.onnx] for precision, one in BY_PRECISION.items()}
+TORCH_TYPES: dict[ir.DataType, torch.dtype] = {
+    ir.DataType[one.onnx]: getattr(torch, one.name) for one in BY_PRECISION.values()
 }
 LOW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 OPSETS = range(17, 25)

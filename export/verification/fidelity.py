@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from export.contract.export_command import DTYPES
+from export.contract.dtypes import BY_NAME
 
 CHUNK = 1 << 20
 """Elements that are compared at a time in float64; sums in float32 gave a cosine of 1.00008."""
@@ -131,7 +131,7 @@ def tolerance_for(
     """
     tolerance = _default_tolerance(name, precision)
     if dtype is not None:
-        tolerance = _looser(tolerance, _default_tolerance(name, DTYPES[dtype]))
+        tolerance = _looser(tolerance, _default_tolerance(name, str(BY_NAME[dtype].precision)))
     for pattern, value in (overrides or {}).items():
         if fnmatch.fnmatchcase(name, pattern):
             tolerance = Tolerance(value, min(tolerance.cosine, 1 - value**2), tolerance.max_abs)
