@@ -206,13 +206,13 @@ def test_half_precision_checkpoints_are_fine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--image-size", "1000"), ("not a multiple of the patch size 14; nearest: 994 and 1008",)),
-        (("--image-size", "112x100"), ("nearest: 98 and 112",)),
-        (("--image-size", "5"), ("nearest: 14",)),
+        (("--image-size", "1000"), ("not a multiple of the patch size 14; use the nearest multiple: 994 and 1008",)),
+        (("--image-size", "112x100"), ("nearest multiple: 98 and 112",)),
+        (("--image-size", "5"), ("nearest multiple: 14",)),
         (("--image-size", "0"), ("image size 0", "14 pixels")),
         (("--image-size", "-14"), ("image size -14", "14 pixels")),
         (("--image-size", "14"), ("level 3 would be empty at 14x14 pixels",)),
-        (("--image-size", "140000"), ("larger than 8064 pixels a side", "GB")),
+        (("--image-size", "140000"), ("limit of 8064 pixels per side", "GB")),
         (("--image-size", "8064", "--batch", "64"), ("verification at 8064x8064 needs", "GB", "--no-verify")),
         (("--neck", "sam4"), ("unknown neck 'sam4'; choose from sam3, sam2, interactive, propagation, both, all",)),
         (("--neck", ""), ("unknown neck ''",)),

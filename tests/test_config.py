@@ -48,10 +48,10 @@ def test_height_comes_first() -> None:
     [
         (1000, ["1000", "14", "994 and 1008"]),
         ((1008, 700 + 1), ["701", "700 and 714"]),
-        (13, ["13", "nearest: 14"]),
-        (0, ["0", "at least one patch", "14"]),
-        (-14, ["-14", "at least one patch"]),
-        ((1008, 0), ["0", "at least one patch"]),
+        (13, ["13", "nearest multiple: 14"]),
+        (0, ["0", "at least 14 pixels", "14"]),
+        (-14, ["-14", "at least 14 pixels"]),
+        ((1008, 0), ["0", "at least 14 pixels"]),
         (14_000, ["14000x14000", "GB"]),
         (100_000, ["100000x100000", "GB"]),  # no multiple of 14 either, but the nearest would not do
         ((14, 100_002), ["14x100002", "GB"]),
@@ -71,7 +71,7 @@ def test_the_memory_of_a_huge_size_is_that_of_its_tensors() -> None:
 
 @pytest.mark.parametrize("size", [True, 1008.0, "1008", None, (), (1008,), (1008, 1008, 3), (1008, 1008.0), (True, 14)])
 def test_what_is_no_size_is_refused(size: Any) -> None:
-    with pytest.raises(ConfigError, match=r"give a whole number, or \(height, width\)"):
+    with pytest.raises(ConfigError, match=r"is invalid; use one whole number of pixels"):
         check_image_size(size, 14)
 
 

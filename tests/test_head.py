@@ -202,7 +202,7 @@ def test_some_levels(necks: str, levels: str, sam2: list[str]) -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"necks": ("sam3",)}, "with necks sam3 and d_model 16; it needs"),
+        ({"necks": ("sam3",)}, "configuration has the necks sam3 and d_model 16"),
         ({"d_model": 12}, "a multiple of 8"),
         ({"sam2_head": "yes"}, "it must be true or false"),
     ],

@@ -217,8 +217,8 @@ BROKEN = {
     "truncated": "cannot be decoded .*truncated",
     "signature only": "is damaged or",
     "corrupt": "is damaged or",
-    "folder": "is a folder; give an image file",
-    "fifo": "pipe; give an image file",
+    "folder": "is a folder, but an image file",
+    "fifo": "is a named pipe",
     "eps": "is damaged or",
     "float": "is 32-bit float gray with values 1 to 1, and this type has no fixed range",
 }
@@ -297,7 +297,7 @@ def test_wrong_arrays_and_sizes() -> None:
         with pytest.raises(ImageError, match=r"uint8 array \(B, H, W, 3\)"):
             normalize(wrong)
     for size in ((0, 8), (8, -1), (8,)):
-        with pytest.raises(ImageError, match=r"give \(height, width\)"):
+        with pytest.raises(ImageError, match=r"resized to .*\(height, width\)"):
             resize_image(pixels, size)  # type: ignore[arg-type]
-    with pytest.raises(ImageError, match="No image was given"):
+    with pytest.raises(ImageError, match="No image file was given"):
         load_images([], (8, 8))

@@ -77,12 +77,12 @@ def test_tables_of_another_theta_are_refused_with_both_named(tmp_path: Path) -> 
         (1, table(1, theta=9000.0), "about 9000"),
         (3, table(3, scale=1.0), "by 0.5"),
         (2, table(1), "window"),
-        (1, table(1)[:-1], "8), expected"),
-        (1, table(1)[:, :4], "shape (64, 4), expected (64, 8"),
+        (1, table(1)[:-1], "8), but it needs"),
+        (1, table(1)[:, :4], "shape (64, 4) instead of (64, 8"),
         (1, table(1).flip(0), "rotary table"),
-        (1, table(1) * float("nan"), "values differ by up to nan"),
-        (1, table(1).conj().resolve_conj(), "values differ by up to 2"),
-        (3, table(3, grid=10), "different grids: 8x8"),
+        (1, table(1) * float("nan"), "differ by up to nan"),
+        (1, table(1).conj().resolve_conj(), "differ by up to 2"),
+        (3, table(3, grid=10), "different image sizes (8x8"),
     ],
 )
 def test_a_planted_table_is_refused(block: int, planted: Tensor, says: str, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def with_decoder(path: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> L
     if any(not _is_same(near[0], other, tensors) for other in near[1:]):
         raise CheckpointError(
             f"{path}: the checkpoint contains {len(near)} different mask decoders "
-            f"({listing((f'{start}*' for start in near))}) that may belong to the neck "
+            f"({listing(f'{start}*' for start in near)}) that may belong to the neck "
             f"{layout.necks['sam2']}*; save a checkpoint with only the right one"
         )
     return dataclasses.replace(layout, decoder=near[0])
