@@ -274,7 +274,7 @@ def test_modules_outside_the_encoder_are_listed(adapter: Path) -> None:
     change_tensors(adapter, add)
     notes: list[str] = []
     load_encoder(CASE, adapter=adapter, notes=notes)
-    assert notes[1].startswith(f"adapter {adapter}: ")
+    assert notes[1].startswith(f"these tensors of the adapter {adapter} ")
     assert notes[1].endswith("ignored: detr_encoder.layers.0.mlp.fc1, mask_decoder.head.weight")
 
 
@@ -377,7 +377,7 @@ def test_what_peft_saves_beyond_lora_is_refused(name: str, says: str) -> None:
 
 
 def test_folders_that_are_no_adapter(tmp_path: Path, adapter: Path) -> None:
-    assert "has no adapter_config.json" in refused(tmp_path)
+    assert "contains no adapter_config.json" in refused(tmp_path)
     (adapter / "adapter_model.safetensors").unlink()
     assert "has no adapter_model.safetensors or adapter_model.bin" in refused(adapter)
 
@@ -425,7 +425,7 @@ def test_an_export_says_what_was_merged_and_verify_merges_it_again(
             ("--checkpoint", "random", "--adapter-alpha", "8"),
             "--adapter-alpha",
         ),
-        (("--checkpoint", CASE, "--adapter", ADAPTERS), "has no adapter_config.json"),
+        (("--checkpoint", CASE, "--adapter", ADAPTERS), "contains no adapter_config.json"),
         (("--checkpoint", CASE, "--adapter", ADAPTERS / "dora"), "DoRA"),
         (("--checkpoint", CASE, "--adapter-alpha", "8"), "--adapter-alpha"),
         (

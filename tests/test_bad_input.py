@@ -154,7 +154,7 @@ def misshape(state: State) -> None:
 
 
 CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
-    "missing": (lambda path: path, ("No such file",)),
+    "missing": (lambda path: path, ("this file does not exist",)),
     "folder": (lambda path: path.parent, ("contains no",)),
     "empty": (bad_empty, ("is empty",)),
     "text": (bad_text, ("checkpoint",)),
@@ -236,7 +236,7 @@ def test_half_precision_checkpoints_are_fine(tmp_path: Path) -> None:
         ),
         (("--config", "/no/such.json"), ("/no/such.json", "JSON")),
         (("--config", str(DATA / "meta-dual" / "case.json")), ("unknown key",)),
-        (("--images", "/no/such/folder"), ("/no/such/folder cannot be listed",)),
+        (("--images", "/no/such/folder"), ("/no/such/folder cannot be read",)),
         (("--images", str(DATA / "meta-dual")), ("no image",)),
     ],
 )

@@ -222,12 +222,12 @@ QUANTIZED: dict[str, tuple[Change, str]] = {
         lambda s: beside(
             codes(s, torch.uint8), **{"weight.absmax": ONE, "weight.quant_state.bitsandbytes__nf4": ONE}
         ),
-        "is torch.uint8",
+        "has the type torch.uint8",
     ),
     "FP8 with weight_scale_inv": (
-        lambda s: beside(codes(s, torch.float8_e4m3fn), weight_scale_inv=ONE), "is torch.float8_e4m3fn"
+        lambda s: beside(codes(s, torch.float8_e4m3fn), weight_scale_inv=ONE), "has the type torch.float8_e4m3fn"
     ),
-    "INT8 alone": (lambda s: codes(s, torch.int8), "is torch.int8"),
+    "INT8 alone": (lambda s: codes(s, torch.int8), "has the type torch.int8"),
     "GPTQ": (
         lambda s: beside(
             {name: value for name, value in s.items() if not name.endswith("fc1.weight")},

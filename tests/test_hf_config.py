@@ -135,7 +135,7 @@ def test_what_the_encoder_does_not_have_is_refused(folder: Path, entries: dict[s
 @pytest.mark.parametrize(
     ("entries", "says"),
     [
-        ({"scale_factors": [4.0, 2.0]}, "scale_factors 4, 2, but the checkpoint has 3 levels"),
+        ({"scale_factors": [4.0, 2.0]}, "has 4, 2 as scale_factors, but the encoder in the checkpoint has 3 levels"),
         ({"fpn_hidden_size": 16}, "d_model is 16, but the checkpoint has 8"),
         ({"neck_norm": "layer"}, "neck_norm 'layer'"),
     ],

@@ -291,10 +291,10 @@ def test_wrong_arrays_and_sizes() -> None:
     four: tuple[npt.NDArray[Any], ...]
     four = (pixels, pixels[None].astype(np.int16), pixels[None].transpose(0, 3, 1, 2))
     for wrong in three:
-        with pytest.raises(ImageError, match=r"uint8 array \(H, W, 3\)"):
+        with pytest.raises(ImageError, match=r"uint8 array of shape \(H, W, 3\)"):
             resize_image(wrong, (8, 8))
     for wrong in four:
-        with pytest.raises(ImageError, match=r"uint8 array \(B, H, W, 3\)"):
+        with pytest.raises(ImageError, match=r"uint8 array of shape \(B, H, W, 3\)"):
             normalize(wrong)
     for size in ((0, 8), (8, -1), (8,)):
         with pytest.raises(ImageError, match=r"resized to .*\(height, width\)"):

@@ -46,7 +46,7 @@ BASIC = frozenset(
 )
 """Operators of opset 17 and earlier that an exported encoder may hold, and which every target below takes."""
 
-NO_FP8 = "its GPU cannot multiply matrices in FP8, which needs compute capability 8.9"
+NO_FP8 = "the GPU of this target cannot multiply matrices in FP8, which needs compute capability 8.9"
 
 QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 """With FP16 scales, which came with opset 19."""
@@ -314,7 +314,9 @@ def find_targets(names: str) -> tuple[Target, ...]:
     for name in (part.strip() for part in names.split(",")):
         plain, _, capability = name.partition("@")
         if capability and not re.fullmatch(r"\d+\.\d", capability):
-            raise TargetError(f"--target {name!r}: expected a compute capability after the @, such as 8.6")
+            raise TargetError(
+                f"--target {name!r}: the text after the @ is not a compute capability; write one such as 8.6"
+            )
         capability = capability or JETPACK_CAPABILITY.get(plain.lower(), "")
         product = plain.lower() if plain.lower().startswith(("triton-", "jetpack-")) else ""
         for one in _parts(plain.lower()):
@@ -349,7 +351,7 @@ def release_numbers(version: str) -> tuple[int, ...]:
     """
     numbers = version_numbers(version)
     if len(numbers) < 3:
-        raise ValueError(f"{version!r} is not a TensorRT version such as 10.16.1.11")
+        raise ValueError(f"{version!r} is not a TensorRT version; write one such as 10.16.1.11")
     return numbers
 
 
@@ -381,7 +383,7 @@ def why_no_fp8_attention(targets: Sequence[Target]) -> str | None:
     """Why a file for these targets has no FP8 attention, None if all of them are known to fuse it."""
     for one in targets:
         if not fuses_fp8_attention(one.family, one.version or one.since):
-            return f"{one.name} is not known to fuse FP8 attention (TensorRT-RTX 1.7 and later are)"
+            return f"{one.name} is not known to fuse FP8 attention; only TensorRT-RTX 1.7 and later are"
     return None
 
 
@@ -412,9 +414,11 @@ def _find(name: str, asked: str) -> Target:
         newest = NEWEST[family]
         known = f"{first} to {newest}" if first != newest else first
         what = (
-            f"what {name} can load is unknown" if version else (f"the version is missing, such as in {family}-{newest}")
+            f"neck-export does not know what {name} can load"
+            if version
+            else (f"the version is missing; write it as in {family}-{newest}")
         )
-        raise TargetError(f"--target {asked!r}: {what}; known are {known}")
+        raise TargetError(f"--target {asked!r}: {what}; the known versions are {known}")
     near = difflib.get_close_matches(asked.lower(), target_names(), n=4, cutoff=0.4)
     shown = near or ["tensorrt-10.3", "tensorrt-rtx", "onnxruntime-1.23", "jetpack-6.2", "triton-25.09"]
-    raise TargetError(f"--target {asked!r}: no such target; similar names are {', '.join(shown)}")
+    raise TargetError(f"--target {asked!r}: there is no target with this name; similar names are {', '.join(shown)}")
