@@ -402,7 +402,7 @@ def test_an_export_says_what_was_merged_and_verify_merges_it_again(
     ran = neck_export_cli("verify", output)
     assert (
         ran.code == 1
-        and f"{adapter}: the adapter that x.json names does not exist; give its path with --adapter" in ran.err
+        and f"{adapter}: this folder does not exist, but the manifest x.json names it as the adapter" in ran.err
     )
     assert neck_export_cli("verify", output, "--adapter", moved).code == 0
     change_config(moved, lora_alpha=7)
@@ -410,7 +410,7 @@ def test_an_export_says_what_was_merged_and_verify_merges_it_again(
     assert ran.code == 1 and "this is not the adapter that was merged" in ran.err
     output.with_suffix(".json").write_text(json.dumps({**manifest, "precision": "fp16"}))
     for given, says in (
-        ((), "give its path with --adapter"),
+        ((), "pass the adapter's new path with --adapter"),
         (("--adapter", moved), "is not the adapter"),
     ):
         ran = neck_export_cli("bisect", output, *given)

@@ -200,7 +200,7 @@ def test_the_case_through_the_command_line(folder: Path, monkeypatch: pytest.Mon
     assert json.loads(output.with_suffix(".json").read_text())["encoder"]["rope_theta"] == 100.0
     assert neck_export_cli("verify", output).code == 0
     ran = neck_export_cli("onnx", "--checkpoint", folder, "--levels", "3", "--output", folder / "no" / "x.onnx")
-    assert ran.code == 1 and "level 3 does not exist; the encoder has levels 0 to 2" in ran.err
+    assert ran.code == 1 and "level 3 does not exist, because the encoder has levels 0 to 2" in ran.err
     assert not (folder / "no").exists()
 
 

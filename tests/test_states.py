@@ -497,7 +497,8 @@ def test_the_manifest_tells_the_state_and_finds_it_again(tmp_path: Path) -> None
     weights = weights_origin(EncoderSource(path, state="ema", prefix="a.", config=CONFIG).load().origin)
     assert (weights["state"], weights["other_states"], weights["prefix"]) == ("ema", ["model"], "a.")
     assert state_line(weights) == (
-        "read the state ema of x.pt; there are other states with an encoder: model (choose with --state)"
+        "the weights are from the state dict ema of x.pt; it also contains other state dicts with an encoder: model "
+        "(choose one with --state)"
     )
     manifest = {"encoder": encoder_config(load(path)).to_dict(), "weights": weights}
     assert_is(manifest_encoder(tmp_path / "x.json", manifest), plain(2.0))
@@ -505,7 +506,9 @@ def test_the_manifest_tells_the_state_and_finds_it_again(tmp_path: Path) -> None
     del weights["prefix"]
     assert_is(manifest_encoder(tmp_path / "x.json", manifest), plain())
     weights["state"] = 3
-    with pytest.raises(ManifestError, match=r"x.json: `state` and `prefix` in the entry `weights` must be text"):
+    with pytest.raises(
+        ManifestError, match=r"x.json: `state` and `prefix` in the manifest's entry `weights` are not text"
+    ):
         manifest_encoder(tmp_path / "x.json", manifest)
 
 
@@ -527,7 +530,7 @@ def test_a_benchmark_maps_the_state_that_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_random_weights_have_no_state(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="random weights have no --state"):
+    with pytest.raises(ExportError, match="random weights have no state dicts"):
         check_options(ExportOptions(tmp_path / "x.onnx", state="ema"))
 
 
@@ -547,7 +550,9 @@ def test_onnx_by_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     done = neck_export_cli("onnx", *options, "--state", "ema")
     assert (done.code, done.err) == (0, "")
-    assert done.out.startswith("read the state ema of x.pt; there are other states with an encoder: model")
+    assert done.out.startswith(
+        "the weights are from the state dict ema of x.pt; it also contains other state dicts with an encoder: model"
+    )
     assert ", state ema, fp32" in neck_export_cli("inspect", output).out
     for asked, says in (("emma", "no state dict named 'emma'"), ("ema.x", "no state dict named 'ema.x'")):
         done = neck_export_cli("onnx", *options, "--state", asked)
