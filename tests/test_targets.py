@@ -461,7 +461,8 @@ def schemas(operator: str) -> list[Any]:
             "tensorrt-10.3,tensorrt-rtx",
             "bf16",
             {},
-            r"opset 22 for its convolutions, but the target TensorRT 10\.3 is only known to support opsets up to 20; TensorRT-RTX 1\.7 can",
+            r"opset 22 for its convolutions, but the target TensorRT 10\.3 is only known to support opsets up to 20; "
+            r"TensorRT-RTX 1\.7 can",
         ),
         (
             "tensorrt-8.6",

@@ -773,7 +773,8 @@ def test_a_file_that_a_container_would_compute_on_the_cpu_is_refused_and_mended(
         choose_container([source], "25.07")
     with pytest.raises(TritonError, match=r"1\.17\.3"):
         choose_container([source], "24.04")
-    told = r"25\.09 has ONNX Runtime 1\.23\.0: the runtime computes the operator Attention of opset 23 on the CPU.*; use container 26\.07"
+    told = r"25\.09 has ONNX Runtime 1\.23\.0: the runtime computes the operator Attention of opset 23 on the CPU.*; "
+    r"use container 26\.07"
     with pytest.raises(TritonError, match=told) as caught:
         choose_container([source], "25.09")
     first, command = str(caught.value).splitlines()
