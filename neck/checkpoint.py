@@ -203,18 +203,18 @@ def _check_tensors(
         expected.update(layout.shapes(name, tuple(ours.shape)))
     there = {key: tensors[key] for key in expected if key in tensors}
     problems = {
-        "are missing": [key for key in expected if key not in tensors],
-        "do not belong to a SAM 3 encoder (if they are a LoRA adapter, merge it first)": [
+        "tensors are missing": [key for key in expected if key not in tensors],
+        "tensors do not belong to a SAM 3 encoder (if they are a LoRA adapter, merge it first)": [
             key
             for key in tensors
             if layout.has_inside(key, necks) and key not in expected and not is_table(layout, key)
         ],
-        "have the wrong shape": [
+        "tensors have the wrong shape": [
             f"{key} has the shape {tuple(tensor.shape)} instead of {expected[key]}"
             for key, tensor in there.items()
             if tuple(tensor.shape) != expected[key]
         ],
-        "are not plain tensors of type float32, float16, bfloat16 or float64 (they may be quantized)": [
+        "tensors are not plain tensors of type float32, float16, bfloat16 or float64 (they may be quantized)": [
             f"{key} has the type {tensor.dtype}"
             for key, tensor in there.items()
             if tensor.dtype not in DTYPES or tensor.layout is not torch.strided or tensor.is_meta
@@ -222,7 +222,7 @@ def _check_tensors(
     }
     for problem, items in problems.items():
         if items:
-            raise CheckpointError(f"{path}: {len(items)} of the encoder's tensors {problem}: {listing(items)}")
+            raise CheckpointError(f"{path}: {len(items)} of the encoder's {problem}: {listing(items)}")
     return expected
 
 

@@ -114,18 +114,20 @@ def read_image(path: Path, value_range: ValueRange | None = None, say: Say = sil
         try:
             return _decode(stream, value_range, lambda line: say(f"{Path(path).name}: {line}"))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            reason = f"has more than {Image.MAX_IMAGE_PIXELS} pixels, the limit for decoding; use a smaller image"
+            reason = (
+                f"the image has more than {Image.MAX_IMAGE_PIXELS} pixels, the limit for decoding; use a smaller image"
+            )
         except _NoRangeError as error:
             reason = str(error)
         except UnidentifiedImageError:
             reason = (
-                f"is damaged or has an unsupported format (supported are {', '.join(FORMATS)}); download it "
-                "again or convert it to PNG"
+                f"the file is damaged or has an unsupported format (supported are {', '.join(FORMATS)}); "
+                "download it again or convert it to PNG"
             )
             if tiff := describe_tiff(stream):
                 reason = (
-                    f"is a TIFF file with {tiff}, but only 1 band (gray) of 8, 16 or 32 bits and 3 or 4 bands "
-                    "(RGB) of 8 or 16 bits are supported"
+                    f"the image is a TIFF file with {tiff}, but only 1 band (gray) of 8, 16 or 32 bits and 3 "
+                    "or 4 bands (RGB) of 8 or 16 bits are supported"
                 )
                 reason += (
                     "; convert it, for example by selecting three bands with `gdal_translate -b 3 -b 2 -b 1 -ot "
@@ -133,8 +135,8 @@ def read_image(path: Path, value_range: ValueRange | None = None, say: Say = sil
                 )
         except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, struct.error, IndexError ...
             cause = " ".join(str(error).split()) or type(error).__name__
-            reason = f"cannot be decoded ({cause}); download it again or save it as 8-bit RGB PNG"
-    raise ImageError(f"{path} {reason}.")
+            reason = f"the image cannot be decoded ({cause}); download it again or save it as 8-bit RGB PNG"
+    raise ImageError(f"{path}: {reason}.")
 
 
 def resize_image(pixels: Pixels, size: tuple[int, int]) -> Pixels:
@@ -247,7 +249,7 @@ def skipped_line(folder: Path) -> str | None:
     ]
     if not skipped:
         return None
-    more = f" and {len(skipped) - MOST_NAMED} more" if len(skipped) > MOST_NAMED else ""
+    more = f" and {len(skipped) - MOST_NAMED} more files" if len(skipped) > MOST_NAMED else ""
     files = "1 file was" if len(skipped) == 1 else f"{len(skipped)} files were"
     convert = any(Path(name).suffix.lower() in UNREAD for name in skipped)
     return (
@@ -290,8 +292,8 @@ def _decode(stream: BinaryIO, value_range: ValueRange | None, say: Say) -> Pixel
     if deep_color:
         if value_range:
             raise _NoRangeError(
-                "has 16-bit color, and Pillow decodes only the high byte of each value, so --image-range "
-                "cannot be applied; scale the image yourself and save it as 8-bit RGB PNG"
+                "the image has 16-bit color, and Pillow decodes only the high byte of each value, so "
+                "--image-range cannot be applied; scale the image yourself and save it as 8-bit RGB PNG"
             )
         most = int(np.asarray(upright).max())
         say(
@@ -313,7 +315,7 @@ def _to_8_bits(values: np.ndarray, bits: int, value_range: ValueRange | None, sa
         return value_range.scale(values)
     if bits == 32:
         raise _NoRangeError(
-            f"is {kind}, and this type has no fixed range; pass the values of black and white with "
+            f"the image is {kind}, and this type has no fixed range; pass the values of black and white with "
             "--image-range LOW:HIGH"
         )
     # Pillow clips 16-bit gray at 255 but takes the high byte of 16-bit RGB; both take the high byte here.

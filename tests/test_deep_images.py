@@ -82,7 +82,7 @@ def test_floats_need_a_range(tmp_path: Path) -> None:
     values = np.linspace(0, 0.4, 16, dtype=np.float32).reshape(4, 4)
     values[0, 0] = np.nan
     path = save(tmp_path, values, "float.tif")
-    with pytest.raises(ImageError, match=r"tif is 32-bit float gray with values 0\.02\d* to 0\.4, .*--image-range"):
+    with pytest.raises(ImageError, match=r"tif: the image is 32-bit float gray with values 0\.02\d* to 0\.4, .*--image-range"):
         read_image(path)
     pixels = read_image(path, ValueRange(0, 0.4))
     assert pixels[0, 0, 0] == 0 and pixels[-1, -1, 0] == 255
@@ -114,7 +114,7 @@ def test_color_of_16_bits_is_said(tmp_path: Path) -> None:
 )
 def test_many_bands_are_named(bands: int, bits: int, kind: int, says: str, tmp_path: Path) -> None:
     path = write_tiff(tmp_path / "many.tif", bands, bits, kind)
-    with pytest.raises(ImageError, match=rf"many\.tif is a TIFF file with {says}") as caught:
+    with pytest.raises(ImageError, match=rf"many\.tif: the image is a TIFF file with {says}") as caught:
         read_image(path)
     assert "damaged" not in str(caught.value) and "\n" not in str(caught.value)
 

@@ -141,7 +141,9 @@ def _ort(
     since: str, opset: int, more: frozenset[str], source: str, lacks_from: Mapping[str, int] | None = None
 ) -> Target:
     known = BASIC | GELU | QUANTIZED | (INTEGER_PRODUCTS - CONV_INTEGER) | QLINEAR | more
-    kernels = "OperatorKernels.md: INT8 of any opset, also INT32 and zero points; tried with ONNX Runtime 1.32"
+    kernels = (
+        "OperatorKernels.md lists kernels for INT8 in every opset, with zero points too, and for INT32; tried with 1.32"
+    )
     types = HALF | {"INT8"}
     return Target(
         "onnxruntime", since, opset, known, types, f"{source}; {kernels}; {_ORT}", lacks_from=lacks_from or {}
@@ -152,7 +154,10 @@ NEWER = GELU | ATTENTION | QUANTIZED
 _NOTHING: frozenset[str] = frozenset()
 _LAYOUT_21 = {"Reshape": 21, "Shape": 21, "Squeeze": 21, "Transpose": 21, "Unsqueeze": 21}
 _NEW_22 = {"Attention": 23, "ConvTranspose": 22, "MaxPool": 22, "Pad": 19}
-_ORT = "the CPU has no BF16 kernel (ort#27892; run, 1.32: Conv(22)) and the GPU none of MaxPool (OperatorKernels.md)"
+_ORT = (
+    "the CPU has no BF16 kernels (ort#27892; Conv(22) was tried with 1.32), and the GPU has no MaxPool kernel "
+    "(OperatorKernels.md)"
+)
 
 TARGETS: tuple[Target, ...] = (
     _trt("8.6", 17, frozenset(), HALF, "operators.md 8.6-GA: opset 17, no Gelu, no BF16; uint8 pixels since 8.5"),

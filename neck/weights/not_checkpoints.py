@@ -104,7 +104,7 @@ def quantized(tensors: Mapping[str, Tensor], starts: Iterable[str]) -> str | Non
     signs = [*types, *scales]
     if not signs:
         return None
-    more = f" and {len(signs) - 4} more" if len(signs) > 4 else ""
+    more = f" and {len(signs) - 4} more tensors" if len(signs) > 4 else ""
     return (
         f"the encoder's weights are quantized ({', '.join(types[:2] + scales[:2] if types else signs[:4])}{more}); "
         "use the original weights in float32, float16 or bfloat16"

@@ -52,13 +52,15 @@ def check_tables(path: Path, layout: Layout, tensors: Mapping[str, Tensor], conf
         side = math.isqrt(table.shape[0]) if table.dim() else 0
         if side < 1 or side * side != table.shape[0] or (not is_global and side != config.window_size):
             what = (
-                "a square patch grid"
+                "one row for each token of a square patch grid is needed"
                 if is_global
-                else f"the attention window of {config.window_size}x{config.window_size} patches"
+                else (
+                    f"one row for each token of the attention window of {config.window_size}x{config.window_size} "
+                    "patches is needed"
+                )
             )
             raise CheckpointError(
-                f"{wrong}: the table has the shape {tuple(table.shape)}, but it needs one row for each token "
-                f"of {what}; check the configuration"
+                f"{wrong}: the table has the shape {tuple(table.shape)}, but {what}; check the configuration"
             )
         scale = config.window_size / side
         found, wanted = _parts(table, kind, part, _values(side, scale, kind, config))
