@@ -82,7 +82,7 @@ def test_floats_need_a_range(tmp_path: Path) -> None:
     values = np.linspace(0, 0.4, 16, dtype=np.float32).reshape(4, 4)
     values[0, 0] = np.nan
     path = save(tmp_path, values, "float.tif")
-    with pytest.raises(ImageError, match=r"tif: the image is 32-bit float gray with values 0\.02\d* to 0\.4, .*--image-range"):
+    with pytest.raises(ImageError, match=r"tif: the image is 32-bit float gray with values 0\.02\d*.*--image-range"):
         read_image(path)
     pixels = read_image(path, ValueRange(0, 0.4))
     assert pixels[0, 0, 0] == 0 and pixels[-1, -1, 0] == 255
