@@ -401,7 +401,10 @@ def test_too_small_a_disk_is_seen_before_the_work(
     place = mount("size=64k")
     monkeypatch.setattr(export.pipeline, "trace", lambda module: pytest.fail("traced"))
     ran = run_export(tmp_path, "--output", place / "x.onnx")
-    refused(ran, f"{place}: the disk has 65.5 kB free, but the file needs 363 kB; make room or choose another --output")
+    refused(
+        ran,
+        f"{place}: the disk has 65.5 kB of free space, but the export needs 363 kB; free some space or choose another --output",
+    )
     nothing_written(place)
 
 

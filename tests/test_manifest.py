@@ -129,9 +129,9 @@ def edited(**changes: Any) -> Callable[[dict[str, Any]], str]:
         (edited(kind="plan"), "not a manifest of the kind onnx"),
         (edited(format=FORMAT + 1), f"the manifest has format {FORMAT + 1}, but this version reads format {FORMAT}"),
         (edited(format=None), "format None"),
-        (edited(files=None), "lists no files"),
-        (edited(files=["x.onnx"]), "lists no files"),
-        (edited(files=[{"name": "x.onnx", "bytes": "3", "sha256": ""}]), "lists no files"),
+        (edited(files=None), "not list its files"),
+        (edited(files=["x.onnx"]), "not list its files"),
+        (edited(files=[{"name": "x.onnx", "bytes": "3", "sha256": ""}]), "not list its files"),
     ],
 )
 def test_a_damaged_manifest_is_told(written: Path, damage: Callable[[dict[str, Any]], str], words: str) -> None:

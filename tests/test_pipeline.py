@@ -239,7 +239,7 @@ def touch_weights(result: ExportResult) -> None:
         (
             set_manifest(precision="fp4"),
             ManifestError,
-            "the precision 'fp4' is unknown, expected fp32, fp16, bf16, fp8, int8",
+            "the unknown precision 'fp4' (known are fp32, fp16, bf16, fp8, int8)",
         ),
     ],
 )
@@ -259,7 +259,7 @@ def test_verify_wants_the_checkpoint_that_was_exported(exported: ExportResult, t
     for other in (checkpoint_of("meta-padded"), save_state(tmp_path / "tuned.pt", lambda state: nudge(state))):
         with pytest.raises(ExportError, match="is not the checkpoint that was exported"):
             verify_file(exported.path, checkpoint=other)
-    with pytest.raises(ExportError, match=r"the weights that x\.json names"):
+    with pytest.raises(ExportError, match=r"the manifest x\.json names it as the exported weights"):
         verify_file(exported.path, checkpoint=tmp_path / "none.pt")
 
 
@@ -345,7 +345,7 @@ def test_random_weights_have_the_necks_that_are_asked(necks: str, has: tuple[str
     encoder = load(options).encoder
     assert tuple(encoder.necks) == has
     if necks == "foo":
-        with pytest.raises(SignatureError, match="unknown neck 'foo'"):
+        with pytest.raises(SignatureError, match="there is no neck 'foo'"):
             sign(options, encoder)
     else:
         assert set(sign(options, encoder).necks) <= set(has)
@@ -439,7 +439,7 @@ def test_what_cannot_be_is_refused_before_the_weights_are_read(
 
 def test_a_level_that_would_be_empty(tmp_path: Path) -> None:
     options = golden_options("meta-dual", tmp_path / "x.onnx", image_size=14)
-    with pytest.raises(ExportError, match="empty at 14x14 pixels"):
+    with pytest.raises(ExportError, match="empty at an image size of 14x14 pixels"):
         export_onnx(options)
     for fits in (dataclasses.replace(options, levels="0,1,2"), dataclasses.replace(options, image_size=28)):
         assert all(0 not in spec.shape for spec in sign(fits, load(fits).encoder).outputs)

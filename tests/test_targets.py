@@ -562,7 +562,7 @@ Change = Callable[[Dict], object]
             lambda targets: targets["asked"].append("tensorrt-10.3"),
             r"claims that TensorRT 10\.3 can load the file, but the runtime is",
         ),
-        (lambda targets: targets.update({"from": ["tensorrt-8.6"]}), r"claims that TensorRT 8\.6 reads"),
+        (lambda targets: targets.update({"from": ["tensorrt-8.6"]}), r"claims that TensorRT 8\.6 can load"),
         (lambda targets: targets.update({"from": ["tensorrt-99"]}), "is damaged"),
         (lambda targets: targets.pop("asked"), "is damaged"),
     ],

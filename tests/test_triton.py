@@ -595,10 +595,10 @@ def spoil(plan: Path, **changes: Any) -> None:
 
 
 MANIFESTS: list[tuple[dict[str, Any], str]] = [
-    ({"kind": "onnx"}, "is not the manifest of a plan"),
+    ({"kind": "onnx"}, "is not a manifest of the kind plan"),
     ({"files": []}, "encoder.plan"),
     ({"files": [{"name": "encoder.plan", "bytes": 104, "sha256": "0"}]}, "was changed after its manifest"),
-    ({"files": [{"name": "../encoder.plan", "bytes": 104, "sha256": "0"}]}, "a path outside its folder"),
+    ({"files": [{"name": "../encoder.plan", "bytes": 104, "sha256": "0"}]}, "which is outside the manifest's folder"),
     ({"flavor": "rtx"}, "TensorRT-RTX plan.*--flavor tensorrt`, or serve the ONNX file"),
     ({"batch": "x"}, "the manifest is damaged"),
     ({"batch": "2"}, "the manifest is damaged"),
