@@ -403,7 +403,8 @@ def test_too_small_a_disk_is_seen_before_the_work(
     ran = run_export(tmp_path, "--output", place / "x.onnx")
     refused(
         ran,
-        f"{place}: the disk has 65.5 kB of free space, but the export needs 363 kB; free some space or choose another --output",
+        f"{place}: the disk has 65.5 kB of free space, but the export needs 363 kB; free some space",
+        "--output",
     )
     nothing_written(place)
 
