@@ -96,7 +96,7 @@ def test_a_file_that_was_renamed_with_its_manifest(written: Path) -> None:
     with pytest.raises(ManifestError, match="is missing"):  # the control: the manifest has its name yet
         check_files(written, content)
     written.rename(written.with_name("y.json"))
-    with pytest.raises(ManifestError, match=r"y\.json: .*renamed from x\.json.*x\.onnx, x\.onnx\.data"):
+    with pytest.raises(ManifestError, match=r"y\.json: .*name was x\.json.*x\.onnx, x\.onnx\.data"):
         check_files(written.with_name("y.json"), content)
 
 

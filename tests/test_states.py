@@ -428,7 +428,10 @@ def test_modules_without_an_encoder(tmp_path: Path) -> None:
     message = error_of(path)
     assert "SAM 3 image encoder" in message
     assert "model (a module torch.nn.modules.container.Sequential with 2 tensors: 0.weight, 0.bias, ...)" in message
-    assert "ema (a torch.nn.modules.activation.ReLU with no tensors)" in message and "x (1 tensors: y, ...)" in message
+    assert (
+        "ema (a module torch.nn.modules.activation.ReLU with no tensors)" in message
+        and "x (1 tensors: y, ...)" in message
+    )
 
 
 # -- several encoders in one state --

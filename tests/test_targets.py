@@ -407,11 +407,11 @@ def test_which_rows_are_older_than_the_package_index_says() -> None:
         ("tensorrt", r"the version is missing; write it as in tensorrt-11\.5; the known versions are 8\.6 to 11\.5"),
         ("onnxruntime-gpu", r"as in onnxruntime-gpu-1\.32; the known versions are 1\.18 to 1\.32"),
         ("tensorrt-", "version is missing"),
-        ("tensorrt-12.0", r"tensorrt-12\.0 .*known are 8\.6 to 11\.5"),
-        ("tensorrt-7.2", r"known are 8\.6 to 11\.5"),
-        ("onnxruntime-1.16", r"known are 1\.18 to 1\.32"),
-        ("tensorrt-rtx-1.2", r"known are 1\.7"),
-        ("tensorrt-10.x", r"known are 8\.6 to 11\.5"),
+        ("tensorrt-12.0", r"tensorrt-12\.0 .*the known versions are 8\.6 to 11\.5"),
+        ("tensorrt-7.2", r"the known versions are 8\.6 to 11\.5"),
+        ("onnxruntime-1.16", r"known versions are 1\.18 to 1\.32"),
+        ("tensorrt-rtx-1.2", r"known versions are 1\.7"),
+        ("tensorrt-10.x", r"the known versions are 8\.6 to 11\.5"),
     ],
 )
 def test_unknown_targets_are_told(name: str, says: str) -> None:
@@ -560,7 +560,7 @@ Change = Callable[[Dict], object]
     [
         (
             lambda targets: targets["asked"].append("tensorrt-10.3"),
-            r"claims that TensorRT 10\.3 can load the file, but the runtime is",
+            r"claims that TensorRT 10\.3 can load the file, which is wrong: the runtime is",
         ),
         (lambda targets: targets.update({"from": ["tensorrt-8.6"]}), r"claims that TensorRT 8\.6 can load"),
         (lambda targets: targets.update({"from": ["tensorrt-99"]}), "is damaged"),
