@@ -230,6 +230,6 @@ def check_claims(where: Path, manifest: Mapping[str, Any], needs: Needs) -> None
         reason = why_not(target, needs)
         if reason:
             raise TargetError(
-                f"{where}: the manifest claims that {target.name} can load the file, which is wrong: {reason};\nthe graph "
-                f"is {read_by(needs)}; write the file again"
+                f"{where}: the manifest claims that {target.name} can load the file, which is wrong: {reason};\n"
+                f"the graph is {read_by(needs)}; write the file again"
             )
