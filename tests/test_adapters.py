@@ -379,7 +379,7 @@ def test_what_peft_saves_beyond_lora_is_refused(name: str, says: str) -> None:
 def test_folders_that_are_no_adapter(tmp_path: Path, adapter: Path) -> None:
     assert "contains no adapter_config.json" in refused(tmp_path)
     (adapter / "adapter_model.safetensors").unlink()
-    assert "has no adapter_model.safetensors or adapter_model.bin" in refused(adapter)
+    assert "contains no adapter_model.safetensors or adapter_model.bin" in refused(adapter)
 
 
 # -- the command line --
