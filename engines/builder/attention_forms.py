@@ -39,13 +39,13 @@ ORDER: tuple[AttentionForm, ...] = ("fp32acc", "fused", "unfused")
 """Best first; `fused` is a form of BF16 alone, whose products accumulate in FP32 whatever the form."""
 
 MEANINGS = {
-    "fp32acc": "both matrix multiplications of each attention accumulate in FP32",
-    "fused": "both matrix multiplications of each attention accumulate in FP16",
-    "unfused": "each attention consists of several kernels, which is exact but slow",
+    "fp32acc": "both matrix multiplications in each attention accumulate in FP32",
+    "fused": "both matrix multiplications in each attention accumulate in FP16",
+    "unfused": "each attention runs as several kernels, which is exact but slow",
 }
 """What a form means in FP16, as TensorRT-RTX 1.7 built it."""
 
-SPELLED = {"operator": "the Attention operator", "matmul": "MatMul, Softmax, MatMul"}
+SPELLED = {"operator": "written as the Attention operator", "matmul": "written as MatMul, Softmax and MatMul"}
 
 
 class Attempt(NamedTuple):
@@ -127,7 +127,7 @@ def build_forms(
         typed = OnnxFile(lower_file(source, precision, folder, **lowering))
     notes: list[str] = []
     if drops:
-        notes.append(f"FP8 attention is written in FP16: {unfused or 'as asked'}")
+        notes.append(f"the attention is computed in FP16 instead of FP8: {unfused or 'as requested'}")
         report(notes[-1])
         first = attempts[0] if attempts[0].form else there
         typed, there = OnnxFile(relower_file(typed, precision, first, folder, left, keep_fp8=False)), first
@@ -136,14 +136,14 @@ def build_forms(
             typed, there = OnnxFile(relower_file(typed, precision, attempt, folder, left)), attempt
             notes.append(meaning(attempt, precision))
             report(notes[-1])
-        report(f"building with {flavor.name} {flavor.version}")
+        report(f"building the plan with {flavor.title}")
         try:
             result = build_plan(typed, plan, build, flavor=flavor)
             return Built(typed, result, attempt, typing.residual, tuple(notes))
         except RefusedError as error:
             if later is None or not error.by_form:
                 raise BuildError("; ".join([str(error), *(note for note in notes if "refused" in note)])) from None
-            notes.append(f"{flavor.title} refused the attention form {attempt.name}: {error.reason}")
+            notes.append(f"{flavor.title} refused to build the attention form {attempt.name}: {error.reason}")
             report(notes[-1])
     raise AssertionError("unreachable: the last form returns or raises")
 
@@ -152,8 +152,9 @@ def _check_residual(source: Source, typing: LoweringOptions, precision: Precisio
     held = (source.manifest or {}).get("residual", source.precision)
     if precision == source.precision != "fp32" and typing.residual not in ("auto", held):
         raise BuildError(
-            f"{source.path}: the residual sums of the file are {held}, but {typing.residual} was requested;"
-            f"\nexport it again: {export_again(source.path, residual=typing.residual)}"
+            f"{source.path}: the file computes the residual sums in {held}, but --residual {typing.residual} "
+            "was requested;\n"
+            f"export it again: {export_again(source.path, residual=typing.residual)}"
         )
 
 
@@ -222,7 +223,7 @@ def meaning(attempt: Attempt, precision: str) -> str:
         if precision == "bf16"
         else MEANINGS[str(attempt.form)]
     )
-    return f"the attention was rewritten as {attempt.name}: {what}; verification checks its accuracy"
+    return f"the attention was rewritten in the form {attempt.name}: {what}; verification checks the accuracy"
 
 
 def relower_file(

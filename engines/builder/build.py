@@ -148,7 +148,7 @@ def _read_layers(
         try:
             text = log if read is layers_from_log else flavor.inspect(plan, host_code=host_code)
             if not text:
-                raise LayerReportError(f"the {source} contains no list of the layers")
+                raise LayerReportError(f"the {source} does not list the layers")
             counted = (graph.attentions, graph.node_operations, graph.quantized, graph.fusable, graph.fp8_attentions)
             return read(text, read_families(plan), *counted), None
         except LayerReportError as error:
@@ -161,8 +161,9 @@ def _read_layers(
 def _check_attentions(onnx: Path, graph: Graph, options: BuildOptions) -> None:
     if graph.fp32_attentions:
         raise BuildError(
-            f"{onnx}: {graph.fp32_attentions[0]} is an opset-23 Attention in FP32, which TensorRT cannot build; "
-            f"export it again: {export_again(onnx, attention='auto', opset='auto')}"
+            f"{onnx}: the node {graph.fp32_attentions[0]} is an FP32 Attention operator (opset 23), which "
+            "TensorRT cannot build; export the file again: "
+            f"{export_again(onnx, attention='auto', opset='auto')}"
         )
 
 
@@ -186,8 +187,9 @@ def _check_fp8(onnx: Path, options: BuildOptions, capabilities: Sequence[str]) -
     small = [target for target in capabilities if target != "none" and not has_fp8(target)]
     if options.precision == "fp8" and small:
         raise BuildError(
-            f"{onnx}: compute capability {', '.join(small)} has no FP8 matrix multiplication, which needs 8.9; leave "
-            f"it out of --compute-capability, or export in INT8: {export_again(onnx, precision='int8')}"
+            f"{onnx}: GPUs of compute capability {', '.join(small)} cannot multiply matrices in FP8, which "
+            "requires 8.9 or later; leave it out of --compute-capability, or export the file in INT8: "
+            f"{export_again(onnx, precision='int8')}"
         )
 
 

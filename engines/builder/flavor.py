@@ -30,10 +30,10 @@ RTX_MAGIC = b"vtrt"
 JETSONS = ("7.2", "8.7", "10.1", "11.0")
 """Xavier, Orin, and Thor by its two names (https://developer.nvidia.com/cuda/gpus)."""
 JETSON = (
-    "; {} is a Jetson's compute capability: build on the device, with --flavor tensorrt and without "
+    "; {} is the compute capability of a Jetson: build the plan on that device, with --flavor tensorrt and without "
     "--compute-capability"
 )
-OTHERS = {"9.0": "; Hopper needs --flavor tensorrt"} | {one: JETSON.format(one) for one in JETSONS}
+OTHERS = {"9.0": "; for Hopper (9.0), use --flavor tensorrt"} | {one: JETSON.format(one) for one in JETSONS}
 """What to do for GPUs that TensorRT-RTX does not build for."""
 
 CUDA_DRIVERS = {12: "525", 13: "580"}
@@ -116,8 +116,9 @@ class Flavor:
             at_hand = self.gpu.compute_capability if self.gpu else "none"
             if set(asked) - {at_hand}:
                 raise FlavorError(
-                    f"compute capability {', '.join(asked)}: TensorRT only builds for the GPU of this machine "
-                    f"({at_hand}); leave the option out, or use --hardware-compatible or --flavor "
+                    f"--compute-capability {','.join(asked)}: TensorRT only builds for the compute capability "
+                    f"of the GPU in this machine ({at_hand}); leave the option out, or use "
+                    "--hardware-compatible or --flavor "
                     f"rtx{''.join(JETSON.format(target) for target in asked if target in JETSONS)}"
                 )
             return (at_hand,)
@@ -125,8 +126,8 @@ class Flavor:
         if unknown:
             supported = ", ".join(self.capabilities)
             raise FlavorError(
-                f"compute capability {', '.join(unknown)}: TensorRT-RTX {self.version} only builds for "
-                f"{supported}{''.join(OTHERS.get(target, '') for target in unknown)}"
+                f"--compute-capability {','.join(unknown)}: TensorRT-RTX {self.version} only builds for "
+                f"compute capability {supported}{''.join(OTHERS.get(target, '') for target in unknown)}"
             )
         return tuple(dict.fromkeys(asked))
 
@@ -147,18 +148,22 @@ class Flavor:
             return
         if timing_cache:
             raise FlavorError(
-                "--timing-cache: TensorRT-RTX does not measure kernels while it builds, so a cache of their times has "
-                "no effect; leave it out"
+                "--timing-cache: TensorRT-RTX does not measure kernels while it builds, so a timing cache has "
+                "no effect; leave the option out"
             )
         if replay_timing:
             raise FlavorError(
-                "--replay-timing: TensorRT-RTX chooses kernels at run time and uses no timing cache; leave it out"
+                "--replay-timing: TensorRT-RTX chooses kernels at run time and uses no timing cache; leave "
+                "the option out"
             )
         if hardware_compatible:
-            raise FlavorError("--hardware-compatible: TensorRT-RTX ignores it; name the GPUs with --compute-capability")
+            raise FlavorError(
+                "--hardware-compatible has no effect with TensorRT-RTX; name the GPUs with --compute-capability instead"
+            )
         if version_compatible and self.gpu is None:
             raise FlavorError(
-                "--version-compatible: TensorRT-RTX can build such plans only on a machine with a GPU; leave it out"
+                "--version-compatible: TensorRT-RTX can build version-compatible plans only on a machine with "
+                "a GPU; leave the option out, or build there"
             )
 
     def create_config(self, builder: Any, network: Any, capabilities: Sequence[str], common: dict[str, Any]) -> Any:
@@ -245,7 +250,8 @@ class Flavor:
         if (self.name, have) in PACKAGED:
             remedy += f", or run: pip uninstall {package}-cu{needed}; pip install {package}-cu{have}"
         return (
-            f"driver {self.gpu.driver} supports CUDA {self.gpu.cuda}, but this TensorRT needs CUDA {needed}; {remedy}"
+            f"the NVIDIA driver {self.gpu.driver} supports CUDA {self.gpu.cuda}, but this TensorRT needs CUDA "
+            f"{needed}; {remedy}"
         )
 
     def inspect(self, plan: Path, *, host_code: bool) -> str:
@@ -279,7 +285,7 @@ class Flavor:
             return None
         reasons = trt.EngineInvalidityDiagnostics.__members__
         told = [name.lower().replace("_", " ") for name, reason in reasons.items() if int(diagnostics) & int(reason)]
-        return ", ".join(told) or ("no reason given" if self.gpu else "no NVIDIA GPU here")
+        return ", ".join(told) or ("TensorRT gave no reason" if self.gpu else "this machine has no NVIDIA GPU")
 
     def new_logger(self, take: Callable[[int, str], None]) -> Any:
         """A TensorRT logger that hands on severity (0, 1: error, 2: warning, 3: info, 4: verbose) and line.
@@ -321,7 +327,10 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto", device: in
     reasons: list[str] = []
     for name in names:
         if name == "tensorrt" and gpu is None:
-            raise FlavorError("--flavor tensorrt needs an NVIDIA GPU with its driver; --flavor rtx builds without one")
+            raise FlavorError(
+                "--flavor tensorrt needs an NVIDIA GPU and its driver, but none was found; use --flavor rtx, "
+                "which builds without a GPU"
+            )
         module = _import(name, reasons)
         if module is not None:
             _set_polygraphy_up(name)
@@ -331,7 +340,7 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto", device: in
         "rtx": f"{install(EXTRAS['rtx'])} (builds without a GPU)",
     }
     shown = " or ".join(remedy for name, remedy in remedies.items() if asked in ("auto", name))
-    raise FlavorError(f"TensorRT is not installed: {'; '.join(reasons)}\n{shown}")
+    raise FlavorError(f"no usable TensorRT is installed: {'; '.join(reasons)};\nrun {shown}")
 
 
 def _import(name: FlavorName, reasons: list[str]) -> Any:
@@ -378,12 +387,12 @@ def _set_polygraphy_up(name: FlavorName) -> None:
     try:
         from polygraphy import config as polygraphy_config
     except ImportError:
-        raise FlavorError(f"polygraphy is not installed; run {install(EXTRAS[name])}") from None
+        raise FlavorError(f"the package polygraphy is not installed; run {install(EXTRAS[name])}") from None
 
     if "polygraphy.backend.trt" in sys.modules and bool(polygraphy_config.USE_TENSORRT_RTX) != wanted:
         raise FlavorError(
-            "the other TensorRT is already loaded in this process, and both cannot be; start another process for "
-            f"--flavor {name}"
+            "TensorRT and TensorRT-RTX cannot be used in the same process, and the other one is already "
+            f"loaded; start a new process for --flavor {name}"
         )
     polygraphy_config.USE_TENSORRT_RTX = wanted
 

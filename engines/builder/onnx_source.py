@@ -101,7 +101,10 @@ def newest_onnx(folder: Path) -> Path:
     """
     files = sorted(folder.glob("*.onnx"), key=lambda file: file.stat().st_mtime)
     if not files:
-        raise BuildError(f"{folder}: the folder contains no ONNX file; run `neck-export onnx` first, or name a file")
+        raise BuildError(
+            f"{folder}: the folder contains no ONNX file; run `neck-export onnx` first, or name the ONNX file "
+            "to build from"
+        )
     return files[-1]
 
 
@@ -124,7 +127,7 @@ def read_source(
         ManifestError: damaged, or the file was changed after it was written.
     """
     if is_plan(onnx):
-        raise BuildError(f"{onnx}: this file is a plan already; name the ONNX file to build from")
+        raise BuildError(f"{onnx}: this file is already a plan; name the ONNX file to build from")
     file = whole_file(onnx)
     where = manifest_path(onnx)
     if not where.exists():
@@ -171,8 +174,11 @@ def select_for_source(
     """
     check_quantize(options, precision)
     if source.precision == precision and options != QuantizeOptions():
-        words = "--quantize, --budget and --calibration belong to the export, not to the build"
-        raise BuildError(f"{source.path}: the file is {precision} already; {words}")
+        words = (
+            "--quantize, --budget and --calibration have no effect on its build; leave them out, or export "
+            "the file again with them"
+        )
+        raise BuildError(f"{source.path}: the file is already quantized to {precision}, so {words}")
     if precision not in CODES or source.precision != "fp32" or source.manifest is None:
         return None, ()  # lower_file refuses what it cannot lower
     notes = list[str]()
@@ -191,14 +197,15 @@ def lower_file(source: Source, precision: Precision, folder: Path, **forms: Any)
     onnx = source.path
     if source.precision != "fp32":
         raise BuildError(
-            f"{onnx}: the file is {source.precision}, but {precision} was requested;"
-            f"\nexport it again: {export_again(onnx, precision=precision, **AS_AUTO)}"
+            f"{onnx}: the file is in {source.precision}, but {precision} was requested;\n"
+            f"export the file again: {export_again(onnx, precision=precision, **AS_AUTO)}"
         )
     model, _ = source.file.load(values=True)
     if not any(MODULE in node.metadata_props for node in model.graph):
         raise BuildError(
-            f"{onnx}: the file was not written by neck-export, so it is unknown which nodes must stay in FP32; build "
-            f"it unchanged with --fp32, or export it with --precision {precision}"
+            f"{onnx}: the file was not written by neck-export, so it is unknown which nodes must stay in FP32; "
+            "build the file unchanged with --fp32, or export the encoder with `neck-export onnx --precision "
+            f"{precision}`"
         )
     lower(model, precision, **forms)
     typed = folder / f"{onnx.stem}.{precision}.onnx"
@@ -214,7 +221,10 @@ def plan_source(where: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(where, "plan")
     if manifest["onnx_manifest"] is None:
-        raise BuildError(f"{where}: the plan was built from a file without a manifest, so its weights are unknown")
+        raise BuildError(
+            f"{where}: the plan was built from an ONNX file without a manifest, so it is unknown which weights "
+            "it contains; build a plan from a file that `neck-export onnx` wrote"
+        )
     forms = {name: manifest["key"][name] for name in ("attention", "upsampling", "keep_fp32")}
     held = ("attention_form", "attention_spelling", "residual", "quantization")
     forms |= {name: manifest[name] for name in held if name in manifest}

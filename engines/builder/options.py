@@ -52,7 +52,7 @@ def choose_precision(named: Precision | None, *switched: bool) -> Precision | No
     chosen: list[Any] = [one.key() for one, on in zip(SWITCHES, switched, strict=True) if on]
     chosen += [named] if named else []
     if len(chosen) > 1:
-        raise OptionError(f"{' and '.join(chosen)}: choose one precision")
+        raise OptionError(f"the precisions {' and '.join(chosen)} were requested together; choose one of them")
     return chosen[0] if chosen else None
 
 

@@ -56,8 +56,8 @@ def check_types(onnx: Path, trt: Any, network: Any, precision: str, keep_fp32: S
         if tensor.dtype != wanted and not kept:
             command = export_again(onnx, precision=precision, **AS_AUTO)
             raise BuildError(
-                f"{onnx}: {layer.name} computes in {tensor.dtype.name}, but {precision} was requested; allow it with "
-                f"--keep-fp32, or export the file again: {command}"
+                f"{onnx}: the layer {layer.name} computes in {tensor.dtype.name}, but {precision} was "
+                f"requested; keep its module in FP32 with --keep-fp32, or export the file again: {command}"
             )
     if not seen:
         raise BuildError(

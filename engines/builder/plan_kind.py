@@ -33,17 +33,17 @@ def is_plan(path: Path) -> bool:
     if metadata is not None:
         bare = path.with_suffix(".bare.plan")
         raise BuildError(
-            f"{path}: this is an engine of Ultralytics: JSON ({_told(metadata)}), then a {kind} plan; neck-export "
-            "only reads plans that it built and verified itself:"
-            f"\nexport the weights with `neck-export onnx` and build them with `neck-export trt`, or extract the bare "
-            f"plan with `neck-export inspect {path} --strip-header {bare}`"
+            f"{path}: this is an Ultralytics engine, which consists of a JSON header ({_told(metadata)}) and a "
+            f"{kind} plan, but neck-export only loads plans that it built itself;\n"
+            "export the weights with `neck-export onnx` and build them with `neck-export trt`, or extract the "
+            f"bare plan with `neck-export inspect {path} --strip-header {bare}`"
         )
     if kind and path.suffix != ".plan" and not manifest_path(path).is_file():
         name = path.with_suffix(".plan").name
         raise BuildError(
-            f"{path}: this is a {kind} plan, but its manifest {manifest_path(path).name} is missing. If neck-export "
-            f"built it, name it {name} again and put {name}.json beside it; a plan of another tool can only be "
-            "rebuilt, with `neck-export trt`"
+            f"{path}: this is a {kind} plan, but its manifest {manifest_path(path).name} is missing. If "
+            f"neck-export built this plan, rename it to {name} and copy {name}.json beside it; otherwise, "
+            "build a new plan with `neck-export trt`"
         )
     return bool(kind) or path.suffix == ".plan"
 
@@ -58,16 +58,19 @@ def strip_header(path: Path, output: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             kind, metadata = _begins(file)
             if metadata is None:
-                held = f"a bare {kind} plan" if kind else "no plan"
-                raise BuildError(f"{path}: the file has no Ultralytics header; it is {held}")
+                held = f"a bare {kind} plan" if kind else "not a plan"
+                raise BuildError(f"{path}: --strip-header expects an Ultralytics engine, but this file is {held}")
             if output.exists() and output.samefile(path):
-                raise BuildError(f"{output}: this is the input file; name another output")
+                raise BuildError(f"{output}: the output file is the same as the input file; choose another output file")
             with staging(output) as folder:
                 with (folder / output.name).open("wb") as plan:
                     shutil.copyfileobj(file, plan, 1 << 22)
                 os.replace(folder / output.name, output)
     except OSError as error:
-        raise BuildError(f"{error.filename or output}: {error.strerror}; nothing was written") from None
+        raise BuildError(
+            f"{error.filename or output}: {error.strerror}, so no file was written; check the path, its "
+            "permissions and the free disk space"
+        ) from None
     return metadata
 
 

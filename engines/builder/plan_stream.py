@@ -12,7 +12,9 @@ from engines.layers.plan_memory import read_memory
 from engines.layers.read_layers import FIRST_LINE
 from neck.progress import count
 
-OUT_OF_MEMORY = "TensorRT ran out of memory during the build; at full size it needs 3 GB, so close other programs"
+OUT_OF_MEMORY = (
+    "TensorRT ran out of host memory during the build, which needs 3 GB for the full-size encoder; close other programs"
+)
 
 NO_HOST_MEMORY = re.compile(r"bad_?alloc", re.IGNORECASE)
 NO_DEVICE_MEMORY = re.compile(r"out ?of ?memory|gpu memory", re.IGNORECASE)

@@ -32,7 +32,10 @@ def save_timing_cache(config: Any, flavor: Flavor, options: BuildOptions) -> tup
         return None, None
     cache = config.get_timing_cache()
     if cache is None:  # a config has none of its own (seen with RTX 1.7), and keeps none after a refusal
-        why = f"{path}: {flavor.title} refused this timing cache, so the build measured every kernel and saved nothing"
+        why = (
+            f"{path}: {flavor.title} refused this timing cache, so the build measured every kernel and did not "
+            "save the times"
+        )
         return None, f"{why}; delete the file, and the next build with --timing-cache starts a new one"
     data = bytes(cache.serialize())
     try:
@@ -55,16 +58,23 @@ def read_replayed(flavor: Flavor, options: BuildOptions) -> bytes | None:
         return None
     flavor.refuse(replay_timing=True)
     if options.timing_cache is not None:
-        raise BuildError("--replay-timing measures nothing that --timing-cache could save; use only one of them")
+        raise BuildError(
+            "--replay-timing and --timing-cache cannot be used together, because a replayed build measures no "
+            "kernels that could be saved; leave one of them out"
+        )
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         named = timing_cache_path(flavor, BuildOptions(timing_cache=path))
-        there = f"give {named}" if named and named.exists() else "`neck-export trt --timing-cache FILE` saves one"
+        there = (
+            f"use {named} instead"
+            if named and named.exists()
+            else "create a timing cache with `neck-export trt --timing-cache FILE`"
+        )
         raise BuildError(f"No such file: {path}; {there}") from None
     except OSError as error:
         raise BuildError(
-            f"{path}: the timing cache cannot be read ({error.strerror}); give a file that --timing-cache saved"
+            f"{path}: the timing cache cannot be read ({error.strerror}); use a file that --timing-cache saved"
         ) from None
     if not data:
         raise BuildError(f"{path}: the timing cache is empty; save it again with `neck-export trt --timing-cache`")
@@ -110,6 +120,7 @@ def replay_timing(trt: Any, config: Any, path: Path, data: bytes) -> Any:
 def missed(error: RefusedError, path: Path) -> RefusedError:
     """The error of a replay, with what may be missing."""
     remedy = (
-        f"--replay-timing needs the timing of every kernel in {path}; first build the same file with the same options"
+        f"--replay-timing requires {path} to contain the times of all kernels; first build the same file with the same "
+        f"options and --timing-cache {path}"
     )
-    return RefusedError(f"{error}\n{remedy} and --timing-cache {path}", error.reason, error.by_form)
+    return RefusedError(f"{error}\n{remedy}", error.reason, error.by_form)

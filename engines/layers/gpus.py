@@ -68,7 +68,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         2039,
         40,
         _tflops(156, 312, None, 624),
-        "A100 80GB data sheet; L2: white paper",
+        "A100 80GB data sheet; L2: A100 white paper",
         r"A100[- ].*",
     ),
     "l4": PublishedGpu(
@@ -80,7 +80,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
     "h100": PublishedGpu(
         "H100 SXM", "9.0", 3350, 50, _H100, "H100 data sheet; L2: Hopper white paper", r"H100 (80GB HBM3|PCIe)"
     ),
-    "h200": PublishedGpu("H200 SXM", "9.0", 4800, 50, _H100, "H200 data sheet; L2: as H100", r"H200.*"),
+    "h200": PublishedGpu("H200 SXM", "9.0", 4800, 50, _H100, "H200 data sheet; L2 cache size: same as H100", r"H200.*"),
     "gh200": PublishedGpu("GH200", "9.0", 4900, 60, _H100, "GH200 data sheet (144 GB HBM3e)", r"GH200 .*"),
     "b200": PublishedGpu(
         "B200",
@@ -88,7 +88,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         8000,
         128,
         _tflops(1125, 2250, 4500, 4500),
-        "HGX B200 data sheet, half its sparse rates",
+        "HGX B200 data sheet: half of the sparse rates",
         r"B200",
     ),
     "orin-nx": PublishedGpu(
@@ -97,7 +97,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         102.4,
         4,
         _tflops(9.6, 19.2, None, 38.4),
-        "Orin NX data sheet at 1173 MHz (super mode), the GPU without the DLAs",
+        "Orin NX data sheet: rates of the GPU without the DLAs at 1173 MHz (super mode)",
         r"Orin NX.*",
     ),
     "orin-64": PublishedGpu(
@@ -106,7 +106,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         204.8,
         4,
         _tflops(21.3, 42.5, None, 85),
-        "AGX Orin technical brief, the GPU without the DLAs, a half its sparse rates",
+        "AGX Orin technical brief: half of the sparse rates of the GPU without the DLAs",
         r"Orin",
     ),
     "thor": PublishedGpu(
@@ -115,7 +115,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         273,
         32,
         _tflops(129, 258.5, 517, 517),
-        "Jetson Thor data sheet, 1/4 and 1/8 of its sparse FP4 rate; L2: CUDA",
+        "Jetson Thor data sheet: 1/4 and 1/8 of the sparse FP4 rate; L2 cache size: reported by CUDA",
         r"(Jetson )?Thor",
     ),
     "rtx-3090": PublishedGpu(
@@ -152,7 +152,8 @@ def find_gpus(names: str | Sequence[str]) -> dict[str, PublishedGpu]:
         if name not in PUBLISHED_GPUS:
             near = difflib.get_close_matches(name, PUBLISHED_GPUS, n=4, cutoff=0.4) or list(PUBLISHED_GPUS)
             raise GpuError(
-                f"--gpu {name!r}: no published rates of this GPU are known here; use {', '.join(near)} or all"
+                f"--gpu {name!r}: neck-export does not know the published rates of this GPU; choose "
+                f"{', '.join(near)} or all"
             )
         found[name] = PUBLISHED_GPUS[name]
     return found
