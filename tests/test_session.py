@@ -223,19 +223,19 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("folder", lambda plan: (plan.unlink(), plan.mkdir()), "cannot be read .*directory"),
     ("truncated", lambda plan: plan.write_bytes(b"vtrt" + bytes(50)), "has 54 bytes, but its manifest says 104"),
     ("corrupt", lambda plan: plan.write_bytes(b"vtrt" + bytes(99) + b"\1"), "was changed after its manifest"),
-    ("no plan", lambda plan: plan.write_bytes(b"PK\3\4" + bytes(100)), "begins with b'PK.*not a plan of flavor rtx"),
+    ("no plan", lambda plan: plan.write_bytes(b"PK\3\4" + bytes(100)), "begins with b'PK.*not a plan for rtx"),
     ("no manifest", lambda plan: manifest_path(plan).unlink(), "x.plan.json: the manifest is missing"),
     ("damaged", lambda plan: manifest_path(plan).write_text('{"format": 1,'), "manifest cannot be read"),
     ("onnx's", lambda plan: spoil(plan, kind="onnx"), "not the manifest of a plan file"),
     ("newer", lambda plan: spoil(plan, format=99), "format 99"),
-    ("no version", lambda plan: spoil(plan, tensorrt_version=None), "lacks 'tensorrt_version'"),
+    ("no version", lambda plan: spoil(plan, tensorrt_version=None), "'tensorrt_version' is missing"),
     ("bad version", lambda plan: spoil(plan, tensorrt_version="new"), "the manifest is damaged .*'new'"),
     ("number", lambda plan: spoil(plan, tensorrt_version=10), "the manifest is damaged"),
-    ("no options", lambda plan: spoil(plan, options={}), "lacks 'version_compatible'"),
+    ("no options", lambda plan: spoil(plan, options={}), "'version_compatible' is missing"),
     ("options", lambda plan: spoil(plan, options="none"), "the manifest is damaged"),
-    ("no files", lambda plan: spoil(plan, files=[]), "names no file instead of x.plan"),
+    ("no files", lambda plan: spoil(plan, files=[]), "lists no file instead of x.plan"),
     ("no hash", lambda plan: spoil(plan, files=[{"name": "x.plan", "bytes": 104}]), "SHA-256"),
-    ("no inputs", lambda plan: spoil(plan, inputs=None), "lacks 'inputs'"),
+    ("no inputs", lambda plan: spoil(plan, inputs=None), "'inputs' is missing"),
     (
         "inputs",
         lambda plan: spoil(plan, inputs=[{"name": "image", "dtype": "float32", "shape": 3}]),
@@ -244,7 +244,7 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "flavor",
         lambda plan: spoil(plan, flavor="tensorrt"),
-        "begins with b'vtrt', so it is not a plan of flavor tensorrt",
+        "begins with b'vtrt', so it is not a plan for tensorrt",
     ),
 ]
 
@@ -318,7 +318,10 @@ def test_another_rtx_version_is_left_to_rtx() -> None:
             ["8.9"],
             "none",
             "8.6",
-            r"for compute capability 8.9, but the GPU is a GPU \(8.6\); build it again on this GPU",
+            (
+                r"for compute capability 8.9, but the GPU is a GPU \(compute capability 8.6\); build the "
+                r"plan again on this GPU"
+            ),
         ),
         ("tensorrt", ["8.9"], "same", "8.9", None),
         ("tensorrt", ["8.9"], "same", "8.6", "is for compute capability 8.9"),
@@ -332,7 +335,10 @@ def test_another_rtx_version_is_left_to_rtx() -> None:
             [],
             "none",
             "7.5",
-            "8.0 or later, but the GPU is a GPU .7.5.; build it again with --compute-capability 7.5",
+            (
+                "8.0 or later, but the GPU is a GPU .compute capability 7.5.; build the plan again with "
+                "--compute-capability 7.5"
+            ),
         ),
         ("rtx", ["7.5"], "none", "7.5", None),
         ("rtx", [], "none", "9.0", r"TensorRT-RTX 1\.7\.1\.116 does not support a GPU \(9.0\); use --flavor tensorrt"),
@@ -450,9 +456,9 @@ INPUTS: list[tuple[dict[str, Any], str]] = [
     ({"image": np.zeros((), np.float32)}, r"image is float32 \(\)"),
     ({"image": np.zeros((1, 2, 3))}, r"image is float64 \(1, 2, 3\)"),
     ({"image": torch.zeros(1, 2, 3, dtype=torch.float16)}, r"image is float16"),
-    ({"image": torch.zeros(1, 3, 2).mT}, "not contiguous; expected contiguous on cpu"),
+    ({"image": torch.zeros(1, 3, 2).mT}, "not contiguous; expected a contiguous tensor on cpu"),
     ({"image": torch.zeros(1, 2, 3, device="meta")}, "image is on meta"),
-    ({"image": [[[0.0] * 3] * 2]}, "list were given; expected numpy arrays, or torch tensors on cpu"),
+    ({"image": [[[0.0] * 3] * 2]}, "inputs of type list were given; .* torch tensors on cpu"),
 ]
 
 

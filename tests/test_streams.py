@@ -254,7 +254,7 @@ def test_a_pool_of_another_gpu_serves_threads(played: tuple[State, Path]) -> Non
 def test_devices_that_are_none(played: tuple[State, Path]) -> None:
     _, plan = played
     for device, says in (
-        (2, "there is no GPU 2; this machine has 2"),
+        (2, "there is no GPU 2; the number of GPUs in this machine is 2"),
         ("cpu", "not on device cpu"),
         (-1, "a plan runs on a GPU"),
     ):
@@ -280,7 +280,7 @@ def test_profile_and_verify_take_a_gpu(played: tuple[State, Path]) -> None:
     assert ran.code == 0, ran.err
     assert state.contexts and {context._index for context in state.contexts} == {1}  # its starts, too
     ran = neck_export_cli("verify", plan, "--device", "2")
-    assert ran.code == 1 and "there is no GPU 2; this machine has 2" in ran.err
+    assert ran.code == 1 and "there is no GPU 2; the number of GPUs in this machine is 2" in ran.err
     onnx = plan.with_name("sum.onnx")
     assert neck_export_cli("verify", onnx, "--device", "1").code == 2  # ONNX Runtime verifies on the CPU
 

@@ -225,18 +225,18 @@ def test_a_model_is_described(options: Any) -> None:
     [
         (
             fake_client(outputs=[FEATURE | {"datatype": "BF16"}]),
-            "sam3_feat_0 is BF16, which numpy does not have; .*--output-dtype fp32",
+            "sam3_feat_0 is BF16, which numpy does not support; .*--output-dtype fp32",
         ),
         (fake_client(inputs=[IMAGE, IMAGE]), "m has 2 inputs"),
         (fake_client(inputs=[]), "m has 0 inputs"),
-        (fake_client(outputs=[FEATURE | {"name": "other"}]), r"m has no output sam3_\*; it has other"),
-        (fake_client(False), "the server has no model m; ready are none"),
-        (fake_client(False, [{"name": "x", "version": "1", "state": "READY"}]), "no model m; ready are x"),
+        (fake_client(outputs=[FEATURE | {"name": "other"}]), r"m has no output sam3_\*; choose from other"),
+        (fake_client(False), "the server has no model m; .* ready are: none"),
+        (fake_client(False, [{"name": "x", "version": "1", "state": "READY"}]), "no model m; .* ready are: x"),
         (
             fake_client(False, [{"name": "m", "version": "1", "state": "UNAVAILABLE", "reason": "no such plan"}]),
-            "m is not ready; the server has version 1 UNAVAILABLE no such plan",
+            "m is not ready; the server reports version 1 UNAVAILABLE no such plan",
         ),
-        (fake_client(False, [{"name": "m"}]), "m is not ready; the server has version ?"),
+        (fake_client(False, [{"name": "m"}]), "m is not ready; the server reports version ?"),
     ],
 )
 @BOTH

@@ -89,7 +89,7 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
     if carried is None:
         return asked, [f"the TensorRT version of container {asked} is unknown here; {source.path.name} needs {needed}"]
     if carried == _short(version):
-        return asked, [f"container {image(asked)} has TensorRT {carried}, which the plan needs"]
+        return asked, [f"container {image(asked)} has TensorRT {carried}, as the plan needs"]
     if compatible and version_numbers(carried) > version_numbers(version):
         return asked, [
             f"container {image(asked)} has TensorRT {carried}, which can load a plan built with TensorRT {version}"
