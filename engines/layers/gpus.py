@@ -55,12 +55,15 @@ def _tflops(fp32: float, fp16: float, fp8: float | None, int8: float, fp16_sums:
 
 _TURING = {"fp32/fp32": 8.1, "fp16/fp32": 65.0, "fp16/fp16": 65.0, "int8/int32": 130.0}
 _H100 = _tflops(494.7, 989.4, 1978.9, 1978.9)
-_ADA, _AMPERE, _BLACKWELL = "appendix A of the Ada", "appendix A of the GA102", "appendix A of the RTX Blackwell"
+_ADA, _AMPERE = "appendix A of the Ada white paper", "appendix A of the GA102 white paper"
+_BLACKWELL = "appendix A of the RTX Blackwell white paper"
 
 PUBLISHED_GPUS: dict[str, PublishedGpu] = {
-    "t4": PublishedGpu("T4", "7.5", 320, 4, _TURING, "T4 data sheet; L2: Turing white paper", r"(Tesla )?T4"),
+    "t4": PublishedGpu(
+        "T4", "7.5", 320, 4, _TURING, "T4 data sheet; L2 cache size: Turing white paper", r"(Tesla )?T4"
+    ),
     "a10": PublishedGpu(
-        "A10", "8.6", 600, 6, _tflops(62.5, 125, None, 250), "A10 data sheet; L2: GA102 white paper", r"A10"
+        "A10", "8.6", 600, 6, _tflops(62.5, 125, None, 250), "A10 data sheet; L2 cache size: GA102 white paper", r"A10"
     ),
     "a100": PublishedGpu(
         "A100 SXM",
@@ -68,17 +71,29 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         2039,
         40,
         _tflops(156, 312, None, 624),
-        "A100 80GB data sheet; L2: A100 white paper",
+        "A100 80GB data sheet; L2 cache size: A100 white paper",
         r"A100[- ].*",
     ),
     "l4": PublishedGpu(
-        "L4", "8.9", 300, 48, _tflops(60, 121, 242.5, 242.5), "L4 data sheet; L2: Ada white paper", r"L4"
+        "L4", "8.9", 300, 48, _tflops(60, 121, 242.5, 242.5), "L4 data sheet; L2 cache size: Ada white paper", r"L4"
     ),
     "l40s": PublishedGpu(
-        "L40S", "8.9", 864, 96, _tflops(183, 362.05, 733, 733), "L40S data sheet; L2: Ada white paper", r"L40S"
+        "L40S",
+        "8.9",
+        864,
+        96,
+        _tflops(183, 362.05, 733, 733),
+        "L40S data sheet; L2 cache size: Ada white paper",
+        r"L40S",
     ),
     "h100": PublishedGpu(
-        "H100 SXM", "9.0", 3350, 50, _H100, "H100 data sheet; L2: Hopper white paper", r"H100 (80GB HBM3|PCIe)"
+        "H100 SXM",
+        "9.0",
+        3350,
+        50,
+        _H100,
+        "H100 data sheet; L2 cache size: Hopper white paper",
+        r"H100 (80GB HBM3|PCIe)",
     ),
     "h200": PublishedGpu("H200 SXM", "9.0", 4800, 50, _H100, "H200 data sheet; L2 cache size: same as H100", r"H200.*"),
     "gh200": PublishedGpu("GH200", "9.0", 4900, 60, _H100, "GH200 data sheet (144 GB HBM3e)", r"GH200 .*"),
@@ -119,13 +134,13 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         r"(Jetson )?Thor",
     ),
     "rtx-3090": PublishedGpu(
-        "RTX 3090", "8.6", 936.2, 6, _tflops(35.6, 71, None, 284, 2), f"{_AMPERE} white paper", r"GeForce RTX 3090"
+        "RTX 3090", "8.6", 936.2, 6, _tflops(35.6, 71, None, 284, 2), _AMPERE, r"GeForce RTX 3090"
     ),
     "rtx-4080": PublishedGpu(
-        "RTX 4080", "8.9", 716.8, 64, _tflops(48.7, 97.5, 194.9, 389.9, 2), f"{_ADA} white paper", r"GeForce RTX 4080"
+        "RTX 4080", "8.9", 716.8, 64, _tflops(48.7, 97.5, 194.9, 389.9, 2), _ADA, r"GeForce RTX 4080"
     ),
     "rtx-4090": PublishedGpu(
-        "RTX 4090", "8.9", 1008, 72, _tflops(82.6, 165.2, 330.3, 660.6, 2), f"{_ADA} white paper", r"GeForce RTX 4090"
+        "RTX 4090", "8.9", 1008, 72, _tflops(82.6, 165.2, 330.3, 660.6, 2), _ADA, r"GeForce RTX 4090"
     ),
     "rtx-5090": PublishedGpu(
         "RTX 5090",
@@ -133,7 +148,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         1792,
         96,
         _tflops(104.8, 209.5, 419, 838, 2),
-        f"{_BLACKWELL} white paper",
+        _BLACKWELL,
         r"GeForce RTX 5090",
     ),
 }

@@ -85,7 +85,7 @@ def check_plan(
     except (BuildError, ManifestError, FlavorError) as error:
         raise SessionError(str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        why = f"the entry {error} is missing" if isinstance(error, KeyError) else str(error)
         raise SessionError(f"{where}: the manifest is damaged ({why}); build {plan.name} again") from None
     if invalid:
         remedy = flavor.driver_problem() or "build the plan again on this machine"
