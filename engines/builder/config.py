@@ -1,4 +1,4 @@
-"""The builder's config: our options in TensorRT's words, and the optimization profile."""
+"""Translates the options of a build into TensorRT's builder config, including the optimization profile."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from export.contract.export_command import export_again
 
 
 def common_options(onnx: Path, flavor: Flavor, network: Any, options: BuildOptions, monitor: Any) -> dict[str, Any]:
-    """Arguments that both of Polygraphy's config classes take.
+    """Returns the arguments that both of Polygraphy's config classes accept.
 
     Raises:
-        BuildError: an option that this TensorRT does not have, a batch that the file does not have.
+        BuildError: this TensorRT does not support an option, or the file does not support the requested batch.
     """
     trt = flavor.trt
     values: dict[str, Any] = {"progress_monitor": monitor, "profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
@@ -58,7 +58,7 @@ def _level(flavor: Flavor, asked: str) -> Any:
 
 
 def _profile(onnx: Path, network: Any, options: BuildOptions) -> Any:
-    """The optimization profile of a dynamic batch, or None for a fixed one."""
+    """Returns the optimization profile of a dynamic batch, or None for a fixed one."""
     image = network.get_input(0)
     if network.num_inputs != 1:
         raise BuildError(

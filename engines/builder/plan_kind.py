@@ -1,4 +1,4 @@
-"""Whose plan a file is, told by its content: names say little, and Ultralytics' engines begin with JSON."""
+"""Recognizes plans by their content, because file names say little and Ultralytics engines begin with JSON."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from export.contract.manifest import manifest_path
 MAGIC = {RTX_MAGIC: "TensorRT-RTX", b"ftrt": "TensorRT"}
 
 MOST_JSON = 1 << 20
-"""Bytes; Ultralytics' own is a few hundred, and an ONNX file's first four bytes read as a length are far above."""
+"""Largest JSON header in bytes. Ultralytics writes a few hundred; in an ONNX file, the same field is far larger."""
 
 
 def is_plan(path: Path) -> bool:
-    """Whether a file is a plan of ours; anything that is no plan at all is left to the readers of ONNX.
+    """Returns whether a file is a plan that neck-export built; any file that is not a plan is treated as ONNX.
 
     Raises:
-        BuildError: an engine of Ultralytics, or a plan under a name that its manifest does not go with.
+        BuildError: the file is an Ultralytics engine, or a plan without its manifest.
     """
     try:
         with path.open("rb") as file:
@@ -49,10 +49,10 @@ def is_plan(path: Path) -> bool:
 
 
 def strip_header(path: Path, output: Path) -> dict[str, Any]:
-    """Writes the bare plan of an engine of Ultralytics, and returns the JSON that stood before it.
+    """Writes the bare plan of an Ultralytics engine and returns the JSON header.
 
     Raises:
-        BuildError: it is no such engine, or the plan cannot be written.
+        BuildError: the file is not an Ultralytics engine, or the plan cannot be written.
     """
     try:
         with path.open("rb") as file:
@@ -75,7 +75,7 @@ def strip_header(path: Path, output: Path) -> dict[str, Any]:
 
 
 def _begins(file: BinaryIO) -> tuple[str | None, dict[str, Any] | None]:
-    """Which TensorRT's plan it is, and the JSON before it; the file is left where the plan begins."""
+    """Returns the kind of plan and the JSON header before it; the file position is then the start of the plan."""
     start = file.read(4)
     if start in MAGIC:
         file.seek(0)
