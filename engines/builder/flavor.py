@@ -244,7 +244,7 @@ class Flavor:
             raise FlavorError(f"{self.title} cannot start: {why}") from None
 
     def driver_problem(self) -> str | None:
-        """Returns why a plan cannot run on this machine, judged by its header; None if it can or if that is unknown.
+        """Returns why the driver is too old for this TensorRT and what to install; None if it is not known to be so."""
         needed = _cuda_major(self.name, self.version)
         if self.gpu is None or needed is None or version_numbers(self.gpu.cuda)[:1] >= (needed,):
             return None
