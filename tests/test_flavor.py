@@ -255,7 +255,7 @@ def test_targets() -> None:
 def test_what_rtx_would_ignore_is_refused() -> None:
     nothing = {"timing_cache": False, "replay_timing": False, "hardware_compatible": False, "version_compatible": False}
     for name in nothing:
-        with pytest.raises(FlavorError, match=f"--{name.replace('_', '-')}: .*leave it out|--compute-capability"):
+        with pytest.raises(FlavorError, match=f"--{name.replace('_', '-')}: .*leave the option out|--compute-capability"):
             rtx().refuse(**{**nothing, name: True})
         TENSORRT.refuse(**{**nothing, name: True})
     rtx().refuse(**nothing)

@@ -152,7 +152,7 @@ def test_a_cache_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
         warm, lines = start(plan, 2, 2, 3)
         assert not warm and names(tmp_path) == WHOLE
         assert lines[0].endswith("cannot be read (Is a directory); kernels are compiled again")
-        wanted = "the runtime cache cannot be written (Is a directory); the next start compiles its kernels again"
+        wanted = "the runtime cache cannot be written (Is a directory); the next start compiles the kernels again"
         assert lines[1:] == [f"{plan}.cache: {wanted}"] * 2  # once for each batch that was compiled
 
 
@@ -168,7 +168,7 @@ def test_a_folder_that_takes_no_file_is_told_and_the_run_goes_on(
         monkeypatch.setattr(runtime_cache, "replacing", refuse)
         _, lines = start(plan, 2, 2)
     why = f"the runtime cache cannot be written ({os.strerror(number)})"
-    assert lines == [f"{plan}.cache: {why}; the next start compiles its kernels again"]
+    assert lines == [f"{plan}.cache: {why}; the next start compiles the kernels again"]
 
 
 def write_often(path: str, number: int) -> None:
@@ -216,7 +216,7 @@ def test_options_that_are_rtxs_alone(tmp_path: Path) -> None:
         assert start(plan, 1) == (False, []) and names(tmp_path) == ["sum.plan", "sum.plan.json"]
     with play("rtx-1.7"):
         plan = build_convolution(tmp_path, choose_flavor())
-        with pytest.raises(SessionError, match="captures itself need cuda_graph to be off"):
+        with pytest.raises(SessionError, match="rtx_graphs=True cannot be combined with cuda_graph=True"):
             open_plan(plan, rtx_graphs=True, cuda_graph=True)
 
 

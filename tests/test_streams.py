@@ -268,7 +268,7 @@ def test_the_checks_are_of_the_gpu_that_is_named(tmp_path: Path) -> None:
     with play("11.4", Device(others=("9.0",))):
         plan = build_convolution(tmp_path, choose_flavor())
         open_plan(plan, device=0).close()
-        with pytest.raises(SessionError, match=r"is for compute capability 8\.9, but the GPU is NVIDIA L4 \(9\.0\)"):
+        with pytest.raises(SessionError, match=r"is for compute capability 8\.9, but the GPU is NVIDIA L4 \(compute capability 9\.0\)"):
             open_plan(plan, device=1)
         ran = neck_export_cli("profile", plan, "--device", "1")
         assert ran.code == 1 and "the GPU is NVIDIA L4 (9.0)" in ran.err

@@ -67,7 +67,7 @@ def test_two_builds_choose_the_same_kernels(tmp_path: Path, version: str) -> Non
         assert flags == [False, True]
         assert neck_export_cli(*words, "--output", other).code == 0
         told = [read_manifest(manifest_path(plan), "plan")["timing_cache"] for plan in (first, again, other)]
-        assert "replayed: times.tensorrt-" in neck_export_cli("inspect", again).out
+        assert "replayed from times.tensorrt-" in neck_export_cli("inspect", again).out
     assert tactics(first) == tactics(again)
     assert tactics(first) != tactics(other)  # the control: measured anew, others were the fastest
     sha256 = hashlib.sha256(before).hexdigest()
@@ -165,7 +165,7 @@ def test_a_file_of_another_graph_is_a_miss(tmp_path: Path) -> None:
 def test_the_name_that_was_given_to_timing_cache_is_explained(tmp_path: Path) -> None:
     with play("11.4"):
         onnx, cache = saved(tmp_path)
-        with pytest.raises(BuildError, match=rf"No such file: .*times\.cache; give {cache}"):
+        with pytest.raises(BuildError, match=rf"No such file: .*times\.cache; use {cache}"):
             replay(onnx, tmp_path / "times.cache")
 
 
@@ -180,7 +180,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     with play("rtx-1.7"):
         ran = neck_export_cli("trt", onnx, "--replay-timing", cache, "--output", tmp_path / "r.plan")
         assert ran.code == 1 and "--replay-timing: TensorRT-RTX chooses kernels" in ran.err
-        with pytest.raises(FlavorError, match="leave it out"):
+        with pytest.raises(FlavorError, match="leave the option out"):
             replay(onnx, cache)
 
 
