@@ -197,7 +197,7 @@ def test_outputs_are_handed_over_on_the_gpu(tmp_path: Path, gpu_flavor: Flavor) 
         other.wait_event(session.finished)
         with torch.cuda.stream(other):
             assert bool((memory[:2] == 3).all()) and bool((memory[2] == 0).all())
-        with pytest.raises(SessionError, match="expected memory of cuda:0"):
+        with pytest.raises(SessionError, match="expected memory on cuda:0"):
             session.bind_output("sum", torch.zeros(3, 1, 8, 8))
         session.unbind_outputs()
         on_gpu(session)

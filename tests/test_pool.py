@@ -255,7 +255,7 @@ def test_what_was_bound_does_not_outlive_the_lease(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("contexts", [0, -1, MOST_CONTEXTS + 1])
 def test_a_pool_of_none_is_refused(tmp_path: Path, contexts: int) -> None:
-    with pytest.raises(SessionError, match=rf"contexts={contexts} contexts is not possible; give 1 to 1024"):
+    with pytest.raises(SessionError, match=rf"contexts={contexts} is invalid; expected 1 to 1024"):
         open_plan(tmp_path / "none.plan", contexts=contexts)
 
 

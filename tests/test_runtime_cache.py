@@ -139,7 +139,7 @@ def test_a_damaged_or_foreign_cache_is_dropped_with_one_line(
         warm, (line,) = start(plan, 2)
         assert not warm and state.compiled == [2, 2]
         assert re.search(says, line)
-        assert line.endswith("; kernels are compiled again") and "\n" not in line
+        assert line.endswith("; the kernels are compiled again") and "\n" not in line
         state.faults.foreign_kernels = False
         assert start(plan, 2) == (True, [])  # written anew
 
@@ -151,7 +151,7 @@ def test_a_cache_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
         plan.with_name("sum.plan.cache").mkdir()
         warm, lines = start(plan, 2, 2, 3)
         assert not warm and names(tmp_path) == WHOLE
-        assert lines[0].endswith("cannot be read (Is a directory); kernels are compiled again")
+        assert lines[0].endswith("cannot be read (Is a directory); the kernels are compiled again")
         wanted = "the runtime cache cannot be written (Is a directory); the next start compiles the kernels again"
         assert lines[1:] == [f"{plan}.cache: {wanted}"] * 2  # once for each batch that was compiled
 

@@ -213,7 +213,7 @@ def spoil(plan: Path, **changes: Any) -> None:
 
 
 FILES: list[tuple[str, Callable[[Path], object], str]] = [
-    ("missing", lambda plan: plan.unlink(), "No such file: .*x.plan; `neck-export trt` builds it"),
+    ("missing", lambda plan: plan.unlink(), "No such file: .*x.plan; build it with `neck-export trt`"),
     (
         "rejected",
         lambda plan: plan.rename(f"{plan}.rejected"),
