@@ -143,8 +143,9 @@ def make_engine(options: PlanOptions, tune: bool = False, report: Report = step)
         onnx = options.onnx or newest_onnx(DEFAULT_ONNX.parent)
         if options.weights != WeightsOptions():
             raise BuildError(
-                f"{onnx}: is an ONNX file, and --config, --state, --prefix, --adapter-alpha, --image-size and --neck "
-                "apply to an export; give the checkpoint instead, or export it again with `neck-export onnx`"
+                f"{onnx}: this is an ONNX file, but --config, --state, --prefix, --adapter-alpha, --image-size "
+                "and --neck only apply to the export of a checkpoint; build from the checkpoint instead, or "
+                "export the ONNX file again with these options (`neck-export onnx`)"
             )
         options = dataclasses.replace(options, onnx=onnx, output=options.output or onnx.with_suffix(".plan"))
     if tune:
@@ -161,10 +162,13 @@ def _split(options: PlanOptions) -> tuple[ExportOptions, PlanOptions]:
     """
     given, asked = options.onnx, options.weights
     if options.checkpoint is not None:
-        raise BuildError(f"{given}: is the checkpoint already; leave --checkpoint {options.checkpoint} out")
+        raise BuildError(f"{given}: MODEL is already a checkpoint; leave out --checkpoint {options.checkpoint}")
     onnx = options.output.with_suffix(".onnx") if options.output is not None else DEFAULT_ONNX
     if onnx == options.output:
-        raise BuildError(f"{onnx}: the ONNX file gets this name; give the plan another, such as {onnx.stem}.plan")
+        raise BuildError(
+            f"{onnx}: the ONNX file that is exported first gets this name, so the plan needs another one; use "
+            f"--output {onnx.stem}.plan, for example"
+        )
     request = ExportOptions(
         output=onnx,
         state=asked.state,

@@ -58,7 +58,10 @@ def attach(
     """
     model = _module(model)
     if there := _attached(model):
-        raise AttachError(f"{type(model).__name__}: {there.encoder.path} is attached already; detach it first")
+        raise AttachError(
+            f"{type(model).__name__}: the file {there.encoder.path} is already attached to this model; call "
+            "detach(model) first"
+        )
     live = find_encoder(model)
     asked = tuple(necks or live.necks)
     home = next(live.parameters()).device
@@ -93,10 +96,11 @@ def detach(model: Any) -> None:
     model = _module(model)
     attached = _attached(model)
     if attached is None:
-        raise AttachError(f"{type(model).__name__}: no file is attached to this model")
+        raise AttachError(f"{type(model).__name__}: no file is attached to this model, so there is nothing to detach")
     if attached.freed:
         raise AttachError(
-            f"{type(model).__name__}: the model's own encoder was freed (free=True); load the model again"
+            f"{type(model).__name__}: the model's own encoder cannot be restored, because attach(..., "
+            "free=True) freed its weights; load the model again"
         )
     attached.leave()
     attached.encoder.close()
@@ -106,11 +110,11 @@ def _module(model: Any) -> nn.Module:
     inner = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     if not isinstance(inner, nn.Module):
         remedy = (
-            ("the predictor has no model yet; set it up first")
+            ("the predictor contains no PyTorch model yet; load its model first")
             if hasattr(model, "model")
-            else "give a module or a predictor"
+            else "this object is neither a PyTorch module nor a predictor that contains one; pass one of them"
         )
-        raise AttachError(f"{type(model).__name__} is not a PyTorch model: {remedy}")
+        raise AttachError(f"{type(model).__name__}: {remedy}")
     return inner
 
 
@@ -132,25 +136,30 @@ def _check_fit(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[str]
     where = f"{encoder.path}: "
     if lacking := [neck for neck in necks if neck not in encoder.necks]:
         also = (
-            ("; or name the necks that the model uses: attach(..., necks=('sam3',))") if "sam3" in encoder.necks else ""
+            (", or attach only the neck that the model uses: attach(..., necks=('sam3',))")
+            if "sam3" in encoder.necks
+            else ""
         )
         both = ",".join([*encoder.necks, *lacking])
         raise AttachError(
-            f"{where}the file has no neck {', '.join(lacking)}, which the model at {live.slots[0].path} uses; export "
-            f"it with {encoder.export_again(neck=both)}{also}"
+            f"{where}the file does not contain the neck {', '.join(lacking)}, but the model's encoder at "
+            f"{live.slots[0].path} uses it; export the file again ({encoder.export_again(neck=both)}){also}"
         )
     if unknown := [neck for neck in necks if neck not in live.necks]:
-        raise AttachError(f"neck {', '.join(unknown)} is not in the model, which has {', '.join(live.necks)}")
+        raise AttachError(
+            f"necks={tuple(necks)}: the model has no neck {', '.join(unknown)}; choose from {', '.join(live.necks)}"
+        )
     if "sam2" in necks and encoder.signature.has_head("sam2") and len(live.head) != 2:
         raise AttachError(
-            f"{where}the sam2 outputs of the file include the mask decoder's convolutions, of which the model has "
-            f"{len(live.head) // 2} sets; export it with {encoder.export_again(sam2_outputs='features')}"
+            f"{where}the sam2 outputs of the file include the convolutions of the mask decoder, so the model "
+            f"must contain exactly one mask decoder, but it contains {len(live.head) // 2}; export the file "
+            f"without these convolutions: {encoder.export_again(sam2_outputs='features')}"
         )
     levels = len(encoder.signature.level_sizes)
     if levels != live.levels:
         raise AttachError(
             f"{where}the file was exported from an encoder with {levels} levels, but the model's encoder has "
-            f"{live.levels}"
+            f"{live.levels}; export the model's own checkpoint"
         )
     if live.image_size not in (None, encoder.signature.image_size):
         raise encoder.wrong_size(live.image_size or (0, 0))
@@ -160,14 +169,15 @@ def _check_weights(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[
     source = encoder.onnx_manifest
     if not source or "weights_sha256" not in source:
         raise AttachError(
-            f"{manifest_path(encoder.path)}: the manifest has no SHA-256 of the weights (earlier versions did not "
-            "write it), so they cannot be compared with the model's; export the file again, or use attach(..., "
-            "check=False)"
+            f"{manifest_path(encoder.path)}: the manifest contains no SHA-256 of the weights (earlier versions "
+            "did not write it), so the file's weights cannot be compared with the model's; export the file "
+            "again, or skip the comparison with attach(..., check=False)"
         )
     if any(parameter.is_meta for parameter in live.parameters()):
         raise AttachError(
-            f"the model at {live.slots[0].path} has no weights (meta device); load them, or use attach(..., "
-            "check=False)"
+            f"the model's encoder at {live.slots[0].path} has no weights yet (it is on the meta device), so "
+            "they cannot be compared with the file's; load the weights, or skip the comparison with "
+            "attach(..., check=False)"
         )
     head = "sam2" in necks and encoder.signature.has_head("sam2")
     config = dataclasses.replace(EncoderConfig.from_dict(source["encoder"]), necks=tuple(necks), sam2_head=head)

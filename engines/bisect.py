@@ -97,12 +97,14 @@ def bisect(
         manifest = read_manifest(where, "onnx")
         check_files(where, manifest)
     if manifest["precision"] == "fp32":
-        raise BisectError(f"{path}: the file is FP32, so it has no rounding to search; give a file of lower precision")
+        raise BisectError(
+            f"{path}: the file is in FP32, so it has no rounding error to locate; pass an FP16, BF16, FP8 or INT8 file"
+        )
     encoder = manifest_encoder(where, manifest, checkpoint, adapter)
     room = 4 * sum(parameter.numel() for parameter in encoder.parameters())
     with (
         workspace(path.with_name(f"{path.name}.bisect"), room) as folder,
-        disk_errors(BisectError, folder, "set TMPDIR to a folder with more room"),
+        disk_errors(BisectError, folder, "set TMPDIR to a folder on a disk with more free space"),
     ):
         if adapter:  # for the command that mends
             weights = manifest["weights"]
@@ -134,7 +136,7 @@ class Search:
         self.outputs = [spec.name for spec in signature.of_kind("feat")]
         report("tracing the encoder")
         self.canonical = trace(DeployEncoder(encoder, signature, Rewrites(**manifest["rewrites"])))
-        report("computing the reference: the same graph in FP32")
+        report("computing the reference, which is the same graph in FP32")
         self.reference = self._outputs("fp32", ())
 
     def find(self, path: Path, checkpoint: Path | None) -> Finding:
@@ -152,8 +154,9 @@ class Search:
             module = next((row.name for row in trial if not row.passed and row.name not in added), None)
             if module is None or len(added) == MOST_MODULES:
                 raise BisectError(
-                    f"{path}: {first} is the first to exceed the tolerance, and keeping {', '.join(added)} in FP32 "
-                    "does not fix it; export with --precision bf16"
+                    f"{path}: the module {first} is the first to exceed the tolerance, and keeping "
+                    f"{', '.join(added)} in FP32 does not bring the outputs within it; export with --precision "
+                    "bf16 instead"
                 )
             added = (*added, module)
             trial = self.trial((*kept, *added))
@@ -170,9 +173,8 @@ class Search:
     def trial(self, keep_fp32: Sequence[str], residual: str | None = None) -> list[Comparison]:
         """The figures of every block and output with some modules, or the residual sums, in FP32."""
         self.trials += 1
-        self.report(
-            f"trial {self.trials}: {', '.join(keep_fp32) or 'residual sums' if residual else 'the file as it is'}"
-        )
+        kept = ", ".join([*keep_fp32, *(["the residual sums"] if residual else [])])
+        self.report(f"trial {self.trials}: running the file " + (f"with {kept} in FP32" if kept else "unchanged"))
         precision = self.manifest["precision"]
         found = self._outputs(precision, keep_fp32, residual)
         names = {self._level(output): output for output in self.outputs}  # an override names the file's output
@@ -252,8 +254,14 @@ def finding_lines(finding: Finding) -> list[str]:
     """The finding for a screen."""
     lines = [f"{'module':20} {'rel. L2':>10} {'cosine':>11}"]
     for row in finding.figures:
-        word = "" if row.passed else f"  {row.non_finite} non-finite" if row.non_finite else "  outside"
+        word = (
+            "" if row.passed else f"  {row.non_finite} non-finite values" if row.non_finite else "  outside tolerance"
+        )
         lines.append(f"{row.name:20} {row.relative_l2:10.2e} {row.cosine:11.8f}{word}")
     if finding.first_bad is None:
         return [*lines, "Every block and output is within tolerance."]
-    return [*lines, f"first outside tolerance: {finding.first_bad}", f"fixed by: {finding.command}"]
+    return [
+        *lines,
+        f"first module outside tolerance: {finding.first_bad}",
+        f"this command exports a corrected file: {finding.command}",
+    ]

@@ -39,14 +39,17 @@ def write_card(file: Path) -> list[Path]:
         ManifestError: the manifest is missing or damaged, or the file was changed after it was written.
     """
     if not file.is_file():
-        raise BuildError(f"{file}: no such file; name an ONNX file or a plan of neck-export")
+        raise BuildError(f"{file}: there is no such file; name an ONNX file or a plan that neck-export wrote")
     kind = "plan" if is_plan(file) else "onnx"
     where = manifest_path(file)
     manifest = read_manifest(where, kind)
     check_files(where, manifest)
     folder = file.with_name(f"{file.stem}-hub")
     if folder.exists() and not (folder / README).is_file():
-        raise BuildError(f"{folder}: is there already and holds no {README}; move it, so that the card can be written")
+        raise BuildError(
+            f"{folder}: the folder for the model card already exists, but neck-export did not write it, "
+            f"because it contains no {README}; move the folder"
+        )
     names = [entry["name"] for entry in manifest["files"]]
     with disk_errors(BuildError, folder), staging(folder) as stage:
         whole = stage / folder.name
@@ -88,7 +91,10 @@ def card_text(name: str, manifest: Mapping[str, Any]) -> str:
     lines = [*_metadata(manifest, weights), f"# SAM 3 image encoder: {name}", ""]
     lines += [*_about(manifest, source, weights), ""]
     if weights["random"]:
-        lines += ["**Random weights: the file is for tests of speed and loading; its features mean nothing.**", ""]
+        lines += [
+            "**The weights are random. Use the file only to test loading and speed; its features are meaningless.**",
+            "",
+        ]
     lines += ["## Input and outputs", "", *_tensors(manifest, signature), ""]
     lines += ["## Verification", "", *_verification(manifest), ""]
     if "compute_capabilities" in manifest:
@@ -124,8 +130,8 @@ def _about(manifest: Mapping[str, Any], source: Mapping[str, Any], weights: Mapp
     origin = "random weights" if weights["random"] else f"`{hub_text(weights) or weights['name']}`"
     return [
         f"{what} of SAM 3's image encoder (ViT trunk and necks {', '.join(signature.get('necks', ()))}) in "
-        f"{manifest['precision'].upper()}, from {origin}, for images of {size} pixels (height x width), batch {batch}. "
-        "Detector, text encoder and mask decoder are not in it."
+        f"{manifest['precision'].upper()}, exported from {origin}, for images of {size} pixels (height x "
+        f"width), batch {batch}. The file does not contain the detector, the text encoder or the mask decoder."
     ]
 
 
@@ -135,8 +141,12 @@ def _tensors(manifest: Mapping[str, Any], signature: Signature | None) -> list[s
         specs = [vars(spec) for spec in (signature.image, *signature.outputs)]
     rows = [f"| `{one['name']}` | {one['dtype']} | {' x '.join(map(str, one['shape']))} |" for one in specs]
     floating = signature is None or signature.input == "float"
-    said = "RGB, normalized with mean 0.5 and deviation 0.5 of 0..1" if floating else "RGB pixels, 0 to 255"
-    return [*_table(("tensor", "type", "shape"), rows), "", f"The input `image` is {said}."]
+    said = (
+        "RGB values, scaled to 0..1 and then normalized with mean 0.5 and standard deviation 0.5"
+        if floating
+        else "RGB pixels with values from 0 to 255"
+    )
+    return [*_table(("tensor", "type", "shape"), rows), "", f"The input `image` contains {said}."]
 
 
 def _verification(manifest: Mapping[str, Any]) -> list[str]:
@@ -161,7 +171,10 @@ def _verification(manifest: Mapping[str, Any]) -> list[str]:
 def _plan_facts(manifest: Mapping[str, Any]) -> list[str]:
     gpus = ", ".join(manifest["compute_capabilities"]) or "8.0 and later"
     flavor = "TensorRT-RTX" if manifest["flavor"] == "rtx" else "TensorRT"
-    lines = [f"A plan loads only in the version that built it: {flavor} {manifest['tensorrt_version']}, on GPUs of "]
+    lines = [
+        f"The plan only loads in the TensorRT version that built it, {flavor} {manifest['tensorrt_version']}, "
+        "on GPUs of "
+    ]
     lines[0] += f"compute capability {gpus}."
     if manifest.get("layers"):
         lines += ["", f"The builder reports: {manifest['layers']}."]
@@ -184,19 +197,19 @@ def _made(name: str, manifest: Mapping[str, Any], source: Mapping[str, Any], wei
         versions["TensorRT-RTX" if manifest["flavor"] == "rtx" else "TensorRT"] = manifest["tensorrt_version"]
     lines += ["", *_table(("package", "version"), [f"| {key} | {value} |" for key, value in versions.items()])]
     if not weights["random"]:
-        lines += ["", f"SHA-256 of the weights' file: `{weights['sha256']}`."]
+        lines += ["", f"The SHA-256 of the file of weights is `{weights['sha256']}`."]
     return lines
 
 
 def _license(weights: Mapping[str, Any]) -> list[str]:
     if weights["random"]:
-        return ["The weights are random numbers; no license of SAM 3's applies to them."]
+        return ["The weights are random numbers, so the license of SAM 3 does not apply to them."]
     base = base_model(weights)
     return [
-        f"The weights are those of [{base}](https://huggingface.co/{base}) or a fine-tune of them, and stay under "
-        "their license; SAM 3's is the "
-        f"[SAM License]({LICENSE['license_link']}), which has to go with every copy: put it into this repository as "
-        "`LICENSE`, and change the metadata above if your weights have another one."
+        f"The weights are those of [{base}](https://huggingface.co/{base}) or a fine-tune of them, and remain "
+        f"under their license. The license of SAM 3 is the [SAM License]({LICENSE['license_link']}), which "
+        "must accompany every copy: add it to this repository as `LICENSE`. If your weights have another "
+        "license, change the metadata above."
     ]
 
 

@@ -16,10 +16,12 @@ from typing import Any
 from engines.builder.find_gpu import nvml_driver_version
 from export.contract.extras import install
 
+ITSELF = "pip install . in a checkout of neck-export"
+
 PACKAGES = {
-    "torch": "neck-export itself",
-    "onnx": "neck-export itself",
-    "onnx-ir": "neck-export itself",
+    "torch": ITSELF,
+    "onnx": ITSELF,
+    "onnx-ir": ITSELF,
     "onnxruntime": install("cpu"),
     "onnxruntime-gpu": install("gpu"),
     "tensorrt": install("gpu"),
@@ -105,17 +107,20 @@ def abilities(
     """
     runtime = packages["onnxruntime"] or packages["onnxruntime-gpu"]
     tensorrt, rtx = packages["tensorrt"], packages["tensorrt-rtx-cu13"]
-    no_gpu = "no NVIDIA GPU that torch can use; check the driver, or install torch's CUDA build"
-    building = f"no TensorRT; {PACKAGES['tensorrt']}, or, to build without a GPU, {PACKAGES['tensorrt-rtx-cu13']}"
-    running = "no TensorRT, see above"
+    no_gpu = "torch finds no NVIDIA GPU that it can use; check the driver, or install the CUDA build of torch"
+    building = (
+        f"TensorRT is not installed; run {PACKAGES['tensorrt']}, or, to build without a GPU, "
+        f"{PACKAGES['tensorrt-rtx-cu13']}"
+    )
+    running = "TensorRT is not installed (see above)"
     if tensorrt or rtx:
         building = "yes" if rtx or capabilities else no_gpu
         running = "yes" if capabilities else no_gpu
     if running == "yes" and not tensorrt and capabilities[0] not in rtx_targets:
-        running = f"TensorRT-RTX does not support compute capability {capabilities[0]}; {PACKAGES['tensorrt']}"
+        running = f"TensorRT-RTX does not support compute capability {capabilities[0]}; run {PACKAGES['tensorrt']}"
     return {
         "export to ONNX": "yes",
-        "verify ONNX": "yes" if runtime else f"onnxruntime is missing: {PACKAGES['onnxruntime']}",
+        "verify ONNX": "yes" if runtime else f"onnxruntime is not installed; run {PACKAGES['onnxruntime']}",
         "build engines": building,
         "run, verify and profile engines": running,
     }
@@ -124,11 +129,11 @@ def abilities(
 def report_lines(found: dict[str, Any]) -> list[str]:
     """The facts for a screen."""
     return [
-        f"Python {found['python']}, {found['system']}, {found['cores']} cores, {found['memory_gb']} GB memory, "
-        f"{found['disk_free_gb']} GB of disk space free",
-        f"GPU      {'; '.join(found['gpus']) or 'none'}, driver {found['driver'] or 'none'}",
+        f"Python {found['python']}, {found['system']}, {found['cores']} CPU cores, {found['memory_gb']} GB of "
+        f"memory, {found['disk_free_gb']} GB free on this disk",
+        f"GPU      {'; '.join(found['gpus']) or 'none found'}, driver {found['driver'] or 'not found'}",
         *(
-            f"package  {name} {version or 'not installed: ' + PACKAGES[name]}"
+            f"package  {name} {version or 'is not installed; run ' + PACKAGES[name]}"
             for name, version in found["packages"].items()
         ),
         *(f"{step:32} {answer}" for step, answer in found["can"].items()),

@@ -38,15 +38,15 @@ def builder_lines(file: OnnxFile, verdict: ForeignVerdict, report: Report = lamb
     try:
         flavor = choose_flavor("rtx")
     except FlavorError as error:
-        return [f"builder not asked: {str(error).splitlines()[0]}"]
+        return [f"builder TensorRT-RTX did not build the file: {str(error).splitlines()[0]}"]
     with tempfile.TemporaryDirectory() as folder:
-        report("TensorRT-RTX builds the file")
+        report("building the file with TensorRT-RTX")
         theirs = _layers(file, Path(folder) / "theirs.plan", flavor)
         if isinstance(theirs, str):
-            return [f"risk    TensorRT-RTX {flavor.version} does not build it: {theirs}"]
-        report("our own file of the same encoder")
+            return [f"risk    TensorRT-RTX {flavor.version} cannot build the file: {theirs}"]
+        report("exporting the same encoder with neck-export and building it, for comparison")
         ours = _ours(file, verdict, Path(folder), flavor)
-    name = f"TensorRT-RTX {flavor.version} for {CAPABILITY}"
+    name = f"TensorRT-RTX {flavor.version} for compute capability {CAPABILITY}"
     lines = [f"builder {name}: {theirs.summary()}"]
     lines.append(f"ours    {ours if isinstance(ours, str) else ours.summary()}")
     warning = theirs.warning()
@@ -61,7 +61,7 @@ def _layers(file: OnnxFile, plan: Path, flavor: Flavor) -> LayerReport | str:
     except (BuildError, FlavorError) as error:
         return " ".join(str(error).split())[:300]
     plan.unlink()
-    return built.layers or (built.no_layers or "its build told no kernels")
+    return built.layers or (built.no_layers or "the builder did not list the kernels")
 
 
 def _ours(file: OnnxFile, verdict: ForeignVerdict, folder: Path, flavor: Flavor) -> LayerReport | str:

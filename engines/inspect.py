@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.builder.onnx_graph import BuildError
-from engines.layers.layer_report import read_layers
+from engines.layers.layer_report import layers_path, read_layers
 from engines.layers.lower_bound import bound_lines, lower_bound
 from engines.layers.plan_memory import memory_lines
 from engines.layers.published_gpus import find_gpus
@@ -29,12 +29,15 @@ def inspect_plan(path: Path, gpus: str = "") -> dict[str, Any]:
         ManifestError: the manifest is missing or damaged, or the plan is not the one it speaks of.
     """
     if not path.is_file():
-        raise BuildError(f"{path}: no such file; build it with `neck-export trt`")
+        raise BuildError(f"{path}: there is no such file; build the plan with `neck-export trt`")
     manifest = read_manifest(manifest_path(path), "plan")
     check_files(manifest_path(path), manifest)
     layers, asked = read_layers(path), find_gpus(gpus) if gpus else {}
     if asked and layers is None:
-        raise BuildError(f"{path}: --gpu needs the plan's layer report, and there is none; build the plan again")
+        raise BuildError(
+            f"{path}: --gpu needs the plan's layer report, but the file {layers_path(path).name} is missing; "
+            "build the plan again"
+        )
     families = collections.Counter(" then ".join(dict.fromkeys(pair)) for pair in read_families(path).values())
     return {
         **manifest,
@@ -53,12 +56,13 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
         found: what inspect_plan gave.
         kernels: how many kernels to list, those first that move most.
     """
-    gpus = ", ".join(found["compute_capabilities"]) or "the default GPUs of the flavor"
+    gpus = ", ".join(found["compute_capabilities"]) or "8.0 and later"
     checked = found["verification"]
     tensors = [("input", spec) for spec in found["inputs"]] + [("output", spec) for spec in found["outputs"]]
     lines = [
-        f"{path}  {found['files'][0]['bytes'] / 1e6:,.1f} MB, {found['flavor']} {found['tensorrt_version']}, "
-        f"{found['precision']}, batch {found['batch']}, for {gpus}, {found['created']}",
+        f"{path}  {found['files'][0]['bytes'] / 1000000.0:,.1f} MB, {found['flavor']} "
+        f"{found['tensorrt_version']}, {found['precision']}, batch {found['batch']}, for compute capability "
+        f"{gpus}, built {found['created']}",
         *(f"  {kind:7} {spec['name']}: {spec['dtype']} {tuple(spec['shape'])}" for kind, spec in tensors),
         f"  from    {found['onnx']['name']}",
         *(f"  note    {note}" for note in found.get("notes", ())),
@@ -71,8 +75,8 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
         word = "verified" if graph["verified"] else "NOT verified"
         lines.append(f"  graph   {word}: {graph.get('method') or graph.get('reason')}")
     lines += masks_lines(found)
-    kinds = ", ".join(f"{count} of {name}" for name, count in found["attention_kernels"].items())
-    lines.append(f"  attention kernels in the plan's bytes: {kinds or 'unknown (the plan does not name them)'}")
+    kinds = ", ".join(f"{count} {name}" for name, count in found["attention_kernels"].items())
+    lines.append(f"  attention kernels named in the plan: {kinds or 'unknown (the plan does not name them)'}")
     layers = read_layers(path)
     if layers is None:
         return [*lines, no_layers_line(found)]
@@ -86,7 +90,8 @@ def timing_cache_lines(manifest: dict[str, Any]) -> list[str]:
     if not cache:
         return []
     return [
-        f"  timing  {'replayed' if cache['replayed'] else 'saved'}: {cache['file']}, SHA-256 {cache['sha256'][:12]}"
+        f"  timing  kernel times {'replayed from' if cache['replayed'] else 'saved to'} {cache['file']}, "
+        f"SHA-256 {cache['sha256'][:12]}"
     ]
 
 

@@ -132,8 +132,8 @@ def make_plan(options: PlanOptions, report: Report = lambda line: None, prepared
             if verdict:
                 notes = (
                     (
-                        f"{', '.join(verdict.failed_names)} exceeded the tolerance, so the plan was built again with "
-                        "residual sums in FP32"
+                        f"the outputs {', '.join(verdict.failed_names)} exceeded the tolerance, so the plan was "
+                        "built again with residual sums in FP32"
                     ),
                 )
             forms = (options.attention, options.spelling, options.upsampling, options.keep_fp32)
@@ -245,12 +245,12 @@ def reusable(job: BuildRequest) -> tuple[PlanResult | None, str | None]:
     old = manifest.get("key", {})
     for name, value in job.key.items():
         if old.get(name) != value:
-            return None, f"{name} was {json.dumps(old.get(name))}, is {json.dumps(value)}"
+            return None, f"{name} changed from {json.dumps(old.get(name))} to {json.dumps(value)}"
     if job.source.manifest is None:
         return None, f"{options.onnx.name} has no manifest, so it is unknown whether it changed"
     checked = manifest["verification"]
     if options.verify and not checked["verified"] and not checked.get("onnx", {}).get("verified"):
-        return None, "it was not verified"
+        return None, "the existing plan was not verified"
     return PlanResult(options.output, manifest, read_layers(options.output), None, reused=True), None
 
 

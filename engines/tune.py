@@ -109,7 +109,10 @@ def tune_plan(
         CalibrationError, ImageError, ExportError: as make_plan's, of FP8 and INT8.
     """
     if options.build.replay_timing:
-        raise TuneError("--tune needs the times of kernels that --replay-timing would not have; use only one of them")
+        raise TuneError(
+            "--tune and --replay-timing cannot be used together, because a replayed build cannot measure the "
+            "kernels of the other candidates; leave one of them out"
+        )
     flavor = choose_flavor(options.flavor)
     if flavor.gpu is None and measure is None:
         raise TuneError(
@@ -122,8 +125,8 @@ def tune_plan(
     source = read_onnx(options, report)
     if source.manifest is None or source.precision != "fp32" or options.precision in (None, "fp32"):
         raise TuneError(
-            f"{options.onnx}: --tune needs an FP32 file written by neck-export; export one, and add --fp16, --bf16 "
-            "or --precision"
+            f"{options.onnx}: --tune needs an FP32 file written by neck-export; export the encoder in FP32, "
+            "and choose the precision of the plan with --fp16, --bf16 or --precision"
         )
     measure = measure or measured_ms
     folder = options.output.with_name(options.output.name + ".tuning")
@@ -202,7 +205,7 @@ def run_final(
         return rows
     times: dict[Row, list[float]] = {row: [] for row in final}
     for number in range(ROUNDS):
-        report(f"measuring the finalists, round {number + 1} of {ROUNDS}")
+        report(f"measuring the fastest candidates again, round {number + 1} of {ROUNDS}")
         for row in [*times] if number % 2 == 0 else [*reversed(times)]:
             try:
                 times[row].append(measure(plan_of(row)))
@@ -253,7 +256,7 @@ def fastest(rows: list[Row]) -> Row | None:
 def tuning_rows(rows: list[Row]) -> list[str]:
     """The table of all candidates."""
     forms = f"{'attention':10} {'spelling':10} {'upsampling':10}"
-    lines = [f"{forms} {'ms':>8} {'in turn':>8} {'worst L2':>9}  what became of it"]
+    lines = [f"{forms} {'ms':>8} {'ms again':>8} {'worst L2':>9}  result"]
     for row in rows:
         latency = "" if row.latency_ms is None else f"{row.latency_ms:.3f}"
         final = "" if row.final_ms is None else f"{row.final_ms:.3f}"

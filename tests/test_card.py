@@ -78,7 +78,12 @@ def test_what_the_weights_are_decides_license_and_base(exported: Path) -> None:
     assert base_model({"hub": {"repository": "someone/tuned", "commit": "0" * 40, "file": "a"}}) == "someone/tuned"
     random = manifest | {"weights": {"random": True, "seed": 3}}
     text = card_text("e.onnx", random)
-    assert "license: other" not in text and "base_model" not in text and "Random weights" in text and "--seed 3" in text
+    assert (
+        "license: other" not in text
+        and "base_model" not in text
+        and "The weights are random" in text
+        and "--seed 3" in text
+    )
     failed = manifest["verification"] | {"verified": False}
     assert "FAILED" in card_text("e.onnx", manifest | {"verification": failed})
     unverified = card_text("e.onnx", manifest | {"verification": {"verified": False, "reason": "not asked"}})

@@ -51,14 +51,26 @@ TENSORRT, RTX = {"onnxruntime": "1.31.1", "tensorrt": "11.4"}, {"onnxruntime": "
 @pytest.mark.parametrize(
     ("packages", "gpus", "expected"),
     [
-        ({}, [], ("onnxruntime is missing: pip", "no TensorRT; pip install '.[gpu]'", "no TensorRT")),
-        ({"onnxruntime": "1.31.1"}, ["8.9"], ("yes", "no TensorRT; pip", "no TensorRT")),
-        (TENSORRT, [], ("yes", "no NVIDIA GPU", "no NVIDIA GPU")),
+        (
+            {},
+            [],
+            (
+                "onnxruntime is not installed; run pip",
+                "TensorRT is not installed; run pip install '.[gpu]'",
+                "TensorRT is not installed",
+            ),
+        ),
+        (
+            {"onnxruntime": "1.31.1"},
+            ["8.9"],
+            ("yes", "TensorRT is not installed; run pip", "TensorRT is not installed"),
+        ),
+        (TENSORRT, [], ("yes", "torch finds no NVIDIA GPU", "torch finds no NVIDIA GPU")),
         (TENSORRT, ["8.9"], ("yes", "yes", "yes")),
         (TENSORRT, ["9.0"], ("yes", "yes", "yes")),
-        (RTX, [], ("yes", "yes", "no NVIDIA GPU")),
+        (RTX, [], ("yes", "yes", "torch finds no NVIDIA GPU")),
         (RTX, ["8.9", "9.0"], ("yes", "yes", "yes")),
-        (RTX, ["9.0"], ("yes", "yes", "TensorRT-RTX does not support compute capability 9.0; pip")),
+        (RTX, ["9.0"], ("yes", "yes", "TensorRT-RTX does not support compute capability 9.0; run pip")),
         (RTX, ["10.0"], ("yes", "yes", "TensorRT-RTX does not support compute capability 10.0")),
         (TENSORRT | RTX, ["9.0"], ("yes", "yes", "yes")),
     ],
@@ -74,7 +86,7 @@ def test_a_missing_package_has_its_remedy(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(doctor, "installed_version", lambda name: None)
     lines = report_lines(examine())
     for name, remedy in PACKAGES.items():
-        assert f"package  {name} not installed: {remedy}" in lines
+        assert f"package  {name} is not installed; run {remedy}" in lines
 
 
 def test_what_a_message_installs_is_there() -> None:

@@ -176,7 +176,7 @@ def test_a_plan(folder: Path) -> None:
         with pytest.raises(EncoderError, match=r"runs in TensorRT on"):
             DeployedEncoder(plan, "cpu")
         with pytest.raises(
-            EncoderError, match=r"takes 1:2:3 images at once, but 4 were given; .* --batch 1:4:4, and build"
+            EncoderError, match=r"batch size 1:2:3, but 4 images were passed; .* --batch 1:4:4, then build"
         ):
             encoder(images(4))
         encoder.close()
@@ -193,7 +193,7 @@ def test_the_files_size_is_the_only_one(folder: Path) -> None:
     for wrong in (images()[0], images()[:, :2], images().to(torch.uint8)):
         with pytest.raises(EncoderError, match=r"expected normalized"):
             encoder(wrong)
-    with pytest.raises(EncoderError, match=r"level 4; export it"):
+    with pytest.raises(EncoderError, match=r"level 4 of the features; export it"):
         DeployedEncoder(folder / "both.onnx", levels=range(5))
 
 
@@ -268,7 +268,7 @@ def test_attached_where_trunk_and_convs_are(folder: Path) -> None:
                 backbone.vision_backbone.trunk(images())[-1].mean()
             detach(predictor)
             assert all(torch.equal(a, b) for a, b in zip(run(images()), want, strict=True))
-    with pytest.raises(AttachError, match="has no model yet; set it up first"):
+    with pytest.raises(AttachError, match="contains no PyTorch model yet"):
         attach(Predictor(None), folder / "both.onnx")
 
 

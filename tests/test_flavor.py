@@ -231,7 +231,7 @@ def test_one_process_keeps_its_flavor(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, GPU, tensorrt="10.16.1", tensorrt_rtx="1.7")
     choose_flavor("rtx")
     monkeypatch.setitem(sys.modules, "polygraphy.backend.trt", types.ModuleType("polygraphy.backend.trt"))
-    with pytest.raises(FlavorError, match="start another process for --flavor tensorrt"):
+    with pytest.raises(FlavorError, match="start a new process for --flavor tensorrt"):
         choose_flavor("tensorrt")
 
 
@@ -246,7 +246,7 @@ def test_targets() -> None:
     assert rtx().check_targets(["8.9", "12.0", "8.9"]) == ("8.9", "12.0")
     assert rtx().check_targets([]) == ()
     assert TENSORRT.check_targets([]) == TENSORRT.check_targets(["8.9"]) == ("8.9",)
-    with pytest.raises(FlavorError, match=r"9\.0: TensorRT-RTX 1\.7 only builds for 8\.6, 8\.9, 12\.0; Hopper needs"):
+    with pytest.raises(FlavorError, match=r"9\.0: TensorRT-RTX 1\.7 only builds for .* 8\.6, 8\.9, 12\.0; for Hopper"):
         rtx().check_targets(["8.9", "9.0"])
     with pytest.raises(FlavorError, match=r"8\.9"):
         TENSORRT.check_targets(["8.6"])
@@ -255,7 +255,9 @@ def test_targets() -> None:
 def test_what_rtx_would_ignore_is_refused() -> None:
     nothing = {"timing_cache": False, "replay_timing": False, "hardware_compatible": False, "version_compatible": False}
     for name in nothing:
-        with pytest.raises(FlavorError, match=f"--{name.replace('_', '-')}: .*leave it out|--compute-capability"):
+        with pytest.raises(
+            FlavorError, match=f"--{name.replace('_', '-')}: .*leave the option out|--compute-capability"
+        ):
             rtx().refuse(**{**nothing, name: True})
         TENSORRT.refuse(**{**nothing, name: True})
     rtx().refuse(**nothing)

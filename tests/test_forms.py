@@ -127,9 +127,9 @@ def test_a_file_with_the_operator_is_written_again(exported: Exported, tmp_path:
     made = make_plan(options_of(onnx, tmp_path))
     assert len(made.notes) == 1 and "\n" not in made.notes[0]
     assert (
-        "as fp32acc (MatMul, Softmax, MatMul): both matrix multiplications of each attention accumulate in FP32"
-        in made.notes[0]
-    )
+        "form fp32acc (written as MatMul, Softmax and MatMul): both matrix multiplications in each "
+        "attention accumulate in FP32"
+    ) in made.notes[0]
     assert made.manifest["verification"]["onnx"]["verified"] is True
     assert (made.manifest["attention_form"], made.manifest["attention_spelling"]) == ("fp32acc", "matmul")
     assert made.layers is not None and made.layers.accumulation == ("fp32", "fp32")
@@ -147,9 +147,9 @@ def test_tensorrt_10_14_gets_the_operator(
     play(monkeypatch, played(choose_flavor("rtx"), "tensorrt", "10.14.1.48"))
     made = make_plan(options_of(exported(**options), tmp_path, verify=False))
     assert (made.manifest["attention_form"], made.manifest["attention_spelling"]) == ("fp32acc", "operator")
-    assert ["was rewritten as fp32acc (the Attention operator)" in note for note in made.notes] == [True] * (
-        not options
-    )
+    assert ["was rewritten in the form fp32acc (written as the Attention operator)" in note for note in made.notes] == [
+        True
+    ] * (not options)
     assert made.layers is not None and made.layers.accumulation == ("fp32", "fp32")
 
 
@@ -163,9 +163,9 @@ def test_where_the_operator_is_refused_the_other_spelling_is_built(
     made = make_plan(options_of(exported(), tmp_path, attention=asked, verify=False))
     assert (made.manifest["attention_form"], made.manifest["attention_spelling"]) == ("fp32acc", "matmul")
     told = (
-        "was rewritten as fp32acc (the Attention",
-        "10.14.1.48 refused the attention form fp32acc (the",
-        "rewritten as fp32acc (M",
+        "was rewritten in the form fp32acc (written as the Attention",
+        "10.14.1.48 refused to build the attention form fp32acc (written as the",
+        "rewritten in the form fp32acc (written as M",
     )
     assert len(made.notes) == 3 and all(part in note for part, note in zip(told, made.notes, strict=True))
 
@@ -308,7 +308,7 @@ def test_a_builder_that_fails_gets_the_next_form(
     monkeypatch.setattr(forms, "build_plan", fail)
     options = options_of(exported(precision=precision), tmp_path, verify=False)
     if last is None:
-        with pytest.raises(BuildError, match=r"could not build the plan.*refused the attention form fp32acc"):
+        with pytest.raises(BuildError, match=r"could not build the plan.*refused to build the attention form fp32acc"):
             make_plan(options)
     else:
         made = make_plan(options)
@@ -387,7 +387,7 @@ def test_beside_a_folder_that_cannot_be_written_weights_are_copied_once(
 
 def test_another_residual_of_an_fp16_file_is_refused(exported: Exported, tmp_path: Path) -> None:
     with pytest.raises(
-        BuildError, match=r"residual sums of the file are fp16, but fp32 was requested;\n.*--residual fp32"
+        BuildError, match=r"residual sums in fp16, but --residual fp32 was requested;\n.*--residual fp32"
     ):
         make_plan(options_of(exported(), tmp_path, residual="fp32"))
 

@@ -160,7 +160,10 @@ def test_an_inspector_of_11_tells_no_insides_of_a_block() -> None:
     text = (INSPECTED / "tensorrt-11.json").read_text(encoding="utf-8")
     layers = layers_from_inspector(text, {}, attentions=32)
     assert [kernel.opaque for kernel in layers.kernels] == [False, True] and layers.bytes_moved is None
-    line = "fused attentions unknown (1 Myelin blocks, 32 in the graph), 2 kernels, bytes moved unknown (Myelin blocks)"
+    line = (
+        "fused attentions unknown (32 in the graph, but 1 Myelin blocks hide their kernels), 2 kernels, "
+        "bytes moved unknown (Myelin blocks)"
+    )
     assert layers.summary() == line
     assert "FP16 attention accumulates" in str(layers.warning())
     assert LayerReport.from_dict(json.loads(json.dumps(layers.to_dict()))) == layers

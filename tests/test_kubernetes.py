@@ -306,7 +306,7 @@ def test_storage(plan: Path, tmp_path: Path) -> None:
 
 def test_the_ensembles_image_has_pillow(plan: Path, tmp_path: Path) -> None:
     name = "registry.example.com:5000/team/encoder:7"
-    with pytest.raises(TritonError, match="the ensemble needs an image with Pillow"):
+    with pytest.raises(TritonError, match="--ensemble needs a container image with Pillow"):
         make(plan, tmp_path, ensemble=True)
     make(plan, tmp_path, ensemble=True, image=name)
     files = documents(tmp_path / "cluster")
@@ -511,16 +511,19 @@ def test_what_is_refused(plan: Path, tmp_path: Path) -> None:
         ({"rollout": "big-bang"}, "--rollout 'big-bang' is invalid"),
         (
             {"image": "registry/encoder@sha256:12"},
-            "'registry/encoder@sha256:12' is not the name of an image; expected",
+            "'registry/encoder@sha256:12' is not a valid name of a container image; expected",
         ),
         (
             {"image": "registry/encoder:1; rm"},
-            "'registry/encoder:1; rm' is not the name of an image; expected",
+            "'registry/encoder:1; rm' is not a valid name of a container image; expected",
         ),
-        ({"proxy_image": ""}, "'' is not the name of an image; expected"),
-        ({"image": "nvcr.io/nvidia/tritonserver:24.01-py3"}, "the file needs nvcr.io/nvidia/tritonserver:25.09-py3"),
+        ({"proxy_image": ""}, "'' is not a valid name of a container image; expected"),
+        (
+            {"image": "nvcr.io/nvidia/tritonserver:24.01-py3"},
+            "the file, which needs nvcr.io/nvidia/tritonserver:25.09-py3",
+        ),
         ({"kubernetes": tmp_path / "repository" / "cluster"}, "inside the model repository"),
-        ({"kubernetes": plan}, "encoder.plan: this is a file, but the folder of the Kubernetes"),
+        ({"kubernetes": plan}, "encoder.plan: this is a file, but the Kubernetes files need a folder"),
     ]
     for changes, message in refused:
         with pytest.raises(TritonError, match=message):

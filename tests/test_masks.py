@@ -200,7 +200,10 @@ def test_other_weights_are_refused_before(files: Path, model: Path, images: Path
     manifest["weights_sha256"]["sam3"]["float32"] = "0" * 64
     where.write_text(json.dumps(manifest))
     ran = run(file, model, images, *TEXTS)
-    assert ran.code == 1 and "the file has other weights than the model's encoder at vision_encoder (sam3)" in ran.err
+    assert (
+        ran.code == 1
+        and "the weights of the file differ from those of the model's encoder at vision_encoder (sam3)" in ran.err
+    )
     assert "masks" not in json.loads(where.read_text())
 
 

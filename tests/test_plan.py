@@ -103,7 +103,11 @@ def test_a_plan_that_was_not_verified_is_built_again_when_that_is_asked(exported
     assert make_plan(options).manifest["verification"] == {"verified": False, "reason": "not verified: --no-verify"}
     assert make_plan(options).reused
     verified = make_plan(dataclasses.replace(options, verify=True))
-    assert verified.reason == "it was not verified" and verified.verdict is not None and verified.verdict.passed
+    assert (
+        verified.reason == "the existing plan was not verified"
+        and verified.verdict is not None
+        and verified.verdict.passed
+    )
 
 
 def test_a_graph_that_leaves_tolerance_stays_as_rejected_only(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def test_an_engine_of_ultralytics(command: str, name: str, tmp_path: Path) -> No
     assert (ran.code, ran.out) == (1, "")
     first, second = ran.err.splitlines()
     assert first.startswith(
-        f"error: {path}: this is an engine of Ultralytics: JSON (description Ultralytics SAM model, task"
+        f"error: {path}: this is an Ultralytics engine, which consists of a JSON header (description "
+        f"Ultralytics SAM model, task"
     )
     assert f"neck-export inspect {path} --strip-header {path.with_suffix('.bare.plan')}" in second
     assert listing(tmp_path) == before
@@ -58,7 +59,7 @@ def test_a_plan_under_another_suffix(command: str, kind: str, tmp_path: Path) ->
     assert (ran.code, ran.out) == (1, "")
     (line,) = ran.err.splitlines()
     assert line.startswith(f"error: {path}: this is a {kind} plan, but its manifest x.engine.json is missing")
-    assert "name it x.plan again and put x.plan.json beside it" in line
+    assert "rename it to x.plan and copy x.plan.json beside it" in line
 
 
 def test_what_trt_and_bench_say_of_it(tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_what_trt_and_bench_say_of_it(tmp_path: Path) -> None:
     foreign, bare = ultralytics(tmp_path / "u.engine"), tmp_path / "x.engine"
     bare.write_bytes(b"vtrt" + bytes(100))
     for path, words in (
-        (foreign, "is an engine of Ultralytics"),
+        (foreign, "is an Ultralytics engine"),
         (bare, "is a TensorRT-RTX plan, but its manifest x.engine.json"),
     ):
         with pytest.raises(BuildError, match=words):
@@ -75,7 +76,7 @@ def test_what_trt_and_bench_say_of_it(tmp_path: Path) -> None:
             check_options(BenchOptions(tmp_path, plan=path))
     ours = tmp_path / "x.plan"
     bare.rename(ours)
-    with pytest.raises(BuildError, match=r"is a plan already; name the ONNX file"):
+    with pytest.raises(BuildError, match=r"is already a plan; name the ONNX file"):
         read_source(ours, print)
     with pytest.raises(BenchError, match=r"x\.plan: this is not a plan with a layer report"):
         check_options(BenchOptions(tmp_path, plan=ours))
@@ -100,7 +101,7 @@ def test_anything_else_is_told_by_its_name(content: bytes, tmp_path: Path) -> No
         path = tmp_path / name
         path.write_bytes(content)
         assert is_plan(path) == expected
-        with pytest.raises(BuildError, match=r"x\.\w+: the file has no Ultralytics header; it is no plan"):
+        with pytest.raises(BuildError, match=r"x\.\w+: --strip-header expects .* this file is not a plan"):
             strip_header(path, tmp_path / "out.plan")
     assert not is_plan(next((DATA / "meta-dual").glob("checkpoint.*")))
     assert not is_plan(tmp_path) and is_plan(tmp_path / "none.plan")
@@ -120,9 +121,9 @@ def test_what_cannot_be_stripped(tmp_path: Path) -> None:
     path, bare = ultralytics(tmp_path / "x.engine"), tmp_path / "bare.plan"
     bare.write_bytes(b"ftrt")
     for given, output, words in (
-        (path, path, "this is the input file"),
-        (bare, tmp_path / "y.plan", "it is a bare TensorRT plan"),
-        (tmp_path / "none", bare, "No such file or directory; nothing was written"),
+        (path, path, "the same as the input file"),
+        (bare, tmp_path / "y.plan", "this file is a bare TensorRT plan"),
+        (tmp_path / "none", bare, "No such file or directory, so no file was written"),
     ):
         with pytest.raises(BuildError, match=words):
             strip_header(given, output)
@@ -134,7 +135,10 @@ def test_a_jetson_is_built_for_on_the_device(capability: str) -> None:
     rtx = Flavor("rtx", None, "1.7", ("8.6", "8.9"), None)
     with pytest.raises(
         FlavorError,
-        match=rf"{capability} is a Jetson's compute capability: build on the device, with --flavor tensorrt",
+        match=(
+            rf"{capability} is the compute capability of a Jetson: build the plan on that device, with "
+            rf"--flavor tensorrt"
+        ),
     ):
         rtx.check_targets([capability])
     with pytest.raises(FlavorError) as caught:

@@ -92,7 +92,7 @@ def test_the_batch_to_profile() -> None:
     assert choose_batch(Path("x.plan"), FIXED, 2, None) == 2
     for port, asked, takes in ((DYNAMIC, 9, "1 to 8"), (DYNAMIC, 0, "1 to 8"), (FIXED, 1, "2")):
         with pytest.raises(
-            ProfilingError, match=f"takes a batch of {takes}, but {asked} was requested; .*--batch {asked}"
+            ProfilingError, match=f"accepts a batch size of {takes}, but {asked} was requested; .*--batch {asked}"
         ):
             choose_batch(Path("x.plan"), port, 4, asked)
 
@@ -231,14 +231,17 @@ def test_the_profile_for_a_screen() -> None:
     text = "\n".join(profile_lines(PROFILE))
     for part in (
         "build/x.plan: batch 4, fp16, TensorRT 11.4.0.106 on NVIDIA L4 (compute capability 8.9, driver 570.86)",
-        "under load: P0, SM 2040 of 2040 MHz, memory 6251 MHz, 70.12 of 72.00 W, 61 C",
-        "inference, kernel by kernel, no copies   40.000   42.000   43.000   44.000   41.000   200",
-        "copy in, 12.2 MB",
-        "throughput, one inference after the other: 97.6, 100.0 by CUDA graph images/s",
-        "weights 908.0 MB, scratch 250.0 MB, in and out 68.2 MB; loading took 1,300.0 MB",
-        "100.0 TFLOP/s (8192^3 fp16 product), 250 GB/s (copy)",
-        "at the median of 39.000 ms: 50% of the matrix multiplication rate, 50% of the copy rate",
-        "3 layers, 4.000 ms with the profiler attached; the layer report names 2 of them",
+        "GPU under load: power state P0, SM clock 2040 of 2040 MHz, memory clock 6251 MHz, 70.12 of 72.00 W, 61 C",
+        "inference without CUDA graph or copies   40.000   42.000   43.000   44.000   41.000   200",
+        "copy of inputs to GPU, 12.2 MB",
+        "throughput of consecutive inferences: 97.6 images/s, 100.0 images/s with a CUDA graph",
+        "weights 908.0 MB, scratch 250.0 MB, inputs and outputs 68.2 MB; loading took 1,300.0 MB",
+        "100.0 TFLOP/s (8192^3 fp16 matrix multiplication), 250 GB/s (copy)",
+        (
+            "at the median latency of 39.000 ms, the plan reaches 50% of the matrix multiplication rate "
+            "and 50% of the copy rate"
+        ),
+        "3 layers, 4.000 ms in total with the profiler attached; the layer report contains 2 of these layers",
         "2.2500  56.2%       0  attention       trunk.blocks.0.attn",
         "1.0000  25.0%       ?  ?               reformat",
     ):
@@ -252,10 +255,10 @@ def test_what_is_not_known_is_said() -> None:
     unknown = dataclasses.replace(PROFILE, **changes, operations=None, bytes_moved=None, graph_problem="not capturable")
     text = "\n".join(profile_lines(unknown))
     for part in (
-        "clocks and power",
+        "clocks and the power",
         "no CUDA graph: not capturable",
         "weights unknown",
-        "number of operations unknown, number of bytes unknown",
+        "unknown share of the matrix multiplication rate and an unknown share of the copy rate",
         "0 layers, 0.000 ms",
     ):
         assert part in text, text
@@ -291,5 +294,5 @@ def test_a_real_plan_is_profiled(tmp_path: Path, gpu_flavor: Flavor) -> None:
     assert steps[0] == "latency"
     assert profile.starts.cold and not profile.starts.cold.warm, profile.starts.problem
     assert (profile.starts.warm is not None) == (gpu_flavor.name == "rtx")
-    with pytest.raises(ProfilingError, match="takes a batch of 1 to 3, but 7 was requested"):
+    with pytest.raises(ProfilingError, match="accepts a batch size of 1 to 3, but 7 was requested"):
         profile_plan(plan, batch=7, flavor=gpu_flavor)

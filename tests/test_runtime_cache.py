@@ -107,18 +107,18 @@ def make_pipe(plan: Path, state: State) -> None:
 CACHES: list[tuple[str, Callable[[Path, State], object], str]] = [
     ("truncated", break_bytes(lambda data: data[:-1]), "is damaged"),
     ("changed", break_bytes(lambda data: data.replace(b"[2]", b"[3]")), "is damaged"),
-    ("empty", break_bytes(lambda data: b""), "is not a runtime cache"),
-    ("another file", break_bytes(lambda data: bytes(999)), "is not a runtime cache"),
+    ("empty", break_bytes(lambda data: b""), "has an unknown format"),
+    ("another file", break_bytes(lambda data: bytes(999)), "has an unknown format"),
     ("no lines", break_bytes(lambda data: data[:40]), "is damaged"),
     ("not text", break_bytes(lambda data: data.replace(b"NVIDIA L4", b"\xff\n\x00")), "is damaged"),
     ("a pipe", make_pipe, r"cannot be read \(Invalid argument\)"),
     (
         "another plan",
         other_plan,
-        "is for TensorRT-RTX 1.7.1.116 on NVIDIA L4 .*, but this is TensorRT-RTX 1.7.1.116 on",
+        "belongs to TensorRT-RTX 1.7.1.116 on NVIDIA L4 .*, not to TensorRT-RTX 1.7.1.116 on",
     ),
     ("another driver", lambda plan, state: setattr(state.device, "cuda", 13020), r"driver 13\.0, .* driver 13\.2, "),
-    ("another GPU", lambda plan, state: setattr(state.device, "name", "NVIDIA L40S"), "but this is .*NVIDIA L40S"),
+    ("another GPU", lambda plan, state: setattr(state.device, "name", "NVIDIA L40S"), "not to .*NVIDIA L40S"),
     (
         "refused",
         lambda plan, state: setattr(state.faults, "foreign_kernels", True),
@@ -139,7 +139,7 @@ def test_a_damaged_or_foreign_cache_is_dropped_with_one_line(
         warm, (line,) = start(plan, 2)
         assert not warm and state.compiled == [2, 2]
         assert re.search(says, line)
-        assert line.endswith("; kernels are compiled again") and "\n" not in line
+        assert line.endswith("; the kernels are compiled again") and "\n" not in line
         state.faults.foreign_kernels = False
         assert start(plan, 2) == (True, [])  # written anew
 
@@ -151,8 +151,8 @@ def test_a_cache_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
         plan.with_name("sum.plan.cache").mkdir()
         warm, lines = start(plan, 2, 2, 3)
         assert not warm and names(tmp_path) == WHOLE
-        assert lines[0].endswith("cannot be read (Is a directory); kernels are compiled again")
-        wanted = "the runtime cache cannot be written (Is a directory); the next start compiles its kernels again"
+        assert lines[0].endswith("cannot be read (Is a directory); the kernels are compiled again")
+        wanted = "the runtime cache cannot be written (Is a directory); the next start compiles the kernels again"
         assert lines[1:] == [f"{plan}.cache: {wanted}"] * 2  # once for each batch that was compiled
 
 
@@ -168,7 +168,7 @@ def test_a_folder_that_takes_no_file_is_told_and_the_run_goes_on(
         monkeypatch.setattr(runtime_cache, "replacing", refuse)
         _, lines = start(plan, 2, 2)
     why = f"the runtime cache cannot be written ({os.strerror(number)})"
-    assert lines == [f"{plan}.cache: {why}; the next start compiles its kernels again"]
+    assert lines == [f"{plan}.cache: {why}; the next start compiles the kernels again"]
 
 
 def write_often(path: str, number: int) -> None:
@@ -208,15 +208,15 @@ def test_options_that_are_rtxs_alone(tmp_path: Path) -> None:
     with play("11.4"):
         plan = build_convolution(tmp_path, choose_flavor())
         with pytest.raises(
-            SessionError, match="captures itself need a plan of TensorRT-RTX, but this plan is for TensorRT"
+            SessionError, match="rtx_graphs=True requires a TensorRT-RTX plan, but this plan is for TensorRT"
         ):
             open_plan(plan, rtx_graphs=True)
-        with pytest.raises(SessionError, match="it has nothing to keep in a runtime_cache; leave it out"):
+        with pytest.raises(SessionError, match="it cannot use the option runtime_cache"):
             open_plan(plan, runtime_cache=tmp_path / "x")
         assert start(plan, 1) == (False, []) and names(tmp_path) == ["sum.plan", "sum.plan.json"]
     with play("rtx-1.7"):
         plan = build_convolution(tmp_path, choose_flavor())
-        with pytest.raises(SessionError, match="captures itself need cuda_graph to be off"):
+        with pytest.raises(SessionError, match="rtx_graphs=True cannot be combined with cuda_graph=True"):
             open_plan(plan, rtx_graphs=True, cuda_graph=True)
 
 

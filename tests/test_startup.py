@@ -83,8 +83,13 @@ def test_a_start_is_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
 def test_starts_for_a_screen() -> None:
     starts = Starts(Start(False, 2.5, 11.25, 0.0405), Start(True, 2.25, 0.5, 0.0395))
     text = "\n".join(profile_lines(dataclasses.replace(PROFILE, starts=starts)))
-    assert "cold start: loading 2.50 s, first run 11.25 s, second 0.041 s" in text
-    assert "warm start, by the kernels of the cold one: loading 2.25 s, first run 0.50 s, second 0.040 s" in text
+    assert "cold start: loading 2.50 s, first run 11.25 s, second run 0.041 s" in text
+    assert (
+        "warm start, with the kernels that the cold start compiled: loading 2.25 s, first run 0.50 s, "
+        "second run 0.040 s"
+    ) in text
     assert "start" not in "\n".join(profile_lines(PROFILE))
     failed = dataclasses.replace(PROFILE, starts=Starts(problem="x.plan: starting the engine failed: out of memory"))
-    assert "startup time unknown: x.plan: starting the engine failed: out of memory" in profile_lines(failed)
+    assert "the startup time could not be measured: x.plan: starting the engine failed: out of memory" in profile_lines(
+        failed
+    )

@@ -254,7 +254,7 @@ def test_a_pool_of_another_gpu_serves_threads(played: tuple[State, Path]) -> Non
 def test_devices_that_are_none(played: tuple[State, Path]) -> None:
     _, plan = played
     for device, says in (
-        (2, "there is no GPU 2; this machine has 2"),
+        (2, "there is no GPU 2; the number of GPUs in this machine is 2"),
         ("cpu", "not on device cpu"),
         (-1, "a plan runs on a GPU"),
     ):
@@ -268,7 +268,9 @@ def test_the_checks_are_of_the_gpu_that_is_named(tmp_path: Path) -> None:
     with play("11.4", Device(others=("9.0",))):
         plan = build_convolution(tmp_path, choose_flavor())
         open_plan(plan, device=0).close()
-        with pytest.raises(SessionError, match=r"is for compute capability 8\.9, but the GPU is NVIDIA L4 \(9\.0\)"):
+        with pytest.raises(
+            SessionError, match=r"is for compute capability 8\.9, but the GPU is NVIDIA L4 \(compute capability 9\.0\)"
+        ):
             open_plan(plan, device=1)
         ran = neck_export_cli("profile", plan, "--device", "1")
         assert ran.code == 1 and "the GPU is NVIDIA L4 (9.0)" in ran.err
@@ -280,7 +282,7 @@ def test_profile_and_verify_take_a_gpu(played: tuple[State, Path]) -> None:
     assert ran.code == 0, ran.err
     assert state.contexts and {context._index for context in state.contexts} == {1}  # its starts, too
     ran = neck_export_cli("verify", plan, "--device", "2")
-    assert ran.code == 1 and "there is no GPU 2; this machine has 2" in ran.err
+    assert ran.code == 1 and "there is no GPU 2; the number of GPUs in this machine is 2" in ran.err
     onnx = plan.with_name("sum.onnx")
     assert neck_export_cli("verify", onnx, "--device", "1").code == 2  # ONNX Runtime verifies on the CPU
 

@@ -225,18 +225,18 @@ def test_a_model_is_described(options: Any) -> None:
     [
         (
             fake_client(outputs=[FEATURE | {"datatype": "BF16"}]),
-            "sam3_feat_0 is BF16, which numpy does not have; .*--output-dtype fp32",
+            "sam3_feat_0 is BF16, which numpy does not support; .*--output-dtype fp32",
         ),
         (fake_client(inputs=[IMAGE, IMAGE]), "m has 2 inputs"),
         (fake_client(inputs=[]), "m has 0 inputs"),
-        (fake_client(outputs=[FEATURE | {"name": "other"}]), r"m has no output sam3_\*; it has other"),
-        (fake_client(False), "the server has no model m; ready are none"),
-        (fake_client(False, [{"name": "x", "version": "1", "state": "READY"}]), "no model m; ready are x"),
+        (fake_client(outputs=[FEATURE | {"name": "other"}]), r"m has no output sam3_\*; choose from other"),
+        (fake_client(False), "the server has no model m; .* ready are: none"),
+        (fake_client(False, [{"name": "x", "version": "1", "state": "READY"}]), "no model m; .* ready are: x"),
         (
             fake_client(False, [{"name": "m", "version": "1", "state": "UNAVAILABLE", "reason": "no such plan"}]),
-            "m is not ready; the server has version 1 UNAVAILABLE no such plan",
+            "m is not ready; the server reports version 1 UNAVAILABLE no such plan",
         ),
-        (fake_client(False, [{"name": "m"}]), "m is not ready; the server has version ?"),
+        (fake_client(False, [{"name": "m"}]), "m is not ready; the server reports version ?"),
     ],
 )
 @BOTH
@@ -395,11 +395,11 @@ def test_a_server_that_is_no_triton(status: int) -> None:
 PIXELS = np.zeros((2, 3, 8, 8), np.float32)
 GOOD = {"sam3_feat_0": halves(2), "sam3_feat_1": halves(2) + 1}
 ANSWERS = {
-    "one output": ({"sam3_feat_0": halves(2)}, "has no sam3_feat_1"),
-    "none": ({}, "has no sam3_feat_0, sam3_feat_1"),
+    "one output": ({"sam3_feat_0": halves(2)}, "not contain the outputs sam3_feat_1"),
+    "none": ({}, "not contain the outputs sam3_feat_0, sam3_feat_1"),
     "a larger batch": (
         GOOD | {"sam3_feat_1": halves(3)},
-        r"sam3_feat_1 in the answer is FP16 \[3, 4, 2, 2\], expected FP16 \[2, 4",
+        r"sam3_feat_1 in the answer is FP16 \[3, 4, 2, 2\]; expected FP16 \[2, 4",
     ),
     "a smaller batch": ({name: value[:1] for name, value in GOOD.items()}, r"sam3_feat_0 in the answer is FP16 \[1, "),
     "another shape": (GOOD | {"sam3_feat_0": halves(2, 2, 4, 2)}, r"sam3_feat_0 in the answer is FP16 \[2, 2, 4, 2\]"),
@@ -581,7 +581,7 @@ def grpc_server(servicer: Servicer, certificates: Path) -> Iterator[str]:
     ("names", "batch", "words"),
     [
         (["sam3_feat_0", "sam3_feat_1"], 2, ""),
-        (["sam3_feat_1"], 2, "has no sam3_feat_0"),
+        (["sam3_feat_1"], 2, "not contain the outputs sam3_feat_0"),
         (["sam3_feat_0", "sam3_feat_1"], 1, r"sam3_feat_0 in the answer is FP16 \[1, 4, 2, 2\]"),
     ],
 )

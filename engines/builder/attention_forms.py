@@ -1,4 +1,4 @@
-"""Attention for the TensorRT that is there: a file is written again in its spelling, and in the next where it refuses.
+"""Rewrites the attention of a file for the installed TensorRT, and tries the next form if TensorRT refuses one.
 
 TensorRT 10.14 and later get the form fp32acc as the Attention operator, for which NVIDIA's release notes promise FP32
 accumulation. Older ones cannot read it, and TensorRT-RTX copies its result in a kernel of its own: they get MatMul,
@@ -36,39 +36,39 @@ from export.lowering.relower import relower
 from export.verification.verify import Report
 
 ORDER: tuple[AttentionForm, ...] = ("fp32acc", "fused", "unfused")
-"""Best first; `fused` is a form of BF16 alone, whose products accumulate in FP32 whatever the form."""
+"""The best form comes first. `fused` is only tried in BF16, where matrix multiplications always accumulate in FP32."""
 
 MEANINGS = {
-    "fp32acc": "both matrix multiplications of each attention accumulate in FP32",
-    "fused": "both matrix multiplications of each attention accumulate in FP16",
-    "unfused": "each attention consists of several kernels, which is exact but slow",
+    "fp32acc": "both matrix multiplications in each attention accumulate in FP32",
+    "fused": "both matrix multiplications in each attention accumulate in FP16",
+    "unfused": "each attention runs as several kernels, which is exact but slow",
 }
 """What a form means in FP16, as TensorRT-RTX 1.7 built it."""
 
-SPELLED = {"operator": "the Attention operator", "matmul": "MatMul, Softmax, MatMul"}
+SPELLED = {"operator": "written as the Attention operator", "matmul": "written as MatMul, Softmax and MatMul"}
 
 
 class Attempt(NamedTuple):
-    """A form to build and its spelling; a form of None is the file as it is."""
+    """An attention form to build and its spelling; a form of None means that the file is built unchanged."""
 
     form: str | None
     spelling: Spelling = "matmul"
 
     @property
     def name(self) -> str:
-        """How a message names it."""
+        """The name of the form in messages."""
         return f"fp32acc ({SPELLED[self.spelling]})" if self.form == "fp32acc" else str(self.form)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoweringOptions:
-    """How a file comes to the plan's types, as export.lowering.precision.lower takes it.
+    """How an FP32 file is lowered to the precision of the plan; the arguments of export.lowering.precision.lower.
 
     Attributes:
-        attention: the form that was asked for; `auto` is the first that TensorRT takes.
-        spelling: the spelling of fp32acc that was asked for; None is the one that TensorRT prefers, then the other.
+        attention: the requested form; `auto` is the first one that TensorRT can build.
+        spelling: the requested spelling of fp32acc; None tries the one that TensorRT prefers, then the other.
         upsampling, keep_fp32, residual, quantization: how an FP32 file is lowered.
-        fp8_attention: whether attentions that are quantized become FP8, where TensorRT is known to fuse them.
+        fp8_attention: whether quantized attentions become FP8 if TensorRT is known to fuse them.
     """
 
     attention: AttentionForm = "auto"
@@ -82,7 +82,7 @@ class LoweringOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """A plan that was built: from which file, in which forms, and how it came to them."""
+    """A built plan with the file that it was built from, its attention form, its residual type, and notes on both."""
 
     typed: OnnxFile
     result: BuildResult
@@ -100,12 +100,12 @@ def build_forms(
     left: ExitStack,
     report: Report,
 ) -> Built:
-    """Types a file where it must be and builds it, in the next attention form where TensorRT refuses one.
+    """Lowers the precision of a file if necessary and builds it; if TensorRT refuses an attention form, tries the next.
 
-    Files that are written on the way lie beside the plan, or are removed by `left`.
+    Intermediate files are written beside the plan or are removed by `left`.
 
     Raises:
-        BuildError: no form builds, or something that no form mends; with the reasons that forms were refused for.
+        BuildError: no form can be built, or another form would not help. The message lists why forms were refused.
     """
     precision, folder, typed = build.precision, plan.parent, source.file
     _check_residual(source, typing, precision)
@@ -127,7 +127,7 @@ def build_forms(
         typed = OnnxFile(lower_file(source, precision, folder, **lowering))
     notes: list[str] = []
     if drops:
-        notes.append(f"FP8 attention is written in FP16: {unfused or 'as asked'}")
+        notes.append(f"the attention is computed in FP16 instead of FP8: {unfused or 'as requested'}")
         report(notes[-1])
         first = attempts[0] if attempts[0].form else there
         typed, there = OnnxFile(relower_file(typed, precision, first, folder, left, keep_fp8=False)), first
@@ -136,14 +136,14 @@ def build_forms(
             typed, there = OnnxFile(relower_file(typed, precision, attempt, folder, left)), attempt
             notes.append(meaning(attempt, precision))
             report(notes[-1])
-        report(f"building with {flavor.name} {flavor.version}")
+        report(f"building the plan with {flavor.title}")
         try:
             result = build_plan(typed, plan, build, flavor=flavor)
             return Built(typed, result, attempt, typing.residual, tuple(notes))
         except RefusedError as error:
             if later is None or not error.by_form:
                 raise BuildError("; ".join([str(error), *(note for note in notes if "refused" in note)])) from None
-            notes.append(f"{flavor.title} refused the attention form {attempt.name}: {error.reason}")
+            notes.append(f"{flavor.title} refused to build the attention form {attempt.name}: {error.reason}")
             report(notes[-1])
     raise AssertionError("unreachable: the last form returns or raises")
 
@@ -152,13 +152,14 @@ def _check_residual(source: Source, typing: LoweringOptions, precision: Precisio
     held = (source.manifest or {}).get("residual", source.precision)
     if precision == source.precision != "fp32" and typing.residual not in ("auto", held):
         raise BuildError(
-            f"{source.path}: the residual sums of the file are {held}, but {typing.residual} was requested;"
-            f"\nexport it again: {export_again(source.path, residual=typing.residual)}"
+            f"{source.path}: the file computes the residual sums in {held}, but --residual {typing.residual} "
+            "was requested;\n"
+            f"export it again: {export_again(source.path, residual=typing.residual)}"
         )
 
 
 def no_fp8_attention(flavor: Flavor) -> str | None:
-    """Why a TensorRT gets no FP8 attention, None if it is known to fuse it."""
+    """Returns why a TensorRT gets no FP8 attention, or None if it is known to fuse FP8 attention."""
     try:
         return why_no_fp8_attention(find_targets(flavor.target))
     except TargetError:  # a version that the table does not know
@@ -166,12 +167,12 @@ def no_fp8_attention(flavor: Flavor) -> str | None:
 
 
 def spellings(flavor: Flavor) -> tuple[Spelling, ...]:
-    """The spellings of fp32acc for a TensorRT, the better one first (see `prefers_attention`)."""
+    """Returns the spellings of fp32acc to try with a TensorRT, the better one first (see `prefers_attention`)."""
     return ("operator", "matmul") if prefers_attention(flavor.name, flavor.version) else ("matmul",)
 
 
 def held_attention(onnx: Path | OnnxFile) -> Attempt:
-    """The form of most attentions of a file and their spelling; no form for one that cannot be written again."""
+    """Returns the form and spelling of most attentions of a file; the form is None if the file cannot be rewritten."""
     model = OnnxFile.of(onnx).model
     if not any(MODULE in node.metadata_props for node in model.graph):
         return Attempt(None)
@@ -188,14 +189,14 @@ def forms_to_try(
     source: Mapping[str, Any] | None,
     preferred: Sequence[Spelling] = ("matmul",),
 ) -> tuple[Attempt, ...]:
-    """The forms to build in turn; a form of None is the file as it is.
+    """Returns the forms to try, in order; a form of None means that the file is built unchanged.
 
     Args:
-        held: the file's form, None where it is not a low-precision file of ours.
-        precision: of the plan.
-        asked: the form that was asked for; one that was is the only one.
-        source: the file's manifest; a form that its export was asked for is the only one, too.
-        preferred: the spellings of fp32acc to try in turn.
+        held: the form in the file; None if it is not a low-precision file written by neck-export.
+        precision: the precision of the plan.
+        asked: the requested form; unless it is `auto`, no other form is tried.
+        source: the manifest of the file; a form that was requested for the export is the only one, too.
+        preferred: the spellings of fp32acc to try, in order.
     """
     chosen: str = asked
     if asked == "auto" and source is not None and source["precision"] != "fp32":
@@ -216,13 +217,13 @@ def forms_to_try(
 
 
 def meaning(attempt: Attempt, precision: str) -> str:
-    """What it means that attention is written in a form."""
+    """Returns the note that says what a rewritten attention form means."""
     what = (
         ("BF16 matrix multiplications accumulate in FP32 in every form")
         if precision == "bf16"
         else MEANINGS[str(attempt.form)]
     )
-    return f"the attention was rewritten as {attempt.name}: {what}; verification checks its accuracy"
+    return f"the attention was rewritten in the form {attempt.name}: {what}; verification checks the accuracy"
 
 
 def relower_file(
@@ -233,21 +234,22 @@ def relower_file(
     left: ExitStack,
     keep_fp8: bool = True,
 ) -> Path:
-    """Writes a low-precision file in another attention form: a new graph beside the weights, which are not copied.
+    """Rewrites a low-precision file in another attention form: a new graph beside the weights, which are not copied.
 
     ONNX weights must lie in the graph's folder or below, and readers refuse links (onnx-ir 1.1, ONNX Runtime 1.32), so
     the graph is written beside the file under a hidden name; where the weights are links, it is written elsewhere.
 
     Args:
-        file: the file.
-        precision: the file's.
-        attempt: the form to write, and its spelling.
-        folder: where the graph and a copy of the weights go if they cannot stay where they are.
-        left: removes what was written.
-        keep_fp8: whether FP8 attentions stay as they are.
+        file: the ONNX file.
+        precision: the precision of the file.
+        attempt: the form to write and its spelling.
+        folder: the folder for the graph and a copy of the weights if the graph cannot be written beside the file.
+        left: the stack whose callbacks remove the written graph.
+        keep_fp8: whether FP8 attentions stay unchanged.
+
 
     Raises:
-        BuildError: the file is not one whose nodes tell their modules.
+        BuildError: the nodes of the file do not name the modules that they come from.
     """
     file = OnnxFile.of(file)
     onnx, (model, weights) = file.path, file.load()

@@ -29,21 +29,21 @@ from export.contract.targets import has_fp8
 
 @dataclasses.dataclass(frozen=True)
 class BuildResult:
-    """What was built, for the manifest.
+    """The result of a build, which goes into the manifest.
 
     Attributes:
-        plan, onnx: the files.
-        options: as asked.
-        flavor, version: which TensorRT.
-        compute_capabilities: GPUs that the plan is for; empty is the flavor's default.
-        gpu: the GPU at hand, or None.
-        inputs, outputs: tensors of the engine, the batch `batch` where it is dynamic.
-        seconds: of parsing and building; plan_bytes: size of the plan.
-        layers: the layer report, None where neither the builder's log nor the engine inspector tells the kernels.
-        no_layers: why there is none.
+        plan, onnx: the plan and the ONNX file.
+        options: the options of the build.
+        flavor, version: the TensorRT that built the plan.
+        compute_capabilities: the compute capabilities that the plan is for; empty means the flavor's default.
+        gpu: the GPU of this machine, or None.
+        inputs, outputs: the tensors of the engine; a dynamic batch dimension is `batch`.
+        seconds, plan_bytes: the time for parsing and building in seconds, and the size of the plan in bytes.
+        layers: the layer report; None if neither the builder's log nor the engine inspector lists the kernels.
+        no_layers: why there is no layer report.
         timing_cache: file name and SHA-256 of the timing cache that was saved or replayed; None without one.
-        notes: what was asked and not done though the plan is whole.
-        memory: device memory of weights and activations in bytes, as far as the builder's log tells it.
+        notes: requests that could not be carried out although the plan is complete.
+        memory: device memory of weights and activations in bytes, as far as the builder's log contains it.
     """
 
     plan: Path
@@ -71,20 +71,20 @@ def build_plan(
     *,
     flavor: Flavor | None = None,
 ) -> BuildResult:
-    """Builds a plan, strongly typed, and reads its layer report.
+    """Builds a strongly typed plan and reads its layer report.
 
-    The plan is written under a temporary name and renamed: until then an old plan stays whole. Of two builds of one
-    plan the last to finish wins. Ctrl-C stops the builder at its next step and leaves no file.
+    The plan is written under a temporary name and then renamed, so an old plan stays intact until then. If two
+    builds write the same plan, the last one to finish wins. Ctrl-C stops the builder at its next step without a file.
 
     Args:
-        file: the ONNX file; typed as it shall run.
-        plan: the file to write.
-        options: how to build.
-        flavor: which TensorRT; by default the one that `choose_flavor` chooses.
+        file: the ONNX file, already in the precision of the plan.
+        plan: the plan file to write.
+        options: the options of the build.
+        flavor: the TensorRT to build with; by default the one that `choose_flavor` chooses.
 
     Raises:
-        BuildError: a bad file, a graph that is not typed as asked, a builder that gave up, a full disk.
-        FlavorError: no TensorRT, or options that it does not have.
+        BuildError: the file is invalid or has another precision, the builder failed, or the disk is full.
+        FlavorError: TensorRT is missing or does not support an option.
     """
     flavor = flavor or choose_flavor()
     onnx = OnnxFile.of(file).path
@@ -131,7 +131,7 @@ def build_plan(
 def _read_layers(
     flavor: Flavor, log: str, plan: Path, graph: Graph, host_code: bool
 ) -> tuple[LayerReport | None, str | None]:
-    """The layer report from the builder's log, else from the engine inspector; None and why where neither tells.
+    """Reads the layer report from the builder's log, else from the engine inspector; returns None and why if both fail.
 
     What cannot be read must not cost the plan, which took minutes: every version lists its kernels in another way.
     """
@@ -140,7 +140,7 @@ def _read_layers(
         try:
             text = log if read is layers_from_log else flavor.inspect(plan, host_code=host_code)
             if not text:
-                raise LayerReportError(f"the {source} contains no list of the layers")
+                raise LayerReportError(f"the {source} does not list the layers")
             counted = (graph.attentions, graph.node_operations, graph.quantized, graph.fusable, graph.fp8_attentions)
             return read(text, read_families(plan), *counted), None
         except LayerReportError as error:
@@ -153,16 +153,20 @@ def _read_layers(
 def _check_attentions(onnx: Path, graph: Graph, options: BuildOptions) -> None:
     if graph.fp32_attentions:
         raise BuildError(
-            f"{onnx}: {graph.fp32_attentions[0]} is an opset-23 Attention in FP32, which TensorRT cannot build; "
-            f"export it again: {export_again(onnx, attention='auto', opset='auto')}"
+            f"{onnx}: the node {graph.fp32_attentions[0]} is an FP32 Attention operator (opset 23), which "
+            "TensorRT cannot build; export the file again: "
+            f"{export_again(onnx, attention='auto', opset='auto')}"
         )
 
 
 def check_request(flavor: Flavor, onnx: Path, options: BuildOptions) -> tuple[str, ...]:
-    """Refuses what a TensorRT does not do, before anything is read or built; returns the GPUs to build for.
+    """Refuses options that a TensorRT does not support, before anything is read or built.
+
+    Returns:
+        The compute capabilities to build for.
 
     Raises:
-        BuildError, FlavorError: naming the option.
+        BuildError, FlavorError: an option is not supported; the message names it.
     """
     capabilities = flavor.check_targets(options.compute_capabilities)
     _check_fp8(onnx, options, capabilities or ((flavor.gpu.compute_capability,) if flavor.gpu else ()))
@@ -178,13 +182,14 @@ def _check_fp8(onnx: Path, options: BuildOptions, capabilities: Sequence[str]) -
     small = [target for target in capabilities if target != "none" and not has_fp8(target)]
     if options.precision == "fp8" and small:
         raise BuildError(
-            f"{onnx}: compute capability {', '.join(small)} has no FP8 matrix multiplication, which needs 8.9; leave "
-            f"it out of --compute-capability, or export in INT8: {export_again(onnx, precision='int8')}"
+            f"{onnx}: GPUs of compute capability {', '.join(small)} cannot multiply matrices in FP8, which "
+            "requires 8.9 or later; leave it out of --compute-capability, or export the file in INT8: "
+            f"{export_again(onnx, precision='int8')}"
         )
 
 
 def _parse(onnx: Path, flavor: Flavor, watch: Watch) -> tuple[Any, Any, Any]:
-    """Returns builder, network and what must outlive them."""
+    """Returns the builder, the network and the objects that must outlive them."""
     trt = flavor.trt
     logger = flavor.new_logger(watch.take)
     builder = flavor.new_builder(logger)

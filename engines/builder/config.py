@@ -1,4 +1,4 @@
-"""The builder's config: our options in TensorRT's words, and the optimization profile."""
+"""Translates the options of a build into TensorRT's builder config, including the optimization profile."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from export.contract.export_command import export_again
 
 
 def common_options(onnx: Path, flavor: Flavor, network: Any, options: BuildOptions, monitor: Any) -> dict[str, Any]:
-    """Arguments that both of Polygraphy's config classes take.
+    """Returns the arguments that both of Polygraphy's config classes accept.
 
     Raises:
-        BuildError: an option that this TensorRT does not have, a batch that the file does not have.
+        BuildError: this TensorRT does not support an option, or the file does not support the requested batch.
     """
     trt = flavor.trt
     values: dict[str, Any] = {"progress_monitor": monitor, "profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
@@ -38,7 +38,7 @@ def common_options(onnx: Path, flavor: Flavor, network: Any, options: BuildOptio
     if cache is not None and cache.exists():
         if not (cache.is_file() and os.access(cache, os.R_OK)):
             raise BuildError(
-                f"{cache}: the file is not a readable timing cache; choose another file with --timing-cache"
+                f"{cache}: the timing cache is not a readable file; choose another file with --timing-cache"
             )
         values["load_timing_cache"] = str(cache)
     return values
@@ -50,19 +50,20 @@ def _level(flavor: Flavor, asked: str) -> Any:
         return trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if not hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY"):
         raise BuildError(
-            f"--hardware-compatible same: {flavor.title} has no such level (10.9 introduced it); leave it out, since "
-            "a plan runs on all GPUs of its compute capability anyway"
+            f"--hardware-compatible same: {flavor.title} does not support this level, which TensorRT 10.9 "
+            "introduced; leave the option out, because a plan runs on all GPUs of its compute capability "
+            "anyway"
         )
     return trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
 
 
 def _profile(onnx: Path, network: Any, options: BuildOptions) -> Any:
-    """The optimization profile of a dynamic batch, or None for a fixed one."""
+    """Returns the optimization profile of a dynamic batch, or None for a fixed one."""
     image = network.get_input(0)
     if network.num_inputs != 1:
         raise BuildError(
-            f"{onnx}: the file has {network.num_inputs} inputs, expected only the image; export it with `neck-export "
-            "onnx`"
+            f"{onnx}: the file has {network.num_inputs} inputs, but an image encoder has exactly one, the "
+            "image; export the encoder with `neck-export onnx`"
         )
     shape = tuple(image.shape)
     if -1 in shape[1:]:
@@ -73,8 +74,8 @@ def _profile(onnx: Path, network: Any, options: BuildOptions) -> Any:
     if shape[0] != -1:
         if options.batch is not None and str(options.batch) != str(shape[0]):
             raise BuildError(
-                f"{onnx}: the file has batch {shape[0]}, but {options.batch} was requested; export it again: "
-                f"{export_again(onnx, batch=str(options.batch))}"
+                f"{onnx}: the file has the fixed batch size {shape[0]}, but {options.batch} was requested; "
+                f"export the file again: {export_again(onnx, batch=str(options.batch))}"
             )
         return None
     from polygraphy.backend.trt import Profile

@@ -1,4 +1,4 @@
-"""The GPU at hand, asked of NVIDIA's driver without torch."""
+"""Finds the GPU of this machine through NVIDIA's driver, without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """An NVIDIA GPU; `driver` is its version or `unknown`, `cuda` the newest CUDA that the driver serves."""
+    """An NVIDIA GPU; `driver` is the driver version or `unknown`, `cuda` the newest CUDA version that it supports."""
 
     name: str
     compute_capability: str
@@ -20,7 +20,7 @@ class Gpu:
 
 
 def find_gpu(index: int = 0) -> Gpu | None:
-    """Asks the CUDA driver for a GPU, without torch; None if there is no such GPU."""
+    """Asks the CUDA driver for the GPU with an index, without torch; returns None if there is no such GPU."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -43,7 +43,7 @@ def find_gpu(index: int = 0) -> Gpu | None:
 
 
 def nvml_driver_version() -> str | None:
-    """The driver's version as NVML has it, also where there is no /proc/driver (WSL2); None without a driver."""
+    """Returns NVML's driver version, which also exists without /proc/driver (WSL2); None without a driver."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:

@@ -1,4 +1,4 @@
-"""TensorRT or TensorRT-RTX: chosen once, here. What differs between the two is behind `Flavor`."""
+"""Chooses between TensorRT and TensorRT-RTX; `Flavor` hides the differences between the two."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ OLDEST: dict[FlavorName, tuple[int, int]] = {"tensorrt": (10, 3), "rtx": (1, 7)}
 """Oldest versions that work, by the API listings in tests/data/tensorrt-api; 10.3 is JetPack 6's. As in pyproject."""
 
 RTX_MAGIC = b"vtrt"
-"""First bytes of a TensorRT-RTX plan (1.7); TensorRT's begin otherwise."""
+"""First bytes of a TensorRT-RTX plan (1.7); TensorRT plans begin with other bytes."""
 
 JETSONS = ("7.2", "8.7", "10.1", "11.0")
 """Xavier, Orin, and Thor by its two names (https://developer.nvidia.com/cuda/gpus)."""
 JETSON = (
-    "; {} is a Jetson's compute capability: build on the device, with --flavor tensorrt and without "
+    "; {} is the compute capability of a Jetson: build the plan on that device, with --flavor tensorrt and without "
     "--compute-capability"
 )
-OTHERS = {"9.0": "; Hopper needs --flavor tensorrt"} | {one: JETSON.format(one) for one in JETSONS}
+OTHERS = {"9.0": "; for Hopper (9.0), use --flavor tensorrt"} | {one: JETSON.format(one) for one in JETSONS}
 """What to do for GPUs that TensorRT-RTX does not build for."""
 
 CUDA_DRIVERS = {12: "525", 13: "580"}
@@ -49,16 +49,16 @@ POLYGRAPHY_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 
 
 class FlavorError(RuntimeError):
-    """Neither flavor of TensorRT can do what was asked on this machine."""
+    """No installed TensorRT can do what was requested on this machine."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
-    """What every context of an engine is made with; TensorRT has none.
+    """The configuration that every context of a TensorRT-RTX engine is created with; TensorRT has none.
 
     Attributes:
-        runtime_config, runtime_cache: TensorRT-RTX's own, which must outlive the contexts; None where it has none.
-        warm: whether the cache took kernels of an earlier start.
+        runtime_config, runtime_cache: TensorRT-RTX's objects, which must outlive the contexts; None with TensorRT.
+        warm: whether the runtime cache accepted the kernels of an earlier start.
     """
 
     runtime_config: Any = None
@@ -66,22 +66,22 @@ class RuntimeConfig:
     warm: bool = False
 
     def kernels(self) -> bytes:
-        """What was compiled so far, to be kept; empty where there is no cache, or it gives nothing."""
+        """Returns the kernels that were compiled so far, to be saved; empty without a runtime cache."""
         memory = None if self.runtime_cache is None else self.runtime_cache.serialize()
         return b"" if memory is None else bytes(memory)
 
 
 @dataclasses.dataclass(frozen=True)
 class Flavor:
-    """One installed TensorRT.
+    """An installed TensorRT.
 
     Attributes:
         name: `tensorrt` or `rtx`.
-        trt: its Python module.
-        version: its version.
-        capabilities: compute capabilities that a plan can be built for; empty where it is the GPU at hand.
-        gpu: the GPU at hand, or None.
-        device: its index.
+        trt: the Python module.
+        version: the version of the module.
+        capabilities: compute capabilities that a plan can be built for; empty if only the GPU of this machine is.
+        gpu: the GPU of this machine, or None.
+        device: the index of the GPU.
     """
 
     name: FlavorName
@@ -92,32 +92,36 @@ class Flavor:
     device: int = 0
 
     def on(self, device: int) -> Flavor:
-        """The same TensorRT for the GPU of another index."""
+        """Returns the same TensorRT for the GPU with another index."""
         return self if device == self.device else dataclasses.replace(self, gpu=find_gpu(device), device=device)
 
     @property
     def title(self) -> str:
-        """How a message names it: `TensorRT 10.3.0`."""
+        """Name and version in messages, such as `TensorRT 10.3.0`."""
         return f"{'TensorRT-RTX' if self.name == 'rtx' else 'TensorRT'} {self.version}"
 
     @property
     def target(self) -> str:
-        """Its name among the targets of ONNX files: `tensorrt-10.3`."""
+        """The name of this TensorRT among the export targets, such as `tensorrt-10.3`."""
         numbers = version_numbers(self.version)
         return "tensorrt-rtx" if self.name == "rtx" else f"tensorrt-{numbers[0]}.{numbers[1]}"
 
     def check_targets(self, asked: Sequence[str]) -> tuple[str, ...]:
-        """The compute capabilities to build for, such as ("8.6", "12.0"); empty asks for the flavor's default.
+        """Returns the compute capabilities to build for, such as ("8.6", "12.0").
+
+        Args:
+            asked: the requested compute capabilities; empty means the flavor's default.
 
         Raises:
-            FlavorError: one that the flavor does not build for.
+            FlavorError: the flavor cannot build for one of them.
         """
         if not self.capabilities:
             at_hand = self.gpu.compute_capability if self.gpu else "none"
             if set(asked) - {at_hand}:
                 raise FlavorError(
-                    f"compute capability {', '.join(asked)}: TensorRT only builds for the GPU of this machine "
-                    f"({at_hand}); leave the option out, or use --hardware-compatible or --flavor "
+                    f"--compute-capability {','.join(asked)}: TensorRT only builds for the compute capability "
+                    f"of the GPU in this machine ({at_hand}); leave the option out, or use "
+                    "--hardware-compatible or --flavor "
                     f"rtx{''.join(JETSON.format(target) for target in asked if target in JETSONS)}"
                 )
             return (at_hand,)
@@ -125,8 +129,8 @@ class Flavor:
         if unknown:
             supported = ", ".join(self.capabilities)
             raise FlavorError(
-                f"compute capability {', '.join(unknown)}: TensorRT-RTX {self.version} only builds for "
-                f"{supported}{''.join(OTHERS.get(target, '') for target in unknown)}"
+                f"--compute-capability {','.join(unknown)}: TensorRT-RTX {self.version} only builds for "
+                f"compute capability {supported}{''.join(OTHERS.get(target, '') for target in unknown)}"
             )
         return tuple(dict.fromkeys(asked))
 
@@ -138,31 +142,35 @@ class Flavor:
         hardware_compatible: bool = False,
         version_compatible: bool = False,
     ) -> None:
-        """Refuses what is asked for and the flavor would silently ignore.
+        """Refuses options that the flavor would silently ignore.
 
         Raises:
-            FlavorError: naming it, and what to do instead.
+            FlavorError: an option has no effect; the message says what to do instead.
         """
         if self.name != "rtx":
             return
         if timing_cache:
             raise FlavorError(
-                "--timing-cache: TensorRT-RTX does not measure kernels while it builds, so a cache of their times has "
-                "no effect; leave it out"
+                "--timing-cache: TensorRT-RTX does not measure kernels while it builds, so a timing cache has "
+                "no effect; leave the option out"
             )
         if replay_timing:
             raise FlavorError(
-                "--replay-timing: TensorRT-RTX chooses kernels at run time and uses no timing cache; leave it out"
+                "--replay-timing: TensorRT-RTX chooses kernels at run time and uses no timing cache; leave "
+                "the option out"
             )
         if hardware_compatible:
-            raise FlavorError("--hardware-compatible: TensorRT-RTX ignores it; name the GPUs with --compute-capability")
+            raise FlavorError(
+                "--hardware-compatible has no effect with TensorRT-RTX; name the GPUs with --compute-capability instead"
+            )
         if version_compatible and self.gpu is None:
             raise FlavorError(
-                "--version-compatible: TensorRT-RTX can build such plans only on a machine with a GPU; leave it out"
+                "--version-compatible: TensorRT-RTX can build version-compatible plans only on a machine with "
+                "a GPU; leave the option out, or build there"
             )
 
     def create_config(self, builder: Any, network: Any, capabilities: Sequence[str], common: dict[str, Any]) -> Any:
-        """Makes the builder's config through Polygraphy; `common` are the arguments of both its config classes."""
+        """Creates the builder config through Polygraphy; `common` are arguments that both its config classes accept."""
         from polygraphy.logger import G_LOGGER
 
         trt = self.trt
@@ -185,37 +193,40 @@ class Flavor:
         return config
 
     def create_runtime_config(self, engine: Any, cached: bytes, own_graphs: bool) -> RuntimeConfig | None:
-        """What every context of an engine is made with; None where it is refused. Arguments as new_runtime_config's."""
+        """Returns the configuration for the contexts of an engine, or None if TensorRT-RTX refuses it.
+
+        The arguments are those of new_runtime_config.
+        """
         return new_runtime_config(self.trt, engine, cached, own_graphs) if self.name == "rtx" else RuntimeConfig()
 
     def create_context(self, engine: Any, made_with: RuntimeConfig) -> Any:
-        """Makes an execution context; None where there is no memory for it."""
+        """Creates an execution context; returns None if there is not enough memory."""
         if self.name == "rtx":
             return engine.create_execution_context(made_with.runtime_config)
         return engine.create_execution_context()
 
     def can_capture(self, context: Any, stream: int) -> bool:
-        """Whether a run can be captured as a CUDA graph: RTX is asked, TensorRT tells by failing."""
+        """Returns whether a run can be captured as a CUDA graph; TensorRT only shows that when it captures, so True."""
         return self.name != "rtx" or bool(context.is_stream_capturable(stream))
 
     def new_builder(self, logger: Any) -> Any:
-        """TensorRT's Builder.
+        """Creates TensorRT's Builder.
 
         Raises:
-            FlavorError: TensorRT cannot start here, as where the driver is too old for it.
+            FlavorError: TensorRT cannot start on this machine, for example because the driver is too old.
         """
         return self._start(self.trt.Builder, logger)
 
     def new_runtime(self, logger: Any, *, host_code: bool) -> Any:
-        """TensorRT's Runtime.
+        """Creates TensorRT's Runtime.
 
         Args:
-            logger: of `new_logger`.
-            host_code: whether plans may bring code of their own: a version-compatible plan contains a lean runtime, and
-                without this consent TensorRT loads it in no version, its own included.
+            logger: a logger from `new_logger`.
+            host_code: whether plans may contain host code. A version-compatible plan contains a lean runtime, and no
+                TensorRT version loads such a plan without this permission.
 
         Raises:
-            FlavorError: TensorRT cannot start here, as where the driver is too old for it.
+            FlavorError: TensorRT cannot start on this machine, for example because the driver is too old.
         """
         runtime = self._start(self.trt.Runtime, logger)
         runtime.engine_host_code_allowed = host_code
@@ -233,7 +244,7 @@ class Flavor:
             raise FlavorError(f"{self.title} cannot start: {why}") from None
 
     def driver_problem(self) -> str | None:
-        """Why the GPU's driver is too old for this TensorRT, and what to install; None if it is not known to be."""
+        """Returns why the driver is too old for this TensorRT and what to install; None if it is not known to be so."""
         needed = _cuda_major(self.name, self.version)
         if self.gpu is None or needed is None or version_numbers(self.gpu.cuda)[:1] >= (needed,):
             return None
@@ -245,14 +256,15 @@ class Flavor:
         if (self.name, have) in PACKAGED:
             remedy += f", or run: pip uninstall {package}-cu{needed}; pip install {package}-cu{have}"
         return (
-            f"driver {self.gpu.driver} supports CUDA {self.gpu.cuda}, but this TensorRT needs CUDA {needed}; {remedy}"
+            f"the NVIDIA driver {self.gpu.driver} supports CUDA {self.gpu.cuda}, but this TensorRT needs CUDA "
+            f"{needed}; {remedy}"
         )
 
     def inspect(self, plan: Path, *, host_code: bool) -> str:
-        """What the engine inspector tells of a plan that was built here, as JSON; empty if it cannot be loaded here.
+        """Returns the engine inspector's JSON for a plan that was built here; empty if the plan cannot be loaded here.
 
         Args:
-            plan: the file.
+            plan: the plan file.
             host_code: whether the plan is version-compatible, as in `new_runtime`.
         """
         if self.gpu is None:
@@ -263,12 +275,12 @@ class Flavor:
         return "" if engine is None else inspect_engine(self.trt, engine)
 
     def why_invalid(self, header: bytes) -> str | None:
-        """Why a plan cannot run on this machine, told by its first bytes; None where it can or where nothing tells.
+        """Returns why a plan cannot run on this machine, according to its header; None if it can or if it is unknown.
 
-        TensorRT has no such check: there the manifest must say it. That of RTX was not run on a GPU.
+        Only TensorRT-RTX has such a check, which was not run on a GPU; for TensorRT, the manifest is compared instead.
 
         Raises:
-            FlavorError: TensorRT-RTX cannot start here.
+            FlavorError: TensorRT-RTX cannot start on this machine.
         """
         if self.name != "rtx":
             return None
@@ -279,13 +291,13 @@ class Flavor:
             return None
         reasons = trt.EngineInvalidityDiagnostics.__members__
         told = [name.lower().replace("_", " ") for name, reason in reasons.items() if int(diagnostics) & int(reason)]
-        return ", ".join(told) or ("no reason given" if self.gpu else "no NVIDIA GPU here")
+        return ", ".join(told) or ("TensorRT gave no reason" if self.gpu else "this machine has no NVIDIA GPU")
 
     def new_logger(self, take: Callable[[int, str], None]) -> Any:
-        """A TensorRT logger that hands on severity (0, 1: error, 2: warning, 3: info, 4: verbose) and line.
+        """Creates a TensorRT logger that passes severity (0, 1: error, 2: warning, 3: info, 4: verbose) and line on.
 
-        That it is another logger than an earlier plan's is no warning: every plan has one of its own, and TensorRT-RTX
-        1.7 uses it, although it says that it does not.
+        TensorRT's warning that the logger differs from an earlier one is dropped: every plan has its own logger, and
+        TensorRT-RTX 1.7 uses it although it warns that it does not.
         """
         trt: Any = self.trt
 
@@ -301,27 +313,30 @@ class Flavor:
 
 
 def inspect_engine(trt: Any, engine: Any) -> str:
-    """What the engine inspector tells of an engine in memory, as JSON."""
+    """Returns the engine inspector's JSON for an engine in memory."""
     inspector = engine.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON) or "")
 
 
 def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto", device: int = 0) -> Flavor:
-    """Chooses the TensorRT of this process and sets Polygraphy up for it.
+    """Chooses the TensorRT of this process and configures Polygraphy for it.
 
     Args:
-        asked: `auto` is TensorRT where it imports and a GPU is there, else TensorRT-RTX, which builds without one.
-        device: index of the GPU.
+        asked: the requested flavor; `auto` is TensorRT if it can be imported and a GPU is present, else TensorRT-RTX.
+        device: the index of the GPU.
 
     Raises:
-        FlavorError: what was asked is not installed, is too old or needs a GPU; it says what to install.
+        FlavorError: the requested flavor is not installed, is too old or needs a GPU; the message names the fix.
     """
     gpu = find_gpu(device)
     names: tuple[FlavorName, ...] = (asked,) if asked != "auto" else (("tensorrt", "rtx") if gpu else ("rtx",))
     reasons: list[str] = []
     for name in names:
         if name == "tensorrt" and gpu is None:
-            raise FlavorError("--flavor tensorrt needs an NVIDIA GPU with its driver; --flavor rtx builds without one")
+            raise FlavorError(
+                "--flavor tensorrt needs an NVIDIA GPU and its driver, but none was found; use --flavor rtx, "
+                "which builds without a GPU"
+            )
         module = _import(name, reasons)
         if module is not None:
             _set_polygraphy_up(name)
@@ -331,7 +346,7 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto", device: in
         "rtx": f"{install(EXTRAS['rtx'])} (builds without a GPU)",
     }
     shown = " or ".join(remedy for name, remedy in remedies.items() if asked in ("auto", name))
-    raise FlavorError(f"TensorRT is not installed: {'; '.join(reasons)}\n{shown}")
+    raise FlavorError(f"no usable TensorRT is installed: {'; '.join(reasons)};\nrun {shown}")
 
 
 def _import(name: FlavorName, reasons: list[str]) -> Any:
@@ -348,7 +363,7 @@ def _import(name: FlavorName, reasons: list[str]) -> Any:
 
 
 def _cuda_major(name: FlavorName, version: str) -> int | None:
-    """The CUDA that an installed TensorRT is built for, by the name of its package; None if nothing tells."""
+    """Returns the CUDA version that an installed TensorRT is built for, from its package name; None if unknown."""
     package = "tensorrt_rtx" if name == "rtx" else "tensorrt"
     for distribution in importlib.metadata.distributions():
         found = re.fullmatch(rf"{package}_cu(\d+)", distribution.name.lower().replace("-", "_"))
@@ -358,13 +373,13 @@ def _cuda_major(name: FlavorName, version: str) -> int | None:
 
 
 def find_targets(name: FlavorName) -> tuple[str, ...]:
-    """Compute capabilities that an installed flavor names; empty where it does not import."""
+    """Returns the compute capabilities that an installed flavor supports; empty if it cannot be imported."""
     module = _import(name, [])
     return () if module is None else _targets(name, module)
 
 
 def _targets(name: FlavorName, module: Any) -> tuple[str, ...]:
-    """Compute capabilities that the flavor names: SM89 is 8.9, SM120 is 12.0."""
+    """Returns the compute capabilities that the flavor lists: SM89 is 8.9, SM120 is 12.0."""
     if name != "rtx":
         return ()
     numbers = sorted(int(name[2:]) for name in module.ComputeCapability.__members__ if name.startswith("SM"))
@@ -372,32 +387,32 @@ def _targets(name: FlavorName, module: Any) -> tuple[str, ...]:
 
 
 def _set_polygraphy_up(name: FlavorName) -> None:
-    """Polygraphy reads its switch when it is imported, once in a process."""
+    """Sets the environment variable that Polygraphy reads once per process, when it is imported."""
     wanted = name == "rtx"
     os.environ[POLYGRAPHY_SWITCH] = str(int(wanted))
     try:
         from polygraphy import config as polygraphy_config
     except ImportError:
-        raise FlavorError(f"polygraphy is not installed; run {install(EXTRAS[name])}") from None
+        raise FlavorError(f"the package polygraphy is not installed; run {install(EXTRAS[name])}") from None
 
     if "polygraphy.backend.trt" in sys.modules and bool(polygraphy_config.USE_TENSORRT_RTX) != wanted:
         raise FlavorError(
-            "the other TensorRT is already loaded in this process, and both cannot be; start another process for "
-            f"--flavor {name}"
+            "TensorRT and TensorRT-RTX cannot be used in the same process, and the other one is already "
+            f"loaded; start a new process for --flavor {name}"
         )
     polygraphy_config.USE_TENSORRT_RTX = wanted
 
 
 def new_runtime_config(trt: Any, engine: Any, cached: bytes, own_graphs: bool) -> RuntimeConfig | None:
-    """The runtime config of an engine; None where TensorRT-RTX refuses it.
+    """Creates the runtime config of an engine; returns None if TensorRT-RTX refuses it.
 
-    Kernels for the shapes at hand are compiled at once and not, as by default, in the background while fallback kernels
-    run: those would be measured, and captured in a CUDA graph.
+    Kernels for the current shapes are compiled immediately. By default, they are compiled in the background while
+    fallback kernels run, which would then be measured and captured in CUDA graphs.
 
     Args:
-        trt, engine: TensorRT-RTX and its engine.
-        cached: what `RuntimeConfig.kernels` gave in an earlier process, or nothing.
-        own_graphs: TensorRT-RTX captures each run as a CUDA graph of its own.
+        trt, engine: the TensorRT-RTX module and the engine.
+        cached: what `RuntimeConfig.kernels` returned in an earlier process, or nothing.
+        own_graphs: whether TensorRT-RTX itself captures the runs as CUDA graphs.
     """
     runtime_config = engine.create_runtime_config()
     if runtime_config is None:

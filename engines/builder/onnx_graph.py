@@ -1,4 +1,4 @@
-"""What the ONNX file says before a builder sees it: whether it is whole, its attentions, its operations."""
+"""Reads an ONNX file before it is built: whether it is complete, its attentions and its number of operations."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from export.lowering.attention import before_casts, fp8_attentions
 
 
 class BuildError(RuntimeError):
-    """The plan could not be built; the message says which file, why, and what to do."""
+    """A plan could not be built; the message says which file, why, and what to do."""
 
 
 class RefusedError(BuildError):
-    """TensorRT does not take the graph: its `reason`, in a line, and whether another form of attention may help."""
+    """TensorRT cannot build the graph: `reason` is one line, `by_form` whether another attention form may help."""
 
     def __init__(self, message: str, reason: str, by_form: bool = True) -> None:
         super().__init__(message)
@@ -30,13 +30,13 @@ class Graph:
     """An ONNX file without its weights.
 
     Attributes:
-        attentions: how many it has, as Attention nodes or around a Softmax.
-        fp32_attentions: names of Attention nodes that would run in FP32, which no TensorRT builds.
-        node_operations: 2 x multiply-add of every matrix product, convolution and attention at the batch size that was
-            asked, by the node's name, or by that of its output if it has none; None where a shape is not told.
-        quantized: how many matrix products have both factors from DequantizeLinear.
-        fusable: how many attentions compute their scores in FP16 or BF16: TensorRT-RTX 1.7 fuses no others.
-        fp8_attentions: how many attentions are FP8.
+        attentions: the number of attentions, as Attention nodes or around a Softmax.
+        fp32_attentions: names of the Attention nodes that would run in FP32, which no TensorRT can build.
+        node_operations: operations (2 x multiply-add) of each matrix multiplication, convolution and attention at the
+            requested batch size, by the name of the node or, without one, of its output; None if a shape is unknown.
+        quantized: the number of matrix multiplications of which both factors come from DequantizeLinear.
+        fusable: the number of attentions with scores in FP16 or BF16; TensorRT-RTX 1.7 fuses no others.
+        fp8_attentions: the number of FP8 attentions.
     """
 
     attentions: int
@@ -48,15 +48,15 @@ class Graph:
 
     @property
     def operations(self) -> int | None:
-        """Operations of all nodes."""
+        """The sum of the operations of all nodes; None if it is unknown."""
         return None if self.node_operations is None else sum(self.node_operations.values())
 
 
 def whole_file(onnx: Path | OnnxFile) -> OnnxFile:
-    """The file, found whole.
+    """Checks that an ONNX file is complete and returns it.
 
     Raises:
-        BuildError: missing, truncated, or without the files of its weights.
+        BuildError: the file or its weights are missing, or the file is truncated.
     """
     try:
         return OnnxFile.of(onnx).check()
@@ -65,14 +65,14 @@ def whole_file(onnx: Path | OnnxFile) -> OnnxFile:
 
 
 def read_graph(onnx: Path | OnnxFile, batch: int = 1) -> Graph:
-    """Reads what a layer report and a builder's checks need of an ONNX file.
+    """Reads the facts of an ONNX file that the layer report and the checks before a build need.
 
     Args:
-        onnx: the file; its weights may lie in other files beside it.
-        batch: size that a dynamic batch dimension takes when operations are counted.
+        onnx: the file; its weights may be in other files beside it.
+        batch: the batch size for which the operations of a file with dynamic batch are counted.
 
     Raises:
-        BuildError: missing, truncated, or without the files of its weights.
+        BuildError: the file or its weights are missing, or the file is truncated.
     """
     graph = whole_file(onnx).model.graph
     fp32 = [

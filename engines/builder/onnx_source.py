@@ -1,4 +1,4 @@
-"""The ONNX file that a plan is built from: which it is, whether it is whole, its precision, and the pass to another."""
+"""The ONNX file that a plan is built from: finds and checks it, and lowers it to another precision."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Source:
     """The ONNX file that a plan is built from.
 
     Attributes:
-        file: the file.
-        manifest: its manifest, None where another tool wrote the file.
-        precision: what it computes in.
-        checkpoint, adapter: the weights that it was exported from, and what was merged into them, where they are no
-            longer where its manifest says.
-        images: images to judge and to calibrate on; without a folder the shipped one.
-        report: told of every step.
+        file: the ONNX file.
+        manifest: the manifest of the file; None if another tool wrote the file.
+        precision: the precision of the file.
+        checkpoint, adapter: the weights that the file was exported from and the adapter merged into them, if they are
+            no longer at the paths in the manifest.
+        images: images for verification and calibration; by default the packaged image.
+        report: called with a line for each step.
     """
 
     file: OnnxFile
@@ -51,15 +51,15 @@ class Source:
 
     @property
     def path(self) -> Path:
-        """Where it lies."""
+        """The path of the file."""
         return self.file.path
 
     @functools.cached_property
     def references(self) -> References:
-        """What the encoder that the file was exported from gives in PyTorch.
+        """The PyTorch outputs of the encoder that the file was exported from.
 
         Raises:
-            ManifestError, CheckpointError, ExportError: as manifest_encoder says.
+            ManifestError, CheckpointError, ExportError: as in manifest_encoder.
         """
         where = manifest_path(self.path)
         encoder = manifest_encoder(where, self.manifest or {}, self.checkpoint, self.adapter)
@@ -67,24 +67,28 @@ class Source:
 
     @property
     def files(self) -> list[dict[str, Any]]:
-        """What tells it from another one: bytes and SHA-256, or the bytes alone."""
+        """Size and SHA-256 of the files, which identify the source; without a manifest only the size."""
         return (
             self.manifest["files"] if self.manifest else [{"name": self.path.name, "bytes": self.path.stat().st_size}]
         )
 
     @property
     def batch(self) -> BatchRange | None:
-        """The range that it was exported for; None where nothing tells one."""
+        """The batch range that the file was exported for; None if it is fixed."""
         batch = BatchRange.parse(self.manifest["signature"]["batch"]) if self.manifest else BatchRange()
         return batch if batch.dynamic else None
 
     @property
     def keep_fp32(self) -> tuple[str, ...]:
-        """Modules that it has in FP32."""
+        """The modules that the file keeps in FP32."""
         return tuple(self.manifest["keep_fp32"]) if self.manifest else ()
 
     def signature(self, precision: Precision) -> Signature | None:
-        """A plan's contract: the file's, its outputs in the plan's precision, positions only where they are outputs."""
+        """Returns the signature of a plan of this file; None without a manifest.
+
+        It is the signature of the file with outputs in the plan's precision, and with positions only if the graph
+        returns them.
+        """
         if self.manifest is None:
             return None
         signature = Signature.from_dict(self.manifest["signature"])
@@ -94,14 +98,17 @@ class Source:
 
 
 def newest_onnx(folder: Path) -> Path:
-    """The newest ONNX file of a folder.
+    """Returns the newest ONNX file in a folder.
 
     Raises:
-        BuildError: there is none.
+        BuildError: the folder contains no ONNX file.
     """
     files = sorted(folder.glob("*.onnx"), key=lambda file: file.stat().st_mtime)
     if not files:
-        raise BuildError(f"{folder}: the folder contains no ONNX file; run `neck-export onnx` first, or name a file")
+        raise BuildError(
+            f"{folder}: the folder contains no ONNX file; run `neck-export onnx` first, or name the ONNX file "
+            "to build from"
+        )
     return files[-1]
 
 
@@ -113,18 +120,18 @@ def read_source(
     adapter: Path | None = None,
     images: Path | ImageFolder | None = None,
 ) -> Source:
-    """Finds the file whole, and as its manifest says byte for byte where it has one.
+    """Reads an ONNX file and checks that it is complete and, if it has a manifest, unchanged byte for byte.
 
     Args:
-        onnx: the file.
+        onnx: the ONNX file.
         report, checkpoint, adapter, images: as in Source.
 
     Raises:
-        BuildError: missing, truncated, or a plan.
-        ManifestError: damaged, or the file was changed after it was written.
+        BuildError: the file is missing, truncated or a plan.
+        ManifestError: the manifest is damaged, or the file was changed after it was written.
     """
     if is_plan(onnx):
-        raise BuildError(f"{onnx}: this file is a plan already; name the ONNX file to build from")
+        raise BuildError(f"{onnx}: this file is already a plan; name the ONNX file to build from")
     file = whole_file(onnx)
     where = manifest_path(onnx)
     if not where.exists():
@@ -136,10 +143,10 @@ def read_source(
 
 
 def typed_as(file: OnnxFile) -> Precision:
-    """The type that an ONNX file computes in: of its FP16 and BF16 weights the larger part, FP32 where it has neither.
+    """Returns the precision of an ONNX file: the type of most of its FP16 and BF16 weights, or FP32 if it has neither.
 
-    Where any are FP8 or INT8, that is what it is. A file with most of its weights in an FP32 island (a trial of
-    `bisect`) is a low-precision file all the same.
+    If any weights are FP8 or INT8, that is the precision. A file with most weights in FP32 islands (a trial of
+    `bisect`) is still a low-precision file.
     """
     sizes: dict[str, int] = {"FLOAT16": 0, "BFLOAT16": 0, **{code.name: 0 for code in CODES.values()}}
     for value in file.model.graph.initializers.values():
@@ -160,19 +167,22 @@ def select_for_source(
     keep_fp32: Sequence[str] = (),
     no_attention: str | None = None,
 ) -> tuple[QuantizationPlan | None, tuple[str, ...]]:
-    """What is quantized where an FP32 file is lowered to fp8 or int8 (None for every other), and what is to be told.
+    """Selects what is quantized if an FP32 file is lowered to fp8 or int8 (None otherwise), and returns notes.
 
     `keep_fp32` names the modules that the lowering keeps in FP32; `no_attention` says why this TensorRT gets no FP8
     attention.
 
     Raises:
-        BuildError: options of a file that is not lowered.
+        BuildError: the options have no effect, because the file is not lowered.
         CalibrationError, ImageError, ExportError: as in select_quantization.
     """
     check_quantize(options, precision)
     if source.precision == precision and options != QuantizeOptions():
-        words = "--quantize, --budget and --calibration belong to the export, not to the build"
-        raise BuildError(f"{source.path}: the file is {precision} already; {words}")
+        words = (
+            "--quantize, --budget and --calibration have no effect on its build; leave them out, or export "
+            "the file again with them"
+        )
+        raise BuildError(f"{source.path}: the file is already quantized to {precision}, so {words}")
     if precision not in CODES or source.precision != "fp32" or source.manifest is None:
         return None, ()  # lower_file refuses what it cannot lower
     notes = list[str]()
@@ -183,22 +193,29 @@ def select_for_source(
 
 
 def lower_file(source: Source, precision: Precision, folder: Path, **forms: Any) -> Path:
-    """Writes an FP32 file in another precision into a folder; `forms` are those of export.lowering.precision.lower.
+    """Lowers an FP32 file to another precision and writes it to a folder.
+
+    Args:
+        source: the FP32 file.
+        precision: the precision to lower it to.
+        folder: the folder for the new file.
+        forms: further arguments of export.lowering.precision.lower.
 
     Raises:
-        BuildError: the file is not FP32, or not one whose nodes tell their modules.
+        BuildError: the file is not FP32, or its nodes do not name the modules that they come from.
     """
     onnx = source.path
     if source.precision != "fp32":
         raise BuildError(
-            f"{onnx}: the file is {source.precision}, but {precision} was requested;"
-            f"\nexport it again: {export_again(onnx, precision=precision, **AS_AUTO)}"
+            f"{onnx}: the file is in {source.precision}, but {precision} was requested;\n"
+            f"export the file again: {export_again(onnx, precision=precision, **AS_AUTO)}"
         )
     model, _ = source.file.load(values=True)
     if not any(MODULE in node.metadata_props for node in model.graph):
         raise BuildError(
-            f"{onnx}: the file was not written by neck-export, so it is unknown which nodes must stay in FP32; build "
-            f"it unchanged with --fp32, or export it with --precision {precision}"
+            f"{onnx}: the file was not written by neck-export, so it is unknown which nodes must stay in FP32; "
+            "build the file unchanged with --fp32, or export the encoder with `neck-export onnx --precision "
+            f"{precision}`"
         )
     lower(model, precision, **forms)
     typed = folder / f"{onnx.stem}.{precision}.onnx"
@@ -207,14 +224,17 @@ def lower_file(source: Source, precision: Precision, folder: Path, **forms: Any)
 
 
 def plan_source(where: Path) -> dict[str, Any]:
-    """The manifest of the ONNX file that a plan was built from, with the precision and the forms of the plan.
+    """Returns the manifest of the ONNX file that a plan was built from, with the precision and the forms of the plan.
 
     Raises:
-        BuildError: the plan was built from another tool's file.
+        BuildError: the plan was built from a file without a manifest.
     """
     manifest = read_manifest(where, "plan")
     if manifest["onnx_manifest"] is None:
-        raise BuildError(f"{where}: the plan was built from a file without a manifest, so its weights are unknown")
+        raise BuildError(
+            f"{where}: the plan was built from an ONNX file without a manifest, so it is unknown which weights "
+            "it contains; build a plan from a file that `neck-export onnx` wrote"
+        )
     forms = {name: manifest["key"][name] for name in ("attention", "upsampling", "keep_fp32")}
     held = ("attention_form", "attention_spelling", "residual", "quantization")
     forms |= {name: manifest[name] for name in held if name in manifest}

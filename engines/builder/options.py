@@ -1,4 +1,4 @@
-"""What a build is asked for, by the command line and by Python (no torch)."""
+"""The options of a build, for the command line and for Python; this module does not import torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from neck.option import Group, Option, OptionError
 BUILD = "Build"
 
 DEFAULT_BATCH = BatchRange(1, 4, 8)
-"""Optimization profile of a dynamic batch whose range nobody said."""
+"""The optimization profile of a dynamic batch if no range is given."""
 
 SWITCHES = tuple(
     Option(
@@ -54,26 +54,30 @@ SWITCHES = tuple(
 
 
 def choose_precision(named: Precision | None, *switched: bool) -> Precision | None:
-    """The one precision of --precision and the switches."""
+    """Returns the precision that --precision or one of the switches requests; None if none does.
+
+    Raises:
+        OptionError: several precisions were requested.
+    """
     chosen: list[Any] = [one.key() for one, on in zip(SWITCHES, switched, strict=True) if on]
     chosen += [named] if named else []
     if len(chosen) > 1:
-        raise OptionError(f"{' and '.join(chosen)}: choose one precision")
+        raise OptionError(f"the precisions {' and '.join(chosen)} were requested together; choose one of them")
     return chosen[0] if chosen else None
 
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
-    """How to build; the help of the options says what they are.
+    """How a plan is built; the help texts of the options describe them.
 
     Attributes:
-        precision: type that the graph's matrix products and convolutions must have; of fp8 and int8 their results.
-        batch: optimization profile of a file with dynamic batch; by default from 1 through 4 to 8.
-        compute_capabilities: such as ("8.9", "12.0"); empty is the flavor's default.
-        keep_fp32: paths of modules that are in FP32 all the same, with wildcards.
-        workspace_bytes: None is no limit.
-        hardware_compatible: `ampere+` is 8.0 and later, `same` GPUs of this one's compute capability.
-        timing_cache: flavor, version and GPU enter its name; `replay_timing` is such a file by its own name.
+        precision: the precision of the matrix multiplications and convolutions in the graph.
+        batch: the optimization profile of a file with dynamic batch; by default 1:4:8.
+        compute_capabilities: such as ("8.9", "12.0"); empty means the flavor's default.
+        keep_fp32: paths of modules that may stay in FP32; wildcards are allowed.
+        workspace_bytes: the limit on scratch memory in bytes; None means no limit.
+        hardware_compatible: `ampere+` means compute capability 8.0 and later, `same` that of this GPU.
+        timing_cache: the file name, which is extended by flavor, version and GPU; `replay_timing` is used unchanged.
     """
 
     precision: Precision = "fp16"
@@ -156,7 +160,7 @@ class BuildOptions:
     ] = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as JSON values; two builds are alike where these are (the timing caches' places aside)."""
+        """Returns the options as JSON values, without the paths of timing caches; equal values mean equal builds."""
         values = dataclasses.asdict(self)
         values["batch"] = None if self.batch is None else str(self.batch)
         values["compute_capabilities"], values["keep_fp32"] = list(self.compute_capabilities), list(self.keep_fp32)
@@ -165,13 +169,13 @@ class BuildOptions:
 
 
 def of_weights(option: Option) -> Option:
-    """An option of the export that `trt` makes first if MODEL is a checkpoint."""
+    """Returns an export option as an option of `trt`, which applies only if MODEL is a checkpoint."""
     return option.but(help=f"Only if MODEL is a checkpoint: {option.help[0].lower()}{option.help[1:]}")
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightsOptions:
-    """How a checkpoint is exported before its plan is built; all else is as `neck-export onnx` has it by default."""
+    """How a checkpoint is exported before its plan is built; everything else has the defaults of `neck-export onnx`."""
 
     config: Annotated[EncoderConfig | None, of_weights(CONFIG)] = None
     state: Annotated[str | None, of_weights(STATE)] = None
@@ -183,16 +187,16 @@ class WeightsOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
-    """What to build; the help of the options says what they are.
+    """What `neck-export trt` builds; the help texts of the options describe them.
 
     Attributes:
-        precision: None is the file's.
-        spelling: how fp32acc is written; None is what this TensorRT prefers, then what else it takes.
-        fp8_attention: whether attentions may be FP8: those of an FP8 file, or of an FP32 file lowered to FP8.
-        build: the builder's options; its precision and batch are taken from the file.
-        checkpoint, adapter: the weights that the file was exported from, and what was merged into them, where they are
-            no longer where its manifest says.
-        weights: how the checkpoint is exported that stands in the place of the ONNX file (engines.api.make_engine).
+        precision: None means the precision of the file.
+        spelling: how fp32acc is written; None tries the spelling that this TensorRT prefers, then the other.
+        fp8_attention: whether attentions may be FP8, in an FP8 file or in an FP32 file that is lowered to FP8.
+        build: the options of the builder; its precision and batch come from the file.
+        checkpoint, adapter: the weights that the file was exported from and the adapter merged into them, if they are
+            no longer at the paths in the manifest.
+        weights: how a checkpoint is exported if one is given instead of an ONNX file (engines.api.make_engine).
     """
 
     onnx: Annotated[

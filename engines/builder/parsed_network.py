@@ -1,4 +1,4 @@
-"""What is set and checked in the network that the parser made, before the builder has it."""
+"""Sets and checks properties of the parsed network before it is built."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from export.contract.dtypes import BY_PRECISION
 from export.contract.export_command import AS_AUTO, export_again
 
 SCORES, MIXED = "*.attn/scores*", "*.attn/mixed*"
-"""The matrix products of attention that a form keeps in FP32: `unfused` the first, fp32acc the second."""
+"""The attention's matrix multiplications that a form keeps in FP32: the first in `unfused`, the second in fp32acc."""
 
 
 def keep_attentions_whole(trt: Any, network: Any) -> int:
-    """Forbids the builder to take attentions apart: one that it cannot fuse is a failed build, no slow engine.
+    """Forbids the builder to decompose attentions, so that one that it cannot fuse fails the build.
 
     Returns:
-        How many there are; none where the API has no attention layers (TensorRT before 10.14).
+        The number of attentions; 0 if the API has no attention layers (before TensorRT 10.14).
     """
     if not hasattr(trt, "IAttentionInputLayer") or not hasattr(trt.LayerType, "ATTENTION_INPUT"):
         return 0
@@ -33,10 +33,10 @@ def keep_attentions_whole(trt: Any, network: Any) -> int:
 
 
 def check_types(onnx: Path, trt: Any, network: Any, precision: str, keep_fp32: Sequence[str]) -> None:
-    """Checks that the parsed graph computes in the type that was asked: a strongly typed engine is what its graph is.
+    """Checks that the parsed graph has the requested precision, which a strongly typed engine takes from the graph.
 
     Raises:
-        BuildError: naming the first matrix product or convolution that does not, or saying that there is none.
+        BuildError: a matrix multiplication or convolution has another type, or the graph contains none.
     """
     kinds = (trt.LayerType.MATRIX_MULTIPLY, trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION)
     wanted = getattr(trt.DataType, str(BY_PRECISION[precision].tensorrt))
@@ -55,8 +55,8 @@ def check_types(onnx: Path, trt: Any, network: Any, precision: str, keep_fp32: S
         if tensor.dtype != wanted and not kept:
             command = export_again(onnx, precision=precision, **AS_AUTO)
             raise BuildError(
-                f"{onnx}: {layer.name} computes in {tensor.dtype.name}, but {precision} was requested; allow it with "
-                f"--keep-fp32, or export the file again: {command}"
+                f"{onnx}: the layer {layer.name} computes in {tensor.dtype.name}, but {precision} was "
+                f"requested; keep its module in FP32 with --keep-fp32, or export the file again: {command}"
             )
     if not seen:
         raise BuildError(
@@ -66,7 +66,7 @@ def check_types(onnx: Path, trt: Any, network: Any, precision: str, keep_fp32: S
 
 
 def _widened(trt: Any, network: Any, low: Any) -> set[str]:
-    """Names of the tensors that are casts to FP32 of tensors in a lower precision."""
+    """Returns the names of the tensors that are casts from a lower precision to FP32."""
     layers = (network.get_layer(index) for index in range(network.num_layers))
     casts = [layer for layer in layers if layer.type == trt.LayerType.CAST and layer.get_input(0).dtype == low]
     return {layer.get_output(0).name for layer in casts if layer.get_output(0).dtype == trt.DataType.FLOAT}

@@ -1,4 +1,4 @@
-"""Whose plan a file is, told by its content: names say little, and Ultralytics' engines begin with JSON."""
+"""Recognizes plans by their content, because file names say little and Ultralytics engines begin with JSON."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from export.contract.manifest import manifest_path
 MAGIC = {RTX_MAGIC: "TensorRT-RTX", b"ftrt": "TensorRT"}
 
 MOST_JSON = 1 << 20
-"""Bytes; Ultralytics' own is a few hundred, and an ONNX file's first four bytes read as a length are far above."""
+"""Largest JSON header in bytes. Ultralytics writes a few hundred; in an ONNX file, the same field is far larger."""
 
 
 def is_plan(path: Path) -> bool:
-    """Whether a file is a plan of ours; anything that is no plan at all is left to the readers of ONNX.
+    """Returns whether a file is a plan that neck-export built; any file that is not a plan is treated as ONNX.
 
     Raises:
-        BuildError: an engine of Ultralytics, or a plan under a name that its manifest does not go with.
+        BuildError: the file is an Ultralytics engine, or a plan without its manifest.
     """
     try:
         with path.open("rb") as file:
@@ -33,46 +33,49 @@ def is_plan(path: Path) -> bool:
     if metadata is not None:
         bare = path.with_suffix(".bare.plan")
         raise BuildError(
-            f"{path}: this is an engine of Ultralytics: JSON ({_told(metadata)}), then a {kind} plan; neck-export "
-            "only reads plans that it built and verified itself:"
-            f"\nexport the weights with `neck-export onnx` and build them with `neck-export trt`, or extract the bare "
-            f"plan with `neck-export inspect {path} --strip-header {bare}`"
+            f"{path}: this is an Ultralytics engine, which consists of a JSON header ({_told(metadata)}) and a "
+            f"{kind} plan, but neck-export only loads plans that it built itself;\n"
+            "export the weights with `neck-export onnx` and build them with `neck-export trt`, or extract the "
+            f"bare plan with `neck-export inspect {path} --strip-header {bare}`"
         )
     if kind and path.suffix != ".plan" and not manifest_path(path).is_file():
         name = path.with_suffix(".plan").name
         raise BuildError(
-            f"{path}: this is a {kind} plan, but its manifest {manifest_path(path).name} is missing. If neck-export "
-            f"built it, name it {name} again and put {name}.json beside it; a plan of another tool can only be "
-            "rebuilt, with `neck-export trt`"
+            f"{path}: this is a {kind} plan, but its manifest {manifest_path(path).name} is missing. If "
+            f"neck-export built this plan, rename it to {name} and copy {name}.json beside it; otherwise, "
+            "build a new plan with `neck-export trt`"
         )
     return bool(kind) or path.suffix == ".plan"
 
 
 def strip_header(path: Path, output: Path) -> dict[str, Any]:
-    """Writes the bare plan of an engine of Ultralytics, and returns the JSON that stood before it.
+    """Writes the bare plan of an Ultralytics engine and returns the JSON header.
 
     Raises:
-        BuildError: it is no such engine, or the plan cannot be written.
+        BuildError: the file is not an Ultralytics engine, or the plan cannot be written.
     """
     try:
         with path.open("rb") as file:
             kind, metadata = _begins(file)
             if metadata is None:
-                held = f"a bare {kind} plan" if kind else "no plan"
-                raise BuildError(f"{path}: the file has no Ultralytics header; it is {held}")
+                held = f"a bare {kind} plan" if kind else "not a plan"
+                raise BuildError(f"{path}: --strip-header expects an Ultralytics engine, but this file is {held}")
             if output.exists() and output.samefile(path):
-                raise BuildError(f"{output}: this is the input file; name another output")
+                raise BuildError(f"{output}: the output file is the same as the input file; choose another output file")
             with staging(output) as folder:
                 with (folder / output.name).open("wb") as plan:
                     shutil.copyfileobj(file, plan, 1 << 22)
                 os.replace(folder / output.name, output)
     except OSError as error:
-        raise BuildError(f"{error.filename or output}: {error.strerror}; nothing was written") from None
+        raise BuildError(
+            f"{error.filename or output}: {error.strerror}, so no file was written; check the path, its "
+            "permissions and the free disk space"
+        ) from None
     return metadata
 
 
 def _begins(file: BinaryIO) -> tuple[str | None, dict[str, Any] | None]:
-    """Which TensorRT's plan it is, and the JSON before it; the file is left where the plan begins."""
+    """Returns the kind of plan and the JSON header before it; the file position is then the start of the plan."""
     start = file.read(4)
     if start in MAGIC:
         file.seek(0)

@@ -1,4 +1,4 @@
-"""Runs the builder: its log, its progress, Ctrl-C, and the file that the plan is streamed into."""
+"""Runs the builder: handles its log, its progress and Ctrl-C, and streams the plan into a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from engines.layers.plan_memory import read_memory
 from engines.layers.read_layers import FIRST_LINE
 from neck.progress import count
 
-OUT_OF_MEMORY = "TensorRT ran out of memory during the build; at full size it needs 3 GB, so close other programs"
+OUT_OF_MEMORY = (
+    "TensorRT ran out of host memory during the build, which needs 3 GB for the full-size encoder; close other programs"
+)
 
 NO_HOST_MEMORY = re.compile(r"bad_?alloc", re.IGNORECASE)
 NO_DEVICE_MEMORY = re.compile(r"out ?of ?memory|gpu memory", re.IGNORECASE)
@@ -27,7 +29,7 @@ DEVICE_REMEDY = (
 
 
 class Watch:
-    """What is seen of a running build: errors, the finished engine's listing and memory, what our callbacks raised.
+    """Collects the errors, the layer list and the memory use of a running build, and exceptions of our callbacks.
 
     The rest of the log (2.7 MB at full size) is dropped. Once `cancelled` is set, the builder stops at its next step.
     """
@@ -40,7 +42,7 @@ class Watch:
         self.cancelled = threading.Event()
 
     def take(self, severity: int, line: str) -> None:
-        """Takes a line of the log."""
+        """Processes a line of the log."""
         if severity <= 1 and "cudaError 35" not in line:  # 35: no driver, which RTX does not need
             self.errors.append(" ".join(line.split()))
         elif line.startswith(FIRST_LINE):
@@ -50,12 +52,12 @@ class Watch:
 
     @property
     def reason(self) -> str:
-        """The last error, in one line."""
+        """The last error in one line."""
         return self.errors[-1][:400] if self.errors else "TensorRT gave no reason"
 
 
 def new_monitor(trt: Any, watch: Watch) -> Any:
-    """A progress monitor that tells of the outermost phases and stops a cancelled build."""
+    """Creates a progress monitor that reports the outermost phases and stops a cancelled build."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -91,8 +93,8 @@ def run_builder(trt: Any, builder: Any, network: Any, config: Any, file: IO[byte
     """Builds in a second thread, so that Ctrl-C reaches this one, and streams the plan into the file.
 
     Raises:
-        BuildError: the builder made nothing, or ran out of memory.
-        OSError: the file cannot take the plan.
+        BuildError: the builder failed or ran out of memory.
+        OSError: the plan cannot be written to the file.
     """
     streams = hasattr(trt, "IStreamWriter") and hasattr(builder, "build_serialized_network_to_stream")
     with ThreadPoolExecutor(1, "tensorrt") as thread:
@@ -121,7 +123,7 @@ def run_builder(trt: Any, builder: Any, network: Any, config: Any, file: IO[byte
 
 
 def _new_writer(trt: Any, file: IO[bytes], watch: Watch) -> Any:
-    """Takes the plan's bytes as the builder gives them."""
+    """Creates a stream writer that writes the builder's output to a file."""
 
     class Writer(trt.IStreamWriter):
         def __init__(self) -> None:

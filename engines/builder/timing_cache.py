@@ -1,4 +1,4 @@
-"""TensorRT's timing cache: what it measured of its kernels, kept between builds, or replayed: then none is measured."""
+"""TensorRT's timing cache: kernel times are saved for later builds, or replayed so that no kernel is measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from export.contract.atomic import disk_errors, replacing
 
 
 def timing_cache_path(flavor: Flavor, options: BuildOptions) -> Path | None:
-    """The timing cache's file, with flavor, version and GPU in its name: times of another would mislead."""
+    """Returns the path of the timing cache; its name contains flavor, version and GPU, on which times depend."""
     if options.timing_cache is None:
         return None
     gpu = flavor.gpu.name.replace(" ", "-").replace("/", "-") if flavor.gpu else "none"
@@ -22,17 +22,20 @@ def timing_cache_path(flavor: Flavor, options: BuildOptions) -> Path | None:
 
 
 def save_timing_cache(config: Any, flavor: Flavor, options: BuildOptions) -> tuple[dict[str, Any] | None, str | None]:
-    """Keeps what the build measured, if that was asked; a cache that cannot be kept does not cost the finished plan.
+    """Saves the kernel times that a build measured, if requested; a failure does not discard the finished plan.
 
     Returns:
-        What the manifest says of the cache, None without one; and why it was not saved, None if it was.
+        The manifest entry of the cache (None without a cache) and why it was not saved (None if it was).
     """
     path = timing_cache_path(flavor, options)
     if path is None:
         return None, None
     cache = config.get_timing_cache()
     if cache is None:  # a config has none of its own (seen with RTX 1.7), and keeps none after a refusal
-        why = f"{path}: {flavor.title} refused this timing cache, so the build measured every kernel and saved nothing"
+        why = (
+            f"{path}: {flavor.title} refused this timing cache, so the build measured every kernel and did not "
+            "save the times"
+        )
         return None, f"{why}; delete the file, and the next build with --timing-cache starts a new one"
     data = bytes(cache.serialize())
     try:
@@ -44,27 +47,34 @@ def save_timing_cache(config: Any, flavor: Flavor, options: BuildOptions) -> tup
 
 
 def read_replayed(flavor: Flavor, options: BuildOptions) -> bytes | None:
-    """The timing cache that a build must find every kernel in; None where none was asked.
+    """Reads the timing cache that must contain every kernel of the build; returns None if none was requested.
 
     Raises:
-        FlavorError: TensorRT-RTX has none.
-        BuildError: no such file, an empty one, or a second one that would be measured into.
+        FlavorError: TensorRT-RTX has no timing cache.
+        BuildError: the file is missing, unreadable or empty, or --timing-cache was given as well.
     """
     path = options.replay_timing
     if path is None:
         return None
     flavor.refuse(replay_timing=True)
     if options.timing_cache is not None:
-        raise BuildError("--replay-timing measures nothing that --timing-cache could save; use only one of them")
+        raise BuildError(
+            "--replay-timing and --timing-cache cannot be used together, because a replayed build measures no "
+            "kernels that could be saved; leave one of them out"
+        )
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         named = timing_cache_path(flavor, BuildOptions(timing_cache=path))
-        there = f"give {named}" if named and named.exists() else "`neck-export trt --timing-cache FILE` saves one"
+        there = (
+            f"use {named} instead"
+            if named and named.exists()
+            else "create a timing cache with `neck-export trt --timing-cache FILE`"
+        )
         raise BuildError(f"No such file: {path}; {there}") from None
     except OSError as error:
         raise BuildError(
-            f"{path}: the timing cache cannot be read ({error.strerror}); give a file that --timing-cache saved"
+            f"{path}: the timing cache cannot be read ({error.strerror}); use a file that --timing-cache saved"
         ) from None
     if not data:
         raise BuildError(f"{path}: the timing cache is empty; save it again with `neck-export trt --timing-cache`")
@@ -72,29 +82,29 @@ def read_replayed(flavor: Flavor, options: BuildOptions) -> bytes | None:
 
 
 def replayed_hash(flavor: Flavor, options: BuildOptions) -> str | None:
-    """SHA-256 of the cache that is to be replayed; it decides what the plan holds. Errors as read_replayed's."""
+    """Returns the SHA-256 of the cache to be replayed, which determines the plan; raises as read_replayed does."""
     data = read_replayed(flavor, options)
     return None if data is None else hashlib.sha256(data).hexdigest()
 
 
 def replayed(options: BuildOptions, data: bytes | None) -> dict[str, Any] | None:
-    """What the manifest has of a replayed cache."""
+    """Returns the manifest entry of a replayed cache."""
     if options.replay_timing is None or data is None:
         return None
     return {"file": options.replay_timing.name, "sha256": hashlib.sha256(data).hexdigest(), "replayed": True}
 
 
 def replay_timing(trt: Any, config: Any, path: Path, data: bytes) -> Any:
-    """Has a build take its kernels from a saved cache, and fail where one is not in it.
+    """Makes a build choose its kernels from a saved cache, and fail if a kernel is missing in it.
 
-    What TensorRT cannot read gives an empty cache and a warning (seen with TensorRT-RTX 1.7), and then every kernel is
-    a miss; so an empty one is told here.
+    From data that it cannot read, TensorRT creates an empty cache with a warning (seen with TensorRT-RTX 1.7), in
+    which every kernel would be missing. Therefore, an empty cache is refused here.
 
     Returns:
         The cache, which must outlive the build.
 
     Raises:
-        BuildError: a cache of another GPU or another TensorRT, or none at all.
+        BuildError: the cache belongs to another GPU or TensorRT version, or it is not a timing cache.
     """
     cache, empty = config.create_timing_cache(data), config.create_timing_cache(b"")
     there = cache is not None and len(bytes(cache.serialize())) > len(bytes(empty.serialize()))
@@ -108,8 +118,9 @@ def replay_timing(trt: Any, config: Any, path: Path, data: bytes) -> Any:
 
 
 def missed(error: RefusedError, path: Path) -> RefusedError:
-    """The error of a replay, with what may be missing."""
+    """Returns the error of a replayed build, with the command that creates a complete cache."""
     remedy = (
-        f"--replay-timing needs the timing of every kernel in {path}; first build the same file with the same options"
+        f"--replay-timing requires {path} to contain the times of all kernels; first build the same file with the same "
+        f"options and --timing-cache {path}"
     )
-    return RefusedError(f"{error}\n{remedy} and --timing-cache {path}", error.reason, error.by_form)
+    return RefusedError(f"{error}\n{remedy}", error.reason, error.by_form)

@@ -159,7 +159,10 @@ class LayerReport:
         opaque = sum(kernel.opaque for kernel in self.kernels)
         parts = [f"fused attentions {len(self.fused)} of {self.attentions}"]
         if opaque:
-            parts = [f"fused attentions unknown ({opaque} Myelin blocks, {self.attentions} in the graph)"]
+            parts = [
+                f"fused attentions unknown ({self.attentions} in the graph, but {opaque} Myelin blocks hide "
+                "their kernels)"
+            ]
         if self.fused:
             first, second = self.accumulation or ("unknown", "unknown")
             both = first.upper() if first == second else f"{first.upper()} then {second.upper()}"
@@ -168,7 +171,11 @@ class LayerReport:
             parts.append(f"FP8 attentions {self._fp8_fused()} of {self.fp8_attentions}")
         if self.products:
             kinds = " and ".join(sorted({str(kernel.quantized) for kernel in self.quantized})) or "FP8 or INT8"
-            told = f"unknown ({opaque} Myelin blocks, {self.products} in the graph)" if opaque else None
+            told = (
+                f"unknown ({self.products} in the graph, but {opaque} Myelin blocks hide their kernels)"
+                if opaque
+                else None
+            )
             told = told or f"{len(self.quantized)} of {self.products} in {kinds} (accumulation unknown)"
             parts.append(f"quantized linear layers {told}")
         parts.append(f"{len(self.kernels)} kernels")
@@ -185,16 +192,17 @@ class LayerReport:
         """What is dangerous about the plan's attention, or not as asked about its products, or None."""
         if any("fp16" in (kernel.accumulation or ()) for kernel in self.fused):
             return (
-                "attention accumulates in FP16: published SAM 3 engines of this kind returned useless features "
-                "without an error (cosine 0.06, NVIDIA/TensorRT #4837). Export with --attention fp32acc, or trust "
-                "only a verified plan"
+                "the attention accumulates in FP16. Published SAM 3 engines of this kind returned useless "
+                "features without an error (cosine 0.06, NVIDIA/TensorRT #4837). Export with --attention "
+                "fp32acc, or only use plans that passed verification"
             )
         hidden = [kernel for kernel in self.kernels if kernel.opaque and self.attentions]
         half = [kernel for kernel in (*self.fused, *hidden) if any(one.dtype == "Half" for one in kernel.inputs)]
         if half and self.accumulation is None:
             return (
-                "the layer report does not show in which type the FP16 attention accumulates; accumulation in FP16 "
-                "is known to give useless features (NVIDIA/TensorRT #4837), so trust only a verified plan"
+                "the layer report does not show in which type the FP16 attention accumulates. Accumulation in "
+                "FP16 is known to give useless features (NVIDIA/TensorRT #4837), so only use plans that "
+                "passed verification"
             )
         told = not any(kernel.opaque for kernel in self.kernels)
         if told and len(self.fused) < self.fusable:
@@ -205,12 +213,16 @@ class LayerReport:
             )
         if told and "unknown" not in self.families and self._fp8_fused() < self.fp8_attentions:
             return (
-                f"{self.fp8_attentions - self._fp8_fused()} of {self.fp8_attentions} FP8 attentions do not run as FP8 "
-                "kernels; use TensorRT-RTX 1.7, or export without them: --quantize with the products' names alone"
+                f"{self.fp8_attentions - self._fp8_fused()} of {self.fp8_attentions} FP8 attentions do not run "
+                "as FP8 kernels; use TensorRT-RTX 1.7, or export the file with --quantize patterns that match "
+                "linear layers only"
             )
         missing = self.products - len(self.quantized)
         if told and missing > 0:
-            return f"{missing} of {self.products} quantized linear layers do not run as FP8 or INT8 kernels"
+            return (
+                f"{missing} of {self.products} quantized linear layers do not run as FP8 or INT8 kernels, so "
+                "they may be no faster than in FP16"
+            )
         return None
 
     def table(self, limit: int | None = None) -> str:

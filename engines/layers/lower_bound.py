@@ -59,13 +59,19 @@ def lower_bound(layers: LayerReport, gpu: PublishedGpu) -> LowerBound:
         )
     if layers.bytes_moved is None:
         why = "the plan contains Myelin blocks" if any(one.opaque for one in layers.kernels) else "the batch is dynamic"
-        return LowerBound(gpu, reason=f"{why}, so the bytes that its kernels move are unknown")
+        return LowerBound(gpu, reason=f"{why}, so it is unknown how many bytes the kernels move")
     cache, bandwidth = gpu.cache_megabytes * 1e6, gpu.gigabytes_per_s * 1e9
     bound = by_operations = uncached = arithmetic = weights = 0.0
     for kernel in layers.kernels:
         computing = _seconds(kernel, gpu)
         if computing is None:
-            return LowerBound(gpu, reason=f"the GPU has no {product_type(kernel).upper()} products ({kernel.name})")
+            return LowerBound(
+                gpu,
+                reason=(
+                    f"the GPU cannot multiply matrices in {product_type(kernel).upper()}, which the kernel "
+                    f"{kernel.name} does"
+                ),
+            )
         constants, read, written = (_bytes(part) for part in (kernel.constants, kernel.inputs, kernel.outputs))
         moving = (constants + max(0.0, read - cache) + max(0.0, written - cache)) / bandwidth
         bound += max(computing, moving)
@@ -114,7 +120,7 @@ def bound_lines(
     if not bounds:
         return []
     lines = [
-        "lower bound on latency by published rates (not a forecast, nothing was measured)",
+        "lower bound on latency, computed from published rates (neither measured nor a forecast)",
         f"  {'GPU':<20} {'cannot be faster than':>21} {'without a cache':>16}  limited by operations",
     ]
     for one in bounds.values():
@@ -129,5 +135,5 @@ def bound_lines(
     counted = max(one["counted"] for one in bounds.values())
     if layers.operations and 0 < counted < layers.operations:
         missing = 1 - counted / layers.operations
-        lines.append(f"  {missing:.1%} of the operations belong to no single kernel and are left out")
+        lines.append(f"  {missing:.1%} of the operations cannot be assigned to a single kernel and are not counted")
     return lines

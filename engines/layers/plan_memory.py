@@ -58,12 +58,12 @@ def memory_lines(manifest: Mapping[str, Any]) -> list[str]:
     batch = BatchRange.parse(manifest["batch"]).maximum
     lines = [
         f"  memory  on the GPU at batch {batch}: weights {_text(memory['weights_bytes'])}, activations "
-        f"{_text(memory['activation_bytes'])} (both as the builder logged them), inputs and outputs "
+        f"{_text(memory['activation_bytes'])} (both from the builder's log), inputs and outputs "
         f"{_text(memory['io_bytes'])}"
     ]
     totals = [f"{contexts}: {_text(total)}" for contexts in CONTEXTS if (total := pool_bytes(memory, contexts))]
     if totals:
-        lines.append(f"          pool of contexts, which share the weights: {', '.join(totals)}")
+        lines.append(f"          total by number of contexts, which share the weights: {', '.join(totals)}")
     return lines
 
 

@@ -71,9 +71,17 @@ _HOPPER = 1980 / 1830
 """Rates are published at 1830 MHz; H200 and GH200 were seen at 1980 (awslabs/amazon-eks-ami#1985)."""
 
 PUBLISHED_GPUS: dict[str, PublishedGpu] = {
-    "t4": PublishedGpu("T4", "7.5", 320, 4, _TURING, "T4 data sheet; L2: Turing white paper", r"(Tesla )?T4"),
+    "t4": PublishedGpu(
+        "T4", "7.5", 320, 4, _TURING, "T4 data sheet; L2 cache size: Turing white paper", r"(Tesla )?T4"
+    ),
     "a10": PublishedGpu(
-        "A10", "8.6", 600.2, 6, _tflops(62.5, 125, None, 250), "A10 data sheet; L2: GA102 white paper", r"A10"
+        "A10",
+        "8.6",
+        600.2,
+        6,
+        _tflops(62.5, 125, None, 250),
+        "A10 data sheet; L2 cache size: GA102 white paper",
+        r"A10",
     ),
     "a100": PublishedGpu(
         "A100",
@@ -81,11 +89,17 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         2039,
         40,
         _tflops(156, 312, None, 624),
-        "A100 80GB SXM data sheet; L2: white paper",
+        "A100 80GB SXM data sheet; L2 cache size: A100 white paper",
         r"A100-(SXM4|PCIE)-(40|80)GB|A100 80GB PCIe",
     ),
     "l4": PublishedGpu(
-        "L4", "8.9", 300.1, 48, _tflops(60.6, 121.3, 242.5, 242.5), "L4 data sheet; L2: Ada white paper", r"L4"
+        "L4",
+        "8.9",
+        300.1,
+        48,
+        _tflops(60.6, 121.3, 242.5, 242.5),
+        "L4 data sheet; L2 cache size: Ada white paper",
+        r"L4",
     ),
     "l40s": PublishedGpu(
         "L40S",
@@ -93,7 +107,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         864,
         96,
         _tflops(183.3, 366.5, 733, 733),
-        "L40S data sheet, FP16 as half of its FP8 (it prints 362.05); L2: Ada white paper",
+        "L40S data sheet, FP16 as half of its FP8 (it prints 362.05); L2 cache size: Ada white paper",
         r"L40S",
     ),
     "h100": PublishedGpu(
@@ -112,12 +126,19 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         4917,
         60,
         _H100,
-        "H200 data sheet; bandwidth by its memory clock of 3201 MHz; L2: CUDA",
+        "H200 data sheet; bandwidth by its memory clock of 3201 MHz; L2 cache size: reported by CUDA",
         r"H200.*",
         clock=_HOPPER,
     ),
     "gh200": PublishedGpu(
-        "GH200", "9.0", 4917, 60, _H100, "GH200 data sheet (144 GB HBM3e); L2: as H200", r"GH200 .*", clock=_HOPPER
+        "GH200",
+        "9.0",
+        4917,
+        60,
+        _H100,
+        "GH200 data sheet (144 GB HBM3e); L2 cache size: that of the H200",
+        r"GH200 .*",
+        clock=_HOPPER,
     ),
     "b200": PublishedGpu(
         "B200",
@@ -153,7 +174,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         273,
         32,
         _tflops(129.4, 258.8, 517.5, 517.5),
-        "Jetson Thor data sheet, 1/4 and 1/8 of its sparse FP4 rate; L2: CUDA",
+        "Jetson Thor data sheet, 1/4 and 1/8 of its sparse FP4 rate; L2 cache size: reported by CUDA",
         r"(Jetson )?Thor",
     ),
     "rtx-3090": PublishedGpu(
@@ -213,7 +234,8 @@ def find_gpus(names: str | Sequence[str]) -> dict[str, PublishedGpu]:
         if name not in PUBLISHED_GPUS:
             near = difflib.get_close_matches(name, PUBLISHED_GPUS, n=4, cutoff=0.4) or list(PUBLISHED_GPUS)
             raise GpuError(
-                f"--gpu {name!r}: no published rates of this GPU are known here; use {', '.join(near)} or all"
+                f"--gpu {name!r}: neck-export does not know the published rates of this GPU; choose "
+                f"{', '.join(near)} or all"
             )
         found[name] = PUBLISHED_GPUS[name]
     return found

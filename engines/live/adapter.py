@@ -213,7 +213,11 @@ class Attached:
         """Its trunk: a map that carries the images to the necks."""
         size = self.encoder.signature.level_sizes[2]
         run = Run(self, images, ())
-        return [self._missing("the trunk's map", (len(images), self.encoder.trunk_channels, *size), images, source=run)]
+        return [
+            self._missing(
+                "the feature map of the trunk", (len(images), self.encoder.trunk_channels, *size), images, source=run
+            )
+        ]
 
     @torch.compiler.disable
     def run_neck(self, x: Tensor, convs: nn.ModuleList) -> Levels:
@@ -221,8 +225,8 @@ class Attached:
         names = [name for name, module in NECK_MODULES.items() if getattr(self.module, module, None) is convs]
         if not names:
             raise AttachError(
-                f"{self.encoder.path}: the attached file computes only the encoder's own necks; detach it with "
-                "detach(model)"
+                f"{self.encoder.path}: the attached file only computes the necks that belong to the encoder, "
+                "but another one was passed to sam_forward_feature_levels; call detach(model) to compute it"
             )
         return self._run_of(x).neck(names[0])
 
@@ -356,9 +360,10 @@ class LoadGuard:
             ]
             if others:
                 raise AttachError(
-                    f"{attached.encoder.path}: the file stands in for the encoder whose weights would be replaced "
-                    f"({others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}); use detach(model) "
-                    "first, then export the new weights"
+                    f"{attached.encoder.path}: the state to load contains other weights for the encoder that "
+                    "this file replaces "
+                    f"({others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}); call "
+                    "detach(model) before loading, then export the new weights"
                 )
 
 

@@ -108,7 +108,8 @@ class DeployedEncoder(nn.Module):
         lacking = sorted(set(self.levels) - set(signature.levels) - (set() if levels else self._beyond_head()))
         if lacking:
             raise EncoderError(
-                f"{path}: the file has no level {', '.join(map(str, lacking))}; export it with "
+                f"{path}: the file does not contain level {', '.join(map(str, lacking))} of the features; "
+                "export it again: "
                 f"{self.export_again(levels=','.join(map(str, sorted({*self.levels, *signature.levels}))))}"
             )
         self._options = {"device": None if device is None else str(device), "runtime": runtime, "simulated": simulated}
@@ -189,7 +190,7 @@ class DeployedEncoder(nn.Module):
         names = tuple(self.necks if necks is None else necks)
         with torch.no_grad(), self._lock:
             if self._file is None:
-                raise EncoderError(f"{self.path}: the encoder is closed; open it again")
+                raise EncoderError(f"{self.path}: the encoder was closed; open the file again")
             found = self._run(images.detach(), names, dtype)
             positions = {
                 neck: [self._position(neck, level, images, dtype) for level in self.levels_of(neck)] for neck in names
@@ -202,8 +203,8 @@ class DeployedEncoder(nn.Module):
 
     def _refuse_gradient(self) -> None:
         raise EncoderError(
-            f"{self.path}: the file computes no gradients, so there are none with respect to the images; use the "
-            "model's own encoder for them: detach(model)"
+            f"{self.path}: the file computes no gradients, so the backward pass cannot reach the images; call "
+            "detach(model) to use the model's own encoder"
         )
 
     def set_imgsz(self, imgsz: int | tuple[int, int] | list[int] = (1008, 1008)) -> None:
@@ -220,8 +221,8 @@ class DeployedEncoder(nn.Module):
         """What to say where a model's images have another size than the file's."""
         sizes = ["x".join(map(str, size)) for size in (self.signature.image_size, asked)]
         return EncoderError(
-            f"{self.path}: the file takes images of {sizes[0]} pixels, but the model's images have {sizes[1]} "
-            f"(height x width); resize them to {sizes[0]}, or export that size: "
+            f"{self.path}: the file accepts images of {sizes[0]} pixels (height x width), but the model's "
+            f"images have {sizes[1]}; resize them to {sizes[0]}, or export a file for {sizes[1]}: "
             f"{self.export_again(image_size=sizes[1])}"
         )
 
@@ -230,7 +231,7 @@ class DeployedEncoder(nn.Module):
         if not self._plan:
             return export_again(self.path, **changes)
         options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
-        return f"neck-export onnx {options}, and build its plan"
+        return f"neck-export onnx {options}, then build its plan with neck-export trt"
 
     def close(self) -> None:
         """Frees the engine."""
@@ -247,7 +248,7 @@ class DeployedEncoder(nn.Module):
             EncoderError: it is closed.
         """
         if self._file is None:
-            raise EncoderError(f"{self.path}: the encoder is closed and cannot be copied; open it again")
+            raise EncoderError(f"{self.path}: the encoder was closed, so it cannot be copied; open the file again")
         return _reopen, (str(self.path), self._options, self.levels)
 
     def __enter__(self) -> DeployedEncoder:
@@ -277,8 +278,9 @@ class DeployedEncoder(nn.Module):
         if not batch.minimum <= len(images) <= batch.maximum:
             wanted = f"{min(batch.minimum, len(images))}:{len(images)}:{max(batch.maximum, len(images))}"
             raise EncoderError(
-                f"{self.path}: the file takes {batch} images at once, but {len(images)} were given; give fewer, or "
-                f"export it with {self.export_again(batch=wanted)}"
+                f"{self.path}: the file was exported for the batch size {batch}, but {len(images)} images were "
+                "passed; pass another number of images, or export the file again: "
+                f"{self.export_again(batch=wanted)}"
             )
 
     @property

@@ -58,10 +58,14 @@ class OrtFile:
                 self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no common class of its own
             why = " ".join(str(error).split())[:300]
-            raise RuntimeFileError(f"{path}: ONNX Runtime {ort.__version__} cannot load the file ({why})") from None
+            raise RuntimeFileError(
+                f"{path}: ONNX Runtime {ort.__version__} cannot load the file ({why}); `neck-export inspect` "
+                "lists the runtimes that can"
+            ) from None
         if device.type == "cuda" and self._session.get_providers()[0] != "CUDAExecutionProvider":
             raise RuntimeFileError(
-                f"{path}: ONNX Runtime's CUDA provider did not start; run `neck-export doctor` to see why"
+                f"{path}: ONNX Runtime's CUDA provider did not start; run `neck-export doctor` to check the "
+                "GPU and its driver"
             )
 
     def run(self, image: Tensor, outputs: Mapping[str, Tensor]) -> None:
@@ -116,7 +120,10 @@ class OpenVinoFile:
             self._request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
         except RuntimeError as error:
             why = " ".join(str(error).split())[:300]
-            raise RuntimeFileError(f"{path}: OpenVINO {openvino.__version__} cannot load the file ({why})") from None
+            raise RuntimeFileError(
+                f"{path}: OpenVINO {openvino.__version__} cannot load the file ({why}); use ONNX Runtime "
+                "instead: runtime='auto'"
+            ) from None
 
     def run(self, image: Tensor, outputs: Mapping[str, Tensor]) -> None:
         """Fills the outputs, as OrtFile.run."""

@@ -103,16 +103,21 @@ def find_encoder(model: nn.Module) -> LiveEncoder:
     found = [module for module in slots if _is_vitdet(module) or _is_fpn(module)]
     if not found:
         top = ", ".join(f"{name} ({type(child).__name__})" for name, child in model.named_children()) or "nothing"
-        it = " is the encoder itself; give the model around it" if _is_vitdet(model) or _is_fpn(model) else ""
+        it = (
+            " is the encoder itself, but attach needs the model that contains it"
+            if _is_vitdet(model) or _is_fpn(model)
+            else ""
+        )
         raise AttachError(
-            f"{type(model).__name__}{it or ' contains no SAM 3 image encoder'}. It contains {top[:300]}; expected a "
-            "module with trunk and convs (Meta, Ultralytics) or with backbone and neck.fpn_layers (transformers)"
+            f"{type(model).__name__}{it or ' contains no SAM 3 image encoder'}. Pass a model with a submodule "
+            "that has trunk and convs (Meta, Ultralytics) or backbone and neck.fpn_layers (transformers); the "
+            f"submodules of this one are: {top[:300]}"
         )
     if len(found) > 1:
         places = ", ".join(slots[module][0].path for module in found)
         raise AttachError(
-            f"{type(model).__name__} contains {len(found)} encoders ({places}); attach to the part that contains "
-            "only one"
+            f"{type(model).__name__} contains {len(found)} encoders ({places}); pass a submodule that contains "
+            "only one of them"
         )
     where = tuple(slots[found[0]])
     head = _find_head(slots)

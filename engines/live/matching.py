@@ -112,16 +112,16 @@ def check_same(path: Path, live: LiveEncoder, config: EncoderConfig, digests: Ma
     where = f"the model's encoder at {live.slots[0].path}"
     if others := [*_architecture(found, layout, config)]:
         raise AttachError(
-            f"{path}: the file was exported from another architecture than that of {where}: {'; '.join(others[:8])}; "
-            "export the model's own checkpoint with its own config, or use attach(..., check=False)"
+            f"{path}: the architecture of the file differs from that of {where}: {'; '.join(others[:8])}. "
+            "Export the model's own checkpoint with its own config, or use attach(..., check=False)"
         )
     with torch.device("meta"):
         names = [*new_encoder(config).state_dict()]
     tensors = ((name, _joined([found.state[key] for key in layout.keys(name)])) for name in names)
     if parts := differing(digests, fingerprints(tensors, (kind_of(lowest_type(live)),))):
         raise AttachError(
-            f"{path}: the file has other weights than {where} ({', '.join(parts)}); export the model's own "
-            "checkpoint, or use attach(..., check=False)"
+            f"{path}: the weights of the file differ from those of {where} ({', '.join(parts)}); export the "
+            "model's own checkpoint, or use attach(..., check=False)"
         )
 
 
@@ -154,10 +154,10 @@ def _tensors(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str
     for name, tensor in ours.items():
         wanted |= layout.shapes(name, tuple(tensor.shape))
     if lacking := [key for key in wanted if key not in found.state]:
-        yield f"the model does not have {listing(lacking, 3)}"
+        yield f"the model does not contain the tensors {listing(lacking, 3)}"
     inside = [key for key in found.state if layout.has_inside(key, config.necks) and not is_table(layout, key)]
     if more := [key for key in inside if key not in wanted]:
-        yield f"the file does not have {listing(more, 3)}"
+        yield f"the file does not contain the tensors {listing(more, 3)}"
     for key, shape in wanted.items():
         if key in found.state and tuple(found.state[key].shape) != shape:
             yield f"{key} is {shape} in the file, but {tuple(found.state[key].shape)} in the model"
@@ -175,7 +175,7 @@ def _layers(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
             path = key.removesuffix(".weight")
             theirs = found.modules[path]
             if not isinstance(theirs, type(layer)):
-                yield f"{path} is a {type(layer).__name__} in the file, a {type(theirs).__name__} in the model"
+                yield f"{path} is a {type(layer).__name__} in the file, but a {type(theirs).__name__} in the model"
                 continue
             for field in fields:
                 if (mine := getattr(layer, field)) != (value := getattr(theirs, field)):
@@ -219,7 +219,7 @@ def _levels(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
             leaves = [module for module in inside if not [*module.children()] and not isinstance(module, known)]
             for module in leaves:
                 if not isinstance(module, nn.ModuleList) and not _is_gelu(module):
-                    yield f"{path} has a {_named(module)} in the model, which is not the exact GELU"
+                    yield f"{path} contains {_named(module)} in the model, but the exact GELU in the file"
 
 
 def _rest(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
@@ -231,7 +231,9 @@ def _rest(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
     trunk = found.modules[layout.trunk.removesuffix(".")]
     ends = _value(trunk, "full_attn_ids")
     if ends and ends[-1] != config.depth - 1:
-        yield f"block {config.depth - 1} is the last in the file, but {ends[-1]} in the model"
+        yield (
+            f"the last block of the trunk is block {config.depth - 1} in the file, but block {ends[-1]} in the model"
+        )
     for name, value in (("tile_abs_pos", True), ("retain_cls_token", False), ("use_abs_pos", True)):
         if _value(trunk, name) not in (None, value):
             yield f"{name} is {value} in the file, but {not value} in the model"

@@ -34,11 +34,12 @@ def open_file(
     if runtime == "openvino":
         if simulated or (wanted is not None and wanted.type != "cpu"):
             raise EncoderError(
-                f"{path}: OpenVINO runs the file only on the CPU and without simulated rounding; leave out runtime"
+                f"{path}: runtime='openvino' only supports the CPU and cannot simulate rounding; leave out "
+                "runtime, or use device='cpu' without simulated"
             )
         return OpenVinoFile(path)
     if simulated and wanted is not None and wanted.type != "cpu":
-        raise EncoderError(f"{path}: rounding can only be simulated on the CPU; leave out simulated")
+        raise EncoderError(f"{path}: simulated=True is only possible on the CPU; leave it out, or use device='cpu'")
     if wanted is None:
         wanted = torch.device("cuda" if not simulated and _ort_has_cuda() else "cpu")
     if wanted.type not in ("cpu", "cuda"):

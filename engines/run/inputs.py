@@ -55,14 +55,17 @@ def check_inputs(
     if not any(all(isinstance(value, kind) for value in inputs.values()) for kind in (np.ndarray, Tensor)):
         kinds = {type(value).__name__ for value in inputs.values()}
         raise SessionError(
-            f"{plan}: {', '.join(kinds)} were given; expected numpy arrays, or torch tensors on {device}"
+            f"{plan}: inputs of type {', '.join(kinds)} were given; pass either numpy arrays only, or torch "
+            f"tensors on {device} only"
         )
     for port in ports:
         value = inputs[port.name]
         if not port.takes(value):
             got = f"{type_name(value.dtype)} {tuple(value.shape)}"
-            raise SessionError(f"{plan}: {port.name} is {got}; expected {port}")
+            raise SessionError(f"{plan}: the input {port.name} is {got}; expected {port}")
         if isinstance(value, Tensor) and (value.device != device or not value.is_contiguous()):
-            got = f"on {value.device}, {'' if value.is_contiguous() else 'not '}contiguous"
-            remedy = f'give .to("{device}").contiguous(), or a numpy array'
-            raise SessionError(f"{plan}: {port.name} is {got}; expected contiguous on {device}: {remedy}")
+            got = f"on {value.device} and {'' if value.is_contiguous() else 'not '}contiguous"
+            remedy = f'pass {port.name}.to("{device}").contiguous(), or a numpy array'
+            raise SessionError(
+                f"{plan}: the input {port.name} is {got}; expected a contiguous tensor on {device}: {remedy}"
+            )

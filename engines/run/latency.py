@@ -205,13 +205,14 @@ def profile_lines(profile: Profile, layers: int = 20) -> list[str]:
         f"{profile.plan}: batch {profile.batch}, {profile.precision}, {profile.runtime}",
         _state_line(profile.state),
         "",
-        f"{'milliseconds, by CUDA events':38} {'p50':>8} {'p90':>8} {'p95':>8} {'p99':>8} {'mean':>8} {'runs':>5}",
-        _latency_line("inference, kernel by kernel, no copies", profile.latency),
-        _latency_line("inference, CUDA graph, no copies", profile.graph_latency)
+        f"{'milliseconds, measured by CUDA events':38} {'p50':>8} {'p90':>8} {'p95':>8} {'p99':>8} {'mean':>8} "
+        f"{'runs':>5}",
+        _latency_line("inference without CUDA graph or copies", profile.latency),
+        _latency_line("inference with CUDA graph, no copies", profile.graph_latency)
         if profile.graph_latency
         else f"no CUDA graph: {profile.graph_problem}",
-        _latency_line(f"copy in, {profile.bytes_in / 1e6:,.1f} MB", profile.copy_in),
-        _latency_line(f"copy out, {profile.bytes_out / 1e6:,.1f} MB", profile.copy_out),
+        _latency_line(f"copy of inputs to GPU, {profile.bytes_in / 1000000.0:,.1f} MB", profile.copy_in),
+        _latency_line(f"copy of outputs to host, {profile.bytes_out / 1000000.0:,.1f} MB", profile.copy_out),
         "",
         *_summary_lines(profile),
         *_start_lines(profile.starts),
@@ -222,11 +223,12 @@ def profile_lines(profile: Profile, layers: int = 20) -> list[str]:
 
 def _state_line(state: Mapping[str, str | None] | None) -> str:
     if state is None:
-        return "clocks and power are unknown (nvidia-smi is missing or does not answer)"
+        return "the clocks and the power of the GPU are unknown, because nvidia-smi is missing or does not answer"
     told = {name: value or "?" for name, value in state.items()}
     return (
-        f"under load: {told['power_state']}, SM {told['sm_mhz']} of {told['sm_max_mhz']} MHz, memory "
-        f"{told['memory_mhz']} MHz, {told['power_w']} of {told['power_limit_w']} W, {told['temperature_c']} C"
+        f"GPU under load: power state {told['power_state']}, SM clock {told['sm_mhz']} of {told['sm_max_mhz']} "
+        f"MHz, memory clock {told['memory_mhz']} MHz, {told['power_w']} of {told['power_limit_w']} W, "
+        f"{told['temperature_c']} C"
     )
 
 
@@ -236,29 +238,36 @@ def _latency_line(name: str, latency: Latency) -> str:
 
 
 def _summary_lines(profile: Profile) -> list[str]:
-    rates = [f"{profile.images_per_s(profile.latency):.1f}"]
-    rates += [f"{profile.images_per_s(profile.graph_latency):.1f} by CUDA graph"] if profile.graph_latency else []
+    rates = [f"{profile.images_per_s(profile.latency):.1f} images/s"]
+    rates += (
+        [f"{profile.images_per_s(profile.graph_latency):.1f} images/s with a CUDA graph"]
+        if profile.graph_latency
+        else []
+    )
     weights = "unknown" if profile.weights_bytes is None else f"{profile.weights_bytes / 1e6:,.1f} MB"
     peak, moved = profile.peak_share, profile.bandwidth_share
     shares = [
-        "number of operations unknown" if peak is None else f"{peak:.0%} of the matrix multiplication rate",
-        "number of bytes unknown" if moved is None else f"{moved:.0%} of the copy rate",
+        "an unknown share of the matrix multiplication rate"
+        if peak is None
+        else f"{peak:.0%} of the matrix multiplication rate",
+        "an unknown share of the copy rate" if moved is None else f"{moved:.0%} of the copy rate",
     ]
     return [
-        f"throughput, one inference after the other: {', '.join(rates)} images/s",
-        f"device memory: weights {weights}, scratch {profile.scratch_bytes / 1e6:,.1f} MB, in and out "
-        f"{(profile.bytes_in + profile.bytes_out) / 1e6:,.1f} MB; loading took {profile.loaded_bytes / 1e6:,.1f} MB",
-        f"measured here by torch: {profile.peak_tflops:.1f} TFLOP/s ({PEAK_SIDE}^3 {profile.precision} product), "
-        f"{profile.peak_gigabytes_per_s:.0f} GB/s (copy)",
-        f"at the median of {profile.median_ms:.3f} ms: {', '.join(shares)}",
+        f"throughput of consecutive inferences: {', '.join(rates)}",
+        f"device memory: weights {weights}, scratch {profile.scratch_bytes / 1000000.0:,.1f} MB, inputs and "
+        f"outputs {(profile.bytes_in + profile.bytes_out) / 1000000.0:,.1f} MB; loading took "
+        f"{profile.loaded_bytes / 1000000.0:,.1f} MB",
+        f"peak rates measured with torch: {profile.peak_tflops:.1f} TFLOP/s ({PEAK_SIDE}^3 {profile.precision} "
+        f"matrix multiplication), {profile.peak_gigabytes_per_s:.0f} GB/s (copy)",
+        f"at the median latency of {profile.median_ms:.3f} ms, the plan reaches {' and '.join(shares)}",
     ]
 
 
 def _start_lines(starts: Starts) -> list[str]:
     """The time to the first result of a new process, its imports aside."""
-    return ([f"startup time unknown: {starts.problem}"] if starts.problem else []) + [
-        f"{'warm start, by the kernels of the cold one' if one.warm else 'cold start'}: loading {one.load_s:.2f} s, "
-        f"first run {one.first_run_s:.2f} s, second {one.second_run_s:.3f} s"
+    return ([f"the startup time could not be measured: {starts.problem}"] if starts.problem else []) + [
+        f"{'warm start, with the kernels that the cold start compiled' if one.warm else 'cold start'}: loading "
+        f"{one.load_s:.2f} s, first run {one.first_run_s:.2f} s, second run {one.second_run_s:.3f} s"
         for one in (starts.cold, starts.warm)
         if one
     ]
@@ -269,7 +278,8 @@ def _layer_lines(layers: Sequence[LayerTime], limit: int) -> list[str]:
     total = sum(layer.ms for layer in layers)
     known = sum(layer.kind is not None for layer in layers)
     lines = [
-        f"{len(layers)} layers, {total:.3f} ms with the profiler attached; the layer report names {known} of them",
+        f"{len(layers)} layers, {total:.3f} ms in total with the profiler attached; the layer report contains "
+        f"{known} of these layers",
         f"{'ms':>9} {'share':>6} {'GB/s':>7}  {'kind':<15} modules",
     ]
     for layer in layers[:limit]:

@@ -106,7 +106,7 @@ class LoadedPlan:
         cached, why_not = self._cache.read() if self._cache else (b"", None)
         made_with = self.flavor.create_runtime_config(self.engine, cached, rtx_graphs)
         if cached and made_with is not None and not made_with.warm:
-            why_not = f"TensorRT-RTX refused the runtime cache ({self.failure}); kernels are compiled again"
+            why_not = f"TensorRT-RTX refused the runtime cache ({self.failure}); the kernels are compiled again"
         if why_not:
             self.warnings.append(why_not)
         return made_with
@@ -118,8 +118,8 @@ class LoadedPlan:
         shape, kind = tuple(self.engine.get_tensor_shape(name)), self.engine.get_tensor_dtype(name).name
         if kind not in TYPES or not shape:
             raise SessionError(
-                f"{self.plan}: {name} is {kind} {shape}; expected a tensor with a batch and one of the types "
-                f"{', '.join(TYPES)}"
+                f"{self.plan}: the tensor {name} is {kind} {shape}; expected a tensor with a batch dimension "
+                f"and one of the types {', '.join(TYPES)}"
             )
         batch = (shape[0], shape[0])
         if shape[0] == -1 and self._is_input(name):
@@ -137,7 +137,7 @@ def cache_key(manifest: Mapping[str, Any], plan: Path, flavor: Flavor) -> str:
     """What a runtime cache is of; word for word as in the C++ library, so that both read one file."""
     if flavor.gpu is None:
         raise SessionError(
-            f"{plan}: there is no NVIDIA GPU with a driver here; a plan can be built without one, but not run"
+            f"{plan}: there is no NVIDIA GPU with a driver here; a plan can be built without a GPU, but not run"
         )
     sha256 = next(entry["sha256"] for entry in manifest["files"] if entry["name"] == plan.name)
     gpu = f"{flavor.gpu.name} (compute capability {flavor.gpu.compute_capability})"

@@ -122,7 +122,10 @@ def find_device(plan: Path, asked: int | str | torch.device | None) -> torch.dev
     index = wanted.index if wanted.index is not None else torch.cuda.current_device() if usable else 0
     if usable and index >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise SessionError(f"{plan}: there is no GPU {index}; this machine has {count}, numbered from 0")
+        raise SessionError(
+            f"{plan}: there is no GPU {index}; the number of GPUs in this machine is {count}, and they are "
+            "numbered from 0"
+        )
     return torch.device("cuda", index)
 
 
@@ -134,13 +137,12 @@ def default_cache(plan: Path) -> Path:
 def _check_options(plan: Path, flavor: Flavor, cuda_graph: bool, rtx_graphs: bool, runtime_cache: Path | None) -> None:
     if rtx_graphs and (flavor.name != "rtx" or cuda_graph):
         need = (
-            "cuda_graph to be off"
+            "cannot be combined with cuda_graph=True; leave one of them out"
             if flavor.name == "rtx"
-            else ("a plan of TensorRT-RTX, but this plan is for TensorRT")
+            else ("requires a TensorRT-RTX plan, but this plan is for TensorRT; leave it out")
         )
-        raise SessionError(f"{plan}: the CUDA graphs that TensorRT-RTX captures itself need {need}")
+        raise SessionError(f"{plan}: rtx_graphs=True {need}")
     if runtime_cache is not None and flavor.name != "rtx":
         raise SessionError(
-            f"{plan}: TensorRT compiles no kernels at run time, so it has nothing to keep in a runtime_cache; leave "
-            "it out"
+            f"{plan}: TensorRT compiles no kernels at run time, so it cannot use the option runtime_cache; leave it out"
         )

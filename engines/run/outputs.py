@@ -60,23 +60,25 @@ def caller_memory(plan: Path, port: Port, largest: int, device: torch.device, me
         found = memory if isinstance(memory, Tensor) else torch.from_dlpack(memory)
     except (AttributeError, TypeError, RuntimeError, BufferError) as error:
         raise SessionError(
-            f"{what} is a {type(memory).__name__} that torch cannot read ({str(error).splitlines()[0]}); give a "
-            "torch tensor or a CuPy array"
+            f"{what} is a {type(memory).__name__} that torch cannot read ({str(error).splitlines()[0]}); pass "
+            "a torch tensor or a CuPy array"
         ) from None
     if found.device != device:
-        raise SessionError(f"{what} is on {found.device}; expected memory of {device}, so copy it there first")
+        raise SessionError(f"{what} is on {found.device}; expected memory on {device}; allocate it there")
     if found.dtype != port.dtype or not found.is_contiguous():
-        got = f"{type_name(found.dtype)}, {'' if found.is_contiguous() else 'not '}contiguous"
-        raise SessionError(f"{what} is {got}; expected {type_name(port.dtype)}, contiguous")
+        got = f"{type_name(found.dtype)} and {'' if found.is_contiguous() else 'not '}contiguous"
+        raise SessionError(f"{what} is {got}; expected {type_name(port.dtype)} and contiguous")
     needed = math.prod(largest if side == -1 else side for side in port.shape)
     if found.numel() < needed:
         size = port.dtype.itemsize
         raise SessionError(
-            f"{what} has {found.numel() * size} bytes; expected {needed * size}, enough for a batch of {largest}"
+            f"{what} has {found.numel() * size} bytes; expected at least {needed * size}, which the largest "
+            f"batch ({largest}) needs"
         )
     if found.data_ptr() % ALIGNMENT:
         raise SessionError(
-            f"{what} is at an address that is not a multiple of {ALIGNMENT} bytes; give the start of an allocation"
+            f"{what} is at an address that is not a multiple of {ALIGNMENT} bytes; pass memory that begins at "
+            "the start of an allocation"
         )
     return found.detach().reshape(-1)
 

@@ -38,8 +38,8 @@ def check_plan(
         manifest = dict(known or read_manifest(where, "plan"))
         if header.startswith(RTX_MAGIC) != (manifest["flavor"] == "rtx"):
             raise SessionError(
-                f"{plan}: the file begins with {header[:4]!r}, so it is not a plan of flavor {manifest['flavor']}; "
-                "build it again"
+                f"{plan}: the file begins with {header[:4]!r}, so it is not a plan for {manifest['flavor']}, "
+                "as its manifest says; build the plan again"
             )
         if known is None:
             _check_files(plan, where, manifest)
@@ -51,10 +51,10 @@ def check_plan(
     except (BuildError, ManifestError, FlavorError) as error:
         raise SessionError(str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        why = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        why = f"the entry {error} is missing" if isinstance(error, KeyError) else str(error)
         raise SessionError(f"{where}: the manifest is damaged ({why}); build {plan.name} again") from None
     if invalid:
-        remedy = flavor.driver_problem() or "build it again here"
+        remedy = flavor.driver_problem() or "build the plan again on this machine"
         raise SessionError(f"{plan}: {flavor.title} cannot run the plan here ({invalid}); {remedy}")
     return flavor, manifest
 
@@ -64,7 +64,7 @@ def _check_files(plan: Path, where: Path, manifest: dict[str, Any]) -> None:
     names = [entry["name"] for entry in manifest["files"]]
     if plan.name not in names:
         raise SessionError(
-            f"{where}: the manifest names {', '.join(names) or 'no file'} instead of {plan.name}; build the plan again"
+            f"{where}: the manifest lists {', '.join(names) or 'no file'} instead of {plan.name}; build the plan again"
         )
 
 
@@ -75,14 +75,18 @@ def read_header(plan: Path) -> bytes:
             header = file.read(4096)
     except FileNotFoundError:
         rejected = plan.with_name(f"{plan.name}.rejected")
-        why = f"it failed verification; see {rejected}.json" if rejected.exists() else "`neck-export trt` builds it"
+        why = (
+            f"the plan failed verification and was kept as {rejected}; see {rejected}.json"
+            if rejected.exists()
+            else "build it with `neck-export trt`"
+        )
         raise SessionError(f"No such file: {plan}; {why}") from None
     except OSError as error:
         raise SessionError(
             f"{plan}: the file cannot be read ({error.strerror}); expected a plan built with `neck-export trt`"
         ) from None
     if not header:
-        raise SessionError(f"{plan}: the file is empty; build it again")
+        raise SessionError(f"{plan}: the file is empty; build the plan again")
     return header
 
 
@@ -101,7 +105,7 @@ def check_version(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> No
     theirs, version = manifest["flavor"], manifest["tensorrt_version"]
     if theirs != flavor.name:
         raise SessionError(
-            f"{plan}: the plan is for flavor {theirs}, but {flavor.name} was requested; use --flavor {theirs}"
+            f"{plan}: the plan was built for --flavor {theirs}, but {flavor.name} was requested; use --flavor {theirs}"
         )
     built, here = release_numbers(version), release_numbers(flavor.version)
     known = min(len(built), len(here))
@@ -109,10 +113,10 @@ def check_version(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> No
     compatible = manifest["options"]["version_compatible"] is True
     if flavor.name == "tensorrt" and built != here and not (compatible and here > built):
         exact = "or later" if compatible else "exactly"
-        remedy = "" if compatible else ", or with --version-compatible for later versions"
+        remedy = "" if compatible else ", and add --version-compatible if later versions must load it too"
         raise SessionError(
-            f"{plan}: the plan needs TensorRT {version} {exact}, but {flavor.version} is installed; build it "
-            f"again{remedy}"
+            f"{plan}: the plan needs TensorRT {version} {exact}, but {flavor.version} is installed; build the "
+            f"plan again{remedy}"
         )
 
 
@@ -120,23 +124,26 @@ def check_gpu(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> None:
     """Raises SessionError where there is no GPU, or not one that the plan was built for."""
     if flavor.gpu is None:
         raise SessionError(
-            f"{plan}: there is no NVIDIA GPU with a driver here; a plan can be built without one, but not run"
+            f"{plan}: there is no NVIDIA GPU with a driver here; a plan can be built without a GPU, but not run"
         )
     why = why_other_gpu(manifest, flavor)
     if why is None:
         return
     here = flavor.gpu.compute_capability
     if flavor.capabilities and here not in flavor.capabilities:
-        raise SessionError(f"{plan}: {why}; use --flavor tensorrt")
+        raise SessionError(f"{plan}: {why}; build the plan again with --flavor tensorrt")
     remedy = f"with --compute-capability {here}" if flavor.name == "rtx" else "on this GPU"
-    raise SessionError(f"{plan}: {why}; build it again {remedy}")
+    raise SessionError(f"{plan}: {why}; build the plan again {remedy}")
 
 
 def why_other_gpu(manifest: Mapping[str, Any], flavor: Flavor) -> str | None:
     """Why a plan does not run on the GPU at hand, by what it was built for; None where it does, or there is no GPU."""
     if flavor.gpu is None:
         return None
-    here, named = flavor.gpu.compute_capability, f"{flavor.gpu.name} ({flavor.gpu.compute_capability})"
+    here, named = (
+        flavor.gpu.compute_capability,
+        f"{flavor.gpu.name} (compute capability {flavor.gpu.compute_capability})",
+    )
     if flavor.capabilities and here not in flavor.capabilities:
         return f"TensorRT-RTX {flavor.version} does not support {named}"
     built = manifest["compute_capabilities"]

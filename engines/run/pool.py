@@ -100,8 +100,8 @@ class Pool:
                 return self._free.pop()
             if len(self._waiting) >= self._most_waiting:
                 raise SessionError(
-                    f"{self.plan}: {len(self._waiting)} threads already wait for one of {self.contexts} contexts; "
-                    "try again later, or make a larger pool"
+                    f"{self.plan}: {len(self._waiting)} threads already wait for one of {self.contexts} "
+                    "contexts; try again later, or open the plan with more contexts"
                 )
             waiter = _Waiter(self._lock)
             self._waiting.append(waiter)
@@ -118,8 +118,8 @@ class Pool:
                 return waiter.session
             self._check_open()
         raise SessionError(
-            f"{self.plan}: none of {self.contexts} contexts became free within {timeout:g} s; wait longer, or make a "
-            "larger pool"
+            f"{self.plan}: none of {self.contexts} contexts became free within {timeout:g} s; wait longer, or "
+            "open the plan with more contexts"
         )
 
     def _check_open(self) -> None:
@@ -146,7 +146,7 @@ class Pool:
 def check_count(plan: Path, contexts: int) -> None:
     """Raises SessionError for a pool of none, or of more than anybody means."""
     if not 1 <= contexts <= MOST_CONTEXTS:
-        raise SessionError(f"{plan}: a pool of {contexts} contexts is not possible; give 1 to {MOST_CONTEXTS}")
+        raise SessionError(f"{plan}: contexts={contexts} is invalid; expected 1 to {MOST_CONTEXTS}")
 
 
 def check_memory(plan: Path, contexts: int, each: int, free: int) -> None:
@@ -160,8 +160,13 @@ def check_memory(plan: Path, contexts: int, each: int, free: int) -> None:
     """
     most = free // max(1, each)
     if contexts > most:
-        fewer = f"use at most {most}, or " if most else "close other programs, or build the plan with "
+        fewer = (
+            f"open at most {most} contexts, or build the plan with "
+            if most
+            else "close other programs, or build the plan with "
+        )
         raise SessionError(
-            f"{plan}: {contexts} contexts need {contexts * each / 1e6:.1f} MB of device memory beside the weights, "
-            f"{free / 1e6:.1f} MB are free; {fewer}a smaller largest batch"
+            f"{plan}: {contexts} contexts need {contexts * each / 1000000.0:.1f} MB of device memory in "
+            f"addition to the weights, but only {free / 1000000.0:.1f} MB are free; {fewer}a smaller largest "
+            "batch"
         )

@@ -69,10 +69,10 @@ def profile_plan(
             found = _profile(session, batch, layers or read_layers(plan) or _inspect(session), measure, report)
         except torch.OutOfMemoryError:
             raise ProfilingError(
-                f"{plan}: out of device memory; profiling needs {3 * COPY_BYTES / 1e9:.1f} GB beside the plan, so end "
-                f"other programs or take a smaller --batch"
+                f"{plan}: out of device memory; profiling needs {3 * COPY_BYTES / 1000000000.0:.1f} GB in "
+                "addition to the plan, so close other programs or use a smaller --batch"
             ) from None
-    report("measuring startup, each start in a new process")  # now that this one holds no engine
+    report("measuring the startup time in new processes")  # now that this one holds no engine
     starter = functools.partial(start_process, device=session.device.index)
     return dataclasses.replace(found, starts=time_starts(plan, found.batch, session.flavor.name, starter))
 
@@ -88,14 +88,14 @@ def _profile(
     report("measuring latency")
     latency = measure(session.enqueue)
     state = read_state(timer(session, session.enqueue), device=session.device.index)
-    report("measuring latency of a CUDA graph")
+    report("measuring latency with a CUDA graph")
     graph_latency, problem = time_graph(session, {port.name: image}, measure)
-    report("measuring transfers")
+    report("measuring copies between host and GPU")
     tensors = {"in": [image], "out": list(outputs.values())}
     copies = {way: measure(_copying(values, way == "in")) for way, values in tensors.items()}
     report("measuring the GPU's own peak rates")
     tflops, gigabytes_per_s = _measure_peaks(getattr(torch, BY_PRECISION[precision].name), session.device, measure)
-    report("measuring time per layer")
+    report("measuring the time of each layer")
     session.bind({port.name: image})
     times = _layer_times(session)
     return Profile(
@@ -133,7 +133,8 @@ def choose_batch(plan: Path, port: Port, optimum: int, asked: int | None) -> int
     if not low <= size <= high:
         takes = str(low) if low == high else f"{low} to {high}"
         raise ProfilingError(
-            f"{plan}: the plan takes a batch of {takes}, but {size} was requested; build it again with --batch {size}"
+            f"{plan}: the plan accepts a batch size of {takes}, but {size} was requested; build the plan again "
+            f"with --batch {size}, or profile another batch size"
         )
     return size
 

@@ -29,13 +29,13 @@ class RuntimeCache:
         except OSError as error:
             return self._dropped(f"cannot be read ({error.strerror})")
         if not text.startswith(MAGIC):
-            return self._dropped("is not a runtime cache")
+            return self._dropped("has an unknown format")
         key, _, rest = text[len(MAGIC) :].partition(b"\n")
         sha256, _, content = rest.partition(b"\n")
         if hashlib.sha256(content).hexdigest().encode() != sha256:
             return self._dropped("is damaged")
         if key != self.key.encode():
-            return self._dropped(f"is for {_one_line(key)}, but this is {self.key}")
+            return self._dropped(f"belongs to {_one_line(key)}, not to {self.key}")
         self._written = sha256.decode()
         return content, None
 
@@ -54,11 +54,11 @@ class RuntimeCache:
                 unfinished.write_bytes(b"".join((MAGIC, self.key.encode(), b"\n", sha256.encode(), b"\n", content)))
         except OSError as error:
             why = f"the runtime cache cannot be written ({error.strerror})"
-            return f"{self.path}: {why}; the next start compiles its kernels again"
+            return f"{self.path}: {why}; the next start compiles the kernels again"
         return None
 
     def _dropped(self, why: str) -> tuple[bytes, str]:
-        return b"", f"{self.path}: {why}; kernels are compiled again"
+        return b"", f"{self.path}: the runtime cache {why}; the kernels are compiled again"
 
 
 def _read_whole(path: Path) -> bytes:

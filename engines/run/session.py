@@ -120,7 +120,7 @@ class Session:
     def enqueue(self) -> None:
         """Starts inference with the bound input on the session's stream."""
         if not self._bound:
-            raise SessionError(f"{self.plan}: no input is bound; call bind first, also after bind_output")
+            raise SessionError(f"{self.plan}: no input is bound; call bind first, and again after bind_output")
         self._execute(self.context)
         self._mark({port.name: self._bound[port.name] for port in self.outputs})
         self._keep_kernels(self._bound)
@@ -172,7 +172,7 @@ class Session:
         """
         self._find_output(name)
         if not self._results:
-            raise SessionError(f"{self.plan}: there are no outputs before the first run; call infer")
+            raise SessionError(f"{self.plan}: there are no outputs before the first run; call infer first")
         return HandedOutput(self._results[name], self.finished)
 
     def close(self) -> None:
@@ -189,7 +189,7 @@ class Session:
 
     @property
     def _failure(self) -> str:
-        return self.loaded.failure if self.loaded else "it is closed"
+        return self.loaded.failure if self.loaded else "the session is closed"
 
     def _find_output(self, name: str) -> Port:
         if self.context is None:
@@ -198,7 +198,7 @@ class Session:
             if port.name == name:
                 return port
         there = ", ".join(port.name for port in self.outputs)
-        raise SessionError(f"{self.plan}: the plan has no output {name!r}; it has {there}")
+        raise SessionError(f"{self.plan}: the plan has no output {name!r}; choose from {there}")
 
     def _forget(self, callers: dict[str, Tensor]) -> None:
         """What was bound goes, CUDA graphs with it, whose addresses are fixed."""
@@ -221,16 +221,17 @@ class Session:
                 shape = tuple(value.shape)
                 if not context.set_input_shape(name, shape):
                     raise SessionError(
-                        f"{self.plan}: {name} cannot be {shape} ({self._failure}); expected {self.inputs[0]}"
+                        f"{self.plan}: the input {name} cannot have the shape {shape} ({self._failure}); "
+                        f"expected {self.inputs[0]}"
                     )
             if outputs is None:
                 outputs = {port.name: self._output(context, port.name, port.dtype) for port in self.outputs}
             for name, value in {**inputs, **outputs}.items():
                 if not context.set_tensor_address(name, value.data_ptr()):
-                    where = f"{name} lies at {value.data_ptr():#x}"
+                    where = f"the address of {name} is {value.data_ptr():#x}"
                     raise SessionError(
-                        f"{self.plan}: {where}, which TensorRT does not accept ({self._failure}); expected device "
-                        f"memory at a multiple of {ALIGNMENT} bytes: give a .clone()"
+                        f"{self.plan}: {where}, which TensorRT does not accept ({self._failure}); expected "
+                        f"device memory at a multiple of {ALIGNMENT} bytes: pass a .clone() of the tensor"
                     )
         return outputs
 
@@ -246,7 +247,8 @@ class Session:
         self._keep_kernels(inputs)
         if self.stream and not self.flavor.can_capture(context, self.stream.cuda_stream):
             raise SessionError(
-                f"{self.plan}: TensorRT-RTX reports that no CUDA graph can be captured; run it without one"
+                f"{self.plan}: TensorRT-RTX reports that no CUDA graph of this plan can be captured; run the "
+                "plan without one"
             )
         graph, failure = torch.cuda.CUDAGraph(), None  # type: torch.cuda.CUDAGraph, Exception | None
         with CAPTURING, on_device(self.stream, self.device):
@@ -262,7 +264,9 @@ class Session:
             finally:  # a capture that does not begin or end leaves this thread on our stream
                 torch.cuda.set_stream(caller)
         if failure:
-            raise SessionError(f"{self.plan}: no CUDA graph can be captured ({failure}); run it without one") from None
+            raise SessionError(
+                f"{self.plan}: no CUDA graph of this plan can be captured ({failure}); run the plan without one"
+            ) from None
         return Captured(inputs, outputs, graph, context)
 
     def _mark(self, results: dict[str, Tensor]) -> None:

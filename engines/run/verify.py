@@ -62,7 +62,10 @@ def verify_runner(
     check_overrides(overrides or {}, names)
     outputs = run(reference.image(signature))
     if sorted(outputs) != sorted(names):
-        raise VerifyError(f"{candidate} returns {', '.join(outputs) or 'no output'}; expected {', '.join(names)}")
+        raise VerifyError(
+            f"{candidate} returns the outputs {', '.join(outputs) or '(none)'}, but the manifest lists "
+            f"{', '.join(names)}; build the plan again"
+        )
     method = reference.method(f" ({reference.device}) against {candidate}")
     found = {name: outputs[name] for name in names}
     return compare(reference.outputs, found, precision, method, overrides, signature.dtype)
@@ -207,7 +210,7 @@ def why_not_run(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> str 
         return NO_GPU
     why = why_other_gpu(manifest, flavor)
     if why is None and not torch.cuda.is_available():
-        why = "torch is a CPU build; install its CUDA build"
+        why = "the installed torch is a CPU build; install its CUDA build"
     if why is None:
         why = _why_refused(plan, flavor)
     return None if why is None else f"not verified: {why}"

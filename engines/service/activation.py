@@ -80,11 +80,13 @@ def activate_version(
     model = output / name
     with disk_errors(TritonError, output):
         if not output.is_dir():
-            raise TritonError(f"{output}: no such folder; name the model repository with --output")
+            raise TritonError(f"{output}: there is no such folder; name the model repository with --output")
         with locked(output):
             there = versions(model) if (model / CONFIG).is_file() else []
             if not there:
-                raise TritonError(f"{model}: no such model; use the same --name and --output as when it was added")
+                raise TritonError(
+                    f"{model}: there is no such model; use the same --name and --output as when the model was added"
+                )
             if version not in there:
                 known = ", ".join(map(str, there))
                 raise TritonError(f"{model}: there is no version {version}; the model has {known}")
@@ -109,7 +111,9 @@ def _config_of(folder: Path) -> Any:
         raise TritonError(f"version {folder.name} of {folder.parent.name} cannot be served: {error}") from None
     config = read_config(folder / CONFIG)
     if config is None:
-        raise TritonError(f"{folder / CONFIG}: no such file; export the version again")
+        raise TritonError(
+            f"{folder / CONFIG}: the file is missing; write this version of the model again with `neck-export triton`"
+        )
     serve_version(config, int(folder.name))
     return config
 

@@ -34,11 +34,11 @@ def main(port: str, model: str = "", processes: str = "0", server: str = "") -> 
             response = connection.getresponse()
             answer = response.read(500)
         except (OSError, http.client.HTTPException) as error:
-            return f"{path}: no answer ({error})"
+            return f"{path}: Triton did not answer ({error})"
         finally:
             connection.close()
         if response.status >= 500 or (method == "GET" and response.status != 200):
-            return f"{path}: status {response.status} {answer!r}"
+            return f"{path}: Triton answered with HTTP status {response.status}: {answer!r}"
     return ""
 
 

@@ -81,7 +81,9 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
                 name for name in later if version_numbers(TENSORRT[name])[0] == version_numbers(version)[0]
             ] or later
         if not fitting:
-            return None, [f"no Triton container with {needed} is known here; look it up in NVIDIA's support matrix"]
+            return None, [
+                f"no Triton container with {needed} is known here; look up a container in NVIDIA's support matrix"
+            ]
         asked = fitting[-1]
     carried = TENSORRT.get(asked)
     if carried is None:
@@ -89,7 +91,9 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
     if carried == _short(version):
         return asked, [f"container {image(asked)} has TensorRT {carried}, as the plan needs"]
     if compatible and version_numbers(carried) > version_numbers(version):
-        return asked, [f"container {image(asked)} has TensorRT {carried}, which loads the plan of {version}"]
+        return asked, [
+            f"container {image(asked)} has TensorRT {carried}, which can load a plan built with TensorRT {version}"
+        ]
     fitting = [name for name, other in TENSORRT.items() if other == _short(version)]
     remedy = f"use container {fitting[-1]}" if fitting else "use the container that NVIDIA's support matrix names"
     name = (source.manifest.get("onnx") or {}).get("name", f"{source.path.stem}.onnx")
@@ -97,9 +101,9 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
     kind = ["--precision", precision] if precision in ("fp8", "int8") else [f"--{precision}"]
     words = ["neck-export", "trt", str(onnx), *kind, "--flavor", "tensorrt", "--output", str(source.path)]
     raise TritonError(
-        f"{source.path}: the plan needs {needed}, but container {asked} has {carried}; {remedy}, or build it again "
-        "in this one:"
-        f"\n{shlex.join(words)}"
+        f"{source.path}: the plan needs {needed}, but container {asked} has {carried}; {remedy}, or build the "
+        f"plan again in container {asked}:\n"
+        f"{shlex.join(words)}"
     )
 
 
@@ -110,12 +114,15 @@ def _for_onnx(source: Source, asked: str | None) -> tuple[str | None, list[str]]
         BF16_CONTAINER
     ):
         raise TritonError(
-            f"{source.path}: the outputs are bfloat16, which Triton in container {container} does not accept from "
-            f"ONNX Runtime; use {BF16_CONTAINER} or later, or export it again:"
-            f"\n{export_again(source.path, output_dtype='fp32')}"
+            f"{source.path}: the outputs are bfloat16, which Triton in container {container} does not accept "
+            f"from ONNX Runtime; use container {BF16_CONTAINER} or later, or export the file again:\n"
+            f"{export_again(source.path, output_dtype='fp32')}"
         )
     if carried is None:
-        return container, [f"the ONNX Runtime version of container {container} is unknown here; 1.25 or later serves"]
+        return container, [
+            f"the ONNX Runtime version of container {container} is unknown here; ONNX Runtime 1.25 or later "
+            "can serve the file"
+        ]
     notes = _check_readable(source, container, carried)
     return container, [f"container {image(container)} has ONNX Runtime {carried}", *notes]
 
@@ -139,10 +146,17 @@ def _check_readable(source: Source, container: str, carried: str) -> list[str]:
             f"{source.path}: the ONNX file is incomplete or damaged ({type(error).__name__}); copy it again"
         ) from None
     target = line_of("onnxruntime-gpu", carried)
-    reason = why_not(target, needs) if target else "what this version can load is unknown here"
+    reason = why_not(target, needs) if target else "it is unknown here which files this version can load"
     if target and reason is None:
         small = ", ".join(on_cpu(target, needs))
-        return [f"ONNX Runtime computes {small} on the CPU, which copies data and computes little"] if small else []
+        return (
+            [
+                f"ONNX Runtime computes {small} on the CPU; these operators compute little, but their data is "
+                "copied from and to the GPU"
+            ]
+            if small
+            else []
+        )
     lines = {name: line_of("onnxruntime-gpu", version) for name, version in ONNX_RUNTIME.items()}
     fitting = [name for name, line in lines.items() if line and why_not(line, needs) is None]
     remedy = f"use container {fitting[0]} or later, or export" if fitting else "export"
@@ -150,7 +164,8 @@ def _check_readable(source: Source, container: str, carried: str) -> list[str]:
     if needs.types & {"BFLOAT16", *CODES}:
         changes |= {**AS_AUTO, "precision": "fp16"}
     raise TritonError(
-        f"{source.path}: container {container} has ONNX Runtime {carried}: {reason}; {remedy} it again:\n"
+        f"{source.path}: container {container} has ONNX Runtime {carried}, which cannot serve the file: "
+        f"{reason}; {remedy} the file again:\n"
         f"{export_again(source.path, **changes)}"
     )
 

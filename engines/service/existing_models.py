@@ -21,7 +21,10 @@ def check_held(model: Path, config: Any, source: Source | None) -> None:
     held = read_config(model / CONFIG)
     if held is None:
         if any(model.iterdir()):
-            raise TritonError(f"{model}: the folder contains another model (without {CONFIG}); {ELSEWHERE}")
+            raise TritonError(
+                f"{model}: the folder contains files, but no {CONFIG}, so it is no model that neck-export "
+                f"wrote; {ELSEWHERE}"
+            )
         return
     check_contract(model, held, config)
     if source is None:
@@ -32,14 +35,14 @@ def check_held(model: Path, config: Any, source: Source | None) -> None:
             old = read_manifest(where, source.kind)
         except ManifestError as error:
             raise TritonError(
-                f"{model}: the folder contains another model, not written by neck-export ({error}); {ELSEWHERE}"
+                f"{model}: the folder contains a model that neck-export did not write ({error}); {ELSEWHERE}"
             ) from None
         before, after = _shared(old), _shared(source.manifest)
         different = [key for key in after if before[key] is not None and before[key] != after[key]]
         if different:
             raise TritonError(
-                f"{model}: the folder contains another model (version {version} has another {', '.join(different)}); "
-                f"{ELSEWHERE}"
+                f"{model}: the folder contains another model, whose version {version} differs in "
+                f"{', '.join(different)}; {ELSEWHERE}"
             )
 
 
@@ -59,10 +62,11 @@ def check_ensembles(output: Path, engine: Any, written: Collection[str]) -> None
         held = None if name in written else read_config(output / name / CONFIG)
         missing = sorted(listed_outputs(held) - listed) if held is not None else []
         if missing:
-            remedy = "add --ensemble" if name.endswith("-images") else "give --outputs"
+            remedy = "add --ensemble" if name.endswith("-images") else "add --outputs"
             raise TritonError(
-                f"{output / name}: this ensemble answers with {', '.join(missing)}, which {engine.name} would no "
-                f"longer have; {remedy}, or remove that folder"
+                f"{output / name}: this ensemble returns {', '.join(missing)}, but the new version of "
+                f"{engine.name} does not have these outputs; {remedy} to write the ensemble again, or remove "
+                "the folder"
             )
 
 
@@ -102,11 +106,12 @@ def check_contract(path: Path, old: Any, new: Any) -> None:
     lacking = sorted(key.removeprefix("output ") for key in before if key not in after and key.startswith("output "))
     if lacking and not different and any(key.startswith("output ") for key in shared):
         raise TritonError(
-            f"{path}: the new version does not have the outputs {', '.join(lacking)}, which clients of the model may "
-            f"request; export with them, or {ELSEWHERE}"
+            f"{path}: the new version does not have the outputs {', '.join(lacking)}, which clients of the "
+            f"model may request; export the file with these outputs, or {ELSEWHERE}"
         )
     if different or not any(key.startswith("output ") for key in shared):
         told = [f"{key} was {before.get(key, 'absent')}, but is now {after.get(key, 'absent')}" for key in different]
         raise TritonError(
-            f"{path}: the folder contains another model ({'; '.join(told) or 'no output in common'}); {ELSEWHERE}"
+            f"{path}: the folder contains another model "
+            f"({'; '.join(told) or 'the two models have no output in common'}); {ELSEWHERE}"
         )

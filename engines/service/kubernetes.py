@@ -110,29 +110,32 @@ class Serving:
         if not CLAIM.fullmatch(self.storage) and not BUCKET.fullmatch(self.storage):
             raise TritonError(
                 f"--storage {self.storage!r} is invalid; expected pvc://CLAIM, pvc://CLAIM/FOLDER, "
-                "s3://BUCKET/FOLDER, or for a server of your own s3://https://HOST:PORT/BUCKET/FOLDER"
+                "s3://BUCKET/FOLDER, or, for an S3 server other than Amazon's, "
+                "s3://https://HOST:PORT/BUCKET/FOLDER"
             )
         if not 1 <= self.gpus <= 16:
-            raise TritonError(f"--gpus {self.gpus} is invalid; a pod can have 1 to 16 GPUs")
+            raise TritonError(f"--gpus {self.gpus} is invalid; expected 1 to 16 GPUs for each pod")
         if not 1 <= self.replicas <= 100:
-            raise TritonError(f"--replicas {self.replicas} is invalid; there can be 1 to 100 pods")
+            raise TritonError(f"--replicas {self.replicas} is invalid; expected 1 to 100 pods")
         if self.rollout not in ("surge", "replace"):
             raise TritonError(f"--rollout {self.rollout!r} is invalid; expected surge or replace")
         for name in (self.image_name, self.proxy_image):
             if name is not None and not re.fullmatch(IMAGE_REFERENCE, name):
                 raise TritonError(
-                    f"{name!r} is not the name of an image; expected [REGISTRY/]NAME[:TAG][@sha256:DIGEST]"
+                    f"{name!r} is not a valid name of a container image; expected [REGISTRY/]NAME[:TAG][@sha256:DIGEST]"
                 )
         if self.image_name is None and self.ensemble:
             raise TritonError(
-                "the ensemble needs an image with Pillow, which NVIDIA's does not contain; name it with "
-                f"--image, such as registry.example.com/{self.name}-triton:{self.container}, and build it from the "
-                "Dockerfile that is then written"
+                "--ensemble needs a container image with Pillow, which NVIDIA's image does not contain; "
+                "choose a name for your image with --image, such as "
+                f"registry.example.com/{self.name}-triton:{self.container}, and build it from the Dockerfile "
+                "that is then written"
             )
         theirs, _, tag = (self.image_name or "").partition("@")[0].partition("tritonserver:")
         if theirs.endswith("nvidia/") and tag != f"{self.container}-py3":
             raise TritonError(
-                f"--image {self.image_name!r} is another image, but the file needs {image(self.container)}"
+                f"--image {self.image_name!r} does not fit the file, which needs {image(self.container)}; use "
+                "that image, or leave out --image"
             )
 
     @property
@@ -274,11 +277,16 @@ def check_folder(folder: Path, files: Sequence[str]) -> None:
         TritonError: naming the first.
     """
     if folder.exists() and not folder.is_dir():
-        raise TritonError(f"{folder}: this is a file, but the folder of the Kubernetes files must be there; move it")
+        raise TritonError(
+            f"{folder}: this is a file, but the Kubernetes files need a folder of this name; move the file"
+        )
     for name in files:
         path = folder / name
         if path.exists() and not _is_ours(path):
-            raise TritonError(f"{path}: this file was not written by neck-export and would be overwritten; move it")
+            raise TritonError(
+                f"{path}: this file was not written by neck-export, but the Kubernetes files would overwrite "
+                "it; move it"
+            )
 
 
 def remove_old(folder: Path, files: Collection[str]) -> None:

@@ -115,7 +115,10 @@ def read_config(path: Path) -> Any | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
-        raise TritonError(f"{path}: the file cannot be read as a Triton config ({error}); correct or move it") from None
+        raise TritonError(
+            f"{path}: the file cannot be read as a Triton config ({error}); fix the file, or move the model's "
+            "folder out of the repository"
+        ) from None
 
 
 def _preferred(batch: BatchRange) -> list[int]:

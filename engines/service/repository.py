@@ -101,8 +101,8 @@ def make_repository(options: RepositoryOptions, report: Callable[[str], None] = 
         if active != version:
             _check_active(options, models)
             notes.append(
-                f"version {version} is not verified, so version {active} stays active; to serve it nevertheless: "
-                f"{activate_command(options.output, options.name, version)}"
+                f"version {version} is not verified, so version {active} stays active; to serve it anyway, "
+                f"run: {activate_command(options.output, options.name, version)}"
             )
         serve_version(models[0].config, version)
         report(f"writing version {version} of {options.name}")
@@ -132,9 +132,9 @@ def _check_active(options: RepositoryOptions, models: Sequence[_Model]) -> None:
         lacking = sorted(listed_outputs(model.config) - listed) if model.script is None else []
         if lacking:
             raise TritonError(
-                f"{options.output / model.name}: the ensemble would answer with {', '.join(lacking)}, which the "
-                f"active version of {options.name} does not have, and the new version is not verified; verify "
-                f"{options.model} first"
+                f"{options.output / model.name}: the ensemble would return {', '.join(lacking)}, but the "
+                f"active version of {options.name} does not have these outputs, and the new version cannot "
+                f"become active before it is verified; verify {options.model} first"
             )
 
 
@@ -160,19 +160,25 @@ def _models(options: RepositoryOptions, source: Source, plans: dict[str, Source]
     laid = laid or [(source, "model.plan" if source.kind == "plan" else "model.onnx")]
     models = [_Model(options.name, config, files=tuple(laid))]
     if plans:
-        notes.append(f"{options.name} has no plan for GPUs of other compute capabilities than {', '.join(plans)}")
+        notes.append(
+            f"{options.name} can only be served on GPUs of compute capability {', '.join(plans)}, because it "
+            "has no plan for others"
+        )
     if len(listed) != len(chosen):
         name = f"{options.name}-outputs"
         models.append(_Model(name, chosen_config(source, name, options.name, chosen)))
         names = ", ".join(spec.name for spec in chosen)
         notes.append(
-            f"Triton requires {options.name} to list all outputs of the plan; {name} answers only with {names}"
+            f"Triton requires {options.name} to list all outputs of the plan; the ensemble {name} returns only {names}"
         )
     if options.ensemble:
         preprocess, images = f"{options.name}-preprocess", f"{options.name}-images"
         models.append(_Model(preprocess, preprocess_config(source, preprocess), script=PREPROCESS_MODEL))
         models.append(_Model(images, images_config(source, images, preprocess, options.name, chosen)))
-        notes.append(f"{preprocess} needs Pillow in the container's Python (numpy is there); run: pip install pillow")
+        notes.append(
+            f"{preprocess} needs Pillow in the container's Python, which already contains numpy; run in the "
+            "container: pip install pillow"
+        )
     if options.cuda_graphs and source.kind == "plan" and not takes_graphs(source):
         notes.append(
             "CUDA graphs are off, because Triton never launches them for a fixed batch; to use them, build a plan "
@@ -180,7 +186,8 @@ def _models(options: RepositoryOptions, source: Source, plans: dict[str, Source]
         )
     if source.batch.dynamic and source.batch.minimum > 1:
         notes.append(
-            f"requests must contain at least {source.batch.minimum} images, because Triton does not fill up a batch"
+            f"requests must contain at least {source.batch.minimum} images, because the plan's smallest batch "
+            f"is {source.batch.minimum} and Triton does not pad batches"
         )
     return models, notes
 
@@ -194,13 +201,13 @@ def _cluster_files(
     source = sources[0]
     if options.kubernetes.resolve().is_relative_to(options.output.resolve()):
         raise TritonError(
-            f"{options.kubernetes}: this folder lies inside the model repository, where Triton would treat it as a "
-            "model; choose another"
+            f"{options.kubernetes}: this folder lies inside the model repository, where Triton would treat it "
+            "as a model; choose another folder"
         )
     if container is None:
         raise TritonError(
-            f"{source.path}: no Triton container with TensorRT {source.manifest['tensorrt_version']} is known here, "
-            "so the Kubernetes files cannot name one; give it with --container"
+            f"{source.path}: no Triton container with TensorRT {source.manifest['tensorrt_version']} is known "
+            "here, so none can be written into the Kubernetes files; name one with --container"
         )
     serving = Serving(
         model=options.name,
@@ -252,6 +259,6 @@ def _check_options(options: RepositoryOptions) -> None:
     if options.keep is not None and options.keep < 1:
         raise TritonError(f"--keep {options.keep} is invalid; expected the number of versions to keep, at least 1")
     if options.queue_delay_us < 0:
-        raise TritonError(f"the queue delay {options.queue_delay_us} us is invalid; expected 0 or more")
+        raise TritonError(f"--queue-delay-us {options.queue_delay_us} is invalid; expected 0 or more microseconds")
     if options.output.exists() and not options.output.is_dir():
         raise TritonError(f"{options.output}: this is a file; name a folder for the model repository with --output")

@@ -54,8 +54,8 @@ def next_version(model: Path, asked: int | None) -> int:
     newest = max(versions(model), default=0)
     if asked is not None and (asked in versions(model) or (model / str(asked)).exists()):
         raise TritonError(
-            f"{model / str(asked)}: this version exists already and versions are never changed; leave out --version "
-            f"to write {newest + 1}"
+            f"{model / str(asked)}: this version exists already, and existing versions are never changed; "
+            f"leave out --version to write {newest + 1}"
         )
     if asked is not None and asked < newest:
         raise TritonError(
@@ -95,7 +95,8 @@ def lay_out(folder: Path, sources: Sequence[tuple[Source, str]]) -> None:
             target = folder / renamed.get(file.name, file.name)
             if target.exists() or target.name == MANIFEST:
                 raise TritonError(
-                    f"{file}: the name is needed for a file of the model ({target.name}); export under another name"
+                    f"{file}: the file cannot be copied as {target.name}, because another file of the model "
+                    "has that name; export or build under another name"
                 )
             _copy(file, target)
             entries.append(entry | {"name": target.name})
@@ -162,8 +163,8 @@ def _check_room(folder: Path, files: Sequence[Path]) -> None:
     needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(folder).free
     if free < needed:
         raise TritonError(
-            f"{folder.parent}: the disk has {size_text(free)} free, but the model needs {size_text(needed)}; make "
-            "room or choose another --output"
+            f"{folder.parent}: the disk has {size_text(free)} free, but the model needs {size_text(needed)}; "
+            "free some space, or choose another --output"
         )
 
 

@@ -64,8 +64,9 @@ class Source:
         named = self.manifest.get("compute_capabilities")
         if not isinstance(named, list) or len(named) != 1 or not re.fullmatch(r"\d{1,2}\.\d", str(named[0])):
             raise TritonError(
-                f"{manifest_path(self.path)}: the manifest names the compute capabilities {named!r}, but expected is "
-                f"one such as 8.9, because several plans are distinguished by it; build {self.path.name} again"
+                f"{manifest_path(self.path)}: the manifest names the compute capabilities {named!r}, but "
+                "exactly one such as 8.9 is expected, because it decides on which GPUs the plan is served; "
+                f"build {self.path.name} again"
             )
         return str(named[0])
 
@@ -77,9 +78,9 @@ def read_model(path: Path) -> Source:
         TritonError: missing, changed since, a plan that Triton cannot load, or one that failed verification.
     """
     if path.is_dir() or not path.exists():
-        found = "is a folder" if path.is_dir() else "no such file"
+        found = "this is a folder" if path.is_dir() else "there is no such file"
         raise TritonError(
-            f"{path}: {found}; give a plan built with `neck-export trt` or an ONNX file written with `neck-export onnx`"
+            f"{path}: {found}; name a plan built with `neck-export trt` or an ONNX file written with `neck-export onnx`"
         )
     kind: Literal["plan", "onnx"] = "onnx" if path.suffix == ".onnx" else "plan"
     where = manifest_path(path)
@@ -92,7 +93,7 @@ def read_model(path: Path) -> Source:
             _refuse_rtx(path, header, manifest)
         check_files(where, manifest)
         if path.name not in [entry["name"] for entry in manifest["files"]]:
-            raise TritonError(f"{where}: the manifest does not name {path.name}; write the file again")
+            raise TritonError(f"{where}: the manifest does not list {path.name}; export or build the file again")
         _check_facts(manifest)
         source = Source(path, kind, manifest, *_tensors(manifest))
         _check_tensors(source)
@@ -102,7 +103,7 @@ def read_model(path: Path) -> Source:
     except OSError as error:
         raise TritonError(f"{path}: the file cannot be read ({error.strerror}); check its permissions") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise TritonError(f"{where}: the manifest is damaged ({error!r}); write {path.name} again") from None
+        raise TritonError(f"{where}: the manifest is damaged ({error!r}); export or build {path.name} again") from None
     return source
 
 
@@ -140,7 +141,7 @@ def choose_outputs(source: Source, asked: Sequence[str]) -> tuple[TensorSpec, ..
     for pattern in asked:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise TritonError(
-                f"--outputs {pattern!r}: {source.path.name} has no such output; it has {', '.join(names)}"
+                f"--outputs {pattern!r}: {source.path.name} has no such output; choose from {', '.join(names)}"
             )
     chosen = [spec for spec in source.outputs if any(fnmatch.fnmatchcase(spec.name, pattern) for pattern in asked)]
     return tuple(chosen) if asked else source.outputs
@@ -167,19 +168,22 @@ def check_same_encoder(first: Source, others: Sequence[Source]) -> dict[str, Sou
     plans: dict[str, Source] = {}
     for source in (first, *others):
         if source.kind != "plan":
-            raise TritonError(f"{source.path}: this is not a plan, and only plans are served by compute capability")
+            raise TritonError(
+                f"{source.path}: this is not a plan, but --plan can only combine plans for several GPUs; build "
+                "a plan from it, or leave it out"
+            )
         ours, theirs = origin(first.manifest), origin(source.manifest)
         different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
         if different:
             raise TritonError(
-                f"{source.path}: the plan has another {', '.join(different)} than {first.path}; several plans of one "
-                "model must be the same encoder built on several GPUs, so build both from one ONNX file"
+                f"{source.path}: the plan differs from {first.path} in {', '.join(different)}; all plans of "
+                "one model must contain the same encoder, so build them from the same ONNX file"
             )
         twice = plans.setdefault(source.compute_capability, source)
         if twice is not source:
             raise TritonError(
-                f"{source.path}: the plan is for compute capability {source.compute_capability}, like {twice.path}; "
-                "leave one out"
+                f"{source.path}: the plan is for compute capability {source.compute_capability}, and so is "
+                f"{twice.path}; leave one of them out"
             )
     return plans
 
@@ -242,7 +246,8 @@ def _check_tensors(source: Source) -> None:
     for port in ports:
         if port.dtype not in DATA_TYPES:
             raise TritonError(
-                f"{source.path}: {port.name} is {port.dtype}, but Triton serves only {', '.join(DATA_TYPES)} here"
+                f"{source.path}: the tensor {port.name} is {port.dtype}, but neck-export serves only "
+                f"{', '.join(DATA_TYPES)} with Triton; export the encoder again"
             )
         if port.shape[0] != source.batch.dim or not all(isinstance(side, int) and side > 0 for side in port.shape[1:]):
             raise TypeError(f"{port.name} has the shape {port.shape}, but its batch is {source.batch}")

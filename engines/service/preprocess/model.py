@@ -52,7 +52,7 @@ def limit_of(parameters: dict[str, dict[str, str]], name: str, default: int) -> 
     """A whole number above 0 from the parameters of config.pbtxt."""
     text = parameters.get(name, {}).get("string_value", str(default))
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise ValueError(f"the parameter {name} in config.pbtxt is {text!r}; give a whole number above 0")
+        raise ValueError(f"the parameter {name} in config.pbtxt is {text!r}; expected a whole number above 0")
     return int(text)
 
 
@@ -112,11 +112,13 @@ def decode(data: bytes, limits: Limits = Limits()) -> np.ndarray:  # noqa: B008 
     except Image.DecompressionBombError:
         reason = too_many_pixels(limits)
     except UnidentifiedImageError:
-        reason = f"is damaged or not a {' or '.join(FORMATS)} file ({len(data)} bytes)"
+        reason = f"is damaged or not a {' or '.join(FORMATS)} file ({len(data)} bytes); save it again as JPEG or PNG"
     except MemoryError:
-        reason = "does not fit into the memory of the server"
+        reason = "does not fit into the memory of the server; send a smaller image"
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, struct.error, IndexError ...
-        reason = f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})"
+        reason = (
+            f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__}); save it again as JPEG or PNG"
+        )
     raise BadImageError(reason)
 
 

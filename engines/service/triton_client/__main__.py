@@ -31,18 +31,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="sam3-encoder",
         help=("model to call; sam3-encoder-images is the ensemble that takes image files"),
     )
-    parser.add_argument("--version", default="", help="version of the model; the latest if left out")
+    parser.add_argument("--version", default="", help="version of the model; the latest version if left out")
     parser.add_argument("--protocol", choices=list(PORTS), default="http")
     parser.add_argument("--shared-memory", choices=["none", "system", "cuda"], default="none", dest="memory")
     parser.add_argument(
         "--outputs",
         default="",
-        help=("outputs to request: names or wildcards separated by commas, such as sam3_feat_*; all if left out"),
+        help=(
+            "outputs to request: names or wildcards separated by commas, such as sam3_feat_*; all outputs if left out"
+        ),
     )
-    parser.add_argument("--runs", type=int, default=1, help="how often every request is sent")
-    parser.add_argument("--timeout", type=float, default=60.0, help="most seconds that a call may take")
+    parser.add_argument("--runs", type=int, default=1, help="number of times that each request is sent")
+    parser.add_argument("--timeout", type=float, default=60.0, help="time limit of a call in seconds")
     parser.add_argument(
-        "--user", default="", help="user for basic authentication; the password is read from NECK_TRITON_PASSWORD"
+        "--user", default="", help="user name for basic authentication; the password is read from NECK_TRITON_PASSWORD"
     )
     parser.add_argument(
         "--header",
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ca",
         type=Path,
-        help=("certificates that https trusts (a PEM file); if left out, SSL_CERT_FILE or the system's"),
+        help=("certificates that https trusts (a PEM file); if left out, those in SSL_CERT_FILE or the system's"),
     )
     parser.add_argument("--save", type=Path, help="write the features to this .npz file")
     try:
@@ -98,7 +100,7 @@ def _run(asked: argparse.Namespace) -> None:
                 np.savez(file, **features)  # type: ignore[arg-type]
         except OSError as error:
             raise ClientError(
-                f"{asked.save}: the file cannot be written ({error.strerror}); give another --save"
+                f"{asked.save}: the file cannot be written ({error.strerror}); choose another file with --save"
             ) from None
 
 

@@ -63,7 +63,7 @@ def read_address(
     if parts.scheme not in ("", "http", "https") or not name:
         raise ClientError(f"the URL has no host, or a scheme other than http and https; {expected}")
     if parts.query or parts.fragment or (protocol == "grpc" and parts.path.strip("/")):
-        raise ClientError(f"the URL has more than a host and a port; {expected}")
+        raise ClientError(f"the URL contains more than a host and a port; {expected}")
     host = f"[{name}]" if ":" in name else name
     host += f":{port or {'http': 80, 'https': 443}.get(parts.scheme, PORTS[protocol])}"
     host += parts.path.rstrip("/")
@@ -81,7 +81,8 @@ def read_address(
     for key, value in sent.items():
         if not re.fullmatch(r"[a-z0-9!#$%&'*+.^_`|~-]+", key) or not re.fullmatch(r"[\x20-\x7e]*", value):
             raise ClientError(
-                f"the name or the value of the header {key!r} has characters that are not allowed in a header"
+                f"the name or the value of the header {key!r} contains characters that are not allowed in a "
+                "header; use printable ASCII characters only"
             )
     tls = parts.scheme == "https"
     return Address(("https://" if tls else "") + host, host, tls, sent)
@@ -99,7 +100,8 @@ def trusted(ca: Path | str | None) -> str | None:
             Path(where).read_bytes()
         except OSError as error:
             raise ClientError(
-                f"{where}: the file of trusted certificates cannot be read ({error.strerror}); give another with --ca"
+                f"{where}: the file of trusted certificates cannot be read ({error.strerror}); choose another "
+                "file with --ca"
             ) from None
     return where
 

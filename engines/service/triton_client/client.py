@@ -117,11 +117,11 @@ class TritonClient:
         """Splits a list of images into batches that the model accepts."""
         size = self.model.max_batch
         if not images:
-            raise ClientError("no image was given; give one or more image files")
+            raise ClientError("no image was given; pass one or more image files")
         if self.model.fixed and len(images) % size:
             raise ClientError(
-                f"{len(images)} images were given, but {self.name} takes exactly {size} at once; give a multiple of "
-                f"{size}"
+                f"{len(images)} images were given, but {self.name} accepts exactly {size} in a request; pass a "
+                f"multiple of {size}"
             )
         return [images[start : start + size] for start in range(0, len(images), size)]
 
@@ -180,7 +180,9 @@ class TritonClient:
         told_of = {tensor: result.get_output(tensor.name) for tensor in self.model.outputs}
         missing = [tensor.name for tensor, output in told_of.items() if output is None]
         if missing:
-            raise ClientError(f"{self.url}: the server's answer has no {', '.join(missing)}; {self._look}")
+            raise ClientError(
+                f"{self.url}: the server's answer does not contain the outputs {', '.join(missing)}; {self._look}"
+            )
         found = {}
         for tensor, output in told_of.items():
             self._check(tensor, output, batch)
@@ -188,10 +190,10 @@ class TritonClient:
                 value = self._shared.get(tensor, batch) if self._shared else result.as_numpy(tensor.name)
             except (ValueError, TypeError) as error:  # fewer bytes than the shape has
                 raise ClientError(
-                    f"{self.url}: {tensor.name} in the answer is incomplete ({error}); {self._look}"
+                    f"{self.url}: the output {tensor.name} in the answer is incomplete ({error}); {self._look}"
                 ) from None
             if value is None:
-                raise ClientError(f"{self.url}: {tensor.name} in the answer has no data; {self._look}")
+                raise ClientError(f"{self.url}: the output {tensor.name} in the answer has no data; {self._look}")
             found[tensor.name] = value
         return found
 
@@ -205,10 +207,10 @@ class TritonClient:
         fits = len(shape) == len(wanted) and all(side in (-1, int(of)) for side, of in zip(wanted, shape, strict=True))
         if not fits or datatype != tensor.datatype:
             raise ClientError(
-                f"{self.url}: {tensor.name} in the answer is {datatype} {list(shape)}, expected {tensor.datatype} "
-                f"{list(wanted)}; {self._look}"
+                f"{self.url}: the output {tensor.name} in the answer is {datatype} {list(shape)}; expected "
+                f"{tensor.datatype} {list(wanted)}; {self._look}"
             )
 
     @property
     def _look(self) -> str:
-        return f"check which program serves {self.name} there"
+        return f"check that this is a Triton server and that it serves the model {self.name}"

@@ -66,6 +66,6 @@ class Deadline:
 
     def _late(self) -> ClientError:
         return ClientError(
-            f"{self.url}: no answer within {self.seconds:g} s; check the server and the network, or give a longer "
-            "--timeout"
+            f"{self.url}: no answer within {self.seconds:g} s; check the server and the network, or use a "
+            "longer --timeout"
         )

@@ -17,7 +17,7 @@ def import_part(name: str, remedy: str) -> Any:
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError) as error:  # RuntimeError: what tritonclient makes of a missing `cuda`
-        raise ClientError(f"{name} cannot be used here ({one_line(error)}); {remedy}") from None
+        raise ClientError(f"the Python module {name} cannot be imported ({one_line(error)}); run {remedy}") from None
 
 
 def one_line(error: BaseException) -> str:
@@ -47,7 +47,7 @@ def told(url: str) -> Iterator[None]:
                 remedy = "create the certificate again with that extension, which Python 3.13 and later require"
             raise ClientError(f"{url}: the server's certificate is not trusted ({one_line(error)}); {remedy}") from None
         if status in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
-            remedy = "start tritonserver, check --url (HTTP uses port 8000, gRPC 8001), or give a longer --timeout"
+            remedy = "start tritonserver, check --url (HTTP uses port 8000, gRPC 8001), or use a longer --timeout"
             raise ClientError(f"{url}: no answer ({type(error).__name__}: {one_line(error)}); {remedy}") from None
         who = "the server refused the request" if status else "the request cannot be sent"
         raise ClientError(f"{url}: {who}: {one_line(error)}") from None

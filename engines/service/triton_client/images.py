@@ -25,7 +25,8 @@ def read_pixels(path: Path, size: tuple[int, int]) -> np.ndarray:
                 upright = ImageOps.exif_transpose(image)
                 if upright.mode[0] in "IF":
                     raise ClientError(
-                        f"{path}: the image has {upright.mode} pixels of more than 8 bits; save it as 8-bit RGB"
+                        f"{path}: the image has {upright.mode} pixels, which have more than 8 bits per "
+                        "channel; save it as 8-bit RGB"
                     )
                 if upright.mode == "P" and "transparency" in upright.info:
                     upright = upright.convert("RGBA")
@@ -33,7 +34,9 @@ def read_pixels(path: Path, size: tuple[int, int]) -> np.ndarray:
     except ClientError:
         raise
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, struct.error, IndexError ...
-        raise ClientError(f"{path}: cannot be read as an image ({one_line(error)}); give a PNG or JPEG file") from None
+        raise ClientError(
+            f"{path}: the file cannot be read as an image ({one_line(error)}); pass a PNG or JPEG file"
+        ) from None
 
 
 def normalize(pixels: np.ndarray) -> np.ndarray:
@@ -46,4 +49,6 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ClientError(f"{path}: the file cannot be read ({error.strerror}); give an image file") from None
+        raise ClientError(
+            f"{path}: the file cannot be read ({error.strerror}); check the path and its permissions"
+        ) from None

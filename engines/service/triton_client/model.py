@@ -65,7 +65,10 @@ def describe(
             why = " ".join(str(error).split())
             if "restricted" not in why and "403" not in why:
                 raise
-            raise ClientError(f"{name} is not ready, and the server does not list its models ({why})") from None
+            raise ClientError(
+                f"the model {name} is not ready, and the server does not allow clients to list its models "
+                f"({why}); check the model's name and the server's log"
+            ) from None
         raise ClientError(_why_not_ready(index, name, version))
     metadata = client.get_model_metadata(name, version, **options(as_json=True))
     config = client.get_model_config(name, version, **options(as_json=True))
@@ -76,17 +79,18 @@ def describe(
     names = [one.name for one in found]
     unknown = [pattern for pattern in outputs if not fnmatch.filter(names, pattern)]
     if unknown:
-        raise ClientError(f"{name} has no output {', '.join(unknown)}; it has {', '.join(names)}")
+        raise ClientError(f"the model {name} has no output {', '.join(unknown)}; choose from {', '.join(names)}")
     if len(inputs) != 1:
         raise ClientError(
-            f"{name} has {len(inputs)} inputs, but an encoder or its ensemble has one, the image; check the model's "
-            "name"
+            f"the model {name} has {len(inputs)} inputs, but an encoder or its ensemble has exactly one, the "
+            "image; check the model's name"
         )
     chosen = [one for one in found if not outputs or any(fnmatch.fnmatchcase(one.name, each) for each in outputs)]
     for one in (*inputs, *chosen):
         if one.datatype not in TYPES:
             raise ClientError(
-                f"{one.name} is {one.datatype}, which numpy does not have; export with --output-dtype fp32"
+                f"the tensor {one.name} is {one.datatype}, which numpy does not support; export the encoder "
+                "with --output-dtype fp32"
             )
     first = inputs[0].shape[0]
     most = first if first > 0 else max(1, int(config.get("config", config).get("max_batch_size", 1)))
@@ -98,9 +102,9 @@ def _why_not_ready(index: Any, name: str, version: str) -> str:
     here = [one for one in entries if one["name"] == name]
     if not here:
         ready = sorted({one["name"] for one in entries if one.get("state") == "READY"})
-        return f"the server has no model {name}; ready are {', '.join(ready) or 'none'}"
+        return f"the server has no model {name}; the models that are ready are: {', '.join(ready) or 'none'}"
     states = [
         f"version {one.get('version', '?')} {one.get('state', '')} {one.get('reason', '')}".strip() for one in here
     ]
-    which = f"version {version} of {name}" if version else name
-    return f"{which} is not ready; the server has {'; '.join(states)}"
+    which = f"{name}, version {version}," if version else name
+    return f"the model {which} is not ready; the server reports {'; '.join(states)}"

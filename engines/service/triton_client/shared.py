@@ -43,7 +43,7 @@ class SharedMemory:
     ) -> None:
         folder = {"system": "shared_memory", "cuda": "cuda_shared_memory"}[kind]
         self._library = import_part(
-            f"tritonclient.utils.{folder}", "pip install 'tritonclient[cuda]', on a GPU machine"
+            f"tritonclient.utils.{folder}", "pip install 'tritonclient[cuda]' on a machine with an NVIDIA GPU"
         )
         self._refusal = import_part("tritonclient.utils", "pip install tritonclient").InferenceServerException
         self._client, self._kind, self._options = client, kind, options
@@ -61,7 +61,10 @@ class SharedMemory:
     def put(self, tensor: str, value: np.ndarray) -> tuple[str, int]:
         """Writes a tensor; returns its region's name and bytes."""
         if value.dtype == np.object_:
-            raise ClientError("image files have no fixed size for shared memory; leave out --shared-memory")
+            raise ClientError(
+                "image files have no fixed size, so they cannot be sent through shared memory; leave out "
+                "--shared-memory"
+            )
         region = self.reserve(tensor, value.nbytes)
         self._library.set_shared_memory_region(self._regions[tensor][1], [np.ascontiguousarray(value)])
         return region
