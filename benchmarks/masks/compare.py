@@ -53,8 +53,7 @@ def compare_masks(
         for name, one, two in zip(names, mine, theirs, strict=True)
     ]
     whole = f"{type(model).__name__} of {type(model).__module__.partition('.')[0]} on {device}"
-    method = f"{whole}: objects with its own encoder compared with those with the file; score threshold "
-    f"{options.threshold:g}"
+    method = f"{whole}, with its own encoder compared with the file; score threshold {options.threshold:g}"
     values = figures(found, options.gate) | {
         "method": f"{method}; {SIMULATED}" if simulated else method,
         "model": str(options.model),
