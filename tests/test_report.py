@@ -639,7 +639,7 @@ def test_constant_features_are_drawn() -> None:
         (
             {"sam3_feat_0": np.zeros((1, 4, 3, 3))},
             {"sam3_feat_0": np.zeros((1, 4, 3, 4))},
-            r"x: output sam3_feat_0 is \(1, 4, 3, 4\), expected \(1, 4, 3, 3\)",
+            r"x: output sam3_feat_0 is \(1, 4, 3, 4\), but the reference's is \(1, 4, 3, 3\)",
         ),
     ],
 )

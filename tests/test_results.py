@@ -272,7 +272,7 @@ def test_backends_that_were_not_asked_for_are_not_compared() -> None:
 
 def test_other_machines_are_not_compared() -> None:
     new = on_another_machine(synthetic_result(scale=2.0))
-    with pytest.raises(BenchError, match="from Another processor.* have no measured backend in common"):
+    with pytest.raises(BenchError, match=r"from Another processor.* have no measured backend in common"):
         compare_results(new, synthetic_result())
     with_gpu = synthetic_result(gpu=True)
     with pytest.raises(BenchError, match="no measured backend in common"):
