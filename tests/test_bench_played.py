@@ -134,7 +134,7 @@ def test_quantized_plans_have_rows_and_say_what_they_err(bench: Any, tmp_path: P
     assert made["quantization"]["image_count"] == 8
     assert [row["reason"] for row in rows.values()] == [None] * 3
     worst = {name: max(error["relative_l2"] for error in rows[name]["errors"]) for name in (fp8, int8)}
-    assert rows[fp8]["label"] == "TensorRT, rewritten, FP8, all products" and rows[fp8]["precision"] == "fp8"
+    assert rows[fp8]["label"] == "TensorRT, rewritten, FP8, all MatMuls" and rows[fp8]["precision"] == "fp8"
     assert 5e-2 < worst[fp8] < 0.2 and not rows[fp8]["passed"]
     assert 1e-2 < worst[int8] < 4e-2 and rows[int8]["passed"]
     assert rows[int8]["file_bytes"] > 0 and rows[int8]["floor_ms"] is None  # no rate of INT8 is known there

@@ -32,16 +32,16 @@ EXTRAS = ("cpu", "gpu", "bench", "dev")
 """The extras that a GPU machine is asked for, beside what neck-export itself needs."""
 
 LEFT_OUT = {
-    "hatchling": "only needed to build the package, on a machine with network access",
-    "kubernetes-validate": "only needed for tests that do not depend on a GPU",
-    "mypy": "only checks source code, which needs no GPU",
-    "onnxruntime-gpu": "too large (255 MB); the CPU build of ONNX Runtime is included",
-    "openvino": "runs on CPUs only",
-    "pyyaml": "only needed for tests that do not depend on a GPU",
-    "ruff": "only checks source code, which needs no GPU",
-    "selenium": "only needed to test the report in a browser",
-    "tensorrt": "too large: its libraries, 4 GB, come from NVIDIA's own package index",
-    "uv": "only needed to resolve package versions, on a machine with network access",
+    "hatchling",  # only needed to build the package, on a machine with network access
+    "kubernetes-validate",  # only needed for tests that do not depend on a GPU
+    "mypy",  # only checks source code, which needs no GPU
+    "onnxruntime-gpu",  # too large (255 MB); the CPU build of ONNX Runtime is included
+    "openvino",  # runs on CPUs only
+    "pyyaml",  # only needed for tests that do not depend on a GPU
+    "ruff",  # only checks source code, which needs no GPU
+    "selenium",  # only needed to test the report in a browser
+    "tensorrt",  # too large: its libraries, 4 GB, come from NVIDIA's own package index
+    "uv",  # only needed to resolve package versions, on a machine with network access
 }
 """What of them stays out, and why."""
 

@@ -74,7 +74,9 @@ class Session:
                         news = False
                 elif stage not in fitting(wanted[place:], self._left() / 60):
                     self._note(
-                        stage, "left out", "too little time was left for this stage; run the command again to do it"
+                        stage,
+                        "left out",
+                        "too little time was left for this stage; run the command again to run the stage",
                     )
                 elif not self._stage(stage):
                     return self._end()
@@ -89,7 +91,9 @@ class Session:
         limit = time_limit(stage, self._left(), self.scale)
         if limit < LEAST_SECONDS:
             self._note(
-                stage, "left out", "the time limit was reached before this stage; run the command again to do it"
+                stage,
+                "left out",
+                "the time limit was reached before this stage; run the command again to run the stage",
             )
             return True
         print(f"{stage.name}: {stage.what} (at most {limit:.0f} s)", flush=True)

@@ -104,7 +104,7 @@ class Runner(Protocol):
 
 
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
-NAMES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "fp8": "FP8, all products", "int8": "INT8, all products"}
+NAMES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "fp8": "FP8, all MatMuls", "int8": "INT8, all MatMuls"}
 QUANTIZED = ("fp8", "int8")
 """All products, the fastest that a file of the kind can be: its errors tell whether it may be used as it is."""
 

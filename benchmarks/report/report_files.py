@@ -29,7 +29,7 @@ def write_report(result: Result, folder: Path) -> tuple[Path, Path, Path]:
         BenchError: a result of another form; a file in the folder that is not ours, or of another schema; no room.
     """
     if can_check():  # else the result says that it is not
-        check_result(result, "the new result")
+        check_result(result, "new result")
     with disk_errors(BenchError, folder):
         check_folder(folder)
         markdown, page, data = (folder / name for name in NAMES)

@@ -56,7 +56,7 @@ class Change:
             new = "not finite" if self.new is None else f"{self.new:.3g}"
             old = "not finite" if self.old is None else f"{self.old:.3g}"
             return f"{size}: output {self.what} became less accurate; its relative L2 grew from {old} to {new}"
-        return f"{size}: this was measured before, but not now: {self.what}"
+        return f"{size}: this was measured in the old result, but not in the new one ({self.what})"
 
 
 def compare_results(new: Result, old: Result) -> list[Change]:
@@ -73,7 +73,7 @@ def compare_results(new: Result, old: Result) -> list[Change]:
     Raises:
         BenchError: different encoders, or no row on the same machine.
     """
-    refuse_other_encoder(new, old, "the new result", "the old result")
+    refuse_other_encoder(new, old, "new result", "old result")
     before = {_key(old, row): row for row in old["rows"] if row["status"] == "measured"}
     after = {_key(new, row): row for row in new["rows"]}  # a sweep tells the row at the encoder's own size again
     pairs = [(before[key], row) for key, row in after.items() if key in before]
@@ -124,7 +124,7 @@ def _row_changes(old: dict[str, Any], new: dict[str, Any], machine: str) -> list
         if (name := error["name"]) in errors and _less_exact(errors[name], error)
     ]
     if errors and not new["errors"]:
-        worse = [Change(*row, "lost", None, None, None, "its outputs were not compared with the reference")]
+        worse = [Change(*row, "lost", None, None, None, "the outputs were not compared with the reference")]
     return slower + worse
 
 

@@ -201,7 +201,7 @@ def _export(run: Run) -> dict[str, Any] | None:
         checkpoint = ["--checkpoint", str(run.options.checkpoint)] if plain else []
         done = subprocess.run([*command, *checkpoint], cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+            last = (done.stderr.strip().splitlines() or ["the process printed nothing"])[-1]
             raise BenchError(f"the benchmark of the exporter (python -m benchmarks.export) failed: {last}")
     export: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return export

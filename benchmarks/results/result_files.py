@@ -109,7 +109,7 @@ def _problem(value: object, schema: Mapping[str, Any]) -> str | None:
     error = best_match(Draft202012Validator(schema).iter_errors(value))
     if error is None:
         return None
-    place = "/".join(str(part) for part in error.absolute_path) or "the file itself"
+    place = "/".join(str(part) for part in error.absolute_path) or "top level"
     return f"{place}: {_short(error.message)}"
 
 
@@ -149,7 +149,7 @@ def merge_results(results: Sequence[Result]) -> Result:
     if len(results) < 2:
         raise BenchError(f"--merge needs at least two results, but {len(results)} was passed")
     for index, other in enumerate(results[1:], 2):
-        refuse_other_encoder(results[0], other, "the first result", f"result {index}")
+        refuse_other_encoder(results[0], other, "result 1", f"result {index}")
     machines: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     seen: list[object] = []
@@ -204,7 +204,7 @@ def refuse_other_encoder(one: Result, other: Result, one_name: str, other_name: 
     if differing:
         told = "; ".join(f"{key} {_told(left, right, key)}" for key in differing)
         raise BenchError(
-            f"{one_name} and {other_name} measured different encoders ({told}); pass results of the same encoder, "
+            f"{one_name} and {other_name} come from different encoders ({told}); pass results of the same encoder, "
             "size and batch"
         )
 
