@@ -70,9 +70,11 @@ def is_text(node: ast.AST) -> bool:
 
 def is_prose(text: str) -> bool:
     """Whether a text has three words in a row, a value counting as one, and three words of its own."""
-    words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\{[^}]*\}", "", text))
-    in_a_row = re.search(r"[A-Za-z'-]+[,:;]? [A-Za-z'-]+[,:;]? [A-Za-z]", re.sub(r"\{[^}]*\}", "X", text))
-    return in_a_row is not None and len(words) > 2 and not text.startswith("import ")
+    while (shorter := re.sub(r"\{[^{}]*\}", "X", text)) != text:
+        text = shorter
+    own = re.findall(r"\b(?!X+\b)[A-Za-z]{2,}", text)
+    in_a_row = re.search(r"[A-Za-z'-]+[,:;]? [A-Za-z'-]+[,:;]? [A-Za-z]", text)
+    return in_a_row is not None and len(own) > 2 and not text.startswith("import ")
 
 
 def python_messages(path: Path) -> Iterator[Message]:
