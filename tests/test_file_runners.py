@@ -163,7 +163,7 @@ def test_an_fp16_file_is_computed_in_fp16_by_tensorrts_provider_or_not_at_all(or
     runner.load()
     assert runner.session.providers == [(TENSORRT_PROVIDER, {FP16_ALLOWED: "1"}), EXACT_CUDA]
     assert "weakly typed" in (runner.note() or "")
-    with pytest.raises(RunnerError, match="trt_fp16_enable is 0, but 1 was requested"):
+    with pytest.raises(RunnerError, match="trt_fp16_enable to 0, but 1 was requested"):
         ort(TENSORRT_PROVIDER, **{FP16_ALLOWED: "0"}).load()
     label = next(one.label for one in backends_for("cuda") if one.provider == TENSORRT_PROVIDER)
     assert label.endswith("FP16 allowed")

@@ -126,7 +126,7 @@ def test_no_kit_half_a_manifest_and_another_python_are_one_line(kit: Path, tmp_p
         read_kit(tmp_path / "nowhere")
     whole = (kit / "kit.json").read_text(encoding="utf-8")
     (kit / "kit.json").write_text(whole[:40], encoding="utf-8")
-    with pytest.raises(StartError, match="cannot be read"):
+    with pytest.raises(StartError, match="not a valid manifest of a kit"):
         read_kit(kit)
     (kit / "kit.json").write_text(whole.replace(f'"python": "{HERE}"', '"python": "3.9"'), encoding="utf-8")
     ran = start(kit, tmp_path / "out")
@@ -144,8 +144,8 @@ def test_a_kit_that_is_too_large_is_refused(tmp_path: Path) -> None:
 def test_what_the_machine_lacks_after_all_is_told() -> None:
     assert unmet(["pytest>=1", "torch>=2.9"]) == []
     assert unmet(["torch>=99", "no-such-thing"]) == [
-        f"torch>=99 (installed is {importlib.metadata.version('torch')})",  # a wheel may leave out +cu132
-        "no-such-thing (installed is none)",
+        f"torch>=99 (installed: {importlib.metadata.version('torch')})",  # a wheel may leave out +cu132
+        "no-such-thing (installed: none)",
     ]
 
 

@@ -61,7 +61,7 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
         ('{"format": 1, "kind": "onnx"}', "contains kind 'onnx' instead of kind 'bench'"),
         ('{"kind": "bench", "schema": 2}', "schema 2, but this version of neck-export reads schema 1"),
         ('{"kind": "bench"}', "schema None, but this version of neck-export reads schema 1"),
-        ('{"kind": "bench", "schema": 1}', "itself: 'date'"),
+        ('{"kind": "bench", "schema": 1}', "top level: 'date'"),
     ],
 )
 def test_a_file_that_is_no_result_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
@@ -112,7 +112,7 @@ def test_a_wrong_value_is_named(path: tuple[str | int, ...], value: object, mess
 def test_machines_are_told_apart() -> None:
     result = synthetic_result()
     result["machines"].append(copy.deepcopy(result["machines"][0]))
-    with pytest.raises(BenchError, match="machines/\\*/id: m0, m0"):
+    with pytest.raises(BenchError, match=r"several machines have the same id \(m0, m0\)"):
         check_result(result, "here")
 
 
@@ -150,7 +150,7 @@ def test_a_merge_is_merged_again() -> None:
 
 def test_a_result_is_not_merged_with_itself() -> None:
     result = synthetic_result()
-    with pytest.raises(BenchError, match="of 2026-01-02 are"):
+    with pytest.raises(BenchError, match="of 2026-01-02 were passed twice"):
         merge_results([result, copy.deepcopy(result)])
     with pytest.raises(BenchError, match="twice"):
         merge_results([merge_results([result, on_another_machine(synthetic_result(1))]), result])
@@ -166,7 +166,7 @@ def test_a_merge_takes_two() -> None:
 def test_other_encoders_are_refused(combine: Callable[[Result, Result], object]) -> None:
     one, other = synthetic_result(), on_another_machine(synthetic_result(1))
     other["encoder"] |= {"checkpoint": "tuned.pt", "config": {**other["encoder"]["config"], "depth": 32}}
-    with pytest.raises(BenchError, match=r"different encoders: checkpoint .* and 'tuned.pt'; config depth 4 and 32"):
+    with pytest.raises(BenchError, match=r"different encoders .checkpoint .* and 'tuned.pt'; config depth 4 and 32"):
         combine(one, other)
 
 
@@ -185,7 +185,7 @@ def test_what_got_slower_is_told_and_what_got_faster_is_not() -> None:
     for change in found:
         assert change.kind == "slower" and change.old and change.new and change.beyond
         assert change.new - change.old > change.beyond
-        assert "median latency grew" in str(change) and "+20.0%" in str(change) and "the spread is" in str(change)
+        assert "median latency grew" in str(change) and "+20.0%" in str(change) and "the spread" in str(change)
     assert compare_results(synthetic_result(scale=0.8), synthetic_result()) == []
 
 

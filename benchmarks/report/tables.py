@@ -222,7 +222,7 @@ def masks_table(masks: list[dict[str, Any]] | None) -> Table | None:
     rows = tuple(
         (
             f"{one['file']}, {one['precision'].upper()}",
-            "passed" if one["passed"] else "failed",
+            "masks agree" if one["passed"] else "masks differ",
             *(f"{one[name]:.4f}" for name in ("mean_iou", "worst_iou")),
             *(str(one[name]) for name in ("objects", "lost", "found")),
             one["worst_image"],
