@@ -53,11 +53,15 @@ def open_run(options: BenchOptions, report: Callable[[str], None] = lambda line:
             yield run
     except BlockingIOError:
         raise BenchError(
-            f"{work}: another benchmark is running in this folder; wait until it is done, or choose another --output"
+            f"{work}: another benchmark is running in this folder; wait until it has finished, or choose another "
+            f"--output"
         ) from None
     except OSError as error:
         where, why = error.filename or work, error.strerror or str(error)
-        raise BenchError(f"{where}: {why}; repair the folder or choose another --output") from None
+        raise BenchError(
+            f"{where}: the file or folder cannot be used ({why}); check its permissions and the free disk space, or "
+            f"choose another --output"
+        ) from None
 
 
 def check_options(options: BenchOptions) -> None:
@@ -70,21 +74,24 @@ def check_options(options: BenchOptions) -> None:
     counts = {name: getattr(options, name) for name in ("batch", "rounds", "runs", "warm_up")}
     for name, value in counts.items():
         if value is not None and value < 1:
-            raise BenchError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+            raise BenchError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
     if options.positions == "file":
         raise BenchError(
-            "--positions file: position encodings from a file are not computed at run time, so there is nothing to "
-            "measure; choose graph or none"
+            "--positions file stores the position encodings in a file, so there is nothing to measure; use --positions "
+            "graph or none"
         )
     chosen = [f"--{name.replace('_', '-')}" for name in SELECTION if getattr(options, name) is not None]
     if options.checkpoint is None and chosen:
-        raise BenchError(f"random weights have no {', '.join(chosen)}; leave it out, or give a --checkpoint")
+        raise BenchError(f"{', '.join(chosen)} cannot be combined with random weights; remove it, or set --checkpoint")
     if options.plan and (not is_plan(options.plan) or read_layers(options.plan) is None):
         raise BenchError(
-            f"--plan {options.plan}: this is not a plan with a layer report; build both with `neck-export trt`"
+            f"--plan {options.plan}: the file is not a plan with a layer report; build one with `neck-export trt`"
         )
     if options.export and options.config:
-        raise BenchError("the exporter is only measured at full size; leave out --export or --config")
+        raise BenchError(
+            "--export measures the exporter at full size only, so it cannot be combined with --config; remove one of "
+            "them"
+        )
 
 
 def read_masks(files: Sequence[Path]) -> list[dict[str, Any]]:
@@ -109,7 +116,7 @@ def _read_verdict(file: Path) -> dict[str, Any]:
     found = manifest.get("masks")
     if not found:
         raise BenchError(
-            f"--masks {file}: the masks of this file were not compared yet; run neck-export masks {file} --model "
-            "MODEL --images FOLDER"
+            f"--masks {file}: the masks of this file have not been compared yet; run `neck-export masks {file} --model "
+            "MODEL --images FOLDER --prompt TEXT`"
         )
     return {"file": file.name, "precision": manifest["precision"], **{name: found.get(name) for name in SHOWN}}

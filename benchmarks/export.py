@@ -26,7 +26,7 @@ from export.contract.manifest import to_json
 PLAIN = "plain `torch.onnx.export`, FP32"
 OURS = "`neck-export onnx`, FP16, not verified"
 VERIFIED = "`neck-export onnx`, FP16, verified"
-PLAN = "`neck-export trt`, TensorRT-RTX plan of that file"
+PLAN = "`neck-export trt`, TensorRT-RTX plan of the verified file"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +42,16 @@ class Run:
 def main() -> None:
     """Runs the comparison and prints a table and JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=3, help="number of interleaved runs of each")
     parser.add_argument(
-        "--all", action="store_true", help=("also measure one export with verification, and a TensorRT-RTX plan")
+        "--runs", type=int, default=3, help="Measure each exporter this many times, in turn. [default: 3]"
     )
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint to export [default: random weights made for this]")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file, as JSON")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="Also measure an export with verification and the build of a TensorRT-RTX plan.",
+    )
+    parser.add_argument("--checkpoint", type=Path, help="Export this checkpoint. [default: random weights]")
+    parser.add_argument("--json", type=Path, help="Also write the figures to this JSON file.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = arguments.checkpoint or make_checkpoint(Path(folder))
@@ -55,10 +59,13 @@ def main() -> None:
         for _ in range(arguments.runs):
             for name, found in runs.items():
                 found.append(measure(command(name, checkpoint, Path(folder)), Path(folder)))
-                print(f"{name}: {found[-1].wall_s:.1f} s, {found[-1].peak_bytes / 1e9:.2f} GB", flush=True)
+                print(f"{name}: {found[-1].wall_s:.1f} s, peak memory {found[-1].peak_bytes / 1e9:.2f} GB", flush=True)
         for name in (VERIFIED, PLAN) if arguments.all else ():  # the plan is built from the verified file
             runs[name] = [measure(command(name, checkpoint, Path(folder)), Path(folder), fresh=name != PLAN)]
-            print(f"{name}: {runs[name][-1].wall_s:.1f} s, {runs[name][-1].peak_bytes / 1e9:.2f} GB", flush=True)
+            print(
+                f"{name}: {runs[name][-1].wall_s:.1f} s, peak memory {runs[name][-1].peak_bytes / 1e9:.2f} GB",
+                flush=True,
+            )
         size = checkpoint.stat().st_size
     result = summary(runs, size)
     print("\n".join(table(result)))
@@ -146,14 +153,16 @@ def table(result: dict[str, object]) -> list[str]:
     ratios: list[float] = result["wall_ratios"]  # type: ignore[assignment]
     peaks: list[float] = result["peak_ratios"]  # type: ignore[assignment]
     return [
-        "| | median wall, s | peak memory, GB | files, GB |",
+        "| exporter | median wall time, s | peak memory, GB | size of the files, GB |",
         "| --- | --- | --- | --- |",
         *(
             f"| {name} | {row['median_wall_s']:.1f} | {row['peak_bytes'] / 1e9:.2f} | {row['file_bytes'] / 1e9:.2f} |"
             for name, row in rows.items()
         ),
-        f"wall ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}), "
-        f"peak ratio {statistics.median(peaks):.2f}, peak over checkpoint {result['peak_over_checkpoint']:.2f}",
+        f"`neck-export onnx` took {statistics.median(ratios):.2f} times the wall time of plain `torch.onnx.export` "
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f}) and {statistics.median(peaks):.2f} times its peak memory; its peak "
+        f"memory "
+        f"is {result['peak_over_checkpoint']:.2f} times the size of the checkpoint",
     ]
 
 

@@ -45,14 +45,16 @@ PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "tensorrt-rtx-cu13")
 def main() -> None:
     """Prints the table, or with --export writes the file of one exporter, which is how its process is started."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--image-size", type=int, default=1008, help="side of the square input in pixels")
-    parser.add_argument("--config", type=Path, help="encoder.json with the architecture [default: SAM 3's]")
+    parser.add_argument(
+        "--image-size", type=int, default=1008, help="Side of the square input image in pixels. [default: 1008]"
+    )
+    parser.add_argument("--config", type=Path, help="Read the architecture from this encoder.json. [default: SAM 3]")
     parser.add_argument(
         "--compute-capability",
         default="8.9",
-        help=("build the plans for GPUs of this compute capability, such as 8.9 for an L4"),
+        help="Build the plans for GPUs with this compute capability. [default: 8.9, such as an L4]",
     )
-    parser.add_argument("--json", type=Path, help="also write the figures to this file, as JSON")
+    parser.add_argument("--json", type=Path, help="Also write the figures to this JSON file.")
     parser.add_argument("--export", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     config = EncoderConfig.from_file(given.config) if given.config else EncoderConfig()
@@ -165,7 +167,7 @@ def table(result: dict[str, Any]) -> list[str]:
     height, width = result["image_size"]
     packages = result["packages"]
     lines = [
-        f"Encoder with {result['depth']} blocks at {height} x {width}, FP16, batch 1, random weights; plans by "
+        f"Encoder with {result['depth']} blocks at {height} x {width}, FP16, batch 1, random weights; plans built by "
         f"TensorRT-RTX {packages['tensorrt-rtx-cu13']} for compute capability {result['compute_capability']}; "
         f"torch {packages['torch']}, transformers {packages['transformers']}; {result['machine']['processor']}, "
         f"{result['date']}, `{result['command']}`:",

@@ -69,8 +69,12 @@ def is_text(node: ast.AST) -> bool:
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text has three words in a row, apart from the values put into it."""
-    return re.search(r"[A-Za-z'-]+[,:;]? [A-Za-z'-]+[,:;]? [A-Za-z]", re.sub(r"\{[^}]*\}", "X", text)) is not None
+    """Whether a text has three words in a row, a value counting as one, and three words of its own."""
+    while (shorter := re.sub(r"\{[^{}]*\}", "X", text)) != text:
+        text = shorter
+    own = re.findall(r"\b(?!X+\b)[A-Za-z]{2,}", text)
+    in_a_row = re.search(r"[A-Za-z'-]+[,:;]? [A-Za-z'-]+[,:;]? [A-Za-z]", text)
+    return in_a_row is not None and len(own) > 2 and not text.startswith("import ")
 
 
 def python_messages(path: Path) -> Iterator[Message]:
@@ -194,8 +198,7 @@ def cpp_messages(path: Path) -> list[Message]:
             blocks = [at for at, token in enumerate(statement) if token.text == "{" and not token.string]
             start = blocks[-1] + 1 if blocks else 0
             text = cpp_text(statement[start:])
-            words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\{[^}]*\}", "", text or ""))
-            if text and is_prose(text) and len(words) > 2 and not NO_CPP_MESSAGES.match(text):
+            if text and is_prose(text) and not NO_CPP_MESSAGES.match(text):
                 yield Message(path, min(token.line for token in strings(statement[start:])), kind, text)
             for before, token in zip([None, *statement], statement[: start if text else None], strict=False):
                 called = before and token.text == "(" and re.fullmatch(r"(?!if|for|while|switch)\w+", before.text)

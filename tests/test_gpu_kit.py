@@ -126,7 +126,7 @@ def test_no_kit_half_a_manifest_and_another_python_are_one_line(kit: Path, tmp_p
         read_kit(tmp_path / "nowhere")
     whole = (kit / "kit.json").read_text(encoding="utf-8")
     (kit / "kit.json").write_text(whole[:40], encoding="utf-8")
-    with pytest.raises(StartError, match="cannot be read"):
+    with pytest.raises(StartError, match="not a valid manifest of a kit"):
         read_kit(kit)
     (kit / "kit.json").write_text(whole.replace(f'"python": "{HERE}"', '"python": "3.9"'), encoding="utf-8")
     ran = start(kit, tmp_path / "out")
@@ -137,15 +137,15 @@ def test_no_kit_half_a_manifest_and_another_python_are_one_line(kit: Path, tmp_p
 def test_a_kit_that_is_too_large_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "big-1.0-py3-none-any.whl").open("wb") as file:
         file.truncate(MOST_BYTES + 1)
-    with pytest.raises(KitError, match=r"the kit has 60.0 MiB, at most 60 .* the largest is big"):
+    with pytest.raises(KitError, match=r"the kit has 60.0 MiB, but the limit is 60 MiB.* largest wheel is big"):
         describe(tmp_path, [], There(HERE, (), {}))
 
 
 def test_what_the_machine_lacks_after_all_is_told() -> None:
     assert unmet(["pytest>=1", "torch>=2.9"]) == []
     assert unmet(["torch>=99", "no-such-thing"]) == [
-        f"torch>=99 (installed is {importlib.metadata.version('torch')})",  # a wheel may leave out +cu132
-        "no-such-thing (installed is none)",
+        f"torch>=99 (installed: {importlib.metadata.version('torch')})",  # a wheel may leave out +cu132
+        "no-such-thing (installed: none)",
     ]
 
 
@@ -155,7 +155,7 @@ def test_a_machine_without_a_gpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch
     assert "CUDA build" in (gpu_problem() or "")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(benchmarks.gpu.machine, "driver_version", lambda: None)
-    assert "no NVIDIA driver here" in (gpu_problem() or "") and "GPU_DEVICE=cpu" in (gpu_problem() or "")
+    assert "no NVIDIA driver" in (gpu_problem() or "") and "GPU_DEVICE=cpu" in (gpu_problem() or "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert gpu_problem() is None
 
@@ -178,9 +178,9 @@ def test_a_driver_that_is_too_old_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_gpu_that_others_use_is_told_with_its_free_memory() -> None:
     told = others(60 * GB, 80 * GB, ["123, python, 19000 MiB"]) or ""
-    assert "60.0 of 80.0 GB are free (123, python, 19000 MiB)" in told
+    assert "60.0 of 80.0 GB of device memory are free, used by: 123, python, 19000 MiB" in told
     assert others(79 * GB, 80 * GB, []) is None and too_little(60 * GB, 80 * GB, []) is None
-    assert "10.0 of 80.0 GB are free, 32 GB are needed" in (too_little(10 * GB, 80 * GB, []) or "")
+    assert "32 GB are needed, but 10.0 of 80.0 GB of device memory are free" in (too_little(10 * GB, 80 * GB, []) or "")
     assert NEEDED_BYTES > 8 * 3 * GB
 
 

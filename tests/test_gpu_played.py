@@ -486,7 +486,9 @@ def test_triton_needs_pythons_header(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with play("11.4"):
         from benchmarks.measure.environment import capabilities
 
-        assert capabilities()["compilers"]["cuda"] == "torch.compile needs Python.h; run apt-get install python3-dev"
+        assert capabilities()["compilers"]["cuda"] == (
+            "torch.compile needs Python.h, which is missing; run apt-get install python3-dev"
+        )
         (tmp_path / "Python.h").touch()
         assert capabilities()["compilers"]["cuda"] is None
         assert capabilities()["plans"]["tensorrt"] is None

@@ -66,16 +66,16 @@ def run_limited(command: Sequence[str], seconds: float, log: Path, environment: 
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
-        return f"stopped after {time.monotonic() - started:.0f} s, because its time was over"
+        return f"stopped after {time.monotonic() - started:.0f} s, because the time limit was reached"
     finally:
         end_all()
         reader.join(WAIT_SECONDS)  # all who could write are gone
     if code == 0:
         return None
     if code < 0:
-        return f"stopped by {signal.Signals(-code).name}"
+        return f"stopped by the signal {signal.Signals(-code).name}"
     lines = tail.decode(errors="replace").strip().splitlines()
-    return f"failed with exit status {code}: {lines[-1][:400] if lines else 'there was no output'}"
+    return f"failed with exit status {code}: {lines[-1][:400] if lines else 'the process printed nothing'}"
 
 
 def _keep(process: subprocess.Popen[bytes], log: Path, tail: bytearray) -> None:

@@ -47,7 +47,7 @@ def run_tests(log: Path, tests: Sequence[str]) -> dict[str, Any]:
     found = checks(log)
     failed = [one["name"] for one in found if one["outcome"] == "failed"]
     if not found:
-        return {"outcome": "failed", "reason": f"no test was run; see {log}"}
+        return {"outcome": "failed", "reason": f"pytest ran no tests; read its output in {log}"}
     if all(one["outcome"] == "not run" for one in found):
         return {"outcome": "unavailable", "reason": found[0]["reason"]}
     return {"outcome": "failed" if failed else "done", "reason": ", ".join(failed) or None}

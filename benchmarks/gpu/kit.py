@@ -32,16 +32,16 @@ EXTRAS = ("cpu", "gpu", "bench", "dev")
 """The extras that a GPU machine is asked for, beside what neck-export itself needs."""
 
 LEFT_OUT = {
-    "hatchling": "builds the package, where there is network",
-    "kubernetes-validate": "for tests of files that no GPU changes",
-    "mypy": "judges sources, wherever they lie",
-    "onnxruntime-gpu": "255 MB; ONNX Runtime's CPU build is there",
-    "openvino": "runs on CPUs",
-    "pyyaml": "for tests of files that no GPU changes",
-    "ruff": "judges sources, wherever they lie",
-    "selenium": "for tests of a page in a browser",
-    "tensorrt": "its libraries come from NVIDIA's own index, 4 GB",
-    "uv": "finds versions of packages, where there is network",
+    "hatchling",  # only needed to build the package, on a machine with network access
+    "kubernetes-validate",  # only needed for tests that do not depend on a GPU
+    "mypy",  # only checks source code, which needs no GPU
+    "onnxruntime-gpu",  # too large (255 MB); the CPU build of ONNX Runtime is included
+    "openvino",  # runs on CPUs only
+    "pyyaml",  # only needed for tests that do not depend on a GPU
+    "ruff",  # only checks source code, which needs no GPU
+    "selenium",  # only needed to test the report in a browser
+    "tensorrt",  # too large: its libraries, 4 GB, come from NVIDIA's own package index
+    "uv",  # only needed to resolve package versions, on a machine with network access
 }
 """What of them stays out, and why."""
 
@@ -159,10 +159,11 @@ def describe(folder: Path, asked: Sequence[Requirement], there: There) -> dict[s
     """
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.whl"))}
     if sum(sizes.values()) > MOST_BYTES:
-        told = f"{sum(sizes.values()) / 2**20:.1f} MiB, at most {MOST_BYTES >> 20} are carried; the largest is "
-        told += max(sizes, key=sizes.__getitem__)
+        largest = max(sizes, key=sizes.__getitem__)
         raise KitError(
-            f"the kit has {told}: list the package as already there in {THERE.name}, or leave it out (LEFT_OUT)"
+            f"the kit has {sum(sizes.values()) / 2**20:.1f} MiB, but the limit is {MOST_BYTES >> 20} MiB. Its largest "
+            f"wheel is {largest}; list the package in {THERE.name} if the GPU machine has it, or add it to LEFT_OUT "
+            f"in benchmarks/gpu/kit.py"
         )
     return {"python": there.python, "requirements": [str(one) for one in asked], "wheels": sizes}
 
@@ -178,11 +179,14 @@ def _pip(arguments: Sequence[str]) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise KitError(
-            f"pip {arguments[0]} did not finish within {SECONDS:g} s; check the network, and try again"
+            f"`pip {arguments[0]}` did not finish within {SECONDS:g} s; check the network connection and try again"
         ) from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if re.match(r"ERROR", line)] or [done.stderr.strip()]
-        raise KitError(f"pip {arguments[0]} failed: {' '.join(lines[-1].split())[:300]}")
+        raise KitError(
+            f"`pip {arguments[0]}` failed ({' '.join(lines[-1].split())[:300]}); check the network connection and the "
+            "packages in pyproject.toml"
+        )
 
 
 def main() -> None:
@@ -190,7 +194,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("build/gpu-kit"))
     parser.add_argument(
-        "--there", type=Path, default=THERE, help=("File that says what the machine has [default: beside this file]")
+        "--there",
+        type=Path,
+        default=THERE,
+        help="Read the packages of the GPU machine from this file. [default: benchmarks/gpu/there.json]",
     )
     arguments = parser.parse_args()
     try:
@@ -200,7 +207,7 @@ def main() -> None:
     for name in manifest["wheels"]:
         print(name)
     size = sum(manifest["wheels"].values()) / 2**20
-    print(f"{arguments.output}: {size:.1f} MiB for Python {manifest['python']}")
+    print(f"{arguments.output}: the kit for Python {manifest['python']} has {size:.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -45,21 +45,25 @@ def gpu_problem() -> str | None:
         if torch.cuda.is_available():
             return None
     driver = driver_version()
-    rehearse = "`make gpu GPU_DEVICE=cpu` rehearses without one"
+    rehearse = "to rehearse without a GPU, run `make gpu GPU_DEVICE=cpu`"
     if torch.version.cuda is None:
         return (
-            f"torch {torch.__version__} is not a CUDA build; run make gpu with a Python that has one (PYTHON=...); "
-            f"{rehearse}"
+            f"torch {torch.__version__} is not a CUDA build; run `make gpu PYTHON=...` with a Python that has a CUDA "
+            f"build "
+            f"of torch; {rehearse}"
         )
-    said = next((" ".join(str(one.message).split()).partition(" (Triggered")[0] for one in told), "NVML gave no reason")
+    said = next(
+        (" ".join(str(one.message).split()).partition(" (Triggered")[0] for one in told), "torch gave no reason"
+    )
     if driver is None:
         return (
-            "there is no NVIDIA driver here (neither /proc/driver/nvidia nor NVML reports one), and make gpu needs "
-            f"a GPU; {rehearse}"
+            "`make gpu` needs a GPU, but this machine has no NVIDIA driver (neither /proc/driver/nvidia nor NVML "
+            "reports "
+            f"one); install the driver; {rehearse}"
         )
-    needs = f"torch {torch.__version__} needs one for CUDA {torch.version.cuda}"
     return (
-        f"torch can use no GPU with driver {driver} ({said[:200]}); {needs}: install a newer driver or an older torch"
+        f"torch {torch.__version__} cannot use a GPU with driver {driver} ({said[:200]}); install a driver for CUDA "
+        f"{torch.version.cuda} or later, or an older torch"
     )
 
 
@@ -80,17 +84,20 @@ def others(free: int, total: int, programs: list[str]) -> str | None:
     """A warning that other programs use the GPU."""
     if total - free < OTHERS_BYTES:
         return None
-    return f"other programs use this GPU: {_room(free, total, programs)}; times include their work"
+    return f"other programs use this GPU ({_room(free, total, programs)}), so the measured times include their load"
 
 
 def too_little(free: int, total: int, programs: list[str]) -> str | None:
     """A message that the GPU has too little free memory."""
     if free >= NEEDED_BYTES:
         return None
-    needs = f"{NEEDED_BYTES / 1e9:.0f} GB are needed"
-    return f"too little device memory: {_room(free, total, programs)}, {needs}; close other programs or use another GPU"
+    return (
+        f"the GPU has too little free memory: {NEEDED_BYTES / 1e9:.0f} GB are needed, but "
+        f"{_room(free, total, programs)}; "
+        "close other programs or use another GPU"
+    )
 
 
 def _room(free: int, total: int, programs: list[str]) -> str:
-    told = f" ({'; '.join(programs[:3])})" if programs else ""
-    return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free{told}"
+    told = f", used by: {'; '.join(programs[:3])}" if programs else ""
+    return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB of device memory are free{told}"

@@ -39,14 +39,14 @@ def page_lines(
     """
     lines = [
         *_machine(doctor, rates.get("rates")),
-        *(_figures(result) if result else ["There are no results, because nothing was measured."]),
+        *(_figures(result) if result else ["No backend was measured, so there are no results."]),
     ]
     done = [f"{name} {one['seconds']:.0f} s" for name, one in stages.items() if one["outcome"] == "done"]
-    lines.append(f"Done: {', '.join(done) or 'nothing'}.")
+    lines.append(f"Stages done: {', '.join(done) or 'none'}.")
     left = [f"{name} {one['outcome']}: {one['reason']}" for name, one in stages.items() if one["outcome"] != "done"]
     room = MOST_LINES - len(lines)
     if len(left) > room:
-        left = [*left[: room - 1], f"and {len(left) - room + 1} further stages; see session.json"]
+        left = [*left[: room - 1], f"{len(left) - room + 1} more stages are not done; see session.json"]
     return [line if len(line) <= 300 else f"{line[:297]}..." for line in (*lines, *left)]
 
 
@@ -59,7 +59,10 @@ def _machine(doctor: Mapping[str, Any], rates: Mapping[str, Any] | None) -> list
     lines = [f"{name}, torch {versions['torch']}, Python {told['python']}"]
     if rates:
         flops = ", ".join(f"{key.upper()} {scaled(rate, 'FLOP/s')}" for key, rate in rates["flops_per_s"].items())
-        lines.append(f"Measured rates of the machine: {flops}, copy {scaled(rates['copy_bytes_per_s'], 'B/s')}")
+        lines.append(
+            f"Measured rates of the machine: matrix multiplication {flops}; memory copy "
+            f"{scaled(rates['copy_bytes_per_s'], 'B/s')}"
+        )
     return lines + ([f"Warning: {doctor['warning']}"] if doctor.get("warning") else [])
 
 
@@ -69,13 +72,16 @@ def _figures(result: dict[str, Any]) -> list[str]:
     rows = ranked(result, machine)
     for row in rows[:MOST_ROWS]:
         figures = (milliseconds(median_ms(row)), ratio_figure(row), error_figure(worst_error(row)), verdict(row))
-        lines.append(f"  {row['label']}: {figures[0]}, ratio {figures[1]}, error {figures[2]}, {figures[3]}")
+        lines.append(
+            f"  {row['label']}: p50 {figures[0]}, latency ratio to the reference {figures[1]}, relative L2 "
+            f"{figures[2]}, {figures[3]}"
+        )
     if len(rows) > MOST_ROWS:
-        lines.append(f"  and {len(rows) - MOST_ROWS} slower ones; see report.md")
+        lines.append(f"  {len(rows) - MOST_ROWS} slower backends are listed in report.md")
     for sweep in ("image_size", "batch"):
         for found in list(swept(result, machine, sweep).values())[-1:]:
             points = (f"{size_name(row['image_size'], row['batch'])} {milliseconds(median_ms(row))}" for row in found)
             lines.append(f"{found[0]['label']}: {'; '.join(points)}")
     outcomes = [one["outcome"] for one in result.get("checks", [])]
     told = ", ".join(f"{outcomes.count(one)} {one}" for one in ("passed", "failed", "not run"))
-    return [*lines, f"Checks (tests marked gpu, weights): {told}."]
+    return [*lines, f"Checks (tests marked gpu, and the random weights): {told}."]

@@ -73,7 +73,11 @@ class Session:
                         self._archive()
                         news = False
                 elif stage not in fitting(wanted[place:], self._left() / 60):
-                    self._note(stage, "left out", "there is too little time left; run the command again to do it")
+                    self._note(
+                        stage,
+                        "left out",
+                        "too little time was left for this stage; run the command again to run the stage",
+                    )
                 elif not self._stage(stage):
                     return self._end()
                 else:
@@ -86,7 +90,11 @@ class Session:
         """Runs one stage; False where nothing can be measured here."""
         limit = time_limit(stage, self._left(), self.scale)
         if limit < LEAST_SECONDS:
-            self._note(stage, "left out", "the time was over; run the command again to do it")
+            self._note(
+                stage,
+                "left out",
+                "the time limit was reached before this stage; run the command again to run the stage",
+            )
             return True
         print(f"{stage.name}: {stage.what} (at most {limit:.0f} s)", flush=True)
         found_at, started = self._found(stage.name), time.monotonic()
@@ -136,12 +144,13 @@ class Session:
         try:
             path, left_out = write_archive(self.output)
         except OSError as error:
-            print(f"no archive was written: {error}", flush=True)
+            print(f"the archive cannot be written ({error}); free disk space and run the command again", flush=True)
             return
-        told = f"; too large for the archive: {', '.join(left_out)}" if left_out else ""
+        told = f". The archive omits these files, which are too large: {', '.join(left_out)}" if left_out else ""
         print(
-            f"{path} ({path.stat().st_size / 2**20:.1f} MiB): to continue on another machine, copy this file beside "
-            f"{self.output.name} there and run the command again{told}",
+            f"{path} ({path.stat().st_size / 2**20:.1f} MiB) contains the results. To continue on another machine, "
+            f"copy "
+            f"this file into the parent folder of {self.output.name} there and run the command again{told}",
             flush=True,
         )
 
@@ -187,7 +196,7 @@ def unmet(requirements: Sequence[str]) -> list[str]:
         except importlib.metadata.PackageNotFoundError:
             version = None
         if version is None or not asked.specifier.contains(version, prereleases=True):
-            found.append(f"{line} (installed is {version or 'none'})")
+            found.append(f"{line} (installed: {version or 'none'})")
     return found
 
 
@@ -210,10 +219,9 @@ def main() -> None:
     asked = parser.parse_args()
     pinned = (asked.kit / "requirements.txt").read_text(encoding="utf-8")
     if lacks := unmet(_json(asked.kit / "kit.json")["requirements"]):
-        told = f"{sys.executable} with {asked.kit} does not have {', '.join(lacks)}"
         sys.exit(
-            f"error: {told}; correct benchmarks/gpu/there.json, which lists what the machine has, and make the kit "
-            "again"
+            f"error: these packages are missing in {sys.executable} and in the kit {asked.kit}: {', '.join(lacks)}; "
+            "list only packages that the GPU machine has in benchmarks/gpu/there.json, and run `make gpu-kit` again"
         )
     if asked.fresh:
         for name in ("work", "session.json"):
@@ -223,10 +231,11 @@ def main() -> None:
     if not asked.fresh:
         try:
             if unpack_archive(asked.output):
-                print(f"{archive_path(asked.output)}: continuing where that session stopped", flush=True)
+                print(f"{archive_path(asked.output)}: continuing the session that this archive contains", flush=True)
         except (OSError, EOFError, tarfile.TarError) as error:
             sys.exit(
-                f"error: {archive_path(asked.output)}: the archive is incomplete ({error}); copy it again or remove it"
+                f"error: {archive_path(asked.output)}: the archive is incomplete or damaged ({error}); copy it again "
+                f"or remove it"
             )
     print("\n".join(table(asked.device)), flush=True)
     sys.exit(Session(asked.output, asked.device, asked.ends, asked.config, pinned).run())

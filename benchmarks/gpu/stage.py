@@ -108,8 +108,8 @@ def weights(asked: Asked) -> Found:
     if known is None or digest == known:
         return {"outcome": "done", "sha256": digest, "same": None if known is None else True}
     reason = (
-        f"the random weights have SHA-256 {digest[:12]}, but {known[:12]} on other machines; errors cannot be "
-        "compared with theirs"
+        f"the random weights have SHA-256 {digest[:12]} here, but {known[:12]} on other machines, so the errors "
+        "measured here cannot be compared with theirs; use the torch version of the other machines"
     )
     return {"outcome": "failed", "sha256": digest, "same": False, "reason": reason}
 
@@ -126,7 +126,7 @@ def weights_digest(path: Path) -> str:
 def measure(asked: Asked, stage: Stage) -> Found:
     """Measures the stage's backends at the main point."""
     if not stage.backends:
-        return {"outcome": "unavailable", "reason": f"none exists on {asked.device}"}
+        return {"outcome": "unavailable", "reason": f"this stage has no backends for the device {asked.device}"}
     return _measured(asked.options(backends=stage.backends, timeout_s=stage.answer_s))
 
 
@@ -134,7 +134,10 @@ def points(asked: Asked, stage: Stage) -> Found:
     """Measures the fastest backend that is built quickly, at other sizes and batches."""
     name = _fastest(asked)
     if name is None:
-        return {"outcome": "unavailable", "reason": "no backend was measured that could run at other sizes"}
+        return {
+            "outcome": "unavailable",
+            "reason": "no backend within tolerance was measured, so none can be measured at other sizes",
+        }
     found = _measured(asked.options(backends=(name,), timeout_s=stage.answer_s, **_sweeps(asked, name)))
     return {**found, "fastest": name}
 
@@ -150,7 +153,9 @@ def _measured(options: BenchOptions) -> Found:
     failed = [f"{row['backend']}: {row['reason']}" for row in rows if row["status"] == "failed"]
     waiting = [row["backend"] for row in rows if is_waiting(row)]
     outcome: Outcome = "failed" if failed else "unfinished" if waiting else "done"
-    reason = "; ".join(failed) or (f"no time for {', '.join(dict.fromkeys(waiting))}" if waiting else None)
+    reason = "; ".join(failed) or (
+        f"too little time was left to measure {', '.join(dict.fromkeys(waiting))}" if waiting else None
+    )
     return {"outcome": outcome, "reason": reason}
 
 

@@ -29,8 +29,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/gpu"))
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--config", type=Path, help="encoder.json of another encoder than the full-size one")
-    parser.add_argument("--fresh", action="store_true", help="Forget what an earlier call measured")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="Measure the encoder that this encoder.json describes. [default: the full-size encoder]",
+    )
+    parser.add_argument("--fresh", action="store_true", help="Discard what an earlier call measured.")
     asked = parser.parse_args()
     try:
         read_kit(asked.kit)
@@ -50,7 +54,7 @@ class KitError(RuntimeError):
     """A kit that does not fit this machine, or is not whole."""
 
 
-MAKE = "run `make gpu-kit` on a machine with network, and copy the whole folder build/gpu-kit to this one"
+MAKE = "run `make gpu-kit` on a machine with network access, and copy the folder build/gpu-kit from there"
 
 
 def read_kit(folder: Path) -> dict[str, Any]:
@@ -65,13 +69,16 @@ def read_kit(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise KitError(f"{folder}: the folder is not a kit ({MANIFEST} is missing); {MAKE}") from None
     except (ValueError, KeyError, TypeError):
-        raise KitError(f"{folder}/{MANIFEST}: the file cannot be read; {MAKE}") from None
+        raise KitError(f"{folder}/{MANIFEST}: the file is not a valid manifest of a kit; {MAKE}") from None
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     if python != here:
-        told = f"{folder}: the kit is for Python {python}, but {sys.executable} is {here}"
-        raise KitError(f"{told}; choose that Python with `make gpu PYTHON=python{python}`, or make another kit")
+        told = f"{folder}: the kit is for Python {python}, but {sys.executable} is Python {here}"
+        raise KitError(f"{told}; run `make gpu PYTHON=python{python}`, or make a kit for this Python")
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        raise KitError(f"{folder}: the kit is for Linux x86-64, but this is {platform.system()} {platform.machine()}")
+        raise KitError(
+            f"{folder}: the kit is for Linux x86-64, but this machine is {platform.system()} {platform.machine()}; "
+            f"use a machine with Linux on x86-64"
+        )
     return manifest
 
 
@@ -96,7 +103,8 @@ def install(kit: Path, output: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise KitError(
-            f"{site}: pip did not install the kit within {INSTALL_SECONDS:g} s; check the disk and try again"
+            f"{site}: pip did not install the kit within {INSTALL_SECONDS:g} s; check that the disk is not full or "
+            f"slow, and try again"
         ) from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]

@@ -53,28 +53,55 @@ FOLDER = "stages"
 def plan(device: Device) -> tuple[Stage, ...]:
     """The stages in their order: the most wanted first."""
     return (
-        Stage("doctor", "the machine, and which other programs use the GPU", 0.3, 2.0),
-        Stage("cpp", "the C++ library on real CUDA, with a fake TensorRT", 0.7, 1.6, 8),
+        Stage("doctor", "examine the machine, and list other programs that use the GPU", 0.3, 2.0),
+        Stage("cpp", "test the C++ library on real CUDA, with a fake TensorRT", 0.7, 1.6, 8),
         Stage(
             "session",
-            ("Python's sessions, pool, CUDA graphs and DLPack on torch.cuda, with a fake TensorRT"),
+            "test the Python sessions, pool, CUDA graphs and DLPack on real CUDA, with a fake TensorRT",
             0.3,
             1.0,
             9,
         ),
-        Stage("weights", "random weights, the same bits as elsewhere", 0.4, 1.0),
-        Stage("eager", "eager, plain and rewritten, FP32, FP16, BF16", 1.9, 3.0, backends=EAGER),
-        Stage("compiled", "torch.compile, default, rewritten", 1.0, 2.5, 7, COMPILED[device], answer_s=ANSWER[device]),
-        Stage("rates", "the rates that the machine itself reaches", 0.3, 1.0, 6),
+        Stage("weights", "make the random weights, and check that they are the same as on other machines", 0.4, 1.0),
+        Stage(
+            "eager", "measure PyTorch eager, plain and rewritten module, FP32, FP16 and BF16", 1.9, 3.0, backends=EAGER
+        ),
+        Stage(
+            "compiled",
+            "measure torch.compile in default mode, rewritten module",
+            1.0,
+            2.5,
+            7,
+            COMPILED[device],
+            answer_s=ANSWER[device],
+        ),
+        Stage("rates", "measure the matrix multiplication and copy rates of the machine", 0.3, 1.0, 6),
         REPORT,
-        Stage("points", "batch 4 and 8, and 672 and 1344 pixels, of the fastest backend", 0.7, 2.3, 2, points=True),
-        Stage("plain", "torch.compile, default, plain", 0.7, 2.5, 3, PLAIN[device], answer_s=ANSWER[device]),
-        Stage("tuned", "torch.compile max-autotune with CUDA graphs", 0.7, 3.0, 1, TUNED, answer_s=150.0),
-        Stage("tests", "further tests marked gpu", 0.4, 1.6, 4),
+        Stage(
+            "points",
+            "measure the fastest backend at batch 4 and 8, and at 672 and 1344 pixels",
+            0.7,
+            2.3,
+            2,
+            points=True,
+        ),
+        Stage(
+            "plain",
+            "measure torch.compile in default mode, plain module",
+            0.7,
+            2.5,
+            3,
+            PLAIN[device],
+            answer_s=ANSWER[device],
+        ),
+        Stage(
+            "tuned", "measure torch.compile in max-autotune mode, with CUDA graphs", 0.7, 3.0, 1, TUNED, answer_s=150.0
+        ),
+        Stage("tests", "run the other tests marked gpu", 0.4, 1.6, 4),
     )
 
 
-REPORT = Stage("report", "results, report, this page", 0.6, 0.6)
+REPORT = Stage("report", "write the results, the report and this page", 0.6, 0.6)
 """After what is most wanted, and again at the end if anything was measured since."""
 
 QUICK_BUILD_S = 20.0

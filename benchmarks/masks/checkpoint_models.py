@@ -65,21 +65,23 @@ def load_checkpoint_segmenter(
     """
     if prompts.points:
         raise MasksError(
-            f"{path}: the detectors of Meta's and Ultralytics' packages need --prompt or --boxes; for --points give "
-            "a folder of transformers"
+            f"{path}: a checkpoint file accepts --prompt and --boxes, but not --points; for --points, set --model to a "
+            "Hugging Face Transformers model folder"
         )
     package, build = _builder(path)
     try:
         with contextlib.redirect_stdout(io.StringIO()), _lacking() as lacking:  # Meta's prints what lacks
             detector = build(path, device, size)
     except FAILURES as error:
-        raise MasksError(f"{path}: {package} cannot load the checkpoint ({_short(error)})") from None
+        raise MasksError(
+            f"{path}: {package} cannot load the checkpoint ({_short(error)}); pass a checkpoint of the whole SAM 3"
+        ) from None
     names = {name for name, _ in detector.model.named_parameters()}  # tables that are computed may lack
     if missing := sorted(names & set(lacking)):
         some = ", ".join(missing[:3])
         raise MasksError(
-            f"{path}: {len(missing)} of the model's tensors are missing ({some}, ...); give a checkpoint of the "
-            "whole SAM 3"
+            f"{path}: {len(missing)} of the model's tensors are missing in the checkpoint ({some}, ...); pass a "
+            "checkpoint of the whole SAM 3"
         )
     return detector.model, lambda pixels: _segment(detector, prompts, pixels, device, threshold)
 
@@ -93,8 +95,8 @@ def _builder(path: Path) -> tuple[str, Build]:
         except ImportError as error:
             why.append(f"{package}: {_short(error)}")
     raise MasksError(
-        f"{path}: loading a checkpoint file needs Meta's sam3 or ultralytics ({'; '.join(why)}); install one with "
-        "pip, or give a folder of transformers"
+        f"{path}: loading a checkpoint file needs the package sam3 or ultralytics ({'; '.join(why)}); install one with "
+        "pip, or set --model to a Hugging Face Transformers model folder"
     )
 
 

@@ -37,7 +37,7 @@ def compare_masks(
     folder = ImageFolder.of(options.images)
     paths, size = find_images(folder.path), manifest_signature(where, manifest).image_size
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    report(f"loading the model {options.model}")
+    report(f"loading the SAM 3 model {options.model}")
     asked = (options.model, options.prompts, device, options.threshold)
     model, segment = load_checkpoint_segmenter(*asked, size) if options.model.is_file() else load_segmenter(*asked)
     simulated = device == "cpu" and not plan and manifest.get("precision") != "fp32"
@@ -53,7 +53,7 @@ def compare_masks(
         for name, one, two in zip(names, mine, theirs, strict=True)
     ]
     whole = f"{type(model).__name__} of {type(model).__module__.partition('.')[0]} on {device}"
-    method = f"{whole}, with its own encoder and with the file, score threshold {options.threshold:g}"
+    method = f"{whole}, with its own encoder compared with the file; score threshold {options.threshold:g}"
     values = figures(found, options.gate) | {
         "method": f"{method}; {SIMULATED}" if simulated else method,
         "model": str(options.model),
@@ -89,7 +89,7 @@ def run_twice(
     """
     encoder = attach(model, file, check=check, simulated=simulated)  # first: what does not fit is told at once
     try:
-        report("finding objects with the file")
+        report("finding objects with the exported file as the encoder")
         other = [segment(pixels) for pixels in images()]
     finally:
         detach(model)

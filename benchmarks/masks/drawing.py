@@ -36,7 +36,9 @@ def save_images(
             panels.append(_tint(pixels, first ^ second, DIFFERENCE))
             Image.fromarray(np.concatenate(panels, axis=1)).save(folder / f"{path.name}.masks.png")
     except OSError as error:
-        raise MasksError(f"{folder}: {error.strerror or error}; choose another --save") from None
+        raise MasksError(
+            f"{folder}: the images cannot be written ({error.strerror or error}); choose another folder with --save"
+        ) from None
 
 
 def _union(objects: Sequence[Objects], size: tuple[int, int]) -> npt.NDArray[np.bool_]:

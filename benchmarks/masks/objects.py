@@ -159,7 +159,7 @@ def figures(differences: Sequence[Difference], gate: float) -> dict[str, Any]:
     lost, found = (sum(getattr(one, name) for one in differences) for name in ("lost", "found"))
     if not (ious or lost or found or own or other):
         raise MasksError(
-            "no object exceeds the score threshold in any image; choose other prompts or images, or a lower --threshold"
+            "no object exceeds the score threshold in any image; use other prompts or images, or lower --threshold"
         )
     boxes, scores = (
         [value for one in differences for value in getattr(one, name)] for name in ("box_ious", "score_errors")
@@ -191,12 +191,15 @@ def figures(differences: Sequence[Difference], gate: float) -> dict[str, Any]:
 def lines(found: dict[str, Any]) -> list[str]:
     """The figures for a screen."""
     return [
-        f"{found['images']} images, {found['objects']} objects, {found['lost']} lost, {found['found']} additional",
+        f"{found['images']} images; {found['objects']} objects found by both encoders, {found['lost']} only by the "
+        f"model's "
+        f"own, {found['found']} only by the file",
         *_non_finite_lines(found["non_finite"]),
-        f"mask IoU  mean {found['mean_iou']:.4f}, worst {found['worst_iou']:.4f}; largest difference in "
+        f"mask IoU: mean {found['mean_iou']:.4f}, worst {found['worst_iou']:.4f}; the masks differ most in "
         f"{found['worst_image']}",
-        f"box IoU   mean {found['mean_box_iou']:.4f}, worst {found['worst_box_iou']:.4f}",
-        f"scores differ by up to {found['largest_score_error']:.2e}, presence by {found['largest_presence_error']:.2e}",
+        f"box IoU: mean {found['mean_box_iou']:.4f}, worst {found['worst_box_iou']:.4f}",
+        f"object scores differ by up to {found['largest_score_error']:.2e}, presence scores by up to "
+        f"{found['largest_presence_error']:.2e}",
         found["method"],
     ]
 
@@ -205,14 +208,18 @@ def _non_finite_lines(counts: dict[str, int]) -> list[str]:
     """Which of the two encoders makes the model give NaN or infinity."""
     whose = {"own": "the model's own encoder", "file": "the file"}
     return [
-        f"NaN or infinity in {count} of the model's outputs with {whose[key]}" for key, count in counts.items() if count
+        f"{count} of the model's output values are NaN or infinite with {whose[key]}"
+        for key, count in counts.items()
+        if count
     ]
 
 
 def worst_lines(found: dict[str, Any]) -> list[str]:
     """The images below the gate, the worst first, one a line."""
     return [
-        f"{one['image']} ({one['prompt']}): mask IoU {min(one['ious'], default=0):.4f}, {one['lost']} lost, "
-        f"{one['found']} found" + (f", {one['file_non_finite']} values not finite" if one["file_non_finite"] else "")
+        f"{one['image']} ({one['prompt']}): worst mask IoU {min(one['ious'], default=0):.4f}, {one['lost']} objects "
+        f"lost, "
+        f"{one['found']} additional"
+        + (f", {one['file_non_finite']} values that are NaN or infinite" if one["file_non_finite"] else "")
         for one in found["below_gate"][:5]
     ]

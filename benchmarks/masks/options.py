@@ -28,7 +28,7 @@ def parse_places(count: int, given: Sequence[str]) -> tuple[tuple[float, ...], .
     except ValueError:
         places = ((),)
     if any(len(place) != count for place in places):
-        raise OptionError(f"expected {count} numbers separated by commas, such as {','.join(['0.5'] * count)}")
+        raise OptionError(f"pass {count} numbers separated by commas, such as {','.join(['0.5'] * count)}")
     return places
 
 
@@ -69,12 +69,14 @@ class Prompts:
     def __post_init__(self) -> None:
         places = self.points + self.boxes
         if bool(self.texts) == bool(places):
-            raise MasksError("no prompt was given; use --prompt TEXT, or --points X,Y and --boxes X0,Y0,X1,Y1")
+            raise MasksError("pass either --prompt TEXT, or --points X,Y and --boxes X0,Y0,X1,Y1")
         for place in places:
             if not all(0 <= side <= 1 for side in place):
-                raise MasksError(f"{place} is outside the image; expected fractions of width and height, 0 to 1")
+                raise MasksError(
+                    f"the point or box {place} is outside the image; pass fractions of the width and height from 0 to 1"
+                )
         if any(box[0] >= box[2] or box[1] >= box[3] for box in self.boxes):
-            raise MasksError("a box is empty; give its left, upper, right and lower side")
+            raise MasksError("a box in --boxes is empty; pass its left, top, right and bottom side in this order")
 
     @property
     def names(self) -> list[str]:

@@ -46,9 +46,16 @@ def load_segmenter(folder: Path, prompts: Prompts, device: str, threshold: float
     kind = _kind(folder)
     wanted, name = (DETECTORS, "Sam3Model") if prompts.texts else (TRACKERS, "Sam3TrackerVideoModel")
     if kind not in wanted:
-        takes = "--points and --boxes" if kind in TRACKERS else "--prompt" if kind in DETECTORS else "none of these"
+        takes = (
+            "--points and --boxes"
+            if kind in TRACKERS
+            else "--prompt"
+            if kind in DETECTORS
+            else "no prompts of this kind"
+        )
         raise MasksError(
-            f"{folder}: a model of type {kind!r} accepts {takes}, but these prompts need {' or '.join(wanted)}"
+            f"{folder}: a model of type {kind!r} accepts {takes}, but these prompts need a model of type "
+            f"{' or '.join(wanted)}; choose another --model or other prompts"
         )
     transformers.utils.logging.set_verbosity_error()  # its report of keys that belong to other classes
     transformers.utils.logging.disable_progress_bar()
@@ -56,10 +63,16 @@ def load_segmenter(folder: Path, prompts: Prompts, device: str, threshold: float
         model, told = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder) if prompts.texts else None
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise MasksError(f"{folder}: transformers cannot load it ({' '.join(str(error).split())[:300]})") from None
+        raise MasksError(
+            f"{folder}: transformers cannot load the model ({' '.join(str(error).split())[:300]}); download the model "
+            f"again"
+        ) from None
     if told["missing_keys"]:
         lacking = sorted(told["missing_keys"])
-        raise MasksError(f"{folder}: lacks {len(lacking)} of {name}'s tensors ({', '.join(lacking[:3])}, ...)")
+        raise MasksError(
+            f"{folder}: {len(lacking)} tensors of {name} are missing ({', '.join(lacking[:3])}, ...); download the "
+            f"whole model again"
+        )
     model = model.eval().to(device)
     if prompts.texts:
         return model, lambda pixels: by_text(model, tokenizer, prompts, _image(pixels, device), threshold)
@@ -141,7 +154,11 @@ def _kind(folder: Path) -> str:
         return str(config["model_type"])
     except FileNotFoundError:
         raise MasksError(
-            f"{folder}: holds no config.json; give a folder of transformers, such as facebook/sam3's, or a checkpoint"
+            f"{folder}: the folder contains no config.json; set --model to a Hugging Face Transformers model folder, "
+            f"such as "
+            "a download of facebook/sam3, or to a checkpoint file"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MasksError(f"{folder / 'config.json'}: cannot be read ({error!r}); fetch the model again") from None
+        raise MasksError(
+            f"{folder / 'config.json'}: the file cannot be read ({error!r}); download the model again"
+        ) from None

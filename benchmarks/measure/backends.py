@@ -104,7 +104,7 @@ class Runner(Protocol):
 
 
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
-NAMES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "fp8": "FP8, all products", "int8": "INT8, all products"}
+NAMES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "fp8": "FP8, all MatMuls", "int8": "INT8, all MatMuls"}
 QUANTIZED = ("fp8", "int8")
 """All products, the fastest that a file of the kind can be: its errors tell whether it may be used as it is."""
 
@@ -180,7 +180,10 @@ def choose_backends(device: Device, asked: Sequence[str]) -> list[Backend]:
     names = {backend.id for backend in known}
     unknown = [name for name in asked if name not in names]
     if unknown:
-        raise BenchError(f"no backend {', '.join(unknown)} on {device}; choose from {', '.join(sorted(names))}")
+        raise BenchError(
+            f"--backend {', '.join(unknown)} does not exist for the device {device}; choose from "
+            f"{', '.join(sorted(names))}"
+        )
     return [backend for backend in known if not asked or backend.id in asked or backend.id == REFERENCE]
 
 
@@ -193,7 +196,7 @@ def why_unavailable(backend: Backend, facts: Mapping[str, Any], named: bool = Fa
         named: whether the user named it; then what is merely slow is run.
     """
     if backend.device == "cuda" and not facts["cuda"]:
-        return "no NVIDIA GPU that torch can use"
+        return "torch finds no usable NVIDIA GPU"
     match backend.runtime:
         case "eager" | "compile" | "compile-max":
             return _torch_lacks(backend, facts, named)
@@ -211,7 +214,7 @@ def _torch_lacks(backend: Backend, facts: Mapping[str, Any], named: bool) -> str
     if slow and not named:
         return (
             f"this CPU has no {NAMES[backend.precision]} matrix instructions, so torch would emulate them more "
-            "slowly than FP32; name the backend with --backend to measure it nevertheless"
+            f"slowly than FP32; to measure it anyway, run with --backend {backend.id}"
         )
     return facts["compilers"][backend.device] if backend.runtime != "eager" else None
 
@@ -220,11 +223,11 @@ def _ort_lacks(backend: Backend, facts: Mapping[str, Any]) -> str | None:
     if facts["providers"] is None:
         return f"onnxruntime is not installed; run {install('cpu' if backend.device == 'cpu' else 'gpu')}"
     if backend.provider not in facts["providers"]:
-        return f"this onnxruntime has no {backend.provider}; run pip install onnxruntime-gpu"
+        return f"the installed onnxruntime does not contain {backend.provider}; run pip install onnxruntime-gpu"
     if backend.device == "cpu" and backend.precision != "fp32":
         return (
-            f"ONNX Runtime's CPU provider computes files of {NAMES[backend.precision]} in FP32, so it would not "
-            f"measure {NAMES[backend.precision]}"
+            f"ONNX Runtime's CPU provider computes {NAMES[backend.precision]} files in FP32, so it would not measure "
+            f"{NAMES[backend.precision]}"
         )
     return None
 
@@ -234,7 +237,7 @@ def _openvino_lacks(backend: Backend, facts: Mapping[str, Any]) -> str | None:
         return f"openvino is not installed; run {install('bench')}"
     if NAMES[backend.precision] not in facts["openvino"]:
         return (
-            f"OpenVINO's CPU plugin does not compute {NAMES[backend.precision]} here ({', '.join(facts['openvino'])})"
+            f"OpenVINO cannot compute in {NAMES[backend.precision]} on this CPU, only in {', '.join(facts['openvino'])}"
         )
     return None
 

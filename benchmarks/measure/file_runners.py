@@ -41,7 +41,11 @@ class OrtRunner(Runner):
             providers = [(self.provider, allowed), cuda]
         self.session = ort.InferenceSession(self.job.onnx, options, providers=providers)
         if self.session.get_providers()[0] != self.provider:
-            raise RunnerError(f"{self.provider} did not start; onnxruntime chose {self.session.get_providers()}")
+            raise RunnerError(
+                f"ONNX Runtime could not start {self.provider} and chose {self.session.get_providers()} instead; "
+                f"check that the "
+                "libraries of that provider are installed"
+            )
         if self._tensorrt():
             self._check_fp16(allowed[FP16_ALLOWED])
         self.names = [output.name for output in self.session.get_outputs()]
@@ -54,7 +58,10 @@ class OrtRunner(Runner):
                 self.binding.bind_output(name, "cuda")
             self.run()
             if heavy := first.heavy_on_cpu(self.session):
-                raise RunnerError(f"ONNX Runtime {ort.__version__} would compute {heavy} on the CPU instead of the GPU")
+                raise RunnerError(
+                    f"ONNX Runtime {ort.__version__} would compute {heavy} on the CPU instead of the GPU; use another "
+                    f"version"
+                )
             # now: later, what other workers load and free is between the two
             self._taken = _taken(free, _free_device_bytes())
         return None
@@ -67,7 +74,8 @@ class OrtRunner(Runner):
         found = self.session.get_provider_options()[TENSORRT_PROVIDER].get(FP16_ALLOWED)
         if found != asked:
             raise RunnerError(
-                f"{FP16_ALLOWED} is {found}, but {asked} was requested; an FP16 file would be computed in FP32"
+                f"ONNX Runtime set {FP16_ALLOWED} to {found}, but {asked} was requested, so this precision cannot be "
+                f"measured"
             )
 
     def run(self) -> None:
@@ -92,7 +100,7 @@ class OrtRunner(Runner):
         """A note that TensorRT's provider chooses types itself."""
         if not self._tensorrt():
             return None
-        return "FP16 is allowed; the provider's engine is weakly typed, so TensorRT may choose FP32 if it is faster"
+        return "FP16 is allowed, but TensorRT may compute layers in FP32 if that is faster (the engine is weakly typed)"
 
 
 class OpenVinoRunner(Runner):
@@ -112,7 +120,7 @@ class OpenVinoRunner(Runner):
         found = self.model.get_property(hint.inference_precision)
         if found != wanted:
             raise RunnerError(
-                f"OpenVINO computes in {found.get_type_name()}, but {wanted.get_type_name()} was requested"
+                f"OpenVINO chose the precision {found.get_type_name()}, but {wanted.get_type_name()} was requested"
             )
         self.request = self.model.create_infer_request()
         self.image = np.load(self.job.image)
@@ -149,7 +157,7 @@ class PlanRunner(Runner):
         except SessionError as error:
             # bound again: the capture bound buffers of its own, which went with it
             self._outputs, self._start = self.session.bind(self._image), self.session.enqueue
-            self._note = f"no CUDA graph was captured ({error})"
+            self._note = f"measured without a CUDA graph, because none could be captured ({error})"
         return None
 
     def run(self) -> None:

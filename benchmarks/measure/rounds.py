@@ -76,11 +76,12 @@ class Rounds:
                 last = number + max(lacking.values())
                 if self._over() or (number and time.monotonic() > self.schedule.rounds_end):
                     self.report(
-                        f"{self.name}: {number} of {last} rounds are done, but the time is over; run the command "
-                        "again to continue"
+                        f"{self.name}: the time limit was reached after {number} of {last} rounds; run the command "
+                        f"again to "
+                        "continue"
                     )
                     break
-                self.report(f"{self.name}: round {number + 1} of {last}")
+                self.report(f"{self.name}: measuring round {number + 1} of {last}")
                 for name in lacking:
                     if not self._over() and not self._given_up(name):
                         self._visit(name, number)
@@ -136,7 +137,7 @@ class Rounds:
                     return
                 others = [one for one in self._loaded if one != name]
                 if error.memory and others and attempt == "shared":
-                    self.report(f"{name}: {error}; trying again with the other backends unloaded")
+                    self.report(f"{name}: {error}; the other backends are unloaded and this one is measured again")
                     for other in others:
                         self._unload(other)
                     continue
@@ -144,21 +145,23 @@ class Rounds:
                 return
             except FidelityError as error:
                 self._end(name)
-                self._give_up(name, f"the outputs cannot be compared: {error}")
+                self._give_up(name, f"the outputs cannot be compared with the reference: {error}")
                 return
 
     def _give_up(self, name: str, reason: str) -> None:
-        self.report(f"{name}: failed: {reason}")
+        self.report(f"{name}: the measurement failed: {reason}")
         self._add("failed", name, status="failed", reason=reason)
 
     def _leave(self, name: str, reason: str) -> None:
         """Leaves a backend that was too slow to a rerun: it may need a second more than it had."""
         self._left.add(name)
         if self._over():
-            self.report(f"{name}: stopped, because the time is over; run the command again to repeat it")
+            self.report(
+                f"{name}: the time limit was reached, so its round was stopped; run the command again to repeat it"
+            )
             self._add("cut", name)
             return
-        self.report(f"{name}: {reason}; the next run gives it twice the time")
+        self.report(f"{name}: {reason}; run the command again to allow it twice the time")
         self._add("cut", name, late=True, reason=reason)
 
     def _take_turn(self, name: str, number: int) -> None:
@@ -219,7 +222,7 @@ class Rounds:
         order, needed = list(self.jobs), self._needed[name]
         most = available_bytes() + sum(worker.resident_bytes() for worker in self._loaded.values())
         if most < needed:
-            reason = f"needs about {needed / 1e9:.1f} GB of memory, but only {most / 1e9:.1f} GB are free"
+            reason = f"this backend needs about {needed / 1e9:.1f} GB of memory, but only {most / 1e9:.1f} GB are free"
             self.report(f"{name}: {reason}")
             self._add("short", name, reason=reason)
             self._left.add(name)
@@ -227,7 +230,7 @@ class Rounds:
         while available_bytes() < needed + SPARE_BYTES and self._loaded:
             place = order.index(name)
             furthest = max(self._loaded, key=lambda other: (order.index(other) - place) % len(order))
-            self.report(f"{furthest}: unloaded, because {name} needs its memory")
+            self.report(f"{furthest}: unloaded to free memory for {name}")
             self._unload(furthest)
         return True
 
@@ -238,7 +241,7 @@ class Rounds:
             self._add("memory", name, **peaks)
             self._needed[name] = max(peaks["peak_host_bytes"], 1)
         except WorkerError as error:
-            self.report(f"{name}: the peak memory is unknown: {error}")
+            self.report(f"{name}: the peak memory cannot be measured: {error}")
         self._end(name)
 
     def _end(self, name: str) -> None:
@@ -252,7 +255,7 @@ class Rounds:
                 found = self._loaded[REFERENCE].ask("parts", self._timeout(REFERENCE), count=runs)
                 self.samples.add("parts", point=self.name, parts_ms=found)
         except (WorkerError, FidelityError) as error:
-            self.report(f"the time of each part is unknown: {error}")
+            self.report(f"the time of each part of the encoder cannot be measured: {error}")
             self._end(REFERENCE)
 
     def _drop_outputs(self) -> None:

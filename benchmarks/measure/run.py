@@ -59,7 +59,7 @@ class Run:
         try:
             found = place.ask("facts")
         except WorkerError as error:
-            raise BenchError(f"the machine cannot be examined: {error}") from None
+            raise BenchError(f"the process that examines the machine failed: {error}") from None
         self.environment, facts = found["environment"], found["capabilities"]
         self.device: Device = _device(options, facts["cuda"])
         place.prepare()
@@ -93,7 +93,9 @@ class Run:
             reasons = "; ".join(f"{one.id}: {self.unavailable[one.id]}" for one in asked)
             raise BenchError(f"no backend can run here: {reasons}")
         if REFERENCE in self.unavailable:
-            raise BenchError(f"the reference cannot run here: {self.unavailable[REFERENCE]}; use --device cpu")
+            raise BenchError(
+                f"the reference {REFERENCE} cannot run here: {self.unavailable[REFERENCE]}; use --device cpu"
+            )
 
     def _open_samples(self) -> tuple[Path, Samples]:
         options = self.options
@@ -111,7 +113,7 @@ class Run:
         samples = Samples(folder / "samples.jsonl", key)
         if samples.resumed:
             rounds = len(samples.all("round"))
-            self.report(f"{folder}: continuing after {rounds} rounds that were measured before (--fresh discards them)")
+            self.report(f"{folder}: continuing an interrupted run after {rounds} rounds (--fresh starts anew)")
         return folder, samples
 
     def measure(self) -> None:
@@ -131,11 +133,15 @@ class Run:
     def _measure_rates(self, when: str) -> None:
         """The machine's rates, before the backends and after: the best counts."""
         if self.samples.last("rates", when=when) is None:
-            self.report(f"measuring how fast this machine computes and copies, {when} the backends")
+            self.report(
+                f"measuring the matrix multiplication and copy rates of this machine {when} the backends are measured"
+            )
             try:
                 self.samples.add("rates", when=when, **self.place.ask("rates", device=self.device))
             except WorkerError as error:
-                raise BenchError(f"the machine's rates cannot be measured: {error}") from None
+                raise BenchError(
+                    f"the matrix multiplication and copy rates of this machine cannot be measured: {error}"
+                ) from None
             self.place.rest()
 
     def _measure(self, point: MeasurePoint, backends: Sequence[Backend]) -> None:
@@ -161,10 +167,11 @@ class Run:
                 found[name] = job
             elif job.late and time.monotonic() >= point.schedule.ends:
                 self.report(
-                    f"{name}: the file was not written, because the time is over; run the command again to write it"
+                    f"{name}: the time limit was reached before the exported file was written; run the command again "
+                    f"to write it"
                 )
             else:
-                reason = f"the file or module to run cannot be made: {job}"
+                reason = f"the exported file for this backend cannot be made: {job}"
                 self.samples.add("failed", point=point.name, backend=name, status="failed", reason=reason)
         return found
 
@@ -184,7 +191,9 @@ class Run:
 
 def _device(options: BenchOptions, cuda: bool) -> Device:
     if options.device == "cuda" and not cuda:
-        raise BenchError("--device cuda: torch can use no NVIDIA GPU here; check the driver, or use --device cpu")
+        raise BenchError(
+            "--device cuda: torch finds no usable NVIDIA GPU; check the driver with nvidia-smi, or use --device cpu"
+        )
     if options.device == "auto":
         return "cuda" if cuda else "cpu"
     return options.device

@@ -41,14 +41,16 @@ class Samples:
         try:
             head, *lines = [json.loads(line) for line in whole.splitlines()] or [None]
         except ValueError as error:
-            told = f"is not a file of samples ({error}); move it away or choose another --output"
-            raise BenchError(f"{self.path}: {told}") from None
+            raise BenchError(
+                f"{self.path}: the file does not contain benchmark samples ({error}); move it or choose another "
+                f"--output"
+            ) from None
         found = {name: head.get(name) for name in ("schema", "kind", "key")} if isinstance(head, dict) else head
         expected = {"schema": SCHEMA, "kind": KIND, "key": key}
         if found != expected:
             raise BenchError(
-                f"{self.path}: the file begins with {json.dumps(found)[:200]}, expected {json.dumps(expected)}; move "
-                "it away or choose another --output"
+                f"{self.path}: the file begins with {json.dumps(found)[:200]} instead of {json.dumps(expected)}, so it "
+                "belongs to another benchmark; move it or choose another --output"
             )
         self.lines = lines
         if len(whole) < len(data):  # killed while a line was written

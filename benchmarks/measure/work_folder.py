@@ -125,7 +125,7 @@ class ArtifactCache:
         try:
             self.prepared = self.ask("weights", asked=self.asked, folder=self.folder)
         except WorkerError as error:
-            raise BenchError(f"the encoder cannot be made: {error}") from None
+            raise BenchError(f"the encoder cannot be loaded: {error}") from None
         return self.prepared
 
     def point(self, image_size: Size | None, batch: int, schedule: Schedule, sweep: str | None = None) -> MeasurePoint:
@@ -157,7 +157,7 @@ class ArtifactCache:
             try:
                 self.ask("image", asked=self.asked, signature=point.signature, path=image)
             except WorkerError as error:
-                raise BenchError(f"the image cannot be made: {error}") from None
+                raise BenchError(f"the input image cannot be prepared: {error}") from None
         self.rest()
         made = {
             one.id: RunRequest(one, self.prepared.encoder, point.config, point.signature, image) for one in backends

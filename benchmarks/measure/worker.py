@@ -48,7 +48,9 @@ def as_answer(error: Exception) -> WorkerError:
     """The answer to the benchmark about an error."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
     memory = isinstance(error, MemoryError)
-    return WorkerError(f"out of memory ({error})" if memory else text, memory or bool(OUT_OF_MEMORY.search(text)))
+    return WorkerError(
+        f"the process ran out of memory ({error})" if memory else text, memory or bool(OUT_OF_MEMORY.search(text))
+    )
 
 
 def _end_with_parent() -> None:
@@ -112,7 +114,7 @@ class Worker:
         try:
             device = self.runner.device_bytes()
         except Exception as error:  # whatever a runtime raises
-            print(f"the device's peak memory is unknown: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"the peak memory of the GPU cannot be read: {type(error).__name__}: {error}", file=sys.stderr)
             device = None
         return {"peak_host_bytes": peak_bytes(), "peak_device_bytes": device}
 

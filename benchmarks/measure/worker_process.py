@@ -86,7 +86,8 @@ class Worker:
             if not self._connection.poll(timeout_s):
                 self.close()
                 raise WorkerError(
-                    (f"no answer to `{command}` within {timeout_s:.3g} s, so the process was stopped"), late=True
+                    f"the process was stopped, because its step `{command}` took longer than {timeout_s:.3g} s",
+                    late=True,
                 )
             answer = self._connection.recv()
         except (EOFError, OSError):
@@ -99,19 +100,22 @@ class Worker:
         self.close()
         code = self._process.returncode
         if code >= 0:
-            return WorkerError(f"the process failed with exit status {code} in `{command}`; {self._last_words()}")
+            return WorkerError(
+                f"the process failed with exit status {code} in its step `{command}`: {self._last_words()}"
+            )
         name = signal.Signals(-code).name
         if name == "SIGKILL":
             return WorkerError(
-                (f"the process was killed (SIGKILL) in `{command}`, most likely because memory ran out"), memory=True
+                f"the process was killed (SIGKILL) in its step `{command}`, most likely because memory ran out",
+                memory=True,
             )
-        return WorkerError(f"crashed ({name}) in `{command}`; {self._last_words()}")
+        return WorkerError(f"the process crashed ({name}) in its step `{command}`: {self._last_words()}")
 
     def _last_words(self) -> str:
         with self.log.open("rb") as file:
             file.seek(self._from)
             lines = file.read().decode(errors="replace").strip().splitlines()
-        return lines[-1][:400] if lines else f"there was no output, see {self.log}"
+        return lines[-1][:400] if lines else f"the process printed nothing; see {self.log}"
 
     def close(self) -> None:
         """Stops the process with its children, such as compilers; kills it if it does not stop by itself."""

@@ -112,7 +112,7 @@ def latency_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
     legend = [(f"bar {name}", PRECISIONS[name]) for name in PRECISIONS if any(row["precision"] == name for row in rows)]
     legend += [("whisker", ", ".join(LATENCIES)), *([("floor", "floor")] if floors else [])]
     legend += [] if all(may_be_used(row) for row in rows) else [("bar out", "not within tolerance")]
-    legend.append(("", f"bars from {milliseconds(low)} to {milliseconds(scale.high)}{', logarithmic' * log}"))
+    legend.append(("", f"the axis goes from {milliseconds(low)} to {milliseconds(scale.high)}{', logarithmic' * log}"))
     order, bars = numbers(result, machine), []
     for row in rows:
         latency = row["latency"]
@@ -128,8 +128,8 @@ def latency_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
                 scale(row["floor_ms"]) if row.get("floor_ms") else None,
             )
         )
-    best = f"fastest {rows[0]['label']} {milliseconds(median_ms(rows[0]))}"
-    return Chart(f"Bar chart of latency, {len(rows)} backends, {best}", legend, [("", bars)])
+    best = f"the fastest is {rows[0]['label']} {milliseconds(median_ms(rows[0]))}"
+    return Chart(f"Bar chart of the latency of {len(rows)} backends; {best}", legend, [("", bars)])
 
 
 def parts_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
@@ -145,12 +145,12 @@ def parts_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
     for part in parts:
         for key, css, name in series:
             share = (part[key] or 0) / totals[key]
-            value = percent(share) if part[key] is not None else "not told"
+            value = percent(share) if part[key] is not None else "unknown"
             title = f"{part['part']}: {value} of {name}"
             bars.append(Bar(part["part"] * (key == series[0][0]), value, title, css, FULL * (share / most)))
     names = ", ".join(name for _, _, name in series)
     legend = [(css, name) for _, css, name in series]
-    return Chart(f"Bar chart: each part's share of {names}", legend, [("", bars)])
+    return Chart(f"Bar chart: share of each part of the encoder in {names}", legend, [("", bars)])
 
 
 def kernels_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
@@ -162,14 +162,14 @@ def kernels_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
         return None
     kinds: dict[str, list[float]] = collections.defaultdict(list)
     for kernel in known:
-        kinds[kernel["kind"] or "not told"].append(kernel[key])
+        kinds[kernel["kind"] or "of unknown kind"].append(kernel[key])
     total = sum(kernel[key] for kernel in known)
     by_kind = {f"{len(values)} {kind}": sum(values) for kind, values in kinds.items()}
     largest = sorted(known, key=lambda kernel: -kernel[key])[:KERNELS]
     groups = []
     for title, css, pairs in (
-        (f"By kind, all {len(known)}", "bar s1", sorted(by_kind.items(), key=lambda pair: -pair[1])),
-        (f"The largest {len(largest)}", "bar s2", [(kernel["name"], kernel[key]) for kernel in largest]),
+        (f"All {len(known)} kernels by kind", "bar s1", sorted(by_kind.items(), key=lambda pair: -pair[1])),
+        (f"The {len(largest)} largest kernels", "bar s2", [(kernel["name"], kernel[key]) for kernel in largest]),
     ):
         bars = []
         for name, value in pairs:
@@ -179,7 +179,7 @@ def kernels_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
             )
         groups.append((title, bars))
     what = "time" if key == "ms" else "bytes moved"
-    return Chart(f"Bar chart of {what}: {len(known)} kernels by kind, and the largest", groups=groups)
+    return Chart(f"Bar chart of {what}: {len(known)} kernels by kind, and the largest kernels", groups=groups)
 
 
 def error_plot(result: Result, machine: dict[str, Any]) -> Chart | None:
@@ -195,11 +195,11 @@ def error_plot(result: Result, machine: dict[str, Any]) -> Chart | None:
     log = slowest > LOG_PLOT_FROM * fastest
     ends: tuple[float, float] = log_range([fastest, slowest]) if log else (0.0, slowest * 1.12)
     up = Scale(low, high, BOTTOM - bands[0], TOP + bands[1], True)
-    label = f"Scatter plot of error against latency, {len(rows)} backends"
+    label = f"Scatter plot of error against latency for {len(rows)} backends"
     plot = Plot(label, Scale(*ends, LEFT, RIGHT, log), up)
     unit, ms = ("seconds", 1e3) if ends[1] >= SECOND else ("milliseconds", 1.0)
     plot.axes(
-        f"latency p50, {unit}{', log' * log}",
+        f"latency p50, {unit}{', log scale' * log}",
         "worst relative L2 of any output",
         {tick: tick_name(tick / ms) for tick in plot.across.ticks(5)},
         {tick: tick_name(tick) for tick in up.ticks(8)},
@@ -259,13 +259,13 @@ def roofline_plot(result: Result, machine: dict[str, Any]) -> Chart | None:
     halves = [1 if row["precision"] == "fp32" else 2 for row in rows]
     intensities = [half * work["operations"] / work["least_bytes"] for half in halves]
     ridges = [rate / copy_rate for rate in peaks.values()]
-    label = f"Roofline of {machine['name']}, {len(rows)} backends"
+    label = f"Roofline plot of {machine['name']} with {len(rows)} backends"
     across = Scale(*log_range([*intensities, *ridges, RIGHT_OF_POINTS * max(intensities)]), LEFT, RIGHT, True)
     up = Scale(*log_range([*rates, *peaks.values()]), BOTTOM, TOP, True)
     plot = Plot(label, across, up)
     plot.axes(
-        "FLOP per byte of least traffic, log",
-        "FLOP per second, log",
+        "FLOP per byte of minimum memory traffic, log scale",
+        "FLOP per second, log scale",
         {tick: tick_name(tick) for tick in across.ticks(5)},
         {tick: scaled(tick, "").replace(".00", "").replace(".0 ", " ").strip() for tick in up.ticks(8)},
     )
@@ -311,25 +311,27 @@ def growth_plot(result: Result, machine: dict[str, Any], sweep: str) -> Chart | 
         curves[backend] = [(value(point_of(row)), factor * median_ms(row)) for row in rows]
     places = [*closed, *(point for curve in curves.values() for point in curve)]
     xs, ys = [x for x, _ in places], [y for _, y in places]
-    name = "image side, pixels" if sweep == "image_size" else "batch"
-    label = f"Line chart: latency over {name}, {len(lines)} backends"
+    name = "image side in pixels" if sweep == "image_size" else "batch"
+    label = f"Line chart: latency over {name} for {len(lines)} backends"
     across = Scale(min(xs) / 1.05, max(xs) * 1.05, LEFT, RIGHT - 70, True)
     plot = Plot(label, across, Scale(min(ys) / 1.2, max(ys) * 1.2, BOTTOM, TOP, True))
     up_ticks = {tick: tick_name(tick) for tick in plot.up.ticks(8)}
-    plot.axes(name, "times the first point, log", {x: f"{x:.0f}" for x in sorted(set(xs))}, up_ticks)
+    plot.axes(
+        name, "latency relative to the first point, log scale", {x: f"{x:.0f}" for x in sorted(set(xs))}, up_ticks
+    )
     order, key = numbers(result, machine), []
     for series, backend in enumerate(sorted(curves, key=lambda name: order[name])):
         css, rows, curve = f"s{series % COLORS + 1}", lines[backend], curves[backend]
         plot.curve(curve, f"line {css}")
         for row, (x, y) in zip(rows, curve, strict=True):
             size, latency = size_name(row["image_size"], row["batch"]), milliseconds(median_ms(row))
-            told = f"{row['label']}, {size}: {latency}, {significant(y)} times"
+            told = f"{row['label']}, {size}: {latency}, {significant(y)} times the first point"
             number = order[backend] if row is rows[-1] else None
             plot.point(across(x), plot.up(y), series, f"dot {css}", told, number)
         key.append((series, f"dot {css}", order[backend], label_of(result, backend)))
     if closed:
         plot.curve(closed, "line closed")
-    legend = [("closed", "operations, closed form")] if closed else []
+    legend = [("closed", "number of operations, calculated")] if closed else []
     return dataclasses.replace(_with_key(label, plot, key), legend=legend)
 
 

@@ -75,12 +75,12 @@ def missing_sentence(result: Result, machine: dict[str, Any]) -> str:
     reasons = collections.Counter(row["reason"] for name, row in gone.items() if name not in done)
     told = [f"failed: {', '.join(failed)}"] if failed else []
     known = reasons.most_common(REASONS)
-    told += [f"{count}: {_brief(reason or 'for an unknown reason')}" for reason, count in known]
+    told += [f"{count}: {_brief(reason or 'unknown reason')}" for reason, count in known]
     rest = reasons.total() - sum(count for _, count in known)
-    told += [f"{rest} for other reasons"] if rest else []
+    told += [f"{rest}: other reasons"] if rest else []
     text = f"{len(backends - done)} of {len(backends)} backends were not measured here"
     text += f" ({'; '.join(told)})." if told else "."
-    return text + (f" In the sweeps {len(points)} rows were not measured." if points else "")
+    return text + (f" {len(points)} points of the sweeps over sizes and batches were not measured." if points else "")
 
 
 def _brief(reason: str, most: int = 70) -> str:
@@ -234,19 +234,19 @@ def answer_sentence(result: Result, answer: Answer) -> str:
     """The answer in one sentence or two, for Markdown, the page's description and the screen."""
     best, size = answer.best, size_name(result["encoder"]["image_size"], result["encoder"]["batch"])
     if best is None:
-        return f"On {answer.machine['name']} no backend was measured within tolerance at {size}."
+        return f"On {answer.machine['name']}, no backend within tolerance was measured at {size}."
     latency = best["latency"]
     text = (
-        f"On {answer.machine['name']} the fastest backend within tolerance at {size} is {best['label']}: "
+        f"On {answer.machine['name']}, the fastest backend within tolerance at {size} is {best['label']}: "
         f"{milliseconds(latency['p50_ms'])} (p50; p90 {milliseconds(latency['p90_ms'])}, p99 "
-        f"{milliseconds(latency['p99_ms'])}; {latency['runs']} runs), worst relative L2 "
+        f"{milliseconds(latency['p99_ms'])}; {latency['runs']} runs); the worst relative L2 is "
         f"{error_figure(worst_error(best))}"
     )
     if best.get("ratio"):
         ratio = best["ratio"]
-        text += f", {ratio_figure(best)} of the latency of {label_of(result, ratio['to'])}"
+        text += f"; the latency ratio to {label_of(result, ratio['to'])} is {ratio_figure(best)}"
     if best.get("share_of_floor") is not None:
-        text += f", {percent(best['share_of_floor'])} of what the machine's own rates allow"
+        text += f"; this is {percent(best['share_of_floor'])} of the speed that the measured rates of the machine allow"
     return text + "."
 
 
@@ -255,6 +255,7 @@ def caution_sentence(answer: Answer) -> str | None:
     outside = answer.fastest_outside
     if outside is None:
         return None
-    error = worst_error(outside)
-    why = "was not compared" if error is None else f"is outside tolerance: worst relative L2 {error_figure(error)}"
-    return f"{outside['label']} took {milliseconds(median_ms(outside))} but {why}."
+    error, took = worst_error(outside), f"{outside['label']} took only {milliseconds(median_ms(outside))}"
+    if error is None:
+        return f"{took}, but its outputs were not compared with the reference."
+    return f"{took}, but the worst relative L2, {error_figure(error)}, exceeds the tolerance."

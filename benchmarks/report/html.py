@@ -119,10 +119,12 @@ def _facts(result: Result, best: Row) -> list[dict[str, str]]:
     spread = f"median of {latency['runs']} run{'s' * (latency['runs'] > 1)}; {high}"
     facts = [{"name": "Latency", "figure": milliseconds(latency["p50_ms"]), "note": spread}]
     if ratio:
-        note = f"of the latency of {label_of(result, ratio['to'])}; {ratio['low']:.2f} to {ratio['high']:.2f} by round"
+        spread = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
+        note = f"latency divided by that of {label_of(result, ratio['to'])}; range over the rounds: {spread}"
         facts.append({"name": "Ratio", "figure": f"{ratio['median']:.2f}", "note": note})
     if best.get("share_of_floor") is not None:
-        note = f"of this machine's limit: the floor is {milliseconds(best.get('floor_ms'))} at its own measured rates"
+        floor = milliseconds(best.get("floor_ms"))
+        note = f"share of the speed limit: at its measured rates, this machine needs at least {floor}"
         facts.append({"name": "Reached", "figure": percent(best["share_of_floor"]), "note": note})
     limits = [error["tolerance"]["relative_l2"] for error in best["errors"] or [] if error.get("tolerance")]
     note = "relative L2 of the worst output" + (f"; tolerance {error_figure(max(limits))}" if limits else "")

@@ -31,7 +31,9 @@ def markdown_page(result: Result) -> str:
         tables = tables_of(result, machine)
         tables |= {f"Errors: {row['label']}": table for row in ranked(result, machine) if (table := errors_table(row))}
         pairs = tuple(environment(machine))
-        tables["Machine and versions"] = Table("As the machine tells them", ("", ""), pairs, (0, 1))
+        tables["Machine and versions"] = Table(
+            "Hardware and software versions, as reported by the machine", ("", ""), pairs, (0, 1)
+        )
         for title, table in tables.items():
             lines += [f"### {escaped(title)}", "", escaped(table.caption), "", *table_lines(table), ""]
     lines += ["## Method and command", "", *(f"- {escaped(line)}" for line in method(result)), ""]

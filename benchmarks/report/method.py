@@ -11,10 +11,11 @@ from benchmarks.results.result_files import Result, of_machine
 TITLE = "SAM 3 image encoder: benchmark"
 
 DEVICE_PEAK = (
-    "The device peak of PyTorch is what its allocator held at most since the module was loaded or built (weights, what "
-    "passes between the layers, outputs; CUDA's own context and what a compiler tried are no part of it); that of ONNX "
-    "Runtime what its load and first run took of the device, CUDA's libraries included; that of a plan what its load "
-    "took, scratch memory included, and the outputs."
+    "Peak device memory is measured differently for each runtime. PyTorch: the largest amount that its allocator held "
+    "since the module was loaded or built (weights, activations and outputs, without the CUDA context and without "
+    "trials "
+    "of a compiler). ONNX Runtime: the device memory that loading and the first run took, with the CUDA libraries. A "
+    "plan: the device memory that loading took, with scratch memory, and the outputs."
 )
 
 
@@ -37,9 +38,11 @@ def method(result: Result) -> list[str]:
     rows = [row for row in result["rows"] if row["status"] == "measured" and row["sweep"] is None]
     runs = sorted({row["latency"]["runs"] for row in rows})
     warm = sorted({row["warm_up_runs"] for row in rows if row.get("warm_up_runs") is not None})
-    lines = ["All backends ran in turn, round by round, so that slow changes of the machine affect all of them alike."]
+    lines = [
+        "In every round, all backends ran one after the other, so slow changes of the machine affect all of them alike."
+    ]
     if runs:
-        lines.append(f"Timed runs of a backend: {_range(runs)}; warm-up runs before: {_range(warm) or 'not told'}.")
+        lines.append(f"Timed runs per backend: {_range(runs)}; warm-up runs before them: {_range(warm) or 'unknown'}.")
     if any(row.get("peak_device_bytes") for row in rows):
         lines.append(DEVICE_PEAK)
     settings = {
@@ -51,9 +54,11 @@ def method(result: Result) -> list[str]:
         lines.append(f"Every backend ran in its own process with {', '.join(sorted(settings))}.")
     return [
         *lines,
-        "A ratio is computed for each round; shown are the median and, in brackets, the lowest and highest round.",
-        "Errors compare every output with the plain module in PyTorch FP32, summed in float64.",
-        "The floor is the larger of two times: operations divided by the measured matrix multiplication rate, and "
+        "A ratio is computed for each round; the report shows the median and, in brackets, the lowest and highest "
+        "ratio.",
+        "Errors compare every output with that of the plain module in PyTorch FP32; sums are computed in float64.",
+        "The floor is a lower bound on latency, the larger of two times: operations divided by the measured matrix "
+        "multiplication rate, and "
         "minimum bytes divided by the measured copy rate. A multiply-add counts as 2 operations.",
     ]
 

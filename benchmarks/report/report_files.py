@@ -29,7 +29,7 @@ def write_report(result: Result, folder: Path) -> tuple[Path, Path, Path]:
         BenchError: a result of another form; a file in the folder that is not ours, or of another schema; no room.
     """
     if can_check():  # else the result says that it is not
-        check_result(result, "the result to be written")
+        check_result(result, "new result")
     with disk_errors(BenchError, folder):
         check_folder(folder)
         markdown, page, data = (folder / name for name in NAMES)
@@ -50,18 +50,20 @@ def check_folder(folder: Path) -> None:
             by this program, or the folder is a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise BenchError(f"{folder}: this is a file, not a folder; choose another --output")
+        raise BenchError(f"{folder}: --output is a file, not a folder; choose another --output")
     markdown, page, data = (folder / name for name in NAMES)
     if data.exists():
         try:
             read_result(data)
         except BenchError as error:
-            raise BenchError(f"{error}; the file was not changed: move it, or choose another --output") from None
+            raise BenchError(
+                f"{error}. The existing file was not changed; move it, or choose another --output"
+            ) from None
     for path, mark in ((markdown, MARK), (page, f'content="{GENERATOR}"')):
         if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace")[:4096]:
             raise BenchError(
-                f"{path}: the file was not written by {GENERATOR} and would be overwritten; move it, or choose "
-                "another --output"
+                f"{path}: `{GENERATOR}` would overwrite this file, but did not write it; move it, or choose another "
+                "--output"
             )
 
 
@@ -75,5 +77,5 @@ def json_text(result: Result) -> str:
         return json.dumps(result, indent=1, allow_nan=False) + "\n"
     except ValueError:
         raise BenchError(
-            "the result contains a figure that is not finite, which JSON cannot hold; make it null"
+            "the result contains NaN or infinity, which JSON cannot represent; replace the value by None"
         ) from None

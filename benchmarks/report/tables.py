@@ -55,8 +55,18 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
     rows, order = ranked(result, machine), numbers(result, machine)
     reference = next((label_of(result, row["ratio"]["to"]) for row in rows if row.get("ratio")), None)
     bounded = any(row.get("lower_bound_ms") for row in rows)
-    head: tuple[str, ...] = ("Backend", "p50", "p90", "p95", "p99", "Ratio", "Relative L2", "Tolerance", "Of the floor")
-    head += ("Cannot be below",) if bounded else ()
+    head: tuple[str, ...] = (
+        "Backend",
+        "p50",
+        "p90",
+        "p95",
+        "p99",
+        "Ratio",
+        "Relative L2",
+        "Tolerance",
+        "Share of floor",
+    )
+    head += ("Lower bound",) if bounded else ()
     cells = tuple(
         (
             f"{order[row['backend']]}. {row['label']}",
@@ -70,11 +80,13 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
         for row in rows
     )
     size = size_name(result["encoder"]["image_size"], result["encoder"]["batch"])
-    caption = f"All measured backends at {size}. Relative L2 is the worst output's"
+    caption = f"All measured backends at {size}. Relative L2 is that of the worst output"
     if reference:
-        caption += f"; the ratio is of latency to {reference}, by round: median (lowest to highest)"
+        caption += (
+            f"; the ratio is the latency divided by that of {reference}: median of the rounds (lowest to highest)"
+        )
     if bounded:
-        caption += "; a plan's latency cannot be below the last column, by the GPU's published rates"
+        caption += "; the lower bound on a plan's latency follows from the published rates of the GPU"
     warned = tuple(index for index, row in enumerate(rows) if not may_be_used(row))
     return Table(f"{caption}.", head, cells, (0, 7), warned)
 
@@ -99,7 +111,7 @@ def costs_table(result: Result, machine: dict[str, Any]) -> Table:
         for row in ranked(result, machine)
     )
     return Table(
-        "Throughput, peak memory of host and device, load and build time, size of the file, timed and warm-up runs",
+        "Throughput, peak host and device memory, load and build time, file size, timed and warm-up runs",
         head,
         cells,
     )
@@ -114,7 +126,7 @@ def missing_table(result: Result, machine: dict[str, Any]) -> Table | None:
         sizes += [size] if size not in sizes else []
     rows = tuple((label, "; ".join(sizes), status, reason) for (label, status, reason), sizes in groups.items())
     head = ("Backend", "Size", "Status", "Reason")
-    return Table("Requested but not measured", head, rows, (0, 1, 2, 3)) if rows else None
+    return Table("Backends that were requested but not measured", head, rows, (0, 1, 2, 3)) if rows else None
 
 
 def plain_table(result: Result, machine: dict[str, Any]) -> Table | None:
@@ -124,7 +136,9 @@ def plain_table(result: Result, machine: dict[str, Any]) -> Table | None:
         for row in ranked(result, machine)
         if row.get("ratio_to_plain")
     )
-    caption = "Latency of the rewritten module over that of the plain one, by round: median (lowest to highest)"
+    caption = (
+        "Latency of the rewritten module divided by that of the plain module: median of the rounds (lowest to highest)"
+    )
     return Table(caption, ("Backend", "Plain", "Ratio"), rows, (0, 1)) if rows else None
 
 
@@ -146,7 +160,7 @@ def errors_table(row: Row) -> Table | None:
         for error in errors
     )
     warned = tuple(index for index, error in enumerate(errors) if not error["passed"])
-    return Table(f"{row['label']}: every output", head, cells, (0, 7), warned) if cells else None
+    return Table(f"{row['label']}: errors of every output", head, cells, (0, 7), warned) if cells else None
 
 
 def growth_table(result: Result, machine: dict[str, Any], sweep: str) -> Table | None:
@@ -171,7 +185,9 @@ def parts_table(result: Result, machine: dict[str, Any]) -> Table:
     """Operations, least bytes and time of each part."""
     work = of_machine(result, machine, "work")
     of = work.get("parts_of")
-    caption = "Work by part, from the closed form" + (f"; time of {label_of(result, of)}" if of else "")
+    caption = "Operations and minimum memory traffic of each part, calculated" + (
+        f"; time measured with {label_of(result, of)}" if of else ""
+    )
     rows = tuple(
         (part["part"], scaled(part["operations"], "FLOP"), scaled(part["bytes"], "B"), milliseconds(part["ms"]))
         for part in work["parts"]
@@ -185,7 +201,9 @@ def export_table(export: dict[str, Any] | None) -> Table | None:
     if not export:
         return None
     machine = export["machine"]
-    caption = f"{machine['processor']}, {machine['cores']} cores, {export['date']}, {export['command']}"
+    caption = (
+        f"Measured on {machine['processor']}, {machine['cores']} cores, {export['date']}, with {export['command']}"
+    )
     rows = tuple(
         (
             name.replace("`", ""),
@@ -204,7 +222,7 @@ def masks_table(masks: list[dict[str, Any]] | None) -> Table | None:
     rows = tuple(
         (
             f"{one['file']}, {one['precision'].upper()}",
-            "the model's" if one["passed"] else "not the model's",
+            "masks agree" if one["passed"] else "masks differ",
             *(f"{one[name]:.4f}" for name in ("mean_iou", "worst_iou")),
             *(str(one[name]) for name in ("objects", "lost", "found")),
             one["worst_image"],
@@ -213,7 +231,9 @@ def masks_table(masks: list[dict[str, Any]] | None) -> Table | None:
         for one in masks or []
     )
     warned = tuple(index for index, one in enumerate(masks or []) if not one["passed"])
-    caption = "Masks of the whole model with each file in place of its encoder, against its own, by `neck-export masks`"
+    caption = (
+        "Masks of the whole model with each file as the encoder, compared with its own encoder (`neck-export masks`)"
+    )
     return Table(caption, head, rows, (0, 1, 7, 8), warned) if rows else None
 
 

@@ -49,14 +49,14 @@ class Change:
         size = f"{self.label} at {self.image_size[0]} x {self.image_size[1]}, batch {self.batch} ({self.machine})"
         if self.kind == "slower" and self.old and self.new and self.beyond:
             return (
-                f"{size}: slower, {self.old:.4g} -> {self.new:.4g} ms ({self.new / self.old - 1:+.1%}; "
-                f"the spread is {self.beyond:.3g} ms)"
+                f"{size}: the median latency grew from {self.old:.4g} to {self.new:.4g} ms "
+                f"({self.new / self.old - 1:+.1%}); the spread between runs is {self.beyond:.3g} ms"
             )
         if self.kind == "less exact":
             new = "not finite" if self.new is None else f"{self.new:.3g}"
             old = "not finite" if self.old is None else f"{self.old:.3g}"
-            return f"{size}: {self.what} became less accurate, relative L2 {old} -> {new}"
-        return f"{size}: no longer measured: {self.what}"
+            return f"{size}: output {self.what} became less accurate; its relative L2 grew from {old} to {new}"
+        return f"{size}: this was measured in the old result, but not in the new one ({self.what})"
 
 
 def compare_results(new: Result, old: Result) -> list[Change]:
@@ -73,14 +73,15 @@ def compare_results(new: Result, old: Result) -> list[Change]:
     Raises:
         BenchError: different encoders, or no row on the same machine.
     """
-    refuse_other_encoder(new, old, "the new result", "the old one")
+    refuse_other_encoder(new, old, "new result", "old result")
     before = {_key(old, row): row for row in old["rows"] if row["status"] == "measured"}
     after = {_key(new, row): row for row in new["rows"]}  # a sweep tells the row at the encoder's own size again
     pairs = [(before[key], row) for key, row in after.items() if key in before]
     if not pairs:
         raise BenchError(
-            f"the two results have no measured row in common: the new one is from {_machines(new)}, the old one from "
-            f"{_machines(old)}; compare runs of the same machine and backends"
+            f"the new result (from {_machines(new)}) and the old result (from {_machines(old)}) have no measured "
+            f"backend in "
+            "common; compare results of the same machine, backends and sizes"
         )
     names = {machine["id"]: machine["name"] for machine in new["machines"]}
     return [change for was, row in pairs for change in _row_changes(was, row, names[row["machine"]])]
@@ -123,7 +124,7 @@ def _row_changes(old: dict[str, Any], new: dict[str, Any], machine: str) -> list
         if (name := error["name"]) in errors and _less_exact(errors[name], error)
     ]
     if errors and not new["errors"]:
-        worse = [Change(*row, "lost", None, None, None, "its errors were not measured")]
+        worse = [Change(*row, "lost", None, None, None, "the outputs were not compared with the reference")]
     return slower + worse
 
 

@@ -37,7 +37,7 @@ from engines.layers.layer_report import read_layers
 from neck.images import ImageFolder, find_images, read_image
 
 SHIPPED = "astronaut.jpg (NASA)"
-UNCHECKED = "not checked against result.schema.json, because jsonschema is not installed"
+UNCHECKED = "the results were not checked against result.schema.json, because jsonschema is not installed"
 
 
 def make_result(run: Run) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def all_rows(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     rows = _rows(run, run.main, roofline)
     if not any(row["status"] == "measured" for row in rows):
         reasons = "; ".join(f"{row['backend']}: {row['reason']}" for row in rows)
-        raise BenchError(f"no backend could be measured: {reasons}; --fresh tries all again")
+        raise BenchError(f"no backend could be measured: {reasons}; run the command with --fresh to try all again")
     for sweep in dict.fromkeys(name for name, _, _ in run.options.sweeps):
         points = [point for point in run.swept if point.sweep == sweep]
         if len(points) < sum(name == sweep for name, _, _ in run.options.sweeps):
@@ -125,7 +125,9 @@ def _rows(run: Run, point: MeasurePoint, roofline: dict[str, Any]) -> list[dict[
 def _sound(row: dict[str, Any], backend: Backend, point: MeasurePoint) -> dict[str, Any]:
     """The row, or where its figures cannot be, one that says so: it must not cost the report."""
     problem = row_problem(row)
-    return row if problem is None else empty_row(backend, point, "failed", f"the figures are implausible: {problem}")
+    return (
+        row if problem is None else empty_row(backend, point, "failed", f"the measured figures are invalid: {problem}")
+    )
 
 
 def _growth(run: Run) -> list[dict[str, Any]]:
@@ -167,7 +169,8 @@ def _features(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
             file.unlink()
     if not found[name] or set(found[REFERENCE]) < set(found[name]):
         run.report(
-            "no images of the features, because the outputs of an earlier run are gone (--fresh measures them again)"
+            "the report has no images of the features, because the outputs of an earlier run were deleted; use "
+            "--fresh to measure again"
         )
         return None
     return feature_images(found[REFERENCE], found[name], _image(run), name)
@@ -190,7 +193,7 @@ def _export(run: Run) -> dict[str, Any] | None:
         return None
     path = run.folder / "export.json"
     if not path.is_file():
-        run.report("measuring the exporter itself against plain torch.onnx.export")
+        run.report("measuring the cost of an export, compared with plain torch.onnx.export")
         command = [sys.executable, "-m", "benchmarks.export", "--runs", "1", "--json", str(path)]
         # what it costs does not depend on the values, so where something has to be chosen, random ones do
         chosen = (run.options.state, run.options.prefix, run.options.adapter_alpha)
@@ -198,7 +201,7 @@ def _export(run: Run) -> dict[str, Any] | None:
         checkpoint = ["--checkpoint", str(run.options.checkpoint)] if plain else []
         done = subprocess.run([*command, *checkpoint], cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["there was no output"])[-1]
-            raise BenchError(f"the exporter's benchmark failed: {last}")
+            last = (done.stderr.strip().splitlines() or ["the process printed nothing"])[-1]
+            raise BenchError(f"the benchmark of the exporter (python -m benchmarks.export) failed: {last}")
     export: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return export

@@ -36,19 +36,25 @@ def read_result(path: Path) -> Result:
     try:
         result = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
-        raise BenchError(f"{path}: no such file; `neck-export bench` writes it as report.json") from None
+        raise BenchError(f"{path}: no such file; pass a report.json that `neck-export bench` wrote") from None
     except OSError as error:
-        raise BenchError(f"{path}: the file cannot be read ({error.strerror})") from None
+        raise BenchError(
+            f"{path}: the file cannot be read ({error.strerror}); check the path and its permissions"
+        ) from None
     except ValueError as error:  # JSON and UTF-8 both
-        raise BenchError(f"{path}: the file is not complete JSON ({error}); measure again, or copy it again") from None
+        raise BenchError(
+            f"{path}: the file is not valid JSON ({error}); copy it again, or run `neck-export bench` again"
+        ) from None
     except RecursionError:
-        raise BenchError(f"{path}: the JSON is nested too deeply for a results file") from None
+        raise BenchError(
+            f"{path}: the JSON is nested too deeply for a result; pass a report.json that `neck-export bench` wrote"
+        ) from None
     check_result(result, str(path))
     return result
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def check_result(result: object, where: str) -> None:
@@ -64,17 +70,24 @@ def check_result(result: object, where: str) -> None:
     if not isinstance(result, dict) or result.get("kind") != KIND:
         found = f"kind {result.get('kind')!r}" if isinstance(result, dict) else f"a JSON {type(result).__name__}"
         raise BenchError(
-            f"{where}: the file contains {_short(found)}, expected kind {KIND!r}, the results of `neck-export bench`"
+            f"{where}: the file contains {_short(found)} instead of kind {KIND!r}; pass a report.json that "
+            "`neck-export bench` wrote"
         )
     if result.get("schema") != SCHEMA:
         found = _short(f"schema {result.get('schema')!r}")
         raise BenchError(
-            f"{where}: the file has {found}, but this version reads schema {SCHEMA}; use the version that wrote it"
+            f"{where}: the file has {found}, but this version of neck-export reads schema {SCHEMA}; use the version "
+            f"that wrote the file"
         )
     if not can_check():
-        raise BenchError(f"{where}: the file cannot be checked without jsonschema; run pip install jsonschema")
+        raise BenchError(
+            f"{where}: checking the file needs jsonschema, which is not installed; run pip install jsonschema"
+        )
     if problem := _problem(result, _schema()):
-        raise BenchError(f"{where}: the file does not follow results schema {SCHEMA}: {problem}")
+        raise BenchError(
+            f"{where}: the file does not match benchmarks/results/result.schema.json ({problem}); run `neck-export "
+            f"bench` again"
+        )
     _check_machines(result, where)
 
 
@@ -96,17 +109,22 @@ def _problem(value: object, schema: Mapping[str, Any]) -> str | None:
     error = best_match(Draft202012Validator(schema).iter_errors(value))
     if error is None:
         return None
-    place = "/".join(str(part) for part in error.absolute_path) or "the file itself"
+    place = "/".join(str(part) for part in error.absolute_path) or "top level"
     return f"{place}: {_short(error.message)}"
 
 
 def _check_machines(result: Result, where: str) -> None:
     known = [machine["id"] for machine in result["machines"]]
     if len(set(known)) < len(known):
-        raise BenchError(f"{where}: machines/*/id: {', '.join(known)}; every machine must have its own id")
+        raise BenchError(
+            f"{where}: several machines have the same id ({', '.join(known)}); give every entry in `machines` its own "
+            f"id"
+        )
     for index, row in enumerate(result["rows"]):
         if row["machine"] not in known:
-            raise BenchError(f"{where}: rows/{index}/machine: {row['machine']!r} is none of {', '.join(known)}")
+            raise BenchError(
+                f"{where}: rows/{index}/machine is {row['machine']!r}, but must be one of {', '.join(known)}"
+            )
 
 
 def _short(message: str, most: int = 200) -> str:
@@ -129,9 +147,9 @@ def merge_results(results: Sequence[Result]) -> Result:
         BenchError: fewer than two, of different encoders, or the same runs twice.
     """
     if len(results) < 2:
-        raise BenchError(f"--merge needs at least two results; {len(results)} was given")
+        raise BenchError(f"--merge needs at least two results, but {len(results)} was passed")
     for index, other in enumerate(results[1:], 2):
-        refuse_other_encoder(results[0], other, "the first result", f"result {index}")
+        refuse_other_encoder(results[0], other, "result 1", f"result {index}")
     machines: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     seen: list[object] = []
@@ -140,7 +158,9 @@ def merge_results(results: Sequence[Result]) -> Result:
             own = [row for row in result["rows"] if row["machine"] == machine["id"]]
             runs = [machine["environment"], [{**row, "machine": None} for row in own]]
             if runs in seen:
-                raise BenchError(f"the runs on {machine['name']} of {result['date']} are given twice; leave one out")
+                raise BenchError(
+                    f"the runs on {machine['name']} of {result['date']} were passed twice; remove one of the two files"
+                )
             seen.append(runs)
             number = f"m{len(machines)}"
             machines.append(_self_contained(result, machine, number))
@@ -183,7 +203,10 @@ def refuse_other_encoder(one: Result, other: Result, one_name: str, other_name: 
     differing = [key for key in dict.fromkeys((*left, *right)) if left.get(key) != right.get(key)]
     if differing:
         told = "; ".join(f"{key} {_told(left, right, key)}" for key in differing)
-        raise BenchError(f"{one_name} and {other_name} come from different encoders: {told}; measure the same encoder")
+        raise BenchError(
+            f"{one_name} and {other_name} come from different encoders ({told}); pass results of the same encoder, "
+            "size and batch"
+        )
 
 
 def _told(left: dict[str, Any], right: dict[str, Any], key: str) -> str:

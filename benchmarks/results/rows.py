@@ -15,15 +15,16 @@ from engines.run.latency import summarize
 
 MACHINE = "m0"
 
-NOT_BEGUN = "not started: the time for this run was over (--minutes); run the command again to measure it"
-NOT_ENDED = "not finished: the time for this run was over (--minutes); run the command again to measure it"
+NOT_BEGUN = "not started: the time limit of this run was reached (--minutes); run the command again to measure it"
+NOT_ENDED = "not finished: the time limit of this run was reached (--minutes); run the command again to measure it"
 
 
 def empty_row(backend: Backend, point: MeasurePoint, status: str, reason: str | None) -> dict[str, Any]:
     """A row without figures."""
     figures = (
-        "times_ms warm_up_runs latency images_per_s load_s build_s file_bytes peak_host_bytes peak_device_bytes errors "
-        "passed ratio ratio_to_plain floor_ms share_of_floor lower_bound_ms note"
+        *("times_ms", "warm_up_runs", "latency", "images_per_s", "load_s", "build_s", "file_bytes", "peak_host_bytes"),
+        *("peak_device_bytes", "errors", "passed", "ratio", "ratio_to_plain", "floor_ms", "share_of_floor"),
+        *("lower_bound_ms", "note"),
     )
     return {
         "machine": MACHINE,
@@ -35,7 +36,7 @@ def empty_row(backend: Backend, point: MeasurePoint, status: str, reason: str | 
         "sweep": point.sweep,
         "status": status,
         "reason": reason,
-        **dict.fromkeys(figures.split()),
+        **dict.fromkeys(figures),
     }
 
 
@@ -89,7 +90,11 @@ def _why_waiting(samples: Samples, where: Mapping[str, str]) -> str:
     short, cut = samples.last("short", **where), samples.last("cut", **where)
     if cut is None:
         return str(short["reason"]) if short else NOT_BEGUN
-    return f"not finished: {cut['reason']}; the next run gives it twice the time" if cut.get("late") else NOT_ENDED
+    return (
+        f"not finished: {cut['reason']}; run the command again to allow it twice the time"
+        if cut.get("late")
+        else NOT_ENDED
+    )
 
 
 def is_waiting(row: Mapping[str, Any]) -> bool:
@@ -103,17 +108,18 @@ def _largest(lines: Sequence[Mapping[str, Any]], name: str) -> int | None:
 
 
 def _note(name: str, lines: Sequence[Mapping[str, Any]], rounds: int, schedule: Schedule) -> str | None:
-    notes = ["the reference of all errors and ratios"] if name == REFERENCE else []
+    notes = ["reference for all errors and ratios"] if name == REFERENCE else []
     notes += dict.fromkeys(line["note"] for line in lines if line.get("note"))
     loads = len(lines)
     if loads > 1:
         warm_up = f"{schedule.warm_up} warm-up run{'s' * (schedule.warm_up != 1)} after each load"
         notes.append(
-            f"loaded {loads} times in {rounds} rounds, because memory was short or the run was resumed; {warm_up}"
+            f"loaded {loads} times in {rounds} rounds, because memory was scarce or the run was resumed; {warm_up}"
         )
     if rounds < schedule.rounds:
         notes.append(
-            f"{rounds} of {schedule.rounds} rounds, because the time was over; run the command again to continue"
+            f"only {rounds} of {schedule.rounds} rounds were measured within the time limit; run the command again to "
+            f"continue"
         )
     return "; ".join(notes) or None
 

@@ -166,7 +166,7 @@ std::shared_ptr<LoadedEngine> load_engine(const std::filesystem::path& plan, con
         loaded.engine.reset(loaded.runtime->deserializeCudaEngine(file.data(), file.size()));
     } catch (const std::system_error& error) {
         throw Error(plan.string() + ": the file cannot be read (" + error.code().message() +
-                    "); expected a plan built with `neck-export trt`");
+                    "); check its permissions");
     }
     if (!loaded.engine) {
         throw refused();

@@ -124,7 +124,7 @@ void check_file(const fs::path& manifest, const Manifest::File& entry, bool hash
     } catch (const OpenFile::Ended&) {
         throw changed();
     } catch (const std::system_error& failed) {
-        throw Error(path.string() + ": the file cannot be read (" + failed.code().message() + "); write it again");
+        throw Error(path.string() + ": the file cannot be read (" + failed.code().message() + "); check its permissions");
     }
 }
 
