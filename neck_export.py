@@ -218,11 +218,12 @@ def verify(asked: Callable[[], VerifyOptions]) -> None:
         plan = is_plan(it.file)
         if it.device is not None and not plan:
             raise typer.BadParameter(
-                "--device chooses the GPU of a plan; an ONNX file is verified on the CPU, so leave it out"
+                "--device chooses the GPU for a plan, but an ONNX file is verified on the CPU; leave out --device"
             )
         if plan and (it.state or it.prefix or it.config or it.write_manifest):
             raise typer.BadParameter(
-                "--state, --prefix, --config and --write-manifest need an ONNX file, but this is a plan"
+                "--state, --prefix, --config and --write-manifest apply only to ONNX files, but the given "
+                "file is a plan; leave them out"
             )
         if plan:
             from engines.run.verify import verify_plan_file
@@ -260,7 +261,15 @@ def masks(asked: Callable[[], MasksOptions]) -> None:
         found = compare_masks(options, report, notes)
     typer.echo("\n".join([*lines(found), *(f"note: {note}" for note in notes)]))
     if not found["passed"]:
-        _fail("\n".join([f"{options.file}: the masks differ from the model's", *worst_lines(found)]), 3)
+        _fail(
+            "\n".join(
+                [
+                    f"{options.file}: the masks of this encoder differ from those of the model's own encoder",
+                    *worst_lines(found),
+                ]
+            ),
+            3,
+        )
 
 
 @command(RepositoryOptions)
@@ -281,7 +290,9 @@ def triton(
         _activate(options, activate)
         return
     if not options.model or activate is not None:
-        raise typer.BadParameter("give a plan or an ONNX file, or --activate with a version", param_hint="MODEL")
+        raise typer.BadParameter(
+            "pass either the path of a plan or an ONNX file, or --activate with a version number", param_hint="MODEL"
+        )
     if options.kubernetes:
         options = dataclasses.replace(options, kubernetes=options.output.parent / options.kubernetes)
     with stage() as report:
@@ -292,7 +303,7 @@ def triton(
         typer.echo(note)
     for path in made.files:
         typer.echo(path)
-    typer.echo(f"measure it once it is served: {made.measure}")
+    typer.echo(f"after the server has started, measure the model with this command: {made.measure}")
 
 
 def _activate(options: RepositoryOptions, version: int) -> None:
@@ -300,8 +311,8 @@ def _activate(options: RepositoryOptions, version: int) -> None:
         from engines.service.activation import activate_version
 
         made = activate_version(options.output, options.name, version, options.keep, report)
-    before = f", before it {made.before}" if made.before not in (None, version) else ""
-    typer.echo(f"version {version} of {options.name} is active{before}")
+    before = f" instead of version {made.before}" if made.before not in (None, version) else ""
+    typer.echo(f"Triton serves version {version} of {options.name}{before}")
     for path in made.removed:
         typer.echo(f"removed {path}")
 
@@ -334,7 +345,10 @@ def bench(
 ) -> None:
     """Measure every way to run the encoder on this machine, and how exact each is; write a report."""
     if bool(files) != merge:
-        raise typer.BadParameter("--merge needs result files, and result files need --merge", param_hint="--merge")
+        raise typer.BadParameter(
+            "--merge requires the paths of report.json files as arguments, and such arguments require --merge",
+            param_hint="--merge",
+        )
     with stage() as report:
         from benchmarks.bench import run_bench
         from benchmarks.report.report_files import check_folder, write_report
@@ -405,14 +419,17 @@ def inspect(
 
             folder, *files = map(str, write_card(file))
             found = {"folder": folder, "files": files}
-            lines = [*files, f"upload it: hf upload OWNER/NAME {folder}"]
+            lines = [*files, f"upload the folder with this command: hf upload OWNER/NAME {folder}"]
         elif plan_kind.is_plan(file):
             from engines.inspect import inspect_plan, plan_lines
 
             found = inspect_plan(file, gpu or "")
             lines = plan_lines(file, found)
         elif gpu:
-            raise typer.BadParameter(f"{file} is not a plan; build one with `neck-export trt`", param_hint="--gpu")
+            raise typer.BadParameter(
+                f"--gpu applies only to plans, but {file} is not a plan; build one with `neck-export trt`",
+                param_hint="--gpu",
+            )
         else:
             from export.inspect import inspect_onnx, summary_lines
 
@@ -461,9 +478,9 @@ def show_export(result: ExportResult) -> None:
 def show_plan(result: PlanResult) -> None:
     """Prints what a plan is made of and what was and was not verified."""
     if result.reused:
-        typer.echo("nothing has changed, so the existing plan is kept")
+        typer.echo("the existing plan is kept, because its ONNX file and options have not changed")
     elif result.reason:
-        typer.echo(f"built again: {result.reason}")
+        typer.echo(f"the plan was built again: {result.reason}")
     for note in result.notes:
         typer.echo(note)
     show_curve(result.manifest)
@@ -473,13 +490,15 @@ def show_plan(result: PlanResult) -> None:
     typer.echo("the plan is verified" if checked["verified"] else f"the plan is {checked['reason']}")
     graph = checked.get("onnx")
     if graph:
-        typer.echo(f"its ONNX graph is {'verified' if graph['verified'] else 'NOT verified'}: {graph['method']}")
+        typer.echo(
+            f"the ONNX graph of the plan is {'verified' if graph['verified'] else 'NOT verified'}: {graph['method']}"
+        )
     if result.layers:
         typer.echo(result.layers.summary())
         if warning := result.layers.warning():
             typer.echo(f"warning: {warning}", err=True)
     elif reason := result.manifest.get("no_layers"):
-        typer.echo(f"no layer report: {reason}")
+        typer.echo(f"the plan has no layer report: {reason}")
     from engines.layers.plan_memory import memory_lines
 
     typer.echo("\n".join(line.strip() for line in memory_lines(result.manifest)))
@@ -514,7 +533,10 @@ def stage() -> Iterator[Callable[[str], None]]:
         _fail("interrupted", 130)
     except Exception as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
-            _fail("out of memory; close other programs, or use a smaller --image-size or --batch")
+            _fail(
+                "the memory is not sufficient for this command; close other programs, or use a smaller "
+                "--image-size or --batch"
+            )
         verdict = getattr(error, "verdict", None)
         if verdict is not None:
             show_verdict(verdict, err=True)

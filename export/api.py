@@ -151,7 +151,7 @@ def read_images(images: str | Path | ImageFolder | None, image_range: str | None
         ImageError: it is not a range.
     """
     if images is None and image_range is not None:
-        raise ExportError("image_range requires images")
+        raise ExportError("image_range requires images: pass a folder of images as well")
     if images is None or isinstance(images, ImageFolder):
         return images
     return Path(images) if image_range is None else ImageFolder(Path(images), ValueRange.parse(image_range))

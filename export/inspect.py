@@ -26,8 +26,8 @@ from export.lowering.attention import after_casts, before_casts, fp8_attentions,
 from export.verification.target_check import check_claims, graph_needs, read_by
 
 NOT_CHECKED = (
-    "the manifest contains a verdict on these files, but their sizes or times have changed since; --check compares "
-    "every byte, and `neck-export verify` computes the verdict again"
+    "the manifest says that these files were verified, but their sizes or times have changed since; use "
+    "--check to compare every byte, or `neck-export verify` to verify them again"
 )
 
 FORMS = {
@@ -93,14 +93,14 @@ def inspect_onnx(path: Path, check: bool = False) -> dict[str, Any]:
         found["readers_problem"] = str(error)
     except (ManifestError, KeyError) as error:
         found["manifest"] = None
-        missing = f"{manifest_path(path)}: the manifest has no entry {error}; write the file again"
+        missing = f"{manifest_path(path)}: the entry {error} of the manifest is missing; write the file again"
         found["manifest_problem"] = missing if isinstance(error, KeyError) else str(error)
         if not manifest_path(path).exists():
             found["seems"] = describe_graph(model, sum(found["attention"].values()))
             found["risks"] = graph_risks(model, found["attention"])
             found["manifest_problem"] = (
-                f"{manifest_path(path)}: the manifest is missing, as it is of a file that another tool wrote; "
-                f"`neck-export verify {path} --checkpoint sam3.pt` judges it"
+                f"{manifest_path(path)}: the manifest is missing, so another tool may have written the file; "
+                f"verify it with `neck-export verify {path} --checkpoint sam3.pt`"
             )
     return found
 
@@ -160,10 +160,10 @@ def quantized_line(quantization: dict[str, Any], count: int | None = None) -> st
     count = len(quantization["products"]) if count is None else count
     attentions, results = (quantization.get(key) or {} for key in ("attentions", "results"))
     more = f" and {len(attentions)} of {quantization['of_attentions']} attentions" if attentions else ""
-    more += f" ({len(results)} results as codes)" if results else ""
+    more += f" ({len(results)} of their outputs are quantized too)" if results else ""
     return (
-        f"{count} of {quantization['of']} linear layers{more} are quantized to {quantization['kind']}, calibrated on "
-        f"{images} image{'s' * (images > 1)}"
+        f"{count} of {quantization['of']} linear layers{more} are quantized to {quantization['kind']}; the "
+        f"calibration used {images} image{'s' * (images > 1)}"
     )
 
 

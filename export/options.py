@@ -56,7 +56,10 @@ def check_options(options: ExportOptions) -> Form:
     targets = find_targets(options.targets) if options.targets else ()
     form = resolve_target(targets, options.precision, options.attention, options.opset)
     if source.path is None and (source.state is not None or source.prefix is not None):
-        raise ExportError("random weights have no --state or --prefix; leave these options out, or give a --checkpoint")
+        raise ExportError(
+            "random weights have no state dicts or prefixes to choose from; leave out --state and --prefix, or "
+            "pass a checkpoint with --checkpoint"
+        )
     with disk_errors(ExportError, options.output.parent):
         written = export_paths(options.output, options.quantize.calibration, options.precision)
         check_paths(written, weights_paths(source.path, source.adapter))
@@ -64,12 +67,12 @@ def check_options(options: ExportOptions) -> Form:
     if source.adapter is not None:
         if source.path is None:
             raise ExportError(
-                f"{source.adapter}: an adapter cannot be merged into random weights; give its base model with "
-                "--checkpoint"
+                f"{source.adapter}: an adapter cannot be merged into random weights; pass the adapter's base "
+                "model with --checkpoint"
             )
         adapter_files(source.adapter)
     elif source.path is None and source.alpha is not None:
-        raise ExportError("random weights contain no adapter; leave out --adapter-alpha")
+        raise ExportError("random weights contain no adapter, so --adapter-alpha has no effect; leave it out")
     if options.verify:
         require_runtime()
     if (options.verify or options.precision in CODES) and options.images is not None:
@@ -88,7 +91,7 @@ def _check_choices(options: ExportOptions) -> None:
         choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
         value = getattr(options, name)
         if choices and value not in choices and not (value is None and type(None) in parts):
-            raise ExportError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+            raise ExportError(f"{name} is {value!r}, which is not supported; use one of {', '.join(choices)}")
 
 
 def lowering(options: ExportOptions, form: Form) -> dict[str, Any]:
@@ -123,7 +126,7 @@ def load(options: ExportOptions) -> Loaded:
         try:
             loaded = source.load(necks, sam2_head=head)
         except NotImplementedError as error:
-            raise ExportError(f"random weights: {error}") from None
+            raise ExportError(f"the random weights cannot be created: {error}") from None
     else:
         loaded = source.load(choose, sam2_head=head)
     if options.image_size is not None:

@@ -38,7 +38,10 @@ def target_files(output: Path) -> list[Path]:
 
 def export_paths(output: Path, calibration: Path | None, precision: str) -> list[NamedPath]:
     """Every file that `neck-export onnx` may write."""
-    names = ("the file of --output", *(f"the {what} of --output" for what in ("weights", "positions", "manifest")))
+    names = (
+        "the ONNX file (--output)",
+        *(f"the {what} file of --output" for what in ("weights", "positions", "manifest")),
+    )
     places = [NamedPath(what, path) for what, path in zip(names, target_files(output), strict=True)]
     return places + calibration_paths(calibration, precision)
 
@@ -47,8 +50,10 @@ def calibration_paths(calibration: Path | None, precision: str) -> list[NamedPat
     """The files that `--calibration` writes, for every command that has the option."""
     if calibration is None or precision not in CODES:
         return []
-    record = NamedPath("the trials of --calibration", record_path(calibration, precision))
-    return [NamedPath("the file of --calibration", calibration), record]
+    record = NamedPath(
+        "the record of the quantization trials (beside the file of --calibration)", record_path(calibration, precision)
+    )
+    return [NamedPath("the calibration file (--calibration)", calibration), record]
 
 
 def weights_paths(checkpoint: Path | None, adapter: Path | None) -> list[NamedPath]:
@@ -62,7 +67,7 @@ def weights_paths(checkpoint: Path | None, adapter: Path | None) -> list[NamedPa
     if adapter is not None:
         with contextlib.suppress(*problems):
             files += adapter_files(adapter)
-    return [NamedPath("a file of the weights", file) for file in files]
+    return [NamedPath("an input file with weights", file) for file in files]
 
 
 def encoder_paths(path: Path, manifest: Mapping[str, Any], checkpoint: Path | None = None) -> list[NamedPath]:
@@ -70,7 +75,7 @@ def encoder_paths(path: Path, manifest: Mapping[str, Any], checkpoint: Path | No
     weights = manifest.get("weights") or {}
     told = (weights.get("path"), (weights.get("adapter") or {}).get("path"))
     source, adapter = (Path(one) if isinstance(one, str) else None for one in told)
-    own = [NamedPath("a file of the encoder", file) for file in target_files(path)]
+    own = [NamedPath("a file of the encoder to verify", file) for file in target_files(path)]
     return own + weights_paths(checkpoint or source, adapter)
 
 
@@ -88,22 +93,28 @@ def check_paths(written: Sequence[NamedPath], read: Sequence[NamedPath]) -> None
     seen: dict[Path, str] = {}
     for what, path in written:
         if path.is_dir():
-            raise ExportError(f"{path}: this is a folder, but {what} must be a file; choose another name")
+            raise ExportError(
+                f"{path}: this is a folder, but {what} would be written to this path; choose another name"
+            )
         place = path.parent.resolve() / path.name
         if place in seen:
             raise ExportError(
-                f"{path}: {seen[place]} and {what} would both be written to this file; choose another name for one"
+                f"{path}: both {seen[place]} and {what} would be written to this path; choose another name "
+                "for one of them"
             )
         seen[place] = what
         for other, there in read:
             linked = path.exists() and there.exists() and path.samefile(there)
             if linked or place == there.parent.resolve() / there.name:
                 raise ExportError(
-                    f"{there}: this is {other}, and {what} would overwrite it; choose another name for {what}"
+                    f"{there}: this is {other}, but {what} would overwrite it; choose another name for {what}"
                 )
-        if what == "the trials of --calibration" and not _has_keys(path, {"key", "rows"}):
+        if what == "the record of the quantization trials (beside the file of --calibration)" and not _has_keys(
+            path, {"key", "rows"}
+        ):
             raise ExportError(
-                f"{path}: the file is not a record of trials, but {what} would replace it; choose another name"
+                f"{path}: this file was not written by neck-export, but {what} would overwrite it; choose "
+                "another name for --calibration"
             )
 
 
@@ -117,8 +128,8 @@ def check_targets(output: Path) -> None:
     manifest = manifest_path(output)
     if not _has_keys(manifest, {"format", "kind"}):
         raise ExportError(
-            f"{manifest}: this file is not a manifest of neck-export and would be overwritten; move it, or choose "
-            "another --output"
+            f"{manifest}: this file is not a manifest of neck-export, but the new manifest would overwrite "
+            "it; move it, or choose another --output"
         )
 
 
@@ -146,6 +157,6 @@ def check_room(output: Path, encoder: Sam3DualViTDetNeck, signature: Signature, 
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         raise ExportError(
-            f"{output.parent}: the disk has {size_text(free)} free, but the file needs {size_text(needed)}; make "
-            "room or choose another --output"
+            f"{output.parent}: the disk has {size_text(free)} of free space, but the export needs "
+            f"{size_text(needed)}; free some space or choose another --output"
         )

@@ -102,7 +102,7 @@ class RejectedError(Exception):
     """The file does not compute what PyTorch computes; nothing was left under its name."""
 
     def __init__(self, path: Path, verdict: Verdict) -> None:
-        super().__init__(f"{path}: the file was rejected: {verdict.summary}")
+        super().__init__(f"{path}: the file failed verification: {verdict.summary}")
         self.path, self.verdict = path, verdict
 
 
@@ -118,7 +118,7 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         RejectedError: the file's outputs left tolerance.
     """
     form = check_options(options)
-    report(f"loading the weights: {options.source}")
+    report(f"loading the weights of {options.source}")
     loaded = load(options)
     encoder, notes = loaded.encoder, [*loaded.notes]
     signature = sign(options, encoder)
@@ -151,14 +151,16 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         for residual in residuals_to_try(options.precision, options.residual):
             if verdict:
                 notes.append(
-                    f"{', '.join(verdict.failed_names)} exceeded the tolerance, so the residual sums were changed "
-                    "to FP32"
+                    f"the outputs {', '.join(verdict.failed_names)} exceeded the tolerance, so the file was "
+                    "written again with its residual sums in FP32"
                 )
                 report(notes[-1])
-            report("writing the file")
+            report("writing the ONNX file")
             model = write_lowered(canonical, staged, options.precision, residual=residual, **forms)
             needs = graph_needs(model)
-            require(form.targets, needs, f"--target {options.targets}", "choose another target, or another --precision")
+            require(
+                form.targets, needs, f"--target {options.targets}", "choose another --target or another --precision"
+            )
             if options.verify:
                 proof = (signature, references.of(signature), options.precision)
                 verdict = verify_onnx(staged, *proof, overrides=tolerances, report=report)
@@ -168,7 +170,7 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
                 break
         if verdict and not verdict.passed:
             raise RejectedError(options.output, verdict)
-        report("computing hashes and writing the manifest")
+        report("computing the SHA-256 of the files and writing the manifest")
         if "quantization" in facts:  # what is told is what the file has
             facts["quantization"] = told_quantization(facts["quantization"], model.graph)
         values = export_facts(options, form, encoder, signature) | graph_facts(model, needs, form.targets)
@@ -229,7 +231,9 @@ def verify_file(
     file = OnnxFile.of(file)
     path, where, asked = file.path, manifest_path(file.path), find_targets(targets) if targets else ()
     if not path.is_file():
-        raise ExportError(f"{path}: no such file; write it with `neck-export onnx`")
+        raise ExportError(
+            f"{path}: this file does not exist; check the path, or write the file with `neck-export onnx`"
+        )
     check_path(path)
     require_runtime()
     if save is not None:
@@ -239,12 +243,12 @@ def verify_file(
         require(asked, needs, str(path), f"the file is {read_by(needs)}")
         if checkpoint is None:
             raise ManifestError(
-                f"{where}: the manifest is missing, so it is unknown which weights {path.name} was exported from; give "
-                f"these weights with --checkpoint. {path.name} is {read_by(needs)}"
+                f"{where}: the manifest is missing, so it is unknown which weights {path.name} was exported "
+                f"from; pass these weights with --checkpoint. {path.name} is {read_by(needs)}"
             )
         if save is not None:
-            check_paths([NamedPath("the file of --save-reference", save)], encoder_paths(path, {}, checkpoint))
-        report("loading the weights")
+            check_paths([NamedPath("the reference file (--save-reference)", save)], encoder_paths(path, {}, checkpoint))
+        report("loading the weights of the checkpoint")
         loaded = with_head_if_any(EncoderSource(checkpoint, 0, state, prefix, adapter, config=config))
         foreign, made = judge_file(file, loaded.encoder, images, tolerances, report)
         if save is not None:
@@ -254,25 +258,30 @@ def verify_file(
         if write_manifest:
             target = adopt(file, foreign, loaded.encoder, loaded.origin, made, report)
             (notes if notes is not None else []).append(
-                f"the manifest {manifest_path(target)} of {target.name} was written"
+                f"the manifest {manifest_path(target)} for {target.name} was written"
             )
         return foreign
     given = {"config": config, "state": state, "prefix": prefix, "write-manifest": write_manifest}
     if any(given.values()):
         name = next(name for name, value in given.items() if value)
-        raise ExportError(f"{path}: the manifest already says which encoder the file contains; leave out --{name}")
+        raise ExportError(
+            f"{path}: --{name} is only for files without a manifest, but the manifest of this file already "
+            f"describes its encoder; leave out --{name}"
+        )
     manifest = read_manifest(where, "onnx")
     signature = manifest_signature(where, manifest)
     if save is not None:
-        check_paths([NamedPath("the file of --save-reference", save)], encoder_paths(path, manifest, checkpoint))
+        check_paths(
+            [NamedPath("the reference file (--save-reference)", save)], encoder_paths(path, manifest, checkpoint)
+        )
     tolerances = manifest_tolerances(manifest, tolerances)
     check_overrides(tolerances, [spec.name for spec in signature.outputs])
-    report("checking hashes")
+    report("comparing the files with their SHA-256 in the manifest")
     check_files(where, manifest)
     needs = graph_needs(file.model)
     check_claims(where, manifest, needs)
     require(asked, needs, str(path), f"the file is {read_by(needs)}")
-    report("loading the weights")
+    report("loading the weights that the file was exported from")
     encoder = manifest_encoder(where, manifest, checkpoint, adapter)
     precision = manifest_precision(where, manifest)
     reference = make_reference(encoder, signature, images=images, report=report)
@@ -316,7 +325,7 @@ def write_onnx(
     """
     report("tracing the encoder")
     canonical = trace(DeployEncoder(encoder, signature, rewrites or Rewrites()))
-    report("writing the file")
+    report("writing the ONNX file")
     write_positions(encoder, signature, path)
     return write_lowered(canonical, path, precision, **lowering)
 

@@ -62,11 +62,17 @@ def state_line(weights: Mapping[str, Any]) -> str | None:
     if not others and not weights.get("state"):
         return None
     there = (
-        (f"; there are other states with an encoder: {', '.join(map(shown, others))} (choose with --state)")
+        (
+            f"; it also contains other state dicts with an encoder: {', '.join(map(shown, others))} (choose one "
+            "with --state)"
+        )
         if others
         else ""
     )
-    return f"read the state {shown(weights.get('state') or '(the file itself)')} of {weights['name']}{there}"
+    return (
+        f"the weights are from the state dict {shown(weights.get('state') or '(the file itself)')} of "
+        f"{weights['name']}{there}"
+    )
 
 
 def is_origin(weights: Mapping[str, Any], checkpoint: Path) -> bool:
@@ -92,15 +98,22 @@ def merged_adapter(where: Path, weights: Mapping[str, Any], adapter: Path | None
     """
     if "adapter" not in weights:
         if adapter is not None:
-            raise ExportError(f"{adapter}: according to {where.name} no adapter was merged; leave out --adapter")
+            raise ExportError(
+                f"{adapter}: the manifest {where.name} says that no adapter was merged into the weights; leave "
+                "out --adapter"
+            )
         return None
     folder = adapter or Path(weights["adapter"]["path"])
     if not folder.is_dir():
-        raise ExportError(f"{folder}: the adapter that {where.name} names does not exist; give its path with --adapter")
+        raise ExportError(
+            f"{folder}: this folder does not exist, but the manifest {where.name} names it as the adapter that "
+            "was merged; pass the adapter's new path with --adapter"
+        )
     known = {entry["name"]: entry["sha256"] for entry in weights["adapter"]["files"]}
     if {file.name: sha256(file) for file in adapter_files(folder)} != known:
         raise ExportError(
-            f"{folder}: this is not the adapter that was merged (its SHA-256 differs from the one in {where.name})"
+            f"{folder}: this is not the adapter that was merged into the weights, because its SHA-256 differs "
+            f"from the one in {where.name}; pass the right folder with --adapter"
         )
     return folder
 
@@ -126,7 +139,8 @@ def encoder_config(encoder: Sam3DualViTDetNeck) -> EncoderConfig:
     trunk = encoder.trunk
     if not isinstance(trunk, ViTDetTrunk):
         raise ExportError(
-            f"the trunk is a {type(trunk).__name__}, not a ViTDetTrunk; build a Signature for it and call write_onnx"
+            f"the trunk is a {type(trunk).__name__} and not a ViTDetTrunk, so its Signature cannot be "
+            "derived; create a Signature and call write_onnx"
         )
     patch, (height, width) = trunk.config.patch_size, trunk.grid
     has = {"necks": tuple(encoder.necks), "sam2_head": encoder.sam2_head is not None}
@@ -143,7 +157,7 @@ def manifest_signature(where: Path, manifest: Mapping[str, Any]) -> Signature:
         return Signature.from_dict(manifest["signature"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ManifestError(
-            f"{where}: the entry `signature` is damaged ({error!r}); export the encoder again"
+            f"{where}: the entry `signature` of the manifest is damaged ({error!r}); export the encoder again"
         ) from None
 
 
@@ -156,7 +170,8 @@ def manifest_precision(where: Path, manifest: Mapping[str, Any]) -> Precision:
     precision = manifest.get("precision")
     if precision not in TYPES:
         raise ManifestError(
-            f"{where}: the precision {precision!r} is unknown, expected {', '.join(TYPES)}; write the file again"
+            f"{where}: the manifest contains the unknown precision {precision!r} (known are "
+            f"{', '.join(TYPES)}); write the file again"
         )
     return precision
 
@@ -182,21 +197,27 @@ def manifest_encoder(
         names = {key: weights[key] for key in ("state", "prefix") if weights.get(key) is not None}
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise ManifestError(
-            f"{where}: the manifest does not say which weights were exported ({error!r}); write the file again"
+            f"{where}: the manifest does not say which weights were exported (the entry {error!r} is missing "
+            "or damaged); write the file again"
         ) from None
     if random:
         for option, given in (("--checkpoint", checkpoint), ("--adapter", adapter)):
             if given is not None:
-                raise ExportError(f"{given}: {where.name} says that random weights were exported; leave out {option}")
+                raise ExportError(
+                    f"{given}: the manifest {where.name} says that random weights were exported; leave out {option}"
+                )
         return EncoderSource(seed=weights["seed"], config=config).load().encoder
     if not all(isinstance(value, str) for value in names.values()):
-        raise ManifestError(f"{where}: `state` and `prefix` in the entry `weights` must be text; export the file again")
+        raise ManifestError(
+            f"{where}: `state` and `prefix` in the manifest's entry `weights` are not text; export the file again"
+        )
     path = local_checkpoint(checkpoint) if checkpoint else path
     assert path is not None
     if not path.exists():
         raise ExportError(
-            f"{path}: the weights that {where.name} names do not exist; give their path with --checkpoint"
-            + (f", or download them again: --checkpoint {hub_text(weights)}" if "hub" in weights else "")
+            f"{path}: this file does not exist, but the manifest {where.name} names it as the exported weights; pass "
+            "their new path with --checkpoint"
+            + (f", or download them again with --checkpoint {hub_text(weights)}" if "hub" in weights else "")
         )
     source = EncoderSource(path, config=config, alpha=weights.get("adapter_alpha"), **names)
     if is_origin(weights, path):
@@ -221,7 +242,8 @@ def _same_weights(
     digests, path = manifest.get("weights_sha256"), source.path
     if not isinstance(digests, dict):
         raise ExportError(
-            f"{path}: this is not the checkpoint that was exported (its SHA-256 differs from the one in {where.name})"
+            f"{path}: this is not the checkpoint that was exported, because its SHA-256 differs from the one "
+            f"in {where.name}; pass the right file with --checkpoint"
         )
     unnamed = dataclasses.replace(source, state=None, prefix=None)
     ways = [unnamed]
@@ -243,13 +265,14 @@ def _same_weights(
         problems.insert(
             0,
             ExportError(
-                f"{path}: this is not the checkpoint that was exported, and its weights differ ({parts}; by their "
-                f"SHA-256 in {where.name}); give the checkpoint that was exported, or export this one"
+                f"{path}: this is not the checkpoint that was exported: according to the SHA-256 in "
+                f"{where.name}, these weights differ: {parts}; pass the checkpoint that was exported, or "
+                "export this one"
             ),
         )
     if isinstance(problems[0], ExportError):
         raise problems[0]
     raise ExportError(
-        f"{path}: this is not the checkpoint that was exported (its SHA-256 differs from the one in {where.name}), "
-        f"and its weights cannot be compared: {problems[0]}"
+        f"{path}: this is not the checkpoint that was exported (its SHA-256 differs from the one in "
+        f"{where.name}), and its weights cannot be compared: {problems[0]}"
     )

@@ -89,12 +89,13 @@ def check_config(path: Path, layout: Layout, config: EncoderConfig, said_by: str
         what = "hidden channels (embed_dim * mlp_ratio)" if field == "mlp_ratio" else field
         where = f" ({layout.keys(tells[field])[0]})" if field in tells else ""
         if field == "depth" and layout.gaps:
-            where = f" (blocks {listing(map(str, layout.gaps))} are missing)"
+            where = f" (blocks {listing(map(str, layout.gaps))} are missing in the checkpoint)"
         wrong.append(f"{what} is {said[field]}, but the checkpoint has {has[field]}{where}")
     if wrong:
         raise CheckpointError(
-            f"{path}: {said_by} contradicts the checkpoint's tensors: {'; '.join(wrong)}; correct the "
-            "configuration, or pass another with --config"
+            f"{path}: the configuration from {said_by} contradicts the shapes of the checkpoint's tensors: "
+            f"{'; '.join(wrong)}; correct these values in the configuration, or pass another file with "
+            "--config"
         )
 
 
@@ -106,8 +107,9 @@ def published_config(path: Path, layout: Layout, facts: dict[str, Any]) -> Encod
         return EncoderConfig(**known)
     template = ", ".join(f'"{field}": {value}' for field, value in {**known, **dict.fromkeys(UNTOLD, "?")}.items())
     raise CheckpointError(
-        f"{path}: the encoder does not have SAM 3's published architecture, and its tensors do not determine "
-        f"{', '.join(UNTOLD)}.\nPass --config FILE, a JSON file with this content (replace each ?): {{{template}}}"
+        f"{path}: the encoder does not have SAM 3's published architecture, and the shapes of its tensors do "
+        f"not determine {', '.join(UNTOLD)}.\nWrite a JSON file with the following content, replace each ? by "
+        f"the value, and pass the file with --config: {{{template}}}"
     )
 
 
@@ -121,8 +123,8 @@ def level_scales(
     if len(config.scale_factors) != levels:
         given = ", ".join(f"{scale:g}" for scale in config.scale_factors)
         raise CheckpointError(
-            f"{path}: the configuration has the scale_factors {given}, but the checkpoint has {levels} levels; give "
-            "one scale factor per level"
+            f"{path}: the configuration has {given} as scale_factors, but the encoder in the checkpoint has "
+            f"{levels} levels; list one scale factor for each level"
         )
     return config.scale_factors
 
@@ -144,9 +146,9 @@ def with_trained_size(
     tables = f"{path}: the checkpoint's rotary tables were made for {trained}x{trained} pixels"
     if given:
         notes.append(
-            f"{tables}, but the configuration says {config.image_size[0]}x{config.image_size[1]}; the size of the "
-            "configuration is used"
+            f"{tables}, but the configuration sets an image size of "
+            f"{config.image_size[0]}x{config.image_size[1]}; the size in the configuration is used"
         )
         return config
-    notes.append(f"{tables}, which is therefore the default image size")
+    notes.append(f"{tables}; this size is used as the default image size")
     return dataclasses.replace(config, image_size=(trained, trained))

@@ -112,16 +112,17 @@ def _read(path: Path, source: EncoderSource, necks: Sequence[str] | Choose | Non
             config, said_by = read_hf_config(file, facts), file.name
         elif config is None:
             notes.append(
-                f"{path}: there is no {file.name} in the checkpoint's folder; heads, window, theta and epsilon are "
-                "assumed to be SAM 3's"
+                f"{path}: the checkpoint's folder contains no {file.name}, so the number of heads, the window "
+                "size, the rotary theta and the LayerNorm epsilon are assumed to be those of SAM 3"
             )
         notes += image_notes(file.parent)
     if config is not None:
         check_config(path, layout, config, said_by, facts)
     if layout.gaps and config is None:
         raise CheckpointError(
-            f"{path}: blocks {listing(map(str, layout.gaps))} are missing; if they were pruned, describe the "
-            "remaining architecture with --config"
+            f"{path}: the checkpoint does not contain blocks {listing(map(str, layout.gaps))} of the trunk; "
+            "if they were pruned, describe the remaining architecture in a JSON file and pass it with "
+            "--config"
         )
     try:
         parts: dict[str, Any] = {"necks": chosen, "sam2_head": sam2_head}
@@ -143,7 +144,8 @@ def _read(path: Path, source: EncoderSource, necks: Sequence[str] | Choose | Non
         notes += merge_notes(lora, changes, ignored)
     if layout.gaps:
         notes.append(
-            f"{path}: blocks {listing(map(str, layout.indices), 40)} are renumbered to 0 to {config.depth - 1}"
+            f"{path}: some blocks of the trunk are missing, so blocks {listing(map(str, layout.indices), 40)} "
+            f"are renumbered to 0 to {config.depth - 1}"
         )
     encoder.load_state_dict(_convert(path, layout, tensors, list(wanted), changes, notes), assign=True)
     origin = Origin(source, read.files, read.name, read.others)
@@ -160,14 +162,17 @@ def _find_layout(path: Path, tensors: dict[str, Tensor], prefix: str | None) -> 
         return complete[0]
     if complete:
         found = " and ".join(f"{layout.trunk}* with {', '.join(layout.necks.values())}*" for layout in complete)
-        raise CheckpointError(f"{path}: the checkpoint contains several encoders ({found}); choose one with --prefix")
+        raise CheckpointError(
+            f"{path}: the checkpoint contains several encoders ({found}); choose one of them with --prefix"
+        )
     if layouts:
-        what = f"the checkpoint has a trunk ({layouts[0].trunk}*) but no SAM 3 neck"
+        what = f"the checkpoint contains a trunk (tensors {layouts[0].trunk}*) but no SAM 3 neck"
     else:
-        what = f"the checkpoint has no SAM 3 image encoder among its {len(tensors)} tensors ({listing(tensors, 3)})"
+        what = f"the checkpoint contains {len(tensors)} tensors ({listing(tensors, 3)}), but no SAM 3 image encoder"
     raise CheckpointError(
-        f"{path}: {what}; check that it is a checkpoint of SAM 3. Expected are tensors named trunk.* and convs.* "
-        "(Meta, Ultralytics) or backbone.* and neck.fpn_layers.* (Hugging Face), with any prefix"
+        f"{path}: {what}; check that this is a SAM 3 checkpoint. Its tensors must be named trunk.* and "
+        "convs.* (Meta, Ultralytics) or backbone.* and neck.fpn_layers.* (Hugging Face); any prefix is "
+        "allowed"
     )
 
 
@@ -177,8 +182,8 @@ def _choose_necks(path: Path, layout: Layout, necks: Sequence[str] | Choose | No
     if asked - set(layout.necks):
         lacking = ", ".join(sorted(asked - set(layout.necks)))
         raise CheckpointError(
-            f"{path}: neck {lacking} was requested, but the checkpoint has only {', '.join(layout.necks)}; choose "
-            "with --neck"
+            f"{path}: the neck {lacking} was requested, but the checkpoint contains only the necks "
+            f"{', '.join(layout.necks)}; choose one of them with --neck"
         )
     return tuple(neck for neck in NECK_MODULES if neck in asked)
 
@@ -198,26 +203,26 @@ def _check_tensors(
         expected.update(layout.shapes(name, tuple(ours.shape)))
     there = {key: tensors[key] for key in expected if key in tensors}
     problems = {
-        "are missing": [key for key in expected if key not in tensors],
-        "do not belong to a SAM 3 encoder (a LoRA adapter must be merged first)": [
+        "tensors are missing": [key for key in expected if key not in tensors],
+        "tensors do not belong to a SAM 3 encoder (if they are a LoRA adapter, merge it first)": [
             key
             for key in tensors
             if layout.has_inside(key, necks) and key not in expected and not is_table(layout, key)
         ],
-        "have the wrong shape": [
-            f"{key} has the shape {tuple(tensor.shape)}, expected {expected[key]}"
+        "tensors have the wrong shape": [
+            f"{key} has the shape {tuple(tensor.shape)} instead of {expected[key]}"
             for key, tensor in there.items()
             if tuple(tensor.shape) != expected[key]
         ],
-        "are not plain float32, float16, bfloat16 or float64 tensors (they may be quantized)": [
-            f"{key} is {tensor.dtype}"
+        "tensors are not plain tensors of type float32, float16, bfloat16 or float64 (they may be quantized)": [
+            f"{key} has the type {tensor.dtype}"
             for key, tensor in there.items()
             if tensor.dtype not in DTYPES or tensor.layout is not torch.strided or tensor.is_meta
         ],
     }
     for problem, items in problems.items():
         if items:
-            raise CheckpointError(f"{path}: {len(items)} of the encoder's tensors {problem}: {listing(items)}")
+            raise CheckpointError(f"{path}: {len(items)} of the encoder's {problem}: {listing(items)}")
     return expected
 
 
@@ -242,13 +247,13 @@ def _convert(
         converted[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
     if bad:
         raise CheckpointError(
-            f"{path}: NaN or infinity in {len(bad)} of the encoder's tensors: {listing(bad)}; use a checkpoint "
-            "with finite weights"
+            f"{path}: {len(bad)} of the encoder's tensors contain NaN or infinity: {listing(bad)}; use a "
+            "checkpoint with finite weights"
         )
     if constant:
         notes.append(
-            f"{path}: every value of {listing(constant)} is the same; the download may be incomplete, or the "
-            "encoder was never trained"
+            f"{path}: all values within each of these tensors are equal: {listing(constant)}; the download "
+            "may be incomplete, or the encoder was never trained"
         )
     return converted
 

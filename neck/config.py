@@ -94,35 +94,45 @@ class EncoderConfig:
     def _check_together(self) -> None:
         if self.embed_dim % self.num_heads or self.head_dim % 4:
             raise ConfigError(
-                f"embed_dim {self.embed_dim} divided by num_heads {self.num_heads} gives head_dim "
-                f"{self.embed_dim / self.num_heads:g}; head_dim must be a multiple of 4 for the rotary tables"
+                f"embed_dim {self.embed_dim} divided by num_heads {self.num_heads} gives a head_dim of "
+                f"{self.embed_dim / self.num_heads:g}, but the rotary tables need a multiple of 4; change "
+                "embed_dim or num_heads in the configuration"
             )
         if self.mlp_hidden < 1:
             raise ConfigError(
-                f"mlp_ratio {self.mlp_ratio:g} with embed_dim {self.embed_dim} gives an MLP without hidden channels; "
-                f"mlp_ratio must be at least {1 / self.embed_dim:g}"
+                f"mlp_ratio {self.mlp_ratio:g} with embed_dim {self.embed_dim} gives an MLP without hidden "
+                f"channels; set mlp_ratio to at least {1 / self.embed_dim:g} in the configuration"
             )
         if self.pretrain_image_size % self.patch_size:
             raise ConfigError(
-                f"pretrain_image_size {self.pretrain_image_size} must be a multiple of patch_size {self.patch_size}"
+                f"pretrain_image_size {self.pretrain_image_size} is not a multiple of patch_size "
+                f"{self.patch_size}; correct one of them in the configuration"
             )
         if self.d_model % 4:
             raise ConfigError(
-                f"d_model is {self.d_model}, but the sine position encoding needs a multiple of 4; correct the config"
+                f"d_model is {self.d_model}, but the sine position encoding needs a multiple of 4; correct "
+                "d_model in the configuration"
             )
         outside = [index for index in self.global_blocks if not 0 <= index < self.depth]
         if outside:
             raise ConfigError(
-                f"global_blocks names blocks {outside}, but the trunk has only blocks 0 to {self.depth - 1}"
+                f"global_blocks contains {outside}, but the trunk has only blocks 0 to {self.depth - 1}; "
+                "remove these numbers from the configuration"
             )
         if not self.necks or not self.scale_factors:
-            raise ConfigError("the configuration has no neck or no scale factor; it must have at least one of each")
+            raise ConfigError(
+                "the configuration has an empty list of necks or scale_factors; each of these lists needs at "
+                "least one entry"
+            )
         if not isinstance(self.sam2_head, bool):
-            raise ConfigError(f"sam2_head is {self.sam2_head!r}; it must be true or false")
+            raise ConfigError(
+                f"sam2_head is {self.sam2_head!r}, but it must be true or false; correct it in the configuration"
+            )
         if self.sam2_head and ("sam2" not in self.necks or self.d_model % HEAD_PARTS[0]):
             raise ConfigError(
-                f"sam2_head is true with necks {', '.join(self.necks)} and d_model {self.d_model}; it needs the neck "
-                f"sam2 and a d_model that is a multiple of {HEAD_PARTS[0]}"
+                "sam2_head is true, but it requires the neck sam2 and a d_model that is a multiple of "
+                f"{HEAD_PARTS[0]}; the configuration has the necks {', '.join(self.necks)} and d_model "
+                f"{self.d_model}"
             )
 
     @property
@@ -156,11 +166,14 @@ class EncoderConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ConfigError(f"unknown key {', '.join(unknown)}; the known keys are {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"the configuration contains the unknown key {', '.join(unknown)}; remove it or correct its "
+                f"spelling; the known keys are {', '.join(sorted(known))}"
+            )
         try:
             return cls(**values)
         except TypeError as error:
-            raise ConfigError(f"a value has the wrong type: {error}") from None
+            raise ConfigError(f"a value in the configuration has the wrong type: {error}; correct that value") from None
 
     @classmethod
     def from_file(cls, path: Path) -> EncoderConfig:
@@ -168,17 +181,19 @@ class EncoderConfig:
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
-            raise ConfigError(f"{path}: the file cannot be read as JSON ({error})") from None
+            raise ConfigError(
+                f"{path}: the file cannot be read as JSON ({error}); check the path, and correct the file"
+            ) from None
         if not isinstance(values, dict):
             raise ConfigError(
-                f"{path}: the file contains a {type(values).__name__}, expected a JSON object with the fields of "
-                "EncoderConfig"
+                f"{path}: the file contains a {type(values).__name__} instead of a JSON object; write the "
+                "fields of EncoderConfig as one JSON object"
             )
         values = values.get("onnx_manifest") or values  # a plan's manifest holds its ONNX file's
         if {"model_type", "architectures"} & set(values):
             raise ConfigError(
-                f"{path}: this is Hugging Face's config.json, which is read automatically from the checkpoint's "
-                "folder; leave out --config, or write an encoder.json with the fields of EncoderConfig"
+                f"{path}: this is Hugging Face's config.json, which neck-export reads from the checkpoint's "
+                "folder by itself; leave out --config, or pass a JSON file with the fields of EncoderConfig"
             )
         if isinstance(values.get("encoder"), dict):  # a manifest
             values = values["encoder"]
@@ -202,24 +217,27 @@ def check_image_size(size: Any, patch_size: int) -> tuple[int, int]:
     """
     sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
     if len(sides) != 2 or any(not isinstance(side, int) or isinstance(side, bool) for side in sides):
-        raise ConfigError(f"the image size {size!r} is invalid; give a whole number, or (height, width) in pixels")
+        raise ConfigError(
+            f"the image size {size!r} is invalid; use one whole number of pixels, or a pair (height, width)"
+        )
     for side in sides:
         if side < 1:
             raise ConfigError(
-                f"the image size {side} is too small; a side must have at least one patch of {patch_size} pixels"
+                f"the image size {side} is too small; each side needs at least {patch_size} pixels (one patch)"
             )
     if max(sides) > LARGEST_SIDE:
         tokens = (sides[0] // patch_size) * (sides[1] // patch_size)
         raise ConfigError(
-            f"the image size {sides[0]}x{sides[1]} is larger than {LARGEST_SIDE} pixels a side; in FP32 the finest "
-            f"feature map would need {tokens * 16 * 256 * 4 / 1e9:,.0f} GB and the attention scores of one head "
-            f"{tokens**2 * 4 / 1e9:,.0f} GB"
+            f"the image size {sides[0]}x{sides[1]} exceeds the limit of {LARGEST_SIDE} pixels per side; the "
+            f"finest FP32 feature map would need {tokens * 16 * 256 * 4 / 1000000000.0:,.0f} GB, and the "
+            f"attention scores of one head {tokens**2 * 4 / 1000000000.0:,.0f} GB"
         )
     for side in sides:
         if side % patch_size:
             below = side // patch_size * patch_size
             nearest = f"{below} and {below + patch_size}" if below else f"{patch_size}"
             raise ConfigError(
-                f"the image size {side} is not a multiple of the patch size {patch_size}; nearest: {nearest}"
+                f"the image size {side} is not a multiple of the patch size {patch_size}; use the nearest "
+                f"multiple: {nearest}"
             )
     return int(sides[0]), int(sides[1])

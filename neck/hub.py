@@ -108,8 +108,8 @@ class _Hub:
             from huggingface_hub import constants, errors
         except ImportError:
             raise HubError(
-                f"{name}: no such file or folder here; if it is a name on the Hugging Face Hub, install the package "
-                "that downloads from there: pip install huggingface_hub"
+                f"{name}: this file or folder does not exist; if it is a repository on the Hugging Face Hub, "
+                "install the package that downloads from it: pip install huggingface_hub"
             ) from None
         self.name, self.errors = name, errors
         self.api: Any = huggingface_hub
@@ -133,7 +133,7 @@ class _Hub:
 
     def _list(self) -> list[str]:
         """The files of the repository at the revision; without a connection those in the cache."""
-        step(f"{self.name}: files on the Hugging Face Hub")
+        step(f"listing the files of {self.name} on the Hugging Face Hub")
         try:
             api = self.api.HfApi(endpoint=self.endpoint)
             found = api.repo_info(self.name.repo, revision=self.name.revision, timeout=10)
@@ -174,23 +174,30 @@ class _Hub:
         page = f"{self.endpoint}/{name.repo}"
         if isinstance(error, errors.GatedRepoError):
             return (
-                f"{name}: the repository is gated; accept its license at {page}, then log in with `hf auth login` or "
-                "set HF_TOKEN, and repeat the command"
+                f"{name}: access to this Hugging Face repository must be requested; accept its license at "
+                f"{page}, log in with `hf auth login` or set HF_TOKEN, and repeat the command"
             )
         if isinstance(error, errors.RevisionNotFoundError):
-            return f"{name}: {name.repo} has no revision {name.revision}; the branches and tags are listed at {page}"
+            return (
+                f"{name}: the repository {name.repo} has no revision {name.revision}; its branches and tags are "
+                f"listed at {page}"
+            )
         if isinstance(error, errors.RepositoryNotFoundError):
             return (
-                f"{name}: neither a file here nor a repository on the Hub ({self.endpoint}) that you may read; check "
-                "the spelling, and for a private repository log in with `hf auth login` or set HF_TOKEN"
+                f"{name}: this is neither a local file nor a repository on the Hugging Face Hub "
+                f"({self.endpoint}) that you may read; check the spelling, and log in with `hf auth login` or "
+                "set HF_TOKEN if the repository is private"
             )
         if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-            return f"{name}: {name.repo} does not have the file at {self.commit}; its files are listed at {page}"
+            return (
+                f"{name}: the repository {name.repo} does not contain this file at revision {self.commit}; its "
+                f"files are listed at {page}"
+            )
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
             return (
-                f"{name}: the Hub refused access ({status}); check the token (`hf auth whoami`, HF_TOKEN) and that "
-                f"your account may read {page}"
+                f"{name}: the Hugging Face Hub refused access (HTTP status {status}); check your token with "
+                f"`hf auth whoami`, and check that your account may read {page}"
             )
         if isinstance(error, ValueError) and not isinstance(error, OSError):  # names that the Hub does not allow
             return f"{name}: {' '.join(str(error).split())}"
@@ -201,13 +208,14 @@ class _Hub:
         what = f"{self.name}: {file or 'the repository'}"
         if self.offline or isinstance(error, self.errors.OfflineModeIsEnabled):
             return (
-                f"{what} is not in the cache {self.cache}, and the Hub cannot be reached; repeat the command with a "
-                "connection and without HF_HUB_OFFLINE, or download it elsewhere and give the folder"
+                f"{what} is not in the local cache {self.cache}, and the Hugging Face Hub cannot be reached; "
+                "repeat the command with a network connection and without HF_HUB_OFFLINE, or download the "
+                "repository elsewhere and pass its folder"
             )
         reason = " ".join(str(error).split())[:200]
         return (
-            f"{what} could not be downloaded from {self.endpoint} ({type(error).__name__}: {reason}); check the "
-            "connection, HF_ENDPOINT and the free space of the cache, and repeat the command"
+            f"{what} could not be downloaded from {self.endpoint} ({type(error).__name__}: {reason}); check "
+            "the network connection, the variable HF_ENDPOINT and the free disk space, and repeat the command"
         )
 
 
@@ -224,7 +232,10 @@ def choose_weights(name: HubName, files: Iterable[str]) -> str:
     inside = [file.removeprefix(start) for file in files if file.startswith(start)]
     if not inside:
         near = difflib.get_close_matches(name.file, files, n=4, cutoff=0.3) or files[:8]
-        raise HubError(f"{name}: {name.repo} has no file or folder {name.file}; it has {', '.join(near)}")
+        raise HubError(
+            f"{name}: the repository {name.repo} has no file or folder {name.file}; choose one of its files, such "
+            f"as {', '.join(near)}"
+        )
     for wanted in WEIGHTS:
         if wanted in inside:
             return start + wanted
@@ -235,9 +246,13 @@ def choose_weights(name: HubName, files: Iterable[str]) -> str:
     bare = HubName(name.repo, name.revision)
     if top:
         listed = ", ".join(top[:8])
-        raise HubError(f"{name}: has several files of weights ({listed}); choose one, such as {bare}/{start}{top[0]}")
+        raise HubError(
+            f"{name}: the repository contains several files with weights ({listed}); choose one, such as "
+            f"{bare}/{start}{top[0]}"
+        )
     raise HubError(
-        f"{name}: has no PyTorch weights, so it is not a SAM 3 that can be exported; its files: {', '.join(inside[:8])}"
+        f"{name}: the repository contains no PyTorch weights, so nothing can be exported from it; use another "
+        f"repository. Its files are {', '.join(inside[:8])}"
     )
 
 
@@ -253,7 +268,8 @@ def check_model(name: HubName, config: Path) -> None:
         return  # nothing that can be told; the tensors decide
     if isinstance(kind, str) and not kind.startswith("sam3"):
         raise HubError(
-            f"{name}: is not a SAM 3 but a model of type {kind} (its {config.name}); the original is facebook/sam3"
+            f"{name}: according to its {config.name}, this is a model of type {kind} and not SAM 3; use a SAM "
+            "3 repository such as facebook/sam3"
         )
 
 
@@ -283,6 +299,6 @@ def _progress_class(file: str) -> Any:
 
         def _tell(self) -> None:
             if self.total:
-                count(f"download {file}", int(self.n), int(self.total), "bytes")
+                count(f"downloading {file}", int(self.n), int(self.total), "bytes")
 
     return Bytes

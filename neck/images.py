@@ -62,7 +62,9 @@ class ValueRange:
         except ValueError:
             low = high = math.nan
         if not -math.inf < low < high < math.inf:
-            raise ImageError(f"{text!r} is not a range of pixel values; give LOW:HIGH, such as 0:4000.")
+            raise ImageError(
+                f"{text!r} is not a range of pixel values; write it as LOW:HIGH with LOW below HIGH, such as 0:4000."
+            )
         return cls(low, high)
 
     def scale(self, values: np.ndarray) -> Pixels:
@@ -112,24 +114,29 @@ def read_image(path: Path, value_range: ValueRange | None = None, say: Say = sil
         try:
             return _decode(stream, value_range, lambda line: say(f"{Path(path).name}: {line}"))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            reason = f"has more than {Image.MAX_IMAGE_PIXELS} pixels, the limit for decoding; make the image smaller"
+            reason = (
+                f"the image has more than {Image.MAX_IMAGE_PIXELS} pixels, the limit for decoding; use a smaller image"
+            )
         except _NoRangeError as error:
             reason = str(error)
         except UnidentifiedImageError:
             reason = (
-                f"is damaged or has an unknown format (known are {', '.join(FORMATS)}); download it again or "
-                "convert it to PNG"
+                f"the file is damaged or has an unsupported format (supported are {', '.join(FORMATS)}); "
+                "download it again or convert it to PNG"
             )
             if tiff := describe_tiff(stream):
                 reason = (
-                    f"is a TIFF file with {tiff}; supported are 1 band (gray) of 8, 16 or 32 bits and 3 or 4 bands "
-                    "(RGB) of 8 or 16 bits"
+                    f"the image is a TIFF file with {tiff}, but only 1 band (gray) of 8, 16 or 32 bits and 3 "
+                    "or 4 bands (RGB) of 8 or 16 bits are supported"
                 )
-                reason += "; select three bands, for example with `gdal_translate -b 3 -b 2 -b 1 -ot Byte -scale`"
+                reason += (
+                    "; convert it, for example by selecting three bands with `gdal_translate -b 3 -b 2 -b 1 -ot "
+                    "Byte -scale`"
+                )
         except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, struct.error, IndexError ...
             cause = " ".join(str(error).split()) or type(error).__name__
-            reason = f"cannot be decoded ({cause}); download it again or save it as 8-bit RGB PNG"
-    raise ImageError(f"{path} {reason}.")
+            reason = f"the image cannot be decoded ({cause}); download it again or save it as 8-bit RGB PNG"
+    raise ImageError(f"{path}: {reason}.")
 
 
 def resize_image(pixels: Pixels, size: tuple[int, int]) -> Pixels:
@@ -147,7 +154,10 @@ def resize_image(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     """
     _check_pixels(pixels, dimensions=3)
     if len(size) != 2 or min(size) < 1:
-        raise ImageError(f"An image cannot be resized to {tuple(size)}; give (height, width), both at least 1.")
+        raise ImageError(
+            f"An image cannot be resized to {tuple(size)}; pass the size as (height, width) with both numbers at "
+            "least 1."
+        )
     # Golden images, 112 x 112: torch on uint8 is exact; Pillow's BILINEAR is 1 level off in 34 of 112896 values.
     image = torch.from_numpy(np.array(pixels, order="C")).permute(2, 0, 1)[None]  # (H, W, 3) -> (1, 3, H, W)
     resized = torch.nn.functional.interpolate(image, tuple(size), mode="bilinear", antialias=True)
@@ -194,7 +204,7 @@ def load_images(
         ImageError: where there is no path, or an image cannot be read.
     """
     if not paths:
-        raise ImageError("No image was given; give one or more image files.")
+        raise ImageError("No image file was given; pass one or more image files.")
     return np.stack([resize_image(read_image(path, value_range, say), size) for path in paths])
 
 
@@ -215,14 +225,16 @@ def find_images(folder: Path) -> list[Path]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ImageError(
-            f"The folder {folder} cannot be listed ({reason}); give a folder that contains images."
+            f"The folder {folder} cannot be read ({reason}); pass an existing folder that contains images."
         ) from None
     # Hidden: macOS puts a `._photo.jpg` that is no JPEG beside each `photo.jpg` on foreign disks.
     images = [path for path in entries if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()]
     if not images:
         skipped = f"{line}; " if (line := skipped_line(folder)) else ""
         names = ", ".join(sorted(SUFFIXES))
-        raise ImageError(f"The folder {folder} contains no image; {skipped}put in files that end in {names}.")
+        raise ImageError(
+            f"The folder {folder} contains no image; {skipped}supported are files whose names end in {names}."
+        )
     return images
 
 
@@ -237,7 +249,7 @@ def skipped_line(folder: Path) -> str | None:
     ]
     if not skipped:
         return None
-    more = f" and {len(skipped) - MOST_NAMED} more" if len(skipped) > MOST_NAMED else ""
+    more = f" and {len(skipped) - MOST_NAMED} more files" if len(skipped) > MOST_NAMED else ""
     files = "1 file was" if len(skipped) == 1 else f"{len(skipped)} files were"
     convert = any(Path(name).suffix.lower() in UNREAD for name in skipped)
     return (
@@ -249,9 +261,9 @@ def skipped_line(folder: Path) -> str | None:
 def _open_file(path: Path) -> BinaryIO:
     """Opens a file that holds at least one byte."""
     if path.is_dir():
-        raise ImageError(f"{path} is a folder; give an image file.")
+        raise ImageError(f"{path} is a folder, but an image file is needed; pass an image file.")
     if path.is_fifo():  # opening it would wait for ever
-        raise ImageError(f"{path} is a named pipe; give an image file.")
+        raise ImageError(f"{path} is a named pipe, which cannot be read as an image; pass an image file.")
     try:
         stream = path.open("rb")
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
@@ -280,13 +292,13 @@ def _decode(stream: BinaryIO, value_range: ValueRange | None, say: Say) -> Pixel
     if deep_color:
         if value_range:
             raise _NoRangeError(
-                "has 16-bit color, of which Pillow reads only the high byte, so the range cannot be applied; scale "
-                "the image yourself and save it as 8-bit RGB PNG"
+                "the image has 16-bit color, and Pillow decodes only the high byte of each value, so "
+                "--image-range cannot be applied; scale the image yourself and save it as 8-bit RGB PNG"
             )
         most = int(np.asarray(upright).max())
         say(
-            f"16-bit color with values up to about {most * 257}; the high byte of each value is used, which gives 0 "
-            f"to {most} of 255"
+            f"the image has 16-bit color with values up to about {most * 257}; only the high byte of each "
+            f"value is used, which gives 0 to {most} of 255"
         )
     if upright.mode == "P" and "transparency" in upright.info:
         upright = upright.convert("RGBA")  # the same colors; Pillow warns about the direct way
@@ -299,18 +311,19 @@ def _to_8_bits(values: np.ndarray, bits: int, value_range: ValueRange | None, sa
     seen = f"{known.min():.6g} to {known.max():.6g}" if known.size else "none of which is finite"
     kind = f"{bits}-bit {'float ' if values.dtype.kind == 'f' else ''}gray with values {seen}"
     if value_range:
-        say(f"{kind}; {value_range.low:g} to {value_range.high:g} are scaled to 0 to 255")
+        say(f"the image is {kind}; {value_range.low:g} to {value_range.high:g} are scaled to 0 to 255")
         return value_range.scale(values)
     if bits == 32:
         raise _NoRangeError(
-            f"is {kind}, and this type has no fixed range; name the values of black and white with --image-range "
-            "LOW:HIGH"
+            f"the image is {kind}, and this type has no fixed range; pass the values of black and white with "
+            "--image-range LOW:HIGH"
         )
     # Pillow clips 16-bit gray at 255 but takes the high byte of 16-bit RGB; both take the high byte here.
     high = (values.astype(np.int32) >> 8).astype(np.uint8)
     taken = f"{high.min()} to {high.max()} of 255"
     say(
-        f"{kind} of 65535; the high byte of each value is used, which gives {taken} (scale with --image-range LOW:HIGH)"
+        f"the image is {kind} of 65535; only the high byte of each value is used, which gives {taken}; use "
+        "--image-range LOW:HIGH to scale the values instead"
     )
     return high
 
@@ -318,4 +331,7 @@ def _to_8_bits(values: np.ndarray, bits: int, value_range: ValueRange | None, sa
 def _check_pixels(pixels: Pixels, dimensions: int) -> None:
     wanted = "(H, W, 3)" if dimensions == 3 else "(B, H, W, 3)"
     if pixels.dtype != np.uint8 or pixels.ndim != dimensions or pixels.shape[-1] != 3 or 0 in pixels.shape:
-        raise ImageError(f"The pixels are {pixels.dtype} {pixels.shape}; give a non-empty uint8 array {wanted} in RGB.")
+        raise ImageError(
+            f"The pixels have the type {pixels.dtype} and the shape {pixels.shape}; pass a non-empty uint8 array "
+            f"of shape {wanted} in RGB."
+        )

@@ -223,6 +223,6 @@ def _with_necks(config: EncoderConfig) -> Sam3DualViTDetNeck:
         return Sam3TriViTDetNeck(trunk, position, config.d_model, config.scale_factors)
     if len(set(config.necks) & set(NECK_MODULES)) < len(config.necks):
         raise NotImplementedError(
-            f"the necks {config.necks} are not supported; use {', '.join(NECK_MODULES)}, each at most once"
+            f"these necks are not supported: {config.necks}; use {', '.join(NECK_MODULES)}, each at most once"
         )
     return Sam3AnyViTDetNeck(trunk, position, config.d_model, config.scale_factors, config.necks)

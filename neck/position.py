@@ -21,7 +21,10 @@ class PositionEmbeddingSine(nn.Module):
     def __init__(self, num_pos_feats: int, temperature: float = 10000.0) -> None:
         super().__init__()
         if num_pos_feats % 4:
-            raise ValueError(f"num_pos_feats is {num_pos_feats}; it must be a multiple of 4")
+            raise ValueError(
+                f"num_pos_feats is {num_pos_feats}, but the sine position encoding needs a multiple of 4; pass "
+                "another number"
+            )
         self.num_pos_feats = num_pos_feats
         self.temperature = temperature
         # a table made on the CPU in every run is copied to a GPU in every run, and the run waits for it

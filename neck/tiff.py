@@ -27,5 +27,5 @@ def describe_tiff(stream: BinaryIO) -> str | None:
             return None
     except Exception:  # a damaged TIFF: Pillow raises SyntaxError, struct.error, TypeError ...
         return None
-    how = "" if packed in COMPRESSION_INFO else f" in compression {packed}, which Pillow cannot decode"
+    how = "" if packed in COMPRESSION_INFO else f", compressed with method {packed}, which Pillow cannot decode"
     return f"{bands} band{'s' * (bands != 1)} of {' and '.join(map(str, bits))}-bit {' and '.join(sorted(kinds))}{how}"

@@ -165,7 +165,7 @@ class ViTDetTrunk(nn.Module):
             patch, (height, width) = self.config.patch_size, self.grid
             raise ValueError(
                 f"the images have {images.shape[-2]}x{images.shape[-1]} pixels, but the trunk is set to "
-                f"{height * patch}x{width * patch}; call set_imgsz first"
+                f"{height * patch}x{width * patch}; call set_imgsz with the size of the images first"
             )
         x = self.ln_pre(x + self.position())
         for block in self.blocks:

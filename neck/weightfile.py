@@ -71,11 +71,17 @@ def read_state(path: Path, state: str | None = None) -> State:
         if known := file_of(path, head):
             raise CheckpointError(known)
         if state is not None:
-            raise CheckpointError(f"{path}: a sharded checkpoint (with an index) has only one state; leave out --state")
+            raise CheckpointError(
+                f"{path}: a sharded checkpoint contains only one state dict, so --state cannot choose another; "
+                "leave out --state"
+            )
         shards, tensors = shard_files(path), dict[str, Tensor]()
         for file in shards:
             if not file.is_file():
-                raise CheckpointError(f"No such file: {file}; {path.name} names this shard, so download it too")
+                raise CheckpointError(
+                    f"{file}: this file does not exist, but {path.name} lists it as a shard of the checkpoint; "
+                    "download it as well"
+                )
             tensors.update(_read_file(file, _head(file), None).tensors)
         return State(unwrap_names(path, tensors), files=(path, *shards))
     found = _read_file(path, head, state)
@@ -91,7 +97,8 @@ def find_file(path: Path) -> Path:
         if known := folder_of(path):
             raise CheckpointError(known)
         raise CheckpointError(
-            f"{path}: the folder contains no {' or '.join(FOLDER_NAMES)}; name the file with the weights"
+            f"{path}: the folder contains no {' or '.join(FOLDER_NAMES)}; pass the path of the file with the "
+            "weights instead of the folder"
         )
     if not path.is_file():
         raise CheckpointError(missing(path))
@@ -99,7 +106,7 @@ def find_file(path: Path) -> Path:
         str(path).encode()
     except UnicodeEncodeError:
         raise CheckpointError(
-            f"{path}: PyTorch and safetensors can only open paths in UTF-8; rename the file or folder"
+            f"{path}: PyTorch and safetensors can only open paths that are valid UTF-8; rename the file or folder"
         ) from None
     return path
 
@@ -120,7 +127,9 @@ def _head(path: Path) -> bytes:
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise CheckpointError(f"{path}: the file cannot be read ({error.strerror})") from None
+        raise CheckpointError(
+            f"{path}: the file cannot be read ({error.strerror}); check the path and its permissions"
+        ) from None
     if not head:
         raise CheckpointError(f"{path}: the file is empty; copy or download it again")
     return head
@@ -138,15 +147,18 @@ def _read_file(path: Path, head: bytes, state: str | None) -> State:
     # safetensors first: the length at its front may begin with any byte, also with a pickle's 0x80
     if _is_safetensors(head):
         if state is not None:
-            raise CheckpointError(f"{path}: a .safetensors file has only one state; leave out --state")
+            raise CheckpointError(
+                f"{path}: a .safetensors file contains only one state dict, so --state cannot choose another; "
+                "leave out --state"
+            )
         return State(_read_safetensors(path))
     if known := file_of(path, head):
         raise CheckpointError(known)
     if head.startswith(TORCH_STARTS):
         return _read_torch(path, state)
     raise CheckpointError(
-        f"{path}: the file is not a checkpoint (it begins with {head[:9]!r}); expected a PyTorch .pt, a .safetensors "
-        f"or {INDEX_NAME}"
+        f"{path}: the file is not a checkpoint (its first bytes are {head[:9]!r}); pass a PyTorch .pt file, a "
+        f".safetensors file or {INDEX_NAME}"
     )
 
 
@@ -172,13 +184,14 @@ def shard_files(path: Path) -> list[Path]:
         shards = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: the file is not an index of shards ({type(error).__name__}: {error}); expected JSON with a "
-            "weight_map"
+            f"{path}: the file is not an index of checkpoint shards ({type(error).__name__}: {error}); the "
+            "index must be JSON with a weight_map, so download it again"
         ) from None
     for shard in shards:
         if not isinstance(shard, str) or shard in ("", ".", "..") or re.search(r"[/\\:]", shard):
             raise CheckpointError(
-                f"{path}: the index names the shard {shard!r}; shards must be files in the folder of the index"
+                f"{path}: the index lists the shard {shard!r}, but shards must be in the folder of the index; "
+                "correct the index or download the checkpoint again"
             )
     return [path.parent / shard for shard in shards]
 
@@ -186,21 +199,25 @@ def shard_files(path: Path) -> list[Path]:
 def _read_torch(path: Path, asked: str | None) -> State:
     file = TorchFile(path)
     if not isinstance(file.root, dict | OpaqueObject):
-        raise CheckpointError(f"{path}: the file contains a {_kind(file.root)}, expected a dict of tensors or a module")
+        raise CheckpointError(
+            f"{path}: the file contains a {_kind(file.root)} instead of weights; pass a file with a state dict or "
+            "a module"
+        )
     states = find_states(path, file.root)
     if not states:
         keys = [key for key in file.root if isinstance(key, str)] if isinstance(file.root, dict) else []
         shown = ", ".join(repr(key[:40]) for key in keys[:8]) or "nothing"
         raise CheckpointError(
-            f"{path}: the file contains no tensors (its keys are {shown}); expected a state dict or a module"
+            f"{path}: the file contains no tensors (its keys are {shown}); pass a file with a state dict or a module"
         )
     name = choose_state(path, states, asked)
     entries = states[name]
     if entries.others:
         listed = ", ".join(f"{key} is a {kind}" for key, kind in list(entries.others.items())[:4])
         raise CheckpointError(
-            f"{path}: {len(entries.others)} of its tensors are not plain tensors ({listed}), but quantized, sparse "
-            f"or sharded over processes.\nGather or dequantize them in the program that made them, then {ADVICE}"
+            f"{path}: {len(entries.others)} tensors of the checkpoint are quantized, sparse or sharded over "
+            f"processes ({listed}), so they cannot be read as plain tensors.\nGather or dequantize them in "
+            f"the program that made them, then {ADVICE}"
         )
     others = tuple(place for place, found in states.items() if found.fits and place != name)
     return State({key: file.tensor(record) for key, record in entries.tensors.items()}, name, others)

@@ -20,8 +20,8 @@ FLOORS = ("neck", "export", "engines", "benchmarks", "neck_export.py")
 PROGRESS = {"report", "step", "count", "counted"}
 """Functions whose first string is a message even if it is a single word."""
 
-NO_MESSAGES = {"Option", "Argument", "but", "Target", "_trt"}
-"""Calls whose strings are help texts of options, or sources of the table of targets."""
+NO_MESSAGES = {"Option", "Argument", "but", "Target", "_trt", "encode"}
+"""Calls whose strings are help texts of options, sources of the table of targets, or bytes to be hashed."""
 
 NO_CPP_MESSAGES = re.compile("Authorization: Bearer|Raw profile type|The logger passed|neck-export runtime cache")
 """How texts begin that other programs read or write."""
@@ -83,13 +83,18 @@ def python_messages(path: Path) -> Iterator[Message]:
             name = ast.unparse(node.func)
             if name.rpartition(".")[2] in NO_MESSAGES or name.startswith("re."):
                 return
+            if name.rpartition(".")[2] in PROGRESS:  # the strings after the first are units
+                first = next((one for one in node.args if is_text(one)), None)
+                for one in node.args:
+                    yield from search(one, name if one is first else "unit")
+                return
             if not name.endswith((".join", ".format", ".replace")):
                 kind = name
         elif isinstance(node, ast.Assign | ast.AnnAssign | ast.Return | ast.Yield | ast.FunctionDef | ast.ClassDef):
             kind = getattr(node, "name", type(node).__name__.lower())
         if is_text(node):
             text = render(node)  # type: ignore[arg-type]
-            if is_prose(text) or (kind.rpartition(".")[2] in PROGRESS and text.strip()):
+            if is_prose(text) or (kind.rpartition(".")[2] in PROGRESS and text.strip(" .")):
                 yield Message(path, node.lineno, kind, text)  # type: ignore[attr-defined]
                 return
         for child in ast.iter_child_nodes(node):

@@ -86,7 +86,7 @@ def test_a_folder_is_merged_as_peft_does(name: str, tmp_path: Path) -> None:
     found = load_encoder(CASE, adapter=ADAPTERS / name, notes=notes).state_dict()
     assert_equal(found, weights_of(merged_by_peft(name), tmp_path / "merged"))
     count = len(load_file(ADAPTERS / name / "merged.safetensors"))
-    assert notes == [f"adapter {ADAPTERS / name}: merged into {count} weights"]
+    assert notes == [f"the adapter {ADAPTERS / name} was merged into {count} weights"]
     with pytest.raises(AssertionError):  # the control: the base alone
         assert_equal(dict(load_encoder(CASE).state_dict()), found)
 
@@ -274,7 +274,7 @@ def test_modules_outside_the_encoder_are_listed(adapter: Path) -> None:
     change_tensors(adapter, add)
     notes: list[str] = []
     load_encoder(CASE, adapter=adapter, notes=notes)
-    assert notes[1].startswith(f"adapter {adapter}: ")
+    assert notes[1].startswith(f"these tensors of the adapter {adapter} ")
     assert notes[1].endswith("ignored: detr_encoder.layers.0.mlp.fc1, mask_decoder.head.weight")
 
 
@@ -306,22 +306,25 @@ def of_rank(factor: Tensor, rank: int) -> Tensor:
     ("change", "says"),
     [
         (rename("backbone.layers", "trunk.blocks"), "another base"),
-        (rename("backbone.layers.2.", "backbone.layers.9."), "which has no backbone.layers.9.attention.q_proj"),
+        (rename("backbone.layers.2.", "backbone.layers.9."), "does not contain backbone.layers.9.attention.q_proj"),
         (rename("backbone.", "text."), "merged"),
         (
             cut("lora_A", lambda factor: factor[:, :8]),
             "backbone.layers.0.attention.q_proj",
         ),
         (cut("lora_B", lambda factor: factor[:8]), "(16, 16)"),
-        (cut("lora_", lambda factor: factor[:0] if factor.shape[0] == 4 else factor[:, :0]), "has rank 0"),
+        (cut("lora_", lambda factor: factor[:0] if factor.shape[0] == 4 else factor[:, :0]), "have rank 0"),
         (
             cut("lora_", lambda factor: factor[:2] if factor.shape[0] == 4 else factor[:, :2]),
-            "config says 4",
+            "configuration says rank 4",
         ),
         (spoil(float("nan")), "lora_B"),
         (spoil(float("inf")), "lora_B"),
-        (cut("lora_A", lambda factor: factor.to(torch.int8)), "is torch.int8; expected a float tensor"),
-        (lambda state: {key: value for key, value in state.items() if "fc1.lora_B" not in key}, "has no lora_B.weight"),
+        (cut("lora_A", lambda factor: factor.to(torch.int8)), "has the type torch.int8"),
+        (
+            lambda state: {key: value for key, value in state.items() if "fc1.lora_B" not in key},
+            "tensor lora_B.weight of the adapted module",
+        ),
         (lambda state: {"x.weight": torch.ones(1)}, "no module of the encoder"),
     ],
 )
@@ -374,9 +377,9 @@ def test_what_peft_saves_beyond_lora_is_refused(name: str, says: str) -> None:
 
 
 def test_folders_that_are_no_adapter(tmp_path: Path, adapter: Path) -> None:
-    assert "has no adapter_config.json" in refused(tmp_path)
+    assert "contains no adapter_config.json" in refused(tmp_path)
     (adapter / "adapter_model.safetensors").unlink()
-    assert "has no adapter_model.safetensors or adapter_model.bin" in refused(adapter)
+    assert "contains no adapter_model.safetensors or adapter_model.bin" in refused(adapter)
 
 
 # -- the command line --
@@ -389,7 +392,7 @@ def test_an_export_says_what_was_merged_and_verify_merges_it_again(
     output = tmp_path / "out" / "x.onnx"
     ran = neck_export_cli("onnx", "--checkpoint", CASE, "--adapter", adapter, "--output", output)
     assert ran.code == 0, ran
-    assert f"note: adapter {adapter}: merged into 16 weights" in ran.out
+    assert f"note: the adapter {adapter} was merged into 16 weights" in ran.out
     files = [file_entry(adapter / name) for name in ("adapter_config.json", "adapter_model.safetensors")]
     manifest = json.loads(output.with_suffix(".json").read_text())
     assert manifest["weights"]["adapter"] == {"path": str(adapter.resolve()), "files": files}
@@ -399,7 +402,7 @@ def test_an_export_says_what_was_merged_and_verify_merges_it_again(
     ran = neck_export_cli("verify", output)
     assert (
         ran.code == 1
-        and f"{adapter}: the adapter that x.json names does not exist; give its path with --adapter" in ran.err
+        and f"{adapter}: this folder does not exist, but the manifest x.json names it as the adapter" in ran.err
     )
     assert neck_export_cli("verify", output, "--adapter", moved).code == 0
     change_config(moved, lora_alpha=7)
@@ -407,7 +410,7 @@ def test_an_export_says_what_was_merged_and_verify_merges_it_again(
     assert ran.code == 1 and "this is not the adapter that was merged" in ran.err
     output.with_suffix(".json").write_text(json.dumps({**manifest, "precision": "fp16"}))
     for given, says in (
-        ((), "give its path with --adapter"),
+        ((), "pass the adapter's new path with --adapter"),
         (("--adapter", moved), "is not the adapter"),
     ):
         ran = neck_export_cli("bisect", output, *given)
@@ -422,7 +425,7 @@ def test_an_export_says_what_was_merged_and_verify_merges_it_again(
             ("--checkpoint", "random", "--adapter-alpha", "8"),
             "--adapter-alpha",
         ),
-        (("--checkpoint", CASE, "--adapter", ADAPTERS), "has no adapter_config.json"),
+        (("--checkpoint", CASE, "--adapter", ADAPTERS), "contains no adapter_config.json"),
         (("--checkpoint", CASE, "--adapter", ADAPTERS / "dora"), "DoRA"),
         (("--checkpoint", CASE, "--adapter-alpha", "8"), "--adapter-alpha"),
         (

@@ -124,7 +124,7 @@ def test_weights_to_a_plan_in_one_command_writes_the_files_of_two(
     assert manifests[0]["batch"] == "1:2:2" and len(manifests[0]["outputs"]) == 16
     monkeypatch.chdir(one)
     again = neck_export_cli("trt", "build/sam3-encoder.onnx", "--fp16", "--flavor", "rtx")
-    assert again.code == 0 and again.out.startswith("nothing has changed")
+    assert again.code == 0 and again.out.startswith("the existing plan is kept")
 
 
 @rtx

@@ -154,7 +154,7 @@ def misshape(state: State) -> None:
 
 
 CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
-    "missing": (lambda path: path, ("No such file",)),
+    "missing": (lambda path: path, ("this file does not exist",)),
     "folder": (lambda path: path.parent, ("contains no",)),
     "empty": (bad_empty, ("is empty",)),
     "text": (bad_text, ("checkpoint",)),
@@ -206,37 +206,37 @@ def test_half_precision_checkpoints_are_fine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--image-size", "1000"), ("not a multiple of the patch size 14; nearest: 994 and 1008",)),
-        (("--image-size", "112x100"), ("nearest: 98 and 112",)),
-        (("--image-size", "5"), ("nearest: 14",)),
+        (("--image-size", "1000"), ("not a multiple of the patch size 14; use the nearest multiple: 994 and 1008",)),
+        (("--image-size", "112x100"), ("nearest multiple: 98 and 112",)),
+        (("--image-size", "5"), ("nearest multiple: 14",)),
         (("--image-size", "0"), ("image size 0", "14 pixels")),
         (("--image-size", "-14"), ("image size -14", "14 pixels")),
-        (("--image-size", "14"), ("level 3 would be empty at 14x14 pixels",)),
-        (("--image-size", "140000"), ("larger than 8064 pixels a side", "GB")),
-        (("--image-size", "8064", "--batch", "64"), ("verification at 8064x8064 needs", "GB", "--no-verify")),
-        (("--neck", "sam4"), ("unknown neck 'sam4'; choose from sam3, sam2, interactive, propagation, both, all",)),
-        (("--neck", ""), ("unknown neck ''",)),
-        (("--neck", "interactive"), ("neck interactive is not in the checkpoint, which has sam3, sam2",)),
-        (("--levels", "4"), ("level 4 does not exist; the encoder has levels 0 to 3",)),
+        (("--image-size", "14"), ("level 3 of the feature pyramid would be empty at an image size of 14x14 pixels",)),
+        (("--image-size", "140000"), ("limit of 8064 pixels per side", "GB")),
+        (("--image-size", "8064", "--batch", "64"), ("verification at 8064x8064 pixels needs", "GB", "--no-verify")),
+        (("--neck", "sam4"), ("there is no neck 'sam4'; choose from sam3, sam2, interactive, propagation, both, all",)),
+        (("--neck", ""), ("there is no neck ''",)),
+        (("--neck", "interactive"), ("neck interactive was requested, but the checkpoint contains only sam3, sam2",)),
+        (("--levels", "4"), ("level 4 does not exist, because the encoder has levels 0 to 3",)),
         (("--levels", "x"), ("levels 'x'",)),
         (("--levels", ""), ("levels ''",)),
-        (("--opset", "16"), ("opset 16 is not supported; expected 17 to 24, or auto",)),
-        (("--opset", "99"), ("opset 99 is not supported; expected 17 to 24, or auto",)),
-        (("--batch", "0"), ("expected minimum:optimum:maximum",)),
-        (("--batch", "4:1"), ("expected a number or minimum:optimum:maximum",)),
-        (("--tolerance", "sam4=1"), ("names no output",)),
+        (("--opset", "16"), ("opset 16 is not supported; use an opset from 17 to 24, or auto",)),
+        (("--opset", "99"), ("opset 99 is not supported; use an opset from 17 to 24, or auto",)),
+        (("--batch", "0"), ("write it as minimum:optimum:maximum",)),
+        (("--batch", "4:1"), ("write it as one number, or as minimum:optimum:maximum",)),
+        (("--tolerance", "sam4=1"), ("matches no output",)),
         (("--tolerance", "sam3_feat_0=-1"), ("above 0",)),
-        (("--keep-fp32", "trunk.bocks.1", "--precision", "fp16"), ("names no module of the graph",)),
+        (("--keep-fp32", "trunk.bocks.1", "--precision", "fp16"), ("matches no module of the graph",)),
         (("--attention", "fp32acc"), ("--attention fp32acc", "--attention auto")),
         (("--attention", "fp32acc", "--precision", "fp16", "--opset", "16"), ("opset 16 is not supported",)),
         (("--attention", "fp32acc", "--precision", "bf16", "--opset", "20"), ("--opset 22", "--precision fp16")),
         (
             ("--attention", "fp32acc", "--precision", "bf16", "--target", "tensorrt-10.3"),
-            ("TensorRT 10.3 is only known to read opset 20",),
+            ("TensorRT 10.3 is only known to support opsets up to 20",),
         ),
         (("--config", "/no/such.json"), ("/no/such.json", "JSON")),
-        (("--config", str(DATA / "meta-dual" / "case.json")), ("unknown key",)),
-        (("--images", "/no/such/folder"), ("/no/such/folder cannot be listed",)),
+        (("--config", str(DATA / "meta-dual" / "case.json")), ("the unknown key",)),
+        (("--images", "/no/such/folder"), ("/no/such/folder cannot be read",)),
         (("--images", str(DATA / "meta-dual")), ("no image",)),
     ],
 )
@@ -277,7 +277,7 @@ def test_usage(arguments: tuple[str, ...], tmp_path: Path) -> None:
 
 def test_sam2_asked_of_a_checkpoint_without(tmp_path: Path) -> None:
     ran = run_export(tmp_path, "--neck", "both", checkpoint=checkpoint_of("meta-padded"))
-    refused(ran, "neck sam2 is not in the checkpoint, which has sam3")
+    refused(ran, "neck sam2 was requested, but the checkpoint contains only sam3")
     nothing_written(tmp_path / "out")
 
 
@@ -401,7 +401,11 @@ def test_too_small_a_disk_is_seen_before_the_work(
     place = mount("size=64k")
     monkeypatch.setattr(export.pipeline, "trace", lambda module: pytest.fail("traced"))
     ran = run_export(tmp_path, "--output", place / "x.onnx")
-    refused(ran, f"{place}: the disk has 65.5 kB free, but the file needs 363 kB; make room or choose another --output")
+    refused(
+        ran,
+        f"{place}: the disk has 65.5 kB of free space, but the export needs 363 kB; free some space",
+        "--output",
+    )
     nothing_written(place)
 
 
@@ -426,7 +430,7 @@ def test_a_disk_that_fills_while_it_is_written(
     ran = run_export(tmp_path, "--output", place / "x.onnx", "--positions", positions)
     if ran.code == 0:
         pytest.skip(f"{room} bytes hold the file")
-    refused(ran, f"{place}: the disk is full; make room or choose another --output")
+    refused(ran, f"{place}: the disk is full; free some space or choose another --output")
     (place / "filler").unlink()
     assert listing(place) == before
     assert verify_file(place / "x.onnx").passed
@@ -488,7 +492,7 @@ def test_out_of_memory_of_torch_and_onnx_runtime(tmp_path: Path, monkeypatch: py
             raise RuntimeError(message)
 
         monkeypatch.setattr(export.pipeline, "trace", fail)
-        refused(run_export(tmp_path), "out of memory; close other programs, or")
+        refused(run_export(tmp_path), "not sufficient for this command; close other programs, or")
         nothing_written(tmp_path / "out")
 
 

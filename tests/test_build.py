@@ -259,18 +259,21 @@ def _outside(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda path: path.with_name("none.onnx"), "none.onnx: no such file; write it with `neck-export onnx`"),
+        (
+            lambda path: path.with_name("none.onnx"),
+            "none.onnx: this file does not exist; check the path, or write the file with `neck-export onnx`",
+        ),
         (
             _without_data,
-            "weights file .*onnx.data is missing; copy it there, or export it again: neck-export onnx",
+            "weights file .*onnx.data is missing; copy it to this path, or export the file again with neck-export onnx",
         ),
-        (lambda path: _truncated(path, 0.5), "incomplete or damaged.*export it again"),
-        (lambda path: _truncated(path, 0), "no outputs.*export it again"),
+        (lambda path: _truncated(path, 0.5), "incomplete or damaged.*export the file again"),
+        (lambda path: _truncated(path, 0), "no outputs.*export the file again"),
         (
             lambda path: _truncated(path.with_name(path.name + ".data"), 0.5) and path,
-            r"[\d,]+ of [\d,]+",
+            r"has [\d,]+ bytes, but needs [\d,]+",
         ),
-        (_outside, "'../secret.data', outside its own folder"),
+        (_outside, "'../secret.data', which is outside its own folder"),
     ],
 )
 def test_bad_files_are_told(small: Path, spoil: Any, says: str) -> None:

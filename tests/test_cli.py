@@ -177,7 +177,7 @@ def test_bare_onnx_says_that_the_weights_are_random(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     ran = neck_export_cli("onnx")
     assert ran.code == 0
-    assert "no sam3.pt in this folder" in ran.err and ran.err.count("\n") == 1
+    assert "this folder contains no sam3.pt" in ran.err and ran.err.count("\n") == 1
     assert ran.out.splitlines() == [
         "not verified: --no-verify",
         "build/sam3-encoder.onnx  5.0 MB",
@@ -224,7 +224,7 @@ def test_onnx_prints_figures_and_files(tmp_path: Path) -> None:
     ran = neck_export_cli("onnx", *GOLDEN, "--precision", "fp16", "--output", output)
     assert (ran.code, ran.err) == (0, "")
     state, method, header, *rows = ran.out.splitlines()
-    assert state == "read the state model of checkpoint.pt"
+    assert state == "the weights are from the state dict model of checkpoint.pt"
     assert method.startswith("PyTorch FP32 against ONNX Runtime ")
     assert "simulated" in method
     assert header.split() == ["output", "max", "abs", "mean", "abs", "rel.", "L2", "cosine", "verdict"]
@@ -263,7 +263,7 @@ def test_a_real_run_is_quiet(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, env=color)
     assert done.returncode == 0, done.stderr
     steps = re.findall(STEP_LINE + "(.*)", done.stderr)
-    assert without_steps(done.stderr) == "" and {"tracing the encoder", "writing the file"} <= {*steps}
+    assert without_steps(done.stderr) == "" and {"tracing the encoder", "writing the ONNX file"} <= {*steps}
     assert "\x1b" not in done.stdout + done.stderr
     assert "\r" not in done.stdout
     assert len(done.stdout.splitlines()) == 15
@@ -338,7 +338,7 @@ def test_inspect_without_a_manifest(exported: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{}", "is not the manifest of a onnx file"),
+        ("{}", "is not a manifest of the kind onnx"),
         ('{"kind": "onnx", "format": 1, "files": []}', "'created'"),
         ("{", "cannot be read"),
     ],

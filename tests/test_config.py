@@ -48,10 +48,10 @@ def test_height_comes_first() -> None:
     [
         (1000, ["1000", "14", "994 and 1008"]),
         ((1008, 700 + 1), ["701", "700 and 714"]),
-        (13, ["13", "nearest: 14"]),
-        (0, ["0", "at least one patch", "14"]),
-        (-14, ["-14", "at least one patch"]),
-        ((1008, 0), ["0", "at least one patch"]),
+        (13, ["13", "nearest multiple: 14"]),
+        (0, ["0", "at least 14 pixels", "14"]),
+        (-14, ["-14", "at least 14 pixels"]),
+        ((1008, 0), ["0", "at least 14 pixels"]),
         (14_000, ["14000x14000", "GB"]),
         (100_000, ["100000x100000", "GB"]),  # no multiple of 14 either, but the nearest would not do
         ((14, 100_002), ["14x100002", "GB"]),
@@ -64,14 +64,14 @@ def test_a_size_that_cannot_be_is_refused_with_a_remedy(size: Any, said: list[st
 
 
 def test_the_memory_of_a_huge_size_is_that_of_its_tensors() -> None:
-    with pytest.raises(ConfigError, match=r"17 GB and .* 4,398 GB") as caught:
+    with pytest.raises(ConfigError, match=r"17 GB, and .* 4,398 GB") as caught:
         check_image_size(32 * 1024, 32)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [True, 1008.0, "1008", None, (), (1008,), (1008, 1008, 3), (1008, 1008.0), (True, 14)])
 def test_what_is_no_size_is_refused(size: Any) -> None:
-    with pytest.raises(ConfigError, match=r"give a whole number, or \(height, width\)"):
+    with pytest.raises(ConfigError, match=r"is invalid; use one whole number of pixels"):
         check_image_size(size, 14)
 
 
@@ -88,7 +88,7 @@ def test_what_is_no_size_is_refused(size: Any) -> None:
         ("mlp_ratio", math.inf, "mlp_ratio is inf"),
         ("layer_norm_eps", "1e-5", "layer_norm_eps is '1e-5'"),
         ("num_heads", 3, "multiple of 4"),
-        ("num_heads", 8, "head_dim 2"),
+        ("num_heads", 8, "head_dim of 2"),
         ("pretrain_image_size", 57, "a multiple of patch_size 14"),
         ("d_model", 6, "d_model is 6"),
         ("global_blocks", (1, 4), r"\[4\]"),
@@ -99,8 +99,8 @@ def test_what_is_no_size_is_refused(size: Any) -> None:
         ("scale_factors", (4.0, "2"), r"scale_factors is \[4.0, '2'\]; it must be a list of numbers"),
         ("necks", (1,), r"necks is \[1\]; it must be a list of names"),
         ("necks", (), "neck"),
-        ("scale_factors", (), "scale factor"),
-        ("image_size", 100, "nearest: 98 and 112"),
+        ("scale_factors", (), "scale_factors"),
+        ("image_size", 100, "nearest multiple: 98 and 112"),
     ],
 )
 def test_a_value_that_cannot_work_is_named(field: str, value: Any, said: str) -> None:
@@ -118,7 +118,7 @@ def test_a_value_that_cannot_work_is_named(field: str, value: Any, said: str) ->
         ('{"model_type": "sam3_video", "detector_config": {}}', "config.json"),
         ('{"dept": 3}', "unknown key dept; .*depth"),
         ('{"global_blocks": 3}', "wrong type"),
-        ('{"image_size": 100}', "nearest: 98 and 112"),
+        ('{"image_size": 100}', "nearest multiple: 98 and 112"),
         ("\ud83d".encode("utf-8", "surrogatepass").decode("latin-1"), "JSON"),
     ],
 )

@@ -174,7 +174,7 @@ def test_overrides() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"sam2_feat_0": 0.1}, "names no output; the outputs are sam3_feat_0"),
+        ({"sam2_feat_0": 0.1}, "matches no output; the outputs are sam3_feat_0"),
         ({"sam4*": 0.1}, "'sam4*'"),
         ({"sam3_feat_0": 0.0}, "above 0"),
         ({"sam3_feat_0": -1.0}, "above 0"),
@@ -192,9 +192,11 @@ def test_an_override_that_cannot_be_is_told(overrides: dict[str, float], words: 
 
 def test_outputs_that_cannot_be_compared() -> None:
     arrays = random_outputs(a=(1, 2), b=(1, 2))
-    with pytest.raises(FidelityError, match="output b is not in the reference, which has a"):
+    with pytest.raises(FidelityError, match="output b is missing in the reference, which contains a"):
         compare({"a": arrays["a"]}, arrays, "fp32", "test")
-    with pytest.raises(FidelityError, match=r"output a has the shape \(2, 1\), but the reference has \(1, 2\)"):
+    with pytest.raises(
+        FidelityError, match=r"output a has the shape \(2, 1\), but the shape in the reference is \(1, 2\)"
+    ):
         compare(arrays, {"a": arrays["a"].T}, "fp32", "test")
     assert not compare(arrays, {}, "fp32", "test").passed  # nothing compared is nothing proved
 

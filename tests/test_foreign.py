@@ -171,9 +171,9 @@ SOUND: dict[str, tuple[Build, str]] = {
     "three levels under other names": (lambda edit: foreign_names(edit, 1, 2, 3), "features_0: level 1"),
     "trunk too": (trunk_output, "the trunk's feature map, NHWC"),
     "position without batch": (lambda edit: edit.reshape("sam3_pos_1", 16, 16, 16), "sam3_pos_1: the position"),
-    "an output more": (pooled, "pooled: (1, 16) matches nothing"),
+    "an output more": (pooled, "pooled: this output of shape (1, 16) matches no output"),
     "a map twice": (same_map_twice, "vision_features: level 3 of neck sam3"),
-    "size not fixed": (dynamic, "any size, run at 112x112"),
+    "size not fixed": (dynamic, "any size (verified at 112x112)"),
     "FP16 in FP32 islands": (low("fp16", opset=20, attention="fp32acc"), "type    fp16"),
     "FP16 throughout": (half, "LayerNorms are computed in FP16"),
     "FP16 with outputs in FP32": (low("fp16", output_precision="fp32", opset=20, attention="fused"), "accumulates"),
@@ -485,7 +485,7 @@ def test_a_failed_file_ends_with_3_and_the_cause(tmp_path: Path) -> None:
     path = write(edited(imagenet_of(1)), tmp_path / "wrong.onnx")
     ran = verify_cli(path, "--write-manifest")
     assert ran.code == 3
-    assert "another normalization" in ran.err and str(path) in ran.err
+    assert "the normalization is wrong" in ran.err and str(path) in ran.err
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(RejectedError) as raised:
         verify_file(path, checkpoint_of(CASE), config=EncoderConfig.from_file(config_of(CASE)))
@@ -547,10 +547,14 @@ def test_our_own_file_gets_its_manifest_back(tmp_path: Path) -> None:
 def test_inspect_says_what_a_file_seems_to_be(sound: Path, tmp_path: Path) -> None:
     told = neck_export_cli("inspect", sound)
     assert told.code == 0
-    assert "built as SAM 3's image encoder is" in told.out and "pixel_values" in told.out and "4 attentions" in told.out
+    assert (
+        "has the structure of SAM 3's image encoder" in told.out
+        and "pixel_values" in told.out
+        and "4 attentions" in told.out
+    )
     assert "neck-export verify" in told.out
     decoder = neck_export_cli("inspect", write(decoder_model(), tmp_path / "decoder.onnx"))
-    assert "not built as SAM 3's image encoder is" in decoder.out
+    assert "does not have the structure of SAM 3's image encoder" in decoder.out
 
 
 # --- bad input
@@ -609,10 +613,10 @@ REFUSED: dict[str, tuple[Callable[[], ir.Model], str]] = {
     "DINOv2": (lambda: small_model(IMAGE, {"last_hidden_state": [1, 65, 32]}, taps=(14, 14, 32)), "DINOv2"),
     "another architecture": (
         lambda: small_model(IMAGE, {"features": [1, 64, 9, 9]}, taps=(14, 14, 64)),
-        "two architectures",
+        "encoder with 64 channels, but the checkpoint's",
     ),
     "another patch": (lambda: small_model({"image": [1, 3, 100, 100]}, {"y": [1, 2]}), "does not fit"),
-    "nothing of a map": (lambda: small_model(IMAGE, {"y": [1, 2]}), "none of its outputs"),
+    "nothing of a map": (lambda: small_model(IMAGE, {"y": [1, 2]}), "none of the file's outputs"),
     "a custom operator": (custom_operator, "my.ops::Normalize"),
 }
 

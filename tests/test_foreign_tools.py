@@ -102,7 +102,7 @@ def test_transformers_exporter(precision: str, fusions: str | None, tmp_path: Pa
     assert {match.tensor for match in verdict.matches} >= {"trunk", *(f"sam3_feat_{level}" for level in range(4))}
     assert verdict.weights is not None and verdict.weights.origin == "the checkpoint's"
     if precision == "fp16" and not fusions:
-        assert any("accumulates their products in FP16" in risk for risk in verdict.risks)
+        assert any("accumulates their matrix multiplications in FP16" in risk for risk in verdict.risks)
 
 
 @pytest.fixture(scope="module")

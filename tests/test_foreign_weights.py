@@ -39,7 +39,7 @@ def error_of(path: Path) -> str:
 FILES: dict[str, tuple[bytes, str]] = {
     "lfs.safetensors": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1848\n",
-        "a Git LFS pointer, not the weights",
+        "a Git LFS pointer and not the weights",
     ),
     "login.pt": (b"<!DOCTYPE html><html><head><title>Log in</title>", "a web page"),
     "spaces.pt": (b"\n\n  <HTML lang=en>", "a web page"),
@@ -50,7 +50,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "index.json": (b'{"metadata": {"error": 0}, "weight_map": {}}', "SAM 3 image encoder"),  # the control
     "sam3.gguf": (b"GGUF\x03\x00\x00\x00", "GGUF"),
     "packed.pt.gz": (gzip.compress(b"x" * 100), "an archive (tar, gzip, ...)"),
-    "notes.pt": (b"these are not weights", "not a checkpoint (it begins with b'these are'"),  # the control
+    "notes.pt": (b"these are not weights", "not a checkpoint (its first bytes are b'these are'"),  # the control
 }
 
 
@@ -111,14 +111,16 @@ def test_pointer_in_the_place_of_a_shard(tmp_path: Path) -> None:
 def test_a_name_on_the_hub_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     message = error_of(Path("facebook/sam3"))
-    assert message.startswith("No such file: facebook/sam3") and "hf download facebook/sam3" in message
+    assert message.startswith("facebook/sam3: this file does not exist") and "hf download facebook/sam3" in message
     assert "--checkpoint hf://facebook/sam3" in message
     (tmp_path / "facebook").mkdir()  # a folder of that name: it is taken for a path
     done = neck_export_cli("onnx", "--checkpoint", "facebook/sam3", "--output", "build/x.onnx")
-    assert done.code == 1 and done.err.startswith("error: No such file: facebook/sam3; if it is a name on the Hugging")
+    assert done.code == 1 and done.err.startswith(
+        "error: facebook/sam3: this file does not exist; if it is a repository on"
+    )
     assert len(done.err.splitlines()) == 2
     for path in ("weights/sam3.pt", "sam3.pt", "a/b/c", "/facebook/sam3"):  # the control
-        assert error_of(Path(path)) == f"No such file: {path}"
+        assert error_of(Path(path)) == f"{path}: this file does not exist; check the path"
 
 
 def test_folder_of_torch_distributed_checkpoint(tmp_path: Path) -> None:
@@ -174,7 +176,7 @@ def test_pickled_shards(by: str, tmp_path: Path) -> None:
 def test_safetensors_come_before_pickles(tmp_path: Path) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
     shutil.copy(checkpoint_of("meta-dual"), tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"SAM 3 image encoder among"):
+    with pytest.raises(CheckpointError, match=r"no SAM 3 image encoder"):
         load_encoder(tmp_path, CONFIG)
 
 
@@ -183,7 +185,9 @@ def test_hostile_shard_runs_nothing(tmp_path: Path) -> None:
 
     (tmp_path / "a.bin").write_bytes(dict(bodies(str(tmp_path / "ran"), 0))["os.system"])
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"x": "a.bin"}}))
-    with pytest.raises(CheckpointError, match=r"a\.bin: refused, because the pickle was not written by torch.save"):
+    with pytest.raises(
+        CheckpointError, match=r"a\.bin: the file was refused, because it is a pickle that torch.save did not write"
+    ):
         load_encoder(tmp_path, CONFIG)
     assert not (tmp_path / "ran").exists()
 
@@ -218,12 +222,12 @@ QUANTIZED: dict[str, tuple[Change, str]] = {
         lambda s: beside(
             codes(s, torch.uint8), **{"weight.absmax": ONE, "weight.quant_state.bitsandbytes__nf4": ONE}
         ),
-        "is torch.uint8",
+        "has the type torch.uint8",
     ),
     "FP8 with weight_scale_inv": (
-        lambda s: beside(codes(s, torch.float8_e4m3fn), weight_scale_inv=ONE), "is torch.float8_e4m3fn"
+        lambda s: beside(codes(s, torch.float8_e4m3fn), weight_scale_inv=ONE), "has the type torch.float8_e4m3fn"
     ),
-    "INT8 alone": (lambda s: codes(s, torch.int8), "is torch.int8"),
+    "INT8 alone": (lambda s: codes(s, torch.int8), "has the type torch.int8"),
     "GPTQ": (
         lambda s: beside(
             {name: value for name, value in s.items() if not name.endswith("fc1.weight")},

@@ -202,7 +202,7 @@ def test_some_levels(necks: str, levels: str, sam2: list[str]) -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"necks": ("sam3",)}, "with necks sam3 and d_model 16; it needs"),
+        ({"necks": ("sam3",)}, "configuration has the necks sam3 and d_model 16"),
         ({"d_model": 12}, "a multiple of 8"),
         ({"sam2_head": "yes"}, "it must be true or false"),
     ],
@@ -231,7 +231,7 @@ def misshape(state: dict[str, Tensor]) -> None:
             ("mask decoder", "sam_mask_decoder.conv_s0", "mask_decoder.conv_s0", ".conv_s1"),
         ),
         (lacking("conv_s1"), ("missing", f"{META}conv_s1.weight", f"{META}conv_s1.bias")),
-        (misshape, ("shape", f"{META}conv_s1.weight has the shape (", "expected (")),
+        (misshape, ("shape", f"{META}conv_s1.weight has the shape (", "instead of (")),
         (lambda state: state[f"{META}conv_s0.bias"].fill_(float("nan")), ("NaN or infinity", f"{META}conv_s0.bias")),
         (lacking("sam2_convs"), ("--sam2-outputs head",)),
     ],
@@ -256,7 +256,7 @@ def test_bad_checkpoint(change: Callable[[dict[str, Tensor]], None], words: tupl
         (("--neck", "sam2", "--levels", "0,1,2,3"), "--levels 0,1,2,3"),
         (("--neck", "sam2", "--levels", "3"), "but --levels 3 selects neither"),
         (("--neck", "both", "--levels", "2,3"), "but --levels 2,3 selects neither"),
-        (("--neck", "interactive"), "neck interactive is not in the checkpoint"),
+        (("--neck", "interactive"), "neck interactive was requested, but the checkpoint contains only"),
     ],
 )
 @pytest.mark.parametrize("random", [False, True])

@@ -113,7 +113,7 @@ def test_json_that_python_does_not_read(text: str, folder: Path) -> None:
         ({"rope_parameters": {"rope_type": "axial", "rope_theta": 100.0, "factor": 2}}, "with factor is not"),
         ({"rope_parameters": [100.0]}, "rope_parameters is [100.0]"),
         ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta is 'big'"),
-        ({"rope_theta": 50.0}, "rope_theta is 50.0, but rope_parameters has 100.0"),
+        ({"rope_theta": 50.0}, "rope_theta is 50.0, but rope_parameters contains rope_theta 100.0"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"num_channels": 4}, "num_channels 4"),
         ({"qkv_bias": False}, "qkv_bias False"),
@@ -135,7 +135,7 @@ def test_what_the_encoder_does_not_have_is_refused(folder: Path, entries: dict[s
 @pytest.mark.parametrize(
     ("entries", "says"),
     [
-        ({"scale_factors": [4.0, 2.0]}, "scale_factors 4, 2, but the checkpoint has 3 levels"),
+        ({"scale_factors": [4.0, 2.0]}, "has 4, 2 as scale_factors, but the encoder in the checkpoint has 3 levels"),
         ({"fpn_hidden_size": 16}, "d_model is 16, but the checkpoint has 8"),
         ({"neck_norm": "layer"}, "neck_norm 'layer'"),
     ],
@@ -200,7 +200,7 @@ def test_the_case_through_the_command_line(folder: Path, monkeypatch: pytest.Mon
     assert json.loads(output.with_suffix(".json").read_text())["encoder"]["rope_theta"] == 100.0
     assert neck_export_cli("verify", output).code == 0
     ran = neck_export_cli("onnx", "--checkpoint", folder, "--levels", "3", "--output", folder / "no" / "x.onnx")
-    assert ran.code == 1 and "level 3 does not exist; the encoder has levels 0 to 2" in ran.err
+    assert ran.code == 1 and "level 3 does not exist, because the encoder has levels 0 to 2" in ran.err
     assert not (folder / "no").exists()
 
 

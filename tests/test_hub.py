@@ -59,8 +59,8 @@ def test_a_fresh_cache_is_filled_and_told_by_bytes(hub: Hub, tmp_path: Path) -> 
     assert path.is_relative_to(tmp_path / "cache") and (path.parent / "config.json").is_file()
     assert hub_origin(path) == HubName(NAME, COMMIT, "model.safetensors")
     size = (MODEL / "model.safetensors").stat().st_size
-    weights = [one for one in told if one.step == "download model.safetensors"]
-    assert weights[0].done == 0 and weights[-1] == Count("download model.safetensors", size, size, "bytes")
+    weights = [one for one in told if one.step == "downloading model.safetensors"]
+    assert weights[0].done == 0 and weights[-1] == Count("downloading model.safetensors", size, size, "bytes")
     assert load_encoder(path).trunk is not None
     before = len(hub.downloads("model.safetensors"))
     assert local_checkpoint(f"hf://{NAME}@{COMMIT}/model.safetensors") == path

@@ -217,8 +217,8 @@ BROKEN = {
     "truncated": "cannot be decoded .*truncated",
     "signature only": "is damaged or",
     "corrupt": "is damaged or",
-    "folder": "is a folder; give an image file",
-    "fifo": "pipe; give an image file",
+    "folder": "is a folder, but an image file",
+    "fifo": "is a named pipe",
     "eps": "is damaged or",
     "float": "is 32-bit float gray with values 1 to 1, and this type has no fixed range",
 }
@@ -291,13 +291,13 @@ def test_wrong_arrays_and_sizes() -> None:
     four: tuple[npt.NDArray[Any], ...]
     four = (pixels, pixels[None].astype(np.int16), pixels[None].transpose(0, 3, 1, 2))
     for wrong in three:
-        with pytest.raises(ImageError, match=r"uint8 array \(H, W, 3\)"):
+        with pytest.raises(ImageError, match=r"uint8 array of shape \(H, W, 3\)"):
             resize_image(wrong, (8, 8))
     for wrong in four:
-        with pytest.raises(ImageError, match=r"uint8 array \(B, H, W, 3\)"):
+        with pytest.raises(ImageError, match=r"uint8 array of shape \(B, H, W, 3\)"):
             normalize(wrong)
     for size in ((0, 8), (8, -1), (8,)):
-        with pytest.raises(ImageError, match=r"give \(height, width\)"):
+        with pytest.raises(ImageError, match=r"resized to .*\(height, width\)"):
             resize_image(pixels, size)  # type: ignore[arg-type]
-    with pytest.raises(ImageError, match="No image was given"):
+    with pytest.raises(ImageError, match="No image file was given"):
         load_images([], (8, 8))

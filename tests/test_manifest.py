@@ -96,7 +96,7 @@ def test_a_file_that_was_renamed_with_its_manifest(written: Path) -> None:
     with pytest.raises(ManifestError, match="is missing"):  # the control: the manifest has its name yet
         check_files(written, content)
     written.rename(written.with_name("y.json"))
-    with pytest.raises(ManifestError, match=r"y\.json: .*renamed from x\.json.*x\.onnx, x\.onnx\.data"):
+    with pytest.raises(ManifestError, match=r"y\.json: .*name was x\.json.*x\.onnx, x\.onnx\.data"):
         check_files(written.with_name("y.json"), content)
 
 
@@ -124,14 +124,14 @@ def edited(**changes: Any) -> Callable[[dict[str, Any]], str]:
         (lambda content: json.dumps(content)[:40], "cannot be read"),
         (lambda content: "", "cannot be read"),
         (lambda content: "\x00", "cannot be read"),
-        (lambda content: "[1]", "not the manifest of a onnx file"),
-        (lambda content: "{}", "not the manifest of a onnx file"),
-        (edited(kind="plan"), "not the manifest of a onnx file"),
+        (lambda content: "[1]", "not a manifest of the kind onnx"),
+        (lambda content: "{}", "not a manifest of the kind onnx"),
+        (edited(kind="plan"), "not a manifest of the kind onnx"),
         (edited(format=FORMAT + 1), f"the manifest has format {FORMAT + 1}, but this version reads format {FORMAT}"),
         (edited(format=None), "format None"),
-        (edited(files=None), "lists no files"),
-        (edited(files=["x.onnx"]), "lists no files"),
-        (edited(files=[{"name": "x.onnx", "bytes": "3", "sha256": ""}]), "lists no files"),
+        (edited(files=None), "not list its files"),
+        (edited(files=["x.onnx"]), "not list its files"),
+        (edited(files=[{"name": "x.onnx", "bytes": "3", "sha256": ""}]), "not list its files"),
     ],
 )
 def test_a_damaged_manifest_is_told(written: Path, damage: Callable[[dict[str, Any]], str], words: str) -> None:

@@ -183,7 +183,11 @@ def test_a_wrong_file_is_seen(wrong: Any, files: Path, model: Path, images: Path
     file = changed(files, tmp_path, wrong)
     ran = run(file, model, images, *TEXTS, "--no-check")
     assert ran.code == 3, ran
-    assert "error: " in ran.err and "the masks differ from the model's" in ran.err and "image_" in ran.err
+    assert (
+        "error: " in ran.err
+        and "the masks of this encoder differ from those of the model's own encoder" in ran.err
+        and "image_" in ran.err
+    )
     told = json.loads(file.with_suffix(".json").read_text())["masks"]
     assert not told["passed"] and told["below_gate"]
     assert "the model's" in neck_export_cli("inspect", file).out

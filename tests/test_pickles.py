@@ -263,7 +263,7 @@ def test_other_byte_order(tmp_path: Path) -> None:
 def test_tensors_that_are_not_plain_are_named(make: Callable[[], Tensor], tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     torch.save({"model": {"trunk.weight": make(), "b": torch.ones(2)}}, path)
-    with pytest.raises(CheckpointError, match=r"1 of its tensors are not plain"):
+    with pytest.raises(CheckpointError, match=r"1 tensors of the checkpoint are quantized"):
         read_state(path)
 
 

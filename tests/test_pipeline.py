@@ -65,7 +65,7 @@ def test_golden(case: str, precision: Any, tmp_path: Path) -> None:
     options = golden_options(case, output, precision=precision)
     result = export_onnx(options, steps.append)
     assert sorted(path.name for path in output.parent.iterdir()) == ["x.json", "x.onnx", "x.onnx.data"]
-    assert steps[0] == f"loading the weights: {checkpoint_of(case)}"
+    assert steps[0] == f"loading the weights of {checkpoint_of(case)}"
     assert len(steps) == 6
 
     assert result.verdict is not None
@@ -197,7 +197,7 @@ def test_verify_takes_tolerances(exported: ExportResult) -> None:
     assert verify_file(exported.path, tolerances={"*": 0.5}).passed
     with pytest.raises(RejectedError):
         verify_file(exported.path, tolerances={"sam3_feat_2": 1e-9})
-    with pytest.raises(FidelityError, match="names no output"):
+    with pytest.raises(FidelityError, match="matches no output"):
         verify_file(exported.path, tolerances={"sam4": 1.0})
 
 
@@ -221,21 +221,25 @@ def touch_weights(result: ExportResult) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (unlink("x.onnx"), ExportError, "no such file"),
+        (unlink("x.onnx"), ExportError, "this file does not exist"),
         (unlink("x.json"), ManifestError, "manifest is missing"),
         (unlink("x.onnx.data"), ManifestError, "x.onnx.data: the file is missing"),
         (touch_weights, ManifestError, "x.onnx.data: the file was changed after"),
-        (set_manifest(signature=None), ManifestError, "`signature` is damaged"),
-        (set_manifest(signature={}), ManifestError, "`signature` is damaged"),
+        (set_manifest(signature=None), ManifestError, "`signature` of the manifest is damaged"),
+        (set_manifest(signature={}), ManifestError, "`signature` of the manifest is damaged"),
         (set_manifest(encoder={"depth": 0}), ManifestError, "exported"),
         (set_manifest(encoder=None), ManifestError, "exported"),
         (set_manifest(weights=None), ManifestError, "exported"),
         (set_manifest(weights={"random": False}), ManifestError, "exported"),
-        (set_manifest(weights={"random": False, "path": "/no/such.pt"}), ExportError, "/no/such.pt: the weights that"),
+        (
+            set_manifest(weights={"random": False, "path": "/no/such.pt"}),
+            ExportError,
+            "/no/such.pt: this file does not exist, but the manifest",
+        ),
         (
             set_manifest(precision="fp4"),
             ManifestError,
-            "the precision 'fp4' is unknown, expected fp32, fp16, bf16, fp8, int8",
+            "the unknown precision 'fp4' (known are fp32, fp16, bf16, fp8, int8)",
         ),
     ],
 )
@@ -255,7 +259,7 @@ def test_verify_wants_the_checkpoint_that_was_exported(exported: ExportResult, t
     for other in (checkpoint_of("meta-padded"), save_state(tmp_path / "tuned.pt", lambda state: nudge(state))):
         with pytest.raises(ExportError, match="is not the checkpoint that was exported"):
             verify_file(exported.path, checkpoint=other)
-    with pytest.raises(ExportError, match=r"the weights that x\.json names"):
+    with pytest.raises(ExportError, match=r"the manifest x\.json names it as the exported weights"):
         verify_file(exported.path, checkpoint=tmp_path / "none.pt")
 
 
@@ -341,7 +345,7 @@ def test_random_weights_have_the_necks_that_are_asked(necks: str, has: tuple[str
     encoder = load(options).encoder
     assert tuple(encoder.necks) == has
     if necks == "foo":
-        with pytest.raises(SignatureError, match="unknown neck 'foo'"):
+        with pytest.raises(SignatureError, match="there is no neck 'foo'"):
             sign(options, encoder)
     else:
         assert set(sign(options, encoder).necks) <= set(has)
@@ -420,8 +424,8 @@ def test_the_output_takes_no_others_place(tmp_path: Path) -> None:
     ("changes", "error", "words"),
     [
         ({"opset": 16}, ExportError, "opset 16 .*expected 17 to 24"),
-        ({"image_size": 15}, ValueError, "nearest: 14 and 28"),
-        ({"images": Path("/no/such/folder")}, ValueError, "cannot be listed"),
+        ({"image_size": 15}, ValueError, "nearest multiple: 14 and 28"),
+        ({"images": Path("/no/such/folder")}, ValueError, "cannot be read"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_weights_are_read(
@@ -435,7 +439,7 @@ def test_what_cannot_be_is_refused_before_the_weights_are_read(
 
 def test_a_level_that_would_be_empty(tmp_path: Path) -> None:
     options = golden_options("meta-dual", tmp_path / "x.onnx", image_size=14)
-    with pytest.raises(ExportError, match="empty at 14x14 pixels"):
+    with pytest.raises(ExportError, match="empty at an image size of 14x14 pixels"):
         export_onnx(options)
     for fits in (dataclasses.replace(options, levels="0,1,2"), dataclasses.replace(options, image_size=28)):
         assert all(0 not in spec.shape for spec in sign(fits, load(fits).encoder).outputs)
@@ -472,7 +476,7 @@ def test_a_planted_overflow_is_refused(
     assert ran.code == 3
     assert ran.out == ""
     *_, first_bad, last = ran.err.splitlines()
-    assert first_bad.startswith(f"first tensor with NaN or infinity: {module}.")
+    assert first_bad.startswith(f"the first tensor with NaN or infinity is {module}.")
     assert last.startswith(f"error: {output}: ") and ", ".join(failed) in last
     assert listing(output.parent) == {}
     kept = neck_export_cli(*arguments, "--precision", "fp16", "--keep-fp32", module)
@@ -508,7 +512,7 @@ def test_a_weight_beyond_fp16_is_named(tmp_path: Path) -> None:
 
     checkpoint, output = save_state(tmp_path / "large.pt", overflow), tmp_path / "out" / "x.onnx"
     with pytest.raises(
-        ExportError, match=r"blocks\.1\.attn\.proj.*beyond the range of float16; keep its module in FP32"
+        ExportError, match=r"blocks\.1\.attn\.proj.*exceed the range of float16; keep its module in FP32"
     ):
         export_onnx(golden_options("meta-dual", output, checkpoint=checkpoint, precision="fp16"))
     assert listing(output.parent) == {}
@@ -532,7 +536,9 @@ def test_without_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     check_memory(sign(options, encoder), encoder)
     (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:      50 kB\n")
     monkeypatch.setattr(export.verification.verify, "MEMORY", tmp_path / "meminfo")
-    with pytest.raises(FidelityError, match=r"at 112x112 needs 65\.5 kB for one block's attention") as caught:
+    with pytest.raises(
+        FidelityError, match=r"at 112x112 pixels needs 65\.5 kB of memory for the attention of one block"
+    ) as caught:
         check_memory(sign(options, encoder), encoder)
     assert len(str(caught.value).splitlines()) == 2
 

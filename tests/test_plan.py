@@ -129,7 +129,7 @@ def test_a_file_that_was_changed_after_its_manifest_is_refused(exported: Path, t
     with pytest.raises(ManifestError, match="changed after its manifest"):
         make_plan(plan_options(copy, tmp_path / "out"))
     manifest_path(copy).write_text("{}")
-    with pytest.raises(ManifestError, match="not the manifest"):
+    with pytest.raises(ManifestError, match="not a manifest"):
         make_plan(plan_options(copy, tmp_path / "out"))
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
 
@@ -223,7 +223,7 @@ def test_trt_straight_after_onnx_needs_no_argument(tmp_path: Path, monkeypatch: 
     result = CliRunner().invoke(app, ["trt", "--fp16"])
     assert result.exit_code == 0, result.output
     assert "the plan is not verified: no NVIDIA driver" in result.output
-    assert "its ONNX graph is verified" in result.output
+    assert "the ONNX graph of the plan is verified" in result.output
     assert "fused attentions 4 of 4, accumulation FP32" in result.output
     assert (tmp_path / "build" / "sam3-encoder.plan").is_file()
     shown = CliRunner().invoke(app, ["inspect", "build/sam3-encoder.plan"])

@@ -194,14 +194,15 @@ def test_a_pattern_that_names_nothing_is_refused(pattern: str) -> None:
         assert len(fp32_modules(lowered("fp16", keep_fp32=[pattern]))) == 3 + 2 + 2 + 2
         return
     near = "trunk.blocks.0" if "block" in pattern else "convs"
-    with pytest.raises(ExportError, match=rf"names no module of the graph; .*{near}"):
+    with pytest.raises(ExportError, match=rf"matches no module of the graph; .*{near}"):
         lowered("fp16", keep_fp32=["convs.1", pattern])
 
 
 def test_a_weight_that_overflows_is_named_when_it_is_written(save: Save) -> None:
     weight = ir.tensor(np.array([1.0, -7e4], np.float32))
     with pytest.raises(
-        ExportError, match=r"weight trunk\.a has values of up to 70000, beyond the range of float16; .*--keep-fp32"
+        ExportError,
+        match=r"weight trunk\.a has values of up to 70000, which exceed the range of float16; .*--keep-fp32",
     ) as caught:
         converted_weight("trunk.a", weight, ir.DataType.FLOAT16).numpy()
     assert "\n" not in str(caught.value)
@@ -222,7 +223,7 @@ def test_a_weight_that_overflows_stops_the_writing(name: str, save: Save) -> Non
     low = made.clone()
     with pytest.raises(
         ExportError,
-        match=r"weight \S*trunk\.blocks\.2\.mlp\.fc2\S* has values of up to 100000, beyond the range of float16",
+        match=r"weight \S*trunk\.blocks\.2\.mlp\.fc2\S* has values of up to 100000, which exceed the range of float16",
     ):
         lower(low, "fp16")
         save(low)
@@ -426,7 +427,7 @@ def test_a_saved_fp32_file_lowers_to_the_same_graph(form: str, save: Save) -> No
 
 def test_what_is_low_already_is_refused(save: Save) -> None:
     made = ir.load(save(lowered("fp16")))
-    with pytest.raises(ExportError, match="the model is float16 already"):
+    with pytest.raises(ExportError, match="the model is already in float16"):
         lower(made, "bf16")
 
 
@@ -464,7 +465,7 @@ def test_gelu_as_erf_is_the_same(opset: int, save: Save) -> None:
 @pytest.mark.parametrize(
     ("opset", "said"),
     [
-        (16, "opset 16 is not supported; expected 17 to 24, or auto"),
+        (16, "opset 16 is not supported; use an opset from 17 to 24, or auto"),
         (25, "opset 25"),
         (0, "opset 0"),
     ],

@@ -56,7 +56,7 @@ def test_other_precisions_do_not_reach_the_quantizing(
 
 def test_fp8_is_inspected(fp8_file: Path) -> None:
     told = neck_export_cli("inspect", fp8_file).out
-    assert "4 of 16 linear layers are quantized to fp8, calibrated on 1 image" in told
+    assert "4 of 16 linear layers are quantized to fp8; the calibration used 1 image" in told
     assert "read by TensorRT 10.0 and later, TensorRT-RTX" in told
 
 
@@ -81,7 +81,7 @@ def test_triton_takes_no_fp8_onnx_file_and_says_what_it_takes(fp8_file: Path, tm
     """ONNX Runtime is not known to run Q and DQ of FP8 on a GPU."""
     refused = neck_export_cli("triton", fp8_file, "--output", tmp_path / "repository")
     assert refused.code == 1
-    assert "it is not known to read QuantizeLinear (4 nodes); export it again:" in refused.err
+    assert "the runtime is not known to support the operator QuantizeLinear (4 nodes); export it again:" in refused.err
     command = shlex.split(refused.err.splitlines()[1])
     assert not {"--quantize", "--budget"} & set(command)
     again = neck_export_cli(*command[1:-1], tmp_path / "b.onnx")
@@ -101,14 +101,14 @@ def test_int8_from_end_to_end(tmp_path: Path) -> None:
     options += ["--precision", "int8", "--quantize", "all", "--calibration", kept]
     first = neck_export_cli("onnx", *options, "--output", tmp_path / "a.onnx")
     assert first.code == 0, first.err
-    assert "calibrated on the one image that" in first.out
+    assert "the calibration used only the one image" in first.out
     second = neck_export_cli("onnx", *options, "--output", tmp_path / "b.onnx")
-    assert "calibrated on" not in second.out
+    assert "the calibration used only" not in second.out
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
     assert [found["files"][1]["sha256"] for found in (one, two)] == [one["files"][1]["sha256"]] * 2
     assert len(one["quantization"]["products"]) == one["quantization"]["of"] == 16
     assert (
-        "16 of 16 linear layers are quantized to int8, calibrated on 1 image"
+        "16 of 16 linear layers are quantized to int8; the calibration used 1 image"
         in neck_export_cli("inspect", tmp_path / "a.onnx").out
     )
     assert verify_file(tmp_path / "a.onnx").passed
@@ -159,13 +159,13 @@ def images(folder: Path, count: int, flat: bool = False) -> Path:
     ("options", "words"),
     [
         (["--precision", "fp16", "--quantize", "all"], "--precision is fp16"),
-        (["--precision", "fp8", "--budget", "0"], "expected a relative L2 between 0 and 1"),
-        (["--precision", "fp8", "--calibration", "x.json"], "in .safetensors"),
-        (["--precision", "fp8", "--quantize", "convs.0"], "names no linear layer"),
+        (["--precision", "fp8", "--budget", "0"], "a number between 0 and 1"),
+        (["--precision", "fp8", "--calibration", "x.json"], "end in .safetensors"),
+        (["--precision", "fp8", "--quantize", "convs.0"], "linear layers, whose names are"),
         (["--precision", "fp8", "--quantize", "all", "--images", "few"], "3 images"),
         (["--precision", "int8", "--quantize", "all", "--images", "flat"], "5.png"),
         (["--precision", "int8", "--images", "broken", "--calibration", "new.safetensors"], "7.png"),
-        (["--precision", "int8", "--calibration", "none.safetensors"], "is not a calibration of neck-export"),
+        (["--precision", "int8", "--calibration", "none.safetensors"], "is not a calibration that neck-export wrote"),
     ],
 )
 def test_bad_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: str) -> None:

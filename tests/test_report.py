@@ -556,7 +556,7 @@ def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(BenchError, match="the disk is full; make room or choose another --output"):
+    with pytest.raises(BenchError, match="the disk is full; free some space or choose another --output"):
         write_report(synthetic_result(1), tmp_path)
     assert [path.read_bytes() for path in paths] == before
     assert len(os.listdir(tmp_path)) == 3

@@ -226,7 +226,7 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("no plan", lambda plan: plan.write_bytes(b"PK\3\4" + bytes(100)), "begins with b'PK.*not a plan of flavor rtx"),
     ("no manifest", lambda plan: manifest_path(plan).unlink(), "x.plan.json: the manifest is missing"),
     ("damaged", lambda plan: manifest_path(plan).write_text('{"format": 1,'), "manifest cannot be read"),
-    ("onnx's", lambda plan: spoil(plan, kind="onnx"), "not the manifest of a plan file"),
+    ("onnx's", lambda plan: spoil(plan, kind="onnx"), "not a manifest of the kind plan"),
     ("newer", lambda plan: spoil(plan, format=99), "format 99"),
     ("no version", lambda plan: spoil(plan, tensorrt_version=None), "lacks 'tensorrt_version'"),
     ("bad version", lambda plan: spoil(plan, tensorrt_version="new"), "the manifest is damaged .*'new'"),

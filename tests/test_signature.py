@@ -145,11 +145,11 @@ def test_necks(asked: str, available: tuple[str, ...], chosen: tuple[str, ...]) 
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ("sam4", "unknown neck 'sam4'; choose from sam3, sam2, interactive, propagation, both, all"),
-        ("", "unknown neck ''"),
-        ("sam3,", "unknown neck ''"),
-        ("both", "neck sam2 is not in the checkpoint, which has sam3"),
-        ("interactive", "neck interactive is not in the checkpoint, which has sam3"),
+        ("sam4", "there is no neck 'sam4'; choose from sam3, sam2, interactive, propagation, both, all"),
+        ("", "there is no neck ''"),
+        ("sam3,", "there is no neck ''"),
+        ("both", "neck sam2 was requested, but the checkpoint contains only sam3"),
+        ("interactive", "neck interactive was requested, but the checkpoint contains only sam3"),
     ],
 )
 def test_bad_necks_are_refused(asked: str, said: str) -> None:
@@ -168,12 +168,12 @@ def test_levels(asked: str, chosen: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ("4", "level 4 does not exist; the encoder has levels 0 to 3"),
+        ("4", "level 4 does not exist, because the encoder has levels 0 to 3"),
         ("0,7", "level 7"),
-        ("", "expected indices"),
-        ("-1", "expected indices"),
-        ("0,,1", "expected indices"),
-        ("finest", "expected indices"),
+        ("", "write the level numbers separated by commas"),
+        ("-1", "write the level numbers separated by commas"),
+        ("0,,1", "write the level numbers separated by commas"),
+        ("finest", "write the level numbers separated by commas"),
     ],
 )
 def test_bad_levels_are_refused(asked: str, said: str) -> None:

@@ -181,7 +181,7 @@ def test_names_are_one_line_in_a_message(tmp_path: Path) -> None:
             save_file({name: value.clone() for name, value in state.items()}, path)
         assert error_of(path).endswith(r": trunk.blocks.0.a\nb\x1b[31m")
     message = error_of(save({"a\nb": plain(), "\x1b[31m": plain(2.0)}, tmp_path / "states.pt"))
-    assert "(a?b, ?[31m); choose one with --state" in message
+    assert "(a?b, ?[31m); choose one of them with --state" in message
 
 
 def test_names_elsewhere_may_be_alike(tmp_path: Path) -> None:
@@ -264,12 +264,12 @@ def test_state_of_nothing(tmp_path: Path) -> None:
     path = save({"model": plain(), "ema": plain(2.0), "optimizer": {"lr": 0.1}}, tmp_path / "x.pt")
     for asked in ("emma", "em", "optimizer", "model.x", ""):
         message = error_of(path, state=asked)
-        assert f"has no state {asked!r}" in message and "model (" in message and "ema (" in message
+        assert f"no state dict named {asked!r}" in message and "model (" in message and "ema (" in message
 
 
 def test_state_of_what_is_no_encoder(tmp_path: Path) -> None:
     path = save({"model": plain(), "head": {"weight": torch.ones(2)}}, tmp_path / "x.pt")
-    assert "SAM 3 image encoder among" in error_of(path, state="head")
+    assert "no SAM 3 image encoder" in error_of(path, state="head")
 
 
 def test_moments_of_an_optimizer_are_no_weights(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_files_of_one_state(name: str, tmp_path: Path) -> None:
     assert_is(load(tmp_path / name), plain())
     read = read_state(tmp_path / name)
     assert (read.name, read.others) == ("", ())
-    assert "one state; leave" in error_of(tmp_path / name, state="model")
+    assert "only one state dict" in error_of(tmp_path / name, state="model")
 
 
 def test_safetensors_whose_length_looks_like_a_pickle(tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_modules_as_ultralytics_trainer_writes_them(
     assert found.name == "ema" and set(found.tensors) == names
     assert_is(load(path), expected)
     assert_is(load(path, state="ema"), expected)
-    assert "has no state 'model'; it contains ema (a throw_away_trainer.DetectionModel with " in error_of(
+    assert "no state dict named 'model'; it contains ema (a module throw_away_trainer.DetectionModel with " in error_of(
         path, state="model"
     )
     if MAPS.exists() and not old:  # an old file's storages are aligned by chance: its keys are addresses
@@ -427,8 +427,11 @@ def test_modules_without_an_encoder(tmp_path: Path) -> None:
     )
     message = error_of(path)
     assert "SAM 3 image encoder" in message
-    assert "model (a torch.nn.modules.container.Sequential with 2 tensors: 0.weight, 0.bias, ...)" in message
-    assert "ema (a torch.nn.modules.activation.ReLU with no tensors)" in message and "x (1 tensors: y, ...)" in message
+    assert "model (a module torch.nn.modules.container.Sequential with 2 tensors: 0.weight, 0.bias, ...)" in message
+    assert (
+        "ema (a module torch.nn.modules.activation.ReLU with no tensors)" in message
+        and "x (1 tensors: y, ...)" in message
+    )
 
 
 # -- several encoders in one state --
@@ -497,7 +500,8 @@ def test_the_manifest_tells_the_state_and_finds_it_again(tmp_path: Path) -> None
     weights = weights_origin(EncoderSource(path, state="ema", prefix="a.", config=CONFIG).load().origin)
     assert (weights["state"], weights["other_states"], weights["prefix"]) == ("ema", ["model"], "a.")
     assert state_line(weights) == (
-        "read the state ema of x.pt; there are other states with an encoder: model (choose with --state)"
+        "the weights are from the state dict ema of x.pt; it also contains other state dicts with an encoder: model "
+        "(choose one with --state)"
     )
     manifest = {"encoder": encoder_config(load(path)).to_dict(), "weights": weights}
     assert_is(manifest_encoder(tmp_path / "x.json", manifest), plain(2.0))
@@ -505,7 +509,9 @@ def test_the_manifest_tells_the_state_and_finds_it_again(tmp_path: Path) -> None
     del weights["prefix"]
     assert_is(manifest_encoder(tmp_path / "x.json", manifest), plain())
     weights["state"] = 3
-    with pytest.raises(ManifestError, match=r"x.json: `state` and `prefix` in the entry `weights` must be text"):
+    with pytest.raises(
+        ManifestError, match=r"x.json: `state` and `prefix` in the manifest's entry `weights` are not text"
+    ):
         manifest_encoder(tmp_path / "x.json", manifest)
 
 
@@ -527,7 +533,7 @@ def test_a_benchmark_maps_the_state_that_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_random_weights_have_no_state(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="random weights have no --state"):
+    with pytest.raises(ExportError, match="random weights have no state dicts"):
         check_options(ExportOptions(tmp_path / "x.onnx", state="ema"))
 
 
@@ -547,8 +553,10 @@ def test_onnx_by_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     done = neck_export_cli("onnx", *options, "--state", "ema")
     assert (done.code, done.err) == (0, "")
-    assert done.out.startswith("read the state ema of x.pt; there are other states with an encoder: model")
+    assert done.out.startswith(
+        "the weights are from the state dict ema of x.pt; it also contains other state dicts with an encoder: model"
+    )
     assert ", state ema, fp32" in neck_export_cli("inspect", output).out
-    for asked, says in (("emma", "has no state 'emma'"), ("ema.x", "has no state 'ema.x'")):
+    for asked, says in (("emma", "no state dict named 'emma'"), ("ema.x", "no state dict named 'ema.x'")):
         done = neck_export_cli("onnx", *options, "--state", asked)
         assert done.code == 1 and says in done.err and len(done.err.splitlines()) <= 2

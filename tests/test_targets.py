@@ -130,9 +130,9 @@ def test_a_planted_newer_operator_is_seen(operator: str, opset: int) -> None:
     model.graph.insert_after(softmax, planted)
     needs = graph_needs(model)
     assert beyond(target, model) == {operator}
-    assert why_not(target, needs) == f"it is not known to read {operator} (1 nodes)"
+    assert why_not(target, needs) == f"the runtime is not known to support the operator {operator} (1 nodes)"
     model.opset_imports[""] = opset
-    assert f"opset {target.opset}, but the file has {opset}" in str(why_not(target, graph_needs(model)))
+    assert f"opsets up to {target.opset}, but the file has opset {opset}" in str(why_not(target, graph_needs(model)))
 
 
 @pytest.mark.parametrize(("kind", "positions"), [SIGNATURES[0], SIGNATURES[3]])
@@ -201,7 +201,7 @@ def test_a_graph_that_nobody_reads() -> None:
     refused = {**needs.operators, ("Attention", "FLOAT"): 1}  # by TensorRT; the others do not compute FP8
     versions = {**needs.versions, "Attention": 23}
     fp8 = dataclasses.replace(needs, operators=refused, versions=versions, types=needs.types | {FP8})
-    assert read_by(fp8) == "read by no target in the table"
+    assert read_by(fp8) == "read by no runtime that neck-export knows"
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_what_the_table_does_not_know_is_unknown(change: Callable[[Needs], Dict]
     needs = graph_needs(model)
     assert read_by(needs).startswith("read by TensorRT 10.0")
     strange = dataclasses.replace(needs, **change(needs))
-    assert read_by(strange).startswith("read by unknown targets") and named in read_by(strange)
+    assert read_by(strange).startswith("read by unknown runtimes") and named in read_by(strange)
     assert targets_entry(strange, ())["from"] == []
 
 
@@ -377,7 +377,7 @@ def test_what_onnx_runtimes_tools_write_is_read_by_whom_the_line_says(quantized:
     needs, installed = graph_needs(ir.load(path)), importlib.metadata.version("onnxruntime")
     line = read_by(needs)
     if name == "extended":  # com.microsoft::FusedMatMul
-        assert line.startswith("read by unknown targets") and "FusedMatMul" in line
+        assert line.startswith("read by unknown runtimes") and "FusedMatMul" in line
     else:
         told = {target: target in line for target in real}
         if version_numbers(installed) < (1, 24):  # 1.23 does not load what its own quantize_dynamic writes
@@ -399,7 +399,10 @@ def test_small_operators_on_the_cpu_are_no_reason() -> None:
     gpu = cast(Target, line_of("onnxruntime-gpu", "1.25"))
     assert why_not(gpu, needs) is None and on_cpu(gpu, needs) == ["MaxPool"]
     older = cast(Target, line_of("onnxruntime-gpu", "1.24.4"))
-    assert why_not(older, needs) == "it computes Attention of opset 23 on the CPU (4 nodes)"
+    assert (
+        why_not(older, needs)
+        == "the runtime computes the operator Attention of opset 23 on the CPU, which is slow (4 nodes)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -487,19 +490,19 @@ def test_which_rows_are_older_than_the_package_index_says() -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("tensort-10.3", r"'tensort-10\.3': no such target; similar names are tensorrt-10\.\d"),
+        ("tensort-10.3", r"'tensort-10\.3': there is no target with this name; similar names are tensorrt-10\.\d"),
         ("jetpack-6", "jetpack-6"),
         ("triton-25.13", r"triton-25\.1"),
         ("", "''"),
-        ("nonsense", "no such target; similar names are "),
-        ("tensorrt", r"the version is missing, such as in tensorrt-11\.5; known are 8\.6 to 11\.5"),
-        ("onnxruntime-gpu", r"as in onnxruntime-gpu-1\.32; known are 1\.18 to 1\.32"),
+        ("nonsense", "there is no target with this name; similar names are "),
+        ("tensorrt", r"the version is missing; write it as in tensorrt-11\.5; the known versions are 8\.6 to 11\.5"),
+        ("onnxruntime-gpu", r"as in onnxruntime-gpu-1\.32; the known versions are 1\.18 to 1\.32"),
         ("tensorrt-", "version is missing"),
-        ("tensorrt-12.0", r"tensorrt-12\.0 .*known are 8\.6 to 11\.5"),
-        ("tensorrt-7.2", r"known are 8\.6 to 11\.5"),
-        ("onnxruntime-1.16", r"known are 1\.18 to 1\.32"),
-        ("tensorrt-rtx-1.2", r"known are 1\.7"),
-        ("tensorrt-10.x", r"known are 8\.6 to 11\.5"),
+        ("tensorrt-12.0", r"tensorrt-12\.0 .*the known versions are 8\.6 to 11\.5"),
+        ("tensorrt-7.2", r"the known versions are 8\.6 to 11\.5"),
+        ("onnxruntime-1.16", r"known versions are 1\.18 to 1\.32"),
+        ("tensorrt-rtx-1.2", r"known versions are 1\.7"),
+        ("tensorrt-10.x", r"the known versions are 8\.6 to 11\.5"),
     ],
 )
 def test_unknown_targets_are_told(name: str, says: str) -> None:
@@ -549,11 +552,22 @@ def schemas(operator: str) -> list[Any]:
             "tensorrt-10.3,tensorrt-rtx",
             "bf16",
             {},
-            r"opset 22, but TensorRT 10\.3 is only known to read opset 20; TensorRT-RTX 1\.7 can",
+            r"opset 22 for its convolutions, but the target TensorRT 10\.3 is only known to support opsets up to 20; "
+            r"TensorRT-RTX 1\.7 can",
         ),
-        ("tensorrt-8.6", "fp32", {"opset": 20}, r"--opset 20: TensorRT 8\.6 is only known to read opsets up to 17"),
-        ("jetpack-6.2", "bf16", {"attention": "fp32acc"}, r"TensorRT 10\.3 is only known to read opset 20"),
-        ("jetpack-6.2", "fp16", {"attention": "fp32acc", "opset": 23}, r"--opset 23: TensorRT 10\.3 is only known"),
+        (
+            "tensorrt-8.6",
+            "fp32",
+            {"opset": 20},
+            r"--opset 20: the target TensorRT 8\.6 is only known to support opsets up to 17",
+        ),
+        ("jetpack-6.2", "bf16", {"attention": "fp32acc"}, r"TensorRT 10\.3 is only known to support opsets up to 20"),
+        (
+            "jetpack-6.2",
+            "fp16",
+            {"attention": "fp32acc", "opset": 23},
+            r"--opset 23: the target TensorRT 10\.3 is only known",
+        ),
     ],
 )
 def test_what_targets_do_not_share_is_refused(targets: str, precision: Any, asked: Dict, says: str) -> None:
@@ -593,7 +607,7 @@ def test_one_default_file_for_every_target() -> None:
     targets = [one for name in target_names() if name not in others for one in find_targets(name)]
     assert len(targets) > 40 and [(one.name, why_not(one, needs)) for one in targets if why_not(one, needs)] == []
     for name in old:  # the control: opset 20
-        assert "it is only known to read opset" in str(why_not(find_targets(name)[0], needs))
+        assert "the runtime is only known to support opsets up to" in str(why_not(find_targets(name)[0], needs))
     assert "FLOAT16" in str(why_not(find_targets("onnxruntime-webgpu")[0], needs))
     at_23 = tiny("float", "graph")
     lower(at_23, "fp16", opset=23)
@@ -637,9 +651,9 @@ Change = Callable[[Dict], object]
     [
         (
             lambda targets: targets["asked"].append("tensorrt-10.3"),
-            r"claims that TensorRT 10\.3 reads the file, but it is",
+            r"claims that TensorRT 10\.3 can load the file, which is wrong: the runtime is",
         ),
-        (lambda targets: targets.update({"from": ["tensorrt-8.6"]}), r"claims that TensorRT 8\.6 reads"),
+        (lambda targets: targets.update({"from": ["tensorrt-8.6"]}), r"claims that TensorRT 8\.6 can load"),
         (lambda targets: targets.update({"from": ["tensorrt-99"]}), "is damaged"),
         (lambda targets: targets.pop("asked"), "is damaged"),
     ],
@@ -662,23 +676,26 @@ def test_verify_rechecks_from_the_graph(tmp_path: Path) -> None:
     path = exported(tmp_path, opset=23)
     assert "read by TensorRT 10.14 and later" in neck_export_cli("verify", path, "--target", "tensorrt-10.14").out
     refused = neck_export_cli("verify", path, "--target", "jetpack-6.2")
-    assert refused.code == 1 and "TensorRT 10.3 cannot load it: it is only known to read opset 20" in refused.err
+    assert (
+        refused.code == 1
+        and "TensorRT 10.3 cannot load the file: the runtime is only known to support opsets up to 20" in refused.err
+    )
     # a file of another tool has no manifest: its numbers cannot be compared, who reads it can be told
     (tmp_path / "x.json").unlink()
     foreign = neck_export_cli("verify", path)
     assert foreign.code == 1 and "the manifest is missing" in foreign.err and "read by TensorRT 10.14" in foreign.err
-    assert "cannot load it" in neck_export_cli("verify", path, "--target", "jetpack-6.2").err
+    assert "cannot load the file" in neck_export_cli("verify", path, "--target", "jetpack-6.2").err
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--target", "tensort-10"], "no such target"),
-        (["--target", "tensorrt-8.6", "--precision", "bf16"], "not known to be supported by TensorRT 8.6"),
-        (["--target", "tensorrt-8.6", "--opset", "20"], "--opset 20: TensorRT 8.6"),
-        (["--residual", "fp16", "--precision", "bf16"], "--residual fp16: the residual sums of a bf16 file are bf16"),
-        (["--residual", "fp16"], "--residual fp16: the residual sums of a fp32 file are fp32"),
+        (["--target", "tensort-10"], "there is no target with this name"),
+        (["--target", "tensorrt-8.6", "--precision", "bf16"], "not known to be supported by the target TensorRT 8.6"),
+        (["--target", "tensorrt-8.6", "--opset", "20"], "--opset 20: the target TensorRT 8.6"),
+        (["--residual", "fp16", "--precision", "bf16"], "--residual fp16 is not possible in a file in bf16"),
+        (["--residual", "fp16"], "--residual fp16 is not possible in a file in fp32"),
     ],
 )
 def test_bad_options_are_told_before_the_work(tmp_path: Path, arguments: list[str], says: str) -> None:

@@ -71,7 +71,9 @@ def test_a_trackers_file_goes_through_the_stages(exported: Path, tmp_path: Path)
 def test_a_tracker_has_no_sam3(asked: str, tmp_path: Path) -> None:
     ran = neck_export_cli("onnx", *TRACKER, "--neck", asked, "--output", tmp_path / "out" / "x.onnx")
     assert ran.code == 1 and ran.out == ""
-    assert "neck sam3 is not in the checkpoint, which has sam2" in ran.err and len(ran.err.splitlines()) == 1
+    assert (
+        "neck sam3 was requested, but the checkpoint contains only sam2" in ran.err and len(ran.err.splitlines()) == 1
+    )
     assert listing(tmp_path) == {}
 
 
@@ -102,7 +104,9 @@ def test_a_meta_checkpoint_with_sam2_convs_alone(tmp_path: Path) -> None:
     found = named_outputs(encoder, whole.image)
     ours = named_outputs(whole.encoder, whole.image)
     assert all(torch.equal(value, ours[name]) for name, value in found.items()) and len(found) == 8
-    with pytest.raises(CheckpointError, match="neck sam3 was requested, but the checkpoint has only sam2"):
+    with pytest.raises(
+        CheckpointError, match="neck sam3 was requested, but the checkpoint contains only the necks sam2"
+    ):
         load_encoder(tmp_path / "x.pt", DUAL, ("sam3",))
 
 

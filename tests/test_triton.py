@@ -385,7 +385,7 @@ def test_a_version_is_activated_and_rolled_back(plan: Path, tmp_path: Path) -> N
     assert served(first) == [1] and config.dynamic_batching.max_queue_delay_microseconds == 7  # all that it came with
     assert activate_version(first.path, "sam3-encoder", 1).files == ()
     ran = neck_export_cli("triton", "--activate", "2", "--output", first.path)
-    assert (ran.code, ran.out.splitlines()) == (0, ["version 2 of sam3-encoder is active, before it 1"])
+    assert (ran.code, ran.out.splitlines()) == (0, ["Triton serves version 2 of sam3-encoder instead of version 1"])
     assert served(first) == [2]
     assert neck_export_cli("triton", plan, "--activate", "2", "--output", first.path).code == 2
     (first.path / "sam3-encoder" / "1" / "config.pbtxt").unlink()
@@ -479,7 +479,7 @@ def test_a_full_disk(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(file: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(TritonError, match="the disk is full; make room"):
+    with monkeypatch.context() as patch, pytest.raises(TritonError, match="the disk is full; free some space"):
         patch.setattr(engines.service.repository_files, "_copy", full)
         make(plan, tmp_path)
     usage = SimpleNamespace(free=10)
@@ -595,10 +595,10 @@ def spoil(plan: Path, **changes: Any) -> None:
 
 
 MANIFESTS: list[tuple[dict[str, Any], str]] = [
-    ({"kind": "onnx"}, "is not the manifest of a plan"),
+    ({"kind": "onnx"}, "is not a manifest of the kind plan"),
     ({"files": []}, "encoder.plan"),
     ({"files": [{"name": "encoder.plan", "bytes": 104, "sha256": "0"}]}, "was changed after its manifest"),
-    ({"files": [{"name": "../encoder.plan", "bytes": 104, "sha256": "0"}]}, "a path outside its folder"),
+    ({"files": [{"name": "../encoder.plan", "bytes": 104, "sha256": "0"}]}, "which is outside the manifest's folder"),
     ({"flavor": "rtx"}, "TensorRT-RTX plan.*--flavor tensorrt`, or serve the ONNX file"),
     ({"batch": "x"}, "the manifest is damaged"),
     ({"batch": "2"}, "the manifest is damaged"),
@@ -767,11 +767,14 @@ def test_a_file_that_a_container_would_compute_on_the_cpu_is_refused_and_mended(
     assert choose_container([source], None)[0] == max(ONNX_RUNTIME)
     assert choose_container([source], "26.07")[0] == "26.07"
     assert "computes MaxPool on the CPU" in choose_container([source], "26.07")[1][1]
-    with pytest.raises(TritonError, match=r"25\.07 has ONNX Runtime 1\.22\.0: it is only known to read opset 22"):
+    with pytest.raises(
+        TritonError, match=r"25\.07 has ONNX Runtime 1\.22\.0: the runtime is only known to support opsets up to 22"
+    ):
         choose_container([source], "25.07")
     with pytest.raises(TritonError, match=r"1\.17\.3"):
         choose_container([source], "24.04")
-    told = r"25\.09 has ONNX Runtime 1\.23\.0: it computes Attention of opset 23 on the CPU .*; use container 26\.07"
+    told = r"25\.09 has ONNX Runtime 1\.23\.0: the runtime computes the operator Attention of opset 23 on the CPU.*; "
+    r"use container 26\.07"
     with pytest.raises(TritonError, match=told) as caught:
         choose_container([source], "25.09")
     first, command = str(caught.value).splitlines()

@@ -109,7 +109,7 @@ def test_an_override_that_fits_nothing_is_told_before_the_run() -> None:
         pytest.fail("ran")
 
     reference = make_reference(shared_encoder(CONFIG), signature, 1)
-    with pytest.raises(FidelityError, match="'sam9_feat_0' names no output"):
+    with pytest.raises(FidelityError, match="'sam9_feat_0' matches no output"):
         verify_runner(never, signature, reference, "fp32", "x", {"sam9_feat_0": 0.1})
 
 

@@ -143,8 +143,8 @@ def disk_errors(failure: type[Exception], place: Path, remedy: str = "choose ano
     except OSError as error:
         # numpy's tofile says `1000 requested and 512 written` without a number (numpy 2)
         if error.errno in FULL or (error.errno is None and "written" in str(error)):
-            raise failure(f"{place}: the disk is full; make room or {remedy}") from None
+            raise failure(f"{place}: the disk is full; free some space or {remedy}") from None
         where = error.filename or place
         if isinstance(error, FileExistsError | NotADirectoryError):
-            raise failure(f"{where}: this is a file, but a folder is needed there; {remedy}") from None
+            raise failure(f"{where}: this path is a file, but a folder is needed there; {remedy}") from None
         raise failure(f"{where}: {error.strerror or str(error) or type(error).__name__}; {remedy}") from None

@@ -135,7 +135,7 @@ def record_in_manifest(path: Path, content: dict[str, Any], notes: list[str]) ->
     What was measured is worth more than its record, so a read-only or full disk is no error here. A manifest that is a
     link belongs to the cache that made the link, and is left as it is.
     """
-    why = "it is a link, such as in a download cache"
+    why = "it is a symbolic link, for example in a download cache"
     if not path.is_symlink():
         try:
             return replace_manifest(path, content)
@@ -154,15 +154,17 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ManifestError(
-            f"{path}: the manifest is missing; neck-export writes it together with the file, so copy it too or "
-            "write the file again"
+            f"{path}: the manifest is missing; neck-export writes it together with the file, so copy it to "
+            "the same folder or write the file again"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         if path.is_file() and (pointer := lfs_pointer(path)):
             raise ManifestError(pointer) from None
         raise ManifestError(f"{path}: the manifest cannot be read ({error}); write the file again") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
-        raise ManifestError(f"{path}: the file is not the manifest of a {kind} file; write that file again")
+        raise ManifestError(
+            f"{path}: the file is not a manifest of the kind {kind}; write the file that it belongs to again"
+        )
     if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
         raise ManifestError(
             f"{path}: the manifest has format {content.get('format')}, but this version reads format {FORMAT}; "
@@ -175,7 +177,9 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         for entry in files
     )
     if not named:
-        raise ManifestError(f"{path}: the manifest lists no files with their sizes and SHA-256; write the file again")
+        raise ManifestError(
+            f"{path}: the manifest does not list its files with their sizes and SHA-256; write the file again"
+        )
     return content
 
 
@@ -201,25 +205,29 @@ def check_files(path: Path, manifest: dict[str, Any], hashes: bool = True) -> No
     for entry in manifest["files"]:
         if Path(entry["name"]).name != entry["name"]:
             raise ManifestError(
-                f"{path}: the manifest names {entry['name']!r}, a path outside its folder; write the file again"
+                f"{path}: the manifest names the path {entry['name']!r}, which is outside the manifest's "
+                "folder; write the file again"
             )
         file = path.with_name(entry["name"])
         if not file.is_file() and (names := _renamed(path, manifest)):
-            raise ManifestError(f"{path}: this file and its data file were renamed from {names[0]}; {names[1]}")
+            raise ManifestError(
+                f"{path}: this manifest and its data file were renamed (the manifest's name was {names[0]}); {names[1]}"
+            )
         if not file.is_file():
             raise ManifestError(
-                f"{file}: the file is missing, but the manifest {path.name} names it; copy it there or write it again"
+                f"{file}: the file is missing, but the manifest {path.name} lists it; copy it to this folder "
+                "or write it again"
             )
         if file.stat().st_size != entry["bytes"] and (pointer := lfs_pointer(file)):
             raise ManifestError(pointer)
         if file.stat().st_size != entry["bytes"]:
             raise ManifestError(
-                f"{file}: the file has {file.stat().st_size} bytes, but its manifest says {entry['bytes']}; write it "
-                "again"
+                f"{file}: the file has {file.stat().st_size} bytes, but its manifest says {entry['bytes']} "
+                "bytes; copy or write the file again"
             )
         if hashes and sha256(file) != entry["sha256"]:
             raise ManifestError(
-                f"{file}: the file was changed after its manifest {path.name} was written; write it again"
+                f"{file}: the file was changed after its manifest {path.name} was written; copy or write the file again"
             )
 
 
@@ -239,4 +247,4 @@ def lfs_pointer(path: Path) -> str | None:
     with path.open("rb") as file:
         if file.read(len(LFS)) != LFS:
             return None
-    return f"{path}: this is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder to download it"
+    return f"{path}: this is a Git LFS pointer and not the file itself; run `git lfs pull` in its folder to download it"

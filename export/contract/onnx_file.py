@@ -22,7 +22,8 @@ def check_path(path: Path) -> None:
         str(path.absolute()).encode()
     except UnicodeEncodeError:
         raise ExportError(
-            f"{path.absolute()}: ONNX Runtime and TensorRT can only open paths in UTF-8; rename the file or folder"
+            f"{path.absolute()}: ONNX Runtime and TensorRT can only open paths that are valid UTF-8; rename "
+            "the file or folder"
         ) from None
 
 
@@ -50,10 +51,12 @@ class OnnxFile:
         """
         path = self.path
         if not path.is_file():
-            raise ExportError(f"{path}: no such file; write it with `neck-export onnx`")
+            raise ExportError(
+                f"{path}: this file does not exist; check the path, or write the file with `neck-export onnx`"
+            )
         if pointer := lfs_pointer(path):
             raise ExportError(pointer)
-        again = f"export it again: {export_again(path)}"
+        again = f"export the file again with {export_again(path)}"
         try:
             model = ir.load(path)
         except Exception as error:  # protobuf and onnx-ir raise many kinds
@@ -61,20 +64,24 @@ class OnnxFile:
                 f"{path}: the ONNX file is incomplete or damaged ({type(error).__name__}); {again}"
             ) from None
         if not len(model.graph) or not model.graph.outputs:
-            raise ExportError(f"{path}: the ONNX file is incomplete or damaged (it has no outputs); {again}")
+            raise ExportError(f"{path}: the ONNX file is incomplete or damaged (its graph has no outputs); {again}")
         ends: dict[Path, int] = {}
         for tensor in _external(model).values():
             if Path(tensor.location).is_absolute() or ".." in Path(tensor.location).parts:
                 raise ExportError(
-                    f"{path}: the model refers to weights at {str(tensor.location)!r}, outside its own folder; {again}"
+                    f"{path}: the ONNX file refers to weights at {str(tensor.location)!r}, which is outside "
+                    f"its own folder; {again}"
                 )
             file = Path(tensor.path)
             ends[file] = max(ends.get(file, 0), (tensor.offset or 0) + (tensor.length or 0))
         for file, end in ends.items():
             if not file.is_file():
-                raise ExportError(f"{path}: the weights file {file} is missing; copy it there, or {again}")
+                raise ExportError(f"{path}: the weights file {file} is missing; copy it to this path, or {again}")
             if file.stat().st_size < end:
-                cut = f"{file}: the file has only {file.stat().st_size:,} of {end:,} bytes; copy it again, or {again}"
+                cut = (
+                    f"{file}: the weights file has {file.stat().st_size:,} bytes, but needs {end:,}; copy it "
+                    f"again, or {again}"
+                )
                 raise ExportError(lfs_pointer(file) or cut)
         return model
 
@@ -101,8 +108,8 @@ class OnnxFile:
             for file in {Path(tensor.path) for tensor in external.values()}:
                 if file.stat().st_nlink > 1:
                     raise ExportError(
-                        f"{file}: the file has {file.stat().st_nlink} hard links, which onnx-ir refuses to read; "
-                        "replace it by a copy"
+                        f"{file}: the file has {file.stat().st_nlink} hard links, and onnx-ir refuses to read "
+                        "such files; replace it with a copy"
                     )
         if not any(Path(tensor.path).is_symlink() for tensor in external.values()):
             return model, path.parent
@@ -111,9 +118,9 @@ class OnnxFile:
             target = Path(tensor.path).resolve()
             if not target.is_relative_to(real.parent):
                 raise ExportError(
-                    f"{tensor.path}: this symbolic link leads to {target}, outside the folder of {real}, so ONNX "
-                    f"Runtime refuses it; copy the weights to {path.parent}, or move the ONNX file beside the weights "
-                    f"and make {path} a link to it"
+                    f"{tensor.path}: this symbolic link points to {target}, outside the folder of {real}, so "
+                    f"ONNX Runtime refuses to read it. Copy the weights to {path.parent}, or move the ONNX "
+                    f"file to the folder of the weights and make {path} a link to it"
                 )
             value.const_value = ir.ExternalTensor(
                 target.relative_to(real.parent),

@@ -41,7 +41,8 @@ def choose_checkpoint(asked: str | None) -> Path | None:
     if DEFAULT_CHECKPOINT.exists():
         return DEFAULT_CHECKPOINT
     print(
-        f"there is no --checkpoint and no {DEFAULT_CHECKPOINT} in this folder, so seeded RANDOM weights are exported",
+        f"--checkpoint was not given and this folder contains no {DEFAULT_CHECKPOINT}, so seeded RANDOM "
+        "weights are exported",
         file=sys.stderr,
     )
     return None
@@ -53,9 +54,11 @@ def parse_size(size: str) -> int | tuple[int, int]:
     try:
         numbers = [int(side) for side in sides]
     except ValueError:
-        raise OptionError(f"{size!r}: expected pixels such as 1008 or 1008x672") from None
+        raise OptionError(
+            f"{size!r} is not an image size; use a number of pixels such as 1008, or height x width such as 1008x672"
+        ) from None
     if len(numbers) > 2:
-        raise OptionError(f"{size!r}: expected one or two numbers")
+        raise OptionError(f"{size!r} is not an image size; use one number such as 1008, or two such as 1008x672")
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
@@ -86,7 +89,7 @@ def parse_opset(opset: str) -> int | None:
     if opset == "auto":
         return None
     if not opset.isdecimal():
-        raise OptionError(f"{opset!r}: expected a number from 17 to 24, or auto")
+        raise OptionError(f"{opset!r} is not an opset; use a number from 17 to 24, or auto")
     return int(opset)
 
 
@@ -98,7 +101,9 @@ def parse_tolerances(given: Sequence[str]) -> dict[str, float]:
         try:
             pairs[name] = float(value)
         except ValueError:
-            raise OptionError(f"{pair!r}: expected NAME=VALUE, such as sam3_feat_0=0.02") from None
+            raise OptionError(
+                f"{pair!r} is not a tolerance; write it as NAME=VALUE, such as sam3_feat_0=0.02"
+            ) from None
     return pairs
 
 
@@ -107,10 +112,11 @@ def parse_attention(text: str) -> str:
     forms = get_args(AttentionForm)
     if text == "scores32":
         raise OptionError(
-            "scores32 was removed; use fp32acc, which the same runtimes read and which accumulates in FP32"
+            "the attention form scores32 was removed; use fp32acc, which the same runtimes support and which "
+            "accumulates in FP32"
         )
     if text not in forms:
-        raise OptionError(f"{text!r} is not one of {', '.join(forms)}")
+        raise OptionError(f"{text!r} is not a form of attention; use one of {', '.join(forms)}")
     return text
 
 

@@ -49,8 +49,8 @@ class BatchRange:
     def __post_init__(self) -> None:
         if not 1 <= self.minimum <= self.optimum <= self.maximum:
             raise SignatureError(
-                f"batch {self} is invalid; expected minimum:optimum:maximum in ascending order, at least 1, such as "
-                "1:4:8"
+                f"batch {self} is invalid; write it as minimum:optimum:maximum, three ascending numbers of at "
+                "least 1, such as 1:4:8"
             )
 
     @classmethod
@@ -59,7 +59,7 @@ class BatchRange:
         numbers = text.split(":")
         if len(numbers) not in (1, 3) or not all(number.isdecimal() for number in numbers):
             raise SignatureError(
-                f"batch {text!r} is invalid; expected a number or minimum:optimum:maximum, such as 1:4:8"
+                f"batch {text!r} is invalid; write it as one number, or as minimum:optimum:maximum such as 1:4:8"
             )
         return cls(*(int(number) for number in (numbers * 3 if len(numbers) == 1 else numbers)))
 
@@ -218,21 +218,24 @@ def choose_necks(asked: str, available: Sequence[str], sam2_outputs: Sam2Outputs
     unknown = [name for name in names if name not in NECK_MODULES]
     if unknown:
         raise SignatureError(
-            f"unknown neck {', '.join(map(repr, unknown))}; choose from {', '.join(NECK_MODULES)}, both, all, auto"
+            f"there is no neck {', '.join(map(repr, unknown))}; choose from {', '.join(NECK_MODULES)}, both, "
+            "all and auto"
         )
     missing = [name for name in names if name not in available]
     if missing:
         raise SignatureError(
-            f"neck {', '.join(missing)} is not in the checkpoint, which has {', '.join(available)}; choose with --neck"
+            f"the neck {', '.join(missing)} was requested, but the checkpoint contains only "
+            f"{', '.join(available)}; choose one of them with --neck"
         )
     if sam2_outputs == "head" and "sam2" not in available:
         raise SignatureError(
-            f"--sam2-outputs head needs the neck sam2, but the checkpoint has only {', '.join(available)}; leave it out"
+            "--sam2-outputs head requires the neck sam2, but the checkpoint contains only "
+            f"{', '.join(available)}; leave out --sam2-outputs"
         )
     if sam2_outputs == "head" and "sam2" not in names:
         raise SignatureError(
-            f"--sam2-outputs head needs the neck sam2, but --neck {asked} selects {', '.join(names)}; use --neck "
-            "sam2 or --neck both"
+            f"--sam2-outputs head requires the neck sam2, but --neck {asked} selects {', '.join(names)}; use "
+            "--neck sam2 or --neck both"
         )
     return tuple(name for name in available if name in names)
 
@@ -242,10 +245,15 @@ def choose_levels(asked: str, count: int) -> tuple[int, ...]:
     if asked == "all":
         return tuple(range(count))
     if not re.fullmatch(r" *\d+ *(, *\d+ *)*", asked):
-        raise SignatureError(f"levels {asked!r} are invalid; expected indices separated by commas, such as 0,1,2")
+        raise SignatureError(
+            f"--levels {asked!r} is invalid; write the level numbers separated by commas, such as 0,1,2"
+        )
     levels = sorted({int(level) for level in asked.split(",")})
     if levels[-1] >= count:
-        raise SignatureError(f"level {levels[-1]} does not exist; the encoder has levels 0 to {count - 1}")
+        raise SignatureError(
+            f"level {levels[-1]} does not exist, because the encoder has levels 0 to {count - 1}; choose from "
+            "these with --levels"
+        )
     return tuple(levels)
 
 
@@ -253,16 +261,16 @@ def _head_levels(asked: str, levels: tuple[int, ...], necks: Sequence[str]) -> t
     """The levels of a file whose sam2 outputs are the head's; level 3 stays where another neck has it."""
     if not any(level < len(HEAD_PARTS) for level in levels):
         raise SignatureError(
-            f"--sam2-outputs head concerns levels 0 and 1, but --levels {asked} selects neither; add one of them or "
-            "leave --sam2-outputs out"
+            f"--sam2-outputs head changes levels 0 and 1, but --levels {asked} selects neither; add one of "
+            "them, or leave out --sam2-outputs"
         )
     if tuple(necks) != ("sam2",):
         return levels
     beyond = [level for level in levels if level not in HEAD_LEVELS]
     if beyond and asked != "all":
         raise SignatureError(
-            f"--sam2-outputs head exists for levels 0, 1 and 2 of the neck sam2, but --levels {asked} also selects "
-            f"{beyond[0]}; leave that level out"
+            f"--sam2-outputs head returns only levels 0, 1 and 2 of the neck sam2, but --levels {asked} also "
+            f"selects level {beyond[0]}; remove that level from --levels"
         )
     return tuple(level for level in levels if level in HEAD_LEVELS)
 
@@ -277,5 +285,6 @@ def check_levels(signature: Signature, config: EncoderConfig) -> None:
         if not all(signature.level_sizes[level]):
             (height, width), least = config.image_size, 2 * config.patch_size
             raise ExportError(
-                f"level {level} would be empty at {height}x{width} pixels; each side must have at least {least} pixels"
+                f"level {level} of the feature pyramid would be empty at an image size of {height}x{width} "
+                f"pixels; use an image size of at least {least} pixels per side"
             )

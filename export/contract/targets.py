@@ -58,7 +58,7 @@ OTHER_EXPORTERS = frozenset(_OTHER_EXPORTERS.split())
 FP32 and FP16, each in a graph of its own, by ONNX Runtime 1.18.0, 1.23.0 and 1.32.0 on the CPU, OpenVINO 2026.4.1 and
 TensorRT-RTX 1.7.1. Which of them ONNX Runtime computes on a GPU was not looked up."""
 
-NO_FP8 = "its GPU cannot multiply matrices in FP8, which needs compute capability 8.9"
+NO_FP8 = "the GPU of this target cannot multiply matrices in FP8, which needs compute capability 8.9"
 
 QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 """With FP16 scales, which came with opset 19."""
@@ -153,7 +153,9 @@ def _ort(
     since: str, opset: int, more: frozenset[str], source: str, lacks_from: Mapping[str, int] | None = None
 ) -> Target:
     known = BASIC | OTHER_EXPORTERS | GELU | QUANTIZED | (INTEGER_PRODUCTS - CONV_INTEGER) | QLINEAR | more
-    kernels = "OperatorKernels.md: INT8 of any opset, also INT32 and zero points; tried with ONNX Runtime 1.32"
+    kernels = (
+        "OperatorKernels.md lists kernels for INT8 in every opset, with zero points too, and for INT32; tried with 1.32"
+    )
     types = HALF | {"INT8"}
     return Target(
         "onnxruntime", since, opset, known, types, f"{source}; {kernels}; {_ORT}", lacks_from=lacks_from or {}
@@ -164,7 +166,10 @@ NEWER = GELU | ATTENTION | QUANTIZED
 _NOTHING: frozenset[str] = frozenset()
 _LAYOUT_21 = {"Reshape": 21, "Shape": 21, "Squeeze": 21, "Transpose": 21, "Unsqueeze": 21}
 _NEW_22 = {"Attention": 23, "ConvTranspose": 22, "MaxPool": 22, "Pad": 19}
-_ORT = "the CPU has no BF16 kernel (ort#27892; run, 1.32: Conv(22)) and the GPU none of MaxPool (OperatorKernels.md)"
+_ORT = (
+    "the CPU has no BF16 kernels (ort#27892; Conv(22) was tried with 1.32), and the GPU has no MaxPool kernel "
+    "(OperatorKernels.md)"
+)
 
 TARGETS: tuple[Target, ...] = (
     _trt("8.6", 17, frozenset(), HALF, "operators.md 8.6-GA: opset 17, no Gelu, no BF16; uint8 pixels since 8.5"),
@@ -326,7 +331,9 @@ def find_targets(names: str) -> tuple[Target, ...]:
     for name in (part.strip() for part in names.split(",")):
         plain, _, capability = name.partition("@")
         if capability and not re.fullmatch(r"\d+\.\d", capability):
-            raise TargetError(f"--target {name!r}: expected a compute capability after the @, such as 8.6")
+            raise TargetError(
+                f"--target {name!r}: the text after the @ is not a compute capability; write one such as 8.6"
+            )
         capability = capability or JETPACK_CAPABILITY.get(plain.lower(), "")
         product = plain.lower() if plain.lower().startswith(("triton-", "jetpack-")) else ""
         for one in _parts(plain.lower()):
@@ -361,7 +368,7 @@ def release_numbers(version: str) -> tuple[int, ...]:
     """
     numbers = version_numbers(version)
     if len(numbers) < 3:
-        raise ValueError(f"{version!r} is not a TensorRT version such as 10.16.1.11")
+        raise ValueError(f"{version!r} is not a TensorRT version; write one such as 10.16.1.11")
     return numbers
 
 
@@ -393,7 +400,7 @@ def why_no_fp8_attention(targets: Sequence[Target]) -> str | None:
     """Why a file for these targets has no FP8 attention, None if all of them are known to fuse it."""
     for one in targets:
         if not fuses_fp8_attention(one.family, one.version or one.since):
-            return f"{one.name} is not known to fuse FP8 attention (TensorRT-RTX 1.7 and later are)"
+            return f"{one.name} is not known to fuse FP8 attention; only TensorRT-RTX 1.7 and later are"
     return None
 
 
@@ -424,9 +431,11 @@ def _find(name: str, asked: str) -> Target:
         newest = NEWEST[family]
         known = f"{first} to {newest}" if first != newest else first
         what = (
-            f"what {name} can load is unknown" if version else (f"the version is missing, such as in {family}-{newest}")
+            f"neck-export does not know what {name} can load"
+            if version
+            else (f"the version is missing; write it as in {family}-{newest}")
         )
-        raise TargetError(f"--target {asked!r}: {what}; known are {known}")
+        raise TargetError(f"--target {asked!r}: {what}; the known versions are {known}")
     near = difflib.get_close_matches(asked.lower(), target_names(), n=4, cutoff=0.4)
     shown = near or ["tensorrt-10.3", "tensorrt-rtx", "onnxruntime-1.23", "jetpack-6.2", "triton-25.09"]
-    raise TargetError(f"--target {asked!r}: no such target; similar names are {', '.join(shown)}")
+    raise TargetError(f"--target {asked!r}: there is no target with this name; similar names are {', '.join(shown)}")

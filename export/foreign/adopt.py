@@ -68,7 +68,10 @@ def adopt(
         ExportError: it failed, or has no set of outputs that neck-export's commands take.
     """
     if not verdict.passed or verdict.image is None:
-        raise ExportError(f"{file.path}: failed verification, so no manifest is written")
+        raise ExportError(
+            f"{file.path}: the file failed verification, so no manifest was written; the figures show which "
+            "outputs are wrong"
+        )
     encoder = encoder.at_size(verdict.image.size)
     model, _ = prepared_model(file)
     signature = contract_of(file, verdict)
@@ -76,11 +79,14 @@ def adopt(
     target = file.path if own else file.path.with_name(f"{file.path.stem}.neck.onnx")
     check_targets(target)
     if not own and target.exists() and not manifest_path(target).exists():
-        raise ExportError(f"{target}: exists and has no manifest, so it would be lost; move it")
+        raise ExportError(
+            f"{target}: this file already exists without a manifest and would be overwritten; move it, and repeat "
+            "the command"
+        )
     with disk_errors(ExportError, target.parent), new_folder(target.parent), staging(target) as folder:
         staged = folder / target.name
         if not own:
-            report(f"write {target.name}")
+            report(f"writing the adapted copy {target.name}")
             _adapt(model, signature, verdict)
             ir.save(model, staged)
         needs = graph_needs(model)
@@ -91,7 +97,8 @@ def adopt(
             checked = verify_onnx(adapted, signature, reference, verdict.precision, report=report)
             if not checked.passed:
                 raise ExportError(
-                    f"{target}: {checked.summary} after its interface was adapted; please report this bug"
+                    f"{target}: after the inputs and outputs were adapted, the copy failed verification "
+                    f"({checked.summary}); please report this bug"
                 )
             proof = checked.to_dict() | {"adapted_from": file.path.name}
         files = [staged if not own else target, *(target.with_name(data.name) for data in _weights_files(model))]
@@ -124,7 +131,9 @@ def _facts(
         "rewrites": dataclasses.asdict(Rewrites.none()),
         "residual": low,
         "weights": weights_origin(origin),
-        "notes": ["written by another tool; this manifest was written by `neck-export verify --write-manifest`"],
+        "notes": [
+            "the ONNX file was written by another tool, and this manifest by `neck-export verify --write-manifest`"
+        ],
     }
 
 
@@ -167,7 +176,10 @@ def contract_of(file: OnnxFile, verdict: ForeignVerdict) -> Signature:
                         if {*made.features} <= have and (best is None or len(made.features) > len(best.features)):
                             best = made
     if best is None:
-        raise ExportError(f"{path}: none of its outputs is a level of a neck, so neck-export's commands cannot take it")
+        raise ExportError(
+            f"{path}: none of the file's outputs is a feature level of a neck, so the commands of neck-export "
+            "cannot use the file; export an encoder with its neck"
+        )
     return best
 
 

@@ -68,15 +68,19 @@ def input_cause(
         variant = min(errors, key=lambda one: errors[one])
         if errors[variant] > FOUND:
             continue
-        told = "" if encoding == Encoding() else f" when it is given images {VALUES[encoding.values]}"
+        told = "" if encoding == Encoding() else f" if the input is {VALUES[encoding.values]}"
         if variant.values == "sam3":
-            return Cause("channels", None, f"swapped channels: the network sees {order(variant.channels)}{told}")
+            return Cause(
+                "channels",
+                None,
+                f"the color channels are swapped: the network receives {order(variant.channels)} instead of RGB{told}",
+            )
         and_order = "" if variant.channels == RGB else f", and {order(variant.channels)}"
         return Cause(
             "normalization",
             None,
-            f"another normalization: the network sees images {VALUES[variant.values]}{and_order}{told}, "
-            f"and SAM 3's are {VALUES['sam3']}",
+            "the normalization is wrong: the network receives images "
+            f"{VALUES[variant.values]}{and_order}{told}, but SAM 3 expects images {VALUES['sam3']}",
         )
     for encoding, array in given.items() if moved else ():
         if encoding.channels == RGB and (shift := _image_shift(array, embed, recode(images, encoding), images)):
@@ -97,15 +101,19 @@ def _image_shift(
         for y, x in [*near, *far]:
             moved = np.roll(base, (y, x), axis=(2, 3))
             if (y, x) != (0, 0) and sampled_error(_inside(array), _inside(embed(moved))) <= FOUND:
-                return Cause("shift", None, f"the image is shifted by {y} pixels down and {x} to the right")
+                return Cause(
+                    "shift",
+                    None,
+                    f"the network receives the image shifted by {y} pixels down and {x} pixels to the right",
+                )
         turned = {
             "mirrored left to right": base[..., ::-1],
             "upside down": base[..., ::-1, :],
-            "transposed: rows and columns are swapped": base.swapaxes(2, 3),
+            "transposed (rows and columns are swapped)": base.swapaxes(2, 3),
         }
         for words, other in turned.items():
             if other.shape == base.shape and sampled_error(array, embed(np.ascontiguousarray(other))) <= FOUND:
-                return Cause("layout", None, f"the image is {words}")
+                return Cause("layout", None, f"the network receives an image that is {words}")
     return None
 
 
@@ -129,7 +137,8 @@ def output_cause(match: Match, tensors: Mapping[str, np.ndarray], encoder: Sam3D
         return Cause(
             "rounding",
             name,
-            f"{name} is off by up to {most:.2g}: its angles were computed in a short type (FP16 holds 2 pi to 1e-3)",
+            f"the position encoding {name} differs by up to {most:.2g}, because its angles were computed in a "
+            "type with too few bits (FP16 stores 2 pi with an error of 1e-3)",
         )
 
     def explains(found: np.ndarray, other: np.ndarray) -> bool:
@@ -141,14 +150,15 @@ def output_cause(match: Match, tensors: Mapping[str, np.ndarray], encoder: Sam3D
             return Cause(
                 "shift",
                 name,
-                f"{name} is shifted by {y} pixels down and {x} to the right against {describe(match.tensor)}",
+                f"the output {name} is shifted by {y} pixels down and {x} pixels to the right, compared with "
+                f"{describe(match.tensor)}",
             )
     turned = {"mirrored left to right": expected[..., ::-1], "upside down": expected[..., ::-1, :]}
     if expected.shape[-1] == expected.shape[-2]:
-        turned["transposed: its rows and columns are swapped"] = expected.swapaxes(2, 3)
+        turned["transposed (its rows and columns are swapped)"] = expected.swapaxes(2, 3)
     for words, other in turned.items():
         if explains(array, other):
-            return Cause("layout", name, f"{name} is {words}")
+            return Cause("layout", name, f"the output {name} is {words}")
     if "_pos_" in match.tensor:
         return _position_cause(match, array, encoder)
     difference = array - expected
@@ -156,12 +166,12 @@ def output_cause(match: Match, tensors: Mapping[str, np.ndarray], encoder: Sam3D
         return Cause(
             "operator",
             name,
-            f"{name} is {describe(match.tensor)} plus a constant in each channel: a bias is missing, or one was "
-            "added, as SAM 2's no_mem_embed is",
+            f"the output {name} equals {describe(match.tensor)} plus a constant in each channel: a bias is "
+            "missing, or one was added, such as SAM 2's no_mem_embed",
         )
     scale = float((array * expected).sum() / max(float((expected * expected).sum()), 1e-30))
     if scale and explains(array / scale, expected):
-        return Cause("operator", name, f"{name} is {describe(match.tensor)} times {scale:.4g}")
+        return Cause("operator", name, f"the output {name} equals {describe(match.tensor)} multiplied by {scale:.4g}")
     return None
 
 
@@ -183,7 +193,11 @@ def _position_cause(match: Match, array: np.ndarray, encoder: Sam3DualViTDetNeck
     half = channels // 2
     rows, columns = array[0, :half, :, 0], array[0, half:, 0, :]
     if sampled_error(array[:, [*range(half, channels), *range(half)]], _map(encoding, height, width)) <= FOUND:
-        return Cause("positions", name, f"{name} is {what} with the columns' channels before the rows'")
+        return Cause(
+            "positions",
+            name,
+            f"the output {name} is {what}, but the channels of the columns come before those of the rows",
+        )
     lengths = []
     for line, length in ((rows, height), (columns, width)):
         fits = [
@@ -197,7 +211,8 @@ def _position_cause(match: Match, array: np.ndarray, encoder: Sam3DualViTDetNeck
         return Cause(
             "positions",
             name,
-            f"positions for another size: {name} is the encoding of {lengths[0]}x{lengths[1]}, not {height}x{width}",
+            f"position encoding for another size: the output {name} has the values for "
+            f"{lengths[0]}x{lengths[1]} instead of {height}x{width}",
         )
     for factor in (0.25, 0.5, 2, 4, *(own / height for own in (288, 144, 72, 36, 24))):
         other = (max(1, round(height * factor)), max(1, round(width * factor)))
@@ -208,10 +223,11 @@ def _position_cause(match: Match, array: np.ndarray, encoder: Sam3DualViTDetNeck
             )
             if other != (height, width) and sampled_error(array, resized.numpy()) <= FOUND:
                 sentence = (
-                    f"positions for another size: {name} is the encoding of {other[0]}x{other[1]}, resized ({mode})"
+                    f"position encoding for another size: the output {name} has the values for "
+                    f"{other[0]}x{other[1]}, resized ({mode})"
                 )
                 return Cause("positions", name, sentence)
-    return Cause("positions", name, f"{name} is not {what} for {height}x{width}")
+    return Cause("positions", name, f"the output {name} does not have the values of {what} for {height}x{width}")
 
 
 def _map(encoding: PositionEmbeddingSine, height: int, width: int) -> np.ndarray:
@@ -235,7 +251,7 @@ def network_causes(
         return None
     found: list[tuple[float, str, str]] = []
     for kind, sentence, change in _network_variants(trunk):
-        report(f"cause: {sentence}?")
+        report(f"testing a possible cause: {sentence}")
         with change():
             tensors = encoder_tensors(encoder, images)
         error = max(sampled_error(match.array, tensors[match.tensor]) for match in matches)
@@ -255,7 +271,10 @@ def _network_variants(trunk: ViTDetTrunk) -> Iterator[tuple[str, str, Callable[[
     for rows, columns in sorted(grids):
         table = axial_angles(height, width, config.head_dim, (window / rows, window / columns), config.rope_theta)
         size = f"{rows * config.patch_size}x{columns * config.patch_size}"
-        sentence = f"positions for another size: the global blocks' rotary table is scaled for {size} pixels"
+        sentence = (
+            "positions for another size: the rotary table of the global attention blocks is scaled for an image "
+            f"size of {size} pixels"
+        )
         yield "positions", sentence, functools.partial(_tables, trunk, table)
     for mode in ("bicubic", "bilinear"):
         side = config.pretrain_grid
@@ -263,18 +282,22 @@ def _network_variants(trunk: ViTDetTrunk) -> Iterator[tuple[str, str, Callable[[
             continue
         grid = trunk.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
         resized = F.interpolate(grid.detach(), (height, width), mode=mode, align_corners=False).permute(0, 2, 3, 1)
-        sentence = f"positions for another size: the position embedding is resized ({mode}) where SAM 3 tiles it"
+        sentence = f"positions for another size: the position embedding is resized ({mode}), but SAM 3 tiles it"
         yield "positions", sentence, functools.partial(_replaced, trunk, resized)
     none = torch.zeros_like(trunk.position())
     yield (
         "positions",
-        "the position embedding is missing",
+        "the position embedding is missing in the network",
         functools.partial(_replaced, trunk, none),
     )
-    yield "operator", "GELU is computed by tanh where SAM 3's is exact", functools.partial(_tanh, trunk)
+    yield (
+        "operator",
+        "GELU is computed with the tanh approximation, but SAM 3 uses the exact GELU",
+        functools.partial(_tanh, trunk),
+    )
     blocks = len(trunk.blocks)
     for window_size, words in ((window, "windowed"), (0, "global")):
-        sentence = f"all {blocks} blocks have {words} attention, where SAM 3 mixes both"
+        sentence = f"all {blocks} blocks have {words} attention, but SAM 3 uses windowed and global attention"
         yield "operator", sentence, functools.partial(_windows, trunk, window_size)
 
 

@@ -93,7 +93,7 @@ class ImageInput:
     def __str__(self) -> str:
         height, width = self.size
         batch = "any batch" if self.dynamic_batch else f"batch {self.count}"
-        size = f"any size, run at {height}x{width}" if self.dynamic_size else f"{height}x{width}"
+        size = f"any size (verified at {height}x{width})" if self.dynamic_size else f"{height}x{width}"
         return f"{self.name}: {self.dtype} {self.layout}, {batch}, {size}"
 
     def encodings(self) -> list[Encoding]:
@@ -131,9 +131,13 @@ def find_input(graph: ir.Graph, config: EncoderConfig) -> ImageInput:
     inputs, images = file_inputs(graph), image_inputs(graph)
     listed = ", ".join(describe_input(value) for value in inputs) or "none"
     if not images:
-        raise NotEncoderError(f"it has no image input, that is one with 3 channels; its inputs are {listed}")
+        raise NotEncoderError(
+            f"the file has no image input (a float or uint8 input with 3 channels); its inputs are {listed}"
+        )
     if len(inputs) > 1:
-        raise NotEncoderError(f"it has several inputs, and SAM 3's encoder has one, the image; its inputs are {listed}")
+        raise NotEncoderError(
+            f"the file has several inputs, but SAM 3's encoder has only one, the image; its inputs are {listed}"
+        )
     value, layout = images[0]
     shape = list(value.shape) if value.shape is not None else ["batch", 3, "height", "width"]
     sides = [shape[layout.index(axis)] for axis in "HW"]
@@ -143,7 +147,7 @@ def find_input(graph: ir.Graph, config: EncoderConfig) -> ImageInput:
         size = check_image_size((height, width), config.patch_size)
     except ValueError as error:
         raise NotEncoderError(
-            f"its input {describe_input(value)} does not fit the checkpoint's encoder: {error}"
+            f"the input {describe_input(value)} of the file does not fit the checkpoint's encoder: {error}"
         ) from None
     batch = shape[0] if layout[0] == "N" else 1
     count = batch if isinstance(batch, int) else 2

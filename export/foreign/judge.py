@@ -93,11 +93,11 @@ class ForeignVerdict(Verdict):
     def lines(self) -> list[str]:
         """What was found, for a screen; the table of figures is printed apart."""
         return [
-            f"input   {self.image}, expects {self.encoding}",
+            f"input   {self.image}; the file expects {self.encoding}",
             *(f"output  {match}" for match in self.matches),
             *(f"output  {name}" for name in self.unmatched),
             *([f"absent  {', '.join(self.missing)}"] if self.missing else []),
-            f"type    {self.precision}: its tolerances apply",
+            f"type    {self.precision}, whose tolerances are applied",
             *([f"weights {self.weights}"] if self.weights else []),
             *([f"runtime {self.read_by}"] if self.read_by else []),
             *(f"risk    {risk}" for risk in self.risks),
@@ -175,12 +175,12 @@ class _Judge:
         self.images = Encoding().encode(self.pixels)
 
     def judge(self) -> tuple[ForeignVerdict, Reference]:
-        self.report("candidate: the file in ONNX Runtime")
+        self.report("running the file in ONNX Runtime")
         runner = open_file(self.file, watch=True)
         embedded = self._embedded()
         encoding = self._fitting(embedded) if embedded else None
         arrays, largest = self._run(runner, encoding or self.image.encodings()[0])
-        self.report("reference: the plain module in PyTorch FP32")
+        self.report("computing the reference with the plain module in PyTorch FP32")
         tensors = encoder_tensors(self.encoder, self.images)
         shared = only_needed(tensors)
         matches, unmatched = self._match(arrays, shared)
@@ -211,7 +211,11 @@ class _Judge:
             encoding,
             tuple(matches),
             tuple(
-                f"{name}: {shape_text(arrays[name])} matches nothing of the encoder; not judged" for name in unmatched
+                (
+                    f"{name}: this output of shape {shape_text(arrays[name])} matches no output of the encoder "
+                    "and was not compared"
+                )
+                for name in unmatched
             ),
             tuple(missing_tensors(known, tensors)),
             precision,
@@ -269,7 +273,7 @@ class _Judge:
         for encoding in self.image.encodings()[1:]:
             if best[0] <= EMBEDDED:
                 break
-            self.report(f"candidate: {encoding}")
+            self.report(f"running the file with input as {encoding}")
             arrays, largest = self._run(runner, encoding)
             matches, unmatched = self._match(arrays, tensors)
             error = _feature_error(matches)
@@ -303,7 +307,7 @@ class _Judge:
     def _first_bad(self, runner: Runner, encoding: Encoding, comparisons: Sequence[Comparison]) -> str | None:
         if not any(one.non_finite for one in comparisons):
             return None
-        self.report("looking for the first tensor that is not finite")
+        self.report("searching for the first tensor with NaN or infinity")
         return first_non_finite(runner, {self.image.name: self.image.array(encoding.encode(self.pixels))})
 
     def _misshapen(self, arrays: Arrays, unmatched: Sequence[str], tensors: Arrays) -> list[Cause]:
@@ -316,17 +320,22 @@ class _Judge:
         for name in unmatched:
             shape = arrays[name].shape
             kind = "positions" if "pos" in name.lower() else "levels"
-            told = f"{name} is {shape_text(arrays[name])}"
+            told = f"the output {name} has the shape {shape_text(arrays[name])}"
             pairs = set(itertools.pairwise(shape))
             if sum(side > 1 for side in shape) < 2 or len(shape) > 4 or arrays[name].dtype.kind not in "fV":
                 continue
             if len(shape) > 2 and channels & {*shape}:
                 causes.append(
-                    Cause(kind, name, f"{told}, a feature map of another size; the sizes of this encoder are {sizes}")
+                    Cause(
+                        kind,
+                        name,
+                        f"{told}, which is that of a feature map of another size; the sizes of this encoder's "
+                        f"feature maps are {sizes}",
+                    )
                 )
             elif pairs & sides or tokens & {*shape}:
-                told += ", a map with channels that no output of the encoder has"
-                hint = "; SAM 2's high-resolution maps need a checkpoint with the mask decoder"
+                told += ", whose number of channels no output of the encoder has"
+                hint = "; to compare SAM 2's high-resolution maps, use a checkpoint that contains the mask decoder"
                 causes.append(Cause(kind, name, told + hint * (self.encoder.sam2_head is None)))
         return causes
 
@@ -344,15 +353,21 @@ class _Judge:
         causes: list[Cause] = []
         overflown = [one.name for one in comparisons if one.non_finite]
         if overflown:
-            where = f"; the first tensor that is not finite is {bad}" if bad else ""
-            causes.append(Cause("overflow", overflown[0], f"overflow: {', '.join(overflown)} not finite{where}"))
+            where = f"; the first tensor with NaN or infinity is {bad}" if bad else ""
+            causes.append(
+                Cause(
+                    "overflow",
+                    overflown[0],
+                    f"overflow: the outputs {', '.join(overflown)} contain NaN or infinity{where}",
+                )
+            )
         if embedded and not self._fitting(embedded):
-            self.report("cause: what the patch embedding is given")
+            self.report("testing possible causes: comparing the patch embedding's input")
             embed = functools.partial(patch_embedding, self.encoder)
             if cause := input_cause(embedded, embed, self.images, moved=weights.origin != "other weights"):
                 return [*causes, cause]
         if weights.origin in ("another fine-tune's", "other weights"):
-            causes.append(Cause("weights", None, f"the weights are {weights}"))
+            causes.append(Cause("weights", None, f"the weights of the file are not the checkpoint's but {weights}"))
         rest = []
         for match in failed:
             if match.output in overflown:
@@ -380,14 +395,31 @@ def _unknown(
     names = ", ".join(match.output for match in failed)
     worst = max(match.error for match in failed)
     if "rounded" in " ".join(weights.forms) and precision == "fp32":
-        return Cause("rounding", None, f"the weights are rounded to a shorter type, so {names} left FP32's tolerance")
+        return Cause(
+            "rounding",
+            None,
+            f"the weights were rounded to a type with fewer bits, so the outputs {names} exceed the tolerance of FP32",
+        )
     if any("quantized" in form for form in weights.forms):
         return Cause(
-            "rounding", None, f"quantization: {names} differ by up to {worst:.2g} from what unquantized weights give"
+            "rounding",
+            None,
+            f"quantization: the outputs {names} differ by up to {worst:.2g} (relative L2) from those of "
+            "unquantized weights",
         )
     if worst < 0.1:
-        return Cause("rounding", None, f"{names} differ by up to {worst:.2g}: a loss of precision inside the network")
-    return Cause("unknown", None, f"no known variant of the encoder gives {names} (relative L2 up to {worst:.2g})")
+        return Cause(
+            "rounding",
+            None,
+            f"the outputs {names} differ by up to {worst:.2g} (relative L2), which suggests a loss of precision "
+            "inside the network",
+        )
+    return Cause(
+        "unknown",
+        None,
+        f"the outputs {names} differ by up to {worst:.2g} (relative L2), and no known variant of the encoder "
+        "explains this",
+    )
 
 
 def _feature_error(matches: Sequence[Match]) -> float:
@@ -400,8 +432,8 @@ def _no_feature(arrays: Arrays, tensors: Arrays) -> str:
     features = [name for name in tensors if "_pos_" not in name and name != TRUNK][:4]
     wanted = ", ".join(f"{parts(name)[2]}: {shape_text(tensors[name])}" for name in features)
     return (
-        f"none of its outputs has the shape of a feature map of the checkpoint's encoder; it gives {given}, and the "
-        f"encoder's levels are {wanted}"
+        "none of the file's outputs has the shape of a feature map of the checkpoint's encoder; the outputs "
+        f"are {given}, but the encoder's levels are {wanted}"
     )
 
 

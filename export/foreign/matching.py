@@ -129,13 +129,20 @@ def inconsistencies(matches: Sequence[Match]) -> list[tuple[str, str, str]]:
         is_neck, is_kind, is_level = parts(match.tensor)
         if kind is not None and kind != is_kind:
             found.append(
-                (match.output, "levels", f"{match.output} is {describe(match.tensor)}, not what its name says")
+                (
+                    match.output,
+                    "levels",
+                    f"the output {match.output} is {describe(match.tensor)}, which contradicts the output's name",
+                )
             )
         elif level is not None and level != is_level:
-            sentence = f"levels are swapped: {match.output} is {describe(match.tensor)}"
+            sentence = f"the levels are swapped: the output {match.output} is {describe(match.tensor)}"
             found.append((match.output, "levels", sentence))
         elif neck is not None and is_kind != "pos" and neck != is_neck:
-            sentence = f"another neck: {match.output} is {describe(match.tensor)}, and its name says neck {neck}"
+            sentence = (
+                f"the necks are swapped: the output {match.output} is {describe(match.tensor)}, but its name says "
+                f"neck {neck}"
+            )
             found.append((match.output, "neck", sentence))
     told = {output for output, _, _ in found}
     for group in _numbered(match for match in matches if match.output not in told):
@@ -148,13 +155,17 @@ def inconsistencies(matches: Sequence[Match]) -> list[tuple[str, str, str]]:
         if kinds[0][1] != "pos" and len(set(necks)) > 1:
             odd = next(match for match, neck in zip(group, necks, strict=True) if neck != usual)
             sentence = (
-                f"another neck: {odd.output} is {describe(odd.tensor)}, the outputs beside it are of neck {usual}"
+                f"the necks are swapped: the output {odd.output} is {describe(odd.tensor)}, but the other "
+                f"outputs of this group belong to neck {usual}"
             )
             found.append((odd.output, "neck", sentence))
         wanted = sorted(levels)
         if levels != wanted and (levels != wanted[::-1] or FINEST_FIRST.search(group[0].output)):
             odd = next(match for match, level, want in zip(group, levels, wanted, strict=True) if level != want)
-            sentence = f"levels are swapped: {odd.output} is {describe(odd.tensor)}, out of order with those beside it"
+            sentence = (
+                f"the levels are swapped: the output {odd.output} is {describe(odd.tensor)}, out of order with "
+                "the other outputs of this group"
+            )
             found.append((odd.output, "levels", sentence))
     return found
 

@@ -34,11 +34,11 @@ def looks_like(model: ir.Model, size: tuple[int, int] | None = None) -> str | No
     images = image_inputs(model.graph)
     prompts = [name for name in names if PROMPTS.search(name)]
     if prompts and images and len(names) > 1:
-        return "a whole SAM 3, or another model that takes an image and prompts"
+        return "a whole SAM 3, or another model with an image and prompts as inputs"
     if any(EMBEDDINGS.search(name) for name in names) and any(RESULTS.search(name) for name in outputs):
-        return "a mask decoder, which takes the encoder's outputs"
+        return "a mask decoder, whose inputs are the encoder's outputs"
     if names and all(value.dtype in (ir.DataType.INT64, ir.DataType.INT32) for value in file_inputs(model.graph)):
-        return "a text encoder, which takes tokens"
+        return "a text encoder, whose inputs are tokens"
     patch = first_convolution(model)
     if patch is None:
         return None
@@ -48,7 +48,7 @@ def looks_like(model: ir.Model, size: tuple[int, int] | None = None) -> str | No
     if taps == stride == 16:
         return "a ViT with patches of 16, such as the first SAM's image encoder"
     if images and any(RESULTS.search(name) for name in outputs):
-        return "a whole segmentation model, or another one that ends in masks, boxes or scores"
+        return "a whole segmentation model, or another model whose outputs are masks, boxes or scores"
     if taps == stride == 14 and size is not None:
         tokens = (size[0] // 14) * (size[1] // 14)
         shapes = [
@@ -66,11 +66,14 @@ def describe_graph(model: ir.Model, attentions: int) -> str:
     if len(images) == len(file_inputs(model.graph)) == 1 and patch and patch[:2] == (14, 14) and attentions:
         layout = images[0][1]
         return (
-            f"built as SAM 3's image encoder is: one image ({inputs}, {layout}), patches of 14, {patch[2]} channels, "
-            f"{attentions} attentions"
+            f"the graph has the structure of SAM 3's image encoder: one image input ({inputs}, {layout}), "
+            f"14x14 patches, {patch[2]} channels, {attentions} attentions"
         )
     like = looks_like(model)
-    return f"not built as SAM 3's image encoder is: it takes {inputs}" + (f" and looks like {like}" if like else "")
+    return (
+        "the graph does not have the structure of SAM 3's image encoder: its inputs are "
+        f"{inputs}{f', and it looks like {like}' if like else ''}"
+    )
 
 
 def first_convolution(model: ir.Model) -> tuple[int, int, int] | None:
@@ -92,8 +95,8 @@ def refuse(path: Path, model: ir.Model, config: EncoderConfig, why: str) -> NoRe
     found = first_convolution(model)
     if found and found[0] == found[1] == config.patch_size and found[2] != config.embed_dim:
         raise NotEncoderError(
-            f"{path}: is an encoder with {found[2]} channels, and the checkpoint's has {config.embed_dim}: they are of "
-            "two architectures; give the checkpoint of this file with --checkpoint"
+            f"{path}: the file contains an encoder with {found[2]} channels, but the checkpoint's encoder has "
+            f"{config.embed_dim}; pass the checkpoint that this file was exported from with --checkpoint"
         )
     sizes = {
         side for value, _ in image_inputs(model.graph)[:1] for side in (value.shape or [])[-2:] if isinstance(side, int)

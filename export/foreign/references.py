@@ -60,7 +60,7 @@ def describe(name: str) -> str:
     neck, kind, level = parts(name)
     if kind == "pos":
         return f"the position encoding of level {level}"
-    return f"level {level} of neck {neck}" + (" behind the mask decoder's convolution" if kind == "high_res" else "")
+    return f"level {level} of neck {neck}" + (" after the mask decoder's convolution" if kind == "high_res" else "")
 
 
 def parts(name: str) -> tuple[str, str, int]:

@@ -32,22 +32,26 @@ def graph_risks(model: ir.Model, forms: Mapping[str, int], dynamic_size: bool = 
     accumulate = forms["fused"] + forms["scores32"] + forms["Attention in low precision"]
     if half and accumulate:
         found.append(
-            f"{accumulate} attentions are in FP16: TensorRT fuses them and accumulates their products in FP16, as in "
-            "the engines that failed (NVIDIA/TensorRT#4837); `neck-export onnx` accumulates in FP32"
+            f"{accumulate} attentions are in FP16, so TensorRT fuses them and accumulates their matrix "
+            "multiplications in FP16, as in published engines that failed (NVIDIA/TensorRT#4837); "
+            "`neck-export onnx` writes attention that accumulates in FP32"
         )
     if low and (unfused := forms["unfused"] + forms["FP32"]):
-        found.append(f"{unfused} attentions have scores in FP32, so TensorRT does not fuse them, which is slow")
+        found.append(
+            f"{unfused} attentions compute their scores in FP32, so TensorRT does not fuse them and the engine is slow"
+        )
     for operator, what in (("LayerNormalization", "LayerNorms"), ("Softmax", "softmaxes")):
         if count := sum(node.op_type == operator and node.outputs[0].dtype == ir.DataType.FLOAT16 for node in graph):
-            found.append(f"{count} {what} are computed in FP16")
+            found.append(f"{count} {what} are computed in FP16 instead of FP32, which can overflow or lose precision")
     if count := sum(map(_is_tanh, graph)):
         found.append(
-            f"{count} GELUs are computed by tanh or another approximation: SAM 3's is exact, off by up to 5e-4"
+            f"{count} GELUs use tanh or another approximation, but SAM 3 uses the exact GELU; the values "
+            "differ by up to 5e-4"
         )
     if dynamic_size:
         found.append(
-            "its image size is dynamic: it was judged at one size, and a table of positions for that size would be "
-            "wrong at every other"
+            "the file accepts any image size but was verified at one size only; if it contains a fixed table "
+            "of positions, its results are wrong at every other size"
         )
     return found + list(_targets(model))
 
@@ -62,12 +66,12 @@ def _targets(model: ir.Model) -> Iterable[str]:
     """Which of the newest targets refuse the graph, and why."""
     needs = graph_needs(model)
     if unknown := not_in_table(needs):
-        yield f"operators or types that no target is known to support: {', '.join(unknown)}"
+        yield f"the file uses operators or types that no runtime is known to support: {', '.join(unknown)}"
     else:
         for family, version in NEWEST.items():
             target = line_of(family, version)
             if target is not None and family != "onnxruntime-gpu" and (reason := why_not(target, needs)):
-                yield f"{TITLES[family]} {version} does not load it: {reason}"
+                yield f"{TITLES[family]} {version} does not load the file: {reason}"
 
 
 def value_risks(largest: Mapping[str, float]) -> list[str]:
@@ -78,17 +82,21 @@ def value_risks(largest: Mapping[str, float]) -> list[str]:
     """
     found = []
     for operator, limit, why in (
-        ("LayerNormalization", SQUARE_LIMIT, "their squares overflow FP16 where a runtime computes the variance in it"),
+        (
+            "LayerNormalization",
+            SQUARE_LIMIT,
+            "if a runtime computes the variance in FP16, the squares of these values overflow",
+        ),
         (
             "SkipLayerNormalization",
             SQUARE_LIMIT,
-            "their squares overflow FP16 where a runtime computes the variance in it",
+            "if a runtime computes the variance in FP16, the squares of these values overflow",
         ),
-        ("Softmax", SCORE_LIMIT, "FP16 keeps no fractions of such scores"),
+        ("Softmax", SCORE_LIMIT, "FP16 cannot represent fractions of such large scores"),
     ):
         values = {name.partition("|")[2]: value for name, value in largest.items() if name.startswith(f"{operator}|")}
         above = {name: value for name, value in values.items() if not value <= limit}
         if above:
             name, value = max(above.items(), key=lambda pair: pair[1])
-            found.append(f"{len(above)} {operator} nodes in FP16 take values up to {value:.4g} ({name}): {why}")
+            found.append(f"{len(above)} {operator} nodes in FP16 receive values of up to {value:.4g} ({name}): {why}")
     return found

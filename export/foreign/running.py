@@ -21,7 +21,7 @@ class CannotRunError(ExportError):
     """A file that ONNX Runtime does not load or cannot compute."""
 
 
-AS_IT_IS = "run as it is: ONNX Runtime may keep values in FP32 where a GPU would round them to FP16"
+AS_IT_IS = "the file was run as it is, and ONNX Runtime may keep values in FP32 that a GPU would round to FP16"
 
 
 @dataclasses.dataclass
@@ -54,7 +54,9 @@ class Runner:
         try:
             values = run_session(self.session, feeds)
         except Exception as error:  # ONNX Runtime's exceptions have no common class
-            raise CannotRunError(f"ONNX Runtime cannot run it: {' '.join(str(error).split())[:300]}") from None
+            raise CannotRunError(
+                f"ONNX Runtime failed while running the file: {' '.join(str(error).split())[:300]}"
+            ) from None
         found = dict(zip([*self.outputs, *self.watched], values, strict=True))
         return {name: found[name] for name in self.outputs}, {name: float(found[name]) for name in self.watched}
 
@@ -107,7 +109,7 @@ def open_file(file: OnnxFile, watch: bool = False) -> Runner:
             rounded = simulate_foreign(model)
             return Runner(model, open_model(model, folder), outputs, watched, rounded, SIMULATED, file)
         except (FidelityError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            problem = f"the rounding simulation does not know this graph ({' '.join(str(error).split())[:120]})"
+            problem = f"the FP16 rounding simulation does not support this graph ({' '.join(str(error).split())[:120]})"
         model, folder = prepared_model(file)
     watched = watch_largest(model) if watch and not low else []
     try:
@@ -125,10 +127,10 @@ def why_not_loaded(model: ir.Model, error: str) -> str:
     if own:
         named = ", ".join(sorted(f"{domain}::{operator}" for domain, operator in own))
         return (
-            f"it has custom operators ({named}) that ONNX Runtime does not know, so it cannot be judged here; "
-            "export it with standard ONNX operators"
+            f"the file contains custom operators ({named}) that ONNX Runtime does not know, so it cannot be "
+            "verified here; export it with standard ONNX operators"
         )
-    return f"it cannot be judged, because {error.splitlines()[0]}"
+    return f"the file cannot be verified, because {error.splitlines()[0]}"
 
 
 def simulate_foreign(model: ir.Model) -> list[ir.Value]:
@@ -142,9 +144,9 @@ def simulate_foreign(model: ir.Model) -> list[ir.Value]:
             attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
             for attribute in node.attributes.values()
         ):
-            raise ValueError(f"{node.op_type} has a graph in it")
+            raise ValueError(f"a {node.op_type} node contains a nested graph")
         if any(output.dtype is None for output in node.outputs if output.name and list(output.uses())):
-            raise ValueError(f"the type that {node.op_type} gives is unknown")
+            raise ValueError(f"the type of the output of a {node.op_type} node is unknown")
     for node in list(model.graph):
         _retype_attributes(model.graph, node)
     for value in model.graph.inputs:

@@ -44,8 +44,8 @@ def trace(module: DeployEncoder) -> ir.Model:
     """
     if torch.__version__ < OLDEST_TORCH:  # compared as versions
         raise ExportError(
-            f"PyTorch {torch.__version__} is too old for the export, which needs 2.10 or later; upgrade it, or "
-            "export on another machine and copy the file"
+            f"PyTorch {torch.__version__} is too old for the export, which needs 2.10 or later; upgrade "
+            "PyTorch, or export on another machine and copy the file"
         )
     kinds = block_kinds(module)
     model = _export(_with_blocks(module, [same[0] for same in kinds]))
@@ -177,7 +177,8 @@ def _entry(part: list[ir.Node], live: set[ir.Value]) -> ir.Value:
     outside = {value for node in part for value in node.inputs if value in live and value not in inside}
     if len(outside) != 1:
         raise ExportError(
-            f"a traced block reads {len(outside)} tensors that depend on the image, expected 1; use --no-rewrite"
+            f"a traced transformer block reads {len(outside)} tensors that depend on the image instead of 1, "
+            "so the graph cannot be rewritten; use --no-rewrite"
         )
     return outside.pop()
 
@@ -187,7 +188,10 @@ def _exit(part: list[ir.Node]) -> ir.Value:
     inside = set(part)
     leaving = [value for node in part for value in node.outputs if any(user not in inside for user, _ in value.uses())]
     if len(leaving) != 1:
-        raise ExportError(f"a traced block returns {len(leaving)} tensors, expected 1; use --no-rewrite")
+        raise ExportError(
+            f"a traced transformer block returns {len(leaving)} tensors instead of 1, so the graph cannot be "
+            "rewritten; use --no-rewrite"
+        )
     return leaving[0]
 
 

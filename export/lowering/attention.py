@@ -77,7 +77,11 @@ def spelling_at(opset: int | None) -> Spelling:
 
 def other_form(asked: AttentionForm) -> str | None:
     """Why a requested form leaves no attention to FP8; None if FP8 attention has that form."""
-    return None if asked in ("auto", "fp32acc") else f"--attention {asked} is a form that FP8 attention does not have"
+    return (
+        None
+        if asked in ("auto", "fp32acc")
+        else f"--attention {asked} cannot be combined with FP8 attention, which requires auto or fp32acc"
+    )
 
 
 def lower_attentions(
@@ -108,7 +112,10 @@ def lower_attentions(
     if fp8 and form != "fp32acc":
         raise ExportError(f"FP8 attention cannot have the form {form}; use --attention auto or fp32acc")
     if missing := set(fp8 or ()) - {attention_name(core) for core in cores}:
-        raise ExportError(f"{min(missing)}: the graph has no such attention to quantize; calibrate for this encoder")
+        raise ExportError(
+            f"{min(missing)}: the calibration names this attention, but the graph does not contain it; calibrate "
+            "again for this encoder"
+        )
     for core in cores:
         kept = core.nodes[-1].metadata_props.get(MODULE) in fp32_modules
         scales = (fp8 or {}).get(attention_name(core)) if not kept else None
@@ -170,7 +177,8 @@ def _of_attention(node: ir.Node) -> AttentionCore:
     if more or not all(heads) or any(_number(node, name) for name in ("is_causal", "softcap")):
         path = node.metadata_props.get(MODULE) or node.name
         raise ExportError(
-            f"the attention {path} has a mask, a cache, grouped heads or a softcap; only plain attention can be lowered"
+            f"the attention {path} has a mask, a cache, grouped heads or a softcap, so its form cannot be "
+            "changed; only plain attention is supported"
         )
     head_dim = cast(int, shape[-1])
     return AttentionCore([node], query, key, value, scale.as_float() if scale else head_dim**-0.5, node.outputs[0])

@@ -79,13 +79,19 @@ def lower(
     """
     graph = model.graph
     if output_precision in CODES:
-        raise ExportError(f"outputs cannot have the type {output_precision}; use --output-dtype fp32, fp16 or bf16")
+        raise ExportError(
+            f"outputs cannot have the type {output_precision}; choose fp32, fp16 or bf16 with --output-dtype"
+        )
     if precision in CODES and quantization is None:
-        raise ExportError(f"{precision}: no layer to quantize was given, and the weights have no calibration")
+        raise ExportError(
+            f"a file in {precision} needs a calibration of its linear layers, but none was given; pass the "
+            "quantization, or use another precision"
+        )
     low = next((value.dtype for value in graph.initializers.values() if value.dtype in LOW), None)
     if low:
         raise ExportError(
-            f"the model is {low.name.lower()} already; only an FP32 model can be lowered to another precision"
+            f"the model is already in {low.name.lower()}, and only an FP32 model can be converted to another "
+            "precision; export the encoder in FP32 first"
         )
     form = AUTO[precision] if attention == "auto" else attention
     check_form(precision, form, opset)
@@ -115,8 +121,8 @@ def check_form(precision: Precision, attention: str, opset: int | None) -> None:
     """
     if precision == "fp32" and attention == "fp32acc":
         raise ExportError(
-            "--attention fp32acc keeps attention in FP32 inside an FP16 or BF16 file, but --precision fp32 is FP32 "
-            "throughout; use --attention auto"
+            "--attention fp32acc is for files with lower precision than FP32, but --precision is fp32; use "
+            "--attention auto"
         )
     if opset is not None:
         check_opset(opset)
@@ -129,7 +135,9 @@ def check_opset(opset: int) -> None:
         ExportError: naming those that there are.
     """
     if opset not in OPSETS:
-        raise ExportError(f"opset {opset} is not supported; expected {OPSETS.start} to {OPSETS.stop - 1}, or auto")
+        raise ExportError(
+            f"opset {opset} is not supported; use an opset from {OPSETS.start} to {OPSETS.stop - 1}, or auto"
+        )
 
 
 def computes_in_fp32(node: ir.Node) -> bool:
@@ -162,8 +170,8 @@ def check_residual(precision: str, residual: Residual) -> None:
     """
     if residual == "fp16" and TYPES[precision] != ir.DataType.FLOAT16:
         raise ExportError(
-            f"--residual fp16: the residual sums of a {precision} file are {precision}; leave the option out, or "
-            "use --residual fp32"
+            f"--residual fp16 is not possible in a file in {precision}, whose residual sums are in "
+            f"{precision} or FP32; leave out --residual, or use --residual fp32"
         )
 
 
@@ -196,7 +204,7 @@ def kept_modules(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:
             whole = {".".join(path.split(".")[:end]) for path in modules for end in range(1, path.count(".") + 2)}
             near = difflib.get_close_matches(pattern, sorted(whole), n=4, cutoff=0.4) or sorted(whole)[:4]
             raise ExportError(
-                f"--keep-fp32 {pattern!r} names no module of the graph; similar names are {', '.join(near)}"
+                f"--keep-fp32 {pattern!r} matches no module of the graph; similar names are {', '.join(near)}"
             )
         kept |= found
     return kept
@@ -246,7 +254,7 @@ def converted_weight(name: str, tensor: ir.TensorProtocol, dtype: ir.DataType) -
         ends = torch.stack(exact.aminmax())  # 17 times as fast as isfinite over all that was converted
         if not ends.to(TORCH_TYPES[dtype]).isfinite().all():
             raise ExportError(
-                f"weight {name} has values of up to {ends.abs().max():.6g}, beyond the range of "
+                f"the weight {name} has values of up to {ends.abs().max():.6g}, which exceed the range of "
                 f"{dtype.name.lower()}; keep its module in FP32 with --keep-fp32, or use --precision bf16"
             )
         return TorchTensor(exact.to(TORCH_TYPES[dtype]).contiguous())
@@ -282,11 +290,11 @@ def set_opset(model: ir.Model, opset: int | None) -> None:
     opset = opset if opset is not None else OPERATOR_OPSET if "Attention" in present else 22 if bf16 else 20
     check_opset(opset)
     if "Attention" in present and opset < OPERATOR_OPSET:
-        raise ExportError(f"opset {opset} has no Attention operator; use --opset {OPERATOR_OPSET}")
+        raise ExportError(f"the Attention operator does not exist in opset {opset}; use --opset {OPERATOR_OPSET}")
     if bf16 and opset < 22:
-        raise ExportError(f"opset {opset} has no BF16 convolutions; use --opset 22, or --precision fp16")
+        raise ExportError(f"BF16 convolutions do not exist in opset {opset}; use --opset 22, or --precision fp16")
     if "QuantizeLinear" in present and opset < 19:
-        raise ExportError(f"opset {opset} has no FP8 and no FP16 scales; use --opset 19, or --precision fp16")
+        raise ExportError(f"FP8 and FP16 scales do not exist in opset {opset}; use --opset 19, or --precision fp16")
     if opset < 20:
         _expand_gelu(model.graph)
     model.opset_imports[""] = opset

@@ -105,7 +105,8 @@ def scale_of(largest: float, kind: Kind, what: str) -> float:
         scale = np.nextafter(scale, np.float16(np.inf)) if np.float32(scale) < exact else scale
     if not FP16_TINY <= scale < np.inf:
         raise UnquantizableError(
-            f"{what} has values of at most {largest:.3g}, too small for an FP16 scale to map to {kind}"
+            f"the largest value of {what} is {largest:.3g}, which is too small to be quantized to {kind} with "
+            "an FP16 scale"
         )
     return float(scale)
 
@@ -163,7 +164,10 @@ def match_products(patterns: Sequence[str], products: Collection[str]) -> list[s
         found = {name for name in products if pattern == "all" or _is_asked(name, pattern)}
         if not found:
             shown = ", ".join(list(products)[:4])
-            raise ExportError(f"--quantize {pattern!r} names no linear layer; there are {len(products)}: {shown}, ...")
+            raise ExportError(
+                f"--quantize {pattern!r} matches none of the {len(products)} linear layers, whose names are "
+                f"{shown}, ..."
+            )
         chosen |= found
     return [name for name in products if name in chosen]
 
@@ -193,8 +197,8 @@ def quantize(graph: ir.Graph, quantization: Quantization, fp32_modules: Collecti
     for name, scale in quantization.scales.items():
         if name not in products:
             raise ExportError(
-                f"{name}: the calibration names this layer, but the graph has no such linear layer; calibrate this "
-                "encoder again"
+                f"{name}: the calibration names this linear layer, but the graph does not contain it; "
+                "calibrate again for this encoder"
             )
         if products[name].metadata_props.get(MODULE, "") not in fp32_modules:
             if name in quantization.moves:
@@ -217,8 +221,8 @@ def move_channels(graph: ir.Graph, name: str, node: ir.Node, factors: Tensor) ->
         value = cast(ir.Value, norm.inputs[0])
     if norm is None or norm.op_type != "LayerNormalization" or len(value.uses()) > 1:
         raise ExportError(
-            f"{name}: the layer's input does not come from a LayerNorm of its own, so its channels cannot be "
-            "scaled; calibrate again"
+            f"{name}: the input of this linear layer does not come directly from a LayerNorm, so its channels "
+            "cannot be scaled; calibrate again for this encoder"
         )
     changes = [(norm, 1, 1 / factors), (norm, 2, 1 / factors), (node, 1, factors[:, None])]
     for user, position, factor in changes:

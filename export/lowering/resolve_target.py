@@ -44,7 +44,8 @@ def resolve_target(
     oldest = min(targets, key=lambda target: target.opset)
     if opset is not None and opset > oldest.opset:
         raise TargetError(
-            f"--opset {opset}: {oldest.name} is only known to read opsets up to {oldest.opset}; use --opset auto"
+            f"--opset {opset}: the target {oldest.name} is only known to support opsets up to {oldest.opset}; "
+            "use --opset auto"
         )
     operator = form == "fp32acc" and (opset or OPERATOR_OPSET) >= OPERATOR_OPSET
     operator = operator and all(prefers_attention(one.family, one.version or one.since) for one in targets)
@@ -53,8 +54,9 @@ def resolve_target(
         able = [target.name for target in targets if target.opset >= needed]
         others = f"{', '.join(able)} can; " if able else ""
         raise TargetError(
-            f"--precision bf16: BF16 convolutions need opset 22, but {oldest.name} is only known to read opset "
-            f"{oldest.opset}; {others}leave it out of --target, or use --precision fp16"
+            f"--precision bf16 needs opset 22 for its convolutions, but the target {oldest.name} is only "
+            f"known to support opsets up to {oldest.opset}; {others}remove it from --target, or use "
+            "--precision fp16"
         )
     chosen = opset if opset is not None or needed <= oldest.opset else oldest.opset
     return Form(form, chosen, tuple(targets), "operator" if operator else "matmul")
@@ -64,7 +66,7 @@ def _check_types(targets: Sequence[Target], precision: Precision) -> None:
     wanted = CODES[precision].name if precision in CODES else TYPES[precision].name
     small = [one for one in targets if not has_fp8(one.capability)]
     if wanted == FP8 and small:
-        where = f"{small[0].name} on compute capability {small[0].capability}"
+        where = f"the target {small[0].name} with compute capability {small[0].capability}"
         raise TargetError(f"--precision fp8: {where}: {NO_FP8}; use --precision int8")
     unable = [target.name for target in targets if wanted not in target.types]
     if unable:
@@ -72,6 +74,6 @@ def _check_types(targets: Sequence[Target], precision: Precision) -> None:
         others = f"{', '.join(able)} can; " if able else ""
         remedy = "fp16" if all("FLOAT16" in target.types for target in targets) else "fp32"
         raise TargetError(
-            f"--precision {precision} is not known to be supported by {', '.join(unable)}; {others}choose another "
-            f"--target, or use --precision {remedy}"
+            f"--precision {precision} is not known to be supported by the target {', '.join(unable)}; "
+            f"{others}choose another --target, or use --precision {remedy}"
         )

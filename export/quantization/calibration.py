@@ -117,21 +117,23 @@ def calibration_pixels(signature: Signature, images: Path | ImageFolder | None, 
     """
     if images is None:
         notes.append(
-            "calibrated on the one image that neck-export ships, so values of your images beyond its ranges will be "
-            f"clipped; give {FEWEST} or more of your images with --images"
+            "the calibration used only the one image that is part of neck-export, so larger values in your "
+            f"own images will be clipped; pass a folder with {FEWEST} or more of your images with --images"
         )
         return reference_pixels(signature, None, 1)
     folder = ImageFolder.of(images)
     paths = find_images(folder.path)[:MOST]
     if len(paths) < FEWEST:
         raise CalibrationError(
-            f"{folder.path}: the folder has {len(paths)} images, but calibration needs at least {FEWEST}"
+            f"{folder.path}: the folder contains {len(paths)} images, but the calibration needs at least "
+            f"{FEWEST}; add images or choose another folder"
         )
     pixels = load_images(paths, signature.image_size, folder.value_range, notes.append)
     for path, image in zip(paths, pixels, strict=True):
         if image.min() == image.max():
             raise CalibrationError(
-                f"{path}: the whole image has one color, so it gives no range of values; remove it from the folder"
+                f"{path}: all pixels of this image have the same color, so it cannot be used for the "
+                "calibration; remove it from the folder"
             )
     return pixels
 
@@ -173,7 +175,7 @@ def calibrate(encoder: Sam3DualViTDetNeck, pixels: np.ndarray) -> Calibration:
         kept |= {f"{name}.{part}": _room(each * seen, attention.qkv.in_features) for part in PARTS}
         hooks += _attention_hooks(name, attention, keep_other)
     try:
-        for index in counted(range(seen), "calibration", seen, "images"):
+        for index in counted(range(seen), "calibrating the linear layers", seen, "images"):
             with torch.inference_mode():
                 encoder.trunk(normalize(pixels[index : index + 1]))
     finally:
@@ -220,7 +222,9 @@ def _kept(name: str, tokens: Tensor, rows: int, chance: torch.Generator) -> Laye
     """Some of the tokens (N, K) of an image: a quarter are those with the largest values."""
     largest = tokens.abs().amax(dim=1)
     if not largest.isfinite().all():
-        raise CalibrationError(f"{name}: the input of this layer is not finite for an image; check the weights")
+        raise CalibrationError(
+            f"{name}: the input of this layer contains NaN or infinity for one of the images; check the weights"
+        )
     order = largest.argsort(descending=True)
     top, rest = order[: max(1, rows // 4)], order[max(1, rows // 4) :]
     others = rest[torch.randperm(len(rest), generator=chance)[: rows - len(top)]]
@@ -276,7 +280,10 @@ def save_calibration(path: Path, calibration: Calibration) -> None:
             staged.write_bytes(safetensors.torch.save(tensors, {METADATA: json.dumps(about)}))
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
-        raise CalibrationError(f"{path}: the file cannot be written ({why}); check the folder and the disk") from None
+        raise CalibrationError(
+            f"{path}: the calibration cannot be written to this file ({why}); check that the folder is writable "
+            "and the disk has free space"
+        ) from None
 
 
 def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[int, int]) -> Calibration:
@@ -286,7 +293,7 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
         CalibrationError: the file is not a calibration, or is damaged.
         OutdatedError: it was made for another encoder or image size, or by another version.
     """
-    fix = "delete it to calibrate again, or name another file with --calibration"
+    fix = "delete the file to calibrate again, or pass another file with --calibration"
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})[METADATA])
@@ -294,15 +301,18 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
         if not isinstance(about, dict):
             raise ValueError
     except (SafetensorError, OSError, ValueError, LookupError, RecursionError):
-        raise CalibrationError(f"{path}: the file is not a calibration of neck-export; {fix}") from None
+        raise CalibrationError(f"{path}: the file is not a calibration that neck-export wrote; {fix}") from None
     if about.get("format") not in range(OLDEST_FORMAT, FORMAT + 1):
-        raise OutdatedError(f"{path}: another version of neck-export wrote it")
+        raise OutdatedError(f"{path}: the calibration was written by an incompatible version of neck-export")
     if about.get("image_size") != list(image_size):
         raise OutdatedError(
-            f"{path}: the calibration was made at {about.get('image_size')} pixels, not at {list(image_size)}"
+            f"{path}: the calibration was made for the image size {about.get('image_size')}, but the size is "
+            f"now {list(image_size)}"
         )
     if about.get("encoder") != fingerprint(encoder):
-        raise OutdatedError(f"{path}: the calibration was made for other weights or another architecture")
+        raise OutdatedError(
+            f"{path}: the calibration was made for an encoder with other weights or another architecture"
+        )
     try:
         sides = {name: layer.in_features for name, layer in linear_layers(encoder).items()}
         if about["format"] == FORMAT:
@@ -311,7 +321,7 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
                 sides |= {f"{name}.{part}": attention.qkv.in_features for part in PARTS}
         kept = _sorted({name: _read_layer(name, side, tensors) for name, side in sides.items()})
         if type(about["images"]) is not int or about["images"] < 1:
-            raise ValueError(f"its number of images is {about['images']!r}")
+            raise ValueError(f"the number of images in it is {about['images']!r}")
     except (LookupError, ValueError) as error:
         raise CalibrationError(f"{path}: the calibration is damaged ({error}); {fix}") from None
     return Calibration(about["images"], image_size, about["encoder"], *kept)
@@ -329,7 +339,9 @@ def _read_layer(name: str, channels: int, tensors: Mapping[str, Tensor]) -> Laye
     for field, shape in zip(FIELDS, shapes, strict=True):
         tensor = getattr(found, field)
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape or not tensor.isfinite().all():
-            raise ValueError(f"{name}.{field} is not a tensor of finite float32 numbers of the layer's shape")
+            raise ValueError(
+                f"the tensor {name}.{field} does not consist of finite float32 numbers in the layer's shape"
+            )
     if not count or not (found.weights > 0).all() or (found.rows.abs() > found.channels).any():
-        raise ValueError(f"the tokens of {name} do not fit their weights or channels")
+        raise ValueError(f"the stored inputs of the layer {name} are inconsistent")
     return found

@@ -119,10 +119,13 @@ class Record:
             rows = {name: [_comparison(row) for row in rows] for name, rows in held["rows"].items()}
             differing = [part for part in self.key if held["key"].get(part) != self.key[part]]
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            self.outdated = f"{path}: the file is damaged, so the trials that it recorded are run again"
+            self.outdated = f"{path}: the record of earlier quantization trials is damaged, so the trials are repeated"
             return
         if differing:
-            self.outdated = f"{path}: the trials were recorded with other {', '.join(differing)}, so they are run again"
+            self.outdated = (
+                f"{path}: the recorded quantization trials were made with other {', '.join(differing)}, so the "
+                "trials are repeated"
+            )
         else:
             self.rows = rows
 
@@ -147,7 +150,7 @@ def _comparison(row: Mapping[str, Any]) -> Comparison:
     for name in ("max_abs", "mean_abs", "relative_l2", "cosine", "non_finite"):
         values[name] = math.inf if values[name] is None else values[name]
         if not isinstance(values[name], int | float):
-            raise TypeError(f"{name} is {values[name]!r}")
+            raise TypeError(f"{name} has the invalid value {values[name]!r}")
     return Comparison(**values | {"tolerance": Tolerance(**values["tolerance"])})
 
 
@@ -186,7 +189,10 @@ def measure_products(
     """
     found = []
     for one in counted(
-        products, (f"measuring the error of each linear layer at {PROXY} pixels"), len(products), "products"
+        products,
+        (f"measuring the quantization error of each linear layer at {PROXY} pixels"),
+        len(products),
+        "products",
     ):
         rows = record.figures(f"alone: {one.name}", functools.partial(run, one.name))
         found.append(dataclasses.replace(one, errors={row.name: row.relative_l2 for row in rows}))
@@ -252,8 +258,9 @@ def choose(
         at = at if inside < at < outside else (inside + outside) // 2
     if not inside:
         raise CalibrationError(
-            f"--budget {budget:g}: quantizing even a single linear layer exceeds it; the best one, "
-            f"{ordered[0].name}, alone gives {min(measured.values()):.3g}; raise the budget or use --precision fp16"
+            f"--budget {budget:g}: quantizing a single linear layer already exceeds this error; the best "
+            f"layer, {ordered[0].name}, causes {min(measured.values()):.3g}; raise --budget or use "
+            "--precision fp16"
         )
     return Choice(tuple(one.name for one in ordered[:inside]), tuple(_curve(ordered, kind, measured)))
 
@@ -277,7 +284,11 @@ def _curve(ordered: Sequence[Product], kind: Kind, measured: Mapping[int, float]
 def curve_lines(curve: Sequence[Mapping[str, Any]], count: int, rates: str) -> list[str]:
     """The curve for a screen, with whose rates its times are by; the row of the choice is marked."""
     head = f"{'products':>8} {'operations':>10} {'time':>9} {'expected L2':>12} {'measured L2':>12}"
-    lines = [f"time: of these products {rates}", head]
+    lines = [
+        f"number of quantized linear layers, with their share of the operations, their time {rates}, and the "
+        "error (relative L2):",
+        head,
+    ]
     for row in curve:
         expected, error = ("" if row[name] is None else f"{row[name]:.2e}" for name in ("expected_error", "error"))
         mark = "  <- chosen" if row["products"] == count else ""

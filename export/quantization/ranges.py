@@ -78,7 +78,10 @@ def choose_range(name: str, layer: Layer, weight: Tensor, kind: Kind) -> Range:
         UnquantizableError: the input or the weight is zero throughout, or too small or large for an FP16 scale.
     """
     if layer.largest == 0:
-        raise UnquantizableError(f"the input of {name} is zero for every image, so it has no range")
+        raise UnquantizableError(
+            f"the input of the layer {name} is zero for every calibration image, so no quantization range can be "
+            "computed"
+        )
     weight = weight.float()
     exact = layer.rows @ weight.T
     best = _best(name, layer, weight, exact, kind)
@@ -107,7 +110,9 @@ def choose_value_range(name: str, layer: Layer, kind: Kind, clip: bool) -> Range
         UnquantizableError: it is zero throughout, or too small or large for an FP16 scale.
     """
     if layer.largest == 0:
-        raise UnquantizableError(f"{name} is zero on every image, which gives no range")
+        raise UnquantizableError(
+            f"{name} is zero for every calibration image, so no quantization range can be computed"
+        )
     by, values, found = layer.weights[:, None], layer.rows, []
     norm = float((by * values.square()).sum().sqrt())
     for method, end in (_ends(layer, kind) if clip else {"largest": layer.largest}).items():
@@ -178,6 +183,7 @@ def clipping_note(ranges: dict[str, Range], kind: Kind) -> str | None:
     if worst.clipped < NAMED_SHARE:
         return None
     return (
-        f"{name}: {worst.clipped:.2%} of the input values are clipped at {worst.scale * LIMITS[kind]:.3g}, while the "
-        f"largest is {worst.largest:.3g} ({worst.method} gives the smallest error)"
+        f"{name}: {worst.clipped:.2%} of the input values exceed {worst.scale * LIMITS[kind]:.3g} and are "
+        f"clipped by the quantization (the largest value is {worst.largest:.3g}); this range, found with the "
+        f"method {worst.method}, gives the smallest error"
     )

@@ -82,14 +82,17 @@ def check_quantize(options: QuantizeOptions, precision: str) -> None:
     if precision not in CODES:
         if options != QuantizeOptions():
             raise ExportError(
-                f"--quantize, --budget and --calibration need --precision fp8 or int8, but --precision is {precision}"
+                "--quantize, --budget and --calibration require --precision fp8 or int8, but --precision is "
+                f"{precision}; leave them out, or change --precision"
             )
         return
     if options.budget is not None and not 0 < options.budget < 1:
-        raise ExportError(f"--budget {options.budget:g} is invalid; expected a relative L2 between 0 and 1")
+        raise ExportError(
+            f"--budget {options.budget:g} is invalid; the budget is a relative L2 error, a number between 0 and 1"
+        )
     path = options.calibration
     if path is not None and (path.suffix != ".safetensors" or path.is_dir()):
-        raise ExportError(f"--calibration {path}: the file name must end in .safetensors")
+        raise ExportError(f"--calibration {path}: the name of a calibration file must end in .safetensors")
 
 
 def budget_tolerances(
@@ -148,18 +151,22 @@ def select_quantization(
     names = [name for name in asked if name not in kept]
     if not names:
         raise ExportError(
-            f"--keep-fp32 keeps all {len(asked)} linear layers in FP32, so nothing is left to quantize to {kind}"
+            f"--keep-fp32 keeps all {len(asked)} linear layers in FP32, so no layer is left to quantize to "
+            f"{kind}; keep fewer layers, or use another --precision"
         )
     calibration = _calibration(encoder, signature, options, images, notes, report)
     if any(name in attentions for name in names) and not calibration.attentions:
         names = _without_attentions(names, options, patterns, notes)
-    report(f"computing the ranges of {len(names)} layers")
+    report(f"computing the quantization ranges of {len(names)} layers")
     ranges, left_out = _ranges(names, layers, calibration, kind)
     notes += [f"{name} is not quantized: {reason}" for name, reason in left_out.items()]
     if not ranges:
-        raise ExportError(f"--precision {kind}: no linear layer can be quantized; {next(iter(left_out.values()))}")
+        raise ExportError(
+            f"--precision {kind}: no linear layer can be quantized, because {next(iter(left_out.values()))}; use "
+            "other images or another --precision"
+        )
     if no_attention and kind == "fp8" and attentions:
-        notes.append(f"attention stays in FP16: {no_attention}")
+        notes.append(f"attention is not quantized and stays in FP16: {no_attention}")
     curve: tuple[dict[str, Any], ...] = ()
     if AUTO in patterns:
         choice = _chosen(references, signature, kind, options, ranges, notes)
@@ -203,13 +210,15 @@ def _asked(
     for pattern in patterns:
         everywhere = match_products([pattern], candidates)
         if not set(everywhere) & set(able):
-            what = f"--quantize {pattern!r} names only attentions or results of products"
+            what = f"--quantize {pattern!r} matches only attentions or outputs of linear layers"
             if kind != "fp8":
                 raise ExportError(
-                    f"{what}, which exist in FP8 alone: no TensorRT fuses INT8 attention; use --precision fp8"
+                    f"{what}, which can only be quantized to FP8, because no TensorRT fuses INT8 attention; "
+                    "use --precision fp8 or another pattern"
                 )
             raise ExportError(
-                f"{what}: {no_attention}; leave the pattern out, or choose another --target or --attention"
+                f"{what}, which cannot be quantized here: {no_attention}; leave out the pattern, or choose "
+                "another --target or --attention"
             )
     return match_products(patterns, able)
 
@@ -222,11 +231,14 @@ def _without_attentions(
     Raises:
         CalibrationError: attentions were asked for by name.
     """
-    what = f"{options.calibration}: an older version wrote the file, without what attentions multiply"
-    fix = "delete it to calibrate again, with --images"
+    what = (
+        f"{options.calibration}: the calibration was written by an older version of neck-export and contains no "
+        "values for attention"
+    )
+    fix = "delete the file and repeat the command with --images to calibrate again"
     if not set(patterns) <= {AUTO, "all"}:
-        raise CalibrationError(f"{what}; {fix}, or name no attention with --quantize")
-    notes.append(f"{what}, so no attention is quantized; {fix}")
+        raise CalibrationError(f"{what}; {fix}, or select no attention with --quantize")
+    notes.append(f"{what}, so attention is not quantized; {fix}")
     return [name for name in names if not name.endswith((ATTENTION, RESULT))]
 
 
@@ -328,7 +340,7 @@ def _chosen(
     tokens = math.prod(side // patch for side in signature.image_size)
     products = unmeasured(layers, tokens) + unmeasured_attentions(config, list(ranges.attentions))
     products += unmeasured_results(results, tokens)
-    report(f"trial: quantizing all {len(products)} layers")
+    report(f"trial: quantizing all {len(products)} linear layers")
     if within(rows := run([one.name for one in products]), budget, kind):
         return choose_all(products, rows, kind)
     products = measure_products(products, lambda name: trials(small).run(name), record)
@@ -379,12 +391,12 @@ def _calibration(
     report: Report,
 ) -> Calibration:
     if options.calibration is not None and options.calibration.exists():
-        report(f"reading the calibration {options.calibration}")
+        report(f"reading the calibration file {options.calibration}")
         try:
             return read_calibration(options.calibration, encoder, signature.image_size)
         except OutdatedError as error:
-            notes.append(f"{error}; the calibration was made again")
-            report(f"{error}; calibrating again")
+            notes.append(f"{error}; the calibration was repeated and the file replaced")
+            report(f"{error}; repeating the calibration")
     found = calibrate(encoder.at_size(signature.image_size), calibration_pixels(signature, images, notes))
     if options.calibration is not None:
         save_calibration(options.calibration, found)

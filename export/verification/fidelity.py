@@ -104,11 +104,11 @@ class Verdict:
     @property
     def summary(self) -> str:
         """Why it failed, in a few words."""
-        return f"{', '.join(self.failed_names)} exceeded the tolerance"
+        return f"the outputs {', '.join(self.failed_names)} exceeded the tolerance"
 
     def lines(self) -> list[str]:
         """Lines for the user besides the figures."""
-        return [f"first tensor with NaN or infinity: {self.first_bad}"] if self.first_bad else []
+        return [f"the first tensor with NaN or infinity is {self.first_bad}"] if self.first_bad else []
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as JSON values."""
@@ -152,9 +152,11 @@ def check_overrides(overrides: Mapping[str, float], names: Sequence[str]) -> Non
     """Raises FidelityError where an override names no output or is not positive."""
     for pattern, value in overrides.items():
         if not fnmatch.filter(names, pattern):
-            raise FidelityError(f"--tolerance {pattern!r} names no output; the outputs are {', '.join(names)}")
+            raise FidelityError(f"--tolerance {pattern!r} matches no output; the outputs are {', '.join(names)}")
         if not 0 < value < math.inf:
-            raise FidelityError(f"--tolerance {pattern}={value:g} is invalid; expected a finite relative L2 above 0")
+            raise FidelityError(
+                f"--tolerance {pattern}={value:g} is invalid; the value must be a finite relative L2 error above 0"
+            )
 
 
 def compare(
@@ -175,12 +177,13 @@ def compare(
     for name, array in candidate.items():
         if name not in reference:
             raise FidelityError(
-                f"output {name} is not in the reference, which has {', '.join(reference)}; make the reference for "
-                "this file"
+                f"the output {name} is missing in the reference, which contains {', '.join(reference)}; make "
+                "a reference for this file"
             )
         if reference[name].shape != array.shape:
             raise FidelityError(
-                f"output {name} has the shape {array.shape}, but the reference has {reference[name].shape}"
+                f"the output {name} has the shape {array.shape}, but the shape in the reference is "
+                f"{reference[name].shape}; make a reference for this file"
             )
         tolerance = tolerance_for(name, precision, overrides, dtype)
         comparisons.append(compare_output(name, reference[name], array, tolerance))

@@ -22,10 +22,10 @@ def check_reference(path: Path) -> None:
     """
     if path.suffix != ".safetensors" or path.is_dir():
         raise FidelityError(
-            f"{path}: the name of a reference file must end in .safetensors, such as reference.safetensors"
+            f"{path}: the name of a reference file must end in .safetensors; use a name such as reference.safetensors"
         )
     if path.parent.is_dir() and not os.access(path.parent, os.W_OK):
-        raise FidelityError(f"{path}: its folder is not writable; name another file with --save-reference")
+        raise FidelityError(f"{path}: the folder of this file is not writable; pass another path with --save-reference")
 
 
 def write_reference(path: Path, pixels: np.ndarray, outputs: Mapping[str, np.ndarray]) -> None:
@@ -45,4 +45,7 @@ def write_reference(path: Path, pixels: np.ndarray, outputs: Mapping[str, np.nda
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, staged)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
-        raise FidelityError(f"{path}: the file cannot be written ({why}); check the folder and the disk") from None
+        raise FidelityError(
+            f"{path}: the reference cannot be written to this file ({why}); check that the folder is writable and "
+            "the disk has free space"
+        ) from None

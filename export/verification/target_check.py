@@ -103,22 +103,25 @@ def _version(operator: str, opset: int) -> int:
 def why_not(target: Target, needs: Needs) -> str | None:
     """Why a target cannot read a graph, or would compute it badly, in a few words; None where it can."""
     if needs.opset > target.opset:
-        return f"it is only known to read opset {target.opset}, but the file has {needs.opset}"
+        return f"the runtime is only known to support opsets up to {target.opset}, but the file has opset {needs.opset}"
     for (operator, kind), count in needs.operators.items():
         if operator in target.lacks:
-            return f"it does not have {operator} ({count} nodes)"
+            return f"the runtime does not support the operator {operator} ({count} nodes)"
         if operator not in target.operators:
-            return f"it is not known to read {operator} ({count} nodes)"
+            return f"the runtime is not known to support the operator {operator} ({count} nodes)"
         if needs.versions[operator] >= target.lacks_from.get(operator, needs.opset + 1):
-            return f"it does not have {operator} of opset {needs.opset} ({count} nodes)"
+            return f"the runtime does not support the operator {operator} of opset {needs.opset} ({count} nodes)"
         if (operator, kind) in target.refuses:
-            return f"it does not build {operator} in {kind} ({count} nodes)"
+            return f"the runtime does not support the operator {operator} in {kind} ({count} nodes)"
         if needs.versions[operator] >= target.on_cpu.get(operator, needs.opset + 1) and operator not in SMALL:
-            return f"it computes {operator} of opset {needs.opset} on the CPU ({count} nodes)"
+            return (
+                f"the runtime computes the operator {operator} of opset {needs.opset} on the CPU, which is slow "
+                f"({count} nodes)"
+            )
     if FP8 in needs.types and not has_fp8(target.capability):
         return f"{NO_FP8}; use --precision int8"
     unknown = sorted(needs.types - target.types - INTEGERS)
-    return f"it is not known to compute in {', '.join(unknown)}" if unknown else None
+    return f"the runtime is not known to support the type {', '.join(unknown)}" if unknown else None
 
 
 def on_cpu(target: Target, needs: Needs) -> list[str]:
@@ -135,7 +138,7 @@ def require(targets: Sequence[Target], needs: Needs, what: str, remedy: str) -> 
     for target in targets:
         reason = why_not(target, needs)
         if reason:
-            raise TargetError(f"{what}: {target.name} cannot load it: {reason}\n{remedy}")
+            raise TargetError(f"{what}: the target {target.name} cannot load the file: {reason};\n{remedy}")
 
 
 def reading_lines(needs: Needs) -> dict[Family, str]:
@@ -155,7 +158,7 @@ def not_in_table(needs: Needs) -> list[str]:
     for (operator, _), count in needs.operators.items():
         counts[operator] += count
     found = [f"{name} ({count} nodes)" for name, count in sorted(counts.items()) if name not in KNOWN_OPERATORS]
-    found += [f"tensors in {kind}" for kind in sorted(needs.types - KNOWN_TYPES)]
+    found += [f"tensors of type {kind}" for kind in sorted(needs.types - KNOWN_TYPES)]
     return found + ([f"opset {needs.opset}"] if needs.opset > KNOWN_OPSET else [])
 
 
@@ -172,12 +175,12 @@ def read_by(needs: Needs) -> str:
     )
     known = _titles(reading_lines(in_table))
     if not known:
-        return "read by no target in the table"
+        return "read by no runtime that neck-export knows"
     unknown = not_in_table(needs)
     if unknown:
         return (
-            f"read by unknown targets, because the table has no entry for {', '.join(unknown)}; everything else is "
-            f"read by {known}"
+            "read by unknown runtimes, because neck-export does not know which of them support "
+            f"{', '.join(unknown)}; everything else in the file is read by {known}"
         )
     return f"read by {known}"
 
@@ -220,11 +223,13 @@ def check_claims(where: Path, manifest: Mapping[str, Any], needs: Needs) -> None
         names = [str(name) for name in (*claims["asked"], *claims["from"])]
         targets = find_targets(",".join(names)) if names else ()
     except (KeyError, TypeError, TargetError) as error:
-        raise TargetError(f"{where}: the entry about targets is damaged ({error}); write the file again") from None
+        raise TargetError(
+            f"{where}: the entry `targets` of the manifest is damaged ({error}); write the file again"
+        ) from None
     for target in targets:
         reason = why_not(target, needs)
         if reason:
             raise TargetError(
-                f"{where}: claims that {target.name} reads the file, but {reason};\n"
+                f"{where}: the manifest claims that {target.name} can load the file, which is wrong: {reason};\n"
                 f"the graph is {read_by(needs)}; write the file again"
             )

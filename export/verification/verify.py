@@ -90,7 +90,7 @@ def make_reference(
     """
     notes: list[str] = []
     pixels = reference_pixels(signature, images, count or image_count(signature.batch), notes.append)
-    report("computing the reference: the plain module in PyTorch FP32")
+    report("computing the reference outputs with the plain module in PyTorch FP32")
     outputs = reference_outputs(encoder.at_size(signature.image_size), pixels, signature)
     return Reference(pixels, outputs, next(encoder.parameters()).device.type, tuple(notes))
 
@@ -222,7 +222,7 @@ def verify_onnx(
     method = reference.method(f" against ONNX Runtime {require_runtime().__version__}", f", {SIMULATED}" if low else "")
     verdict = compare(reference.outputs, candidate, precision, method, overrides, signature.dtype)
     if rounded and any(comparison.non_finite for comparison in verdict.comparisons):
-        report("searching for the first tensor with NaN or infinity")
+        report("searching for the first tensor that contains NaN or infinity")
         verdict = dataclasses.replace(verdict, first_bad=first_non_finite(model, rounded, folder, image))
     return verdict
 
@@ -242,7 +242,8 @@ def require_runtime() -> ModuleType:
         import onnxruntime
     except ImportError:
         raise FidelityError(
-            f"ONNX Runtime is not installed, so the file cannot be verified; run {install('cpu')}, or use --no-verify"
+            f"the file cannot be verified, because ONNX Runtime is not installed; run {install('cpu')}, or "
+            "use --no-verify"
         ) from None
     return onnxruntime
 
@@ -261,8 +262,9 @@ def check_memory(signature: Signature, encoder: Sam3DualViTDetNeck) -> None:
     if found and needed > int(found[1]) * 1024:
         height, width = signature.image_size
         raise FidelityError(
-            f"verification at {height}x{width} needs {size_text(needed)} for one block's attention, "
-            f"{size_text(int(found[1]) * 1024)} are free.\nUse a smaller --image-size or --batch, or --no-verify"
+            f"verification at {height}x{width} pixels needs {size_text(needed)} of memory for the attention "
+            f"of one block, but only {size_text(int(found[1]) * 1024)} are free.\nUse a smaller --image-size "
+            "or --batch, or --no-verify"
         )
 
 
@@ -310,8 +312,9 @@ def open_model(model: ir.Model, folder: Path) -> Any:
         return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common class of its own
         raise FidelityError(
-            f"ONNX Runtime {ort.__version__} does not load the graph ({' '.join(str(error).split())[:300]});\n"
-            "export it with --opset auto, install a newer ONNX Runtime, or use --no-verify"
+            f"ONNX Runtime {ort.__version__} cannot load the graph "
+            f"({' '.join(str(error).split())[:300]});\nexport the encoder with --opset auto, install a newer "
+            "ONNX Runtime, or use --no-verify"
         ) from None
 
 

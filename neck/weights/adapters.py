@@ -60,7 +60,7 @@ class Scaling:
         """The factor of a module whose tensors have this rank; raises ValueError where the config says another."""
         said = _by_pattern(self.rank_pattern, module, self.rank)
         if said is not None and said != rank:
-            raise ValueError(f"the tensors have rank {rank}, but the adapter's config says {said}")
+            raise ValueError(f"the adapter's tensors have rank {rank}, but its configuration says rank {said}")
         alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.root else rank)
 
@@ -98,7 +98,7 @@ def adapter_files(folder: Path) -> list[Path]:
     if not config.is_file() or weights is None:
         lacks = CONFIG_NAME if not config.is_file() else " or ".join(WEIGHTS_NAMES)
         raise CheckpointError(
-            f"{folder}: the folder has no {lacks}, so it is not a PEFT adapter; give the folder that PEFT saved"
+            f"{folder}: the folder contains no {lacks}, so it is not a PEFT adapter; pass the folder that PEFT saved"
         )
     return [config, weights]
 
@@ -124,7 +124,8 @@ def check_base(path: Path) -> None:
     """
     if path.is_dir() and (path / CONFIG_NAME).is_file() and any((path / name).is_file() for name in WEIGHTS_NAMES):
         raise CheckpointError(
-            f"{path}: this is a PEFT adapter; give the base model with --checkpoint and this folder with --adapter"
+            f"{path}: this is a PEFT adapter and not a checkpoint; pass the base model with --checkpoint and "
+            "this folder with --adapter"
         )
 
 
@@ -151,7 +152,8 @@ def find_adapter(
         return tensors, inside
     if inside is not None and inside.factors:
         raise CheckpointError(
-            f"{path}: the checkpoint already contains an unmerged adapter; merge it first, or leave out --adapter"
+            f"{path}: the checkpoint already contains an unmerged adapter, so --adapter cannot add another; "
+            "merge it first, or leave out --adapter"
         )
     return tensors, read_adapter(folder)
 
@@ -177,7 +179,10 @@ def split_adapter(
         if key not in inner:
             name = WRAPPED.sub(".", key)
             if name in plain or (name != key and name in tensors):
-                raise CheckpointError(f"{path}: {key} and {name} name the same tensor; save only one of them")
+                raise CheckpointError(
+                    f"{path}: {key} and {name} are two names of the same tensor; save the checkpoint with only "
+                    "one of them"
+                )
             plain[name] = tensor
     factors, others = _pair(path, {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in inner.items()})
     beside = path.parent / CONFIG_NAME if path.is_file() else path / CONFIG_NAME
@@ -185,7 +190,8 @@ def split_adapter(
     if inner and beside.is_file():
         if scaling:
             raise CheckpointError(
-                f"{beside}: this file already gives the adapter's alpha; leave out --adapter-alpha, or remove the file"
+                f"{beside}: this file already contains the adapter's lora_alpha; leave out --adapter-alpha, "
+                "or remove the file"
             )
         scaling = _read_scaling(beside)
     return plain, Adapter(path, factors, others, scaling)
@@ -203,13 +209,15 @@ def _pair(where: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[T
         found.setdefault(match["module"], {})[match["factor"]] = tensor
     if len(names) > 1:
         raise CheckpointError(
-            f"{where}: the file contains several adapters ({', '.join(sorted(names))}); save only the one to merge"
+            f"{where}: the file contains several adapters ({', '.join(sorted(names))}); save it with only the "
+            "adapter that is to be merged"
         )
     for module, factors in found.items():
         if len(factors) < 2:
             lacks = "B" if "A" in factors else "A"
             raise CheckpointError(
-                f"{where}: the adapted module {module} has no lora_{lacks}.weight; save the adapter again"
+                f"{where}: the tensor lora_{lacks}.weight of the adapted module {module} is missing; save the "
+                "adapter again"
             )
     return {module: (factors["A"], factors["B"]) for module, factors in found.items()}, tuple(others)
 
@@ -222,8 +230,8 @@ def _read_scaling(file: Path) -> Scaling:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise CheckpointError(
-            f"{file}: peft_type is {kind!r}, but only LORA can be merged here; merge the adapter with PEFT's "
-            "merge_and_unload"
+            f"{file}: peft_type is {kind!r}, but neck-export can only merge LORA; merge the adapter with "
+            "PEFT's merge_and_unload and export the result"
         )
     other = [f"{key} {config[key]!r:.40}" for key in config if key not in (*USED, *IRRELEVANT) and config[key]]
     if config.get("init_lora_weights") not in SOUND_INITS:
@@ -231,8 +239,8 @@ def _read_scaling(file: Path) -> Scaling:
     if other:
         what = "DoRA, " if config.get("use_dora") else ""
         raise CheckpointError(
-            f"{file}: the adapter uses more than plain LoRA ({what}{', '.join(other[:8])}), which cannot be merged "
-            "here; merge it with PEFT's merge_and_unload"
+            f"{file}: the adapter uses more than plain LoRA ({what}{', '.join(other[:8])}), which neck-export "
+            "cannot merge; merge it with PEFT's merge_and_unload and export the result"
         )
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")
@@ -242,11 +250,15 @@ def _read_scaling(file: Path) -> Scaling:
         numbers += pattern.items() if isinstance(pattern, dict) else [(name, pattern)]
     for name, value in numbers:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise CheckpointError(f"{file}: {name} is {value!r}; it must be a number above 0; save the adapter again")
+            raise CheckpointError(
+                f"{file}: {name} is {value!r}, but it must be a number above 0; save the adapter again"
+            )
     ranks, alphas = patterns.values()
     for key in (*ranks, *alphas):
         try:
             re.compile(key)
         except re.error as error:
-            raise CheckpointError(f"{file}: the pattern {key!r} is not a regular expression ({error})") from None
+            raise CheckpointError(
+                f"{file}: the pattern {key!r} is not a valid regular expression ({error}); save the adapter again"
+            ) from None
     return Scaling(float(alpha), rank, ranks, alphas, bool(config.get("use_rslora")))

@@ -97,17 +97,23 @@ def read_hf_config(file: Path, facts: dict[str, Any]) -> EncoderConfig:
     try:
         found = _find_backbone(json.loads(file.read_text(encoding="utf-8")), {})
         if found is None:
-            raise CheckpointError(f"{file}: the file describes no SAM 3 vision backbone; correct it, or pass --config")
+            raise CheckpointError(
+                f"{file}: the file does not describe a SAM 3 vision backbone; use the config.json of the "
+                "checkpoint, or pass the architecture with --config"
+            )
         backbone, neck = found
         values = {**_backbone_fields(file, backbone), **_neck_fields(file, neck)}
         return EncoderConfig.from_dict({"layer_norm_eps": LAYER_NORM_EPS, **facts, **values})
     except CheckpointError:
         raise
     except ConfigError as error:
-        raise CheckpointError(f"{file}: {error}; correct the file, or pass --config") from None
+        raise CheckpointError(
+            f"{file}: {error}; correct this value in the file, or pass the architecture with --config"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
         raise CheckpointError(
-            f"{file}: the file cannot be read as JSON ({error}); correct it, or pass --config"
+            f"{file}: the file cannot be read as JSON ({error}); download it again, or pass the architecture "
+            "with --config"
         ) from None
 
 
@@ -124,7 +130,10 @@ def _backbone_fields(file: Path, section: dict[str, Any]) -> dict[str, Any]:
     other = [f"{key} {section[key]!r}" for key, value in FIXED.items() if section.get(key, value) != value]
     if other:
         has = ", ".join(f"{key} {value!r}" for key, value in FIXED.items())
-        raise CheckpointError(f"{file}: {', '.join(other)} is not supported; the encoder requires {has}")
+        raise CheckpointError(
+            f"{file}: the encoder in this file has {', '.join(other)}, but neck-export supports only {has}; use "
+            "another checkpoint"
+        )
     _refuse_unknown(file, section, {*USED, *SQUARES, *CONVERTED, *FIXED})
     values = {ours: section[theirs] for theirs, ours in USED.items() if theirs in section}
     values |= {ours: _side(theirs, section[theirs]) for theirs, ours in SQUARES.items() if theirs in section}
@@ -143,8 +152,8 @@ def _side(name: str, value: Any) -> Any:
     if len(value) == 2 and value[0] == value[1]:
         return value[0]
     raise ConfigError(
-        f"{name} {value!r} is not square; for such sizes transformers scales the rotary tables of both axes alike "
-        "and neck-export scales each axis separately, so the results would differ"
+        f"{name} {value!r} is not square, which is not supported: transformers scales the rotary tables of "
+        "both axes alike, but neck-export scales each axis separately, so the results would differ"
     )
 
 
@@ -155,17 +164,20 @@ def _theta(section: dict[str, Any]) -> dict[str, Any]:
     if rope is None:
         return told
     if not isinstance(rope, dict):
-        raise ConfigError(f"rope_parameters is {rope!r}; it must be an object")
+        raise ConfigError(f"rope_parameters is {rope!r}, but it must be a JSON object")
     kind = rope.get("rope_type", "axial")
     unknown = sorted(key for key, value in rope.items() if key not in ("rope_type", "rope_theta") and value is not None)
     if kind not in ROPE_TYPES or unknown:
         what = f"rope_type {kind!r}" if kind not in ROPE_TYPES else f"with {', '.join(unknown)}"
-        raise ConfigError(f"rope_parameters {what} is not supported; use rope_type 'axial' with rope_theta alone")
+        raise ConfigError(
+            f"rope_parameters {what} is not supported; only rope_type 'axial' with rope_theta is supported"
+        )
     if rope.get("rope_theta") is None:
         return told
     if told and told["rope_theta"] != rope["rope_theta"]:
         raise ConfigError(
-            f"rope_theta is {told['rope_theta']!r}, but rope_parameters has {rope['rope_theta']!r}; make them equal"
+            f"rope_theta is {told['rope_theta']!r}, but rope_parameters contains rope_theta "
+            f"{rope['rope_theta']!r}; set both to the same value"
         )
     return {"rope_theta": rope["rope_theta"]}
 
@@ -184,9 +196,9 @@ def _refuse_unknown(file: Path, section: dict[str, Any], known: set[str]) -> Non
     ]
     if unknown:
         raise CheckpointError(
-            f"{file}: {section.get('model_type', 'backbone_config')} has the unknown fields "
-            f"{', '.join(unknown[:8])}, which may change the encoder;\nremove those that have no effect, or describe "
-            "the architecture with --config"
+            f"{file}: the section {section.get('model_type', 'backbone_config')} has fields that neck-export "
+            f"does not know and that may change the encoder: {', '.join(unknown[:8])};\nremove the fields "
+            "that have no effect, or describe the architecture in a JSON file and pass it with --config"
         )
 
 
@@ -202,7 +214,7 @@ def image_notes(folder: Path) -> list[str]:
             continue  # not there, or nothing that can be told
         if other:
             notes.append(
-                f"{folder / name}: {', '.join(other)}; neck-export ignores this and normalizes images with mean 0.5 "
-                "and std 0.5"
+                f"{folder / name}: the file sets {', '.join(other)}; neck-export ignores this and normalizes "
+                "images with mean 0.5 and std 0.5"
             )
     return notes

@@ -52,12 +52,14 @@ def plan_changes(
     extra = [name for name in adapter.others if _find(name, names) is not None or ours.search(name)]
     if lost:
         raise CheckpointError(
-            f"{where}: the adapter belongs to another base model than {path}, which has no {listing(lost)}"
+            f"{where}: the adapter belongs to another base model: {path} does not contain {listing(lost)}; "
+            "pass the checkpoint that the adapter was trained on"
         )
     if extra:
         raise CheckpointError(
-            f"{where}: {listing(extra)} is more than plain LoRA (a bias, DoRA or modules_to_save) and cannot be "
-            "merged here; merge the adapter with PEFT's merge_and_unload"
+            f"{where}: the adapter contains more than plain LoRA (a bias, DoRA or modules_to_save: "
+            f"{listing(extra)}), which neck-export cannot merge; merge it with PEFT's merge_and_unload and "
+            "export the result"
         )
     changes: Changes = {}
     for module, key in found.items():
@@ -65,15 +67,18 @@ def plan_changes(
             continue
         if adapter.scaling is None:
             raise CheckpointError(
-                f"{where}: the checkpoint contains an unmerged adapter ({module} and others) whose alpha is "
-                f"unknown;\nput the adapter's {CONFIG_NAME} into the same folder, or pass --adapter-alpha"
+                f"{where}: the checkpoint contains an unmerged LoRA adapter ({module} and others) whose "
+                f"lora_alpha is unknown;\ncopy the adapter's {CONFIG_NAME} into the same folder, or pass "
+                "--adapter-alpha"
             )
         first, second = adapter.factors[module]
         changes[key] = (first, second, _factor(where, module, key, first, second, expected[key], adapter.scaling))
     ignored = [*(name for name, key in found.items() if key is None), *adapter.others]
     if not changes and where != path:
         has = listing(ignored, 3) or "no tensors"
-        raise CheckpointError(f"{where}: the adapter changes no module of the encoder (it has {has}); leave it out")
+        raise CheckpointError(
+            f"{where}: the adapter changes no module of the encoder (it contains {has}); leave out --adapter"
+        )
     return changes, ignored
 
 
@@ -92,17 +97,21 @@ def _factor(
     """The factor of B @ A, after a look at both."""
     rank = first.shape[0] if first.dim() else 0
     if rank < 1:
-        raise CheckpointError(f"{where}: the adapted module {module} has rank 0; save the adapter again")
+        raise CheckpointError(f"{where}: the LoRA tensors of the module {module} have rank 0; save the adapter again")
     fits = first.dim() == second.dim() == len(shape) and second.shape[1] == rank
     fits = fits and math.prod(second.shape[2:]) == 1 and (second.shape[0], *first.shape[1:]) == shape
     if not fits or TRANSPOSED.search(key):  # PEFT has no LoRA of a transposed convolution
         raise CheckpointError(
-            f"{where}: the adapter belongs to another base model: for {module} its factors A {tuple(first.shape)} "
-            f"and B {tuple(second.shape)} do not fit the weight of shape {shape}"
+            f"{where}: the LoRA factors of {module} have the shapes {tuple(first.shape)} and "
+            f"{tuple(second.shape)}, which do not fit the weight of shape {shape}; pass the checkpoint that "
+            "the adapter was trained on"
         )
     for name, factor in (("A", first), ("B", second)):
         if not factor.is_floating_point():
-            raise CheckpointError(f"{where}: lora_{name} of {module} is {factor.dtype}; expected a float tensor")
+            raise CheckpointError(
+                f"{where}: lora_{name} of {module} has the type {factor.dtype} instead of a float type; save the "
+                "adapter again"
+            )
         if not torch.isfinite(factor).all():
             raise CheckpointError(
                 f"{where}: lora_{name} of {module} contains NaN or infinity; use an adapter with finite weights"
@@ -125,13 +134,14 @@ def merge_notes(adapter: Adapter, changes: Changes, ignored: Sequence[str]) -> l
     if not adapter.factors:
         return [
             (
-                f"{adapter.where}: the tensor names show that an adapter was used (base_layer), but the file has only "
-                "the base weights; they are exported without the adapter"
+                f"{adapter.where}: the tensor names contain base_layer, so an adapter was used, but the file "
+                "contains only the base weights; they are exported without the adapter"
             )
         ]
-    told = [f"adapter {adapter.where}: merged into {len(changes)} weights"] if changes else []
+    told = [f"the adapter {adapter.where} was merged into {len(changes)} weights"] if changes else []
     if ignored:
         told.append(
-            f"adapter {adapter.where}: these parts do not belong to the encoder and were ignored: {listing(ignored)}"
+            f"these tensors of the adapter {adapter.where} do not belong to the encoder and were ignored: "
+            f"{listing(ignored)}"
         )
     return told

@@ -30,10 +30,10 @@ def missing(path: Path) -> str:
     """The message for a missing path; a name on the Hugging Face Hub is explained."""
     name = hub_name(f"hf://{path}")
     if path.suffix in (".pt", ".safetensors", ".json") or name is None or name.file:
-        return f"No such file: {path}"
+        return f"{path}: this file does not exist; check the path"
     return (
-        f"No such file: {path}; if it is a name on the Hugging Face Hub, give it as --checkpoint hf://{path}, or\n"
-        f"`hf download {path} --local-dir {path.name}` and pass the folder {path.name}"
+        f"{path}: this file does not exist; if it is a repository on the Hugging Face Hub, pass --checkpoint "
+        f"hf://{path}, or run\n`hf download {path} --local-dir {path.name}` and pass the folder {path.name}"
     )
 
 
@@ -47,15 +47,15 @@ def folder_of(path: Path) -> str | None:
     snapshots = sorted(child for child in path.glob("snapshots/*") if child.is_dir())
     if snapshots:
         return (
-            f"{path}: this is the Hugging Face cache's folder of a model; pass the folder of one revision instead: "
-            f"{' or '.join(map(str, snapshots[:4]))}"
+            f"{path}: this folder of the Hugging Face cache can contain several revisions of a model; pass "
+            f"the folder of one revision: {' or '.join(map(str, snapshots[:4]))}"
         )
     inner = [path, *(child for child in sorted(path.glob("global_step*")) if child.is_dir())]
     if any(DEEPSPEED.search(file.name) for folder in inner for file in folder.glob("*.pt")):
         root = path.parent if path.name.startswith("global_step") else path
         return (
-            f"{path}: this is a DeepSpeed ZeRO checkpoint; convert it into one file with\n`python "
-            f"{root}/zero_to_fp32.py {root} weights` (DeepSpeed has put that script there)"
+            f"{path}: this is a DeepSpeed ZeRO checkpoint; convert it into one file with the script that "
+            f"DeepSpeed wrote beside it:\n`python {root}/zero_to_fp32.py {root} weights`"
         )
     return None
 
@@ -70,7 +70,10 @@ def file_of(path: Path, head: bytes) -> str | None:
     if path.suffix == ".distcp" or path.name == ".metadata" or DEEPSPEED.search(path.name):
         return folder_of(path.parent)
     if head.startswith(LFS):
-        return f"{path}: this is a Git LFS pointer, not the weights; run `git lfs pull` in its folder to download them"
+        return (
+            f"{path}: this is a Git LFS pointer and not the weights themselves; run `git lfs pull` in its folder "
+            "to download them"
+        )
     refused = text.startswith(b"{") and (b'"error"' in head or b'"message"' in head) and b"weight_map" not in head
     if refused or text.startswith(PAGES):
         return (
@@ -80,11 +83,11 @@ def file_of(path: Path, head: bytes) -> str | None:
         )
     if head.startswith(b"GGUF"):
         return (
-            f"{path}: GGUF files are made for llama.cpp and are usually quantized; use the original .pt or "
-            ".safetensors file"
+            f"{path}: this is a GGUF file, a format of llama.cpp whose weights are usually quantized; use the "
+            "original .pt or .safetensors file"
         )
     if head[257:262] == b"ustar" or head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"BZh")):
-        return f"{path}: this is an archive (tar, gzip, ...), not a checkpoint; unpack it and pass the file inside"
+        return f"{path}: this is an archive (tar, gzip, ...) and not a checkpoint; unpack it and pass the file inside"
     return None
 
 
@@ -96,12 +99,12 @@ def quantized(tensors: Mapping[str, Tensor], starts: Iterable[str]) -> str | Non
     starts = tuple(starts)
     inside = {name: tensor for name, tensor in tensors.items() if name.startswith(starts)}
     # an embedding's index or a counter may be an integer; a weight may not
-    types = [f"{name} is {tensor.dtype}" for name, tensor in inside.items() if _is_code(name, tensor)]
+    types = [f"{name} has the type {tensor.dtype}" for name, tensor in inside.items() if _is_code(name, tensor)]
     scales = [name for name in inside if SCALES.search(name)]
     signs = [*types, *scales]
     if not signs:
         return None
-    more = f" and {len(signs) - 4} more" if len(signs) > 4 else ""
+    more = f" and {len(signs) - 4} more tensors" if len(signs) > 4 else ""
     return (
         f"the encoder's weights are quantized ({', '.join(types[:2] + scales[:2] if types else signs[:4])}{more}); "
         "use the original weights in float32, float16 or bfloat16"
@@ -119,7 +122,10 @@ def shard_of(path: Path) -> str | None:
         return None
     index = next(path.parent.glob("*.index.json"), None)
     whole = f"pass the folder {path.parent}" if index else "download all shards and their index, and pass the folder"
-    return f"{path.name} is shard {int(found[1])} of {int(found[2])}, so it has only some of the tensors; {whole}"
+    return (
+        f"{path.name} is shard {int(found[1])} of {int(found[2])} of a checkpoint and contains only a part of the "
+        f"tensors; {whole}"
+    )
 
 
 def channels_last(tensors: Mapping[str, Tensor], patches: Iterable[str]) -> str | None:
@@ -132,8 +138,8 @@ def channels_last(tensors: Mapping[str, Tensor], patches: Iterable[str]) -> str 
         shape = tuple(tensors[name].shape) if name in tensors else ()
         if len(shape) == 4 and shape[3] == 3 and shape[1] == shape[2] != 3:
             return (
-                f"the convolutions have their channels last, as in MLX: {name} has the shape {shape}, but PyTorch "
-                f"needs {(shape[0], shape[3], *shape[1:3])};\nuse the original weights, or permute every convolution "
-                "back"
+                f"the convolution weights have their channels last, as in MLX: {name} has the shape {shape}, "
+                f"but PyTorch needs {(shape[0], shape[3], *shape[1:3])};\nuse the original weights, or "
+                "permute the weights of every convolution"
             )
     return None

@@ -51,18 +51,18 @@ def read_pickle(file: BinaryIO, storages: dict[str, StorageRecord] | None = None
     try:
         for count, (opcode, arg, _) in enumerate(pickletools.genops(file)):
             if count >= MOST_OPERATIONS:
-                raise PickleError(f"the pickle has more than {MOST_OPERATIONS:,} operations")
+                raise PickleError(f"its pickle has more than {MOST_OPERATIONS:,} operations, the limit of neck-export")
             if opcode.name == "STOP":
                 return machine.stack.pop()
             operation = OPERATIONS.get(opcode.name)
             if operation is None:
-                raise PickleError(f"the pickle uses {opcode.name}, which torch.save never writes")
+                raise PickleError(f"its pickle contains the operation {opcode.name}, which torch.save never writes")
             operation(machine, arg)
     except PickleError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as error:
         raise DamagedPickleError(f"the pickle is damaged ({type(error).__name__}: {str(error)[:80]})") from None
-    raise DamagedPickleError("the pickle is damaged (it has no end)")
+    raise DamagedPickleError("the pickle is damaged (its last operation, STOP, is missing)")
 
 
 class _Machine:
@@ -111,13 +111,13 @@ class _Machine:
     def stack_named(self, _: object) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         if not isinstance(module, str) or not isinstance(name, str):
-            raise TypeError("a name is not a string")
+            raise TypeError("the name of a class or function is not a string")
         self.push(self.name(module, name))
 
     def extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, list | OpaqueObject):
-            raise TypeError(f"it appends to a {type(target).__name__}")
+            raise TypeError(f"the pickle appends items to a {type(target).__name__}, which is not a list")
         (target if isinstance(target, list) else target.items).extend(items)
 
     def update(self, items: list[Any]) -> None:
@@ -128,7 +128,7 @@ class _Machine:
         elif isinstance(target, dict):
             target.update(pairs)
         else:
-            raise TypeError(f"it sets an item of a {type(target).__name__}")
+            raise TypeError(f"the pickle sets items of a {type(target).__name__}, which is not a dict")
 
     def make_dict(self, _: object) -> None:
         items = self.since_mark()
@@ -157,7 +157,7 @@ class _Machine:
         if isinstance(target, OpaqueObject):
             target.state = state
         elif not isinstance(target, dict | TensorRecord):  # attributes of a state dict or a parameter: of no use here
-            raise TypeError(f"it sets the state of a {type(target).__name__}")
+            raise TypeError(f"the pickle sets the state of a {type(target).__name__}, which has none")
 
     def storage(self, _: object) -> None:
         record = storage_of(self.stack.pop())
@@ -168,7 +168,7 @@ class _Machine:
 
 def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
     if len(items) % 2:
-        raise ValueError("a key has no value")
+        raise ValueError("a dict in the pickle has a key without a value")
     return list(zip(items[::2], items[1::2], strict=True))
 
 

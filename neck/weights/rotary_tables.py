@@ -51,21 +51,34 @@ def check_tables(path: Path, layout: Layout, tensors: Mapping[str, Tensor], conf
             continue
         side = math.isqrt(table.shape[0]) if table.dim() else 0
         if side < 1 or side * side != table.shape[0] or (not is_global and side != config.window_size):
-            what = "a square grid" if is_global else f"its window of {config.window_size}x{config.window_size}"
+            what = (
+                "one row for each token of a square patch grid is needed"
+                if is_global
+                else (
+                    f"one row for each token of the attention window of {config.window_size}x{config.window_size} "
+                    "patches is needed"
+                )
+            )
             raise CheckpointError(
-                f"{wrong}: it has the shape {tuple(table.shape)}, expected one row for each token of {what}"
+                f"{wrong}: the table has the shape {tuple(table.shape)}, but {what}; check the configuration"
             )
         scale = config.window_size / side
         found, wanted = _parts(table, kind, part, _values(side, scale, kind, config))
         if found.shape != wanted.shape:
-            raise CheckpointError(f"{wrong}: it has the shape {tuple(table.shape)}, expected {tuple(wanted.shape)}")
+            raise CheckpointError(
+                f"{wrong}: the table has the shape {tuple(table.shape)} instead of {tuple(wanted.shape)}; check "
+                "the configuration"
+            )
         if _differ(found, wanted):
             raise CheckpointError(f"{wrong}: {_difference(found, wanted, kind, part, config)}")
         if is_global:
             grids.setdefault(side, key)
     if len(grids) > 1:
         named = " and ".join(f"{side}x{side} patches in {key}" for side, key in grids.items())
-        raise CheckpointError(f"{path}: the rotary tables of the global blocks were made for different grids: {named}")
+        raise CheckpointError(
+            f"{path}: the rotary tables of the global attention blocks were made for different image sizes "
+            f"({named}); use a checkpoint whose tables agree"
+        )
     return next(iter(grids)) * config.patch_size if grids else None
 
 
@@ -115,17 +128,24 @@ def _difference(found: Tensor, wanted: Tensor, kind: str, part: str, config: Enc
             angles = [angle[::2] for angle in angles]
         steps = [float(angle[0]) for angle in angles]
         if all(steps) and abs(steps[0] - steps[1]) > 0.01 * steps[1]:
-            return f"the angle grows by {steps[0]:.4g} per column, but by {steps[1]:.4g} in the configuration"
+            return (
+                f"the rotation angle grows by {steps[0]:.4g} per column in the table, but by {steps[1]:.4g} "
+                "according to the configuration"
+            )
         if abs(_theta(angles[0] / angles[0][0], config) - config.rope_theta) > 0.01 * config.rope_theta:
             return _thetas(angles[0] / angles[0][0], config)
-    return f"the values differ by up to {float((found.double() - wanted).abs().max()):.2g}"
+    return (
+        f"the values of the table differ by up to {float((found.double() - wanted).abs().max()):.2g} from those "
+        "computed from the configuration"
+    )
 
 
 def _thetas(frequencies: Tensor, config: EncoderConfig) -> str:
     """The theta of a table's frequencies beside the config's."""
     return (
-        f"the table has a theta of about {_theta(frequencies, config):.4g}, but rope_theta in the configuration is "
-        f"{config.rope_theta:g}.\nIf the table is right, pass --config with that rope_theta"
+        f"the table was computed with a theta of about {_theta(frequencies, config):.4g}, but rope_theta in "
+        f"the configuration is {config.rope_theta:g}.\nIf the table is right, pass a configuration with that "
+        "rope_theta with --config"
     )
 
 

@@ -25,7 +25,8 @@ def chosen_by_prefix(path: Path, layouts: Sequence[Layout], prefix: str) -> list
     if not chosen:
         there = ", ".join(repr(layout.prefix) for layout in layouts) or "none"
         raise CheckpointError(
-            f"{path}: there is no encoder with the prefix {prefix!r}; the encoders have the prefixes {there}"
+            f"{path}: the checkpoint contains no encoder with the prefix {prefix!r}; its encoders have these "
+            f"prefixes: {there}"
         )
     return chosen
 

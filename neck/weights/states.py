@@ -68,7 +68,7 @@ class Entries:
         return any(layout.necks for layout in self.layouts)
 
     def __str__(self) -> str:
-        what = "" if self.kind == "tensors" else f"a {self.kind} with "
+        what = "" if self.kind == "tensors" else f"a module {self.kind} with "
         names = ", ".join(shown(name, 40) for name in list(self.tensors)[:2])
         return f"{what}{len(self.tensors)} tensors: {names}, ..." if names else f"{what}no tensors"
 
@@ -93,7 +93,7 @@ def find_states(path: Path, root: object) -> dict[str, Entries]:
             left -= 1 + len(children)
             if left < 0:
                 raise CheckpointError(
-                    f"{path}: refused, because the file has more than {MOST_VISITED:,} entries; {ADVICE}"
+                    f"{path}: the file was refused, because it contains more than {MOST_VISITED:,} entries; {ADVICE}"
                 )
             found = _entries(children)
             if found.tensors or found.others:
@@ -116,7 +116,9 @@ def choose_state(path: Path, states: Mapping[str, Entries], asked: str | None) -
     if asked is not None:
         inside = {place: entries for place, entries in states.items() if f"{place}.".startswith(f"{asked}.")}
         if not inside:
-            raise CheckpointError(f"{path}: the file has no state {asked!r}; it contains {listing(states)}")
+            raise CheckpointError(
+                f"{path}: the file contains no state dict named {asked!r}; it contains {listing(states)}"
+            )
         states = inside
         if asked in states:
             return asked
@@ -127,8 +129,8 @@ def choose_state(path: Path, states: Mapping[str, Entries], asked: str | None) -
     chosen = _by_words([(place, place.split(".") if place else []) for place in fitting])
     if chosen is None:
         raise CheckpointError(
-            f"{path}: the file contains several states with an encoder "
-            f"({', '.join(map(shown, fitting[:MOST_LISTED]))}); choose one with --state"
+            f"{path}: the file contains several state dicts with an encoder "
+            f"({', '.join(map(shown, fitting[:MOST_LISTED]))}); choose one of them with --state"
         )
     return chosen
 
@@ -138,7 +140,10 @@ def _least_bad(path: Path, weights: Mapping[str, Entries], states: Mapping[str, 
     trunks = [place for place, entries in weights.items() if entries.layouts]
     if len(weights) == 1 or len(trunks) == 1:
         return (trunks or list(weights))[0]
-    raise CheckpointError(f"{path}: none of its states contains a SAM 3 image encoder: {listing(states)}")
+    raise CheckpointError(
+        f"{path}: no state dict in this file contains a SAM 3 image encoder; use a SAM 3 checkpoint. The file "
+        f"contains {listing(states)}"
+    )
 
 
 def _by_words(places: Sequence[tuple[str, Sequence[str]]]) -> str | None:
@@ -160,7 +165,7 @@ def listing(states: Mapping[str, Entries]) -> str:
     if not states:
         return "no tensors"
     places = sorted(states, key=lambda place: (not states[place].fits, place))
-    more = f", and {len(places) - MOST_LISTED} more" if len(places) > MOST_LISTED else ""
+    more = f", and {len(places) - MOST_LISTED} more states" if len(places) > MOST_LISTED else ""
     return ", ".join(f"{shown(place) or 'itself'} ({states[place]})" for place in places[:MOST_LISTED]) + more
 
 
@@ -218,7 +223,9 @@ def _flatten(path: Path, root: object) -> tuple[Entries, int]:
         pending += [(f"{name}.", value) for name, value in reversed(inner)]
         spent += 1 + len(inner) + len(parts) + len(left_out)
         if spent > MOST_PARTS:
-            raise CheckpointError(f"{path}: refused, because a module has more than {MOST_PARTS:,} parts; {ADVICE}")
+            raise CheckpointError(
+                f"{path}: the file was refused, because a module in it has more than {MOST_PARTS:,} parts; {ADVICE}"
+            )
     return _entries(found, root.kind if isinstance(root, OpaqueObject) else "module"), spent
 
 
@@ -226,6 +233,7 @@ def _named(path: Path, prefix: str, parts: Iterable[tuple[Any, Any]]) -> list[tu
     named = [(name, value) for name, value in parts if isinstance(name, str)]
     if any(len(prefix) + len(name) > LONGEST for name, _ in named):
         raise CheckpointError(
-            f"{path}: refused, because a module has a name of more than {LONGEST} characters; {ADVICE}"
+            f"{path}: the file was refused, because a module in it has a name of more than {LONGEST} "
+            f"characters; {ADVICE}"
         )
     return [(f"{prefix}{name}", value) for name, value in named]

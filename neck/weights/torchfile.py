@@ -78,7 +78,7 @@ class TorchFile:
         except DamagedPickleError as error:
             raise self._damaged(error) from None
         except PickleError as error:
-            raise CheckpointError(f"{path}: refused, because {error}; {ADVICE}") from None
+            raise CheckpointError(f"{path}: the file was refused, because {error}; {ADVICE}") from None
         except CheckpointError:
             raise
         except UNREADABLE as error:
@@ -105,12 +105,11 @@ class TorchFile:
         first = view.first * view.dtype.itemsize // item + record.offset
         last = first + sum((side - 1) * step for side, step in zip(record.size, record.stride, strict=True))
         if (last + 1) * item > storage.nbytes():
-            raise self._damaged(
-                f"a tensor of {elements:,} elements does not fit its storage of {storage.nbytes():,} bytes"
-            )
+            raise self._damaged(f"a tensor of {elements:,} elements exceeds its storage of {storage.nbytes():,} bytes")
         if elements > max(MOST_EXPANDED, storage.nbytes() // item):
             raise CheckpointError(
-                f"{self.path}: refused, because a tensor claims {elements:,} elements in a smaller storage"
+                f"{self.path}: the file was refused, because a tensor in it claims {elements:,} elements but "
+                "is stored in fewer; save the weights again with torch.save"
             )
         tensor = torch.empty(0, dtype=record.dtype).set_(storage, first, record.size, record.stride)
         tensor = tensor.conj() if "conj" in record.bits else tensor
@@ -127,18 +126,18 @@ class TorchFile:
         size = (record.first + record.count) * record.dtype.itemsize
         if record.key in self._names and self._archive:
             if self._archive.getinfo(self._names[record.key]).file_size < size:
-                raise self._damaged(f"storage {record.key} is too short")
+                raise self._damaged(f"the tensor storage {record.key} is too short")
             data = bytearray(self._archive.read(self._names[record.key]))
             storage = torch.frombuffer(data, dtype=torch.uint8).untyped_storage() if data else torch.UntypedStorage(0)
         elif record.key in self.spans:
             span = self.spans[record.key]
             if span.size < size:
-                raise self._damaged(f"storage {record.key} is too short")
+                raise self._damaged(f"the tensor storage {record.key} is too short")
             storage = self._map()[span.start : span.start + span.size]
             if span.start % dtype.itemsize:  # torch.save aligns to 64 bytes, archivers that repack do not
                 storage = storage.clone()
         else:
-            raise self._damaged(f"storage {record.key} is missing")
+            raise self._damaged(f"the tensor storage {record.key} is missing")
         if self.bytes_order != sys.byteorder and dtype.itemsize > 1:
             storage = storage.clone()
             storage.byteswap(dtype)
@@ -157,16 +156,17 @@ class TorchFile:
         roots = [name[: -len("data.pkl")] for name in names if name.rpartition("/")[2] == "data.pkl"]
         if not roots:
             raise CheckpointError(
-                f"{self.path}: this zip archive was not written by torch.save (it has no data.pkl); use a .pt or "
-                ".safetensors file with the weights"
+                f"{self.path}: this zip archive was not written by torch.save (it contains no data.pkl); pass "
+                "a .pt or .safetensors file with the weights"
             )
         root = min(roots, key=len)
         if f"{root}constants.pkl" in names:
             raise CheckpointError(
-                f"{self.path}: this is a TorchScript archive; save the state_dict() of its model instead"
+                f"{self.path}: this is a TorchScript archive and not a checkpoint; load it, save its "
+                "state_dict() with torch.save, and pass that file"
             )
         if names[f"{root}data.pkl"].file_size > MOST_PICKLE_BYTES:
-            raise PickleError(f"the pickle is larger than {MOST_PICKLE_BYTES >> 20} MB")
+            raise PickleError(f"its pickle is larger than {MOST_PICKLE_BYTES >> 20} MB, the limit of neck-export")
         if f"{root}byteorder" in names:
             self.bytes_order = archive.read(f"{root}byteorder")[:8].decode()
         stored = {name: entry for name, entry in names.items() if name.startswith(f"{root}data/")}
@@ -176,8 +176,9 @@ class TorchFile:
         else:
             if sum(entry.file_size for entry in stored.values()) > MOST_UNPACKED * self.path.stat().st_size:
                 raise CheckpointError(
-                    f"{self.path}: refused, because its content is more than {MOST_UNPACKED} times as large as the "
-                    "file; unpack it yourself and save the weights uncompressed"
+                    f"{self.path}: the file was refused, because its unpacked content is more than "
+                    f"{MOST_UNPACKED} times as large as the file; unpack it yourself and save the weights "
+                    "uncompressed"
                 )
             self._archive, self._names = archive, {name[len(root) + 5 :]: name for name in stored}
         return read_pickle(io.BytesIO(archive.read(f"{root}data.pkl")))
@@ -186,18 +187,18 @@ class TorchFile:
         """Magic number, version and system as pickles; then the object, its storages' keys, and their bytes."""
         head = io.BytesIO(file.read(MOST_PICKLE_BYTES))
         if read_pickle(head) != MAGIC:
-            raise PickleError("the pickle was not written by torch.save")
+            raise PickleError("it is a pickle that torch.save did not write")
         storages: dict[str, StorageRecord] = {}
         _version, _system, root, keys = (read_pickle(head, storages) for _ in range(4))
         if not isinstance(keys, list):
-            raise DamagedPickleError("the pickle is damaged (it has no list of storages)")
+            raise DamagedPickleError("the pickle is damaged (the list of tensor storages is missing)")
         start = head.tell()
         for key in keys:
             file.seek(start)
             (count,) = struct.unpack("<q", file.read(8))
             size = count * storages[key].dtype.itemsize
             if count < 0 or start + 8 + size > self.path.stat().st_size:
-                raise self._damaged(f"storage {key} extends beyond the end of the file")
+                raise self._damaged(f"the tensor storage {key} extends beyond the end of the file")
             self.spans[key] = Span(start + 8, size)
             start += 8 + size
         return root

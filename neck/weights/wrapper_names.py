@@ -34,8 +34,8 @@ def unwrap_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     if flat := [name for name in tensors if FLAT.search(name)]:
         raise CheckpointError(
-            f"{path}: the file contains FSDP's flattened parameters ({flat[0]}), which are sharded over "
-            "processes;\nsave the model in training with StateDictType.FULL_STATE_DICT, or with "
+            f"{path}: the file contains FSDP's flattened parameters ({flat[0]}), which are only one process's "
+            "part of the weights;\nsave the model in training with StateDictType.FULL_STATE_DICT, or with "
             "get_model_state_dict(full_state_dict=True)"
         )
     sources: dict[str, str] = {}
@@ -47,8 +47,8 @@ def unwrap_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         elif not _is_same(plain[short], tensor):
             if ENCODER.search(f"{short}."):
                 raise CheckpointError(
-                    f"{path}: {sources[short]} and {name} are different tensors, but both would be named {short}; "
-                    "save only one of them"
+                    f"{path}: {sources[short]} and {name} are different tensors, but without their wrapper "
+                    f"prefixes both are named {short}; save the checkpoint with only one of them"
                 )
             plain[name] = tensor
     return plain
