@@ -616,7 +616,7 @@ REFUSED: dict[str, tuple[Callable[[], ir.Model], str]] = {
         "encoder with 64 channels, but the checkpoint's",
     ),
     "another patch": (lambda: small_model({"image": [1, 3, 100, 100]}, {"y": [1, 2]}), "does not fit"),
-    "nothing of a map": (lambda: small_model(IMAGE, {"y": [1, 2]}), "none of its outputs"),
+    "nothing of a map": (lambda: small_model(IMAGE, {"y": [1, 2]}), "none of the file's outputs"),
     "a custom operator": (custom_operator, "my.ops::Normalize"),
 }
 

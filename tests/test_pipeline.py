@@ -197,7 +197,7 @@ def test_verify_takes_tolerances(exported: ExportResult) -> None:
     assert verify_file(exported.path, tolerances={"*": 0.5}).passed
     with pytest.raises(RejectedError):
         verify_file(exported.path, tolerances={"sam3_feat_2": 1e-9})
-    with pytest.raises(FidelityError, match="names no output"):
+    with pytest.raises(FidelityError, match="matches no output"):
         verify_file(exported.path, tolerances={"sam4": 1.0})
 
 
@@ -221,7 +221,7 @@ def touch_weights(result: ExportResult) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (unlink("x.onnx"), ExportError, "no such file"),
+        (unlink("x.onnx"), ExportError, "this file does not exist"),
         (unlink("x.json"), ManifestError, "manifest is missing"),
         (unlink("x.onnx.data"), ManifestError, "x.onnx.data: the file is missing"),
         (touch_weights, ManifestError, "x.onnx.data: the file was changed after"),
@@ -424,8 +424,8 @@ def test_the_output_takes_no_others_place(tmp_path: Path) -> None:
     ("changes", "error", "words"),
     [
         ({"opset": 16}, ExportError, "opset 16 .*expected 17 to 24"),
-        ({"image_size": 15}, ValueError, "nearest: 14 and 28"),
-        ({"images": Path("/no/such/folder")}, ValueError, "cannot be listed"),
+        ({"image_size": 15}, ValueError, "nearest multiple: 14 and 28"),
+        ({"images": Path("/no/such/folder")}, ValueError, "cannot be read"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_weights_are_read(

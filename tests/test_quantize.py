@@ -137,7 +137,7 @@ def test_a_scale_is_what_fp16_holds_and_clips_nothing() -> None:
             scale = scale_of(largest, kind, "it")  # type: ignore[arg-type]
             assert np.float16(scale) == scale
             assert largest <= np.float32(scale) * limit < largest * 1.01
-    with pytest.raises(ExportError, match="at most 1e-05"):
+    with pytest.raises(ExportError, match="is 1e-05"):
         scale_of(1e-5, "int8", "it")
 
 
@@ -321,7 +321,7 @@ def test_kept_modules_are_not_quantized() -> None:
 
 
 def test_what_cannot_be_lowered_is_refused() -> None:
-    with pytest.raises(ExportError, match="int8: no"):
+    with pytest.raises(ExportError, match="a file in int8 needs"):
         quantized("int8")
     with pytest.raises(
         ExportError, match=r"matches none of the 16 linear layers, whose names are trunk.blocks.0.attn.qkv"
