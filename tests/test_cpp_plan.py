@@ -166,7 +166,7 @@ def test_a_machine_that_cannot_run_it_is_told_in_pythons_words(programs: Program
     plan = write_plan(tmp_path)
     ran = programs.run("neck-engine", plan, STAND_IN_DEVICES="0")
     assert ran.code == 1
-    wanted = f"{plan}: there is no NVIDIA GPU with a driver here; a plan can be built without one, but not run"
+    wanted = f"{plan}: there is no NVIDIA GPU with a driver here; a plan can be built without a GPU, but not run"
     assert ran.error == f"{wanted} (CUDA driver version is insufficient for CUDA runtime version)"
     ran = programs.run("neck-engine", plan, STAND_IN_CAPABILITY="7.5")
     assert ran.error == python_says(plan, tensorrt(Gpu("NVIDIA L4", "7.5", "", "")))

@@ -56,7 +56,7 @@ const Json& at(const Json& object, const char* key) {
     }
     const auto found = object.find(key);
     if (found == object.end()) {
-        throw Fault{"lacks " + repr(key)};
+        throw Fault{"the entry " + repr(key) + " is missing"};
     }
     return *found;
 }

@@ -53,9 +53,9 @@ std::string version_here() {
 void check_version(const std::filesystem::path& plan, const Manifest& manifest, const std::string& flavor,
                    const std::string& version) {
     if (manifest.flavor != flavor) {
-        throw Error(plan.string() + ": the plan is for flavor " + manifest.flavor + ", but this program is for " +
-            flavor +
-                    "; use `neck-export trt --flavor " + flavor + "`, or build this program with the other TensorRT");
+        throw Error(plan.string() + ": the plan was built for --flavor " + manifest.flavor +
+                    ", but this program was built for " + flavor + "; build the plan with `neck-export trt --flavor " +
+                    flavor + "`, or build this program for " + manifest.flavor);
     }
     std::vector<int> built = release_numbers(manifest.tensorrt_version);
     std::vector<int> here = release_numbers(version);
@@ -71,8 +71,9 @@ void check_version(const std::filesystem::path& plan, const Manifest& manifest, 
     const bool compatible = manifest.version_compatible;
     if (flavor == "tensorrt" && built != here && !(compatible && here > built)) {
         throw Error(plan.string() + ": the plan needs TensorRT " + manifest.tensorrt_version +
-                    (compatible ? " or later" : " exactly") + ", but " + version + " is installed; build it again" +
-                    (compatible ? "" : ", or with --version-compatible for later versions"));
+                    (compatible ? " or later" : " exactly") + ", but " + version +
+                    " is installed; build the plan again" +
+                    (compatible ? "" : ", and add --version-compatible if later versions must load it too"));
     }
 }
 
@@ -82,8 +83,9 @@ Gpu find_gpu(const std::filesystem::path& plan, int device) {
     if (code != cudaSuccess || count == 0) {
         cudaGetLastError();
         const std::string why = code == cudaSuccess ? "CUDA finds none" : cudaGetErrorString(code);
-        throw Error(plan.string() + ": there is no NVIDIA GPU with a driver here; a plan can be built without one, "
-            "but not run (" +
+        throw Error(plan.string() +
+                    ": there is no NVIDIA GPU with a driver here; a plan can be built without a GPU, "
+                    "but not run (" +
                     why + ")");
     }
     if (device < 0 || device >= count) {
@@ -109,7 +111,7 @@ void check_gpu(const std::filesystem::path& plan, const Manifest& manifest, cons
     const bool rtx = manifest.flavor == "rtx";
     if (rtx && !serves_rtx(gpu)) {
         throw Error(plan.string() + ": TensorRT-RTX " + version + " does not support " + gpu.describe() +
-                    "; use --flavor tensorrt");
+                    "; build the plan again with --flavor tensorrt");
     }
     // RTX's default is 8.0 and later; TensorRT's hardware compatibility `same` is the rule without it, too
     const bool later = manifest.hardware_compatible == "ampere+" || built.empty();
@@ -118,8 +120,8 @@ void check_gpu(const std::filesystem::path& plan, const Manifest& manifest, cons
     }
     const std::string wanted = later ? "8.0 or later" : joined(built, [](const std::string& each) { return each; });
     throw Error(plan.string() + ": the plan is for compute capability " + wanted + ", but the GPU is " +
-        gpu.describe() +
-                "; build it again " + (rtx ? "with --compute-capability " + here : "on this GPU"));
+                gpu.describe() + "; build the plan again " +
+                (rtx ? "with --compute-capability " + here : "on this GPU"));
 }
 
 }  // namespace neck

@@ -14,7 +14,7 @@ struct Gpu {
     int minor = 0;
 
     std::string capability() const { return std::to_string(major) + "." + std::to_string(minor); }
-    std::string describe() const { return name + " (" + capability() + ")"; }
+    std::string describe() const { return name + " (compute capability " + capability() + ")"; }
 };
 
 /// The version of the TensorRT that is loaded, such as `10.16.1.11`.

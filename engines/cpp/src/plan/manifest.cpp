@@ -52,8 +52,9 @@ std::string read_text(const fs::path& path) {
         return std::string(read_file(path, largest_manifest).text());
     } catch (const std::system_error& error) {
         if (error.code() == std::errc::no_such_file_or_directory) {
-            throw Error(path.string() + ": the manifest is missing; neck-export writes it together with the file, so "
-                "copy it too or write the file again");
+            throw Error(path.string() +
+                        ": the manifest is missing; neck-export writes it together with the file, so "
+                        "copy it to the same folder or write the file again");
         }
         throw Error(path.string() + ": the manifest cannot be read (" + error.code().message() +
                     "); write the file again");
@@ -68,7 +69,8 @@ Json parse(const fs::path& path) {
         throw Error(path.string() + ": the manifest cannot be read (" + fault.why + "); write the file again");
     }
     if (text_or_empty(content, "kind") != "plan") {
-        throw Error(path.string() + ": the file is not the manifest of a plan file; write that file again");
+        throw Error(path.string() +
+                    ": the file is not a manifest of the kind plan; write the file that it belongs to again");
     }
     const auto format_found = content.find("format");
     const bool known = format_found != content.end() && format_found->is_number_integer();
@@ -93,30 +95,32 @@ std::vector<Manifest::File> read_files(const fs::path& path, const Json& content
         }
         return files;
     } catch (const Fault&) {
-        throw Error(path.string() + ": the manifest lists no files with their sizes and SHA-256; write the file again");
+        throw Error(path.string() +
+                    ": the manifest does not list its files with their sizes and SHA-256; write the file "
+                    "again");
     }
 }
 
 void check_file(const fs::path& manifest, const Manifest::File& entry, bool hashes) {
     if (entry.name.empty() || entry.name.find('/') != std::string::npos || entry.name.find('\0') != std::string::npos) {
-        throw Error(manifest.string() + ": the manifest names " + repr(entry.name) +
-                    ", a path outside its folder; write the file again");
+        throw Error(manifest.string() + ": the manifest names the path " + repr(entry.name) +
+                    ", which is outside the manifest's folder; write the file again");
     }
     const fs::path path = fs::path(manifest).replace_filename(entry.name);
     std::error_code error;
     if (!fs::is_regular_file(path, error)) {
         throw Error(path.string() + ": the file is missing, but the manifest " + manifest.filename().string() +
-                    " names it; copy it there or write it again");
+                    " lists it; copy it to this folder or write it again");
     }
     const auto changed = [&] {
         return Error(path.string() + ": the file was changed after its manifest " + manifest.filename().string() +
-                     " was written; write it again");
+                     " was written; copy or write the file again");
     };
     try {
         const std::size_t bytes = OpenFile(path).size();
         if (bytes != static_cast<std::uint64_t>(entry.bytes)) {
             throw Error(path.string() + ": the file has " + std::to_string(bytes) + " bytes, but its manifest says " +
-                        std::to_string(entry.bytes) + "; write it again");
+                        std::to_string(entry.bytes) + " bytes; copy or write the file again");
         }
         if (hashes && sha256_of_file(path) != entry.sha256) {
             throw changed();
@@ -134,7 +138,7 @@ std::string read_header(const fs::path& plan) {
         std::string header(std::min(file.size(), rtx_magic.size()), '\0');
         file.read(reinterpret_cast<std::byte*>(header.data()), header.size());
         if (header.empty()) {
-            throw Error(plan.string() + ": the file is empty; build it again");
+            throw Error(plan.string() + ": the file is empty; build the plan again");
         }
         return header;
     } catch (const std::system_error& error) {
@@ -146,7 +150,8 @@ std::string read_header(const fs::path& plan) {
         std::error_code ignored;
         const bool failed = fs::exists(rejected, ignored);
         throw Error("No such file: " + plan.string() + "; " +
-                    (failed ? "it failed verification; see " + rejected + ".json" : "`neck-export trt` builds it"));
+                    (failed ? "the plan failed verification and was kept as " + rejected + "; see " + rejected + ".json"
+                            : "build it with `neck-export trt`"));
     }
 }
 
@@ -199,9 +204,8 @@ Manifest read_checked(const fs::path& plan, bool hashes) {
                     plan.filename().string() + " again");
     }
     if ((header == rtx_magic) != (manifest.flavor == "rtx")) {
-        throw Error(plan.string() + ": the file begins with b" + repr(header) + ", so it is not a plan of flavor " +
-            manifest.flavor +
-                    "; build it again");
+        throw Error(plan.string() + ": the file begins with b" + repr(header) + ", so it is not a plan for " +
+                    manifest.flavor + ", as its manifest says; build the plan again");
     }
     for (const Manifest::File& file : manifest.files) {
         check_file(manifest.path, file, hashes);
@@ -210,9 +214,8 @@ Manifest read_checked(const fs::path& plan, bool hashes) {
     const auto own = [&](const Manifest::File& file) { return file.name == name; };
     if (std::none_of(manifest.files.begin(), manifest.files.end(), own)) {
         const std::string names = joined(manifest.files, [](const Manifest::File& file) { return file.name; });
-        throw Error(manifest.path.string() + ": the manifest names " + (names.empty() ? "no file" : names) + " "
-            "instead of " + name +
-                    "; build the plan again");
+        throw Error(manifest.path.string() + ": the manifest lists " + (names.empty() ? "no file" : names) +
+                    " instead of " + name + "; build the plan again");
     }
     return manifest;
 }
