@@ -124,13 +124,18 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_meta_checkpoint(random_encoder(config), folder / "meta.pt")
     state = torch.load(folder / "meta.pt", weights_only=True)["model"]
     torch.save({"model": state, "ema": {name: 0.9 * one for name, one in state.items()}}, folder / "training.ckpt")
-    (folder / "photos").mkdir()
-    for name in ("image.png", *(f"photos/{number}.png" for number in range(8))):  # calibration takes 8 at least
+    for name in ("photos", "others"):
+        (folder / name).mkdir()
+    for name in (
+        "image.png",
+        "others/0.png",
+        *(f"photos/{number}.png" for number in range(8)),
+    ):  # calibration takes 8 at least
         shutil.copy(DATA / "preprocess" / "image_0.png", folder / name)
     with pytest.MonkeyPatch.context() as patch:
         trace_quickly(patch)
         patch.chdir(folder)
-        for name in ("sam3-encoder", "tuned"):
+        for name in ("sam3-encoder", "tuned", "int8"):
             made = ("--precision", "fp16", "--neck", "both", "--output", f"build/{name}.onnx")
             assert neck_export_cli("onnx", "--checkpoint", "sam3", *made).code == 0
         made = ("--checkpoint", "sam3", "--output", "other/encoder.onnx", "--no-verify")

@@ -145,7 +145,7 @@ class MasksOptions:
     save: Annotated[
         Path | None,
         Option(
-            "Save images that show the masks of both encoders and their difference to this folder, e.g. masks. "
+            "Save images to this folder, e.g. mask-images, that show the masks of both encoders and where they differ. "
             "[default: no images are saved]",
             FILES,
         ),

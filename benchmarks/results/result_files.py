@@ -54,7 +54,7 @@ def read_result(path: Path) -> Result:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number in JSON")
+    raise ValueError(f"the file contains the value {name}, which JSON does not allow")
 
 
 def check_result(result: object, where: str) -> None:

@@ -145,7 +145,7 @@ class BuildOptions:
         Path | None,
         Option(
             "Save the kernel times that TensorRT measures to this timing cache and reuse them in the next build, "
-            "e.g. times.cache. Only TensorRT supports this option. [default: no timing cache]",
+            "e.g. times.cache. TensorRT-RTX does not support this option. [default: no timing cache]",
             BUILD,
         ),
     ] = None
@@ -153,7 +153,8 @@ class BuildOptions:
         Path | None,
         Option(
             "Choose kernels by the times in this timing cache instead of measuring them, and fail if a time is "
-            "missing, so that the build can be repeated. Only TensorRT supports this option. [default: kernels are "
+            "missing, so that repeated builds choose the same kernels. TensorRT-RTX does not support this option. "
+            "[default: kernels are "
             "measured]",
             BUILD,
         ),
@@ -267,10 +268,9 @@ class PlanOptions:
     adapter: Annotated[
         Path | None,
         FILE_ADAPTER.but(
-            help="Merge the LoRA adapter in this PEFT folder into the checkpoint, e.g. my-lora, before the checkpoint "
-            "is "
-            "exported (if MODEL is a checkpoint) or compared with the plan. [default: the adapter that the manifest of "
-            "the ONNX file names]"
+            help="Merge the LoRA adapter in this PEFT folder, e.g. my-lora, into the checkpoint. If MODEL is a "
+            "checkpoint, the merged weights are exported; if it is an ONNX file, the plan is compared with them. "
+            "[default: the adapter that the manifest of the ONNX file names]"
         ),
     ] = None
     weights: Annotated[WeightsOptions, Group] = dataclasses.field(default_factory=WeightsOptions)

@@ -95,7 +95,11 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
             f"container {image(asked)} has TensorRT {carried}, which can load a plan built with TensorRT {version}"
         ]
     fitting = [name for name, other in TENSORRT.items() if other == _short(version)]
-    remedy = f"use container {fitting[-1]}" if fitting else "use the container that NVIDIA's support matrix names"
+    remedy = (
+        f"use container {fitting[-1]}"
+        if fitting
+        else f"use the Triton container that has TensorRT {_short(version)} according to NVIDIA's support matrix"
+    )
     name = (source.manifest.get("onnx") or {}).get("name", f"{source.path.stem}.onnx")
     onnx, precision = source.path.with_name(name), source.manifest.get("precision", "fp16")
     kind = ["--precision", precision] if precision in ("fp8", "int8") else [f"--{precision}"]

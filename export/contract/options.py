@@ -137,8 +137,8 @@ ADAPTER = Option(
     WEIGHTS,
 )
 ADAPTER_ALPHA = Option(
-    "Set the lora_alpha (scale) of a LoRA adapter that is stored unmerged in the checkpoint if the checkpoint does "
-    "not contain its lora_alpha, e.g. 16. [default: the value in the checkpoint]",
+    "Use this lora_alpha, e.g. 16, for a LoRA adapter that the checkpoint contains beside the weights. Only needed if "
+    "the checkpoint does not contain the value. [default: the value in the checkpoint]",
     WEIGHTS,
 )
 STATE = Option(
@@ -167,7 +167,8 @@ IMAGE_SIZE = Option(
 )
 NECKS = Option(
     "Include these necks, each of which returns its own feature pyramid: auto (sam3, or the checkpoint's only "
-    "neck), both (sam3 and sam2), all, or neck names separated by commas, e.g. sam3,interactive.",
+    "neck), both (sam3 and sam2), all (every neck of the checkpoint; SAM 3.1 has a third, interactive), or neck names "
+    "separated by commas, e.g. sam3,sam2.",
     TENSORS,
     name="neck",
 )
@@ -246,8 +247,8 @@ FILE_CHECKPOINT = Option(
     VERIFICATION,
 )
 FILE_ADAPTER = Option(
-    "Merge the LoRA adapter in this PEFT folder into the checkpoint before the comparison with PyTorch, e.g. "
-    "my-lora. [default: the adapter that the file's manifest names]",
+    "Merge the LoRA adapter in this PEFT folder, e.g. my-lora, into the checkpoint before the comparison with "
+    "PyTorch. [default: the adapter that the file's manifest names]",
     VERIFICATION,
 )
 DEVICE = Option(

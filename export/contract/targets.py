@@ -58,7 +58,7 @@ OTHER_EXPORTERS = frozenset(_OTHER_EXPORTERS.split())
 FP32 and FP16, each in a graph of its own, by ONNX Runtime 1.18.0, 1.23.0 and 1.32.0 on the CPU, OpenVINO 2026.4.1 and
 TensorRT-RTX 1.7.1. Which of them ONNX Runtime computes on a GPU was not looked up."""
 
-NO_FP8 = "the GPU of this target cannot multiply matrices in FP8, which needs compute capability 8.9"
+NO_FP8 = "the GPU of this target cannot multiply matrices in FP8, which needs compute capability 8.9 or higher"
 
 QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 """With FP16 scales, which came with opset 19."""

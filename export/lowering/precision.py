@@ -292,7 +292,10 @@ def set_opset(model: ir.Model, opset: int | None) -> None:
     if bf16 and opset < 22:
         raise ExportError(f"BF16 convolutions do not exist in opset {opset}; use --opset 22, or --precision fp16")
     if "QuantizeLinear" in present and opset < 19:
-        raise ExportError(f"FP8 and FP16 scales do not exist in opset {opset}; use --opset 19, or --precision fp16")
+        raise ExportError(
+            f"--precision fp8 and int8 need opset 19 or later, because opset {opset} has neither the FP8 type nor FP16 "
+            "scales; use --opset 19, or --precision fp16"
+        )
     if opset < 20:
         _expand_gelu(model.graph)
     model.opset_imports[""] = opset

@@ -211,7 +211,9 @@ def verify_onnx(
     file = OnnxFile.of(file)
     model, folder = file.load()
     low = is_low_precision(model)
-    report(f"running the file in ONNX Runtime{', with explicit rounding' if low else ''}")
+    report(
+        f"running the file in ONNX Runtime{', with every rounding to FP16 or BF16 computed explicitly' if low else ''}"
+    )
     rounded = simulate(model) if low else []
     names = [spec.name for spec in signature.outputs]
     candidate = dict(zip(names, run_model(model, folder, image), strict=True))

@@ -110,7 +110,7 @@ std::vector<Tensor> read_outputs(const Answer& answer) {
     std::vector<Tensor> outputs;
     for (const Json& output : list_of(json, "outputs")) {
         if (!output.is_object()) {
-            throw Fault{"the list outputs in the answer contains entries that are not JSON objects"};
+            throw Fault{"the list \"outputs\" in the server's answer contains entries that are not JSON objects"};
         }
         const std::string name = name_of(output);
         const DataType type = type_of(output);

@@ -121,7 +121,7 @@ Prepared& Engine::Impl::captured(std::int64_t batch) {
     for (int index = 0; index < warm_up_runs; ++index) {
         run(*prepared.context, stream);
     }
-    check(cudaStreamSynchronize(stream), plan_ + ": the run failed");
+    check(cudaStreamSynchronize(stream), plan_ + ": CUDA could not start the run of the plan");
     const auto succeed = [&](cudaError_t code) {
         if (code != cudaSuccess) {
             cudaGetLastError();
