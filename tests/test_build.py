@@ -326,7 +326,7 @@ def test_what_the_builder_refuses_is_told(save: Save) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (BuildOptions(compute_capabilities=("9.0",)), r"9\.0: TensorRT-RTX .* builds for 7\.5, 8\.0.*Hopper"),
+        (BuildOptions(compute_capabilities=("9.0",)), r"9\.0: TensorRT-RTX .* 7\.5, 8\.0.*Hopper"),
         (BuildOptions(compute_capabilities=("8.9", "nonsense")), "nonsense"),
         (BuildOptions(timing_cache=Path("times.cache")), "--timing-cache"),
         (BuildOptions(hardware_compatible="ampere+"), "--hardware-compatible"),
@@ -457,7 +457,7 @@ def test_two_builds_of_one_plan_end_whole(small: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "refused", "says"),
     [
-        ("Unexpected exception std::bad_alloc", False, "out of memory"),
+        ("Unexpected exception std::bad_alloc", False, "out of host memory"),
         (
             "Error Code 2: OutOfMemory (Requested size was 8589934592 bytes.)",
             True,

@@ -248,7 +248,7 @@ def test_an_fp16_accumulating_plan_is_warned_of(exported: Path, tmp_path: Path) 
         (["--flavor", "tensorrt"], 1, "GPU"),
         (["--compute-capability", "9.0"], 1, "9.0"),
         (["--fp16", "--bf16"], 2, "choose one"),
-        (["--batch", "1:4:8"], 1, "batch 1, but 1:4:8 was requested"),
+        (["--batch", "1:4:8"], 1, "batch size 1, but 1:4:8 was requested"),
         (["--tune", "--fp16"], 1, "needs an NVIDIA GPU"),
     ],
 )

@@ -273,7 +273,7 @@ def test_the_checks_are_of_the_gpu_that_is_named(tmp_path: Path) -> None:
         ):
             open_plan(plan, device=1)
         ran = neck_export_cli("profile", plan, "--device", "1")
-        assert ran.code == 1 and "the GPU is NVIDIA L4 (9.0)" in ran.err
+        assert ran.code == 1 and "NVIDIA L4 (compute capability 9.0)" in ran.err
 
 
 def test_profile_and_verify_take_a_gpu(played: tuple[State, Path]) -> None:

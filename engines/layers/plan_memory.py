@@ -33,9 +33,8 @@ def plan_memory(logged: Mapping[str, int], tensors: Iterable[Mapping[str, Any]],
     """
     largest = BatchRange.parse(batch).maximum
     sizes = [
-        BY_NAME[tensor["dtype"]].bytes
-        if tensor["dtype"] in BY_NAME
-        else math.nan * math.prod(largest if side == BATCH else int(side) for side in tensor["shape"])
+        (BY_NAME[tensor["dtype"]].bytes if tensor["dtype"] in BY_NAME else math.nan)
+        * math.prod(largest if side == BATCH else int(side) for side in tensor["shape"])
         for tensor in tensors
     ]
     total = sum(sizes)
