@@ -293,7 +293,7 @@ def test_a_file_that_runs_elsewhere_than_the_model(
     file: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As a plan, which runs on the GPU whatever is said, beside a model on the CPU; the file closed; open."""
+    """As a plan, which runs on the GPU whatever is said, beside a model on the CPU; the file is closed."""
     before, opened = dict(model.named_modules()), []
 
     class Elsewhere(DeployedEncoder):
@@ -797,7 +797,7 @@ def test_a_files_fingerprint_is_the_checkpoints(checkpoint: Path, file: Path) ->
 
 
 def test_deployed_encoder_is_shared_by_nobody_else(file: Path) -> None:
-    """Two encoders of one file, each with its own lists; in a context it closed; open at the end."""
+    """Two encoders of one file, each with its own lists; in a context it is closed at the end."""
     with DeployedEncoder(file) as one, torch.no_grad():
         first, second = one(frames(1)), one(frames(1))
         first[0].clear()
