@@ -333,9 +333,9 @@ def test_what_is_not_finite_fails() -> None:
         found = figures([differ("b", "cat", same, same), one], 0.1)
         assert not found["passed"] and found["worst_image"] == "a" and one.worst == 0
         assert found["non_finite"] == dict(zip(("own", "file"), counts, strict=True))
-        assert any(
-            line.startswith(f"NaN or infinity in {sum(counts)} of") for line in lines(found | {"method": ""})
-        ) and worst_lines(found)
+        assert any(line.startswith(f"{sum(counts)} of") for line in lines(found | {"method": ""})) and worst_lines(
+            found
+        )
         json.dumps(found, allow_nan=False)
     assert not figures([differ("a", "cat", nothing, sick)], 0.1)["passed"]
     assert figures([differ("b", "cat", same, same)], 0.1)["passed"]

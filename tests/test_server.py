@@ -191,7 +191,10 @@ def test_the_command(server: Server, tmp_path: Path, capsys: pytest.CaptureFixtu
         found = dict(file)
     assert sorted(found) == ["sam2_pos_1", *(f"sam3_feat_{level}" for level in range(4))]
     assert passes({name: part(list(range(11)))[name] for name in found}, found)
-    for more, words in ((["--outputs", "sam4_*"], "no output sam4_*; it has"), (["--save", "/no/f.npz"], "cannot be")):
+    for more, words in (
+        (["--outputs", "sam4_*"], "no output sam4_*; choose from sam3_feat_0"),
+        (["--save", "/no/f.npz"], "cannot be"),
+    ):
         assert main([str(paths[0]), *options, *more]) == 1
         told = capsys.readouterr().err
         assert words in told
