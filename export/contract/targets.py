@@ -368,7 +368,7 @@ def release_numbers(version: str) -> tuple[int, ...]:
     """
     numbers = version_numbers(version)
     if len(numbers) < 3:
-        raise ValueError(f"{version!r} is not a TensorRT version; write one such as 10.16.1.11")
+        raise ValueError(f"{version!r} is not a TensorRT version such as 10.16.1.11")
     return numbers
 
 
