@@ -188,7 +188,7 @@ def test_the_files_size_is_the_only_one(folder: Path) -> None:
     encoder = DeployedEncoder(folder / "both.onnx")
     encoder.set_imgsz(112)
     encoder.set_imgsz([112, 112])
-    with pytest.raises(EncoderError, match=r"112x112 pixels, .* have 126x112 .*neck-export onnx .*--image-size 126x"):
+    with pytest.raises(EncoderError, match=r"112x112 pixels .* have 126x112; .*neck-export onnx .*--image-size 126x"):
         encoder.set_imgsz((126, 112))
     for wrong in (images()[0], images()[:, :2], images().to(torch.uint8)):
         with pytest.raises(EncoderError, match=r"expected normalized"):
@@ -206,7 +206,7 @@ def test_files_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
         {"device": "mps"},
         {"runtime": "openvino", "device": "cuda"},
     ):
-        with pytest.raises(EncoderError, match="on the CPU"):
+        with pytest.raises(EncoderError, match="CPU"):
             DeployedEncoder(path, **options)  # type: ignore[arg-type]
     data = path.with_name("both.onnx.data")
     data.write_bytes(data.read_bytes()[:-4] + b"1234")
@@ -263,7 +263,7 @@ def test_attached_where_trunk_and_convs_are(folder: Path) -> None:
             last = backbone.vision_backbone(images())[0][3]  # the model drops it, the file has it
             assert last.shape == (1, 16, 4, 4) and last.isfinite().all()
             with pytest.raises(
-                AttachError, match=r"the trunk's map .*is not among the values that the attached file computes"
+                AttachError, match=r"map of the trunk .*is not among the values that the attached file computes"
             ):
                 backbone.vision_backbone.trunk(images())[-1].mean()
             detach(predictor)
@@ -276,7 +276,7 @@ def test_a_neck_that_nobody_reads_may_lack(folder: Path, tmp_path: Path) -> None
     model = nn.ModuleDict({"backbone": Backbone(load_golden("meta-dual").encoder)})
     alone = with_manifest(folder / "both.onnx", tmp_path, necks=["sam3"])
     with pytest.raises(
-        AttachError, match=r"has no neck sam2, .*--neck sam3,sam2 .*attach\(\.\.\., necks=\('sam3',\)\)"
+        AttachError, match=r"the neck sam2, .*--neck sam3,sam2 .*attach\(\.\.\., necks=\('sam3',\)\)"
     ):
         attach(model, alone)
     attach(model, alone, necks=("sam3",))
