@@ -376,7 +376,7 @@ def test_what_does_not_fit_is_refused(model: Any, file: Path, tmp_path: Path) ->
             r"not contain the neck sam3, but the model's encoder at vision_encoder .*--neck sam2,sam3",
         ),
         ({"levels": [0, 2]}, r"not contain level 1 .*neck-export onnx .*--levels 0,1,2"),
-        ({"image_size": [126, 126], "level_sizes": sizes}, r"126x126 pixels .* 112x112 .*--image-size 112x112"),
+        ({"image_size": [126, 126], "level_sizes": sizes}, r"126x126 pixels .* 112x112; .*--image-size 112x112"),
         ({"level_sizes": sizes[:3], "levels": [0, 1, 2]}, r"with 3 levels, but the model's encoder has 4"),
     ):
         folder = tmp_path / str(len(words))

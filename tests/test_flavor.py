@@ -16,8 +16,8 @@ from engines.builder import flavor as flavor_module
 from engines.builder.find_gpu import Gpu, find_gpu
 from engines.builder.flavor import OLDEST, Flavor, FlavorError, choose_flavor, version_numbers
 from engines.builder.options import BuildOptions
-from engines.builder.parsed_network import TYPES
 from engines.builder.timing_cache import timing_cache_path
+from export.contract.dtypes import BY_TENSORRT
 
 ENGINES = Path(__file__).parent.parent / "engines"
 API = Path(__file__).parent / "data" / "tensorrt-api"
@@ -162,7 +162,7 @@ def test_pyproject_asks_for_the_oldest_that_works() -> None:
 
 def test_types_and_flags_taken_by_name_exist() -> None:
     for api in VERSIONS.values():
-        assert set(TYPES.values()) <= set(api["DataType"])
+        assert set(BY_TENSORRT) <= set(api["DataType"])
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None, **modules: str | None) -> None:

@@ -373,7 +373,7 @@ def test_a_batch_that_is_dynamic(files: dict[str, Path], tmp_path: Path) -> None
         for batch in (1, 3):
             assert json.loads(neck_export_cli("profile", plan, "--batch", str(batch), "--json").out)["batch"] == batch
         ran = neck_export_cli("profile", plan, "--batch", "4")
-        assert ran.code == 1 and "a batch of 1 to 3, but 4 was requested" in ran.err
+        assert ran.code == 1 and "a batch size of 1 to 3, but 4 was requested" in ran.err
 
 
 def test_the_profile_of_layers_is_warm_and_writes_where_it_may(

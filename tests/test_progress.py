@@ -87,7 +87,7 @@ def test_without_a_terminal_a_calibration_writes_lines() -> None:
         step("trace")
         calibration(3)
 
-    told = [f"calibration: {done} of 3 images" for done in range(4)]
+    told = [f"calibrating the linear layers: {done} of 3 images" for done in range(4)]
     slow = [line for line in lines_of(work, 0.0) if "running" not in line]
     assert slow == ["trace", *told]
     assert lines_of(work, 1e9) == ["trace", told[0], told[3]]

@@ -81,7 +81,7 @@ def test_triton_takes_no_fp8_onnx_file_and_says_what_it_takes(fp8_file: Path, tm
     """ONNX Runtime is not known to run Q and DQ of FP8 on a GPU."""
     refused = neck_export_cli("triton", fp8_file, "--output", tmp_path / "repository")
     assert refused.code == 1
-    assert "the runtime is not known to support the operator QuantizeLinear (4 nodes); export it again:" in refused.err
+    assert "the runtime is not known to support the operator QuantizeLinear (4 nodes); " in refused.err
     command = shlex.split(refused.err.splitlines()[1])
     assert not {"--quantize", "--budget"} & set(command)
     again = neck_export_cli(*command[1:-1], tmp_path / "b.onnx")

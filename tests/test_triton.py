@@ -389,7 +389,7 @@ def test_a_version_is_activated_and_rolled_back(plan: Path, tmp_path: Path) -> N
     assert served(first) == [2]
     assert neck_export_cli("triton", plan, "--activate", "2", "--output", first.path).code == 2
     (first.path / "sam3-encoder" / "1" / "config.pbtxt").unlink()
-    with pytest.raises(TritonError, match=r"1/config\.pbtxt: no such file"):
+    with pytest.raises(TritonError, match=r"1/config\.pbtxt: the file is missing"):
         activate_version(first.path, "sam3-encoder", 1)
     assert served(first) == [2]
 
@@ -530,9 +530,9 @@ def test_plans_that_are_not_one_encoder(onnx_file: Path, tmp_path: Path) -> None
     cases: list[tuple[dict[str, Any], str]] = [
         ({}, "is for compute capability 8.9, and so is"),
         (ampere | {"seed": 1}, "differs from .* in weights"),
-        (ampere | {"batch": "1:2:4"}, "has another batch than"),
-        (ampere | {"signed": {"positions": "none"}}, "has another outputs than"),
-        (ampere | {"precision": "bf16"}, "has another precision than"),
+        (ampere | {"batch": "1:2:4"}, "differs from .* in batch"),
+        (ampere | {"signed": {"positions": "none"}}, "differs from .* in outputs"),
+        (ampere | {"precision": "bf16"}, "differs from .* in precision"),
         (ampere | {"tensorrt_version": "10.14.1.48"}, "a container has only one"),
         ({"compute_capabilities": ["8.6", "8.9"]}, "one such as 8.9"),
     ]
@@ -571,7 +571,7 @@ def test_a_folder_that_another_tool_wrote(plan: Path, onnx_file: Path, tmp_path:
     with pytest.raises(TritonError, match="backend was tensorrt_plan, but is now onnxruntime"):
         make(onnx_file, tmp_path)
     (folder / "1" / "manifest.json").unlink()
-    with pytest.raises(TritonError, match="not written by neck-export"):
+    with pytest.raises(TritonError, match="neck-export did not write"):
         make(plan, tmp_path)
     found.config.write_text("nonsense {")
     with pytest.raises(TritonError, match="cannot be read as a Triton config"):
