@@ -231,7 +231,7 @@ def verify_file(
     path, where, asked = file.path, manifest_path(file.path), find_targets(targets) if targets else ()
     if not path.is_file():
         raise ExportError(
-            f"{path}: this file does not exist; check the path, or write the file with `neck-export onnx`"
+            f"{path}: there is no file with this name; check the path, or write the file with `neck-export onnx`"
         )
     check_path(path)
     require_runtime()

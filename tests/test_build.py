@@ -261,7 +261,7 @@ def _outside(path: Path) -> Path:
     [
         (
             lambda path: path.with_name("none.onnx"),
-            "none.onnx: this file does not exist; check the path, or write the file with `neck-export onnx`",
+            "none.onnx: there is no file with this name; check the path, or write the file with `neck-export onnx`",
         ),
         (
             _without_data,

@@ -367,8 +367,8 @@ def test_inspect_of_files_that_cannot_be_read(exported: Path, tmp_path: Path) ->
     refused(path, f"{len(weights) - 1:,} bytes, but needs {len(weights):,}")
     data.unlink()
     refused(path, f"weights file {data} is missing")
-    refused(tmp_path / "no.onnx", "this file does not exist")
-    refused(tmp_path, "no such file")
+    refused(tmp_path / "no.onnx", "there is no file with this name")
+    refused(tmp_path, "there is no file with this name")
     graph = path.read_bytes()
     for content in (b"", b"text, no graph", graph[: len(graph) // 2], (DATA / "images" / "chelsea.png").read_bytes()):
         path.write_bytes(content)

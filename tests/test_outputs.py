@@ -94,7 +94,7 @@ def test_what_is_bound_stays_where_other_memory_is_refused(tmp_path: Path) -> No
         session.bind_output("twice", memory)
         with pytest.raises(SessionError, match="expected at least 36"):
             session.bind_output("twice", room(1))
-        with pytest.raises(SessionError, match="has no output 'thrice'; .* twice"):
+        with pytest.raises(SessionError, match=r"has no output 'thrice'; .* twice"):
             session.bind_output("thrice", memory)
         session.infer({"image": image()})
         assert (memory[0] == 2).all()

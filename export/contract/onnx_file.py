@@ -52,7 +52,7 @@ class OnnxFile:
         path = self.path
         if not path.is_file():
             raise ExportError(
-                f"{path}: this file does not exist; check the path, or write the file with `neck-export onnx`"
+                f"{path}: there is no file with this name; check the path, or write the file with `neck-export onnx`"
             )
         if pointer := lfs_pointer(path):
             raise ExportError(pointer)
