@@ -113,7 +113,7 @@ class BenchOptions:
         tuple[str, ...],
         Option(
             "Measure only this backend (a runtime with a file format and precision), e.g. ort-cpu-plain-fp32; the "
-            "option can be repeated. The report of an earlier run lists all names. [default: all backends]",
+            "option can be repeated. An unknown name is refused with the list of all names. [default: all backends]",
             MEASURED,
             name="backend",
         ),
@@ -170,7 +170,7 @@ class BenchOptions:
     masks: Annotated[
         tuple[Path, ...],
         Option(
-            "Add the result of an earlier `neck-export masks` on this ONNX file or plan to the report, e.g. "
+            "Add to the report what an earlier `neck-export masks` found for this ONNX file or plan, e.g. for "
             "build/sam3-encoder.onnx; the option can be repeated. [default: no file]",
             REPORT,
         ),

@@ -77,7 +77,7 @@ def encoder_facts(result: Result) -> list[tuple[str, str]]:
         ("Necks", ", ".join(encoder["necks"])),
         ("Levels", ", ".join(str(level) for level in encoder["levels"])),
         ("Positions", encoder["positions"]),
-        *([("Outputs of sam2", encoder["sam2_outputs"])] if "sam2_outputs" in encoder else []),
+        *([("Outputs of the sam2 neck", encoder["sam2_outputs"])] if "sam2_outputs" in encoder else []),
         ("Parameters", scaled(encoder["parameters"], "")),
     ]
     return pairs + [(name.replace("_", " "), str(value)) for name, value in (encoder.get("config") or {}).items()]

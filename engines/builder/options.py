@@ -84,9 +84,9 @@ class BuildOptions:
     batch: Annotated[
         BatchRange | None,
         Option(
-            "Set the batch sizes that the plan accepts, as minimum:optimum:maximum, e.g. 1:4:8. An ONNX file must "
-            "have a dynamic batch; a checkpoint is exported with one. [default: the batch sizes of the ONNX file, "
-            "or 1 for a checkpoint]",
+            "Set the batch sizes that the plan accepts, as minimum:optimum:maximum, e.g. 1:4:8. Only an ONNX file with "
+            "a dynamic batch can be built so; a checkpoint is exported with this batch. [default: the batch sizes of "
+            "the ONNX file, or batch size 1 for a checkpoint]",
             TARGET,
             read=str,
             parse=BatchRange.parse,
@@ -222,8 +222,8 @@ class PlanOptions:
     precision: Annotated[
         Precision | None,
         Option(
-            "Choose the precision of the plan. An ONNX file in FP32 is converted to it, after a calibration if it "
-            "is fp8 or int8; any other ONNX file must already have it. [default: the precision of the ONNX file]",
+            "Choose the precision of the plan. An ONNX file in FP32 is converted to this precision (fp8 and int8 are "
+            "calibrated first); any other ONNX file must already have it. [default: the precision of the ONNX file]",
             PRECISION,
             parse=choose_precision,
             always=True,

@@ -242,8 +242,8 @@ TOLERANCES = Option(
     parse=parse_tolerances,
 )
 FILE_CHECKPOINT = Option(
-    "Compare the file with PyTorch running the weights of this checkpoint, e.g. sam3.pt. [default: the checkpoint "
-    "that the file's manifest names]",
+    "Compare the outputs with those of PyTorch with the weights of this checkpoint, e.g. sam3.pt. [default: the "
+    "checkpoint that the manifest of the ONNX file or plan names]",
     VERIFICATION,
 )
 FILE_ADAPTER = Option(

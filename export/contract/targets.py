@@ -167,8 +167,8 @@ _NOTHING: frozenset[str] = frozenset()
 _LAYOUT_21 = {"Reshape": 21, "Shape": 21, "Squeeze": 21, "Transpose": 21, "Unsqueeze": 21}
 _NEW_22 = {"Attention": 23, "ConvTranspose": 22, "MaxPool": 22, "Pad": 19}
 _ORT = (
-    "the CPU has no BF16 kernels (ort#27892; Conv(22) was tried with 1.32), and the GPU has no MaxPool kernel "
-    "(OperatorKernels.md)"
+    "ONNX Runtime has no BF16 kernels for the CPU (ort#27892; version 1.32 does not run Conv of opset 22) and no BF16 "
+    "MaxPool kernel for CUDA (OperatorKernels.md)"
 )
 
 TARGETS: tuple[Target, ...] = (

@@ -21,7 +21,10 @@ class CannotRunError(ExportError):
     """A file that ONNX Runtime does not load or cannot compute."""
 
 
-AS_IT_IS = "the file was run as it is, and ONNX Runtime may keep values in FP32 that a GPU would round to FP16"
+AS_IT_IS = (
+    "the file was run as it is: ONNX Runtime may keep values in FP32 that a GPU rounds to FP16, where errors can be "
+    "larger"
+)
 
 
 @dataclasses.dataclass

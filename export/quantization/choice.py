@@ -285,8 +285,8 @@ def curve_lines(curve: Sequence[Mapping[str, Any]], count: int, rates: str) -> l
     """The curve for a screen, with whose rates its times are by; the row of the choice is marked."""
     head = f"{'products':>8} {'operations':>10} {'time':>9} {'expected L2':>12} {'measured L2':>12}"
     lines = [
-        f"number of quantized linear layers, with their share of the operations, their time {rates}, and the "
-        "error (relative L2):",
+        f"for each number of quantized layers: their share of the operations, the time {rates}, and the relative L2 "
+        "error of the features:",
         head,
     ]
     for row in curve:
