@@ -221,7 +221,7 @@ def touch_weights(result: ExportResult) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (unlink("x.onnx"), ExportError, "this file does not exist"),
+        (unlink("x.onnx"), ExportError, "there is no file with this name"),
         (unlink("x.json"), ManifestError, "manifest is missing"),
         (unlink("x.onnx.data"), ManifestError, "x.onnx.data: the file is missing"),
         (touch_weights, ManifestError, "x.onnx.data: the file was changed after"),
