@@ -117,7 +117,7 @@ def test_squares_add() -> None:
     assert expected_error(products) == pytest.approx(worst([one.name for one in products]), rel=0.5)
     assert expected_error(products) > 1.5 * max(one.worst for one in products)
     lines = curve_lines(chosen().curve, len(chosen().names), product_rates("fp8").source)
-    assert "their time by the published rates of an L4 GPU (not measured)" in lines[0]
+    assert "the time by the published rates of an L4 GPU (not measured)" in lines[0]
     assert sum("<- chosen" in line for line in lines) == 1
     shares = [row["share"] for row in chosen().curve]
     assert shares == sorted(shares)
