@@ -161,8 +161,7 @@ def table(result: dict[str, object]) -> list[str]:
         ),
         f"`neck-export onnx` took {statistics.median(ratios):.2f} times the wall time of plain `torch.onnx.export` "
         f"({ratios[0]:.2f} to {ratios[-1]:.2f}) and {statistics.median(peaks):.2f} times its peak memory; its peak "
-        f"memory "
-        f"is {result['peak_over_checkpoint']:.2f} times the size of the checkpoint",
+        f"memory is {result['peak_over_checkpoint']:.2f} times the size of the checkpoint",
     ]
 
 

@@ -101,8 +101,7 @@ class BenchOptions:
         Path | ImageFolder | None,
         IMAGES.but(
             help="Use the images of this folder to compare the outputs of each backend with those of PyTorch, e.g. "
-            "photos. "
-            "[default: the image that is part of neck-export]"
+            "photos. [default: the image that is part of neck-export]"
         ),
     ] = None
     device: Annotated[
@@ -153,8 +152,7 @@ class BenchOptions:
         bool,
         Option(
             "Discard the measurements of an interrupted run and start from the beginning; without this option, the "
-            "run is "
-            "continued.",
+            "run is continued.",
             MEASURED,
             "--fresh",
         ),

@@ -275,6 +275,5 @@ def _same_weights(
     raise ExportError(
         f"{path}: this is not the checkpoint that was exported (its SHA-256 differs from the one in "
         f"{where.name}), and its weights cannot be compared with those of the exported file: {problems[0]}; pass the "
-        f"right "
-        "file with --checkpoint"
+        f"right file with --checkpoint"
     )

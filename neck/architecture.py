@@ -94,8 +94,7 @@ def check_config(path: Path, layout: Layout, config: EncoderConfig, said_by: str
     if wrong:
         raise CheckpointError(
             f"{path}: the configuration from {said_by} contradicts the shapes of the checkpoint's tensors: "
-            f"{'; '.join(wrong)}; correct these values in the configuration, or pass another file with "
-            "--config"
+            f"{'; '.join(wrong)}; correct these values in the configuration, or pass another file with --config"
         )
 
 

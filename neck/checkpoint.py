@@ -121,8 +121,7 @@ def _read(path: Path, source: EncoderSource, necks: Sequence[str] | Choose | Non
     if layout.gaps and config is None:
         raise CheckpointError(
             f"{path}: the checkpoint does not contain blocks {listing(map(str, layout.gaps))} of the trunk; "
-            "if they were pruned, describe the remaining architecture in a JSON file and pass it with "
-            "--config"
+            "if they were pruned, describe the remaining architecture in a JSON file and pass it with --config"
         )
     try:
         parts: dict[str, Any] = {"necks": chosen, "sam2_head": sam2_head}
@@ -171,8 +170,7 @@ def _find_layout(path: Path, tensors: dict[str, Tensor], prefix: str | None) -> 
         what = f"the checkpoint contains {len(tensors)} tensors ({listing(tensors, 3)}), but no SAM 3 image encoder"
     raise CheckpointError(
         f"{path}: {what}; check that this is a SAM 3 checkpoint. Its tensors must be named trunk.* and "
-        "convs.* (Meta, Ultralytics) or backbone.* and neck.fpn_layers.* (Hugging Face); any prefix is "
-        "allowed"
+        "convs.* (Meta, Ultralytics) or backbone.* and neck.fpn_layers.* (Hugging Face); any prefix is allowed"
     )
 
 

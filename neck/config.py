@@ -131,8 +131,7 @@ class EncoderConfig:
         if self.sam2_head and ("sam2" not in self.necks or self.d_model % HEAD_PARTS[0]):
             raise ConfigError(
                 "sam2_head is true, but it requires the neck sam2 and a d_model that is a multiple of "
-                f"{HEAD_PARTS[0]}; the configuration has the necks {', '.join(self.necks)} and d_model "
-                f"{self.d_model}"
+                f"{HEAD_PARTS[0]}; the configuration has the necks {', '.join(self.necks)} and d_model {self.d_model}"
             )
 
     @property

@@ -49,8 +49,7 @@ def gpu_problem() -> str | None:
     if torch.version.cuda is None:
         return (
             f"torch {torch.__version__} is not a CUDA build; run `make gpu PYTHON=...` with a Python that has a CUDA "
-            f"build "
-            f"of torch; {rehearse}"
+            f"build of torch; {rehearse}"
         )
     said = next(
         (" ".join(str(one.message).split()).partition(" (Triggered")[0] for one in told), "torch gave no reason"
@@ -58,8 +57,7 @@ def gpu_problem() -> str | None:
     if driver is None:
         return (
             "`make gpu` needs a GPU, but this machine has no NVIDIA driver (neither /proc/driver/nvidia nor NVML "
-            "reports "
-            f"one); install the driver; {rehearse}"
+            f"reports one); install the driver; {rehearse}"
         )
     return (
         f"torch {torch.__version__} cannot use a GPU with driver {driver} ({said[:200]}); install a driver for CUDA "

@@ -149,8 +149,7 @@ class Session:
         told = f". The archive omits these files, which are too large: {', '.join(left_out)}" if left_out else ""
         print(
             f"{path} ({path.stat().st_size / 2**20:.1f} MiB) contains the results. To continue on another machine, "
-            f"copy "
-            f"this file into the parent folder of {self.output.name} there and run the command again{told}",
+            f"copy this file into the parent folder of {self.output.name} there and run the command again{told}",
             flush=True,
         )
 

@@ -192,8 +192,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     """The figures for a screen."""
     return [
         f"{found['images']} images; {found['objects']} objects found by both encoders, {found['lost']} only by the "
-        f"model's "
-        f"own, {found['found']} only by the file",
+        f"model's own, {found['found']} only by the file",
         *_non_finite_lines(found["non_finite"]),
         f"mask IoU: mean {found['mean_iou']:.4f}, worst {found['worst_iou']:.4f}; the masks differ most in "
         f"{found['worst_image']}",
@@ -218,8 +217,7 @@ def worst_lines(found: dict[str, Any]) -> list[str]:
     """The images below the gate, the worst first, one a line."""
     return [
         f"{one['image']} ({one['prompt']}): worst mask IoU {min(one['ious'], default=0):.4f}, {one['lost']} objects "
-        f"lost, "
-        f"{one['found']} additional"
+        f"lost, {one['found']} additional"
         + (f", {one['file_non_finite']} values that are NaN or infinite" if one["file_non_finite"] else "")
         for one in found["below_gate"][:5]
     ]

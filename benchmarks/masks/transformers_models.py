@@ -155,8 +155,7 @@ def _kind(folder: Path) -> str:
     except FileNotFoundError:
         raise MasksError(
             f"{folder}: the folder contains no config.json; set --model to a Hugging Face Transformers model folder, "
-            f"such as "
-            "a download of facebook/sam3, or to a checkpoint file"
+            f"such as a download of facebook/sam3, or to a checkpoint file"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MasksError(

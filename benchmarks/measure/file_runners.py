@@ -43,8 +43,7 @@ class OrtRunner(Runner):
         if self.session.get_providers()[0] != self.provider:
             raise RunnerError(
                 f"ONNX Runtime could not start {self.provider} and chose {self.session.get_providers()} instead; "
-                f"check that the "
-                "libraries of that provider are installed"
+                f"check that the libraries of that provider are installed"
             )
         if self._tensorrt():
             self._check_fp16(allowed[FP16_ALLOWED])

@@ -77,8 +77,7 @@ class Rounds:
                 if self._over() or (number and time.monotonic() > self.schedule.rounds_end):
                     self.report(
                         f"{self.name}: the time limit was reached after {number} of {last} rounds; run the command "
-                        f"again to "
-                        "continue"
+                        f"again to continue"
                     )
                     break
                 self.report(f"{self.name}: measuring round {number + 1} of {last}")

@@ -51,8 +51,7 @@ def _level(flavor: Flavor, asked: str) -> Any:
     if not hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY"):
         raise BuildError(
             f"--hardware-compatible same: {flavor.title} does not support this level, which TensorRT 10.9 "
-            "introduced; leave the option out, because a plan runs on all GPUs of its compute capability "
-            "anyway"
+            "introduced; leave the option out, because a plan runs on all GPUs of its compute capability anyway"
         )
     return trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
 

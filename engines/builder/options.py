@@ -154,8 +154,7 @@ class BuildOptions:
         Option(
             "Choose kernels by the times in this timing cache instead of measuring them, and fail if a time is "
             "missing, so that repeated builds choose the same kernels. TensorRT-RTX does not support this option. "
-            "[default: kernels are "
-            "measured]",
+            "[default: kernels are measured]",
             BUILD,
         ),
     ] = None
@@ -257,8 +256,7 @@ class PlanOptions:
         bool,
         Option(
             "Compare the outputs of the plan with those of PyTorch, and rename the plan to X.plan.rejected if they "
-            "differ "
-            "by more than the tolerance. --no-verify skips the comparison.",
+            "differ by more than the tolerance. --no-verify skips the comparison.",
             VERIFICATION,
         ),
     ] = True

@@ -332,8 +332,7 @@ class ExportOptions:
         Path,
         Option(
             "Write the ONNX file to this path. Its weights (.onnx.data) and its manifest (.json) are written to the "
-            "same "
-            "folder.",
+            "same folder.",
             FILES,
         ),
     ] = DEFAULT_ONNX
@@ -387,8 +386,7 @@ class ExportOptions:
         Precision,
         Option(
             "Choose the type of the weights and activations. fp8 and int8 quantize the matrix multiplications and "
-            "keep the "
-            "rest in FP16.",
+            "keep the rest in FP16.",
             PRECISION,
         ),
     ] = "fp32"
@@ -434,8 +432,7 @@ class ExportOptions:
         bool,
         Option(
             "Compare the outputs of the ONNX file with those of PyTorch, and keep no file if they differ by more than "
-            "the "
-            "tolerance. --no-verify skips the comparison.",
+            "the tolerance. --no-verify skips the comparison.",
             VERIFICATION,
         ),
     ] = True

@@ -55,8 +55,7 @@ def resolve_target(
         others = f"{', '.join(able)} can; " if able else ""
         raise TargetError(
             f"--precision bf16 needs opset 22 for its convolutions, but the target {oldest.name} is only "
-            f"known to support opsets up to {oldest.opset}; {others}remove it from --target, or use "
-            "--precision fp16"
+            f"known to support opsets up to {oldest.opset}; {others}remove it from --target, or use --precision fp16"
         )
     chosen = opset if opset is not None or needed <= oldest.opset else oldest.opset
     return Form(form, chosen, tuple(targets), "operator" if operator else "matmul")

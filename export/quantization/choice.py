@@ -259,8 +259,7 @@ def choose(
     if not inside:
         raise CalibrationError(
             f"--budget {budget:g}: quantizing a single linear layer already exceeds this error; the best "
-            f"layer, {ordered[0].name}, causes {min(measured.values()):.3g}; raise --budget or use "
-            "--precision fp16"
+            f"layer, {ordered[0].name}, causes {min(measured.values()):.3g}; raise --budget or use --precision fp16"
         )
     return Choice(tuple(one.name for one in ordered[:inside]), tuple(_curve(ordered, kind, measured)))
 
