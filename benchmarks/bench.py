@@ -82,7 +82,9 @@ def check_options(options: BenchOptions) -> None:
         )
     chosen = [f"--{name.replace('_', '-')}" for name in SELECTION if getattr(options, name) is not None]
     if options.checkpoint is None and chosen:
-        raise BenchError(f"{', '.join(chosen)} cannot be combined with random weights; remove it, or set --checkpoint")
+        raise BenchError(
+            f"{', '.join(chosen)} cannot be combined with random weights; leave it out, or give a file as --checkpoint"
+        )
     if options.plan and (not is_plan(options.plan) or read_layers(options.plan) is None):
         raise BenchError(
             f"--plan {options.plan}: the file is not a plan with a layer report; build one with `neck-export trt`"

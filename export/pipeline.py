@@ -117,7 +117,7 @@ def export_onnx(options: ExportOptions, report: Report = lambda line: None) -> E
         RejectedError: the file's outputs left tolerance.
     """
     form = check_options(options)
-    report(f"loading the weights of {options.source}")
+    report(f"{'loading the weights of' if options.source.path else 'creating'} {options.source}")
     loaded = load(options)
     encoder, notes = loaded.encoder, [*loaded.notes]
     signature = sign(options, encoder)

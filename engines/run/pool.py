@@ -146,7 +146,7 @@ class Pool:
 def check_count(plan: Path, contexts: int) -> None:
     """Raises SessionError for a pool of none, or of more than anybody means."""
     if not 1 <= contexts <= MOST_CONTEXTS:
-        raise SessionError(f"{plan}: contexts={contexts} is invalid; expected 1 to {MOST_CONTEXTS}")
+        raise SessionError(f"{plan}: contexts={contexts} is invalid; expected 1 to {MOST_CONTEXTS} execution contexts")
 
 
 def check_memory(plan: Path, contexts: int, each: int, free: int) -> None:

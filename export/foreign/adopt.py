@@ -167,7 +167,7 @@ def contract_of(file: OnnxFile, verdict: ForeignVerdict) -> Signature:
                                 positions="graph" if positions >= {*levels} and not _shared(verdict) else "none",
                                 input_kind="uint8" if image.dtype == "uint8" else "float",
                                 batch=batch,
-                                dtype=_dtype(value),
+                                dtype=_dtype(value) or "float32",
                                 sam2_outputs=head,
                             )
                         except SignatureError:
@@ -189,9 +189,10 @@ def _shared(verdict: ForeignVerdict) -> bool:
     return image.dynamic_batch and any("_pos_" in one.tensor and len(one.array) == 1 for one in verdict.matches)
 
 
-def _dtype(value: ir.Value) -> str:
-    """NumPy's name of a value's type; float32 where the graph does not tell it."""
-    return BY_ONNX[value.dtype.name].name if value.dtype and value.dtype.name in BY_ONNX else "float32"
+def _dtype(value: ir.Value) -> str | None:
+    """NumPy's name of a value's type; None if no output of ours has it, or the graph does not tell it."""
+    known = BY_ONNX.get(value.dtype.name) if value.dtype else None
+    return known.name if known and known.precision else None
 
 
 def _is_ours(model: ir.Model, signature: Signature, verdict: ForeignVerdict) -> bool:

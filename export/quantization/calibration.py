@@ -321,7 +321,7 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
                 sides |= {f"{name}.{part}": attention.qkv.in_features for part in PARTS}
         kept = _sorted({name: _read_layer(name, side, tensors) for name, side in sides.items()})
         if type(about["images"]) is not int or about["images"] < 1:
-            raise ValueError(f"the number of images in it is {about['images']!r}")
+            raise ValueError(f"it states {about['images']!r} as its number of calibration images")
     except (LookupError, ValueError) as error:
         raise CalibrationError(f"{path}: the calibration is damaged ({error}); {fix}") from None
     return Calibration(about["images"], image_size, about["encoder"], *kept)
