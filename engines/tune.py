@@ -23,16 +23,10 @@ from engines.run.timing import median_ms
 from export.contract.atomic import disk_errors
 from export.contract.manifest import ManifestError, check_files, manifest_path, parse_json, read_manifest, to_json
 from export.contract.options import AttentionForm, Spelling, Upsampling
+from export.lowering.attention import FORMS
 from export.pipeline import RejectedError
 from export.verification.verify import Report
 from neck.progress import counted
-
-FORMS: tuple[tuple[AttentionForm, Spelling], ...] = (
-    ("fp32acc", "operator"),
-    ("fp32acc", "matmul"),
-    ("fused", "matmul"),
-)
-"""Attention forms and spellings to try; `unfused` is left out, the last resort for exactness and slow by its making."""
 
 FP8_FORM: tuple[AttentionForm, Spelling] = ("fp32acc", "matmul")
 
@@ -137,7 +131,8 @@ def tune_plan(
         folder.mkdir(parents=True, exist_ok=True)
     prepared = prepare(options, source, options.precision, flavor)
     selected = prepared.selected and prepared.selected.quantization
-    candidates = [(*pair, False) for pair in itertools.product(FORMS, UPSAMPLINGS)]
+    pairs = [(name, spelling) for name, form in FORMS.items() for spelling in form.tuned]
+    candidates = [(pair, upsampling, False) for pair, upsampling in itertools.product(pairs, UPSAMPLINGS)]
     if selected and selected.attentions:  # FP8 attention has one form; what is in FP16 beside it takes the spelling
         candidates += [(FP8_FORM, upsampling, True) for upsampling in UPSAMPLINGS]
     for (attention, spelling), upsampling, eight in counted(candidates, "candidates", len(candidates), "builds"):

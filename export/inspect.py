@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +22,13 @@ from export.contract.onnx_file import OnnxFile
 from export.contract.targets import TargetError
 from export.foreign.recognize import describe_graph
 from export.foreign.risks import graph_risks
-from export.lowering.attention import after_casts, before_casts, fp8_attentions, is_fp8_attention
+from export.lowering.attention import attention_forms, fp8_attentions
 from export.verification.target_check import check_claims, graph_needs, read_by
 
 NOT_CHECKED = (
     "the manifest says that these files were verified, but their sizes or times have changed since; use "
     "--check to compare every byte, or `neck-export verify` to verify them again"
 )
-
-FORMS = {
-    (True, True, True): "FP32",
-    (True, True, False): "unfused",
-    (False, True, True): "fp32acc",
-    (False, True, False): "scores32",
-    (False, False, False): "fused",
-}
-"""Which of the first product, the softmax and the second product are FP32 -> form of export.lowering.attention.
-
-Files of older versions, and of other tools, have their softmax alone in FP32 (scores32).
-"""
 
 
 def inspect_onnx(path: Path, check: bool = False) -> dict[str, Any]:
@@ -109,21 +97,6 @@ def describe(value: ir.Value) -> str:
     """Name, type and shape of an input or output."""
     shape = ", ".join(str(side) for side in value.shape or ())
     return f"{value.name}: {value.dtype.name.lower() if value.dtype else 'unknown'} ({shape})"
-
-
-def attention_forms(graph: ir.Graph) -> Iterator[str]:
-    """The form, as export.lowering.attention names it, of every attention of a graph."""
-    for node in graph:
-        if node.op_type == "Attention":
-            query = node.inputs[0]
-            yield "fp32acc" if query is not None and query.dtype == ir.DataType.FLOAT else "Attention in low precision"
-        elif is_fp8_attention(node):
-            yield "fp8"
-        elif node.op_type == "Softmax":
-            scores, mixed = before_casts(node.inputs[0]), after_casts(node.outputs[0])
-            if scores is not None and mixed is not None and scores.op_type == mixed.op_type == "MatMul":
-                in_fp32 = [one.outputs[0].dtype == ir.DataType.FLOAT for one in (scores, node, mixed)]
-                yield FORMS.get((in_fp32[0], in_fp32[1], in_fp32[2]), "other")
 
 
 def quantized_products(graph: ir.Graph) -> dict[str, str]:

@@ -44,13 +44,13 @@ NECKS = (("meta-padded", "sam3"), ("meta-dual", "both"), ("meta-tri", "all"))
 BATCHES = ("2", "1:2:3")
 POSITIONS = ("none", "graph")
 PRODUCT = list(itertools.product(range(len(FORMS)), range(len(NECKS)), range(2), range(2)))
-PAIRS = [(form, neck, (form + neck) % 2, (form // 2 + neck) % 2) for form in range(len(FORMS)) for neck in range(3)]
-"""21 of the 84: every two choices meet in one of them."""
+ROWS = [(form, form % 3, form % 2, form // 2 % 2) for form in range(len(FORMS))]
+"""7 of the 84: every choice is in one of them; the others are built by `make test-slow`."""
 
 
-def test_the_default_builds_cover_every_pair() -> None:
-    for first, second in itertools.combinations(range(4), 2):
-        assert {(row[first], row[second]) for row in PAIRS} == {(row[first], row[second]) for row in PRODUCT}
+def test_every_choice_is_built() -> None:
+    for place in range(4):
+        assert {row[place] for row in ROWS} == {row[place] for row in PRODUCT}
 
 
 def typed_file(
@@ -93,14 +93,14 @@ def _build_matrix(save: Save, row: tuple[int, int, int, int]) -> None:
     assert result.layers is not None and result.layers.attentions == config.depth
 
 
-@pytest.mark.parametrize("row", PAIRS, ids=lambda row: "-".join(map(str, row)))
-def test_every_pair_of_choices_builds(save: Save, row: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row)))
+def test_choices_build(save: Save, row: tuple[int, int, int, int]) -> None:
     """Form x necks x batch x positions, for three GPUs each; build_plan itself checks the types."""
     _build_matrix(save, row)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", sorted(set(PRODUCT) - set(PAIRS)), ids=lambda row: "-".join(map(str, row)))
+@pytest.mark.parametrize("row", sorted(set(PRODUCT) - set(ROWS)), ids=lambda row: "-".join(map(str, row)))
 def test_all_other_choices_build(save: Save, row: tuple[int, int, int, int]) -> None:
     _build_matrix(save, row)
 

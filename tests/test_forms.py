@@ -24,7 +24,7 @@ import engines.plan
 import neck_export
 from engines.builder import attention_forms as forms
 from engines.builder import build
-from engines.builder.attention_forms import ORDER, Attempt, forms_to_try, held_attention, relower_file, spellings
+from engines.builder.attention_forms import Attempt, forms_to_try, held_attention, relower_file, spellings
 from engines.builder.flavor import Flavor, choose_flavor
 from engines.builder.onnx_graph import BuildError, RefusedError
 from engines.builder.options import BuildOptions, PlanOptions
@@ -34,6 +34,7 @@ from export.contract.errors import ExportError
 from export.contract.export_command import export_again
 from export.contract.manifest import manifest_path, read_manifest
 from export.contract.signature import BatchRange
+from export.lowering.attention import FORMS
 from export.pipeline import export_onnx
 
 Exported = Callable[..., Path]
@@ -350,7 +351,7 @@ def test_forms_to_try(held: str, precision: Any, asked: Any, source: str | None,
     assert tuple(attempt.form for attempt in forms_to_try(held, precision, asked, manifest)) == expected
     both = forms_to_try(held, precision, asked, manifest, ("operator", "matmul"))
     assert len(both) == len(expected) + ("fp32acc" in expected)
-    assert set(expected) <= {*ORDER, "auto", None}
+    assert set(expected) <= {*FORMS, "auto", None}
 
 
 def test_weights_are_not_copied(exported: Exported, tmp_path: Path) -> None:

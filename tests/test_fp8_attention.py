@@ -26,8 +26,8 @@ from engines.layers.read_layers import read_families
 from export.contract.errors import ExportError
 from export.contract.options import QuantizeOptions
 from export.contract.targets import find_targets, why_no_fp8_attention
-from export.inspect import attention_forms, quantized_products, told_quantization
-from export.lowering.attention import PROBABILITIES, fp8_attentions
+from export.inspect import quantized_products, told_quantization
+from export.lowering.attention import PROBABILITIES, attention_forms, fp8_attentions
 from export.lowering.codes import AttentionScales, Kind
 from export.lowering.precision import kept_products, lower
 from export.lowering.quantize import Quantization, UnquantizableError, match_products

@@ -229,7 +229,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     return make
 
 
-@pytest.mark.parametrize("share", range(SHARES))
+@pytest.mark.parametrize("share", [0, *(pytest.param(share, marks=pytest.mark.slow) for share in range(1, SHARES))])
 def test_exports_by_chance(share: int, make: Make) -> None:
     """What is quantized, every type and island, the outputs' contract, and every error figure of the manifest."""
     for case in cases()[share::SHARES]:

@@ -29,21 +29,10 @@ from export.contract.onnx_file import OnnxFile
 from export.contract.options import AttentionForm, Precision, Residual, Spelling, Upsampling
 from export.contract.targets import TargetError, find_targets, prefers_attention, why_no_fp8_attention
 from export.graph.cleanup import MODULE
-from export.inspect import attention_forms
-from export.lowering.attention import AUTO, fp8_attentions
+from export.lowering.attention import AUTO, FORMS, attention_forms, fp8_attentions
 from export.lowering.quantize import Quantization
 from export.lowering.relower import relower
 from export.verification.verify import Report
-
-ORDER: tuple[AttentionForm, ...] = ("fp32acc", "fused", "unfused")
-"""The best form comes first. `fused` is only tried in BF16, where matrix multiplications always accumulate in FP32."""
-
-MEANINGS = {
-    "fp32acc": "both matrix multiplications in each attention accumulate in FP32",
-    "fused": "both matrix multiplications in each attention accumulate in FP16",
-    "unfused": "each attention runs as several kernels, which is exact but slow",
-}
-"""What a form means in FP16, as TensorRT-RTX 1.7 built it."""
 
 SPELLED = {"operator": "written as the Attention operator", "matmul": "written as MatMul, Softmax and MatMul"}
 
@@ -207,8 +196,9 @@ def forms_to_try(
         held = AUTO[precision]
     held, chosen = REPLACED_FORMS.get(str(held), held), REPLACED_FORMS.get(chosen, chosen)
     forms: tuple[str | None, ...] = (held,) if chosen == "auto" else (chosen,)
-    if chosen == "auto" and held in ORDER:
-        later = ORDER[ORDER.index(held) :]
+    names = list(FORMS)
+    if chosen == "auto" and held in names:
+        later = names[names.index(held) :]  # `fused` only in BF16, which always accumulates in FP32
         forms = tuple(form for form in later if form == held or form != "fused" or precision == "bf16")
     attempts = []
     for form in forms:
@@ -221,7 +211,7 @@ def meaning(attempt: Attempt, precision: str) -> str:
     what = (
         ("BF16 matrix multiplications accumulate in FP32 in every form")
         if precision == "bf16"
-        else MEANINGS[str(attempt.form)]
+        else FORMS[cast(AttentionForm, attempt.form)].meaning
     )
     return f"the attention was rewritten in the form {attempt.name}: {what}; verification checks the accuracy"
 

@@ -27,7 +27,7 @@ from export.foreign.risks import graph_risks, value_risks
 from export.foreign.running import CannotRunError, Runner, cut, first_non_finite, open_file, prepared_model
 from export.foreign.running import patch_embedding as find_patch_embedding
 from export.foreign.weights import WeightsFound, compare_weights
-from export.inspect import attention_forms
+from export.lowering.attention import attention_forms
 from export.verification.fidelity import Comparison, Verdict, check_overrides, compare_output, tolerance_for
 from export.verification.target_check import graph_needs, read_by
 from export.verification.verify import Reference, Report, check_memory, reference_pixels, require_runtime

@@ -22,7 +22,7 @@ def graph_risks(model: ir.Model, forms: Mapping[str, int], dynamic_size: bool = 
 
     Args:
         model: the file's graph.
-        forms: how many of its attentions have each form (`export.inspect.attention_forms`).
+        forms: how many of its attentions have each form (`export.lowering.attention.attention_forms`).
         dynamic_size: whether its image may have any size.
     """
     graph, found = model.graph, list[str]()

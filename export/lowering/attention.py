@@ -28,8 +28,8 @@ TensorRT-RTX 1.7 makes one kernel of it (family Ada_qmma_e4m3_fp32); without the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
-from typing import cast
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -43,8 +43,39 @@ from export.lowering.codes import CODES, AttentionScales, zero_code
 AUTO: dict[str, AttentionForm] = {"fp32": "fused", "fp16": "fp32acc", "bf16": "fused"}
 AUTO |= {"fp8": "fp32acc", "int8": "fp32acc"}
 """BF16 products always accumulate in FP32; an FP32 Attention node does not build, so FP32 takes MatMul and Softmax."""
-IN_FP32 = {"fp32acc": ["attention", "softmax", "mixed"], "fused": [], "unfused": ["scores", "softmax"]}
-"""Nodes, by the names that they get below, that each form computes in FP32."""
+
+
+class Form(NamedTuple):
+    """A form of attention.
+
+    Attributes:
+        in_fp32: whether the first MatMul, the Softmax and the second MatMul are computed in FP32.
+        meaning: what TensorRT-RTX 1.7 builds of the form in FP16, as a clause.
+        tuned: the spellings that `trt --tune` builds.
+    """
+
+    in_fp32: tuple[bool, bool, bool]
+    meaning: str
+    tuned: tuple[Spelling, ...] = ()
+
+
+FORMS: dict[AttentionForm, Form] = {
+    "fp32acc": Form(
+        (False, True, True),
+        "both matrix multiplications in each attention accumulate in FP32",
+        ("operator", "matmul"),
+    ),
+    "fused": Form(
+        (False, False, False), "both matrix multiplications in each attention accumulate in FP16", ("matmul",)
+    ),
+    "unfused": Form((True, True, False), "each attention runs as several kernels, which is exact but slow"),
+}
+"""All forms, the best one first. `unfused` is the last resort for exactness and slow, so it is not tuned."""
+
+FOUND = {(True, True, True): "FP32", (False, True, False): "scores32"} | {
+    form.in_fp32: name for name, form in FORMS.items()
+}
+"""What is in FP32 -> name. Files of older versions and of other tools have their Softmax alone in FP32 (scores32)."""
 
 OPERATOR_OPSET = 23
 """The opset that brought the Attention operator."""
@@ -127,14 +158,35 @@ def lower_attentions(
             nodes = _primitives(graph, core, low if form == "fp32acc" and not kept else None)
         for node in nodes:
             node.metadata_props[MODULE] = core.nodes[-1].metadata_props.get(MODULE, "")
-        islands |= {node for node in nodes if node.name in (["softmax"] if scales else IN_FP32[form])}
+        islands |= {node for node in nodes if node.name in (["softmax"] if scales else _in_fp32(form))}
         _replace(graph, core, nodes)
     return islands
+
+
+def _in_fp32(form: AttentionForm) -> set[str]:
+    """The nodes that a form computes in FP32, by the names that they get below; the operator exists for fp32acc."""
+    names = ("scores", "softmax", "mixed")
+    return {"attention"} | {name for name, wide in zip(names, FORMS[form].in_fp32, strict=True) if wide}
 
 
 def attention_name(core: AttentionCore) -> str:
     """The name of an attention for `--quantize`: its module's path and `attention`."""
     return f"{core.nodes[-1].metadata_props.get(MODULE, '')}.attention"
+
+
+def attention_forms(graph: ir.Graph) -> Iterator[str]:
+    """The form of every attention of a written graph: a name of FORMS or FOUND, `fp8` or `other`."""
+    for node in graph:
+        if node.op_type == "Attention":
+            query = node.inputs[0]
+            yield "fp32acc" if query is not None and query.dtype == ir.DataType.FLOAT else "Attention in low precision"
+        elif is_fp8_attention(node):
+            yield "fp8"
+        elif node.op_type == "Softmax":
+            scores, mixed = before_casts(node.inputs[0]), after_casts(node.outputs[0])
+            if scores is not None and mixed is not None and scores.op_type == mixed.op_type == "MatMul":
+                in_fp32 = [one.outputs[0].dtype == ir.DataType.FLOAT for one in (scores, node, mixed)]
+                yield FOUND.get((in_fp32[0], in_fp32[1], in_fp32[2]), "other")
 
 
 def is_fp8_attention(node: ir.Node) -> bool:
