@@ -160,7 +160,7 @@ def quantized_line(quantization: dict[str, Any], count: int | None = None) -> st
     count = len(quantization["products"]) if count is None else count
     attentions, results = (quantization.get(key) or {} for key in ("attentions", "results"))
     more = f" and {len(attentions)} of {quantization['of_attentions']} attention layers" if attentions else ""
-    more += f" ({len(results)} of their outputs are quantized too)" if results else ""
+    more += f" (and the outputs of {len(results)} linear layers)" if results else ""
     return (
         f"{count} of {quantization['of']} linear layers{more} are quantized to {quantization['kind']}; the "
         f"calibration used {images} image{'s' * (images > 1)}"

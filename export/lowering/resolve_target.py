@@ -52,10 +52,10 @@ def resolve_target(
     needed = OPERATOR_OPSET if operator else 22 if precision == "bf16" else 20
     if precision == "bf16" and needed > oldest.opset:
         able = [target.name for target in targets if target.opset >= needed]
-        others = f"this opset is supported by {', '.join(able)}; " if able else ""
+        others = f"opset {needed} is supported by {', '.join(able)}; " if able else ""
         raise TargetError(
-            f"--precision bf16 needs opset 22 (for convolutions in BF16), which the target {oldest.name} is not known "
-            f"to support (only opsets up to {oldest.opset}); {others}choose another --target, or use --precision fp16"
+            f"--precision bf16 needs opset 22 (for convolutions in BF16), but the target {oldest.name} is only known "
+            f"to support opsets up to {oldest.opset}; {others}choose another --target, or use --precision fp16"
         )
     chosen = opset if opset is not None or needed <= oldest.opset else oldest.opset
     return Form(form, chosen, tuple(targets), "operator" if operator else "matmul")

@@ -123,8 +123,8 @@ class Record:
             return
         if differing:
             self.outdated = (
-                f"{path}: the recorded quantization trials were made with other {', '.join(differing)}, so the "
-                "trials are repeated"
+                f"{path}: the recorded quantization trials were made with different values of "
+                f"{', '.join(differing)}, so the trials are repeated"
             )
         else:
             self.rows = rows
