@@ -298,8 +298,8 @@ def _decode(stream: BinaryIO, value_range: ValueRange | None, say: Say) -> Pixel
         most = int(np.asarray(upright).max())
         say(
             f"the image has 16-bit color with values up to about {most * 257}; only the high byte of each value is "
-            f"used, so the largest 8-bit value is {most} of 255. If that is too dark, save the image as 8-bit RGB PNG "
-            "yourself"
+            f"used, so the largest 8-bit value is {most} of 255. If that is too dark, scale the image yourself and "
+            "save it as 8-bit RGB PNG"
         )
     if upright.mode == "P" and "transparency" in upright.info:
         upright = upright.convert("RGBA")  # the same colors; Pillow warns about the direct way

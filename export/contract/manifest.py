@@ -155,7 +155,7 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ManifestError(
             f"{path}: the manifest is missing; neck-export writes one beside each ONNX file and plan, so copy the "
-            "manifest to this path, or export the ONNX file or build the plan again"
+            "manifest to this path, export the ONNX file again, or build the plan again"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         if path.is_file() and (pointer := lfs_pointer(path)):
@@ -170,7 +170,7 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
     if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
         raise ManifestError(
             f"{path}: the manifest has format {content.get('format')}, but this version of neck-export "
-            f"reads format {FORMAT}; upgrade neck-export, or export the ONNX file or build the plan again"
+            f"reads format {FORMAT}; upgrade neck-export, export the ONNX file again, or build the plan again"
         )
     files = content.get("files")
     wanted = {"name": str, "bytes": int, "sha256": str}
@@ -220,19 +220,19 @@ def check_files(path: Path, manifest: dict[str, Any], hashes: bool = True) -> No
         if not file.is_file():
             raise ManifestError(
                 f"{file}: the file is missing, but the manifest {path.name} lists it; copy it to this folder, "
-                "or export the ONNX file or build the plan again"
+                "export the ONNX file again, or build the plan again"
             )
         if file.stat().st_size != entry["bytes"] and (pointer := lfs_pointer(file)):
             raise ManifestError(pointer)
         if file.stat().st_size != entry["bytes"]:
             raise ManifestError(
                 f"{file}: the file has {file.stat().st_size} bytes, but its manifest says {entry['bytes']} "
-                "bytes; copy the file again, or export the ONNX file or build the plan again"
+                "bytes; copy the file again, export the ONNX file again, or build the plan again"
             )
         if hashes and sha256(file) != entry["sha256"]:
             raise ManifestError(
-                f"{file}: the file was changed after its manifest {path.name} was written; copy the file again, or "
-                "export the ONNX file or build the plan again"
+                f"{file}: the file was changed after its manifest {path.name} was written; copy the file again, "
+                "export the ONNX file again, or build the plan again"
             )
 
 
