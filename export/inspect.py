@@ -81,7 +81,7 @@ def inspect_onnx(path: Path, check: bool = False) -> dict[str, Any]:
         found["readers_problem"] = str(error)
     except (ManifestError, KeyError) as error:
         found["manifest"] = None
-        missing = f"{manifest_path(path)}: the entry {error} of the manifest is missing; write the file again"
+        missing = f"{manifest_path(path)}: the manifest has no entry {error}; export {path.name} again"
         found["manifest_problem"] = missing if isinstance(error, KeyError) else str(error)
         if not manifest_path(path).exists():
             found["seems"] = describe_graph(model, sum(found["attention"].values()))
@@ -132,8 +132,8 @@ def quantized_line(quantization: dict[str, Any], count: int | None = None) -> st
     images = quantization["image_count"]
     count = len(quantization["products"]) if count is None else count
     attentions, results = (quantization.get(key) or {} for key in ("attentions", "results"))
-    more = f" and {len(attentions)} of {quantization['of_attentions']} attentions" if attentions else ""
-    more += f" ({len(results)} of their outputs are quantized too)" if results else ""
+    more = f" and {len(attentions)} of {quantization['of_attentions']} attention layers" if attentions else ""
+    more += f" (and the outputs of {len(results)} linear layers)" if results else ""
     return (
         f"{count} of {quantization['of']} linear layers{more} are quantized to {quantization['kind']}; the "
         f"calibration used {images} image{'s' * (images > 1)}"

@@ -51,7 +51,8 @@ def calibration_paths(calibration: Path | None, precision: str) -> list[NamedPat
     if calibration is None or precision not in CODES:
         return []
     record = NamedPath(
-        "the record of the quantization trials (beside the file of --calibration)", record_path(calibration, precision)
+        "the results of the quantization trials (a file beside the --calibration file)",
+        record_path(calibration, precision),
     )
     return [NamedPath("the calibration file (--calibration)", calibration), record]
 
@@ -109,7 +110,7 @@ def check_paths(written: Sequence[NamedPath], read: Sequence[NamedPath]) -> None
                 raise ExportError(
                     f"{there}: this is {other}, but {what} would overwrite it; choose another name for {what}"
                 )
-        if what == "the record of the quantization trials (beside the file of --calibration)" and not _has_keys(
+        if what == "the results of the quantization trials (a file beside the --calibration file)" and not _has_keys(
             path, {"key", "rows"}
         ):
             raise ExportError(

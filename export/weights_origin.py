@@ -170,8 +170,8 @@ def manifest_precision(where: Path, manifest: Mapping[str, Any]) -> Precision:
     precision = manifest.get("precision")
     if precision not in TYPES:
         raise ManifestError(
-            f"{where}: the manifest contains the unknown precision {precision!r} (known are "
-            f"{', '.join(TYPES)}); write the file again"
+            f"{where}: the manifest contains the unknown precision {precision!r} (known precisions: "
+            f"{', '.join(TYPES)}); export the encoder again"
         )
     return precision
 
@@ -198,7 +198,7 @@ def manifest_encoder(
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise ManifestError(
             f"{where}: the manifest does not say which weights were exported (the entry {error!r} is missing "
-            "or damaged); write the file again"
+            "or damaged); export the encoder again"
         ) from None
     if random:
         for option, given in (("--checkpoint", checkpoint), ("--adapter", adapter)):
@@ -209,7 +209,7 @@ def manifest_encoder(
         return EncoderSource(seed=weights["seed"], config=config).load().encoder
     if not all(isinstance(value, str) for value in names.values()):
         raise ManifestError(
-            f"{where}: `state` and `prefix` in the manifest's entry `weights` are not text; export the file again"
+            f"{where}: `state` and `prefix` in the manifest's entry `weights` are not strings; export the encoder again"
         )
     path = local_checkpoint(checkpoint) if checkpoint else path
     assert path is not None
@@ -243,7 +243,7 @@ def _same_weights(
     if not isinstance(digests, dict):
         raise ExportError(
             f"{path}: this is not the checkpoint that was exported, because its SHA-256 differs from the one "
-            f"in {where.name}; pass the right file with --checkpoint"
+            f"in {where.name}; use --checkpoint to pass the checkpoint that was exported"
         )
     unnamed = dataclasses.replace(source, state=None, prefix=None)
     ways = [unnamed]
@@ -273,7 +273,7 @@ def _same_weights(
     if isinstance(problems[0], ExportError):
         raise problems[0]
     raise ExportError(
-        f"{path}: this is not the checkpoint that was exported (its SHA-256 differs from the one in "
-        f"{where.name}), and its weights cannot be compared with those of the exported file: {problems[0]}; pass the "
-        f"right file with --checkpoint"
+        f"{path}: this is not the checkpoint that was exported: its SHA-256 differs from the one in {where.name}, and "
+        f"its weights cannot be compared with those of the exported file ({problems[0]}); use --checkpoint to pass the "
+        "checkpoint that was exported"
     )

@@ -121,7 +121,7 @@ def read_image(path: Path, value_range: ValueRange | None = None, say: Say = sil
             reason = str(error)
         except UnidentifiedImageError:
             reason = (
-                f"the file is damaged or has an unsupported format (supported are {', '.join(FORMATS)}); "
+                f"the file is damaged or has an unsupported format (supported formats: {', '.join(FORMATS)}); "
                 "download it again or convert it to PNG"
             )
             if tiff := describe_tiff(stream):
@@ -233,7 +233,7 @@ def find_images(folder: Path) -> list[Path]:
         skipped = f"{line}; " if (line := skipped_line(folder)) else ""
         names = ", ".join(sorted(SUFFIXES))
         raise ImageError(
-            f"The folder {folder} contains no image; {skipped}supported are files whose names end in {names}."
+            f"The folder {folder} contains no image; {skipped}the supported file name extensions are {names}."
         )
     return images
 
@@ -297,8 +297,9 @@ def _decode(stream: BinaryIO, value_range: ValueRange | None, say: Say) -> Pixel
             )
         most = int(np.asarray(upright).max())
         say(
-            f"the image has 16-bit color with values up to about {most * 257}; only the high byte of each "
-            f"value is used, which gives 0 to {most} of 255"
+            f"the image has 16-bit color with values up to about {most * 257}; only the high byte of each value is "
+            f"used, so the largest 8-bit value is {most} of 255. If that is too dark, scale the image yourself and "
+            "save it as 8-bit RGB PNG"
         )
     if upright.mode == "P" and "transparency" in upright.info:
         upright = upright.convert("RGBA")  # the same colors; Pillow warns about the direct way
@@ -322,8 +323,8 @@ def _to_8_bits(values: np.ndarray, bits: int, value_range: ValueRange | None, sa
     high = (values.astype(np.int32) >> 8).astype(np.uint8)
     taken = f"{high.min()} to {high.max()} of 255"
     say(
-        f"the image is {kind} of 65535; only the high byte of each value is used, which gives {taken}; use "
-        "--image-range LOW:HIGH to scale the values instead"
+        f"the image is {kind} (the maximum is 65535); only the high byte of each value is used, so the 8-bit values "
+        f"range from {taken}. To scale the values instead, use --image-range LOW:HIGH"
     )
     return high
 

@@ -96,7 +96,7 @@ def test_a_file_that_was_renamed_with_its_manifest(written: Path) -> None:
     with pytest.raises(ManifestError, match="is missing"):  # the control: the manifest has its name yet
         check_files(written, content)
     written.rename(written.with_name("y.json"))
-    with pytest.raises(ManifestError, match=r"y\.json: .*name was x\.json.*x\.onnx, x\.onnx\.data"):
+    with pytest.raises(ManifestError, match=r"y\.json: .* rename them back to x\.json .*x\.onnx, x\.onnx\.data"):
         check_files(written.with_name("y.json"), content)
 
 
@@ -127,7 +127,10 @@ def edited(**changes: Any) -> Callable[[dict[str, Any]], str]:
         (lambda content: "[1]", "not a manifest of the kind onnx"),
         (lambda content: "{}", "not a manifest of the kind onnx"),
         (edited(kind="plan"), "not a manifest of the kind onnx"),
-        (edited(format=FORMAT + 1), f"the manifest has format {FORMAT + 1}, but this version reads format {FORMAT}"),
+        (
+            edited(format=FORMAT + 1),
+            f"the manifest has format {FORMAT + 1}, but this version of neck-export reads format {FORMAT}",
+        ),
         (edited(format=None), "format None"),
         (edited(files=None), "not list its files"),
         (edited(files=["x.onnx"]), "not list its files"),

@@ -85,7 +85,12 @@ def test_what_runs_is_heard(tmp_path: Path) -> None:
     [
         (pickles, "MOST_OPERATIONS", {"a": list(range(100))}, "operations"),
         (state_dicts, "MOST_VISITED", {str(index): {} for index in range(20)}, "entries"),
-        (state_dicts, "MOST_PARTS", nn.Sequential(*(nn.ReLU() for _ in range(20))), "more than 10 parts"),
+        (
+            state_dicts,
+            "MOST_PARTS",
+            nn.Sequential(*(nn.ReLU() for _ in range(20))),
+            "more than 10 submodules and tensors",
+        ),
         (state_dicts, "LONGEST", nn.ModuleDict({"a" * 20: nn.ReLU()}), "a name of more than 10 characters"),
     ],
 )

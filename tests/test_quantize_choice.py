@@ -117,7 +117,7 @@ def test_squares_add() -> None:
     assert expected_error(products) == pytest.approx(worst([one.name for one in products]), rel=0.5)
     assert expected_error(products) > 1.5 * max(one.worst for one in products)
     lines = curve_lines(chosen().curve, len(chosen().names), product_rates("fp8").source)
-    assert "the time by the published rates of an L4 GPU (not measured)" in lines[0]
+    assert "the computing time at the published rates of an L4 GPU (not measured)" in lines[0]
     assert sum("<- chosen" in line for line in lines) == 1
     shares = [row["share"] for row in chosen().curve]
     assert shares == sorted(shares)
@@ -148,7 +148,7 @@ def test_times_are_by_this_gpus_rates_where_it_multiplies_the_kind(on_a_gpu: dic
     assert published.per_s == rates.PUBLISHED and published.source.endswith("compute capability >= 8.9)")
     assert expected_ms(products, 1, "fp8") == pytest.approx(1e17 / 242.5e12 + 1e17 / 121e12)
     on_a_gpu["int8"] = 4e14
-    assert product_rates("int8").source == "by the rates that torch reaches on this NVIDIA L40S (measured)"
+    assert product_rates("int8").source == "at the rates that torch reaches on this NVIDIA L40S (measured)"
     assert expected_ms(products, 1, "int8") == pytest.approx(1250)
 
 
@@ -199,7 +199,7 @@ def test_the_search_finds_the_last_set_that_fits(fits: int, bias: float) -> None
 
 
 def test_a_budget_that_nothing_meets() -> None:
-    with pytest.raises(CalibrationError, match=r".*, causes 0\.0\d"):
+    with pytest.raises(CalibrationError, match=r"--budget 0\.001: .* error of 0\.0\d"):
         choose(measured(), 0.001, lambda names: trials().run(*names), "fp8")
 
 

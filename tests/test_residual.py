@@ -77,7 +77,7 @@ def test_fp32_sums_of_an_fp32_file_change_nothing() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     for precision in ("bf16", "fp32"):
-        with pytest.raises(ExportError, match=f"--residual fp16 is not possible in a file in {precision}"):
+        with pytest.raises(ExportError, match=f"--residual fp16 cannot be used for a file in {precision}"):
             lowered(precision, "fp16")
     golden = load_golden("meta-dual")
     model = traced(golden.encoder, golden.config, necks="sam3", positions="none").model

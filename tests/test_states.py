@@ -510,7 +510,7 @@ def test_the_manifest_tells_the_state_and_finds_it_again(tmp_path: Path) -> None
     assert_is(manifest_encoder(tmp_path / "x.json", manifest), plain())
     weights["state"] = 3
     with pytest.raises(
-        ManifestError, match=r"x.json: `state` and `prefix` in the manifest's entry `weights` are not text"
+        ManifestError, match=r"x.json: `state` and `prefix` in the manifest's entry `weights` are not strings"
     ):
         manifest_encoder(tmp_path / "x.json", manifest)
 

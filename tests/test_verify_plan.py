@@ -186,7 +186,7 @@ def test_verify_plan_finds_the_encoder_in_the_manifest(save: Save, monkeypatch: 
     assert verdict.method.startswith("PyTorch FP32 (cpu) against TensorRT-RTX 1.7.1.116 on NVIDIA L4")
     assert verdict.method.endswith("2 images")
     assert [step.split(":")[0].split(" in ")[0] for step in steps] == [
-        "computing the reference outputs with the plain module",
+        "computing the reference outputs",
         "running the plan",
     ]
     manifest["onnx_manifest"]["weights"]["seed"] = 1  # the control: another encoder

@@ -80,7 +80,7 @@ def _finite(values: Any) -> Any:
 def _finite_number(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is not a number in JSON")
+        raise ValueError(f"the number {text} is not finite")
     return number
 
 
@@ -154,21 +154,23 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ManifestError(
-            f"{path}: the manifest is missing; neck-export writes it together with the file, so copy it to "
-            "the same folder or write the file again"
+            f"{path}: the manifest is missing; neck-export writes one beside each ONNX file and plan, so copy the "
+            "manifest to this path, export the ONNX file again, or build the plan again"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         if path.is_file() and (pointer := lfs_pointer(path)):
             raise ManifestError(pointer) from None
-        raise ManifestError(f"{path}: the manifest cannot be read ({error}); write the file again") from None
+        raise ManifestError(
+            f"{path}: the manifest cannot be read ({error}); export the ONNX file or build the plan again"
+        ) from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise ManifestError(
-            f"{path}: the file is not a manifest of the kind {kind}; write the file that it belongs to again"
+            f"{path}: this is not a manifest of the kind {kind}; export the ONNX file or build the plan again"
         )
     if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
         raise ManifestError(
-            f"{path}: the manifest has format {content.get('format')}, but this version reads format {FORMAT}; "
-            "upgrade neck-export or write the file again"
+            f"{path}: the manifest has format {content.get('format')}, but this version of neck-export "
+            f"reads format {FORMAT}; upgrade neck-export, export the ONNX file again, or build the plan again"
         )
     files = content.get("files")
     wanted = {"name": str, "bytes": int, "sha256": str}
@@ -178,7 +180,8 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
     )
     if not named:
         raise ManifestError(
-            f"{path}: the manifest does not list its files with their sizes and SHA-256; write the file again"
+            f"{path}: the manifest does not list its files with their sizes and SHA-256; export the ONNX file or "
+            "build the plan again"
         )
     return content
 
@@ -206,40 +209,42 @@ def check_files(path: Path, manifest: dict[str, Any], hashes: bool = True) -> No
         if Path(entry["name"]).name != entry["name"]:
             raise ManifestError(
                 f"{path}: the manifest names the path {entry['name']!r}, which is outside the manifest's "
-                "folder; write the file again"
+                "folder; export the ONNX file or build the plan again"
             )
         file = path.with_name(entry["name"])
         if not file.is_file() and (names := _renamed(path, manifest)):
             raise ManifestError(
-                f"{path}: this manifest and its data file were renamed (the manifest's name was {names[0]}); {names[1]}"
+                f"{path}: this manifest and its data file were renamed, but files that belong together must keep "
+                f"their names; rename them back to {names[0]} (the manifest) and {names[1]}"
             )
         if not file.is_file():
             raise ManifestError(
-                f"{file}: the file is missing, but the manifest {path.name} lists it; copy it to this folder "
-                "or write it again"
+                f"{file}: the file is missing, but the manifest {path.name} lists it; copy it to this folder, "
+                "export the ONNX file again, or build the plan again"
             )
         if file.stat().st_size != entry["bytes"] and (pointer := lfs_pointer(file)):
             raise ManifestError(pointer)
         if file.stat().st_size != entry["bytes"]:
             raise ManifestError(
                 f"{file}: the file has {file.stat().st_size} bytes, but its manifest says {entry['bytes']} "
-                "bytes; copy or write the file again"
+                "bytes; copy the file again, export the ONNX file again, or build the plan again"
             )
         if hashes and sha256(file) != entry["sha256"]:
             raise ManifestError(
-                f"{file}: the file was changed after its manifest {path.name} was written; copy or write the file again"
+                f"{file}: the file was changed after its manifest {path.name} was written; copy the file again, "
+                "export the ONNX file again, or build the plan again"
             )
 
 
 def _renamed(path: Path, manifest: dict[str, Any]) -> tuple[str, str] | None:
-    """The name that a manifest had, and how to undo its renaming; None where the manifest still has that name."""
+    """The names that a manifest and its files had; None where the manifest still has that name."""
     names = [entry["name"] for entry in manifest["files"]]
     had = manifest_path(path.with_name(names[0])).name if names else path.name
     main = next((name for name in names if manifest_path(path.with_name(name)).name == path.name), None)
     in_triton = path.name == "manifest.json"
     if in_triton or main is not None or had == path.name or path.with_name(had).exists():
         return None
-    return had, f"files that belong together must keep their names; rename them back to {had}, {', '.join(names)}"
+    return had, ", ".join(names)
 
 
 def lfs_pointer(path: Path) -> str | None:

@@ -112,11 +112,11 @@ def parse_attention(text: str) -> str:
     forms = get_args(AttentionForm)
     if text == "scores32":
         raise OptionError(
-            "the attention form scores32 was removed; use fp32acc, which the same runtimes support and which "
+            "--attention scores32 was removed; use --attention fp32acc, which the same runtimes support and which "
             "accumulates in FP32"
         )
     if text not in forms:
-        raise OptionError(f"{text!r} is not a form of attention; use one of {', '.join(forms)}")
+        raise OptionError(f"--attention {text!r} is not supported; use one of {', '.join(forms)}")
     return text
 
 

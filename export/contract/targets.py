@@ -154,7 +154,8 @@ def _ort(
 ) -> Target:
     known = BASIC | OTHER_EXPORTERS | GELU | QUANTIZED | (INTEGER_PRODUCTS - CONV_INTEGER) | QLINEAR | more
     kernels = (
-        "OperatorKernels.md lists kernels for INT8 in every opset, with zero points too, and for INT32; tried with 1.32"
+        "OperatorKernels.md of ONNX Runtime lists kernels of QuantizeLinear and DequantizeLinear for INT8 in every "
+        "opset, with zero points too, and for INT32; tried with ONNX Runtime 1.32"
     )
     types = HALF | {"INT8"}
     return Target(
@@ -167,8 +168,8 @@ _NOTHING: frozenset[str] = frozenset()
 _LAYOUT_21 = {"Reshape": 21, "Shape": 21, "Squeeze": 21, "Transpose": 21, "Unsqueeze": 21}
 _NEW_22 = {"Attention": 23, "ConvTranspose": 22, "MaxPool": 22, "Pad": 19}
 _ORT = (
-    "ONNX Runtime has no BF16 kernels for the CPU (ort#27892; version 1.32 does not run Conv of opset 22) and no BF16 "
-    "MaxPool kernel for CUDA (OperatorKernels.md)"
+    "ONNX Runtime has no BF16 kernels for the CPU (microsoft/onnxruntime#27892): version 1.32 does not run a BF16 Conv "
+    "of opset 22. For CUDA, it has no BF16 MaxPool kernel (OperatorKernels.md of ONNX Runtime)"
 )
 
 TARGETS: tuple[Target, ...] = (

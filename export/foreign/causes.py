@@ -196,7 +196,8 @@ def _position_cause(match: Match, array: np.ndarray, encoder: Sam3DualViTDetNeck
         return Cause(
             "positions",
             name,
-            f"the output {name} is {what}, but the channels of the columns come before those of the rows",
+            f"the output {name} is {what}, but with its channels in the wrong order: those that encode the column (x) "
+            "come before those that encode the row (y)",
         )
     lengths = []
     for line, length in ((rows, height), (columns, width)):

@@ -180,7 +180,7 @@ class _Judge:
         embedded = self._embedded()
         encoding = self._fitting(embedded) if embedded else None
         arrays, largest = self._run(runner, encoding or self.image.encodings()[0])
-        self.report("computing the reference with the plain module in PyTorch FP32")
+        self.report("computing the reference outputs in PyTorch FP32")
         tensors = encoder_tensors(self.encoder, self.images)
         shared = only_needed(tensors)
         matches, unmatched = self._match(arrays, shared)
@@ -329,12 +329,12 @@ class _Judge:
                     Cause(
                         kind,
                         name,
-                        f"{told}, which is that of a feature map of another size; the sizes of this encoder's "
-                        f"feature maps are {sizes}",
+                        f"{told}, which looks like a feature map of the wrong size; the feature maps of this "
+                        f"encoder have the sizes {sizes}",
                     )
                 )
             elif pairs & sides or tokens & {*shape}:
-                told += ", whose number of channels no output of the encoder has"
+                told += ", but no output of the encoder has this number of channels"
                 hint = "; to compare SAM 2's high-resolution maps, use a checkpoint that contains the mask decoder"
                 causes.append(Cause(kind, name, told + hint * (self.encoder.sam2_head is None)))
         return causes
@@ -367,7 +367,7 @@ class _Judge:
             if cause := input_cause(embedded, embed, self.images, moved=weights.origin != "other weights"):
                 return [*causes, cause]
         if weights.origin in ("another fine-tune's", "other weights"):
-            causes.append(Cause("weights", None, f"the weights of the file are not the checkpoint's but {weights}"))
+            causes.append(Cause("weights", None, f"the weights of the file are not from the checkpoint, but {weights}"))
         rest = []
         for match in failed:
             if match.output in overflown:

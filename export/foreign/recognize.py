@@ -67,7 +67,7 @@ def describe_graph(model: ir.Model, attentions: int) -> str:
         layout = images[0][1]
         return (
             f"the graph has the structure of SAM 3's image encoder: one image input ({inputs}, {layout}), "
-            f"14x14 patches, {patch[2]} channels, {attentions} attentions"
+            f"14x14 patches, {patch[2]} channels, {attentions} attention layers"
         )
     like = looks_like(model)
     return (
@@ -96,7 +96,7 @@ def refuse(path: Path, model: ir.Model, config: EncoderConfig, why: str) -> NoRe
     if found and found[0] == found[1] == config.patch_size and found[2] != config.embed_dim:
         raise NotEncoderError(
             f"{path}: the file contains an encoder with {found[2]} channels, but the checkpoint's encoder has "
-            f"{config.embed_dim}; pass the checkpoint that this file was exported from with --checkpoint"
+            f"{config.embed_dim}; use --checkpoint to pass the checkpoint from which this file was exported"
         )
     sizes = {
         side for value, _ in image_inputs(model.graph)[:1] for side in (value.shape or [])[-2:] if isinstance(side, int)

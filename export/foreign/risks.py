@@ -32,13 +32,14 @@ def graph_risks(model: ir.Model, forms: Mapping[str, int], dynamic_size: bool = 
     accumulate = forms["fused"] + forms["scores32"] + forms["Attention in low precision"]
     if half and accumulate:
         found.append(
-            f"{accumulate} attentions are in FP16, so TensorRT fuses them and accumulates their matrix "
-            "multiplications in FP16, as in published engines that failed (NVIDIA/TensorRT#4837); "
-            "`neck-export onnx` writes attention that accumulates in FP32"
+            f"{accumulate} attention layers are in FP16, so TensorRT fuses them and accumulates their matrix "
+            "multiplications in FP16; published engines of this kind returned useless features "
+            "(NVIDIA/TensorRT#4837). Export the encoder with `neck-export onnx`, whose attention accumulates in FP32"
         )
     if low and (unfused := forms["unfused"] + forms["FP32"]):
         found.append(
-            f"{unfused} attentions compute their scores in FP32, so TensorRT does not fuse them and the engine is slow"
+            f"{unfused} attention layers compute their scores in FP32, so TensorRT does not fuse them and the "
+            "engine is slow"
         )
     for operator, what in (("LayerNormalization", "LayerNorms"), ("Softmax", "softmaxes")):
         if count := sum(node.op_type == operator and node.outputs[0].dtype == ir.DataType.FLOAT16 for node in graph):

@@ -58,19 +58,16 @@ class WeightsFound:
         total = count + len(self.near) + len(self.unknown)
         if self.origin == "the checkpoint's":
             more = f"; {len(self.unknown)} other tensors are folded or unknown" if self.unknown else ""
-            return (
-                f"the checkpoint's: {count} of {total} tensors have the same values as in the checkpoint "
-                f"({forms}){more}"
-            )
+            return f"from the checkpoint: {count} of {total} tensors have the same values there ({forms}){more}"
         if self.origin == "another fine-tune's":
             name, error = max(self.near.items(), key=lambda pair: pair[1])
             return (
-                f"another fine-tune's: {len(self.near)} of {total} tensors differ from those of the "
+                f"from another fine-tune: {len(self.near)} of {total} tensors differ from those of the "
                 f"checkpoint (the largest relative difference is {error:.2g}, in {name})"
             )
         if self.origin == "other weights":
-            return f"other weights: {len(self.unknown)} of {total} tensors resemble no tensor of the checkpoint"
-        return f"unknown weights: only {count} of {total} tensors could be compared with those of the checkpoint"
+            return f"of another origin: {len(self.unknown)} of {total} tensors resemble no tensor of the checkpoint"
+        return f"of unknown origin: only {count} of {total} tensors could be compared with those of the checkpoint"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""

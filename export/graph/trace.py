@@ -177,8 +177,8 @@ def _entry(part: list[ir.Node], live: set[ir.Value]) -> ir.Value:
     outside = {value for node in part for value in node.inputs if value in live and value not in inside}
     if len(outside) != 1:
         raise ExportError(
-            f"a traced transformer block reads {len(outside)} tensors that depend on the image instead of 1, "
-            "so the graph cannot be rewritten; use --no-rewrite"
+            f"a traced transformer block reads {len(outside)} tensors that depend on the image, but only 1 "
+            "is expected, so the graph cannot be rewritten; use --no-rewrite"
         )
     return outside.pop()
 
@@ -189,8 +189,8 @@ def _exit(part: list[ir.Node]) -> ir.Value:
     leaving = [value for node in part for value in node.outputs if any(user not in inside for user, _ in value.uses())]
     if len(leaving) != 1:
         raise ExportError(
-            f"a traced transformer block returns {len(leaving)} tensors instead of 1, so the graph cannot be "
-            "rewritten; use --no-rewrite"
+            f"a traced transformer block returns {len(leaving)} tensors, but only 1 is expected, so the graph "
+            "cannot be rewritten; use --no-rewrite"
         )
     return leaving[0]
 

@@ -141,11 +141,11 @@ def lower_attentions(
     islands: set[ir.Node] = set()
     cores = find_attentions(graph)
     if fp8 and form != "fp32acc":
-        raise ExportError(f"FP8 attention cannot have the form {form}; use --attention auto or fp32acc")
+        raise ExportError(f"--attention {form} cannot be combined with FP8 attention; use --attention auto or fp32acc")
     if missing := set(fp8 or ()) - {attention_name(core) for core in cores}:
         raise ExportError(
-            f"{min(missing)}: the calibration names this attention, but the graph does not contain it; calibrate "
-            "again for this encoder"
+            f"{min(missing)}: the calibration contains an attention layer of this name, but the graph does not; "
+            "repeat the calibration with this encoder"
         )
     for core in cores:
         kept = core.nodes[-1].metadata_props.get(MODULE) in fp32_modules
@@ -229,8 +229,8 @@ def _of_attention(node: ir.Node) -> AttentionCore:
     if more or not all(heads) or any(_number(node, name) for name in ("is_causal", "softcap")):
         path = node.metadata_props.get(MODULE) or node.name
         raise ExportError(
-            f"the attention {path} has a mask, a cache, grouped heads or a softcap, so its form cannot be "
-            "changed; only plain attention is supported"
+            f"the attention {path} has a mask, a cache, grouped heads or a softcap, but neck-export can only export "
+            "attention without these; use another trunk"
         )
     head_dim = cast(int, shape[-1])
     return AttentionCore([node], query, key, value, scale.as_float() if scale else head_dim**-0.5, node.outputs[0])

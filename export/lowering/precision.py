@@ -82,8 +82,8 @@ def lower(
         )
     if precision in CODES and quantization is None:
         raise ExportError(
-            f"a file in {precision} needs a calibration of its linear layers, but none was given; pass the "
-            "quantization, or use another precision"
+            f"a file in {precision} needs a Quantization of its linear layers, but none was given; pass one as the "
+            "argument quantization, or use another precision"
         )
     low = next((value.dtype for value in graph.initializers.values() if value.dtype in LOW), None)
     if low:
@@ -168,8 +168,8 @@ def check_residual(precision: str, residual: Residual) -> None:
     """
     if residual == "fp16" and TYPES[precision] != ir.DataType.FLOAT16:
         raise ExportError(
-            f"--residual fp16 is not possible in a file in {precision}, whose residual sums are in "
-            f"{precision} or FP32; leave out --residual, or use --residual fp32"
+            f"--residual fp16 cannot be used for a file in {precision}; leave out --residual, which gives residual "
+            f"sums in {precision}, or use --residual fp32"
         )
 
 

@@ -197,8 +197,8 @@ def quantize(graph: ir.Graph, quantization: Quantization, fp32_modules: Collecti
     for name, scale in quantization.scales.items():
         if name not in products:
             raise ExportError(
-                f"{name}: the calibration names this linear layer, but the graph does not contain it; "
-                "calibrate again for this encoder"
+                f"{name}: the calibration contains a linear layer of this name, but the graph does not; "
+                "repeat the calibration with this encoder"
             )
         if products[name].metadata_props.get(MODULE, "") not in fp32_modules:
             if name in quantization.moves:
@@ -221,8 +221,8 @@ def move_channels(graph: ir.Graph, name: str, node: ir.Node, factors: Tensor) ->
         value = cast(ir.Value, norm.inputs[0])
     if norm is None or norm.op_type != "LayerNormalization" or len(value.uses()) > 1:
         raise ExportError(
-            f"{name}: the input of this linear layer does not come directly from a LayerNorm, so its channels "
-            "cannot be scaled; calibrate again for this encoder"
+            f"{name}: the calibration scales the input channels of this linear layer, but the layer's input does not "
+            "come directly from a LayerNorm; repeat the calibration with this encoder"
         )
     changes = [(norm, 1, 1 / factors), (norm, 2, 1 / factors), (node, 1, factors[:, None])]
     for user, position, factor in changes:

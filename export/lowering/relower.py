@@ -41,13 +41,13 @@ def relower(
     graph = model.graph
     if precision == "fp32":
         raise ExportError(
-            "the model is in FP32, and the form of its attention can only be changed together with its "
-            "precision; choose --precision fp16 or bf16"
+            "the model is in FP32, and its attention can only be changed together with its precision; choose "
+            "--precision fp16 or bf16"
         )
     if not any(MODULE in node.metadata_props for node in graph):
         raise ExportError(
-            "the file was not written by neck-export, so the form of its attention cannot be changed; export "
-            "the encoder with `neck-export onnx`"
+            "the file was not written by neck-export, so its attention cannot be changed; export the encoder with "
+            "`neck-export onnx`"
         )
     if not keep_fp8:
         _drop_fp8_attentions(graph)

@@ -52,10 +52,10 @@ def resolve_target(
     needed = OPERATOR_OPSET if operator else 22 if precision == "bf16" else 20
     if precision == "bf16" and needed > oldest.opset:
         able = [target.name for target in targets if target.opset >= needed]
-        others = f"{', '.join(able)} can; " if able else ""
+        others = f"opset {needed} is supported by {', '.join(able)}; " if able else ""
         raise TargetError(
-            f"--precision bf16 needs opset 22 for its convolutions, but the target {oldest.name} is only "
-            f"known to support opsets up to {oldest.opset}; {others}remove it from --target, or use --precision fp16"
+            f"--precision bf16 needs opset 22 (for convolutions in BF16), but the target {oldest.name} is only known "
+            f"to support opsets up to {oldest.opset}; {others}choose another --target, or use --precision fp16"
         )
     chosen = opset if opset is not None or needed <= oldest.opset else oldest.opset
     return Form(form, chosen, tuple(targets), "operator" if operator else "matmul")
@@ -70,7 +70,7 @@ def _check_types(targets: Sequence[Target], precision: Precision) -> None:
     unable = [target.name for target in targets if wanted not in target.types]
     if unable:
         able = [target.name for target in targets if wanted in target.types]
-        others = f"{', '.join(able)} can; " if able else ""
+        others = f"it is supported by {', '.join(able)}; " if able else ""
         remedy = "fp16" if all("FLOAT16" in target.types for target in targets) else "fp32"
         raise TargetError(
             f"--precision {precision} is not known to be supported by the target {', '.join(unable)}; "

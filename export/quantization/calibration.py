@@ -303,7 +303,10 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
     except (SafetensorError, OSError, ValueError, LookupError, RecursionError):
         raise CalibrationError(f"{path}: the file is not a calibration that neck-export wrote; {fix}") from None
     if about.get("format") not in range(OLDEST_FORMAT, FORMAT + 1):
-        raise OutdatedError(f"{path}: the calibration was written by an incompatible version of neck-export")
+        raise OutdatedError(
+            f"{path}: the calibration was written by another version of neck-export, in a format that this "
+            "version cannot read"
+        )
     if about.get("image_size") != list(image_size):
         raise OutdatedError(
             f"{path}: the calibration was made for the image size {about.get('image_size')}, but the size is "
@@ -321,7 +324,9 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
                 sides |= {f"{name}.{part}": attention.qkv.in_features for part in PARTS}
         kept = _sorted({name: _read_layer(name, side, tensors) for name, side in sides.items()})
         if type(about["images"]) is not int or about["images"] < 1:
-            raise ValueError(f"it states {about['images']!r} as its number of calibration images")
+            raise ValueError(
+                f"its number of calibration images is {about['images']!r} instead of an integer of at least 1"
+            )
     except (LookupError, ValueError) as error:
         raise CalibrationError(f"{path}: the calibration is damaged ({error}); {fix}") from None
     return Calibration(about["images"], image_size, about["encoder"], *kept)
@@ -343,5 +348,8 @@ def _read_layer(name: str, channels: int, tensors: Mapping[str, Tensor]) -> Laye
                 f"the tensor {name}.{field} does not consist of finite float32 numbers in the layer's shape"
             )
     if not count or not (found.weights > 0).all() or (found.rows.abs() > found.channels).any():
-        raise ValueError(f"the stored inputs of the layer {name} are inconsistent")
+        raise ValueError(
+            f"the layer {name} has no stored inputs, inputs with a weight of 0 or less, or inputs above their "
+            "channel's stored maximum"
+        )
     return found

@@ -119,12 +119,12 @@ class Record:
             rows = {name: [_comparison(row) for row in rows] for name, rows in held["rows"].items()}
             differing = [part for part in self.key if held["key"].get(part) != self.key[part]]
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            self.outdated = f"{path}: the record of earlier quantization trials is damaged, so the trials are repeated"
+            self.outdated = f"{path}: the file with earlier quantization trials is damaged, so the trials are repeated"
             return
         if differing:
             self.outdated = (
-                f"{path}: the recorded quantization trials were made with other {', '.join(differing)}, so the "
-                "trials are repeated"
+                f"{path}: the recorded quantization trials were made with different values of "
+                f"{', '.join(differing)}, so the trials are repeated"
             )
         else:
             self.rows = rows
@@ -258,8 +258,8 @@ def choose(
         at = at if inside < at < outside else (inside + outside) // 2
     if not inside:
         raise CalibrationError(
-            f"--budget {budget:g}: quantizing a single linear layer already exceeds this error; the best "
-            f"layer, {ordered[0].name}, causes {min(measured.values()):.3g}; raise --budget or use --precision fp16"
+            f"--budget {budget:g}: even if only the most suitable layer, {ordered[0].name}, is quantized, the relative "
+            f"L2 error of {min(measured.values()):.3g} exceeds this budget; raise --budget or use --precision fp16"
         )
     return Choice(tuple(one.name for one in ordered[:inside]), tuple(_curve(ordered, kind, measured)))
 
@@ -282,10 +282,10 @@ def _curve(ordered: Sequence[Product], kind: Kind, measured: Mapping[int, float]
 
 def curve_lines(curve: Sequence[Mapping[str, Any]], count: int, rates: str) -> list[str]:
     """The curve for a screen, with whose rates its times are by; the row of the choice is marked."""
-    head = f"{'products':>8} {'operations':>10} {'time':>9} {'expected L2':>12} {'measured L2':>12}"
+    head = f"{'layers':>8} {'operations':>10} {'time':>9} {'expected L2':>12} {'measured L2':>12}"
     lines = [
-        f"for each number of quantized layers: their share of the operations, the time {rates}, and the relative L2 "
-        "error of the features:",
+        "this table lists, for each number of quantized layers, their share of the operations, the computing time "
+        f"{rates}, and the relative L2 error of the features:",
         head,
     ]
     for row in curve:

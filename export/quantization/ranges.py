@@ -183,7 +183,7 @@ def clipping_note(ranges: dict[str, Range], kind: Kind) -> str | None:
     if worst.clipped < NAMED_SHARE:
         return None
     return (
-        f"{name}: {worst.clipped:.2%} of the input values exceed {worst.scale * LIMITS[kind]:.3g} and are "
-        f"clipped by the quantization (the largest value is {worst.largest:.3g}); this range, found with the "
-        f"method {worst.method}, gives the smallest error"
+        f"{name}: the quantization range of the input ends at {worst.scale * LIMITS[kind]:.3g}, so "
+        f"{worst.clipped:.2%} of the input values are clipped (the largest is {worst.largest:.3g}); this range, found "
+        f"with the method {worst.method}, gives the smallest error"
     )

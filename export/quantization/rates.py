@@ -26,7 +26,7 @@ class Rates(NamedTuple):
 @functools.cache
 def product_rates(kind: str) -> Rates:
     """Of FP16 and a kind (fp8, int8): measured where torch has a GPU that multiplies it, else published."""
-    published = Rates(PUBLISHED, "by the published rates of an L4 GPU (not measured)")
+    published = Rates(PUBLISHED, "at the published rates of an L4 GPU (not measured)")
     if not torch.cuda.is_available():
         return published
     try:
@@ -38,7 +38,7 @@ def product_rates(kind: str) -> Rates:
                 f"{published.source}, because torch cannot multiply {kind.upper()} matrices on this machine ({why})"
             )
         )
-    return Rates(found, f"by the rates that torch reaches on this {torch.cuda.get_device_name()} (measured)")
+    return Rates(found, f"at the rates that torch reaches on this {torch.cuda.get_device_name()} (measured)")
 
 
 def measure_rate(kind: str) -> float:

@@ -210,11 +210,11 @@ def _asked(
     for pattern in patterns:
         everywhere = match_products([pattern], candidates)
         if not set(everywhere) & set(able):
-            what = f"--quantize {pattern!r} matches only attentions or outputs of linear layers"
+            what = f"--quantize {pattern!r} matches only attention layers or outputs of linear layers"
             if kind != "fp8":
                 raise ExportError(
-                    f"{what}, which can only be quantized to FP8, because no TensorRT fuses INT8 attention; "
-                    "use --precision fp8 or another pattern"
+                    f"{what}, which can only be quantized to FP8, because no version of TensorRT fuses INT8 "
+                    "attention; use --precision fp8, or another pattern for --quantize"
                 )
             raise ExportError(
                 f"{what}, which cannot be quantized here: {no_attention}; leave out the pattern, or choose "
@@ -237,7 +237,7 @@ def _without_attentions(
     )
     fix = "delete the file and repeat the command with --images to calibrate again"
     if not set(patterns) <= {AUTO, "all"}:
-        raise CalibrationError(f"{what}; {fix}, or select no attention with --quantize")
+        raise CalibrationError(f"{what}; {fix}, or remove the patterns of attention layers from --quantize")
     notes.append(f"{what}, so attention is not quantized; {fix}")
     return [name for name in names if not name.endswith((ATTENTION, RESULT))]
 

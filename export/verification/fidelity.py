@@ -177,13 +177,13 @@ def compare(
     for name, array in candidate.items():
         if name not in reference:
             raise FidelityError(
-                f"the output {name} is missing in the reference, which contains {', '.join(reference)}; make "
-                "a reference for this file"
+                f"the output {name} is missing in the reference, which contains {', '.join(reference)}; "
+                "use a reference that make_reference computed with this file's signature"
             )
         if reference[name].shape != array.shape:
             raise FidelityError(
                 f"the output {name} has the shape {array.shape}, but the shape in the reference is "
-                f"{reference[name].shape}; make a reference for this file"
+                f"{reference[name].shape}; use a reference that make_reference computed with this file's signature"
             )
         tolerance = tolerance_for(name, precision, overrides, dtype)
         comparisons.append(compare_output(name, reference[name], array, tolerance))

@@ -175,13 +175,10 @@ def read_by(needs: Needs) -> str:
     )
     known = _titles(reading_lines(in_table))
     if not known:
-        return "read by no runtime that neck-export knows"
+        return "not readable by any runtime that neck-export knows"
     unknown = not_in_table(needs)
     if unknown:
-        return (
-            "read by unknown runtimes, because neck-export does not know which of them support "
-            f"{', '.join(unknown)}; everything else in the file is read by {known}"
-        )
+        return f"read by {known}, but only if they also support {', '.join(unknown)}, which neck-export does not know"
     return f"read by {known}"
 
 
@@ -191,7 +188,9 @@ def _titles(lines: Mapping[Family, str]) -> str:
         title = TITLES[family]
         if family == "onnxruntime":
             gpu = lines.get("onnxruntime-gpu")
-            where = "on a GPU too" if gpu == since else f"on a GPU {gpu} and later" if gpu else "on a GPU: unknown"
+            where = (
+                "on a GPU too" if gpu == since else f"on a GPU: version {gpu} and later" if gpu else "on a GPU: unknown"
+            )
             parts.append(f"{title} {since} and later ({where})")
         elif family != "onnxruntime-gpu":
             parts.append(title if family == "tensorrt-rtx" else f"{title} {since} and later")
@@ -224,12 +223,12 @@ def check_claims(where: Path, manifest: Mapping[str, Any], needs: Needs) -> None
         targets = find_targets(",".join(names)) if names else ()
     except (KeyError, TypeError, TargetError) as error:
         raise TargetError(
-            f"{where}: the entry `targets` of the manifest is damaged ({error}); write the file again"
+            f"{where}: the entry `targets` of the manifest is damaged ({error}); export the ONNX file again"
         ) from None
     for target in targets:
         reason = why_not(target, needs)
         if reason:
             raise TargetError(
-                f"{where}: the manifest claims that {target.name} can load the file, which is wrong: {reason};\n"
-                f"the graph is {read_by(needs)}; write the file again"
+                f"{where}: the manifest claims that {target.name} can load the file, but it cannot: {reason}.\n"
+                f"Judging by its graph, the file is {read_by(needs)}. Export the ONNX file again"
             )

@@ -40,7 +40,7 @@ Report = Callable[[str], None]
 
 MEMORY = Path("/proc/meminfo")
 
-SIMULATED = "simulated: every FP16 or BF16 rounding of the graph is computed explicitly in FP32 ONNX Runtime"
+SIMULATED = "simulated: ONNX Runtime computes in FP32 and explicitly rounds to FP16 or BF16 wherever the graph does"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def make_reference(
     """
     notes: list[str] = []
     pixels = reference_pixels(signature, images, count or image_count(signature.batch), notes.append)
-    report("computing the reference outputs with the plain module in PyTorch FP32")
+    report("computing the reference outputs in PyTorch FP32")
     outputs = reference_outputs(encoder.at_size(signature.image_size), pixels, signature)
     return Reference(pixels, outputs, next(encoder.parameters()).device.type, tuple(notes))
 
@@ -211,9 +211,7 @@ def verify_onnx(
     file = OnnxFile.of(file)
     model, folder = file.load()
     low = is_low_precision(model)
-    report(
-        f"running the file in ONNX Runtime{', with every rounding to FP16 or BF16 computed explicitly' if low else ''}"
-    )
+    report(f"running the file in ONNX Runtime{', in FP32 with explicit rounding to FP16 or BF16' if low else ''}")
     rounded = simulate(model) if low else []
     names = [spec.name for spec in signature.outputs]
     candidate = dict(zip(names, run_model(model, folder, image), strict=True))

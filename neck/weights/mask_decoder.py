@@ -25,15 +25,15 @@ def with_decoder(path: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> L
     near = nearest(starts, layout.necks["sam2"])
     if not near:
         raise CheckpointError(
-            f"{path}: the checkpoint contains no SAM 2 mask decoder, but --sam2-outputs head needs the "
-            f"decoder's convolutions; no tensor is named {LOOKED_FOR} with any prefix.\nPass a checkpoint of "
-            "the whole model, or leave out --sam2-outputs head"
+            f"{path}: --sam2-outputs head needs the convolutions of the SAM 2 mask decoder, but the checkpoint does "
+            f"not contain them; neck-export looked for {LOOKED_FOR}, with any prefix.\nPass a checkpoint of the "
+            "whole model, or leave out --sam2-outputs head"
         )
     if any(not _is_same(near[0], other, tensors) for other in near[1:]):
         raise CheckpointError(
             f"{path}: the checkpoint contains {len(near)} different mask decoders "
-            f"({listing(f'{start}*' for start in near)}) that may belong to the neck "
-            f"{layout.necks['sam2']}*; save a checkpoint with only the right one"
+            f"({listing(f'{start}*' for start in near)}), and it is unclear which of them belongs to the neck "
+            f"{layout.necks['sam2']}*; save a checkpoint that contains only the decoder of this neck"
         )
     return dataclasses.replace(layout, decoder=near[0])
 

@@ -60,14 +60,15 @@ def check_tables(path: Path, layout: Layout, tensors: Mapping[str, Tensor], conf
                 )
             )
             raise CheckpointError(
-                f"{wrong}: the table has the shape {tuple(table.shape)}, but {what}; check the configuration"
+                f"{wrong}: the table has the shape {tuple(table.shape)}, but {what}; check window_size and "
+                "global_blocks in the configuration"
             )
         scale = config.window_size / side
         found, wanted = _parts(table, kind, part, _values(side, scale, kind, config))
         if found.shape != wanted.shape:
             raise CheckpointError(
                 f"{wrong}: the table has the shape {tuple(table.shape)} instead of {tuple(wanted.shape)}; check "
-                "the configuration"
+                "embed_dim and num_heads in the configuration"
             )
         if _differ(found, wanted):
             raise CheckpointError(f"{wrong}: {_difference(found, wanted, kind, part, config)}")
@@ -144,8 +145,8 @@ def _thetas(frequencies: Tensor, config: EncoderConfig) -> str:
     """The theta of a table's frequencies beside the config's."""
     return (
         f"the table was computed with a theta of about {_theta(frequencies, config):.4g}, but rope_theta in "
-        f"the configuration is {config.rope_theta:g}.\nIf the table is right, pass a configuration with that "
-        "rope_theta with --config"
+        f"the configuration is {config.rope_theta:g}.\nIf the table is right, set rope_theta to the table's value in a "
+        "configuration, and pass this configuration with --config"
     )
 
 

@@ -224,7 +224,8 @@ def _flatten(path: Path, root: object) -> tuple[Entries, int]:
         spent += 1 + len(inner) + len(parts) + len(left_out)
         if spent > MOST_PARTS:
             raise CheckpointError(
-                f"{path}: the file was refused, because a module in it has more than {MOST_PARTS:,} parts; {ADVICE}"
+                f"{path}: the file was refused, because a module in it has more than {MOST_PARTS:,} submodules and "
+                f"tensors; {ADVICE}"
             )
     return _entries(found, root.kind if isinstance(root, OpaqueObject) else "module"), spent
 
