@@ -385,8 +385,8 @@ def inspect(
     card: Annotated[
         bool,
         Option(
-            "Write a folder that can be uploaded to the Hugging Face Hub, beside the file; it contains a model "
-            "card, the file and its manifest.",
+            "Write a folder beside the file, with a model card, the file and its manifest, that can be uploaded to the "
+            "Hugging Face Hub.",
             shared.FILES,
             "--card",
         ),
@@ -535,7 +535,7 @@ def stage() -> Iterator[Callable[[str], None]]:
     except Exception as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
             _fail(
-                "the memory is not sufficient for this command; close other programs, or use a smaller "
+                "there is too little memory for this command; close other programs, or use a smaller "
                 "--image-size or --batch"
             )
         verdict = getattr(error, "verdict", None)

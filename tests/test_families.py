@@ -132,7 +132,7 @@ def test_masks_of_a_checkpoint(family: str, model: str, inputs: Path) -> None:
     assert not found["other"]["passed"] and found["other"]["below_gate"]
     points, part, image = found["refused"]
     assert points.startswith("sam3.pt: ") and "for --points, set --model to a" in points
-    assert part.startswith("encoder.pt: ") and part.endswith("the whole SAM 3")
+    assert part.startswith("encoder.pt: ") and part.endswith("the whole SAM 3 model")
     assert "cannot load the checkpoint" in image and not any("\n" in line for line in found["refused"])
 
 
