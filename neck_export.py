@@ -535,7 +535,7 @@ def stage() -> Iterator[Callable[[str], None]]:
     except Exception as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
             _fail(
-                "there is too little memory for this command; close other programs, or use a smaller "
+                "the memory is not sufficient for this command; close other programs, or use a smaller "
                 "--image-size or --batch"
             )
         verdict = getattr(error, "verdict", None)
