@@ -114,7 +114,7 @@ void test_refusals(const std::string& plan) {
                  "max_batch is 5, but the plan's input is image: float32 (1 to 4");
     options = {};
     options.device = 3;
-    expect_error([&] { neck::Engine(plan, options); }, "there is no GPU 3; this machine has 1");
+    expect_error([&] { neck::Engine(plan, options); }, "there is no GPU 3; the number of GPUs in this machine is 1");
 }
 
 /// Lets every call of a function fail, one after the other, until none is left.
