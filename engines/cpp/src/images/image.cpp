@@ -73,8 +73,7 @@ Tensor repeat(const Tensor& tensor, std::int64_t count) {
         if (tensor.shape.empty() || count < 1) {
             throw Error("tensor " + repr(tensor.name) + " is " + tensor.describe() + " and cannot be repeated " +
                         std::to_string(count) + " times; the tensor needs a batch dimension, and the number of "
-                        "repetitions must be at least "
-                        "1");
+                        "repetitions must be at least 1");
         }
         Shape shape = tensor.shape;
         if (__builtin_mul_overflow(shape[0], count, &shape[0])) {
