@@ -100,7 +100,8 @@ neck::Latency measure(cudaStream_t stream, std::int64_t runs, const std::string&
         neck::check(cudaEventRecord(end.get(), stream), plan + ": measuring the time with CUDA events failed");
         neck::check(cudaEventSynchronize(end.get()), plan + ": the run failed");
         float elapsed = 0;
-        neck::check(cudaEventElapsedTime(&elapsed, start.get(), end.get()), plan + ": measuring the time with CUDA events failed");
+        neck::check(cudaEventElapsedTime(&elapsed, start.get(), end.get()),
+                    plan + ": measuring the time with CUDA events failed");
         if (index >= 0) {
             times.push_back(elapsed);
         }
