@@ -206,8 +206,8 @@ Manifest read_checked(const fs::path& plan, bool hashes) {
                     plan.filename().string() + " again");
     }
     if ((header == rtx_magic) != (manifest.flavor == "rtx")) {
-        throw Error(plan.string() + ": the file begins with b" + repr(header) + ", so it is not a plan for " +
-                    manifest.flavor + ", as its manifest says; build the plan again");
+        throw Error(plan.string() + ": the manifest says that this is a plan for " + manifest.flavor +
+                    ", but the file begins with b" + repr(header) + ", which no such plan does; build the plan again");
     }
     for (const Manifest::File& file : manifest.files) {
         check_file(manifest.path, file, hashes);
