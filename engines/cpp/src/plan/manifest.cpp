@@ -54,7 +54,7 @@ std::string read_text(const fs::path& path) {
         if (error.code() == std::errc::no_such_file_or_directory) {
             throw Error(path.string() +
                         ": the manifest is missing; neck-export writes one beside each ONNX file and plan, so copy the "
-                        "manifest to this path, or export the ONNX file or build the plan again");
+                        "manifest to this path, export the ONNX file again, or build the plan again");
         }
         throw Error(path.string() + ": the manifest cannot be read (" + error.code().message() +
                     "); export the ONNX file or build the plan again");
@@ -79,8 +79,8 @@ Json parse(const fs::path& path) {
         const std::string got = format_found == content.end() ? "None" : one_line(dump_json(*format_found));
         throw Error(path.string() + ": the manifest has format " + got + ", but this version of neck-export reads "
                     "format " +
-                    std::to_string(format_here) + "; upgrade neck-export, or export the ONNX file or build the plan "
-                    "again");
+                    std::to_string(format_here) + "; upgrade neck-export, export the ONNX file again, or build the "
+                    "plan again");
     }
     return content;
 }
@@ -111,18 +111,18 @@ void check_file(const fs::path& manifest, const Manifest::File& entry, bool hash
     std::error_code error;
     if (!fs::is_regular_file(path, error)) {
         throw Error(path.string() + ": the file is missing, but the manifest " + manifest.filename().string() +
-                    " lists it; copy it to this folder, or export the ONNX file or build the plan again");
+                    " lists it; copy it to this folder, export the ONNX file again, or build the plan again");
     }
     const auto changed = [&] {
         return Error(path.string() + ": the file was changed after its manifest " + manifest.filename().string() +
-                     " was written; copy the file again, or export the ONNX file or build the plan again");
+                     " was written; copy the file again, export the ONNX file again, or build the plan again");
     };
     try {
         const std::size_t bytes = OpenFile(path).size();
         if (bytes != static_cast<std::uint64_t>(entry.bytes)) {
             throw Error(path.string() + ": the file has " + std::to_string(bytes) + " bytes, but its manifest says " +
-                        std::to_string(entry.bytes) + " bytes; copy the file again, or export the ONNX file or build "
-                        "the plan again");
+                        std::to_string(entry.bytes) + " bytes; copy the file again, export the ONNX file again, or "
+                        "build the plan again");
         }
         if (hashes && sha256_of_file(path) != entry.sha256) {
             throw changed();
