@@ -385,8 +385,8 @@ def inspect(
     card: Annotated[
         bool,
         Option(
-            "Write a folder that can be uploaded to the Hugging Face Hub, beside the file; it contains a model "
-            "card, the file and its manifest.",
+            "Write a folder beside the file, with a model card, the file and its manifest, that can be uploaded to the "
+            "Hugging Face Hub.",
             shared.FILES,
             "--card",
         ),

@@ -83,7 +83,8 @@ def check_options(options: BenchOptions) -> None:
     chosen = [f"--{name.replace('_', '-')}" for name in SELECTION if getattr(options, name) is not None]
     if options.checkpoint is None and chosen:
         raise BenchError(
-            f"{', '.join(chosen)} cannot be combined with random weights; leave it out, or give a file as --checkpoint"
+            f"{', '.join(chosen)} cannot be combined with random weights; pass a checkpoint file with --checkpoint, "
+            f"or leave out {', '.join(chosen)}"
         )
     if options.plan and (not is_plan(options.plan) or read_layers(options.plan) is None):
         raise BenchError(

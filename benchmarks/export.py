@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument(
         "--all",
         action="store_true",
-        help="Also measure an export with verification and the build of a TensorRT-RTX plan.",
+        help="Also measure an export with verification, and then the build of a TensorRT-RTX plan.",
     )
     parser.add_argument("--checkpoint", type=Path, help="Export this checkpoint. [default: random weights]")
     parser.add_argument("--json", type=Path, help="Also write the figures to this JSON file.")
@@ -159,9 +159,10 @@ def table(result: dict[str, object]) -> list[str]:
             f"| {name} | {row['median_wall_s']:.1f} | {row['peak_bytes'] / 1e9:.2f} | {row['file_bytes'] / 1e9:.2f} |"
             for name, row in rows.items()
         ),
-        f"`neck-export onnx` took {statistics.median(ratios):.2f} times the wall time of plain `torch.onnx.export` "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f}) and {statistics.median(peaks):.2f} times its peak memory; its peak "
-        f"memory is {result['peak_over_checkpoint']:.2f} times the size of the checkpoint",
+        f"`neck-export onnx` took {statistics.median(ratios):.2f} times the wall time "
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f}) and {statistics.median(peaks):.2f} times the peak memory of plain "
+        f"`torch.onnx.export`; the peak memory of `neck-export onnx` is {result['peak_over_checkpoint']:.2f} times "
+        "the size of the checkpoint",
     ]
 
 

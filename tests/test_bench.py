@@ -322,7 +322,7 @@ def test_out_of_memory_costs_one_row(output: Path, tmp_path: Path, monkeypatch: 
 def test_samples_of_another_schema_are_left_alone(first: str, tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     path.write_text(first + "\n")
-    with pytest.raises(BenchError, match=r"samples\.jsonl: .*move it or choose another --output"):
+    with pytest.raises(BenchError, match=r"samples\.jsonl: .*move the file, or choose another --output"):
         Samples(path, "key")
     assert path.read_text() == first + "\n"
 

@@ -261,7 +261,7 @@ BAD: list[tuple[str, dict[str, Answer], str]] = [
     (
         "odd inputs",
         {**GOOD, "m": answer({"name": "m", "inputs": [3]})},
-        "the list inputs in the answer contains entries that are not JSON objects",
+        "the list 'inputs' in the answer contains entries that are not JSON objects",
     ),
     (
         "text",
@@ -277,7 +277,7 @@ BAD: list[tuple[str, dict[str, Answer], str]] = [
     (
         "one more",
         infer(outputs(tensor("feat", 1, 4, **FEAT_BYTES), tensor("x", 1, 4, **FEAT_BYTES)), FEAT.tobytes() * 2),
-        "the answer contains 2 outputs, including '(feat|x)'",
+        "the answer contains the outputs feat, x, but these outputs were requested: feat",
     ),
     ("other type", infer(outputs(tensor("feat", 1, 4, datatype="INT32", **FEAT_BYTES))), "output feat is int32"),
     ("other shape", infer(outputs(tensor("feat", 1, 2, 2, **FEAT_BYTES))), r"output feat is float32 \(1, 2, 2\)"),
@@ -311,8 +311,8 @@ BAD: list[tuple[str, dict[str, Answer], str]] = [
     ("wrong size", infer(outputs(tensor("feat", 1, 5, **FEAT_BYTES))), r"\(1, 5\), but its data have 16 bytes"),
     ("wrong batch", two_rows(), r"output feat is float32 \(2, 4\) for a batch of 1"),
     ("no outputs", infer(outputs(), b""), "the answer contains no output 'feat'"),
-    ("huge shape", infer(outputs(huge(2**40))), "a tensor cannot be float32"),
-    ("negative shape", infer(outputs(huge(-1))), "a tensor cannot be float32"),
+    ("huge shape", infer(outputs(huge(2**40))), "a float32 tensor cannot have the shape"),
+    ("negative shape", infer(outputs(huge(-1))), "a float32 tensor cannot have the shape"),
     ("beyond int64", infer(outputs(huge(2**64))), "the shape of tensor 'feat'"),
     ("JSON data", infer(outputs(tensor("feat", 1, 4, data=[0, 1, 2, 3]))), "output 'feat' has no binary data"),
     ("no header length", {**GOOD, "infer": (200, {}, GOOD["infer"][2])}, "Inference-Header-Content-Length"),

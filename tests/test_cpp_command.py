@@ -89,7 +89,10 @@ def _app(verdict: Any) -> Any:
             {"pixels": np.zeros((1, 16, 16, 3), np.float32)},
             "the file is not a reference, because a reference contains uint8 `pixels`",
         ),
-        ({"sam3_pos_0": np.zeros((2, 8, 4, 5), np.float32)}, "is (2, 8, 4, 4), but the reference has (2, 8, 4, 5)"),
+        (
+            {"sam3_pos_0": np.zeros((2, 8, 4, 5), np.float32)},
+            "has the shape (2, 8, 4, 4), but its shape in the reference is (2, 8, 4, 5)",
+        ),
         (
             {"sam3_pos_0": np.zeros((3, 8, 4, 4), np.float32)},
             "in `sam3_pos_0` (3, 8, 4, 4) and `pixels` (2, 16, 16, 3) differ",

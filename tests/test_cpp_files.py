@@ -239,7 +239,7 @@ def entry(begin: int, end: int, shape: str = "[1]", dtype: str = '"F32"') -> str
         (raw(f'{{"a": {entry(0, 8, "[-2]")}}}'), "tensor 'a' has a size or an offset that is not a valid whole number"),
         (
             raw(f'{{"a": {entry(0, 8, "[4294967296, 4294967296, 4294967296]")}}}'),
-            "tensor 'a' is invalid (a tensor cannot be float32",
+            "tensor 'a' is invalid (a float32 tensor cannot have the shape",
         ),
         (raw(f'{{"a": {entry(0, 8, dtype="3")}}}'), "tensor 'a' has type '3', but only U8"),
         (raw('{"a": 3}'), "tensor 'a' has an invalid entry in the header"),

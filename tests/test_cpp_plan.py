@@ -135,7 +135,7 @@ def test_a_manifest_that_is_no_json_is_refused(programs: Programs, tmp_path: Pat
     ran = programs.run("neck-engine", plan)
     assert ran.code == 1
     assert ran.error.startswith(f"{plan}.json: the manifest cannot be read (")
-    assert ran.error.endswith("); write the file again")
+    assert ran.error.endswith("); export the ONNX file or build the plan again")
 
 
 BAD_VALUES: list[tuple[str, Any]] = [
@@ -174,7 +174,7 @@ def test_a_machine_that_cannot_run_it_is_told_in_pythons_words(programs: Program
     assert ran.error == python_says(plan, tensorrt(version="11.4.0.106"))
     assert (
         programs.run("neck-engine", plan, "--device", 1).error
-        == f"{plan}: there is no GPU 1; this machine has 1, numbered from 0"
+        == f"{plan}: there is no GPU 1; the number of GPUs in this machine is 1, and they are numbered from 0"
     )
 
 
@@ -270,11 +270,11 @@ def test_a_load_or_run_that_fails_is_told_in_pythons_words(
         ),
         (
             PLAN.replace(b"float16", b"int8"),
-            "the tensor sam3_feat_0 is of an unsupported type (-1, 8, 4, 4), but",
+            "the tensor sam3_feat_0 has an unsupported type and the shape (-1, 8, 4, 4);",
         ),
         (
             PLAN.replace(b"-1,8,4,4", b"-1,-1,4,4"),
-            "the tensor sam3_feat_0 is float16 (-1, -1, 4, 4), but only its first dimension",
+            "the tensor sam3_feat_0 has the type float16 and the shape (-1, -1, 4, 4);",
         ),
     ],
 )

@@ -236,7 +236,13 @@ def test_what_is_installed_can_be_built_with(programs: Programs, tmp_path: Path)
     ended = subprocess.run([tmp_path / "built" / "service", plan, *images], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.count("\n")) == (0, 1)
     assert f"{images[2]}: the image cannot be opened" in ended.stderr
-    assert ended.stdout.count("computed sam3_feat_0; multiply y by 1.25 and x by 2.5") == 2
+    assert (
+        ended.stdout.count(
+            "computed sam3_feat_0; to convert box coordinates of the model's input to image pixels, "
+            "multiply x by 2.5 and y by 1.25"
+        )
+        == 2
+    )
     images[0].rename(tmp_path / "image.png")
     readme = tmp_path / "built" / "readme"
     ended = subprocess.run([readme], capture_output=True, text=True, cwd=tmp_path)

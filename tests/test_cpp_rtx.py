@@ -41,10 +41,10 @@ def test_an_rtx_plan_that_cannot_be_captured_is_told_before(programs: Programs, 
     ran = run_rtx(programs, tmp_path, b"allocates\n")
     assert ran.code == 1
     wanted = (
-        "the CUDA graph cannot be captured, because TensorRT-RTX allocates memory while it runs this plan; "
-        "run the plan without --graph (cuda_graph), or "
+        "TensorRT-RTX reports that no CUDA graph of this plan can be captured; run the plan without a CUDA graph "
+        "(leave out --graph, or set EngineOptions::cuda_graph to false)"
     )
-    assert ran.error == f"{tmp_path / 'x.plan'}: {wanted}build it again with `neck-export trt`"
+    assert ran.error == f"{tmp_path / 'x.plan'}: {wanted}"
 
 
 def start_rtx(programs: Programs, plan: Path, *options: Any, **environment: str) -> Any:
@@ -155,10 +155,10 @@ def test_two_starts_at_once_leave_one_whole_cache(programs: Programs, tmp_path: 
 
 def test_rtx_graphs_are_for_rtx_alone(programs: Programs, tmp_path: Path) -> None:
     ran = programs.run("neck-engine", write_plan(tmp_path), "--rtx-graph")
-    assert "--rtx-graph (rtx_graphs) needs TensorRT-RTX, but this program was built for TensorRT" in ran.error
+    assert "--rtx-graph (in C++: EngineOptions::rtx_graphs) needs TensorRT-RTX" in ran.error
     plan = write_plan(tmp_path / "rtx", b"vtrt " + PLAN, **RTX)
     assert (
-        "--rtx-graph (rtx_graphs) cannot be combined with --graph (cuda_graph)"
+        "--rtx-graph (in C++: EngineOptions::rtx_graphs) cannot be combined with --graph"
         in start_rtx(programs, plan, "--rtx-graph", "--graph").error
     )
     ran = start_rtx(programs, plan, "--rtx-graph", STAND_IN_FAIL="setCudaGraphStrategy")

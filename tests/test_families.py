@@ -127,12 +127,12 @@ def test_masks_of_a_checkpoint(family: str, model: str, inputs: Path) -> None:
         told = found[asked]
         assert told["passed"] and told["mean_iou"] == 1 and told["images"] == 3 and told["objects"] >= 3
         assert told["method"].startswith(
-            f"{model} of {'sam3' if family == 'meta' else family} on cpu, with its own encoder"
+            f"{model} of {'sam3' if family == 'meta' else family} on cpu: masks with the model's own encoder"
         )
     assert not found["other"]["passed"] and found["other"]["below_gate"]
     points, part, image = found["refused"]
     assert points.startswith("sam3.pt: ") and "for --points, set --model to a" in points
-    assert part.startswith("encoder.pt: ") and part.endswith("the whole SAM 3")
+    assert part.startswith("encoder.pt: ") and part.endswith("the whole SAM 3 model")
     assert "cannot load the checkpoint" in image and not any("\n" in line for line in found["refused"])
 
 

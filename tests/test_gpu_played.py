@@ -489,7 +489,7 @@ def test_triton_needs_pythons_header(tmp_path: Path, monkeypatch: pytest.MonkeyP
         from benchmarks.measure.environment import capabilities
 
         assert capabilities()["compilers"]["cuda"] == (
-            "torch.compile needs Python.h, which is missing; run apt-get install python3-dev"
+            "torch.compile needs Python.h, but it was not found; run apt-get install python3-dev"
         )
         (tmp_path / "Python.h").touch()
         assert capabilities()["compilers"]["cuda"] is None

@@ -100,7 +100,7 @@ def test_an_fp32_file_gives_the_same_masks(
     file = copied(files, tmp_path)
     ran = run(file, model, images, *asked, "--save", tmp_path / "drawn")
     assert ran.code == 0, ran
-    assert "2 images; " in ran.out and "0 only by the model's own, 0 only by the file" in ran.out
+    assert "2 images; " in ran.out and "0 only with the encoder in the file" in ran.out
     assert "mask IoU: mean 1.000" in ran.out
     told = json.loads(file.with_suffix(".json").read_text())["masks"]
     assert told["passed"] and told["objects"] >= 4 and told["mean_iou"] > 0.9995 and told["largest_score_error"] < 1e-4
@@ -218,7 +218,7 @@ def test_other_weights_are_refused_before(files: Path, model: Path, images: Path
         ((), "--points X,Y and --boxes X0,Y0,X1,Y1"),
         ((*TEXTS, "--points", "0.5,0.5"), "--prompt TEXT, or"),
         (("--points", "0.5,1.5"), "width and height"),
-        (("--boxes", "0.5,0.5,0.4,0.6"), "a box in --boxes is empty"),
+        (("--boxes", "0.5,0.5,0.4,0.6"), "--boxes: the box (0.5, 0.5, 0.4, 0.6) has no area"),
         (("--prompt", "cat", "--threshold", "0.99"), "the score threshold in any image"),
     ],
 )
@@ -245,7 +245,7 @@ def test_models_that_cannot_be(files: Path, model: Path, images: Path, tmp_path:
             PLACES,
             "a model of type 'sam3' accepts --prompt, but these prompts need a model of type sam3_tracker_video",
         ),
-        ("clip", TEXTS, "a model of type 'clip' accepts no prompts of this kind"),
+        ("clip", TEXTS, "a model of type 'clip' accepts none of the prompts"),
         ("sam3_video", TEXTS, "transformers cannot load"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": kind}))
@@ -365,7 +365,9 @@ def test_a_file_with_nan_fails(
 ) -> None:
     file = changed(files, tmp_path, lambda graph: with_nan(graph, at))
     ran = run(file, model, images, *asked)
-    assert ran.code == 3 and "of the model's output values are NaN or infinite with the file" in ran.out, ran
+    assert (
+        ran.code == 3 and "of the model's output values are NaN or infinite with the encoder in the file" in ran.out
+    ), ran
     told = json.loads(file.with_suffix(".json").read_text(), parse_constant=pytest.fail)["masks"]
     assert not told["passed"] and told["non_finite"]["file"] > 0 and told["non_finite"]["own"] == 0
 

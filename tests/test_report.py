@@ -517,8 +517,8 @@ def test_the_folder_has_three_whole_files(tmp_path: Path) -> None:
         ),
         ("report.json", '{"mine": 1}', "kind"),
         ("report.json", "{", "JSON"),
-        ("report.md", "# My own report\n", "report.md: .*neck-export bench.* did not write it"),
-        ("report.html", "<p>mine</p>", "report.html: .*neck-export bench.* did not write it"),
+        ("report.md", "# My own report\n", r"report\.md: .*not written by `neck-export bench"),
+        ("report.html", "<p>mine</p>", r"report\.html: .*not written by `neck-export bench"),
     ],
 )
 def test_a_file_that_is_not_ours_is_left(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -633,13 +633,13 @@ def test_constant_features_are_drawn() -> None:
 @pytest.mark.parametrize(
     ("reference", "candidate", "message"),
     [
-        ({}, {}, r"no features to draw among the outputs: \(none\)"),
-        ({"sam3_pos_0": np.zeros((1, 4, 3, 3))}, {}, "no features to draw among the outputs: sam3_pos_0"),
+        ({}, {}, r"no features that could be drawn: \(none\)"),
+        ({"sam3_pos_0": np.zeros((1, 4, 3, 3))}, {}, "no features that could be drawn: sam3_pos_0"),
         ({"sam3_feat_0": np.zeros((1, 4, 3, 3))}, {}, "x: output sam3_feat_0 is missing, but"),
         (
             {"sam3_feat_0": np.zeros((1, 4, 3, 3))},
             {"sam3_feat_0": np.zeros((1, 4, 3, 4))},
-            r"x: output sam3_feat_0 is \(1, 4, 3, 4\), but the reference's is \(1, 4, 3, 3\)",
+            r"x: output sam3_feat_0 has the shape \(1, 4, 3, 4\), but the reference has \(1, 4, 3, 3\)",
         ),
     ],
 )

@@ -188,7 +188,7 @@ def test_backends_that_are_not_begun_in_time_say_so(tmp_path: Path, monkeypatch:
     samples = in_time(tmp_path, 0.0, monkeypatch)
     assert FakeWorker.history == []
     row = row_of(samples, "b")
-    assert row["status"] == "unavailable" and row["reason"].startswith("not started: the time")
+    assert row["status"] == "unavailable" and row["reason"].startswith("not started: this run reached its time limit")
     assert samples.last("failed") is None  # nothing that a rerun would find
 
 
@@ -227,7 +227,9 @@ def test_no_row_takes_more_than_the_time_that_is_left(tmp_path: Path, monkeypatc
     samples = in_time(tmp_path, 5.0, monkeypatch, timeout_s=1000.0)
     assert FakeWorker.clock == 5.0 and not FakeWorker.loaded
     reason = row_of(samples, "b")["reason"]
-    assert row_of(samples, "b")["status"] == "unavailable" and reason.startswith("not finished: the time")
+    assert row_of(samples, "b")["status"] == "unavailable" and reason.startswith(
+        "not finished: this run reached its time limit"
+    )
     # what was ended comes last in the next run, so that it cannot take the time of others again
     again = in_time(tmp_path, 20.0, monkeypatch, timeout_s=1000.0)
     assert len(again.times("p", "c")) == 1 and FakeWorker.clock == 20.0

@@ -161,9 +161,9 @@ def describe(folder: Path, asked: Sequence[Requirement], there: There) -> dict[s
     if sum(sizes.values()) > MOST_BYTES:
         largest = max(sizes, key=sizes.__getitem__)
         raise KitError(
-            f"the kit has {sum(sizes.values()) / 2**20:.1f} MiB, but the limit is {MOST_BYTES >> 20} MiB. Its largest "
-            f"wheel is {largest}; list the package in {THERE.name} if the GPU machine has it, or add it to LEFT_OUT "
-            f"in benchmarks/gpu/kit.py"
+            f"the GPU kit is {sum(sizes.values()) / 2**20:.1f} MiB large, but the limit is {MOST_BYTES >> 20} MiB, and "
+            f"its largest wheel is {largest}. If this package is already installed on the GPU machine, list it in "
+            f"{THERE.name}; otherwise add it to LEFT_OUT in benchmarks/gpu/kit.py"
         )
     return {"python": there.python, "requirements": [str(one) for one in asked], "wheels": sizes}
 
@@ -197,7 +197,8 @@ def main() -> None:
         "--there",
         type=Path,
         default=THERE,
-        help="Read the packages of the GPU machine from this file. [default: benchmarks/gpu/there.json]",
+        help="Read the list of the packages that are installed on the GPU machine from this file. [default: "
+        "benchmarks/gpu/there.json]",
     )
     arguments = parser.parse_args()
     try:
@@ -207,7 +208,7 @@ def main() -> None:
     for name in manifest["wheels"]:
         print(name)
     size = sum(manifest["wheels"].values()) / 2**20
-    print(f"{arguments.output}: the kit for Python {manifest['python']} has {size:.1f} MiB")
+    print(f"{arguments.output}: wrote the GPU kit for Python {manifest['python']} ({size:.1f} MiB of wheels)")
 
 
 if __name__ == "__main__":

@@ -84,4 +84,7 @@ def _figures(result: dict[str, Any]) -> list[str]:
             lines.append(f"{found[0]['label']}: {'; '.join(points)}")
     outcomes = [one["outcome"] for one in result.get("checks", [])]
     told = ", ".join(f"{outcomes.count(one)} {one}" for one in ("passed", "failed", "not run"))
-    return [*lines, f"Checks (tests marked gpu, and the random weights): {told}."]
+    return [
+        *lines,
+        f"Checks (tests marked gpu, and whether the random weights are the same as on other machines): {told}.",
+    ]

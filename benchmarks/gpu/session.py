@@ -76,7 +76,7 @@ class Session:
                     self._note(
                         stage,
                         "left out",
-                        "too little time was left for this stage; run the command again to run the stage",
+                        "too little time was left for this stage; run the command again to run this stage",
                     )
                 elif not self._stage(stage):
                     return self._end()
@@ -93,7 +93,7 @@ class Session:
             self._note(
                 stage,
                 "left out",
-                "the time limit was reached before this stage; run the command again to run the stage",
+                "the time limit was reached before this stage; run the command again to run this stage",
             )
             return True
         print(f"{stage.name}: {stage.what} (at most {limit:.0f} s)", flush=True)
@@ -149,7 +149,8 @@ class Session:
         told = f". The archive omits these files, which are too large: {', '.join(left_out)}" if left_out else ""
         print(
             f"{path} ({path.stat().st_size / 2**20:.1f} MiB) contains the results. To continue on another machine, "
-            f"copy this file into the parent folder of {self.output.name} there and run the command again{told}",
+            f"copy this file to that machine, into the folder that contains {self.output.name}, and run the same "
+            f"command there{told}",
             flush=True,
         )
 
@@ -219,8 +220,9 @@ def main() -> None:
     pinned = (asked.kit / "requirements.txt").read_text(encoding="utf-8")
     if lacks := unmet(_json(asked.kit / "kit.json")["requirements"]):
         sys.exit(
-            f"error: these packages are missing in {sys.executable} and in the kit {asked.kit}: {', '.join(lacks)}; "
-            "list only packages that the GPU machine has in benchmarks/gpu/there.json, and run `make gpu-kit` again"
+            f"error: these packages are neither installed for {sys.executable} nor in the GPU kit {asked.kit}: "
+            f"{', '.join(lacks)}; in benchmarks/gpu/there.json, list only packages that are installed on the GPU "
+            "machine, and run `make gpu-kit` again"
         )
     if asked.fresh:
         for name in ("work", "session.json"):
@@ -233,8 +235,8 @@ def main() -> None:
                 print(f"{archive_path(asked.output)}: continuing the session that this archive contains", flush=True)
         except (OSError, EOFError, tarfile.TarError) as error:
             sys.exit(
-                f"error: {archive_path(asked.output)}: the archive is incomplete or damaged ({error}); copy it again "
-                f"or remove it"
+                f"error: {archive_path(asked.output)}: the archive is incomplete or damaged ({error}); copy the "
+                "archive again, or remove it to start without it"
             )
     print("\n".join(table(asked.device)), flush=True)
     sys.exit(Session(asked.output, asked.device, asked.ends, asked.config, pinned).run())

@@ -136,7 +136,8 @@ def points(asked: Asked, stage: Stage) -> Found:
     if name is None:
         return {
             "outcome": "unavailable",
-            "reason": "no backend within tolerance was measured, so none can be measured at other sizes",
+            "reason": "other sizes are measured with the fastest backend within tolerance, but no such backend was "
+            "measured",
         }
     found = _measured(asked.options(backends=(name,), timeout_s=stage.answer_s, **_sweeps(asked, name)))
     return {**found, "fastest": name}

@@ -34,7 +34,7 @@ def main() -> None:
         type=Path,
         help="Measure the encoder that this encoder.json describes. [default: the full-size encoder]",
     )
-    parser.add_argument("--fresh", action="store_true", help="Discard what an earlier call measured.")
+    parser.add_argument("--fresh", action="store_true", help="Discard the results of earlier calls.")
     asked = parser.parse_args()
     try:
         read_kit(asked.kit)
@@ -67,16 +67,16 @@ def read_kit(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         python = manifest["python"]
     except FileNotFoundError:
-        raise KitError(f"{folder}: the folder is not a kit ({MANIFEST} is missing); {MAKE}") from None
+        raise KitError(f"{folder}: the folder is not a GPU kit ({MANIFEST} is missing); {MAKE}") from None
     except (ValueError, KeyError, TypeError):
-        raise KitError(f"{folder}/{MANIFEST}: the file is not a valid manifest of a kit; {MAKE}") from None
+        raise KitError(f"{folder}/{MANIFEST}: the file is not a valid manifest of a GPU kit; {MAKE}") from None
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     if python != here:
-        told = f"{folder}: the kit is for Python {python}, but {sys.executable} is Python {here}"
-        raise KitError(f"{told}; run `make gpu PYTHON=python{python}`, or make a kit for this Python")
+        told = f"{folder}: the GPU kit is for Python {python}, but {sys.executable} is Python {here}"
+        raise KitError(f"{told}; run `make gpu PYTHON=python{python}`, or make a GPU kit for this Python")
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         raise KitError(
-            f"{folder}: the kit is for Linux x86-64, but this machine is {platform.system()} {platform.machine()}; "
+            f"{folder}: the GPU kit is for Linux x86-64, but this machine is {platform.system()} {platform.machine()}; "
             f"use a machine with Linux on x86-64"
         )
     return manifest
@@ -103,12 +103,12 @@ def install(kit: Path, output: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise KitError(
-            f"{site}: pip did not install the kit within {INSTALL_SECONDS:g} s; check that the disk is not full or "
-            f"slow, and try again"
+            f"{site}: pip did not install the GPU kit into this folder within {INSTALL_SECONDS:g} s; check whether the "
+            "disk is full or slow, and try again"
         ) from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
-        raise KitError(f"{kit}: pip cannot install the kit ({lines[0][:300]}); {MAKE}")
+        raise KitError(f"{kit}: pip cannot install the GPU kit ({lines[0][:300]}); {MAKE}")
     shutil.copy(pins, mark)
     return site.resolve()
 

@@ -64,11 +64,15 @@ def plan(device: Device) -> tuple[Stage, ...]:
         ),
         Stage("weights", "make the random weights, and check that they are the same as on other machines", 0.4, 1.0),
         Stage(
-            "eager", "measure PyTorch eager, plain and rewritten module, FP32, FP16 and BF16", 1.9, 3.0, backends=EAGER
+            "eager",
+            "measure PyTorch eager with the plain and the rewritten module, each in FP32, FP16 and BF16",
+            1.9,
+            3.0,
+            backends=EAGER,
         ),
         Stage(
             "compiled",
-            "measure torch.compile in default mode, rewritten module",
+            "measure torch.compile in default mode with the rewritten module",
             1.0,
             2.5,
             7,
@@ -87,7 +91,7 @@ def plan(device: Device) -> tuple[Stage, ...]:
         ),
         Stage(
             "plain",
-            "measure torch.compile in default mode, plain module",
+            "measure torch.compile in default mode with the plain module",
             0.7,
             2.5,
             3,

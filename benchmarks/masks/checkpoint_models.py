@@ -74,14 +74,15 @@ def load_checkpoint_segmenter(
             detector = build(path, device, size)
     except FAILURES as error:
         raise MasksError(
-            f"{path}: {package} cannot load the checkpoint ({_short(error)}); pass a checkpoint of the whole SAM 3"
+            f"{path}: {package} cannot load the checkpoint ({_short(error)}); pass a checkpoint of the whole SAM 3 "
+            "model"
         ) from None
     names = {name for name, _ in detector.model.named_parameters()}  # tables that are computed may lack
     if missing := sorted(names & set(lacking)):
         some = ", ".join(missing[:3])
         raise MasksError(
             f"{path}: {len(missing)} of the model's tensors are missing in the checkpoint ({some}, ...); pass a "
-            "checkpoint of the whole SAM 3"
+            "checkpoint of the whole SAM 3 model"
         )
     return detector.model, lambda pixels: _segment(detector, prompts, pixels, device, threshold)
 

@@ -53,7 +53,10 @@ def compare_masks(
         for name, one, two in zip(names, mine, theirs, strict=True)
     ]
     whole = f"{type(model).__name__} of {type(model).__module__.partition('.')[0]} on {device}"
-    method = f"{whole}, with its own encoder compared with the file; score threshold {options.threshold:g}"
+    method = (
+        f"{whole}: masks with the model's own encoder compared with masks with the encoder in the file; score "
+        f"threshold {options.threshold:g}"
+    )
     values = figures(found, options.gate) | {
         "method": f"{method}; {SIMULATED}" if simulated else method,
         "model": str(options.model),
@@ -89,7 +92,7 @@ def run_twice(
     """
     encoder = attach(model, file, check=check, simulated=simulated)  # first: what does not fit is told at once
     try:
-        report("finding objects with the exported file as the encoder")
+        report("finding objects with the encoder in the file")
         other = [segment(pixels) for pixels in images()]
     finally:
         detach(model)

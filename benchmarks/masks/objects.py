@@ -191,8 +191,8 @@ def figures(differences: Sequence[Difference], gate: float) -> dict[str, Any]:
 def lines(found: dict[str, Any]) -> list[str]:
     """The figures for a screen."""
     return [
-        f"{found['images']} images; {found['objects']} objects found by both encoders, {found['lost']} only by the "
-        f"model's own, {found['found']} only by the file",
+        f"{found['images']} images; {found['objects']} objects found with both encoders, {found['lost']} only with "
+        f"the model's own encoder, {found['found']} only with the encoder in the file",
         *_non_finite_lines(found["non_finite"]),
         f"mask IoU: mean {found['mean_iou']:.4f}, worst {found['worst_iou']:.4f}; the masks differ most in "
         f"{found['worst_image']}",
@@ -205,7 +205,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 def _non_finite_lines(counts: dict[str, int]) -> list[str]:
     """Which of the two encoders makes the model give NaN or infinity."""
-    whose = {"own": "the model's own encoder", "file": "the file"}
+    whose = {"own": "the model's own encoder", "file": "the encoder in the file"}
     return [
         f"{count} of the model's output values are NaN or infinite with {whose[key]}"
         for key, count in counts.items()

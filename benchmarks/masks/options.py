@@ -69,14 +69,18 @@ class Prompts:
     def __post_init__(self) -> None:
         places = self.points + self.boxes
         if bool(self.texts) == bool(places):
-            raise MasksError("pass either --prompt TEXT, or --points X,Y and --boxes X0,Y0,X1,Y1")
+            raise MasksError("pass either --prompt TEXT, or at least one of --points X,Y and --boxes X0,Y0,X1,Y1")
         for place in places:
             if not all(0 <= side <= 1 for side in place):
                 raise MasksError(
                     f"the point or box {place} is outside the image; pass fractions of the width and height from 0 to 1"
                 )
-        if any(box[0] >= box[2] or box[1] >= box[3] for box in self.boxes):
-            raise MasksError("a box in --boxes is empty; pass its left, top, right and bottom side in this order")
+        for box in self.boxes:
+            if box[0] >= box[2] or box[1] >= box[3]:
+                raise MasksError(
+                    f"--boxes: the box {box} has no area; pass the left, top, right and bottom side in this order, "
+                    "with left < right and top < bottom"
+                )
 
     @property
     def names(self) -> list[str]:
@@ -96,15 +100,16 @@ class MasksOptions:
     file: Annotated[
         Path,
         Option(
-            "Compare the masks that this encoder produces: an ONNX file or a TensorRT plan that neck-export wrote.",
+            "Compare the masks of the model with this exported encoder (an ONNX file or a TensorRT plan that "
+            "neck-export wrote) and with its own encoder.",
             argument=True,
         ),
     ]
     model: Annotated[
         Path,
         Option(
-            "Load the complete SAM 3 model, whose encoder the file replaces, from here: a folder in the format of "
-            "transformers, or a checkpoint such as sam3.pt.",
+            "Load the complete SAM 3 model from this folder in the format of Hugging Face Transformers, or from this "
+            "checkpoint, e.g. sam3.pt. For the comparison, its encoder is replaced by the ONNX file or plan.",
             MODEL,
         ),
     ]
@@ -145,8 +150,8 @@ class MasksOptions:
     save: Annotated[
         Path | None,
         Option(
-            "Save images to this folder, e.g. mask-images, that show the masks of both encoders and where they differ. "
-            "[default: no images are saved]",
+            "Save images that show the masks of both encoders, and where the masks differ, to this folder, e.g. "
+            "mask-images. [default: no images are saved]",
             FILES,
         ),
     ] = None

@@ -51,7 +51,7 @@ def load_segmenter(folder: Path, prompts: Prompts, device: str, threshold: float
             if kind in TRACKERS
             else "--prompt"
             if kind in DETECTORS
-            else "no prompts of this kind"
+            else "none of the prompts of `neck-export masks`"
         )
         raise MasksError(
             f"{folder}: a model of type {kind!r} accepts {takes}, but these prompts need a model of type "

@@ -120,22 +120,22 @@ def _cpu_flags() -> str:
 def _cpu_compiler() -> str | None:
     """What torch.compile lacks on the CPU."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++")):
-        return "torch.compile needs a C++ compiler, which is missing; run apt-get install g++"
+        return "torch.compile needs a C++ compiler, but none was found; run apt-get install g++"
     return _header_problem()
 
 
 def _header_problem() -> str | None:
     """What is said where Python's headers are missing: Inductor's C++ and Triton's launchers include them."""
     found = Path(sysconfig.get_path("include"), "Python.h").is_file()
-    return None if found else "torch.compile needs Python.h, which is missing; run apt-get install python3-dev"
+    return None if found else "torch.compile needs Python.h, but it was not found; run apt-get install python3-dev"
 
 
 def _gpu_compiler() -> str | None:
     """What torch.compile lacks on a GPU."""
     if importlib.util.find_spec("triton") is None:
-        return "torch.compile needs Triton's compiler, which is not installed; run pip install triton"
+        return "torch.compile needs the Python package triton, which is not installed; run pip install triton"
     if not any(shutil.which(name) for name in (os.environ.get("CC") or "gcc", "clang", "cc")):
-        return "torch.compile needs a C compiler for Triton, which is missing; run apt-get install gcc"
+        return "torch.compile needs a C compiler for the Triton language, but none was found; run apt-get install gcc"
     return _header_problem()
 
 
@@ -162,7 +162,7 @@ def _plan_problem(flavor: str) -> str | None:
     from engines.builder.flavor import FlavorError, choose_flavor
 
     if find_gpu() is None:
-        return "this machine has no NVIDIA GPU with a driver, so a plan can be built here, but not run"
+        return "this machine has no NVIDIA GPU, or no driver for it, so a plan cannot be run here"
     try:
         chosen = choose_flavor(flavor)  # type: ignore[arg-type]
     except FlavorError as error:

@@ -136,7 +136,7 @@ class Rounds:
                     return
                 others = [one for one in self._loaded if one != name]
                 if error.memory and others and attempt == "shared":
-                    self.report(f"{name}: {error}; the other backends are unloaded and this one is measured again")
+                    self.report(f"{name}: {error}; the other backends are unloaded, and {name} is measured again")
                     for other in others:
                         self._unload(other)
                     continue
@@ -156,11 +156,12 @@ class Rounds:
         self._left.add(name)
         if self._over():
             self.report(
-                f"{name}: the time limit was reached, so its round was stopped; run the command again to repeat it"
+                f"{name}: this round was stopped, because the time limit was reached; run the command again to repeat "
+                f"the round"
             )
             self._add("cut", name)
             return
-        self.report(f"{name}: {reason}; run the command again to allow it twice the time")
+        self.report(f"{name}: {reason}; if you run the command again, this backend is allowed twice the time")
         self._add("cut", name, late=True, reason=reason)
 
     def _take_turn(self, name: str, number: int) -> None:

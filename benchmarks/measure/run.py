@@ -113,7 +113,7 @@ class Run:
         samples = Samples(folder / "samples.jsonl", key)
         if samples.resumed:
             rounds = len(samples.all("round"))
-            self.report(f"{folder}: continuing an interrupted run after {rounds} rounds (--fresh starts anew)")
+            self.report(f"{folder}: continuing an interrupted run after {rounds} rounds; use --fresh to start again")
         return folder, samples
 
     def measure(self) -> None:

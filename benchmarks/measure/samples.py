@@ -42,15 +42,15 @@ class Samples:
             head, *lines = [json.loads(line) for line in whole.splitlines()] or [None]
         except ValueError as error:
             raise BenchError(
-                f"{self.path}: the file does not contain benchmark samples ({error}); move it or choose another "
-                f"--output"
+                f"{self.path}: the file does not contain benchmark samples ({error}); move the file, or choose "
+                "another --output"
             ) from None
         found = {name: head.get(name) for name in ("schema", "kind", "key")} if isinstance(head, dict) else head
         expected = {"schema": SCHEMA, "kind": KIND, "key": key}
         if found != expected:
             raise BenchError(
-                f"{self.path}: the file begins with {json.dumps(found)[:200]} instead of {json.dumps(expected)}, so it "
-                "belongs to another benchmark; move it or choose another --output"
+                f"{self.path}: the file begins with {json.dumps(found)[:200]} instead of {json.dumps(expected)}, so "
+                "the file belongs to another benchmark; move the file, or choose another --output"
             )
         self.lines = lines
         if len(whole) < len(data):  # killed while a line was written

@@ -115,7 +115,7 @@ class Worker:
         with self.log.open("rb") as file:
             file.seek(self._from)
             lines = file.read().decode(errors="replace").strip().splitlines()
-        return lines[-1][:400] if lines else f"the process printed nothing; see {self.log}"
+        return lines[-1][:400] if lines else f"the process wrote nothing to its log {self.log}"
 
     def close(self) -> None:
         """Stops the process with its children, such as compilers; kills it if it does not stop by itself."""

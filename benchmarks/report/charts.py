@@ -128,14 +128,18 @@ def latency_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
                 scale(row["floor_ms"]) if row.get("floor_ms") else None,
             )
         )
-    best = f"the fastest is {rows[0]['label']} {milliseconds(median_ms(rows[0]))}"
+    best = f"the fastest is {rows[0]['label']} with {milliseconds(median_ms(rows[0]))}"
     return Chart(f"Bar chart of the latency of {len(rows)} backends; {best}", legend, [("", bars)])
 
 
 def parts_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
     """Each part's share of the operations, of the least bytes and, where it was measured, of the time."""
     parts = of_machine(result, machine, "work")["parts"]
-    known = [("operations", "bar s1", "operations"), ("bytes", "bar s2", "least bytes"), ("ms", "bar s3", "time")]
+    known = [
+        ("operations", "bar s1", "operations"),
+        ("bytes", "bar s2", "minimum memory traffic"),
+        ("ms", "bar s3", "time"),
+    ]
     series = [entry for entry in known if any(part[entry[0]] for part in parts)]
     if not series:
         return None
@@ -150,7 +154,7 @@ def parts_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
             bars.append(Bar(part["part"] * (key == series[0][0]), value, title, css, FULL * (share / most)))
     names = ", ".join(name for _, _, name in series)
     legend = [(css, name) for _, css, name in series]
-    return Chart(f"Bar chart: share of each part of the encoder in {names}", legend, [("", bars)])
+    return Chart(f"Bar chart: share of each part in the encoder's {names}", legend, [("", bars)])
 
 
 def kernels_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
@@ -166,10 +170,15 @@ def kernels_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
     total = sum(kernel[key] for kernel in known)
     by_kind = {f"{len(values)} {kind}": sum(values) for kind, values in kinds.items()}
     largest = sorted(known, key=lambda kernel: -kernel[key])[:KERNELS]
+    what = "time" if key == "ms" else "bytes moved"
     groups = []
     for title, css, pairs in (
         (f"All {len(known)} kernels by kind", "bar s1", sorted(by_kind.items(), key=lambda pair: -pair[1])),
-        (f"The {len(largest)} largest kernels", "bar s2", [(kernel["name"], kernel[key]) for kernel in largest]),
+        (
+            f"The {len(largest)} kernels with the most {what}",
+            "bar s2",
+            [(kernel["name"], kernel[key]) for kernel in largest],
+        ),
     ):
         bars = []
         for name, value in pairs:
@@ -178,8 +187,10 @@ def kernels_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
                 Bar(name, f"{figure}, {percent(value / total)}", f"{name}: {figure}", css, FULL * (value / pairs[0][1]))
             )
         groups.append((title, bars))
-    what = "time" if key == "ms" else "bytes moved"
-    return Chart(f"Bar chart of {what}: {len(known)} kernels by kind, and the largest kernels", groups=groups)
+    return Chart(
+        f"Bar chart of {what}: {len(known)} kernels by kind, and the {len(largest)} kernels with the most {what}",
+        groups=groups,
+    )
 
 
 def error_plot(result: Result, machine: dict[str, Any]) -> Chart | None:
@@ -325,7 +336,7 @@ def growth_plot(result: Result, machine: dict[str, Any], sweep: str) -> Chart | 
         plot.curve(curve, f"line {css}")
         for row, (x, y) in zip(rows, curve, strict=True):
             size, latency = size_name(row["image_size"], row["batch"]), milliseconds(median_ms(row))
-            told = f"{row['label']}, {size}: {latency}, {significant(y)} times the first point"
+            told = f"{row['label']}, {size}: {latency}, {significant(y)} times the latency at the first point"
             number = order[backend] if row is rows[-1] else None
             plot.point(across(x), plot.up(y), series, f"dot {css}", told, number)
         key.append((series, f"dot {css}", order[backend], label_of(result, backend)))

@@ -246,7 +246,10 @@ def answer_sentence(result: Result, answer: Answer) -> str:
         ratio = best["ratio"]
         text += f"; the latency ratio to {label_of(result, ratio['to'])} is {ratio_figure(best)}"
     if best.get("share_of_floor") is not None:
-        text += f"; this is {percent(best['share_of_floor'])} of the speed that the measured rates of the machine allow"
+        text += (
+            f"; the lower bound from the measured rates of the machine is {percent(best['share_of_floor'])} of the "
+            f"median latency"
+        )
     return text + "."
 
 

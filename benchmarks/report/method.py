@@ -54,8 +54,8 @@ def method(result: Result) -> list[str]:
         lines.append(f"Every backend ran in its own process with {', '.join(sorted(settings))}.")
     return [
         *lines,
-        "A ratio is computed for each round; the report shows the median and, in brackets, the lowest and highest "
-        "ratio.",
+        "A ratio is computed for each round; the report shows the median and, in parentheses, the lowest and "
+        "highest ratio.",
         "Errors compare every output with that of the plain module in PyTorch FP32; sums are computed in float64.",
         "The floor is a lower bound on latency, the larger of two times: operations divided by the measured matrix "
         "multiplication rate, and "

@@ -64,7 +64,7 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
         "Ratio",
         "Relative L2",
         "Tolerance",
-        "Share of floor",
+        "Floor / p50",
     )
     head += ("Lower bound",) if bounded else ()
     cells = tuple(
@@ -80,10 +80,14 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
         for row in rows
     )
     size = size_name(result["encoder"]["image_size"], result["encoder"]["batch"])
-    caption = f"All measured backends at {size}. Relative L2 is that of the worst output"
+    caption = (
+        f"All measured backends at {size}. Relative L2 is that of the worst output; the floor is the lowest latency "
+        "that the measured rates of the machine allow"
+    )
     if reference:
         caption += (
-            f"; the ratio is the latency divided by that of {reference}: median of the rounds (lowest to highest)"
+            f"; the ratio is the latency divided by that of {reference}, as the median of all rounds with the lowest "
+            f"and highest in parentheses"
         )
     if bounded:
         caption += "; the lower bound on a plan's latency follows from the published rates of the GPU"
@@ -137,7 +141,8 @@ def plain_table(result: Result, machine: dict[str, Any]) -> Table | None:
         if row.get("ratio_to_plain")
     )
     caption = (
-        "Latency of the rewritten module divided by that of the plain module: median of the rounds (lowest to highest)"
+        "Latency of the rewritten module divided by that of the plain module, as the median of all rounds with the "
+        "lowest and highest in parentheses"
     )
     return Table(caption, ("Backend", "Plain", "Ratio"), rows, (0, 1)) if rows else None
 
@@ -193,7 +198,7 @@ def parts_table(result: Result, machine: dict[str, Any]) -> Table:
         for part in work["parts"]
     )
     total = ("all", scaled(work["operations"], "FLOP"), scaled(work["least_bytes"], "B"), NOTHING)
-    return Table(caption, ("Part", "Operations", "Least bytes", "Time"), (*rows, total))
+    return Table(caption, ("Part", "Operations", "Memory traffic", "Time"), (*rows, total))
 
 
 def export_table(export: dict[str, Any] | None) -> Table | None:
@@ -232,7 +237,8 @@ def masks_table(masks: list[dict[str, Any]] | None) -> Table | None:
     )
     warned = tuple(index for index, one in enumerate(masks or []) if not one["passed"])
     caption = (
-        "Masks of the whole model with each file as the encoder, compared with its own encoder (`neck-export masks`)"
+        "Masks of the whole model with the encoder in each file, compared with those of its own encoder (`neck-export "
+        "masks`)"
     )
     return Table(caption, head, rows, (0, 1, 7, 8), warned) if rows else None
 
@@ -244,8 +250,8 @@ def tables_of(result: Result, machine: dict[str, Any]) -> dict[str, Table]:
         "Costs": costs_table(result, machine),
         "Speedup from the graph rewrites": plain_table(result, machine),
         "Not measured": missing_table(result, machine),
-        "Growth with image size": growth_table(result, machine, "image_size"),
-        "Growth with batch": growth_table(result, machine, "batch"),
+        "Latency by image size": growth_table(result, machine, "image_size"),
+        "Latency by batch": growth_table(result, machine, "batch"),
         "Work": parts_table(result, machine),
         "Masks": masks_table(of_machine(result, machine, "masks")),
         "What the export costs": export_table(of_machine(result, machine, "export")),

@@ -48,14 +48,14 @@ def feature_images(
     """
     names = [name for name in reference if "_pos_" not in name]
     if not names:
-        raise BenchError(f"there are no features to draw among the outputs: {', '.join(reference) or '(none)'}")
+        raise BenchError(f"the outputs contain no features that could be drawn: {', '.join(reference) or '(none)'}")
     levels = []
     for name in names:
         shape = reference[name].shape
         if name not in candidate or candidate[name].shape != shape:
-            found = candidate[name].shape if name in candidate else "missing"
+            found = f"has the shape {candidate[name].shape}" if name in candidate else "is missing"
             raise BenchError(
-                f"{backend}: output {name} is {found}, but the reference's is {shape}, so the features cannot be drawn"
+                f"{backend}: output {name} {found}, but the reference has {shape}, so the features cannot be drawn"
             )
         levels.append(_level(name, reference[name][0], candidate[name][0]))
     return {"image": image, "candidate": backend, "levels": levels}

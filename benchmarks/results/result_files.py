@@ -70,14 +70,14 @@ def check_result(result: object, where: str) -> None:
     if not isinstance(result, dict) or result.get("kind") != KIND:
         found = f"kind {result.get('kind')!r}" if isinstance(result, dict) else f"a JSON {type(result).__name__}"
         raise BenchError(
-            f"{where}: the file contains {_short(found)} instead of kind {KIND!r}; pass a report.json that "
-            "`neck-export bench` wrote"
+            f"{where}: the file is not a benchmark result (found {_short(found)}, expected kind {KIND!r}); pass a "
+            "report.json that `neck-export bench` wrote"
         )
     if result.get("schema") != SCHEMA:
         found = _short(f"schema {result.get('schema')!r}")
         raise BenchError(
-            f"{where}: the file has {found}, but this version of neck-export reads schema {SCHEMA}; use the version "
-            f"that wrote the file"
+            f"{where}: the result has {found}, but this version of neck-export reads schema {SCHEMA}; use the "
+            "version that wrote the file"
         )
     if not can_check():
         raise BenchError(
@@ -159,7 +159,8 @@ def merge_results(results: Sequence[Result]) -> Result:
             runs = [machine["environment"], [{**row, "machine": None} for row in own]]
             if runs in seen:
                 raise BenchError(
-                    f"the runs on {machine['name']} of {result['date']} were passed twice; remove one of the two files"
+                    f"two of the results to merge contain the same runs (machine {machine['name']}, date "
+                    f"{result['date']}); pass only one of these two files"
                 )
             seen.append(runs)
             number = f"m{len(machines)}"

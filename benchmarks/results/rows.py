@@ -15,8 +15,8 @@ from engines.run.latency import summarize
 
 MACHINE = "m0"
 
-NOT_BEGUN = "not started: the time limit of this run was reached (--minutes); run the command again to measure it"
-NOT_ENDED = "not finished: the time limit of this run was reached (--minutes); run the command again to measure it"
+NOT_BEGUN = "not started: this run reached its time limit (--minutes); run the command again to measure this backend"
+NOT_ENDED = "not finished: this run reached its time limit (--minutes); run the command again to measure this backend"
 
 
 def empty_row(backend: Backend, point: MeasurePoint, status: str, reason: str | None) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _why_waiting(samples: Samples, where: Mapping[str, str]) -> str:
     if cut is None:
         return str(short["reason"]) if short else NOT_BEGUN
     return (
-        f"not finished: {cut['reason']}; run the command again to allow it twice the time"
+        f"not finished: {cut['reason']}; if you run the command again, this backend is allowed twice the time"
         if cut.get("late")
         else NOT_ENDED
     )

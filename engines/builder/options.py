@@ -84,9 +84,9 @@ class BuildOptions:
     batch: Annotated[
         BatchRange | None,
         Option(
-            "Set the batch sizes that the plan accepts, as minimum:optimum:maximum, e.g. 1:4:8. Only an ONNX file with "
-            "a dynamic batch can be built so; a checkpoint is exported with this batch. [default: the batch sizes of "
-            "the ONNX file, or batch size 1 for a checkpoint]",
+            "Set the batch sizes that the plan accepts, as minimum:optimum:maximum, e.g. 1:4:8. For an ONNX file, "
+            "this requires a dynamic batch; a checkpoint is exported with these batch sizes. [default: the batch sizes "
+            "of the ONNX file, or batch size 1 for a checkpoint]",
             TARGET,
             read=str,
             parse=BatchRange.parse,

@@ -166,8 +166,9 @@ IMAGE_SIZE = Option(
     parse=parse_size,
 )
 NECKS = Option(
-    "Include these necks, each of which returns its own feature pyramid: auto (sam3, or the checkpoint's only "
-    "neck), both (sam3 and sam2), all (every neck of the checkpoint; SAM 3.1 has a third, interactive), or neck names "
+    "Include these necks, each with its own feature pyramid: auto (sam3, or the checkpoint's only neck), both (sam3 "
+    "and sam2), all (every neck of the checkpoint; in SAM 3.1 these are sam3, interactive and propagation), or neck "
+    "names "
     "separated by commas, e.g. sam3,sam2.",
     TENSORS,
     name="neck",
@@ -224,8 +225,8 @@ RANGE = Option(
     default=None,
 )
 IMAGES = Option(
-    "Verify with the first images in this folder, as many as the optimal batch size, e.g. photos. An export to fp8 "
-    "or int8 is also calibrated with images from it. [default: the image that is part of neck-export]",
+    "Verify with images from this folder, e.g. photos: the first ones, as many as the optimal batch size. An export to "
+    "fp8 or int8 is also calibrated with images from this folder. [default: the image that is part of neck-export]",
     VERIFICATION,
     read=Path,
     parse=parse_images,
@@ -242,8 +243,8 @@ TOLERANCES = Option(
     parse=parse_tolerances,
 )
 FILE_CHECKPOINT = Option(
-    "Compare the outputs with those of PyTorch with the weights of this checkpoint, e.g. sam3.pt. [default: the "
-    "checkpoint that the manifest of the ONNX file or plan names]",
+    "Compare the outputs with those that PyTorch computes with the weights of this checkpoint, e.g. sam3.pt. [default: "
+    "the checkpoint named in the manifest of the ONNX file or plan]",
     VERIFICATION,
 )
 FILE_ADAPTER = Option(

@@ -21,8 +21,9 @@ using neck::Tensor;
 void test_tensors() {
     expect_error([] { Tensor("a", DataType::float32, {2, 3}, std::vector<std::byte>(8)); }, "'a' has 8 bytes");
     expect_error([] { Tensor("a", DataType::uint8, {2, 3}, std::vector<std::byte>(7)); }, "needs 6");
-    expect_error([] { Tensor("a", DataType::float32, {-1, 3}); }, "a tensor cannot be float32 (-1, 3)");
-    expect_error([] { Tensor("a", DataType::float32, {1LL << 40, 1LL << 40}); }, "a tensor cannot be");
+    expect_error([] { Tensor("a", DataType::float32, {-1, 3}); }, "a float32 tensor cannot have the shape (-1, 3)");
+    expect_error([] { Tensor("a", DataType::float32, {1LL << 40, 1LL << 40}); }, "a float32 tensor cannot have the "
+                 "shape");
     expect_error([] { Tensor("a", DataType::float32, {1LL << 50}); }, "too little free memory");
     const Tensor whole("a", DataType::float32, {2, 3});
     expect(whole.data.size() == 24, "a tensor's own zeros");
@@ -39,9 +40,9 @@ void test_tensors() {
         expect_error([&] { neck::repeat(wrong, 2); }, "tensor 'a' has");
     }
     expect_error([&] { neck::compare_output(whole, Tensor("a", DataType::float32, {3, 2}), tolerance); },
-                 "is (3, 2), but the reference has (2, 3)");
+                 "has the shape (3, 2), but its shape in the reference is (2, 3)");
     expect_error([&] { neck::repeat(whole, 0); }, "cannot be repeated 0 times");
-    expect_error([&] { neck::repeat(whole, INT64_MAX); }, "a tensor cannot be float32");
+    expect_error([&] { neck::repeat(whole, INT64_MAX); }, "a float32 tensor cannot have the shape");
     expect(neck::compare_output(whole, whole, tolerance).passed(), "the control");
     // an output that rounds more than the plan's precision has the tolerance of its own type, as in Python
     const Tensor half("a", DataType::float16, {2}, std::vector<std::byte>(4));

@@ -76,8 +76,8 @@ void test_images_on_the_gpu(const std::string& plan) {
     expect_error([&] { engine.copy_in_rgb8(pixels.data.data(), size, pitch, stream.get()); },
                  "the memory for the image is on the host; pass memory of GPU 0 instead");
     expect_error([&] { engine.copy_in_rgb8(memory.get(), size, 17, stream.get()); },
-                 "rows must have at least 3 bytes per pixel");
-    expect_error([&] { engine.copy_in_rgb8(memory.get(), size, pitch, stream.get(), 4); }, "the entry must be below 4");
+                 "with 17 bytes per row (at least 3 per pixel) cannot be copied");
+    expect_error([&] { engine.copy_in_rgb8(memory.get(), size, pitch, stream.get(), 4); }, "batch entry 4 (0 to 3)");
     expect_error([&] { engine.copy_in_rgb8(memory.get(), {0, 6}, pitch, stream.get()); }, "0 x 6 pixels");
     setenv("STAND_IN_DEVICES", "2", 1);
     neck::check(cudaSetDevice(1), "test");
@@ -114,7 +114,7 @@ void test_refusals(const std::string& plan) {
                  "max_batch is 5, but the plan's input is image: float32 (1 to 4");
     options = {};
     options.device = 3;
-    expect_error([&] { neck::Engine(plan, options); }, "there is no GPU 3; this machine has 1");
+    expect_error([&] { neck::Engine(plan, options); }, "there is no GPU 3; the number of GPUs in this machine is 1");
 }
 
 /// Lets every call of a function fail, one after the other, until none is left.
@@ -156,7 +156,7 @@ void test_failures(const std::string& plan, const std::string& function, bool gr
         }
         if (graph && function == "cudaStreamBeginCapture") {
             expect(told.find("the CUDA graph cannot be captured (operation not permitted when stream is capturing); "
-                             "run the plan without --graph") != std::string::npos,
+                             "run the plan without a CUDA graph") != std::string::npos,
                    told);
         }
     }

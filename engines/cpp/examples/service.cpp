@@ -63,8 +63,9 @@ void answer(neck::Pool& pool, const std::vector<std::string>& images, std::atomi
             check(cudaStreamSynchronize(consumer));
             const neck::Fit& fit = batch.fits.front();
             const std::lock_guard<std::mutex> lock(printing);
-            std::cout << images[index] << ": computed " << output.name << "; multiply y by " << fit.scale_y
-                      << " and x by " << fit.scale_x << " to convert boxes to image pixels\n";
+            std::cout << images[index] << ": computed " << output.name << "; to convert box coordinates of the "
+                      << "model's input to image pixels, multiply x by " << fit.scale_x << " and y by " << fit.scale_y
+                      << "\n";
         } catch (const neck::Error& error) {  // an image that cannot be used does not end the service
             const std::lock_guard<std::mutex> lock(printing);
             std::cerr << error.what() << "\n";

@@ -109,7 +109,7 @@ void start_curl() {
     static const CURLcode started = curl_global_init(CURL_GLOBAL_DEFAULT);
     if (started != CURLE_OK) {
         throw Error(std::string("libcurl cannot be initialized (") + curl_easy_strerror(started) +
-                    "); check its installation");
+                    "); check the installation of libcurl");
     }
 }
 

@@ -69,7 +69,7 @@ std::vector<Port> read_ports(const Json& metadata, const char* key, std::int64_t
     std::vector<Port> ports;
     for (const Json& tensor : list_of(metadata, key)) {
         if (!tensor.is_object()) {
-            throw Fault{std::string("the list ") + key + " in the answer contains entries that are not JSON objects"};
+            throw Fault{"the list " + repr(key) + " in the answer contains entries that are not JSON objects"};
         }
         if (bytes != nullptr && text_or_empty(tensor, "datatype") == bytes_type) {
             bytes->push_back({name_of(tensor), shape_of(tensor), largest_batch});
@@ -110,7 +110,7 @@ std::vector<Tensor> read_outputs(const Answer& answer) {
     std::vector<Tensor> outputs;
     for (const Json& output : list_of(json, "outputs")) {
         if (!output.is_object()) {
-            throw Fault{"the list \"outputs\" in the server's answer contains entries that are not JSON objects"};
+            throw Fault{"the list 'outputs' in the answer contains entries that are not JSON objects"};
         }
         const std::string name = name_of(output);
         const DataType type = type_of(output);
@@ -184,7 +184,7 @@ void check_whole(const std::vector<Tensor>& found, const TritonModel& model, con
         const Port* port = find(model.outputs, output.name);
         if (port == nullptr || found.size() != wanted.size()) {
             throw Fault{
-                "the answer contains " + std::to_string(found.size()) + " outputs, including " + repr(output.name) +
+                "the answer contains the outputs " + joined(found, [](const Tensor& each) { return each.name; }) +
                 ", but these outputs were requested: " + joined(wanted, [](const std::string& each) { return each; })};
         }
         if (!fits(*port, output, batch)) {

@@ -95,12 +95,13 @@ neck::Latency measure(cudaStream_t stream, std::int64_t runs, const std::string&
     const neck::OwnedEvent end = neck::make_event(plan + ": creating a CUDA event failed", cudaEventDefault);
     std::vector<double> times;
     for (std::int64_t index = -warm_up_runs; index < runs; ++index) {
-        neck::check(cudaEventRecord(start.get(), stream), plan + ": timing failed");
+        neck::check(cudaEventRecord(start.get(), stream), plan + ": measuring the time with CUDA events failed");
         work();
-        neck::check(cudaEventRecord(end.get(), stream), plan + ": timing failed");
+        neck::check(cudaEventRecord(end.get(), stream), plan + ": measuring the time with CUDA events failed");
         neck::check(cudaEventSynchronize(end.get()), plan + ": the run failed");
         float elapsed = 0;
-        neck::check(cudaEventElapsedTime(&elapsed, start.get(), end.get()), plan + ": timing failed");
+        neck::check(cudaEventElapsedTime(&elapsed, start.get(), end.get()),
+                    plan + ": measuring the time with CUDA events failed");
         if (index >= 0) {
             times.push_back(elapsed);
         }

@@ -22,9 +22,10 @@ Engine::Impl::Impl(const std::filesystem::path& plan, const EngineOptions& optio
               " (compute capability " + gpu.capability() + ")";
     const bool rtx = flavor_here() == "rtx";
     if (options.rtx_graphs && (!rtx || options.cuda_graph)) {
-        throw Error(plan_ + ": the option --rtx-graph (rtx_graphs) " +
-                    (rtx ? "cannot be combined with --graph (cuda_graph); use one of them"
-                         : "needs TensorRT-RTX, but this program was built for TensorRT; use --graph (cuda_graph)"));
+        throw Error(plan_ + ": --rtx-graph (in C++: EngineOptions::rtx_graphs) " +
+                    (rtx ? "cannot be combined with --graph (EngineOptions::cuda_graph); use only one of them"
+                         : "needs TensorRT-RTX, but this program was built for TensorRT; use --graph "
+                           "(EngineOptions::cuda_graph) instead"));
     }
     if (rtx && options.use_runtime_cache) {
         cache_ = RuntimeCache(options.runtime_cache.empty() ? plan_ + ".cache" : options.runtime_cache.string(),

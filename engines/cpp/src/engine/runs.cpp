@@ -31,11 +31,12 @@ void Engine::Impl::check_batch(const std::string& got, std::int64_t batch) const
 }
 
 void Engine::Impl::wait_before(cudaStream_t stream) {
-    check(cudaStreamWaitEvent(stream, done_.get(), 0), plan_ + ": waiting for the previous run failed");
+    check(cudaStreamWaitEvent(stream, done_.get(), 0),
+          plan_ + ": making the CUDA stream wait for the previous run failed");
 }
 
 void Engine::Impl::mark_after(cudaStream_t stream) {
-    check(cudaEventRecord(done_.get(), stream), plan_ + ": recording the end of a run failed");
+    check(cudaEventRecord(done_.get(), stream), plan_ + ": recording a CUDA event on the stream failed");
 }
 
 void Engine::Impl::copy_in(const Tensor& image, cudaStream_t stream) {
@@ -59,11 +60,10 @@ Fit Engine::Impl::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch,
     if (size.height < 1 || size.width < 1 || pitch < static_cast<std::size_t>(size.width) * 3 || entry < 0 ||
         entry >= largest_batch_) {
         throw Error(plan_ + ": an image of " + std::to_string(size.height) + " x " + std::to_string(size.width) +
-                    " pixels with " + std::to_string(pitch) + " bytes per row cannot be copied to batch entry " +
-                    std::to_string(entry) +
-                    "; the sides must be above 0, rows must have at least 3 bytes per pixel, "
-                    "and the entry must be below " +
-                    std::to_string(largest_batch_));
+                    " pixels (at least 1 x 1) with " + std::to_string(pitch) +
+                    " bytes per row (at least 3 per pixel) cannot be copied to batch entry " + std::to_string(entry) +
+                    " (0 to " + std::to_string(largest_batch_ - 1) +
+                    "); pass values within the limits in parentheses");
     }
     const DeviceGuard guard(options_.device, plan_);
     check_device_memory(pixels, options_.device, plan_, "the image");
@@ -121,19 +121,21 @@ Prepared& Engine::Impl::captured(std::int64_t batch) {
     for (int index = 0; index < warm_up_runs; ++index) {
         run(*prepared.context, stream);
     }
-    check(cudaStreamSynchronize(stream), plan_ + ": CUDA could not start the run of the plan");
+    check(cudaStreamSynchronize(stream), plan_ + ": the runs before the capture of the CUDA graph failed");
     const auto succeed = [&](cudaError_t code) {
         if (code != cudaSuccess) {
             cudaGetLastError();
             throw GpuError(plan_ + ": the CUDA graph cannot be captured (" + cudaGetErrorString(code) +
-                           "); run the plan without --graph (cuda_graph)");
+                           "); run the plan without a CUDA graph (leave out --graph, or set EngineOptions::cuda_graph "
+                           "to "
+                           "false)");
         }
     };
     if (!is_capturable(*prepared.context, stream)) {
-        throw Error(
-            plan_ +
-            ": the CUDA graph cannot be captured, because TensorRT-RTX allocates memory while it runs this plan; "
-            "run the plan without --graph (cuda_graph), or build it again with `neck-export trt`");
+        throw Error(plan_ +
+                    ": TensorRT-RTX reports that no CUDA graph of this plan can be captured; run the plan without a "
+                    "CUDA "
+                    "graph (leave out --graph, or set EngineOptions::cuda_graph to false)");
     }
     succeed(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     const bool ran = prepared.context->enqueueV3(stream);

@@ -19,7 +19,8 @@ void check(cudaError_t code, const std::string& failure) {
 
 void check_device_memory(const void* address, int device, const std::string& plan, const std::string& name) {
     cudaPointerAttributes found{};
-    check(cudaPointerGetAttributes(&found, address), plan + ": querying the memory for " + name + " failed");
+    check(cudaPointerGetAttributes(&found, address),
+          plan + ": querying the location of the memory for " + name + " failed");
     const bool on_device = found.type == cudaMemoryTypeDevice || found.type == cudaMemoryTypeManaged;
     if (!on_device || (found.type == cudaMemoryTypeDevice && found.device != device)) {
         throw Error(plan + ": the memory for " + name + " is " +
@@ -66,7 +67,7 @@ OwnedEvent make_event(const std::string& what, unsigned flags) {
 }
 
 DeviceGuard::DeviceGuard(int device, const std::string& plan) {
-    check(cudaGetDevice(&before_), plan + ": querying the current GPU failed");
+    check(cudaGetDevice(&before_), plan + ": asking CUDA for the current GPU failed");
     check(cudaSetDevice(device), plan + ": selecting GPU " + std::to_string(device) + " failed");
 }
 

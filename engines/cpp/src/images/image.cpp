@@ -17,8 +17,9 @@ constexpr std::size_t largest_file = std::size_t{1} << 31U;
 
 Tensor decode_named(std::string_view file, const ImageLimits& limits, const std::string& name) {
     if (limits.most_pixels < 1 || limits.most_scans < 1) {
-        throw Error("the limits for images are " + std::to_string(limits.most_pixels) + " pixels and " +
-                    std::to_string(limits.most_scans) + " scans; set both limits above 0");
+        throw Error("ImageLimits::most_pixels is " + std::to_string(limits.most_pixels) +
+                    " and ImageLimits::most_scans is " + std::to_string(limits.most_scans) +
+                    "; set both limits to 1 or more");
     }
     try {
         Pixels pixels = decode(file, limits);
@@ -48,7 +49,7 @@ Tensor decode_image(const void* data, std::size_t bytes, const ImageLimits& limi
     return guarded(name, [&] {
         if (data == nullptr && bytes > 0) {
             throw Error(name + " has " + std::to_string(bytes) +
-                        " bytes, but its address is null; pass the bytes of a file");
+                        " bytes, but the pointer to these bytes is null; pass the bytes of a file");
         }
         return decode_named({static_cast<const char*>(data), bytes}, limits, name);
     });
@@ -71,7 +72,8 @@ Tensor repeat(const Tensor& tensor, std::int64_t count) {
         tensor.check();
         if (tensor.shape.empty() || count < 1) {
             throw Error("tensor " + repr(tensor.name) + " is " + tensor.describe() + " and cannot be repeated " +
-                        std::to_string(count) + " times; pass a tensor with a batch, and a number above 0");
+                        std::to_string(count) + " times; the tensor needs a batch dimension, and the number of "
+                        "repetitions must be at least 1");
         }
         Shape shape = tensor.shape;
         if (__builtin_mul_overflow(shape[0], count, &shape[0])) {

@@ -89,8 +89,9 @@ Gpu find_gpu(const std::filesystem::path& plan, int device) {
                     why + ")");
     }
     if (device < 0 || device >= count) {
-        throw Error(plan.string() + ": there is no GPU " + std::to_string(device) + "; this machine has " +
-                    std::to_string(count) + ", numbered from 0");
+        throw Error(plan.string() + ": there is no GPU " + std::to_string(device) + "; the number of GPUs in this "
+                    "machine is " +
+                    std::to_string(count) + ", and they are numbered from 0");
     }
     Gpu gpu{"GPU " + std::to_string(device)};
     cudaDeviceProp properties{};
@@ -98,7 +99,7 @@ Gpu find_gpu(const std::filesystem::path& plan, int device) {
         cudaDeviceGetAttribute(&gpu.major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
         cudaDeviceGetAttribute(&gpu.minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
         throw Error(plan.string() + ": CUDA cannot read the properties of GPU " + std::to_string(device) +
-                    "; check with nvidia-smi that it works");
+                    "; check with nvidia-smi that this GPU works");
     }
     gpu.name = properties.name;
     return gpu;

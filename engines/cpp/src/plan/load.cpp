@@ -42,10 +42,11 @@ Port read_port(const nvinfer1::ICudaEngine& engine, const char* name, const std:
     const bool fixed =
         !shape.empty() && std::all_of(shape.begin() + 1, shape.end(), [](auto side) { return side >= 0; });
     if (!type || !fixed) {
-        throw Error(plan.string() + ": the tensor " + name + " is " +
-                    (type ? std::string(name_of(*type)) : "of an unsupported type") + " " + to_text(shape) +
-                    ", but only its first dimension may be dynamic, and its type must be float32, float16, bfloat16, "
-                    "uint8, int32 or int64; build the plan from a file that `neck-export onnx` wrote");
+        throw Error(plan.string() + ": the tensor " + name + " has " +
+                    (type ? "the type " + std::string(name_of(*type)) : "an unsupported type") + " and the shape " +
+                    to_text(shape) +
+                    "; its type must be float32, float16, bfloat16, uint8, int32 or int64, and only its first "
+                    "dimension may be dynamic (-1); build the plan from a file that `neck-export onnx` wrote");
     }
     Port port{name, *type, shape, shape[0], shape[0], shape[0]};
     if (shape[0] < 0 && engine.getTensorIOMode(name) == nvinfer1::TensorIOMode::kINPUT) {
@@ -100,7 +101,7 @@ void read_ports(LoadedEngine& loaded, const std::filesystem::path& plan, const M
     }
     if (loaded.inputs.size() != 1) {
         throw Error(plan.string() + ": the plan has " + std::to_string(loaded.inputs.size()) +
-                    " inputs, but must have one, `image`; build it from a file that `neck-export onnx` wrote");
+                    " inputs, but must have one, `image`; build the plan from a file that `neck-export onnx` wrote");
     }
     for (Port& output : loaded.outputs) {
         if (output.shape[0] < 0) {

@@ -53,11 +53,11 @@ std::string read_text(const fs::path& path) {
     } catch (const std::system_error& error) {
         if (error.code() == std::errc::no_such_file_or_directory) {
             throw Error(path.string() +
-                        ": the manifest is missing; neck-export writes it together with the file, so "
-                        "copy it to the same folder or write the file again");
+                        ": the manifest is missing; neck-export writes one beside each ONNX file and plan, so copy the "
+                        "manifest to this path, export the ONNX file again, or build the plan again");
         }
         throw Error(path.string() + ": the manifest cannot be read (" + error.code().message() +
-                    "); write the file again");
+                    "); export the ONNX file or build the plan again");
     }
 }
 
@@ -66,19 +66,21 @@ Json parse(const fs::path& path) {
     try {
         content = parse_json_or_say(read_text(path));
     } catch (const Fault& fault) {
-        throw Error(path.string() + ": the manifest cannot be read (" + fault.why + "); write the file again");
+        throw Error(path.string() + ": the manifest cannot be read (" + fault.why + "); export the ONNX file or build "
+                    "the plan again");
     }
     if (text_or_empty(content, "kind") != "plan") {
-        throw Error(path.string() +
-                    ": the file is not a manifest of the kind plan; write the file that it belongs to again");
+        throw Error(path.string() + ": this is not a manifest of the kind plan; export the ONNX file or build the "
+                    "plan again");
     }
     const auto format_found = content.find("format");
     const bool known = format_found != content.end() && format_found->is_number_integer();
     if (!known || format_found->get<std::int64_t>() > format_here) {
         const std::string got = format_found == content.end() ? "None" : one_line(dump_json(*format_found));
-        throw Error(path.string() + ": the manifest has format " + got + ", but this version reads format " +
-            std::to_string(format_here) +
-                    "; upgrade neck-export or write the file again");
+        throw Error(path.string() + ": the manifest has format " + got + ", but this version of neck-export reads "
+                    "format " +
+                    std::to_string(format_here) + "; upgrade neck-export, export the ONNX file again, or build the "
+                    "plan again");
     }
     return content;
 }
@@ -95,32 +97,32 @@ std::vector<Manifest::File> read_files(const fs::path& path, const Json& content
         }
         return files;
     } catch (const Fault&) {
-        throw Error(path.string() +
-                    ": the manifest does not list its files with their sizes and SHA-256; write the file "
-                    "again");
+        throw Error(path.string() + ": the manifest does not list its files with their sizes and SHA-256; export the "
+                    "ONNX file or build the plan again");
     }
 }
 
 void check_file(const fs::path& manifest, const Manifest::File& entry, bool hashes) {
     if (entry.name.empty() || entry.name.find('/') != std::string::npos || entry.name.find('\0') != std::string::npos) {
         throw Error(manifest.string() + ": the manifest names the path " + repr(entry.name) +
-                    ", which is outside the manifest's folder; write the file again");
+                    ", which is outside the manifest's folder; export the ONNX file or build the plan again");
     }
     const fs::path path = fs::path(manifest).replace_filename(entry.name);
     std::error_code error;
     if (!fs::is_regular_file(path, error)) {
         throw Error(path.string() + ": the file is missing, but the manifest " + manifest.filename().string() +
-                    " lists it; copy it to this folder or write it again");
+                    " lists it; copy it to this folder, export the ONNX file again, or build the plan again");
     }
     const auto changed = [&] {
         return Error(path.string() + ": the file was changed after its manifest " + manifest.filename().string() +
-                     " was written; copy or write the file again");
+                     " was written; copy the file again, export the ONNX file again, or build the plan again");
     };
     try {
         const std::size_t bytes = OpenFile(path).size();
         if (bytes != static_cast<std::uint64_t>(entry.bytes)) {
             throw Error(path.string() + ": the file has " + std::to_string(bytes) + " bytes, but its manifest says " +
-                        std::to_string(entry.bytes) + " bytes; copy or write the file again");
+                        std::to_string(entry.bytes) + " bytes; copy the file again, export the ONNX file again, or "
+                        "build the plan again");
         }
         if (hashes && sha256_of_file(path) != entry.sha256) {
             throw changed();
@@ -204,8 +206,8 @@ Manifest read_checked(const fs::path& plan, bool hashes) {
                     plan.filename().string() + " again");
     }
     if ((header == rtx_magic) != (manifest.flavor == "rtx")) {
-        throw Error(plan.string() + ": the file begins with b" + repr(header) + ", so it is not a plan for " +
-                    manifest.flavor + ", as its manifest says; build the plan again");
+        throw Error(plan.string() + ": the manifest says that this is a plan for " + manifest.flavor +
+                    ", but the file begins with b" + repr(header) + ", which no such plan does; build the plan again");
     }
     for (const Manifest::File& file : manifest.files) {
         check_file(manifest.path, file, hashes);

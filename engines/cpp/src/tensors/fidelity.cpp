@@ -41,8 +41,9 @@ Comparison compare_output(const Tensor& reference, const Tensor& candidate, cons
     reference.check();
     candidate.check();
     if (reference.shape != candidate.shape) {
-        throw Error("output " + candidate.name + " is " + to_text(candidate.shape) + ", but the reference has " +
-                    to_text(reference.shape) + "; use a reference with the same images and image size");
+        throw Error("output " + candidate.name + " has the shape " + to_text(candidate.shape) +
+                    ", but its shape in the reference is " + to_text(reference.shape) + "; use a reference with the "
+                    "same images and image size");
     }
     const std::vector<float> left = reference.to_floats();
     const std::vector<float> right = candidate.to_floats();

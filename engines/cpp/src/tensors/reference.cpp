@@ -9,7 +9,7 @@ namespace neck {
 
 Reference read_reference(const std::filesystem::path& path) {
     const auto fault = [&](const std::string& why) {
-        return Error(path.string() + ": " + why + "; write a new one with `neck-export verify --save-reference`");
+        return Error(path.string() + ": " + why + "; write a new reference with `neck-export verify --save-reference`");
     };
     Reference reference;
     bool found = false;

@@ -10,7 +10,8 @@
 #include "neck/error.hpp"
 #include "tensors/type_names.hpp"
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tensors are read and sent as they lie in memory");
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+              "this library needs a little-endian machine: it reads and sends tensors as they lie in memory");
 
 namespace neck {
 namespace {
@@ -56,8 +57,8 @@ std::size_t bytes_of(DataType type, const Shape& shape) {
     for (const std::int64_t side : shape) {
         if (side < 0 || __builtin_mul_overflow(bytes, static_cast<std::uint64_t>(side), &bytes) ||
             bytes > std::uint64_t{std::numeric_limits<std::int64_t>::max()}) {
-            throw Error("a tensor cannot be " + std::string(name_of(type)) + " " + to_text(shape) +
-                        "; no side may be negative, and the tensor must fit into memory");
+            throw Error("a " + std::string(name_of(type)) + " tensor cannot have the shape " + to_text(shape) +
+                        "; no dimension may be negative, and the tensor must be smaller than 2^63 bytes");
         }
     }
     return bytes;
