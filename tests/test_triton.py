@@ -209,7 +209,8 @@ def test_a_plan_lists_all_outputs_and_an_ensemble_the_chosen(plan: Path, tmp_pat
     assert (step.model_name, step.model_version) == ("sam3-encoder", -1)
     assert dict(step.output_map) == {"sam3_feat_0": "sam3_feat_0", "sam3_feat_1": "sam3_feat_1"}
     assert any(
-        "the ensemble sam3-encoder-outputs returns only sam3_feat_0, sam3_feat_1" in note for note in found.notes
+        "to receive only sam3_feat_0, sam3_feat_1, use the ensemble sam3-encoder-outputs" in note
+        for note in found.notes
     )
 
 

@@ -247,10 +247,8 @@ def _summary_lines(profile: Profile) -> list[str]:
     weights = "unknown" if profile.weights_bytes is None else f"{profile.weights_bytes / 1e6:,.1f} MB"
     peak, moved = profile.peak_share, profile.bandwidth_share
     shares = [
-        "an unknown share of the peak matrix multiplication rate"
-        if peak is None
-        else f"{peak:.0%} of the peak matrix multiplication rate",
-        "an unknown share of the peak copy rate" if moved is None else f"{moved:.0%} of the peak copy rate",
+        "an unknown share of the peak TFLOP/s" if peak is None else f"{peak:.0%} of the peak TFLOP/s",
+        "an unknown share of the peak GB/s" if moved is None else f"{moved:.0%} of the peak GB/s",
     ]
     return [
         f"throughput of consecutive inferences: {', '.join(rates)}",
@@ -258,7 +256,7 @@ def _summary_lines(profile: Profile) -> list[str]:
         f"outputs {(profile.bytes_in + profile.bytes_out) / 1000000.0:,.1f} MB; loading the plan "
         f"used {profile.loaded_bytes / 1000000.0:,.1f} MB",
         f"peak rates measured with torch: {profile.peak_tflops:.1f} TFLOP/s ({PEAK_SIDE}^3 {profile.precision} "
-        f"matrix multiplication), {profile.peak_gigabytes_per_s:.0f} GB/s (copy within device memory)",
+        f"matrix multiplication), {profile.peak_gigabytes_per_s:.0f} GB/s (copy on the GPU)",
         f"at the median latency of {profile.median_ms:.3f} ms, the plan reaches {' and '.join(shares)}",
     ]
 
