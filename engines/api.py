@@ -166,8 +166,8 @@ def _split(options: PlanOptions) -> tuple[ExportOptions, PlanOptions]:
     onnx = options.output.with_suffix(".onnx") if options.output is not None else DEFAULT_ONNX
     if onnx == options.output:
         raise BuildError(
-            f"{onnx}: the ONNX file that is exported first gets this name, so the plan needs another one; use "
-            f"--output {onnx.stem}.plan, for example"
+            f"{onnx}: the checkpoint is first exported to an ONNX file of this name, so the plan needs a different "
+            f"name; use --output {onnx.stem}.plan, for example"
         )
     request = ExportOptions(
         output=onnx,

@@ -154,9 +154,9 @@ class Search:
             module = next((row.name for row in trial if not row.passed and row.name not in added), None)
             if module is None or len(added) == MOST_MODULES:
                 raise BisectError(
-                    f"{path}: the module {first} is the first to exceed the tolerance, and keeping "
-                    f"{', '.join(added)} in FP32 does not bring the outputs within it; export with --precision "
-                    "bf16 instead"
+                    f"{path}: the module {first} is the first to exceed the tolerance, but keeping "
+                    f"{', '.join(added)} in FP32 does not bring the outputs within the tolerance; export with "
+                    "--precision bf16 instead"
                 )
             added = (*added, module)
             trial = self.trial((*kept, *added))

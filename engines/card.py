@@ -47,8 +47,8 @@ def write_card(file: Path) -> list[Path]:
     folder = file.with_name(f"{file.stem}-hub")
     if folder.exists() and not (folder / README).is_file():
         raise BuildError(
-            f"{folder}: the folder for the model card already exists, but neck-export did not write it, "
-            f"because it contains no {README}; move the folder"
+            f"{folder}: the folder for the model card already exists, but contains no {README}, so neck-export did not "
+            "create it; move or rename this folder"
         )
     names = [entry["name"] for entry in manifest["files"]]
     with disk_errors(BuildError, folder), staging(folder) as stage:

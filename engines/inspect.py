@@ -97,4 +97,4 @@ def timing_cache_lines(manifest: dict[str, Any]) -> list[str]:
 
 def no_layers_line(manifest: dict[str, Any]) -> str:
     """What is said where a plan has no layer report: why, where its manifest tells."""
-    return f"  no layer report: {manifest.get('no_layers') or 'the builder did not list its layers'}"
+    return f"  no layer report: {manifest.get('no_layers') or 'the builder did not list the layers of the plan'}"

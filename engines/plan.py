@@ -161,10 +161,10 @@ def plan_paths(options: PlanOptions, flavor: Flavor, precision: Precision) -> li
     plan, rejected = options.output, rejected_path(options.output)
     places = [
         NamedPath("the file of --output", plan),
-        NamedPath("its manifest", manifest_path(plan)),
+        NamedPath("the manifest of the plan", manifest_path(plan)),
         NamedPath("the layer report of the plan", layers_path(plan)),
-        NamedPath("a rejected plan", rejected),
-        NamedPath("the manifest of a rejected plan", manifest_path(rejected)),
+        NamedPath("the file for a plan that fails verification", rejected),
+        NamedPath("the manifest of a plan that fails verification", manifest_path(rejected)),
         *calibration_paths(options.quantize.calibration, precision),
     ]
     if cache := timing_cache_path(flavor, options.build):
@@ -247,7 +247,10 @@ def reusable(job: BuildRequest) -> tuple[PlanResult | None, str | None]:
         if old.get(name) != value:
             return None, f"{name} changed from {json.dumps(old.get(name))} to {json.dumps(value)}"
     if job.source.manifest is None:
-        return None, f"{options.onnx.name} has no manifest, so it is unknown whether it changed"
+        return (
+            None,
+            f"{options.onnx.name} has no manifest, so it is unknown whether the file changed since the plan was built",
+        )
     checked = manifest["verification"]
     if options.verify and not checked["verified"] and not checked.get("onnx", {}).get("verified"):
         return None, "the existing plan was not verified"

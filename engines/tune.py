@@ -104,8 +104,8 @@ def tune_plan(
     """
     if options.build.replay_timing:
         raise TuneError(
-            "--tune and --replay-timing cannot be used together, because a replayed build cannot measure the "
-            "kernels of the other candidates; leave one of them out"
+            "--tune and --replay-timing cannot be used together, because a build that replays kernel times measures no "
+            "new kernels, which --tune needs; leave out one of the two options"
         )
     flavor = choose_flavor(options.flavor)
     if flavor.gpu is None and measure is None:

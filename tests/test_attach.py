@@ -345,7 +345,7 @@ def test_free(model: Any, file: Path, tmp_path: Path) -> None:
     for call in (model.state_dict, own.state_dict, lambda: model.save_pretrained(tmp_path), lambda: detach(model)):
         with pytest.raises(AttachError, match=r"free=True"):
             call()
-    with pytest.raises(AttachError, match="state to load contains other weights for the encoder"):
+    with pytest.raises(AttachError, match="state dict to load contains different weights"):
         model.load_state_dict(state)
     assert not [*tmp_path.glob("*.safetensors")]
     with torch.no_grad(), pytest.warns(UserWarning, match="computes in float32"):
@@ -426,7 +426,7 @@ def test_images_that_the_file_does_not_take(model: Any, file: Path) -> None:
 def test_models_without_an_encoder(model: Any, file: Path) -> None:
     with pytest.raises(AttachError, match=r"Linear contains no SAM 3 image encoder.* are: nothing"):
         attach(nn.Linear(2, 2), file)
-    with pytest.raises(AttachError, match=r"of this one are: detr \(Sam3DetrEncoder\)"):
+    with pytest.raises(AttachError, match=r"submodules of the given model are: detr \(Sam3DetrEncoder\)"):
         attach(nn.ModuleDict({"detr": model.detr_encoder}), file)
     with pytest.raises(AttachError, match="Sam3VisionModel is the encoder itself"):
         attach(model.vision_encoder, file)
@@ -528,7 +528,7 @@ def test_the_state_is_the_models_own(model: Any, file: Path, tmp_path: Path) -> 
         name: value + 1 if name == "vision_encoder.neck.fpn_layers.3.proj1.bias" else value
         for name, value in state.items()
     }
-    with pytest.raises(AttachError, match=r"other weights for .* \(vision_encoder\.neck\.fpn_layers\.3\.proj1\.bias\)"):
+    with pytest.raises(AttachError, match=r"different weights for .* \(vision_encoder\.neck\.fpn_layers\.3\.proj1\.bias\)"):
         model.load_state_dict(
             {name: value + 1 if name not in own else changed[name] for name, value in changed.items()}, strict=False
         )
@@ -558,7 +558,7 @@ def test_copies_open_the_file_again(checkpoint: Path, file: Path) -> None:
         loaded = torch.load(io.BytesIO(stored.getvalue()), weights_only=False)
         for other in (copied, loaded):
             assert torch.equal(run_features(other), want)
-            with pytest.raises(AttachError, match="other weights for the encoder"):
+            with pytest.raises(AttachError, match="different weights for that encoder"):
                 other.detector_model.load_state_dict(
                     {f"{VISION}.layers.0.mlp.fc1.weight": torch.zeros(64, 16)}, strict=False
                 )
@@ -691,10 +691,13 @@ def drop_block(encoder: Any) -> None:
     [
         (change_window, r"window_size of .*backbone\.layers\.0 is 4 in the file, but 2 in the model"),
         (change_global_block, r"window_size of .*layers\.2 is 4 in the file, but 0 in the model"),
-        (change_activation, r"the activation of .*layers\.3 is the exact GELU in the file, but ReLU"),
-        (change_approximation, r"the activation of .*layers\.3 is the exact GELU in the file, but GELU\(approximate"),
+        (change_activation, r"the activation function of .*layers\.3 is the exact GELU in the file, but ReLU"),
+        (
+            change_approximation,
+            r"the activation function of .*layers\.3 is the exact GELU in the file, but GELU\(approximate",
+        ),
         (change_eps, r"eps of .*layers\.1\.layer_norm2 is 1e-06 in the file, but 1e-05 in the model"),
-        (change_heads, r"the number of heads of .*layers\.1 is 2 in the file, but 4 in the model"),
+        (change_heads, r"the number of attention heads of .*layers\.1 is 2 in the file, but 4 in the model"),
         (change_theta, r"layers\.1\.rotary_emb\.inv_freq"),
         (change_grid, r"layers\.1\.position_ids"),
         (change_stride, r"padding_mode of .*fpn_layers\.0\.proj2 is zeros in the file, but reflect in the model"),
@@ -733,7 +736,8 @@ def test_an_adapter_of_peft_is_told(model: Any, file: Path) -> None:
     attention = model.vision_encoder.backbone.layers[0].attention
     attention.q_proj = Adapted(attention.q_proj)
     with pytest.raises(
-        AttachError, match=r"has an unmerged PEFT adapter \(.*q_proj.*\); merge it \(model\.merge_and_unload"
+        AttachError,
+        match=r"has an unmerged PEFT adapter \(.*q_proj.*\); merge the adapter with model\.merge_and_unload",
     ):
         attach(model, file)
 

@@ -193,7 +193,7 @@ def test_the_files_size_is_the_only_one(folder: Path) -> None:
     for wrong in (images()[0], images()[:, :2], images().to(torch.uint8)):
         with pytest.raises(EncoderError, match=r"expected normalized"):
             encoder(wrong)
-    with pytest.raises(EncoderError, match=r"level 4 of the features; export it"):
+    with pytest.raises(EncoderError, match=r"level 4 of the features; export the file again"):
         DeployedEncoder(folder / "both.onnx", levels=range(5))
 
 

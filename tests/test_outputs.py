@@ -107,7 +107,9 @@ def test_a_run_needs_new_binding_after_the_memory_changed(tmp_path: Path) -> Non
     with open_fake(tmp_path) as session:
         session.bind({"image": at(0, torch.ones(1, 2, 3))})
         session.bind_output("twice", room())
-        with pytest.raises(SessionError, match="no input is bound; call bind first, and again after bind_output"):
+        with pytest.raises(
+            SessionError, match="no input is bound; call bind before enqueue, and again after each bind_output"
+        ):
             session.enqueue()
 
 

@@ -43,8 +43,7 @@ def test_an_engine_of_ultralytics(command: str, name: str, tmp_path: Path) -> No
     assert (ran.code, ran.out) == (1, "")
     first, second = ran.err.splitlines()
     assert first.startswith(
-        f"error: {path}: this is an Ultralytics engine, which consists of a JSON header (description "
-        f"Ultralytics SAM model, task"
+        f"error: {path}: this is an Ultralytics engine, that is, a JSON header (description Ultralytics SAM model, task"
     )
     assert f"neck-export inspect {path} --strip-header {path.with_suffix('.bare.plan')}" in second
     assert listing(tmp_path) == before
@@ -59,7 +58,7 @@ def test_a_plan_under_another_suffix(command: str, kind: str, tmp_path: Path) ->
     assert (ran.code, ran.out) == (1, "")
     (line,) = ran.err.splitlines()
     assert line.startswith(f"error: {path}: this is a {kind} plan, but its manifest x.engine.json is missing")
-    assert "rename it to x.plan and copy x.plan.json beside it" in line
+    assert "rename it back to x.plan and copy the manifest x.plan.json beside it" in line
 
 
 def test_what_trt_and_bench_say_of_it(tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_more_contexts_than_memory() -> None:
     )
     with pytest.raises(SessionError, match=wanted):
         check_memory(plan, 5, 250_000_000, 1_000_000_000)
-    with pytest.raises(SessionError, match="close other programs, or build the plan with a smaller largest batch"):
+    with pytest.raises(SessionError, match="close other programs, or build the plan with a smaller maximum batch"):
         check_memory(plan, 1, 250_000_000, 1000)
     check_memory(plan, 3, 0, 3)
 

@@ -235,12 +235,9 @@ def test_the_profile_for_a_screen() -> None:
         "inference without CUDA graph or copies   40.000   42.000   43.000   44.000   41.000   200",
         "copy of inputs to GPU, 12.2 MB",
         "throughput of consecutive inferences: 97.6 images/s, 100.0 images/s with a CUDA graph",
-        "weights 908.0 MB, scratch 250.0 MB, inputs and outputs 68.2 MB; loading took 1,300.0 MB",
-        "100.0 TFLOP/s (8192^3 fp16 matrix multiplication), 250 GB/s (copy)",
-        (
-            "at the median latency of 39.000 ms, the plan reaches 50% of the matrix multiplication rate "
-            "and 50% of the copy rate"
-        ),
+        "weights 908.0 MB, scratch 250.0 MB, inputs and outputs 68.2 MB; loading the plan used 1,300.0 MB",
+        "100.0 TFLOP/s (8192^3 fp16 matrix multiplication), 250 GB/s (copy on the GPU)",
+        "at the median latency of 39.000 ms, the plan reaches 50% of the peak TFLOP/s and 50% of the peak GB/s",
         "3 layers, 4.000 ms in total with the profiler attached; the layer report contains 2 of these layers",
         "2.2500  56.2%       0  attention       trunk.blocks.0.attn",
         "1.0000  25.0%       ?  ?               reformat",
@@ -258,7 +255,7 @@ def test_what_is_not_known_is_said() -> None:
         "clocks and the power",
         "no CUDA graph: not capturable",
         "weights unknown",
-        "unknown share of the matrix multiplication rate and an unknown share of the copy rate",
+        "unknown share of the peak TFLOP/s and an unknown share of the peak GB/s",
         "0 layers, 0.000 ms",
     ):
         assert part in text, text

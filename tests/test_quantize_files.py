@@ -65,7 +65,7 @@ def test_fp8_becomes_a_plan_that_says_what_no_gpu_verified(fp8_file: Path, tmp_p
     plan = tmp_path / "a.plan"
     built = neck_export_cli("trt", fp8_file, "--flavor", "rtx", "--compute-capability", "8.9", "--output", plan)
     assert built.code == 0, built.err
-    assert "quantized linear layers 4 of 4 in FP8 (accumulation unknown)" in built.out
+    assert "4 of 4 quantized linear layers run in FP8 (accumulation type unknown)" in built.out
     manifest = read_manifest(manifest_path(plan), "plan")
     verified = manifest["verification"]
     assert manifest["precision"] == "fp8"
@@ -116,7 +116,7 @@ def test_int8_from_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
     built = neck_export_cli("trt", tmp_path / "a.onnx", "--flavor", "rtx", "--compute-capability", "8.6")
     assert built.code == 0, built.err
-    assert "quantized linear layers 16 of 16 in INT8 (accumulation unknown)" in built.out
+    assert "16 of 16 quantized linear layers run in INT8 (accumulation type unknown)" in built.out
     assert "16 of 16 linear layers are quantized to int8" in neck_export_cli("inspect", tmp_path / "a.plan").out
 
 
@@ -127,7 +127,7 @@ def test_fp8_from_an_fp32_file(tmp_path: Path) -> None:
     words = ["trt", tmp_path / "a.onnx", "--flavor", "rtx", "--precision", "fp8", "--quantize", "*.3.mlp"]
     built = neck_export_cli(*words, "--compute-capability", "8.9,12.0")
     assert built.code == 0, built.err
-    assert "quantized linear layers 2 of 2 in FP8" in built.out
+    assert "2 of 2 quantized linear layers run in FP8" in built.out
     refused = neck_export_cli(*words, "--compute-capability", "8.6,8.9", "--no-verify")
     assert refused.code == 1
     assert "compute capability 8.6" in refused.err

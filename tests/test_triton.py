@@ -209,7 +209,8 @@ def test_a_plan_lists_all_outputs_and_an_ensemble_the_chosen(plan: Path, tmp_pat
     assert (step.model_name, step.model_version) == ("sam3-encoder", -1)
     assert dict(step.output_map) == {"sam3_feat_0": "sam3_feat_0", "sam3_feat_1": "sam3_feat_1"}
     assert any(
-        "the ensemble sam3-encoder-outputs returns only sam3_feat_0, sam3_feat_1" in note for note in found.notes
+        "to receive only sam3_feat_0, sam3_feat_1, use the ensemble sam3-encoder-outputs" in note
+        for note in found.notes
     )
 
 
@@ -421,7 +422,7 @@ def test_what_cannot_be_activated(plan: Path, onnx_file: Path, tmp_path: Path) -
 def test_an_ensemble_does_not_ask_more_than_the_active_version_has(plan: Path, tmp_path: Path) -> None:
     make(write_plan(tmp_path / "f.plan", signed={"positions": "none"}), tmp_path)
     more = write_plan(tmp_path / "more.plan", verification=UNVERIFIED)
-    with pytest.raises(TritonError, match=r"sam3-encoder-images: the ensemble would return sam3_pos_0"):
+    with pytest.raises(TritonError, match=r"sam3-encoder-images: the ensemble needs the outputs sam3_pos_0"):
         make(more, tmp_path, ensemble=True)
     assert make(more, tmp_path, ensemble=True, outputs=("sam3_feat_*",)).active == 1
     assert make(plan, tmp_path, ensemble=True).active == 3
@@ -712,7 +713,7 @@ COMPATIBLE = {"version_compatible": True, "hardware_compatible": "none"}
         ("11.1.0.106", {}, None, "26.07", "as the plan needs"),
         ("11.2.1.2", {}, None, "26.08", "as the plan needs"),
         ("10.15.1.29", COMPATIBLE, None, "26.08", "--backend-config=tensorrt,version-compatible=true"),
-        ("11.4.0.106", {}, None, None, "no Triton container with TensorRT 11.4.0.106 exactly is known here"),
+        ("11.4.0.106", {}, None, None, "no Triton container with TensorRT 11.4.0.106 exactly"),
         ("11.4.0.106", {}, "27.01", "27.01", "container 27.01"),
         ("10.9.0.34", COMPATIBLE, None, "25.12", "--backend-config=tensorrt,version-compatible=true"),
         ("10.9.0.34", COMPATIBLE, "25.06", "25.06", "--backend-config=tensorrt,version-compatible=true"),
@@ -769,7 +770,7 @@ def test_a_file_that_a_container_would_compute_on_the_cpu_is_refused_and_mended(
     source = read_model(export_onnx(options).path)
     assert choose_container([source], None)[0] == max(ONNX_RUNTIME)
     assert choose_container([source], "26.07")[0] == "26.07"
-    assert "computes MaxPool on the CPU" in choose_container([source], "26.07")[1][1]
+    assert "runs MaxPool on the CPU" in choose_container([source], "26.07")[1][1]
     with pytest.raises(
         TritonError, match=r"25\.07 has ONNX Runtime 1\.22\.0.*: the runtime is only known to support opsets up to 22"
     ):

@@ -148,7 +148,7 @@ def test_what_is_quantized_is_selected_once_for_all_candidates(
     assert selected == [source]
     assert tuning.best.manifest["quantization"]["asked"] == ["auto"]
     assert len(tuning.best.manifest["quantization"]["products"]) == 16
-    assert "quantized linear layers 16 of 16 in INT8" in "\n".join(tuning_lines(tuning))
+    assert "16 of 16 quantized linear layers run in INT8" in "\n".join(tuning_lines(tuning))
     assert any("the calibration used only the one image" in note for note in tuning.best.notes)
 
 

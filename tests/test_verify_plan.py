@@ -150,7 +150,7 @@ def test_a_foreign_onnx_file_cannot_be_verified() -> None:
     assert plan_signature(Path("x.plan"), told, known=False) == signature
     assert plan_signature(Path("x.plan"), {**told, "onnx_manifest": None}, known=True) == signature
     for manifest, known in (({**told, "onnx_manifest": None}, False), ({**told, "signature": None}, True)):
-        with pytest.raises(VerifyError, match="neck-export did not write, so it is unknown what to compare"):
+        with pytest.raises(VerifyError, match="neck-export did not write, so it is unknown which PyTorch encoder"):
             plan_signature(Path("x.plan"), manifest, known=known)
 
 

@@ -143,7 +143,7 @@ def _check_residual(source: Source, typing: LoweringOptions, precision: Precisio
         raise BuildError(
             f"{source.path}: the file computes the residual sums in {held}, but --residual {typing.residual} "
             "was requested;\n"
-            f"export it again: {export_again(source.path, residual=typing.residual)}"
+            f"export the file again: {export_again(source.path, residual=typing.residual)}"
         )
 
 
@@ -209,7 +209,7 @@ def forms_to_try(
 def meaning(attempt: Attempt, precision: str) -> str:
     """Returns the note that says what a rewritten attention form means."""
     what = (
-        ("BF16 matrix multiplications accumulate in FP32 in every form")
+        "BF16 matrix multiplications accumulate in FP32, whatever the form of the attention"
         if precision == "bf16"
         else FORMS[cast(AttentionForm, attempt.form)].meaning
     )

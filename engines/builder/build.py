@@ -182,9 +182,9 @@ def _check_fp8(onnx: Path, options: BuildOptions, capabilities: Sequence[str]) -
     small = [target for target in capabilities if target != "none" and not has_fp8(target)]
     if options.precision == "fp8" and small:
         raise BuildError(
-            f"{onnx}: GPUs of compute capability {', '.join(small)} cannot multiply matrices in FP8, which "
-            "requires 8.9 or later; leave it out of --compute-capability, or export the file in INT8: "
-            f"{export_again(onnx, precision='int8')}"
+            f"{onnx}: the plan would be built for compute capability {', '.join(small)}, but matrix multiplication in "
+            f"FP8 requires 8.9 or later; leave {', '.join(small)} out of --compute-capability, or export the file in "
+            f"INT8: {export_again(onnx, precision='int8')}"
         )
 
 
@@ -205,7 +205,7 @@ def _parse(onnx: Path, flavor: Flavor, watch: Watch) -> tuple[Any, Any, Any]:
         reason = reasons[0] if reasons else watch.reason
         remedy = export_again(onnx, attention="auto", opset="auto", target=flavor.target)
         raise RefusedError(
-            f"{onnx}: {flavor.title} cannot parse the file: {reason}\nexport it again: {remedy}",
+            f"{onnx}: {flavor.title} cannot parse the file: {reason}\nexport the file again: {remedy}",
             reason,
             by_form="Attention" in kinds,
         )

@@ -178,11 +178,11 @@ def select_for_source(
     """
     check_quantize(options, precision)
     if source.precision == precision and options != QuantizeOptions():
-        words = (
-            "--quantize, --budget and --calibration have no effect on its build; leave them out, or export "
-            "the file again with them"
+        raise BuildError(
+            f"{source.path}: the file is already quantized to {precision}, so --quantize, --budget and --calibration "
+            "have no effect when it is built; leave these options out, or pass them to `neck-export onnx` and export "
+            "the file again"
         )
-        raise BuildError(f"{source.path}: the file is already quantized to {precision}, so {words}")
     if precision not in CODES or source.precision != "fp32" or source.manifest is None:
         return None, ()  # lower_file refuses what it cannot lower
     notes = list[str]()
@@ -214,7 +214,7 @@ def lower_file(source: Source, precision: Precision, folder: Path, **forms: Any)
     if not any(MODULE in node.metadata_props for node in model.graph):
         raise BuildError(
             f"{onnx}: the file was not written by neck-export, so it is unknown which nodes must stay in FP32; "
-            "build the file unchanged with --fp32, or export the encoder with `neck-export onnx --precision "
+            "build the plan in FP32 with --fp32, or export the encoder with `neck-export onnx --precision "
             f"{precision}`"
         )
     lower(model, precision, **forms)

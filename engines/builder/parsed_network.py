@@ -56,7 +56,8 @@ def check_types(onnx: Path, trt: Any, network: Any, precision: str, keep_fp32: S
             command = export_again(onnx, precision=precision, **AS_AUTO)
             raise BuildError(
                 f"{onnx}: the layer {layer.name} computes in {tensor.dtype.name}, but {precision} was "
-                f"requested; keep its module in FP32 with --keep-fp32, or export the file again: {command}"
+                "requested; name the module of this layer with --keep-fp32 to allow FP32 there, or export the file "
+                f"again: {command}"
             )
     if not seen:
         raise BuildError(

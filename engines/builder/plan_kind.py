@@ -33,17 +33,18 @@ def is_plan(path: Path) -> bool:
     if metadata is not None:
         bare = path.with_suffix(".bare.plan")
         raise BuildError(
-            f"{path}: this is an Ultralytics engine, which consists of a JSON header ({_told(metadata)}) and a "
-            f"{kind} plan, but neck-export only loads plans that it built itself;\n"
-            "export the weights with `neck-export onnx` and build them with `neck-export trt`, or extract the "
-            f"bare plan with `neck-export inspect {path} --strip-header {bare}`"
+            f"{path}: this is an Ultralytics engine, that is, a JSON header ({_told(metadata)}) followed by a {kind} "
+            "plan, but neck-export only loads plans that it built itself;\n"
+            "export the weights with `neck-export onnx` and build a plan from the ONNX file with `neck-export trt`. To "
+            "use the Ultralytics plan in another program, extract it: "
+            f"`neck-export inspect {path} --strip-header {bare}`"
         )
     if kind and path.suffix != ".plan" and not manifest_path(path).is_file():
         name = path.with_suffix(".plan").name
         raise BuildError(
-            f"{path}: this is a {kind} plan, but its manifest {manifest_path(path).name} is missing. If "
-            f"neck-export built this plan, rename it to {name} and copy {name}.json beside it; otherwise, "
-            "build a new plan with `neck-export trt`"
+            f"{path}: this is a {kind} plan, but its manifest {manifest_path(path).name} is missing. If neck-export "
+            f"built this plan as {name} and the file was renamed later, rename it back to {name} and copy the manifest "
+            f"{name}.json beside it; otherwise, build a new plan with `neck-export trt`"
         )
     return bool(kind) or path.suffix == ".plan"
 

@@ -60,7 +60,7 @@ def read_replayed(flavor: Flavor, options: BuildOptions) -> bytes | None:
     if options.timing_cache is not None:
         raise BuildError(
             "--replay-timing and --timing-cache cannot be used together, because a replayed build measures no "
-            "kernels that could be saved; leave one of them out"
+            "kernels that could be saved; leave out one of the two"
         )
     try:
         data = path.read_bytes()
@@ -77,7 +77,7 @@ def read_replayed(flavor: Flavor, options: BuildOptions) -> bytes | None:
             f"{path}: the timing cache cannot be read ({error.strerror}); use a file that --timing-cache saved"
         ) from None
     if not data:
-        raise BuildError(f"{path}: the timing cache is empty; save it again with `neck-export trt --timing-cache`")
+        raise BuildError(f"{path}: the timing cache is empty; save a new one with `neck-export trt --timing-cache`")
     return data
 
 
@@ -111,7 +111,8 @@ def replay_timing(trt: Any, config: Any, path: Path, data: bytes) -> Any:
     if not there or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise BuildError(
             f"{path}: the timing cache has no kernel for TensorRT {trt.__version__} on this GPU; it is only valid "
-            "for one GPU model and one TensorRT version. Save one here with `neck-export trt --timing-cache`"
+            "for one GPU model and one TensorRT version. Save a new cache on this "
+            "machine with `neck-export trt --timing-cache`"
         )
     config.set_flag(trt.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS)
     return cache
@@ -120,7 +121,7 @@ def replay_timing(trt: Any, config: Any, path: Path, data: bytes) -> Any:
 def missed(error: RefusedError, path: Path) -> RefusedError:
     """Returns the error of a replayed build, with the command that creates a complete cache."""
     remedy = (
-        f"--replay-timing requires {path} to contain the times of all kernels; first build the same file with the same "
-        f"options and --timing-cache {path}"
+        f"--replay-timing requires {path} to contain the times of all kernels; first build the same ONNX file with the "
+        f"same options and --timing-cache {path}"
     )
     return RefusedError(f"{error}\n{remedy}", error.reason, error.by_form)

@@ -160,28 +160,27 @@ class LayerReport:
         parts = [f"fused attentions {len(self.fused)} of {self.attentions}"]
         if opaque:
             parts = [
-                f"fused attentions unknown ({self.attentions} in the graph, but {opaque} Myelin blocks hide "
-                "their kernels)"
+                f"number of fused attentions unknown (the graph has {self.attentions} attentions, but {opaque} Myelin "
+                "blocks do not show which kernels they contain)"
             ]
         if self.fused:
             first, second = self.accumulation or ("unknown", "unknown")
             both = first.upper() if first == second else f"{first.upper()} then {second.upper()}"
             parts.append(f"accumulation {both if self.accumulation else 'unknown'}")
         if self.fp8_attentions:
-            parts.append(f"FP8 attentions {self._fp8_fused()} of {self.fp8_attentions}")
+            parts.append(f"fused FP8 attentions {self._fp8_fused()} of {self.fp8_attentions}")
         if self.products:
             kinds = " and ".join(sorted({str(kernel.quantized) for kernel in self.quantized})) or "FP8 or INT8"
-            told = (
-                f"unknown ({self.products} in the graph, but {opaque} Myelin blocks hide their kernels)"
+            parts.append(
+                f"precision of the {self.products} quantized linear layers unknown (hidden by {opaque} Myelin blocks)"
                 if opaque
-                else None
+                else f"{len(self.quantized)} of {self.products} quantized linear layers run in {kinds} "
+                "(accumulation type unknown)"
             )
-            told = told or f"{len(self.quantized)} of {self.products} in {kinds} (accumulation unknown)"
-            parts.append(f"quantized linear layers {told}")
         parts.append(f"{len(self.kernels)} kernels")
         moved = self.bytes_moved
         reason = "Myelin blocks" if opaque else "dynamic batch"
-        parts.append(f"bytes moved unknown ({reason})" if moved is None else f"{moved / 1e9:.3g} GB moved")
+        parts.append(f"bytes moved: unknown ({reason})" if moved is None else f"{moved / 1e9:.3g} GB moved")
         return ", ".join(parts)
 
     def _fp8_fused(self) -> int:
@@ -208,8 +207,8 @@ class LayerReport:
         if told and len(self.fused) < self.fusable:
             return (
                 f"{self.fusable - len(self.fused)} of {self.fusable} attentions are not fused: each runs as several "
-                "kernels and writes its scores to memory, which is slow; compare the forms with --tune on the GPU, "
-                "or use another TensorRT"
+                "kernels and writes its scores to memory, which is slow; build with --tune on the GPU, which compares "
+                "the attention forms, or use another TensorRT version"
             )
         if told and "unknown" not in self.families and self._fp8_fused() < self.fp8_attentions:
             return (

@@ -55,7 +55,8 @@ def lower_bound(layers: LayerReport, gpu: PublishedGpu) -> LowerBound:
     """
     if any(kernel.operations is None for kernel in layers.kernels):
         return LowerBound(
-            gpu, reason="the layer report does not contain the operations of its kernels; build the plan again"
+            gpu,
+            reason="the layer report does not say how many operations each kernel computes; build the plan again",
         )
     if layers.bytes_moved is None:
         why = "the plan contains Myelin blocks" if any(one.opaque for one in layers.kernels) else "the batch is dynamic"
@@ -68,8 +69,8 @@ def lower_bound(layers: LayerReport, gpu: PublishedGpu) -> LowerBound:
             return LowerBound(
                 gpu,
                 reason=(
-                    f"the GPU cannot multiply matrices in {product_type(kernel).upper()}, which the kernel "
-                    f"{kernel.name} does"
+                    f"the kernel {kernel.name} multiplies matrices in {product_type(kernel).upper()}, which this GPU "
+                    "does not support"
                 ),
             )
         constants, read, written = (_bytes(part) for part in (kernel.constants, kernel.inputs, kernel.outputs))
@@ -121,7 +122,7 @@ def bound_lines(
         return []
     lines = [
         "lower bound on latency, computed from published rates (neither measured nor a forecast)",
-        f"  {'GPU':<20} {'cannot be faster than':>21} {'without a cache':>16}  limited by operations",
+        f"  {'GPU':<20} {'minimum latency':>21} {'without L2 cache':>16}  compute-bound kernels",
     ]
     for one in bounds.values():
         title, capability = one["gpu"]["title"], one["gpu"]["compute_capability"]

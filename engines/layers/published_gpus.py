@@ -107,7 +107,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         864,
         96,
         _tflops(183.3, 366.5, 733, 733),
-        "L40S data sheet, FP16 as half of its FP8 (it prints 362.05); L2 cache size: Ada white paper",
+        "L40S data sheet; FP16 rate: half of the FP8 rate (the data sheet says 362.05 TFLOP/s); L2 cache size: Ada "
+        "white paper",
         r"L40S",
     ),
     "h100": PublishedGpu(
@@ -126,7 +127,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         4917,
         60,
         _H100,
-        "H200 data sheet; bandwidth by its memory clock of 3201 MHz; L2 cache size: reported by CUDA",
+        "H200 data sheet; bandwidth: computed from the memory clock of 3201 MHz; L2 cache size: reported by CUDA",
         r"H200.*",
         clock=_HOPPER,
     ),
@@ -146,7 +147,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         8000,
         128,
         _tflops(1125, 2250, 4500, 4500),
-        "GB200 data sheet, half its sparse rates; HGX B200 has 7.7 TB/s. Clock: 1980 MHz of 1856, not confirmed",
+        "GB200 data sheet; rates: half of the sparse rates; bandwidth: that of the GB200 (HGX B200: 7.7 TB/s). Highest "
+        "clock: assumed to be 1980 MHz, not confirmed; clock at which the rates hold: 1856 MHz",
         r"B200",
         clock=1980 / 1856,
     ),
@@ -156,7 +158,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         102.4,
         4,
         _tflops(9.7, 19.3, None, 38.5),
-        "Orin NX data sheet at 1173 MHz (super mode), the GPU without the DLAs",
+        "Orin NX data sheet; rates: those of the GPU without the DLAs at 1173 MHz (super mode)",
         r"Orin NX",
     ),
     "orin-64": PublishedGpu(
@@ -165,7 +167,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         204.8,
         4,
         _tflops(21.4, 42.7, None, 85.3),
-        "AGX Orin technical brief, the GPU without the DLAs, half its sparse rates. CUDA calls every Orin so",
+        "AGX Orin technical brief; rates: half of the sparse rates of the GPU without the DLAs. CUDA reports the same "
+        "name for every Orin module",
         r"Orin",
     ),
     "thor": PublishedGpu(
@@ -174,7 +177,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         273,
         32,
         _tflops(129.4, 258.8, 517.5, 517.5),
-        "Jetson Thor data sheet, 1/4 and 1/8 of its sparse FP4 rate; L2 cache size: reported by CUDA",
+        "Jetson Thor data sheet; FP8 and INT8 rates: 1/4 of the sparse FP4 rate; FP16 rate: 1/8 of it; L2 cache size: "
+        "reported by CUDA",
         r"(Jetson )?Thor",
     ),
     "rtx-3090": PublishedGpu(
@@ -183,7 +187,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         936.2,
         6,
         _tflops(35.6, 71.2, None, 284.7, 2),
-        "GA102 white paper, appendix A. Clock: 2100 MHz of 1695 assumed, 1980 seen",
+        "GA102 white paper, appendix A. Highest clock: assumed to be 2100 MHz (highest clock seen: 1980 MHz); "
+        "published boost clock: 1695 MHz",
         r"GeForce RTX 3090",
         clock=2100 / 1695,
     ),
@@ -193,7 +198,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         716.8,
         64,
         _tflops(48.7, 97.5, 194.9, 389.9, 2),
-        "Ada white paper, appendix A. Clock: 3105 MHz of 2505, seen on Ada",
+        "Ada white paper, appendix A. Highest clock seen on Ada cards: 3105 MHz; published boost clock: 2505 MHz",
         r"GeForce RTX 4080",
         clock=3105 / 2505,
     ),
@@ -203,7 +208,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         1008,
         72,
         _tflops(82.6, 165.2, 330.3, 660.6, 2),
-        "Ada white paper, appendix A. Clock: 3105 MHz of 2520, seen on Ada",
+        "Ada white paper, appendix A. Highest clock seen on Ada cards: 3105 MHz; published boost clock: 2520 MHz",
         r"GeForce RTX 4090",
         clock=3105 / 2520,
     ),
@@ -213,7 +218,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         1792,
         96,
         _tflops(104.8, 209.5, 838, 838, 2, fp8_sums=1),
-        "RTX Blackwell white paper, appendix A; FP8 with FP32 sums: block-scaled. Clock: 3105 MHz of 2407 seen",
+        "RTX Blackwell white paper, appendix A; FP8 with FP32 sums: rate of block-scaled FP8. Highest clock seen: "
+        "3105 MHz; published boost clock: 2407 MHz",
         r"GeForce RTX 5090",
         clock=3105 / 2407,
     ),

@@ -225,8 +225,9 @@ class Attached:
         names = [name for name, module in NECK_MODULES.items() if getattr(self.module, module, None) is convs]
         if not names:
             raise AttachError(
-                f"{self.encoder.path}: the attached file only computes the necks that belong to the encoder, "
-                "but another one was passed to sam_forward_feature_levels; call detach(model) to compute it"
+                f"{self.encoder.path}: the attached file only computes the encoder's own necks, but "
+                "sam_forward_feature_levels was called with another neck; call detach(model) to compute that neck in "
+                "PyTorch"
             )
         return self._run_of(x).neck(names[0])
 
@@ -261,7 +262,7 @@ class Attached:
         for level in range(self.levels):
             if level not in pairs:
                 shape = (len(feats[0]), channels, *sizes[level])
-                kinds = (f"level {level} of the features", f"level {level} of the positions")
+                kinds = (f"level {level} of the features", f"level {level} of the position encoding")
                 pairs[level] = tuple(self._missing(kind, shape, feats[0]) for kind in kinds)  # type: ignore[assignment]
         whole = [pairs[level] for level in range(self.levels)]
         return [feat for feat, _ in whole], [position for _, position in whole]
@@ -360,10 +361,10 @@ class LoadGuard:
             ]
             if others:
                 raise AttachError(
-                    f"{attached.encoder.path}: the state to load contains other weights for the encoder that "
-                    "this file replaces "
-                    f"({others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}); call "
-                    "detach(model) before loading, then export the new weights"
+                    f"{attached.encoder.path}: this file is attached in place of the model's encoder, but the state "
+                    "dict to load contains different weights for that encoder "
+                    f"({others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}); call detach(model), "
+                    "load the state dict, and export the new weights"
                 )
 
 

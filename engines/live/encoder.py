@@ -109,7 +109,7 @@ class DeployedEncoder(nn.Module):
         if lacking:
             raise EncoderError(
                 f"{path}: the file does not contain level {', '.join(map(str, lacking))} of the features; "
-                "export it again: "
+                "export the file again: "
                 f"{self.export_again(levels=','.join(map(str, sorted({*self.levels, *signature.levels}))))}"
             )
         self._options = {"device": None if device is None else str(device), "runtime": runtime, "simulated": simulated}
@@ -231,7 +231,7 @@ class DeployedEncoder(nn.Module):
         if not self._plan:
             return export_again(self.path, **changes)
         options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
-        return f"neck-export onnx {options}, then build its plan with neck-export trt"
+        return f"neck-export onnx {options}, then build a plan from the new file with neck-export trt"
 
     def close(self) -> None:
         """Frees the engine."""

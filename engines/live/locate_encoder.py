@@ -110,8 +110,8 @@ def find_encoder(model: nn.Module) -> LiveEncoder:
         )
         raise AttachError(
             f"{type(model).__name__}{it or ' contains no SAM 3 image encoder'}. Pass a model with a submodule "
-            "that has trunk and convs (Meta, Ultralytics) or backbone and neck.fpn_layers (transformers); the "
-            f"submodules of this one are: {top[:300]}"
+            "that has the attributes trunk and convs (Meta, Ultralytics) or backbone and neck.fpn_layers "
+            f"(transformers); the submodules of the given model are: {top[:300]}"
         )
     if len(found) > 1:
         places = ", ".join(slots[module][0].path for module in found)

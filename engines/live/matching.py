@@ -69,9 +69,9 @@ class Live:
         """
         if adapted := [name for name in self.state if any(mark in name for mark in ADAPTED)]:
             raise AttachError(
-                f"the encoder at {self.encoder.slots[0].path} has an unmerged PEFT adapter ({adapted[0]}); merge it "
-                "(model.merge_and_unload()) and attach a file of the merged weights, which `neck-export onnx "
-                "--adapter FOLDER` exports; or use attach(..., check=False)"
+                f"the encoder at {self.encoder.slots[0].path} has an unmerged PEFT adapter ({adapted[0]}); merge the "
+                "adapter with model.merge_and_unload(), export the merged weights with `neck-export onnx --adapter "
+                "FOLDER`, and attach that file. To skip the comparison of the weights, use attach(..., check=False)"
             )
         layouts = find_layouts(self.state)
         if not layouts or not layouts[0].necks:
@@ -191,18 +191,21 @@ def _blocks(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
         heads = _value(attention, "num_heads", "num_attention_heads")
         for name, mine, theirs in (
             ("window_size", 0 if block in config.global_blocks else config.window_size, _value(module, "window_size")),
-            ("the number of heads", config.num_heads, heads),
-            ("the scale of scores", config.head_dim**-0.5, _value(attention, "scale", "scaling")),
+            ("the number of attention heads", config.num_heads, heads),
+            ("the scale of the attention scores", config.head_dim**-0.5, _value(attention, "scale", "scaling")),
         ):
             if theirs is None:
-                yield f"{name} of {path} cannot be read from a {type(module).__name__}"
+                yield f"{name} of {path} cannot be read from a module of type {type(module).__name__}"
             elif not math.isclose(mine, theirs, rel_tol=1e-6):
                 yield f"{name} of {path} is {mine:g} in the file, but {theirs:g} in the model"
         activation = _value(mlp, "activation_fn", "act")
         if activation is None and not type(mlp).__module__.startswith("neck."):  # ours calls a function
-            yield f"the activation of {path} cannot be read from a {type(mlp).__name__}"
+            yield f"the activation function of {path} cannot be read from a module of type {type(mlp).__name__}"
         elif activation is not None and not _is_gelu(activation):
-            yield f"the activation of {path} is the exact GELU in the file, but {_named(activation)} in the model"
+            yield (
+                f"the activation function of {path} is the exact GELU in the file, but {_named(activation)} in the "
+                "model"
+            )
 
 
 def _levels(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:

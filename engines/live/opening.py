@@ -34,12 +34,14 @@ def open_file(
     if runtime == "openvino":
         if simulated or (wanted is not None and wanted.type != "cpu"):
             raise EncoderError(
-                f"{path}: runtime='openvino' only supports the CPU and cannot simulate rounding; leave out "
-                "runtime, or use device='cpu' without simulated"
+                f"{path}: runtime='openvino' only supports the CPU and cannot simulate rounding; leave out the "
+                "argument runtime, or pass device='cpu' and leave out the argument simulated"
             )
         return OpenVinoFile(path)
     if simulated and wanted is not None and wanted.type != "cpu":
-        raise EncoderError(f"{path}: simulated=True is only possible on the CPU; leave it out, or use device='cpu'")
+        raise EncoderError(
+            f"{path}: simulated=True is only possible on the CPU; leave out the argument simulated, or use device='cpu'"
+        )
     if wanted is None:
         wanted = torch.device("cuda" if not simulated and _ort_has_cuda() else "cpu")
     if wanted.type not in ("cpu", "cuda"):

@@ -247,18 +247,16 @@ def _summary_lines(profile: Profile) -> list[str]:
     weights = "unknown" if profile.weights_bytes is None else f"{profile.weights_bytes / 1e6:,.1f} MB"
     peak, moved = profile.peak_share, profile.bandwidth_share
     shares = [
-        "an unknown share of the matrix multiplication rate"
-        if peak is None
-        else f"{peak:.0%} of the matrix multiplication rate",
-        "an unknown share of the copy rate" if moved is None else f"{moved:.0%} of the copy rate",
+        "an unknown share of the peak TFLOP/s" if peak is None else f"{peak:.0%} of the peak TFLOP/s",
+        "an unknown share of the peak GB/s" if moved is None else f"{moved:.0%} of the peak GB/s",
     ]
     return [
         f"throughput of consecutive inferences: {', '.join(rates)}",
         f"device memory: weights {weights}, scratch {profile.scratch_bytes / 1000000.0:,.1f} MB, inputs and "
-        f"outputs {(profile.bytes_in + profile.bytes_out) / 1000000.0:,.1f} MB; loading took "
-        f"{profile.loaded_bytes / 1000000.0:,.1f} MB",
+        f"outputs {(profile.bytes_in + profile.bytes_out) / 1000000.0:,.1f} MB; loading the plan "
+        f"used {profile.loaded_bytes / 1000000.0:,.1f} MB",
         f"peak rates measured with torch: {profile.peak_tflops:.1f} TFLOP/s ({PEAK_SIDE}^3 {profile.precision} "
-        f"matrix multiplication), {profile.peak_gigabytes_per_s:.0f} GB/s (copy)",
+        f"matrix multiplication), {profile.peak_gigabytes_per_s:.0f} GB/s (copy on the GPU)",
         f"at the median latency of {profile.median_ms:.3f} ms, the plan reaches {' and '.join(shares)}",
     ]
 

@@ -137,12 +137,12 @@ def default_cache(plan: Path) -> Path:
 def _check_options(plan: Path, flavor: Flavor, cuda_graph: bool, rtx_graphs: bool, runtime_cache: Path | None) -> None:
     if rtx_graphs and (flavor.name != "rtx" or cuda_graph):
         need = (
-            "cannot be combined with cuda_graph=True; leave one of them out"
+            "cannot be combined with cuda_graph=True; leave out one of the two"
             if flavor.name == "rtx"
-            else ("requires a TensorRT-RTX plan, but this plan is for TensorRT; leave it out")
+            else "requires a TensorRT-RTX plan, but this plan is for TensorRT; leave out rtx_graphs"
         )
         raise SessionError(f"{plan}: rtx_graphs=True {need}")
     if runtime_cache is not None and flavor.name != "rtx":
         raise SessionError(
-            f"{plan}: TensorRT compiles no kernels at run time, so it cannot use the option runtime_cache; leave it out"
+            f"{plan}: TensorRT compiles no kernels at run time, so runtime_cache has no effect; leave out runtime_cache"
         )

@@ -64,7 +64,7 @@ def caller_memory(plan: Path, port: Port, largest: int, device: torch.device, me
             "a torch tensor or a CuPy array"
         ) from None
     if found.device != device:
-        raise SessionError(f"{what} is on {found.device}; expected memory on {device}; allocate it there")
+        raise SessionError(f"{what} is on {found.device}; expected memory on {device}; allocate the memory there")
     if found.dtype != port.dtype or not found.is_contiguous():
         got = f"{type_name(found.dtype)} and {'' if found.is_contiguous() else 'not '}contiguous"
         raise SessionError(f"{what} is {got}; expected {type_name(port.dtype)} and contiguous")

@@ -38,8 +38,8 @@ def check_plan(
         manifest = dict(known or read_manifest(where, "plan"))
         if header.startswith(RTX_MAGIC) != (manifest["flavor"] == "rtx"):
             raise SessionError(
-                f"{plan}: the file begins with {header[:4]!r}, so it is not a plan for {manifest['flavor']}, "
-                "as its manifest says; build the plan again"
+                f"{plan}: the manifest says that this is a plan for {manifest['flavor']}, but the file begins with "
+                f"{header[:4]!r}, which no such plan does; build the plan again"
             )
         if known is None:
             _check_files(plan, where, manifest)

@@ -167,5 +167,5 @@ def check_memory(plan: Path, contexts: int, each: int, free: int) -> None:
         )
         raise SessionError(
             f"{plan}: {contexts} contexts need {contexts * each / 1000000.0:.1f} MB of device memory in "
-            f"addition to the weights, but only {free / 1000000.0:.1f} MB are free; {fewer}a smaller largest batch"
+            f"addition to the weights, but only {free / 1000000.0:.1f} MB are free; {fewer}a smaller maximum batch"
         )

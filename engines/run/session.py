@@ -120,7 +120,10 @@ class Session:
     def enqueue(self) -> None:
         """Starts inference with the bound input on the session's stream."""
         if not self._bound:
-            raise SessionError(f"{self.plan}: no input is bound; call bind first, and again after bind_output")
+            raise SessionError(
+                f"{self.plan}: no input is bound; call bind before enqueue, and again after each bind_output, which "
+                "unbinds the inputs"
+            )
         self._execute(self.context)
         self._mark({port.name: self._bound[port.name] for port in self.outputs})
         self._keep_kernels(self._bound)
@@ -248,7 +251,7 @@ class Session:
         if self.stream and not self.flavor.can_capture(context, self.stream.cuda_stream):
             raise SessionError(
                 f"{self.plan}: TensorRT-RTX reports that no CUDA graph of this plan can be captured; run the "
-                "plan without one"
+                "plan without a CUDA graph"
             )
         graph, failure = torch.cuda.CUDAGraph(), None  # type: torch.cuda.CUDAGraph, Exception | None
         with CAPTURING, on_device(self.stream, self.device):
@@ -265,7 +268,8 @@ class Session:
                 torch.cuda.set_stream(caller)
         if failure:
             raise SessionError(
-                f"{self.plan}: no CUDA graph of this plan can be captured ({failure}); run the plan without one"
+                f"{self.plan}: no CUDA graph of this plan can be captured ({failure}); run the plan "
+                "without a CUDA graph"
             ) from None
         return Captured(inputs, outputs, graph, context)
 

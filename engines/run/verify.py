@@ -183,8 +183,9 @@ def plan_signature(plan: Path, manifest: Mapping[str, Any], known: bool) -> Sign
     """
     if not manifest.get("signature") or not (known or manifest.get("onnx_manifest")):
         raise VerifyError(
-            f"{plan}: the plan was built from an ONNX file that neck-export did not write, so it is unknown what to "
-            "compare it with; export the encoder with `neck-export onnx` and build that file"
+            f"{plan}: the plan was built from an ONNX file that neck-export did not write, so it is unknown which "
+            "PyTorch encoder to compare the plan with; export the encoder with `neck-export onnx` and build a plan "
+            "from the exported file"
         )
     return Signature.from_dict(manifest["signature"])
 

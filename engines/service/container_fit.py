@@ -48,15 +48,15 @@ def choose_container(sources: Sequence[Source], asked: str | None) -> tuple[str 
     if len({one[:known] for one in numbers}) > 1:
         paths, built = ", ".join(str(source.path) for source in sources), ", ".join(sorted(versions))
         raise TritonError(
-            f"{paths}: these plans were built by TensorRT {built}, but a container has only one version; build all "
-            "of them with the same TensorRT"
+            f"{paths}: these plans were built by TensorRT {built}, but a container has only one TensorRT version; "
+            "build all of these plans with the same version"
         )
     exact = next((source for source in sources if not has_lean_runtime(source)), sources[0])
     container, notes = _for_plan(exact, str(exact.manifest["tensorrt_version"]), asked)
     if any(map(has_lean_runtime, sources)):
         notes.append(
             f"a version-compatible plan brings its own runtime: start Triton with {COMPATIBLE}, otherwise Triton "
-            "refuses it"
+            "refuses the plan"
         )
     return container, notes
 
@@ -82,12 +82,15 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
             ] or later
         if not fitting:
             return None, [
-                f"no Triton container with {needed} is known here; look up a container in NVIDIA's support matrix"
+                f"neck-export knows no Triton container with {needed}; look one up in NVIDIA's support matrix"
             ]
         asked = fitting[-1]
     carried = TENSORRT.get(asked)
     if carried is None:
-        return asked, [f"the TensorRT version of container {asked} is unknown here; {source.path.name} needs {needed}"]
+        return asked, [
+            f"neck-export does not know the TensorRT version of container {asked}; check that it fits, because "
+            f"{source.path.name} needs {needed}"
+        ]
     if carried == _short(version):
         return asked, [f"container {image(asked)} has TensorRT {carried}, as the plan needs"]
     if compatible and version_numbers(carried) > version_numbers(version):
@@ -124,8 +127,8 @@ def _for_onnx(source: Source, asked: str | None) -> tuple[str | None, list[str]]
         )
     if carried is None:
         return container, [
-            f"the ONNX Runtime version of container {container} is unknown here; ONNX Runtime 1.25 or later "
-            "can serve the file"
+            f"neck-export does not know the ONNX Runtime version of container {container}; check that it is 1.25 or "
+            "later, which can serve the file"
         ]
     notes = _check_readable(source, container, carried)
     return container, [f"container {image(container)} has ONNX Runtime {carried}", *notes]
@@ -150,13 +153,13 @@ def _check_readable(source: Source, container: str, carried: str) -> list[str]:
             f"{source.path}: the ONNX file is incomplete or damaged ({type(error).__name__}); copy it again"
         ) from None
     target = line_of("onnxruntime-gpu", carried)
-    reason = why_not(target, needs) if target else "it is unknown here which files this version can load"
+    reason = why_not(target, needs) if target else "neck-export does not know which files this version can load"
     if target and reason is None:
         small = ", ".join(on_cpu(target, needs))
         return (
             [
-                f"ONNX Runtime computes {small} on the CPU; these operators compute little, but their data is "
-                "copied from and to the GPU"
+                f"ONNX Runtime runs {small} on the CPU; these operators are cheap, but copying their data from the GPU "
+                "and back adds latency"
             ]
             if small
             else []

@@ -22,8 +22,8 @@ def check_held(model: Path, config: Any, source: Source | None) -> None:
     if held is None:
         if any(model.iterdir()):
             raise TritonError(
-                f"{model}: the folder contains files, but no {CONFIG}, so it is no model that neck-export "
-                f"wrote; {ELSEWHERE}"
+                f"{model}: the folder contains files, but no {CONFIG}, so neck-export did not write this model; "
+                f"{ELSEWHERE}"
             )
         return
     check_contract(model, held, config)

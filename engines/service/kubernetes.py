@@ -126,16 +126,15 @@ class Serving:
                 )
         if self.image_name is None and self.ensemble:
             raise TritonError(
-                "--ensemble needs a container image with Pillow, which NVIDIA's image does not contain; "
-                "choose a name for your image with --image, such as "
-                f"registry.example.com/{self.name}-triton:{self.container}, and build it from the Dockerfile "
-                "that is then written"
+                "--ensemble needs a container image with Pillow, which NVIDIA's image does not contain; name your own "
+                f"image with --image, such as registry.example.com/{self.name}-triton:{self.container}. neck-export "
+                "then writes a Dockerfile for this image; build the image from that Dockerfile"
             )
         theirs, _, tag = (self.image_name or "").partition("@")[0].partition("tritonserver:")
         if theirs.endswith("nvidia/") and tag != f"{self.container}-py3":
             raise TritonError(
-                f"--image {self.image_name!r} does not fit the file, which needs {image(self.container)}; use "
-                "that image, or leave out --image"
+                f"--image {self.image_name!r} is not the container image that the model file needs, "
+                f"{image(self.container)}; name this image, or leave out --image"
             )
 
     @property
@@ -284,8 +283,8 @@ def check_folder(folder: Path, files: Sequence[str]) -> None:
         path = folder / name
         if path.exists() and not _is_ours(path):
             raise TritonError(
-                f"{path}: this file was not written by neck-export, but the Kubernetes files would overwrite "
-                "it; move it"
+                f"{path}: this file was not written by neck-export, but a Kubernetes file of this name would "
+                "overwrite it; move or rename the existing file"
             )
 
 

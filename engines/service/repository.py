@@ -132,9 +132,9 @@ def _check_active(options: RepositoryOptions, models: Sequence[_Model]) -> None:
         lacking = sorted(listed_outputs(model.config) - listed) if model.script is None else []
         if lacking:
             raise TritonError(
-                f"{options.output / model.name}: the ensemble would return {', '.join(lacking)}, but the "
-                f"active version of {options.name} does not have these outputs, and the new version cannot "
-                f"become active before it is verified; verify {options.model} first"
+                f"{options.output / model.name}: the ensemble needs the outputs {', '.join(lacking)}, which the active "
+                f"version of {options.name} does not have. The new version has them, but cannot become active before "
+                f"it is verified; verify {options.model} first"
             )
 
 
@@ -162,14 +162,15 @@ def _models(options: RepositoryOptions, source: Source, plans: dict[str, Source]
     if plans:
         notes.append(
             f"{options.name} can only be served on GPUs of compute capability {', '.join(plans)}, because it "
-            "has no plan for others"
+            "has no plan for other GPUs"
         )
     if len(listed) != len(chosen):
         name = f"{options.name}-outputs"
         models.append(_Model(name, chosen_config(source, name, options.name, chosen)))
         names = ", ".join(spec.name for spec in chosen)
         notes.append(
-            f"Triton requires {options.name} to list all outputs of the plan; the ensemble {name} returns only {names}"
+            f"the model {options.name} lists all outputs of the plan, because Triton requires it; to receive only "
+            f"{names}, use the ensemble {name}"
         )
     if options.ensemble:
         preprocess, images = f"{options.name}-preprocess", f"{options.name}-images"
@@ -206,8 +207,8 @@ def _cluster_files(
         )
     if container is None:
         raise TritonError(
-            f"{source.path}: no Triton container with TensorRT {source.manifest['tensorrt_version']} is known "
-            "here, so none can be written into the Kubernetes files; name one with --container"
+            f"{source.path}: neck-export knows no Triton container with TensorRT "
+            f"{source.manifest['tensorrt_version']} for the Kubernetes files; name a container with --container"
         )
     serving = Serving(
         model=options.name,

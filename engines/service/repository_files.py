@@ -96,7 +96,7 @@ def lay_out(folder: Path, sources: Sequence[tuple[Source, str]]) -> None:
             if target.exists() or target.name == MANIFEST:
                 raise TritonError(
                     f"{file}: the file cannot be copied as {target.name}, because another file of the model "
-                    "has that name; export or build under another name"
+                    "has that name; export or build the file under another name"
                 )
             _copy(file, target)
             entries.append(entry | {"name": target.name})

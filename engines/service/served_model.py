@@ -169,8 +169,8 @@ def check_same_encoder(first: Source, others: Sequence[Source]) -> dict[str, Sou
     for source in (first, *others):
         if source.kind != "plan":
             raise TritonError(
-                f"{source.path}: this is not a plan, but --plan can only combine plans for several GPUs; build "
-                "a plan from it, or leave it out"
+                f"{source.path}: this is not a plan, but --plan only accepts plans, one for each GPU; build a plan "
+                "from this file, or leave this file out"
             )
         ours, theirs = origin(first.manifest), origin(source.manifest)
         different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
@@ -183,7 +183,7 @@ def check_same_encoder(first: Source, others: Sequence[Source]) -> dict[str, Sou
         if twice is not source:
             raise TritonError(
                 f"{source.path}: the plan is for compute capability {source.compute_capability}, and so is "
-                f"{twice.path}; leave one of them out"
+                f"{twice.path}; leave out one of the two"
             )
     return plans
 
@@ -191,7 +191,7 @@ def check_same_encoder(first: Source, others: Sequence[Source]) -> dict[str, Sou
 def _refuse_rtx(path: Path, header: bytes, manifest: Mapping[str, Any]) -> None:
     if manifest["flavor"] == "rtx" or header == RTX_MAGIC:
         raise TritonError(
-            f"{path}: this is a TensorRT-RTX plan, which Triton's tensorrt backend cannot load; build it on the "
+            f"{path}: this is a TensorRT-RTX plan, which Triton's tensorrt backend cannot load; build a plan on the "
             "serving GPU with `neck-export trt --flavor tensorrt`, or serve the ONNX file"
         )
 
@@ -229,8 +229,8 @@ def _tensors(manifest: Mapping[str, Any]) -> tuple[BatchRange, TensorSpec, tuple
         )
         if len(inputs) != 1 or not outputs:
             raise TypeError(
-                f"it has {len(inputs)} inputs and {len(outputs)} outputs, but an encoder has one input and at least "
-                f"one output"
+                f"the plan has {len(inputs)} inputs and {len(outputs)} outputs, but an encoder has one input and at "
+                "least one output"
             )
         return BatchRange.parse(manifest["batch"]), inputs[0], outputs
     except ValueError as error:
@@ -247,7 +247,10 @@ def _check_tensors(source: Source) -> None:
         if port.dtype not in DATA_TYPES:
             raise TritonError(
                 f"{source.path}: the tensor {port.name} is {port.dtype}, but neck-export serves only "
-                f"{', '.join(DATA_TYPES)} with Triton; export the encoder again"
+                f"{', '.join(DATA_TYPES)} with Triton; export the encoder with `neck-export onnx --output-dtype fp32`"
             )
         if port.shape[0] != source.batch.dim or not all(isinstance(side, int) and side > 0 for side in port.shape[1:]):
-            raise TypeError(f"{port.name} has the shape {port.shape}, but its batch is {source.batch}")
+            raise TypeError(
+                f"the tensor {port.name} has the shape {port.shape}, but the first side must be that of the batch "
+                f"{source.batch}, and all other sides must be numbers above 0"
+            )

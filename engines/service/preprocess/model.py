@@ -137,7 +137,7 @@ def check_cost(image: Image.Image, data: bytes, limits: Limits) -> None:
         allowed = min(limits.scans, max(1, FULL_SIZE_SCANS * limits.pixels // max(1, pixels)))
         if scans > allowed:
             raise BadImageError(
-                f"is a JPEG of {scans} scans; at its size the limit is {allowed}; save it again with fewer"
+                f"is a JPEG of {scans} scans; at its size the limit is {allowed}; save it again with fewer scans"
             )
 
 
