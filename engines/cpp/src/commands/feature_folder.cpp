@@ -13,6 +13,7 @@
 
 #include "files/files.hpp"
 #include "files/log.hpp"
+#include "images/header.hpp"
 #include "neck/error.hpp"
 #include "neck/safetensors.hpp"
 
@@ -75,10 +76,10 @@ std::vector<fs::path> find_images(const fs::path& folder) {
             std::string kind = entry.path().extension().string();
             std::transform(kind.begin(), kind.end(), kind.begin(),
                            [](unsigned char letter) { return static_cast<char>(std::tolower(letter)); });
-            const bool jpeg = kind == ".jpg" || kind == ".jpeg" || kind == ".jpe" || kind == ".jfif";
+            const bool named = std::find(image_suffixes.begin(), image_suffixes.end(), kind) != image_suffixes.end();
             const bool hidden = entry.path().filename().string().front() == '.';
             std::error_code unknown;
-            if (!hidden && (kind == ".png" || jpeg) && !entry.is_directory(unknown)) {
+            if (named && !hidden && !entry.is_directory(unknown)) {
                 images.push_back(entry.path());
             }
         }

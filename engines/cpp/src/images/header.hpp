@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <string_view>
 #include <vector>
@@ -7,6 +8,9 @@
 #include "neck/image.hpp"
 
 namespace neck {
+
+/// How the names of files that are read end, in lower case.
+inline constexpr std::array<std::string_view, 5> image_suffixes{".png", ".jpg", ".jpeg", ".jpe", ".jfif"};
 
 /// What an image file says before its pixels are unpacked.
 struct Header {
