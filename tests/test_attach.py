@@ -528,7 +528,9 @@ def test_the_state_is_the_models_own(model: Any, file: Path, tmp_path: Path) -> 
         name: value + 1 if name == "vision_encoder.neck.fpn_layers.3.proj1.bias" else value
         for name, value in state.items()
     }
-    with pytest.raises(AttachError, match=r"different weights for .* \(vision_encoder\.neck\.fpn_layers\.3\.proj1\.bias\)"):
+    with pytest.raises(
+        AttachError, match=r"different weights for .* \(vision_encoder\.neck\.fpn_layers\.3\.proj1\.bias\)"
+    ):
         model.load_state_dict(
             {name: value + 1 if name not in own else changed[name] for name, value in changed.items()}, strict=False
         )
