@@ -303,6 +303,7 @@ int main() {
 """
 
 
+@pytest.mark.slow
 def test_packagers_get_what_they_expect(tmp_path: Path) -> None:
     """Shared libraries with hidden symbols, versions in their names, and a package whose client stands alone."""
     library, there, consumer = tmp_path / "library", tmp_path / "there", tmp_path / "consumer"

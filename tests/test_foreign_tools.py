@@ -78,7 +78,9 @@ def vision_model() -> Any:
     return Sam3VisionModel(vision_config(SMALL)).eval()
 
 
-@pytest.mark.parametrize(("precision", "fusions"), [("fp32", None), ("fp32", "cpu"), ("fp16", None)])
+@pytest.mark.parametrize(
+    ("precision", "fusions"), [pytest.param("fp32", None, marks=pytest.mark.slow), ("fp32", "cpu"), ("fp16", None)]
+)
 def test_transformers_exporter(precision: str, fusions: str | None, tmp_path: Path) -> None:
     """Its FP32 and FP16 files, with and without ONNX Runtime's fused operators."""
     exporters = pytest.importorskip("transformers.exporters", reason="needs transformers 5.24 or later")

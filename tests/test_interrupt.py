@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +173,11 @@ def test_inside_one_long_call_too(number: signal.Signals, tmp_path: Path) -> Non
         assert child.returncode == CODES[number.name]
         assert not list(tmp_path.iterdir())
     if number == signal.SIGTERM:
-        with started("python's") as child:  # the control
+        with started("python's") as child:  # the control: it is alive 3 s after the work began, 2 s after the signal
+            while child.poll() is None and not list(tmp_path.iterdir()):
+                time.sleep(0.05)
             with pytest.raises(subprocess.TimeoutExpired):
-                child.communicate(timeout=10)
+                child.communicate(timeout=3)
             assert list(tmp_path.iterdir())
             child.kill()
 

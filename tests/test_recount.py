@@ -329,7 +329,7 @@ def exports(folder: Path, share: int) -> Iterator[tuple[File, dict[str, Any], Ca
             return
 
 
-@pytest.mark.parametrize("share", range(SHARES))
+@pytest.mark.parametrize("share", [0, *(pytest.param(share, marks=pytest.mark.slow) for share in range(1, SHARES))])
 def test_every_number_of_a_manifest_is_that_of_the_file(
     share: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,7 +167,7 @@ def until(done: Callable[[], bool], load: Load, seconds: float = 600) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("mode", CONTROL)
+@pytest.mark.parametrize("mode", ["poll", pytest.param("explicit", marks=pytest.mark.slow)])
 def test_versions_change_under_load(
     tmp_path: Path, plan: Path, tuned: tuple[Path, Arrays], broken: Path, mode: str
 ) -> None:
