@@ -112,7 +112,7 @@ def _module(model: Any) -> nn.Module:
         remedy = (
             ("the predictor contains no PyTorch model yet; load its model first")
             if hasattr(model, "model")
-            else "this object is neither a PyTorch module nor a predictor that contains one; pass either"
+            else "this object is neither a PyTorch module nor a predictor that contains one; pass one of the two"
         )
         raise AttachError(f"{type(model).__name__}: {remedy}")
     return inner
@@ -151,9 +151,9 @@ def _check_fit(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[str]
         )
     if "sam2" in necks and encoder.signature.has_head("sam2") and len(live.head) != 2:
         raise AttachError(
-            f"{where}the number of mask decoders in the model is {len(live.head) // 2}, but must be 1, because the "
-            "file already applies the mask decoder's convolutions to its sam2 outputs; export the file without these "
-            f"convolutions: {encoder.export_again(sam2_outputs='features')}"
+            f"{where}the sam2 outputs of the file already contain the convolutions of one mask decoder, so the model "
+            f"must have exactly one mask decoder, but it has {len(live.head) // 2}; export the file again without "
+            f"these convolutions: {encoder.export_again(sam2_outputs='features')}"
         )
     levels = len(encoder.signature.level_sizes)
     if levels != live.levels:

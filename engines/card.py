@@ -39,7 +39,7 @@ def write_card(file: Path) -> list[Path]:
         ManifestError: the manifest is missing or damaged, or the file was changed after it was written.
     """
     if not file.is_file():
-        raise BuildError(f"{file}: there is no such file; name an ONNX file or a plan that neck-export wrote")
+        raise BuildError(f"{file}: there is no such file; pass an ONNX file or a plan that neck-export wrote")
     kind = "plan" if is_plan(file) else "onnx"
     where = manifest_path(file)
     manifest = read_manifest(where, kind)
@@ -47,8 +47,8 @@ def write_card(file: Path) -> list[Path]:
     folder = file.with_name(f"{file.stem}-hub")
     if folder.exists() and not (folder / README).is_file():
         raise BuildError(
-            f"{folder}: the folder for the model card already exists, but contains no {README}, so neck-export did not "
-            "create it; move or rename this folder"
+            f"{folder}: the model card would be written to this folder, but the folder already exists and was not "
+            f"created by neck-export (it contains no {README}); move or rename the existing folder"
         )
     names = [entry["name"] for entry in manifest["files"]]
     with disk_errors(BuildError, folder), staging(folder) as stage:

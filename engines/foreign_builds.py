@@ -44,7 +44,7 @@ def builder_lines(file: OnnxFile, verdict: ForeignVerdict, report: Report = lamb
         theirs = _layers(file, Path(folder) / "theirs.plan", flavor)
         if isinstance(theirs, str):
             return [f"risk    TensorRT-RTX {flavor.version} cannot build the file: {theirs}"]
-        report("exporting the same encoder with neck-export and building it, for comparison")
+        report("for comparison, exporting the same encoder with neck-export and building a plan from it")
         ours = _ours(file, verdict, Path(folder), flavor)
     name = f"TensorRT-RTX {flavor.version} for compute capability {CAPABILITY}"
     lines = [f"builder {name}: {theirs.summary()}"]

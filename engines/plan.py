@@ -302,7 +302,9 @@ def _verify(
         return None, {"verified": False, "reason": "not verified: --no-verify"}
     signature = source.signature(job.precision)
     if source.manifest is None or signature is None:
-        unknown = f"not verified: {source.path.name} has no manifest, so it is unknown which weights to compare with"
+        unknown = (
+            f"not verified: {source.path.name} has no manifest, so it is unknown which weights to compare the plan with"
+        )
         return None, {"verified": False, "reason": unknown}
     if (reason := why_not_run(staged, about, job.flavor)) is None:
         report("verifying the plan against PyTorch")

@@ -104,8 +104,8 @@ def tune_plan(
     """
     if options.build.replay_timing:
         raise TuneError(
-            "--tune and --replay-timing cannot be used together, because a build that replays kernel times measures no "
-            "new kernels, which --tune needs; leave out one of the two options"
+            "--tune and --replay-timing cannot be used together: --tune needs new measurements of the kernels, but "
+            "--replay-timing only uses recorded kernel times; leave out one of the two options"
         )
     flavor = choose_flavor(options.flavor)
     if flavor.gpu is None and measure is None:

@@ -703,7 +703,10 @@ def drop_block(encoder: Any) -> None:
         (change_theta, r"layers\.1\.rotary_emb\.inv_freq"),
         (change_grid, r"layers\.1\.position_ids"),
         (change_stride, r"padding_mode of .*fpn_layers\.0\.proj2 is zeros in the file, but reflect in the model"),
-        (change_neck_activation, r"fpn_layers\.0 contains ReLU\(\) in the model, but the exact GELU"),
+        (
+            change_neck_activation,
+            r"fpn_layers\.0 contains ReLU\(\) in the model, where the file computes the exact GELU",
+        ),
         (change_pooling, r"the scale of .*fpn_layers\.3 is 0\.5 in the file, but 1 in the model"),
         (change_temperature, r"the position encoding of the model differs"),
         (add_tensor, r".*layers\.1\.lambda1"),

@@ -264,7 +264,7 @@ def test_trt_reports_what_became_of_attention(
     assert ran.code == 0, ran.err
     warnings = [line for line in ran.err.splitlines() if line.startswith("warning: ")]
     if fault == "not fused":
-        assert "fused attentions 0 of 4, " in ran.out and "4 of 4 attentions are not fused" in warnings[0]
+        assert "fused attentions 0 of 4, " in ran.out and "4 of 4 attention layers are not fused" in warnings[0]
     elif fault == "FP16":
         assert "accumulation FP32 then FP16" in ran.out and "accumulates in FP16" in warnings[0]
     else:

@@ -227,7 +227,7 @@ def test_a_version_that_is_too_old_is_not_taken(files: dict[str, Path], tmp_path
         assert "tensorrt has version 10.2.0" in refused(state, tmp_path, *words)
         tensorrt.__version__ = "10.3.0"
         options = ("--hardware-compatible", "same")
-        assert "TensorRT 10.3.0 does not support this level" in refused(state, tmp_path, *words, *options)
+        assert "TensorRT 10.3.0 does not support the value same" in refused(state, tmp_path, *words, *options)
         tensorrt.__version__ = "11.0.0.1"
 
 

@@ -161,8 +161,8 @@ def test_an_inspector_of_11_tells_no_insides_of_a_block() -> None:
     layers = layers_from_inspector(text, {}, attentions=32)
     assert [kernel.opaque for kernel in layers.kernels] == [False, True] and layers.bytes_moved is None
     line = (
-        "number of fused attentions unknown (the graph has 32 attentions, but 1 Myelin blocks do not show which "
-        "kernels they contain), 2 kernels, bytes moved: unknown (Myelin blocks)"
+        "number of fused attentions unknown (the graph has 32 attention layers, but 1 Myelin blocks do not show "
+        "which kernels they contain), 2 kernels, bytes moved: unknown (Myelin blocks)"
     )
     assert layers.summary() == line
     assert "FP16 attention accumulates" in str(layers.warning())

@@ -520,7 +520,7 @@ def test_what_is_refused(plan: Path, tmp_path: Path) -> None:
         ({"proxy_image": ""}, "'' is not a valid name of a container image; expected"),
         (
             {"image": "nvcr.io/nvidia/tritonserver:24.01-py3"},
-            "the model file needs, nvcr.io/nvidia/tritonserver:25.09-py3",
+            "24.01-py3.* use --image nvcr.io/nvidia/tritonserver:25.09-py3",
         ),
         ({"kubernetes": tmp_path / "repository" / "cluster"}, "inside the model repository"),
         ({"kubernetes": plan}, "encoder.plan: this is a file, but the Kubernetes files need a folder"),

@@ -237,7 +237,7 @@ def test_the_profile_for_a_screen() -> None:
         "throughput of consecutive inferences: 97.6 images/s, 100.0 images/s with a CUDA graph",
         "weights 908.0 MB, scratch 250.0 MB, inputs and outputs 68.2 MB; loading the plan used 1,300.0 MB",
         "100.0 TFLOP/s (8192^3 fp16 matrix multiplication), 250 GB/s (copy on the GPU)",
-        "at the median latency of 39.000 ms, the plan reaches 50% of the peak TFLOP/s and 50% of the peak GB/s",
+        "latency of 39.000 ms, the plan reaches 50% of the peak compute rate and 50% of the peak memory bandwidth",
         "3 layers, 4.000 ms in total with the profiler attached; the layer report contains 2 of these layers",
         "2.2500  56.2%       0  attention       trunk.blocks.0.attn",
         "1.0000  25.0%       ?  ?               reformat",
@@ -255,7 +255,7 @@ def test_what_is_not_known_is_said() -> None:
         "clocks and the power",
         "no CUDA graph: not capturable",
         "weights unknown",
-        "unknown share of the peak TFLOP/s and an unknown share of the peak GB/s",
+        "unknown share of the peak compute rate and an unknown share of the peak memory bandwidth",
         "0 layers, 0.000 ms",
     ):
         assert part in text, text

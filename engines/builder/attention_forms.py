@@ -134,7 +134,7 @@ def build_forms(
                 raise BuildError("; ".join([str(error), *(note for note in notes if "refused" in note)])) from None
             notes.append(f"{flavor.title} refused to build the attention form {attempt.name}: {error.reason}")
             report(notes[-1])
-    raise AssertionError("unreachable: the last form returns or raises")
+    raise AssertionError("internal error: there was no attention form to build the plan with; please report this error")
 
 
 def _check_residual(source: Source, typing: LoweringOptions, precision: Precision) -> None:

@@ -50,8 +50,9 @@ def _level(flavor: Flavor, asked: str) -> Any:
         return trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if not hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY"):
         raise BuildError(
-            f"--hardware-compatible same: {flavor.title} does not support this level, which TensorRT 10.9 "
-            "introduced; leave the option out, because a plan runs on all GPUs of its compute capability anyway"
+            f"--hardware-compatible same: {flavor.title} does not support the value same, which needs TensorRT 10.9 or "
+            f"later; leave the option out (without it, a plan of {flavor.title} also runs on all GPUs with the same "
+            "compute capability)"
         )
     return trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
 

@@ -166,7 +166,7 @@ class Flavor:
         if version_compatible and self.gpu is None:
             raise FlavorError(
                 "--version-compatible: TensorRT-RTX can build version-compatible plans only on a machine with "
-                "a GPU; leave the option out, or build there"
+                "a GPU; leave the option out, or build the plan on such a machine"
             )
 
     def create_config(self, builder: Any, network: Any, capabilities: Sequence[str], common: dict[str, Any]) -> Any:
@@ -335,7 +335,7 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto", device: in
         if name == "tensorrt" and gpu is None:
             raise FlavorError(
                 "--flavor tensorrt needs an NVIDIA GPU and its driver, but none was found; use --flavor rtx, "
-                "which builds without a GPU"
+                "which can build plans without a GPU"
             )
         module = _import(name, reasons)
         if module is not None:
@@ -343,7 +343,7 @@ def choose_flavor(asked: Literal["auto", "tensorrt", "rtx"] = "auto", device: in
             return Flavor(name, module, module.__version__, _targets(name, module), gpu, device)
     remedies = {
         "tensorrt": f"{install(EXTRAS['tensorrt'])} (needs an NVIDIA GPU)",
-        "rtx": f"{install(EXTRAS['rtx'])} (builds without a GPU)",
+        "rtx": f"{install(EXTRAS['rtx'])} (TensorRT-RTX can build plans without a GPU)",
     }
     shown = " or ".join(remedy for name, remedy in remedies.items() if asked in ("auto", name))
     raise FlavorError(f"no usable TensorRT is installed: {'; '.join(reasons)};\nrun {shown}")

@@ -180,7 +180,7 @@ def select_for_source(
     if source.precision == precision and options != QuantizeOptions():
         raise BuildError(
             f"{source.path}: the file is already quantized to {precision}, so --quantize, --budget and --calibration "
-            "have no effect when it is built; leave these options out, or pass them to `neck-export onnx` and export "
+            "have no effect on the plan; leave these options out, or pass them to `neck-export onnx` and export "
             "the file again"
         )
     if precision not in CODES or source.precision != "fp32" or source.manifest is None:
@@ -232,8 +232,8 @@ def plan_source(where: Path) -> dict[str, Any]:
     manifest = read_manifest(where, "plan")
     if manifest["onnx_manifest"] is None:
         raise BuildError(
-            f"{where}: the plan was built from an ONNX file without a manifest, so it is unknown which weights "
-            "it contains; build a plan from a file that `neck-export onnx` wrote"
+            f"{where}: the plan was built from an ONNX file without a manifest, so the origin of the plan's "
+            "weights is unknown; build a plan from a file that `neck-export onnx` wrote"
         )
     forms = {name: manifest["key"][name] for name in ("attention", "upsampling", "keep_fp32")}
     held = ("attention_form", "attention_spelling", "residual", "quantization")

@@ -36,7 +36,7 @@ def save_timing_cache(config: Any, flavor: Flavor, options: BuildOptions) -> tup
             f"{path}: {flavor.title} refused this timing cache, so the build measured every kernel and did not "
             "save the times"
         )
-        return None, f"{why}; delete the file, and the next build with --timing-cache starts a new one"
+        return None, f"{why}; delete the file, and the next build with --timing-cache saves a new timing cache"
     data = bytes(cache.serialize())
     try:
         with disk_errors(BuildError, path, "choose another --timing-cache"), replacing(path) as unfinished:
@@ -59,8 +59,8 @@ def read_replayed(flavor: Flavor, options: BuildOptions) -> bytes | None:
     flavor.refuse(replay_timing=True)
     if options.timing_cache is not None:
         raise BuildError(
-            "--replay-timing and --timing-cache cannot be used together, because a replayed build measures no "
-            "kernels that could be saved; leave out one of the two"
+            "--replay-timing and --timing-cache cannot be used together: a build with --replay-timing does not "
+            "measure kernels, so it has no kernel times to save; leave out one of the two options"
         )
     try:
         data = path.read_bytes()

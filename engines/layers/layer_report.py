@@ -160,8 +160,8 @@ class LayerReport:
         parts = [f"fused attentions {len(self.fused)} of {self.attentions}"]
         if opaque:
             parts = [
-                f"number of fused attentions unknown (the graph has {self.attentions} attentions, but {opaque} Myelin "
-                "blocks do not show which kernels they contain)"
+                f"number of fused attentions unknown (the graph has {self.attentions} attention layers, but {opaque} "
+                "Myelin blocks do not show which kernels they contain)"
             ]
         if self.fused:
             first, second = self.accumulation or ("unknown", "unknown")
@@ -206,14 +206,14 @@ class LayerReport:
         told = not any(kernel.opaque for kernel in self.kernels)
         if told and len(self.fused) < self.fusable:
             return (
-                f"{self.fusable - len(self.fused)} of {self.fusable} attentions are not fused: each runs as several "
-                "kernels and writes its scores to memory, which is slow; build with --tune on the GPU, which compares "
-                "the attention forms, or use another TensorRT version"
+                f"{self.fusable - len(self.fused)} of {self.fusable} attention layers are not fused: each of them runs "
+                "as several kernels that write the attention scores to memory, which is slow. Build the plan on the "
+                "GPU with --tune, which compares several ways to compute the attention, or use another TensorRT version"
             )
         if told and "unknown" not in self.families and self._fp8_fused() < self.fp8_attentions:
             return (
-                f"{self.fp8_attentions - self._fp8_fused()} of {self.fp8_attentions} FP8 attentions do not run "
-                "as FP8 kernels; use TensorRT-RTX 1.7, or export the file with --quantize patterns that match "
+                f"{self.fp8_attentions - self._fp8_fused()} of {self.fp8_attentions} FP8 attention layers do "
+                "not run as FP8 kernels; use TensorRT-RTX 1.7, or export the file with --quantize patterns that match "
                 "linear layers only"
             )
         missing = self.products - len(self.quantized)

@@ -62,7 +62,8 @@ def memory_lines(manifest: Mapping[str, Any]) -> list[str]:
     ]
     totals = [f"{contexts}: {_text(total)}" for contexts in CONTEXTS if (total := pool_bytes(memory, contexts))]
     if totals:
-        lines.append(f"          total by number of contexts, which share the weights: {', '.join(totals)}")
+        shared = "all contexts share one copy of the weights"
+        lines.append(f"          total for each number of contexts ({shared}): {', '.join(totals)}")
     return lines
 
 

@@ -137,7 +137,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         4917,
         60,
         _H100,
-        "GH200 data sheet (144 GB HBM3e); L2 cache size: that of the H200",
+        "GH200 data sheet (144 GB HBM3e); L2 cache size: the same as the H200's",
         r"GH200 .*",
         clock=_HOPPER,
     ),
@@ -147,8 +147,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         8000,
         128,
         _tflops(1125, 2250, 4500, 4500),
-        "GB200 data sheet; rates: half of the sparse rates; bandwidth: that of the GB200 (HGX B200: 7.7 TB/s). Highest "
-        "clock: assumed to be 1980 MHz, not confirmed; clock at which the rates hold: 1856 MHz",
+        "GB200 data sheet. Rates: half of the published sparse rates, at a clock of 1856 MHz. Bandwidth: 8 TB/s, as in "
+        "a GB200 (an HGX B200 has 7.7 TB/s). Highest clock: 1980 MHz, which is assumed and not confirmed",
         r"B200",
         clock=1980 / 1856,
     ),
@@ -158,7 +158,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         102.4,
         4,
         _tflops(9.7, 19.3, None, 38.5),
-        "Orin NX data sheet; rates: those of the GPU without the DLAs at 1173 MHz (super mode)",
+        "Orin NX data sheet; rates: of the GPU alone (without the DLAs), with the GPU at 1173 MHz (super mode)",
         r"Orin NX",
     ),
     "orin-64": PublishedGpu(
@@ -167,8 +167,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         204.8,
         4,
         _tflops(21.4, 42.7, None, 85.3),
-        "AGX Orin technical brief; rates: half of the sparse rates of the GPU without the DLAs. CUDA reports the same "
-        "name for every Orin module",
+        "AGX Orin technical brief; rates: half of the sparse rates of the GPU alone (without the DLAs). CUDA reports "
+        "the same name for every Orin module, but these rates only hold for the AGX Orin 64GB",
         r"Orin",
     ),
     "thor": PublishedGpu(
@@ -177,8 +177,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         273,
         32,
         _tflops(129.4, 258.8, 517.5, 517.5),
-        "Jetson Thor data sheet; FP8 and INT8 rates: 1/4 of the sparse FP4 rate; FP16 rate: 1/8 of it; L2 cache size: "
-        "reported by CUDA",
+        "Jetson Thor data sheet; FP8 and INT8 rates: 1/4 of the sparse FP4 rate; FP16 rate: 1/8 of the sparse FP4 "
+        "rate; L2 cache size: reported by CUDA",
         r"(Jetson )?Thor",
     ),
     "rtx-3090": PublishedGpu(
@@ -218,8 +218,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         1792,
         96,
         _tflops(104.8, 209.5, 838, 838, 2, fp8_sums=1),
-        "RTX Blackwell white paper, appendix A; FP8 with FP32 sums: rate of block-scaled FP8. Highest clock seen: "
-        "3105 MHz; published boost clock: 2407 MHz",
+        "RTX Blackwell white paper, appendix A; FP8 rate with FP32 accumulation: the rate of block-scaled FP8. Highest "
+        "clock seen: 3105 MHz; published boost clock: 2407 MHz",
         r"GeForce RTX 5090",
         clock=3105 / 2407,
     ),

@@ -222,7 +222,7 @@ def _levels(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
             leaves = [module for module in inside if not [*module.children()] and not isinstance(module, known)]
             for module in leaves:
                 if not isinstance(module, nn.ModuleList) and not _is_gelu(module):
-                    yield f"{path} contains {_named(module)} in the model, but the exact GELU in the file"
+                    yield f"{path} contains {_named(module)} in the model, where the file computes the exact GELU"
 
 
 def _rest(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:

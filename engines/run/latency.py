@@ -247,8 +247,10 @@ def _summary_lines(profile: Profile) -> list[str]:
     weights = "unknown" if profile.weights_bytes is None else f"{profile.weights_bytes / 1e6:,.1f} MB"
     peak, moved = profile.peak_share, profile.bandwidth_share
     shares = [
-        "an unknown share of the peak TFLOP/s" if peak is None else f"{peak:.0%} of the peak TFLOP/s",
-        "an unknown share of the peak GB/s" if moved is None else f"{moved:.0%} of the peak GB/s",
+        "an unknown share of the peak compute rate" if peak is None else f"{peak:.0%} of the peak compute rate",
+        "an unknown share of the peak memory bandwidth"
+        if moved is None
+        else f"{moved:.0%} of the peak memory bandwidth",
     ]
     return [
         f"throughput of consecutive inferences: {', '.join(rates)}",

@@ -39,7 +39,7 @@ def check_plan(
         if header.startswith(RTX_MAGIC) != (manifest["flavor"] == "rtx"):
             raise SessionError(
                 f"{plan}: the manifest says that this is a plan for {manifest['flavor']}, but the file begins with "
-                f"{header[:4]!r}, which no such plan does; build the plan again"
+                f"{header[:4]!r}, and no plan for {manifest['flavor']} begins like that; build the plan again"
             )
         if known is None:
             _check_files(plan, where, manifest)

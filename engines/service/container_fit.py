@@ -82,14 +82,15 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
             ] or later
         if not fitting:
             return None, [
-                f"neck-export knows no Triton container with {needed}; look one up in NVIDIA's support matrix"
+                f"neck-export knows no Triton container with {needed}; look for such a container in NVIDIA's support "
+                "matrix"
             ]
         asked = fitting[-1]
     carried = TENSORRT.get(asked)
     if carried is None:
         return asked, [
-            f"neck-export does not know the TensorRT version of container {asked}; check that it fits, because "
-            f"{source.path.name} needs {needed}"
+            f"neck-export does not know the TensorRT version of container {asked}; check that this container has the "
+            f"version that {source.path.name} needs: {needed}"
         ]
     if carried == _short(version):
         return asked, [f"container {image(asked)} has TensorRT {carried}, as the plan needs"]
@@ -127,8 +128,8 @@ def _for_onnx(source: Source, asked: str | None) -> tuple[str | None, list[str]]
         )
     if carried is None:
         return container, [
-            f"neck-export does not know the ONNX Runtime version of container {container}; check that it is 1.25 or "
-            "later, which can serve the file"
+            f"neck-export does not know the ONNX Runtime version of container {container}; check that this "
+            "container has ONNX Runtime 1.25 or later, which can serve the file"
         ]
     notes = _check_readable(source, container, carried)
     return container, [f"container {image(container)} has ONNX Runtime {carried}", *notes]
@@ -150,10 +151,11 @@ def _check_readable(source: Source, container: str, carried: str) -> list[str]:
         needs = graph_needs(ir.load(source.path))
     except Exception as error:  # protobuf and onnx-ir raise many kinds
         raise TritonError(
-            f"{source.path}: the ONNX file is incomplete or damaged ({type(error).__name__}); copy it again"
+            f"{source.path}: the ONNX file is incomplete or damaged ({type(error).__name__}); copy the file again"
         ) from None
     target = line_of("onnxruntime-gpu", carried)
-    reason = why_not(target, needs) if target else "neck-export does not know which files this version can load"
+    unknown = f"neck-export does not know which ONNX files ONNX Runtime {carried} can load"
+    reason = why_not(target, needs) if target else unknown
     if target and reason is None:
         small = ", ".join(on_cpu(target, needs))
         return (

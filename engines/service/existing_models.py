@@ -41,7 +41,7 @@ def check_held(model: Path, config: Any, source: Source | None) -> None:
         different = [key for key in after if before[key] is not None and before[key] != after[key]]
         if different:
             raise TritonError(
-                f"{model}: the folder contains another model, whose version {version} differs in "
+                f"{model}: the folder contains another model: its version {version} differs from {source.path} in "
                 f"{', '.join(different)}; {ELSEWHERE}"
             )
 

@@ -126,15 +126,15 @@ class Serving:
                 )
         if self.image_name is None and self.ensemble:
             raise TritonError(
-                "--ensemble needs a container image with Pillow, which NVIDIA's image does not contain; name your own "
+                "--ensemble needs a container image with Pillow, which NVIDIA's image does not contain; pass your own "
                 f"image with --image, such as registry.example.com/{self.name}-triton:{self.container}. neck-export "
                 "then writes a Dockerfile for this image; build the image from that Dockerfile"
             )
         theirs, _, tag = (self.image_name or "").partition("@")[0].partition("tritonserver:")
         if theirs.endswith("nvidia/") and tag != f"{self.container}-py3":
             raise TritonError(
-                f"--image {self.image_name!r} is not the container image that the model file needs, "
-                f"{image(self.container)}; name this image, or leave out --image"
+                f"--image {self.image_name!r} is not the container image that the model file needs; use --image "
+                f"{image(self.container)}, or leave out --image"
             )
 
     @property

@@ -101,8 +101,8 @@ def make_repository(options: RepositoryOptions, report: Callable[[str], None] = 
         if active != version:
             _check_active(options, models)
             notes.append(
-                f"version {version} is not verified, so version {active} stays active; to serve it anyway, "
-                f"run: {activate_command(options.output, options.name, version)}"
+                f"version {version} is not verified, so version {active} stays active; to serve version "
+                f"{version} anyway, run: {activate_command(options.output, options.name, version)}"
             )
         serve_version(models[0].config, version)
         report(f"writing version {version} of {options.name}")
@@ -133,8 +133,8 @@ def _check_active(options: RepositoryOptions, models: Sequence[_Model]) -> None:
         if lacking:
             raise TritonError(
                 f"{options.output / model.name}: the ensemble needs the outputs {', '.join(lacking)}, which the active "
-                f"version of {options.name} does not have. The new version has them, but cannot become active before "
-                f"it is verified; verify {options.model} first"
+                f"version of {options.name} does not have. The new version of {options.name} has these outputs, but "
+                f"cannot become the active version before verification; run `neck-export verify {options.model}` first"
             )
 
 
@@ -161,8 +161,8 @@ def _models(options: RepositoryOptions, source: Source, plans: dict[str, Source]
     models = [_Model(options.name, config, files=tuple(laid))]
     if plans:
         notes.append(
-            f"{options.name} can only be served on GPUs of compute capability {', '.join(plans)}, because it "
-            "has no plan for other GPUs"
+            f"{options.name} can only be served on GPUs of compute capability {', '.join(plans)}, because the "
+            "model has no plan for other GPUs"
         )
     if len(listed) != len(chosen):
         name = f"{options.name}-outputs"
@@ -177,8 +177,8 @@ def _models(options: RepositoryOptions, source: Source, plans: dict[str, Source]
         models.append(_Model(preprocess, preprocess_config(source, preprocess), script=PREPROCESS_MODEL))
         models.append(_Model(images, images_config(source, images, preprocess, options.name, chosen)))
         notes.append(
-            f"{preprocess} needs Pillow in the container's Python, which already contains numpy; run in the "
-            "container: pip install pillow"
+            f"{preprocess} needs numpy and Pillow in the container's Python. numpy is already there; to install "
+            "Pillow, run in the container: pip install pillow"
         )
     if options.cuda_graphs and source.kind == "plan" and not takes_graphs(source):
         notes.append(

@@ -251,6 +251,7 @@ def _check_tensors(source: Source) -> None:
             )
         if port.shape[0] != source.batch.dim or not all(isinstance(side, int) and side > 0 for side in port.shape[1:]):
             raise TypeError(
-                f"the tensor {port.name} has the shape {port.shape}, but the first side must be that of the batch "
-                f"{source.batch}, and all other sides must be numbers above 0"
+                f"the tensor {port.name} has the shape {port.shape}, but the first dimension must be "
+                f"{source.batch.dim!r}, because the batch is {source.batch}, and all other dimensions must be numbers "
+                "above 0"
             )

@@ -137,7 +137,8 @@ def check_cost(image: Image.Image, data: bytes, limits: Limits) -> None:
         allowed = min(limits.scans, max(1, FULL_SIZE_SCANS * limits.pixels // max(1, pixels)))
         if scans > allowed:
             raise BadImageError(
-                f"is a JPEG of {scans} scans; at its size the limit is {allowed}; save it again with fewer scans"
+                f"is a JPEG with {scans} scans, but at most {allowed} are allowed for an image of this size; save the "
+                "image again with fewer scans, for example as a baseline JPEG"
             )
 
 

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ca",
         type=Path,
-        help=("certificates that https trusts (a PEM file); if left out, those in SSL_CERT_FILE or the system's"),
+        help="PEM file with the certificates to trust for https (default: the file in SSL_CERT_FILE, or the system's)",
     )
     parser.add_argument("--save", type=Path, help="write the features to this .npz file")
     try:

@@ -40,11 +40,14 @@ def told(url: str) -> Iterator[None]:
         status = error.status() if hasattr(error, "status") else "StatusCode.UNAVAILABLE"  # an InferenceServerException
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             remedy = (
-                "pass the certificate of the authority that signed the server's certificate with --ca, or in "
-                "SSL_CERT_FILE"
+                "use --ca or SSL_CERT_FILE to pass the certificate of the authority that signed the server's "
+                "certificate"
             )
             if any(words in str(error) for words in MALFORMED):
-                remedy = "create the certificate again with that extension, which Python 3.13 and later require"
+                remedy = (
+                    "create the certificate again without this error, because Python 3.13 and later only accept "
+                    "certificates that conform to RFC 5280"
+                )
             raise ClientError(f"{url}: the server's certificate is not trusted ({one_line(error)}); {remedy}") from None
         if status in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
             remedy = "start tritonserver, check --url (HTTP uses port 8000, gRPC 8001), or use a longer --timeout"

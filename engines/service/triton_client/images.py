@@ -26,7 +26,7 @@ def read_pixels(path: Path, size: tuple[int, int]) -> np.ndarray:
                 if upright.mode[0] in "IF":
                     raise ClientError(
                         f"{path}: the image has {upright.mode} pixels, which have more than 8 bits per "
-                        "channel; save it as 8-bit RGB"
+                        "channel; save the image as 8-bit RGB"
                     )
                 if upright.mode == "P" and "transparency" in upright.info:
                     upright = upright.convert("RGBA")

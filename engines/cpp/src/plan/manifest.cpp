@@ -207,7 +207,8 @@ Manifest read_checked(const fs::path& plan, bool hashes) {
     }
     if ((header == rtx_magic) != (manifest.flavor == "rtx")) {
         throw Error(plan.string() + ": the manifest says that this is a plan for " + manifest.flavor +
-                    ", but the file begins with b" + repr(header) + ", which no such plan does; build the plan again");
+                    ", but the file begins with b" + repr(header) + ", and no plan for " + manifest.flavor +
+                    " begins like that; build the plan again");
     }
     for (const Manifest::File& file : manifest.files) {
         check_file(manifest.path, file, hashes);
