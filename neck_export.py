@@ -145,8 +145,8 @@ def trt(
     tune: Annotated[
         bool,
         Option(
-            "Build the plan with every form of attention, measure each on the GPU, and keep the fastest plan that "
-            "passes verification.",
+            "Build several plans that compute attention and upsampling differently, measure each on the GPU, and keep "
+            "the fastest one that passes verification.",
             BUILD,
         ),
     ] = False,
@@ -203,10 +203,11 @@ def bisect(asked: Callable[[], BisectOptions]) -> None:
 
 @command(VerifyOptions)
 def verify(asked: Callable[[], VerifyOptions]) -> None:
-    """Compare a file with the plain PyTorch module and write the verdict into its manifest.
+    """Compare a file with the original PyTorch module and write the verdict into its manifest.
 
     An ONNX file without a manifest may be anyone's SAM 3 encoder: name the weights that it should have with
-    --checkpoint. Its input and its outputs are identified by value, and if it is wrong the cause is named.
+    --checkpoint. Its input and its outputs are identified by value, and if the file is wrong, the cause is
+    named.
     """
     notes: list[str] = []
     with noted(notes), stage() as report:
@@ -385,8 +386,8 @@ def inspect(
     card: Annotated[
         bool,
         Option(
-            "Write a folder beside the file, with a model card, the file and its manifest, that can be uploaded to the "
-            "Hugging Face Hub.",
+            "Write a folder that can be uploaded to the Hugging Face Hub. It is written beside the file and contains a "
+            "model card, the file and its manifest.",
             shared.FILES,
             "--card",
         ),
@@ -488,7 +489,11 @@ def show_plan(result: PlanResult) -> None:
     if result.verdict:
         show_verdict(result.verdict)
     checked = result.manifest["verification"]
-    typer.echo("the plan is verified" if checked["verified"] else f"the plan is {checked['reason']}")
+    typer.echo(
+        "the plan is verified"
+        if checked["verified"]
+        else f"the plan is not verified: {checked['reason'].removeprefix('not verified: ')}"
+    )
     graph = checked.get("onnx")
     if graph:
         typer.echo(
@@ -535,8 +540,8 @@ def stage() -> Iterator[Callable[[str], None]]:
     except Exception as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
             _fail(
-                "the memory is not sufficient for this command; close other programs, or use a smaller "
-                "--image-size or --batch"
+                "this machine has too little free host memory (RAM) for this command; close other programs, or use a "
+                "smaller --image-size or --batch"
             )
         verdict = getattr(error, "verdict", None)
         if verdict is not None:

@@ -77,8 +77,8 @@ def check_options(options: BenchOptions) -> None:
             raise BenchError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
     if options.positions == "file":
         raise BenchError(
-            "--positions file stores the position encodings in a file, so there is nothing to measure; use --positions "
-            "graph or none"
+            "--positions file cannot be measured, because it writes the position encodings once, during the export, so "
+            "that no inference call computes them; use --positions graph or none"
         )
     chosen = [f"--{name.replace('_', '-')}" for name in SELECTION if getattr(options, name) is not None]
     if options.checkpoint is None and chosen:
@@ -92,8 +92,8 @@ def check_options(options: BenchOptions) -> None:
         )
     if options.export and options.config:
         raise BenchError(
-            "--export measures the exporter at full size only, so it cannot be combined with --config; remove one of "
-            "them"
+            "--export measures the exporter at full size only, so it cannot be combined with --config; leave out one "
+            "of these two options"
         )
 
 
@@ -119,7 +119,7 @@ def _read_verdict(file: Path) -> dict[str, Any]:
     found = manifest.get("masks")
     if not found:
         raise BenchError(
-            f"--masks {file}: the masks of this file have not been compared yet; run `neck-export masks {file} --model "
-            "MODEL --images FOLDER --prompt TEXT`"
+            f"--masks {file}: the manifest of this encoder contains no comparison of masks yet; first run "
+            f"`neck-export masks {file} --model MODEL --images FOLDER --prompt TEXT`"
         )
     return {"file": file.name, "precision": manifest["precision"], **{name: found.get(name) for name in SHOWN}}

@@ -159,10 +159,10 @@ def table(result: dict[str, object]) -> list[str]:
             f"| {name} | {row['median_wall_s']:.1f} | {row['peak_bytes'] / 1e9:.2f} | {row['file_bytes'] / 1e9:.2f} |"
             for name, row in rows.items()
         ),
-        f"`neck-export onnx` took {statistics.median(ratios):.2f} times the wall time "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f}) and {statistics.median(peaks):.2f} times the peak memory of plain "
-        f"`torch.onnx.export`; the peak memory of `neck-export onnx` is {result['peak_over_checkpoint']:.2f} times "
-        "the size of the checkpoint",
+        f"Compared with plain `torch.onnx.export`, `neck-export onnx` took {statistics.median(ratios):.2f} times the "
+        f"wall time ({ratios[0]:.2f} to {ratios[-1]:.2f}) and {statistics.median(peaks):.2f} times the peak memory. "
+        f"The peak memory of `neck-export onnx` is {result['peak_over_checkpoint']:.2f} times the size of the "
+        "checkpoint.",
     ]
 
 

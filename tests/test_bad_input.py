@@ -492,7 +492,7 @@ def test_out_of_memory_of_torch_and_onnx_runtime(tmp_path: Path, monkeypatch: py
             raise RuntimeError(message)
 
         monkeypatch.setattr(export.pipeline, "trace", fail)
-        refused(run_export(tmp_path), "not sufficient for this command; close other programs, or")
+        refused(run_export(tmp_path), "too little free host memory (RAM) for this command; close other programs, or")
         nothing_written(tmp_path / "out")
 
 

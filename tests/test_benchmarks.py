@@ -38,7 +38,10 @@ def test_ratios_are_pair_by_pair() -> None:
     assert result["wall_ratios"] == [0.2, 0.4]
     assert result["peak_ratios"] == [0.5, 0.6]
     assert result["peak_over_checkpoint"] == 1.5
-    assert "0.30 times the wall time (0.20 to 0.40) and 0.55 times" in table(json.loads(json.dumps(result)))[-1]
+    assert (
+        "0.30 times the wall time (0.20 to 0.40) and 0.55 times the peak memory"
+        in table(json.loads(json.dumps(result)))[-1]
+    )
 
 
 def test_a_process_is_measured_and_its_failure_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,7 +87,7 @@ def _app(verdict: Any) -> Any:
     [
         (
             {"pixels": np.zeros((1, 16, 16, 3), np.float32)},
-            "the file is not a reference, because a reference contains uint8 `pixels`",
+            "the file is not a reference; it must contain the images as uint8 `pixels`",
         ),
         (
             {"sam3_pos_0": np.zeros((2, 8, 4, 5), np.float32)},
@@ -133,7 +133,7 @@ def test_a_reference_that_is_not_finite_or_left_out_fails(programs: Programs, tm
 
 def test_a_closed_or_full_standard_output_is_an_error(programs: Programs, tmp_path: Path) -> None:
     command, plan = programs.path("neck-engine"), write_plan(tmp_path)
-    for target, message in ((">&-", "standard output is closed"), (">/dev/full", "standard output cannot be written")):
+    for target, message in ((">&-", "standard output is closed"), (">/dev/full", "cannot write to standard output")):
         shell = f'exec "$0" "$1" --runs 1 {target}'
         ended = subprocess.run(["sh", "-c", shell, command, plan], capture_output=True, text=True, env=settings({}))
         assert ended.returncode == 1
@@ -144,7 +144,7 @@ def test_a_closed_or_full_standard_output_is_an_error(programs: Programs, tmp_pa
     ended = subprocess.run([command, plan, "--runs", "1"], stdout=writer, stderr=subprocess.PIPE, env=settings({}))
     os.close(writer)
     assert ended.returncode == 1
-    assert b"standard output cannot be written" in ended.stderr
+    assert b"cannot write to standard output" in ended.stderr
 
 
 USAGE: list[list[Any]] = [[], ["a", "b", "c"], ["x", "--batch", "0"], ["x", "--runs", "many"], ["x", "--other"]]
@@ -155,6 +155,7 @@ def test_wrong_usage_is_told(programs: Programs, arguments: list[Any]) -> None:
     ran = programs.run("neck-engine", *arguments)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("neck-engine: ")
+    assert all(option in ran.err.splitlines()[0] for option in arguments if option.startswith("--"))
     assert "Usage: neck-engine PLAN" in ran.err
 
 

@@ -127,7 +127,7 @@ def test_masks_of_a_checkpoint(family: str, model: str, inputs: Path) -> None:
         told = found[asked]
         assert told["passed"] and told["mean_iou"] == 1 and told["images"] == 3 and told["objects"] >= 3
         assert told["method"].startswith(
-            f"{model} of {'sam3' if family == 'meta' else family} on cpu: masks with the model's own encoder"
+            f"{model} of {'sam3' if family == 'meta' else family} on cpu: masks from the model's own encoder"
         )
     assert not found["other"]["passed"] and found["other"]["below_gate"]
     points, part, image = found["refused"]

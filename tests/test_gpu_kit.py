@@ -140,7 +140,7 @@ def test_a_kit_that_is_too_large_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "big-1.0-py3-none-any.whl").open("wb") as file:
         file.truncate(MOST_BYTES + 1)
     with pytest.raises(
-        KitError, match=r"the GPU kit is 60.0 MiB large, but the limit is 60 MiB.* largest wheel is big"
+        KitError, match=r"the GPU kit would contain 60.0 MiB of wheels, but the limit is 60 MiB.* largest wheel is big"
     ):
         describe(tmp_path, [], There(HERE, (), {}))
 

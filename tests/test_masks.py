@@ -100,7 +100,7 @@ def test_an_fp32_file_gives_the_same_masks(
     file = copied(files, tmp_path)
     ran = run(file, model, images, *asked, "--save", tmp_path / "drawn")
     assert ran.code == 0, ran
-    assert "2 images; " in ran.out and "0 only with the encoder in the file" in ran.out
+    assert "2 images; " in ran.out and "0 only with the exported encoder" in ran.out
     assert "mask IoU: mean 1.000" in ran.out
     told = json.loads(file.with_suffix(".json").read_text())["masks"]
     assert told["passed"] and told["objects"] >= 4 and told["mean_iou"] > 0.9995 and told["largest_score_error"] < 1e-4
@@ -134,7 +134,7 @@ def test_an_fp16_file_by_its_simulation(files: Path, model: Path, images: Path, 
     [
         (
             lambda file: None,
-            "x.onnx: the masks of this file have not been compared yet; run `neck-export masks .*x.onnx --model MODEL",
+            "x.onnx: the manifest .* no comparison of masks yet; first run `neck-export masks .*x.onnx --model MODEL",
         ),
         (lambda file: file.with_suffix(".json").unlink(), "the manifest is missing"),
         (lambda file: file.with_name("x.onnx.data").write_bytes(b""), "x.onnx.data"),
@@ -365,9 +365,9 @@ def test_a_file_with_nan_fails(
 ) -> None:
     file = changed(files, tmp_path, lambda graph: with_nan(graph, at))
     ran = run(file, model, images, *asked)
-    assert (
-        ran.code == 3 and "of the model's output values are NaN or infinite with the encoder in the file" in ran.out
-    ), ran
+    assert ran.code == 3 and "of the model's output values are NaN or infinite with the exported encoder" in ran.out, (
+        ran
+    )
     told = json.loads(file.with_suffix(".json").read_text(), parse_constant=pytest.fail)["masks"]
     assert not told["passed"] and told["non_finite"]["file"] > 0 and told["non_finite"]["own"] == 0
 

@@ -161,9 +161,10 @@ def describe(folder: Path, asked: Sequence[Requirement], there: There) -> dict[s
     if sum(sizes.values()) > MOST_BYTES:
         largest = max(sizes, key=sizes.__getitem__)
         raise KitError(
-            f"the GPU kit is {sum(sizes.values()) / 2**20:.1f} MiB large, but the limit is {MOST_BYTES >> 20} MiB, and "
-            f"its largest wheel is {largest}. If this package is already installed on the GPU machine, list it in "
-            f"{THERE.name}; otherwise add it to LEFT_OUT in benchmarks/gpu/kit.py"
+            f"the GPU kit would contain {sum(sizes.values()) / 2**20:.1f} MiB of wheels, but the limit is "
+            f"{MOST_BYTES >> 20} MiB; the largest wheel is {largest}. If the package of this wheel is already "
+            f"installed on the GPU machine, list the package in {THERE.name}; otherwise add the package to LEFT_OUT "
+            "in benchmarks/gpu/kit.py"
         )
     return {"python": there.python, "requirements": [str(one) for one in asked], "wheels": sizes}
 
@@ -197,7 +198,7 @@ def main() -> None:
         "--there",
         type=Path,
         default=THERE,
-        help="Read the list of the packages that are installed on the GPU machine from this file. [default: "
+        help="Use this JSON file, which lists the packages that are already installed on the GPU machine. [default: "
         "benchmarks/gpu/there.json]",
     )
     arguments = parser.parse_args()

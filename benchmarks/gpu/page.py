@@ -86,5 +86,6 @@ def _figures(result: dict[str, Any]) -> list[str]:
     told = ", ".join(f"{outcomes.count(one)} {one}" for one in ("passed", "failed", "not run"))
     return [
         *lines,
-        f"Checks (tests marked gpu, and whether the random weights are the same as on other machines): {told}.",
+        f"Checks: {told}. Each test marked gpu is a check, and so is the comparison of the random weights with those "
+        "of other machines.",
     ]

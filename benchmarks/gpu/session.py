@@ -146,11 +146,11 @@ class Session:
         except OSError as error:
             print(f"the archive cannot be written ({error}); free disk space and run the command again", flush=True)
             return
-        told = f". The archive omits these files, which are too large: {', '.join(left_out)}" if left_out else ""
+        told = f" The archive omits these files, which are too large: {', '.join(left_out)}." if left_out else ""
         print(
-            f"{path} ({path.stat().st_size / 2**20:.1f} MiB) contains the results. To continue on another machine, "
-            f"copy this file to that machine, into the folder that contains {self.output.name}, and run the same "
-            f"command there{told}",
+            f"{path} ({path.stat().st_size / 2**20:.1f} MiB) contains the results.{told} To continue on another "
+            f"machine, copy this archive to the same path there, and run the same command there. The command unpacks "
+            f"the archive into the folder {self.output.name} if that folder contains no session yet.",
             flush=True,
         )
 
@@ -220,9 +220,10 @@ def main() -> None:
     pinned = (asked.kit / "requirements.txt").read_text(encoding="utf-8")
     if lacks := unmet(_json(asked.kit / "kit.json")["requirements"]):
         sys.exit(
-            f"error: these packages are neither installed for {sys.executable} nor in the GPU kit {asked.kit}: "
-            f"{', '.join(lacks)}; in benchmarks/gpu/there.json, list only packages that are installed on the GPU "
-            "machine, and run `make gpu-kit` again"
+            f"error: these packages are missing: {', '.join(lacks)}. They are neither installed in the Python "
+            f"environment of {sys.executable} nor contained in the GPU kit {asked.kit}. Remove them from "
+            "benchmarks/gpu/there.json, which may list only packages that are installed on the GPU machine, and run "
+            "`make gpu-kit` again"
         )
     if asked.fresh:
         for name in ("work", "session.json"):
@@ -236,7 +237,7 @@ def main() -> None:
         except (OSError, EOFError, tarfile.TarError) as error:
             sys.exit(
                 f"error: {archive_path(asked.output)}: the archive is incomplete or damaged ({error}); copy the "
-                "archive again, or remove it to start without it"
+                "archive again, or remove the archive to start a new session"
             )
     print("\n".join(table(asked.device)), flush=True)
     sys.exit(Session(asked.output, asked.device, asked.ends, asked.config, pinned).run())

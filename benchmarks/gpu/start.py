@@ -73,7 +73,10 @@ def read_kit(folder: Path) -> dict[str, Any]:
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     if python != here:
         told = f"{folder}: the GPU kit is for Python {python}, but {sys.executable} is Python {here}"
-        raise KitError(f"{told}; run `make gpu PYTHON=python{python}`, or make a GPU kit for this Python")
+        raise KitError(
+            f"{told}; run `make gpu PYTHON=python{python}`, or set `python` to {here} in benchmarks/gpu/there.json and "
+            f"run `make gpu-kit` again"
+        )
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         raise KitError(
             f"{folder}: the GPU kit is for Linux x86-64, but this machine is {platform.system()} {platform.machine()}; "

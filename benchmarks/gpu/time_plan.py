@@ -65,14 +65,14 @@ def plan(device: Device) -> tuple[Stage, ...]:
         Stage("weights", "make the random weights, and check that they are the same as on other machines", 0.4, 1.0),
         Stage(
             "eager",
-            "measure PyTorch eager with the plain and the rewritten module, each in FP32, FP16 and BF16",
+            "measure PyTorch eager without and with the graph rewrites of neck-export, each in FP32, FP16 and BF16",
             1.9,
             3.0,
             backends=EAGER,
         ),
         Stage(
             "compiled",
-            "measure torch.compile in default mode with the rewritten module",
+            "measure torch.compile in default mode with the graph rewrites of neck-export",
             1.0,
             2.5,
             7,
@@ -91,7 +91,7 @@ def plan(device: Device) -> tuple[Stage, ...]:
         ),
         Stage(
             "plain",
-            "measure torch.compile in default mode with the plain module",
+            "measure torch.compile in default mode without the graph rewrites of neck-export",
             0.7,
             2.5,
             3,

@@ -54,8 +54,8 @@ def compare_masks(
     ]
     whole = f"{type(model).__name__} of {type(model).__module__.partition('.')[0]} on {device}"
     method = (
-        f"{whole}: masks with the model's own encoder compared with masks with the encoder in the file; score "
-        f"threshold {options.threshold:g}"
+        f"{whole}: masks from the model's own encoder compared with masks from the exported encoder; score threshold "
+        f"{options.threshold:g}"
     )
     values = figures(found, options.gate) | {
         "method": f"{method}; {SIMULATED}" if simulated else method,
@@ -92,7 +92,7 @@ def run_twice(
     """
     encoder = attach(model, file, check=check, simulated=simulated)  # first: what does not fit is told at once
     try:
-        report("finding objects with the encoder in the file")
+        report(f"finding objects with the exported encoder {file.name}")
         other = [segment(pixels) for pixels in images()]
     finally:
         detach(model)

@@ -192,7 +192,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     """The figures for a screen."""
     return [
         f"{found['images']} images; {found['objects']} objects found with both encoders, {found['lost']} only with "
-        f"the model's own encoder, {found['found']} only with the encoder in the file",
+        f"the model's own encoder, {found['found']} only with the exported encoder",
         *_non_finite_lines(found["non_finite"]),
         f"mask IoU: mean {found['mean_iou']:.4f}, worst {found['worst_iou']:.4f}; the masks differ most in "
         f"{found['worst_image']}",
@@ -205,7 +205,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 def _non_finite_lines(counts: dict[str, int]) -> list[str]:
     """Which of the two encoders makes the model give NaN or infinity."""
-    whose = {"own": "the model's own encoder", "file": "the encoder in the file"}
+    whose = {"own": "the model's own encoder", "file": "the exported encoder"}
     return [
         f"{count} of the model's output values are NaN or infinite with {whose[key]}"
         for key, count in counts.items()

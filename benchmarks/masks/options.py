@@ -100,8 +100,8 @@ class MasksOptions:
     file: Annotated[
         Path,
         Option(
-            "Compare the masks of the model with this exported encoder (an ONNX file or a TensorRT plan that "
-            "neck-export wrote) and with its own encoder.",
+            "Run the model once with this exported encoder (an ONNX file or a TensorRT plan that neck-export wrote) "
+            "and once with the model's own encoder, and compare the masks.",
             argument=True,
         ),
     ]
@@ -109,7 +109,7 @@ class MasksOptions:
         Path,
         Option(
             "Load the complete SAM 3 model from this folder in the format of Hugging Face Transformers, or from this "
-            "checkpoint, e.g. sam3.pt. For the comparison, its encoder is replaced by the ONNX file or plan.",
+            "checkpoint, e.g. sam3.pt. For the comparison, the model's encoder is replaced by the ONNX file or plan.",
             MODEL,
         ),
     ]
@@ -126,7 +126,7 @@ class MasksOptions:
         float,
         Option(
             "Fail with exit code 3 if the mean IoU (overlap) between the masks of the model's own encoder and those of "
-            "the file is lower than this value.",
+            "the exported encoder is lower than this value.",
             VERIFICATION,
             settings={"min": 0, "max": 1},
         ),
@@ -142,8 +142,8 @@ class MasksOptions:
     check: Annotated[
         bool,
         Option(
-            "Refuse a file that was exported from other weights than those of --model. --no-check compares it all the "
-            "same.",
+            "Refuse a file that was exported from other weights than those of --model. --no-check accepts such a file "
+            "and compares its masks.",
             VERIFICATION,
         ),
     ] = True

@@ -59,7 +59,7 @@ class OrtRunner(Runner):
             if heavy := first.heavy_on_cpu(self.session):
                 raise RunnerError(
                     f"ONNX Runtime {ort.__version__} would compute {heavy} on the CPU instead of the GPU; use another "
-                    f"version"
+                    f"version of ONNX Runtime"
                 )
             # now: later, what other workers load and free is between the two
             self._taken = _taken(free, _free_device_bytes())

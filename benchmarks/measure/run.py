@@ -167,8 +167,8 @@ class Run:
                 found[name] = job
             elif job.late and time.monotonic() >= point.schedule.ends:
                 self.report(
-                    f"{name}: the time limit was reached before the exported file was written; run the command again "
-                    f"to write it"
+                    f"{name}: the time limit was reached before the file for this backend was exported; run the "
+                    f"same command again, which keeps the finished measurements and continues with the rest"
                 )
             else:
                 reason = f"the exported file for this backend cannot be made: {job}"

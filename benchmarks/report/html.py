@@ -87,7 +87,7 @@ def _view(result: Result, answer: Answer) -> dict[str, Any]:
     sections = {"latency": "Latency", "missing": "Not measured", "accuracy": "Accuracy", "growth": "Growth"}
     sections |= {"roofline": "Roofline", "parts": "Where the time goes", "features": "Features"}
     sections |= {"masks": "Masks"} if "Masks" in tables else {}
-    sections |= {"export": "Export"} if "What the export costs" in tables else {}
+    sections |= {"export": "Export"} if "Time and memory of the export" in tables else {}
     compared = [(row, errors_table(row)) for row in ranked(result, machine)]
     return {
         "id": machine["id"],
@@ -124,7 +124,7 @@ def _facts(result: Result, best: Row) -> list[dict[str, str]]:
         facts.append({"name": "Ratio", "figure": f"{ratio['median']:.2f}", "note": note})
     if best.get("share_of_floor") is not None:
         floor = milliseconds(best.get("floor_ms"))
-        note = f"share of the highest possible speed: at its measured rates, this machine needs at least {floor}"
+        note = f"share of the highest possible speed; this machine's measured rates allow a latency of {floor} at best"
         facts.append({"name": "Reached", "figure": percent(best["share_of_floor"]), "note": note})
     limits = [error["tolerance"]["relative_l2"] for error in best["errors"] or [] if error.get("tolerance")]
     note = "relative L2 of the worst output" + (f"; tolerance {error_figure(max(limits))}" if limits else "")

@@ -11,11 +11,11 @@ from benchmarks.results.result_files import Result, of_machine
 TITLE = "SAM 3 image encoder: benchmark"
 
 DEVICE_PEAK = (
-    "Peak device memory is measured differently for each runtime. PyTorch: the largest amount that its allocator held "
-    "since the module was loaded or built (weights, activations and outputs, without the CUDA context and without "
-    "trials "
-    "of a compiler). ONNX Runtime: the device memory that loading and the first run took, with the CUDA libraries. A "
-    "plan: the device memory that loading took, with scratch memory, and the outputs."
+    "Peak device memory is measured differently for each runtime. For PyTorch, it is the largest amount that PyTorch's "
+    "allocator held after the module was loaded or compiled: weights, activations and outputs, but neither the CUDA "
+    "context nor the memory that was used during the compilation. For ONNX Runtime, it is the device memory that "
+    "loading and the first run took, including the CUDA libraries. For a TensorRT plan, it is the device memory that "
+    "loading took, including scratch memory, plus the size of the outputs."
 )
 
 
@@ -56,10 +56,11 @@ def method(result: Result) -> list[str]:
         *lines,
         "A ratio is computed for each round; the report shows the median and, in parentheses, the lowest and "
         "highest ratio.",
-        "Errors compare every output with that of the plain module in PyTorch FP32; sums are computed in float64.",
-        "The floor is a lower bound on latency, the larger of two times: operations divided by the measured matrix "
-        "multiplication rate, and "
-        "minimum bytes divided by the measured copy rate. A multiply-add counts as 2 operations.",
+        "For each error, an output is compared with the same output of the encoder without graph rewrites, computed "
+        "by PyTorch in FP32. The sums in the errors are computed in float64.",
+        "The floor is a lower bound on latency. It is the larger of two times: the number of operations divided by the "
+        "measured matrix multiplication rate, and the minimum memory traffic divided by the measured copy rate. A "
+        "multiply-add counts as 2 operations.",
     ]
 
 

@@ -141,8 +141,8 @@ def plain_table(result: Result, machine: dict[str, Any]) -> Table | None:
         if row.get("ratio_to_plain")
     )
     caption = (
-        "Latency of the rewritten module divided by that of the plain module, as the median of all rounds with the "
-        "lowest and highest in parentheses"
+        "Latency with the graph rewrites of neck-export divided by the latency without them (plain), as the median of "
+        "all rounds with the lowest and highest in parentheses"
     )
     return Table(caption, ("Backend", "Plain", "Ratio"), rows, (0, 1)) if rows else None
 
@@ -237,8 +237,8 @@ def masks_table(masks: list[dict[str, Any]] | None) -> Table | None:
     )
     warned = tuple(index for index, one in enumerate(masks or []) if not one["passed"])
     caption = (
-        "Masks of the whole model with the encoder in each file, compared with those of its own encoder (`neck-export "
-        "masks`)"
+        "Masks that the whole model computes with the encoder of each file, compared with the masks that it computes "
+        "with its own encoder (`neck-export masks`)"
     )
     return Table(caption, head, rows, (0, 1, 7, 8), warned) if rows else None
 
@@ -254,6 +254,6 @@ def tables_of(result: Result, machine: dict[str, Any]) -> dict[str, Table]:
         "Latency by batch": growth_table(result, machine, "batch"),
         "Work": parts_table(result, machine),
         "Masks": masks_table(of_machine(result, machine, "masks")),
-        "What the export costs": export_table(of_machine(result, machine, "export")),
+        "Time and memory of the export": export_table(of_machine(result, machine, "export")),
     }
     return {title: table for title, table in found.items() if table and table.rows}

@@ -48,7 +48,10 @@ def feature_images(
     """
     names = [name for name in reference if "_pos_" not in name]
     if not names:
-        raise BenchError(f"the outputs contain no features that could be drawn: {', '.join(reference) or '(none)'}")
+        raise BenchError(
+            f"none of the outputs can be drawn as an image of features; the outputs are: "
+            f"{', '.join(reference) or '(none)'}"
+        )
     levels = []
     for name in names:
         shape = reference[name].shape

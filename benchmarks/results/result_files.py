@@ -159,8 +159,8 @@ def merge_results(results: Sequence[Result]) -> Result:
             runs = [machine["environment"], [{**row, "machine": None} for row in own]]
             if runs in seen:
                 raise BenchError(
-                    f"two of the results to merge contain the same runs (machine {machine['name']}, date "
-                    f"{result['date']}); pass only one of these two files"
+                    f"two of the report.json files to merge contain the same runs (machine {machine['name']}, date "
+                    f"{result['date']}); pass only one of the files with this machine and date"
                 )
             seen.append(runs)
             number = f"m{len(machines)}"

@@ -114,7 +114,8 @@ def _note(name: str, lines: Sequence[Mapping[str, Any]], rounds: int, schedule: 
     if loads > 1:
         warm_up = f"{schedule.warm_up} warm-up run{'s' * (schedule.warm_up != 1)} after each load"
         notes.append(
-            f"loaded {loads} times in {rounds} rounds, because memory was scarce or the run was resumed; {warm_up}"
+            f"the encoder was loaded {loads} times in {rounds} rounds, because memory was scarce or the run was "
+            f"resumed; {warm_up}"
         )
     if rounds < schedule.rounds:
         notes.append(

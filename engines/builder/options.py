@@ -170,7 +170,7 @@ class BuildOptions:
 
 def of_weights(option: Option) -> Option:
     """Returns an export option as an option of `trt`, which applies only if MODEL is a checkpoint."""
-    return option.but(help=f"Only if MODEL is a checkpoint: {option.help[0].lower()}{option.help[1:]}")
+    return option.but(help=f"If MODEL is a checkpoint, {option.help[0].lower()}{option.help[1:]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +202,8 @@ class PlanOptions:
     onnx: Annotated[
         Path,
         Option(
-            "Build a plan from this ONNX file, or from a checkpoint, which is exported first: a file such as "
-            "sam3.pt, a folder, or a repository on the Hugging Face Hub. [default: the newest ONNX file in build/]",
+            "Build a plan from this ONNX file or checkpoint. A checkpoint (a file such as sam3.pt, a folder, or a "
+            "repository on the Hugging Face Hub) is exported to ONNX first. [default: the newest ONNX file in build/]",
             name="model",
             default=None,
             argument=True,
@@ -221,8 +221,9 @@ class PlanOptions:
     precision: Annotated[
         Precision | None,
         Option(
-            "Choose the precision of the plan. An ONNX file in FP32 is converted to this precision (fp8 and int8 are "
-            "calibrated first); any other ONNX file must already have it. [default: the precision of the ONNX file]",
+            "Choose the precision of the plan. An ONNX file in FP32 is converted to this precision (for fp8 and int8 "
+            "after a calibration); any other ONNX file must already have the chosen precision. [default: the precision "
+            "of the ONNX file]",
             PRECISION,
             parse=choose_precision,
             always=True,
@@ -240,9 +241,10 @@ class PlanOptions:
     attention: Annotated[
         AttentionForm,
         ATTENTION.but(
-            help="Choose how attention is computed in FP16: fp32acc accumulates its matrix multiplications in FP32, "
-            "fused accumulates them in FP16, and unfused computes the scores in FP32 with separate, slower "
-            "kernels. auto keeps the form in the ONNX file, or uses another one if this TensorRT cannot build it."
+            help="Choose how attention is computed. In FP16, fp32acc accumulates the matrix multiplications of "
+            "attention in FP32, fused accumulates them in FP16, and unfused computes the scores in FP32 with separate, "
+            "slower kernels. auto keeps the choice in the ONNX file, or makes another one if the installed TensorRT "
+            "cannot build that one."
         ),
     ] = "auto"
     spelling: Spelling | None = None
@@ -267,8 +269,9 @@ class PlanOptions:
         Path | None,
         FILE_ADAPTER.but(
             help="Merge the LoRA adapter in this PEFT folder, e.g. my-lora, into the checkpoint. If MODEL is a "
-            "checkpoint, the merged weights are exported; if it is an ONNX file, the plan is compared with them. "
-            "[default: the adapter that the manifest of the ONNX file names]"
+            "checkpoint, the merged weights are exported. If MODEL is an ONNX file, the outputs of the plan are "
+            "compared with those that PyTorch computes with the merged weights. [default: the adapter that the "
+            "manifest of the ONNX file names]"
         ),
     ] = None
     weights: Annotated[WeightsOptions, Group] = dataclasses.field(default_factory=WeightsOptions)

@@ -43,8 +43,8 @@ class RepositoryOptions:
     more: Annotated[
         tuple[Path, ...],
         Option(
-            "Also serve this TensorRT plan, which was built from the same encoder for GPUs of another compute "
-            "capability, e.g. hopper.plan; the option can be repeated. [default: one plan]",
+            "Also serve this TensorRT plan, e.g. hopper.plan. It must have been built from the same encoder, for GPUs "
+            "of another compute capability. The option can be repeated. [default: no additional plan]",
             MODEL,
             name="--plan",
         ),
@@ -143,8 +143,8 @@ class RepositoryOptions:
         str | None,
         Option(
             "Run this container image in the pods instead of NVIDIA's Triton image, e.g. "
-            "registry.example.com/sam3-triton:25.09; a digest is allowed. It is required if --ensemble is used "
-            "with --kubernetes. [default: NVIDIA's Triton image]",
+            "registry.example.com/sam3-triton:25.09; a digest is allowed. This option is required if --ensemble is "
+            "used with --kubernetes. [default: NVIDIA's Triton image]",
             KUBERNETES,
         ),
     ] = None

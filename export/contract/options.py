@@ -142,13 +142,13 @@ ADAPTER_ALPHA = Option(
     WEIGHTS,
 )
 STATE = Option(
-    "Read the state dict with this name from a training checkpoint that contains several, e.g. ema. [default: the "
-    "only one with an encoder, or the one with a usual name such as model]",
+    "Read the state dict with this name, e.g. ema, from a training checkpoint that contains several. [default: the "
+    "state dict that contains an encoder; if several do, the one with a usual name such as model]",
     WEIGHTS,
 )
 PREFIX = Option(
-    "Read the encoder whose tensor names begin with this prefix if the checkpoint contains several encoders, e.g. "
-    "`detector.`. [default: the checkpoint's only encoder]",
+    "Read the encoder whose tensor names begin with this prefix, e.g. `detector.`. Only needed if the checkpoint "
+    "contains several encoders. [default: the checkpoint's only encoder]",
     WEIGHTS,
 )
 CONFIG = Option(
@@ -166,10 +166,9 @@ IMAGE_SIZE = Option(
     parse=parse_size,
 )
 NECKS = Option(
-    "Include these necks, each with its own feature pyramid: auto (sam3, or the checkpoint's only neck), both (sam3 "
-    "and sam2), all (every neck of the checkpoint; in SAM 3.1 these are sam3, interactive and propagation), or neck "
-    "names "
-    "separated by commas, e.g. sam3,sam2.",
+    "Include these necks, each with its own feature pyramid. Write neck names separated by commas, e.g. sam3,sam2, or "
+    "one of the words auto (sam3, or the checkpoint's only neck), both (sam3 and sam2) and all (every neck of the "
+    "checkpoint). SAM 3.1 has the necks sam3, interactive and propagation.",
     TENSORS,
     name="neck",
 )
@@ -185,9 +184,10 @@ SAM2_OUTPUTS = Option(
     TENSORS,
 )
 ATTENTION = Option(
-    "Choose how attention is computed in FP16: fp32acc accumulates its matrix multiplications in FP32, fused "
-    "accumulates them in FP16, and unfused computes the scores in FP32 with separate, slower kernels. auto chooses "
-    "fp32acc if --precision is fp16, fp8 or int8, and fused if it is fp32 or bf16.",
+    "Choose how attention is computed. In FP16, fp32acc accumulates the matrix multiplications of attention in FP32, "
+    "fused accumulates them in FP16, and unfused computes the scores in FP32 with separate, slower kernels. auto "
+    "chooses fp32acc if --precision is fp16, fp8 or int8, and fused if --precision is fp32 or bf16, which always "
+    "accumulate in FP32.",
     PRECISION,
     read=str,
     default="auto",
@@ -225,8 +225,9 @@ RANGE = Option(
     default=None,
 )
 IMAGES = Option(
-    "Verify with images from this folder, e.g. photos: the first ones, as many as the optimal batch size. An export to "
-    "fp8 or int8 is also calibrated with images from this folder. [default: the image that is part of neck-export]",
+    "Verify with the first images in this folder, e.g. photos; the number of images is the optimal batch size. An "
+    "export to fp8 or int8 is also calibrated with images from this folder. [default: the image that is part of "
+    "neck-export]",
     VERIFICATION,
     read=Path,
     parse=parse_images,
@@ -397,8 +398,8 @@ class ExportOptions:
     output_precision: Annotated[
         OutputPrecision | None,
         Option(
-            "Return the file's outputs in this type, e.g. fp32. [default: the type of --precision, or fp16 if that "
-            "is fp8 or int8]",
+            "Return the file's outputs in this type, e.g. fp32. [default: the type of --precision, or fp16 if "
+            "--precision is fp8 or int8]",
             TENSORS,
             name="output-dtype",
         ),
@@ -421,7 +422,7 @@ class ExportOptions:
         Rewrites,
         Option(
             "Apply graph rewrites that make the encoder faster and do not change its result, apart from rounding. "
-            "--no-rewrite exports the plain PyTorch module.",
+            "--no-rewrite exports the original PyTorch module.",
             TARGET,
             name="rewrite",
             read=bool,
@@ -487,9 +488,9 @@ class VerifyOptions:
     write_manifest: Annotated[
         bool,
         Option(
-            "Write a manifest for an ONNX file of another exporter that passes verification, so that the trt, "
-            "triton and masks commands accept the file. If its inputs or outputs differ from those of neck-export, "
-            "an adapted copy is written beside it, e.g. model.neck.onnx for model.onnx.",
+            "If the ONNX file was written by another exporter and passes verification, write a manifest for it, so "
+            "that the trt, triton and masks commands accept the file. If the inputs or outputs of the file differ from "
+            "those of neck-export, also write an adapted copy beside the file, e.g. model.neck.onnx for model.onnx.",
             VERIFICATION,
         ),
     ] = False

@@ -38,7 +38,7 @@ void try_limits(const std::string& file) {
             std::cout << "read\n";
         } catch (const neck::Error& error) {
             const std::string told = error.what();
-            std::cout << (told.find(" scans, but the limit at its size") != std::string::npos ? "scans"
+            std::cout << (told.find(" scans, but an image of this size") != std::string::npos ? "scans"
                           : told.find(" pixels, the limit") != std::string::npos              ? "pixels"
                                                                                               : "error")
                       << "\n";

@@ -166,8 +166,8 @@ std::string remedy(CURLcode code, const TritonOptions& options) {
                    " ms; increase the timeout, or check whether the server is overloaded";
         case CURLE_PEER_FAILED_VERIFICATION:
         case CURLE_SSL_CACERT_BADFILE:
-            return "pass the certificate of the authority that signed the server's certificate with --ca FILE or the "
-                   "environment variable SSL_CERT_FILE";
+            return "use --ca FILE or the environment variable SSL_CERT_FILE to pass the certificate of the authority "
+                   "that signed the server's certificate";
         case CURLE_URL_MALFORMAT:
         case CURLE_UNSUPPORTED_PROTOCOL:
             return "the server address must look like localhost:8000 or https://triton.example.com";
@@ -304,8 +304,8 @@ Answer Http::perform(const std::string& path, std::vector<std::string> lines, st
     curl_easy_reset(curl);  // the pointers above go with this call; the connection stays
     if (sink.no_memory || code == CURLE_OUT_OF_MEMORY) {
         throw MemoryError(address +
-                          ": the host has too little free memory for the answer; request fewer outputs or "
-                          "images, or close other programs");
+                          ": this machine has too little free memory for the server's answer; request fewer "
+                          "outputs or images, or close other programs on this machine");
     }
     if (sink.too_long) {
         throw Error(address + ": the answer is longer than " + std::to_string(largest) + " bytes; " +

@@ -86,7 +86,9 @@ void parse(int count, char** values, Asked& asked, const std::vector<Option>& op
     int found = 0;
     for (int code = 0; (code = getopt_long(count, values, "", rows.data(), &found)) != -1;) {
         if (code != 0) {
-            throw UsageError{"an option is unknown or its value is missing; see the usage below"};
+            const std::string given = optopt != 0 ? std::string("-") + static_cast<char>(optopt) : values[optind - 1];
+            throw UsageError{"the option " + repr(given) + " is unknown, or its value is missing or not allowed; see "
+                             "the usage below"};
         }
         known[static_cast<std::size_t>(found)].take(optarg != nullptr ? optarg : "");
     }
@@ -225,14 +227,14 @@ int run_command(const std::string& name, const std::string& help, const std::fun
     } catch (const Error& error) {
         std::cerr << name << ": " << error.what() << "\n";
     } catch (const std::bad_alloc&) {
-        std::cerr << name << ": the host is out of memory; close other programs or use a smaller batch\n";
+        std::cerr << name << ": this machine is out of host memory; close other programs or use a smaller batch\n";
     } catch (const std::exception& error) {
         std::cerr << name << ": unexpected error (" << one_line(error.what()) << "); please report it\n";
     }
     set_log({});  // threads of TensorRT's may log until the process ends
     std::cout.flush();
     if (!std::cout) {
-        std::cerr << name << ": standard output cannot be written; it was closed, or its disk is full\n";
+        std::cerr << name << ": cannot write to standard output; the pipe was closed, or the disk is full\n";
         return Exit::failed;
     }
     return code;

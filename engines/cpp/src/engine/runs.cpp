@@ -59,11 +59,11 @@ Fit Engine::Impl::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch,
     const Size wanted = image_size(input());
     if (size.height < 1 || size.width < 1 || pitch < static_cast<std::size_t>(size.width) * 3 || entry < 0 ||
         entry >= largest_batch_) {
-        throw Error(plan_ + ": an image of " + std::to_string(size.height) + " x " + std::to_string(size.width) +
-                    " pixels (at least 1 x 1) with " + std::to_string(pitch) +
-                    " bytes per row (at least 3 per pixel) cannot be copied to batch entry " + std::to_string(entry) +
-                    " (0 to " + std::to_string(largest_batch_ - 1) +
-                    "); pass values within the limits in parentheses");
+        throw Error(plan_ + ": the image cannot be copied to the batch. Its size is " + std::to_string(size.height) +
+                    " x " + std::to_string(size.width) + " pixels (at least 1 x 1 is required), a row has " +
+                    std::to_string(pitch) + " bytes (at least 3 per pixel are required), and the batch entry is " +
+                    std::to_string(entry) + " (0 to " + std::to_string(largest_batch_ - 1) +
+                    " is allowed); correct the value that is outside its limits");
     }
     const DeviceGuard guard(options_.device, plan_);
     check_device_memory(pixels, options_.device, plan_, "the image");

@@ -25,7 +25,7 @@ auto guarded(const Subject& subject, Work work) -> decltype(work()) {
         throw;
     } catch (const std::bad_alloc&) {
         throw MemoryError(subject_text(subject) +
-                          ": the host has too little free memory; close other programs, or use "
+                          ": this machine has too little free memory; close other programs, or use "
                           "smaller images, batches or files");
     } catch (const std::system_error& error) {
         throw Error(subject_text(subject) + ": the operating system refused a resource (" + one_line(error.what()) +

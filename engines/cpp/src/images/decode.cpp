@@ -54,8 +54,8 @@ Pixels decode(std::string_view file, const ImageLimits& limits) {
     const std::int64_t allowed = std::min<std::int64_t>(limits.most_scans, affordable);
     if (header.scans > static_cast<std::size_t>(allowed)) {
         throw ImageFault("the image is a JPEG with " + std::to_string(header.scans) +
-                         " scans, but the limit at its size is " + std::to_string(allowed) +
-                         "; save it again with fewer scans");
+                         " scans, but an image of this size may have at most " + std::to_string(allowed) +
+                         "; save the image again with fewer scans");
     }
     Canvas canvas(size, header.orientation);
     if (header.png) {

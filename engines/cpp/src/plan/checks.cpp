@@ -82,7 +82,7 @@ Gpu find_gpu(const std::filesystem::path& plan, int device) {
     const cudaError_t code = cudaGetDeviceCount(&count);
     if (code != cudaSuccess || count == 0) {
         cudaGetLastError();
-        const std::string why = code == cudaSuccess ? "CUDA finds none" : cudaGetErrorString(code);
+        const std::string why = code == cudaSuccess ? "CUDA finds no GPU" : cudaGetErrorString(code);
         throw Error(plan.string() +
                     ": there is no NVIDIA GPU with a driver here; a plan can be built without a GPU, "
                     "but not run (" +

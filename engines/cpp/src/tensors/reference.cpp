@@ -25,8 +25,8 @@ Reference read_reference(const std::filesystem::path& path) {
     if (!found || pixels.type != DataType::uint8 || pixels.shape.size() != 4 || pixels.data.empty() ||
         pixels.shape[3] != 3 || reference.outputs.empty()) {
         throw fault(
-            "the file is not a reference, because a reference contains uint8 `pixels` (B, H, W, 3) and float32 "
-            "outputs");
+            "the file is not a reference; it must contain the images as uint8 `pixels` (B, H, W, 3), and at least one "
+            "output in float32");
     }
     for (const Tensor& output : reference.outputs) {
         if (output.shape[0] != pixels.shape[0]) {
