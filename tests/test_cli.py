@@ -338,7 +338,7 @@ def test_inspect_without_a_manifest(exported: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{}", "is not a manifest of the kind onnx"),
+        ("{}", "is not a neck-export manifest of type 'onnx'"),
         ('{"kind": "onnx", "format": 1, "files": []}', "'created'"),
         ("{", "cannot be read"),
     ],
