@@ -79,8 +79,8 @@ class OnnxFile:
                 raise ExportError(f"{path}: the weights file {file} is missing; copy it to this path, or {again}")
             if file.stat().st_size < end:
                 cut = (
-                    f"{file}: the weights file has {file.stat().st_size:,} bytes, but the ONNX file needs {end:,}; copy it "
-                    f"again, or {again}"
+                    f"{file}: the weights file has {file.stat().st_size:,} bytes, but the ONNX file needs {end:,}; "
+                    f"copy it again, or {again}"
                 )
                 raise ExportError(lfs_pointer(file) or cut)
         return model
