@@ -239,11 +239,12 @@ def verify_file(
         check_reference(save)
     if not where.exists():
         needs = graph_needs(file.model)
-        require(asked, needs, str(path), f"choose another --target; this file is {read_by(needs)}")
+        require(asked, needs, str(path), f"this file can be {read_by(needs)}; choose another --target")
         if checkpoint is None:
             raise ManifestError(
-                f"{where}: the manifest is missing, so it is unknown from which weights {path.name} was "
-                f"exported; use --checkpoint to pass them. Judging by its graph, {path.name} is {read_by(needs)}"
+                f"{where}: the manifest is missing, so the weights that {path.name} was exported from are unknown; "
+                "pass them with --checkpoint. Only the runtimes are known, from the graph of the file: it can be "
+                f"{read_by(needs)}"
             )
         if save is not None:
             check_paths([NamedPath("the reference file (--save-reference)", save)], encoder_paths(path, {}, checkpoint))
@@ -279,7 +280,7 @@ def verify_file(
     check_files(where, manifest)
     needs = graph_needs(file.model)
     check_claims(where, manifest, needs)
-    require(asked, needs, str(path), f"choose another --target; this file is {read_by(needs)}")
+    require(asked, needs, str(path), f"this file can be {read_by(needs)}; choose another --target")
     report("loading the weights that the file was exported from")
     encoder = manifest_encoder(where, manifest, checkpoint, adapter)
     precision = manifest_precision(where, manifest)

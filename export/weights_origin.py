@@ -69,10 +69,8 @@ def state_line(weights: Mapping[str, Any]) -> str | None:
         if others
         else ""
     )
-    return (
-        f"the weights are from the state dict {shown(weights.get('state') or '(the file itself)')} of "
-        f"{weights['name']}{there}"
-    )
+    state = f"the state dict {shown(weights['state'])}" if weights.get("state") else "the top-level state dict"
+    return f"the weights are from {state} of {weights['name']}{there}"
 
 
 def is_origin(weights: Mapping[str, Any], checkpoint: Path) -> bool:
@@ -273,7 +271,7 @@ def _same_weights(
     if isinstance(problems[0], ExportError):
         raise problems[0]
     raise ExportError(
-        f"{path}: this is not the checkpoint that was exported: its SHA-256 differs from the one in {where.name}, and "
-        f"its weights cannot be compared with those of the exported file ({problems[0]}); use --checkpoint to pass the "
-        "checkpoint that was exported"
+        f"{path}: the SHA-256 of this checkpoint differs from the one in {where.name}, and its weights cannot be read "
+        f"for a comparison ({problems[0]}), so this is not known to be the checkpoint that was exported; pass the "
+        "checkpoint that was exported with --checkpoint"
     )

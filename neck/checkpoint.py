@@ -143,8 +143,8 @@ def _read(path: Path, source: EncoderSource, necks: Sequence[str] | Choose | Non
         notes += merge_notes(lora, changes, ignored)
     if layout.gaps:
         notes.append(
-            f"{path}: some blocks of the trunk are missing, so blocks {listing(map(str, layout.indices), 40)} "
-            f"are renumbered to 0 to {config.depth - 1}"
+            f"{path}: some blocks of the trunk are missing; the remaining blocks "
+            f"({listing(map(str, layout.indices), 40)}) get the numbers 0 to {config.depth - 1}"
         )
     encoder.load_state_dict(_convert(path, layout, tensors, list(wanted), changes, notes), assign=True)
     origin = Origin(source, read.files, read.name, read.others)

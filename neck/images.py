@@ -126,12 +126,9 @@ def read_image(path: Path, value_range: ValueRange | None = None, say: Say = sil
             )
             if tiff := describe_tiff(stream):
                 reason = (
-                    f"the image is a TIFF file with {tiff}, but only 1 band (gray) of 8, 16 or 32 bits and 3 "
-                    "or 4 bands (RGB) of 8 or 16 bits are supported"
-                )
-                reason += (
-                    "; convert it, for example by selecting three bands with `gdal_translate -b 3 -b 2 -b 1 -ot "
-                    "Byte -scale`"
+                    f"the image is a TIFF file with {tiff}. Supported are TIFF files with 1 band (gray) of 8, 16 or "
+                    "32 bits, or with 3 or 4 bands (RGB or RGBA) of 8 or 16 bits; convert the image, for example by "
+                    "selecting three bands with `gdal_translate -b 3 -b 2 -b 1 -ot Byte -scale`"
                 )
         except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, struct.error, IndexError ...
             cause = " ".join(str(error).split()) or type(error).__name__
@@ -323,8 +320,8 @@ def _to_8_bits(values: np.ndarray, bits: int, value_range: ValueRange | None, sa
     high = (values.astype(np.int32) >> 8).astype(np.uint8)
     taken = f"{high.min()} to {high.max()} of 255"
     say(
-        f"the image is {kind} (the maximum is 65535); only the high byte of each value is used, so the 8-bit values "
-        f"range from {taken}. To scale the values instead, use --image-range LOW:HIGH"
+        f"the image is {kind} (of a possible 65535); only the high byte of each value is used, which gives 8-bit "
+        f"values from {taken}. To scale the values instead, use --image-range LOW:HIGH"
     )
     return high
 

@@ -16,7 +16,7 @@ from neck.weights.not_checkpoints import file_of, folder_of, missing
 from neck.weights.records import OpaqueObject, TensorRecord
 from neck.weights.state_dicts import choose_state, find_states
 from neck.weights.tensor_names import unwrap_names
-from neck.weights.torchfile import ADVICE, CheckpointError, TorchFile
+from neck.weights.torchfile import CheckpointError, TorchFile
 
 __all__ = ["CheckpointError", "State", "find_file", "is_checkpoint", "read_state", "shard_files"]
 
@@ -217,7 +217,7 @@ def _read_torch(path: Path, asked: str | None) -> State:
         raise CheckpointError(
             f"{path}: {len(entries.others)} tensors of the checkpoint are quantized, sparse or sharded over "
             f"processes ({listed}), so they cannot be read as plain tensors.\nGather or dequantize them in "
-            f"the program that made them, then {ADVICE}"
+            "the program that made them, and save the result there: torch.save(model.state_dict(), 'weights.pt')"
         )
     others = tuple(place for place, found in states.items() if found.fits and place != name)
     return State({key: file.tensor(record) for key, record in entries.tensors.items()}, name, others)

@@ -271,7 +271,7 @@ def _outside(path: Path) -> Path:
         (lambda path: _truncated(path, 0), "no outputs.*export the file again"),
         (
             lambda path: _truncated(path.with_name(path.name + ".data"), 0.5) and path,
-            r"has [\d,]+ bytes, but needs [\d,]+",
+            r"has [\d,]+ bytes, but the ONNX file needs [\d,]+",
         ),
         (_outside, "'../secret.data', which is outside its own folder"),
     ],

@@ -338,7 +338,7 @@ def test_inspect_without_a_manifest(exported: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{}", "is not a manifest of the kind onnx"),
+        ("{}", "is not a neck-export manifest of type 'onnx'"),
         ('{"kind": "onnx", "format": 1, "files": []}', "'created'"),
         ("{", "cannot be read"),
     ],
@@ -364,7 +364,7 @@ def test_inspect_of_files_that_cannot_be_read(exported: Path, tmp_path: Path) ->
     data = path.with_name("x.onnx.data")
     weights = data.read_bytes()
     data.write_bytes(weights[:-1])
-    refused(path, f"{len(weights) - 1:,} bytes, but needs {len(weights):,}")
+    refused(path, f"{len(weights) - 1:,} bytes, but the ONNX file needs {len(weights):,}")
     data.unlink()
     refused(path, f"weights file {data} is missing")
     refused(tmp_path / "no.onnx", "there is no file with this name")

@@ -419,7 +419,7 @@ def test_an_operator_that_the_simulation_does_not_know_is_told(tmp_path: Path) -
 
     verdict = judged(edited(build), tmp_path)
     assert verdict.passed
-    assert "without this simulation" in verdict.method
+    assert "without simulating FP16 rounding" in verdict.method
 
 
 # --- the command line, the manifest, Python

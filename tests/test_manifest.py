@@ -124,9 +124,9 @@ def edited(**changes: Any) -> Callable[[dict[str, Any]], str]:
         (lambda content: json.dumps(content)[:40], "cannot be read"),
         (lambda content: "", "cannot be read"),
         (lambda content: "\x00", "cannot be read"),
-        (lambda content: "[1]", "not a manifest of the kind onnx"),
-        (lambda content: "{}", "not a manifest of the kind onnx"),
-        (edited(kind="plan"), "not a manifest of the kind onnx"),
+        (lambda content: "[1]", "not a neck-export manifest of type 'onnx'"),
+        (lambda content: "{}", "not a neck-export manifest of type 'onnx'"),
+        (edited(kind="plan"), "not a neck-export manifest of type 'onnx'"),
         (
             edited(format=FORMAT + 1),
             f"the manifest has format {FORMAT + 1}, but this version of neck-export reads format {FORMAT}",

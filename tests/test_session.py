@@ -227,7 +227,7 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("no plan", lambda plan: plan.write_bytes(b"PK\3\4" + bytes(100)), "a plan for rtx, but the file begins with b'PK"),
     ("no manifest", lambda plan: manifest_path(plan).unlink(), "x.plan.json: the manifest is missing"),
     ("damaged", lambda plan: manifest_path(plan).write_text('{"format": 1,'), "manifest cannot be read"),
-    ("onnx's", lambda plan: spoil(plan, kind="onnx"), "not a manifest of the kind plan"),
+    ("onnx's", lambda plan: spoil(plan, kind="onnx"), "not a neck-export manifest of type 'plan'"),
     ("newer", lambda plan: spoil(plan, format=99), "format 99"),
     ("no version", lambda plan: spoil(plan, tensorrt_version=None), "'tensorrt_version' is missing"),
     ("bad version", lambda plan: spoil(plan, tensorrt_version="new"), "the manifest is damaged .*'new'"),

@@ -201,7 +201,7 @@ def test_a_graph_that_nobody_reads() -> None:
     refused = {**needs.operators, ("Attention", "FLOAT"): 1}  # by TensorRT; the others do not compute FP8
     versions = {**needs.versions, "Attention": 23}
     fp8 = dataclasses.replace(needs, operators=refused, versions=versions, types=needs.types | {FP8})
-    assert read_by(fp8) == "not readable by any runtime that neck-export knows"
+    assert read_by(fp8) == "read by no runtime that neck-export knows"
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,8 @@ def test_what_the_table_does_not_know_is_unknown(change: Callable[[Needs], Dict]
     assert read_by(needs).startswith("read by TensorRT 10.0")
     strange = dataclasses.replace(needs, **change(needs))
     assert re.search(
-        rf", but only if they also support .*{named}.*, which neck-export does not know$", read_by(strange)
+        rf", but only if these runtimes support .*{named}.*; neck-export does not know whether they do$",
+        read_by(strange),
     )
     assert targets_entry(strange, ())["from"] == []
 
@@ -356,7 +357,7 @@ def test_a_graph_with_sines_is_read_by_tensorrt() -> None:
         needs, operators={**needs.operators, ("Sin", "FLOAT16"): 2}, versions={**needs.versions, "Sin": 7}
     )
     line = read_by(sines)
-    assert line.startswith("read by TensorRT 10.0 and later") and "on a GPU: unknown" in line
+    assert line.startswith("read by TensorRT 10.0 and later") and "not known to run on a GPU" in line
 
 
 @pytest.mark.filterwarnings("ignore")  # of ONNX Runtime's quantizers
@@ -379,7 +380,7 @@ def test_what_onnx_runtimes_tools_write_is_read_by_whom_the_line_says(quantized:
     needs, installed = graph_needs(ir.load(path)), importlib.metadata.version("onnxruntime")
     line = read_by(needs)
     if name == "extended":  # com.microsoft::FusedMatMul
-        assert re.search(r"only if they also support .*FusedMatMul.*, which neck-export does not know$", line)
+        assert re.search(r"only if these runtimes support .*FusedMatMul.*; neck-export does not know", line)
     else:
         told = {target: target in line for target in real}
         if version_numbers(installed) < (1, 24):  # 1.23 does not load what its own quantize_dynamic writes

@@ -596,7 +596,7 @@ def spoil(plan: Path, **changes: Any) -> None:
 
 
 MANIFESTS: list[tuple[dict[str, Any], str]] = [
-    ({"kind": "onnx"}, "is not a manifest of the kind plan"),
+    ({"kind": "onnx"}, "is not a neck-export manifest of type 'plan'"),
     ({"files": []}, "encoder.plan"),
     ({"files": [{"name": "encoder.plan", "bytes": 104, "sha256": "0"}]}, "was changed after its manifest"),
     ({"files": [{"name": "../encoder.plan", "bytes": 104, "sha256": "0"}]}, "which is outside the manifest's folder"),

@@ -149,7 +149,7 @@ def test_what_is_quantized_is_selected_once_for_all_candidates(
     assert tuning.best.manifest["quantization"]["asked"] == ["auto"]
     assert len(tuning.best.manifest["quantization"]["products"]) == 16
     assert "16 of 16 quantized linear layers run in INT8" in "\n".join(tuning_lines(tuning))
-    assert any("the calibration used only the one image" in note for note in tuning.best.notes)
+    assert any("the calibration used only the image that comes with neck-export" in note for note in tuning.best.notes)
 
 
 def test_fp8_attentions_are_of_the_candidates_that_can_have_them(source: Path, tmp_path: Path) -> None:

@@ -165,7 +165,8 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise ManifestError(
-            f"{path}: this is not a manifest of the kind {kind}; export the ONNX file or build the plan again"
+            f"{path}: this is not a neck-export manifest of type '{kind}'; export the ONNX file again, or build the "
+            "plan again if this is the manifest of a plan"
         )
     if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
         raise ManifestError(

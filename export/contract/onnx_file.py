@@ -79,8 +79,8 @@ class OnnxFile:
                 raise ExportError(f"{path}: the weights file {file} is missing; copy it to this path, or {again}")
             if file.stat().st_size < end:
                 cut = (
-                    f"{file}: the weights file has {file.stat().st_size:,} bytes, but needs {end:,}; copy it "
-                    f"again, or {again}"
+                    f"{file}: the weights file has {file.stat().st_size:,} bytes, but the ONNX file needs {end:,}; "
+                    f"copy it again, or {again}"
                 )
                 raise ExportError(lfs_pointer(file) or cut)
         return model
@@ -118,9 +118,9 @@ class OnnxFile:
             target = Path(tensor.path).resolve()
             if not target.is_relative_to(real.parent):
                 raise ExportError(
-                    f"{tensor.path}: this symbolic link points to {target}, outside the folder of {real}, so "
-                    f"ONNX Runtime refuses to read it. Copy the weights to {path.parent}, or move the ONNX "
-                    f"file to the folder of the weights and make {path} a link to it"
+                    f"{tensor.path}: this symbolic link points to {target}, outside the folder of {real}, and ONNX "
+                    f"Runtime refuses to read weights from there. Copy the weights to {path.parent}; or move the ONNX "
+                    f"file to the folder of the weights, and replace {path} with a symbolic link to the moved ONNX file"
                 )
             value.const_value = ir.ExternalTensor(
                 target.relative_to(real.parent),

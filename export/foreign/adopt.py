@@ -68,8 +68,8 @@ def adopt(
     """
     if not verdict.passed or verdict.image is None:
         raise ExportError(
-            f"{file.path}: the file failed verification, so no manifest was written; the comparisons and "
-            "causes in the verdict show what is wrong"
+            f"{file.path}: the file failed verification, so no manifest was written; print verdict.lines() to see "
+            "which outputs differ and why"
         )
     encoder = encoder.at_size(verdict.image.size)
     model, _ = prepared_model(file)

@@ -225,7 +225,7 @@ def _position_cause(match: Match, array: np.ndarray, encoder: Sam3DualViTDetNeck
             if other != (height, width) and sampled_error(array, resized.numpy()) <= FOUND:
                 sentence = (
                     f"position encoding for another size: the output {name} has the values for "
-                    f"{other[0]}x{other[1]}, resized ({mode})"
+                    f"{other[0]}x{other[1]}, resized ({mode}) to {height}x{width}"
                 )
                 return Cause("positions", name, sentence)
     return Cause("positions", name, f"the output {name} does not have the values of {what} for {height}x{width}")
@@ -273,7 +273,7 @@ def _network_variants(trunk: ViTDetTrunk) -> Iterator[tuple[str, str, Callable[[
         table = axial_angles(height, width, config.head_dim, (window / rows, window / columns), config.rope_theta)
         size = f"{rows * config.patch_size}x{columns * config.patch_size}"
         sentence = (
-            "positions for another size: the rotary table of the global attention blocks is scaled for an image "
+            "positions for another image size: the rotary table of the global attention blocks is scaled for an image "
             f"size of {size} pixels"
         )
         yield "positions", sentence, functools.partial(_tables, trunk, table)
@@ -283,7 +283,7 @@ def _network_variants(trunk: ViTDetTrunk) -> Iterator[tuple[str, str, Callable[[
             continue
         grid = trunk.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
         resized = F.interpolate(grid.detach(), (height, width), mode=mode, align_corners=False).permute(0, 2, 3, 1)
-        sentence = f"positions for another size: the position embedding is resized ({mode}), but SAM 3 tiles it"
+        sentence = f"the position embedding is resized ({mode}) to the size of the image, but SAM 3 tiles it"
         yield "positions", sentence, functools.partial(_replaced, trunk, resized)
     none = torch.zeros_like(trunk.position())
     yield (

@@ -97,7 +97,7 @@ class ForeignVerdict(Verdict):
             *(f"output  {match}" for match in self.matches),
             *(f"output  {name}" for name in self.unmatched),
             *([f"absent  {', '.join(self.missing)}"] if self.missing else []),
-            f"type    {self.precision}, whose tolerances are applied",
+            f"type    {self.precision}; the tolerances for this type are used",
             *([f"weights {self.weights}"] if self.weights else []),
             *([f"runtime {self.read_by}"] if self.read_by else []),
             *(f"risk    {risk}" for risk in self.risks),

@@ -22,8 +22,8 @@ class CannotRunError(ExportError):
 
 
 AS_IT_IS = (
-    "the file was run without this simulation: ONNX Runtime may keep values in FP32 that a GPU rounds to FP16, so "
-    "errors on a GPU can be larger"
+    "the file was run without simulating FP16 rounding: ONNX Runtime may keep values in FP32 that a GPU rounds to "
+    "FP16, so errors on a GPU can be larger"
 )
 
 

@@ -57,8 +57,10 @@ class WeightsFound:
         count = sum(self.forms.values())
         total = count + len(self.near) + len(self.unknown)
         if self.origin == "the checkpoint's":
-            more = f"; {len(self.unknown)} other tensors are folded or unknown" if self.unknown else ""
-            return f"from the checkpoint: {count} of {total} tensors have the same values there ({forms}){more}"
+            more = (
+                f"; {len(self.unknown)} match none (such as constants that the exporter folded)" if self.unknown else ""
+            )
+            return f"from the checkpoint: {count} of {total} tensors match tensors of the checkpoint ({forms}){more}"
         if self.origin == "another fine-tune's":
             name, error = max(self.near.items(), key=lambda pair: pair[1])
             return (

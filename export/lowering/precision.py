@@ -88,8 +88,8 @@ def lower(
     low = next((value.dtype for value in graph.initializers.values() if value.dtype in LOW), None)
     if low:
         raise ExportError(
-            f"the model is already in {low.name.lower()}, and only an FP32 model can be converted to another "
-            "precision; export the encoder in FP32 first"
+            f"the model already has weights in {low.name.lower()}, but only an FP32 model can be converted to another "
+            "precision; export the encoder with `neck-export onnx --precision fp32`, and convert that file"
         )
     form = AUTO[precision] if attention == "auto" else attention
     check_form(precision, form, opset)
@@ -168,7 +168,7 @@ def check_residual(precision: str, residual: Residual) -> None:
     """
     if residual == "fp16" and TYPES[precision] != ir.DataType.FLOAT16:
         raise ExportError(
-            f"--residual fp16 cannot be used for a file in {precision}; leave out --residual, which gives residual "
+            f"--residual fp16 cannot be used for a file in {precision}; leave out --residual to get residual "
             f"sums in {precision}, or use --residual fp32"
         )
 

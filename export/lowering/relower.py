@@ -41,7 +41,7 @@ def relower(
     graph = model.graph
     if precision == "fp32":
         raise ExportError(
-            "the model is in FP32, and its attention can only be changed together with its precision; choose "
+            "the model is in FP32, but the attention form can only be changed in an FP16 or BF16 model; use "
             "--precision fp16 or bf16"
         )
     if not any(MODULE in node.metadata_props for node in graph):

@@ -117,8 +117,8 @@ def calibration_pixels(signature: Signature, images: Path | ImageFolder | None, 
     """
     if images is None:
         notes.append(
-            "the calibration used only the one image that is part of neck-export, so larger values in your "
-            f"own images will be clipped; pass a folder with {FEWEST} or more of your images with --images"
+            "the calibration used only the image that comes with neck-export, so activations that are larger with "
+            f"your own images will be clipped; use --images to pass a folder of {FEWEST} or more of your images"
         )
         return reference_pixels(signature, None, 1)
     folder = ImageFolder.of(images)
@@ -305,16 +305,17 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
     if about.get("format") not in range(OLDEST_FORMAT, FORMAT + 1):
         raise OutdatedError(
             f"{path}: the calibration was written by another version of neck-export, in a format that this "
-            "version cannot read"
+            "version cannot read, so the calibration is repeated"
         )
     if about.get("image_size") != list(image_size):
         raise OutdatedError(
             f"{path}: the calibration was made for the image size {about.get('image_size')}, but the size is "
-            f"now {list(image_size)}"
+            f"now {list(image_size)}, so the calibration is repeated"
         )
     if about.get("encoder") != fingerprint(encoder):
         raise OutdatedError(
-            f"{path}: the calibration was made for an encoder with other weights or another architecture"
+            f"{path}: the calibration was made for an encoder with other weights or another architecture, so the "
+            "calibration is repeated"
         )
     try:
         sides = {name: layer.in_features for name, layer in linear_layers(encoder).items()}
@@ -349,7 +350,7 @@ def _read_layer(name: str, channels: int, tensors: Mapping[str, Tensor]) -> Laye
             )
     if not count or not (found.weights > 0).all() or (found.rows.abs() > found.channels).any():
         raise ValueError(
-            f"the layer {name} has no stored inputs, inputs with a weight of 0 or less, or inputs above their "
-            "channel's stored maximum"
+            f"the stored inputs of the layer {name} are invalid: there are none, some have a weight of 0 or less, or "
+            "some exceed the stored maximum of their channel"
         )
     return found

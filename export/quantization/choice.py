@@ -284,8 +284,8 @@ def curve_lines(curve: Sequence[Mapping[str, Any]], count: int, rates: str) -> l
     """The curve for a screen, with whose rates its times are by; the row of the choice is marked."""
     head = f"{'layers':>8} {'operations':>10} {'time':>9} {'expected L2':>12} {'measured L2':>12}"
     lines = [
-        "this table lists, for each number of quantized layers, their share of the operations, the computing time "
-        f"{rates}, and the relative L2 error of the features:",
+        "each row of this table is for one number of quantized layers: their share of the operations, the computing "
+        f"time {rates}, and the relative L2 error of the features:",
         head,
     ]
     for row in curve:

@@ -163,7 +163,7 @@ def select_quantization(
     if not ranges:
         raise ExportError(
             f"--precision {kind}: no linear layer can be quantized, because {next(iter(left_out.values()))}; use "
-            "other images or another --precision"
+            "other calibration images (--images) or another --precision"
         )
     if no_attention and kind == "fp8" and attentions:
         notes.append(f"attention is not quantized and stays in FP16: {no_attention}")
@@ -210,15 +210,15 @@ def _asked(
     for pattern in patterns:
         everywhere = match_products([pattern], candidates)
         if not set(everywhere) & set(able):
-            what = f"--quantize {pattern!r} matches only attention layers or outputs of linear layers"
             if kind != "fp8":
                 raise ExportError(
-                    f"{what}, which can only be quantized to FP8, because no version of TensorRT fuses INT8 "
-                    "attention; use --precision fp8, or another pattern for --quantize"
+                    f"--quantize {pattern!r} matches only attention layers or outputs of linear layers, which can only "
+                    "be quantized to FP8, because no version of TensorRT fuses INT8 attention; use --precision fp8, or "
+                    "another pattern for --quantize"
                 )
             raise ExportError(
-                f"{what}, which cannot be quantized here: {no_attention}; leave out the pattern, or choose "
-                "another --target or --attention"
+                f"--quantize {pattern!r} matches only attention layers, which cannot be quantized here: "
+                f"{no_attention}; leave out the pattern, or choose another --target or --attention"
             )
     return match_products(patterns, able)
 
@@ -395,8 +395,8 @@ def _calibration(
         try:
             return read_calibration(options.calibration, encoder, signature.image_size)
         except OutdatedError as error:
-            notes.append(f"{error}; the calibration was repeated and the file replaced")
-            report(f"{error}; repeating the calibration")
+            notes.append(f"{error} and the file replaced")
+            report(str(error))
     found = calibrate(encoder.at_size(signature.image_size), calibration_pixels(signature, images, notes))
     if options.calibration is not None:
         save_calibration(options.calibration, found)

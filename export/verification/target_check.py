@@ -175,10 +175,13 @@ def read_by(needs: Needs) -> str:
     )
     known = _titles(reading_lines(in_table))
     if not known:
-        return "not readable by any runtime that neck-export knows"
+        return "read by no runtime that neck-export knows"
     unknown = not_in_table(needs)
     if unknown:
-        return f"read by {known}, but only if they also support {', '.join(unknown)}, which neck-export does not know"
+        return (
+            f"read by {known}, but only if these runtimes support {', '.join(unknown)}; neck-export does not know "
+            "whether they do"
+        )
     return f"read by {known}"
 
 
@@ -189,7 +192,11 @@ def _titles(lines: Mapping[Family, str]) -> str:
         if family == "onnxruntime":
             gpu = lines.get("onnxruntime-gpu")
             where = (
-                "on a GPU too" if gpu == since else f"on a GPU: version {gpu} and later" if gpu else "on a GPU: unknown"
+                "on a GPU too"
+                if gpu == since
+                else f"on a GPU: version {gpu} and later"
+                if gpu
+                else "not known to run on a GPU"
             )
             parts.append(f"{title} {since} and later ({where})")
         elif family != "onnxruntime-gpu":
@@ -230,5 +237,5 @@ def check_claims(where: Path, manifest: Mapping[str, Any], needs: Needs) -> None
         if reason:
             raise TargetError(
                 f"{where}: the manifest claims that {target.name} can load the file, but it cannot: {reason}.\n"
-                f"Judging by its graph, the file is {read_by(needs)}. Export the ONNX file again"
+                f"Judging by its graph, the file can be {read_by(needs)}. Export the ONNX file again"
             )

@@ -40,7 +40,9 @@ Report = Callable[[str], None]
 
 MEMORY = Path("/proc/meminfo")
 
-SIMULATED = "simulated: ONNX Runtime computes in FP32 and explicitly rounds to FP16 or BF16 wherever the graph does"
+SIMULATED = (
+    "simulated: ONNX Runtime computes in FP32 and explicitly rounds each tensor that is FP16 or BF16 in the file"
+)
 
 
 @dataclasses.dataclass(frozen=True)
