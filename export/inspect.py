@@ -140,6 +140,11 @@ def quantized_line(quantization: dict[str, Any], count: int | None = None) -> st
     )
 
 
+def _error(relative_l2: float | None) -> str:
+    """An error as the table of a verification shows it; manifests have null for infinity."""
+    return "infinite" if relative_l2 is None else f"{relative_l2:.2e}"
+
+
 def summary_lines(found: dict[str, Any]) -> list[str]:
     """The summary for a screen."""
     operators = ", ".join(f"{count} {name}" for name, count in list(found["operators"].items())[:8])
@@ -179,7 +184,7 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
         *([f"  {quantized_line(quantized, len(found['quantized']))}"] if quantized else []),
         f"  from    {origin}, {precision}, {manifest['created']}",
         f"  {verdict}: {verification.get('method') or verification.get('reason')}",
-        *(f"    {row['name']}: relative L2 {row['relative_l2']}" for row in verification.get("outputs", [])),
+        *(f"    {row['name']}: relative L2 {_error(row['relative_l2'])}" for row in verification.get("outputs", [])),
         *masks_lines(manifest),
     ]
 
