@@ -148,6 +148,8 @@ def changed(report: Path, tmp_path: Path, old: str, new: str) -> Path:
 def test_every_section_and_chart_is_there(browser: Chrome, report: Path, width: int) -> None:
     opened(browser, report, width)
     assert browser.title == "SAM 3 image encoder: benchmark, 2026-01-02"
+    title = browser.find_element("css selector", "h1")
+    assert title.location["x"] >= 12 and title.location["y"] >= 12  # the page has margins
     for section in SECTIONS:
         found = browser.find_element("id", f"{section}-m0")
         assert found.is_displayed() and found.find_element("css selector", "h2, h3").text
@@ -262,6 +264,8 @@ def test_every_chart_image_and_table_is_told_to_a_screen_reader(browser: Chrome,
     assert len(drawings) == 4 and all(svg.get_attribute("role") == "img" for svg in drawings)
     assert all(one.get_attribute("aria-label") for one in (*drawings, *browser.find_elements("css selector", ".bars")))
     assert all(image.get_attribute("alt") for image in browser.find_elements("css selector", "img"))
+    for part in browser.find_elements("css selector", "section:has(h2, h3), article"):
+        assert browser.find_element("id", part.get_attribute("aria-labelledby")).text
     for table in browser.find_elements("css selector", "table"):
         assert table.find_elements("css selector", "caption")
         scopes = [head.get_attribute("scope") for head in table.find_elements("css selector", "th")]

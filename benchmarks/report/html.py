@@ -120,11 +120,11 @@ def _facts(result: Result, best: Row) -> list[dict[str, str]]:
     facts = [{"name": "Latency", "figure": milliseconds(latency["p50_ms"]), "note": spread}]
     if ratio:
         spread = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
-        note = f"latency divided by that of {label_of(result, ratio['to'])}; range over the rounds: {spread}"
+        note = f"latency divided by that of {label_of(result, ratio['to'])} ({spread} over the rounds)"
         facts.append({"name": "Ratio", "figure": f"{ratio['median']:.2f}", "note": note})
     if best.get("share_of_floor") is not None:
         floor = milliseconds(best.get("floor_ms"))
-        note = f"share of the highest possible speed; this machine's measured rates allow a latency of {floor} at best"
+        note = f"of the highest possible speed; the machine's measured rates allow {floor} at best"
         facts.append({"name": "Reached", "figure": percent(best["share_of_floor"]), "note": note})
     limits = [error["tolerance"]["relative_l2"] for error in best["errors"] or [] if error.get("tolerance")]
     note = "relative L2 of the worst output" + (f"; tolerance {error_figure(max(limits))}" if limits else "")
