@@ -159,7 +159,7 @@ def _check_fit(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[str]
     if levels != live.levels:
         raise AttachError(
             f"{where}the file was exported from an encoder with {levels} levels, but the model's encoder has "
-            f"{live.levels}; export the model's own checkpoint"
+            f"{live.levels}; export the model's own checkpoint, and attach the new file"
         )
     if live.image_size not in (None, encoder.signature.image_size):
         raise encoder.wrong_size(live.image_size or (0, 0))

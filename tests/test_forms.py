@@ -128,7 +128,7 @@ def test_a_file_with_the_operator_is_written_again(exported: Exported, tmp_path:
     made = make_plan(options_of(onnx, tmp_path))
     assert len(made.notes) == 1 and "\n" not in made.notes[0]
     assert (
-        "form fp32acc (written as MatMul, Softmax and MatMul): both matrix multiplications in each "
+        "--attention fp32acc (written as MatMul, Softmax and MatMul): both matrix multiplications in each "
         "attention accumulate in FP32"
     ) in made.notes[0]
     assert made.manifest["verification"]["onnx"]["verified"] is True

@@ -113,7 +113,8 @@ def check_same(path: Path, live: LiveEncoder, config: EncoderConfig, digests: Ma
     if others := [*_architecture(found, layout, config)]:
         raise AttachError(
             f"{path}: the architecture of the file differs from that of {where}: {'; '.join(others[:8])}. "
-            "Export the model's own checkpoint with its own config, or use attach(..., check=False)"
+            "Export the model's own checkpoint with its own config and attach the new file, or skip the comparison "
+            "with attach(..., check=False)"
         )
     with torch.device("meta"):
         names = [*new_encoder(config).state_dict()]
@@ -121,7 +122,7 @@ def check_same(path: Path, live: LiveEncoder, config: EncoderConfig, digests: Ma
     if parts := differing(digests, fingerprints(tensors, (kind_of(lowest_type(live)),))):
         raise AttachError(
             f"{path}: the weights of the file differ from those of {where} ({', '.join(parts)}); export the "
-            "model's own checkpoint, or use attach(..., check=False)"
+            "model's own checkpoint and attach the new file, or skip the comparison with attach(..., check=False)"
         )
 
 
