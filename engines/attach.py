@@ -151,15 +151,15 @@ def _check_fit(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[str]
         )
     if "sam2" in necks and encoder.signature.has_head("sam2") and len(live.head) != 2:
         raise AttachError(
-            f"{where}the sam2 outputs of the file already contain the convolutions of one mask decoder, so the model "
-            f"must have exactly one mask decoder, but it has {len(live.head) // 2}; export the file again without "
-            f"these convolutions: {encoder.export_again(sam2_outputs='features')}"
+            f"{where}the model has {len(live.head) // 2} mask decoders, but the file works with exactly one, because "
+            "its sam2 outputs were computed with the convolutions of a single mask decoder; export the file again "
+            f"without these convolutions: {encoder.export_again(sam2_outputs='features')}"
         )
     levels = len(encoder.signature.level_sizes)
     if levels != live.levels:
         raise AttachError(
             f"{where}the file was exported from an encoder with {levels} levels, but the model's encoder has "
-            f"{live.levels}; export the model's own checkpoint"
+            f"{live.levels}; export the model's own checkpoint, and attach the new file"
         )
     if live.image_size not in (None, encoder.signature.image_size):
         raise encoder.wrong_size(live.image_size or (0, 0))

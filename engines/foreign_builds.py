@@ -38,7 +38,7 @@ def builder_lines(file: OnnxFile, verdict: ForeignVerdict, report: Report = lamb
     try:
         flavor = choose_flavor("rtx")
     except FlavorError as error:
-        return [f"builder TensorRT-RTX did not build the file: {str(error).splitlines()[0]}"]
+        return [f"builder not run, because TensorRT-RTX cannot be used: {str(error).splitlines()[0]}"]
     with tempfile.TemporaryDirectory() as folder:
         report("building the file with TensorRT-RTX")
         theirs = _layers(file, Path(folder) / "theirs.plan", flavor)
@@ -61,7 +61,7 @@ def _layers(file: OnnxFile, plan: Path, flavor: Flavor) -> LayerReport | str:
     except (BuildError, FlavorError) as error:
         return " ".join(str(error).split())[:300]
     plan.unlink()
-    return built.layers or (built.no_layers or "the builder did not list the kernels")
+    return built.layers or (built.no_layers or "the builder did not list the kernels of the plan")
 
 
 def _ours(file: OnnxFile, verdict: ForeignVerdict, folder: Path, flavor: Flavor) -> LayerReport | str:

@@ -23,7 +23,7 @@ PROGRESS = {"report", "step", "count", "counted"}
 NO_MESSAGES = {"Option", "Argument", "but", "Target", "_trt", "encode"}
 """Calls whose strings are help texts of options, sources of the table of targets, or bytes to be hashed."""
 
-NO_CPP_MESSAGES = re.compile("Authorization: Bearer|Raw profile type|The logger passed|neck-export runtime cache")
+NO_MESSAGE_TEXTS = re.compile("Authorization: Bearer|Raw profile type|The logger passed|neck-export runtime cache")
 """How texts begin that other programs read or write."""
 
 CPP_TOKEN = re.compile(
@@ -83,6 +83,8 @@ def python_messages(path: Path) -> Iterator[Message]:
     def search(node: ast.AST, kind: str) -> Iterator[Message]:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             return  # a docstring
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In) and is_text(node.left):
+            return  # a text that is looked for in another program's message
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             if name.rpartition(".")[2] in NO_MESSAGES or name.startswith("re."):
@@ -98,6 +100,8 @@ def python_messages(path: Path) -> Iterator[Message]:
             kind = getattr(node, "name", type(node).__name__.lower())
         if is_text(node):
             text = render(node)  # type: ignore[arg-type]
+            if NO_MESSAGE_TEXTS.match(text):
+                return
             if is_prose(text) or (kind.rpartition(".")[2] in PROGRESS and text.strip(" .")):
                 yield Message(path, node.lineno, kind, text)  # type: ignore[attr-defined]
                 return
@@ -198,7 +202,7 @@ def cpp_messages(path: Path) -> list[Message]:
             blocks = [at for at, token in enumerate(statement) if token.text == "{" and not token.string]
             start = blocks[-1] + 1 if blocks else 0
             text = cpp_text(statement[start:])
-            if text and is_prose(text) and not NO_CPP_MESSAGES.match(text):
+            if text and is_prose(text) and not NO_MESSAGE_TEXTS.match(text):
                 yield Message(path, min(token.line for token in strings(statement[start:])), kind, text)
             for before, token in zip([None, *statement], statement[: start if text else None], strict=False):
                 called = before and token.text == "(" and re.fullmatch(r"(?!if|for|while|switch)\w+", before.text)

@@ -560,7 +560,7 @@ def test_copies_open_the_file_again(checkpoint: Path, file: Path) -> None:
         loaded = torch.load(io.BytesIO(stored.getvalue()), weights_only=False)
         for other in (copied, loaded):
             assert torch.equal(run_features(other), want)
-            with pytest.raises(AttachError, match="different weights for that encoder"):
+            with pytest.raises(AttachError, match="different weights for the model's encoder"):
                 other.detector_model.load_state_dict(
                     {f"{VISION}.layers.0.mlp.fc1.weight": torch.zeros(64, 16)}, strict=False
                 )
@@ -705,7 +705,7 @@ def drop_block(encoder: Any) -> None:
         (change_stride, r"padding_mode of .*fpn_layers\.0\.proj2 is zeros in the file, but reflect in the model"),
         (
             change_neck_activation,
-            r"fpn_layers\.0 contains ReLU\(\) in the model, where the file computes the exact GELU",
+            r"fpn_layers\.0 contains the exact GELU in the file, but ReLU\(\) in the model",
         ),
         (change_pooling, r"the scale of .*fpn_layers\.3 is 0\.5 in the file, but 1 in the model"),
         (change_temperature, r"the position encoding of the model differs"),

@@ -128,7 +128,7 @@ def test_a_file_with_the_operator_is_written_again(exported: Exported, tmp_path:
     made = make_plan(options_of(onnx, tmp_path))
     assert len(made.notes) == 1 and "\n" not in made.notes[0]
     assert (
-        "form fp32acc (written as MatMul, Softmax and MatMul): both matrix multiplications in each "
+        "--attention fp32acc (written as MatMul, Softmax and MatMul): both matrix multiplications in each "
         "attention accumulate in FP32"
     ) in made.notes[0]
     assert made.manifest["verification"]["onnx"]["verified"] is True
@@ -148,7 +148,7 @@ def test_tensorrt_10_14_gets_the_operator(
     play(monkeypatch, played(choose_flavor("rtx"), "tensorrt", "10.14.1.48"))
     made = make_plan(options_of(exported(**options), tmp_path, verify=False))
     assert (made.manifest["attention_form"], made.manifest["attention_spelling"]) == ("fp32acc", "operator")
-    assert ["was rewritten in the form fp32acc (written as the Attention operator)" in note for note in made.notes] == [
+    assert ["to match --attention fp32acc (written as the Attention operator)" in note for note in made.notes] == [
         True
     ] * (not options)
     assert made.layers is not None and made.layers.accumulation == ("fp32", "fp32")
@@ -164,9 +164,9 @@ def test_where_the_operator_is_refused_the_other_spelling_is_built(
     made = make_plan(options_of(exported(), tmp_path, attention=asked, verify=False))
     assert (made.manifest["attention_form"], made.manifest["attention_spelling"]) == ("fp32acc", "matmul")
     told = (
-        "was rewritten in the form fp32acc (written as the Attention",
-        "10.14.1.48 refused to build the attention form fp32acc (written as the",
-        "rewritten in the form fp32acc (written as M",
+        "was rewritten to match --attention fp32acc (written as the Attention",
+        "10.14.1.48 refused to build the plan with --attention fp32acc (written as the",
+        "rewritten to match --attention fp32acc (written as M",
     )
     assert len(made.notes) == 3 and all(part in note for part, note in zip(told, made.notes, strict=True))
 
@@ -309,7 +309,7 @@ def test_a_builder_that_fails_gets_the_next_form(
     monkeypatch.setattr(forms, "build_plan", fail)
     options = options_of(exported(precision=precision), tmp_path, verify=False)
     if last is None:
-        with pytest.raises(BuildError, match=r"could not build the plan.*refused to build the attention form fp32acc"):
+        with pytest.raises(BuildError, match=r"could not build the plan.*refused to build .* --attention fp32acc"):
             make_plan(options)
     else:
         made = make_plan(options)

@@ -191,14 +191,14 @@ def test_rtx_is_built_and_run_so_that_a_graph_can_be_captured(files: dict[str, P
             "10.13",
             "operator",
             "matmul",
-            "the attention was rewritten in the form fp32acc (written as MatMul, Softmax and MatMul): both",
+            "the attention was rewritten to match --attention fp32acc (written as MatMul, Softmax and MatMul): both",
         ),
         ("10.13", "half", "matmul", None),
         (
             "11.4",
             "half",
             "operator",
-            "the attention was rewritten in the form fp32acc (written as the Attention operator): both",
+            "the attention was rewritten to match --attention fp32acc (written as the Attention operator): both",
         ),
         ("rtx-1.7", "half", "matmul", None),
     ],
@@ -227,7 +227,9 @@ def test_a_version_that_is_too_old_is_not_taken(files: dict[str, Path], tmp_path
         assert "tensorrt has version 10.2.0" in refused(state, tmp_path, *words)
         tensorrt.__version__ = "10.3.0"
         options = ("--hardware-compatible", "same")
-        assert "TensorRT 10.3.0 does not support the value same" in refused(state, tmp_path, *words, *options)
+        assert "same needs TensorRT 10.9 or later, but the plan is built with TensorRT 10.3.0" in refused(
+            state, tmp_path, *words, *options
+        )
         tensorrt.__version__ = "11.0.0.1"
 
 
@@ -254,7 +256,7 @@ def test_a_layers_that_cannot_be_read_costs_no_plan(
     assert (layers.source if layers else None) == source
     if layers is None:
         assert manifest["layers"] is None
-        assert "no layer report: the builder log does not list the layers; the engine inspector" in ran.out
+        assert "no layer report: the builder log does not list the layers of the plan; the engine inspector" in ran.out
         assert f"no layer report: {manifest['no_layers']}" in shown.out
     else:
         assert layers.operations and not {kernel.kind for kernel in layers.kernels} & {"wait", "signal"}

@@ -180,7 +180,7 @@ def test_an_fp16_attention_that_does_not_tell_is_warned_of() -> None:
 
 
 def test_a_log_without_the_engine_is_an_error() -> None:
-    with pytest.raises(LayerReportError, match="lists no kernel"):
+    with pytest.raises(LayerReportError, match="lists no kernels of the plan"):
         layers_from_log("Layers:\n\nI/O Tensors:\n", {})
 
 

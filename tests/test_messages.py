@@ -15,6 +15,9 @@ def load(path, notes, report):
     report("export")
     notes.append(f"{path}: the file is old")
     option = typer.Option(help="This help text is none either")
+    warning = "The logger passed into the builder differs"
+    if "find shared memory region" in str(error):
+        return f"{path}: another program's text is no message"
     raise LoadError(f"{path} has {3.14159:.2f} of " + "it; download it again")
 '''
     path = tmp_path / "x.py"
@@ -23,7 +26,8 @@ def load(path, notes, report):
     assert found == [
         (4, "report", "export"),
         (5, "notes.append", "{path}: the file is old"),
-        (7, "LoadError", "{path} has {3.14159:.2f} of it; download it again"),
+        (9, "return", "{path}: another program's text is no message"),
+        (10, "LoadError", "{path} has {3.14159:.2f} of it; download it again"),
     ]
 
 

@@ -168,7 +168,7 @@ def test_a_fixed_batch_in_fp16(server: Server, tmp_path: Path) -> None:
             assert sorted(found) == sorted(wanted) and compare(wanted, found, "fp16", "test").passed
             assert not compare(wanted, client.features(paths[::-1]), "fp16", "test").passed
             with pytest.raises(
-                ClientError, match="3 images were given, but pair-encoder accepts exactly 2 in a request"
+                ClientError, match="3 images were given, but pair-encoder accepts exactly 2 images in each request"
             ):
                 client.features(paths[:3])
             with pytest.raises(ClientError, match=r"unexpected shape.*Expected \[2,3,112,112\], got \[1,"):

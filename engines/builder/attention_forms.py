@@ -116,7 +116,9 @@ def build_forms(
         typed = OnnxFile(lower_file(source, precision, folder, **lowering))
     notes: list[str] = []
     if drops:
-        notes.append(f"the attention is computed in FP16 instead of FP8: {unfused or 'as requested'}")
+        notes.append(
+            f"the attention is computed in FP16, not in FP8; reason: {unfused or 'FP16 attention was requested'}"
+        )
         report(notes[-1])
         first = attempts[0] if attempts[0].form else there
         typed, there = OnnxFile(relower_file(typed, precision, first, folder, left, keep_fp8=False)), first
@@ -132,9 +134,11 @@ def build_forms(
         except RefusedError as error:
             if later is None or not error.by_form:
                 raise BuildError("; ".join([str(error), *(note for note in notes if "refused" in note)])) from None
-            notes.append(f"{flavor.title} refused to build the attention form {attempt.name}: {error.reason}")
+            notes.append(f"{flavor.title} refused to build the plan with --attention {attempt.name}: {error.reason}")
             report(notes[-1])
-    raise AssertionError("internal error: there was no attention form to build the plan with; please report this error")
+    raise AssertionError(
+        "internal error: there was no value of --attention to build the plan with; please report this error"
+    )
 
 
 def _check_residual(source: Source, typing: LoweringOptions, precision: Precision) -> None:
@@ -209,11 +213,11 @@ def forms_to_try(
 def meaning(attempt: Attempt, precision: str) -> str:
     """Returns the note that says what a rewritten attention form means."""
     what = (
-        "BF16 matrix multiplications accumulate in FP32, whatever the form of the attention"
+        "BF16 matrix multiplications accumulate in FP32 with every value of --attention"
         if precision == "bf16"
         else FORMS[cast(AttentionForm, attempt.form)].meaning
     )
-    return f"the attention was rewritten in the form {attempt.name}: {what}; verification checks the accuracy"
+    return f"the attention was rewritten to match --attention {attempt.name}: {what}; verification checks the accuracy"
 
 
 def relower_file(

@@ -50,9 +50,9 @@ def _level(flavor: Flavor, asked: str) -> Any:
         return trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if not hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY"):
         raise BuildError(
-            f"--hardware-compatible same: {flavor.title} does not support the value same, which needs TensorRT 10.9 or "
-            f"later; leave the option out (without it, a plan of {flavor.title} also runs on all GPUs with the same "
-            "compute capability)"
+            f"--hardware-compatible same needs TensorRT 10.9 or later, but the plan is built with {flavor.title}; "
+            f"leave the option out. Even without it, a plan of {flavor.title} runs on all GPUs with the same compute "
+            "capability"
         )
     return trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
 

@@ -397,8 +397,8 @@ def _set_polygraphy_up(name: FlavorName) -> None:
 
     if "polygraphy.backend.trt" in sys.modules and bool(polygraphy_config.USE_TENSORRT_RTX) != wanted:
         raise FlavorError(
-            "TensorRT and TensorRT-RTX cannot be used in the same process, and the other one is already "
-            f"loaded; start a new process for --flavor {name}"
+            f"--flavor {name}: this process has already loaded {'TensorRT' if wanted else 'TensorRT-RTX'}, and "
+            f"TensorRT and TensorRT-RTX cannot be used in the same process; start a new process for --flavor {name}"
         )
     polygraphy_config.USE_TENSORRT_RTX = wanted
 

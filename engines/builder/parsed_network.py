@@ -62,7 +62,7 @@ def check_types(onnx: Path, trt: Any, network: Any, precision: str, keep_fp32: S
     if not seen:
         raise BuildError(
             f"{onnx}: the file has no matrix multiplication or convolution in {precision}, so it is not an image "
-            "encoder of that precision"
+            f"encoder of that precision; export the encoder with `neck-export onnx --precision {precision}`"
         )
 
 

@@ -72,7 +72,7 @@ _HOPPER = 1980 / 1830
 
 PUBLISHED_GPUS: dict[str, PublishedGpu] = {
     "t4": PublishedGpu(
-        "T4", "7.5", 320, 4, _TURING, "T4 data sheet; L2 cache size: Turing white paper", r"(Tesla )?T4"
+        "T4", "7.5", 320, 4, _TURING, "T4 data sheet; L2 cache size from the Turing white paper", r"(Tesla )?T4"
     ),
     "a10": PublishedGpu(
         "A10",
@@ -80,7 +80,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         600.2,
         6,
         _tflops(62.5, 125, None, 250),
-        "A10 data sheet; L2 cache size: GA102 white paper",
+        "A10 data sheet; L2 cache size from the GA102 white paper",
         r"A10",
     ),
     "a100": PublishedGpu(
@@ -89,7 +89,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         2039,
         40,
         _tflops(156, 312, None, 624),
-        "A100 80GB SXM data sheet; L2 cache size: A100 white paper",
+        "A100 80GB SXM data sheet; L2 cache size from the A100 white paper",
         r"A100-(SXM4|PCIE)-(40|80)GB|A100 80GB PCIe",
     ),
     "l4": PublishedGpu(
@@ -98,7 +98,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         300.1,
         48,
         _tflops(60.6, 121.3, 242.5, 242.5),
-        "L4 data sheet; L2 cache size: Ada white paper",
+        "L4 data sheet; L2 cache size from the Ada white paper",
         r"L4",
     ),
     "l40s": PublishedGpu(
@@ -107,8 +107,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         864,
         96,
         _tflops(183.3, 366.5, 733, 733),
-        "L40S data sheet; FP16 rate: half of the FP8 rate (the data sheet says 362.05 TFLOP/s); L2 cache size: Ada "
-        "white paper",
+        "L40S data sheet. The FP16 rate is half of the FP8 rate; the 362.05 TFLOP/s of the data sheet do not match its "
+        "other rates and are not used. The L2 cache size is from the Ada white paper",
         r"L40S",
     ),
     "h100": PublishedGpu(
@@ -127,7 +127,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         4917,
         60,
         _H100,
-        "H200 data sheet; bandwidth: computed from the memory clock of 3201 MHz; L2 cache size: reported by CUDA",
+        "H200 data sheet. The bandwidth is computed from the memory clock of 3201 MHz. The L2 cache size is the one "
+        "that CUDA reports",
         r"H200.*",
         clock=_HOPPER,
     ),
@@ -137,7 +138,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         4917,
         60,
         _H100,
-        "GH200 data sheet (144 GB HBM3e); L2 cache size: the same as the H200's",
+        "GH200 data sheet (144 GB HBM3e); the L2 cache size is that of the H200",
         r"GH200 .*",
         clock=_HOPPER,
     ),
@@ -147,8 +148,9 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         8000,
         128,
         _tflops(1125, 2250, 4500, 4500),
-        "GB200 data sheet. Rates: half of the published sparse rates, at a clock of 1856 MHz. Bandwidth: 8 TB/s, as in "
-        "a GB200 (an HGX B200 has 7.7 TB/s). Highest clock: 1980 MHz, which is assumed and not confirmed",
+        "GB200 data sheet. The rates are half of the published sparse rates, which hold at a clock of 1856 MHz. The "
+        "bandwidth of 8 TB/s is that of a GB200 (an HGX B200 has 7.7 TB/s). A highest clock of 1980 MHz is assumed, "
+        "but not confirmed",
         r"B200",
         clock=1980 / 1856,
     ),
@@ -158,7 +160,7 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         102.4,
         4,
         _tflops(9.7, 19.3, None, 38.5),
-        "Orin NX data sheet; rates: of the GPU alone (without the DLAs), with the GPU at 1173 MHz (super mode)",
+        "Orin NX data sheet; the rates are those of the GPU alone (without the DLAs) at 1173 MHz (super mode)",
         r"Orin NX",
     ),
     "orin-64": PublishedGpu(
@@ -167,8 +169,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         204.8,
         4,
         _tflops(21.4, 42.7, None, 85.3),
-        "AGX Orin technical brief; rates: half of the sparse rates of the GPU alone (without the DLAs). CUDA reports "
-        "the same name for every Orin module, but these rates only hold for the AGX Orin 64GB",
+        "AGX Orin technical brief; the rates are half of the sparse rates of the GPU alone (without the DLAs). CUDA "
+        "reports the same name for every Orin module, but these rates only hold for the AGX Orin 64GB",
         r"Orin",
     ),
     "thor": PublishedGpu(
@@ -177,8 +179,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         273,
         32,
         _tflops(129.4, 258.8, 517.5, 517.5),
-        "Jetson Thor data sheet; FP8 and INT8 rates: 1/4 of the sparse FP4 rate; FP16 rate: 1/8 of the sparse FP4 "
-        "rate; L2 cache size: reported by CUDA",
+        "Jetson Thor data sheet. The FP8 and INT8 rates are 1/4 of the sparse FP4 rate, and the FP16 rate is 1/8 of "
+        "it. The L2 cache size is the one that CUDA reports",
         r"(Jetson )?Thor",
     ),
     "rtx-3090": PublishedGpu(
@@ -187,8 +189,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         936.2,
         6,
         _tflops(35.6, 71.2, None, 284.7, 2),
-        "GA102 white paper, appendix A. Highest clock: assumed to be 2100 MHz (highest clock seen: 1980 MHz); "
-        "published boost clock: 1695 MHz",
+        "GA102 white paper, appendix A. A highest clock of 2100 MHz is assumed; the highest clock observed on this GPU "
+        "is 1980 MHz, and the published boost clock is 1695 MHz",
         r"GeForce RTX 3090",
         clock=2100 / 1695,
     ),
@@ -198,7 +200,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         716.8,
         64,
         _tflops(48.7, 97.5, 194.9, 389.9, 2),
-        "Ada white paper, appendix A. Highest clock seen on Ada cards: 3105 MHz; published boost clock: 2505 MHz",
+        "Ada white paper, appendix A. The highest clock observed on Ada GPUs is 3105 MHz; the published boost clock is "
+        "2505 MHz",
         r"GeForce RTX 4080",
         clock=3105 / 2505,
     ),
@@ -208,7 +211,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         1008,
         72,
         _tflops(82.6, 165.2, 330.3, 660.6, 2),
-        "Ada white paper, appendix A. Highest clock seen on Ada cards: 3105 MHz; published boost clock: 2520 MHz",
+        "Ada white paper, appendix A. The highest clock observed on Ada GPUs is 3105 MHz; the published boost clock is "
+        "2520 MHz",
         r"GeForce RTX 4090",
         clock=3105 / 2520,
     ),
@@ -218,8 +222,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         1792,
         96,
         _tflops(104.8, 209.5, 838, 838, 2, fp8_sums=1),
-        "RTX Blackwell white paper, appendix A; FP8 rate with FP32 accumulation: the rate of block-scaled FP8. Highest "
-        "clock seen: 3105 MHz; published boost clock: 2407 MHz",
+        "RTX Blackwell white paper, appendix A. For FP8 with FP32 accumulation, the rate of block-scaled FP8 is used. "
+        "The highest clock observed is 3105 MHz; the published boost clock is 2407 MHz",
         r"GeForce RTX 5090",
         clock=3105 / 2407,
     ),

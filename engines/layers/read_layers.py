@@ -98,9 +98,7 @@ def layers_from_inspector(
     try:
         layers = json.loads(information)["Layers"]
         if any(not isinstance(layer, dict) for layer in layers):
-            raise LayerReportError(
-                "the plan only contains the names of its layers; build it with detailed profiling verbosity"
-            )
+            raise LayerReportError("the engine inspector returned only the names of the layers of the plan")
         kernels = [_inspected(layer, families) for layer in layers if layer.get("LayerType") not in NO_KERNELS]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise LayerReportError("the engine inspector returned no list of layers") from None
@@ -140,7 +138,7 @@ def _layers(
     fp8_attentions: int,
 ) -> LayerReport:
     if not kernels:
-        raise LayerReportError(f"the {source} lists no kernel")
+        raise LayerReportError(f"the {source} lists no kernels of the plan")
     if attentions is None:
         layers = {unconverted(name) for kernel in kernels for name in kernel.onnx}
         attentions = sum(bool(ATTENTION_LAYER.search(name)) for name in layers)

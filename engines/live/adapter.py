@@ -361,10 +361,10 @@ class LoadGuard:
             ]
             if others:
                 raise AttachError(
-                    f"{attached.encoder.path}: this file is attached in place of the model's encoder, but the state "
-                    "dict to load contains different weights for that encoder "
-                    f"({others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}); call detach(model), "
-                    "load the state dict, and export the new weights"
+                    f"{attached.encoder.path}: the state dict to load contains different weights for the model's "
+                    f"encoder ({others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}), which have no "
+                    "effect while this file is attached. Call detach(model), load the state dict, export the encoder "
+                    "again with the new weights, and attach the new file"
                 )
 
 

@@ -113,7 +113,8 @@ def check_same(path: Path, live: LiveEncoder, config: EncoderConfig, digests: Ma
     if others := [*_architecture(found, layout, config)]:
         raise AttachError(
             f"{path}: the architecture of the file differs from that of {where}: {'; '.join(others[:8])}. "
-            "Export the model's own checkpoint with its own config, or use attach(..., check=False)"
+            "Export the model's own checkpoint with its own config and attach the new file, or skip the comparison "
+            "with attach(..., check=False)"
         )
     with torch.device("meta"):
         names = [*new_encoder(config).state_dict()]
@@ -121,7 +122,7 @@ def check_same(path: Path, live: LiveEncoder, config: EncoderConfig, digests: Ma
     if parts := differing(digests, fingerprints(tensors, (kind_of(lowest_type(live)),))):
         raise AttachError(
             f"{path}: the weights of the file differ from those of {where} ({', '.join(parts)}); export the "
-            "model's own checkpoint, or use attach(..., check=False)"
+            "model's own checkpoint and attach the new file, or skip the comparison with attach(..., check=False)"
         )
 
 
@@ -222,7 +223,7 @@ def _levels(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
             leaves = [module for module in inside if not [*module.children()] and not isinstance(module, known)]
             for module in leaves:
                 if not isinstance(module, nn.ModuleList) and not _is_gelu(module):
-                    yield f"{path} contains {_named(module)} in the model, where the file computes the exact GELU"
+                    yield f"{path} contains the exact GELU in the file, but {_named(module)} in the model"
 
 
 def _rest(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
@@ -253,7 +254,7 @@ def _positions(encoding: Any, config: EncoderConfig, kind: str) -> Iterator[str]
         given = encoding(size) if kind == "vitdet" else encoding(size.shape, torch.device("cpu"), torch.float32)
         error = float((given.float().cpu() - PositionEmbeddingSine(config.d_model)(size)).abs().max())
     except Exception as wrong:  # of their code
-        yield f"the position encoding of the model cannot be compared ({wrong!r:.80})"
+        yield f"the position encoding of the model cannot be compared with the file's; the error is: {wrong!r:.80}"
         return
     if not error < POSITION_ERROR:
         yield f"the position encoding of the model differs from the file's by {error:.2g}"

@@ -29,13 +29,16 @@ def open_file(
     wanted = torch.device(device) if device is not None else None
     if is_plan(path):
         if runtime != "auto" or simulated or (wanted is not None and wanted.type != "cuda"):
-            raise EncoderError(f"{path}: a plan only runs in TensorRT on a GPU; use the ONNX file for other runtimes")
+            raise EncoderError(
+                f"{path}: a plan only runs in TensorRT on a GPU; leave out device, runtime and simulated, or use the "
+                "ONNX file"
+            )
         return open_plan(path, device=wanted)
     if runtime == "openvino":
         if simulated or (wanted is not None and wanted.type != "cpu"):
             raise EncoderError(
-                f"{path}: runtime='openvino' only supports the CPU and cannot simulate rounding; leave out the "
-                "argument runtime, or pass device='cpu' and leave out the argument simulated"
+                f"{path}: runtime='openvino' only works with device='cpu' and without simulated=True, because OpenVINO "
+                "cannot simulate rounding; change these two arguments, or leave out runtime='openvino'"
             )
         return OpenVinoFile(path)
     if simulated and wanted is not None and wanted.type != "cpu":

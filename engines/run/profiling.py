@@ -93,7 +93,7 @@ def _profile(
     report("measuring copies between host and GPU")
     tensors = {"in": [image], "out": list(outputs.values())}
     copies = {way: measure(_copying(values, way == "in")) for way, values in tensors.items()}
-    report("measuring the GPU's own peak rates")
+    report("measuring the peak compute rate and memory bandwidth of the GPU")
     tflops, gigabytes_per_s = _measure_peaks(getattr(torch, BY_PRECISION[precision].name), session.device, measure)
     report("measuring the time of each layer")
     session.bind({port.name: image})

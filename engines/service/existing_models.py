@@ -65,7 +65,8 @@ def check_ensembles(output: Path, engine: Any, written: Collection[str]) -> None
             remedy = "add --ensemble" if name.endswith("-images") else "add --outputs"
             raise TritonError(
                 f"{output / name}: this ensemble returns {', '.join(missing)}, but the new version of "
-                f"{engine.name} does not have these outputs; {remedy} to write the ensemble again, or remove the folder"
+                f"{engine.name} does not have these outputs; {remedy} to write the ensemble again, or remove the "
+                "ensemble's folder"
             )
 
 

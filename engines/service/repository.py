@@ -132,9 +132,9 @@ def _check_active(options: RepositoryOptions, models: Sequence[_Model]) -> None:
         lacking = sorted(listed_outputs(model.config) - listed) if model.script is None else []
         if lacking:
             raise TritonError(
-                f"{options.output / model.name}: the ensemble needs the outputs {', '.join(lacking)}, which the active "
-                f"version of {options.name} does not have. The new version of {options.name} has these outputs, but "
-                f"cannot become the active version before verification; run `neck-export verify {options.model}` first"
+                f"{options.output / model.name}: the ensemble needs the outputs {', '.join(lacking)}, but the active "
+                f"version of {options.name} does not have them. The new version has them, but only becomes active "
+                f"after verification; run `neck-export verify {options.model}`, then repeat this command"
             )
 
 

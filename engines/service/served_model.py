@@ -64,8 +64,8 @@ class Source:
         named = self.manifest.get("compute_capabilities")
         if not isinstance(named, list) or len(named) != 1 or not re.fullmatch(r"\d{1,2}\.\d", str(named[0])):
             raise TritonError(
-                f"{manifest_path(self.path)}: the manifest names the compute capabilities {named!r}, but "
-                "exactly one such as 8.9 is expected, because it decides on which GPUs the plan is served; "
+                f"{manifest_path(self.path)}: the manifest names the compute capabilities {named!r}, but it must name "
+                "exactly one (e.g. 8.9), so that Triton serves the plan only on GPUs with this compute capability; "
                 f"build {self.path.name} again"
             )
         return str(named[0])
@@ -251,7 +251,6 @@ def _check_tensors(source: Source) -> None:
             )
         if port.shape[0] != source.batch.dim or not all(isinstance(side, int) and side > 0 for side in port.shape[1:]):
             raise TypeError(
-                f"the tensor {port.name} has the shape {port.shape}, but the first dimension must be "
-                f"{source.batch.dim!r}, because the batch is {source.batch}, and all other dimensions must be numbers "
-                "above 0"
+                f"the tensor {port.name} has the invalid shape {port.shape}. For the batch {source.batch}, the first "
+                f"dimension must be {source.batch.dim!r}; all other dimensions must be numbers above 0"
             )

@@ -120,8 +120,8 @@ class TritonClient:
             raise ClientError("no image was given; pass one or more image files")
         if self.model.fixed and len(images) % size:
             raise ClientError(
-                f"{len(images)} images were given, but {self.name} accepts exactly {size} in a request; pass a "
-                f"multiple of {size}"
+                f"{len(images)} images were given, but {self.name} accepts exactly {size} images in each request; "
+                f"pass {size} images or a multiple of {size}, which is then sent in several requests"
             )
         return [images[start : start + size] for start in range(0, len(images), size)]
 
