@@ -168,7 +168,7 @@ def trt(
 
 @command()
 def profile(
-    plan: Annotated[Path, Option("Measure this TensorRT plan, which neck-export built.", argument=True)],
+    plan: Annotated[Path, Option("Measure this TensorRT plan; it must have been built by neck-export.", argument=True)],
     batch: Annotated[
         int | None,
         Option(
@@ -225,7 +225,7 @@ def verify(asked: Callable[[], VerifyOptions]) -> None:
         if plan and (it.state or it.prefix or it.config or it.write_manifest):
             raise typer.BadParameter(
                 "--state, --prefix, --config and --write-manifest apply only to ONNX files, but the given "
-                "file is a plan; leave them out"
+                "file is a plan; leave these options out"
             )
         if plan:
             from engines.run.verify import verify_plan_file
@@ -280,7 +280,7 @@ def triton(
     activate: Annotated[
         int | None,
         Option(
-            "Serve this version of the model, which must already be in the repository, e.g. 2; give no MODEL with "
+            "Serve this version of the model, which must already be in the repository, e.g. 2; omit MODEL with "
             "this option. [default: a new version is served if it was verified]",
             MODEL,
         ),
@@ -293,7 +293,8 @@ def triton(
         return
     if not options.model or activate is not None:
         raise typer.BadParameter(
-            "pass either the path of a plan or an ONNX file, or --activate with a version number", param_hint="MODEL"
+            "pass the path of a plan or ONNX file, or pass --activate with a version number, but not both",
+            param_hint="MODEL",
         )
     if options.kubernetes:
         options = dataclasses.replace(options, kubernetes=options.output.parent / options.kubernetes)
@@ -348,7 +349,8 @@ def bench(
     """Measure every way to run the encoder on this machine, and how exact each is; write a report."""
     if bool(files) != merge:
         raise typer.BadParameter(
-            "--merge requires the paths of report.json files as arguments, and such arguments require --merge",
+            "--merge and the paths of report.json files must be passed together; add what is missing, or "
+            "leave out both",
             param_hint="--merge",
         )
     with stage() as report:

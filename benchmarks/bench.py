@@ -77,8 +77,8 @@ def check_options(options: BenchOptions) -> None:
             raise BenchError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
     if options.positions == "file":
         raise BenchError(
-            "--positions file cannot be measured, because it writes the position encodings once, during the export, so "
-            "that no inference call computes them; use --positions graph or none"
+            "--positions=file cannot be measured: with this value, the position encodings are written once, during the "
+            "export, and no inference call computes them; use --positions graph or none"
         )
     chosen = [f"--{name.replace('_', '-')}" for name in SELECTION if getattr(options, name) is not None]
     if options.checkpoint is None and chosen:

@@ -43,7 +43,10 @@ def main() -> None:
     """Runs the comparison and prints a table and JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--runs", type=int, default=3, help="Measure each exporter this many times, in turn. [default: 3]"
+        "--runs",
+        type=int,
+        default=3,
+        help="Measure each exporter this many times, alternating between the exporters. [default: 3]",
     )
     parser.add_argument(
         "--all",
@@ -51,7 +54,7 @@ def main() -> None:
         help="Also measure an export with verification, and then the build of a TensorRT-RTX plan.",
     )
     parser.add_argument("--checkpoint", type=Path, help="Export this checkpoint. [default: random weights]")
-    parser.add_argument("--json", type=Path, help="Also write the figures to this JSON file.")
+    parser.add_argument("--json", type=Path, help="Also write the measured values to this JSON file.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = arguments.checkpoint or make_checkpoint(Path(folder))

@@ -52,9 +52,9 @@ def main() -> None:
     parser.add_argument(
         "--compute-capability",
         default="8.9",
-        help="Build the plans for GPUs with this compute capability. [default: 8.9, such as an L4]",
+        help="Build the plans for GPUs with this compute capability. [default: 8.9, that of an L4]",
     )
-    parser.add_argument("--json", type=Path, help="Also write the figures to this JSON file.")
+    parser.add_argument("--json", type=Path, help="Also write the measured values to this JSON file.")
     parser.add_argument("--export", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     config = EncoderConfig.from_file(given.config) if given.config else EncoderConfig()

@@ -112,7 +112,8 @@ class BenchOptions:
         tuple[str, ...],
         Option(
             "Measure only this backend (a runtime with a file format and precision), e.g. ort-cpu-plain-fp32; the "
-            "option can be repeated. An unknown name is refused with the list of all names. [default: all backends]",
+            "option can be repeated. If the name is unknown, the error message lists all names. "
+            "[default: all backends]",
             MEASURED,
             name="backend",
         ),
@@ -141,8 +142,8 @@ class BenchOptions:
     minutes: Annotated[
         float | None,
         Option(
-            "Stop the measurement after this many minutes, e.g. 30; if you run the same command again, it continues. "
-            "[default: no limit]",
+            "Stop the measurement after this many minutes, e.g. 30; if you run the same command again, the "
+            "measurement continues. [default: no limit]",
             MEASURED,
         ),
     ] = None

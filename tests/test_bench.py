@@ -411,7 +411,7 @@ def test_bad_options_are_refused(case: str, output: Path, place: ArtifactCache) 
     [
         ({"rounds": 0}, "--rounds is 0"),
         ({"export": True}, "--export .* cannot be combined with --config"),
-        ({"positions": "file"}, "--positions file"),
+        ({"positions": "file"}, "--positions=file"),
         ({"checkpoint": None, "adapter_alpha": 8.0}, "--adapter-alpha cannot be combined with random weights"),
         (
             {"checkpoint": None, "state": "ema", "prefix": "a."},

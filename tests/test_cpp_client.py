@@ -516,7 +516,7 @@ def test_an_ensemble_gets_the_file_itself(programs: Programs, tmp_path: Path) ->
         assert "no IMAGE" not in ran.err
         assert programs.run("neck-triton", url, tmp_path / "none.jpg", "--model", "m").code == 1
         assert (
-            "pass IMAGE too"
+            "the model m accepts only image files"
             in programs.run("neck-triton", url, "--compare", write_reference_of_one(tmp_path), "--model", "m").error
         )
     headers, body = next(request for request in seen if request[1])

@@ -246,7 +246,7 @@ def test_a_row_that_is_no_longer_measured_is_told() -> None:
     row |= {"status": "failed", "reason": "killed by signal 9", "latency": None, "times_ms": None}
     check_result(new, "new")
     (change,) = compare_results(new, old)
-    assert change.kind == "lost" and "missing from the new result (killed by signal 9)" in str(change)
+    assert change.kind == "lost" and "missing from the new result: killed by signal 9" in str(change)
     assert compare_results(old, new) == []  # measured now, and not before
 
 

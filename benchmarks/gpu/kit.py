@@ -198,8 +198,8 @@ def main() -> None:
         "--there",
         type=Path,
         default=THERE,
-        help="Use this JSON file, which lists the packages that are already installed on the GPU machine. [default: "
-        "benchmarks/gpu/there.json]",
+        help="Make the GPU kit for the machine that this JSON file describes: its Python version, its platform and its "
+        "installed packages, which the kit leaves out. [default: benchmarks/gpu/there.json]",
     )
     arguments = parser.parse_args()
     try:

@@ -52,7 +52,7 @@ def page_lines(
 
 def _machine(doctor: Mapping[str, Any], rates: Mapping[str, Any] | None) -> list[str]:
     if "environment" not in doctor:
-        return ["The machine was not examined."]
+        return ["The machine is unknown, because the stage doctor, which examines the machine, did not finish."]
     told = doctor["environment"]
     gpu, versions = told["gpu"], told["versions"]
     name = f"{gpu['name']}, driver {gpu['driver']}" if gpu else f"{told['processor']}, {told['cores']} cores, no GPU"
@@ -86,6 +86,6 @@ def _figures(result: dict[str, Any]) -> list[str]:
     told = ", ".join(f"{outcomes.count(one)} {one}" for one in ("passed", "failed", "not run"))
     return [
         *lines,
-        f"Checks: {told}. Each test marked gpu is a check, and so is the comparison of the random weights with those "
-        "of other machines.",
+        f"Checks: {told}. The checks are the tests marked gpu, and one comparison: whether the random weights are the "
+        "same on this machine as on other machines.",
     ]

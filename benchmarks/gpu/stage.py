@@ -136,8 +136,8 @@ def points(asked: Asked, stage: Stage) -> Found:
     if name is None:
         return {
             "outcome": "unavailable",
-            "reason": "the other sizes and batches were not measured, because no backend that is within tolerance and "
-            f"is built in at most {QUICK_BUILD_S:g} s has been measured",
+            "reason": "the other sizes and batches were not measured: this needs a measured backend that is within "
+            f"tolerance and is built in at most {QUICK_BUILD_S:g} s, but there is none",
         }
     found = _measured(asked.options(backends=(name,), timeout_s=stage.answer_s, **_sweeps(asked, name)))
     return {**found, "fastest": name}

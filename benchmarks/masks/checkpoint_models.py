@@ -65,8 +65,8 @@ def load_checkpoint_segmenter(
     """
     if prompts.points:
         raise MasksError(
-            f"{path}: a checkpoint file accepts --prompt and --boxes, but not --points; for --points, set --model to a "
-            "Hugging Face Transformers model folder"
+            f"{path}: with a checkpoint file, --prompt and --boxes are supported, but not --points; for --points, set "
+            "--model to a Hugging Face Transformers model folder"
         )
     package, build = _builder(path)
     try:

@@ -247,8 +247,8 @@ def answer_sentence(result: Result, answer: Answer) -> str:
         text += f"; the latency ratio to {label_of(result, ratio['to'])} is {ratio_figure(best)}"
     if best.get("share_of_floor") is not None:
         text += (
-            f"; the lower bound on the latency, computed from the measured rates of the machine, is "
-            f"{percent(best['share_of_floor'])} of the median latency"
+            "; the lower bound on the latency, computed from the matrix multiplication and copy rates that were "
+            f"measured on this machine, is {percent(best['share_of_floor'])} of the median latency"
         )
     return text + "."
 

@@ -77,5 +77,6 @@ def json_text(result: Result) -> str:
         return json.dumps(result, indent=1, allow_nan=False) + "\n"
     except ValueError:
         raise BenchError(
-            "the result contains NaN or infinity, which JSON cannot represent; replace the value by None"
+            "the report cannot be written, because a value in the result is NaN or infinite, which JSON cannot "
+            "represent; if you changed the result in Python, use None for such a value"
         ) from None

@@ -81,8 +81,8 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
     )
     size = size_name(result["encoder"]["image_size"], result["encoder"]["batch"])
     caption = (
-        f"All measured backends at {size}. Relative L2 is that of the worst output; the floor is the lowest latency "
-        "that the measured rates of the machine allow"
+        f"All measured backends at {size}. The relative L2 error is the largest of all outputs. The floor is the "
+        "lowest latency that is possible with the matrix multiplication and copy rates measured on this machine"
     )
     if reference:
         caption += (
@@ -237,8 +237,8 @@ def masks_table(masks: list[dict[str, Any]] | None) -> Table | None:
     )
     warned = tuple(index for index, one in enumerate(masks or []) if not one["passed"])
     caption = (
-        "Masks that the whole model computes with the encoder of each file, compared with the masks that it computes "
-        "with its own encoder (`neck-export masks`)"
+        "The masks of the whole model with the exported encoder of each file, compared with the masks of the model "
+        "with its original encoder (`neck-export masks`)"
     )
     return Table(caption, head, rows, (0, 1, 7, 8), warned) if rows else None
 

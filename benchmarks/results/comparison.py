@@ -56,7 +56,7 @@ class Change:
             new = "not finite" if self.new is None else f"{self.new:.3g}"
             old = "not finite" if self.old is None else f"{self.old:.3g}"
             return f"{size}: output {self.what} became less accurate; its relative L2 grew from {old} to {new}"
-        return f"{size}: the old result contains figures that are missing from the new result ({self.what})"
+        return f"{size}: the old result contains measurements that are missing from the new result: {self.what}"
 
 
 def compare_results(new: Result, old: Result) -> list[Change]:

@@ -101,7 +101,9 @@ def all_rows(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     rows = _rows(run, run.main, roofline)
     if not any(row["status"] == "measured" for row in rows):
         reasons = "; ".join(f"{row['backend']}: {row['reason']}" for row in rows)
-        raise BenchError(f"no backend could be measured: {reasons}; run the command with --fresh to try all again")
+        raise BenchError(
+            f"no backend could be measured: {reasons}; run the command with --fresh to try all backends again"
+        )
     for sweep in dict.fromkeys(name for name, _, _ in run.options.sweeps):
         points = [point for point in run.swept if point.sweep == sweep]
         if len(points) < sum(name == sweep for name, _, _ in run.options.sweeps):

@@ -127,16 +127,16 @@ class BuildOptions:
     version_compatible: Annotated[
         bool,
         Option(
-            "Build a plan that later versions of the same TensorRT can load as well, not only the version that built "
-            "it.",
+            "Build a plan that can also be loaded by later versions of TensorRT (of TensorRT-RTX with --flavor rtx), "
+            "not only by the version that built the plan.",
             TARGET,
         ),
     ] = False
     hardware_compatible: Annotated[
         Literal["none", "ampere+", "same"],
         Option(
-            "Choose the GPUs that can load the plan: none (only GPUs of the same model as the one that builds it), "
-            "ampere+ (compute capability 8.0 and later), or same (GPUs with the same compute capability). Only "
+            "Choose the GPUs that can load the plan: none (only GPUs of the same model as the GPU that builds the "
+            "plan), ampere+ (compute capability 8.0 and later), or same (GPUs with the same compute capability). Only "
             "TensorRT supports this option.",
             TARGET,
         ),
@@ -241,10 +241,10 @@ class PlanOptions:
     attention: Annotated[
         AttentionForm,
         ATTENTION.but(
-            help="Choose how attention is computed. In FP16, fp32acc accumulates the matrix multiplications of "
-            "attention in FP32, fused accumulates them in FP16, and unfused computes the scores in FP32 with separate, "
-            "slower kernels. auto keeps the choice in the ONNX file, or makes another one if the installed TensorRT "
-            "cannot build that one."
+            help="Choose how attention is computed. If attention runs in FP16, fp32acc accumulates its matrix "
+            "multiplications in FP32, fused accumulates them in FP16, and unfused computes the scores in FP32 with "
+            "separate, slower kernels. auto uses the value with which the ONNX file was exported. If that value was "
+            "also auto, or if the ONNX file is in FP32, auto chooses a value that the installed TensorRT can build."
         ),
     ] = "auto"
     spelling: Spelling | None = None

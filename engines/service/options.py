@@ -31,8 +31,8 @@ class RepositoryOptions:
     model: Annotated[
         Path,
         Option(
-            "Add this TensorRT plan or ONNX file, which neck-export wrote, to the model repository. Leave it out "
-            "if you use --activate.",
+            "Add this TensorRT plan or ONNX file to the model repository. Its manifest, which neck-export wrote, must "
+            "be beside the file. Omit this argument if you use --activate.",
             default=None,
             argument=True,
         ),
@@ -133,7 +133,7 @@ class RepositoryOptions:
     storage: Annotated[
         str | None,
         Option(
-            "Set where the pods read the model repository in the cluster: pvc://CLAIM[/FOLDER] for an existing "
+            "Set the storage from which the pods read the model repository: pvc://CLAIM[/FOLDER] for an existing "
             "volume claim, or s3://[https://HOST:PORT/]BUCKET/FOLDER for S3. [default: a new volume claim, in "
             "storage.yaml]",
             KUBERNETES,

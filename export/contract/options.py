@@ -184,10 +184,10 @@ SAM2_OUTPUTS = Option(
     TENSORS,
 )
 ATTENTION = Option(
-    "Choose how attention is computed. In FP16, fp32acc accumulates the matrix multiplications of attention in FP32, "
-    "fused accumulates them in FP16, and unfused computes the scores in FP32 with separate, slower kernels. auto "
-    "chooses fp32acc if --precision is fp16, fp8 or int8, and fused if --precision is fp32 or bf16, which always "
-    "accumulate in FP32.",
+    "Choose how attention is computed. If attention runs in FP16, fp32acc accumulates its matrix multiplications in "
+    "FP32, fused accumulates them in FP16, and unfused computes the scores in FP32 with separate, slower kernels. If "
+    "attention runs in FP32 or BF16, its matrix multiplications always accumulate in FP32. auto chooses fp32acc if "
+    "--precision is fp16, fp8 or int8, and fused if --precision is fp32 or bf16.",
     PRECISION,
     read=str,
     default="auto",
@@ -225,9 +225,9 @@ RANGE = Option(
     default=None,
 )
 IMAGES = Option(
-    "Verify with the first images in this folder, e.g. photos; the number of images is the optimal batch size. An "
-    "export to fp8 or int8 is also calibrated with images from this folder. [default: the image that is part of "
-    "neck-export]",
+    "Verify with the first images in this folder, e.g. photos. If the batch size is fixed, the number of images is the "
+    "batch size; if it is dynamic, the number is 2, or the minimum batch size if that is larger. An export to fp8 or "
+    "int8 is also calibrated with images from this folder. [default: the image that is part of neck-export]",
     VERIFICATION,
     read=Path,
     parse=parse_images,
@@ -315,8 +315,9 @@ class QuantizeOptions:
     calibration: Annotated[
         Path | None,
         Option(
-            "Save the calibration that --precision fp8 or int8 needs to this file, or reuse it if the file exists, "
-            "e.g. build/sam3.calibration.safetensors. [default: the calibration is not saved]",
+            "Set the file for the calibration of --precision fp8 or int8, e.g. build/sam3.calibration.safetensors. If "
+            "the file exists, the calibration in it is reused; otherwise, the new calibration is saved there. "
+            "[default: the calibration is not saved]",
             PRECISION,
         ),
     ] = None

@@ -169,7 +169,8 @@ neck::FileBytes read_image_file(const std::string& path) {
 Exit run_file(const Arguments& arguments, const neck::BytesPort& input, const std::string& server, Sender& sender,
               const std::optional<neck::Reference>& reference) {
     if (!arguments.image) {
-        throw neck::Error("the model " + arguments.model + " accepts only image files; pass IMAGE too");
+        throw neck::Error("the model " + arguments.model +
+                          " accepts only image files; pass the path of an image as IMAGE");
     }
     const neck::FileBytes file = read_image_file(*arguments.image);
     const auto batch = static_cast<std::size_t>(std::max<std::int64_t>(1, arguments.batch));

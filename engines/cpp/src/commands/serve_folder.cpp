@@ -70,7 +70,8 @@ private:
     static Source read_source(const fs::path& path) {
         if (FeatureFolder::name_too_long(path)) {
             throw Error(path.string() +
-                        ": the name is too long to be used for the file with the features; rename the image");
+                        ": the features file is named after the image, and that name would be too long; give the image "
+                        "a shorter name");
         }
         try {
             OpenFile open(path);

@@ -59,11 +59,11 @@ Fit Engine::Impl::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch,
     const Size wanted = image_size(input());
     if (size.height < 1 || size.width < 1 || pitch < static_cast<std::size_t>(size.width) * 3 || entry < 0 ||
         entry >= largest_batch_) {
-        throw Error(plan_ + ": the image cannot be copied to the batch. Its size is " + std::to_string(size.height) +
-                    " x " + std::to_string(size.width) + " pixels (at least 1 x 1 is required), a row has " +
-                    std::to_string(pitch) + " bytes (at least 3 per pixel are required), and the batch entry is " +
-                    std::to_string(entry) + " (0 to " + std::to_string(largest_batch_ - 1) +
-                    " is allowed); correct the value that is outside its limits");
+        throw Error(plan_ + ": the image cannot be copied to the batch, because one of these values is outside its "
+                    "limits: the image has " + std::to_string(size.height) + " x " + std::to_string(size.width) +
+                    " pixels (at least 1 x 1), each of its rows has " + std::to_string(pitch) +
+                    " bytes (at least 3 per pixel), and its position in the batch is " + std::to_string(entry) +
+                    " (0 to " + std::to_string(largest_batch_ - 1) + ")");
     }
     const DeviceGuard guard(options_.device, plan_);
     check_device_memory(pixels, options_.device, plan_, "the image");
@@ -121,7 +121,8 @@ Prepared& Engine::Impl::captured(std::int64_t batch) {
     for (int index = 0; index < warm_up_runs; ++index) {
         run(*prepared.context, stream);
     }
-    check(cudaStreamSynchronize(stream), plan_ + ": the runs before the capture of the CUDA graph failed");
+    check(cudaStreamSynchronize(stream),
+          plan_ + ": running the plan on the GPU before the capture of a CUDA graph failed");
     const auto succeed = [&](cudaError_t code) {
         if (code != cudaSuccess) {
             cudaGetLastError();
@@ -163,7 +164,7 @@ void Engine::Impl::enqueue(std::int64_t batch, cudaStream_t stream, const void* 
         image = input_.get();
     }
     if (prepared) {
-        check(cudaGraphLaunch(prepared->graph.get(), stream), plan_ + ": the run failed");
+        check(cudaGraphLaunch(prepared->graph.get(), stream), plan_ + ": running the plan on the GPU failed");
     } else {
         bind(*context_, batch, image);
         run(*context_, stream);
@@ -210,7 +211,7 @@ std::vector<Tensor> Engine::Impl::copy_out(cudaStream_t stream) {
         tensors.push_back(std::move(tensor));
     }
     mark_after(stream);
-    check(cudaStreamSynchronize(stream), plan_ + ": the run failed");
+    check(cudaStreamSynchronize(stream), plan_ + ": running the plan on the GPU failed");
     return tensors;
 }
 

@@ -18,7 +18,7 @@ public:
 };
 
 /// Throws where a call of the CUDA runtime failed.
-/// \param failure begins the message, such as `x.plan: the run failed`.
+/// \param failure begins the message, such as `x.plan: running the plan on the GPU failed`.
 /// \throws GpuError
 NECK_API void check(cudaError_t code, const std::string& failure);
 

@@ -102,7 +102,7 @@ std::optional<int> orientation_of_tiff(std::string_view data) {
     const auto first = tiff.number(4, 4);
     if (!known || !first || head == heads[5]) {
         throw ImageFault(
-            "the image is damaged (its EXIF metadata are not a TIFF structure); save it again or remove "
+            "the image is damaged (its EXIF metadata are not a TIFF structure); save the image again or remove "
             "its metadata");
     }
     std::size_t at = *first;

@@ -71,7 +71,7 @@ Tensor repeat(const Tensor& tensor, std::int64_t count) {
     return guarded(tensor.name, [&] {
         tensor.check();
         if (tensor.shape.empty() || count < 1) {
-            throw Error("tensor " + repr(tensor.name) + " is " + tensor.describe() + " and cannot be repeated " +
+            throw Error("tensor " + repr(tensor.name) + " (" + tensor.describe() + ") cannot be repeated " +
                         std::to_string(count) + " times; the tensor needs a batch dimension, and the number of "
                         "repetitions must be at least 1");
         }

@@ -127,8 +127,8 @@ std::vector<float> Tensor::to_floats() const {
 
 Tensor Tensor::slice(std::int64_t first, std::int64_t count) const {
     if (shape.empty() || first < 0 || count < 1 || first > shape[0] - count) {
-        throw Error("tensor " + repr(name) + " is " + describe() + ", so its entries " + std::to_string(first) +
-                    " to " + std::to_string(first + count - 1) + " do not exist");
+        throw Error("tensor " + repr(name) + " is " + describe() + ", so its batch has no entries " +
+                    std::to_string(first) + " to " + std::to_string(first + count - 1));
     }
     return guarded(name, [&] {
         check();
