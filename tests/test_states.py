@@ -399,8 +399,10 @@ def test_modules_as_ultralytics_trainer_writes_them(
     assert found.name == "ema" and set(found.tensors) == names
     assert_is(load(path), expected)
     assert_is(load(path, state="ema"), expected)
-    assert "no state dict named 'model'; it contains ema (a module throw_away_trainer.DetectionModel with " in error_of(
-        path, state="model"
+    message = error_of(path, state="model")
+    assert (
+        "no state dict named 'model'; the file contains ema (a module throw_away_trainer.DetectionModel with "
+        in message
     )
     if MAPS.exists() and not old:  # an old file's storages are aligned by chance: its keys are addresses
         assert all(are_mapped((value for value in found.tensors.values() if value.numel()), path))
