@@ -63,7 +63,7 @@ def state_line(weights: Mapping[str, Any]) -> str | None:
         return None
     there = (
         (
-            f"; it also contains other state dicts with an encoder: {', '.join(map(shown, others))} (choose one "
+            f"; the file also contains other state dicts with an encoder: {', '.join(map(shown, others))} (choose one "
             "with --state)"
         )
         if others
