@@ -181,7 +181,7 @@ class TorchFile:
                 raise CheckpointError(
                     f"{self.path}: the file was refused, because its unpacked content is more than "
                     f"{MOST_UNPACKED} times as large as the file; unpack the file yourself and save the weights "
-                    f"uncompressed"
+                    "uncompressed"
                 )
             self._archive, self._names = archive, {name[len(root) + 5 :]: name for name in stored}
         return read_pickle(io.BytesIO(archive.read(f"{root}data.pkl")))
