@@ -196,4 +196,7 @@ def masks_lines(manifest: Mapping[str, Any]) -> list[str]:
         return []
     verdict = "the masks agree with the model's" if masks["passed"] else "the masks DIFFER from the model's"
     found = f"mean IoU {masks['mean_iou']:.4f}, worst {masks['worst_iou']:.4f}, {masks['objects']} objects"
-    return [f"  {verdict}: {found}, {masks['lost']} lost, {masks['found']} additional, in {masks['images']} images"]
+    return [
+        f"  {verdict}: {found}, {masks['lost']} objects lost and {masks['found']} additional objects in "
+        f"{masks['images']} images"
+    ]

@@ -71,7 +71,9 @@ def check_options(options: ExportOptions) -> Form:
             )
         adapter_files(source.adapter)
     elif source.path is None and source.alpha is not None:
-        raise ExportError("random weights contain no adapter, so --adapter-alpha has no effect; leave it out")
+        raise ExportError(
+            "random weights contain no adapter, so --adapter-alpha has no effect; leave out --adapter-alpha"
+        )
     if options.verify:
         require_runtime()
     if (options.verify or options.precision in CODES) and options.images is not None:

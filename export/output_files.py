@@ -76,7 +76,7 @@ def encoder_paths(path: Path, manifest: Mapping[str, Any], checkpoint: Path | No
     weights = manifest.get("weights") or {}
     told = (weights.get("path"), (weights.get("adapter") or {}).get("path"))
     source, adapter = (Path(one) if isinstance(one, str) else None for one in told)
-    own = [NamedPath("a file of the encoder to verify", file) for file in target_files(path)]
+    own = [NamedPath("one of the encoder's files that this command reads", file) for file in target_files(path)]
     return own + weights_paths(checkpoint or source, adapter)
 
 

@@ -239,12 +239,16 @@ def verify_file(
         check_reference(save)
     if not where.exists():
         needs = graph_needs(file.model)
-        require(asked, needs, str(path), f"this file can be {read_by(needs)}; choose another --target")
+        require(
+            asked,
+            needs,
+            str(path),
+            f"choose another --target; according to its graph, the file can be {read_by(needs)}",
+        )
         if checkpoint is None:
             raise ManifestError(
                 f"{where}: the manifest is missing, so the weights that {path.name} was exported from are unknown; "
-                "pass them with --checkpoint. Only the runtimes are known, from the graph of the file: it can be "
-                f"{read_by(needs)}"
+                f"pass these weights with --checkpoint. According to its graph, {path.name} can be {read_by(needs)}"
             )
         if save is not None:
             check_paths([NamedPath("the reference file (--save-reference)", save)], encoder_paths(path, {}, checkpoint))
@@ -280,7 +284,9 @@ def verify_file(
     check_files(where, manifest)
     needs = graph_needs(file.model)
     check_claims(where, manifest, needs)
-    require(asked, needs, str(path), f"this file can be {read_by(needs)}; choose another --target")
+    require(
+        asked, needs, str(path), f"choose another --target; according to its graph, the file can be {read_by(needs)}"
+    )
     report("loading the weights that the file was exported from")
     encoder = manifest_encoder(where, manifest, checkpoint, adapter)
     precision = manifest_precision(where, manifest)

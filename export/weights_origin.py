@@ -63,7 +63,7 @@ def state_line(weights: Mapping[str, Any]) -> str | None:
         return None
     there = (
         (
-            f"; it also contains other state dicts with an encoder: {', '.join(map(shown, others))} (choose one "
+            f"; the file also contains other state dicts with an encoder: {', '.join(map(shown, others))} (choose one "
             "with --state)"
         )
         if others
@@ -137,8 +137,8 @@ def encoder_config(encoder: Sam3DualViTDetNeck) -> EncoderConfig:
     trunk = encoder.trunk
     if not isinstance(trunk, ViTDetTrunk):
         raise ExportError(
-            f"the trunk is a {type(trunk).__name__} and not a ViTDetTrunk, so its Signature cannot be "
-            "derived; create a Signature and call write_onnx"
+            f"the trunk is a {type(trunk).__name__} and not a ViTDetTrunk, so neck-export cannot derive a "
+            "Signature from it; create a Signature and pass it to write_onnx"
         )
     patch, (height, width) = trunk.config.patch_size, trunk.grid
     has = {"necks": tuple(encoder.necks), "sam2_head": encoder.sam2_head is not None}
@@ -202,7 +202,8 @@ def manifest_encoder(
         for option, given in (("--checkpoint", checkpoint), ("--adapter", adapter)):
             if given is not None:
                 raise ExportError(
-                    f"{given}: the manifest {where.name} says that random weights were exported; leave out {option}"
+                    f"{given}: the manifest {where.name} says that random weights were exported, which come from no "
+                    f"checkpoint or adapter; leave out {option}"
                 )
         return EncoderSource(seed=weights["seed"], config=config).load().encoder
     if not all(isinstance(value, str) for value in names.values()):
@@ -264,14 +265,14 @@ def _same_weights(
             0,
             ExportError(
                 f"{path}: this is not the checkpoint that was exported: according to the SHA-256 in "
-                f"{where.name}, these weights differ: {parts}; pass the checkpoint that was exported, or "
-                "export this one"
+                f"{where.name}, these weights differ: {parts}; use --checkpoint to pass the checkpoint that "
+                "was exported, or export this checkpoint"
             ),
         )
     if isinstance(problems[0], ExportError):
         raise problems[0]
     raise ExportError(
-        f"{path}: the SHA-256 of this checkpoint differs from the one in {where.name}, and its weights cannot be read "
-        f"for a comparison ({problems[0]}), so this is not known to be the checkpoint that was exported; pass the "
-        "checkpoint that was exported with --checkpoint"
+        f"{path}: neck-export cannot confirm that this is the checkpoint that was exported: the SHA-256 differs from "
+        f"that in {where.name}, and the weights cannot be read for a comparison ({problems[0]}); use --checkpoint to "
+        "pass the checkpoint that was exported"
     )

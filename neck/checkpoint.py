@@ -202,7 +202,7 @@ def _check_tensors(
     there = {key: tensors[key] for key in expected if key in tensors}
     problems = {
         "tensors are missing": [key for key in expected if key not in tensors],
-        "tensors do not belong to a SAM 3 encoder (if they are a LoRA adapter, merge it first)": [
+        "tensors do not belong to a SAM 3 encoder (if these tensors are a LoRA adapter, merge the adapter first)": [
             key
             for key in tensors
             if layout.has_inside(key, necks) and key not in expected and not is_table(layout, key)

@@ -295,8 +295,8 @@ def _decode(stream: BinaryIO, value_range: ValueRange | None, say: Say) -> Pixel
         most = int(np.asarray(upright).max())
         say(
             f"the image has 16-bit color with values up to about {most * 257}; only the high byte of each value is "
-            f"used, so the largest 8-bit value is {most} of 255. If that is too dark, scale the image yourself and "
-            "save it as 8-bit RGB PNG"
+            f"used, so the largest 8-bit value is {most} of 255. If the result is too dark, scale the image yourself "
+            "and save it as 8-bit RGB PNG"
         )
     if upright.mode == "P" and "transparency" in upright.info:
         upright = upright.convert("RGBA")  # the same colors; Pillow warns about the direct way
@@ -320,8 +320,8 @@ def _to_8_bits(values: np.ndarray, bits: int, value_range: ValueRange | None, sa
     high = (values.astype(np.int32) >> 8).astype(np.uint8)
     taken = f"{high.min()} to {high.max()} of 255"
     say(
-        f"the image is {kind} (of a possible 65535); only the high byte of each value is used, which gives 8-bit "
-        f"values from {taken}. To scale the values instead, use --image-range LOW:HIGH"
+        f"the image is {kind}, but 16-bit values can reach 65535. neck-export uses only the high byte of each value, "
+        f"which gives 8-bit values from {taken}. To scale the values instead, use --image-range LOW:HIGH"
     )
     return high
 

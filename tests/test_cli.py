@@ -177,7 +177,7 @@ def test_bare_onnx_says_that_the_weights_are_random(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     ran = neck_export_cli("onnx")
     assert ran.code == 0
-    assert "this folder contains no sam3.pt" in ran.err and ran.err.count("\n") == 1
+    assert "the current folder contains no sam3.pt" in ran.err and ran.err.count("\n") == 1
     assert ran.out.splitlines() == [
         "not verified: --no-verify",
         "build/sam3-encoder.onnx  5.0 MB",

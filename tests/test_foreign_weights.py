@@ -186,7 +186,9 @@ def test_hostile_shard_runs_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(dict(bodies(str(tmp_path / "ran"), 0))["os.system"])
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"x": "a.bin"}}))
     with pytest.raises(
-        CheckpointError, match=r"a\.bin: the file was refused, because it is a pickle that torch.save did not write"
+        CheckpointError,
+        match=r"a\.bin: the file was refused, because the file is a pickle that torch.save did not "
+        r"write",
     ):
         load_encoder(tmp_path, CONFIG)
     assert not (tmp_path / "ran").exists()

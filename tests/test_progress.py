@@ -57,7 +57,7 @@ def test_calibration_products_and_bytes_are_counted(tmp_path: Path, monkeypatch:
         heard = len(found)
         sha256(tmp_path / "x.onnx.data")
     assert len(found) == heard  # the control: a small file is read in no time
-    images, products, hashed = ([one for one in found if one.unit == unit] for unit in ("images", "products", "bytes"))
+    images, products, hashed = ([one for one in found if one.unit == unit] for unit in ("images", "layers", "bytes"))
     assert [(one.done, one.total) for one in images] == [(done, 3) for done in range(4)]
     assert [(one.done, one.total) for one in products] == [(done, 16) for done in range(17)]
     assert {one.total for one in hashed} == {size} and hashed[-1].done == size and len(hashed) >= 4

@@ -399,8 +399,10 @@ def test_modules_as_ultralytics_trainer_writes_them(
     assert found.name == "ema" and set(found.tensors) == names
     assert_is(load(path), expected)
     assert_is(load(path, state="ema"), expected)
-    assert "no state dict named 'model'; it contains ema (a module throw_away_trainer.DetectionModel with " in error_of(
-        path, state="model"
+    message = error_of(path, state="model")
+    assert (
+        "no state dict named 'model'; the file contains ema (a module throw_away_trainer.DetectionModel with "
+        in message
     )
     if MAPS.exists() and not old:  # an old file's storages are aligned by chance: its keys are addresses
         assert all(are_mapped((value for value in found.tensors.values() if value.numel()), path))
@@ -500,8 +502,8 @@ def test_the_manifest_tells_the_state_and_finds_it_again(tmp_path: Path) -> None
     weights = weights_origin(EncoderSource(path, state="ema", prefix="a.", config=CONFIG).load().origin)
     assert (weights["state"], weights["other_states"], weights["prefix"]) == ("ema", ["model"], "a.")
     assert state_line(weights) == (
-        "the weights are from the state dict ema of x.pt; it also contains other state dicts with an encoder: model "
-        "(choose one with --state)"
+        "the weights are from the state dict ema of x.pt; the file also contains other state dicts with an encoder: "
+        "model (choose one with --state)"
     )
     manifest = {"encoder": encoder_config(load(path)).to_dict(), "weights": weights}
     assert_is(manifest_encoder(tmp_path / "x.json", manifest), plain(2.0))
@@ -554,7 +556,8 @@ def test_onnx_by_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     done = neck_export_cli("onnx", *options, "--state", "ema")
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith(
-        "the weights are from the state dict ema of x.pt; it also contains other state dicts with an encoder: model"
+        "the weights are from the state dict ema of x.pt; the file also contains other state dicts with an encoder: "
+        "model"
     )
     assert ", state ema, fp32" in neck_export_cli("inspect", output).out
     for asked, says in (("emma", "no state dict named 'emma'"), ("ema.x", "no state dict named 'ema.x'")):

@@ -550,7 +550,7 @@ def schemas(operator: str) -> list[Any]:
     ("targets", "precision", "asked", "says"),
     [
         ("tensorrt-8.6", "bf16", {}, r"--precision bf16 .*TensorRT 8\.6;"),
-        ("tensorrt-8.6,openvino", "bf16", {}, r"TensorRT 8\.6; it is supported by OpenVINO 2026\.4; "),
+        ("tensorrt-8.6,openvino", "bf16", {}, r"TensorRT 8\.6; this precision is supported by OpenVINO 2026\.4; "),
         (
             "tensorrt-10.3,tensorrt-rtx",
             "bf16",

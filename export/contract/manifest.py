@@ -135,7 +135,7 @@ def record_in_manifest(path: Path, content: dict[str, Any], notes: list[str]) ->
     What was measured is worth more than its record, so a read-only or full disk is no error here. A manifest that is a
     link belongs to the cache that made the link, and is left as it is.
     """
-    why = "it is a symbolic link, for example in a download cache"
+    why = "the file is a symbolic link, for example into a download cache, and neck-export does not replace links"
     if not path.is_symlink():
         try:
             return replace_manifest(path, content)
@@ -165,8 +165,8 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise ManifestError(
-            f"{path}: this is not a neck-export manifest of type '{kind}'; export the ONNX file again, or build the "
-            "plan again if this is the manifest of a plan"
+            f"{path}: this is not a neck-export manifest of type '{kind}'; to write a new manifest, export the ONNX "
+            "file again (type 'onnx') or build the plan again (type 'plan')"
         )
     if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
         raise ManifestError(

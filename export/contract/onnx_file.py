@@ -119,8 +119,8 @@ class OnnxFile:
             if not target.is_relative_to(real.parent):
                 raise ExportError(
                     f"{tensor.path}: this symbolic link points to {target}, outside the folder of {real}, and ONNX "
-                    f"Runtime refuses to read weights from there. Copy the weights to {path.parent}; or move the ONNX "
-                    f"file to the folder of the weights, and replace {path} with a symbolic link to the moved ONNX file"
+                    f"Runtime refuses to read weights from there. Copy the weights to {path.parent}. Or move the ONNX "
+                    f"file into the folder of the weights, and create a symbolic link to it at the old path, {path}"
                 )
             value.const_value = ir.ExternalTensor(
                 target.relative_to(real.parent),

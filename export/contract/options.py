@@ -41,7 +41,7 @@ def choose_checkpoint(asked: str | None) -> Path | None:
     if DEFAULT_CHECKPOINT.exists():
         return DEFAULT_CHECKPOINT
     print(
-        f"--checkpoint was not given and this folder contains no {DEFAULT_CHECKPOINT}, so seeded RANDOM "
+        f"--checkpoint was not given and the current folder contains no {DEFAULT_CHECKPOINT}, so seeded RANDOM "
         "weights are exported",
         file=sys.stderr,
     )

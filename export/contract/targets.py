@@ -154,8 +154,8 @@ def _ort(
 ) -> Target:
     known = BASIC | OTHER_EXPORTERS | GELU | QUANTIZED | (INTEGER_PRODUCTS - CONV_INTEGER) | QLINEAR | more
     kernels = (
-        "OperatorKernels.md of ONNX Runtime lists kernels of QuantizeLinear and DequantizeLinear for INT8 (also with "
-        "zero points) and for INT32 in every opset; confirmed by running these kernels in ONNX Runtime 1.32"
+        "OperatorKernels.md of ONNX Runtime lists QuantizeLinear and DequantizeLinear kernels for INT8 (with and "
+        "without zero points) and for INT32 in every opset; running the kernels in ONNX Runtime 1.32 confirmed this"
     )
     types = HALF | {"INT8"}
     return Target(
@@ -168,8 +168,8 @@ _NOTHING: frozenset[str] = frozenset()
 _LAYOUT_21 = {"Reshape": 21, "Shape": 21, "Squeeze": 21, "Transpose": 21, "Unsqueeze": 21}
 _NEW_22 = {"Attention": 23, "ConvTranspose": 22, "MaxPool": 22, "Pad": 19}
 _ORT = (
-    "ONNX Runtime has no BF16 kernels for the CPU (microsoft/onnxruntime#27892): version 1.32 does not run a BF16 Conv "
-    "of opset 22. For CUDA, it has no BF16 MaxPool kernel (OperatorKernels.md of ONNX Runtime)"
+    "On the CPU, ONNX Runtime has no BF16 kernels (microsoft/onnxruntime#27892); for example, version 1.32 cannot run "
+    "a BF16 Conv of opset 22. On CUDA, ONNX Runtime has no BF16 MaxPool kernel (see its OperatorKernels.md)"
 )
 
 TARGETS: tuple[Target, ...] = (

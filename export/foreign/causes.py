@@ -137,8 +137,8 @@ def output_cause(match: Match, tensors: Mapping[str, np.ndarray], encoder: Sam3D
         return Cause(
             "rounding",
             name,
-            f"the position encoding {name} differs by up to {most:.2g}, because its angles were computed in a "
-            "type with too few bits (FP16 stores 2 pi with an error of 1e-3)",
+            f"the position encoding {name} differs by up to {most:.2g} from the reference, because its angles were "
+            "computed in a type with too few bits (FP16 stores 2 pi with an error of 1e-3)",
         )
 
     def explains(found: np.ndarray, other: np.ndarray) -> bool:

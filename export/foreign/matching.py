@@ -159,16 +159,16 @@ def inconsistencies(matches: Sequence[Match]) -> list[tuple[str, str, str]]:
         if kinds[0][1] != "pos" and len(set(necks)) > 1:
             odd = next(match for match, neck in zip(group, necks, strict=True) if neck != usual)
             sentence = (
-                f"the necks are swapped: the output {odd.output} is {describe(odd.tensor)}, but other outputs whose "
-                f"names differ from {odd.output} only in the number belong to neck {usual}"
+                f"the necks are swapped: the output {odd.output} is {describe(odd.tensor)}, but other outputs with the "
+                f"same name but another number belong to neck {usual}"
             )
             found.append((odd.output, "neck", sentence))
         wanted = sorted(levels)
         if levels != wanted and (levels != wanted[::-1] or FINEST_FIRST.search(group[0].output)):
             odd = next(match for match, level, want in zip(group, levels, wanted, strict=True) if level != want)
             sentence = (
-                f"the levels are swapped: the output {odd.output} is {describe(odd.tensor)}, but the numbers in the "
-                "output names suggest another level"
+                f"the levels are swapped: the output {odd.output} is {describe(odd.tensor)}, but the number "
+                "in this name suggests another level"
             )
             found.append((odd.output, "levels", sentence))
     return found

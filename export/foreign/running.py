@@ -130,8 +130,8 @@ def why_not_loaded(model: ir.Model, error: str) -> str:
     if own:
         named = ", ".join(sorted(f"{domain}::{operator}" for domain, operator in own))
         return (
-            f"the file contains custom operators ({named}) that ONNX Runtime does not know, so it cannot be "
-            "verified here; export it with standard ONNX operators"
+            f"the file contains custom operators ({named}) that ONNX Runtime does not know, so the file cannot "
+            "be verified here; export the model with standard ONNX operators"
         )
     return f"the file cannot be verified, because {error.splitlines()[0]}"
 

@@ -58,7 +58,9 @@ class WeightsFound:
         total = count + len(self.near) + len(self.unknown)
         if self.origin == "the checkpoint's":
             more = (
-                f"; {len(self.unknown)} match none (such as constants that the exporter folded)" if self.unknown else ""
+                f"; {len(self.unknown)} match no tensor of the checkpoint (such as constants that the exporter folded)"
+                if self.unknown
+                else ""
             )
             return f"from the checkpoint: {count} of {total} tensors match tensors of the checkpoint ({forms}){more}"
         if self.origin == "another fine-tune's":

@@ -230,7 +230,7 @@ def _of_attention(node: ir.Node) -> AttentionCore:
         path = node.metadata_props.get(MODULE) or node.name
         raise ExportError(
             f"the attention {path} has a mask, a cache, grouped heads or a softcap, but neck-export can only export "
-            "attention without these; use another trunk"
+            "attention without these; use a model whose image encoder has none of them"
         )
     head_dim = cast(int, shape[-1])
     return AttentionCore([node], query, key, value, scale.as_float() if scale else head_dim**-0.5, node.outputs[0])

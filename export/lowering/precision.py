@@ -82,8 +82,8 @@ def lower(
         )
     if precision in CODES and quantization is None:
         raise ExportError(
-            f"a file in {precision} needs a Quantization of its linear layers, but none was given; pass one as the "
-            "argument quantization, or use another precision"
+            f"the precision {precision} requires a Quantization object, which says how each linear layer is "
+            "quantized, but none was given; pass the object as the argument `quantization`, or use another precision"
         )
     low = next((value.dtype for value in graph.initializers.values() if value.dtype in LOW), None)
     if low:

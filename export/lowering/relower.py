@@ -41,8 +41,8 @@ def relower(
     graph = model.graph
     if precision == "fp32":
         raise ExportError(
-            "the model is in FP32, but the attention form can only be changed in an FP16 or BF16 model; use "
-            "--precision fp16 or bf16"
+            "the model is in FP32, but neck-export can only rewrite the attention of FP16 and BF16 models; export the "
+            "encoder with --precision fp16 or bf16"
         )
     if not any(MODULE in node.metadata_props for node in graph):
         raise ExportError(

@@ -70,7 +70,7 @@ def _check_types(targets: Sequence[Target], precision: Precision) -> None:
     unable = [target.name for target in targets if wanted not in target.types]
     if unable:
         able = [target.name for target in targets if wanted in target.types]
-        others = f"it is supported by {', '.join(able)}; " if able else ""
+        others = f"this precision is supported by {', '.join(able)}; " if able else ""
         remedy = "fp16" if all("FLOAT16" in target.types for target in targets) else "fp32"
         raise TargetError(
             f"--precision {precision} is not known to be supported by the target {', '.join(unable)}; "

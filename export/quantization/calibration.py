@@ -326,7 +326,8 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
         kept = _sorted({name: _read_layer(name, side, tensors) for name, side in sides.items()})
         if type(about["images"]) is not int or about["images"] < 1:
             raise ValueError(
-                f"its number of calibration images is {about['images']!r} instead of an integer of at least 1"
+                f"the number of calibration images in the file is {about['images']!r} instead of an integer of at "
+                "least 1"
             )
     except (LookupError, ValueError) as error:
         raise CalibrationError(f"{path}: the calibration is damaged ({error}); {fix}") from None
@@ -346,11 +347,12 @@ def _read_layer(name: str, channels: int, tensors: Mapping[str, Tensor]) -> Laye
         tensor = getattr(found, field)
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape or not tensor.isfinite().all():
             raise ValueError(
-                f"the tensor {name}.{field} does not consist of finite float32 numbers in the layer's shape"
+                f"the tensor {name}.{field} is invalid: it must be float32, have the shape that the layer requires, "
+                "and contain no NaN or infinity"
             )
     if not count or not (found.weights > 0).all() or (found.rows.abs() > found.channels).any():
         raise ValueError(
-            f"the stored inputs of the layer {name} are invalid: there are none, some have a weight of 0 or less, or "
-            "some exceed the stored maximum of their channel"
+            f"the stored inputs of the layer {name} are invalid: the list of inputs is empty, an input has a sample "
+            "weight of 0 or less, or a value exceeds the maximum that is stored for its channel"
         )
     return found

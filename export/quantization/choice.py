@@ -190,9 +190,9 @@ def measure_products(
     found = []
     for one in counted(
         products,
-        (f"measuring the quantization error of each linear layer at {PROXY} pixels"),
+        f"measuring the quantization error of each linear layer with images of at most {PROXY} pixels per side",
         len(products),
-        "products",
+        "layers",
     ):
         rows = record.figures(f"alone: {one.name}", functools.partial(run, one.name))
         found.append(dataclasses.replace(one, errors={row.name: row.relative_l2 for row in rows}))
@@ -258,8 +258,9 @@ def choose(
         at = at if inside < at < outside else (inside + outside) // 2
     if not inside:
         raise CalibrationError(
-            f"--budget {budget:g}: even if only the most suitable layer, {ordered[0].name}, is quantized, the relative "
-            f"L2 error of {min(measured.values()):.3g} exceeds this budget; raise --budget or use --precision fp16"
+            f"no trial stayed within --budget {budget:g}, not even with {ordered[0].name} as the only quantized layer; "
+            f"the smallest relative L2 error of all trials was {min(measured.values()):.3g}. Raise --budget or use "
+            "--precision fp16"
         )
     return Choice(tuple(one.name for one in ordered[:inside]), tuple(_curve(ordered, kind, measured)))
 
@@ -284,8 +285,8 @@ def curve_lines(curve: Sequence[Mapping[str, Any]], count: int, rates: str) -> l
     """The curve for a screen, with whose rates its times are by; the row of the choice is marked."""
     head = f"{'layers':>8} {'operations':>10} {'time':>9} {'expected L2':>12} {'measured L2':>12}"
     lines = [
-        "each row of this table is for one number of quantized layers: their share of the operations, the computing "
-        f"time {rates}, and the relative L2 error of the features:",
+        "each row of this table gives a number of quantized layers, the share of the operations in these layers, the "
+        f"computing time {rates}, and the relative L2 error of the features:",
         head,
     ]
     for row in curve:

@@ -395,7 +395,7 @@ def _calibration(
         try:
             return read_calibration(options.calibration, encoder, signature.image_size)
         except OutdatedError as error:
-            notes.append(f"{error} and the file replaced")
+            notes.append(f"{error}, and the file {options.calibration.name} is replaced")
             report(str(error))
     found = calibrate(encoder.at_size(signature.image_size), calibration_pixels(signature, images, notes))
     if options.calibration is not None:

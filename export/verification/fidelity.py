@@ -178,12 +178,13 @@ def compare(
         if name not in reference:
             raise FidelityError(
                 f"the output {name} is missing in the reference, which contains {', '.join(reference)}; "
-                "use a reference that make_reference computed with this file's signature"
+                "compute the reference again by calling make_reference with the signature of the verified file"
             )
         if reference[name].shape != array.shape:
             raise FidelityError(
                 f"the output {name} has the shape {array.shape}, but the shape in the reference is "
-                f"{reference[name].shape}; use a reference that make_reference computed with this file's signature"
+                f"{reference[name].shape}; compute the reference again by calling make_reference with the signature "
+                "of the verified file"
             )
         tolerance = tolerance_for(name, precision, overrides, dtype)
         comparisons.append(compare_output(name, reference[name], array, tolerance))

@@ -153,7 +153,7 @@ def find_adapter(
     if inside is not None and inside.factors:
         raise CheckpointError(
             f"{path}: the checkpoint already contains an unmerged adapter, so --adapter cannot add another; "
-            "merge it first, or leave out --adapter"
+            "merge that adapter first, or leave out --adapter"
         )
     return tensors, read_adapter(folder)
 
@@ -209,8 +209,8 @@ def _pair(where: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[T
         found.setdefault(match["module"], {})[match["factor"]] = tensor
     if len(names) > 1:
         raise CheckpointError(
-            f"{where}: the file contains several adapters ({', '.join(sorted(names))}); save it with only the "
-            "adapter that is to be merged"
+            f"{where}: the file contains several adapters ({', '.join(sorted(names))}); save the file again with only "
+            "the adapter that is to be merged"
         )
     for module, factors in found.items():
         if len(factors) < 2:

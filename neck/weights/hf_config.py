@@ -168,9 +168,9 @@ def _theta(section: dict[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", "axial")
     unknown = sorted(key for key, value in rope.items() if key not in ("rope_type", "rope_theta") and value is not None)
     if kind not in ROPE_TYPES or unknown:
-        what = f"rope_type {kind!r}" if kind not in ROPE_TYPES else f"with {', '.join(unknown)}"
+        what = f"rope_type {kind!r}" if kind not in ROPE_TYPES else ", ".join(unknown)
         raise ConfigError(
-            f"rope_parameters {what} is not supported; only rope_type 'axial' with rope_theta is supported"
+            f"rope_parameters with {what} is not supported; only rope_type 'axial' with rope_theta is supported"
         )
     if rope.get("rope_theta") is None:
         return told

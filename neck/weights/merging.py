@@ -77,7 +77,7 @@ def plan_changes(
     if not changes and where != path:
         has = listing(ignored, 3) or "no tensors"
         raise CheckpointError(
-            f"{where}: the adapter changes no module of the encoder (it contains {has}); leave out --adapter"
+            f"{where}: the adapter changes no module of the encoder (the adapter contains {has}); leave out --adapter"
         )
     return changes, ignored
 

@@ -51,12 +51,16 @@ def read_pickle(file: BinaryIO, storages: dict[str, StorageRecord] | None = None
     try:
         for count, (opcode, arg, _) in enumerate(pickletools.genops(file)):
             if count >= MOST_OPERATIONS:
-                raise PickleError(f"its pickle has more than {MOST_OPERATIONS:,} operations, the limit of neck-export")
+                raise PickleError(
+                    f"the pickle in the file has more than {MOST_OPERATIONS:,} operations, the limit of neck-export"
+                )
             if opcode.name == "STOP":
                 return machine.stack.pop()
             operation = OPERATIONS.get(opcode.name)
             if operation is None:
-                raise PickleError(f"its pickle contains the operation {opcode.name}, which torch.save never writes")
+                raise PickleError(
+                    f"the pickle in the file contains the operation {opcode.name}, which torch.save never writes"
+                )
             operation(machine, arg)
     except PickleError:
         raise
@@ -157,7 +161,7 @@ class _Machine:
         if isinstance(target, OpaqueObject):
             target.state = state
         elif not isinstance(target, dict | TensorRecord):  # attributes of a state dict or a parameter: of no use here
-            raise TypeError(f"the pickle sets the state of a {type(target).__name__}, which has none")
+            raise TypeError(f"the pickle sets the state of a {type(target).__name__}, but this type has no state")
 
     def storage(self, _: object) -> None:
         record = storage_of(self.stack.pop())

@@ -110,7 +110,9 @@ class Key:
 def call(made_by: object, args: object) -> object:
     """The result recorded for a call: a record of a tensor, a plain container, or an opaque object."""
     if not isinstance(made_by, Name | OpaqueObject) or not isinstance(args, tuple):
-        raise PickleError(f"its pickle calls a {type(made_by).__name__}, which is not a function or class")
+        raise PickleError(
+            f"the pickle in the file calls an object of type {type(made_by).__name__}, which is not a function or class"
+        )
     maker = MAKERS.get((made_by.module, made_by.name)) if isinstance(made_by, Name) else None
     return maker(*args) if maker else OpaqueObject(made_by, args)
 
@@ -121,11 +123,11 @@ def storage_of(identity: object) -> object:
     if kind == "module" and isinstance(identity, tuple) and len(identity) > 1:  # a class and its source (before 1.6)
         return identity[1]
     if not isinstance(identity, tuple) or kind != "storage" or len(identity) not in (5, 6):
-        raise PickleError("its pickle contains a persistent id that does not name a tensor storage")
+        raise PickleError("the pickle in the file contains a persistent id that does not name a tensor storage")
     _, name, key, _, count, *view = identity
     dtype = STORAGES.get(name.name) if isinstance(name, Name) and name.module in ("torch", "torch.storage") else None
     if dtype is None or not isinstance(key, str):
-        raise PickleError("its pickle contains a tensor storage of unknown type")
+        raise PickleError("the pickle in the file contains a tensor storage of unknown type")
     record = StorageRecord(key, dtype, _whole(count))
     if view and view[0] is not None:
         _, first, count = view[0]
@@ -135,7 +137,7 @@ def storage_of(identity: object) -> object:
 
 def _whole(value: object) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise PickleError("its pickle describes a tensor with an invalid size")
+        raise PickleError("the pickle in the file describes a tensor with an invalid size")
     return value
 
 
@@ -151,12 +153,12 @@ def _tensor_v3(
     metadata: object = None,
 ) -> TensorRecord:  # fmt: skip
     if not isinstance(storage, StorageRecord) or not isinstance(size, tuple) or not isinstance(stride, tuple):
-        raise PickleError("its pickle contains a tensor without a storage")
+        raise PickleError("the pickle in the file contains a tensor without a storage")
     if len(size) != len(stride) or len(size) > MOST_DIMENSIONS:
-        raise PickleError("its pickle describes a tensor with an invalid size")
+        raise PickleError("the pickle in the file describes a tensor with an invalid size")
     element = DTYPES.get(dtype.name) if isinstance(dtype, Name) and dtype.module == "torch" else storage.dtype
     if element is None:
-        raise PickleError("its pickle contains a tensor of unknown type")
+        raise PickleError("the pickle in the file contains a tensor of unknown type")
     bits = tuple(bit for bit in ("conj", "neg") if isinstance(metadata, dict) and metadata.get(bit))
     sides, steps = tuple(_whole(side) for side in size), tuple(_whole(step) for step in stride)
     return TensorRecord(storage, element, _whole(offset), sides, steps, bits)

@@ -117,7 +117,7 @@ def choose_state(path: Path, states: Mapping[str, Entries], asked: str | None) -
         inside = {place: entries for place, entries in states.items() if f"{place}.".startswith(f"{asked}.")}
         if not inside:
             raise CheckpointError(
-                f"{path}: the file contains no state dict named {asked!r}; it contains {listing(states)}"
+                f"{path}: the file contains no state dict named {asked!r}; the file contains {listing(states)}"
             )
         states = inside
         if asked in states:

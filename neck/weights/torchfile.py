@@ -163,11 +163,13 @@ class TorchFile:
         root = min(roots, key=len)
         if f"{root}constants.pkl" in names:
             raise CheckpointError(
-                f"{self.path}: this is a TorchScript archive and not a checkpoint; load it, save its "
-                "state_dict() with torch.save, and pass that file"
+                f"{self.path}: this is a TorchScript archive and not a checkpoint; load the archive with "
+                "torch.jit.load, save the state_dict() of the module with torch.save, and pass the new file"
             )
         if names[f"{root}data.pkl"].file_size > MOST_PICKLE_BYTES:
-            raise PickleError(f"its pickle is larger than {MOST_PICKLE_BYTES >> 20} MB, the limit of neck-export")
+            raise PickleError(
+                f"the pickle in the file is larger than {MOST_PICKLE_BYTES >> 20} MB, the limit of neck-export"
+            )
         if f"{root}byteorder" in names:
             self.bytes_order = archive.read(f"{root}byteorder")[:8].decode()
         stored = {name: entry for name, entry in names.items() if name.startswith(f"{root}data/")}
@@ -178,7 +180,8 @@ class TorchFile:
             if sum(entry.file_size for entry in stored.values()) > MOST_UNPACKED * self.path.stat().st_size:
                 raise CheckpointError(
                     f"{self.path}: the file was refused, because its unpacked content is more than "
-                    f"{MOST_UNPACKED} times as large as the file; unpack it yourself and save the weights uncompressed"
+                    f"{MOST_UNPACKED} times as large as the file; unpack the file yourself and save the weights "
+                    "uncompressed"
                 )
             self._archive, self._names = archive, {name[len(root) + 5 :]: name for name in stored}
         return read_pickle(io.BytesIO(archive.read(f"{root}data.pkl")))
@@ -187,7 +190,7 @@ class TorchFile:
         """Magic number, version and system as pickles; then the object, its storages' keys, and their bytes."""
         head = io.BytesIO(file.read(MOST_PICKLE_BYTES))
         if read_pickle(head) != MAGIC:
-            raise PickleError("it is a pickle that torch.save did not write")
+            raise PickleError("the file is a pickle that torch.save did not write")
         storages: dict[str, StorageRecord] = {}
         _version, _system, root, keys = (read_pickle(head, storages) for _ in range(4))
         if not isinstance(keys, list):

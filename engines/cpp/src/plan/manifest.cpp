@@ -70,8 +70,8 @@ Json parse(const fs::path& path) {
                     "the plan again");
     }
     if (text_or_empty(content, "kind") != "plan") {
-        throw Error(path.string() + ": this is not a neck-export manifest of type 'plan'; export the ONNX file "
-                    "again, or build the plan again if this is the manifest of a plan");
+        throw Error(path.string() + ": this is not a neck-export manifest of type 'plan'; to write a new manifest, "
+                    "export the ONNX file again (type 'onnx') or build the plan again (type 'plan')");
     }
     const auto format_found = content.find("format");
     const bool known = format_found != content.end() && format_found->is_number_integer();
