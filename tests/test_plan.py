@@ -133,7 +133,7 @@ def test_a_file_that_was_changed_after_its_manifest_is_refused(exported: Path, t
     with pytest.raises(ManifestError, match="changed after its manifest"):
         make_plan(plan_options(copy, tmp_path / "out"))
     manifest_path(copy).write_text("{}")
-    with pytest.raises(ManifestError, match="not a manifest"):
+    with pytest.raises(ManifestError, match="not a neck-export manifest"):
         make_plan(plan_options(copy, tmp_path / "out"))
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
 
