@@ -143,11 +143,13 @@ def compare(model: Any, run: Callable[[], Any]) -> dict[str, Any]:
 
 def judged() -> dict[str, Any]:
     """What `masks` finds: a file by texts, another seed's by boxes, and the lines of what it refuses."""
-    box, cup, frames = Prompts(boxes=((0.1, 0.2, 0.6, 0.7),)), Prompts(("a cup",)), Path("frames")
+    box, cup, frames, one = Prompts(boxes=((0.1, 0.2, 0.6, 0.7),)), Prompts(("a cup",)), Path("frames"), Path("one")
+    one.mkdir()
+    shutil.copy(frames / "0.png", one)
     told: dict[str, Any] = {
         "same": compare_masks(MasksOptions(Path(FILE), Path("sam3.pt"), frames, cup)),
-        "boxes": compare_masks(MasksOptions(Path(FILE), Path("sam3.pt"), frames, box)),
-        "other": compare_masks(MasksOptions(Path(OTHER), Path("sam3.pt"), frames, cup, check=False)),
+        "boxes": compare_masks(MasksOptions(Path(FILE), Path("sam3.pt"), one, box)),
+        "other": compare_masks(MasksOptions(Path(OTHER), Path("sam3.pt"), one, cup, check=False)),
         "refused": [],
     }
     for file, prompts in (("sam3.pt", Prompts(points=((0.5, 0.5),))), ("encoder.pt", cup), ("image.png", cup)):

@@ -20,8 +20,10 @@ from synthetic import KNOWN_RATES, Tags
 
 import benchmarks.measure.rounds
 import benchmarks.measure.run
+import benchmarks.measure.worker
 from benchmarks.bench import run_bench
 from benchmarks.errors import BenchError
+from benchmarks.measure import machine_rates
 from benchmarks.measure.backends import REFERENCE, Backend, RunRequest, backends_for
 from benchmarks.measure.measure_point import MeasurePoint, Schedule
 from benchmarks.measure.run import Run
@@ -82,10 +84,24 @@ def samples_of(output: Path) -> Path:
     return max(output.glob("work/run-*/samples.jsonl"), key=lambda file: file.stat().st_mtime_ns)
 
 
+def rates_are_known(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Run, "_measure_rates", lambda run, when: run.samples.add("rates", when=when, **KNOWN_RATES))
+
+
 @pytest.fixture
 def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates that nobody measured, where they are not what is tested."""
-    monkeypatch.setattr(Run, "_measure_rates", lambda run, when: run.samples.add("rates", when=when, **KNOWN_RATES))
+    rates_are_known(monkeypatch)
+
+
+def test_a_worker_measures_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real ones, of small matrices and a small copy."""
+    monkeypatch.setattr(machine_rates, "PRODUCT_SECONDS", 1e-4)
+    monkeypatch.setattr(machine_rates, "REPEATS", {"cpu": 1})
+    monkeypatch.setattr(machine_rates, "COPY_BYTES", {"cpu": 1 << 20})
+    rates = benchmarks.measure.worker.Worker().answer("rates", device="cpu")
+    assert set(rates["flops_per_s"]) == {"fp32", "fp16", "bf16"}
+    assert min(rates["flops_per_s"].values()) > 0 and rates["copy_bytes_per_s"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +113,9 @@ def ran(output: Path) -> Ran:
     options = options_for(
         output, backends=tuple(NAMES[1:]), sweep=True, sizes=(56, 112), batches=(1,), command="neck-export bench"
     )
-    return Ran(options, run_bench(options), samples_of(output))
+    with pytest.MonkeyPatch.context() as patch:
+        rates_are_known(patch)
+        return Ran(options, run_bench(options), samples_of(output))
 
 
 def lines_of(path: Path, kind: str) -> list[dict[str, Any]]:

@@ -123,9 +123,9 @@ def test_what_the_model_reads_of_its_backbone(family: str, model: str, inputs: P
 def test_masks_of_a_checkpoint(family: str, model: str, inputs: Path) -> None:
     """`neck-export masks --model sam3.pt` in FP32: by texts, by boxes, and the other seed's file fails the gate."""
     found = ran(family, inputs)["judged"]
-    for asked in ("same", "boxes"):
+    for asked, images in (("same", 3), ("boxes", 1)):
         told = found[asked]
-        assert told["passed"] and told["mean_iou"] == 1 and told["images"] == 3 and told["objects"] >= 3
+        assert told["passed"] and told["mean_iou"] == 1 and told["images"] == images and told["objects"] >= images
         assert told["method"].startswith(
             f"{model} of {'sam3' if family == 'meta' else family} on cpu: masks from the model's own encoder"
         )
