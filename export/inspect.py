@@ -26,8 +26,8 @@ from export.lowering.attention import attention_forms, fp8_attentions
 from export.verification.target_check import check_claims, graph_needs, read_by
 
 NOT_CHECKED = (
-    "the manifest says that these files were verified, but their sizes or times have changed since; use "
-    "--check to compare every byte, or `neck-export verify` to verify them again"
+    "the manifest says that these files were verified, but their sizes or modification times have changed since; use "
+    "--check to compare the files with their SHA-256 in the manifest, or `neck-export verify` to verify them again"
 )
 
 
@@ -87,8 +87,8 @@ def inspect_onnx(path: Path, check: bool = False) -> dict[str, Any]:
             found["seems"] = describe_graph(model, sum(found["attention"].values()))
             found["risks"] = graph_risks(model, found["attention"])
             found["manifest_problem"] = (
-                f"{manifest_path(path)}: the manifest is missing, so another tool may have written the file; "
-                f"verify it with `neck-export verify {path} --checkpoint sam3.pt`"
+                f"{manifest_path(path)}: the manifest is missing, so another tool may have written {path.name}; "
+                f"verify {path.name} with `neck-export verify {path} --checkpoint sam3.pt`"
             )
     return found
 

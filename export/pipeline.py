@@ -243,12 +243,13 @@ def verify_file(
             asked,
             needs,
             str(path),
-            f"choose another --target; according to its graph, the file can be {read_by(needs)}",
+            f"choose another --target; the graph in {path.name} can be {read_by(needs)}",
         )
         if checkpoint is None:
             raise ManifestError(
-                f"{where}: the manifest is missing, so the weights that {path.name} was exported from are unknown; "
-                f"pass these weights with --checkpoint. According to its graph, {path.name} can be {read_by(needs)}"
+                f"{where}: the manifest is missing, so neck-export does not know which weights {path.name} was "
+                "exported from; pass the checkpoint with these weights as --checkpoint. Without it, neck-export can "
+                f"only judge the graph, which can be {read_by(needs)}"
             )
         if save is not None:
             check_paths([NamedPath("the reference file (--save-reference)", save)], encoder_paths(path, {}, checkpoint))
@@ -284,9 +285,7 @@ def verify_file(
     check_files(where, manifest)
     needs = graph_needs(file.model)
     check_claims(where, manifest, needs)
-    require(
-        asked, needs, str(path), f"choose another --target; according to its graph, the file can be {read_by(needs)}"
-    )
+    require(asked, needs, str(path), f"choose another --target; the graph in {path.name} can be {read_by(needs)}")
     report("loading the weights that the file was exported from")
     encoder = manifest_encoder(where, manifest, checkpoint, adapter)
     precision = manifest_precision(where, manifest)

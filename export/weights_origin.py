@@ -214,9 +214,9 @@ def manifest_encoder(
     assert path is not None
     if not path.exists():
         raise ExportError(
-            f"{path}: this file does not exist, but the manifest {where.name} names it as the exported weights; pass "
-            "their new path with --checkpoint"
-            + (f", or download them again with --checkpoint {hub_text(weights)}" if "hub" in weights else "")
+            f"{path}: this file does not exist, but neck-export needs the checkpoint that was exported (see "
+            f"the manifest {where.name}); pass the path of this checkpoint with --checkpoint"
+            + (f", or download it again with --checkpoint {hub_text(weights)}" if "hub" in weights else "")
         )
     source = EncoderSource(path, config=config, alpha=weights.get("adapter_alpha"), **names)
     if is_origin(weights, path):

@@ -172,7 +172,10 @@ class EncoderConfig:
         try:
             return cls(**values)
         except TypeError as error:
-            raise ConfigError(f"a value in the configuration has the wrong type: {error}; correct that value") from None
+            raise ConfigError(
+                f"a value in the configuration has the wrong type: {error}; write global_blocks, scale_factors "
+                "and necks as lists"
+            ) from None
 
     @classmethod
     def from_file(cls, path: Path) -> EncoderConfig:

@@ -126,9 +126,9 @@ def read_image(path: Path, value_range: ValueRange | None = None, say: Say = sil
             )
             if tiff := describe_tiff(stream):
                 reason = (
-                    f"the image is a TIFF file with {tiff}. Supported are TIFF files with 1 band (gray) of 8, 16 or "
-                    "32 bits, or with 3 or 4 bands (RGB or RGBA) of 8 or 16 bits; convert the image, for example by "
-                    "selecting three bands with `gdal_translate -b 3 -b 2 -b 1 -ot Byte -scale`"
+                    f"the image is a TIFF file with {tiff}. neck-export reads only TIFF files with 1 band (gray) of "
+                    "8, 16 or 32 bits, or with 3 or 4 bands (RGB or RGBA) of 8 or 16 bits. Convert the image, for "
+                    "example by selecting three bands with `gdal_translate -b 3 -b 2 -b 1 -ot Byte -scale`"
                 )
         except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, struct.error, IndexError ...
             cause = " ".join(str(error).split()) or type(error).__name__
@@ -309,7 +309,10 @@ def _to_8_bits(values: np.ndarray, bits: int, value_range: ValueRange | None, sa
     seen = f"{known.min():.6g} to {known.max():.6g}" if known.size else "none of which is finite"
     kind = f"{bits}-bit {'float ' if values.dtype.kind == 'f' else ''}gray with values {seen}"
     if value_range:
-        say(f"the image is {kind}; {value_range.low:g} to {value_range.high:g} are scaled to 0 to 255")
+        say(
+            f"the image is {kind}; pixel values from {value_range.low:g} to {value_range.high:g} are scaled to the "
+            "range 0 to 255"
+        )
         return value_range.scale(values)
     if bits == 32:
         raise _NoRangeError(
@@ -320,8 +323,8 @@ def _to_8_bits(values: np.ndarray, bits: int, value_range: ValueRange | None, sa
     high = (values.astype(np.int32) >> 8).astype(np.uint8)
     taken = f"{high.min()} to {high.max()} of 255"
     say(
-        f"the image is {kind}, but 16-bit values can reach 65535. neck-export uses only the high byte of each value, "
-        f"which gives 8-bit values from {taken}. To scale the values instead, use --image-range LOW:HIGH"
+        f"the image is {kind} (possible: 0 to 65535). neck-export uses only the high byte of each value, so the "
+        f"8-bit values are {taken}. To scale the values to the full range instead, use --image-range LOW:HIGH"
     )
     return high
 

@@ -349,7 +349,7 @@ def test_bad_adapters(change: Callable[[State], State | None], says: str, adapte
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"alpha_pattern": {"(": 1}}, "pattern '('"),
         ({"alpha_pattern": [1]}, "alpha_pattern is [1]"),
-        ({"use_dora": True}, "more than plain LoRA"),
+        ({"use_dora": True}, "also uses DoRA, use_dora True"),
         ({"lora_bias": True}, "lora_bias True"),
         ({"use_qalora": True}, "use_qalora True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),

@@ -20,7 +20,7 @@ from neck.images import ImageError, ImageFolder, ValueRange, load_images, read_i
 REFLECTANCE = np.linspace(0, 4000, 24 * 40).round().astype(np.uint16).reshape(24, 40)
 """As satellites give it: 10000 is all of the light, most of the land is below 4000."""
 
-SAYS = "sat.png: the image is 16-bit gray with values 0 to 4000, but 16-bit values can reach 65535"
+SAYS = "sat.png: the image is 16-bit gray with values 0 to 4000 (possible: 0 to 65535)"
 
 
 def save(folder: Path, values: npt.NDArray[np.generic], name: str = "sat.png") -> Path:
@@ -67,7 +67,10 @@ def test_a_range_scales(suffix: str, tmp_path: Path) -> None:
     path = save(tmp_path, REFLECTANCE, f"sat.{suffix}")
     pixels = read_image(path, ValueRange(0, 4000), said.append)
     assert np.array_equal(pixels, np.rint(REFLECTANCE / 4000 * 255).astype(np.uint8)[:, :, None].repeat(3, axis=2))
-    assert said == [f"sat.{suffix}: the image is 16-bit gray with values 0 to 4000; 0 to 4000 are scaled to 0 to 255"]
+    assert said == [
+        f"sat.{suffix}: the image is 16-bit gray with values 0 to 4000; pixel values from 0 to 4000 are scaled to the "
+        "range 0 to 255"
+    ]
     clipped = read_image(path, ValueRange(1000, 2000))[:, :, 0]
     assert (clipped[REFLECTANCE <= 1000] == 0).all() and (clipped[REFLECTANCE >= 2000] == 255).all()
     assert not np.array_equal(clipped, pixels[:, :, 0])

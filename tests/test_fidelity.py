@@ -192,7 +192,7 @@ def test_an_override_that_cannot_be_is_told(overrides: dict[str, float], words: 
 
 def test_outputs_that_cannot_be_compared() -> None:
     arrays = random_outputs(a=(1, 2), b=(1, 2))
-    with pytest.raises(FidelityError, match="output b is missing in the reference, which contains a"):
+    with pytest.raises(FidelityError, match="output b is missing from the reference, which contains a"):
         compare({"a": arrays["a"]}, arrays, "fp32", "test")
     with pytest.raises(
         FidelityError, match=r"output a has the shape \(2, 1\), but the shape in the reference is \(1, 2\)"

@@ -234,7 +234,7 @@ def touch_weights(result: ExportResult) -> None:
         (
             set_manifest(weights={"random": False, "path": "/no/such.pt"}),
             ExportError,
-            "/no/such.pt: this file does not exist, but the manifest",
+            "/no/such.pt: this file does not exist, but neck-export needs the checkpoint",
         ),
         (
             set_manifest(precision="fp4"),
@@ -259,7 +259,11 @@ def test_verify_wants_the_checkpoint_that_was_exported(exported: ExportResult, t
     for other in (checkpoint_of("meta-padded"), save_state(tmp_path / "tuned.pt", lambda state: nudge(state))):
         with pytest.raises(ExportError, match=r"is (not )?the checkpoint that was exported.*x\.json"):
             verify_file(exported.path, checkpoint=other)
-    with pytest.raises(ExportError, match=r"the manifest x\.json names it as the exported weights"):
+    with pytest.raises(
+        ExportError,
+        match=r"none\.pt: this file does not exist.*checkpoint that was exported "
+        r"\(see the manifest x\.json\)",
+    ):
         verify_file(exported.path, checkpoint=tmp_path / "none.pt")
 
 

@@ -170,8 +170,8 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         )
     if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
         raise ManifestError(
-            f"{path}: the manifest has format {content.get('format')}, but this version of neck-export "
-            f"reads format {FORMAT}; upgrade neck-export, export the ONNX file again, or build the plan again"
+            f"{path}: the manifest has format {content.get('format')}, but this version of neck-export reads format "
+            f"{FORMAT}; upgrade neck-export, or use this version to export the ONNX file or build the plan again"
         )
     files = content.get("files")
     wanted = {"name": str, "bytes": int, "sha256": str}
@@ -220,8 +220,8 @@ def check_files(path: Path, manifest: dict[str, Any], hashes: bool = True) -> No
             )
         if not file.is_file():
             raise ManifestError(
-                f"{file}: the file is missing, but the manifest {path.name} lists it; copy it to this folder, "
-                "export the ONNX file again, or build the plan again"
+                f"{file}: the file is missing, but the manifest {path.name} lists it; copy the file to this "
+                "path, or create it again (export the ONNX file, or build the plan)"
             )
         if file.stat().st_size != entry["bytes"] and (pointer := lfs_pointer(file)):
             raise ManifestError(pointer)

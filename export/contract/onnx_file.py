@@ -119,8 +119,9 @@ class OnnxFile:
             if not target.is_relative_to(real.parent):
                 raise ExportError(
                     f"{tensor.path}: this symbolic link points to {target}, outside the folder of {real}, and ONNX "
-                    f"Runtime refuses to read weights from there. Copy the weights to {path.parent}. Or move the ONNX "
-                    f"file into the folder of the weights, and create a symbolic link to it at the old path, {path}"
+                    f"Runtime refuses to read weights from there. Either copy the weights to {path.parent}, or move "
+                    "the ONNX file into the folder of the weights and leave a symbolic link to the moved file at "
+                    f"{path}"
                 )
             value.const_value = ir.ExternalTensor(
                 target.relative_to(real.parent),

@@ -69,7 +69,7 @@ def adopt(
     if not verdict.passed or verdict.image is None:
         raise ExportError(
             f"{file.path}: the file failed verification, so no manifest was written; to see which outputs differ "
-            "and why, print the lines() of the verdict that judge_file returned"
+            "and why, call lines() on the verdict that judge_file returned, and print the result"
         )
     encoder = encoder.at_size(verdict.image.size)
     model, _ = prepared_model(file)
@@ -85,7 +85,10 @@ def adopt(
     with disk_errors(ExportError, target.parent), new_folder(target.parent), staging(target) as folder:
         staged = folder / target.name
         if not own:
-            report(f"writing {target.name}, a copy of {file.path.name} with the inputs and outputs of neck-export")
+            report(
+                f"writing {target.name}, a copy of {file.path.name} with the same inputs and outputs as a file that "
+                "neck-export exports"
+            )
             _adapt(model, signature, verdict)
             ir.save(model, staged)
         needs = graph_needs(model)

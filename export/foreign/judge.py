@@ -273,7 +273,7 @@ class _Judge:
         for encoding in self.image.encodings()[1:]:
             if best[0] <= EMBEDDED:
                 break
-            self.report(f"running the file with input as {encoding}")
+            self.report(f"running the file with the input images encoded as {encoding}")
             arrays, largest = self._run(runner, encoding)
             matches, unmatched = self._match(arrays, tensors)
             error = _feature_error(matches)
@@ -411,14 +411,14 @@ def _unknown(
         return Cause(
             "rounding",
             None,
-            f"the outputs {names} differ by up to {worst:.2g} (relative L2), which suggests a loss of precision "
-            "inside the network",
+            f"the outputs {names} differ from those of PyTorch by up to {worst:.2g} (relative L2), which "
+            "suggests a loss of precision inside the network",
         )
     return Cause(
         "unknown",
         None,
-        f"the outputs {names} differ by up to {worst:.2g} (relative L2), and no known variant of the encoder "
-        "explains this",
+        f"the outputs {names} differ from those of PyTorch by up to {worst:.2g} (relative L2), and no known variant of "
+        "the encoder explains this difference",
     )
 
 

@@ -46,8 +46,8 @@ def relower(
         )
     if not any(MODULE in node.metadata_props for node in graph):
         raise ExportError(
-            "the file was not written by neck-export, so its attention cannot be changed; export the encoder with "
-            "`neck-export onnx`"
+            "the file was not written by neck-export, so neck-export cannot convert the attention layers in "
+            "this file to another attention form; export the encoder with `neck-export onnx`"
         )
     if not keep_fp8:
         _drop_fp8_attentions(graph)

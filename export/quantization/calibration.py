@@ -347,12 +347,12 @@ def _read_layer(name: str, channels: int, tensors: Mapping[str, Tensor]) -> Laye
         tensor = getattr(found, field)
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape or not tensor.isfinite().all():
             raise ValueError(
-                f"the tensor {name}.{field} is invalid: it must be float32, have the shape that the layer requires, "
-                "and contain no NaN or infinity"
+                f"the tensor {name}.{field} has the type {tensor.dtype} and the shape {tuple(tensor.shape)}, but it "
+                f"must be float32 with the shape {shape}, without NaN or infinity"
             )
     if not count or not (found.weights > 0).all() or (found.rows.abs() > found.channels).any():
         raise ValueError(
-            f"the stored inputs of the layer {name} are invalid: the list of inputs is empty, an input has a sample "
-            "weight of 0 or less, or a value exceeds the maximum that is stored for its channel"
+            f"the stored inputs of the layer {name} are invalid: there must be at least one input, each with a sample "
+            "weight above 0, and no value may exceed the maximum that is stored for its channel"
         )
     return found

@@ -35,7 +35,8 @@ def product_rates(kind: str) -> Rates:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         return published._replace(
             source=(
-                f"{published.source}, because torch cannot multiply {kind.upper()} matrices on this machine ({why})"
+                "at the published rates of an L4 GPU (not measured, because torch cannot multiply "
+                f"{kind.upper()} matrices on this machine: {why})"
             )
         )
     return Rates(found, f"at the rates that torch reaches on this {torch.cuda.get_device_name()} (measured)")

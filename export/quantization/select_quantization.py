@@ -212,9 +212,9 @@ def _asked(
         if not set(everywhere) & set(able):
             if kind != "fp8":
                 raise ExportError(
-                    f"--quantize {pattern!r} matches only attention layers or outputs of linear layers, which can only "
-                    "be quantized to FP8, because no version of TensorRT fuses INT8 attention; use --precision fp8, or "
-                    "another pattern for --quantize"
+                    f"--quantize {pattern!r} matches only attention layers or outputs of linear layers. neck-export "
+                    "quantizes both only to FP8 (for attention, because no version of TensorRT fuses INT8 attention); "
+                    "use --precision fp8, or another pattern for --quantize"
                 )
             raise ExportError(
                 f"--quantize {pattern!r} matches only attention layers, which cannot be quantized here: "
@@ -395,7 +395,7 @@ def _calibration(
         try:
             return read_calibration(options.calibration, encoder, signature.image_size)
         except OutdatedError as error:
-            notes.append(f"{error}, and the file {options.calibration.name} is replaced")
+            notes.append(f"{error}. The new calibration replaces the file {options.calibration.name}")
             report(str(error))
     found = calibrate(encoder.at_size(signature.image_size), calibration_pixels(signature, images, notes))
     if options.calibration is not None:

@@ -177,14 +177,15 @@ def compare(
     for name, array in candidate.items():
         if name not in reference:
             raise FidelityError(
-                f"the output {name} is missing in the reference, which contains {', '.join(reference)}; "
-                "compute the reference again by calling make_reference with the signature of the verified file"
+                f"the output {name} is missing from the reference, which contains {', '.join(reference)}; "
+                "compute the reference again by calling make_reference with the signature (the inputs and outputs) "
+                "of the file that is being verified"
             )
         if reference[name].shape != array.shape:
             raise FidelityError(
                 f"the output {name} has the shape {array.shape}, but the shape in the reference is "
                 f"{reference[name].shape}; compute the reference again by calling make_reference with the signature "
-                "of the verified file"
+                "(the inputs and outputs) of the file that is being verified"
             )
         tolerance = tolerance_for(name, precision, overrides, dtype)
         comparisons.append(compare_output(name, reference[name], array, tolerance))

@@ -239,8 +239,8 @@ def _read_scaling(file: Path) -> Scaling:
     if other:
         what = "DoRA, " if config.get("use_dora") else ""
         raise CheckpointError(
-            f"{file}: the adapter uses more than plain LoRA ({what}{', '.join(other[:8])}), which neck-export "
-            "cannot merge; merge it with PEFT's merge_and_unload and export the result"
+            f"{file}: neck-export can merge only plain LoRA, but the adapter also uses {what}{', '.join(other[:8])}; "
+            "merge the adapter with PEFT's merge_and_unload and export the result"
         )
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")

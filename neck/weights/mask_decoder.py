@@ -32,9 +32,9 @@ def with_decoder(path: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> L
     if any(not _is_same(near[0], other, tensors) for other in near[1:]):
         raise CheckpointError(
             f"{path}: the checkpoint contains {len(near)} different mask decoders "
-            f"(tensors {listing(f'{start}*' for start in near)}), and neck-export cannot tell which decoder belongs "
-            f"to the neck with the tensors {layout.necks['sam2']}*; save a checkpoint that contains only the mask "
-            "decoder of this neck"
+            f"(tensors {listing(f'{start}*' for start in near)}). neck-export cannot tell which of them belongs to "
+            f"the neck with the tensors {layout.necks['sam2']}*; save a checkpoint that contains this decoder "
+            "but none of the others"
         )
     return dataclasses.replace(layout, decoder=near[0])
 

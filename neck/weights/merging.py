@@ -57,9 +57,8 @@ def plan_changes(
         )
     if extra:
         raise CheckpointError(
-            f"{where}: the adapter contains more than plain LoRA (a bias, DoRA or modules_to_save: "
-            f"{listing(extra)}), which neck-export cannot merge; merge it with PEFT's merge_and_unload and "
-            "export the result"
+            f"{where}: neck-export can merge only plain LoRA, but the adapter also contains a bias, DoRA or "
+            f"modules_to_save ({listing(extra)}); merge the adapter with PEFT's merge_and_unload and export the result"
         )
     changes: Changes = {}
     for module, key in found.items():
@@ -110,7 +109,7 @@ def _factor(
         if not factor.is_floating_point():
             raise CheckpointError(
                 f"{where}: lora_{name} of {module} has the type {factor.dtype} instead of a float type; save the "
-                "adapter again"
+                "adapter with float weights"
             )
         if not torch.isfinite(factor).all():
             raise CheckpointError(

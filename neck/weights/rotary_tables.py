@@ -145,8 +145,8 @@ def _thetas(frequencies: Tensor, config: EncoderConfig) -> str:
     """The theta of a table's frequencies beside the config's."""
     return (
         f"the table was computed with a theta of about {_theta(frequencies, config):.4g}, but rope_theta in "
-        f"the configuration is {config.rope_theta:g}.\nIf the table is right, set rope_theta to the table's value in a "
-        "configuration, and pass this configuration with --config"
+        f"the configuration is {config.rope_theta:g}.\nIf the table is right, set rope_theta to the theta of the "
+        "table in a configuration file (JSON), and pass this file with --config"
     )
 
 

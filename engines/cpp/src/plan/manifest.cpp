@@ -79,8 +79,8 @@ Json parse(const fs::path& path) {
         const std::string got = format_found == content.end() ? "None" : one_line(dump_json(*format_found));
         throw Error(path.string() + ": the manifest has format " + got + ", but this version of neck-export reads "
                     "format " +
-                    std::to_string(format_here) + "; upgrade neck-export, export the ONNX file again, or build the "
-                    "plan again");
+                    std::to_string(format_here) + "; upgrade neck-export, or use this version to export the ONNX file "
+                    "or build the plan again");
     }
     return content;
 }
@@ -111,7 +111,8 @@ void check_file(const fs::path& manifest, const Manifest::File& entry, bool hash
     std::error_code error;
     if (!fs::is_regular_file(path, error)) {
         throw Error(path.string() + ": the file is missing, but the manifest " + manifest.filename().string() +
-                    " lists it; copy it to this folder, export the ONNX file again, or build the plan again");
+                    " lists it; copy the file to this path, or create it again (export the ONNX file, or build the "
+                    "plan)");
     }
     const auto changed = [&] {
         return Error(path.string() + ": the file was changed after its manifest " + manifest.filename().string() +
