@@ -653,7 +653,7 @@ def test_a_manifest_with_anything_in_it(value: Any, plan: Path, onnx_file: Path,
 
 
 def test_files_that_are_none(plan: Path, tmp_path: Path) -> None:
-    with pytest.raises(TritonError, match="is a folder; name a plan"):
+    with pytest.raises(TritonError, match="is a folder; pass a plan"):
         make(tmp_path, tmp_path)
     with pytest.raises(TritonError, match="no such file"):
         make(tmp_path / "none.onnx", tmp_path)
