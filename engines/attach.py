@@ -169,9 +169,9 @@ def _check_weights(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[
     source = encoder.onnx_manifest
     if not source or "weights_sha256" not in source:
         raise AttachError(
-            f"{manifest_path(encoder.path)}: the manifest contains no SHA-256 of the weights (earlier versions "
-            "did not write it), so the file's weights cannot be compared with the model's; export the file "
-            "again, or skip the comparison with attach(..., check=False)"
+            f"{manifest_path(encoder.path)}: the manifest contains no SHA-256 of the weights, because an earlier "
+            "version of neck-export wrote it, so attach cannot check that the encoder file has the model's weights; "
+            "export the encoder again, or skip the check with attach(..., check=False)"
         )
     if any(parameter.is_meta for parameter in live.parameters()):
         raise AttachError(

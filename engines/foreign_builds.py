@@ -40,7 +40,7 @@ def builder_lines(file: OnnxFile, verdict: ForeignVerdict, report: Report = lamb
     except FlavorError as error:
         return [f"builder not run, because TensorRT-RTX cannot be used: {str(error).splitlines()[0]}"]
     with tempfile.TemporaryDirectory() as folder:
-        report("building the file with TensorRT-RTX")
+        report("building a plan from the file with TensorRT-RTX")
         theirs = _layers(file, Path(folder) / "theirs.plan", flavor)
         if isinstance(theirs, str):
             return [f"risk    TensorRT-RTX {flavor.version} cannot build the file: {theirs}"]

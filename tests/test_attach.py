@@ -705,7 +705,7 @@ def drop_block(encoder: Any) -> None:
         (change_stride, r"padding_mode of .*fpn_layers\.0\.proj2 is zeros in the file, but reflect in the model"),
         (
             change_neck_activation,
-            r"fpn_layers\.0 contains the exact GELU in the file, but ReLU\(\) in the model",
+            r"in .*fpn_layers\.0, the file has the exact GELU, but the model has ReLU\(\)",
         ),
         (change_pooling, r"the scale of .*fpn_layers\.3 is 0\.5 in the file, but 1 in the model"),
         (change_temperature, r"the position encoding of the model differs"),

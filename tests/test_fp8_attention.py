@@ -416,7 +416,7 @@ def test_every_fp8_attention_is_one_fp8_kernel(capability: str) -> None:
     assert fused == families
     assert layers.families == {"Ada_qmma_e4m3_fp32": 2, "Ampere_hmma_fp32": 2}
     assert layers.accumulation == ("fp32", "fp32") and layers.warning() is None
-    assert "fused FP8 attentions 2 of 2" in layers.summary() and layers.products == 0
+    assert "2 of 2 FP8 attentions are fused" in layers.summary() and layers.products == 0
     fewer = dataclasses.replace(layers, fp8_attentions=3)  # the control: one that was asked and is not there
     assert "1 of 3 FP8 attention" in str(fewer.warning())
     assert LayerReport.from_dict(layers.to_dict()) == layers

@@ -529,7 +529,7 @@ def test_what_is_refused(plan: Path, tmp_path: Path) -> None:
         with pytest.raises(TritonError, match=message):
             make(plan, tmp_path, **changes)
     unknown = write_plan(tmp_path / "unknown.plan", tensorrt_version="11.4.0.106")
-    with pytest.raises(TritonError, match=r"no Triton container with TensorRT 11\.4\.0\.106.*with --container"):
+    with pytest.raises(TritonError, match=r"knows none with TensorRT 11\.4\.0\.106.*with --container"):
         make(unknown, tmp_path)
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "service.yaml").write_text("kind: Service\n")

@@ -58,7 +58,7 @@ def test_a_plan_under_another_suffix(command: str, kind: str, tmp_path: Path) ->
     assert (ran.code, ran.out) == (1, "")
     (line,) = ran.err.splitlines()
     assert line.startswith(f"error: {path}: this is a {kind} plan, but its manifest x.engine.json is missing")
-    assert "rename it back to x.plan and copy the manifest x.plan.json beside it" in line
+    assert "rename the plan back to x.plan and copy x.plan.json into the same folder" in line
 
 
 def test_what_trt_and_bench_say_of_it(tmp_path: Path) -> None:

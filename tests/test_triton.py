@@ -535,7 +535,7 @@ def test_plans_that_are_not_one_encoder(onnx_file: Path, tmp_path: Path) -> None
         (ampere | {"signed": {"positions": "none"}}, "differs from .* in outputs"),
         (ampere | {"precision": "bf16"}, "differs from .* in precision"),
         (ampere | {"tensorrt_version": "10.14.1.48"}, "a container has only one"),
-        ({"compute_capabilities": ["8.6", "8.9"]}, r"must name exactly one \(e\.g\. 8\.9\)"),
+        ({"compute_capabilities": ["8.6", "8.9"]}, r"Triton needs exactly one \(e\.g\. 8\.9\)"),
     ]
     for second, message in cases:
         first, other = plans(tmp_path, second)
@@ -653,7 +653,7 @@ def test_a_manifest_with_anything_in_it(value: Any, plan: Path, onnx_file: Path,
 
 
 def test_files_that_are_none(plan: Path, tmp_path: Path) -> None:
-    with pytest.raises(TritonError, match="is a folder; name a plan"):
+    with pytest.raises(TritonError, match="is a folder; pass a plan"):
         make(tmp_path, tmp_path)
     with pytest.raises(TritonError, match="no such file"):
         make(tmp_path / "none.onnx", tmp_path)
@@ -825,7 +825,11 @@ def test_the_tables_are_in_order() -> None:
     [
         ("fp16", VERDICT, ""),
         ("fp16", {"verified": False, "reason": "not verified: no GPU"}, "not verified: no GPU"),
-        ("fp8", {"verified": False, "reason": "not verified: x", "onnx": VERDICT}, "its ONNX graph is verified"),
+        (
+            "fp8",
+            {"verified": False, "reason": "not verified: x", "onnx": VERDICT},
+            "only the ONNX graph of this plan was verified",
+        ),
         ("int8", None, "manifest does not say why"),
     ],
 )

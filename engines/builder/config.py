@@ -51,8 +51,7 @@ def _level(flavor: Flavor, asked: str) -> Any:
     if not hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY"):
         raise BuildError(
             f"--hardware-compatible same needs TensorRT 10.9 or later, but the plan is built with {flavor.title}; "
-            f"leave the option out. Even without it, a plan of {flavor.title} runs on all GPUs with the same compute "
-            "capability"
+            "update TensorRT, or leave the option out"
         )
     return trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
 

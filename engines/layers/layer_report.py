@@ -168,7 +168,7 @@ class LayerReport:
             both = first.upper() if first == second else f"{first.upper()} then {second.upper()}"
             parts.append(f"accumulation {both if self.accumulation else 'unknown'}")
         if self.fp8_attentions:
-            parts.append(f"fused FP8 attentions {self._fp8_fused()} of {self.fp8_attentions}")
+            parts.append(f"{self._fp8_fused()} of {self.fp8_attentions} FP8 attentions are fused")
         if self.products:
             kinds = " and ".join(sorted({str(kernel.quantized) for kernel in self.quantized})) or "FP8 or INT8"
             parts.append(

@@ -121,7 +121,7 @@ def bound_lines(
     if not bounds:
         return []
     lines = [
-        "lower bound on latency, computed from published rates (neither measured nor a forecast)",
+        "lower bound on latency, computed from each GPU's published rates (neither a measurement nor a prediction)",
         f"  {'GPU':<20} {'minimum latency':>21} {'without L2 cache':>16}  compute-bound kernels",
     ]
     for one in bounds.values():

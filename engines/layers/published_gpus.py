@@ -149,8 +149,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         128,
         _tflops(1125, 2250, 4500, 4500),
         "GB200 data sheet. The rates are half of the published sparse rates, which hold at a clock of 1856 MHz. The "
-        "bandwidth of 8 TB/s is that of a GB200 (an HGX B200 has 7.7 TB/s). A highest clock of 1980 MHz is assumed, "
-        "but not confirmed",
+        "bandwidth of 8 TB/s is that of a GB200 (an HGX B200 has 7.7 TB/s). The maximum clock is assumed to be 1980 "
+        "MHz, which is not confirmed",
         r"B200",
         clock=1980 / 1856,
     ),
@@ -169,8 +169,9 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         204.8,
         4,
         _tflops(21.4, 42.7, None, 85.3),
-        "AGX Orin technical brief; the rates are half of the sparse rates of the GPU alone (without the DLAs). CUDA "
-        "reports the same name for every Orin module, but these rates only hold for the AGX Orin 64GB",
+        "AGX Orin technical brief; the rates are the dense rates of the GPU alone (without the DLAs), computed as "
+        "half of the sparse rates in the brief. They hold only for the AGX Orin 64GB, but CUDA reports the same name "
+        "for every Orin module",
         r"Orin",
     ),
     "thor": PublishedGpu(
@@ -189,8 +190,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         936.2,
         6,
         _tflops(35.6, 71.2, None, 284.7, 2),
-        "GA102 white paper, appendix A. A highest clock of 2100 MHz is assumed; the highest clock observed on this GPU "
-        "is 1980 MHz, and the published boost clock is 1695 MHz",
+        "GA102 white paper, appendix A. The maximum clock is assumed to be 2100 MHz; the highest clock observed on "
+        "this GPU is 1980 MHz, and the published boost clock is 1695 MHz",
         r"GeForce RTX 3090",
         clock=2100 / 1695,
     ),

@@ -91,7 +91,8 @@ class OrtFile:
                 again = export_again(self.path, target=f"onnxruntime-gpu-{numbers}", attention="auto", opset="auto")
                 raise RuntimeFileError(
                     f"{self.path}: ONNX Runtime {self._version} would compute {heavy} on the CPU instead of the GPU. "
-                    "Use device='cpu', update onnxruntime-gpu, or export the file for this version:"
+                    "To compute everything on the CPU, pass device='cpu'. To compute everything on the GPU, update "
+                    f"onnxruntime-gpu, or export the file again for ONNX Runtime {self._version}:"
                     f"\n{again}"
                 )
 
@@ -121,8 +122,8 @@ class OpenVinoFile:
         except RuntimeError as error:
             why = " ".join(str(error).split())[:300]
             raise RuntimeFileError(
-                f"{path}: OpenVINO {openvino.__version__} cannot load the file ({why}); use ONNX Runtime "
-                "instead: runtime='auto'"
+                f"{path}: OpenVINO {openvino.__version__} cannot load the file ({why}); pass "
+                "runtime='auto' to run it with ONNX Runtime instead"
             ) from None
 
     def run(self, image: Tensor, outputs: Mapping[str, Tensor]) -> None:

@@ -223,7 +223,7 @@ def _levels(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
             leaves = [module for module in inside if not [*module.children()] and not isinstance(module, known)]
             for module in leaves:
                 if not isinstance(module, nn.ModuleList) and not _is_gelu(module):
-                    yield f"{path} contains the exact GELU in the file, but {_named(module)} in the model"
+                    yield f"in {path}, the file has the exact GELU, but the model has {_named(module)}"
 
 
 def _rest(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:

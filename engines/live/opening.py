@@ -30,15 +30,15 @@ def open_file(
     if is_plan(path):
         if runtime != "auto" or simulated or (wanted is not None and wanted.type != "cuda"):
             raise EncoderError(
-                f"{path}: a plan only runs in TensorRT on a GPU; leave out device, runtime and simulated, or use the "
-                "ONNX file"
+                f"{path}: a plan only runs in TensorRT on a GPU; leave out the arguments device=, runtime= and "
+                "simulated=, or pass the ONNX file instead of the plan"
             )
         return open_plan(path, device=wanted)
     if runtime == "openvino":
         if simulated or (wanted is not None and wanted.type != "cpu"):
             raise EncoderError(
-                f"{path}: runtime='openvino' only works with device='cpu' and without simulated=True, because OpenVINO "
-                "cannot simulate rounding; change these two arguments, or leave out runtime='openvino'"
+                f"{path}: runtime='openvino' runs only on the CPU and cannot simulate rounding; pass device='cpu' and "
+                "leave out simulated=True, or leave out runtime='openvino'"
             )
         return OpenVinoFile(path)
     if simulated and wanted is not None and wanted.type != "cpu":

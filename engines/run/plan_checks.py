@@ -83,7 +83,7 @@ def read_header(plan: Path) -> bytes:
         raise SessionError(f"No such file: {plan}; {why}") from None
     except OSError as error:
         raise SessionError(
-            f"{plan}: the file cannot be read ({error.strerror}); expected a plan built with `neck-export trt`"
+            f"{plan}: the file cannot be read ({error.strerror}); pass a readable plan built with `neck-export trt`"
         ) from None
     if not header:
         raise SessionError(f"{plan}: the file is empty; build the plan again")
@@ -113,7 +113,8 @@ def check_version(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> No
     compatible = manifest["options"]["version_compatible"] is True
     if flavor.name == "tensorrt" and built != here and not (compatible and here > built):
         exact = "or later" if compatible else "exactly"
-        remedy = "" if compatible else ", and add --version-compatible if later versions must load it too"
+        add = ", and add --version-compatible if later TensorRT versions must load the plan too"
+        remedy = "" if compatible else add
         raise SessionError(
             f"{plan}: the plan needs TensorRT {version} {exact}, but {flavor.version} is installed; build the "
             f"plan again{remedy}"

@@ -233,8 +233,9 @@ class Session:
                 if not context.set_tensor_address(name, value.data_ptr()):
                     where = f"the address of {name} is {value.data_ptr():#x}"
                     raise SessionError(
-                        f"{self.plan}: {where}, which TensorRT does not accept ({self._failure}); expected "
-                        f"device memory at a multiple of {ALIGNMENT} bytes: pass a .clone() of the tensor"
+                        f"{self.plan}: {where}, which TensorRT does not accept ({self._failure}); the "
+                        f"address must be in device memory and a multiple of {ALIGNMENT} bytes; pass a .clone() of the "
+                        "tensor"
                     )
         return outputs
 

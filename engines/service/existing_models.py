@@ -22,8 +22,8 @@ def check_held(model: Path, config: Any, source: Source | None) -> None:
     if held is None:
         if any(model.iterdir()):
             raise TritonError(
-                f"{model}: the folder contains files, but no {CONFIG}, so neck-export did not write this model; "
-                f"{ELSEWHERE}"
+                f"{model}: the folder contains files, but no {CONFIG}, so it was not created by neck-export and "
+                f"is left unchanged; {ELSEWHERE}"
             )
         return
     check_contract(model, held, config)
@@ -41,8 +41,8 @@ def check_held(model: Path, config: Any, source: Source | None) -> None:
         different = [key for key in after if before[key] is not None and before[key] != after[key]]
         if different:
             raise TritonError(
-                f"{model}: the folder contains another model: its version {version} differs from {source.path} in "
-                f"{', '.join(different)}; {ELSEWHERE}"
+                f"{model}: the folder already contains another model, whose version {version} differs from "
+                f"{source.path} in {', '.join(different)}; {ELSEWHERE}"
             )
 
 

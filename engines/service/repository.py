@@ -207,8 +207,8 @@ def _cluster_files(
         )
     if container is None:
         raise TritonError(
-            f"{source.path}: neck-export knows no Triton container with TensorRT "
-            f"{source.manifest['tensorrt_version']} for the Kubernetes files; name a container with --container"
+            f"{source.path}: the Kubernetes files must name a Triton container, but neck-export knows none with "
+            f"TensorRT {source.manifest['tensorrt_version']}; name one with --container"
         )
     serving = Serving(
         model=options.name,

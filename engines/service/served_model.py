@@ -64,9 +64,9 @@ class Source:
         named = self.manifest.get("compute_capabilities")
         if not isinstance(named, list) or len(named) != 1 or not re.fullmatch(r"\d{1,2}\.\d", str(named[0])):
             raise TritonError(
-                f"{manifest_path(self.path)}: the manifest names the compute capabilities {named!r}, but it must name "
-                "exactly one (e.g. 8.9), so that Triton serves the plan only on GPUs with this compute capability; "
-                f"build {self.path.name} again"
+                f"{manifest_path(self.path)}: the manifest names the compute capabilities {named!r}, but Triton needs "
+                "exactly one (e.g. 8.9), because it serves the plan only on GPUs with this compute capability; build "
+                f"{self.path.name} again with `neck-export trt`"
             )
         return str(named[0])
 
@@ -80,7 +80,7 @@ def read_model(path: Path) -> Source:
     if path.is_dir() or not path.exists():
         found = "this is a folder" if path.is_dir() else "there is no such file"
         raise TritonError(
-            f"{path}: {found}; name a plan built with `neck-export trt` or an ONNX file written with `neck-export onnx`"
+            f"{path}: {found}; pass a plan built with `neck-export trt` or an ONNX file written with `neck-export onnx`"
         )
     kind: Literal["plan", "onnx"] = "onnx" if path.suffix == ".onnx" else "plan"
     where = manifest_path(path)
@@ -126,7 +126,8 @@ def verification_note(source: Source) -> str | None:
             )
     reason = str(checked.get("reason", "not verified: the manifest does not say why"))
     reason = reason if reason.startswith("not verified") else f"not verified: {reason}"
-    return f"{source.path.name} {reason}" + ("; its ONNX graph is verified" if graph.get("verified") else "")
+    graph_only = "; only the ONNX graph of this plan was verified" if graph.get("verified") else ""
+    return f"{source.path.name} {reason}{graph_only}"
 
 
 def choose_outputs(source: Source, asked: Sequence[str]) -> tuple[TensorSpec, ...]:

@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ca",
         type=Path,
-        help="PEM file with the certificates to trust for https (default: the file in SSL_CERT_FILE, or the system's)",
+        help=(
+            "PEM file with the certificates to trust for https (default: the file named in the environment variable "
+            "SSL_CERT_FILE, or else the certificates that the HTTP or gRPC library trusts)"
+        ),
     )
     parser.add_argument("--save", type=Path, help="write the features to this .npz file")
     try:

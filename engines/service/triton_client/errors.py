@@ -45,7 +45,7 @@ def told(url: str) -> Iterator[None]:
             )
             if any(words in str(error) for words in MALFORMED):
                 remedy = (
-                    "create the certificate again without this error, because Python 3.13 and later only accept "
+                    "create the certificate again without this fault, because Python 3.13 and later only accept "
                     "certificates that conform to RFC 5280"
                 )
             raise ClientError(f"{url}: the server's certificate is not trusted ({one_line(error)}); {remedy}") from None

@@ -73,7 +73,8 @@ void check_version(const std::filesystem::path& plan, const Manifest& manifest, 
         throw Error(plan.string() + ": the plan needs TensorRT " + manifest.tensorrt_version +
                     (compatible ? " or later" : " exactly") + ", but " + version +
                     " is installed; build the plan again" +
-                    (compatible ? "" : ", and add --version-compatible if later versions must load it too"));
+                    (compatible ? ""
+                                : ", and add --version-compatible if later TensorRT versions must load the plan too"));
     }
 }
 

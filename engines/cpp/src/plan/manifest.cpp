@@ -147,7 +147,7 @@ std::string read_header(const fs::path& plan) {
     } catch (const std::system_error& error) {
         if (error.code() != std::errc::no_such_file_or_directory) {
             throw Error(plan.string() + ": the file cannot be read (" + error.code().message() +
-                        "); expected a plan built with `neck-export trt`");
+                        "); pass a readable plan built with `neck-export trt`");
         }
         const std::string rejected = plan.string() + ".rejected";
         std::error_code ignored;
