@@ -633,8 +633,8 @@ def test_constant_features_are_drawn() -> None:
 @pytest.mark.parametrize(
     ("reference", "candidate", "message"),
     [
-        ({}, {}, r"can be drawn .* the outputs are: \(none\)"),
-        ({"sam3_pos_0": np.zeros((1, 4, 3, 3))}, {}, "can be drawn .* the outputs are: sam3_pos_0"),
+        ({}, {}, r"features can be drawn, .* the outputs are: \(none\)"),
+        ({"sam3_pos_0": np.zeros((1, 4, 3, 3))}, {}, "features can be drawn, .* the outputs are: sam3_pos_0"),
         ({"sam3_feat_0": np.zeros((1, 4, 3, 3))}, {}, "x: output sam3_feat_0 is missing, but"),
         (
             {"sam3_feat_0": np.zeros((1, 4, 3, 3))},

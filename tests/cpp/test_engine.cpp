@@ -79,7 +79,8 @@ void test_images_on_the_gpu(const std::string& plan) {
                  "bytes per row 17 (at least 3 per pixel)");
     expect_error([&] { engine.copy_in_rgb8(memory.get(), size, pitch, stream.get(), 4); },
                  "position in the batch 4 (0 to 3)");
-    expect_error([&] { engine.copy_in_rgb8(memory.get(), {0, 6}, pitch, stream.get()); }, "image height 0 (at least 1)");
+    expect_error([&] { engine.copy_in_rgb8(memory.get(), {0, 6}, pitch, stream.get()); },
+                 "image height 0 (at least 1)");
     setenv("STAND_IN_DEVICES", "2", 1);
     neck::check(cudaSetDevice(1), "test");
     const neck::DeviceMemory other = neck::allocate(pitch * 11, "test");
