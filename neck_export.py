@@ -266,7 +266,9 @@ def masks(asked: Callable[[], MasksOptions]) -> None:
         _fail(
             "\n".join(
                 [
-                    f"{options.file}: the masks of this encoder differ from those of the model's own encoder",
+                    f"{options.file}: the masks of this encoder differ from those of the model's own encoder. They are "
+                    f"accepted only if the mean IoU is at least {found['gate']:g} (--gate), both encoders find the "
+                    "same objects, and no output is NaN or infinite; try a file with higher precision",
                     *worst_lines(found),
                 ]
             ),
@@ -379,8 +381,8 @@ def inspect(
     check: Annotated[
         bool,
         Option(
-            "First check that an ONNX file and its weights are unchanged: compare their SHA-256 with the one in "
-            "the manifest.",
+            "First check that an ONNX file and its weights are unchanged: compare the SHA-256 of each file with the "
+            "value in the manifest.",
             shared.VERIFICATION,
             "--check",
         ),
@@ -499,7 +501,8 @@ def show_plan(result: PlanResult) -> None:
     graph = checked.get("onnx")
     if graph:
         typer.echo(
-            f"the ONNX graph of the plan is {'verified' if graph['verified'] else 'NOT verified'}: {graph['method']}"
+            f"the ONNX graph that the plan was built from is {'verified' if graph['verified'] else 'NOT verified'}: "
+            f"{graph['method']}"
         )
     if result.layers:
         typer.echo(result.layers.summary())

@@ -77,8 +77,8 @@ def check_options(options: BenchOptions) -> None:
             raise BenchError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
     if options.positions == "file":
         raise BenchError(
-            "--positions=file cannot be measured: with this value, the position encodings are written once, during the "
-            "export, and no inference call computes them; use --positions graph or none"
+            "--positions=file cannot be measured separately: the encoder does not compute the position encodings, "
+            "exactly as with none; use --positions graph or none"
         )
     chosen = [f"--{name.replace('_', '-')}" for name in SELECTION if getattr(options, name) is not None]
     if options.checkpoint is None and chosen:
@@ -88,7 +88,8 @@ def check_options(options: BenchOptions) -> None:
         )
     if options.plan and (not is_plan(options.plan) or read_layers(options.plan) is None):
         raise BenchError(
-            f"--plan {options.plan}: the file is not a plan with a layer report; build one with `neck-export trt`"
+            f"--plan {options.plan}: the file is not a TensorRT plan, or its layer report {options.plan}.layers.json "
+            "is missing; build the plan with `neck-export trt`, which also writes the layer report"
         )
     if options.export and options.config:
         raise BenchError(

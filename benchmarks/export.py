@@ -26,7 +26,7 @@ from export.contract.manifest import to_json
 PLAIN = "plain `torch.onnx.export`, FP32"
 OURS = "`neck-export onnx`, FP16, not verified"
 VERIFIED = "`neck-export onnx`, FP16, verified"
-PLAN = "`neck-export trt`, TensorRT-RTX plan of the verified file"
+PLAN = "`neck-export trt`, TensorRT-RTX plan built from the verified ONNX file"
 
 
 @dataclasses.dataclass(frozen=True)

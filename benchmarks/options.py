@@ -63,7 +63,8 @@ class BenchOptions:
     quick: Annotated[
         bool,
         Option(
-            "Measure only a small image size, few rounds and no sweeps, which takes minutes instead of hours.",
+            "Measure a few backends in few rounds, at one image size (a small one on a CPU) and one batch size. This "
+            "takes minutes instead of hours.",
             MEASURED,
             "--quick",
         ),
@@ -100,8 +101,8 @@ class BenchOptions:
     images: Annotated[
         Path | ImageFolder | None,
         IMAGES.but(
-            help="Use the images of this folder to compare the outputs of each backend with those of PyTorch, e.g. "
-            "photos. [default: the image that is part of neck-export]"
+            help="Use the images of this folder, e.g. photos, to compare the outputs of each backend with those of "
+            "PyTorch. [default: the image that is part of neck-export]"
         ),
     ] = None
     device: Annotated[

@@ -77,7 +77,7 @@ def test_what_trt_and_bench_say_of_it(tmp_path: Path) -> None:
     bare.rename(ours)
     with pytest.raises(BuildError, match=r"is already a plan; name the ONNX file"):
         read_source(ours, print)
-    with pytest.raises(BenchError, match=r"x\.plan: .*not a plan with a layer report"):
+    with pytest.raises(BenchError, match=r"x\.plan: .*its layer report .*x\.plan\.layers\.json is missing"):
         check_options(BenchOptions(tmp_path, plan=ours))
     layers_path(ours).write_text(json.dumps(LayerReport("builder log", (), 0).to_dict()))
     check_options(BenchOptions(tmp_path, plan=ours))  # the control

@@ -99,7 +99,7 @@ def test_the_answer_is_the_fastest_within_tolerance() -> None:
     assert answer.fastest_outside and answer.fastest_outside["backend"] == "openvino-bf16"
     assert [row["backend"] for row in answer.missing] == ["tensorrt-fp16", "compile-max"]
     sentence = answer_sentence(result, answer)
-    assert "PyTorch eager, plain, BF16: 26." in sentence and "0.26 (0.25 to 0.27)" in sentence
+    assert "PyTorch eager, plain, BF16. Its latency is p50 26." in sentence and "0.26 (0.25 to 0.27)" in sentence
 
 
 def test_a_row_that_leaves_tolerance_is_no_answer() -> None:
@@ -633,8 +633,8 @@ def test_constant_features_are_drawn() -> None:
 @pytest.mark.parametrize(
     ("reference", "candidate", "message"),
     [
-        ({}, {}, r"can be drawn .* the outputs are: \(none\)"),
-        ({"sam3_pos_0": np.zeros((1, 4, 3, 3))}, {}, "can be drawn .* the outputs are: sam3_pos_0"),
+        ({}, {}, r"features can be drawn, .* the outputs are: \(none\)"),
+        ({"sam3_pos_0": np.zeros((1, 4, 3, 3))}, {}, "features can be drawn, .* the outputs are: sam3_pos_0"),
         ({"sam3_feat_0": np.zeros((1, 4, 3, 3))}, {}, "x: output sam3_feat_0 is missing, but"),
         (
             {"sam3_feat_0": np.zeros((1, 4, 3, 3))},

@@ -158,7 +158,7 @@ def test_a_result_is_not_merged_with_itself() -> None:
 
 
 def test_a_merge_takes_two() -> None:
-    with pytest.raises(BenchError, match="two results"):
+    with pytest.raises(BenchError, match=r"--merge needs at least two report\.json files; number of files passed: 1"):
         merge_results([synthetic_result()])
 
 

@@ -198,8 +198,9 @@ def main() -> None:
         "--there",
         type=Path,
         default=THERE,
-        help="Make the GPU kit for the machine that this JSON file describes: its Python version, its platform and its "
-        "installed packages, which the kit leaves out. [default: benchmarks/gpu/there.json]",
+        help="Make the kit for the GPU machine that this JSON file describes. The file lists the machine's Python "
+        "version, its platform and its installed packages; the kit contains only packages that are not installed "
+        "there. [default: benchmarks/gpu/there.json]",
     )
     arguments = parser.parse_args()
     try:

@@ -52,7 +52,7 @@ def page_lines(
 
 def _machine(doctor: Mapping[str, Any], rates: Mapping[str, Any] | None) -> list[str]:
     if "environment" not in doctor:
-        return ["The machine is unknown, because the stage doctor, which examines the machine, did not finish."]
+        return ["The machine is unknown, because the stage `doctor`, which examines the machine, did not finish."]
     told = doctor["environment"]
     gpu, versions = told["gpu"], told["versions"]
     name = f"{gpu['name']}, driver {gpu['driver']}" if gpu else f"{told['processor']}, {told['cores']} cores, no GPU"

@@ -221,9 +221,9 @@ def main() -> None:
     if lacks := unmet(_json(asked.kit / "kit.json")["requirements"]):
         sys.exit(
             f"error: these packages are missing: {', '.join(lacks)}. They are neither installed in the Python "
-            f"environment of {sys.executable} nor contained in the GPU kit {asked.kit}. Remove them from "
-            "benchmarks/gpu/there.json, which may list only packages that are installed on the GPU machine, and run "
-            "`make gpu-kit` again"
+            f"environment of {sys.executable} nor contained in the GPU kit {asked.kit}. The kit leaves "
+            "out a package if benchmarks/gpu/there.json lists it as installed on the GPU machine: remove the missing "
+            "packages from that file and run `make gpu-kit` again"
         )
     if asked.fresh:
         for name in ("work", "session.json"):

@@ -108,8 +108,8 @@ def weights(asked: Asked) -> Found:
     if known is None or digest == known:
         return {"outcome": "done", "sha256": digest, "same": None if known is None else True}
     reason = (
-        f"the random weights have SHA-256 {digest[:12]} here, but {known[:12]} on other machines, so the errors "
-        "measured here cannot be compared with theirs; use the torch version of the other machines"
+        f"the random weights have SHA-256 {digest[:12]} on this machine, but {known[:12]} on the machines measured "
+        "before, so the errors cannot be compared; use the torch version that the reports of those machines name"
     )
     return {"outcome": "failed", "sha256": digest, "same": False, "reason": reason}
 
@@ -136,8 +136,8 @@ def points(asked: Asked, stage: Stage) -> Found:
     if name is None:
         return {
             "outcome": "unavailable",
-            "reason": "the other sizes and batches were not measured: this needs a measured backend that is within "
-            f"tolerance and is built in at most {QUICK_BUILD_S:g} s, but there is none",
+            "reason": "the other sizes and batches were not measured, because no measured backend is both within "
+            f"tolerance and built in at most {QUICK_BUILD_S:g} s",
         }
     found = _measured(asked.options(backends=(name,), timeout_s=stage.answer_s, **_sweeps(asked, name)))
     return {**found, "fastest": name}

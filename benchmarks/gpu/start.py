@@ -106,8 +106,8 @@ def install(kit: Path, output: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise KitError(
-            f"{site}: pip did not install the packages of the GPU kit into this folder within {INSTALL_SECONDS:g} s; "
-            "check whether the disk is full or slow, and try again"
+            f"{site}: pip did not install the packages of the GPU kit {kit} into this folder within "
+            f"{INSTALL_SECONDS:g} s; check whether the disk is full or slow, and try again"
         ) from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]

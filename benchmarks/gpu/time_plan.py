@@ -57,7 +57,7 @@ def plan(device: Device) -> tuple[Stage, ...]:
         Stage("cpp", "test the C++ library on real CUDA, with a fake TensorRT", 0.7, 1.6, 8),
         Stage(
             "session",
-            "test the Python sessions, pool, CUDA graphs and DLPack on real CUDA, with a fake TensorRT",
+            "test the Python sessions, the session pool, CUDA graphs and DLPack on real CUDA, with a fake TensorRT",
             0.3,
             1.0,
             9,

@@ -48,8 +48,8 @@ class Prompts:
     points: Annotated[
         tuple[tuple[float, ...], ...],
         Option(
-            "Segment the object at this point of every image, X,Y as fractions of width and height, e.g. 0.5,0.4; "
-            "the option can be repeated. [default: no point]",
+            "In every image, segment the object at this point: X,Y as fractions of the image's width and height, e.g. "
+            "0.5,0.4; the option can be repeated. [default: no point]",
             PROMPTS,
             read=list[str],
             parse=functools.partial(parse_places, 2),
@@ -58,8 +58,8 @@ class Prompts:
     boxes: Annotated[
         tuple[tuple[float, ...], ...],
         Option(
-            "Segment the object in this box of every image, X0,Y0,X1,Y1 as fractions of width and height, e.g. "
-            "0.1,0.2,0.6,0.9; the option can be repeated. [default: no box]",
+            "In every image, segment the object in this box: X0,Y0,X1,Y1 as fractions of the image's width and height, "
+            "e.g. 0.1,0.2,0.6,0.9; the option can be repeated. [default: no box]",
             PROMPTS,
             read=list[str],
             parse=functools.partial(parse_places, 4),
@@ -150,8 +150,8 @@ class MasksOptions:
     save: Annotated[
         Path | None,
         Option(
-            "Save images that show the masks of both encoders, and where the masks differ, to this folder, e.g. "
-            "mask-images. [default: no images are saved]",
+            "Save images that show the masks of the model's own encoder and of the exported encoder, and where these "
+            "masks differ, to this folder, e.g. mask-images. [default: no images are saved]",
             FILES,
         ),
     ] = None

@@ -226,8 +226,8 @@ def _ort_lacks(backend: Backend, facts: Mapping[str, Any]) -> str | None:
         return f"the installed onnxruntime does not contain {backend.provider}; run pip install onnxruntime-gpu"
     if backend.device == "cpu" and backend.precision != "fp32":
         return (
-            f"ONNX Runtime's CPU provider computes {NAMES[backend.precision]} files in FP32, so it would not measure "
-            f"{NAMES[backend.precision]}"
+            f"ONNX Runtime's CPU provider computes {NAMES[backend.precision]} files in FP32, so this backend would "
+            f"measure FP32 instead of {NAMES[backend.precision]}"
         )
     return None
 

@@ -136,7 +136,9 @@ class Rounds:
                     return
                 others = [one for one in self._loaded if one != name]
                 if error.memory and others and attempt == "shared":
-                    self.report(f"{name}: {error}; the other backends are unloaded, and {name} is measured again")
+                    self.report(
+                        f"{name}: {error}; unloading the other backends to free memory, then measuring {name} again"
+                    )
                     for other in others:
                         self._unload(other)
                     continue

@@ -171,7 +171,7 @@ class Run:
                     f"same command again, which keeps the finished measurements and continues with the rest"
                 )
             else:
-                reason = f"the exported file for this backend cannot be made: {job}"
+                reason = f"the file for this backend cannot be exported: {job}"
                 self.samples.add("failed", point=point.name, backend=name, status="failed", reason=reason)
         return found
 

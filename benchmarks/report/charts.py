@@ -275,7 +275,7 @@ def roofline_plot(result: Result, machine: dict[str, Any]) -> Chart | None:
     up = Scale(*log_range([*rates, *peaks.values()]), BOTTOM, TOP, True)
     plot = Plot(label, across, up)
     plot.axes(
-        "FLOP per byte of minimum memory traffic, log scale",
+        "Arithmetic intensity (FLOP per byte), log scale",
         "FLOP per second, log scale",
         {tick: tick_name(tick) for tick in across.ticks(5)},
         {tick: scaled(tick, "").replace(".00", "").replace(".0 ", " ").strip() for tick in up.ticks(8)},

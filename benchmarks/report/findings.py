@@ -231,15 +231,15 @@ def label_of(result: Result, backend: str) -> str:
 
 
 def answer_sentence(result: Result, answer: Answer) -> str:
-    """The answer in one sentence or two, for Markdown, the page's description and the screen."""
+    """The answer in two sentences, for Markdown, the page's description and the screen."""
     best, size = answer.best, size_name(result["encoder"]["image_size"], result["encoder"]["batch"])
     if best is None:
         return f"On {answer.machine['name']}, no backend within tolerance was measured at {size}."
     latency = best["latency"]
     text = (
-        f"On {answer.machine['name']}, the fastest backend within tolerance at {size} is {best['label']}: "
-        f"{milliseconds(latency['p50_ms'])} (p50; p90 {milliseconds(latency['p90_ms'])}, p99 "
-        f"{milliseconds(latency['p99_ms'])}; {latency['runs']} runs); the worst relative L2 is "
+        f"On {answer.machine['name']}, the fastest backend within tolerance at {size} is {best['label']}. "
+        f"Its latency is p50 {milliseconds(latency['p50_ms'])}, p90 {milliseconds(latency['p90_ms'])}, p99 "
+        f"{milliseconds(latency['p99_ms'])} ({latency['runs']} runs); the largest relative L2 error of its outputs is "
         f"{error_figure(worst_error(best))}"
     )
     if best.get("ratio"):

@@ -56,8 +56,8 @@ def method(result: Result) -> list[str]:
         *lines,
         "A ratio is computed for each round; the report shows the median and, in parentheses, the lowest and "
         "highest ratio.",
-        "Each error is that of an output compared with the same output of the encoder without graph rewrites, computed "
-        "by PyTorch in FP32. The sums in the formulas of the errors are accumulated in float64.",
+        "For each error, an output is compared with its reference: the same output, computed by PyTorch in FP32 with "
+        "the encoder without graph rewrites. The sums in the formulas of the errors are accumulated in float64.",
         "The floor is a lower bound on latency. It is the larger of two durations: the number of operations divided "
         "by the measured matrix multiplication rate, and the minimum memory traffic divided by the measured copy "
         "rate. A multiply-add counts as 2 operations.",

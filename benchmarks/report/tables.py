@@ -81,13 +81,13 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
     )
     size = size_name(result["encoder"]["image_size"], result["encoder"]["batch"])
     caption = (
-        f"All measured backends at {size}. The relative L2 error is the largest of all outputs. The floor is the "
-        "lowest latency that is possible with the matrix multiplication and copy rates measured on this machine"
+        f"All measured backends at {size}. The relative L2 error is that of the output with the largest error. The "
+        "floor is the lowest possible latency, given the matrix multiplication and copy rates measured on this machine"
     )
     if reference:
         caption += (
-            f"; the ratio is the latency divided by that of {reference}, as the median of all rounds with the lowest "
-            f"and highest in parentheses"
+            f"; the ratio is the latency divided by the latency of {reference}: the median of all rounds, and in "
+            "parentheses the lowest and the highest ratio"
         )
     if bounded:
         caption += "; the lower bound on a plan's latency follows from the published rates of the GPU"
@@ -141,8 +141,8 @@ def plain_table(result: Result, machine: dict[str, Any]) -> Table | None:
         if row.get("ratio_to_plain")
     )
     caption = (
-        "Latency with the graph rewrites of neck-export divided by the latency without them (plain), as the median of "
-        "all rounds with the lowest and highest in parentheses"
+        "Latency with the graph rewrites of neck-export, divided by the latency without them (column Plain). Each "
+        "ratio is the median of all rounds, followed by the lowest and highest ratio in parentheses"
     )
     return Table(caption, ("Backend", "Plain", "Ratio"), rows, (0, 1)) if rows else None
 
@@ -237,8 +237,8 @@ def masks_table(masks: list[dict[str, Any]] | None) -> Table | None:
     )
     warned = tuple(index for index, one in enumerate(masks or []) if not one["passed"])
     caption = (
-        "The masks of the whole model with the exported encoder of each file, compared with the masks of the model "
-        "with its original encoder (`neck-export masks`)"
+        "Masks of the whole model when its encoder is replaced by each exported file, compared with the masks when it "
+        "uses its original encoder (`neck-export masks`)"
     )
     return Table(caption, head, rows, (0, 1, 7, 8), warned) if rows else None
 

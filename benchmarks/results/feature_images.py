@@ -49,8 +49,8 @@ def feature_images(
     names = [name for name in reference if "_pos_" not in name]
     if not names:
         raise BenchError(
-            f"none of the outputs can be drawn as an image of features; the outputs are: "
-            f"{', '.join(reference) or '(none)'}"
+            "no image of the features can be drawn, because none of the outputs contains features (position encodings "
+            f"are not drawn); the outputs are: {', '.join(reference) or '(none)'}"
         )
     levels = []
     for name in names:

@@ -136,8 +136,8 @@ class BuildOptions:
         Literal["none", "ampere+", "same"],
         Option(
             "Choose the GPUs that can load the plan: none (only GPUs of the same model as the GPU that builds the "
-            "plan), ampere+ (compute capability 8.0 and later), or same (GPUs with the same compute capability). Only "
-            "TensorRT supports this option.",
+            "plan), ampere+ (compute capability 8.0 and later), or same (GPUs with the same compute capability). For "
+            "TensorRT-RTX (--flavor rtx), use --compute-capability instead.",
             TARGET,
         ),
     ] = "none"
@@ -241,10 +241,11 @@ class PlanOptions:
     attention: Annotated[
         AttentionForm,
         ATTENTION.but(
-            help="Choose how attention is computed. If attention runs in FP16, fp32acc accumulates its matrix "
-            "multiplications in FP32, fused accumulates them in FP16, and unfused computes the scores in FP32 with "
-            "separate, slower kernels. auto uses the value with which the ONNX file was exported. If that value was "
-            "also auto, or if the ONNX file is in FP32, auto chooses a value that the installed TensorRT can build."
+            help="Choose how attention is computed. In FP16, fp32acc accumulates the matrix multiplications of "
+            "attention in FP32, fused accumulates them in FP16, and unfused computes the scores in FP32 with separate, "
+            "slower kernels. In BF16, the matrix multiplications accumulate in FP32 with every value. auto uses the "
+            "--attention value of the ONNX export. If the export used auto too, or if the ONNX file is in FP32, this "
+            "command chooses a value that the installed TensorRT can build."
         ),
     ] = "auto"
     spelling: Spelling | None = None

@@ -79,8 +79,8 @@ class RepositoryOptions:
     ensemble: Annotated[
         bool,
         Option(
-            "Add a second model, e.g. sam3-encoder-images, that accepts the bytes of a JPEG or PNG file and decodes "
-            "and resizes the image in Triton.",
+            "Add a second model that accepts the bytes of a JPEG or PNG file, and decodes and resizes the image in "
+            "Triton. Its name is the value of --name followed by -images, e.g. sam3-encoder-images.",
             SERVING,
         ),
     ] = False

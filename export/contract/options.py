@@ -167,8 +167,8 @@ IMAGE_SIZE = Option(
 )
 NECKS = Option(
     "Include these necks, each with its own feature pyramid. Write neck names separated by commas, e.g. sam3,sam2, or "
-    "one of the words auto (sam3, or the checkpoint's only neck), both (sam3 and sam2) and all (every neck of the "
-    "checkpoint). SAM 3.1 has the necks sam3, interactive and propagation.",
+    "one of the words auto (sam3, or the checkpoint's only neck), both (sam3 and sam2; not for SAM 3.1) and all "
+    "(every neck of the checkpoint). SAM 3.1 has the necks sam3, interactive and propagation.",
     TENSORS,
     name="neck",
 )
@@ -179,15 +179,15 @@ LEVELS = Option(
 )
 SAM2_OUTPUTS = Option(
     "Choose what the sam2 neck returns: features (its feature pyramid), or head (the three inputs of SAM 2's mask "
-    "decoder: sam2_high_res_0, sam2_high_res_1 and sam2_feat_2; the encoder then includes the decoder's "
-    "convolutions conv_s0 and conv_s1).",
+    "decoder, sam2_high_res_0, sam2_high_res_1 and sam2_feat_2). With head, the encoder also contains the decoder's "
+    "convolutions conv_s0 and conv_s1.",
     TENSORS,
 )
 ATTENTION = Option(
-    "Choose how attention is computed. If attention runs in FP16, fp32acc accumulates its matrix multiplications in "
-    "FP32, fused accumulates them in FP16, and unfused computes the scores in FP32 with separate, slower kernels. If "
-    "attention runs in FP32 or BF16, its matrix multiplications always accumulate in FP32. auto chooses fp32acc if "
-    "--precision is fp16, fp8 or int8, and fused if --precision is fp32 or bf16.",
+    "Choose how attention is computed. In FP16, fp32acc accumulates the matrix multiplications of attention in FP32, "
+    "fused accumulates them in FP16, and unfused computes the scores in FP32 with separate, slower kernels. In FP32 "
+    "and BF16, the matrix multiplications accumulate in FP32 with every value. auto means fp32acc if --precision is "
+    "fp16, fp8 or int8, and fused if --precision is fp32 or bf16.",
     PRECISION,
     read=str,
     default="auto",
@@ -225,9 +225,10 @@ RANGE = Option(
     default=None,
 )
 IMAGES = Option(
-    "Verify with the first images in this folder, e.g. photos. If the batch size is fixed, the number of images is the "
-    "batch size; if it is dynamic, the number is 2, or the minimum batch size if that is larger. An export to fp8 or "
-    "int8 is also calibrated with images from this folder. [default: the image that is part of neck-export]",
+    "Compare the outputs with those of PyTorch for the first images in this folder, e.g. photos. The number of images "
+    "is the batch size if that is fixed; otherwise it is 2, or the minimum batch size if that is larger. The commands "
+    "that export to fp8 or int8 also calibrate with images from this folder. [default: the image that is part of "
+    "neck-export]",
     VERIFICATION,
     read=Path,
     parse=parse_images,
@@ -399,7 +400,7 @@ class ExportOptions:
     output_precision: Annotated[
         OutputPrecision | None,
         Option(
-            "Return the file's outputs in this type, e.g. fp32. [default: the type of --precision, or fp16 if "
+            "Set the type of the exported encoder's outputs, e.g. fp32. [default: the type of --precision, or fp16 if "
             "--precision is fp8 or int8]",
             TENSORS,
             name="output-dtype",
@@ -456,8 +457,8 @@ class BisectOptions:
     file: Annotated[
         Path,
         Option(
-            "Examine this file: an ONNX file in FP16 or BF16, or a TensorRT plan. If the export rejected the file, "
-            "first export it again with --no-verify.",
+            "Find where the error of this file arises: an ONNX file in FP16 or BF16, or a TensorRT plan. If the export "
+            "wrote no ONNX file because the verification failed, first repeat the export with --no-verify.",
             argument=True,
         ),
     ]
@@ -490,8 +491,8 @@ class VerifyOptions:
         bool,
         Option(
             "If the ONNX file was written by another exporter and passes verification, write a manifest for it, so "
-            "that the trt, triton and masks commands accept the file. If the inputs or outputs of the file differ from "
-            "those of neck-export, also write an adapted copy beside the file, e.g. model.neck.onnx for model.onnx.",
+            "that the trt, triton and masks commands accept the file. If its inputs or outputs differ from those of a "
+            "file that neck-export writes, also write an adapted copy beside it, e.g. model.neck.onnx for model.onnx.",
             VERIFICATION,
         ),
     ] = False

@@ -212,8 +212,8 @@ void Http::take_credentials() {
     const std::size_t query = url_.find_first_of("?#@", host);  // a token may stand there: it is not shown
     if (query != std::string::npos || !plain(url_)) {
         throw Error(one_line(url_.substr(0, query)) +
-                    ": the server address contains a query or characters that are not allowed; pass an address such as "
-                    "localhost:8000, and pass credentials as options");
+                    ": the server address contains a character that is not allowed, e.g. ?, # or @; pass an address "
+                    "such as localhost:8000, and pass a user name, password or token as options");
     }
     const std::size_t colon = credentials.find(':');
     if (options_.username.empty() && !credentials.empty()) {

@@ -32,7 +32,7 @@ void Engine::Impl::check_batch(const std::string& got, std::int64_t batch) const
 
 void Engine::Impl::wait_before(cudaStream_t stream) {
     check(cudaStreamWaitEvent(stream, done_.get(), 0),
-          plan_ + ": making the CUDA stream wait for the previous run failed");
+          plan_ + ": the CUDA stream could not be made to wait for the previous run");
 }
 
 void Engine::Impl::mark_after(cudaStream_t stream) {
@@ -60,10 +60,10 @@ Fit Engine::Impl::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch,
     if (size.height < 1 || size.width < 1 || pitch < static_cast<std::size_t>(size.width) * 3 || entry < 0 ||
         entry >= largest_batch_) {
         throw Error(plan_ + ": the image cannot be copied to the batch, because one of these values is outside its "
-                    "limits: the image has " + std::to_string(size.height) + " x " + std::to_string(size.width) +
-                    " pixels (at least 1 x 1), each of its rows has " + std::to_string(pitch) +
-                    " bytes (at least 3 per pixel), and its position in the batch is " + std::to_string(entry) +
-                    " (0 to " + std::to_string(largest_batch_ - 1) + ")");
+                    "limits: image height " + std::to_string(size.height) + " (at least 1), image width " +
+                    std::to_string(size.width) + " (at least 1), bytes per row " + std::to_string(pitch) +
+                    " (at least 3 per pixel), position in the batch " + std::to_string(entry) + " (0 to " +
+                    std::to_string(largest_batch_ - 1) + ")");
     }
     const DeviceGuard guard(options_.device, plan_);
     check_device_memory(pixels, options_.device, plan_, "the image");
@@ -122,7 +122,7 @@ Prepared& Engine::Impl::captured(std::int64_t batch) {
         run(*prepared.context, stream);
     }
     check(cudaStreamSynchronize(stream),
-          plan_ + ": running the plan on the GPU before the capture of a CUDA graph failed");
+          plan_ + ": the runs on the GPU that precede the capture of a CUDA graph failed");
     const auto succeed = [&](cudaError_t code) {
         if (code != cudaSuccess) {
             cudaGetLastError();
@@ -160,7 +160,7 @@ void Engine::Impl::enqueue(std::int64_t batch, cudaStream_t stream, const void* 
     } else if (image != input_.get() && (prepared || reinterpret_cast<std::uintptr_t>(image) % alignment != 0)) {
         const std::size_t bytes = bytes_of(input().type, input().at(batch));
         check(cudaMemcpyAsync(input_.get(), image, bytes, cudaMemcpyDeviceToDevice, stream),
-              plan_ + ": copying the input on the GPU failed");
+              plan_ + ": copying the input from one GPU buffer to another failed");
         image = input_.get();
     }
     if (prepared) {

@@ -20,7 +20,7 @@ void check(cudaError_t code, const std::string& failure) {
 void check_device_memory(const void* address, int device, const std::string& plan, const std::string& name) {
     cudaPointerAttributes found{};
     check(cudaPointerGetAttributes(&found, address),
-          plan + ": finding out whether the memory for " + name + " is on the host or on a GPU failed");
+          plan + ": CUDA could not tell whether the memory for " + name + " is on the host or on a GPU");
     const bool on_device = found.type == cudaMemoryTypeDevice || found.type == cudaMemoryTypeManaged;
     if (!on_device || (found.type == cudaMemoryTypeDevice && found.device != device)) {
         throw Error(plan + ": the memory for " + name + " is " +

@@ -127,8 +127,9 @@ std::vector<float> Tensor::to_floats() const {
 
 Tensor Tensor::slice(std::int64_t first, std::int64_t count) const {
     if (shape.empty() || first < 0 || count < 1 || first > shape[0] - count) {
-        throw Error("tensor " + repr(name) + " is " + describe() + ", so its batch has no entries " +
-                    std::to_string(first) + " to " + std::to_string(first + count - 1));
+        throw Error("tensor " + repr(name) + " is " + describe() + ", and its first dimension is the "
+                    "batch, so entries " + std::to_string(first) + " to " + std::to_string(first + count - 1) +
+                    " (counted from 0) do not exist; request only existing entries");
     }
     return guarded(name, [&] {
         check();
