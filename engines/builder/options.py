@@ -23,8 +23,8 @@ from export.contract.options import (
     UPSAMPLING,
     VERIFICATION,
     AttentionForm,
+    CalibrationImages,
     FileCheckpoint,
-    Images,
     Precision,
     QuantizeOptions,
     Residual,
@@ -263,7 +263,7 @@ class PlanOptions:
             VERIFICATION,
         ),
     ] = True
-    images: Images = None
+    images: CalibrationImages = None
     tolerances: Tolerances = dataclasses.field(default_factory=dict)
     checkpoint: FileCheckpoint = None
     adapter: Annotated[

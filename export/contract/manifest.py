@@ -144,6 +144,10 @@ def record_in_manifest(path: Path, content: dict[str, Any], notes: list[str]) ->
     notes.append(f"{path}: the manifest was not updated ({why})")
 
 
+AGAIN = {"onnx": "export the ONNX file again", "plan": "build the plan again"}
+"""What makes a manifest and its files anew, by the manifest's kind."""
+
+
 def read_manifest(path: Path, kind: str) -> dict[str, Any]:
     """Reads a manifest.
 
@@ -155,23 +159,20 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ManifestError(
             f"{path}: the manifest is missing; neck-export writes one beside each ONNX file and plan, so copy the "
-            "manifest to this path, export the ONNX file again, or build the plan again"
+            f"manifest to this path, or {AGAIN[kind]}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         if path.is_file() and (pointer := lfs_pointer(path)):
             raise ManifestError(pointer) from None
-        raise ManifestError(
-            f"{path}: the manifest cannot be read ({error}); export the ONNX file or build the plan again"
-        ) from None
+        raise ManifestError(f"{path}: the manifest cannot be read ({error}); {AGAIN[kind]}") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise ManifestError(
-            f"{path}: this is not a neck-export manifest of type '{kind}'; to write a new manifest, export the ONNX "
-            "file again (type 'onnx') or build the plan again (type 'plan')"
+            f"{path}: this is not a neck-export manifest of type '{kind}'; to write a new manifest, {AGAIN[kind]}"
         )
     if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
         raise ManifestError(
             f"{path}: the manifest has format {content.get('format')}, but this version of neck-export reads format "
-            f"{FORMAT}; upgrade neck-export, or use this version to export the ONNX file or build the plan again"
+            f"{FORMAT}; upgrade neck-export, or {AGAIN[kind]} with this version"
         )
     files = content.get("files")
     wanted = {"name": str, "bytes": int, "sha256": str}
@@ -180,10 +181,7 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         for entry in files
     )
     if not named:
-        raise ManifestError(
-            f"{path}: the manifest does not list its files with their sizes and SHA-256; export the ONNX file or "
-            "build the plan again"
-        )
+        raise ManifestError(f"{path}: the manifest does not list its files with their sizes and SHA-256; {AGAIN[kind]}")
     return content
 
 
@@ -206,11 +204,12 @@ def check_files(path: Path, manifest: dict[str, Any], hashes: bool = True) -> No
     Raises:
         ManifestError: a file that is missing, changed, or named outside the manifest's folder.
     """
+    again = AGAIN[manifest["kind"]]
     for entry in manifest["files"]:
         if Path(entry["name"]).name != entry["name"]:
             raise ManifestError(
                 f"{path}: the manifest names the path {entry['name']!r}, which is outside the manifest's "
-                "folder; export the ONNX file or build the plan again"
+                f"folder; {again}"
             )
         file = path.with_name(entry["name"])
         if not file.is_file() and (names := _renamed(path, manifest)):
@@ -221,19 +220,19 @@ def check_files(path: Path, manifest: dict[str, Any], hashes: bool = True) -> No
         if not file.is_file():
             raise ManifestError(
                 f"{file}: the file is missing, but the manifest {path.name} lists it; copy the file to this "
-                "path, or create it again (export the ONNX file, or build the plan)"
+                f"path, or {again}"
             )
         if file.stat().st_size != entry["bytes"] and (pointer := lfs_pointer(file)):
             raise ManifestError(pointer)
         if file.stat().st_size != entry["bytes"]:
             raise ManifestError(
                 f"{file}: the file has {file.stat().st_size} bytes, but its manifest says {entry['bytes']} "
-                "bytes; copy the file again, export the ONNX file again, or build the plan again"
+                f"bytes; copy the file again, or {again}"
             )
         if hashes and sha256(file) != entry["sha256"]:
             raise ManifestError(
                 f"{file}: the file was changed after its manifest {path.name} was written; copy the file again, "
-                "export the ONNX file again, or build the plan again"
+                f"or {again}"
             )
 
 

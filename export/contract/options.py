@@ -224,11 +224,13 @@ RANGE = Option(
     read=str,
     default=None,
 )
+IMAGES_HELP = (
+    "Compare the outputs with those of PyTorch for the first images in this folder, e.g. photos: as many as a fixed "
+    "batch size, or 2 for a dynamic batch (more if its minimum is larger). "
+)
+IMAGES_DEFAULT = "[default: the image that is part of neck-export]"
 IMAGES = Option(
-    "Compare the outputs with those of PyTorch for the first images in this folder, e.g. photos. The number of images "
-    "is the batch size if that is fixed; otherwise it is 2, or the minimum batch size if that is larger. The commands "
-    "that export to fp8 or int8 also calibrate with images from this folder. [default: the image that is part of "
-    "neck-export]",
+    IMAGES_HELP + IMAGES_DEFAULT,
     VERIFICATION,
     read=Path,
     parse=parse_images,
@@ -262,6 +264,10 @@ DEVICE = Option(
 )
 
 Images = Annotated["Path | ImageFolder | None", IMAGES]
+CALIBRATION_HELP = "The precisions fp8 and int8 also calibrate with images from this folder. "
+CalibrationImages = Annotated[
+    "Path | ImageFolder | None", IMAGES.but(help=IMAGES_HELP + CALIBRATION_HELP + IMAGES_DEFAULT)
+]
 Tolerances = Annotated[Mapping[str, float], TOLERANCES]
 FileCheckpoint = Annotated[Path | None, FILE_CHECKPOINT]
 FileAdapter = Annotated[Path | None, FILE_ADAPTER]
@@ -440,7 +446,7 @@ class ExportOptions:
             VERIFICATION,
         ),
     ] = True
-    images: Images = None
+    images: CalibrationImages = None
     tolerances: Tolerances = dataclasses.field(default_factory=dict)
 
     @property

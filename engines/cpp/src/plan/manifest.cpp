@@ -54,10 +54,10 @@ std::string read_text(const fs::path& path) {
         if (error.code() == std::errc::no_such_file_or_directory) {
             throw Error(path.string() +
                         ": the manifest is missing; neck-export writes one beside each ONNX file and plan, so copy the "
-                        "manifest to this path, export the ONNX file again, or build the plan again");
+                        "manifest to this path, or build the plan again");
         }
         throw Error(path.string() + ": the manifest cannot be read (" + error.code().message() +
-                    "); export the ONNX file or build the plan again");
+                    "); build the plan again");
     }
 }
 
@@ -66,12 +66,12 @@ Json parse(const fs::path& path) {
     try {
         content = parse_json_or_say(read_text(path));
     } catch (const Fault& fault) {
-        throw Error(path.string() + ": the manifest cannot be read (" + fault.why + "); export the ONNX file or build "
-                    "the plan again");
+        throw Error(path.string() + ": the manifest cannot be read (" + fault.why + "); build the plan again");
     }
     if (text_or_empty(content, "kind") != "plan") {
-        throw Error(path.string() + ": this is not a neck-export manifest of type 'plan'; to write a new manifest, "
-                    "export the ONNX file again (type 'onnx') or build the plan again (type 'plan')");
+        throw Error(path.string() +
+                    ": this is not a neck-export manifest of type 'plan'; to write a new manifest, "
+                    "build the plan again");
     }
     const auto format_found = content.find("format");
     const bool known = format_found != content.end() && format_found->is_number_integer();
@@ -79,8 +79,8 @@ Json parse(const fs::path& path) {
         const std::string got = format_found == content.end() ? "None" : one_line(dump_json(*format_found));
         throw Error(path.string() + ": the manifest has format " + got + ", but this version of neck-export reads "
                     "format " +
-                    std::to_string(format_here) + "; upgrade neck-export, or use this version to export the ONNX file "
-                    "or build the plan again");
+                    std::to_string(format_here) +
+                    "; upgrade neck-export, or build the plan again with this version");
     }
     return content;
 }
@@ -97,33 +97,31 @@ std::vector<Manifest::File> read_files(const fs::path& path, const Json& content
         }
         return files;
     } catch (const Fault&) {
-        throw Error(path.string() + ": the manifest does not list its files with their sizes and SHA-256; export the "
-                    "ONNX file or build the plan again");
+        throw Error(path.string() + ": the manifest does not list its files with their sizes and SHA-256; "
+                    "build the plan again");
     }
 }
 
 void check_file(const fs::path& manifest, const Manifest::File& entry, bool hashes) {
     if (entry.name.empty() || entry.name.find('/') != std::string::npos || entry.name.find('\0') != std::string::npos) {
         throw Error(manifest.string() + ": the manifest names the path " + repr(entry.name) +
-                    ", which is outside the manifest's folder; export the ONNX file or build the plan again");
+                    ", which is outside the manifest's folder; build the plan again");
     }
     const fs::path path = fs::path(manifest).replace_filename(entry.name);
     std::error_code error;
     if (!fs::is_regular_file(path, error)) {
         throw Error(path.string() + ": the file is missing, but the manifest " + manifest.filename().string() +
-                    " lists it; copy the file to this path, or create it again (export the ONNX file, or build the "
-                    "plan)");
+                    " lists it; copy the file to this path, or build the plan again");
     }
     const auto changed = [&] {
         return Error(path.string() + ": the file was changed after its manifest " + manifest.filename().string() +
-                     " was written; copy the file again, export the ONNX file again, or build the plan again");
+                     " was written; copy the file again, or build the plan again");
     };
     try {
         const std::size_t bytes = OpenFile(path).size();
         if (bytes != static_cast<std::uint64_t>(entry.bytes)) {
             throw Error(path.string() + ": the file has " + std::to_string(bytes) + " bytes, but its manifest says " +
-                        std::to_string(entry.bytes) + " bytes; copy the file again, export the ONNX file again, or "
-                        "build the plan again");
+                        std::to_string(entry.bytes) + " bytes; copy the file again, or build the plan again");
         }
         if (hashes && sha256_of_file(path) != entry.sha256) {
             throw changed();
@@ -131,7 +129,8 @@ void check_file(const fs::path& manifest, const Manifest::File& entry, bool hash
     } catch (const OpenFile::Ended&) {
         throw changed();
     } catch (const std::system_error& failed) {
-        throw Error(path.string() + ": the file cannot be read (" + failed.code().message() + "); check its permissions");
+        throw Error(path.string() + ": the file cannot be read (" + failed.code().message() +
+                    "); check its permissions");
     }
 }
 
