@@ -321,7 +321,7 @@ def test_kept_modules_are_not_quantized() -> None:
 
 
 def test_what_cannot_be_lowered_is_refused() -> None:
-    with pytest.raises(ExportError, match="a file in int8 needs"):
+    with pytest.raises(ExportError, match="the precision int8 requires"):
         quantized("int8")
     with pytest.raises(
         ExportError, match=r"matches none of the 16 linear layers, whose names are trunk.blocks.0.attn.qkv"
