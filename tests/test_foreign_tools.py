@@ -118,7 +118,8 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["meta", pytest.param("ultralytics", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["meta", "ultralytics"])
 def test_plain_export_of_a_package(family: str, family_folder: Path) -> None:
     """torch.onnx.export of Meta's and Ultralytics' own modules."""
     quiet = {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_CONFIG_DIR": str(family_folder)}
