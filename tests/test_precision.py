@@ -17,7 +17,7 @@ from conftest import NEWEST_OPSET, Save, load_golden, open_onnx, run_onnx, trace
 from torch import Tensor
 
 from export.contract.errors import ExportError
-from export.graph.cleanup import MODULE
+from export.graph.cleanup import INPUT, MODULE
 from export.lowering.attention import find_attentions
 from export.lowering.precision import converted_weight, lower
 from export.verification.rounding_simulation import simulate
@@ -106,6 +106,15 @@ def test_what_computes_in_fp32(precision: str) -> None:
     turns = [node for node in made.graph if module_of(node).endswith(".rope") and node.op_type in ("Mul", "Add", "Sub")]
     assert len(turns) == 4 * 6
     assert all(types(node) == {ir.DataType.FLOAT} for node in turns)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_pixels_are_normalized_in_fp32(precision: Any) -> None:
+    golden = load_golden("meta-dual")
+    made = traced(golden.encoder, golden.config, input_kind="uint8").model
+    lower(made, precision)
+    scaled = [node for node in made.graph if module_of(node) == INPUT and node.op_type in ("Mul", "Add", "Sub", "Div")]
+    assert scaled and all(types(node) == {ir.DataType.FLOAT} for node in scaled)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
