@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument(
         "--all",
         action="store_true",
-        help="Also measure an export with verification, and then the build of a TensorRT-RTX plan.",
+        help="Also measure two more steps: an export with verification, and the build of a TensorRT-RTX plan from it.",
     )
     parser.add_argument("--checkpoint", type=Path, help="Export this checkpoint. [default: random weights]")
     parser.add_argument("--json", type=Path, help="Also write the measured values to this JSON file.")

@@ -101,8 +101,8 @@ class BenchOptions:
     images: Annotated[
         Path | ImageFolder | None,
         IMAGES.but(
-            help="Use the images of this folder, e.g. photos, to compare the outputs of each backend with those of "
-            "PyTorch. [default: the image that is part of neck-export]"
+            help="Compare each backend's outputs with PyTorch's on the images in this folder, e.g. photos. "
+            "[default: the image that is part of neck-export]"
         ),
     ] = None
     device: Annotated[

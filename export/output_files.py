@@ -23,6 +23,9 @@ from neck.necks import Sam3DualViTDetNeck
 from neck.weightfile import CheckpointError, find_file, shard_files
 from neck.weights.adapters import adapter_files
 
+TRIALS = "the results of the quantization trials (a file beside the --calibration file)"
+"""How messages name the file that no option names, so that only a file of ours is replaced."""
+
 
 class NamedPath(NamedTuple):
     """A file that a command reads or writes, and as what."""
@@ -50,10 +53,7 @@ def calibration_paths(calibration: Path | None, precision: str) -> list[NamedPat
     """The files that `--calibration` writes, for every command that has the option."""
     if calibration is None or precision not in CODES:
         return []
-    record = NamedPath(
-        "the results of the quantization trials (a file beside the --calibration file)",
-        record_path(calibration, precision),
-    )
+    record = NamedPath(TRIALS, record_path(calibration, precision))
     return [NamedPath("the calibration file (--calibration)", calibration), record]
 
 
@@ -110,9 +110,7 @@ def check_paths(written: Sequence[NamedPath], read: Sequence[NamedPath]) -> None
                 raise ExportError(
                     f"{there}: this is {other}, but {what} would overwrite it; choose another name for {what}"
                 )
-        if what == "the results of the quantization trials (a file beside the --calibration file)" and not _has_keys(
-            path, {"key", "rows"}
-        ):
+        if what == TRIALS and not _has_keys(path, {"key", "rows"}):
             raise ExportError(
                 f"{path}: this file was not written by neck-export, but {what} would overwrite it; choose "
                 "another name for --calibration"

@@ -34,7 +34,9 @@ def main() -> None:
         type=Path,
         help="Measure the encoder that this encoder.json describes. [default: the full-size encoder]",
     )
-    parser.add_argument("--fresh", action="store_true", help="Discard the results of earlier calls.")
+    parser.add_argument(
+        "--fresh", action="store_true", help="Discard the results of earlier calls and measure everything again."
+    )
     asked = parser.parse_args()
     try:
         read_kit(asked.kit)

@@ -69,7 +69,9 @@ class Prompts:
     def __post_init__(self) -> None:
         places = self.points + self.boxes
         if bool(self.texts) == bool(places):
-            raise MasksError("pass either --prompt TEXT, or at least one of --points X,Y and --boxes X0,Y0,X1,Y1")
+            raise MasksError(
+                "say what to find: pass either --prompt TEXT, or one or both of --points X,Y and --boxes X0,Y0,X1,Y1"
+            )
         for place in places:
             if not all(0 <= side <= 1 for side in place):
                 raise MasksError(

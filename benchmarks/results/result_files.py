@@ -147,7 +147,9 @@ def merge_results(results: Sequence[Result]) -> Result:
         BenchError: fewer than two, of different encoders, or the same runs twice.
     """
     if len(results) < 2:
-        raise BenchError(f"--merge needs at least two report.json files; number of files passed: {len(results)}")
+        raise BenchError(
+            f"--merge needs at least two report.json files, but {len(results)} was passed; pass every report"
+        )
     for index, other in enumerate(results[1:], 2):
         refuse_other_encoder(results[0], other, "result 1", f"result {index}")
     machines: list[dict[str, Any]] = []

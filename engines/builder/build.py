@@ -140,7 +140,7 @@ def _read_layers(
         try:
             text = log if read is layers_from_log else flavor.inspect(plan, host_code=host_code)
             if not text:
-                raise LayerReportError(f"the {source} does not list the layers of the plan")
+                raise LayerReportError(f"the {source} is empty, so the layers of the plan are unknown")
             counted = (graph.attentions, graph.node_operations, graph.quantized, graph.fusable, graph.fp8_attentions)
             return read(text, read_families(plan), *counted), None
         except LayerReportError as error:

@@ -241,9 +241,9 @@ class PlanOptions:
     attention: Annotated[
         AttentionForm,
         ATTENTION.but(
-            help="Choose how attention is computed. In FP16, fp32acc accumulates the matrix multiplications of "
-            "attention in FP32, fused accumulates them in FP16, and unfused computes the scores in FP32 with separate, "
-            "slower kernels. In BF16, the matrix multiplications accumulate in FP32 with every value. auto uses the "
+            help="Choose how attention is computed: fp32acc (its matrix multiplications accumulate in FP32), fused "
+            "(they accumulate in FP16), or unfused (separate, slower kernels compute the scores in FP32). In BF16 they "
+            "accumulate in FP32 whichever value is chosen. auto uses the "
             "--attention value of the ONNX export. If the export used auto too, or if the ONNX file is in FP32, this "
             "command chooses a value that the installed TensorRT can build."
         ),

@@ -77,7 +77,10 @@ def read_replayed(flavor: Flavor, options: BuildOptions) -> bytes | None:
             f"{path}: the timing cache cannot be read ({error.strerror}); use a file that --timing-cache saved"
         ) from None
     if not data:
-        raise BuildError(f"{path}: the timing cache is empty; save a new one with `neck-export trt --timing-cache`")
+        raise BuildError(
+            f"{path}: the timing cache is empty; delete this file, and build once with --timing-cache, which writes "
+            "a new one"
+        )
     return data
 
 

@@ -184,9 +184,9 @@ SAM2_OUTPUTS = Option(
     TENSORS,
 )
 ATTENTION = Option(
-    "Choose how attention is computed. In FP16, fp32acc accumulates the matrix multiplications of attention in FP32, "
-    "fused accumulates them in FP16, and unfused computes the scores in FP32 with separate, slower kernels. In FP32 "
-    "and BF16, the matrix multiplications accumulate in FP32 with every value. auto means fp32acc if --precision is "
+    "Choose how attention is computed: fp32acc (its matrix multiplications accumulate in FP32), fused (they accumulate "
+    "in FP16), or unfused (separate, slower kernels compute the scores in FP32). With --precision fp32 or bf16 they "
+    "accumulate in FP32 whichever value is chosen. auto means fp32acc if --precision is "
     "fp16, fp8 or int8, and fused if --precision is fp32 or bf16.",
     PRECISION,
     read=str,
