@@ -282,8 +282,8 @@ def triton(
     activate: Annotated[
         int | None,
         Option(
-            "Serve this version of the model, which must already be in the repository, e.g. 2; omit MODEL with "
-            "this option. [default: a new version is served if it was verified]",
+            "Serve this version, e.g. 2, of the model that --name names. The version must already be in the "
+            "repository; omit MODEL. [default: the version that this command adds, if it was verified]",
             MODEL,
         ),
     ] = None,

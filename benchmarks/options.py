@@ -113,7 +113,7 @@ class BenchOptions:
         tuple[str, ...],
         Option(
             "Measure only this backend (a runtime with a file format and precision), e.g. ort-cpu-plain-fp32; the "
-            "option can be repeated. If the name is unknown, the error message lists all names. "
+            "option can be repeated. To see the names of all backends, pass a wrong name such as `--backend x`. "
             "[default: all backends]",
             MEASURED,
             name="backend",
@@ -170,15 +170,17 @@ class BenchOptions:
     masks: Annotated[
         tuple[Path, ...],
         Option(
-            "Add to the report what an earlier `neck-export masks` found for this ONNX file or plan, e.g. for "
-            "build/sam3-encoder.onnx; the option can be repeated. [default: no file]",
+            "Pass an ONNX file or a plan, e.g. build/sam3-encoder.onnx, to which `neck-export masks` was applied "
+            "before: the results of that comparison are added to the report. The option can be repeated. [default: no "
+            "file]",
             REPORT,
         ),
     ] = ()
     export: Annotated[
         bool,
         Option(
-            "Also measure the time and memory that a full-size export takes, and add them to the report.",
+            "Also measure the time and memory that `neck-export onnx` takes for the encoder of SAM 3 in its original "
+            "size, and add them to the report.",
             REPORT,
             "--export",
         ),

@@ -152,8 +152,8 @@ class MasksOptions:
     save: Annotated[
         Path | None,
         Option(
-            "Save images that show the masks of the model's own encoder and of the exported encoder, and where these "
-            "masks differ, to this folder, e.g. mask-images. [default: no images are saved]",
+            "Save images to this folder, e.g. mask-images. They show the masks of the model's own encoder, the masks "
+            "of the exported encoder, and where the two differ. [default: no images are saved]",
             FILES,
         ),
     ] = None

@@ -241,11 +241,12 @@ class PlanOptions:
     attention: Annotated[
         AttentionForm,
         ATTENTION.but(
-            help="Choose how attention is computed: fp32acc (its matrix multiplications accumulate in FP32), fused "
-            "(they accumulate in FP16), or unfused (separate, slower kernels compute the scores in FP32). In BF16 they "
-            "accumulate in FP32 whichever value is chosen. auto uses the "
-            "--attention value of the ONNX export. If the export used auto too, or if the ONNX file is in FP32, this "
-            "command chooses a value that the installed TensorRT can build."
+            help="Choose how attention is computed: fp32acc (fused; the matrix multiplications accumulate in FP32), "
+            "fused "
+            "(the matrix multiplications accumulate in FP16), or unfused (several slower kernels; the scores are "
+            "computed in FP32). In BF16 plans, attention always accumulates in FP32. auto means the value that the "
+            "ONNX file was exported with. If that was auto too, or if the ONNX file is in FP32, the first value that "
+            "the installed TensorRT can build is used."
         ),
     ] = "auto"
     spelling: Spelling | None = None
@@ -269,10 +270,10 @@ class PlanOptions:
     adapter: Annotated[
         Path | None,
         FILE_ADAPTER.but(
-            help="Merge the LoRA adapter in this PEFT folder, e.g. my-lora, into the checkpoint. If MODEL is a "
-            "checkpoint, the merged weights are exported. If MODEL is an ONNX file, the outputs of the plan are "
-            "compared with those that PyTorch computes with the merged weights. [default: the adapter that the "
-            "manifest of the ONNX file names]"
+            help="Merge the LoRA adapter in this PEFT folder, e.g. my-lora, into the weights. If MODEL is a "
+            "checkpoint, the merged weights are exported. If MODEL is an ONNX file, it must already contain the merged "
+            "weights; the adapter is then merged only into the checkpoint with which the plan is compared. [default: "
+            "the adapter that the manifest of the ONNX file names]"
         ),
     ] = None
     weights: Annotated[WeightsOptions, Group] = dataclasses.field(default_factory=WeightsOptions)

@@ -142,8 +142,9 @@ ADAPTER_ALPHA = Option(
     WEIGHTS,
 )
 STATE = Option(
-    "Read the state dict with this name, e.g. ema, from a training checkpoint that contains several. [default: the "
-    "state dict that contains an encoder; if several do, the one with a usual name such as model]",
+    "Read the state dict with this name, e.g. ema, from a training checkpoint that contains several state dicts. "
+    "[default: the only state dict that contains an encoder; if several contain one, the first of model, state_dict, "
+    "model_state_dict, module, net, network, weights that exists]",
     WEIGHTS,
 )
 PREFIX = Option(
@@ -166,9 +167,9 @@ IMAGE_SIZE = Option(
     parse=parse_size,
 )
 NECKS = Option(
-    "Include these necks, each with its own feature pyramid. Write neck names separated by commas, e.g. sam3,sam2, or "
-    "one of the words auto (sam3, or the checkpoint's only neck), both (sam3 and sam2; not for SAM 3.1) and all "
-    "(every neck of the checkpoint). SAM 3.1 has the necks sam3, interactive and propagation.",
+    "Include these necks; each neck returns a feature pyramid. Write the names of necks separated by commas, e.g. "
+    "sam3,sam2, or write all for every neck of the checkpoint, or both for sam3 and sam2. auto includes sam3, or the "
+    "only neck of the checkpoint. SAM 3.1 has no sam2; its necks are sam3, interactive and propagation.",
     TENSORS,
     name="neck",
 )
@@ -184,10 +185,10 @@ SAM2_OUTPUTS = Option(
     TENSORS,
 )
 ATTENTION = Option(
-    "Choose how attention is computed: fp32acc (its matrix multiplications accumulate in FP32), fused (they accumulate "
-    "in FP16), or unfused (separate, slower kernels compute the scores in FP32). With --precision fp32 or bf16 they "
-    "accumulate in FP32 whichever value is chosen. auto means fp32acc if --precision is "
-    "fp16, fp8 or int8, and fused if --precision is fp32 or bf16.",
+    "Choose how attention is computed: fp32acc (fused; the matrix multiplications accumulate in FP32), fused (the "
+    "matrix multiplications accumulate in FP16), or unfused (several slower kernels; the scores are computed in FP32). "
+    "If --precision is fp32 or bf16, attention always accumulates in FP32. auto means fused if --precision is fp32 or "
+    "bf16, and fp32acc if it is fp16, fp8 or int8.",
     PRECISION,
     read=str,
     default="auto",
@@ -205,8 +206,10 @@ UPSAMPLING = Option(
     PRECISION,
 )
 RESIDUAL = Option(
-    "Choose the type of the residual sums in the transformer blocks: fp16 or fp32. fp32 reduces the error and "
-    "costs memory traffic. auto follows --precision, and uses fp32 if the file would fail verification otherwise.",
+    "Choose the type of the residual sums in the transformer blocks: fp16 or fp32. fp32 reduces the "
+    "numerical error but increases memory traffic. auto means the type of the activations (fp16 if --precision is "
+    "fp16, "
+    "fp8 or int8), or fp32 if the file fails verification with that type.",
     PRECISION,
 )
 TARGETS = Option(
@@ -225,8 +228,8 @@ RANGE = Option(
     default=None,
 )
 IMAGES_HELP = (
-    "Compare the outputs with those of PyTorch for the first images in this folder, e.g. photos: as many as a fixed "
-    "batch size, or 2 for a dynamic batch (more if its minimum is larger). "
+    "Compare the outputs with those of PyTorch for the first images in this folder, e.g. photos. The number of images "
+    "is the batch size; if the batch size is dynamic, it is 2 or, if larger, the minimum batch size. "
 )
 IMAGES_DEFAULT = "[default: the image that is part of neck-export]"
 IMAGES = Option(
@@ -238,9 +241,9 @@ IMAGES = Option(
     also=(RANGE,),
 )
 TOLERANCES = Option(
-    "Accept a relative L2 error up to VALUE for the outputs with this NAME (written NAME=VALUE), e.g. "
-    "sam3_feat_0=0.02. Wildcards are allowed ('*_feat_*=0.02'), and the option can be repeated. [default: the "
-    "tolerance of the precision, e.g. 0.01 for fp16]",
+    "Set the largest relative L2 error that an output may have, written NAME=VALUE, e.g. sam3_feat_0=0.02. NAME may "
+    "contain wildcards, e.g. '*_feat_*=0.02', and the option can be repeated. [default: the tolerance of the "
+    "precision, e.g. 0.01 for fp16]",
     VERIFICATION,
     name="tolerance",
     read=list[str],
@@ -264,7 +267,7 @@ DEVICE = Option(
 )
 
 Images = Annotated["Path | ImageFolder | None", IMAGES]
-CALIBRATION_HELP = "The precisions fp8 and int8 also calibrate with images from this folder. "
+CALIBRATION_HELP = "With --precision fp8 or int8, images from this folder are also used for the calibration. "
 CalibrationImages = Annotated[
     "Path | ImageFolder | None", IMAGES.but(help=IMAGES_HELP + CALIBRATION_HELP + IMAGES_DEFAULT)
 ]
@@ -463,8 +466,9 @@ class BisectOptions:
     file: Annotated[
         Path,
         Option(
-            "Find where the error of this file arises: an ONNX file in FP16 or BF16, or a TensorRT plan. If the export "
-            "wrote no ONNX file because the verification failed, first repeat the export with --no-verify.",
+            "Find the modules that cause the numerical error of this file: an ONNX file in FP16 or BF16, or a TensorRT "
+            "plan. If the export wrote no ONNX file because verification failed, first repeat the export with "
+            "--no-verify.",
             argument=True,
         ),
     ]
