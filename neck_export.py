@@ -283,7 +283,8 @@ def triton(
         int | None,
         Option(
             "Serve this version, e.g. 2, of the model that --name names. The version must already be in the "
-            "repository; omit MODEL. [default: the version that this command adds, if it was verified]",
+            "repository. Do not pass MODEL with this option. [default: the added version is served if it was "
+            "verified; otherwise the served version does not change]",
             MODEL,
         ),
     ] = None,
@@ -399,8 +400,9 @@ def inspect(
     gpu: Annotated[
         str | None,
         Option(
-            "Also print a lower bound on the latency of a plan on these GPUs, computed from published rates; "
-            "separate their names with commas, e.g. h100,l4,rtx-4090, or use all. [default: no lower bound]",
+            "Also print a lower bound on the latency of a plan on these GPUs, computed from their published arithmetic "
+            "throughput and memory bandwidth; separate the names of the GPUs with commas, e.g. h100,l4,rtx-4090, or "
+            "use all. [default: no lower bound]",
             MEASURED,
         ),
     ] = None,

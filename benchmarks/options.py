@@ -170,17 +170,16 @@ class BenchOptions:
     masks: Annotated[
         tuple[Path, ...],
         Option(
-            "Pass an ONNX file or a plan, e.g. build/sam3-encoder.onnx, to which `neck-export masks` was applied "
-            "before: the results of that comparison are added to the report. The option can be repeated. [default: no "
-            "file]",
+            "Add the results of `neck-export masks` for this ONNX file or plan, e.g. build/sam3-encoder.onnx, to the "
+            "report. Run `neck-export masks` on the file first. The option can be repeated. [default: no file]",
             REPORT,
         ),
     ] = ()
     export: Annotated[
         bool,
         Option(
-            "Also measure the time and memory that `neck-export onnx` takes for the encoder of SAM 3 in its original "
-            "size, and add them to the report.",
+            "Also measure the time and memory that `neck-export onnx` needs at 1008 x 1008 pixels, and add them to the "
+            "report. This option cannot be combined with --config.",
             REPORT,
             "--export",
         ),

@@ -242,11 +242,10 @@ class PlanOptions:
         AttentionForm,
         ATTENTION.but(
             help="Choose how attention is computed: fp32acc (fused; the matrix multiplications accumulate in FP32), "
-            "fused "
-            "(the matrix multiplications accumulate in FP16), or unfused (several slower kernels; the scores are "
-            "computed in FP32). In BF16 plans, attention always accumulates in FP32. auto means the value that the "
-            "ONNX file was exported with. If that was auto too, or if the ONNX file is in FP32, the first value that "
-            "the installed TensorRT can build is used."
+            "fused (the matrix multiplications accumulate in FP16, or in FP32 in a BF16 plan), or unfused (several "
+            "slower kernels; the scores are computed in FP32). auto uses the value with which the ONNX file was "
+            "exported. If the file was exported with auto or is in FP32, auto uses fp32acc (fused for BF16), or "
+            "unfused if the installed TensorRT cannot build that."
         ),
     ] = "auto"
     spelling: Spelling | None = None
@@ -270,10 +269,10 @@ class PlanOptions:
     adapter: Annotated[
         Path | None,
         FILE_ADAPTER.but(
-            help="Merge the LoRA adapter in this PEFT folder, e.g. my-lora, into the weights. If MODEL is a "
-            "checkpoint, the merged weights are exported. If MODEL is an ONNX file, it must already contain the merged "
-            "weights; the adapter is then merged only into the checkpoint with which the plan is compared. [default: "
-            "the adapter that the manifest of the ONNX file names]"
+            help="Use the LoRA adapter in this PEFT folder, e.g. my-lora. If MODEL is a checkpoint, the adapter is "
+            "merged into its weights before the export. If MODEL is an ONNX file, the file must have been exported "
+            "with this adapter; the adapter is then merged only into the checkpoint that PyTorch loads for the "
+            "verification. [default: the adapter that the manifest of the ONNX file names]"
         ),
     ] = None
     weights: Annotated[WeightsOptions, Group] = dataclasses.field(default_factory=WeightsOptions)

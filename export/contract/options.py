@@ -122,9 +122,9 @@ def parse_attention(text: str) -> str:
 
 # options of several commands
 CHECKPOINT = Option(
-    "Read the encoder's weights from here: a checkpoint file such as sam3.pt, a folder with a sharded checkpoint, "
-    "a repository on the Hugging Face Hub such as facebook/sam3 (or owner/name@revision/file), which is "
-    "downloaded, or `random` for seeded random weights. [default: sam3.pt if the current folder contains it, else "
+    "Read the encoder's weights from this source: a checkpoint file such as sam3.pt; a folder with a sharded "
+    "checkpoint; a repository on the Hugging Face Hub such as facebook/sam3 or owner/name@revision/file, which is "
+    "downloaded; or `random` for seeded random weights. [default: sam3.pt if the current folder contains it, else "
     "random]",
     WEIGHTS,
     read=str,
@@ -132,8 +132,7 @@ CHECKPOINT = Option(
     always=True,
 )
 ADAPTER = Option(
-    "Merge a LoRA adapter into the weights; name the folder that PEFT saved, e.g. my-lora. [default: no adapter is "
-    "merged]",
+    "Merge the LoRA adapter in this PEFT folder, e.g. my-lora, into the weights. [default: no adapter is merged]",
     WEIGHTS,
 )
 ADAPTER_ALPHA = Option(
@@ -143,8 +142,8 @@ ADAPTER_ALPHA = Option(
 )
 STATE = Option(
     "Read the state dict with this name, e.g. ema, from a training checkpoint that contains several state dicts. "
-    "[default: the only state dict that contains an encoder; if several contain one, the first of model, state_dict, "
-    "model_state_dict, module, net, network, weights that exists]",
+    "[default: the only state dict that contains an encoder; if several contain one, the first that exists in this "
+    "order: `model`, `state_dict`, `model_state_dict`, `module`, `net`, `network`, `weights`]",
     WEIGHTS,
 )
 PREFIX = Option(
@@ -167,9 +166,9 @@ IMAGE_SIZE = Option(
     parse=parse_size,
 )
 NECKS = Option(
-    "Include these necks; each neck returns a feature pyramid. Write the names of necks separated by commas, e.g. "
-    "sam3,sam2, or write all for every neck of the checkpoint, or both for sam3 and sam2. auto includes sam3, or the "
-    "only neck of the checkpoint. SAM 3.1 has no sam2; its necks are sam3, interactive and propagation.",
+    "Include these necks; each neck returns a feature pyramid. Write the names of the necks separated by commas, e.g. "
+    "sam3,sam2, or one of these words: `all` (every neck of the checkpoint), `both` (sam3 and sam2) or `auto` (sam3, "
+    "or the only neck of the checkpoint). SAM 3.1 has no sam2; its necks are sam3, interactive and propagation.",
     TENSORS,
     name="neck",
 )
@@ -186,9 +185,9 @@ SAM2_OUTPUTS = Option(
 )
 ATTENTION = Option(
     "Choose how attention is computed: fp32acc (fused; the matrix multiplications accumulate in FP32), fused (the "
-    "matrix multiplications accumulate in FP16), or unfused (several slower kernels; the scores are computed in FP32). "
-    "If --precision is fp32 or bf16, attention always accumulates in FP32. auto means fused if --precision is fp32 or "
-    "bf16, and fp32acc if it is fp16, fp8 or int8.",
+    "matrix multiplications accumulate in FP16, or in FP32 if --precision is fp32 or bf16), or unfused (several slower "
+    "kernels; the scores are computed in FP32). auto chooses fused for fp32 and bf16, and fp32acc for fp16, fp8 and "
+    "int8.",
     PRECISION,
     read=str,
     default="auto",
@@ -228,8 +227,9 @@ RANGE = Option(
     default=None,
 )
 IMAGES_HELP = (
-    "Compare the outputs with those of PyTorch for the first images in this folder, e.g. photos. The number of images "
-    "is the batch size; if the batch size is dynamic, it is 2 or, if larger, the minimum batch size. "
+    "Compare the outputs with those of PyTorch for the first images in this folder, e.g. photos. If the batch size is "
+    "fixed, one batch of images is used. If the batch size is dynamic, 2 images are used, or more if the minimum batch "
+    "size is above 2. "
 )
 IMAGES_DEFAULT = "[default: the image that is part of neck-export]"
 IMAGES = Option(
