@@ -334,8 +334,8 @@ def bench(
     merge: Annotated[
         bool,
         Option(
-            "Do not measure anything; merge the report.json files that are given as arguments into one report, e.g. of "
-            "several machines.",
+            "Do not measure anything; merge the report.json files given as arguments, e.g. those of several machines, "
+            "into one report.",
             REPORT,
             "--merge",
         ),
@@ -382,8 +382,8 @@ def inspect(
     check: Annotated[
         bool,
         Option(
-            "First check that an ONNX file and its weights are unchanged: compare the SHA-256 of each file with the "
-            "value in the manifest.",
+            "Before describing an ONNX file, check that the file and its weights are unchanged: compare the SHA-256 of "
+            "each with the value in the manifest, and fail if they differ.",
             shared.VERIFICATION,
             "--check",
         ),

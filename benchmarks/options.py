@@ -85,8 +85,8 @@ class BenchOptions:
             settings=LEAST_1,
         ),
     ] = 1
-    necks: Annotated[str, NECKS] = "auto"
-    levels: Annotated[str, LEVELS] = "all"
+    necks: Annotated[str, NECKS.but(help=NECKS.help.replace("Include", "Measure the encoder with"))] = "auto"
+    levels: Annotated[str, LEVELS.but(help=LEVELS.help.replace("Include", "Measure the encoder with"))] = "all"
     positions: Annotated[
         Positions,
         Option(
@@ -170,8 +170,9 @@ class BenchOptions:
     masks: Annotated[
         tuple[Path, ...],
         Option(
-            "Add the results of `neck-export masks` for this ONNX file or plan, e.g. build/sam3-encoder.onnx, to the "
-            "report. Run `neck-export masks` on the file first. The option can be repeated. [default: no file]",
+            "Add to the report the results that `neck-export masks` found for this ONNX file or plan, e.g. "
+            "build/sam3-encoder.onnx; run `neck-export masks` on the file first. The option can be repeated. "
+            "[default: no file]",
             REPORT,
         ),
     ] = ()

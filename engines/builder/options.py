@@ -144,8 +144,8 @@ class BuildOptions:
     timing_cache: Annotated[
         Path | None,
         Option(
-            "Save the kernel times that TensorRT measures to this timing cache and reuse them in the next build, "
-            "e.g. times.cache. TensorRT-RTX does not support this option. [default: no timing cache]",
+            "Save the kernel times that TensorRT measures to this timing cache file, e.g. times.cache, and reuse them "
+            "in the next build. TensorRT-RTX does not support this option. [default: no timing cache]",
             BUILD,
         ),
     ] = None
@@ -243,9 +243,9 @@ class PlanOptions:
         ATTENTION.but(
             help="Choose how attention is computed: fp32acc (fused; the matrix multiplications accumulate in FP32), "
             "fused (the matrix multiplications accumulate in FP16, or in FP32 in a BF16 plan), or unfused (several "
-            "slower kernels; the scores are computed in FP32). auto uses the value with which the ONNX file was "
-            "exported. If the file was exported with auto or is in FP32, auto uses fp32acc (fused for BF16), or "
-            "unfused if the installed TensorRT cannot build that."
+            "slower kernels; the scores are computed in FP32). auto keeps the value with which the ONNX file was "
+            "exported. For an ONNX file in FP32, or one exported with auto, auto chooses fp32acc (fused for a BF16 "
+            "plan), or unfused if the installed TensorRT cannot build the first choice."
         ),
     ] = "auto"
     spelling: Spelling | None = None
@@ -271,8 +271,8 @@ class PlanOptions:
         FILE_ADAPTER.but(
             help="Use the LoRA adapter in this PEFT folder, e.g. my-lora. If MODEL is a checkpoint, the adapter is "
             "merged into its weights before the export. If MODEL is an ONNX file, the file must have been exported "
-            "with this adapter; the adapter is then merged only into the checkpoint that PyTorch loads for the "
-            "verification. [default: the adapter that the manifest of the ONNX file names]"
+            "with this adapter, which is only needed for the verification: PyTorch then computes the reference with "
+            "the merged weights. [default: the adapter named in the manifest of the ONNX file]"
         ),
     ] = None
     weights: Annotated[WeightsOptions, Group] = dataclasses.field(default_factory=WeightsOptions)

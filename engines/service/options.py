@@ -119,8 +119,8 @@ class RepositoryOptions:
     kubernetes: Annotated[
         Path | None,
         Option(
-            "Also write Kubernetes manifests that deploy the model, to a folder `kubernetes` beside the model "
-            "repository.",
+            "Also write Kubernetes manifests for the deployment of the model. They are written to the folder "
+            "`kubernetes`, beside the model repository.",
             KUBERNETES,
             read=bool,
             default=False,

@@ -160,7 +160,7 @@ CONFIG = Option(
 )
 IMAGE_SIZE = Option(
     "Set the size of the encoder's input image in pixels: one number for a square image, e.g. 1008, or height x "
-    "width, e.g. 1008x672. [default: 1008, or the size in the encoder's configuration]",
+    "width, e.g. 1008x672. [default: the size in the encoder's configuration if there is one, else 1008]",
     TENSORS,
     read=str,
     parse=parse_size,
@@ -205,10 +205,9 @@ UPSAMPLING = Option(
     PRECISION,
 )
 RESIDUAL = Option(
-    "Choose the type of the residual sums in the transformer blocks: fp16 or fp32. fp32 reduces the "
-    "numerical error but increases memory traffic. auto means the type of the activations (fp16 if --precision is "
-    "fp16, "
-    "fp8 or int8), or fp32 if the file fails verification with that type.",
+    "Choose the type of the residual sums in the transformer blocks: fp16 or fp32. fp32 reduces the numerical error "
+    "but increases memory traffic. fp16 requires --precision fp16, fp8 or int8. auto uses the type of the activations, "
+    "but fp32 if the file fails verification with that type.",
     PRECISION,
 )
 TARGETS = Option(
@@ -500,9 +499,10 @@ class VerifyOptions:
     write_manifest: Annotated[
         bool,
         Option(
-            "If the ONNX file was written by another exporter and passes verification, write a manifest for it, so "
-            "that the trt, triton and masks commands accept the file. If its inputs or outputs differ from those of a "
-            "file that neck-export writes, also write an adapted copy beside it, e.g. model.neck.onnx for model.onnx.",
+            "If the ONNX file was written by another exporter and passes verification, write a manifest, so that the "
+            "trt, triton and masks commands accept the file. If the inputs or outputs of the file are not in the form "
+            "of neck-export, these commands need an adapted copy: it is written beside the file, e.g. model.neck.onnx "
+            "for model.onnx, and gets the manifest.",
             VERIFICATION,
         ),
     ] = False
