@@ -83,7 +83,7 @@ def python_messages(path: Path) -> Iterator[Message]:
     def search(node: ast.AST, kind: str) -> Iterator[Message]:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             return  # a docstring
-        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In) and is_text(node.left):
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn) and is_text(node.left):
             return  # a text that is looked for in another program's message
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)

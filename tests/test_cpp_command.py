@@ -87,7 +87,7 @@ def _app(verdict: Any) -> Any:
     [
         (
             {"pixels": np.zeros((1, 16, 16, 3), np.float32)},
-            "the file is not a reference; it must contain the images as uint8 `pixels`",
+            "the file is not a reference that outputs can be compared with",
         ),
         (
             {"sam3_pos_0": np.zeros((2, 8, 4, 5), np.float32)},
@@ -95,7 +95,7 @@ def _app(verdict: Any) -> Any:
         ),
         (
             {"sam3_pos_0": np.zeros((3, 8, 4, 4), np.float32)},
-            "in `sam3_pos_0` (3, 8, 4, 4) and `pixels` (2, 16, 16, 3) differ",
+            "3 in the output `sam3_pos_0` of shape (3, 8, 4, 4), but 2 in the tensor `pixels` of shape (2, 16, 16, 3)",
         ),
         ({"sam3_pos_0": np.zeros((2, 8, 4, 4))}, "tensor 'sam3_pos_0' has type 'F64', but only U8"),
         (
@@ -126,8 +126,8 @@ def test_a_reference_that_is_not_finite_or_left_out_fails(programs: Programs, tm
     assert "2" in ran.out
     ran = programs.run("neck-engine", plan, "--compare", path, "--batch", 5)
     assert ran.error == (
-        "2 images cannot be run in batches of 5, because the model's input is image: float32 (1 to 4, 3, 16, 16); "
-        "change --batch or the number of images"
+        "--batch is 5, but the model's smallest batch size is 1 and the model's largest batch size is 4. "
+        "Set --batch to a value within these limits"
     )
 
 

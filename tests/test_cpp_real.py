@@ -238,8 +238,8 @@ def test_what_is_installed_can_be_built_with(programs: Programs, tmp_path: Path)
     assert f"{images[2]}: the image cannot be opened" in ended.stderr
     assert (
         ended.stdout.count(
-            "computed sam3_feat_0. Boxes that a decoder finds with it are in pixels of the resized image; "
-            "for pixels of the original image, multiply x by 2.5 and y by 1.25"
+            "the output sam3_feat_0 was computed from the resized image. To convert coordinates from the resized image "
+            "to the original image, multiply x by 2.5 and y by 1.25"
         )
         == 2
     )

@@ -176,7 +176,7 @@ def test_a_plan(folder: Path) -> None:
         with pytest.raises(EncoderError, match=r"runs in TensorRT on"):
             DeployedEncoder(plan, "cpu")
         with pytest.raises(
-            EncoderError, match=r"batch size 1:2:3, but 4 images were passed; .* --batch 1:4:4, then build"
+            EncoderError, match=r"batch size 1 to 3, but 4 images were passed\. .* --batch 1:4:4, then build"
         ):
             encoder(images(4))
         encoder.close()
@@ -188,10 +188,12 @@ def test_the_files_size_is_the_only_one(folder: Path) -> None:
     encoder = DeployedEncoder(folder / "both.onnx")
     encoder.set_imgsz(112)
     encoder.set_imgsz([112, 112])
-    with pytest.raises(EncoderError, match=r"112x112 pixels .* have 126x112; .*neck-export onnx .*--image-size 126x"):
+    with pytest.raises(
+        EncoderError, match=r"112x112 pixels, .* have 126x112 pixels\. .*neck-export onnx .*--image-size 126x"
+    ):
         encoder.set_imgsz((126, 112))
     for wrong in (images()[0], images()[:, :2], images().to(torch.uint8)):
-        with pytest.raises(EncoderError, match=r"expected normalized"):
+        with pytest.raises(EncoderError, match=r"Call the encoder with normalized images"):
             encoder(wrong)
     with pytest.raises(EncoderError, match=r"level 4 of the features; export the file again"):
         DeployedEncoder(folder / "both.onnx", levels=range(5))

@@ -306,7 +306,7 @@ def test_storage(plan: Path, tmp_path: Path) -> None:
 
 def test_the_ensembles_image_has_pillow(plan: Path, tmp_path: Path) -> None:
     name = "registry.example.com:5000/team/encoder:7"
-    with pytest.raises(TritonError, match="--ensemble needs a container image with Pillow"):
+    with pytest.raises(TritonError, match="--ensemble needs a container image that contains Pillow"):
         make(plan, tmp_path, ensemble=True)
     make(plan, tmp_path, ensemble=True, image=name)
     files = documents(tmp_path / "cluster")
@@ -523,17 +523,17 @@ def test_what_is_refused(plan: Path, tmp_path: Path) -> None:
             "24.01-py3.* use --image nvcr.io/nvidia/tritonserver:25.09-py3",
         ),
         ({"kubernetes": tmp_path / "repository" / "cluster"}, "inside the model repository"),
-        ({"kubernetes": plan}, "encoder.plan: this is a file, but the Kubernetes files need a folder"),
+        ({"kubernetes": plan}, "encoder.plan: neck-export must write the Kubernetes files to a folder"),
     ]
     for changes, message in refused:
         with pytest.raises(TritonError, match=message):
             make(plan, tmp_path, **changes)
     unknown = write_plan(tmp_path / "unknown.plan", tensorrt_version="11.4.0.106")
-    with pytest.raises(TritonError, match=r"knows none with TensorRT 11\.4\.0\.106.*with --container"):
+    with pytest.raises(TritonError, match=r"does not know a container with TensorRT 11\.4\.0\.106.*with --container"):
         make(unknown, tmp_path)
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "service.yaml").write_text("kind: Service\n")
-    with pytest.raises(TritonError, match=r"not written by neck-export"):
+    with pytest.raises(TritonError, match=r"service\.yaml: .*not written by neck-export"):
         make(plan, tmp_path)
     assert not (tmp_path / "repository").exists()
     (tmp_path / "cluster" / "service.yaml").unlink()

@@ -18,7 +18,8 @@ def load(path, notes, report):
     warning = "The logger passed into the builder differs"
     if "find shared memory region" in str(error):
         return f"{path}: another program's text is no message"
-    raise LoadError(f"{path} has {3.14159:.2f} of " + "it; download it again")
+    if found is None or "the region is unknown here" not in str(error):
+        raise LoadError(f"{path} has {3.14159:.2f} of " + "it; download it again")
 '''
     path = tmp_path / "x.py"
     path.write_text(source)
@@ -27,7 +28,7 @@ def load(path, notes, report):
         (4, "report", "export"),
         (5, "notes.append", "{path}: the file is old"),
         (9, "return", "{path}: another program's text is no message"),
-        (10, "LoadError", "{path} has {3.14159:.2f} of it; download it again"),
+        (11, "LoadError", "{path} has {3.14159:.2f} of it; download it again"),
     ]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from engines.live.encoder import DeployedEncoder, Levels, without_gradient
 from engines.live.locate_encoder import AttachError, LiveEncoder, unwrapped
 from engines.live.not_computed import NotComputed
-from neck.checkpoint_keys import NECK_MODULES
+from neck.checkpoint_keys import NECK_MODULES, listing
 from neck.necks import Outputs
 
 MARK = "_neck_export"
@@ -278,17 +278,18 @@ class Attached:
         run = hidden.source if isinstance(hidden, NotComputed) else None
         if run is None or run._attached is not self:
             raise AttachError(
-                f"{self.encoder.path}: a neck received a feature map that the attached encoder did not compute (it "
-                "was computed before attach, or loaded); encode the images again"
+                f"{self.encoder.path}: a neck of the model received a feature map that the attached file did not "
+                "compute. Feature maps that were computed before attach() was called, or loaded from disk, cannot be "
+                "used. Run the model on the images again"
             )
         return run
 
     def _warn_of_training(self) -> None:
         self._warn(
             "training",
-            f"{self.encoder.path}: a backward pass reached the attached file, which computes no gradients, so the "
-            "weights of the encoder receive none; freeze them (requires_grad_(False)), or use detach(model) to "
-            "train them",
+            f"{self.encoder.path}: the weights of the model's encoder receive no gradients in a backward pass, because "
+            "the attached file cannot compute gradients. To train the encoder, call detach(model). To train only the "
+            "rest of the model, freeze the weights of the encoder with requires_grad_(False)",
         )
 
     def _warn_of_hooks(self) -> None:
@@ -300,8 +301,8 @@ class Attached:
                 self._warn(
                     "hooks",
                     f"{self.encoder.path}: the hooks on {path} of the model's encoder are not called while the file "
-                    "is attached, because the file computes the whole encoder; use detach(model) if they must be "
-                    "called",
+                    "is attached, because the file computes the whole encoder. If the hooks must be called, use "
+                    "detach(model)",
                 )
                 return
 
@@ -327,8 +328,9 @@ class Attached:
         """
         if self.freed:
             raise AttachError(
-                f"{self.encoder.path}: the weights of the model's own encoder were freed (free=True), so its state "
-                "cannot be read or saved; load the model again, or attach the file without free=True"
+                f"{self.encoder.path}: the state dict of the model cannot be read or saved, because attach(..., "
+                "free=True) freed the weights of the model's own encoder. Load the model again, and attach the file "
+                "without free=True"
             )
 
 
@@ -360,11 +362,12 @@ class LoadGuard:
                 if name.startswith(start) and (attached.freed or (name in own and not _is_same(value, own[name])))
             ]
             if others:
+                first = "Load the model again" if attached.freed else "Call detach(model)"
                 raise AttachError(
-                    f"{attached.encoder.path}: the state dict to load contains different weights for the model's "
-                    f"encoder ({others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}), which have no "
-                    "effect while this file is attached. Call detach(model), load the state dict, export the encoder "
-                    "again with the new weights, and attach the new file"
+                    f"{attached.encoder.path}: load_state_dict() would change the encoder weights "
+                    f"{listing(others, 1)}. New encoder weights have no effect while the file is attached, because the "
+                    f"file computes the encoder. {first}, load the state dict, export the encoder again with the new "
+                    "weights, and attach the new file"
                 )
 
 

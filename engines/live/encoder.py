@@ -221,8 +221,8 @@ class DeployedEncoder(nn.Module):
         """What to say where a model's images have another size than the file's."""
         sizes = ["x".join(map(str, size)) for size in (self.signature.image_size, asked)]
         return EncoderError(
-            f"{self.path}: the file accepts images of {sizes[0]} pixels (height x width), but the model's "
-            f"images have {sizes[1]}; resize them to {sizes[0]}, or export a file for {sizes[1]}: "
+            f"{self.path}: the file accepts images of {sizes[0]} pixels, but the model's images have {sizes[1]} "
+            f"pixels. Sizes are height x width. Resize the images to {sizes[0]}, or export a file for {sizes[1]}: "
             f"{self.export_again(image_size=sizes[1])}"
         )
 
@@ -231,7 +231,10 @@ class DeployedEncoder(nn.Module):
         if not self._plan:
             return export_again(self.path, **changes)
         options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
-        return f"neck-export onnx {options}, then build a plan from the new file with neck-export trt"
+        return (
+            f"repeat the original `neck-export onnx` command with {options}, then build a plan from the new ONNX file "
+            "with `neck-export trt`"
+        )
 
     def close(self) -> None:
         """Frees the engine."""
@@ -268,18 +271,20 @@ class DeployedEncoder(nn.Module):
             EncoderError: the file does not take them.
         """
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            got = f"{images.dtype} {tuple(images.shape)}"
             raise EncoderError(
-                f"{self.path}: the input is {got}; expected normalized floating-point images (B, 3, H, W)"
+                f"{self.path}: the encoder was called with a tensor of type {images.dtype} and shape "
+                f"{tuple(images.shape)}. Call the encoder with normalized images: a floating-point tensor of shape "
+                "(B, 3, H, W)"
             )
         batch, size = self.signature.batch, (images.shape[2], images.shape[3])
         if size != self.signature.image_size:
             raise self.wrong_size(size)
         if not batch.minimum <= len(images) <= batch.maximum:
             wanted = f"{min(batch.minimum, len(images))}:{len(images)}:{max(batch.maximum, len(images))}"
+            accepted = f"{batch.minimum} to {batch.maximum}" if batch.dynamic else str(batch)
             raise EncoderError(
-                f"{self.path}: the file was exported for the batch size {batch}, but {len(images)} images were "
-                "passed; pass another number of images, or export the file again: "
+                f"{self.path}: the file only accepts batch size {accepted}, but {len(images)} images were passed. Pass "
+                f"batches of size {accepted}, or export the file again for {len(images)} images: "
                 f"{self.export_again(batch=wanted)}"
             )
 

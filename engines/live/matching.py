@@ -69,16 +69,19 @@ class Live:
         """
         if adapted := [name for name in self.state if any(mark in name for mark in ADAPTED)]:
             raise AttachError(
-                f"the encoder at {self.encoder.slots[0].path} has an unmerged PEFT adapter ({adapted[0]}); merge the "
-                "adapter with model.merge_and_unload(), export the merged weights with `neck-export onnx --adapter "
-                "FOLDER`, and attach that file. To skip the comparison of the weights, use attach(..., check=False)"
+                f"the model's encoder at {self.encoder.slots[0].path} contains the tensor {adapted[0]} of a PEFT "
+                "adapter that was not merged, so attach() cannot compare the encoder's weights with the exported file. "
+                "Call model.merge_and_unload() to merge the adapter. Then attach a file that was exported with the "
+                "same adapter: `neck-export onnx --adapter FOLDER`, where FOLDER is the folder of the adapter. To skip "
+                "the comparison of the weights, call attach(..., check=False)"
             )
         layouts = find_layouts(self.state)
         if not layouts or not layouts[0].necks:
             raise AttachError(
-                f"the tensors of the encoder at {self.encoder.slots[0].path} do not have SAM 3's names "
-                f"({listing(self.state, 3)}), so they cannot be compared with the file's; use attach(..., "
-                "check=False) to skip the comparison"
+                f"attach() cannot compare the weights of the model's encoder at {self.encoder.slots[0].path} with the "
+                "exported file, because the encoder's tensors do not have the names that SAM 3 uses. The tensors "
+                f"are named {listing(self.state, 3)}. To attach the file without comparing the weights, call "
+                "attach(..., check=False)"
             )
         layout = dataclasses.replace(with_class_row(layouts[0], self.state), decoder="head.")
         if self.encoder.kind == "fpn" and self.encoder.necks == ("sam2",):
@@ -146,7 +149,7 @@ def _tensors(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str
     for name, value in told.items():
         if value != getattr(config, name):
             different = True
-            yield f"{name} is {getattr(config, name)} in the file, but {value} in the model"
+            yield f"the setting {name} is {getattr(config, name)} in the file, but {value} in the model"
     if different:
         return
     with torch.device("meta"):
@@ -161,7 +164,9 @@ def _tensors(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str
         yield f"the file does not contain the tensors {listing(more, 3)}"
     for key, shape in wanted.items():
         if key in found.state and tuple(found.state[key].shape) != shape:
-            yield f"{key} is {shape} in the file, but {tuple(found.state[key].shape)} in the model"
+            yield (
+                f"the tensor {key} has the shape {shape} in the file, but {tuple(found.state[key].shape)} in the model"
+            )
 
 
 def _layers(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
@@ -176,11 +181,14 @@ def _layers(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
             path = key.removesuffix(".weight")
             theirs = found.modules[path]
             if not isinstance(theirs, type(layer)):
-                yield f"{path} is a {type(layer).__name__} in the file, but a {type(theirs).__name__} in the model"
+                yield (
+                    f"the module {path} is a {type(layer).__name__} in the file, but a {type(theirs).__name__} in the "
+                    "model"
+                )
                 continue
             for field in fields:
                 if (mine := getattr(layer, field)) != (value := getattr(theirs, field)):
-                    yield f"{field} of {path} is {mine} in the file, but {value} in the model"
+                    yield f"{field} of the module {path} is {mine} in the file, but {value} in the model"
 
 
 def _blocks(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
@@ -196,16 +204,22 @@ def _blocks(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
             ("the scale of the attention scores", config.head_dim**-0.5, _value(attention, "scale", "scaling")),
         ):
             if theirs is None:
-                yield f"{name} of {path} cannot be read from a module of type {type(module).__name__}"
+                yield (
+                    f"{name} of the block {path} is {mine:g} in the file, but neck-export cannot read the value from "
+                    f"the model's block, which has the type {type(module).__name__}"
+                )
             elif not math.isclose(mine, theirs, rel_tol=1e-6):
-                yield f"{name} of {path} is {mine:g} in the file, but {theirs:g} in the model"
+                yield f"{name} of the block {path} is {mine:g} in the file, but {theirs:g} in the model"
         activation = _value(mlp, "activation_fn", "act")
         if activation is None and not type(mlp).__module__.startswith("neck."):  # ours calls a function
-            yield f"the activation function of {path} cannot be read from a module of type {type(mlp).__name__}"
+            yield (
+                f"the activation function of the block {path} is the exact GELU in the file, but neck-export cannot "
+                f"read the activation function from the model's MLP, which has the type {type(mlp).__name__}"
+            )
         elif activation is not None and not _is_gelu(activation):
             yield (
-                f"the activation function of {path} is the exact GELU in the file, but {_named(activation)} in the "
-                "model"
+                f"the activation function of the block {path} is the exact GELU in the file, but "
+                f"{_named(activation)} in the model"
             )
 
 
@@ -218,12 +232,18 @@ def _levels(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
             doubled = sum(isinstance(module, nn.ConvTranspose2d) for module in inside)
             halved = sum(isinstance(module, nn.MaxPool2d) for module in inside)
             if (theirs := 2.0 ** (doubled - halved)) != scale:
-                yield f"the scale of {path} is {scale:g} in the file, but {theirs:g} in the model"
+                yield (
+                    f"the neck module {path} scales the feature map by {scale:g} in the file, but by {theirs:g} in the "
+                    "model"
+                )
             known = (*LAYER_FIELDS, nn.MaxPool2d, nn.Identity)
             leaves = [module for module in inside if not [*module.children()] and not isinstance(module, known)]
             for module in leaves:
                 if not isinstance(module, nn.ModuleList) and not _is_gelu(module):
-                    yield f"in {path}, the file has the exact GELU, but the model has {_named(module)}"
+                    yield (
+                        f"the neck module {path} uses the exact GELU in the file, but contains {_named(module)} in the "
+                        "model"
+                    )
 
 
 def _rest(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
@@ -231,7 +251,7 @@ def _rest(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
     try:
         check_tables(Path("the model"), layout, found.tables(layout), config)
     except CheckpointError as error:
-        yield str(error).replace("the config", "the file")
+        yield str(error).replace("the configuration", "the file")
     trunk = found.modules[layout.trunk.removesuffix(".")]
     ends = _value(trunk, "full_attn_ids")
     if ends and ends[-1] != config.depth - 1:
@@ -240,7 +260,7 @@ def _rest(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]:
         )
     for name, value in (("tile_abs_pos", True), ("retain_cls_token", False), ("use_abs_pos", True)):
         if _value(trunk, name) not in (None, value):
-            yield f"{name} is {value} in the file, but {not value} in the model"
+            yield f"the setting {name} is {value} in the file, but {not value} in the model"
     if found.encoder.kind == "vitdet" and isinstance(norm := _value(trunk, "ln_post"), nn.LayerNorm):
         yield f"the model has a {type(norm).__name__} after its last block, but the file has none"
     holder = found.encoder.module if found.encoder.kind == "vitdet" else getattr(found.encoder.module, "neck", None)
@@ -254,10 +274,13 @@ def _positions(encoding: Any, config: EncoderConfig, kind: str) -> Iterator[str]
         given = encoding(size) if kind == "vitdet" else encoding(size.shape, torch.device("cpu"), torch.float32)
         error = float((given.float().cpu() - PositionEmbeddingSine(config.d_model)(size)).abs().max())
     except Exception as wrong:  # of their code
-        yield f"the position encoding of the model cannot be compared with the file's; the error is: {wrong!r:.80}"
+        yield (
+            "the position encoding of the model cannot be compared with the file, because calling the position "
+            f"encoding raised {wrong!r:.80}"
+        )
         return
     if not error < POSITION_ERROR:
-        yield f"the position encoding of the model differs from the file's by {error:.2g}"
+        yield f"the position encoding of the model differs by up to {error:.2g} from the position encoding of the file"
 
 
 def _is_gelu(activation: Any) -> bool:

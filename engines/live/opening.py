@@ -37,8 +37,9 @@ def open_file(
     if runtime == "openvino":
         if simulated or (wanted is not None and wanted.type != "cpu"):
             raise EncoderError(
-                f"{path}: runtime='openvino' runs only on the CPU and cannot simulate rounding; pass device='cpu' and "
-                "leave out simulated=True, or leave out runtime='openvino'"
+                f"{path}: OpenVINO only runs the file on the CPU, without simulated rounding, but device={wanted} and "
+                f"simulated={simulated} were passed. Pass device='cpu' and simulated=False, or choose ONNX Runtime "
+                "with runtime='auto'"
             )
         return OpenVinoFile(path)
     if simulated and wanted is not None and wanted.type != "cpu":
@@ -48,7 +49,10 @@ def open_file(
     if wanted is None:
         wanted = torch.device("cuda" if not simulated and _ort_has_cuda() else "cpu")
     if wanted.type not in ("cpu", "cuda"):
-        raise EncoderError(f"{path}: ONNX Runtime runs the file on the CPU or a GPU, not on {wanted}; use device='cpu'")
+        raise EncoderError(
+            f"{path}: ONNX Runtime cannot run the file on the device {wanted}, only on the CPU or an NVIDIA GPU. Pass "
+            "device='cpu' or device='cuda'"
+        )
     if wanted.type == "cuda" and wanted.index is None and torch.cuda.is_available():
         wanted = torch.device("cuda", torch.cuda.current_device())
     return OrtFile(path, wanted, simulated)

@@ -168,13 +168,17 @@ def _check_readable(source: Source, container: str, carried: str) -> list[str]:
         )
     lines = {name: line_of("onnxruntime-gpu", version) for name, version in ONNX_RUNTIME.items()}
     fitting = [name for name, line in lines.items() if line and why_not(line, needs) is None]
-    remedy = f"use container {fitting[0]} or later, or export" if fitting else "export"
+    remedy = (
+        f"use container {fitting[0]} or later, or export the file again for container {container}"
+        if fitting
+        else f"export the file again for container {container}"
+    )
     changes = {"target": f"triton-{container}", "attention": "auto", "opset": "auto"}
     if needs.types & {"BFLOAT16", *CODES}:
         changes |= {**AS_AUTO, "precision": "fp16"}
     raise TritonError(
         f"{source.path}: container {container} has ONNX Runtime {carried}, which cannot serve the file: "
-        f"{reason}; {remedy} the file again:\n"
+        f"{reason}; {remedy}:\n"
         f"{export_again(source.path, **changes)}"
     )
 

@@ -41,8 +41,8 @@ def check_held(model: Path, config: Any, source: Source | None) -> None:
         different = [key for key in after if before[key] is not None and before[key] != after[key]]
         if different:
             raise TritonError(
-                f"{model}: the folder already contains another model, whose version {version} differs from "
-                f"{source.path} in {', '.join(different)}; {ELSEWHERE}"
+                f"{model}: the folder already contains a different model. Version {version} in the folder and the "
+                f"file {source.path} differ in {' and '.join(different)}; {ELSEWHERE}"
             )
 
 
@@ -112,6 +112,6 @@ def check_contract(path: Path, old: Any, new: Any) -> None:
     if different or not any(key.startswith("output ") for key in shared):
         told = [f"{key} was {before.get(key, 'absent')}, but is now {after.get(key, 'absent')}" for key in different]
         raise TritonError(
-            f"{path}: the folder contains another model "
-            f"({'; '.join(told) or 'the two models have no output in common'}); {ELSEWHERE}"
+            f"{path}: the folder already contains a different model: "
+            f"{'; '.join(told) or 'the two models have no output in common'}; {ELSEWHERE}"
         )

@@ -126,9 +126,10 @@ class Serving:
                 )
         if self.image_name is None and self.ensemble:
             raise TritonError(
-                "--ensemble needs a container image with Pillow, which NVIDIA's image does not contain; pass your own "
-                f"image with --image, such as registry.example.com/{self.name}-triton:{self.container}. neck-export "
-                "then writes a Dockerfile for this image; build the image from that Dockerfile"
+                "with --kubernetes, --ensemble needs a container image that contains Pillow. NVIDIA's Triton image "
+                "does not contain Pillow. Choose a name for an image of your own, and repeat the command with the "
+                f"name, such as --image registry.example.com/{self.name}-triton:{self.container}. neck-export then "
+                "writes a Dockerfile, from which you build the image under the chosen name"
             )
         theirs, _, tag = (self.image_name or "").partition("@")[0].partition("tritonserver:")
         if theirs.endswith("nvidia/") and tag != f"{self.container}-py3":
@@ -277,14 +278,15 @@ def check_folder(folder: Path, files: Sequence[str]) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise TritonError(
-            f"{folder}: this is a file, but the Kubernetes files need a folder of this name; move the file"
+            f"{folder}: neck-export must write the Kubernetes files to a folder with this name, but a file with the "
+            "same name exists; move or rename the existing file"
         )
     for name in files:
         path = folder / name
         if path.exists() and not _is_ours(path):
             raise TritonError(
-                f"{path}: this file was not written by neck-export, but a Kubernetes file of this name would "
-                "overwrite it; move or rename the existing file"
+                f"{path}: the file exists and was not written by neck-export, so neck-export does not replace the file "
+                "with a new Kubernetes file. Move or rename the existing file, and repeat the command"
             )
 
 

@@ -207,8 +207,9 @@ def _cluster_files(
         )
     if container is None:
         raise TritonError(
-            f"{source.path}: the Kubernetes files must name a Triton container, but neck-export knows none with "
-            f"TensorRT {source.manifest['tensorrt_version']}; name one with --container"
+            f"{source.path}: the Kubernetes files must name a Triton container, but neck-export does not know a "
+            f"container with TensorRT {source.manifest['tensorrt_version']}; look up the container in NVIDIA's support "
+            "matrix, and name the container with --container"
         )
     serving = Serving(
         model=options.name,
@@ -242,7 +243,10 @@ def _write(output: Path, model: _Model, version: int, activate: bool) -> list[Pa
             shutil.copy(stage / CONFIG, stage / "version" / CONFIG)  # what `activate_version` puts in the model's place
             return install(stage, folder, version, activate)
         there = versions(folder)
-        name, text = "README", "An ensemble has no file, but Triton requires this folder.\n"
+        name = "README"
+        text = (
+            "Triton requires this version folder. An ensemble has no model file, so the folder has only this README.\n"
+        )
         if model.script is not None:
             name, text = "model.py", model.script.read_text(encoding="utf-8")
         newest = folder / str(max(there, default=0)) / name

@@ -184,7 +184,7 @@ def check_same_encoder(first: Source, others: Sequence[Source]) -> dict[str, Sou
         if twice is not source:
             raise TritonError(
                 f"{source.path}: the plan is for compute capability {source.compute_capability}, and so is "
-                f"{twice.path}; leave out one of the two"
+                f"{twice.path}; leave out one of the two plans"
             )
     return plans
 
@@ -243,7 +243,8 @@ def _check_tensors(source: Source) -> None:
     ports = (source.image, *source.outputs)
     names = [port.name for port in ports]
     if len(set(names)) != len(names):
-        raise TypeError(f"a tensor is listed twice: {', '.join(names)}")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise TypeError(f"the manifest lists more than one tensor with the name {', '.join(twice)}")
     for port in ports:
         if port.dtype not in DATA_TYPES:
             raise TritonError(
@@ -252,6 +253,7 @@ def _check_tensors(source: Source) -> None:
             )
         if port.shape[0] != source.batch.dim or not all(isinstance(side, int) and side > 0 for side in port.shape[1:]):
             raise TypeError(
-                f"the tensor {port.name} has the invalid shape {port.shape}. For the batch {source.batch}, the first "
-                f"dimension must be {source.batch.dim!r}; all other dimensions must be numbers above 0"
+                f"the tensor {port.name} has the shape {port.shape}, but the first dimension must be "
+                f"{source.batch.dim!r}, because the batch size in the manifest is {source.batch}, and every other "
+                "dimension must be an integer above 0"
             )

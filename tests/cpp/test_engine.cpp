@@ -76,11 +76,11 @@ void test_images_on_the_gpu(const std::string& plan) {
     expect_error([&] { engine.copy_in_rgb8(pixels.data.data(), size, pitch, stream.get()); },
                  "the memory for the image is on the host; pass memory of GPU 0 instead");
     expect_error([&] { engine.copy_in_rgb8(memory.get(), size, 17, stream.get()); },
-                 "bytes per row 17 (at least 3 per pixel)");
+                 "the pitch for copy_in_rgb8 is 17 bytes, but a row of 6 RGB pixels has 18 bytes");
     expect_error([&] { engine.copy_in_rgb8(memory.get(), size, pitch, stream.get(), 4); },
-                 "position in the batch 4 (0 to 3)");
+                 "the batch entry for copy_in_rgb8 is 4, but the engine's largest batch size is 4");
     expect_error([&] { engine.copy_in_rgb8(memory.get(), {0, 6}, pitch, stream.get()); },
-                 "image height 0 (at least 1)");
+                 "the image for copy_in_rgb8 has the height 0 and the width 6");
     setenv("STAND_IN_DEVICES", "2", 1);
     neck::check(cudaSetDevice(1), "test");
     const neck::DeviceMemory other = neck::allocate(pitch * 11, "test");
@@ -113,7 +113,7 @@ void test_refusals(const std::string& plan) {
     expect(doubled(engine.infer(image_of(2, 1), stream.get()), 2, 1), "it goes on after a refusal");
     options.max_batch = 5;
     expect_error([&] { neck::Engine(plan, options); },
-                 "max_batch is 5, but the plan's input is image: float32 (1 to 4");
+                 "max_batch is 5, but the plan's smallest batch size is 1 and the plan's largest batch size is 4");
     options = {};
     options.device = 3;
     expect_error([&] { neck::Engine(plan, options); }, "there is no GPU 3; the number of GPUs in this machine is 1");

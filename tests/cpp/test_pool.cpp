@@ -105,14 +105,14 @@ void test_recovery(const std::string& plan) {
         const char* const functions[] = {"enqueueV3", "cudaGraphLaunch"};
         fake::start_over();
         setenv("STAND_IN_FAIL", (std::string(functions[graph ? 1 : 0]) + ":1").c_str(), 1);
-        expect_error([&] { right(4); }, graph ? ": running the plan on the GPU failed (" : "the run failed (");
+        expect_error([&] { right(4); }, graph ? ": CUDA could not launch the plan's CUDA graph (" : "the run failed (");
         unsetenv("STAND_IN_FAIL");
         const int before = fake::alive();
         expect(right(5) && right(6), "requests after one that failed");
         expect(fake::alive() == before, "the old context and its memory are gone");
         // while it cannot be made anew each request is told so, and the pool waits for the GPU
         setenv("STAND_IN_FAIL", functions[graph ? 1 : 0], 1);
-        expect_error([&] { right(4); }, graph ? "running the plan on the GPU failed" : "the run failed");
+        expect_error([&] { right(4); }, graph ? "CUDA could not launch the plan's CUDA graph" : "the run failed");
         setenv("STAND_IN_FAIL", "cudaMalloc", 1);
         expect_error([&] { right(4); }, "out of device memory");
         expect_error([&] { right(4); }, "out of device memory");

@@ -63,9 +63,9 @@ void answer(neck::Pool& pool, const std::vector<std::string>& images, std::atomi
             check(cudaStreamSynchronize(consumer));
             const neck::Fit& fit = batch.fits.front();
             const std::lock_guard<std::mutex> lock(printing);
-            std::cout << images[index] << ": computed " << output.name << ". Boxes that a decoder finds with it are in "
-                      << "pixels of the resized image; for pixels of the original image, multiply x by " << fit.scale_x
-                      << " and y by " << fit.scale_y << "\n";
+            std::cout << images[index] << ": the output " << output.name << " was computed from the resized image. "
+                      << "To convert coordinates from the resized image to the original image, multiply x by "
+                      << fit.scale_x << " and y by " << fit.scale_y << "\n";
         } catch (const neck::Error& error) {  // an image that cannot be used does not end the service
             const std::lock_guard<std::mutex> lock(printing);
             std::cerr << error.what() << "\n";

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--header",
         action="append",
         default=[],
-        help=("header 'NAME: TEXT' that is sent with every request; may be repeated"),
+        help=("header 'NAME: VALUE' that is sent with every request; may be repeated"),
     )
     parser.add_argument(
         "--ca",
@@ -72,7 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(asked: argparse.Namespace) -> None:
     outputs = [name.strip() for name in asked.outputs.split(",") if name.strip()]
     if not all(":" in header for header in asked.header):
-        raise ClientError("--header is invalid; expected a name, a colon and a text, such as 'X-Tenant: a'")
+        raise ClientError(
+            "the value of a --header option contains no colon; write --header 'NAME: VALUE', such as --header "
+            "'X-Tenant: a'"
+        )
     options = {
         "protocol": asked.protocol,
         "memory": asked.memory,

@@ -72,7 +72,7 @@ def read_address(
         password or urllib.parse.unquote(parts.password or ""),
     )
     if user and token:
-        raise ClientError("both a user and a token were given; give only one of them")
+        raise ClientError("both a user name and a token were given; give only the user name or only the token")
     sent = {str(key).lower(): str(value) for key, value in (headers or {}).items()}
     if user:
         sent["authorization"] = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()

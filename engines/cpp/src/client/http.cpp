@@ -162,8 +162,11 @@ std::string remedy(CURLcode code, const TritonOptions& options) {
         case CURLE_COULDNT_RESOLVE_HOST:
             return "check that the server is running and that the address is correct";
         case CURLE_OPERATION_TIMEDOUT:
-            return "the server sent no complete answer within " + std::to_string(options.timeout.count()) +
-                   " ms; increase the timeout, or check whether the server is overloaded";
+            return "the time limit is " + std::to_string(options.connect_timeout.count()) + " ms for connecting and " +
+                   std::to_string(options.timeout.count()) +
+                   " ms for the whole request. Check that the server can be reached and is not overloaded. To raise "
+                   "the limit for the whole request, use the option --timeout of neck-triton or, in C++, "
+                   "TritonOptions::timeout";
         case CURLE_PEER_FAILED_VERIFICATION:
         case CURLE_SSL_CACERT_BADFILE:
             return "use --ca FILE or the environment variable SSL_CERT_FILE to pass the certificate of the authority "
@@ -172,7 +175,7 @@ std::string remedy(CURLcode code, const TritonOptions& options) {
         case CURLE_UNSUPPORTED_PROTOCOL:
             return "the server address must look like localhost:8000 or https://triton.example.com";
         default:
-            return "check that this is the address of Triton's HTTP port, and read the server's log";
+            return "check that the server address is the address of Triton's HTTP port, and read the server's log";
     }
 }
 
@@ -210,10 +213,17 @@ void Http::take_credentials() {
         url_.erase(host, at + 1 - host);
     }
     const std::size_t query = url_.find_first_of("?#@", host);  // a token may stand there: it is not shown
-    if (query != std::string::npos || !plain(url_)) {
-        throw Error(one_line(url_.substr(0, query)) +
-                    ": the server address contains a character that is not allowed, e.g. ?, # or @; pass an address "
-                    "such as localhost:8000, and pass a user name, password or token as options");
+    if (query != std::string::npos) {
+        throw Error(one_line(url_.substr(0, query)) + ": the server address is followed by the character " +
+                    repr(url_.substr(query, 1)) +
+                    ", which is not allowed. Pass an address such as localhost:8000. To send credentials with "
+                    "neck-triton, use the option --user and the environment variables NECK_TRITON_PASSWORD and "
+                    "NECK_TRITON_TOKEN. In C++, use TritonOptions");
+    }
+    if (!plain(url_)) {
+        throw Error(one_line(url_) +
+                    ": the server address contains a single quote, a backslash, a control character or invalid UTF-8. "
+                    "Pass an address such as localhost:8000");
     }
     const std::size_t colon = credentials.find(':');
     if (options_.username.empty() && !credentials.empty()) {
@@ -308,9 +318,14 @@ Answer Http::perform(const std::string& path, std::vector<std::string> lines, st
                           "outputs or images, or close other programs on this machine");
     }
     if (sink.too_long) {
-        throw Error(address + ": the answer is longer than " + std::to_string(largest) + " bytes; " +
-                    (source != nullptr ? "request fewer outputs or images, or raise the limit for answers"
-                                       : "check that this is the address of Triton's HTTP port"));
+        if (source != nullptr) {
+            throw Error(address + ": the server's answer is longer than the limit of " + std::to_string(largest) +
+                        " bytes. Request fewer outputs, send fewer images per request, or raise the limit with the "
+                        "option --largest-answer of neck-triton or, in C++, with TritonOptions::largest_answer");
+        }
+        throw Error(address + ": the server's answer is longer than " + std::to_string(largest) +
+                    " bytes, the limit for the description of a model. Check that " + url_ +
+                    " is the address of Triton's HTTP port");
     }
     if (code != CURLE_OK) {
         const std::string told = reason[0] != '\0' ? reason.data() : curl_easy_strerror(code);

@@ -29,7 +29,9 @@ Json parse(std::string_view text) {
 std::string name_of(const Json& object) {
     std::string name = text_or_empty(object, "name");
     if (name.empty() || !plain(name)) {
-        throw Fault{"a model or tensor in the answer has the invalid name " + repr(name)};
+        throw Fault{"the server's answer gives a model or tensor the invalid name " + repr(name) +
+                    ". A name must not be empty and must not contain single quotes, backslashes, "
+                    "control characters or invalid UTF-8"};
     }
     return name;
 }
@@ -96,7 +98,8 @@ std::size_t binary_size(const Json& output) {
             return size->get<std::size_t>();
         }
     }
-    throw Fault{"output " + repr(text_or_empty(output, "name")) + " has no binary data"};
+    throw Fault{"the server's answer gives no valid binary_data_size for the output " +
+                repr(text_or_empty(output, "name")) + ", but the client requested every output as binary data"};
 }
 
 std::vector<Tensor> read_outputs(const Answer& answer) {
@@ -173,23 +176,27 @@ void check_whole(const std::vector<Tensor>& found, const TritonModel& model, con
     for (const std::string& name : wanted) {
         const auto count =
             std::count_if(found.begin(), found.end(), [&](const Tensor& output) { return output.name == name; });
-        if (count != 1) {
-            throw Fault{
-                "the answer contains " +
-                (count == 0 ? "no output " + repr(name) : "the output " + repr(name) + " more than once") +
-                ", but these outputs were requested: " + joined(wanted, [](const std::string& each) { return each; })};
+        if (count == 0) {
+            throw Fault{"the server's answer does not contain the output " + repr(name) +
+                        ". The requested outputs are " + joined(wanted, [](const std::string& each) { return each; })};
+        }
+        if (count > 1) {
+            throw Fault{"the server's answer contains the output " + repr(name) +
+                        " more than once, but must contain each requested output exactly once. The requested outputs "
+                        "are " + joined(wanted, [](const std::string& each) { return each; })};
         }
     }
     for (const Tensor& output : found) {
         const Port* port = find(model.outputs, output.name);
         if (port == nullptr || found.size() != wanted.size()) {
-            throw Fault{
-                "the answer contains the outputs " + joined(found, [](const Tensor& each) { return each.name; }) +
-                ", but these outputs were requested: " + joined(wanted, [](const std::string& each) { return each; })};
+            throw Fault{"the server's answer contains the outputs " +
+                        joined(found, [](const Tensor& each) { return each.name; }) +
+                        ", but the requested outputs are " +
+                        joined(wanted, [](const std::string& each) { return each; })};
         }
         if (!fits(*port, output, batch)) {
             throw Fault{"output " + output.name + " is " + output.describe() + " for a batch of " +
-                        std::to_string(batch) + ", but the model's metadata declare it as " +
+                        std::to_string(batch) + ", but the model's metadata declare the output as " +
                         std::string(neck::name_of(port->type)) + " " + to_text(port->shape)};
         }
     }

@@ -159,8 +159,23 @@ std::vector<Tensor> run_in_batches(const Tensor& image, const Port& input, std::
     const std::int64_t batch = asked > 0 ? asked : std::min(count, input.largest_batch);
     const std::int64_t rest = count % std::max<std::int64_t>(1, batch);
     if (batch < input.smallest_batch || batch > input.largest_batch || (rest > 0 && rest < input.smallest_batch)) {
-        throw Error(std::to_string(count) + " images cannot be run in batches of " + std::to_string(batch) +
-                    ", because the model's input is " + input.describe() + "; change --batch or the number of images");
+        const std::string smallest = std::to_string(input.smallest_batch);
+        if (count < input.smallest_batch) {
+            throw Error("the number of images is " + std::to_string(count) +
+                        ", but the model's smallest batch size is " + smallest + ". Set --batch to at least " +
+                        smallest + " to repeat IMAGE, or use --compare with a reference of at least " + smallest +
+                        " images");
+        }
+        if (batch < input.smallest_batch || batch > input.largest_batch) {
+            throw Error("--batch is " + std::to_string(batch) + ", but the model's smallest batch size is " +
+                        smallest + " and the model's largest batch size is " + std::to_string(input.largest_batch) +
+                        ". Set --batch to a value within these limits");
+        }
+        throw Error("splitting " + std::to_string(count) + " images into batches of " + std::to_string(batch) +
+                    " leaves a last batch of size " + std::to_string(rest) +
+                    ", but the model's smallest batch size is " + smallest + ". Set --batch to a divisor of " +
+                    std::to_string(count) + ", or pass a reference whose number of images is a multiple of " +
+                    std::to_string(batch));
     }
     std::vector<Tensor> outputs;
     for (std::int64_t first = 0; first < count; first += batch) {
@@ -170,7 +185,7 @@ std::vector<Tensor> run_in_batches(const Tensor& image, const Port& input, std::
             if (output.shape.empty() || output.shape[0] != size) {
                 throw Error("output " + output.name + " is " + output.describe() + " for a batch of " +
                             std::to_string(size) +
-                            ", but its first dimension must equal the batch size; export the "
+                            ", but the first dimension of every output must equal the batch size; export the "
                             "model again with `neck-export onnx`");
             }
         }

@@ -98,7 +98,7 @@ neck::Latency measure(cudaStream_t stream, std::int64_t runs, const std::string&
         neck::check(cudaEventRecord(start.get(), stream), plan + ": measuring the time with CUDA events failed");
         work();
         neck::check(cudaEventRecord(end.get(), stream), plan + ": measuring the time with CUDA events failed");
-        neck::check(cudaEventSynchronize(end.get()), plan + ": running the plan on the GPU failed");
+        neck::check(cudaEventSynchronize(end.get()), plan + ": CUDA reported an error while the GPU ran the plan");
         float elapsed = 0;
         neck::check(cudaEventElapsedTime(&elapsed, start.get(), end.get()),
                     plan + ": measuring the time with CUDA events failed");

@@ -191,8 +191,10 @@ Exit serve_folder(const fs::path& plan, const fs::path& in, const fs::path& out,
         const Port input = pool.acquire(patience)->input();
         const std::int64_t batch = options.batch > 0 ? options.batch : input.optimum_batch;
         if (batch < input.smallest_batch || batch > input.largest_batch) {
-            throw Error(plan.string() + ": the plan cannot run batches of " + std::to_string(batch) +
-                        " images, because its input is " + input.describe() + "; change --batch");
+            throw Error(plan.string() + ": the batch size is " + std::to_string(batch) +
+                        ", but the plan's smallest batch size is " + std::to_string(input.smallest_batch) +
+                        " and the plan's largest batch size is " + std::to_string(input.largest_batch) +
+                        ". Set --batch to a value within these limits");
         }
         const Preprocessor preprocessor(input);
         Work work(std::move(missing), folder, hash, static_cast<std::size_t>(batch));

@@ -136,8 +136,11 @@ void Engine::Impl::allocate_buffers() {
     const Port& port = input();
     largest_batch_ = options_.max_batch != 0 ? options_.max_batch : port.largest_batch;
     if (largest_batch_ < port.smallest_batch || largest_batch_ > port.largest_batch) {
-        throw Error(plan_ + ": max_batch is " + std::to_string(largest_batch_) + ", but the plan's input is " +
-                    port.describe() + "; set max_batch to a batch size that the plan supports");
+        throw Error(plan_ + ": EngineOptions::max_batch is " + std::to_string(largest_batch_) +
+                    ", but the plan's smallest batch size is " + std::to_string(port.smallest_batch) +
+                    " and the plan's largest batch size is " + std::to_string(port.largest_batch) +
+                    ". Set EngineOptions::max_batch to a value within these limits, or to 0 for the plan's largest "
+                    "batch size");
     }
     scratch_bytes_ = loaded_->engine->getDeviceMemorySizeV2();
     if (scratch_bytes_ > 0) {

@@ -63,7 +63,8 @@ void Engine::Impl::bind_output(const std::string& name, void* memory, std::size_
         }
         check_device_memory(memory, options_.device, plan_, "output " + name);
     }
-    check(cudaEventSynchronize(done_.get()), plan_ + ": running the plan on the GPU failed");
+    check(cudaEventSynchronize(done_.get()),
+          plan_ + ": CUDA reported an error in the plan's previous run or input copy on the GPU");
     graphs_.clear();  // their addresses are fixed
     output.bound = memory;
     last_batch_ = 0;

@@ -57,13 +57,21 @@ void Engine::Impl::copy_in(const Tensor& image, cudaStream_t stream) {
 Fit Engine::Impl::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch, cudaStream_t stream,
                                std::int64_t entry) {
     const Size wanted = image_size(input());
-    if (size.height < 1 || size.width < 1 || pitch < static_cast<std::size_t>(size.width) * 3 || entry < 0 ||
-        entry >= largest_batch_) {
-        throw Error(plan_ + ": the image cannot be copied to the batch, because one of these values is outside its "
-                    "limits: image height " + std::to_string(size.height) + " (at least 1), image width " +
-                    std::to_string(size.width) + " (at least 1), bytes per row " + std::to_string(pitch) +
-                    " (at least 3 per pixel), position in the batch " + std::to_string(entry) + " (0 to " +
-                    std::to_string(largest_batch_ - 1) + ")");
+    if (size.height < 1 || size.width < 1) {
+        throw Error(plan_ + ": the image for copy_in_rgb8 has the height " + std::to_string(size.height) +
+                    " and the width " + std::to_string(size.width) +
+                    ". Pass an image whose height and width are at least 1 pixel");
+    }
+    const std::size_t row_bytes = static_cast<std::size_t>(size.width) * 3;
+    if (pitch < row_bytes) {
+        throw Error(plan_ + ": the pitch for copy_in_rgb8 is " + std::to_string(pitch) + " bytes, but a row of " +
+                    std::to_string(size.width) + " RGB pixels has " + std::to_string(row_bytes) +
+                    " bytes. Pass a pitch of at least " + std::to_string(row_bytes) + " bytes");
+    }
+    if (entry < 0 || entry >= largest_batch_) {
+        throw Error(plan_ + ": the batch entry for copy_in_rgb8 is " + std::to_string(entry) +
+                    ", but the engine's largest batch size is " + std::to_string(largest_batch_) +
+                    ". Pass an entry from 0 to " + std::to_string(largest_batch_ - 1));
     }
     const DeviceGuard guard(options_.device, plan_);
     check_device_memory(pixels, options_.device, plan_, "the image");
@@ -122,7 +130,7 @@ Prepared& Engine::Impl::captured(std::int64_t batch) {
         run(*prepared.context, stream);
     }
     check(cudaStreamSynchronize(stream),
-          plan_ + ": the runs on the GPU that precede the capture of a CUDA graph failed");
+          plan_ + ": CUDA reported an error in a warm-up run, so no CUDA graph was captured");
     const auto succeed = [&](cudaError_t code) {
         if (code != cudaSuccess) {
             cudaGetLastError();
@@ -164,7 +172,7 @@ void Engine::Impl::enqueue(std::int64_t batch, cudaStream_t stream, const void* 
         image = input_.get();
     }
     if (prepared) {
-        check(cudaGraphLaunch(prepared->graph.get(), stream), plan_ + ": running the plan on the GPU failed");
+        check(cudaGraphLaunch(prepared->graph.get(), stream), plan_ + ": CUDA could not launch the plan's CUDA graph");
     } else {
         bind(*context_, batch, image);
         run(*context_, stream);
@@ -211,7 +219,8 @@ std::vector<Tensor> Engine::Impl::copy_out(cudaStream_t stream) {
         tensors.push_back(std::move(tensor));
     }
     mark_after(stream);
-    check(cudaStreamSynchronize(stream), plan_ + ": running the plan on the GPU failed");
+    check(cudaStreamSynchronize(stream),
+          plan_ + ": CUDA reported an error while the GPU ran the plan or copied the outputs to the host");
     return tensors;
 }
 

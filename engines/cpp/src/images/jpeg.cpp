@@ -87,13 +87,23 @@ bool run(jpeg_decompress_struct& info, jpeg_source_mgr& source, Errors& errors, 
     jpeg_create_decompress(&info);
     info.src = &source;
     jpeg_read_header(&info, TRUE);
-    if (info.data_precision != 8 || info.image_width != size.width || info.image_height != size.height ||
-        (info.num_components != 1 && info.num_components != 3 && info.num_components != 4)) {
+    if (info.data_precision != 8) {
         std::snprintf(errors.reason.data(), errors.reason.size(),
-                      "the JPEG has %d components of %d bits and a size of %u x %u, but 1, 3 or 4 components of 8 bits "
-                      "and a size of %lld x %lld were expected",
-                      info.num_components, info.data_precision, info.image_width, info.image_height,
-                      static_cast<long long>(size.width), static_cast<long long>(size.height));
+                      "the JPEG has %d bits per color value, but only 8 bits are supported", info.data_precision);
+        return false;
+    }
+    if (info.num_components != 1 && info.num_components != 3 && info.num_components != 4) {
+        std::snprintf(errors.reason.data(), errors.reason.size(),
+                      "the JPEG has %d color components, but only 1, 3 or 4 color components are supported",
+                      info.num_components);
+        return false;
+    }
+    if (info.image_width != size.width || info.image_height != size.height) {
+        std::snprintf(errors.reason.data(), errors.reason.size(),
+                      "libjpeg found an image of width %u and height %u, but the JPEG header states width %lld and "
+                      "height %lld",
+                      info.image_width, info.image_height, static_cast<long long>(size.width),
+                      static_cast<long long>(size.height));
         return false;
     }
     info.out_color_space = info.num_components == 1 ? JCS_GRAYSCALE : info.num_components == 3 ? JCS_RGB : JCS_CMYK;

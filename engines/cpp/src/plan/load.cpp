@@ -41,12 +41,15 @@ Port read_port(const nvinfer1::ICudaEngine& engine, const char* name, const std:
     const auto type = type_of(engine.getTensorDataType(name));
     const bool fixed =
         !shape.empty() && std::all_of(shape.begin() + 1, shape.end(), [](auto side) { return side >= 0; });
-    if (!type || !fixed) {
-        throw Error(plan.string() + ": the tensor " + name + " has " +
-                    (type ? "the type " + std::string(name_of(*type)) : "an unsupported type") + " and the shape " +
-                    to_text(shape) +
-                    "; its type must be float32, float16, bfloat16, uint8, int32 or int64, and only its first "
-                    "dimension may be dynamic (-1); build the plan from a file that `neck-export onnx` wrote");
+    if (!type) {
+        throw Error(plan.string() + ": the data type of the plan's tensor " + name +
+                    " is not supported. The supported types are float32, float16, bfloat16, uint8, int32 and int64. "
+                    "Build the plan from an ONNX file that `neck-export onnx` wrote");
+    }
+    if (!fixed) {
+        throw Error(plan.string() + ": the plan's tensor " + name + " has the shape " + to_text(shape) +
+                    ", which is not supported. The first dimension must be the batch, and every later dimension must "
+                    "have a fixed size instead of -1. Build the plan from an ONNX file that `neck-export onnx` wrote");
     }
     Port port{name, *type, shape, shape[0], shape[0], shape[0]};
     if (shape[0] < 0 && engine.getTensorIOMode(name) == nvinfer1::TensorIOMode::kINPUT) {

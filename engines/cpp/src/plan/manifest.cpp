@@ -20,13 +20,18 @@ constexpr std::string_view rtx_magic = "vtrt";  // first bytes of a TensorRT-RTX
 
 Manifest::Spec read_spec(const Json& port) {
     Manifest::Spec spec{text_at(port, "name"), text_at(port, "dtype"), {}};
-    if (!plain(spec.name) || !plain(spec.dtype)) {
-        throw Fault{"a tensor in the manifest has the invalid name " + repr(spec.name)};
+    if (!plain(spec.name)) {
+        throw Fault{"the tensor name " + repr(spec.name) +
+                    " contains a single quote, a backslash, a control character or invalid UTF-8"};
+    }
+    if (!plain(spec.dtype)) {
+        throw Fault{"the data type " + repr(spec.dtype) + " of the tensor " + spec.name +
+                    " contains a single quote, a backslash, a control character or invalid UTF-8"};
     }
     for (const Json& side : list_at(port, "shape")) {
         if (!side.is_string() && !side.is_number_integer()) {
-            throw Fault{"the shape of " + spec.name + " contains a value of type " + side.type_name() +
-                        " instead of a number"};
+            throw Fault{"the shape of the tensor " + spec.name + " contains a value of the JSON type " +
+                        side.type_name() + " that is neither a whole number nor a string"};
         }
         spec.shape.push_back(side.is_string() ? -1 : side.get<std::int64_t>());
     }

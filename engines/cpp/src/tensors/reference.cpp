@@ -9,7 +9,8 @@ namespace neck {
 
 Reference read_reference(const std::filesystem::path& path) {
     const auto fault = [&](const std::string& why) {
-        return Error(path.string() + ": " + why + "; write a new reference with `neck-export verify --save-reference`");
+        return Error(path.string() + ": " + why +
+                     ". Write a new reference with `neck-export verify --save-reference`");
     };
     Reference reference;
     bool found = false;
@@ -25,13 +26,14 @@ Reference read_reference(const std::filesystem::path& path) {
     if (!found || pixels.type != DataType::uint8 || pixels.shape.size() != 4 || pixels.data.empty() ||
         pixels.shape[3] != 3 || reference.outputs.empty()) {
         throw fault(
-            "the file is not a reference; it must contain the images as uint8 `pixels` (B, H, W, 3), and at least one "
-            "output in float32");
+            "the file is not a reference that outputs can be compared with. A reference contains the images as a uint8 "
+            "tensor `pixels` of shape (B, H, W, 3), and at least one float32 output of the model");
     }
     for (const Tensor& output : reference.outputs) {
         if (output.shape[0] != pixels.shape[0]) {
-            throw fault("the numbers of images in `" + output.name + "` " + to_text(output.shape) + " and `pixels` " +
-                        to_text(pixels.shape) + " differ");
+            throw fault("the number of images is " + std::to_string(output.shape[0]) + " in the output `" +
+                        output.name + "` of shape " + to_text(output.shape) + ", but " +
+                        std::to_string(pixels.shape[0]) + " in the tensor `pixels` of shape " + to_text(pixels.shape));
         }
     }
     return reference;
