@@ -151,9 +151,10 @@ def _check_fit(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[str]
         )
     if "sam2" in necks and encoder.signature.has_head("sam2") and len(live.head) != 2:
         raise AttachError(
-            f"{where}the model has {len(live.head) // 2} mask decoders, but the file works with exactly one, because "
-            "its sam2 outputs were computed with the convolutions of a single mask decoder; export the file again "
-            f"without these convolutions: {encoder.export_again(sam2_outputs='features')}"
+            f"{encoder.path}: the model has {len(live.head) // 2} mask decoders, but the file only fits a model with "
+            "exactly one mask decoder. The file computes the convolutions conv_s0 and conv_s1 of a single mask "
+            "decoder. Export the file again without the two convolutions: "
+            f"{encoder.export_again(sam2_outputs='features')}"
         )
     levels = len(encoder.signature.level_sizes)
     if levels != live.levels:

@@ -136,7 +136,7 @@ class Search:
         self.outputs = [spec.name for spec in signature.of_kind("feat")]
         report("tracing the encoder")
         self.canonical = trace(DeployEncoder(encoder, signature, Rewrites(**manifest["rewrites"])))
-        report("computing the reference, which is the same graph in FP32")
+        report("computing the reference: running the encoder's graph in FP32 with ONNX Runtime")
         self.reference = self._outputs("fp32", ())
 
     def find(self, path: Path, checkpoint: Path | None) -> Finding:

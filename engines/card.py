@@ -164,7 +164,7 @@ def _verification(manifest: Mapping[str, Any]) -> list[str]:
             f"| `{one['name']}` | {one['relative_l2']:.2e} | {one['cosine']:.8f} | {one['max_abs']:.2e} |"
             for one in found["outputs"]
         ]
-        lines += ["", *_table(("output", "relative L2", "cosine", "largest error"), rows)]
+        lines += ["", *_table(("output", "relative L2", "cosine", "largest absolute difference"), rows)]
     return lines
 
 
@@ -178,7 +178,7 @@ def _plan_facts(manifest: Mapping[str, Any]) -> list[str]:
     lines[0] += f"compute capability {gpus}."
     if manifest.get("layers"):
         lines += ["", f"The builder reports: {manifest['layers']}."]
-    return [*lines, "", " ".join(line.strip() for line in memory_lines(manifest)) + "."]
+    return [*lines, "", "; ".join(line.strip() for line in memory_lines(manifest)) + "."]
 
 
 def _made(name: str, manifest: Mapping[str, Any], source: Mapping[str, Any], weights: Mapping[str, Any]) -> list[str]:
@@ -197,7 +197,7 @@ def _made(name: str, manifest: Mapping[str, Any], source: Mapping[str, Any], wei
         versions["TensorRT-RTX" if manifest["flavor"] == "rtx" else "TensorRT"] = manifest["tensorrt_version"]
     lines += ["", *_table(("package", "version"), [f"| {key} | {value} |" for key, value in versions.items()])]
     if not weights["random"]:
-        lines += ["", f"The SHA-256 of the file of weights is `{weights['sha256']}`."]
+        lines += ["", f"The SHA-256 of the weights file is `{weights['sha256']}`."]
     return lines
 
 

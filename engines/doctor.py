@@ -117,7 +117,10 @@ def abilities(
         building = "yes" if rtx or capabilities else no_gpu
         running = "yes" if capabilities else no_gpu
     if running == "yes" and not tensorrt and capabilities[0] not in rtx_targets:
-        running = f"TensorRT-RTX does not support compute capability {capabilities[0]}; run {PACKAGES['tensorrt']}"
+        running = (
+            f"TensorRT-RTX does not list compute capability {capabilities[0]} as supported. To run engines on this "
+            f"GPU, install TensorRT: run {PACKAGES['tensorrt']}"
+        )
     return {
         "export to ONNX": "yes",
         "verify ONNX": "yes" if runtime else f"onnxruntime is not installed; run {PACKAGES['onnxruntime']}",

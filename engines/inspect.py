@@ -90,8 +90,9 @@ def timing_cache_lines(manifest: dict[str, Any]) -> list[str]:
     if not cache:
         return []
     return [
-        f"  timing  kernel times {'replayed from' if cache['replayed'] else 'saved to'} {cache['file']}, "
-        f"SHA-256 {cache['sha256'][:12]}"
+        f"  timing cache {cache['file']}: the build "
+        f"{'read its kernel times from' if cache['replayed'] else 'saved its kernel times to'} the file; "
+        f"the SHA-256 of the file begins with {cache['sha256'][:12]}"
     ]
 
 

@@ -93,7 +93,7 @@ CACHES: list[tuple[str, Callable[[Path], object], dict[str, str], str]] = [
         {},
         "cannot be read (Is a directory)",
     ),
-    ("another driver", lambda cache: None, {"STAND_IN_DRIVER": "12080"}, "driver 13.0, plan "),
+    ("another driver", lambda cache: None, {"STAND_IN_DRIVER": "12080"}, "driver for CUDA 13.0, plan "),
     ("another RTX", lambda cache: None, {"STAND_IN_VERSION": "1.7.2.9"}, "is for TensorRT-RTX 1.7.1.116 on NVIDIA L4"),
     ("refused", lambda cache: None, {"STAND_IN_FAIL": "deserialize"}, "TensorRT-RTX rejected the runtime cache"),
 ]

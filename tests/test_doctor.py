@@ -70,8 +70,17 @@ TENSORRT, RTX = {"onnxruntime": "1.31.1", "tensorrt": "11.4"}, {"onnxruntime": "
         (TENSORRT, ["9.0"], ("yes", "yes", "yes")),
         (RTX, [], ("yes", "yes", "torch finds no NVIDIA GPU")),
         (RTX, ["8.9", "9.0"], ("yes", "yes", "yes")),
-        (RTX, ["9.0"], ("yes", "yes", "TensorRT-RTX does not support compute capability 9.0; run pip")),
-        (RTX, ["10.0"], ("yes", "yes", "TensorRT-RTX does not support compute capability 10.0")),
+        (
+            RTX,
+            ["9.0"],
+            (
+                "yes",
+                "yes",
+                "TensorRT-RTX does not list compute capability 9.0 as supported. "
+                "To run engines on this GPU, install TensorRT: run pip",
+            ),
+        ),
+        (RTX, ["10.0"], ("yes", "yes", "TensorRT-RTX does not list compute capability 10.0")),
         (TENSORRT | RTX, ["9.0"], ("yes", "yes", "yes")),
     ],
 )

@@ -74,7 +74,11 @@ BAD: list[tuple[str, Callable[[], Any], str]] = [
     ("type", lambda: room(dtype=torch.float32), "is float32 and contiguous; expected float16 and contiguous"),
     ("strided", lambda: room(6)[::2], "is float16 and not contiguous; expected float16"),
     ("address", lambda: room(offset=64), "is at an address that is not a multiple of 256 bytes"),
-    ("device", lambda: torch.zeros(3, 2, 3, dtype=torch.float16, device="meta"), "is on meta; expected memory on cpu"),
+    (
+        "device",
+        lambda: torch.zeros(3, 2, 3, dtype=torch.float16, device="meta"),
+        "is on meta, but the plan runs on cpu",
+    ),
     ("pointer", lambda: 0x7F0000000000, "is a int that torch cannot read"),
     ("list", lambda: [0.0] * 18, "is a list that torch cannot read"),
     ("none of ours", lambda: np.zeros((3, 2, 3), "M8[s]"), "is a ndarray that torch cannot read"),
@@ -84,7 +88,7 @@ BAD: list[tuple[str, Callable[[], Any], str]] = [
 @pytest.mark.parametrize(("memory", "says"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
 def test_memory_that_an_output_cannot_be_written_to(memory: Callable[[], Any], says: str) -> None:
     caller_memory(Path("x.plan"), TWICE, 3, CPU, room())  # the control
-    with pytest.raises(SessionError, match=f"x.plan: the memory for twice {says}"):
+    with pytest.raises(SessionError, match=f"x.plan: the memory for the output twice {says}"):
         caller_memory(Path("x.plan"), TWICE, 3, CPU, memory())
 
 
@@ -173,7 +177,7 @@ def test_targets_wait_for_the_run_on_the_device(tmp_path: Path, cuda_graph: bool
             (bound,) = session.infer({"image": 2 * ones}).values()
             assert bound.data_ptr() == memory.data_ptr() and (memory[:2] == 6).all()
             assert (found == 3).all()
-            with pytest.raises(SessionError, match="is on cpu; expected memory on cuda:0"):
+            with pytest.raises(SessionError, match="sum is on cpu, but the plan runs on cuda:0"):
                 session.bind_output("sum", torch.zeros(3, 1, 8, 8))
             with pytest.raises(SessionError, match="not a multiple of 256 bytes"):
                 session.bind_output("sum", torch.zeros(4, 1, 8, 8, device="cuda").flatten()[16:])
@@ -199,7 +203,7 @@ def test_outputs_are_handed_over_on_the_gpu(tmp_path: Path, gpu_flavor: Flavor) 
         other.wait_event(session.finished)
         with torch.cuda.stream(other):
             assert bool((memory[:2] == 3).all()) and bool((memory[2] == 0).all())
-        with pytest.raises(SessionError, match="expected memory on cuda:0"):
+        with pytest.raises(SessionError, match="sum is on cpu, but the plan runs on cuda:0"):
             session.bind_output("sum", torch.zeros(3, 1, 8, 8))
         session.unbind_outputs()
         on_gpu(session)

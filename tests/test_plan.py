@@ -171,7 +171,7 @@ def test_the_plans_memory_is_told(tmp_path: Path) -> None:
         total = memory["weights_bytes"] + 4 * (memory["activation_bytes"] + memory["io_bytes"])
         assert pool_bytes(memory, 4) == total
         shown = CliRunner().invoke(app, ["inspect", str(made.path)]).output
-        assert f"4: {total / 1e6:,.1f} MB" in shown and f"at batch {largest}" in shown
+        assert f"{total / 1e6:,.1f} MB with 4 execution contexts" in shown and f"at batch {largest}" in shown
     weights = data_path(source).stat().st_size / 2  # FP16 of an FP32 file
     assert 0.9 * weights < found[4]["weights_bytes"] < 1.5 * weights
     assert found[4]["activation_bytes"] > found[2]["activation_bytes"]

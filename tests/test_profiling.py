@@ -238,7 +238,8 @@ def test_the_profile_for_a_screen() -> None:
         "weights 908.0 MB, scratch 250.0 MB, inputs and outputs 68.2 MB; loading the plan used 1,300.0 MB",
         "100.0 TFLOP/s (8192^3 fp16 matrix multiplication), 250 GB/s (copy on the GPU)",
         "latency of 39.000 ms, the plan reaches 50% of the peak compute rate and 50% of the peak memory bandwidth",
-        "3 layers, 4.000 ms in total with the profiler attached; the layer report contains 2 of these layers",
+        "the 3 layers of the plan together take 4.000 ms per inference with the profiler attached",
+        "list of the plan's kernels contains 2 of the 3 layers",
         "2.2500  56.2%       0  attention       trunk.blocks.0.attn",
         "1.0000  25.0%       ?  ?               reformat",
     ):

@@ -26,7 +26,7 @@ from engines.run.open_plan import open_plan
 from engines.run.runtime_cache import RuntimeCache
 from export.contract.manifest import manifest_path, read_manifest
 
-KEY = "TensorRT-RTX 1.7.1.116 on NVIDIA L4 (compute capability 8.9), driver 13.0, plan abc"
+KEY = "TensorRT-RTX 1.7.1.116 on NVIDIA L4 (compute capability 8.9), driver for CUDA 13.0, plan with SHA-256 abc"
 
 
 def start(plan: Path, *batches: int, **options: Any) -> tuple[bool, list[str]]:
@@ -81,7 +81,8 @@ def test_the_file_is_what_the_cpp_library_writes(tmp_path: Path) -> None:
         manifest = read_manifest(manifest_path(plan), "plan")
         key = cache_key(manifest, plan, flavor)
     here = hashlib.sha256(plan.read_bytes()).hexdigest()
-    assert key == f"TensorRT-RTX 1.7.1.116 on NVIDIA L4 (compute capability 8.9), driver 13.0, plan {here}"
+    gpu = "NVIDIA L4 (compute capability 8.9)"
+    assert key == f"TensorRT-RTX 1.7.1.116 on {gpu}, driver for CUDA 13.0, plan with SHA-256 {here}"
     content = b"[2]"
     lines = [b"neck-export runtime cache 1", key.encode(), hashlib.sha256(content).hexdigest().encode(), content]
     assert plan.with_name("sum.plan.cache").read_bytes() == b"\n".join(lines)
@@ -117,7 +118,11 @@ CACHES: list[tuple[str, Callable[[Path, State], object], str]] = [
         other_plan,
         "belongs to TensorRT-RTX 1.7.1.116 on NVIDIA L4 .*, not to TensorRT-RTX 1.7.1.116 on",
     ),
-    ("another driver", lambda plan, state: setattr(state.device, "cuda", 13020), r"driver 13\.0, .* driver 13\.2, "),
+    (
+        "another driver",
+        lambda plan, state: setattr(state.device, "cuda", 13020),
+        r"driver for CUDA 13\.0, .* driver for CUDA 13\.2, ",
+    ),
     ("another GPU", lambda plan, state: setattr(state.device, "name", "NVIDIA L40S"), "not to .*NVIDIA L40S"),
     (
         "refused",

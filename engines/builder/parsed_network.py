@@ -56,8 +56,8 @@ def check_types(onnx: Path, trt: Any, network: Any, precision: str, keep_fp32: S
             command = export_again(onnx, precision=precision, **AS_AUTO)
             raise BuildError(
                 f"{onnx}: the layer {layer.name} computes in {tensor.dtype.name}, but {precision} was "
-                "requested; name the module of this layer with --keep-fp32 to allow FP32 there, or export the file "
-                f"again: {command}"
+                "requested. If the layer should stay in FP32, add --keep-fp32 MODULE, where MODULE is the module that "
+                f"contains the layer. Otherwise, export the file again in {precision}: {command}"
             )
     if not seen:
         raise BuildError(

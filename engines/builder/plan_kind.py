@@ -42,9 +42,10 @@ def is_plan(path: Path) -> bool:
     if kind and path.suffix != ".plan" and not manifest_path(path).is_file():
         name = path.with_suffix(".plan").name
         raise BuildError(
-            f"{path}: this is a {kind} plan, but its manifest {manifest_path(path).name} is missing. If the plan was "
-            f"called {name} when neck-export built it, rename the plan back to {name} and copy {name}.json into the "
-            "same folder; otherwise, build a new plan with `neck-export trt`"
+            f"{path}: this is a {kind} plan, but its manifest {manifest_path(path).name} is missing. If neck-export "
+            f"built the plan and the plan was renamed later, rename the plan back to its old name, for example {name}, "
+            f"and copy the manifest, for example {name}.json, into the same folder. In all other cases, build a new "
+            "plan with `neck-export trt`"
         )
     return bool(kind) or path.suffix == ".plan"
 

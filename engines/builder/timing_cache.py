@@ -124,7 +124,8 @@ def replay_timing(trt: Any, config: Any, path: Path, data: bytes) -> Any:
 def missed(error: RefusedError, path: Path) -> RefusedError:
     """Returns the error of a replayed build, with the command that creates a complete cache."""
     remedy = (
-        f"--replay-timing requires {path} to contain the times of all kernels; first build the same ONNX file with the "
-        f"same options and --timing-cache {path}"
+        f"A build with --replay-timing fails if a kernel time is missing in the timing cache {path}. To save a "
+        "complete timing cache, build a plan from the same ONNX file with the same options, but with --timing-cache "
+        f"{path} instead of --replay-timing. Then pass the saved timing cache to --replay-timing"
     )
     return RefusedError(f"{error}\n{remedy}", error.reason, error.by_form)

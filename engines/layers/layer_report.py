@@ -213,8 +213,9 @@ class LayerReport:
         if told and "unknown" not in self.families and self._fp8_fused() < self.fp8_attentions:
             return (
                 f"{self.fp8_attentions - self._fp8_fused()} of {self.fp8_attentions} FP8 attention layers do "
-                "not run as FP8 kernels; use TensorRT-RTX 1.7, or export the file with --quantize patterns that match "
-                "linear layers only"
+                "not run as FP8 kernels. If the plan was not built with TensorRT-RTX 1.7 or later, build the plan "
+                "again with TensorRT-RTX 1.7 or later. Otherwise, export the ONNX file again with --quantize patterns "
+                "that match only linear layers"
             )
         missing = self.products - len(self.quantized)
         if told and missing > 0:

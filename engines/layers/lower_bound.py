@@ -56,7 +56,11 @@ def lower_bound(layers: LayerReport, gpu: PublishedGpu) -> LowerBound:
     if any(kernel.operations is None for kernel in layers.kernels):
         return LowerBound(
             gpu,
-            reason="the layer report does not say how many operations each kernel computes; build the plan again",
+            reason=(
+                "the plan's layer report does not contain the number of operations of each kernel, because an earlier "
+                "version of neck-export built the plan or because the ONNX file does not state the shapes of all "
+                "tensors; build the plan again from an ONNX file that `neck-export onnx` wrote"
+            ),
         )
     if layers.bytes_moved is None:
         why = "the plan contains Myelin blocks" if any(one.opaque for one in layers.kernels) else "the batch is dynamic"
@@ -122,7 +126,8 @@ def bound_lines(
         return []
     lines = [
         "lower bound on latency, computed from each GPU's published rates (neither a measurement nor a prediction)",
-        f"  {'GPU':<20} {'minimum latency':>21} {'without L2 cache':>16}  compute-bound kernels",
+        f"  {'GPU':<20} {'minimum latency':>15} {'minimum latency without L2 cache':>32}  "
+        "time in compute-bound kernels",
     ]
     for one in bounds.values():
         title, capability = one["gpu"]["title"], one["gpu"]["compute_capability"]
@@ -131,8 +136,8 @@ def bound_lines(
             continue
         other = f"  (the plan is not built for compute capability {capability})"
         note = other if capabilities and capability not in capabilities else ""
-        share = f"{one['operations_share']:.0%} of the time"
-        lines.append(f"  {title:<20} {one['bound_ms']:>18.2f} ms {one['uncached_ms']:>13.2f} ms  {share}{note}")
+        share = f"{one['operations_share']:.0%} of the minimum latency"
+        lines.append(f"  {title:<20} {one['bound_ms']:>12.2f} ms {one['uncached_ms']:>29.2f} ms  {share}{note}")
     counted = max(one["counted"] for one in bounds.values())
     if layers.operations and 0 < counted < layers.operations:
         missing = 1 - counted / layers.operations

@@ -60,10 +60,13 @@ def memory_lines(manifest: Mapping[str, Any]) -> list[str]:
         f"{_text(memory['activation_bytes'])} (both from the builder's log), inputs and outputs "
         f"{_text(memory['io_bytes'])}"
     ]
-    totals = [f"{contexts}: {_text(total)}" for contexts in CONTEXTS if (total := pool_bytes(memory, contexts))]
+    totals = [
+        f"{_text(total)} with {contexts} execution context{'s' if contexts > 1 else ''}"
+        for contexts in CONTEXTS
+        if (total := pool_bytes(memory, contexts))
+    ]
     if totals:
-        shared = "all contexts share one copy of the weights"
-        lines.append(f"          total for each number of contexts ({shared}): {', '.join(totals)}")
+        lines.append(f"          total GPU memory: {', '.join(totals)}; all contexts share one copy of the weights")
     return lines
 
 

@@ -148,9 +148,10 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         8000,
         128,
         _tflops(1125, 2250, 4500, 4500),
-        "GB200 data sheet. The rates are half of the published sparse rates, which hold at a clock of 1856 MHz. The "
-        "bandwidth of 8 TB/s is that of a GB200 (an HGX B200 has 7.7 TB/s). The maximum clock is assumed to be 1980 "
-        "MHz, which is not confirmed",
+        "GB200 data sheet. The data sheet gives rates for sparse matrices at a clock of 1856 MHz; the rates for dense "
+        "matrices are taken as half of the rates for sparse matrices. The lower bound scales the rates for dense "
+        "matrices to 1980 MHz, an assumed maximum clock that is not confirmed. The bandwidth of 8 TB/s is that of a "
+        "GB200; an HGX B200 has 7.7 TB/s",
         r"B200",
         clock=1980 / 1856,
     ),
@@ -169,9 +170,10 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         204.8,
         4,
         _tflops(21.4, 42.7, None, 85.3),
-        "AGX Orin technical brief; the rates are the dense rates of the GPU alone (without the DLAs), computed as "
-        "half of the sparse rates in the brief. They hold only for the AGX Orin 64GB, but CUDA reports the same name "
-        "for every Orin module",
+        "AGX Orin technical brief. The rates are those of the GPU alone, without the DLAs. The rates for dense "
+        "matrices are taken as half of the brief's rates for sparse matrices. The rates only hold for the AGX Orin "
+        "64GB. CUDA reports the same GPU name on every Orin module, so the lower bound that `neck-export bench` shows "
+        "on another Orin module is wrong",
         r"Orin",
     ),
     "thor": PublishedGpu(
@@ -190,8 +192,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         936.2,
         6,
         _tflops(35.6, 71.2, None, 284.7, 2),
-        "GA102 white paper, appendix A. The maximum clock is assumed to be 2100 MHz; the highest clock observed on "
-        "this GPU is 1980 MHz, and the published boost clock is 1695 MHz",
+        "GA102 white paper, appendix A. The lower bound scales the rates from the published boost clock of 1695 MHz to "
+        "2100 MHz, an assumed maximum clock. The highest clock observed on this GPU is 1980 MHz",
         r"GeForce RTX 3090",
         clock=2100 / 1695,
     ),
@@ -201,8 +203,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         716.8,
         64,
         _tflops(48.7, 97.5, 194.9, 389.9, 2),
-        "Ada white paper, appendix A. The highest clock observed on Ada GPUs is 3105 MHz; the published boost clock is "
-        "2505 MHz",
+        "Ada white paper, appendix A. The lower bound scales the rates from the published boost clock of 2505 MHz to "
+        "3105 MHz, the highest clock observed on Ada GPUs",
         r"GeForce RTX 4080",
         clock=3105 / 2505,
     ),
@@ -212,8 +214,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         1008,
         72,
         _tflops(82.6, 165.2, 330.3, 660.6, 2),
-        "Ada white paper, appendix A. The highest clock observed on Ada GPUs is 3105 MHz; the published boost clock is "
-        "2520 MHz",
+        "Ada white paper, appendix A. The lower bound scales the rates from the published boost clock of 2520 MHz to "
+        "3105 MHz, the highest clock observed on Ada GPUs",
         r"GeForce RTX 4090",
         clock=3105 / 2520,
     ),
@@ -223,8 +225,9 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         1792,
         96,
         _tflops(104.8, 209.5, 838, 838, 2, fp8_sums=1),
-        "RTX Blackwell white paper, appendix A. For FP8 with FP32 accumulation, the rate of block-scaled FP8 is used. "
-        "The highest clock observed is 3105 MHz; the published boost clock is 2407 MHz",
+        "RTX Blackwell white paper, appendix A. The rate of FP8 with FP32 accumulation is taken from the white paper's "
+        "rate of block-scaled FP8. The lower bound scales the rates from the published boost clock of 2407 MHz to "
+        "3105 MHz, the highest clock observed",
         r"GeForce RTX 5090",
         clock=3105 / 2407,
     ),

@@ -98,10 +98,16 @@ def layers_from_inspector(
     try:
         layers = json.loads(information)["Layers"]
         if any(not isinstance(layer, dict) for layer in layers):
-            raise LayerReportError("the engine inspector returned only the names of the layers of the plan")
+            raise LayerReportError(
+                "TensorRT's engine inspector returned only the names of the layers in the plan, but a layer report "
+                "needs the details of each layer; nothing needs to be done, because the plan itself is complete"
+            )
         kernels = [_inspected(layer, families) for layer in layers if layer.get("LayerType") not in NO_KERNELS]
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise LayerReportError("the engine inspector returned no list of layers") from None
+        raise LayerReportError(
+            "TensorRT's engine inspector returned a text without a list of layers, so the plan gets no layer report; "
+            "nothing needs to be done, because the plan itself is complete"
+        ) from None
     return _layers("engine inspector", kernels, attentions, operations, products, fusable, fp8_attentions)
 
 

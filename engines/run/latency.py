@@ -278,8 +278,9 @@ def _layer_lines(layers: Sequence[LayerTime], limit: int) -> list[str]:
     total = sum(layer.ms for layer in layers)
     known = sum(layer.kind is not None for layer in layers)
     lines = [
-        f"{len(layers)} layers, {total:.3f} ms in total with the profiler attached; the layer report contains "
-        f"{known} of these layers",
+        f"the {len(layers)} layers of the plan together take {total:.3f} ms per inference with the profiler attached",
+        f"TensorRT's list of the plan's kernels contains {known} of the {len(layers)} layers; the kind of all other "
+        "layers is shown as ?",
         f"{'ms':>9} {'share':>6} {'GB/s':>7}  {'kind':<15} modules",
     ]
     for layer in layers[:limit]:

@@ -137,11 +137,12 @@ def cache_key(manifest: Mapping[str, Any], plan: Path, flavor: Flavor) -> str:
     """What a runtime cache is of; word for word as in the C++ library, so that both read one file."""
     if flavor.gpu is None:
         raise SessionError(
-            f"{plan}: there is no NVIDIA GPU with a driver here; a plan can be built without a GPU, but not run"
+            f"{plan}: this machine has no NVIDIA GPU that CUDA can use. Check the GPU and its driver with "
+            "`nvidia-smi`, or run the plan on another machine with an NVIDIA GPU"
         )
     sha256 = next(entry["sha256"] for entry in manifest["files"] if entry["name"] == plan.name)
     gpu = f"{flavor.gpu.name} (compute capability {flavor.gpu.compute_capability})"
-    return f"TensorRT-RTX {flavor.version} on {gpu}, driver {flavor.gpu.cuda}, plan {sha256}"
+    return f"TensorRT-RTX {flavor.version} on {gpu}, driver for CUDA {flavor.gpu.cuda}, plan with SHA-256 {sha256}"
 
 
 def memory_text(device: torch.device) -> str:

@@ -55,30 +55,34 @@ def caller_memory(plan: Path, port: Port, largest: int, device: torch.device, me
     Raises:
         SessionError: memory that is elsewhere, of another type, not contiguous, not aligned or too little.
     """
-    what = f"{plan}: the memory for {port.name}"
     try:
         found = memory if isinstance(memory, Tensor) else torch.from_dlpack(memory)
     except (AttributeError, TypeError, RuntimeError, BufferError) as error:
         raise SessionError(
-            f"{what} is a {type(memory).__name__} that torch cannot read ({str(error).splitlines()[0]}); pass "
-            "a torch tensor or a CuPy array"
+            f"{plan}: the memory for the output {port.name} is a {type(memory).__name__} that torch cannot read "
+            f"({str(error).splitlines()[0]}); pass a torch tensor or a CuPy array"
         ) from None
     if found.device != device:
-        raise SessionError(f"{what} is on {found.device}; expected memory on {device}; allocate the memory there")
+        raise SessionError(
+            f"{plan}: the memory for the output {port.name} is on {found.device}, but the plan runs on {device}. "
+            f"Allocate the memory on {device}"
+        )
     if found.dtype != port.dtype or not found.is_contiguous():
         got = f"{type_name(found.dtype)} and {'' if found.is_contiguous() else 'not '}contiguous"
-        raise SessionError(f"{what} is {got}; expected {type_name(port.dtype)} and contiguous")
+        raise SessionError(
+            f"{plan}: the memory for the output {port.name} is {got}; expected {type_name(port.dtype)} and contiguous"
+        )
     needed = math.prod(largest if side == -1 else side for side in port.shape)
     if found.numel() < needed:
         size = port.dtype.itemsize
         raise SessionError(
-            f"{what} has {found.numel() * size} bytes; expected at least {needed * size}, which the largest "
-            f"batch ({largest}) needs"
+            f"{plan}: the memory for the output {port.name} has {found.numel() * size} bytes; expected at least "
+            f"{needed * size}, which the largest batch ({largest}) needs"
         )
     if found.data_ptr() % ALIGNMENT:
         raise SessionError(
-            f"{what} is at an address that is not a multiple of {ALIGNMENT} bytes; pass memory that begins at "
-            "the start of an allocation"
+            f"{plan}: the memory for the output {port.name} is at an address that is not a multiple of {ALIGNMENT} "
+            "bytes; pass memory that begins at the start of an allocation"
         )
     return found.detach().reshape(-1)
 

@@ -125,7 +125,8 @@ def check_gpu(plan: Path, manifest: Mapping[str, Any], flavor: Flavor) -> None:
     """Raises SessionError where there is no GPU, or not one that the plan was built for."""
     if flavor.gpu is None:
         raise SessionError(
-            f"{plan}: there is no NVIDIA GPU with a driver here; a plan can be built without a GPU, but not run"
+            f"{plan}: this machine has no NVIDIA GPU that CUDA can use. Check the GPU and its driver with "
+            "`nvidia-smi`, or run the plan on another machine with an NVIDIA GPU"
         )
     why = why_other_gpu(manifest, flavor)
     if why is None:

@@ -137,7 +137,7 @@ int main(int count, char** values) {
     std::ofstream(plan) << plan_text;
     const std::string problem = why_not();
     if (!problem.empty()) {
-        expect_error([&] { neck::Engine engine(plan); }, "no NVIDIA GPU with a driver here");
+        expect_error([&] { neck::Engine engine(plan); }, "this machine has no NVIDIA GPU that CUDA can use");
         std::cerr << problem << "\n";
         return failures == 0 ? not_run : 1;
     }

@@ -29,7 +29,8 @@ Engine::Impl::Impl(const std::filesystem::path& plan, const EngineOptions& optio
     }
     if (rtx && options.use_runtime_cache) {
         cache_ = RuntimeCache(options.runtime_cache.empty() ? plan_ + ".cache" : options.runtime_cache.string(),
-                              runtime + ", driver " + driver_version(plan_) + ", plan " + manifest.plan_hash());
+                              runtime + ", driver for CUDA " + driver_version(plan_) + ", plan with SHA-256 " +
+                                  manifest.plan_hash());
     }
     const DeviceGuard guard(options.device, plan_);
     try {

@@ -83,11 +83,10 @@ Gpu find_gpu(const std::filesystem::path& plan, int device) {
     const cudaError_t code = cudaGetDeviceCount(&count);
     if (code != cudaSuccess || count == 0) {
         cudaGetLastError();
-        const std::string why = code == cudaSuccess ? "CUDA finds no GPU" : cudaGetErrorString(code);
-        throw Error(plan.string() +
-                    ": there is no NVIDIA GPU with a driver here; a plan can be built without a GPU, "
-                    "but not run (" +
-                    why + ")");
+        const std::string why = code == cudaSuccess ? "the number of GPUs is 0" : cudaGetErrorString(code);
+        throw Error(plan.string() + ": this machine has no NVIDIA GPU that CUDA can use. CUDA reports: " + why +
+                    ". Check the GPU and its driver with `nvidia-smi`, or run the plan on another machine with an "
+                    "NVIDIA GPU");
     }
     if (device < 0 || device >= count) {
         throw Error(plan.string() + ": there is no GPU " + std::to_string(device) + "; the number of GPUs in this "
