@@ -266,9 +266,11 @@ def masks(asked: Callable[[], MasksOptions]) -> None:
         _fail(
             "\n".join(
                 [
-                    f"{options.file}: the masks of this encoder differ from those of the model's own encoder. They are "
-                    f"accepted only if the mean IoU is at least {found['gate']:g} (--gate), both encoders find the "
-                    "same objects, and no output is NaN or infinite; try a file with higher precision",
+                    f"{options.file}: the masks of this encoder differ too much from the masks of the model's own "
+                    f"encoder. The mean mask IoU is {found['mean_iou']:.4f}; --gate requires at least "
+                    f"{found['gate']:g}. {found['lost'] + found['found']} objects were found with only one of the two "
+                    f"encoders, and {sum(found['non_finite'].values())} output values of the model are NaN or "
+                    "infinite; each of these two numbers must be 0. Try a file with higher precision",
                     *worst_lines(found),
                 ]
             ),

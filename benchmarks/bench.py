@@ -77,8 +77,9 @@ def check_options(options: BenchOptions) -> None:
             raise BenchError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
     if options.positions == "file":
         raise BenchError(
-            "--positions=file cannot be measured separately: the encoder does not compute the position encodings, "
-            "exactly as with none; use --positions graph or none"
+            "--positions=file cannot be measured. The times would be the same as with --positions none, because in "
+            "neither case does the encoder compute the position encodings. Use --positions none, or use --positions "
+            "graph to measure the encoder with its position encodings"
         )
     chosen = [f"--{name.replace('_', '-')}" for name in SELECTION if getattr(options, name) is not None]
     if options.checkpoint is None and chosen:

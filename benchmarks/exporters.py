@@ -48,7 +48,12 @@ def main() -> None:
     parser.add_argument(
         "--image-size", type=int, default=1008, help="Side of the square input image in pixels. [default: 1008]"
     )
-    parser.add_argument("--config", type=Path, help="Read the architecture from this encoder.json. [default: SAM 3]")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="Read the architecture of the encoder from this JSON file, e.g. from the manifest that `neck-export onnx` "
+        "writes beside an ONNX file. [default: the architecture of SAM 3]",
+    )
     parser.add_argument(
         "--compute-capability",
         default="8.9",
@@ -172,7 +177,8 @@ def table(result: dict[str, Any]) -> list[str]:
         f"torch {packages['torch']}, transformers {packages['transformers']}; {result['machine']['processor']}, "
         f"{result['date']}, `{result['command']}`:",
         "",
-        "| exporter | kernels | GB moved | fused attentions | attention accumulates in | CPU seconds to export |",
+        "| exporter | kernels in the plan | GPU memory read and written per image (GB) | fused attention layers | "
+        "accumulation type of fused attention | CPU time of the export (s) |",
         "| --- | ---: | ---: | ---: | --- | ---: |",
     ]
     for name, row in result["rows"].items():

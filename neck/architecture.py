@@ -142,12 +142,15 @@ def with_trained_size(
     """
     if not trained or config.image_size == (trained, trained):
         return config
-    tables = f"{path}: the checkpoint's rotary tables were made for {trained}x{trained} pixels"
     if given:
         notes.append(
-            f"{tables}, but the configuration sets an image size of "
-            f"{config.image_size[0]}x{config.image_size[1]}; the size in the configuration is used"
+            f"{path}: the rotary tables in the checkpoint were made for images of {trained}x{trained} pixels, but the "
+            f"configuration sets an image size of {config.image_size[0]}x{config.image_size[1]} pixels. neck-export "
+            "uses the image size of the configuration"
         )
         return config
-    notes.append(f"{tables}; this size is used as the default image size")
+    notes.append(
+        f"{path}: the rotary tables in the checkpoint were made for images of {trained}x{trained} pixels. neck-export "
+        f"uses {trained}x{trained} as the image size, unless --image-size sets another size"
+    )
     return dataclasses.replace(config, image_size=(trained, trained))

@@ -106,7 +106,7 @@ class EncoderConfig:
         if self.pretrain_image_size % self.patch_size:
             raise ConfigError(
                 f"pretrain_image_size {self.pretrain_image_size} is not a multiple of patch_size "
-                f"{self.patch_size}; correct one of them in the configuration"
+                f"{self.patch_size}; correct pretrain_image_size or patch_size in the configuration"
             )
         if self.d_model % 4:
             raise ConfigError(
@@ -166,8 +166,8 @@ class EncoderConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(
-                f"the configuration contains the unknown key {', '.join(unknown)}; remove it or correct its "
-                f"spelling; the known keys are {', '.join(sorted(known))}"
+                f"the configuration contains keys that neck-export does not know: {', '.join(unknown)}. Remove each "
+                f"unknown key, or correct its spelling. The known keys are {', '.join(sorted(known))}"
             )
         try:
             return cls(**values)

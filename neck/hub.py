@@ -251,8 +251,9 @@ def choose_weights(name: HubName, files: Iterable[str]) -> str:
             f"{bare}/{start}{top[0]}"
         )
     raise HubError(
-        f"{name}: the repository contains no PyTorch weights, so nothing can be exported from it; use another "
-        f"repository. Its files are {', '.join(inside[:8])}"
+        f"{name}: neck-export found no PyTorch weights that it can read in this repository or folder of the Hugging "
+        f"Face Hub, only files such as {', '.join(inside[:8])}. Use a repository with a SAM 3 checkpoint, e.g. "
+        "facebook/sam3"
     )
 
 

@@ -321,10 +321,10 @@ def _to_8_bits(values: np.ndarray, bits: int, value_range: ValueRange | None, sa
         )
     # Pillow clips 16-bit gray at 255 but takes the high byte of 16-bit RGB; both take the high byte here.
     high = (values.astype(np.int32) >> 8).astype(np.uint8)
-    taken = f"{high.min()} to {high.max()} of 255"
     say(
-        f"the image is {kind} (possible: 0 to 65535). neck-export uses only the high byte of each value, so the "
-        f"8-bit values are {taken}. To scale the values to the full range instead, use --image-range LOW:HIGH"
+        f"the image is {kind}; 16-bit values can range from 0 to 65535. neck-export uses only the high byte of each "
+        f"value. The result is an 8-bit image with values {high.min()} to {high.max()}, where 0 to 255 are possible. "
+        "To spread the values from LOW to HIGH over 0 to 255 instead, pass --image-range LOW:HIGH"
     )
     return high
 

@@ -347,7 +347,7 @@ def test_bad_adapters(change: Callable[[State], State | None], says: str, adapte
         ({"rank_pattern": {"fc1": 0}}, "fc1 is 0"),
         ({"lora_alpha": None}, "lora_alpha is None"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
-        ({"alpha_pattern": {"(": 1}}, "pattern '('"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern contains the key '('"),
         ({"alpha_pattern": [1]}, "alpha_pattern is [1]"),
         ({"use_dora": True}, "also uses DoRA, use_dora True"),
         ({"lora_bias": True}, "lora_bias True"),

@@ -235,7 +235,7 @@ def test_half_precision_checkpoints_are_fine(tmp_path: Path) -> None:
             ("TensorRT 10.3 is only known to support opsets up to 20",),
         ),
         (("--config", "/no/such.json"), ("/no/such.json", "JSON")),
-        (("--config", str(DATA / "meta-dual" / "case.json")), ("the unknown key",)),
+        (("--config", str(DATA / "meta-dual" / "case.json")), ("case.json: the configuration contains keys",)),
         (("--images", "/no/such/folder"), ("/no/such/folder cannot be read",)),
         (("--images", str(DATA / "meta-dual")), ("no image",)),
     ],

@@ -113,7 +113,7 @@ def test_a_kit_is_installed_whole_or_not_at_all(kit: Path, tmp_path: Path) -> No
         ran = start(kit, tmp_path / "out")
         assert (
             ran.returncode == 1
-            and "pip cannot install the packages of the GPU kit (ERROR" in ran.stderr
+            and f"{kit}: pip cannot install the wheels in this folder (ERROR" in ran.stderr
             and "make gpu-kit" in ran.stderr
         )
         assert len(ran.stderr.splitlines()) == 1
@@ -128,20 +128,18 @@ def test_no_kit_half_a_manifest_and_another_python_are_one_line(kit: Path, tmp_p
         read_kit(tmp_path / "nowhere")
     whole = (kit / "kit.json").read_text(encoding="utf-8")
     (kit / "kit.json").write_text(whole[:40], encoding="utf-8")
-    with pytest.raises(StartError, match="not a valid manifest of a GPU kit"):
+    with pytest.raises(StartError, match=r"kit\.json: the file is damaged"):
         read_kit(kit)
     (kit / "kit.json").write_text(whole.replace(f'"python": "{HERE}"', '"python": "3.9"'), encoding="utf-8")
     ran = start(kit, tmp_path / "out")
-    assert ran.returncode == 1 and "is for Python 3.9" in ran.stderr and "PYTHON=python3.9" in ran.stderr
+    assert ran.returncode == 1 and "are for Python 3.9" in ran.stderr and "PYTHON=python3.9" in ran.stderr
     assert len(ran.stderr.splitlines()) == 1
 
 
 def test_a_kit_that_is_too_large_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "big-1.0-py3-none-any.whl").open("wb") as file:
         file.truncate(MOST_BYTES + 1)
-    with pytest.raises(
-        KitError, match=r"the GPU kit would contain 60.0 MiB of wheels, but the limit is 60 MiB.* largest wheel is big"
-    ):
+    with pytest.raises(KitError, match=r" 60\.0 MiB, but the limit is 60 MiB.* largest wheel is big-1\.0"):
         describe(tmp_path, [], There(HERE, (), {}))
 
 

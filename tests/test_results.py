@@ -160,7 +160,7 @@ def test_a_result_is_not_merged_with_itself() -> None:
 def test_a_merge_takes_two() -> None:
     with pytest.raises(
         BenchError,
-        match=r"--merge needs at least two report\.json files, but 1 was passed; pass every report",
+        match=r"--merge needs at least two report\.json files, but the number of files passed is 1",
     ):
         merge_results([synthetic_result()])
 

@@ -1,4 +1,4 @@
-"""Makes the kit: wheels of all that a bare GPU machine lacks, for its Python, where there is network.
+"""Downloads the wheels that `make gpu` needs on a GPU machine without network access, into one folder, the kit.
 
 python -m benchmarks.gpu.kit [--output build/gpu-kit] [--there FILE]
 """
@@ -161,10 +161,10 @@ def describe(folder: Path, asked: Sequence[Requirement], there: There) -> dict[s
     if sum(sizes.values()) > MOST_BYTES:
         largest = max(sizes, key=sizes.__getitem__)
         raise KitError(
-            f"the GPU kit would contain {sum(sizes.values()) / 2**20:.1f} MiB of wheels, but the limit is "
-            f"{MOST_BYTES >> 20} MiB; the largest wheel is {largest}. If the package of this wheel is already "
-            f"installed on the GPU machine, list the package in {THERE.name}; otherwise add the package to LEFT_OUT "
-            "in benchmarks/gpu/kit.py"
+            f"the wheels for the GPU machine have a size of {sum(sizes.values()) / 2**20:.1f} MiB, but the limit is "
+            f"{MOST_BYTES >> 20} MiB. The largest wheel is {largest}. If the package of this wheel is already "
+            f"installed on the GPU machine, list the package in benchmarks/gpu/{THERE.name}. If nothing on the GPU "
+            "machine needs the package, add the package to LEFT_OUT in benchmarks/gpu/kit.py"
         )
     return {"python": there.python, "requirements": [str(one) for one in asked], "wheels": sizes}
 
@@ -198,9 +198,9 @@ def main() -> None:
         "--there",
         type=Path,
         default=THERE,
-        help="Make the kit for the GPU machine that this JSON file describes. The file lists the machine's Python "
-        "version, its platform and its installed packages; the kit contains only packages that are not installed "
-        "there. [default: benchmarks/gpu/there.json]",
+        help="JSON file with the Python version, the platform and the installed packages of the GPU machine. A package "
+        "is downloaded only if it is not installed on the GPU machine, or if its version on the GPU machine is "
+        "unsuitable. [default: benchmarks/gpu/there.json]",
     )
     arguments = parser.parse_args()
     try:
@@ -210,7 +210,10 @@ def main() -> None:
     for name in manifest["wheels"]:
         print(name)
     size = sum(manifest["wheels"].values()) / 2**20
-    print(f"{arguments.output}: wrote the GPU kit for Python {manifest['python']} ({size:.1f} MiB of wheels)")
+    print(
+        f"{arguments.output}: this folder contains the wheels for a GPU machine with Python {manifest['python']}; "
+        f"their size is {size:.1f} MiB. Copy the folder to the GPU machine and run `make gpu` there"
+    )
 
 
 if __name__ == "__main__":

@@ -73,8 +73,8 @@ def _figures(result: dict[str, Any]) -> list[str]:
     for row in rows[:MOST_ROWS]:
         figures = (milliseconds(median_ms(row)), ratio_figure(row), error_figure(worst_error(row)), verdict(row))
         lines.append(
-            f"  {row['label']}: p50 {figures[0]}, latency ratio to the reference {figures[1]}, relative L2 "
-            f"{figures[2]}, {figures[3]}"
+            f"  {row['label']}: p50 latency {figures[0]}, {figures[1]} times the latency of the reference, relative L2 "
+            f"error {figures[2]}, {figures[3]}"
         )
     if len(rows) > MOST_ROWS:
         lines.append(f"  {len(rows) - MOST_ROWS} slower backends are listed in report.md")
@@ -86,6 +86,6 @@ def _figures(result: dict[str, Any]) -> list[str]:
     told = ", ".join(f"{outcomes.count(one)} {one}" for one in ("passed", "failed", "not run"))
     return [
         *lines,
-        f"Checks: {told}. The checks are the tests marked gpu, and one comparison: whether the random weights are the "
-        "same on this machine as on other machines.",
+        f"Checks: {told}. The checks are the pytest tests with the marker gpu. One further check compares the random "
+        "weights on this machine with the random weights on other machines.",
     ]

@@ -144,13 +144,18 @@ class Session:
         try:
             path, left_out = write_archive(self.output)
         except OSError as error:
-            print(f"the archive cannot be written ({error}); free disk space and run the command again", flush=True)
+            print(
+                f"{archive_path(self.output)}: the archive of the results cannot be written ({error}); free disk space "
+                "and run the command again",
+                flush=True,
+            )
             return
         told = f" The archive omits these files, which are too large: {', '.join(left_out)}." if left_out else ""
         print(
-            f"{path} ({path.stat().st_size / 2**20:.1f} MiB) contains the results.{told} To continue on another "
-            f"machine, copy this archive to the same path there, and run the same command there. The command unpacks "
-            f"the archive into the folder {self.output.name} if that folder contains no session yet.",
+            f"{path} is an archive of the results; its size is {path.stat().st_size / 2**20:.1f} MiB.{told} To "
+            "continue the measurements on another machine, copy the archive to the same path on that machine, and run "
+            f"the same command there. The command unpacks the archive into the folder {self.output.name}, unless that "
+            "folder already contains the file session.json.",
             flush=True,
         )
 
@@ -221,9 +226,9 @@ def main() -> None:
     if lacks := unmet(_json(asked.kit / "kit.json")["requirements"]):
         sys.exit(
             f"error: these packages are missing: {', '.join(lacks)}. They are neither installed in the Python "
-            f"environment of {sys.executable} nor contained in the GPU kit {asked.kit}. The kit leaves "
-            "out a package if benchmarks/gpu/there.json lists it as installed on the GPU machine: remove the missing "
-            "packages from that file and run `make gpu-kit` again"
+            f"environment of {sys.executable} nor contained in the folder {asked.kit}. `make gpu-kit` does not put a "
+            "package into this folder if benchmarks/gpu/there.json lists the package as installed on the GPU machine. "
+            "Remove the missing packages from benchmarks/gpu/there.json and run `make gpu-kit` again"
         )
     if asked.fresh:
         for name in ("work", "session.json"):
@@ -233,11 +238,11 @@ def main() -> None:
     if not asked.fresh:
         try:
             if unpack_archive(asked.output):
-                print(f"{archive_path(asked.output)}: continuing the session that this archive contains", flush=True)
+                print(f"{archive_path(asked.output)}: continuing from the results in this archive", flush=True)
         except (OSError, EOFError, tarfile.TarError) as error:
             sys.exit(
                 f"error: {archive_path(asked.output)}: the archive is incomplete or damaged ({error}); copy the "
-                "archive again, or remove the archive to start a new session"
+                "archive again, or delete the archive to start without earlier results"
             )
     print("\n".join(table(asked.device)), flush=True)
     sys.exit(Session(asked.output, asked.device, asked.ends, asked.config, pinned).run())

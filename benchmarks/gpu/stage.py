@@ -108,8 +108,9 @@ def weights(asked: Asked) -> Found:
     if known is None or digest == known:
         return {"outcome": "done", "sha256": digest, "same": None if known is None else True}
     reason = (
-        f"the random weights have SHA-256 {digest[:12]} on this machine, but {known[:12]} on the machines measured "
-        "before, so the errors cannot be compared; use the torch version that the reports of those machines name"
+        f"the SHA-256 of the random weights begins with {digest[:12]}, but began with {known[:12]} in earlier "
+        "measurements. The numerical errors can therefore not be compared with earlier reports. Install the torch "
+        "version that the earlier reports name, and run the command again"
     )
     return {"outcome": "failed", "sha256": digest, "same": False, "reason": reason}
 

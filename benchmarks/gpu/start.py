@@ -1,4 +1,6 @@
-"""`make gpu`: an environment from the kit on top of this Python, then the session in it. Nothing but Python itself.
+"""`make gpu`: installs the wheels that `make gpu-kit` downloaded, and runs all tests and benchmarks that need a GPU.
+
+Nothing but Python itself is needed for this.
 
 python -m benchmarks.gpu.start [--kit build/gpu-kit] [--output build/gpu] [--minutes 9] [--device cuda|cpu]
 """
@@ -32,7 +34,8 @@ def main() -> None:
     parser.add_argument(
         "--config",
         type=Path,
-        help="Measure the encoder that this encoder.json describes. [default: the full-size encoder]",
+        help="Measure the encoder whose architecture this JSON file contains, e.g. the manifest that `neck-export "
+        "onnx` writes beside an ONNX file. [default: the full-size encoder]",
     )
     parser.add_argument(
         "--fresh", action="store_true", help="Discard the results of earlier calls and measure everything again."
@@ -56,7 +59,7 @@ class KitError(RuntimeError):
     """A kit that does not fit this machine, or is not whole."""
 
 
-MAKE = "run `make gpu-kit` on a machine with network access, and copy the folder build/gpu-kit from there"
+MAKE = "run `make gpu-kit` on a machine with network access, and copy its folder build/gpu-kit to this machine"
 
 
 def read_kit(folder: Path) -> dict[str, Any]:
@@ -69,20 +72,23 @@ def read_kit(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         python = manifest["python"]
     except FileNotFoundError:
-        raise KitError(f"{folder}: the folder is not a GPU kit ({MANIFEST} is missing); {MAKE}") from None
+        raise KitError(f"{folder}: the file {MANIFEST} is missing in this folder; {MAKE}") from None
     except (ValueError, KeyError, TypeError):
-        raise KitError(f"{folder}/{MANIFEST}: the file is not a valid manifest of a GPU kit; {MAKE}") from None
+        raise KitError(
+            f"{folder}/{MANIFEST}: the file is damaged, or `make gpu-kit` did not write this file; {MAKE}"
+        ) from None
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     if python != here:
-        told = f"{folder}: the GPU kit is for Python {python}, but {sys.executable} is Python {here}"
         raise KitError(
-            f"{told}; run `make gpu PYTHON=python{python}`, or set `python` to {here} in benchmarks/gpu/there.json and "
-            f"run `make gpu-kit` again"
+            f"{folder}: the wheels in this folder are for Python {python}, but {sys.executable} is Python {here}. If "
+            f"Python {python} is installed on this machine, run `make gpu PYTHON=python{python}`. Otherwise, on a "
+            f"machine with network access, set `python` to {here} in benchmarks/gpu/there.json and run `make gpu-kit`; "
+            "then copy the folder build/gpu-kit to this machine"
         )
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         raise KitError(
-            f"{folder}: the GPU kit is for Linux x86-64, but this machine is {platform.system()} {platform.machine()}; "
-            f"use a machine with Linux on x86-64"
+            f"{folder}: the wheels in this folder are for Linux x86-64, but this machine is {platform.system()} "
+            f"{platform.machine()}; use a machine with Linux on x86-64"
         )
     return manifest
 
@@ -108,12 +114,12 @@ def install(kit: Path, output: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise KitError(
-            f"{site}: pip did not install the packages of the GPU kit {kit} into this folder within "
-            f"{INSTALL_SECONDS:g} s; check whether the disk is full or slow, and try again"
+            f"{site}: pip was stopped after {INSTALL_SECONDS:g} s, before all wheels of the folder {kit} were "
+            "installed; check whether the disk is full or slow, and try again"
         ) from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
-        raise KitError(f"{kit}: pip cannot install the packages of the GPU kit ({lines[0][:300]}); {MAKE}")
+        raise KitError(f"{kit}: pip cannot install the wheels in this folder ({lines[0][:300]}); {MAKE}")
     shutil.copy(pins, mark)
     return site.resolve()
 

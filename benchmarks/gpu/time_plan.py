@@ -54,10 +54,11 @@ def plan(device: Device) -> tuple[Stage, ...]:
     """The stages in their order: the most wanted first."""
     return (
         Stage("doctor", "examine the machine, and list other programs that use the GPU", 0.3, 2.0),
-        Stage("cpp", "test the C++ library on real CUDA, with a fake TensorRT", 0.7, 1.6, 8),
+        Stage("cpp", "test the C++ library with real CUDA and a mock of TensorRT", 0.7, 1.6, 8),
         Stage(
             "session",
-            "test the Python sessions, the session pool, CUDA graphs and DLPack on real CUDA, with a fake TensorRT",
+            "test the Python code that runs plans, including CUDA graphs and DLPack, with real CUDA and a mock of "
+            "TensorRT",
             0.3,
             1.0,
             9,
@@ -101,11 +102,11 @@ def plan(device: Device) -> tuple[Stage, ...]:
         Stage(
             "tuned", "measure torch.compile in max-autotune mode, with CUDA graphs", 0.7, 3.0, 1, TUNED, answer_s=150.0
         ),
-        Stage("tests", "run the other tests marked gpu", 0.4, 1.6, 4),
+        Stage("tests", "run the other pytest tests with the marker gpu", 0.4, 1.6, 4),
     )
 
 
-REPORT = Stage("report", "write the results, the report and this page", 0.6, 0.6)
+REPORT = Stage("report", "write report.json, report.md and report.html", 0.6, 0.6)
 """After what is most wanted, and again at the end if anything was measured since."""
 
 QUICK_BUILD_S = 20.0

@@ -216,8 +216,13 @@ def _non_finite_lines(counts: dict[str, int]) -> list[str]:
 def worst_lines(found: dict[str, Any]) -> list[str]:
     """The images below the gate, the worst first, one a line."""
     return [
-        f"{one['image']} ({one['prompt']}): worst mask IoU {min(one['ious'], default=0):.4f}, {one['lost']} objects "
-        f"lost, {one['found']} additional"
-        + (f", {one['file_non_finite']} values that are NaN or infinite" if one["file_non_finite"] else "")
+        f"{one['image']}, prompt {one['prompt']!r}: the worst mask IoU is {min(one['ious'], default=0):.4f}; "
+        f"{one['lost']} objects were found only with the model's own encoder, and {one['found']} objects only with the "
+        "exported encoder"
+        + (
+            f"; with the exported encoder, {one['file_non_finite']} output values of the model are NaN or infinite"
+            if one["file_non_finite"]
+            else ""
+        )
         for one in found["below_gate"][:5]
     ]

@@ -213,8 +213,8 @@ def _torch_lacks(backend: Backend, facts: Mapping[str, Any], named: bool) -> str
     slow = backend.device == "cpu" and backend.precision != "fp32" and not facts["cpu_computes"][backend.precision]
     if slow and not named:
         return (
-            f"this CPU has no {NAMES[backend.precision]} matrix instructions, so torch would emulate them more "
-            f"slowly than FP32; to measure it anyway, run with --backend {backend.id}"
+            f"this CPU has no {NAMES[backend.precision]} matrix instructions, so torch would emulate them, which is "
+            f"slower than FP32. To measure this backend nevertheless, add --backend {backend.id} to the command"
         )
     return facts["compilers"][backend.device] if backend.runtime != "eager" else None
 

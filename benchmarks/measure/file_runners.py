@@ -43,7 +43,7 @@ class OrtRunner(Runner):
         if self.session.get_providers()[0] != self.provider:
             raise RunnerError(
                 f"ONNX Runtime could not start {self.provider} and chose {self.session.get_providers()} instead; "
-                f"check that the libraries of that provider are installed"
+                f"check that the libraries of {self.provider} are installed"
             )
         if self._tensorrt():
             self._check_fp16(allowed[FP16_ALLOWED])
@@ -58,8 +58,9 @@ class OrtRunner(Runner):
             self.run()
             if heavy := first.heavy_on_cpu(self.session):
                 raise RunnerError(
-                    f"ONNX Runtime {ort.__version__} would compute {heavy} on the CPU instead of the GPU; use another "
-                    f"version of ONNX Runtime"
+                    f"ONNX Runtime {ort.__version__} would compute {heavy} on the CPU instead of the GPU, so this "
+                    "backend is not measured. To measure this backend, install a version of onnxruntime-gpu whose "
+                    f"{self.provider} supports these operators"
                 )
             # now: later, what other workers load and free is between the two
             self._taken = _taken(free, _free_device_bytes())
@@ -73,8 +74,9 @@ class OrtRunner(Runner):
         found = self.session.get_provider_options()[TENSORRT_PROVIDER].get(FP16_ALLOWED)
         if found != asked:
             raise RunnerError(
-                f"ONNX Runtime set {FP16_ALLOWED} to {found}, but {asked} was requested, so this precision cannot be "
-                f"measured"
+                f"ONNX Runtime set {FP16_ALLOWED} to {found}, but {asked} was requested, so TensorRT might not compute "
+                f"in {self.job.backend.precision.upper()}. This backend is not measured; try another version of "
+                "onnxruntime-gpu"
             )
 
     def run(self) -> None:
@@ -119,7 +121,8 @@ class OpenVinoRunner(Runner):
         found = self.model.get_property(hint.inference_precision)
         if found != wanted:
             raise RunnerError(
-                f"OpenVINO chose the precision {found.get_type_name()}, but {wanted.get_type_name()} was requested"
+                f"OpenVINO chose the precision {found.get_type_name()}, but {wanted.get_type_name()} was requested, so "
+                "this backend is not measured"
             )
         self.request = self.model.create_infer_request()
         self.image = np.load(self.job.image)

@@ -94,7 +94,8 @@ class Run:
             raise BenchError(f"no backend can run here: {reasons}")
         if REFERENCE in self.unavailable:
             raise BenchError(
-                f"the reference {REFERENCE} cannot run here: {self.unavailable[REFERENCE]}; use --device cpu"
+                f"the backend {REFERENCE}, with which every other backend is compared, cannot run on the device "
+                f"{self.device}: {self.unavailable[REFERENCE]}. Use --device cpu"
             )
 
     def _open_samples(self) -> tuple[Path, Samples]:
@@ -171,7 +172,7 @@ class Run:
                     f"same command again, which keeps the finished measurements and continues with the rest"
                 )
             else:
-                reason = f"the file for this backend cannot be exported: {job}"
+                reason = f"the ONNX file or plan for this backend could not be made. The error was: {job}"
                 self.samples.add("failed", point=point.name, backend=name, status="failed", reason=reason)
         return found
 

@@ -121,7 +121,8 @@ def latency_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
             Bar(
                 f"{order[row['backend']]}. {row['label']}",
                 milliseconds(median_ms(row)),
-                f"{row['label']}: {told}; {verdict(row)}, worst relative L2 {error_figure(worst_error(row))}",
+                f"{row['label']}: {told}; {verdict(row)}, largest relative L2 error of its outputs "
+                f"{error_figure(worst_error(row))}",
                 f"bar {row['precision']}{'' if may_be_used(row) else ' out'}",
                 scale(median_ms(row)),
                 tuple(scale(latency[f"{name}_ms"]) for name in LATENCIES),
@@ -152,9 +153,10 @@ def parts_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
             value = percent(share) if part[key] is not None else "unknown"
             title = f"{part['part']}: {value} of {name}"
             bars.append(Bar(part["part"] * (key == series[0][0]), value, title, css, FULL * (share / most)))
-    names = ", ".join(name for _, _, name in series)
+    names = " and ".join(name for _, _, name in series)
     legend = [(css, name) for _, css, name in series]
-    return Chart(f"Bar chart: share of each part in the encoder's {names}", legend, [("", bars)])
+    label = f"Bar chart: {names} of each part of the encoder, in percent of the whole encoder"
+    return Chart(label, legend, [("", bars)])
 
 
 def kernels_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
@@ -206,12 +208,12 @@ def error_plot(result: Result, machine: dict[str, Any]) -> Chart | None:
     log = slowest > LOG_PLOT_FROM * fastest
     ends: tuple[float, float] = log_range([fastest, slowest]) if log else (0.0, slowest * 1.12)
     up = Scale(low, high, BOTTOM - bands[0], TOP + bands[1], True)
-    label = f"Scatter plot of error against latency for {len(rows)} backends"
+    label = f"Scatter plot of numerical error against latency for {len(rows)} backends"
     plot = Plot(label, Scale(*ends, LEFT, RIGHT, log), up)
     unit, ms = ("seconds", 1e3) if ends[1] >= SECOND else ("milliseconds", 1.0)
     plot.axes(
         f"latency p50, {unit}{', log scale' * log}",
-        "worst relative L2 of any output",
+        "largest relative L2 error of the outputs",
         {tick: tick_name(tick / ms) for tick in plot.across.ticks(5)},
         {tick: tick_name(tick) for tick in up.ticks(8)},
     )
@@ -224,7 +226,10 @@ def error_plot(result: Result, machine: dict[str, Any]) -> Chart | None:
     order = numbers(result, machine)
     for row, error in zip(rows, errors, strict=True):
         y = BOTTOM - 5 if error == 0 else TOP + 7 if math.isinf(error) else up(error)
-        told = f"{row['label']}: {milliseconds(median_ms(row))}, relative L2 {error_figure(error)}"
+        told = (
+            f"{row['label']}: latency {milliseconds(median_ms(row))}, largest relative L2 error of its outputs "
+            f"{error_figure(error)}"
+        )
         plot.point(plot.across(median_ms(row)), y, *_look(row), told, order[row["backend"]])
     return _with_key(label, plot, [(*_look(row), order[row["backend"]], row["label"]) for row in rows])
 

@@ -231,26 +231,34 @@ def label_of(result: Result, backend: str) -> str:
 
 
 def answer_sentence(result: Result, answer: Answer) -> str:
-    """The answer in two sentences, for Markdown, the page's description and the screen."""
+    """The answer in a few sentences, for Markdown, the page's description and the screen."""
     best, size = answer.best, size_name(result["encoder"]["image_size"], result["encoder"]["batch"])
     if best is None:
-        return f"On {answer.machine['name']}, no backend within tolerance was measured at {size}."
+        if answer.fastest_outside is None:
+            return f"On {answer.machine['name']}, no backend was measured at {size}."
+        return (
+            f"On {answer.machine['name']}, backends were measured at {size}, but none was found to be within tolerance."
+        )
     latency = best["latency"]
     text = (
         f"On {answer.machine['name']}, the fastest backend within tolerance at {size} is {best['label']}. "
         f"Its latency is p50 {milliseconds(latency['p50_ms'])}, p90 {milliseconds(latency['p90_ms'])}, p99 "
-        f"{milliseconds(latency['p99_ms'])} ({latency['runs']} runs); the largest relative L2 error of its outputs is "
-        f"{error_figure(worst_error(best))}"
+        f"{milliseconds(latency['p99_ms'])} ({latency['runs']} runs). The largest relative L2 error of its outputs is "
+        f"{error_figure(worst_error(best))}."
     )
     if best.get("ratio"):
         ratio = best["ratio"]
-        text += f"; the latency ratio to {label_of(result, ratio['to'])} is {ratio_figure(best)}"
+        text += (
+            f" The latency of {best['label']} is {ratio_figure(best)} times the latency of "
+            f"{label_of(result, ratio['to'])}: the median of all rounds, followed by the lowest and the highest value "
+            "in parentheses."
+        )
     if best.get("share_of_floor") is not None:
         text += (
-            "; the lower bound on the latency, computed from the matrix multiplication and copy rates that were "
-            f"measured on this machine, is {percent(best['share_of_floor'])} of the median latency"
+            " The lower bound on the latency, computed from the matrix multiplication and copy rates that were "
+            f"measured on this machine, is {percent(best['share_of_floor'])} of the median latency."
         )
-    return text + "."
+    return text
 
 
 def caution_sentence(answer: Answer) -> str | None:
@@ -261,4 +269,4 @@ def caution_sentence(answer: Answer) -> str | None:
     error, took = worst_error(outside), f"{outside['label']} took only {milliseconds(median_ms(outside))}"
     if error is None:
         return f"{took}, but its outputs were not compared with the reference."
-    return f"{took}, but the worst relative L2, {error_figure(error)}, exceeds the tolerance."
+    return f"{took}, but the largest relative L2 error of its outputs, {error_figure(error)}, exceeds the tolerance."

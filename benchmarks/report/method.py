@@ -39,7 +39,8 @@ def method(result: Result) -> list[str]:
     runs = sorted({row["latency"]["runs"] for row in rows})
     warm = sorted({row["warm_up_runs"] for row in rows if row.get("warm_up_runs") is not None})
     lines = [
-        "In every round, all backends ran one after the other, so slow changes of the machine affect all of them alike."
+        "In every round, all backends ran one after the other, so gradual changes in the speed of the machine affect "
+        "all backends alike."
     ]
     if runs:
         lines.append(f"Timed runs per backend: {_range(runs)}; warm-up runs before them: {_range(warm) or 'unknown'}.")
@@ -56,8 +57,9 @@ def method(result: Result) -> list[str]:
         *lines,
         "A ratio is computed for each round; the report shows the median and, in parentheses, the lowest and "
         "highest ratio.",
-        "For each error, an output is compared with its reference: the same output, computed by PyTorch in FP32 with "
-        "the encoder without graph rewrites. The sums in the formulas of the errors are accumulated in float64.",
+        "Every numerical error in this report compares an output with its reference. The reference is the same output, "
+        "computed by PyTorch in FP32 with the original encoder, to which no graph rewrites were applied. The sums in "
+        "the error formulas are accumulated in float64.",
         "The floor is a lower bound on latency. It is the larger of two durations: the number of operations divided "
         "by the measured matrix multiplication rate, and the minimum memory traffic divided by the measured copy "
         "rate. A multiply-add counts as 2 operations.",

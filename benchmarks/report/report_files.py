@@ -62,8 +62,8 @@ def check_folder(folder: Path) -> None:
     for path, mark in ((markdown, MARK), (page, f'content="{GENERATOR}"')):
         if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace")[:4096]:
             raise BenchError(
-                f"{path}: this file was not written by `{GENERATOR}`, which therefore does not overwrite it; move the "
-                "file, or choose another --output"
+                f"{path}: this file was not written by `{GENERATOR}` and will not be overwritten; move the file, or "
+                "choose another --output"
             )
 
 

@@ -86,11 +86,11 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
     )
     if reference:
         caption += (
-            f"; the ratio is the latency divided by the latency of {reference}: the median of all rounds, and in "
-            "parentheses the lowest and the highest ratio"
+            f". The ratio is the latency divided by the latency of {reference}. The column Ratio shows the median "
+            "ratio of all rounds, followed by the lowest and the highest ratio in parentheses"
         )
     if bounded:
-        caption += "; the lower bound on a plan's latency follows from the published rates of the GPU"
+        caption += ". The lower bound on the latency of a plan follows from the published rates of the GPU"
     warned = tuple(index for index, row in enumerate(rows) if not may_be_used(row))
     return Table(f"{caption}.", head, cells, (0, 7), warned)
 
@@ -165,7 +165,8 @@ def errors_table(row: Row) -> Table | None:
         for error in errors
     )
     warned = tuple(index for index, error in enumerate(errors) if not error["passed"])
-    return Table(f"{row['label']}: errors of every output", head, cells, (0, 7), warned) if cells else None
+    caption = f"{row['label']}: numerical errors of every output, compared with PyTorch in FP32"
+    return Table(caption, head, cells, (0, 7), warned) if cells else None
 
 
 def growth_table(result: Result, machine: dict[str, Any], sweep: str) -> Table | None:
@@ -183,15 +184,16 @@ def growth_table(result: Result, machine: dict[str, Any], sweep: str) -> Table |
         cells.append((f"{order[backend]}. {label_of(result, backend)}", *figures))
     cells.append(("operations", *(scaled(known.get(point), "FLOP") for point in points)))
     held = f"batch {points[0][2]}" if sweep == "image_size" else size_name(points[0])
-    return Table(f"Latency, p50, at {held}", head, tuple(cells))
+    caption = f"Median latency (p50) of each backend at {held}; the last row is the number of operations"
+    return Table(caption, head, tuple(cells))
 
 
 def parts_table(result: Result, machine: dict[str, Any]) -> Table:
     """Operations, least bytes and time of each part."""
     work = of_machine(result, machine, "work")
     of = work.get("parts_of")
-    caption = "Operations and minimum memory traffic of each part, calculated" + (
-        f"; time measured with {label_of(result, of)}" if of else ""
+    caption = "Calculated operations and calculated minimum memory traffic of each part of the encoder" + (
+        f", and the time of each part, measured with {label_of(result, of)}" if of else ""
     )
     rows = tuple(
         (part["part"], scaled(part["operations"], "FLOP"), scaled(part["bytes"], "B"), milliseconds(part["ms"]))
@@ -207,7 +209,8 @@ def export_table(export: dict[str, Any] | None) -> Table | None:
         return None
     machine = export["machine"]
     caption = (
-        f"Measured on {machine['processor']}, {machine['cores']} cores, {export['date']}, with {export['command']}"
+        f"Time and memory of an export, measured on {machine['processor']}, {machine['cores']} cores, "
+        f"{export['date']}, with {export['command']}"
     )
     rows = tuple(
         (
@@ -237,8 +240,8 @@ def masks_table(masks: list[dict[str, Any]] | None) -> Table | None:
     )
     warned = tuple(index for index, one in enumerate(masks or []) if not one["passed"])
     caption = (
-        "Masks of the whole model when its encoder is replaced by each exported file, compared with the masks when it "
-        "uses its original encoder (`neck-export masks`)"
+        "Results of `neck-export masks`: the masks of the whole model with an exported file as its encoder, compared "
+        "with the masks of the unchanged model"
     )
     return Table(caption, head, rows, (0, 1, 7, 8), warned) if rows else None
 

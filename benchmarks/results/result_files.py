@@ -148,7 +148,8 @@ def merge_results(results: Sequence[Result]) -> Result:
     """
     if len(results) < 2:
         raise BenchError(
-            f"--merge needs at least two report.json files, but {len(results)} was passed; pass every report"
+            f"--merge needs at least two report.json files, but the number of files passed is {len(results)}. Pass the "
+            "path of every report.json file that is to be merged"
         )
     for index, other in enumerate(results[1:], 2):
         refuse_other_encoder(results[0], other, "result 1", f"result {index}")

@@ -251,14 +251,16 @@ def _read_scaling(file: Path) -> Scaling:
     for name, value in numbers:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise CheckpointError(
-                f"{file}: {name} is {value!r}, but it must be a number above 0; save the adapter again"
+                f"{file}: {name} is {value!r}, but it must be a number above 0; correct the value in this file"
             )
     ranks, alphas = patterns.values()
     for key in (*ranks, *alphas):
         try:
             re.compile(key)
         except re.error as error:
+            name = "rank_pattern" if key in ranks else "alpha_pattern"
             raise CheckpointError(
-                f"{file}: the pattern {key!r} is not a valid regular expression ({error}); save the adapter again"
+                f"{file}: {name} contains the key {key!r}, which is not a valid regular expression ({error}); correct "
+                "the key in this file"
             ) from None
     return Scaling(float(alpha), rank, ranks, alphas, bool(config.get("use_rslora")))

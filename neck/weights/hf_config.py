@@ -197,8 +197,9 @@ def _refuse_unknown(file: Path, section: dict[str, Any], known: set[str]) -> Non
     if unknown:
         raise CheckpointError(
             f"{file}: the section {section.get('model_type', 'backbone_config')} has fields that neck-export "
-            f"does not know and that may change the encoder: {', '.join(unknown[:8])};\nremove the fields "
-            "that have no effect, or describe the architecture in a JSON file and pass it with --config"
+            f"does not know: {', '.join(unknown[:8])}.\nIf you are sure that the fields do not change the outputs of "
+            "the encoder, remove the fields from the file, or describe the architecture in a JSON file and pass the "
+            "JSON file with --config. If the fields change the outputs, neck-export cannot export this encoder"
         )
 
 
@@ -214,7 +215,7 @@ def image_notes(folder: Path) -> list[str]:
             continue  # not there, or nothing that can be told
         if other:
             notes.append(
-                f"{folder / name}: the file sets {', '.join(other)}; neck-export ignores this and normalizes "
+                f"{folder / name}: the file sets {', '.join(other)}; neck-export ignores these values and normalizes "
                 "images with mean 0.5 and std 0.5"
             )
     return notes

@@ -31,10 +31,10 @@ def with_decoder(path: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> L
         )
     if any(not _is_same(near[0], other, tensors) for other in near[1:]):
         raise CheckpointError(
-            f"{path}: the checkpoint contains {len(near)} different mask decoders "
-            f"(tensors {listing(f'{start}*' for start in near)}). neck-export cannot tell which of them belongs to "
-            f"the neck with the tensors {layout.necks['sam2']}*; save a checkpoint that contains this decoder "
-            "but none of the others"
+            f"{path}: the checkpoint contains {len(near)} different mask decoders, with the tensors "
+            f"{listing(f'{start}*' for start in near)}; neck-export cannot tell which mask decoder belongs to the sam2 "
+            f"neck, whose tensors are {layout.necks['sam2']}*. Save a checkpoint that contains only the mask decoder "
+            "of the sam2 neck, or leave out --sam2-outputs head"
         )
     return dataclasses.replace(layout, decoder=near[0])
 

@@ -133,8 +133,10 @@ def merge_notes(adapter: Adapter, changes: Changes, ignored: Sequence[str]) -> l
     if not adapter.factors:
         return [
             (
-                f"{adapter.where}: the tensor names contain base_layer, so an adapter was used, but the file "
-                "contains only the base weights; they are exported without the adapter"
+                f"{adapter.where}: tensor names with base_layer or original_module show that the checkpoint was saved "
+                "from a model with an adapter, but the checkpoint does not contain the adapter's weights. Only the "
+                "base weights are used. To merge the adapter into the base weights, pass the adapter's folder with "
+                "--adapter"
             )
         ]
     told = [f"the adapter {adapter.where} was merged into {len(changes)} weights"] if changes else []

@@ -59,7 +59,8 @@ def read_pickle(file: BinaryIO, storages: dict[str, StorageRecord] | None = None
             operation = OPERATIONS.get(opcode.name)
             if operation is None:
                 raise PickleError(
-                    f"the pickle in the file contains the operation {opcode.name}, which torch.save never writes"
+                    f"the pickle in the file contains the operation {opcode.name}, which torch.save never writes and "
+                    "which neck-export therefore does not execute"
                 )
             operation(machine, arg)
     except PickleError:
@@ -121,7 +122,7 @@ class _Machine:
     def extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, list | OpaqueObject):
-            raise TypeError(f"the pickle appends items to a {type(target).__name__}, which is not a list")
+            raise TypeError(f"the pickle appends items to a value of type {type(target).__name__}, not a list")
         (target if isinstance(target, list) else target.items).extend(items)
 
     def update(self, items: list[Any]) -> None:
@@ -132,7 +133,7 @@ class _Machine:
         elif isinstance(target, dict):
             target.update(pairs)
         else:
-            raise TypeError(f"the pickle sets items of a {type(target).__name__}, which is not a dict")
+            raise TypeError(f"the pickle sets items in a value of type {type(target).__name__}, not a dict")
 
     def make_dict(self, _: object) -> None:
         items = self.since_mark()
@@ -161,7 +162,7 @@ class _Machine:
         if isinstance(target, OpaqueObject):
             target.state = state
         elif not isinstance(target, dict | TensorRecord):  # attributes of a state dict or a parameter: of no use here
-            raise TypeError(f"the pickle sets the state of a {type(target).__name__}, but this type has no state")
+            raise TypeError(f"pickle operation BUILD cannot set attributes of a value of type {type(target).__name__}")
 
     def storage(self, _: object) -> None:
         record = storage_of(self.stack.pop())

@@ -60,15 +60,15 @@ def check_tables(path: Path, layout: Layout, tensors: Mapping[str, Tensor], conf
                 )
             )
             raise CheckpointError(
-                f"{wrong}: the table has the shape {tuple(table.shape)}, but {what}; check window_size and "
+                f"{path}: the rotary table {key} has the shape {tuple(table.shape)}, but {what}. Check window_size and "
                 "global_blocks in the configuration"
             )
         scale = config.window_size / side
         found, wanted = _parts(table, kind, part, _values(side, scale, kind, config))
         if found.shape != wanted.shape:
             raise CheckpointError(
-                f"{wrong}: the table has the shape {tuple(table.shape)} instead of {tuple(wanted.shape)}; check "
-                "embed_dim and num_heads in the configuration"
+                f"{path}: the rotary table {key} has the shape {tuple(table.shape)} instead of {tuple(wanted.shape)}, "
+                "the shape that the configuration requires. Check embed_dim and num_heads in the configuration"
             )
         if _differ(found, wanted):
             raise CheckpointError(f"{wrong}: {_difference(found, wanted, kind, part, config)}")
@@ -130,23 +130,25 @@ def _difference(found: Tensor, wanted: Tensor, kind: str, part: str, config: Enc
         steps = [float(angle[0]) for angle in angles]
         if all(steps) and abs(steps[0] - steps[1]) > 0.01 * steps[1]:
             return (
-                f"the rotation angle grows by {steps[0]:.4g} per column in the table, but by {steps[1]:.4g} "
-                "according to the configuration"
+                "from each patch to the next patch in the same row of the image, the rotation angle grows by "
+                f"{steps[0]:.4g} rad in the rotary table, but by {steps[1]:.4g} rad according to the configuration. "
+                "Check window_size in the configuration"
             )
         if abs(_theta(angles[0] / angles[0][0], config) - config.rope_theta) > 0.01 * config.rope_theta:
             return _thetas(angles[0] / angles[0][0], config)
     return (
-        f"the values of the table differ by up to {float((found.double() - wanted).abs().max()):.2g} from those "
-        "computed from the configuration"
+        f"the values of the rotary table differ by up to {float((found.double() - wanted).abs().max()):.2g} from the "
+        "values that neck-export computed from the configuration. Check window_size, num_heads and rope_theta in the "
+        "configuration"
     )
 
 
 def _thetas(frequencies: Tensor, config: EncoderConfig) -> str:
     """The theta of a table's frequencies beside the config's."""
     return (
-        f"the table was computed with a theta of about {_theta(frequencies, config):.4g}, but rope_theta in "
-        f"the configuration is {config.rope_theta:g}.\nIf the table is right, set rope_theta to the theta of the "
-        "table in a configuration file (JSON), and pass this file with --config"
+        f"the rope_theta of the rotary table is about {_theta(frequencies, config):.4g}, but the rope_theta of the "
+        f"configuration is {config.rope_theta:g}.\nIf the rotary table is right, write its rope_theta into a JSON file "
+        "with the encoder's configuration, and pass this JSON file with --config"
     )
 
 
