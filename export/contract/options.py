@@ -225,10 +225,11 @@ RANGE = Option(
     default=None,
 )
 IMAGES_HELP = (
-    "Compare the outputs with those of PyTorch for the first images in this folder, e.g. photos: as many as a fixed "
-    "batch size, or 2 for a dynamic batch (more if its minimum is larger). "
+    "Compare the outputs with those of PyTorch for the first images in this folder, e.g. photos. The number of images "
+    "is the batch size. If the batch size is dynamic, the number is 2, or the minimum batch size if the minimum is "
+    "larger than 2. "
 )
-IMAGES_DEFAULT = "[default: the image that is part of neck-export]"
+IMAGES_DEFAULT = "[default: the sample photo that is installed with neck-export]"
 IMAGES = Option(
     IMAGES_HELP + IMAGES_DEFAULT,
     VERIFICATION,
@@ -264,7 +265,7 @@ DEVICE = Option(
 )
 
 Images = Annotated["Path | ImageFolder | None", IMAGES]
-CALIBRATION_HELP = "The precisions fp8 and int8 also calibrate with images from this folder. "
+CALIBRATION_HELP = "With --precision fp8 or int8, up to 16 images in this folder are also used for the calibration. "
 CalibrationImages = Annotated[
     "Path | ImageFolder | None", IMAGES.but(help=IMAGES_HELP + CALIBRATION_HELP + IMAGES_DEFAULT)
 ]
