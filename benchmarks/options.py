@@ -102,7 +102,7 @@ class BenchOptions:
         Path | ImageFolder | None,
         IMAGES.but(
             help="Compare each backend's outputs with PyTorch's on the images in this folder, e.g. photos. "
-            "[default: the image that is part of neck-export]"
+            "[default: the sample photo that is installed with neck-export]"
         ),
     ] = None
     device: Annotated[

@@ -160,7 +160,7 @@ def plan_paths(options: PlanOptions, flavor: Flavor, precision: Precision) -> li
     """Every file that `neck-export trt` may write."""
     plan, rejected = options.output, rejected_path(options.output)
     places = [
-        NamedPath("the file of --output", plan),
+        NamedPath("the plan (--output)", plan),
         NamedPath("the manifest of the plan", manifest_path(plan)),
         NamedPath("the layer report of the plan", layers_path(plan)),
         NamedPath("the file for a plan that fails verification", rejected),
@@ -168,7 +168,7 @@ def plan_paths(options: PlanOptions, flavor: Flavor, precision: Precision) -> li
         *calibration_paths(options.quantize.calibration, precision),
     ]
     if cache := timing_cache_path(flavor, options.build):
-        places.append(NamedPath("the file of --timing-cache", cache))
+        places.append(NamedPath("the timing cache (--timing-cache)", cache))
     return places
 
 
@@ -176,7 +176,7 @@ def read_paths(options: PlanOptions, source: Source) -> list[NamedPath]:
     """Every file that `neck-export trt` reads."""
     places = encoder_paths(source.path, source.manifest or {}, options.checkpoint)
     if options.build.replay_timing:
-        places.append(NamedPath("the file of --replay-timing", options.build.replay_timing))
+        places.append(NamedPath("the timing cache (--replay-timing)", options.build.replay_timing))
     return places
 
 

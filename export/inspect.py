@@ -194,9 +194,9 @@ def masks_lines(manifest: Mapping[str, Any]) -> list[str]:
     masks = manifest.get("masks")
     if not masks:
         return []
-    verdict = "the masks agree with the model's" if masks["passed"] else "the masks DIFFER from the model's"
-    found = f"mean IoU {masks['mean_iou']:.4f}, worst {masks['worst_iou']:.4f}, {masks['objects']} objects"
     return [
-        f"  {verdict}: {found}, {masks['lost']} objects lost and {masks['found']} additional objects in "
-        f"{masks['images']} images"
+        f"  the masks computed with the exported encoder {'agree with' if masks['passed'] else 'DIFFER from'} the "
+        f"masks computed with SAM 3's own encoder: mean mask IoU {masks['mean_iou']:.4f}, worst mask IoU "
+        f"{masks['worst_iou']:.4f}. In {masks['images']} images, {masks['objects']} objects were found with both "
+        f"encoders, {masks['lost']} only with SAM 3's own encoder, and {masks['found']} only with the exported encoder"
     ]

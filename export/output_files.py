@@ -43,7 +43,7 @@ def export_paths(output: Path, calibration: Path | None, precision: str) -> list
     """Every file that `neck-export onnx` may write."""
     names = (
         "the ONNX file (--output)",
-        *(f"the {what} file of --output" for what in ("weights", "positions", "manifest")),
+        *(f"the {what} file that belongs to the ONNX file (--output)" for what in ("weights", "positions", "manifest")),
     )
     places = [NamedPath(what, path) for what, path in zip(names, target_files(output), strict=True)]
     return places + calibration_paths(calibration, precision)
@@ -100,20 +100,20 @@ def check_paths(written: Sequence[NamedPath], read: Sequence[NamedPath]) -> None
         place = path.parent.resolve() / path.name
         if place in seen:
             raise ExportError(
-                f"{path}: both {seen[place]} and {what} would be written to this path; choose another name "
-                "for one of them"
+                f"{path}: both {seen[place]} and {what} would be written to this path; choose different names for the "
+                "two files"
             )
         seen[place] = what
         for other, there in read:
             linked = path.exists() and there.exists() and path.samefile(there)
             if linked or place == there.parent.resolve() / there.name:
                 raise ExportError(
-                    f"{there}: this is {other}, but {what} would overwrite it; choose another name for {what}"
+                    f"{there}: this is {other}, but {what} would overwrite this file; choose another name for {what}"
                 )
         if what == TRIALS and not _has_keys(path, {"key", "rows"}):
             raise ExportError(
-                f"{path}: this file was not written by neck-export, but {what} would overwrite it; choose "
-                "another name for --calibration"
+                f"{path}: this file was not written by neck-export, but {what} would overwrite this file; "
+                "choose another name for --calibration"
             )
 
 
@@ -128,7 +128,7 @@ def check_targets(output: Path) -> None:
     if not _has_keys(manifest, {"format", "kind"}):
         raise ExportError(
             f"{manifest}: this file is not a manifest of neck-export, but the new manifest would overwrite "
-            "it; move it, or choose another --output"
+            "this file; move the file, or choose another --output"
         )
 
 

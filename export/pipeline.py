@@ -42,7 +42,7 @@ from export.output_files import NamedPath, check_paths, check_room, encoder_path
 from export.quantization.select_quantization import budget_tolerances, manifest_tolerances, select_quantization
 from export.verification.fidelity import Verdict, check_overrides
 from export.verification.reference import check_reference, write_reference
-from export.verification.target_check import check_claims, graph_needs, read_by, require
+from export.verification.target_check import Needs, check_claims, graph_needs, read_by, require
 from export.verification.verify import (
     References,
     Report,
@@ -239,17 +239,12 @@ def verify_file(
         check_reference(save)
     if not where.exists():
         needs = graph_needs(file.model)
-        require(
-            asked,
-            needs,
-            str(path),
-            f"choose another --target; the graph in {path.name} can be {read_by(needs)}",
-        )
+        require(asked, needs, str(path), _other_target(path, needs))
         if checkpoint is None:
             raise ManifestError(
-                f"{where}: the manifest is missing, so neck-export does not know which weights {path.name} was "
-                "exported from; pass the checkpoint with these weights as --checkpoint. Without it, neck-export can "
-                f"only judge the graph, which can be {read_by(needs)}"
+                f"{where}: the manifest is missing, so neck-export cannot verify the outputs of {path.name}. Use "
+                f"--checkpoint to pass the checkpoint that {path.name} was exported from. Judging by the graph alone, "
+                f"{path.name} is {read_by(needs)}"
             )
         if save is not None:
             check_paths([NamedPath("the reference file (--save-reference)", save)], encoder_paths(path, {}, checkpoint))
@@ -285,7 +280,7 @@ def verify_file(
     check_files(where, manifest)
     needs = graph_needs(file.model)
     check_claims(where, manifest, needs)
-    require(asked, needs, str(path), f"choose another --target; the graph in {path.name} can be {read_by(needs)}")
+    require(asked, needs, str(path), _other_target(path, needs))
     report("loading the weights that the file was exported from")
     encoder = manifest_encoder(where, manifest, checkpoint, adapter)
     precision = manifest_precision(where, manifest)
@@ -299,6 +294,14 @@ def verify_file(
     if not verdict.passed:
         raise RejectedError(path, verdict)
     return verdict
+
+
+def _other_target(path: Path, needs: Needs) -> str:
+    """What to do if a target cannot load a file."""
+    return (
+        f"every --target must be able to load the ONNX file {path.name}, so choose another --target. Judging by the "
+        f"graph, the ONNX file is {read_by(needs)}"
+    )
 
 
 def with_head_if_any(source: EncoderSource) -> Loaded:

@@ -202,8 +202,8 @@ def manifest_encoder(
         for option, given in (("--checkpoint", checkpoint), ("--adapter", adapter)):
             if given is not None:
                 raise ExportError(
-                    f"{given}: the manifest {where.name} says that random weights were exported, which come from no "
-                    f"checkpoint or adapter; leave out {option}"
+                    f"{given}: {option} cannot be used here, because according to the manifest {where.name}, the "
+                    f"exported weights are random; leave out {option}"
                 )
         return EncoderSource(seed=weights["seed"], config=config).load().encoder
     if not all(isinstance(value, str) for value in names.values()):
@@ -214,9 +214,9 @@ def manifest_encoder(
     assert path is not None
     if not path.exists():
         raise ExportError(
-            f"{path}: this file does not exist, but neck-export needs the checkpoint that was exported (see "
-            f"the manifest {where.name}); pass the path of this checkpoint with --checkpoint"
-            + (f", or download it again with --checkpoint {hub_text(weights)}" if "hub" in weights else "")
+            f"{path}: this checkpoint does not exist, but neck-export needs the weights that were exported according "
+            f"to the manifest {where.name}. Use --checkpoint to pass the path of the checkpoint with these weights"
+            + (f", or --checkpoint {hub_text(weights)} to download the checkpoint again" if "hub" in weights else "")
         )
     source = EncoderSource(path, config=config, alpha=weights.get("adapter_alpha"), **names)
     if is_origin(weights, path):
@@ -272,7 +272,7 @@ def _same_weights(
     if isinstance(problems[0], ExportError):
         raise problems[0]
     raise ExportError(
-        f"{path}: neck-export cannot confirm that this is the checkpoint that was exported: the SHA-256 differs from "
-        f"that in {where.name}, and the weights cannot be read for a comparison ({problems[0]}); use --checkpoint to "
-        "pass the checkpoint that was exported"
+        f"{path}: this may not be the checkpoint that was exported. The SHA-256 of the file differs from the SHA-256 "
+        f"in the manifest {where.name}, and the weights cannot be compared, because neck-export cannot load the "
+        f"weights: {problems[0]}. Use --checkpoint to pass the checkpoint that was exported"
     )

@@ -265,15 +265,15 @@ def _outside(path: Path) -> Path:
         ),
         (
             _without_data,
-            "weights file .*onnx.data is missing; copy it to this path, or export the file again with neck-export onnx",
+            "weights file .*onnx.data, which is missing; .*, or export the ONNX file again with neck-export onnx",
         ),
-        (lambda path: _truncated(path, 0.5), "incomplete or damaged.*export the file again"),
-        (lambda path: _truncated(path, 0), "no outputs.*export the file again"),
+        (lambda path: _truncated(path, 0.5), "incomplete or damaged.*export the ONNX file again"),
+        (lambda path: _truncated(path, 0), "no outputs.*export the ONNX file again"),
         (
             lambda path: _truncated(path.with_name(path.name + ".data"), 0.5) and path,
             r"has [\d,]+ bytes, but the ONNX file needs [\d,]+",
         ),
-        (_outside, "'../secret.data', which is outside its own folder"),
+        (_outside, "'../secret.data', which is outside the folder of the ONNX file"),
     ],
 )
 def test_bad_files_are_told(small: Path, spoil: Any, says: str) -> None:

@@ -366,7 +366,7 @@ def test_inspect_of_files_that_cannot_be_read(exported: Path, tmp_path: Path) ->
     data.write_bytes(weights[:-1])
     refused(path, f"{len(weights) - 1:,} bytes, but the ONNX file needs {len(weights):,}")
     data.unlink()
-    refused(path, f"weights file {data} is missing")
+    refused(path, f"weights file {data}, which is missing")
     refused(tmp_path / "no.onnx", "there is no file with this name")
     refused(tmp_path, "there is no file with this name")
     graph = path.read_bytes()

@@ -156,17 +156,23 @@ TOKENS = {
 
 SOUND: dict[str, tuple[Build, str]] = {
     "plain": (lambda edit: None, "level 3 of neck sam2"),
-    "features of one neck": (lambda edit: edit.keep(*FEATS), "neck sam2 level 0, 1, 2, 3"),
+    "features of one neck": (lambda edit: edit.keep(*FEATS), "the features of neck sam2 at level 0, 1, 2, 3"),
     **{f"output {name}": (build, name) for name, build in TOKENS.items()},
     "image NHWC": (nhwc_input, "float32 NHWC"),
     "image CHW": (without_batch, "float32 CHW"),
-    "image in 0..1": (lambda edit: edit.affine(2, -1), "expects RGB in 0..1"),
-    "image in 0..255": (lambda edit: edit.affine(2 / 255, -1), "expects RGB in 0..255"),
+    "image in 0..1": (lambda edit: edit.affine(2, -1), "expects pixels as RGB in 0..1"),
+    "image in 0..255": (lambda edit: edit.affine(2 / 255, -1), "expects pixels as RGB in 0..255"),
     "pixels NHWC": (of_bytes(0, 3, 1, 2), "uint8 NHWC"),
     "pixels NCHW": (of_bytes(0, 1, 2, 3), "uint8 NCHW"),
-    "ImageNet's image": (lambda edit: edit.affine(2 * STD, 2 * MEAN - 1), "expects RGB normalized with ImageNet"),
-    "BGR": (lambda edit: edit.channels(2, 1, 0), "expects BGR normalized with SAM 3"),
-    "BGR pixels NHWC": (lambda edit: (edit.channels(2, 1, 0), of_bytes(0, 3, 1, 2)(edit)), "expects BGR in 0..255"),
+    "ImageNet's image": (
+        lambda edit: edit.affine(2 * STD, 2 * MEAN - 1),
+        "expects pixels as RGB normalized with ImageNet",
+    ),
+    "BGR": (lambda edit: edit.channels(2, 1, 0), "expects pixels as BGR normalized with SAM 3"),
+    "BGR pixels NHWC": (
+        lambda edit: (edit.channels(2, 1, 0), of_bytes(0, 3, 1, 2)(edit)),
+        "expects pixels as BGR in 0..255",
+    ),
     "coarsest first": (lambda edit: foreign_names(edit, 3, 2, 1, 0), "features_0: level 3"),
     "three levels under other names": (lambda edit: foreign_names(edit, 1, 2, 3), "features_0: level 1"),
     "trunk too": (trunk_output, "the trunk's feature map, NHWC"),
@@ -460,7 +466,7 @@ def test_the_command_tells_what_it_found(sound: Path) -> None:
         "pixel_values: float32 NCHW",
         "in 0..1",
         "backbone_fpn.3: level 3 of neck sam3, NHWC",
-        "weights from the checkpoint: ",
+        "the weights come from the checkpoint",
     ):
         assert told in ran.out
     assert not sound.with_suffix(".json").exists()

@@ -132,9 +132,9 @@ def edited(**changes: Any) -> Callable[[dict[str, Any]], str]:
             f"the manifest has format {FORMAT + 1}, but this version of neck-export reads format {FORMAT}",
         ),
         (edited(format=None), "format None"),
-        (edited(files=None), "not list its files"),
-        (edited(files=["x.onnx"]), "not list its files"),
-        (edited(files=[{"name": "x.onnx", "bytes": "3", "sha256": ""}]), "not list its files"),
+        (edited(files=None), "list of files, sizes"),
+        (edited(files=["x.onnx"]), "list of files, sizes"),
+        (edited(files=[{"name": "x.onnx", "bytes": "3", "sha256": ""}]), "list of files, sizes"),
     ],
 )
 def test_a_damaged_manifest_is_told(written: Path, damage: Callable[[dict[str, Any]], str], words: str) -> None:

@@ -348,7 +348,7 @@ def test_a_range_is_chosen_by_the_error_of_the_product() -> None:
     assert clipped.largest == 100
     note = str(clipping_note({"y": plain, "x": clipped}, "int8"))
     assert note.startswith("x: ") and f" {clipped.clipped:.2%} " in note
-    assert f" {clipped.scale * 127:.3g}, " in note and "the largest is 100" in note
+    assert f" ends at {clipped.scale * 127:.3g} " in note and "the largest input value is 100" in note
     assert clipping_note({"x": dataclasses.replace(clipped, clipped=0.0)}, "int8") is None
 
 

@@ -149,7 +149,7 @@ def verify_plan_file(
     if save is not None:
         check_reference(save)
         read = encoder_paths(plan, manifest.get("onnx_manifest") or {}, checkpoint)
-        check_paths([NamedPath("the file of --save-reference", save)], read)
+        check_paths([NamedPath("the reference file (--save-reference)", save)], read)
         signature = plan_signature(plan, manifest, known=False)
         encoder = manifest_encoder(where, manifest["onnx_manifest"], checkpoint, adapter)
         count = image_count(BatchRange.parse(manifest["batch"]))

@@ -181,7 +181,9 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
         for entry in files
     )
     if not named:
-        raise ManifestError(f"{path}: the manifest does not list its files with their sizes and SHA-256; {AGAIN[kind]}")
+        raise ManifestError(
+            f"{path}: the manifest's list of files, sizes and SHA-256 values is missing or damaged; {AGAIN[kind]}"
+        )
     return content
 
 

@@ -56,7 +56,7 @@ class OnnxFile:
             )
         if pointer := lfs_pointer(path):
             raise ExportError(pointer)
-        again = f"export the file again with {export_again(path)}"
+        again = f"export the ONNX file again with {export_again(path)}"
         try:
             model = ir.load(path)
         except Exception as error:  # protobuf and onnx-ir raise many kinds
@@ -70,17 +70,20 @@ class OnnxFile:
             if Path(tensor.location).is_absolute() or ".." in Path(tensor.location).parts:
                 raise ExportError(
                     f"{path}: the ONNX file refers to weights at {str(tensor.location)!r}, which is outside "
-                    f"its own folder; {again}"
+                    f"the folder of the ONNX file; {again}"
                 )
             file = Path(tensor.path)
             ends[file] = max(ends.get(file, 0), (tensor.offset or 0) + (tensor.length or 0))
         for file, end in ends.items():
             if not file.is_file():
-                raise ExportError(f"{path}: the weights file {file} is missing; copy it to this path, or {again}")
+                raise ExportError(
+                    f"{path}: the ONNX file needs the weights file {file}, which is missing; copy the missing file to "
+                    f"{file.parent}, or {again}"
+                )
             if file.stat().st_size < end:
                 cut = (
-                    f"{file}: the weights file has {file.stat().st_size:,} bytes, but the ONNX file needs {end:,}; "
-                    f"copy it again, or {again}"
+                    f"{file}: the weights file has {file.stat().st_size:,} bytes, but the ONNX file needs {end:,} "
+                    f"bytes; copy the weights file again, or {again}"
                 )
                 raise ExportError(lfs_pointer(file) or cut)
         return model
@@ -108,8 +111,8 @@ class OnnxFile:
             for file in {Path(tensor.path) for tensor in external.values()}:
                 if file.stat().st_nlink > 1:
                     raise ExportError(
-                        f"{file}: the file has {file.stat().st_nlink} hard links, and onnx-ir refuses to read "
-                        "such files; replace it with a copy"
+                        f"{file}: the weights file has {file.stat().st_nlink} hard links, and onnx-ir refuses to read "
+                        f"files with more than one hard link; replace {file.name} with a copy"
                     )
         if not any(Path(tensor.path).is_symlink() for tensor in external.values()):
             return model, path.parent
@@ -118,10 +121,10 @@ class OnnxFile:
             target = Path(tensor.path).resolve()
             if not target.is_relative_to(real.parent):
                 raise ExportError(
-                    f"{tensor.path}: this symbolic link points to {target}, outside the folder of {real}, and ONNX "
-                    f"Runtime refuses to read weights from there. Either copy the weights to {path.parent}, or move "
-                    "the ONNX file into the folder of the weights and leave a symbolic link to the moved file at "
-                    f"{path}"
+                    f"{tensor.path}: this symbolic link points to the weights file {target}, but ONNX Runtime only "
+                    f"reads weights from the folder of the ONNX file, which is {real.parent}. Replace the symbolic "
+                    f"link with a copy of the weights file. To avoid the copy, move the ONNX file {real} to "
+                    f"{target.parent} instead, and create a symbolic link to the moved ONNX file at {path}"
                 )
             value.const_value = ir.ExternalTensor(
                 target.relative_to(real.parent),

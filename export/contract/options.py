@@ -230,7 +230,7 @@ IMAGES_HELP = (
     "fixed, one batch of images is used. If the batch size is dynamic, 2 images are used, or more if the minimum batch "
     "size is above 2. "
 )
-IMAGES_DEFAULT = "[default: the image that is part of neck-export]"
+IMAGES_DEFAULT = "[default: the sample photo that is installed with neck-export]"
 IMAGES = Option(
     IMAGES_HELP + IMAGES_DEFAULT,
     VERIFICATION,
@@ -266,7 +266,7 @@ DEVICE = Option(
 )
 
 Images = Annotated["Path | ImageFolder | None", IMAGES]
-CALIBRATION_HELP = "With --precision fp8 or int8, images from this folder are also used for the calibration. "
+CALIBRATION_HELP = "With --precision fp8 or int8, up to 16 images in this folder are also used for the calibration. "
 CalibrationImages = Annotated[
     "Path | ImageFolder | None", IMAGES.but(help=IMAGES_HELP + CALIBRATION_HELP + IMAGES_DEFAULT)
 ]

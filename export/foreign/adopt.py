@@ -79,15 +79,15 @@ def adopt(
     check_targets(target)
     if not own and target.exists() and not manifest_path(target).exists():
         raise ExportError(
-            f"{target}: this file already exists without a manifest and would be overwritten; move it, and repeat "
-            "the command"
+            f"{target}: this file already exists without a manifest and would be overwritten; move this file, and "
+            "repeat the command"
         )
     with disk_errors(ExportError, target.parent), new_folder(target.parent), staging(target) as folder:
         staged = folder / target.name
         if not own:
             report(
-                f"writing {target.name}, a copy of {file.path.name} with the same inputs and outputs as a file that "
-                "neck-export exports"
+                f"writing {target.name}, a copy of {file.path.name} whose inputs and outputs have the names, layouts "
+                "and types that neck-export uses"
             )
             _adapt(model, signature, verdict)
             ir.save(model, staged)
@@ -99,8 +99,9 @@ def adopt(
             checked = verify_onnx(adapted, signature, reference, verdict.precision, report=report)
             if not checked.passed:
                 raise ExportError(
-                    f"{target}: after the inputs and outputs were adapted, the copy failed verification "
-                    f"({checked.summary}); please report this bug"
+                    f"{target}: this copy of {file.path.name} was not saved. neck-export adapted the inputs and "
+                    f"outputs of the copy, but the adapted copy failed verification: {checked.summary}. Please report "
+                    "this bug in neck-export"
                 )
             proof = checked.to_dict() | {"adapted_from": file.path.name}
         files = [staged if not own else target, *(target.with_name(data.name) for data in _weights_files(model))]

@@ -212,7 +212,7 @@ def _position_cause(match: Match, array: np.ndarray, encoder: Sam3DualViTDetNeck
         return Cause(
             "positions",
             name,
-            f"position encoding for another size: the output {name} has the values for "
+            f"the output {name} contains a position encoding that was computed for a feature map of "
             f"{lengths[0]}x{lengths[1]} instead of {height}x{width}",
         )
     for factor in (0.25, 0.5, 2, 4, *(own / height for own in (288, 144, 72, 36, 24))):
@@ -224,11 +224,17 @@ def _position_cause(match: Match, array: np.ndarray, encoder: Sam3DualViTDetNeck
             )
             if other != (height, width) and sampled_error(array, resized.numpy()) <= FOUND:
                 sentence = (
-                    f"position encoding for another size: the output {name} has the values for "
-                    f"{other[0]}x{other[1]}, resized ({mode}) to {height}x{width}"
+                    f"the output {name} contains a position encoding that was computed for a feature map of "
+                    f"{other[0]}x{other[1]} and then resized to {height}x{width} with {mode} interpolation. SAM 3 "
+                    f"computes the position encoding directly for {height}x{width}"
                 )
                 return Cause("positions", name, sentence)
-    return Cause("positions", name, f"the output {name} does not have the values of {what} for {height}x{width}")
+    return Cause(
+        "positions",
+        name,
+        f"the values of the output {name} differ from {what} that SAM 3 computes for a feature map of "
+        f"{height}x{width}, and no known variant of the position encoding explains the difference",
+    )
 
 
 def _map(encoding: PositionEmbeddingSine, height: int, width: int) -> np.ndarray:

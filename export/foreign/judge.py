@@ -93,10 +93,10 @@ class ForeignVerdict(Verdict):
     def lines(self) -> list[str]:
         """What was found, for a screen; the table of figures is printed apart."""
         return [
-            f"input   {self.image}; the file expects {self.encoding}",
+            f"input   {self.image}; at this input, the ONNX file expects pixels as {self.encoding}",
             *(f"output  {match}" for match in self.matches),
             *(f"output  {name}" for name in self.unmatched),
-            *([f"absent  {', '.join(self.missing)}"] if self.missing else []),
+            *([f"absent  the ONNX file has no output for {' and '.join(self.missing)}"] if self.missing else []),
             f"type    {self.precision}; the tolerances for this type are used",
             *([f"weights {self.weights}"] if self.weights else []),
             *([f"runtime {self.read_by}"] if self.read_by else []),
@@ -273,7 +273,7 @@ class _Judge:
         for encoding in self.image.encodings()[1:]:
             if best[0] <= EMBEDDED:
                 break
-            self.report(f"running the file with the input images encoded as {encoding}")
+            self.report(f"testing whether the ONNX file expects pixels as {encoding}")
             arrays, largest = self._run(runner, encoding)
             matches, unmatched = self._match(arrays, tensors)
             error = _feature_error(matches)
@@ -367,7 +367,15 @@ class _Judge:
             if cause := input_cause(embedded, embed, self.images, moved=weights.origin != "other weights"):
                 return [*causes, cause]
         if weights.origin in ("another fine-tune's", "other weights"):
-            causes.append(Cause("weights", None, f"the weights of the file are not from the checkpoint, but {weights}"))
+            causes.append(
+                Cause(
+                    "weights",
+                    None,
+                    f"the ONNX file does not contain the weights of the checkpoint: {weights}. Use --checkpoint to "
+                    "pass the checkpoint that the ONNX file was exported from, or export the ONNX file again with the "
+                    "weights of the checkpoint",
+                )
+            )
         rest = []
         for match in failed:
             if match.output in overflown:
@@ -450,10 +458,10 @@ def missing_tensors(known: set[str], tensors: Mapping[str, np.ndarray]) -> list[
         if name not in known and name != TRUNK:
             neck, kind, level = parts(name)
             if kind == "feat" and f"{neck}_high_res_{level}" not in known:
-                found.setdefault(f"neck {neck} level", []).append(str(level))
+                found.setdefault(f"features of neck {neck}", []).append(str(level))
             elif kind == "pos" and level not in levels:
-                found.setdefault("position encoding of level", []).append(str(level))
-    return [f"{what} {', '.join(dict.fromkeys(levels))}" for what, levels in found.items()]
+                found.setdefault("position encodings", []).append(str(level))
+    return [f"the {what} at level {', '.join(dict.fromkeys(levels))}" for what, levels in found.items()]
 
 
 def file_precision(model: ir.Model) -> str:

@@ -132,20 +132,20 @@ def inconsistencies(matches: Sequence[Match]) -> list[tuple[str, str, str]]:
                 (
                     match.output,
                     "levels",
-                    f"the output {match.output} is {describe(match.tensor)}, but its name stands for "
+                    f"the output {match.output} is {describe(match.tensor)}, but the name {match.output} stands for "
                     f"{describe(match.output)}",
                 )
             )
         elif level is not None and level != is_level:
             sentence = (
-                f"the levels are swapped: the output {match.output} is {describe(match.tensor)}, but its name says "
-                f"level {level}"
+                f"the levels are swapped: the output {match.output} is {describe(match.tensor)}, but the name "
+                f"{match.output} stands for level {level}"
             )
             found.append((match.output, "levels", sentence))
         elif neck is not None and is_kind != "pos" and neck != is_neck:
             sentence = (
-                f"the necks are swapped: the output {match.output} is {describe(match.tensor)}, but its name says "
-                f"neck {neck}"
+                f"the necks are swapped: the output {match.output} is {describe(match.tensor)}, but the name "
+                f"{match.output} stands for neck {neck}"
             )
             found.append((match.output, "neck", sentence))
     told = {output for output, _, _ in found}
@@ -159,8 +159,8 @@ def inconsistencies(matches: Sequence[Match]) -> list[tuple[str, str, str]]:
         if kinds[0][1] != "pos" and len(set(necks)) > 1:
             odd = next(match for match, neck in zip(group, necks, strict=True) if neck != usual)
             sentence = (
-                f"the necks are swapped: the output {odd.output} is {describe(odd.tensor)}, although outputs whose "
-                f"names differ only in the final number belong to neck {usual}"
+                f"the necks are swapped: the output {odd.output} is {describe(odd.tensor)}. Other outputs, whose "
+                f"names differ from {odd.output} only in the final number, belong to neck {usual}"
             )
             found.append((odd.output, "neck", sentence))
         wanted = sorted(levels)
@@ -168,7 +168,7 @@ def inconsistencies(matches: Sequence[Match]) -> list[tuple[str, str, str]]:
             odd = next(match for match, level, want in zip(group, levels, wanted, strict=True) if level != want)
             sentence = (
                 f"the levels are swapped: the output {odd.output} is {describe(odd.tensor)}, but the number "
-                "in this name suggests another level"
+                f"at the end of the name {odd.output} suggests another level"
             )
             found.append((odd.output, "levels", sentence))
     return found

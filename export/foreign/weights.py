@@ -58,20 +58,31 @@ class WeightsFound:
         total = count + len(self.near) + len(self.unknown)
         if self.origin == "the checkpoint's":
             more = (
-                f"; {len(self.unknown)} match no tensor of the checkpoint (such as constants that the exporter folded)"
+                f". The other {len(self.unknown)} tensors match no tensor of the checkpoint and may be constants that "
+                "the exporter computed"
                 if self.unknown
                 else ""
             )
-            return f"from the checkpoint: {count} of {total} tensors match tensors of the checkpoint ({forms}){more}"
+            return (
+                f"{count} of {total} tensors in the ONNX file match tensors of the checkpoint, so the weights come "
+                f"from the checkpoint. Forms of the matching tensors: {forms}{more}"
+            )
         if self.origin == "another fine-tune's":
             name, error = max(self.near.items(), key=lambda pair: pair[1])
             return (
-                f"from another fine-tune: {len(self.near)} of {total} tensors differ from those of the "
-                f"checkpoint (the largest relative difference is {error:.2g}, in {name})"
+                f"{len(self.near)} of {total} tensors in the ONNX file resemble tensors of the checkpoint but have "
+                "other values, so the weights come from another fine-tune. The largest relative difference is "
+                f"{error:.2g}, in the tensor {name}"
             )
         if self.origin == "other weights":
-            return f"of another origin: {len(self.unknown)} of {total} tensors resemble no tensor of the checkpoint"
-        return f"of unknown origin: only {count} of {total} tensors could be compared with those of the checkpoint"
+            return (
+                f"{len(self.unknown)} of {total} tensors in the ONNX file resemble no tensor of the checkpoint, so the "
+                "weights do not come from the checkpoint"
+            )
+        return (
+            f"{count} of {total} tensors in the ONNX file match tensors of the checkpoint, which is not enough to "
+            "decide whether the weights come from the checkpoint"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""

@@ -62,13 +62,16 @@ class Form(NamedTuple):
 FORMS: dict[AttentionForm, Form] = {
     "fp32acc": Form(
         (False, True, True),
-        "both matrix multiplications in each attention accumulate in FP32",
+        "both matrix multiplications in each attention layer accumulate in FP32",
         ("operator", "matmul"),
     ),
     "fused": Form(
-        (False, False, False), "both matrix multiplications in each attention accumulate in FP16", ("matmul",)
+        (False, False, False), "both matrix multiplications in each attention layer accumulate in FP16", ("matmul",)
     ),
-    "unfused": Form((True, True, False), "each attention runs as several kernels, which is exact but slow"),
+    "unfused": Form(
+        (True, True, False),
+        "each attention layer runs as several separate kernels, which are accurate but slower than one fused kernel",
+    ),
 }
 """All forms, the best one first. `unfused` is the last resort for exactness and slow, so it is not tuned."""
 
@@ -144,8 +147,9 @@ def lower_attentions(
         raise ExportError(f"--attention {form} cannot be combined with FP8 attention; use --attention auto or fp32acc")
     if missing := set(fp8 or ()) - {attention_name(core) for core in cores}:
         raise ExportError(
-            f"{min(missing)}: the calibration contains an attention layer of this name, but the graph does not; "
-            "repeat the calibration with this encoder"
+            f"{min(missing)}: the quantization contains an attention layer with this name, but the graph of the "
+            "encoder does not. The quantization was probably calibrated with another encoder; repeat the calibration "
+            "with the encoder that you export"
         )
     for core in cores:
         kept = core.nodes[-1].metadata_props.get(MODULE) in fp32_modules
@@ -229,8 +233,8 @@ def _of_attention(node: ir.Node) -> AttentionCore:
     if more or not all(heads) or any(_number(node, name) for name in ("is_causal", "softcap")):
         path = node.metadata_props.get(MODULE) or node.name
         raise ExportError(
-            f"the attention {path} has a mask, a cache, grouped heads or a softcap, but neck-export can only export "
-            "attention without these; use a model whose image encoder has none of them"
+            f"the attention layer {path} has a mask, a cache, grouped heads or a softcap, but neck-export can only "
+            "export attention without these; use a model whose image encoder has none of them"
         )
     head_dim = cast(int, shape[-1])
     return AttentionCore([node], query, key, value, scale.as_float() if scale else head_dim**-0.5, node.outputs[0])

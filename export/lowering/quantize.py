@@ -105,8 +105,8 @@ def scale_of(largest: float, kind: Kind, what: str) -> float:
         scale = np.nextafter(scale, np.float16(np.inf)) if np.float32(scale) < exact else scale
     if not FP16_TINY <= scale < np.inf:
         raise UnquantizableError(
-            f"the largest value of {what} is {largest:.3g}, which is too small to be quantized to {kind} with "
-            "an FP16 scale"
+            f"the largest value of {what} is {largest:.3g}, which is too small or too large to be quantized to "
+            f"{kind} with an FP16 scale"
         )
     return float(scale)
 
@@ -197,8 +197,9 @@ def quantize(graph: ir.Graph, quantization: Quantization, fp32_modules: Collecti
     for name, scale in quantization.scales.items():
         if name not in products:
             raise ExportError(
-                f"{name}: the calibration contains a linear layer of this name, but the graph does not; "
-                "repeat the calibration with this encoder"
+                f"{name}: the quantization contains a linear layer with this name, but the graph of the encoder does "
+                "not. The quantization was probably calibrated with another encoder; repeat the calibration with the "
+                "encoder that you export"
             )
         if products[name].metadata_props.get(MODULE, "") not in fp32_modules:
             if name in quantization.moves:
@@ -221,8 +222,9 @@ def move_channels(graph: ir.Graph, name: str, node: ir.Node, factors: Tensor) ->
         value = cast(ir.Value, norm.inputs[0])
     if norm is None or norm.op_type != "LayerNormalization" or len(value.uses()) > 1:
         raise ExportError(
-            f"{name}: the calibration scales the input channels of this linear layer, but the layer's input does not "
-            "come directly from a LayerNorm; repeat the calibration with this encoder"
+            f"{name}: the quantization scales the input channels of this linear layer, but in the graph of the "
+            "encoder, the input of the linear layer does not come directly from a LayerNorm. The quantization was "
+            "probably calibrated with another encoder; repeat the calibration with the encoder that you export"
         )
     changes = [(norm, 1, 1 / factors), (norm, 2, 1 / factors), (node, 1, factors[:, None])]
     for user, position, factor in changes:

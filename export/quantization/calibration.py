@@ -37,6 +37,9 @@ FEWEST, MOST = 8, 16
 FORMAT, OLDEST_FORMAT = 3, 2
 """Version of the file; 1 did not record the architecture, 2 had no attentions and serves for products alone."""
 
+REPAIR = "delete the calibration file to calibrate again, or pass another file with --calibration"
+"""What helps against a file that cannot be used."""
+
 METADATA = "neck_export_calibration"
 FIELDS = ("rows", "weights", "channels")
 PARTS = ("query", "key", "value")
@@ -293,7 +296,6 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
         CalibrationError: the file is not a calibration, or is damaged.
         OutdatedError: it was made for another encoder or image size, or by another version.
     """
-    fix = "delete the file to calibrate again, or pass another file with --calibration"
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})[METADATA])
@@ -301,7 +303,7 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
         if not isinstance(about, dict):
             raise ValueError
     except (SafetensorError, OSError, ValueError, LookupError, RecursionError):
-        raise CalibrationError(f"{path}: the file is not a calibration that neck-export wrote; {fix}") from None
+        raise CalibrationError(f"{path}: the file is not a calibration that neck-export wrote; {REPAIR}") from None
     if about.get("format") not in range(OLDEST_FORMAT, FORMAT + 1):
         raise OutdatedError(
             f"{path}: the calibration was written by another version of neck-export, in a format that this "
@@ -326,11 +328,15 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
         kept = _sorted({name: _read_layer(name, side, tensors) for name, side in sides.items()})
         if type(about["images"]) is not int or about["images"] < 1:
             raise ValueError(
-                f"the number of calibration images in the file is {about['images']!r} instead of an integer of at "
-                "least 1"
+                f"the calibration file is damaged: the number of calibration images in the file is "
+                f"{about['images']!r} instead of an integer of at least 1; {REPAIR}"
             )
-    except (LookupError, ValueError) as error:
-        raise CalibrationError(f"{path}: the calibration is damaged ({error}); {fix}") from None
+    except LookupError as error:
+        raise CalibrationError(
+            f"{path}: the calibration file is damaged: the entry {error} is missing; {REPAIR}"
+        ) from None
+    except ValueError as error:
+        raise CalibrationError(f"{path}: {error}") from None
     return Calibration(about["images"], image_size, about["encoder"], *kept)
 
 
@@ -347,12 +353,11 @@ def _read_layer(name: str, channels: int, tensors: Mapping[str, Tensor]) -> Laye
         tensor = getattr(found, field)
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape or not tensor.isfinite().all():
             raise ValueError(
-                f"the tensor {name}.{field} has the type {tensor.dtype} and the shape {tuple(tensor.shape)}, but it "
-                f"must be float32 with the shape {shape}, without NaN or infinity"
+                f"the calibration file is damaged: the tensor {name}.{field} has the type {tensor.dtype} and the shape "
+                f"{tuple(tensor.shape)}, but must be float32 with the shape {shape}, without NaN or infinity; {REPAIR}"
             )
     if not count or not (found.weights > 0).all() or (found.rows.abs() > found.channels).any():
         raise ValueError(
-            f"the stored inputs of the layer {name} are invalid: there must be at least one input, each with a sample "
-            "weight above 0, and no value may exceed the maximum that is stored for its channel"
+            f"the calibration file is damaged: the recorded input values of the layer {name} are invalid; {REPAIR}"
         )
     return found

@@ -150,7 +150,10 @@ def _comparison(row: Mapping[str, Any]) -> Comparison:
     for name in ("max_abs", "mean_abs", "relative_l2", "cosine", "non_finite"):
         values[name] = math.inf if values[name] is None else values[name]
         if not isinstance(values[name], int | float):
-            raise TypeError(f"{name} has the invalid value {values[name]!r}")
+            raise TypeError(
+                f"in the file with the quantization trials, {name} must be a number, but is {values[name]!r}; "
+                "the trials are repeated"
+            )
     return Comparison(**values | {"tolerance": Tolerance(**values["tolerance"])})
 
 
@@ -286,7 +289,7 @@ def curve_lines(curve: Sequence[Mapping[str, Any]], count: int, rates: str) -> l
     head = f"{'layers':>8} {'operations':>10} {'time':>9} {'expected L2':>12} {'measured L2':>12}"
     lines = [
         "each row of this table gives a number of quantized layers, the share of the operations in these layers, the "
-        f"computing time {rates}, and the relative L2 error of the features:",
+        f"computing time, and the relative L2 error of the features; {rates}:",
         head,
     ]
     for row in curve:

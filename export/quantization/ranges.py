@@ -79,8 +79,8 @@ def choose_range(name: str, layer: Layer, weight: Tensor, kind: Kind) -> Range:
     """
     if layer.largest == 0:
         raise UnquantizableError(
-            f"the input of the layer {name} is zero for every calibration image, so no quantization range can be "
-            "computed"
+            f"the input of the layer {name} is zero for every calibration image; to quantize the layer, calibrate with "
+            "other images"
         )
     weight = weight.float()
     exact = layer.rows @ weight.T
@@ -111,7 +111,7 @@ def choose_value_range(name: str, layer: Layer, kind: Kind, clip: bool) -> Range
     """
     if layer.largest == 0:
         raise UnquantizableError(
-            f"{name} is zero for every calibration image, so no quantization range can be computed"
+            f"{name} is zero for every calibration image; to quantize {name}, calibrate with other images"
         )
     by, values, found = layer.weights[:, None], layer.rows, []
     norm = float((by * values.square()).sum().sqrt())
@@ -183,7 +183,8 @@ def clipping_note(ranges: dict[str, Range], kind: Kind) -> str | None:
     if worst.clipped < NAMED_SHARE:
         return None
     return (
-        f"{name}: the quantization range of the input ends at {worst.scale * LIMITS[kind]:.3g}, so "
-        f"{worst.clipped:.2%} of the input values are clipped (the largest is {worst.largest:.3g}); this range, found "
-        f"with the method {worst.method}, gives the smallest error"
+        f"{name}: the quantization clips {worst.clipped:.2%} of the input values of this layer, because the "
+        f"quantization range ends at {worst.scale * LIMITS[kind]:.3g} and the largest input value is "
+        f"{worst.largest:.3g}. The clipping is intended: the range was computed with the method '{worst.method}' and "
+        "gives the smallest quantization error"
     )

@@ -26,7 +26,11 @@ class Rates(NamedTuple):
 @functools.cache
 def product_rates(kind: str) -> Rates:
     """Of FP16 and a kind (fp8, int8): measured where torch has a GPU that multiplies it, else published."""
-    published = Rates(PUBLISHED, "at the published rates of an L4 GPU (not measured)")
+    published = Rates(
+        PUBLISHED,
+        "the computing time is estimated from the published matrix multiplication rates of an L4 GPU, because torch "
+        "finds no GPU on this machine",
+    )
     if not torch.cuda.is_available():
         return published
     try:
@@ -35,11 +39,15 @@ def product_rates(kind: str) -> Rates:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         return published._replace(
             source=(
-                "at the published rates of an L4 GPU (not measured, because torch cannot multiply "
-                f"{kind.upper()} matrices on this machine: {why})"
+                "the computing time is estimated from the published matrix multiplication rates of an L4 GPU, because "
+                f"torch cannot multiply {kind.upper()} matrices on this machine ({why})"
             )
         )
-    return Rates(found, f"at the rates that torch reaches on this {torch.cuda.get_device_name()} (measured)")
+    return Rates(
+        found,
+        "the computing time is estimated from the matrix multiplication rates that were measured with torch on this "
+        f"{torch.cuda.get_device_name()}",
+    )
 
 
 def measure_rate(kind: str) -> float:

@@ -83,7 +83,7 @@ def check_quantize(options: QuantizeOptions, precision: str) -> None:
         if options != QuantizeOptions():
             raise ExportError(
                 "--quantize, --budget and --calibration require --precision fp8 or int8, but --precision is "
-                f"{precision}; leave them out, or change --precision"
+                f"{precision}; leave out these options, or change --precision"
             )
         return
     if options.budget is not None and not 0 < options.budget < 1:
@@ -159,11 +159,11 @@ def select_quantization(
         names = _without_attentions(names, options, patterns, notes)
     report(f"computing the quantization ranges of {len(names)} layers")
     ranges, left_out = _ranges(names, layers, calibration, kind)
-    notes += [f"{name} is not quantized: {reason}" for name, reason in left_out.items()]
+    notes += [f"{name} is not quantized and stays in FP16: {reason}" for name, reason in left_out.items()]
     if not ranges:
         raise ExportError(
-            f"--precision {kind}: no linear layer can be quantized, because {next(iter(left_out.values()))}; use "
-            "other calibration images (--images) or another --precision"
+            f"--precision {kind}: no linear layer can be quantized; use other calibration images (--images) or another "
+            f"--precision. The reason for the first layer: {next(iter(left_out.values()))}"
         )
     if no_attention and kind == "fp8" and attentions:
         notes.append(f"attention is not quantized and stays in FP16: {no_attention}")
@@ -212,9 +212,9 @@ def _asked(
         if not set(everywhere) & set(able):
             if kind != "fp8":
                 raise ExportError(
-                    f"--quantize {pattern!r} matches only attention layers or outputs of linear layers. neck-export "
-                    "quantizes both only to FP8 (for attention, because no version of TensorRT fuses INT8 attention); "
-                    "use --precision fp8, or another pattern for --quantize"
+                    f"--quantize {pattern!r} matches only attention layers or outputs of linear layers, but "
+                    f"--precision {kind} can only quantize linear layers. Use --precision fp8, or a --quantize pattern "
+                    "that matches a linear layer"
                 )
             raise ExportError(
                 f"--quantize {pattern!r} matches only attention layers, which cannot be quantized here: "
@@ -285,11 +285,13 @@ def _ranges(
             elif name.endswith(RESULT):
                 owner = name.removesuffix(RESULT)
                 if owner in found.products:
-                    found.results[owner] = choose_value_range(name, calibration.results[owner], kind, clip=True)
+                    found.results[owner] = choose_value_range(
+                        f"the output of the layer {owner}", calibration.results[owner], kind, clip=True
+                    )
             else:
                 kept = {part: calibration.attentions[f"{name}.{part}"] for part in PARTS}
                 found.attentions[name] = {
-                    part: choose_value_range(f"the {part} of {name}", layer, kind, clip=False)
+                    part: choose_value_range(f"the {part} of the attention layer {name}", layer, kind, clip=False)
                     for part, layer in kept.items()
                 }
         except UnquantizableError as error:

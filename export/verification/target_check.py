@@ -175,7 +175,7 @@ def read_by(needs: Needs) -> str:
     )
     known = _titles(reading_lines(in_table))
     if not known:
-        return "read by no runtime that neck-export knows"
+        return "not supported by any runtime that neck-export knows"
     unknown = not_in_table(needs)
     if unknown:
         return (
@@ -194,7 +194,7 @@ def _titles(lines: Mapping[Family, str]) -> str:
             where = (
                 "on a GPU too"
                 if gpu == since
-                else f"on a GPU: version {gpu} and later"
+                else f"on a GPU: {title} {gpu} and later"
                 if gpu
                 else "not known to run on a GPU"
             )
@@ -236,6 +236,7 @@ def check_claims(where: Path, manifest: Mapping[str, Any], needs: Needs) -> None
         reason = why_not(target, needs)
         if reason:
             raise TargetError(
-                f"{where}: the manifest claims that {target.name} can load the file, but it cannot: {reason}.\n"
-                f"Judging by its graph, the file can be {read_by(needs)}. Export the ONNX file again"
+                f"{where}: the manifest claims that {target.name} can load the ONNX file, but {target.name} cannot "
+                f"load the file: {reason}.\nJudging by the graph, the ONNX file is {read_by(needs)}. Export the ONNX "
+                "file again"
             )

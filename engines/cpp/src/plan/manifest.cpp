@@ -102,7 +102,7 @@ std::vector<Manifest::File> read_files(const fs::path& path, const Json& content
         }
         return files;
     } catch (const Fault&) {
-        throw Error(path.string() + ": the manifest does not list its files with their sizes and SHA-256; "
+        throw Error(path.string() + ": the manifest's list of files, sizes and SHA-256 values is missing or damaged; "
                     "build the plan again");
     }
 }
