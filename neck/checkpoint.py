@@ -128,13 +128,15 @@ def _read(path: Path, source: EncoderSource, necks: Sequence[str] | Choose | Non
         parts["scale_factors"] = level_scales(path, layout, chosen, tensors, config)
         # what the shapes do not tell changes no shape, so the file is judged before more is asked for
         outline = {"num_heads": 1, "window_size": 1, "global_blocks": (), "image_size": facts.get("patch_size", 14)}
-        drawn = config or EncoderConfig(**{**facts, **outline})
-        wanted = _skeleton(dataclasses.replace(drawn, **parts)).state_dict()
+        drawn = dataclasses.replace(config or EncoderConfig(**{**facts, **outline}), **parts)
+        encoder = _skeleton(drawn)
+        wanted = encoder.state_dict()
         expected = _check_tensors(path, layout, chosen, tensors, wanted)
         given = config is not None
         config = config or published_config(path, layout, facts)
         config = with_trained_size(path, config, check_tables(path, layout, tensors, config), given, notes)
-        encoder = _skeleton(dataclasses.replace(config, **parts))
+        if (config := dataclasses.replace(config, **parts)) != drawn:
+            encoder = _skeleton(config)
     except (ConfigError, NotImplementedError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     changes: Changes = {}

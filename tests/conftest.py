@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -94,16 +95,27 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_torchlib_registry() -> Iterator[None]:
-    """Lets torch.onnx.export parse its 497 functions once: 2 of the 5 seconds of every trace (torch 2.13)."""
+def _torch_tables_once() -> Iterator[None]:
+    """Lets torch.onnx.export make its tables once in a process: 2 of the 5 seconds of every trace (torch 2.13).
+
+    A torch that has them no longer makes them as it likes.
+    """
+    from torch._export import utils
     from torch.onnx._internal.exporter import _registration
 
+    registry = getattr(_registration, "ONNXRegistry", None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            _registration.onnxscript_apis,
-            "get_torchlib_ops",
-            functools.cache(_registration.onnxscript_apis.get_torchlib_ops),
-        )
+        if hasattr(registry, "from_torchlib"):
+            table = functools.cache(registry.from_torchlib)  # type: ignore[union-attr]
+
+            def from_torchlib(*arguments: Any, **named: Any) -> Any:
+                own = copy.copy(table(*arguments, **named))  # transformers' exporter adds to its own
+                own.functions = {name: list(entries) for name, entries in own.functions.items()}
+                return own
+
+            patch.setattr(registry, "from_torchlib", staticmethod(from_torchlib))
+        if hasattr(utils, "_materialize_cpp_cia_ops"):
+            patch.setattr(utils, "_materialize_cpp_cia_ops", functools.cache(utils._materialize_cpp_cia_ops))
         yield
 
 
