@@ -214,8 +214,8 @@ def manifest_encoder(
     assert path is not None
     if not path.exists():
         raise ExportError(
-            f"{path}: this checkpoint does not exist, but neck-export needs the weights that were exported according "
-            f"to the manifest {where.name}. Use --checkpoint to pass the path of the checkpoint with these weights"
+            f"{path}: this checkpoint does not exist. The manifest {where.name} names it as the source of the exported "
+            "weights, which neck-export needs here. Use --checkpoint to pass its new path"
             + (f", or --checkpoint {hub_text(weights)} to download the checkpoint again" if "hub" in weights else "")
         )
     source = EncoderSource(path, config=config, alpha=weights.get("adapter_alpha"), **names)

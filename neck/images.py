@@ -322,9 +322,10 @@ def _to_8_bits(values: np.ndarray, bits: int, value_range: ValueRange | None, sa
     # Pillow clips 16-bit gray at 255 but takes the high byte of 16-bit RGB; both take the high byte here.
     high = (values.astype(np.int32) >> 8).astype(np.uint8)
     say(
-        f"the image is {kind}; 16-bit values can range from 0 to 65535. neck-export uses only the high byte of each "
-        f"value. The result is an 8-bit image with values {high.min()} to {high.max()}, where 0 to 255 are possible. "
-        "To spread the values from LOW to HIGH over 0 to 255 instead, pass --image-range LOW:HIGH"
+        f"the image is {kind}. neck-export keeps only the high byte of each 16-bit value, which gives 8-bit values "
+        f"from {high.min()} to {high.max()}. If the contrast is too low, pass --image-range LOW:HIGH, which spreads "
+        f"the "
+        "values from LOW to HIGH over 0 to 255"
     )
     return high
 

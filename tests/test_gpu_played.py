@@ -256,10 +256,7 @@ def test_a_layers_that_cannot_be_read_costs_no_plan(
     assert (layers.source if layers else None) == source
     if layers is None:
         assert manifest["layers"] is None
-        assert (
-            "no layer report: the builder log is empty, so the layers of the plan are unknown; the engine inspector"
-            in ran.out
-        )
+        assert "the builder log is empty" in ran.out and "engine inspector" in ran.out
         assert f"no layer report: {manifest['no_layers']}" in shown.out
     else:
         assert layers.operations and not {kernel.kind for kernel in layers.kernels} & {"wait", "signal"}
@@ -404,7 +401,7 @@ def test_without_a_graph_the_profile_goes_on(files: dict[str, Path], tmp_path: P
         plan = built(files, tmp_path)
         state.device.capture_fails, state.faults.capturable = flaw == "capture", flaw != "stream"
         ran = neck_export_cli("profile", plan)
-        assert ran.code == 0 and "no CUDA graph: " in ran.out and "list of the plan's kernels contains" in ran.out
+        assert ran.code == 0 and "no CUDA graph: " in ran.out and "layers; it is shown as ?" in ran.out
 
 
 @pytest.mark.parametrize(("version", "beside"), [("11.4", None), ("rtx-1.7", "11.4"), ("10.14", "rtx-1.7")])
@@ -478,7 +475,7 @@ def test_doctor_names_what_runs_here() -> None:
     with play("rtx-1.7", Device(**HOPPER)):  # type: ignore[arg-type]
         ran = neck_export_cli("doctor")
     assert "NVIDIA H100 80GB HBM3, compute capability 9.0" in ran.out
-    assert "compute capability 9.0; run pip" in ran.out
+    assert "compute capability 9.0 as supported" in ran.out and "run pip" in ran.out
 
 
 def test_triton_needs_pythons_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

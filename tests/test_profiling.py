@@ -257,7 +257,7 @@ def test_what_is_not_known_is_said() -> None:
         "no CUDA graph: not capturable",
         "weights unknown",
         "unknown share of the peak compute rate and an unknown share of the peak memory bandwidth",
-        "0 layers, 0.000 ms",
+        "the 0 layers of the plan together take 0.000 ms",
     ):
         assert part in text, text
     partly = dataclasses.replace(PROFILE, state=STATE_HERE | {"power_w": None})

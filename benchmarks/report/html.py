@@ -124,7 +124,7 @@ def _facts(result: Result, best: Row) -> list[dict[str, str]]:
         facts.append({"name": "Ratio", "figure": f"{ratio['median']:.2f}", "note": note})
     if best.get("share_of_floor") is not None:
         floor = milliseconds(best.get("floor_ms"))
-        note = f"of the highest speed that the measured compute and copy rates allow, a latency of {floor}"
+        note = f"of the highest possible speed; the measured compute and copy rates allow a latency of {floor}"
         facts.append({"name": "Reached", "figure": percent(best["share_of_floor"]), "note": note})
     limits = [error["tolerance"]["relative_l2"] for error in best["errors"] or [] if error.get("tolerance")]
     note = "relative L2 error of the least accurate output" + (

@@ -243,9 +243,9 @@ class PlanOptions:
         ATTENTION.but(
             help="Choose how attention is computed: fp32acc (fused; the matrix multiplications accumulate in FP32), "
             "fused (the matrix multiplications accumulate in FP16, or in FP32 in a BF16 plan), or unfused (several "
-            "slower kernels; the scores are computed in FP32). auto keeps the value with which the ONNX file was "
-            "exported. For an ONNX file in FP32, or one exported with auto, auto chooses fp32acc (fused for a BF16 "
-            "plan), or unfused if the installed TensorRT cannot build the first choice."
+            "slower kernels; the scores are computed in FP32). auto means fp32acc (fused in a BF16 plan), or "
+            "unfused if the installed TensorRT cannot build that; but an ONNX file in FP16 or BF16 keeps the value if "
+            "it was exported with one."
         ),
     ] = "auto"
     spelling: Spelling | None = None

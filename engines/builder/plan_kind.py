@@ -43,9 +43,8 @@ def is_plan(path: Path) -> bool:
         name = path.with_suffix(".plan").name
         raise BuildError(
             f"{path}: this is a {kind} plan, but its manifest {manifest_path(path).name} is missing. If neck-export "
-            f"built the plan and the plan was renamed later, rename the plan back to its old name, for example {name}, "
-            f"and copy the manifest, for example {name}.json, into the same folder. In all other cases, build a new "
-            "plan with `neck-export trt`"
+            f"built the plan, give the plan its old name again, for example {name}, and put its manifest, for example "
+            f"{name}.json, into the same folder. In all other cases, build a new plan with `neck-export trt`"
         )
     return bool(kind) or path.suffix == ".plan"
 

@@ -136,7 +136,7 @@ def bound_lines(
             continue
         other = f"  (the plan is not built for compute capability {capability})"
         note = other if capabilities and capability not in capabilities else ""
-        share = f"{one['operations_share']:.0%} of the minimum latency"
+        share = f"{one['operations_share']:.0%} of the lower bound"
         lines.append(f"  {title:<20} {one['bound_ms']:>12.2f} ms {one['uncached_ms']:>29.2f} ms  {share}{note}")
     counted = max(one["counted"] for one in bounds.values())
     if layers.operations and 0 < counted < layers.operations:

@@ -192,8 +192,9 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         936.2,
         6,
         _tflops(35.6, 71.2, None, 284.7, 2),
-        "GA102 white paper, appendix A. The lower bound scales the rates from the published boost clock of 1695 MHz to "
-        "2100 MHz, an assumed maximum clock. The highest clock observed on this GPU is 1980 MHz",
+        "GA102 white paper, appendix A. The published rates apply at a clock of 1695 MHz; for the lower bound, they "
+        "are "
+        "scaled to 2100 MHz, an assumed maximum clock. The highest clock observed on this GPU is 1980 MHz",
         r"GeForce RTX 3090",
         clock=2100 / 1695,
     ),
@@ -203,8 +204,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         716.8,
         64,
         _tflops(48.7, 97.5, 194.9, 389.9, 2),
-        "Ada white paper, appendix A. The lower bound scales the rates from the published boost clock of 2505 MHz to "
-        "3105 MHz, the highest clock observed on Ada GPUs",
+        "Ada white paper, appendix A. The published rates apply at a clock of 2505 MHz; for the lower bound, they are "
+        "scaled to 3105 MHz, the highest clock observed on Ada GPUs",
         r"GeForce RTX 4080",
         clock=3105 / 2505,
     ),
@@ -214,8 +215,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         1008,
         72,
         _tflops(82.6, 165.2, 330.3, 660.6, 2),
-        "Ada white paper, appendix A. The lower bound scales the rates from the published boost clock of 2520 MHz to "
-        "3105 MHz, the highest clock observed on Ada GPUs",
+        "Ada white paper, appendix A. The published rates apply at a clock of 2520 MHz; for the lower bound, they are "
+        "scaled to 3105 MHz, the highest clock observed on Ada GPUs",
         r"GeForce RTX 4090",
         clock=3105 / 2520,
     ),
@@ -226,8 +227,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         96,
         _tflops(104.8, 209.5, 838, 838, 2, fp8_sums=1),
         "RTX Blackwell white paper, appendix A. The rate of FP8 with FP32 accumulation is taken from the white paper's "
-        "rate of block-scaled FP8. The lower bound scales the rates from the published boost clock of 2407 MHz to "
-        "3105 MHz, the highest clock observed",
+        "rate of block-scaled FP8. The published rates apply at a clock of 2407 MHz; for the lower bound, they are "
+        "scaled to 3105 MHz, the highest clock observed",
         r"GeForce RTX 5090",
         clock=3105 / 2407,
     ),

@@ -366,7 +366,8 @@ class LoadGuard:
                 raise AttachError(
                     f"{attached.encoder.path}: load_state_dict() would change the encoder weights "
                     f"{listing(others, 1)}. New encoder weights have no effect while the file is attached, because the "
-                    f"file computes the encoder. {first}, load the state dict, export the encoder again with the new "
+                    f"model then uses the file instead of its own encoder. {first}, load the state dict, export the "
+                    f"encoder again with the new "
                     "weights, and attach the new file"
                 )
 

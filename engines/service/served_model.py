@@ -253,7 +253,7 @@ def _check_tensors(source: Source) -> None:
             )
         if port.shape[0] != source.batch.dim or not all(isinstance(side, int) and side > 0 for side in port.shape[1:]):
             raise TypeError(
-                f"the tensor {port.name} has the shape {port.shape}, but the first dimension must be "
-                f"{source.batch.dim!r}, because the batch size in the manifest is {source.batch}, and every other "
-                "dimension must be an integer above 0"
+                f"the tensor {port.name} has the shape {port.shape}. The batch size in the manifest is "
+                f"{source.batch}, so the first dimension must be {source.batch.dim!r}. Every other dimension must be "
+                "an integer above 0"
             )

@@ -123,8 +123,7 @@ class OnnxFile:
                 raise ExportError(
                     f"{tensor.path}: this symbolic link points to the weights file {target}, but ONNX Runtime only "
                     f"reads weights from the folder of the ONNX file, which is {real.parent}. Replace the symbolic "
-                    f"link with a copy of the weights file. To avoid the copy, move the ONNX file {real} to "
-                    f"{target.parent} instead, and create a symbolic link to the moved ONNX file at {path}"
+                    "link with a copy of the weights file"
                 )
             value.const_value = ir.ExternalTensor(
                 target.relative_to(real.parent),

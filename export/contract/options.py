@@ -500,9 +500,10 @@ class VerifyOptions:
         bool,
         Option(
             "If the ONNX file was written by another exporter and passes verification, write a manifest, so that the "
-            "trt, triton and masks commands accept the file. If the inputs or outputs of the file are not in the form "
-            "of neck-export, these commands need an adapted copy: it is written beside the file, e.g. model.neck.onnx "
-            "for model.onnx, and gets the manifest.",
+            "trt, triton and masks commands accept the file. If the inputs or outputs of the file do not have the "
+            "names, "
+            "shapes and types that these commands need, an adapted copy is also written, e.g. model.neck.onnx for "
+            "model.onnx, and the manifest is that of the copy.",
             VERIFICATION,
         ),
     ] = False

@@ -65,7 +65,7 @@ class WeightsFound:
             )
             return (
                 f"{count} of {total} tensors in the ONNX file match tensors of the checkpoint, so the weights come "
-                f"from the checkpoint. Forms of the matching tensors: {forms}{more}"
+                f"from the checkpoint. How the ONNX file stores the matching tensors: {forms}{more}"
             )
         if self.origin == "another fine-tune's":
             name, error = max(self.near.items(), key=lambda pair: pair[1])

@@ -288,8 +288,8 @@ def curve_lines(curve: Sequence[Mapping[str, Any]], count: int, rates: str) -> l
     """The curve for a screen, with whose rates its times are by; the row of the choice is marked."""
     head = f"{'layers':>8} {'operations':>10} {'time':>9} {'expected L2':>12} {'measured L2':>12}"
     lines = [
-        "each row of this table gives a number of quantized layers, the share of the operations in these layers, the "
-        f"computing time, and the relative L2 error of the features; {rates}:",
+        "for each number of quantized layers, this table gives their share of the encoder's operations, the estimated "
+        f"latency of the encoder, and the relative L2 error of its features; {rates}:",
         head,
     ]
     for row in curve:

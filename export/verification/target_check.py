@@ -194,7 +194,7 @@ def _titles(lines: Mapping[Family, str]) -> str:
             where = (
                 "on a GPU too"
                 if gpu == since
-                else f"on a GPU: {title} {gpu} and later"
+                else f"on a GPU, {title} {gpu} and later"
                 if gpu
                 else "not known to run on a GPU"
             )

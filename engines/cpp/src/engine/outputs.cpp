@@ -64,7 +64,7 @@ void Engine::Impl::bind_output(const std::string& name, void* memory, std::size_
         check_device_memory(memory, options_.device, plan_, "output " + name);
     }
     check(cudaEventSynchronize(done_.get()),
-          plan_ + ": CUDA reported an error in the plan's previous run or input copy on the GPU");
+          plan_ + ": the previous run of the plan, or the copy of its inputs to the GPU, failed with a CUDA error");
     graphs_.clear();  // their addresses are fixed
     output.bound = memory;
     last_batch_ = 0;

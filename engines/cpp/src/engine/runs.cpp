@@ -69,9 +69,9 @@ Fit Engine::Impl::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch,
                     " bytes. Pass a pitch of at least " + std::to_string(row_bytes) + " bytes");
     }
     if (entry < 0 || entry >= largest_batch_) {
-        throw Error(plan_ + ": the batch entry for copy_in_rgb8 is " + std::to_string(entry) +
+        throw Error(plan_ + ": the index of the image in the batch (argument entry of copy_in_rgb8) is " + std::to_string(entry) +
                     ", but the engine's largest batch size is " + std::to_string(largest_batch_) +
-                    ". Pass an entry from 0 to " + std::to_string(largest_batch_ - 1));
+                    ". Pass an index from 0 to " + std::to_string(largest_batch_ - 1));
     }
     const DeviceGuard guard(options_.device, plan_);
     check_device_memory(pixels, options_.device, plan_, "the image");
