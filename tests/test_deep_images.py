@@ -20,7 +20,7 @@ from neck.images import ImageError, ImageFolder, ValueRange, load_images, read_i
 REFLECTANCE = np.linspace(0, 4000, 24 * 40).round().astype(np.uint16).reshape(24, 40)
 """As satellites give it: 10000 is all of the light, most of the land is below 4000."""
 
-SAYS = "sat.png: the image is 16-bit gray with values 0 to 4000; "
+SAYS = "sat.png: the image is 16-bit gray with values 0 to 4000. "
 
 
 def save(folder: Path, values: npt.NDArray[np.generic], name: str = "sat.png") -> Path:

@@ -59,7 +59,9 @@ def test_a_plan_under_another_suffix(command: str, kind: str, tmp_path: Path) ->
     (line,) = ran.err.splitlines()
     assert line.startswith(f"error: {path}: this is a {kind} plan, but its manifest x.engine.json is missing")
     assert (
-        line.index("give the plan its old name again") < line.index("for example x.plan,") < line.index("for example x.plan.json")
+        line.index("give the plan its old name again")
+        < line.index("for example x.plan,")
+        < line.index("for example x.plan.json")
     )
 
 

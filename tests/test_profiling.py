@@ -239,7 +239,7 @@ def test_the_profile_for_a_screen() -> None:
         "100.0 TFLOP/s (8192^3 fp16 matrix multiplication), 250 GB/s (copy on the GPU)",
         "latency of 39.000 ms, the plan reaches 50% of the peak compute rate and 50% of the peak memory bandwidth",
         "the 3 layers of the plan together take 4.000 ms per inference with the profiler attached",
-        "list of the plan's kernels contains 2 of the 3 layers",
+        "is known for 2 of the 3 layers",
         "2.2500  56.2%       0  attention       trunk.blocks.0.attn",
         "1.0000  25.0%       ?  ?               reformat",
     ):

@@ -86,6 +86,7 @@ def _figures(result: dict[str, Any]) -> list[str]:
     told = ", ".join(f"{outcomes.count(one)} {one}" for one in ("passed", "failed", "not run"))
     return [
         *lines,
-        f"Checks: {told}. The checks are the pytest tests with the marker gpu. One further check compares the random "
-        "weights on this machine with the random weights on other machines.",
+        f"Checks: {told}. The checks are the pytest tests with the marker gpu, and one comparison: whether a random "
+        f"seed "
+        "gives the same weights on this machine as on the machine that packed the archive.",
     ]

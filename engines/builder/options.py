@@ -241,11 +241,11 @@ class PlanOptions:
     attention: Annotated[
         AttentionForm,
         ATTENTION.but(
-            help="Choose how attention is computed: fp32acc (fused; the matrix multiplications accumulate in FP32), "
-            "fused (the matrix multiplications accumulate in FP16, or in FP32 in a BF16 plan), or unfused (several "
-            "slower kernels; the scores are computed in FP32). auto means fp32acc (fused in a BF16 plan), or "
-            "unfused if the installed TensorRT cannot build that; but an ONNX file in FP16 or BF16 keeps the value if "
-            "it was exported with one."
+            help="Choose how attention is computed: fp32acc (one kernel; its matrix multiplications accumulate in "
+            "FP32), fused (one kernel; its matrix multiplications accumulate in FP16, but in FP32 in a BF16 plan), or "
+            "unfused (several slower kernels; the scores are computed in FP32). auto keeps the choice that was made at "
+            "the export of the ONNX file. If there is none, auto chooses fp32acc, or fused for a BF16 plan; if "
+            "TensorRT cannot build that kernel, auto chooses unfused."
         ),
     ] = "auto"
     spelling: Spelling | None = None

@@ -59,8 +59,8 @@ def caller_memory(plan: Path, port: Port, largest: int, device: torch.device, me
         found = memory if isinstance(memory, Tensor) else torch.from_dlpack(memory)
     except (AttributeError, TypeError, RuntimeError, BufferError) as error:
         raise SessionError(
-            f"{plan}: the memory for the output {port.name} is a {type(memory).__name__} that torch cannot read "
-            f"({str(error).splitlines()[0]}); pass a torch tensor or a CuPy array"
+            f"{plan}: the buffer for the output {port.name} has the type {type(memory).__name__}, which torch cannot "
+            f"read: {str(error).splitlines()[0]}; pass a torch tensor or a CuPy array"
         ) from None
     if found.device != device:
         raise SessionError(

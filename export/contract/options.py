@@ -142,8 +142,8 @@ ADAPTER_ALPHA = Option(
 )
 STATE = Option(
     "Read the state dict with this name, e.g. ema, from a training checkpoint that contains several state dicts. "
-    "[default: the only state dict that contains an encoder; if several contain one, the first that exists in this "
-    "order: `model`, `state_dict`, `model_state_dict`, `module`, `net`, `network`, `weights`]",
+    "[default: the only state dict that contains an encoder; if several do, the one that comes first in this list: "
+    "`model`, `state_dict`, `model_state_dict`, `module`, `net`, `network`, `weights`]",
     WEIGHTS,
 )
 PREFIX = Option(
@@ -184,10 +184,10 @@ SAM2_OUTPUTS = Option(
     TENSORS,
 )
 ATTENTION = Option(
-    "Choose how attention is computed: fp32acc (fused; the matrix multiplications accumulate in FP32), fused (the "
-    "matrix multiplications accumulate in FP16, or in FP32 if --precision is fp32 or bf16), or unfused (several slower "
-    "kernels; the scores are computed in FP32). auto chooses fused for fp32 and bf16, and fp32acc for fp16, fp8 and "
-    "int8.",
+    "Choose how attention is computed: fp32acc (one kernel; its matrix multiplications accumulate in FP32), fused (one "
+    "kernel; its matrix multiplications accumulate in the type of --precision, but in FP32 for bf16), or unfused "
+    "(several slower kernels; the scores are computed in FP32). auto chooses fused for fp32 and bf16, and fp32acc for "
+    "fp16, fp8 and int8.",
     PRECISION,
     read=str,
     default="auto",

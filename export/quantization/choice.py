@@ -288,8 +288,8 @@ def curve_lines(curve: Sequence[Mapping[str, Any]], count: int, rates: str) -> l
     """The curve for a screen, with whose rates its times are by; the row of the choice is marked."""
     head = f"{'layers':>8} {'operations':>10} {'time':>9} {'expected L2':>12} {'measured L2':>12}"
     lines = [
-        "for each number of quantized layers, this table gives their share of the encoder's operations, the estimated "
-        f"latency of the encoder, and the relative L2 error of its features; {rates}:",
+        "each row of the table is for one number of quantized layers: the share of the encoder's operations in these "
+        f"layers, the estimated computing time of the encoder, and the relative L2 error of its features; {rates}:",
         head,
     ]
     for row in curve:
