@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import typer.main
 import yaml
 from conftest import DATA, tiny_config
 from exporting import neck_export_cli, trace_quickly
+from safetensors.torch import load_file, save_file
 from test_triton import write_plan
 
 import neck_export
@@ -138,8 +140,13 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("sam3-encoder", "tuned", "int8"):
             made = ("--precision", "fp16", "--neck", "both", "--output", f"build/{name}.onnx")
             assert neck_export_cli("onnx", "--checkpoint", "sam3", *made).code == 0
+        lora = ("--checkpoint", ADAPTERS.parent, "--adapter", ADAPTERS / "plain", "--output", "build/my-lora.onnx")
+        assert neck_export_cli("onnx", *map(str, lora)).code == 0
         made = ("--checkpoint", "sam3", "--output", "other/encoder.onnx", "--no-verify")
         assert neck_export_cli("onnx", *made).code == 0
+    shutil.copytree(ADAPTERS.parent, folder / "merged")
+    merged = load_file(ADAPTERS.parent / "model.safetensors") | load_file(ADAPTERS / "plain" / "merged.safetensors")
+    save_file(merged, folder / "merged" / "model.safetensors")
     onnx.save(onnx.load(folder / "other" / "encoder.onnx"), folder / "vision_encoder.onnx")  # without a manifest
     write_plan(folder / "build" / "sam3-encoder.plan")
     return folder
@@ -177,7 +184,7 @@ def small(words: tuple[str, ...]) -> list[str]:
 
 ADAPTERS = DATA / "hf-variant" / "adapters"
 SERVED = of("neck-export", "triton")
-NEEDS_GPU = {"tensorrt", "verify build/sam3-encoder.plan"}
+NEEDS_GPU = {"tensorrt", "verify build/sam3-encoder.plan", "masks build/sam3-encoder.plan"}
 RUN = [
     words
     for words in OURS
@@ -251,7 +258,8 @@ def test_docker_publishes_to_this_machine_alone() -> None:
 
 
 def snippets(page: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", TEXTS[page], re.DOTALL)
+    found = re.findall(r"(?m)^ *```python\n((?s:.)*?)```", TEXTS[page])
+    return [textwrap.dedent(snippet) for snippet in found]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.stem)
