@@ -241,11 +241,11 @@ class PlanOptions:
     attention: Annotated[
         AttentionForm,
         ATTENTION.but(
-            help="Choose how attention is computed: fp32acc (one kernel; its matrix multiplications accumulate in "
-            "FP32), fused (one kernel; its matrix multiplications accumulate in FP16, but in FP32 in a BF16 plan), or "
-            "unfused (several slower kernels; the scores are computed in FP32). auto keeps the choice that was made at "
-            "the export of the ONNX file. If there is none, auto chooses fp32acc, or fused for a BF16 plan; if "
-            "TensorRT cannot build that kernel, auto chooses unfused."
+            help="Choose how attention is computed. fp32acc: one kernel whose matrix multiplications accumulate in "
+            "FP32. fused: one kernel whose matrix multiplications accumulate in FP16 (in FP32 in a BF16 plan). "
+            "unfused: several slower kernels; the scores are computed in FP32. auto: the choice made when the ONNX "
+            "file was exported; if none was made, fp32acc (fused for a BF16 plan), or unfused if TensorRT cannot build "
+            "the kernel."
         ),
     ] = "auto"
     spelling: Spelling | None = None
@@ -270,8 +270,8 @@ class PlanOptions:
         Path | None,
         FILE_ADAPTER.but(
             help="Use the LoRA adapter in this PEFT folder, e.g. my-lora. If MODEL is a checkpoint, the adapter is "
-            "merged into its weights before the export. If MODEL is an ONNX file, the file must have been exported "
-            "with this adapter, which is only needed for the verification: PyTorch then computes the reference with "
+            "merged into its weights before the export. If MODEL is an ONNX file, it must have been exported with this "
+            "adapter; the adapter is then used only for the verification, in which PyTorch computes the reference with "
             "the merged weights. [default: the adapter named in the manifest of the ONNX file]"
         ),
     ] = None

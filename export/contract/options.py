@@ -184,10 +184,10 @@ SAM2_OUTPUTS = Option(
     TENSORS,
 )
 ATTENTION = Option(
-    "Choose how attention is computed: fp32acc (one kernel; its matrix multiplications accumulate in FP32), fused (one "
-    "kernel; its matrix multiplications accumulate in the type of --precision, but in FP32 for bf16), or unfused "
-    "(several slower kernels; the scores are computed in FP32). auto chooses fused for fp32 and bf16, and fp32acc for "
-    "fp16, fp8 and int8.",
+    "Choose how attention is computed. fp32acc: one kernel whose matrix multiplications accumulate in FP32. fused: one "
+    "kernel whose matrix multiplications accumulate in FP16 (in FP32 if --precision is fp32 or bf16). unfused: several "
+    "slower kernels; the scores are computed in FP32. auto: fused for fp32 and bf16, and fp32acc for fp16, fp8 and "
+    "int8.",
     PRECISION,
     read=str,
     default="auto",
@@ -226,7 +226,7 @@ RANGE = Option(
     default=None,
 )
 IMAGES_HELP = (
-    "Compare the outputs with those of PyTorch for the first images in this folder, e.g. photos. If the batch size is "
+    "Compare the outputs with those of PyTorch for the first images in this folder, e.g. photos/. If the batch size is "
     "fixed, one batch of images is used. If the batch size is dynamic, 2 images are used, or more if the minimum batch "
     "size is above 2. "
 )
