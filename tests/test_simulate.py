@@ -13,7 +13,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import tiny_config
 from exporting import trace_quickly
 from onnx import TensorProto, helper, numpy_helper
 
@@ -230,8 +229,8 @@ def check_errors(errors: Errors) -> None:
 
 @pytest.fixture(scope="module")
 def deep() -> tuple[Sam3DualViTDetNeck, EncoderConfig]:
-    """As many blocks as the published encoder, on a grid of 8 x 8."""
-    config = tiny_config(depth=32, global_blocks=EncoderConfig().global_blocks)
+    """All 32 blocks of the published encoder, 64 channels wide, on a grid of 8 x 8."""
+    config = EncoderConfig((112, 112), embed_dim=64, num_heads=2, d_model=32, window_size=4, pretrain_image_size=56)
     return random_encoder(config), config
 
 
