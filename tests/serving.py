@@ -133,14 +133,20 @@ def one_answer(
 
 
 def one_client(
-    server: Server, number: int, stop: threading.Event, references: list[Arrays], ensemble: bool, answers: Answers
+    server: Server,
+    number: int,
+    stop: threading.Event,
+    references: list[Arrays],
+    ensemble: bool,
+    answers: Answers,
+    pause_s: float,
 ) -> None:
-    """Sends requests without a pause and checks each answer against its own images."""
+    """Sends requests and checks each answer against its own images."""
     chance = np.random.default_rng(number)
     model, inputs = ("sam3-encoder-images", files()) if ensemble else ("sam3-encoder", images())
     try:
         with client_of(server, "http" if number % 2 else "grpc", model=model) as client:
-            while not stop.is_set():
+            while not stop.wait(pause_s):
                 one_answer(client, inputs, chance, references, answers, number)
     except Exception as error:  # a thread's error would be lost
         answers.failed.append(f"client {number}: {error!r}")
@@ -149,11 +155,18 @@ def one_client(
 class Load:
     """Clients that send for as long as the block takes, the first few of them image files to the ensemble."""
 
-    def __init__(self, server: Server, references: list[Arrays], clients: int = CLIENTS, ensemble: int = 0) -> None:
+    def __init__(
+        self,
+        server: Server,
+        references: list[Arrays],
+        clients: int = CLIENTS,
+        ensemble: int = 0,
+        pause_s: float = 0,
+    ) -> None:
         self.stop, self.answers = threading.Event(), [Answers() for _ in range(clients)]
         self.threads = [
             threading.Thread(
-                target=one_client, args=(server, number, self.stop, references, number < ensemble, answers)
+                target=one_client, args=(server, number, self.stop, references, number < ensemble, answers, pause_s)
             )
             for number, answers in enumerate(self.answers)
         ]

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
-from export.contract.signature import BatchRange
+from export.contract.signature import BatchRange, Positions
 from export.graph.deployed_module import DeployEncoder
 from neck.config import EncoderConfig
 
@@ -35,8 +35,9 @@ def structure(module: DeployEncoder) -> str:
     batch = module.signature.batch
     if batch.dynamic:  # its size is a name in the graph, whatever the range's other ends
         batch = BatchRange(batch.minimum, batch.minimum, 1 << 16)
-    # the graph is FP32 whatever the file will be
-    parts = [repr(dataclasses.replace(module.signature, dtype="float32", batch=batch))]
+    # the graph is FP32 whatever the file will be, and has no positions wherever else they are
+    positions: Positions = "graph" if module.signature.positions == "graph" else "none"
+    parts = [repr(dataclasses.replace(module.signature, dtype="float32", batch=batch, positions=positions))]
     for path, child in module.named_modules():
         tensors = {**child._parameters, **child._buffers}
         plain = {name: _plain(value) for name, value in vars(child).items() if _is_plain(value) and name != "signature"}

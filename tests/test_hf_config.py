@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,10 @@ from conftest import DATA, GOLDEN_TOLERANCE, named_outputs, worst_error
 from exporting import neck_export_cli, trace_quickly
 from safetensors.torch import load_file, save_file
 
+from export.contract.options import ExportOptions
+from export.graph.deployed_module import DeployEncoder
+from export.options import check_options, load, sign
+from export.weights_origin import encoder_config
 from neck.checkpoint import CheckpointError, load_encoder
 from neck.config import EncoderConfig
 from neck.trunk import ViTDetTrunk
@@ -170,11 +175,16 @@ OTHER: dict[str, Any] = {
 """Another value for each entry that is said to matter."""
 
 
+@functools.cache
+def config_of_the_case() -> object:
+    return load_encoder(CASE).trunk.config
+
+
 @pytest.mark.parametrize(("section", "name"), [(section, name) for section in FIELDS for name in FIELDS[section]])
 def test_every_field_is_used_or_refused_or_known_to_change_nothing(folder: Path, section: str, name: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     entries = config["backbone_config"] if section == "sam3_vit_model" else config
-    plain = load_encoder(folder).trunk.config
+    plain = config_of_the_case()
     assert isinstance(plain, EncoderConfig)
     matters = name in KNOWN[section] and name not in IRRELEVANT_NECK * (section == "sam3_vision_model")
     assert matters or name in IRRELEVANT or name in IRRELEVANT_NECK or name.startswith("_")
@@ -204,9 +214,8 @@ def test_the_case_through_the_command_line(folder: Path, monkeypatch: pytest.Mon
     assert not (folder / "no").exists()
 
 
-def test_an_image_size_of_another_patch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_size_of_another_patch(folder: Path) -> None:
     """The patch size is the checkpoint's: 16 takes 128 pixels, 14 does not."""
-    trace_quickly(monkeypatch)
     asked = ("--image-size", "128", "--no-verify", "--output", folder / "out" / "x.onnx")
     refused_14 = neck_export_cli("onnx", "--checkpoint", folder, *asked)
     assert refused_14.code == 1 and "multiple" in refused_14.err and "14" in refused_14.err
@@ -219,9 +228,17 @@ def test_an_image_size_of_another_patch(folder: Path, monkeypatch: pytest.Monkey
     backbone = vision.get("backbone_config", vision)
     backbone |= {"patch_size": 16, "image_size": 128, "pretrain_image_size": 48}
     (folder / "config.json").write_text(json.dumps(config))
-    ran = neck_export_cli("onnx", "--checkpoint", folder, *asked)
-    assert ran.code == 0, ran
-    assert json.loads((folder / "out" / "x.json").read_text())["encoder"]["patch_size"] == 16
+    options = ExportOptions(folder / "out" / "x.onnx", checkpoint=folder, image_size=128)
+    check_options(options)
+    encoder = load(options).encoder
+    assert encoder_config(encoder).patch_size == 16
+    # what a file of it computes, without a trace of its own
+    signature, image = sign(options, encoder), torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        found = DeployEncoder(encoder, signature, options.rewrites)(image)
+    names = [spec.name for spec in signature.outputs]
+    assert [tuple(one.shape) for one in found] == [spec.shape for spec in signature.outputs]
+    assert worst_error(dict(zip(names, found, strict=True)), named_outputs(encoder, image)) < GOLDEN_TOLERANCE
 
 
 def test_theta_turns_the_tables() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exporting import ROOT, checkpoint_of, config_of, listing, neck_export_cli, trace_quickly, without_steps
+from exporting import ROOT, STEP_LINE, checkpoint_of, config_of, listing, neck_export_cli, trace_quickly, without_steps
 from interrupting import MOMENTS, Moment
 
-from export.contract.interrupt import take_over_signals
+from export.contract.interrupt import PATIENCE_S, take_over_signals
 from export.contract.manifest import check_files, read_manifest
 
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
@@ -35,8 +36,11 @@ def run_moments(folder: Path, *more: str) -> tuple[Path, dict[str, Any]]:
         (work / name).write_text("old")
     command = [sys.executable, "tests/interrupting.py", str(work), str(results)]
     command += [str(checkpoint_of("meta-dual")), str(config_of("meta-dual")), *more]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGS_S, check=False)
+    color = {**os.environ, "FORCE_COLOR": "1"}  # which a file on stderr does not get
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGS_S, check=False, env=color)
     assert done.returncode == 0, done.stderr
+    for name, told in (("whole.1", done.stdout), ("whole.2", done.stderr)):
+        (results / name).write_text(told)
     return results, json.loads((results / "found.json").read_text())
 
 
@@ -66,6 +70,21 @@ def test_the_run_itself_ends_whole(stopped: tuple[Path, dict[str, Any]]) -> None
     for name, kind in (("x.json", "onnx"), ("x.plan.json", "plan")):
         check_files(work / name, read_manifest(work / name, kind))
     assert not list(work.glob(".*"))
+
+
+def test_a_real_run_is_quiet(stopped: tuple[Path, dict[str, Any]]) -> None:
+    """Both commands in a process of its own: nothing on stderr but a line for each step, no color."""
+    out, err = ((stopped[0] / f"whole.{number}").read_text() for number in (1, 2))
+    steps = re.findall(STEP_LINE + "(.*)", err)
+    assert without_steps(err) == "" and {"tracing the encoder", "writing the ONNX file"} <= {*steps}
+    assert any(step.startswith("building the plan with ") for step in steps)
+    assert "\x1b" not in out + err
+    assert "\r" not in out
+    work, lines = stopped[0].parent / "work", out.splitlines()
+    assert [line.split("  ")[0] for line in lines[12:15]] == [
+        str(work / f"x{end}") for end in (".onnx", ".onnx.data", ".json")
+    ]
+    assert lines[-1].startswith(f"{work / 'x.plan'}  ")
 
 
 def test_without_the_handler_a_destructor_speaks(tmp_path: Path) -> None:
@@ -145,24 +164,29 @@ def test_after_the_work_a_signal_changes_nothing() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-LONG_CALL = """import hashlib, os, signal, sys, threading
+LONG_CALL = """import ctypes, os, signal, sys, threading
 from pathlib import Path
+import export.contract.interrupt
 from export.contract.interrupt import removed_on_signal, take_over_signals
+export.contract.interrupt.PATIENCE_S = 0.5
 if sys.argv[2] == "ours":
     take_over_signals()
 else:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 folder = Path(sys.argv[1])
+mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+lock(mutex)
 with removed_on_signal(folder):
     folder.mkdir()
-    threading.Timer(1.0, os.kill, (os.getpid(), int(sys.argv[3]))).start()
-    hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)  # an hour
+    threading.Timer(0.5, os.kill, (os.getpid(), int(sys.argv[3]))).start()
+    lock(mutex)  # for ever, and no signal ends it; it takes no processor time
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_inside_one_long_call_too(number: signal.Signals, tmp_path: Path) -> None:
     """Python's own handlers wait for its end; `docker stop` kills after 10 s, and the staging folder would stay."""
+    assert PATIENCE_S < 5  # less in the process below
 
     def started(handler: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", LONG_CALL, str(tmp_path / handler), handler, str(int(number))]
@@ -173,11 +197,11 @@ def test_inside_one_long_call_too(number: signal.Signals, tmp_path: Path) -> Non
         assert child.returncode == CODES[number.name]
         assert not list(tmp_path.iterdir())
     if number == signal.SIGTERM:
-        with started("python's") as child:  # the control: it is alive 3 s after the work began, 2 s after the signal
+        with started("python's") as child:  # the control: it is alive 2 s after the work began, 1.5 s after the signal
             while child.poll() is None and not list(tmp_path.iterdir()):
                 time.sleep(0.05)
             with pytest.raises(subprocess.TimeoutExpired):
-                child.communicate(timeout=3)
+                child.communicate(timeout=2)
             assert list(tmp_path.iterdir())
             child.kill()
 

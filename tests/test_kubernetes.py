@@ -8,7 +8,7 @@ import functools
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +126,26 @@ def check(document: dict[str, Any], version: str = KUBERNETES) -> None:
     kubernetes_validate.validate(document, version, strict=True)
 
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's, where it is: 50 sets of files take a third of the time."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _schemas_are_read_once() -> Iterator[None]:
+    """Or each check reads megabytes of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        utils = kubernetes_validate.utils
+        patch.setattr(utils, "schema_contents", functools.cache(utils.schema_contents))
+        yield
+
+
 def make(plan: Path, folder: Path, **changes: Any) -> Repository:
     options = {"kubernetes": folder / "cluster", **changes}
     return make_repository(RepositoryOptions(plan, folder / "repository", **options))
 
 
 def documents(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    return {path.name: list(yaml.safe_load_all(path.read_text())) for path in sorted(folder.glob("*.yaml"))}
+    return {path.name: list(yaml.load_all(path.read_text(), LOADER)) for path in sorted(folder.glob("*.yaml"))}
 
 
 @pytest.fixture
@@ -365,18 +378,13 @@ def serving_of(source: Source, other: Source, chance: random.Random) -> Serving:
 
 COMBINATIONS = 50
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""libyaml's, where it is: 50 sets of files take a third of the time."""
-
 
 def parsed(files: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
     return {name: list(yaml.load_all(text, LOADER)) for name, text in files.items() if name.endswith(".yaml")}
 
 
-def test_combinations_of_the_options(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_combinations_of_the_options(plan: Path, tmp_path: Path) -> None:
     """Each of 50 is valid, strictly, and has what a platform team asks for."""
-    read = functools.cache(kubernetes_validate.utils.schema_contents)  # or each check reads megabytes of schemas
-    monkeypatch.setattr(kubernetes_validate.utils, "schema_contents", read)
     source, other = read_model(plan), read_model(write_plan(tmp_path / "fixed.plan", batch="2"))
     chance = random.Random(29)
     valid: set[str] = set()

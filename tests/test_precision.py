@@ -111,7 +111,8 @@ def test_what_computes_in_fp32(precision: str) -> None:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_pixels_are_normalized_in_fp32(precision: Any) -> None:
     golden = load_golden("meta-dual")
-    made = traced(golden.encoder, golden.config, input_kind="uint8").model
+    asked: dict[str, Any] = {"necks": "sam2", "levels": "0,3", "positions": "none"}  # as test_trace.py traces it
+    made = traced(golden.encoder, golden.config, input_kind="uint8", **asked).model
     lower(made, precision)
     scaled = [node for node in made.graph if module_of(node) == INPUT and node.op_type in ("Mul", "Add", "Sub", "Div")]
     assert scaled and all(types(node) == {ir.DataType.FLOAT} for node in scaled)
