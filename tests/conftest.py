@@ -299,23 +299,3 @@ def gpu_flavor() -> Flavor:
     if flavor.gpu is None or (flavor.capabilities and flavor.gpu.compute_capability not in flavor.capabilities):
         pytest.skip(GPU_MISSING)
     return flavor
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _compiled_templates() -> Iterator[None]:
-    """Lets Jinja compile each template once: an environment is made for each set of files, at 0.1 s a set."""
-    import jinja2
-
-    real = jinja2.Environment.compile
-    compiled: dict[tuple[object, ...], Any] = {}
-
-    def compile_once(environment: jinja2.Environment, source: Any, *named: Any, **more: Any) -> Any:
-        options = (environment.trim_blocks, environment.lstrip_blocks, environment.keep_trailing_newline)
-        key = (source, named, tuple(more.items()), options, environment.autoescape, frozenset(environment.filters))
-        if key not in compiled:
-            compiled[key] = real(environment, source, *named, **more)
-        return compiled[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jinja2.Environment, "compile", compile_once)
-        yield

@@ -7,6 +7,7 @@ the page's own in, by its SHA-256.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -47,6 +48,30 @@ def html_page(result: Result) -> str:
     Args:
         result: a checked result.
     """
+    style = (PAGE / "style.css").read_text(encoding="utf-8")
+    found = answers(result)
+    return (
+        _templates()
+        .get_template("report.html.jinja")
+        .render(
+            result=result,
+            title=TITLE,
+            generator=GENERATOR,
+            style=Markup(style),
+            style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+            about=about(result),
+            description=" ".join(answer_sentence(result, answer) for answer in found),
+            views=[_view(result, answer) for answer in found],
+            method=method(result),
+            commands=commands(result),
+            encoder=encoder_facts(result),
+        )
+    )
+
+
+@functools.cache
+def _templates() -> Environment:
+    """Jinja's environment, which remembers the template that it compiled."""
     jinja = Environment(
         loader=FileSystemLoader(PAGE),
         autoescape=True,
@@ -56,21 +81,7 @@ def html_page(result: Result) -> str:
         finalize=_tied,
     )
     jinja.filters |= {"error_figure": error_figure, "significant": significant}
-    style = (PAGE / "style.css").read_text(encoding="utf-8")
-    found = answers(result)
-    return jinja.get_template("report.html.jinja").render(
-        result=result,
-        title=TITLE,
-        generator=GENERATOR,
-        style=Markup(style),
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        about=about(result),
-        description=" ".join(answer_sentence(result, answer) for answer in found),
-        views=[_view(result, answer) for answer in found],
-        method=method(result),
-        commands=commands(result),
-        encoder=encoder_facts(result),
-    )
+    return jinja
 
 
 def _tied(value: object) -> object:

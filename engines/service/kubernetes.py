@@ -7,16 +7,20 @@ proxy and Triton's options with a real tritonserver and nginx.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from engines.service.container_fit import COMPATIBLE, image
 from engines.service.ensemble import DECODER_MIB, DECODERS
 from engines.service.served_model import Source, TritonError
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 HERE = Path(__file__).parent
 
@@ -243,8 +247,6 @@ def kubernetes_name(model: str) -> str:
 
 def kubernetes_files(serving: Serving) -> dict[str, str]:
     """The files by name."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     applied = ["deployment.yaml", "service.yaml", "network.yaml", "autoscaler.yaml"]
     applied += ["storage.yaml"] if serving.own_claim else []
     names = [*applied, "kustomization.yaml", "kserve.yaml"]
@@ -259,6 +261,14 @@ def kubernetes_files(serving: Serving) -> dict[str, str]:
         "applied": applied,
         "base_image": image(serving.container),
     }
+    return {name: HEADER + _templates().get_template(f"{name}.jinja").render(values) for name in names}
+
+
+@functools.cache
+def _templates() -> Environment:
+    """Jinja's environment, which remembers the templates that it compiled."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     templates = Environment(
         loader=FileSystemLoader(HERE / "templates"),
         undefined=StrictUndefined,
@@ -267,7 +277,7 @@ def kubernetes_files(serving: Serving) -> dict[str, str]:
         keep_trailing_newline=True,
     )
     templates.globals |= VALUES
-    return {name: HEADER + templates.get_template(f"{name}.jinja").render(values) for name in names}
+    return templates
 
 
 def check_folder(folder: Path, files: Sequence[str]) -> None:
