@@ -266,11 +266,12 @@ def masks(asked: Callable[[], MasksOptions]) -> None:
         _fail(
             "\n".join(
                 [
-                    f"{options.file}: the masks of this encoder differ too much from the masks of the model's own "
-                    f"encoder. The mean mask IoU is {found['mean_iou']:.4f}; --gate requires at least "
-                    f"{found['gate']:g}. {found['lost'] + found['found']} objects were found with only one of the two "
-                    f"encoders, and {sum(found['non_finite'].values())} output values of the model are NaN or "
-                    "infinite; each of these two numbers must be 0. Try a file with higher precision",
+                    f"{options.file}: the encoder in this file failed the mask comparison with the model's own "
+                    f"encoder. Mean mask IoU: {found['mean_iou']:.4f}, required by --gate: at least "
+                    f"{found['gate']:g}. Objects found with only one of the two encoders: "
+                    f"{found['lost'] + found['found']}, required: 0. NaN or infinite values in the outputs of the "
+                    f"model, with the two encoders together: {sum(found['non_finite'].values())}, required: 0. Try a "
+                    "file with a higher precision, for example FP32 instead of FP16",
                     *worst_lines(found),
                 ]
             ),
@@ -498,7 +499,7 @@ def show_plan(result: PlanResult) -> None:
         show_verdict(result.verdict)
     checked = result.manifest["verification"]
     typer.echo(
-        "the plan is verified"
+        "the plan passed verification: the outputs of the plan match the outputs of PyTorch within the tolerances"
         if checked["verified"]
         else f"the plan is not verified: {checked['reason'].removeprefix('not verified: ')}"
     )

@@ -243,8 +243,8 @@ def verify_file(
         if checkpoint is None:
             raise ManifestError(
                 f"{where}: the manifest is missing, so neck-export cannot verify the outputs of {path.name}. Use "
-                f"--checkpoint to pass the checkpoint that {path.name} was exported from. The graph shows which "
-                f"runtimes can load {path.name}: it is {read_by(needs)}"
+                f"--checkpoint to pass the checkpoint that {path.name} was exported from. Judging by its graph alone, "
+                f"the ONNX file {path.name} is {read_by(needs)}"
             )
         if save is not None:
             check_paths([NamedPath("the reference file (--save-reference)", save)], encoder_paths(path, {}, checkpoint))
@@ -299,8 +299,8 @@ def verify_file(
 def _other_target(path: Path, needs: Needs) -> str:
     """What to do if a target cannot load a file."""
     return (
-        f"choose only runtimes for --target that can load the ONNX file {path.name}: judging by its graph, it is "
-        f"{read_by(needs)}"
+        f"in --target, name only runtimes that can load the ONNX file {path.name}. Judging by its graph, the ONNX file "
+        f"{path.name} is {read_by(needs)}"
     )
 
 

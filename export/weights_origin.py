@@ -214,9 +214,10 @@ def manifest_encoder(
     assert path is not None
     if not path.exists():
         raise ExportError(
-            f"{path}: this checkpoint does not exist. The manifest {where.name} names it as the source of the exported "
-            "weights, which neck-export needs here. Use --checkpoint to pass its new path"
-            + (f", or --checkpoint {hub_text(weights)} to download the checkpoint again" if "hub" in weights else "")
+            f"{path}: this checkpoint does not exist. According to the manifest {where.name}, the weights were "
+            "exported from this checkpoint, and neck-export must read the weights again. If the checkpoint was moved, "
+            "pass its new path with --checkpoint"
+            + (f". To download the checkpoint again, use --checkpoint {hub_text(weights)}" if "hub" in weights else "")
         )
     source = EncoderSource(path, config=config, alpha=weights.get("adapter_alpha"), **names)
     if is_origin(weights, path):

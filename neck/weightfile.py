@@ -215,9 +215,10 @@ def _read_torch(path: Path, asked: str | None) -> State:
     if entries.others:
         listed = ", ".join(f"{key} is a {kind}" for key, kind in list(entries.others.items())[:4])
         raise CheckpointError(
-            f"{path}: {len(entries.others)} tensors of the checkpoint are quantized, sparse or sharded over "
-            f"processes ({listed}), so they cannot be read as plain tensors.\nGather or dequantize them in "
-            "the program that made them, and save the result there: torch.save(model.state_dict(), 'weights.pt')"
+            f"{path}: neck-export reads only plain tensors, but {len(entries.others)} tensors of the checkpoint are "
+            f"quantized, sparse or sharded over processes. For example, {listed}.\nIn the program that made the "
+            "checkpoint, gather sharded tensors, dequantize quantized tensors, and call to_dense() on sparse tensors. "
+            "Then save the weights with torch.save(model.state_dict(), 'weights.pt')"
         )
     others = tuple(place for place, found in states.items() if found.fits and place != name)
     return State({key: file.tensor(record) for key, record in entries.tensors.items()}, name, others)

@@ -222,7 +222,7 @@ def test_onnx_prints_figures_and_files(tmp_path: Path) -> None:
     assert (ran.code, ran.err) == (0, "")
     state, method, header, *rows = ran.out.splitlines()
     assert state == "the weights are from the state dict model of checkpoint.pt"
-    assert method.startswith("PyTorch FP32 against ONNX Runtime ")
+    assert method.startswith("PyTorch FP32 compared with ONNX Runtime ")
     assert "simulated" in method
     assert header.split() == ["output", "max", "abs", "mean", "abs", "rel.", "L2", "cosine", "verdict"]
     figures = read_manifest(tmp_path / "x.json", "onnx")["verification"]["outputs"]
@@ -282,7 +282,7 @@ def test_inspect(exported: Path) -> None:
     assert "  output  sam2_pos_3: float16 (1, 16, 4, 4)" in lines
     assert "  attention 4 fp32acc" in lines
     assert f"  from    {checkpoint_of('meta-dual')}, state model, fp16, " in ran.out
-    assert "\n  verified: PyTorch FP32 against ONNX Runtime " in ran.out
+    assert "\n  verified: PyTorch FP32 compared with ONNX Runtime " in ran.out
 
 
 def test_inspect_as_json(exported: Path) -> None:
@@ -362,7 +362,7 @@ def test_a_rejected_file_is_told_by_inspect(exported: Path, tmp_path: Path) -> N
     assert neck_export_cli("verify", path, "--tolerance", "*_feat_*=1e-9").code == 3
     ran = neck_export_cli("inspect", path)
     assert ran.code == 0
-    assert "\n  NOT VERIFIED: PyTorch FP32 against" in ran.out
+    assert "\n  NOT VERIFIED: PyTorch FP32 compared with" in ran.out
 
 
 def test_verify_of_a_planted_overflow_names_the_module(tmp_path: Path) -> None:

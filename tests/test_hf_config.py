@@ -118,7 +118,7 @@ def test_json_that_python_does_not_read(text: str, folder: Path) -> None:
         ({"rope_parameters": {"rope_type": "axial", "rope_theta": 100.0, "factor": 2}}, "with factor is not"),
         ({"rope_parameters": [100.0]}, "rope_parameters is [100.0]"),
         ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta is 'big'"),
-        ({"rope_theta": 50.0}, "rope_theta is 50.0, but rope_parameters contains rope_theta 100.0"),
+        ({"rope_theta": 50.0}, "rope_theta: 50.0 in the entry rope_theta, and 100.0 inside the entry rope_parameters"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"num_channels": 4}, "num_channels 4"),
         ({"qkv_bias": False}, "qkv_bias False"),

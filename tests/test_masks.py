@@ -189,7 +189,9 @@ def test_a_wrong_file_is_seen(wrong: Any, files: Path, model: Path, images: Path
     ran = run(file, model, images, *TEXTS, "--no-check")
     assert ran.code == 3, ran
     assert (
-        "error: " in ran.err and f"{file}: the masks of this encoder differ too much" in ran.err and "image_" in ran.err
+        "error: " in ran.err
+        and f"{file}: the encoder in this file failed the mask comparison" in ran.err
+        and "image_" in ran.err
     )
     told = json.loads(file.with_suffix(".json").read_text())["masks"]
     assert not told["passed"] and told["below_gate"]

@@ -170,7 +170,8 @@ def test_where_rtx_takes_them_the_real_builder_builds(save: Save, precision: Pre
             "fp16",
             {"opset": 23},
             "read by TensorRT 10.14 and later, TensorRT-RTX, "
-            "ONNX Runtime 1.23 and later (on a GPU: ONNX Runtime 1.25 and later), OpenVINO 2026.4 and later",
+            "ONNX Runtime 1.23 and later (to run on a GPU, the ONNX file needs ONNX Runtime 1.25 or later), "
+            "OpenVINO 2026.4 and later",
         ),
         (
             "fp16",

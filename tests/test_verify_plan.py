@@ -64,7 +64,7 @@ def test_a_true_candidate_passes_and_a_false_one_does_not(save: Save, asked: dic
 
     verdict = verify_runner(watched, signature, reference, "fp32", "ONNX Runtime")
     assert verdict.passed
-    assert verdict.method == "PyTorch FP32 (cpu) against ONNX Runtime, 2 images"
+    assert verdict.method == "PyTorch FP32 on cpu compared with ONNX Runtime, 2 images"
     assert [row.name for row in verdict.comparisons] == [spec.name for spec in signature.outputs]
     assert any("_pos_" in row.name for row in verdict.comparisons) == (asked.get("positions") != "file")
     assert seen == [("uint8", (2, 112, 112, 3)) if asked.get("input_kind") else ("float32", (2, 3, 112, 112))]
@@ -183,7 +183,7 @@ def test_verify_plan_finds_the_encoder_in_the_manifest(save: Save, monkeypatch: 
     steps: list[str] = []
     verdict = verify_plan(Path("x.plan"), report=steps.append)
     assert verdict.passed
-    assert verdict.method.startswith("PyTorch FP32 (cpu) against TensorRT-RTX 1.7.1.116 on NVIDIA L4")
+    assert verdict.method.startswith("PyTorch FP32 on cpu compared with TensorRT-RTX 1.7.1.116 on NVIDIA L4")
     assert verdict.method.endswith("2 images")
     assert [step.split(":")[0].split(" in ")[0] for step in steps] == [
         "computing the reference outputs",

@@ -45,7 +45,7 @@ def gpu_problem() -> str | None:
         if torch.cuda.is_available():
             return None
     driver = driver_version()
-    rehearse = "to rehearse without a GPU, run `make gpu GPU_DEVICE=cpu`"
+    rehearse = "to run the GPU benchmark on the CPU as a test, run `make gpu GPU_DEVICE=cpu`"
     if torch.version.cuda is None:
         return (
             f"torch {torch.__version__} is not a CUDA build; run `make gpu PYTHON=...` with a Python that has a CUDA "

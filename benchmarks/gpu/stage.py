@@ -108,9 +108,10 @@ def weights(asked: Asked) -> Found:
     if known is None or digest == known:
         return {"outcome": "done", "sha256": digest, "same": None if known is None else True}
     reason = (
-        f"the SHA-256 of the random weights begins with {digest[:12]}, but began with {known[:12]} in earlier "
-        "measurements. The numerical errors can therefore not be compared with earlier reports. Install the torch "
-        "version that the earlier reports name, and run the command again"
+        "the random weights differ from the random weights of earlier reports, so the numerical errors cannot be "
+        "compared with earlier reports. The probable cause is a different torch version. Install the torch version "
+        f"that the earlier reports name, and run `{asked.command}` again. SHA-256 of the random weights: "
+        f"{digest[:12]}... now, {known[:12]}... in earlier reports"
     )
     return {"outcome": "failed", "sha256": digest, "same": False, "reason": reason}
 
@@ -127,7 +128,11 @@ def weights_digest(path: Path) -> str:
 def measure(asked: Asked, stage: Stage) -> Found:
     """Measures the stage's backends at the main point."""
     if not stage.backends:
-        return {"outcome": "unavailable", "reason": f"this stage has no backends for the device {asked.device}"}
+        return {
+            "outcome": "unavailable",
+            "reason": f"the stage `{stage.name}` was skipped, because the GPU benchmark measures no backend in this "
+            f"stage on the device {asked.device}. Nothing needs to be done",
+        }
     return _measured(asked.options(backends=stage.backends, timeout_s=stage.answer_s))
 
 
@@ -137,8 +142,9 @@ def points(asked: Asked, stage: Stage) -> Found:
     if name is None:
         return {
             "outcome": "unavailable",
-            "reason": "the other sizes and batches were not measured, because no measured backend is both within "
-            f"tolerance and built in at most {QUICK_BUILD_S:g} s",
+            "reason": "latencies at other image sizes and batch sizes were not measured. Such a measurement needs a "
+            f"backend whose outputs are within the tolerance and whose build takes at most {QUICK_BUILD_S:g} s, but no "
+            "measured backend meets both conditions. The report contains only the main image size and batch size",
         }
     found = _measured(asked.options(backends=(name,), timeout_s=stage.answer_s, **_sweeps(asked, name)))
     return {**found, "fastest": name}

@@ -161,7 +161,7 @@ class Run:
 
     def _jobs(self, point: MeasurePoint, backends: Sequence[Backend]) -> dict[str, RunRequest]:
         """What the backends of a point load; one whose file cannot be made has failed."""
-        self.report(f"{point.name}: preparing images and files")
+        self.report(f"{point.name}: preparing the input images, ONNX files and TensorRT plans that the backends load")
         found = {}
         for name, job in self.place.jobs(backends, point).items():
             if isinstance(job, RunRequest):

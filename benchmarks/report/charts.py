@@ -347,7 +347,7 @@ def growth_plot(result: Result, machine: dict[str, Any], sweep: str) -> Chart | 
         key.append((series, f"dot {css}", order[backend], label_of(result, backend)))
     if closed:
         plot.curve(closed, "line closed")
-    legend = [("closed", "number of operations, calculated")] if closed else []
+    legend = [("closed", "calculated number of arithmetic operations, relative to the first point")] if closed else []
     return dataclasses.replace(_with_key(label, plot, key), legend=legend)
 
 

@@ -66,7 +66,7 @@ def verify_runner(
             f"{candidate} returns the outputs {', '.join(outputs) or '(none)'}, but the manifest lists "
             f"{', '.join(names)}; build the plan again"
         )
-    method = reference.method(f" ({reference.device}) against {candidate}")
+    method = reference.method(candidate, device=f" on {reference.device}")
     found = {name: outputs[name] for name in names}
     return compare(reference.outputs, found, precision, method, overrides, signature.dtype)
 

@@ -93,7 +93,7 @@ class ForeignVerdict(Verdict):
     def lines(self) -> list[str]:
         """What was found, for a screen; the table of figures is printed apart."""
         return [
-            f"input   {self.image}; at this input, the ONNX file expects pixels as {self.encoding}",
+            f"input   {self.image}. The ONNX file expects pixels in this encoding: {self.encoding}",
             *(f"output  {match}" for match in self.matches),
             *(f"output  {name}" for name in self.unmatched),
             *([f"absent  the ONNX file has no output for {' and '.join(self.missing)}"] if self.missing else []),
@@ -371,9 +371,9 @@ class _Judge:
                 Cause(
                     "weights",
                     None,
-                    f"the ONNX file does not contain the weights of the checkpoint: {weights}. Use --checkpoint to "
-                    "pass the checkpoint that the ONNX file was exported from, or export the ONNX file again with the "
-                    "weights of the checkpoint",
+                    f"the weights in the ONNX file differ from the weights in the checkpoint: {weights}. Use "
+                    "--checkpoint to pass the checkpoint that the ONNX file was exported from, or export the ONNX file "
+                    "again from the given checkpoint",
                 )
             )
         rest = []
@@ -393,7 +393,7 @@ class _Judge:
     def _method(self, runner: Runner, tensors: Arrays) -> str:
         how = f", {runner.how}" if runner.how else ""
         reference = Reference(self.pixels, tensors, "cpu", tuple(self.notes))
-        return reference.method(f" against ONNX Runtime {require_runtime().__version__}", how)
+        return reference.method(f"ONNX Runtime {require_runtime().__version__}", how)
 
 
 def _unknown(
@@ -406,14 +406,17 @@ def _unknown(
         return Cause(
             "rounding",
             None,
-            f"the weights were rounded to a type with fewer bits, so the outputs {names} exceed the tolerance of FP32",
+            "the ONNX file is an FP32 file, but some of its weights were rounded to a type with fewer bits. The "
+            f"numerical errors of the outputs {names} are therefore outside the tolerance for FP32. Export the ONNX "
+            "file again with FP32 weights, or raise the tolerance with --tolerance",
         )
     if any("quantized" in form for form in weights.forms):
         return Cause(
             "rounding",
             None,
-            f"quantization: the outputs {names} differ by up to {worst:.2g} (relative L2) from those of "
-            "unquantized weights",
+            "some weights in the ONNX file are quantized, so the numerical errors of the outputs "
+            f"{names} are outside the tolerance. Compared with PyTorch and unquantized weights, the relative L2 error "
+            f"is up to {worst:.2g}. To accept the error, raise the tolerance with --tolerance",
         )
     if worst < 0.1:
         return Cause(

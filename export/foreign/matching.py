@@ -159,8 +159,9 @@ def inconsistencies(matches: Sequence[Match]) -> list[tuple[str, str, str]]:
         if kinds[0][1] != "pos" and len(set(necks)) > 1:
             odd = next(match for match, neck in zip(group, necks, strict=True) if neck != usual)
             sentence = (
-                f"the necks are swapped: the output {odd.output} is {describe(odd.tensor)}, but the outputs whose "
-                f"names differ from {odd.output} only in the final number belong to neck {usual}"
+                f"the necks are swapped: the outputs {', '.join(match.output for match in group)} are one numbered "
+                f"series and should belong to the same neck. The output {odd.output} is {describe(odd.tensor)}, but "
+                f"another output of the series belongs to neck {usual}"
             )
             found.append((odd.output, "neck", sentence))
         wanted = sorted(levels)

@@ -46,7 +46,7 @@ def looks_like(model: ir.Model, size: tuple[int, int] | None = None) -> str | No
     if (taps, stride) == (7, 4):
         return "SAM 2's image encoder (Hiera, a first convolution of 7x7 with a stride of 4)"
     if taps == stride == 16:
-        return "a ViT with patches of 16, such as the first SAM's image encoder"
+        return "a ViT with patches of 16x16 pixels, such as the image encoder of the first SAM"
     if images and any(RESULTS.search(name) for name in outputs):
         return "a whole segmentation model, or another model whose outputs are masks, boxes or scores"
     if taps == stride == 14 and size is not None:
@@ -55,7 +55,7 @@ def looks_like(model: ir.Model, size: tuple[int, int] | None = None) -> str | No
             [side for side in value.shape if isinstance(side, int)] for value in model.graph.outputs if value.shape
         ]
         if any(tokens + extra in shape for extra in (1, 5) for shape in shapes):
-            return f"a ViT with patches of 14 and a class token, such as DINOv2 ({channels} channels)"
+            return f"a ViT with {channels} channels, a class token and patches of 14x14 pixels, such as DINOv2"
     return f"a network whose first convolution is {taps}x{taps} with a stride of {stride} and {channels} channels"
 
 
@@ -71,8 +71,8 @@ def describe_graph(model: ir.Model, attentions: int) -> str:
         )
     like = looks_like(model)
     return (
-        "the graph does not have the structure of SAM 3's image encoder: its inputs are "
-        f"{inputs}{f', and it looks like {like}' if like else ''}"
+        "the graph does not have the structure of SAM 3's image encoder. The inputs of the graph are "
+        f"{inputs}{f'. The graph looks like {like}' if like else ''}"
     )
 
 

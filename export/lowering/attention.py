@@ -114,7 +114,8 @@ def other_form(asked: AttentionForm) -> str | None:
     return (
         None
         if asked in ("auto", "fp32acc")
-        else f"--attention {asked} cannot be combined with FP8 attention, which requires auto or fp32acc"
+        else f"--attention {asked} cannot be combined with FP8 attention. To get FP8 attention, use --attention auto "
+        "or --attention fp32acc"
     )
 
 

@@ -88,8 +88,9 @@ def lower(
     low = next((value.dtype for value in graph.initializers.values() if value.dtype in LOW), None)
     if low:
         raise ExportError(
-            f"the model already has weights in {low.name.lower()}, but only an FP32 model can be converted to another "
-            "precision; export the encoder with `neck-export onnx --precision fp32`, and convert that file"
+            f"the model cannot be converted to {precision}, because the model already has weights in "
+            f"{low.name.lower()}, and only an FP32 model can be converted. Instead of converting the model, export the "
+            f"encoder from its checkpoint with `neck-export onnx --precision {precision}`"
         )
     form = AUTO[precision] if attention == "auto" else attention
     check_form(precision, form, opset)

@@ -222,9 +222,10 @@ def move_channels(graph: ir.Graph, name: str, node: ir.Node, factors: Tensor) ->
         value = cast(ir.Value, norm.inputs[0])
     if norm is None or norm.op_type != "LayerNormalization" or len(value.uses()) > 1:
         raise ExportError(
-            f"{name}: the quantization scales the input channels of this linear layer, but in the graph of the "
-            "encoder, the input of the linear layer does not come directly from a LayerNorm. The quantization was "
-            "probably calibrated with another encoder; repeat the calibration with the encoder that you export"
+            f"{name}: the quantization scales the input channels of this linear layer. The scales must be folded into "
+            "a LayerNorm that feeds only this linear layer, but the graph of the encoder contains no such LayerNorm "
+            f"before {name}. The quantization was probably calibrated with another encoder; repeat the calibration "
+            "with the encoder that you export"
         )
     changes = [(norm, 1, 1 / factors), (norm, 2, 1 / factors), (node, 1, factors[:, None])]
     for user, position, factor in changes:

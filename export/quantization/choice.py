@@ -288,8 +288,10 @@ def curve_lines(curve: Sequence[Mapping[str, Any]], count: int, rates: str) -> l
     """The curve for a screen, with whose rates its times are by; the row of the choice is marked."""
     head = f"{'layers':>8} {'operations':>10} {'time':>9} {'expected L2':>12} {'measured L2':>12}"
     lines = [
-        "each row of the table is for one number of quantized layers: the share of the encoder's operations in these "
-        f"layers, the estimated computing time of the encoder, and the relative L2 error of its features; {rates}:",
+        "the table shows the effect of quantizing more or fewer layers. `layers` is the number of quantized layers. "
+        "`operations` is the share of operations that run in quantized layers. `expected L2` and `measured L2` are the "
+        "expected and the measured relative L2 error of the encoder's features. `time` is the estimated computing time "
+        f"of the encoder; {rates}:",
         head,
     ]
     for row in curve:

@@ -190,12 +190,12 @@ def _titles(lines: Mapping[Family, str]) -> str:
     for family, since in lines.items():
         title = TITLES[family]
         if family == "onnxruntime":
-            gpu = lines.get("onnxruntime-gpu")
+            gpu_since = lines.get("onnxruntime-gpu")
             where = (
                 "on a GPU too"
-                if gpu == since
-                else f"on a GPU, {title} {gpu} and later"
-                if gpu
+                if gpu_since == since
+                else f"to run on a GPU, the ONNX file needs ONNX Runtime {gpu_since} or later"
+                if gpu_since
                 else "not known to run on a GPU"
             )
             parts.append(f"{title} {since} and later ({where})")

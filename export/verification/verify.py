@@ -65,10 +65,11 @@ class Reference:
         """The images as a file with this signature takes them."""
         return self.pixels if signature.input == "uint8" else normalize(self.pixels).numpy()
 
-    def method(self, candidate: str, how: str = "") -> str:
-        """What was compared with what, for the verdict."""
+    def method(self, candidate: str, how: str = "", device: str = "") -> str:
+        """What was compared with what, for the verdict; `device` says where PyTorch ran, such as ` on cpu`."""
         count = len(self.pixels)
-        return "; ".join([f"PyTorch FP32{candidate}, {count} image{'s' * (count > 1)}{how}", *self.notes])
+        compared = f"PyTorch FP32{device} compared with {candidate}, {count} image{'s' * (count > 1)}{how}"
+        return "; ".join([compared, *self.notes])
 
 
 def make_reference(
@@ -221,7 +222,7 @@ def verify_onnx(
         stored = safetensors.numpy.load_file(positions_path(file.path))
         shapes = {name: (len(image), *array.shape[1:]) for name, array in stored.items()}
         candidate |= {name: np.broadcast_to(array, shapes[name]) for name, array in stored.items()}
-    method = reference.method(f" against ONNX Runtime {require_runtime().__version__}", f", {SIMULATED}" if low else "")
+    method = reference.method(f"ONNX Runtime {require_runtime().__version__}", f", {SIMULATED}" if low else "")
     verdict = compare(reference.outputs, candidate, precision, method, overrides, signature.dtype)
     if rounded and any(comparison.non_finite for comparison in verdict.comparisons):
         report("searching for the first tensor that contains NaN or infinity")

@@ -176,8 +176,9 @@ def _theta(section: dict[str, Any]) -> dict[str, Any]:
         return told
     if told and told["rope_theta"] != rope["rope_theta"]:
         raise ConfigError(
-            f"rope_theta is {told['rope_theta']!r}, but rope_parameters contains rope_theta "
-            f"{rope['rope_theta']!r}; set both to the same value"
+            f"the Hugging Face configuration contains two different values of rope_theta: {told['rope_theta']!r} in "
+            f"the entry rope_theta, and {rope['rope_theta']!r} inside the entry rope_parameters. Set rope_theta to the "
+            "same value in the two entries"
         )
     return {"rope_theta": rope["rope_theta"]}
 

@@ -31,10 +31,10 @@ def with_decoder(path: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> L
         )
     if any(not _is_same(near[0], other, tensors) for other in near[1:]):
         raise CheckpointError(
-            f"{path}: the checkpoint contains {len(near)} different mask decoders, with the tensors "
-            f"{listing(f'{start}*' for start in near)}; neck-export cannot tell which mask decoder belongs to the sam2 "
-            f"neck, whose tensors are {layout.necks['sam2']}*. Save a checkpoint that contains only the mask decoder "
-            "of the sam2 neck, or leave out --sam2-outputs head"
+            f"{path}: the checkpoint contains {len(near)} different mask decoders, and neck-export cannot tell which "
+            "mask decoder belongs to the sam2 neck. The tensors of the mask decoders are "
+            f"{listing(f'{start}*' for start in near)}. The tensors of the sam2 neck are {layout.necks['sam2']}*. Save "
+            "a checkpoint that contains only the mask decoder of the sam2 neck, or leave out --sam2-outputs head"
         )
     return dataclasses.replace(layout, decoder=near[0])
 

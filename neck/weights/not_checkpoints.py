@@ -54,8 +54,9 @@ def folder_of(path: Path) -> str | None:
     if any(DEEPSPEED.search(file.name) for folder in inner for file in folder.glob("*.pt")):
         root = path.parent if path.name.startswith("global_step") else path
         return (
-            f"{path}: this is a DeepSpeed ZeRO checkpoint; convert it into one file with the script that "
-            f"DeepSpeed wrote beside it:\n`python {root}/zero_to_fp32.py {root} weights`"
+            f"{path}: this is a DeepSpeed ZeRO checkpoint, which neck-export cannot read directly. Convert the "
+            "checkpoint with the following command, and pass the file or folder `weights` that the command writes:\n"
+            f"`python {root}/zero_to_fp32.py {root} weights`"
         )
     return None
 

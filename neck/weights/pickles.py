@@ -133,7 +133,10 @@ class _Machine:
         elif isinstance(target, dict):
             target.update(pairs)
         else:
-            raise TypeError(f"the pickle sets items in a value of type {type(target).__name__}, not a dict")
+            raise TypeError(
+                f"the pickle adds key-value pairs to a value of type {type(target).__name__}, but key-value pairs can "
+                "only be added to a dict"
+            )
 
     def make_dict(self, _: object) -> None:
         items = self.since_mark()

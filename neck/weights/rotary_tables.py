@@ -130,9 +130,9 @@ def _difference(found: Tensor, wanted: Tensor, kind: str, part: str, config: Enc
         steps = [float(angle[0]) for angle in angles]
         if all(steps) and abs(steps[0] - steps[1]) > 0.01 * steps[1]:
             return (
-                "from each patch to the next patch in the same row of the image, the rotation angle grows by "
-                f"{steps[0]:.4g} rad in the rotary table, but by {steps[1]:.4g} rad according to the configuration. "
-                "Check window_size in the configuration"
+                f"the rotation angle between neighboring patches in a row of the image is {steps[0]:.4g} rad in the "
+                f"rotary table, but {steps[1]:.4g} rad according to the configuration. Check window_size in the "
+                "configuration"
             )
         if abs(_theta(angles[0] / angles[0][0], config) - config.rope_theta) > 0.01 * config.rope_theta:
             return _thetas(angles[0] / angles[0][0], config)
@@ -147,8 +147,9 @@ def _thetas(frequencies: Tensor, config: EncoderConfig) -> str:
     """The theta of a table's frequencies beside the config's."""
     return (
         f"the rope_theta of the rotary table is about {_theta(frequencies, config):.4g}, but the rope_theta of the "
-        f"configuration is {config.rope_theta:g}.\nIf the rotary table is right, write its rope_theta into a JSON file "
-        "with the encoder's configuration, and pass this JSON file with --config"
+        f"configuration is {config.rope_theta:g}.\nIf the rotary table is right, write the encoder's configuration to "
+        "a JSON file, set rope_theta in the JSON file to the value of the rotary table, and pass the JSON file with "
+        "--config"
     )
 
 

@@ -165,7 +165,7 @@ def listing(states: Mapping[str, Entries]) -> str:
     if not states:
         return "no tensors"
     places = sorted(states, key=lambda place: (not states[place].fits, place))
-    more = f", and {len(places) - MOST_LISTED} more states" if len(places) > MOST_LISTED else ""
+    more = f", and {len(places) - MOST_LISTED} more state dicts" if len(places) > MOST_LISTED else ""
     return ", ".join(f"{shown(place) or 'itself'} ({states[place]})" for place in places[:MOST_LISTED]) + more
 
 

@@ -108,9 +108,9 @@ class TorchFile:
             raise self._damaged(f"a tensor of {elements:,} elements exceeds its storage of {storage.nbytes():,} bytes")
         if elements > max(MOST_EXPANDED, storage.nbytes() // item):
             raise CheckpointError(
-                f"{self.path}: the file was refused, because a tensor in it has {elements:,} elements, of which "
-                "the file stores only some (an expanded view); call contiguous() on the tensor and save the "
-                "weights again with torch.save"
+                f"{self.path}: the file was refused, because it contains a tensor that was made with expand(). The "
+                f"tensor has {elements:,} elements, but the file stores only a part of the elements. Load the file in "
+                "Python, call contiguous() on every tensor, and save the weights again with torch.save"
             )
         tensor = torch.empty(0, dtype=record.dtype).set_(storage, first, record.size, record.stride)
         tensor = tensor.conj() if "conj" in record.bits else tensor
