@@ -135,15 +135,16 @@ def _ancestors(model: nn.Module, attached: Attached) -> Iterator[tuple[nn.Module
 def _check_fit(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[str]) -> None:
     where = f"{encoder.path}: "
     if lacking := [neck for neck in necks if neck not in encoder.necks]:
-        also = (
-            (", or attach only the neck that the model uses: attach(..., necks=('sam3',))")
+        remedy = (
+            "If the model only needs the neck sam3, call attach(..., necks=('sam3',)). Otherwise, export the file again"
             if "sam3" in encoder.necks
-            else ""
+            else "Export the file again"
         )
         both = ",".join([*encoder.necks, *lacking])
         raise AttachError(
-            f"{where}the file does not contain the neck {', '.join(lacking)}, but the model's encoder at "
-            f"{live.slots[0].path} uses it; export the file again ({encoder.export_again(neck=both)}){also}"
+            f"{where}the file cannot replace the model's encoder at {live.slots[0].path}, because the file does not "
+            f"compute the feature pyramid of the neck {' or of the neck '.join(lacking)}. "
+            f"{remedy}: {encoder.export_again(neck=both)}"
         )
     if unknown := [neck for neck in necks if neck not in live.necks]:
         raise AttachError(

@@ -172,10 +172,9 @@ def _plan_facts(manifest: Mapping[str, Any]) -> list[str]:
     gpus = ", ".join(manifest["compute_capabilities"]) or "8.0 and later"
     flavor = "TensorRT-RTX" if manifest["flavor"] == "rtx" else "TensorRT"
     lines = [
-        f"The plan only loads in the TensorRT version that built it, {flavor} {manifest['tensorrt_version']}, "
-        "on GPUs of "
+        f"The plan was built with {flavor} {manifest['tensorrt_version']}. Load the plan with the same version of "
+        f"{flavor}. The plan runs only on GPUs with compute capability {gpus}."
     ]
-    lines[0] += f"compute capability {gpus}."
     if manifest.get("layers"):
         lines += ["", f"The builder reports: {manifest['layers']}."]
     return [*lines, "", "; ".join(line.strip() for line in memory_lines(manifest)) + "."]

@@ -43,7 +43,10 @@ def builder_lines(file: OnnxFile, verdict: ForeignVerdict, report: Report = lamb
         report("building a plan from the file with TensorRT-RTX")
         theirs = _layers(file, Path(folder) / "theirs.plan", flavor)
         if isinstance(theirs, str):
-            return [f"risk    TensorRT-RTX {flavor.version} cannot build the file: {theirs}"]
+            return [
+                f"risk    TensorRT-RTX {flavor.version} could not build a plan from the ONNX file {file.path}, or "
+                f"could not list the kernels of the plan: {theirs}"
+            ]
         report("for comparison, exporting the same encoder with neck-export and building a plan from it")
         ours = _ours(file, verdict, Path(folder), flavor)
     name = f"TensorRT-RTX {flavor.version} for compute capability {CAPABILITY}"

@@ -373,7 +373,7 @@ def test_what_does_not_fit_is_refused(model: Any, file: Path, tmp_path: Path) ->
     for changes, words in (
         (
             {"necks": ["sam2"]},
-            r"not contain the neck sam3, but the model's encoder at vision_encoder .*--neck sam2,sam3",
+            r"the model's encoder at vision_encoder, .* of the neck sam3\. .*--neck sam2,sam3",
         ),
         ({"levels": [0, 2]}, r"not contain level 1 .*neck-export onnx .*--levels 0,1,2"),
         (
@@ -431,7 +431,7 @@ def test_models_without_an_encoder(model: Any, file: Path) -> None:
         attach(nn.Linear(2, 2), file)
     with pytest.raises(AttachError, match=r"submodules of the given model are: detr \(Sam3DetrEncoder\)"):
         attach(nn.ModuleDict({"detr": model.detr_encoder}), file)
-    with pytest.raises(AttachError, match="Sam3VisionModel is the encoder itself"):
+    with pytest.raises(AttachError, match="Sam3VisionModel is the image encoder itself"):
         attach(model.vision_encoder, file)
     with pytest.raises(AttachError, match="str: this object is neither a PyTorch module nor a predictor"):
         attach("model.pt", file)

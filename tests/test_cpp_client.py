@@ -110,7 +110,10 @@ def test_a_image_of_any_size_is_answered_as_the_python_client(programs: Programs
     told = tmp_path / "a.safetensors"
     ran = programs.run("neck-triton", url, tmp_path / "a.jpg", "--compare", told, "--precision", "fp16")
     assert ran.code == 0, ran.out
-    assert "350 x 211 pixels (height x width), 3.125000 x 1.883929 image pixels per input pixel" in ran.out
+    assert (
+        "350 x 211 pixels (height x width); one pixel of the model input covers 3.125000 x 1.883929 pixels of the image"
+        in ran.out
+    )
     assert programs.run("neck-triton", url, tmp_path / "b.jpg", "--compare", told).code == 3
 
 

@@ -38,7 +38,11 @@ def test_a_image_is_run(programs: Programs, tmp_path: Path) -> None:
     lines = ran.out.splitlines()
     assert lines[0] == f"{plan}: fp16, TensorRT {VERSION} on NVIDIA L4 (compute capability 8.9)"
     assert [line.split(maxsplit=1) for line in lines[1:5]] == [
-        ["image", "40 x 24 pixels (height x width), 2.500000 x 1.500000 image pixels per input pixel"],
+        [
+            "image",
+            "40 x 24 pixels (height x width); one pixel of the model input covers 2.500000 x 1.500000 pixels of the "
+            "image",
+        ],
         ["image", "float32 (3, 3, 16, 16)"],
         ["sam3_feat_0", "float16 (3, 8, 4, 4)"],
         ["sam3_pos_0", "float32 (3, 8, 4, 4)"],

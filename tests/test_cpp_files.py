@@ -228,11 +228,11 @@ def entry(begin: int, end: int, shape: str = "[1]", dtype: str = '"F32"') -> str
         (raw(f'{{"a": {entry(0, 4)}}}'), "the file is damaged, because 4 bytes belong to no tensor"),
         (
             raw(f'{{"a": {entry(0, 4)}, "b": {entry(0, 4)}}}'),
-            "the file is damaged, because the data of tensor 'b' are at the wrong position",
+            "the file is damaged: the data offsets of tensor 'b' in the header do not match",
         ),
         (
             raw(f'{{"a": {entry(0, 4)}, "b": {entry(8, 12)}}}'),
-            "the file is damaged, because the data of tensor 'b' are at the wrong position",
+            "the file is damaged: the data offsets of tensor 'b' in the header do not match",
         ),
         (raw(f'{{"a": {entry(4, 0)}}}'), "tensor 'a' has invalid data offsets"),
         (raw(f'{{"a": {entry(0, 8)}}}'), "tensor 'a' is declared as float32 (1,), but its data have 8 bytes"),

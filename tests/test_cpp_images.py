@@ -222,7 +222,7 @@ BAD_IMAGES: list[tuple[str, Write, str]] = [
     ("cut.png", lambda path: cut(write_image(path)), "the image is damaged ("),
     ("cut.jpg", lambda path: cut(write_image(path)), "the image is damaged ("),
     ("short.jpg", lambda path: cut(write_image(path), 2), "the image is damaged (the file ends too early); "),
-    ("zero.png", lambda path: write_png(path, 8, 2, np.zeros((16, 0, 3))), "the image is damaged ("),
+    ("zero.png", lambda path: write_png(path, 8, 2, np.zeros((16, 0, 3))), "the image is damaged: its width"),
     (
         "bomb.png",
         lambda path: bomb(path),

@@ -71,24 +71,24 @@ def test_the_callers_memory_is_held_while_it_is_bound(tmp_path: Path) -> None:
 
 BAD: list[tuple[str, Callable[[], Any], str]] = [
     ("small", lambda: room(2), r"has 24 bytes; expected at least 36, which the largest batch .3. needs"),
-    ("type", lambda: room(dtype=torch.float32), "is float32 and contiguous; expected float16 and contiguous"),
-    ("strided", lambda: room(6)[::2], "is float16 and not contiguous; expected float16"),
+    ("type", lambda: room(dtype=torch.float32), r"has the data type float32\. .* float16"),
+    ("strided", lambda: room(6)[::2], "has the data type float16 and is not contiguous"),
     ("address", lambda: room(offset=64), "is at an address that is not a multiple of 256 bytes"),
     (
         "device",
         lambda: torch.zeros(3, 2, 3, dtype=torch.float16, device="meta"),
         "is on meta, but the plan runs on cpu",
     ),
-    ("pointer", lambda: 0x7F0000000000, "is a int that torch cannot read"),
-    ("list", lambda: [0.0] * 18, "is a list that torch cannot read"),
-    ("none of ours", lambda: np.zeros((3, 2, 3), "M8[s]"), "is a ndarray that torch cannot read"),
+    ("pointer", lambda: 0x7F0000000000, "has the type int, which torch cannot read"),
+    ("list", lambda: [0.0] * 18, "has the type list, which torch cannot read"),
+    ("none of ours", lambda: np.zeros((3, 2, 3), "M8[s]"), "has the type ndarray, which torch cannot read"),
 ]
 
 
 @pytest.mark.parametrize(("memory", "says"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
 def test_memory_that_an_output_cannot_be_written_to(memory: Callable[[], Any], says: str) -> None:
     caller_memory(Path("x.plan"), TWICE, 3, CPU, room())  # the control
-    with pytest.raises(SessionError, match=f"x.plan: the memory for the output twice {says}"):
+    with pytest.raises(SessionError, match=f"x.plan: the .*for the output twice {says}"):
         caller_memory(Path("x.plan"), TWICE, 3, CPU, memory())
 
 

@@ -58,11 +58,7 @@ def test_a_plan_under_another_suffix(command: str, kind: str, tmp_path: Path) ->
     assert (ran.code, ran.out) == (1, "")
     (line,) = ran.err.splitlines()
     assert line.startswith(f"error: {path}: this is a {kind} plan, but its manifest x.engine.json is missing")
-    assert (
-        line.index("give the plan its old name again")
-        < line.index("for example x.plan,")
-        < line.index("for example x.plan.json")
-    )
+    assert line.index("original name") < line.index("such as x.plan. ") < line.index("such as x.plan.json")
 
 
 def test_what_trt_and_bench_say_of_it(tmp_path: Path) -> None:

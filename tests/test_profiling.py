@@ -232,7 +232,7 @@ def test_the_profile_for_a_screen() -> None:
     for part in (
         "build/x.plan: batch 4, fp16, TensorRT 11.4.0.106 on NVIDIA L4 (compute capability 8.9, driver 570.86)",
         "GPU under load: power state P0, SM clock 2040 of 2040 MHz, memory clock 6251 MHz, 70.12 of 72.00 W, 61 C",
-        "inference without CUDA graph or copies   40.000   42.000   43.000   44.000   41.000   200",
+        "inference without CUDA graph, no copies to or from GPU   40.000   42.000   43.000   44.000   41.000   200",
         "copy of inputs to GPU, 12.2 MB",
         "throughput of consecutive inferences: 97.6 images/s, 100.0 images/s with a CUDA graph",
         "weights 908.0 MB, scratch 250.0 MB, inputs and outputs 68.2 MB; loading the plan used 1,300.0 MB",

@@ -535,13 +535,13 @@ def test_plans_that_are_not_one_encoder(onnx_file: Path, tmp_path: Path) -> None
         (ampere | {"signed": {"positions": "none"}}, "differs from .* in outputs"),
         (ampere | {"precision": "bf16"}, "differs from .* in precision"),
         (ampere | {"tensorrt_version": "10.14.1.48"}, "a container has only one"),
-        ({"compute_capabilities": ["8.6", "8.9"]}, r"Triton needs exactly one \(e\.g\. 8\.9\)"),
+        ({"compute_capabilities": ["8.6", "8.9"]}, "Triton needs exactly one compute capability"),
     ]
     for second, message in cases:
         first, other = plans(tmp_path, second)
         with pytest.raises(TritonError, match=message):
             make(first, tmp_path, more=(other,))
-    with pytest.raises(TritonError, match="this is not a plan"):
+    with pytest.raises(TritonError, match=r"\.onnx: this file is an ONNX file"):
         make(first, tmp_path, more=(onnx_file,))
     assert not (tmp_path / "repository").exists()
 
@@ -828,7 +828,7 @@ def test_the_tables_are_in_order() -> None:
         (
             "fp8",
             {"verified": False, "reason": "not verified: x", "onnx": VERDICT},
-            "only the ONNX graph of this plan was verified",
+            "verified only the ONNX graph",
         ),
         ("int8", None, "manifest does not say why"),
     ],

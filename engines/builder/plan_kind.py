@@ -43,8 +43,10 @@ def is_plan(path: Path) -> bool:
         name = path.with_suffix(".plan").name
         raise BuildError(
             f"{path}: this is a {kind} plan, but its manifest {manifest_path(path).name} is missing. If neck-export "
-            f"built the plan, give the plan its old name again, for example {name}, and put its manifest, for example "
-            f"{name}.json, into the same folder. In all other cases, build a new plan with `neck-export trt`"
+            f"built the plan and the plan was renamed or moved, give the plan its original name, such as {name}. Then "
+            f"copy the manifest that neck-export wrote, such as {name}.json, into the folder of the plan. If another "
+            "program built the plan, or if the manifest is lost, build a new plan from the ONNX file with "
+            "`neck-export trt`"
         )
     return bool(kind) or path.suffix == ".plan"
 

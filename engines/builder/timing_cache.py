@@ -32,11 +32,11 @@ def save_timing_cache(config: Any, flavor: Flavor, options: BuildOptions) -> tup
         return None, None
     cache = config.get_timing_cache()
     if cache is None:  # a config has none of its own (seen with RTX 1.7), and keeps none after a refusal
-        why = (
-            f"{path}: {flavor.title} refused this timing cache, so the build measured every kernel and did not "
-            "save the times"
+        return None, (
+            f"{path}: {flavor.title} refused to load this timing cache. The file may be damaged or may come from "
+            "another GPU or TensorRT version. The plan was built without the timing cache, and no kernel times were "
+            "saved. Delete the file; the next build with --timing-cache then saves a new timing cache"
         )
-        return None, f"{why}; delete the file, and the next build with --timing-cache saves a new timing cache"
     data = bytes(cache.serialize())
     try:
         with disk_errors(BuildError, path, "choose another --timing-cache"), replacing(path) as unfinished:
@@ -74,7 +74,8 @@ def read_replayed(flavor: Flavor, options: BuildOptions) -> bytes | None:
         raise BuildError(f"No such file: {path}; {there}") from None
     except OSError as error:
         raise BuildError(
-            f"{path}: the timing cache cannot be read ({error.strerror}); use a file that --timing-cache saved"
+            f"{path}: the timing cache cannot be read: {error.strerror}. Check the path and its permissions, or pass "
+            "to --replay-timing another timing cache that `neck-export trt --timing-cache FILE` saved"
         ) from None
     if not data:
         raise BuildError(

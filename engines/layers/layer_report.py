@@ -213,9 +213,9 @@ class LayerReport:
         if told and "unknown" not in self.families and self._fp8_fused() < self.fp8_attentions:
             return (
                 f"{self.fp8_attentions - self._fp8_fused()} of {self.fp8_attentions} FP8 attention layers do "
-                "not run as FP8 kernels. If the plan was not built with TensorRT-RTX 1.7 or later, build the plan "
-                "again with TensorRT-RTX 1.7 or later. Otherwise, export the ONNX file again with --quantize patterns "
-                "that match only linear layers"
+                "not run as FP8 kernels. If the plan was built with TensorRT, or with a version of TensorRT-RTX before "
+                "1.7, build a new plan with TensorRT-RTX 1.7 or later. If the plan was already built with TensorRT-RTX "
+                "1.7 or later, export the ONNX file again with --quantize patterns that match only linear layers"
             )
         missing = self.products - len(self.quantized)
         if told and missing > 0:

@@ -148,10 +148,10 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         8000,
         128,
         _tflops(1125, 2250, 4500, 4500),
-        "GB200 data sheet. The data sheet gives rates for sparse matrices at a clock of 1856 MHz; the rates for dense "
-        "matrices are taken as half of the rates for sparse matrices. The lower bound scales the rates for dense "
-        "matrices to 1980 MHz, an assumed maximum clock that is not confirmed. The bandwidth of 8 TB/s is that of a "
-        "GB200; an HGX B200 has 7.7 TB/s",
+        "GB200 data sheet. The data sheet gives compute rates for sparse matrices, at a GPU clock of 1856 MHz. "
+        "neck-export uses half of each rate as the rate for dense matrices. To compute the lower bound on latency, "
+        "neck-export scales the halved rates to an assumed maximum clock of 1980 MHz. The memory bandwidth is that of "
+        "a GB200, 8 TB/s. An HGX B200 has a memory bandwidth of only 7.7 TB/s",
         r"B200",
         clock=1980 / 1856,
     ),
@@ -192,9 +192,9 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         936.2,
         6,
         _tflops(35.6, 71.2, None, 284.7, 2),
-        "GA102 white paper, appendix A. The published rates apply at a clock of 1695 MHz; for the lower bound, they "
-        "are "
-        "scaled to 2100 MHz, an assumed maximum clock. The highest clock observed on this GPU is 1980 MHz",
+        "GA102 white paper, appendix A. The published compute rates are for a GPU clock of 1695 MHz, but an RTX 3090 "
+        "was observed at a clock of 1980 MHz. To compute the lower bound on latency, neck-export scales the compute "
+        "rates to an assumed maximum clock of 2100 MHz",
         r"GeForce RTX 3090",
         clock=2100 / 1695,
     ),
@@ -204,8 +204,9 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         716.8,
         64,
         _tflops(48.7, 97.5, 194.9, 389.9, 2),
-        "Ada white paper, appendix A. The published rates apply at a clock of 2505 MHz; for the lower bound, they are "
-        "scaled to 3105 MHz, the highest clock observed on Ada GPUs",
+        "Ada white paper, appendix A. The published compute rates are for a GPU clock of 2505 MHz, but Ada GPUs were "
+        "observed at a clock of up to 3105 MHz. To compute the lower bound on latency, neck-export scales the compute "
+        "rates to 3105 MHz",
         r"GeForce RTX 4080",
         clock=3105 / 2505,
     ),
@@ -215,8 +216,9 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         1008,
         72,
         _tflops(82.6, 165.2, 330.3, 660.6, 2),
-        "Ada white paper, appendix A. The published rates apply at a clock of 2520 MHz; for the lower bound, they are "
-        "scaled to 3105 MHz, the highest clock observed on Ada GPUs",
+        "Ada white paper, appendix A. The published compute rates are for a GPU clock of 2520 MHz, but Ada GPUs were "
+        "observed at a clock of up to 3105 MHz. To compute the lower bound on latency, neck-export scales the compute "
+        "rates to 3105 MHz",
         r"GeForce RTX 4090",
         clock=3105 / 2520,
     ),
@@ -226,9 +228,10 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         1792,
         96,
         _tflops(104.8, 209.5, 838, 838, 2, fp8_sums=1),
-        "RTX Blackwell white paper, appendix A. The rate of FP8 with FP32 accumulation is taken from the white paper's "
-        "rate of block-scaled FP8. The published rates apply at a clock of 2407 MHz; for the lower bound, they are "
-        "scaled to 3105 MHz, the highest clock observed",
+        "RTX Blackwell white paper, appendix A. As the rate of FP8 with FP32 accumulation, neck-export uses the white "
+        "paper's rate of block-scaled FP8. The published compute rates are for a GPU clock of 2407 MHz, but a clock of "
+        "3105 MHz was observed. To compute the lower bound on latency, neck-export scales the compute rates to "
+        "3105 MHz",
         r"GeForce RTX 5090",
         clock=3105 / 2407,
     ),

@@ -144,7 +144,10 @@ def _layers(
     fp8_attentions: int,
 ) -> LayerReport:
     if not kernels:
-        raise LayerReportError(f"the {source} lists no kernels of the plan")
+        raise LayerReportError(
+            f"TensorRT's {source} lists no kernels of the plan, so the plan gets no layer report; nothing needs to be "
+            "done, because the plan itself is complete"
+        )
     if attentions is None:
         layers = {unconverted(name) for kernel in kernels for name in kernel.onnx}
         attentions = sum(bool(ATTENTION_LAYER.search(name)) for name in layers)

@@ -103,13 +103,14 @@ def find_encoder(model: nn.Module) -> LiveEncoder:
     found = [module for module in slots if _is_vitdet(module) or _is_fpn(module)]
     if not found:
         top = ", ".join(f"{name} ({type(child).__name__})" for name, child in model.named_children()) or "nothing"
-        it = (
-            " is the encoder itself, but attach needs the model that contains it"
+        name = type(model).__name__
+        problem = (
+            f"{name} is the image encoder itself, but the function attach() needs the model that contains the encoder"
             if _is_vitdet(model) or _is_fpn(model)
-            else ""
+            else f"{name} contains no SAM 3 image encoder"
         )
         raise AttachError(
-            f"{type(model).__name__}{it or ' contains no SAM 3 image encoder'}. Pass a model with a submodule "
+            f"{problem}. Pass a model with a submodule "
             "that has the attributes trunk and convs (Meta, Ultralytics) or backbone and neck.fpn_layers "
             f"(transformers); the submodules of the given model are: {top[:300]}"
         )

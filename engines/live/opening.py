@@ -37,9 +37,9 @@ def open_file(
     if runtime == "openvino":
         if simulated or (wanted is not None and wanted.type != "cpu"):
             raise EncoderError(
-                f"{path}: OpenVINO only runs the file on the CPU, without simulated rounding, but device={wanted} and "
-                f"simulated={simulated} were passed. Pass device='cpu' and simulated=False, or choose ONNX Runtime "
-                "with runtime='auto'"
+                f"{path}: with runtime='openvino', the file runs only on the CPU, and the rounding to FP16 or BF16 "
+                f"cannot be simulated. The passed arguments are device={wanted} and simulated={simulated}. Pass "
+                "device='cpu' and simulated=False, or pass runtime='auto' to use ONNX Runtime"
             )
         return OpenVinoFile(path)
     if simulated and wanted is not None and wanted.type != "cpu":

@@ -205,10 +205,10 @@ def profile_lines(profile: Profile, layers: int = 20) -> list[str]:
         f"{profile.plan}: batch {profile.batch}, {profile.precision}, {profile.runtime}",
         _state_line(profile.state),
         "",
-        f"{'milliseconds, measured by CUDA events':38} {'p50':>8} {'p90':>8} {'p95':>8} {'p99':>8} {'mean':>8} "
+        f"{'milliseconds, measured by CUDA events':54} {'p50':>8} {'p90':>8} {'p95':>8} {'p99':>8} {'mean':>8} "
         f"{'runs':>5}",
-        _latency_line("inference without CUDA graph or copies", profile.latency),
-        _latency_line("inference with CUDA graph, no copies", profile.graph_latency)
+        _latency_line("inference without CUDA graph, no copies to or from GPU", profile.latency),
+        _latency_line("inference with CUDA graph, no copies to or from GPU", profile.graph_latency)
         if profile.graph_latency
         else f"no CUDA graph: {profile.graph_problem}",
         _latency_line(f"copy of inputs to GPU, {profile.bytes_in / 1000000.0:,.1f} MB", profile.copy_in),
@@ -234,7 +234,7 @@ def _state_line(state: Mapping[str, str | None] | None) -> str:
 
 def _latency_line(name: str, latency: Latency) -> str:
     figures = (latency.p50_ms, latency.p90_ms, latency.p95_ms, latency.p99_ms, latency.mean_ms)
-    return f"{name:38} {' '.join(f'{figure:8.3f}' for figure in figures)} {latency.runs:5}"
+    return f"{name:54} {' '.join(f'{figure:8.3f}' for figure in figures)} {latency.runs:5}"
 
 
 def _summary_lines(profile: Profile) -> list[str]:

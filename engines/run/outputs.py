@@ -68,9 +68,10 @@ def caller_memory(plan: Path, port: Port, largest: int, device: torch.device, me
             f"Allocate the memory on {device}"
         )
     if found.dtype != port.dtype or not found.is_contiguous():
-        got = f"{type_name(found.dtype)} and {'' if found.is_contiguous() else 'not '}contiguous"
+        layout = "" if found.is_contiguous() else " and is not contiguous"
         raise SessionError(
-            f"{plan}: the memory for the output {port.name} is {got}; expected {type_name(port.dtype)} and contiguous"
+            f"{plan}: the tensor that was passed for the output {port.name} has the data type "
+            f"{type_name(found.dtype)}{layout}. Pass a contiguous tensor with the data type {type_name(port.dtype)}"
         )
     needed = math.prod(largest if side == -1 else side for side in port.shape)
     if found.numel() < needed:

@@ -64,7 +64,8 @@ def _check_files(plan: Path, where: Path, manifest: dict[str, Any]) -> None:
     names = [entry["name"] for entry in manifest["files"]]
     if plan.name not in names:
         raise SessionError(
-            f"{where}: the manifest lists {', '.join(names) or 'no file'} instead of {plan.name}; build the plan again"
+            f"{where}: the manifest does not list the plan {plan.name}. Files that the manifest lists: "
+            f"{', '.join(names) or 'none'}. Build the plan again with `neck-export trt`"
         )
 
 

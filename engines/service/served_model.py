@@ -64,9 +64,10 @@ class Source:
         named = self.manifest.get("compute_capabilities")
         if not isinstance(named, list) or len(named) != 1 or not re.fullmatch(r"\d{1,2}\.\d", str(named[0])):
             raise TritonError(
-                f"{manifest_path(self.path)}: the manifest names the compute capabilities {named!r}, but Triton needs "
-                "exactly one (e.g. 8.9), because it serves the plan only on GPUs with this compute capability; build "
-                f"{self.path.name} again with `neck-export trt`"
+                f"{manifest_path(self.path)}: the manifest names the compute capabilities {named!r}, but a plan for "
+                "Triton needs exactly one compute capability, such as 8.9. Build the plan "
+                f"{self.path.name} again with `neck-export trt --flavor tensorrt` on a machine with the GPU on which "
+                "Triton will run the plan. The new manifest then names only the compute capability of the GPU"
             )
         return str(named[0])
 
@@ -126,7 +127,11 @@ def verification_note(source: Source) -> str | None:
             )
     reason = str(checked.get("reason", "not verified: the manifest does not say why"))
     reason = reason if reason.startswith("not verified") else f"not verified: {reason}"
-    graph_only = "; only the ONNX graph of this plan was verified" if graph.get("verified") else ""
+    graph_only = (
+        "; neck-export verified only the ONNX graph from which the plan was built, not the plan itself"
+        if graph.get("verified")
+        else ""
+    )
     return f"{source.path.name} {reason}{graph_only}"
 
 
@@ -170,8 +175,9 @@ def check_same_encoder(first: Source, others: Sequence[Source]) -> dict[str, Sou
     for source in (first, *others):
         if source.kind != "plan":
             raise TritonError(
-                f"{source.path}: this is not a plan, but --plan only accepts plans, one for each GPU; build a plan "
-                "from this file, or leave this file out"
+                f"{source.path}: this file is an ONNX file, but with --plan, all model files must be TensorRT plans. "
+                "Build a plan from the ONNX file with `neck-export trt` and pass the plan instead of the ONNX file, or "
+                "leave out the ONNX file"
             )
         ours, theirs = origin(first.manifest), origin(source.manifest)
         different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]

@@ -205,7 +205,8 @@ Exit print_outputs(const Batch& batch, const std::vector<Tensor>& outputs, const
     };
     if (!batch.fits.empty()) {
         const Fit& fit = batch.fits[0];
-        std::cout << format("%-20s %lld x %lld pixels (height x width), %.6f x %.6f image pixels per input pixel\n",
+        std::cout << format("%-20s %lld x %lld pixels (height x width); one pixel of the model input covers "
+                            "%.6f x %.6f pixels of the image\n",
                             "image", static_cast<long long>(fit.original.height),
                             static_cast<long long>(fit.original.width), fit.scale_y, fit.scale_x);
     }

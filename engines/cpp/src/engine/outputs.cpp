@@ -64,7 +64,8 @@ void Engine::Impl::bind_output(const std::string& name, void* memory, std::size_
         check_device_memory(memory, options_.device, plan_, "output " + name);
     }
     check(cudaEventSynchronize(done_.get()),
-          plan_ + ": the previous run of the plan, or the copy of its inputs to the GPU, failed with a CUDA error");
+          plan_ + ": a CUDA error occurred during the previous run of the plan, or while an input was copied to the "
+                  "GPU");
     graphs_.clear();  // their addresses are fixed
     output.bound = memory;
     last_batch_ = 0;

@@ -316,8 +316,8 @@ Header read_header(std::string_view file) {
     Header header = png ? read_png(file) : read_jpeg(file);
     if (header.size.height == 0 || header.size.width == 0 || (png ? header.pixels.empty() : header.scans == 0)) {
         throw ImageFault(
-            "the image is damaged (the file contains no size or no pixels); download it again or save it as 8-bit RGB "
-            "PNG");
+            "the image is damaged: its width or height is 0 or missing, or the file contains no pixel data. Download "
+            "the image again, or save the undamaged original as 8-bit RGB PNG");
     }
     return header;
 }

@@ -222,8 +222,9 @@ Manifest read_checked(const fs::path& plan, bool hashes) {
     const auto own = [&](const Manifest::File& file) { return file.name == name; };
     if (std::none_of(manifest.files.begin(), manifest.files.end(), own)) {
         const std::string names = joined(manifest.files, [](const Manifest::File& file) { return file.name; });
-        throw Error(manifest.path.string() + ": the manifest lists " + (names.empty() ? "no file" : names) +
-                    " instead of " + name + "; build the plan again");
+        throw Error(manifest.path.string() + ": the manifest does not list the plan " + name +
+                    ". Files that the manifest lists: " + (names.empty() ? "none" : names) +
+                    ". Build the plan again with `neck-export trt`");
     }
     return manifest;
 }

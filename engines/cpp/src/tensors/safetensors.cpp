@@ -122,8 +122,8 @@ std::vector<Entry> read_places(const Json& header, std::size_t data) {
     std::size_t place = 0;
     for (const Entry& entry : entries) {
         if (entry.begin != place || entry.end > data) {
-            throw Fault{"the file is damaged, because the data of tensor " + repr(entry.name) +
-                        " are at the wrong position"};
+            throw Fault{"the file is damaged: the data offsets of tensor " + repr(entry.name) +
+                        " in the header do not match the data in the file"};
         }
         place = entry.end;
     }
