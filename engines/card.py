@@ -169,11 +169,13 @@ def _verification(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _plan_facts(manifest: Mapping[str, Any]) -> list[str]:
-    gpus = ", ".join(manifest["compute_capabilities"]) or "8.0 and later"
+    later = manifest["options"]["hardware_compatible"] == "ampere+" or not manifest["compute_capabilities"]
+    gpus = "8.0 and later" if later else ", ".join(manifest["compute_capabilities"])
+    newer = " or with a later version" if manifest["options"]["version_compatible"] else ""
     flavor = "TensorRT-RTX" if manifest["flavor"] == "rtx" else "TensorRT"
     lines = [
         f"The plan was built with {flavor} {manifest['tensorrt_version']}. Load the plan with the same version of "
-        f"{flavor}. The plan runs only on GPUs with compute capability {gpus}."
+        f"{flavor}{newer}. The plan runs only on GPUs with compute capability {gpus}."
     ]
     if manifest.get("layers"):
         lines += ["", f"The builder reports: {manifest['layers']}."]

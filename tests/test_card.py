@@ -97,6 +97,10 @@ def test_a_plan_has_a_card(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "e.plan.json", "plan")
     assert "library_name: tensorrt" in text and manifest["tensorrt_version"] in text
     assert hub.ModelCard(text).data.to_dict()["library_name"] == "tensorrt" and "<table>" in rendered(text)
+    assert "later" not in text
+    manifest["options"] |= {"version_compatible": True, "hardware_compatible": "ampere+"}
+    text = card_text("e.plan", manifest)
+    assert "or with a later version" in text and "compute capability 8.0 and later" in text
 
 
 def test_what_cannot_be_a_card_is_refused(exported: Path, tmp_path: Path) -> None:

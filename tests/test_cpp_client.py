@@ -451,6 +451,7 @@ def test_credentials_are_sent_and_never_printed(programs: Programs, tmp_path: Pa
     with serving(refused) as url:
         unauthorized = programs.run("neck-triton", f"me:{SECRET}@{url}", *options)
     nowhere = [f"me:{SECRET}@127.0.0.1:1", f"http://{SECRET}@[", f"127.0.0.1:1/?token={SECRET}", f"ftp://a:{SECRET}@b"]
+    nowhere += [f"me:{SECRET}/x@127.0.0.1:1", f"http://me:{SECRET}?x@127.0.0.1:1"]  # not what a URL allows
     for ran in [unauthorized, *(programs.run("neck-triton", address, *options) for address in nowhere)]:
         assert ran.code == 1 and ran.err
         assert SECRET not in ran.out + ran.err

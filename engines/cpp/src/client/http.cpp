@@ -214,8 +214,10 @@ void Http::take_credentials() {
     }
     const std::size_t query = url_.find_first_of("?#@", host);  // a token may stand there: it is not shown
     if (query != std::string::npos) {
-        throw Error(one_line(url_.substr(0, query)) + ": the character " + repr(url_.substr(query, 1)) +
-                    " is not allowed after this part of the server address. Pass only the address, such as "
+        const bool hidden = url_.find('@', host) != std::string::npos;  // what stands before may be a password
+        throw Error((hidden ? "The server address" : one_line(url_.substr(0, query)) + ": the server address") +
+                    " contains the character " + repr(url_.substr(query, 1)) +
+                    " in a place where it is not allowed. Pass only the address, such as "
                     "localhost:8000. If the address contained a user name, a password or a token, pass the "
                     "credentials separately. With neck-triton, use the option --user and the environment variables "
                     "NECK_TRITON_PASSWORD and NECK_TRITON_TOKEN. In C++ code, set the credentials in TritonOptions");
