@@ -203,7 +203,7 @@ class Rounds:
                 self._add("errors", name, errors=[], passed=None)
             return
         expected = {one: np.load(reference / f"{one}.npy", mmap_mode="r") for one in names}
-        verdict = compare(expected, found, self.jobs[name].backend.precision, f"PyTorch FP32 against {name}")
+        verdict = compare(expected, found, self.jobs[name].backend.precision, f"PyTorch FP32 compared with {name}")
         errors = [comparison.to_dict() for comparison in verdict.comparisons]
         self._add("errors", name, errors=errors, passed=verdict.passed)
         for one in names:
