@@ -46,11 +46,11 @@ def test_the_inspectors_json_is_read(datatype: dict[str, str], io: str) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "no list"),
-        ("{}", "no list"),
-        ("[]", "no list"),
-        ('{"Layers": null}', "no list"),
-        ('{"Layers": 3}', "no list"),
+        ("", "without a list"),
+        ("{}", "without a list"),
+        ("[]", "without a list"),
+        ('{"Layers": null}', "without a list"),
+        ('{"Layers": 3}', "without a list"),
         ('{"Layers": ["conv_1"]}', "names"),
         ('{"Layers": []}', "no kernel"),
     ],

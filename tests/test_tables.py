@@ -75,7 +75,7 @@ def test_tables_of_another_theta_are_refused_with_both_named(tmp_path: Path) -> 
     ("block", "planted", "says"),
     [
         (1, table(1, theta=9000.0), "about 9000"),
-        (3, table(3, scale=1.0), "by 0.5"),
+        (3, table(3, scale=1.0), "but 0.5 rad"),
         (2, table(1), "window"),
         (1, table(1)[:-1], "8), but one row for each token"),
         (1, table(1)[:, :4], "shape (64, 4) instead of (64, 8"),

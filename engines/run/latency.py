@@ -279,9 +279,7 @@ def _layer_lines(layers: Sequence[LayerTime], limit: int) -> list[str]:
     known = sum(layer.kind is not None for layer in layers)
     lines = [
         f"the {len(layers)} layers of the plan together take {total:.3f} ms per inference with the profiler attached",
-        f"the kind of a layer (matrix multiplication, copy and so on) is known for {known} of the {len(layers)} "
-        f"layers; "
-        "it is shown as ? for all other layers",
+        f"the kind of kernel is known for {known} of the {len(layers)} layers; it is shown as ? for the other layers",
         f"{'ms':>9} {'share':>6} {'GB/s':>7}  {'kind':<15} modules",
     ]
     for layer in layers[:limit]:
