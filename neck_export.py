@@ -269,9 +269,9 @@ def masks(asked: Callable[[], MasksOptions]) -> None:
                     f"{options.file}: the encoder in this file failed the mask comparison with the model's own "
                     f"encoder. Mean mask IoU: {found['mean_iou']:.4f}, required by --gate: at least "
                     f"{found['gate']:g}. Objects found with only one of the two encoders: "
-                    f"{found['lost'] + found['found']}, required: 0. NaN or infinite values in the outputs of the "
-                    f"model, with the two encoders together: {sum(found['non_finite'].values())}, required: 0. Try a "
-                    "file with a higher precision, for example FP32 instead of FP16",
+                    f"{found['lost'] + found['found']}, required: 0. NaN or infinite values in the outputs of both "
+                    f"runs: {sum(found['non_finite'].values())}, required: 0. Try a file with a higher precision, for "
+                    f"example FP32 instead of FP16",
                     *worst_lines(found),
                 ]
             ),

@@ -299,8 +299,8 @@ def verify_file(
 def _other_target(path: Path, needs: Needs) -> str:
     """What to do if a target cannot load a file."""
     return (
-        f"in --target, name only runtimes that can load the ONNX file {path.name}. Judging by its graph, the ONNX file "
-        f"{path.name} is {read_by(needs)}"
+        f"in --target, name only runtimes that can load the file; judging by its graph, the ONNX file {path.name} is "
+        f"{read_by(needs)}"
     )
 
 

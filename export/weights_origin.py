@@ -265,9 +265,9 @@ def _same_weights(
         problems.insert(
             0,
             ExportError(
-                f"{path}: this is not the checkpoint that was exported: according to the SHA-256 in "
-                f"{where.name}, these weights differ: {parts}; use --checkpoint to pass the checkpoint that "
-                "was exported, or export this checkpoint"
+                f"{path}: this is not the checkpoint that was exported, because the SHA-256 of some weights differs "
+                f"from {where.name} ({parts}); use --checkpoint to pass the checkpoint that was exported, or export "
+                "this checkpoint"
             ),
         )
     if isinstance(problems[0], ExportError):

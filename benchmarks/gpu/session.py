@@ -226,9 +226,9 @@ def main() -> None:
     if lacks := unmet(_json(asked.kit / "kit.json")["requirements"]):
         sys.exit(
             f"error: these packages are missing: {', '.join(lacks)}. They are neither installed in the Python "
-            f"environment of {sys.executable} nor contained in the folder {asked.kit}. `make gpu-kit` does not put a "
-            "package into this folder if benchmarks/gpu/there.json lists the package as installed on the GPU machine. "
-            "Remove the missing packages from benchmarks/gpu/there.json and run `make gpu-kit` again"
+            f"environment of {sys.executable} nor contained in the folder {asked.kit}. `make gpu-kit` leaves out "
+            "packages that benchmarks/gpu/there.json lists as installed on the GPU machine; remove the missing "
+            "packages from benchmarks/gpu/there.json and run `make gpu-kit` again"
         )
     if asked.fresh:
         for name in ("work", "session.json"):

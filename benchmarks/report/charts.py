@@ -190,7 +190,8 @@ def kernels_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
             )
         groups.append((title, bars))
     return Chart(
-        f"Bar chart of {what}: {len(known)} kernels by kind, and the {len(largest)} kernels with the most {what}",
+        f"Two bar charts of {what}: the sum over the {len(known)} kernels of each kind, and the {len(largest)} single "
+        f"kernels with the most {what}",
         groups=groups,
     )
 

@@ -225,9 +225,8 @@ class Attached:
         names = [name for name, module in NECK_MODULES.items() if getattr(self.module, module, None) is convs]
         if not names:
             raise AttachError(
-                f"{self.encoder.path}: the attached file only computes the encoder's own necks, but "
-                "sam_forward_feature_levels was called with another neck; call detach(model) to compute that neck in "
-                "PyTorch"
+                f"{self.encoder.path}: sam_forward_feature_levels was called with a neck that is not part of the "
+                "attached file; call detach(model) to compute this neck in PyTorch"
             )
         return self._run_of(x).neck(names[0])
 

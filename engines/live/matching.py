@@ -241,8 +241,8 @@ def _levels(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
             for module in leaves:
                 if not isinstance(module, nn.ModuleList) and not _is_gelu(module):
                     yield (
-                        f"the neck module {path} uses the exact GELU in the file, but contains {_named(module)} in the "
-                        "model"
+                        f"the activation in the neck module {path} is the exact GELU (erf) in the file, but "
+                        f"{_named(module)} in the model"
                     )
 
 

@@ -31,8 +31,8 @@ class RepositoryOptions:
     model: Annotated[
         Path,
         Option(
-            "Add this TensorRT plan or ONNX file to the model repository. Its manifest, which neck-export wrote, must "
-            "be beside the file. Omit this argument if you use --activate.",
+            "Add this TensorRT plan or ONNX file to the model repository. The manifest that neck-export "
+            "wrote for the file must be in the same folder. Omit this argument if you use --activate.",
             default=None,
             argument=True,
         ),

@@ -205,9 +205,9 @@ UPSAMPLING = Option(
     PRECISION,
 )
 RESIDUAL = Option(
-    "Choose the type of the residual sums in the transformer blocks: fp16 or fp32. fp32 reduces the numerical error "
-    "but increases memory traffic. fp16 requires --precision fp16, fp8 or int8. auto uses the type of the activations, "
-    "but fp32 if the file fails verification with that type.",
+    "Choose the type of the residual sums in the transformer blocks: fp16 (only if --precision is fp16, fp8 or int8) "
+    "or fp32, which reduces the numerical error but increases memory traffic. auto uses the type of the other "
+    "activations, or fp32 if the file would otherwise fail verification.",
     PRECISION,
 )
 TARGETS = Option(
@@ -218,8 +218,8 @@ TARGETS = Option(
     name="target",
 )
 RANGE = Option(
-    "Map the pixel value LOW to black and HIGH to white (written LOW:HIGH, e.g. 0:4095) if the images of --images "
-    "have more than 8 bits per channel. [default: the high byte of 16-bit values is used]",
+    "For images with more than 8 bits per channel, written LOW:HIGH, e.g. 0:4095: map the pixel value LOW to black and "
+    "HIGH to white. [default: the high byte of 16-bit values is used]",
     VERIFICATION,
     name="image-range",
     read=str,
@@ -500,10 +500,9 @@ class VerifyOptions:
         bool,
         Option(
             "If the ONNX file was written by another exporter and passes verification, write a manifest, so that the "
-            "trt, triton and masks commands accept the file. If the inputs or outputs of the file do not have the "
-            "names, "
-            "shapes and types that these commands need, an adapted copy is also written, e.g. model.neck.onnx for "
-            "model.onnx, and the manifest is that of the copy.",
+            "trt, triton and masks commands accept the file. If the names, shapes or types of the inputs or outputs "
+            "are not those that these commands need, also write an adapted copy, e.g. model.neck.onnx for model.onnx, "
+            "and write the manifest for this copy instead.",
             VERIFICATION,
         ),
     ] = False

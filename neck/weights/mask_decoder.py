@@ -31,10 +31,10 @@ def with_decoder(path: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> L
         )
     if any(not _is_same(near[0], other, tensors) for other in near[1:]):
         raise CheckpointError(
-            f"{path}: the checkpoint contains {len(near)} different mask decoders, and neck-export cannot tell which "
-            "mask decoder belongs to the sam2 neck. The tensors of the mask decoders are "
-            f"{listing(f'{start}*' for start in near)}. The tensors of the sam2 neck are {layout.necks['sam2']}*. Save "
-            "a checkpoint that contains only the mask decoder of the sam2 neck, or leave out --sam2-outputs head"
+            f"{path}: the checkpoint contains {len(near)} different mask decoders "
+            f"({listing(f'{start}*' for start in near)}), and neck-export cannot tell which of them belongs to the "
+            f"sam2 neck ({layout.necks['sam2']}*). Remove the other mask decoders from the checkpoint, or leave out "
+            "--sam2-outputs head"
         )
     return dataclasses.replace(layout, decoder=near[0])
 

@@ -162,9 +162,7 @@ std::vector<Tensor> run_in_batches(const Tensor& image, const Port& input, std::
         const std::string smallest = std::to_string(input.smallest_batch);
         if (count < input.smallest_batch) {
             throw Error("the number of images is " + std::to_string(count) +
-                        ", but the model's smallest batch size is " + smallest + ". Set --batch to at least " +
-                        smallest + " to repeat IMAGE, or use --compare with a reference of at least " + smallest +
-                        " images");
+                        ", but the model's smallest batch size is " + smallest + ". To run one image several times in one batch, set --batch to at least " + smallest);
         }
         if (batch < input.smallest_batch || batch > input.largest_batch) {
             throw Error("--batch is " + std::to_string(batch) + ", but the model's smallest batch size is " +
