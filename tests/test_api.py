@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import inspect
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from export.api import read_size
 from export.contract.errors import ExportError
 from export.contract.manifest import read_manifest
 from export.pipeline import RejectedError
+from neck.checkpoint import random_encoder, save_meta_checkpoint
 from neck.config import EncoderConfig
 
 CHECKPOINT, CONFIG = checkpoint_of("meta-dual"), config_of("meta-dual")
@@ -66,12 +69,16 @@ def test_names_and_defaults_are_the_command_lines(call: Any, command: str, left_
 
 
 def test_a_file_by_one_call_is_the_commands(tmp_path: Path) -> None:
-    made = export_encoder(str(CHECKPOINT), str(tmp_path / "a.onnx"), config=str(CONFIG), precision="fp16", batch=2)
-    words = ("--checkpoint", CHECKPOINT, "--config", CONFIG, "--precision", "fp16", "--batch", "2")
+    made = export_encoder(
+        str(CHECKPOINT), str(tmp_path / "a.onnx"), config=str(CONFIG), precision="fp16", batch="1:2:2"
+    )
+    words = ("--checkpoint", CHECKPOINT, "--config", CONFIG, "--precision", "fp16", "--batch", "1:2:2")
     assert neck_export_cli("onnx", *words, "--output", tmp_path / "b.onnx").code == 0
     assert digest(tmp_path / "a.onnx.data") == digest(tmp_path / "b.onnx.data")
-    assert made.verdict is not None and made.verdict.passed
-    other = export_encoder(CHECKPOINT, tmp_path / "c.onnx", config=EncoderConfig.from_file(CONFIG), verify=False)
+    assert made.verdict is not None and made.verdict.passed and made.manifest["signature"]["batch"] == "1:2:2"
+    full = EncoderConfig.from_file(CONFIG)
+    other = export_encoder(CHECKPOINT, tmp_path / "c.onnx", config=full, batch=1, verify=False)
+    assert other.manifest["signature"]["batch"] == "1"
     assert digest(other.path.with_suffix(".onnx.data")) != digest(tmp_path / "b.onnx.data")  # the control: FP32
 
 
@@ -101,9 +108,12 @@ rtx = pytest.mark.skipif(
 def test_weights_to_a_plan_in_one_command_writes_the_files_of_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copy(CHECKPOINT, tmp_path / "sam3.pt")
+    small = dataclasses.replace(EncoderConfig.from_file(CONFIG), depth=2, global_blocks=(1,))
+    (tmp_path / "encoder.json").write_text(json.dumps(small.to_dict()))
+    both = dataclasses.replace(small, necks=("sam3", "sam2"))
+    save_meta_checkpoint(random_encoder(both), tmp_path / "sam3.pt")
     one, two = tmp_path / "one", tmp_path / "two"
-    asked = ("--config", CONFIG, "--neck", "both", "--batch", "1:2:2", "--image-size", "112")
+    asked = ("--config", "../encoder.json", "--neck", "both", "--batch", "1:2:2", "--image-size", "112")
     for folder in (one, two):
         folder.mkdir()
         monkeypatch.chdir(folder)

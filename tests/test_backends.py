@@ -21,7 +21,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_golden, named_outputs, shared_encoder, tiny_config, traced
+from worker_here import WorkerHere
 
+import benchmarks.measure.work_folder
 from benchmarks.errors import BenchError
 from benchmarks.measure.backends import (
     REFERENCE,
@@ -247,10 +249,12 @@ def test_a_worker_runs_a_backend(worker: Worker, job: RunRequest, expected: dict
 def test_a_worker_of_another_runtime_does_not_hold_torch(job: RunRequest) -> None:
     """It would be in the host's peak that its row tells; torch's own worker is the control."""
     load = "import pickle, sys, benchmarks.measure.worker, benchmarks.measure.backends as backends\n"
-    load += "backends.open_runner(pickle.loads(sys.stdin.buffer.read())); sys.exit('torch' in sys.modules)"
-    for name, code in (("ort-cpu-rewritten-fp32", 0), ("openvino-rewritten-fp32", 0), ("eager-fp32", 1)):
-        command = [sys.executable, "-c", load]
-        assert subprocess.run(command, cwd=ROOT, input=pickle.dumps(of(job, name)), check=False).returncode == code
+    load += "for name, job in pickle.loads(sys.stdin.buffer.read()):\n"
+    load += "    backends.open_runner(job); print(name, 'torch' in sys.modules)"
+    names = ("ort-cpu-rewritten-fp32", "openvino-rewritten-fp32", "eager-fp32")
+    jobs = pickle.dumps([(name, of(job, name)) for name in names])
+    found = subprocess.run([sys.executable, "-c", load], cwd=ROOT, input=jobs, check=True, stdout=subprocess.PIPE)
+    assert found.stdout.decode().split() == [names[0], "False", names[1], "False", names[2], "True"]
 
 
 def test_out_of_memory_is_an_answer(worker: Worker, job: RunRequest, tmp_path: Path) -> None:
@@ -360,7 +364,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ArtifactCache]:
     traced(load_golden("meta-dual").encoder, wide, necks="sam3")  # the worker's own would be a cold one
     work = tmp_path_factory.mktemp("work")
     with ArtifactCache(work, BenchOptions(work, config=wide, necks="sam3")) as made:
+        made._worker = WorkerHere(work / "log")  # weights and image without a process; files and plans have their own
         made.prepare()
+        image = made.folder / f"image-{made.point(None, 1, PACE).files}.npy"
+        made.ask("image", asked=made.asked, signature=made.point(None, 1, PACE).signature, path=image)
         yield made
 
 
@@ -383,6 +390,7 @@ def test_a_file_that_cannot_be_made_is_one_backends_matter(
 ) -> None:
     nowhere = dataclasses.replace(place.prepared.encoder, checkpoint=Path("/nowhere.pt"))
     monkeypatch.setattr(place, "prepared", dataclasses.replace(place.prepared, encoder=nowhere))
+    monkeypatch.setattr(benchmarks.measure.work_folder, "Worker", WorkerHere)
     backends = [named("eager-fp32"), named("ort-cpu-plain-fp32")]
     made = place.jobs(backends, place.point(None, 1, PACE))
     assert isinstance(made["ort-cpu-plain-fp32"], WorkerError) and "nowhere.pt" in str(made["ort-cpu-plain-fp32"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ import numpy as np
 import pytest
 from conftest import shared_encoder, tiny_config
 from synthetic import KNOWN_RATES, Tags
+from worker_here import WorkerHere
 
 import benchmarks.measure.rounds
 import benchmarks.measure.run
+import benchmarks.measure.work_folder
 import benchmarks.measure.worker
 from benchmarks.bench import run_bench
 from benchmarks.errors import BenchError
@@ -29,7 +32,7 @@ from benchmarks.measure.measure_point import MeasurePoint, Schedule
 from benchmarks.measure.run import Run
 from benchmarks.measure.samples import Samples
 from benchmarks.measure.work_folder import ArtifactCache
-from benchmarks.measure.worker_process import ROOT, WorkerError
+from benchmarks.measure.worker_process import ROOT, Worker, WorkerError
 from benchmarks.options import BenchOptions
 from benchmarks.report.charts import error_plot, latency_chart, parts_chart, roofline_plot
 from benchmarks.report.findings import ranked
@@ -92,6 +95,24 @@ def rates_are_known(patch: pytest.MonkeyPatch) -> None:
 def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates that nobody measured, where they are not what is tested."""
     rates_are_known(monkeypatch)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _prepared_here() -> Iterator[None]:
+    """Weights and files are made in this process; what is measured runs in workers of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmarks.measure.work_folder, "Worker", WorkerHere)
+        yield
+
+
+@pytest.fixture
+def reference_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's worker is this process, which has torch, where another backend's is what is tested."""
+    monkeypatch.setattr(
+        benchmarks.measure.rounds,
+        "Worker",
+        lambda log, *more: WorkerHere(log) if log.stem == REFERENCE else Worker(log, *more),
+    )
 
 
 def test_a_worker_measures_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +249,7 @@ def test_a_measured_result_is_no_worse_than_itself(ran: Ran) -> None:
         merge_results([measured, measured])
 
 
-@pytest.mark.usefixtures("known_rates")
+@pytest.mark.usefixtures("known_rates", "reference_here")
 def test_other_options_begin_anew(ran: Ran) -> None:
     one = run_bench(options_for(ran.options.output, rounds=1))
     assert len(one["rows"][0]["times_ms"]) == 1
@@ -236,13 +257,16 @@ def test_other_options_begin_anew(ran: Ran) -> None:
 
 
 KILLED = """
-import json, os, signal, sys
+import json, os, pickle, signal, sys
 from pathlib import Path
 from benchmarks.bench import run_bench
 from benchmarks.measure.run import Run
 from benchmarks.measure.samples import Samples
+from benchmarks.measure.work_folder import ArtifactCache
 from benchmarks.options import BenchOptions
 from neck.config import EncoderConfig
+told = pickle.loads(Path(sys.argv[5]).read_bytes())
+ArtifactCache.ask = lambda place, command, **asked: told[command]
 add = Samples.add
 def added(samples, kind, **values):
     add(samples, kind, **values)
@@ -273,12 +297,14 @@ def workers_of(log: Path) -> list[int]:
     return found
 
 
-@pytest.mark.usefixtures("ran", "known_rates")
-def test_a_killed_run_goes_on(output: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("ran", "known_rates", "reference_here")
+def test_a_killed_run_goes_on(output: Path, tmp_path: Path, place: ArtifactCache) -> None:
     config = tmp_path / "encoder.json"
     config.write_text(json.dumps(CONFIG.to_dict()))
     known = set(output.glob("work/run-*"))
-    command = [sys.executable, "-c", KILLED, str(output), str(config), ORT, json.dumps(KNOWN_RATES)]
+    told = tmp_path / "told"  # what the worker that prepares says, which would import torch
+    told.write_bytes(pickle.dumps({"facts": place.ask("facts"), "weights": place.prepare()}))
+    command = [sys.executable, "-c", KILLED, str(output), str(config), ORT, json.dumps(KNOWN_RATES), str(told)]
     assert subprocess.run(command, cwd=ROOT, timeout=SECONDS, check=False).returncode == -signal.SIGKILL
     (samples,) = (folder / "samples.jsonl" for folder in set(output.glob("work/run-*")) - known)
     data = samples.read_bytes()
@@ -307,7 +333,7 @@ def tmp_path_copy(folder: Path, data: bytes) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("ran", "known_rates")
+@pytest.mark.usefixtures("ran", "known_rates", "reference_here")
 def test_out_of_memory_costs_one_row(output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is given an image of 8 GB (of holes in the file) where a worker may take 3, one needs more than there is."""
     huge = np.lib.format.open_memmap(tmp_path / "huge.npy", mode="w+", dtype=np.float32, shape=(2 << 30,))
@@ -435,12 +461,18 @@ def test_bad_options_are_refused(case: str, output: Path, place: ArtifactCache) 
             {"checkpoint": None, "state": "ema", "prefix": "a."},
             "--state, --prefix cannot be combined with random weights",
         ),
-        ({"checkpoint": Path("nowhere.pt")}, "the encoder cannot be loaded: .*nowhere.pt"),
     ],
 )
 def test_bad_options_are_refused_at_once(changes: dict[str, Any], told: str, output: Path) -> None:
     with pytest.raises(BenchError, match=told):
         run_bench(options_for(output, **changes))
+
+
+def test_a_worker_that_cannot_load_the_encoder_says_why(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real worker that prepares: it examines the machine first."""
+    monkeypatch.setattr(benchmarks.measure.work_folder, "Worker", Worker)
+    with pytest.raises(BenchError, match=r"the encoder cannot be loaded: .*nowhere.pt"):
+        run_bench(options_for(output, checkpoint=Path("nowhere.pt")))
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
@@ -457,11 +489,12 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_fills_its_rows(tmp_path: Path) -> None:
+def test_a_gpu_fills_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU that torch can use")
+    monkeypatch.setattr(benchmarks.measure.work_folder, "Worker", Worker)
     options = options_for(tmp_path, device="cuda", quick=True, backends=(), timeout_s=600.0)
     result = run_bench(options)
     check_result(result, "the result")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from conftest import shared_encoder, tiny_config
 from exporting import (
     checkpoint_of,
     config_of,
@@ -32,10 +33,13 @@ from export.contract.manifest import sha256
 from export.contract.signature import BatchRange
 from export.pipeline import export_onnx
 from export.verification.verify import reference_outputs
+from neck.checkpoint import save_meta_checkpoint
 from neck.necks import Sam3DualViTDetNeck
 from neck.weights.torchfile import TorchFile
 
 IMAGES = Path(__file__).parent / "data" / "images"
+CONFIG = tiny_config(embed_dim=32, d_model=16, depth=2, global_blocks=(1,))
+"""meta-dual's with half of its blocks, so that its trace serves."""
 
 
 class Counts(collections.Counter[tuple[str, str]]):
@@ -100,12 +104,14 @@ def _quick_traces() -> Iterator[None]:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An FP32 file, an FP16 one, and an FP32 one whose plan needs FP32 residual sums."""
     folder = tmp_path_factory.mktemp("counted")
+    save_meta_checkpoint(shared_encoder(CONFIG), folder / "checkpoint.pt")
     same: dict[str, Any] = {"necks": "sam3", "verify": False, "batch": BatchRange(1, 2, 3)}
+    small: dict[str, Any] = {"checkpoint": folder / "checkpoint.pt", "config": CONFIG}
     return {
         name: export_onnx(golden_options("meta-dual", folder / f"{name}.onnx", **{**same, **more})).path
         for name, more in {
-            "single": {},
-            "half": {"precision": "fp16"},
+            "single": small,
+            "half": {**small, "precision": "fp16"},
             "faulty": {"checkpoint": save_state(folder / "faulty.pt", plant_in_trunk), "precision": "fp16"},
         }.items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 import sys
@@ -32,6 +33,7 @@ def named(name: str) -> list[Requirement]:
     return [Requirement(line) for line in lines if not line.startswith("#")]
 
 
+@functools.cache
 def versions(name: str, python: str) -> dict[str, Version]:
     """What a lock names for one Python on Linux, by distribution."""
     where = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
