@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from exporting import checkpoint_of, config_of, golden_options, neck_export_cli, trace_quickly
-from synthetic import synthetic_result
+from synthetic import KNOWN_RATES, synthetic_result
 
-import benchmarks.bench
-from benchmarks.options import BenchOptions
+from benchmarks.measure.run import Run
 from benchmarks.report.report_files import json_text
 from export.contract.signature import BatchRange
 from export.pipeline import export_onnx
-from neck.config import EncoderConfig
 
 
 @pytest.fixture
@@ -101,27 +97,14 @@ def test_bench_reads_the_older_report_before_it_measures(tmp_path: Path) -> None
     assert not (tmp_path / "report").exists()
 
 
-def test_bench_hands_over_what_is_asked_and_writes_what_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a run measures is test_bench.py's."""
-    asked, measured = list[BenchOptions](), synthetic_result(seed=3)
-
-    def run(options: BenchOptions, report: Callable[[str], None]) -> dict[str, Any]:
-        asked.append(options)
-        report("measuring")
-        return measured
-
-    monkeypatch.setattr(benchmarks.bench, "run_bench", run)
+def test_bench_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "_measure_rates", lambda run, when: run.samples.add("rates", when=when, **KNOWN_RATES))
     arguments = ("--checkpoint", checkpoint_of("meta-dual"), "--config", config_of("meta-dual"), "--no-sweep")
     small = ("--image-size", "112", "--rounds", "2", "--backend", "eager-rewritten-fp32")
     ran = neck_export_cli("bench", *arguments, *small, "--output", tmp_path / "report")
     assert ran.code == 0, ran.err
-    (options,) = asked
-    assert (options.output, options.checkpoint) == (tmp_path / "report", checkpoint_of("meta-dual"))
-    assert options.config == EncoderConfig.from_file(config_of("meta-dual"))
-    assert (options.sweep, options.image_size, options.rounds) == (False, 112, 2)
-    assert options.backends == ("eager-rewritten-fp32",)
-    report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert report == json.loads(json_text(measured))
-    assert ran.out.splitlines()[-1] == str(tmp_path / "report" / "report.html")
+    rows = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
+    measured = {row["backend"]: row for row in rows if row["status"] == "measured"}
+    assert set(measured) == {"eager-fp32", "eager-rewritten-fp32"}
+    assert measured["eager-rewritten-fp32"]["passed"] is True
+    assert len(measured["eager-fp32"]["times_ms"]) == 2

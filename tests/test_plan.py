@@ -17,6 +17,7 @@ from conftest import DATA
 from exporting import plant_in_trunk, save_state
 from typer.testing import CliRunner
 
+import engines.plan
 from engines.builder.onnx_graph import BuildError
 from engines.builder.onnx_source import newest_onnx
 from engines.builder.options import BuildOptions, PlanOptions
@@ -46,8 +47,15 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A verified FP32 file with both necks."""
-    return export(tmp_path_factory.mktemp("exported") / "encoder.onnx", necks="both")
+    """A verified FP32 file."""
+    return export(tmp_path_factory.mktemp("exported") / "encoder.onnx")
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A verified FP16 file with dynamic batch."""
+    output = tmp_path_factory.mktemp("dynamic") / "encoder.onnx"
+    return export(output, precision="fp16", batch=BatchRange(1, 2, 4))
 
 
 def export(output: Path, **options: object) -> Path:
@@ -73,18 +81,19 @@ def test_an_fp32_file_becomes_an_fp16_plan_whose_graph_is_verified(exported: Pat
     assert manifest["verification"]["verified"] is False  # the plan itself did not run
     assert manifest["verification"]["reason"] == NO_GPU
     assert manifest["verification"]["onnx"]["verified"] is True
-    assert len(manifest["verification"]["onnx"]["outputs"]) == 16
+    assert len(manifest["verification"]["onnx"]["outputs"]) == 8
     assert manifest["compute_capabilities"] == ["8.6", "8.9", "12.0"]
     assert manifest["signature"]["dtype"] == "float16"
-    assert [spec["dtype"] for spec in manifest["outputs"]] == ["float16"] * 16
+    assert [spec["dtype"] for spec in manifest["outputs"]] == ["float16"] * 8
     assert manifest["onnx"]["sha256"]
     assert result.layers is not None and result.layers == read_layers(result.path)
+    assert json.loads(layers_path(result.path).read_text())["fused"] == 4
     assert "fused attentions 4 of 4, accumulation FP32" in result.layers.summary()
     assert result.path.stat().st_mode & 0o044  # a service of another user reads it
 
 
 def test_a_plan_is_reused_until_something_changes(exported: Path, tmp_path: Path) -> None:
-    options = plan_options(exported, tmp_path)
+    options = plan_options(exported, tmp_path, verify=False)
     assert not make_plan(options).reused
     before = options.output.stat().st_mtime_ns
     again = make_plan(options)
@@ -108,6 +117,7 @@ def test_a_plan_that_was_not_verified_is_built_again_when_that_is_asked(exported
         and verified.verdict is not None
         and verified.verdict.passed
     )
+    assert make_plan(dataclasses.replace(options, verify=True)).reused
 
 
 def test_a_graph_that_leaves_tolerance_stays_as_rejected_only(tmp_path: Path) -> None:
@@ -156,13 +166,12 @@ def test_a_low_precision_file_is_not_turned_into_another(exported: Path, tmp_pat
         make_plan(plan_options(source, tmp_path / "out", precision="bf16"))
 
 
-def test_the_plans_memory_is_told(tmp_path: Path) -> None:
+def test_the_plans_memory_is_told(dynamic: Path, tmp_path: Path) -> None:
     """Weights and activations as the builder logs them, inputs and outputs from their shapes, a pool of N from both."""
-    source = export(tmp_path / "in" / "encoder.onnx", batch=BatchRange(1, 2, 4), verify=False)
     found = {}
     for largest in (2, 4):
         build = BuildOptions(batch=BatchRange(1, 2, largest))
-        made = make_plan(plan_options(source, tmp_path / str(largest), build=build, verify=False))
+        made = make_plan(plan_options(dynamic, tmp_path / str(largest), build=build, verify=False))
         memory = found[largest] = made.manifest["memory"]
         tensors = [*made.manifest["inputs"], *made.manifest["outputs"]]
         items = {"float32": 4, "float16": 2}
@@ -172,7 +181,7 @@ def test_the_plans_memory_is_told(tmp_path: Path) -> None:
         assert pool_bytes(memory, 4) == total
         shown = CliRunner().invoke(app, ["inspect", str(made.path)]).output
         assert f"{total / 1e6:,.1f} MB with 4 execution contexts" in shown and f"at batch {largest}" in shown
-    weights = data_path(source).stat().st_size / 2  # FP16 of an FP32 file
+    weights = data_path(dynamic).stat().st_size
     assert 0.9 * weights < found[4]["weights_bytes"] < 1.5 * weights
     assert found[4]["activation_bytes"] > found[2]["activation_bytes"]
     lines = memory_lines(made.manifest | {"memory": None})  # a plan of an older version: what its shapes tell
@@ -180,9 +189,8 @@ def test_the_plans_memory_is_told(tmp_path: Path) -> None:
     assert read_memory("Total Weights Memory: 12 bytes") == {"weights_bytes": 12} and not read_memory("Weights: 12")
 
 
-def test_a_dynamic_batch_becomes_the_plans_profile(tmp_path: Path) -> None:
-    source = export(tmp_path / "dynamic.onnx", precision="fp16", batch=BatchRange(1, 2, 4))
-    result = make_plan(plan_options(source, tmp_path / "out", precision=None))
+def test_a_dynamic_batch_becomes_the_plans_profile(dynamic: Path, tmp_path: Path) -> None:
+    result = make_plan(plan_options(dynamic, tmp_path / "out", precision=None))
     assert result.manifest["batch"] == "1:2:4"
     assert result.manifest["inputs"][0]["shape"][0] == "batch"
     # the file was verified when it was exported, so its figures are taken over
@@ -210,11 +218,22 @@ def test_the_weights_may_have_moved(precision: str, exported: Path, tmp_path: Pa
     assert ran.exit_code == 1 and str(other) in ran.output  # the control: other weights
 
 
-def test_two_builds_into_one_folder_leave_one_whole_plan(exported: Path, tmp_path: Path) -> None:
+def test_two_builds_into_one_folder_leave_one_whole_plan(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process's build ends while this one's plan is built and not yet published; neither sweeps the other's."""
     words = [sys.executable, "-m", "neck_export", "trt", str(exported), "--fp16", "--no-verify", "--flavor", "rtx"]
-    words += ["--output", str(tmp_path / "encoder.plan"), "--optimization-level"]
-    builds = [subprocess.Popen([*words, level], cwd=ROOT, stdout=subprocess.DEVNULL) for level in ("1", "2")]
-    assert [build.wait() for build in builds] == [0, 0]
+    words += ["--output", str(tmp_path / "encoder.plan"), "--optimization-level", "1"]
+    real, ended = engines.plan.publish_plan, list[int]()
+
+    def publish(folder: Path, target: Path) -> None:
+        ended.append(subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL).returncode)
+        assert target.exists() and folder.exists()
+        real(folder, target)
+
+    monkeypatch.setattr(engines.plan, "publish_plan", publish)
+    made = make_plan(plan_options(exported, tmp_path, verify=False, build=BuildOptions(optimization_level=2)))
+    assert ended == [0] and made.manifest["options"]["optimization_level"] == 2
     manifest = read_manifest(tmp_path / "encoder.plan.json", "plan")
     check_files(tmp_path / "encoder.plan.json", manifest)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -266,9 +285,3 @@ def test_no_onnx_file_to_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (1_700_000_000 - age,) * 2)
     assert newest_onnx(tmp_path).name == "new.onnx"
-
-
-def test_the_layers_lies_beside_the_plan(exported: Path, tmp_path: Path) -> None:
-    result = make_plan(plan_options(exported, tmp_path, verify=False))
-    saved = json.loads(layers_path(result.path).read_text())
-    assert saved["fused"] == 4

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import shared_encoder, tiny_config, traced
+from conftest import load_golden, shared_encoder, tiny_config, traced
+from test_oracle import BASES
 from torch import nn
 
 from benchmarks.roofline import encoder_parts, floor_ms, total_bytes, total_operations
@@ -19,6 +20,8 @@ from export.graph.deployed_module import DeployEncoder
 from export.graph.trace import trace
 from neck.config import EncoderConfig
 from neck.necks import new_encoder
+
+OBLONG: EncoderConfig = BASES["oblong"]["config"]
 
 AGREEMENT = 0.01
 """Relative; the operations are in fact equal, the bytes lack constants of a few elements."""
@@ -54,21 +57,27 @@ def count(model: ir.Model) -> tuple[int, int]:
     return sum(node_operations(node) for node in model.graph), size
 
 
-TRIPLE = {"necks": ("sam3", "interactive", "propagation"), "scale_factors": (4.0, 2.0, 1.0)}
-CASES: dict[str, tuple[dict[str, Any], Rewrites, dict[str, str]]] = {
-    "rewritten": ({}, Rewrites(), {}),
-    "plain": ({}, Rewrites.none(), {}),
-    "padded windows, both necks": ({"image_size": (84, 140), "necks": ("sam3", "sam2")}, Rewrites(), {}),
-    "three necks, another pretraining grid": ({**TRIPLE, "pretrain_image_size": 28}, Rewrites(), {}),
-    "some levels, no positions, batch 3": ({}, Rewrites(), {"levels": "1,3", "positions": "none", "batch": "3"}),
+CASES: dict[str, tuple[EncoderConfig | str, Rewrites, dict[str, Any]]] = {
+    "rewritten": (tiny_config(), Rewrites(), {}),
+    "plain": (tiny_config(), Rewrites.none(), {}),
+    "padded windows, oblong, another pretraining grid": (OBLONG, Rewrites(), {}),
+    "padded windows, batch 2": ("meta-padded", Rewrites(), {"batch": "2"}),
+    "three necks": ("meta-tri", Rewrites(), {}),
+    "some levels, no positions": (
+        "meta-dual",
+        Rewrites(),
+        {"necks": "sam2", "levels": "0,3", "positions": "none", "input_kind": "uint8"},
+    ),
 }
+"""Each a graph that test_trace.py or test_oracle.py traces, too."""
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_closed_form_is_the_count_over_the_graph(case: str) -> None:
-    changes, rewrites, asked = CASES[case]
-    config = tiny_config(**changes)
-    found = traced(shared_encoder(config), config, rewrites, **asked)
+    given, rewrites, asked = CASES[case]
+    golden = load_golden(given) if isinstance(given, str) else None
+    config = golden.config if golden else cast(EncoderConfig, given)
+    found = traced(golden.encoder if golden else shared_encoder(config), config, rewrites, **asked)
     batch = found.signature.batch.optimum
     parts = encoder_parts(config, found.signature, batch, rewritten=rewrites.merge_upsampling)
     operations, size = count(found.model)
@@ -80,6 +89,20 @@ def test_closed_form_is_the_count_over_the_graph(case: str) -> None:
     assert total_bytes(more, "fp32") != pytest.approx(size, rel=AGREEMENT)
 
 
+def test_published_sizes() -> None:
+    """Without a graph: the operations of trunk and neck, and the bytes by the parameters of the module."""
+    config = EncoderConfig()
+    signature = encoder_signature(config)
+    by_name = {part.part: part for part in encoder_parts(config, signature, 1, rewritten=False)}
+    trunk = sum(by_name[name].operations for name in ("patch", "windowed", "global"))
+    neck = sum(part.operations for name, part in by_name.items() if name.startswith("level"))
+    assert trunk == pytest.approx(5.4e12, rel=AGREEMENT) and neck == pytest.approx(0.22e12, rel=0.03)
+    with torch.device("meta"):
+        parameters = sum(value.numel() for value in new_encoder(config).parameters())
+    assert sum(part.weight_elements for part in by_name.values()) == pytest.approx(parameters, rel=AGREEMENT)
+
+
+@pytest.mark.slow
 def test_full_size() -> None:
     """The graph of the published model; its weights are zeros that are never touched, so they cost no memory."""
     config = EncoderConfig()
@@ -93,10 +116,6 @@ def test_full_size() -> None:
     parts = encoder_parts(config, signature, 1)
     assert total_operations(parts) == pytest.approx(operations, rel=AGREEMENT)
     assert total_bytes(parts, "fp32") == pytest.approx(size, rel=AGREEMENT)
-    by_name = {part.part: part.operations for part in encoder_parts(config, signature, 1, rewritten=False)}
-    trunk = by_name["patch"] + by_name["windowed"] + by_name["global"]
-    neck = sum(value for name, value in by_name.items() if name.startswith("level"))
-    assert trunk == pytest.approx(5.4e12, rel=AGREEMENT) and neck == pytest.approx(0.22e12, rel=0.03)
 
 
 def test_growth_is_that_of_the_grid() -> None:
