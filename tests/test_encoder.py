@@ -250,26 +250,26 @@ class Predictor:
 
 
 def test_attached_where_trunk_and_convs_are(folder: Path) -> None:
-    """Meta's and Ultralytics' structure, both necks, through a predictor; to the bit after detach."""
+    """Meta's and Ultralytics' structure, both necks, two images, through a predictor; to the bit after detach."""
     own = load_golden("meta-dual").encoder
     model = nn.ModuleDict({"backbone": Backbone(own)})
     backbone, predictor = model["backbone"], Predictor(model)
     with torch.no_grad():
         for run in (backbone.both, backbone.sam2_alone):
-            want = run(images())
+            want = run(images(2))
             attach(predictor, folder / "both.onnx")
-            found = run(images())
+            found = run(images(2))
             assert len(found) == len(want)
             assert all((a - b).abs().max() < GOLDEN_TOLERANCE * b.abs().max() for a, b in zip(found, want, strict=True))
             backbone.vision_backbone.set_imgsz((112, 112))
-            last = backbone.vision_backbone(images())[0][3]  # the model drops it, the file has it
-            assert last.shape == (1, 16, 4, 4) and last.isfinite().all()
+            last = backbone.vision_backbone(images(2))[0][3]  # the model drops it, the file has it
+            assert last.shape == (2, 16, 4, 4) and last.isfinite().all()
             with pytest.raises(
                 AttachError, match=r"map of the trunk .*is not among the values that the attached file computes"
             ):
                 backbone.vision_backbone.trunk(images())[-1].mean()
             detach(predictor)
-            assert all(torch.equal(a, b) for a, b in zip(run(images()), want, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(run(images(2)), want, strict=True))
     with pytest.raises(AttachError, match="contains no PyTorch model yet"):
         attach(Predictor(None), folder / "both.onnx")
 

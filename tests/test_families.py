@@ -16,7 +16,6 @@ import pytest
 from conftest import tiny_config
 
 from export.contract.options import ExportOptions
-from export.contract.signature import BatchRange
 from export.pipeline import export_onnx
 from neck.checkpoint import random_encoder, save_meta_checkpoint
 
@@ -59,8 +58,7 @@ def write_inputs(folder: Path) -> None:
         checkpoint = folder / "sam3.pt"
         save_meta_checkpoint(random_encoder(CONFIG, seed), checkpoint)
         output = folder / "build" / f"{name}.onnx"
-        batch = BatchRange.parse("1:1:2")
-        export_onnx(ExportOptions(output, checkpoint, config=CONFIG, necks="both", batch=batch, verify=False))
+        export_onnx(ExportOptions(output, checkpoint, config=CONFIG, necks="both", verify=False))
     (folder / "frames").mkdir()
     for name in ("image.png", "frames/0.png", "frames/1.png", "frames/2.png"):
         shutil.copy(Path(__file__).parent / "data" / "preprocess" / "image_0.png", folder / name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import load_golden, shared_encoder, tiny_config
-from exporting import checkpoint_of, config_of, neck_export_cli
-from foreign_files import CASE, Edit, half, perturbed, plain_model, swap_weights, weights_of, write
+from exporting import checkpoint_of, neck_export_cli
+from foreign_files import CASE, Edit, half, perturbed, swap_weights, weights_of, write
+from foreign_files import plain_model as other_model
 
 from engines.builder.flavor import FlavorError, choose_flavor
 from engines.foreign_builds import builder_lines
@@ -28,7 +29,7 @@ from export.foreign.judge import ForeignVerdict, judge_file
 from export.graph.rewrite import Rewrites
 from export.lowering.precision import lower
 from export.pipeline import RejectedError, verify_file
-from neck.checkpoint import random_encoder
+from neck.checkpoint import random_encoder, save_meta_checkpoint
 from neck.config import EncoderConfig
 from neck.necks import Sam3DualViTDetNeck, shallow_copy
 from neck.position import PositionEmbeddingSine
@@ -40,10 +41,31 @@ MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 Build = Callable[[Edit], Any]
 
 
-@functools.cache
+def config() -> EncoderConfig:
+    """Of two blocks, one of them windowed: every step of a verdict takes as long as the graph has nodes."""
+    return dataclasses.replace(load_golden(CASE).config, depth=2, global_blocks=(1,))
+
+
 def encoder() -> Sam3DualViTDetNeck:
     """The encoder whose files these are, at its own size."""
-    return load_golden(CASE).encoder
+    return shared_encoder(config())
+
+
+WEIGHTS: dict[str, Path] = {}
+"""Its checkpoint and its config, as the command line takes them."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _weights(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("weights")
+    WEIGHTS.update(checkpoint=folder / "sam3.pt", config=folder / "encoder.json")
+    save_meta_checkpoint(encoder(), WEIGHTS["checkpoint"])
+    WEIGHTS["config"].write_text(json.dumps(config().to_dict()))
+
+
+def plain_model(**asked: Any) -> ir.Model:
+    """Its graph, before anyone edits it."""
+    return other_model(**{"encoder": encoder(), "config": config(), **asked})
 
 
 def judged(model: ir.Model, folder: Path, of: Sam3DualViTDetNeck | None = None) -> ForeignVerdict:
@@ -142,28 +164,49 @@ def half_weights(edit: Edit) -> None:
             edit.graph.insert_before(edit.graph[0], up)
 
 
-TOKENS = {
-    "(N, HW, C)": lambda edit: edit.keep(*FEATS).reshape(FEATS[1], 1, 256, 16, first=(0, 2, 3, 1)),
-    "(HW, N, C)": lambda edit: edit.keep(*FEATS).reshape(FEATS[1], 256, 1, 16, first=(2, 3, 0, 1)),
-    "(N, C, HW)": lambda edit: edit.keep(*FEATS).reshape(FEATS[2], 1, 16, 64),
-    "(HW, C)": lambda edit: edit.keep(*FEATS).reshape(FEATS[0], 1024, 16, first=(0, 2, 3, 1)),
-    "(C, HW)": lambda edit: edit.keep(*FEATS).reshape(FEATS[0], 16, 1024),
-    "CHW": lambda edit: edit.keep(*FEATS).reshape(FEATS[3], 16, 4, 4),
-    "HWC": lambda edit: edit.keep(*FEATS).reshape(FEATS[0], 32, 32, 16, first=(0, 2, 3, 1)),
-    "NHWC": lambda edit: [edit.keep(*FEATS).transpose(name, 0, 2, 3, 1) for name in FEATS],
-}
-"""Layouts of outputs, by the words of the verdict."""
+def extras(edit: Edit) -> None:
+    """Outputs more than ours, and a position without its batch."""
+    for one in (trunk_output, pooled, same_map_twice):
+        one(edit)
+    edit.reshape("sam3_pos_1", 16, 16, 16)
 
-SOUND: dict[str, tuple[Build, str]] = {
+
+def tokens(edit: Edit) -> None:
+    """A layout for each level."""
+    edit.keep(*FEATS).reshape(FEATS[0], 1024, 16, first=(0, 2, 3, 1)).reshape(FEATS[1], 1, 256, 16, first=(0, 2, 3, 1))
+    edit.reshape(FEATS[2], 1, 16, 64).reshape(FEATS[3], 16, 4, 4)
+
+
+def other_tokens(edit: Edit) -> None:
+    edit.keep(*FEATS).reshape(FEATS[0], 16, 1024).reshape(FEATS[1], 256, 1, 16, first=(2, 3, 0, 1))
+    edit.reshape(FEATS[2], 8, 8, 16, first=(0, 2, 3, 1)).transpose(FEATS[3], 0, 2, 3, 1)
+
+
+def planes_last(edit: Edit) -> None:
+    edit.keep(*FEATS)
+    for name in FEATS:
+        edit.transpose(name, 0, 2, 3, 1)
+
+
+def told_layouts(*words: str) -> list[str]:
+    return [f"{FEATS[level]}: level {level} of neck sam3, {layout}" for level, layout in enumerate(words)]
+
+
+SOUND: dict[str, tuple[Any, ...]] = {
     "plain": (lambda edit: None, "level 3 of neck sam2"),
     "features of one neck": (lambda edit: edit.keep(*FEATS), "the features of neck sam2 at level 0, 1, 2, 3"),
-    **{f"output {name}": (build, name) for name, build in TOKENS.items()},
-    "image NHWC": (nhwc_input, "float32 NHWC"),
-    "image CHW": (without_batch, "float32 CHW"),
-    "image in 0..1": (lambda edit: edit.affine(2, -1), "in this encoding: RGB in 0..1"),
-    "image in 0..255": (lambda edit: edit.affine(2 / 255, -1), "in this encoding: RGB in 0..255"),
-    "pixels NHWC": (of_bytes(0, 3, 1, 2), "uint8 NHWC"),
-    "pixels NCHW": (of_bytes(0, 1, 2, 3), "uint8 NCHW"),
+    "tokens": (tokens, *told_layouts("tokens (HW, C)", "tokens (N, HW, C)", "tokens (N, C, HW)", "CHW")),
+    "other tokens": (other_tokens, *told_layouts("tokens (C, HW)", "tokens (HW, N, C)", "HWC", "NHWC")),
+    "image NHWC in 0..1": (
+        lambda edit: (edit.affine(2, -1), nhwc_input(edit)),
+        "float32 NHWC",
+        "in this encoding: RGB in 0..1",
+    ),
+    "image CHW in 0..255": (
+        lambda edit: (edit.affine(2 / 255, -1), without_batch(edit)),
+        "float32 CHW",
+        "in this encoding: RGB in 0..255",
+    ),
     "ImageNet's image": (
         lambda edit: edit.affine(2 * STD, 2 * MEAN - 1),
         "in this encoding: RGB normalized with ImageNet",
@@ -171,14 +214,19 @@ SOUND: dict[str, tuple[Build, str]] = {
     "BGR": (lambda edit: edit.channels(2, 1, 0), "in this encoding: BGR normalized with SAM 3"),
     "BGR pixels NHWC": (
         lambda edit: (edit.channels(2, 1, 0), of_bytes(0, 3, 1, 2)(edit)),
+        "uint8 NHWC",
         "in this encoding: BGR in 0..255",
     ),
+    "pixels NCHW": (of_bytes(0, 1, 2, 3), "uint8 NCHW"),
     "coarsest first": (lambda edit: foreign_names(edit, 3, 2, 1, 0), "features_0: level 3"),
     "three levels under other names": (lambda edit: foreign_names(edit, 1, 2, 3), "features_0: level 1"),
-    "trunk too": (trunk_output, "the trunk's feature map, NHWC"),
-    "position without batch": (lambda edit: edit.reshape("sam3_pos_1", 16, 16, 16), "sam3_pos_1: the position"),
-    "an output more": (pooled, "pooled: this output of shape (1, 16) matches no output"),
-    "a map twice": (same_map_twice, "vision_features: level 3 of neck sam3"),
+    "other outputs": (
+        extras,
+        "the trunk's feature map, NHWC",
+        "sam3_pos_1: the position",
+        "pooled: this output of shape (1, 16) matches no output",
+        "vision_features: level 3 of neck sam3",
+    ),
     "size not fixed": (dynamic, "any size (verified at 112x112)"),
     "FP16 in FP32 islands": (low("fp16", opset=20, attention="fp32acc"), "type    fp16"),
     "FP16 throughout": (half, "LayerNorms are computed in FP16"),
@@ -191,11 +239,11 @@ SOUND: dict[str, tuple[Build, str]] = {
 @pytest.mark.parametrize("name", SOUND)
 def test_a_sound_file_passes(name: str, tmp_path: Path) -> None:
     """And what is told of it is what was done to it."""
-    build, told = SOUND[name]
+    build, *told = SOUND[name]
     verdict = judged(edited(build), tmp_path)
     lines = "\n".join(verdict.lines())
     assert verdict.passed, lines
-    assert told in lines
+    assert all(part in lines for part in told), lines
     assert verdict.weights is not None and verdict.weights.origin == "the checkpoint's"
 
 
@@ -209,7 +257,7 @@ def test_our_own_file_passes(tmp_path: Path) -> None:
 
 def test_a_dynamic_batch_passes(tmp_path: Path) -> None:
     """It is run on two images."""
-    verdict = judged(plain_model(batch="1:1:2"), tmp_path)
+    verdict = judged(plain_model(batch="1:1:2", rewrites=Rewrites()), tmp_path)
     assert verdict.passed and verdict.images == 2
     assert "any batch" in "\n".join(verdict.lines())
 
@@ -270,9 +318,8 @@ def other_position(edit: Edit) -> None:
 
 def other_rotary(edit: Edit) -> None:
     """The global blocks' table as of an image of the published size."""
-    config = load_golden(CASE).config
-    right = axial_angles(8, 8, config.head_dim, (0.5, 0.5))
-    wrong = axial_angles(8, 8, config.head_dim, (4 / 72, 4 / 72))
+    right = axial_angles(8, 8, config().head_dim, (0.5, 0.5))
+    wrong = axial_angles(8, 8, config().head_dim, (4 / 72, 4 / 72))
     for function in (torch.cos, torch.sin):
         table, other = function(right).float().numpy(), function(wrong).float().numpy()
         replaced = swap_weights(edit.model, lambda array, t=table, o=other: o if same(array, t) else None)
@@ -326,7 +373,7 @@ def overflowing(edit: Edit) -> None:
 
 
 def not_a_number(edit: Edit) -> None:
-    weights_of(edit, encoder().trunk.blocks[2].mlp.fc1.bias, lambda array: np.full_like(array, np.nan))
+    weights_of(edit, encoder().trunk.blocks[1].mlp.fc1.bias, lambda array: np.full_like(array, np.nan))
 
 
 def of_encoder(other: Callable[[], Sam3DualViTDetNeck]) -> Build:
@@ -362,10 +409,8 @@ def fewer_channels(edit: Edit) -> None:
 
 FAULTS: dict[str, tuple[Build, str]] = {
     "ImageNet's normalization of 0..1": (imagenet_of(1), "normalization"),
-    "ImageNet's normalization of 0..255": (imagenet_of(1 / 255), "normalization"),
     "0..255 only divided": (lambda edit: edit.affine(1 / 255, 0), "normalization"),
     "normalized twice": (lambda edit: edit.affine(2, -1) and edit.affine(2, -1), "normalization"),
-    "GRB": (lambda edit: edit.channels(1, 0, 2), "channels"),
     "BRG": (lambda edit: edit.channels(2, 0, 1), "channels"),
     "image shifted": (shifted_image, "shift"),
     "output shifted": (shifted_output, "shift"),
@@ -383,7 +428,7 @@ FAULTS: dict[str, tuple[Build, str]] = {
     "embedding missing": (no_embedding, "positions"),
     "necks exchanged": (exchanged_necks, "neck"),
     "one level of another neck": (mixed_necks, "neck"),
-    "random weights": (of_encoder(lambda: random_encoder(load_golden(CASE).config, 7)), "weights"),
+    "random weights": (of_encoder(lambda: random_encoder(config(), 7)), "weights"),
     "a fine-tune": (of_encoder(lambda: perturbed(encoder(), 0.02)), "weights"),
     "overflow in FP16": (overflowing, "overflow"),
     "NaN": (not_a_number, "overflow"),
@@ -432,7 +477,7 @@ def test_an_operator_that_the_simulation_does_not_know_is_told(tmp_path: Path) -
 
 
 def verify_cli(path: Path, *more: str | Path) -> Any:
-    return neck_export_cli("verify", path, "--checkpoint", checkpoint_of(CASE), "--config", config_of(CASE), *more)
+    return neck_export_cli("verify", path, "--checkpoint", WEIGHTS["checkpoint"], "--config", WEIGHTS["config"], *more)
 
 
 @pytest.fixture
@@ -449,7 +494,7 @@ def _no_builder(monkeypatch: pytest.MonkeyPatch) -> None:
 def sound(tmp_path: Path) -> Path:
     """A file with another tool's input and outputs."""
     return write(
-        edited(lambda edit: (edit.affine(2, -1), TOKENS["NHWC"](edit), foreign_names_of(edit))), tmp_path / "other.onnx"
+        edited(lambda edit: (edit.affine(2, -1), planes_last(edit), foreign_names_of(edit))), tmp_path / "other.onnx"
     )
 
 
@@ -494,7 +539,7 @@ def test_a_failed_file_ends_with_3_and_the_cause(tmp_path: Path) -> None:
     assert "the normalization is wrong" in ran.err and str(path) in ran.err
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(RejectedError) as raised:
-        verify_file(path, checkpoint_of(CASE), config=EncoderConfig.from_file(config_of(CASE)))
+        verify_file(path, WEIGHTS["checkpoint"], config=config())
     assert isinstance(raised.value.verdict, ForeignVerdict) and raised.value.verdict.causes
 
 
@@ -526,7 +571,7 @@ def test_write_manifest_makes_a_file_that_our_commands_take(sound: Path) -> None
 @pytest.mark.usefixtures("_no_builder")
 def test_a_copy_reads_the_weights_file_that_is_there(tmp_path: Path) -> None:
     """Nothing of it is written twice, and the manifest speaks of it; its outputs become planes again."""
-    model = edited(lambda edit: (edit.channels(2, 1, 0), of_bytes(0, 3, 1, 2)(edit), TOKENS["(HW, N, C)"](edit)))
+    model = edited(lambda edit: (edit.channels(2, 1, 0), of_bytes(0, 3, 1, 2)(edit), other_tokens(edit)))
     path = tmp_path / "other.onnx"
     ir.save(model, path, external_data="other.bin")
     ran = verify_cli(path, "--write-manifest")
@@ -556,7 +601,7 @@ def test_inspect_says_what_a_file_seems_to_be(sound: Path, tmp_path: Path) -> No
     assert (
         "has the structure of SAM 3's image encoder" in told.out
         and "pixel_values" in told.out
-        and "4 attention layers" in told.out
+        and "2 attention layers" in told.out
     )
     assert "neck-export verify" in told.out
     decoder = neck_export_cli("inspect", write(decoder_model(), tmp_path / "decoder.onnx"))

@@ -25,6 +25,7 @@ from export.contract.onnx_file import OnnxFile
 from export.foreign.judge import ForeignVerdict, judge_file
 from export.foreign.references import encoder_tensors
 from export.graph.rewrite import Rewrites
+from export.lowering.precision import lower
 from export.verification.fidelity import TOLERANCES
 from neck.checkpoint import load_encoder, random_encoder, save_meta_checkpoint
 from neck.config import EncoderConfig
@@ -79,7 +80,12 @@ def vision_model() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("precision", "fusions"), [pytest.param("fp32", None, marks=pytest.mark.slow), ("fp32", "cpu"), ("fp16", None)]
+    ("precision", "fusions"),
+    [
+        pytest.param("fp32", None, marks=pytest.mark.slow),
+        pytest.param("fp32", "cpu", marks=pytest.mark.slow),
+        ("fp16", None),
+    ],
 )
 def test_transformers_exporter(precision: str, fusions: str | None, tmp_path: Path) -> None:
     """Its FP32 and FP16 files, with and without ONNX Runtime's fused operators."""
@@ -105,6 +111,23 @@ def test_transformers_exporter(precision: str, fusions: str | None, tmp_path: Pa
     assert verdict.weights is not None and verdict.weights.origin == "the checkpoint's"
     if precision == "fp16" and not fusions:
         assert any("accumulates their matrix multiplications in FP16" in risk for risk in verdict.risks)
+
+
+def test_a_file_that_onnx_runtime_fused(tmp_path: Path) -> None:
+    """Its own operators are run and judged as they are."""
+    import onnxruntime as ort
+
+    model, path = plain_model(), tmp_path / "encoder.onnx"
+    lower(model, "fp32", opset=20)
+    before = write(model, tmp_path / "before.onnx")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(path)
+    ort.InferenceSession(before, options, providers=["CPUExecutionProvider"])
+    assert "com.microsoft" in {node.domain for node in onnx.load(path).graph.node}
+    verdict = check(path, load_golden(CASE).encoder)
+    assert verdict.passed and verdict.precision == "fp32"
+    assert verdict.weights is not None and verdict.weights.origin == "the checkpoint's"
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import pytest
 import typer
+from conftest import load_golden
 from exporting import golden_options, neck_export_cli, trace_quickly
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
@@ -36,21 +37,29 @@ from export.contract.manifest import manifest_path, read_manifest
 from export.contract.signature import BatchRange
 from export.lowering.attention import FORMS
 from export.pipeline import export_onnx
+from neck.checkpoint import random_encoder, save_meta_checkpoint
 
 Exported = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """An exported file of one neck without positions, once for each set of options; tests leave it as it is."""
+    """An exported file of one neck without positions, once for each set of options; tests leave it as it is.
+
+    Two blocks, one of them windowed: a builder takes as long as there are blocks.
+    """
     made: dict[str, Path] = {}
+    config = dataclasses.replace(load_golden("meta-dual").config, depth=2, global_blocks=(1,))
+    checkpoint = tmp_path_factory.mktemp("weights") / "sam3.pt"
+    save_meta_checkpoint(random_encoder(config), checkpoint)
+    two: dict[str, Any] = {"config": config, "checkpoint": checkpoint}
 
     def export(**options: Any) -> Path:
         key = repr(sorted(options.items()))
         if key not in made:
             with pytest.MonkeyPatch.context() as patch:
                 trace_quickly(patch)
-                values = {"necks": "sam3", "positions": "none", "precision": "fp16", **options}
+                values = {**two, "necks": "sam3", "positions": "none", "precision": "fp16", **options}
                 made[key] = export_onnx(
                     golden_options("meta-dual", tmp_path_factory.mktemp("onnx") / "x.onnx", **values)
                 ).path
@@ -111,19 +120,17 @@ def play(monkeypatch: pytest.MonkeyPatch, flavor: Flavor) -> None:
 
 
 @pytest.mark.usefixtures("old_parser")
-@pytest.mark.parametrize("asked", ["auto", "fp32acc"])
-def test_a_parser_without_attention_builds_the_default_as_it_is(exported: Exported, tmp_path: Path, asked: str) -> None:
-    made = make_plan(options_of(exported(), tmp_path, attention=asked))
+def test_a_parser_without_attention_builds_the_default_as_it_is(exported: Exported, tmp_path: Path) -> None:
+    made = make_plan(options_of(exported(), tmp_path, attention="fp32acc"))
     assert made.notes == [] and made.manifest["attention_form"] == "fp32acc"
     assert made.manifest["attention_spelling"] == "matmul"
     assert made.layers is not None and made.layers.accumulation == ("fp32", "fp32") and made.layers.warning() is None
 
 
 @pytest.mark.usefixtures("old_parser")
-@pytest.mark.parametrize("asked", ["auto", "fp32acc"])
-def test_a_file_with_the_operator_is_written_again(exported: Exported, tmp_path: Path, asked: str) -> None:
+def test_a_file_with_the_operator_is_written_again(exported: Exported, tmp_path: Path) -> None:
     """For TensorRT-RTX and TensorRT before 10.14, also where its export was asked for the form, which stays."""
-    onnx = exported(opset=23, attention=asked)
+    onnx = exported(opset=23, attention="fp32acc")
     before = {path.name: path.read_bytes() for path in onnx.parent.iterdir()}
     made = make_plan(options_of(onnx, tmp_path))
     assert len(made.notes) == 1 and "\n" not in made.notes[0]
@@ -154,14 +161,13 @@ def test_tensorrt_10_14_gets_the_operator(
     assert made.layers is not None and made.layers.accumulation == ("fp32", "fp32")
 
 
-@pytest.mark.parametrize("asked", ["auto", "fp32acc"])
 def test_where_the_operator_is_refused_the_other_spelling_is_built(
-    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NVIDIA/TensorRT #4705: 10.14 refuses it on some GPUs. A form that was asked for is kept: both spell it."""
     refusing = without_attention(choose_flavor("rtx"))
     play(monkeypatch, played(refusing, "tensorrt", "10.14.1.48"))
-    made = make_plan(options_of(exported(), tmp_path, attention=asked, verify=False))
+    made = make_plan(options_of(exported(), tmp_path, attention="fp32acc", verify=False))
     assert (made.manifest["attention_form"], made.manifest["attention_spelling"]) == ("fp32acc", "matmul")
     told = (
         "was rewritten to match --attention fp32acc (written as the Attention",
@@ -208,7 +214,7 @@ def test_an_asked_form_is_written_from_an_fp16_file(exported: Exported, tmp_path
     assert made.layers is not None and made.layers.accumulation == ("fp16", "fp16")
 
 
-def scores32(onnx: Path, folder: Path, attention: str) -> Path:
+def scores32(onnx: Path, folder: Path) -> Path:
     """The file as an older version wrote it in the form scores32: its softmax alone in FP32."""
     folder.mkdir()
     for file in onnx.parent.iterdir():
@@ -226,16 +232,15 @@ def scores32(onnx: Path, folder: Path, attention: str) -> Path:
     where = manifest_path(path)
     manifest = json.loads(where.read_text())
     del manifest["attention_spelling"]
-    manifest |= {"attention": attention, "attention_form": "scores32"}
+    manifest |= {"attention": "scores32", "attention_form": "scores32"}
     entry = next(entry for entry in manifest["files"] if entry["name"] == path.name)
     entry |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     where.write_text(json.dumps(manifest))
     return path
 
 
-@pytest.mark.parametrize("attention", ["auto", "scores32"])
-def test_a_file_of_an_older_version_becomes_fp32acc(exported: Exported, tmp_path: Path, attention: str) -> None:
-    onnx = scores32(exported(), tmp_path / "old", attention)
+def test_a_file_of_an_older_version_becomes_fp32acc(exported: Exported, tmp_path: Path) -> None:
+    onnx = scores32(exported(), tmp_path / "old")
     assert held_attention(onnx) == Attempt("scores32")
     made = make_plan(options_of(onnx, tmp_path))
     assert (made.manifest["attention_form"], made.manifest["attention_spelling"]) == ("fp32acc", "matmul")
@@ -264,17 +269,17 @@ def test_trt_reports_what_became_of_attention(
     assert ran.code == 0, ran.err
     warnings = [line for line in ran.err.splitlines() if line.startswith("warning: ")]
     if fault == "not fused":
-        assert "fused attentions 0 of 4, " in ran.out and "4 of 4 attention layers are not fused" in warnings[0]
+        assert "fused attentions 0 of 2, " in ran.out and "2 of 2 attention layers are not fused" in warnings[0]
     elif fault == "FP16":
         assert "accumulation FP32 then FP16" in ran.out and "accumulates in FP16" in warnings[0]
     else:
-        assert "fused attentions 4 of 4, accumulation FP32, " in ran.out and not warnings
+        assert "fused attentions 2 of 2, accumulation FP32, " in ran.out and not warnings
     told = neck_export_cli("inspect", tmp_path / "x.plan").out
     assert all(line.removeprefix("warning: ") in told for line in warnings)
 
 
 def test_parsed_attentions_may_not_be_taken_apart(exported: Exported) -> None:
-    """By the real parser: four attentions, each told so; a module without attention layers has none."""
+    """By the real parser: two attentions, each told so; a module without attention layers has none."""
     trt = choose_flavor("rtx").trt
     logger = choose_flavor("rtx").new_logger(lambda severity, line: None)
     builder = trt.Builder(logger)
@@ -286,7 +291,7 @@ def test_parsed_attentions_may_not_be_taken_apart(exported: Exported) -> None:
     for entry in entries:
         entry.__class__ = trt.IAttentionInputLayer
         entry.attention.decomposable = True
-    assert keep_attentions_whole(trt, network) == len(entries) == 4
+    assert keep_attentions_whole(trt, network) == len(entries) == 2
     assert not any(entry.attention.decomposable for entry in entries)
     assert keep_attentions_whole(SimpleNamespace(), network) == 0
 

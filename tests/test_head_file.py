@@ -93,7 +93,7 @@ def test_the_reference_is_not_folded(exported: Path) -> None:
         ("--no-rewrite",),
         ("--precision", "fp16", "--output-dtype", "fp32"),
         ("--precision", "bf16"),
-        ("--batch", "1:2:3", "--input", "uint8", "--positions", "file"),
+        ("--batch", "2", "--input", "uint8", "--positions", "file"),
     ],
     ids=lambda asked: asked[1 % len(asked)],
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
 import math
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,36 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("image_0.png", "image_1.png"):
         shutil.copy(IMAGES / name, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def one(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one image."""
+    folder = tmp_path_factory.mktemp("one")
+    shutil.copy(images / "image_0.png", folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded_once(model: Path) -> Iterator[None]:
+    """Lets transformers load each model once: a third of a second in every run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (transformers.Sam3Model, transformers.Sam3TrackerVideoModel):
+            patch.setattr(kind, "from_pretrained", remembered(kind.from_pretrained, model))
+        yield
+
+
+def remembered(load: Callable[..., Any], model: Path) -> Callable[..., Any]:
+    known: list[Any] = []
+
+    def again(folder: Path, **asked: Any) -> Any:
+        if folder != model:
+            return load(folder, **asked)
+        if not known:
+            known.append(load(folder, **asked))
+        return copy.deepcopy(known[0])
+
+    return again
 
 
 def copied(files: Path, folder: Path, name: str = "x") -> Path:
@@ -184,9 +216,9 @@ def swap_names(graph: onnx.GraphProto, first: str, second: str) -> None:
 
 
 @pytest.mark.parametrize("wrong", [other_weights, swapped_levels, without_positions], ids=lambda one: one.__name__)
-def test_a_wrong_file_is_seen(wrong: Any, files: Path, model: Path, images: Path, tmp_path: Path) -> None:
+def test_a_wrong_file_is_seen(wrong: Any, files: Path, model: Path, one: Path, tmp_path: Path) -> None:
     file = changed(files, tmp_path, wrong)
-    ran = run(file, model, images, *TEXTS, "--no-check")
+    ran = run(file, model, one, *TEXTS, "--no-check")
     assert ran.code == 3, ran
     assert (
         "error: " in ran.err
@@ -361,10 +393,10 @@ def with_nan(graph: onnx.GraphProto, at: int | None) -> None:
     ("asked", "at"), [((*TEXTS[:4], "--threshold", "0.99"), None), (PLACES, 5)], ids=["no object", "one pixel"]
 )
 def test_a_file_with_nan_fails(
-    asked: tuple[str, ...], at: int | None, files: Path, model: Path, images: Path, tmp_path: Path
+    asked: tuple[str, ...], at: int | None, files: Path, model: Path, one: Path, tmp_path: Path
 ) -> None:
     file = changed(files, tmp_path, lambda graph: with_nan(graph, at))
-    ran = run(file, model, images, *asked)
+    ran = run(file, model, one, *asked)
     assert ran.code == 3 and "of the model's output values are NaN or infinite with the exported encoder" in ran.out, (
         ran
     )

@@ -47,12 +47,12 @@ def runner(path: Path) -> Runner:
 
 
 def export(save: Save, precision: str = "fp32", **asked: Any) -> tuple[Path, Signature]:
-    graph = traced(shared_encoder(CONFIG), CONFIG, batch="1:2:3", **asked)
+    graph = traced(shared_encoder(CONFIG), CONFIG, **{"batch": "1:2:3", **asked})
     lower(graph.model, precision)  # type: ignore[arg-type]
     return save(graph.model), graph.signature
 
 
-@pytest.mark.parametrize("asked", [{}, {"input_kind": "uint8", "positions": "file"}], ids=str)
+@pytest.mark.parametrize("asked", [{}, {"input_kind": "uint8", "positions": "file", "batch": "2"}], ids=str)
 def test_a_true_candidate_passes_and_a_false_one_does_not(save: Save, asked: dict[str, Any]) -> None:
     path, signature = export(save, **asked)
     reference = make_reference(shared_encoder(CONFIG), signature, 2)
