@@ -286,8 +286,8 @@ def triton(
         int | None,
         Option(
             "Serve this version, e.g. 2, of the model that --name names. The version must already be in the "
-            "repository. Do not pass MODEL with this option. [default: the added version is served if it was "
-            "verified; otherwise the served version does not change]",
+            "repository. Do not pass MODEL with this option. [default: with MODEL, the new version is served if it was "
+            "verified]",
             MODEL,
         ),
     ] = None,

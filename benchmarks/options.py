@@ -85,8 +85,10 @@ class BenchOptions:
             settings=LEAST_1,
         ),
     ] = 1
-    necks: Annotated[str, NECKS.but(help=NECKS.help.replace("Include", "Measure the encoder with"))] = "auto"
-    levels: Annotated[str, LEVELS.but(help=LEVELS.help.replace("Include", "Measure the encoder with"))] = "all"
+    necks: Annotated[str, NECKS.but(help=NECKS.help.replace("Include", "Measure an encoder with"))] = "auto"
+    levels: Annotated[str, LEVELS.but(help=LEVELS.help.replace("Include", "Measure an encoder that returns only"))] = (
+        "all"
+    )
     positions: Annotated[
         Positions,
         Option(

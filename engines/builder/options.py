@@ -244,8 +244,8 @@ class PlanOptions:
             help="Choose how attention is computed. fp32acc: one kernel whose matrix multiplications accumulate in "
             "FP32. fused: one kernel whose matrix multiplications accumulate in FP16 (in FP32 in a BF16 plan). "
             "unfused: several slower kernels; the scores are computed in FP32. auto: the choice made when the ONNX "
-            "file was exported. If none was made, auto uses fp32acc (fused for a BF16 plan), or unfused if TensorRT "
-            "cannot build fp32acc."
+            "file was exported. If none was made, auto means fused for a BF16 plan and fp32acc for all other plans; if "
+            "TensorRT cannot build it, unfused."
         ),
     ] = "auto"
     spelling: Spelling | None = None

@@ -500,9 +500,9 @@ class VerifyOptions:
         bool,
         Option(
             "If the ONNX file was written by another exporter and passes verification, write a manifest, so that the "
-            "trt, triton and masks commands accept the file. If the names, shapes or types of the inputs or outputs "
-            "are not those that these commands need, also write an adapted copy, e.g. model.neck.onnx for model.onnx, "
-            "and write the manifest for this copy instead.",
+            "trt, triton and masks commands accept the file. If these commands need other names, shapes or types of "
+            "inputs or outputs, an adapted copy with its own manifest is written instead, e.g. model.neck.onnx for "
+            "model.onnx.",
             VERIFICATION,
         ),
     ] = False
