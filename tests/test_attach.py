@@ -719,7 +719,7 @@ def drop_block(encoder: Any) -> None:
         (change_stride, r"padding_mode of .*fpn_layers\.0\.proj2 is zeros in the file, but reflect in the model"),
         (
             change_neck_activation,
-            r"fpn_layers\.0 uses the exact GELU in the file, but contains ReLU\(\) in the model",
+            r"fpn_layers\.0 is the exact GELU \(erf\) in the file, but ReLU\(\) in the model",
         ),
         (change_pooling, r"fpn_layers\.3 scales the feature map by 0\.5 in the file, but by 1 in the model"),
         (change_temperature, r"the position encoding of the model differs"),

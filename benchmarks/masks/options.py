@@ -144,8 +144,8 @@ class MasksOptions:
     check: Annotated[
         bool,
         Option(
-            "Refuse a file that was exported from other weights than those of --model. --no-check accepts such a file "
-            "and compares its masks.",
+            "Refuse a file that was exported from other weights than those of --model. With --no-check, such a file is "
+            "compared too.",
             VERIFICATION,
         ),
     ] = True
