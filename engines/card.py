@@ -157,7 +157,7 @@ def _verification(manifest: Mapping[str, Any]) -> list[str]:
     if not checked["verified"]:
         lines.append(f"The file itself was not verified: {checked.get('reason', 'unknown reason')}.")
     if found.get("outputs"):
-        what = "the file" if found is checked else "its ONNX graph"
+        what = "the file" if found is checked else "the ONNX graph that the plan was built from"
         verdict = "passed" if found["verified"] else "FAILED"
         lines.append(f"Verification of {what} {verdict}: {found['method']}.")
         rows = [
@@ -207,10 +207,11 @@ def _license(weights: Mapping[str, Any]) -> list[str]:
         return ["The weights are random numbers, so the license of SAM 3 does not apply to them."]
     base = base_model(weights)
     return [
-        f"The weights are those of [{base}](https://huggingface.co/{base}) or a fine-tune of them, and remain "
-        f"under their license. The license of SAM 3 is the [SAM License]({LICENSE['license_link']}), which "
-        "must accompany every copy: add it to this repository as `LICENSE`. If your weights have another "
-        "license, change the metadata above."
+        f"The weights are the weights of [{base}](https://huggingface.co/{base}), either original or fine-tuned. The "
+        "export does not change the license of the weights. The license of SAM 3's weights is the "
+        f"[SAM License]({LICENSE['license_link']}). A copy of the SAM License must accompany every copy of the "
+        "weights, so add the SAM License to this repository as the file `LICENSE`. If your weights have a license "
+        "other than the SAM License, change the license in the metadata at the top of this model card."
     ]
 
 

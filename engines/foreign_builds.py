@@ -47,7 +47,10 @@ def builder_lines(file: OnnxFile, verdict: ForeignVerdict, report: Report = lamb
                 f"risk    TensorRT-RTX {flavor.version} could not build a plan from the ONNX file {file.path}, or "
                 f"could not list the kernels of the plan: {theirs}"
             ]
-        report("for comparison, exporting the same encoder with neck-export and building a plan from it")
+        report(
+            f"for comparison with {file.path.name}: exporting the same encoder with neck-export, and building a plan "
+            "from the ONNX file that neck-export wrote"
+        )
         ours = _ours(file, verdict, Path(folder), flavor)
     name = f"TensorRT-RTX {flavor.version} for compute capability {CAPABILITY}"
     lines = [f"builder {name}: {theirs.summary()}"]

@@ -427,7 +427,7 @@ def test_an_address_that_is_refused_is_an_error(tmp_path: Path) -> None:
     with open_fake(tmp_path) as session:
         session.context.addressable = False
         with pytest.raises(
-            SessionError, match=r"the address of image is 0x[0-9a-f]+, which TensorRT does not accept .*of 256"
+            SessionError, match=r"does not accept the address of the tensor image: .* is 0x[0-9a-f]+, but .*of 256"
         ):
             session.infer({"image": np.zeros((1, 2, 3), np.float32)})
 
@@ -465,7 +465,7 @@ INPUTS: list[tuple[dict[str, Any], str]] = [
     ({"image": np.zeros((), np.float32)}, r"image is float32 \(\)"),
     ({"image": np.zeros((1, 2, 3))}, r"image is float64 \(1, 2, 3\)"),
     ({"image": torch.zeros(1, 2, 3, dtype=torch.float16)}, r"image is float16"),
-    ({"image": torch.zeros(1, 3, 2).mT}, "not contiguous; expected a contiguous tensor on cpu"),
+    ({"image": torch.zeros(1, 3, 2).mT}, "not contiguous, but must be on cpu and contiguous"),
     ({"image": torch.zeros(1, 2, 3, device="meta")}, "image is on meta"),
     ({"image": [[[0.0] * 3] * 2]}, "inputs of type list were given; .* torch tensors on cpu"),
 ]

@@ -140,7 +140,10 @@ def _read_layers(
         try:
             text = log if read is layers_from_log else flavor.inspect(plan, host_code=host_code)
             if not text:
-                raise LayerReportError(f"the {source} is empty, so the layers of the plan are unknown")
+                raise LayerReportError(
+                    f"TensorRT's {source} gave no information about the layers of the plan, so neck-export cannot "
+                    f"write a layer report from the {source}. No action is needed, because the plan itself is complete"
+                )
             counted = (graph.attentions, graph.node_operations, graph.quantized, graph.fusable, graph.fp8_attentions)
             return read(text, read_families(plan), *counted), None
         except LayerReportError as error:

@@ -33,11 +33,12 @@ def is_plan(path: Path) -> bool:
     if metadata is not None:
         bare = path.with_suffix(".bare.plan")
         raise BuildError(
-            f"{path}: this is an Ultralytics engine, that is, a JSON header ({_told(metadata)}) followed by a {kind} "
-            "plan, but neck-export only loads plans that it built itself;\n"
-            "export the weights with `neck-export onnx` and build a plan from the ONNX file with `neck-export trt`. To "
-            "use the Ultralytics plan in another program, extract it: "
-            f"`neck-export inspect {path} --strip-header {bare}`"
+            f"{path}: this is an Ultralytics engine, which consists of a JSON header and a {kind} plan. Content of the "
+            f"JSON header: {_told(metadata)}. neck-export only loads plans that neck-export built.\n"
+            "To use the model with neck-export, find the checkpoint from which Ultralytics made the engine. Write an "
+            "ONNX file from the checkpoint with `neck-export onnx`, and build a plan from the ONNX file with "
+            "`neck-export trt`. To use the plan of the engine in another program, write the plan without the JSON "
+            f"header to a new file: `neck-export inspect {path} --strip-header {bare}`"
         )
     if kind and path.suffix != ".plan" and not manifest_path(path).is_file():
         name = path.with_suffix(".plan").name

@@ -70,11 +70,13 @@ def lower_bound(layers: LayerReport, gpu: PublishedGpu) -> LowerBound:
     for kernel in layers.kernels:
         computing = _seconds(kernel, gpu)
         if computing is None:
+            kind = product_type(kernel).upper()
             return LowerBound(
                 gpu,
                 reason=(
-                    f"the kernel {kernel.name} multiplies matrices in {product_type(kernel).upper()}, which this GPU "
-                    "does not support"
+                    f"the kernel {kernel.name} of the plan multiplies {kind} matrices, but the GPU {gpu.title} has no "
+                    f"compute rate for {kind} matrices, so no lower bound can be computed; for a lower bound on the "
+                    f"{gpu.title}, build a plan in another precision"
                 ),
             )
         constants, read, written = (_bytes(part) for part in (kernel.constants, kernel.inputs, kernel.outputs))
@@ -141,5 +143,8 @@ def bound_lines(
     counted = max(one["counted"] for one in bounds.values())
     if layers.operations and 0 < counted < layers.operations:
         missing = 1 - counted / layers.operations
-        lines.append(f"  {missing:.1%} of the operations cannot be assigned to a single kernel and are not counted")
+        lines.append(
+            f"  the lower bounds do not include {missing:.1%} of the plan's arithmetic operations, because neck-export "
+            "cannot assign the omitted operations to a single kernel"
+        )
     return lines

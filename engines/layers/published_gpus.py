@@ -148,10 +148,10 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         8000,
         128,
         _tflops(1125, 2250, 4500, 4500),
-        "GB200 data sheet. The data sheet gives compute rates for sparse matrices, at a GPU clock of 1856 MHz. "
-        "neck-export uses half of each rate as the rate for dense matrices. To compute the lower bound on latency, "
-        "neck-export scales the halved rates to an assumed maximum clock of 1980 MHz. The memory bandwidth is that of "
-        "a GB200, 8 TB/s. An HGX B200 has a memory bandwidth of only 7.7 TB/s",
+        "GB200 data sheet. The data sheet gives compute rates for sparse matrices at a GPU clock of 1856 MHz. For "
+        "dense matrices, neck-export uses half of each rate, scaled to an assumed maximum clock of 1980 MHz. The "
+        "memory bandwidth is 8 TB/s, the bandwidth of a GB200. An HGX B200 has a memory bandwidth of only 7.7 TB/s, so "
+        "the lower bound on the latency of an HGX B200 can be slightly too low",
         r"B200",
         clock=1980 / 1856,
     ),
@@ -192,9 +192,9 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         936.2,
         6,
         _tflops(35.6, 71.2, None, 284.7, 2),
-        "GA102 white paper, appendix A. The published compute rates are for a GPU clock of 1695 MHz, but an RTX 3090 "
-        "was observed at a clock of 1980 MHz. To compute the lower bound on latency, neck-export scales the compute "
-        "rates to an assumed maximum clock of 2100 MHz",
+        "GA102 white paper, appendix A. The published compute rates are for a GPU clock of 1695 MHz. An RTX 3090 can "
+        "run faster: a clock of 1980 MHz was observed. For the lower bound on latency, neck-export assumes a maximum "
+        "clock of 2100 MHz and scales the published compute rates to 2100 MHz",
         r"GeForce RTX 3090",
         clock=2100 / 1695,
     ),
@@ -228,10 +228,10 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         1792,
         96,
         _tflops(104.8, 209.5, 838, 838, 2, fp8_sums=1),
-        "RTX Blackwell white paper, appendix A. As the rate of FP8 with FP32 accumulation, neck-export uses the white "
-        "paper's rate of block-scaled FP8. The published compute rates are for a GPU clock of 2407 MHz, but a clock of "
-        "3105 MHz was observed. To compute the lower bound on latency, neck-export scales the compute rates to "
-        "3105 MHz",
+        "RTX Blackwell white paper, appendix A. For FP8 with FP32 accumulation, neck-export uses the compute rate that "
+        "the white paper gives for block-scaled FP8. The published compute rates are for a GPU clock of 2407 MHz, but "
+        "a clock of 3105 MHz was observed. To compute the lower bound on latency, neck-export scales the compute rates "
+        "to 3105 MHz",
         r"GeForce RTX 5090",
         clock=3105 / 2407,
     ),

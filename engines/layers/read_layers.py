@@ -99,8 +99,9 @@ def layers_from_inspector(
         layers = json.loads(information)["Layers"]
         if any(not isinstance(layer, dict) for layer in layers):
             raise LayerReportError(
-                "TensorRT's engine inspector returned only the names of the layers in the plan, but a layer report "
-                "needs the details of each layer; nothing needs to be done, because the plan itself is complete"
+                "TensorRT's engine inspector returned only the names of the layers in the plan. A layer report needs "
+                "the details of each layer, so the plan gets no layer report. No action is needed, because the plan "
+                "itself is complete"
             )
         kernels = [_inspected(layer, families) for layer in layers if layer.get("LayerType") not in NO_KERNELS]
     except (json.JSONDecodeError, KeyError, TypeError):

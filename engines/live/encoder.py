@@ -203,8 +203,9 @@ class DeployedEncoder(nn.Module):
 
     def _refuse_gradient(self) -> None:
         raise EncoderError(
-            f"{self.path}: the file computes no gradients, so the backward pass cannot reach the images; call "
-            "detach(model) to use the model's own encoder"
+            f"{self.path}: the file computes no gradients, so the backward pass cannot reach the images. If the file "
+            "is attached to a PyTorch model, call neck-export's function engines.attach.detach(model). The model then "
+            "uses the model's own PyTorch encoder again, which computes gradients"
         )
 
     def set_imgsz(self, imgsz: int | tuple[int, int] | list[int] = (1008, 1008)) -> None:

@@ -115,9 +115,10 @@ def check_same(path: Path, live: LiveEncoder, config: EncoderConfig, digests: Ma
     where = f"the model's encoder at {live.slots[0].path}"
     if others := [*_architecture(found, layout, config)]:
         raise AttachError(
-            f"{path}: the architecture of the file differs from that of {where}: {'; '.join(others[:8])}. "
-            "Export the model's own checkpoint with its own config and attach the new file, or skip the comparison "
-            "with attach(..., check=False)"
+            f"{path}: the architecture of the file differs from the architecture of {where}: "
+            f"{'; '.join(others[:8])}. Export the encoder again from the checkpoint and the config that the model was "
+            "loaded from, and attach the new file. To attach a file without a comparison with the model, call "
+            "attach(..., check=False)"
         )
     with torch.device("meta"):
         names = [*new_encoder(config).state_dict()]
@@ -213,8 +214,9 @@ def _blocks(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
         activation = _value(mlp, "activation_fn", "act")
         if activation is None and not type(mlp).__module__.startswith("neck."):  # ours calls a function
             yield (
-                f"the activation function of the block {path} is the exact GELU in the file, but neck-export cannot "
-                f"read the activation function from the model's MLP, which has the type {type(mlp).__name__}"
+                f"the activation function of the block {path} cannot be compared: the file uses the exact GELU, but "
+                "neck-export cannot read which activation function the model uses in the block, because the model's "
+                f"MLP has the type {type(mlp).__name__}"
             )
         elif activation is not None and not _is_gelu(activation):
             yield (

@@ -67,5 +67,6 @@ def check_inputs(
             got = f"on {value.device} and {'' if value.is_contiguous() else 'not '}contiguous"
             remedy = f'pass {port.name}.to("{device}").contiguous(), or a numpy array'
             raise SessionError(
-                f"{plan}: the input {port.name} is {got}; expected a contiguous tensor on {device}: {remedy}"
+                f"{plan}: the tensor for the input {port.name} is {got}, but must be on {device} and contiguous; "
+                f"{remedy}"
             )

@@ -231,11 +231,10 @@ class Session:
                 outputs = {port.name: self._output(context, port.name, port.dtype) for port in self.outputs}
             for name, value in {**inputs, **outputs}.items():
                 if not context.set_tensor_address(name, value.data_ptr()):
-                    where = f"the address of {name} is {value.data_ptr():#x}"
                     raise SessionError(
-                        f"{self.plan}: {where}, which TensorRT does not accept ({self._failure}); the "
-                        f"address must be in device memory and a multiple of {ALIGNMENT} bytes; pass a .clone() of the "
-                        "tensor"
+                        f"{self.plan}: TensorRT does not accept the address of the tensor {name}: {self._failure}. The "
+                        f"address is {value.data_ptr():#x}, but must be in GPU memory and a multiple of {ALIGNMENT} "
+                        "bytes. Pass a .clone() of the tensor, because PyTorch puts a copy at a suitable address"
                     )
         return outputs
 

@@ -93,7 +93,7 @@ def _for_plan(source: Source, version: str, asked: str | None) -> tuple[str | No
             f"version that {source.path.name} needs: {needed}"
         ]
     if carried == _short(version):
-        return asked, [f"container {image(asked)} has TensorRT {carried}, as the plan needs"]
+        return asked, [f"container {image(asked)} has TensorRT {carried}, the version that the plan needs"]
     if compatible and version_numbers(carried) > version_numbers(version):
         return asked, [
             f"container {image(asked)} has TensorRT {carried}, which can load a plan built with TensorRT {version}"

@@ -41,8 +41,8 @@ def check_held(model: Path, config: Any, source: Source | None) -> None:
         different = [key for key in after if before[key] is not None and before[key] != after[key]]
         if different:
             raise TritonError(
-                f"{model}: the folder already contains a different model. Version {version} in the folder and the "
-                f"file {source.path} differ in {' and '.join(different)}; {ELSEWHERE}"
+                f"{model}: the folder already contains a different model. The file {source.path} does not have the "
+                f"same {' and '.join(different)} as version {version} in the folder; {ELSEWHERE}"
             )
 
 

@@ -178,7 +178,9 @@ void check_whole(const std::vector<Tensor>& found, const TritonModel& model, con
             std::count_if(found.begin(), found.end(), [&](const Tensor& output) { return output.name == name; });
         if (count == 0) {
             throw Fault{"the server's answer does not contain the output " + repr(name) +
-                        ". The requested outputs are " + joined(wanted, [](const std::string& each) { return each; })};
+                        ", although the request asked for this output. All outputs that the request asked for: " +
+                        joined(wanted, [](const std::string& each) { return each; }) +
+                        ". Look for the cause in the server's log"};
         }
         if (count > 1) {
             throw Fault{"the server's answer contains the output " + repr(name) +

@@ -48,8 +48,8 @@ Tensor read_image(const std::filesystem::path& path, const ImageLimits& limits) 
 Tensor decode_image(const void* data, std::size_t bytes, const ImageLimits& limits, const std::string& name) {
     return guarded(name, [&] {
         if (data == nullptr && bytes > 0) {
-            throw Error(name + " has " + std::to_string(bytes) +
-                        " bytes, but the pointer to these bytes is null; pass the bytes of a file");
+            throw Error(name + ": the image cannot be decoded, because the given size is " + std::to_string(bytes) +
+                        " bytes, but the given pointer is null; pass a pointer to the content of a PNG or JPEG file");
         }
         return decode_named({static_cast<const char*>(data), bytes}, limits, name);
     });

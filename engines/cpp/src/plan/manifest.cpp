@@ -30,8 +30,9 @@ Manifest::Spec read_spec(const Json& port) {
     }
     for (const Json& side : list_at(port, "shape")) {
         if (!side.is_string() && !side.is_number_integer()) {
-            throw Fault{"the shape of the tensor " + spec.name + " contains a value of the JSON type " +
-                        side.type_name() + " that is neither a whole number nor a string"};
+            throw Fault{"the shape of the tensor " + spec.name +
+                        " must contain only whole numbers and strings, but contains a value of the JSON type " +
+                        side.type_name()};
         }
         spec.shape.push_back(side.is_string() ? -1 : side.get<std::int64_t>());
     }

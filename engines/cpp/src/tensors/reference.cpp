@@ -31,9 +31,11 @@ Reference read_reference(const std::filesystem::path& path) {
     }
     for (const Tensor& output : reference.outputs) {
         if (output.shape[0] != pixels.shape[0]) {
-            throw fault("the number of images is " + std::to_string(output.shape[0]) + " in the output `" +
-                        output.name + "` of shape " + to_text(output.shape) + ", but " +
-                        std::to_string(pixels.shape[0]) + " in the tensor `pixels` of shape " + to_text(pixels.shape));
+            throw fault(
+                "the number of images, which is the first dimension, must be the same in all tensors of the reference. "
+                "The output `" +
+                output.name + "` has the shape " + to_text(output.shape) + ", but the tensor `pixels` has the shape " +
+                to_text(pixels.shape));
         }
     }
     return reference;
