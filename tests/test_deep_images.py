@@ -55,7 +55,7 @@ def test_what_became_of_16_bits_is_said(tmp_path: Path) -> None:
     pixels = read_image(save(tmp_path, REFLECTANCE), say=said.append)
     assert pixels.max() == 15
     (line,) = said
-    assert SAYS in line and "8-bit image with values 0 to 15," in line and "--image-range" in line
+    assert SAYS in line and "8-bit values from 0 to 15." in line and "--image-range" in line
     said.clear()
     read_image(save(tmp_path, (REFLECTANCE >> 4).astype(np.uint8), "plain.png"), say=said.append)
     assert said == []  # the control

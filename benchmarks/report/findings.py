@@ -250,9 +250,8 @@ def answer_sentence(result: Result, answer: Answer) -> str:
         ratio = best["ratio"]
         text += (
             f" The latency of {best['label']} is {ratio_figure(best)} times the latency of "
-            f"{label_of(result, ratio['to'])}. This ratio is the median of all rounds; the lowest and the highest "
-            f"ratio "
-            "are in parentheses."
+            f"{label_of(result, ratio['to'])}. This ratio is the median of all rounds; the lowest and "
+            "the highest ratio are in parentheses."
         )
     if best.get("share_of_floor") is not None:
         text += (

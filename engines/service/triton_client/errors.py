@@ -25,7 +25,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
-MALFORMED = ("CA cert does not include key usage extension", "Key Identifier", "marked critical")
+MALFORMED = ("key usage extension", "Key Identifier", "marked critical")
 """What OpenSSL says of a certificate that breaks RFC 5280; Python's default context checks that from 3.13 on."""
 
 
