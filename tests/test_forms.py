@@ -136,7 +136,7 @@ def test_a_file_with_the_operator_is_written_again(exported: Exported, tmp_path:
     assert len(made.notes) == 1 and "\n" not in made.notes[0]
     assert (
         "--attention fp32acc (written as MatMul, Softmax and MatMul): both matrix multiplications in each "
-        "attention accumulate in FP32"
+        "attention layer accumulate in FP32"
     ) in made.notes[0]
     assert made.manifest["verification"]["onnx"]["verified"] is True
     assert (made.manifest["attention_form"], made.manifest["attention_spelling"]) == ("fp32acc", "matmul")

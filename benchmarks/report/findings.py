@@ -269,4 +269,4 @@ def caution_sentence(answer: Answer) -> str | None:
     error, took = worst_error(outside), f"{outside['label']} took only {milliseconds(median_ms(outside))}"
     if error is None:
         return f"{took}, but its outputs were not compared with the reference."
-    return f"{took}, but the largest relative L2 error of its outputs, {error_figure(error)}, exceeds the tolerance."
+    return f"{took}, but its relative L2 error of {error_figure(error)} exceeds the tolerance."
