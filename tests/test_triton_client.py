@@ -370,6 +370,7 @@ def fake(
     """The address of a fake server, and the headers of the requests that it has seen; with a status no Triton."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Fake) as server:
         seen: list[dict[str, str]] = []
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that hangs up is no error here
         server.answer, server.seen, server.status = answer, seen, status  # type: ignore[attr-defined]
         if context is not None:
             server.socket = context.wrap_socket(server.socket, server_side=True)
