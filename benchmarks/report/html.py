@@ -136,8 +136,8 @@ def _facts(result: Result, best: Row) -> list[dict[str, str]]:
     if best.get("share_of_floor") is not None:
         floor = milliseconds(best.get("floor_ms"))
         note = (
-            f"share of the highest possible speed. The lowest possible latency is {floor}, calculated from the compute "
-            "and copy rates that were measured on this machine"
+            f"lowest possible latency divided by the median latency. The lowest possible latency is {floor}, "
+            "calculated from the matrix multiplication rate and the memory copy rate that were measured on this machine"
         )
         facts.append({"name": "Reached", "figure": percent(best["share_of_floor"]), "note": note})
     limits = [error["tolerance"]["relative_l2"] for error in best["errors"] or [] if error.get("tolerance")]
