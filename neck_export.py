@@ -267,11 +267,12 @@ def masks(asked: Callable[[], MasksOptions]) -> None:
             "\n".join(
                 [
                     f"{options.file}: the encoder in this file failed the mask comparison with the model's own "
-                    f"encoder. Mean mask IoU: {found['mean_iou']:.4f}, required by --gate: at least "
-                    f"{found['gate']:g}. Objects found with only one of the two encoders: "
-                    f"{found['lost'] + found['found']}, required: 0. NaN or infinite values in the outputs of both "
-                    f"runs: {sum(found['non_finite'].values())}, required: 0. Try a file with a higher precision, for "
-                    f"example FP32 instead of FP16",
+                    "encoder. Try a file with a higher precision, for example FP32 instead of FP16",
+                    f"mean mask IoU: {found['mean_iou']:.4f}; --gate requires at least {found['gate']:g}",
+                    "objects found only with the model's own encoder or only with the exported encoder: "
+                    f"{found['lost'] + found['found']}; the comparison requires 0",
+                    "NaN or infinite output values, counted in the run with the model's own encoder and in the run "
+                    f"with the exported encoder: {sum(found['non_finite'].values())}; the comparison requires 0",
                     *worst_lines(found),
                 ]
             ),

@@ -242,9 +242,10 @@ def verify_file(
         require(asked, needs, str(path), _other_target(path, needs))
         if checkpoint is None:
             raise ManifestError(
-                f"{where}: the manifest is missing, so neck-export cannot verify the outputs of {path.name}. Use "
-                f"--checkpoint to pass the checkpoint that {path.name} was exported from. Judging by its graph alone, "
-                f"the ONNX file {path.name} is {read_by(needs)}"
+                f"{where}: the manifest is missing, so neck-export cannot verify the outputs of the ONNX file "
+                f"{path.name}. neck-export only checked which runtimes support the graph: {path.name} is "
+                f"{read_by(needs)}. To verify the outputs, use --checkpoint to pass the checkpoint that {path.name} "
+                "was exported from"
             )
         if save is not None:
             check_paths([NamedPath("the reference file (--save-reference)", save)], encoder_paths(path, {}, checkpoint))
@@ -299,8 +300,8 @@ def verify_file(
 def _other_target(path: Path, needs: Needs) -> str:
     """What to do if a target cannot load a file."""
     return (
-        f"in --target, name only runtimes that can load the file; judging by its graph, the ONNX file {path.name} is "
-        f"{read_by(needs)}"
+        f"judging by the operators and types in the graph, the ONNX file {path.name} is {read_by(needs)}. In --target, "
+        f"name only runtimes that can load {path.name}, or leave out --target"
     )
 
 

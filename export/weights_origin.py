@@ -265,9 +265,10 @@ def _same_weights(
         problems.insert(
             0,
             ExportError(
-                f"{path}: this is not the checkpoint that was exported, because the SHA-256 of some weights differs "
-                f"from {where.name} ({parts}); use --checkpoint to pass the checkpoint that was exported, or export "
-                "this checkpoint"
+                f"{path}: this is not the checkpoint that was exported: the SHA-256 of some weights differs from the "
+                f"SHA-256 in the manifest {where.name}. Parts of the encoder with different weights: {parts}. Use "
+                "--checkpoint to pass the checkpoint that was exported. To use the weights of "
+                f"{path.name} instead, export {path.name}"
             ),
         )
     if isinstance(problems[0], ExportError):

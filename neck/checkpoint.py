@@ -214,7 +214,8 @@ def _check_tensors(
             for key, tensor in there.items()
             if tuple(tensor.shape) != expected[key]
         ],
-        "tensors are not plain tensors of type float32, float16, bfloat16 or float64 (they may be quantized)": [
+        "tensors have a type or layout that neck-export cannot read, for example because the tensors are quantized. "
+        "Use a checkpoint with dense tensors of type float32, float16, bfloat16 or float64. Unsupported tensors": [
             f"{key} has the type {tensor.dtype}"
             for key, tensor in there.items()
             if tensor.dtype not in DTYPES or tensor.layout is not torch.strided or tensor.is_meta

@@ -116,7 +116,7 @@ def test_a_name_on_the_hub_is_no_path(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "facebook").mkdir()  # a folder of that name: it is taken for a path
     done = neck_export_cli("onnx", "--checkpoint", "facebook/sam3", "--output", "build/x.onnx")
     assert done.code == 1 and done.err.startswith(
-        "error: facebook/sam3: this file does not exist; if it is a repository on"
+        "error: facebook/sam3: this file does not exist. If facebook/sam3 is a repository on"
     )
     assert len(done.err.splitlines()) == 2
     for path in ("weights/sam3.pt", "sam3.pt", "a/b/c", "/facebook/sam3"):  # the control

@@ -146,7 +146,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
 def test_times_are_by_this_gpus_rates_where_it_multiplies_the_kind(on_a_gpu: dict[str, float]) -> None:
     products = [Product("a", 10**14, {}), Product("b", 10**14, {})]
     published = product_rates("fp8")
-    assert published.per_s == rates.PUBLISHED and published.source.endswith("compute capability >= 8.9)")
+    assert published.per_s == rates.PUBLISHED and published.source.endswith("compute capability >= 8.9")
     assert expected_ms(products, 1, "fp8") == pytest.approx(1e17 / 242.5e12 + 1e17 / 121e12)
     on_a_gpu["int8"] = 4e14
     assert product_rates("int8").source.endswith("measured with torch on this NVIDIA L40S")

@@ -212,8 +212,8 @@ def test_what_is_missing_is_told_in_short() -> None:
     result = synthetic_result()
     machine = result["machines"][0]
     assert missing_sentence(result, machine) == (
-        "2 of 10 backends were not measured here (failed: torch.compile max-autotune, rewritten, FP32; 1: no NVIDIA "
-        "driver on this machine; 1: killed by signal 9: out of memory)."
+        "2 of 10 backends were not measured on this machine (failed: torch.compile max-autotune, rewritten, FP32; 1: "
+        "no NVIDIA driver on this machine; 1: killed by signal 9: out of memory)."
     )
     gone = next(row for row in result["rows"] if row["status"] == "unavailable")
     reason = "this CPU has no BF16 matrix instructions, so torch would emulate them"
@@ -224,7 +224,7 @@ def test_what_is_missing_is_told_in_short() -> None:
     late = {"backend": "eager-fp32", "label": "PyTorch eager", "sweep": "image_size", "image_size": [1344, 1344]}
     result["rows"].append({**gone, **late, "status": "failed", "reason": "out of memory"})
     assert missing_sentence(result, machine).endswith(
-        " 1 points of the sweeps over sizes and batches were not measured."
+        ' Measurements missing at other image sizes or batch sizes: 1. The table "Not measured" lists the reasons.'
     )
 
 

@@ -108,10 +108,11 @@ def weights(asked: Asked) -> Found:
     if known is None or digest == known:
         return {"outcome": "done", "sha256": digest, "same": None if known is None else True}
     reason = (
-        "the random weights differ from the random weights of earlier reports, so the numerical errors cannot be "
-        "compared with earlier reports. The probable cause is a different torch version. Install the torch version "
-        f"that the earlier reports name, and run `{asked.command}` again. SHA-256 of the random weights: "
-        f"{digest[:12]}... now, {known[:12]}... in earlier reports"
+        "the random weights of this run differ from the random weights of earlier reports, although the seed is the "
+        "same. The numerical errors of this run can therefore not be compared with earlier reports. The probable cause "
+        "is a different torch version. Install the torch version that is named in the earlier reports, and run "
+        f"`{asked.command}` again. SHA-256 of the random weights in this run: {digest[:12]}...; in earlier reports: "
+        f"{known[:12]}..."
     )
     return {"outcome": "failed", "sha256": digest, "same": False, "reason": reason}
 

@@ -102,7 +102,13 @@ def plan(device: Device) -> tuple[Stage, ...]:
         Stage(
             "tuned", "measure torch.compile in max-autotune mode, with CUDA graphs", 0.7, 3.0, 1, TUNED, answer_s=150.0
         ),
-        Stage("tests", "run the other pytest tests with the marker gpu", 0.4, 1.6, 4),
+        Stage(
+            "tests",
+            "run the pytest tests with the marker gpu, except tests that only repeat the work of another stage",
+            0.4,
+            1.6,
+            4,
+        ),
     )
 
 

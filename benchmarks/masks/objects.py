@@ -207,7 +207,7 @@ def _non_finite_lines(counts: dict[str, int]) -> list[str]:
     """Which of the two encoders makes the model give NaN or infinity."""
     whose = {"own": "the model's own encoder", "file": "the exported encoder"}
     return [
-        f"{count} of the model's output values are NaN or infinite with {whose[key]}"
+        f"with {whose[key]}, {count} of the model's output values are NaN or infinite"
         for key, count in counts.items()
         if count
     ]

@@ -45,14 +45,13 @@ def load_segmenter(folder: Path, prompts: Prompts, device: str, threshold: float
         raise MasksError(f"transformers is not installed; run {install('sam3')}") from None
     kind = _kind(folder)
     wanted, name = (DETECTORS, "Sam3Model") if prompts.texts else (TRACKERS, "Sam3TrackerVideoModel")
-    if kind not in wanted:
-        takes = (
-            "--points and --boxes"
-            if kind in TRACKERS
-            else "--prompt"
-            if kind in DETECTORS
-            else "none of the prompts of `neck-export masks`"
+    if kind not in (*TRACKERS, *DETECTORS):
+        raise MasksError(
+            f"{folder}: `neck-export masks` does not support models of type {kind!r}. The given prompts need a model "
+            f"of type {' or '.join(wanted)}. Choose another model with --model"
         )
+    if kind not in wanted:
+        takes = "--points and --boxes" if kind in TRACKERS else "--prompt"
         raise MasksError(
             f"{folder}: a model of type {kind!r} accepts {takes}, but these prompts need a model of type "
             f"{' or '.join(wanted)}; choose another --model or other prompts"

@@ -121,7 +121,7 @@ def latency_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
             Bar(
                 f"{order[row['backend']]}. {row['label']}",
                 milliseconds(median_ms(row)),
-                f"{row['label']}: {told}; {verdict(row)}, largest relative L2 error of its outputs "
+                f"{row['label']}. Latency: {told}. Outputs: {verdict(row)}, largest relative L2 error "
                 f"{error_figure(worst_error(row))}",
                 f"bar {row['precision']}{'' if may_be_used(row) else ' out'}",
                 scale(median_ms(row)),
@@ -342,7 +342,10 @@ def growth_plot(result: Result, machine: dict[str, Any], sweep: str) -> Chart | 
         plot.curve(curve, f"line {css}")
         for row, (x, y) in zip(rows, curve, strict=True):
             size, latency = size_name(row["image_size"], row["batch"]), milliseconds(median_ms(row))
-            told = f"{row['label']}, {size}: {latency}, {significant(y)} times the latency at the first point"
+            told = (
+                f"{row['label']} at {size}: latency {latency}, relative latency {significant(y)}. The relative latency "
+                "is 1 at the leftmost point of the chart"
+            )
             number = order[backend] if row is rows[-1] else None
             plot.point(across(x), plot.up(y), series, f"dot {css}", told, number)
         key.append((series, f"dot {css}", order[backend], label_of(result, backend)))

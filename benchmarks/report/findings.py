@@ -78,9 +78,14 @@ def missing_sentence(result: Result, machine: dict[str, Any]) -> str:
     told += [f"{count}: {_brief(reason or 'unknown reason')}" for reason, count in known]
     rest = reasons.total() - sum(count for _, count in known)
     told += [f"{rest}: other reasons"] if rest else []
-    text = f"{len(backends - done)} of {len(backends)} backends were not measured here"
+    text = f"{len(backends - done)} of {len(backends)} backends were not measured on this machine"
     text += f" ({'; '.join(told)})." if told else "."
-    return text + (f" {len(points)} points of the sweeps over sizes and batches were not measured." if points else "")
+    if points:
+        text += (
+            f' Measurements missing at other image sizes or batch sizes: {len(points)}. The table "Not measured" lists '
+            "the reasons."
+        )
+    return text
 
 
 def _brief(reason: str, most: int = 70) -> str:

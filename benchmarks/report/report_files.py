@@ -77,6 +77,7 @@ def json_text(result: Result) -> str:
         return json.dumps(result, indent=1, allow_nan=False) + "\n"
     except ValueError:
         raise BenchError(
-            "the report cannot be written, because a value in the result is NaN or infinite, which JSON cannot "
-            "represent; if you changed the result in Python, use None for such a value"
+            "the report was not written, because a value in the benchmark result is NaN or infinite, and JSON cannot "
+            "represent NaN and infinity. If you changed the result in Python, replace each NaN or infinite value with "
+            "None. If you did not change the result, please report this error as a bug in neck-export"
         ) from None

@@ -90,7 +90,10 @@ def results_table(result: Result, machine: dict[str, Any]) -> Table:
             "ratio of all rounds, followed by the lowest and the highest ratio in parentheses"
         )
     if bounded:
-        caption += ". The lower bound on the latency of a plan follows from the published rates of the GPU"
+        caption += (
+            ". The column Lower bound shows the lowest latency that a TensorRT plan can reach on the GPU, calculated "
+            "from the published arithmetic throughput and memory bandwidth of the GPU"
+        )
     warned = tuple(index for index, row in enumerate(rows) if not may_be_used(row))
     return Table(f"{caption}.", head, cells, (0, 7), warned)
 

@@ -154,8 +154,9 @@ def _ort(
 ) -> Target:
     known = BASIC | OTHER_EXPORTERS | GELU | QUANTIZED | (INTEGER_PRODUCTS - CONV_INTEGER) | QLINEAR | more
     kernels = (
-        "OperatorKernels.md of ONNX Runtime lists QuantizeLinear and DequantizeLinear kernels for INT8 (with and "
-        "without zero points) and for INT32 in every opset; running the kernels in ONNX Runtime 1.32 confirmed this"
+        "OperatorKernels.md of ONNX Runtime lists kernels of QuantizeLinear and DequantizeLinear for INT8 and INT32 in "
+        "every opset. The INT8 kernels work with and without zero points. A test in ONNX Runtime 1.32 confirmed that "
+        "the kernels run"
     )
     types = HALF | {"INT8"}
     return Target(

@@ -97,7 +97,8 @@ class ForeignVerdict(Verdict):
             *(f"output  {match}" for match in self.matches),
             *(f"output  {name}" for name in self.unmatched),
             *([f"absent  the ONNX file has no output for {' and '.join(self.missing)}"] if self.missing else []),
-            f"type    {self.precision}; the tolerances for this type are used",
+            f"type    {self.precision} is the lowest precision in the ONNX file, so the tolerances for "
+            f"{self.precision} are used",
             *([f"weights {self.weights}"] if self.weights else []),
             *([f"runtime {self.read_by}"] if self.read_by else []),
             *(f"risk    {risk}" for risk in self.risks),

@@ -99,5 +99,8 @@ def value_risks(largest: Mapping[str, float]) -> list[str]:
         above = {name: value for name, value in values.items() if not value <= limit}
         if above:
             name, value = max(above.items(), key=lambda pair: pair[1])
-            found.append(f"{len(above)} {operator} nodes in FP16 receive values of up to {value:.4g} ({name}): {why}")
+            found.append(
+                f"{len(above)} {operator} nodes in FP16 have large input values: {why}. The largest input value, "
+                f"{value:.4g}, was found at the node or tensor {name}"
+            )
     return found

@@ -147,7 +147,10 @@ def simulate_foreign(model: ir.Model) -> list[ir.Value]:
             attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
             for attribute in node.attributes.values()
         ):
-            raise ValueError(f"a {node.op_type} node contains a nested graph")
+            raise ValueError(
+                f"a node of type {node.op_type} contains a subgraph, and the FP16 rounding simulation does not support "
+                "subgraphs"
+            )
         if any(output.dtype is None for output in node.outputs if output.name and list(output.uses())):
             raise ValueError(f"the type of the output of a {node.op_type} node is unknown")
     for node in list(model.graph):

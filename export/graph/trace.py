@@ -44,8 +44,9 @@ def trace(module: DeployEncoder) -> ir.Model:
     """
     if torch.__version__ < OLDEST_TORCH:  # compared as versions
         raise ExportError(
-            f"PyTorch {torch.__version__} is too old for the export, which needs 2.10 or later; upgrade "
-            "PyTorch, or export on another machine and copy the file"
+            f"PyTorch {torch.__version__} is too old: the export needs PyTorch 2.10 or later. Upgrade PyTorch. If "
+            "PyTorch cannot be upgraded on this machine, export on a machine with a newer PyTorch, and copy the "
+            "exported files to this machine"
         )
     kinds = block_kinds(module)
     model = _export(_with_blocks(module, [same[0] for same in kinds]))

@@ -148,9 +148,9 @@ def lower_attentions(
         raise ExportError(f"--attention {form} cannot be combined with FP8 attention; use --attention auto or fp32acc")
     if missing := set(fp8 or ()) - {attention_name(core) for core in cores}:
         raise ExportError(
-            f"{min(missing)}: the quantization contains an attention layer with this name, but the graph of the "
-            "encoder does not. The quantization was probably calibrated with another encoder; repeat the calibration "
-            "with the encoder that you export"
+            f"the Quantization object contains scales for the attention layer {min(missing)}, but the graph of the "
+            "encoder contains no attention layer with this name. The scales were probably calibrated with another "
+            "encoder. Repeat the calibration with the encoder that you export, and pass the new Quantization object"
         )
     for core in cores:
         kept = core.nodes[-1].metadata_props.get(MODULE) in fp32_modules

@@ -197,9 +197,9 @@ def quantize(graph: ir.Graph, quantization: Quantization, fp32_modules: Collecti
     for name, scale in quantization.scales.items():
         if name not in products:
             raise ExportError(
-                f"{name}: the quantization contains a linear layer with this name, but the graph of the encoder does "
-                "not. The quantization was probably calibrated with another encoder; repeat the calibration with the "
-                "encoder that you export"
+                f"the Quantization object contains a scale for the linear layer {name}, but the graph of the encoder "
+                "contains no linear layer with this name. The scale was probably calibrated with another encoder. "
+                "Repeat the calibration with the encoder that you export, and pass the new Quantization object"
             )
         if products[name].metadata_props.get(MODULE, "") not in fp32_modules:
             if name in quantization.moves:
@@ -222,10 +222,11 @@ def move_channels(graph: ir.Graph, name: str, node: ir.Node, factors: Tensor) ->
         value = cast(ir.Value, norm.inputs[0])
     if norm is None or norm.op_type != "LayerNormalization" or len(value.uses()) > 1:
         raise ExportError(
-            f"{name}: the quantization scales the input channels of this linear layer. The scales must be folded into "
-            "a LayerNorm that feeds only this linear layer, but the graph of the encoder contains no such LayerNorm "
-            f"before {name}. The quantization was probably calibrated with another encoder; repeat the calibration "
-            "with the encoder that you export"
+            f"the input channels of the linear layer {name} cannot be scaled as the Quantization object requires. "
+            f"neck-export folds the scaling into a LayerNorm that feeds only {name}, but the graph of the encoder "
+            f"contains no such LayerNorm before {name}. The Quantization object was probably made by calibrating "
+            "another encoder. Repeat the calibration with the encoder that you export, and pass the new Quantization "
+            "object"
         )
     changes = [(norm, 1, 1 / factors), (norm, 2, 1 / factors), (node, 1, factors[:, None])]
     for user, position, factor in changes:

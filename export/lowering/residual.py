@@ -38,8 +38,8 @@ def residual_stream(graph: ir.Graph) -> set[ir.Node]:
     sums = [node for node in graph if node.op_type == "Add" and BLOCK.fullmatch(_module(node))]
     if not sums:
         raise ExportError(
-            "--residual fp32: the graph contains no residual sums of transformer blocks; leave out "
-            "--residual, or use --keep-fp32"
+            "--residual fp32: the graph of the encoder contains no residual sums of transformer blocks that could be "
+            "kept in FP32. Leave out --residual. To keep a module in FP32, pass the path of the module with --keep-fp32"
         )
     blocks = {_module(node) for node in sums}
     beside = {(kind, block + leaf) for kind, leaves in BESIDE.items() for leaf in leaves for block in blocks}

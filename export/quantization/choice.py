@@ -151,8 +151,8 @@ def _comparison(row: Mapping[str, Any]) -> Comparison:
         values[name] = math.inf if values[name] is None else values[name]
         if not isinstance(values[name], int | float):
             raise TypeError(
-                f"in the file with the quantization trials, {name} must be a number, but is {values[name]!r}; "
-                "the trials are repeated"
+                f"the JSON file with the earlier quantization trials is damaged: the value of {name} must be a number, "
+                f"but is {values[name]!r}. neck-export repeats the trials, so nothing needs to be done"
             )
     return Comparison(**values | {"tolerance": Tolerance(**values["tolerance"])})
 
@@ -288,10 +288,10 @@ def curve_lines(curve: Sequence[Mapping[str, Any]], count: int, rates: str) -> l
     """The curve for a screen, with whose rates its times are by; the row of the choice is marked."""
     head = f"{'layers':>8} {'operations':>10} {'time':>9} {'expected L2':>12} {'measured L2':>12}"
     lines = [
-        "the table shows the effect of quantizing more or fewer layers. `layers` is the number of quantized layers. "
-        "`operations` is the share of operations that run in quantized layers. `expected L2` and `measured L2` are the "
-        "expected and the measured relative L2 error of the encoder's features. `time` is the estimated computing time "
-        f"of the encoder; {rates}:",
+        "the table below shows the effect of quantizing more or fewer layers. Column `layers`: number of quantized "
+        "layers. Column `operations`: share of the operations that run in quantized layers. Column `time`: estimated "
+        "computing time of the layers that can be quantized. Columns `expected L2` and `measured L2`: expected and "
+        f"measured relative L2 error of the encoder's features. Note on the column `time`: {rates}.",
         head,
     ]
     for row in curve:

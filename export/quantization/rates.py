@@ -39,8 +39,9 @@ def product_rates(kind: str) -> Rates:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         return published._replace(
             source=(
-                "the computing time is estimated from the published matrix multiplication rates of an L4 GPU, because "
-                f"torch cannot multiply {kind.upper()} matrices on this machine ({why})"
+                f"torch cannot multiply {kind.upper()} matrices on this machine, so the computing time of the "
+                "encoder's layers is estimated from the published matrix multiplication rates of an L4 GPU. Message of "
+                f"torch: {why}"
             )
         )
     return Rates(

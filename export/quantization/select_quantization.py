@@ -212,9 +212,9 @@ def _asked(
         if not set(everywhere) & set(able):
             if kind != "fp8":
                 raise ExportError(
-                    f"--quantize {pattern!r} matches only attention layers or outputs of linear layers, but "
-                    f"--precision {kind} can only quantize linear layers. Use --precision fp8, or a --quantize pattern "
-                    "that matches a linear layer"
+                    f"--quantize {pattern!r} matches no linear layer, but --precision {kind} can quantize only linear "
+                    "layers. The pattern matches attention layers or output tensors, which require --precision fp8. "
+                    "Use --precision fp8, or a --quantize pattern that matches a linear layer"
                 )
             raise ExportError(
                 f"--quantize {pattern!r} matches only attention layers, which cannot be quantized here: "

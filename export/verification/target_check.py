@@ -179,8 +179,8 @@ def read_by(needs: Needs) -> str:
     unknown = not_in_table(needs)
     if unknown:
         return (
-            f"read by {known}, but only if these runtimes support {', '.join(unknown)}; neck-export does not know "
-            "whether they do"
+            f"read only by runtimes that support {', '.join(unknown)}. neck-export does not know the names of such "
+            f"runtimes. The rest of the graph is read by {known}"
         )
     return f"read by {known}"
 
@@ -236,7 +236,7 @@ def check_claims(where: Path, manifest: Mapping[str, Any], needs: Needs) -> None
         reason = why_not(target, needs)
         if reason:
             raise TargetError(
-                f"{where}: the manifest claims that {target.name} can load the ONNX file, but {target.name} cannot "
-                f"load the file: {reason}.\nJudging by the graph, the ONNX file is {read_by(needs)}. Export the ONNX "
-                "file again"
+                f"{where}: the manifest claims that {target.name} can load the ONNX file, but according to the graph "
+                f"of the ONNX file, {target.name} cannot load the file: {reason}.\nThe graph shows that the ONNX file "
+                f"is {read_by(needs)}. Export the ONNX file again to get a manifest that matches the graph"
             )

@@ -315,9 +315,8 @@ def open_model(model: ir.Model, folder: Path) -> Any:
         return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common class of its own
         raise FidelityError(
-            f"ONNX Runtime {ort.__version__} cannot load the graph "
-            f"({' '.join(str(error).split())[:300]});\nexport the encoder with --opset auto, install a newer "
-            "ONNX Runtime, or use --no-verify"
+            f"ONNX Runtime {ort.__version__} cannot load the graph: {' '.join(str(error).split())[:300]}.\nExport the "
+            "encoder with --opset auto, install a newer ONNX Runtime, or skip the verification with --no-verify"
         ) from None
 
 

@@ -32,8 +32,9 @@ def missing(path: Path) -> str:
     if path.suffix in (".pt", ".safetensors", ".json") or name is None or name.file:
         return f"{path}: this file does not exist; check the path"
     return (
-        f"{path}: this file does not exist; if it is a repository on the Hugging Face Hub, pass --checkpoint "
-        f"hf://{path}, or run\n`hf download {path} --local-dir {path.name}` and pass the folder {path.name}"
+        f"{path}: this file does not exist. If {path} is a repository on the Hugging Face Hub, pass --checkpoint "
+        f"hf://{path}, or download the repository with `hf download {path} --local-dir {path.name}` and pass the "
+        f"folder {path.name}. Otherwise, check the path"
     )
 
 
@@ -55,8 +56,8 @@ def folder_of(path: Path) -> str | None:
         root = path.parent if path.name.startswith("global_step") else path
         return (
             f"{path}: this is a DeepSpeed ZeRO checkpoint, which neck-export cannot read directly. Convert the "
-            "checkpoint with the following command, and pass the file or folder `weights` that the command writes:\n"
-            f"`python {root}/zero_to_fp32.py {root} weights`"
+            f"checkpoint with `python {root}/zero_to_fp32.py {root} weights`. The command writes a file or a folder "
+            "with the name `weights`. Pass `weights` as the checkpoint"
         )
     return None
 

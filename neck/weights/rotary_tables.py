@@ -147,9 +147,9 @@ def _thetas(frequencies: Tensor, config: EncoderConfig) -> str:
     """The theta of a table's frequencies beside the config's."""
     return (
         f"the rope_theta of the rotary table is about {_theta(frequencies, config):.4g}, but the rope_theta of the "
-        f"configuration is {config.rope_theta:g}.\nIf the rotary table is right, write the encoder's configuration to "
-        "a JSON file, set rope_theta in the JSON file to the value of the rotary table, and pass the JSON file with "
-        "--config"
+        f"configuration is {config.rope_theta:g}.\nIf the rotary table is right, use --config to pass a JSON file with "
+        "the encoder's configuration. In the JSON file, set rope_theta to the value of the rotary table. If the "
+        "configuration is right, use a checkpoint whose rotary tables match the configuration"
     )
 
 

@@ -34,9 +34,10 @@ def unwrap_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     if flat := [name for name in tensors if FLAT.search(name)]:
         raise CheckpointError(
-            f"{path}: the file contains FSDP's flattened parameters ({flat[0]}), which are only one process's "
-            "part of the weights;\nin the training script, save the model with StateDictType.FULL_STATE_DICT, or with "
-            "get_model_state_dict(full_state_dict=True)"
+            f"{path}: the file contains FSDP's flattened parameters, for example {flat[0]}. Flattened parameters are "
+            "only one process's part of the weights, so neck-export cannot load the file. Change the training script "
+            "to save the whole model, either with StateDictType.FULL_STATE_DICT, or with get_model_state_dict and the "
+            "option full_state_dict=True"
         )
     sources: dict[str, str] = {}
     plain: dict[str, Tensor] = {}
