@@ -44,7 +44,7 @@ from export.quantization.calibration import (
     save_calibration,
 )
 from export.quantization.choice import Product, order_products, unmeasured_attentions
-from export.quantization.ranges import choose_value_range
+from export.quantization.choose_ranges import choose_value_range
 from export.quantization.select_quantization import (
     QuantizationPlan,
     manifest_quantization,

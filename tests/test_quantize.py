@@ -45,7 +45,7 @@ from export.quantization.calibration import (
     read_calibration,
     save_calibration,
 )
-from export.quantization.ranges import choose_range, clipping_note, pack_move, unpack_move
+from export.quantization.choose_ranges import choose_range, clipping_note, pack_move, unpack_move
 from export.quantization.select_quantization import Ranges, quantization_of
 from export.verification.rounding_simulation import simulate, spell_out_quantize
 from export.verification.target_check import graph_needs, reading_lines

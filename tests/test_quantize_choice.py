@@ -33,7 +33,7 @@ from export.quantization.choice import (
     order_products,
     unmeasured,
 )
-from export.quantization.ranges import choose_range
+from export.quantization.choose_ranges import choose_range
 from export.quantization.rates import product_rates
 from export.quantization.select_quantization import budget_tolerances, manifest_tolerances, select_quantization
 from export.quantization.trials import Trials, at_size, rounded_layers

@@ -26,7 +26,7 @@ from export.contract.errors import ExportError
 from export.contract.manifest import FORMAT, manifest_path, read_manifest
 from export.contract.options import ExportOptions
 from export.pipeline import RejectedError, export_onnx
-from export.quantization.ranges import unpack_move
+from export.quantization.choose_ranges import unpack_move
 from export.quantization.rates import PUBLISHED
 from export.verification.rounding_simulation import is_low_precision, simulate
 from export.verification.verify import reference_pixels, run_model

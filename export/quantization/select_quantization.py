@@ -44,7 +44,7 @@ from export.quantization.choice import (
     unmeasured_results,
     within,
 )
-from export.quantization.ranges import Range, choose_range, choose_value_range, clipping_note, unpack_move
+from export.quantization.choose_ranges import Range, choose_range, choose_value_range, clipping_note, unpack_move
 from export.quantization.rates import product_rates
 from export.quantization.trials import Trials, at_size
 from export.verification.fidelity import TOLERANCES, Comparison

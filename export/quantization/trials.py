@@ -18,7 +18,7 @@ from export.lowering.attention import PROBABILITIES
 from export.lowering.codes import AttentionScales, Kind
 from export.lowering.quantize import Quantization, encode_weight
 from export.quantization.calibration import attention_layers, linear_layers
-from export.quantization.ranges import decode
+from export.quantization.choose_ranges import decode
 from export.verification.fidelity import Comparison, compare_output, tolerance_for
 from export.verification.verify import References, reference_outputs
 from neck.necks import Sam3DualViTDetNeck, shallow_copy
