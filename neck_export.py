@@ -286,9 +286,8 @@ def triton(
     activate: Annotated[
         int | None,
         Option(
-            "Serve this version, e.g. 2, of the model that --name names. The version must already be in the "
-            "repository. Do not pass MODEL with this option. [default: with MODEL, the new version is served if it was "
-            "verified]",
+            "Serve an existing version, e.g. 2, of the model that --name names, instead of adding a version. Do not "
+            "pass MODEL with this option. [default: a version is added]",
             MODEL,
         ),
     ] = None,

@@ -243,9 +243,9 @@ class PlanOptions:
         ATTENTION.but(
             help="Choose how attention is computed. fp32acc: one kernel whose matrix multiplications accumulate in "
             "FP32. fused: one kernel whose matrix multiplications accumulate in FP16 (in FP32 in a BF16 plan). "
-            "unfused: several slower kernels; the scores are computed in FP32. auto: the choice made when the ONNX "
-            "file was exported. If none was made, auto means fused for a BF16 plan and fp32acc for all other plans; if "
-            "TensorRT cannot build it, unfused."
+            "unfused: several slower kernels; the scores are computed in FP32. auto: the value that the export used. "
+            "If the export used auto too, this command tries fp32acc first and then unfused; for a BF16 plan, it tries "
+            "fused first and then unfused."
         ),
     ] = "auto"
     spelling: Spelling | None = None

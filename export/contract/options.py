@@ -218,8 +218,8 @@ TARGETS = Option(
     name="target",
 )
 RANGE = Option(
-    "For images with more than 8 bits per channel, written LOW:HIGH, e.g. 0:4095: map the pixel value LOW to black and "
-    "HIGH to white. [default: the high byte of 16-bit values is used]",
+    "Write LOW:HIGH, e.g. 0:4095, to map the pixel value LOW to black and HIGH to white in images with more than 8 "
+    "bits per channel. [default: the high byte of 16-bit values is used]",
     VERIFICATION,
     name="image-range",
     read=str,
