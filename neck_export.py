@@ -271,8 +271,9 @@ def masks(asked: Callable[[], MasksOptions]) -> None:
                     f"mean mask IoU: {found['mean_iou']:.4f}; --gate requires at least {found['gate']:g}",
                     "objects found only with the model's own encoder or only with the exported encoder: "
                     f"{found['lost'] + found['found']}; the comparison requires 0",
-                    "NaN or infinite output values, counted in the run with the model's own encoder and in the run "
-                    f"with the exported encoder: {sum(found['non_finite'].values())}; the comparison requires 0",
+                    f"NaN or infinite values in the model's outputs: {found['non_finite']['own']} with the model's own "
+                    f"encoder, {found['non_finite']['file']} with the exported encoder; the comparison requires 0 for "
+                    "each encoder",
                     *worst_lines(found),
                 ]
             ),

@@ -135,16 +135,17 @@ def _ancestors(model: nn.Module, attached: Attached) -> Iterator[tuple[nn.Module
 def _check_fit(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[str]) -> None:
     where = f"{encoder.path}: "
     if lacking := [neck for neck in necks if neck not in encoder.necks]:
+        needed = [*encoder.necks, *lacking]
         remedy = (
-            "If the model only needs the neck sam3, call attach(..., necks=('sam3',)). Otherwise, export the file again"
+            "If the model only needs the neck sam3, call attach(..., necks=('sam3',)). If the model needs more necks, "
+            f"export the encoder again with the necks {' and '.join(needed)}"
             if "sam3" in encoder.necks
-            else "Export the file again"
+            else f"Export the encoder again with the necks {' and '.join(needed)}"
         )
-        both = ",".join([*encoder.necks, *lacking])
         raise AttachError(
             f"{where}the file cannot replace the model's encoder at {live.slots[0].path}, because the file does not "
             f"compute the feature pyramid of the neck {' or of the neck '.join(lacking)}. "
-            f"{remedy}: {encoder.export_again(neck=both)}"
+            f"{remedy}: {encoder.export_again(neck=','.join(needed))}"
         )
     if unknown := [neck for neck in necks if neck not in live.necks]:
         raise AttachError(

@@ -207,11 +207,10 @@ def _license(weights: Mapping[str, Any]) -> list[str]:
         return ["The weights are random numbers, so the license of SAM 3 does not apply to them."]
     base = base_model(weights)
     return [
-        f"The weights are the weights of [{base}](https://huggingface.co/{base}), either original or fine-tuned. The "
-        "export does not change the license of the weights. The license of SAM 3's weights is the "
-        f"[SAM License]({LICENSE['license_link']}). A copy of the SAM License must accompany every copy of the "
-        "weights, so add the SAM License to this repository as the file `LICENSE`. If your weights have a license "
-        "other than the SAM License, change the license in the metadata at the top of this model card."
+        f"The weights come from [{base}](https://huggingface.co/{base}) or from a fine-tuned version of {base}. The "
+        f"weights of SAM 3 are under the [SAM License]({LICENSE['license_link']}). A copy of the SAM License must "
+        "accompany the weights, so add the copy to this repository as the file `LICENSE`. If your weights have another "
+        "license, change the license in the metadata at the top of this model card."
     ]
 
 

@@ -44,8 +44,8 @@ def builder_lines(file: OnnxFile, verdict: ForeignVerdict, report: Report = lamb
         theirs = _layers(file, Path(folder) / "theirs.plan", flavor)
         if isinstance(theirs, str):
             return [
-                f"risk    TensorRT-RTX {flavor.version} could not build a plan from the ONNX file {file.path}, or "
-                f"could not list the kernels of the plan: {theirs}"
+                f"risk    neck-export could not find out which kernels TensorRT-RTX {flavor.version} uses for the ONNX "
+                f"file {file.path}. The reason: {theirs}"
             ]
         report(
             f"for comparison with {file.path.name}: exporting the same encoder with neck-export, and building a plan "

@@ -613,7 +613,7 @@ def test_gradients_and_hooks_are_told(model: Any, file: Path) -> None:
     encoder.register_forward_hook(lambda *given: called.append("encoder"))
     encoder.backbone.layers[1].register_forward_hook(lambda *given: called.append("layer"))
     encoder.requires_grad_(False)
-    with pytest.warns(UserWarning, match=r"hooks on backbone\.layers\.1 .* are not called") as said:
+    with pytest.warns(UserWarning, match=r"hooks on .* backbone\.layers\.1 are not called") as said:
         for _ in range(2):
             assert not encoder(frames(1)).fpn_hidden_states[0].requires_grad
     assert len(said) == 1 and called == ["encoder", "encoder"]

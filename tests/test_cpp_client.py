@@ -316,7 +316,7 @@ BAD: list[tuple[str, dict[str, Answer], str]] = [
         "the answer contains 2 bytes after the last output",
     ),
     ("wrong size", infer(outputs(tensor("feat", 1, 5, **FEAT_BYTES))), r"\(1, 5\), but its data have 16 bytes"),
-    ("wrong batch", two_rows(), r"output feat is float32 \(2, 4\) for a batch of 1"),
+    ("wrong batch", two_rows(), r"the output feat has the type and shape float32 \(2, 4\), but the batch size is 1"),
     ("no outputs", infer(outputs(), b""), "the server's answer does not contain the output 'feat'"),
     ("huge shape", infer(outputs(huge(2**40))), "a float32 tensor cannot have the shape"),
     ("negative shape", infer(outputs(huge(-1))), "a float32 tensor cannot have the shape"),

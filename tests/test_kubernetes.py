@@ -319,7 +319,7 @@ def test_storage(plan: Path, tmp_path: Path) -> None:
 
 def test_the_ensembles_image_has_pillow(plan: Path, tmp_path: Path) -> None:
     name = "registry.example.com:5000/team/encoder:7"
-    with pytest.raises(TritonError, match=r"--ensemble needs a container image that contains .*Pillow"):
+    with pytest.raises(TritonError, match=r"--ensemble, .* need a container image with .*Pillow"):
         make(plan, tmp_path, ensemble=True)
     make(plan, tmp_path, ensemble=True, image=name)
     files = documents(tmp_path / "cluster")

@@ -224,7 +224,7 @@ def test_what_is_missing_is_told_in_short() -> None:
     late = {"backend": "eager-fp32", "label": "PyTorch eager", "sweep": "image_size", "image_size": [1344, 1344]}
     result["rows"].append({**gone, **late, "status": "failed", "reason": "out of memory"})
     assert missing_sentence(result, machine).endswith(
-        ' Measurements missing at other image sizes or batch sizes: 1. The table "Not measured" lists the reasons.'
+        ' Number of missing measurements: 1. The table "Not measured" lists the reasons.'
     )
 
 

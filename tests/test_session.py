@@ -427,7 +427,8 @@ def test_an_address_that_is_refused_is_an_error(tmp_path: Path) -> None:
     with open_fake(tmp_path) as session:
         session.context.addressable = False
         with pytest.raises(
-            SessionError, match=r"does not accept the address of the tensor image: .* is 0x[0-9a-f]+, but .*of 256"
+            SessionError,
+            match=r"does not accept the address of the tensor image: .* at the address 0x[0-9a-f]+\. .*of 256",
         ):
             session.infer({"image": np.zeros((1, 2, 3), np.float32)})
 

@@ -243,7 +243,7 @@ def test_what_the_table_does_not_know_is_unknown(change: Callable[[Needs], Dict]
     assert read_by(needs).startswith("read by TensorRT 10.0")
     strange = dataclasses.replace(needs, **change(needs))
     assert re.search(
-        rf"^read only by runtimes that support .*{named}.*\. neck-export does not know .* graph is read by TensorRT",
+        rf"^not known to be supported by any runtime\. .* graph: .*{named}.*\. Everything else .* by TensorRT",
         read_by(strange),
     )
     assert targets_entry(strange, ())["from"] == []
@@ -404,7 +404,7 @@ def test_what_onnx_runtimes_tools_write_is_read_by_whom_the_line_says(quantized:
     needs, installed = graph_needs(ir.load(path)), importlib.metadata.version("onnxruntime")
     line = read_by(needs)
     if name == "extended":  # com.microsoft::FusedMatMul
-        assert re.search(r"read only by runtimes that support .*FusedMatMul.*\. neck-export does not know", line)
+        assert re.search(r"not known to be supported by any runtime\. .* graph: .*FusedMatMul.*\. ", line)
     else:
         told = {target: target in line for target in real}
         if version_numbers(installed) < (1, 24):  # 1.23 does not load what its own quantize_dynamic writes

@@ -59,7 +59,10 @@ class KitError(RuntimeError):
     """A kit that does not fit this machine, or is not whole."""
 
 
-MAKE = "run `make gpu-kit` on a machine with network access, and copy its folder build/gpu-kit to this machine"
+MAKE = (
+    "on a machine with network access, run `make gpu-kit` to create the folder build/gpu-kit; then copy the folder "
+    "build/gpu-kit to this machine"
+)
 
 
 def read_kit(folder: Path) -> dict[str, Any]:

@@ -190,8 +190,8 @@ def kernels_chart(result: Result, machine: dict[str, Any]) -> Chart | None:
             )
         groups.append((title, bars))
     return Chart(
-        f"Two bar charts of {what}: the sum over the {len(known)} kernels of each kind, and the {len(largest)} single "
-        f"kernels with the most {what}",
+        f"Two bar charts. The first chart shows the total {what} for each kind of kernel. The second chart shows the "
+        f"{len(largest)} kernels with the most {what}",
         groups=groups,
     )
 

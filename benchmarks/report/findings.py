@@ -82,8 +82,8 @@ def missing_sentence(result: Result, machine: dict[str, Any]) -> str:
     text += f" ({'; '.join(told)})." if told else "."
     if points:
         text += (
-            f' Measurements missing at other image sizes or batch sizes: {len(points)}. The table "Not measured" lists '
-            "the reasons."
+            " Some backends were measured only at some of the image sizes and batch sizes. Number of missing "
+            f'measurements: {len(points)}. The table "Not measured" lists the reasons.'
         )
     return text
 

@@ -135,8 +135,8 @@ def _facts(result: Result, best: Row) -> list[dict[str, str]]:
         facts.append({"name": "Ratio", "figure": f"{ratio['median']:.2f}", "note": note})
     if best.get("share_of_floor") is not None:
         floor = milliseconds(best.get("floor_ms"))
-        note = f"of the speed that the measured rates allow (a latency of {floor})"
+        note = f"of the estimated maximum speed; 100 % would be a latency of {floor}"
         facts.append({"name": "Reached", "figure": percent(best["share_of_floor"]), "note": note})
     limits = [error["tolerance"]["relative_l2"] for error in best["errors"] or [] if error.get("tolerance")]
-    note = "largest relative L2 of an output" + (f"; tolerance {error_figure(max(limits))}" if limits else "")
+    note = "largest relative L2 error of an output" + (f"; tolerance {error_figure(max(limits))}" if limits else "")
     return [*facts, {"name": "Error", "figure": error_figure(worst_error(best)), "note": note}]

@@ -198,8 +198,8 @@ def parts_table(result: Result, machine: dict[str, Any]) -> Table:
     """Operations, least bytes and time of each part."""
     work = of_machine(result, machine, "work")
     of = work.get("parts_of")
-    caption = "Calculated operations and calculated minimum memory traffic of each part of the encoder" + (
-        f", and the time of each part, measured with {label_of(result, of)}" if of else ""
+    caption = "For each part of the encoder: calculated number of operations, calculated minimum memory traffic" + (
+        f", and time measured with {label_of(result, of)}" if of else ""
     )
     rows = tuple(
         (part["part"], scaled(part["operations"], "FLOP"), scaled(part["bytes"], "B"), milliseconds(part["ms"]))

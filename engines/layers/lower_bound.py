@@ -74,8 +74,8 @@ def lower_bound(layers: LayerReport, gpu: PublishedGpu) -> LowerBound:
             return LowerBound(
                 gpu,
                 reason=(
-                    f"the kernel {kernel.name} of the plan multiplies {kind} matrices, but the GPU {gpu.title} has no "
-                    f"compute rate for {kind} matrices, so no lower bound can be computed; for a lower bound on the "
+                    f"neck-export knows no rate at which the GPU {gpu.title} multiplies {kind} matrices, but the "
+                    f"kernel {kernel.name} of the plan multiplies {kind} matrices. To get a lower bound for the "
                     f"{gpu.title}, build a plan in another precision"
                 ),
             )
@@ -129,7 +129,7 @@ def bound_lines(
     lines = [
         "lower bound on latency, computed from each GPU's published rates (neither a measurement nor a prediction)",
         f"  {'GPU':<20} {'minimum latency':>15} {'minimum latency without L2 cache':>32}  "
-        "time in compute-bound kernels",
+        "share of compute-bound kernels in the minimum latency",
     ]
     for one in bounds.values():
         title, capability = one["gpu"]["title"], one["gpu"]["compute_capability"]
@@ -138,13 +138,13 @@ def bound_lines(
             continue
         other = f"  (the plan is not built for compute capability {capability})"
         note = other if capabilities and capability not in capabilities else ""
-        share = f"{one['operations_share']:.0%} of the lower bound"
-        lines.append(f"  {title:<20} {one['bound_ms']:>12.2f} ms {one['uncached_ms']:>29.2f} ms  {share}{note}")
+        times = f"{one['bound_ms']:>12.2f} ms {one['uncached_ms']:>29.2f} ms"
+        lines.append(f"  {title:<20} {times}  {one['operations_share']:.0%}{note}")
     counted = max(one["counted"] for one in bounds.values())
     if layers.operations and 0 < counted < layers.operations:
         missing = 1 - counted / layers.operations
         lines.append(
-            f"  the lower bounds do not include {missing:.1%} of the plan's arithmetic operations, because neck-export "
-            "cannot assign the omitted operations to a single kernel"
+            f"  {missing:.1%} of the plan's arithmetic operations are missing from the lower bounds. neck-export "
+            "cannot tell which kernels run the missing operations"
         )
     return lines

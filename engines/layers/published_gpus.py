@@ -170,10 +170,9 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         204.8,
         4,
         _tflops(21.4, 42.7, None, 85.3),
-        "AGX Orin technical brief. The rates are those of the GPU alone, without the DLAs. The rates for dense "
-        "matrices are taken as half of the brief's rates for sparse matrices. The rates only hold for the AGX Orin "
-        "64GB. CUDA reports the same GPU name on every Orin module, so the lower bound that `neck-export bench` shows "
-        "on another Orin module is wrong",
+        "AGX Orin technical brief, for the AGX Orin 64GB. Each compute rate for dense matrices is half of the "
+        "published rate for sparse matrices. On other Orin modules, the lower bound that `neck-export bench` shows is "
+        "wrong, because CUDA reports the same GPU name on every Orin module",
         r"Orin",
     ),
     "thor": PublishedGpu(
@@ -192,11 +191,10 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         936.2,
         6,
         _tflops(35.6, 71.2, None, 284.7, 2),
-        "GA102 white paper, appendix A. The published compute rates are for a GPU clock of 1695 MHz. An RTX 3090 can "
-        "run faster: a clock of 1980 MHz was observed. For the lower bound on latency, neck-export assumes a maximum "
-        "clock of 2100 MHz and scales the published compute rates to 2100 MHz",
+        "GA102 white paper, appendix A. The published compute rates are for a GPU clock of 1695 MHz, but an RTX 3090 "
+        "can run at a higher clock. For the lower bound on latency, neck-export scales the compute rates to 2100 MHz",
         r"GeForce RTX 3090",
-        clock=2100 / 1695,
+        clock=2100 / 1695,  # 1980 MHz was seen, and more is assumed to be possible
     ),
     "rtx-4080": PublishedGpu(
         "RTX 4080",

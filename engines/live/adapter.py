@@ -299,8 +299,8 @@ class Attached:
             if any(_package(hook) != _package(type(module)) for hook in hooks):  # transformers' own look for outputs
                 self._warn(
                     "hooks",
-                    f"{self.encoder.path}: the hooks on {path} of the model's encoder are not called while the file "
-                    "is attached, because the file computes the whole encoder. If the hooks must be called, use "
+                    f"{self.encoder.path}: this file runs in place of the model's encoder, so the hooks on the "
+                    f"encoder's module {path} are not called. To run the model's own encoder with its hooks, call "
                     "detach(model)",
                 )
                 return

@@ -77,8 +77,8 @@ def caller_memory(plan: Path, port: Port, largest: int, device: torch.device, me
     if found.numel() < needed:
         size = port.dtype.itemsize
         raise SessionError(
-            f"{plan}: the memory for the output {port.name} has {found.numel() * size} bytes; expected at least "
-            f"{needed * size}, which the largest batch ({largest}) needs"
+            f"{plan}: the memory for the output {port.name} has only {found.numel() * size} bytes. Allocate "
+            f"at least {needed * size} bytes, because the plan's largest batch size is {largest}"
         )
     if found.data_ptr() % ALIGNMENT:
         raise SessionError(

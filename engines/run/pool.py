@@ -160,12 +160,9 @@ def check_memory(plan: Path, contexts: int, each: int, free: int) -> None:
     """
     most = free // max(1, each)
     if contexts > most:
-        fewer = (
-            f"open at most {most} contexts, or build the plan with "
-            if most
-            else "close other programs, or build the plan with "
-        )
+        remedy = f"Open at most {most} contexts" if most else "Close other programs that use the GPU"
         raise SessionError(
             f"{plan}: {contexts} contexts need {contexts * each / 1000000.0:.1f} MB of device memory in "
-            f"addition to the weights, but only {free / 1000000.0:.1f} MB are free; {fewer}a smaller maximum batch"
+            f"addition to the weights, but only {free / 1000000.0:.1f} MB are free. {remedy}, or build the plan again "
+            "with a smaller maximum batch size"
         )

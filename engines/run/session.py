@@ -233,8 +233,9 @@ class Session:
                 if not context.set_tensor_address(name, value.data_ptr()):
                     raise SessionError(
                         f"{self.plan}: TensorRT does not accept the address of the tensor {name}: {self._failure}. The "
-                        f"address is {value.data_ptr():#x}, but must be in GPU memory and a multiple of {ALIGNMENT} "
-                        "bytes. Pass a .clone() of the tensor, because PyTorch puts a copy at a suitable address"
+                        f"tensor is at the address {value.data_ptr():#x}. The address must be in GPU memory and a "
+                        f"multiple of {ALIGNMENT} bytes. Pass a copy of the tensor, made with .to('{self.device}', "
+                        "copy=True)"
                     )
         return outputs
 

@@ -130,11 +130,11 @@ class Serving:
                 )
         if self.image_name is None and self.ensemble:
             raise TritonError(
-                "with --kubernetes, --ensemble needs a container image that contains the Python package Pillow, but "
-                "NVIDIA's Triton image does not contain Pillow. Repeat the command with the option --image and a name "
-                f"for a new image, such as registry.example.com/{self.name}-triton:{self.container}. neck-export then "
-                "also writes a Dockerfile for the new image. Build the new image from the Dockerfile, and push the new "
-                "image to the registry"
+                "with --ensemble, the Kubernetes pods need a container image with the Python package Pillow, but "
+                "NVIDIA's Triton image does not contain Pillow. Repeat the command with a name for a new image, for "
+                f"example --image registry.example.com/{self.name}-triton:{self.container}. neck-export then also "
+                "writes a Dockerfile for the new image. Build the image from the Dockerfile, and push the image to the "
+                "registry"
             )
         theirs, _, tag = (self.image_name or "").partition("@")[0].partition("tritonserver:")
         if theirs.endswith("nvidia/") and tag != f"{self.container}-py3":

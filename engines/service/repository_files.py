@@ -54,13 +54,13 @@ def next_version(model: Path, asked: int | None) -> int:
     newest = max(versions(model), default=0)
     if asked is not None and (asked in versions(model) or (model / str(asked)).exists()):
         raise TritonError(
-            f"{model / str(asked)}: this version exists already, and existing versions are never changed; "
-            f"leave out --version to write {newest + 1}"
+            f"{model / str(asked)}: version {asked} of the model already exists, and neck-export never changes an "
+            f"existing version. Leave out --version to write version {newest + 1}"
         )
     if asked is not None and asked < newest:
         raise TritonError(
             f"--version {asked}: {model} already has version {newest}, and new versions must have higher numbers; "
-            f"leave out --version to write {newest + 1}"
+            f"leave out --version to write version {newest + 1}"
         )
     return asked or newest + 1
 

@@ -159,10 +159,10 @@ def inconsistencies(matches: Sequence[Match]) -> list[tuple[str, str, str]]:
         if kinds[0][1] != "pos" and len(set(necks)) > 1:
             odd = next(match for match, neck in zip(group, necks, strict=True) if neck != usual)
             sentence = (
-                f"the necks are swapped: the names of the outputs {', '.join(match.output for match in group)} differ "
-                "only in the number at the end, so all of the outputs should belong to one neck. But the output "
-                f"{odd.output} is {describe(odd.tensor)}, and the output {group[necks.index(usual)].output} belongs to "
-                f"neck {usual}. Correct the names or the order of the outputs where the ONNX file is exported"
+                f"two outputs come from different necks: the output {odd.output} is {describe(odd.tensor)}, but the "
+                f"output {group[necks.index(usual)].output} belongs to neck {usual}. Outputs whose names differ only "
+                "in the number at the end should belong to the same neck. Correct the names or the order of the "
+                "outputs in the program that exported the ONNX file"
             )
             found.append((odd.output, "neck", sentence))
         wanted = sorted(levels)

@@ -100,7 +100,7 @@ def value_risks(largest: Mapping[str, float]) -> list[str]:
         if above:
             name, value = max(above.items(), key=lambda pair: pair[1])
             found.append(
-                f"{len(above)} {operator} nodes in FP16 have large input values: {why}. The largest input value, "
-                f"{value:.4g}, was found at the node or tensor {name}"
+                f"{len(above)} {operator} nodes in FP16 have large input values, up to {value:.4g}: {why}. To find the "
+                f"node with the largest input value, search the graph for the name {name}"
             )
     return found

@@ -105,8 +105,8 @@ def scale_of(largest: float, kind: Kind, what: str) -> float:
         scale = np.nextafter(scale, np.float16(np.inf)) if np.float32(scale) < exact else scale
     if not FP16_TINY <= scale < np.inf:
         raise UnquantizableError(
-            f"{what} cannot be quantized to {kind}: the largest value is {largest:.3g}, and its scale would be "
-            "outside the range of FP16"
+            f"{what} cannot be quantized to {kind}. The largest value is {largest:.3g}, which needs a quantization "
+            "scale that is too small or too large for FP16"
         )
     return float(scale)
 

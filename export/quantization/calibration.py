@@ -351,10 +351,14 @@ def _read_layer(name: str, channels: int, tensors: Mapping[str, Tensor]) -> Laye
     shapes = ((count, channels), (count,), (channels,))
     for field, shape in zip(FIELDS, shapes, strict=True):
         tensor = getattr(found, field)
-        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape or not tensor.isfinite().all():
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
             raise ValueError(
                 f"the calibration file is damaged: the tensor {name}.{field} has the type {tensor.dtype} and the shape "
-                f"{tuple(tensor.shape)}, but must be float32 with the shape {shape}, without NaN or infinity; {REPAIR}"
+                f"{tuple(tensor.shape)}, but must have the type torch.float32 and the shape {shape}; {REPAIR}"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"the calibration file is damaged: the tensor {name}.{field} contains NaN or infinity; {REPAIR}"
             )
     if not count or not (found.weights > 0).all() or (found.rows.abs() > found.channels).any():
         raise ValueError(

@@ -179,8 +179,9 @@ def read_by(needs: Needs) -> str:
     unknown = not_in_table(needs)
     if unknown:
         return (
-            f"read only by runtimes that support {', '.join(unknown)}. neck-export does not know the names of such "
-            f"runtimes. The rest of the graph is read by {known}"
+            "not known to be supported by any runtime. neck-export does not know which runtimes support the following "
+            f"operators, types or opsets in the graph: {', '.join(unknown)}. Everything else in the graph is supported "
+            f"by {known}"
         )
     return f"read by {known}"
 

@@ -162,17 +162,19 @@ std::vector<Tensor> run_in_batches(const Tensor& image, const Port& input, std::
         const std::string smallest = std::to_string(input.smallest_batch);
         if (count < input.smallest_batch) {
             throw Error("the number of images is " + std::to_string(count) +
-                        ", but the model's smallest batch size is " + smallest + ". To run one image several times in one batch, set --batch to at least " + smallest);
+                        ", but the model's smallest batch size is " + smallest +
+                        ". If the images come from the file passed with --compare, pass a file with at least " +
+                        smallest + " images. Otherwise, set --batch to at least " + smallest);
         }
         if (batch < input.smallest_batch || batch > input.largest_batch) {
             throw Error("--batch is " + std::to_string(batch) + ", but the model's smallest batch size is " +
                         smallest + " and the model's largest batch size is " + std::to_string(input.largest_batch) +
                         ". Set --batch to a value within these limits");
         }
-        throw Error("splitting " + std::to_string(count) + " images into batches of " + std::to_string(batch) +
-                    " leaves a last batch of size " + std::to_string(rest) +
+        throw Error("with " + std::to_string(count) + " images and a batch size of " + std::to_string(batch) +
+                    ", the last batch has the size " + std::to_string(rest) +
                     ", but the model's smallest batch size is " + smallest + ". Set --batch to a divisor of " +
-                    std::to_string(count) + ", or pass a reference whose number of images is a multiple of " +
+                    std::to_string(count) + ". Or pass a --compare file whose number of images is a multiple of " +
                     std::to_string(batch));
     }
     std::vector<Tensor> outputs;
@@ -181,10 +183,10 @@ std::vector<Tensor> run_in_batches(const Tensor& image, const Port& input, std::
         std::vector<Tensor> part = run(image.slice(first, size));
         for (const Tensor& output : part) {
             if (output.shape.empty() || output.shape[0] != size) {
-                throw Error("output " + output.name + " is " + output.describe() + " for a batch of " +
-                            std::to_string(size) +
-                            ", but the first dimension of every output must equal the batch size; export the "
-                            "model again with `neck-export onnx`");
+                throw Error("the output " + output.name + " has the type and shape " + output.describe() +
+                            ", but the batch size is " + std::to_string(size) +
+                            ". The first dimension of every output must equal the batch size. Export the model again "
+                            "with `neck-export onnx`");
             }
         }
         append(outputs, std::move(part));
