@@ -164,7 +164,7 @@ class BenchOptions:
     plan: Annotated[
         Path | None,
         Option(
-            "Add a table with the kernels of this TensorRT plan to the report, e.g. build/sam3-encoder.plan. [default: "
+            "Add a table to the report with the kernels of this TensorRT plan, e.g. build/sam3-encoder.plan. [default: "
             "no plan]",
             REPORT,
         ),

@@ -173,7 +173,7 @@ class Search:
     def trial(self, keep_fp32: Sequence[str], residual: str | None = None) -> list[Comparison]:
         """The figures of every block and output with some modules, or the residual sums, in FP32."""
         self.trials += 1
-        kept = ", ".join([*keep_fp32, *(["the residual sums"] if residual else [])])
+        kept = ", ".join([*keep_fp32, *(["the additions of the residual connections"] if residual else [])])
         self.report(f"trial {self.trials}: running the file " + (f"with {kept} in FP32" if kept else "unchanged"))
         precision = self.manifest["precision"]
         found = self._outputs(precision, keep_fp32, residual)

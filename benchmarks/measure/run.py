@@ -135,8 +135,8 @@ class Run:
         """The machine's rates, before the backends and after: the best counts."""
         if self.samples.last("rates", when=when) is None:
             self.report(
-                f"{when} the benchmark of the backends: measuring how fast this machine multiplies matrices and copies "
-                "memory"
+                f"measuring how fast this machine multiplies matrices and copies memory ({when} the backends are "
+                "measured)"
             )
             try:
                 self.samples.add("rates", when=when, **self.place.ask("rates", device=self.device))

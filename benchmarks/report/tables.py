@@ -188,8 +188,8 @@ def growth_table(result: Result, machine: dict[str, Any], sweep: str) -> Table |
     cells.append(("operations", *(scaled(known.get(point), "FLOP") for point in points)))
     held = f"batch {points[0][2]}" if sweep == "image_size" else size_name(points[0])
     caption = (
-        f"Median latency of each backend at {held}. For comparison, the last row gives the calculated number of "
-        "arithmetic operations in one inference call"
+        f"Median latency of each backend at {held}. The last row gives the calculated number of arithmetic "
+        "operations in one inference call"
     )
     return Table(caption, head, tuple(cells))
 

@@ -243,9 +243,9 @@ class PlanOptions:
         ATTENTION.but(
             help="Choose how attention is computed. fp32acc: one kernel whose matrix multiplications accumulate in "
             "FP32. fused: one kernel whose matrix multiplications accumulate in FP16 (in FP32 in a BF16 plan). "
-            "unfused: several slower kernels; the scores are computed in FP32. auto: the value that the export used. "
-            "If the export used auto too, this command tries fp32acc first and then unfused; for a BF16 plan, it tries "
-            "fused first and then unfused."
+            "unfused: several slower kernels; the scores are computed in FP32. auto: the value that was used for the "
+            "export; if it was auto too, fp32acc (fused in a BF16 plan), or unfused if TensorRT cannot build the "
+            "fused kernel."
         ),
     ] = "auto"
     spelling: Spelling | None = None

@@ -114,9 +114,9 @@ def replay_timing(trt: Any, config: Any, path: Path, data: bytes) -> Any:
     there = cache is not None and len(bytes(cache.serialize())) > len(bytes(empty.serialize()))
     if not there or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise BuildError(
-            f"{path}: the timing cache has no kernel for TensorRT {trt.__version__} on this GPU; it is only valid "
-            "for one GPU model and one TensorRT version. Save a new cache on this "
-            "machine with `neck-export trt --timing-cache`"
+            f"{path}: the timing cache has no kernel times for TensorRT {trt.__version__} on this GPU. A timing cache "
+            "is only valid for one GPU model and one TensorRT version; create another one on this machine with "
+            "`neck-export trt --timing-cache NEW_FILE`"
         )
     config.set_flag(trt.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS)
     return cache

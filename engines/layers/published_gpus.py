@@ -171,8 +171,8 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         4,
         _tflops(21.4, 42.7, None, 85.3),
         "AGX Orin technical brief, for the AGX Orin 64GB. Each compute rate for dense matrices is half of the "
-        "published rate for sparse matrices. On other Orin modules, the lower bound that `neck-export bench` shows is "
-        "wrong, because CUDA reports the same GPU name on every Orin module",
+        "published rate for sparse matrices. CUDA reports the same GPU name on every "
+        "Orin module, so `neck-export bench` uses these rates on the other Orin modules too, where they are too high",
         r"Orin",
     ),
     "thor": PublishedGpu(

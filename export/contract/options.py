@@ -207,7 +207,7 @@ UPSAMPLING = Option(
 RESIDUAL = Option(
     "Choose the type of the residual sums in the transformer blocks: fp16 (only if --precision is fp16, fp8 or int8) "
     "or fp32, which reduces the numerical error but increases memory traffic. auto uses the type of the other "
-    "activations, or fp32 if the file would otherwise fail verification.",
+    "activations, or fp32 if the ONNX file would otherwise fail verification.",
     PRECISION,
 )
 TARGETS = Option(
@@ -218,8 +218,8 @@ TARGETS = Option(
     name="target",
 )
 RANGE = Option(
-    "Write LOW:HIGH, e.g. 0:4095, to map the pixel value LOW to black and HIGH to white in images with more than 8 "
-    "bits per channel. [default: the high byte of 16-bit values is used]",
+    "Map the pixel value LOW to black and HIGH to white in images with more than 8 bits per channel; the format is "
+    "LOW:HIGH, e.g. 0:4095. [default: the high byte of 16-bit values is used]",
     VERIFICATION,
     name="image-range",
     read=str,
@@ -316,8 +316,9 @@ class QuantizeOptions:
     budget: Annotated[
         float | None,
         Option(
-            "Set the largest relative L2 error that --precision fp8 or int8 may cause in any feature output, e.g. "
-            "0.03. [default: 0.05]",
+            "Limit the relative L2 error of every feature output to this value if --precision is fp8 or int8, e.g. "
+            "0.03. --quantize auto quantizes as many layers as the limit allows, and a file that exceeds the limit is "
+            "refused. [default: 0.05]",
             PRECISION,
         ),
     ] = None
@@ -500,9 +501,9 @@ class VerifyOptions:
         bool,
         Option(
             "If the ONNX file was written by another exporter and passes verification, write a manifest, so that the "
-            "trt, triton and masks commands accept the file. If these commands need other names, shapes or types of "
-            "inputs or outputs, an adapted copy with its own manifest is written instead, e.g. model.neck.onnx for "
-            "model.onnx.",
+            "trt, triton and masks commands accept the file. If its inputs or outputs do not have the names, shapes "
+            "and types that these commands need, an adapted copy with its own manifest is written instead, e.g. "
+            "model.neck.onnx for model.onnx.",
             VERIFICATION,
         ),
     ] = False

@@ -197,8 +197,8 @@ void check_whole(const std::vector<Tensor>& found, const TritonModel& model, con
                         joined(wanted, [](const std::string& each) { return each; })};
         }
         if (!fits(*port, output, batch)) {
-            throw Fault{"output " + output.name + " is " + output.describe() + " for a batch of " +
-                        std::to_string(batch) + ", but the model's metadata declare the output as " +
+            throw Fault{"the server returned output " + output.name + " as " + output.describe() + " for a batch of " +
+                        std::to_string(batch) + ", but the model's metadata declare it as " +
                         std::string(neck::name_of(port->type)) + " " + to_text(port->shape)};
         }
     }

@@ -194,8 +194,8 @@ void write_safetensors(const std::filesystem::path& path, const std::vector<Tens
         for (const Tensor& tensor : tensors) {
             if (!plain(tensor.name) || tensor.name == "__metadata__" || header.contains(tensor.name)) {
                 throw Error(path.string() + ": " + repr(tensor.name) +
-                            " is not a valid tensor name; names must be unique UTF-8 text without quotes, and not "
-                            "__metadata__");
+                            " is not a valid tensor name. A name must be valid UTF-8 without quotes, must occur only "
+                            "once, and must not be __metadata__");
             }
             tensor.check();
             header[tensor.name] = {{"dtype", name_in(names, tensor.type)},
