@@ -103,8 +103,8 @@ class BenchOptions:
     images: Annotated[
         Path | ImageFolder | None,
         IMAGES.but(
-            help="Compare each backend's outputs with PyTorch's on the images in this folder, e.g. photos. "
-            "[default: the sample photo that is installed with neck-export]"
+            help="Compare the outputs of each backend with those of PyTorch for the images in this folder, e.g. "
+            "photos/. [default: the sample photo that is installed with neck-export]"
         ),
     ] = None
     device: Annotated[

@@ -39,8 +39,8 @@ class Prompts:
     texts: Annotated[
         tuple[str, ...],
         Option(
-            "Search every image for all objects that this text describes, e.g. 'a cup'; the option can be "
-            "repeated. [default: no text; a text, point or box is required]",
+            "Search every image for all objects that this text describes, e.g. 'a cup'; the option can be repeated. At "
+            "least one text, point or box must be given. [default: no text]",
             PROMPTS,
             name="prompt",
         ),

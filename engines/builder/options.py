@@ -84,9 +84,9 @@ class BuildOptions:
     batch: Annotated[
         BatchRange | None,
         Option(
-            "Set the batch sizes that the plan accepts, as minimum:optimum:maximum, e.g. 1:4:8. For an ONNX file, "
-            "this requires a dynamic batch; a checkpoint is exported with these batch sizes. [default: the batch sizes "
-            "of the ONNX file, or batch size 1 for a checkpoint]",
+            "Set the batch sizes that the plan accepts, as minimum:optimum:maximum, e.g. 1:4:8. If MODEL is an ONNX "
+            "file, its batch size must be dynamic. If MODEL is a checkpoint, it is exported with these batch sizes. "
+            "[default: the batch sizes of the ONNX file, or batch size 1 for a checkpoint]",
             TARGET,
             read=str,
             parse=BatchRange.parse,
@@ -243,9 +243,9 @@ class PlanOptions:
         ATTENTION.but(
             help="Choose how attention is computed. fp32acc: one kernel whose matrix multiplications accumulate in "
             "FP32. fused: one kernel whose matrix multiplications accumulate in FP16 (in FP32 in a BF16 plan). "
-            "unfused: several slower kernels; the scores are computed in FP32. auto: the value that was used for the "
-            "export; if it was auto too, fp32acc (fused in a BF16 plan), or unfused if TensorRT cannot build the "
-            "fused kernel."
+            "unfused: several slower kernels; the scores are computed in FP32. auto: use the value of --attention from "
+            "the export. If the export used auto too, use fp32acc (in a BF16 plan: fused); if TensorRT cannot build "
+            "that kernel, use unfused."
         ),
     ] = "auto"
     spelling: Spelling | None = None

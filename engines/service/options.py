@@ -43,8 +43,8 @@ class RepositoryOptions:
     more: Annotated[
         tuple[Path, ...],
         Option(
-            "Also serve this TensorRT plan, e.g. hopper.plan. It must have been built from the same encoder, for GPUs "
-            "of another compute capability. The option can be repeated. [default: no additional plan]",
+            "Also serve this TensorRT plan, e.g. hopper.plan. It must have been built from the same encoder as MODEL, "
+            "but for GPUs of another compute capability. The option can be repeated. [default: no additional plan]",
             MODEL,
             name="--plan",
         ),
@@ -134,8 +134,8 @@ class RepositoryOptions:
         str | None,
         Option(
             "Set the storage from which the pods read the model repository: pvc://CLAIM[/FOLDER] for an existing "
-            "volume claim, or s3://[https://HOST:PORT/]BUCKET/FOLDER for S3. [default: a new volume claim, in "
-            "storage.yaml]",
+            "volume claim, or s3://[https://HOST:PORT/]BUCKET/FOLDER for S3. [default: a new volume claim, which is "
+            "written to storage.yaml]",
             KUBERNETES,
         ),
     ] = None

@@ -168,7 +168,7 @@ IMAGE_SIZE = Option(
 NECKS = Option(
     "Include these necks; each neck returns a feature pyramid. Write the names of the necks separated by commas, e.g. "
     "sam3,sam2, or one of these words: `all` (every neck of the checkpoint), `both` (sam3 and sam2) or `auto` (sam3, "
-    "or the only neck of the checkpoint). SAM 3.1 has no sam2; its necks are sam3, interactive and propagation.",
+    "or the only neck of the checkpoint). A SAM 3.1 checkpoint has the necks sam3, interactive and propagation.",
     TENSORS,
     name="neck",
 )
@@ -316,9 +316,9 @@ class QuantizeOptions:
     budget: Annotated[
         float | None,
         Option(
-            "Limit the relative L2 error of every feature output to this value if --precision is fp8 or int8, e.g. "
-            "0.03. --quantize auto quantizes as many layers as the limit allows, and a file that exceeds the limit is "
-            "refused. [default: 0.05]",
+            "Set the largest relative L2 error that any feature output may have with --precision fp8 or int8, e.g. "
+            "0.03. With --quantize auto, as many layers are quantized as this limit allows. If the ONNX file exceeds "
+            "the limit, the export fails. [default: 0.05]",
             PRECISION,
         ),
     ] = None
