@@ -51,7 +51,8 @@ def main() -> None:
     parser.add_argument(
         "--all",
         action="store_true",
-        help="Also measure two more steps: an export with verification, and the build of a TensorRT-RTX plan from it.",
+        help="Also measure two more commands: the export of an ONNX file with verification, and the build of a "
+        "TensorRT-RTX plan from the verified ONNX file.",
     )
     parser.add_argument("--checkpoint", type=Path, help="Export this checkpoint. [default: random weights]")
     parser.add_argument("--json", type=Path, help="Also write the measured values to this JSON file.")

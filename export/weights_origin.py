@@ -69,8 +69,9 @@ def state_line(weights: Mapping[str, Any]) -> str | None:
         if others
         else ""
     )
-    state = f"the state dict {shown(weights['state'])}" if weights.get("state") else "the top-level state dict"
-    return f"the weights are from {state} of {weights['name']}{there}"
+    if weights.get("state"):
+        return f"the weights are from the state dict {shown(weights['state'])} of {weights['name']}{there}"
+    return f"the weights are from the top-level state dict of {weights['name']}{there}"
 
 
 def is_origin(weights: Mapping[str, Any], checkpoint: Path) -> bool:

@@ -130,8 +130,9 @@ class EncoderConfig:
             )
         if self.sam2_head and ("sam2" not in self.necks or self.d_model % HEAD_PARTS[0]):
             raise ConfigError(
-                "sam2_head is true, but it requires the neck sam2 and a d_model that is a multiple of "
-                f"{HEAD_PARTS[0]}; the configuration has the necks {', '.join(self.necks)} and d_model {self.d_model}"
+                "sam2_head is true, but a SAM 2 head needs a neck with the name sam2, and d_model must be a multiple "
+                f"of {HEAD_PARTS[0]}. The configuration has the necks {', '.join(self.necks)} and d_model "
+                f"{self.d_model}. Set sam2_head to false, or correct necks or d_model in the configuration"
             )
 
     @property
@@ -173,8 +174,8 @@ class EncoderConfig:
             return cls(**values)
         except TypeError as error:
             raise ConfigError(
-                f"a value in the configuration has the wrong type: {error}; write global_blocks, scale_factors "
-                "and necks as lists"
+                "the field global_blocks, scale_factors or necks in the configuration has a value of the wrong type: "
+                f"{error}. Write the value of each of the three fields as a list"
             ) from None
 
     @classmethod

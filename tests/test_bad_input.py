@@ -214,7 +214,7 @@ def test_half_precision_checkpoints_are_fine(tmp_path: Path) -> None:
         (("--image-size", "14"), ("level 3 of the feature pyramid would be empty at an image size of 14x14 pixels",)),
         (("--image-size", "140000"), ("limit of 8064 pixels per side", "GB")),
         (("--image-size", "8064", "--batch", "64"), ("verification at 8064x8064 pixels needs", "GB", "--no-verify")),
-        (("--neck", "sam4"), ("there is no neck 'sam4'; choose from sam3, sam2, interactive, propagation, both, all",)),
+        (("--neck", "sam4"), ("there is no neck 'sam4'", "choose one or more of sam3, sam2, interactive, propagation")),
         (("--neck", ""), ("there is no neck ''",)),
         (("--neck", "interactive"), ("neck interactive was requested, but the checkpoint contains only sam3, sam2",)),
         (("--levels", "4"), ("level 4 does not exist, because the encoder has levels 0 to 3",)),

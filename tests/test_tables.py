@@ -82,7 +82,7 @@ def test_tables_of_another_theta_are_refused_with_both_named(tmp_path: Path) -> 
         (1, table(1).flip(0), "rotary table"),
         (1, table(1) * float("nan"), "differ by up to nan"),
         (1, table(1).conj().resolve_conj(), "differ by up to 2"),
-        (3, table(3, grid=10), "different image sizes (8x8"),
+        (3, table(3, grid=10), "different image sizes: 8x8"),
     ],
 )
 def test_a_planted_table_is_refused(block: int, planted: Tensor, says: str, tmp_path: Path) -> None:

@@ -38,7 +38,9 @@ def main() -> None:
         "onnx` writes beside an ONNX file. [default: the full-size encoder]",
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="Discard the results of earlier calls and measure everything again."
+        "--fresh",
+        action="store_true",
+        help="Discard the results of earlier runs of this command and measure everything again.",
     )
     asked = parser.parse_args()
     try:

@@ -216,11 +216,11 @@ def _non_finite_lines(counts: dict[str, int]) -> list[str]:
 def worst_lines(found: dict[str, Any]) -> list[str]:
     """The images below the gate, the worst first, one a line."""
     return [
-        f"{one['image']}, prompt {one['prompt']!r}: the worst mask IoU is {min(one['ious'], default=0):.4f}; "
-        f"{one['lost']} objects were found only with the model's own encoder, and {one['found']} objects only with the "
-        "exported encoder"
+        f"{one['image']}, prompt {one['prompt']!r}: the worst mask IoU is {min(one['ious'], default=0):.4f}. Objects "
+        f"found only with the model's own encoder: {one['lost']}. Objects found only with the exported encoder: "
+        f"{one['found']}"
         + (
-            f"; with the exported encoder, {one['file_non_finite']} output values of the model are NaN or infinite"
+            f". NaN or infinite values that the model returned with the exported encoder: {one['file_non_finite']}"
             if one["file_non_finite"]
             else ""
         )

@@ -28,7 +28,11 @@ def parse_places(count: int, given: Sequence[str]) -> tuple[tuple[float, ...], .
     except ValueError:
         places = ((),)
     if any(len(place) != count for place in places):
-        raise OptionError(f"pass {count} numbers separated by commas, such as {','.join(['0.5'] * count)}")
+        option = "--points" if count == 2 else "--boxes"
+        raise OptionError(
+            f"{option} needs {count} numbers separated by commas, such as {','.join(['0.5'] * count)}, but the command "
+            f"line gives {', '.join(map(repr, given))}"
+        )
     return places
 
 

@@ -11,11 +11,11 @@ from benchmarks.results.result_files import Result, of_machine
 TITLE = "SAM 3 image encoder: benchmark"
 
 DEVICE_PEAK = (
-    "Peak device memory is measured differently for each runtime. For PyTorch, it is the largest amount that PyTorch's "
-    "allocator held after the module was loaded or compiled: weights, activations and outputs, but neither the CUDA "
-    "context nor the memory that was used during the compilation. For ONNX Runtime, it is the device memory that "
-    "loading and the first run took, including the CUDA libraries. For a TensorRT plan, it is the device memory that "
-    "loading took, including scratch memory, plus the size of the outputs."
+    "Peak device memory is measured differently for each runtime. PyTorch: the largest amount of device memory that "
+    "PyTorch's allocator held at any time after the module was loaded or compiled. The amount includes weights, "
+    "activations and outputs, but not the CUDA context and not the memory used by the compilation. ONNX Runtime: the "
+    "device memory taken by loading the ONNX file and by the first run, including the memory of the CUDA libraries. "
+    "TensorRT: the device memory taken by loading the plan, including scratch memory, plus the size of the outputs."
 )
 
 

@@ -55,7 +55,10 @@ class Change:
         if self.kind == "less exact":
             new = "not finite" if self.new is None else f"{self.new:.3g}"
             old = "not finite" if self.old is None else f"{self.old:.3g}"
-            return f"{size}: output {self.what} became less accurate; its relative L2 grew from {old} to {new}"
+            return (
+                f"{size}: the output {self.what} became less accurate. The relative L2 error of the output is {old} in "
+                f"the old result and {new} in the new result"
+            )
         return f"{size}: the old result contains measurements that are missing from the new result: {self.what}"
 
 

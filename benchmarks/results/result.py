@@ -171,8 +171,9 @@ def _features(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
             file.unlink()
     if not found[name] or set(found[REFERENCE]) < set(found[name]):
         run.report(
-            "the report has no images of the features, because the outputs of an earlier run were deleted; use "
-            "--fresh to measure again"
+            "the report contains no pictures of the feature maps, because an earlier run of the benchmark deleted the "
+            "outputs from which the pictures are drawn. To get the pictures, use --fresh, which measures everything "
+            "again"
         )
         return None
     return feature_images(found[REFERENCE], found[name], _image(run), name)

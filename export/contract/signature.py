@@ -218,8 +218,10 @@ def choose_necks(asked: str, available: Sequence[str], sam2_outputs: Sam2Outputs
     unknown = [name for name in names if name not in NECK_MODULES]
     if unknown:
         raise SignatureError(
-            f"there is no neck {', '.join(map(repr, unknown))}; choose from {', '.join(NECK_MODULES)}, both, "
-            "all and auto"
+            f"there is no neck {', '.join(map(repr, unknown))}. For --neck, choose one or more of "
+            f"{', '.join(NECK_MODULES)}, separated by commas, or one of the words `both`, `all` and `auto`. The "
+            "word `both` selects sam3 and sam2, `all` selects every neck of the checkpoint, and `auto` selects sam3, "
+            "or every neck if the checkpoint has no sam3"
         )
     missing = [name for name in names if name not in available]
     if missing:

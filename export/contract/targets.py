@@ -433,7 +433,8 @@ def _find(name: str, asked: str) -> Target:
         newest = NEWEST[family]
         known = f"{first} to {newest}" if first != newest else first
         what = (
-            f"neck-export does not know what {name} can load"
+            f"neck-export does not know which opsets, operators and data types {name} supports. Use one of the known "
+            "versions"
             if version
             else (f"the version is missing; write it as in {family}-{newest}")
         )

@@ -166,8 +166,9 @@ def output_cause(match: Match, tensors: Mapping[str, np.ndarray], encoder: Sam3D
         return Cause(
             "operator",
             name,
-            f"the output {name} equals {describe(match.tensor)} plus a constant in each channel: the file "
-            "lacks a bias, or it adds another one, such as SAM 2's no_mem_embed",
+            f"the output {name} equals {describe(match.tensor)} plus a constant in each channel. Either the ONNX file "
+            "lacks a bias that SAM 3 has, or the ONNX file adds a bias that SAM 3 does not have, such as SAM 2's "
+            "no_mem_embed. Correct the bias in the program that exported the ONNX file",
         )
     scale = float((array * expected).sum() / max(float((expected * expected).sum()), 1e-30))
     if scale and explains(array / scale, expected):

@@ -363,7 +363,10 @@ class _Judge:
                 )
             )
         if embedded and not self._fitting(embedded):
-            self.report("testing possible causes: comparing the patch embedding's input")
+            self.report(
+                "searching for the reason why the outputs of the ONNX file differ from the outputs of PyTorch: testing "
+                "whether the ONNX file expects another normalization or channel order of the input image"
+            )
             embed = functools.partial(patch_embedding, self.encoder)
             if cause := input_cause(embedded, embed, self.images, moved=weights.origin != "other weights"):
                 return [*causes, cause]
@@ -429,8 +432,10 @@ def _unknown(
     return Cause(
         "unknown",
         None,
-        f"the outputs {names} differ from those of PyTorch by up to {worst:.2g} (relative L2), and no known variant of "
-        "the encoder explains this difference",
+        f"the relative L2 difference between the ONNX file and PyTorch is up to {worst:.2g} in the outputs {names}. "
+        "The cause is unknown, because none of the export mistakes that neck-export can recognize explains the "
+        "difference. Check the model code from which the ONNX file was exported, or export the encoder again with "
+        "`neck-export onnx`",
     )
 
 

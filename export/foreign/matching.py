@@ -132,8 +132,9 @@ def inconsistencies(matches: Sequence[Match]) -> list[tuple[str, str, str]]:
                 (
                     match.output,
                     "levels",
-                    f"the output {match.output} is {describe(match.tensor)}, but the name {match.output} stands for "
-                    f"{describe(match.output)}",
+                    f"the output {match.output} contains {describe(match.tensor)}, but neck-export expects "
+                    f"{describe(match.output)} in an output with the name {match.output}. Correct the names or the "
+                    "order of the outputs in the program that exported the ONNX file",
                 )
             )
         elif level is not None and level != is_level:
@@ -144,8 +145,9 @@ def inconsistencies(matches: Sequence[Match]) -> list[tuple[str, str, str]]:
             found.append((match.output, "levels", sentence))
         elif neck is not None and is_kind != "pos" and neck != is_neck:
             sentence = (
-                f"the necks are swapped: the output {match.output} is {describe(match.tensor)}, but the name "
-                f"{match.output} stands for neck {neck}"
+                f"the necks are swapped. The output {match.output} contains {describe(match.tensor)}, but an output "
+                f"with the name {match.output} should belong to neck {neck}. Correct the names or the order of the "
+                "outputs in the program that exported the ONNX file"
             )
             found.append((match.output, "neck", sentence))
     told = {output for output, _, _ in found}
@@ -158,11 +160,12 @@ def inconsistencies(matches: Sequence[Match]) -> list[tuple[str, str, str]]:
         usual = max(dict.fromkeys(necks), key=necks.count)
         if kinds[0][1] != "pos" and len(set(necks)) > 1:
             odd = next(match for match, neck in zip(group, necks, strict=True) if neck != usual)
+            other = group[necks.index(usual)]
             sentence = (
-                f"two outputs come from different necks: the output {odd.output} is {describe(odd.tensor)}, but the "
-                f"output {group[necks.index(usual)].output} belongs to neck {usual}. Outputs whose names differ only "
-                "in the number at the end should belong to the same neck. Correct the names or the order of the "
-                "outputs in the program that exported the ONNX file"
+                f"the names of the outputs {other.output} and {odd.output} differ only in the number at the end, so "
+                f"the outputs should belong to the same neck. However, the output {other.output} contains "
+                f"{describe(other.tensor)}, and the output {odd.output} contains {describe(odd.tensor)}. Correct the "
+                "names or the order of the outputs in the program that exported the ONNX file"
             )
             found.append((odd.output, "neck", sentence))
         wanted = sorted(levels)

@@ -44,7 +44,7 @@ def looks_like(model: ir.Model, size: tuple[int, int] | None = None) -> str | No
         return None
     taps, stride, channels = patch
     if (taps, stride) == (7, 4):
-        return "SAM 2's image encoder (Hiera, a first convolution of 7x7 with a stride of 4)"
+        return "SAM 2's image encoder, because the first convolution has a 7x7 kernel and a stride of 4"
     if taps == stride == 16:
         return "a ViT with patches of 16x16 pixels, such as the image encoder of the first SAM"
     if images and any(RESULTS.search(name) for name in outputs):

@@ -93,7 +93,12 @@ def value_risks(largest: Mapping[str, float]) -> list[str]:
             SQUARE_LIMIT,
             "if a runtime computes the variance in FP16, the squares of these values overflow",
         ),
-        ("Softmax", SCORE_LIMIT, "FP16 cannot represent the fractional part of such large scores"),
+        (
+            "Softmax",
+            SCORE_LIMIT,
+            f"FP16 stores numbers above {SCORE_LIMIT:g} without their fractional part, so the results of the Softmax "
+            "nodes can be inaccurate",
+        ),
     ):
         values = {name.partition("|")[2]: value for name, value in largest.items() if name.startswith(f"{operator}|")}
         above = {name: value for name, value in values.items() if not value <= limit}

@@ -151,8 +151,13 @@ def simulate_foreign(model: ir.Model) -> list[ir.Value]:
                 f"a node of type {node.op_type} contains a subgraph, and the FP16 rounding simulation does not support "
                 "subgraphs"
             )
-        if any(output.dtype is None for output in node.outputs if output.name and list(output.uses())):
-            raise ValueError(f"the type of the output of a {node.op_type} node is unknown")
+        used = [output for output in node.outputs if output.name and list(output.uses())]
+        untyped = next((output.name for output in used if output.dtype is None), None)
+        if untyped is not None:
+            raise ValueError(
+                f"the data type of the tensor {untyped}, computed by a {node.op_type} node, is unknown; add the type "
+                "to value_info in the ONNX file"
+            )
     for node in list(model.graph):
         _retype_attributes(model.graph, node)
     for value in model.graph.inputs:

@@ -70,9 +70,9 @@ class WeightsFound:
         if self.origin == "another fine-tune's":
             name, error = max(self.near.items(), key=lambda pair: pair[1])
             return (
-                f"{len(self.near)} of {total} tensors in the ONNX file resemble tensors of the checkpoint but have "
-                "other values, so the weights come from another fine-tune. The largest relative difference is "
-                f"{error:.2g}, in the tensor {name}"
+                f"{len(self.near)} of {total} weight tensors in the ONNX file are close, but not equal, to tensors in "
+                "the checkpoint, so the weights come from another fine-tuned version of the model. The "
+                f"relative L2 difference is largest in the tensor {name}: {error:.2g}"
             )
         if self.origin == "other weights":
             return (

@@ -222,11 +222,11 @@ def move_channels(graph: ir.Graph, name: str, node: ir.Node, factors: Tensor) ->
         value = cast(ir.Value, norm.inputs[0])
     if norm is None or norm.op_type != "LayerNormalization" or len(value.uses()) > 1:
         raise ExportError(
-            f"the input channels of the linear layer {name} cannot be scaled as the Quantization object requires. "
-            f"neck-export folds the scaling into a LayerNorm that feeds only {name}, but the graph of the encoder "
-            f"contains no such LayerNorm before {name}. The Quantization object was probably made by calibrating "
-            "another encoder. Repeat the calibration with the encoder that you export, and pass the new Quantization "
-            "object"
+            "the Quantization object does not fit the encoder. The object contains scales for the input channels of "
+            f"the linear layer {name}. Such scales require a LayerNorm whose output goes only to the linear layer, but "
+            f"the encoder has no such LayerNorm before {name}. The Quantization object was probably made by "
+            "calibrating another encoder. Repeat the calibration with the encoder that you export, and pass the new "
+            "Quantization object"
         )
     changes = [(norm, 1, 1 / factors), (norm, 2, 1 / factors), (node, 1, factors[:, None])]
     for user, position, factor in changes:

@@ -73,6 +73,7 @@ def _check_types(targets: Sequence[Target], precision: Precision) -> None:
         others = f"this precision is supported by {', '.join(able)}; " if able else ""
         remedy = "fp16" if all("FLOAT16" in target.types for target in targets) else "fp32"
         raise TargetError(
-            f"--precision {precision} is not known to be supported by the target {', '.join(unable)}; "
-            f"{others}choose another --target, or use --precision {remedy}"
+            f"--precision {precision} was refused, because neck-export does not know whether the target "
+            f"{', '.join(unable)} supports the precision {precision}; {others}choose another --target, or use "
+            f"--precision {remedy}"
         )

@@ -288,10 +288,15 @@ def curve_lines(curve: Sequence[Mapping[str, Any]], count: int, rates: str) -> l
     """The curve for a screen, with whose rates its times are by; the row of the choice is marked."""
     head = f"{'layers':>8} {'operations':>10} {'time':>9} {'expected L2':>12} {'measured L2':>12}"
     lines = [
-        "the table below shows the effect of quantizing more or fewer layers. Column `layers`: number of quantized "
-        "layers. Column `operations`: share of the operations that run in quantized layers. Column `time`: estimated "
-        "computing time of the layers that can be quantized. Columns `expected L2` and `measured L2`: expected and "
-        f"measured relative L2 error of the encoder's features. Note on the column `time`: {rates}.",
+        "the table below shows the effect of quantizing more or fewer layers. The columns of the table:\n"
+        "`layers`: number of quantized layers\n"
+        "`operations`: arithmetic operations in the quantized layers, in percent of the operations in all layers that "
+        "can be quantized\n"
+        "`time`: estimated computing time of all layers that can be quantized, in milliseconds\n"
+        "`expected L2`: largest relative L2 error of any feature map, predicted from the errors of the single layers\n"
+        "`measured L2`: largest relative L2 error of any feature map, measured with the given number of quantized "
+        "layers\n"
+        f"Note on the column `time`: {rates}",
         head,
     ]
     for row in curve:

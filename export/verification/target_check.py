@@ -237,7 +237,7 @@ def check_claims(where: Path, manifest: Mapping[str, Any], needs: Needs) -> None
         reason = why_not(target, needs)
         if reason:
             raise TargetError(
-                f"{where}: the manifest claims that {target.name} can load the ONNX file, but according to the graph "
-                f"of the ONNX file, {target.name} cannot load the file: {reason}.\nThe graph shows that the ONNX file "
-                f"is {read_by(needs)}. Export the ONNX file again to get a manifest that matches the graph"
+                f"{where}: the manifest says that {target.name} can load the ONNX file, but the graph in the ONNX file "
+                f"contradicts the manifest: {reason}.\nAccording to the graph, the ONNX file is {read_by(needs)}. "
+                "Export the ONNX file again to get a manifest that matches the graph"
             )

@@ -152,8 +152,8 @@ def _side(name: str, value: Any) -> Any:
     if len(value) == 2 and value[0] == value[1]:
         return value[0]
     raise ConfigError(
-        f"{name} {value!r} is not square. neck-export supports only a square {name}, because transformers computes "
-        "the rotary tables of non-square sizes in another way; use a configuration with a square size"
+        f"{name} {value!r} is not square, but neck-export supports only a square {name}. Use a checkpoint whose "
+        f"config.json has one number, or two equal numbers, as {name}"
     )
 
 

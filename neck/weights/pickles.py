@@ -52,8 +52,8 @@ def read_pickle(file: BinaryIO, storages: dict[str, StorageRecord] | None = None
         for count, (opcode, arg, _) in enumerate(pickletools.genops(file)):
             if count >= MOST_OPERATIONS:
                 raise PickleError(
-                    f"the pickle in the file has more than {MOST_OPERATIONS:,} operations, which is the most that "
-                    "neck-export reads"
+                    "the pickle in the file has too many operations: neck-export reads only pickles with at most "
+                    f"{MOST_OPERATIONS:,} operations"
                 )
             if opcode.name == "STOP":
                 return machine.stack.pop()

@@ -153,12 +153,18 @@ def _tensor_v3(
     metadata: object = None,
 ) -> TensorRecord:  # fmt: skip
     if not isinstance(storage, StorageRecord) or not isinstance(size, tuple) or not isinstance(stride, tuple):
-        raise PickleError("the pickle in the file contains a tensor without a storage")
+        raise PickleError(
+            "the pickle in the file contains a tensor without a storage, so the file is damaged or was not written by "
+            "torch.save"
+        )
     if len(size) != len(stride) or len(size) > MOST_DIMENSIONS:
         raise PickleError("the pickle in the file describes a tensor with an invalid size")
     element = DTYPES.get(dtype.name) if isinstance(dtype, Name) and dtype.module == "torch" else storage.dtype
     if element is None:
-        raise PickleError("the pickle in the file contains a tensor of unknown type")
+        raise PickleError(
+            f"the pickle in the file contains a tensor with the data type {dtype}, which the installed version of "
+            "PyTorch does not have. A newer version of PyTorch may support the data type"
+        )
     bits = tuple(bit for bit in ("conj", "neg") if isinstance(metadata, dict) and metadata.get(bit))
     sides, steps = tuple(_whole(side) for side in size), tuple(_whole(step) for step in stride)
     return TensorRecord(storage, element, _whole(offset), sides, steps, bits)

@@ -77,8 +77,9 @@ def check_tables(path: Path, layout: Layout, tensors: Mapping[str, Tensor], conf
     if len(grids) > 1:
         named = " and ".join(f"{side}x{side} patches in {key}" for side, key in grids.items())
         raise CheckpointError(
-            f"{path}: the rotary tables of the global attention blocks were made for different image sizes "
-            f"({named}); use a checkpoint whose tables agree"
+            f"{path}: the rotary tables of the global attention blocks contradict each other, because the tables were "
+            f"made for different image sizes: {named}. Use a checkpoint in which all of these rotary tables were made "
+            "for the same image size"
         )
     return next(iter(grids)) * config.patch_size if grids else None
 
