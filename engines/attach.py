@@ -178,9 +178,9 @@ def _check_weights(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[
         )
     if any(parameter.is_meta for parameter in live.parameters()):
         raise AttachError(
-            f"the model's encoder at {live.slots[0].path} has no weights yet (it is on the meta device), so "
-            "they cannot be compared with the file's; load the weights, or skip the comparison with "
-            "attach(..., check=False)"
+            f"the model's encoder at {live.slots[0].path} is on the meta device and has no weights yet, so attach "
+            "cannot compare the weights of the model with the weights of the file. Load the model's weights, or skip "
+            "the comparison with attach(..., check=False)"
         )
     head = "sam2" in necks and encoder.signature.has_head("sam2")
     config = dataclasses.replace(EncoderConfig.from_dict(source["encoder"]), necks=tuple(necks), sam2_head=head)

@@ -133,7 +133,7 @@ def report_lines(found: dict[str, Any]) -> list[str]:
     """The facts for a screen."""
     return [
         f"Python {found['python']}, {found['system']}, {found['cores']} CPU cores, {found['memory_gb']} GB of "
-        f"memory, {found['disk_free_gb']} GB free on this disk",
+        f"memory, {found['disk_free_gb']} GB free on the disk of the current folder",
         f"GPU      {'; '.join(found['gpus']) or 'none found'}, driver {found['driver'] or 'not found'}",
         *(
             f"package  {name} {version or 'is not installed; run ' + PACKAGES[name]}"

@@ -76,7 +76,7 @@ def plan_lines(path: Path, found: dict[str, Any], kernels: int = 20) -> list[str
         lines.append(f"  graph   {word}: {graph.get('method') or graph.get('reason')}")
     lines += masks_lines(found)
     kinds = ", ".join(f"{count} {name}" for name, count in found["attention_kernels"].items())
-    lines.append(f"  attention kernels named in the plan: {kinds or 'unknown (the plan does not name them)'}")
+    lines.append(f"  attention kernels: {kinds or 'unknown, because the plan does not name its attention kernels'}")
     layers = read_layers(path)
     if layers is None:
         return [*lines, no_layers_line(found)]

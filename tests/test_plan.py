@@ -162,7 +162,7 @@ def test_a_file_of_another_tool_builds_as_it_is_and_says_what_it_lacks(exported:
 
 def test_a_low_precision_file_is_not_turned_into_another(exported: Path, tmp_path: Path) -> None:
     source = export(tmp_path / "half.onnx", precision="fp16", verify=False)
-    with pytest.raises(BuildError, match="fp16, but bf16 was requested"):
+    with pytest.raises(BuildError, match="is in fp16, but the requested precision is bf16"):
         make_plan(plan_options(source, tmp_path / "out", precision="bf16"))
 
 

@@ -454,8 +454,8 @@ def test_torch_is_read_where_it_is_and_outputs_are_the_callers(tmp_path: Path) -
 
 
 INPUTS: list[tuple[dict[str, Any], str]] = [
-    ({}, "wrong inputs: none given; expected image: float32 .1 to 3, 2, 3."),
-    ({"pixels": np.zeros((1, 2, 3), np.float32)}, "wrong inputs: pixels given; expected image"),
+    ({}, "Given names: none. Pass exactly .* image: float32 .1 to 3, 2, 3."),
+    ({"pixels": np.zeros((1, 2, 3), np.float32)}, "Given names: pixels. Pass exactly .* image: float32"),
     (
         {"image": np.zeros((4, 2, 3), np.float32)},
         r"image is float32 \(4, 2, 3\); expected image: float32 \(1 to 3, 2, 3\)",

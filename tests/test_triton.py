@@ -535,7 +535,7 @@ def test_plans_that_are_not_one_encoder(onnx_file: Path, tmp_path: Path) -> None
         (ampere | {"signed": {"positions": "none"}}, "differs from .* in outputs"),
         (ampere | {"precision": "bf16"}, "differs from .* in precision"),
         (ampere | {"tensorrt_version": "10.14.1.48"}, "a container has only one"),
-        ({"compute_capabilities": ["8.6", "8.9"]}, "Triton needs exactly one compute capability"),
+        ({"compute_capabilities": ["8.6", "8.9"]}, "must name exactly one compute capability"),
     ]
     for second, message in cases:
         first, other = plans(tmp_path, second)

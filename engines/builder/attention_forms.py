@@ -137,7 +137,7 @@ def build_forms(
             notes.append(f"{flavor.title} refused to build the plan with --attention {attempt.name}: {error.reason}")
             report(notes[-1])
     raise AssertionError(
-        "internal error: there was no value of --attention to build the plan with; please report this error"
+        "internal error: the list of --attention values to try is empty, so no plan was built; please report this error"
     )
 
 

@@ -207,8 +207,9 @@ def lower_file(source: Source, precision: Precision, folder: Path, **forms: Any)
     onnx = source.path
     if source.precision != "fp32":
         raise BuildError(
-            f"{onnx}: the file is in {source.precision}, but {precision} was requested;\n"
-            f"export the file again: {export_again(onnx, precision=precision, **AS_AUTO)}"
+            f"{onnx}: the ONNX file is in {source.precision}, but the requested precision is {precision}. Export the "
+            f"ONNX file again in {precision} with this command:\n"
+            f"{export_again(onnx, precision=precision, **AS_AUTO)}"
         )
     model, _ = source.file.load(values=True)
     if not any(MODULE in node.metadata_props for node in model.graph):

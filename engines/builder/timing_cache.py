@@ -74,8 +74,9 @@ def read_replayed(flavor: Flavor, options: BuildOptions) -> bytes | None:
         raise BuildError(f"No such file: {path}; {there}") from None
     except OSError as error:
         raise BuildError(
-            f"{path}: the timing cache cannot be read: {error.strerror}. Check the path and its permissions, or pass "
-            "to --replay-timing another timing cache that `neck-export trt --timing-cache FILE` saved"
+            f"{path}: the timing cache cannot be read: {error.strerror}. Check the path and the permissions of the "
+            "file, or create a new timing cache with `neck-export trt --timing-cache FILE` and pass FILE to "
+            "--replay-timing"
         ) from None
     if not data:
         raise BuildError(

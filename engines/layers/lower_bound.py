@@ -74,9 +74,9 @@ def lower_bound(layers: LayerReport, gpu: PublishedGpu) -> LowerBound:
             return LowerBound(
                 gpu,
                 reason=(
-                    f"neck-export knows no rate at which the GPU {gpu.title} multiplies {kind} matrices, but the "
-                    f"kernel {kernel.name} of the plan multiplies {kind} matrices. To get a lower bound for the "
-                    f"{gpu.title}, build a plan in another precision"
+                    f"the lower bound on latency cannot be computed for the GPU {gpu.title}: the kernel {kernel.name} "
+                    f"of the plan multiplies {kind} matrices, but neck-export has no published {kind} compute rate "
+                    f"for the {gpu.title}. To get a lower bound for the {gpu.title}, build a plan in another precision"
                 ),
             )
         constants, read, written = (_bytes(part) for part in (kernel.constants, kernel.inputs, kernel.outputs))
@@ -144,7 +144,7 @@ def bound_lines(
     if layers.operations and 0 < counted < layers.operations:
         missing = 1 - counted / layers.operations
         lines.append(
-            f"  {missing:.1%} of the plan's arithmetic operations are missing from the lower bounds. neck-export "
-            "cannot tell which kernels run the missing operations"
+            f"  the lower bounds on latency leave out {missing:.1%} of the plan's arithmetic operations, because "
+            "neck-export cannot tell which kernels run these operations. The true minimum latency may be higher"
         )
     return lines

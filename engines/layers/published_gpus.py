@@ -107,8 +107,9 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         864,
         96,
         _tflops(183.3, 366.5, 733, 733),
-        "L40S data sheet. The FP16 rate is half of the FP8 rate; the 362.05 TFLOP/s of the data sheet do not match its "
-        "other rates and are not used. The L2 cache size is from the Ada white paper",
+        "L40S data sheet. neck-export computes the FP16 rate as half of the FP8 rate, because the FP16 rate in the "
+        "data sheet, 362.05 TFLOP/s, does not match the other rates in the data sheet. The L2 cache size is from the "
+        "Ada white paper",
         r"L40S",
     ),
     "h100": PublishedGpu(
@@ -148,10 +149,10 @@ PUBLISHED_GPUS: dict[str, PublishedGpu] = {
         8000,
         128,
         _tflops(1125, 2250, 4500, 4500),
-        "GB200 data sheet. The data sheet gives compute rates for sparse matrices at a GPU clock of 1856 MHz. For "
-        "dense matrices, neck-export uses half of each rate, scaled to an assumed maximum clock of 1980 MHz. The "
-        "memory bandwidth is 8 TB/s, the bandwidth of a GB200. An HGX B200 has a memory bandwidth of only 7.7 TB/s, so "
-        "the lower bound on the latency of an HGX B200 can be slightly too low",
+        "GB200 data sheet, used for every B200 GPU. The data sheet gives compute rates for sparse matrices at a GPU "
+        "clock of 1856 MHz. For dense matrices, neck-export uses half of each rate, scaled to an assumed maximum clock "
+        "of 1980 MHz. The memory bandwidth is 8 TB/s, as in a GB200. An HGX B200 has only 7.7 TB/s, so the lower bound "
+        "on the latency of an HGX B200 can be slightly too low",
         r"B200",
         clock=1980 / 1856,
     ),

@@ -222,9 +222,9 @@ class DeployedEncoder(nn.Module):
         """What to say where a model's images have another size than the file's."""
         sizes = ["x".join(map(str, size)) for size in (self.signature.image_size, asked)]
         return EncoderError(
-            f"{self.path}: the file accepts images of {sizes[0]} pixels, but the model's images have {sizes[1]} "
-            f"pixels. Sizes are height x width. Resize the images to {sizes[0]}, or export a file for {sizes[1]}: "
-            f"{self.export_again(image_size=sizes[1])}"
+            f"{self.path}: the file accepts only images with a height x width of {sizes[0]} pixels, but the images to "
+            f"be encoded have {sizes[1]} pixels. Resize the images to {sizes[0]} pixels, or export a file for images "
+            f"of {sizes[1]} pixels: {self.export_again(image_size=sizes[1])}"
         )
 
     def export_again(self, **changes: str) -> str:

@@ -214,9 +214,9 @@ def _blocks(found: Live, layout: Layout, config: EncoderConfig) -> Iterator[str]
         activation = _value(mlp, "activation_fn", "act")
         if activation is None and not type(mlp).__module__.startswith("neck."):  # ours calls a function
             yield (
-                f"the activation function of the block {path} cannot be compared: the file uses the exact GELU, but "
-                "neck-export cannot read which activation function the model uses in the block, because the model's "
-                f"MLP has the type {type(mlp).__name__}"
+                f"neck-export cannot compare the activation function of the block {path}: the file uses the exact "
+                "GELU, but neck-export cannot read the activation function from the model's MLP, which has the type "
+                f"{type(mlp).__name__}"
             )
         elif activation is not None and not _is_gelu(activation):
             yield (

@@ -51,7 +51,10 @@ def check_inputs(
     """Raises SessionError where inputs are not what the engine takes, or torch's not where it reads."""
     expected = ", ".join(map(str, ports))
     if sorted(inputs) != sorted(port.name for port in ports):
-        raise SessionError(f"{plan}: wrong inputs: {', '.join(inputs) or 'none'} given; expected {expected}")
+        raise SessionError(
+            f"{plan}: the names of the given inputs do not match the input names of the plan. Given names: "
+            f"{', '.join(inputs) or 'none'}. Pass exactly the following inputs: {expected}"
+        )
     if not any(all(isinstance(value, kind) for value in inputs.values()) for kind in (np.ndarray, Tensor)):
         kinds = {type(value).__name__ for value in inputs.values()}
         raise SessionError(

@@ -128,8 +128,9 @@ def _for_onnx(source: Source, asked: str | None) -> tuple[str | None, list[str]]
         )
     if carried is None:
         return container, [
-            f"neck-export does not know the ONNX Runtime version of container {container}; check that this "
-            "container has ONNX Runtime 1.25 or later, which can serve the file"
+            f"neck-export does not know the ONNX Runtime version of container {container}. Check that container "
+            f"{container} has ONNX Runtime 1.25 or later. An earlier version may be unable to serve the ONNX file "
+            f"{source.path.name}"
         ]
     notes = _check_readable(source, container, carried)
     return container, [f"container {image(container)} has ONNX Runtime {carried}", *notes]
@@ -171,7 +172,7 @@ def _check_readable(source: Source, container: str, carried: str) -> list[str]:
     remedy = (
         f"use container {fitting[0]} or later, or export the file again for container {container}"
         if fitting
-        else f"export the file again for container {container}"
+        else f"export the ONNX file again with --target triton-{container}, as in the following command"
     )
     changes = {"target": f"triton-{container}", "attention": "auto", "opset": "auto"}
     if needs.types & {"BFLOAT16", *CODES}:

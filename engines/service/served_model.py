@@ -64,10 +64,9 @@ class Source:
         named = self.manifest.get("compute_capabilities")
         if not isinstance(named, list) or len(named) != 1 or not re.fullmatch(r"\d{1,2}\.\d", str(named[0])):
             raise TritonError(
-                f"{manifest_path(self.path)}: the manifest names the compute capabilities {named!r}, but a plan for "
-                "Triton needs exactly one compute capability, such as 8.9. Build the plan "
-                f"{self.path.name} again with `neck-export trt --flavor tensorrt` on a machine with the GPU on which "
-                "Triton will run the plan. The new manifest then names only the compute capability of the GPU"
+                f"{manifest_path(self.path)}: the manifest names the compute capabilities {named!r}, but the manifest "
+                "of a plan for Triton must name exactly one compute capability, such as 8.9. On a machine with the GPU "
+                f"that Triton will use, build the plan {self.path.name} again with `neck-export trt --flavor tensorrt`"
             )
         return str(named[0])
 

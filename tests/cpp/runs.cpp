@@ -98,7 +98,7 @@ void test_bound_outputs(const std::string& plan, bool graph) {
     expect(engine.device_outputs()[1].data == mine.get(), "and where it is told to be");
     expect(doubled(engine.copy_out(stream.get()), 2, 4), "copied out of there");
     expect_error([&] { engine.bind_output("full", mine.get(), bytes - 1); },
-                 "the memory for output full has 319 bytes, but a batch of 4 needs 320");
+                 "for the output full has only 319 bytes, but the largest batch size 4 needs 320 bytes");
     expect_error([&] { engine.bind_output("full", mine.get() + 4, bytes); },
                  "the memory for output full is not aligned to 256 bytes");
     alignas(256) static std::byte host[bytes];

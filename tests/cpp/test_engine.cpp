@@ -78,7 +78,7 @@ void test_images_on_the_gpu(const std::string& plan) {
     expect_error([&] { engine.copy_in_rgb8(memory.get(), size, 17, stream.get()); },
                  "the pitch for copy_in_rgb8 is 17 bytes, but a row of 6 RGB pixels has 18 bytes");
     expect_error([&] { engine.copy_in_rgb8(memory.get(), size, pitch, stream.get(), 4); },
-                 "the index of the image in the batch (argument entry of copy_in_rgb8) is 4, but the engine's largest batch size is 4");
+                 "copy_in_rgb8 was called with the batch index 4, but the engine's largest batch size is 4");
     expect_error([&] { engine.copy_in_rgb8(memory.get(), {0, 6}, pitch, stream.get()); },
                  "the image for copy_in_rgb8 has the height 0 and the width 6");
     setenv("STAND_IN_DEVICES", "2", 1);

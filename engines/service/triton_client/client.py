@@ -213,4 +213,4 @@ class TritonClient:
 
     @property
     def _look(self) -> str:
-        return f"check that this is a Triton server and that it serves the model {self.name}"
+        return f"check that {self.url} is the address of a Triton server that serves the model {self.name}"

@@ -217,10 +217,10 @@ void Http::take_credentials() {
         const bool hidden = url_.find('@', host) != std::string::npos;  // what stands before may be a password
         throw Error((hidden ? "The server address" : one_line(url_.substr(0, query)) + ": the server address") +
                     " contains the character " + repr(url_.substr(query, 1)) +
-                    " in a place where it is not allowed. Pass only the address, such as "
-                    "localhost:8000. If the address contained a user name, a password or a token, pass the "
-                    "credentials separately. With neck-triton, use the option --user and the environment variables "
-                    "NECK_TRITON_PASSWORD and NECK_TRITON_TOKEN. In C++ code, set the credentials in TritonOptions");
+                    ", which is not accepted in a host name, port or path. Pass an address such as localhost:8000. If "
+                    "the server needs credentials, call neck-triton with the option --user and the environment "
+                    "variable NECK_TRITON_PASSWORD, or with the environment variable NECK_TRITON_TOKEN. In C++ code, "
+                    "set neck::TritonOptions");
     }
     if (!plain(url_)) {
         throw Error(one_line(url_) +

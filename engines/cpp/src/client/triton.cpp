@@ -71,7 +71,8 @@ std::vector<Port> read_ports(const Json& metadata, const char* key, std::int64_t
     std::vector<Port> ports;
     for (const Json& tensor : list_of(metadata, key)) {
         if (!tensor.is_object()) {
-            throw Fault{"the list " + repr(key) + " in the answer contains entries that are not JSON objects"};
+            throw Fault{"the server's answer does not follow Triton's HTTP protocol: the list " + repr(key) +
+                        " in the answer contains entries that are not JSON objects"};
         }
         if (bytes != nullptr && text_or_empty(tensor, "datatype") == bytes_type) {
             bytes->push_back({name_of(tensor), shape_of(tensor), largest_batch});
@@ -79,7 +80,10 @@ std::vector<Port> read_ports(const Json& metadata, const char* key, std::int64_t
         }
         Port port{name_of(tensor), type_of(tensor), shape_of(tensor)};
         if (port.shape.empty()) {
-            throw Fault{"the shape of tensor " + repr(port.name) + " is empty"};
+            throw Fault{"according to the model's metadata on the server, the shape of the tensor " +
+                        repr(port.name) +
+                        " has no dimensions, but the shape must have at least the batch dimension; check the "
+                        "field 'dims' of the tensor in the model's config.pbtxt"};
         }
         port.largest_batch = port.shape[0] < 0 ? largest_batch : port.shape[0];
         port.smallest_batch = port.shape[0] < 0 ? 1 : port.shape[0];
@@ -113,7 +117,9 @@ std::vector<Tensor> read_outputs(const Answer& answer) {
     std::vector<Tensor> outputs;
     for (const Json& output : list_of(json, "outputs")) {
         if (!output.is_object()) {
-            throw Fault{"the list 'outputs' in the answer contains entries that are not JSON objects"};
+            throw Fault{
+                "the server's answer does not follow Triton's HTTP protocol: the list 'outputs' in the answer contains "
+                "entries that are not JSON objects"};
         }
         const std::string name = name_of(output);
         const DataType type = type_of(output);

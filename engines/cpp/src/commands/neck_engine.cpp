@@ -91,8 +91,10 @@ void print_manifest(const neck::Manifest& manifest) {
 /// Times a piece of work on the stream between two CUDA events.
 template <typename Work>
 neck::Latency measure(cudaStream_t stream, std::int64_t runs, const std::string& plan, Work work) {
-    const neck::OwnedEvent start = neck::make_event(plan + ": creating a CUDA event failed", cudaEventDefault);
-    const neck::OwnedEvent end = neck::make_event(plan + ": creating a CUDA event failed", cudaEventDefault);
+    const std::string failure =
+        plan + ": the latency cannot be measured, because creating a CUDA event failed with the following CUDA error";
+    const neck::OwnedEvent start = neck::make_event(failure, cudaEventDefault);
+    const neck::OwnedEvent end = neck::make_event(failure, cudaEventDefault);
     std::vector<double> times;
     for (std::int64_t index = -warm_up_runs; index < runs; ++index) {
         neck::check(cudaEventRecord(start.get(), stream), plan + ": measuring the time with CUDA events failed");

@@ -154,7 +154,9 @@ void Engine::Impl::allocate_buffers() {
         output_.push_back({allocate(most_bytes(output), plan_), nullptr});
         context_bytes_ += most_bytes(output);
     }
-    done_ = make_event(plan_ + ": creating a CUDA event failed", cudaEventDisableTiming);
+    done_ = make_event(
+        plan_ + ": the plan cannot be run, because creating a CUDA event failed with the following CUDA error",
+        cudaEventDisableTiming);
     context_ = make_context(*loaded_, scratch_.get(), scratch_bytes_, plan_);
     if (options_.cuda_graph) {
         capture_stream_ = make_stream(plan_ + ": creating a CUDA stream failed");

@@ -53,9 +53,10 @@ void Engine::Impl::bind_output(const std::string& name, void* memory, std::size_
     const DeviceGuard guard(options_.device, plan_);
     if (memory != nullptr) {
         if (bytes < needed) {
-            throw Error(plan_ + ": the memory for output " + name + " has " + std::to_string(bytes) +
-                        " bytes, but a batch of " + std::to_string(largest_batch_) + " needs " +
-                        std::to_string(needed));
+            throw Error(plan_ + ": the memory that was passed to bind_output for the output " + name + " has only " +
+                        std::to_string(bytes) + " bytes, but the largest batch size " +
+                        std::to_string(largest_batch_) + " needs " + std::to_string(needed) +
+                        " bytes. Pass memory of at least " + std::to_string(needed) + " bytes");
         }
         if (reinterpret_cast<std::uintptr_t>(memory) % alignment != 0) {
             throw Error(plan_ + ": the memory for output " + name + " is not aligned to " + std::to_string(alignment) +

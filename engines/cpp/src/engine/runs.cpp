@@ -69,9 +69,10 @@ Fit Engine::Impl::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch,
                     " bytes. Pass a pitch of at least " + std::to_string(row_bytes) + " bytes");
     }
     if (entry < 0 || entry >= largest_batch_) {
-        throw Error(plan_ + ": the index of the image in the batch (argument entry of copy_in_rgb8) is " + std::to_string(entry) +
+        throw Error(plan_ + ": copy_in_rgb8 was called with the batch index " + std::to_string(entry) +
                     ", but the engine's largest batch size is " + std::to_string(largest_batch_) +
-                    ". Pass an index from 0 to " + std::to_string(largest_batch_ - 1));
+                    ". Set the argument 'entry' of copy_in_rgb8 to an index from 0 to " +
+                    std::to_string(largest_batch_ - 1));
     }
     const DeviceGuard guard(options_.device, plan_);
     check_device_memory(pixels, options_.device, plan_, "the image");
@@ -87,7 +88,7 @@ Fit Engine::Impl::copy_in_rgb8(const void* pixels, Size size, std::size_t pitch,
                     ": this library cannot resize images on the GPU, because it was built without nvcc; build it with "
                     "nvcc, or resize the image on the CPU with neck::Preprocessor");
     }
-    check(launched, plan_ + ": resizing the image failed");
+    check(launched, plan_ + ": the input image could not be resized on the GPU because of the following CUDA error");
     mark_after(stream);
     return fit_of(size, wanted);
 }
@@ -96,7 +97,8 @@ void Engine::Impl::bind(nvinfer1::IExecutionContext& context, std::int64_t batch
     const Port& port = input();
     if (!context.setInputShape(port.name.c_str(), dims_of(port.at(batch)))) {
         throw Error(plan_ + ": TensorRT rejected the shape " + to_text(port.at(batch)) + " of the input " + port.name +
-                    " (" + loaded_->logger->failure() + "); the input must be " + port.describe());
+                    " (" + loaded_->logger->failure() + "); pass an input with this name, type and shape: " +
+                    port.describe());
     }
     // TensorRT's interface takes no pointer to const; it only reads an input
     bool bound = context.setTensorAddress(port.name.c_str(), const_cast<void*>(image));  // NOLINT

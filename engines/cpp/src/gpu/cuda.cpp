@@ -31,7 +31,9 @@ void check_device_memory(const void* address, int device, const std::string& pla
 
 std::string driver_version(const std::string& plan) {
     int version = 0;
-    check(cudaDriverGetVersion(&version), plan + ": querying the driver version failed");
+    check(cudaDriverGetVersion(&version),
+          plan + ": the plan was not loaded, because reading the version of the NVIDIA driver failed with the "
+                 "following CUDA error");
     return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 

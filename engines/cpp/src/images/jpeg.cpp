@@ -100,8 +100,8 @@ bool run(jpeg_decompress_struct& info, jpeg_source_mgr& source, Errors& errors, 
     }
     if (info.image_width != size.width || info.image_height != size.height) {
         std::snprintf(errors.reason.data(), errors.reason.size(),
-                      "two readings of the JPEG header give different image sizes: %u x %u pixels and %lld x %lld "
-                      "pixels",
+                      "the image size in the JPEG header is ambiguous: libjpeg reads %u x %u pixels, but the neck "
+                      "library reads %lld x %lld pixels",
                       info.image_width, info.image_height, static_cast<long long>(size.width),
                       static_cast<long long>(size.height));
         return false;

@@ -127,9 +127,11 @@ std::vector<float> Tensor::to_floats() const {
 
 Tensor Tensor::slice(std::int64_t first, std::int64_t count) const {
     if (shape.empty() || first < 0 || count < 1 || first > shape[0] - count) {
-        throw Error("tensor " + repr(name) + " is " + describe() + ", and its first dimension is the "
-                    "batch, so entries " + std::to_string(first) + " to " + std::to_string(first + count - 1) +
-                    " (counted from 0) do not exist; request only existing entries");
+        throw Error("tensor " + repr(name) + " does not contain all of the requested batch entries " +
+                    std::to_string(first) + " to " + std::to_string(first + count - 1) + ". The tensor is " +
+                    describe() +
+                    ", the first dimension of the tensor is the batch, and batch entries are counted from 0. Request "
+                    "only entries that the tensor contains");
     }
     return guarded(name, [&] {
         check();
