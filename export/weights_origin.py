@@ -268,8 +268,7 @@ def _same_weights(
             ExportError(
                 f"{path}: this is not the checkpoint that was exported: the SHA-256 of some weights differs from the "
                 f"SHA-256 in the manifest {where.name}. Parts of the encoder with different weights: {parts}. Use "
-                "--checkpoint to pass the checkpoint that was exported. To use the weights of "
-                f"{path.name} instead, export {path.name}"
+                "--checkpoint to pass the checkpoint that was exported, or export this checkpoint"
             ),
         )
     if isinstance(problems[0], ExportError):
