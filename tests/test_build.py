@@ -439,10 +439,12 @@ def test_after_kill_9_the_next_build_works_and_cleans_up(small: Path, tmp_path: 
     plan = tmp_path / "x.plan"
     with _start(small, plan, "hang") as child:
         assert child.stdout is not None and child.stdout.readline() == FIRST_STEP
-        living = list(tmp_path.glob(".x.plan.*"))
-        build_plan(small, plan, BuildOptions(compute_capabilities=("8.9",)))
-        assert len(living) == 1 and living[0].exists()  # the other's file is left alone while it lives
-        child.kill()
+        try:
+            living = list(tmp_path.glob(".x.plan.*"))
+            build_plan(small, plan, BuildOptions(compute_capabilities=("8.9",)))
+            assert len(living) == 1 and living[0].exists()  # the other's file is left alone while it lives
+        finally:  # else leaving the block waits for it
+            child.kill()
         child.communicate(timeout=HANGS_S)
     assert living[0].exists()
     result = build_plan(small, plan, BuildOptions(compute_capabilities=("8.9",)))
