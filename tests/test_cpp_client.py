@@ -282,8 +282,16 @@ BAD: list[tuple[str, dict[str, Answer], str]] = [
         infer(outputs(tensor("feat", 1, 4, **FEAT_BYTES), tensor("x", 1, 4, **FEAT_BYTES)), FEAT.tobytes() * 2),
         "the server's answer contains the outputs feat, x, but the requested outputs are feat",
     ),
-    ("other type", infer(outputs(tensor("feat", 1, 4, datatype="INT32", **FEAT_BYTES))), "output feat is int32"),
-    ("other shape", infer(outputs(tensor("feat", 1, 2, 2, **FEAT_BYTES))), r"output feat is float32 \(1, 2, 2\)"),
+    (
+        "other type",
+        infer(outputs(tensor("feat", 1, 4, datatype="INT32", **FEAT_BYTES))),
+        "returned output feat as int32",
+    ),
+    (
+        "other shape",
+        infer(outputs(tensor("feat", 1, 2, 2, **FEAT_BYTES))),
+        r"returned output feat as float32 \(1, 2, 2\)",
+    ),
     (
         "odd name",
         {**GOOD, "m": answer(model_of(tensor("\x1b[2J", 1)))},
@@ -316,7 +324,7 @@ BAD: list[tuple[str, dict[str, Answer], str]] = [
         "the answer contains 2 bytes after the last output",
     ),
     ("wrong size", infer(outputs(tensor("feat", 1, 5, **FEAT_BYTES))), r"\(1, 5\), but its data have 16 bytes"),
-    ("wrong batch", two_rows(), r"the output feat has the type and shape float32 \(2, 4\), but the batch size is 1"),
+    ("wrong batch", two_rows(), r"output feat as float32 \(2, 4\) for a batch of 1"),
     ("no outputs", infer(outputs(), b""), "the server's answer does not contain the output 'feat'"),
     ("huge shape", infer(outputs(huge(2**40))), "a float32 tensor cannot have the shape"),
     ("negative shape", infer(outputs(huge(-1))), "a float32 tensor cannot have the shape"),

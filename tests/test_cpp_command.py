@@ -99,7 +99,7 @@ def _app(verdict: Any) -> Any:
         ),
         (
             {"sam3_pos_0": np.zeros((3, 8, 4, 4), np.float32)},
-            "3 in the output `sam3_pos_0` of shape (3, 8, 4, 4), but 2 in the tensor `pixels` of shape (2, 16, 16, 3)",
+            "has the shape (3, 8, 4, 4), but the tensor `pixels` has the shape (2, 16, 16, 3)",
         ),
         ({"sam3_pos_0": np.zeros((2, 8, 4, 4))}, "tensor 'sam3_pos_0' has type 'F64', but only U8"),
         (

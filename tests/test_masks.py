@@ -370,7 +370,7 @@ def test_what_is_not_finite_fails() -> None:
         found = figures([differ("b", "cat", same, same), one], 0.1)
         assert not found["passed"] and found["worst_image"] == "a" and one.worst == 0
         assert found["non_finite"] == dict(zip(("own", "file"), counts, strict=True))
-        assert any(line.startswith(f"{sum(counts)} of") for line in lines(found | {"method": ""})) and worst_lines(
+        assert any(f", {sum(counts)} of the model" in line for line in lines(found | {"method": ""})) and worst_lines(
             found
         )
         json.dumps(found, allow_nan=False)
