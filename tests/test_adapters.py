@@ -297,6 +297,12 @@ def cut(name: str, part: Callable[[Tensor], Tensor]) -> Callable[[State], None]:
     return change
 
 
+def add_transposed(state: State) -> None:
+    """Factors of a transposed convolution, whose product has its weight's shape; PEFT makes none."""
+    module = "base_model.model.neck.fpn_layers.0.scale_layers.0"
+    state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"] = torch.ones(4, 8, 2, 2), torch.ones(16, 4, 1, 1)
+
+
 def of_rank(factor: Tensor, rank: int) -> Tensor:
     """The first rows of an A of rank 4, or columns of a B."""
     return factor[:rank] if factor.shape[0] == 4 else factor[:, :rank]
@@ -326,6 +332,7 @@ def of_rank(factor: Tensor, rank: int) -> Tensor:
             "tensor lora_B.weight of the adapted module",
         ),
         (lambda state: {"x.weight": torch.ones(1)}, "no module of the encoder"),
+        (add_transposed, "factors of neck.fpn_layers.0.scale_layers.0 have the shapes"),
     ],
 )
 def test_bad_adapters(change: Callable[[State], State | None], says: str, adapter: Path) -> None:

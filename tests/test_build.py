@@ -337,6 +337,10 @@ def test_what_the_builder_refuses_is_told(save: Save) -> None:
         (BuildOptions(timing_cache=Path("times.cache")), "--timing-cache"),
         (BuildOptions(hardware_compatible="ampere+"), "--hardware-compatible"),
         (BuildOptions(optimization_level=6), "expected 0 to 5"),
+        (
+            BuildOptions("fp8", compute_capabilities=("8.6", "8.9")),
+            r"compute capability 8\.6, but .* FP8 requires 8\.9",
+        ),
         (BuildOptions(batch=BatchRange.parse("1:4:8")), "1:4:8"),
     ],
 )

@@ -487,6 +487,17 @@ def test_overflow_of_float64_is_seen(tmp_path: Path) -> None:
     assert f"1 of the encoder's tensors contain NaN or infinity: {key};" in error_of(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "noted"), [("fc1.weight", True), ("dconv_2x2.weight", True), ("ln_pre.weight", False)]
+)
+def test_a_weight_of_one_value_is_noted(name: str, noted: bool, tmp_path: Path) -> None:
+    """A trained norm or bias may be of one value."""
+    path, key = change("meta-dual", name, torch.ones_like, tmp_path / "x.pt")
+    notes: list[str] = []
+    load_encoder(path, config_of("meta-dual"), notes=notes)
+    assert [f" are equal: {key};" in note for note in notes] == [True] * noted
+
+
 def test_not_finite_elsewhere_does_not_matter(tmp_path: Path) -> None:
     state = state_of("meta-dual")
     state["tracker.maskmem_tpos_enc"].fill_(float("nan"))

@@ -11,13 +11,19 @@ from typing import Any
 import pytest
 from conftest import tiny_config
 
-from neck.config import ConfigError, EncoderConfig, check_image_size
+from neck.config import ConfigError, EncoderConfig, check_image_size, exact_ratio
 
 
 def test_the_defaults_are_the_published_encoder() -> None:
     config = EncoderConfig()
     assert (config.grid, config.head_dim, config.mlp_hidden, config.pretrain_grid) == ((72, 72), 64, 4736, 24)
     assert (config.image_size, config.scale_factors, config.necks) == ((1008, 1008), (4.0, 2.0, 1.0, 0.5), ("sam3",))
+
+
+@pytest.mark.parametrize(("hidden", "embed_dim"), [(4736, 1024), (49, 11), (63, 13)])
+def test_a_ratio_gives_its_hidden_channels_again(hidden: int, embed_dim: int) -> None:
+    """11 * (49 / 11) is less than 49 in floating point."""
+    assert int(embed_dim * exact_ratio(hidden, embed_dim)) == hidden
 
 
 def test_a_config_is_frozen() -> None:

@@ -91,6 +91,15 @@ def test_waiting_is_no_kernel() -> None:
     assert [kernel.kind for kernel in layers_from_inspector(json.dumps({"Layers": layers}), {}).kernels] == ["kgen"]
 
 
+def test_a_node_that_two_kernels_name_gives_its_operations_to_none() -> None:
+    layers = [
+        _layer(name, {"Datatype": "Half"}, Metadata=f"[ONNX Layer: {name}][ONNX Layer: shared]") for name in ("a", "b")
+    ]
+    operations = {"a": 1, "b": 2, "shared": 4}
+    found = layers_from_inspector(json.dumps({"Layers": layers}), {}, operations=operations)
+    assert [kernel.operations for kernel in found.kernels] == [1, 2] and found.operations == 7
+
+
 @pytest.mark.gpu
 def test_the_inspector_and_the_log_agree(tmp_path: Path, gpu_flavor: Flavor) -> None:
     """On a GPU: an engine's JSON gives the attentions that its build counted."""

@@ -423,6 +423,19 @@ def test_a_pod_has_room_for_its_decoders(plan: Path) -> None:
     assert container_of(deployment)["resources"]["limits"]["memory"] == f"{with_them.memory_gib}Gi"
 
 
+def test_a_pod_has_room_for_the_old_and_the_new_version(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From S3 Triton copies a version of 2.5 GiB to /tmp; from a volume it copies none."""
+    source = read_model(plan)
+    monkeypatch.setattr(Source, "bytes", 5 * 2**29)
+    for storage, room in (("s3://bucket/models", "7Gi"), ("pvc://shared", "1Gi")):
+        serving = dataclasses.replace(
+            serving_of(source, source, random.Random(1)), storage=storage, own_claim=False, capabilities=()
+        )
+        (deployment,) = deployments(parsed(kubernetes_files(serving)))
+        volumes = {volume["name"]: volume for volume in deployment["spec"]["template"]["spec"]["volumes"]}
+        assert volumes["tmp"]["emptyDir"]["sizeLimit"] == room
+
+
 def check_platform(serving: Serving, files: dict[str, list[dict[str, Any]]]) -> None:
     """What a platform team asks for, on one set of files."""
     kserve, runtime = predictors(files)[0], runtime_of(files)

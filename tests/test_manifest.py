@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from export.contract.manifest import (
     read_manifest,
     replace_manifest,
     sha256,
+    to_json,
     write_manifest,
 )
 
@@ -56,6 +58,11 @@ def test_written_and_read(written: Path) -> None:
         assert entry == {"name": entry["name"], "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     assert [entry["name"] for entry in content["files"]] == ["x.onnx", "x.onnx.data"]
     check_files(written, content)
+
+
+def test_what_is_not_finite_is_null_at_any_depth() -> None:
+    text = to_json({"a": math.nan, "b": [1.5, -math.inf, {"c": (math.inf,)}]})
+    assert json.loads(text) == {"a": None, "b": [1.5, None, {"c": [None]}]}
 
 
 def change_byte(file: Path) -> None:

@@ -112,6 +112,12 @@ def test_the_choice_fills_the_budget_and_other_orders_err_more() -> None:
     assert worst(ordered[-count:]) > worst(chosen().names)
 
 
+def test_the_order_is_by_the_square_of_the_error() -> None:
+    """The first saves four times as much, but its error weighs nine times as much in the sum."""
+    products = [Product("a", 4 * 10**9, {"x": 3e-3}), Product("b", 10**9, {"x": 1e-3})]
+    assert [one.name for one in order_products(products)] == ["b", "a"]
+
+
 def test_squares_add() -> None:
     products = order_products(measured())
     assert expected_error(products) == pytest.approx(worst([one.name for one in products]), rel=0.5)

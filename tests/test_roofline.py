@@ -138,6 +138,9 @@ def test_low_precision_halves_what_is_stored_in_it() -> None:
     tables = sum(part.table_bytes for part in parts)
     assert total_bytes(parts, "fp32") - tables == 2 * (total_bytes(parts, "fp16") - tables) > 0
     assert total_bytes(parts, "bf16") == total_bytes(parts, "fp16")
+    outputs = sum(part.output_elements for part in parts)  # FP16 in a quantized file
+    for precision in ("fp8", "int8"):
+        assert 2 * (total_bytes(parts, precision) - tables - outputs) == total_bytes(parts, "fp16") - tables > 0
 
 
 def test_floor_is_the_slower_of_both_rates() -> None:

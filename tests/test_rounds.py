@@ -33,6 +33,7 @@ class FakeWorker:
     clock = 0.0  # the time of the tests, which a run advances by a second
     hangs: set[str] = set()  # noqa: RUF012 - what gives no answer to a load
     timeouts: list[float] = []  # noqa: RUF012
+    written: list[str] = []  # noqa: RUF012 - whose outputs were asked for
     kills: dict[str, int] = {}  # noqa: RUF012 - how many runs of a backend end it
 
     def __init__(self, log: Path, environment: dict[str, str]) -> None:
@@ -49,6 +50,7 @@ class FakeWorker:
             FakeWorker.clock += timeout_s
             raise WorkerError(f"no answer to `load` in {timeout_s} s", late=True)
         if command == "outputs":
+            self.written.append(self.name)
             values["folder"].mkdir(exist_ok=True)
             np.save(values["folder"] / "x.npy", np.ones(3, np.float32))
         if command == "run":
@@ -87,6 +89,7 @@ def fake_point(
 ) -> Samples:
     """Three backends that take 10 GB each on a machine of so many; their clock begins at 0 and `ends` is its time."""
     FakeWorker.loaded, FakeWorker.history, FakeWorker.clock, FakeWorker.timeouts = [], [], 0.0, []
+    FakeWorker.written = []
     monkeypatch.setattr(benchmarks.measure.rounds, "time", SimpleNamespace(monotonic=lambda: FakeWorker.clock))
     monkeypatch.setattr(benchmarks.measure.rounds, "Worker", FakeWorker)
     monkeypatch.setattr(
@@ -119,6 +122,7 @@ def test_what_fits_stays_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """The control."""
     samples = fake_point(tmp_path, 1 << 20, monkeypatch, machine=100)
     assert [len(samples.all("load", backend=name)) for name in (REFERENCE, "b", "c")] == [1, 1, 1]
+    assert FakeWorker.written == [REFERENCE, "b", "c"]  # in the first round alone
 
 
 @pytest.mark.parametrize("kills", [1, 2])
@@ -200,6 +204,14 @@ def test_a_second_run_begins_what_the_first_had_no_time_for(tmp_path: Path, monk
     second = in_time(tmp_path, 1e18, monkeypatch)
     assert [len(second.times("p", name)) for name in (REFERENCE, "b", "c")] == [2, 2, 2]
     assert row_of(second, "c")["status"] == "measured" and row_of(second, "c")["note"] is None
+
+
+def test_a_round_that_was_cut_is_measured_again_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first round takes six seconds and the second three: there is time for two of its backends."""
+    first = in_time(tmp_path, 8.0, monkeypatch)
+    assert first.rounds("p") == 1 and list(first.by_round("p", "b")) == [0, 1]
+    second = in_time(tmp_path, 1e18, monkeypatch)
+    assert [len(second.all("times", backend=name)) for name in (REFERENCE, "b", "c")] == [3, 3, 2]
 
 
 def test_a_row_that_comes_late_has_rounds_of_its_own_with_the_reference(

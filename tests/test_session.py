@@ -327,6 +327,7 @@ def test_another_rtx_version_is_left_to_rtx() -> None:
         ("tensorrt", ["8.9"], "same", "8.9", None),
         ("tensorrt", ["8.9"], "same", "8.6", "is for compute capability 8.9"),
         ("tensorrt", ["8.9"], "ampere+", "9.0", None),
+        ("tensorrt", ["8.9"], "ampere+", "8.0", None),
         ("tensorrt", ["8.9"], "ampere+", "7.5", "is for compute capability 8.0 or later"),
         ("rtx", ["8.6", "8.9"], "none", "8.9", None),
         ("rtx", ["8.6", "8.9"], "none", "12.0", "is for compute capability 8.6, 8.9.*--compute-capability 12.0"),
