@@ -27,6 +27,7 @@ from export.foreign.references import encoder_tensors
 from export.graph.rewrite import Rewrites
 from export.lowering.precision import lower
 from export.verification.fidelity import TOLERANCES
+from export.verification.rounding_simulation import AS_WRITTEN
 from neck.checkpoint import load_encoder, random_encoder, save_meta_checkpoint
 from neck.config import EncoderConfig
 from neck.necks import Sam3DualViTDetNeck
@@ -123,6 +124,7 @@ def test_a_file_that_onnx_runtime_fused(tmp_path: Path) -> None:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(path)
+    options.add_session_config_entry(*AS_WRITTEN)
     ort.InferenceSession(before, options, providers=["CPUExecutionProvider"])
     assert "com.microsoft" in {node.domain for node in onnx.load(path).graph.node}
     verdict = check(path, load_golden(CASE).encoder)

@@ -322,7 +322,7 @@ def test_a_version_is_added_and_those_there_are_left(plan: Path, tmp_path: Path)
     assert make(plan, tmp_path).version == 8
     for path in (first.path / "sam3-encoder").rglob("*"):
         assert path.stat().st_mode & 0o004, f"a server of another user reads {path}"
-    with pytest.raises(TritonError, match=r"never changed"):
+    with pytest.raises(TritonError, match=r"never changes"):
         make(plan, tmp_path, version=7)
     with pytest.raises(TritonError, match=r"version 3"):
         make(plan, tmp_path, version=3)
