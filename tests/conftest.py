@@ -56,10 +56,20 @@ NEWEST_OPSET = 24 if version_numbers(importlib.metadata.version("onnxruntime")) 
 
 
 LONGEST = (
-    *("cpp_engine", "bench", "families", "oracle", "select_quantization", "recount"),
-    *("build", "trace", "plan", "pipeline", "gpu_played", "backends", "attach", "targets"),
-    *("server_load", "cli", "interrupt", "server", "checkpoint", "cli_service", "bisect", "roofline", "bad_input"),
-    *("quantize", "tune", "head_file", "states", "forms", "layers", "browser", "cpp_client", "masks", "simulate"),
+    *("cpp_engine", "bench", "docs", "foreign", "build", "families", "plan", "trace"),
+    *("attach", "cpp_client", "pipeline", "server", "targets", "gpu_played", "select", "oracle"),
+    *("browser", "interrupt", "backends", "tune", "probes", "head_file", "server_load", "foreign_tools", "simulate"),
+    *(
+        "triton_client",
+        "quantize_files",
+        "counts",
+        "cli_service",
+        "cpp_real",
+        "bisect",
+        "forms",
+        "checkpoint",
+        "bad_input",
+    ),
 )
 """The files that take longest, the longest first: one that is begun last keeps one core busy and the others idle."""
 
