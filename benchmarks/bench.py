@@ -13,7 +13,7 @@ from benchmarks.measure.work_folder import ArtifactCache
 from benchmarks.options import SELECTION, BenchOptions
 from benchmarks.results.result import make_result
 from engines.builder.plan_kind import is_plan
-from engines.layers.layer_report import read_layers
+from engines.layers.layer_report import layers_path, read_layers
 from export.contract.atomic import locked
 from export.contract.manifest import ManifestError, check_files, manifest_path, read_manifest
 
@@ -54,13 +54,13 @@ def open_run(options: BenchOptions, report: Callable[[str], None] = lambda line:
     except BlockingIOError:
         raise BenchError(
             f"{work}: another benchmark is running in this folder; wait until it has finished, or choose another "
-            f"--output"
+            "--output"
         ) from None
     except OSError as error:
         where, why = error.filename or work, error.strerror or str(error)
         raise BenchError(
             f"{where}: the file or folder cannot be used ({why}); check its permissions and the free disk space, or "
-            f"choose another --output"
+            "choose another --output"
         ) from None
 
 
@@ -89,7 +89,7 @@ def check_options(options: BenchOptions) -> None:
         )
     if options.plan and (not is_plan(options.plan) or read_layers(options.plan) is None):
         raise BenchError(
-            f"--plan {options.plan}: the file is not a TensorRT plan, or its layer report {options.plan}.layers.json "
+            f"--plan {options.plan}: the file is not a TensorRT plan, or its layer report {layers_path(options.plan)} "
             "is missing; build the plan with `neck-export trt`, which also writes the layer report"
         )
     if options.export and options.config:

@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument(
         "--config",
         type=Path,
-        help="Read the architecture of the encoder from this JSON file, e.g. from the manifest that `neck-export onnx` "
-        "writes beside an ONNX file. [default: the architecture of SAM 3]",
+        help="Export an encoder with the architecture in this JSON file: encoder.json, or the manifest that "
+        "`neck-export onnx` wrote beside an ONNX file. [default: the architecture of SAM 3]",
     )
     parser.add_argument(
         "--compute-capability",

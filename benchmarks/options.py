@@ -86,9 +86,7 @@ class BenchOptions:
         ),
     ] = 1
     necks: Annotated[str, NECKS.but(help=NECKS.help.replace("Include", "Measure an encoder with"))] = "auto"
-    levels: Annotated[str, LEVELS.but(help=LEVELS.help.replace("Include", "Measure an encoder that returns only"))] = (
-        "all"
-    )
+    levels: Annotated[str, LEVELS.but(help=LEVELS.help.replace("Include", "Let the measured encoder return"))] = "all"
     positions: Annotated[
         Positions,
         Option(
@@ -103,8 +101,8 @@ class BenchOptions:
     images: Annotated[
         Path | ImageFolder | None,
         IMAGES.but(
-            help="Compare the outputs of each backend with those of PyTorch for the images in this folder, e.g. "
-            "photos/. [default: the sample photo that is installed with neck-export]"
+            help="Use the images in this folder, e.g. photos/, to compare the outputs of each backend with the outputs "
+            "of PyTorch. [default: the sample photo that is installed with neck-export]"
         ),
     ] = None
     device: Annotated[

@@ -136,16 +136,16 @@ def _check_fit(live: LiveEncoder, encoder: DeployedEncoder, necks: Sequence[str]
     where = f"{encoder.path}: "
     if lacking := [neck for neck in necks if neck not in encoder.necks]:
         needed = [*encoder.necks, *lacking]
-        remedy = (
-            "If the model only needs the neck sam3, call attach(..., necks=('sam3',)). If the model needs more necks, "
-            f"export the encoder again with the necks {' and '.join(needed)}"
+        fewer = (
+            "If the model only needs the neck sam3, call attach(..., necks=('sam3',)). Otherwise, export"
             if "sam3" in encoder.necks
-            else f"Export the encoder again with the necks {' and '.join(needed)}"
+            else "Export"
         )
         raise AttachError(
             f"{where}the file cannot replace the model's encoder at {live.slots[0].path}, because the file does not "
             f"compute the feature pyramid of the neck {' or of the neck '.join(lacking)}. "
-            f"{remedy}: {encoder.export_again(neck=','.join(needed))}"
+            f"{fewer} the encoder again with the necks {' and '.join(needed)}: "
+            f"{encoder.export_again(neck=','.join(needed))}"
         )
     if unknown := [neck for neck in necks if neck not in live.necks]:
         raise AttachError(

@@ -324,8 +324,7 @@ def _to_8_bits(values: np.ndarray, bits: int, value_range: ValueRange | None, sa
     say(
         f"the image is {kind}. neck-export keeps only the high byte of each 16-bit value, which gives 8-bit values "
         f"from {high.min()} to {high.max()}. If the contrast is too low, pass --image-range LOW:HIGH, which spreads "
-        f"the "
-        "values from LOW to HIGH over 0 to 255"
+        "the values from LOW to HIGH over 0 to 255"
     )
     return high
 

@@ -59,17 +59,7 @@ LONGEST = (
     *("cpp_engine", "bench", "docs", "foreign", "build", "families", "plan", "trace"),
     *("attach", "cpp_client", "pipeline", "server", "targets", "gpu_played", "select", "oracle"),
     *("browser", "interrupt", "backends", "tune", "probes", "head_file", "server_load", "foreign_tools", "simulate"),
-    *(
-        "triton_client",
-        "quantize_files",
-        "counts",
-        "cli_service",
-        "cpp_real",
-        "bisect",
-        "forms",
-        "checkpoint",
-        "bad_input",
-    ),
+    *("triton_client", "quantize_files", "counts", "cli_service", "cpp_real", "bisect", "forms", "checkpoint"),
 )
 """The files that take longest, the longest first: one that is begun last keeps one core busy and the others idle."""
 

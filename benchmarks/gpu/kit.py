@@ -198,9 +198,8 @@ def main() -> None:
         "--there",
         type=Path,
         default=THERE,
-        help="JSON file with the Python version, the platform and the installed packages of the GPU machine. A package "
-        "is downloaded only if it is not installed on the GPU machine, or if its version on the GPU machine is "
-        "unsuitable. [default: benchmarks/gpu/there.json]",
+        help="Read from this JSON file which Python version, platform and packages the GPU machine has. Only packages "
+        "that the machine does not have in a suitable version are downloaded. [default: benchmarks/gpu/there.json]",
     )
     arguments = parser.parse_args()
     try:

@@ -34,13 +34,14 @@ def main() -> None:
     parser.add_argument(
         "--config",
         type=Path,
-        help="Measure the encoder whose architecture this JSON file contains, e.g. the manifest that `neck-export "
-        "onnx` writes beside an ONNX file. [default: the full-size encoder]",
+        help="Measure an encoder with the architecture in this JSON file: encoder.json, or the manifest that "
+        "`neck-export onnx` wrote beside an ONNX file. [default: the architecture of SAM 3]",
     )
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="Discard the results of earlier runs of this command and measure everything again.",
+        help="Delete the results of earlier runs in the --output folder and measure everything again. Without this "
+        "option, an interrupted run is continued.",
     )
     asked = parser.parse_args()
     try:
@@ -124,7 +125,10 @@ def install(kit: Path, output: Path) -> Path:
         ) from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
-        raise KitError(f"{kit}: pip cannot install the wheels in this folder ({lines[0][:300]}); {MAKE}")
+        raise KitError(
+            f"{kit}: pip cannot install the wheels in this folder ({lines[0][:300]}). To download the wheels again: "
+            f"{MAKE}"
+        )
     shutil.copy(pins, mark)
     return site.resolve()
 

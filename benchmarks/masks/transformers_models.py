@@ -64,13 +64,13 @@ def load_segmenter(folder: Path, prompts: Prompts, device: str, threshold: float
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise MasksError(
             f"{folder}: transformers cannot load the model ({' '.join(str(error).split())[:300]}); download the model "
-            f"again"
+            "again"
         ) from None
     if told["missing_keys"]:
         lacking = sorted(told["missing_keys"])
         raise MasksError(
             f"{folder}: {len(lacking)} tensors of {name} are missing ({', '.join(lacking[:3])}, ...); download the "
-            f"whole model again"
+            "whole model again"
         )
     model = model.eval().to(device)
     if prompts.texts:
@@ -154,7 +154,7 @@ def _kind(folder: Path) -> str:
     except FileNotFoundError:
         raise MasksError(
             f"{folder}: the folder contains no config.json; set --model to a Hugging Face Transformers model folder, "
-            f"such as a download of facebook/sam3, or to a checkpoint file"
+            "such as a download of facebook/sam3, or to a checkpoint file"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MasksError(

@@ -77,7 +77,7 @@ class Rounds:
                 if self._over() or (number and time.monotonic() > self.schedule.rounds_end):
                     self.report(
                         f"{self.name}: the time limit was reached after {number} of {last} rounds; run the command "
-                        f"again to continue"
+                        "again to continue"
                     )
                     break
                 self.report(f"{self.name}: measuring round {number + 1} of {last}")
@@ -159,7 +159,7 @@ class Rounds:
         if self._over():
             self.report(
                 f"{name}: this round was stopped, because the time limit was reached; run the command again to repeat "
-                f"the round"
+                "the round"
             )
             self._add("cut", name)
             return

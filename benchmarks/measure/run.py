@@ -170,7 +170,7 @@ class Run:
             elif job.late and time.monotonic() >= point.schedule.ends:
                 self.report(
                     f"{name}: the time limit was reached before the file for this backend was exported; run the "
-                    f"same command again, which keeps the finished measurements and continues with the rest"
+                    "same command again, which keeps the finished measurements and continues with the rest"
                 )
             else:
                 reason = f"the ONNX file or plan for this backend could not be made. The error was: {job}"

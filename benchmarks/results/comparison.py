@@ -83,7 +83,7 @@ def compare_results(new: Result, old: Result) -> list[Change]:
     if not pairs:
         raise BenchError(
             f"the new result (from {_machines(new)}) and the old result (from {_machines(old)}) have no measured "
-            f"backend in common; compare results of the same machine, backends and sizes"
+            "backend in common; compare results of the same machine, backends and sizes"
         )
     names = {machine["id"]: machine["name"] for machine in new["machines"]}
     return [change for was, row in pairs for change in _row_changes(was, row, names[row["machine"]])]

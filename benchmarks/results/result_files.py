@@ -86,7 +86,7 @@ def check_result(result: object, where: str) -> None:
     if problem := _problem(result, _schema()):
         raise BenchError(
             f"{where}: the file does not match benchmarks/results/result.schema.json ({problem}); run `neck-export "
-            f"bench` again"
+            "bench` again"
         )
     _check_machines(result, where)
 
@@ -118,7 +118,7 @@ def _check_machines(result: Result, where: str) -> None:
     if len(set(known)) < len(known):
         raise BenchError(
             f"{where}: several machines have the same id ({', '.join(known)}); give every entry in `machines` its own "
-            f"id"
+            "id"
         )
     for index, row in enumerate(result["rows"]):
         if row["machine"] not in known:

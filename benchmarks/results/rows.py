@@ -120,7 +120,7 @@ def _note(name: str, lines: Sequence[Mapping[str, Any]], rounds: int, schedule: 
     if rounds < schedule.rounds:
         notes.append(
             f"only {rounds} of {schedule.rounds} rounds were measured within the time limit; run the command again to "
-            f"continue"
+            "continue"
         )
     return "; ".join(notes) or None
 

@@ -241,11 +241,11 @@ class PlanOptions:
     attention: Annotated[
         AttentionForm,
         ATTENTION.but(
-            help="Choose how attention is computed. fp32acc: one kernel whose matrix multiplications accumulate in "
-            "FP32. fused: one kernel whose matrix multiplications accumulate in FP16 (in FP32 in a BF16 plan). "
-            "unfused: several slower kernels; the scores are computed in FP32. auto: use the value of --attention from "
-            "the export. If the export used auto too, use fp32acc (in a BF16 plan: fused); if TensorRT cannot build "
-            "that kernel, use unfused."
+            help="Choose how attention is computed. fp32acc uses one kernel, whose matrix multiplications accumulate "
+            "in FP32. fused uses one kernel, whose matrix multiplications accumulate in FP16 (in FP32 in a BF16 plan). "
+            "unfused uses several slower kernels and computes the scores in FP32. auto keeps the value that the export "
+            "used. If the export used auto too, it chooses fp32acc (in a BF16 plan: fused), or unfused if TensorRT "
+            "cannot build that kernel."
         ),
     ] = "auto"
     spelling: Spelling | None = None
@@ -269,10 +269,10 @@ class PlanOptions:
     adapter: Annotated[
         Path | None,
         FILE_ADAPTER.but(
-            help="Use the LoRA adapter in this PEFT folder, e.g. my-lora. If MODEL is a checkpoint, the adapter is "
-            "merged into its weights before the export. If MODEL is an ONNX file, it must have been exported with this "
-            "adapter; the adapter is then used only for the verification, in which PyTorch computes the reference with "
-            "the merged weights. [default: the adapter named in the manifest of the ONNX file]"
+            help="Use the LoRA adapter in this PEFT folder, e.g. my-lora. With a checkpoint as MODEL, the adapter is "
+            "merged into the weights before the export. With an ONNX file as MODEL, the file must already contain the "
+            "merged weights; the adapter then only helps to compute PyTorch's outputs for the verification. [default: "
+            "the adapter named in the manifest of the ONNX file]"
         ),
     ] = None
     weights: Annotated[WeightsOptions, Group] = dataclasses.field(default_factory=WeightsOptions)

@@ -366,8 +366,7 @@ class LoadGuard:
                     f"{attached.encoder.path}: load_state_dict() would change the encoder weights "
                     f"{listing(others, 1)}. New encoder weights have no effect while the file is attached, because the "
                     f"model then uses the file instead of its own encoder. {first}, load the state dict, export the "
-                    f"encoder again with the new "
-                    "weights, and attach the new file"
+                    "encoder again with the new weights, and attach the new file"
                 )
 
 

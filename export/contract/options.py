@@ -184,10 +184,10 @@ SAM2_OUTPUTS = Option(
     TENSORS,
 )
 ATTENTION = Option(
-    "Choose how attention is computed. fp32acc: one kernel whose matrix multiplications accumulate in FP32. fused: one "
-    "kernel whose matrix multiplications accumulate in FP16 (in FP32 if --precision is fp32 or bf16). unfused: several "
-    "slower kernels; the scores are computed in FP32. auto: fused for fp32 and bf16, and fp32acc for fp16, fp8 and "
-    "int8.",
+    "Choose how attention is computed. fp32acc uses one kernel, whose matrix multiplications accumulate in FP32. fused "
+    "uses one kernel, whose matrix multiplications accumulate in FP16 (in FP32 if --precision is fp32 or bf16). "
+    "unfused uses several slower kernels and computes the scores in FP32. auto chooses fused for fp32 and bf16, and "
+    "fp32acc for fp16, fp8 and int8.",
     PRECISION,
     read=str,
     default="auto",

@@ -303,7 +303,10 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
         if not isinstance(about, dict):
             raise ValueError
     except (SafetensorError, OSError, ValueError, LookupError, RecursionError):
-        raise CalibrationError(f"{path}: the file is not a calibration that neck-export wrote; {REPAIR}") from None
+        raise CalibrationError(
+            f"{path}: the file is not a calibration that neck-export wrote. Pass another path with --calibration; if "
+            "no file exists there, a new calibration is saved to it"
+        ) from None
     if about.get("format") not in range(OLDEST_FORMAT, FORMAT + 1):
         raise OutdatedError(
             f"{path}: the calibration was written by another version of neck-export, in a format that this "
@@ -328,7 +331,7 @@ def read_calibration(path: Path, encoder: Sam3DualViTDetNeck, image_size: tuple[
         kept = _sorted({name: _read_layer(name, side, tensors) for name, side in sides.items()})
         if type(about["images"]) is not int or about["images"] < 1:
             raise ValueError(
-                f"the calibration file is damaged: the number of calibration images in the file is "
+                "the calibration file is damaged: the number of calibration images in the file is "
                 f"{about['images']!r} instead of an integer of at least 1; {REPAIR}"
             )
     except LookupError as error:

@@ -237,7 +237,10 @@ def _without_attentions(
     )
     fix = "delete the file and repeat the command with --images to calibrate again"
     if not set(patterns) <= {AUTO, "all"}:
-        raise CalibrationError(f"{what}; {fix}, or remove the patterns that match attention layers from --quantize")
+        raise CalibrationError(
+            f"{what}. To quantize attention, {fix}. To leave attention in FP16, remove the patterns that match "
+            "attention layers from --quantize"
+        )
     notes.append(f"{what}, so attention is not quantized; {fix}")
     return [name for name in names if not name.endswith((ATTENTION, RESULT))]
 

@@ -123,7 +123,7 @@ class _Machine:
     def extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, list | OpaqueObject):
-            raise TypeError(f"the pickle appends items to a value of type {type(target).__name__}, not a list")
+            raise TypeError(f"items are appended to a value of type {type(target).__name__}, which is not a list")
         (target if isinstance(target, list) else target.items).extend(items)
 
     def update(self, items: list[Any]) -> None:
@@ -166,7 +166,7 @@ class _Machine:
         if isinstance(target, OpaqueObject):
             target.state = state
         elif not isinstance(target, dict | TensorRecord):  # attributes of a state dict or a parameter: of no use here
-            raise TypeError(f"pickle operation BUILD cannot set attributes of a value of type {type(target).__name__}")
+            raise TypeError(f"attributes are set on a value of type {type(target).__name__}, which has none")
 
     def storage(self, _: object) -> None:
         record = storage_of(self.stack.pop())

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--header",
         action="append",
         default=[],
-        help=("header 'NAME: VALUE' that is sent with every request; may be repeated"),
+        help="HTTP header to send with every request, written 'NAME: VALUE'; the option can be repeated",
     )
     parser.add_argument(
         "--ca",
